@@ -1,0 +1,86 @@
+"""What a backend is: it opens a program and runs it, handing out the intermediate values that it can show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, Union
+
+import numpy as np
+
+from cp_debug.backends.spec import BackendSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from cp_debug.probes.alignment import Alignment
+    from cp_debug.probes.graph import Graph
+
+Tensor = Union["np.ndarray", "torch.Tensor"]
+
+Sink = Callable[[str, Tensor], None]
+"""Takes (ONNX value name, tensor) in execution order. The tensor is valid during the call only: copy what you keep."""
+
+
+@dataclass
+class Program:
+    """One component as it is debugged: the graph that is deployed, and the module it was exported from, if any."""
+
+    name: str
+    graph: Graph
+    module: torch.nn.Module | None = None
+    alignment: Alignment | None = None
+    """Torch value ↔ ONNX value; set when ``module`` is."""
+
+
+class Session(Protocol):
+    """A program, ready to run on one backend. Values are named by the program's ONNX graph on every backend."""
+
+    settings: Mapping[str, Any]
+    """Every setting that can change numbers, as read back from the library, JSON-safe."""
+    exposed: Collection[str]
+    """The graph values that this session can hand to a sink: all, or those that survive fusion or alignment."""
+
+    def run(
+        self, inputs: Mapping[str, np.ndarray], sink: Sink | None = None, probes: Collection[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Run once and return the graph's outputs by name.
+
+        ``sink`` is given every exposed value (outputs included) in execution order; ``probes`` narrows it. With
+        ``sink=None`` the program runs untouched, as it would be deployed.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free what the session holds."""
+        ...
+
+
+class Backend(Protocol):
+    """Runtime + precision + device, made from a spec by ``cp_debug.backends.registry.create``."""
+
+    spec: BackendSpec
+    precision: str
+    """One of ``fp64 fp32 tf32 bf16 fp16 fp16acc int8``: what its arithmetic claims to be."""
+    device: str
+    emulated: bool
+
+    def open(self, program: Program) -> Session:
+        """Make the program ready. Raises BackendUnavailable or InputError."""
+        ...
+
+    def versions(self) -> dict[str, str]:
+        """Library → version, with the device's name where it matters."""
+        ...
+
+
+@dataclass
+class RunRecord:
+    """What is kept of a backend besides tensors: spec, versions, device and settings, for manifests and reports."""
+
+    spec: str
+    precision: str
+    device: str
+    emulated: bool
+    versions: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,78 @@
+"""Backend specs: ``torch``, ``ort-all@cpu``, ``emu-tf32``, ``trt-fp16@cuda:0`` … parsed without importing a runtime."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+
+from cp_debug.errors import BackendUnavailable, InputError
+
+FAMILIES = ("torch", "ort", "emu", "trt")
+
+KNOWN = {
+    "torch": "PyTorch FP32, TF32 off, deterministic",
+    "torch-fp64": "PyTorch FP64",
+    "torch-tf32": "PyTorch FP32 with TF32 on (CUDA only)",
+    "torch-bf16": "PyTorch, module and inputs in BF16",
+    "torch-fp16": "PyTorch, module and inputs in FP16",
+    "ort": "ONNX Runtime, graph optimisation off (same as ort-none)",
+    "ort-none": "ONNX Runtime, graph optimisation off",
+    "ort-basic": "ONNX Runtime, basic graph optimisation",
+    "ort-all": "ONNX Runtime, all graph optimisations, the library's default",
+    "emu-tf32": "emulated TF32: operands of conv and matmul rounded to 10 mantissa bits",
+    "emu-bf16": "emulated BF16: operands and results rounded, FP32 accumulation",
+    "emu-fp16": "emulated FP16: operands and results rounded, FP32 accumulation",
+    "emu-fp16acc": "emulated FP16 with FP16 accumulation, as TensorRT's h16816 kernels do it",
+    "trt-fp32": "TensorRT FP32, TF32 off",
+    "trt-tf32": "TensorRT FP32 with TF32 on",
+    "trt-fp16": "TensorRT FP16",
+    "trt-bf16": "TensorRT BF16",
+    "trt-int8": "TensorRT INT8",
+    "trt-best": "TensorRT, every precision allowed",
+}
+
+_SPEC = re.compile(r"(?P<name>[a-z0-9]+(?:-[a-z0-9]+)*)(?:@(?P<device>cpu|cuda(?::\d+)?))?")
+
+
+@dataclass(frozen=True)
+class BackendSpec:
+    """One entry of ``--backends``. ``device`` is None where the spec leaves it to the backend."""
+
+    name: str
+    device: str | None = None
+
+    @property
+    def family(self) -> str:
+        """``torch``, ``ort``, ``emu`` or ``trt``."""
+        return self.name.partition("-")[0]
+
+    @property
+    def variant(self) -> str:
+        """What follows the family: ``fp16`` of ``trt-fp16``, empty for ``torch``."""
+        return self.name.partition("-")[2]
+
+    def __str__(self) -> str:
+        return self.name if self.device is None else f"{self.name}@{self.device}"
+
+    @classmethod
+    def parse(cls, text: str) -> BackendSpec:
+        """Parse one spec. Raises BackendUnavailable for a name nobody knows, InputError for a malformed one."""
+        match = _SPEC.fullmatch(text.strip())
+        if match is None:
+            raise InputError(f"--backends: {text!r} is not a backend; expected NAME or NAME@cpu or NAME@cuda:N")
+        spec = cls(match["name"], match["device"])
+        if spec.name not in KNOWN:
+            near = difflib.get_close_matches(spec.name, KNOWN, n=1, cutoff=0.0)
+            raise BackendUnavailable(text, f"no such backend; known are {', '.join(KNOWN)}", nearest=near[0])
+        return spec
+
+
+def parse_backends(text: str) -> list[BackendSpec]:
+    """Parse ``--backends a,b,…``: the reference and at least one test. Raises InputError when fewer than two."""
+    specs = [BackendSpec.parse(part) for part in text.split(",") if part.strip()]
+    if len(specs) < 2:
+        raise InputError(f"--backends: {text!r} names {len(specs)} backend(s); expected a reference and at least one test")
+    if len(set(specs)) < len(specs):
+        raise InputError(f"--backends: {text!r} names a backend twice")
+    return specs

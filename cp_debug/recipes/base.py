@@ -1,0 +1,81 @@
+"""What a model is to the debugger: components, how to feed them, how to read their outputs.
+
+A model is a chain of components. Each is exported, built and compared by itself; glue code (voxelization, scatter)
+runs between them on the torch side and is the same for every backend. A backend under test is fed its *own* upstream
+outputs, as in a deployed pipeline, so an error in the first component reaches the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+Arrays = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A coarse, named cut of a component.
+
+    ``path`` is a prefix of torch module paths (``pts_backbone.blocks.0``) or of ONNX value names. The stage's tensor
+    is the last value in execution order below that prefix.
+    """
+
+    name: str
+    path: str
+
+
+@dataclass
+class Component:
+    """A part that is exported by itself: a torch module, an ONNX file, or both."""
+
+    name: str
+    input_names: Sequence[str]
+    output_names: Sequence[str]
+    module: torch.nn.Module | None = None
+    """In eval mode, on the CPU, FP32. ``prefix`` completes its module paths."""
+    onnx_path: Path | None = None
+    """Set for models that come as ONNX; else the debugger exports ``module``."""
+    prefix: str = ""
+    """What to put before the module paths of ``module``: ``pts_voxel_encoder`` when that submodule is the component."""
+    dynamic_axes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    """Input name → axis → symbolic name, as ``torch.onnx.export`` takes it."""
+    stages: Sequence[Stage] = ()
+
+
+@dataclass
+class Sample:
+    """One input of the model: named raw tensors (a point cloud, or the graph's own inputs) and where they came from."""
+
+    arrays: dict[str, np.ndarray]
+    source: str
+    """A file name, or ``random seed 3``, or ``synthetic scene 7``."""
+    truth: Any = None
+    """Ground truth, where the recipe knows it."""
+
+
+class Model(Protocol):
+    """How to get a model, feed it and read it. Recipes implement this."""
+
+    name: str
+    """As the user wrote it: ``centerpoint:tiny``, ``net.onnx``, ``nets.py:build``."""
+    components: Sequence[Component]
+
+    def samples(self, count: int, seed: int, inputs: Path | None) -> Iterator[Sample]:
+        """``count`` samples, from ``inputs`` or made from ``seed``. Raises InputError for unusable input files."""
+        ...
+
+    def feed(self, component: Component, sample: Sample, results: Mapping[str, Arrays]) -> dict[str, np.ndarray]:
+        """The inputs of ``component``; ``results`` holds the outputs of the components before it, by component name."""
+        ...
+
+    def decode(self, sample: Sample, results: Mapping[str, Arrays]) -> Any | None:
+        """Final, human-readable result (detections), or None when the model has none."""
+        ...

@@ -1,0 +1,19 @@
+"""Fixtures shared by the tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real point clouds and mmdet3d parity tensors (CPDEBUG_SHARED, default ../shared)."""
+    folder = Path(os.environ.get("CPDEBUG_SHARED", REPO.parent / "shared")).resolve()
+    if not (folder / "parity").is_dir():
+        pytest.skip(f"no shared material at {folder} (set CPDEBUG_SHARED)")
+    return folder
