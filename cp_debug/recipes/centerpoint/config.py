@@ -78,7 +78,7 @@ class CenterPointConfig:
 
 TINY = CenterPointConfig(
     name="tiny",
-    summary="synthetic scenes, 3 classes, ships with trained weights",
+    summary="synthetic scenes, 4 classes, ships with trained weights",
     voxel_size=(0.4, 0.4, 8.0),
     point_cloud_range=(-25.6, -25.6, -5.0, 25.6, 25.6, 3.0),
     max_num_points=20,
@@ -89,7 +89,7 @@ TINY = CenterPointConfig(
     backbone_strides=(1, 2, 2),
     neck_channels=(64, 64, 64),
     neck_strides=(0.5, 1, 2),
-    tasks=(("car",), ("pedestrian", "cyclist")),
+    tasks=(("car", "truck"), ("pedestrian", "cyclist")),
     nms_min_radius=(4.0, 0.5),
     post_center_range=(-30.0, -30.0, -10.0, 30.0, 30.0, 10.0),
     head_channels=32,
