@@ -1,0 +1,90 @@
+"""Head maps to boxes: mmdet3d's CenterPointBBoxCoder, circle NMS and ``CenterHead.predict_by_feat``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cp_debug.recipes.centerpoint.config import OUTPUT_ORDER, CenterPointConfig
+
+
+@dataclass(frozen=True)
+class Detections:
+    """Boxes of one sample, task by task, best first within a task."""
+
+    boxes: np.ndarray
+    """[N, 9] float32: x, y, z of the *bottom* centre (as mmdet3d predicts), length, width, height, yaw, vx, vy."""
+    scores: np.ndarray
+    """[N] float32 in (0, 1)."""
+    labels: np.ndarray
+    """[N] int32, index into ``config.class_names``."""
+
+
+def decode(outputs: Mapping[str, Tensor], config: CenterPointConfig, *, nms: bool = True) -> list[Detections]:
+    """One ``Detections`` a sample.
+
+    ``outputs`` has ``config.output_names``, each [B, channels, H, W], heatmaps as logits. ``nms=False`` leaves out the
+    suppression; z is the bottom in both cases.
+    """
+    names = iter(config.output_names)
+    maps = [{head: outputs[next(names)] for head in OUTPUT_ORDER} for _ in config.tasks]
+    batch_size = len(maps[0]["heatmap"])
+    samples = []
+    for sample in range(batch_size):
+        parts, first_label = [], 0
+        for task, task_maps in enumerate(maps):
+            boxes, scores, labels = decode_task({head: tensor[sample] for head, tensor in task_maps.items()}, config)
+            if nms:
+                kept = circle_nms(boxes[:, :2], scores, config.nms_min_radius[task])[: config.post_max_size]
+                boxes, scores, labels = boxes[kept], scores[kept], labels[kept]
+            boxes[:, 2] -= boxes[:, 5] * np.float32(0.5)
+            parts.append((boxes, scores, labels + np.int32(first_label)))
+            first_label += len(config.tasks[task])
+        samples.append(Detections(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True))))
+    return samples
+
+
+def decode_task(maps: Mapping[str, Tensor], config: CenterPointConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Best ``max_num`` peaks of one task's maps [channels, H, W]: boxes [N, 9] (z of the centre), scores, labels [N].
+
+    Peaks at or below ``score_threshold`` and centres outside ``post_center_range`` are left out. ``dim`` is the
+    logarithm of the size, ``rot`` is (sin, cos).
+    """
+    heatmap = maps["heatmap"].float().sigmoid()
+    width, area = heatmap.shape[2], heatmap[0].numel()
+    # Best of each class first, then of those, as mmdet3d does it: that decides which of equal scores is kept.
+    class_scores, class_cells = heatmap.flatten(1).topk(min(config.max_num, area))
+    scores, index = class_scores.flatten().topk(class_scores.shape[1])
+    labels, cell = index // class_scores.shape[1], class_cells.flatten()[index]
+
+    at = {head: maps[head].float().flatten(1)[:, cell] for head in OUTPUT_ORDER[1:]}
+    sizes, origin = config.voxel_size, config.point_cloud_range
+    x = (cell % width + at["reg"][0]) * config.out_size_factor * sizes[0] + origin[0]
+    y = (cell // width + at["reg"][1]) * config.out_size_factor * sizes[1] + origin[1]
+    yaw = torch.atan2(at["rot"][0], at["rot"][1])
+    boxes = torch.stack((x, y, at["height"][0], *at["dim"].exp(), yaw, *at["vel"]), dim=1)
+
+    limits = boxes.new_tensor(config.post_center_range)
+    inside = ((boxes[:, :3] >= limits[:3]) & (boxes[:, :3] <= limits[3:])).all(dim=1)
+    kept = inside & (scores > config.score_threshold)
+    boxes, scores, labels = boxes[kept], scores[kept], labels[kept].int()
+    return boxes.detach().cpu().numpy(), scores.detach().cpu().numpy(), labels.cpu().numpy()
+
+
+def circle_nms(centres: np.ndarray, scores: np.ndarray, min_radius: float) -> np.ndarray:
+    """Indices [K] kept, best first: a box goes when a kept one lies within a *squared* distance of ``min_radius``.
+
+    ``centres`` [N, 2] in metres, ``scores`` [N].
+    """
+    remaining = np.argsort(-scores, kind="stable")
+    kept = []
+    while remaining.size:
+        best, remaining = remaining[0], remaining[1:]
+        kept.append(best)
+        distance = ((centres[remaining] - centres[best]) ** 2).sum(axis=1)
+        remaining = remaining[distance > min_radius]
+    return np.array(kept, dtype=np.int64)
