@@ -1,0 +1,130 @@
+"""Targets and loss against their definitions, and the shipped weights against held-out scenes."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cp_debug.recipes.centerpoint.config import HEAD_CHANNELS, OUTPUT_ORDER, TINY
+from cp_debug.recipes.centerpoint.decode import decode
+from cp_debug.recipes.centerpoint.loss import centerpoint_loss, gaussian_focal_loss
+from cp_debug.recipes.centerpoint.scenes import CLASSES, generate_scene
+from cp_debug.recipes.centerpoint.targets import gaussian_radius, make_targets
+from cp_debug.recipes.centerpoint.training import Example
+
+
+def perfect_outputs(targets, batch_size):
+    """The maps that a model without error would give for these targets."""
+    outputs = {}
+    names = iter(TINY.output_names)
+    for task in targets:
+        values = task.values.split(list(HEAD_CHANNELS.values()), dim=1)
+        heads = dict(zip(HEAD_CHANNELS, values, strict=True))
+        for head in OUTPUT_ORDER:
+            if head == "heatmap":
+                outputs[next(names)] = torch.logit(task.heatmap, eps=1e-6)
+                continue
+            canvas = torch.zeros(batch_size, HEAD_CHANNELS[head], *task.heatmap.shape[2:])
+            canvas[task.sample, :, task.row, task.column] = heads[head]
+            outputs[next(names)] = canvas
+    return outputs
+
+
+def test_classes_are_those_of_the_model():
+    assert tuple(CLASSES) == TINY.class_names
+
+
+def test_targets_decode_to_the_boxes_they_were_made_from():
+    examples = [Example.of(generate_scene(seed)) for seed in (3, 4)]
+    targets = make_targets([each.boxes for each in examples], [each.labels for each in examples], TINY)
+    for example, found in zip(examples, decode(perfect_outputs(targets, 2), TINY), strict=True):
+        best = found.scores > 0.99  # cells beside a peak score less
+        boxes, labels = found.boxes[best], found.labels[best]
+        boxes[:, 2] += boxes[:, 5] / 2
+        expected, wanted = np.lexsort((example.boxes[:, 0],)), np.lexsort((boxes[:, 0],))
+        np.testing.assert_allclose(boxes[wanted], example.boxes.numpy()[expected], atol=1e-4)
+        assert labels[wanted].tolist() == example.labels[torch.from_numpy(expected)].tolist()
+
+
+def test_heatmap_of_one_box():
+    """A car of 4.8 by 2 m in the cell (column 40, row 24) of 0.8 m: written out by hand from CornerNet's formulas."""
+    box = torch.tensor([[6.5, -6.1, -1.0, 4.8, 2.0, 1.6, 0.3, 1.0, 2.0]])
+    car, others = make_targets([box], [torch.tensor([0])], TINY)
+    assert others.heatmap.max() == 0 and len(others.values) == 0  # noqa: PT018
+    length, width = 4.8 / 0.8, 2.0 / 0.8
+    radius = max(2, int(gaussian_radius(torch.tensor([length]), torch.tensor([width]))))
+    heatmap = car.heatmap[0, 0]
+    assert (heatmap > 0).sum() == (2 * radius + 1) ** 2
+    assert heatmap[24, 40] == 1
+    assert heatmap[25, 42] == pytest.approx(math.exp(-5 / (2 * ((2 * radius + 1) / 6) ** 2)))
+    assert car.heatmap[0, 1].max() == 0
+    expected = [0.125, 0.375, -1.0, math.log(4.8), math.log(2), math.log(1.6), math.sin(0.3), math.cos(0.3), 1, 2]
+    assert car.values[0].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+@given(st.floats(0.5, 40), st.floats(0.5, 40))
+def test_gaussian_radius_is_the_smallest_of_cornernets_roots(length, width):
+    radius = float(gaussian_radius(torch.tensor([length]), torch.tensor([width])))
+    total, area = length + width, length * width
+    roots = [
+        (total + math.sqrt(total**2 - 4 * area * 0.9 / 1.1)) / 2,
+        (2 * total + math.sqrt(4 * total**2 - 16 * 0.9 * area)) / 2,
+        (-0.2 * total + math.sqrt(0.04 * total**2 + 1.6 * 0.9 * area)) / 2,
+    ]
+    assert radius == pytest.approx(min(roots), rel=1e-4)
+
+
+def test_focal_loss_by_hand():
+    target = torch.tensor([1.0, 0.5, 0.0])
+    score = torch.tensor([0.8, 0.3, 0.2])
+    expected = (
+        -math.log(0.8) * 0.2**2 - math.log(0.7) * 0.3**2 * 0.5**4 - math.log(0.8) * 0.2**2
+    )  # one peak: divided by 1
+    assert float(gaussian_focal_loss(torch.logit(score), target)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_loss_of_perfect_boxes_is_zero_and_velocity_weighs_a_fifth():
+    example = Example.of(generate_scene(5))
+    targets = make_targets([example.boxes], [example.labels], TINY)
+    outputs = perfect_outputs(targets, 1)
+    assert float(centerpoint_loss(outputs, targets).box) == 0
+    outputs["task0.vel"] += 1.0
+    assert float(centerpoint_loss(outputs, targets).box) == pytest.approx(0.25 * 2 * 0.2, rel=1e-3)
+    outputs["task1.reg"] += 1.0
+    assert float(centerpoint_loss(outputs, targets).box) == pytest.approx(0.25 * (2 * 0.2 + 2), rel=1e-3)
+
+
+def test_loss_without_objects_is_finite():
+    empty = make_targets([torch.zeros(0, 9)], [torch.zeros(0, dtype=torch.long)], TINY)
+    outputs = perfect_outputs(empty, 1)
+    assert torch.isfinite(centerpoint_loss(outputs, empty).total)
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.integers(0, 1000))
+def test_augmentation_moves_points_and_boxes_alike(seed):
+    """In each box's own frame its points keep their (mirrored, scaled) places; a step along the velocity stays one."""
+    scene = generate_scene(7)
+    example = Example.of(scene)
+    changed = example.augmented(np.random.default_rng(seed))
+    scale = float(changed.boxes[0, 3] / example.boxes[0, 3])
+    assert 0.95 <= scale <= 1.05
+    for index in range(len(example.boxes)):
+        before, after = (in_box_frame(each, scene.source == index, index) for each in (example, changed))
+        np.testing.assert_allclose(after[:, [0, 2]], before[:, [0, 2]] * scale, atol=1e-3)
+        np.testing.assert_allclose(np.abs(after[:, 1]), np.abs(before[:, 1]) * scale, atol=1e-3)
+        heading = torch.tensor([changed.boxes[index, 6].cos(), changed.boxes[index, 6].sin()])
+        speed = example.boxes[index, 7:9].norm() * scale
+        np.testing.assert_allclose(changed.boxes[index, 7:9], heading * speed, atol=1e-3)
+
+
+def in_box_frame(example, chosen, index):
+    box = example.boxes[index].double().numpy()
+    offset = example.points[torch.from_numpy(chosen), :3].double().numpy() - box[:3]
+    cos, sin = math.cos(box[6]), math.sin(box[6])
+    return offset @ np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
