@@ -60,7 +60,8 @@ def build_model(config: CenterPointConfig, seed: int = 0) -> CenterPoint:
     would hide a fault.
     """
     generator = torch.Generator().manual_seed(seed)
-    model = CenterPoint(config).requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        model = CenterPoint(config).requires_grad_(False)
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)

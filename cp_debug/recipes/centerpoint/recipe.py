@@ -1,0 +1,104 @@
+"""CenterPoint as the debugger sees it: two components, voxelization before the first and scatter between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cp_debug.recipes.base import Arrays, Component, Sample, Stage
+from cp_debug.recipes.centerpoint.checkpoint import load_checkpoint
+from cp_debug.recipes.centerpoint.config import OUTPUT_ORDER, CenterPointConfig, get_config
+from cp_debug.recipes.centerpoint.decode import Detections, decode
+from cp_debug.recipes.centerpoint.model import BackboneNeckHead, build_model
+from cp_debug.recipes.centerpoint.pillar_encoder import decorate
+from cp_debug.recipes.centerpoint.points import read_points
+from cp_debug.recipes.centerpoint.scatter import scatter
+from cp_debug.recipes.centerpoint.voxelize import Voxels, voxelize
+
+ENCODER, BACKBONE_NECK_HEAD = "pts_voxel_encoder", "pts_backbone_neck_head"
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+class CenterPointModel:
+    """A configuration with weights: from ``checkpoint``, else as shipped with it, else random ones from ``seed``."""
+
+    def __init__(self, name: str, *, checkpoint: Path | None = None, seed: int = 0) -> None:
+        self.config = get_config(name)
+        self.name = f"centerpoint:{name}"
+        self.network = build_model(self.config, seed=seed).requires_grad_(False)
+        shipped = WEIGHTS / f"{name}.safetensors"
+        source = checkpoint or (shipped if shipped.is_file() else None)
+        if source is not None:
+            load_checkpoint(self.network, source)
+        self.weights = f"untrained, random seed {seed}" if source is None else source.name
+        self.components: Sequence[Component] = (
+            Component(
+                name=ENCODER,
+                input_names=("input_features",),
+                output_names=("pillar_features",),
+                module=self.network.pts_voxel_encoder,
+                prefix="pts_voxel_encoder",
+                dynamic_axes={"input_features": {0: "num_voxels"}},
+                stages=(Stage("pillar encoder", "pts_voxel_encoder"),),
+            ),
+            Component(
+                name=BACKBONE_NECK_HEAD,
+                input_names=("spatial_features",),
+                output_names=self.config.output_names,
+                module=BackboneNeckHead(self.network).eval(),
+                stages=_stages(self.config),
+            ),
+        )
+
+    def samples(self, count: int, seed: int, inputs: Path | None) -> Iterator[Sample]:
+        """Point clouds: ``points`` [N, C] float32; the one in ``inputs``, or synthetic scenes ``seed``, ``seed + 1``, …
+
+        ``truth`` is the ``Scene`` where the model knows its classes.
+        """
+        if inputs is not None:
+            yield Sample({"points": read_points(inputs, self.config)}, str(inputs))
+            return
+        from cp_debug.recipes.centerpoint.scenes import CLASSES, generate_scene
+
+        columns = [("x", "y", "z", "intensity", "dt").index(name) for name in self.config.point_features]
+        for number in range(seed, seed + count):
+            scene = generate_scene(number)
+            truth = scene if self.config.class_names == tuple(CLASSES) else None
+            yield Sample({"points": scene.points[:, columns]}, f"synthetic scene {number}", truth)
+
+    def feed(self, component: Component, sample: Sample, results: Mapping[str, Arrays]) -> dict[str, np.ndarray]:
+        """``input_features`` from the sample's points; ``spatial_features`` from the results, of their dtype."""
+        pillars = self._voxelize(sample)
+        if component.name == ENCODER:
+            return {"input_features": decorate(pillars, self.config).numpy()}
+        pillar_features = _tensor(results[ENCODER]["pillar_features"])
+        return {"spatial_features": scatter(pillar_features, pillars.coors, self.config.grid).numpy()}
+
+    def decode(self, sample: Sample, results: Mapping[str, Arrays]) -> Detections:
+        """Boxes after circle NMS."""
+        outputs = {name: _tensor(array) for name, array in results[BACKBONE_NECK_HEAD].items()}
+        return decode(outputs, self.config)[0]
+
+    def _voxelize(self, sample: Sample) -> Voxels:
+        return voxelize(torch.from_numpy(sample.arrays["points"]), self.config)
+
+
+def _stages(config: CenterPointConfig) -> tuple[Stage, ...]:
+    """One a backbone block, the neck, the shared convolution, and one an output."""
+    blocks = range(len(config.backbone_channels))
+    heads = [f"task_heads.{task}.{head}" for task in range(len(config.tasks)) for head in OUTPUT_ORDER]
+    return (
+        *(Stage(f"backbone block {index}", f"pts_backbone.blocks.{index}") for index in blocks),
+        Stage("neck", "pts_neck"),
+        Stage("shared conv", "pts_bbox_head.shared_conv"),
+        *(Stage(name, f"pts_bbox_head.{path}") for name, path in zip(config.output_names, heads, strict=True)),
+    )
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    """The array as torch takes it; types that numpy does not know (bfloat16) are widened to float32."""
+    return torch.from_numpy(array if array.dtype.kind == "f" else array.astype(np.float32))
