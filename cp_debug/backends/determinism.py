@@ -1,0 +1,103 @@
+"""Every torch setting that can change a number: set, read back, restored."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+_FP32_PRECISION = (
+    "backends.cuda.matmul.fp32_precision",
+    "backends.cudnn.conv.fp32_precision",
+    "backends.cudnn.rnn.fp32_precision",
+    "backends.mkldnn.matmul.fp32_precision",
+    "backends.mkldnn.conv.fp32_precision",
+    "backends.mkldnn.rnn.fp32_precision",
+)
+"""Only this API: reading ``allow_tf32`` after both were written raises in torch."""
+
+_FLAGS = {
+    "backends.cudnn.benchmark": False,
+    "backends.cudnn.deterministic": True,
+    "backends.mkldnn.deterministic": True,
+    "backends.cuda.matmul.allow_fp16_reduced_precision_reduction": False,
+    "backends.cuda.matmul.allow_bf16_reduced_precision_reduction": False,
+    "backends.cuda.matmul.allow_fp16_accumulation": False,
+}
+
+_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+
+
+@contextmanager
+def deterministic(*, tf32: bool = False, seed: int = 0) -> Iterator[dict[str, Any]]:
+    """Run torch reproducibly, without gradients; yields the settings as read back, JSON-safe.
+
+    ``tf32`` allows TF32 in CUDA's matrix products, convolutions and recurrent kernels; nothing else ever gets it.
+    Attention runs as its plain formula, so that its inner values exist and do not depend on the kernel chosen.
+    An operation without a deterministic kernel warns. Everything is put back on leaving, random state included.
+    """
+    with ExitStack() as stack:
+        _environment(stack, _CUBLAS, ":4096:8")
+        for name in _FP32_PRECISION:
+            stack.callback(_restore_precision, name, attrgetter(name)(torch))
+            _set(name, "tf32" if tf32 and ".mkldnn." not in name else "ieee")
+        for name, value in _FLAGS.items():
+            stack.callback(_set, name, attrgetter(name)(torch))
+            _set(name, value)
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
+        stack.callback(
+            torch.use_deterministic_algorithms,
+            torch.are_deterministic_algorithms_enabled(),
+            warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
+        )
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(torch.random.fork_rng())
+        torch.manual_seed(seed)
+        stack.enter_context(torch.no_grad())
+        yield read_settings() | {"seed": seed}
+
+
+def read_settings() -> dict[str, Any]:
+    """The settings that ``deterministic`` is about, as torch reports them now."""
+    settings: dict[str, Any] = {name: attrgetter(name)(torch) for name in (*_FP32_PRECISION, *_FLAGS)}
+    return settings | {
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        "deterministic_algorithms_warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
+        "mha_fastpath": torch.backends.mha.get_fastpath_enabled(),
+        "sdpa_flash": torch.backends.cuda.flash_sdp_enabled(),
+        "sdpa_mem_efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
+        "sdpa_cudnn": torch.backends.cuda.cudnn_sdp_enabled(),
+        "sdpa_math": torch.backends.cuda.math_sdp_enabled(),
+        "grad": torch.is_grad_enabled(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        _CUBLAS: os.environ.get(_CUBLAS),
+    }
+
+
+def _set(name: str, value: Any) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(attrgetter(parent)(torch), leaf, value)
+
+
+def _restore_precision(name: str, before: str) -> None:
+    # Reading tells the effective value only: where the general setting explains it, go back to following that.
+    _set(name, "none")
+    if attrgetter(name)(torch) != before:
+        _set(name, before)
+
+
+def _environment(stack: ExitStack, name: str, value: str) -> None:
+    before = os.environ.get(name)
+    if before is None:
+        stack.callback(os.environ.pop, name, None)
+    else:
+        stack.callback(os.environ.__setitem__, name, before)
+    os.environ[name] = value

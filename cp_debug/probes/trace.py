@@ -1,0 +1,227 @@
+"""One eager forward, with every tensor that an operation or a module makes handed out as it appears.
+
+Forward hooks alone see neither functional operations nor what an in-place operation destroys. So a dispatch mode
+watches every ATen operation, and the hooks only keep the stack of modules: each value knows where it was computed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from cp_debug.errors import ModuleFailed
+from cp_debug.probes.outputs import flatten_outputs
+
+_SHAPE_ONLY = re.compile(r"new_\w+|\w+_like")
+"""Operations that read the shape of a tensor, never its elements."""
+
+
+@dataclass(eq=False)
+class TorchValue:
+    """One tensor of a forward: its name, where and by what it was computed, and from which other values.
+
+    ``name`` is the module path for the output of a leaf module (``backbone.blocks.0.3``; ``.0``, ``.1`` after it for
+    several outputs), else ``module path/operation`` (``neck/cat``, the second one ``neck/cat#2``). A module that is
+    called again gets ``@2``, ``@3`` … after its path.
+    """
+
+    name: str
+    path: str
+    """Path of the innermost module that was running."""
+    call: str
+    """The same with the count of the call: ``shared@2``."""
+    op: str
+    """ATen's name, ``input`` for an input, ``mutated`` for a tensor changed through another view of its memory."""
+    index: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    inputs: tuple[TorchValue, ...]
+    from_data: bool
+    """Whether it depends on an input of the forward: false for what is computed from weights only."""
+
+
+TorchSink = Callable[[TorchValue, Tensor], None]
+"""Takes a value and its tensor, at once after the operation: copy what you keep, the next one may overwrite it.
+
+The output of a leaf module comes twice: after its operation, and under the module's name when the module returns.
+"""
+
+
+@dataclass
+class Trace:
+    """What one forward did. Tensors are not kept, save the outputs."""
+
+    values: list[TorchValue] = field(default_factory=list)
+    """In execution order, inputs included."""
+    outputs: list[TorchValue | None] = field(default_factory=list)
+    """By position of the flattened outputs; None for one that no operation made (a parameter)."""
+    leaves: dict[str, list[TorchValue]] = field(default_factory=dict)
+    """Calls of modules that called no other module → what they returned (for an identity, its input)."""
+    calls: list[str] = field(default_factory=list)
+    """All calls of modules, in order."""
+    tensors: list[Tensor] = field(default_factory=list)
+    """The flattened outputs themselves."""
+
+
+def trace(module: nn.Module, inputs: Mapping[str, Tensor], sink: TorchSink | None = None, *, prefix: str = "") -> Trace:
+    """Run ``module`` once on ``inputs``, in this order as positional arguments, without gradients.
+
+    ``prefix`` completes the module paths. The inputs are copied, so an in-place operation leaves the caller's alone.
+    Raises ModuleFailed, with the path, when a module raises in forward; what the sink raises comes through as it is.
+    """
+    tracer = _Tracer(module, sink, prefix)
+    with torch.no_grad(), tracer.hooks():
+        args = [tensor.clone() for tensor in inputs.values()]
+        for name, tensor in zip(inputs, args, strict=True):
+            tracer.add(tensor, name, "input", (), from_data=True, version=tensor._version)
+        try:
+            with tracer:
+                result = module(*args)
+        except Exception as error:
+            if tracer.sink_error is not None:
+                raise tracer.sink_error from None
+            where = tracer.stack[-1].call if tracer.stack else prefix
+            raise ModuleFailed(
+                f"module {where or type(module).__name__!r} raised in forward: {type(error).__name__}: {error}"
+            ) from error
+        tensors = list(flatten_outputs(result).values())
+        record = tracer.record
+        record.tensors = tensors
+        record.outputs = [tracer.value_of(t) for t in tensors]
+    return record
+
+
+@dataclass
+class _Frame:
+    """A module that is running."""
+
+    path: str
+    call: str
+    start: int
+    is_leaf: bool = True
+
+
+class _Tracer(TorchDispatchMode):
+    def __init__(self, module: nn.Module, sink: TorchSink | None, prefix: str) -> None:
+        super().__init__()
+        self.module, self.sink, self.prefix = module, sink, prefix
+        self.record = Trace()
+        self.stack: list[_Frame] = []
+        self.sink_error: Exception | None = None
+        self._known = WeakTensorKeyDictionary()
+        self._writer: dict[int, TorchValue] = {}
+        self._count: Counter[str] = Counter()
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        """Keep the stack of running modules while this is open."""
+        handles = []
+        for path, module in self.module.named_modules():
+            full = ".".join(p for p in (self.prefix, path) if p)
+            handles.append(module.register_forward_pre_hook(lambda _, __, path=full: self._enter(path)))
+            handles.append(module.register_forward_hook(lambda _, __, output, path=full: self._leave(path, output)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name.partition("::")[2]
+        inputs = () if _SHAPE_ONLY.fullmatch(name) else tuple(self._values([args, kwargs]))
+        given = dict(zip((spec.name for spec in func._schema.arguments), args, strict=False)) | kwargs
+        written = [t for spec in func._schema.arguments if spec.is_write for t in _tensors(given.get(spec.name))]
+        result = func(*args, **kwargs)
+        made = {id(t): t for t in [*_tensors(result), *written]}
+        from_data = any(value.from_data for value in inputs)
+        key = self._unique(f"{self._call}/{name.strip('_')}", "#")
+        # Autograd's bookkeeping comes after this returns: a view then takes its base's version, a write counts it up.
+        base = args[0]._version if any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns) else 0
+        for position, tensor in enumerate(made.values()):
+            part = key if len(made) == 1 else f"{key}.{position}"
+            version = tensor._version + 1 if any(tensor is w for w in written) else base
+            self.add(tensor, part, name, inputs, from_data, version)
+        for tensor in written:
+            self._writer[tensor.untyped_storage()._cdata] = self._known[tensor][0]
+        return result
+
+    def add(
+        self, tensor: Tensor, name: str, op: str, inputs: tuple[TorchValue, ...], from_data: bool, version: int
+    ) -> TorchValue:
+        """A new value; the sink gets its tensor now."""
+        path = self.stack[-1].path if self.stack else self.prefix
+        index, shape = len(self.record.values), tuple(tensor.shape)
+        value = TorchValue(name, path, self._call, op, index, shape, tensor.dtype, inputs, from_data)
+        self._known[tensor] = (value, version)
+        self.record.values.append(value)
+        self._emit(value, tensor)
+        return value
+
+    def value_of(self, tensor: Tensor) -> TorchValue | None:
+        """The value that a tensor holds now, or None for a weight."""
+        if tensor not in self._known:
+            return None
+        value, version = self._known[tensor]
+        if version == tensor._version:
+            return value
+        writer = self._writer.get(tensor.untyped_storage()._cdata, value)
+        name = self._unique(f"{self._call}/mutated", "#")
+        return self.add(tensor, name, "mutated", (value, writer), value.from_data or writer.from_data, tensor._version)
+
+    @property
+    def _call(self) -> str:
+        return self.stack[-1].call if self.stack else self.prefix
+
+    def _unique(self, name: str, mark: str) -> str:
+        self._count[name] += 1
+        return name if self._count[name] == 1 else f"{name}{mark}{self._count[name]}"
+
+    def _values(self, structure: Any) -> Iterator[TorchValue]:
+        for tensor in _tensors(structure):
+            if (value := self.value_of(tensor)) is not None:
+                yield value
+
+    def _emit(self, value: TorchValue, tensor: Tensor) -> None:
+        if self.sink is None or not value.from_data:
+            return
+        try:
+            with _disable_current_modes():
+                self.sink(value, tensor)
+        except Exception as error:
+            self.sink_error = error
+            raise
+
+    def _enter(self, path: str) -> None:
+        call = self._unique(path, "@")
+        self.record.calls.append(call)
+        self.stack.append(_Frame(path, call, len(self.record.values)))
+
+    def _leave(self, path: str, output: Any) -> None:
+        while (frame := self.stack.pop()).path != path:  # modules whose exception was caught never left
+            pass
+        made = [(v, t) for t in flatten_outputs(output).values() if (v := self.value_of(t)) is not None]
+        if self.stack and any(value.from_data for value, _ in made):
+            self.stack[-1].is_leaf = False
+        if not frame.is_leaf:
+            return
+        self.record.leaves[frame.call] = [value for value, _ in made]
+        name = frame.call or type(self.module).__name__
+        for position, (value, tensor) in enumerate(made):
+            if value.index >= frame.start:  # else it is an identity: the value keeps the name of its maker
+                value.name = name if len(made) == 1 else f"{name}.{position}"
+                self._emit(value, tensor)
+
+
+def _tensors(structure: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_leaves(structure) if isinstance(leaf, Tensor))
