@@ -1,0 +1,45 @@
+"""Tensors of any origin as numpy arrays, also for dtypes that numpy does not have."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeGuard, Union
+
+import ml_dtypes
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+Tensor = Union["np.ndarray", "torch.Tensor"]
+
+_ML_DTYPES = {
+    name: np.dtype(getattr(ml_dtypes, name))
+    for name in ("bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
+}
+
+
+def is_torch(tensor: Any) -> TypeGuard[torch.Tensor]:
+    """Whether this is a torch tensor, found out without importing torch."""
+    return type(tensor).__module__.partition(".")[0] == "torch"
+
+
+def as_numpy(tensor: Tensor) -> np.ndarray:
+    """The tensor as a numpy array of the same shape, sharing memory where it lies on the host.
+
+    bfloat16 and float8 tensors of torch become arrays of the ``ml_dtypes`` type of that name, bit for bit.
+    """
+    if not is_torch(tensor):
+        return np.asarray(tensor)
+    import torch
+
+    host = tensor.detach().resolve_neg().resolve_conj().cpu()
+    extension = _ML_DTYPES.get(str(host.dtype).removeprefix("torch."))
+    if extension is None:
+        return host.numpy()
+    bits = host.view(torch.int16 if extension.itemsize == 2 else torch.int8)
+    return bits.numpy().view(extension)
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """``float32``, ``bfloat16``, ``float8_e4m3fn``, …: numpy, ml_dtypes and torch agree on these names."""
+    return str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,202 @@
+"""How far one tensor is from another: every statistic from one blocked pass, one pair in memory at a time.
+
+NaN and Inf never vanish into a summary:
+
+* NaN on both sides at one place, or Inf of the same sign, is agreement: counted on each side, left out of the numbers.
+* Any other pair with a NaN or Inf in it (``mismatched``) is an infinite difference: ``max_abs``, ``mean_abs`` and
+  ``rel_l2`` become inf, ``sqnr_db`` -inf, ``cosine`` NaN, and percentiles count it at the top. ``finite_max_abs`` and
+  ``finite_rel_l2`` keep what the rest says.
+* Another shape is a finding too: all differences are infinite, ``argmax`` is None; what each side alone holds is kept.
+
+Sums are float64 (squares of float64 values beyond 1e154 overflow to inf). Integers of 64 bits are rounded to float64
+for the numbers, not for ``equal``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from cp_debug.errors import InputError
+from cp_debug.probes.arrays import Tensor, as_numpy, dtype_name, is_torch
+from cp_debug.probes.statistics_reduce import reduce_device, reduce_host
+from cp_debug.probes.statistics_totals import Piece, Totals
+
+RESOLUTION = 2.0**-6
+"""Largest relative error of ``p50_abs`` and ``p99_abs``, from 1.2e-38 to 3.4e38: half a bin of the histogram."""
+
+
+@dataclass(frozen=True)
+class TensorStats:
+    """test − reference, in numbers. Units are those of the tensors, except where a name says otherwise."""
+
+    shape: tuple[int, ...]
+    shape_test: tuple[int, ...]
+    dtype_ref: str
+    dtype_test: str
+    count: int
+    """Elements of the reference."""
+    max_abs: float
+    mean_abs: float
+    rel_l2: float
+    """‖test − ref‖ ÷ ‖ref‖; for a reference of zeros 0 when the test is zero too, else inf."""
+    cosine: float
+    """1 when both are all zeros (or empty), 0 when one is."""
+    sqnr_db: float
+    """10·log10(Σref² ÷ Σ(test − ref)²): inf without a difference, -inf for a reference of zeros."""
+    p50_abs: float
+    p99_abs: float
+    """Smallest |difference| that at least 99 % do not exceed, from a log histogram: relative error up to RESOLUTION."""
+    max_ref: float
+    """Largest finite |reference|."""
+    nan_ref: int
+    nan_test: int
+    inf_ref: int
+    inf_test: int
+    mismatched: int
+    """Places where a NaN or Inf meets something else."""
+    argmax: tuple[int, ...] | None
+    """Index of ``max_abs``, the first in row-major order; None for empty tensors and for other shapes."""
+    equal: bool
+    """Same shape and every value equal, NaN equal to NaN, −0 to 0, whatever the dtypes."""
+    finite_max_abs: float
+    finite_rel_l2: float
+    channel_max: tuple[float, ...] | None = None
+    """``max_abs`` of every channel, when asked for."""
+
+    @property
+    def shape_mismatch(self) -> bool:
+        """Whether the shapes differ: nothing could be compared element by element."""
+        return self.shape != self.shape_test
+
+    @property
+    def severity(self) -> tuple[float, ...]:
+        """Sort key, larger is worse: other shape, then ``max_abs``, then how many mismatched, then ``rel_l2``."""
+        return self.shape_mismatch, self.max_abs, self.mismatched, self.rel_l2
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, JSON-safe: JSON has no such numbers, so they are the strings "NaN", "Infinity", "-Infinity".
+
+        ``float()`` in Python, ``Number()`` in JavaScript read them back.
+        """
+        return {
+            name: _json_safe(value) for name, value in {**asdict(self), "shape_mismatch": self.shape_mismatch}.items()
+        }
+
+
+def worst_of(samples: Iterable[TensorStats]) -> tuple[int, TensorStats]:
+    """The sample with the greatest ``severity`` and its position; the first of equals.
+
+    Statistics of samples are not averaged: the worst sample is kept whole, so its numbers belong together.
+    Raises ValueError when there is none.
+    """
+    return max(enumerate(samples), key=lambda item: item[1].severity)
+
+
+def compare(reference: Tensor, test: Tensor, channel_axis: int | None = None) -> TensorStats:
+    """Compare two tensors of any real or bool dtypes, numpy (memory-mapped too) or torch, in one pass.
+
+    Two CUDA tensors are reduced on their device. Extra memory is a few blocks, whatever the size; arrays that are not
+    contiguous are read block by block too. ``channel_axis`` asks for ``channel_max``, at the cost of a second pass.
+    Raises InputError for dtypes without real numbers.
+    """
+    for side, tensor in (("reference", reference), ("test", test)):
+        if not _is_real(tensor):
+            raise InputError(
+                f"cannot compare: the {side} has dtype {dtype_name(tensor)}; expected real numbers or bool"
+            )
+    reduce: Callable[[Any, Any], Totals] = reduce_host
+    if all(is_torch(side) and side.is_cuda for side in (reference, test)):
+        reduce = reduce_device
+    else:
+        reference, test = as_numpy(reference), as_numpy(test)
+    if reference.shape != test.shape:
+        return _different_shapes(reference, test, reduce(reference, reference).whole, reduce(test, test).whole)
+    channels = None
+    if channel_axis is not None:
+        before: Any = (slice(None),) * (channel_axis % reference.ndim)
+        count = reference.shape[channel_axis]
+        channels = tuple(reduce(reference[(*before, i)], test[(*before, i)]).max_abs for i in range(count))
+    return _finish(reference, test, reduce(reference, test), channels)
+
+
+def _is_real(tensor: Tensor) -> bool:
+    if is_torch(tensor):
+        return not tensor.is_complex()
+    dtype = np.asarray(tensor).dtype
+    return dtype.kind in "biuf" or (dtype.kind == "V" and np.can_cast(dtype, np.float64))
+
+
+def _finish(reference: Tensor, test: Tensor, totals: Totals, channels: tuple[float, ...] | None) -> TensorStats:
+    whole, shape = totals.whole, tuple(reference.shape)
+    agree = not whole.mismatched
+    norm_ref, norm_test, norm_diff = (math.sqrt(square) for square in (whole.sum_rr, whole.sum_tt, whole.sum_dd))
+    rel_l2 = norm_diff / norm_ref if norm_ref else math.inf if norm_diff else 0.0
+    if norm_ref and norm_test:
+        cosine = min(max(whole.sum_rt / norm_ref / norm_test, -1.0), 1.0)
+    else:
+        cosine = float(norm_ref == norm_test)
+    return TensorStats(
+        **_sides(reference, test, whole, whole),
+        max_abs=totals.max_abs,
+        mean_abs=whole.sum_abs / max(whole.finite, 1) if agree else math.inf,
+        rel_l2=rel_l2 if agree else math.inf,
+        cosine=cosine if agree else math.nan,
+        sqnr_db=_decibel(rel_l2) if agree else -math.inf,
+        p50_abs=totals.quantile(0.50),
+        p99_abs=totals.quantile(0.99),
+        mismatched=whole.mismatched,
+        argmax=tuple(int(i) for i in np.unravel_index(totals.argmax, shape)) if 0 not in shape else None,
+        equal=totals.max_abs == 0 and totals.same_integers,
+        finite_max_abs=whole.max_abs,
+        finite_rel_l2=rel_l2,
+        channel_max=channels,
+    )
+
+
+def _different_shapes(reference: Tensor, test: Tensor, of_ref: Piece, of_test: Piece) -> TensorStats:
+    return TensorStats(
+        **_sides(reference, test, of_ref, of_test),
+        max_abs=math.inf,
+        mean_abs=math.inf,
+        rel_l2=math.inf,
+        p50_abs=math.inf,
+        p99_abs=math.inf,
+        finite_max_abs=math.inf,
+        finite_rel_l2=math.inf,
+        cosine=math.nan,
+        sqnr_db=-math.inf,
+        mismatched=0,
+        argmax=None,
+        equal=False,
+    )
+
+
+def _sides(reference: Tensor, test: Tensor, of_ref: Piece, of_test: Piece) -> dict[str, Any]:
+    """The fields that look at one side alone."""
+    return {
+        "shape": tuple(reference.shape),
+        "shape_test": tuple(test.shape),
+        "dtype_ref": dtype_name(reference),
+        "dtype_test": dtype_name(test),
+        "count": math.prod(reference.shape),
+        "max_ref": of_ref.max_ref,
+        "nan_ref": of_ref.nan_ref,
+        "inf_ref": of_ref.inf_ref,
+        "nan_test": of_test.nan_test,
+        "inf_test": of_test.inf_test,
+    }
+
+
+def _decibel(rel_l2: float) -> float:
+    return -20 * math.log10(rel_l2) if rel_l2 else math.inf
+
+
+def _json_safe(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return [_json_safe(item) for item in value] if isinstance(value, tuple) else value

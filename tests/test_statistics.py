@@ -1,0 +1,293 @@
+"""``compare`` against plain float64 numpy, over dtypes, shapes, layouts and wherever NaN and Inf may be."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import hypothesis.extra.numpy as arrays
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from conftest import REPO
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cp_debug.errors import InputError
+from cp_debug.probes import statistics_reduce
+from cp_debug.probes.arrays import as_numpy
+from cp_debug.probes.statistics import RESOLUTION, TensorStats, compare, worst_of
+from cp_debug.probes.statistics_totals import Totals
+
+INF, NAN = math.inf, math.nan
+EXTENSIONS = [np.dtype(getattr(ml_dtypes, name)) for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2")]
+DTYPES = [np.dtype(t) for t in ("f2", "f4", "f8", ">f4", "?", "i1", "u1", "i2", "u2", "i4", "i8", "u8")] + EXTENSIONS
+SPECIAL = [0.0, -0.0, 1.0, -1.0, INF, -INF, NAN, 1e-30, 3e38, -3e38, 65504.0]
+
+
+def expected(ref: np.ndarray, test: np.ndarray) -> dict[str, Any]:
+    """The definitions, written down without blocks."""
+    r, t = ref.astype(np.float64).ravel(), test.astype(np.float64).ravel()
+    finite = np.isfinite(r) & np.isfinite(t)
+    agree = (r == t) | (np.isnan(r) & np.isnan(t))
+    mismatched = ~finite & ~agree
+    d = np.where(mismatched, INF, 0.0)
+    d[finite] = np.abs(t[finite] - r[finite])
+    compared = np.sort(d[finite | mismatched])
+    norm_r, norm_t, norm_d = (float(np.sqrt((x[finite] ** 2).sum())) for x in (r, t, d))
+    rel = norm_d / norm_r if norm_r else INF if norm_d else 0.0
+
+    def quantile(q: float) -> float:
+        return float(compared[max(math.ceil(q * compared.size), 1) - 1]) if compared.size else 0.0
+
+    bad = bool(mismatched.any())
+    return {
+        "max_abs": float(d.max(initial=0.0)),
+        "mean_abs": INF if bad else float(d[finite].mean()) if finite.any() else 0.0,
+        "rel_l2": INF if bad else rel,
+        "sqnr_db": -INF if bad or rel == INF else -20 * math.log10(rel) if rel else INF,
+        "cosine": NAN
+        if bad
+        else float(r[finite] @ t[finite]) / norm_r / norm_t
+        if norm_r and norm_t
+        else float(norm_r == norm_t),
+        "p50_abs": quantile(0.5),
+        "p99_abs": quantile(0.99),
+        "max_ref": float(np.abs(r[np.isfinite(r)]).max(initial=0.0)),
+        "nan_ref": int(np.isnan(r).sum()),
+        "nan_test": int(np.isnan(t).sum()),
+        "inf_ref": int(np.isinf(r).sum()),
+        "inf_test": int(np.isinf(t).sum()),
+        "mismatched": int(mismatched.sum()),
+        "argmax": tuple(int(i) for i in np.unravel_index(d.argmax(), ref.shape)) if d.size else None,
+        "equal": bool(agree.all()),
+        "finite_max_abs": float(d[finite].max(initial=0.0)),
+        "finite_rel_l2": rel,
+    }
+
+
+def assert_matches(stats: TensorStats, ref: np.ndarray, test: np.ndarray) -> None:
+    exact = ("max_ref", "nan_ref", "nan_test", "inf_ref", "inf_test", "mismatched", "equal")
+    want = expected(ref, test)
+    for name, value in want.items():
+        got = getattr(stats, name)
+        if name in exact:
+            assert got == value, name
+        elif name in ("p50_abs", "p99_abs"):
+            assert got == pytest.approx(value, rel=RESOLUTION + 1e-7, abs=1.2e-38), name
+        elif name == "argmax":
+            assert got == value or abs(_at(ref, test, got) - want["max_abs"]) <= 1e-7 * want["max_abs"], name
+        else:
+            # float32 pairs are subtracted in float32: off by half a unit in the last place
+            absolute = 1e-9 if name == "cosine" else 1e-5 if name == "sqnr_db" else 1e-45
+            assert got == pytest.approx(value, rel=2e-7, abs=absolute, nan_ok=True), name
+
+
+def _at(ref: np.ndarray, test: np.ndarray, index: tuple[int, ...]) -> float:
+    return abs(float(test[index].astype(np.float64)) - float(ref[index].astype(np.float64)))
+
+
+@st.composite
+def pairs(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
+    shape = draw(arrays.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=7))
+    seed = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    base = seed.standard_normal(shape) * 10.0 ** draw(st.integers(-20, 4))
+    sides = [base, base * (1 + draw(st.sampled_from([0.0, 1e-6, 1e-3, 1.0])) * seed.standard_normal(shape))]
+    for index, side in enumerate(sides):
+        for value in draw(st.lists(st.sampled_from(SPECIAL), max_size=4)):
+            if side.size:
+                side.flat[draw(st.integers(0, side.size - 1))] = value
+        dtype = draw(st.sampled_from(DTYPES))
+        integer = dtype.kind in "iu"
+        with np.errstate(all="ignore"):
+            sides[index] = (np.nan_to_num(side).clip(0, 100) if integer else side).astype(dtype)
+    return sides[0], sides[1]
+
+
+@settings(max_examples=300, deadline=None)
+@given(pairs(), st.booleans())
+def test_compare_is_what_plain_numpy_says(pair: tuple[np.ndarray, np.ndarray], transposed: bool) -> None:
+    ref, test = (np.asarray(side).T for side in pair) if transposed else pair
+    assert_matches(compare(ref, test), ref, test)
+
+
+@settings(max_examples=60, deadline=None)
+@given(pairs())
+def test_the_reduction_of_a_device_says_the_same(pair: tuple[np.ndarray, np.ndarray]) -> None:
+    ref, test = (torch.from_numpy(np.asarray(side, np.float64).copy()) for side in pair)
+    device, host = statistics_reduce.reduce_device(ref, test), statistics_reduce.reduce_host(ref.numpy(), test.numpy())
+    _assert_totals_agree(device, host)
+
+
+def _assert_totals_agree(device: Totals, host: Totals) -> None:
+    for name in host.whole._fields:
+        if name != "first_mismatch" or host.whole.mismatched:
+            tolerance = 1e-12 * math.sqrt(host.whole.sum_rr * host.whole.sum_tt) if name == "sum_rt" else 0.0
+            assert getattr(device.whole, name) == pytest.approx(getattr(host.whole, name), rel=1e-12, abs=tolerance), (
+                name
+            )
+    assert device.histogram.sum() == host.histogram.sum()
+    assert device.quantile(0.5) == pytest.approx(host.quantile(0.5), rel=2 * RESOLUTION, abs=1.2e-38)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("special", [[], [NAN], [INF, NAN]])
+def test_large_tensors_are_cut_into_chunks_and_threads(dtype: type, special: list[float], monkeypatch: Any) -> None:
+    monkeypatch.setattr(statistics_reduce, "HOST_CHUNK", 5000)
+    rng = np.random.default_rng(1)
+    ref = rng.standard_normal((7, 11, 997)).astype(dtype)
+    test = (ref + 1e-3 * rng.standard_normal(ref.shape)).astype(dtype)
+    for side, place in ((test, 40_000), (ref, 60_001)):
+        side.flat[place : place + len(special)] = special
+    stats = compare(ref, test)
+    assert_matches(stats, ref, test)
+    assert compare(ref, test) == stats or special  # the same to the last bit, whichever thread was first
+    transposed = compare(np.asfortranarray(ref), np.asfortranarray(test))
+    assert transposed.to_dict() == stats.to_dict()
+
+
+def test_the_largest_difference_that_comes_twice_is_the_first() -> None:
+    ref = np.zeros((2, 300_000), np.float32)
+    test = ref.copy()
+    test[0, 299_999] = test[1, 7] = -2
+    assert compare(ref, test).argmax == (0, 299_999)
+
+
+def test_golden_numbers() -> None:
+    stats = compare(np.array([[3.0, 0.0], [4.0, 0.0]], np.float32), np.array([[3.0, 0.0], [4.0, 0.5]], np.float16))
+    assert (stats.max_abs, stats.mean_abs, stats.argmax, stats.max_ref) == (0.5, 0.125, (1, 1), 4.0)
+    assert stats.rel_l2 == pytest.approx(0.1)
+    assert stats.sqnr_db == pytest.approx(20.0)
+    assert stats.cosine == pytest.approx(5 / math.sqrt(25.25))
+    assert (stats.p50_abs, stats.p99_abs) == (0.0, pytest.approx(0.5, rel=RESOLUTION))
+    assert (stats.dtype_ref, stats.dtype_test, stats.count, stats.equal) == ("float32", "float16", 4, False)
+
+
+@pytest.mark.parametrize(
+    ("ref", "test", "mismatched"),
+    [
+        ([NAN, 1], [NAN, 1], 0),
+        ([INF, -INF], [INF, -INF], 0),
+        ([1, 2], [NAN, 2], 1),
+        ([NAN, 1], [INF, 1], 1),
+        ([INF, 1], [-INF, 1], 1),
+    ],
+)
+def test_nan_and_inf_never_vanish(ref: list[float], test: list[float], mismatched: int) -> None:
+    stats = compare(np.array(ref, np.float32), np.array(test, np.float32))
+    assert stats.mismatched == mismatched
+    assert (stats.max_abs, stats.rel_l2, stats.equal) == ((INF, INF, False) if mismatched else (0.0, 0.0, True))
+    assert stats.finite_max_abs == 0
+    assert stats.nan_ref + stats.nan_test + stats.inf_ref + stats.inf_test > 0
+
+
+def test_a_reference_of_zeros() -> None:
+    zeros, ones = np.zeros(5, np.float32), np.ones(5, np.float32)
+    same, other = compare(zeros, zeros), compare(zeros, ones)
+    assert (same.rel_l2, same.cosine, same.sqnr_db) == (0, 1, INF)
+    assert (other.rel_l2, other.cosine, other.sqnr_db) == (INF, 0, -INF)
+
+
+def test_another_shape_is_a_finding() -> None:
+    stats = compare(np.ones((2, 3)), np.array([NAN, 1.0]))
+    assert stats.shape_mismatch
+    assert (stats.shape, stats.shape_test, stats.argmax, stats.equal) == ((2, 3), (2,), None, False)
+    assert (stats.max_abs, stats.rel_l2, stats.p99_abs, stats.nan_test, stats.max_ref) == (INF, INF, INF, 1, 1.0)
+
+
+def test_empty_tensors_agree() -> None:
+    stats = compare(np.zeros((0, 3)), np.zeros((0, 3), np.float16))
+    assert (stats.count, stats.max_abs, stats.equal, stats.argmax) == (0, 0.0, True, None)
+
+
+def test_integers_that_float64_cannot_tell_apart_are_not_equal() -> None:
+    stats = compare(np.array([2**53]), np.array([2**53 + 1]))
+    assert not stats.equal
+
+
+def test_the_overflow_of_a_difference_is_not_an_infinity() -> None:
+    stats = compare(np.array([3e38], np.float32), np.array([-3e38], np.float32))
+    assert (stats.max_abs, stats.mismatched, stats.inf_test) == (pytest.approx(6e38), 0, 0)
+
+
+@pytest.mark.parametrize("axis", [1, -2])
+def test_channel_maxima(axis: int) -> None:
+    ref = np.zeros((2, 3, 4), np.float32)
+    test = ref.copy()
+    test[1, 2, 3], test[0, 1, 0] = -5, NAN
+    assert compare(ref, test, channel_axis=axis).channel_max == (0.0, INF, 5.0)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.bool],
+)
+def test_torch_tensors_keep_every_bit(dtype: torch.dtype) -> None:
+    tensor = torch.arange(-6, 6).reshape(3, 4).to(torch.float32).to(dtype)
+    array = as_numpy(tensor.t())
+    assert array.shape == (4, 3)
+    assert (array.astype(np.float32) == tensor.t().to(torch.float32).numpy()).all()
+    stats = compare(tensor.t(), np.ascontiguousarray(array))
+    assert stats.equal
+    assert stats.dtype_ref == stats.dtype_test == str(dtype).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("bad", [np.zeros(2, np.complex64), np.array(["a"]), torch.zeros(2, dtype=torch.complex64)])
+def test_what_is_not_a_number_is_refused(bad: Any) -> None:
+    with pytest.raises(InputError, match="test has dtype"):
+        compare(np.zeros(2), bad)
+
+
+def test_json_has_no_infinity() -> None:
+    stats = compare(np.array([NAN, 1.0]), np.array([1.0, INF]), channel_axis=0)
+    read = json.loads(json.dumps(stats.to_dict(), allow_nan=False))
+    assert (read["max_abs"], read["cosine"], read["sqnr_db"]) == ("Infinity", "NaN", "-Infinity")
+    assert read["channel_max"] == ["Infinity", "Infinity"]
+    assert float(read["max_abs"]) == INF
+
+
+def test_the_worst_sample_is_kept_whole() -> None:
+    ref = np.ones(4, np.float32)
+    small, large, wrong = compare(ref, ref + 0.1), compare(ref, ref * 3), compare(ref, ref[:2])
+    assert worst_of([small, large, small]) == (1, large)
+    assert worst_of([large, wrong, compare(ref, ref * NAN)]) == (1, wrong)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64])
+def test_cuda_tensors_are_reduced_where_they_lie(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ref = (torch.randn(3, 1001, 7001, generator=generator) * 50).to(dtype)
+    test = (ref.float() * 1.01).to(dtype)
+    if dtype.is_floating_point:
+        test.view(torch.uint8)[0, 3, : 4 * dtype.itemsize] = 0x7F  # NaN in every one of these types
+    device = statistics_reduce.reduce_device(ref.cuda(), test.cuda())
+    _assert_totals_agree(device, statistics_reduce.reduce_host(as_numpy(ref), as_numpy(test)))
+    stats, host = compare(ref.cuda().mT, test.cuda().mT), compare(ref.mT, test.mT)
+    assert (stats.max_abs, stats.argmax, stats.equal, stats.nan_test) == (
+        host.max_abs,
+        host.argmax,
+        host.equal,
+        host.nan_test,
+    )
+
+
+def test_the_kernel_works_where_nothing_may_be_written(tmp_path: Path) -> None:
+    """Where numba finds no folder for its cache, the kernel is compiled without one."""
+    code = """
+import numba.core.caching as caching
+caching.CacheImpl._locator_classes.clear()
+import numpy as np
+from cp_debug.probes.statistics import compare
+print(compare(np.zeros(3), np.ones(3)).max_abs)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert result.stdout.strip() == "1.0", result.stderr
