@@ -21,6 +21,9 @@ Ints = NDArray[np.int64]
 SENSOR_HEIGHT = 1.84
 """Height of the sensor over the mean ground, as on the nuScenes car."""
 
+HELD_OUT_SEED = 1_000_000
+"""Scenes from this seed on are never trained on."""
+
 
 class Part(NamedTuple):
     """One cuboid of an object, in fractions of its box: the centre along length and height, then the size."""

@@ -11,8 +11,6 @@ from __future__ import annotations
 import json
 import math
 import platform
-import shlex
-import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -30,16 +28,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cp_debug.deploy.metrics import THRESHOLDS, Objects, class_average_precisions
-from cp_debug.recipes.centerpoint.checkpoint import load_checkpoint
 from cp_debug.recipes.centerpoint.config import TINY, CenterPointConfig
 from cp_debug.recipes.centerpoint.decode import decode
 from cp_debug.recipes.centerpoint.loss import centerpoint_loss
 from cp_debug.recipes.centerpoint.model import CenterPoint, build_model
-from cp_debug.recipes.centerpoint.scenes import Scene, generate_scene
+from cp_debug.recipes.centerpoint.scenes import HELD_OUT_SEED, Scene, generate_scene
 from cp_debug.recipes.centerpoint.targets import make_targets
-
-HELD_OUT_SEED = 1_000_000
-"""Scenes from this seed on are for scoring only; training takes seeds below it."""
+from cp_debug.recipes.checkpoint import load_checkpoint
 
 
 @dataclass(frozen=True)
@@ -139,11 +134,11 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Train, and write the weights here.")] = None,
     evaluated: Annotated[Path | None, typer.Option("--evaluate", help="Score this checkpoint instead.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    scenes: Annotated[int, typer.Option(min=1, max=HELD_OUT_SEED, help="Training scenes.")] = 800,
+    scenes: Annotated[int, typer.Option(min=1, max=HELD_OUT_SEED, help="Training scenes.")] = 1000,
     held_out: Annotated[int, typer.Option(min=1, help="Scenes to score on.")] = 50,
-    epochs: Annotated[int, typer.Option(min=1)] = 9,
-    batch: Annotated[int, typer.Option(min=1)] = 4,
-    rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 2e-3,
+    epochs: Annotated[int, typer.Option(min=1)] = 8,
+    batch: Annotated[int, typer.Option(min=1)] = 2,
+    rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 5e-3,
     seed: Annotated[int, typer.Option(help="Of the initial weights, the order and the augmentation.")] = 0,
 ) -> None:
     """Train centerpoint:tiny on synthetic LiDAR scenes and score it on held-out ones, or only score."""
@@ -167,7 +162,7 @@ def main(
         by_class = dict(zip(TINY.class_names, precisions.mean(axis=1).round(4).tolist(), strict=True))
         metadata = {
             "model": "centerpoint:tiny",
-            "command": shlex.join(("python", "-m", "cp_debug.recipes.centerpoint.training", *sys.argv[1:])),
+            "command": f"python -m cp_debug.recipes.centerpoint.training --out {out.name} --device {device}",
             "training": json.dumps(recipe),
             "versions": f"python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}",
             "seconds": f"{time.perf_counter() - start:.0f}",
