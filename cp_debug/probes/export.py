@@ -1,0 +1,170 @@
+"""The graph that is deployed: a torch module as an ONNX file, by either of torch's exporters."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from cp_debug.errors import InputError
+from cp_debug.probes.outputs import flatten_outputs
+
+EXPORTERS = ("dynamo", "torchscript")
+_PROTOBUF_LIMIT = 2_000_000_000
+
+
+def export(
+    module: nn.Module,
+    args: Sequence[Tensor],
+    path: Path,
+    *,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
+    exporter: str = "dynamo",
+    folded: bool = True,
+    opset: int | None = None,
+) -> Path:
+    """Export ``module``, which is in eval mode, to ``path`` and return it; the file appears when it is complete.
+
+    ``args`` are example inputs, ``output_names`` name the flattened outputs in order. ``folded`` folds BatchNorm as
+    deployment does (dynamo into Conv and ConvTranspose, TorchScript into Conv only); without it every module stays
+    visible. Weights go to ``<path>.data`` when one file cannot hold them. ``opset`` None is the exporter's default.
+
+    Raises InputError when the module cannot be exported, or not at that opset.
+    """
+    if exporter not in EXPORTERS:
+        raise InputError(f"--exporter: {exporter!r} is unknown; expected one of {', '.join(EXPORTERS)}")
+    axes = {name: dict(found) for name in input_names if (found := (dynamic_axes or {}).get(name))}
+    args = tuple(_example(arg, axes.get(name, {})) for name, arg in zip(input_names, args, strict=True))
+    options: dict[str, Any] = {"input_names": list(input_names), "output_names": list(output_names)}
+    options |= {} if opset is None else {"opset_version": opset}
+    size = sum(tensor.nbytes for tensor in module.state_dict().values())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
+        raw = Path(folder) / "raw.onnx"
+        try:
+            with _flat_outputs(module), _quiet():
+                if exporter == "dynamo":
+                    _dynamo(module, args, raw, axes, folded, size, options)
+                else:
+                    _torchscript(module, args, raw, axes, folded, options)
+            proto = onnx.load(raw)
+        except Exception as error:  # the exporters raise nearly everything
+            raise InputError(f"{type(module).__name__} cannot be exported by {exporter}: {_reason(error)}") from error
+        _check(proto, output_names, exporter, opset)
+        onnx.helper.set_model_props(proto, {"cpdebug.exporter": exporter, "cpdebug.folded": str(folded).lower()})
+        made = Path(folder) / path.name
+        large = size > _PROTOBUF_LIMIT
+        data = f"{path.name}.data"
+        onnx.save(proto, made, save_as_external_data=large, location=data if large else None)
+        if large:
+            (made.parent / data).chmod(0o644)  # onnx creates it for the owner alone
+            (made.parent / data).replace(path.with_name(data))
+        made.replace(path)
+    return path
+
+
+def _dynamo(
+    module: nn.Module,
+    args: Sequence[Tensor],
+    path: Path,
+    axes: Mapping[str, dict[int, str]],
+    folded: bool,
+    size: int,
+    options: Mapping[str, Any],
+) -> None:
+    shapes = tuple(axes.get(name) for name in options["input_names"]) if axes else None
+    program = torch.onnx.export(
+        module, tuple(args), None, dynamo=True, dynamic_shapes=shapes, optimize=folded, verbose=False, **options
+    )
+    assert program is not None
+    if not folded:
+        # Constants and shape arithmetic go, modules stay: the optimiser proper would fuse BatchNorm.
+        from onnxscript import optimizer
+
+        optimizer.fold_constants(program.model)
+        optimizer.remove_unused_nodes(program.model)
+    program.save(path, external_data=size > _PROTOBUF_LIMIT)
+
+
+def _torchscript(
+    module: nn.Module,
+    args: Sequence[Tensor],
+    path: Path,
+    axes: Mapping[str, dict[int, str]],
+    folded: bool,
+    options: Mapping[str, Any],
+) -> None:
+    torch.onnx.export(
+        module, tuple(args), path, dynamo=False, dynamic_axes=axes or None, do_constant_folding=folded, **options
+    )
+
+
+def _example(arg: Tensor, axes: Mapping[int, str]) -> Tensor:
+    """The example with at least two entries along dynamic axes: dynamo takes 0 and 1 for constants."""
+    if all(arg.shape[axis] > 1 for axis in axes):
+        return arg
+    return arg.new_zeros([max(n, 2) if axis in axes else n for axis, n in enumerate(arg.shape)])
+
+
+@contextlib.contextmanager
+def _flat_outputs(module: nn.Module) -> Iterator[None]:
+    """Let forward return a plain tuple: the exporters order dataclasses and nested mappings differently, or refuse."""
+    forward, own = module.forward, "forward" in vars(module)
+
+    @functools.wraps(forward)
+    def flat(*args: Any) -> tuple[Tensor, ...]:
+        return tuple(flatten_outputs(forward(*args)).values())
+
+    module.forward = flat
+    try:
+        yield
+    finally:
+        if own:
+            module.forward = forward
+        else:
+            del module.forward
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporters, save the warning that a trace froze a decision: that one is about the user's model."""
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("default", torch.jit.TracerWarning)
+            yield
+    finally:
+        logging.disable(level)
+
+
+def _reason(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _check(proto: onnx.ModelProto, output_names: Sequence[str], exporter: str, opset: int | None) -> None:
+    got = [output.name for output in proto.graph.output]
+    if got != list(output_names):
+        raise InputError(f"the module's outputs are {got}; expected {list(output_names)}")
+    version = next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
+    if opset is not None and version != opset:
+        raise InputError(
+            f"--opset: {exporter} wrote opset {version} where {opset} was asked for; "
+            f"ask for {version}, or use --exporter torchscript"
+        )
