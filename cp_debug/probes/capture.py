@@ -1,0 +1,280 @@
+"""A capture: the tensors of one run, on disk, self-describing, comparable on another machine.
+
+A folder with ``manifest.json`` and one safetensors file a tensor, each holding one entry named ``tensor``. It is
+written beside its final place and renamed when complete: a folder of that name is a whole capture or does not exist.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import re
+import shutil
+import uuid
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypedDict
+
+import ml_dtypes
+import numpy as np
+
+from cp_debug.errors import InputError
+from cp_debug.probes.arrays import Tensor, as_numpy
+
+SCHEMA = "cpdebug.capture/1"
+MANIFEST = "manifest.json"
+
+_SAFETENSORS = {
+    "bool": "BOOL",
+    **{f"{kind}int{bits}": f"{kind.upper() or 'I'}{bits}" for kind in ("", "u") for bits in (8, 16, 32, 64)},
+    **{f"float{bits}": f"F{bits}" for bits in (16, 32, 64)},
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+}
+"""Name of a dtype → its name in a safetensors file."""
+
+
+class Header(TypedDict, total=False):
+    """What a manifest says of its run, besides the tensors. Every entry may be left out; others may be added."""
+
+    backend: str
+    """The spec, as in ``--backends``."""
+    versions: Mapping[str, str]
+    device: str
+    settings: Mapping[str, Any]
+    """Every setting that can change numbers, as read back."""
+    model: Mapping[str, str]
+    """``name`` and ``sha256``."""
+    inputs: list[dict[str, str]]
+    """One entry a sample: input name → ``array_hash``."""
+    samples: list[str]
+    """Where each sample came from."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a capture."""
+
+    name: str
+    component: str
+    sample: int
+    index: int
+    """Position in the execution order of its sample."""
+    shape: tuple[int, ...]
+    dtype: str
+    file: str
+    crc32: str
+    """Of the raw little-endian bytes, eight hexadecimal digits."""
+
+
+def array_hash(array: np.ndarray) -> str:
+    """SHA-256 of dtype, shape and row-major bytes: the same on every machine for the same input."""
+    digest = hashlib.sha256(f"{array.dtype.name}{list(array.shape)}".encode())
+    digest.update(_raw(array))
+    return digest.hexdigest()
+
+
+class CaptureWriter:
+    """Context manager that writes one capture; an exception in its block, Ctrl-C too, leaves nothing behind."""
+
+    def __init__(self, folder: Path, header: Header | Mapping[str, Any]) -> None:
+        """``header`` is JSON-safe. Entering raises InputError when ``folder`` exists and is not empty."""
+        self.folder = Path(folder)
+        self._header = dict(header)
+        self._partial = self.folder.with_name(f".{self.folder.name}.{uuid.uuid4().hex[:8]}.partial")
+        self._entries: dict[tuple[int, str, str], Entry] = {}
+        self._written: Counter[int] = Counter()
+
+    def __enter__(self) -> CaptureWriter:
+        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise InputError(f"{self.folder}: exists; expected a new or empty folder for the capture")
+        with self._disk():
+            self._partial.mkdir(parents=True)
+        return self
+
+    def put(self, name: str, tensor: Tensor, sample: int = 0, component: str = "") -> None:
+        """Write one tensor; what was given may change afterwards. Call in execution order.
+
+        Raises InputError for a second tensor of that name, a dtype that safetensors does not know, or a full disk.
+        """
+        key = (sample, component, name)
+        if key in self._entries:
+            raise InputError(f"{self.folder}: tensor {name!r} of sample {sample} was written twice")
+        array = as_numpy(tensor)
+        if array.dtype.name not in _SAFETENSORS:
+            raise InputError(f"{self.folder}: tensor {name!r} has dtype {array.dtype}, which safetensors cannot hold")
+        # The running number makes the name unique, on file systems that fold case too; the rest is for people.
+        file = f"{len(self._entries):05d}-{re.sub(r'[^A-Za-z0-9._-]+', '_', name)[:80]}.safetensors"
+        raw = _raw(array)
+        with self._disk(), (self._partial / file).open("wb") as stream:
+            stream.write(_file_header(array))
+            stream.write(raw)
+        self._entries[key] = Entry(
+            name=name,
+            component=component,
+            sample=sample,
+            index=self._written[sample],
+            shape=tuple(array.shape),
+            dtype=array.dtype.name,
+            file=file,
+            crc32=f"{zlib.crc32(raw):08x}",
+        )
+        self._written[sample] += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                tensors = [asdict(entry) for entry in self._entries.values()]
+                text = json.dumps({"schema": SCHEMA, **self._header, "tensors": tensors}, indent=1, allow_nan=False)
+                with self._disk():
+                    (self._partial / MANIFEST).write_text(text, encoding="utf-8")
+                    self._partial.replace(self.folder)
+        finally:
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+    @contextmanager
+    def _disk(self) -> Iterator[None]:
+        """Tell what the operating system refused, and how much room there is."""
+        try:
+            yield
+        except OSError as error:
+            where = next(parent for parent in self._partial.absolute().parents if parent.exists())
+            free = shutil.disk_usage(where).free
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            reason = f"the disk is full ({free / 2**20:.0f} MiB free)" if full else error.strerror
+            raise InputError(f"{self.folder}: cannot write the capture: {reason}; nothing was kept") from error
+
+
+class Capture:
+    """A capture on disk. Tensors are mapped into memory when they are asked for."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], entries: Iterable[Entry]) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.entries = tuple(entries)
+        """In the order in which they were written."""
+        self._by_key = {(entry.sample, entry.component, entry.name): entry for entry in self.entries}
+
+    @classmethod
+    def open(cls, folder: Path) -> Capture:
+        """Read the manifest. Raises InputError when this is not a capture or one of another schema version."""
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such folder; expected a capture, as `cpdebug capture` writes it")
+        path = folder / MANIFEST
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(
+                f"{folder}: has no {MANIFEST}; expected a capture, as `cpdebug capture` writes it"
+            ) from None
+        except ValueError as error:
+            raise InputError(f"{path}: not JSON ({error})") from None
+        schema = manifest.get("schema") if isinstance(manifest, dict) else None
+        if schema != SCHEMA:
+            raise InputError(f"{path}: schema is {schema!r}; this version reads {SCHEMA!r}")
+        try:
+            entries = [Entry(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in manifest["tensors"]]
+            for entry in entries:
+                _SAFETENSORS[entry.dtype]
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{path}: field 'tensors' is not as {SCHEMA} has it ({error})") from None
+        return cls(folder, manifest, entries)
+
+    @property
+    def samples(self) -> list[int]:
+        """The samples that have tensors."""
+        return sorted({entry.sample for entry in self.entries})
+
+    def names(self, sample: int = 0, component: str = "") -> list[str]:
+        """The tensors of one sample and component in execution order."""
+        return [entry.name for entry in self.entries if (entry.sample, entry.component) == (sample, component)]
+
+    def load(self, name: str, sample: int = 0, component: str = "") -> np.ndarray:
+        """The tensor, read-only, mapped from its file.
+
+        Raises InputError when the capture does not list it, or its file is missing, cut short or another one.
+        """
+        entry = self._by_key.get((sample, component, name))
+        if entry is None:
+            raise InputError(f"{self.folder}: has no tensor {name!r} of sample {sample}, component {component!r}")
+        path = self.folder / entry.file
+        try:
+            dtype, shape, start, stop = _read_header(path)
+            size = path.stat().st_size
+        except OSError as error:
+            raise InputError(f"{path}: tensor {name!r} cannot be read: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{path}: tensor {name!r} cannot be read: not a safetensors file, or cut short") from None
+        if (dtype, shape) != (_SAFETENSORS[entry.dtype], entry.shape):
+            raise InputError(
+                f"{path}: holds {dtype} {shape}; the manifest says {entry.dtype} {entry.shape} for {name!r}"
+            )
+        if size < stop:
+            raise InputError(f"{path}: tensor {name!r} is cut short: {size} bytes where {stop} were expected")
+        if start == stop:
+            return np.empty(shape, _dtype(entry.dtype))
+        return np.asarray(np.memmap(path, _dtype(entry.dtype), "r", offset=start, shape=shape))
+
+    def verify(self) -> None:
+        """Read every tensor and its checksum. Raises InputError for the first that changed since it was written."""
+        for entry in self.entries:
+            if f"{zlib.crc32(_raw(self.load(entry.name, entry.sample, entry.component))):08x}" != entry.crc32:
+                raise InputError(f"{self.folder / entry.file}: tensor {entry.name!r} changed since it was written")
+
+    def differences(self, other: Capture) -> list[str]:
+        """Why these two should not be compared, each a sentence: another model, other inputs. Empty when they may."""
+        found = []
+        ours, theirs = (capture.manifest.get("model", {}).get("sha256") for capture in (self, other))
+        if ours != theirs:
+            found.append(f"the model differs: sha256 {ours} in {self.folder}, {theirs} in {other.folder}")
+        inputs, others = self.manifest.get("inputs", []), other.manifest.get("inputs", [])
+        if len(inputs) != len(others):
+            found.append(
+                f"the number of samples differs: {len(inputs)} in {self.folder}, {len(others)} in {other.folder}"
+            )
+        for sample, (mine, its) in enumerate(zip(inputs, others, strict=False)):
+            names = sorted(name for name in {*mine, *its} if mine.get(name) != its.get(name))
+            if names:
+                found.append(f"sample {sample}: input {', '.join(names)} differs")
+        return found
+
+
+def _raw(array: np.ndarray) -> memoryview:
+    """The row-major little-endian bytes, without a copy where they lie so."""
+    return np.ascontiguousarray(array.astype(_dtype(array.dtype.name), copy=False)).reshape(-1).view(np.uint8).data
+
+
+def _dtype(name: str) -> np.dtype:
+    dtype = np.dtype(getattr(ml_dtypes, name, name))
+    return dtype.newbyteorder("<") if dtype.kind in "iuf" else dtype
+
+
+def _file_header(array: np.ndarray) -> bytes:
+    """What stands before the bytes in a safetensors file: length of the JSON, JSON padded to a multiple of 8 bytes."""
+    fields = {"dtype": _SAFETENSORS[array.dtype.name], "shape": array.shape, "data_offsets": [0, array.nbytes]}
+    text = json.dumps({"tensor": fields}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _read_header(path: Path) -> tuple[str, tuple[int, ...], int, int]:
+    """dtype, shape, first byte and the byte after the last of a file's ``tensor``.
+
+    Raises OSError, or ValueError, KeyError, TypeError for what is no such file.
+    """
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > path.stat().st_size:
+            raise ValueError("the header is longer than the file")
+        fields = json.loads(stream.read(length))["tensor"]
+    start, stop = (8 + length + offset for offset in fields["data_offsets"])
+    return fields["dtype"], tuple(fields["shape"]), start, stop
