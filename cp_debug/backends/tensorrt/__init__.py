@@ -1,0 +1,1 @@
+"""TensorRT: engines are built and run by ``runner.py``, in this interpreter or in another one."""

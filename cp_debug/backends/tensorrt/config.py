@@ -1,0 +1,124 @@
+"""How an engine is built, as data: decided from what is asked for and the version, before any library is loaded.
+
+Two typing regimes exist. *Weakly typed* (8.6 to 10): the graph is FP32, flags allow lower precisions, constraints pin
+layers. *Strongly typed* (on request from 10, always from 11): every type comes from the ONNX graph, which cast surgery
+rewrites. Members are named, never numbered; which version has which was read off the bindings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from cp_debug.errors import BackendUnavailable, InputError
+
+STRONG_ONLY = (11,)
+"""From this version on, precision flags, layer precisions and calibrators are gone."""
+STRONG_POSSIBLE = (10,)
+BF16_FLAG = (10,)
+UNFUSED_DEBUG_TENSORS = (10, 12)
+
+_WEAK_FLAGS: dict[str, tuple[str, ...]] = {
+    "fp32": (),
+    "tf32": (),
+    "fp16": ("FP16",),
+    "bf16": ("BF16",),
+    "int8": ("INT8",),
+}
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """Everything about a build that does not depend on the model's files."""
+
+    regime: str
+    """``weak`` or ``strong``."""
+    network_flags: tuple[str, ...]
+    set_flags: tuple[str, ...]
+    clear_flags: tuple[str, ...]
+    graph_precision: str | None = None
+    """``fp16`` or ``bf16``: cast surgery puts it into the ONNX graph before TensorRT sees it."""
+    layer_precisions: Mapping[str, str] = field(default_factory=dict)
+    """ONNX node → ``FLOAT``: layers pinned to FP32 while flags allow less."""
+    unfused_debug_tensors: bool = False
+    """This version can show what it did not fuse without changing the engine."""
+
+    def step(self) -> dict[str, Any]:
+        """The part of the runner's ``build`` step that this decides."""
+        return {
+            "network_flags": list(self.network_flags),
+            "set_flags": list(self.set_flags),
+            "clear_flags": list(self.clear_flags),
+            "layer_precisions": dict(self.layer_precisions),
+        }
+
+
+def decide(
+    variant: str,
+    version: str,
+    *,
+    strongly_typed: bool = False,
+    quantized: bool = False,
+    calibrated: bool = False,
+    keep_fp32: Collection[str] = (),
+) -> BuildConfig:
+    """The build configuration of ``trt-<variant>`` on a TensorRT version (``8.6.0``, ``10.12.0.36`` …).
+
+    ``quantized``: the graph has Q/DQ nodes. ``calibrated``: there is a calibration cache for it. ``keep_fp32``: ONNX
+    nodes that stay FP32. Raises InputError or BackendUnavailable where the version has no way to do it.
+    """
+    release = tuple(int(part) for part in version.split(".")[:2])
+    strong = strongly_typed or release >= STRONG_ONLY
+    if strong and release < STRONG_POSSIBLE:
+        raise InputError(f"--strongly-typed needs TensorRT 10 or newer; this is {version}")
+    if variant == "int8":
+        _check_int8(version, strong, quantized, calibrated)
+    tf32 = variant in ("tf32", "best")
+    unfused = release >= UNFUSED_DEBUG_TENSORS
+    if strong:
+        if variant == "best":
+            reason = (
+                f"TensorRT {version}, strongly typed, takes every type from the graph, so there is nothing to choose"
+            )
+            raise BackendUnavailable("trt-best", reason, nearest="trt-fp16")
+        return BuildConfig(
+            regime="strong",
+            network_flags=("STRONGLY_TYPED",),
+            set_flags=("TF32",) if tf32 else (),
+            clear_flags=() if tf32 else ("TF32",),
+            graph_precision=variant if variant in ("fp16", "bf16") else None,
+            unfused_debug_tensors=unfused,
+        )
+    if variant == "bf16" and release < BF16_FLAG:
+        raise BackendUnavailable("trt-bf16", f"TensorRT {version} has no BF16; 10 and newer do", nearest="trt-fp16")
+    flags = _best(release, quantized) if variant == "best" else _WEAK_FLAGS[variant]
+    pinned = dict.fromkeys(keep_fp32, "FLOAT") if flags else {}
+    return BuildConfig(
+        regime="weak",
+        network_flags=("EXPLICIT_BATCH",) if release < STRONG_POSSIBLE else (),
+        set_flags=(*flags, *(("TF32",) if tf32 else ()), *(("OBEY_PRECISION_CONSTRAINTS",) if pinned else ())),
+        clear_flags=() if tf32 else ("TF32",),
+        layer_precisions=pinned,
+        unfused_debug_tensors=unfused,
+    )
+
+
+def _best(release: tuple[int, ...], quantized: bool) -> tuple[str, ...]:
+    # INT8 without Q/DQ nodes or a calibrator has no scales: TensorRT would warn and ignore it
+    return ("FP16", *(("BF16",) if release >= BF16_FLAG else ()), *(("INT8",) if quantized else ()))
+
+
+def _check_int8(version: str, strong: bool, quantized: bool, calibrated: bool) -> None:
+    if quantized:
+        return
+    if strong:
+        raise InputError(
+            f"trt-int8: the graph has no QuantizeLinear/DequantizeLinear nodes, and TensorRT {version} takes INT8 from "
+            "the graph only; quantize the model first"
+        )
+    if not calibrated:
+        raise InputError(
+            "trt-int8: the graph has no QuantizeLinear/DequantizeLinear nodes and there is no calibration cache; "
+            "quantize the model first, or give a cache that TensorRT's calibrator wrote"
+        )

@@ -1,0 +1,146 @@
+"""The engine inspector's layers: which ONNX nodes each holds, which tensors the engine really has, in which types."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cp_debug.backends.tensorrt.tactics import Tactic, decode
+
+_ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\x1e\x1f]*?)\](?=[\x1e\x1f\[]|$)")
+_TYPES = (  # the inspector's descriptions: "Row major linear FP32", "Channel major FP16 format where …", "Half"
+    ("BF16", r"\bBF16\b|BFloat16"),
+    ("Half", r"\bFP16\b|\bHalf\b"),
+    ("FP8", r"\bFP8\b"),
+    ("FP4", r"\bFP4\b"),
+    ("Float", r"\bFP32\b|\bFloat\b"),
+    ("Int8", r"\bINT8\b"),
+    ("Int4", r"\bINT4\b"),
+    ("Int64", r"\bINT64\b"),
+    ("Int32", r"\bINT32\b"),
+    ("UInt8", r"\bUINT8\b"),
+    ("Bool", r"\bBOOL\b"),
+)
+PRECISIONS = ("Float", "BF16", "Half", "FP8", "Int8", "FP4", "Int4")
+"""Types that a precision setting chooses between, as the inspector calls them."""
+
+
+@dataclass(frozen=True)
+class EngineTensor:
+    """An input or output of a layer. ``dtype`` is the inspector's word (``Half``), empty if it has none."""
+
+    name: str
+    dtype: str
+    format: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class EngineLayer:
+    """One layer of a built engine."""
+
+    name: str
+    kind: str
+    nodes: tuple[str, ...]
+    """The ONNX nodes fused into it, by name; empty for what TensorRT added (reformats, shape arithmetic)."""
+    inputs: tuple[EngineTensor, ...]
+    outputs: tuple[EngineTensor, ...]
+    tactic: Tactic
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe, for manifests."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "nodes": list(self.nodes),
+            "inputs": {t.name: t.dtype for t in self.inputs},
+            "outputs": {t.name: t.dtype for t in self.outputs},
+            "tactic": self.tactic.name,
+            "arithmetic": self.tactic.arithmetic,
+        }
+
+
+def parse_layers(layers: Sequence[Any], nodes: Collection[str]) -> list[EngineLayer]:
+    """The ``"Layers"`` list of the inspector's JSON. ``nodes``: the ONNX graph's node names.
+
+    Layers are joined to nodes by metadata (``[ONNX Layer: a]\\x1f[ONNX Layer: b]``), and by the parts of their name
+    where there is none. An engine built without detailed verbosity gives bare names, which are kept as such.
+    """
+    known = frozenset(nodes)
+    return [_layer({"Name": entry} if isinstance(entry, str) else entry, known) for entry in layers]
+
+
+def materialised(layers: Iterable[EngineLayer], values: Collection[str]) -> dict[str, str]:
+    """The graph ``values`` that layers write to memory, with the type that each has there, in the layers' order."""
+    known = frozenset(values)
+    return {t.name: t.dtype for layer in layers for t in layer.outputs if t.name in known}
+
+
+def realised_precision(layers: Iterable[EngineLayer]) -> dict[str, float]:
+    """Share of each floating-point or quantised type among the inputs and outputs of layers that hold ONNX nodes.
+
+    Reformats are left out: they carry a type from where it is to where it is wanted, and compute nothing.
+    """
+    counts = Counter(
+        tensor.dtype
+        for layer in layers
+        if layer.nodes and layer.kind not in ("Reformat", "Constant", "NoOp")
+        for tensor in (*layer.inputs, *layer.outputs)
+        if tensor.dtype in PRECISIONS
+    )
+    return {dtype: counts[dtype] / counts.total() for dtype in PRECISIONS if counts[dtype]}
+
+
+def fusions(layers: Iterable[EngineLayer]) -> dict[frozenset[str], str]:
+    """Fused group of ONNX nodes → name of its tactic, for telling whether two engines are the same program."""
+    return {frozenset(layer.nodes): layer.tactic.name for layer in layers if layer.nodes and layer.kind != "Reformat"}
+
+
+@dataclass(frozen=True)
+class EngineDifference:
+    """How a second build differs from the first."""
+
+    fusions: tuple[str, ...]
+    """Groups of nodes, joined by `` + ``, that the first build fuses and the second does not."""
+    tactics: tuple[str, ...]
+    """Groups that both have, with another kernel in each."""
+
+    @property
+    def same(self) -> bool:
+        return not self.fusions and not self.tactics
+
+
+def compare_engines(first: Iterable[EngineLayer], second: Iterable[EngineLayer]) -> EngineDifference:
+    """Fusions and tactics of ``first`` that ``second`` does not have."""
+    before, after = fusions(first), fusions(second)
+    return EngineDifference(
+        fusions=tuple(" + ".join(sorted(group)) for group in before if group not in after),
+        tactics=tuple(" + ".join(sorted(g)) for g, tactic in before.items() if g in after and after[g] != tactic),
+    )
+
+
+def _layer(entry: Mapping[str, Any], known: frozenset[str]) -> EngineLayer:
+    name, kind = entry["Name"], entry.get("LayerType", "")
+    found = _ONNX_LAYER.findall(entry.get("Metadata") or "") or _parts(name)
+    return EngineLayer(
+        name=name,
+        kind=kind,
+        nodes=tuple(dict.fromkeys(node for node in found if node in known)),
+        inputs=tuple(_tensor(t) for t in entry.get("Inputs") or ()),
+        outputs=tuple(_tensor(t) for t in entry.get("Outputs") or ()),
+        tactic=decode(entry.get("TacticName") or ""),
+    )
+
+
+def _parts(name: str) -> list[str]:
+    """ONNX node names out of ``/b0/Conv + /b0/Relu`` and ``PWN(PWN(/a/Sigmoid), /a/Mul)``."""
+    return re.split(r"\s\+\s|\s\|\|\s|PWN\(|,\s|\)", name)
+
+
+def _tensor(entry: Mapping[str, Any]) -> EngineTensor:
+    text = str(entry.get("Format/Datatype") or " ".join(str(entry.get(k, "")) for k in ("Format", "Datatype")))
+    dtype = next((t for t, pattern in _TYPES if re.search(pattern, text, re.IGNORECASE)), "")
+    return EngineTensor(entry["Name"], dtype, text, tuple(entry.get("Dimensions") or ()))

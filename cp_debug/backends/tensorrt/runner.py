@@ -1,0 +1,689 @@
+"""Builds, inspects and runs TensorRT engines for cpdebug: ``python runner.py JOB_FOLDER``, wherever TensorRT is.
+
+One file, Python 3.8, only the standard library, numpy and tensorrt: the model lives in one environment and the engine
+in another. ``JOB_FOLDER/job.json`` holds ``{"steps": [{"command": "probe" | "build" | "inspect" | "run", ...}]}``;
+``JOB_FOLDER/result.json`` takes ``{"results": [...]}`` and, if a step failed, ``"error"``. Arrays travel as ``.npy``
+files, never pickled. Log and progress go to stdout, one JSON object with an ``"event"`` key a line. Enum members travel
+by name: TensorRT 11 renumbered them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import platform
+import re
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:  # evaluated by no interpreter, so newer than Python 3.8
+    from collections.abc import Callable, Iterable
+
+    Step = dict[str, Any]
+    Emit = Callable[[dict[str, Any]], None]
+
+NUMPY_TYPES = {
+    "FLOAT": np.float32,
+    "HALF": np.float16,
+    "BF16": np.uint16,  # numpy has no bfloat16: the bits are moved as integers and handed out as float32, exactly
+    "INT8": np.int8,
+    "UINT8": np.uint8,
+    "INT32": np.int32,
+    "INT64": np.int64,
+    "BOOL": np.bool_,
+}
+
+
+class Failure(Exception):
+    """What went wrong, for people.
+
+    ``kind`` is one of import, unsupported, parse, build, kernel, memory, engine, input, device, time, internal;
+    ``nodes`` are the ONNX nodes it is about.
+    """
+
+    def __init__(self, kind: str, message: str, nodes: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.kind, self.message, self.nodes = kind, message, list(nodes)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind, "message": self.message, "nodes": self.nodes}
+
+
+# ---------------------------------------------------------------- the device
+
+
+class Cuda:
+    """Memory of one CUDA device through the CUDA runtime library, without a Python package for it."""
+
+    HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2
+    OUT_OF_MEMORY = 2
+
+    def __init__(self, device: int = 0) -> None:
+        self.lib = self._load()
+        self.lib.cudaGetErrorString.restype = ctypes.c_char_p
+        self._call("cudaSetDevice", ctypes.c_int(device))
+        self.device = device
+        self.pointers: list[int] = []
+        stream = ctypes.c_void_p()
+        self._call("cudaStreamCreate", ctypes.byref(stream))
+        self.stream = stream.value or 0
+
+    @staticmethod
+    def _load() -> ctypes.CDLL:
+        names = ["libcudart.so", "libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0"]
+        for entry in sys.path:  # the CUDA wheels keep theirs here
+            names += sorted(str(path) for path in Path(entry).glob("nvidia/*/lib/libcudart.so*"))
+        for name in names:
+            try:
+                return ctypes.CDLL(name)
+            except OSError:
+                pass
+        raise Failure("device", "no CUDA runtime library (libcudart.so) found; put its folder on LD_LIBRARY_PATH")
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        code = getattr(self.lib, name)(*arguments)
+        if code:
+            kind = "memory" if code == self.OUT_OF_MEMORY else "device"
+            raise Failure(kind, f"{name}: {self.lib.cudaGetErrorString(code).decode()} (CUDA error {code})")
+
+    def _number(self, function: str, *arguments: int) -> int:
+        value = ctypes.c_int()
+        self._call(function, ctypes.byref(value), *arguments)
+        return value.value
+
+    def describe(self) -> dict[str, Any]:
+        """Name, compute capability, memory in bytes and CUDA versions of the device."""
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self._call("cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total))
+        major, minor = (self._number("cudaDeviceGetAttribute", attribute, self.device) for attribute in (75, 76))
+        return {
+            "name": self._name(),
+            "compute_capability": f"{major}.{minor}",
+            "memory_bytes": total.value,
+            "memory_free_bytes": free.value,
+            "cuda_runtime": self._number("cudaRuntimeGetVersion"),
+            "cuda_driver": self._number("cudaDriverGetVersion"),
+        }
+
+    def _name(self) -> str:
+        driver, handle, text = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.create_string_buffer(256)
+        if driver.cuDeviceGet(ctypes.byref(handle), self.device) or driver.cuDeviceGetName(text, 256, handle):
+            return "unknown"
+        return text.value.decode()
+
+    def allocate(self, nbytes: int) -> int:
+        """Device memory that ``close`` frees. Raises Failure of kind memory."""
+        pointer = ctypes.c_void_p()
+        self._call("cudaMalloc", ctypes.byref(pointer), ctypes.c_size_t(max(nbytes, 1)))
+        address = pointer.value or 0
+        self.pointers.append(address)
+        return address
+
+    def upload(self, array: np.ndarray) -> int:
+        pointer = self.allocate(array.nbytes)
+        source = ctypes.c_void_p(array.ctypes.data)
+        self._call("cudaMemcpy", ctypes.c_void_p(pointer), source, ctypes.c_size_t(array.nbytes), self.HOST_TO_DEVICE)
+        return pointer
+
+    def download(self, pointer: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        array = np.empty(shape, dtype)
+        target = ctypes.c_void_p(array.ctypes.data)
+        self._call("cudaMemcpy", target, ctypes.c_void_p(pointer), ctypes.c_size_t(array.nbytes), self.DEVICE_TO_HOST)
+        return array
+
+    def synchronize(self, stream: int | None = None) -> None:
+        self._call("cudaStreamSynchronize", ctypes.c_void_p(self.stream if stream is None else stream))
+
+    def close(self) -> None:
+        while self.pointers:
+            self.lib.cudaFree(ctypes.c_void_p(self.pointers.pop()))
+        self.lib.cudaStreamDestroy(ctypes.c_void_p(self.stream))
+
+
+# ---------------------------------------------------------------- the library
+
+
+class Job:
+    """One step's view of TensorRT: the module, its log, the clock, and objects that TensorRT does not keep alive."""
+
+    _logger: Any = None  # TensorRT keeps the first logger of a process for good, so there is one
+
+    def __init__(self, emit: Emit, deadline: float | None = None, verbose: bool = False) -> None:
+        self.trt = trt = _import_tensorrt()
+        self.emit, self.deadline, self.verbose = emit, deadline, verbose
+        self.errors: list[str] = []
+        self.kept: list[Any] = []
+        if not isinstance(Job._logger, trt.ILogger):
+            Job._logger = _make_logger(trt)
+        self.logger = Job._logger
+        self.logger.job = self
+        trt.init_libnvinfer_plugins(self.logger, "")
+
+    def log(self, level: str, text: str) -> None:
+        if level in ("ERROR", "INTERNAL_ERROR"):
+            self.errors.append(text)
+        if level != "VERBOSE" or self.verbose:
+            self.emit({"event": "log", "level": level, "text": text})
+
+    def out_of_time(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+    def member(self, enum: str, name: str) -> Any:
+        """The enum member, or a Failure that says what this version lacks."""
+        try:
+            return getattr(getattr(self.trt, enum), name)
+        except AttributeError:
+            raise Failure("unsupported", f"TensorRT {self.trt.__version__} has no {enum}.{name}") from None
+
+    def reasons(self, otherwise: str) -> str:
+        """Every error that TensorRT logged, once."""
+        return "\n".join(dict.fromkeys(self.errors)) or otherwise
+
+
+def _import_tensorrt() -> Any:
+    try:
+        import tensorrt
+    except ModuleNotFoundError as error:
+        raise Failure("import", f"{sys.executable} has no package {error.name!r}") from None
+    except ImportError as error:  # the package is there, one of its libraries is not
+        raise Failure("import", f"{sys.executable} cannot import tensorrt: {error}") from None
+    return tensorrt
+
+
+def _make_logger(trt: Any) -> Any:
+    class Log(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.job: Any = None
+
+        def log(self, severity: Any, msg: str) -> None:
+            self.job.log(_member_name(severity), msg)
+
+    return Log()
+
+
+def _make_monitor(job: Job) -> Any:
+    trt = job.trt
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined]
+        """Passes progress on, and stops the build once the job's time is up."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.steps[phase_name] = num_steps
+            self._tell(phase_name, 0)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            self._tell(phase_name, step + 1)
+            return not job.out_of_time()
+
+        def phase_finish(self, phase_name: str) -> None:
+            self._tell(phase_name, self.steps.get(phase_name, 0))
+
+        def _tell(self, phase: str, done: int) -> None:
+            job.emit({"event": "progress", "phase": phase, "done": done, "steps": self.steps.get(phase, 0)})
+
+    return Monitor()
+
+
+def _make_calibrator(job: Job, path: str) -> Any:
+    trt = job.trt
+    if not hasattr(trt, "IInt8EntropyCalibrator2"):
+        raise Failure("unsupported", f"TensorRT {trt.__version__} has no calibrators: it takes Q/DQ graphs only")
+    cached = Path(path).read_bytes()
+
+    class CacheOnly(trt.IInt8EntropyCalibrator2):  # type: ignore[name-defined]
+        def __init__(self) -> None:
+            trt.IInt8EntropyCalibrator2.__init__(self)
+
+        def get_batch_size(self) -> int:
+            return 1
+
+        def get_batch(self, names: list[str]) -> None:
+            return None
+
+        def read_calibration_cache(self) -> bytes:
+            return cached
+
+        def write_calibration_cache(self, cache: Any) -> None:
+            pass
+
+    return CacheOnly()
+
+
+# ---------------------------------------------------------------- commands
+
+
+def probe(job: Job, step: Step) -> dict[str, Any]:
+    """Versions, the device, and what this TensorRT can do."""
+    trt = job.trt
+    cuda = Cuda(step.get("device", 0))
+    try:
+        device = cuda.describe()
+    finally:
+        cuda.close()
+    return {
+        "tensorrt": trt.__version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "device": device,
+        "builder_flags": sorted(trt.BuilderFlag.__members__),
+        "layer_precision": hasattr(trt.ILayer, "precision"),
+        "calibrator": hasattr(trt, "IInt8EntropyCalibrator2"),
+        "progress": hasattr(trt, "IProgressMonitor"),
+        "debug_tensors": hasattr(trt.INetworkDefinition, "mark_debug"),
+        "unfused_debug_tensors": hasattr(trt.INetworkDefinition, "mark_unfused_tensors_as_debug_tensors"),
+    }
+
+
+def build(job: Job, step: Step) -> dict[str, Any]:
+    """Parse ``onnx``, configure, build, write ``engine``; tells what was built, the inspector's layers included."""
+    trt, started = job.trt, time.monotonic()
+    Cuda(step.get("device", 0)).close()  # makes the device current, or says that there is none
+    builder = trt.Builder(job.logger)
+    flags = 0
+    for name in step["network_flags"]:
+        flags |= 1 << int(job.member("NetworkDefinitionCreationFlag", name))
+    network = builder.create_network(flags)
+    _parse(job, network, step["onnx"], step["nodes"])
+    owners = _owners(network, step["nodes"])
+    for layer, node in owners:
+        if node and not layer.metadata:  # the parser of 8.6 writes none; the inspector hands back what is set here
+            layer.metadata = f"[ONNX Layer: {node}]"
+    config = builder.create_builder_config()
+    cache = _configure(job, builder, network, config, owners, step)
+    marked, missing = _mark(job, network, step.get("probes") or {})
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise _build_failure(job)
+    _write(Path(step["engine"]), plan)
+    if step.get("timing_cache"):
+        _write(Path(step["timing_cache"]), config.get_timing_cache().serialize())
+    seconds = time.monotonic() - started
+    return {
+        "bytes": plan.nbytes,
+        "seconds": round(seconds, 3),
+        "flags": {name: bool(config.get_flag(flag)) for name, flag in trt.BuilderFlag.__members__.items()},
+        "timing_cache": cache,
+        "marked": marked,
+        "missing": missing,
+        "layers": inspect(job, step)["layers"],
+    }
+
+
+def inspect(job: Job, step: Step) -> dict[str, Any]:
+    """What the inspector says of the file ``engine``, layer by layer."""
+    trt, engine = job.trt, _load_engine(job, step["engine"])
+    inspector = engine.create_engine_inspector()
+    profiles = step.get("profiles") or {}
+    context = engine.create_execution_context() if profiles else None
+    if context is not None:  # with dynamic shapes, formats and types are told only for shapes that are set
+        for name, (_, optimal, _) in profiles.items():
+            context.set_input_shape(name, tuple(optimal))
+        inspector.execution_context = context
+    text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+    return {"layers": json.loads(text, strict=False)["Layers"]}  # 8.6 leaves control characters in it
+
+
+def run(job: Job, step: Step) -> dict[str, Any]:
+    """Run ``engine`` on ``inputs`` (name → ``.npy``); outputs and debug tensors go to ``.npy`` files in ``folder``."""
+    cuda = Cuda(step.get("device", 0))
+    try:
+        return _run(job, cuda, step)
+    finally:
+        cuda.close()
+
+
+COMMANDS: dict[str, Callable[[Job, Step], dict[str, Any]]] = {
+    "probe": probe,
+    "build": build,
+    "inspect": inspect,
+    "run": run,
+}
+
+
+# ---------------------------------------------------------------- build
+
+
+def _parse(job: Job, network: Any, path: str, nodes: list[list[Any]]) -> None:
+    if not Path(path).is_file():
+        raise Failure("input", f"{path}: no such ONNX file")
+    parser = job.trt.OnnxParser(network, job.logger)
+    job.kept.append(parser)  # owns the weights until the build is over
+    if parser.parse_from_file(path):  # by path, so that external data is found beside the file
+        return
+    names, lines = [], []
+    for error in [parser.get_error(i) for i in range(parser.num_errors)]:
+        index = error.node()
+        name, op = nodes[index][:2] if 0 <= index < len(nodes) else ("", "")
+        if hasattr(error, "node_name"):
+            name, op = error.node_name() or name, error.node_operator() or op
+        names += [name] if name else []
+        lines.append((f"node {name} ({op})" if name else "graph") + f": {error.desc()}")
+    raise Failure("parse", "\n".join(lines) or job.reasons("the parser gave no reason"), names)
+
+
+def _owners(network: Any, nodes: list[list[Any]]) -> list[tuple[Any, str | None]]:
+    """Pairs (layer, ONNX node name).
+
+    The parser names a node's main layer after the node and its tensors after the node's outputs; helper layers come
+    before the layer that they help.
+    """
+    names = {node[0] for node in nodes}
+    by_output = {output: node[0] for node in nodes for output in node[2]}
+    pairs: list[tuple[Any, str | None]] = []
+    pending = []
+    for layer in _network_layers(network):
+        pending.append(layer)
+        outputs = [tensor.name for tensor in _outputs(layer)]
+        owner = layer.name if layer.name in names else next((by_output[o] for o in outputs if o in by_output), None)
+        if owner:
+            pairs += [(waiting, owner) for waiting in pending]
+            pending = []
+    return pairs + [(layer, None) for layer in pending]
+
+
+def _network_layers(network: Any) -> list[Any]:
+    return [network.get_layer(i) for i in range(network.num_layers)]
+
+
+def _outputs(layer: Any) -> list[Any]:
+    return [layer.get_output(i) for i in range(layer.num_outputs)]
+
+
+def _configure(job: Job, builder: Any, network: Any, config: Any, owners: list[tuple[Any, Any]], step: Step) -> str:
+    """Apply the step's settings to ``config``; tells what became of the timing cache."""
+    trt = job.trt
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    for name in step["set_flags"]:
+        config.set_flag(job.member("BuilderFlag", name))
+    for name in step["clear_flags"]:
+        config.clear_flag(job.member("BuilderFlag", name))
+    if step.get("workspace_mib"):
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(step["workspace_mib"]) << 20)
+    if step.get("calibration_cache"):
+        job.kept.append(_make_calibrator(job, step["calibration_cache"]))
+        config.int8_calibrator = job.kept[-1]
+    if hasattr(trt, "IProgressMonitor"):
+        job.kept.append(_make_monitor(job))
+        config.progress_monitor = job.kept[-1]
+    _constrain(job, owners, step.get("layer_precisions") or {})
+    _add_profile(builder, network, config, step.get("profiles") or {})
+    return _load_timing_cache(config, step.get("timing_cache"))
+
+
+def _constrain(job: Job, owners: list[tuple[Any, Any]], precisions: dict[str, str]) -> None:
+    """Pin the layers of the named ONNX nodes, and what they put out, to a type. Weakly typed networks only."""
+    trt = job.trt
+    floats = (trt.DataType.FLOAT, trt.DataType.HALF)
+    for layer, node in owners:
+        outputs = _outputs(layer)
+        if node not in precisions or layer.type == trt.LayerType.CONSTANT or outputs[0].is_shape_tensor:
+            continue
+        if all(tensor.dtype in floats for tensor in outputs):
+            dtype = job.member("DataType", precisions[node])
+            layer.precision = dtype
+            for i in range(layer.num_outputs):
+                layer.set_output_type(i, dtype)
+
+
+def _add_profile(builder: Any, network: Any, config: Any, profiles: dict[str, Any]) -> None:
+    inputs = {tensor.name: tuple(tensor.shape) for tensor in map(network.get_input, range(network.num_inputs))}
+    for name in profiles:
+        if name not in inputs:
+            raise Failure("input", f"profile for {name!r}, but the graph's inputs are {', '.join(inputs)}")
+    dynamic = [name for name, shape in inputs.items() if -1 in shape]
+    if not dynamic:
+        return
+    profile = builder.create_optimization_profile()
+    for name in dynamic:
+        if name not in profiles:
+            raise Failure("input", f"input {name!r} has dynamic shape {list(inputs[name])}: it needs a profile")
+        profile.set_shape(name, *[tuple(shape) for shape in profiles[name]])
+    config.add_optimization_profile(profile)
+
+
+def _load_timing_cache(config: Any, path: str | None) -> str:
+    """``none`` (not asked for), ``new``, ``used`` or ``refused``."""
+    if not path:
+        return "none"
+    data = Path(path).read_bytes() if Path(path).is_file() else b""
+    cache = config.create_timing_cache(data) if data else None
+    if cache is not None and config.set_timing_cache(cache, False):
+        return "used"
+    config.set_timing_cache(config.create_timing_cache(b""), False)
+    return "refused" if data else "new"
+
+
+def _mark(job: Job, network: Any, probes: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Mark what is to be seen; returns (names marked, names that cannot be).
+
+    ``method``: ``outputs`` marks ``tensors`` (name → type name or null) as network outputs, ``debug`` as debug tensors,
+    ``unfused`` leaves the choice to TensorRT, which then changes no fusion.
+    """
+    method, wanted = probes.get("method"), probes.get("tensors") or {}
+    if method == "unfused":
+        if not network.mark_unfused_tensors_as_debug_tensors():
+            raise Failure("build", job.reasons("TensorRT refused to mark the unfused tensors"))
+        return [], []
+    tensors = {tensor.name: tensor for layer in _network_layers(network) for tensor in _outputs(layer)}
+    marked = []
+    for name, dtype in wanted.items():
+        tensor = tensors.get(name)
+        if tensor is None or tensor.is_shape_tensor:
+            continue
+        if method == "debug":
+            network.mark_debug(tensor)
+        elif not tensor.is_network_output:
+            network.mark_output(tensor)
+            if dtype:  # else TensorRT widens FP16 to FP32 on the way out, and may choose another kernel for it
+                tensor.dtype = job.member("DataType", dtype)
+        marked.append(name)
+    return marked, [name for name in wanted if name not in marked]
+
+
+def _build_failure(job: Job) -> Failure:
+    if job.out_of_time():
+        return Failure("time", "the build was stopped at its time limit")
+    text = job.reasons("TensorRT gave no reason")
+    if re.search(r"out of memory|OutOfMemory|cudaErrorMemoryAllocation", text, re.IGNORECASE):
+        return Failure("memory", text)
+    nodes = re.findall(r"Could not find any implementation for node (.+?)(?:\.(?=\s|$)| due to)", text)
+    return Failure("kernel" if nodes else "build", text, dict.fromkeys(nodes))
+
+
+def _write(path: Path, data: Any) -> None:
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("wb") as stream:
+        stream.write(data)
+    os.replace(temporary, path)  # noqa: PTH105
+
+
+# ---------------------------------------------------------------- run
+
+
+def _load_engine(job: Job, path: str) -> Any:
+    job.kept.append(job.trt.Runtime(job.logger))
+    engine = job.kept[-1].deserialize_cuda_engine(Path(path).read_bytes())
+    if engine is None:
+        raise Failure("engine", f"{path}: {job.reasons('TensorRT cannot read this engine')}")
+    return engine
+
+
+def _run(job: Job, cuda: Cuda, step: Step) -> dict[str, Any]:
+    trt = job.trt
+    engine = _load_engine(job, step["engine"])
+    context = engine.create_execution_context()
+    if context is None:
+        raise Failure("memory", job.reasons("no memory for the engine's activations"))
+    names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+    inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+    for name in inputs:
+        _feed(job, cuda, engine, context, name, step["inputs"])
+    outputs = {}
+    for name in names:
+        if name in inputs:
+            continue
+        shape, dtype = tuple(context.get_tensor_shape(name)), _member_name(engine.get_tensor_dtype(name))
+        if any(size < 0 for size in shape):
+            raise Failure("unsupported", f"output {name!r} has a shape that depends on the data")
+        nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(_numpy_type(name, dtype)).itemsize
+        outputs[name] = (cuda.allocate(nbytes), shape, dtype)
+        context.set_tensor_address(name, outputs[name][0])
+    written = _Written(Path(step["folder"]), step.get("names"))
+    if step.get("listener"):
+        _listen(job, cuda, context, step["listener"], written)
+    seconds = []
+    for _ in range(1 + step.get("repeat", 0)):
+        started = time.perf_counter()
+        if not context.execute_async_v3(cuda.stream):
+            raise Failure("device", job.reasons("TensorRT could not run the engine"))
+        cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    for name, (pointer, shape, dtype) in outputs.items():
+        written.add(name, cuda.download(pointer, shape, _numpy_type(name, dtype)), dtype)
+    return {"tensors": written.entries, "seconds": seconds}
+
+
+def _feed(job: Job, cuda: Cuda, engine: Any, context: Any, name: str, files: dict[str, str]) -> None:
+    """Load one input, check it against the profile and the engine's type, hand it to the context."""
+    if name not in files:
+        raise Failure("input", f"no value for input {name!r}")
+    array = np.load(files[name], allow_pickle=False)
+    low = high = tuple(engine.get_tensor_shape(name))
+    if -1 in low:
+        low, _, high = (tuple(shape) for shape in engine.get_tensor_profile_shape(name, 0))
+    fits = len(low) == array.ndim and all(low[i] <= array.shape[i] <= high[i] for i in range(array.ndim))
+    if not fits or not context.set_input_shape(name, tuple(array.shape)):
+        built_for = f"the engine was built for {list(low)} to {list(high)}"
+        raise Failure("input", f"input {name!r} has shape {list(array.shape)}, {built_for}")
+    type_name = _member_name(engine.get_tensor_dtype(name))
+    if type_name == "BF16":
+        raise Failure("unsupported", f"input {name!r} is BF16; keep the graph's inputs FP32")
+    converted = np.ascontiguousarray(array, _numpy_type(name, type_name))
+    if array.dtype.kind in "iu" and not np.array_equal(converted, array):
+        raise Failure("input", f"input {name!r} has values that do not fit the engine's {type_name}")
+    if engine.get_tensor_location(name) == job.trt.TensorLocation.HOST:
+        job.kept.append(converted)
+        context.set_tensor_address(name, converted.ctypes.data)
+    else:
+        context.set_tensor_address(name, cuda.upload(converted))
+
+
+class _Written:
+    """The tensors that a run handed out: one file each, listed in the order in which they came."""
+
+    def __init__(self, folder: Path, names: list[str] | None) -> None:
+        self.folder, self.names = folder, names
+        self.entries: list[dict[str, str]] = []
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def wants(self, name: str) -> bool:
+        known = any(entry["name"] == name for entry in self.entries)  # repeated runs hand out the first run's
+        return not known and (self.names is None or name in self.names)
+
+    def add(self, name: str, array: np.ndarray, dtype: str) -> None:
+        if not self.wants(name):
+            return
+        if dtype == "BF16":
+            array = (array.astype(np.uint32) << 16).view(np.float32)
+        path = self.folder / f"{len(self.entries):05d}.npy"
+        np.save(path, array, allow_pickle=False)
+        self.entries.append({"name": name, "file": str(path), "dtype": dtype})
+
+
+def _listen(job: Job, cuda: Cuda, context: Any, kind: str, written: _Written) -> None:
+    trt = job.trt
+
+    class Listener(trt.IDebugListener):  # type: ignore[name-defined]
+        def __init__(self) -> None:
+            trt.IDebugListener.__init__(self)
+
+        def process_debug_tensor(self, addr: Any, location: Any, type: Any, shape: Any, name: str, stream: int) -> bool:
+            dtype = _member_name(type)
+            try:
+                if written.wants(name) and dtype in NUMPY_TYPES:
+                    cuda.synchronize(stream)
+                    written.add(name, cuda.download(_address(addr), tuple(shape), NUMPY_TYPES[dtype]), dtype)
+            except Exception as error:  # must not travel through TensorRT, which would end the process
+                job.log("ERROR", f"debug tensor {name}: {error}")
+                return False
+            return True
+
+    job.kept.append(Listener())
+    context.set_debug_listener(job.kept[-1])
+    if kind == "unfused":
+        context.unfused_tensors_debug_state = True
+    else:
+        context.set_all_tensors_debug_state(True)
+
+
+def _address(capsule: Any) -> int:
+    """The pointer in a PyCapsule; a version that hands out the integer itself is fine too."""
+    if isinstance(capsule, int):
+        return capsule
+    api = ctypes.pythonapi
+    api.PyCapsule_GetName.restype, api.PyCapsule_GetName.argtypes = ctypes.c_char_p, [ctypes.py_object]
+    api.PyCapsule_GetPointer.restype = ctypes.c_void_p
+    api.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
+    return api.PyCapsule_GetPointer(capsule, api.PyCapsule_GetName(capsule))
+
+
+def _member_name(member: Any) -> str:
+    return str(member).rpartition(".")[2]
+
+
+def _numpy_type(name: str, dtype: str) -> Any:
+    if dtype not in NUMPY_TYPES:
+        raise Failure("unsupported", f"tensor {name!r} is {dtype}, which numpy cannot hold")
+    return NUMPY_TYPES[dtype]
+
+
+# ---------------------------------------------------------------- jobs
+
+
+def execute(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
+    """Run a job's steps in order, up to the first that fails. Returns the content of ``result.json``."""
+    results: list[dict[str, Any]] = []
+    limit = job.get("time_limit")
+    deadline = None if limit is None else time.monotonic() + limit
+    failure, details = None, {}
+    try:
+        for index, step in enumerate(job["steps"]):
+            emit({"event": "step", "index": index, "of": len(job["steps"]), "command": step["command"]})
+            results.append(COMMANDS[step["command"]](Job(emit, deadline, job.get("verbose", False)), step))
+    except Failure as error:
+        failure = error
+    except MemoryError:
+        failure = Failure("memory", "the host ran out of memory")
+    except Exception as error:
+        failure, details = (
+            Failure("internal", f"{type(error).__name__}: {error}"),
+            {"traceback": traceback.format_exc()},
+        )
+    return {"results": results, **({"error": {**failure.to_dict(), **details}} if failure else {})}
+
+
+def main(folder: Path) -> int:
+    """Read ``job.json`` from ``folder``, leave ``result.json`` there. Returns the process's exit status."""
+
+    def emit(event: dict[str, Any]) -> None:
+        print(json.dumps(event), flush=True)
+
+    result = execute(json.loads((folder / "job.json").read_text(encoding="utf-8")), emit)
+    _write(folder / "result.json", json.dumps(result).encode())
+    return 1 if "error" in result else 0
+
+
+if __name__ == "__main__":
+    sys.path.pop(0)  # this file's folder, whose modules must not hide others
+    sys.exit(main(Path(sys.argv[1])))

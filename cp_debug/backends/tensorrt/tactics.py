@@ -1,0 +1,75 @@
+"""What a tactic's name says about its arithmetic.
+
+The newer kernels carry their types in the name as ``<in><out>_<multiplied as><accumulated in>_<scale>``:
+``f16f16_f16f16_f16`` multiplies FP16 and accumulates in FP16, ``f16f16_f16f32_f32`` accumulates in FP32,
+``f32f32_tf32f32_f32`` multiplies TF32, ``i8f32_i8i32_f32`` reads INT8 and writes FP32. Older kernels say
+``h884``/``h1688``/``h16816`` (FP16 accumulation) or ``s…`` (FP32 accumulation).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_TYPE = r"(?:tf32|bf16|f16|f32|f64|e4m3|e5m2|i8|u8|s8|i32|s32)"
+_TYPES = re.compile(
+    rf"_(?P<reads>{_TYPE})(?P<writes>{_TYPE})_(?P<multiplies>{_TYPE})(?P<accumulates>{_TYPE})_{_TYPE}(?=_|$)"
+)
+_OLD_TENSOR_CORE = re.compile(r"(?:^|_)(?P<kind>[hsi])(?:884|1688|16816|8816|16832)(?=[a-z_]|$)")
+_TILE = re.compile(r"tilesize(\d+)x(\d+)x(\d+)")
+_LONG = {"f16": "fp16", "f32": "fp32", "f64": "fp64", "i8": "int8", "s8": "int8", "u8": "int8", "i32": "int32"}
+_LONG["s32"] = "int32"
+
+
+@dataclass(frozen=True)
+class Tactic:
+    """One kernel as its name describes it. None where the name does not tell."""
+
+    name: str
+    reads: str | None = None
+    writes: str | None = None
+    multiplies: str | None = None
+    accumulates: str | None = None
+    """``fp16``, ``fp32``, ``int32`` …: what partial sums are held in."""
+    tile: tuple[int, int, int] | None = None
+    """Rows × columns × depth of one block's tile; the depth is the channel tile of the accumulation order."""
+    winograd: bool = False
+
+    @property
+    def arithmetic(self) -> str | None:
+        """The project's name for it: ``fp32 tf32 bf16 fp16 fp16acc int8``, None where the name does not tell."""
+        if self.multiplies == "fp16" and self.accumulates == "fp16":
+            return "fp16acc"
+        return self.multiplies
+
+
+def decode(name: str) -> Tactic:
+    """Decode a tactic name; an unknown one gives a Tactic that only has its name."""
+    tile = _TILE.search(name)
+    reads, writes, multiplies, accumulates = _types(name) or (None, None, None, None)
+    return Tactic(
+        name,
+        reads,
+        writes,
+        multiplies,
+        accumulates,
+        tile=(int(tile[1]), int(tile[2]), int(tile[3])) if tile else None,
+        winograd="winograd" in name or "wngd" in name,
+    )
+
+
+def _types(name: str) -> tuple[str, str, str, str] | None:
+    if match := _TYPES.search(name):
+        reads, writes, multiplies, accumulates = (_LONG.get(short, short) for short in match.groups())
+        return reads, writes, multiplies, accumulates
+    if match := _OLD_TENSOR_CORE.search(name):
+        if match["kind"] == "i":
+            return "int8", "int8", "int8", "int32"
+        if match["kind"] == "h":
+            return "fp16", "fp16", "fp16", "fp16"
+        if "tf32" in name:
+            return "fp32", "fp32", "tf32", "fp32"
+        return "fp16", "fp16", "fp16", "fp32"
+    if "scudnn" in name or "sgemm" in name:  # FP32 on the ordinary cores
+        return "fp32", "fp32", "fp32", "fp32"
+    return None
