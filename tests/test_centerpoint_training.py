@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from typer.testing import CliRunner
 
+from cp_debug.recipes.centerpoint import training
 from cp_debug.recipes.centerpoint.config import HEAD_CHANNELS, OUTPUT_ORDER, TINY
 from cp_debug.recipes.centerpoint.decode import decode
 from cp_debug.recipes.centerpoint.loss import centerpoint_loss, gaussian_focal_loss
-from cp_debug.recipes.centerpoint.scenes import CLASSES, generate_scene
+from cp_debug.recipes.centerpoint.model import build_model
+from cp_debug.recipes.centerpoint.scenes import CLASSES, HELD_OUT_SEED, generate_scene
 from cp_debug.recipes.centerpoint.targets import gaussian_radius, make_targets
-from cp_debug.recipes.centerpoint.training import Example
+from cp_debug.recipes.centerpoint.training import Example, evaluate, main
+from cp_debug.recipes.checkpoint import load_checkpoint
+
+app = typer.Typer()
+app.command()(main)
 
 
 def perfect_outputs(targets, batch_size):
@@ -128,3 +140,43 @@ def in_box_frame(example, chosen, index):
     offset = example.points[torch.from_numpy(chosen), :3].double().numpy() - box[:3]
     cos, sin = math.cos(box[6]), math.sin(box[6])
     return offset @ np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
+
+
+def test_shipped_weights_detect_what_they_never_saw():
+    model = build_model(TINY)
+    weights = Path(training.__file__).parent / "weights" / "tiny.safetensors"
+    load_checkpoint(model, weights)
+    assert weights.stat().st_size < 4e6
+    examples = [Example.of(generate_scene(HELD_OUT_SEED + index)) for index in range(12)]
+    assert evaluate(model, examples).mean() >= 0.8
+    assert evaluate(build_model(TINY), examples).mean() < 0.2  # it is the weights that detect
+
+
+def test_training_lowers_the_loss_and_its_file_loads(tmp_path):
+    """The command itself, from scenes to file, at the smallest size."""
+    out = tmp_path / "tiny.safetensors"
+    arguments = ["--out", str(out), "--scenes", "2", "--held-out", "1", "--epochs", "4", "--batch", "1"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    losses = [float(text) for text in re.findall(r"mean loss ([\d.]+)", result.output)]
+    assert losses[-1] < losses[0]
+    load_checkpoint(build_model(TINY), out)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.safetensors"]
+    with safe_open(out, "pt") as file:
+        assert json.loads(file.metadata()["training"])["scenes"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "either --out or --evaluate"),
+        (["--out", "a", "--evaluate", "b"], "either --out or --evaluate"),
+        (["--out", "no/such/folder/a.safetensors"], "no such folder"),
+        (["--out", "a", "--device", "tpu9"], "device"),
+        (["--evaluate", "missing.safetensors"], "missing.safetensors"),
+    ],
+)
+def test_bad_usage_is_refused_before_any_work(arguments, sentence):
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert sentence in result.output

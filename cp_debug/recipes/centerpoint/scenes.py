@@ -101,7 +101,7 @@ class Scene:
 
 
 @dataclass
-class _Ground:
+class Ground:
     """Height field: the mean plane plus three long, low waves."""
 
     rng: np.random.Generator
@@ -139,7 +139,7 @@ class _Objects:
     kinds: list[Kind]
 
 
-def _place(rng: np.random.Generator, ground: _Ground, extent: float) -> _Objects:
+def _place(rng: np.random.Generator, ground: Ground, extent: float) -> _Objects:
     """Draw objects and set them down without overlap (their circles stay apart), clear of the sensor."""
     rows: list[tuple[Kind, int]] = []
     for label, kind in [*enumerate(CLASSES.values()), *((-1, kind) for kind in CLUTTER)]:
@@ -204,9 +204,7 @@ def cast_box(rays: Floats, box: Floats) -> tuple[Floats, Floats]:
     return np.where(hit, enter, np.inf), np.abs(np.take_along_axis(directions, axis, -1)[..., 0])
 
 
-def _sweep(
-    rng: np.random.Generator, lidar: Lidar, ground: _Ground, objects: _Objects, dt: float
-) -> tuple[Floats, Ints]:
+def _sweep(rng: np.random.Generator, lidar: Lidar, ground: Ground, objects: _Objects, dt: float) -> tuple[Floats, Ints]:
     """One revolution ``dt`` s before the reference time: points [N, 5] and the object that each hit (-1: ground)."""
     step = 2 * np.pi / lidar.columns
     phase = rng.uniform(0, step)
@@ -233,7 +231,8 @@ def _sweep(
             target = sector[columns], beams
             depth[target], cosine[target], source[target] = hit[columns, beams], hit_cosine[columns, beams], index
 
-    returned = (depth < lidar.max_range) & (rng.random(depth.shape) > lidar.dropout * (1 + depth / lidar.max_range))
+    lost = rng.random(depth.shape) <= lidar.dropout * (1 + np.minimum(depth / lidar.max_range, 1))
+    returned = (depth < lidar.max_range) & ~lost
     rays, depth, cosine, source = rays[returned], depth[returned], cosine[returned], source[returned]
     reflectivity = np.append(objects.reflectivity, 0.15)[source]  # -1 picks the last: the ground
     intensity = 255 * reflectivity * (0.3 + 0.7 * cosine) * rng.normal(1, 0.1, depth.shape)
@@ -248,7 +247,7 @@ def generate_scene(seed: int, *, extent: float = 25.6, min_points: int = 5, lida
     """A scene that depends on nothing but its arguments: objects stand within ±``extent`` m in x and y."""
     lidar = lidar or Lidar()
     rng = np.random.default_rng(seed)
-    ground = _Ground(rng)
+    ground = Ground(rng)
     objects = _place(rng, ground, extent)
     sweeps = [_sweep(rng, lidar, ground, objects, dt) for dt in lidar.sweeps]
     points = np.concatenate([points for points, _ in sweeps])

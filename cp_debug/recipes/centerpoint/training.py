@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cp_debug.deploy.metrics import THRESHOLDS, Objects, class_average_precisions
+from cp_debug.errors import InputError
 from cp_debug.recipes.centerpoint.config import TINY, CenterPointConfig
 from cp_debug.recipes.centerpoint.decode import decode
 from cp_debug.recipes.centerpoint.loss import centerpoint_loss
@@ -73,11 +74,17 @@ def generate(seeds: Sequence[int], console: Console) -> list[Scene]:
 
 
 def train(
-    examples: Sequence[Example], config: CenterPointConfig, *, epochs: int, batch: int, rate: float, seed: int,
+    model: CenterPoint,
+    examples: Sequence[Example],
+    *,
+    epochs: int,
+    batch: int,
+    rate: float,
+    seed: int,
     console: Console,
-) -> CenterPoint:  # fmt: skip
-    """A model trained from scratch, in eval mode: AdamW, one-cycle schedule, everything drawn from ``seed``."""
-    model = build_model(config, seed=seed).to(examples[0].points.device).train()
+) -> None:
+    """Train in place, on the device of both: AdamW, one-cycle schedule, order and augmentation drawn from ``seed``."""
+    model.train()
     steps = math.ceil(len(examples) / batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rate, total_steps=epochs * steps)
@@ -87,7 +94,7 @@ def train(
         total = 0.0
         for chosen in track(batches, f"epoch {epoch:2}/{epochs}", console=console):
             scenes = [examples[index].augmented(rng) for index in chosen]
-            targets = make_targets([scene.boxes for scene in scenes], [scene.labels for scene in scenes], config)
+            targets = make_targets([scene.boxes for scene in scenes], [scene.labels for scene in scenes], model.config)
             loss = centerpoint_loss(model([scene.points for scene in scenes]), targets).total
             optimizer.zero_grad()
             loss.backward()
@@ -96,7 +103,7 @@ def train(
             schedule.step()
             total += loss.item()
         console.print(f"epoch {epoch:2}/{epochs}: mean loss {total / steps:.3f}")
-    return model.eval()
+    model.eval()
 
 
 @torch.no_grad()
@@ -144,16 +151,24 @@ def main(
     """Train centerpoint:tiny on synthetic LiDAR scenes and score it on held-out ones, or only score."""
     if (out is None) == (evaluated is None):
         raise typer.BadParameter("give either --out or --evaluate")
+    if out and not out.parent.is_dir():
+        raise typer.BadParameter(f"--out {out}: no such folder")
+    model = build_model(TINY, seed=seed)
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise typer.BadParameter(f"--device {device}: {str(error).splitlines()[0]}") from None
+    if evaluated:
+        try:
+            load_checkpoint(model, evaluated)
+        except InputError as error:
+            raise typer.BadParameter(str(error)) from None
     console = Console()
     start = time.perf_counter()
     held_out_scenes = generate(range(HELD_OUT_SEED, HELD_OUT_SEED + held_out), console)
-    if evaluated:
-        model = build_model(TINY)
-        load_checkpoint(model, evaluated)
-        model.to(device)
-    else:
+    if out:
         examples = [Example.of(scene, device) for scene in generate(range(scenes), console)]
-        model = train(examples, TINY, epochs=epochs, batch=batch, rate=rate, seed=seed, console=console)
+        train(model, examples, epochs=epochs, batch=batch, rate=rate, seed=seed, console=console)
     precisions = evaluate(model, [Example.of(scene, device) for scene in held_out_scenes])
     console.print(score_table(precisions, TINY, held_out))
     console.print(f"{time.perf_counter() - start:.0f} s")
