@@ -1,0 +1,144 @@
+"""ONNX Runtime as a backend: unoptimised (``ort``, ``ort-none``) or optimised (``ort-basic``, ``ort-all``)."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+
+from cp_debug.backends.base import Program, Sink
+from cp_debug.backends.ort_chunks import ChunkedGraph, to_numpy, to_ort
+from cp_debug.backends.ort_optimized import OptimizedProgram, Replacement, build, replacements
+from cp_debug.backends.ort_options import Runtime, read_settings
+from cp_debug.backends.spec import BackendSpec
+from cp_debug.errors import InputError
+from cp_debug.probes.graph import Graph
+from cp_debug.probes.inputs import check_inputs, random_inputs
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+_HALF = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
+
+
+class OrtBackend:
+    """ONNX Runtime on the CPU, or on CUDA with TF32 off. FP16 and INT8 are properties of the graph that is run.
+
+    ``disabled_optimizers`` names graph transformers to leave out (``NchwcTransformer``); ``threads`` defaults to the
+    processors available. Raises MissingPackage without onnxruntime, BackendUnavailable when it lacks the device.
+    """
+
+    precision = "fp32"
+    emulated = False
+
+    def __init__(
+        self, spec: BackendSpec, *, disabled_optimizers: Sequence[str] = (), threads: int | None = None
+    ) -> None:
+        self.spec = spec
+        self.device = spec.device or "cpu"
+        self.level = spec.variant or "none"
+        self.disabled_optimizers = tuple(disabled_optimizers)
+        self.runtime = Runtime.create(spec, threads)
+
+    def open(self, program: Program) -> OrtSession:
+        """Make the program ready. Raises InputError when ONNX Runtime refuses the model."""
+        return OrtSession(self, program.graph)
+
+    def versions(self) -> dict[str, str]:
+        """onnxruntime, and onnx, which cuts the graph."""
+        import onnxruntime
+
+        return {"onnxruntime": onnxruntime.__version__, "onnx": onnx.__version__}
+
+
+class OrtSession:
+    """A graph ready to run, whole (as deployed) or observed.
+
+    Observed, it runs chunk after chunk, so that memory does not grow with the number of layers. Optimised levels, and
+    graphs with FP16 on a CPU, observe the program that ONNX Runtime wrote; its outputs are compared with the whole
+    program's when the session opens, on random inputs: ``settings["observer_gap"]`` is the largest difference, 0 as
+    far as measured, or None for a model that takes no random inputs.
+    """
+
+    def __init__(self, backend: OrtBackend, graph: Graph) -> None:
+        self._backend = backend
+        self._graph = graph
+        self._whole: onnxruntime.InferenceSession | None = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._optimized: OptimizedProgram | None = None
+        self._observed = ChunkedGraph(backend.runtime, graph)
+        self.settings: dict[str, Any] = dict(backend.runtime.settings)
+        self.exposed: Collection[str] = graph.tensors
+        if backend.level != "none" or graph.element_types & _HALF:
+            try:
+                self._observe_written_program()
+            except BaseException:
+                self.close()
+                raise
+
+    def run(
+        self, inputs: Mapping[str, np.ndarray], sink: Sink | None = None, probes: Collection[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Run once. Without a sink the whole model runs in one session, as deployed.
+
+        Raises InputError for inputs that do not fit the graph, and when a node fails.
+        """
+        check_inputs(self._graph.inputs, inputs, str(self._graph.path))
+        if sink is None:
+            return self._run_whole(inputs)
+        wanted = set(self.exposed) if probes is None else set(probes).intersection(self.exposed)
+        return self._observed.run(inputs, sink, wanted)
+
+    def optimized_nodes(self) -> list[Replacement]:
+        """What the optimiser made of the nodes between visible values; empty when the graph runs as it is."""
+        return replacements(self._optimized, self._graph) if self._optimized else []
+
+    def close(self) -> None:
+        """Close all sessions and remove what ONNX Runtime wrote."""
+        self._observed.close()
+        self._whole = None
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def _observe_written_program(self) -> None:
+        backend, graph = self._backend, self._graph
+        self._folder = tempfile.TemporaryDirectory(prefix="cpdebug-ort-")
+        written = Path(self._folder.name) / "program.onnx"
+        self._whole = backend.runtime.session(
+            graph.path, level=backend.level, write=written, disabled_optimizers=backend.disabled_optimizers
+        )
+        try:
+            inputs = random_inputs(graph.inputs, seed=0)
+            untouched = self._run_whole(inputs)
+        except InputError:  # inputs that cannot be made up: names are then not verified, nor the gap measured
+            inputs = None
+        self._optimized = build(backend.runtime, graph, written, inputs)
+        self._observed = ChunkedGraph(backend.runtime, self._optimized.graph)
+        self.exposed = self._optimized.exposed
+        self.settings = read_settings(self._whole)
+        self.settings["disabled_optimizers"] = list(backend.disabled_optimizers)
+        self.settings["observer_gap"] = None if inputs is None else _gap(untouched, self._observed.run(inputs))
+
+    def _run_whole(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self._whole = self._whole or self._backend.runtime.session(self._graph.path, level=self._backend.level)
+        names = [v.name for v in self._graph.outputs]
+        feed = to_ort(inputs)
+        try:
+            return {n: to_numpy(v) for n, v in zip(names, self._whole.run_with_ort_values(names, feed), strict=True)}
+        except Exception as error:  # each status of ONNX Runtime is a class of its own, directly below Exception
+            raise InputError(f"{self._graph.path}: ONNX Runtime failed: {error}") from error
+
+
+def _gap(untouched: Mapping[str, np.ndarray], observed: Mapping[str, np.ndarray]) -> float:
+    """Largest difference of any output, 0 when all are equal bit for bit, infinite when NaNs or shapes differ."""
+    gap = 0.0
+    for name, a in untouched.items():
+        b = observed[name]
+        if a.tobytes() != b.tobytes() or a.shape != b.shape:
+            difference = np.abs(a.astype(np.float64) - b) if a.shape == b.shape else np.inf
+            gap = max(gap, float(np.nan_to_num(np.max(difference), nan=np.inf)))
+    return gap

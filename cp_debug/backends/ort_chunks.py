@@ -1,0 +1,159 @@
+"""Run a graph on ONNX Runtime a few nodes at a time: every value is seen, and few are in memory at once."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+
+from cp_debug.backends.base import Sink
+from cp_debug.backends.ort_options import Runtime
+from cp_debug.errors import InputError
+from cp_debug.probes import surgery
+from cp_debug.probes.graph import Graph, Node
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+_NODES_PER_CHUNK = 8
+_KEEP_SESSIONS_BELOW = 1 << 28
+"""Bytes of weights up to which the chunks' sessions stay open for the next run; each keeps a copy of its weights."""
+
+
+@dataclass
+class _Chunk:
+    nodes: list[Node]
+    outputs: list[str]
+    dies: list[str]
+    """Values that no later chunk reads."""
+    session: onnxruntime.InferenceSession | None = None
+
+
+class ChunkedGraph:
+    """A graph executed as it stands, graph optimisation off, chunk after chunk.
+
+    Bit for bit the same as the whole graph in one session: with optimisation off ONNX Runtime runs node by node
+    anyway. (Not for FP16 graphs on a CPU, where it adds casts; run what it wrote instead.) A value lives until its
+    last reader ran.
+    """
+
+    def __init__(self, runtime: Runtime, graph: Graph) -> None:
+        self._runtime = runtime
+        self._graph = graph
+        self._chunks = _plan(graph)
+        weights = sum(surgery.tensor_bytes(graph.weight(name)) for name in graph.initializers)
+        self._keep = weights <= _KEEP_SESSIONS_BELOW
+
+    def run(
+        self, inputs: Mapping[str, np.ndarray], sink: Sink | None = None, probes: Collection[str] = ()
+    ) -> dict[str, np.ndarray]:
+        """The graph's outputs; ``sink`` is given the tensors among ``probes`` in execution order."""
+        live = to_ort(inputs)
+        results: dict[str, np.ndarray] = {}
+        final = [v.name for v in self._graph.outputs]
+        for name in final:
+            if name in self._graph.initializers:
+                results[name] = self._graph.initializer(name)
+            elif name in inputs:
+                results[name] = inputs[name]
+        for chunk in self._chunks:
+            wanted = [o for o in chunk.outputs if o in probes or o in final or o not in chunk.dies]
+            if wanted:
+                live.update(zip(wanted, self._execute(chunk, wanted, live), strict=True))
+            for name in wanted:
+                if sink and name in probes and live[name].is_tensor():
+                    sink(name, to_numpy(live[name]))
+                if name in final:
+                    results[name] = to_numpy(live[name]).copy()
+            for name in chunk.dies:
+                live.pop(name, None)
+        return {name: results[name] for name in final}
+
+    def close(self) -> None:
+        """Close the sessions that were kept."""
+        for chunk in self._chunks:
+            chunk.session = None
+
+    def _execute(
+        self, chunk: _Chunk, wanted: list[str], live: Mapping[str, onnxruntime.OrtValue]
+    ) -> list[onnxruntime.OrtValue]:
+        session = chunk.session
+        if session is None:
+            known = {name: _type_proto(value.data_type()) for name, value in live.items()}
+            model = surgery.extract(self._graph, chunk.nodes, chunk.outputs, known)
+            session = self._runtime.session(
+                model.SerializeToString(), level="none", weights=surgery.weights_folder(self._graph)
+            )
+            chunk.session = session if self._keep else None
+        feed = {i.name: live[i.name] for i in session.get_inputs()}
+        try:
+            return list(session.run_with_ort_values(wanted, feed))
+        except Exception as error:  # each status of ONNX Runtime is a class of its own, directly below Exception
+            names = ", ".join(node.name for node in chunk.nodes)
+            raise InputError(f"{self._graph.path}: ONNX Runtime failed at {names}: {error}") from error
+
+
+def to_ort(arrays: Mapping[str, np.ndarray]) -> dict[str, onnxruntime.OrtValue]:
+    """The arrays as ONNX Runtime takes them, ``ml_dtypes`` included, in memory of its own."""
+    from onnxruntime import OrtValue
+
+    values = {}
+    for name, array in arrays.items():
+        if array.dtype.isbuiltin == 1:
+            values[name] = OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+        else:
+            bits = np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
+            element = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+            values[name] = OrtValue.ortvalue_from_numpy_with_onnx_type(bits, element)
+    return values
+
+
+def to_numpy(value: onnxruntime.OrtValue) -> np.ndarray:
+    """The tensor as numpy, bfloat16 and float8 as ``ml_dtypes``; a view on the CPU where ONNX Runtime grants one."""
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(value.element_type())
+    if value.data_type() == "tensor(bfloat16)":  # which its own conversion refuses
+        buffer = (ctypes.c_char * value.tensor_size_in_bytes()).from_address(value.data_ptr())
+        return np.frombuffer(buffer, dtype).reshape(value.shape()).copy()
+    array = value.numpy()
+    return array if array.dtype.itemsize != dtype.itemsize else array.view(dtype)
+
+
+def _plan(graph: Graph) -> list[_Chunk]:
+    """Consecutive nodes; a chunk ends after the node with a matrix of weights, so that big values come one by one."""
+    last_reader = {name: readers[-1].index for name, readers in graph.consumers.items()}
+    chunks = []
+    for nodes in _group(graph):
+        end = nodes[-1].index
+        outputs = [o for node in nodes for o in node.outputs]
+        seen = dict.fromkeys([*outputs, *(name for node in nodes for name in node.inputs)])
+        chunks.append(_Chunk(nodes, outputs, [name for name in seen if last_reader.get(name, -1) <= end]))
+    return chunks
+
+
+def _group(graph: Graph) -> Iterator[list[Node]]:
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        nodes.append(node)
+        heavy = any(len(graph.weight(name).dims) > 1 for name in node.inputs if name in graph.initializers)
+        if heavy or len(nodes) == _NODES_PER_CHUNK:
+            yield nodes
+            nodes = []
+    if nodes:
+        yield nodes
+
+
+def _type_proto(text: str) -> onnx.TypeProto:
+    """ONNX Runtime's ``seq(tensor(float))`` as ONNX's type."""
+    kind, _, inner = text.rstrip(")").partition("(")
+    proto = onnx.TypeProto()
+    if kind == "seq":
+        proto.sequence_type.elem_type.CopyFrom(_type_proto(inner))
+    elif kind == "optional":
+        proto.optional_type.elem_type.CopyFrom(_type_proto(inner))
+    else:
+        proto.tensor_type.elem_type = onnx.TensorProto.DataType.Value(inner.upper())
+    return proto

@@ -1,0 +1,194 @@
+"""The program that ONNX Runtime makes of a model, as a graph that can be probed without changing it.
+
+Marking values as outputs before optimisation deletes the fusions under test. So ONNX Runtime writes the program that it
+would run, and that program is executed as it stands, optimisation off: the same kernels run, whoever looks. What can
+be seen is what the program still computes. Values in blocked layout (NCHWc) are read through a ``ReorderOutput`` on a
+side branch, FP16 values that a CPU keeps in FP32 through an ``Identity``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from cp_debug.backends.ort_chunks import ChunkedGraph
+from cp_debug.backends.ort_options import Runtime
+from cp_debug.probes.graph import Graph, Node
+
+_NCHWC = "com.microsoft.nchwc."
+_CAST = "InsertedPrecisionFreeCast_"
+_SUFFIX = re.compile(r"_nchwc(_token_\d+)?$")
+_SAMPLE = 4096
+_TOLERANCE = 0.05
+"""Relative L2 distance up to which a guessed name is right: a wrong one is off by its own size, rounding by less."""
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What computes one visible value of the optimised program, and what computed it in the original graph."""
+
+    value: str
+    optimized: tuple[str, ...]
+    """Names of the optimised program's nodes between the visible values before and this one."""
+    operators: tuple[str, ...]
+    """Their operators: ``com.microsoft.nchwc.Conv``."""
+    original: tuple[str, ...]
+    """Names of the original nodes between the same values."""
+
+
+@dataclass(frozen=True)
+class OptimizedProgram:
+    """``graph`` is the optimised program with its side branches; ``exposed`` are the original values it shows."""
+
+    graph: Graph
+    exposed: list[str]
+    renamed: dict[str, str]
+    """Original value → the optimised program's own name for it, where that differs."""
+    unverified: list[str]
+    """Values whose original name was guessed and whose numbers did not confirm it."""
+
+
+def build(
+    runtime: Runtime, original: Graph, written: Path, inputs: Mapping[str, np.ndarray] | None
+) -> OptimizedProgram:
+    """Make the program that ONNX Runtime has ``written`` observable under the names of the ``original`` graph.
+
+    Names that ONNX Runtime changed are guessed from the nodes' names and verified: on ``inputs``, both programs must
+    give the same tensor. Without inputs no guess is used.
+    """
+    bare = Graph(written)
+    guessed = _guess_names(bare, original)
+    samples: dict[str, _Sample] = {}
+    if guessed and inputs is not None:
+        ChunkedGraph(runtime, original).run(
+            inputs, lambda name, tensor: samples.__setitem__(name, _Sample.of(tensor)), set(guessed.values())
+        )
+    graph = _with_side_branches(bare, {v: name for v, name in guessed.items() if name in samples}, samples)
+    verified: set[str] = set()
+
+    def verify(name: str, tensor: np.ndarray) -> None:
+        if samples[name].agrees(_Sample.of(tensor)):
+            verified.add(name)
+
+    if samples and inputs is not None:
+        ChunkedGraph(runtime, graph).run(inputs, verify, set(samples))
+    numeric = set(original.tensors)
+    exposed = [v for v in graph.tensors if v in numeric and (v not in samples or v in verified)]
+    renamed = {name: value for value, name in guessed.items() if name in verified}
+    return OptimizedProgram(graph, exposed, renamed, sorted(set(guessed.values()) - verified))
+
+
+def replacements(program: OptimizedProgram, original: Graph) -> list[Replacement]:
+    """For each visible value, the nodes that compute it from the visible values before it, optimised and original."""
+    visible = {*program.exposed, *program.renamed.values()}
+    result = []
+    for value in program.exposed:
+        after, _ = program.graph.segment([program.renamed.get(value, value)], visible)
+        before, _ = original.segment([value], program.exposed)
+        result.append(
+            Replacement(value, tuple(n.name for n in after), tuple(n.op for n in after), tuple(n.name for n in before))
+        )
+    return result
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Enough of a tensor to recognise it: its shape and up to ``_SAMPLE`` elements, evenly strided."""
+
+    shape: tuple[int, ...]
+    elements: np.ndarray
+
+    @classmethod
+    def of(cls, tensor: np.ndarray) -> _Sample:
+        flat = tensor.reshape(-1)
+        return cls(tensor.shape, flat[:: max(1, flat.size // _SAMPLE)].astype(np.float64))
+
+    def agrees(self, other: _Sample) -> bool:
+        if self.shape != other.shape:
+            return False
+        finite = np.isfinite(self.elements) & np.isfinite(other.elements)
+        distance = np.linalg.norm((self.elements - other.elements)[finite])
+        return bool(distance <= _TOLERANCE * np.linalg.norm(self.elements[finite]))
+
+
+def _guess_names(optimized: Graph, original: Graph) -> dict[str, str]:
+    """Value of the optimised program that has a new name → the original value that it should be."""
+    present = set(optimized.values)
+    guesses: dict[str, str] = {}
+    blocked = _blocked_values(optimized)
+    by_node = {node.name: node.outputs[0] for node in original.nodes if node.outputs}
+    for node in optimized.nodes:
+        for value in node.outputs:
+            name: str | None = None
+            if value in blocked and not node.op.endswith("ReorderInput"):
+                base = _SUFFIX.sub("", node.name).removeprefix(_CAST)
+                name = _after_fusion(base if base in original.producer else by_node.get(base), node, original)
+            elif value.startswith(_CAST):
+                name = value.removeprefix(_CAST)
+            if name in original.producer and name not in present:
+                present.add(name)
+                guesses[value] = name
+    return guesses
+
+
+def _blocked_values(graph: Graph) -> set[str]:
+    """Values in NCHWc layout: made by an NCHWc operator, or by an elementwise one out of such values."""
+    blocked: set[str] = set()
+    for node in graph.nodes:
+        if (node.op.startswith(_NCHWC) and not node.op.endswith("ReorderOutput")) or (
+            not node.op.startswith(_NCHWC) and any(i in blocked for i in node.inputs)
+        ):
+            blocked.update(node.outputs)
+    return blocked
+
+
+def _after_fusion(value: str | None, node: Node, original: Graph) -> str | None:
+    """The original value that ``node`` computes when it is named after ``value`` but fused a sum or an activation."""
+    activation = next((a.s.decode() for a in node.proto.attribute if a.name == "activation"), None)
+    fused = ["Add" if len(node.proto.input) > 3 and node.op == f"{_NCHWC}Conv" else None, activation]
+    for op in filter(None, fused):
+        if value is None or original.producer[value].op == op:
+            continue
+        value = next((c.outputs[0] for c in original.consumers.get(value, ()) if c.op == op), None)
+    return value
+
+
+def _with_side_branches(bare: Graph, names: Mapping[str, str], samples: Mapping[str, _Sample]) -> Graph:
+    """The graph with a node behind each of ``names`` that makes the value readable under its original name."""
+    blocked = _blocked_values(bare)
+
+    def nodes() -> Iterator[onnx.NodeProto]:
+        for node in bare.nodes:
+            yield node.proto
+            for value in node.outputs:
+                if (name := names.get(value)) is None:
+                    continue
+                label = f"read {name}"
+                if value not in blocked:
+                    yield onnx.helper.make_node("Identity", [value], [name], name=label)
+                elif len(samples[name].shape) > 1:
+                    yield onnx.helper.make_node(
+                        "ReorderOutput",
+                        [value],
+                        [name],
+                        name=label,
+                        domain=_NCHWC.rstrip("."),
+                        channels=samples[name].shape[1],
+                    )
+
+    model = onnx.ModelProto()
+    model.CopyFrom(bare.proto)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes())
+    # ONNX Runtime leaves the types of values behind that it no longer computes, now wrong for their FP32 stand-ins.
+    stated = [v for v in bare.proto.graph.value_info if v.name not in set(names.values())]
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(stated)
+    path = bare.path.with_name(f"observed_{bare.path.name}")
+    onnx.save(model, str(path))
+    return Graph(path)

@@ -1,0 +1,136 @@
+"""ONNX Runtime under fixed settings: how every session of the debugger is made, and what it then reports."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cp_debug.backends.spec import BackendSpec
+from cp_debug.errors import BackendUnavailable, InputError
+from cp_debug.optional import require
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+LEVELS = {"none": "ORT_DISABLE_ALL", "basic": "ORT_ENABLE_BASIC", "all": "ORT_ENABLE_ALL"}
+
+_CUDA = {
+    "use_tf32": "0",
+    # HEURISTIC and EXHAUSTIVE may choose another algorithm on another run.
+    "cudnn_conv_algo_search": "DEFAULT",
+    "tunable_op_enable": "0",
+    "prefer_nhwc": "0",
+}
+
+_OPTIONS = ("use_deterministic_compute", "intra_op_num_threads", "inter_op_num_threads", "log_severity_level")
+_CONFIG = {"session.intra_op.allow_spinning": "0", "session.set_denormal_as_zero": "0"}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What all sessions of one backend share."""
+
+    spec: BackendSpec
+    threads: int
+    providers: Sequence[tuple[str, dict[str, str]]]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """As an unoptimised session reports them."""
+
+    @classmethod
+    def create(cls, spec: BackendSpec, threads: int | None = None) -> Runtime:
+        """Raises MissingPackage without onnxruntime, BackendUnavailable when it lacks the device."""
+        ort = require("onnxruntime", "cpu")
+        providers: list[tuple[str, dict[str, str]]] = [("CPUExecutionProvider", {})]
+        if spec.device not in (None, "cpu"):
+            _, _, index = spec.device.partition(":")
+            providers.insert(0, ("CUDAExecutionProvider", {"device_id": index or "0", **_CUDA}))
+            if "CUDAExecutionProvider" not in ort.get_available_providers():
+                raise _no_cuda(spec, f"onnxruntime {ort.__version__} has no CUDAExecutionProvider")
+        runtime = cls(spec, threads or _processors(), providers)
+        probe = runtime.session(_identity(), level="none")
+        if probe.get_providers()[0] != providers[0][0]:
+            raise _no_cuda(spec, f"onnxruntime {ort.__version__} could not start its CUDAExecutionProvider")
+        return replace(runtime, settings=read_settings(probe))
+
+    def session(
+        self,
+        model: bytes | Path,
+        *,
+        level: str,
+        weights: Path | None = None,
+        write: Path | None = None,
+        disabled_optimizers: Sequence[str] = (),
+    ) -> onnxruntime.InferenceSession:
+        """Open a model, given as a file or as bytes with its external data in the folder ``weights``.
+
+        ``write`` makes ONNX Runtime write the program that it will run, weights in a file beside it.
+        Raises InputError when ONNX Runtime refuses the model.
+        """
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, LEVELS[level])
+        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+        options.use_deterministic_compute = True
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        # Chunks are many small sessions: an arena and a memory pattern each would keep all their peaks.
+        options.enable_cpu_mem_arena = False
+        options.enable_mem_pattern = False
+        for key, value in _CONFIG.items():
+            options.add_session_config_entry(key, value)
+        if weights is not None:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
+        if write is not None:
+            options.optimized_model_filepath = str(write)
+            options.add_session_config_entry(
+                "session.optimized_model_external_initializers_file_name", f"{write.name}.data"
+            )
+            options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+        try:
+            return ort.InferenceSession(
+                str(model) if isinstance(model, Path) else model,
+                options,
+                providers=list(self.providers),
+                enable_fallback=0,
+                disabled_optimizers=list(disabled_optimizers) or None,
+            )
+        except Exception as error:  # each status of ONNX Runtime is a class of its own, directly below Exception
+            name = model if isinstance(model, Path) else "a piece of the model"
+            raise InputError(f"{name}: ONNX Runtime cannot open it: {error}") from error
+
+
+def read_settings(session: onnxruntime.InferenceSession) -> dict[str, Any]:
+    """The numeric settings as the session reports them, JSON-safe."""
+    options = session.get_session_options()
+    settings: dict[str, Any] = {"graph_optimization_level": options.graph_optimization_level.name}
+    settings |= {name: getattr(options, name) for name in _OPTIONS}
+    settings["execution_mode"] = options.execution_mode.name
+    settings |= {key: options.get_session_config_entry(key) for key in _CONFIG}
+    settings["providers"] = session.get_providers()
+    settings["provider_options"] = session.get_provider_options()
+    return settings
+
+
+def _no_cuda(spec: BackendSpec, reason: str) -> BackendUnavailable:
+    return BackendUnavailable(
+        str(spec), reason, install="pip install 'cpdebug[gpu]'", nearest=str(BackendSpec(spec.name, "cpu"))
+    )
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _identity() -> bytes:
+    """The smallest model: opening it shows whether the providers start."""
+    from onnx import TensorProto, helper
+
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "identity", [x], [y])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    return bytes(model.SerializeToString())
