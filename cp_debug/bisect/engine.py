@@ -1,0 +1,259 @@
+"""``bisect``: run the backends side by side, compare, replay, rank."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cp_debug.backends.base import Backend, Program
+from cp_debug.backends.registry import create
+from cp_debug.backends.spec import parse_backends
+from cp_debug.bisect.layers import Layer, layers_of, stage_ends
+from cp_debug.bisect.pipeline import Key, Pipeline, changed_state, header, load_test_programs, prepare
+from cp_debug.bisect.precision import coarser, oracle_for
+from cp_debug.bisect.result import BisectResult, LayerRow, Observation, StageRow, TestResult
+from cp_debug.bisect.shares import set_shares
+from cp_debug.bisect.testrun import TestRun
+from cp_debug.probes.capture import Capture, CaptureWriter
+from cp_debug.recipes.base import Model, Sample
+from cp_debug.recipes.registry import load_model
+
+OnStep = Callable[[str, int, int], None]
+"""Told (what is being done, steps done, steps in all)."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a bisect may be told besides its model and backends. The defaults are those of the command line."""
+
+    checkpoint: Path | None = None
+    test_checkpoint: Path | None = None
+    """Other weights for the test backends."""
+    test_train_mode: bool = False
+    test_out_of_place: bool = False
+    inputs: Path | None = None
+    samples: int = 1
+    seed: int = 0
+    rtol: float | None = None
+    atol: float | None = None
+    oracle: str | None = None
+    """``fp32`` or ``fp64``; None leaves it to the precisions under test."""
+    replay: bool = True
+    exporter: str = "dynamo"
+    folded: bool = True
+    save: Path | None = None
+    """Folder for the captures: ``sample-0/torch``, ``sample-0/ort`` …"""
+
+
+def bisect(
+    model: str | Model,
+    backends: str = "torch,ort",
+    *,
+    test_model: Path | Model | None = None,
+    options: Options = Options(),
+    on_step: OnStep | None = None,
+) -> BisectResult:
+    """Compare every test backend with the reference, layer by layer, and name the guilty layers.
+
+    ``backends`` is the reference and the tests, as on the command line. ``test_model`` gives the tests another program:
+    an ONNX file (a folder of them, for several components) or another model.
+    Raises BackendUnavailable, InputError and MissingPackage; never for a divergence.
+    """
+    return Bisection(model, backends, test_model, options, on_step or (lambda text, done, total: None)).run()
+
+
+class Bisection:
+    """The state of one bisect, so that each step is a short method."""
+
+    def __init__(
+        self, model: str | Model, backends: str, test_model: Path | Model | None, options: Options, on_step: OnStep
+    ) -> None:
+        self.options = options
+        self._on_step = on_step
+        self._done, self._steps = 0, 0
+        self._reference, *self._tests = [create(spec) for spec in parse_backends(backends)]
+        self.model = model if not isinstance(model, str) else self._load(model, options.checkpoint)
+        self._test_model = test_model
+        self.test_model = test_model if test_model is not None and not isinstance(test_model, Path) else self.model
+        if options.test_checkpoint is not None:
+            self.test_model = self._load(self.model.name, options.test_checkpoint)
+
+    def _load(self, name: str, checkpoint: Path | None) -> Model:
+        return load_model(name, checkpoint=checkpoint, seed=self.options.seed)
+
+    def _step(self, text: str) -> None:
+        self._on_step(text, self._done, self._steps)
+        self._done += 1
+
+    def run(self) -> BisectResult:
+        """All samples, all tests."""
+        options = self.options
+        self._steps = 2 + options.samples * (1 + len(self._tests) * (3 if options.replay else 1))
+        with tempfile.TemporaryDirectory(prefix="cpdebug-") as scratch, ExitStack() as stack:
+            samples = self.model.samples(options.samples, options.seed, options.inputs)
+            first = next(iter(samples))
+            self._step("exporting and aligning")
+            programs, tests = self._programs(first, Path(scratch))
+            layers = layers_of(programs)
+            self._step("opening the backends")
+            reference = stack.enter_context(Pipeline(self.model, programs, self._reference))
+            runs = [self._test_run(stack, backend, tests, programs, layers) for backend in self._tests]
+            collected = [Collected() for _ in runs]
+            sources = []
+            for index, sample in enumerate((first, *samples)):
+                sources.append(sample.source)
+                self._sample(index, sample, reference, runs, collected, Path(scratch))
+            return BisectResult(
+                model=self.model.name,
+                reference=reference.record(),
+                tests=[self._result(run, found, layers) for run, found in zip(runs, collected, strict=True)],
+                samples=sources,
+                coverage=coverage_of(programs),
+            )
+
+    def _programs(self, sample: Sample, scratch: Path) -> tuple[list[Program], list[Program]]:
+        """The reference's programs and those of the tests."""
+        options, folder = self.options, self.options.save or scratch
+        folder.mkdir(parents=True, exist_ok=True)
+        programs = prepare(self.model, sample, folder, exporter=options.exporter, folded=options.folded)
+        if isinstance(self._test_model, Path):
+            return programs, load_test_programs(programs, self._test_model)
+        if self.test_model is not self.model:
+            folder = folder / "test"
+            folder.mkdir(exist_ok=True)
+            return programs, prepare(self.test_model, sample, folder, exporter=options.exporter, folded=options.folded)
+        if options.test_train_mode or options.test_out_of_place:
+            return programs, [
+                changed_state(p, train=options.test_train_mode, out_of_place=options.test_out_of_place)
+                for p in programs
+            ]
+        return programs, programs
+
+    def _test_run(
+        self, stack: ExitStack, backend: Backend, tests: list[Program], programs: list[Program], layers: list[Layer]
+    ) -> TestRun:
+        options = self.options
+        precision = coarser(self._reference.precision, backend.precision)
+        rtol = precision.rtol if options.rtol is None else options.rtol
+        atol = precision.atol if options.atol is None else options.atol
+        oracle = options.oracle or oracle_for(self._reference.precision, backend.precision)
+        pipeline = stack.enter_context(Pipeline(self.test_model, tests, backend))
+        return TestRun(
+            pipeline, programs, self._reference.precision, layers, (rtol, atol), oracle if options.replay else None
+        )
+
+    def _sample(
+        self,
+        index: int,
+        sample: Sample,
+        reference: Pipeline,
+        runs: list[TestRun],
+        collected: list[Collected],
+        scratch: Path,
+    ) -> None:
+        folder = (self.options.save or scratch) / f"sample-{index}"
+        self._step(f"{reference.backend.spec}, sample {index}")
+        with self._writer(folder, reference, sample) as writer:
+            reference.run(sample, lambda key, tensor: writer.put(key.value, tensor, component=key.component))
+        captured = Capture.open(writer.folder)
+        for run, found in zip(runs, collected, strict=True):
+            self._step(f"{run.pipeline.backend.spec}, sample {index}")
+            with self._writer(folder, run.pipeline, sample) as writer:
+                stats, results = run.run(sample, captured, writer)
+            test = Capture.open(writer.folder)
+            replays, floors = {}, {}
+            if run.oracle is not None:
+                self._step(f"{run.pipeline.backend.spec}, sample {index}: replay")
+                replays = run.replay(captured, test)
+                self._step(f"{run.pipeline.backend.spec}, sample {index}: noise floor")
+                seen, floors = run.observe(sample, results, test)
+                found.observe(seen)
+            rows = run.rows(stats, replays, floors, index)
+            set_shares(run, rows, sample, captured, test)
+            found.add(rows)
+        if self.options.save is None:
+            shutil.rmtree(folder)
+
+    def _writer(self, folder: Path, pipeline: Pipeline, sample: Sample) -> CaptureWriter:
+        return CaptureWriter(folder / str(pipeline.backend.spec), header(pipeline, sample))
+
+    def _result(self, run: TestRun, found: Collected, layers: list[Layer]) -> TestResult:
+        rows = [found.rows[key] for key in sorted(found.rows, key=lambda k: found.rows[k].index)]
+        by_key = {(row.component, row.onnx): row for row in rows}
+        stages = [
+            StageRow(name, by_key[layer.component, layer.onnx])
+            for name, layer in stage_ends(self.model.components, layers)
+            if (layer.component, layer.onnx) in by_key
+        ]
+        last = self.model.components[-1]
+        outputs = [by_key[last.name, name] for name in last.output_names if (last.name, name) in by_key]
+        rtol, atol = run.tolerance
+        return TestResult(
+            backend=run.pipeline.record(),
+            rows=rows,
+            stages=stages,
+            outputs=outputs,
+            compared=len(rows),
+            total=len(layers),
+            rtol=rtol,
+            atol=atol,
+            oracle=run.oracle,
+            observation=found.observation,
+            notes=found.notes(rows),
+        )
+
+
+class Collected:
+    """What one test backend gave over all samples: of every layer its worst one, so memory does not grow."""
+
+    def __init__(self) -> None:
+        self.rows: dict[Key, LayerRow] = {}
+        self.observation: Observation | None = None
+
+    def add(self, rows: Mapping[Key, LayerRow]) -> None:
+        """Keep the worse of each layer's rows."""
+        for key, row in rows.items():
+            if key not in self.rows or row.severity > self.rows[key].severity:
+                self.rows[key] = row
+
+    def observe(self, seen: Observation) -> None:
+        """Keep the observation with the largest gap."""
+        if self.observation is None or seen.observer_gap > self.observation.observer_gap:
+            self.observation = seen
+
+    def notes(self, rows: Sequence[LayerRow]) -> list[str]:
+        """What a reader must know besides the rows."""
+        notes = []
+        seen = self.observation
+        if seen is not None and seen.first_unsteady:
+            notes.append(
+                f"not deterministic: two runs part at {seen.first_unsteady} (noise floor {seen.noise_floor:.2g})"
+            )
+        if seen is not None and seen.observer_gap > seen.noise_floor:
+            notes.append(
+                f"observer gap {seen.observer_gap:.2g}: with probes the backend runs a different program, "
+                "so the layer values do not belong to the one that is deployed"
+            )
+        skipped = Counter(row.replay.skipped for row in rows if row.replay and row.replay.skipped)
+        notes.extend(f"{count} layer(s) not replayed: {reason}" for reason, count in skipped.items())
+        return notes
+
+
+def coverage_of(programs: Sequence[Program]) -> dict[str, Any]:
+    """How much of the torch modules and of the deployed graphs is accounted for, by component."""
+    return {
+        p.name: asdict(p.alignment.coverage())
+        | {
+            "absorbed": dict(p.alignment.absorbed),
+            "unmatched_values": list(p.alignment.unmatched_values),
+            "unmatched_modules": list(p.alignment.unmatched_modules),
+        }
+        for p in programs
+        if p.alignment is not None
+    }

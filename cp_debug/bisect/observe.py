@@ -1,0 +1,86 @@
+"""Did looking change the program, and does the backend agree with itself?
+
+One further run answers both in the usual case: a fresh session without probes, with another thread count. When its
+outputs equal the probed ones bit for bit, noise floor and observer gap are 0. Only otherwise more runs take them apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+
+import numpy as np
+import torch
+
+from cp_debug.backends.base import Tensor
+from cp_debug.bisect.pipeline import Key, Pipeline
+from cp_debug.bisect.result import Observation
+from cp_debug.probes.capture import Capture
+from cp_debug.probes.statistics import compare
+from cp_debug.recipes.base import Arrays, Sample
+
+Open = Callable[[int | None], AbstractContextManager[Pipeline]]
+"""Opens a fresh pipeline of the same backend; the argument is a thread count, None for the backend's own."""
+
+
+def other_thread_count() -> int:
+    """One more than the CPUs: another split of every sum at almost the same speed."""
+    return torch.get_num_threads() + 1
+
+
+@contextmanager
+def threads_of_torch(count: int | None) -> Iterator[None]:
+    """Run the block with this many threads in torch; None changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def observe(
+    open_pipeline: Open, sample: Sample, probed: Mapping[str, Arrays], capture: Capture, name: Callable[[Key], Key]
+) -> tuple[Observation, dict[Key, float]]:
+    """The backend against itself. Returns the observation and the noise floor of every layer that has one.
+
+    ``probed`` are the outputs of the run that ``capture`` holds; ``name`` gives the captured name of a value.
+    """
+    threaded = _plain(open_pipeline, other_thread_count(), sample)
+    if _gap(probed, threaded) == 0:
+        return Observation(noise_floor=0.0, observer_gap=0.0, runs=1), {}
+    plain, again = _plain(open_pipeline, None, sample), _plain(open_pipeline, None, sample)
+    noise = max(_gap(plain, again), _gap(plain, threaded))
+    seen = Observation(noise_floor=noise, observer_gap=_gap(plain, probed), runs=3)
+    if noise == 0:
+        return seen, {}
+    floors: dict[Key, float] = {}
+
+    def sink(key: Key, tensor: Tensor) -> None:
+        key = name(key)
+        stats = compare(capture.load(key.value, component=key.component), tensor)
+        if not stats.equal:
+            floors[key] = max(floors.get(key, 0.0), stats.finite_rel_l2)
+
+    for threads in (None, other_thread_count()):
+        with threads_of_torch(threads), open_pipeline(threads) as pipeline:
+            pipeline.run(sample, sink)
+    seen.runs += 2
+    seen.first_unsteady = next((key.value for key in floors), None)
+    return seen, floors
+
+
+def _plain(open_pipeline: Open, threads: int | None, sample: Sample) -> dict[str, Arrays]:
+    with threads_of_torch(threads), open_pipeline(threads) as pipeline:
+        return pipeline.run(sample)
+
+
+def _gap(a: Mapping[str, Arrays], b: Mapping[str, Arrays]) -> float:
+    """Relative L2 distance between the outputs of the last component; 0 only where all components' are equal."""
+    pairs = [(a[c][n], b[c][n]) for c in a for n in a[c]]
+    if all(np.array_equal(x, y, equal_nan=x.dtype.kind == "f") for x, y in pairs):
+        return 0.0
+    last = list(a)[-1]
+    stats = [compare(a[last][n], b[last][n]) for n in a[last]]
+    return max((s.rel_l2 for s in stats), default=math.inf) or np.finfo(np.float64).tiny

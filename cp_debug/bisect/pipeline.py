@@ -1,0 +1,205 @@
+"""Programs of a model, and one backend running all of them on one sample."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from cp_debug.backends.base import Backend, Program, RunRecord, Session, Tensor
+from cp_debug.errors import InputError
+from cp_debug.probes.alignment import Alignment, align
+from cp_debug.probes.capture import Header, array_hash
+from cp_debug.probes.export import export
+from cp_debug.probes.graph import Graph
+from cp_debug.probes.outputs import flatten_outputs
+from cp_debug.recipes.base import Arrays, Component, Model, Sample
+
+
+class Key(NamedTuple):
+    """A value of a model: its component, and its name in that component's deployed graph."""
+
+    component: str
+    value: str
+
+
+def prepare(
+    model: Model, sample: Sample, folder: Path, *, exporter: str = "dynamo", folded: bool = True
+) -> list[Program]:
+    """Export what comes as a module, align it, and open what comes as ONNX.
+
+    ``sample`` gives the example inputs; ``folder`` keeps the ONNX files and their alignment manifests.
+    """
+    programs = []
+    results: dict[str, Arrays] = {}
+    for component in model.components:
+        if component.module is None:
+            assert component.onnx_path is not None
+            programs.append(Program(component.name, Graph(component.onnx_path)))
+            continue
+        inputs = model.feed(component, sample, results)
+        results[component.name] = _run_module(component, inputs)
+        programs.append(_export(component, inputs, folder, exporter, folded))
+    return programs
+
+
+def _export(
+    component: Component, inputs: Mapping[str, np.ndarray], folder: Path, exporter: str, folded: bool
+) -> Program:
+    module = component.module
+    assert module is not None
+    args = tuple(torch.from_numpy(np.ascontiguousarray(inputs[n])) for n in component.input_names)
+    path = export(
+        module,
+        args,
+        folder / f"{component.name}.onnx",
+        input_names=component.input_names,
+        output_names=component.output_names,
+        dynamic_axes=component.dynamic_axes,
+        exporter=exporter,
+        folded=folded,
+    )
+    graph = Graph(path)
+    alignment = align(graph, module, args, prefix=component.prefix)
+    alignment.save(path.with_suffix(".alignment.json"))
+    return Program(component.name, graph, module, alignment)
+
+
+def _run_module(component: Component, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    assert component.module is not None
+    with torch.no_grad():
+        outputs = flatten_outputs(component.module(*(torch.from_numpy(inputs[n]) for n in component.input_names)))
+    return {n: t.numpy() for n, t in zip(component.output_names, outputs.values(), strict=True)}
+
+
+def load_test_programs(programs: Sequence[Program], path: Path) -> list[Program]:
+    """The programs of the test backends when ``--test-model`` gives them another file.
+
+    A model of several components takes a folder that holds ``<component>.onnx`` for those that differ.
+    """
+    if path.is_dir():
+        files = {p.name: path / f"{p.name}.onnx" for p in programs}
+        if not any(f.is_file() for f in files.values()):
+            raise InputError(f"--test-model: {path} holds none of {', '.join(f.name for f in files.values())}")
+    elif len(programs) == 1:
+        files = {programs[0].name: path}
+    else:
+        names = ", ".join(p.name for p in programs)
+        raise InputError(
+            f"--test-model: the model has the components {names}; expected a folder with their .onnx files"
+        )
+    return [_replace(p, files[p.name]) if files[p.name].is_file() or len(files) == 1 else p for p in programs]
+
+
+def _replace(program: Program, path: Path) -> Program:
+    graph = Graph(path)
+    expected = [v.name for v in program.graph.inputs]
+    if [v.name for v in graph.inputs] != expected:
+        raise InputError(f"--test-model: {path} takes {[v.name for v in graph.inputs]}; the reference takes {expected}")
+    manifest = path.with_suffix(".alignment.json")
+    return Program(program.name, graph, alignment=Alignment.load(manifest, graph) if manifest.is_file() else None)
+
+
+def changed_state(program: Program, *, train: bool, out_of_place: bool) -> Program:
+    """The same program with its module in another state: what people try by hand first.
+
+    Raises InputError for a program without a module.
+    """
+    if program.module is None:
+        raise InputError("--test-train-mode and --test-out-of-place need a torch module; this model is an ONNX file")
+    module = copy.deepcopy(program.module).train(train)
+    if out_of_place:
+        for child in module.modules():
+            if getattr(child, "inplace", False):
+                child.inplace = False
+    return replace(program, module=module)
+
+
+def value_map(reference: Program, test: Program) -> dict[str, str]:
+    """Test value → reference value: equal names first, then the same torch value in both alignments."""
+    if test.graph is reference.graph:
+        return {v: v for v in reference.graph.producer}
+    known = set(reference.graph.producer)
+    mapping = {v: v for v in test.graph.producer if v in known}
+    if test.alignment is not None and reference.alignment is not None:
+        taken = set(mapping.values())
+        for link in test.alignment.links:
+            twins = [v for v in reference.alignment.onnx_for(link.torch or "") if v not in taken]
+            if link.onnx not in mapping and twins:
+                mapping[link.onnx] = twins[0]
+                taken.add(twins[0])
+    return mapping
+
+
+class Pipeline:
+    """One backend with a session for each component. Use as a context manager."""
+
+    def __init__(self, model: Model, programs: Sequence[Program], backend: Backend) -> None:
+        self.model, self.programs, self.backend = model, programs, backend
+        self.sessions: dict[str, Session] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Pipeline:
+        try:
+            for program in self.programs:
+                self.sessions[program.name] = self.backend.open(program)
+                self._stack.callback(self.sessions[program.name].close)
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def run(self, sample: Sample, sink: Callable[[Key, Tensor], None] | None = None) -> dict[str, Arrays]:
+        """Run the chain; each component is fed this backend's own upstream outputs. Returns all components' outputs.
+
+        ``sink`` is given every component's inputs, then its exposed values in execution order.
+        """
+        results: dict[str, Arrays] = {}
+        for component in self.model.components:
+            inputs = self.model.feed(component, sample, results)
+            forward = None
+            if sink is not None:
+                for name, array in inputs.items():
+                    sink(Key(component.name, name), array)
+                forward = _under(component.name, sink)
+            results[component.name] = self.sessions[component.name].run(inputs, forward)
+        return results
+
+    def record(self) -> RunRecord:
+        """Spec, versions, device and settings as read back."""
+        settings: dict[str, Any] = {}
+        for session in self.sessions.values():
+            settings.update(session.settings)
+        backend = self.backend
+        return RunRecord(
+            str(backend.spec), backend.precision, backend.device, backend.emulated, backend.versions(), settings
+        )
+
+
+def header(pipeline: Pipeline, sample: Sample) -> Header:
+    """The manifest of a capture of this run: what ran, on what, in which settings."""
+    record = pipeline.record()
+    digests = "".join(program.graph.digest for program in pipeline.programs)
+    return Header(
+        backend=record.spec,
+        versions=record.versions,
+        device=record.device,
+        settings=record.settings,
+        model={"name": pipeline.model.name, "sha256": hashlib.sha256(digests.encode()).hexdigest()},
+        inputs=[{name: array_hash(array) for name, array in sample.arrays.items()}],
+        samples=[sample.source],
+    )
+
+
+def _under(component: str, sink: Callable[[Key, Tensor], None]) -> Callable[[str, Tensor], None]:
+    return lambda name, tensor: sink(Key(component, name), tensor)

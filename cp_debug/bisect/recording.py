@@ -1,0 +1,129 @@
+"""One backend's run as a capture, and two captures compared: the two halves of a bisect, for two machines."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cp_debug.backends.base import RunRecord
+from cp_debug.backends.registry import create
+from cp_debug.backends.spec import BackendSpec
+from cp_debug.bisect.layers import layers_of
+from cp_debug.bisect.pipeline import Pipeline, header, prepare
+from cp_debug.bisect.precision import coarser
+from cp_debug.bisect.result import BisectResult, LayerRow, TestResult
+from cp_debug.bisect.verdict import judge
+from cp_debug.errors import InputError
+from cp_debug.probes.capture import Capture, CaptureWriter, Entry, array_hash
+from cp_debug.probes.statistics import compare
+from cp_debug.recipes.base import Model
+
+
+def record(
+    model: Model,
+    backend: str,
+    folder: Path,
+    *,
+    inputs: Path | None,
+    samples: int,
+    seed: int,
+    exporter: str,
+    folded: bool,
+    on_step: Callable[[str, int, int], None],
+) -> Capture:
+    """Run ``backend`` on the samples with every probe; the capture appears under ``folder`` when complete."""
+    created = create(BackendSpec.parse(backend))
+    found = iter(model.samples(samples, seed, inputs))
+    first = next(found)
+    on_step("exporting and aligning", 0, samples + 1)
+    with tempfile.TemporaryDirectory(prefix="cpdebug-") as scratch:
+        programs = prepare(model, first, Path(scratch), exporter=exporter, folded=folded)
+        with Pipeline(model, programs, created) as pipeline:
+            manifest: dict[str, Any] = dict(header(pipeline, first)) | {
+                "precision": created.precision,
+                "emulated": created.emulated,
+                "inputs": [],
+                "samples": [],
+                "layers": {p.name: {layer.onnx: layer.name for layer in layers_of([p])} for p in programs},
+                "outputs": [[model.components[-1].name, name] for name in model.components[-1].output_names],
+            }
+            with CaptureWriter(folder, manifest) as writer:
+                for index, sample in enumerate(itertools.chain([first], found)):
+                    on_step(f"{backend}, sample {index}", index + 1, samples + 1)
+                    manifest["inputs"].append({name: array_hash(array) for name, array in sample.arrays.items()})
+                    manifest["samples"].append(sample.source)
+                    put = writer.put
+                    pipeline.run(sample, lambda key, t, i=index, put=put: put(key.value, t, i, key.component))  # type: ignore[misc]
+    return Capture.open(folder)
+
+
+def compare_captures(
+    reference: Capture, test: Capture, *, rtol: float | None = None, atol: float | None = None, force: bool = False
+) -> BisectResult:
+    """Compare what two captures have in common, in the reference's execution order; the worst sample of each tensor.
+
+    Raises InputError with the reason when models or inputs differ, unless ``force``; and when nothing is in common.
+    """
+    reasons = reference.differences(test)
+    if reasons and not force:
+        raise InputError("these captures should not be compared (--force does it anyway):\n" + "\n".join(reasons))
+    ours, theirs = record_of(reference), record_of(test)
+    precision = coarser(ours.precision, theirs.precision)
+    tolerance = (precision.rtol if rtol is None else rtol, precision.atol if atol is None else atol)
+    present = {(e.sample, e.component, e.name) for e in test.entries}
+    names = reference.manifest.get("layers", {})
+    rows: dict[tuple[str, str], LayerRow] = {}
+    compared = 0
+    for entry in reference.entries:
+        if (entry.sample, entry.component, entry.name) not in present:
+            continue
+        stats = compare(*(c.load(entry.name, entry.sample, entry.component) for c in (reference, test)))
+        verdict, within, why = judge(stats, None, precision, *tolerance, 0.0)
+        name = names.get(entry.component, {}).get(entry.name, entry.name)
+        row = LayerRow(_position(entry, rows), entry.component, name, entry.name, "", stats, verdict, within, why=why)
+        row.sample = entry.sample
+        key = (entry.component, entry.name)
+        compared += key not in rows
+        if key not in rows or row.severity > rows[key].severity:
+            rows[key] = row
+    if not rows:
+        raise InputError(f"{reference.folder} and {test.folder} have no tensor in common")
+    final = [tuple(pair) for pair in reference.manifest.get("outputs", [])]
+    result = TestResult(
+        backend=theirs,
+        rows=list(rows.values()),
+        stages=[],
+        outputs=[rows[key] for key in final if key in rows],
+        compared=compared,
+        total=len({(e.component, e.name) for e in reference.entries}),
+        rtol=tolerance[0],
+        atol=tolerance[1],
+        oracle=None,
+        notes=[f"compared by force: {reason}" for reason in reasons],
+    )
+    model = reference.manifest.get("model", {}).get("name", "")
+    return BisectResult(model, ours, [result], list(reference.manifest.get("samples", [])), {})
+
+
+def record_of(capture: Capture) -> RunRecord:
+    """The run that a capture's manifest describes. Raises InputError when the manifest lacks a field."""
+    manifest = capture.manifest
+    try:
+        return RunRecord(
+            spec=manifest["backend"],
+            precision=manifest["precision"],
+            device=manifest["device"],
+            emulated=manifest["emulated"],
+            versions=manifest["versions"],
+            settings=manifest["settings"],
+        )
+    except KeyError as error:
+        raise InputError(f"{capture.folder}: the manifest lacks the field {error}") from None
+
+
+def _position(entry: Entry, rows: dict[tuple[str, str], LayerRow]) -> int:
+    known = rows.get((entry.component, entry.name))
+    return known.index if known else len(rows)

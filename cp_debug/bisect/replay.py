@@ -1,0 +1,206 @@
+"""Replay: run one segment on the oracle with the test's own captured inputs, so that what the layer did is separated
+from what it was given.
+
+For a value ``t`` of the test, ``o`` the oracle's result from the test's inputs of that segment and ``r`` the reference:
+
+    divergence = t − r = (t − o) + (o − r) = introduced + inherited
+
+``expected`` is what the declared precision must introduce, by emulating it on the same inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from cp_debug.backends.arithmetic import ARITHMETICS, FP64
+from cp_debug.backends.base import Tensor as AnyTensor
+from cp_debug.backends.executor import Executor
+from cp_debug.bisect.precision import PRECISIONS
+from cp_debug.errors import InputError
+from cp_debug.probes.graph import Graph, Node
+
+Load = Callable[[str], AnyTensor]
+"""A captured value by its name in the graph. Raises InputError where the capture lacks it."""
+
+CONTROL_FLOW = {"If", "Loop", "Scan"}
+
+SUSPICIOUS = 30.0
+"""A layer that amplifies the divergence of its inputs more than this is replayed for the reference, too: healthy layers
+stay below 5, so what was inherited more likely was introduced by the reference."""
+
+FLOOR = 0.5
+"""Unit roundoffs that every layer may introduce, whatever its emulation says."""
+
+
+@dataclass
+class Replay:
+    """What one layer did, all relative L2 norms except where said. None: could not be computed, see ``skipped``."""
+
+    nodes: tuple[str, ...] = ()
+    """The ONNX nodes of the segment, the fused ones included."""
+    introduced: float | None = None
+    inherited: float | None = None
+    amplification: float | None = None
+    expected: float | None = None
+    excess: float | None = None
+    oracle_error: float = 0.0
+    """Bound of the oracle's own rounding, relative."""
+    born: int = 0
+    """Elements that are NaN or Inf here although the oracle, from the same inputs, says they are finite."""
+    range_loss: float = 0.0
+    """Relative error of merely storing the segment's weights and result in the test's precision: large where they
+    overflow or vanish."""
+    reference_excess: float = 0.0
+    """The same question asked of the reference, for layers that amplify suspiciously."""
+    skipped: str | None = None
+
+
+class Replayer:
+    """Replays the segments of one graph. ``known`` are the values that the test's capture holds."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        precisions: tuple[str, str],
+        oracle: str,
+        known: Collection[str],
+        device: str = "cpu",
+    ) -> None:
+        """``precisions`` are those that the reference and the test claim to have."""
+        self.graph = graph
+        self.precision = PRECISIONS[precisions[1]]
+        self.oracle = Executor(graph, ARITHMETICS[oracle], device)
+        self._oracle_roundoff = PRECISIONS[oracle].roundoff
+        self._known = set(known)
+        self._device = device
+        self._emulators = {
+            p: self.oracle if p == oracle else Executor(graph, ARITHMETICS[p], device) for p in precisions
+        }
+        self._claims = precisions
+        self._weight_loss = lru_cache(maxsize=None)(self._storage_loss_of_weight)
+
+    def layers(self, reference: Load, test: Load) -> Iterator[tuple[str, Replay]]:
+        """Every captured value in execution order, with its replay."""
+        for node in self.graph.nodes:
+            targets = [o for o in node.outputs if o in self._known]
+            if not targets:
+                continue
+            try:
+                yield from self._segment(targets, reference, test).items()
+            except InputError as error:
+                yield from ((t, Replay(skipped=str(error))) for t in targets)
+
+    def introduced(self, target: str, test: Load) -> tuple[Tensor, Tensor]:
+        """(introduced error, oracle's result) of one value, in the oracle's dtype. Raises as ``layers`` would skip."""
+        nodes, starts = self.graph.segment([target], self._known)
+        exact = self.oracle.run_nodes(nodes, {s: test(s) for s in starts}, [target])[target]
+        return self._hold(test(target)) - exact, exact
+
+    def _segment(self, targets: list[str], reference: Load, test: Load) -> dict[str, Replay]:
+        nodes, starts = self.graph.segment(targets, self._known)
+        if control := [n.op for n in nodes if n.op in CONTROL_FLOW]:
+            return {t: Replay(skipped=f"{control[0]} is cut around: its body has no probes") for t in targets}
+        given = {s: test(s) for s in starts}
+        exact = self.oracle.run_nodes(nodes, given, targets)
+        emulated = self._emulators[self._claims[1]].run_nodes(nodes, given, targets)
+        divergence = self._divergence(given, reference)
+        results = {}
+        for target in targets:
+            replay = self._judge(test(target), exact[target], emulated[target])
+            replay.nodes = tuple(n.name for n in nodes)
+            replay.oracle_error = self._oracle_roundoff * math.sqrt(max(self._reduction(n) for n in nodes))
+            replay.range_loss = max(
+                self._storage_loss(exact[target]),
+                *(self._weight_loss(i) for n in nodes for i in n.inputs if i in self.graph.initializers),
+                0.0,
+            )
+            self._trace_back(replay, exact[target], reference(target), divergence)
+            if replay.inherited is not None and replay.inherited > SUSPICIOUS * (divergence + replay.oracle_error):
+                replay.reference_excess = self._reference_excess(nodes, starts, target, reference)
+            results[target] = replay
+        return results
+
+    def _judge(self, captured: AnyTensor, exact: Tensor, emulated: Tensor, roundoff: float | None = None) -> Replay:
+        if tuple(captured.shape) != tuple(exact.shape):
+            return Replay(skipped=f"the shape is {list(captured.shape)}, the oracle's {list(exact.shape)}")
+        test, exact, emulated = self._hold(captured).double(), exact.double(), emulated.double()
+        finite = torch.isfinite(test) & torch.isfinite(exact)
+        scale = _norm(exact, finite)
+        introduced = _norm(test - exact, finite)
+        rounding = _norm(emulated - exact, finite & torch.isfinite(emulated))
+        expected = max(rounding, FLOOR * (roundoff or self.precision.roundoff) * scale)
+        return Replay(
+            introduced=ratio(introduced, scale),
+            expected=ratio(expected, scale),
+            excess=ratio(introduced, expected),
+            born=int((~torch.isfinite(test) & torch.isfinite(exact)).sum()),
+        )
+
+    def _trace_back(self, replay: Replay, exact: Tensor, captured: AnyTensor, divergence: float) -> None:
+        if tuple(captured.shape) != tuple(exact.shape):
+            return
+        reference, exact = self._hold(captured).double(), exact.double()
+        finite = torch.isfinite(reference) & torch.isfinite(exact)
+        replay.inherited = ratio(_norm(exact - reference, finite), _norm(reference, finite))
+        if divergence:
+            replay.amplification = replay.inherited / divergence
+
+    def _reference_excess(self, nodes: list[Node], starts: list[str], target: str, reference: Load) -> float:
+        given = {s: reference(s) for s in starts}
+        claim = self._claims[0]
+        exact = self.oracle.run_nodes(nodes, given, [target])[target]
+        emulated = self._emulators[claim].run_nodes(nodes, given, [target])[target]
+        replay = self._judge(reference(target), exact, emulated, PRECISIONS[claim].roundoff)
+        return replay.excess or 0.0
+
+    def _divergence(self, given: Mapping[str, AnyTensor], reference: Load) -> float:
+        """Relative L2 divergence of a segment's inputs, all of them taken as one vector."""
+        differing, whole = 0.0, 0.0
+        for name, captured in given.items():
+            ours, theirs = self._hold(captured).double(), self._hold(reference(name)).double()
+            if ours.shape != theirs.shape:
+                return math.inf
+            finite = torch.isfinite(ours) & torch.isfinite(theirs)
+            differing += _norm(ours - theirs, finite) ** 2
+            whole += _norm(theirs, finite) ** 2
+        return ratio(math.sqrt(differing), math.sqrt(whole))
+
+    def _storage_loss(self, exact: Tensor) -> float:
+        value = ARITHMETICS[self.precision.name].value
+        if value is None or not exact.is_floating_point():
+            return 0.0
+        exact = exact.float()
+        stored = value(exact)
+        finite = torch.isfinite(stored) & torch.isfinite(exact)
+        return ratio(_norm(stored.double() - exact.double(), finite), _norm(exact.double(), finite))
+
+    def _storage_loss_of_weight(self, name: str) -> float:
+        return self._storage_loss(self._hold(self.graph.initializer(name)))
+
+    def _reduction(self, node: Node) -> int:
+        """How many products one element of the result sums, by the weight's shape; 1 where nothing is summed."""
+        weights = [i for i in node.inputs if i in self.graph.initializers]
+        if node.op not in ("Conv", "ConvTranspose", "Gemm", "MatMul") or not weights:
+            return 1
+        shape = tuple(self.graph.weight(weights[0]).dims)
+        return max(shape) if node.op in ("Gemm", "MatMul") else math.prod(shape[1:])
+
+    def _hold(self, tensor: AnyTensor) -> Tensor:
+        return FP64.hold(tensor, self._device)
+
+
+def _norm(tensor: Tensor, mask: Tensor) -> float:
+    if not bool(mask.all()):
+        tensor = torch.where(mask, tensor, 0.0)
+    return float(torch.linalg.vector_norm(tensor))
+
+
+def ratio(a: float, b: float) -> float:
+    """a ÷ b; 0 when both are 0, infinite when only b is."""
+    return a / b if b else (math.inf if a else 0.0)

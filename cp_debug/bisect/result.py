@@ -1,0 +1,246 @@
+"""What a bisect returns: rows for the layers, one block for each test backend, and the faces of both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from cp_debug.backends.base import RunRecord
+from cp_debug.bisect.replay import Replay
+from cp_debug.probes.statistics import TensorStats
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+SCHEMA = "cpdebug.bisect/1"
+
+OK, INHERITED, DIVERGENT, GUILTY, SHAPE = "ok", "inherited", "divergent", "guilty", "shape"
+"""Verdicts of a layer. ``ok``: within tolerance. ``inherited``: beyond it, but the layer did what its precision must.
+``divergent``: beyond it, and nobody replayed the layer. ``guilty``: it introduced what its precision cannot explain.
+``shape``: the shapes differ."""
+
+
+@dataclass
+class LayerRow:
+    """One layer of one test backend, for its worst sample."""
+
+    index: int
+    component: str
+    name: str
+    onnx: str
+    op: str
+    stats: TensorStats
+    verdict: str
+    within: bool
+    """Whether max |Δ| is within the tolerance."""
+    replay: Replay | None = None
+    why: str = ""
+    """Why the layer is guilty, in words."""
+    side: str = "test"
+    """Whose result is at fault: ``test``, or ``reference`` when the reference deviates from the oracle."""
+    share: float | None = None
+    """Share of the final divergence that this layer's introduced error explains, for guilty layers."""
+    noise_floor: float = 0.0
+    sample: int = 0
+
+    @property
+    def severity(self) -> tuple[float, ...]:
+        """Sort key over samples: guilty before divergent before ok, then the excess, then the divergence."""
+        rank = (OK, INHERITED, DIVERGENT, SHAPE, GUILTY).index(self.verdict)
+        excess = self.replay.excess if self.replay and self.replay.excess is not None else 0.0
+        return (rank, excess, *self.stats.severity)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row of the JSON schema; numbers that JSON lacks are the strings "NaN", "Infinity", "-Infinity"."""
+        replay = self.replay or Replay(skipped="not replayed")
+        stats = self.stats.to_dict()
+        return {
+            "index": self.index,
+            "component": self.component,
+            "name": self.name,
+            "onnx": self.onnx,
+            "op": self.op,
+            **{k: v for k, v in stats.items() if k != "channel_max"},
+            **json_safe(
+                {
+                    "introduced": replay.introduced,
+                    "inherited": replay.inherited,
+                    "amplification": replay.amplification,
+                    "expected": replay.expected,
+                    "excess": replay.excess,
+                    "oracle_error": replay.oracle_error,
+                    "born_nonfinite": replay.born,
+                    "noise_floor": self.noise_floor,
+                    "share": self.share,
+                }
+            ),
+            "nodes": list(replay.nodes),
+            "skipped": replay.skipped,
+            "within_tolerance": self.within,
+            "verdict": self.verdict,
+            "why": self.why,
+            "side": self.side,
+            "sample": self.sample,
+        }
+
+
+@dataclass
+class StageRow:
+    """A stage, seen at its last tensor."""
+
+    name: str
+    layer: LayerRow
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name, and the figures of the stage's last tensor."""
+        row = self.layer.to_dict()
+        keys = ("component", "onnx", "shape", "max_abs", "mean_abs", "rel_l2", "cosine", "verdict")
+        return {"stage": self.name, "layer": row["name"], **{k: row[k] for k in keys}}
+
+
+@dataclass
+class Observation:
+    """What a second, untouched run told about the probed one. Relative L2 over the final outputs."""
+
+    noise_floor: float
+    """The backend against itself: run to run and over thread counts."""
+    observer_gap: float
+    """With probes against without."""
+    runs: int
+    """How many further runs it took to know."""
+    first_unsteady: str | None = None
+    """The first layer where two runs of the same backend part."""
+
+
+@dataclass
+class TestResult:
+    """One test backend against the reference."""
+
+    backend: RunRecord
+    rows: list[LayerRow]
+    stages: list[StageRow]
+    outputs: list[LayerRow]
+    compared: int
+    """Values compared, of ``total`` that the reference's deployed graph computes."""
+    total: int
+    rtol: float
+    atol: float
+    oracle: str | None
+    observation: Observation | None = None
+    notes: list[str] = field(default_factory=list)
+    """What a reader must know: settings that do not match, layers nobody could replay, probes that lie."""
+
+    @property
+    def guilty(self) -> list[LayerRow]:
+        """The guilty layers, in execution order."""
+        return [row for row in self.rows if row.verdict == GUILTY]
+
+    @property
+    def first_divergent(self) -> LayerRow | None:
+        """The first guilty layer; without one, the first beyond tolerance."""
+        return next(iter(self.guilty), self.first_beyond)
+
+    @property
+    def first_beyond(self) -> LayerRow | None:
+        """The first layer, in execution order, whose divergence is beyond the tolerance."""
+        return next((row for row in self.rows if not row.within), None)
+
+    @property
+    def agrees(self) -> bool:
+        """No guilty layer, and every final output within the tolerance."""
+        return not self.guilty and all(row.within for row in self.outputs)
+
+    @property
+    def layers(self) -> pd.DataFrame:
+        """One row a layer, the columns of the JSON schema."""
+        import pandas as pd
+
+        return pd.DataFrame([row.to_dict() for row in self.rows])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The block of the JSON schema."""
+        first, seen = self.first_divergent, self.observation
+        return {
+            "backend": self.backend.spec,
+            "alignment": {"aligned": self.compared, "total": self.total},
+            "tolerance": {"rtol": self.rtol, "atol": self.atol},
+            "stages": [stage.to_dict() for stage in self.stages],
+            "layers": [row.to_dict() for row in self.rows],
+            "outputs": [row.to_dict() for row in self.outputs],
+            "first_divergent": first.name if first else None,
+            "first_beyond_tolerance": self.first_beyond.name if self.first_beyond else None,
+            "guilty": [row.name for row in self.guilty],
+            "oracle": self.oracle,
+            "noise_floor": seen.noise_floor if seen else None,
+            "observer_gap": seen.observer_gap if seen else None,
+            "first_unsteady": seen.first_unsteady if seen else None,
+            "agrees": self.agrees,
+            "notes": self.notes,
+        }
+
+
+@dataclass
+class BisectResult:
+    """The reference against every test backend. Shows itself in a rich console."""
+
+    model: str
+    reference: RunRecord
+    tests: list[TestResult]
+    samples: list[str]
+    """Where each sample came from."""
+    coverage: dict[str, Any]
+    """Alignment of torch and ONNX: values and leaf modules accounted for, modules that folding absorbed."""
+    command: str = ""
+
+    @property
+    def layers(self) -> pd.DataFrame:
+        """The layers of the first test backend."""
+        return self.tests[0].layers
+
+    @property
+    def first_divergent(self) -> LayerRow | None:
+        """The first divergent layer of the first test backend that has one."""
+        return next((t.first_divergent for t in self.tests if t.first_divergent), None)
+
+    @property
+    def agrees(self) -> bool:
+        """Whether every test backend agrees with the reference."""
+        return all(test.agrees for test in self.tests)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole result, JSON-safe. The first test backend's block also lies at the top level."""
+        from dataclasses import asdict
+
+        blocks = [test.to_dict() for test in self.tests]
+        return {
+            "schema": SCHEMA,
+            "model": self.model,
+            "command": self.command,
+            "backends": [json_safe(asdict(r)) for r in (self.reference, *(t.backend for t in self.tests))],
+            "samples": self.samples,
+            "coverage": self.coverage,
+            **blocks[0],
+            "tests": blocks,
+        }
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from cp_debug.reports.tables import render  # the face is looked up when it is shown
+
+        yield from render(self)
+
+    def __iter__(self) -> Iterator[TestResult]:
+        return iter(self.tests)
+
+
+def json_safe(value: Any) -> Any:
+    """The value with NaN and infinities as the strings "NaN", "Infinity", "-Infinity", containers included."""
+    if isinstance(value, dict):
+        return {k: json_safe(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_safe(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    return value

@@ -1,0 +1,100 @@
+"""What a guilty layer does to the end: its introduced error, carried through the rest of the network by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from cp_debug.backends.arithmetic import FP32
+from cp_debug.backends.executor import Executor
+from cp_debug.bisect.pipeline import Key
+from cp_debug.bisect.replay import ratio
+from cp_debug.bisect.result import GUILTY, LayerRow
+from cp_debug.bisect.testrun import TestRun, loader
+from cp_debug.errors import InputError
+from cp_debug.probes.arrays import as_numpy
+from cp_debug.probes.capture import Capture
+from cp_debug.recipes.base import Arrays, Sample
+
+MOST = 8
+"""Guilty layers whose share is computed, the most excessive first: each costs part of a forward pass."""
+
+
+def set_shares(run: TestRun, rows: Mapping[Key, LayerRow], sample: Sample, reference: Capture, test: Capture) -> None:
+    """Give every guilty row (up to ``MOST``) its share of the final divergence.
+
+    The introduced error of a layer is added to the reference's value there and carried to the final outputs in FP32,
+    giving Δ. Its share is ⟨Δ, D⟩ ÷ ‖D‖² for the final divergence D, each output scaled by its reference norm: shares
+    of independent errors in a nearly linear network add up to 1.
+    """
+    guilty = [(key, row) for key, row in rows.items() if row.verdict == GUILTY and row.side == "test" and row.replay]
+    guilty.sort(key=lambda item: item[1].replay.excess or 0.0, reverse=True)  # type: ignore[union-attr]
+    if not guilty:
+        return
+    propagate = Propagation(run, sample, reference)
+    divergence = propagate.divergence(test)
+    for key, row in guilty[:MOST]:
+        try:
+            change = propagate.change(key, test)
+        except InputError:  # the replay of this layer says why
+            continue
+        row.share = ratio(float(change @ divergence), float(divergence @ divergence))
+
+
+class Propagation:
+    """Carries a change of one value to the final outputs, everything else as the reference computed it."""
+
+    def __init__(self, run: TestRun, sample: Sample, reference: Capture) -> None:
+        self._run, self._sample, self._reference = run, sample, reference
+        self._model = run.pipeline.model
+        self._components = [c.name for c in self._model.components]
+
+    def divergence(self, test: Capture) -> np.ndarray:
+        """D: the test's final outputs minus the reference's, as one vector."""
+        component = self._components[-1]
+        return self._vector({n: as_numpy(test.load(n, component=component)) for n in self._outputs(component)})
+
+    def change(self, key: Key, test: Capture) -> np.ndarray:
+        """Δ: what the introduced error of the layer ``key`` does to the final outputs."""
+        start = self._components.index(key.component)
+        results: dict[str, Arrays] = {
+            c: {n: self._reference.load(n, component=c) for n in self._outputs(c)} for c in self._components[:start]
+        }
+        results[key.component] = self._downstream(key, test)
+        for component in self._model.components[start + 1 :]:
+            graph = self._run.programs[component.name].graph
+            inputs = self._model.feed(component, self._sample, results)
+            results[component.name] = {n: t.numpy() for n, t in Executor(graph, FP32).run(inputs).items()}
+        return self._vector(results[self._components[-1]])
+
+    def _downstream(self, key: Key, test: Capture) -> dict[str, np.ndarray]:
+        """The outputs of the layer's own component when its value alone is changed."""
+        graph, load = self._run.programs[key.component].graph, loader(self._reference, key.component)
+        introduced, _ = self._run.replayer(key.component, test).introduced(key.value, loader(test, key.component))
+        changed = {key.value: load(key.value) + np.nan_to_num(introduced.numpy(), posinf=0.0, neginf=0.0)}
+        reached = {key.value}
+        for node in graph.nodes:
+            if not reached.isdisjoint(node.inputs):
+                reached.update(node.outputs)
+        outputs = self._outputs(key.component)
+        known = {n for n in self._reference.names(component=key.component) if n not in reached or n == key.value}
+        inside = [n for n in outputs if n in reached and n != key.value]
+        results = {n: changed.get(n, load(n) if n not in reached else None) for n in outputs}
+        if inside:
+            nodes, starts = graph.segment(inside, known)
+            given = {s: changed.get(s) if s in changed else load(s) for s in starts}
+            computed = Executor(graph, FP32).run_nodes(nodes, given, inside)
+            results.update({n: t.numpy() for n, t in computed.items()})
+        return results
+
+    def _outputs(self, component: str) -> list[str]:
+        return [v.name for v in self._run.programs[component].graph.outputs]
+
+    def _vector(self, outputs: Arrays) -> np.ndarray:
+        component, parts = self._components[-1], []
+        for name in self._outputs(component):
+            reference = self._reference.load(name, component=component).astype(np.float64)
+            difference = np.nan_to_num(np.asarray(outputs[name], np.float64) - reference, posinf=0.0, neginf=0.0)
+            parts.append(difference.ravel() / (np.linalg.norm(reference) or 1.0))
+        return np.concatenate(parts)

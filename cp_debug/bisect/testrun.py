@@ -1,0 +1,117 @@
+"""One test backend on one sample: run it against the reference's capture, then replay its layers on the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from cp_debug.backends.base import Program, Tensor
+from cp_debug.backends.registry import create
+from cp_debug.bisect.layers import Layer
+from cp_debug.bisect.observe import observe
+from cp_debug.bisect.pipeline import Key, Pipeline, value_map
+from cp_debug.bisect.precision import PRECISIONS, Precision
+from cp_debug.bisect.replay import Load, Replay, Replayer
+from cp_debug.bisect.result import LayerRow, Observation
+from cp_debug.bisect.verdict import judge
+from cp_debug.probes.capture import Capture, CaptureWriter
+from cp_debug.probes.statistics import TensorStats, compare
+from cp_debug.recipes.base import Arrays, Sample
+
+
+class TestRun:
+    """Compares one backend's values with the reference's as they appear, then replays them."""
+
+    __test__ = False
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        reference: Sequence[Program],
+        reference_precision: str,
+        layers: Sequence[Layer],
+        tolerance: tuple[float, float],
+        oracle: str | None,
+    ) -> None:
+        self.pipeline = pipeline
+        self.precision: Precision = PRECISIONS[pipeline.backend.precision]
+        self.tolerance = tolerance
+        self.oracle = oracle
+        self._reference_precision = reference_precision
+        self.programs = {p.name: p for p in reference}
+        self.layers = {Key(layer.component, layer.onnx): layer for layer in layers}
+        self._names = {p.name: value_map(self.programs[p.name], p) for p in pipeline.programs}
+        self._replayers: dict[str, Replayer] = {}
+
+    def run(
+        self, sample: Sample, reference: Capture, writer: CaptureWriter
+    ) -> tuple[dict[Key, TensorStats], dict[str, Arrays]]:
+        """Run with probes; every value is compared with the reference's, and captured under the reference's name."""
+        captured = {Key(e.component, e.name) for e in reference.entries}
+        stats: dict[Key, TensorStats] = {}
+
+        def sink(key: Key, tensor: Tensor) -> None:
+            key = self.name(key)
+            writer.put(key.value, tensor, component=key.component)
+            if key in self.layers and key in captured:
+                stats[key] = compare(reference.load(key.value, component=key.component), tensor)
+
+        return stats, self.pipeline.run(sample, sink)
+
+    def name(self, key: Key) -> Key:
+        """The reference's name of a value of this test."""
+        return Key(key.component, self._names[key.component].get(key.value, key.value))
+
+    def replay(self, reference: Capture, test: Capture) -> dict[Key, Replay]:
+        """Replay every captured layer on the oracle."""
+        replays: dict[Key, Replay] = {}
+        for component in self.programs:
+            ours, theirs = loader(reference, component), loader(test, component)
+            for value, replay in self.replayer(component, test).layers(ours, theirs):
+                replays[Key(component, value)] = replay
+        return replays
+
+    def replayer(self, component: str, test: Capture) -> Replayer:
+        """The replayer of a component, made once: every sample has the same probes."""
+        if component not in self._replayers:
+            assert self.oracle is not None
+            claims = self._reference_precision, self.precision.name
+            graph = self.programs[component].graph
+            self._replayers[component] = Replayer(graph, claims, self.oracle, test.names(component=component))
+        return self._replayers[component]
+
+    def observe(
+        self, sample: Sample, probed: Mapping[str, Arrays], test: Capture
+    ) -> tuple[Observation, dict[Key, float]]:
+        """The backend against itself, and without probes."""
+        pipeline = self.pipeline
+
+        def fresh(threads: int | None) -> Pipeline:
+            options = {"threads": threads} if pipeline.backend.spec.family == "ort" else {}
+            return Pipeline(pipeline.model, pipeline.programs, create(pipeline.backend.spec, **options))
+
+        return observe(fresh, sample, probed, test, self.name)
+
+    def rows(
+        self,
+        stats: Mapping[Key, TensorStats],
+        replays: Mapping[Key, Replay],
+        floors: Mapping[Key, float],
+        sample: int,
+    ) -> dict[Key, LayerRow]:
+        """The judged layers, in execution order."""
+        rows = {}
+        for key, layer in self.layers.items():
+            if key not in stats:
+                continue
+            replay, floor = replays.get(key), floors.get(key, 0.0)
+            verdict, within, why = judge(stats[key], replay, self.precision, *self.tolerance, floor)
+            rows[key] = LayerRow(
+                layer.index, layer.component, layer.name, layer.onnx, layer.op, stats[key], verdict, within,
+                replay=replay, why=why, noise_floor=floor, sample=sample,
+            )  # fmt: skip
+        return rows
+
+
+def loader(capture: Capture, component: str) -> Load:
+    """How a replayer reads the values of one component."""
+    return lambda name: capture.load(name, component=component)

@@ -1,0 +1,87 @@
+"""``cpdebug bisect``: the main job."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Level(str, Enum):
+    """How fine the tables are."""
+
+    stages = "stages"
+    layers = "layers"
+
+
+class Exporter(str, Enum):
+    """Which of torch's ONNX exporters makes the deployed graph."""
+
+    dynamo = "dynamo"
+    torchscript = "torchscript"
+
+
+class Oracle(str, Enum):
+    """The arithmetic that judges."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    fp64 = "fp64"
+
+
+def bisect(
+    model: Annotated[
+        str, typer.Argument(help="A recipe (`cpdebug models`), an .onnx file, or module:callable / file.py:callable.")
+    ] = "centerpoint:tiny",
+    backends: Annotated[str, typer.Option("--backends", "-b", help="Reference first, then the tests.")] = "torch,ort",
+    test_model: Annotated[
+        Path | None, typer.Option(help="Another .onnx for the tests (a folder, for several components).")
+    ] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights for the recipe: .pt or .safetensors.")] = None,
+    test_checkpoint: Annotated[Path | None, typer.Option(help="Other weights for the test backends.")] = None,
+    test_train_mode: Annotated[bool, typer.Option(help="Run the test's module in train mode.")] = False,
+    test_out_of_place: Annotated[bool, typer.Option(help="Replace the test's in-place activations.")] = False,
+    inputs: Annotated[Path | None, typer.Option(help=".npz, .bin, .pcd.bin, or a folder of them.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="How many samples.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of made-up inputs.")] = 0,
+    level: Annotated[Level, typer.Option(help="stages: the stage table alone.")] = Level.layers,
+    show_all: Annotated[
+        bool, typer.Option("--all", help="Every layer, not only those around the first divergent.")
+    ] = False,
+    rtol: Annotated[float | None, typer.Option(help="Tolerance on max |Δ|, relative to max |reference|.")] = None,
+    atol: Annotated[float | None, typer.Option(help="Absolute tolerance on max |Δ|.")] = None,
+    oracle: Annotated[Oracle, typer.Option(help="auto: FP64 for FP32 tests, FP32 below.")] = Oracle.auto,
+    replay: Annotated[bool, typer.Option(help="Separate what a layer did from what it was given.")] = True,
+    exporter: Annotated[Exporter, typer.Option(help="For torch models.")] = Exporter.dynamo,
+    unfolded: Annotated[bool, typer.Option("--unfolded", help="Keep BatchNorm apart: debug module by module.")] = False,
+    json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the layer table as CSV.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Keep the captures in this folder.")] = None,
+) -> None:
+    """Run backends side by side and name the first layer whose result its precision cannot explain."""
+    from cp_debug.bisect.engine import Options
+    from cp_debug.bisect.engine import bisect as run
+    from cp_debug.cli.console import show, steps
+
+    options = Options(
+        checkpoint=checkpoint,
+        test_checkpoint=test_checkpoint,
+        test_train_mode=test_train_mode,
+        test_out_of_place=test_out_of_place,
+        inputs=inputs,
+        samples=samples,
+        seed=seed,
+        rtol=rtol,
+        atol=atol,
+        oracle=None if oracle is Oracle.auto else oracle.value,
+        replay=replay,
+        exporter=exporter.value,
+        folded=not unfolded,
+        save=save,
+    )
+    with steps() as on_step:
+        result = run(model, backends, test_model=test_model, options=options, on_step=on_step)
+    show(result, json=json, csv=csv, layers=level is Level.layers, show_all=show_all)
+    raise typer.Exit(0 if result.agrees else 1)

@@ -1,0 +1,46 @@
+"""``cpdebug capture``: keep every tensor of one backend's run, for a comparison on another day or another machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cp_debug.cli.bisect import Exporter
+
+
+def capture(
+    model: Annotated[str, typer.Argument(help="A recipe, an .onnx file, or module:callable.")] = "centerpoint:tiny",
+    backend: Annotated[str, typer.Option("--backend", "-b", help="Which backend runs.")] = "torch",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the capture; new or empty.")] = Path(
+        "capture"
+    ),
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights for the recipe: .pt or .safetensors.")] = None,
+    inputs: Annotated[Path | None, typer.Option(help=".npz, .bin, .pcd.bin, or a folder of them.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="How many samples.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of made-up inputs.")] = 0,
+    exporter: Annotated[Exporter, typer.Option(help="For torch models.")] = Exporter.dynamo,
+    unfolded: Annotated[bool, typer.Option("--unfolded", help="Keep BatchNorm apart.")] = False,
+) -> None:
+    """Run one backend with every probe and write a capture."""
+    from cp_debug.bisect.recording import record
+    from cp_debug.cli.console import console, steps
+    from cp_debug.recipes.registry import load_model
+
+    with steps() as on_step:
+        written = record(
+            load_model(model, checkpoint=checkpoint, seed=seed),
+            backend,
+            output,
+            inputs=inputs,
+            samples=samples,
+            seed=seed,
+            exporter=exporter.value,
+            folded=not unfolded,
+            on_step=on_step,
+        )
+    size = sum(file.stat().st_size for file in written.folder.iterdir()) / 2**20
+    console.print(
+        f"{written.folder}: {len(written.entries)} tensors of {len(written.samples)} sample(s), {size:.1f} MiB"
+    )

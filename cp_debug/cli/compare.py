@@ -1,0 +1,28 @@
+"""``cpdebug compare``: two captures, from two machines or two environments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def compare(
+    reference: Annotated[Path, typer.Argument(help="A capture.")],
+    test: Annotated[Path, typer.Argument(help="A capture of the same model and inputs.")],
+    rtol: Annotated[float | None, typer.Option(help="Tolerance on max |Δ|, relative to max |reference|.")] = None,
+    atol: Annotated[float | None, typer.Option(help="Absolute tolerance on max |Δ|.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Compare although models or inputs differ.")] = False,
+    show_all: Annotated[bool, typer.Option("--all", help="Every tensor.")] = False,
+    json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the table as CSV.")] = None,
+) -> None:
+    """Compare two captures tensor by tensor."""
+    from cp_debug.bisect.recording import compare_captures
+    from cp_debug.cli.console import show
+    from cp_debug.probes.capture import Capture
+
+    result = compare_captures(Capture.open(reference), Capture.open(test), rtol=rtol, atol=atol, force=force)
+    show(result, json=json, csv=csv, show_all=show_all)
+    raise typer.Exit(0 if result.agrees else 1)

@@ -1,0 +1,68 @@
+"""Where commands print: results to stdout, progress and errors to stderr, so that pipes and ``--json -`` stay clean."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from cp_debug.bisect.result import BisectResult
+
+PIPE_WIDTH = 140
+"""Columns of a table that goes into a file or a pipe."""
+
+
+def _width(stream_is_tty: bool) -> int | None:
+    return None if stream_is_tty or "COLUMNS" in os.environ else PIPE_WIDTH
+
+
+console = Console(width=_width(sys.stdout.isatty()))
+errors = Console(stderr=True, width=_width(sys.stderr.isatty()))
+
+
+def show(
+    result: BisectResult, *, json: str | None, csv: Path | None, layers: bool = True, show_all: bool = False
+) -> None:
+    """Print the tables, and write the files that were asked for. With ``json`` on stdout, nothing else goes there."""
+    from cp_debug.reports.files import write_csv, write_json
+    from cp_debug.reports.tables import render
+
+    if json != "-":
+        for part in render(result, layers=layers, show_all=show_all):
+            console.print(part)
+    if json:
+        write_json(result, json)
+    if csv:
+        write_csv(result, csv)
+
+
+class Steps:
+    """Reports the steps of a long job to a progress bar."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task = progress.add_task("", total=None)
+
+    def __call__(self, text: str, done: int, total: int) -> None:
+        self._progress.update(self._task, description=text, completed=done, total=total)
+
+
+@contextmanager
+def steps() -> Iterator[Steps]:
+    """A progress bar on stderr while the block runs; nothing is drawn when stderr is not a terminal."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=errors, transient=True) as progress:
+        yield Steps(progress)

@@ -1,0 +1,39 @@
+"""``cpdebug doctor``: what is installed, on which devices, and every setting that can change a number."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def doctor(json: Annotated[bool, typer.Option("--json", help="Machine-readable, on stdout.")] = False) -> None:
+    """Show versions, devices and numeric settings, and which of them are not the safe ones."""
+    from dataclasses import asdict
+    from json import dumps
+
+    from rich.table import Table
+    from rich.text import Text
+
+    from cp_debug.cli.console import console
+    from cp_debug.reports.environment import examine
+
+    found = examine()
+    if json:
+        print(dumps(asdict(found), indent=1))
+        return
+    versions = Table("package", "version", "", box=None, header_style="bold", pad_edge=False)
+    for package in found.packages:
+        versions.add_row(package.name, package.version or Text("missing", "yellow"), Text(package.hint, "dim"))
+    console.print(versions)
+    console.print()
+    settings = Table("setting", "here", "in a run", "", box=None, header_style="bold", pad_edge=False)
+    for setting in found.settings:
+        safe = Text("✓", "green") if setting.safe else Text(f"✗ {setting.advice}", "yellow")
+        settings.add_row(setting.name, setting.value, setting.in_a_run, safe)
+    console.print(settings)
+    console.print()
+    for line in found.devices:
+        console.print(line, highlight=False)
+    for warning in found.warnings:
+        console.print(Text(f"warning: {warning}", "bold yellow"))

@@ -1,0 +1,81 @@
+"""Strict loading of weights: every key and every shape, or a sentence that says what does not fit."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cp_debug.errors import InputError
+
+SHOWN = 5
+
+
+def load_checkpoint(model: nn.Module, path: Path) -> None:
+    """Fill ``model`` from a ``.pt``, ``.pth`` or ``.safetensors`` file; mmengine's ``{"state_dict": …}`` is unwrapped.
+
+    Raises InputError for a file that is missing, broken, or needs pickled code, and for keys or shapes that differ
+    from the model's; the model is unchanged then.
+    """
+    state = read_state_dict(path)
+    expected = model.state_dict()
+    problems = []
+    if missing := expected.keys() - state.keys():
+        problems.append(f"missing keys: {_some(missing)}")
+    if extra := state.keys() - expected.keys():
+        problems.append(f"keys that the model does not have: {_some(extra)}")
+    shapes = [
+        f"{key} {list(state[key].shape)} (expected {list(tensor.shape)})"
+        for key, tensor in expected.items()
+        if key in state and state[key].shape != tensor.shape
+    ]
+    if shapes:
+        problems.append(f"wrong shapes: {_some(shapes)}")
+    if problems:
+        raise InputError("\n".join((f"{path}: the checkpoint does not fit the model", *problems)))
+    model.load_state_dict(state)
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name, on the CPU. Raises InputError as ``load_checkpoint`` does."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint")
+    state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{path}: expected a dictionary of tensors, or one under the key 'state_dict'")
+    return state
+
+
+def _read_safetensors(path: Path) -> object:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def _read_torch(path: Path) -> object:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise InputError(
+            f"{path}: refused, because loading it would run code pickled into it; only plain tensors are accepted. "
+            "Where you trust it, save its weights alone: "
+            f'torch.save(torch.load("{path.name}", weights_only=False)["state_dict"], "weights.pt")'
+        ) from None
+    except (RuntimeError, EOFError, OSError) as error:
+        raise InputError(f"{path}: not a readable torch checkpoint ({str(error).splitlines()[0]})") from None
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first five, and how many more."""
+    names = sorted(names)
+    rest = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")

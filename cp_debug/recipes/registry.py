@@ -1,0 +1,45 @@
+"""From what the user wrote to a model."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+
+from cp_debug.errors import InputError
+from cp_debug.recipes.base import Model
+
+DEFAULT = "centerpoint:tiny"
+
+
+def load_model(text: str, *, checkpoint: Path | None = None, seed: int = 0) -> Model:
+    """Load a recipe (``centerpoint:tiny``), an ``.onnx`` file, or ``package.module:callable`` / ``file.py:callable``.
+
+    ``checkpoint`` replaces a recipe's weights, or is strict-loaded into the callable's module.
+    Raises InputError when the name, the file or the checkpoint is unusable.
+    """
+    if text.endswith(".onnx"):
+        if checkpoint is not None:
+            raise InputError(f"--checkpoint: {text} already holds its weights")
+        from cp_debug.recipes.onnx_file import OnnxFileModel
+
+        return OnnxFileModel(Path(text))
+    head, _, tail = text.partition(":")
+    if head == "centerpoint":
+        from cp_debug.recipes.centerpoint.recipe import CenterPointModel
+
+        return CenterPointModel(tail or "tiny", checkpoint=checkpoint, seed=seed)
+    if tail and (head.endswith(".py") or re.fullmatch(r"[A-Za-z_][\w.]*", head)):
+        from cp_debug.recipes.torch_callable import load_callable
+
+        return load_callable(text, checkpoint=checkpoint)
+    near = difflib.get_close_matches(text, [name for name, _ in known_models()], n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise InputError(f"MODEL: {text!r} is not a recipe, an .onnx file or module:callable{hint}")
+
+
+def known_models() -> list[tuple[str, str]]:
+    """(name, one line about it) of every named model."""
+    from cp_debug.recipes.centerpoint.config import CONFIGS
+
+    return [(f"centerpoint:{name}", config.summary) for name, config in CONFIGS.items()]

@@ -1,0 +1,131 @@
+"""Any torch module: a callable that returns ``(module, example_inputs)``."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from cp_debug.errors import InputError, ModuleFailed
+from cp_debug.probes.outputs import flatten_outputs
+from cp_debug.recipes.base import Arrays, Component, Sample, Stage
+from cp_debug.recipes.npz import load_samples
+
+
+class TorchModel:
+    """A torch module with example inputs: one component, fed with the examples or with arrays like them."""
+
+    def __init__(self, name: str, module: torch.nn.Module, example_inputs: Any) -> None:
+        self.name = name
+        self.module = module.eval()
+        names, tensors = _named_inputs(name, module, example_inputs)
+        self._examples = {n: t.detach().cpu().numpy() for n, t in zip(names, tensors, strict=True)}
+        self.components: Sequence[Component] = [
+            Component(
+                name=type(module).__name__,
+                input_names=names,
+                output_names=_output_names(name, module, tensors),
+                module=module,
+                stages=[Stage(child, child) for child, _ in module.named_children()],
+            )
+        ]
+
+    def samples(self, count: int, seed: int, inputs: Path | None) -> Iterator[Sample]:
+        """The examples first, then seeded arrays of their shape, dtype, mean and spread."""
+        if inputs is not None:
+            yield from load_samples(inputs, self._examples, count)
+            return
+        if count:
+            yield Sample(dict(self._examples), "the callable's example inputs")
+        for index in range(1, count):
+            rng = np.random.default_rng([seed, index])
+            yield Sample({n: _like(a, rng) for n, a in self._examples.items()}, f"random like the example, seed {seed}")
+
+    def feed(self, component: Component, sample: Sample, results: Mapping[str, Arrays]) -> dict[str, np.ndarray]:
+        """The sample's arrays, as they are."""
+        return sample.arrays
+
+    def decode(self, sample: Sample, results: Mapping[str, Arrays]) -> None:
+        """A bare module has no decoder."""
+        return None
+
+
+def load_callable(text: str, checkpoint: Path | None = None) -> TorchModel:
+    """``package.module:callable`` or ``file.py:callable``. Raises InputError when it cannot be imported or called."""
+    source, _, attribute = text.rpartition(":")
+    target = getattr(_import(source), attribute, None)
+    if not callable(target):
+        raise InputError(f"MODEL: {source} has no callable {attribute!r}")
+    built = target()
+    if not (isinstance(built, tuple) and len(built) == 2 and isinstance(built[0], torch.nn.Module)):
+        raise InputError(f"MODEL: {text}() returned {type(built).__name__}; expected (module, example_inputs)")
+    module, example_inputs = built
+    if checkpoint is not None:
+        from cp_debug.recipes.checkpoint import load_checkpoint
+
+        load_checkpoint(module, checkpoint)
+    return TorchModel(text, module, example_inputs)
+
+
+def _import(source: str) -> ModuleType:
+    try:
+        if not source.endswith(".py"):
+            if (here := str(Path.cwd())) not in sys.path:
+                sys.path.insert(0, here)
+            return importlib.import_module(source)
+        path = Path(source)
+        if not path.is_file():
+            raise InputError(f"MODEL: no such file {source}")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[path.stem] = module
+        spec.loader.exec_module(module)
+        return module
+    except InputError:
+        raise
+    except Exception as error:  # whatever the user's file raises while it is imported
+        raise InputError(f"MODEL: cannot import {source}: {type(error).__name__}: {error}") from error
+
+
+def _named_inputs(name: str, module: torch.nn.Module, inputs: Any) -> tuple[list[str], list[torch.Tensor]]:
+    if isinstance(inputs, torch.Tensor):
+        inputs = (inputs,)
+    parameters = list(inspect.signature(module.forward).parameters)
+    if isinstance(inputs, Mapping):
+        unknown = [n for n in inputs if n not in parameters]
+        if unknown:
+            raise InputError(
+                f"MODEL: {name}: example input {unknown[0]!r} is no parameter of forward({', '.join(parameters)})"
+            )
+        named = [(p, inputs[p]) for p in parameters if p in inputs]
+    else:
+        positional = [*parameters, *(f"input_{i}" for i in range(len(parameters), len(inputs)))]
+        named = list(zip(positional, inputs, strict=False))
+    for key, value in named:
+        if not isinstance(value, torch.Tensor):
+            raise InputError(f"MODEL: {name}: example input {key!r} is {type(value).__name__}; expected a tensor")
+    return [n for n, _ in named], [t for _, t in named]
+
+
+def _output_names(name: str, module: torch.nn.Module, tensors: Sequence[torch.Tensor]) -> list[str]:
+    try:
+        with torch.no_grad():
+            return list(flatten_outputs(module(*tensors)))
+    except Exception as error:  # the user's forward may raise anything
+        raise ModuleFailed(f"MODEL: {name}: forward raised {type(error).__name__}: {error}") from error
+
+
+def _like(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    if array.dtype.kind == "f":
+        return rng.normal(array.mean(), array.std(), array.shape).astype(array.dtype)
+    return rng.permutation(array.reshape(-1)).reshape(array.shape)

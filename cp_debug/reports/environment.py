@@ -1,0 +1,163 @@
+"""What this machine runs: packages, devices, and the settings that decide about numbers."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from cp_debug.backends.determinism import deterministic, read_settings
+from cp_debug.errors import CpdebugError
+
+PACKAGES = {
+    "torch": "",
+    "onnx": "",
+    "onnxscript": "",
+    "onnxruntime": "pip install 'cpdebug[cpu]'",
+    "onnxruntime-gpu": "pip install 'cpdebug[gpu]'",
+    "tensorrt": "pip install 'cpdebug[gpu]', or CPDEBUG_TRT_PYTHON=/path/to/a/python that has it",
+    "polygraphy": "pip install 'cpdebug[gpu]'",
+    "nvidia-modelopt": "pip install 'cpdebug[quant]'",
+    "mmdet3d": "pip install 'cpdebug[mmdet3d]'",
+}
+"""Distribution → how to get it; empty for those that cpdebug cannot be without."""
+
+ADVICE = {
+    "backends.cudnn.conv.fp32_precision": 'torch.backends.cudnn.conv.fp32_precision = "ieee"',
+    "backends.cuda.matmul.fp32_precision": 'torch.backends.cuda.matmul.fp32_precision = "ieee"',
+    "backends.cudnn.rnn.fp32_precision": 'torch.backends.cudnn.rnn.fp32_precision = "ieee"',
+    "backends.mkldnn.conv.fp32_precision": 'torch.backends.mkldnn.conv.fp32_precision = "ieee"',
+    "backends.mkldnn.matmul.fp32_precision": 'torch.backends.mkldnn.matmul.fp32_precision = "ieee"',
+    "backends.mkldnn.rnn.fp32_precision": 'torch.backends.mkldnn.rnn.fp32_precision = "ieee"',
+    "backends.cudnn.benchmark": "torch.backends.cudnn.benchmark = False",
+    "backends.cudnn.deterministic": "torch.backends.cudnn.deterministic = True",
+    "backends.mkldnn.deterministic": "torch.backends.mkldnn.deterministic = True",
+    "backends.cuda.matmul.allow_fp16_reduced_precision_reduction": (
+        "torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False"
+    ),
+    "backends.cuda.matmul.allow_bf16_reduced_precision_reduction": (
+        "torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False"
+    ),
+    "backends.cuda.matmul.allow_fp16_accumulation": "torch.backends.cuda.matmul.allow_fp16_accumulation = False",
+    "deterministic_algorithms": "torch.use_deterministic_algorithms(True)",
+    "CUBLAS_WORKSPACE_CONFIG": "export CUBLAS_WORKSPACE_CONFIG=:4096:8",
+}
+"""Torch setting → the line that makes it the safe one, outside of cpdebug."""
+
+_UNSET_IS_SAFE = {"none", "ieee"}
+
+
+@dataclass
+class Package:
+    """One distribution; ``version`` is None where it is missing."""
+
+    name: str
+    version: str | None
+    hint: str = ""
+
+
+@dataclass
+class Setting:
+    """One setting: its value in a fresh process here, and what cpdebug sets for a run."""
+
+    name: str
+    value: str
+    in_a_run: str
+    safe: bool
+    advice: str = ""
+
+
+@dataclass
+class Environment:
+    """Everything that ``cpdebug doctor`` shows."""
+
+    packages: list[Package] = field(default_factory=list)
+    settings: list[Setting] = field(default_factory=list)
+    devices: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def examine() -> Environment:
+    """Look at this process and machine; nothing is changed."""
+    found = Environment(packages=list(_packages()), settings=[*_torch_settings(), *_other_settings()])
+    _devices(found)
+    return found
+
+
+def _packages() -> Iterator[Package]:
+    yield Package("python", platform.python_version())
+    for name, hint in PACKAGES.items():
+        try:
+            yield Package(name, importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            yield Package(name, None, hint)
+
+
+def _torch_settings() -> Iterator[Setting]:
+    here = read_settings()
+    with deterministic() as in_a_run:
+        for name, advice in ADVICE.items():
+            value, wanted = here[name], in_a_run[name]
+            safe = value == wanted or {str(value), str(wanted)} <= _UNSET_IS_SAFE
+            yield Setting(f"torch {name}", _word(value), _word(wanted), safe, "" if safe else advice)
+
+
+def _other_settings() -> Iterator[Setting]:
+    override = os.environ.get("NVIDIA_TF32_OVERRIDE")
+    yield Setting(
+        "NVIDIA_TF32_OVERRIDE", override or "unset", override or "unset", override in (None, "0"),
+        "" if override in (None, "0") else "unset it: it forces TF32 in every NVIDIA library",
+    )  # fmt: skip
+    yield Setting(
+        "ONNX Runtime CUDA use_tf32", "on (its default)", "off", False,
+        'providers=[("CUDAExecutionProvider", {"use_tf32": "0"})]',
+    )  # fmt: skip
+    yield Setting(
+        "TensorRT BuilderFlag.TF32", "on (its default)", "off, but for trt-tf32", False,
+        "config.clear_flag(trt.BuilderFlag.TF32)",
+    )  # fmt: skip
+
+
+def _devices(found: Environment) -> None:
+    import torch
+
+    capability = torch.backends.cpu.get_cpu_capability()
+    found.devices.append(f"cpu: {platform.machine()}, {capability}, {torch.get_num_threads()} threads")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    found.devices += [f"cuda:{i}: {name}" for i, name in enumerate(gpus)] or ["cuda: no device that torch can use"]
+    providers = _ort_providers()
+    found.devices.append(f"ONNX Runtime providers: {', '.join(providers) or 'none, it is not installed'}")
+    ort_cuda = "CUDAExecutionProvider" in providers
+    if providers and bool(gpus) != ort_cuda:
+        able, unable = ("torch", "ONNX Runtime") if gpus else ("ONNX Runtime", "torch")
+        found.warnings.append(f"device mismatch: {able} can use CUDA, {unable} cannot; compare on the CPU or mend it")
+    found.devices.append(_tensorrt(found))
+
+
+def _ort_providers() -> list[str]:
+    try:
+        onnxruntime: Any = importlib.import_module("onnxruntime")
+    except ImportError:
+        return []
+    return list(onnxruntime.get_available_providers())
+
+
+def _tensorrt(found: Environment) -> str:
+    from cp_debug.backends.tensorrt.client import Client
+
+    try:
+        found = Client().probe()
+    except CpdebugError as error:
+        return f"TensorRT: {error}"
+
+
+def _word(value: Any) -> str:
+    return (
+        {True: "on", False: "off", None: "unset"}.get(value, str(value))
+        if not isinstance(value, int | str) or isinstance(value, bool)
+        else str(value)
+    )

@@ -1,0 +1,228 @@
+"""A result in a terminal: what ran, the stages, the ranked layers, one line of verdict."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from cp_debug.backends.base import RunRecord
+from cp_debug.bisect.result import (
+    DIVERGENT,
+    GUILTY,
+    INHERITED,
+    OK,
+    SHAPE,
+    BisectResult,
+    LayerRow,
+    StageRow,
+    TestResult,
+)
+
+STYLES = {OK: "green", INHERITED: "yellow", DIVERGENT: "red", GUILTY: "bold red", SHAPE: "bold red"}
+SETTINGS = {
+    "backends.cudnn.conv.fp32_precision": "cudnn conv",
+    "backends.cuda.matmul.fp32_precision": "cuda matmul",
+    "backends.cudnn.benchmark": "cudnn benchmark",
+    "deterministic_algorithms": "deterministic",
+    "threads": "threads",
+    "graph_optimization_level": "optimisation",
+    "use_deterministic_compute": "deterministic",
+    "intra_op_num_threads": "threads",
+    "use_tf32": "tf32",
+    "regime": "typing",
+    "values_rounded_by": "values",
+    "operands_rounded_by": "operands",
+    "accumulation": "accumulation",
+}
+"""Settings that the table shows, and what it calls them; the JSON has all."""
+AROUND = 5
+"""Layers shown before and after the first divergent one."""
+MOST_STAGES = 24
+
+
+def render(result: BisectResult, *, layers: bool = True, show_all: bool = False) -> Iterator[RenderableType]:
+    """The parts of a result, in the order in which they are read."""
+    yield Text.assemble((result.model, "bold"), f" · {_samples(result.samples)}")
+    yield backends_table([result.reference, *(t.backend for t in result.tests)])
+    yield from _coverage(result.coverage)
+    for test in result.tests:
+        yield Text()
+        yield Text.assemble(
+            (result.reference.spec, "bold"), " → ", (test.backend.spec, "bold"), _emulated(test.backend)
+        )
+        yield stage_table(test)
+        if layers:
+            yield Text()
+            yield layer_table(test, show_all=show_all)
+        for note in test.notes:
+            yield Text(f"note: {note}", style="yellow")
+        yield verdict_line(test)
+
+
+def backends_table(records: Sequence[RunRecord]) -> Table:
+    """Spec, precision, device, versions and the settings that can change numbers."""
+    table = _table("", "backend", "precision", "device", "settings")
+    for index, record in enumerate(records):
+        versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
+        chosen = {short: record.settings.get(name) for name, short in SETTINGS.items()}
+        settings = ", ".join(f"{short} {_setting(v)}" for short, v in chosen.items() if v is not None)
+        precision = record.precision + (", emulated" if record.emulated else "")
+        role = "test" if index else "reference"
+        table.add_row(role, record.spec, precision, record.device, Text(f"{versions}; {settings}", style="dim"))
+    return table
+
+
+def stage_table(test: TestResult) -> Table:
+    """Coarse view: each stage at its last tensor, as engineers report it."""
+    table = _table("stage", ">shape", ">max |Δ|", ">mean |Δ|", ">rel. L2", "verdict")
+    for stage in _fewer(test.stages):
+        row = stage.layer
+        table.add_row(
+            stage.name,
+            _shape(row),
+            number(row.stats.max_abs),
+            number(row.stats.mean_abs),
+            number(row.stats.rel_l2),
+            Text(row.verdict, STYLES[row.verdict]),
+        )
+    return table
+
+
+def layer_table(test: TestResult, *, show_all: bool = False) -> Table:
+    """The layers in execution order: all of them, or those around the first divergent one and every guilty one."""
+    replayed = test.oracle is not None
+    extra = (">introduced", ">expected", ">excess") if replayed else ()
+    table = _table(">#", "layer", "op", ">shape", ">max |Δ|", ">rel. L2", *extra, "verdict")
+    rows = test.rows if show_all else _around(test)
+    previous: LayerRow | None = None
+    for row in rows:
+        if row.index - (previous.index if previous else -1) > 1 and not show_all:
+            table.add_row("⋮", *[""] * (len(table.columns) - 1), style="dim")
+        replay = row.replay
+        figures = [number(getattr(replay, k)) if replay else "" for k in ("introduced", "expected", "excess")]
+        table.add_row(
+            str(row.index),
+            row.name,
+            row.op,
+            _shape(row),
+            number(row.stats.max_abs),
+            number(row.stats.rel_l2),
+            *(figures if replayed else ()),
+            _verdict(row),
+        )
+        previous = row
+    if previous is not None and test.rows[-1].index > previous.index and not show_all:
+        table.add_row("⋮", *[""] * (len(table.columns) - 1), style="dim")
+    return table
+
+
+def verdict_line(test: TestResult) -> Text:
+    """One line: who is guilty, by how much, what of the final divergence that explains."""
+    first, worst = test.first_divergent, max(test.outputs, key=lambda row: row.stats.rel_l2, default=None)
+    end = f"; final outputs differ by {number(worst.stats.rel_l2)} (rel. L2, {worst.name})" if worst else ""
+    spec, tolerance = test.backend.spec, f"rtol {test.rtol:g}, atol {test.atol:g}"
+    if test.guilty:
+        assert first is not None
+        names = f"{len(test.guilty)} layers are guilty, the first is" if len(test.guilty) > 1 else "guilty:"
+        share = f", {first.share:.0%} of the final divergence" if first.share is not None else ""
+        side = f" (the reference {'' if first.side == 'test' else 'deviates'})" if first.side == "reference" else ""
+        text = Text.assemble(
+            (f"✗ {spec}: {names} {first.name}", "bold red"), f" ({first.op}){side}: {first.why}{share}{end}"
+        )
+        if test.first_beyond is not None and test.first_beyond.index != first.index:
+            text.append(_why_views_differ(test, first, test.first_beyond))
+        return text
+    if first is not None and not test.agrees:
+        style = "bold yellow" if test.oracle else "bold red"
+        text = Text.assemble(
+            (f"✗ {spec}: first divergent layer: {first.name}", style), f" ({first.op}), {tolerance}{end}"
+        )
+        if test.oracle:
+            text.append("; no layer introduces more than its precision explains: the rounding adds up")
+        return text
+    return Text.assemble((f"✓ {spec}: agrees", "bold green"), f" within {tolerance}{end}")
+
+
+def _why_views_differ(test: TestResult, guilty: LayerRow, beyond: LayerRow) -> str:
+    if beyond.index > guilty.index:
+        return f"; its divergence passes the tolerance only at {beyond.name}, where the network amplifies it"
+    return f"; {beyond.name} passes the tolerance before it, but adds no more than its precision explains"
+
+
+def number(value: float | None) -> str:
+    """Three digits are enough to read: ``1.23e-04``, ``0``, ``inf``, and a dash for None."""
+    if value is None:
+        return "–"
+    if value == 0:
+        return "0"
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:.3g}" if 0.01 <= abs(value) < 10000 else f"{value:.2e}"
+
+
+def _verdict(row: LayerRow) -> Text:
+    share = f" {row.share:.0%}" if row.share is not None else ""
+    return Text(row.verdict + share, STYLES[row.verdict])
+
+
+def _around(test: TestResult) -> list[LayerRow]:
+    first = test.first_divergent
+    if first is None:
+        return sorted(sorted(test.rows, key=_concern)[-2 * AROUND :], key=lambda row: row.index)
+    place = test.rows.index(first)
+    near = set(range(place - AROUND, place + AROUND + 1))
+    return [row for i, row in enumerate(test.rows) if i in near or row.verdict == GUILTY]
+
+
+def _concern(row: LayerRow) -> tuple[float, ...]:
+    return row.severity
+
+
+def _fewer(stages: Sequence[StageRow]) -> Sequence[StageRow]:
+    """A model with very many outputs shows its worst ones only."""
+    if len(stages) <= MOST_STAGES:
+        return stages
+    kept = sorted(stages, key=lambda s: s.layer.severity)[-MOST_STAGES:]
+    return [stage for stage in stages if stage in kept]
+
+
+def _coverage(coverage: dict[str, Any]) -> Iterator[Text]:
+    for component, found in coverage.items():
+        missing = [*found["unmatched_values"], *found["unmatched_modules"]]
+        yield Text(
+            f"alignment of {component}: {found['values']} of {found['values_total']} values of the deployed graph, "
+            f"{found['modules']} of {found['modules_total']} leaf modules ({len(found['absorbed'])} absorbed by folding)"
+            + (f"; not accounted for: {', '.join(missing[:5])}" if missing else ""),
+            style="yellow" if missing else "dim",
+        )
+
+
+def _samples(samples: Sequence[str]) -> str:
+    return samples[0] if len(samples) == 1 else f"{len(samples)} samples, from {samples[0]} to {samples[-1]}"
+
+
+def _emulated(record: RunRecord) -> str:
+    return " (emulated)" if record.emulated else ""
+
+
+def _setting(value: Any) -> str:
+    return ("off", "on")[value] if isinstance(value, bool) else str(value)
+
+
+def _shape(row: LayerRow) -> str:
+    return "×".join(map(str, row.stats.shape)) or "scalar"
+
+
+def _table(*columns: str) -> Table:
+    """A plain table; a leading ``>`` aligns a column to the right."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in columns:
+        name = column.removeprefix(">")
+        free = name in ("layer", "settings", "stage")
+        table.add_column(name, justify="right" if column != name else "left", no_wrap=not free, overflow="fold")
+    return table
