@@ -1,0 +1,90 @@
+"""How an operation is rounded: the arithmetics in which a graph can be executed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import Tensor
+
+from cp_debug.backends.rounding import round_bf16, round_fp16, round_tf32
+
+Rounding = Callable[[Tensor], Tensor]
+
+_TORCH_TYPES = {np.dtype(t) for t in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "?")}
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """The rules by which every float of a graph is held, computed and rounded.
+
+    Float values are *held* in ``dtype`` whatever narrower type the graph declares (float64 stays float64), and rounded
+    where the arithmetic says so. An explicit Cast to FLOAT16, BFLOAT16 or FP8 in the graph is part of the program and
+    rounds in every arithmetic, the oracle's too; a Cast to FLOAT or DOUBLE only changes how the value is held.
+    Integers and booleans are never rounded, and QuantizeLinear/DequantizeLinear are exact everywhere.
+    """
+
+    name: str
+    dtype: torch.dtype = torch.float32
+    value: Rounding | None = None
+    """Applied to weights, to inputs and to the result of every operation."""
+    operand: Rounding | None = None
+    """Applied to both operands of convolutions and matrix products."""
+    tile: int | None = None
+    """Channels per tile where convolutions and products accumulate in FP16; None accumulates in ``dtype``."""
+
+    def held(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype that holds values which the graph declares as ``dtype``."""
+        return self.dtype if dtype.is_floating_point and dtype != torch.float64 else dtype
+
+    def hold(self, value: Any, device: torch.device | str) -> Any:
+        """A numpy array or tensor as kernels want it: a torch tensor of the held dtype on ``device``.
+
+        What torch cannot compute with (FP8, 4-bit and unsigned wide integers, strings, sequences) is returned as it
+        is; ONNX's reference implementation takes it from there.
+        """
+        if isinstance(value, list) or value is None:
+            return value
+        if not isinstance(value, Tensor):
+            array = np.asarray(value)
+            if array.dtype == ml_dtypes.bfloat16:
+                array = array.astype(np.float32)
+            if array.dtype not in _TORCH_TYPES:
+                return array
+            value = torch.from_numpy(np.require(array, requirements=["C", "W"]).reshape(array.shape))
+        return value.to(device, self.held(value.dtype))
+
+    def round(self, value: Any) -> Any:
+        """``value`` as this arithmetic stores it between operations."""
+        return self.value(value) if self.value is not None and isinstance(value, Tensor) else value
+
+    def operands(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """The operands of a convolution or matrix product as the multiplier reads them."""
+        return values if self.operand is None else tuple(self.operand(v) for v in values)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What can change numbers, in words, JSON-safe."""
+        order = f"channel tiles of {self.tile}, kernel taps row by row, blocks of 16 channels"
+        return {
+            "arithmetic": self.name,
+            "held_as": str(self.dtype).removeprefix("torch."),
+            "values_rounded_by": self.value and self.value.__name__,
+            "operands_rounded_by": self.operand and self.operand.__name__,
+            "accumulation": f"float16, {order}" if self.tile else str(self.dtype).removeprefix("torch."),
+            "tile": self.tile,
+        }
+
+
+FP64 = Arithmetic("fp64", torch.float64)
+FP32 = Arithmetic("fp32")
+TF32 = Arithmetic("tf32", operand=round_tf32)
+BF16 = Arithmetic("bf16", value=round_bf16)
+FP16 = Arithmetic("fp16", value=round_fp16)
+FP16ACC = Arithmetic("fp16acc", value=round_fp16, tile=64)
+
+ARITHMETICS = {a.name: a for a in (FP64, FP32, TF32, BF16, FP16, FP16ACC)}

@@ -1,0 +1,84 @@
+"""The emulated backends: a graph executed with every value rounded as the hardware would, on any machine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+
+from cp_debug.backends.arithmetic import ARITHMETICS, Arithmetic
+from cp_debug.backends.base import Program, Session, Sink
+from cp_debug.backends.determinism import deterministic
+from cp_debug.backends.executor import Executor, unsupported
+from cp_debug.backends.spec import BackendSpec
+from cp_debug.errors import BackendUnavailable, InputError
+from cp_debug.probes.graph import Graph
+from cp_debug.probes.inputs import check_inputs
+
+
+class EmulatedBackend:
+    """``emu-tf32``, ``emu-bf16``, ``emu-fp16`` and ``emu-fp16acc``, on the CPU or on CUDA; the same bits on each run.
+
+    ``tile`` is the number of channels per tile of FP16 accumulation, where the kernel to be emulated is known.
+    Raises BackendUnavailable when the spec names a device that is not there.
+    """
+
+    emulated = True
+
+    def __init__(self, spec: BackendSpec, *, tile: int | None = None) -> None:
+        self.spec = spec
+        self.precision = spec.variant
+        self.device = spec.device or "cpu"
+        self.arithmetic = ARITHMETICS[spec.variant]
+        if tile is not None and self.arithmetic.tile:
+            self.arithmetic = dataclasses.replace(self.arithmetic, tile=tile)
+        if torch.device(self.device).type == "cuda":
+            index = torch.device(self.device).index or 0
+            if index >= torch.cuda.device_count():
+                reason = f"torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
+                raise BackendUnavailable(str(spec), reason, nearest=f"{spec.name}@cpu")
+
+    def open(self, program: Program) -> Session:
+        """Make the program ready. Raises InputError when it holds operators that nothing here can execute."""
+        return ExecutorSession(program.graph, self.arithmetic, self.device)
+
+    def versions(self) -> dict[str, str]:
+        """torch, which computes, and onnx, whose reference runs what has no kernel; the device's name on CUDA."""
+        versions = {"torch": torch.__version__, "onnx": onnx.__version__}
+        if torch.device(self.device).type == "cuda":
+            versions["device"] = torch.cuda.get_device_name(self.device)
+        return versions
+
+
+class ExecutorSession:
+    """An ONNX graph that the executor runs in one arithmetic; every value is exposed."""
+
+    def __init__(self, graph: Graph, arithmetic: Arithmetic, device: str) -> None:
+        if unknown := unsupported(graph):
+            names = ", ".join(sorted({n.op for n in unknown}))
+            raise InputError(f"{graph.path}: no implementation of {names} (first used by node {unknown[0].name!r})")
+        self._graph = graph
+        self._executor = Executor(graph, arithmetic, device)
+        self.exposed: Collection[str] = graph.tensors
+        with deterministic() as settings:
+            self.settings: Mapping[str, Any] = settings | arithmetic.settings
+
+    def run(
+        self, inputs: Mapping[str, np.ndarray], sink: Sink | None = None, probes: Collection[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Run once; the program is the same with and without a sink.
+
+        Raises InputError for inputs that do not fit the graph, and when a node fails.
+        """
+        check_inputs(self._graph.inputs, inputs, str(self._graph.path))
+        with deterministic():
+            outputs = self._executor.run(inputs, sink, probes)
+        return {n: v.cpu().numpy() if isinstance(v, torch.Tensor) else v for n, v in outputs.items()}
+
+    def close(self) -> None:
+        """Free the weights."""
+        del self._executor

@@ -1,0 +1,198 @@
+"""Executes an ONNX graph, or a segment of it, with torch in any arithmetic: the emulated backends and the oracle."""
+
+from __future__ import annotations
+
+from collections import ChainMap, Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor
+
+from cp_debug.backends.arithmetic import FP32, Arithmetic
+from cp_debug.backends.base import Sink
+from cp_debug.backends.bodies import Body, run_if, run_loop
+from cp_debug.backends.kernels import KERNELS, Call, Kernel
+from cp_debug.backends.reference import Reference
+from cp_debug.backends.weights import Weights, constant
+from cp_debug.errors import InputError
+from cp_debug.probes.graph import Graph, Node
+
+
+class NodeFailed(InputError):
+    """An operator raised; the message names the file, the node, the operator and what it was given."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    call: Call
+    kernel: Kernel | None
+    """None: a body, or else ONNX's reference implementation."""
+    bodies: Mapping[str, Body]
+    """By attribute name; a function's under the empty name."""
+
+
+class Executor:
+    """Runs the nodes of ``graph`` in ``arithmetic`` on ``device``.
+
+    Bodies of If, Loop and the file's own functions are executed in the same arithmetic. Operators without a torch
+    kernel run in ONNX's reference implementation on the CPU, in the held dtype; their results are rounded too.
+
+    The bits of a result depend on torch's settings too (TF32 on CUDA, deterministic algorithms), which the caller owns.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        arithmetic: Arithmetic = FP32,
+        device: str | torch.device = "cpu",
+        *,
+        weight_cache: int = 4 << 30,
+    ) -> None:
+        """``weight_cache``: bytes of converted weights that are kept; what does not fit is read at each use."""
+        self.graph = graph
+        self.arithmetic = arithmetic
+        self.device = torch.device(device)
+        self._weights = Weights(graph, arithmetic, self.device, weight_cache)
+        self._reference = Reference(graph)
+        self._functions = {(f.domain, f.name): f for f in graph.proto.functions}
+        self._steps: dict[int, _Step] = {}
+
+    def run(
+        self, inputs: Mapping[str, Any], sink: Sink | None = None, probes: Collection[str] | None = None
+    ) -> dict[str, Tensor]:
+        """Run the whole graph; a value is freed after its last reader.
+
+        ``sink`` is given every value that a node computes (or only ``probes``), in execution order. Returns the graph's
+        outputs by name. Raises InputError for a missing input, NodeFailed when an operator raises.
+        """
+        missing = [v.name for v in self.graph.inputs if v.name not in inputs]
+        if missing:
+            raise InputError(f"{self.graph.path}: input {missing[0]!r} is missing; given are {sorted(inputs)}")
+        with torch.no_grad():
+            return self._execute(self.graph.nodes, inputs, [v.name for v in self.graph.outputs], sink, probes)
+
+    def run_nodes(self, nodes: Sequence[Node], values: Mapping[str, Any], wanted: Collection[str]) -> dict[str, Tensor]:
+        """Replay ``nodes`` (a ``Graph.segment``) from captured ``values`` and return the ``wanted`` results.
+
+        A value that is both given and computed is read as given and returned as computed: each layer is replayed on the
+        captured inputs of exactly that layer. ``values`` may load lazily; only what the nodes read is asked for, once.
+        Given values are rounded like graph inputs. Raises InputError when a value is neither given nor computed.
+        """
+        with torch.no_grad():
+            return self._execute(nodes, values, wanted)
+
+    def _execute(
+        self,
+        nodes: Sequence[Node],
+        given: Mapping[str, Any],
+        wanted: Collection[str],
+        sink: Sink | None = None,
+        probes: Collection[str] | None = None,
+    ) -> dict[str, Any]:
+        readers = Counter(name for node in nodes for name in node.inputs)
+        live: dict[str, Any] = {}
+        results: dict[str, Any] = {}
+        for node in nodes:
+            for name in node.inputs:
+                if name not in live and not self._weights.holds(name):
+                    live[name] = self._given(name, given)
+            outputs = self._run_node(node, live)
+            for name in node.inputs:
+                readers[name] -= 1
+                if not readers[name]:
+                    live.pop(name, None)
+            for name, value in zip(node.proto.output, outputs, strict=False):
+                if not name:
+                    continue
+                if sink is not None and not isinstance(value, list) and (probes is None or name in probes):
+                    sink(name, value)
+                if name in wanted:
+                    results[name] = value
+                if readers[name] and name not in given:
+                    live[name] = value
+            del outputs, value
+        for name in wanted:
+            if name not in results:
+                results[name] = self._weights[name] if self._weights.holds(name) else self._given(name, given)
+        return {name: results[name] for name in wanted}
+
+    def _given(self, name: str, given: Mapping[str, Any]) -> Any:
+        if name not in given:
+            raise InputError(f"{self.graph.path}: value {name!r} is needed, but neither given nor computed")
+        return self.arithmetic.round(self.arithmetic.hold(given[name], self.device))
+
+    def _run_node(self, node: Node, live: Mapping[str, Any]) -> list[Any]:
+        step = self._step(node, self.graph.opsets)
+        if node.op == "Constant":
+            return [self.arithmetic.round(self.arithmetic.hold(constant(node), self.device))]
+        rounded = step.kernel is None or not step.kernel.exact
+        values = {n: live[n] if n in live else self._weights.get(n, rounded=rounded) for n in node.inputs}
+        inputs = [values[name] if name else None for name in node.proto.input]
+        try:
+            results = self._compute(step, inputs, values)
+        except NodeFailed:
+            raise
+        except Exception as error:
+            given = ", ".join(_describe(i) for i in inputs)
+            raise NodeFailed(
+                f"{self.graph.path}: node {node.name!r} ({node.op}) failed on ({given}): {error}"
+            ) from error
+        return [self.arithmetic.round(r) for r in results] if step.kernel is None or step.kernel.rounds else results
+
+    def _compute(self, step: _Step, inputs: list[Any], values: Mapping[str, Any]) -> list[Any]:
+        node = step.call.node
+
+        def execute(body: Body, arguments: Sequence[Any]) -> list[Any]:
+            own = body.constants | dict(zip(body.inputs, arguments, strict=False))
+            for child in body.nodes:
+                self._step(child, body.opsets)
+            return list(self._execute(body.nodes, ChainMap(own, dict(values)), body.outputs).values())
+
+        if "" in step.bodies:
+            return execute(step.bodies[""], inputs)
+        if node.op == "If":
+            return run_if(step.bodies, execute, *inputs)
+        if node.op == "Loop":
+            return run_loop(step.bodies, execute, *inputs)
+        if step.kernel is not None and all(i is None or isinstance(i, Tensor) for i in inputs):
+            results = step.kernel.function(step.call, *inputs)
+            if results is not NotImplemented:
+                return [results] if isinstance(results, Tensor) else list(results)
+        return [self.arithmetic.hold(r, self.device) for r in self._reference.run(node, values)]
+
+    def _step(self, node: Node, opsets: Mapping[str, int]) -> _Step:
+        step = self._steps.get(id(node))
+        if step is None:
+            domain = "" if node.proto.domain == "ai.onnx" else node.proto.domain
+            function = self._functions.get((node.proto.domain, node.proto.op_type))
+            if function is not None:
+                bodies = {"": Body.of_function(function, node)}
+            else:
+                graphs = [a for a in node.proto.attribute if a.HasField("g")]
+                bodies = {a.name: Body.of_graph(a.g, opsets) for a in graphs}
+            call = Call.of(node, opsets.get(domain, 1), self.arithmetic, self.device)
+            step = self._steps[id(node)] = _Step(call, KERNELS.get(node.op), bodies)
+        return step
+
+
+def unsupported(graph: Graph) -> list[Node]:
+    """The nodes that neither a kernel, nor ONNX's reference implementation, nor a function of the file can execute."""
+    reference = Reference(graph)
+    return [n for n in graph.nodes if n.op not in KERNELS and n.op != "Constant" and not reference.knows(n)]
+
+
+def with_bodies(graph: Graph) -> list[Node]:
+    """The nodes that hold graphs: If and Loop, whose inner values nobody sees, and Scan, left to ONNX's reference."""
+    kinds = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+    return [n for n in graph.nodes if any(a.type in kinds for a in n.proto.attribute)]
+
+
+def _describe(value: Any) -> str:
+    if value is None:
+        return "absent"
+    if isinstance(value, list):
+        return f"sequence of {len(value)}"
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"

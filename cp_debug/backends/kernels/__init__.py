@@ -1,0 +1,36 @@
+"""ONNX operators written in torch, one file a family. Importing this package fills ``KERNELS``."""
+
+from cp_debug.backends.kernels import (
+    activation,
+    convolution,
+    creation,
+    elementwise,
+    indexing,
+    matmul,
+    normalization,
+    pooling,
+    quantization,
+    reduction,
+    resize,
+    shaping,
+)
+from cp_debug.backends.kernels.registry import KERNELS, Call, Kernel, kernel
+
+__all__ = [
+    "KERNELS",
+    "Call",
+    "Kernel",
+    "activation",
+    "convolution",
+    "creation",
+    "elementwise",
+    "indexing",
+    "kernel",
+    "matmul",
+    "normalization",
+    "pooling",
+    "quantization",
+    "reduction",
+    "resize",
+    "shaping",
+]

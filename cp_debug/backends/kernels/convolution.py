@@ -1,0 +1,59 @@
+"""Conv and ConvTranspose."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor
+from torch.nn import functional
+
+from cp_debug.backends.kernels import fp16_accumulation
+from cp_debug.backends.kernels.registry import Call, kernel
+from cp_debug.backends.kernels.windows import Window, split_padding
+
+_CONV = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+_TRANSPOSED = {1: functional.conv_transpose1d, 2: functional.conv_transpose2d, 3: functional.conv_transpose3d}
+
+
+@kernel("Conv")
+def conv(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    window = Window.of(call, weight.shape[2:], x.shape[2:])
+    x, weight = call.arithmetic.operands(x, weight)
+    if call.arithmetic.tile:
+        return fp16_accumulation.conv(x, weight, bias, window, call["group"], call.arithmetic.tile)
+    padding = window.begin
+    if not window.symmetric:
+        x, padding = functional.pad(x, window.torch_pads()), (0,) * len(window.kernel)
+    return _CONV[x.dim() - 2](x, weight, bias, window.stride, padding, window.dilation, call["group"])
+
+
+@kernel("ConvTranspose")
+def conv_transpose(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    window = Window.of(call, weight.shape[2:], x.shape[2:])
+    rank = len(window.kernel)
+    extra = tuple(call["output_padding"] or (0,) * rank)
+    full = [
+        (n - 1) * s + (k - 1) * d + 1
+        for n, k, s, d in zip(x.shape[2:], window.kernel, window.stride, window.dilation, strict=True)
+    ]
+    size = call["output_shape"]
+    if size is None and call["auto_pad"].startswith("SAME"):
+        size = [n * s for n, s in zip(x.shape[2:], window.stride, strict=True)]
+    if size is not None:
+        totals = [f + e - n for f, e, n in zip(full, extra, size, strict=True)]
+        pads = split_padding(totals, extra_at_end=call["auto_pad"] == "SAME_UPPER")
+        window = dataclasses.replace(window, begin=pads[:rank], end=pads[rank:])
+    else:
+        size = [f + e - b - p for f, e, b, p in zip(full, extra, window.begin, window.end, strict=True)]
+
+    x, weight = call.arithmetic.operands(x, weight)
+    if call.arithmetic.tile:
+        tile = call.arithmetic.tile
+        return fp16_accumulation.conv_transpose(x, weight, bias, window, size, call["group"], tile)
+    transposed = _TRANSPOSED[rank]
+    if window.symmetric and min(window.begin) >= 0:
+        return transposed(x, weight, bias, window.stride, window.begin, extra, call["group"], window.dilation)
+    whole = transposed(x, weight, None, window.stride, 0, 0, call["group"], window.dilation)
+    crop = [p for b, n, f in zip(window.begin, size, full, strict=True) for p in (n + b - f, -b)][::-1]
+    whole = functional.pad(whole, crop)
+    return whole if bias is None else whole + bias.reshape(-1, *(1,) * rank)

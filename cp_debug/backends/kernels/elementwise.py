@@ -1,0 +1,148 @@
+"""Arithmetic, comparison, logic and elementary functions."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cp_debug.backends.kernels.registry import Call, kernel
+
+_UNARY: dict[str, Callable[[Tensor], Tensor]] = {
+    "Acos": torch.acos,
+    "Acosh": torch.acosh,
+    "Asin": torch.asin,
+    "Asinh": torch.asinh,
+    "Atan": torch.atan,
+    "Atanh": torch.atanh,
+    "Cos": torch.cos,
+    "Cosh": torch.cosh,
+    "Erf": torch.erf,
+    "Exp": torch.exp,
+    "Log": torch.log,
+    "Reciprocal": torch.reciprocal,
+    "Sin": torch.sin,
+    "Sinh": torch.sinh,
+    "Sqrt": torch.sqrt,
+    "Tan": torch.tan,
+    "Tanh": torch.tanh,
+}
+_EXACT_UNARY: dict[str, Callable[[Tensor], Tensor]] = {
+    "Abs": torch.abs,
+    "BitwiseNot": torch.bitwise_not,
+    "Ceil": torch.ceil,
+    "Floor": torch.floor,
+    "Identity": lambda x: x,
+    "IsNaN": torch.isnan,
+    "Neg": torch.neg,
+    "Not": torch.logical_not,
+    "Round": torch.round,
+    "Sign": torch.sign,
+}
+_BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"Add": torch.add, "Mul": torch.mul, "Sub": torch.sub}
+_EXACT_BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "And": torch.logical_and,
+    "BitwiseAnd": torch.bitwise_and,
+    "BitwiseOr": torch.bitwise_or,
+    "BitwiseXor": torch.bitwise_xor,
+    "Equal": torch.eq,
+    "Greater": torch.gt,
+    "GreaterOrEqual": torch.ge,
+    "Less": torch.lt,
+    "LessOrEqual": torch.le,
+    "Or": torch.logical_or,
+    "Xor": torch.logical_xor,
+}
+
+
+@kernel(*_UNARY)
+def unary(call: Call, x: Tensor) -> Tensor:
+    return _UNARY[call.node.op](x)
+
+
+@kernel(*_EXACT_UNARY, rounds=False)
+def exact_unary(call: Call, x: Tensor) -> Tensor:
+    return _EXACT_UNARY[call.node.op](x)
+
+
+@kernel(*_BINARY)
+def binary(call: Call, a: Tensor, b: Tensor) -> Tensor:
+    return _BINARY[call.node.op](*_aligned(call, a, b))
+
+
+@kernel(*_EXACT_BINARY, rounds=False)
+def exact_binary(call: Call, a: Tensor, b: Tensor) -> Tensor:
+    return _EXACT_BINARY[call.node.op](*_aligned(call, a, b))
+
+
+@kernel("Div")
+def div(call: Call, a: Tensor, b: Tensor) -> Tensor:
+    a, b = _aligned(call, a, b)
+    return torch.div(a, b) if a.is_floating_point() else torch.div(a, b, rounding_mode="trunc")
+
+
+@kernel("Mod")
+def mod(call: Call, a: Tensor, b: Tensor) -> Tensor:
+    return torch.fmod(a, b) if call["fmod"] else torch.remainder(a, b)
+
+
+@kernel("Pow")
+def power(call: Call, base: Tensor, exponent: Tensor) -> Tensor:
+    return torch.pow(base, exponent).to(base.dtype)
+
+
+@kernel("Sum")
+def total(call: Call, *values: Tensor) -> Tensor:
+    return functools.reduce(torch.add, values)
+
+
+@kernel("Mean")
+def mean(call: Call, *values: Tensor) -> Tensor:
+    return functools.reduce(torch.add, values) / len(values)
+
+
+@kernel("Max", rounds=False)
+def maximum(call: Call, *values: Tensor) -> Tensor:
+    return functools.reduce(torch.maximum, values)
+
+
+@kernel("Min", rounds=False)
+def minimum(call: Call, *values: Tensor) -> Tensor:
+    return functools.reduce(torch.minimum, values)
+
+
+@kernel("Where", rounds=False)
+def where(call: Call, condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return torch.where(condition, a, b)
+
+
+@kernel("Clip", rounds=False)
+def clip(call: Call, x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
+    for bound, name, choose in ((low, "min", torch.maximum), (high, "max", torch.minimum)):
+        if bound is None and call[name] is not None:
+            bound = x.new_tensor(call[name])
+        if bound is not None:
+            x = choose(x, bound)
+    return x
+
+
+@kernel("IsInf", rounds=False)
+def is_inf(call: Call, x: Tensor) -> Tensor:
+    positive = torch.isposinf(x) if call["detect_positive"] else torch.zeros_like(x, dtype=torch.bool)
+    return positive | torch.isneginf(x) if call["detect_negative"] else positive
+
+
+@kernel("Dropout", rounds=False)
+def dropout(call: Call, x: Tensor, ratio: Tensor | None = None, training: Tensor | None = None) -> list[Tensor]:
+    if training is not None and bool(training):
+        return NotImplemented
+    return [x, torch.ones_like(x, dtype=torch.bool)]
+
+
+def _aligned(call: Call, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Before opset 7 a second operand could be lined up with an inner axis of the first."""
+    if call.opset < 7 and call["broadcast"] and b.dim() and call["axis"] is not None:
+        b = b.reshape(*b.shape, *(1,) * (a.dim() - call["axis"] % a.dim() - b.dim()))
+    return a, b

@@ -1,0 +1,89 @@
+"""The table of kernels: ONNX operators written in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor
+
+from cp_debug.backends.arithmetic import Arithmetic
+from cp_debug.probes.graph import Node
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a kernel may know besides its inputs. ``call["axis"]`` is an attribute, the operator's default filled in."""
+
+    node: Node
+    attributes: Mapping[str, Any]
+    opset: int
+    arithmetic: Arithmetic
+    device: torch.device
+
+    @classmethod
+    def of(cls, node: Node, opset: int, arithmetic: Arithmetic, device: torch.device) -> Call:
+        """Parse the attributes of ``node`` once."""
+        proto = node.proto
+        attributes: dict[str, Any] = {}
+        if onnx.defs.has(proto.op_type, proto.domain):
+            schema = onnx.defs.get_schema(proto.op_type, opset, proto.domain)
+            attributes = {n: _value(a.default_value) for n, a in schema.attributes.items() if a.default_value.type}
+        attributes |= {a.name: _value(a) for a in proto.attribute}
+        return cls(node, attributes, opset, arithmetic, device)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.attributes.get(name)
+
+    @property
+    def outputs(self) -> int:
+        """How many outputs the node has; trailing unused ones are not counted."""
+        return max((i for i, name in enumerate(self.node.proto.output, 1) if name), default=0)
+
+    def ints(self, name: str, tensor: Tensor | None = None) -> list[int] | None:
+        """A list of integers that older opsets give as an attribute and newer ones as an input."""
+        if tensor is not None:
+            return [int(v) for v in tensor.flatten().tolist()]
+        given = self.attributes.get(name)
+        return None if given is None else [int(v) for v in given]
+
+
+def _value(attribute: onnx.AttributeProto) -> Any:
+    value = onnx.helper.get_attribute_value(attribute)
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    return [v.decode(errors="replace") for v in value] if attribute.type == attribute.STRINGS else value
+
+
+Function = Callable[..., "Tensor | Sequence[Tensor]"]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A torch implementation of an operator: ``function(call, *inputs)``, absent optional inputs None.
+
+    It never writes to its inputs, and returns one tensor, a sequence of tensors, or NotImplemented to leave the case
+    to ONNX's reference implementation.
+    """
+
+    function: Function
+    rounds: bool
+    """The result is new arithmetic, to be rounded; False for operators that only choose among their inputs' values."""
+    exact: bool
+    """Weights are parameters (scales, sizes), read without rounding."""
+
+
+KERNELS: dict[str, Kernel] = {}
+
+
+def kernel(*ops: str, rounds: bool = True, exact: bool = False) -> Callable[[Function], Function]:
+    """Register a function as the kernel of the named ONNX operators."""
+
+    def register(function: Function) -> Function:
+        KERNELS.update(dict.fromkeys(ops, Kernel(function, rounds, exact)))
+        return function
+
+    return register

@@ -1,0 +1,32 @@
+"""Rounding FP32 values to the types that tensor cores read, element by element and exact."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def round_tf32(x: Tensor) -> Tensor:
+    """Round to TF32 (8 exponent bits, 10 mantissa bits), to nearest, ties away from zero: what ``cvt.rna.tf32`` does.
+
+    NaN and Inf stay; a finite value at least half a step above the largest TF32 value becomes Inf. The dtype stays;
+    float64 is rounded to float32 first. Integers are returned as they are.
+    """
+    if not x.is_floating_point():
+        return x
+    single = x.to(torch.float32)
+    # Half a step is added to the magnitude and the 13 low bits are cut off; a carry walks into the exponent.
+    rounded = single.view(torch.int32).add(0x1000).bitwise_and_(~0x1FFF).view(torch.float32)
+    if single.sum().isnan():  # one reading pass; only NaN payloads do not survive the bit arithmetic
+        rounded = torch.where(single.isnan(), single, rounded)
+    return rounded.to(x.dtype)
+
+
+def round_fp16(x: Tensor) -> Tensor:
+    """Round to IEEE half precision, ties to even; beyond 65504 by half a step or more becomes Inf. The dtype stays."""
+    return x.to(torch.float16).to(x.dtype) if x.is_floating_point() else x
+
+
+def round_bf16(x: Tensor) -> Tensor:
+    """Round to bfloat16, ties to even. The dtype stays."""
+    return x.to(torch.bfloat16).to(x.dtype) if x.is_floating_point() else x

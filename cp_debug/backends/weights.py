@@ -1,0 +1,59 @@
+"""The constants of a graph, converted for an arithmetic and kept up to a size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from onnx import helper, numpy_helper
+
+from cp_debug.backends.arithmetic import Arithmetic
+from cp_debug.probes.graph import Graph, Node
+
+
+class Weights:
+    """Initializers and the results of Constant nodes, by name.
+
+    Both are read rounded as ``arithmetic`` stores values, or exact by operators that take them as parameters (scales).
+    """
+
+    def __init__(self, graph: Graph, arithmetic: Arithmetic, device: torch.device, limit: int) -> None:
+        self._graph, self._arithmetic, self._device = graph, arithmetic, device
+        self._constants = {n.outputs[0]: n for n in graph.nodes if n.op == "Constant"}
+        self._kept: dict[tuple[str, bool], Any] = {}
+        self._room = limit
+
+    def holds(self, name: str) -> bool:
+        """Whether ``name`` is a constant of the graph."""
+        return name in self._graph.initializers or name in self._constants
+
+    def __getitem__(self, name: str) -> Any:
+        return self.get(name, rounded=True)
+
+    def get(self, name: str, *, rounded: bool) -> Any:
+        """The constant as a kernel wants it. Raises KeyError for a name that is none."""
+        key = (name, rounded and self._arithmetic.value is not None)
+        if key in self._kept:
+            return self._kept[key]
+        value = self._arithmetic.hold(self._read(name), self._device)
+        if rounded:
+            value = self._arithmetic.round(value)
+        if value.nbytes <= self._room:
+            self._room -= value.nbytes
+            self._kept[key] = value
+        return value
+
+    def _read(self, name: str) -> Any:
+        node = self._constants.get(name)
+        return self._graph.initializer(name) if node is None else constant(node)
+
+
+def constant(node: Node) -> np.ndarray:
+    """The value of a Constant node."""
+    (attribute,) = node.proto.attribute
+    value = helper.get_attribute_value(attribute)
+    if attribute.name == "value":
+        return numpy_helper.to_array(value)
+    kind = attribute.name.removeprefix("value_")[0]
+    return np.array(value, {"f": np.float32, "i": np.int64, "s": np.object_}[kind])

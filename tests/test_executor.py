@@ -1,0 +1,281 @@
+"""The executor: ONNX's own operator tests, ONNX Runtime, replay of segments, where values are rounded, errors."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper, parser
+
+from cp_debug.backends.arithmetic import ARITHMETICS, BF16, FP16, FP16ACC, FP32, FP64, TF32
+from cp_debug.backends.executor import Executor, NodeFailed, unsupported, with_bodies
+from cp_debug.backends.kernels import KERNELS
+from cp_debug.backends.rounding import round_fp16, round_tf32
+from cp_debug.errors import InputError
+from cp_debug.probes.graph import Graph
+
+
+def graph(folder: Path, text: str, weights: dict[str, np.ndarray] | None = None, opset: int = 21) -> Graph:
+    """A graph in ONNX's textual syntax, without the header."""
+    model = parser.parse_model(f'<ir_version: 10, opset_import: ["" : {opset}, "own" : 1]>\n{text}')
+    model.graph.initializer.extend(numpy_helper.from_array(w, n) for n, w in (weights or {}).items())
+    onnx.save(model, folder / "model.onnx")
+    return Graph(folder / "model.onnx")
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+CONV_NET = """
+net (float[1,8,16,16] x) => (float[N,M] y)
+{
+    a = Conv <pads = [1,1,1,1], strides = [2,2]> (x, w0, b0)
+    b = BatchNormalization <epsilon = 0.001> (a, scale, bias, mean, var)
+    c = Relu(b)
+    d = Conv <pads = [1,1,1,1], group = 4> (c, w1)
+    e = Add(c, d)
+    f = ConvTranspose <strides = [2,2]> (e, w2)
+    g = Sigmoid(f)
+    h = GlobalAveragePool(g)
+    i = Flatten(h)
+    y = Gemm <transB = 1> (i, w3, b3)
+}"""
+
+
+def conv_net(folder: Path) -> Graph:
+    shapes = {"w0": (32, 8, 3, 3), "b0": (32,), "w1": (32, 8, 3, 3), "w2": (32, 16, 2, 2), "w3": (5, 16), "b3": (5,)}
+    weights = {n: random(*s, seed=i) * 0.2 for i, (n, s) in enumerate(shapes.items())}
+    weights |= {n: random(32, seed=9 + i) for i, n in enumerate(("scale", "bias", "mean"))}
+    return graph(folder, CONV_NET, weights | {"var": random(32, seed=7) ** 2 + 0.5})
+
+
+def test_onnx_operator_tests(tmp_path: Path) -> None:
+    """Every case of ONNX's own test-suite whose operators all have a kernel."""
+    from onnx.backend.test.loader import load_model_tests
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cases = load_model_tests(kind="node")
+    failed, ran = [], 0
+    for case in cases:
+        model = case.model
+        if any(n.domain or (n.op_type not in KERNELS and n.op_type != "Constant") for n in model.graph.node):
+            continue
+        onnx.save(model, tmp_path / "case.onnx")
+        for inputs, expected in case.data_sets:
+            ran += 1
+            try:
+                values = dict(zip([v.name for v in model.graph.input], map(_array, inputs), strict=False))
+                got = Executor(Graph(tmp_path / "case.onnx")).run(values)
+                for have, want in zip(got.values(), map(_array, expected), strict=False):
+                    _assert_close(have, want, case.rtol)
+            except Exception as error:
+                failed.append(f"{case.name}: {error}")
+    assert not failed, "\n".join(failed)
+    assert ran > 1200
+
+
+def _array(value: Any) -> Any:
+    return numpy_helper.to_array(value) if isinstance(value, onnx.TensorProto) else value
+
+
+def _assert_close(have: Any, want: Any, rtol: float) -> None:
+    if isinstance(want, list):
+        assert len(have) == len(want)
+        return
+    have = have.numpy() if isinstance(have, torch.Tensor) else have
+    assert have.shape == want.shape
+    if want.dtype.kind in "OSU":
+        assert (have == want).all()
+        return
+    # Narrow floats are held in FP32: they differ from a result that was rounded at every step.
+    rtol = {"bfloat16": 2e-2, "float16": 2e-3}.get(want.dtype.name, rtol)
+    np.testing.assert_allclose(have.astype(np.float64), want.astype(np.float64), rtol=rtol, atol=1e-5)
+
+
+def test_conv_net_equals_onnx_runtime(tmp_path: Path) -> None:
+    ort = pytest.importorskip("onnxruntime")
+    net, x = conv_net(tmp_path), {"x": random(1, 8, 16, 16)}
+    (expected,) = ort.InferenceSession(net.path, providers=["CPUExecutionProvider"]).run(None, x)
+    results = {
+        a: Executor(net, ARITHMETICS[a]).run(x)["y"] for a in ("fp32", "fp64", "tf32", "bf16", "fp16", "fp16acc")
+    }
+    assert results["fp64"].dtype == torch.float64
+    np.testing.assert_allclose(results["fp32"].numpy(), expected, rtol=1e-5, atol=1e-6)
+    errors = {a: float((y - results["fp64"]).norm() / results["fp64"].norm()) for a, y in results.items()}
+    assert 0 < errors["fp32"] < 1e-6 < errors["tf32"] < errors["bf16"] < 0.05
+    assert errors["tf32"] < 5e-3
+    assert 1e-5 < errors["fp16"] < errors["bf16"]
+
+
+def test_every_value_is_streamed_in_order_and_freed(tmp_path: Path) -> None:
+    net, seen, alive = conv_net(tmp_path), [], []
+    tensors: dict[str, weakref.ref[Any]] = {}
+
+    def sink(name: str, value: Any) -> None:
+        seen.append(name)
+        tensors[name] = weakref.ref(value)
+        alive.append({n for n, r in tensors.items() if r() is not None})
+
+    Executor(net).run({"x": random(1, 8, 16, 16)}, sink)
+    assert seen == net.values
+    assert all(len(names) <= 3 for names in alive)  # the value itself, what it is made of, one residual
+    some: list[str] = []
+    Executor(net).run({"x": random(1, 8, 16, 16)}, lambda n, _: some.append(n), probes={"c", "y"})
+    assert some == ["c", "y"]
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+def test_replayed_layers_repeat_the_run(tmp_path: Path, arithmetic: str) -> None:
+    net, captured = conv_net(tmp_path), {"x": random(1, 8, 16, 16)}
+    executor = Executor(net, ARITHMETICS[arithmetic])
+    executor.run(captured, lambda n, v: captured.update({n: v.clone().numpy()}))
+    for name in net.values:
+        nodes, starts = net.segment([name], captured)
+        assert len(nodes) == 1
+        (value,) = executor.run_nodes(nodes, {s: captured[s] for s in starts}, [name]).values()
+        assert value.numpy().tobytes() == captured[name].tobytes(), name
+
+
+def test_a_given_value_is_read_as_given_and_returned_as_computed(tmp_path: Path) -> None:
+    net = graph(tmp_path, "g (float[2] x) => (float[2] z) { y = Neg(x)  z = Abs(y) }")
+    given = {"x": np.array([1, 2], np.float32), "y": np.array([10, -20], np.float32)}
+    results = Executor(net).run_nodes(net.nodes, given, ["y", "z"])
+    assert results["y"].tolist() == [-1, -2]
+    assert results["z"].tolist() == [10, 20]
+    with pytest.raises(InputError, match="'x' is needed"):
+        Executor(net).run_nodes(net.nodes, {}, ["z"])
+
+
+def test_where_each_arithmetic_rounds(tmp_path: Path) -> None:
+    net = graph(
+        tmp_path,
+        "g (float[1,32] x) => (float[1,4] c, int64[K] s) { a = Mul(x, x) b = MatMul(a, w) c = Add(b, v) s = Shape(a) }",
+        {"w": random(32, 4, seed=1), "v": random(4, seed=2)},
+    )
+    x = random(1, 32)
+    w, v = (torch.tensor(net.initializer(n)) for n in "wv")
+    a = torch.from_numpy(x * x)
+    assert torch.equal(Executor(net, TF32).run({"x": x})["c"], round_tf32(a) @ round_tf32(w) + v)
+    half = round_fp16(round_fp16(torch.from_numpy(x)) ** 2)
+    expected = round_fp16(round_fp16(half @ round_fp16(w)) + round_fp16(v))
+    assert torch.equal(Executor(net, FP16).run({"x": x})["c"], expected)
+    for arithmetic in (BF16, FP16ACC, FP64):
+        assert Executor(net, arithmetic).run({"x": x})["s"].tolist() == [1, 32]
+
+
+def test_integers_and_parameters_are_never_rounded(tmp_path: Path) -> None:
+    text = """g (float[1,1,3,3] x, int64[1] i) => (int64[1] j, float[A,B,C,D] r, int8[1,1,3,3] q, float[1,1,3,3] d) {
+        j = Add(i, one)
+        r = Resize <mode = "nearest"> (x, , scales)
+        q = QuantizeLinear(x, step)
+        d = DequantizeLinear(q, step) }"""
+    step = np.float32(1.0001)
+    weights = {
+        "one": np.array([1]),
+        "scales": np.array([1, 1, 1.3333334, 1.3333334], np.float32),
+        "step": np.array(step),
+    }
+    net = graph(tmp_path, text.replace("(x, step)", "(x, step, zero)"), weights | {"zero": np.array(0, np.int8)})
+    for name, arithmetic in ARITHMETICS.items():
+        x = np.array(range(9), np.float32).reshape(1, 1, 3, 3)
+        out = Executor(net, arithmetic).run({"x": x, "i": np.array([2**24])})
+        assert out["j"].tolist() == [2**24 + 1], name
+        assert out["r"].shape == (1, 1, 4, 4), name
+        np.testing.assert_array_equal(out["d"].numpy().astype(np.float32), out["q"].numpy() * step, err_msg=name)
+
+
+def test_casts_in_the_graph_are_executed_by_the_oracle_too(tmp_path: Path) -> None:
+    net = graph(
+        tmp_path,
+        """g (float[2] x) => (float[2] y, float[2] z) {
+            h = Cast <to = 10> (x)  y = Cast <to = 1> (h)  z = Cast <to = 1> (x) }""",
+    )
+    x = np.array([1 + 2**-20, 70000], np.float32)
+    out = Executor(net, FP64).run({"x": x})
+    assert out["y"].tolist() == [1.0, float("inf")]
+    assert out["z"].tolist() == x.tolist()
+
+
+def test_captured_narrow_types_come_in(tmp_path: Path) -> None:
+    net = graph(tmp_path, "g (float[2] x) => (float[2] y) { y = Mul(x, x) }")
+    for dtype in (np.float16, ml_dtypes.bfloat16, np.float64):
+        assert Executor(net).run({"x": np.array([1.5, -2], dtype)})["y"].tolist() == [2.25, 4]
+
+
+def test_fp8_and_four_bit_values_go_through_the_reference(tmp_path: Path) -> None:
+    net = graph(
+        tmp_path,
+        "g (float[4] x) => (float[4] y) { q = QuantizeLinear(x, s, z)  y = DequantizeLinear(q, s, z) }",
+        {"s": np.array(0.5, np.float32), "z": np.array(0, ml_dtypes.float8_e4m3fn)},
+    )
+    x = np.array([0.26, 1.13, -3, 1000], np.float32)
+    expected = (x / 0.5).clip(-448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * 0.5
+    assert Executor(net).run({"x": x})["y"].tolist() == expected.tolist()
+
+
+def test_functions_and_control_flow_run_in_the_arithmetic(tmp_path: Path) -> None:
+    text = """g (float[1,16] x, int64 n) => (float[1,16] y, float[K,1,16] ys) {
+        cond = Constant <value = bool {1}> ()
+        y, ys = Loop (n, cond, x) <body =
+          step (int64 i, bool c, float[1,16] a) => (bool d, float[1,16] b, float[1,16] s) {
+            d = Identity(c)
+            b = own.twice <bias = 1.0> (a, w)
+            s = Identity(b)
+        }>
+    }
+    <domain: "own", opset_import: ["" : 21]>
+    twice <bias> (a, w) => (b) {
+        m = MatMul(a, w)
+        k = Constant <value_float: float = @bias> ()
+        b = Add(m, k)
+    }"""
+    w, x = random(16, 16, seed=1) / 4, random(1, 16)
+    net = graph(tmp_path, text, {"w": w})
+    assert not unsupported(net)
+    assert [n.op for n in with_bodies(net)] == ["Loop"]
+    expected, steps = torch.from_numpy(x), []
+    for _ in range(3):
+        expected = round_tf32(expected) @ round_tf32(torch.from_numpy(w)) + 1
+        steps.append(expected)
+    out = Executor(net, TF32).run({"x": x, "n": np.array(3)})
+    assert torch.equal(out["y"], expected)
+    assert torch.equal(out["ys"], torch.stack(steps))
+
+
+def test_unknown_operators_are_named(tmp_path: Path) -> None:
+    net = graph(tmp_path, "g (float[2] x) => (float[2] z) { y = own.Mystery(x)  z = Relu(y) }")
+    assert [n.op for n in unsupported(net)] == ["own.Mystery"]
+    with pytest.raises(NodeFailed, match="Mystery"):
+        Executor(net).run({"x": random(2)})
+
+
+def test_a_failing_node_is_named_with_its_shapes(tmp_path: Path) -> None:
+    net = graph(tmp_path, "g (float[A,B] x) => (float[C] y) { y = MatMul(x, w) }", {"w": random(3, 4)})
+    with pytest.raises(NodeFailed, match=r"'MatMul_0' \(MatMul\) failed on \(float32\[2, 5\], float32\[3, 4\]\)"):
+        Executor(net).run({"x": random(2, 5)})
+    with pytest.raises(InputError, match="input 'x' is missing"):
+        Executor(net).run({})
+
+
+def test_weights_beyond_the_cache_are_read_again(tmp_path: Path) -> None:
+    net, x = conv_net(tmp_path), {"x": random(1, 8, 16, 16)}
+    assert torch.equal(Executor(net, FP32, weight_cache=0).run(x)["y"], Executor(net, FP32).run(x)["y"])
+
+
+def test_empty_tensors(tmp_path: Path) -> None:
+    net = graph(
+        tmp_path,
+        "g (float[V,4] x) => (float[V,2] y, float[2] m) { h = MatMul(x, w)  y = Relu(h)  m = ReduceMax(y, axes) }",
+        {"w": random(4, 2), "axes": np.array([1])},
+    )
+    for arithmetic in ARITHMETICS.values():
+        assert Executor(net, arithmetic).run({"x": random(0, 4)})["y"].shape == (0, 2)

@@ -1,0 +1,120 @@
+"""FP16 accumulation, against the order spelled out in plain loops."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from cp_debug.backends.kernels import fp16_accumulation
+from cp_debug.backends.kernels.windows import Window
+from cp_debug.backends.rounding import round_fp16
+
+
+def plain(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, window: Window, groups: int, tile: int) -> np.ndarray:
+    """Tile, tap, block, element by element; products and block sums in float64 (exact for FP16 operands)."""
+    pads = list(zip(window.begin, window.end, strict=True))
+    padded = np.pad(x, [(0, 0), (0, 0), *pads]).astype(np.float64)
+    per_group, outputs = weight.shape[1], weight.shape[0] // groups
+    size = window.output_size(x.shape[2:])
+    result = np.zeros((x.shape[0], weight.shape[0], *size), np.float32)
+    for index in np.ndindex(*result.shape):
+        n, o, *at = index
+        total = np.float16(0)
+        for channel in range(0, per_group, tile):
+            for tap in itertools.product(*map(range, window.kernel)):
+                place = tuple(a * s + t * d for a, s, t, d in zip(at, window.stride, tap, window.dilation, strict=True))
+                for k in range(channel, min(channel + tile, per_group), 16):
+                    block = slice(k, min(k + 16, channel + tile, per_group))
+                    start = (o // outputs) * per_group
+                    values = padded[(n, slice(start + block.start, start + block.stop), *place)]
+                    total = np.float16(np.float32(np.float64(total) + values @ weight[(o, block, *tap)].astype(float)))
+        result[index] = np.float16(np.float32(total) + bias[o])
+    return result
+
+
+def halves(*shape: int, seed: int) -> torch.Tensor:
+    return round_fp16(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
+
+
+@pytest.mark.parametrize(
+    ("channels", "outputs", "groups", "kernel", "stride", "dilation", "begin", "end"),
+    [
+        (40, 3, 1, (3, 3), (1, 1), (1, 1), (1, 1), (1, 1)),
+        (34, 4, 2, (3, 2), (2, 1), (1, 2), (1, 0), (0, 1)),
+        (6, 6, 6, (3, 3), (1, 1), (1, 1), (1, 1), (1, 1)),
+        (20, 2, 1, (5,), (2,), (1,), (2,), (2,)),
+    ],
+)
+def test_conv_walks_k_in_the_documented_order(
+    channels: int, outputs: int, groups: int, kernel: tuple[int, ...], stride: tuple[int, ...],
+    dilation: tuple[int, ...], begin: tuple[int, ...], end: tuple[int, ...], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(fp16_accumulation, "_CACHE_ELEMENTS", 32)  # several chunks of rows
+    x = halves(2, channels, *(7, 6)[: len(kernel)], seed=1)
+    weight, bias = halves(outputs, channels // groups, *kernel, seed=2), halves(outputs, seed=3)
+    window = Window(kernel, stride, dilation, begin, end)
+    got = fp16_accumulation.conv(x, weight, bias, window, groups, tile=32).numpy()
+    expected = plain(x.numpy(), weight.numpy(), bias.numpy(), window, groups, tile=32)
+    assert np.mean(got == expected) > 0.99  # a float32 sum may fall on the other side of an FP16 tie
+    np.testing.assert_allclose(got, expected, rtol=2**-9, atol=2**-6)
+
+
+def test_the_order_is_told_apart() -> None:
+    x, weight = halves(1, 128, 6, 6, seed=1), halves(8, 128, 3, 3, seed=2)
+    window = Window((3, 3), (1, 1), (1, 1), (1, 1), (1, 1))
+    tiles = [fp16_accumulation.conv(x, weight, None, window, 1, tile) for tile in (32, 64, 128)]
+    assert all((a != b).float().mean() > 0.3 for a, b in itertools.combinations(tiles, 2))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation", "pad", "extra", "groups"),
+    [
+        (2, 2, 1, 0, 0, 1),
+        (4, 4, 1, 0, 0, 1),
+        (3, 2, 1, 1, 1, 1),
+        (3, 1, 2, 2, 0, 2),
+        (1, 2, 1, 0, 1, 1),
+        (4, 3, 2, 2, 2, 1),
+    ],
+)
+def test_conv_transpose_is_the_convolution_of_the_spread_input(
+    kernel: int, stride: int, dilation: int, pad: int, extra: int, groups: int
+) -> None:
+    x, weight, bias = halves(2, 36, 5, 4, seed=1), halves(36, 6 // groups, kernel, kernel, seed=2), halves(6, seed=3)
+    size = [(n - 1) * stride + (kernel - 1) * dilation + 1 - 2 * pad + extra for n in x.shape[2:]]
+    window = Window((kernel,) * 2, (stride,) * 2, (dilation,) * 2, (pad,) * 2, (pad,) * 2)
+    got = fp16_accumulation.conv_transpose(x, weight, bias, window, size, groups, tile=64)
+
+    spread = x.new_zeros(2, 36, *((n - 1) * stride + 1 for n in x.shape[2:]))
+    spread[:, :, ::stride, ::stride] = x
+    margin = (kernel - 1) * dilation - pad
+    spread = functional.pad(spread, (margin, margin + extra) * 2)
+    flipped = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flip(-1, -2)
+    whole = Window((kernel,) * 2, (1, 1), (dilation,) * 2, (0, 0), (0, 0))
+    expected = fp16_accumulation.conv(spread, flipped, bias, whole, groups, tile=64)
+    assert torch.equal(got, expected)
+
+
+def test_matmul_shapes_and_rounding() -> None:
+    for a, b in [((3, 40), (40, 5)), ((2, 1, 3, 40), (4, 40, 5)), ((40,), (40, 5)), ((3, 40), (40,)), ((40,), (40,))]:
+        left, right = halves(*a, seed=1), halves(*b, seed=2)
+        got, exact = fp16_accumulation.matmul(left, right, 64), torch.matmul(left, right)
+        assert got.shape == exact.shape
+        assert torch.equal(got, round_fp16(got))
+        torch.testing.assert_close(got, exact, rtol=0, atol=0.06)
+
+
+@pytest.mark.parametrize("channels", [64, 128, 256])
+def test_error_grows_with_the_root_of_the_steps(channels: int) -> None:
+    """Sums of white noise walk at random: the n roundings add up to √(n/2) times the last one alone."""
+    x, weight = halves(1, channels, 16, 16, seed=1), halves(32, channels, 3, 3, seed=2)
+    window = Window((3, 3), (1, 1), (1, 1), (1, 1), (1, 1))
+    exact = functional.conv2d(x.double(), weight.double(), padding=1)
+    last = (round_fp16(exact) - exact).norm()
+    every = (fp16_accumulation.conv(x, weight, None, window, 1, 64) - exact).norm()
+    steps = 9 * channels / fp16_accumulation.BLOCK
+    assert float(every / last) == pytest.approx((steps / 2) ** 0.5, rel=0.1)
