@@ -58,8 +58,11 @@ def deterministic(*, tf32: bool = False, seed: int = 0) -> Iterator[dict[str, An
         )
         torch.use_deterministic_algorithms(True, warn_only=True)
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(torch.random.fork_rng())
-        torch.manual_seed(seed)
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        stack.enter_context(torch.random.fork_rng(devices))
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            torch.cuda.manual_seed_all(seed)
         stack.enter_context(torch.no_grad())
         yield read_settings() | {"seed": seed}
 

@@ -55,16 +55,16 @@ class EmulatedBackend:
 
 
 class ExecutorSession:
-    """An ONNX graph that the executor runs in one arithmetic; every value is exposed."""
+    """An ONNX graph that the executor runs in one arithmetic; every value is exposed. ``tf32``: CUDA's own, on."""
 
-    def __init__(self, graph: Graph, arithmetic: Arithmetic, device: str) -> None:
+    def __init__(self, graph: Graph, arithmetic: Arithmetic, device: str, *, tf32: bool = False) -> None:
         if unknown := unsupported(graph):
             names = ", ".join(sorted({n.op for n in unknown}))
             raise InputError(f"{graph.path}: no implementation of {names} (first used by node {unknown[0].name!r})")
-        self._graph = graph
+        self._graph, self._tf32 = graph, tf32
         self._executor = Executor(graph, arithmetic, device)
         self.exposed: Collection[str] = graph.tensors
-        with deterministic() as settings:
+        with deterministic(tf32=tf32) as settings:
             self.settings: Mapping[str, Any] = settings | arithmetic.settings
 
     def run(
@@ -75,7 +75,7 @@ class ExecutorSession:
         Raises InputError for inputs that do not fit the graph, and when a node fails.
         """
         check_inputs(self._graph.inputs, inputs, str(self._graph.path))
-        with deterministic():
+        with deterministic(tf32=self._tf32):
             outputs = self._executor.run(inputs, sink, probes)
         return {n: v.cpu().numpy() if isinstance(v, torch.Tensor) else v for n, v in outputs.items()}
 

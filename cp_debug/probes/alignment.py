@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,7 @@ from cp_debug.probes.fingerprint import Fingerprint, fingerprint
 from cp_debug.probes.graph import Graph
 from cp_debug.probes.matching import Matching, nearest
 from cp_debug.probes.scopes import scope_hints
-from cp_debug.probes.trace import Trace, TorchValue, trace
+from cp_debug.probes.trace import TorchValue, Trace, trace
 
 SCHEMA = "cpdebug.alignment/1"
 TOLERANCE = 1e-4
@@ -42,7 +43,8 @@ class Link:
     """``module``: a leaf module's output. ``function``: an operation in a module. ``step``: an intermediate result of
     one that torch computes in other steps. ``input``: an input passed through. ``shape``, ``constant``: no data."""
     layer: str
-    """What to call it: the torch value's name, for a step ``<name>/<ONNX operator>``, else the ONNX name."""
+    """What to call it: the torch value's name; ``<name>/<ONNX operator>`` for a step towards it, and for all but one
+    where several equal it; the ONNX name for shapes and constants."""
     torch: str | None = None
     """Name of the torch value that it equals; None for steps, shapes and constants."""
     path: str | None = None
@@ -77,6 +79,8 @@ class Alignment:
     graph_sha256: str
     module_sha256: str
     links: Sequence[Link]
+    prefix: str
+    """What completes the module's own paths to those used here."""
     modules: Sequence[str]
     """Calls of leaf modules in execution order; a repeated one is ``path@2``."""
     absorbed: Mapping[str, str]
@@ -160,6 +164,7 @@ def align(
     if len(names) != len(args):
         raise InputError(f"{graph.path}: the graph takes {len(names)} inputs {names}; {len(args)} were given")
     inputs = dict(zip(names, args, strict=True))
+    data = set(data_values(graph))
     torch_prints: dict[TorchValue, Fingerprint] = {}
     onnx_prints: dict[str, Fingerprint] = {}
 
@@ -167,22 +172,28 @@ def align(
         if value not in torch_prints:
             torch_prints[value] = fingerprint(tensor)
 
+    def keep_onnx(name: str, tensor: Any) -> None:
+        if name in data:
+            with contextlib.suppress(TypeError):  # a dtype without numbers in it, or that torch lacks
+                onnx_prints[name] = fingerprint(tensor)
+
     with deterministic():
         record = trace(module, inputs, keep_torch, prefix=prefix)
-        (run or _executor(graph))(inputs, lambda name, tensor: onnx_prints.update({name: fingerprint(tensor)}))
+        (run or _executor(graph))(inputs, keep_onnx)
 
     called = [call[len(prefix) :].removeprefix(".") for call in record.calls]
     hints = {name: ".".join(p for p in (prefix, path) if p) for name, path in scope_hints(graph, called).items()}
-    matching = Matching(graph, set(data_values(graph)), onnx_prints, record, torch_prints, hints, tolerance)
+    matching = Matching(graph, data, onnx_prints, record, torch_prints, hints, tolerance)
     props = {entry.key: entry.value for entry in graph.proto.metadata_props}
     return Alignment(
         graph_sha256=graph.digest,
         module_sha256=_module_digest(module),
+        prefix=prefix,
         exporter=props.get("cpdebug.exporter"),
         folded={"true": True, "false": False}.get(props.get("cpdebug.folded", "")),
         opset=graph.opsets.get(""),
         versions={"torch": torch.__version__, "onnx": onnx.__version__},
-        **_links(graph, matching, record, hints),
+        **_links(graph, data, matching, record, hints),
         **_modules(matching, record),
     )
 
@@ -208,9 +219,17 @@ def _executor(graph: Graph) -> Run:
     return Executor(graph).run
 
 
-def _links(graph: Graph, matching: Matching, record: Trace, hints: Mapping[str, str]) -> dict[str, Any]:
-    from_inputs, data = set(_downstream(graph, set())), set(data_values(graph))
+def _links(
+    graph: Graph, data: Collection[str], matching: Matching, record: Trace, hints: Mapping[str, str]
+) -> dict[str, Any]:
+    from_inputs = set(_downstream(graph, set()))
     leaf_outputs = {value for values in record.leaves.values() for value in values}
+    # Where several ONNX values equal one torch value, its name goes to the one that finishes it.
+    finished = {
+        value: name
+        for name, (value, _) in matching.pairs.items()
+        if name in graph.producer and graph.producer[name].op not in ("Identity", "Cast")
+    }
     links: list[Link] = []
     unmatched = []
     for name in graph.values:
@@ -219,7 +238,8 @@ def _links(graph: Graph, matching: Matching, record: Trace, hints: Mapping[str, 
         elif name in matching.pairs:
             value, error = matching.pairs[name]
             kind = "input" if value.op == "input" else "module" if value in leaf_outputs else "function"
-            links.append(Link(name, kind, value.name, value.name, value.path, error))
+            layer = value.name if finished.get(value, name) == name else f"{value.name}/{graph.producer[name].op}"
+            links.append(Link(name, kind, layer, value.name, value.path, error))
         elif results := [n for n in matching.next_matched(name) if matching.consistent(n)]:
             # Where several modules lie between, the exporter's record tells which of them this step is from.
             hinted = [n for n in results if matching.pairs[n][0].path == hints.get(name)]

@@ -139,13 +139,14 @@ def _flat_outputs(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporters, save the warning that a trace froze a decision: that one is about the user's model."""
+    """Silence the exporters, save the warning that a trace froze a decision of the user's own code."""
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             warnings.simplefilter("default", torch.jit.TracerWarning)
+            warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"torch\.")
             yield
     finally:
         logging.disable(level)

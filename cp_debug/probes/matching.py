@@ -1,8 +1,8 @@
 """Finds, for every value of an ONNX graph, the tensor of the eager forward that it equals.
 
-Numbers decide what may match (equal shape, fingerprints equal up to FP32 rounding). Equal tensors are common, though: an
-identity, a ReLU on positive values, heads that are still zero. Among those the dataflow decides, then what the exporter
-recorded, then the shortest way from what is matched already, then the order of execution.
+Numbers decide what may match (equal shape, fingerprints equal up to FP32 rounding). Equal tensors are common, though:
+an identity, a ReLU on positive values, heads that are still zero. Among those the dataflow decides, then what the
+exporter recorded, then the shortest way from what is matched already, then the order of execution.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from cp_debug.probes.fingerprint import Fingerprint
 from cp_debug.probes.graph import Graph
-from cp_debug.probes.trace import Trace, TorchValue
+from cp_debug.probes.trace import TorchValue, Trace
 
 _T = TypeVar("_T", bound=Hashable)
 
@@ -46,8 +46,8 @@ class Matching:
         self.pairs: dict[str, tuple[TorchValue, float]] = {
             info.name: (inputs[info.name], 0.0) for info in graph.inputs if info.name in inputs
         }
-        self._matched = {self._content[v] for v in inputs.values()}
-        self._taken: set[TorchValue] = set()
+        self._taken: set[TorchValue] = {v for v, _ in self.pairs.values()}
+        self._matched = {self._content[v] for v in self._taken}
         for name in graph.values:
             if name in data and name in onnx_prints:
                 self._match(name, onnx_prints[name])
@@ -87,10 +87,13 @@ class Matching:
         return frozenset(self._content[self.pairs[n][0]] for n in found)
 
     def _torch_source(self, value: TorchValue) -> tuple[Source, int]:
+        # Another tensor with a matched content will do, as exporters merge equal computations; not one that equals
+        # this value, as they also leave out the first of two operations in a row that give the same.
+        others = self._matched - {self._content[value]}
         found, passed = nearest(
             value,
             lambda v: [i for i in v.inputs if i.from_data],
-            lambda v: self._content.get(v) in self._matched,
+            lambda v: v in self._taken or self._content.get(v) in others,
         )
         return frozenset(self._content[v] for v in found), len(passed)
 

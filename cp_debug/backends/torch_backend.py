@@ -1,0 +1,134 @@
+"""PyTorch: the eager module where there is one, else the ONNX graph executed with torch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cp_debug.backends.arithmetic import FP32, FP64
+from cp_debug.backends.base import Program, Session, Sink
+from cp_debug.backends.determinism import deterministic
+from cp_debug.backends.emulated import ExecutorSession
+from cp_debug.backends.spec import BackendSpec
+from cp_debug.errors import BackendUnavailable, InputError
+from cp_debug.probes.arrays import as_numpy, dtype_name
+from cp_debug.probes.inputs import check_inputs
+from cp_debug.probes.trace import TorchValue, trace
+
+_DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "fp64": torch.float64,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
+class TorchBackend:
+    """``torch``, ``torch-fp64``, ``torch-bf16``, ``torch-fp16``, ``torch-tf32``; on the CPU unless the spec says else.
+
+    Raises BackendUnavailable for CUDA where there is none, and for TF32 on a CPU.
+    """
+
+    emulated = False
+
+    def __init__(self, spec: BackendSpec) -> None:
+        self.spec = spec
+        self.precision = spec.variant or "fp32"
+        self.device = spec.device or ("cuda" if self.precision == "tf32" else "cpu")
+        if self.precision == "tf32" and self.device == "cpu":
+            raise BackendUnavailable(str(spec), "a CPU has no TF32", nearest="emu-tf32")
+        _, _, index = self.device.partition(":")
+        if self.device != "cpu" and torch.cuda.device_count() <= int(index or 0):
+            raise BackendUnavailable(
+                str(spec),
+                f"torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices",
+                install=None if torch.version.cuda else "pip install torch, in a build with CUDA",
+                nearest="emu-tf32" if self.precision == "tf32" else f"{spec.name}@cpu",
+            )
+
+    def open(self, program: Program) -> Session:
+        """A session on the program's module, else on its graph, which FP16 and BF16 cannot run: BackendUnavailable."""
+        if program.module is not None:
+            return _ModuleSession(program, _DTYPES[self.precision], self.device, tf32=self.precision == "tf32")
+        if self.precision in ("fp16", "bf16"):
+            raise BackendUnavailable(
+                str(self.spec),
+                f"{program.graph.path} comes without a torch module, and the precision of a graph is in the graph",
+                nearest=f"emu-{self.precision}",
+            )
+        arithmetic = FP64 if self.precision == "fp64" else FP32
+        return ExecutorSession(program.graph, arithmetic, self.device, tf32=self.precision == "tf32")
+
+    def versions(self) -> dict[str, str]:
+        """torch, and with CUDA its libraries and the device's name."""
+        found = {"torch": str(torch.__version__)}
+        if self.device != "cpu":
+            found["cuda"] = str(torch.version.cuda)
+            found["cudnn"] = str(torch.backends.cudnn.version())
+            found["device"] = torch.cuda.get_device_name(self.device)
+        return found
+
+
+class _ModuleSession:
+    def __init__(self, program: Program, dtype: torch.dtype, device: str, *, tf32: bool) -> None:
+        assert program.module is not None
+        self._program, self._module, self._alignment = program, program.module, program.alignment
+        self._dtype, self._device, self._tf32 = dtype, torch.device(device), tf32
+        if device != "cpu" or dtype != torch.float32:
+            self._module = copy.deepcopy(program.module).to(self._device, dtype)
+        self._names = [v.name for v in program.graph.outputs]
+        links = program.alignment.links if program.alignment else ()
+        linked = [link.onnx for link in links if link.torch is not None]
+        self.exposed: Collection[str] = tuple(dict.fromkeys([*linked, *self._names]))
+        with deterministic(tf32=tf32) as settings:
+            self.settings: Mapping[str, Any] = settings | {"dtype": dtype_name(torch.empty(0, dtype=dtype))}
+
+    def run(
+        self, inputs: Mapping[str, np.ndarray], sink: Sink | None = None, probes: Collection[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Run the module, traced where there is a sink. BF16 outputs come as float32, which holds them exactly.
+
+        Raises ModuleFailed when it raises in forward, InputError when inputs or outputs are not those of the graph.
+        """
+        graph, alignment = self._program.graph, self._alignment
+        check_inputs(graph.inputs, {n: _in_single(a) for n, a in inputs.items()}, self._program.name)
+        tensors = {v.name: self._input(inputs[v.name]) for v in graph.inputs}
+        given: set[str] = set()
+
+        def give(name: str, tensor: Tensor) -> None:
+            if sink is not None and name not in given and (probes is None or name in probes):
+                given.add(name)
+                sink(name, tensor)
+
+        def translate(value: TorchValue, tensor: Tensor) -> None:
+            for name in alignment.onnx_for(value.name) if alignment else ():
+                give(name, tensor)
+
+        with deterministic(tf32=self._tf32):
+            prefix = alignment.prefix if alignment else ""
+            results = trace(self._module, tensors, translate if sink else None, prefix=prefix).tensors
+        if len(results) != len(self._names):
+            raise InputError(f"{self._program.name}: the module returned {len(results)} tensors for {self._names}")
+        outputs = dict(zip(self._names, results, strict=True))
+        for name, tensor in outputs.items():
+            give(name, tensor)
+        return {n: as_numpy(t.float() if t.dtype == torch.bfloat16 else t) for n, t in outputs.items()}
+
+    def _input(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        return tensor.to(self._device, self._dtype if tensor.is_floating_point() else None)
+
+    def close(self) -> None:
+        """Free the copy of the module."""
+        del self._module
+
+
+def _in_single(array: np.ndarray) -> np.ndarray:
+    """Floats as float32: a component before this one computes in the backend's precision, not in the graph's."""
+    return array.astype(np.float32) if array.dtype.kind == "f" else array
