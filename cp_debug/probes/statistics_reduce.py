@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,12 +15,10 @@ from cp_debug.probes.statistics_totals import BIN_SHIFT, BINS, Piece, Totals
 if TYPE_CHECKING:
     import torch
 
-    from cp_debug.probes.statistics_kernel import Accumulator
-
 HOST_CHUNK = 1 << 17
 """Elements between two looks at the queue: large against a Python call, small against memory."""
 DEVICE_CHUNK = 1 << 24
-"""Elements a turn on a GPU: 128 MiB in float64, a few times over."""
+"""Elements a turn on a GPU: 128 MiB in float64, some five times over."""
 MAX_THREADS = 8
 
 _LARGEST = np.finfo(np.float64).max / 2
@@ -46,8 +46,9 @@ def reduce_host(ref: np.ndarray, test: np.ndarray) -> Totals:
             piece = accumulator.add(a, b)
             pieces.append((start, piece))
             if piece.finite < a.size:
-                rest = start + piece.finite
-                pieces.append((rest, _add_special(exact, a[piece.finite :], b[piece.finite :])))
+                rest = (side[piece.finite :].astype(np.float64) for side in (a, b))
+                clean_ref, clean_test, special = _set_aside(np, *rest)
+                pieces.append((start + piece.finite, exact.add(clean_ref, clean_test)._replace(**special)))
             if integers and not np.array_equal(ref.flat[start : start + a.size], test.flat[start : start + a.size]):
                 unequal.append(start)
         return accumulator.histogram + exact.histogram
@@ -76,53 +77,54 @@ def _reader(array: np.ndarray, dtype: np.dtype) -> Callable[[int], np.ndarray]:
     return read
 
 
-def _add_special(accumulator: Accumulator, ref: np.ndarray, test: np.ndarray) -> Piece:
-    """Reduce arrays (n,) that hold NaN or Inf, or whose difference overflows their type."""
-    ref, test = ref.astype(np.float64), test.astype(np.float64)
-    nan_ref, nan_test, inf_ref, inf_test = np.isnan(ref), np.isnan(test), np.isinf(ref), np.isinf(test)
+def _set_aside(xp: ModuleType, ref: Any, test: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """Put zeros where a pair (n,) of float64 is not finite, and say what was there as fields of a Piece.
+
+    ``xp`` is numpy or torch, whichever the arrays belong to.
+    """
+    nan_ref, nan_test, inf_ref, inf_test = xp.isnan(ref), xp.isnan(test), xp.isinf(ref), xp.isinf(test)
     finite_ref = ~(nan_ref | inf_ref)
     finite = finite_ref & ~(nan_test | inf_test)
     mismatched = ~finite & (ref != test) & ~(nan_ref & nan_test)
-    clean = [np.where(finite, side, 0.0).clip(-_LARGEST, _LARGEST) for side in (ref, test)]
-    piece = accumulator.add(*clean)
-    return piece._replace(
-        finite=int(finite.sum()),
-        max_ref=float(np.abs(ref[finite_ref]).max(initial=0.0)),
-        nan_ref=int(nan_ref.sum()),
-        nan_test=int(nan_test.sum()),
-        inf_ref=int(inf_ref.sum()),
-        inf_test=int(inf_test.sum()),
-        mismatched=int(mismatched.sum()),
-        first_mismatch=int(mismatched.argmax()),
-    )
+    fields = {
+        "finite": int(finite.sum()),
+        "max_ref": float(abs(xp.where(finite_ref, ref, 0.0)).max()),
+        "nan_ref": int(nan_ref.sum()),
+        "nan_test": int(nan_test.sum()),
+        "inf_ref": int(inf_ref.sum()),
+        "inf_test": int(inf_test.sum()),
+        "mismatched": int(mismatched.sum()),
+        "first_mismatch": int(xp.where(mismatched, 1, 0).argmax()),
+    }
+    clean_ref, clean_test = (xp.where(finite, side, 0.0).clip(-_LARGEST, _LARGEST) for side in (ref, test))
+    return clean_ref, clean_test, fields
 
 
 def reduce_device(ref: torch.Tensor, test: torch.Tensor) -> Totals:
-    """Reduce two tensors of one shape where they lie; one small copy to the host at the end."""
+    """Reduce two tensors of one shape where the reference lies; only numbers are copied to the host."""
     import torch
 
-    flat_ref, flat_test = ref.detach().reshape(-1), test.detach().reshape(-1)
-    starts = range(0, flat_ref.numel(), DEVICE_CHUNK)
+    flat_ref, flat_test = ref.detach().reshape(-1), test.detach().to(ref.device).reshape(-1)
     histogram = torch.zeros(BINS, dtype=torch.int64, device=ref.device)
-    rows = []
-    for start in starts:
+    pieces = []
+    for start in range(0, flat_ref.numel(), DEVICE_CHUNK):
         r, t = (side[start : start + DEVICE_CHUNK].double() for side in (flat_ref, flat_test))
-        nan_ref, nan_test, inf_ref, inf_test = r.isnan(), t.isnan(), r.isinf(), t.isinf()
-        finite_ref = ~(nan_ref | inf_ref)
-        finite = finite_ref & ~(nan_test | inf_test)
-        mismatched = ~finite & (r != t) & ~(nan_ref & nan_test)
-        max_ref = torch.where(finite_ref, r.abs(), 0.0).max()
-        r, t = (torch.where(finite, side, 0.0).clamp(-_LARGEST, _LARGEST) for side in (r, t))
-        d = (t - r).abs()
+        d = (t - r).abs_()
+        special: dict[str, Any] = {}
+        if not d.max().isfinite():
+            r, t, special = _set_aside(torch, r, t)
+            d = (t - r).abs_()
+        histogram += _count(d.float().view(torch.int32).bitwise_right_shift_(BIN_SHIFT))
         max_abs, argmax = d.max(dim=0)
-        histogram += torch.bincount(d.float().view(torch.int32).bitwise_right_shift(BIN_SHIFT), minlength=BINS)
-        numbers = (finite.sum(), max_abs, argmax, max_ref, d.sum(), d @ d, r @ r, t @ t, r @ t)
-        counts = (nan_ref.sum(), nan_test.sum(), inf_ref.sum(), inf_test.sum(), mismatched.sum())
-        first = mismatched.byte().argmax()
-        rows.append(torch.stack([value.double() for value in (*numbers, *counts, first)]))
-    table = torch.stack(rows).tolist() if rows else []
-    kinds: list[Any] = [float if field.startswith(("max", "sum")) else int for field in Piece._fields]
-    pieces = [Piece(*(kind(value) for kind, value in zip(kinds, row, strict=True))) for row in table]
+        max_ref = torch.linalg.vector_norm(r, math.inf)
+        numbers = (max_abs, argmax, max_ref, d.sum(), d @ d, r @ r, t @ t, r @ t)
+        largest, where, *rest = torch.stack([number.double() for number in numbers]).tolist()
+        pieces.append((start, Piece(d.numel(), largest, int(where), *rest)._replace(**special)))
     integers = not (ref.is_floating_point() or test.is_floating_point())
     same = not integers or bool((flat_ref == flat_test).all())
-    return Totals.of(zip(starts, pieces, strict=True), histogram.cpu().numpy(), same)
+    return Totals.of(pieces, histogram.cpu().numpy(), same)
+
+
+def _count(keys: torch.Tensor) -> torch.Tensor:
+    """How often each bin occurs. ``histc`` of integers exists on CUDA only, and is 20 times faster there."""
+    return keys.histc(BINS, 0, BINS) if keys.is_cuda else keys.bincount(minlength=BINS)
