@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from cp_debug.errors import InputError
-from cp_debug.recipes.centerpoint.checkpoint import load_checkpoint
+from cp_debug.recipes.checkpoint import load_checkpoint
 from cp_debug.recipes.centerpoint.config import AWML_BASE, TINY
 from cp_debug.recipes.centerpoint.model import build_model
 from cp_debug.recipes.centerpoint.points import read_points

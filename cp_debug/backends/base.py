@@ -36,10 +36,15 @@ class Program:
 class Session(Protocol):
     """A program, ready to run on one backend. Values are named by the program's ONNX graph on every backend."""
 
-    settings: Mapping[str, Any]
-    """Every setting that can change numbers, as read back from the library, JSON-safe."""
-    exposed: Collection[str]
-    """The graph values that this session can hand to a sink: all, or those that survive fusion or alignment."""
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Every setting that can change numbers, as read back from the library, JSON-safe."""
+        ...
+
+    @property
+    def exposed(self) -> Collection[str]:
+        """The graph values that this session can hand to a sink: all, or those that survive fusion or alignment."""
+        ...
 
     def run(
         self, inputs: Mapping[str, np.ndarray], sink: Sink | None = None, probes: Collection[str] | None = None
@@ -59,11 +64,25 @@ class Session(Protocol):
 class Backend(Protocol):
     """Runtime + precision + device, made from a spec by ``cp_debug.backends.registry.create``."""
 
-    spec: BackendSpec
-    precision: str
-    """One of ``fp64 fp32 tf32 bf16 fp16 fp16acc int8``: what its arithmetic claims to be."""
-    device: str
-    emulated: bool
+    @property
+    def spec(self) -> BackendSpec:
+        """What it was made from."""
+        ...
+
+    @property
+    def precision(self) -> str:
+        """One of ``fp64 fp32 tf32 bf16 fp16 fp16acc int8``: what its arithmetic claims to be."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """``cpu`` or ``cuda:N``."""
+        ...
+
+    @property
+    def emulated(self) -> bool:
+        """Whether the precision is emulated, not the hardware's."""
+        ...
 
     def open(self, program: Program) -> Session:
         """Make the program ready. Raises BackendUnavailable or InputError."""

@@ -17,6 +17,7 @@ from cp_debug.backends.spec import parse_backends
 from cp_debug.bisect.layers import Layer, layers_of, stage_ends
 from cp_debug.bisect.pipeline import Key, Pipeline, changed_state, header, load_test_programs, prepare
 from cp_debug.bisect.precision import coarser, oracle_for
+from cp_debug.bisect.replay import Replay
 from cp_debug.bisect.result import BisectResult, LayerRow, Observation, StageRow, TestResult
 from cp_debug.bisect.shares import set_shares
 from cp_debug.bisect.testrun import TestRun
@@ -167,7 +168,8 @@ class Bisection:
             with self._writer(folder, run.pipeline, sample) as writer:
                 stats, results = run.run(sample, captured, writer)
             test = Capture.open(writer.folder)
-            replays, floors = {}, {}
+            replays: dict[Key, Replay] = {}
+            floors: dict[Key, float] = {}
             if run.oracle is not None:
                 self._step(f"{run.pipeline.backend.spec}, sample {index}: replay")
                 replays = run.replay(captured, test)

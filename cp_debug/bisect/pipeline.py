@@ -118,7 +118,7 @@ def changed_state(program: Program, *, train: bool, out_of_place: bool) -> Progr
     if out_of_place:
         for child in module.modules():
             if getattr(child, "inplace", False):
-                child.inplace = False
+                child.inplace = False  # type: ignore[assignment]
     return replace(program, module=module)
 
 

@@ -80,7 +80,8 @@ def compare_captures(
     for entry in reference.entries:
         if (entry.sample, entry.component, entry.name) not in present:
             continue
-        stats = compare(*(c.load(entry.name, entry.sample, entry.component) for c in (reference, test)))
+        where = entry.name, entry.sample, entry.component
+        stats = compare(reference.load(*where), test.load(*where))
         verdict, within, why = judge(stats, None, precision, *tolerance, 0.0)
         name = names.get(entry.component, {}).get(entry.name, entry.name)
         row = LayerRow(_position(entry, rows), entry.component, name, entry.name, "", stats, verdict, within, why=why)

@@ -80,7 +80,7 @@ class Propagation:
         outputs = self._outputs(key.component)
         known = {n for n in self._reference.names(component=key.component) if n not in reached or n == key.value}
         inside = [n for n in outputs if n in reached and n != key.value]
-        results = {n: changed.get(n, load(n) if n not in reached else None) for n in outputs}
+        results = {n: as_numpy(changed[n] if n == key.value else load(n)) for n in outputs if n not in inside}
         if inside:
             nodes, starts = graph.segment(inside, known)
             given = {s: changed.get(s) if s in changed else load(s) for s in starts}

@@ -34,6 +34,6 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Machine-readable, 
     console.print(settings)
     console.print()
     for line in found.devices:
-        console.print(line, highlight=False)
+        console.print(Text(line))
     for warning in found.warnings:
         console.print(Text(f"warning: {warning}", "bold yellow"))

@@ -1,4 +1,7 @@
-"""The command line: one file a command, errors in words, exit codes 0 agree, 1 divergence, 2 bad input, 3 unavailable."""
+"""The command line: one file a command, errors in words.
+
+Exit codes: 0 agree, 1 divergence found, 2 bad usage or input, 3 backend unavailable.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from cp_debug.errors import CpdebugError
 
 app = typer.Typer(
     name="cpdebug",
-    help="Names the first layer whose result its precision cannot explain: PyTorch, ONNX Runtime and TensorRT side by side.",
+    help="PyTorch, ONNX Runtime and TensorRT side by side: names the first layer that its precision cannot explain.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",

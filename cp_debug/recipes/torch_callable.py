@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from cp_debug.errors import InputError, ModuleFailed
+from cp_debug.probes.graph import ValueInfo
 from cp_debug.probes.outputs import flatten_outputs
 from cp_debug.recipes.base import Arrays, Component, Sample, Stage
-from cp_debug.recipes.npz import load_samples
+from cp_debug.recipes.npz import npz_samples
 
 
 class TorchModel:
@@ -41,7 +42,8 @@ class TorchModel:
     def samples(self, count: int, seed: int, inputs: Path | None) -> Iterator[Sample]:
         """The examples first, then seeded arrays of their shape, dtype, mean and spread."""
         if inputs is not None:
-            yield from load_samples(inputs, self._examples, count)
+            expected = [ValueInfo(n, a.dtype, (None,) * a.ndim) for n, a in self._examples.items()]
+            yield from npz_samples(inputs, expected, count)
             return
         if count:
             yield Sample(dict(self._examples), "the callable's example inputs")

@@ -135,7 +135,7 @@ def _devices(found: Environment) -> None:
     if providers and bool(gpus) != ort_cuda:
         able, unable = ("torch", "ONNX Runtime") if gpus else ("ONNX Runtime", "torch")
         found.warnings.append(f"device mismatch: {able} can use CUDA, {unable} cannot; compare on the CPU or mend it")
-    found.devices.append(_tensorrt(found))
+    found.devices.append(_tensorrt())
 
 
 def _ort_providers() -> list[str]:
@@ -146,18 +146,17 @@ def _ort_providers() -> list[str]:
     return list(onnxruntime.get_available_providers())
 
 
-def _tensorrt(found: Environment) -> str:
+def _tensorrt() -> str:
     from cp_debug.backends.tensorrt.client import Client
 
     try:
-        found = Client().probe()
+        probed = Client().probe()
     except CpdebugError as error:
-        return f"TensorRT: {error}"
+        return str(error).replace("\n", "; ")
+    return f"TensorRT: {probed}"
 
 
 def _word(value: Any) -> str:
-    return (
-        {True: "on", False: "off", None: "unset"}.get(value, str(value))
-        if not isinstance(value, int | str) or isinstance(value, bool)
-        else str(value)
-    )
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "unset" if value is None else str(value)

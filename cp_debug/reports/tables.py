@@ -52,9 +52,8 @@ def render(result: BisectResult, *, layers: bool = True, show_all: bool = False)
     yield from _coverage(result.coverage)
     for test in result.tests:
         yield Text()
-        yield Text.assemble(
-            (result.reference.spec, "bold"), " → ", (test.backend.spec, "bold"), _emulated(test.backend)
-        )
+        title = Text.assemble((result.reference.spec, "bold"), " → ", (test.backend.spec, "bold"))
+        yield title.append(" (emulated)" if test.backend.emulated else "")
         yield stage_table(test)
         if layers:
             yield Text()
@@ -130,10 +129,7 @@ def verdict_line(test: TestResult) -> Text:
         assert first is not None
         names = f"{len(test.guilty)} layers are guilty, the first is" if len(test.guilty) > 1 else "guilty:"
         share = f", {first.share:.0%} of the final divergence" if first.share is not None else ""
-        side = f" (the reference {'' if first.side == 'test' else 'deviates'})" if first.side == "reference" else ""
-        text = Text.assemble(
-            (f"✗ {spec}: {names} {first.name}", "bold red"), f" ({first.op}){side}: {first.why}{share}{end}"
-        )
+        text = Text.assemble((f"✗ {spec}: {names} {first.name}", "bold red"), f" ({first.op}): {first.why}{share}{end}")
         if test.first_beyond is not None and test.first_beyond.index != first.index:
             text.append(_why_views_differ(test, first, test.first_beyond))
         return text
@@ -195,7 +191,7 @@ def _coverage(coverage: dict[str, Any]) -> Iterator[Text]:
     for component, found in coverage.items():
         missing = [*found["unmatched_values"], *found["unmatched_modules"]]
         yield Text(
-            f"alignment of {component}: {found['values']} of {found['values_total']} values of the deployed graph, "
+            f"alignment of {component}: {found['values']} of {found['values_total']} values of the graph, "
             f"{found['modules']} of {found['modules_total']} leaf modules ({len(found['absorbed'])} absorbed by folding)"
             + (f"; not accounted for: {', '.join(missing[:5])}" if missing else ""),
             style="yellow" if missing else "dim",
@@ -204,10 +200,6 @@ def _coverage(coverage: dict[str, Any]) -> Iterator[Text]:
 
 def _samples(samples: Sequence[str]) -> str:
     return samples[0] if len(samples) == 1 else f"{len(samples)} samples, from {samples[0]} to {samples[-1]}"
-
-
-def _emulated(record: RunRecord) -> str:
-    return " (emulated)" if record.emulated else ""
 
 
 def _setting(value: Any) -> str:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from cp_debug.recipes.base import Arrays, Component, Sample, Stage
-from cp_debug.recipes.centerpoint.checkpoint import load_checkpoint
 from cp_debug.recipes.centerpoint.config import OUTPUT_ORDER, CenterPointConfig, get_config
 from cp_debug.recipes.centerpoint.decode import Detections, decode
 from cp_debug.recipes.centerpoint.model import BackboneNeckHead, build_model
@@ -18,6 +17,7 @@ from cp_debug.recipes.centerpoint.pillar_encoder import decorate
 from cp_debug.recipes.centerpoint.points import read_points
 from cp_debug.recipes.centerpoint.scatter import scatter
 from cp_debug.recipes.centerpoint.voxelize import Voxels, voxelize
+from cp_debug.recipes.checkpoint import load_checkpoint
 
 ENCODER, BACKBONE_NECK_HEAD = "pts_voxel_encoder", "pts_backbone_neck_head"
 WEIGHTS = Path(__file__).parent / "weights"
@@ -34,6 +34,7 @@ class CenterPointModel:
         source = checkpoint or (shipped if shipped.is_file() else None)
         if source is not None:
             load_checkpoint(self.network, source)
+        self._last: tuple[Sample, Voxels] | None = None
         self.weights = f"untrained, random seed {seed}" if source is None else source.name
         self.components: Sequence[Component] = (
             Component(
@@ -55,20 +56,21 @@ class CenterPointModel:
         )
 
     def samples(self, count: int, seed: int, inputs: Path | None) -> Iterator[Sample]:
-        """Point clouds: ``points`` [N, C] float32; the one in ``inputs``, or synthetic scenes ``seed``, ``seed + 1``, …
+        """Point clouds: ``points`` [N, C] float32; the one in ``inputs``, or held-out synthetic scenes ``seed``, ``seed + 1``, …
 
         ``truth`` is the ``Scene`` where the model knows its classes.
         """
         if inputs is not None:
             yield Sample({"points": read_points(inputs, self.config)}, str(inputs))
             return
-        from cp_debug.recipes.centerpoint.scenes import CLASSES, generate_scene
+        from cp_debug.recipes.centerpoint.scenes import CLASSES, HELD_OUT_SEED, generate_scene
 
         columns = [("x", "y", "z", "intensity", "dt").index(name) for name in self.config.point_features]
         for number in range(seed, seed + count):
-            scene = generate_scene(number)
+            scene = generate_scene(HELD_OUT_SEED + number)
             truth = scene if self.config.class_names == tuple(CLASSES) else None
-            yield Sample({"points": scene.points[:, columns]}, f"synthetic scene {number}", truth)
+            source = f"held-out synthetic scene {number}"
+            yield Sample({"points": scene.points[:, columns]}, source, truth)
 
     def feed(self, component: Component, sample: Sample, results: Mapping[str, Arrays]) -> dict[str, np.ndarray]:
         """``input_features`` from the sample's points; ``spatial_features`` from the results, of their dtype."""
@@ -84,7 +86,10 @@ class CenterPointModel:
         return decode(outputs, self.config)[0]
 
     def _voxelize(self, sample: Sample) -> Voxels:
-        return voxelize(torch.from_numpy(sample.arrays["points"]), self.config)
+        """Every backend and both components ask for the same pillars, one sample after the other."""
+        if self._last is None or self._last[0] is not sample:
+            self._last = sample, voxelize(torch.from_numpy(sample.arrays["points"]), self.config)
+        return self._last[1]
 
 
 def _stages(config: CenterPointConfig) -> tuple[Stage, ...]:
