@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import ChainMap, Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import onnx
@@ -49,13 +50,19 @@ class Executor:
         arithmetic: Arithmetic = FP32,
         device: str | torch.device = "cpu",
         *,
+        overrides: Mapping[str, Arithmetic] = MappingProxyType({}),
         weight_cache: int = 4 << 30,
     ) -> None:
-        """``weight_cache``: bytes of converted weights that are kept; what does not fit is read at each use."""
+        """``overrides``: other arithmetics for some nodes of the main graph, by node name; such a node rounds what it
+        reads, and so does every node that reads from it.
+        ``weight_cache``: bytes of converted weights that are kept; what does not fit is read at each use.
+        """
         self.graph = graph
         self.arithmetic = arithmetic
         self.device = torch.device(device)
+        self._overrides = overrides
         self._weights = Weights(graph, arithmetic, self.device, weight_cache)
+        self._other_weights = {a: Weights(graph, a, self.device, weight_cache) for a in overrides.values()}
         self._reference = Reference(graph)
         self._functions = {(f.domain, f.name): f for f in graph.proto.functions}
         self._steps: dict[int, _Step] = {}
@@ -126,10 +133,16 @@ class Executor:
 
     def _run_node(self, node: Node, live: Mapping[str, Any]) -> list[Any]:
         step = self._step(node, self.graph.opsets)
+        arithmetic = step.call.arithmetic
         if node.op == "Constant":
             return [self.arithmetic.round(self.arithmetic.hold(constant(node), self.device))]
         rounded = step.kernel is None or not step.kernel.exact
-        values = {n: live[n] if n in live else self._weights.get(n, rounded=rounded) for n in node.inputs}
+        weights = self._other_weights.get(arithmetic, self._weights)
+        values = {n: live[n] if n in live else weights.get(n, rounded=rounded) for n in node.inputs}
+        if self._overrides:
+            values = {
+                n: arithmetic.round(arithmetic.hold(v, self.device)) if n in live else v for n, v in values.items()
+            }
         inputs = [values[name] if name else None for name in node.proto.input]
         try:
             results = self._compute(step, inputs, values)
@@ -140,7 +153,7 @@ class Executor:
             raise NodeFailed(
                 f"{self.graph.path}: node {node.name!r} ({node.op}) failed on ({given}): {error}"
             ) from error
-        return [self.arithmetic.round(r) for r in results] if step.kernel is None or step.kernel.rounds else results
+        return [arithmetic.round(r) for r in results] if step.kernel is None or step.kernel.rounds else results
 
     def _compute(self, step: _Step, inputs: list[Any], values: Mapping[str, Any]) -> list[Any]:
         node = step.call.node
@@ -173,7 +186,8 @@ class Executor:
             else:
                 graphs = [a for a in node.proto.attribute if a.HasField("g")]
                 bodies = {a.name: Body.of_graph(a.g, opsets) for a in graphs}
-            call = Call.of(node, opsets.get(domain, 1), self.arithmetic, self.device)
+            arithmetic = self._overrides.get(node.name, self.arithmetic)
+            call = Call.of(node, opsets.get(domain, 1), arithmetic, self.device)
             step = self._steps[id(node)] = _Step(call, KERNELS.get(node.op), bodies)
         return step
 

@@ -20,6 +20,7 @@ KNOWN = {
     "ort-none": "ONNX Runtime, graph optimisation off",
     "ort-basic": "ONNX Runtime, basic graph optimisation",
     "ort-all": "ONNX Runtime, all graph optimisations, the library's default",
+    "emu-fp32": "plain FP32 by the emulator: a second opinion on a graph",
     "emu-tf32": "emulated TF32: operands of conv and matmul rounded to 10 mantissa bits",
     "emu-bf16": "emulated BF16: operands and results rounded, FP32 accumulation",
     "emu-fp16": "emulated FP16: operands and results rounded, FP32 accumulation",
