@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,16 +22,21 @@ from cp_debug.probes.inputs import check_inputs
 
 
 class EmulatedBackend:
-    """``emu-tf32``, ``emu-bf16``, ``emu-fp16`` and ``emu-fp16acc``, on the CPU or on CUDA; the same bits on each run.
+    """``emu-fp32``, ``emu-tf32``, ``emu-bf16``, ``emu-fp16`` and ``emu-fp16acc``, on the CPU or on CUDA; the same bits
+    on each run.
 
     ``tile`` is the number of channels per tile of FP16 accumulation, where the kernel to be emulated is known.
+    ``overrides`` computes some nodes in another arithmetic: node name → ``fp64 fp32 tf32 bf16 fp16 fp16acc``.
     Raises BackendUnavailable when the spec names a device that is not there.
     """
 
     emulated = True
 
-    def __init__(self, spec: BackendSpec, *, tile: int | None = None) -> None:
+    def __init__(
+        self, spec: BackendSpec, *, tile: int | None = None, overrides: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         self.spec = spec
+        self.overrides = overrides
         self.precision = spec.variant
         self.device = spec.device or "cpu"
         self.arithmetic = ARITHMETICS[spec.variant]
@@ -44,7 +50,8 @@ class EmulatedBackend:
 
     def open(self, program: Program) -> Session:
         """Make the program ready. Raises InputError when it holds operators that nothing here can execute."""
-        return ExecutorSession(program.graph, self.arithmetic, self.device)
+        overrides = {node: ARITHMETICS[name] for node, name in self.overrides.items()}
+        return ExecutorSession(program.graph, self.arithmetic, self.device, overrides=overrides)
 
     def versions(self) -> dict[str, str]:
         """torch, which computes, and onnx, whose reference runs what has no kernel; the device's name on CUDA."""
@@ -57,15 +64,25 @@ class EmulatedBackend:
 class ExecutorSession:
     """An ONNX graph that the executor runs in one arithmetic; every value is exposed. ``tf32``: CUDA's own, on."""
 
-    def __init__(self, graph: Graph, arithmetic: Arithmetic, device: str, *, tf32: bool = False) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        arithmetic: Arithmetic,
+        device: str,
+        *,
+        tf32: bool = False,
+        overrides: Mapping[str, Arithmetic] = MappingProxyType({}),
+    ) -> None:
         if unknown := unsupported(graph):
             names = ", ".join(sorted({n.op for n in unknown}))
             raise InputError(f"{graph.path}: no implementation of {names} (first used by node {unknown[0].name!r})")
         self._graph, self._tf32 = graph, tf32
-        self._executor = Executor(graph, arithmetic, device)
+        self._executor = Executor(graph, arithmetic, device, overrides=overrides)
         self.exposed: Collection[str] = graph.tensors
         with deterministic(tf32=tf32) as settings:
-            self.settings: Mapping[str, Any] = settings | arithmetic.settings
+            self.settings: dict[str, Any] = settings | arithmetic.settings
+        if overrides:
+            self.settings |= {"overrides": {node: a.name for node, a in overrides.items()}}
 
     def run(
         self, inputs: Mapping[str, np.ndarray], sink: Sink | None = None, probes: Collection[str] | None = None
