@@ -25,6 +25,8 @@ from cp_debug.probes.capture import Capture, CaptureWriter
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.registry import load_model
 
+Rewrite = Callable[[list[Program], Path], list[Program]]
+"""Makes the programs of the tests from the reference's and a folder for new files; value names should stay."""
 OnStep = Callable[[str, int, int], None]
 """Told (what is being done, steps done, steps in all)."""
 
@@ -54,16 +56,17 @@ class Options:
 
 def bisect(
     model: str | Model,
-    backends: str = "torch,ort",
+    backends: str | Sequence[Backend] = "torch,ort",
     *,
-    test_model: Path | Model | None = None,
+    test_model: Path | Model | Rewrite | None = None,
     options: Options = Options(),
     on_step: OnStep | None = None,
 ) -> BisectResult:
     """Compare every test backend with the reference, layer by layer, and name the guilty layers.
 
-    ``backends`` is the reference and the tests, as on the command line. ``test_model`` gives the tests another program:
-    an ONNX file (a folder of them, for several components) or another model.
+    ``backends`` is the reference and the tests, as on the command line or already made. ``test_model`` gives the tests
+    another program: an ONNX file (a folder of them, for several components), another model, or a function that makes
+    their programs out of the reference's.
     Raises BackendUnavailable, InputError and MissingPackage; never for a divergence.
     """
     return Bisection(model, backends, test_model, options, on_step or (lambda text, done, total: None)).run()
@@ -73,15 +76,23 @@ class Bisection:
     """The state of one bisect, so that each step is a short method."""
 
     def __init__(
-        self, model: str | Model, backends: str, test_model: Path | Model | None, options: Options, on_step: OnStep
+        self,
+        model: str | Model,
+        backends: str | Sequence[Backend],
+        test_model: Path | Model | Rewrite | None,
+        options: Options,
+        on_step: OnStep,
     ) -> None:
         self.options = options
         self._on_step = on_step
         self._done, self._steps = 0, 0
-        self._reference, *self._tests = [create(spec) for spec in parse_backends(backends)]
+        if isinstance(backends, str):
+            backends = [create(spec) for spec in parse_backends(backends)]
+        self._reference, *self._tests = backends
         self.model = model if not isinstance(model, str) else self._load(model, options.checkpoint)
         self._test_model = test_model
-        self.test_model = test_model if test_model is not None and not isinstance(test_model, Path) else self.model
+        given = test_model is not None and not isinstance(test_model, Path) and not callable(test_model)
+        self.test_model: Model = test_model if given else self.model  # type: ignore[assignment]
         if options.test_checkpoint is not None:
             self.test_model = self._load(self.model.name, options.test_checkpoint)
 
@@ -125,6 +136,8 @@ class Bisection:
         programs = prepare(self.model, sample, folder, exporter=options.exporter, folded=options.folded)
         if isinstance(self._test_model, Path):
             return programs, load_test_programs(programs, self._test_model)
+        if callable(self._test_model):
+            return programs, self._test_model(programs, folder)
         if self.test_model is not self.model:
             folder = folder / "test"
             folder.mkdir(exist_ok=True)
@@ -173,6 +186,8 @@ class Bisection:
             if run.oracle is not None:
                 self._step(f"{run.pipeline.backend.spec}, sample {index}: replay")
                 replays = run.replay(captured, test)
+                if self.test_model is not self.model:
+                    replays |= run.replay_inputs(self.model, sample, results, captured, test)
                 self._step(f"{run.pipeline.backend.spec}, sample {index}: noise floor")
                 seen, floors = run.observe(sample, results, test)
                 found.observe(seen)

@@ -102,6 +102,13 @@ class Replayer:
         exact = self.oracle.run_nodes(nodes, {s: test(s) for s in starts}, [target])[target]
         return self._hold(test(target)) - exact, exact
 
+    def given(self, value: str, exact: AnyTensor, reference: Load, test: Load) -> Replay:
+        """The replay of a graph input, whose exact value the caller knows: glue copies and is not rounded."""
+        held = self._hold(exact)
+        replay = self._judge(test(value), held, held)
+        self._trace_back(replay, held, reference(value), 0.0)
+        return replay
+
     def _segment(self, targets: list[str], reference: Load, test: Load) -> dict[str, Replay]:
         nodes, starts = self.graph.segment(targets, self._known)
         if control := [n.op for n in nodes if n.op in CONTROL_FLOW]:

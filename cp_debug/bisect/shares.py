@@ -29,6 +29,7 @@ def set_shares(run: TestRun, rows: Mapping[Key, LayerRow], sample: Sample, refer
     of independent errors in a nearly linear network add up to 1.
     """
     guilty = [(key, row) for key, row in rows.items() if row.verdict == GUILTY and row.side == "test" and row.replay]
+    guilty = [(key, row) for key, row in guilty if row.op != "input"]  # glue is no node that could be replayed
     guilty.sort(key=lambda item: item[1].replay.excess or 0.0, reverse=True)  # type: ignore[union-attr]
     if not guilty:
         return

@@ -15,7 +15,7 @@ from cp_debug.bisect.result import LayerRow, Observation
 from cp_debug.bisect.verdict import judge
 from cp_debug.probes.capture import Capture, CaptureWriter
 from cp_debug.probes.statistics import TensorStats, compare
-from cp_debug.recipes.base import Arrays, Sample
+from cp_debug.recipes.base import Arrays, Model, Sample
 
 
 class TestRun:
@@ -70,6 +70,19 @@ class TestRun:
                 replays[Key(component, value)] = replay
         return replays
 
+    def replay_inputs(
+        self, model: Model, sample: Sample, results: Mapping[str, Arrays], reference: Capture, test: Capture
+    ) -> dict[Key, Replay]:
+        """What the glue of a test model of its own introduced: its inputs against those that ``model``, the
+        reference's, would have made of the same upstream results."""
+        replays = {}
+        for component in model.components:
+            replayer = self.replayer(component.name, test)
+            ours, theirs = loader(reference, component.name), loader(test, component.name)
+            for value, exact in model.feed(component, sample, results).items():
+                replays[Key(component.name, value)] = replayer.given(value, exact, ours, theirs)
+        return replays
+
     def replayer(self, component: str, test: Capture) -> Replayer:
         """The replayer of a component, made once: every sample has the same probes."""
         if component not in self._replayers:
@@ -86,8 +99,10 @@ class TestRun:
         pipeline = self.pipeline
 
         def fresh(threads: int | None) -> Pipeline:
-            options = {"threads": threads} if pipeline.backend.spec.family == "ort" else {}
-            return Pipeline(pipeline.model, pipeline.programs, create(pipeline.backend.spec, **options))
+            backend = pipeline.backend
+            if backend.spec.family == "ort":
+                backend = create(backend.spec, threads=threads)
+            return Pipeline(pipeline.model, pipeline.programs, backend)
 
         return observe(fresh, sample, probed, test, self.name)
 
