@@ -43,9 +43,7 @@ def deterministic(*, tf32: bool = False, seed: int = 0) -> Iterator[dict[str, An
     """
     with ExitStack() as stack:
         _environment(stack, _CUBLAS, ":4096:8")
-        for name in _FP32_PRECISION:
-            stack.callback(_restore_precision, name, attrgetter(name)(torch))
-            _set(name, "tf32" if tf32 and ".mkldnn." not in name else "ieee")
+        _set_precision(stack, tf32)
         for name, value in _FLAGS.items():
             stack.callback(_set, name, attrgetter(name)(torch))
             _set(name, value)
@@ -88,6 +86,21 @@ def read_settings() -> dict[str, Any]:
 def _set(name: str, value: Any) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(attrgetter(parent)(torch), leaf, value)
+
+
+def _set_precision(stack: ExitStack, tf32: bool) -> None:
+    # Most settings follow the general one until they are written, and cuDNN's initial state cannot be written back: so
+    # the general one is set, then only what does not follow it.
+    general = "backends.fp32_precision"
+    before = {name: attrgetter(name)(torch) for name in (general, *_FP32_PRECISION)}
+    restore = stack.enter_context(ExitStack())
+    stack.callback(_set, general, before[general])
+    _set(general, "tf32" if tf32 else "ieee")
+    for name in _FP32_PRECISION:
+        wanted = "tf32" if tf32 and ".mkldnn." not in name else "ieee"
+        if attrgetter(name)(torch) != wanted:
+            restore.callback(_restore_precision, name, before[name])
+            _set(name, wanted)
 
 
 def _restore_precision(name: str, before: str) -> None:

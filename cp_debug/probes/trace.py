@@ -7,9 +7,10 @@ watches every ATen operation, and the hooks only keep the stack of modules: each
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,6 +78,7 @@ def trace(module: nn.Module, inputs: Mapping[str, Tensor], sink: TorchSink | Non
     """Run ``module`` once on ``inputs``, in this order as positional arguments, without gradients.
 
     ``prefix`` completes the module paths. The inputs are copied, so an in-place operation leaves the caller's alone.
+    Without a sink no operation is watched: the record then holds the calls and the output tensors only.
     Raises ModuleFailed, with the path, when a module raises in forward; what the sink raises comes through as it is.
     """
     tracer = _Tracer(module, sink, prefix)
@@ -85,12 +87,12 @@ def trace(module: nn.Module, inputs: Mapping[str, Tensor], sink: TorchSink | Non
         for name, tensor in zip(inputs, args, strict=True):
             tracer.add(tensor, name, "input", (), from_data=True, version=tensor._version)
         try:
-            with tracer:
+            with tracer if sink is not None else nullcontext():
                 result = module(*args)
         except Exception as error:
             if tracer.sink_error is not None:
                 raise tracer.sink_error from None
-            where = tracer.stack[-1].call if tracer.stack else prefix
+            where = tracer.failed.get(error, prefix)
             raise ModuleFailed(
                 f"module {where or type(module).__name__!r} raised in forward: {type(error).__name__}: {error}"
             ) from error
@@ -118,6 +120,7 @@ class _Tracer(TorchDispatchMode):
         self.record = Trace()
         self.stack: list[_Frame] = []
         self.sink_error: Exception | None = None
+        self.failed: dict[BaseException, str] = {}
         self._known = WeakTensorKeyDictionary()
         self._writer: dict[int, TorchValue] = {}
         self._count: Counter[str] = Counter()
@@ -129,7 +132,7 @@ class _Tracer(TorchDispatchMode):
         for path, module in self.module.named_modules():
             full = ".".join(p for p in (self.prefix, path) if p)
             handles.append(module.register_forward_pre_hook(lambda _, __, path=full: self._enter(path)))
-            handles.append(module.register_forward_hook(lambda _, __, output, path=full: self._leave(path, output)))
+            handles.append(module.register_forward_hook(lambda _, __, output: self._leave(output), always_call=True))
         try:
             yield
         finally:
@@ -207,9 +210,10 @@ class _Tracer(TorchDispatchMode):
         self.record.calls.append(call)
         self.stack.append(_Frame(path, call, len(self.record.values)))
 
-    def _leave(self, path: str, output: Any) -> None:
-        while (frame := self.stack.pop()).path != path:  # modules whose exception was caught never left
-            pass
+    def _leave(self, output: Any) -> None:
+        frame = self.stack.pop()
+        if output is None and (error := sys.exc_info()[1]) is not None:
+            self.failed.setdefault(error, frame.call)
         made = [(v, t) for t in flatten_outputs(output).values() if (v := self.value_of(t)) is not None]
         if self.stack and any(value.from_data for value, _ in made):
             self.stack[-1].is_leaf = False

@@ -1,0 +1,174 @@
+"""Alignments: complete, right, verified by numbers, and stored."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from stress import OUTPUTS, make_stress
+from torch import Tensor, nn
+
+from cp_debug.errors import InputError
+from cp_debug.probes.alignment import Alignment, align, data_values
+from cp_debug.probes.export import EXPORTERS, export
+from cp_debug.probes.graph import Graph
+from cp_debug.probes.scopes import scope_hints
+from cp_debug.recipes.centerpoint.config import get_config
+from cp_debug.recipes.centerpoint.model import BackboneNeckHead, build_model
+
+KINDS = list(itertools.product(EXPORTERS, (True, False)))
+
+
+def assert_complete(alignment: Alignment, graph: Graph) -> None:
+    assert alignment.unmatched_values == []
+    assert alignment.unmatched_modules == []
+    assert [link.onnx for link in alignment.links] == graph.values
+    coverage = alignment.coverage()
+    assert coverage.values == coverage.values_total == len(graph.values)
+    assert coverage.modules == coverage.modules_total
+    for name in data_values(graph):
+        link = next(link for link in alignment.links if link.onnx == name)
+        assert link.kind in ("module", "function", "step", "input")
+        assert link.error is not None
+        assert link.error < 1e-5
+
+
+@pytest.mark.parametrize(("exporter", "folded"), KINDS)
+def test_the_stress_model_is_accounted_for(tmp_path: Path, exporter: str, folded: bool) -> None:
+    module, image = make_stress()
+    path = export(
+        module, (image,), tmp_path / "s.onnx", input_names=["x"], output_names=OUTPUTS, exporter=exporter, folded=folded
+    )
+    graph = Graph(path)
+    alignment = align(graph, module, (image,))
+    assert_complete(alignment, graph)
+    assert (alignment.exporter, alignment.folded) == (exporter, folded)
+    for name in (
+        "shared",
+        "shared@2",
+        "shared@3",
+        "branches.left",
+        "gelu",
+        "norm",
+        "mlp.3",
+        "pair.0",
+        "pair.1",
+        "/cat",
+    ):
+        assert alignment.onnx_for(name), name
+    for output, name in (("map", "/relu"), ("zero_0", "zeros.0"), ("zero_1", "zeros.1"), ("logits", "/softmax")):
+        assert alignment.layer_name(output) == name
+    assert alignment.absorbed["drop"] == alignment.absorbed["identity"] == "stem.2"
+    assert alignment.absorbed.get("stem.0") == ("stem.1" if folded else None)
+    assert alignment.absorbed.get("up") == ("up_norm" if folded and exporter == "dynamo" else None)
+    # Numbers and dataflow alone found the modules: the exporter's own record of them must say the same.
+    hints = scope_hints(graph, alignment.modules)
+    known = [link for link in alignment.links if link.kind == "module" and link.onnx in hints]
+    assert len(known) > 15
+    folded_away = {"stem.0", "stem.1"}  # TorchScript names the folded result after the convolution
+    assert all(hints[k.onnx] == k.path or {hints[k.onnx], k.path} == folded_away for k in known)
+
+
+@pytest.fixture(scope="module")
+def centerpoint() -> nn.Module:
+    return build_model(get_config("nus-pillar02"))
+
+
+@pytest.mark.parametrize(("exporter", "folded"), KINDS)
+def test_centerpoint_is_accounted_for(tmp_path: Path, centerpoint: nn.Module, exporter: str, folded: bool) -> None:
+    options = {"exporter": exporter, "folded": folded}
+    encoder, points = centerpoint.pts_voxel_encoder, torch.randn(7, 20, 11)
+    path = export(encoder, (points,), tmp_path / "e.onnx", input_names=["p"], output_names=["f"], **options)
+    alignment = align(Graph(path), encoder, (points,), prefix="pts_voxel_encoder")
+    assert_complete(alignment, Graph(path))
+    assert {link.torch for link in alignment.links} >= {
+        "pts_voxel_encoder.pfn_layers.0.linear",
+        "pts_voxel_encoder.pfn_layers.0.norm",
+        "pts_voxel_encoder.pfn_layers.0/relu",
+    }
+
+    dense, canvas = BackboneNeckHead(centerpoint).eval(), torch.randn(1, 64, 64, 64)
+    names = centerpoint.config.output_names
+    path = export(dense, (canvas,), tmp_path / "d.onnx", input_names=["c"], output_names=names, **options)
+    alignment = align(Graph(path), dense, (canvas,))
+    assert_complete(alignment, Graph(path))
+    norms = {n for n, m in dense.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    calls = set(alignment.modules)
+    assert norms < calls
+    assert len(calls) == 204
+    if not folded:
+        assert alignment.absorbed == {}
+        assert {link.torch for link in alignment.links if link.kind == "module"} == calls
+        return
+    # Every convolution that a BatchNorm follows became part of that BatchNorm's layer; TorchScript keeps one apart.
+    assert len(alignment.absorbed) == len(norms) - (exporter == "torchscript")
+    assert set(alignment.absorbed.values()) <= norms
+
+
+def test_a_wrong_graph_is_accounted_for_up_to_the_fault_only(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(*(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Tanh()) for _ in range(4)))
+    image = torch.randn(1, 4, 8, 8)
+    path = export(module, (image,), tmp_path / "n.onnx", input_names=["x"], output_names=["y"])
+    model = onnx.load(path)
+    weight = next(t for t in model.graph.initializer if t.name == "2.0.weight")
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1.02), weight.name))
+    onnx.save(model, path)
+    graph = Graph(path)
+    alignment = align(graph, module, (image,))
+    assert [link.torch for link in alignment.links] == ["0.0", "0.1", "1.0", "1.1"]
+    assert list(alignment.unmatched_values) == graph.values[4:]
+    assert list(alignment.unmatched_modules) == ["2.0", "2.1", "3.0", "3.1"]
+    assert alignment.coverage().values == 4
+
+
+class Unused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.dead, self.uncalled = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.dead(x)
+        return self.used(x)
+
+
+def test_a_module_whose_result_nobody_reads_is_unused(tmp_path: Path) -> None:
+    module, x = Unused().eval(), torch.randn(3, 2)
+    graph = Graph(export(module, (x,), tmp_path / "n.onnx", input_names=["x"], output_names=["y"]))
+    alignment = align(graph, module, (x,))
+    assert_complete(alignment, graph)
+    assert list(alignment.unused) == ["dead"]
+
+
+def test_the_manifest_comes_back_and_belongs_to_one_graph(tmp_path: Path) -> None:
+    module, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU()).eval(), torch.randn(2, 3)
+    first = Graph(export(module, (x,), tmp_path / "a.onnx", input_names=["x"], output_names=["y"]))
+    second = Graph(export(module, (x,), tmp_path / "b.onnx", input_names=["x"], output_names=["z"]))
+    alignment = align(first, module, (x,))
+    manifest = tmp_path / "a.alignment.json"
+    alignment.save(manifest)
+    assert Alignment.load(manifest, first) == alignment
+    assert json.loads(manifest.read_text())["schema"] == "cpdebug.alignment/1"
+    with pytest.raises(InputError, match=r"belongs to another graph than .*b\.onnx"):
+        Alignment.load(manifest, second)
+    manifest.write_text(manifest.read_text()[:100])
+    with pytest.raises(InputError, match="not an alignment manifest"):
+        Alignment.load(manifest, first)
+    other = copy.deepcopy(module)
+    with torch.no_grad():
+        other[0].weight += 1
+    assert align(first, other, (x,)).module_sha256 != alignment.module_sha256
+
+
+def test_another_number_of_inputs_is_refused(tmp_path: Path) -> None:
+    module, x = nn.ReLU(), torch.randn(2, 3)
+    graph = Graph(export(module.eval(), (x,), tmp_path / "a.onnx", input_names=["x"], output_names=["y"]))
+    with pytest.raises(InputError, match="takes 1 inputs"):
+        align(graph, module, (x, x))

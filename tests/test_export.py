@@ -1,0 +1,116 @@
+"""Exports: what is folded, what is named how, and what cannot be exported."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx.reference import ReferenceEvaluator
+from torch import Tensor, nn
+
+from cp_debug.errors import InputError
+from cp_debug.probes.export import EXPORTERS, export
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.conv_norm = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)
+        self.up, self.up_norm = nn.ConvTranspose2d(4, 4, 2, stride=2, bias=False), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up_norm(self.up(self.conv_norm(self.conv(x)).relu()))
+
+
+@pytest.mark.parametrize(
+    ("exporter", "folded", "norms"),
+    [("dynamo", True, 0), ("torchscript", True, 1), ("dynamo", False, 2), ("torchscript", False, 2)],
+)
+def test_folds_batchnorm_as_deployment_does(tmp_path: Path, exporter: str, folded: bool, norms: int) -> None:
+    args = (torch.randn(1, 3, 6, 6),)
+    path = tmp_path / "new" / "net.onnx"
+    made = export(Net().eval(), args, path, input_names=["x"], output_names=["y"], exporter=exporter, folded=folded)
+    model = onnx.load(made)
+    assert Counter(n.op_type for n in model.graph.node)["BatchNormalization"] == norms
+    assert {p.key: p.value for p in model.metadata_props}["cpdebug.exporter"] == exporter
+    assert [f.name for f in path.parent.iterdir()] == ["net.onnx"]
+
+
+@dataclass
+class Result:
+    second: Tensor
+    first: Any
+
+
+class Nested(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Result:
+        return Result(x + y, {"b": [x - y, None], "a": (x * y,)})
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_outputs_keep_their_order_and_axes_stay_free(tmp_path: Path, exporter: str) -> None:
+    names = ["sum", "difference", "product"]
+    args = (torch.randn(1, 3), torch.randn(1, 3))  # one row: dynamo would take it for a constant
+    module = Nested().eval()
+    path = export(
+        module,
+        args,
+        tmp_path / "net.onnx",
+        input_names=["x", "y"],
+        output_names=names,
+        dynamic_axes={"x": {0: "rows"}, "y": {0: "rows"}},
+        exporter=exporter,
+    )
+    assert "forward" not in vars(module)
+    for rows in (0, 1, 5):
+        x, y = np.random.default_rng(rows).standard_normal((2, rows, 3)).astype(np.float32)
+        found = ReferenceEvaluator(str(path)).run(names, {"x": x, "y": y})
+        for array, expected in zip(found, (x + y, x - y, x * y), strict=True):
+            np.testing.assert_allclose(array, expected, rtol=1e-6)
+
+
+class Branches(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if x.sum() > 0 else torch.linalg.eigvals(x).real
+
+
+def test_what_cannot_be_exported_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    with pytest.raises(InputError, match=r"Branches cannot be exported by dynamo: \w+: \w+"):
+        export(Branches().eval(), (torch.ones(2, 2),), path, input_names=["x"], output_names=["y"])
+    with pytest.raises(InputError, match=r"outputs are .*; expected \['y', 'z'\]|cannot be exported"):
+        export(Net().eval(), (torch.ones(1, 3, 6, 6),), path, input_names=["x"], output_names=["y", "z"])
+    with pytest.raises(InputError, match="expected one of dynamo, torchscript"):
+        export(Net().eval(), (torch.ones(1, 3, 6, 6),), path, input_names=["x"], output_names=["y"], exporter="jit")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_opset_that_dynamo_silently_keeps_is_refused(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"input_names": ["x"], "output_names": ["y"], "opset": 13}
+    with pytest.raises(InputError, match=r"wrote opset 18 where 13 was asked for"):
+        export(Net().eval(), (torch.ones(1, 3, 6, 6),), tmp_path / "a.onnx", **options)
+    path = export(Net().eval(), (torch.ones(1, 3, 6, 6),), tmp_path / "b.onnx", exporter="torchscript", **options)
+    assert onnx.load(path).opset_import[0].version == 13
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_is_quiet(tmp_path: Path, exporter: str, capfd: pytest.CaptureFixture[str], recwarn: Any) -> None:
+    level = logging.root.manager.disable
+    export(
+        Net().eval(),
+        (torch.ones(1, 3, 6, 6),),
+        tmp_path / "a.onnx",
+        input_names=["x"],
+        output_names=["y"],
+        exporter=exporter,
+    )
+    assert capfd.readouterr() == ("", "")
+    assert [str(w.message) for w in recwarn] == []
+    assert logging.root.manager.disable == level

@@ -1,0 +1,56 @@
+"""The fingerprint's estimate against the distance computed element by element."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cp_debug.probes import fingerprint as module
+from cp_debug.probes.fingerprint import fingerprint
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    shape=st.lists(st.integers(1, 40), max_size=3),
+    scale=st.floats(1e-7, 10),
+    seed=st.integers(0, 99),
+    sparse=st.booleans(),
+)
+def test_estimates_the_relative_l2_distance(shape: list[int], scale: float, seed: int, sparse: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    delta = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
+    if sparse:
+        delta.view(-1)[1:] = 0
+    y = x + delta
+    true = float((x - y).norm() / max(x.norm(), y.norm()))
+    # 16 degrees of freedom: outside of these factors once in 10^7.
+    assert true / 4 < fingerprint(x).distance(fingerprint(y)) < 2.5 * true
+
+
+def test_reads_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(3 * module._CHUNK + 5)
+    reference = fingerprint(x)
+    for position in (0, module._BLOCK, module._CHUNK, 3 * module._CHUNK + 4):
+        y = x.clone()
+        y[position] += 100
+        assert reference.distance(fingerprint(y)) > 0.02
+
+
+def test_equal_contents_have_distance_zero_whatever_holds_them() -> None:
+    x = torch.randn(3, 4, 5)
+    assert fingerprint(x).distance(fingerprint(x.numpy())) == 0
+    assert fingerprint(x.transpose(0, 2)).distance(fingerprint(x.transpose(0, 2).contiguous())) == 0
+    for other in (torch.zeros(0, 3), torch.tensor(3), torch.tensor([True, False]), torch.zeros(2, 2)):
+        assert fingerprint(other).distance(fingerprint(other.clone())) == 0
+
+
+def test_shape_and_special_values_count() -> None:
+    x = torch.randn(4)
+    assert fingerprint(x).distance(fingerprint(x.view(2, 2))) == np.inf
+    y = torch.tensor([1.0, float("nan"), float("inf"), 2.0])
+    assert fingerprint(y).distance(fingerprint(y.clone())) == 0
+    assert fingerprint(y).distance(fingerprint(torch.tensor([1.0, float("nan"), float("-inf"), 2.0]))) == np.inf

@@ -1,0 +1,134 @@
+"""What a trace sees: functional operations, in-place ones, repeated modules, tuples, failures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cp_debug.errors import ModuleFailed
+from cp_debug.probes.outputs import flatten_outputs
+from cp_debug.probes.trace import Trace, trace
+
+
+def run(module: nn.Module, *tensors: Tensor, prefix: str = "") -> tuple[Trace, dict[str, Tensor]]:
+    """The trace, and a copy of every tensor at the moment when it was handed out, under its last name."""
+    seen: dict[Any, Tensor] = {}
+    inputs = {f"x{i}": t for i, t in enumerate(tensors)}
+    record = trace(module.eval(), inputs, lambda value, tensor: seen.update({value: tensor.clone()}), prefix=prefix)
+    return record, {value.name: tensor for value, tensor in seen.items()}
+
+
+def test_an_in_place_relu_does_not_reach_back() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
+    image = torch.randn(1, 3, 5, 5)
+    _, seen = run(net, image)
+    with torch.no_grad():
+        assert torch.equal(seen["1"], net[1](net[0](image)))
+        assert (seen["1"] < 0).any()
+        assert torch.equal(seen["2"], seen["1"].relu())
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Linear(4, 4)
+        self.gru = nn.GRU(4, 4, batch_first=True)
+        self.drop = nn.Dropout()
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        x = self.drop(self.shared(self.shared(x)))
+        out, last = self.gru(x)
+        return {"sum": functional.relu(x) + out, "more": (last, torch.cat([x, x], 1), torch.cat([x, out], 1))}
+
+
+def test_names_of_repeated_modules_tuples_and_functions() -> None:
+    record, seen = run(Mixed(), torch.randn(2, 3, 4))
+    assert {"x0", "shared", "shared@2", "gru.0", "gru.1", "/relu", "/add", "/cat", "/cat#2"} <= seen.keys()
+    assert [v.name for v in record.outputs if v] == ["/add", "gru.1", "/cat", "/cat#2"]
+    assert record.leaves["drop"] == record.leaves["shared@2"]
+    by_name = {v.name: v for v in record.values}
+    assert by_name["/add"].inputs == (by_name["/relu"], by_name["gru.0"])
+    assert by_name["shared@2"].path == "shared"
+
+
+def test_a_prefix_completes_the_paths() -> None:
+    record, _ = run(nn.Sequential(nn.Linear(2, 2)), torch.randn(1, 2), prefix="net.head")
+    assert list(record.leaves) == ["net.head.0"]
+
+
+class Slices(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2
+        early = y.view(-1)
+        y[:, 1:] += 1
+        return early + y.flatten()
+
+
+def test_writing_through_a_view_makes_new_values_of_all_that_share_the_memory() -> None:
+    image = torch.randn(2, 3)
+    record, seen = run(Slices(), image)
+    expected = image * 2
+    assert torch.equal(seen["/mul"], expected)
+    expected[:, 1:] += 1
+    output = record.outputs[0]
+    assert output is not None
+    mutated = [v for v in output.inputs if v.op == "mutated"]
+    assert mutated
+    assert all(torch.equal(seen[v.name].flatten(), expected.flatten()) for v in mutated)
+    assert torch.equal(seen[output.name], 2 * expected.flatten())
+
+
+def test_the_callers_inputs_stay_as_they_are() -> None:
+    image = torch.full((2, 2), -1.0)
+    run(nn.ReLU(inplace=True), image)
+    assert (image == -1).all()
+
+
+class Fails(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise ValueError("no luck")
+
+
+class Catches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.other = Fails(), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            return self.inner(x)
+        except ValueError:
+            return self.other(x)
+
+
+@pytest.mark.parametrize("sink", [None, lambda value, tensor: None])
+def test_a_module_that_raises_is_named(sink: Any) -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.ReLU(), Fails()))
+    with pytest.raises(ModuleFailed, match=r"'1\.1' raised in forward: ValueError: no luck"):
+        trace(net, {"x": torch.ones(1, 2)}, sink)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
+def test_a_module_that_is_caught_is_no_failure() -> None:
+    record, _ = run(Catches(), torch.ones(1, 2))
+    assert [v.name for v in record.outputs if v] == ["other"]
+
+
+def test_an_error_of_the_sink_is_not_blamed_on_the_module() -> None:
+    def full(value: Any, tensor: Tensor) -> None:
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        trace(nn.Linear(2, 2), {"x": torch.ones(1, 2)}, full)
+
+
+def test_without_a_sink_the_result_is_the_modules_own() -> None:
+    net, x = Mixed().eval(), torch.randn(2, 3, 4)
+    with torch.no_grad():
+        expected = list(flatten_outputs(net(x)).values())
+    for found in (trace(net, {"x": x}).tensors, run(net, x)[0].tensors):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
