@@ -20,7 +20,7 @@ class Pair(nn.Module):
 
 
 class Stress(nn.Module):
-    """In-place ReLU, a module called three times, GroupNorm, GELU, attention, identities, tuples, tensors that are equal."""
+    """In-place ReLU, a module called three times, GroupNorm, attention, identities, tuples, tensors that are equal."""
 
     def __init__(self) -> None:
         super().__init__()
