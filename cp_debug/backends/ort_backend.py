@@ -116,21 +116,20 @@ class OrtSession:
             untouched = self._run_whole(inputs)
         except InputError:  # inputs that cannot be made up: names are then not verified, nor the gap measured
             inputs = None
-        self._optimized = build(backend.runtime, graph, written, inputs)
-        self._observed = ChunkedGraph(backend.runtime, self._optimized.graph)
-        self.exposed = self._optimized.exposed
+        self._optimized = program = build(backend.runtime, graph, written, inputs)
+        self._observed, self.exposed = program.observed, program.exposed
         self.settings = read_settings(self._whole)
         self.settings["disabled_optimizers"] = list(backend.disabled_optimizers)
-        self.settings["observer_gap"] = None if inputs is None else _gap(untouched, self._observed.run(inputs))
+        self.settings["observer_gap"] = None if program.outputs is None else _gap(untouched, program.outputs)
 
     def _run_whole(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         self._whole = self._whole or self._backend.runtime.session(self._graph.path, level=self._backend.level)
         names = [v.name for v in self._graph.outputs]
-        feed = to_ort(inputs)
         try:
-            return {n: to_numpy(v) for n, v in zip(names, self._whole.run_with_ort_values(names, feed), strict=True)}
+            values = self._whole.run_with_ort_values(names, to_ort(inputs))
         except Exception as error:  # each status of ONNX Runtime is a class of its own, directly below Exception
             raise InputError(f"{self._graph.path}: ONNX Runtime failed: {error}") from error
+        return {n: to_numpy(v) for n, v in zip(names, values, strict=True) if v.is_tensor()}
 
 
 def _gap(untouched: Mapping[str, np.ndarray], observed: Mapping[str, np.ndarray]) -> float:
@@ -139,6 +138,6 @@ def _gap(untouched: Mapping[str, np.ndarray], observed: Mapping[str, np.ndarray]
     for name, a in untouched.items():
         b = observed[name]
         if a.tobytes() != b.tobytes() or a.shape != b.shape:
-            difference = np.abs(a.astype(np.float64) - b) if a.shape == b.shape else np.inf
+            difference = np.abs(a.astype(np.float64) - b.astype(np.float64)) if a.shape == b.shape else np.inf
             gap = max(gap, float(np.nan_to_num(np.max(difference), nan=np.inf)))
     return gap

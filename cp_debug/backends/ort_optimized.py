@@ -18,6 +18,7 @@ import onnx
 
 from cp_debug.backends.ort_chunks import ChunkedGraph
 from cp_debug.backends.ort_options import Runtime
+from cp_debug.probes.arrays import Tensor, as_numpy
 from cp_debug.probes.graph import Graph, Node
 
 _NCHWC = "com.microsoft.nchwc."
@@ -43,14 +44,19 @@ class Replacement:
 
 @dataclass(frozen=True)
 class OptimizedProgram:
-    """``graph`` is the optimised program with its side branches; ``exposed`` are the original values it shows."""
+    """The program that ONNX Runtime wrote, with its side branches, and what is known about it."""
 
     graph: Graph
+    observed: ChunkedGraph
+    """``graph``, ready to run."""
     exposed: list[str]
+    """The original values that it shows."""
     renamed: dict[str, str]
-    """Original value → the optimised program's own name for it, where that differs."""
+    """Original value → the program's own name for it, where that differs."""
     unverified: list[str]
     """Values whose original name was guessed and whose numbers did not confirm it."""
+    outputs: dict[str, np.ndarray] | None
+    """What the observed program returned on the inputs it was verified with."""
 
 
 def build(
@@ -64,23 +70,29 @@ def build(
     bare = Graph(written)
     guessed = _guess_names(bare, original)
     samples: dict[str, _Sample] = {}
-    if guessed and inputs is not None:
-        ChunkedGraph(runtime, original).run(
-            inputs, lambda name, tensor: samples.__setitem__(name, _Sample.of(tensor)), set(guessed.values())
-        )
-    graph = _with_side_branches(bare, {v: name for v, name in guessed.items() if name in samples}, samples)
     verified: set[str] = set()
 
-    def verify(name: str, tensor: np.ndarray) -> None:
+    def remember(name: str, tensor: Tensor) -> None:
+        samples[name] = _Sample.of(tensor)
+
+    def verify(name: str, tensor: Tensor) -> None:
         if samples[name].agrees(_Sample.of(tensor)):
             verified.add(name)
 
-    if samples and inputs is not None:
-        ChunkedGraph(runtime, graph).run(inputs, verify, set(samples))
+    if guessed and inputs is not None:
+        ChunkedGraph(runtime, original).run(inputs, remember, set(guessed.values()))
+    graph = _with_side_branches(bare, {v: name for v, name in guessed.items() if name in samples}, samples)
+    observed = ChunkedGraph(runtime, graph)
+    outputs = None if inputs is None else observed.run(inputs, verify, set(samples))
     numeric = set(original.tensors)
-    exposed = [v for v in graph.tensors if v in numeric and (v not in samples or v in verified)]
-    renamed = {name: value for value, name in guessed.items() if name in verified}
-    return OptimizedProgram(graph, exposed, renamed, sorted(set(guessed.values()) - verified))
+    return OptimizedProgram(
+        graph=graph,
+        observed=observed,
+        exposed=[v for v in graph.tensors if v in numeric and (v not in samples or v in verified)],
+        renamed={name: value for value, name in guessed.items() if name in verified},
+        unverified=sorted(set(guessed.values()) - verified),
+        outputs=outputs,
+    )
 
 
 def replacements(program: OptimizedProgram, original: Graph) -> list[Replacement]:
@@ -104,9 +116,10 @@ class _Sample:
     elements: np.ndarray
 
     @classmethod
-    def of(cls, tensor: np.ndarray) -> _Sample:
-        flat = tensor.reshape(-1)
-        return cls(tensor.shape, flat[:: max(1, flat.size // _SAMPLE)].astype(np.float64))
+    def of(cls, tensor: Tensor) -> _Sample:
+        array = as_numpy(tensor)
+        flat = array.reshape(-1)
+        return cls(array.shape, flat[:: max(1, flat.size // _SAMPLE)].astype(np.float64))
 
     def agrees(self, other: _Sample) -> bool:
         if self.shape != other.shape:
