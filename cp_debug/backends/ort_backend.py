@@ -44,6 +44,10 @@ class OrtBackend:
         self.disabled_optimizers = tuple(disabled_optimizers)
         self.runtime = Runtime.create(spec, threads)
 
+    def with_threads(self, count: int | None) -> OrtBackend:
+        """The same backend with another number of threads."""
+        return OrtBackend(self.spec, disabled_optimizers=self.disabled_optimizers, threads=count)
+
     def open(self, program: Program) -> OrtSession:
         """Make the program ready. Raises InputError when ONNX Runtime refuses the model."""
         return OrtSession(self, program.graph)

@@ -127,6 +127,7 @@ class Bisection:
                 tests=[self._result(run, found, layers) for run, found in zip(runs, collected, strict=True)],
                 samples=sources,
                 coverage=coverage_of(programs),
+                programs={p.name: self._saved_name(p) for p in programs},
             )
 
     def _programs(self, sample: Sample, scratch: Path) -> tuple[list[Program], list[Program]]:
@@ -148,6 +149,11 @@ class Bisection:
                 for p in programs
             ]
         return programs, programs
+
+    def _saved_name(self, program: Program) -> str:
+        path, folder = program.graph.path.resolve(), self.options.save
+        inside = folder is not None and path.is_relative_to(folder.resolve())
+        return path.name if inside else str(path)
 
     def _test_run(
         self, stack: ExitStack, backend: Backend, tests: list[Program], programs: list[Program], layers: list[Layer]

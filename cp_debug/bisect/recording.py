@@ -17,7 +17,7 @@ from cp_debug.bisect.precision import coarser
 from cp_debug.bisect.result import BisectResult, LayerRow, TestResult
 from cp_debug.bisect.verdict import judge
 from cp_debug.errors import InputError
-from cp_debug.probes.capture import Capture, CaptureWriter, Entry, array_hash
+from cp_debug.probes.capture import Capture, CaptureWriter, array_hash
 from cp_debug.probes.statistics import compare
 from cp_debug.recipes.base import Model
 
@@ -82,11 +82,17 @@ def compare_captures(
             continue
         where = entry.name, entry.sample, entry.component
         stats = compare(reference.load(*where), test.load(*where))
-        verdict, within, why = judge(stats, None, precision, *tolerance, 0.0)
-        name = names.get(entry.component, {}).get(entry.name, entry.name)
-        row = LayerRow(_position(entry, rows), entry.component, name, entry.name, "", stats, verdict, within, why=why)
-        row.sample = entry.sample
         key = (entry.component, entry.name)
+        row = LayerRow(
+            index=rows[key].index if key in rows else len(rows),
+            component=entry.component,
+            name=names.get(entry.component, {}).get(entry.name, entry.name),
+            onnx=entry.name,
+            op="",
+            stats=stats,
+            sample=entry.sample,
+            **judge(stats, None, precision, *tolerance, 0.0)._asdict(),
+        )
         compared += key not in rows
         if key not in rows or row.severity > rows[key].severity:
             rows[key] = row
@@ -123,8 +129,3 @@ def record_of(capture: Capture) -> RunRecord:
         )
     except KeyError as error:
         raise InputError(f"{capture.folder}: the manifest lacks the field {error}") from None
-
-
-def _position(entry: Entry, rows: dict[tuple[str, str], LayerRow]) -> int:
-    known = rows.get((entry.component, entry.name))
-    return known.index if known else len(rows)

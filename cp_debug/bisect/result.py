@@ -193,6 +193,8 @@ class BisectResult:
     """Where each sample came from."""
     coverage: dict[str, Any]
     """Alignment of torch and ONNX: values and leaf modules accounted for, modules that folding absorbed."""
+    programs: dict[str, str] = field(default_factory=dict)
+    """Component → its deployed graph: an ONNX file, relative to the saved folder where it lies there."""
     command: str = ""
 
     @property
@@ -222,6 +224,7 @@ class BisectResult:
             "backends": [json_safe(asdict(r)) for r in (self.reference, *(t.backend for t in self.tests))],
             "samples": self.samples,
             "coverage": self.coverage,
+            "programs": self.programs,
             **blocks[0],
             "tests": blocks,
         }

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 from cp_debug.backends.base import Program, Tensor
-from cp_debug.backends.registry import create
 from cp_debug.bisect.layers import Layer
 from cp_debug.bisect.observe import observe
 from cp_debug.bisect.pipeline import Key, Pipeline, value_map
@@ -99,10 +99,9 @@ class TestRun:
         pipeline = self.pipeline
 
         def fresh(threads: int | None) -> Pipeline:
-            backend = pipeline.backend
-            if backend.spec.family == "ort":
-                backend = create(backend.spec, threads=threads)
-            return Pipeline(pipeline.model, pipeline.programs, backend)
+            # Sessions of torch take the count from torch itself, those of a runtime of its own when they are made.
+            with_threads = getattr(pipeline.backend, "with_threads", lambda count: pipeline.backend)
+            return Pipeline(pipeline.model, pipeline.programs, with_threads(threads))
 
         return observe(fresh, sample, probed, test, self.name)
 
@@ -119,11 +118,15 @@ class TestRun:
             if key not in stats:
                 continue
             replay, floor = replays.get(key), floors.get(key, 0.0)
-            verdict, within, why = judge(stats[key], replay, self.precision, *self.tolerance, floor)
+            judgement = judge(stats[key], replay, self.precision, *self.tolerance, floor)
             rows[key] = LayerRow(
-                layer.index, layer.component, layer.name, layer.onnx, layer.op, stats[key], verdict, within,
-                replay=replay, why=why, noise_floor=floor, sample=sample,
-            )  # fmt: skip
+                **asdict(layer),
+                **judgement._asdict(),
+                stats=stats[key],
+                replay=replay,
+                noise_floor=floor,
+                sample=sample,
+            )
         return rows
 
 

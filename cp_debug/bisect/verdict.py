@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from cp_debug.bisect.precision import Precision
 from cp_debug.bisect.replay import Replay
 from cp_debug.bisect.result import DIVERGENT, GUILTY, INHERITED, OK, SHAPE
@@ -15,20 +17,34 @@ RANGE = 8.0
 overflow, vanish, or lie among the subnormals."""
 
 
+class Judgement(NamedTuple):
+    """A verdict on one layer; ``why`` is empty unless it is guilty or of another shape."""
+
+    verdict: str
+    within: bool
+    """Whether max |Δ| is within the tolerance."""
+    why: str = ""
+    side: str = "test"
+    """Whose result is at fault: ``test`` or ``reference``."""
+
+
 def judge(
     stats: TensorStats, replay: Replay | None, precision: Precision, rtol: float, atol: float, floor: float
-) -> tuple[str, bool, str]:
-    """(verdict, within tolerance, why) of one layer. ``floor`` is its noise floor, relative L2."""
+) -> Judgement:
+    """Judge one layer. ``floor`` is its noise floor, relative L2."""
     within = not stats.shape_mismatch and stats.max_abs <= atol + rtol * stats.max_ref
     if stats.shape_mismatch:
-        return SHAPE, False, f"the shape is {list(stats.shape_test)}, the reference's {list(stats.shape)}"
+        return Judgement(SHAPE, False, f"the shape is {list(stats.shape_test)}, the reference's {list(stats.shape)}")
     if replay is None or replay.introduced is None or replay.excess is None:
-        return (OK if within else DIVERGENT), within, ""
+        return Judgement(OK if within else DIVERGENT, within)
     if replay.born:
-        return GUILTY, within, f"{replay.born} NaN or Inf are born here"
+        return Judgement(GUILTY, within, f"{replay.born} NaN or Inf are born here")
     if replay.excess > EXCESS and replay.introduced > floor:
-        return GUILTY, within, f"introduces {replay.excess:.3g}× what {precision.name.upper()} explains"
+        return Judgement(GUILTY, within, f"introduces {replay.excess:.3g}× what {precision.name.upper()} explains")
     if replay.range_loss > RANGE * precision.roundoff:
-        lost = f"{replay.range_loss:.2g}"
-        return GUILTY, within, f"its numbers leave the range of {precision.name.upper()}: storing them loses {lost}"
-    return (OK if within else INHERITED), within, ""
+        lost = f"storing them loses {replay.range_loss:.2g}"
+        return Judgement(GUILTY, within, f"its numbers leave the range of {precision.name.upper()}: {lost}")
+    if replay.reference_excess > EXCESS:
+        why = f"the reference introduces {replay.reference_excess:.3g}× what its precision explains"
+        return Judgement(GUILTY, within, why, "reference")
+    return Judgement(OK if within else INHERITED, within)

@@ -58,12 +58,13 @@ def bisect(
     unfolded: Annotated[bool, typer.Option("--unfolded", help="Keep BatchNorm apart: debug module by module.")] = False,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Write the layer table as CSV.")] = None,
-    save: Annotated[Path | None, typer.Option(help="Keep the captures in this folder.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Keep result, graphs and captures in this folder.")] = None,
 ) -> None:
     """Run backends side by side and name the first layer whose result its precision cannot explain."""
     from cp_debug.bisect.engine import Options
     from cp_debug.bisect.engine import bisect as run
     from cp_debug.cli.console import show, steps
+    from cp_debug.reports.files import write_json
 
     options = Options(
         checkpoint=checkpoint,
@@ -83,5 +84,7 @@ def bisect(
     )
     with steps() as on_step:
         result = run(model, backends, test_model=test_model, options=options, on_step=on_step)
+    if save:
+        write_json(result, str(save / "result.json"))
     show(result, json=json, csv=csv, layers=level is Level.layers, show_all=show_all)
     raise typer.Exit(0 if result.agrees else 1)
