@@ -33,6 +33,8 @@ TAIL = 12
 LINE = 1 << 16
 """Bytes of output taken at once, and about the longest line that is taken as one."""
 
+_PROBED: dict[tuple[str | None, int], dict[str, Any]] = {}
+
 OnEvent = Callable[[Mapping[str, Any]], None]
 """Takes ``{"event": "log" | "progress" | "step" | "output", …}`` as the runner sends them."""
 
@@ -65,9 +67,12 @@ class Client:
                 nearest=_nearest(spec),
             )
 
-    def probe(self) -> dict[str, Any]:
-        """Versions, device and abilities, as ``runner.probe`` tells them."""
-        return self.execute([{"command": "probe"}])[0]
+    def probe(self, device: int = 0) -> dict[str, Any]:
+        """Versions, device and abilities, as ``runner.probe`` tells them; another interpreter is asked once."""
+        key = (self.python, device)
+        if self.python is None or key not in _PROBED:
+            _PROBED[key] = self.execute([{"command": "probe", "device": device}])[0]
+        return _PROBED[key]
 
     def execute(self, steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Run the steps in order, in one process; one result each.

@@ -87,7 +87,7 @@ def realised_precision(layers: Iterable[EngineLayer]) -> dict[str, float]:
     counts = Counter(
         tensor.dtype
         for layer in layers
-        if layer.nodes and layer.kind not in ("Reformat", "Constant", "NoOp")
+        if layer.nodes and layer.kind != "Constant"
         for tensor in (*layer.inputs, *layer.outputs)
         if tensor.dtype in PRECISIONS
     )
@@ -96,7 +96,7 @@ def realised_precision(layers: Iterable[EngineLayer]) -> dict[str, float]:
 
 def fusions(layers: Iterable[EngineLayer]) -> dict[frozenset[str], str]:
     """Fused group of ONNX nodes → name of its tactic, for telling whether two engines are the same program."""
-    return {frozenset(layer.nodes): layer.tactic.name for layer in layers if layer.nodes and layer.kind != "Reformat"}
+    return {frozenset(layer.nodes): layer.tactic.name for layer in layers if layer.nodes}
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,8 @@ def compare_engines(first: Iterable[EngineLayer], second: Iterable[EngineLayer])
 def _layer(entry: Mapping[str, Any], known: frozenset[str]) -> EngineLayer:
     name, kind = entry["Name"], entry.get("LayerType", "")
     found = _ONNX_LAYER.findall(entry.get("Metadata") or "") or _parts(name)
+    if kind in ("Reformat", "NoOp"):
+        found = []  # their name quotes the layer that they serve
     return EngineLayer(
         name=name,
         kind=kind,

@@ -397,7 +397,8 @@ def _network_layers(network: Any) -> list[Any]:
 
 
 def _outputs(layer: Any) -> list[Any]:
-    return [layer.get_output(i) for i in range(layer.num_outputs)]
+    """The layer's output tensors; optional ones may be absent."""
+    return [tensor for tensor in map(layer.get_output, range(layer.num_outputs)) if tensor is not None]
 
 
 def _configure(job: Job, builder: Any, network: Any, config: Any, owners: list[tuple[Any, Any]], step: Step) -> str:
@@ -427,9 +428,9 @@ def _constrain(job: Job, owners: list[tuple[Any, Any]], precisions: dict[str, st
     floats = (trt.DataType.FLOAT, trt.DataType.HALF)
     for layer, node in owners:
         outputs = _outputs(layer)
-        if node not in precisions or layer.type == trt.LayerType.CONSTANT or outputs[0].is_shape_tensor:
+        if node not in precisions or layer.type == trt.LayerType.CONSTANT:
             continue
-        if all(tensor.dtype in floats for tensor in outputs):
+        if all(tensor.dtype in floats and not tensor.is_shape_tensor for tensor in outputs):
             dtype = job.member("DataType", precisions[node])
             layer.precision = dtype
             for i in range(layer.num_outputs):
@@ -541,7 +542,7 @@ def _run(job: Job, cuda: Cuda, step: Step) -> dict[str, Any]:
         context.set_tensor_address(name, outputs[name][0])
     written = _Written(Path(step["folder"]), step.get("names"))
     if step.get("listener"):
-        _listen(job, cuda, context, step["listener"], written)
+        _listen(job, cuda, context, step["listener"], written, outputs)
     seconds = []
     for _ in range(1 + step.get("repeat", 0)):
         started = time.perf_counter()
@@ -601,7 +602,8 @@ class _Written:
         self.entries.append({"name": name, "file": str(path), "dtype": dtype})
 
 
-def _listen(job: Job, cuda: Cuda, context: Any, kind: str, written: _Written) -> None:
+def _listen(job: Job, cuda: Cuda, context: Any, kind: str, written: _Written, outputs: dict[str, Any]) -> None:
+    """Have the debug tensors written while the engine runs. Outputs are left for later, in the type they have then."""
     trt = job.trt
 
     class Listener(trt.IDebugListener):  # type: ignore[name-defined]
@@ -611,7 +613,7 @@ def _listen(job: Job, cuda: Cuda, context: Any, kind: str, written: _Written) ->
         def process_debug_tensor(self, addr: Any, location: Any, type: Any, shape: Any, name: str, stream: int) -> bool:
             dtype = _member_name(type)
             try:
-                if written.wants(name) and dtype in NUMPY_TYPES:
+                if name not in outputs and written.wants(name) and dtype in NUMPY_TYPES:
                     cuda.synchronize(stream)
                     written.add(name, cuda.download(_address(addr), tuple(shape), NUMPY_TYPES[dtype]), dtype)
             except Exception as error:  # must not travel through TensorRT, which would end the process

@@ -1,0 +1,54 @@
+"""TensorRT as a backend: ``trt-fp32``, ``trt-tf32``, ``trt-fp16``, ``trt-bf16``, ``trt-int8``, ``trt-best``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from cp_debug.backends.base import Program
+from cp_debug.backends.spec import BackendSpec
+from cp_debug.backends.tensorrt.client import Client
+from cp_debug.backends.tensorrt.options import Options
+from cp_debug.backends.tensorrt.session import EngineSession
+from cp_debug.errors import BackendUnavailable
+
+
+class TensorRTBackend:
+    """TensorRT on one CUDA device, wherever ``Options.python`` or the environment says it is.
+
+    ``options`` are the fields of ``cp_debug.backends.tensorrt.options.Options``. Raises BackendUnavailable when there
+    is no TensorRT, no GPU, or a version that cannot do what the spec says.
+    """
+
+    emulated = False
+
+    def __init__(self, spec: BackendSpec, **options: Any) -> None:
+        device = spec.device or "cuda:0"
+        if device == "cpu":
+            raise BackendUnavailable(str(spec), "TensorRT runs on CUDA only", nearest=spec.name)
+        self.spec, self.device = spec, device
+        self.precision = "fp16" if spec.variant == "best" else spec.variant
+        index = int(device.partition(":")[2] or 0)
+        self.options = replace(Options(**options), device=index)
+        self._client = Client(
+            self.options.python,
+            spec=str(spec),
+            time_limit=self.options.time_limit,
+            on_event=self.options.on_event,
+        )
+        self._facts = self._client.probe(index)
+
+    def open(self, program: Program) -> EngineSession:
+        """Build the engine. Raises InputError when TensorRT cannot, or when no layer runs in the asked precision."""
+        return EngineSession(self._client, program, self.spec.variant, self._facts["tensorrt"], self.options)
+
+    def versions(self) -> dict[str, str]:
+        """TensorRT, its Python and numpy, the GPU and its driver's CUDA version."""
+        facts, device = self._facts, self._facts["device"]
+        return {
+            "tensorrt": facts["tensorrt"],
+            "tensorrt_python": facts["python"],
+            "gpu": device["name"],
+            "compute_capability": device["compute_capability"],
+            "cuda_driver": str(device["cuda_driver"]),
+        }

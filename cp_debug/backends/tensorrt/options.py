@@ -1,0 +1,32 @@
+"""What the command line can say about TensorRT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of the TensorRT backends; the defaults are those of the command line."""
+
+    python: str | None = None
+    """Interpreter that has TensorRT; None looks at the environment, then at this one."""
+    device: int = 0
+    strongly_typed: bool = False
+    keep_fp32: frozenset[str] = frozenset()
+    """ONNX nodes that stay FP32."""
+    probes: Literal["boundaries", "all"] = "boundaries"
+    """``boundaries`` shows what the engine writes to memory anyway; ``all`` marks every value, which undoes fusions."""
+    profiles: Mapping[str, tuple[Sequence[int], Sequence[int], Sequence[int]]] = field(default_factory=dict)
+    """Dynamic input → smallest, optimal, largest shape; names that a component does not have are ignored."""
+    workspace_mib: int | None = None
+    timing_cache: Path | None = None
+    """Kept and reused; None takes one that lives as long as this process."""
+    calibration_cache: Path | None = None
+    time_limit: float = 3600.0
+    """Seconds for one job: the builds or runs that belong together."""
+    on_event: Callable[[Mapping[str, Any]], None] | None = None
+    """Told log lines and build progress; see ``client.OnEvent``."""

@@ -1,0 +1,182 @@
+"""A program on TensorRT: engines built for the shapes that come, run in the runner's process, values handed out."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cp_debug.backends.base import Program, Sink
+from cp_debug.backends.tensorrt.client import Client
+from cp_debug.backends.tensorrt.config import decide
+from cp_debug.backends.tensorrt.engines import Engine, EngineSet, Profile, Workshop
+from cp_debug.backends.tensorrt.options import Options
+from cp_debug.probes.casts import cast_surgery
+from cp_debug.probes.graph import Graph
+from cp_debug.probes.inputs import check_inputs
+from cp_debug.probes.statistics import compare
+
+
+@cache
+def _shared_folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="cpdebug-timing-")
+
+
+def _timing_cache(version: str) -> Path:
+    """One file for all builds of this process: the probed engine must find the plain one's tactics."""
+    return Path(_shared_folder().name) / f"tensorrt-{version}.cache"
+
+
+class EngineSession:
+    """A graph on TensorRT.
+
+    A static graph is built when the session opens. A dynamic one without a profile is built for the shapes of the first
+    run, and again for every other shape that comes: exact, and slow where shapes vary, so give a profile then.
+    Without a sink the plain engine runs, as it would be deployed; the probed one is built when a sink is first given,
+    together with a second plain one, and all three run on that input: ``settings`` then tells how far looking changed
+    the outputs, and how far building again does.
+    """
+
+    def __init__(self, client: Client, program: Program, variant: str, version: str, options: Options) -> None:
+        self._client, self._own, self._options = client, program.graph, options
+        self._folder = tempfile.TemporaryDirectory(prefix="cpdebug-engine-")
+        self._sets: dict[str, EngineSet] = {}
+        self._runs = 0
+        try:
+            self._workshop = self._open(variant, version)
+            names = [v.name for v in self._own.inputs if not _is_static(v.shape)]
+            self._profiles = {name: options.profiles[name] for name in names if name in options.profiles}
+            self._per_shape = len(self._profiles) < len(names)
+            if not self._per_shape:
+                self._latest = self._engines({})
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, variant: str, version: str) -> Workshop:
+        own, options, folder = self._own, self._options, Path(self._folder.name)
+        config = decide(
+            variant,
+            version,
+            strongly_typed=options.strongly_typed,
+            quantized=any(node.op == "QuantizeLinear" for node in own.nodes),
+            calibrated=options.calibration_cache is not None,
+            keep_fp32=options.keep_fp32,
+        )
+        graph = own
+        if config.graph_precision is not None:
+            graph = Graph(cast_surgery(own, config.graph_precision, options.keep_fp32, folder / "typed.onnx"))
+        step = {
+            "device": options.device,
+            "workspace_mib": options.workspace_mib,
+            "timing_cache": str(options.timing_cache or _timing_cache(version)),
+            "calibration_cache": None if options.calibration_cache is None else str(options.calibration_cache),
+        }
+        return Workshop(self._client, config, variant, graph, tuple(own.tensors), folder, step)
+
+    @property
+    def exposed(self) -> Collection[str]:
+        """What the engine writes to memory; before a dynamic graph's first run, every value of the graph."""
+        if not self._sets:
+            return self._own.tensors
+        return self._latest.exposed | {v.name for v in self._own.outputs}
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Regime and flags as read back, caches, and all that ``EngineSet.describe`` tells of the engine last used."""
+        config = self._workshop.config
+        told = {"regime": config.regime, "network_flags": list(config.network_flags), "probes": self._options.probes}
+        return {**told, **(self._latest.describe() if self._sets else {})}
+
+    def run(
+        self, inputs: Mapping[str, np.ndarray], sink: Sink | None = None, probes: Collection[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Run once; see ``cp_debug.backends.base.Session``. FP16 values come as float16, BF16 ones as float32.
+
+        Raises InputError for inputs that do not fit the graph or the profile, and for a failed build.
+        """
+        check_inputs(self._own.inputs, inputs, str(self._own.path))
+        engines = self._latest = self._engines(inputs)
+        with tempfile.TemporaryDirectory(dir=self._folder.name) as name:
+            folder = Path(name)
+            if sink is None:
+                (written,) = self._execute([engines.plain], inputs, folder)
+                return self._outputs(written)
+            rebuilt, probed = engines.build_probed()
+            wanted = engines.exposed if probes is None else engines.exposed.intersection(probes)
+            others = [engines.plain, rebuilt] if engines.gap is None else []
+            written, *plain = self._execute([probed, *others], inputs, folder, wanted, engines.unfused)
+            outputs = self._outputs(written)
+            if plain:
+                reference, again = (self._outputs(files) for files in plain)
+                engines.gap, engines.floor = _distance(reference, outputs), _distance(reference, again)
+            outputs_wanted = {v.name for v in self._own.outputs if probes is None or v.name in probes}
+            for value in self._own.tensors:
+                if value in written and (value in wanted or value in outputs_wanted):
+                    sink(value, np.load(written[value], allow_pickle=False))
+            return outputs
+
+    def close(self) -> None:
+        """Remove the engines."""
+        self._folder.cleanup()
+
+    def _engines(self, inputs: Mapping[str, np.ndarray]) -> EngineSet:
+        profiles: dict[str, Profile] = dict(self._profiles)
+        if self._per_shape:
+            profiles |= {name: (a.shape, a.shape, a.shape) for name, a in inputs.items() if name not in profiles}
+        key = repr(sorted((name, tuple(shapes[1])) for name, shapes in profiles.items()))
+        if key not in self._sets:
+            dynamic = {v.name: profiles[v.name] for v in self._own.inputs if not _is_static(v.shape)}
+            show_all = self._options.probes == "all"
+            self._sets[key] = EngineSet(self._workshop, dynamic, f"shapes-{len(self._sets)}", show_all)
+        return self._sets[key]
+
+    def _execute(
+        self,
+        engines: list[Engine],
+        inputs: Mapping[str, np.ndarray],
+        folder: Path,
+        values: Collection[str] = (),
+        listen: bool = False,
+    ) -> list[dict[str, Path]]:
+        """Run engines one after the other in one process; value → file for each. ``listen`` is for the first one."""
+        feeds = {}
+        for i, value in enumerate(self._own.inputs):
+            feeds[value.name] = str(folder / f"input-{i}.npy")
+            np.save(feeds[value.name], inputs[value.name], allow_pickle=False)
+        names = sorted({*values, *(v.name for v in self._own.outputs)})
+        steps = [
+            {
+                "command": "run",
+                "device": self._options.device,
+                "engine": str(engine.path),
+                "inputs": feeds,
+                "folder": str(folder / f"run-{i}"),
+                "names": names,
+                "listener": "unfused" if listen and i == 0 else None,
+            }
+            for i, engine in enumerate(engines)
+        ]
+        return [
+            {entry["name"]: Path(entry["file"]) for entry in result["tensors"]}
+            for result in self._client.execute(steps)
+        ]
+
+    def _outputs(self, written: Mapping[str, Path]) -> dict[str, np.ndarray]:
+        """The graph's outputs in the graph's own types: TensorRT 8.6 has INT32 where ONNX says INT64."""
+        return {
+            v.name: np.load(written[v.name], allow_pickle=False).astype(v.dtype, copy=False) for v in self._own.outputs
+        }
+
+
+def _is_static(shape: tuple[int | str | None, ...] | None) -> bool:
+    return shape is not None and all(isinstance(size, int) for size in shape)
+
+
+def _distance(reference: Mapping[str, np.ndarray], test: Mapping[str, np.ndarray]) -> float:
+    """Largest relative L2 distance of any output; 0 when all are equal bit for bit, infinite when NaN comes in."""
+    return max((compare(reference[name], test[name]).rel_l2 for name in reference), default=0.0)

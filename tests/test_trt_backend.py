@@ -1,0 +1,150 @@
+"""The backends on recorded TensorRT versions: what is exposed, what is told, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from test_trt_runner import install, save_net
+
+from cp_debug.backends.base import Program
+from cp_debug.backends.registry import create
+from cp_debug.backends.spec import BackendSpec
+from cp_debug.errors import BackendUnavailable, InputError
+from cp_debug.probes.graph import Graph
+
+VERSIONS = ("8.6.0", "10.3.0", "10.12.0.36", "11.4.0")
+X = np.random.default_rng(3).standard_normal((1, 3, 8, 8)).astype(np.float32)
+
+
+def open_session(folder: Path, spec: str, shape: str = "1,3,8,8", **options: Any):
+    graph = Graph(save_net(folder, shape))
+    return create(BackendSpec.parse(spec), **options).open(Program("net", graph))
+
+
+def collect(session, inputs: dict[str, np.ndarray], **options: Any) -> tuple[dict[str, np.ndarray], dict]:
+    seen: dict[str, np.ndarray] = {}
+    outputs = session.run(inputs, seen.__setitem__, **options)
+    return seen, outputs
+
+
+@pytest.fixture(params=VERSIONS)
+def version(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.delenv("CPDEBUG_TRT_PYTHON", raising=False)
+    install(request.param, monkeypatch)
+    return request.param
+
+
+def test_fp16_shows_what_the_engine_writes(version: str, tmp_path: Path) -> None:
+    session = open_session(tmp_path, "trt-fp16")
+    reference, _ = collect(
+        create(BackendSpec.parse("ort")).open(Program("net", Graph(tmp_path / "net.onnx"))), {"x": X}
+    )
+    assert "c1" not in session.exposed, "fused away"
+    seen, outputs = collect(session, {"x": X})
+    assert list(seen) == ["r1", "c2", "y"]
+    assert {name: str(a.dtype) for name, a in seen.items()} == {"r1": "float16", "c2": "float16", "y": "float32"}
+    for name, array in seen.items():
+        np.testing.assert_allclose(array, reference[name], atol=2e-2)
+        assert not np.array_equal(array, reference[name])
+    np.testing.assert_array_equal(outputs["y"], seen["y"])
+    np.testing.assert_array_equal(session.run({"x": X})["y"], outputs["y"])
+    session.close()
+
+
+def test_settings_tell_what_ran(version: str, tmp_path: Path) -> None:
+    session = open_session(tmp_path, "trt-fp16")
+    strong = version.startswith("11.")
+    before = session.settings
+    assert (before["observer_gap"], before["rebuild_floor"]) == (None, None)
+    collect(session, {"x": X})
+    told = json.loads(json.dumps(session.settings))
+    assert told["regime"] == ("strong" if strong else "weak")
+    assert ("FP16" in told["flags"]) != strong
+    assert "TF32" not in told["flags"]
+    assert (told["observer_gap"], told["rebuild_floor"]) == (0.0, 0.0)
+    assert told["probed"] == {"fusions_changed": [], "tactics_changed": [], "timing_cache": "used"}
+    assert told["realised_precision"]["Half"] > 0.5
+    assert set(told["build_seconds"]) == {"plain", "rebuilt", "probed"}
+    first = next(layer for layer in told["layers"] if "/c1/Conv" in layer["nodes"])
+    assert first["nodes"] == ["/c1/Conv", "/r1/Relu"]
+    assert first["arithmetic"] == "fp16acc"
+
+
+def test_all_probes_undo_fusions_and_it_is_told(version: str, tmp_path: Path) -> None:
+    session = open_session(tmp_path, "trt-fp32", probes="all")
+    seen, _ = collect(session, {"x": X})
+    assert list(seen) == ["c1", "r1", "c2", "y"]
+    assert session.settings["probed"]["fusions_changed"] == ["/c1/Conv + /r1/Relu"]
+
+
+def test_probes_can_be_narrowed(version: str, tmp_path: Path) -> None:
+    seen, outputs = collect(open_session(tmp_path, "trt-fp32"), {"x": X}, probes={"c2"})
+    assert list(seen) == ["c2"]
+    assert list(outputs) == ["y"]
+
+
+def test_fp32_nodes_stay_fp32(version: str, tmp_path: Path) -> None:
+    session = open_session(tmp_path, "trt-fp16", keep_fp32=frozenset({"/c2/Conv"}))
+    seen, _ = collect(session, {"x": X})
+    assert (seen["r1"].dtype, seen["c2"].dtype) == (np.float16, np.float32)
+
+
+def test_strongly_typed_on_request(version: str, tmp_path: Path) -> None:
+    if version.startswith("8."):
+        with pytest.raises(InputError, match="--strongly-typed needs TensorRT 10"):
+            open_session(tmp_path, "trt-fp16", strongly_typed=True)
+        return
+    session = open_session(tmp_path, "trt-fp16", strongly_typed=True)
+    assert session.settings["regime"] == "strong"
+    assert collect(session, {"x": X})[0]["c2"].dtype == np.float16
+
+
+def test_dynamic_graphs_are_built_for_what_comes(version: str, tmp_path: Path) -> None:
+    session = open_session(tmp_path, "trt-fp32", "N,3,8,8")
+    for batch in (1, 3, 1):
+        seen, outputs = collect(session, {"x": np.repeat(X, batch, axis=0)})
+        assert outputs["y"].shape == (batch, 4, 8, 8)
+        assert list(seen) == ["r1", "c2", "y"]
+
+
+def test_a_profile_is_one_engine_with_limits(version: str, tmp_path: Path) -> None:
+    profiles = {"x": ([1, 3, 8, 8], [2, 3, 8, 8], [2, 3, 8, 8]), "of another component": ([1], [1], [1])}
+    session = open_session(tmp_path, "trt-fp32", "N,3,8,8", profiles=profiles)
+    assert session.run({"x": X})["y"].shape == (1, 4, 8, 8)
+    with pytest.raises(InputError, match="the engine was built for"):
+        session.run({"x": np.repeat(X, 3, axis=0)})
+
+
+def test_precision_that_no_layer_runs_in_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    install("8.6.0", monkeypatch)
+    everything = frozenset({"/c1/Conv", "/r1/Relu", "/c2/Conv", "/y/Add"})
+    with pytest.raises(InputError, match=r"asked for fp16, but no layer .* \(layer inputs and outputs: Float 100%\)"):
+        open_session(tmp_path, "trt-fp16", keep_fp32=everything)
+    assert open_session(tmp_path, "trt-tf32").settings["layers"][0]["arithmetic"] == "tf32"
+
+
+def test_refusals(version: str, tmp_path: Path) -> None:
+    with pytest.raises(BackendUnavailable, match="runs on CUDA only"):
+        create(BackendSpec.parse("trt-fp32@cpu"))
+    with pytest.raises(InputError, match="no QuantizeLinear"):
+        open_session(tmp_path, "trt-int8")
+    session = open_session(tmp_path, "trt-fp32")
+    with pytest.raises(InputError, match="missing input 'x'"):
+        session.run({})
+    graph = Graph(tmp_path / "net.onnx")
+    graph.proto.graph.node.append(onnx.helper.make_node("Det", ["y"], ["d"], name="/d/Det"))
+    onnx.save(graph.proto, tmp_path / "net.onnx")
+    with pytest.raises(InputError, match=r"(?s)cannot parse it.*node /d/Det \(Det\)"):
+        create(BackendSpec.parse("trt-fp32")).open(Program("net", Graph(tmp_path / "net.onnx")))
+
+
+def test_versions_name_library_and_card(version: str) -> None:
+    backend = create(BackendSpec.parse("trt-best@cuda:0"))
+    assert backend.versions()["tensorrt"] == version
+    assert backend.versions()["gpu"] == "Fake"
+    assert (backend.precision, backend.device, backend.emulated) == ("fp16", "cuda:0", False)

@@ -1,0 +1,184 @@
+"""The runner's protocol against interpreters that keep it, break it, crash, hang and babble."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from cp_debug.backends.tensorrt.client import ENVIRONMENT, Client
+from cp_debug.errors import BackendUnavailable, InputError
+
+STEPS = [{"command": "build", "onnx": "net.onnx"}]
+ANSWER = '(folder / "result.json").write_text(json.dumps({"results": [{"seconds": 1}]}))'
+SAY = 'print(json.dumps({"event": "step", "index": 0, "of": 1, "command": "build"}), flush=True)'
+
+
+def interpreter(folder: Path, *lines: str) -> str:
+    """An executable that runs Python code like this interpreter, and ``lines`` in place of a runner."""
+    body = folder / "body.py"
+    header = "import json, os, signal, sys, time\nfrom pathlib import Path\nfolder = Path(sys.argv[1])\n"
+    body.write_text(header + "\n".join(lines) + "\n")
+    script = folder / "python"
+    script.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} "$@"\nexec {sys.executable} {body} "$2"\n')
+    script.chmod(0o755)
+    return str(script)
+
+
+def test_results_and_events_arrive(tmp_path: Path) -> None:
+    events = []
+    lines = [SAY, 'print("hello from a library")', "job = json.loads((folder / 'job.json').read_text())"]
+    lines += ["assert job['steps'][0]['onnx'] == 'net.onnx'", ANSWER]
+    client = Client(interpreter(tmp_path, *lines), on_event=events.append)
+    assert client.execute(STEPS) == [{"seconds": 1}]
+    assert [event["event"] for event in events] == ["step", "output"]
+
+
+@pytest.mark.parametrize("through_a_shell", [False, True])
+def test_a_crash_names_the_signal_and_the_last_words(tmp_path: Path, through_a_shell: bool) -> None:
+    kill = "os.kill(os.getpid(), signal.SIGSEGV)"
+    if through_a_shell:
+        kill = f'sys.exit(__import__("subprocess").run([sys.executable, "-c", "import os, signal; {kill}"]) and 139)'
+    client = Client(interpreter(tmp_path, SAY, 'print("tuning conv 7", flush=True)', kill), spec="trt-fp16")
+    with pytest.raises(
+        BackendUnavailable, match=r"(?s)died: Segmentation fault \(in build\).*\| tuning conv 7"
+    ) as caught:
+        client.execute(STEPS)
+    assert caught.value.exit_code == 3
+    assert "emu-fp16acc" in str(caught.value)
+
+
+def test_a_hang_ends_at_the_limit_with_its_children(tmp_path: Path) -> None:
+    note = tmp_path / "child"
+    child = f"p = __import__('subprocess').Popen(['sleep', '60']); Path({str(note)!r}).write_text(str(p.pid))"
+    client = Client(interpreter(tmp_path, SAY, child, "time.sleep(60)"), time_limit=1.5)
+    started = time.monotonic()
+    with pytest.raises(BackendUnavailable, match=r"did not end within 1\.5 s \(last command: build\)"):
+        client.execute(STEPS)
+    assert time.monotonic() - started < 10
+    assert gone(int(note.read_text()))
+
+
+def gone(pid: int) -> bool:
+    """Whether a process ends within two seconds."""
+    for _ in range(40):
+        state = Path(f"/proc/{pid}/stat")
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_ctrl_c_kills_the_process(tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    client = Client(interpreter(tmp_path, f"Path({str(note)!r}).write_text(str(os.getpid()))", "time.sleep(60)"))
+
+    def interrupt() -> None:
+        while not note.exists() or not note.read_text():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        client.execute(STEPS)
+    thread.join()
+    assert gone(int(note.read_text()))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "print('not a runner')",
+        "(folder / 'result.json').write_text('{\"results\": 7}')",
+        "(folder / 'result.json').write_bytes(b'\\xff\\x00')",
+        "(folder / 'result.json').write_text('[]')",
+        "sys.exit(5)",
+    ],
+)
+def test_garbage_is_no_result(tmp_path: Path, line: str) -> None:
+    with pytest.raises(BackendUnavailable, match="left no result"):
+        Client(interpreter(tmp_path, line)).execute(STEPS)
+
+
+def test_a_huge_log_is_passed_on_and_not_kept(tmp_path: Path) -> None:
+    count, longest = 0, 0
+
+    def on_event(event) -> None:
+        nonlocal count, longest
+        count, longest = count + 1, max(longest, len(event.get("text", "")))
+
+    lines = ["for i in range(100_000): print('noise', i)", "sys.stdout.write('x' * (1 << 22)); sys.stdout.flush()"]
+    client = Client(interpreter(tmp_path, *lines, "os.write(1, b'\\xff\\xfe\\n')", ANSWER), on_event=on_event)
+    assert client.execute(STEPS) == [{"seconds": 1}]
+    assert count > 100_000
+    assert longest <= 1 << 17
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "text"),
+    [
+        ("parse", InputError, r"net\.onnx: TensorRT cannot parse it"),
+        ("kernel", InputError, r"no kernel for /up/ConvTranspose in this precision"),
+        ("memory", InputError, "lower the workspace limit"),
+        ("engine", InputError, "build it again"),
+        ("time", InputError, r"net\.onnx"),
+        ("build", InputError, "cannot build it"),
+        ("input", InputError, r"net\.onnx"),
+        ("import", BackendUnavailable, "CPDEBUG_TRT_PYTHON"),
+        ("unsupported", BackendUnavailable, "nearest"),
+        ("device", BackendUnavailable, "nearest"),
+        ("internal", BackendUnavailable, "failed in build"),
+    ],
+)
+def test_errors_say_what_to_do(tmp_path: Path, kind: str, error: type[Exception], text: str) -> None:
+    told = {"results": [], "error": {"kind": kind, "message": "because", "nodes": ["/up/ConvTranspose"]}}
+    client = Client(interpreter(tmp_path, f"(folder / 'result.json').write_text(json.dumps({told!r}))", "sys.exit(1)"))
+    with pytest.raises(error, match=text) as caught:
+        client.execute(STEPS)
+    assert "because" in str(caught.value)
+
+
+def test_where_there_is_no_tensorrt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        BackendUnavailable, match=r"(?s)pip install.*CPDEBUG_TRT_PYTHON.*nearest.*emu-fp16acc"
+    ) as caught:
+        Client(spec="trt-fp16@cuda:0")
+    assert caught.value.exit_code == 3
+    with pytest.raises(BackendUnavailable, match="cannot be run"):
+        Client(str(tmp_path / "nothing"))
+    with pytest.raises(BackendUnavailable, match="is not a Python interpreter"):
+        Client("/bin/echo")
+    monkeypatch.setenv(ENVIRONMENT, "/bin/false")
+    with pytest.raises(BackendUnavailable, match="/bin/false is not a Python interpreter"):
+        Client()
+
+
+def test_an_interpreter_that_lacks_tensorrt(tmp_path: Path) -> None:
+    """The real runner, in a real Python of its own that sees no packages but numpy."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "tensorrt.py").write_text("raise ModuleNotFoundError(\"No module named 'tensorrt'\", name='tensorrt')\n")
+    script = tmp_path / "python"
+    script.write_text(f'#!/bin/sh\nPYTHONPATH={site} exec {sys.executable} "$@"\n')
+    script.chmod(0o755)
+    with pytest.raises(BackendUnavailable, match=r"has no package 'tensorrt'"):
+        Client(str(script)).probe()
+
+
+def test_the_runner_leaves_no_half_written_result(tmp_path: Path) -> None:
+    """``python runner.py FOLDER`` by hand, as a team would try it in a container."""
+    from cp_debug.backends.tensorrt import runner
+
+    (tmp_path / "job.json").write_text('{"steps": []}')
+    done = subprocess.run([sys.executable, runner.__file__, str(tmp_path)], check=True, capture_output=True)
+    assert done.stdout == b""
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["job.json", "result.json"]

@@ -1,0 +1,154 @@
+"""Inspector JSON of 8.6 and of 10/11, and tactic names."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cp_debug.backends.tensorrt.inspector import (
+    compare_engines,
+    fusions,
+    materialised,
+    parse_layers,
+    realised_precision,
+)
+from cp_debug.backends.tensorrt.tactics import decode
+
+CONV = "sm80_xmma_fprop_implicit_gemm_{}_nhwckrsc_nhwc_tilesize128x128x64_stage4_warpsize2x2x1_g1_tensor16x8x16"
+HALF = "Channel major FP16 format where channel % 8 == 0"
+
+# As 8.6 prints it: no escapes for control characters, formats in prose, no metadata but what was set before the build.
+TENSORRT_8 = """{"Layers": [{
+  "Name": "Reformatting CopyNode for Input Tensor 0 to /b0/b0.0/Conv + /b0/b0.2/Relu",
+  "LayerType": "Reformat",
+  "Inputs": [{"Name": "x", "Location": "Device", "Dimensions": [1,64,64,64],
+    "Format/Datatype": "Row major linear FP32"}],
+  "Outputs": [{"Name": "Reformatted Input Tensor 0 to /b0/b0.0/Conv + /b0/b0.2/Relu", "Location": "Device",
+    "Dimensions": [1,64,64,64], "Format/Datatype": "HALF"}],
+  "ParameterType": "Reformat", "Origin": "REFORMAT", "TacticValue": "0x3ea"
+},{
+  "Name": "/b0/b0.0/Conv + /b0/b0.2/Relu",
+  "LayerType": "CaskConvolution",
+  "Inputs": [{"Name": "Reformatted Input Tensor 0 to /b0/b0.0/Conv + /b0/b0.2/Relu", "Location": "Device",
+    "Dimensions": [1,64,64,64], "Format/Datatype": "HALF"}],
+  "Outputs": [{"Name": "/b0/b0.2/Relu_output_0", "Location": "Device", "Dimensions": [1,64,64,64],
+    "Format/Datatype": "HALF"}],
+  "Weights": {"Type": "Half", "Count": 36864}, "Activation": "RELU",
+  "TacticName": "CONV", "TacticValue": "0x1",
+  "Metadata": "[ONNX Layer: /b0/b0.0/Conv]\x1f[ONNX Layer: /b0/b0.2/Relu]"
+},{
+  "Name": "PWN(PWN(/b1/Sigmoid), /b1/Mul)",
+  "LayerType": "PointWiseV2",
+  "Inputs": [{"Name": "/b0/b0.2/Relu_output_0", "Dimensions": [1,64,64,64], "Format/Datatype": "HALF"}],
+  "Outputs": [{"Name": "y", "Dimensions": [1,64,64,64], "Format/Datatype": "Row major linear FP32"}],
+  "ParameterType": "PointWise", "TacticValue": "0x1c"
+}], "Bindings": ["x", "y"]}""".replace("HALF", HALF).replace("CONV", CONV.format("f16f16_f16f16_f16"))
+
+TENSORRT_10 = json.dumps(
+    {
+        "Layers": [
+            {
+                "Name": "/b0/b0.0/Conv + /b0/b0.2/Relu",
+                "LayerType": "CaskConvolution",
+                "Inputs": [{"Name": "x", "Dimensions": [1, 64, 64, 64], "Format/Datatype": "Half"}],
+                "Outputs": [
+                    {"Name": "/b0/b0.2/Relu_output_0", "Dimensions": [1, 64, 64, 64], "Format/Datatype": "Half"}
+                ],
+                "TacticName": CONV.format("f16f16_f16f32_f32"),
+                "Metadata": "[ONNX Layer: /b0/b0.0/Conv]\x1f[ONNX Layer: /b0/b0.2/Relu]",
+            },
+            {
+                "Name": "__myl_SigMul_myl0_1",
+                "LayerType": "kgen",
+                "Inputs": [{"Name": "/b0/b0.2/Relu_output_0", "Dimensions": [1], "Format/Datatype": "Half"}],
+                "Outputs": [{"Name": "y", "Dimensions": [1], "Format/Datatype": "Float"}],
+                "TacticName": "__myl_SigMul_0x1f",
+                "Metadata": "[ONNX Layer: /b1/Sigmoid]\x1e[ONNX Layer: /b1/Mul]",
+            },
+        ],
+        "Bindings": ["x", "y"],
+    }
+)
+NODES = ["/b0/b0.0/Conv", "/b0/b0.2/Relu", "/b1/Sigmoid", "/b1/Mul"]
+VALUES = ["/b0/b0.0/Conv_output_0", "/b0/b0.2/Relu_output_0", "/b1/Sigmoid_output_0", "y"]
+
+
+def load(text: str):
+    return parse_layers(json.loads(text, strict=False)["Layers"], NODES)
+
+
+@pytest.mark.parametrize("text", [TENSORRT_8, TENSORRT_10])
+def test_layers_nodes_and_what_is_in_memory(text: str) -> None:
+    layers = [layer for layer in load(text) if layer.nodes]
+    assert [layer.nodes for layer in layers] == [tuple(NODES[:2]), tuple(NODES[2:])]
+    assert materialised(load(text), VALUES) == {"/b0/b0.2/Relu_output_0": "Half", "y": "Float"}
+    assert realised_precision(load(text)) == {"Float": 0.25, "Half": 0.75}
+
+
+def test_reformats_belong_to_no_node() -> None:
+    first = load(TENSORRT_8)[0]
+    assert (first.kind, first.nodes, first.inputs[0].dtype) == ("Reformat", (), "Float")
+    assert first.outputs[0].shape == (1, 64, 64, 64)
+
+
+def test_accumulation_is_told_by_the_tactic() -> None:
+    assert load(TENSORRT_8)[1].tactic.arithmetic == "fp16acc"
+    assert load(TENSORRT_10)[0].tactic.arithmetic == "fp16"
+    assert load(TENSORRT_10)[0].to_dict()["arithmetic"] == "fp16"
+
+
+def test_engines_of_bare_names() -> None:
+    (layer,) = parse_layers(["/b0/b0.0/Conv + /b0/b0.2/Relu"], NODES)
+    assert (layer.nodes, layer.inputs, layer.outputs) == (tuple(NODES[:2]), (), ())
+
+
+def test_differences_between_builds() -> None:
+    eight, ten = load(TENSORRT_8), load(TENSORRT_10)
+    assert compare_engines(eight, eight).same
+    other = compare_engines(eight, ten)
+    assert other.fusions == ()
+    assert other.tactics == ("/b0/b0.0/Conv + /b0/b0.2/Relu", "/b1/Mul + /b1/Sigmoid")
+    split = parse_layers(["/b0/b0.0/Conv", "/b0/b0.2/Relu"], NODES)
+    assert "/b0/b0.0/Conv + /b0/b0.2/Relu" in compare_engines(eight, split).fusions
+    assert frozenset(NODES[:2]) in fusions(eight)
+
+
+@pytest.mark.parametrize(
+    ("name", "arithmetic", "accumulates", "tile"),
+    [
+        (CONV.format("f16f16_f16f16_f16"), "fp16acc", "fp16", (128, 128, 64)),
+        (CONV.format("f16f16_f16f32_f32"), "fp16", "fp32", (128, 128, 64)),
+        (CONV.format("f32f32_tf32f32_f32"), "tf32", "fp32", (128, 128, 64)),
+        (CONV.format("bf16bf16_bf16f32_f32"), "bf16", "fp32", (128, 128, 64)),
+        (CONV.format("i8f32_i8i32_f32"), "int8", "int32", (128, 128, 64)),
+        ("sm80_xmma_fprop_implicit_gemm_interleaved_i8i8_i8i32_f32_nchw_vect_c_32", "int8", "int32", None),
+        ("sm80_xmma_gemm_f32f32_f32f32_f32_tn_n_tilesize32x128x8_stage3_ffma", "fp32", "fp32", (32, 128, 8)),
+        ("ampere_h16816gemm_128x64_ldg8_stages_32x6_nn_v1", "fp16acc", "fp16", None),
+        ("turing_fp16_s1688cudnn_fp16_128x128_ldg8_relu_exp_medium_nhwc_tn_v1", "fp16", "fp32", None),
+        ("volta_h884cudnn_256x64_ldg8_relu_exp_small_nhwc_tn_v1", "fp16acc", "fp16", None),
+        ("ampere_scudnn_128x64_relu_small_nn_v1", "fp32", "fp32", None),
+        ("__myl_SigMul_0x1f", None, None, None),
+        ("", None, None, None),
+    ],
+)
+def test_tactic_names(name: str, arithmetic: str | None, accumulates: str | None, tile: tuple | None) -> None:
+    tactic = decode(name)
+    assert (tactic.arithmetic, tactic.accumulates, tactic.tile) == (arithmetic, accumulates, tile)
+
+
+def test_winograd_is_seen() -> None:
+    assert decode("sm80_xmma_fprop_winograd_f32f32_f32f32_f32").winograd
+    assert decode("sm50_xmma_conv_wngd_f32f32_f32f32_f32_f3x3").winograd
+    assert not decode(CONV.format("f16f16_f16f16_f16")).winograd
+
+
+@given(
+    st.lists(st.lists(st.text(st.characters(codec="ascii", exclude_characters="[]\x1e\x1f"), min_size=1), min_size=1))
+)
+def test_any_metadata_gives_its_nodes_back(groups: list[list[str]]) -> None:
+    entries = [{"Name": "layer", "Metadata": "\x1f".join(f"[ONNX Layer: {n}]" for n in group)} for group in groups]
+    layers = parse_layers(entries, {name for group in groups for name in group})
+    assert [list(layer.nodes) for layer in layers] == [list(dict.fromkeys(group)) for group in groups]

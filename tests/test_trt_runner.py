@@ -1,0 +1,248 @@
+"""The runner and the build configuration against the recorded members of each TensorRT version."""
+
+from __future__ import annotations
+
+import ast
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from fake_tensorrt import RECORDED, VERSIONS, FakeCuda, fake_tensorrt
+
+from cp_debug.backends.tensorrt import runner
+from cp_debug.backends.tensorrt.config import decide
+from cp_debug.errors import BackendUnavailable, InputError
+
+VARIANTS = ("fp32", "tf32", "fp16", "bf16", "int8", "best")
+
+
+def save_net(folder: Path, shape: str = "1,3,8,8") -> Path:
+    """Conv + Relu, Conv, Add: two fused groups and a pointwise one."""
+    model = onnx.parser.parse_model(f"""
+        <ir_version: 8, opset_import: ["" : 17]>
+        net (float[{shape}] x) => (float[{shape.replace(",3,", ",4,")}] y) {{
+            c1 = Conv <pads: ints = [1,1,1,1]> (x, w1)
+            r1 = Relu (c1)
+            c2 = Conv <pads: ints = [1,1,1,1]> (r1, w2)
+            y = Add (c2, r1)
+        }}""")
+    rng = np.random.default_rng(0)
+    for name, channels in (("w1", 3), ("w2", 4)):
+        array = (rng.standard_normal((4, channels, 3, 3)) * 0.2).astype(np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    for node in model.graph.node:
+        node.name = f"/{node.output[0]}/{node.op_type}"
+    path = folder / "net.onnx"
+    onnx.save(model, path)
+    return path
+
+
+NODES = [["/c1/Conv", "Conv", ["c1"]], ["/r1/Relu", "Relu", ["r1"]], ["/c2/Conv", "Conv", ["c2"]]]
+NODES.append(["/y/Add", "Add", ["y"]])
+
+
+@pytest.fixture(params=VERSIONS)
+def version(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    install(request.param, monkeypatch)
+    return request.param
+
+
+def install(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt(version))
+    monkeypatch.setattr(runner, "Cuda", FakeCuda)
+
+
+def build_step(folder: Path, version: str, variant: str = "fp32", **changes: Any) -> dict[str, Any]:
+    config = decide(variant, version, quantized=variant == "int8", keep_fp32=changes.pop("keep_fp32", ()))
+    step = {"command": "build", "engine": str(folder / "net.engine"), "nodes": NODES, **config.step()}
+    return {**step, "onnx": str(folder / "net.onnx"), "timing_cache": str(folder / "timing.cache"), **changes}
+
+
+def execute(*steps: dict[str, Any], **job: Any) -> dict[str, Any]:
+    return json.loads(json.dumps(runner.execute({"steps": list(steps), **job}, lambda event: None)))
+
+
+def test_python_38_can_read_the_runner() -> None:
+    ast.parse(Path(runner.__file__).read_text(), feature_version=(3, 8))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("strongly_typed", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_named_flag_exists_in_its_version(version: str, strongly_typed: bool, variant: str) -> None:
+    major = int(version.split(".")[0])
+    refused = strongly_typed and major < 10
+    refused |= variant == "best" and (strongly_typed or major >= 11)
+    refused |= variant == "bf16" and major < 10
+    if refused:
+        with pytest.raises((InputError, BackendUnavailable)):
+            decide(variant, version, strongly_typed=strongly_typed, quantized=True, keep_fp32={"a"})
+        return
+    config = decide(variant, version, strongly_typed=strongly_typed, quantized=True, keep_fp32={"a"})
+    enums, classes = RECORDED[version]["enums"], RECORDED[version]["classes"]
+    assert {*config.set_flags, *config.clear_flags} <= set(enums["BuilderFlag"])
+    assert set(config.network_flags) <= set(enums["NetworkDefinitionCreationFlag"])
+    assert set(config.layer_precisions.values()) <= set(enums["DataType"])
+    assert not config.layer_precisions or "precision" in classes["ILayer"]
+    has_unfused = "mark_unfused_tensors_as_debug_tensors" in classes["INetworkDefinition"]
+    assert config.unfused_debug_tensors == has_unfused
+    assert ("TF32" in config.set_flags) == (variant in ("tf32", "best"))
+    assert (config.regime == "strong") == (strongly_typed or major >= 11)
+
+
+def test_int8_without_scales_is_refused() -> None:
+    for version in ("8.6.0", "11.4.0"):
+        with pytest.raises(InputError, match="no QuantizeLinear"):
+            decide("int8", version)
+    assert "INT8" in decide("int8", "8.6.0", calibrated=True).set_flags
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_builds_on_every_version(version: str, variant: str, tmp_path: Path) -> None:
+    save_net(tmp_path)
+    try:
+        step = build_step(tmp_path, version, variant, workspace_mib=64)
+    except BackendUnavailable:
+        pytest.skip("not in this version")
+    result = execute(step, {**step, "engine": str(tmp_path / "again.engine")})
+    assert "error" not in result, result["error"]
+    first, second = result["results"]
+    assert first["timing_cache"] == "new"
+    assert second["timing_cache"] == "used"
+    assert {name for name, on in first["flags"].items() if on} == set(step["set_flags"])
+    nodes = [layer["Metadata"] for layer in first["layers"]]
+    assert nodes == [
+        "[ONNX Layer: /c1/Conv]\x1f[ONNX Layer: /r1/Relu]",
+        "[ONNX Layer: /c2/Conv]",
+        "[ONNX Layer: /y/Add]",
+    ]
+    assert Path(step["engine"]).stat().st_size == first["bytes"]
+
+
+def test_layer_precisions_are_set_on_the_layers_of_their_node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    install("8.6.0", monkeypatch)
+    save_net(tmp_path)
+    step = build_step(tmp_path, "8.6.0", "fp16", keep_fp32={"/c2/Conv"})
+    assert "OBEY_PRECISION_CONSTRAINTS" in step["set_flags"]
+    (built,) = execute(step)["results"]
+    words = {layer["Name"]: layer["Outputs"][0]["Format/Datatype"] for layer in built["layers"]}
+    assert "FP32" in words["/c2/Conv"]
+    assert "FP16" in words["/c1/Conv + /r1/Relu"]
+
+
+def test_marked_outputs_and_what_cannot_be_marked(version: str, tmp_path: Path) -> None:
+    save_net(tmp_path)
+    probes = {"method": "outputs", "tensors": {"r1": None, "y": None, "nothing": None}}
+    (built,) = execute(build_step(tmp_path, version, probes=probes))["results"]
+    assert (built["marked"], built["missing"]) == (["r1", "y"], ["nothing"])
+
+
+def test_runs_and_hands_out_arrays(version: str, tmp_path: Path) -> None:
+    save_net(tmp_path)
+    x = np.random.default_rng(1).standard_normal((1, 3, 8, 8)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    run = {"command": "run", "engine": str(tmp_path / "net.engine"), "inputs": {"x": str(tmp_path / "x.npy")}}
+    probes = {"method": "outputs", "tensors": {"r1": None}}
+    result = execute(
+        build_step(tmp_path, version, probes=probes), {**run, "folder": str(tmp_path / "out"), "repeat": 2}
+    )
+    assert "error" not in result, result["error"]
+    ran = result["results"][1]
+    assert len(ran["seconds"]) == 3
+    assert {entry["name"]: entry["dtype"] for entry in ran["tensors"]} == {"r1": "FLOAT", "y": "FLOAT"}
+    arrays = {entry["name"]: np.load(entry["file"], allow_pickle=False) for entry in ran["tensors"]}
+    assert arrays["y"].shape == (1, 4, 8, 8)
+    assert (arrays["r1"] >= 0).all()
+
+
+@pytest.mark.parametrize("version", ["10.12.0.36", "11.4.0"])
+@pytest.mark.parametrize("method", ["unfused", "debug"])
+def test_debug_tensors_come_through_the_listener(
+    version: str, method: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    install(version, monkeypatch)
+    save_net(tmp_path)
+    np.save(tmp_path / "x.npy", np.ones((1, 3, 8, 8), np.float32))
+    run = {"command": "run", "engine": str(tmp_path / "net.engine"), "inputs": {"x": str(tmp_path / "x.npy")}}
+    run |= {"folder": str(tmp_path / "out"), "listener": method, "names": ["r1", "y"]}
+    probes = {"method": method, "tensors": {"r1": None}}
+    result = execute(build_step(tmp_path, version, probes=probes), run)
+    assert [entry["name"] for entry in result["results"][1]["tensors"]] == ["r1", "y"]
+
+
+def test_bf16_is_handed_out_as_float32(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    install("10.12.0.36", monkeypatch)
+    save_net(tmp_path)
+    np.save(tmp_path / "x.npy", np.random.default_rng(2).standard_normal((1, 3, 8, 8)).astype(np.float32))
+    run = {"command": "run", "engine": str(tmp_path / "net.engine"), "inputs": {"x": str(tmp_path / "x.npy")}}
+    probes = {"method": "outputs", "tensors": {"r1": "BF16"}}
+    step = build_step(tmp_path, "10.12.0.36", "bf16", probes=probes)
+    ran = execute(step, {**run, "folder": str(tmp_path / "out"), "names": ["r1"]})["results"][1]
+    (entry,) = ran["tensors"]
+    array = np.load(entry["file"])
+    assert (entry["dtype"], array.dtype) == ("BF16", np.float32)
+    assert (array.view(np.uint32) & 0xFFFF == 0).all()
+    assert array.any()
+
+
+def test_dynamic_shapes_need_a_profile_and_are_checked_against_it(version: str, tmp_path: Path) -> None:
+    save_net(tmp_path, "N,3,8,8")
+    assert execute(build_step(tmp_path, version))["error"]["kind"] == "input"
+    profiles = {"x": [[1, 3, 8, 8], [2, 3, 8, 8], [4, 3, 8, 8]]}
+    np.save(tmp_path / "x.npy", np.ones((5, 3, 8, 8), np.float32))
+    run = {"command": "run", "engine": str(tmp_path / "net.engine"), "inputs": {"x": str(tmp_path / "x.npy")}}
+    error = execute(build_step(tmp_path, version, profiles=profiles), {**run, "folder": str(tmp_path)})["error"]
+    assert "[5, 3, 8, 8], the engine was built for [1, 3, 8, 8] to [4, 3, 8, 8]" in error["message"]
+
+
+def test_parser_errors_name_the_node(version: str, tmp_path: Path) -> None:
+    model = onnx.load(save_net(tmp_path))
+    model.graph.node.append(onnx.helper.make_node("Det", ["y"], ["d"], name="/d/Det"))
+    model.graph.output[0].name = "d"
+    onnx.save(model, tmp_path / "net.onnx")
+    error = execute(build_step(tmp_path, version, nodes=[*NODES, ["/d/Det", "Det", ["d"]]]))["error"]
+    assert error == {"kind": "parse", "message": "node /d/Det (Det): no importer for Det", "nodes": ["/d/Det"]}
+
+
+def test_memory_versions_time_and_members_fail_in_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    install("10.12.0.36", monkeypatch)
+    save_net(tmp_path)
+    step = build_step(tmp_path, "10.12.0.36")
+    assert execute({**step, "workspace_mib": 1})["error"]["kind"] == "memory"
+    assert execute(step, time_limit=-1)["error"]["kind"] == "time"
+    assert execute(step)["results"]
+    install("11.4.0", monkeypatch)
+    error = execute({"command": "inspect", "engine": step["engine"]})["error"]
+    assert (error["kind"], "Version tag does not match" in error["message"]) == ("engine", True)
+    error = execute({**step, "set_flags": ["FP16"]})["error"]
+    assert (error["kind"], error["message"]) == ("unsupported", "TensorRT 11.4.0 has no BuilderFlag.FP16")
+    error = execute({**step, "network_flags": [], "calibration_cache": "none"})["error"]
+    assert (error["kind"], "no calibrators" in error["message"]) == ("unsupported", True)
+
+
+def test_a_refused_timing_cache_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    install("8.6.0", monkeypatch)
+    save_net(tmp_path)
+    (tmp_path / "timing.cache").write_bytes(b"of another GPU")
+    (built,) = execute(build_step(tmp_path, "8.6.0"))["results"]
+    assert built["timing_cache"] == "refused"
+
+
+def test_probe_tells_what_the_version_can(version: str) -> None:
+    (facts,) = execute({"command": "probe"})["results"]
+    classes = RECORDED[version]["classes"]
+    assert facts["tensorrt"] == version
+    assert facts["layer_precision"] == ("precision" in classes["ILayer"])
+    assert facts["calibrator"] == ("IInt8EntropyCalibrator2" in classes)
+    assert facts["progress"] == ("IProgressMonitor" in classes)
+
+
+def test_without_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    error = execute({"command": "probe"})["error"]
+    assert error["kind"] == "import"
+    assert "'tensorrt'" in error["message"]
