@@ -10,11 +10,15 @@ import pytest
 import torch
 from test_executor import conv_net, graph, random
 
+from cp_debug.backends.arithmetic import FP64, TF32
 from cp_debug.backends.base import Program
+from cp_debug.backends.determinism import deterministic
 from cp_debug.backends.emulated import EmulatedBackend
+from cp_debug.backends.executor import Executor
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import BackendUnavailable, InputError
 
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 SPECS = ["emu-tf32", "emu-bf16", "emu-fp16", "emu-fp16acc"]
 
 
@@ -53,3 +57,34 @@ def test_bad_inputs_and_missing_devices(tmp_path: Path) -> None:
     unknown = graph(tmp_path, "g (float[2] x) => (float[2] y) { y = own.Mystery(x) }")
     with pytest.raises(InputError, match=r"own\.Mystery"):
         EmulatedBackend(BackendSpec.parse("emu-fp16")).open(Program("net", unknown))
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("spec", SPECS)
+def test_cuda_emulates_what_the_cpu_emulates(tmp_path: Path, spec: str) -> None:
+    net, captured = conv_net(tmp_path), {"x": random(1, 8, 16, 16)}
+    on_cpu, on_cuda = (
+        EmulatedBackend(BackendSpec.parse(f"{spec}@{d}")).open(Program("net", net)) for d in ("cpu", "cuda")
+    )
+    on_cpu.run(captured, lambda n, v: captured.update({n: v.clone().numpy()}))
+    values: dict[str, np.ndarray] = {}
+    on_cuda.run({"x": captured["x"]}, lambda n, v: values.update({n: v.cpu().numpy()}))
+    for name, value in values.items():
+        # An FP32 sum in another order may fall on the other side of a rounding: by one step, seldom, then inherited.
+        assert np.linalg.norm(value - captured[name]) <= 2e-3 * np.linalg.norm(captured[name]), name
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_tensor_cores_round_operands_to_tf32_as_emulated(tmp_path: Path) -> None:
+    net = graph(
+        tmp_path, "g (float[1,64,64,64] x) => (float[A,B,C,D] y) { y = Conv(x, w) }", {"w": random(64, 64, 3, 3)}
+    )
+    x = random(1, 64, 64, 64, seed=1)
+    with deterministic(tf32=True):
+        real = torch.nn.functional.conv2d(*(torch.from_numpy(a).cuda() for a in (x, net.initializer("w").copy())))
+    exact = Executor(net, FP64).run({"x": x})["y"]
+    emulated = Executor(net, TF32).run({"x": x})["y"]
+    introduced = real.cpu() - exact
+    assert float((real.cpu() - emulated).norm() / introduced.norm()) < 0.02

@@ -53,7 +53,7 @@ def test_conv_walks_k_in_the_documented_order(
     channels: int, outputs: int, groups: int, kernel: tuple[int, ...], stride: tuple[int, ...],
     dilation: tuple[int, ...], begin: tuple[int, ...], end: tuple[int, ...], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(fp16_accumulation, "_CACHE_ELEMENTS", 32)  # several chunks of rows
+    monkeypatch.setitem(fp16_accumulation._AT_A_TIME, "cpu", 32)  # several chunks of rows
     x = halves(2, channels, *(7, 6)[: len(kernel)], seed=1)
     weight, bias = halves(outputs, channels // groups, *kernel, seed=2), halves(outputs, seed=3)
     window = Window(kernel, stride, dilation, begin, end)

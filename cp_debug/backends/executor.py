@@ -169,7 +169,7 @@ class Executor:
         if node.op == "If":
             return run_if(step.bodies, execute, *inputs)
         if node.op == "Loop":
-            return run_loop(step.bodies, execute, *inputs)
+            return [self.arithmetic.hold(r, self.device) for r in run_loop(step.bodies, execute, *inputs)]
         if step.kernel is not None and all(i is None or isinstance(i, Tensor) for i in inputs):
             results = step.kernel.function(step.call, *inputs)
             if results is not NotImplemented:

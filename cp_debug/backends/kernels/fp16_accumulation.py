@@ -18,8 +18,8 @@ from cp_debug.backends.kernels.windows import Window
 from cp_debug.backends.rounding import round_fp16
 
 BLOCK = 16
-_CACHE_ELEMENTS = 1 << 17
-"""Partial sums worked on at a time, so that they stay in the processor's cache through all steps of K."""
+_AT_A_TIME = {"cpu": 1 << 17, "cuda": 1 << 26}
+"""Partial sums worked on at a time: on a CPU as many as stay in its cache through all steps of K."""
 
 Tap = tuple[Tensor, tuple[int, ...]]
 """Weights (groups, outputs per group, channels per group) and where the tap starts on each spatial axis."""
@@ -33,7 +33,7 @@ def accumulate(x: Tensor, taps: Sequence[Tap], stride: Sequence[int], size: Sequ
     if not result.numel():
         return result
     row = result[0, 0, 0].numel()
-    rows = max(1, _CACHE_ELEMENTS // (groups * outputs * row))
+    rows = max(1, _AT_A_TIME[x.device.type] // (groups * outputs * row))
     for first in range(0, size[0], rows):
         count = min(rows, size[0] - first)
         extent = (count, *size[1:])
