@@ -73,7 +73,7 @@ def parse_backends(text: str) -> list[BackendSpec]:
     """Parse ``--backends a,b,…``: the reference and at least one test. Raises InputError when fewer than two."""
     specs = [BackendSpec.parse(part) for part in text.split(",") if part.strip()]
     if len(specs) < 2:
-        raise InputError(f"--backends: {text!r} names {len(specs)} backend(s); expected a reference and at least one test")
+        raise InputError(f"--backends: {text!r} names {len(specs)} backend(s); expected a reference and some tests")
     if len(set(specs)) < len(specs):
         raise InputError(f"--backends: {text!r} names a backend twice")
     return specs

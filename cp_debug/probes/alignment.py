@@ -105,7 +105,7 @@ class Alignment:
 
     def coverage(self) -> Coverage:
         """Counts; complete where ``unmatched_values`` and ``unmatched_modules`` are empty."""
-        kinds = Counter(link.kind for link in self.links)
+        kinds = dict(Counter(link.kind for link in self.links))
         total = len(self.links) + len(self.unmatched_values)
         modules = len(self.modules)
         return Coverage(len(self.links), total, modules - len(self.unmatched_modules), modules, kinds)

@@ -192,7 +192,7 @@ def _coverage(coverage: dict[str, Any]) -> Iterator[Text]:
         missing = [*found["unmatched_values"], *found["unmatched_modules"]]
         yield Text(
             f"alignment of {component}: {found['values']} of {found['values_total']} values of the graph, "
-            f"{found['modules']} of {found['modules_total']} leaf modules ({len(found['absorbed'])} absorbed by folding)"
+            f"{found['modules']} of {found['modules_total']} leaf modules, {len(found['absorbed'])} of them folded"
             + (f"; not accounted for: {', '.join(missing[:5])}" if missing else ""),
             style="yellow" if missing else "dim",
         )
