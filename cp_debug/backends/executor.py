@@ -102,6 +102,7 @@ class Executor:
         readers = Counter(name for node in nodes for name in node.inputs)
         live: dict[str, Any] = {}
         results: dict[str, Any] = {}
+        value: Any = None
         for node in nodes:
             for name in node.inputs:
                 if name not in live and not self._weights.holds(name):
@@ -120,7 +121,7 @@ class Executor:
                     results[name] = value
                 if readers[name] and name not in given:
                     live[name] = value
-            del outputs, value
+            outputs, value = [], None
         for name in wanted:
             if name not in results:
                 results[name] = self._weights[name] if self._weights.holds(name) else self._given(name, given)
