@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from stress import make_stress
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cp_debug.backends.determinism import deterministic
 from cp_debug.errors import ModuleFailed
 from cp_debug.probes.outputs import flatten_outputs
 from cp_debug.probes.trace import Trace, trace
@@ -132,3 +134,17 @@ def test_without_a_sink_the_result_is_the_modules_own() -> None:
         expected = list(flatten_outputs(net(x)).values())
     for found in (trace(net, {"x": x}).tensors, run(net, x)[0].tensors):
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_names_without_a_colon_mean_the_same_on_every_device() -> None:
+    module, image = make_stress()
+    with deterministic():
+        _, expected = run(module, image)
+        _, found = run(module.cuda(), image.cuda())
+    public = [name for name in expected if ":" not in name]
+    assert len(public) > 30
+    assert set(public) == {name for name in found if ":" not in name}
+    for name in public:
+        torch.testing.assert_close(found[name].cpu(), expected[name], rtol=1e-4, atol=1e-5, msg=name)

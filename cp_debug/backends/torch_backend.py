@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -84,8 +85,14 @@ class _ModuleSession:
             self._module = copy.deepcopy(program.module).to(self._device, dtype)
         self._names = [v.name for v in program.graph.outputs]
         links = program.alignment.links if program.alignment else ()
-        linked = [link.onnx for link in links if link.torch is not None]
-        self.exposed: Collection[str] = tuple(dict.fromkeys([*linked, *self._names]))
+        # Inside a function of torch, other devices and dtypes go other ways under the same names.
+        inner = device == "cpu" and dtype == torch.float32
+        self._values: dict[str, list[str]] = {}
+        for link in links:
+            if link.torch is not None and (inner or ":" not in link.torch):
+                self._values.setdefault(link.torch, []).append(link.onnx)
+        given = {*chain(*self._values.values()), *self._names}
+        self.exposed: Collection[str] = tuple(name for name in program.graph.values if name in given)
         with deterministic(tf32=tf32) as settings:
             self.settings: Mapping[str, Any] = settings | {"dtype": dtype_name(torch.empty(0, dtype=dtype))}
 
@@ -107,7 +114,7 @@ class _ModuleSession:
                 sink(name, tensor)
 
         def translate(value: TorchValue, tensor: Tensor) -> None:
-            for name in alignment.onnx_for(value.name) if alignment else ():
+            for name in self._values.get(value.name, ()):
                 give(name, tensor)
 
         with deterministic(tf32=self._tf32):

@@ -2,7 +2,8 @@
 
 Numbers decide what may match (equal shape, fingerprints equal up to FP32 rounding). Equal tensors are common, though:
 an identity, a ReLU on positive values, heads that are still zero. Among those the dataflow decides, then what the
-exporter recorded, then the shortest way from what is matched already, then the order of execution.
+exporter recorded, then whether the module's own code had the tensor, then the shortest way from what is matched
+already, then the order of execution.
 """
 
 from __future__ import annotations
@@ -71,11 +72,11 @@ class Matching:
         self._matched.add(self._content[chosen])
         self._taken.add(chosen)
 
-    def _rank(self, value: TorchValue, source: Source, hint: str | None) -> tuple[int, bool, bool, int, int]:
+    def _rank(self, value: TorchValue, source: Source, hint: str | None) -> tuple[int, bool, bool, bool, int, int]:
         found, steps = self._torch_source(value)
         passed_through = source == {self._content[value]}
         agreement = 0 if found == source or passed_through else 1 if found & source else 2
-        return agreement, value.path != hint, value in self._taken, steps, value.index
+        return agreement, value.path != hint, value in self._taken, ":" in value.name, steps, value.index
 
     def _onnx_source(self, name: str) -> Source:
         producer = self._graph.producer

@@ -1,7 +1,8 @@
 """One eager forward, with every tensor that an operation or a module makes handed out as it appears.
 
 Forward hooks alone see neither functional operations nor what an in-place operation destroys. So a dispatch mode
-watches every ATen operation, and the hooks only keep the stack of modules: each value knows where it was computed.
+watches every ATen operation, a function mode the calls of torch's functions, and the hooks only keep the stack of
+modules: each value knows where it was computed.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -32,8 +34,10 @@ class TorchValue:
     """One tensor of a forward: its name, where and by what it was computed, and from which other values.
 
     ``name`` is the module path for the output of a leaf module (``backbone.blocks.0.3``; ``.0``, ``.1`` after it for
-    several outputs), else ``module path/operation`` (``neck/cat``, the second one ``neck/cat#2``). A module that is
-    called again gets ``@2``, ``@3`` … after its path.
+    several outputs), else ``module path/function`` for what the module's code got from a function of torch
+    (``neck/cat``, the second one ``neck/cat#2``), else that and the ATen operation inside it (``neck/linear:addmm``).
+    A module that is called again gets ``@2``, ``@3`` … after its path. Names with a colon depend on device, dtype and
+    version of torch; the others on the module alone.
     """
 
     name: str
@@ -54,7 +58,7 @@ class TorchValue:
 TorchSink = Callable[[TorchValue, Tensor], None]
 """Takes a value and its tensor, at once after the operation: copy what you keep, the next one may overwrite it.
 
-The output of a leaf module comes twice: after its operation, and under the module's name when the module returns.
+The same value comes again whenever it gets a better name: as the output of a function, then of a leaf module.
 """
 
 
@@ -87,7 +91,7 @@ def trace(module: nn.Module, inputs: Mapping[str, Tensor], sink: TorchSink | Non
         for name, tensor in zip(inputs, args, strict=True):
             tracer.add(tensor, name, "input", (), from_data=True, version=tensor._version)
         try:
-            with tracer if sink is not None else nullcontext():
+            with _Functions(tracer) if sink else nullcontext(), tracer if sink else nullcontext():
                 result = module(*args)
         except Exception as error:
             if tracer.sink_error is not None:
@@ -110,7 +114,28 @@ class _Frame:
     path: str
     call: str
     start: int
+    scope: str
+    """What was running when it was called."""
     is_leaf: bool = True
+
+
+class _Functions(TorchFunctionMode):
+    """Tells the tracer which of torch's functions the module's code called; those that functions call stay inside."""
+
+    def __init__(self, tracer: _Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.__name__.strip("_")
+        if name == "get":  # an attribute
+            return func(*args, **kwargs)
+        with self.tracer.function(name) as start:
+            result = func(*args, **kwargs)
+            changed = _tensors(args[:1]) if result is None else _tensors(result)  # x[…] = y returns nothing
+            self.tracer.rename(list(changed), start, self.tracer.scope)
+        return result
 
 
 class _Tracer(TorchDispatchMode):
@@ -119,6 +144,8 @@ class _Tracer(TorchDispatchMode):
         self.module, self.sink, self.prefix = module, sink, prefix
         self.record = Trace()
         self.stack: list[_Frame] = []
+        self.scope = prefix
+        """The function that is running, else the module."""
         self.sink_error: Exception | None = None
         self.failed: dict[BaseException, str] = {}
         self._known = WeakTensorKeyDictionary()
@@ -148,7 +175,7 @@ class _Tracer(TorchDispatchMode):
         result = func(*args, **kwargs)
         made = {id(t): t for t in [*_tensors(result), *written]}
         from_data = any(value.from_data for value in inputs)
-        key = self._unique(f"{self._call}/{name.strip('_')}", "#")
+        key = self._unique(f"{self.scope}:{name.strip('_')}", "#")
         # Autograd's bookkeeping comes after this returns: a view then takes its base's version, a write counts it up.
         base = args[0]._version if any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns) else 0
         for position, tensor in enumerate(made.values()):
@@ -179,7 +206,7 @@ class _Tracer(TorchDispatchMode):
         if version == tensor._version:
             return value
         writer = self._writer.get(tensor.untyped_storage()._cdata, value)
-        name = self._unique(f"{self._call}/mutated", "#")
+        name = self._unique(f"{self.scope}:mutated", "#")
         return self.add(tensor, name, "mutated", (value, writer), value.from_data or writer.from_data, tensor._version)
 
     @property
@@ -199,32 +226,60 @@ class _Tracer(TorchDispatchMode):
         if self.sink is None or not value.from_data:
             return
         try:
-            with _disable_current_modes():
+            with _unwatched():
                 self.sink(value, tensor)
         except Exception as error:
             self.sink_error = error
             raise
 
+    @contextmanager
+    def function(self, name: str) -> Iterator[int]:
+        """While a function of torch runs; yields the index of the first value that is made in it."""
+        outer, self.scope = self.scope, self._unique(f"{self._call}/{name}", "#")
+        try:
+            yield len(self.record.values)
+        finally:
+            self.scope = outer
+
+    def rename(self, tensors: Sequence[Tensor], start: int, name: str) -> list[TorchValue]:
+        """The values of ``tensors``; those made since ``start`` get ``name``, and are handed out under it.
+
+        The others are passed through by an identity and keep the name of their maker.
+        """
+        made = [(value, tensor) for tensor in tensors if (value := self.value_of(tensor)) is not None]
+        for position, (value, tensor) in enumerate(made):
+            if value.index >= start:
+                value.name = name if len(made) == 1 else f"{name}.{position}"
+                self._emit(value, tensor)
+        return [value for value, _ in made]
+
     def _enter(self, path: str) -> None:
         call = self._unique(path, "@")
         self.record.calls.append(call)
-        self.stack.append(_Frame(path, call, len(self.record.values)))
+        self.stack.append(_Frame(path, call, len(self.record.values), self.scope))
+        self.scope = call
 
     def _leave(self, output: Any) -> None:
         frame = self.stack.pop()
+        self.scope = frame.scope
         if output is None and (error := sys.exc_info()[1]) is not None:
             self.failed.setdefault(error, frame.call)
-        made = [(v, t) for t in flatten_outputs(output).values() if (v := self.value_of(t)) is not None]
-        if self.stack and any(value.from_data for value, _ in made):
+        with _unwatched():
+            tensors = list(flatten_outputs(output).values())
+            if frame.is_leaf:
+                values = self.rename(tensors, frame.start, frame.call or type(self.module).__name__)
+                self.record.leaves[frame.call] = values
+            else:
+                values = [v for t in tensors if (v := self.value_of(t)) is not None]
+        if self.stack and any(value.from_data for value in values):
             self.stack[-1].is_leaf = False
-        if not frame.is_leaf:
-            return
-        self.record.leaves[frame.call] = [value for value, _ in made]
-        name = frame.call or type(self.module).__name__
-        for position, (value, tensor) in enumerate(made):
-            if value.index >= frame.start:  # else it is an identity: the value keeps the name of its maker
-                value.name = name if len(made) == 1 else f"{name}.{position}"
-                self._emit(value, tensor)
+
+
+@contextmanager
+def _unwatched() -> Iterator[None]:
+    """What is done with tensors here is no part of the forward."""
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        yield
 
 
 def _tensors(structure: Any) -> Iterator[Tensor]:
