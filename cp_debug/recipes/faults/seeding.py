@@ -1,0 +1,48 @@
+"""The ways to put a fault into ``centerpoint:tiny``: other weights, an edited graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from cp_debug.backends.base import Program
+from cp_debug.probes.graph import Graph
+from cp_debug.recipes.centerpoint.model import CenterPoint
+from cp_debug.recipes.centerpoint.recipe import CenterPointModel
+from cp_debug.recipes.faults.base import Seeded
+from cp_debug.recipes.faults.edits import Editor
+
+Edit = Callable[[Editor, str], None]
+
+
+def changed(change: Callable[[CenterPoint], None], where: str, *layers: str) -> Seeded:
+    """The test is the same model after ``change``, exported anew."""
+    test = CenterPointModel("tiny")
+    change(test.network)
+    return Seeded(CenterPointModel("tiny"), where, layers, test_model=test)
+
+
+def edited(where: str, edits: dict[str, Edit]) -> Seeded:
+    """The test is the reference's graph after ``edits``, by layer name."""
+
+    def rewrite(programs: list[Program], folder: Path) -> list[Program]:
+        return [_edit(program, edits, folder) for program in programs]
+
+    return Seeded(CenterPointModel("tiny"), where, list(edits), test_model=rewrite)
+
+
+def _edit(program: Program, edits: dict[str, Edit], folder: Path) -> Program:
+    own = {value: edits[name] for name, value in layers(program).items() if name in edits}
+    if not own:
+        return program
+    editor = Editor(program.graph.path)
+    for value, edit in own.items():
+        edit(editor, value)
+    return Program(program.name, Graph(editor.save(folder / f"{program.name}.spoilt.onnx")))
+
+
+def layers(program: Program) -> dict[str, str]:
+    """Layer name, as the tables print it → value in the deployed graph."""
+    assert program.alignment is not None
+    names = {program.alignment.layer_name(value): value for value in program.graph.producer}
+    return {name: value for name, value in names.items() if name}
