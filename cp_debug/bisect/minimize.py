@@ -1,0 +1,74 @@
+"""The smallest set for which something still holds: optimisers, nodes to keep in FP32, nodes of a failing subgraph.
+
+The shape is that of Hypothesis's shrinker: one cached predicate over frozen sets, and a pass that deletes runs of
+elements whose length it adapts, repeated until it can no longer progress.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from typing import Generic, TypeVar
+
+T = TypeVar("T", bound=Hashable)
+
+
+class Minimizer(Generic[T]):
+    """Minimises sets under ``predicate``, which is never asked twice for the same set."""
+
+    def __init__(self, predicate: Callable[[frozenset[T]], bool]) -> None:
+        self._predicate = predicate
+        self._known: dict[frozenset[T], bool] = {}
+
+    @property
+    def asked(self) -> int:
+        """How often the predicate has run."""
+        return len(self._known)
+
+    def holds(self, items: Iterable[T]) -> bool:
+        """The predicate of this set."""
+        key = frozenset(items)
+        if key not in self._known:
+            self._known[key] = self._predicate(key)
+        return self._known[key]
+
+    def minimize(self, items: Iterable[T]) -> list[T]:
+        """A subset, in the given order, for which the predicate holds, but of which no element can be left out.
+
+        About k·log(n) questions for k of n elements; earlier elements are given up first. Raises ValueError when the
+        predicate does not hold for all of ``items``.
+        """
+        current = list(dict.fromkeys(items))
+        if not self.holds(current):
+            raise ValueError("the predicate does not hold for the whole set")
+        before = None
+        while current != before:
+            before = current
+            kept = 0
+            while kept < len(current):
+                rest, start = current, kept
+
+                def deletes(count: int, rest: list[T] = rest, start: int = start) -> bool:
+                    return start + count <= len(rest) and self.holds(rest[:start] + rest[start + count :])
+
+                count = find_integer(deletes)
+                current = rest[:start] + rest[start + count :]
+                kept += 1  # the element that now stands at ``start`` has just been refused
+        return current
+
+
+def find_integer(holds: Callable[[int], bool]) -> int:
+    """An n with ``holds(n)`` and not ``holds(n + 1)``, in about 2·log(n) questions; ``holds(0)`` is taken as true.
+
+    From Hypothesis (``hypothesis.internal.conjecture.junkdrawer.find_integer``): small answers are tried one by one,
+    as they are the usual ones. ``holds`` must be false for all large numbers.
+    """
+    for n in range(1, 5):
+        if not holds(n):
+            return n - 1
+    low, high = 4, 8
+    while holds(high):
+        low, high = high, high * 2
+    while low + 1 < high:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
