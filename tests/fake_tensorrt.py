@@ -25,12 +25,12 @@ RECORDED = json.loads((Path(__file__).parent / "data" / "tensorrt_api.json").rea
 VERSIONS = tuple(RECORDED)
 
 _TYPES = {"FLOAT": np.float32, "HALF": np.float16, "BF16": ml_dtypes.bfloat16, "INT32": np.int32, "INT64": np.int64}
-_ELEMENTS = {onnx.TensorProto.FLOAT: "FLOAT", onnx.TensorProto.FLOAT16: "HALF", onnx.TensorProto.INT64: "INT64"}
-_WORDS = {"FLOAT": "Float", "HALF": "Half", "BF16": "BF16", "INT64": "Int64"}
+_ELEMENTS = {onnx.TensorProto.FLOAT: "FLOAT", onnx.TensorProto.FLOAT16: "HALF"}
+_WORDS = {"FLOAT": "Float", "HALF": "Half", "BF16": "BF16", "INT64": "Int64", "INT32": "Int32"}
 _OLD_WORDS = {
     "FLOAT": "Row major linear FP32",
     "HALF": "Channel major FP16 format where channel % 8 == 0",
-    "INT64": "Row major Int64 format",
+    "INT32": "Row major INT32 format",
 }
 _KERNELS = {"FLOAT": "f32f32_f32f32_f32", "HALF": "f16f16_f16f16_f16", "BF16": "bf16bf16_bf16f32_f32"}
 
@@ -179,7 +179,8 @@ class OnnxParser:
         for index, node in enumerate(graph.node):
             if node.op_type == "Det":
                 self._errors.append(trt.ParserError(index, node))
-            outputs = [trt.ITensor(trt, o, _ELEMENTS.get(types[o].elem_type, "INT64"), ()) for o in node.output]
+            whole = "INT64" if hasattr(trt.DataType, "INT64") else "INT32"
+            outputs = [trt.ITensor(trt, o, _ELEMENTS.get(types[o].elem_type, whole), ()) for o in node.output]
             for tensor in outputs:
                 tensor.is_network_output = tensor.name in {v.name for v in graph.output}
             network._layers.append(trt.ILayer(trt, node, outputs))

@@ -18,7 +18,6 @@ from cp_debug.backends.tensorrt.options import Options
 from cp_debug.probes.casts import cast_surgery
 from cp_debug.probes.graph import Graph
 from cp_debug.probes.inputs import check_inputs
-from cp_debug.probes.statistics import compare
 
 
 @cache
@@ -113,7 +112,7 @@ class EngineSession:
             outputs = self._outputs(written)
             if plain:
                 reference, again = (self._outputs(files) for files in plain)
-                engines.gap, engines.floor = _distance(reference, outputs), _distance(reference, again)
+                engines.gap, engines.floor = output_distance(reference, outputs), output_distance(reference, again)
             outputs_wanted = {v.name for v in self._own.outputs if probes is None or v.name in probes}
             for value in self._own.tensors:
                 if value in written and (value in wanted or value in outputs_wanted):
@@ -177,6 +176,11 @@ def _is_static(shape: tuple[int | str | None, ...] | None) -> bool:
     return shape is not None and all(isinstance(size, int) for size in shape)
 
 
-def _distance(reference: Mapping[str, np.ndarray], test: Mapping[str, np.ndarray]) -> float:
-    """Largest relative L2 distance of any output; 0 when all are equal bit for bit, infinite when NaN comes in."""
-    return max((compare(reference[name], test[name]).rel_l2 for name in reference), default=0.0)
+def output_distance(reference: Mapping[Any, np.ndarray], test: Mapping[Any, np.ndarray]) -> float:
+    """Largest ‖test − reference‖ ÷ ‖reference‖ of any output: 0 when all are equal, infinite when NaN comes in."""
+    distances = [0.0]
+    for name, array in reference.items():
+        if not np.array_equal(array, test[name], equal_nan=True):
+            wide = array.astype(np.float64)
+            distances.append(float(np.linalg.norm(test[name] - wide) / max(float(np.linalg.norm(wide)), 1e-300)))
+    return max(np.nan_to_num(distances, nan=np.inf).tolist())
