@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,6 +16,9 @@ from onnx import TensorProto, helper, numpy_helper
 from cp_debug.errors import InputError
 
 HALF = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+
+Step = tuple[str, list[np.ndarray], dict[str, Any]]
+"""An operator, its constant inputs after the first, its attributes."""
 
 
 class Editor:
@@ -49,8 +53,8 @@ class Editor:
         self.graph.initializer.append(numpy_helper.from_array(array, name))
         return name
 
-    def after(self, value: str, *steps: tuple[str, Sequence[np.ndarray], dict[str, object]]) -> None:
-        """Let (operator, further constant inputs, attributes) change ``value`` where it is made, for all readers."""
+    def after(self, value: str, *steps: Step) -> None:
+        """Let some operators change ``value`` where it is made, for all readers."""
         node = self.node(value)
         place = next(i for i, n in enumerate(self.graph.node) if n is node or n.output == node.output)
         current = f"{value}.unspoilt"
@@ -156,7 +160,7 @@ def store_as(editor: Editor, value: str, precision: str) -> None:
 
 def quantize(editor: Editor, value: str, largest: float) -> None:
     """The result passes an INT8 quantizer that saturates at ±largest."""
-    parameters = [np.array(largest / 127, np.float32), np.array(0, np.int8)]
+    parameters: list[np.ndarray] = [np.array(largest / 127, np.float32), np.array(0, np.int8)]
     editor.after(value, ("QuantizeLinear", parameters, {}), ("DequantizeLinear", parameters, {}))
 
 
