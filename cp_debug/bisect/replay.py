@@ -128,7 +128,8 @@ class Replayer:
                 0.0,
             )
             self._trace_back(replay, exact[target], reference(target), divergence)
-            if replay.inherited is not None and replay.inherited > SUSPICIOUS * (divergence + replay.oracle_error):
+            own = PRECISIONS[self._claims[0]].roundoff * math.sqrt(max(self._reduction(n) for n in nodes))
+            if replay.inherited is not None and replay.inherited > SUSPICIOUS * divergence + 2 * own:
                 replay.reference_excess = self._reference_excess(nodes, starts, target, reference)
             results[target] = replay
         return results

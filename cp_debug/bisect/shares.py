@@ -33,11 +33,11 @@ def set_shares(run: TestRun, rows: Mapping[Key, LayerRow], sample: Sample, refer
     guilty.sort(key=lambda item: item[1].replay.excess or 0.0, reverse=True)  # type: ignore[union-attr]
     if not guilty:
         return
-    propagate = Propagation(run, sample, reference)
-    divergence = propagate.divergence(test)
+    propagate = Propagation(run, sample, reference, test)
+    divergence = propagate.divergence()
     for key, row in guilty[:MOST]:
         try:
-            change = propagate.change(key, test)
+            change = propagate.change(key)
         except InputError:  # the replay of this layer says why
             continue
         row.share = ratio(float(change @ divergence), float(divergence @ divergence))
@@ -46,34 +46,37 @@ def set_shares(run: TestRun, rows: Mapping[Key, LayerRow], sample: Sample, refer
 class Propagation:
     """Carries a change of one value to the final outputs, everything else as the reference computed it."""
 
-    def __init__(self, run: TestRun, sample: Sample, reference: Capture) -> None:
-        self._run, self._sample, self._reference = run, sample, reference
+    def __init__(self, run: TestRun, sample: Sample, reference: Capture, test: Capture) -> None:
+        self._run, self._sample, self._reference, self._test = run, sample, reference, test
         self._model = run.pipeline.model
         self._components = [c.name for c in self._model.components]
 
-    def divergence(self, test: Capture) -> np.ndarray:
+    def divergence(self) -> np.ndarray:
         """D: the test's final outputs minus the reference's, as one vector."""
         component = self._components[-1]
-        return self._vector({n: as_numpy(test.load(n, component=component)) for n in self._outputs(component)})
+        return self._vector({n: self._test.load(n, component=component) for n in self._outputs(component)})
 
-    def change(self, key: Key, test: Capture) -> np.ndarray:
+    def change(self, key: Key) -> np.ndarray:
         """Δ: what the introduced error of the layer ``key`` does to the final outputs."""
         start = self._components.index(key.component)
         results: dict[str, Arrays] = {
             c: {n: self._reference.load(n, component=c) for n in self._outputs(c)} for c in self._components[:start]
         }
-        results[key.component] = self._downstream(key, test)
+        results[key.component] = self._downstream(key)
         for component in self._model.components[start + 1 :]:
             graph = self._run.programs[component.name].graph
             inputs = self._model.feed(component, self._sample, results)
             results[component.name] = {n: t.numpy() for n, t in Executor(graph, FP32).run(inputs).items()}
         return self._vector(results[self._components[-1]])
 
-    def _downstream(self, key: Key, test: Capture) -> dict[str, np.ndarray]:
+    def _downstream(self, key: Key) -> dict[str, np.ndarray]:
         """The outputs of the layer's own component when its value alone is changed."""
         graph, load = self._run.programs[key.component].graph, loader(self._reference, key.component)
-        introduced, _ = self._run.replayer(key.component, test).introduced(key.value, loader(test, key.component))
-        changed = {key.value: load(key.value) + np.nan_to_num(introduced.numpy(), posinf=0.0, neginf=0.0)}
+        replayer = self._run.replayer(key.component, self._test)
+        introduced, _ = replayer.introduced(key.value, loader(self._test, key.component))
+        value = as_numpy(load(key.value))
+        added = np.nan_to_num(introduced.numpy(), posinf=0.0, neginf=0.0)
+        changed = {key.value: (value + added).astype(value.dtype)}
         reached = {key.value}
         for node in graph.nodes:
             if not reached.isdisjoint(node.inputs):
@@ -96,6 +99,8 @@ class Propagation:
         component, parts = self._components[-1], []
         for name in self._outputs(component):
             reference = self._reference.load(name, component=component).astype(np.float64)
+            if self._test.load(name, component=component).shape != reference.shape:
+                continue
             difference = np.nan_to_num(np.asarray(outputs[name], np.float64) - reference, posinf=0.0, neginf=0.0)
             parts.append(difference.ravel() / (np.linalg.norm(reference) or 1.0))
-        return np.concatenate(parts)
+        return np.concatenate([np.empty(0), *parts])

@@ -25,15 +25,15 @@ def load_model(text: str, *, checkpoint: Path | None = None, seed: int = 0) -> M
 
         return OnnxFileModel(Path(text))
     head, _, tail = text.partition(":")
-    if head == "centerpoint":
+    if text in (known := [name for name, _ in known_models()]) or text == "centerpoint":
         from cp_debug.recipes.centerpoint.recipe import CenterPointModel
 
         return CenterPointModel(tail or "tiny", checkpoint=checkpoint, seed=seed)
-    if tail and (head.endswith(".py") or re.fullmatch(r"[A-Za-z_][\w.]*", head)):
+    if head != "centerpoint" and tail and (head.endswith(".py") or re.fullmatch(r"[A-Za-z_][\w.]*", head)):
         from cp_debug.recipes.torch_callable import load_callable
 
         return load_callable(text, checkpoint=checkpoint)
-    near = difflib.get_close_matches(text, [name for name, _ in known_models()], n=1)
+    near = difflib.get_close_matches(text, known, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise InputError(f"MODEL: {text!r} is not a recipe, an .onnx file or module:callable{hint}")
 
