@@ -185,8 +185,8 @@ def summary(row: Mapping[str, Any]) -> str:
     }
     return (
         f"{head} worst {max(row['rel_l2_to_ort'].values(), default=0.0):.2e} over {len(row['rel_l2_to_ort'])} values, "
-        f"{len(told['layers'])} layers {dict(kinds)}, types {told['realised_precision']}, gap {told['observer_gap']:.2e}, "
-        f"floor {told['rebuild_floor']:.2e}, changed {changed}, seconds {told['build_seconds']} {row['seconds']}"
+        f"{len(told['layers'])} layers {dict(kinds)}, types {told['realised_precision']}, "
+        f"gap {told['observer_gap']:.2e}, floor {told['rebuild_floor']:.2e}, changed {changed}, seconds {told['build_seconds']} {row['seconds']}"
     )
 
 
