@@ -183,10 +183,12 @@ def summary(row: Mapping[str, Any]) -> str:
     changed = {
         name: len(told[name]["fusions_changed"] + told[name]["tactics_changed"]) for name in ("rebuilt", "probed")
     }
+    distances = row["rel_l2_to_ort"].values()
     return (
-        f"{head} worst {max(row['rel_l2_to_ort'].values(), default=0.0):.2e} over {len(row['rel_l2_to_ort'])} values, "
+        f"{head} worst {max(distances, default=0.0):.2e} over {len(distances)} values, "
         f"{len(told['layers'])} layers {dict(kinds)}, types {told['realised_precision']}, "
-        f"gap {told['observer_gap']:.2e}, floor {told['rebuild_floor']:.2e}, changed {changed}, seconds {told['build_seconds']} {row['seconds']}"
+        f"gap {told['observer_gap']:.2e}, floor {told['rebuild_floor']:.2e}, "
+        f"changed {changed}, seconds {told['build_seconds']} {row['seconds']}"
     )
 
 

@@ -224,6 +224,31 @@ def test_memory_versions_time_and_members_fail_in_words(monkeypatch: pytest.Monk
     assert (error["kind"], "no calibrators" in error["message"]) == ("unsupported", True)
 
 
+@pytest.mark.parametrize(
+    ("text", "kind", "nodes"),
+    [
+        (
+            "Could not find any implementation for node /up/ConvTranspose + /up/Relu.",
+            "kernel",
+            ["/up/ConvTranspose + /up/Relu"],
+        ),
+        (
+            "Could not find any implementation for node /a.0/Conv due to insufficient workspace.",
+            "kernel",
+            ["/a.0/Conv"],
+        ),
+        ("Cuda Runtime (out of memory)", "memory", []),
+        ("something else", "build", []),
+    ],
+)
+def test_why_a_build_failed(text: str, kind: str, nodes: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    install("8.6.0", monkeypatch)
+    job = runner.Job(lambda event: None)
+    job.log("ERROR", text)
+    failure = runner._build_failure(job)
+    assert (failure.kind, failure.nodes, failure.message) == (kind, nodes, text)
+
+
 def test_a_refused_timing_cache_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     install("8.6.0", monkeypatch)
     save_net(tmp_path)
