@@ -11,7 +11,7 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[1]
 # Leaves: they import nothing of the project but errors, and say what a model is, so recipes need them too.
-LEAVES = {f"cp_debug.probes.{name}" for name in ("graph", "inputs", "outputs", "arrays")}
+LEAVES = {f"cp_debug.probes.{name}" for name in ("graph", "inputs", "outputs", "arrays", "trace")}
 # An entry point beside the recipe whose weights it makes; nothing imports it.
 ENTRY_POINTS = {"cp_debug/recipes/centerpoint/training.py"}
 RANK = {"cli": 0, "reports": 1, "bisect": 2, "deploy": 2, "quantization": 2, "backends": 3, "probes": 3, "recipes": 4}

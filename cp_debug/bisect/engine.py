@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.registry import create
@@ -19,11 +19,16 @@ from cp_debug.bisect.pipeline import Key, Pipeline, changed_state, header, load_
 from cp_debug.bisect.precision import coarser, oracle_for
 from cp_debug.bisect.replay import Replay
 from cp_debug.bisect.result import BisectResult, LayerRow, Observation, StageRow, TestResult
+from cp_debug.bisect.scene import decode, keep_scene
 from cp_debug.bisect.shares import set_shares
 from cp_debug.bisect.testrun import TestRun
+from cp_debug.errors import InputError
 from cp_debug.probes.capture import Capture, CaptureWriter
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.registry import load_model
+
+if TYPE_CHECKING:
+    from cp_debug.bisect.knobs import Knobs
 
 Rewrite = Callable[[list[Program], Path], list[Program]]
 """Makes the programs of the tests from the reference's and a folder for new files; value names should stay."""
@@ -50,6 +55,8 @@ class Options:
     replay: bool = True
     exporter: str = "dynamo"
     folded: bool = True
+    knobs: bool = False
+    """Find the graph optimisers that are responsible for the difference of optimised ONNX Runtime tests."""
     save: Path | None = None
     """Folder for the captures: ``sample-0/torch``, ``sample-0/ort`` …"""
 
@@ -89,6 +96,9 @@ class Bisection:
         if isinstance(backends, str):
             backends = [create(spec) for spec in parse_backends(backends)]
         self._reference, *self._tests = backends
+        if options.knobs and not any(map(is_optimised, self._tests)):
+            given = ", ".join(str(test.spec) for test in self._tests)
+            raise InputError(f"--knobs: expected ort-basic or ort-all among the test backends, which are {given}")
         self.model = model if not isinstance(model, str) else self._load(model, options.checkpoint)
         self._test_model = test_model
         given = test_model is not None and not isinstance(test_model, Path) and not callable(test_model)
@@ -107,6 +117,7 @@ class Bisection:
         """All samples, all tests."""
         options = self.options
         self._steps = 2 + options.samples * (1 + len(self._tests) * (3 if options.replay else 1))
+        self._steps += sum(map(is_optimised, self._tests)) if options.knobs else 0
         with tempfile.TemporaryDirectory(prefix="cpdebug-") as scratch, ExitStack() as stack:
             samples = self.model.samples(options.samples, options.seed, options.inputs)
             first = next(iter(samples))
@@ -121,6 +132,8 @@ class Bisection:
             for index, sample in enumerate((first, *samples)):
                 sources.append(sample.source)
                 self._sample(index, sample, reference, runs, collected, Path(scratch))
+            if options.knobs:
+                self._find_knobs(first, runs, collected)
             return BisectResult(
                 model=self.model.name,
                 reference=reference.record(),
@@ -180,12 +193,14 @@ class Bisection:
         folder = (self.options.save or scratch) / f"sample-{index}"
         self._step(f"{reference.backend.spec}, sample {index}")
         with self._writer(folder, reference, sample) as writer:
-            reference.run(sample, lambda key, tensor: writer.put(key.value, tensor, component=key.component))
+            given = reference.run(sample, lambda key, tensor: writer.put(key.value, tensor, component=key.component))
+        decoded = {str(reference.backend.spec): decode(self.model, sample, given)}
         captured = Capture.open(writer.folder)
         for run, found in zip(runs, collected, strict=True):
             self._step(f"{run.pipeline.backend.spec}, sample {index}")
             with self._writer(folder, run.pipeline, sample) as writer:
                 stats, results = run.run(sample, captured, writer)
+            decoded[str(run.pipeline.backend.spec)] = decode(self.test_model, sample, results)
             test = Capture.open(writer.folder)
             replays: dict[Key, Replay] = {}
             floors: dict[Key, float] = {}
@@ -202,9 +217,22 @@ class Bisection:
             found.add(rows)
         if self.options.save is None:
             shutil.rmtree(folder)
+        else:
+            keep_scene(folder, sample, decoded)
+
+    def _find_knobs(self, sample: Sample, runs: list[TestRun], collected: list[Collected]) -> None:
+        from cp_debug.backends.ort_backend import OrtBackend
+        from cp_debug.bisect.knobs import find_knobs
+
+        for run, found in zip(runs, collected, strict=True):
+            pipeline, seen = run.pipeline, found.observation
+            if isinstance(pipeline.backend, OrtBackend) and is_optimised(pipeline.backend):
+                self._step(f"{pipeline.backend.spec}: knobs")
+                floor = seen.noise_floor if seen else 0.0
+                found.knobs = find_knobs(pipeline.model, pipeline.programs, pipeline.backend, sample, floor)
 
     def _writer(self, folder: Path, pipeline: Pipeline, sample: Sample) -> CaptureWriter:
-        return CaptureWriter(folder / str(pipeline.backend.spec), header(pipeline, sample))
+        return CaptureWriter(folder / str(pipeline.backend.spec), header(pipeline, [sample]))
 
     def _result(self, run: TestRun, found: Collected, layers: list[Layer]) -> TestResult:
         rows = [found.rows[key] for key in sorted(found.rows, key=lambda k: found.rows[k].index)]
@@ -229,7 +257,13 @@ class Bisection:
             oracle=run.oracle,
             observation=found.observation,
             notes=found.notes(rows),
+            knobs=found.knobs,
         )
+
+
+def is_optimised(backend: Backend) -> bool:
+    """Whether ONNX Runtime's graph optimiser works on what this backend runs."""
+    return backend.spec.family == "ort" and backend.spec.variant not in ("", "none")
 
 
 class Collected:
@@ -238,6 +272,7 @@ class Collected:
     def __init__(self) -> None:
         self.rows: dict[Key, LayerRow] = {}
         self.observation: Observation | None = None
+        self.knobs: Knobs | None = None
 
     def add(self, rows: Mapping[Key, LayerRow]) -> None:
         """Keep the worse of each layer's rows."""

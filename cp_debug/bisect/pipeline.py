@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from cp_debug.backends.base import Backend, Program, RunRecord, Session, Tensor
+from cp_debug.bisect.layers import layers_of
 from cp_debug.errors import InputError
 from cp_debug.probes.alignment import Alignment, align
-from cp_debug.probes.capture import Header, array_hash
+from cp_debug.probes.capture import array_hash
 from cp_debug.probes.export import export
 from cp_debug.probes.graph import Graph
 from cp_debug.probes.outputs import flatten_outputs
@@ -186,19 +187,24 @@ class Pipeline:
         )
 
 
-def header(pipeline: Pipeline, sample: Sample) -> Header:
-    """The manifest of a capture of this run: what ran, on what, in which settings."""
+def header(pipeline: Pipeline, samples: Sequence[Sample]) -> dict[str, Any]:
+    """The manifest of a capture of this run: what ran, on what, in which settings, and what its layers are called."""
     record = pipeline.record()
     digests = "".join(program.graph.digest for program in pipeline.programs)
-    return Header(
-        backend=record.spec,
-        versions=record.versions,
-        device=record.device,
-        settings=record.settings,
-        model={"name": pipeline.model.name, "sha256": hashlib.sha256(digests.encode()).hexdigest()},
-        inputs=[{name: array_hash(array) for name, array in sample.arrays.items()}],
-        samples=[sample.source],
-    )
+    last = pipeline.model.components[-1]
+    return {
+        "backend": record.spec,
+        "precision": record.precision,
+        "emulated": record.emulated,
+        "versions": record.versions,
+        "device": record.device,
+        "settings": record.settings,
+        "model": {"name": pipeline.model.name, "sha256": hashlib.sha256(digests.encode()).hexdigest()},
+        "inputs": [{name: array_hash(array) for name, array in sample.arrays.items()} for sample in samples],
+        "samples": [sample.source for sample in samples],
+        "layers": {p.name: {layer.onnx: layer.name for layer in layers_of([p])} for p in pipeline.programs},
+        "outputs": [[last.name, name] for name in last.output_names],
+    }
 
 
 def _under(component: str, sink: Callable[[Key, Tensor], None]) -> Callable[[str, Tensor], None]:

@@ -6,12 +6,10 @@ import itertools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from cp_debug.backends.base import RunRecord
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
-from cp_debug.bisect.layers import layers_of
 from cp_debug.bisect.pipeline import Pipeline, header, prepare
 from cp_debug.bisect.precision import coarser
 from cp_debug.bisect.result import BisectResult, LayerRow, TestResult
@@ -42,14 +40,7 @@ def record(
     with tempfile.TemporaryDirectory(prefix="cpdebug-") as scratch:
         programs = prepare(model, first, Path(scratch), exporter=exporter, folded=folded)
         with Pipeline(model, programs, created) as pipeline:
-            manifest: dict[str, Any] = dict(header(pipeline, first)) | {
-                "precision": created.precision,
-                "emulated": created.emulated,
-                "inputs": [],
-                "samples": [],
-                "layers": {p.name: {layer.onnx: layer.name for layer in layers_of([p])} for p in programs},
-                "outputs": [[model.components[-1].name, name] for name in model.components[-1].output_names],
-            }
+            manifest = header(pipeline, [])  # the samples are added as they come; it is written at the end
             with CaptureWriter(folder, manifest) as writer:
                 for index, sample in enumerate(itertools.chain([first], found)):
                     on_step(f"{backend}, sample {index}", index + 1, samples + 1)

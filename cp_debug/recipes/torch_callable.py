@@ -17,6 +17,7 @@ import torch
 from cp_debug.errors import InputError, ModuleFailed
 from cp_debug.probes.graph import ValueInfo
 from cp_debug.probes.outputs import flatten_outputs
+from cp_debug.probes.trace import trace
 from cp_debug.recipes.base import Arrays, Component, Sample, Stage
 from cp_debug.recipes.npz import npz_samples
 
@@ -123,7 +124,8 @@ def _output_names(name: str, module: torch.nn.Module, tensors: Sequence[torch.Te
     try:
         with torch.no_grad():
             return list(flatten_outputs(module(*tensors)))
-    except Exception as error:  # the user's forward may raise anything
+    except Exception as error:  # the user's forward may raise anything; a trace knows in which module
+        trace(module, {str(i): tensor for i, tensor in enumerate(tensors)})
         raise ModuleFailed(f"MODEL: {name}: forward raised {type(error).__name__}: {error}") from error
 
 
