@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from cp_debug.cli import bisect, capture, compare, doctor, models
+from cp_debug.cli import bisect, capture, compare, demo, doctor, models
 from cp_debug.cli.console import errors
 from cp_debug.errors import CpdebugError
 
@@ -21,7 +21,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (bisect.bisect, capture.capture, compare.compare, doctor.doctor, models.models):
+for command in (bisect.bisect, capture.capture, compare.compare, demo.demo, doctor.doctor, models.models):
     app.command()(command)
 
 

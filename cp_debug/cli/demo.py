@@ -1,0 +1,71 @@
+"""``cpdebug demo``: a fault that is known, and the tool finding it."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cp_debug.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+    from cp_debug.bisect.result import TestResult
+    from cp_debug.recipes.faults.base import Seeded
+
+
+def demo(
+    fault: Annotated[str | None, typer.Argument(help="A fault to inject; without one, they are listed.")] = None,
+    json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
+) -> None:
+    """Put a known fault into the built-in model and watch it being found: the tutorial in one command."""
+    from cp_debug.bisect.engine import bisect
+    from cp_debug.cli.console import console, show, steps
+    from cp_debug.recipes.faults.catalog import FAULTS
+
+    if fault is None:
+        console.print(catalogue())
+        console.print("\nrun one:  cpdebug demo weight-scale", highlight=False)
+        return
+    if fault not in FAULTS:
+        near = difflib.get_close_matches(fault, FAULTS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; expected one of {', '.join(FAULTS)}"
+        raise InputError(f"FAULT: there is no fault {fault!r}{hint}")
+    seeded = FAULTS[fault].seed()
+    with steps() as on_step:
+        result = bisect(seeded.model, seeded.backends, test_model=seeded.test_model, on_step=on_step)
+    if json != "-":
+        console.print(f"[bold]injected:[/] {FAULTS[fault].summary} ({seeded.where})", highlight=False)
+        console.print(f"[bold]in the field:[/] {FAULTS[fault].symptom}\n", highlight=False)
+    show(result, json=json, csv=None)
+    if json != "-":
+        console.print(verdict(seeded, result.tests[0]))
+    raise typer.Exit(0 if result.agrees else 1)
+
+
+def catalogue() -> Table:
+    """Every fault: name, what is wrong, what one would see."""
+    from rich.table import Table
+
+    from cp_debug.recipes.faults.catalog import FAULTS
+
+    table = Table("fault", "what is wrong", "in the field", box=None, header_style="bold", pad_edge=False)
+    for name, fault in FAULTS.items():
+        table.add_row(name, fault.summary, fault.symptom)
+    return table
+
+
+def verdict(seeded: Seeded, test: TestResult) -> Text:
+    """One line: whether the guilty layers are the injected ones, no more and no fewer."""
+    from rich.text import Text
+
+    injected = [row.name for row in test.rows if seeded.strikes(row.name, row.op)]
+    guilty = [row.name for row in test.guilty]
+    if injected == guilty:
+        return Text(f"found: yes, exactly the {len(guilty)} injected layer(s)", "bold green")
+    wrong = [f"{name} is innocent" for name in guilty if name not in injected]
+    missed = [f"{name} was missed" for name in injected if name not in guilty]
+    return Text(f"found: no: {'; '.join(wrong + missed)}", "bold red")
