@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,11 @@ def _width(stream_is_tty: bool) -> int | None:
 
 console = Console(width=_width(sys.stdout.isatty()))
 errors = Console(stderr=True, width=_width(sys.stderr.isatty()))
+
+
+def command_line() -> str:
+    """What the user typed, to be pasted into a shell again."""
+    return shlex.join(["cpdebug", *sys.argv[1:]])
 
 
 def show(

@@ -21,7 +21,8 @@ class Detections:
     scores: np.ndarray
     """[N] float32 in (0, 1)."""
     labels: np.ndarray
-    """[N] int32, index into ``config.class_names``."""
+    """[N] int32, index into ``class_names``."""
+    class_names: tuple[str, ...] = ()
 
 
 def decode(outputs: Mapping[str, Tensor], config: CenterPointConfig, *, nms: bool = True) -> list[Detections]:
@@ -44,7 +45,8 @@ def decode(outputs: Mapping[str, Tensor], config: CenterPointConfig, *, nms: boo
             boxes[:, 2] -= boxes[:, 5] * np.float32(0.5)
             parts.append((boxes, scores, labels + np.int32(first_label)))
             first_label += len(config.tasks[task])
-        samples.append(Detections(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True))))
+        boxes, scores, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        samples.append(Detections(boxes, scores, labels, config.class_names))
     return samples
 
 

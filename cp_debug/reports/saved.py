@@ -1,0 +1,235 @@
+"""A saved result, read back: the folder that ``bisect --save`` writes, or its ``result.json`` alone.
+
+Unknown fields are left alone, so that files of later versions of the same schema can be read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NoReturn
+
+from cp_debug.backends.base import RunRecord
+from cp_debug.bisect.replay import Replay
+from cp_debug.bisect.result import SCHEMA, BisectResult, LayerRow, Observation, StageRow, TestResult
+from cp_debug.bisect.scene import Scene
+from cp_debug.errors import InputError
+from cp_debug.probes.capture import Capture
+from cp_debug.probes.graph import Graph
+from cp_debug.probes.statistics import TensorStats
+
+RESULT = "result.json"
+
+Finding = Mapping[str, Any]
+"""One finding of the JSON schema: cause, layers, explained, evidence, where, effect, fix; any of them may be absent."""
+
+
+@dataclass(frozen=True)
+class SavedResult:
+    """A result with what was kept beside it."""
+
+    result: BisectResult
+    findings: tuple[tuple[Finding, ...], ...]
+    """Those of each test backend, in the order of ``result.tests``."""
+    folder: Path | None = None
+    """Where the captures and graphs lie; None when only the JSON was given."""
+
+    @classmethod
+    def open(cls, path: Path) -> SavedResult:
+        """Read a saved folder, or a JSON file. Raises InputError that names the file and the field."""
+        path = Path(path)
+        file = path / RESULT if path.is_dir() else path
+        try:
+            document = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"{file}: no such file; expected what `cpdebug bisect --save FOLDER` writes") from None
+        except OSError as error:
+            raise InputError(f"{file}: cannot be read ({error.strerror})") from None
+        except ValueError as error:
+            raise InputError(f"{file}: not JSON ({error})") from None
+        return cls._of(Fields(document, str(file), ""), path if path.is_dir() else None)
+
+    @classmethod
+    def of(cls, result: BisectResult, folder: Path | None = None) -> SavedResult:
+        """A result as it comes out of ``bisect``; ``folder`` is where that saved its captures."""
+        return cls._of(Fields(json.loads(json.dumps(result.to_dict())), "result", ""), folder)
+
+    @classmethod
+    def _of(cls, fields: Fields, folder: Path | None) -> SavedResult:
+        if (schema := fields.get("schema", str)) != SCHEMA:
+            fields.fail("schema", f"{schema!r}; this version reads {SCHEMA!r}")
+        records = [_record(record) for record in fields.objects("backends")]
+        blocks = fields.objects("tests")
+        if not blocks or len(records) != len(blocks) + 1:
+            fields.fail("tests", f"{len(blocks)} entries; expected one for each backend after the reference")
+        result = BisectResult(
+            model=fields.get("model", str),
+            reference=records[0],
+            tests=[_test(block, record) for block, record in zip(blocks, records[1:], strict=True)],
+            samples=fields.get("samples", list),
+            coverage=fields.get("coverage", dict, {}),
+            programs=fields.get("programs", dict, {}),
+            command=fields.get("command", str, ""),
+        )
+        findings = tuple(tuple(f.value for f in block.objects("findings", [])) for block in blocks)
+        return cls(result, findings, folder)
+
+    @cached_property
+    def graphs(self) -> dict[str, Graph]:
+        """Component → its deployed graph, for those whose file is still there."""
+        paths = {name: (self.folder or Path()) / path for name, path in self.result.programs.items()}
+        return {name: Graph(path) for name, path in paths.items() if path.is_file()}
+
+    def capture(self, sample: int, spec: str) -> Capture | None:
+        """The tensors of one backend on one sample; None when they were not kept."""
+        folder = self.folder and self.folder / f"sample-{sample}" / spec
+        return Capture.open(folder) if folder and folder.is_dir() else None
+
+    def scene(self, sample: int) -> Scene | None:
+        """Points and detections of one sample; None when there are none."""
+        return Scene.open(self.folder / f"sample-{sample}") if self.folder else None
+
+
+_REQUIRED: Any = object()
+
+
+class Fields:
+    """One JSON object, read field by field; whatever is wrong is an InputError with the file and the field's path."""
+
+    def __init__(self, value: Any, file: str, path: str) -> None:
+        self.value, self._file, self._path = value, file, path
+        if not isinstance(value, dict):
+            raise InputError(f"{file}: {path or 'the document'} is not a JSON object")
+
+    def get(self, key: str, kind: type | tuple[type, ...], default: Any = _REQUIRED) -> Any:
+        """The field, which is of type ``kind``; absent fields give ``default``."""
+        if key not in self.value:
+            if default is _REQUIRED:
+                self.fail(key, "missing")
+            return default
+        value = self.value[key]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind in (int, float)):
+            names = kind.__name__ if isinstance(kind, type) else " or ".join(k.__name__ for k in kind)
+            self.fail(key, f"{json.dumps(value)[:40]}; expected {names}")
+        return value
+
+    def number(self, key: str, default: Any = _REQUIRED) -> float:
+        """A number, or one of the strings "NaN", "Infinity", "-Infinity"."""
+        value = self.get(key, (int, float, str), default)
+        if value is default:
+            return default
+        try:
+            return float(value)
+        except ValueError:
+            self.fail(key, f"{value!r}; expected a number")
+
+    def optional(self, key: str) -> float | None:
+        """A number, or None where the field is absent or null."""
+        return None if self.value.get(key) is None else self.number(key)
+
+    def objects(self, key: str, default: Any = _REQUIRED) -> list[Fields]:
+        """A list of objects."""
+        items = self.get(key, list, default)
+        return [Fields(item, self._file, f"{self._where(key)}[{i}]") for i, item in enumerate(items)]
+
+    def object(self, key: str) -> Fields:
+        """An object."""
+        return Fields(self.get(key, dict), self._file, self._where(key))
+
+    def fail(self, key: str, problem: str) -> NoReturn:
+        """Raise the InputError for a field."""
+        raise InputError(f"{self._file}: field {self._where(key)!r} is {problem}")
+
+    def _where(self, key: str) -> str:
+        return f"{self._path}.{key}" if self._path else key
+
+
+def _record(fields: Fields) -> RunRecord:
+    return RunRecord(
+        spec=fields.get("spec", str),
+        precision=fields.get("precision", str),
+        device=fields.get("device", str),
+        emulated=fields.get("emulated", bool),
+        versions=fields.get("versions", dict, {}),
+        settings=fields.get("settings", dict, {}),
+    )
+
+
+def _test(fields: Fields, record: RunRecord) -> TestResult:
+    rows = [_row(row) for row in fields.objects("layers")]
+    by_key = {(row.component, row.onnx): row for row in rows}
+
+    def known(key: str) -> list[tuple[Fields, LayerRow]]:
+        found = [(item, (item.get("component", str), item.get("onnx", str))) for item in fields.objects(key)]
+        for item, place in found:
+            if place not in by_key:
+                item.fail("onnx", f"{place[1]!r}, which is none of the layers")
+        return [(item, by_key[place]) for item, place in found]
+
+    alignment, tolerance = fields.object("alignment"), fields.object("tolerance")
+    seen = None
+    if (floor := fields.optional("noise_floor")) is not None:
+        gap = fields.number("observer_gap")
+        seen = Observation(floor, gap, 0, fields.get("first_unsteady", (str, type(None)), None))
+    return TestResult(
+        backend=record,
+        rows=rows,
+        stages=[StageRow(item.get("stage", str), row) for item, row in known("stages")],
+        outputs=[row for _, row in known("outputs")],
+        compared=alignment.get("aligned", int),
+        total=alignment.get("total", int),
+        rtol=tolerance.number("rtol"),
+        atol=tolerance.number("atol"),
+        oracle=fields.get("oracle", (str, type(None))),
+        observation=seen,
+        notes=fields.get("notes", list, []),
+    )
+
+
+_WHOLE = ("nan_ref", "nan_test", "inf_ref", "inf_test", "mismatched")
+_REAL = ("mean_abs", "rel_l2", "cosine", "sqnr_db", "p50_abs", "p99_abs", "max_ref", "finite_max_abs", "finite_rel_l2")
+
+
+def _row(fields: Fields) -> LayerRow:
+    stats = TensorStats(
+        shape=tuple(fields.get("shape", list)),
+        shape_test=tuple(fields.get("shape_test", list)),
+        dtype_ref=fields.get("dtype_ref", str),
+        dtype_test=fields.get("dtype_test", str),
+        count=fields.get("count", int),
+        max_abs=fields.number("max_abs"),
+        argmax=None if fields.value.get("argmax") is None else tuple(fields.get("argmax", list)),
+        equal=fields.get("equal", bool),
+        **{name: fields.get(name, int) for name in _WHOLE},
+        **{name: fields.number(name) for name in _REAL},
+    )
+    replay = Replay(
+        nodes=tuple(fields.get("nodes", list, [])),
+        introduced=fields.optional("introduced"),
+        inherited=fields.optional("inherited"),
+        amplification=fields.optional("amplification"),
+        expected=fields.optional("expected"),
+        excess=fields.optional("excess"),
+        oracle_error=fields.number("oracle_error", 0.0),
+        born=fields.get("born_nonfinite", int, 0),
+        skipped=fields.get("skipped", (str, type(None)), None),
+    )
+    return LayerRow(
+        index=fields.get("index", int),
+        component=fields.get("component", str),
+        name=fields.get("name", str),
+        onnx=fields.get("onnx", str),
+        op=fields.get("op", str),
+        stats=stats,
+        verdict=fields.get("verdict", str),
+        within=fields.get("within_tolerance", bool),
+        replay=replay,
+        why=fields.get("why", str, ""),
+        side=fields.get("side", str, "test"),
+        share=fields.optional("share"),
+        noise_floor=fields.number("noise_floor", 0.0),
+        sample=fields.get("sample", int, 0),
+    )
