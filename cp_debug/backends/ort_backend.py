@@ -128,12 +128,19 @@ class OrtSession:
 
     def _run_whole(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         self._whole = self._whole or self._backend.runtime.session(self._graph.path, level=self._backend.level)
-        names = [v.name for v in self._graph.outputs]
-        try:
-            values = self._whole.run_with_ort_values(names, to_ort(inputs))
-        except Exception as error:  # each status of ONNX Runtime is a class of its own, directly below Exception
-            raise InputError(f"{self._graph.path}: ONNX Runtime failed: {error}") from error
-        return {n: to_numpy(v) for n, v in zip(names, values, strict=True) if v.is_tensor()}
+        return run_whole(self._whole, self._graph, inputs)
+
+
+def run_whole(
+    session: onnxruntime.InferenceSession, graph: Graph, inputs: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The outputs of ``graph``, open in ``session``, as far as they are tensors. Raises InputError when it fails."""
+    names = [v.name for v in graph.outputs]
+    try:
+        values = session.run_with_ort_values(names, to_ort(inputs))
+    except Exception as error:  # each status of ONNX Runtime is a class of its own, directly below Exception
+        raise InputError(f"{graph.path}: ONNX Runtime failed: {error}") from error
+    return {n: to_numpy(v) for n, v in zip(names, values, strict=True) if v.is_tensor()}
 
 
 def _gap(untouched: Mapping[str, np.ndarray], observed: Mapping[str, np.ndarray]) -> float:

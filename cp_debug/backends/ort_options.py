@@ -15,7 +15,14 @@ from cp_debug.optional import require
 if TYPE_CHECKING:
     import onnxruntime
 
-LEVELS = {"none": "ORT_DISABLE_ALL", "basic": "ORT_ENABLE_BASIC", "all": "ORT_ENABLE_ALL"}
+LEVELS = {
+    "none": "ORT_DISABLE_ALL",
+    "basic": "ORT_ENABLE_BASIC",
+    "extended": "ORT_ENABLE_EXTENDED",
+    "layout": "ORT_ENABLE_LAYOUT",
+    "all": "ORT_ENABLE_ALL",
+}
+"""Each does what those before it do, and more."""
 
 _CUDA = {
     "use_tf32": "0",
@@ -63,10 +70,12 @@ class Runtime:
         weights: Path | None = None,
         write: Path | None = None,
         disabled_optimizers: Sequence[str] = (),
+        log: bool = False,
     ) -> onnxruntime.InferenceSession:
         """Open a model, given as a file or as bytes with its external data in the folder ``weights``.
 
-        ``write`` makes ONNX Runtime write the program that it will run, weights in a file beside it.
+        ``write`` makes ONNX Runtime write the program that it will run, weights in a file beside it; ``log`` makes it
+        say on the process's stderr what it does.
         Raises InputError when ONNX Runtime refuses the model.
         """
         import onnxruntime as ort
@@ -77,7 +86,7 @@ class Runtime:
         options.use_deterministic_compute = True
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = 3
+        options.log_severity_level = 1 if log else 3
         # Chunks are many small sessions: an arena and a memory pattern each would keep all their peaks.
         options.enable_cpu_mem_arena = False
         options.enable_mem_pattern = False

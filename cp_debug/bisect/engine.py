@@ -97,8 +97,8 @@ class Bisection:
             backends = [create(spec) for spec in parse_backends(backends)]
         self._reference, *self._tests = backends
         if options.knobs and not any(map(is_optimised, self._tests)):
-            given = ", ".join(str(test.spec) for test in self._tests)
-            raise InputError(f"--knobs: expected ort-basic or ort-all among the test backends, which are {given}")
+            names = ", ".join(str(test.spec) for test in self._tests)
+            raise InputError(f"--knobs: expected ort-basic or ort-all among the test backends, which are {names}")
         self.model = model if not isinstance(model, str) else self._load(model, options.checkpoint)
         self._test_model = test_model
         given = test_model is not None and not isinstance(test_model, Path) and not callable(test_model)

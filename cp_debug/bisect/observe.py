@@ -48,11 +48,11 @@ def observe(
     ``probed`` are the outputs of the run that ``capture`` holds; ``name`` gives the captured name of a value.
     """
     threaded = _plain(open_pipeline, other_thread_count(), sample)
-    if _gap(probed, threaded) == 0:
+    if gap(probed, threaded) == 0:
         return Observation(noise_floor=0.0, observer_gap=0.0, runs=1), {}
     plain, again = _plain(open_pipeline, None, sample), _plain(open_pipeline, None, sample)
-    noise = max(_gap(plain, again), _gap(plain, threaded))
-    seen = Observation(noise_floor=noise, observer_gap=_gap(plain, probed), runs=3)
+    noise = max(gap(plain, again), gap(plain, threaded))
+    seen = Observation(noise_floor=noise, observer_gap=gap(plain, probed), runs=3)
     if noise == 0:
         return seen, {}
     floors: dict[Key, float] = {}
@@ -76,7 +76,7 @@ def _plain(open_pipeline: Open, threads: int | None, sample: Sample) -> dict[str
         return pipeline.run(sample)
 
 
-def _gap(a: Mapping[str, Arrays], b: Mapping[str, Arrays]) -> float:
+def gap(a: Mapping[str, Arrays], b: Mapping[str, Arrays]) -> float:
     """Relative L2 distance between the outputs of the last component; 0 only where all components' are equal."""
     pairs = [(a[c][n], b[c][n]) for c in a for n in a[c]]
     if all(np.array_equal(x, y, equal_nan=x.dtype.kind == "f") for x, y in pairs):

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console, ConsoleOptions, RenderResult
 
+    from cp_debug.bisect.knobs import Knobs
+
 SCHEMA = "cpdebug.bisect/1"
 
 OK, INHERITED, DIVERGENT, GUILTY, SHAPE = "ok", "inherited", "divergent", "guilty", "shape"
@@ -132,6 +134,8 @@ class TestResult:
     observation: Observation | None = None
     notes: list[str] = field(default_factory=list)
     """What a reader must know: settings that do not match, layers nobody could replay, probes that lie."""
+    knobs: Knobs | None = None
+    """What ONNX Runtime's optimiser is responsible for, where it was asked."""
 
     @property
     def guilty(self) -> list[LayerRow]:
@@ -179,6 +183,7 @@ class TestResult:
             "first_unsteady": seen.first_unsteady if seen else None,
             "agrees": self.agrees,
             "notes": self.notes,
+            "knobs": json_safe(self.knobs.to_dict()) if self.knobs else None,
         }
 
 

@@ -54,6 +54,9 @@ def bisect(
     atol: Annotated[float | None, typer.Option(help="Absolute tolerance on max |Δ|.")] = None,
     oracle: Annotated[Oracle, typer.Option(help="auto: FP64 for FP32 tests, FP32 below.")] = Oracle.auto,
     replay: Annotated[bool, typer.Option(help="Separate what a layer did from what it was given.")] = True,
+    knobs: Annotated[
+        bool, typer.Option("--knobs", help="Find the optimisers of ort-basic or ort-all at fault.")
+    ] = False,
     exporter: Annotated[Exporter, typer.Option(help="For torch models.")] = Exporter.dynamo,
     unfolded: Annotated[bool, typer.Option("--unfolded", help="Keep BatchNorm apart: debug module by module.")] = False,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
@@ -63,7 +66,7 @@ def bisect(
     """Run backends side by side and name the first layer whose result its precision cannot explain."""
     from cp_debug.bisect.engine import Options
     from cp_debug.bisect.engine import bisect as run
-    from cp_debug.cli.console import show, steps
+    from cp_debug.cli.console import command_line, show, steps
     from cp_debug.reports.files import write_json
 
     options = Options(
@@ -78,12 +81,14 @@ def bisect(
         atol=atol,
         oracle=None if oracle is Oracle.auto else oracle.value,
         replay=replay,
+        knobs=knobs,
         exporter=exporter.value,
         folded=not unfolded,
         save=save,
     )
     with steps() as on_step:
         result = run(model, backends, test_model=test_model, options=options, on_step=on_step)
+    result.command = command_line()
     if save:
         write_json(result, str(save / "result.json"))
     show(result, json=json, csv=csv, layers=level is Level.layers, show_all=show_all)

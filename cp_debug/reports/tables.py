@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,6 +21,8 @@ from cp_debug.bisect.result import (
     StageRow,
     TestResult,
 )
+from cp_debug.reports.knobs import render_knobs
+from cp_debug.reports.numbers import number
 
 STYLES = {OK: "green", INHERITED: "yellow", DIVERGENT: "red", GUILTY: "bold red", SHAPE: "bold red"}
 SETTINGS = {
@@ -61,6 +62,9 @@ def render(result: BisectResult, *, layers: bool = True, show_all: bool = False)
         for note in test.notes:
             yield Text(f"note: {note}", style="yellow")
         yield verdict_line(test)
+        if test.knobs is not None:
+            yield Text()
+            yield from render_knobs(test.knobs)
 
 
 def backends_table(records: Sequence[RunRecord]) -> Table:
@@ -148,17 +152,6 @@ def _why_views_differ(test: TestResult, guilty: LayerRow, beyond: LayerRow) -> s
     if beyond.index > guilty.index:
         return f"; its divergence passes the tolerance only at {beyond.name}, where the network amplifies it"
     return f"; {beyond.name} passes the tolerance before it, but adds no more than its precision explains"
-
-
-def number(value: float | None) -> str:
-    """Three digits are enough to read: ``1.23e-04``, ``0``, ``inf``, and a dash for None."""
-    if value is None:
-        return "–"
-    if value == 0:
-        return "0"
-    if not math.isfinite(value):
-        return str(value)
-    return f"{value:.3g}" if 0.01 <= abs(value) < 10000 else f"{value:.2e}"
 
 
 def _verdict(row: LayerRow) -> Text:
