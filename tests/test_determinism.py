@@ -28,18 +28,25 @@ def test_everything_is_restored_even_after_an_exception(general: str) -> None:
 def test_what_followed_the_general_setting_still_does() -> None:
     # In a process of its own: some of torch's own code writes cuDNN's setting, which then follows no more.
     script = """
-import torch
+import sys, torch
 from cp_debug.backends.determinism import deterministic
-for tf32 in (False, True):
-    with deterministic(tf32=tf32):
-        pass
-torch.backends.fp32_precision = "ieee"
-print(torch.backends.cudnn.conv.fp32_precision, torch.backends.mkldnn.conv.fp32_precision)
-torch.backends.fp32_precision = "none"
-print(torch.backends.cudnn.conv.fp32_precision, torch.backends.mkldnn.conv.fp32_precision)
+def show():
+    for general in ("ieee", "tf32", "none"):
+        torch.backends.fp32_precision = general
+        print(torch.backends.cudnn.conv.fp32_precision, torch.backends.mkldnn.conv.fp32_precision)
+    print(torch.backends.cudnn.allow_tf32)
+show()
+for general in ("ieee", "tf32", "none"):
+    torch.backends.fp32_precision = general
+    for tf32 in (False, True):
+        with deterministic(tf32=tf32):
+            pass
+print("then")
+show()
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["ieee", "ieee", "tf32", "none"]
+    before, _, after = done.stdout.partition("then\n")
+    assert before == after != ""
 
 
 def test_settings_are_read_back_from_torch() -> None:

@@ -15,6 +15,7 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
+from cp_debug.backends.determinism import deterministic, read_settings
 from cp_debug.errors import InputError
 from cp_debug.probes.export import EXPORTERS, export
 
@@ -98,6 +99,15 @@ def test_an_opset_that_dynamo_silently_keeps_is_refused(tmp_path: Path) -> None:
         export(Net().eval(), (torch.ones(1, 3, 6, 6),), tmp_path / "a.onnx", **options)
     path = export(Net().eval(), (torch.ones(1, 3, 6, 6),), tmp_path / "b.onnx", exporter="torchscript", **options)
     assert onnx.load(path).opset_import[0].version == 13
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_exports_while_tf32_is_off(tmp_path: Path, exporter: str) -> None:
+    with deterministic():
+        before = read_settings()
+        args = (torch.ones(1, 3, 6, 6),)
+        export(Net().eval(), args, tmp_path / "a.onnx", input_names=["x"], output_names=["y"], exporter=exporter)
+        assert read_settings() == before
 
 
 @pytest.mark.parametrize("exporter", EXPORTERS)

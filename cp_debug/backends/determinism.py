@@ -43,7 +43,7 @@ def deterministic(*, tf32: bool = False, seed: int = 0) -> Iterator[dict[str, An
     """
     with ExitStack() as stack:
         _environment(stack, _CUBLAS, ":4096:8")
-        _set_precision(stack, tf32)
+        stack.enter_context(fp32_precision(tf32))
         for name, value in _FLAGS.items():
             stack.callback(_set, name, attrgetter(name)(torch))
             _set(name, value)
@@ -88,26 +88,29 @@ def _set(name: str, value: Any) -> None:
     setattr(attrgetter(parent)(torch), leaf, value)
 
 
-def _set_precision(stack: ExitStack, tf32: bool) -> None:
+@contextmanager
+def fp32_precision(tf32: bool) -> Iterator[None]:
+    """TF32 on or off for everything on CUDA, off for everything else; restored on leaving."""
     # Most settings follow the general one until they are written, and cuDNN's initial state cannot be written back: so
-    # the general one is set, then only what does not follow it.
-    general = "backends.fp32_precision"
+    # the general one is set, then only what does not follow it, or must not.
+    general, common = "backends.fp32_precision", "tf32" if tf32 else "ieee"
     before = {name: attrgetter(name)(torch) for name in (general, *_FP32_PRECISION)}
-    restore = stack.enter_context(ExitStack())
-    stack.callback(_set, general, before[general])
-    _set(general, "tf32" if tf32 else "ieee")
-    for name in _FP32_PRECISION:
-        wanted = "tf32" if tf32 and ".mkldnn." not in name else "ieee"
-        if attrgetter(name)(torch) != wanted:
-            restore.callback(_restore_precision, name, before[name])
-            _set(name, wanted)
-
-
-def _restore_precision(name: str, before: str) -> None:
-    # Reading tells the effective value only: where the general setting explains it, go back to following that.
-    _set(name, "none")
-    if attrgetter(name)(torch) != before:
-        _set(name, before)
+    followers = []
+    try:
+        _set(general, common)
+        for name in _FP32_PRECISION:
+            wanted = common if ".mkldnn." not in name else "ieee"
+            if (found := attrgetter(name)(torch)) != wanted:
+                followers += [name] if found == common else []
+                _set(name, wanted)
+        yield
+    finally:
+        _set(general, before[general])
+        for name in followers:
+            _set(name, "none")
+        for name in _FP32_PRECISION:
+            if attrgetter(name)(torch) != before[name]:
+                _set(name, before[name])
 
 
 def _environment(stack: ExitStack, name: str, value: str) -> None:

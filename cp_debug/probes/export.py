@@ -16,6 +16,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from cp_debug.backends.determinism import fp32_precision
 from cp_debug.errors import InputError
 from cp_debug.probes.outputs import flatten_outputs
 
@@ -54,7 +55,7 @@ def export(
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
         raw = Path(folder) / "raw.onnx"
         try:
-            with _flat_outputs(module), _quiet():
+            with _flat_outputs(module), _quiet(), _old_flag_readable():
                 if exporter == "dynamo":
                     _dynamo(module, args, raw, axes, folded, size, options)
                 else:
@@ -150,6 +151,18 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
+
+
+@contextlib.contextmanager
+def _old_flag_readable() -> Iterator[None]:
+    """dynamo reads ``allow_tf32``, and torch raises there while TF32 is off by the setting that replaced it."""
+    try:
+        _ = torch.backends.cudnn.allow_tf32
+        settings: Any = contextlib.nullcontext()
+    except RuntimeError:
+        settings = fp32_precision(tf32=True)
+    with settings:
+        yield
 
 
 def _reason(error: BaseException) -> str:
