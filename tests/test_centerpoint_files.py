@@ -10,23 +10,27 @@ import torch
 from safetensors.torch import save_file
 
 from cp_debug.errors import InputError
-from cp_debug.recipes.checkpoint import load_checkpoint
 from cp_debug.recipes.centerpoint.config import AWML_BASE, TINY
 from cp_debug.recipes.centerpoint.model import build_model
-from cp_debug.recipes.centerpoint.points import read_points
+from cp_debug.recipes.checkpoint import load_checkpoint
+from cp_debug.recipes.data.points import read_points
+
+TINY_FEATURES = TINY.point_features
 
 
 def test_a_nuscenes_file_gets_time_zero_instead_of_its_ring(tmp_path: Path) -> None:
     raw = np.arange(15, dtype=np.float32).reshape(3, 5)
     raw.tofile(tmp_path / "a.pcd.bin")
-    np.testing.assert_array_equal(read_points(tmp_path / "a.pcd.bin", TINY), np.c_[raw[:, :4], np.zeros(3)])
-    np.testing.assert_array_equal(read_points(tmp_path / "a.pcd.bin", AWML_BASE), np.c_[raw[:, :3], np.zeros(3)])
+    np.testing.assert_array_equal(read_points(tmp_path / "a.pcd.bin", TINY_FEATURES), np.c_[raw[:, :4], np.zeros(3)])
+    np.testing.assert_array_equal(
+        read_points(tmp_path / "a.pcd.bin", AWML_BASE.point_features), np.c_[raw[:, :3], np.zeros(3)]
+    )
 
 
 def test_a_kitti_file_has_four_columns(tmp_path: Path) -> None:
     raw = np.arange(8, dtype=np.float32).reshape(2, 4)
     raw.tofile(tmp_path / "a.bin")
-    np.testing.assert_array_equal(read_points(tmp_path / "a.bin", TINY), np.c_[raw, np.zeros(2)])
+    np.testing.assert_array_equal(read_points(tmp_path / "a.bin", TINY_FEATURES), np.c_[raw, np.zeros(2)])
 
 
 def test_numpy_files_hold_the_columns_of_the_model(tmp_path: Path) -> None:
@@ -34,12 +38,12 @@ def test_numpy_files_hold_the_columns_of_the_model(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", points)
     np.savez(tmp_path / "a.npz", points=points)
     for name in ("a.npy", "a.npz"):
-        np.testing.assert_array_equal(read_points(tmp_path / name, TINY), points)
+        np.testing.assert_array_equal(read_points(tmp_path / name, TINY_FEATURES), points)
 
 
 def test_an_empty_file_is_an_empty_cloud(tmp_path: Path) -> None:
     (tmp_path / "a.bin").touch()
-    assert read_points(tmp_path / "a.bin", TINY).shape == (0, 5)
+    assert read_points(tmp_path / "a.bin", TINY_FEATURES).shape == (0, 5)
 
 
 @pytest.mark.parametrize(
@@ -55,19 +59,19 @@ def test_an_empty_file_is_an_empty_cloud(tmp_path: Path) -> None:
 def test_a_bad_point_file_is_refused(tmp_path: Path, name: str, floats: int, message: str) -> None:
     np.ones(floats, dtype=np.float32).tofile(tmp_path / name)
     with pytest.raises(InputError, match=message):
-        read_points(tmp_path / name, TINY)
+        read_points(tmp_path / name, TINY_FEATURES)
 
 
 def test_arrays_of_another_name_shape_or_type_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"gone\.bin: no such"):
-        read_points(tmp_path / "gone.bin", TINY)
+        read_points(tmp_path / "gone.bin", TINY_FEATURES)
     np.savez(tmp_path / "a.npz", cloud=np.zeros((2, 5)))
     with pytest.raises(InputError, match="array 'points'; it has cloud"):
-        read_points(tmp_path / "a.npz", TINY)
+        read_points(tmp_path / "a.npz", TINY_FEATURES)
     for array, found in ((np.zeros((2, 4)), r"shape \[2, 4\]"), (np.full((2, 5), "x"), "<U1")):
         np.save(tmp_path / "a.npy", array)
         with pytest.raises(InputError, match=found):
-            read_points(tmp_path / "a.npy", TINY)
+            read_points(tmp_path / "a.npy", TINY_FEATURES)
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,11 @@ from cp_debug.recipes.centerpoint.config import OUTPUT_ORDER, CenterPointConfig,
 from cp_debug.recipes.centerpoint.decode import Detections, decode
 from cp_debug.recipes.centerpoint.model import BackboneNeckHead, build_model
 from cp_debug.recipes.centerpoint.pillar_encoder import decorate
-from cp_debug.recipes.centerpoint.points import read_points
 from cp_debug.recipes.centerpoint.scatter import scatter
 from cp_debug.recipes.centerpoint.voxelize import Voxels, voxelize
 from cp_debug.recipes.checkpoint import load_checkpoint
+from cp_debug.recipes.data.base import DataOptions, DataSet, iterate
+from cp_debug.recipes.data.opening import DEFAULT_OPTIONS, open_data
 
 ENCODER, BACKBONE_NECK_HEAD = "pts_voxel_encoder", "pts_backbone_neck_head"
 WEIGHTS = Path(__file__).parent / "weights"
@@ -55,22 +56,29 @@ class CenterPointModel:
             ),
         )
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """In label order."""
+        return self.config.class_names
+
     def samples(self, count: int, seed: int, inputs: Path | None) -> Iterator[Sample]:
-        """Point clouds: ``points`` [N, C] float32; the one in ``inputs``, or held-out synthetic scenes ``seed``, ``seed + 1``, …
+        """At most ``count`` point clouds: ``points`` [N, C] float32; see ``data``."""
+        return iterate(self.data(inputs, count, seed))
 
-        ``truth`` is the ``Scene`` where the model knows its classes.
+    def data(self, inputs: Path | None, count: int, seed: int = 0, options: DataOptions = DEFAULT_OPTIONS) -> DataSet:
+        """An info file (``.pkl``), a point file, a folder of them, or held-out synthetic scenes from ``seed`` on.
+
+        ``truth`` is a ``Truth`` where the classes are known. Raises InputError for unusable files.
         """
-        if inputs is not None:
-            yield Sample({"points": read_points(inputs, self.config)}, str(inputs))
-            return
-        from cp_debug.recipes.centerpoint.scenes import CLASSES, HELD_OUT_SEED, generate_scene
-
-        columns = [("x", "y", "z", "intensity", "dt").index(name) for name in self.config.point_features]
-        for number in range(seed, seed + count):
-            scene = generate_scene(HELD_OUT_SEED + number)
-            truth = scene if self.config.class_names == tuple(CLASSES) else None
-            source = f"held-out synthetic scene {number}"
-            yield Sample({"points": scene.points[:, columns]}, source, truth)
+        config = self.config
+        return open_data(
+            inputs,
+            features=config.point_features,
+            class_names=config.class_names,
+            count=count,
+            first=seed,
+            options=options,
+        )
 
     def feed(self, component: Component, sample: Sample, results: Mapping[str, Arrays]) -> dict[str, np.ndarray]:
         """``input_features`` from the sample's points; ``spatial_features`` from the results, of their dtype."""

@@ -1,0 +1,1 @@
+"""Data sets: point clouds with ground truth, from info files, folders and the synthetic scenes."""

@@ -1,0 +1,32 @@
+"""Plain folders of point files: clouds without ground truth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cp_debug.errors import InputError
+from cp_debug.recipes.base import Sample
+from cp_debug.recipes.data.points import ENDINGS, read_points
+
+
+class FolderData:
+    """The point files of a folder by name, at most ``count``; or one file. Raises InputError when there is none."""
+
+    notes: Sequence[str] = ()
+
+    def __init__(self, path: Path, features: Sequence[str], count: int) -> None:
+        self.name, self._features = str(path), features
+        if path.is_dir():
+            self._files = sorted(file for file in path.iterdir() if file.name.endswith(ENDINGS))[:count]
+            if not self._files:
+                raise InputError(f"{path}: holds no point file (a name ending in {' '.join(ENDINGS)})")
+        else:
+            self._files = [path]
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def sample(self, index: int) -> Sample:
+        file = self._files[index]
+        return Sample({"points": read_points(file, self._features)}, str(file))

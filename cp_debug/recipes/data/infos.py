@@ -1,0 +1,201 @@
+"""mmdet3d's info files of version 1.1 ("v2"): nuScenes, TIER IV's T4 and KITTI."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cp_debug.errors import InputError
+from cp_debug.recipes.base import Sample
+from cp_debug.recipes.data.attributes import NAMES
+from cp_debug.recipes.data.base import DataOptions, Truth
+from cp_debug.recipes.data.frames import bottom_to_centre, camera_boxes_to_lidar, to_reference, without_close
+from cp_debug.recipes.data.points import Points, read_points
+from cp_debug.recipes.data.unpickle import load_plain_pickle
+
+KITTI_CLASSES = ("Pedestrian", "Cyclist", "Car", "Van", "Truck", "Person_sitting", "Tram", "Misc")
+"""In label order; KITTI's infos do not say."""
+PREFIXES = ("", "samples/LIDAR_TOP", "sweeps/LIDAR_TOP", "training/velodyne_reduced", "training/velodyne")
+"""Where mmdet3d's configurations look below the data root for the files that an info names."""
+COLUMNS = ("x", "y", "z", "intensity", "ring")
+LISTED = 5
+"""Names in a message; the others are counted."""
+
+Info = Mapping[str, Any]
+
+
+class InfoData:
+    """The first ``count`` samples of an info file, with classes mapped by name to those of the model.
+
+    Boxes are in the LiDAR's frame with z of the gravity centre (nuScenes, T4), or in KITTI's camera's with the
+    bottom's. Raises InputError for another kind of file, a missing field, and missing clouds.
+    """
+
+    def __init__(
+        self, path: Path, features: Sequence[str], class_names: Sequence[str], count: int, options: DataOptions
+    ) -> None:
+        self.name, self._path, self._features, self._options = str(path), path, list(features), options
+        content = load_plain_pickle(path)
+        if not isinstance(content, Mapping) or not isinstance(content.get("data_list"), list):
+            old = "; mmdet3d's update_infos_to_v2.py converts older files" if "infos" in (content or ()) else ""
+            raise InputError(f"{path}: expected a dictionary with metainfo and data_list (mmdet3d 1.1 or newer){old}")
+        meta = content.get("metainfo", {})
+        self._kitti = "kitti" in str(meta.get("dataset", meta.get("DATASET"))).lower()
+        self._data_classes = self._class_names(meta)
+        self._labels = _mapping(self._data_classes, class_names)
+        self._files = _Finder((options.root,) if options.root else (path.parent, *path.parent.resolve().parents[:3]))
+        self.notes: list[str] = []
+        self._infos = self._present(content["data_list"], count)
+        self.notes += self._class_notes(class_names)
+
+    def __len__(self) -> int:
+        return len(self._infos)
+
+    def sample(self, index: int) -> Sample:
+        info = self._infos[index]
+        clouds = [self._read(info)]
+        for sweep in self._sweeps(info):
+            cloud = without_close(self._read(sweep))
+            cloud[:, :3] = to_reference(cloud[:, :3], self._field(sweep, "lidar_points", "lidar2sensor"))
+            cloud[:, self._features.index("dt")] = self._field(info, "timestamp") - self._field(sweep, "timestamp")
+            clouds.append(cloud)
+        truth = self._truth(info) if "instances" in info else None
+        return Sample({"points": np.concatenate(clouds)}, f"{self._path.name} {_identity(info)}", truth)
+
+    def _sweeps(self, info: Info) -> list[Info]:
+        """The latest first, as the file has them; none for a model that cannot tell them apart."""
+        return list(info.get("lidar_sweeps") or [])[: self._options.sweeps] if "dt" in self._features else []
+
+    def _read(self, record: Info) -> Points:
+        path = self._files.find(self._field(record, "lidar_points", "lidar_path"))
+        assert path is not None, "looked for when the data set was opened"
+        width = record["lidar_points"].get("num_pts_feats")
+        return read_points(path, self._features, COLUMNS[:width] if width in (4, 5) else None)
+
+    def _truth(self, info: Info) -> Truth:
+        found = info["instances"]
+        boxes = np.array([self._field(each, "bbox_3d") for each in found], dtype=np.float64).reshape(-1, 7)
+        if self._kitti and len(boxes):
+            camera = "CAM2" if "CAM2" in self._field(info, "images") else next(iter(info["images"]))
+            boxes = bottom_to_centre(camera_boxes_to_lidar(boxes, self._field(info, "images", camera, "lidar2cam")))
+        labels = self._labels[np.array([self._field(each, "bbox_label_3d") for each in found], dtype=np.int64)]
+        counts = [each.get("num_lidar_pts", -1) + (each.get("num_radar_pts") or 0) for each in found]
+        velocities = np.array([each.get("velocity", (np.nan, np.nan)) for each in found], np.float32).reshape(-1, 2)
+        attributes, known = _attributes(info, boxes), labels >= 0
+        return Truth(
+            boxes.astype(np.float32)[known],
+            labels[known],
+            velocities[known],
+            np.array(counts, dtype=np.int64)[known],
+            attributes[known],
+        )
+
+    def _present(self, infos: Sequence[Info], count: int) -> list[Info]:
+        """Those whose clouds are all there; notes what is not."""
+        present: list[Info] = []
+        missing: list[str] = []
+        without = 0
+        for info in infos if self._options.skip_missing else islice(infos, count):
+            if len(present) == count:
+                break
+            names = [self._field(record, "lidar_points", "lidar_path") for record in (info, *self._sweeps(info))]
+            gone = [name for name in names if self._files.find(name) is None]
+            missing += gone
+            without += bool(gone)
+            if not gone:
+                present.append(info)
+        if missing:
+            text = f"{without} of {without + len(present)} samples lack point clouds: {_listed(missing)}"
+            if not present or not self._options.skip_missing:
+                hint = "give the data root, or leave these samples out with --skip-missing"
+                raise InputError(f"{self._path}: {text} (looked below {self._files.roots}); {hint}")
+            self.notes.append(f"left out, {text}")
+        if not present:
+            raise InputError(f"{self._path}: data_list is empty")
+        return present
+
+    def _class_names(self, meta: Info) -> Sequence[str]:
+        """In label order: ``categories`` of mmdet3d, ``classes`` of AWML, or KITTI's."""
+        categories = meta.get("categories")
+        if isinstance(categories, Mapping):
+            return sorted(categories, key=categories.__getitem__)
+        names = categories or meta.get("classes") or (KITTI_CLASSES if self._kitti else None)
+        if not names:
+            raise InputError(f"{self._path}: metainfo has neither categories nor classes")
+        return list(names)
+
+    def _class_notes(self, class_names: Sequence[str]) -> Iterable[str]:
+        labels = [each.get("bbox_label_3d", -1) for info in self._infos for each in info.get("instances", ())]
+        if max(labels, default=-1) >= len(self._data_classes):
+            classes = ", ".join(self._data_classes)
+            raise InputError(f"{self._path}: bbox_label_3d {max(labels)} is none of metainfo's classes ({classes})")
+        counted = Counter(self._data_classes[label] for label in labels if label >= 0 and self._labels[label] < 0)
+        if counted:
+            left_out = [f"{name} ({number})" for name, number in counted.most_common()]
+            yield f"classes in the data that the model lacks, left out: {_listed(left_out, len(left_out))}"
+        lacking = [name for index, name in enumerate(class_names) if index not in self._labels]
+        if lacking:
+            yield f"classes of the model that the data do not know: {', '.join(lacking)}"
+
+    def _field(self, record: Info, *keys: str) -> Any:
+        value: Any = record
+        for key in keys:
+            if not isinstance(value, Mapping) or key not in value:
+                raise InputError(f"{self._path}: an entry of data_list has no {'.'.join(keys)}")
+            value = value[key]
+        return value
+
+
+class _Finder:
+    """Finds the files that an info names, where the last one was first."""
+
+    def __init__(self, roots: Sequence[Path]) -> None:
+        self.roots = ", ".join(str(root) for root in roots)
+        self._places = [root / prefix for root in roots for prefix in PREFIXES]
+
+    def find(self, name: str) -> Path | None:
+        for index, place in enumerate(self._places):
+            if (place / name).is_file():
+                self._places.insert(0, self._places.pop(index))
+                return place / name
+        return None
+
+
+def _mapping(data: Sequence[str], model: Sequence[str]) -> NDArray[np.int64]:
+    """Data label → model label, -1 for none; the last entry is that of the label -1."""
+    known = {_plain(name): label for label, name in enumerate(model)}
+    return np.array([*(known.get(_plain(name), -1) for name in data), -1])
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "_").replace(" ", "_")
+
+
+def _attributes(info: Info, boxes: NDArray[np.float64]) -> NDArray[np.str_]:
+    """Of each box [M, 7]; nuScenes' infos have them with the boxes in the cameras' frames."""
+    names = np.full(len(boxes), "", dtype="<U32")
+    corners = np.concatenate((boxes[:, :3], np.ones((len(boxes), 1))), axis=1)
+    for camera, instances in (info.get("cam_instances") or {}).items():
+        labelled = [each for each in instances if "attr_label" in each]
+        if labelled and len(boxes):
+            centres = (corners @ np.transpose(info["images"][camera]["lidar2cam"]))[:, :3]
+            for each in labelled:
+                distance = np.linalg.norm(centres - each["bbox_3d"][:3], axis=1)
+                if distance.min() < 1e-3:
+                    names[distance.argmin()] = NAMES[each["attr_label"]]
+    return names
+
+
+def _identity(info: Info) -> str:
+    return str(next((info[key] for key in ("token", "sample_idx", "sample_id") if key in info), "?"))
+
+
+def _listed(names: Sequence[str], most: int = LISTED) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

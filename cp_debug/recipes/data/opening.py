@@ -1,0 +1,41 @@
+"""From what the user gave as data to a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cp_debug.errors import InputError
+from cp_debug.recipes.data.base import DataOptions, DataSet
+from cp_debug.recipes.data.folder import FolderData
+from cp_debug.recipes.data.infos import InfoData
+
+DEFAULT_OPTIONS = DataOptions()
+
+
+def open_data(
+    path: Path | None,
+    *,
+    features: Sequence[str],
+    class_names: Sequence[str],
+    count: int,
+    first: int = 0,
+    options: DataOptions = DEFAULT_OPTIONS,
+) -> DataSet:
+    """At most ``count`` samples: an mmdet3d info file (``.pkl``), a point file, a folder of them, or (None) the
+    held-out synthetic scenes from ``first`` on.
+
+    ``features`` are the columns of the model's points, ``class_names`` its classes. Raises InputError for what is none
+    of these.
+    """
+    if path is None:
+        from cp_debug.recipes.data.synthetic import SyntheticData
+
+        return SyntheticData(features, class_names, count, first)
+    if not path.exists():
+        raise InputError(
+            f"{path}: no such file or folder; expected an info file (.pkl), point files or a folder of them"
+        )
+    if path.suffix == ".pkl":
+        return InfoData(path, features, class_names, count, options)
+    return FolderData(path, features, count)

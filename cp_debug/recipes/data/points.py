@@ -1,0 +1,80 @@
+"""Point files: raw float32 rows as nuScenes, KITTI and T4 store them, numpy's files and PCD."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cp_debug.errors import InputError
+from cp_debug.recipes.data.pcd import read_pcd
+
+Points = NDArray[np.float32]
+
+COLUMNS = {".pcd.bin": ("x", "y", "z", "intensity", "ring"), ".bin": ("x", "y", "z", "intensity")}
+"""What a file holds by its ending: nuScenes and T4 datasets, KITTI."""
+ENDINGS = (*COLUMNS, ".npy", ".npz", ".pcd")
+_PCD_NAMES = {"intensity": ("i", "reflectivity"), "dt": ("time_lag", "time")}
+
+
+def read_points(path: Path, features: Sequence[str], columns: Sequence[str] | None = None) -> Points:
+    """The cloud in ``path`` as [N, len(features)] float32; a file of 0 bytes is an empty cloud.
+
+    ``.bin`` files hold one sweep with ``columns`` (None: by the ending); what they lack, ``dt`` for one, is 0.
+    ``.npy``, and ``points`` in an ``.npz``, have exactly ``features``. Raises InputError for a missing file, an unknown
+    ending, a size that is no multiple of the columns, an array of another name or shape, or of no numbers.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such point file")
+    if path.suffix in (".npy", ".npz"):
+        return _read_numpy(path, features)
+    if path.suffix == ".pcd":
+        return _select(path, read_pcd(path), features)
+    ending = next((ending for ending in COLUMNS if path.name.endswith(ending)), None)
+    if ending is None:
+        raise InputError(f"{path}: not a point file; expected a name ending in {' '.join(ENDINGS)}")
+    names = columns or COLUMNS[ending]
+    return _select(path, dict(zip(names, _read_raw(path, names).T, strict=True)), features)
+
+
+def _read_raw(path: Path, columns: Sequence[str]) -> Points:
+    size = path.stat().st_size
+    if size % (4 * len(columns)):
+        fits = [other for other, names in COLUMNS.items() if size % (4 * len(names)) == 0]
+        hint = f"; its size fits the {len(COLUMNS[fits[0]])} columns of *{fits[0]}" if fits else ""
+        raise InputError(
+            f"{path}: {size} bytes is not a multiple of {len(columns)} float32 columns ({', '.join(columns)}){hint}"
+        )
+    return np.fromfile(path, dtype=np.float32).reshape(-1, len(columns))
+
+
+def _select(path: Path, found: Mapping[str, np.ndarray], features: Sequence[str]) -> Points:
+    """The features among named columns; 0 for those that a cloud can do without."""
+    missing = {"x", "y", "z"} - found.keys()
+    if missing:
+        raise InputError(f"{path}: has no field {', '.join(sorted(missing))}; it has {', '.join(found)}")
+    points = np.zeros((len(found["x"]), len(features)), dtype=np.float32)
+    for index, feature in enumerate(features):
+        name = next((name for name in (feature, *_PCD_NAMES.get(feature, ())) if name in found), None)
+        if name is not None:
+            points[:, index] = found[name]
+    return points
+
+
+def _read_numpy(path: Path, features: Sequence[str]) -> Points:
+    try:
+        points = np.load(path, allow_pickle=False)
+        if isinstance(points, np.lib.npyio.NpzFile):
+            with points as archive:
+                if "points" not in archive:
+                    raise InputError(f"{path}: expected an array 'points'; it has {', '.join(archive) or 'none'}")
+                points = archive["points"]
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: not a readable {path.suffix} file ({error})") from None
+    if points.ndim != 2 or points.shape[1] != len(features) or points.dtype.kind not in "fiu":
+        expected = f"numbers of shape [N, {len(features)}] ({', '.join(features)})"
+        raise InputError(f"{path}: points are {points.dtype} of shape {list(points.shape)}; expected {expected}")
+    return points.astype(np.float32, copy=False)
