@@ -15,7 +15,15 @@ from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import parse_backends
 from cp_debug.bisect.layers import Layer, layers_of, stage_ends
-from cp_debug.bisect.pipeline import Key, Pipeline, changed_state, header, load_test_programs, prepare
+from cp_debug.bisect.pipeline import (
+    Key,
+    Pipeline,
+    changed_state,
+    choose_exporter,
+    header,
+    load_test_programs,
+    prepare,
+)
 from cp_debug.bisect.precision import coarser, oracle_for
 from cp_debug.bisect.replay import Replay
 from cp_debug.bisect.result import BisectResult, LayerRow, Observation, StageRow, TestResult
@@ -53,7 +61,8 @@ class Options:
     oracle: str | None = None
     """``fp32`` or ``fp64``; None leaves it to the precisions under test."""
     replay: bool = True
-    exporter: str = "dynamo"
+    exporter: str | None = None
+    """``dynamo`` or ``torchscript``; None takes one that every backend can read."""
     folded: bool = True
     knobs: bool = False
     """Find the graph optimisers that are responsible for the difference of optimised ONNX Runtime tests."""
@@ -96,6 +105,9 @@ class Bisection:
         if isinstance(backends, str):
             backends = [create(spec) for spec in parse_backends(backends)]
         self._reference, *self._tests = backends
+        chosen, note = choose_exporter(backends)
+        self._exporter = options.exporter or chosen
+        self._notes = [note] if note and options.exporter is None else []
         if options.knobs and not any(map(is_optimised, self._tests)):
             names = ", ".join(str(test.spec) for test in self._tests)
             raise InputError(f"--knobs: expected ort-basic or ort-all among the test backends, which are {names}")
@@ -141,13 +153,14 @@ class Bisection:
                 samples=sources,
                 coverage=coverage_of(programs),
                 programs={p.name: self._saved_name(p) for p in programs},
+                test_programs={p.name: self._saved_name(p) for p in tests},
             )
 
     def _programs(self, sample: Sample, scratch: Path) -> tuple[list[Program], list[Program]]:
         """The reference's programs and those of the tests."""
         options, folder = self.options, self.options.save or scratch
         folder.mkdir(parents=True, exist_ok=True)
-        programs = prepare(self.model, sample, folder, exporter=options.exporter, folded=options.folded)
+        programs = prepare(self.model, sample, folder, exporter=self._exporter, folded=options.folded)
         if isinstance(self._test_model, Path):
             return programs, load_test_programs(programs, self._test_model)
         if callable(self._test_model):
@@ -155,7 +168,7 @@ class Bisection:
         if self.test_model is not self.model:
             folder = folder / "test"
             folder.mkdir(exist_ok=True)
-            return programs, prepare(self.test_model, sample, folder, exporter=options.exporter, folded=options.folded)
+            return programs, prepare(self.test_model, sample, folder, exporter=self._exporter, folded=options.folded)
         if options.test_train_mode or options.test_out_of_place:
             return programs, [
                 changed_state(p, train=options.test_train_mode, out_of_place=options.test_out_of_place)
@@ -166,7 +179,7 @@ class Bisection:
     def _saved_name(self, program: Program) -> str:
         path, folder = program.graph.path.resolve(), self.options.save
         inside = folder is not None and path.is_relative_to(folder.resolve())
-        return path.name if inside else str(path)
+        return path.relative_to(folder.resolve()).as_posix() if folder and inside else str(path)
 
     def _test_run(
         self, stack: ExitStack, backend: Backend, tests: list[Program], programs: list[Program], layers: list[Layer]
@@ -200,6 +213,7 @@ class Bisection:
             self._step(f"{run.pipeline.backend.spec}, sample {index}")
             with self._writer(folder, run.pipeline, sample) as writer:
                 stats, results = run.run(sample, captured, writer)
+                writer.update(header(run.pipeline, [sample]))  # engines know more once they ran
             decoded[str(run.pipeline.backend.spec)] = decode(self.test_model, sample, results)
             test = Capture.open(writer.folder)
             replays: dict[Key, Replay] = {}
@@ -256,7 +270,7 @@ class Bisection:
             atol=atol,
             oracle=run.oracle,
             observation=found.observation,
-            notes=found.notes(rows),
+            notes=self._notes + found.notes(rows),
             knobs=found.knobs,
         )
 

@@ -47,6 +47,8 @@ class LayerRow:
     """Share of the final divergence that this layer's introduced error explains, for guilty layers."""
     noise_floor: float = 0.0
     sample: int = 0
+    tactic: str = ""
+    """Name of the kernel that wrote the value, where the backend tells."""
 
     @property
     def severity(self) -> tuple[float, ...]:
@@ -81,6 +83,7 @@ class LayerRow:
             ),
             "nodes": list(replay.nodes),
             "skipped": replay.skipped,
+            "tactic": self.tactic,
             "within_tolerance": self.within,
             "verdict": self.verdict,
             "why": self.why,
@@ -200,6 +203,8 @@ class BisectResult:
     """Alignment of torch and ONNX: values and leaf modules accounted for, modules that folding absorbed."""
     programs: dict[str, str] = field(default_factory=dict)
     """Component → its deployed graph: an ONNX file, relative to the saved folder where it lies there."""
+    test_programs: dict[str, str] = field(default_factory=dict)
+    """The same for what the tests ran."""
     command: str = ""
 
     @property
@@ -230,6 +235,7 @@ class BisectResult:
             "samples": self.samples,
             "coverage": self.coverage,
             "programs": self.programs,
+            "test_programs": self.test_programs,
             **blocks[0],
             "tests": blocks,
         }

@@ -72,6 +72,7 @@ class SavedResult:
             samples=fields.get("samples", list),
             coverage=fields.get("coverage", dict, {}),
             programs=fields.get("programs", dict, {}),
+            test_programs=fields.get("test_programs", dict, {}),
             command=fields.get("command", str, ""),
         )
         findings = tuple(tuple(f.value for f in block.objects("findings", [])) for block in blocks)
@@ -80,7 +81,15 @@ class SavedResult:
     @cached_property
     def graphs(self) -> dict[str, Graph]:
         """Component → its deployed graph, for those whose file is still there."""
-        paths = {name: (self.folder or Path()) / path for name, path in self.result.programs.items()}
+        return self._open(self.result.programs)
+
+    @cached_property
+    def test_graphs(self) -> dict[str, Graph]:
+        """The same for what the tests ran."""
+        return self._open(self.result.test_programs)
+
+    def _open(self, programs: Mapping[str, str]) -> dict[str, Graph]:
+        paths = {name: (self.folder or Path()) / path for name, path in programs.items()}
         return {name: Graph(path) for name, path in paths.items() if path.is_file()}
 
     def capture(self, sample: int, spec: str) -> Capture | None:
