@@ -86,7 +86,8 @@ class Executor:
 
         A value that is both given and computed is read as given and returned as computed: each layer is replayed on the
         captured inputs of exactly that layer. ``values`` may load lazily; only what the nodes read is asked for, once.
-        Given values are rounded like graph inputs. Raises InputError when a value is neither given nor computed.
+        Given values are rounded like graph inputs; one named like a weight takes its place. Raises InputError when a
+        value is neither given nor computed.
         """
         with torch.no_grad():
             return self._execute(nodes, values, wanted)
@@ -105,7 +106,7 @@ class Executor:
         value: Any = None
         for node in nodes:
             for name in node.inputs:
-                if name not in live and not self._weights.holds(name):
+                if name not in live and (name in given or not self._weights.holds(name)):
                     live[name] = self._given(name, given)
             outputs = self._run_node(node, live)
             for name in node.inputs:

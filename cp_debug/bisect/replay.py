@@ -22,6 +22,7 @@ from cp_debug.backends.arithmetic import ARITHMETICS, FP64
 from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.precision import PRECISIONS
+from cp_debug.bisect.slack import disturbed
 from cp_debug.errors import InputError
 from cp_debug.probes.graph import Graph, Node
 
@@ -33,6 +34,12 @@ CONTROL_FLOW = {"If", "Loop", "Scan"}
 SUSPICIOUS = 30.0
 """A layer that amplifies the divergence of its inputs more than this is replayed for the reference, too: healthy layers
 stay below 5, so what was inherited more likely was introduced by the reference."""
+
+EXCESS = 4.0
+"""A layer whose introduced error is this many times the expected one is guilty: ``docs/thresholds.md`` has the
+measurements."""
+BEYOND_DOUBT = 1000.0
+"""An excess that no other order of summation explains, so that nobody need ask."""
 
 FLOOR = 0.5
 """Unit roundoffs that every layer may introduce, whatever its emulation says."""
@@ -120,6 +127,8 @@ class Replayer:
         results = {}
         for target in targets:
             replay = self._judge(test(target), exact[target], emulated[target])
+            if EXCESS < (replay.excess or 0.0) < BEYOND_DOUBT:
+                replay = self._doubt(replay, nodes, given, target, test, exact[target])
             replay.nodes = tuple(n.name for n in nodes)
             replay.oracle_error = self._oracle_roundoff * math.sqrt(max(self._reduction(n) for n in nodes))
             replay.range_loss = max(
@@ -165,7 +174,23 @@ class Replayer:
         exact = self.oracle.run_nodes(nodes, given, [target])[target]
         emulated = self._emulators[claim].run_nodes(nodes, given, [target])[target]
         replay = self._judge(reference(target), exact, emulated, PRECISIONS[claim].roundoff)
+        if EXCESS < (replay.excess or 0.0) < BEYOND_DOUBT:
+            replay = self._doubt(replay, nodes, given, target, reference, exact)
         return replay.excess or 0.0
+
+    def _doubt(
+        self,
+        replay: Replay,
+        nodes: list[Node],
+        given: Mapping[str, AnyTensor],
+        target: str,
+        captured: Load,
+        exact: Tensor,
+    ) -> Replay:
+        """The replay judged by other correct implementations where they differ more than the emulation says."""
+        other = disturbed(self.oracle, nodes, given, [target])[target]
+        doubted = self._judge(captured(target), exact, other)
+        return max(replay, doubted, key=lambda r: r.expected or 0.0)
 
     def _divergence(self, given: Mapping[str, AnyTensor], reference: Load) -> float:
         """Relative L2 divergence of a segment's inputs, all of them taken as one vector."""

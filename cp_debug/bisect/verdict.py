@@ -5,13 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from cp_debug.bisect.precision import Precision
-from cp_debug.bisect.replay import Replay
+from cp_debug.bisect.replay import EXCESS, Replay
 from cp_debug.bisect.result import DIVERGENT, GUILTY, INHERITED, OK, SHAPE
 from cp_debug.probes.statistics import TensorStats
 
-EXCESS = 4.0
-"""A layer whose introduced error is this many times the expected one is guilty: ``docs/thresholds.md`` has the
-measurements."""
 RANGE = 8.0
 """Merely storing a layer's result in the test's precision may lose this many unit roundoffs: more means that numbers
 overflow, vanish, or lie among the subnormals."""
