@@ -15,6 +15,7 @@ import torch
 
 from cp_debug.backends.base import Backend, Program, RunRecord, Session, Tensor
 from cp_debug.bisect.layers import layers_of
+from cp_debug.bisect.result import json_safe
 from cp_debug.errors import InputError
 from cp_debug.probes.alignment import Alignment, align
 from cp_debug.probes.capture import array_hash
@@ -178,13 +179,34 @@ class Pipeline:
 
     def record(self) -> RunRecord:
         """Spec, versions, device and settings as read back."""
-        settings: dict[str, Any] = {}
-        for session in self.sessions.values():
-            settings.update(session.settings)
-        backend = self.backend
+        backend, settings = self.backend, merge_settings({n: s.settings for n, s in self.sessions.items()})
         return RunRecord(
             str(backend.spec), backend.precision, backend.device, backend.emulated, backend.versions(), settings
         )
+
+
+def merge_settings(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What all components' sessions have in common and, under ``components``, what differs."""
+    first, *others = settings.values()
+    common = {k: v for k, v in first.items() if all(k in other and other[k] == v for other in others)}
+    rest = {name: {k: v for k, v in own.items() if k not in common} for name, own in settings.items()}
+    return common | ({"components": rest} if any(rest.values()) else {})
+
+
+def settings_by_component(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """``merge_settings`` undone; what all components share goes under the empty name where nothing differs."""
+    common = {k: v for k, v in settings.items() if k != "components"}
+    return {name: common | rest for name, rest in settings.get("components", {"": {}}).items()}
+
+
+def choose_exporter(backends: Sequence[Backend]) -> tuple[str, str | None]:
+    """The exporter that every backend can read, and a note where that is not the default one."""
+    limits = {str(b.spec): getattr(b, "largest_opset", None) for b in backends}
+    limited = {spec: limit for spec, limit in limits.items() if limit is not None}
+    if not limited:
+        return "dynamo", None
+    spec = min(limited, key=limited.__getitem__)
+    return "torchscript", f"exported with torchscript: {spec} reads ONNX up to opset {limited[spec]}"
 
 
 def header(pipeline: Pipeline, samples: Sequence[Sample]) -> dict[str, Any]:
@@ -198,7 +220,7 @@ def header(pipeline: Pipeline, samples: Sequence[Sample]) -> dict[str, Any]:
         "emulated": record.emulated,
         "versions": record.versions,
         "device": record.device,
-        "settings": record.settings,
+        "settings": json_safe(record.settings),
         "model": {"name": pipeline.model.name, "sha256": hashlib.sha256(digests.encode()).hexdigest()},
         "inputs": [{name: array_hash(array) for name, array in sample.arrays.items()} for sample in samples],
         "samples": [sample.source for sample in samples],

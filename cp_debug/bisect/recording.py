@@ -7,12 +7,12 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from cp_debug.backends.base import RunRecord
+from cp_debug.backends.base import Backend, RunRecord
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
-from cp_debug.bisect.pipeline import Pipeline, header, prepare
+from cp_debug.bisect.pipeline import Pipeline, choose_exporter, header, prepare
 from cp_debug.bisect.precision import coarser
-from cp_debug.bisect.result import BisectResult, LayerRow, TestResult
+from cp_debug.bisect.result import BisectResult, LayerRow, TestResult, json_safe
 from cp_debug.bisect.verdict import judge
 from cp_debug.errors import InputError
 from cp_debug.probes.capture import Capture, CaptureWriter, array_hash
@@ -22,18 +22,19 @@ from cp_debug.recipes.base import Model
 
 def record(
     model: Model,
-    backend: str,
+    backend: str | Backend,
     folder: Path,
     *,
     inputs: Path | None,
     samples: int,
     seed: int,
-    exporter: str,
+    exporter: str | None,
     folded: bool,
     on_step: Callable[[str, int, int], None],
 ) -> Capture:
     """Run ``backend`` on the samples with every probe; the capture appears under ``folder`` when complete."""
-    created = create(BackendSpec.parse(backend))
+    created = create(BackendSpec.parse(backend)) if isinstance(backend, str) else backend
+    exporter = exporter or choose_exporter([created])[0]
     found = iter(model.samples(samples, seed, inputs))
     first = next(found)
     on_step("exporting and aligning", 0, samples + 1)
@@ -43,11 +44,12 @@ def record(
             manifest = header(pipeline, [])  # the samples are added as they come; it is written at the end
             with CaptureWriter(folder, manifest) as writer:
                 for index, sample in enumerate(itertools.chain([first], found)):
-                    on_step(f"{backend}, sample {index}", index + 1, samples + 1)
+                    on_step(f"{created.spec}, sample {index}", index + 1, samples + 1)
                     manifest["inputs"].append({name: array_hash(array) for name, array in sample.arrays.items()})
                     manifest["samples"].append(sample.source)
                     put = writer.put
                     pipeline.run(sample, lambda key, t, i=index, put=put: put(key.value, t, i, key.component))  # type: ignore[misc]
+                writer.update({"settings": json_safe(pipeline.record().settings)})  # engines know more once they ran
     return Capture.open(folder)
 
 

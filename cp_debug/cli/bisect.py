@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from cp_debug.cli import tensorrt
+
 
 class Level(str, Enum):
     """How fine the tables are."""
@@ -19,6 +21,7 @@ class Level(str, Enum):
 class Exporter(str, Enum):
     """Which of torch's ONNX exporters makes the deployed graph."""
 
+    auto = "auto"
     dynamo = "dynamo"
     torchscript = "torchscript"
 
@@ -57,13 +60,22 @@ def bisect(
     knobs: Annotated[
         bool, typer.Option("--knobs", help="Find the optimisers of ort-basic or ort-all at fault.")
     ] = False,
-    exporter: Annotated[Exporter, typer.Option(help="For torch models.")] = Exporter.dynamo,
+    exporter: Annotated[Exporter, typer.Option(help="For torch models; auto: what all backends read.")] = Exporter.auto,
     unfolded: Annotated[bool, typer.Option("--unfolded", help="Keep BatchNorm apart: debug module by module.")] = False,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Write the layer table as CSV.")] = None,
     save: Annotated[Path | None, typer.Option(help="Keep result, graphs and captures in this folder.")] = None,
+    trt_python: tensorrt.Python = None,
+    strongly_typed: tensorrt.StronglyTyped = False,
+    probes: tensorrt.ProbeMode = tensorrt.Probes.boundaries,
+    profile: tensorrt.Profiles = None,
+    keep_fp32: tensorrt.KeepFp32 = None,
+    workspace: tensorrt.Workspace = None,
+    timing_cache: tensorrt.TimingCache = None,
+    calibration_cache: tensorrt.CalibrationCache = None,
 ) -> None:
     """Run backends side by side and name the first layer whose result its precision cannot explain."""
+    from cp_debug.backends.spec import parse_backends
     from cp_debug.bisect.engine import Options
     from cp_debug.bisect.engine import bisect as run
     from cp_debug.cli.console import command_line, show, steps
@@ -82,12 +94,16 @@ def bisect(
         oracle=None if oracle is Oracle.auto else oracle.value,
         replay=replay,
         knobs=knobs,
-        exporter=exporter.value,
+        exporter=None if exporter is Exporter.auto else exporter.value,
         folded=not unfolded,
         save=save,
     )
+    engines = tensorrt.tensorrt_options(
+        trt_python, strongly_typed, probes, profile, keep_fp32, workspace, timing_cache, calibration_cache
+    )
     with steps() as on_step:
-        result = run(model, backends, test_model=test_model, options=options, on_step=on_step)
+        made = tensorrt.make(parse_backends(backends), engines, on_step)
+        result = run(model, made, test_model=test_model, options=options, on_step=on_step)
     result.command = command_line()
     if save:
         write_json(result, str(save / "result.json"))

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cp_debug.cli import tensorrt
 from cp_debug.cli.bisect import Exporter
 
 
@@ -20,23 +21,36 @@ def capture(
     inputs: Annotated[Path | None, typer.Option(help=".npz, .bin, .pcd.bin, or a folder of them.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="How many samples.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of made-up inputs.")] = 0,
-    exporter: Annotated[Exporter, typer.Option(help="For torch models.")] = Exporter.dynamo,
+    exporter: Annotated[Exporter, typer.Option(help="For torch models; auto: what the backend reads.")] = Exporter.auto,
     unfolded: Annotated[bool, typer.Option("--unfolded", help="Keep BatchNorm apart.")] = False,
+    trt_python: tensorrt.Python = None,
+    strongly_typed: tensorrt.StronglyTyped = False,
+    probes: tensorrt.ProbeMode = tensorrt.Probes.boundaries,
+    profile: tensorrt.Profiles = None,
+    keep_fp32: tensorrt.KeepFp32 = None,
+    workspace: tensorrt.Workspace = None,
+    timing_cache: tensorrt.TimingCache = None,
+    calibration_cache: tensorrt.CalibrationCache = None,
 ) -> None:
     """Run one backend with every probe and write a capture."""
+    from cp_debug.backends.spec import BackendSpec
     from cp_debug.bisect.recording import record
     from cp_debug.cli.console import console, steps
     from cp_debug.recipes.registry import load_model
 
+    engines = tensorrt.tensorrt_options(
+        trt_python, strongly_typed, probes, profile, keep_fp32, workspace, timing_cache, calibration_cache
+    )
     with steps() as on_step:
+        (made,) = tensorrt.make([BackendSpec.parse(backend)], engines, on_step)
         written = record(
             load_model(model, checkpoint=checkpoint, seed=seed),
-            backend,
+            made,
             output,
             inputs=inputs,
             samples=samples,
             seed=seed,
-            exporter=exporter.value,
+            exporter=None if exporter is Exporter.auto else exporter.value,
             folded=not unfolded,
             on_step=on_step,
         )

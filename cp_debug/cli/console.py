@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 if TYPE_CHECKING:
     from cp_debug.bisect.result import BisectResult
@@ -55,9 +55,20 @@ class Steps:
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._task = progress.add_task("", total=None)
+        self._builds: dict[str, TaskID] = {}
 
     def __call__(self, text: str, done: int, total: int) -> None:
         self._progress.update(self._task, description=text, completed=done, total=total)
+        while self._builds:
+            self._progress.remove_task(self._builds.popitem()[1])
+
+    def on_event(self, event: Mapping[str, Any]) -> None:
+        """How far TensorRT's build is, where its version tells: a bar a phase."""
+        if event["event"] != "progress":
+            return
+        phase, done, total = event["phase"], event["done"], event["steps"]
+        task = self._builds.get(phase) or self._builds.setdefault(phase, self._progress.add_task(phase, total=total))
+        self._progress.update(task, completed=done, total=total, visible=done < total)
 
 
 @contextmanager

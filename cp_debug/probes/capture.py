@@ -99,6 +99,10 @@ class CaptureWriter:
             self._partial.mkdir(parents=True)
         return self
 
+    def update(self, header: Header | Mapping[str, Any]) -> None:
+        """Replace entries of the header."""
+        self._header.update(header)
+
     def put(self, name: str, tensor: Tensor, sample: int = 0, component: str = "") -> None:
         """Write one tensor; what was given may change afterwards. Call in execution order.
 

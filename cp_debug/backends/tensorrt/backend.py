@@ -8,6 +8,7 @@ from typing import Any
 from cp_debug.backends.base import Program
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.backends.tensorrt.client import Client
+from cp_debug.backends.tensorrt.config import largest_opset
 from cp_debug.backends.tensorrt.options import Options
 from cp_debug.backends.tensorrt.session import EngineSession
 from cp_debug.errors import BackendUnavailable
@@ -37,6 +38,11 @@ class TensorRTBackend:
             on_event=self.options.on_event,
         )
         self._facts = self._client.probe(index)
+
+    @property
+    def largest_opset(self) -> int | None:
+        """The ONNX opset up to which this TensorRT reads."""
+        return largest_opset(self._facts["tensorrt"])
 
     def open(self, program: Program) -> EngineSession:
         """Build the engine. Raises InputError when TensorRT cannot, or when no layer runs in the asked precision."""

@@ -18,6 +18,8 @@ STRONG_ONLY = (11,)
 STRONG_POSSIBLE = (10,)
 BF16_FLAG = (10,)
 UNFUSED_DEBUG_TENSORS = (10, 12)
+OPSET_17 = (8,)
+"""Up to this version the ONNX parser was written for opset 17."""
 
 _WEAK_FLAGS: dict[str, tuple[str, ...]] = {
     "fp32": (),
@@ -68,7 +70,7 @@ def decide(
     ``quantized``: the graph has Q/DQ nodes. ``calibrated``: there is a calibration cache for it. ``keep_fp32``: ONNX
     nodes that stay FP32. Raises InputError or BackendUnavailable where the version has no way to do it.
     """
-    release = tuple(int(part) for part in version.split(".")[:2])
+    release = _release(version)
     strong = strongly_typed or release >= STRONG_ONLY
     if strong and release < STRONG_POSSIBLE:
         raise InputError(f"--strongly-typed needs TensorRT 10 or newer; this is {version}")
@@ -102,6 +104,15 @@ def decide(
         layer_precisions=pinned,
         unfused_debug_tensors=unfused,
     )
+
+
+def largest_opset(version: str) -> int | None:
+    """The ONNX opset up to which a TensorRT version reads; None where torch's exporters stay below it by default."""
+    return 17 if _release(version)[:1] <= OPSET_17 else None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def _best(release: tuple[int, ...], quantized: bool) -> tuple[str, ...]:

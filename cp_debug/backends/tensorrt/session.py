@@ -15,6 +15,7 @@ from cp_debug.backends.tensorrt.client import Client
 from cp_debug.backends.tensorrt.config import decide
 from cp_debug.backends.tensorrt.engines import Engine, EngineSet, Profile, Workshop
 from cp_debug.backends.tensorrt.options import Options
+from cp_debug.probes.alignment import data_values
 from cp_debug.probes.casts import cast_surgery
 from cp_debug.probes.graph import Graph
 from cp_debug.probes.inputs import check_inputs
@@ -75,7 +76,7 @@ class EngineSession:
             "timing_cache": str(options.timing_cache or _timing_cache(version)),
             "calibration_cache": None if options.calibration_cache is None else str(options.calibration_cache),
         }
-        return Workshop(self._client, config, variant, graph, tuple(own.tensors), folder, step)
+        return Workshop(self._client, config, variant, graph, tuple(data_values(own)), folder, step)
 
     @property
     def exposed(self) -> Collection[str]:
@@ -83,6 +84,12 @@ class EngineSession:
         if not self._sets:
             return self._own.tensors
         return self._latest.exposed | {v.name for v in self._own.outputs}
+
+    @property
+    def tactics(self) -> Mapping[str, str]:
+        """Value → name of the kernel that wrote it for the sink; known after a run with one."""
+        probed = self._latest.probed if self._sets else None
+        return {t.name: layer.tactic.name for layer in (probed.layers if probed else ()) for t in layer.outputs}
 
     @property
     def settings(self) -> Mapping[str, Any]:

@@ -1,0 +1,99 @@
+"""The flags about TensorRT, the same for every command that runs backends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cp_debug.errors import InputError
+
+if TYPE_CHECKING:
+    from cp_debug.backends.base import Backend
+    from cp_debug.backends.spec import BackendSpec
+    from cp_debug.cli.console import Steps
+
+PANEL = "TensorRT"
+
+
+class Probes(str, Enum):
+    """What an engine is made to show."""
+
+    boundaries = "boundaries"
+    all = "all"
+
+
+Python = Annotated[
+    str | None,
+    typer.Option("--trt-python", help="A Python >= 3.8 that has tensorrt and numpy.", rich_help_panel=PANEL),
+]
+StronglyTyped = Annotated[
+    bool,
+    typer.Option("--strongly-typed", help="Types come from the graph (TensorRT 10; 11 always).", rich_help_panel=PANEL),
+]
+ProbeMode = Annotated[
+    Probes,
+    typer.Option(
+        "--probes", help="boundaries: what the engine writes anyway; all: every value.", rich_help_panel=PANEL
+    ),
+]
+Profiles = Annotated[
+    list[str] | None,
+    typer.Option("--profile", help="INPUT:MIN:OPT:MAX, shapes as 1x3x8x8; repeatable.", rich_help_panel=PANEL),
+]
+KeepFp32 = Annotated[
+    list[str] | None, typer.Option("--keep-fp32", help="ONNX node that stays FP32; repeatable.", rich_help_panel=PANEL)
+]
+Workspace = Annotated[int | None, typer.Option("--workspace", help="Limit in MiB.", rich_help_panel=PANEL)]
+TimingCache = Annotated[Path | None, typer.Option("--timing-cache", help="Kept and reused.", rich_help_panel=PANEL)]
+CalibrationCache = Annotated[
+    Path | None,
+    typer.Option("--calibration-cache", help="INT8 scales for a graph without Q/DQ.", rich_help_panel=PANEL),
+]
+
+
+def tensorrt_options(
+    python: str | None,
+    strongly_typed: bool,
+    probes: Probes,
+    profiles: list[str] | None,
+    keep_fp32: list[str] | None,
+    workspace: int | None,
+    timing_cache: Path | None,
+    calibration_cache: Path | None,
+) -> dict[str, Any]:
+    """The flags as fields of ``cp_debug.backends.tensorrt.options.Options``."""
+    return {
+        "python": python,
+        "strongly_typed": strongly_typed,
+        "probes": probes.value,
+        "profiles": dict(map(parse_profile, profiles or ())),
+        "keep_fp32": frozenset(keep_fp32 or ()),
+        "workspace_mib": workspace,
+        "timing_cache": timing_cache,
+        "calibration_cache": calibration_cache,
+    }
+
+
+def make(specs: Sequence[BackendSpec], options: Mapping[str, Any], steps: Steps) -> list[Backend]:
+    """The backends; those on TensorRT with their options, telling ``steps`` how far a build is."""
+    from cp_debug.backends.registry import create
+
+    given = {**options, "on_event": steps.on_event}
+    return [create(spec, **given) if spec.family == "trt" else create(spec) for spec in specs]
+
+
+def parse_profile(text: str) -> tuple[str, tuple[tuple[int, ...], ...]]:
+    """``x:1x3x8x8:2x3x8x8:4x3x8x8`` → input, (smallest, optimal, largest shape). Raises InputError."""
+    try:
+        name, *parts = text.rsplit(":", 3)
+        shapes = tuple(tuple(int(size) for size in part.split("x")) for part in parts)
+    except ValueError:
+        name, shapes = "", ()
+    ordered = len(shapes) == 3 and len(set(map(len, shapes))) == 1
+    if not name or not ordered or not all(0 <= a <= b <= c for a, b, c in zip(*shapes, strict=True)):
+        raise InputError(f"--profile: {text!r}; expected INPUT:MIN:OPT:MAX with shapes like 1x3x8x8, growing")
+    return name, shapes
