@@ -95,7 +95,7 @@ def scale_bias(editor: Editor, value: str, size: float, place: int = 2) -> None:
     editor.set_weight(value, (bias * (1 + size)).astype(bias.dtype), place)
 
 
-def batch_norm_eps(editor: Editor, value: str, eps: float) -> None:
+def epsilon(editor: Editor, value: str, eps: float) -> None:
     """BatchNormalization or LayerNormalization with another epsilon."""
     node = editor.node(value)
     kept = [a for a in node.attribute if a.name != "epsilon"]
@@ -117,9 +117,9 @@ def scale(editor: Editor, value: str, size: float) -> None:
     editor.after(value, ("Mul", [np.array(1 + size, np.float32)], {}))
 
 
-def offset(editor: Editor, value: str, size: float) -> None:
-    """The result + size."""
-    editor.after(value, ("Add", [np.array(size, np.float32)], {}))
+def add(editor: Editor, value: str, error: np.ndarray | float) -> None:
+    """The result + ``error``, a number or one for each element."""
+    editor.after(value, ("Add", [np.array(error, np.float32)], {}))
 
 
 def clip(editor: Editor, value: str, limit: float) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from cp_debug.recipes.faults.base import Fault
-from cp_debug.recipes.faults.edits import offset, scale_channel, scale_weights, store_as
+from cp_debug.recipes.faults.edits import add, scale_channel, scale_weights, store_as
 from cp_debug.recipes.faults.seeding import Edit, edited
 
 _SCALED: dict[str, Edit] = {"pts_backbone.blocks.0.7": lambda editor, value: scale_weights(editor, value, 0.02)}
 _CHANNEL: dict[str, Edit] = {"pts_neck.deblocks.1.1": lambda editor, value: scale_channel(editor, value, -0.5)}
 _HALF: dict[str, Edit] = {"pts_backbone.blocks.2.5": lambda editor, value: store_as(editor, value, "bf16")}
-_OFFSET: dict[str, Edit] = {"pts_bbox_head.task_heads.1.reg.1": lambda editor, value: offset(editor, value, 0.05)}
+_OFFSET: dict[str, Edit] = {"pts_bbox_head.task_heads.1.reg.1": lambda editor, value: add(editor, value, 0.05)}
 
 SEVERAL = (
     Fault("two-faults", "a wrong weight scale, and one wrong channel further on", "fixing one does not fix it",
