@@ -15,12 +15,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-import torch
 from torch import Tensor
 
 from cp_debug.backends.arithmetic import ARITHMETICS, FP64
 from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor
+from cp_debug.bisect.norms import distance, ratio
 from cp_debug.bisect.precision import PRECISIONS
 from cp_debug.bisect.slack import disturbed
 from cp_debug.errors import InputError
@@ -146,25 +146,21 @@ class Replayer:
     def _judge(self, captured: AnyTensor, exact: Tensor, emulated: Tensor, roundoff: float | None = None) -> Replay:
         if tuple(captured.shape) != tuple(exact.shape):
             return Replay(skipped=f"the shape is {list(captured.shape)}, the oracle's {list(exact.shape)}")
-        test, exact, emulated = self._hold(captured).double(), exact.double(), emulated.double()
-        finite = torch.isfinite(test) & torch.isfinite(exact)
-        scale = _norm(exact, finite)
-        introduced = _norm(test - exact, finite)
-        rounding = _norm(emulated - exact, finite & torch.isfinite(emulated))
+        introduced, scale, born = distance(captured, exact)
+        rounding = distance(emulated, exact).difference
         expected = max(rounding, FLOOR * (roundoff or self.precision.roundoff) * scale)
         return Replay(
             introduced=ratio(introduced, scale),
             expected=ratio(expected, scale),
             excess=ratio(introduced, expected),
-            born=int((~torch.isfinite(test) & torch.isfinite(exact)).sum()),
+            born=born,
         )
 
     def _trace_back(self, replay: Replay, exact: Tensor, captured: AnyTensor, divergence: float) -> None:
         if tuple(captured.shape) != tuple(exact.shape):
             return
-        reference, exact = self._hold(captured).double(), exact.double()
-        finite = torch.isfinite(reference) & torch.isfinite(exact)
-        replay.inherited = ratio(_norm(exact - reference, finite), _norm(reference, finite))
+        inherited, scale, _ = distance(exact, captured)
+        replay.inherited = ratio(inherited, scale)
         if divergence:
             replay.amplification = replay.inherited / divergence
 
@@ -195,23 +191,21 @@ class Replayer:
     def _divergence(self, given: Mapping[str, AnyTensor], reference: Load) -> float:
         """Relative L2 divergence of a segment's inputs, all of them taken as one vector."""
         differing, whole = 0.0, 0.0
-        for name, captured in given.items():
-            ours, theirs = self._hold(captured).double(), self._hold(reference(name)).double()
-            if ours.shape != theirs.shape:
+        for name, ours in given.items():
+            theirs = reference(name)
+            if tuple(ours.shape) != tuple(theirs.shape):
                 return math.inf
-            finite = torch.isfinite(ours) & torch.isfinite(theirs)
-            differing += _norm(ours - theirs, finite) ** 2
-            whole += _norm(theirs, finite) ** 2
-        return ratio(math.sqrt(differing), math.sqrt(whole))
+            found = distance(ours, theirs)
+            differing, whole = math.hypot(differing, found.difference), math.hypot(whole, found.whole)
+        return ratio(differing, whole)
 
     def _storage_loss(self, exact: Tensor) -> float:
         value = ARITHMETICS[self.precision.name].value
         if value is None or not exact.is_floating_point():
             return 0.0
         exact = exact.float()
-        stored = value(exact)
-        finite = torch.isfinite(stored) & torch.isfinite(exact)
-        return ratio(_norm(stored.double() - exact.double(), finite), _norm(exact.double(), finite))
+        lost, scale, _ = distance(value(exact), exact)
+        return ratio(lost, scale)
 
     def _storage_loss_of_weight(self, name: str) -> float:
         return self._storage_loss(self._hold(self.graph.initializer(name)))
@@ -226,14 +220,3 @@ class Replayer:
 
     def _hold(self, tensor: AnyTensor) -> Tensor:
         return FP64.hold(tensor, self._device)
-
-
-def _norm(tensor: Tensor, mask: Tensor) -> float:
-    if not bool(mask.all()):
-        tensor = torch.where(mask, tensor, 0.0)
-    return float(torch.linalg.vector_norm(tensor))
-
-
-def ratio(a: float, b: float) -> float:
-    """a ÷ b; 0 when both are 0, infinite when only b is."""
-    return a / b if b else (math.inf if a else 0.0)

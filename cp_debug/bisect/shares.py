@@ -8,8 +8,8 @@ import numpy as np
 
 from cp_debug.backends.arithmetic import FP32
 from cp_debug.backends.executor import Executor
+from cp_debug.bisect.norms import ratio
 from cp_debug.bisect.pipeline import Key
-from cp_debug.bisect.replay import ratio
 from cp_debug.bisect.result import GUILTY, LayerRow
 from cp_debug.bisect.testrun import TestRun, loader
 from cp_debug.errors import InputError
@@ -58,6 +58,10 @@ class Propagation:
 
     def change(self, key: Key) -> np.ndarray:
         """Δ: what the introduced error of the layer ``key`` does to the final outputs."""
+        return self._vector(self.outputs(key))
+
+    def outputs(self, key: Key) -> Arrays:
+        """The final outputs when the introduced error of the layer ``key`` is the only one."""
         start = self._components.index(key.component)
         results: dict[str, Arrays] = {
             c: {n: self._reference.load(n, component=c) for n in self._outputs(c)} for c in self._components[:start]
@@ -67,7 +71,7 @@ class Propagation:
             graph = self._run.programs[component.name].graph
             inputs = self._model.feed(component, self._sample, results)
             results[component.name] = {n: t.numpy() for n, t in Executor(graph, FP32).run(inputs).items()}
-        return self._vector(results[self._components[-1]])
+        return results[self._components[-1]]
 
     def _downstream(self, key: Key) -> dict[str, np.ndarray]:
         """The outputs of the layer's own component when its value alone is changed."""
