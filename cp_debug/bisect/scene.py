@@ -52,6 +52,10 @@ class Scene:
             detections={s: Boxes(*(kept.load(f, component=s) for f in _FIELDS)) for s in specs},
         )
 
+    def class_name(self, label: int) -> str:
+        """The name of a label, or its number."""
+        return self.class_names[label] if 0 <= label < len(self.class_names) else str(label)
+
 
 def decode(model: Model, sample: Sample, results: Mapping[str, Arrays]) -> Any | None:
     """The decoder's result, or None where there is no decoder or it cannot read what a broken backend gave it."""
