@@ -21,6 +21,7 @@ from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import BackendUnavailable, InputError, MissingPackage
 from cp_debug.probes import surgery
 from cp_debug.probes.graph import Graph
+from cp_debug.probes.inputs import random_inputs
 
 ort = pytest.importorskip("onnxruntime")
 
@@ -377,6 +378,30 @@ def test_cuda_without_its_provider_is_unavailable(spec):
     assert caught.value.install == "pip install 'cpdebug[gpu]'"
     assert caught.value.nearest == spec.partition("@")[0] + "@cpu"
     assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("spec", "nearest"), [("ort-tf32", "emu-tf32"), ("ort-fp16", "emu-fp16"), ("ort-trt", "ort@cuda")]
+)
+def test_what_a_cpu_would_only_pretend_is_refused(spec, nearest):
+    with pytest.raises(BackendUnavailable, match=r"CPU|CUDA only") as caught:
+        OrtBackend(BackendSpec.parse(f"{spec}@cpu"))
+    assert caught.value.nearest == nearest
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("spec", "low", "high"), [("ort@cuda", 0, 1e-5), ("ort-tf32", 1e-5, 1e-2), ("ort-fp16", 1e-4, 1e-2)]
+)
+def test_cuda_precisions_are_what_they_claim(spec, low, high, tmp_path):
+    path = second_like(tmp_path / "net.onnx")
+    feed = random_inputs(Graph(path).inputs, seed=1)
+    _, reference = observe(open_session(path), feed)
+    outputs, seen = observe(open_session(path, spec), feed)
+    assert seen.keys() == reference.keys()
+    assert low < max(relative(a, seen[name]) for name, a in reference.items()) < high
+    whole = open_session(path, spec).run(feed)
+    assert all(np.array_equal(whole[name], array) for name, array in outputs.items())
 
 
 def test_without_onnxruntime_the_package_is_named(monkeypatch):

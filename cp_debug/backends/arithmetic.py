@@ -86,5 +86,7 @@ TF32 = Arithmetic("tf32", operand=round_tf32)
 BF16 = Arithmetic("bf16", value=round_bf16)
 FP16 = Arithmetic("fp16", value=round_fp16)
 FP16ACC = Arithmetic("fp16acc", value=round_fp16, tile=64)
+INT8 = Arithmetic("int8")
+"""FP32 between the graph's own QuantizeLinear and DequantizeLinear nodes: what they let through is exact in FP32."""
 
-ARITHMETICS = {a.name: a for a in (FP64, FP32, TF32, BF16, FP16, FP16ACC)}
+ARITHMETICS = {a.name: a for a in (FP64, FP32, TF32, BF16, FP16, FP16ACC, INT8)}

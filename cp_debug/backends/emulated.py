@@ -22,8 +22,8 @@ from cp_debug.probes.inputs import check_inputs
 
 
 class EmulatedBackend:
-    """``emu-fp32``, ``emu-tf32``, ``emu-bf16``, ``emu-fp16`` and ``emu-fp16acc``, on the CPU or on CUDA; the same bits
-    on each run.
+    """``emu-fp32``, ``emu-tf32``, ``emu-bf16``, ``emu-fp16``, ``emu-fp16acc`` and, for graphs with Q/DQ nodes,
+    ``emu-int8``, on the CPU or on CUDA; the same bits on each run.
 
     ``tile`` is the number of channels per tile of FP16 accumulation, where the kernel to be emulated is known.
     ``overrides`` computes some nodes in another arithmetic: node name → ``fp64 fp32 tf32 bf16 fp16 fp16acc``.
@@ -49,7 +49,10 @@ class EmulatedBackend:
                 raise BackendUnavailable(str(spec), reason, nearest=f"{spec.name}@cpu")
 
     def open(self, program: Program) -> Session:
-        """Make the program ready. Raises InputError when it holds operators that nothing here can execute."""
+        """Make the program ready. Raises InputError when it holds operators that nothing here can execute, and for
+        ``emu-int8`` when the graph does not say what is quantised."""
+        if self.precision == "int8" and program.graph.precision != "int8":
+            raise InputError(f"{self.spec}: {program.graph.path} has no QuantizeLinear nodes; quantize the model first")
         overrides = {node: ARITHMETICS[name] for node, name in self.overrides.items()}
         return ExecutorSession(program.graph, self.arithmetic, self.device, overrides=overrides)
 

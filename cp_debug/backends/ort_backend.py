@@ -1,4 +1,5 @@
-"""ONNX Runtime as a backend: unoptimised (``ort``, ``ort-none``) or optimised (``ort-basic``, ``ort-all``)."""
+"""ONNX Runtime as a backend: unoptimised (``ort``, ``ort-none``) or optimised (``ort-basic``, ``ort-all``), and on CUDA
+``ort-tf32``, ``ort-fp16`` (casts put into the graph) and ``ort-trt`` (its TensorRT provider)."""
 
 from __future__ import annotations
 
@@ -13,9 +14,10 @@ import onnx
 from cp_debug.backends.base import Program, Sink
 from cp_debug.backends.ort_chunks import ChunkedGraph, to_numpy, to_ort
 from cp_debug.backends.ort_optimized import OptimizedProgram, Replacement, build, replacements
-from cp_debug.backends.ort_options import Runtime, read_settings
+from cp_debug.backends.ort_options import LEVELS, Runtime, device_of, read_settings
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import InputError
+from cp_debug.probes.casts import cast_surgery
 from cp_debug.probes.graph import Graph
 from cp_debug.probes.inputs import check_inputs, random_inputs
 
@@ -26,21 +28,21 @@ _HALF = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
 
 
 class OrtBackend:
-    """ONNX Runtime on the CPU, or on CUDA with TF32 off. FP16 and INT8 are properties of the graph that is run.
+    """ONNX Runtime on the CPU, or on CUDA with TF32 off unless asked for. INT8 is a property of the graph that is run.
 
     ``disabled_optimizers`` names graph transformers to leave out (``NchwcTransformer``); ``threads`` defaults to the
     processors available. Raises MissingPackage without onnxruntime, BackendUnavailable when it lacks the device.
     """
 
-    precision = "fp32"
     emulated = False
 
     def __init__(
         self, spec: BackendSpec, *, disabled_optimizers: Sequence[str] = (), threads: int | None = None
     ) -> None:
         self.spec = spec
-        self.device = spec.device or "cpu"
-        self.level = spec.variant or "none"
+        self.device = device_of(spec)
+        self.precision = {"tf32": "tf32", "fp16": "fp16", "trt": "tf32"}.get(spec.variant, "fp32")
+        self.level = spec.variant if spec.variant in LEVELS else "none"
         self.disabled_optimizers = tuple(disabled_optimizers)
         self.runtime = Runtime.create(spec, threads)
 
@@ -49,7 +51,7 @@ class OrtBackend:
         return OrtBackend(self.spec, disabled_optimizers=self.disabled_optimizers, threads=count)
 
     def open(self, program: Program) -> OrtSession:
-        """Make the program ready. Raises InputError when ONNX Runtime refuses the model."""
+        """Make the program ready. Raises InputError when ONNX Runtime refuses the model, or a weight is beyond FP16."""
         return OrtSession(self, program.graph)
 
     def versions(self) -> dict[str, str]:
@@ -70,14 +72,19 @@ class OrtSession:
 
     def __init__(self, backend: OrtBackend, graph: Graph) -> None:
         self._backend = backend
-        self._graph = graph
         self._whole: onnxruntime.InferenceSession | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        if backend.precision == "fp16":
+            self._folder = tempfile.TemporaryDirectory(prefix="cpdebug-ort-")
+            graph = Graph(cast_surgery(graph, "fp16", (), Path(self._folder.name) / "fp16.onnx"))
+        self._graph = graph
         self._optimized: OptimizedProgram | None = None
         self._observed = ChunkedGraph(backend.runtime, graph)
         self.settings: dict[str, Any] = dict(backend.runtime.settings)
         self.exposed: Collection[str] = graph.tensors
-        if backend.level != "none" or graph.element_types & _HALF:
+        if backend.spec.variant == "trt":
+            self.exposed = [v.name for v in graph.outputs]
+        elif backend.level != "none" or (backend.device == "cpu" and graph.element_types & _HALF):
             try:
                 self._observe_written_program()
             except BaseException:
@@ -95,6 +102,11 @@ class OrtSession:
         if sink is None:
             return self._run_whole(inputs)
         wanted = set(self.exposed) if probes is None else set(probes).intersection(self.exposed)
+        if self._backend.spec.variant == "trt":  # pieces of the graph would be other engines
+            outputs = self._run_whole(inputs)
+            for name in wanted.intersection(outputs):
+                sink(name, outputs[name])
+            return outputs
         return self._observed.run(inputs, sink, wanted)
 
     def optimized_nodes(self) -> list[Replacement]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +24,14 @@ LEVELS = {
 }
 """Each does what those before it do, and more."""
 
+CUDA_ONLY = {
+    "tf32": "a CPU has no TF32",
+    "fp16": "on a CPU ONNX Runtime keeps activations in FP32, so its result would be none of FP16",
+    "trt": "TensorRT runs on CUDA only",
+}
+"""Variant → why a CPU cannot run it."""
+
 _CUDA = {
-    "use_tf32": "0",
     # HEURISTIC and EXHAUSTIVE may choose another algorithm on another run.
     "cudnn_conv_algo_search": "DEFAULT",
     "tunable_op_enable": "0",
@@ -50,16 +56,14 @@ class Runtime:
     def create(cls, spec: BackendSpec, threads: int | None = None) -> Runtime:
         """Raises MissingPackage without onnxruntime, BackendUnavailable when it lacks the device."""
         ort = require("onnxruntime", "cpu")
-        providers: list[tuple[str, dict[str, str]]] = [("CPUExecutionProvider", {})]
-        if spec.device not in (None, "cpu"):
-            _, _, index = spec.device.partition(":")
-            providers.insert(0, ("CUDAExecutionProvider", {"device_id": index or "0", **_CUDA}))
-            if "CUDAExecutionProvider" not in ort.get_available_providers():
-                raise _no_cuda(spec, f"onnxruntime {ort.__version__} has no CUDAExecutionProvider")
+        providers = list(_providers(spec))
+        first = providers[0][0]
+        if first not in ort.get_available_providers():
+            raise _unavailable(spec, f"onnxruntime {ort.__version__} has no {first}")
         runtime = cls(spec, threads or _processors(), providers)
         probe = runtime.session(_identity(), level="none")
-        if probe.get_providers()[0] != providers[0][0]:
-            raise _no_cuda(spec, f"onnxruntime {ort.__version__} could not start its CUDAExecutionProvider")
+        if probe.get_providers()[0] != first:
+            raise _unavailable(spec, f"onnxruntime {ort.__version__} could not start its {first}")
         return replace(runtime, settings=read_settings(probe))
 
     def session(
@@ -125,10 +129,30 @@ def read_settings(session: onnxruntime.InferenceSession) -> dict[str, Any]:
     return settings
 
 
-def _no_cuda(spec: BackendSpec, reason: str) -> BackendUnavailable:
-    return BackendUnavailable(
-        str(spec), reason, install="pip install 'cpdebug[gpu]'", nearest=str(BackendSpec(spec.name, "cpu"))
-    )
+def device_of(spec: BackendSpec) -> str:
+    """Where a spec runs. Raises BackendUnavailable for a variant that a CPU would only pretend to run."""
+    device = spec.device or ("cuda:0" if spec.variant in CUDA_ONLY else "cpu")
+    if device == "cpu" and spec.variant in CUDA_ONLY:
+        raise BackendUnavailable(str(spec), CUDA_ONLY[spec.variant], nearest=_nearest(spec))
+    return device
+
+
+def _providers(spec: BackendSpec) -> Iterator[tuple[str, dict[str, str]]]:
+    device = device_of(spec)
+    if device != "cpu":
+        index = device.partition(":")[2] or "0"
+        if spec.variant == "trt":
+            yield "TensorrtExecutionProvider", {"device_id": index}
+        yield "CUDAExecutionProvider", {"device_id": index, **_CUDA, "use_tf32": str(int(spec.variant == "tf32"))}
+    yield "CPUExecutionProvider", {}
+
+
+def _unavailable(spec: BackendSpec, reason: str) -> BackendUnavailable:
+    return BackendUnavailable(str(spec), reason, install="pip install 'cpdebug[gpu]'", nearest=_nearest(spec))
+
+
+def _nearest(spec: BackendSpec) -> str:
+    return {"tf32": "emu-tf32", "fp16": "emu-fp16", "trt": "ort@cuda"}.get(spec.variant) or f"{spec.name}@cpu"
 
 
 def _processors() -> int:

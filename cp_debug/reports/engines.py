@@ -1,0 +1,33 @@
+"""What an engine is, in a line: typing regime, types that its layers really run in, and what looking at it changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.text import Text
+
+from cp_debug.backends.base import RunRecord
+from cp_debug.backends.tensorrt.tactics import decode
+from cp_debug.bisect.pipeline import settings_by_component
+from cp_debug.reports.numbers import number
+
+
+def engine_lines(record: RunRecord) -> Iterator[Text]:
+    """One line for each component that ran as a TensorRT engine."""
+    for component, told in settings_by_component(record.settings).items():
+        if "realised_precision" not in told:
+            continue
+        shares = ", ".join(f"{dtype} {share:.0%}" for dtype, share in told["realised_precision"].items())
+        parts = [f"{told['regime']}ly typed", shares, f"built in {sum(told['build_seconds'].values()):.1f} s"]
+        if told["observer_gap"] is not None:
+            parts.append(f"observer gap {number(told['observer_gap'])}, rebuild floor {number(told['rebuild_floor'])}")
+        yield Text(f"engine{f' of {component}' if component else ''}: {'; '.join(parts)}", style="dim")
+
+
+def kernel(tactic: str) -> str:
+    """A kernel's arithmetic and the depth of its tile, as far as its name tells: ``fp16acc/64``, ``fp32 winograd``."""
+    found = decode(tactic)
+    text = found.arithmetic or ""
+    if found.arithmetic == "fp16acc" and found.tile:
+        text += f"/{found.tile[2]}"
+    return f"{text} winograd".strip() if found.winograd else text
