@@ -51,10 +51,14 @@ class Workshop:
     step: Mapping[str, Any]
     """Settings of every build: device, workspace, timing and calibration caches."""
 
+    def settings(self) -> dict[str, Any]:
+        """The runner's ``build`` step without files and shapes."""
+        nodes = [[node.name, node.op, list(node.outputs)] for node in self.graph.nodes]
+        return {**self.config.step(), **self.step, "nodes": nodes}
+
     def build(self, requests: Sequence[tuple[str, Mapping[str, Any]]], profiles: Mapping[str, Profile]) -> list[Engine]:
         """Build one engine a request (file name, ``probes`` for the runner), all in one process."""
-        nodes = [[node.name, node.op, list(node.outputs)] for node in self.graph.nodes]
-        common = {**self.config.step(), **self.step, "onnx": str(self.graph.path), "nodes": nodes, "profiles": profiles}
+        common = {**self.settings(), "onnx": str(self.graph.path), "profiles": profiles}
         paths = [self.folder / name for name, _ in requests]
         steps = [
             {"command": "build", "engine": str(path), "probes": probes, **common}

@@ -126,6 +126,13 @@ class EngineSession:
                     sink(value, np.load(written[value], allow_pickle=False))
             return outputs
 
+    def plain_build(self) -> tuple[Graph, dict[str, Any]]:
+        """What TensorRT is given, and the runner's step that builds the plain engine of it; caches are left out.
+
+        For graphs of static shapes; the caller adds ``command``, ``onnx`` and ``engine``.
+        """
+        return self._workshop.graph, {**self._workshop.settings(), "timing_cache": None, "profiles": {}}
+
     def close(self) -> None:
         """Remove the engines."""
         self._folder.cleanup()
