@@ -31,7 +31,7 @@ from cp_debug.backends.base import Program
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.backends.tensorrt.session import output_distance
-from cp_debug.bisect.pipeline import Key, Pipeline, prepare
+from cp_debug.bisect.pipeline import Export, Key, Pipeline, prepare
 from cp_debug.errors import CpdebugError
 from cp_debug.probes.graph import Graph
 from cp_debug.recipes.base import Model, Sample
@@ -142,7 +142,7 @@ def visit(name: str, args: argparse.Namespace, deadline: float) -> Iterator[dict
     model = load_model(str(make_net(args.out / "net.onnx")) if name == "net" else name)
     sample = next(iter(model.samples(1, 0, None)))
     with tempfile.TemporaryDirectory() as folder:
-        programs = prepare(model, sample, Path(folder), exporter=args.exporter)
+        programs = prepare(model, sample, Path(folder), how=Export(args.exporter, 17))
         reference = reference_values(model, programs, sample)
         shown = {f"ort|{key.value}": array for key, array in reference.items()}
         for spec, program in itertools.product(args.specs.split(","), programs):

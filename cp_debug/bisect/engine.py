@@ -19,7 +19,7 @@ from cp_debug.bisect.pipeline import (
     Key,
     Pipeline,
     changed_state,
-    choose_exporter,
+    choose_export,
     header,
     load_test_programs,
     prepare,
@@ -105,9 +105,8 @@ class Bisection:
         if isinstance(backends, str):
             backends = [create(spec) for spec in parse_backends(backends)]
         self._reference, *self._tests = backends
-        chosen, note = choose_exporter(backends)
-        self._exporter = options.exporter or chosen
-        self._notes = [note] if note and options.exporter is None else []
+        self._export, note = choose_export(backends, options.exporter)
+        self._notes = [note] if note else []
         if options.knobs and not any(map(is_optimised, self._tests)):
             names = ", ".join(str(test.spec) for test in self._tests)
             raise InputError(f"--knobs: expected ort-basic or ort-all among the test backends, which are {names}")
@@ -160,7 +159,7 @@ class Bisection:
         """The reference's programs and those of the tests."""
         options, folder = self.options, self.options.save or scratch
         folder.mkdir(parents=True, exist_ok=True)
-        programs = prepare(self.model, sample, folder, exporter=self._exporter, folded=options.folded)
+        programs = prepare(self.model, sample, folder, how=self._export, folded=options.folded)
         if isinstance(self._test_model, Path):
             return programs, load_test_programs(programs, self._test_model)
         if callable(self._test_model):
@@ -168,7 +167,7 @@ class Bisection:
         if self.test_model is not self.model:
             folder = folder / "test"
             folder.mkdir(exist_ok=True)
-            return programs, prepare(self.test_model, sample, folder, exporter=self._exporter, folded=options.folded)
+            return programs, prepare(self.test_model, sample, folder, how=self._export, folded=options.folded)
         if options.test_train_mode or options.test_out_of_place:
             return programs, [
                 changed_state(p, train=options.test_train_mode, out_of_place=options.test_out_of_place)
@@ -277,7 +276,7 @@ class Bisection:
 
 def is_optimised(backend: Backend) -> bool:
     """Whether ONNX Runtime's graph optimiser works on what this backend runs."""
-    return backend.spec.family == "ort" and backend.spec.variant not in ("", "none")
+    return backend.spec.name in ("ort-basic", "ort-all")
 
 
 class Collected:

@@ -32,8 +32,16 @@ class Key(NamedTuple):
     value: str
 
 
+class Export(NamedTuple):
+    """How modules become graphs."""
+
+    exporter: str = "dynamo"
+    opset: int | None = None
+    """None is the exporter's default."""
+
+
 def prepare(
-    model: Model, sample: Sample, folder: Path, *, exporter: str = "dynamo", folded: bool = True
+    model: Model, sample: Sample, folder: Path, *, how: Export = Export(), folded: bool = True
 ) -> list[Program]:
     """Export what comes as a module, align it, and open what comes as ONNX.
 
@@ -48,12 +56,12 @@ def prepare(
             continue
         inputs = model.feed(component, sample, results)
         results[component.name] = _run_module(component, inputs)
-        programs.append(_export(component, inputs, folder, exporter, folded))
+        programs.append(_export(component, inputs, folder, how, folded))
     return programs
 
 
 def _export(
-    component: Component, inputs: Mapping[str, np.ndarray], folder: Path, exporter: str, folded: bool
+    component: Component, inputs: Mapping[str, np.ndarray], folder: Path, how: Export, folded: bool
 ) -> Program:
     module = component.module
     assert module is not None
@@ -65,7 +73,8 @@ def _export(
         input_names=component.input_names,
         output_names=component.output_names,
         dynamic_axes=component.dynamic_axes,
-        exporter=exporter,
+        exporter=how.exporter,
+        opset=how.opset,
         folded=folded,
     )
     graph = Graph(path)
@@ -199,14 +208,14 @@ def settings_by_component(settings: Mapping[str, Any]) -> dict[str, dict[str, An
     return {name: common | rest for name, rest in settings.get("components", {"": {}}).items()}
 
 
-def choose_exporter(backends: Sequence[Backend]) -> tuple[str, str | None]:
-    """The exporter that every backend can read, and a note where that is not the default one."""
-    limits = {str(b.spec): getattr(b, "largest_opset", None) for b in backends}
-    limited = {spec: limit for spec, limit in limits.items() if limit is not None}
-    if not limited:
-        return "dynamo", None
-    spec = min(limited, key=limited.__getitem__)
-    return "torchscript", f"exported with torchscript: {spec} reads ONNX up to opset {limited[spec]}"
+def choose_export(backends: Sequence[Backend], exporter: str | None) -> tuple[Export, str | None]:
+    """What every backend can read, and a note where that is not the default; ``exporter`` None leaves the choice."""
+    limits = {str(b.spec): limit for b in backends if (limit := getattr(b, "largest_opset", None)) is not None}
+    if not limits:
+        return Export(exporter or "dynamo"), None
+    spec = min(limits, key=limits.__getitem__)
+    chosen = Export(exporter or "torchscript", limits[spec])  # dynamo cannot write every operator at an old opset
+    return chosen, f"exported with {chosen.exporter} at opset {chosen.opset}, up to which {spec} reads ONNX"
 
 
 def header(pipeline: Pipeline, samples: Sequence[Sample]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from cp_debug.backends.base import Backend, RunRecord
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
-from cp_debug.bisect.pipeline import Pipeline, choose_exporter, header, prepare
+from cp_debug.bisect.pipeline import Pipeline, choose_export, header, prepare
 from cp_debug.bisect.precision import coarser
 from cp_debug.bisect.result import BisectResult, LayerRow, TestResult, json_safe
 from cp_debug.bisect.verdict import judge
@@ -34,12 +34,12 @@ def record(
 ) -> Capture:
     """Run ``backend`` on the samples with every probe; the capture appears under ``folder`` when complete."""
     created = create(BackendSpec.parse(backend)) if isinstance(backend, str) else backend
-    exporter = exporter or choose_exporter([created])[0]
+    how, _ = choose_export([created], exporter)
     found = iter(model.samples(samples, seed, inputs))
     first = next(found)
     on_step("exporting and aligning", 0, samples + 1)
     with tempfile.TemporaryDirectory(prefix="cpdebug-") as scratch:
-        programs = prepare(model, first, Path(scratch), exporter=exporter, folded=folded)
+        programs = prepare(model, first, Path(scratch), how=how, folded=folded)
         with Pipeline(model, programs, created) as pipeline:
             manifest = header(pipeline, [])  # the samples are added as they come; it is written at the end
             with CaptureWriter(folder, manifest) as writer:
