@@ -21,7 +21,7 @@ from cp_debug.backends.arithmetic import ARITHMETICS, FP64
 from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.norms import distance, ratio
-from cp_debug.bisect.precision import PRECISIONS
+from cp_debug.bisect.precision import PRECISIONS, Precision
 from cp_debug.bisect.slack import disturbed
 from cp_debug.errors import InputError
 from cp_debug.probes.graph import Graph, Node
@@ -112,7 +112,7 @@ class Replayer:
     def given(self, value: str, exact: AnyTensor, reference: Load, test: Load) -> Replay:
         """The replay of a graph input, whose exact value the caller knows: glue copies and is not rounded."""
         held = self._hold(exact)
-        replay = self._judge(test(value), held, held)
+        replay = self._judge(test(value), held, held, self.precision)
         self._trace_back(replay, held, reference(value), 0.0)
         return replay
 
@@ -126,9 +126,10 @@ class Replayer:
         divergence = self._divergence(given, reference)
         results = {}
         for target in targets:
-            replay = self._judge(test(target), exact[target], emulated[target])
+            replay = self._judge(test(target), exact[target], emulated[target], self.precision)
             if EXCESS < (replay.excess or 0.0) < BEYOND_DOUBT:
-                replay = self._doubt(replay, nodes, given, target, test, exact[target])
+                others = disturbed(self.oracle, nodes, given, [target])[target]
+                replay = self._judge(test(target), exact[target], emulated[target], self.precision, others)
             replay.nodes = tuple(n.name for n in nodes)
             replay.oracle_error = self._oracle_roundoff * math.sqrt(max(self._reduction(n) for n in nodes))
             replay.range_loss = max(
@@ -143,12 +144,20 @@ class Replayer:
             results[target] = replay
         return results
 
-    def _judge(self, captured: AnyTensor, exact: Tensor, emulated: Tensor, roundoff: float | None = None) -> Replay:
+    def _judge(
+        self,
+        captured: AnyTensor,
+        exact: Tensor,
+        emulated: Tensor,
+        claim: Precision,
+        others: Tensor | None = None,
+    ) -> Replay:
+        """``others``: the result of other correct implementations, when the emulation alone raised a doubt."""
         if tuple(captured.shape) != tuple(exact.shape):
             return Replay(skipped=f"the shape is {list(captured.shape)}, the oracle's {list(exact.shape)}")
         introduced, scale, born = distance(captured, exact)
-        rounding = distance(emulated, exact).difference
-        expected = max(rounding, FLOOR * (roundoff or self.precision.roundoff) * scale)
+        explained = [distance(e, exact).difference for e in (emulated, others) if e is not None]
+        expected = max(*explained, FLOOR * claim.roundoff * scale)
         return Replay(
             introduced=ratio(introduced, scale),
             expected=ratio(expected, scale),
@@ -166,27 +175,14 @@ class Replayer:
 
     def _reference_excess(self, nodes: list[Node], starts: list[str], target: str, reference: Load) -> float:
         given = {s: reference(s) for s in starts}
-        claim = self._claims[0]
+        claim = PRECISIONS[self._claims[0]]
         exact = self.oracle.run_nodes(nodes, given, [target])[target]
-        emulated = self._emulators[claim].run_nodes(nodes, given, [target])[target]
-        replay = self._judge(reference(target), exact, emulated, PRECISIONS[claim].roundoff)
+        emulated = self._emulators[claim.name].run_nodes(nodes, given, [target])[target]
+        replay = self._judge(reference(target), exact, emulated, claim)
         if EXCESS < (replay.excess or 0.0) < BEYOND_DOUBT:
-            replay = self._doubt(replay, nodes, given, target, reference, exact)
+            others = disturbed(self.oracle, nodes, given, [target])[target]
+            replay = self._judge(reference(target), exact, emulated, claim, others)
         return replay.excess or 0.0
-
-    def _doubt(
-        self,
-        replay: Replay,
-        nodes: list[Node],
-        given: Mapping[str, AnyTensor],
-        target: str,
-        captured: Load,
-        exact: Tensor,
-    ) -> Replay:
-        """The replay judged by other correct implementations where they differ more than the emulation says."""
-        other = disturbed(self.oracle, nodes, given, [target])[target]
-        doubted = self._judge(captured(target), exact, other)
-        return max(replay, doubted, key=lambda r: r.expected or 0.0)
 
     def _divergence(self, given: Mapping[str, AnyTensor], reference: Load) -> float:
         """Relative L2 divergence of a segment's inputs, all of them taken as one vector."""
