@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from typing_extensions import Self
 
 Floats = NDArray[np.float64]
@@ -62,11 +62,13 @@ class Boxes(Objects):
     attributes: NDArray[np.str_]
 
     @classmethod
-    def of(cls, boxes: Floats, samples: Ints, labels: Ints, scores: Floats, attributes: NDArray[np.str_]) -> Boxes:
+    def of(
+        cls, boxes: ArrayLike, samples: Ints, labels: ArrayLike, scores: ArrayLike, attributes: NDArray[np.str_]
+    ) -> Boxes:
         """From boxes [N, 9]: x, y, z of the gravity centre, length, width, height, yaw, velocity."""
         x = np.asarray(boxes, dtype=np.float64).reshape(-1, 9)
-        labels, scores = np.asarray(labels, dtype=np.int64), np.asarray(scores, dtype=np.float64)
-        return cls(x[:, :2], samples, labels, scores, x[:, 2], x[:, 3:6], x[:, 6], x[:, 7:], attributes)
+        kinds, confidence = np.asarray(labels, dtype=np.int64), np.asarray(scores, dtype=np.float64)
+        return cls(x[:, :2], samples, kinds, confidence, x[:, 2], x[:, 3:6], x[:, 6], x[:, 7:], attributes)
 
     @property
     def finite(self) -> NDArray[np.bool_]:

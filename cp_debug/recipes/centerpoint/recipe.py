@@ -61,6 +61,12 @@ class CenterPointModel:
         """In label order."""
         return self.config.class_names
 
+    @property
+    def region(self) -> tuple[float, float, float, float]:
+        """What the model sees, from above: x0, y0, x1, y1 in m."""
+        x0, y0, _, x1, y1, _ = self.config.point_cloud_range
+        return x0, y0, x1, y1
+
     def samples(self, count: int, seed: int, inputs: Path | None) -> Iterator[Sample]:
         """At most ``count`` point clouds: ``points`` [N, C] float32; see ``data``."""
         return iterate(self.data(inputs, count, seed))

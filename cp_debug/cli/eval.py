@@ -1,0 +1,103 @@
+"""``cpdebug eval``: do the differences matter for detections?"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from json import dumps
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cp_debug.cli.bisect import Exporter
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A recipe that detects (`cpdebug models`).")] = "centerpoint:tiny",
+    backends: Annotated[str, typer.Option("--backends", "-b", help="Reference first, then the tests.")] = "torch,ort",
+    data: Annotated[
+        Path | None, typer.Option(help="An mmdet3d info file (.pkl); else the held-out synthetic scenes.")
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="At most this many samples.")] = 50,
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights for the recipe: .pt or .safetensors.")] = None,
+    data_root: Annotated[Path | None, typer.Option(help="What the paths in the info file are relative to.")] = None,
+    sweeps: Annotated[int, typer.Option(min=0, help="Earlier sweeps to merge, at most.")] = 9,
+    skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Leave out samples without a cloud.")] = False,
+    ranges: Annotated[
+        str, typer.Option("--range", help="model, nuscenes, metres, or CLASS=METRES,… from the sensor.")
+    ] = "model",
+    min_points: Annotated[int, typer.Option(min=0, help="Points that an object must have to count.")] = 1,
+    draws: Annotated[int, typer.Option(min=0, help="Bootstrap draws for the intervals.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap; first synthetic scene.")] = 0,
+    max_drop: Annotated[float, typer.Option(min=0, help="mAP that a backend may lose.")] = 0.01,
+    exporter: Annotated[Exporter, typer.Option(help="For torch models.")] = Exporter.dynamo,
+    unfolded: Annotated[bool, typer.Option("--unfolded", help="Keep BatchNorm apart.")] = False,
+    json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the figures of every backend and class as CSV.")] = None,
+    predictions: Annotated[Path | None, typer.Option(help="Write every detection, as .npz.")] = None,
+) -> None:
+    """Score backends on a data set: mAP, NDS and errors as nuScenes defines them, AP by overlap, with intervals.
+
+    Exit code 1 when a backend's mAP is lower than the reference's by more than --max-drop and the 95 % interval of the
+    difference is below 0.
+    """
+    from cp_debug.backends.registry import create
+    from cp_debug.backends.spec import parse_backends
+    from cp_debug.cli.console import console, steps
+    from cp_debug.deploy.evaluate import as_detector
+    from cp_debug.deploy.evaluate import evaluate as run
+    from cp_debug.deploy.evaluation import EvaluationOptions
+    from cp_debug.deploy.evaluation_tables import render
+    from cp_debug.deploy.predictions import save_predictions
+    from cp_debug.recipes.data.base import DataOptions
+    from cp_debug.recipes.registry import load_model
+    from cp_debug.reports.files import complete_file
+
+    detector = as_detector(load_model(model, checkpoint=checkpoint, seed=seed))
+    options = EvaluationOptions(
+        ranges=parse_ranges(ranges, detector.class_names),
+        min_points=min_points,
+        draws=draws,
+        seed=seed,
+        max_drop=max_drop,
+    )
+    opened = detector.data(data, samples, seed, DataOptions(data_root, sweeps, skip_missing))
+    made = [create(spec) for spec in parse_backends(backends)]
+    with steps() as on_step:
+        result = run(detector, made, opened, options, exporter=exporter.value, folded=not unfolded, on_step=on_step)
+    text = dumps(result.to_dict(), indent=1, allow_nan=False) + "\n"
+    if json == "-":
+        sys.stdout.write(text)
+    else:
+        for part in render(result):
+            console.print(part)
+    if json and json != "-":
+        with complete_file(Path(json)) as stream:
+            stream.write(text)
+    if csv:
+        with complete_file(csv) as stream:
+            result.to_pandas().to_csv(stream, index=False)
+    if predictions:
+        save_predictions(predictions, result.samples, result.predictions)
+    raise typer.Exit(1 if result.worse else 0)
+
+
+def parse_ranges(text: str, class_names: Sequence[str]) -> dict[str, float]:
+    """Class → metres for ``--range``; empty for the model's own. Raises InputError for anything else."""
+    from cp_debug.deploy.evaluation import NUSCENES_RANGES
+    from cp_debug.errors import InputError
+
+    if text == "model":
+        return {}
+    if text == "nuscenes":
+        return NUSCENES_RANGES
+    entries = [entry.rpartition("=") for entry in text.split(",")]
+    unknown = [name for name, sign, _ in entries if sign and name not in class_names]
+    if unknown:
+        raise InputError(f"--range: the model has no class {unknown[0]!r}; its classes are {', '.join(class_names)}")
+    try:
+        given = [(name, float(metres)) for name, _, metres in entries]
+    except ValueError:
+        raise InputError(f"--range: {text!r}; expected model, nuscenes, metres, or CLASS=METRES,…") from None
+    return {each: metres for name, metres in given for each in ([name] if name else class_names)}
