@@ -20,7 +20,7 @@ _FIELDS = ("boxes", "scores", "labels")
 
 @dataclass(frozen=True)
 class Boxes:
-    """The detections of one backend. boxes: [N, 7 or more] x, y, z, length, width, height, yaw, …; scores, labels: [N]."""
+    """The detections of one backend. boxes: [N, 7 or more] x, y, z, length, width, height, yaw; scores, labels: [N]."""
 
     boxes: np.ndarray
     scores: np.ndarray

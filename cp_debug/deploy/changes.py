@@ -7,7 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
-from cp_debug.deploy.metrics import Objects, match_centers
+from cp_debug.deploy.matching import match_centers
+from cp_debug.deploy.objects import Objects
 
 MATCHING = 2.0
 """Metres within which two boxes of one class are the same object: the middle one of nuScenes' distances."""

@@ -1,4 +1,4 @@
-"""Results as files: JSON and CSV, written to a temporary name and renamed when complete."""
+"""Results as files: JSON, CSV and Parquet, written to a temporary name and renamed when complete."""
 
 from __future__ import annotations
 
@@ -7,11 +7,23 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from cp_debug.bisect.result import BisectResult
 from cp_debug.errors import InputError
+from cp_debug.optional import require
+from cp_debug.probes.statistics import TensorStats
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FIGURES = (
+    *(field.name for field in fields(TensorStats) if field.type == "float"),
+    *("introduced", "inherited", "amplification", "expected", "excess", "oracle_error", "noise_floor", "share"),
+)
+"""Columns of the layer table that hold real numbers."""
 
 
 def write_json(result: BisectResult, target: str) -> None:
@@ -24,25 +36,52 @@ def write_json(result: BisectResult, target: str) -> None:
         stream.write(text + "\n")
 
 
-def write_csv(result: BisectResult, target: Path) -> None:
-    """Write the layers of every test backend as one CSV table with a leading column ``backend``."""
+def write_text(text: str, target: Path | None) -> None:
+    """Write a report to a file, or to stdout without one."""
+    if target is None:
+        sys.stdout.write(text)
+        return
+    with complete_file(target) as stream:
+        stream.write(text)
+
+
+def layer_frame(result: BisectResult) -> pd.DataFrame:
+    """The layers of every test backend as one table with a leading column ``backend``; figures are numbers."""
     import pandas as pd
 
-    tables = [test.layers.assign(backend=test.backend.spec) for test in result.tests]
-    table = pd.concat(tables)
-    with complete_file(target) as stream:
-        table[["backend", *table.columns.drop("backend")]].to_csv(stream, index=False)
+    table = pd.concat([test.layers.assign(backend=test.backend.spec) for test in result.tests], ignore_index=True)
+    # Infinity and NaN are strings in JSON; absent figures are NaN here.
+    numbers = [name for name in FIGURES if name in table]
+    return table[["backend", *table.columns.drop("backend")]].astype(dict.fromkeys(numbers, float))
+
+
+def write_csv(result: BisectResult, target: Path | None) -> None:
+    """Write the layers of every test backend as one CSV table, to stdout without a ``target``."""
+    write_text(layer_frame(result).to_csv(index=False), target)
+
+
+def write_parquet(result: BisectResult, target: Path) -> None:
+    """Write the layers of every test backend as one Parquet file. Raises MissingPackage without pyarrow."""
+    require("pyarrow", "parquet")
+    with complete_path(target) as partial:
+        layer_frame(result).to_parquet(partial, engine="pyarrow", index=False)
 
 
 @contextmanager
-def complete_file(path: Path) -> Iterator[TextIO]:
-    """Open ``path`` for writing so that it appears whole or not at all. Raises InputError when it cannot be written."""
+def complete_path(path: Path) -> Iterator[Path]:
+    """A temporary name that becomes ``path`` when the block succeeds. Raises InputError when it cannot be written."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("w", encoding="utf-8") as stream:
-            yield stream
+        yield partial
         partial.replace(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def complete_file(path: Path) -> Iterator[TextIO]:
+    """Open ``path`` for writing so that it appears whole or not at all. Raises InputError when it cannot be written."""
+    with complete_path(path) as partial, partial.open("w", encoding="utf-8") as stream:
+        yield stream

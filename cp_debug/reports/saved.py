@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cp_debug.backends.base import RunRecord
+from cp_debug.bisect.causes.finding import Effect, Element, Finding, Where
 from cp_debug.bisect.replay import Replay
 from cp_debug.bisect.result import SCHEMA, BisectResult, LayerRow, Observation, StageRow, TestResult
 from cp_debug.bisect.scene import Scene
+from cp_debug.deploy.detections import DetectionChange
 from cp_debug.errors import InputError
 from cp_debug.probes.capture import Capture
 from cp_debug.probes.graph import Graph
@@ -23,17 +25,12 @@ from cp_debug.probes.statistics import TensorStats
 
 RESULT = "result.json"
 
-Finding = Mapping[str, Any]
-"""One finding of the JSON schema: cause, layers, explained, evidence, where, effect, fix; any of them may be absent."""
-
 
 @dataclass(frozen=True)
 class SavedResult:
     """A result with what was kept beside it."""
 
     result: BisectResult
-    findings: tuple[tuple[Finding, ...], ...]
-    """Those of each test backend, in the order of ``result.tests``."""
     folder: Path | None = None
     """Where the captures and graphs lie; None when only the JSON was given."""
 
@@ -75,8 +72,7 @@ class SavedResult:
             test_programs=fields.get("test_programs", dict, {}),
             command=fields.get("command", str, ""),
         )
-        findings = tuple(tuple(f.value for f in block.objects("findings", [])) for block in blocks)
-        return cls(result, findings, folder)
+        return cls(result, folder)
 
     @cached_property
     def graphs(self) -> dict[str, Graph]:
@@ -144,9 +140,9 @@ class Fields:
         items = self.get(key, list, default)
         return [Fields(item, self._file, f"{self._where(key)}[{i}]") for i, item in enumerate(items)]
 
-    def object(self, key: str) -> Fields:
+    def object(self, key: str, default: Any = _REQUIRED) -> Fields:
         """An object."""
-        return Fields(self.get(key, dict), self._file, self._where(key))
+        return Fields(self.get(key, dict, default), self._file, self._where(key))
 
     def fail(self, key: str, problem: str) -> NoReturn:
         """Raise the InputError for a field."""
@@ -195,7 +191,47 @@ def _test(fields: Fields, record: RunRecord) -> TestResult:
         oracle=fields.get("oracle", (str, type(None))),
         observation=seen,
         notes=fields.get("notes", list, []),
+        findings=[_finding(finding) for finding in fields.objects("findings", [])],
+        detections=_detections(fields),
     )
+
+
+def _finding(fields: Fields) -> Finding:
+    effect = fields.object("effect", {})
+    return Finding(
+        cause=fields.get("cause", str),
+        says=fields.get("says", str, fields.get("cause", str)),
+        layers=fields.get("layers", list, []),
+        ops=fields.get("ops", list, []),
+        side=fields.get("side", str, "test"),
+        explained=fields.optional("explained"),
+        runner_up=fields.get("runner_up", (str, type(None)), None),
+        runner_up_explained=fields.optional("runner_up_explained"),
+        evidence=fields.get("evidence", dict, {}),
+        where=[_where(place) for place in fields.objects("where", [])],
+        effect=Effect(effect.optional("share"), _detections(effect)),
+        fix=fields.get("fix", str, ""),
+    )
+
+
+def _where(fields: Fields) -> Where:
+    worst = fields.objects("worst", [])
+    channels = fields.object("channels", {})
+    return Where(
+        layer=fields.get("layer", str, ""),
+        channels={int(channel): channels.number(channel) for channel in channels.value},
+        region=fields.get("region", list, []),
+        concentrated=fields.number("concentrated", 1.0),
+        worst=[Element(e.get("index", list), e.number("value"), e.number("oracle")) for e in worst],
+    )
+
+
+def _detections(fields: Fields) -> DetectionChange | None:
+    if fields.value.get("detections") is None:
+        return None
+    counts = fields.object("detections")
+    known = [name for name in DetectionChange.__dataclass_fields__ if name in counts.value]
+    return DetectionChange(**{name: counts.get(name, (int, float)) for name in known})
 
 
 _WHOLE = ("nan_ref", "nan_test", "inf_ref", "inf_test", "mismatched")
@@ -203,6 +239,8 @@ _REAL = ("mean_abs", "rel_l2", "cosine", "sqnr_db", "p50_abs", "p99_abs", "max_r
 
 
 def _row(fields: Fields) -> LayerRow:
+    counts: dict[str, Any] = {name: fields.get(name, int) for name in _WHOLE}
+    figures: dict[str, Any] = {name: fields.number(name) for name in _REAL}
     stats = TensorStats(
         shape=tuple(fields.get("shape", list)),
         shape_test=tuple(fields.get("shape_test", list)),
@@ -212,8 +250,8 @@ def _row(fields: Fields) -> LayerRow:
         max_abs=fields.number("max_abs"),
         argmax=None if fields.value.get("argmax") is None else tuple(fields.get("argmax", list)),
         equal=fields.get("equal", bool),
-        **{name: fields.get(name, int) for name in _WHOLE},
-        **{name: fields.number(name) for name in _REAL},
+        **counts,
+        **figures,
     )
     replay = Replay(
         nodes=tuple(fields.get("nodes", list, [])),

@@ -1,0 +1,63 @@
+"""``cpdebug report``: a saved result for people, trackers and machines."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Format(str, Enum):
+    """What to make of a result."""
+
+    html = "html"
+    markdown = "markdown"
+    junit = "junit"
+    github = "github"
+    onnx = "onnx"
+    csv = "csv"
+    parquet = "parquet"
+
+
+def report(
+    result: Annotated[Path, typer.Argument(help="A folder of `bisect --save`, or its result.json: without tensors.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write; a folder for onnx, if there are components.")
+    ] = None,
+    kind: Annotated[
+        Format, typer.Option("--format", "-f", help="Text formats go to stdout without --output.")
+    ] = Format.html,
+) -> None:
+    """Show a saved result: one HTML page, Markdown, CI annotations, tables, or an annotated ONNX file."""
+    from cp_debug.cli.console import console
+    from cp_debug.reports.files import write_csv, write_parquet, write_text
+    from cp_debug.reports.saved import SavedResult
+
+    saved = SavedResult.open(result)
+    written = [output] if output else []
+    if kind is Format.html:
+        from cp_debug.reports.page import write_page
+
+        written = [output or Path("report.html")]
+        write_page(saved, written[0])
+    elif kind is Format.onnx:
+        from cp_debug.reports.annotate import write_annotated
+
+        written = write_annotated(saved, output or Path("annotated" if len(saved.graphs) > 1 else "annotated.onnx"))
+    elif kind is Format.parquet:
+        written = [output or Path("layers.parquet")]
+        write_parquet(saved.result, written[0])
+    elif kind is Format.csv:
+        write_csv(saved.result, output)
+    elif kind is Format.markdown:
+        from cp_debug.reports.markdown import render_markdown
+
+        write_text(render_markdown(saved), output)
+    else:
+        from cp_debug.reports.gates import render_github, render_junit
+
+        write_text(render_junit(saved) if kind is Format.junit else render_github(saved), output)
+    for path in written:
+        console.print(f"{path}: {path.stat().st_size / 1024:.0f} KiB", highlight=False)

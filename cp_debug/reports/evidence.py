@@ -1,0 +1,226 @@
+"""What one layer's tensors look like on both sides, and where its error sits: figures first, charts from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cp_debug.bisect.precision import PRECISIONS
+from cp_debug.bisect.replay import Replayer
+from cp_debug.bisect.result import GUILTY, SHAPE, LayerRow, TestResult
+from cp_debug.errors import CpdebugError
+from cp_debug.probes.arrays import as_numpy
+from cp_debug.probes.capture import Capture
+from cp_debug.reports.png import opacity_png
+from cp_debug.reports.saved import SavedResult
+from cp_debug.reports.svg import Canvas, Scale, decades
+
+MOST_GUILTY, MOST_OTHERS = 8, 3
+"""Guilty layers shown, the most excessive first; without a guilty one, layers of the highest excess."""
+ELEMENTS = 1 << 21
+"""Elements that histograms look at; of larger tensors an even selection."""
+BINS, CELLS, PIXELS, WORST = 72, (72, 48), 192, 5
+ACCENT = (59, 130, 246)
+WIDTH, HEIGHT, LEFT, BOTTOM = 500, 270, 62, 48
+
+
+@dataclass(frozen=True)
+class Worst:
+    """One of the elements of largest error. ``exact`` is the oracle's value where it was computed."""
+
+    index: tuple[int, ...]
+    reference: float
+    test: float
+    exact: float | None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One layer, ready to be shown."""
+
+    row: LayerRow
+    error: str
+    """Which error the charts show: introduced, or the whole divergence where the layer cannot be replayed."""
+    worst: list[Worst] = field(default_factory=list)
+    charts: list[tuple[str, Canvas]] = field(default_factory=list)
+    """(caption, chart)"""
+
+
+def chosen_rows(test: TestResult) -> list[LayerRow]:
+    """The guilty layers, else those of the highest excess; in execution order."""
+    guilty = [row for row in test.rows if row.verdict in (GUILTY, SHAPE)]
+    most = MOST_GUILTY if guilty else MOST_OTHERS
+    return sorted(sorted(guilty or test.rows, key=_excess, reverse=True)[:most], key=lambda row: row.index)
+
+
+def evidence(saved: SavedResult, test: TestResult) -> list[Evidence]:
+    """The evidence for each chosen row whose tensors were kept and have the same shape on both sides."""
+    found = []
+    for row in chosen_rows(test):
+        reference = saved.capture(row.sample, saved.result.reference.spec)
+        captured = saved.capture(row.sample, test.backend.spec)
+        if reference is None or captured is None or row.stats.shape_mismatch or row.stats.count == 0:
+            continue
+        where = row.onnx, 0, row.component
+        found.append(_layer(saved, test, row, reference.load(*where), captured))
+    return found
+
+
+def _layer(saved: SavedResult, test: TestResult, row: LayerRow, reference: np.ndarray, captured: Capture) -> Evidence:
+    ours = _real(reference)
+    theirs = _real(captured.load(row.onnx, 0, row.component))
+    exact = _oracle(saved, test, row, captured)
+    error = np.abs(theirs - (ours if exact is None else exact))
+    error[~np.isfinite(error)] = np.inf if not np.isfinite(error).any() else error[np.isfinite(error)].max()
+    name = "divergence (test − reference)" if exact is None else "introduced error (test − oracle)"
+    # Rows of a BEV map count from its lowest y: they are shown upwards, as the detections are.
+    upwards = saved.scene(row.sample) is not None
+    charts = [
+        ("Values on both sides", _histogram(ours, theirs)),
+        (f"|{name.split(' (')[0]}| against magnitude", _against(ours if exact is None else exact, error, test)),
+        ("Error of each channel, RMS", _channels(error)),
+        ("Where it sits: largest error over the channels", _heat(error, upwards)),
+    ]
+    return Evidence(
+        row, name, _worst(ours, theirs, exact, error), [(text, chart) for text, chart in charts if chart is not None]
+    )
+
+
+def _oracle(saved: SavedResult, test: TestResult, row: LayerRow, captured: Capture) -> np.ndarray | None:
+    """The oracle's value from the test's own inputs; None where that cannot be computed here."""
+    graph, replay = saved.graphs.get(row.component), row.replay
+    if test.oracle is None or graph is None or replay is None or replay.introduced is None:
+        return None
+    claims = saved.result.reference.precision, test.backend.precision
+    load: Callable[[str], np.ndarray] = lambda name: captured.load(name, 0, row.component)  # noqa: E731
+    try:
+        _, exact = Replayer(graph, claims, test.oracle, captured.names(0, row.component)).introduced(row.onnx, load)
+    except (CpdebugError, KeyError, NotImplementedError):
+        return None
+    return _real(as_numpy(exact))
+
+
+def _excess(row: LayerRow) -> float:
+    excess = row.replay.excess if row.replay else None
+    return row.stats.rel_l2 if excess is None else excess
+
+
+def _real(array: np.ndarray) -> np.ndarray:
+    return np.asarray(array, np.float64 if array.dtype == np.float64 else np.float32)
+
+
+def _some(array: np.ndarray) -> np.ndarray:
+    flat = array.reshape(-1)
+    return flat[:: -(-flat.size // ELEMENTS)]
+
+
+def _plot() -> tuple[float, float, float, float]:
+    """left, right, bottom, top of the plot's area"""
+    return LEFT, WIDTH - 12, HEIGHT - BOTTOM, 12
+
+
+def _histogram(ours: np.ndarray, theirs: np.ndarray) -> Canvas | None:
+    sides = [values[np.isfinite(values)] for values in (_some(ours), _some(theirs))]
+    together = np.concatenate(sides)
+    if not together.size:
+        return None
+    low, high = float(together.min()), float(together.max())
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    counts = [np.histogram(side, BINS, (low, high))[0] for side in sides]
+    left, right, bottom, top = _plot()
+    x = Scale(low, high, left, right)
+    y = Scale(0.5, 10 ** np.ceil(np.log10(max(c.max() for c in counts) + 1)), bottom, top, log=True)
+    canvas = Canvas(WIDTH, HEIGHT, "Histogram of the reference's and the test's values, counts on a log scale")
+    canvas.axes(x, y, "value", "elements")
+    edges = np.linspace(low, high, BINS + 1)
+    for kind, count in zip(("reference area", "test outline"), counts, strict=True):
+        steps = [(x(e), y(max(c, 0.5))) for a, b, c in zip(edges, edges[1:], count, strict=False) for e in (a, b)]
+        canvas.path([(left, bottom), *steps, (right, bottom)], kind)
+    return canvas
+
+
+def _against(magnitude: np.ndarray, error: np.ndarray, test: TestResult) -> Canvas | None:
+    """A two-dimensional histogram on log axes, with the line of one unit roundoff of the test's precision."""
+    size, wrong = np.abs(_some(magnitude)), _some(error)
+    shown = (size > 0) & (wrong > 0) & np.isfinite(size)
+    if not shown.any():
+        return None
+    size, wrong = size[shown], wrong[shown]
+    x_range = decades([float(np.percentile(size, 0.1)), float(size.max())])
+    y_range = decades([float(np.percentile(wrong, 0.1)), float(wrong.max())])
+    left, right, bottom, top = _plot()
+    x, y = Scale(*x_range, left, right, log=True), Scale(*y_range, bottom, top, log=True)
+    limits = zip((x_range, y_range), CELLS, strict=True)
+    edges = [np.linspace(np.log10(low), np.log10(high), cells + 1) for (low, high), cells in limits]
+    counts = np.histogram2d(np.log10(size), np.log10(wrong), edges)[0].T[::-1]
+    canvas = Canvas(WIDTH, HEIGHT, "Error against magnitude of each element, both on log scales")
+    image = opacity_png(np.log1p(counts) / np.log1p(counts.max() or 1), ACCENT)
+    canvas.image(image, left, top, right - left, bottom - top)
+    canvas.axes(x, y, "magnitude", "error")
+    roundoff = PRECISIONS[test.backend.precision].roundoff
+    ends = max(x.low, y.low / roundoff), min(x.high, y.high / roundoff)
+    if ends[0] < ends[1]:
+        canvas.path([(x(m), y(m * roundoff)) for m in ends], "line expected")
+        canvas.text(x(ends[1]) - 6, y(ends[1] * roundoff) - 8, f"one {test.backend.precision} roundoff", "tick end")
+    return canvas
+
+
+def _channels(error: np.ndarray) -> Canvas | None:
+    axis = 1 if error.ndim >= 4 else error.ndim - 1
+    if error.ndim < 2 or error.shape[axis] < 2:
+        return None
+    others = tuple(a for a in range(error.ndim) if a != axis)
+    heights = np.sqrt(np.mean(np.square(error, dtype=np.float64), axis=others))
+    count = len(heights)
+    left, right, bottom, top = _plot()
+    x, y = Scale(-0.5, count - 0.5, left, right), Scale(0, float(heights.max()) or 1.0, bottom, top)
+    canvas = Canvas(WIDTH, HEIGHT, f"Error of each of {count} channels")
+    canvas.axes(x, y, "channel", "RMS error")
+    width = (right - left) / count
+    bars = [f"M{x(c - 0.5)} {bottom}V{y(h)}h{width * 0.85:.2f}V{bottom}Z" for c, h in enumerate(heights) if h > 0]
+    canvas.add('<path d="{}" class="bars"/>', "".join(bars))
+    for c in np.argsort(heights)[::-1][:3]:
+        canvas.rect(x(c - 0.5), top, width, bottom - top, "hit", f"channel {c}: {heights[c]:.3g}")
+    return canvas
+
+
+def _heat(error: np.ndarray, upwards: bool) -> Canvas | None:
+    if error.ndim < 4 or min(error.shape[-2:]) < 4:
+        return None
+    field_ = error.reshape(-1, *error.shape[-2:]).max(axis=0)
+    rows, columns = field_.shape
+    step = -(-max(rows, columns) // PIXELS)
+    padded = np.pad(field_, ((0, -rows % step), (0, -columns % step)))
+    pooled = padded.reshape(padded.shape[0] // step, step, -1, step).max(axis=(1, 3))
+    largest = float(pooled.max())
+    side = 230 / max(rows, columns)
+    width, height = columns * side, rows * side
+    left, top = (WIDTH - width) / 2, 10
+    canvas = Canvas(WIDTH, HEIGHT, f"Map of the largest error of each of {rows} by {columns} places")
+    image = pooled[::-1] if upwards else pooled
+    canvas.image(opacity_png(np.sqrt(image / (largest or 1)), ACCENT), left, top, width, height)
+    canvas.rect(left, top, width, height, "frame")
+    ends = (rows, 0) if upwards else (0, rows)
+    canvas.text(left - 6, top + 10, ends[0], "tick end")
+    canvas.text(left - 6, top + height, ends[1], "tick end")
+    canvas.text(left, top + height + 17, 0, "tick middle")
+    canvas.text(left + width, top + height + 17, columns, "tick middle")
+    canvas.text(left + width / 2, top + height + 17, "column", "name middle")
+    canvas.text(left - 14, top + height / 2, "row", "name middle", turn=-90)
+    canvas.text(left + width + 8, top + 10, f"solid: {largest:.3g}", "tick")
+    return canvas
+
+
+def _worst(ours: np.ndarray, theirs: np.ndarray, exact: np.ndarray | None, error: np.ndarray) -> list[Worst]:
+    flat = error.reshape(-1)
+    most = min(WORST, flat.size)
+    top = np.argpartition(flat, flat.size - most)[flat.size - most :]
+    found = []
+    for place in top[np.argsort(flat[top])[::-1]]:
+        index = np.unravel_index(place, error.shape)
+        value = None if exact is None else float(exact[index])
+        found.append(Worst(tuple(int(i) for i in index), float(ours[index]), float(theirs[index]), value))
+    return found

@@ -1,0 +1,67 @@
+"""A result for machines that gate a build: JUnit XML, and annotations of GitHub's workflow log."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+
+from cp_debug.bisect.result import GUILTY, SHAPE, LayerRow, TestResult
+from cp_debug.reports.numbers import number
+from cp_debug.reports.saved import SavedResult
+from cp_debug.reports.tables import verdict_line
+
+
+def render_junit(saved: SavedResult) -> str:
+    """One suite a test backend: a test case for the verdict, and one a layer, which fails when the layer is guilty."""
+    result = saved.result
+    root = ET.Element("testsuites", name=_xml(f"cpdebug {result.model}"))
+    for test in result.tests:
+        suite = ET.SubElement(root, "testsuite", name=f"{result.reference.spec} → {test.backend.spec}")
+        overall = ET.SubElement(suite, "testcase", classname=test.backend.spec, name="verdict", time="0")
+        if not test.agrees:
+            _fail(overall, "divergence", verdict_line(test).plain)
+        for row in test.rows:
+            name = f"{row.component}/{row.onnx}"
+            case = ET.SubElement(
+                suite, "testcase", classname=test.backend.spec, name=_xml(f"{row.name} ({name})"), time="0"
+            )
+            if row.verdict in (GUILTY, SHAPE):
+                _fail(case, row.verdict, _figures(row))
+        cases = suite.findall("testcase")
+        suite.set("tests", str(len(cases)))
+        suite.set("failures", str(sum(case.find("failure") is not None for case in cases)))
+        suite.set("errors", "0")
+    ET.indent(root)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
+
+
+def render_github(saved: SavedResult) -> str:
+    """One line a test backend: ``::error``, ``::warning`` where only rounding adds up, ``::notice`` when it agrees."""
+    return "".join(_annotation(test, saved.result.model) for test in saved.result.tests)
+
+
+def _annotation(test: TestResult, model: str) -> str:
+    level = "notice" if test.agrees else "error" if test.guilty or not test.oracle else "warning"
+    title = _escape(f"cpdebug: {model} on {test.backend.spec}").replace(":", "%3A").replace(",", "%2C")
+    return f"::{level} title={title}::{_escape(verdict_line(test).plain)}\n"
+
+
+def _escape(text: str) -> str:
+    """As GitHub's workflow commands want it."""
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def _fail(case: ET.Element, kind: str, message: str) -> None:
+    ET.SubElement(case, "failure", type=kind, message=_xml(message)).text = _xml(message)
+
+
+def _figures(row: LayerRow) -> str:
+    replay = row.replay
+    figures = [f"max |Δ| {number(row.stats.max_abs)}", f"rel. L2 {number(row.stats.rel_l2)}"]
+    if replay and replay.introduced is not None:
+        figures += [f"{name} {number(getattr(replay, name))}" for name in ("introduced", "expected", "excess")]
+    return f"{row.why}; {', '.join(figures)}"
+
+
+def _xml(text: str) -> str:
+    """Without the control characters that XML cannot hold."""
+    return "".join(c for c in text if c >= " " or c in "\t\n")

@@ -1,0 +1,96 @@
+"""A result as Markdown, short enough to be read in an issue tracker."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+from cp_debug.bisect.causes.finding import Finding
+from cp_debug.bisect.result import TestResult
+from cp_debug.reports.causes import headline, lines
+from cp_debug.reports.rows import COLUMNS, cells
+from cp_debug.reports.saved import SavedResult
+from cp_debug.reports.tables import SETTINGS, layers_shown, verdict_line
+
+
+def render_markdown(saved: SavedResult) -> str:
+    """Verdicts, findings, the layers around the fault, versions and the command."""
+    return "\n".join(_lines(saved)) + "\n"
+
+
+def _lines(saved: SavedResult) -> Iterator[str]:
+    result = saved.result
+    yield f"## cpdebug: {_text(result.model)}"
+    yield ""
+    sources = _text(", ".join(result.samples[:3]))
+    yield f"Reference {_text(result.reference.spec)}, {len(result.samples)} sample(s): {sources}"
+    for test in result.tests:
+        yield ""
+        pair = f"{result.reference.spec} → {test.backend.spec}{' (emulated)' if test.backend.emulated else ''}"
+        yield f"### {_text(pair)}"
+        yield ""
+        yield f"**{_text(verdict_line(test).plain)}**"
+        yield ""
+        for finding in test.findings:
+            yield from _finding(finding)
+        if test.detections is not None:
+            yield f"Detections: {_text(str(test.detections))}.\n"
+        yield from (f"> {_text(note)}\n" for note in test.notes)
+        yield from _layers(test)
+    yield ""
+    yield from _backends(saved)
+    if result.command:
+        yield ""
+        yield from ("Repeat it:", "", *_fenced(result.command))
+
+
+def _finding(finding: Finding) -> Iterator[str]:
+    yield f"- **{_text(headline(finding))}**"
+    for name, line in lines(finding):
+        if name != "fix":
+            yield f"  - {name}: {_text(line)}"
+    if finding.fix:
+        yield from ("", *(f"  {line}" for line in _fenced(finding.fix)))
+    yield ""
+
+
+def _layers(test: TestResult) -> Iterator[str]:
+    shown = layers_shown(test)
+    yield from _table(COLUMNS, map(cells, shown))
+    if len(shown) < len(test.rows):
+        yield f"\n{len(shown)} of {len(test.rows)} layers."
+
+
+def _backends(saved: SavedResult) -> Iterator[str]:
+    records = (saved.result.reference, *(test.backend for test in saved.result.tests))
+    yield from ("<details><summary>Versions and settings</summary>", "")
+    yield from _table(
+        ("backend", "precision", "device", "versions", "settings"),
+        (
+            (
+                record.spec, record.precision, record.device,
+                ", ".join(f"{name} {version}" for name, version in record.versions.items()),
+                ", ".join(f"{SETTINGS[name]} {value}" for name, value in record.settings.items() if name in SETTINGS),
+            )
+            for record in records
+        ),
+    )  # fmt: skip
+    yield from ("", "</details>")
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(map(_text, head))} |"
+    yield "|" + "---|" * len(head)
+    yield from (f"| {' | '.join(_text(cell) for cell in row)} |" for row in rows)
+
+
+def _text(text: str) -> str:
+    """Text in which nothing is Markdown or HTML."""
+    return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", text.replace("\n", " "))
+
+
+def _fenced(text: str) -> list[str]:
+    """A code block, in a fence longer than any within."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return [f"{fence}sh", *text.splitlines(), fence]

@@ -1,0 +1,105 @@
+"""The HTML report: one file with everything inside, which asks for nothing from a network."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+import cp_debug
+from cp_debug.backends.base import RunRecord
+from cp_debug.bisect.result import TestResult
+from cp_debug.reports.birdseye import View, birdseye
+from cp_debug.reports.causes import headline, lines
+from cp_debug.reports.evidence import Evidence, evidence
+from cp_debug.reports.files import write_text
+from cp_debug.reports.growth import growth_chart
+from cp_debug.reports.numbers import number
+from cp_debug.reports.saved import SavedResult
+from cp_debug.reports.svg import Canvas
+from cp_debug.reports.tables import verdict_line
+
+HTML = Path(__file__).parent / "html"
+MOST_SCENES = 3
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the page shows of one test backend."""
+
+    anchor: str
+    test: TestResult
+    verdict: str
+    """``ok``, ``rounding`` (beyond the tolerance, nobody guilty) or ``guilty``: a CSS class."""
+    sentence: str
+    growth: Canvas | None
+    evidence: Sequence[Evidence]
+    views: Sequence[View]
+
+    @property
+    def final(self) -> float | None:
+        """The largest relative L2 divergence of the final outputs."""
+        return max((row.stats.rel_l2 for row in self.test.outputs), default=None)
+
+
+def write_page(saved: SavedResult, target: Path) -> None:
+    """Write the page as one file. Raises InputError when it cannot be written."""
+    write_text(render_page(saved), target)
+
+
+def render_page(saved: SavedResult) -> str:
+    """The whole page."""
+    result = saved.result
+    parts = [_part(saved, f"t{index}", test) for index, test in enumerate(result.tests)]
+    environment = Environment(
+        loader=FileSystemLoader(HTML), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["number"] = number
+    environment.filters["breakable"] = breakable
+    environment.filters["headline"] = headline
+    environment.filters["said"] = lines
+    return environment.get_template("report.html.j2").render(
+        result=result,
+        parts=parts,
+        settings=setting_rows([result.reference, *(t.backend for t in result.tests)]),
+        kept=saved.folder is not None,
+        version=cp_debug.__version__,
+        css=Markup((HTML / "report.css").read_text(encoding="utf-8")),
+        script=Markup((HTML / "report.js").read_text(encoding="utf-8")),
+    )
+
+
+def _part(saved: SavedResult, anchor: str, test: TestResult) -> Part:
+    scenes = [saved.scene(sample) for sample in range(min(len(saved.result.samples), MOST_SCENES))]
+    views = [birdseye(scene, saved.result.reference.spec, test.backend.spec) for scene in scenes if scene]
+    return Part(
+        anchor=anchor,
+        test=test,
+        verdict="guilty" if test.guilty else "ok" if test.agrees else "rounding",
+        sentence=verdict_line(test).plain.partition(": ")[2].removeprefix("guilty: "),
+        growth=growth_chart(test, f"{anchor}-layer-"),
+        evidence=evidence(saved, test),
+        views=[view for view in views if view],
+    )
+
+
+def setting_rows(records: Sequence[RunRecord]) -> list[tuple[str, list[Any], bool]]:
+    """(name, value on each backend or None, whether two backends that have it differ), those that differ first."""
+    rows = []
+    for field in ("precision", "device"):
+        rows.append((field, [getattr(record, field) for record in records]))
+    for table in ("versions", "settings"):
+        names = dict.fromkeys(name for record in records for name in getattr(record, table))
+        rows.extend((name, [getattr(record, table).get(name) for record in records]) for name in names)
+    marked = [(n, values, len({str(v) for v in values if v is not None}) > 1) for n, values in rows]
+    return sorted(marked, key=lambda row: not row[2])
+
+
+def breakable(name: str) -> Markup:
+    """The name, which may go on in a new line behind a dot, a slash or an underscore."""
+    return Markup(re.sub(r"([./_])(?=.)", r"\1<wbr>", str(escape(name))))

@@ -1,0 +1,112 @@
+"""Charts as inline SVG: scales, ticks and a canvas. Colours are CSS classes, so that a page can be light or dark."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Maps values to places along an axis; what lies outside of ``low`` … ``high`` is moved to the nearer end."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        low, high = self._f(self.low), self._f(self.high)
+        part = (self._f(min(max(value, self.low), self.high)) - low) / ((high - low) or 1.0)
+        return round(self.start + part * (self.end - self.start), 1)
+
+    def _f(self, value: float) -> float:
+        return math.log10(value) if self.log else value
+
+    def ticks(self, most: int = 6) -> list[float]:
+        """Round values, at most about ``most``: powers of ten on a log scale."""
+        if self.log:
+            first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
+            return [10.0**k for k in range(first, last + 1, max(1, math.ceil((last - first + 1) / most)))]
+        raw = (self.high - self.low) / most or 1.0
+        unit = 10.0 ** math.floor(math.log10(raw))
+        step = unit * next(factor for factor in (1, 2, 5, 10) if unit * factor >= raw * 0.999)
+        whole = range(math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9) + 1)
+        return [k * step for k in whole]
+
+
+def decades(values: Iterable[float]) -> tuple[float, float]:
+    """The powers of ten around the positive, finite values; (1e-1, 1) when there is none."""
+    positive = [v for v in values if v > 0 and math.isfinite(v)]
+    if not positive:
+        return 0.1, 1.0
+    low, high = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
+    return 10.0**low, 10.0 ** max(high, low + 1)
+
+
+def tick_label(value: float, log: bool = False) -> Markup:
+    """``10⁻³`` with a raised exponent on log axes, else as short as it stays exact."""
+    if not log:
+        return escape(f"{value:.4g}".replace("-", "−"))
+    exponent = str(round(math.log10(value))).replace("-", "−")
+    return Markup('10<tspan class="exp" dy="-4">{}</tspan>').format(exponent)
+
+
+class Canvas:
+    """An SVG picture that is put together piece by piece. All text is escaped."""
+
+    def __init__(self, width: int, height: int, label: str, kind: str = "") -> None:
+        """``label`` describes the picture to those who cannot see it; ``kind`` is a CSS class."""
+        head = '<svg viewBox="0 0 {} {}" role="img" aria-label="{}" class="chart {}">'
+        self._parts = [Markup(head).format(width, height, label, kind)]
+        self.width, self.height = width, height
+
+    def add(self, template: str, *values: object) -> None:
+        """Any element; ``values`` are escaped into ``template``."""
+        self._parts.append(Markup(template).format(*values))
+
+    def line(self, x1: float, y1: float, x2: float, y2: float, kind: str) -> None:
+        self.add('<line x1="{}" y1="{}" x2="{}" y2="{}" class="{}"/>', x1, y1, x2, y2, kind)
+
+    def text(self, x: float, y: float, text: object, kind: str = "", turn: int = 0) -> None:
+        """``turn`` rotates clockwise around the text's anchor, in degrees."""
+        rotate = Markup(' transform="rotate({} {} {})"').format(turn, x, y) if turn else ""
+        self.add('<text x="{}" y="{}" class="{}"{}>{}</text>', x, y, kind, rotate, text)
+
+    def rect(self, x: float, y: float, width: float, height: float, kind: str, title: str = "") -> None:
+        shape = '<rect x="{}" y="{}" width="{}" height="{}" class="{}"'
+        place = x, y, round(max(width, 0), 1), round(max(height, 0), 1), kind
+        if title:
+            self.add(shape + "><title>{}</title></rect>", *place, title)
+        else:
+            self.add(shape + "/>", *place)
+
+    def path(self, points: Sequence[tuple[float, float]], kind: str, *, closed: bool = False) -> None:
+        """A polyline."""
+        if points:
+            route = "M" + "L".join(f"{x:g} {y:g}" for x, y in points) + ("Z" if closed else "")
+            self.add('<path d="{}" class="{}"/>', route, kind)
+
+    def image(self, source: str, x: float, y: float, width: float, height: float) -> None:
+        """An image given as a data URI, its pixels left sharp."""
+        place = '<image href="{}" x="{}" y="{}" width="{}" height="{}" preserveAspectRatio="none" class="pixels"/>'
+        self.add(place, source, x, y, width, height)
+
+    def axes(self, x: Scale, y: Scale, x_label: str, y_label: str, *, x_ticks: bool = True) -> None:
+        """Ticks, grid lines and names of both axes; ``y`` runs upwards."""
+        for value in y.ticks():
+            self.line(x.start, y(value), x.end, y(value), "grid")
+            self.text(x.start - 6, y(value) + 4, tick_label(value, y.log), "tick end")
+        for value in x.ticks() if x_ticks else ():
+            self.line(x(value), y.start, x(value), y.start + 4, "axis")
+            self.text(x(value), y.start + 17, tick_label(value, x.log), "tick middle")
+        self.line(x.start, y.start, x.end, y.start, "axis")
+        self.text((x.start + x.end) / 2, y.start + 34, x_label, "name middle")
+        self.text(x.start - 44, (y.start + y.end) / 2, y_label, "name middle", turn=-90)
+
+    def __html__(self) -> str:
+        return str(Markup("").join([*self._parts, Markup("</svg>")]))

@@ -1,0 +1,357 @@
+"""Reports of a saved result: the page, the formats for machines, and reading the result back."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pandas as pd
+import pytest
+from nets import second_like
+from test_bisect import scale_weight
+from typer.testing import CliRunner
+
+from cp_debug.bisect.engine import Options, bisect
+from cp_debug.bisect.result import GUILTY, BisectResult
+from cp_debug.bisect.scene import Boxes, Scene, keep_scene
+from cp_debug.cli.main import app
+from cp_debug.deploy.changes import GAINED, KEPT, LOST, MOVED_BOX, changes
+from cp_debug.errors import CpdebugError, InputError, MissingPackage
+from cp_debug.recipes.base import Sample
+from cp_debug.reports.evidence import evidence
+from cp_debug.reports.files import write_json
+from cp_debug.reports.gates import render_github, render_junit
+from cp_debug.reports.growth import growth_chart
+from cp_debug.reports.markdown import render_markdown
+from cp_debug.reports.page import render_page
+from cp_debug.reports.saved import SavedResult
+
+EVIL = '<script>alert(1)</script>"&|`\n'
+FINDING = {
+    "cause": "scale",
+    "says": "scaled by 1.02",
+    "layers": ["conv_4"],
+    "explained": 0.998,
+    "evidence": {"factor": 1.02},
+    "fix": "export it again",
+    "unheard_of": [1, 2],
+}
+
+
+def boxes(places: list[list[float]], scores: list[float], labels: list[int]) -> Boxes:
+    """Boxes of 4 × 2 m at x, y."""
+    rest = np.tile([0.0, 4.0, 2.0, 1.5, 0.3, 0.0, 0.0], (len(places), 1))
+    whole = np.hstack((np.reshape(places, (-1, 2)), rest)).astype(np.float32)
+    return Boxes(whole, np.array(scores, np.float32), np.array(labels, np.int32))
+
+
+REFERENCE = boxes([[0, 0], [10, 0], [20, 0], [30, 5]], [0.9, 0.8, 0.7, 0.6], [0, 0, 1, 1])
+TEST = boxes([[0, 0.01], [10.5, 0], [30, 5], [-12, 3]], [0.9, 0.8, 0.5, 0.4], [0, 0, 1, 0])
+
+
+@pytest.fixture(scope="module")
+def saved_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A net whose fourth convolution has other weights in the test, with made-up detections beside its captures."""
+    folder = tmp_path_factory.mktemp("net")
+    net = second_like(folder / "net.onnx")
+    convolution = [n.output[0] for n in onnx.load(net).graph.node if n.op_type == "Conv"][3]
+    scale_weight(net, folder / "test.onnx", convolution, 1.02)
+    options = Options(save=folder / "saved")
+    result = bisect(str(net), "ort,ort-none@cpu,emu-fp16", test_model=folder / "test.onnx", options=options)
+    result.command = "cpdebug bisect net.onnx --test-model test.onnx"
+    write_json(result, str(folder / "saved" / "result.json"))
+    points = np.random.default_rng(0).uniform(-30, 30, (500, 4)).astype(np.float32)
+    decoded = {"ort": REFERENCE, "ort-none@cpu": TEST, "emu-fp16": REFERENCE}
+    keep_scene(folder / "saved" / "sample-0", Sample({"points": points}, "made up"), decoded)
+    return folder / "saved"
+
+
+@pytest.fixture(scope="module")
+def saved(saved_folder: Path) -> SavedResult:
+    return SavedResult.open(saved_folder)
+
+
+def document(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "result.json").read_text())
+
+
+def rewritten(tmp_path: Path, changed: object) -> Path:
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(changed))
+    return path
+
+
+def run(*args: object) -> str:
+    done = CliRunner().invoke(app, [str(a) for a in args], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_a_saved_result_is_read_back_as_it_was(saved_folder: Path, saved: SavedResult) -> None:
+    assert json.loads(json.dumps(saved.result.to_dict())) == document(saved_folder)
+
+
+def test_findings_are_read_back_and_unknown_fields_are_left_alone(saved_folder: Path, tmp_path: Path) -> None:
+    changed = document(saved_folder)
+    changed["tests"][0]["findings"] = [FINDING]
+    changed["tests"][0]["layers"][2]["new_figure"] = 3
+    changed["of_the_future"] = {}
+    finding = SavedResult.open(rewritten(tmp_path, changed)).result.tests[0].findings[0]
+    assert (finding.says, finding.explained, finding.evidence) == ("scaled by 1.02", 0.998, {"factor": 1.02})
+
+
+def drop(*path: str | int) -> Any:
+    def change(whole: Any) -> None:
+        for key in path[:-1]:
+            whole = whole[key]
+        del whole[path[-1]]
+
+    return change
+
+
+def put(value: object, *path: str | int) -> Any:
+    def change(whole: Any) -> None:
+        for key in path[:-1]:
+            whole = whole[key]
+        whole[path[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (drop("model"), "model"),
+        (put("cpdebug.bisect/9", "schema"), "schema"),
+        (put([], "tests"), "tests"),
+        (drop("backends", 1, "spec"), "backends[1].spec"),
+        (drop("tests", 0, "layers", 3, "max_abs"), "tests[0].layers[3].max_abs"),
+        (put("many", "tests", 1, "layers", 0, "rel_l2"), "tests[1].layers[0].rel_l2"),
+        (put("3", "tests", 0, "layers", 0, "index"), "tests[0].layers[0].index"),
+        (put(7, "tests", 0, "stages"), "tests[0].stages"),
+        (put("gone", "tests", 0, "outputs", 0, "onnx"), "tests[0].outputs[0].onnx"),
+    ],
+)
+def test_a_broken_result_is_an_error_with_file_and_field(
+    saved_folder: Path, tmp_path: Path, change: Any, field: str
+) -> None:
+    whole = document(saved_folder)
+    change(whole)
+    with pytest.raises(InputError, match=re.escape(field)) as caught:
+        SavedResult.open(rewritten(tmp_path, whole))
+    assert "result.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '"x"'])
+def test_what_is_no_result_is_an_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(InputError, match=r"result\.json"):
+        SavedResult.open(tmp_path)
+    with pytest.raises(InputError, match="no such file"):
+        SavedResult.open(tmp_path / "nothing")
+
+
+def test_the_page_carries_everything_and_asks_for_nothing(saved: SavedResult) -> None:
+    page = render_page(saved)
+    assert saved.result.tests[0].guilty[0].name in page
+    assert saved.result.command in page
+    assert page.count("data:image/png") >= 3  # error against magnitude, error map, points
+    assert not re.findall(r"""(?:src|href|action)=["'](?!#|data:)""", page)
+    assert "://" not in page
+    assert "@import" not in page
+
+
+def test_the_page_of_the_json_alone_says_that_tensors_are_missing(saved_folder: Path) -> None:
+    page = render_page(SavedResult.open(saved_folder / "result.json"))
+    assert "Tensors were not kept" in page
+    assert "data:image/png" not in page
+
+
+def test_text_of_users_is_never_markup(saved: SavedResult) -> None:
+    test = saved.result.tests[0]
+    rows = [replace(row, name=EVIL, onnx=EVIL, op=EVIL, why=EVIL) for row in test.rows]
+    record = replace(test.backend, spec=EVIL, settings={EVIL: EVIL}, versions={EVIL: EVIL})
+    evil = replace(test, rows=rows, outputs=rows[-1:], stages=[], notes=[EVIL], backend=record)
+    result = replace(saved.result, model=EVIL, samples=[EVIL], command=EVIL, tests=[evil])
+    again = SavedResult.of(result)
+    again.result.tests[0].findings = [replace(f, says=EVIL, fix=EVIL) for f in again.result.tests[0].findings]
+    assert "<script>alert" not in render_page(again)
+    assert "<script>alert" not in result._repr_html_()
+    assert "<script>alert" not in re.sub(r"```sh.*?```", "", render_markdown(again), flags=re.S)
+    ET.fromstring(render_junit(again))
+    assert len(render_github(again).splitlines()) == 1
+
+
+def test_two_hundred_layers_on_three_backends_stay_below_five_megabytes(saved: SavedResult) -> None:
+    test = saved.result.tests[0]
+    rows = [
+        replace(test.rows[i % len(test.rows)], index=i, name=f"block.{i}.convolution", onnx=f"v{i}") for i in range(200)
+    ]
+    many = replace(saved.result, tests=[replace(test, rows=rows, outputs=rows[-1:], stages=[])] * 3)
+    assert len(render_page(SavedResult.of(many)).encode()) < 2_000_000
+
+
+def test_growth_marks_guilty_layers_and_stages(saved: SavedResult) -> None:
+    test = saved.result.tests[0]
+    chart = growth_chart(test, "t0-layer-")
+    assert chart is not None
+    picture = ET.fromstring(chart.__html__())
+    links = [link.get("href") for link in picture.iter("a")]
+    assert links == [f"#t0-layer-{row.index}" for row in test.rows if row.verdict == GUILTY]
+    titles = {title.text for title in picture.iter("title")}
+    assert {stage.name for stage in test.stages} <= titles
+
+
+def test_evidence_shows_the_guilty_layer_as_captured(saved: SavedResult) -> None:
+    test = saved.result.tests[0]
+    (found,) = evidence(saved, test)
+    assert found.row.onnx == test.guilty[0].onnx
+    assert found.error.startswith("introduced")
+    assert len(found.charts) == 4
+    ours, theirs = saved.capture(0, "ort"), saved.capture(0, test.backend.spec)
+    assert ours is not None
+    assert theirs is not None
+    worst = found.worst[0]
+    assert worst.reference == ours.load(found.row.onnx, 0, "net")[worst.index]
+    assert worst.test == theirs.load(found.row.onnx, 0, "net")[worst.index]
+    difference = np.abs(theirs.load(found.row.onnx, 0, "net") - ours.load(found.row.onnx, 0, "net"))
+    assert difference[worst.index] == pytest.approx(difference.max(), rel=1e-3)
+
+
+def test_changes_of_detections() -> None:
+    found = changes(REFERENCE, TEST)
+    assert [(c.kind, c.reference, c.test) for c in found] == [
+        (KEPT, 0, 0), (MOVED_BOX, 1, 1), (MOVED_BOX, 3, 2), (GAINED, None, 3), (LOST, 2, None),
+    ]  # fmt: skip
+    assert found[1].distance == pytest.approx(0.5)
+    assert found[2].score == pytest.approx(-0.1)
+    assert {c.kind for c in changes(REFERENCE, REFERENCE)} == {KEPT}
+    nothing = boxes([], [], [])
+    assert {c.kind for c in changes(REFERENCE, nothing)} == {LOST}
+    assert changes(nothing, nothing) == []
+
+
+def test_a_scene_is_kept(saved_folder: Path) -> None:
+    scene = Scene.open(saved_folder / "sample-0")
+    assert scene is not None
+    assert scene.source == "made up"
+    np.testing.assert_array_equal(scene.detections["ort-none@cpu"].boxes, TEST.boxes)
+    assert scene.class_name(1) == "1"
+
+
+def test_markdown_names_the_guilty_layer(saved: SavedResult) -> None:
+    text = render_markdown(saved)
+    name = saved.result.tests[0].guilty[0].name
+    assert re.search(rf"\| {re.escape(name)} .*\| guilty \|".replace("_", r"\\?_"), text)
+    assert saved.result.command in text
+    widths = {line.count(" | ") for line in text.splitlines() if line.startswith("| ") and "verdict" in line}
+    assert widths == {8}
+
+
+def test_junit_fails_where_a_layer_is_guilty(saved: SavedResult) -> None:
+    suites = ET.fromstring(render_junit(saved)).findall("testsuite")
+    for suite, test in zip(suites, saved.result.tests, strict=True):
+        assert int(suite.get("failures", -1)) == len(test.guilty) + 1
+        assert int(suite.get("tests", -1)) == len(test.rows) + 1
+        assert len(suite.findall("testcase/failure")) == len(test.guilty) + 1
+
+
+def test_github_annotations_are_one_line_each(saved: SavedResult) -> None:
+    lines = render_github(saved).splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith("::error title=cpdebug%3A ") for line in lines)
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_the_annotated_graph_carries_figures_and_runs_as_before(
+    saved_folder: Path, saved: SavedResult, tmp_path: Path, external: bool
+) -> None:
+    import onnxruntime as ort
+
+    path = Path(saved.result.programs["net"])
+    if external:
+        model = onnx.load(path)
+        path = tmp_path / "external" / "net.onnx"
+        path.parent.mkdir()
+        onnx.save(model, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    whole = document(saved_folder) | {"programs": {"net": str(path)}}
+    before = path.read_bytes()
+    run("report", rewritten(tmp_path, whole), "--format", "onnx", "--output", tmp_path / "annotated.onnx")
+    assert path.read_bytes() == before
+    guilty = saved.result.tests[0].guilty[0]
+    annotated = onnx.load(tmp_path / "annotated.onnx")
+    node = next(n for n in annotated.graph.node if guilty.onnx in n.output)
+    figures = {p.key: p.value for p in node.metadata_props}
+    assert figures[f"cpdebug.ort-none@cpu.{guilty.onnx}.verdict"] == "guilty"
+    assert float(figures[f"cpdebug.ort-none@cpu.{guilty.onnx}.introduced"]) == pytest.approx(0.02, rel=0.2)
+    assert figures["made_by"] == "NetBuilder"
+    assert "guilty" in node.doc_string
+    x = {"x": np.random.default_rng(0).standard_normal((1, 16, 32, 32)).astype(np.float32)}
+    one, other = (ort.InferenceSession(str(p)).run(None, x) for p in (path, tmp_path / "annotated.onnx"))
+    for a, b in zip(one, other, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_graph_itself_is_not_overwritten(saved_folder: Path, saved: SavedResult) -> None:
+    path = saved.result.programs["net"]
+    with pytest.raises(InputError, match="is the graph itself"):
+        CliRunner().invoke(app, ["report", str(saved_folder), "-f", "onnx", "-o", path], catch_exceptions=False)
+
+
+def test_tables_hold_numbers(saved_folder: Path, saved: SavedResult, tmp_path: Path) -> None:
+    run("report", saved_folder, "--format", "csv", "-o", tmp_path / "layers.csv")
+    run("report", saved_folder, "--format", "parquet", "-o", tmp_path / "layers.parquet")
+    rows = [row for test in saved.result.tests for row in test.rows]
+    for table in (pd.read_csv(tmp_path / "layers.csv"), pd.read_parquet(tmp_path / "layers.parquet")):
+        assert list(table.name) == [row.name for row in rows]
+        np.testing.assert_array_equal(table.rel_l2.astype(float), [row.stats.rel_l2 for row in rows])
+        assert table.excess.dtype == np.float64
+        assert np.isinf(table.sqnr_db).any()
+
+
+def test_parquet_without_pyarrow_says_how_to_get_it(
+    saved_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(MissingPackage, match=r"cpdebug\[parquet\]"):
+        CliRunner().invoke(
+            app, ["report", str(saved_folder), "-f", "parquet", "-o", str(tmp_path / "x")], catch_exceptions=False
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_that_cannot_be_written_leaves_nothing(saved_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CpdebugError, match="cannot be written"):
+        CliRunner().invoke(app, ["report", str(saved_folder), "-o", str(tmp_path / "no" / "x")], catch_exceptions=False)
+
+
+def test_a_notebook_shows_the_verdict_and_a_small_table(saved: SavedResult) -> None:
+    html = saved.result._repr_html_()
+    assert saved.result.tests[0].guilty[0].name in html
+    assert len(html) < 10_000
+    ET.fromstring(f"<div>{html}</div>")
+
+
+def test_bisect_writes_the_page_without_keeping_captures(tmp_path: Path) -> None:
+    net = second_like(tmp_path / "net.onnx")
+    run("bisect", net, "--backends", "ort,ort-all", "--html", tmp_path / "out.html")
+    page = (tmp_path / "out.html").read_text()
+    assert "agrees" in page
+    assert "data:image/png" in page  # it saw tensors
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["net.onnx", "out.html"]
+
+
+def test_results_of_captures_have_a_page_too(saved: SavedResult) -> None:
+    """Without a replay the divergence is drawn."""
+    test = saved.result.tests[0]
+    rows = [replace(row, replay=None) for row in test.rows]
+    bare = replace(test, rows=rows, stages=[], outputs=[], oracle=None, observation=None)
+    result = BisectResult("", saved.result.reference, [bare], [], {})
+    assert "divergence" in render_page(SavedResult.of(result))
