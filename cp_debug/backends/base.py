@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, Union
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from cp_debug.backends.spec import BackendSpec
+from cp_debug.probes.arrays import Sink as Sink
+from cp_debug.probes.arrays import Tensor as Tensor
 
 if TYPE_CHECKING:
     import torch
 
     from cp_debug.probes.alignment import Alignment
     from cp_debug.probes.graph import Graph
-
-Tensor = Union["np.ndarray", "torch.Tensor"]
-
-Sink = Callable[[str, Tensor], None]
-"""Takes (ONNX value name, tensor) in execution order. The tensor is valid during the call only: copy what you keep."""
 
 
 @dataclass

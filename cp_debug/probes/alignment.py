@@ -17,9 +17,9 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from cp_debug.backends.base import Sink
 from cp_debug.backends.determinism import deterministic
 from cp_debug.errors import InputError
+from cp_debug.probes.arrays import Sink
 from cp_debug.probes.fingerprint import Fingerprint, fingerprint
 from cp_debug.probes.graph import Graph
 from cp_debug.probes.matching import Matching, nearest

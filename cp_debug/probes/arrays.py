@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeGuard, Union
 
 import ml_dtypes
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
     import torch
 
 Tensor = Union["np.ndarray", "torch.Tensor"]
+
+Sink = Callable[[str, Tensor], None]
+"""Takes (ONNX value name, tensor) in execution order. The tensor is valid during the call only: copy what you keep."""
 
 _ML_DTYPES = {
     name: np.dtype(getattr(ml_dtypes, name))
