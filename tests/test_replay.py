@@ -1,0 +1,194 @@
+"""Replay and verdict where it is hard: NaN upstream, zeros, constants, control flow, unknown operators, missing probes,
+and correct implementations that sum in another order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nets import NetBuilder, random_dag, second_like
+
+from cp_debug.backends.arithmetic import FP32, FP64
+from cp_debug.backends.base import Program
+from cp_debug.backends.executor import Executor
+from cp_debug.backends.registry import create
+from cp_debug.backends.spec import BackendSpec
+from cp_debug.bisect.engine import Options, bisect
+from cp_debug.bisect.replay import Replay, Replayer
+from cp_debug.bisect.result import TestResult
+from cp_debug.bisect.slack import disturbed
+from cp_debug.probes.arrays import as_numpy
+from cp_debug.probes.graph import Graph
+from cp_debug.recipes.faults import edits
+from cp_debug.recipes.faults.edits import Editor
+
+Values = dict[str, np.ndarray]
+
+
+def compared(reference: Path, test: Path | None, inputs: Values, backends: str = "ort,ort-none") -> TestResult:
+    """Bisect on given inputs."""
+    file = reference.with_suffix(".npz")
+    np.savez(file, **inputs)  # type: ignore[arg-type]
+    return bisect(str(reference), backends, test_model=test, options=Options(inputs=file)).tests[0]
+
+
+def spoilt(path: Path, value: str, change: Callable[..., None], *arguments: object) -> Path:
+    editor = Editor(path)
+    change(editor, value, *arguments)
+    return editor.save(path.with_suffix(".spoilt.onnx"))
+
+
+def guilty(result: TestResult) -> list[str]:
+    return [row.onnx for row in result.guilty]
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return second_like(tmp_path_factory.mktemp("net") / "net.onnx", depth=1, size=16)
+
+
+def replayed(graph: Graph, values: Values, test: Values, oracle: str = "fp64") -> dict[str, Replay]:
+    """Replay captures that are dictionaries."""
+    replayer = Replayer(graph, ("fp32", "fp32"), oracle, set(test) - {v.name for v in graph.inputs})
+    return dict(replayer.layers(values.__getitem__, test.__getitem__))
+
+
+def run(graph: Graph, inputs: Values) -> Values:
+    """Every value, computed in FP32."""
+    values = dict(inputs)
+    Executor(graph, FP32).run(inputs, lambda name, tensor: values.update({name: as_numpy(tensor)}))
+    return values
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_fault_downstream_of_nan_and_inf_is_found(net: Path, bad: float) -> None:
+    x = np.random.default_rng(0).standard_normal((1, 16, 16, 16)).astype(np.float32)
+    x[0, 3, 0, 0] = bad
+    layer = Graph(net).nodes[6].outputs[0]
+    assert guilty(compared(net, None, {"x": x})) == []
+    assert guilty(compared(net, spoilt(net, layer, edits.scale, 1e-3), {"x": x})) == [layer]
+
+
+@pytest.mark.parametrize("x", [np.zeros((1, 16, 16, 16), np.float32), np.full((1, 16, 16, 16), 7.25, np.float32)])
+def test_zeros_and_constants_are_innocent_and_a_fault_in_them_is_found(net: Path, x: np.ndarray) -> None:
+    layer = next(n.outputs[0] for n in Graph(net).nodes if n.op == "Concat")
+    assert guilty(compared(net, None, {"x": x}, "ort,ort-all")) == []
+    assert guilty(compared(net, spoilt(net, layer, edits.add, 1e-3), {"x": x})) == [layer]
+
+
+def test_a_layer_whose_reference_is_all_zero(tmp_path: Path) -> None:
+    net = NetBuilder()
+    zero = net.op("Relu", net.op("Sub", "x", net.weight(np.array(100, np.float32))))
+    path = net.save(tmp_path / "zero.onnx", {"x": (1, [4, 8])}, [net.op("Add", zero, "x")])
+    x = {"x": np.random.default_rng(0).standard_normal((4, 8)).astype(np.float32)}
+    result = compared(path, None, x)
+    assert result.agrees
+    assert all(row.replay is not None and row.replay.excess is not None for row in result.rows if row.op != "input")
+    assert guilty(compared(path, spoilt(path, zero, edits.add, 1e-20), x)) == [zero]
+
+
+def test_control_flow_is_cut_around_and_said(tmp_path: Path) -> None:
+    path = random_dag(tmp_path / "branch.onnx", [(0, 0, 0), (7, 1, 0), (0, 2, 0)], seed=0)
+    layer = [n.outputs[0] for n in Graph(path).nodes if n.op == "Conv"][-1]
+    x = {"x": np.random.default_rng(0).standard_normal((1, 4, 5, 5)).astype(np.float32)}
+    result = compared(path, spoilt(path, layer, edits.scale, 1e-3), x)
+    assert guilty(result) == [layer]
+    assert any("If is cut around" in note for note in result.notes)
+
+
+def test_an_operator_that_no_oracle_knows_is_named_and_counted(tmp_path: Path) -> None:
+    net = NetBuilder()
+    before = net.conv("x", 4, 4)
+    strange = net.op("Identity", before, name="strange")
+    editor = Editor(net.save(tmp_path / "net.onnx", {"x": (1, [1, 4, 5, 5])}, [net.op("Relu", strange)]))
+    editor.node(strange).op_type, editor.node(strange).domain = "BiasSplitGelu", "unknown.vendor"
+    editor.model.opset_import.add(domain="unknown.vendor", version=1)
+    graph = Graph(editor.save(tmp_path / "strange.onnx"))
+    rng = np.random.default_rng(0)
+    values = {n: rng.standard_normal((1, 4, 5, 5)).astype(np.float32) for n in ("x", "strange")}
+    values |= {before: run_one(graph, before, values), "relu_2": np.maximum(values["strange"], 0)}
+    replays = replayed(graph, values, values)
+    assert "unknown.vendor.BiasSplitGelu" in (replays["strange"].skipped or "")
+    assert replays["relu_2"].introduced == 0
+    assert replays[before].skipped is None
+
+
+def excess(replay: Replay) -> float:
+    assert replay.excess is not None
+    return replay.excess
+
+
+def run_one(graph: Graph, value: str, values: Values) -> np.ndarray:
+    nodes, starts = graph.segment([value], set(values))
+    given = {s: values[s] for s in starts}
+    return Executor(graph, FP32).run_nodes(nodes, given, [value])[value].numpy()
+
+
+def test_a_missing_probe_joins_its_layer_to_the_next(net: Path) -> None:
+    graph = Graph(net)
+    first, second, third = (node.outputs[0] for node in graph.nodes[:3])
+    values = run(graph, {"x": np.random.default_rng(0).standard_normal((1, 16, 16, 16)).astype(np.float32)})
+    wrong = run(Graph(spoilt(net, second, edits.scale, 1e-3)), {"x": values["x"]})
+    del wrong[second]
+    replays = replayed(graph, values, {n: a for n, a in wrong.items() if n in values})
+    assert second not in replays
+    assert [excess(replay) > 4 for replay in (replays[first], replays[third])] == [False, True]
+    assert replays[third].nodes == tuple(node.name for node in graph.nodes[1:3])
+
+
+def serial_sum(tmp_path: Path, terms: int, *, positive: bool) -> tuple[Graph, Values, np.ndarray]:
+    """A ReduceSum, its inputs, and its result when summed one after the other in FP32."""
+    net = NetBuilder()
+    path = net.save(tmp_path / "sum.onnx", {"x": (1, [64, terms])}, [net.op("ReduceMean", "x", axes=[1])])
+    x = np.random.default_rng(0).standard_normal((64, terms)).astype(np.float32)
+    x = np.abs(x) if positive else x
+    return Graph(path), {"x": x}, (np.add.accumulate(x, axis=1)[:, -1:] / np.float32(terms)).astype(np.float32)
+
+
+@pytest.mark.parametrize("positive", [False, True])
+@pytest.mark.parametrize("terms", [256, 4096, 65536])
+def test_another_order_of_summation_is_innocent(tmp_path: Path, terms: int, positive: bool) -> None:
+    graph, inputs, serial = serial_sum(tmp_path, terms, positive=positive)
+    (name,) = graph.values
+    values = run(graph, inputs)
+    assert excess(replayed(graph, values, inputs | {name: serial})[name]) < 2
+    mean = inputs["x"].astype(np.float64).mean(axis=1, keepdims=True)
+    wrong = (mean + 10 * (serial - mean)).astype(np.float32)
+    assert excess(replayed(graph, values, inputs | {name: wrong})[name]) > 4
+
+
+@pytest.mark.parametrize("positive", [False, True])
+def test_the_model_of_serial_products_holds(tmp_path: Path, positive: bool) -> None:
+    """The noise for a matrix product is what summing K products one after the other in FP32 really introduces."""
+    net, rng, terms = NetBuilder(), np.random.default_rng(0), 2048
+    a, b = rng.standard_normal((32, terms)).astype(np.float32), rng.standard_normal((terms, 16)).astype(np.float32)
+    a, b = (np.abs(a), np.abs(b)) if positive else (a, b)
+    product = net.op("MatMul", "x", net.weight(b))
+    graph = Graph(net.save(tmp_path / "product.onnx", {"x": (1, [32, terms])}, [product]))
+    serial = np.add.accumulate(a[:, :, None] * b[None], axis=1)[:, -1]
+    exact = a.astype(np.float64) @ b.astype(np.float64)
+    noise = disturbed(Executor(graph, FP64), graph.nodes, {"x": a}, [product])[product].numpy() - exact
+    assert np.linalg.norm(serial - exact) == pytest.approx(np.linalg.norm(noise), rel=0.4)
+
+
+def test_a_node_in_another_arithmetic(net: Path) -> None:
+    graph = Graph(net)
+    convolution = next(n for n in graph.nodes if n.op == "Conv" and n.index > 3)
+    backend = create(BackendSpec.parse("emu-fp32"), overrides={convolution.name: "bf16"})
+    result = bisect(str(net), [create(BackendSpec.parse("ort")), backend]).tests[0]
+    assert guilty(result) == [convolution.outputs[0]]
+    with_settings = backend.open(Program("net", graph))
+    assert with_settings.settings["overrides"] == {convolution.name: "bf16"}
+
+
+def test_values_may_take_the_place_of_weights(net: Path) -> None:
+    graph = Graph(net)
+    node = graph.nodes[0]
+    x, executor = torch.ones(1, 16, 16, 16), Executor(graph, FP32)
+    weight, bias = node.inputs[1:]
+    without = {"x": x, weight: torch.zeros(32, 16, 3, 3), bias: torch.full((32,), 2.0)}
+    assert torch.all(executor.run_nodes([node], without, node.outputs)[node.outputs[0]] == 2)
+    assert not torch.all(executor.run_nodes([node], {"x": x}, node.outputs)[node.outputs[0]] == 2)
