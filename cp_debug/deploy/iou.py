@@ -6,8 +6,6 @@ import numpy as np
 
 from cp_debug.deploy.objects import Boxes, Floats, Ints
 
-MARGIN = 1e-7
-"""Metres by which each side of the first rectangle is moved inwards, so that no two edges coincide."""
 _CORNERS = np.array([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]])
 
 
@@ -40,14 +38,19 @@ def _rectangles(boxes: Boxes) -> Floats:
 def intersection_areas(a: Floats, b: Floats) -> Floats:
     """Common area [K] of the rectangles in each row of ``a`` and ``b`` [K, 5]: x, y, length, width, yaw.
 
-    By Green's theorem: the border of the intersection is what of each one's border is inside the other. Right to about
-    ``MARGIN`` times the perimeter.
+    The border of ``a``, in the frame of ``b``, with each point outside moved to the nearest of ``b``: what is outside
+    collapses onto the border of ``b`` and encloses nothing, so the curve encloses the intersection. It bends where an
+    edge crosses a side's line.
     """
-    a = np.column_stack((a[:, :2], a[:, 2:4] - 2 * MARGIN, a[:, 4]))
-    corners_a, corners_b = _corners(a, b), _corners(b, b)
-    inside_b, inside_a = _share_inside(corners_a, b[:, 2:4] / 2), _share_inside(_corners(b, a), a[:, 2:4] / 2)
-    area = (inside_b * _turning(corners_a)).sum(axis=1) + (inside_a * _turning(corners_b)).sum(axis=1)
-    return np.maximum(area / 2, 0)
+    corners, limits = _corners(a, b), b[:, None, 2:4] / 2
+    steps = np.roll(corners, -1, axis=1) - corners
+    with np.errstate(divide="ignore", invalid="ignore"):
+        crossings = np.concatenate(((-limits - corners) / steps, (limits - corners) / steps), axis=-1)
+    bends = np.sort(np.clip(np.nan_to_num(crossings), 0, 1), axis=-1)
+    bends = np.concatenate((np.zeros_like(bends[..., :1]), bends), axis=-1)[..., None]
+    curve = np.clip(corners[:, :, None] + bends * steps[:, :, None], -limits[:, None], limits[:, None])
+    x, y = np.moveaxis(curve.reshape(len(a), 4 * 5, 2), -1, 0)
+    return (x * np.roll(y, -1, axis=1) - y * np.roll(x, -1, axis=1)).sum(axis=1) / 2
 
 
 def _corners(of: Floats, frame: Floats) -> Floats:
@@ -60,22 +63,3 @@ def _turned(points: Floats, yaw: Floats) -> Floats:
     cos, sin = np.cos(yaw)[:, None], np.sin(yaw)[:, None]
     x, y = points[..., 0], points[..., 1]
     return np.stack((x * cos - y * sin, x * sin + y * cos), axis=-1)
-
-
-def _turning(corners: Floats) -> Floats:
-    """Cross product [K, 4] of each edge's ends: twice the area that it sweeps about the origin."""
-    following = np.roll(corners, -1, axis=1)
-    return corners[..., 0] * following[..., 1] - corners[..., 1] * following[..., 0]
-
-
-def _share_inside(corners: Floats, half: Floats) -> Floats:
-    """Share [K, 4] of each edge that is within ±``half`` [K, 2] in both axes (a slab test)."""
-    steps = np.roll(corners, -1, axis=1) - corners
-    limits = half[:, None]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ends = np.sort(np.stack(((-limits - corners) / steps, (limits - corners) / steps)), axis=0)
-    level = steps == 0
-    within = np.abs(corners) <= limits
-    enter = np.where(level, np.where(within, -np.inf, np.inf), ends[0]).max(axis=-1)
-    leave = np.where(level, np.where(within, np.inf, -np.inf), ends[1]).min(axis=-1)
-    return np.maximum(np.minimum(leave, 1) - np.maximum(enter, 0), 0)
