@@ -56,21 +56,24 @@ REFERENCE = boxes([[0, 0], [10, 0], [20, 0], [30, 5]], [0.9, 0.8, 0.7, 0.6], [0,
 TEST = boxes([[0, 0.01], [10.5, 0], [30, 5], [-12, 3]], [0.9, 0.8, 0.5, 0.4], [0, 0, 1, 0])
 
 
-@pytest.fixture(scope="module")
-def saved_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A net whose fourth convolution has other weights in the test, with made-up detections beside its captures."""
-    folder = tmp_path_factory.mktemp("net")
+def save_faulty(folder: Path) -> Path:
+    """A saved result: a net whose fourth convolution has other weights in the tests, and made-up detections."""
     net = second_like(folder / "net.onnx")
     convolution = [n.output[0] for n in onnx.load(net).graph.node if n.op_type == "Conv"][3]
     scale_weight(net, folder / "test.onnx", convolution, 1.02)
-    options = Options(save=folder / "saved")
-    result = bisect(str(net), "ort,ort-none@cpu,emu-fp16", test_model=folder / "test.onnx", options=options)
+    saved = folder / "saved"
+    result = bisect(str(net), "ort,ort-none@cpu,emu-fp16", test_model=folder / "test.onnx", options=Options(save=saved))
     result.command = "cpdebug bisect net.onnx --test-model test.onnx"
-    write_json(result, str(folder / "saved" / "result.json"))
+    write_json(result, str(saved / "result.json"))
     points = np.random.default_rng(0).uniform(-30, 30, (500, 4)).astype(np.float32)
     decoded = {"ort": REFERENCE, "ort-none@cpu": TEST, "emu-fp16": REFERENCE}
-    keep_scene(folder / "saved" / "sample-0", Sample({"points": points}, "made up"), decoded)
-    return folder / "saved"
+    keep_scene(saved / "sample-0", Sample({"points": points}, "made up"), decoded)
+    return saved
+
+
+@pytest.fixture(scope="module")
+def saved_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_faulty(tmp_path_factory.mktemp("net"))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,144 @@
+"""The page in a real browser: it sorts, filters and expands, by keyboard too, and asks a network for nothing."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_report import save_faulty
+
+from cp_debug.bisect.result import GUILTY
+from cp_debug.reports.page import write_page
+from cp_debug.reports.saved import SavedResult
+
+webdriver = pytest.importorskip("selenium.webdriver")
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
+
+FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars", "--window-size=1280,900"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> SavedResult:
+    return SavedResult.open(save_faulty(tmp_path_factory.mktemp("net")))
+
+
+@pytest.fixture(scope="module")
+def driver(saved: SavedResult, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    with webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER)) as running:
+        yield running
+
+
+@pytest.fixture
+def page(driver: Any, saved: SavedResult, tmp_path: Path) -> Iterator[Any]:
+    """The open page; afterwards the console must be empty and nothing may have been asked for but the file."""
+    write_page(saved, tmp_path / "report.html")
+    address = (tmp_path / "report.html").as_uri()
+    driver.get_log("performance")
+    driver.get(address)
+    yield driver
+    assert driver.get_log("browser") == []
+    messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    requests = [m["params"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    asked = {r["request"]["url"] for r in requests if r["documentURL"].startswith(address)}  # not the browser's own
+    assert {url for url in asked if not url.startswith("data:")} == {address}
+
+
+def names(page: Any, script: str = "") -> list[str]:
+    """The layers that the first table shows, after ``script`` ran with ``table`` and ``form``."""
+    return page.execute_script(
+        "const table = document.querySelector('table.layers'), form = document.querySelector('.filters');"
+        f"{script}; const shown = [...table.tBodies[0].rows].filter(row => !row.hidden);"
+        "return shown.map(row => row.querySelector('summary').innerText)"
+    )
+
+
+def head(page: Any, name: str) -> Any:
+    return page.find_element("xpath", f"(//table[contains(@class,'layers')])[1]//th[button='{name}']")
+
+
+def test_the_table_sorts_by_mouse_and_keyboard(page: Any, saved: SavedResult) -> None:
+    test = saved.result.tests[0]
+    excess = head(page, "excess")
+    excess.find_element("tag name", "button").click()
+    assert excess.get_attribute("aria-sort") == "descending"
+    assert names(page)[0] == test.guilty[0].name
+    assert len(page.find_elements("css selector", "table.layers:first-of-type th[aria-sort]")) == len(
+        saved.result.tests
+    )
+    excess.find_element("tag name", "button").send_keys("\ue007")  # Enter
+    assert excess.get_attribute("aria-sort") == "ascending"
+    head(page, "#").find_element("tag name", "button").click()
+    assert names(page) == [row.name for row in test.rows]
+    head(page, "layer").find_element("tag name", "button").click()
+    assert sorted(names(page), key=str.lower) == sorted((row.name for row in test.rows), key=str.lower)
+    assert names(page) != [row.name for row in test.rows]
+
+
+def test_the_table_filters(page: Any, saved: SavedResult) -> None:
+    test = saved.result.tests[0]
+    search = page.find_element("css selector", ".filters input[type=search]")
+    search.send_keys("CONV")
+    wanted = [row.name for row in test.rows if "conv" in f"{row.name} {row.onnx} {row.op}".lower()]
+    assert names(page) == wanted
+    chosen = "form.querySelector('[data-filter=verdict]').value = 'guilty'; form.dispatchEvent(new Event('input'))"
+    assert names(page, chosen) == [row.name for row in test.rows if row.verdict == GUILTY]
+    assert page.find_element("css selector", ".filters output").text == f"1 of {len(test.rows)} layers"
+    search.send_keys("\ue007")  # submitting the form must not load the page again
+    assert names(page) == [test.guilty[0].name]
+
+
+def test_details_open_by_keyboard_and_from_the_chart(page: Any, saved: SavedResult) -> None:
+    row = page.find_element("css selector", "table.layers tbody tr")
+    row.find_element("tag name", "summary").send_keys("\ue00d")  # Space
+    assert row.find_element("tag name", "details").get_attribute("open")
+    assert row.find_element("css selector", "dl.pairs").is_displayed()
+    page.execute_script(
+        "document.querySelector('svg.growth a').dispatchEvent(new MouseEvent('click', {bubbles: true}))"
+    )
+    guilty = page.find_element("id", f"t0-layer-{saved.result.tests[0].guilty[0].index}")
+    assert guilty.find_element("tag name", "details").get_attribute("open")
+    assert page.switch_to.active_element == guilty.find_element("tag name", "summary")
+
+
+def test_everything_that_works_by_mouse_can_be_reached_by_tab(page: Any) -> None:
+    unreachable = page.execute_script(
+        "return [...document.querySelectorAll('a[href], button, input, select, summary, .scroll')]"
+        ".filter(e => e.tabIndex < 0).map(e => e.outerHTML.slice(0, 80))"
+    )
+    assert unreachable == []
+
+
+@pytest.mark.parametrize("width", [360, 768, 1280])
+def test_no_width_makes_the_page_scroll_sideways(page: Any, width: int) -> None:
+    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        assert page.execute_script("return document.documentElement.scrollWidth") <= width
+    finally:
+        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_dark_and_print(page: Any) -> None:
+    colours = set()
+    for scheme in ("light", "dark"):
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+        colours.add(page.execute_script("return getComputedStyle(document.body).backgroundColor"))
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    assert len(colours) == 2
+    printed = page.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})
+    assert base64.b64decode(printed["data"]).startswith(b"%PDF")
