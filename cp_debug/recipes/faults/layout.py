@@ -60,7 +60,10 @@ def _missing_sigmoid() -> Seeded:
 
 
 def _features(test: type[CenterPointModel], where: str) -> Seeded:
-    return Seeded(CenterPointModel("tiny"), where, ("input_features",), test_model=test("tiny"))
+    """Other glue around the same components."""
+    model, fed = CenterPointModel("tiny"), test("tiny")
+    fed.components = model.components
+    return Seeded(model, where, ("input_features",), test_model=fed)
 
 
 LAYOUT = (
