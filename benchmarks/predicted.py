@@ -1,0 +1,259 @@
+"""Predicted against real: what emulation says that each layer of an engine computes, against what the engine computed.
+
+    cpdebug bisect MODEL -b torch,trt-fp16 --save SAVED
+    python benchmarks/predicted.py SAVED --backend trt-fp16 [--device cuda] [--json FILE] [--crops FILE.npz]
+
+Two questions. *On the engine's own tensors*: each fused group is emulated from the inputs that the engine handed out,
+in the arithmetic that its kernel's name tells, FP16 accumulation in every order known. *From the model's input alone*:
+the whole network is emulated before there is an engine, and the error that each layer introduces there is divided by
+the one that it introduced on the engine.
+
+``--crops`` keeps a window of each layer's input and output with its weights, for looking for orders elsewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+from torch import Tensor
+
+from cp_debug.backends.arithmetic import ARITHMETICS, FP16ACC, FP32, Arithmetic
+from cp_debug.backends.determinism import deterministic
+from cp_debug.backends.executor import Executor
+from cp_debug.backends.tensorrt.tactics import decode
+from cp_debug.probes.capture import Capture
+from cp_debug.probes.graph import Graph, Node
+
+PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+TILES = (64, 32, 128, 16, 1 << 20)
+"""Channels per tile to try; the last one is more than any layer has: kernel taps outermost."""
+FITS = 0.99
+NETWORK = {"trt-fp16": "fp16acc", "trt-tf32": "tf32", "trt-fp32": "fp32", "trt-int8": "int8"}
+WINDOW = 24
+
+
+@dataclass
+class Layer:
+    """One fused group. Norms are relative to the exact result's."""
+
+    component: str
+    value: str
+    ops: str
+    shape: tuple[int, ...]
+    kernel: tuple[int, ...]
+    stride: int
+    reduction: int
+    tactic: str
+    told: str | None
+    """The arithmetic that the tactic's name tells."""
+    introduced: float = 0.0
+    fit: str = ""
+    """The arithmetic (and tile) that reproduces it best."""
+    identical: float = 0.0
+    """Share of elements that are equal bit for bit."""
+    residual: float = 1.0
+    """‖engine − emulated‖ ÷ ‖engine − exact‖."""
+    cosine: float = 0.0
+    """Of the two error vectors."""
+    ratio: float = 0.0
+    """Norm of the emulated error ÷ that of the engine's."""
+    from_input: float | None = None
+    """The same ratio when the whole network was emulated from its input."""
+
+
+def fold(graph: Graph, path: Path) -> Graph:
+    """The graph with each BatchNormalization behind a Conv or ConvTranspose in its weights, as engines have it."""
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.proto)
+    weights = {t.name: t for t in model.graph.initializer}
+    for norm in [n for n in graph.nodes if n.op == "BatchNormalization"]:
+        product = graph.producer.get(norm.inputs[0])
+        if product is None or product.op not in ("Conv", "ConvTranspose") or len(graph.consumers[norm.inputs[0]]) > 1:
+            continue
+        gamma, beta, mean, variance = (graph.initializer(i).astype(np.float64) for i in norm.proto.input[1:5])
+        epsilon = next((a.f for a in norm.proto.attribute if a.name == "epsilon"), 1e-5)
+        scale = gamma / np.sqrt(variance + epsilon)
+        weight = graph.initializer(product.proto.input[1]).astype(np.float64)
+        axes = (1, -1, 1, 1) if product.op == "ConvTranspose" else (-1, 1, 1, 1)
+        bias = graph.initializer(product.proto.input[2]).astype(np.float64) if len(product.proto.input) > 2 else 0.0
+        node = next(n for n in model.graph.node if n.output[0] == product.outputs[0])
+        names = [node.input[1], f"{node.input[1]}.bias"]
+        node.input[:] = [node.input[0], *names]
+        node.output[0] = norm.outputs[0]
+        for name, array in zip(names, (weight * scale.reshape(axes), (bias - mean) * scale + beta), strict=True):
+            if name not in weights:
+                weights[name] = model.graph.initializer.add()
+            weights[name].CopyFrom(numpy_helper.from_array(array.astype(np.float32), name))
+        model.graph.node.remove(next(n for n in model.graph.node if n.output[0] == norm.outputs[0] and n is not node))
+    onnx.save(model, path)
+    return Graph(path)
+
+
+def candidates(told: str | None, tile: int | None) -> Iterator[tuple[str, Arithmetic]]:
+    """(name, arithmetic) to try, the one that the tactic tells first."""
+    tiles = list(dict.fromkeys([*([tile] if tile else []), *TILES]))
+    accumulated = [(f"fp16acc/{'all' if t > 4096 else t}", replace(FP16ACC, tile=t)) for t in tiles]
+    plain = [(name, ARITHMETICS[name]) for name in ("fp16", "tf32", "fp32")]
+    if told == "int8":
+        plain.insert(0, ("int8", ARITHMETICS["int8"]))
+    yield from (accumulated + plain[:1] if told == "fp16acc" else sorted(plain, key=lambda c: c[0] != told))
+    if told is None:
+        yield from accumulated
+
+
+class Bench:
+    """One component of one saved backend."""
+
+    def __init__(self, capture: Capture, component: str, source: Path, tactics: Mapping[str, str], device: str) -> None:
+        self.capture, self.component, self.tactics, self.device = capture, component, tactics, device
+        self.graph = fold(Graph(source), source.with_suffix(".folded.onnx"))
+        self.known = [n for n in self.capture.names(component=component) if n in self.graph.producer]
+        self.inputs = {v.name: self.load(v.name) for v in self.graph.inputs}
+        self.exact = Executor(self.graph, ARITHMETICS["fp64"] if device != "cpu" else FP32, device)
+
+    def load(self, name: str) -> np.ndarray:
+        return np.array(self.capture.load(name, component=self.component))
+
+    def groups(self) -> Iterator[tuple[str, list[Node], list[str], Node]]:
+        """(value, nodes, starts, the product) of every fused group with one product."""
+        for value in self.known:
+            nodes, starts = self.graph.segment([value], self.known)
+            products = [n for n in nodes if n.op in PRODUCTS]
+            if len(products) == 1:
+                yield value, nodes, starts, products[0]
+
+    def layers(self, network: str | None) -> Iterator[tuple[Layer, list[Node], list[str]]]:
+        """Every group, fitted; ``network`` is the arithmetic in which the whole network is emulated."""
+        predicted = {} if network is None else self.predict(ARITHMETICS[network])
+        for value, nodes, starts, product in self.groups():
+            constant = product.proto.input[1] in self.graph.initializers
+            dims = tuple(self.graph.weight(product.proto.input[1]).dims) if constant else ()
+            length = int(np.prod(dims[1:])) if product.op == "Conv" else next(iter(dims), 0)
+            attributes = {a.name: list(a.ints) for a in product.proto.attribute}
+            tactic = decode(self.tactics.get(value, ""))
+            layer = Layer(
+                self.component, value, "+".join(n.op for n in nodes), (), dims[2:],
+                (attributes.get("strides") or [1])[0], length, tactic.name, tactic.arithmetic,
+            )  # fmt: skip
+            given = {s: self.load(s) for s in starts}
+            self.fit(layer, nodes, value, given, tactic.tile[2] if tactic.tile else None)
+            if value in predicted and all(s in predicted for s in starts):
+                own = self.norms(nodes, value, {s: predicted[s] for s in starts}, predicted[value])
+                layer.from_input = own / layer.introduced if layer.introduced else None
+            yield layer, nodes, starts
+
+    def fit(self, layer: Layer, nodes: list[Node], value: str, given: Mapping[str, Any], tile: int | None) -> None:
+        """Find the arithmetic that reproduces the group best, by residual."""
+        exact = self.exact.run_nodes(nodes, given, [value])[value].double()
+        real = torch.from_numpy(self.load(value)).to(self.device).double()
+        layer.shape, scale, error = tuple(real.shape), float(exact.norm()), real - exact
+        layer.introduced = float(error.norm()) / scale
+        for name, arithmetic in candidates(layer.told, tile):
+            emulated = Executor(self.graph, arithmetic, self.device).run_nodes(nodes, given, [value])[value].double()
+            residual = float((real - emulated).norm() / error.norm()) if error.norm() else 0.0
+            if not layer.fit or residual < layer.residual:
+                other = emulated - exact
+                layer.fit, layer.residual = name, residual
+                layer.identical = float((real == emulated).double().mean())
+                layer.ratio = float(other.norm() / error.norm())
+                layer.cosine = float(torch.nn.functional.cosine_similarity(other.flatten(), error.flatten(), 0))
+            if layer.identical > FITS:
+                return
+
+    def predict(self, arithmetic: Arithmetic) -> dict[str, Tensor]:
+        """The known values and inputs when the whole component is emulated."""
+        values: dict[str, Tensor] = {k: torch.from_numpy(v) for k, v in self.inputs.items()}
+        executor = Executor(self.graph, arithmetic, self.device)
+        executor.run(self.inputs, lambda name, tensor: values.update({name: tensor.clone().cpu()}), self.known)
+        return values
+
+    def norms(self, nodes: list[Node], value: str, given: Mapping[str, Any], result: Tensor) -> float:
+        """Relative norm of what a group introduced into ``result``."""
+        exact = self.exact.run_nodes(nodes, given, [value])[value].double()
+        return float((result.to(self.device).double() - exact).norm() / exact.norm())
+
+    def crop(self, layer: Layer, nodes: list[Node], starts: list[str]) -> dict[str, np.ndarray]:
+        """A window of one input and the output, around the output's largest value, without padding; FP16 weights."""
+        product = next(n for n in nodes if n.op in PRODUCTS)
+        if len(starts) != 1 or product.op not in ("Conv", "ConvTranspose"):
+            return {}
+        attributes = {a.name: list(a.ints) for a in product.proto.attribute}
+        x, y = self.load(starts[0]), self.load(layer.value)
+        place = np.unravel_index(int(np.abs(y).sum(1)[0].argmax()), y.shape[2:])
+        kernel, stride, pad = layer.kernel[0], layer.stride, (attributes.get("pads") or [0])[0]
+        window, transposed = min(WINDOW, y.shape[2] // 2), product.op == "ConvTranspose"
+        cut_x, cut_y = [], []
+        for p, size in zip(place, y.shape[2:], strict=True):
+            first = int(np.clip(p - window // 2, 1, size - window - 1))
+            if transposed:
+                first -= first % stride
+                cut_x.append(slice(first // stride, (first + window) // stride))
+            else:
+                cut_x.append(slice(first * stride - pad, (first + window - 1) * stride - pad + kernel))
+            cut_y.append(slice(first, first + window))
+        named = {"x": x[0][(slice(None), *cut_x)], "y": y[0][(slice(None), *cut_y)]}
+        for key, name in zip("wb", product.proto.input[1:], strict=False):
+            named[key] = self.graph.initializer(name).astype(np.float16)
+        return named
+
+
+def summary(layers: list[Layer]) -> dict[str, Any]:
+    """What the README may say."""
+    ratios = [layer.from_input for layer in layers if layer.from_input is not None]
+    return {
+        "layers": len(layers),
+        "bit_identical_99": sum(layer.identical >= FITS for layer in layers),
+        "fits": dict(Counter(layer.fit for layer in layers)),
+        "worst_residual": max((layer.residual for layer in layers), default=None),
+        "from_input_0.8_to_1.25": sum(0.8 <= r <= 1.25 for r in ratios),
+        "from_input": len(ratios),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("saved", type=Path)
+    parser.add_argument("--backend", default="trt-fp16")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--crops", type=Path)
+    args = parser.parse_args()
+    result = json.loads((args.saved / "result.json").read_text())
+    rows = next(test for test in result["tests"] if test["backend"] == args.backend)["layers"]
+    found: list[Layer] = []
+    crops: dict[str, np.ndarray] = {}
+    with deterministic(), torch.no_grad():
+        for component in dict.fromkeys(row["component"] for row in rows):
+            tactics = {row["onnx"]: row["tactic"] for row in rows if row["component"] == component}
+            source = args.saved / result["programs"][component]
+            bench = Bench(Capture.open(args.saved / "sample-0" / args.backend), component, source, tactics, args.device)
+            for layer, nodes, starts in bench.layers(NETWORK.get(args.backend)):
+                found.append(layer)
+                print(
+                    f"{layer.value:58.58} {layer.ops[:28]:28} K={layer.reduction:<5} {layer.told or '?':8} introduced "
+                    f"{layer.introduced:.2e}  {layer.fit:11} identical {layer.identical:7.2%}  residual "
+                    f"{layer.residual:.3f}  cosine {layer.cosine:.3f}  ratio {layer.ratio:.3f}  from input "
+                    + (f"{layer.from_input:.3f}" if layer.from_input is not None else "–"),
+                    flush=True,
+                )
+                if args.crops:
+                    crops |= {f"{len(found) - 1}|{k}": v for k, v in bench.crop(layer, nodes, starts).items()}
+    print(json.dumps(summary(found)))
+    if args.json:
+        args.json.write_text(json.dumps({"summary": summary(found), "layers": [asdict(x) for x in found]}, indent=1))
+    if args.crops:
+        np.savez_compressed(args.crops, **crops)
+
+
+if __name__ == "__main__":
+    main()
