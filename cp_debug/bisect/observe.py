@@ -41,18 +41,28 @@ def threads_of_torch(count: int | None) -> Iterator[None]:
 
 
 def observe(
-    open_pipeline: Open, sample: Sample, probed: Mapping[str, Arrays], capture: Capture, name: Callable[[Key], Key]
+    open_pipeline: Open,
+    sample: Sample,
+    probed: Mapping[str, Arrays],
+    capture: Capture,
+    name: Callable[[Key], Key],
+    *,
+    vary_threads: bool = True,
 ) -> tuple[Observation, dict[Key, float]]:
     """The backend against itself. Returns the observation and the noise floor of every layer that has one.
 
     ``probed`` are the outputs of the run that ``capture`` holds; ``name`` gives the captured name of a value.
+    ``vary_threads`` counts other orders of summation as noise; for an emulation they say nothing about the hardware.
     """
-    threaded = _plain(open_pipeline, other_thread_count(), sample)
+    other = other_thread_count() if vary_threads else None
+    threaded = _plain(open_pipeline, other, sample)
     if gap(probed, threaded) == 0:
         return Observation(noise_floor=0.0, observer_gap=0.0, runs=1), {}
-    plain, again = _plain(open_pipeline, None, sample), _plain(open_pipeline, None, sample)
+    plain = _plain(open_pipeline, None, sample)
+    repeats = gap(probed, plain) == 0  # then only the thread count matters, and probes change nothing
+    again = plain if repeats else _plain(open_pipeline, None, sample)
     noise = max(gap(plain, again), gap(plain, threaded))
-    seen = Observation(noise_floor=noise, observer_gap=gap(plain, probed), runs=3)
+    seen = Observation(noise_floor=noise, observer_gap=gap(plain, probed), runs=2 if repeats else 3)
     if noise == 0:
         return seen, {}
     floors: dict[Key, float] = {}
@@ -63,10 +73,10 @@ def observe(
         if not stats.equal:
             floors[key] = max(floors.get(key, 0.0), stats.finite_rel_l2)
 
-    for threads in (None, other_thread_count()):
+    for threads in (other,) if repeats else (None, other):
         with threads_of_torch(threads), open_pipeline(threads) as pipeline:
             pipeline.run(sample, sink)
-    seen.runs += 2
+        seen.runs += 1
     seen.first_unsteady = next((key.value for key in floors), None)
     return seen, floors
 

@@ -105,7 +105,8 @@ class TestRun:
             with_threads = getattr(pipeline.backend, "with_threads", lambda count: pipeline.backend)
             return Pipeline(pipeline.model, pipeline.programs, with_threads(threads))
 
-        return observe(fresh, sample, probed, test, self.name)
+        vary_threads = not pipeline.backend.emulated
+        return observe(fresh, sample, probed, test, self.name, vary_threads=vary_threads)
 
     def _own_observation(self) -> Observation | None:
         """What sessions that build engines measured themselves: building again costs more than all other runs."""
