@@ -8,12 +8,18 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import parse_backends
+from cp_debug.bisect.causes.effects import Effects
+from cp_debug.bisect.causes.finding import Finding
+from cp_debug.bisect.causes.findings import Explainer
 from cp_debug.bisect.layers import Layer, layers_of, stage_ends
 from cp_debug.bisect.pipeline import (
     Key,
@@ -28,11 +34,12 @@ from cp_debug.bisect.precision import coarser, oracle_for
 from cp_debug.bisect.replay import Replay
 from cp_debug.bisect.result import BisectResult, LayerRow, Observation, StageRow, TestResult
 from cp_debug.bisect.scene import decode, keep_scene
-from cp_debug.bisect.shares import set_shares
+from cp_debug.bisect.shares import Propagation, set_shares
 from cp_debug.bisect.testrun import TestRun
+from cp_debug.deploy.detections import DetectionChange, compare_detections
 from cp_debug.errors import InputError
 from cp_debug.probes.capture import Capture, CaptureWriter
-from cp_debug.recipes.base import Model, Sample
+from cp_debug.recipes.base import Arrays, Model, Sample
 from cp_debug.recipes.registry import load_model
 
 if TYPE_CHECKING:
@@ -61,6 +68,8 @@ class Options:
     oracle: str | None = None
     """``fp32`` or ``fp64``; None leaves it to the precisions under test."""
     replay: bool = True
+    explain: bool = True
+    """Try to say why a layer is guilty; needs the replay."""
     exporter: str | None = None
     """``dynamo`` or ``torchscript``; None takes one that every backend can read."""
     folded: bool = True
@@ -227,11 +236,22 @@ class Bisection:
                 found.observe(seen)
             rows = run.rows(stats, replays, floors, index)
             set_shares(run, rows, sample, captured, test)
+            found.detect(decoded[str(reference.backend.spec)], decoded[str(run.pipeline.backend.spec)])
+            if run.oracle is not None and self.options.explain and found.is_worst(rows):
+                feed = partial(self._exact_input, sample, results)
+                effects = Effects(self.model, sample, Propagation(run, sample, captured, test), given)
+                explainer = Explainer(run, self._reference.precision, captured, test, feed, effects)
+                found.findings = explainer.findings(rows, seen)
             found.add(rows)
         if self.options.save is None:
             shutil.rmtree(folder)
         else:
             keep_scene(folder, sample, decoded)
+
+    def _exact_input(self, sample: Sample, results: Mapping[str, Arrays], key: Key) -> np.ndarray:
+        """What the reference's glue makes of the test's upstream results."""
+        component = next(c for c in self.model.components if c.name == key.component)
+        return self.model.feed(component, sample, results)[key.value]
 
     def _find_knobs(self, sample: Sample, runs: list[TestRun], collected: list[Collected]) -> None:
         from cp_debug.backends.ort_backend import OrtBackend
@@ -271,6 +291,8 @@ class Bisection:
             observation=found.observation,
             notes=self._notes + found.notes(rows),
             knobs=found.knobs,
+            findings=found.findings,
+            detections=found.detections,
         )
 
 
@@ -286,6 +308,19 @@ class Collected:
         self.rows: dict[Key, LayerRow] = {}
         self.observation: Observation | None = None
         self.knobs: Knobs | None = None
+        self.findings: list[Finding] = []
+        self.detections: DetectionChange | None = None
+
+    def is_worst(self, rows: Mapping[Key, LayerRow]) -> bool:
+        """Whether no sample before has a row that is as severe as the worst of these."""
+        worst = max((row.severity for row in rows.values()), default=())
+        return all(row.severity < worst for row in self.rows.values())
+
+    def detect(self, reference: Any, test: Any) -> None:
+        """Add what became of one sample's detections, where both sides have some in boxes."""
+        if hasattr(reference, "boxes") and hasattr(test, "boxes"):
+            change = compare_detections(reference, test)
+            self.detections = change if self.detections is None else self.detections + change
 
     def add(self, rows: Mapping[Key, LayerRow]) -> None:
         """Keep the worse of each layer's rows."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cp_debug.backends.base import RunRecord
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console, ConsoleOptions, RenderResult
 
+    from cp_debug.bisect.causes.finding import Finding
     from cp_debug.bisect.knobs import Knobs
+    from cp_debug.deploy.detections import DetectionChange
 
 SCHEMA = "cpdebug.bisect/1"
 
@@ -137,6 +139,10 @@ class TestResult:
     observation: Observation | None = None
     notes: list[str] = field(default_factory=list)
     """What a reader must know: settings that do not match, layers nobody could replay, probes that lie."""
+    findings: list[Finding] = field(default_factory=list)
+    """Why, with evidence: the largest effect first; of the worst sample."""
+    detections: DetectionChange | None = None
+    """What became of the detections, over all samples; None where the model has none."""
     knobs: Knobs | None = None
     """What ONNX Runtime's optimiser is responsible for, where it was asked."""
 
@@ -186,6 +192,8 @@ class TestResult:
             "first_unsteady": seen.first_unsteady if seen else None,
             "agrees": self.agrees,
             "notes": self.notes,
+            "findings": json_safe([finding.to_dict() for finding in self.findings]),
+            "detections": json_safe(asdict(self.detections)) if self.detections else None,
             "knobs": json_safe(self.knobs.to_dict()) if self.knobs else None,
         }
 
@@ -224,8 +232,6 @@ class BisectResult:
 
     def to_dict(self) -> dict[str, Any]:
         """The whole result, JSON-safe. The first test backend's block also lies at the top level."""
-        from dataclasses import asdict
-
         blocks = [test.to_dict() for test in self.tests]
         return {
             "schema": SCHEMA,

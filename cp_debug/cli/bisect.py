@@ -60,6 +60,7 @@ def bisect(
     knobs: Annotated[
         bool, typer.Option("--knobs", help="Find the optimisers of ort-basic or ort-all at fault.")
     ] = False,
+    explain: Annotated[bool, typer.Option(help="Try the known causes on every guilty layer.")] = True,
     exporter: Annotated[Exporter, typer.Option(help="For torch models; auto: what all backends read.")] = Exporter.auto,
     unfolded: Annotated[bool, typer.Option("--unfolded", help="Keep BatchNorm apart: debug module by module.")] = False,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
@@ -101,6 +102,7 @@ def bisect(
     engines = tensorrt.tensorrt_options(
         trt_python, strongly_typed, probes, profile, keep_fp32, workspace, timing_cache, calibration_cache
     )
+        explain=explain,
     with steps() as on_step:
         made = tensorrt.make(parse_backends(backends), engines, on_step)
         result = run(model, made, test_model=test_model, options=options, on_step=on_step)

@@ -21,6 +21,7 @@ from cp_debug.bisect.result import (
     StageRow,
     TestResult,
 )
+from cp_debug.reports.causes import findings
 from cp_debug.reports.knobs import render_knobs
 from cp_debug.reports.numbers import number
 
@@ -61,6 +62,7 @@ def render(result: BisectResult, *, layers: bool = True, show_all: bool = False)
             yield layer_table(test, show_all=show_all)
         for note in test.notes:
             yield Text(f"note: {note}", style="yellow")
+        yield from findings(test)
         yield verdict_line(test)
         if test.knobs is not None:
             yield Text()

@@ -1,0 +1,30 @@
+"""Why a layer is guilty: each candidate cause is emulated on the layer's captured inputs, and the evidence decides."""
+
+from cp_debug.bisect.causes import (
+    affine,
+    batchnorm,
+    layout,
+    nonfinite,
+    operators,
+    precision,
+    quantized,
+    ranges,
+    weights,
+)
+from cp_debug.bisect.causes.base import CAUSES, Candidate, Cause, cause
+
+__all__ = [
+    "CAUSES",
+    "Candidate",
+    "Cause",
+    "affine",
+    "batchnorm",
+    "cause",
+    "layout",
+    "nonfinite",
+    "operators",
+    "precision",
+    "quantized",
+    "ranges",
+    "weights",
+]

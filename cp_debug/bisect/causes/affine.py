@@ -1,0 +1,91 @@
+"""The result is the right one times a number, plus a number: everywhere, or channel by channel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from cp_debug.bisect.causes.base import Candidate, cause
+from cp_debug.bisect.causes.fits import cross_fit
+from cp_debug.bisect.causes.segment import Segment
+
+_FIX = "compare the parameters of {layers} in both programs (checkpoint, folding, quantisation scales)"
+
+
+def _bases(segment: Segment) -> Iterator[tuple[str, str, list[Tensor]]]:
+    """(cause, what it does, what is added to the exact result in unknown amounts)."""
+    exact, one = segment.before, torch.ones((), dtype=torch.float64)
+    yield "scaled", "the result", [exact]
+    if segment.bias is not None:
+        yield "weights-scaled", "the weights", [exact - segment.bias]
+    yield "shifted", "a constant", [one]
+    if segment.bias is not None:
+        yield "bias-scaled", "the bias", [segment.bias.expand_as(exact)]
+
+
+DEQUANTIZED = {"scaled": "int8-scale", "shifted": "int8-zero-point"}
+"""What it is called behind integers."""
+
+
+def _name(segment: Segment, name: str) -> str:
+    return DEQUANTIZED.get(name, name) if segment.op == "DequantizeLinear" else name
+
+
+def _text(name: str, what: str, theta: Tensor) -> str:
+    if name == "shifted":
+        return f"{theta[0, 0]:+.4g} is added to the result"
+    return f"{what} {'is' if what != 'the weights' else 'are'} multiplied by {1 + theta[0, 0]:.6g}"
+
+
+@cause()
+def everywhere(segment: Segment) -> Iterator[Candidate]:
+    """One factor or summand for the whole tensor."""
+    if segment.op == "QuantizeLinear":  # integers: its own causes say more
+        return
+    rest = segment.test - segment.before
+    for name, what, basis in (*_bases(segment), ("affine", "", [segment.before, torch.ones(())])):
+        fit = cross_fit(rest, basis, segment.revealing)
+        if fit is not None:
+            change, theta = fit
+            text = _text(name, what, theta) if what else f"the result is × {1 + theta[0, 0]:.6g} {theta[0, 1]:+.4g}"
+            factors = {"factor": 1 + float(theta[0, 0])} if name != "shifted" else {"summand": float(theta[0, 0])}
+            value = segment.activate(segment.before + change)
+            yield Candidate(_name(segment, name), text, value, len(basis), factors, _FIX)
+
+
+@cause()
+def channel_by_channel(segment: Segment) -> Iterator[Candidate]:
+    """Channels with factors and summands of their own: all of them, or only those that are off."""
+    if segment.test.dim() < 2 or segment.test.shape[segment.axis] < 2:
+        return
+    axis = segment.axis
+    rest = segment.test - segment.before
+    off = off_channels(segment)
+    count = int(off.sum())
+    chosen = segment.along(off)
+    affine = [segment.before, torch.ones((), dtype=torch.float64)]
+    bases = [b for b in _bases(segment) if b[0] != "bias-scaled"]
+    for name, what, basis in (*bases, ("affine", "scale and offset", affine)):
+        fit = cross_fit(rest, basis, segment.revealing, axis)
+        if fit is None:
+            continue
+        change, theta = fit
+        value = segment.activate(segment.before + torch.where(chosen, change, 0.0))
+        places = off.nonzero().flatten().tolist()
+        which = f"channel {places[0]}" if count == 1 else f"{count} of {len(off)} channels"
+        verb = "shifted" if name == "shifted" else "off in scale and offset" if name == "affine" else "scaled"
+        says = f"{which}: {what} {verb} one by one" if count > 1 else f"{which} is {verb}"
+        evidence = {"channels": places[:32], "factors": (1 + theta[off][:32, 0]).tolist()}
+        if name == "shifted":
+            evidence = {"channels": places[:32], "summands": theta[off][:32, 0].tolist()}
+        yield Candidate(f"channels-{name.removeprefix('weights-')}", says, value, count * len(basis), evidence, _FIX)
+
+
+def off_channels(segment: Segment) -> Tensor:
+    """[C] which channels are off by more than the claimed rounding, spread evenly, and are not merely a trace."""
+    dims = [d for d in range(segment.error.dim()) if d != segment.axis]
+    error = segment.error.square().sum(dims)
+    rounding = 16 * segment.expected**2 / len(error)
+    return error > torch.clamp(error.max() * 1e-8, min=min(rounding, float(error.max()) / 2))

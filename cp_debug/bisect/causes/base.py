@@ -1,0 +1,71 @@
+"""What a candidate cause is, and the registry of those who propose them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from cp_debug.bisect.causes.segment import Segment
+
+
+@dataclass
+class Candidate:
+    """One possible cause, and what the layer would give if it were the only thing wrong."""
+
+    cause: str
+    """Its name: the same for every layer with the same cause, and in the JSON."""
+    says: str
+    """One line for people."""
+    value: Tensor
+    """What the layer would give, of the captured result's shape, float64."""
+    parameters: int = 0
+    """How many numbers were fitted to the captured result: the simpler of two equal explanations is preferred."""
+    evidence: dict[str, Any] = field(default_factory=dict)
+    """Further figures, JSON-safe."""
+    fix: str = ""
+    """A command or a code line, ``{layers}`` standing for the layers."""
+    by_magnitude: bool = False
+    """Only the size of the error speaks for it: taken where nothing else explains the layer, and said so."""
+
+
+Emulate = Callable[["Segment"], Iterator[Candidate]]
+
+
+class Cause(Protocol):
+    """A family of causes that are emulated alike."""
+
+    @property
+    def costly(self) -> bool:
+        """Asked only when nothing cheap explains the layer."""
+        ...
+
+    def __call__(self, segment: Segment) -> Iterator[Candidate]:
+        """Every candidate of this family that applies to the layer; none, where it makes no sense there."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Family:
+    emulate: Emulate
+    costly: bool
+
+    def __call__(self, segment: Segment) -> Iterator[Candidate]:
+        return self.emulate(segment)
+
+
+CAUSES: list[Cause] = []
+"""In the order in which they are asked; of equally simple explanations the first is taken."""
+
+
+def cause(*, costly: bool = False) -> Callable[[Emulate], Emulate]:
+    """Register a family of causes."""
+
+    def register(emulate: Emulate) -> Emulate:
+        CAUSES.append(_Family(emulate, costly))
+        return emulate
+
+    return register

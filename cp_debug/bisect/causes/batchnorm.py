@@ -1,0 +1,141 @@
+"""BatchNormalization gone wrong, as a node or folded into the convolution before it: epsilon, statistics, folding.
+
+With o = γ·(x − μ)/√(σ² + ε) + β exact, x follows from o, so every hypothesis is a per-channel function of o without a
+free number, but for a fitted ε or unknown statistics.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from cp_debug.bisect.causes.base import Candidate, cause
+from cp_debug.bisect.causes.fits import cross_fit
+from cp_debug.bisect.causes.operators import EPSILONS
+from cp_debug.bisect.causes.segment import BatchNorm, Segment
+
+_CHECKPOINT = "load running_mean and running_var into {layers}, call eval() before the export, and export again"
+
+
+@cause()
+def wrong_parameters(segment: Segment) -> Iterator[Candidate]:
+    """Hypotheses without a fitted number: defaults that were never replaced, the batch's statistics, folding."""
+    norm = segment.batch_norm
+    if norm is None or not bool((norm.weight != 0).all()):
+        return
+    x = _input(segment, norm)
+    zero, one = torch.zeros_like(norm.mean), torch.ones_like(norm.mean)
+    dims = [d for d in range(x.dim()) if d != segment.axis]
+    variance, mean = torch.var_mean(x, dims, correction=0)
+    statistics = "batchnorm-statistics"
+    for name, says, other in (
+        (
+            statistics,
+            "the running statistics were never loaded (mean 0, variance 1)",
+            replace(norm, mean=zero, variance=one),
+        ),
+        (statistics, "the running mean was never loaded (0)", replace(norm, mean=zero)),
+        (statistics, "the running variance was never loaded (1)", replace(norm, variance=one)),
+        (statistics, "the statistics of the batch are used: train mode", replace(norm, mean=mean, variance=variance)),
+        ("batchnorm-parameters", "weight was never loaded (1)", replace(norm, weight=one)),
+        ("batchnorm-parameters", "bias was never loaded (0)", replace(norm, bias=zero)),
+    ):
+        yield Candidate(name, f"BatchNorm: {says}", _apply(segment, other, x), fix=_CHECKPOINT)
+    fold = "fold γ/√(σ² + ε) into output channels and β − μ·γ/√(σ² + ε) into the bias of {layers}"
+    along = segment.along
+    for says, result in (
+        ("BatchNorm is left out", x),
+        ("BatchNorm is applied twice: folded, and as a node", _normalized(segment, norm, segment.before)),
+        ("folded without its shift", x * along(norm.scale)),
+        ("folded without its scale", x + along(norm.bias - norm.mean * norm.scale)),
+    ):
+        yield Candidate("batchnorm-folding", says, segment.activate(result), fix=fold)
+    if (value := _wrong_axis(segment, norm)) is not None:
+        yield Candidate("batchnorm-folding", "folded along the input channels of the weight", value, fix=fold)
+
+
+@cause()
+def epsilon(segment: Segment) -> Iterator[Candidate]:
+    """The ε of another framework, or any other: fitted as one number."""
+    norm = segment.batch_norm
+    if norm is None or not bool((norm.weight != 0).all()):
+        return
+    x = _input(segment, norm)
+    fix = f"BatchNorm2d(…, eps={norm.eps:g}) in {{layers}}, and export again"
+    for eps in (*(e for e in EPSILONS if not math.isclose(e, norm.eps)), fitted := _fitted(segment, norm)):
+        if eps is None:
+            continue
+        value = _apply(segment, replace(norm, eps=eps), x)
+        says = f"BatchNorm: eps is {eps:.3g} instead of {norm.eps:.3g}"
+        yield Candidate("normalization-eps", says, value, int(eps is fitted), {"eps": eps, "instead_of": norm.eps}, fix)
+
+
+@cause()
+def unknown_statistics(segment: Segment) -> Iterator[Candidate]:
+    """Any mean and variance: a scale and an offset for each channel, and what they imply about both."""
+    norm = segment.batch_norm
+    if norm is None or segment.test.dim() < 2:
+        return
+    rest, one = segment.test - segment.before, torch.ones((), dtype=torch.float64)
+    fit = cross_fit(rest, [segment.before - segment.along(norm.bias), one], segment.revealing, segment.axis)
+    if fit is None:
+        return
+    change, theta = fit
+    ratio = 1 + theta[:, 0]
+    if not bool((ratio > 0).all()):
+        return
+    variance = (norm.variance + norm.eps) / ratio**2 - norm.eps
+    mean = norm.mean - theta[:, 1] / (norm.scale * ratio)
+    evidence = {"implied_mean": mean[:8].tolist(), "mean": norm.mean[:8].tolist()}
+    evidence |= {"implied_variance": variance[:8].tolist(), "variance": norm.variance[:8].tolist()}
+    says = "BatchNorm: other statistics (every channel is off in scale and offset)"
+    value = segment.activate(segment.before + change)
+    # One less than any affine fit of the same channels: it says more about the same numbers.
+    yield Candidate("batchnorm-statistics", says, value, theta.numel() - 1, evidence, _CHECKPOINT)
+
+
+def _input(segment: Segment, norm: BatchNorm) -> Tensor:
+    """x: what the BatchNorm was given."""
+    return (segment.before - segment.along(norm.bias)) / segment.along(norm.scale) + segment.along(norm.mean)
+
+
+def _normalized(segment: Segment, norm: BatchNorm, x: Tensor) -> Tensor:
+    return (x - segment.along(norm.mean)) * segment.along(norm.scale) + segment.along(norm.bias)
+
+
+def _apply(segment: Segment, norm: BatchNorm, x: Tensor) -> Tensor:
+    return segment.activate(_normalized(segment, norm, x))
+
+
+def _wrong_axis(segment: Segment, norm: BatchNorm) -> Tensor | None:
+    node = segment.product
+    weight = segment.weight(node, 1) if node is not None else None
+    if node is None or weight is None or weight.dim() < 3 or weight.shape[0] != weight.shape[1]:
+        return None
+    right, wrong = (1, 0) if node.op == "ConvTranspose" else (0, 1)
+    shapes = [[-1 if d == axis else 1 for d in range(weight.dim())] for axis in (right, wrong)]
+    return segment.edited(node, inputs={1: weight / norm.scale.reshape(shapes[0]) * norm.scale.reshape(shapes[1])})
+
+
+def _fitted(segment: Segment, norm: BatchNorm) -> float | None:
+    """ε of least squares: per-channel ratios of (test − β) and (exact − β) first, then one ε for all, in logarithms."""
+    o = torch.where(segment.revealing, segment.before - segment.along(norm.bias), 0.0)
+    t = torch.where(segment.revealing, segment.test - segment.along(norm.bias), 0.0)
+    dims = [d for d in range(o.dim()) if d != segment.axis]
+    oo, ot = (o * o).sum(dims), (o * t).sum(dims)
+    low, high = -12.0, 0.0
+    best = None
+    for _ in range(4):  # each grid lies between the neighbours of the best point of the one before
+        grid = torch.logspace(low, high, 201, dtype=torch.float64)
+        ratio = torch.sqrt((norm.variance + norm.eps) / (norm.variance + grid[:, None]))
+        loss = (ratio.square() * oo - 2 * ratio * ot).sum(1)
+        if not bool(torch.isfinite(loss).all()):
+            return None
+        best = float(grid[loss.argmin()])
+        reach = (high - low) / 200
+        low, high = math.log10(best) - reach, math.log10(best) + reach
+    return best

@@ -1,0 +1,51 @@
+"""What the layers of a finding do to the end: to the final divergence, and to the detections."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from cp_debug.bisect.causes.finding import Effect
+from cp_debug.bisect.pipeline import Key
+from cp_debug.bisect.result import LayerRow
+from cp_debug.bisect.scene import decode
+from cp_debug.bisect.shares import Propagation
+from cp_debug.deploy.detections import compare_detections
+from cp_debug.errors import InputError
+from cp_debug.recipes.base import Arrays, Model, Sample
+
+
+@dataclass
+class Effects:
+    """The effect of layers by themselves: ``shares.set_shares`` has computed the shares before."""
+
+    model: Model
+    sample: Sample
+    propagation: Propagation
+    results: Mapping[str, Arrays]
+    """The reference's outputs, by component."""
+    _outputs: dict[Key, Arrays] = field(default_factory=dict)
+
+    def of(self, rows: Sequence[LayerRow]) -> Effect:
+        """Shares add up; so, to first order, do the changes of the outputs that are decoded."""
+        shares = [row.share for row in rows if row.share is not None]
+        effect = Effect(sum(shares) if shares else None)
+        detected: Any = decode(self.model, self.sample, self.results)
+        shared = [row for row in rows if row.share is not None]
+        if not hasattr(detected, "boxes") or len(shared) < len(rows):
+            return effect
+        last = self.model.components[-1].name
+        outputs: dict[str, np.ndarray] = {n: v.astype(np.float32) for n, v in self.results[last].items()}
+        for row in shared:
+            try:
+                changed = self.propagation.outputs(Key(row.component, row.onnx))
+            except InputError:
+                return effect
+            outputs = {n: v + (changed[n] - self.results[last][n]) for n, v in outputs.items()}
+        decoded = decode(self.model, self.sample, {**self.results, last: outputs})
+        if decoded is not None:
+            effect.detections = compare_detections(detected, decoded)
+        return effect

@@ -1,0 +1,73 @@
+"""What is said of one cause: where it struck, on what evidence, what it does to the result, and how to undo it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cp_debug.deploy.detections import DetectionChange
+
+UNKNOWN = "unknown"
+
+
+@dataclass
+class Element:
+    """One element: its index, what the layer gave and what the oracle makes of the same inputs."""
+
+    index: list[int]
+    value: float
+    oracle: float
+
+
+@dataclass
+class Where:
+    """Where in a layer the error sits."""
+
+    layer: str
+    channels: dict[int, float] = field(default_factory=dict)
+    """Share of the squared error by channel, the largest first; empty without a channel axis."""
+    region: list[list[int]] = field(default_factory=list)
+    """For each axis the first and last index between which all errors above a tenth of the largest lie."""
+    concentrated: float = 1.0
+    """The share of the tensor that the region covers."""
+    worst: list[Element] = field(default_factory=list)
+
+
+@dataclass
+class Effect:
+    """What the layers of a finding do to the final result, by themselves."""
+
+    share: float | None = None
+    """Of the final divergence."""
+    detections: DetectionChange | None = None
+    """The reference's detections against those with only this error added to its outputs; None where not computed."""
+
+
+@dataclass
+class Finding:
+    """One cause and the layers it explains. ``cause`` is ``unknown`` where nothing explains them."""
+
+    cause: str
+    says: str
+    """One line: the cause and its figures, for the layer that is worst."""
+    layers: list[str]
+    ops: list[str]
+    side: str = "test"
+    """Whose result is at fault: ``test`` or ``reference``."""
+    explained: float | None = None
+    """Share of the introduced error that the cause explains, over all its layers; None for observations."""
+    runner_up: str | None = None
+    """The best of the other causes, and what it explains."""
+    runner_up_explained: float | None = None
+    evidence: dict[str, Any] = field(default_factory=dict)
+    where: list[Where] = field(default_factory=list)
+    effect: Effect = field(default_factory=Effect)
+    fix: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry of ``findings`` in the JSON; ``docs/causes.md`` describes the fields."""
+        found = asdict(self)
+        for place in found["where"]:
+            place["channels"] = {str(c): share for c, share in place["channels"].items()}
+        return found

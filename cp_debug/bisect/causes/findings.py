@@ -1,0 +1,194 @@
+"""The findings of one run: every guilty layer explained, layers with one cause put together, and what holds for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from statistics import fmean
+
+from cp_debug.bisect.causes.base import Cause
+from cp_debug.bisect.causes.effects import Effects
+from cp_debug.bisect.causes.finding import UNKNOWN, Finding, Where
+from cp_debug.bisect.causes.precision import PROMOTED
+from cp_debug.bisect.causes.search import ENOUGH, Explanation, explain
+from cp_debug.bisect.causes.segment import Lab, Segment
+from cp_debug.bisect.causes.where import locate
+from cp_debug.bisect.pipeline import Key
+from cp_debug.bisect.result import GUILTY, SHAPE, LayerRow, Observation
+from cp_debug.bisect.testrun import TestRun, loader
+from cp_debug.errors import InputError
+from cp_debug.probes.arrays import Tensor
+from cp_debug.probes.capture import Capture
+
+MOST = 64
+"""Guilty layers that are explained, the most excessive first."""
+LOCATED = 8
+"""Layers of a finding for which it says where in them the error sits."""
+UNSTEADY = 10.0
+"""A layer that differs from run to run by this many times its rounding does not merely sum in another order."""
+
+
+@dataclass
+class Explained:
+    """One layer and what explains it."""
+
+    row: LayerRow
+    explanation: Explanation
+    where: Where
+
+
+@dataclass
+class Explainer:
+    """Explains the rows of one test backend on one sample."""
+
+    run: TestRun
+    reference_precision: str
+    reference: Capture
+    test: Capture
+    exact_input: Callable[[Key], Tensor]
+    """What glue should have made for an input of a component."""
+    effects: Effects
+    _labs: dict[tuple[str, str], Lab] = field(default_factory=dict)
+
+    def findings(self, rows: Mapping[Key, LayerRow], seen: Observation | None) -> list[Finding]:
+        """The findings, those with the largest effect first."""
+        guilty = [(key, row) for key, row in rows.items() if row.verdict == GUILTY]
+        guilty += [(key, row) for key, row in rows.items() if row.verdict == SHAPE and row.op == "input"]
+        guilty.sort(key=lambda item: item[1].severity, reverse=True)
+        groups: dict[tuple[str, ...], list[Explained]] = {}
+        families: list[Cause] = []
+        for key, row in guilty[:MOST]:
+            try:
+                segment = self._segment(key, row)
+            except InputError:  # the replay of this layer says why
+                continue
+            explanation, family = explain(segment, families)
+            if family is not None and family not in families:
+                families.append(family)
+            found = explanation.cause
+            name = (UNKNOWN,) if found is None else (found.cause, found.says if found.parameters else "")
+            groups.setdefault((row.side, *name), []).append(Explained(row, explanation, locate(segment, row.name)))
+        findings = [self._finding(group) for group in groups.values()]
+        findings += [*self._unsteady(rows), *self._program(seen)]
+        if not guilty and not all(row.within for row in rows.values()):
+            findings += self._declared(rows)
+        return sorted(findings, key=lambda f: -(abs(f.effect.share) if f.effect.share is not None else 0.0))
+
+    def _segment(self, key: Key, row: LayerRow) -> Segment:
+        capture = self.test if row.side == "test" else self.reference
+        claim = self.run.precision.name if row.side == "test" else self.reference_precision
+        program = self.run.programs[key.component]
+        replayer = self.run.replayer(key.component, self.test)
+        if (key.component, row.side) not in self._labs:
+            self._labs[key.component, row.side] = Lab(program, replayer.oracle, claim)
+        lab, load = self._labs[key.component, row.side], loader(capture, key.component)
+        if row.op == "input":
+            segment = Segment.of_input(lab, key.value, self.exact_input(key), load(key.value))
+        else:
+            segment = Segment.of(lab, key.value, self.test.names(component=key.component), load)
+        later = self._later(key, capture)
+        segment.others = [
+            (
+                entry.name + (" of the reference" if side is self.reference else ""),
+                partial(side.load, entry.name, component=entry.component),
+            )
+            for side in (self.reference, self.test)
+            for entry in side.entries
+            if side is not capture or (entry.component, entry.name) not in later
+        ]
+        return segment
+
+    def _later(self, key: Key, capture: Capture) -> set[tuple[str, str]]:
+        """What hangs on the value ``key`` in its component, and what only this run has, its place unknown."""
+        graph = self.run.programs[key.component].graph
+        reached = {key.value}
+        for node in graph.nodes:
+            if not reached.isdisjoint(node.inputs):
+                reached.update(node.outputs)
+        own = {(e.component, e.name) for e in capture.entries} - set(self.run.layers)
+        return own | {(key.component, name) for name in reached}
+
+    def _finding(self, group: Sequence[Explained]) -> Finding:
+        worst = max(group, key=lambda e: e.row.severity)
+        explanation, rows = worst.explanation, [e.row for e in group]
+        cause, second = explanation.cause, explanation.runner_up
+        names = [row.name for row in rows]
+        finding = Finding(
+            cause=cause.cause if cause else UNKNOWN,
+            says=cause.says if cause else "no known cause explains what these layers introduce",
+            layers=names,
+            ops=[row.op for row in rows],
+            side=worst.row.side,
+            explained=fmean(e.explanation.explained for e in group) if cause else None,
+            runner_up=second.cause if second else None,
+            runner_up_explained=explanation.runner_up_explained if second else None,
+            evidence={"why": worst.row.why, **(cause.evidence if cause else {})},
+            where=[e.where for e in group[:LOCATED]],
+            fix=cause.fix.replace("{layers}", _some(names)) if cause else "cpdebug bundle RESULT --layer " + names[0],
+        )
+        if cause and cause.by_magnitude and (explanation.explained < ENOUGH):
+            finding.evidence["magnitude_only"] = True
+        if len(group) > 1:
+            finding.evidence["explained_least"] = min(e.explanation.explained for e in group)
+        finding.effect = self.effects.of(rows)
+        return finding
+
+    def _unsteady(self, rows: Mapping[Key, LayerRow]) -> Iterator[Finding]:
+        """Two runs of one backend differ by more than the order of a sum can make."""
+        row = next((row for row in rows.values() if row.noise_floor), None)
+        expected = row.replay.expected if row is not None and row.replay else None
+        introduced = row.replay.introduced if row is not None and row.replay else None
+        # Only the first one: further down the noise has been amplified, and has tipped roundings over; and never where
+        # it is small beside a steady error, whose cause may round so coarsely that little tips it over.
+        floor = max(UNSTEADY * max(expected or 0.0, self.run.precision.roundoff), (introduced or 0.0) / UNSTEADY)
+        if row is not None and row.noise_floor > floor:
+            yield Finding(
+                "unsteady-memory",
+                f"two runs of the same program differ by {row.noise_floor:.2g}, a sum in another order by "
+                f"{expected or 0.0:.2g}: memory is read before it is written, or while it is written",
+                [row.name],
+                [row.op],
+                evidence={"noise_floor": row.noise_floor, "expected": expected},
+                fix="compute-sanitizer --tool initcheck (and racecheck) on the kernel or plugin of " + row.name,
+            )
+
+    def _program(self, seen: Observation | None) -> Iterator[Finding]:
+        """Probes change the result: what is deployed is another program than what was probed."""
+        if seen is None or seen.observer_gap <= max(seen.noise_floor, self.run.tolerance[0]):
+            return
+        family = self.run.pipeline.backend.spec.family
+        knobs = "cpdebug bisect MODEL --backends ort-none,ort-all --knobs"
+        yield Finding(
+            "optimiser",
+            f"the outputs change by {seen.observer_gap:.2g} when probes forbid fusions: an optimisation or a fused "
+            "kernel is at fault, or values at its border are",
+            [],
+            [],
+            evidence={"observer_gap": seen.observer_gap, "noise_floor": seen.noise_floor},
+            fix=knobs if family == "ort" else "build with fewer fusions, or mark one tensor at a time",
+        )
+
+    def _declared(self, rows: Mapping[Key, LayerRow]) -> Iterator[Finding]:
+        """No layer is guilty, but the outputs differ: how much of it the declared precision makes."""
+        claim = self.run.precision.name
+        replayed = [(k, r) for k, r in rows.items() if r.replay and r.replay.introduced and r.op != "input"]
+        replayed.sort(key=lambda item: item[1].replay.introduced or 0.0, reverse=True)  # type: ignore[union-attr]
+        if claim not in PROMOTED or not replayed:
+            return
+        segments = [self._segment(key, row) for key, row in replayed[:8]]
+        explained = fmean(segment.explained(segment.claimed) for segment in segments)
+        names = [row.name for _, row in replayed]
+        yield Finding(
+            claim,
+            f"{claim.upper()} as declared: its rounding adds up over {len(names)} layers",
+            names,
+            [row.op for _, row in replayed],
+            explained=explained,
+            evidence={"declared": True, "explained_over": len(segments)},
+            fix="accept it, or compute in FP32 where it matters most: " + PROMOTED[claim].format(layers=_some(names)),
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

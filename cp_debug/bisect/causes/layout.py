@@ -1,0 +1,180 @@
+"""The right numbers in the wrong places: permuted, transposed, flipped, shifted, cut off, or another tensor."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from cp_debug.bisect.causes.base import Candidate, cause
+from cp_debug.bisect.causes.segment import Segment, as_double
+
+MOST_SLICES = 1024
+"""Slices along an axis up to which each is compared with each."""
+REACH = 2
+"""Cells by which a map may be shifted."""
+
+
+@cause()
+def transposed(segment: Segment) -> Iterator[Candidate]:
+    """Axes exchanged and the buffer read in the old shape."""
+    exact, shape = segment.exact, segment.test.shape
+    if exact.numel() != segment.test.numel() or exact.dim() > 5:
+        return
+    axes = [d for d in range(exact.dim()) if exact.shape[d] > 1]
+    for order in itertools.permutations(axes):
+        if list(order) == axes:
+            continue
+        full = [order[axes.index(d)] if d in axes else d for d in range(exact.dim())]
+        says = f"axes {full} were written where {list(range(len(full)))} were expected"
+        fix = f"permute{tuple(full)} {{layers}} before it is read, instead of reshaping"
+        for text, value in ((says, exact.permute(full)), (says + ", inverse", _inverse(exact, full))):
+            yield Candidate("transposed", text, value.reshape(shape), evidence={"axes": full}, fix=fix)
+
+
+def _inverse(exact: Tensor, order: list[int]) -> Tensor:
+    back = [order.index(d) for d in range(len(order))]
+    return exact.reshape([exact.shape[d] for d in order]).permute(back)
+
+
+@cause()
+def flipped(segment: Segment) -> Iterator[Candidate]:
+    """Axes running backwards."""
+    if segment.exact.shape != segment.test.shape:
+        return
+    axes = [d for d in range(segment.exact.dim()) if segment.exact.shape[d] > 1]
+    for count in (1, 2):
+        for chosen in itertools.combinations(axes, count):
+            says = f"axis {' and '.join(map(str, chosen))} runs backwards"
+            yield Candidate("flipped", says, segment.exact.flip(chosen), fix=f"flip {{layers}} along {list(chosen)}")
+
+
+@cause()
+def permuted(segment: Segment) -> Iterator[Candidate]:
+    """Slices along one axis in another order (channels, voxels): each is matched with the exact one nearest to it."""
+    exact, test = segment.exact, segment.test
+    if exact.shape != test.shape or not bool(segment.finite.all()):
+        return
+    for axis in range(exact.dim()):
+        count = exact.shape[axis]
+        if count < 2 or exact.numel() // count < 4:
+            continue
+        ours, theirs = (t.movedim(axis, 0).flatten(1) for t in (exact, test))
+        order = _nearest(ours, theirs) if count <= MOST_SLICES else _same_rows(ours, theirs)
+        if order is None:
+            continue
+        moved = (order != torch.arange(count)).nonzero().flatten()
+        if not len(moved):
+            continue
+        value = ours[order].reshape(exact.movedim(axis, 0).shape).movedim(0, axis)
+        pairs = ", ".join(f"{int(i)}←{int(order[i])}" for i in moved[:6])
+        says = f"axis {axis} is permuted: {pairs}" + (", …" if len(moved) > 6 else "")
+        evidence = {"axis": axis, "moved": len(moved), "order": order[:64].tolist()}
+        evidence["bijective"] = len(order.unique()) == count
+        fix = f"restore the order of axis {axis} of {{layers}}"
+        # Copied rows of a big table leave no room for chance: their order counts as one number.
+        parameters = len(moved) if count <= MOST_SLICES else 1
+        yield Candidate("permuted", says, value, parameters, evidence, fix)
+
+
+def _nearest(ours: Tensor, theirs: Tensor) -> Tensor:
+    distance = ours.square().sum(1) - 2 * theirs @ ours.T
+    nearest = distance.argmin(1)
+    unmoved = distance.diagonal() <= distance.min(1).values + 1e-9 * theirs.square().sum(1)
+    return torch.where(unmoved, torch.arange(len(nearest)), nearest)
+
+
+def _same_rows(ours: Tensor, theirs: Tensor) -> Tensor | None:
+    places: dict[bytes, list[int]] = {}
+    for index, row in enumerate(ours.numpy()):
+        places.setdefault(row.tobytes(), []).append(index)
+    order = []
+    for row in theirs.numpy():
+        found = places.get(row.tobytes())
+        if not found:
+            return None
+        order.append(found.pop(0))
+    return torch.tensor(order)
+
+
+@cause()
+def shifted(segment: Segment) -> Iterator[Candidate]:
+    """A map off by some cells; the border that the shift lays bare is not judged."""
+    exact, test = segment.exact, segment.test
+    if exact.shape != test.shape or exact.dim() < 3:
+        return
+    axes = [d for d in (-2, -1) if exact.dim() + d >= 1 and exact.shape[d] > 8 * REACH]
+    if not axes:
+        return
+    for steps in itertools.product(range(-REACH, REACH + 1), repeat=len(axes)):
+        if not any(steps):
+            continue
+        value = torch.roll(exact, steps, axes)
+        for axis, step in zip(axes, steps, strict=True):
+            size = exact.shape[axis]
+            bare = slice(0, step) if step > 0 else slice(size + step, size)
+            place = [slice(None)] * exact.dim()
+            place[axis] = bare
+            value[tuple(place)] = test[tuple(place)]
+        says = f"the map is shifted by {list(steps)} cells along axes {axes}"
+        fix = "check padding, stride and the alignment of corners above {layers}"
+        yield Candidate("spatial-shift", says, value, len(axes), {"shift": list(steps), "axes": axes}, fix)
+
+
+@cause()
+def cut_off(segment: Segment) -> Iterator[Candidate]:
+    """Zeros from some place of an axis on: never written, or truncated; at 0 nothing was written at all."""
+    exact, test = segment.exact, segment.test
+    if exact.shape != test.shape or not test.dim():
+        return
+    fix = "check buffer sizes and limits (maximum number of voxels, batch) where {layers} is written"
+    if not bool(test.any()):
+        yield Candidate("never-written", "the tensor is all zero: nothing wrote it", test, fix=fix)
+        return
+    for axis in range(test.dim()):
+        dims = [d for d in range(test.dim()) if d != axis]
+        used = test.abs().sum(dims) if dims else test.abs()
+        kept = int(used.nonzero().max()) + 1
+        if kept < test.shape[axis]:
+            value = exact.clone()
+            value.narrow(axis, kept, test.shape[axis] - kept).zero_()
+            says = f"axis {axis} is cut off after {kept} of {test.shape[axis]}"
+            yield Candidate("truncated", says, value, 1, {"axis": axis, "kept": kept}, fix)
+
+
+@cause()
+def another_tensor(segment: Segment) -> Iterator[Candidate]:
+    """The contents of another value of the same run, read in this shape and repeated to its size."""
+    wanted = segment.test.flatten()
+    head = wanted[:64]
+    if len(head) < 8 or not bool(head.any()):
+        return
+    for name, load in segment.others:
+        other = as_double(load()).flatten()
+        first = other[: len(head)]
+        if len(first) < len(head) or not torch.allclose(first, head, rtol=1e-3, atol=1e-6):
+            continue
+        value = other.repeat(math.ceil(len(wanted) / len(other)))[: len(wanted)].reshape(segment.test.shape)
+        fix = f"feed {{layers}} its own tensor instead of {name}"
+        yield Candidate(
+            "another-tensor", f"this is {name}, read in another shape", value, evidence={"of": name}, fix=fix
+        )
+
+
+@cause()
+def isolated(segment: Segment) -> Iterator[Candidate]:
+    """A handful of elements are wrong and all others are not: a bit flip, a race, an index out of bounds."""
+    if not segment.introduced or segment.exact.numel() < 64:
+        return
+    size = segment.error.abs().flatten()
+    for count in (1, 2, 3):
+        places = size.topk(count).indices
+        value = segment.exact.flatten().clone()
+        value[places] = segment.test.flatten()[places]
+        index = [[int(i) for i in torch.unravel_index(p, segment.exact.shape)] for p in places]
+        says = f"{count} element{'s are' if count > 1 else ' is'} wrong, all others are right"
+        fix = "look for a race, an index out of bounds or a corrupted weight behind {layers}"
+        yield Candidate("isolated", says, value.reshape(segment.exact.shape), 2 * count, {"elements": index}, fix)

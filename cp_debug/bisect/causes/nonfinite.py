@@ -1,0 +1,72 @@
+"""NaN and Inf that are born in a layer: what made them, and from which operands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from cp_debug.bisect.causes.base import Candidate, cause
+from cp_debug.bisect.causes.segment import Segment
+
+
+@cause()
+def times_infinity(segment: Segment) -> Iterator[Candidate]:
+    """A factor that overflowed: 0·Inf is NaN, all else Inf."""
+    if bool(segment.born.any()):
+        for sign in (1, -1):
+            says = "the result is multiplied by Inf: its zeros become NaN"
+            value = segment.exact * (sign * torch.inf)
+            yield Candidate(
+                "times-infinity", says, value, evidence=operands(segment), fix="find the scale that is Inf: {layers}"
+            )
+
+
+@cause()
+def nan_for_zero_or_all(segment: Segment) -> Iterator[Candidate]:
+    """0/0 where the exact value is 0, or NaN throughout."""
+    if not bool(segment.born.any()):
+        return
+    nan = torch.full((), torch.nan, dtype=torch.float64)
+    for name, says, place in (
+        ("nan-at-zero", "NaN exactly where the result should be 0: a division of zeros", segment.exact == 0),
+        ("nan-everywhere", "the whole tensor is NaN", torch.ones_like(segment.exact, dtype=torch.bool)),
+    ):
+        value = torch.where(place, nan, segment.exact)
+        yield Candidate(
+            name, says, value, evidence=operands(segment), fix="guard the division in {layers} with an epsilon"
+        )
+
+
+@cause(costly=True)
+def born_here(segment: Segment) -> Iterator[Candidate]:
+    """Nothing simpler fits: say where the first one is, and what it was made of."""
+    if bool(segment.born.any()):
+        says = f"{int(segment.born.sum())} NaN or Inf are born here from finite operands"
+        yield Candidate(
+            "nonfinite",
+            says,
+            segment.test,
+            int(segment.born.sum()),
+            operands(segment),
+            "look at the operands in {layers}",
+        )
+
+
+def operands(segment: Segment) -> dict[str, Any]:
+    """The first NaN or Inf, what it should be, and the operands: at its place where shapes agree, else their range."""
+    first = tuple(int(i) for i in segment.born.nonzero()[0])
+    found: dict[str, Any] = {
+        "born": int(segment.born.sum()),
+        "first": list(first),
+        "value": float(segment.test[first]),
+        "oracle": float(segment.exact[first]),
+    }
+    for name in segment.given:
+        tensor = segment.input(name)
+        if tensor.shape == segment.test.shape:
+            found[f"operand {name}"] = float(tensor[first])
+        elif tensor.numel():
+            found[f"range of {name}"] = [float(tensor.min()), float(tensor.max())]
+    return found

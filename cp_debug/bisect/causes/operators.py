@@ -1,0 +1,168 @@
+"""The operator is another one: left out, done twice, or with another attribute (eps, padding, slope, mode)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cp_debug.bisect.causes.base import Candidate, cause
+from cp_debug.bisect.causes.segment import Segment
+from cp_debug.probes.graph import Node
+
+ACTIVATIONS = {
+    "Relu": torch.relu,
+    "Sigmoid": torch.sigmoid,
+    "Tanh": torch.tanh,
+    "Exp": torch.exp,
+    "Softplus": functional.softplus,
+    "Gelu": functional.gelu,
+    "Silu": functional.silu,
+}
+EPSILONS = (1e-3, 1e-5, 1e-6, 1e-12, 1e-8, 1e-4, 1e-2, 0.0)
+"""The defaults of frameworks first."""
+
+_RESIZE = ("half_pixel", "asymmetric", "align_corners", "pytorch_half_pixel")
+_ROUND = ("round_prefer_floor", "round_prefer_ceil", "floor", "ceil")
+NORMALIZATIONS = {
+    "BatchNormalization",
+    "GroupNormalization",
+    "InstanceNormalization",
+    "LayerNormalization",
+    "RMSNormalization",
+}
+ATTRIBUTES: Mapping[str, Sequence[Mapping[str, Any]]] = {
+    "Gelu": [{"approximate": "tanh"}, {"approximate": "none"}],
+    "LeakyRelu": [{"alpha": a} for a in (0.0, 0.01, 0.1, 0.2)],
+    "Elu": [{"alpha": a} for a in (1.0, 0.1)],
+    "Softmax": [{"axis": a} for a in (-1, 1, 2, 0)],
+    "AveragePool": [{"count_include_pad": 0}, {"count_include_pad": 1}],
+    "MaxPool": [{"dilations": None}, {"ceil_mode": 0}, {"ceil_mode": 1}],
+    "Resize": [
+        {"coordinate_transformation_mode": c, **n}
+        for c in _RESIZE
+        for n in ({}, *({"nearest_mode": r} for r in _ROUND), {"mode": "nearest"}, {"mode": "linear"})
+    ],
+    "Conv": [{"dilations": None}, {"auto_pad": "SAME_UPPER", "pads": None}, {"auto_pad": "SAME_LOWER", "pads": None}],
+    "Gemm": [{"alpha": None}, {"beta": None}, {"transA": None}, {"transB": None}, {"transB": 1}],
+}
+
+
+@cause()
+def left_out(segment: Segment) -> Iterator[Candidate]:
+    """The value passes one of the nodes unchanged."""
+    for node in segment.nodes:
+        for source in node.inputs:
+            if not segment.lab.constants.holds(source):
+                value = segment.edited(node, op="Identity", reads=[source])
+                if value is not None:
+                    kind = "activation" if node.op in ACTIVATIONS else "operator"
+                    yield Candidate(
+                        f"missing-{kind}",
+                        f"{node.op} is left out" + (f": {source} passes" if len(node.inputs) > 1 else ""),
+                        value,
+                        evidence={"node": node.name, "op": node.op},
+                        fix=f"apply {node.op} after {source} before {{layers}} is read",
+                    )
+
+
+@cause()
+def done_twice(segment: Segment) -> Iterator[Candidate]:
+    """An activation too many, or the operator itself applied to its own result."""
+    for name, function in ACTIVATIONS.items():
+        value = function(segment.exact)
+        if not torch.equal(value, segment.exact):
+            twice = name == segment.op
+            yield Candidate(
+                "doubled-activation" if twice else "extra-activation",
+                f"{name} is applied " + ("twice" if twice else "although the graph has none here"),
+                value,
+                evidence={"op": name},
+                fix=f"remove one {name} behind {{layers}}",
+            )
+
+
+@cause()
+def attributes(segment: Segment) -> Iterator[Candidate]:
+    """The same node with another attribute."""
+    for node in segment.nodes:
+        for change in ATTRIBUTES.get(node.op, ()):
+            if (value := segment.edited(node, **change)) is not None:
+                text = ", ".join(f"{k} = {'its default' if v is None else v}" for k, v in change.items())
+                says = f"{node.op} is computed with {text}"
+                fix = f"set it as the reference has it: {says}"
+                yield Candidate("attribute", says, value, evidence=dict(change), fix=fix)
+
+
+@cause()
+def epsilon(segment: Segment) -> Iterator[Candidate]:
+    """A normalisation with the ε of another framework."""
+    for node in segment.nodes:
+        if node.op in NORMALIZATIONS:
+            for eps in EPSILONS:
+                if (value := segment.edited(node, epsilon=eps)) is not None:
+                    yield _with_epsilon(node, value, eps, 0)
+
+
+@cause(costly=True)
+def fitted_epsilon(segment: Segment) -> Iterator[Candidate]:
+    """Any other ε, found by ever finer grids."""
+    for node in segment.nodes:
+        if node.op not in NORMALIZATIONS:
+            continue
+        low, high, best = -8.0, 1.0, (math.inf, 0.0)
+        for _ in range(8):
+            for exponent in torch.linspace(low, high, 9).tolist():
+                value = segment.edited(node, epsilon=10**exponent)
+                best = min(best, (segment.residual(value), exponent)) if value is not None else best
+            reach = (high - low) / 8
+            low, high = best[1] - reach, best[1] + reach
+        if (value := segment.edited(node, epsilon=10 ** best[1])) is not None:
+            yield _with_epsilon(node, value, 10 ** best[1], 1)
+
+
+def _with_epsilon(node: Node, value: Tensor, eps: float, parameters: int) -> Candidate:
+    own = next((a.f for a in node.proto.attribute if a.name == "epsilon"), 1e-5)
+    says = f"{node.op}: eps is {eps:.3g} instead of {own:.3g}"
+    fix = f"set eps={own:g} in {{layers}}, and export again"
+    return Candidate("normalization-eps", says, value, parameters, {"eps": eps, "instead_of": own}, fix)
+
+
+@cause()
+def padding(segment: Segment) -> Iterator[Candidate]:
+    """A window operator that pads elsewhere, or with other values than zeros."""
+    for node in segment.nodes:
+        pads = next((list(a.ints) for a in node.proto.attribute if a.name == "pads"), [])
+        if node.op not in ("Conv", "ConvTranspose", "MaxPool", "AveragePool") or not any(pads):
+            continue
+        rank = len(pads) // 2
+        totals = [pads[i] + pads[i + rank] for i in range(rank)]
+        for begins in itertools.product(*(range(t + 1) for t in totals)):
+            other = [*begins, *(t - b for t, b in zip(totals, begins, strict=True))]
+            if other != pads and (value := segment.edited(node, pads=other)) is not None:
+                yield _padded(f"{node.op} pads {other} instead of {pads}", value, {"pads": other, "instead_of": pads})
+        for mode in ("replicate", "reflect", "circular"):
+            if (value := _filled(segment, node, pads, mode)) is not None:
+                yield _padded(f"{node.op} pads with {mode} values instead of zeros", value, {"mode": mode})
+
+
+def _filled(segment: Segment, node: Node, pads: list[int], mode: str) -> Tensor | None:
+    rank = len(pads) // 2
+    source = node.proto.input[0]
+    if node.op != "Conv" or source not in segment.given or rank > 2:
+        return None
+    given = segment.input(source)
+    order = [p for axis in reversed(range(rank)) for p in (pads[axis], pads[axis + rank])]
+    try:
+        return segment.edited(node, inputs={0: functional.pad(given, order, mode=mode)}, pads=[0] * len(pads))
+    except RuntimeError:  # more padding than there is to reflect
+        return None
+
+
+def _padded(says: str, value: Tensor, evidence: dict[str, Any]) -> Candidate:
+    return Candidate("padding", says, value, evidence=evidence, fix="give the layer its padding explicitly: " + says)

@@ -1,0 +1,90 @@
+"""Precisions other than the declared one: TF32, FP16, BF16, FP16 accumulation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from cp_debug.backends.arithmetic import BF16, FP16, FP16ACC, TF32
+from cp_debug.backends.rounding import round_bf16, round_fp16
+from cp_debug.bisect.causes.base import Candidate, cause
+from cp_debug.bisect.causes.segment import Segment
+
+OVERFLOWS = 65520.0
+"""The smallest magnitude that FP16 rounds to Inf: then it is an overflow that must be told."""
+TILES = (64, 32, 128, 16)
+"""Channels per tile of the kernels seen so far, the most frequent first."""
+LIKE_FP16 = (1e-5, 0.2)
+"""Relative error that FP16 accumulation can make: outside of it nothing is tried."""
+LIKELY, LEAST_COSINE = (0.7, 1.4), 0.2
+"""Norm of the error against an emulation in another order of summation, and the cosine between them: measured on
+TensorRT 8.6 kernels 0.27 to 0.66, and magnitudes within 1.2."""
+
+_KEEP_FP32 = "compute these nodes in FP32 (node block list, or ILayer.precision): {layers}"
+PROMOTED = {
+    "tf32": 'torch: torch.backends.cudnn.conv.fp32_precision = "ieee" and torch.backends.cuda.matmul.fp32_precision = '
+    '"ieee" · ONNX Runtime: provider option use_tf32=0 · TensorRT: config.clear_flag(trt.BuilderFlag.TF32)',
+    "fp16": _KEEP_FP32,
+    "bf16": _KEEP_FP32,
+    "fp16-accumulation": "TensorRT: keep these layers in FP32 or BF16, or forbid FP16-accumulating tactics: {layers} · "
+    "torch: torch.backends.cuda.matmul.allow_fp16_accumulation = False",
+}
+
+
+@cause()
+def storage(segment: Segment) -> Iterator[Candidate]:
+    """Only the result is narrow: a cast that nobody asked for."""
+    overflows = bool((segment.exact.abs() >= OVERFLOWS).any())
+    for name, function in (("fp16", round_fp16), ("bf16", round_bf16)):
+        if name == "fp16" and overflows:
+            continue
+        if segment.lab.claim.name not in (name, "fp16acc"):
+            says = f"the result is stored in {name.upper()}"
+            yield Candidate(name, says, function(segment.exact.float()).double(), fix=PROMOTED[name])
+
+
+@cause()
+def arithmetic(segment: Segment) -> Iterator[Candidate]:
+    """The whole layer in another precision, accumulating in FP32."""
+    says = {
+        TF32: "TF32: operands are rounded to 10 mantissa bits",
+        FP16: "FP16 weights, inputs and result, accumulated in FP32",
+        BF16: "BF16 weights, inputs and result, accumulated in FP32",
+    }
+    overflows = bool((segment.exact.abs() >= OVERFLOWS).any())
+    for way, text in says.items():
+        if way is FP16 and overflows:
+            continue
+        if segment.nodes and way.name != segment.lab.claim.name and (way is not TF32 or segment.product):
+            yield Candidate(way.name, text, segment.run(way), fix=PROMOTED[way.name])
+
+
+@cause(costly=True)
+def fp16_accumulation(segment: Segment) -> Iterator[Candidate]:
+    """Partial sums in FP16, in the order of known kernels: in the right order it fits bit by bit, in another one the
+    error has the right size and a part of its direction."""
+    size = segment.introduced / (float(torch.linalg.vector_norm(segment.exact)) or 1.0)
+    if segment.product is None or not LIKE_FP16[0] < size < LIKE_FP16[1] or segment.lab.claim.name == "fp16acc":
+        return
+    for tile in TILES:
+        value = segment.run(replace(FP16ACC, tile=tile))
+        same = float((value == segment.test).double().mean())
+        figures = {"tile": tile, "bit_identical": same, "reduction_length": _reduction(segment)}
+        by_magnitude, says = False, "sums are accumulated in FP16"
+        if bool(torch.isfinite(value[segment.finite]).all()):
+            change = torch.where(segment.finite, value - segment.exact, 0.0)
+            norm = float(torch.linalg.vector_norm(change)) or 1.0
+            figures["norm_ratio"] = segment.introduced / norm
+            figures["cosine"] = float((change * segment.error).sum()) / (segment.introduced * norm)
+            by_magnitude = LIKELY[0] < figures["norm_ratio"] < LIKELY[1] and figures["cosine"] > LEAST_COSINE
+        fix = PROMOTED["fp16-accumulation"]
+        yield Candidate("fp16-accumulation", says, value, 0, figures, fix, by_magnitude)
+        if same > 0.9:
+            return
+
+
+def _reduction(segment: Segment) -> int:
+    weight = segment.weight(segment.product, 1) if segment.product else None
+    return 0 if weight is None else weight.numel() // segment.test.shape[segment.axis]

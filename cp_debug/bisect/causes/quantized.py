@@ -1,0 +1,146 @@
+"""INT8: what a quantizer's grid, its range, its zero point, its granularity or its rounding of ties does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from cp_debug.bisect.causes.base import Candidate, cause
+from cp_debug.bisect.causes.segment import Segment
+
+LEVELS = 256
+_PERCENTILE = "calibrate {layers} again: entropy or a higher percentile"
+
+
+@cause()
+def on_a_grid(segment: Segment) -> Iterator[Candidate]:
+    """The result has at most 256 equally spaced values: it passed an INT8 quantizer."""
+    grid = _grid(segment.test[segment.finite])
+    if grid is None or segment.op in ("QuantizeLinear", "DequantizeLinear"):
+        return
+    step, low, high = grid
+    exact = segment.exact
+    levels = torch.round(exact / step)
+    for bottom, top, parameters in ((-128, 127, 1), (-127, 127, 1), (0, 255, 1), (low, high, 2)):
+        if low < bottom or high > top:
+            continue
+        value = levels.clamp(bottom, top) * step
+        beyond = (levels < bottom) | (levels > top)
+        error = (value - exact).square()
+        share = float(error[beyond].sum() / (error.sum() or 1.0))
+        evidence = {
+            "scale": step,
+            "levels": [bottom, top],
+            "clipped": float(beyond.double().mean()),
+            "error_clipped": share,
+        }
+        evidence["needed_scale"] = needed = float(exact.abs().max()) / 127
+        if share > 0.5:
+            name, says, fix = "int8-clipped", f"INT8 scale {step:.3g} clips beyond ±{step * top:.4g}", _PERCENTILE
+        elif step > 2 * needed:
+            name, says, fix = (
+                "int8-coarse",
+                f"INT8 scale {step:.3g} is {step / needed:.1f} times too coarse",
+                _PERCENTILE,
+            )
+        elif _uneven(segment):
+            name, says = "int8-per-tensor", f"one INT8 scale ({step:.3g}) for channels of very different range"
+            fix = "quantise {layers} per channel, or leave it unquantised"
+        else:
+            name, says = "int8", f"the result is quantised to INT8 with scale {step:.3g}"
+            fix = "leave {layers} unquantised, or accept it: its scale is right"
+        yield Candidate(name, says, value, parameters, evidence, fix)
+
+
+def _grid(values: Tensor) -> tuple[float, int, int] | None:
+    """(step, lowest and highest level) of values that are multiples of one step."""
+    found = torch.unique(values)
+    if not 3 <= len(found) <= LEVELS:
+        return None
+    rough = float(found.diff().min())
+    if rough <= 0:
+        return None
+    step = float(found.abs().max()) / round(float(found.abs().max()) / rough)
+    levels = found / step
+    if float((levels - levels.round()).abs().max()) > 0.01 or float(levels.abs().max()) > LEVELS:
+        return None
+    return step, int(levels.min().round()), int(levels.max().round())
+
+
+def _uneven(segment: Segment) -> bool:
+    """Whether the channels' largest magnitudes differ more than eightfold (the dead ones left out)."""
+    if segment.exact.dim() < 2:
+        return False
+    largest = segment.exact.abs().amax([d for d in range(segment.exact.dim()) if d != segment.axis])
+    largest = largest[largest > 0]
+    return len(largest) > 1 and float(largest.max()) > 8 * float(largest.median())
+
+
+@cause()
+def weights(segment: Segment) -> Iterator[Candidate]:
+    """INT8 weights, symmetric: one scale for all or one a channel."""
+    node = segment.product
+    weight = segment.weight(node, 1) if node is not None else None
+    if node is None or weight is None or weight.dim() < 2:
+        return
+    output = 1 if node.op in ("ConvTranspose", "MatMul") else 0
+    rest = [d for d in range(weight.dim()) if d != output]
+    ways = (
+        ("int8-per-tensor", "INT8 weights with one scale for all channels", weight.abs().max()),
+        ("int8-weights", "INT8 weights with a scale for each channel", weight.abs().amax(rest, keepdim=True)),
+    )
+    for name, says, largest in ways:
+        step = largest.clamp(min=1e-30) / 127
+        value = segment.edited(node, inputs={1: (weight / step).round().clamp(-127, 127) * step})
+        if value is not None:
+            fix = (
+                "quantise the weights of {layers} per channel" if name == "int8-per-tensor" else "keep {layers} in FP32"
+            )
+            yield Candidate(name, says, value, fix=fix)
+
+
+@cause()
+def quantizer(segment: Segment) -> Iterator[Candidate]:
+    """A QuantizeLinear with another scale or zero point, or that rounds ties another way."""
+    node = segment.nodes[-1] if segment.nodes else None
+    if (
+        node is None
+        or node.op != "QuantizeLinear"
+        or node.proto.input[0] not in segment.given
+        or len(segment.nodes) > 1
+    ):
+        return
+    x = segment.input(node.proto.input[0])
+    scale, zero = segment.weight(node, 1), segment.weight(node, 2)
+    if scale is None:
+        return
+    low, high = float(segment.test.min()), float(segment.test.max())
+    bottom, top = (0, 255) if high > 127 else (-128, 127)
+    if scale.numel() == 1:
+        offset = 0.0 if zero is None else float(zero)
+        levels = x / float(scale)
+        near = ((levels - levels.floor()) - 0.5).abs() < 1e-4 * (1 + levels.abs())
+        away = (levels.sign() * (levels.abs() + 0.5).floor() + offset).clamp(bottom, top)
+        ties = {"ties": int(near.sum())}
+        even = segment.exact
+        yield Candidate("int8-ties", "ties are rounded away from zero", torch.where(near, away, even), 0, ties)
+        flips = torch.where(near & ((segment.test - even).abs() <= 1), segment.test, even)
+        yield Candidate("int8-ties", "ties fall to the other side", flips, int(near.sum()), ties)
+    inside = (segment.test > low) & (segment.test < high)
+    if int(inside.sum()) < 16:
+        return
+    a = torch.stack([x[inside], torch.ones_like(x[inside])], 1)
+    slope, zero_point = torch.linalg.lstsq(a, segment.test[inside][:, None]).solution.flatten().tolist()
+    if slope <= 0:
+        return
+    found, shift = 1 / slope, round(zero_point)
+    for name, says, s, z in (
+        ("int8-zero-point", f"the zero point is {shift}", float(scale.flatten()[0]), shift),
+        ("int8-scale", f"the scale is {found:.4g} instead of {float(scale.flatten()[0]):.4g}", found, shift),
+    ):
+        if name == "int8-zero-point" and scale.numel() > 1:
+            continue
+        value = (torch.round(x / s) + z).clamp(bottom, top)
+        yield Candidate(name, says, value, 1 + (name == "int8-scale"), {"scale": s, "zero_point": z}, _PERCENTILE)

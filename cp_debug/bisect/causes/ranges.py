@@ -1,0 +1,113 @@
+"""Numbers beyond what a type holds: overflow, underflow, flushed subnormals, saturation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from cp_debug.backends.arithmetic import ARITHMETICS, FP16
+from cp_debug.backends.rounding import round_fp16
+from cp_debug.bisect.causes.base import Candidate, cause
+from cp_debug.bisect.causes.precision import OVERFLOWS
+from cp_debug.bisect.causes.segment import Segment
+from cp_debug.bisect.precision import PRECISIONS
+from cp_debug.bisect.verdict import RANGE
+
+HALF = PRECISIONS["fp16"]
+SMALLEST = 2.0**-24
+"""The smallest subnormal of FP16."""
+
+_RESCALE = "scale the layer down and its reader up, or keep these nodes in FP32: {layers}"
+
+
+def half_figures(exact: Tensor) -> dict[str, float]:
+    """What FP16 does to a tensor: its largest magnitude, and the shares that overflow, vanish or are subnormal."""
+    size = exact.abs()
+    present = size[torch.isfinite(size) & (size > 0)]
+    count = max(present.numel(), 1)
+    return {
+        "largest": float(present.max()) if present.numel() else 0.0,
+        "overflows": float((present >= OVERFLOWS).sum()) / count,
+        "vanishes": float((present <= SMALLEST / 2).sum()) / count,
+        "subnormal": float(((present > SMALLEST / 2) & (present < HALF.tiniest)).sum()) / count,
+    }
+
+
+@cause()
+def overflow(segment: Segment) -> Iterator[Candidate]:
+    """The exact result is finite, FP16 has no such number."""
+    figures = half_figures(segment.exact)
+    if figures["overflows"]:
+        says = f"FP16 overflow: values up to {figures['largest']:.3g}, the largest FP16 number is 65504"
+        for value in (
+            round_fp16(segment.exact.float()).double(),
+            segment.run(FP16) if segment.nodes else segment.exact,
+        ):
+            yield Candidate("fp16-overflow", says, value, evidence=figures, fix=_RESCALE)
+        clamped = segment.exact.clamp(-HALF.largest, HALF.largest)
+        says = says.replace("overflow", "overflow, saturated")
+        yield Candidate("fp16-overflow", says, clamped, evidence=figures, fix=_RESCALE)
+
+
+@cause()
+def underflow(segment: Segment) -> Iterator[Candidate]:
+    """Numbers below FP16's normal ones lose their bits or vanish: in the result, or in the weights."""
+    value = ARITHMETICS[segment.lab.claim.name].value if segment.lab.claim.name in ARITHMETICS else None
+    if value is None or not segment.lab.claim.name.startswith("fp16"):
+        return
+    for what, exact in (("result", segment.exact), *_weights(segment)):
+        lost = value(exact.float()).double() - exact
+        finite = torch.isfinite(lost)
+        loss = float(torch.linalg.vector_norm(lost[finite]) / (torch.linalg.vector_norm(exact[finite]) or 1.0))
+        figures = half_figures(exact)
+        small = figures["vanishes"] + figures["subnormal"]
+        if loss > RANGE * HALF.roundoff and small > 0.01:
+            says = f"FP16 underflow: {small:.0%} of the {what} lie below the smallest normal FP16 number"
+            evidence = {**figures, "of": what, "storage_loss": loss}
+            yield Candidate("fp16-underflow", says, segment.claimed, evidence=evidence, fix=_RESCALE)
+
+
+@cause()
+def flushed(segment: Segment) -> Iterator[Candidate]:
+    """The hardware writes 0 for subnormals."""
+    half = round_fp16(segment.exact.float()).double()
+    small = half.abs() < HALF.tiniest
+    if bool((small & (half != 0)).any()):
+        says = "FP16 subnormals are flushed to zero"
+        yield Candidate(
+            "fp16-flush", says, torch.where(small, 0.0, half), evidence=half_figures(segment.exact), fix=_RESCALE
+        )
+
+
+@cause()
+def saturated(segment: Segment) -> Iterator[Candidate]:
+    """The result stops at a bound that the exact one passes, on one side or both."""
+    seen = segment.test[segment.finite]
+    if not seen.numel():
+        return
+    low, high = float(seen.min()), float(seen.max())
+    largest = max(abs(low), abs(high))
+    bounds = ((-largest, largest, 1), (-torch.inf, high, 1), (low, torch.inf, 1), (low, high, 2))
+    for lower, upper, parameters in bounds:
+        cut = (segment.exact < lower) | (segment.exact > upper)
+        if not bool(cut.any()):
+            continue
+        evidence = {"low": lower, "high": upper, "share": float(cut.double().mean())}
+        yield Candidate(
+            "saturated",
+            f"the result is cut off at {largest:.4g}",
+            segment.exact.clamp(lower, upper),
+            parameters,
+            evidence,
+            "widen the bound: calibrate with a higher percentile, or remove the clip of {layers}",
+        )
+
+
+def _weights(segment: Segment) -> Iterator[tuple[str, Tensor]]:
+    for node in segment.nodes:
+        for place in range(len(node.proto.input)):
+            weight = segment.weight(node, place)
+            if weight is not None and weight.is_floating_point():
+                yield f"weights of {node.name}", weight

@@ -1,0 +1,83 @@
+"""Which candidate explains a layer: evidence first, and of equal evidence the simplest."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from cp_debug.bisect.causes.base import CAUSES, Candidate, Cause
+from cp_debug.bisect.causes.segment import Segment
+
+ENOUGH = 0.9
+"""Share of the introduced error that a cause must explain; and as much of the captured result's own variation, lest
+anything small explain an error that is the loss of a large exact result."""
+ROUNDING = 1.5
+"""A cause is complete when it leaves no more than this many times what the claimed precision must introduce."""
+CLOSE = 1.6
+"""Explanations whose residuals are within this factor of the best one are equally good: the simplest is taken."""
+
+
+@dataclass
+class Explanation:
+    """A cause with its evidence. ``cause`` None: nothing explains the layer; ``runner_up`` is what came nearest."""
+
+    cause: Candidate | None
+    explained: float
+    runner_up: Candidate | None
+    runner_up_explained: float
+
+
+@dataclass
+class _Tried:
+    candidate: Candidate
+    explained: float
+    residual: float
+    """Never below the claimed rounding: nothing can be learnt from what is left there."""
+    accepted: bool
+
+
+def explain(segment: Segment, first: Collection[Cause] = ()) -> tuple[Explanation, Cause | None]:
+    """Try the causes on one layer; also returns the family that won. ``first``: families that explained other layers
+    of the run; when one of them does it again, the costly rest is not tried."""
+    tried: list[tuple[_Tried, Cause]] = []
+    for costly in (False, True):
+        asked = [c for c in CAUSES if c.costly == costly or (c in first and not costly)]
+        tried.extend(
+            (t, family) for family in asked if not costly or family not in first for t in _try(segment, family)
+        )
+        if any(t.accepted for t, _ in tried):
+            break
+    if not tried:
+        return Explanation(None, 0.0, None, 0.0), None
+    best = min(t.residual for t, _ in tried)
+    equal = [(t, family) for t, family in tried if t.residual <= CLOSE * best]
+    chosen, family = min(equal, key=lambda p: (not p[0].accepted, p[0].candidate.parameters, p[0].residual))
+    others = [t for t, _ in tried if t.candidate.cause != chosen.candidate.cause and t.residual > CLOSE * best]
+    second = max(others, key=lambda t: t.explained, default=None)
+    if not chosen.accepted:
+        if likely := max((p for p in tried if p[0].candidate.by_magnitude), key=lambda p: p[0].explained, default=None):
+            return Explanation(likely[0].candidate, likely[0].explained, chosen.candidate, chosen.explained), likely[1]
+        return Explanation(None, 0.0, chosen.candidate, chosen.explained), None
+    return (
+        Explanation(
+            chosen.candidate,
+            chosen.explained,
+            second.candidate if second else None,
+            second.explained if second else 0.0,
+        ),
+        family,
+    )
+
+
+def _try(segment: Segment, family: Cause) -> Iterator[_Tried]:
+    strange = bool(segment.born.any())
+    for candidate in family(segment):
+        explained = segment.explained(candidate.value)
+        if strange:
+            yield _Tried(candidate, explained, 1 - explained, explained >= ENOUGH)
+            continue
+        residual = segment.residual(candidate.value)
+        complete = residual <= ROUNDING * segment.expected and residual < segment.introduced / 2
+        near = residual <= (1 - ENOUGH) * min(segment.introduced, segment.contrast)
+        candidate.value = segment.exact  # free the large tensor; the figures are kept
+        yield _Tried(candidate, explained, max(residual, segment.expected), near or complete)

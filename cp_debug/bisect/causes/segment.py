@@ -1,0 +1,279 @@
+"""One layer under suspicion: what it was given, what it made of it, and what the oracle makes of the same."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from cp_debug.backends.arithmetic import ARITHMETICS, FP64, Arithmetic
+from cp_debug.backends.base import Program
+from cp_debug.backends.executor import Executor
+from cp_debug.backends.weights import Weights
+from cp_debug.bisect.precision import PRECISIONS, Precision
+from cp_debug.bisect.replay import FLOOR, Load
+from cp_debug.errors import InputError
+from cp_debug.probes.graph import Node
+
+_fresh = itertools.count(-1, -1)
+"""Places of edited nodes: no node of a graph has a negative one."""
+
+
+@dataclass(frozen=True)
+class BatchNorm:
+    """A BatchNormalization: parameters [C] in float64, and its epsilon."""
+
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    variance: Tensor
+    eps: float
+
+    @classmethod
+    def of(cls, parameters: Sequence[Tensor | None], eps: float) -> BatchNorm | None:
+        """From weight, bias, mean and variance; None where one is missing."""
+        given = [p.detach().double().cpu() for p in parameters if p is not None]
+        return cls(given[0], given[1], given[2], given[3], eps) if len(given) == 4 else None
+
+    @property
+    def scale(self) -> Tensor:
+        """What it multiplies each channel with."""
+        return self.weight / torch.sqrt(self.variance + self.eps)
+
+
+def as_double(value: Any) -> Tensor:
+    """Any array or tensor in float64 on the CPU, integers too."""
+    held: Tensor = FP64.hold(value, "cpu")
+    return held.double()
+
+
+class Lab:
+    """Executes parts of one program in any arithmetic."""
+
+    def __init__(self, program: Program, oracle: Executor, claim: str) -> None:
+        """``claim``: the precision that the backend under suspicion claims to have."""
+        self.program, self.graph, self.oracle = program, program.graph, oracle
+        self.claim: Precision = PRECISIONS[claim]
+        self.constants = Weights(self.graph, FP64, torch.device("cpu"), 0)
+        self._made: dict[Arithmetic, Executor] = {oracle.arithmetic: oracle}
+
+    def executor(self, arithmetic: Arithmetic) -> Executor:
+        """The executor of one arithmetic, made once."""
+        if arithmetic not in self._made:
+            self._made[arithmetic] = Executor(self.graph, arithmetic)
+        return self._made[arithmetic]
+
+
+class Segment:
+    """The nodes that make ``target`` from ``given``, all tensors on the CPU; the results are float64."""
+
+    def __init__(self, lab: Lab, nodes: Sequence[Node], target: str, given: Mapping[str, Any], test: Any) -> None:
+        self.lab, self.graph, self.nodes, self.target, self.given = lab, lab.graph, tuple(nodes), target, given
+        self.test = as_double(test)
+        self.exact = self._exact()
+        self.others: Iterable[tuple[str, Callable[[], Any]]] = ()
+        """Names of other values of the same run, and how to load them."""
+        self.op = nodes[-1].op if nodes else "input"
+
+    @classmethod
+    def of(cls, lab: Lab, target: str, known: Sequence[str], load: Load) -> Segment:
+        """Cut the segment of ``target`` out. Raises InputError where the oracle cannot compute it."""
+        nodes, starts = lab.graph.segment([target], known)
+        return cls(lab, nodes, target, {s: load(s) for s in starts}, load(target))
+
+    @classmethod
+    def of_input(cls, lab: Lab, name: str, exact: Any, test: Any) -> Segment:
+        """An input of the component: glue made it, and ``exact`` is what it should have been."""
+        return cls(lab, (), name, {name: exact}, test)
+
+    def _exact(self) -> Tensor:
+        return self.run(self.lab.oracle.arithmetic) if self.nodes else self.input(self.target)
+
+    def run(
+        self, arithmetic: Arithmetic, nodes: Sequence[Node] | None = None, values: Mapping[str, Any] | None = None
+    ) -> Tensor:
+        """The target in one arithmetic; ``nodes`` and further ``values`` replace the segment's own."""
+        executor = self.lab.executor(arithmetic)
+        wanted = self.target
+        given = {**self.given, **(values or {})}
+        return as_double(executor.run_nodes(self.nodes if nodes is None else nodes, given, [wanted])[wanted])
+
+    def edited(
+        self,
+        node: Node,
+        *,
+        op: str | None = None,
+        inputs: Mapping[int, Any] | None = None,
+        reads: Sequence[str] | None = None,
+        **attributes: Any,
+    ) -> Tensor | None:
+        """The oracle's target when ``node`` is another: operator, attributes (None removes one), inputs by place.
+
+        ``reads`` names all its inputs anew. None where the change gives no tensor of the captured shape.
+        """
+        proto = onnx.NodeProto()
+        proto.CopyFrom(node.proto)
+        if op is not None:
+            proto.op_type, proto.domain = op, ""
+            del proto.attribute[:]
+        if reads is not None:
+            proto.input[:] = reads
+        kept = [a for a in proto.attribute if a.name not in attributes]
+        del proto.attribute[:]
+        proto.attribute.extend(kept)
+        proto.attribute.extend(onnx.helper.make_attribute(k, v) for k, v in attributes.items() if v is not None)
+        index, values = next(_fresh), {}
+        for place, value in (inputs or {}).items():
+            proto.input[place] = f"{node.proto.input[place]}\x1f{index}"
+            values[proto.input[place]] = value
+        nodes = [replace(Node.of(index, proto), name=n.name) if n is node else n for n in self.nodes]
+        try:
+            result = self.run(self.lab.oracle.arithmetic, nodes, values)
+        except InputError:
+            return None
+        return result if result.shape == self.test.shape else None
+
+    def input(self, name: str) -> Tensor:
+        """A captured value that the segment reads."""
+        return as_double(self.given[name])
+
+    def weight(self, node: Node, place: int) -> Tensor | None:
+        """A constant input of a node in float64; None where it has none."""
+        name = node.proto.input[place] if place < len(node.proto.input) else ""
+        constants = self.lab.constants
+        return as_double(constants[name]) if constants.holds(name) else None
+
+    @cached_property
+    def claimed(self) -> Tensor:
+        """What the claimed precision makes of the same inputs."""
+        arithmetic = ARITHMETICS.get(self.lab.claim.name, self.lab.oracle.arithmetic)
+        return self.run(arithmetic) if self.nodes else self.exact
+
+    @cached_property
+    def finite(self) -> Tensor:
+        """Where both the captured and the exact value are finite."""
+        return torch.isfinite(self.test) & torch.isfinite(self.exact)
+
+    @cached_property
+    def born(self) -> Tensor:
+        """Where the captured value is NaN or Inf and the exact one is finite."""
+        return ~torch.isfinite(self.test) & torch.isfinite(self.exact)
+
+    @cached_property
+    def error(self) -> Tensor:
+        """What the layer introduced; 0 where either value is not finite."""
+        return torch.where(self.finite, self.test - self.exact, 0.0)
+
+    @cached_property
+    def introduced(self) -> float:
+        """L2 norm of the introduced error."""
+        return float(torch.linalg.vector_norm(self.error))
+
+    @cached_property
+    def expected(self) -> float:
+        """L2 norm of what the claimed precision must introduce."""
+        rounding = torch.where(self.finite & torch.isfinite(self.claimed), self.claimed - self.exact, 0.0)
+        scale = float(torch.linalg.vector_norm(torch.where(self.finite, self.exact, 0.0)))
+        return max(float(torch.linalg.vector_norm(rounding)), FLOOR * self.lab.claim.roundoff * scale)
+
+    @cached_property
+    def contrast(self) -> float:
+        """L2 norm of the captured result less its mean."""
+        seen = self.test[self.finite]
+        return float(torch.linalg.vector_norm(seen - seen.mean())) if seen.numel() else 0.0
+
+    @cached_property
+    def axis(self) -> int:
+        """The channel axis: the second of images, the last of what matrix products make."""
+        images = any(n.op in ("Conv", "ConvTranspose", "BatchNormalization") for n in self.nodes)
+        return 1 if images or self.test.dim() == 4 else max(self.test.dim() - 1, 0)
+
+    def along(self, parameter: Tensor) -> Tensor:
+        """A parameter [C], shaped to meet the target."""
+        return parameter.reshape(-1, *(1,) * (self.test.dim() - self.axis - 1))
+
+    @cached_property
+    def before(self) -> Tensor:
+        """The exact value before a ReLU that ends the segment; the exact value itself where none does."""
+        if len(self.nodes) < 2 or self.op != "Relu":
+            return self.exact
+        name = self.nodes[-1].inputs[0]
+        return as_double(self.lab.oracle.run_nodes(self.nodes[:-1], self.given, [name])[name])
+
+    @cached_property
+    def activate(self) -> Callable[[Tensor], Tensor]:
+        """What follows ``before``."""
+        return torch.relu if self.before is not self.exact else lambda x: x
+
+    @cached_property
+    def revealing(self) -> Tensor:
+        """Where the captured result tells the value before the activation."""
+        return self.finite & (self.test > 0) if self.before is not self.exact else self.finite
+
+    @cached_property
+    def product(self) -> Node | None:
+        """The segment's convolution or matrix product, where there is exactly one."""
+        found = [n for n in self.nodes if n.op in ("Conv", "ConvTranspose", "Gemm", "MatMul")]
+        return found[0] if len(found) == 1 else None
+
+    @cached_property
+    def bias(self) -> Tensor | None:
+        """The bias that the segment's convolution, product or BatchNormalization adds, shaped to meet the target."""
+        if self.batch_norm is not None and self.product is None:
+            return self.along(self.batch_norm.bias)
+        node = self.product
+        if node is None or len(self.nodes) - (self.op == "Relu") > 1:
+            return None
+        bias = self.weight(node, 2)
+        return None if bias is None or not bool(bias.any()) else self.along(bias.flatten())
+
+    @cached_property
+    def batch_norm(self) -> BatchNorm | None:
+        """The BatchNormalization that ends the segment (an activation aside), a node or folded into a convolution."""
+        nodes = self.nodes[:-1] if self.op == "Relu" else self.nodes
+        if not nodes:
+            return None
+        if nodes[-1].op != "BatchNormalization":
+            return self._folded(nodes[-1])
+        eps = next((a.f for a in nodes[-1].proto.attribute if a.name == "epsilon"), 1e-5)
+        return BatchNorm.of([self.weight(nodes[-1], place) for place in range(1, 5)], eps)
+
+    def _folded(self, node: Node) -> BatchNorm | None:
+        alignment, module = self.lab.program.alignment, self.lab.program.module
+        if module is None or alignment is None:
+            return None
+        link = next((link for link in alignment.links if link.onnx == node.outputs[0]), None)
+        if link is None or not link.path:
+            return None
+        try:
+            norm = module.get_submodule(link.path[len(alignment.prefix) :].removeprefix("."))
+        except AttributeError:
+            return None
+        if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            return None
+        found = BatchNorm.of((norm.weight, norm.bias, norm.running_mean, norm.running_var), norm.eps)
+        return found if found is not None and len(found.mean) == self.test.shape[self.axis] else None
+
+    def explained(self, value: Tensor) -> float:
+        """The share of the introduced error that ``value`` explains: 1 − ‖test − value‖ ÷ ‖test − exact‖.
+
+        Where NaN or Inf are born the question is whether ``value`` has the same ones in the same places: the share of
+        places where they agree among those where either has one.
+        """
+        if bool(self.born.any()):
+            strange = self.born | (~torch.isfinite(value) & torch.isfinite(self.exact))
+            same = torch.where(torch.isnan(self.test), torch.isnan(value), self.test == value)
+            return float((same & strange).sum() / strange.sum())
+        return 1 - self.residual(value) / self.introduced if self.introduced else 0.0
+
+    def residual(self, value: Tensor) -> float:
+        """‖test − value‖ over the finite elements; infinite where ``value`` is not finite there."""
+        rest = torch.where(self.finite, self.test - value, 0.0)
+        return float(torch.linalg.vector_norm(rest)) if bool(torch.isfinite(rest).all()) else math.inf

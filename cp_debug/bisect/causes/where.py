@@ -1,0 +1,38 @@
+"""Where the error of a layer sits: channels, region, the worst elements."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from cp_debug.bisect.causes.finding import Element, Where
+from cp_debug.bisect.causes.segment import Segment
+
+MOST = 5
+"""Channels and elements that are named."""
+
+
+def locate(segment: Segment, layer: str) -> Where:
+    """Channels, region and worst elements of the introduced error; NaN and Inf that are born count as the worst."""
+    error = torch.where(segment.born, torch.inf, segment.error.abs())
+    if segment.error.numel() == 0:
+        return Where(layer)
+    strange = bool(segment.born.any())
+    weight = segment.born.double() if strange else error.square()
+    found = Where(layer, worst=[])
+    if error.dim() > 1 and error.shape[segment.axis] > 1:
+        shares = weight.sum([d for d in range(error.dim()) if d != segment.axis]) / (weight.sum() or 1.0)
+        top = shares.topk(min(MOST, len(shares)))
+        found.channels = {int(i): float(s) for s, i in zip(*top, strict=True) if s > 0}
+    high = (segment.born if strange else error > error.max() / 10).nonzero()
+    if len(high):
+        found.region = [[int(a), int(b)] for a, b in zip(high.amin(0), high.amax(0), strict=True)]
+        covered = math.prod(b - a + 1 for a, b in found.region)
+        found.concentrated = covered / error.numel()
+    for flat in error.flatten().topk(min(MOST, error.numel())).indices:
+        index = [int(i) for i in torch.unravel_index(flat, error.shape)]
+        place = tuple(index)
+        if error[place] > 0:
+            found.worst.append(Element(index, float(segment.test[place]), float(segment.exact[place])))
+    return found

@@ -1,0 +1,94 @@
+"""Findings in a terminal: cause, evidence, where, effect, fix: a few lines each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import RenderableType
+from rich.padding import Padding
+from rich.text import Text
+
+from cp_debug.bisect.causes.finding import UNKNOWN, Finding, Where
+from cp_debug.bisect.result import TestResult
+from cp_debug.reports.numbers import number
+
+NAMED = 4
+"""Layers and elements that are named; the JSON has all."""
+
+
+def findings(test: TestResult) -> Iterator[RenderableType]:
+    """One block a finding, then what became of the detections; nothing where there is neither."""
+    for place, finding in enumerate(test.findings, 1):
+        yield Text()
+        style = "bold yellow" if finding.cause == UNKNOWN else "bold red"
+        yield Text.assemble((f"{place}. {headline(finding)}", style))
+        for label, line in lines(finding):
+            yield Padding(Text.assemble((f"{label:<9}", "dim"), line), (0, 0, 0, 3))
+    if test.detections is not None:
+        yield Text()
+        yield Text(f"detections: {test.detections}")
+
+
+def headline(finding: Finding) -> str:
+    """``16 layers (Conv): sums are accumulated in FP16``."""
+    if not finding.layers:
+        return finding.says
+    ops = ", ".join(dict.fromkeys(finding.ops))
+    who = finding.layers[0] if len(finding.layers) == 1 else f"{len(finding.layers)} layers"
+    at = " of the reference" if finding.side == "reference" else ""
+    return f"{who} ({ops}){at}: {finding.says}"
+
+
+def lines(finding: Finding) -> Iterator[tuple[str, str]]:
+    """(label, text) in the order in which they are read."""
+    if len(finding.layers) > 1:
+        more = f" and {len(finding.layers) - NAMED} more" if len(finding.layers) > NAMED else ""
+        yield "layers", ", ".join(finding.layers[:NAMED]) + more
+    yield "evidence", "; ".join(_evidence(finding))
+    for where in finding.where[:1]:
+        yield "where", "; ".join(_where(where))
+    if effect := list(_effect(finding)):
+        yield "effect", "; ".join(effect)
+    if finding.fix:
+        yield "fix", finding.fix
+
+
+def _evidence(finding: Finding) -> Iterator[str]:
+    if finding.evidence.get("magnitude_only"):
+        yield "by magnitude only, the order of the sums is another one"
+    elif finding.explained is not None:
+        yield f"explains {finding.explained:.1%} of the introduced error"
+    if finding.runner_up:
+        near = finding.runner_up_explained or 0.0
+        best = "nearest" if finding.cause == UNKNOWN else "next best"
+        yield f"{best} {finding.runner_up} {near:.1%}"
+    for name, value in finding.evidence.items():
+        if name != "magnitude_only" and value not in (None, ""):
+            yield f"{name.replace('_', ' ')} {_show(value)}"
+
+
+def _where(where: Where) -> Iterator[str]:
+    if where.channels:
+        top = ", ".join(f"{c} ({share:.0%})" for c, share in list(where.channels.items())[:NAMED])
+        yield f"channels {top}"
+    if where.concentrated < 0.5:
+        yield f"region {where.region}, {where.concentrated:.1%} of the tensor"
+    worst = (f"{e.index}: {number(e.value)} for {number(e.oracle)}" for e in where.worst[:2])
+    if text := ", ".join(worst):
+        yield f"worst {text}"
+
+
+def _effect(finding: Finding) -> Iterator[str]:
+    if finding.effect.share is not None:
+        yield f"{finding.effect.share:.0%} of the final divergence"
+    if finding.effect.detections is not None:
+        yield f"by itself {finding.effect.detections}"
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, float):
+        return number(value)
+    if isinstance(value, list):
+        return "[" + ", ".join(_show(v) for v in value[:6]) + (", …]" if len(value) > 6 else "]")
+    return str(value)

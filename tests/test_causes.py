@@ -1,0 +1,315 @@
+"""Each cause on one small layer: the true one wins over all others, and rounding alone claims nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nets import NetBuilder
+from torch import Tensor, nn
+
+from cp_debug.backends.arithmetic import BF16, FP16, FP16ACC, FP32, FP64, TF32, Arithmetic
+from cp_debug.backends.base import Program
+from cp_debug.backends.executor import Executor
+from cp_debug.backends.registry import create
+from cp_debug.backends.spec import BackendSpec
+from cp_debug.bisect.causes.search import Explanation, explain
+from cp_debug.bisect.causes.segment import Lab, Segment
+from cp_debug.bisect.engine import Options, bisect
+from cp_debug.deploy.detections import DetectionChange, compare_detections
+from cp_debug.probes.graph import Graph
+from cp_debug.recipes.faults.precision import LoweredBackend
+from cp_debug.recipes.torch_callable import TorchModel
+
+CHANNELS, SIZE = 16, 24
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory: pytest.TempPathFactory) -> Graph:
+    """One layer of each kind, every one reading ``x`` [1, 16, 24, 24] or a value made from it."""
+    net = NetBuilder(3)
+    net.conv("x", CHANNELS, CHANNELS, name="conv")
+    net.op("Relu", "conv", name="relu")
+    net.op("Sigmoid", "conv", name="sigmoid")
+    net.nodes[-1].name = "sigmoid"
+    net.op("Identity", net.batch_norm("conv", CHANNELS), name="normalized")
+    net.conv("x", CHANNELS, CHANNELS, stride=2, name="strided")
+    sizes = net.weight(np.array([1, 1, 2, 2], np.float32))
+    net.op("Resize", "x", "", sizes, name="resized", mode="linear", coordinate_transformation_mode="half_pixel")
+    net.op("QuantizeLinear", "x", net.weight(np.float32(0.04)), net.weight(np.int8(0)), name="levels")
+    matrix = net.rng.standard_normal((SIZE, 64)).astype(np.float32)
+    net.op("MatMul", "x", net.weight(matrix), name="product")
+    outputs = ["relu", "sigmoid", "normalized", "strided", "resized", "levels", "product"]
+    path = net.save(tmp_path_factory.mktemp("causes") / "net.onnx", {"x": (1, [1, CHANNELS, SIZE, SIZE])}, outputs)
+    return Graph(path)
+
+
+def segment(graph: Graph, target: str, claim: str = "fp32", known: tuple[str, ...] = (), **inputs: Tensor) -> Segment:
+    """The segment of ``target`` on inputs as FP32 makes them; the captured result is FP32's until a test spoils it."""
+    torch.manual_seed(1)
+    given = {"x": torch.randn(1, CHANNELS, SIZE, SIZE), **inputs}
+    values: dict[str, Tensor] = dict(given)
+    Executor(graph, FP32).run(given, lambda name, value: values.__setitem__(name, value))
+    lab = Lab(Program("net", graph), Executor(graph, FP64), claim)
+    kept = known or tuple(v for v in graph.values if not target.startswith("norm") or v in ("conv", target))
+    return Segment.of(lab, target, [k for k in kept if k != target], lambda name: values[name])
+
+
+def spoilt(found: Segment, test: Tensor) -> Segment:
+    """The same segment when the backend's result is ``test``, stored in FP32."""
+    return Segment(found.lab, found.nodes, found.target, found.given, test.float())
+
+
+def named(found: Segment) -> Explanation:
+    return explain(found)[0]
+
+
+def in_arithmetic(arithmetic: Arithmetic) -> Callable[[Segment], Tensor]:
+    return lambda s: s.run(arithmetic)
+
+
+def one_channel(x: Tensor) -> Tensor:
+    changed = x.clone()
+    changed[:, 3] *= 1.2
+    return changed
+
+
+def swapped(x: Tensor) -> Tensor:
+    return x[:, [1, 0, *range(2, CHANNELS)]]
+
+
+def quantized(x: Tensor, largest: float) -> Tensor:
+    return (x / largest * 127).round().clamp(-128, 127) * largest / 127
+
+
+def with_weight(found: Segment, change: Callable[[Tensor], Tensor]) -> Tensor:
+    node = found.nodes[-1]
+    weight = found.weight(node, 1)
+    assert weight is not None
+    value = found.edited(node, inputs={1: change(weight)})
+    assert value is not None
+    return value
+
+
+def noise(found: Segment, size: float) -> Tensor:
+    return torch.randn(found.exact.shape, generator=torch.Generator().manual_seed(2)).double() * size
+
+
+def other_weights(found: Segment) -> Tensor:
+    return with_weight(found, lambda w: w + 0.01 * torch.randn(w.shape, generator=torch.Generator().manual_seed(5)))
+
+
+CASES: list[tuple[str, str, Callable[[Segment], Tensor]]] = [
+    ("tf32", "conv", in_arithmetic(TF32)),
+    ("tf32", "product", in_arithmetic(TF32)),
+    ("fp16", "conv", in_arithmetic(FP16)),
+    ("fp16", "relu", in_arithmetic(FP16)),
+    ("bf16", "conv", in_arithmetic(BF16)),
+    ("bf16", "conv", lambda s: s.exact.bfloat16().double()),
+    ("fp16-accumulation", "conv", in_arithmetic(replace(FP16ACC, tile=16))),
+    ("fp16-overflow", "conv", lambda s: s.exact.half().double()),
+    ("saturated", "conv", lambda s: s.exact.clamp(-1, 1)),
+    ("scaled", "relu", lambda s: s.exact * 1.02),
+    ("scaled", "product", lambda s: s.exact * 0.5),
+    ("weights-scaled", "conv", lambda s: with_weight(s, lambda w: w * 1.001)),
+    ("shifted", "relu", lambda s: s.exact + 0.01),
+    ("bias-scaled", "conv", lambda s: s.exact + 0.1 * s.bias if s.bias is not None else s.exact),
+    ("channels-scaled", "relu", lambda s: one_channel(s.exact)),
+    ("channels-shifted", "conv", lambda s: s.exact + torch.linspace(-1, 1, CHANNELS).reshape(-1, 1, 1)),
+    ("missing-activation", "relu", lambda s: s.input("conv")),
+    ("missing-activation", "sigmoid", lambda s: s.input("conv")),
+    ("doubled-activation", "sigmoid", lambda s: s.exact.sigmoid()),
+    ("extra-activation", "conv", lambda s: s.exact.sigmoid()),
+    ("padding", "conv", lambda s: s.edited(s.nodes[-1], pads=[2, 2, 0, 0])),
+    ("padding", "strided", lambda s: s.edited(s.nodes[-1], pads=[2, 1, 0, 1])),
+    ("attribute", "resized", lambda s: s.edited(s.nodes[-1], coordinate_transformation_mode="asymmetric")),
+    ("spatial-shift", "relu", lambda s: s.exact.roll((1, -1), (2, 3))),
+    ("transposed", "relu", lambda s: s.exact.transpose(1, 3).reshape(s.exact.shape)),
+    ("transposed", "product", lambda s: s.exact.transpose(-1, -2).reshape(s.exact.shape)),
+    ("flipped", "conv", lambda s: s.exact.flip(3)),
+    ("permuted", "conv", lambda s: swapped(s.exact)),
+    ("truncated", "conv", lambda s: torch.cat([s.exact[:, :10], 0 * s.exact[:, 10:]], 1)),
+    ("never-written", "conv", lambda s: 0 * s.exact),
+    ("weight-layout", "conv", lambda s: with_weight(s, lambda w: w.flip((2, 3)))),
+    ("weight-layout", "conv", lambda s: with_weight(s, lambda w: w.transpose(2, 3))),
+    ("int8", "conv", lambda s: quantized(s.exact, float(s.exact.abs().max()))),
+    ("int8-clipped", "conv", lambda s: quantized(s.exact, float(s.exact.abs().max()) / 4)),
+    ("int8-coarse", "conv", lambda s: quantized(s.exact, float(s.exact.abs().max()) * 8)),
+    ("int8-weights", "conv", lambda s: with_weight(s, lambda w: _per_channel(w))),
+    ("int8-per-tensor", "conv", lambda s: with_weight(s, lambda w: quantized(w, float(w.abs().max())))),
+    ("int8-scale", "levels", lambda s: (s.input("x") / 0.03).round().clamp(-128, 127)),
+    ("int8-zero-point", "levels", lambda s: ((s.input("x") / 0.04).round() + 5).clamp(-128, 127)),
+    ("times-infinity", "relu", lambda s: s.exact * torch.inf),
+    ("nonfinite", "conv", lambda s: torch.where(noise(s, 1.0) > 2, torch.nan, s.exact)),
+    ("normalization-eps", "batchnormalization_3", lambda s: s.edited(s.nodes[-1], epsilon=1e-2)),
+]  # fmt: skip
+
+
+def _per_channel(weight: Tensor) -> Tensor:
+    step = weight.abs().amax((1, 2, 3), keepdim=True) / 127
+    return (weight / step).round() * step
+
+
+@pytest.mark.parametrize(("cause", "target", "spoil"), CASES, ids=[f"{c}-{t}-{i}" for i, (c, t, _) in enumerate(CASES)])
+def test_the_true_cause_wins(net: Graph, cause: str, target: str, spoil: Callable[[Segment], Tensor]) -> None:
+    scale = 1e5 if cause == "fp16-overflow" else 1.0
+    found = segment(
+        net, target, x=scale * torch.randn(1, CHANNELS, SIZE, SIZE, generator=torch.Generator().manual_seed(4))
+    )
+    explanation = named(spoilt(found, spoil(found)))
+    assert explanation.cause is not None
+    assert explanation.cause.cause == cause
+    assert explanation.explained > 0.9
+    assert explanation.explained > explanation.runner_up_explained
+
+
+@pytest.mark.parametrize("target", ["conv", "relu", "sigmoid", "strided", "product", "resized"])
+def test_what_nothing_explains_is_unknown(net: Graph, target: str) -> None:
+    found = segment(net, target)
+    for size in (1e-3, 1.0):
+        assert named(spoilt(found, found.exact + noise(found, size))).cause is None
+    mixed = found.exact.clone()
+    mixed[..., :3, :5] = noise(found, 2.0)[..., :3, :5]
+    assert named(spoilt(found, mixed)).cause is None
+
+
+def test_other_weights_are_learnt_and_tried_on_the_other_half(tmp_path: Path) -> None:
+    net = NetBuilder(7)
+    net.conv("x", 4, 4, name="conv")
+    graph = Graph(net.save(tmp_path / "net.onnx", {"x": (1, [1, 4, 32, 32])}, ["conv"]))
+    torch.manual_seed(0)
+    given = {"x": torch.randn(1, 4, 32, 32)}
+    lab = Lab(Program("net", graph), Executor(graph, FP64), "fp32")
+    exact = lab.oracle.run(given)["conv"]
+    found = Segment(lab, graph.nodes, "conv", given, exact)
+    explanation = named(spoilt(found, other_weights(found)))
+    assert explanation.cause is not None
+    assert explanation.cause.cause == "other-weights"
+    assert explanation.cause.parameters == 4 * 37
+
+
+def test_another_order_of_fp16_sums_is_named_by_its_magnitude(tmp_path: Path) -> None:
+    net = NetBuilder(7)
+    net.conv("x", 128, 8, name="conv")
+    graph = Graph(net.save(tmp_path / "net.onnx", {"x": (1, [1, 128, 20, 20])}, ["conv"]))
+    given = {"x": torch.randn(1, 128, 20, 20, generator=torch.Generator().manual_seed(0)).half().float()}
+    lab = Lab(Program("net", graph), Executor(graph, FP32), "fp16")
+    found = Segment(lab, graph.nodes, "conv", given, lab.oracle.run(given)["conv"])
+    first, other = (found.run(replace(FP16ACC, tile=tile)) for tile in (64, 48))
+    exact_order, another_order = (named(spoilt(found, test)) for test in (first, other))
+    assert exact_order.cause is not None
+    assert another_order.cause is not None
+    assert (exact_order.cause.cause, exact_order.cause.evidence["bit_identical"]) == ("fp16-accumulation", 1.0)
+    assert exact_order.explained == 1.0
+    assert (another_order.cause.cause, another_order.cause.by_magnitude) == ("fp16-accumulation", True)
+    assert another_order.explained < 0.5
+
+
+@pytest.mark.parametrize(("size", "cause"), [(2e-6, "fp16-underflow"), (4e-5, "fp16-flush")])
+def test_underflow_and_flushed_subnormals(net: Graph, size: float, cause: str) -> None:
+    relu = segment(net, "relu", claim="fp16")
+    small = {"conv": size * torch.randn(1, CHANNELS, SIZE, SIZE, generator=torch.Generator().manual_seed(4))}
+    found = Segment(relu.lab, relu.nodes, "relu", small, relu.test)
+    flushed = torch.where(found.exact < 2**-14, 0.0, found.exact.half().double())
+    explanation = named(spoilt(found, found.claimed if cause == "fp16-underflow" else flushed))
+    assert explanation.cause is not None
+    assert explanation.cause.cause == cause
+
+
+class Layer(nn.Module):
+    """Convolution and BatchNorm, folded by the export."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(4, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8, eps=1e-3)
+        for name in ("weight", "running_var"):
+            getattr(self.norm, name).data.uniform_(0.01, 0.5)
+        self.norm.bias.data.normal_()
+        self.norm.running_mean.normal_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.norm(self.conv(x)))
+
+
+def _eps(layer: Layer) -> None:
+    layer.norm.eps = 1e-5
+
+
+def _odd_eps(layer: Layer) -> None:
+    layer.norm.eps = 0.0273
+
+
+def _fresh(layer: Layer) -> None:
+    layer.norm.reset_running_stats()
+
+
+def _stale(layer: Layer) -> None:
+    layer.norm.running_mean += torch.linspace(-0.2, 0.2, 8)
+    layer.norm.running_var *= torch.linspace(0.5, 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "cause", "parameters"),
+    [
+        (_eps, "normalization-eps", 0),
+        (_odd_eps, "normalization-eps", 1),
+        (_fresh, "batchnorm-statistics", 0),
+        (_stale, "batchnorm-statistics", 15),
+    ],
+)
+@pytest.mark.parametrize("folded", [True, False])
+def test_batch_norm_of_another_model(
+    change: Callable[[Layer], None], cause: str, parameters: int, folded: bool
+) -> None:
+    other = Layer().eval()
+    change(other)
+    example = torch.randn(2, 4, 24, 24, generator=torch.Generator().manual_seed(0))
+    models = [TorchModel("layer", layer, example) for layer in (Layer().eval(), other)]
+    test = bisect(models[0], "torch,ort", test_model=models[1], options=Options(folded=folded)).tests[0]
+    (finding,) = test.findings
+    assert finding.cause == cause
+    assert finding.layers == [row.name for row in test.guilty]
+    assert finding.explained is not None
+    assert finding.explained > 0.95
+    assert finding.effect.share == pytest.approx(1, abs=0.1)
+    if "eps" in finding.evidence:
+        assert finding.evidence["eps"] == pytest.approx(other.norm.eps, rel=0.02)
+
+
+def test_layers_with_one_cause_are_one_finding_and_sound_runs_have_none() -> None:
+    model = TorchModel("layer", nn.Sequential(Layer(), nn.Conv2d(8, 8, 3)).eval(), torch.randn(1, 4, 24, 24))
+    assert not any(t.findings for t in bisect(model, "torch,ort,emu-tf32,emu-fp16").tests)
+    lowered = LoweredBackend(lambda p: {n.name: "tf32" for n in p.graph.nodes if n.op == "Conv"})
+    test = bisect(model, [create(BackendSpec.parse("torch")), lowered]).tests[0]
+    (finding,) = test.findings
+    assert (finding.cause, len(finding.layers)) == ("tf32", 2)
+    assert finding.explained is not None
+    assert finding.explained > 0.95
+    assert (
+        bisect(model, [create(BackendSpec.parse("torch")), lowered], options=Options(explain=False)).tests[0].findings
+        == []
+    )
+
+
+class Boxes:
+    def __init__(self, centers: list[tuple[float, float]], labels: list[int], scores: list[float]) -> None:
+        self.boxes = np.zeros((len(centers), 9), np.float32)
+        self.boxes[:, :2] = np.reshape(centers, (-1, 2))
+        self.scores, self.labels = np.array(scores, np.float32), np.array(labels, np.int32)
+
+
+def test_detections_lost_gained_and_moved() -> None:
+    reference = Boxes([(0, 0), (10, 0), (20, 0)], [0, 0, 1], [0.9, 0.8, 0.7])
+    test = Boxes([(0.5, 0), (20, 0), (40, 0)], [0, 0, 0], [0.8, 0.7, 0.3])
+    change = compare_detections(reference, test)
+    assert (change.reference, change.lost, change.gained, change.moved) == (3, 2, 2, 1)
+    assert change.max_center == pytest.approx(0.5)
+    assert change.mean_score == pytest.approx(-0.1)
+    assert (change + DetectionChange()).mean_score == pytest.approx(-0.1)
+    assert compare_detections(reference, Boxes([], [], [])).lost == 3
