@@ -9,7 +9,8 @@ import sys
 
 import typer
 
-from cp_debug.cli import bisect, capture, compare, demo, doctor, models
+from cp_debug.cli import bisect, bundle, capture, compare, demo, doctor, models, report
+from cp_debug.cli import eval as evaluation
 from cp_debug.cli.console import errors
 from cp_debug.errors import CpdebugError
 
@@ -21,8 +22,18 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (bisect.bisect, capture.capture, compare.compare, demo.demo, doctor.doctor, models.models):
+for command in (
+    bisect.bisect,
+    bundle.bundle,
+    capture.capture,
+    compare.compare,
+    demo.demo,
+    doctor.doctor,
+    models.models,
+    report.report,
+):
     app.command()(command)
+app.command("eval")(evaluation.evaluate)
 
 
 def main() -> None:

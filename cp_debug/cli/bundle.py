@@ -1,0 +1,35 @@
+"""``cpdebug bundle``: the failing piece, ready for a bug report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def bundle(
+    result: Annotated[Path, typer.Argument(help="The folder that `cpdebug bisect --save` wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder, or a .zip.")] = Path("bundle"),
+    layer: Annotated[str | None, typer.Option(help="Layer, node or value; else the first guilty one.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Which of several test backends.")] = None,
+    redact: Annotated[
+        bool, typer.Option("--redact", help="Random weights and inputs, if the fault survives them.")
+    ] = False,
+) -> None:
+    """Cut out the guilty layer with its captured inputs, make it as small as it gets, and prove that it still fails."""
+    from cp_debug.cli.console import console, steps
+    from cp_debug.reports.bundle.make import bundle as make
+    from cp_debug.reports.saved import SavedResult
+
+    with steps() as on_step:
+        printed = make(
+            SavedResult.open(result),
+            output,
+            layer=layer,
+            backend=backend,
+            redact=redact,
+            told=lambda text: on_step(text, 0, 1),
+        )
+    console.print(printed.strip(), markup=False, highlight=False)
+    console.print(f"written: {output}", markup=False, highlight=False)

@@ -1,0 +1,164 @@
+"""A case: a piece of the program, what it should compute, and inputs; cut out of a captured run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from cp_debug.backends.arithmetic import FP32
+from cp_debug.backends.executor import Executor
+from cp_debug.errors import InputError
+from cp_debug.probes import surgery
+from cp_debug.probes.arrays import as_numpy
+from cp_debug.probes.graph import Graph, Node
+from cp_debug.reports.bundle.accused import Accused
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a graph. Its big weights may still lie beside ``home``."""
+
+    model: onnx.ModelProto
+    home: Graph
+
+    def save(self, path: Path) -> Graph:
+        """Write it as ``path``."""
+        surgery.save(self.model, self.home, path)
+        return Graph(path)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is shown to fail: ``program`` run by the accused backend against ``reference`` run by the oracle."""
+
+    program: Piece
+    reference: Piece
+    inputs: Mapping[str, np.ndarray]
+    outputs: Mapping[str, str]
+    """Output of the program → its name in the reference. Inputs have the program's names on both sides."""
+    computed: tuple[str, ...] = ()
+    """Inputs that the capture lacks: computed in FP32 from those that it has."""
+    notes: tuple[str, ...] = field(default=())
+    """What was changed besides the cut."""
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """The program, and the reference where it is another one."""
+        return [self.program] if self.reference is self.program else [self.program, self.reference]
+
+
+class Cutter:
+    """Cuts cases out of the accused program."""
+
+    def __init__(self, accused: Accused) -> None:
+        self._accused = accused
+        self.graph = accused.program
+        captured = set(accused.capture.names(component=accused.row.component))
+        self._known = {v for v, name in accused.names.items() if name in captured}
+        self._executor = Executor(self.graph, FP32)
+        self._values: dict[str, np.ndarray] = {}
+
+    def layer(self) -> list[int]:
+        """The accused layer's nodes, by index: what lies between its value and the captured ones before it.
+
+        Raises InputError when the program does not compute it.
+        """
+        value = next((v for v, name in self._accused.names.items() if name == self._accused.row.onnx), None)
+        if value not in self.graph.producer:
+            raise InputError(f"--layer: {self._accused.row.name!r} is an input of the program; no node computes it")
+        nodes, _ = self.graph.segment([value], self._known)
+        return [node.index for node in nodes]
+
+    def grow(self, nodes: Iterable[int]) -> list[int]:
+        """The nodes with their direct neighbours, upstream and downstream."""
+        grown = set(nodes)
+        for node in [self.graph.nodes[i] for i in grown]:
+            grown |= {self.graph.producer[name].index for name in node.inputs if name in self.graph.producer}
+            grown |= {reader.index for name in node.outputs for reader in self.graph.consumers.get(name, ())}
+        return sorted(grown)
+
+    def case(self, indices: Iterable[int]) -> Case:
+        """The nodes as a case; what they compute and do not read themselves is compared.
+
+        Raises InputError when that cannot be compared with the reference, or an input is neither captured nor can be
+        computed.
+        """
+        nodes = [self.graph.nodes[i] for i in sorted(indices)]
+        computed = [o for node in nodes for o in node.outputs]
+        read = {name for node in nodes for name in node.inputs}
+        names = self._accused.names
+        outputs = {o: names[o] for o in computed if o not in read and names.get(o) in self._accused.reference.producer}
+        if not outputs:
+            raise InputError("the nodes compute nothing that the reference computes, too")
+        ends = read - set(computed) - set(self.graph.initializers)
+        if strange := sorted(ends - names.keys()):
+            raise InputError(f"the reference knows no {strange[0]!r} to start from")
+        inputs = {name: self._value(name) for name in sorted(ends)}
+        program = self._piece(self.graph, nodes, list(outputs), inputs)
+        reference = program if self._accused.same_program else self._reference(inputs, outputs)
+        recomputed = tuple(name for name in inputs if name not in self._known)
+        return Case(program, reference, inputs, outputs, recomputed)
+
+    def _reference(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, str]) -> Piece:
+        names, graph = self._accused.names, self._accused.reference
+        nodes, starts = graph.segment(outputs.values(), {names[name] for name in inputs})
+        back = {names[name]: name for name in inputs}
+        if missing := [name for name in starts if name not in back]:
+            raise InputError(f"the reference also needs {missing[0]!r} here")
+        piece = self._piece(graph, nodes, list(outputs.values()), {n: inputs[back[n]] for n in starts})
+        renamed = {name: own for name, own in back.items() if name != own}
+        if renamed:
+            _rename(piece.model.graph, renamed)
+        return piece
+
+    def _piece(self, graph: Graph, nodes: list[Node], outputs: list[str], inputs: Mapping[str, np.ndarray]) -> Piece:
+        model = surgery.extract(graph, nodes, outputs)
+        used = {(node.proto.domain, node.proto.op_type) for node in nodes}
+        functions = [f for f in model.functions if (f.domain, f.name) in used]
+        if not functions:  # functions may call each other: all or none
+            del model.functions[:]
+        return Piece(declared(model, inputs), graph)
+
+    def _value(self, name: str) -> np.ndarray:
+        if name not in self._values:
+            if name in self._known:
+                self._values[name] = self._load(name)
+            else:
+                nodes, starts = self.graph.segment([name], self._known)
+                given = {s: self._load(s) for s in starts}
+                self._values[name] = as_numpy(self._executor.run_nodes(nodes, given, [name])[name])
+        return self._values[name]
+
+    def _load(self, name: str) -> np.ndarray:
+        if name not in self._known:
+            raise InputError(f"{self._accused.capture.folder}: holds no value {name!r}")
+        array = self._accused.capture.load(self._accused.names[name], component=self._accused.row.component)
+        kind = self.graph.types.get(name)
+        if kind is not None and kind.HasField("tensor_type"):
+            # A backend may keep a value in another type than the graph says: FP16 values in FP32, or the other way.
+            return np.array(array, onnx.helper.tensor_dtype_to_np_dtype(kind.tensor_type.elem_type))
+        return np.array(array, array.dtype.type)
+
+
+def declared(model: onnx.ModelProto, inputs: Mapping[str, np.ndarray]) -> onnx.ModelProto:
+    """The model for exactly these inputs: their types and shapes stated, those of all other values left open."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    del copy.graph.value_info[:]
+    for value in copy.graph.input:
+        value.type.CopyFrom(surgery.tensor_type(inputs[value.name].dtype, inputs[value.name].shape))
+    for value in copy.graph.output:
+        if value.type.HasField("tensor_type"):
+            value.type.tensor_type.ClearField("shape")
+    return copy
+
+
+def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
+    for value in graph.input:
+        value.name = names.get(value.name, value.name)
+    for node in graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]

@@ -1,0 +1,57 @@
+"""From a saved result to a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cp_debug.reports.bundle.accused import find_accused
+from cp_debug.reports.bundle.case import Case, Cutter
+from cp_debug.reports.bundle.redact import redact as redacted
+from cp_debug.reports.bundle.shrink import Shrinker, Told
+from cp_debug.reports.bundle.verify import Verifier
+from cp_debug.reports.bundle.write import write_bundle
+from cp_debug.reports.saved import SavedResult
+
+
+def bundle(
+    saved: SavedResult,
+    target: Path,
+    *,
+    layer: str | None = None,
+    backend: str | None = None,
+    redact: bool = False,
+    told: Told = lambda text: None,
+) -> str:
+    """Write the bundle of a guilty layer to the folder, or ``.zip``, ``target``; returns what its repro.py printed.
+
+    ``layer`` (torch path, node or value) and ``backend`` choose; without them it is the first guilty layer. ``told``
+    hears what is being done. Raises InputError when no cut around the layer fails by itself, when ``redact`` hides the
+    fault, and when repro.py does not show it; BackendUnavailable when the backend at fault cannot run here.
+    """
+    accused = find_accused(saved, layer, backend)
+    cutter, verifier = Cutter(accused), Verifier(accused)
+    shrinker = Shrinker(cutter, verifier, told)
+    found = shrinker.find(cutter.layer())
+    case = shrinker.nodes(found)
+    history = [f"{len(case.program.model.graph.node)} of the component's {len(cutter.graph.nodes)} nodes"]
+    if len(found) > len(cutter.layer()):
+        history.append(f"the layer alone does not fail: {len(found)} nodes around it do")
+    if redact:
+        told("replacing weights and inputs")
+        case = redacted(case, shrinker)
+    small = shrinker.values(shrinker.shapes(case))
+    history += [*_changes(case, small), f"{verifier.runs} runs, each verified against the oracle"]
+    told("running repro.py")
+    return write_bundle(target, accused, small, verifier.measure(small), verifier.backend, history)
+
+
+def _changes(before: Case, after: Case) -> list[str]:
+    """What was done to the inputs, in words."""
+    told = []
+    for name, array in after.inputs.items():
+        old = before.inputs[name]
+        if old.shape != array.shape:
+            told.append(f"`{name}`: cut from {list(old.shape)} to {list(array.shape)}")
+        elif old.tobytes() != array.tobytes():
+            told.append(f"`{name}`: elements set to zero or rounded")
+    return told

@@ -1,0 +1,143 @@
+"""``README.md`` of a bundle: what fails, how to see it, what was measured."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import onnx
+
+from cp_debug.bisect.replay import Replay
+from cp_debug.reports.bundle.accused import Accused
+from cp_debug.reports.bundle.case import Case
+from cp_debug.reports.bundle.verify import Measured
+from cp_debug.reports.numbers import number
+
+FILES = {
+    "model.onnx": "what the backend runs",
+    "reference.onnx": "what it should compute: the same piece of the reference's graph",
+    "inputs.npz": "the inputs, by name",
+    "expected.npz": "the expected outputs, by name, as the {oracle} oracle computed them",
+    "expected.json": "the same for `polygraphy run`",
+    "repro.py": "runs the model and compares",
+    "trt_runner.py": "builds and runs TensorRT engines; used by repro.py",
+}
+
+
+def readme(
+    accused: Accused,
+    case: Case,
+    measured: Measured,
+    *,
+    emulated: bool,
+    runtime: Mapping[str, str],
+    files: Sequence[str],
+    printed: str,
+    polygraphy: str,
+    history: Sequence[str],
+) -> str:
+    """The page. ``runtime``: versions of what runs the model here; ``printed``: what repro.py said in a fresh process;
+    ``history``: how the case became as small as it is."""
+    row = accused.row
+    worst = max(measured.values(), key=lambda o: (o.fails, o.strength))
+    lines = [
+        f"# {title(accused, case)}",
+        "",
+        f"It {worst.judgement.why}, says the {accused.oracle.upper()} oracle.",
+        "",
+    ]
+    if case.reference is not case.program:
+        lines += [
+            "**The program differs from the reference's.** `model.onnx` is the piece that the backend ran, "
+            "`reference.onnx` the piece that should have run; the fault is the difference, not the runtime.",
+            "",
+        ]
+    if emulated:
+        lines += [
+            f"**This is an emulation.** {accused.backend.spec} rounds as such hardware would; no such hardware ran. "
+            "`repro.py` repeats the emulation and needs cpdebug.",
+            "",
+        ]
+    lines += ["## See it", "", "```", "python repro.py", "```", ""]
+    lines += ["In a fresh process, before this was written, it printed (exit status 1: the fault is there):", ""]
+    lines += ["```", printed.strip(), "```", ""]
+    if polygraphy:
+        lines += ["The same with Polygraphy:", "", "```", polygraphy, "```", ""]
+    lines += ["## What fails", "", *_table(("output", "shape", "introduced", "expected", "excess", "verdict"), [
+        (f"`{name}`", _shape(o.exact), *_figures(o.replay), o.judgement.verdict)
+        for name, o in measured.items()
+    ])]  # fmt: skip
+    lines += ["", "Relative L2 norms; *expected* is what the declared precision must introduce.", ""]
+    nodes = [(f"`{n.name}`", n.op_type, _attributes(n)) for n in case.program.model.graph.node]
+    lines += _table(("node", "operator", "attributes"), nodes)
+    lines += ["", "## Where it comes from", "", *_table(("", ""), [
+        ("model", accused.model),
+        ("layer", f"`{row.name}` ({row.op}), value `{row.onnx}` of component `{row.component}`"),
+        ("backends", f"{accused.backend.spec}, found in a comparison with {_others(accused)}"),
+        ("divergence there", f"max {number(row.stats.max_abs)}, relative L2 {number(row.stats.rel_l2)}"),
+        ("introduced, expected, excess", ", ".join(_figures(row.replay))),
+        ("why", row.why or row.verdict),
+        ("share of the final divergence", "–" if row.share is None else f"{row.share:.0%}"),
+    ])]  # fmt: skip
+    lines += ["", "## Inputs", "", *_table(("input", "type", "shape", "not zero", "origin"), [
+        (f"`{n}`", str(a.dtype), _shape(a), str(np.count_nonzero(a)), "computed in FP32 from captured values"
+         if n in case.computed else "captured")
+        for n, a in case.inputs.items()
+    ])]  # fmt: skip
+    lines += ["", *(f"- {step}" for step in (*history, *case.notes)), ""]
+    found = {"found with": accused.backend.versions, "repeated with": runtime}
+    lines += ["## Environment", "", *_table(("", ""), [
+        *((kind, ", ".join(f"{k} {v}" for k, v in versions.items())) for kind, versions in found.items()),
+        ("here", f"Python {platform.python_version()}, numpy {np.__version__}, {platform.platform()}"),
+        ("settings", _settings(accused.backend.settings)),
+    ])]  # fmt: skip
+    lines += ["", "## Files", "", *_table(("", ""), [
+        (f"`{name}`", FILES[name].format(oracle=accused.oracle.upper())) for name in files if name in FILES
+    ])]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def title(accused: Accused, case: Case) -> str:
+    """One line for the issue tracker."""
+    operators = " + ".join(node.op_type for node in case.program.model.graph.node)
+    return f"{operators} gives a wrong result on {accused.backend.spec} (layer {accused.row.name})"
+
+
+def polygraphy_command(arguments: Iterable[str], atol: Mapping[str, float]) -> str:
+    """The command line. ``atol``: what each output may differ by; where it fails, some element differs by more."""
+    limits = [f"{limit:.6g}" if len(atol) == 1 else f"{name}:{limit:.6g}" for name, limit in atol.items()]
+    command = ["polygraphy", "run", "model.onnx", *arguments, "--data-loader-script", "repro.py:load_data"]
+    return shlex.join([*command, "--load-outputs", "expected.json", "--rtol", "0", "--atol", *limits])
+
+
+def _others(accused: Accused) -> str:
+    return accused.test.backend.spec if accused.row.side == "reference" else "the reference"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    cells = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(str(c).replace("|", "\\|") for c in row) + " |" for row in cells]
+
+
+def _figures(replay: Replay | None) -> list[str]:
+    return [number(getattr(replay, key, None)) for key in ("introduced", "expected", "excess")]
+
+
+def _shape(array: np.ndarray) -> str:
+    return "×".join(map(str, array.shape)) or "scalar"
+
+
+def _attributes(node: onnx.NodeProto) -> str:
+    found = []
+    for attribute in node.attribute:
+        value = onnx.helper.get_attribute_value(attribute)
+        text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+        found.append(f"{attribute.name} {text if len(text) < 60 else '…'}")
+    return ", ".join(found)
+
+
+def _settings(settings: Mapping[str, object]) -> str:
+    short = {name: value for name, value in settings.items() if isinstance(value, str | int | float | bool)}
+    return ", ".join(f"{name} {value}" for name, value in short.items())

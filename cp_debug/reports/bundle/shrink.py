@@ -1,0 +1,199 @@
+"""Makes a failing case smaller while it still fails: fewer nodes, then smaller shapes, then simpler values.
+
+Every step is verified by running it, and a case counts only while it fails about as strongly as the first one did: a
+reducer that accepts any failure wanders off to another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from cp_debug.bisect.minimize import Minimizer
+from cp_debug.errors import InputError
+from cp_debug.reports.bundle.case import Case, Cutter, Piece, declared
+from cp_debug.reports.bundle.verify import Measured, Verifier, fails, strength
+
+MARGIN = 0.1
+"""Share of the first case's strength that a smaller one must keep."""
+BLOCKS = 32
+"""Runs of elements of an input that are set to zero together."""
+BITS = (1, 2, 4, 8, 12)
+"""Mantissa bits that are tried for the values that remain."""
+
+Told = Callable[[str], None]
+
+
+@dataclass
+class Shrinker:
+    """Reduces cases that ``verifier`` runs; ``told`` hears what is being tried."""
+
+    cutter: Cutter
+    verifier: Verifier
+    told: Told = lambda text: None
+    needed: float = 0.0
+    """The strength that a case must have."""
+
+    def find(self, layer: list[int]) -> list[int]:
+        """The first cut around ``layer`` that fails: the layer alone, then with ever more neighbours.
+
+        Raises InputError when none does, up to the whole component.
+        """
+        nodes, reasons = layer, []
+        while True:
+            self.told(f"does it fail with {len(nodes)} node(s)?")
+            try:
+                measured = self.verifier.measure(self.cutter.case(nodes))
+                if fails(measured):
+                    self.needed = MARGIN * strength(measured)
+                    return nodes
+                reasons.append(f"{len(nodes)} node(s): {_innocent(measured)}")
+            except InputError as error:
+                reasons.append(f"{len(nodes)} node(s): {error}")
+            grown = self.cutter.grow(nodes)
+            if grown == nodes:
+                told = [*reasons[:2], "…", reasons[-1]] if len(reasons) > 3 else reasons
+                raise InputError("no cut around the layer fails by itself:\n" + "\n".join(told))
+            nodes = grown
+
+    def nodes(self, nodes: list[int]) -> Case:
+        """The case of as few of ``nodes`` as still fail."""
+        self.told("leaving out nodes")
+        return self.cutter.case(Minimizer[int](lambda kept: bool(kept) and self._cut_fails(kept)).minimize(nodes))
+
+    def shapes(self, case: Case) -> Case:
+        """The case with every axis of its inputs as short as it can be, cut out around the worst element."""
+        changed = True
+        while changed:
+            changed = False
+            for group in _axes(case.inputs):
+                size = case.inputs[group[0][0]].shape[group[0][1]]
+                self.told(f"shortening axis {group[0][1]} of {', '.join(name for name, _ in group)}")
+                smaller = self._shortest(case, group, size)
+                if smaller is not None:
+                    case, changed = smaller, True
+        return case
+
+    def values(self, case: Case) -> Case:
+        """The case with inputs of zeros, else with few values that are not zero, of few bits."""
+        for name, array in case.inputs.items():
+            if array.dtype.kind == "f":
+                self.told(f"simplifying {name}")
+                case = self._sparse(case, name)
+                case = self._short(case, name)
+        return case
+
+    def accepts(self, case: Case) -> bool:
+        """Whether the case fails about as strongly as the first one."""
+        try:
+            measured = self.verifier.measure(case)
+        except InputError:
+            return False
+        return fails(measured) and strength(measured) >= self.needed
+
+    def _cut_fails(self, nodes: frozenset[int]) -> bool:
+        try:
+            return self.accepts(self.cutter.case(nodes))
+        except InputError:
+            return False
+
+    def _shortest(self, case: Case, group: list[tuple[str, int]], size: int) -> Case | None:
+        """The case with the axes of ``group`` shortened as far as it goes; None when they cannot be."""
+        worst = self._worst(case)
+
+        def shortened(length: int) -> Case | None:
+            starts = dict.fromkeys([_start(worst, group[0][1], size, length), 0])
+            return next((c for c in (_window(case, group, s, length) for s in starts) if self.accepts(c)), None)
+
+        low, length, best = 0, 1, None
+        while best is None and length < size:
+            best = shortened(length)
+            if best is None:
+                low, length = length, length * 2
+        while best is not None and low + 1 < length:
+            middle = (low + length) // 2
+            smaller = shortened(middle)
+            if smaller is None:
+                low = middle
+            else:
+                best, length = smaller, middle
+        return best
+
+    def _worst(self, case: Case) -> tuple[float, ...]:
+        """Place of the worst element of the worst output, each coordinate relative to its axis."""
+        output = max(self.verifier.measure(case).values(), key=lambda o: (o.fails, o.strength))
+        place = output.stats.argmax or ()
+        return tuple(i / n for i, n in zip(place, output.exact.shape, strict=False))
+
+    def _sparse(self, case: Case, name: str) -> Case:
+        array = case.inputs[name]
+        blocks = [slice(b[0], b[-1] + 1) for b in np.array_split(np.arange(array.size), BLOCKS) if b.size]
+
+        def kept(indices: frozenset[int]) -> Case:
+            sparse = np.zeros_like(array).reshape(-1)
+            for i in indices:
+                sparse[blocks[i]] = array.reshape(-1)[blocks[i]]
+            return _with_input(case, name, sparse.reshape(array.shape))
+
+        minimizer = Minimizer[int](lambda indices: self.accepts(kept(indices)))
+        everything = range(len(blocks))
+        return kept(frozenset(minimizer.minimize(everything))) if minimizer.holds(everything) else case
+
+    def _short(self, case: Case, name: str) -> Case:
+        array = case.inputs[name]
+        candidates = (_with_input(case, name, rounded) for rounded in _roundings(array))
+        return next((c for c in candidates if self.accepts(c)), case)
+
+
+def _innocent(measured: Measured) -> str:
+    found = [
+        f"{name} {output.judgement.why or output.judgement.verdict}"
+        + (f", excess {output.replay.excess:.3g}" if output.replay and output.replay.excess is not None else "")
+        for name, output in measured.items()
+    ]
+    return "; ".join(found[:3])
+
+
+def _axes(inputs: Mapping[str, np.ndarray]) -> list[list[tuple[str, int]]]:
+    """Axes that must have equal length, as far as one can tell: same place, same length. The longest first."""
+    groups: dict[tuple[int, int], list[tuple[str, int]]] = {}
+    for name, array in inputs.items():
+        for axis, length in enumerate(array.shape):
+            if length > 1:
+                groups.setdefault((length, axis), []).append((name, axis))
+    return [groups[key] for key in sorted(groups, reverse=True)]
+
+
+def _start(worst: tuple[float, ...], axis: int, size: int, length: int) -> int:
+    """Where a window of ``length`` begins that has the worst place in its middle, as far as that is possible."""
+    middle = worst[axis] * size if axis < len(worst) else 0.0
+    return min(max(round(middle - length / 2), 0), size - length)
+
+
+def _window(case: Case, group: list[tuple[str, int]], start: int, length: int) -> Case:
+    inputs = dict(case.inputs)
+    for name, axis in group:
+        inputs[name] = np.ascontiguousarray(inputs[name].take(range(start, start + length), axis))
+    return with_inputs(case, inputs)
+
+
+def _with_input(case: Case, name: str, array: np.ndarray) -> Case:
+    return replace(case, inputs={**case.inputs, name: array})
+
+
+def with_inputs(case: Case, inputs: Mapping[str, np.ndarray]) -> Case:
+    """The case with other inputs of whatever shapes."""
+    program = Piece(declared(case.program.model, inputs), case.program.home)
+    reference = program
+    if case.reference is not case.program:
+        reference = Piece(declared(case.reference.model, inputs), case.reference.home)
+    return replace(case, program=program, reference=reference, inputs=dict(inputs))
+
+
+def _roundings(array: np.ndarray) -> Iterator[np.ndarray]:
+    """The array with few mantissa bits, ever more."""
+    mantissa, exponent = np.frexp(array.astype(np.float64))
+    for bits in BITS:
+        yield np.ldexp(np.round(mantissa * 2**bits) / 2**bits, exponent).astype(array.dtype)

@@ -1,0 +1,258 @@
+"""The bug bundle: it runs by itself, fails for the reason it names, and holds no more than it needs."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from nets import NetBuilder, second_like
+from test_knobs import quantised
+from test_trt_runner import install
+from typer.testing import CliRunner
+
+pytest.importorskip("onnxruntime")
+
+from cp_debug.bisect.engine import Options, bisect
+from cp_debug.cli.main import app
+from cp_debug.errors import InputError
+from cp_debug.recipes.faults.edits import Editor, clip, scale_weights
+from cp_debug.reports.bundle.make import bundle
+from cp_debug.reports.files import write_json
+from cp_debug.reports.saved import SavedResult
+
+
+def save(folder: Path, model: Path, backends: str, **options: object) -> Path:
+    """A saved bisect."""
+    result = bisect(str(model), backends, options=Options(save=folder), **options)
+    write_json(result, str(folder / "result.json"))
+    return folder
+
+
+def spoilt(model: Path, edit: Callable[[Editor], None]) -> Path:
+    editor = Editor(model)
+    edit(editor)
+    return editor.save(model.with_name("test.onnx"))
+
+
+def execute(folder: Path) -> subprocess.CompletedProcess[str]:
+    """repro.py in a fresh interpreter that does not see this project."""
+    return subprocess.run([sys.executable, "-I", "repro.py"], cwd=folder, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def scaled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network whose test program has one convolution with weights 2 % too large."""
+    folder = tmp_path_factory.mktemp("scaled")
+    model = second_like(folder / "net.onnx", size=16)
+    return save(
+        folder / "saved", model, "ort,ort-all", test_model=spoilt(model, lambda e: scale_weights(e, "conv_6", 0.02))
+    )
+
+
+@pytest.fixture(scope="module")
+def bundled(scaled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("out") / "bundle"
+    bundle(SavedResult.open(scaled), target)
+    return target
+
+
+def test_the_script_fails_for_the_named_reason_and_passes_without_the_fault(bundled: Path, tmp_path: Path) -> None:
+    done = execute(bundled)
+    assert done.returncode == 1
+    assert "FAULT" in done.stdout
+    assert not done.stderr
+    repaired = shutil.copytree(bundled, tmp_path / "repaired")
+    shutil.copy(repaired / "reference.onnx", repaired / "model.onnx")
+    done = execute(repaired)
+    assert done.returncode == 0, "the reference's piece gives what is expected"
+    assert "FAULT" not in done.stdout
+
+
+def test_what_is_left_is_one_small_convolution(bundled: Path) -> None:
+    model = onnx.load(bundled / "model.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    assert [node.name for node in model.graph.node] == ["node_conv_6"]
+    assert [(p.key, p.value) for p in model.graph.node[0].metadata_props] == [("made_by", "NetBuilder")]
+    with np.load(bundled / "inputs.npz") as inputs:
+        assert {name: array.shape for name, array in inputs.items()} == {"relu_5": (1, 32, 1, 1)}
+    assert sum(f.stat().st_size for f in bundled.iterdir()) < 150_000
+
+
+def test_the_page_tells_what_was_printed_and_measured(bundled: Path) -> None:
+    page = (bundled / "README.md").read_text()
+    assert execute(bundled).stdout.strip() in page
+    assert "# Conv gives a wrong result on ort-all (layer node_relu_8)" in page
+    assert "The program differs from the reference's" in page
+    assert "1 of the component's 36 nodes" in page
+    assert "polygraphy run model.onnx --onnxrt" in page
+    assert str(bundled) not in page
+
+
+def test_polygraphy_sees_the_fault_with_the_command_of_the_page(bundled: Path) -> None:
+    pytest.importorskip("polygraphy")
+    command = next(line for line in (bundled / "README.md").read_text().splitlines() if line.startswith("polygraphy "))
+    arguments = command.split()[1:]
+    run = [sys.executable, "-c", "import sys; from polygraphy.tools import main; sys.exit(main())", *arguments]
+    done = subprocess.run(run, cwd=bundled, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "oracle | Passed: 0/1" in done.stdout + done.stderr
+    loose = [*run[: run.index("--atol") + 1], "1.0"]
+    assert subprocess.run(loose, cwd=bundled, capture_output=True).returncode == 0
+
+
+def test_a_fault_that_isolation_hides_takes_its_neighbours_along(tmp_path: Path) -> None:
+    """The bias is quantised only where a QuantizeLinear follows the convolution, so the layer alone is innocent."""
+    saved = save(tmp_path / "saved", quantised(tmp_path / "net.onnx"), "ort-none,ort-all")
+    bundle(SavedResult.open(saved), tmp_path / "out")
+    operators = [node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx").graph.node]
+    assert {"Conv", "QuantizeLinear"} <= set(operators)
+    assert len(operators) <= 6
+    assert not (tmp_path / "out" / "reference.onnx").exists()
+    assert "the layer alone does not fail" in (tmp_path / "out" / "README.md").read_text()
+    page = (tmp_path / "out" / "repro.py").read_text()
+    assert "ORT_ENABLE_ALL" in page
+    assert execute(tmp_path / "out").returncode == 1
+
+
+def test_an_inserted_operator_is_cut_out_with_inputs_that_both_programs_know(tmp_path: Path) -> None:
+    model = second_like(tmp_path / "net.onnx", size=16)
+    saved = save(
+        tmp_path / "saved", model, "ort,ort-none@cpu", test_model=spoilt(model, lambda e: clip(e, "relu_8", 0.5))
+    )
+    bundle(SavedResult.open(saved), tmp_path / "out")
+    assert [n.op_type for n in onnx.load(tmp_path / "out" / "model.onnx").graph.node] == ["Relu", "Clip"]
+    assert [n.op_type for n in onnx.load(tmp_path / "out" / "reference.onnx").graph.node] == ["Relu"]
+    with np.load(tmp_path / "out" / "inputs.npz") as inputs:
+        assert list(inputs) == ["batchnormalization_7"]
+
+
+def test_redaction_keeps_the_fault_and_none_of_the_values(tmp_path: Path) -> None:
+    saved = save(tmp_path / "saved", quantised(tmp_path / "net.onnx"), "ort-none,ort-all")
+    bundle(SavedResult.open(saved), tmp_path / "out", redact=True)
+    assert execute(tmp_path / "out").returncode == 1
+    theirs = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / "net.onnx").graph.initializer}
+    model = onnx.load(tmp_path / "out" / "model.onnx")
+    tensors = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    big = {name: array for name, array in tensors.items() if array.size > 1}
+    assert big
+    for name, array in big.items():
+        assert np.mean(array == theirs[name]) < 0.1
+        assert (array.min(), array.max()) >= (theirs[name].min(), -np.inf)
+        assert array.max() <= theirs[name].max()
+    assert not any(node.metadata_props for node in model.graph.node)
+    assert "weights and inputs are random" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_redaction_refuses_where_the_weights_are_the_fault(scaled: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--redact: the fault is a difference in the weights"):
+        bundle(SavedResult.open(scaled), tmp_path / "out", redact=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_innocent_layer_is_refused_and_nothing_is_left(scaled: Path, tmp_path: Path) -> None:
+    same = save(tmp_path / "saved", second_like(tmp_path / "net.onnx", size=16, depth=0), "ort,ort-all")
+    with pytest.raises(InputError, match="no layer of ort-all is guilty"):
+        bundle(SavedResult.open(same), tmp_path / "out")
+    with pytest.raises(InputError, match="no cut around the layer fails by itself"):
+        bundle(SavedResult.open(same), tmp_path / "out", layer="node_relu_2")
+    with pytest.raises(InputError, match="has no layer, node or value 'nobody'"):
+        bundle(SavedResult.open(same), tmp_path / "out", layer="nobody")
+    with pytest.raises(InputError, match="no node computes it"):
+        bundle(SavedResult.open(same), tmp_path / "out", layer="x")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["net.onnx", "saved"]
+
+
+def test_a_result_without_captures_is_refused(scaled: Path, tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text((scaled / "result.json").read_text())
+    with pytest.raises(InputError, match="holds no capture of ort-all"):
+        bundle(SavedResult.open(tmp_path / "result.json"), tmp_path / "out")
+
+
+def test_only_the_slice_of_external_weights_travels(tmp_path: Path) -> None:
+    net = NetBuilder(0)
+    x = net.op("Relu", net.conv("x", 4, 8, name="first"))
+    net.conv(x, 8, 8, name="y")
+    secret = net.weight(np.full(5000, 7.0, np.float32), "secret")
+    net.op("Add", net.op("ReduceMean", x, keepdims=0), secret, name="other")
+    path = net.save(tmp_path / "net.onnx", {"x": (1, [1, 4, 8, 8])}, ["y", "other"])
+    onnx.save(onnx.load(path), path, save_as_external_data=True, location="net.data", size_threshold=0)
+    editor = Editor(path)
+    scale_weights(editor, "first", 0.05)
+    test = tmp_path / "spoilt" / "test.onnx"
+    test.parent.mkdir()
+    onnx.save(editor.model, test, save_as_external_data=True, location="test.data", size_threshold=0)
+    saved = save(tmp_path / "saved", path, "ort,ort-all", test_model=test)
+    bundle(SavedResult.open(saved), tmp_path / "out")
+    model = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False)
+    assert {t.name for t in model.graph.initializer} < {"first.1.spoilt", "w_0", "w_1"}
+    assert not any(t.external_data for t in model.graph.initializer)
+    assert sum(f.stat().st_size for f in (tmp_path / "out").iterdir()) < 20_000
+
+
+def test_emulated_faults_say_so(tmp_path: Path) -> None:
+    """FP16 overflow: the emulation's, and the page says it."""
+    net = NetBuilder(0)
+    big = net.weight(np.float32(40000.0).reshape(1))
+    net.op("Mul", net.op("Relu", net.conv("x", 4, 4)), big, name="y")
+    saved = save(tmp_path / "saved", net.save(tmp_path / "net.onnx", {"x": (1, [1, 4, 8, 8])}, ["y"]), "ort,emu-fp16")
+    printed = bundle(SavedResult.open(saved), tmp_path / "out")
+    assert "emulated: emu-fp16" in printed
+    assert "NaN or Inf 1" in printed
+    assert "**This is an emulation.**" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_tensorrt_bundles_bring_the_runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against recorded TensorRT, here and in the fresh process."""
+    monkeypatch.delenv("CPDEBUG_TRT_PYTHON", raising=False)
+    install("10.3.0", monkeypatch)
+    net = NetBuilder(0)
+    net.conv(net.op("Relu", net.conv("x", 3, 4, name="c1")), 4, 4, name="y")
+    path = net.save(tmp_path / "net.onnx", {"x": (1, [1, 3, 8, 8])}, ["y"])
+    saved = save(
+        tmp_path / "saved", path, "ort,trt-fp16", test_model=spoilt(path, lambda e: scale_weights(e, "y", 0.5))
+    )
+    site = tmp_path / "site"
+    site.mkdir()
+    tests = str(Path(__file__).parent)
+    (site / "tensorrt.py").write_text(
+        f"import sys\nsys.path.append({tests!r})\nimport fake_tensorrt, trt_runner\n"
+        "trt_runner.Cuda = fake_tensorrt.FakeCuda\nsys.modules['tensorrt'] = fake_tensorrt.fake_tensorrt('10.3.0')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    printed = bundle(SavedResult.open(saved), tmp_path / "out")
+    assert "tensorrt 10.3.0" in printed
+    assert (tmp_path / "out" / "trt_runner.py").is_file()
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert "polygraphy run model.onnx --trt --fp16" in page
+    assert "trt_runner.py" in page
+
+
+def test_command_line_writes_a_zip(scaled: Path, tmp_path: Path) -> None:
+    target = tmp_path / "bug.zip"
+    done = CliRunner().invoke(app, ["bundle", str(scaled), "-o", str(target)])
+    assert done.exit_code == 0, done.output
+    assert "FAULT" in done.output
+    with zipfile.ZipFile(target) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path)
+    assert {"bug/README.md", "bug/repro.py", "bug/model.onnx"} <= set(names)
+    assert execute(tmp_path / "bug").returncode == 1
+    again = CliRunner().invoke(app, ["bundle", str(scaled), "-o", str(target)])
+    assert isinstance(again.exception, InputError)
+    assert "exists" in str(again.exception)
+
+
+def test_a_script_that_shows_nothing_leaves_nothing(
+    scaled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cp_debug.reports.bundle.write._limit", lambda output, backend: 1.0)
+    with pytest.raises(InputError, match=r"(?s)does not show the fault.*relative L2"):
+        bundle(SavedResult.open(scaled), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
