@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,9 @@ from typer.testing import CliRunner
 
 pytest.importorskip("onnxruntime")
 
+from cp_debug.backends.base import Backend
+from cp_debug.backends.registry import create
+from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.cli.main import app
 from cp_debug.errors import InputError
@@ -28,7 +32,7 @@ from cp_debug.reports.files import write_json
 from cp_debug.reports.saved import SavedResult
 
 
-def save(folder: Path, model: Path, backends: str, **options: object) -> Path:
+def save(folder: Path, model: Path, backends: str | list[Backend], **options: object) -> Path:
     """A saved bisect."""
     result = bisect(str(model), backends, options=Options(save=folder), **options)
     write_json(result, str(folder / "result.json"))
@@ -232,6 +236,7 @@ def test_tensorrt_bundles_bring_the_runner(tmp_path: Path, monkeypatch: pytest.M
     page = (tmp_path / "out" / "README.md").read_text()
     assert "polygraphy run model.onnx --trt --fp16" in page
     assert "trt_runner.py" in page
+    ast.parse((tmp_path / "out" / "repro.py").read_text(), feature_version=(3, 8))
 
 
 def test_command_line_writes_a_zip(scaled: Path, tmp_path: Path) -> None:
@@ -256,3 +261,17 @@ def test_a_script_that_shows_nothing_leaves_nothing(
     with pytest.raises(InputError, match=r"(?s)does not show the fault.*relative L2"):
         bundle(SavedResult.open(scaled), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reference_at_fault_is_bundled_as_the_accused(tmp_path: Path) -> None:
+    model = second_like(tmp_path / "net.onnx", size=16, depth=0)
+    reference = create(BackendSpec.parse("emu-fp32"), overrides={"node_conv_3": "bf16"})
+    saved = save(tmp_path / "saved", model, [reference, create(BackendSpec.parse("ort"))])
+    assert [(row.name, row.side) for row in SavedResult.open(saved).result.tests[0].guilty] == [
+        ("node_conv_3", "reference")
+    ]
+    bundle(SavedResult.open(saved), tmp_path / "out")
+    assert [n.name for n in onnx.load(tmp_path / "out" / "model.onnx").graph.node] == ["node_conv_3"]
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert "# Conv gives a wrong result on emu-fp32" in page
+    assert "found in a comparison with ort" in page

@@ -73,12 +73,13 @@ class Cutter:
         nodes, _ = self.graph.segment([value], self._known)
         return [node.index for node in nodes]
 
-    def grow(self, nodes: Iterable[int]) -> list[int]:
-        """The nodes with their direct neighbours, upstream and downstream."""
+    def grow(self, nodes: Iterable[int], hops: int) -> list[int]:
+        """The nodes with all that are at most ``hops`` edges away, upstream and downstream."""
         grown = set(nodes)
-        for node in [self.graph.nodes[i] for i in grown]:
-            grown |= {self.graph.producer[name].index for name in node.inputs if name in self.graph.producer}
-            grown |= {reader.index for name in node.outputs for reader in self.graph.consumers.get(name, ())}
+        for _ in range(hops):
+            for node in [self.graph.nodes[i] for i in grown]:
+                grown |= {self.graph.producer[name].index for name in node.inputs if name in self.graph.producer}
+                grown |= {reader.index for name in node.outputs for reader in self.graph.consumers.get(name, ())}
         return sorted(grown)
 
     def case(self, indices: Iterable[int]) -> Case:

@@ -37,11 +37,11 @@ class Shrinker:
     """The strength that a case must have."""
 
     def find(self, layer: list[int]) -> list[int]:
-        """The first cut around ``layer`` that fails: the layer alone, then with ever more neighbours.
+        """The first cut around ``layer`` that fails: the layer alone, then with neighbours 1, 3, 7, … edges away.
 
         Raises InputError when none does, up to the whole component.
         """
-        nodes, reasons = layer, []
+        nodes, hops, reasons = layer, 1, []
         while True:
             self.told(f"does it fail with {len(nodes)} node(s)?")
             try:
@@ -52,11 +52,11 @@ class Shrinker:
                 reasons.append(f"{len(nodes)} node(s): {_innocent(measured)}")
             except InputError as error:
                 reasons.append(f"{len(nodes)} node(s): {error}")
-            grown = self.cutter.grow(nodes)
+            grown = self.cutter.grow(nodes, hops)
             if grown == nodes:
                 told = [*reasons[:2], "…", reasons[-1]] if len(reasons) > 3 else reasons
                 raise InputError("no cut around the layer fails by itself:\n" + "\n".join(told))
-            nodes = grown
+            nodes, hops = grown, 2 * hops
 
     def nodes(self, nodes: list[int]) -> Case:
         """The case of as few of ``nodes`` as still fail."""
@@ -65,13 +65,13 @@ class Shrinker:
 
     def shapes(self, case: Case) -> Case:
         """The case with every axis of its inputs as short as it can be, cut out around the worst element."""
-        changed = True
+        worst, changed = self._worst(case), True
         while changed:
             changed = False
             for group in _axes(case.inputs):
                 size = case.inputs[group[0][0]].shape[group[0][1]]
                 self.told(f"shortening axis {group[0][1]} of {', '.join(name for name, _ in group)}")
-                smaller = self._shortest(case, group, size)
+                smaller = self._shortest(case, group, size, worst)
                 if smaller is not None:
                     case, changed = smaller, True
         return case
@@ -99,9 +99,8 @@ class Shrinker:
         except InputError:
             return False
 
-    def _shortest(self, case: Case, group: list[tuple[str, int]], size: int) -> Case | None:
+    def _shortest(self, case: Case, group: list[tuple[str, int]], size: int, worst: tuple[float, ...]) -> Case | None:
         """The case with the axes of ``group`` shortened as far as it goes; None when they cannot be."""
-        worst = self._worst(case)
 
         def shortened(length: int) -> Case | None:
             starts = dict.fromkeys([_start(worst, group[0][1], size, length), 0])
