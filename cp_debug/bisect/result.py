@@ -251,6 +251,11 @@ class BisectResult:
 
         yield from render(self)
 
+    def _repr_html_(self) -> str:
+        from cp_debug.reports.notebook import render_notebook
+
+        return render_notebook(self)
+
     def __iter__(self) -> Iterator[TestResult]:
         return iter(self.tests)
 

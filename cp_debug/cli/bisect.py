@@ -65,6 +65,7 @@ def bisect(
     unfolded: Annotated[bool, typer.Option("--unfolded", help="Keep BatchNorm apart: debug module by module.")] = False,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Write the layer table as CSV.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the HTML report: one file, works offline.")] = None,
     save: Annotated[Path | None, typer.Option(help="Keep result, graphs and captures in this folder.")] = None,
     trt_python: tensorrt.Python = None,
     strongly_typed: tensorrt.StronglyTyped = False,
@@ -76,12 +77,19 @@ def bisect(
     calibration_cache: tensorrt.CalibrationCache = None,
 ) -> None:
     """Run backends side by side and name the first layer whose result its precision cannot explain."""
+    from contextlib import ExitStack
+    from tempfile import TemporaryDirectory
+
     from cp_debug.backends.spec import parse_backends
     from cp_debug.bisect.engine import Options
     from cp_debug.bisect.engine import bisect as run
     from cp_debug.cli.console import command_line, show, steps
     from cp_debug.reports.files import write_json
 
+    stack = ExitStack()
+    kept = save
+    if html and save is None:  # the report shows tensors
+        kept = Path(stack.enter_context(TemporaryDirectory(prefix="cpdebug-")))
     options = Options(
         checkpoint=checkpoint,
         test_checkpoint=test_checkpoint,
@@ -94,19 +102,24 @@ def bisect(
         atol=atol,
         oracle=None if oracle is Oracle.auto else oracle.value,
         replay=replay,
+        explain=explain,
         knobs=knobs,
         exporter=None if exporter is Exporter.auto else exporter.value,
         folded=not unfolded,
-        save=save,
+        save=kept,
     )
     engines = tensorrt.tensorrt_options(
         trt_python, strongly_typed, probes, profile, keep_fp32, workspace, timing_cache, calibration_cache
     )
-        explain=explain,
-    with steps() as on_step:
+    with stack, steps() as on_step:
         made = tensorrt.make(parse_backends(backends), engines, on_step)
         result = run(model, made, test_model=test_model, options=options, on_step=on_step)
-    result.command = command_line()
+        result.command = command_line()
+        if html:
+            from cp_debug.reports.page import write_page
+            from cp_debug.reports.saved import SavedResult
+
+            write_page(SavedResult.of(result, kept), html)
     if save:
         write_json(result, str(save / "result.json"))
     show(result, json=json, csv=csv, layers=level is Level.layers, show_all=show_all)

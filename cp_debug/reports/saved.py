@@ -279,4 +279,5 @@ def _row(fields: Fields) -> LayerRow:
         share=fields.optional("share"),
         noise_floor=fields.number("noise_floor", 0.0),
         sample=fields.get("sample", int, 0),
+        tactic=fields.get("tactic", str, ""),
     )

@@ -22,6 +22,7 @@ from cp_debug.bisect.result import (
     TestResult,
 )
 from cp_debug.reports.causes import findings
+from cp_debug.reports.engines import engine_lines, kernel
 from cp_debug.reports.knobs import render_knobs
 from cp_debug.reports.numbers import number
 
@@ -56,13 +57,16 @@ def render(result: BisectResult, *, layers: bool = True, show_all: bool = False)
         yield Text()
         title = Text.assemble((result.reference.spec, "bold"), " → ", (test.backend.spec, "bold"))
         yield title.append(" (emulated)" if test.backend.emulated else "")
+        yield from engine_lines(test.backend)
         yield stage_table(test)
         if layers:
             yield Text()
             yield layer_table(test, show_all=show_all)
+            if not show_all:
+                yield Text(_selection(test), style="dim")
+        yield from findings(test)
         for note in test.notes:
             yield Text(f"note: {note}", style="yellow")
-        yield from findings(test)
         yield verdict_line(test)
         if test.knobs is not None:
             yield Text()
@@ -85,10 +89,9 @@ def backends_table(records: Sequence[RunRecord]) -> Table:
 def stage_table(test: TestResult) -> Table:
     """Coarse view: each stage at its last tensor, as engineers report it."""
     table = _table("stage", ">shape", ">max |Δ|", ">mean |Δ|", ">rel. L2", "verdict")
-    for stage in _fewer(test.stages):
-        row = stage.layer
+    for name, row in _few_stages(test):
         table.add_row(
-            stage.name,
+            name,
             _shape(row),
             number(row.stats.max_abs),
             number(row.stats.mean_abs),
@@ -101,13 +104,15 @@ def stage_table(test: TestResult) -> Table:
 def layer_table(test: TestResult, *, show_all: bool = False) -> Table:
     """The layers in execution order: all of them, or those around the first divergent one and every guilty one."""
     replayed = test.oracle is not None
-    extra = (">introduced", ">expected", ">excess") if replayed else ()
+    extra: tuple[str, ...] = (">introduced", ">expected", ">excess") if replayed else ()
+    extra += ("kernel",) if any(row.tactic for row in test.rows) else ()
     table = _table(">#", "layer", "op", ">shape", ">max |Δ|", ">rel. L2", *extra, "verdict")
-    rows = test.rows if show_all else _around(test)
+    rows = test.rows if show_all else layers_shown(test)
+    place = {row.index: position for position, row in enumerate(test.rows)}
     previous: LayerRow | None = None
     for row in rows:
-        if row.index - (previous.index if previous else -1) > 1 and not show_all:
-            table.add_row("⋮", *[""] * (len(table.columns) - 1), style="dim")
+        if previous is not None and place[row.index] - place[previous.index] > 1 and test.first_divergent:
+            table.add_row("⋮", style="dim")
         replay = row.replay
         figures = [number(getattr(replay, k)) if replay else "" for k in ("introduced", "expected", "excess")]
         table.add_row(
@@ -118,11 +123,10 @@ def layer_table(test: TestResult, *, show_all: bool = False) -> Table:
             number(row.stats.max_abs),
             number(row.stats.rel_l2),
             *(figures if replayed else ()),
+            *((kernel(row.tactic),) if "kernel" in extra else ()),
             _verdict(row),
         )
         previous = row
-    if previous is not None and test.rows[-1].index > previous.index and not show_all:
-        table.add_row("⋮", *[""] * (len(table.columns) - 1), style="dim")
     return table
 
 
@@ -161,25 +165,37 @@ def _verdict(row: LayerRow) -> Text:
     return Text(row.verdict + share, STYLES[row.verdict])
 
 
-def _around(test: TestResult) -> list[LayerRow]:
+def layers_shown(test: TestResult) -> list[LayerRow]:
+    """Around the first divergent layer, and every guilty one; without one those that concern most."""
     first = test.first_divergent
     if first is None:
-        return sorted(sorted(test.rows, key=_concern)[-2 * AROUND :], key=lambda row: row.index)
+        worst = sorted(test.rows, key=lambda row: row.severity)[-2 * AROUND :]
+        return sorted(worst, key=lambda row: row.index)
     place = test.rows.index(first)
-    near = set(range(place - AROUND, place + AROUND + 1))
-    return [row for i, row in enumerate(test.rows) if i in near or row.verdict == GUILTY]
+    near = range(place - AROUND, place + AROUND + 1)
+    return [row for position, row in enumerate(test.rows) if position in near or row.verdict == GUILTY]
 
 
-def _concern(row: LayerRow) -> tuple[float, ...]:
-    return row.severity
+def _selection(test: TestResult) -> str:
+    shown, total = len(layers_shown(test)), len(test.rows)
+    if shown == total:
+        return f"all {total} layers"
+    if test.first_divergent is None:
+        what = "the largest excess" if test.oracle else "the largest divergence"
+        return f"{shown} of {total} layers, those with {what}; --all shows the rest"
+    return f"{shown} of {total} layers, around {test.first_divergent.name}; --all shows the rest"
 
 
-def _fewer(stages: Sequence[StageRow]) -> Sequence[StageRow]:
-    """A model with very many outputs shows its worst ones only."""
-    if len(stages) <= MOST_STAGES:
-        return stages
-    kept = sorted(stages, key=lambda s: s.layer.severity)[-MOST_STAGES:]
-    return [stage for stage in stages if stage in kept]
+def _few_stages(test: TestResult) -> Iterator[tuple[str, LayerRow]]:
+    """(stage, its last tensor); of a model with very many outputs the worst one of each group (``task0.*``)."""
+    outputs = {(row.component, row.onnx) for row in test.outputs}
+    groups: dict[str, list[StageRow]] = {}
+    for stage in test.stages:
+        final = (stage.layer.component, stage.layer.onnx) in outputs and len(test.stages) > MOST_STAGES
+        groups.setdefault(stage.name.partition(".")[0] if final else stage.name, []).append(stage)
+    for name, stages in groups.items():
+        worst = max(stages, key=lambda stage: stage.layer.severity)
+        yield (name if len(stages) == 1 else f"{name}, worst of {len(stages)}: {worst.name}"), worst.layer
 
 
 def _coverage(coverage: dict[str, Any]) -> Iterator[Text]:
