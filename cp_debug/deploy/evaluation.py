@@ -217,7 +217,7 @@ def _class_figures(scores: Scores, boxes: Boxes, truth: Boxes, class_names: Sequ
         figures[name] = {
             "objects": int((truth.labels == label).sum()),
             "detections": int((boxes.labels == label).sum()),
-            "found": int(scores.found[label]),
+            "found": int(scores.found[0, label]),
             "AP": Interval.of(scores.precisions[:, label].mean(axis=1)),
             **{
                 f"AP@{limit}": float(value)

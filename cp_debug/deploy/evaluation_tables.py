@@ -57,7 +57,7 @@ def class_table(result: EvaluationResult) -> Table:
             found = f"{figures['found']}/{figures['objects']}"
             last = position == len(result.backends) - 1
             label = "" if position else name
-            table.add_row(label, _name(each), found, _number(figures["AP"].value), *numbers, end_section=last)
+            table.add_row(label, each.backend.spec, found, _number(figures["AP"].value), *numbers, end_section=last)
     return table
 
 

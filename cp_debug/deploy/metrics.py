@@ -131,14 +131,15 @@ def _equal_weights(*objects: Objects) -> Floats:
 
 @dataclass(frozen=True)
 class Scores:
-    """Of C classes in B draws: precisions [B, C, 4] by centre distance, errors [B, C, 5], and AP by overlap (0.5, 0.7)
-    seen from above and of the boxes, bev [B, C, 2] and volume [B, C, 2]. found [C]: objects found within 2 m."""
+    """Of C classes in B draws: precisions [B, C, 4] by centre distance, errors [B, C, 5], NaN where not asked, AP by
+    overlap (0.5, 0.7) seen from above and of the boxes, bev [B, C, 2] and volume [B, C, 2], and the number of objects
+    found within 2 m [B, C]."""
 
     precisions: Floats
     errors: Floats
     bev: Floats
     volume: Floats
-    found: Ints
+    found: Floats
 
     def summary(self) -> dict[str, Floats]:
         """Name → [B]: mAP, NDS, the mean errors over the classes for which they are defined, and mAP by overlap."""
@@ -155,34 +156,27 @@ class Scores:
 
 def score(predicted: Boxes, truth: Boxes, class_names: Sequence[str], weights: Floats) -> Scores:
     """All metrics in each draw; ``samples`` of the boxes index ``weights`` [B, S]."""
-    parts = [
+    classes = [
         _score_class(predicted.of_class(label), truth.of_class(label), name, weights)
         for label, name in enumerate(class_names)
     ]
-    precisions, errors, bev, volume = (np.stack(values, axis=1) for values in list(zip(*parts, strict=True))[:4])
-    return Scores(precisions, errors, bev, volume, np.array([part[4] for part in parts]))
+    return Scores(*(np.stack(figures, axis=1) for figures in zip(*classes, strict=True)))
 
 
-def _score_class(
-    predicted: Boxes, truth: Boxes, name: str, weights: Floats
-) -> tuple[Floats, Floats, Floats, Floats, int]:
+def _score_class(predicted: Boxes, truth: Boxes, name: str, weights: Floats) -> tuple[Floats, ...]:
+    """The fields of ``Scores`` for one class, without the axis of the classes."""
     curves = Curves(predicted, truth, weights)
     matches = match_centers(predicted, truth)
-    precisions = np.stack([curves.average_precision(matched) for matched in matches], axis=1)
     near = matches[THRESHOLDS.index(TP_THRESHOLD)]
     errors = curves.mean_errors(near, box_errors(predicted, truth, near, half_turn=name in HALF_TURN))
     errors[:, [ERRORS.index(kind) for kind in UNDEFINED.get(name, ())]] = np.nan
-    bev, volume = (
-        np.stack(
-            [
-                curves.interpolated_precision(row)
-                for row in match_overlaps(predicted, truth, OVERLAPS, bev=seen_from_above)
-            ],
-            axis=1,
-        )
-        for seen_from_above in (True, False)
+    overlapping = [match_overlaps(predicted, truth, OVERLAPS, bev=bev) for bev in (True, False)]
+    return (
+        np.stack([curves.average_precision(matched) for matched in matches], axis=1),
+        errors,
+        *(np.stack([curves.interpolated_precision(row) for row in rows], axis=1) for rows in overlapping),
+        weights[:, predicted.samples[near >= 0]].sum(axis=1),
     )
-    return precisions, errors, bev, volume, int((near >= 0).sum())
 
 
 def box_errors(predicted: Boxes, truth: Boxes, matched: Ints, *, half_turn: bool = False) -> Floats:
