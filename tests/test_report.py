@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
+import struct
 import sys
 import xml.etree.ElementTree as ET
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,9 @@ import numpy as np
 import onnx
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from nets import second_like
 from test_bisect import scale_weight
 from typer.testing import CliRunner
@@ -25,13 +31,15 @@ from cp_debug.cli.main import app
 from cp_debug.deploy.changes import GAINED, KEPT, LOST, MOVED_BOX, changes
 from cp_debug.errors import CpdebugError, InputError, MissingPackage
 from cp_debug.recipes.base import Sample
-from cp_debug.reports.evidence import evidence
+from cp_debug.reports.evidence import charts, evidence, worst_elements
 from cp_debug.reports.files import write_json
 from cp_debug.reports.gates import render_github, render_junit
 from cp_debug.reports.growth import growth_chart
 from cp_debug.reports.markdown import render_markdown
 from cp_debug.reports.page import render_page
+from cp_debug.reports.png import opacity_png
 from cp_debug.reports.saved import SavedResult
+from cp_debug.reports.svg import Scale
 
 EVIL = '<script>alert(1)</script>"&|`\n'
 FINDING = {
@@ -358,3 +366,49 @@ def test_results_of_captures_have_a_page_too(saved: SavedResult) -> None:
     bare = replace(test, rows=rows, stages=[], outputs=[], oracle=None, observation=None)
     result = BisectResult("", saved.result.reference, [bare], [], {})
     assert "divergence" in render_page(SavedResult.of(result))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 8, 6), (5, 2, 4), (7, 3), (9,), (1, 1, 1, 1), (2, 3, 4, 5, 6)])
+@pytest.mark.parametrize("value", [0.0, 1e-40, 3.4e38, np.nan, np.inf, "some nan", "random"])
+@pytest.mark.filterwarnings("error")
+def test_charts_of_awkward_tensors_have_finite_coordinates(shape: tuple[int, ...], value: Any) -> None:
+    ours = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    theirs = ours + np.float32(0.1) if isinstance(value, str) else np.full(shape, value, np.float32)
+    if value == "some nan":
+        theirs.flat[0], ours.flat[-1] = np.nan, np.inf
+    drawn = charts(ours, theirs, None, "fp32", upwards=True)
+    for _, chart in drawn:
+        text = chart.__html__()
+        ET.fromstring(text)
+        assert not re.search(r"\b(?:nan|inf)\b", re.sub(r"base64,[^\"]*", "", text))
+    assert all(len(w.index) == len(shape) for w in worst_elements(ours, theirs, None))
+
+
+@given(
+    st.floats(-1e6, 1e6), st.floats(1e-6, 1e6), st.booleans(), st.lists(st.floats(-1e7, 1e7), min_size=2, max_size=9)
+)
+def test_scales_keep_order_and_their_ticks_lie_inside(low: float, span: float, log: bool, values: list[float]) -> None:
+    scale = Scale(10.0 ** round(low / 1e5), 10.0 ** (round(low / 1e5) + 3), 0, 1000, log=True)
+    if not log:
+        scale = Scale(low, low + span, 0, 1000)
+    places = [scale(v) for v in sorted(map(abs, values) if log else values) if v > 0 or not log]
+    assert places == sorted(places)
+    assert all(0 <= place <= 1000 for place in places)
+    room = (scale.high - scale.low) * 1e-6
+    assert all(scale.low - room <= tick <= scale.high + room for tick in scale.ticks())
+    assert 1 <= len(scale.ticks()) <= 8
+
+
+@given(arrays(np.float64, st.tuples(st.integers(1, 9), st.integers(1, 9)), elements=st.floats(-1, 2)))
+def test_a_picture_holds_its_values_as_opacity(values: np.ndarray) -> None:
+    raw = base64.b64decode(opacity_png(values, (1, 2, 3)).partition(",")[2])
+    assert raw.startswith(b"\x89PNG\r\n\x1a\n")
+    chunks, place = {}, 8
+    while place < len(raw):
+        length, kind = struct.unpack(">I4s", raw[place : place + 8])
+        chunks[kind] = raw[place + 8 : place + 8 + length]
+        assert zlib.crc32(kind + chunks[kind]) == struct.unpack(">I", raw[place + 8 + length : place + 12 + length])[0]
+        place += 12 + length
+    rows = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(len(values), -1)
+    opacity = np.frombuffer(chunks[b"tRNS"], np.uint8)[rows[:, 1:]] / 255
+    np.testing.assert_allclose(opacity, np.clip(values, 0, 1), atol=0.5 / 31 + 1 / 255)

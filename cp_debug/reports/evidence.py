@@ -69,23 +69,52 @@ def evidence(saved: SavedResult, test: TestResult) -> list[Evidence]:
 
 
 def _layer(saved: SavedResult, test: TestResult, row: LayerRow, reference: np.ndarray, captured: Capture) -> Evidence:
-    ours = _real(reference)
-    theirs = _real(captured.load(row.onnx, 0, row.component))
+    ours, theirs = _real(reference), _real(captured.load(row.onnx, 0, row.component))
     exact = _oracle(saved, test, row, captured)
-    error = np.abs(theirs - (ours if exact is None else exact))
-    error[~np.isfinite(error)] = np.inf if not np.isfinite(error).any() else error[np.isfinite(error)].max()
     name = "divergence (test − reference)" if exact is None else "introduced error (test − oracle)"
     # Rows of a BEV map count from its lowest y: they are shown upwards, as the detections are.
     upwards = saved.scene(row.sample) is not None
-    charts = [
+    drawn = charts(ours, theirs, exact, test.backend.precision, upwards=upwards)
+    return Evidence(row, name, worst_elements(ours, theirs, exact), drawn)
+
+
+def charts(
+    ours: np.ndarray, theirs: np.ndarray, exact: np.ndarray | None, precision: str, *, upwards: bool
+) -> list[tuple[str, Canvas]]:
+    """(caption, chart) of two tensors of one shape, those that make sense. ``exact`` is the oracle's value, if known;
+    ``upwards`` puts row 0 of a map at the bottom."""
+    error = _error(ours, theirs, exact)
+    drawn = (
         ("Values on both sides", _histogram(ours, theirs)),
-        (f"|{name.split(' (')[0]}| against magnitude", _against(ours if exact is None else exact, error, test)),
+        ("Error against magnitude", _against(ours if exact is None else exact, error, precision)),
         ("Error of each channel, RMS", _channels(error)),
         ("Where it sits: largest error over the channels", _heat(error, upwards)),
-    ]
-    return Evidence(
-        row, name, _worst(ours, theirs, exact, error), [(text, chart) for text, chart in charts if chart is not None]
     )
+    return [(caption, chart) for caption, chart in drawn if chart is not None]
+
+
+def worst_elements(ours: np.ndarray, theirs: np.ndarray, exact: np.ndarray | None) -> list[Worst]:
+    """The ``WORST`` elements, the largest error first."""
+    error = _error(ours, theirs, exact)
+    most = min(WORST, error.size)
+    top = np.argpartition(error, error.size - most, axis=None)[error.size - most :]
+    found = []
+    for place in top[np.argsort(error.flat[top])[::-1]]:
+        index = np.unravel_index(place, error.shape)
+        value = None if exact is None else float(exact[index])
+        found.append(Worst(tuple(int(i) for i in index), float(ours[index]), float(theirs[index]), value))
+    return found
+
+
+def _error(ours: np.ndarray, theirs: np.ndarray, exact: np.ndarray | None) -> np.ndarray:
+    """|test − oracle|, or |test − reference| without one; float64. What is not finite counts as the largest that is,
+    or as 1 where nothing is."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        error = np.abs(theirs.astype(np.float64) - (ours if exact is None else exact))
+    finite = np.isfinite(error)
+    if not finite.all():
+        error[~finite] = error[finite].max(initial=0) or 1.0
+    return error
 
 
 def _oracle(saved: SavedResult, test: TestResult, row: LayerRow, captured: Capture) -> np.ndarray | None:
@@ -142,7 +171,7 @@ def _histogram(ours: np.ndarray, theirs: np.ndarray) -> Canvas | None:
     return canvas
 
 
-def _against(magnitude: np.ndarray, error: np.ndarray, test: TestResult) -> Canvas | None:
+def _against(magnitude: np.ndarray, error: np.ndarray, precision: str) -> Canvas | None:
     """A two-dimensional histogram on log axes, with the line of one unit roundoff of the test's precision."""
     size, wrong = np.abs(_some(magnitude)), _some(error)
     shown = (size > 0) & (wrong > 0) & np.isfinite(size)
@@ -160,11 +189,11 @@ def _against(magnitude: np.ndarray, error: np.ndarray, test: TestResult) -> Canv
     image = opacity_png(np.log1p(counts) / np.log1p(counts.max() or 1), ACCENT)
     canvas.image(image, left, top, right - left, bottom - top)
     canvas.axes(x, y, "magnitude", "error")
-    roundoff = PRECISIONS[test.backend.precision].roundoff
+    roundoff = PRECISIONS[precision].roundoff
     ends = max(x.low, y.low / roundoff), min(x.high, y.high / roundoff)
     if ends[0] < ends[1]:
         canvas.path([(x(m), y(m * roundoff)) for m in ends], "line expected")
-        canvas.text(x(ends[1]) - 6, y(ends[1] * roundoff) - 8, f"one {test.backend.precision} roundoff", "tick end")
+        canvas.text(x(ends[1]) - 6, y(ends[1] * roundoff) - 8, f"one {precision} roundoff", "tick end")
     return canvas
 
 
@@ -212,15 +241,3 @@ def _heat(error: np.ndarray, upwards: bool) -> Canvas | None:
     canvas.text(left - 14, top + height / 2, "row", "name middle", turn=-90)
     canvas.text(left + width + 8, top + 10, f"solid: {largest:.3g}", "tick")
     return canvas
-
-
-def _worst(ours: np.ndarray, theirs: np.ndarray, exact: np.ndarray | None, error: np.ndarray) -> list[Worst]:
-    flat = error.reshape(-1)
-    most = min(WORST, flat.size)
-    top = np.argpartition(flat, flat.size - most)[flat.size - most :]
-    found = []
-    for place in top[np.argsort(flat[top])[::-1]]:
-        index = np.unravel_index(place, error.shape)
-        value = None if exact is None else float(exact[index])
-        found.append(Worst(tuple(int(i) for i in index), float(ours[index]), float(theirs[index]), value))
-    return found
