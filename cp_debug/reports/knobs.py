@@ -36,7 +36,7 @@ def render_knobs(knobs: Knobs) -> Iterator[RenderableType]:
     left = number(knobs.difference_without)
     yield Text.assemble(
         (f"optimiser: {names}", "bold yellow"),
-        f": final outputs differ by {size} (rel. L2) from the unoptimised program, by {left} without them; "
+        f": final outputs differ by {size} (rel. L2) from the unoptimised program's, by {left} when disabled; "
         f"the difference begins at level {knobs.level} ({runs})",
     )
     table = Table("optimiser", "rel. L2 alone", "rewrites", box=None, header_style="bold", pad_edge=False)

@@ -34,6 +34,10 @@ def bundle(
     found = shrinker.find(cutter.layer())
     case = shrinker.nodes(found)
     history = [f"{len(case.program.model.graph.node)} of the component's {len(cutter.graph.nodes)} nodes"]
+    if str(verifier.backend.spec) != accused.backend.spec:
+        history.append(
+            f"found on {accused.backend.spec}, repeated on {verifier.backend.spec}, which runs the same graph"
+        )
     if len(found) > len(cutter.layer()):
         history.append(f"the layer alone does not fail: {len(found)} nodes around it do")
     if redact:
