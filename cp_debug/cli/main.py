@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from cp_debug.cli import bisect, bundle, capture, compare, demo, doctor, models, report
+from cp_debug.cli import bisect, bundle, capture, check, compare, demo, doctor, models, report
 from cp_debug.cli import eval as evaluation
 from cp_debug.cli.console import errors
 from cp_debug.errors import CpdebugError
@@ -26,6 +26,7 @@ for command in (
     bisect.bisect,
     bundle.bundle,
     capture.capture,
+    check.check,
     compare.compare,
     demo.demo,
     doctor.doctor,

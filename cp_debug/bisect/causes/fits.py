@@ -7,14 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-PER_PARAMETER = 4
+PER_PARAMETER = 2
 """Elements that a fold needs for each number fitted to it."""
 
 
 def halves(mask: Tensor) -> tuple[Tensor, Tensor]:
     """``mask`` dealt out by chance to two folds; the same on every call."""
-    coin = torch.rand(mask.shape, generator=torch.Generator().manual_seed(0)) < 0.5
-    return mask & coin, mask & ~coin
+    places = mask.flatten().nonzero().flatten()
+    order = torch.randperm(len(places), generator=torch.Generator().manual_seed(0))
+    first = torch.zeros_like(mask).flatten()
+    first[places[order[: len(places) // 2]]] = True
+    first = first.reshape(mask.shape)
+    return first, mask & ~first
 
 
 def cross_fit(

@@ -14,6 +14,8 @@ from cp_debug.bisect.causes.segment import Segment, as_double
 
 MOST_SLICES = 1024
 """Slices along an axis up to which each is compared with each."""
+FEW = 4
+"""Elements of a slice below which its partner must equal it."""
 REACH = 2
 """Cells by which a map may be shifted."""
 
@@ -60,7 +62,7 @@ def permuted(segment: Segment) -> Iterator[Candidate]:
         return
     for axis in range(exact.dim()):
         count = exact.shape[axis]
-        if count < 2 or exact.numel() // count < 4:
+        if count < 2:
             continue
         ours, theirs = (t.movedim(axis, 0).flatten(1) for t in (exact, test))
         order = _nearest(ours, theirs) if count <= MOST_SLICES else _same_rows(ours, theirs)
@@ -69,6 +71,8 @@ def permuted(segment: Segment) -> Iterator[Candidate]:
         moved = (order != torch.arange(count)).nonzero().flatten()
         if not len(moved):
             continue
+        if ours.shape[1] < FEW and not torch.allclose(ours[order], theirs, rtol=1e-3):
+            continue  # so few elements find a near partner by chance
         value = ours[order].reshape(exact.movedim(axis, 0).shape).movedim(0, axis)
         pairs = ", ".join(f"{int(i)}←{int(order[i])}" for i in moved[:6])
         says = f"axis {axis} is permuted: {pairs}" + (", …" if len(moved) > 6 else "")

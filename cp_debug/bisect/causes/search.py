@@ -11,9 +11,10 @@ from cp_debug.bisect.causes.segment import Segment
 ENOUGH = 0.9
 """Share of the introduced error that a cause must explain; and as much of the captured result's own variation, lest
 anything small explain an error that is the loss of a large exact result."""
-ROUNDING = 1.5
-"""A cause is complete when it leaves no more than this many times what the claimed precision must introduce."""
-CLOSE = 1.6
+ROUNDING = 2.0
+"""A cause is complete when it leaves no more than this many times what the claimed precision must introduce: what is
+put behind a rounded result is rounded once more."""
+CLOSE = 1.25
 """Explanations whose residuals are within this factor of the best one are equally good: the simplest is taken."""
 
 

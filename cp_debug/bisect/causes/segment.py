@@ -180,7 +180,7 @@ class Segment:
     def expected(self) -> float:
         """L2 norm of what the claimed precision must introduce."""
         rounding = torch.where(self.finite & torch.isfinite(self.claimed), self.claimed - self.exact, 0.0)
-        scale = float(torch.linalg.vector_norm(torch.where(self.finite, self.exact, 0.0)))
+        scale = max(float(torch.linalg.vector_norm(torch.where(self.finite, v, 0.0))) for v in (self.exact, self.test))
         return max(float(torch.linalg.vector_norm(rounding)), FLOOR * self.lab.claim.roundoff * scale)
 
     @cached_property

@@ -1,0 +1,264 @@
+"""What can be said of a model before any backend runs it: ranges, reduction lengths, normalisations, quantisers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cp_debug.backends.arithmetic import FP64
+from cp_debug.backends.base import Program
+from cp_debug.backends.registry import create
+from cp_debug.backends.rounding import round_fp16
+from cp_debug.backends.spec import BackendSpec
+from cp_debug.backends.weights import Weights
+from cp_debug.bisect.causes.ranges import HALF, half_figures
+from cp_debug.bisect.layers import layer_name
+from cp_debug.bisect.pipeline import Key, Pipeline
+from cp_debug.bisect.scene import decode
+from cp_debug.bisect.verdict import RANGE
+from cp_debug.probes.graph import Node
+from cp_debug.recipes.base import Arrays, Model, Sample
+
+LONG = 1152
+"""Reduction length from which FP16 accumulation is a risk: measured on TensorRT 8.6 it introduces 4.4 times what FP32
+accumulation would, more than rounding explains (3.3 times at 576, 6.1 at 2304)."""
+GROWTH = 0.13
+"""That excess divided by the square root of the reduction length."""
+UNEVEN = 8.0
+"""Ratio of the largest to the median channel range from which one INT8 scale is too few."""
+
+PROBLEM, RISK = "problem", "risk"
+
+
+@dataclass
+class Concern:
+    """One thing to look at. A ``problem`` is wrong or will be in some precision; a ``risk`` may be."""
+
+    check: str
+    severity: str
+    says: str
+    layers: list[str]
+    fix: str
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+class Preflight:
+    """The checks of one model; ``sample`` None leaves out those that need activations."""
+
+    def __init__(self, model: Model, programs: Sequence[Program], sample: Sample | None) -> None:
+        self.model, self.programs, self.sample = model, programs, sample
+        self._names = {Key(p.name, v): layer_name(p, v) for p in programs for v in p.graph.producer}
+
+    def concerns(self) -> list[Concern]:
+        """All of them, problems first."""
+        found: list[Concern] = []
+        for program in self.programs:
+            weights = Weights(program.graph, FP64, torch.device("cpu"), 0)
+            found += _ranges_of_weights(program, weights)
+            found += _long_sums(program, weights)
+            found += _normalizations(program, weights)
+            found += _quantizers(program, weights)
+        if self.sample is not None:
+            found += self._activations(self.sample)
+        return sorted(found, key=lambda c: c.severity != PROBLEM)
+
+    def _activations(self, sample: Sample) -> Iterator[Concern]:
+        """One FP32 pass over the whole chain."""
+        lost: dict[str, dict[str, float]] = {}
+        strange: list[str] = []
+        clipped: dict[str, float] = {}
+        quantizers = {
+            Key(p.name, node.inputs[0]): _scale_of(node, Weights(p.graph, FP64, torch.device("cpu"), 0))
+            for p in self.programs
+            for node in p.graph.nodes
+            if node.op == "QuantizeLinear"
+        }
+
+        def look(key: Key, tensor: Any) -> None:
+            value = FP64.hold(tensor, "cpu")
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                return
+            name = self._names.get(key, key.value)
+            if not bool(torch.isfinite(value).all()):
+                strange.append(name)
+            if figures := leaves_half(value):
+                lost[name] = figures
+            if (scale := quantizers.get(key)) and value.numel():
+                clipped[name] = float(value.abs().max()) / (127 * scale)
+
+        with Pipeline(self.model, self.programs, create(BackendSpec.parse("emu-fp32"))) as pipeline:
+            results = pipeline.run(sample, look)
+        if strange:
+            yield Concern(
+                "activations", PROBLEM, "NaN or Inf in FP32", strange, "cpdebug bisect names where they are born"
+            )
+        yield from _beyond_half("activations", lost)
+        yield from _clipped(clipped)
+        yield from self._probabilities(sample, results)
+
+    def _probabilities(self, sample: Sample, results: Mapping[str, Arrays]) -> Iterator[Concern]:
+        """Scores that were never squeezed into (0, 1), or twice."""
+        scores = getattr(decode(self.model, sample, results), "scores", None)
+        last = self.model.components[-1]
+        if scores is None or not len(scores):
+            return
+        low, high = float(np.min(scores)), float(np.max(scores))
+        squeezed = [n for n, v in results[last.name].items() if v.size and v.min() >= 0 and v.max() <= 1]
+        figures = {"lowest": low, "highest": high}
+        if low < 0 or high > 1:
+            says = f"decoded scores lie between {low:.3g} and {high:.3g}: logits are read as probabilities"
+            yield Concern(
+                "probabilities", PROBLEM, says, list(last.output_names), "apply a sigmoid before decoding", figures
+            )
+        elif low >= 0.5 and squeezed:
+            says = f"all decoded scores are at least {low:.3g}: probabilities are read as logits"
+            yield Concern(
+                "probabilities", PROBLEM, says, squeezed, "export logits, or decode without a sigmoid", figures
+            )
+
+
+def leaves_half(exact: Tensor) -> dict[str, float] | None:
+    """What FP16 loses of a tensor, where that is more than its rounding: overflows, or a large storage loss."""
+    figures = half_figures(exact)
+    finite = exact[torch.isfinite(exact)]
+    stored = round_fp16(finite.float()).double()
+    kept = torch.isfinite(stored)
+    norm = float(torch.linalg.vector_norm(finite[kept])) or 1.0
+    figures["storage_loss"] = float(torch.linalg.vector_norm(stored[kept] - finite[kept])) / norm
+    return figures if figures["overflows"] or figures["storage_loss"] > RANGE * HALF.roundoff else None
+
+
+def _beyond_half(check: str, lost: Mapping[str, Mapping[str, float]]) -> Iterator[Concern]:
+    ways = (
+        ("overflow FP16 (beyond 65504)", {n: f for n, f in lost.items() if f["overflows"]}),
+        ("vanish or lose bits in FP16 (below 6.1e-5)", {n: f for n, f in lost.items() if not f["overflows"]}),
+    )
+    for what, layers in ways:
+        if layers:
+            worst = max(layers.values(), key=lambda f: (f["overflows"], f["storage_loss"]))
+            says = f"{check} {what}: largest {worst['largest']:.3g}, storage loses {worst['storage_loss']:.2g}"
+            fix = "rescale these layers and their readers, or keep them in FP32 or BF16"
+            yield Concern(check, PROBLEM, says, list(layers), fix, dict(worst))
+
+
+def _ranges_of_weights(program: Program, weights: Weights) -> Iterator[Concern]:
+    lost = {}
+    for node in program.graph.nodes:
+        for name in node.inputs:
+            value = weights[name] if weights.holds(name) else None
+            if isinstance(value, Tensor) and value.is_floating_point() and value.dim():
+                if not bool(torch.isfinite(value).all()):
+                    says = f"NaN or Inf in the weight {name}"
+                    yield Concern("weights", PROBLEM, says, [_layer(program, node)], "export from a sound checkpoint")
+                if figures := leaves_half(value):
+                    lost[f"{_layer(program, node)} ({name})"] = figures
+    yield from _beyond_half("weights", lost)
+
+
+def _long_sums(program: Program, weights: Weights) -> Iterator[Concern]:
+    """Reduction lengths at which FP16 accumulation shows."""
+    lengths = {}
+    for node in program.graph.nodes:
+        constant = [i for i in node.inputs[1:2] if weights.holds(i)]
+        if node.op in ("Conv", "ConvTranspose", "Gemm", "MatMul") and constant:
+            shape = weights[constant[0]].shape
+            long = (
+                shape[-2] if node.op == "MatMul" else shape[0] if node.op == "ConvTranspose" else math.prod(shape[1:])
+            )
+            if long >= LONG:
+                lengths[_layer(program, node)] = int(long)
+    if lengths:
+        longest = max(lengths.values())
+        says = (
+            f"sums of up to {longest} products: accumulated in FP16 they introduce about "
+            f"{GROWTH * math.sqrt(longest):.1f} times the rounding of FP32 accumulation"
+        )
+        fix = "keep these layers in FP32 or BF16 where a backend accumulates in FP16 (TensorRT: …_f16f16_f16f16_f16_…)"
+        yield Concern("accumulation", RISK, says, list(lengths), fix, {"lengths": lengths})
+
+
+def _normalizations(program: Program, weights: Weights) -> Iterator[Concern]:
+    """BatchNorms in which ε outweighs a variance: any other ε, or any rounding of the variance, shows there."""
+    small: dict[str, int] = {}
+    for node in program.graph.nodes:
+        if node.op == "BatchNormalization" and weights.holds(node.proto.input[4]):
+            eps = next((a.f for a in node.proto.attribute if a.name == "epsilon"), 1e-5)
+            small[_layer(program, node)] = int((weights[node.proto.input[4]] <= eps).sum())
+    if not small and program.module is not None:
+        prefix = program.alignment.prefix if program.alignment else ""
+        for path, module in program.module.named_modules():
+            variance = getattr(module, "running_var", None)
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and variance is not None:
+                small[".".join(p for p in (prefix, path) if p)] = int((variance <= module.eps).sum())
+    small = {name: count for name, count in small.items() if count}
+    if small:
+        says = f"eps outweighs the variance of {sum(small.values())} channels: they depend on the exact eps"
+        fix = "give the target the same eps; such channels are dead, or were never trained"
+        yield Concern("batchnorm", RISK, says, list(small), fix, {"channels": small})
+
+
+def _quantizers(program: Program, weights: Weights) -> Iterator[Concern]:
+    for node in program.graph.nodes:
+        if node.op not in ("QuantizeLinear", "DequantizeLinear") or not weights.holds(node.inputs[1]):
+            continue
+        layer, scale = _layer(program, node), weights[node.inputs[1]].double()
+        if not bool(((scale > 0) & torch.isfinite(scale)).all()):
+            says = f"a scale is {float(scale.min()):.3g}: it must be positive and finite"
+            yield Concern("quantisation", PROBLEM, says, [layer], "calibrate this tensor again")
+        for reader in program.graph.consumers.get(node.outputs[0], []) if node.op == "QuantizeLinear" else []:
+            if reader.op == "DequantizeLinear" and not _same(node, reader, weights):
+                says = f"{node.name} and {reader.name} disagree in scale or zero point"
+                yield Concern("quantisation", PROBLEM, says, [layer], "give both the same parameters")
+        if node.op == "DequantizeLinear" and weights.holds(node.inputs[0]):
+            yield from _quantized_weight(layer, weights[node.inputs[0]].double(), scale)
+
+
+def _quantized_weight(layer: str, levels: Tensor, scale: Tensor) -> Iterator[Concern]:
+    """Weights at the end of the range, or with one scale for channels of very different range."""
+    share = float((levels.abs() >= 127).double().mean())
+    if share > 0.01:
+        says = f"{share:.1%} of the quantised weights are at the end of the range: the scale clips"
+        yield Concern("quantisation", RISK, says, [layer], "calibrate the weight by its maximum")
+    if scale.numel() == 1 and levels.dim() > 1:
+        ranges = levels.abs().flatten(1).amax(1)
+        ranges = ranges[ranges > 0]
+        if len(ranges) > 1 and float(ranges.max() / ranges.median()) > UNEVEN:
+            ratio = float(ranges.max() / ranges.median())
+            says = f"one scale for channels whose ranges differ {ratio:.0f} times"
+            yield Concern("quantisation", RISK, says, [layer], "quantise the weight per channel")
+
+
+def _clipped(clipped: Mapping[str, float]) -> Iterator[Concern]:
+    """Activations against the range of their quantisers."""
+    over = {n: r for n, r in clipped.items() if r > 1.01}
+    coarse = {n: r for n, r in clipped.items() if 0 < r < 0.25}
+    if over:
+        says = f"activations reach {max(over.values()):.2f} times what their INT8 scale holds"
+        yield Concern("quantisation", RISK, says, list(over), "calibrate again: a higher percentile", {"reach": over})
+    if coarse:
+        says = f"INT8 scales up to {1 / min(coarse.values()):.0f} times too coarse for their activations"
+        yield Concern(
+            "quantisation", RISK, says, list(coarse), "calibrate again: a lower percentile", {"reach": coarse}
+        )
+
+
+def _same(quantize: Node, dequantize: Node, weights: Weights) -> bool:
+    for ours, theirs in zip(quantize.inputs[1:], dequantize.inputs[1:], strict=False):
+        if weights.holds(ours) and weights.holds(theirs) and not torch.equal(weights[ours], weights[theirs]):
+            return False
+    return True
+
+
+def _scale_of(node: Node, weights: Weights) -> float | None:
+    scale = weights[node.inputs[1]] if weights.holds(node.inputs[1]) else None
+    return float(scale) if scale is not None and scale.numel() == 1 else None
+
+
+def _layer(program: Program, node: Node) -> str:
+    return layer_name(program, node.outputs[0])

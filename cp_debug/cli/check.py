@@ -1,0 +1,52 @@
+"""``cpdebug check``: what can be known before a backend runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def check(
+    model: Annotated[str, typer.Argument(help="As for bisect.")] = "centerpoint:tiny",
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights for the recipe: .pt or .safetensors.")] = None,
+    inputs: Annotated[Path | None, typer.Option(help="As for bisect.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of made-up inputs.")] = 0,
+    activations: Annotated[
+        bool, typer.Option(help="Also look at the activations of one sample, in one FP32 pass.")
+    ] = True,
+    json: Annotated[bool, typer.Option("--json", help="Machine-readable, on stdout.")] = False,
+) -> None:
+    """Look for what will go wrong: ranges of FP16, long sums, tiny variances, INT8 scales, logits read as scores.
+
+    Exits with 1 when there is a problem; risks alone leave it at 0.
+    """
+    from dataclasses import asdict
+    from json import dumps
+    from tempfile import TemporaryDirectory
+
+    from rich.text import Text
+
+    from cp_debug.bisect.pipeline import prepare
+    from cp_debug.bisect.preflight import PROBLEM, Preflight
+    from cp_debug.bisect.result import json_safe
+    from cp_debug.cli.console import console
+    from cp_debug.recipes.registry import load_model
+
+    loaded = load_model(model, checkpoint=checkpoint, seed=seed)
+    sample = next(iter(loaded.samples(1, seed, inputs)))
+    with TemporaryDirectory(prefix="cpdebug-") as scratch:
+        programs = prepare(loaded, sample, Path(scratch))
+        concerns = Preflight(loaded, programs, sample if activations else None).concerns()
+    if json:
+        print(dumps(json_safe([asdict(concern) for concern in concerns]), indent=1, allow_nan=False))
+    for concern in () if json else concerns:
+        style = "bold red" if concern.severity == PROBLEM else "bold yellow"
+        console.print(Text.assemble((f"{concern.severity}: {concern.check}", style), f": {concern.says}"))
+        more = f" and {len(concern.layers) - 6} more" if len(concern.layers) > 6 else ""
+        console.print(Text(f"   layers   {', '.join(concern.layers[:6])}{more}", "dim"))
+        console.print(Text(f"   fix      {concern.fix}"))
+    if not concerns and not json:
+        console.print(Text("✓ nothing to worry about", "bold green"))
+    raise typer.Exit(int(any(concern.severity == PROBLEM for concern in concerns)))

@@ -1,0 +1,105 @@
+"""The pre-flight checks: each trouble is found where it is, and a sound model has none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nets import NetBuilder, second_like
+from typer.testing import CliRunner
+
+from cp_debug.backends.base import Program
+from cp_debug.bisect.pipeline import prepare
+from cp_debug.bisect.preflight import PROBLEM, RISK, Concern, Preflight
+from cp_debug.cli.main import app
+from cp_debug.recipes.base import Arrays, Sample
+from cp_debug.recipes.onnx_file import OnnxFileModel
+
+
+def check(path: Path, size: float = 1.0) -> list[Concern]:
+    model = OnnxFileModel(path)
+    sample = next(iter(model.samples(1, 0, None)))
+    sample.arrays["x"] = sample.arrays["x"] * np.float32(size)
+    return Preflight(model, prepare(model, sample, path.parent), sample).concerns()
+
+
+def build(folder: Path, net: NetBuilder, output: str, channels: int = 4) -> Path:
+    return net.save(folder / "net.onnx", {"x": (1, [1, channels, 8, 8])}, [output])
+
+
+def test_a_sound_model_has_no_concern(tmp_path: Path) -> None:
+    assert check(second_like(tmp_path / "net.onnx")) == []
+
+
+@pytest.mark.parametrize(("scale", "words"), [(1e6, "overflow"), (1e-7, "vanish")])
+def test_weights_and_activations_beyond_half_precision(tmp_path: Path, scale: float, words: str) -> None:
+    net = NetBuilder()
+    weight = net.weight((np.random.default_rng(0).standard_normal((4, 4, 1, 1)) * scale).astype(np.float32))
+    found = check(build(tmp_path, net, net.op("Conv", "x", weight, name="conv")))
+    assert {(c.check, c.severity) for c in found} == {("weights", PROBLEM), ("activations", PROBLEM)}
+    assert all(words in c.says for c in found)
+    assert any("node_conv" in layer for c in found for layer in c.layers)
+
+
+def test_long_sums_and_tiny_variances_are_risks(tmp_path: Path) -> None:
+    net = NetBuilder()
+    x = net.conv("x", 256, 4, name="long")
+    scale, shift, mean = (net.weight(np.ones(4, np.float32)) for _ in range(3))
+    variance = net.weight(np.array([1, 1e-9, 1, 1], np.float32))
+    found = check(build(tmp_path, net, net.op("BatchNormalization", x, scale, shift, mean, variance), 256))
+    assert [(c.check, c.severity) for c in found] == [("accumulation", RISK), ("batchnorm", RISK)]
+    assert found[0].figures["lengths"] == {"node_long": 2304}
+    assert list(found[1].figures["channels"].values()) == [1]
+
+
+def test_quantisers_that_disagree_clip_or_are_coarse(tmp_path: Path) -> None:
+    net = NetBuilder()
+    scales = [net.weight(np.float32(s)) for s in (0.001, 0.002, 10.0)]
+    zero = net.weight(np.int8(0))
+    clipped = net.op("DequantizeLinear", net.op("QuantizeLinear", "x", scales[0], zero), scales[1], zero)
+    coarse = net.op("DequantizeLinear", net.op("QuantizeLinear", clipped, scales[2], zero), scales[2], zero)
+    says = " ".join(c.says for c in check(build(tmp_path, net, coarse)))
+    assert "disagree" in says
+    assert "what their INT8 scale holds" in says
+    assert "too coarse" in says
+
+
+class Scores:
+    def __init__(self, scores: np.ndarray) -> None:
+        self.scores = scores
+
+
+@pytest.mark.parametrize(("sigmoids", "words"), [(0, "logits are read"), (2, "probabilities are read"), (1, None)])
+def test_logits_and_probabilities(tmp_path: Path, sigmoids: int, words: str | None) -> None:
+    net = NetBuilder()
+    x = net.conv("x", 4, 4)
+    path = build(tmp_path, net, net.op("Sigmoid", x) if sigmoids == 2 else x)
+
+    class Decoding(OnnxFileModel):
+        def decode(self, sample: Sample, results: dict[str, Arrays]) -> Scores:
+            (outputs,) = results.values()
+            (values,) = outputs.values()
+            scores = torch.from_numpy(values)
+            return Scores((scores if sigmoids == 0 else scores.sigmoid()).numpy().ravel())
+
+    model = Decoding(path)
+    sample = next(iter(model.samples(1, 0, None)))
+    programs: Sequence[Program] = prepare(model, sample, tmp_path)
+    found = [c.says for c in Preflight(model, programs, sample).concerns() if c.check == "probabilities"]
+    assert [words in says for says in found if words] == ([True] if words else [])
+    assert bool(found) == (words is not None)
+
+
+def test_the_command_exits_with_one_on_problems_only(tmp_path: Path) -> None:
+    sound = second_like(tmp_path / "sound.onnx")
+    assert CliRunner().invoke(app, ["check", str(sound)]).exit_code == 0
+    net = NetBuilder()
+    weight = net.weight(np.full((4, 4, 1, 1), 1e6, np.float32))
+    broken = build(tmp_path, net, net.op("Conv", "x", weight))
+    told = CliRunner().invoke(app, ["check", str(broken), "--json", "--no-activations"])
+    assert told.exit_code == 1
+    assert [c["check"] for c in json.loads(told.stdout)] == ["weights"]
