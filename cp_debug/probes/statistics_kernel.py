@@ -32,17 +32,21 @@ def _signature(real: Any, bits: Any) -> Any:
     return readonly(real), readonly(real), readonly(bits), real[::1], bits[::1], uint32[:, ::1], bits, bits, bits, bits
 
 
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(*signatures: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Compile a function for these signatures now, or from the cache."""
     # Sums may be reordered so that they vectorise; NaN and Inf keep their meaning.
-    fastmath = {"reassoc", "nsz", "contract"}
-    signatures = [_signature(float32, uint32), _signature(float64, uint64)]
-    try:
-        return njit(signatures, cache=True, nogil=True, fastmath=fastmath, error_model="numpy")(function)
-    except (RuntimeError, OSError):  # no folder that may be written, neither here nor in the user's home
-        return njit(signatures, nogil=True, fastmath=fastmath, error_model="numpy")(function)
+    options = {"nogil": True, "fastmath": {"reassoc", "nsz", "contract"}, "error_model": "numpy"}
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        try:
+            return njit(list(signatures), cache=True, **options)(function)
+        except (RuntimeError, OSError):  # no folder that may be written, neither here nor in the user's home
+            return njit(list(signatures), **options)(function)
+
+    return decorate
 
 
-@_compile
+@compiled(_signature(float32, uint32), _signature(float64, uint64))
 def _accumulate(ref, test, ref_bits, diff, diff_bits, histogram, mask, infinity, shift, lowest):  # type: ignore[no-untyped-def]
     zero = mask ^ mask
     largest, largest_ref = zero, zero
