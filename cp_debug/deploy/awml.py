@@ -1,0 +1,229 @@
+"""AWML's ``deploy_config.py``, old and new forms, as this project's configuration.
+
+The keys are those of ``deployment/configs/schema.py`` in tier4/AWML, and of the earlier files with ``model_io`` and
+``backend_config``. What a file says about tensors of another pipeline (``voxels``, ``num_points``) is left alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from cp_debug.deploy.config import VARIANTS, Mode, Policy, Section, validate
+from cp_debug.deploy.literals import read_literals
+from cp_debug.errors import InputError
+
+Framework = Literal["pytorch", "onnx", "tensorrt"]
+BACKENDS = {"pytorch": "torch", "onnx": "ort"}
+
+
+class _Shapes(Section):
+    min_shape: list[int]
+    opt_shape: list[int]
+    max_shape: list[int]
+
+
+class _Tensor(Section):
+    name: str
+    dtype: str = "float32"
+    shape: list[int] | None = None
+
+
+class _IO(Section):
+    inputs: list[_Tensor]
+    outputs: list[_Tensor]
+    dynamic_axes: dict[str, dict[int, str]] | None = None
+
+
+class _Component(Section):
+    name: str | None = None
+    onnx_file: str
+    engine_file: str
+    io: _IO | None = None
+    tensorrt_profile: dict[str, _Shapes] = Field(default={})
+
+
+class _Devices(Section):
+    cpu: str = "cpu"
+    cuda: str | None = "cuda:0"
+
+
+class _Export(Section):
+    mode: Mode = "both"
+    work_dir: str = "work_dirs"
+    onnx_path: str | None = None
+    verify: bool | None = None
+    device: str | None = None
+
+
+class _Runtime(Section):
+    info_file: str | None = None
+    sample_idx: int = 0
+    onnx_file: str | None = None
+
+
+class _Onnx(Section):
+    opset_version: int = 17
+    do_constant_folding: bool = True
+    export_params: Literal[True] = True
+    keep_initializers_as_inputs: Literal[False] = False
+    simplify: bool = False
+    multi_file: bool = True
+    save_file: str | None = None
+    input_names: list[str] | None = None
+    output_names: list[str] | None = None
+    dynamic_axes: dict[str, dict[int, str]] | None = None
+    components: dict[str, _Component] = Field(default={})
+
+
+class _TensorRT(Section):
+    precision_policy: Policy = "auto"
+    max_workspace_size: int = Field(default=1 << 30, ge=1 << 20)
+
+
+class _ModelInput(Section):
+    input_shapes: dict[str, _Shapes] = Field(default={})
+    name: str | None = None
+    shape: list[int] | None = None
+    dtype: str | None = None
+
+
+class _BackendConfig(Section):
+    type: str = "tensorrt"
+    common_config: _TensorRT = _TensorRT()
+    model_inputs: list[_ModelInput] | None = None
+
+
+class _EvaluatedBackend(Section):
+    enabled: bool = True
+    device: str | None = None
+    model_dir: str | None = None
+    engine_dir: str | None = None
+    checkpoint: str | None = None
+
+
+class _Evaluation(Section):
+    enabled: bool = False
+    num_samples: int = 10
+    verbose: bool = False
+    backends: dict[Framework, _EvaluatedBackend] = Field(default={})
+    models: dict[Framework, str | None] = Field(default={})
+    models_to_evaluate: list[Framework] = Field(default=[])
+    devices: dict[str, str] = Field(default={})
+
+
+class _Scenario(Section):
+    ref_backend: Framework
+    ref_device: str
+    test_backend: Framework
+    test_device: str
+
+
+class _Verification(Section):
+    enabled: bool = True
+    num_verify_samples: int = 3
+    tolerance: float = 0.1
+    devices: _Devices = _Devices()
+    scenarios: dict[Mode, list[_Scenario] | None] | None = None
+
+
+class _Quantization(Section):
+    enabled: Literal[False] = False
+    mode: str | None = None
+    fuse_bn: bool | None = None
+    sensitive_layers: list[str] = Field(default=[])
+
+
+class AwmlConfig(Section):
+    """A whole file. ``model_io`` describes the pipeline that AWML had before components, and is not used."""
+
+    task_type: Literal["detection3d"] = "detection3d"
+    checkpoint_path: str | None = None
+    devices: _Devices = _Devices()
+    export: _Export = _Export()
+    components: dict[str, _Component] = Field(default={})
+    runtime_io: _Runtime = _Runtime()
+    model_io: dict[str, Any] = Field(default={})
+    onnx_config: _Onnx = _Onnx()
+    tensorrt_config: _TensorRT | None = None
+    backend_config: _BackendConfig = _BackendConfig()
+    evaluation: _Evaluation = _Evaluation()
+    verification: _Verification = _Verification()
+    quantization: _Quantization = _Quantization()
+
+
+def read_awml(path: Path) -> dict[str, Any]:
+    """The file as a document of ``DeployConfig``. Raises InputError that names the file and the key or line."""
+    return _document(validate(AwmlConfig, read_literals(path), path), path)
+
+
+def _document(awml: AwmlConfig, path: Path) -> dict[str, Any]:
+    engine = awml.tensorrt_config or awml.backend_config.common_config
+    verification, mode = awml.verification, awml.export.mode
+    scenarios = None if verification.scenarios is None else verification.scenarios.get(mode) or []
+    variant = VARIANTS.get(engine.precision_policy, engine.precision_policy)
+
+    def spec(framework: str, device: str | None) -> str:
+        if framework == "tensorrt" and device == "cpu":
+            device = "cuda"  # AWML's export device, which does not hold for engines
+        place = {"cuda": awml.devices.cuda, "cpu": awml.devices.cpu}.get(device or "", device)
+        if device == "cuda" and place is None:
+            raise InputError(f"{path}: devices.cuda is None, but {framework} runs on cuda; expected a device")
+        name = BACKENDS.get(framework, f"trt-{variant}")
+        return f"{name}@{place}" if place else name
+
+    evaluated = [spec(f, b.device) for f, b in awml.evaluation.backends.items() if b.enabled]
+    evaluated += [spec(f, awml.export.device) for f in (*awml.evaluation.models, *awml.evaluation.models_to_evaluate)]
+    return {
+        "checkpoint": awml.checkpoint_path or awml.evaluation.models.get("pytorch"),
+        "work_dir": awml.export.work_dir,
+        "export": {
+            "mode": mode,
+            "opset": awml.onnx_config.opset_version,
+            "fold": awml.onnx_config.do_constant_folding,
+            "simplify": awml.onnx_config.simplify,
+            "onnx_dir": awml.export.onnx_path,
+        },
+        "components": _components(awml),
+        "tensorrt": {
+            "precision": engine.precision_policy,
+            "workspace_mib": engine.max_workspace_size >> 20,
+        },
+        "data": {"path": awml.runtime_io.info_file, "first": awml.runtime_io.sample_idx},
+        "verify": {
+            "enabled": verification.enabled if awml.export.verify is None else awml.export.verify,
+            "samples": verification.num_verify_samples,
+            "max_abs": verification.tolerance,
+            "scenarios": scenarios
+            and [
+                {"reference": spec(s.ref_backend, s.ref_device), "test": spec(s.test_backend, s.test_device)}
+                for s in scenarios
+            ],
+        },
+        "evaluate": {
+            "enabled": awml.evaluation.enabled,
+            "samples": awml.evaluation.num_samples,
+            "backends": list(dict.fromkeys(evaluated)) or None,
+        },
+    }
+
+
+def _components(awml: AwmlConfig) -> dict[str, Any]:
+    """By the component's own name; profiles may stand with the component or, all together, with the backend."""
+    together = {
+        name: shapes for each in awml.backend_config.model_inputs or () for name, shapes in each.input_shapes.items()
+    }
+    found = {}
+    for key, component in (awml.components or awml.onnx_config.components).items():
+        profiles = component.tensorrt_profile or together
+        found[component.name or key] = {
+            "onnx_file": component.onnx_file,
+            "engine_file": component.engine_file,
+            "inputs": component.io and [t.name for t in component.io.inputs],
+            "outputs": component.io and [t.name for t in component.io.outputs],
+            "dynamic_axes": component.io and component.io.dynamic_axes,
+            "profile": {n: {"min": s.min_shape, "opt": s.opt_shape, "max": s.max_shape} for n, s in profiles.items()},
+        }
+    return found
