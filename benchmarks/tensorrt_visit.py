@@ -99,7 +99,13 @@ def quantize(program: Program, feed: Mapping[str, np.ndarray], path: Path) -> Pr
         per_channel=True,
         activation_type=QuantType.QInt8,
         weight_type=QuantType.QInt8,
-        extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
+        extra_options={
+            "ActivationSymmetric": True,
+            "WeightSymmetric": True,
+            "QuantizeBias": False,
+            "AddQDQPairToWeight": True,  # TensorRT 8 reads no kernel that is stored in INT8
+            "OpTypesToExcludeOutputQuantization": ["Conv"],
+        },
     )
     return replace(program, graph=Graph(path), module=None, alignment=None)
 

@@ -93,6 +93,7 @@ class ITensor:
     def __init__(self, trt: ModuleType, name: str, dtype: str, shape: tuple[int, ...]) -> None:
         self.name, self.dtype, self.shape = name, getattr(trt.DataType, dtype), shape
         self.is_shape_tensor = self.is_network_output = False
+        self.allowed_formats = 1 << int(trt.TensorFormat.LINEAR)
 
 
 class ILayer:
@@ -284,7 +285,10 @@ class Builder:
                 }
             )
         outputs = {t.name: t.dtype.name for layer in network._layers for t in layer._outputs if t.is_network_output}
+        tensors = [t for layer in network._layers for t in layer._outputs]
+        formats = {f.name: 1 << int(f) for f in trt.TensorFormat}
         plan = {
+            "formats": {t.name: next(n for n, bit in formats.items() if bit == t.allowed_formats) for t in tensors},
             "version": trt.__version__,
             "onnx": network._path,
             "groups": groups,
@@ -343,6 +347,9 @@ class ICudaEngine:
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._plan["inputs"][name])
+
+    def get_tensor_format(self, name: str) -> Any:
+        return getattr(self._trt.TensorFormat, self._plan["formats"][name])
 
     def get_tensor_profile_shape(self, name: str, index: int) -> list[tuple[int, ...]]:
         return self._plan["profiles"][name]
@@ -429,7 +436,7 @@ class IExecutionContext:
             device = self._trt.TensorLocation.DEVICE
             assert self._listener.process_debug_tensor(address, device, member, array.shape, name, stream)
         for name, dtype in self._plan["outputs"].items():
-            array = np.ascontiguousarray(results[name].astype(_TYPES[dtype]))
+            array = _lay_out(results[name].astype(_TYPES[dtype]), self._plan["formats"][name])
             ctypes.memmove(self._addresses[name], array.ctypes.data, array.nbytes)
         return True
 
@@ -445,6 +452,19 @@ class IExecutionContext:
         session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
         results = dict(zip(writes, session.run(writes, feeds), strict=True))
         return {name: array.astype(_TYPES[self._kernel_type(name)]) for name, array in results.items()}
+
+
+def _lay_out(array: np.ndarray, name: str) -> np.ndarray:
+    """The array in memory as TensorRT's documentation describes the format, padding filled with NaN."""
+    if name == "LINEAR":
+        return np.ascontiguousarray(array)
+    vector = int(name[3:] or 1)
+    n, c, h, w = array.shape
+    padded = np.full((n, -(-c // vector) * vector, h, w), np.nan, array.dtype)
+    padded[:, :c] = array
+    if name.startswith("HWC"):
+        return np.ascontiguousarray(padded.transpose(0, 2, 3, 1))
+    return np.ascontiguousarray(padded.reshape(n, -1, vector, h, w).transpose(0, 1, 3, 4, 2))
 
 
 def _capsule(address: int) -> Any:

@@ -14,6 +14,7 @@ from test_trt_runner import install, save_net
 from cp_debug.backends.base import Program
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
+from cp_debug.bisect.engine import bisect
 from cp_debug.errors import BackendUnavailable, InputError
 from cp_debug.probes.graph import Graph
 
@@ -123,8 +124,11 @@ def test_a_profile_is_one_engine_with_limits(version: str, tmp_path: Path) -> No
 def test_precision_that_no_layer_runs_in_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     install("8.6.0", monkeypatch)
     everything = frozenset({"/c1/Conv", "/r1/Relu", "/c2/Conv", "/y/Add"})
-    with pytest.raises(InputError, match=r"asked for fp16, but no layer .* \(layer inputs and outputs: Float 100%\)"):
-        open_session(tmp_path, "trt-fp16", keep_fp32=everything)
+    backend = create(BackendSpec.parse("trt-fp16"), keep_fp32=everything)
+    reference = create(BackendSpec.parse("ort"))
+    message = r"no layer .* runs in fp16 \(layer inputs and outputs: Float 100%\)"
+    with pytest.raises(InputError, match=message):
+        bisect(str(save_net(tmp_path)), [reference, backend])
     assert open_session(tmp_path, "trt-tf32").settings["layers"][0]["arithmetic"] == "tf32"
 
 

@@ -136,7 +136,7 @@ def test_layer_precisions_are_set_on_the_layers_of_their_node(monkeypatch: pytes
 
 def test_marked_outputs_and_what_cannot_be_marked(version: str, tmp_path: Path) -> None:
     save_net(tmp_path)
-    probes = {"method": "outputs", "tensors": {"r1": None, "y": None, "nothing": None}}
+    probes = {"method": "outputs", "tensors": {"r1": {}, "y": {}, "nothing": {}}}
     (built,) = execute(build_step(tmp_path, version, probes=probes))["results"]
     assert (built["marked"], built["missing"]) == (["r1", "y"], ["nothing"])
 
@@ -146,7 +146,7 @@ def test_runs_and_hands_out_arrays(version: str, tmp_path: Path) -> None:
     x = np.random.default_rng(1).standard_normal((1, 3, 8, 8)).astype(np.float32)
     np.save(tmp_path / "x.npy", x)
     run = {"command": "run", "engine": str(tmp_path / "net.engine"), "inputs": {"x": str(tmp_path / "x.npy")}}
-    probes = {"method": "outputs", "tensors": {"r1": None}}
+    probes = {"method": "outputs", "tensors": {"r1": {}}}
     result = execute(
         build_step(tmp_path, version, probes=probes), {**run, "folder": str(tmp_path / "out"), "repeat": 2}
     )
@@ -159,6 +159,22 @@ def test_runs_and_hands_out_arrays(version: str, tmp_path: Path) -> None:
     assert (arrays["r1"] >= 0).all()
 
 
+@pytest.mark.parametrize("name", ["HWC8", "HWC", "CHW4", "CHW32"])
+def test_outputs_in_another_layout_come_back_linear(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    install("8.6.0", monkeypatch)
+    save_net(tmp_path)
+    np.save(tmp_path / "x.npy", np.random.default_rng(1).standard_normal((2, 3, 8, 5)).astype(np.float32))
+    save_net(tmp_path, "2,3,8,5")
+    run = {"command": "run", "engine": str(tmp_path / "net.engine"), "inputs": {"x": str(tmp_path / "x.npy")}}
+    arrays = []
+    for wanted in ("", name):
+        probes = {"method": "outputs", "tensors": {"r1": {"format": wanted}}}
+        step = build_step(tmp_path, "8.6.0", probes=probes)
+        ran = execute(step, {**run, "folder": str(tmp_path / f"out{wanted}"), "names": ["r1"]})["results"][1]
+        arrays.append(np.load(ran["tensors"][0]["file"]))
+    np.testing.assert_array_equal(*arrays)
+
+
 @pytest.mark.parametrize("version", ["10.12.0.36", "11.4.0"])
 @pytest.mark.parametrize("method", ["unfused", "debug"])
 def test_debug_tensors_come_through_the_listener(
@@ -169,7 +185,7 @@ def test_debug_tensors_come_through_the_listener(
     np.save(tmp_path / "x.npy", np.ones((1, 3, 8, 8), np.float32))
     run = {"command": "run", "engine": str(tmp_path / "net.engine"), "inputs": {"x": str(tmp_path / "x.npy")}}
     run |= {"folder": str(tmp_path / "out"), "listener": method, "names": ["r1", "y"]}
-    probes = {"method": method, "tensors": {"r1": None}}
+    probes = {"method": method, "tensors": {"r1": {}}}
     result = execute(build_step(tmp_path, version, probes=probes), run)
     assert [entry["name"] for entry in result["results"][1]["tensors"]] == ["r1", "y"]
 
@@ -179,7 +195,7 @@ def test_bf16_is_handed_out_as_float32(monkeypatch: pytest.MonkeyPatch, tmp_path
     save_net(tmp_path)
     np.save(tmp_path / "x.npy", np.random.default_rng(2).standard_normal((1, 3, 8, 8)).astype(np.float32))
     run = {"command": "run", "engine": str(tmp_path / "net.engine"), "inputs": {"x": str(tmp_path / "x.npy")}}
-    probes = {"method": "outputs", "tensors": {"r1": "BF16"}}
+    probes = {"method": "outputs", "tensors": {"r1": {"dtype": "BF16"}}}
     step = build_step(tmp_path, "10.12.0.36", "bf16", probes=probes)
     ran = execute(step, {**run, "folder": str(tmp_path / "out"), "names": ["r1"]})["results"][1]
     (entry,) = ran["tensors"]

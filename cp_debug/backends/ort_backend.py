@@ -74,6 +74,7 @@ class OrtSession:
         self._backend = backend
         self._whole: onnxruntime.InferenceSession | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        known = set(graph.values)  # casts are no layers
         if backend.precision == "fp16":
             self._folder = tempfile.TemporaryDirectory(prefix="cpdebug-ort-")
             graph = Graph(cast_surgery(graph, "fp16", (), Path(self._folder.name) / "fp16.onnx"))
@@ -81,7 +82,7 @@ class OrtSession:
         self._optimized: OptimizedProgram | None = None
         self._observed = ChunkedGraph(backend.runtime, graph)
         self.settings: dict[str, Any] = dict(backend.runtime.settings)
-        self.exposed: Collection[str] = graph.tensors
+        self.exposed: Collection[str] = [v for v in graph.tensors if v in known]
         if backend.spec.variant == "trt":
             self.exposed = [v.name for v in graph.outputs]
         elif backend.level != "none" or (backend.device == "cpu" and graph.element_types & _HALF):

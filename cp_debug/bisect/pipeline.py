@@ -55,14 +55,12 @@ def prepare(
             programs.append(Program(component.name, Graph(component.onnx_path)))
             continue
         inputs = model.feed(component, sample, results)
-        results[component.name] = _run_module(component, inputs)
+        results[component.name] = run_module(component, inputs)
         programs.append(_export(component, inputs, folder, how, folded))
     return programs
 
 
-def _export(
-    component: Component, inputs: Mapping[str, np.ndarray], folder: Path, how: Export, folded: bool
-) -> Program:
+def _export(component: Component, inputs: Mapping[str, np.ndarray], folder: Path, how: Export, folded: bool) -> Program:
     module = component.module
     assert module is not None
     args = tuple(torch.from_numpy(np.ascontiguousarray(inputs[n])) for n in component.input_names)
@@ -83,7 +81,8 @@ def _export(
     return Program(component.name, graph, module, alignment)
 
 
-def _run_module(component: Component, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def run_module(component: Component, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The outputs of a component's module by their names."""
     assert component.module is not None
     with torch.no_grad():
         outputs = flatten_outputs(component.module(*(torch.from_numpy(inputs[n]) for n in component.input_names)))
@@ -184,7 +183,18 @@ class Pipeline:
                     sink(Key(component.name, name), array)
                 forward = _under(component.name, sink)
             results[component.name] = self.sessions[component.name].run(inputs, forward)
+        self._check_realised()
         return results
+
+    def _check_realised(self) -> None:
+        """Refuse engines of which none runs any layer in the precision that their name claims."""
+        told = [session.settings for session in self.sessions.values()]
+        if all(settings.get("realised") is False for settings in told):
+            types = sorted({f"{k} {v:.0%}" for settings in told for k, v in settings["realised_precision"].items()})
+            raise InputError(
+                f"{self.backend.spec}: no layer of the built engine runs in {self.backend.precision} (layer inputs and "
+                f"outputs: {', '.join(types)}); other kernels were faster, or the model has nothing to run in it"
+            )
 
     def record(self) -> RunRecord:
         """Spec, versions, device and settings as read back."""

@@ -153,6 +153,7 @@ def _process(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
+        env={"CUDA_MODULE_LOADING": "LAZY", **os.environ},  # before CUDA 12.2 all kernels are loaded, for seconds
     )
     try:
         yield process

@@ -16,7 +16,6 @@ from cp_debug.backends.tensorrt.inspector import (
     parse_layers,
     realised_precision,
 )
-from cp_debug.errors import InputError
 from cp_debug.probes.graph import Graph
 
 Profile = tuple[Sequence[int], Sequence[int], Sequence[int]]
@@ -72,26 +71,29 @@ class Workshop:
 
 
 class EngineSet:
-    """The plain engine, built at once; the rebuilt and the probed one, built when probes are first asked for.
-
-    Raises InputError when no layer of the plain engine runs in the precision asked for.
-    """
+    """The plain engine, the same built again, and the probed one, built when probes are first asked for."""
 
     def __init__(self, workshop: Workshop, profiles: Mapping[str, Profile], name: str, show_all: bool) -> None:
         self._workshop, self._profiles, self._name = workshop, profiles, name
-        (self.plain,) = workshop.build([(f"{name}.engine", {})], profiles)
-        self.realised = realised_precision(self.plain.layers)
-        _check_realised(workshop, self.plain.layers, self.realised)
-        self._boundaries = materialised(self.plain.layers, workshop.values)
+        self.plain, self.rebuilt = workshop.build([(f"{name}.engine", {}), (f"{name}-rebuilt.engine", {})], profiles)
+        self.types = realised_precision(self.plain.layers)
         self.unfused = workshop.config.unfused_debug_tensors and not show_all
         """Whether TensorRT itself hands out what it did not fuse, instead of marked outputs."""
-        self._marks = dict.fromkeys(workshop.values) if show_all else self._network_types()
-        self.rebuilt: Engine | None = None
+        self._marks: dict[str, dict[str, str]] = {v: {} for v in workshop.values} if show_all else self._boundaries()
         self.probed: Engine | None = None
         self.gap: float | None = None
         """Relative L2 distance of the probed engine's outputs from the plain one's, once both ran on one input."""
         self.floor: float | None = None
         """The same distance of the rebuilt engine's."""
+
+    @property
+    def realised(self) -> bool:
+        """Whether any layer runs in the precision asked for, as far as layers tell."""
+        wanted = _WANTED.get(self._workshop.variant)
+        if self._workshop.variant == "tf32":
+            told = {layer.tactic.multiplies for layer in self.plain.layers} - {None}
+            return not told or "tf32" in told
+        return wanted is None or not self.types or wanted in self.types
 
     @property
     def exposed(self) -> set[str]:
@@ -100,13 +102,12 @@ class EngineSet:
             return set(self._marks)
         return set(self.probed.facts["marked"])
 
-    def build_probed(self) -> tuple[Engine, Engine]:
-        """The rebuilt and the probed engine."""
-        if self.rebuilt is None or self.probed is None:
+    def build_probed(self) -> Engine:
+        """The engine that shows values."""
+        if self.probed is None:
             probes = {"method": "unfused"} if self.unfused else {"method": "outputs", "tensors": self._marks}
-            requests = [(f"{self._name}-rebuilt.engine", {}), (f"{self._name}-probed.engine", probes)]
-            self.rebuilt, self.probed = self._workshop.build(requests, self._profiles)
-        return self.rebuilt, self.probed
+            (self.probed,) = self._workshop.build([(f"{self._name}-probed.engine", probes)], self._profiles)
+        return self.probed
 
     def describe(self) -> dict[str, Any]:
         """JSON-safe: what was built, what differs between the builds, which kernels ran."""
@@ -114,7 +115,8 @@ class EngineSet:
         told: dict[str, Any] = {
             "flags": sorted(name for name, on in facts["flags"].items() if on),
             "timing_cache": facts["timing_cache"],
-            "realised_precision": self.realised,
+            "realised": self.realised,
+            "realised_precision": self.types,
             "build_seconds": {"plain": facts["seconds"]},
             "observer_gap": self.gap,
             "rebuild_floor": self.floor,
@@ -131,21 +133,22 @@ class EngineSet:
                 }
         return told
 
-    def _network_types(self) -> dict[str, str | None]:
-        """What to mark, with the type to mark it as: weakly typed outputs are FP32 unless said otherwise."""
-        weak = self._workshop.config.regime == "weak"
-        return {name: _NETWORK_TYPES.get(dtype) if weak else None for name, dtype in self._boundaries.items()}
+    def _boundaries(self) -> dict[str, dict[str, str]]:
+        """What to mark, and as what: outputs are linear, and FP32 where typing is weak, unless said otherwise, which
+        could make TensorRT choose another kernel.
 
-
-def _check_realised(workshop: Workshop, layers: Sequence[EngineLayer], realised: Mapping[str, float]) -> None:
-    wanted = _WANTED.get(workshop.variant)
-    missing = wanted is not None and realised and wanted not in realised
-    if workshop.variant == "tf32":
-        told = {layer.tactic.multiplies for layer in layers} - {None}
-        missing = bool(told) and "tf32" not in told
-    if missing:
-        shares = ", ".join(f"{dtype} {share:.0%}" for dtype, share in realised.items())
-        raise InputError(
-            f"{workshop.graph.path}: asked for {workshop.variant}, but no layer of the built engine runs in it (layer "
-            f"inputs and outputs: {shares}); the GPU's FP32 kernels were faster, or the graph has nothing to run in it"
-        )
+        TensorRT 8 cannot put out what a quantiser made: what goes into it is marked instead.
+        """
+        workshop = self._workshop
+        marks: dict[str, dict[str, str]] = {}
+        for name, tensor in materialised(self.plain.layers, workshop.values).items():
+            mark = {"format": (len(tensor.shape) == 4 and tensor.tensor_format) or ""}
+            if workshop.config.regime == "weak":
+                quantiser = workshop.graph.producer[name]
+                if tensor.dtype == "Int8":
+                    if quantiser.op == "QuantizeLinear":
+                        marks[quantiser.inputs[0]] = {}
+                    continue
+                mark["dtype"] = _NETWORK_TYPES.get(tensor.dtype, "")
+            marks[name] = mark
+        return {name: marks[name] for name in workshop.values if name in marks}

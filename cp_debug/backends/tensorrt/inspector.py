@@ -24,6 +24,15 @@ _TYPES = (  # the inspector's descriptions: "Row major linear FP32", "Channel ma
     ("UInt8", r"\bUINT8\b"),
     ("Bool", r"\bBOOL\b"),
 )
+_FORMATS = {
+    "HWC8": r"^Channel major FP16 format where channel % 8 == 0$",
+    "HWC": r"^Channel major FP32 format\b",
+    "CHW2": r"^Two wide channel vectorized row major FP16 format$",
+    "CHW4": r"^Four wide channel vectorized row major (FP32|INT8) format$",
+    "CHW16": r"^Sixteen wide channel vectorized row major FP16 format$",
+    "CHW32": r"^Thirty-two wide channel vectorized row major (FP32|INT8) format$",
+}
+"""``tensorrt.TensorFormat`` → how the inspector describes it; anything else is left to TensorRT."""
 PRECISIONS = ("Float", "BF16", "Half", "FP8", "Int8", "FP4", "Int4")
 """Types that a precision setting chooses between, as the inspector calls them."""
 
@@ -36,6 +45,11 @@ class EngineTensor:
     dtype: str
     format: str
     shape: tuple[int, ...]
+
+    @property
+    def tensor_format(self) -> str | None:
+        """The layout as ``tensorrt.TensorFormat`` calls it; None for a linear one and those it has no name for."""
+        return next((name for name, pattern in _FORMATS.items() if re.search(pattern, self.format)), None)
 
 
 @dataclass(frozen=True)
@@ -73,10 +87,10 @@ def parse_layers(layers: Sequence[Any], nodes: Collection[str]) -> list[EngineLa
     return [_layer({"Name": entry} if isinstance(entry, str) else entry, known) for entry in layers]
 
 
-def materialised(layers: Iterable[EngineLayer], values: Collection[str]) -> dict[str, str]:
-    """The graph ``values`` that layers write to memory, with the type that each has there, in the layers' order."""
+def materialised(layers: Iterable[EngineLayer], values: Collection[str]) -> dict[str, EngineTensor]:
+    """The graph ``values`` that layers write to memory, as they are there, in the layers' order."""
     known = frozenset(values)
-    return {t.name: t.dtype for layer in layers for t in layer.outputs if t.name in known}
+    return {t.name: t for layer in layers for t in layer.outputs if t.name in known}
 
 
 def realised_precision(layers: Iterable[EngineLayer]) -> dict[str, float]:

@@ -468,8 +468,8 @@ def _load_timing_cache(config: Any, path: str | None) -> str:
 def _mark(job: Job, network: Any, probes: dict[str, Any]) -> tuple[list[str], list[str]]:
     """Mark what is to be seen; returns (names marked, names that cannot be).
 
-    ``method``: ``outputs`` marks ``tensors`` (name → type name or null) as network outputs, ``debug`` as debug tensors,
-    ``unfused`` leaves the choice to TensorRT, which then changes no fusion.
+    ``method``: ``outputs`` marks ``tensors`` (name → ``{"dtype": …, "format": …}``, both may be empty) as network
+    outputs, ``debug`` as debug tensors, ``unfused`` leaves the choice to TensorRT, which then changes no fusion.
     """
     method, wanted = probes.get("method"), probes.get("tensors") or {}
     if method == "unfused":
@@ -478,7 +478,7 @@ def _mark(job: Job, network: Any, probes: dict[str, Any]) -> tuple[list[str], li
         return [], []
     tensors = {tensor.name: tensor for layer in _network_layers(network) for tensor in _outputs(layer)}
     marked = []
-    for name, dtype in wanted.items():
+    for name, mark in wanted.items():
         tensor = tensors.get(name)
         if tensor is None or tensor.is_shape_tensor:
             continue
@@ -486,8 +486,10 @@ def _mark(job: Job, network: Any, probes: dict[str, Any]) -> tuple[list[str], li
             network.mark_debug(tensor)
         elif not tensor.is_network_output:
             network.mark_output(tensor)
-            if dtype:  # else TensorRT widens FP16 to FP32 on the way out, and may choose another kernel for it
-                tensor.dtype = job.member("DataType", dtype)
+            if mark.get("dtype"):
+                tensor.dtype = job.member("DataType", mark["dtype"])
+            if mark.get("format"):
+                tensor.allowed_formats = 1 << int(job.member("TensorFormat", mark["format"]))
         marked.append(name)
     return marked, [name for name in wanted if name not in marked]
 
@@ -537,8 +539,9 @@ def _run(job: Job, cuda: Cuda, step: Step) -> dict[str, Any]:
         shape, dtype = tuple(context.get_tensor_shape(name)), _member_name(engine.get_tensor_dtype(name))
         if any(size < 0 for size in shape):
             raise Failure("unsupported", f"output {name!r} has a shape that depends on the data")
-        nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(_numpy_type(name, dtype)).itemsize
-        outputs[name] = (cuda.allocate(nbytes), shape, dtype)
+        layout = Layout(_member_name(engine.get_tensor_format(name)), shape)
+        nbytes = int(np.prod(layout.memory, dtype=np.int64)) * np.dtype(_numpy_type(name, dtype)).itemsize
+        outputs[name] = (cuda.allocate(nbytes), layout, dtype)
         context.set_tensor_address(name, outputs[name][0])
     written = _Written(Path(step["folder"]), step.get("names"))
     if step.get("listener"):
@@ -550,8 +553,9 @@ def _run(job: Job, cuda: Cuda, step: Step) -> dict[str, Any]:
             raise Failure("device", job.reasons("TensorRT could not run the engine"))
         cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-    for name, (pointer, shape, dtype) in outputs.items():
-        written.add(name, cuda.download(pointer, shape, _numpy_type(name, dtype)), dtype)
+    for name, (pointer, layout, dtype) in outputs.items():
+        memory = cuda.download(pointer, layout.memory, _numpy_type(name, dtype))
+        written.add(name, layout.to_linear(memory), dtype)
     return {"tensors": written.entries, "seconds": seconds}
 
 
@@ -578,6 +582,29 @@ def _feed(job: Job, cuda: Cuda, engine: Any, context: Any, name: str, files: dic
         context.set_tensor_address(name, converted.ctypes.data)
     else:
         context.set_tensor_address(name, cuda.upload(converted))
+
+
+class Layout:
+    """How a tensor (N, C, H, W) of a ``TensorFormat`` lies in memory. Channels come last, or in vectors, padded."""
+
+    def __init__(self, name: str, shape: tuple[int, ...]) -> None:
+        match = re.match(r"(HWC|CHW)(\d*)$", name) if len(shape) == 4 else None
+        if name != "LINEAR" and match is None:
+            raise Failure("unsupported", f"a tensor of shape {list(shape)} in TensorRT's format {name}")
+        self.shape, self.memory, self.order = shape, shape, ""
+        if match:
+            (n, c, h, w), vector = shape, int(match.group(2) or 1)
+            blocks = -(-c // vector)
+            self.order = match.group(1)
+            self.memory = (n, h, w, blocks * vector) if self.order == "HWC" else (n, blocks, h, w, vector)
+
+    def to_linear(self, memory: np.ndarray) -> np.ndarray:
+        if self.order == "HWC":
+            memory = np.moveaxis(memory, 3, 1)
+        elif self.order == "CHW":
+            n, blocks, h, w, vector = self.memory
+            memory = np.moveaxis(memory, 4, 2).reshape(n, blocks * vector, h, w)
+        return np.ascontiguousarray(memory[:, : self.shape[1]]) if self.order else memory
 
 
 class _Written:

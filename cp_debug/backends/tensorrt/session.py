@@ -36,9 +36,9 @@ class EngineSession:
 
     A static graph is built when the session opens. A dynamic one without a profile is built for the shapes of the first
     run, and again for every other shape that comes: exact, and slow where shapes vary, so give a profile then.
-    Without a sink the plain engine runs, as it would be deployed; the probed one is built when a sink is first given,
-    together with a second plain one, and all three run on that input: ``settings`` then tells how far looking changed
-    the outputs, and how far building again does.
+    Without a sink the plain engine runs, as it would be deployed; it is built twice. The probed one is built when a
+    sink is first given, and all three run on that input: ``settings`` then tells how far looking changed the outputs,
+    and how far building again does.
     """
 
     def __init__(self, client: Client, program: Program, variant: str, version: str, options: Options) -> None:
@@ -112,9 +112,9 @@ class EngineSession:
             if sink is None:
                 (written,) = self._execute([engines.plain], inputs, folder)
                 return self._outputs(written)
-            rebuilt, probed = engines.build_probed()
+            probed = engines.build_probed()
             wanted = engines.exposed if probes is None else engines.exposed.intersection(probes)
-            others = [engines.plain, rebuilt] if engines.gap is None else []
+            others = [engines.plain, engines.rebuilt] if engines.gap is None else []
             written, *plain = self._execute([probed, *others], inputs, folder, wanted, engines.unfused)
             outputs = self._outputs(written)
             if plain:

@@ -2,8 +2,9 @@
 
 The newer kernels carry their types in the name as ``<in><out>_<multiplied as><accumulated in>_<scale>``:
 ``f16f16_f16f16_f16`` multiplies FP16 and accumulates in FP16, ``f16f16_f16f32_f32`` accumulates in FP32,
-``f32f32_tf32f32_f32`` multiplies TF32, ``i8f32_i8i32_f32`` reads INT8 and writes FP32. Older kernels say
-``h884``/``h1688``/``h16816`` (FP16 accumulation) or ``s…`` (FP32 accumulation).
+``f32f32_tf32f32_f32`` multiplies TF32, ``i8f32_i8i32_f32`` reads INT8 and writes FP32. Winograd kernels leave the
+third out (``wngd_f32f32_f32_f32``). Older kernels say ``h884``/``h1688``/``h16816`` (FP16 accumulation) or ``s…``
+(FP32), those without tensor cores ``…_fused_conv_act_fp32_…_Accfloat``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ _TYPE = r"(?:tf32|bf16|f16|f32|f64|e4m3|e5m2|i8|u8|s8|i32|s32)"
 _TYPES = re.compile(
     rf"_(?P<reads>{_TYPE})(?P<writes>{_TYPE})_(?P<multiplies>{_TYPE})(?P<accumulates>{_TYPE})_{_TYPE}(?=_|$)"
 )
+_WINOGRAD = re.compile(r"_wngd_(?P<reads>f16|f32)(?:f16|f32)_(?P<accumulates>f16|f32)_")
+_FUSED = re.compile(r"_fused_conv_act_(?P<reads>fp16|fp32)_.*_Acc(?P<accumulates>float|half)(?=_|$)")
 _OLD_TENSOR_CORE = re.compile(r"(?:^|_)(?P<kind>[hsi])(?:884|1688|16816|8816|16832)(?=[a-z_]|$)")
 _TILE = re.compile(r"tilesize(\d+)x(\d+)x(\d+)")
 _LONG = {"f16": "fp16", "f32": "fp32", "f64": "fp64", "i8": "int8", "s8": "int8", "u8": "int8", "i32": "int32"}
@@ -62,6 +65,12 @@ def _types(name: str) -> tuple[str, str, str, str] | None:
     if match := _TYPES.search(name):
         reads, writes, multiplies, accumulates = (_LONG.get(short, short) for short in match.groups())
         return reads, writes, multiplies, accumulates
+    if match := _WINOGRAD.search(name):
+        reads, accumulates = (_LONG[match[kind]] for kind in ("reads", "accumulates"))
+        return reads, reads, reads, accumulates
+    if match := _FUSED.search(name):
+        reads, accumulates = match["reads"], {"float": "fp32", "half": "fp16"}[match["accumulates"]]
+        return reads, reads, reads, accumulates
     if match := _OLD_TENSOR_CORE.search(name):
         if match["kind"] == "i":
             return "int8", "int8", "int8", "int32"
