@@ -97,7 +97,7 @@ class ComponentConfig(Section):
 
 
 class ExportConfig(Section):
-    """How modules become ONNX files. ``onnx_dir``: where modes ``trt`` and ``none`` find them, unless in the work folder."""
+    """How modules become ONNX files. ``onnx_dir``: where modes ``trt`` and ``none`` find them."""
 
     mode: Mode = "onnx"
     opset: Annotated[int, Field(ge=11)] = 17

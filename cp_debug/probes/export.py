@@ -34,13 +34,15 @@ def export(
     dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
     exporter: str = "dynamo",
     folded: bool = True,
+    simplify: bool = False,
     opset: int | None = None,
 ) -> Path:
     """Export ``module``, which is in eval mode, to ``path`` and return it; the file appears when it is complete.
 
     ``args`` are example inputs, ``output_names`` name the flattened outputs in order. ``folded`` folds BatchNorm as
     deployment does (dynamo into Conv and ConvTranspose, TorchScript into Conv only); without it every module stays
-    visible. Weights go to ``<path>.data`` when one file cannot hold them. ``opset`` None is the exporter's default.
+    visible. ``simplify`` runs onnxscript's optimiser over the result. Weights go to ``<path>.data`` when one file
+    cannot hold them. ``opset`` None is the exporter's default.
 
     Raises InputError when the module cannot be exported, or not at that opset.
     """
@@ -61,6 +63,10 @@ def export(
                 else:
                     _torchscript(module, args, raw, axes, folded, options)
             proto = onnx.load(raw)
+            if simplify:
+                from onnxscript import optimizer
+
+                proto = optimizer.optimize(proto)
         except Exception as error:  # the exporters raise nearly everything
             raise InputError(f"{type(module).__name__} cannot be exported by {exporter}: {_reason(error)}") from error
         _check(proto, output_names, exporter, opset)

@@ -47,6 +47,8 @@ class Component:
     """What to put before the module paths of ``module``: ``pts_voxel_encoder`` when that submodule is the component."""
     dynamic_axes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     """Input name → axis → symbolic name, as ``torch.onnx.export`` takes it."""
+    deployed_axes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    """The same for files that are deployed: axes that stay free there, though one debugged model has one size."""
     stages: Sequence[Stage] = ()
 
 

@@ -45,6 +45,7 @@ class CenterPointModel:
                 module=self.network.pts_voxel_encoder,
                 prefix="pts_voxel_encoder",
                 dynamic_axes={"input_features": {0: "num_voxels"}},
+                deployed_axes={"input_features": {0: "num_voxels", 1: "num_max_points"}},
                 stages=(Stage("pillar encoder", "pts_voxel_encoder"),),
             ),
             Component(
@@ -52,6 +53,7 @@ class CenterPointModel:
                 input_names=("spatial_features",),
                 output_names=self.config.output_names,
                 module=BackboneNeckHead(self.network).eval(),
+                deployed_axes={"spatial_features": {0: "batch_size", 2: "H", 3: "W"}},
                 stages=_stages(self.config),
             ),
         )

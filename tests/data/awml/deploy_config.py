@@ -1,3 +1,4 @@
+# ruff: noqa: C408
 """The form that AWML's deployment framework reads today, for this project's tiny model."""
 
 task_type = "detection3d"

@@ -1,0 +1,218 @@
+"""A model's components as the ONNX files that are deployed: exported, aligned, checked by numbers, put in place."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+
+from cp_debug.backends.base import Backend, Program
+from cp_debug.backends.registry import create
+from cp_debug.backends.spec import BackendSpec
+from cp_debug.bisect.pipeline import run_module
+from cp_debug.errors import InputError, MissingPackage
+from cp_debug.probes.alignment import TOLERANCE, Alignment, align
+from cp_debug.probes.export import export
+from cp_debug.probes.graph import Graph
+from cp_debug.probes.statistics import compare
+from cp_debug.recipes.base import Arrays, Component, Model, Sample
+
+OPSET = 17
+"""TensorRT 8's parser reads ONNX up to this opset."""
+DYNAMO_OPSET = 18
+"""From this opset on torch's dynamo exporter writes every operator itself."""
+_STRIDES = 8
+"""Free sizes of a canvas are divisible by a network's strides."""
+
+Axes = Mapping[str, Mapping[int, str]]
+OnStep = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """``exporter`` None: TorchScript below opset 18, dynamo from there."""
+
+    opset: int = OPSET
+    exporter: str | None = None
+    folded: bool = True
+    simplify: bool = False
+
+    @property
+    def chosen_exporter(self) -> str:
+        """``dynamo`` or ``torchscript``."""
+        return self.exporter or ("dynamo" if self.opset >= DYNAMO_OPSET else "torchscript")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A component's file, and what the check said."""
+
+    program: Program
+    sizes: tuple[str, str]
+    """The shapes of the inputs of both runs."""
+    error: float
+    """Largest relative L2 distance of any output from the module's, over both runs."""
+    checked_by: str
+    """The backend that ran the graph."""
+
+    def to_dict(self) -> dict[str, object]:
+        """JSON-safe."""
+        graph = self.program.graph
+        return {
+            "component": self.program.name,
+            "file": graph.path.name,
+            "sha256": graph.digest,
+            "opset": graph.opsets[""],
+            "nodes": len(graph.nodes),
+            "inputs": [str(v) for v in graph.inputs],
+            "outputs": [v.name for v in graph.outputs],
+            "checked_on": list(self.sizes),
+            "checked_by": self.checked_by,
+            "error": self.error,
+        }
+
+
+def export_model(
+    model: Model,
+    sample: Sample,
+    folder: Path,
+    options: ExportOptions = ExportOptions(),
+    *,
+    axes: Mapping[str, Axes] | None = None,
+    files: Mapping[str, str] | None = None,
+    on_step: OnStep = lambda text, done, total: None,
+) -> list[Exported]:
+    """``<component>.onnx`` and its alignment manifest in ``folder``, for every component of ``model``.
+
+    ``axes`` and ``files`` replace a component's free axes and its file's name. Files of an earlier export are replaced
+    once the new one agrees with the module on two inputs of different sizes. Raises InputError for a model that is ONNX
+    already, for what cannot be exported at the opset, and for a graph that computes something else than its module.
+    """
+    modules = [component.name for component in model.components if component.module is not None]
+    if len(modules) < len(model.components):
+        raise InputError(f"MODEL: {model.name} is an ONNX file already; expected a model of torch modules to export")
+    folder.mkdir(parents=True, exist_ok=True)
+    backend = _checker()
+    results: dict[str, Arrays] = {}
+    exported = []
+    for place, component in enumerate(model.components):
+        on_step(f"exporting {component.name}", place, len(modules))
+        inputs = model.feed(component, sample, results)
+        results[component.name] = run_module(component, inputs)
+        free = (axes or {}).get(component.name) or component.deployed_axes or component.dynamic_axes
+        target = folder / (files or {}).get(component.name, f"{component.name}.onnx")
+        exported.append(_export(component, inputs, results[component.name], target, free, options, backend))
+    return exported
+
+
+def _export(
+    component: Component,
+    inputs: Mapping[str, np.ndarray],
+    outputs: Arrays,
+    target: Path,
+    axes: Axes,
+    options: ExportOptions,
+    backend: Backend,
+) -> Exported:
+    module = component.module
+    assert module is not None
+    args = tuple(torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in component.input_names)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as scratch:
+        path = export(
+            module,
+            args,
+            Path(scratch) / target.name,
+            input_names=component.input_names,
+            output_names=component.output_names,
+            dynamic_axes=axes,
+            exporter=options.chosen_exporter,
+            folded=options.folded,
+            simplify=options.simplify,
+            opset=options.opset,
+        )
+        onnx.checker.check_model(path)
+        graph = Graph(path)
+        alignment = align(graph, module, args, prefix=component.prefix)
+        other = resized(inputs, axes)
+        error = max(
+            _distance(backend, graph, component, inputs, outputs),
+            _distance(backend, graph, component, other, run_module(component, other)),
+        )
+        alignment.save(path.with_suffix(".alignment.json"))
+        for made in Path(scratch).iterdir():
+            made.replace(target.parent / made.name)
+    program = Program(component.name, Graph(target), module, alignment)
+    return Exported(program, (_shapes(inputs), _shapes(other)), error, str(backend.spec))
+
+
+def load_exported(model: Model, folder: Path, files: Mapping[str, str] | None = None) -> list[Program]:
+    """The programs of a folder that ``export_model`` filled, or that another tool did.
+
+    Raises InputError for a missing file, and for one whose inputs or outputs are not the model's.
+    """
+    paths = {c.name: folder / (files or {}).get(c.name, f"{c.name}.onnx") for c in model.components}
+    if missing := [path.name for path in paths.values() if not path.is_file()]:
+        raise InputError(f"{folder}: there is no {', no '.join(missing)}; expected the files of `cpdebug export`")
+    return [_load(component, paths[component.name]) for component in model.components]
+
+
+def _load(component: Component, path: Path) -> Program:
+    graph = Graph(path)
+    for what, found, expected in (
+        ("inputs", [v.name for v in graph.inputs], list(component.input_names)),
+        ("outputs", [v.name for v in graph.outputs], list(component.output_names)),
+    ):
+        if found != expected:
+            raise InputError(f"{path}: its {what} are {found}; expected those of {component.name}: {expected}")
+    manifest = path.with_suffix(".alignment.json")
+    alignment = Alignment.load(manifest, graph) if manifest.is_file() else None
+    return Program(component.name, graph, component.module, alignment)
+
+
+def resized(inputs: Mapping[str, np.ndarray], axes: Axes) -> dict[str, np.ndarray]:
+    """The inputs at about half the size along every free axis, of the same values; one entry becomes two."""
+    sizes: dict[str, int] = {}
+    made = {}
+    for name, array in inputs.items():
+        for axis, symbol in axes.get(name, {}).items():
+            size = array.shape[axis]
+            wanted = sizes.setdefault(symbol, size // 2 // _STRIDES * _STRIDES or size + 1)
+            array = np.take(array, np.arange(wanted) % max(size, 1), axis) if size else array
+        made[name] = np.ascontiguousarray(array)
+    return made
+
+
+def _checker() -> Backend:
+    """ONNX Runtime, or where it is missing this project's own executor."""
+    try:
+        return create(BackendSpec("ort"))
+    except MissingPackage:
+        return create(BackendSpec("emu-fp32"))
+
+
+def _distance(
+    backend: Backend, graph: Graph, component: Component, inputs: Mapping[str, np.ndarray], expected: Arrays
+) -> float:
+    session = backend.open(Program(component.name, graph))
+    try:
+        found = session.run(inputs)
+    finally:
+        session.close()
+    worst = max(expected, key=lambda name: compare(expected[name], found[name]).severity)
+    stats = compare(expected[worst], found[worst])
+    if stats.shape_mismatch or not stats.rel_l2 <= TOLERANCE:
+        raise InputError(
+            f"{component.name}: on {_shapes(inputs)} the exported graph gives another {worst} than its module: "
+            f"{list(stats.shape_test)}, relative L2 {stats.rel_l2:.2g}, expected {list(stats.shape)} within "
+            f"{TOLERANCE:g}; the trace froze something that depends on the input"
+        )
+    return stats.rel_l2
+
+
+def _shapes(inputs: Mapping[str, np.ndarray]) -> str:
+    return ", ".join(f"{name} {'×'.join(map(str, array.shape))}" for name, array in inputs.items())
