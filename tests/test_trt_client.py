@@ -182,3 +182,27 @@ def test_the_runner_leaves_no_half_written_result(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, runner.__file__, str(tmp_path)], check=True, capture_output=True)
     assert done.stdout == b""
     assert sorted(p.name for p in tmp_path.iterdir()) == ["job.json", "result.json"]
+
+
+def test_one_process_takes_job_after_job_until_it_dies(tmp_path: Path) -> None:
+    note = tmp_path / "starts"
+    lines = [
+        f"open({str(note)!r}, 'a').write('x')",
+        "while True:",
+        f"    {ANSWER}",
+        '    print(\'{"event": "done"}\', flush=True)',
+    ]
+    lines += ["    folder = Path(sys.stdin.readline().strip())"]
+    client = Client(interpreter(tmp_path, *lines))
+    for _ in range(3):
+        assert client.execute(STEPS) == [{"seconds": 1}]
+    assert note.read_text() == "x"
+    assert client._process is not None
+    pid = client._process.pid
+    os.kill(pid, signal.SIGKILL)
+    client._process.wait()
+    assert client.execute(STEPS) == [{"seconds": 1}]
+    assert note.read_text() == "xx"
+    pid = client._process.pid
+    client.close()
+    assert gone(pid)

@@ -2,7 +2,7 @@
 
 ``python`` (``--trt-python``), then the environment's ``CPDEBUG_TRT_PYTHON``, then this interpreter. Another interpreter
 is a process of its own: it can crash, hang or flood its output without harm, and is killed with all its children when
-the time is up or the user interrupts.
+the time is up or the user interrupts. It takes one job after the other, as starting costs seconds, until one fails.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import signal
 import subprocess
 import tempfile
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ class Client:
         self.spec, self.time_limit = spec, time_limit
         self.on_event: OnEvent = on_event or (lambda event: None)
         self.python = python or os.environ.get(ENVIRONMENT) or None
+        self._process: subprocess.Popen[bytes] | None = None
         if self.python is not None:
             self._check_python(self.python)
         elif importlib.util.find_spec("tensorrt") is None:
@@ -83,8 +85,15 @@ class Client:
         job = {"steps": list(steps), "time_limit": self.time_limit}
         result = runner.execute(job, self.on_event) if self.python is None else self._run_elsewhere(self.python, job)
         if error := result.get("error"):
+            self.close()
             raise _to_exception(self.spec, error, steps[len(result["results"])])
         return result["results"]
+
+    def close(self) -> None:
+        """End the process, if there is one."""
+        if self._process is not None:
+            _end(self._process)
+            self._process = None
 
     def _check_python(self, python: str) -> None:
         hello = "import sys; print('cpdebug', *sys.version_info[:2])"
@@ -107,18 +116,40 @@ class Client:
         with tempfile.TemporaryDirectory(prefix="cpdebug-trt-") as name:
             folder = Path(name)
             (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-            with _process([python, runner.__file__, name]) as process:
+            try:
+                process = self._give(python, name)
                 tail, doing = self._follow(process)
-            return self._read_result(folder / "result.json", process.returncode, tail, doing)
+                if process.poll() is not None:
+                    self.close()
+                return self._read_result(folder / "result.json", process.returncode or 0, tail, doing)
+            except BaseException:  # Ctrl-C too
+                self.close()
+                raise
+
+    def _give(self, python: str, folder: str) -> subprocess.Popen[bytes]:
+        """The process that works on ``folder``: the one that waits for more, or a new one."""
+        if self._process is not None:
+            assert self._process.stdin is not None
+            try:
+                self._process.stdin.write(f"{folder}\n".encode())
+                self._process.stdin.flush()
+                return self._process
+            except OSError:
+                self.close()
+        self._process = _start([python, runner.__file__, folder, "--stay"])
+        weakref.finalize(self, _end, self._process)
+        return self._process
 
     def _follow(self, process: subprocess.Popen[bytes]) -> tuple[Sequence[str], str]:
-        """Pass the output on until it ends; returns its last lines and the command that ran last."""
+        """Pass the output on until the job is done; returns its last lines and the command that ran last."""
         end = time.monotonic() + self.time_limit
         tail: deque[str] = deque(maxlen=TAIL)
         doing = "starting"
         try:
             for line in _lines(process, end):
                 event = _event(line)
+                if event["event"] == "done":
+                    return tail, doing
                 if event["event"] == "step":
                     doing = str(event["command"])
                 elif event["event"] in ("log", "output"):
@@ -144,25 +175,27 @@ class Client:
         return result
 
 
-@contextmanager
-def _process(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in a group of its own, which is gone when the block ends, however it ends."""
-    process = subprocess.Popen(
+def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
+    """A process in a group of its own."""
+    return subprocess.Popen(
         command,
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
         env={"CUDA_MODULE_LOADING": "LAZY", **os.environ},  # before CUDA 12.2 all kernels are loaded, for seconds
     )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill the process and its children, if it still runs, and close its pipes."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with suppress(OSError):  # what was written last may not have been read
+                pipe.close()
 
 
 def _lines(process: subprocess.Popen[bytes], end: float) -> Iterator[str]:
@@ -187,7 +220,7 @@ def _event(line: str) -> dict[str, Any]:
     """A line of the protocol, or what a library printed."""
     try:
         event = json.loads(line)
-        if event["event"] in ("log", "progress", "step"):
+        if event["event"] in ("log", "progress", "step", "done"):
             return event
     except (ValueError, TypeError, KeyError):
         pass

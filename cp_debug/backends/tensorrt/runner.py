@@ -300,14 +300,14 @@ def build(job: Job, step: Step) -> dict[str, Any]:
         if node and not layer.metadata:  # the parser of 8.6 writes none; the inspector hands back what is set here
             layer.metadata = f"[ONNX Layer: {node}]"
     config = builder.create_builder_config()
-    cache = _configure(job, builder, network, config, owners, step)
+    cache, kept = _configure(job, builder, network, config, owners, step)
     marked, missing = _mark(job, network, step.get("probes") or {})
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise _build_failure(job)
     _write(Path(step["engine"]), plan)
-    if step.get("timing_cache"):
-        _write(Path(step["timing_cache"]), config.get_timing_cache().serialize())
+    if kept is not None:
+        _keep_timing_cache(kept, step["timing_cache"])
     seconds = time.monotonic() - started
     return {
         "bytes": plan.nbytes,
@@ -401,8 +401,10 @@ def _outputs(layer: Any) -> list[Any]:
     return [tensor for tensor in map(layer.get_output, range(layer.num_outputs)) if tensor is not None]
 
 
-def _configure(job: Job, builder: Any, network: Any, config: Any, owners: list[tuple[Any, Any]], step: Step) -> str:
-    """Apply the step's settings to ``config``; tells what became of the timing cache."""
+def _configure(
+    job: Job, builder: Any, network: Any, config: Any, owners: list[tuple[Any, Any]], step: Step
+) -> tuple[str, Any]:
+    """Apply the step's settings to ``config``; tells what became of the timing cache, and hands it out."""
     trt = job.trt
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     for name in step["set_flags"]:
@@ -453,16 +455,29 @@ def _add_profile(builder: Any, network: Any, config: Any, profiles: dict[str, An
     config.add_optimization_profile(profile)
 
 
-def _load_timing_cache(config: Any, path: str | None) -> str:
-    """``none`` (not asked for), ``new``, ``used`` or ``refused``."""
+_TIMING_CACHES: dict[str, tuple[Any, bytes]] = {}
+"""Path → the cache of the last build, and the bytes that were written of it: 8.6 cannot always read what it wrote."""
+
+
+def _load_timing_cache(config: Any, path: str | None) -> tuple[str, Any]:
+    """(``none`` when it is not asked for, ``new``, ``used`` or ``refused``; the cache)."""
     if not path:
-        return "none"
+        return "none", None
     data = Path(path).read_bytes() if Path(path).is_file() else b""
-    cache = config.create_timing_cache(data) if data else None
-    if cache is not None and config.set_timing_cache(cache, False):
-        return "used"
-    config.set_timing_cache(config.create_timing_cache(b""), False)
-    return "refused" if data else "new"
+    cache, written = _TIMING_CACHES.get(path, (None, b""))
+    if written != data:
+        cache = config.create_timing_cache(data)
+    if data and cache is not None and config.set_timing_cache(cache, False):
+        return "used", cache
+    cache = config.create_timing_cache(b"")
+    config.set_timing_cache(cache, False)
+    return "refused" if data else "new", cache
+
+
+def _keep_timing_cache(cache: Any, path: str) -> None:
+    data = bytes(cache.serialize())
+    _write(Path(path), data)
+    _TIMING_CACHES[path] = cache, data
 
 
 def _mark(job: Job, network: Any, probes: dict[str, Any]) -> tuple[list[str], list[str]]:
@@ -702,17 +717,27 @@ def execute(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
     return {"results": results, **({"error": {**failure.to_dict(), **details}} if failure else {})}
 
 
-def main(folder: Path) -> int:
-    """Read ``job.json`` from ``folder``, leave ``result.json`` there. Returns the process's exit status."""
+def main(folder: Path, stay: bool = False) -> int:
+    """Read ``job.json`` from ``folder``, leave ``result.json`` there. To ``stay`` takes the next folder from stdin.
+
+    Returns the process's exit status.
+    """
 
     def emit(event: dict[str, Any]) -> None:
         print(json.dumps(event), flush=True)
 
-    result = execute(json.loads((folder / "job.json").read_text(encoding="utf-8")), emit)
-    _write(folder / "result.json", json.dumps(result).encode())
-    return 1 if "error" in result else 0
+    while True:
+        result = execute(json.loads((folder / "job.json").read_text(encoding="utf-8")), emit)
+        _write(folder / "result.json", json.dumps(result).encode())
+        following = ""
+        if stay:
+            emit({"event": "done"})
+            following = sys.stdin.readline().rstrip("\n")
+        if not following:
+            return 1 if "error" in result else 0
+        folder = Path(following)
 
 
 if __name__ == "__main__":
     sys.path.pop(0)  # this file's folder, whose modules must not hide others
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), "--stay" in sys.argv))
