@@ -14,8 +14,9 @@ from cp_debug.recipes.centerpoint.config import OUTPUT_ORDER, CenterPointConfig,
 from cp_debug.recipes.centerpoint.decode import Detections, decode
 from cp_debug.recipes.centerpoint.model import BackboneNeckHead, build_model
 from cp_debug.recipes.centerpoint.pillar_encoder import decorate
+from cp_debug.recipes.centerpoint.rotation import TurnedBackboneNeckHead, turn
 from cp_debug.recipes.centerpoint.scatter import scatter
-from cp_debug.recipes.centerpoint.voxelize import Voxels, voxelize
+from cp_debug.recipes.centerpoint.voxelize import Voxels, voxelize_batch
 from cp_debug.recipes.checkpoint import load_checkpoint
 from cp_debug.recipes.data.base import DataOptions, DataSet, iterate
 from cp_debug.recipes.data.opening import DEFAULT_OPTIONS, open_data
@@ -36,6 +37,7 @@ class CenterPointModel:
         if source is not None:
             load_checkpoint(self.network, source)
         self._last: tuple[Sample, Voxels] | None = None
+        self._turned = False
         self.weights = f"untrained, random seed {seed}" if source is None else source.name
         self.components: Sequence[Component] = (
             Component(
@@ -57,6 +59,11 @@ class CenterPointModel:
                 stages=_stages(self.config),
             ),
         )
+
+    def use_rot_y_axis_reference(self) -> None:
+        """Give ``dim`` and ``rot`` as AWML's ``--rot-y-axis-reference`` does; ``decode`` knows."""
+        self._turned = True
+        self.components[1].module = TurnedBackboneNeckHead(self.network).eval()
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -88,24 +95,41 @@ class CenterPointModel:
             options=options,
         )
 
+    def batch(self, samples: Sequence[Sample]) -> Sample:
+        """One sample of several clouds: ``points`` [ΣN, C] one after the other, ``counts`` [B] points of each."""
+        clouds = [sample.arrays["points"] for sample in samples]
+        arrays = {"points": np.concatenate(clouds), "counts": np.array([len(cloud) for cloud in clouds])}
+        return Sample(arrays, " + ".join(sample.source for sample in samples))
+
     def feed(self, component: Component, sample: Sample, results: Mapping[str, Arrays]) -> dict[str, np.ndarray]:
         """``input_features`` from the sample's points; ``spatial_features`` from the results, of their dtype."""
-        pillars = self._voxelize(sample)
+        pillars = self.voxelize(sample)
         if component.name == ENCODER:
             return {"input_features": decorate(pillars, self.config).numpy()}
         pillar_features = _tensor(results[ENCODER]["pillar_features"])
-        return {"spatial_features": scatter(pillar_features, pillars.coors, self.config.grid).numpy()}
+        return {"spatial_features": self._scatter(pillar_features, pillars, sample).numpy()}
 
-    def decode(self, sample: Sample, results: Mapping[str, Arrays]) -> Detections:
-        """Boxes after circle NMS."""
+    def decode(self, sample: Sample, results: Mapping[str, Arrays]) -> Detections | list[Detections]:
+        """Boxes after circle NMS; one ``Detections`` a cloud for a batch."""
         outputs = {name: _tensor(array) for name, array in results[BACKBONE_NECK_HEAD].items()}
-        return decode(outputs, self.config)[0]
+        found = decode(turn(outputs) if self._turned else outputs, self.config)
+        return found if "counts" in sample.arrays else found[0]
 
-    def _voxelize(self, sample: Sample) -> Voxels:
+    def voxelize(self, sample: Sample) -> Voxels:
         """Every backend and both components ask for the same pillars, one sample after the other."""
         if self._last is None or self._last[0] is not sample:
-            self._last = sample, voxelize(torch.from_numpy(sample.arrays["points"]), self.config)
+            points = torch.from_numpy(sample.arrays["points"])
+            self._last = sample, voxelize_batch(points.split(_counts(sample)), self.config)
         return self._last[1]
+
+    def _scatter(self, pillar_features: Tensor, pillars: Voxels, sample: Sample) -> Tensor:
+        return scatter(pillar_features, pillars.coors, self.config.grid, len(_counts(sample)))
+
+
+def _counts(sample: Sample) -> list[int]:
+    """Points of each cloud."""
+    counts = sample.arrays.get("counts")
+    return [len(sample.arrays["points"])] if counts is None else counts.tolist()
 
 
 def _stages(config: CenterPointConfig) -> tuple[Stage, ...]:
