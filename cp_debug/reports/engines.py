@@ -18,8 +18,11 @@ def engine_lines(record: RunRecord) -> Iterator[Text]:
         if "realised_precision" not in told:
             continue
         shares = ", ".join(f"{dtype} {share:.0%}" for dtype, share in told["realised_precision"].items())
-        parts = [f"{told['regime']}ly typed", shares, f"built in {sum(told['build_seconds'].values()):.1f} s"]
+        parts = [f"{told['regime']}ly typed", shares, f"built in {told['build_seconds']['plain']:.1f} s"]
+        if not told["realised"]:
+            parts.insert(1, f"no layer runs in {record.precision}")
         if told["observer_gap"] is not None:
+            parts.append(f"runs in {1e3 * told['run_seconds']:.3g} ms")
             parts.append(f"observer gap {number(told['observer_gap'])}, rebuild floor {number(told['rebuild_floor'])}")
         yield Text(f"engine{f' of {component}' if component else ''}: {'; '.join(parts)}", style="dim")
 

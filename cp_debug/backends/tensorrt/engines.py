@@ -85,6 +85,8 @@ class EngineSet:
         """Relative L2 distance of the probed engine's outputs from the plain one's, once both ran on one input."""
         self.floor: float | None = None
         """The same distance of the rebuilt engine's."""
+        self.run_seconds: float | None = None
+        """Median time of the plain engine on that input, copies to and from the device left out."""
 
     @property
     def realised(self) -> bool:
@@ -118,6 +120,7 @@ class EngineSet:
             "realised": self.realised,
             "realised_precision": self.types,
             "build_seconds": {"plain": facts["seconds"]},
+            "run_seconds": self.run_seconds,
             "observer_gap": self.gap,
             "rebuild_floor": self.floor,
             "layers": [layer.to_dict() for layer in self.plain.layers],

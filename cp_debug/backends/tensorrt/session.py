@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,16 @@ from cp_debug.probes.alignment import data_values
 from cp_debug.probes.casts import cast_surgery
 from cp_debug.probes.graph import Graph
 from cp_debug.probes.inputs import check_inputs
+
+RUNS = 20
+"""Further runs of the plain engine, for its time."""
+
+
+@dataclass(frozen=True)
+class _Ran:
+    written: dict[str, Path]
+    """Value → file."""
+    seconds: float
 
 
 @cache
@@ -110,16 +122,17 @@ class EngineSession:
         with tempfile.TemporaryDirectory(dir=self._folder.name) as name:
             folder = Path(name)
             if sink is None:
-                (written,) = self._execute([engines.plain], inputs, folder)
-                return self._outputs(written)
+                (ran,) = self._execute([engines.plain], inputs, folder)
+                return self._outputs(ran.written)
             probed = engines.build_probed()
             wanted = engines.exposed if probes is None else engines.exposed.intersection(probes)
             others = [engines.plain, engines.rebuilt] if engines.gap is None else []
-            written, *plain = self._execute([probed, *others], inputs, folder, wanted, engines.unfused)
-            outputs = self._outputs(written)
+            ran, *plain = self._execute([probed, *others], inputs, folder, wanted, engines.unfused)
+            written, outputs = ran.written, self._outputs(ran.written)
             if plain:
-                reference, again = (self._outputs(files) for files in plain)
+                reference, again = (self._outputs(run.written) for run in plain)
                 engines.gap, engines.floor = output_distance(reference, outputs), output_distance(reference, again)
+                engines.run_seconds = plain[0].seconds
             outputs_wanted = {v.name for v in self._own.outputs if probes is None or v.name in probes}
             for value in self._own.tensors:
                 if value in written and (value in wanted or value in outputs_wanted):
@@ -155,8 +168,8 @@ class EngineSession:
         folder: Path,
         values: Collection[str] = (),
         listen: bool = False,
-    ) -> list[dict[str, Path]]:
-        """Run engines one after the other in one process; value → file for each. ``listen`` is for the first one."""
+    ) -> list[_Ran]:
+        """Run engines one after the other in one process. ``listen`` is for the first one, the others run repeatedly."""
         feeds = {}
         for i, value in enumerate(self._own.inputs):
             feeds[value.name] = str(folder / f"input-{i}.npy")
@@ -171,11 +184,12 @@ class EngineSession:
                 "folder": str(folder / f"run-{i}"),
                 "names": names,
                 "listener": "unfused" if listen and i == 0 else None,
+                "repeat": RUNS if i else 0,
             }
             for i, engine in enumerate(engines)
         ]
         return [
-            {entry["name"]: Path(entry["file"]) for entry in result["tensors"]}
+            _Ran({entry["name"]: Path(entry["file"]) for entry in result["tensors"]}, median(result["seconds"]))
             for result in self._client.execute(steps)
         ]
 
