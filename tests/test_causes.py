@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +14,12 @@ from nets import NetBuilder
 from torch import Tensor, nn
 
 from cp_debug.backends.arithmetic import BF16, FP16, FP16ACC, FP32, FP64, TF32, Arithmetic
-from cp_debug.backends.base import Program
+from cp_debug.backends.base import Program, Session
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.registry import create
+from cp_debug.backends.rounding import round_tf32
 from cp_debug.backends.spec import BackendSpec
+from cp_debug.backends.torch_backend import TorchBackend
 from cp_debug.bisect.causes.search import Explanation, explain
 from cp_debug.bisect.causes.segment import Lab, Segment
 from cp_debug.bisect.engine import Options, bisect
@@ -295,6 +298,28 @@ def test_layers_with_one_cause_are_one_finding_and_sound_runs_have_none() -> Non
         bisect(model, [create(BackendSpec.parse("torch")), lowered], options=Options(explain=False)).tests[0].findings
         == []
     )
+
+
+class Tf32Backend(TorchBackend):
+    """Claims FP32, and rounds the operands of every convolution as TF32 does, before BatchNorm scales the result."""
+
+    def open(self, program: Program) -> Session:
+        module = copy.deepcopy(program.module)
+        assert module is not None
+        for layer in module.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.weight.data = round_tf32(layer.weight.data)
+                layer.register_forward_pre_hook(lambda layer, inputs: (round_tf32(inputs[0]),))
+        return super().open(replace(program, module=module))
+
+
+def test_tf32_is_recognised_where_the_graph_is_folded_and_the_module_is_not() -> None:
+    model = TorchModel("layer", Layer().eval(), torch.randn(1, 4, 24, 24, generator=torch.Generator().manual_seed(0)))
+    backends = [create(BackendSpec.parse("ort")), Tf32Backend(BackendSpec.parse("torch"))]
+    (finding,) = bisect(model, backends).tests[0].findings
+    assert finding.cause == "tf32"
+    assert finding.explained is not None
+    assert finding.explained > 0.99
 
 
 class Boxes:

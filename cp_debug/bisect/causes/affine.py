@@ -55,6 +55,14 @@ def everywhere(segment: Segment) -> Iterator[Candidate]:
             yield Candidate(_name(segment, name), text, value, len(basis), factors, _FIX)
 
 
+OFF = {
+    "scaled": "in scale",
+    "weights-scaled": "in the scale of the weights",
+    "shifted": "by a constant each",
+    "affine": "in scale and offset",
+}
+
+
 @cause()
 def channel_by_channel(segment: Segment) -> Iterator[Candidate]:
     """Channels with factors and summands of their own: all of them, or only those that are off."""
@@ -67,7 +75,7 @@ def channel_by_channel(segment: Segment) -> Iterator[Candidate]:
     chosen = segment.along(off)
     affine = [segment.before, torch.ones((), dtype=torch.float64)]
     bases = [b for b in _bases(segment) if b[0] != "bias-scaled"]
-    for name, what, basis in (*bases, ("affine", "scale and offset", affine)):
+    for name, _, basis in (*bases, ("affine", "", affine)):
         fit = cross_fit(rest, basis, segment.revealing, axis)
         if fit is None:
             continue
@@ -75,8 +83,7 @@ def channel_by_channel(segment: Segment) -> Iterator[Candidate]:
         value = segment.activate(segment.before + torch.where(chosen, change, 0.0))
         places = off.nonzero().flatten().tolist()
         which = f"channel {places[0]}" if count == 1 else f"{count} of {len(off)} channels"
-        verb = "shifted" if name == "shifted" else "off in scale and offset" if name == "affine" else "scaled"
-        says = f"{which}: {what} {verb} one by one" if count > 1 else f"{which} is {verb}"
+        says = f"{which} {'is' if count == 1 else 'are'} off {OFF[name]}"
         evidence = {"channels": places[:32], "factors": (1 + theta[off][:32, 0]).tolist()}
         if name == "shifted":
             evidence = {"channels": places[:32], "summands": theta[off][:32, 0].tolist()}

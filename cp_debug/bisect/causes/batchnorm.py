@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from cp_debug.bisect.causes.affine import off_channels
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.fits import cross_fit
 from cp_debug.bisect.causes.operators import EPSILONS
@@ -49,7 +50,7 @@ def wrong_parameters(segment: Segment) -> Iterator[Candidate]:
     along = segment.along
     for says, result in (
         ("BatchNorm is left out", x),
-        ("BatchNorm is applied twice: folded, and as a node", _normalized(segment, norm, segment.before)),
+        ("BatchNorm is applied twice: folded, and as a node", norm.applied(segment.before, segment.along)),
         ("folded without its shift", x * along(norm.scale)),
         ("folded without its scale", x + along(norm.bias - norm.mean * norm.scale)),
     ):
@@ -76,26 +77,32 @@ def epsilon(segment: Segment) -> Iterator[Candidate]:
 
 @cause()
 def unknown_statistics(segment: Segment) -> Iterator[Candidate]:
-    """Any mean and variance: a scale and an offset for each channel, and what they imply about both."""
+    """Any mean and variance: a scale and an offset for each channel that is off, and what they imply about both; or,
+    simpler, all means off by the same share of their deviations, and all variances by one factor."""
     norm = segment.batch_norm
     if norm is None or segment.test.dim() < 2:
         return
     rest, one = segment.test - segment.before, torch.ones((), dtype=torch.float64)
-    fit = cross_fit(rest, [segment.before - segment.along(norm.bias), one], segment.revealing, segment.axis)
-    if fit is None:
-        return
-    change, theta = fit
-    ratio = 1 + theta[:, 0]
-    if not bool((ratio > 0).all()):
-        return
-    variance = (norm.variance + norm.eps) / ratio**2 - norm.eps
-    mean = norm.mean - theta[:, 1] / (norm.scale * ratio)
-    evidence = {"implied_mean": mean[:8].tolist(), "mean": norm.mean[:8].tolist()}
-    evidence |= {"implied_variance": variance[:8].tolist(), "variance": norm.variance[:8].tolist()}
-    says = "BatchNorm: other statistics (every channel is off in scale and offset)"
-    value = segment.activate(segment.before + change)
-    # One less than any affine fit of the same channels: it says more about the same numbers.
-    yield Candidate("batchnorm-statistics", says, value, theta.numel() - 1, evidence, _CHECKPOINT)
+    slope = segment.before - segment.along(norm.bias)
+    off = off_channels(segment)
+    for basis, axis in (([slope, one], segment.axis), ([slope, segment.along(norm.weight)], None)):
+        fit = cross_fit(rest, basis, segment.revealing, axis)
+        if fit is None or not bool((fit[1][:, 0] > -1).all()):
+            continue
+        change, theta = fit
+        if axis is not None:
+            change = torch.where(segment.along(off), change, 0.0)
+        ratio = 1 + theta[:, 0]
+        offset = theta[:, 1] if axis is not None else theta[:, 1] * norm.weight
+        variance = (norm.variance + norm.eps) / ratio**2 - norm.eps
+        mean = norm.mean - offset / (norm.scale * ratio)
+        evidence = {"implied_mean": mean[:8].tolist(), "mean": norm.mean[:8].tolist()}
+        evidence |= {"implied_variance": variance[:8].tolist(), "variance": norm.variance[:8].tolist()}
+        says = "BatchNorm: other statistics (channels are off in scale and offset)"
+        # One less than any affine fit of the same channels: it says more about the same numbers.
+        parameters = 2 * int(off.sum()) - 1 if axis is not None else 2
+        value = segment.activate(segment.before + change)
+        yield Candidate("batchnorm-statistics", says, value, parameters, evidence, _CHECKPOINT)
 
 
 def _input(segment: Segment, norm: BatchNorm) -> Tensor:
@@ -103,12 +110,8 @@ def _input(segment: Segment, norm: BatchNorm) -> Tensor:
     return (segment.before - segment.along(norm.bias)) / segment.along(norm.scale) + segment.along(norm.mean)
 
 
-def _normalized(segment: Segment, norm: BatchNorm, x: Tensor) -> Tensor:
-    return (x - segment.along(norm.mean)) * segment.along(norm.scale) + segment.along(norm.bias)
-
-
 def _apply(segment: Segment, norm: BatchNorm, x: Tensor) -> Tensor:
-    return segment.activate(_normalized(segment, norm, x))
+    return segment.activate(norm.applied(x, segment.along))
 
 
 def _wrong_axis(segment: Segment, norm: BatchNorm) -> Tensor | None:

@@ -71,7 +71,9 @@ def permuted(segment: Segment) -> Iterator[Candidate]:
         moved = (order != torch.arange(count)).nonzero().flatten()
         if not len(moved):
             continue
-        if ours.shape[1] < FEW and not torch.allclose(ours[order], theirs, rtol=1e-3):
+        if ours.shape[1] < FEW and not torch.allclose(
+            ours[order], theirs, rtol=max(1e-3, 4 * segment.lab.claim.roundoff)
+        ):
             continue  # so few elements find a near partner by chance
         value = ours[order].reshape(exact.movedim(axis, 0).shape).movedim(0, axis)
         pairs = ", ".join(f"{int(i)}←{int(order[i])}" for i in moved[:6])

@@ -59,6 +59,14 @@ def arithmetic(segment: Segment) -> Iterator[Candidate]:
             continue
         if segment.nodes and way.name != segment.lab.claim.name and (way is not TF32 or segment.product):
             yield Candidate(way.name, text, segment.run(way), fix=PROMOTED[way.name])
+            if (value := segment.apart(way)) is not None:
+                yield Candidate(
+                    way.name,
+                    text,
+                    value,
+                    evidence={"computed": "product, bias and BatchNorm one after the other"},
+                    fix=PROMOTED[way.name],
+                )
 
 
 @cause(costly=True)

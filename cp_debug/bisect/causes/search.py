@@ -14,7 +14,7 @@ anything small explain an error that is the loss of a large exact result."""
 ROUNDING = 2.0
 """A cause is complete when it leaves no more than this many times what the claimed precision must introduce: what is
 put behind a rounded result is rounded once more."""
-CLOSE = 1.25
+CLOSE = 1.6
 """Explanations whose residuals are within this factor of the best one are equally good: the simplest is taken."""
 
 

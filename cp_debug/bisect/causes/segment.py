@@ -47,6 +47,14 @@ class BatchNorm:
         """What it multiplies each channel with."""
         return self.weight / torch.sqrt(self.variance + self.eps)
 
+    def rounded(self, rounding: Callable[[Tensor], Tensor]) -> BatchNorm:
+        """With every parameter rounded by itself."""
+        return BatchNorm(*map(rounding, (self.weight, self.bias, self.mean, self.variance)), eps=self.eps)
+
+    def applied(self, x: Tensor, along: Callable[[Tensor], Tensor]) -> Tensor:
+        """The normalised ``x``; ``along`` shapes parameters to meet it."""
+        return (x - along(self.mean)) * along(self.scale) + along(self.bias)
+
 
 def as_double(value: Any) -> Tensor:
     """Any array or tensor in float64 on the CPU, integers too."""
@@ -110,7 +118,7 @@ class Segment:
         node: Node,
         *,
         op: str | None = None,
-        inputs: Mapping[int, Any] | None = None,
+        inputs: Mapping[int, Tensor] | None = None,
         reads: Sequence[str] | None = None,
         **attributes: Any,
     ) -> Tensor | None:
@@ -132,13 +140,42 @@ class Segment:
         index, values = next(_fresh), {}
         for place, value in (inputs or {}).items():
             proto.input[place] = f"{node.proto.input[place]}\x1f{index}"
-            values[proto.input[place]] = value
+            values[proto.input[place]] = value.to(self.lab.oracle.arithmetic.dtype)
         nodes = [replace(Node.of(index, proto), name=n.name) if n is node else n for n in self.nodes]
         try:
             result = self.run(self.lab.oracle.arithmetic, nodes, values)
         except InputError:
             return None
         return result if result.shape == self.test.shape else None
+
+    def apart(self, arithmetic: Arithmetic) -> Tensor | None:
+        """The target when product, bias and BatchNorm, one node here, are computed and rounded one after the other, as
+        eager frameworks do: operands before the scale comes in, parameters each by itself. None for other layers."""
+        norm, node = self.batch_norm, self.product
+        if node is None or any(n.op == "BatchNormalization" for n in self.nodes):
+            return None
+        weight, bias = self.weight(node, 1), self.weight(node, 2)
+        if weight is None or bias is None or (norm is not None and not bool((norm.weight != 0).all())):
+            return None
+        if norm is not None:
+            place = 1 if node.op == "ConvTranspose" else 0
+            weight = weight / norm.scale.reshape([-1 if d == place else 1 for d in range(weight.dim())])
+            bias = (bias - norm.bias) / norm.scale + norm.mean
+            bias = torch.where(bias.abs() < 1e-5 * norm.mean.abs().max(), 0.0, bias)  # folded in FP32 where it is none
+        proto = onnx.NodeProto()
+        proto.CopyFrom(node.proto)
+        proto.input[:] = [node.proto.input[0], f"{node.proto.input[1]}\x1fapart"]
+        values = {**self.given, proto.input[1]: weight.to(arithmetic.dtype)}
+        executor = self.lab.executor(arithmetic)
+        plain = executor.run_nodes([Node.of(next(_fresh), proto)], values, node.outputs)[node.outputs[0]]
+
+        def stored(value: Tensor) -> Tensor:
+            return as_double(arithmetic.round(value.to(arithmetic.dtype)))
+
+        result = stored(as_double(plain) + self.along(stored(bias.flatten())))
+        if norm is not None:
+            result = stored(norm.rounded(stored).applied(result, self.along))
+        return self.activate(result)
 
     def input(self, name: str) -> Tensor:
         """A captured value that the segment reads."""
