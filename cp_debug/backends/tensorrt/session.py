@@ -17,6 +17,7 @@ from cp_debug.backends.tensorrt.client import Client
 from cp_debug.backends.tensorrt.config import decide
 from cp_debug.backends.tensorrt.engines import Engine, EngineSet, Profile, Workshop
 from cp_debug.backends.tensorrt.options import Options
+from cp_debug.errors import InputError
 from cp_debug.probes.alignment import data_values
 from cp_debug.probes.casts import cast_surgery
 from cp_debug.probes.graph import Graph
@@ -89,6 +90,14 @@ class EngineSession:
             "calibration_cache": None if options.calibration_cache is None else str(options.calibration_cache),
         }
         return Workshop(self._client, config, variant, graph, tuple(data_values(own)), folder, step)
+
+    @property
+    def plain(self) -> Engine:
+        """The engine as it is deployed. Raises InputError before the first run of a dynamic graph without a profile."""
+        if not self._sets:
+            names = [v.name for v in self._own.inputs if not _is_static(v.shape)]
+            raise InputError(f"{self._own.path}: the inputs {', '.join(names)} are dynamic; give each a profile")
+        return self._latest.plain
 
     @property
     def exposed(self) -> Collection[str]:
