@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from cp_debug.cli import bisect, bundle, capture, check, compare, demo, doctor, models, report
+from cp_debug.cli import bisect, bundle, capture, check, compare, demo, doctor, export, models, report, verify
 from cp_debug.cli import eval as evaluation
 from cp_debug.cli.console import errors
 from cp_debug.errors import CpdebugError
@@ -30,8 +30,10 @@ for command in (
     compare.compare,
     demo.demo,
     doctor.doctor,
+    export.export,
     models.models,
     report.report,
+    verify.verify,
 ):
     app.command()(command)
 app.command("eval")(evaluation.evaluate)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from cp_debug.backends.base import Backend
+from cp_debug.backends.base import Backend, Program
 from cp_debug.bisect.pipeline import Pipeline, choose_export, prepare
 from cp_debug.deploy.changes import Detected
 from cp_debug.deploy.evaluation import EvaluationOptions, EvaluationResult, score_backends
@@ -66,9 +66,12 @@ def evaluate(
     *,
     exporter: str | None = None,
     folded: bool = True,
+    programs: Sequence[Program] | None = None,
     on_step: Callable[[str, int, int], None] = lambda text, done, total: None,
 ) -> EvaluationResult:
     """Every backend on every sample, each sample read once. ``options.region`` None is the model's own.
+
+    ``programs`` None exports the model for this run.
 
     Raises InputError for data without ground truth.
     """
@@ -81,7 +84,7 @@ def evaluate(
         with clock("export"):
             (example,) = model.samples(1, 0, None)
             how, _ = choose_export(backends, exporter)
-            programs = prepare(model, example, Path(scratch), how=how, folded=folded)
+            programs = programs or prepare(model, example, Path(scratch), how=how, folded=folded)
             pipelines = [stack.enter_context(Pipeline(model, programs, backend)) for backend in backends]
         samples = iterate(data)
         for index in range(len(data)):

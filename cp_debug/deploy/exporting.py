@@ -170,7 +170,10 @@ def _load(component: Component, path: Path) -> Program:
         if found != expected:
             raise InputError(f"{path}: its {what} are {found}; expected those of {component.name}: {expected}")
     manifest = path.with_suffix(".alignment.json")
-    alignment = Alignment.load(manifest, graph) if manifest.is_file() else None
+    try:
+        alignment = Alignment.load(manifest, graph)
+    except InputError:  # none, or the graph was changed since: that is what verification is for
+        alignment = None
     return Program(component.name, graph, component.module, alignment)
 
 

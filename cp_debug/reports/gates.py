@@ -13,23 +13,28 @@ from cp_debug.reports.tables import verdict_line
 def render_junit(saved: SavedResult) -> str:
     """One suite a test backend: a test case for the verdict, and one a layer, which fails when the layer is guilty."""
     result = saved.result
-    root = ET.Element("testsuites", name=_xml(f"cpdebug {result.model}"))
+    root = ET.Element("testsuites", name=xml_text(f"cpdebug {result.model}"))
     for test in result.tests:
         suite = ET.SubElement(root, "testsuite", name=f"{result.reference.spec} → {test.backend.spec}")
         overall = ET.SubElement(suite, "testcase", classname=test.backend.spec, name="verdict", time="0")
         if not test.agrees:
-            _fail(overall, "divergence", verdict_line(test).plain)
+            fail(overall, "divergence", verdict_line(test).plain)
         for row in test.rows:
             name = f"{row.component}/{row.onnx}"
             case = ET.SubElement(
-                suite, "testcase", classname=test.backend.spec, name=_xml(f"{row.name} ({name})"), time="0"
+                suite, "testcase", classname=test.backend.spec, name=xml_text(f"{row.name} ({name})"), time="0"
             )
             if row.verdict in (GUILTY, SHAPE):
-                _fail(case, row.verdict, _figures(row))
+                fail(case, row.verdict, _figures(row))
         cases = suite.findall("testcase")
         suite.set("tests", str(len(cases)))
         suite.set("failures", str(sum(case.find("failure") is not None for case in cases)))
         suite.set("errors", "0")
+    return document(root)
+
+
+def document(root: ET.Element) -> str:
+    """The whole file."""
     ET.indent(root)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
 
@@ -50,8 +55,9 @@ def _escape(text: str) -> str:
     return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 
 
-def _fail(case: ET.Element, kind: str, message: str) -> None:
-    ET.SubElement(case, "failure", type=kind, message=_xml(message)).text = _xml(message)
+def fail(case: ET.Element, kind: str, message: str) -> None:
+    """Let a test case fail with a message."""
+    ET.SubElement(case, "failure", type=kind, message=xml_text(message)).text = xml_text(message)
 
 
 def _figures(row: LayerRow) -> str:
@@ -62,6 +68,6 @@ def _figures(row: LayerRow) -> str:
     return f"{row.why}; {', '.join(figures)}"
 
 
-def _xml(text: str) -> str:
+def xml_text(text: str) -> str:
     """Without the control characters that XML cannot hold."""
     return "".join(c for c in text if c >= " " or c in "\t\n")

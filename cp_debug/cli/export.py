@@ -1,0 +1,44 @@
+"""``cpdebug export``: the ONNX files that are deployed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cp_debug.cli.bisect import Exporter
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="A recipe (`cpdebug models`) or module:callable / file.py:callable.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the files.")],
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights: .pt or .safetensors.")] = None,
+    opset: Annotated[int, typer.Option(min=11, help="TensorRT 8 reads up to 17.")] = 17,
+    exporter: Annotated[Exporter, typer.Option(help="auto: TorchScript below opset 18, dynamo from there.")] = (
+        Exporter.auto
+    ),
+    unfolded: Annotated[bool, typer.Option("--unfolded", help="Keep BatchNorm and constants apart.")] = False,
+    simplify: Annotated[bool, typer.Option("--simplify", help="Run onnxscript's optimiser over the graph.")] = False,
+    rot_y_axis_reference: Annotated[
+        bool, typer.Option("--rot-y-axis-reference", help="CenterPoint: yaw from the y axis, as Autoware reads it.")
+    ] = False,
+    inputs: Annotated[Path | None, typer.Option(help="Sample to export with; else a made-up one.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of made-up inputs.")] = 0,
+) -> None:
+    """Export every component with free axes, align it with its module, check it on two inputs of different sizes."""
+    from cp_debug.cli.console import console, steps
+    from cp_debug.deploy.exporting import ExportOptions, export_model
+    from cp_debug.deploy.stages import turn_outputs
+    from cp_debug.deploy.summary import export_lines
+    from cp_debug.recipes.registry import load_model
+
+    loaded = load_model(model, checkpoint=checkpoint, seed=seed)
+    if rot_y_axis_reference:
+        turn_outputs(loaded)
+    options = ExportOptions(opset, None if exporter is Exporter.auto else exporter.value, not unfolded, simplify)
+    with steps() as on_step:
+        sample = next(iter(loaded.samples(1, seed, inputs)))
+        exported = export_model(loaded, sample, output, options, on_step=on_step)
+    for line in export_lines(exported):
+        console.print(line, highlight=False, soft_wrap=True)

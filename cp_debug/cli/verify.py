@@ -1,0 +1,121 @@
+"""``cpdebug verify``: do the deployed files compute what the model computes?"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from json import dumps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cp_debug.cli import tensorrt
+
+if TYPE_CHECKING:
+    from cp_debug.deploy.config import ScenarioConfig
+
+
+def verify(
+    model: Annotated[str, typer.Argument(help="A model, or the configuration of `cpdebug deploy`.")],
+    scenario: Annotated[
+        list[str] | None, typer.Option("--scenario", "-s", help="REFERENCE,TEST, as torch@cpu,ort@cpu; repeatable.")
+    ] = None,
+    onnx_dir: Annotated[
+        Path | None, typer.Option(help="Folder of `cpdebug export`; without one the model is exported for this run.")
+    ] = None,
+    recipe: Annotated[str | None, typer.Option("--model", help="For a configuration that names no model.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights: .pt or .safetensors.")] = None,
+    inputs: Annotated[Path | None, typer.Option(help="Point files, a folder of them, or an info file.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="How many samples.  [default: 3]")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of made-up inputs; first synthetic scene.")] = 0,
+    tolerance: Annotated[
+        list[str] | None,
+        typer.Option(help="TENSOR=X, PRECISION=X or TENSOR@PRECISION=X: relative L2; else limits come from the noise."),
+    ] = None,
+    max_abs: Annotated[float | None, typer.Option(help="Limit of max |Δ| besides.")] = None,
+    voxels: Annotated[
+        Path | None, typer.Option(help="First sample's voxels, num_points, coors (.npz), by the test's own code.")
+    ] = None,
+    explain: Annotated[bool, typer.Option(help="Bisect what fails.")] = True,
+    junit: Annotated[Path | None, typer.Option(help="Write JUnit XML.")] = None,
+    json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
+    trt_python: tensorrt.Python = None,
+) -> None:
+    """Compare every output of every component with the reference, over several samples; exit code 1 if one is off.
+
+    Limits are multiples of the noise that rounding makes in this very network; NaN and Inf always fail. What fails is
+    bisected, and the summary names the layer.
+    """
+    from contextlib import ExitStack
+    from tempfile import TemporaryDirectory
+
+    from cp_debug.cli.console import console, steps
+    from cp_debug.deploy.stages import Deployment, configured
+    from cp_debug.deploy.verify_tables import render, render_junit
+    from cp_debug.reports.files import complete_file, write_text
+
+    stack = ExitStack()
+    config, source = configured(model, recipe, Path(stack.enter_context(TemporaryDirectory(prefix="cpdebug-"))))
+    verifying = config.verify.model_copy(
+        update={
+            "samples": samples or config.verify.samples,
+            "tolerances": {**config.verify.tolerances, **parse_tolerances(tolerance or ())},
+            "max_abs": max_abs or config.verify.max_abs,
+            "scenarios": parse_scenarios(scenario) if scenario else config.scenarios(),
+        }
+    )
+    data = config.data.model_copy(update={"path": inputs or config.data.path, "first": seed or config.data.first})
+    engines = config.tensorrt.model_copy(update={"python": trt_python or config.tensorrt.python})
+    config = config.model_copy(
+        update={
+            "checkpoint": checkpoint or config.checkpoint,
+            "verify": verifying,
+            "data": data,
+            "tensorrt": engines,
+        }
+    )
+    with stack, steps() as on_step:
+        deployment = Deployment(config, source, on_step, on_event=on_step.on_event)
+        result = deployment.verify(onnx_dir, voxels=voxels, explain=explain)
+    text = dumps(result.to_dict(), indent=1, allow_nan=False) + "\n"
+    if json == "-":
+        sys.stdout.write(text)
+    else:
+        for part in render(result):
+            console.print(part)
+    if json and json != "-":
+        with complete_file(Path(json)) as stream:
+            stream.write(text)
+    if junit:
+        write_text(render_junit(result), junit)
+    raise typer.Exit(0 if result.passed else 1)
+
+
+def parse_scenarios(texts: Sequence[str]) -> list[ScenarioConfig]:
+    """``torch@cpu,ort@cpu`` → a reference and a test. Raises InputError."""
+    from cp_debug.backends.spec import parse_backends
+    from cp_debug.deploy.config import ScenarioConfig
+    from cp_debug.errors import InputError
+
+    found = []
+    for text in texts:
+        reference, *tests = parse_backends(text)
+        if len(tests) != 1:
+            raise InputError(f"--scenario: {text!r} names {len(tests)} tests; expected REFERENCE,TEST")
+        found.append(ScenarioConfig(reference=str(reference), test=str(tests[0])))
+    return found
+
+
+def parse_tolerances(texts: Sequence[str]) -> dict[str, float]:
+    """``heatmap=1e-3`` → name and limit. Raises InputError."""
+    from cp_debug.errors import InputError
+
+    found = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            raise InputError(f"--tolerance: {text!r}; expected NAME=NUMBER, such as heatmap=1e-3") from None
+    return found

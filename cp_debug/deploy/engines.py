@@ -1,0 +1,112 @@
+"""A folder of TensorRT engines, one a component, with a manifest that says for whom they were built."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cp_debug.backends.base import Backend, Program
+from cp_debug.errors import InputError
+
+MANIFEST = "engines.json"
+SCHEMA = "cpdebug.engines/1"
+MACHINE = ("tensorrt", "gpu", "compute_capability")
+"""An engine runs only where these are as they were when it was built."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """One engine."""
+
+    component: str
+    file: str
+    sha256: str
+    onnx_sha256: str
+    """Of the graph that it was built from."""
+    seconds: float
+    realised_precision: Mapping[str, float]
+    """Data type → share of the layers' inputs and outputs."""
+
+
+def build_engines(
+    programs: Sequence[Program],
+    backend: Backend,
+    folder: Path,
+    files: Mapping[str, str] | None = None,
+    on_step: Callable[[str, int, int], None] = lambda text, done, total: None,
+) -> list[Built]:
+    """``<component>.engine`` for every program, and their manifest, which appears last.
+
+    ``backend`` is a TensorRT backend with a profile for every dynamic input. Raises InputError where one is missing or
+    TensorRT refuses a graph.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    built = []
+    for place, program in enumerate(programs):
+        on_step(f"building {program.name}", place, len(programs))
+        session: Any = backend.open(program)
+        try:
+            engine = session.plain
+            target = folder / (files or {}).get(program.name, f"{program.name}.engine")
+            partial = target.with_name(f".{target.name}.partial")
+            shutil.copyfile(engine.path, partial)
+            partial.replace(target)
+            settings = session.settings
+        finally:
+            session.close()
+        seconds, realised = engine.facts["seconds"], settings["realised_precision"]
+        built.append(Built(program.name, target.name, _hash(target), program.graph.digest, seconds, realised))
+    versions = backend.versions()
+    manifest = {
+        "schema": SCHEMA,
+        "backend": str(backend.spec),
+        **{key: versions[key] for key in MACHINE},
+        "engines": [asdict(each) for each in built],
+    }
+    partial = folder / f".{MANIFEST}.partial"
+    partial.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    partial.replace(folder / MANIFEST)
+    return built
+
+
+def check_engines(folder: Path, programs: Sequence[Program], versions: Mapping[str, str]) -> dict[str, Path]:
+    """Component → its engine, each found fit for this machine and these graphs.
+
+    Raises InputError for a folder without manifest, a missing component, a changed file, another graph, and an engine
+    of another TensorRT version or GPU.
+    """
+    file = folder / MANIFEST
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        engines = {each["component"]: Built(**each) for each in manifest["engines"]}
+        machine = {key: manifest[key] for key in MACHINE}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: not the manifest of `cpdebug build` ({type(error).__name__}: {error})") from None
+    for key, value in machine.items():
+        if value != versions[key]:
+            raise InputError(f"{file}: {key} is {value!r}; here it is {versions[key]!r}: build the engines again")
+    found = {}
+    for program in programs:
+        engine = engines.get(program.name)
+        if engine is None or not (folder / engine.file).is_file():
+            raise InputError(f"{folder}: there is no engine of {program.name}; expected one a component")
+        if _hash(folder / engine.file) != engine.sha256:
+            raise InputError(f"{folder / engine.file}: changed since it was built; build it again")
+        if engine.onnx_sha256 != program.graph.digest:
+            raise InputError(f"{folder / engine.file}: built from another graph than {program.graph.path}")
+        found[program.name] = folder / engine.file
+    return found
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,116 @@
+"""Voxelization of both sides: the same pillars, in the same order, cut off at the same places?"""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cp_debug.errors import InputError
+from cp_debug.recipes.centerpoint.config import CenterPointConfig
+from cp_debug.recipes.centerpoint.voxelize import Voxels, voxelize
+
+
+@dataclass(frozen=True)
+class VoxelChange:
+    """From the reference's pillars to the test's, of one cloud."""
+
+    reference: int
+    """Pillars of the reference."""
+    test: int
+    lost: int
+    """Cells that only the reference has."""
+    gained: int
+    reordered: int
+    """Pillars of both sides whose place among these differs."""
+    changed: int
+    """Pillars of both sides that hold other points, or the same in another order."""
+    max_abs: float
+    """Largest difference of a kept point's value; 0 where no pillar of both sides changed."""
+    dropped_points: tuple[int, int]
+    """Points in range that each side left out, as its pillar was full or one too many."""
+
+    @property
+    def agrees(self) -> bool:
+        """Whether both sides feed the encoder the same tensor."""
+        return not (self.lost or self.gained or self.reordered or self.changed)
+
+    def __str__(self) -> str:
+        ours, theirs = self.dropped_points
+        dropped = f"{ours} points dropped" if ours == theirs else f"{ours} and {theirs} points dropped"
+        if self.agrees:
+            return f"{self.reference} pillars, equal in order and content; {dropped}"
+        said = [f"{self.reference} pillars against {self.test}"]
+        said += [f"{self.lost} lost"] * bool(self.lost) + [f"{self.gained} gained"] * bool(self.gained)
+        said += [f"{self.reordered} in another order"] * bool(self.reordered)
+        said += [f"{self.changed} with other points (up to {self.max_abs:.3g})"] * bool(self.changed)
+        return f"{', '.join(said)}; {dropped}"
+
+
+def compare_voxels(reference: Voxels, test: Voxels, points: np.ndarray, config: CenterPointConfig) -> VoxelChange:
+    """Compare the pillars of one cloud ``points`` [M, C], as two implementations made them."""
+    ours, theirs = _cells(reference, config), _cells(test, config)
+    common, mine, its = np.intersect1d(ours, theirs, return_indices=True)
+    a, b = reference.voxels.cpu().numpy()[mine], test.voxels.cpu().numpy()[its]
+    slots = max(a.shape[1], b.shape[1])
+    gaps = np.abs(_padded(a, slots) - _padded(b, slots)).reshape(len(common), -1).max(axis=1, initial=0)
+    counts = reference.num_points.cpu().numpy()[mine] != test.num_points.cpu().numpy()[its]
+    inside = _in_range(points, config)
+    return VoxelChange(
+        reference=len(ours),
+        test=len(theirs),
+        lost=len(ours) - len(common),
+        gained=len(theirs) - len(common),
+        reordered=int((np.argsort(np.argsort(mine)) != np.argsort(np.argsort(its))).sum()),
+        changed=int(((gaps > 0) | counts).sum()),
+        max_abs=float(gaps.max(initial=0)),
+        dropped_points=(inside - int(reference.num_points.sum()), inside - int(test.num_points.sum())),
+    )
+
+
+def voxelize_on(points: np.ndarray, config: CenterPointConfig, device: str) -> Voxels:
+    """Pillars of one cloud, made on a device and brought back."""
+    made = voxelize(torch.from_numpy(points).to(device), config)
+    return Voxels(*(tensor.cpu() for tensor in made))
+
+
+def read_voxels(path: Path, config: CenterPointConfig) -> Voxels:
+    """What another implementation wrote: ``.npz`` with ``voxels`` [N, P, C], ``num_points`` [N], ``coors`` [N, 3 or 4]
+    (z, y, x last). Raises InputError that names file and array.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            voxels, counts, coors = (archive[name] for name in Voxels._fields)
+    except (OSError, KeyError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: expected an .npz file with {', '.join(Voxels._fields)} ({error})") from None
+    columns = len(config.point_features)
+    if voxels.ndim != 3 or voxels.shape[2] != columns:
+        raise InputError(f"{path}: voxels has shape {list(voxels.shape)}; expected [N, P, {columns}]")
+    if counts.shape != (len(voxels),) or coors.shape[0] != len(voxels) or coors.shape[1:] not in ((3,), (4,)):
+        raise InputError(
+            f"{path}: num_points {list(counts.shape)} and coors {list(coors.shape)} do not fit {len(voxels)} voxels; "
+            "expected [N] and [N, 3 or 4]"
+        )
+    return Voxels(torch.from_numpy(voxels), torch.from_numpy(counts), torch.from_numpy(coors))
+
+
+def _cells(voxels: Voxels, config: CenterPointConfig) -> np.ndarray:
+    """[N] one number a cell."""
+    nx, ny, _ = config.grid
+    z, y, x = voxels.coors.cpu().numpy().astype(np.int64).T[-3:]
+    return (z * ny + y) * nx + x
+
+
+def _padded(voxels: np.ndarray, slots: int) -> np.ndarray:
+    return np.pad(voxels, ((0, 0), (0, slots - voxels.shape[1]), (0, 0)))
+
+
+def _in_range(points: np.ndarray, config: CenterPointConfig) -> int:
+    low, high = (
+        np.array(limits, np.float32) for limits in (config.point_cloud_range[:3], config.point_cloud_range[3:])
+    )
+    cells = np.floor((points[:, :3] - low) / np.array(config.voxel_size, np.float32))
+    return int(((cells >= 0) & (cells < np.round((high - low) / np.array(config.voxel_size)))).all(axis=1).sum())

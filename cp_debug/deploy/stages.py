@@ -1,0 +1,207 @@
+"""The steps of a deployment, each by itself: load, export, build, verify, evaluate."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+from cp_debug.backends.base import Backend, Program
+from cp_debug.backends.registry import create
+from cp_debug.backends.spec import BackendSpec
+from cp_debug.deploy.config import DeployConfig, load_config
+from cp_debug.deploy.engines import Built, build_engines
+from cp_debug.deploy.evaluate import as_detector, evaluate
+from cp_debug.deploy.evaluation import EvaluationOptions, EvaluationResult
+from cp_debug.deploy.exporting import Exported, ExportOptions, export_model, load_exported
+from cp_debug.deploy.verify import VerifyOptions, VerifyResult, verify
+from cp_debug.errors import InputError
+from cp_debug.recipes.base import Component, Model, Sample
+from cp_debug.recipes.data.base import DataOptions, iterate
+from cp_debug.recipes.registry import load_model
+
+OnStep = Callable[[str, int, int], None]
+SUFFIXES = (".yaml", ".yml", ".toml", ".py")
+
+
+def configured(text: str, recipe: str | None, scratch: Path) -> tuple[DeployConfig, str]:
+    """The configuration in a file, or that of a model alone with ``scratch`` as its work folder; and where it is from.
+
+    ``recipe`` replaces the model that the file names. Raises InputError.
+    """
+    if not text.endswith(SUFFIXES):
+        return DeployConfig(model=text, work_dir=scratch), "command line"
+    config = load_config(Path(text))
+    if recipe is not None:
+        config = config.model_copy(update={"model": recipe})
+    if config.model is None:
+        raise InputError(f"{text}: model is missing; name one there or with --model, such as centerpoint:awml-base")
+    return config, text
+
+
+class Deployment:
+    """A configuration and what it leads to. ``source`` is the file's name in messages."""
+
+    def __init__(
+        self,
+        config: DeployConfig,
+        source: str,
+        on_step: OnStep = lambda text, done, total: None,
+        **engine_options: object,
+    ) -> None:
+        self.config, self.source, self.on_step = config, source, on_step
+        self._engine_options = engine_options
+        self._backends: dict[str, Backend] = {}
+
+    @cached_property
+    def model(self) -> Model:
+        """Loaded with its checkpoint, and found to be what the configuration is about."""
+        config = self.config
+        assert config.model is not None
+        if config.checkpoint is not None and not config.checkpoint.is_file():
+            raise InputError(
+                f"{self.source}: checkpoint is {config.checkpoint}: no such file; expected .pt or .safetensors"
+            )
+        model = load_model(config.model, checkpoint=config.checkpoint)
+        if config.export.rot_y_axis_reference:
+            turn_outputs(model)
+        self._check_components(model.components)
+        return model
+
+    def samples(self, count: int) -> list[Sample]:
+        """At most ``count`` samples of the configured data."""
+        data = self.config.data
+        if data.path is None or not hasattr(self.model, "data"):
+            return list(self.model.samples(count, data.first, data.path))
+        opened = self.model.data(data.path, data.first + count, 0, self._data_options())
+        return list(islice(iterate(opened), data.first, None))
+
+    @property
+    def onnx_dir(self) -> Path:
+        """Where the ONNX files are."""
+        return self.config.export.onnx_dir or self.config.work_dir / "onnx"
+
+    @property
+    def engine_dir(self) -> Path:
+        """Where the engines go."""
+        return self.config.work_dir / "tensorrt"
+
+    def export(self) -> list[Exported]:
+        """Write the ONNX files."""
+        config = self.config.export
+        options = ExportOptions(
+            config.opset, None if config.exporter == "auto" else config.exporter, config.fold, config.simplify
+        )
+        axes = {name: c.dynamic_axes for name, c in self.config.components.items() if c.dynamic_axes}
+        exported = export_model(
+            self.model,
+            self.samples(1)[0],
+            self.onnx_dir,
+            options,
+            axes=axes,
+            files=self._files(),
+            on_step=self.on_step,
+        )
+        self._check_profiles([each.program for each in exported])
+        return exported
+
+    def programs(self, folder: Path | None = None) -> list[Program]:
+        """The ONNX files of a folder, by default the configured one."""
+        programs = load_exported(self.model, folder or self.onnx_dir, self._files())
+        self._check_profiles(programs)
+        return programs
+
+    def build(self) -> list[Built]:
+        """Build an engine a component and write their manifest."""
+        files = {name: c.engine_file for name, c in self.config.components.items() if c.engine_file}
+        return build_engines(
+            self.programs(), self.backend(self.config.engine_backend), self.engine_dir, files, self.on_step
+        )
+
+    def verify(self, folder: Path | None = None, *, voxels: Path | None = None, explain: bool = True) -> VerifyResult:
+        """Run the scenarios on the ONNX files, which are exported first where there are none."""
+        if folder is None and self.config.export.mode == "onnx" and not self.onnx_dir.is_dir():
+            self.export()
+        config = self.config.verify
+        pairs = [(self.backend(s.reference), self.backend(s.test)) for s in self.config.scenarios()]
+        if not pairs:
+            raise InputError(f"{self.source}: verify.scenarios is empty for export.mode {self.config.export.mode!r}")
+        options = VerifyOptions(config.tolerances, config.max_abs, voxels, explain)
+        samples = self.samples(config.samples)
+        return verify(self.model, self.programs(folder), pairs, samples, options, on_step=self.on_step)
+
+    def evaluate(self) -> EvaluationResult:
+        """Score the backends on the configured data."""
+        config, data = self.config.evaluate, self.config.data
+        detector = as_detector(self.model)
+        opened = detector.data(data.path, config.samples, data.first, self._data_options())
+        backends = [self.backend(spec) for spec in self.config.evaluated()]
+        options = EvaluationOptions(max_drop=config.max_drop)
+        return evaluate(detector, backends, opened, options, programs=self.programs(), on_step=self.on_step)
+
+    def backend(self, spec: str) -> Backend:
+        """A backend, made once; those on TensorRT as configured."""
+        if spec not in self._backends:
+            parsed, config = BackendSpec.parse(spec), self.config.tensorrt
+            options: dict[str, object] = {}
+            if parsed.family == "trt":
+                profiles = {n: p.shapes for c in self.config.components.values() for n, p in c.profile.items()}
+                options = {
+                    "python": config.python,
+                    "workspace_mib": config.workspace_mib,
+                    "timing_cache": config.timing_cache,
+                    "keep_fp32": frozenset(config.keep_fp32),
+                    "strongly_typed": config.precision == "strongly_typed",
+                    "profiles": profiles,
+                    **self._engine_options,
+                }
+            self._backends[spec] = create(parsed, **options)
+        return self._backends[spec]
+
+    def _data_options(self) -> DataOptions:
+        data = self.config.data
+        return DataOptions(data.root, data.sweeps, data.skip_missing)
+
+    def _files(self) -> dict[str, str]:
+        return {name: c.onnx_file for name, c in self.config.components.items() if c.onnx_file}
+
+    def _check_components(self, components: Sequence[Component]) -> None:
+        """Raise InputError where the configuration is about another model."""
+        known = {component.name: component for component in components}
+        for name, config in self.config.components.items():
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+                raise InputError(
+                    f"{self.source}: components.{name}: {self.config.model} has no such component; nearest is {near}"
+                )
+            for what, given, expected in (
+                ("inputs", config.inputs, known[name].input_names),
+                ("outputs", config.outputs, known[name].output_names),
+            ):
+                if given is not None and given != list(expected):
+                    raise InputError(
+                        f"{self.source}: components.{name}.{what} is {given}; {self.config.model} has {list(expected)}"
+                    )
+
+    def _check_profiles(self, programs: Sequence[Program]) -> None:
+        """Raise InputError where a profile has another shape than the graph's input."""
+        inputs = {value.name: value for program in programs for value in program.graph.inputs}
+        for name, config in self.config.components.items():
+            for tensor, profile in config.profile.items():
+                key = f"{self.source}: components.{name}.profile.{tensor}"
+                if tensor not in inputs:
+                    raise InputError(f"{key}: there is no such input; expected one of {', '.join(inputs)}")
+                shape = inputs[tensor].shape or ()
+                for side, sizes in zip(("min", "opt", "max"), profile.shapes, strict=True):
+                    fixed = all(n == d for n, d in zip(sizes, shape, strict=False) if isinstance(d, int))
+                    if len(sizes) != len(shape) or not fixed:
+                        raise InputError(f"{key}.{side} is {sizes}; {self.config.model} takes {inputs[tensor]}")
+
+
+def turn_outputs(model: Model) -> None:
+    """Let a CenterPoint count yaw from the y axis. Raises InputError for another model."""
+    if not hasattr(model, "use_rot_y_axis_reference"):
+        raise InputError(f"--rot-y-axis-reference: {model.name} has no yaw; expected a CenterPoint")
+    model.use_rot_y_axis_reference()
