@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -18,9 +17,10 @@ from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import parse_backends
 from cp_debug.bisect.causes.effects import Effects
-from cp_debug.bisect.causes.finding import Finding
 from cp_debug.bisect.causes.findings import Explainer
+from cp_debug.bisect.collected import Collected, observation_notes
 from cp_debug.bisect.layers import Layer, layers_of, stage_ends
+from cp_debug.bisect.observe import observe
 from cp_debug.bisect.pipeline import (
     Key,
     Pipeline,
@@ -32,18 +32,14 @@ from cp_debug.bisect.pipeline import (
 )
 from cp_debug.bisect.precision import coarser, oracle_for
 from cp_debug.bisect.replay import Replay
-from cp_debug.bisect.result import BisectResult, LayerRow, Observation, StageRow, TestResult
+from cp_debug.bisect.result import BisectResult, Observation, StageRow, TestResult
 from cp_debug.bisect.scene import decode, keep_scene
 from cp_debug.bisect.shares import Propagation, set_shares
 from cp_debug.bisect.testrun import TestRun
-from cp_debug.deploy.detections import DetectionChange, compare_detections
 from cp_debug.errors import InputError
 from cp_debug.probes.capture import Capture, CaptureWriter
 from cp_debug.recipes.base import Arrays, Model, Sample
 from cp_debug.recipes.registry import load_model
-
-if TYPE_CHECKING:
-    from cp_debug.bisect.knobs import Knobs
 
 Rewrite = Callable[[list[Program], Path], list[Program]]
 """Makes the programs of the tests from the reference's and a folder for new files; value names should stay."""
@@ -111,6 +107,8 @@ class Bisection:
         self.options = options
         self._on_step = on_step
         self._done, self._steps = 0, 0
+        self._steady: Observation | None = None
+        self._reference_floors: dict[Key, float] = {}
         if isinstance(backends, str):
             backends = [create(spec) for spec in parse_backends(backends)]
         self._reference, *self._tests = backends
@@ -136,7 +134,7 @@ class Bisection:
     def run(self) -> BisectResult:
         """All samples, all tests."""
         options = self.options
-        self._steps = 2 + options.samples * (1 + len(self._tests) * (3 if options.replay else 1))
+        self._steps = 2 + options.replay + options.samples * (1 + len(self._tests) * (3 if options.replay else 1))
         self._steps += sum(map(is_optimised, self._tests)) if options.knobs else 0
         with tempfile.TemporaryDirectory(prefix="cpdebug-") as scratch, ExitStack() as stack:
             samples = self.model.samples(options.samples, options.seed, options.inputs)
@@ -161,6 +159,7 @@ class Bisection:
                 samples=sources,
                 coverage=coverage_of(programs),
                 programs={p.name: self._saved_name(p) for p in programs},
+                reference_observation=self._steady,
                 test_programs={p.name: self._saved_name(p) for p in tests},
             )
 
@@ -173,7 +172,7 @@ class Bisection:
             return programs, load_test_programs(programs, self._test_model)
         if callable(self._test_model):
             return programs, self._test_model(programs, folder)
-        if self.test_model is not self.model:
+        if self.test_model.components is not self.model.components:
             folder = folder / "test"
             folder.mkdir(exist_ok=True)
             return programs, prepare(self.test_model, sample, folder, how=self._export, folded=options.folded)
@@ -217,6 +216,9 @@ class Bisection:
             given = reference.run(sample, lambda key, tensor: writer.put(key.value, tensor, component=key.component))
         decoded = {str(reference.backend.spec): decode(self.model, sample, given)}
         captured = Capture.open(writer.folder)
+        if index == 0 and self.options.replay:
+            self._step(f"{reference.backend.spec}: noise floor")
+            self._steady, self._reference_floors = observe(reference, sample, given, captured)
         for run, found in zip(runs, collected, strict=True):
             self._step(f"{run.pipeline.backend.spec}, sample {index}")
             with self._writer(folder, run.pipeline, sample) as writer:
@@ -234,6 +236,7 @@ class Bisection:
                 self._step(f"{run.pipeline.backend.spec}, sample {index}: noise floor")
                 seen, floors = run.observe(sample, results, test)
                 found.observe(seen)
+                floors = {key: max(floors.get(key, 0.0), self._reference_floors.get(key, 0.0)) for key in stats}
             rows = run.rows(stats, replays, floors, index)
             set_shares(run, rows, sample, captured, test)
             found.detect(decoded[str(reference.backend.spec)], decoded[str(run.pipeline.backend.spec)])
@@ -289,7 +292,11 @@ class Bisection:
             atol=atol,
             oracle=run.oracle,
             observation=found.observation,
-            notes=self._notes + found.notes(rows),
+            notes=[
+                *self._notes,
+                *observation_notes(str(self._reference.spec), self._steady),
+                *found.notes(str(run.pipeline.backend.spec)),
+            ],
             knobs=found.knobs,
             findings=found.findings,
             detections=found.detections,
@@ -299,56 +306,6 @@ class Bisection:
 def is_optimised(backend: Backend) -> bool:
     """Whether ONNX Runtime's graph optimiser works on what this backend runs."""
     return backend.spec.name in ("ort-basic", "ort-all")
-
-
-class Collected:
-    """What one test backend gave over all samples: of every layer its worst one, so memory does not grow."""
-
-    def __init__(self) -> None:
-        self.rows: dict[Key, LayerRow] = {}
-        self.observation: Observation | None = None
-        self.knobs: Knobs | None = None
-        self.findings: list[Finding] = []
-        self.detections: DetectionChange | None = None
-
-    def is_worst(self, rows: Mapping[Key, LayerRow]) -> bool:
-        """Whether no sample before has a row that is as severe as the worst of these."""
-        worst = max((row.severity for row in rows.values()), default=())
-        return all(row.severity < worst for row in self.rows.values())
-
-    def detect(self, reference: Any, test: Any) -> None:
-        """Add what became of one sample's detections, where both sides have some in boxes."""
-        if hasattr(reference, "boxes") and hasattr(test, "boxes"):
-            change = compare_detections(reference, test)
-            self.detections = change if self.detections is None else self.detections + change
-
-    def add(self, rows: Mapping[Key, LayerRow]) -> None:
-        """Keep the worse of each layer's rows."""
-        for key, row in rows.items():
-            if key not in self.rows or row.severity > self.rows[key].severity:
-                self.rows[key] = row
-
-    def observe(self, seen: Observation) -> None:
-        """Keep the observation with the largest gap."""
-        if self.observation is None or seen.observer_gap > self.observation.observer_gap:
-            self.observation = seen
-
-    def notes(self, rows: Sequence[LayerRow]) -> list[str]:
-        """What a reader must know besides the rows."""
-        notes = []
-        seen = self.observation
-        if seen is not None and seen.first_unsteady:
-            notes.append(
-                f"not deterministic: two runs part at {seen.first_unsteady} (noise floor {seen.noise_floor:.2g})"
-            )
-        if seen is not None and seen.observer_gap > seen.noise_floor:
-            notes.append(
-                f"observer gap {seen.observer_gap:.2g}: with probes the backend runs a different program, "
-                "so the layer values do not belong to the one that is deployed"
-            )
-        skipped = Counter(row.replay.skipped for row in rows if row.replay and row.replay.skipped)
-        notes.extend(f"{count} layer(s) not replayed: {reason}" for reason, count in skipped.items())
-        return notes
 
 
 def coverage_of(programs: Sequence[Program]) -> dict[str, Any]:

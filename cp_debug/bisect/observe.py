@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from cp_debug.backends.base import Tensor
-from cp_debug.bisect.pipeline import Key, Pipeline
+from cp_debug.bisect.pipeline import Key, Pipeline, settings_by_component
 from cp_debug.bisect.result import Observation
 from cp_debug.probes.capture import Capture
 from cp_debug.probes.statistics import compare
@@ -41,6 +41,38 @@ def threads_of_torch(count: int | None) -> Iterator[None]:
 
 
 def observe(
+    pipeline: Pipeline,
+    sample: Sample,
+    probed: Mapping[str, Arrays],
+    capture: Capture,
+    name: Callable[[Key], Key] = lambda key: key,
+) -> tuple[Observation, dict[Key, float]]:
+    """The backend of ``pipeline`` against itself: the observation, and the noise floor of every layer that has one.
+
+    ``probed`` are the outputs of the run that ``capture`` holds; ``name`` gives the captured name of a value.
+    """
+    if own := _own_observation(pipeline):
+        return own, {}
+
+    def fresh(threads: int | None) -> Pipeline:
+        # Sessions of torch take the count from torch itself, those of a runtime of its own when they are made.
+        with_threads = getattr(pipeline.backend, "with_threads", lambda count: pipeline.backend)
+        return Pipeline(pipeline.model, pipeline.programs, with_threads(threads))
+
+    # For an emulation other orders of summation say nothing about the hardware.
+    return observe_runs(fresh, sample, probed, capture, name, vary_threads=not pipeline.backend.emulated)
+
+
+def _own_observation(pipeline: Pipeline) -> Observation | None:
+    """What sessions that build engines measured themselves: building again costs more than all other runs."""
+    told = list(settings_by_component(pipeline.record().settings).values())
+    if any(component.get("rebuild_floor") is None for component in told):
+        return None
+    floor, gap = (max(component[k] for component in told) for k in ("rebuild_floor", "observer_gap"))
+    return Observation(noise_floor=floor, observer_gap=gap, runs=2)
+
+
+def observe_runs(
     open_pipeline: Open,
     sample: Sample,
     probed: Mapping[str, Arrays],
@@ -49,11 +81,7 @@ def observe(
     *,
     vary_threads: bool = True,
 ) -> tuple[Observation, dict[Key, float]]:
-    """The backend against itself. Returns the observation and the noise floor of every layer that has one.
-
-    ``probed`` are the outputs of the run that ``capture`` holds; ``name`` gives the captured name of a value.
-    ``vary_threads`` counts other orders of summation as noise; for an emulation they say nothing about the hardware.
-    """
+    """``observe`` for a backend that ``open_pipeline`` opens; ``vary_threads`` counts other orders of sums as noise."""
     other = other_thread_count() if vary_threads else None
     threaded = _plain(open_pipeline, other, sample)
     if gap(probed, threaded) == 0:

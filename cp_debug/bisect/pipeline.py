@@ -40,8 +40,11 @@ class Export(NamedTuple):
     """None is the exporter's default."""
 
 
+DEFAULT_EXPORT = Export()
+
+
 def prepare(
-    model: Model, sample: Sample, folder: Path, *, how: Export = Export(), folded: bool = True
+    model: Model, sample: Sample, folder: Path, *, how: Export = DEFAULT_EXPORT, folded: bool = True
 ) -> list[Program]:
     """Export what comes as a module, align it, and open what comes as ONNX.
 

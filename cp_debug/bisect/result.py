@@ -213,6 +213,8 @@ class BisectResult:
     """Component → its deployed graph: an ONNX file, relative to the saved folder where it lies there."""
     test_programs: dict[str, str] = field(default_factory=dict)
     """The same for what the tests ran."""
+    reference_observation: Observation | None = None
+    """The reference against itself, on the first sample."""
     command: str = ""
 
     @property
@@ -240,6 +242,7 @@ class BisectResult:
             "backends": [json_safe(asdict(r)) for r in (self.reference, *(t.backend for t in self.tests))],
             "samples": self.samples,
             "coverage": self.coverage,
+            "reference_observation": asdict(self.reference_observation) if self.reference_observation else None,
             "programs": self.programs,
             "test_programs": self.test_programs,
             **blocks[0],

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from cp_debug.backends.base import Program, Tensor
 from cp_debug.bisect.layers import Layer
 from cp_debug.bisect.observe import observe
-from cp_debug.bisect.pipeline import Key, Pipeline, settings_by_component, value_map
+from cp_debug.bisect.pipeline import Key, Pipeline, value_map
 from cp_debug.bisect.precision import PRECISIONS, Precision
 from cp_debug.bisect.replay import Load, Replay, Replayer
 from cp_debug.bisect.result import LayerRow, Observation
@@ -96,25 +96,7 @@ class TestRun:
         self, sample: Sample, probed: Mapping[str, Arrays], test: Capture
     ) -> tuple[Observation, dict[Key, float]]:
         """The backend against itself, and without probes."""
-        pipeline = self.pipeline
-        if own := self._own_observation():
-            return own, {}
-
-        def fresh(threads: int | None) -> Pipeline:
-            # Sessions of torch take the count from torch itself, those of a runtime of its own when they are made.
-            with_threads = getattr(pipeline.backend, "with_threads", lambda count: pipeline.backend)
-            return Pipeline(pipeline.model, pipeline.programs, with_threads(threads))
-
-        vary_threads = not pipeline.backend.emulated
-        return observe(fresh, sample, probed, test, self.name, vary_threads=vary_threads)
-
-    def _own_observation(self) -> Observation | None:
-        """What sessions that build engines measured themselves: building again costs more than all other runs."""
-        told = list(settings_by_component(self.pipeline.record().settings).values())
-        if any(component.get("rebuild_floor") is None for component in told):
-            return None
-        floor, gap = (max(component[k] for component in told) for k in ("rebuild_floor", "observer_gap"))
-        return Observation(noise_floor=floor, observer_gap=gap, runs=2)
+        return observe(self.pipeline, sample, probed, test, self.name)
 
     def rows(
         self,

@@ -53,7 +53,9 @@ class Explainer:
 
     def findings(self, rows: Mapping[Key, LayerRow], seen: Observation | None) -> list[Finding]:
         """The findings, those with the largest effect first."""
-        guilty = [(key, row) for key, row in rows.items() if row.verdict == GUILTY]
+        unsteady = list(self._unsteady(rows))
+        restless = {name for finding in unsteady for name in finding.layers}
+        guilty = [(key, row) for key, row in rows.items() if row.verdict == GUILTY and row.name not in restless]
         guilty += [(key, row) for key, row in rows.items() if row.verdict == SHAPE and row.op == "input"]
         guilty.sort(key=lambda item: item[1].severity, reverse=True)
         groups: dict[tuple[str, ...], list[Explained]] = {}
@@ -70,8 +72,8 @@ class Explainer:
             name = (UNKNOWN,) if found is None else (found.cause, found.says if found.parameters else "")
             groups.setdefault((row.side, *name), []).append(Explained(row, explanation, locate(segment, row.name)))
         findings = [self._finding(group) for group in groups.values()]
-        findings += [*self._unsteady(rows), *self._program(seen)]
-        if not guilty and not all(row.within for row in rows.values()):
+        findings += [*unsteady, *self._program(seen)]
+        if not findings and not all(row.within for row in rows.values()):
             findings += self._declared(rows)
         return sorted(findings, key=lambda f: -(abs(f.effect.share) if f.effect.share is not None else 0.0))
 

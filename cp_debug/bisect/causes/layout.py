@@ -15,7 +15,7 @@ from cp_debug.bisect.causes.segment import Segment, as_double
 MOST_SLICES = 1024
 """Slices along an axis up to which each is compared with each."""
 FEW = 4
-"""Elements of a slice below which its partner must equal it."""
+"""Elements of a slice below which it must equal its partner, and have one of its own."""
 REACH = 2
 """Cells by which a map may be shifted."""
 
@@ -64,22 +64,21 @@ def permuted(segment: Segment) -> Iterator[Candidate]:
         count = exact.shape[axis]
         if count < 2:
             continue
-        ours, theirs = (t.movedim(axis, 0).flatten(1) for t in (exact, test))
+        ours, theirs = (t.movedim(axis, 0).reshape(count, -1) for t in (exact, test))
         order = _nearest(ours, theirs) if count <= MOST_SLICES else _same_rows(ours, theirs)
         if order is None:
             continue
         moved = (order != torch.arange(count)).nonzero().flatten()
         if not len(moved):
             continue
-        if ours.shape[1] < FEW and not torch.allclose(
-            ours[order], theirs, rtol=max(1e-3, 4 * segment.lab.claim.roundoff)
-        ):
+        bijective = len(order.unique()) == count
+        tolerance = max(1e-3, 4 * segment.lab.claim.roundoff)
+        if ours.shape[1] < FEW and not (bijective and torch.allclose(ours[order], theirs, rtol=tolerance)):
             continue  # so few elements find a near partner by chance
         value = ours[order].reshape(exact.movedim(axis, 0).shape).movedim(0, axis)
         pairs = ", ".join(f"{int(i)}←{int(order[i])}" for i in moved[:6])
         says = f"axis {axis} is permuted: {pairs}" + (", …" if len(moved) > 6 else "")
-        evidence = {"axis": axis, "moved": len(moved), "order": order[:64].tolist()}
-        evidence["bijective"] = len(order.unique()) == count
+        evidence = {"axis": axis, "moved": len(moved), "order": order[:64].tolist(), "bijective": bijective}
         fix = f"restore the order of axis {axis} of {{layers}}"
         # Copied rows of a big table leave no room for chance: their order counts as one number.
         parameters = len(moved) if count <= MOST_SLICES else 1

@@ -49,7 +49,8 @@ class BatchNorm:
 
     def rounded(self, rounding: Callable[[Tensor], Tensor]) -> BatchNorm:
         """With every parameter rounded by itself."""
-        return BatchNorm(*map(rounding, (self.weight, self.bias, self.mean, self.variance)), eps=self.eps)
+        weight, bias, mean, variance = map(rounding, (self.weight, self.bias, self.mean, self.variance))
+        return BatchNorm(weight, bias, mean, variance, self.eps)
 
     def applied(self, x: Tensor, along: Callable[[Tensor], Tensor]) -> Tensor:
         """The normalised ``x``; ``along`` shapes parameters to meet it."""
