@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from cp_debug.cli import bisect, bundle, capture, check, compare, demo, doctor, export, models, report, verify
+from cp_debug.cli import bisect, bundle, capture, check, compare, demo, deploy, doctor, export, models, report, verify
 from cp_debug.cli import eval as evaluation
 from cp_debug.cli.console import errors
 from cp_debug.errors import CpdebugError
@@ -29,6 +29,7 @@ for command in (
     check.check,
     compare.compare,
     demo.demo,
+    deploy.deploy,
     doctor.doctor,
     export.export,
     models.models,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cp_debug.backends.base import Backend, Program
+from cp_debug.deploy.state import file_hash
 from cp_debug.errors import InputError
 
 MANIFEST = "engines.json"
@@ -61,7 +61,7 @@ def build_engines(
         finally:
             session.close()
         seconds, realised = engine.facts["seconds"], settings["realised_precision"]
-        built.append(Built(program.name, target.name, _hash(target), program.graph.digest, seconds, realised))
+        built.append(Built(program.name, target.name, file_hash(target), program.graph.digest, seconds, realised))
     versions = backend.versions()
     manifest = {
         "schema": SCHEMA,
@@ -96,17 +96,9 @@ def check_engines(folder: Path, programs: Sequence[Program], versions: Mapping[s
         engine = engines.get(program.name)
         if engine is None or not (folder / engine.file).is_file():
             raise InputError(f"{folder}: there is no engine of {program.name}; expected one a component")
-        if _hash(folder / engine.file) != engine.sha256:
+        if file_hash(folder / engine.file) != engine.sha256:
             raise InputError(f"{folder / engine.file}: changed since it was built; build it again")
         if engine.onnx_sha256 != program.graph.digest:
             raise InputError(f"{folder / engine.file}: built from another graph than {program.graph.path}")
         found[program.name] = folder / engine.file
     return found
-
-
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

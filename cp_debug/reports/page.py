@@ -56,22 +56,31 @@ def render_page(saved: SavedResult) -> str:
     """The whole page."""
     result = saved.result
     parts = [_part(saved, f"t{index}", test) for index, test in enumerate(result.tests)]
-    environment = Environment(
-        loader=FileSystemLoader(HTML), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["number"] = number
-    environment.filters["breakable"] = breakable
-    environment.filters["headline"] = headline
-    environment.filters["said"] = lines
-    return environment.get_template("report.html.j2").render(
+    return environment().get_template("report.html.j2").render(
         result=result,
         parts=parts,
         settings=setting_rows([result.reference, *(t.backend for t in result.tests)]),
         kept=saved.folder is not None,
         version=cp_debug.__version__,
-        css=Markup((HTML / "report.css").read_text(encoding="utf-8")),
-        script=Markup((HTML / "report.js").read_text(encoding="utf-8")),
+        **page_parts(),
     )
+
+
+def environment() -> Environment:
+    """The templates and their filters."""
+    made = Environment(
+        loader=FileSystemLoader(HTML), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    made.filters |= {"number": number, "breakable": breakable, "headline": headline, "said": lines}
+    return made
+
+
+def page_parts() -> dict[str, Markup]:
+    """Style and script, which every page carries inside."""
+    return {
+        "css": Markup((HTML / "report.css").read_text(encoding="utf-8")),
+        "script": Markup((HTML / "report.js").read_text(encoding="utf-8")),
+    }
 
 
 def _part(saved: SavedResult, anchor: str, test: TestResult) -> Part:

@@ -1,0 +1,52 @@
+"""``cpdebug deploy``: from a checkpoint to verified, evaluated files."""
+
+from __future__ import annotations
+
+import sys
+from json import dumps
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cp_debug.cli import tensorrt
+
+
+def deploy(
+    config: Annotated[Path, typer.Argument(help="A .yaml or .toml file, or AWML's deploy_config.py as it is.")],
+    model: Annotated[str | None, typer.Option(help="For a configuration that names no model, such as AWML's.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do again what an earlier run has done.")] = False,
+    html: Annotated[Path | None, typer.Option(help="The page.  [default: report.html in the work folder]")] = None,
+    json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
+    trt_python: tensorrt.Python = None,
+) -> None:
+    """Load, export, build, verify and evaluate as the configuration says; exit code 1 when a stage fails.
+
+    A run that was interrupted goes on where it stopped: a stage whose inputs and files are unchanged is not repeated.
+    """
+    from cp_debug.cli.console import command_line, console, steps
+    from cp_debug.deploy.runner import deploy as run
+    from cp_debug.deploy.stages import Deployment, configured
+    from cp_debug.deploy.summary import stage_table, write_summary
+    from cp_debug.reports.files import complete_file
+
+    settings, source = configured(str(config), model, Path())
+    if trt_python:
+        engines = settings.tensorrt.model_copy(update={"python": trt_python})
+        settings = settings.model_copy(update={"tensorrt": engines})
+    with steps() as on_step:
+        records = run(Deployment(settings, source, on_step, on_event=on_step.on_event), fresh=fresh)
+    passed = all(record.passed for record in records)
+    page = html or settings.work_dir / "report.html"
+    write_summary(records, f"{settings.model}, {config.name}", command_line(), page)
+    if json:
+        text = dumps({"passed": passed, "stages": {r.name: r.document for r in records}}, indent=1) + "\n"
+        if json == "-":
+            sys.stdout.write(text)
+        else:
+            with complete_file(Path(json)) as stream:
+                stream.write(text)
+    if json != "-":
+        console.print(stage_table(records))
+        console.print(f"{'✓' if passed else '✗'} {page}", style="green" if passed else "bold red")
+    raise typer.Exit(0 if passed else 1)

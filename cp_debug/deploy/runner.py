@@ -1,0 +1,114 @@
+"""``deploy``: load, export, build, verify, evaluate, one after the other; what is done already is not done again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cp_debug
+from cp_debug.deploy.stages import Deployment
+from cp_debug.deploy.state import StageRecord, State, file_hash, hashes, key_of
+from cp_debug.deploy.verify_tables import reasons
+
+STAGES = ("load", "export", "build", "verify", "evaluate")
+
+
+class Outcome(NamedTuple):
+    """What a stage gave."""
+
+    passed: bool
+    line: str
+    document: dict[str, Any]
+    folder: Path | None = None
+    """Its files lie here."""
+
+
+def deploy(deployment: Deployment, *, fresh: bool = False) -> list[StageRecord]:
+    """Run the stages that the configuration asks for and return their records; ``fresh`` forgets earlier runs.
+
+    A failed verification or evaluation is recorded, not raised. Raises BackendUnavailable and InputError; the stages
+    before stay done.
+    """
+    state = State(deployment.config.work_dir)
+    done, depends = [], ""
+    for name, needs, run in _stages(deployment):
+        key = key_of({"stage": name, "after": depends, "version": cp_debug.__version__, **needs})
+        record = None if fresh else state.finished(name, key)
+        if record is None:
+            started = time.perf_counter()
+            outcome = run(deployment)
+            files = hashes(p for p in outcome.folder.iterdir() if p.is_file()) if outcome.folder else {}
+            seconds = time.perf_counter() - started
+            record = StageRecord(name, key, outcome.passed, outcome.line, seconds, files, outcome.document)
+            state.add(record)
+        done.append(record)
+        if name in ("load", "export", "build"):
+            depends = key_of({"key": key, "files": record.files})
+    return done
+
+
+def _stages(deployment: Deployment) -> Iterator[tuple[str, dict[str, Any], Callable[[Deployment], Outcome]]]:
+    """(name, what it depends on besides the stages before, how it runs)."""
+    config = deployment.config
+    plain = config.model_dump(mode="json")
+    mode, data = config.export.mode, plain["data"]
+    checkpoint = file_hash(config.checkpoint) if config.checkpoint else None
+    yield "load", {"model": plain["model"], "weights": checkpoint, "turned": config.export.rot_y_axis_reference}, _load
+    if mode in ("onnx", "both"):
+        yield "export", {"export": plain["export"], "components": plain["components"]}, _export
+    given = {} if mode in ("onnx", "both") else {"onnx": _found(deployment.onnx_dir)}
+    if mode in ("trt", "both"):
+        yield "build", {**given, "tensorrt": plain["tensorrt"], "components": plain["components"]}, _build
+    if config.verify.enabled and config.scenarios():
+        yield "verify", {**given, "verify": plain["verify"], "data": data, "tensorrt": plain["tensorrt"]}, _verify
+    if config.evaluate.enabled:
+        needs = {**given, "evaluate": plain["evaluate"], "data": data, "tensorrt": plain["tensorrt"]}
+        yield "evaluate", needs, _evaluate
+
+
+def _found(folder: Path) -> dict[str, str]:
+    return hashes(folder.glob("*.onnx*"))
+
+
+def _load(deployment: Deployment) -> Outcome:
+    model = deployment.model
+    modules = [component.module for component in model.components if component.module is not None]
+    count = sum(p.numel() for module in modules for p in module.parameters())
+    weights = getattr(model, "weights", "its own weights")
+    return Outcome(True, f"{model.name}, {count / 1e6:.2f} M parameters, {weights}", {"model": model.name})
+
+
+def _export(deployment: Deployment) -> Outcome:
+    exported = deployment.export()
+    worst = max(each.error for each in exported)
+    names = ", ".join(each.program.graph.path.name for each in exported)
+    line = f"{names}; opset {deployment.config.export.opset}, within {worst:.1g} of the modules on two sizes"
+    return Outcome(True, line, {"components": [each.to_dict() for each in exported]}, deployment.onnx_dir)
+
+
+def _build(deployment: Deployment) -> Outcome:
+    built = deployment.build()
+    said = [f"{b.file} ({', '.join(f'{t} {s:.0%}' for t, s in b.realised_precision.items())})" for b in built]
+    return Outcome(True, "; ".join(said), {"engines": [asdict(b) for b in built]}, deployment.engine_dir)
+
+
+def _verify(deployment: Deployment) -> Outcome:
+    result = deployment.verify()
+    said = [f"{s.name} {'passed' if s.passed else 'FAILED: ' + '; '.join(reasons(s))}" for s in result.scenarios]
+    document = result.to_dict()
+    for scenario, found in zip(result.scenarios, document["scenarios"], strict=True):
+        found["reasons"] = list(reasons(scenario))
+    return Outcome(result.passed, "; ".join(said), document)
+
+
+def _evaluate(deployment: Deployment) -> Outcome:
+    result = deployment.evaluate()
+    said = [
+        f"{each.backend.spec} mAP {each.summary['mAP'].value:.3f} NDS {each.summary['NDS'].value:.3f}"
+        for each in result.backends
+    ]
+    worse = f"; worse: {', '.join(result.worse)}" if result.worse else ""
+    return Outcome(not result.worse, f"{len(result.samples)} samples: {', '.join(said)}{worse}", result.to_dict())

@@ -1,0 +1,88 @@
+"""What a deployment has done, kept in its work folder, so that it goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cp_debug.reports.files import complete_file
+
+SCHEMA = "cpdebug.deploy/1"
+FILE = "deploy.json"
+
+
+@dataclass
+class StageRecord:
+    """One finished stage."""
+
+    name: str
+    key: str
+    """Hash of everything that the stage depends on: a stage with the same key and files need not run again."""
+    passed: bool
+    line: str
+    """The outcome in one line."""
+    seconds: float
+    files: dict[str, str] = field(default_factory=dict)
+    """Files written → their SHA-256."""
+    document: dict[str, Any] = field(default_factory=dict)
+    """The whole outcome, JSON-safe."""
+    resumed: bool = False
+    """Whether this is from an earlier run."""
+
+
+class State:
+    """The records of a work folder. A file that cannot be read counts as none: everything then runs again."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / FILE
+        self.records: dict[str, StageRecord] = {}
+        try:
+            document = json.loads(self._path.read_text(encoding="utf-8"))
+            if document["schema"] == SCHEMA:
+                self.records = {name: StageRecord(**record) for name, record in document["stages"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            pass
+
+    def finished(self, name: str, key: str) -> StageRecord | None:
+        """The record of a stage that passed on the same input and whose files are as it left them."""
+        record = self.records.get(name)
+        if record is None or record.key != key or not record.passed:
+            return None
+        if any(file_hash(Path(path)) != digest for path, digest in record.files.items()):
+            return None
+        record.resumed = True
+        return record
+
+    def add(self, record: StageRecord) -> None:
+        """Keep a record, on disk at once."""
+        self.records[record.name] = record
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        stages = {name: {**asdict(each), "resumed": False} for name, each in self.records.items()}
+        with complete_file(self._path) as stream:
+            json.dump({"schema": SCHEMA, "stages": stages}, stream, indent=1)
+
+
+def key_of(parts: Mapping[str, Any]) -> str:
+    """A hash of plain containers."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def hashes(paths: Iterable[Path]) -> dict[str, str]:
+    """File → SHA-256."""
+    return {str(path): file_hash(path) for path in sorted(paths)}
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file; empty where there is none."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    except OSError:
+        return ""
+    return digest.hexdigest()
