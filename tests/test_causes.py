@@ -322,6 +322,29 @@ def test_tf32_is_recognised_where_the_graph_is_folded_and_the_module_is_not() ->
     assert finding.explained > 0.99
 
 
+class RestlessBackend(TorchBackend):
+    """Adds what happens to lie in memory to the first convolution."""
+
+    def open(self, program: Program) -> Session:
+        module = copy.deepcopy(program.module)
+        assert module is not None
+        convolution = next(m for m in module.modules() if isinstance(m, nn.Conv2d))
+        memory = np.random.default_rng()
+
+        def spoil(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return output + torch.from_numpy(memory.normal(0, 0.01, output.shape).astype(np.float32))
+
+        convolution.register_forward_hook(spoil)
+        return super().open(replace(program, module=module))
+
+
+def test_a_layer_that_differs_from_run_to_run_reads_stale_memory() -> None:
+    model = TorchModel("layer", Layer().eval(), torch.randn(1, 4, 24, 24))
+    backends = [create(BackendSpec.parse("ort")), RestlessBackend(BackendSpec.parse("torch"))]
+    test = bisect(model, backends).tests[0]
+    assert [(f.cause, f.layers) for f in test.findings] == [("unsteady-memory", ["norm"])]
+
+
 class Boxes:
     def __init__(self, centers: list[tuple[float, float]], labels: list[int], scores: list[float]) -> None:
         self.boxes = np.zeros((len(centers), 9), np.float32)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.console import RenderableType
-from rich.padding import Padding
+from rich.table import Table
 from rich.text import Text
 
 from cp_debug.bisect.causes.finding import UNKNOWN, Finding, Where
@@ -16,6 +16,11 @@ from cp_debug.reports.numbers import number
 NAMED = 4
 """Layers and elements that are named; the JSON has all."""
 
+SHOWN = 0.02
+"""Share of the error from which a channel is named."""
+SAID = {"magnitude_only", "why"}
+"""Evidence that is said in words here, or in the verdict."""
+
 
 def findings(test: TestResult) -> Iterator[RenderableType]:
     """One block a finding, then what became of the detections; nothing where there is neither."""
@@ -23,8 +28,10 @@ def findings(test: TestResult) -> Iterator[RenderableType]:
         yield Text()
         style = "bold yellow" if finding.cause == UNKNOWN else "bold red"
         yield Text.assemble((f"{place}. {headline(finding)}", style))
+        grid = Table.grid(padding=(0, 2))
         for label, line in lines(finding):
-            yield Padding(Text.assemble((f"{label:<9}", "dim"), line), (0, 0, 0, 3))
+            grid.add_row(Text(f"   {label}", "dim"), Text(line))
+        yield grid
     if test.detections is not None:
         yield Text()
         yield Text(f"detections: {test.detections}")
@@ -64,14 +71,14 @@ def _evidence(finding: Finding) -> Iterator[str]:
         best = "nearest" if finding.cause == UNKNOWN else "next best"
         yield f"{best} {finding.runner_up} {near:.1%}"
     for name, value in finding.evidence.items():
-        if name != "magnitude_only" and value not in (None, ""):
+        if name not in SAID and value not in (None, ""):
             yield f"{name.replace('_', ' ')} {_show(value)}"
 
 
 def _where(where: Where) -> Iterator[str]:
     if where.channels:
-        top = ", ".join(f"{c} ({share:.0%})" for c, share in list(where.channels.items())[:NAMED])
-        yield f"channels {top}"
+        top = (f"{c} ({share:.0%})" for c, share in list(where.channels.items())[:NAMED] if share > SHOWN)
+        yield f"channels {', '.join(top) or 'all alike'}"
     if where.concentrated < 0.5:
         yield f"region {where.region}, {where.concentrated:.1%} of the tensor"
     worst = (f"{e.index}: {number(e.value)} for {number(e.oracle)}" for e in where.worst[:2])
