@@ -9,7 +9,22 @@ import sys
 
 import typer
 
-from cp_debug.cli import bisect, bundle, capture, check, compare, demo, deploy, doctor, export, models, report, verify
+from cp_debug.cli import (
+    bench,
+    bisect,
+    build,
+    bundle,
+    capture,
+    check,
+    compare,
+    demo,
+    deploy,
+    doctor,
+    export,
+    models,
+    report,
+    verify,
+)
 from cp_debug.cli import eval as evaluation
 from cp_debug.cli.console import errors
 from cp_debug.errors import CpdebugError
@@ -23,7 +38,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
+    bench.bench,
     bisect.bisect,
+    build.build,
     bundle.bundle,
     capture.capture,
     check.check,

@@ -11,11 +11,13 @@ from pathlib import Path
 from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
+from cp_debug.deploy.bench import BackendBench, bench
 from cp_debug.deploy.config import DeployConfig, load_config
 from cp_debug.deploy.engines import Built, build_engines
 from cp_debug.deploy.evaluate import as_detector, evaluate
 from cp_debug.deploy.evaluation import EvaluationOptions, EvaluationResult
 from cp_debug.deploy.exporting import Exported, ExportOptions, export_model, load_exported
+from cp_debug.deploy.handover import checked
 from cp_debug.deploy.verify import VerifyOptions, VerifyResult, verify
 from cp_debug.errors import InputError
 from cp_debug.recipes.base import Component, Model, Sample
@@ -115,10 +117,8 @@ class Deployment:
 
     def build(self) -> list[Built]:
         """Build an engine a component and write their manifest."""
-        files = {name: c.engine_file for name, c in self.config.components.items() if c.engine_file}
-        return build_engines(
-            self.programs(), self.backend(self.config.engine_backend), self.engine_dir, files, self.on_step
-        )
+        backend = self.backend(self.config.engine_backend)
+        return build_engines(self.programs(), backend, self.engine_dir, self.engine_files, self.on_step)
 
     def verify(self, folder: Path | None = None, *, voxels: Path | None = None, explain: bool = True) -> VerifyResult:
         """Run the scenarios on the ONNX files, which are exported first where there are none."""
@@ -140,6 +140,27 @@ class Deployment:
         backends = [self.backend(spec) for spec in self.config.evaluated()]
         options = EvaluationOptions(max_drop=config.max_drop)
         return evaluate(detector, backends, opened, options, programs=self.programs(), on_step=self.on_step)
+
+    def bench(
+        self, specs: Sequence[str], folder: Path | None = None, *, batch: int = 1, warmup: int = 3, repeats: int = 20
+    ) -> list[BackendBench]:
+        """Time backends on the ONNX files of a folder, or on files exported for this.
+
+        Raises InputError for a batch of a model that has none.
+        """
+        if folder is None and not self.onnx_dir.is_dir():
+            self.export()
+        backends = [self.backend(spec) for spec in specs]
+        samples = self.samples(batch)
+        sample = samples[0]
+        if batch > 1:
+            if not hasattr(self.model, "batch"):
+                raise InputError(f"--batch: {self.model.name} takes one sample at a time; expected a CenterPoint")
+            sample = self.model.batch([samples[i % len(samples)] for i in range(batch)])
+        programs = self.programs(folder)
+        return bench(
+            checked(self.model), programs, backends, sample, warmup=warmup, repeats=repeats, on_step=self.on_step
+        )
 
     def backend(self, spec: str) -> Backend:
         """A backend, made once; those on TensorRT as configured."""
@@ -163,6 +184,11 @@ class Deployment:
     def _data_options(self) -> DataOptions:
         data = self.config.data
         return DataOptions(data.root, data.sweeps, data.skip_missing)
+
+    @property
+    def engine_files(self) -> dict[str, str]:
+        """Component → name of its engine, where the configuration has one."""
+        return {name: c.engine_file for name, c in self.config.components.items() if c.engine_file}
 
     def _files(self) -> dict[str, str]:
         return {name: c.onnx_file for name, c in self.config.components.items() if c.onnx_file}

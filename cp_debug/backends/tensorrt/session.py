@@ -31,7 +31,8 @@ RUNS = 20
 class _Ran:
     written: dict[str, Path]
     """Value → file."""
-    seconds: float
+    seconds: list[float]
+    """Of every run."""
 
 
 @cache
@@ -141,12 +142,20 @@ class EngineSession:
             if plain:
                 reference, again = (self._outputs(run.written) for run in plain)
                 engines.gap, engines.floor = output_distance(reference, outputs), output_distance(reference, again)
-                engines.run_seconds = plain[0].seconds
+                engines.run_seconds = median(plain[0].seconds)
             outputs_wanted = {v.name for v in self._own.outputs if probes is None or v.name in probes}
             for value in self._own.tensors:
                 if value in written and (value in wanted or value in outputs_wanted):
                     sink(value, np.load(written[value], allow_pickle=False))
             return outputs
+
+    def timings(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
+        """Seconds of ``repeats`` runs of the plain engine after a first one, on the device, transfers left out."""
+        check_inputs(self._own.inputs, inputs, str(self._own.path))
+        engines = self._latest = self._engines(inputs)
+        with tempfile.TemporaryDirectory(dir=self._folder.name) as name:
+            (ran,) = self._execute([engines.plain], inputs, Path(name), repeat=repeats)
+        return ran.seconds[1:]
 
     def plain_build(self) -> tuple[Graph, dict[str, Any]]:
         """What TensorRT is given, and the runner's step that builds the plain engine of it; caches are left out.
@@ -177,8 +186,12 @@ class EngineSession:
         folder: Path,
         values: Collection[str] = (),
         listen: bool = False,
+        repeat: int = 0,
     ) -> list[_Ran]:
-        """Run engines one after the other in one process. ``listen`` is for the first one, the others run repeatedly."""
+        """Run engines one after the other in one process.
+
+        ``listen`` is for the first one, which runs ``repeat`` more times; the others run repeatedly.
+        """
         feeds = {}
         for i, value in enumerate(self._own.inputs):
             feeds[value.name] = str(folder / f"input-{i}.npy")
@@ -193,12 +206,12 @@ class EngineSession:
                 "folder": str(folder / f"run-{i}"),
                 "names": names,
                 "listener": "unfused" if listen and i == 0 else None,
-                "repeat": RUNS if i else 0,
+                "repeat": RUNS if i else repeat,
             }
             for i, engine in enumerate(engines)
         ]
         return [
-            _Ran({entry["name"]: Path(entry["file"]) for entry in result["tensors"]}, median(result["seconds"]))
+            _Ran({entry["name"]: Path(entry["file"]) for entry in result["tensors"]}, result["seconds"])
             for result in self._client.execute(steps)
         ]
 

@@ -1,0 +1,61 @@
+"""``cpdebug bench``: how long does each part take?"""
+
+from __future__ import annotations
+
+import sys
+from json import dumps
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cp_debug.cli import tensorrt
+
+
+def bench(
+    model: Annotated[str, typer.Argument(help="A model, or the configuration of `cpdebug deploy`.")] = (
+        "centerpoint:tiny"
+    ),
+    backends: Annotated[str, typer.Option("--backends", "-b", help="The first one is what ratios refer to.")] = (
+        "torch,ort,ort-all"
+    ),
+    onnx_dir: Annotated[Path | None, typer.Option(help="Folder of `cpdebug export`; else made for this run.")] = None,
+    recipe: Annotated[str | None, typer.Option("--model", help="For a configuration that names no model.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights: .pt or .safetensors.")] = None,
+    inputs: Annotated[Path | None, typer.Option(help="A point file, a folder of them, or an info file.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Clouds in one pass (CenterPoint).")] = 1,
+    warmup: Annotated[int, typer.Option(min=0, help="Passes before the clock runs.")] = 3,
+    repeats: Annotated[int, typer.Option("--repeats", "-n", min=1, help="Timed passes.")] = 20,
+    json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
+    trt_python: tensorrt.Python = None,
+) -> None:
+    """Time every component, the glue before it, decoding and the whole on each backend, with percentiles and memory."""
+    from tempfile import TemporaryDirectory
+
+    from cp_debug.cli.console import console, steps
+    from cp_debug.deploy.bench import latency_table
+    from cp_debug.deploy.stages import Deployment, configured
+    from cp_debug.reports.files import complete_file
+
+    with TemporaryDirectory(prefix="cpdebug-") as scratch, steps() as on_step:
+        config, source = configured(model, recipe, Path(scratch))
+        config = config.model_copy(
+            update={
+                "checkpoint": checkpoint or config.checkpoint,
+                "data": config.data.model_copy(update={"path": inputs or config.data.path}),
+                "tensorrt": config.tensorrt.model_copy(update={"python": trt_python or config.tensorrt.python}),
+            }
+        )
+        deployment = Deployment(config, source, on_step, on_event=on_step.on_event)
+        specs = [part.strip() for part in backends.split(",") if part.strip()]
+        found = deployment.bench(specs, onnx_dir, batch=batch, warmup=warmup, repeats=repeats)
+    document = {"model": config.model, "batch": batch, "warmup": warmup, "repeats": repeats}
+    text = dumps({**document, "backends": [each.to_dict() for each in found]}, indent=1) + "\n"
+    if json == "-":
+        sys.stdout.write(text)
+    else:
+        title = f"{config.model}, batch {batch}, {repeats} passes after {warmup}"
+        console.print(latency_table(found, title))
+    if json and json != "-":
+        with complete_file(Path(json)) as stream:
+            stream.write(text)

@@ -1,0 +1,68 @@
+"""``cpdebug build``: a TensorRT engine for every component."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cp_debug.cli import tensorrt
+
+
+class Precision(str, Enum):
+    """What TensorRT may compute in."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    fp32_tf32 = "fp32_tf32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+    int8 = "int8"
+    strongly_typed = "strongly_typed"
+
+
+def build(
+    model: Annotated[str, typer.Argument(help="A model, or the configuration of `cpdebug deploy`.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the engines.")],
+    precision: Annotated[Precision, typer.Option(help="auto sets no flag: TensorRT then uses TF32.")] = Precision.auto,
+    onnx_dir: Annotated[Path | None, typer.Option(help="Folder of `cpdebug export`; else made for this run.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights: .pt or .safetensors.")] = None,
+    trt_python: tensorrt.Python = None,
+    profile: tensorrt.Profiles = None,
+    keep_fp32: tensorrt.KeepFp32 = None,
+    workspace: tensorrt.Workspace = None,
+    timing_cache: tensorrt.TimingCache = None,
+    calibration_cache: tensorrt.CalibrationCache = None,
+) -> None:
+    """Build one engine a component, and a manifest that is checked before an engine is loaded."""
+    from tempfile import TemporaryDirectory
+
+    from cp_debug.cli.console import console, steps
+    from cp_debug.deploy.engines import build_engines
+    from cp_debug.deploy.stages import Deployment, configured
+
+    with TemporaryDirectory(prefix="cpdebug-") as scratch, steps() as on_step:
+        config, source = configured(model, None, Path(scratch))
+        engines = config.tensorrt.model_copy(
+            update={
+                "precision": precision.value,
+                "python": trt_python or config.tensorrt.python,
+                "workspace_mib": workspace or config.tensorrt.workspace_mib,
+                "timing_cache": timing_cache or config.tensorrt.timing_cache,
+                "keep_fp32": keep_fp32 or config.tensorrt.keep_fp32,
+            }
+        )
+        config = config.model_copy(update={"checkpoint": checkpoint or config.checkpoint, "tensorrt": engines})
+        profiles = dict(map(tensorrt.parse_profile, profile or ()))
+        options: dict[str, Any] = {"on_event": on_step.on_event, "calibration_cache": calibration_cache}
+        options |= {"profiles": profiles} if profiles else {}
+        deployment = Deployment(config, source, on_step, **options)
+        backend = deployment.backend(config.engine_backend)  # before the export: it may be missing here
+        if onnx_dir is None and not deployment.onnx_dir.is_dir():
+            deployment.export()
+        built = build_engines(deployment.programs(onnx_dir), backend, output, deployment.engine_files, on_step)
+    for each in built:
+        types = ", ".join(f"{dtype} {share:.0%}" for dtype, share in each.realised_precision.items())
+        console.print(f"{output / each.file}: built in {each.seconds:.1f} s; layer inputs and outputs: {types}")
