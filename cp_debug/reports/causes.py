@@ -81,7 +81,7 @@ def _where(where: Where) -> Iterator[str]:
         yield f"channels {', '.join(top) or 'all alike'}"
     if where.concentrated < 0.5:
         yield f"region {where.region}, {where.concentrated:.1%} of the tensor"
-    worst = (f"{e.index}: {number(e.value)} for {number(e.oracle)}" for e in where.worst[:2])
+    worst = (f"{e.index}: {e.value:.6g} for {e.oracle:.6g}" for e in where.worst[:2])
     if text := ", ".join(worst):
         yield f"worst {text}"
 
