@@ -25,13 +25,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from localise_cost import measure_cost
-from localise_polygraphy import debug_reduce
+from localise_polygraphy import INSIDE, debug_reduce
 from random_faults import Injected, inject
 from random_graphs import FAMILIES, build, torch_net
 from rich.console import Console
 from rich.table import Table
 
 from cp_debug.bisect.engine import bisect
+from cp_debug.bisect.precision import PRECISIONS
 from cp_debug.bisect.result import TestResult
 from cp_debug.probes.graph import Graph
 from cp_debug.recipes.torch_callable import TorchModel
@@ -109,16 +110,25 @@ def _case(
 
 
 def excesses(results: list[TestResult]) -> dict[str, dict[str, float]]:
-    """Excess of healthy layers by operator: count, median, 99th percentile, maximum."""
+    """Excess of healthy layers by operator: count, median, 99th percentile, maximum; largest range loss, in unit
+    roundoffs."""
     found = collections.defaultdict(list)
     for result in results:
+        roundoff = PRECISIONS[result.backend.precision].roundoff
         for row in result.rows:
             if row.replay is not None and row.replay.excess:
-                found[row.op].append(row.replay.excess)
-    return {
-        op: {"n": len(v), "median": float(np.median(v)), "p99": float(np.quantile(v, 0.99)), "max": max(v)}
-        for op, v in sorted(found.items())
-    }
+                found[row.op].append((row.replay.excess, row.replay.range_loss / roundoff))
+    tables = {}
+    for op, pairs in sorted(found.items()):
+        excess, loss = np.array(pairs).T
+        tables[op] = {
+            "n": len(pairs),
+            "median": float(np.median(excess)),
+            "p99": float(np.quantile(excess, 0.99)),
+            "max": float(excess.max()),
+            "range_max": float(loss.max()),
+        }
+    return tables
 
 
 def summary(cases: list[Case], title: str) -> Table:
@@ -161,11 +171,12 @@ def main() -> None:
         console.print(summary(calm, "healthy cases"))
         for case in (c for c in (*cases, *calm) if not c.right):
             console.print(f"wrong: {case}", style="red")
-        table = Table("operator", "n", "median", "p99", "max", title="excess of healthy layers", box=None)
+        names = ("median", "p99", "max", "range_max")
+        table = Table("operator", "n", *names, title="excess of healthy layers", box=None)
         for op, v in spread.items():
-            table.add_row(op, str(v["n"]), f"{v['median']:.2f}", f"{v['p99']:.2f}", f"{v['max']:.2f}")
+            table.add_row(op, str(v["n"]), *(f"{v[n]:.2f}" for n in names))
         console.print(table)
-        shared = [c for c in cases if c.backend == "ort-none"][: options.polygraphy]
+        shared = [c for c in cases if c.backend == "ort-none" and INSIDE.issuperset(c.kinds)][: options.polygraphy]
         rivals = [
             r for c in shared for r in debug_reduce(folder / f"{c.seed}.onnx", _spoilt(folder, c.seed), c.injected)
         ]

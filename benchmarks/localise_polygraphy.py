@@ -1,7 +1,9 @@
 """Polygraphy's ``debug reduce`` on a case of ``localise.py``, by the recipe of its own example, at three tolerances.
 
-The recipe: golden values of every layer from the good model, ``data to-input``, then ``debug reduce --mode=bisect`` on
-the bad model, with ``polygraphy run --onnxrt`` as the check. Its answer is the layers of the model that is left over.
+The recipe: golden values of every layer from the good model, ``data merge`` (``to-input`` in older versions), then
+``debug reduce`` on the bad model, first ``--mode=bisect`` and on what is left ``--mode=linear``, with ``polygraphy run
+--onnxrt`` as the check. Its answer is the layers of the model that is left over. The bad model must have no values that
+the good one lacks: only faults inside a node are comparable.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from pathlib import Path
 from cp_debug.probes.graph import Graph
 
 TOLERANCES = (1e-5, 1e-4, 1e-3)
+INSIDE = {"weight scale", "channel scale", "bias scale", "stale statistics", "epsilon", "padding"}
+"""Kinds of faults that change a node and add none."""
 POLYGRAPHY = (str(Path(sys.executable).with_name("polygraphy")),)
 
 
@@ -39,26 +43,31 @@ def debug_reduce(good: Path, bad: Path, injected: Sequence[str]) -> list[Reduced
     golden, inputs, values = (folder / name for name in ("golden.json", "inputs.json", "values.json"))
     _run(folder, "run", good, "--onnxrt", "--save-inputs", inputs, "--onnx-outputs", "mark", "all",
          "--save-outputs", golden)  # fmt: skip
-    _run(folder, "data", "to-input", inputs, golden, "-o", values)
+    _run(folder, "data", "merge", inputs, golden, "-o", values)
     prepared = time.perf_counter() - start
     answers = []
     for tolerance in TOLERANCES:
-        start, left = time.perf_counter(), folder / f"reduced-{tolerance}.onnx"
-        _run(folder, "debug", "reduce", bad, "-o", left, "--mode=bisect", "--load-inputs", values,
-             "--check", *POLYGRAPHY, "run", "polygraphy_debug.onnx", "--onnxrt", "--load-inputs", values,
-             "--load-outputs", golden, "--rtol", tolerance, "--atol", tolerance)  # fmt: skip
-        layers = _layers(left) if left.is_file() else []
-        seconds = prepared + time.perf_counter() - start
+        check = ["--check", *POLYGRAPHY, "run", "polygraphy_debug.onnx", "--onnxrt", "--load-inputs", values,
+                 "--load-outputs", golden, "--rtol", tolerance, "--atol", tolerance]  # fmt: skip
+        start, model = time.perf_counter(), bad
+        for mode in ("bisect", "linear"):
+            left = folder / f"{mode}-{tolerance}.onnx"
+            reduce = ("debug", "reduce", model, "-o", left, f"--mode={mode}", "--load-inputs", values, *check)
+            _run(folder, *reduce, must=False)  # it fails when the check finds nothing to complain about
+            model = left if left.is_file() else model
+        layers = [] if model is bad else _layers(model)
         right = set(layers) == set(injected)
+        seconds = prepared + time.perf_counter() - start
         answers.append(Reduced(bad.name, tolerance, layers, list(injected), right, seconds))
     return answers
 
 
-def _run(folder: Path, *arguments: object) -> None:
+def _run(folder: Path, *arguments: object, must: bool = True) -> None:
+    """Raises CalledProcessError when a command fails that must not."""
     command = [*POLYGRAPHY, *map(str, arguments)]
-    subprocess.run(command, cwd=folder, check=False, capture_output=True)
+    subprocess.run(command, cwd=folder, check=must, capture_output=True)
 
 
 def _layers(path: Path) -> list[str]:
-    """The values that a reduced model computes, by their names in the good model."""
-    return list(dict.fromkeys(value.split(".")[0] for value in Graph(path).values))
+    """The values that a reduced model computes."""
+    return list(Graph(path).values)
