@@ -1,0 +1,110 @@
+"""Latency tables and engine folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from nets import second_like
+from test_cli import run
+
+from cp_debug.backends.base import Program
+from cp_debug.deploy.bench import timer_of
+from cp_debug.deploy.engines import MANIFEST, build_engines, check_engines
+from cp_debug.errors import InputError
+from cp_debug.probes.graph import Graph
+
+
+def test_bench_times_every_part_of_every_backend(tmp_path: Path) -> None:
+    target = tmp_path / "bench.json"
+    code, text = run("bench", "-b", "torch,ort", "-n", 2, "--warmup", 0, "--batch", 2, "--json", target)
+    assert code == 0
+    assert "whole" in text
+    found = json.loads(target.read_text())
+    assert found["batch"] == 2
+    for backend in found["backends"]:
+        parts = backend["latency_ms"]
+        whole = parts.pop("whole")
+        assert list(parts)[-1] == "decode"
+        assert sum(each["mean"] for each in parts.values()) == pytest.approx(whole["mean"])
+        assert all(0 < each["p50"] <= each["p95"] <= each["p99"] for each in parts.values())
+        assert backend["memory_mib"] >= 0
+
+
+def test_a_session_in_another_process_is_asked_for_its_time() -> None:
+    runs: list[int] = []
+
+    class Elsewhere:
+        def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            runs.append(1)
+            return {"y": inputs["x"]}
+
+        def timings(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
+            return [0.25] * repeats
+
+    timer = timer_of(Elsewhere(), 3)  # type: ignore[arg-type]
+    inputs = {"x": np.ones(2)}
+    assert [timer(inputs)[1] for _ in range(3)] == [0.25] * 3
+    assert len(runs) == 1
+
+
+VERSIONS = {"tensorrt": "10.9", "gpu": "GPU", "compute_capability": "9.0", "cuda_driver": "12"}
+
+
+class FakeBackend:
+    spec = "trt-fp16"
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def open(self, program: Program) -> Any:
+        path = self._folder / "built"
+        path.write_bytes(program.name.encode())
+        plain = SimpleNamespace(path=path, facts={"seconds": 1.5})
+        return SimpleNamespace(plain=plain, settings={"realised_precision": {"Half": 1.0}}, close=lambda: None)
+
+    def versions(self) -> dict[str, str]:
+        return VERSIONS
+
+
+@pytest.fixture
+def built(tmp_path: Path) -> tuple[Path, list[Program]]:
+    graph = Graph(second_like(tmp_path / "net.onnx"))
+    programs = [Program("a", graph), Program("b", graph)]
+    folder = tmp_path / "engines"
+    build_engines(programs, FakeBackend(tmp_path), folder, {"b": "other.engine"})
+    return folder, programs
+
+
+def test_a_sound_folder_is_accepted(built: tuple[Path, list[Program]]) -> None:
+    folder, programs = built
+    found = check_engines(folder, programs, VERSIONS)
+    assert {name: path.name for name, path in found.items()} == {"a": "a.engine", "b": "other.engine"}
+    assert not [p for p in folder.iterdir() if p.name.endswith(".partial")]
+
+
+def test_unsound_folders_are_refused(built: tuple[Path, list[Program]], tmp_path: Path) -> None:
+    folder, programs = built
+    with pytest.raises(InputError, match=r"tensorrt is '10.9'; here it is '8.6'"):
+        check_engines(folder, programs, {**VERSIONS, "tensorrt": "8.6"})
+    with pytest.raises(InputError, match=r"gpu is 'GPU'; here it is 'other'"):
+        check_engines(folder, programs, {**VERSIONS, "gpu": "other"})
+    other = Graph(second_like(tmp_path / "other.onnx", depth=3))
+    with pytest.raises(InputError, match="built from another graph"):
+        check_engines(folder, [Program("a", other)], VERSIONS)
+    (folder / "other.engine").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"other.engine: changed since it was built"):
+        check_engines(folder, programs, VERSIONS)
+    (folder / "other.engine").unlink()
+    with pytest.raises(InputError, match="there is no engine of b"):
+        check_engines(folder, programs, VERSIONS)
+    with pytest.raises(InputError, match="there is no engine of c"):
+        check_engines(folder, [Program("c", other)], VERSIONS)
+    (folder / MANIFEST).unlink()
+    with pytest.raises(InputError, match=f"{MANIFEST}: not the manifest"):
+        check_engines(folder, programs, VERSIONS)

@@ -1,0 +1,159 @@
+"""Deployment configurations: AWML's file as it is, this project's own, and what is wrong in either."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cp_debug.deploy.config import load_config
+from cp_debug.deploy.literals import read_literals
+from cp_debug.deploy.stages import Deployment
+from cp_debug.errors import InputError
+
+AWML = Path(__file__).parent / "data" / "awml" / "deploy_config.py"
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    (folder / name).write_text(text)
+    return folder / name
+
+
+def test_awml_file_is_read_as_it_is() -> None:
+    config = load_config(AWML)
+    assert config.work_dir == Path("work_dirs/tiny")
+    assert (config.export.mode, config.export.opset, config.export.fold) == ("onnx", 16, True)
+    assert config.tensorrt.precision == "fp16"
+    assert config.tensorrt.workspace_mib == 2048
+    assert config.engine_backend == "trt-fp16"
+    encoder = config.components["pts_voxel_encoder"]
+    assert encoder.profile["input_features"].shapes == ([100, 20, 11], [4000, 20, 11], [10000, 20, 11])
+    assert encoder.dynamic_axes["input_features"] == {0: "num_voxels", 1: "num_max_points"}
+    assert [(s.reference, s.test) for s in config.scenarios()] == [("torch@cpu", "ort@cpu")]
+    assert config.verify.max_abs == 0.1
+    assert config.evaluated() == ["torch@cpu", "ort@cpu"]
+    assert config.data.first == 1
+
+
+def test_awml_scenarios_follow_the_export_mode(tmp_path: Path) -> None:
+    text = AWML.read_text().replace('mode="onnx"', 'mode="both"').replace('"fp16"', '"auto"')
+    config = load_config(write(tmp_path, "deploy_config.py", text))
+    assert [(s.reference, s.test) for s in config.scenarios()] == [
+        ("torch@cpu", "ort@cpu"),
+        ("ort@cuda:0", "trt-tf32@cuda:0"),
+    ]
+
+
+def test_older_awml_file_with_shapes_under_the_backend(tmp_path: Path) -> None:
+    config = load_config(
+        write(
+            tmp_path,
+            "old.py",
+            """
+export = dict(mode="trt", verify=True, device="cuda:0", work_dir="w")
+runtime_io = dict(info_file="infos.pkl", sample_idx=0)
+model_io = dict(input_name="voxels", input_shape=(32, 4), batch_size=None)
+onnx_config = dict(opset_version=13, simplify=True, multi_file=True, components=dict(
+    voxel_encoder=dict(name="pts_voxel_encoder", onnx_file="a.onnx", engine_file="a.engine")))
+backend_config = dict(common_config=dict(precision_policy="int8", max_workspace_size=4 << 30), model_inputs=[
+    dict(input_shapes=dict(input_features=dict(min_shape=[1, 32, 11], opt_shape=[2, 32, 11], max_shape=[3, 32, 11])))])
+evaluation = dict(enabled=True, num_samples=5, models=dict(pytorch="best.pth", onnx="w", tensorrt="w/tensorrt"))
+verification = dict(enabled=False, tolerance=1e-1, num_verify_samples=1)
+""",
+        )
+    )
+    assert config.checkpoint == Path("best.pth")
+    assert config.verify.enabled  # export.verify decides
+    assert config.components["pts_voxel_encoder"].profile["input_features"].max == [3, 32, 11]
+    assert config.evaluated() == ["torch@cuda:0", "ort@cuda:0", "trt-int8@cuda:0"]
+    assert config.tensorrt.workspace_mib == 4096
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("import os", "line 2: 'import os': only literals are read"),
+        ("x = open('y').read()", "line 2"),
+        ("x = __import__('os').system('true')", "line 2"),
+        ("x = [i for i in range(9)]", "line 2"),
+        ("x = unknown", "unknown is not assigned above"),
+        ("x = dict(a=1)['b']", "there is no item 'b'"),
+        ("x = 1 << 10 ** 9", "only literals"),
+        ("x = 1 << 1000000", "expected a shift of 0 to 64"),
+        ("x = 'a' * 10", "expected a number"),
+        ("x = 1 / 0", "division by zero"),
+        ("x.y = 1", "only literals"),
+        ("_base_ = ['other.py']", "inherits from other files"),
+        ("x = lambda: 1", "only literals"),
+        ("if True:\n  x = 1", "line 2"),
+    ],
+)
+def test_anything_but_literals_is_refused_with_its_line(tmp_path: Path, line: str, says: str) -> None:
+    with pytest.raises(InputError) as error:
+        read_literals(write(tmp_path, "c.py", f'"""doc"""\n{line}\n'))
+    assert says in str(error.value)
+    assert "c.py" in str(error.value)
+
+
+LITERALS = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.integers(), inner),
+    max_leaves=8,
+)
+
+
+@given(LITERALS)
+def test_every_literal_is_read_as_python_reads_it(tmp_path_factory: pytest.TempPathFactory, value: object) -> None:
+    path = tmp_path_factory.mktemp("literal") / "c.py"
+    path.write_text(f"x = {value!r}\n", encoding="utf-8")
+    assert read_literals(path) == {"x": value}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("a.yaml", "work_dir: w\nexport: {opsett: 3}", "a.yaml: export: unknown key 'opsett'; the nearest known one"),
+        ("a.toml", "work_dir = 'w'\n[export]\nmode = 'onyx'", "a.toml: export.mode is \"onyx\"; expected 'onnx'"),
+        ("a.yaml", "model: x", "a.yaml: work_dir is missing"),
+        ("a.yaml", "work_dir: w\nverify: {scenarios: [{reference: torch, test: orp}]}", "the nearest known one is ort"),
+        ("a.yaml", "work_dir: w\nverify: {samples: 0}", "verify.samples is 0; expected greater than 0"),
+        (
+            "a.yaml",
+            "work_dir: w\ncomponents: {c: {profile: {x: {min: [2], opt: [1], max: [3]}}}}",
+            "components.c.profile.x: expected min ≤ opt ≤ max",
+        ),
+        ("a.yaml", "[1, 2", "a.yaml: not YAML"),
+        ("a.toml", "x = ", "a.toml: not TOML"),
+        ("a.json", "{}", "expected a .yaml, .toml or .py file"),
+        ("a.py", "export = dict(mod='onnx')", "a.py: export: unknown key 'mod'; the nearest known one is mode"),
+        ("a.py", "quantization = dict(enabled=True)", "quantization.enabled is true"),
+        ("a.py", "tensorrt_config = dict(precision_policy='fp61')", 'precision_policy is "fp61"; expected'),
+    ],
+)
+def test_errors_name_file_key_and_what_was_expected(tmp_path: Path, name: str, text: str, says: str) -> None:
+    with pytest.raises(InputError) as error:
+        load_config(write(tmp_path, name, text))
+    assert says in str(error.value)
+
+
+def deployment(folder: Path, text: str) -> Deployment:
+    path = write(folder, "c.yaml", f"model: centerpoint:tiny\nwork_dir: {folder}\n{text}")
+    return Deployment(load_config(path), str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("checkpoint: nowhere.pt", "c.yaml: checkpoint is nowhere.pt: no such file"),
+        ("components: {pts_voxel_encodr: {}}", "no such component; nearest is pts_voxel_encoder"),
+        (
+            "components: {pts_backbone_neck_head: {outputs: [heatmap, reg]}}",
+            r"components.pts_backbone_neck_head.outputs is \['heatmap', 'reg'\]; centerpoint:tiny has \['task0",
+        ),
+    ],
+)
+def test_configuration_of_another_model_is_refused(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        _ = deployment(tmp_path, text).model
