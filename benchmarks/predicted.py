@@ -30,7 +30,7 @@ from torch import Tensor
 from cp_debug.backends.arithmetic import ARITHMETICS, FP16ACC, FP32, Arithmetic
 from cp_debug.backends.determinism import deterministic
 from cp_debug.backends.executor import Executor
-from cp_debug.backends.tensorrt.tactics import decode
+from cp_debug.backends.tensorrt.tactics import Tactic, decode
 from cp_debug.probes.capture import Capture
 from cp_debug.probes.graph import Graph, Node
 
@@ -99,10 +99,15 @@ def fold(graph: Graph, path: Path) -> Graph:
     return Graph(path)
 
 
-def candidates(told: str | None, tile: int | None) -> Iterator[tuple[str, Arithmetic]]:
+def candidates(tactic: Tactic) -> Iterator[tuple[str, Arithmetic]]:
     """(name, arithmetic) to try, the one that the tactic tells first."""
-    tiles = list(dict.fromkeys([*([tile] if tile else []), *TILES]))
-    accumulated = [(f"fp16acc/{'all' if t > 4096 else t}", replace(FP16ACC, tile=t)) for t in tiles]
+    told = tactic.arithmetic
+    orders = dict.fromkeys([(tactic.tile[2], tactic.slices)] if tactic.tile else [])
+    orders |= dict.fromkeys((tile, slices) for slices in (1, 2) for tile in TILES if slices == 1 or tile <= 128)
+    accumulated = [
+        (f"fp16acc/{'all' if t > 4096 else t}" + (f"÷{s}" if s > 1 else ""), replace(FP16ACC, tile=t, slices=s))
+        for t, s in orders
+    ]
     plain = [(name, ARITHMETICS[name]) for name in ("fp16", "tf32", "fp32")]
     if told == "int8":
         plain.insert(0, ("int8", ARITHMETICS["int8"]))
@@ -146,13 +151,13 @@ class Bench:
                 (attributes.get("strides") or [1])[0], length, tactic.name, tactic.arithmetic,
             )  # fmt: skip
             given = {s: self.load(s) for s in starts}
-            self.fit(layer, nodes, value, given, tactic.tile[2] if tactic.tile else None)
+            self.fit(layer, nodes, value, given, tactic)
             if value in predicted and all(s in predicted for s in starts):
                 own = self.norms(nodes, value, {s: predicted[s] for s in starts}, predicted[value])
                 layer.from_input = own / layer.introduced if layer.introduced else None
             yield layer, nodes, starts
 
-    def fit(self, layer: Layer, nodes: list[Node], value: str, given: Mapping[str, Any], tile: int | None) -> None:
+    def fit(self, layer: Layer, nodes: list[Node], value: str, given: Mapping[str, Any], tactic: Tactic) -> None:
         """Find the arithmetic that reproduces the group best, by residual."""
         exact = self.exact.run_nodes(nodes, given, [value])[value].double()
         real = torch.from_numpy(self.load(value)).to(self.device).double()
@@ -161,7 +166,7 @@ class Bench:
         if not error.any():
             layer.fit, layer.identical, layer.residual = "exact", 1.0, 0.0
             return
-        for name, arithmetic in candidates(layer.told, tile):
+        for name, arithmetic in candidates(tactic):
             emulated = Executor(self.graph, arithmetic, self.device).run_nodes(nodes, given, [value])[value].double()
             residual = float((real - emulated).norm() / error.norm())
             if not layer.fit or residual < layer.residual:

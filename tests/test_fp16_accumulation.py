@@ -14,7 +14,9 @@ from cp_debug.backends.kernels.windows import Window
 from cp_debug.backends.rounding import round_fp16
 
 
-def plain(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, window: Window, groups: int, tile: int) -> np.ndarray:
+def plain(
+    x: np.ndarray, weight: np.ndarray, bias: np.ndarray, window: Window, groups: int, tile: int, slices: int
+) -> np.ndarray:
     """Tile, tap, block, element by element; products and block sums in float64 (exact for FP16 operands)."""
     pads = list(zip(window.begin, window.end, strict=True))
     padded = np.pad(x, [(0, 0), (0, 0), *pads]).astype(np.float64)
@@ -23,7 +25,7 @@ def plain(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, window: Window, g
     result = np.zeros((x.shape[0], weight.shape[0], *size), np.float32)
     for index in np.ndindex(*result.shape):
         n, o, *at = index
-        total = np.float16(0)
+        totals = [np.float16(0)] * slices
         for channel in range(0, per_group, tile):
             for tap in itertools.product(*map(range, window.kernel)):
                 place = tuple(a * s + t * d for a, s, t, d in zip(at, window.stride, tap, window.dilation, strict=True))
@@ -31,7 +33,12 @@ def plain(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, window: Window, g
                     block = slice(k, min(k + 16, channel + tile, per_group))
                     start = (o // outputs) * per_group
                     values = padded[(n, slice(start + block.start, start + block.stop), *place)]
-                    total = np.float16(np.float32(np.float64(total) + values @ weight[(o, block, *tap)].astype(float)))
+                    products = values @ weight[(o, block, *tap)].astype(float)
+                    own = (k - channel) * slices // tile
+                    totals[own] = np.float16(np.float32(np.float64(totals[own]) + products))
+        total = totals[0]
+        for other in totals[1:]:
+            total = np.float16(total + other)
         result[index] = np.float16(np.float32(total) + bias[o])
     return result
 
@@ -40,6 +47,7 @@ def halves(*shape: int, seed: int) -> torch.Tensor:
     return round_fp16(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
 
 
+@pytest.mark.parametrize("slices", [1, 2])
 @pytest.mark.parametrize(
     ("channels", "outputs", "groups", "kernel", "stride", "dilation", "begin", "end"),
     [
@@ -51,14 +59,15 @@ def halves(*shape: int, seed: int) -> torch.Tensor:
 )
 def test_conv_walks_k_in_the_documented_order(
     channels: int, outputs: int, groups: int, kernel: tuple[int, ...], stride: tuple[int, ...],
-    dilation: tuple[int, ...], begin: tuple[int, ...], end: tuple[int, ...], monkeypatch: pytest.MonkeyPatch,
+    dilation: tuple[int, ...], begin: tuple[int, ...], end: tuple[int, ...], slices: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setitem(fp16_accumulation._AT_A_TIME, "cpu", 32)  # several chunks of rows
     x = halves(2, channels, *(7, 6)[: len(kernel)], seed=1)
     weight, bias = halves(outputs, channels // groups, *kernel, seed=2), halves(outputs, seed=3)
     window = Window(kernel, stride, dilation, begin, end)
-    got = fp16_accumulation.conv(x, weight, bias, window, groups, tile=32).numpy()
-    expected = plain(x.numpy(), weight.numpy(), bias.numpy(), window, groups, tile=32)
+    got = fp16_accumulation.conv(x, weight, bias, window, groups, tile=32, slices=slices).numpy()
+    expected = plain(x.numpy(), weight.numpy(), bias.numpy(), window, groups, tile=32, slices=slices)
     assert np.mean(got == expected) > 0.99  # a float32 sum may fall on the other side of an FP16 tie
     np.testing.assert_allclose(got, expected, rtol=2**-9, atol=2**-6)
 

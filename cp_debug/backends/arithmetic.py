@@ -36,6 +36,8 @@ class Arithmetic:
     """Applied to both operands of convolutions and matrix products."""
     tile: int | None = None
     """Channels per tile where convolutions and products accumulate in FP16; None accumulates in ``dtype``."""
+    slices: int = 1
+    """Partial sums that share a tile's channels; a divisor of ``tile`` ÷ 16."""
 
     def held(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype that holds values which the graph declares as ``dtype``."""
@@ -77,6 +79,7 @@ class Arithmetic:
             "operands_rounded_by": self.operand and self.operand.__name__,
             "accumulation": f"float16, {order}" if self.tile else str(self.dtype).removeprefix("torch."),
             "tile": self.tile,
+            "slices": self.slices,
         }
 
 

@@ -28,9 +28,12 @@ def engine_lines(record: RunRecord) -> Iterator[Text]:
 
 
 def kernel(tactic: str) -> str:
-    """A kernel's arithmetic and the depth of its tile, as far as its name tells: ``fp16acc/64``, ``fp32 winograd``."""
+    """A kernel's arithmetic and the depth of its tile, as far as its name tells: ``fp16acc/64``, ``fp32 winograd``.
+
+    ``fp16acc/64÷2`` shares each tile between two partial sums.
+    """
     found = decode(tactic)
     text = found.arithmetic or ""
     if found.arithmetic == "fp16acc" and found.tile:
-        text += f"/{found.tile[2]}"
+        text += f"/{found.tile[2]}" + (f"÷{found.slices}" if found.slices > 1 else "")
     return f"{text} winograd".strip() if found.winograd else text

@@ -20,7 +20,8 @@ def conv(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     window = Window.of(call, weight.shape[2:], x.shape[2:])
     x, weight = call.arithmetic.operands(x, weight)
     if call.arithmetic.tile:
-        return fp16_accumulation.conv(x, weight, bias, window, call["group"], call.arithmetic.tile)
+        tile, slices = call.arithmetic.tile, call.arithmetic.slices
+        return fp16_accumulation.conv(x, weight, bias, window, call["group"], tile, slices)
     padding = window.begin
     if not window.symmetric:
         x, padding = functional.pad(x, window.torch_pads()), (0,) * len(window.kernel)
@@ -48,8 +49,8 @@ def conv_transpose(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = 
 
     x, weight = call.arithmetic.operands(x, weight)
     if call.arithmetic.tile:
-        tile = call.arithmetic.tile
-        return fp16_accumulation.conv_transpose(x, weight, bias, window, size, call["group"], tile)
+        tile, slices = call.arithmetic.tile, call.arithmetic.slices
+        return fp16_accumulation.conv_transpose(x, weight, bias, window, size, call["group"], tile, slices)
     transposed = _TRANSPOSED[rank]
     if window.symmetric and min(window.begin) >= 0:
         return transposed(x, weight, bias, window.stride, window.begin, extra, call["group"], window.dilation)

@@ -14,7 +14,8 @@ def matmul(call: Call, a: Tensor, b: Tensor) -> Tensor:
     if not a.is_floating_point():
         return torch.matmul(a, b)
     a, b = call.arithmetic.operands(a, b)
-    return fp16_accumulation.matmul(a, b, call.arithmetic.tile) if call.arithmetic.tile else torch.matmul(a, b)
+    tile, slices = call.arithmetic.tile, call.arithmetic.slices
+    return fp16_accumulation.matmul(a, b, tile, slices) if tile else torch.matmul(a, b)
 
 
 @kernel("Gemm")

@@ -63,6 +63,8 @@ class EngineLayer:
     inputs: tuple[EngineTensor, ...]
     outputs: tuple[EngineTensor, ...]
     tactic: Tactic
+    tactic_id: str = ""
+    """Kernels with one name can differ in it (how often K is split, for one)."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe, for manifests."""
@@ -73,6 +75,7 @@ class EngineLayer:
             "inputs": {t.name: t.dtype for t in self.inputs},
             "outputs": {t.name: t.dtype for t in self.outputs},
             "tactic": self.tactic.name,
+            "tactic_id": self.tactic_id,
             "arithmetic": self.tactic.arithmetic,
         }
 
@@ -110,7 +113,7 @@ def realised_precision(layers: Iterable[EngineLayer]) -> dict[str, float]:
 
 def fusions(layers: Iterable[EngineLayer]) -> dict[frozenset[str], str]:
     """Fused group of ONNX nodes → name of its tactic, for telling whether two engines are the same program."""
-    return {frozenset(layer.nodes): layer.tactic.name for layer in layers if layer.nodes}
+    return {frozenset(layer.nodes): f"{layer.tactic.name} {layer.tactic_id}" for layer in layers if layer.nodes}
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,7 @@ def _layer(entry: Mapping[str, Any], known: frozenset[str]) -> EngineLayer:
         inputs=tuple(_tensor(t) for t in entry.get("Inputs") or ()),
         outputs=tuple(_tensor(t) for t in entry.get("Outputs") or ()),
         tactic=decode(entry.get("TacticName") or ""),
+        tactic_id=entry.get("TacticValue") or "",
     )
 
 

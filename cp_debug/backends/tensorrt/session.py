@@ -111,7 +111,14 @@ class EngineSession:
     def tactics(self) -> Mapping[str, str]:
         """Value → name of the kernel that wrote it for the sink; known after a run with one."""
         probed = self._latest.probed if self._sets else None
-        return {t.name: layer.tactic.name for layer in (probed.layers if probed else ()) for t in layer.outputs}
+        nodes = {node.name: node for node in self._own.nodes}
+        return {
+            value: layer.tactic.name
+            for layer in (probed.layers if probed else ())
+            for node in layer.nodes  # a reformat may stand between the layer and its value
+            for value in nodes[node].outputs
+            if layer.tactic.name
+        }
 
     @property
     def settings(self) -> Mapping[str, Any]:

@@ -19,6 +19,7 @@ _TYPES = re.compile(
 _WINOGRAD = re.compile(r"_wngd_(?P<reads>f16|f32)(?:f16|f32)_(?P<accumulates>f16|f32)_")
 _FUSED = re.compile(r"_fused_conv_act_(?P<reads>fp16|fp32)_.*_Acc(?P<accumulates>float|half)(?=_|$)")
 _OLD_TENSOR_CORE = re.compile(r"(?:^|_)(?P<kind>[hsi])(?:884|1688|16816|8816|16832)(?=[a-z_]|$)")
+_SLICES = re.compile(r"_warpsize\d+x\d+x(\d+)(?=_|$)")
 _TILE = re.compile(r"tilesize(\d+)x(\d+)x(\d+)")
 _LONG = {"f16": "fp16", "f32": "fp32", "f64": "fp64", "i8": "int8", "s8": "int8", "u8": "int8", "i32": "int32"}
 _LONG["s32"] = "int32"
@@ -36,6 +37,8 @@ class Tactic:
     """``fp16``, ``fp32``, ``int32`` …: what partial sums are held in."""
     tile: tuple[int, int, int] | None = None
     """Rows × columns × depth of one block's tile; the depth is the channel tile of the accumulation order."""
+    slices: int = 1
+    """Warps that share a tile's depth, each with a partial sum of its own."""
     winograd: bool = False
 
     @property
@@ -48,7 +51,7 @@ class Tactic:
 
 def decode(name: str) -> Tactic:
     """Decode a tactic name; an unknown one gives a Tactic that only has its name."""
-    tile = _TILE.search(name)
+    tile, slices = _TILE.search(name), _SLICES.search(name)
     reads, writes, multiplies, accumulates = _types(name) or (None, None, None, None)
     return Tactic(
         name,
@@ -57,6 +60,7 @@ def decode(name: str) -> Tactic:
         multiplies,
         accumulates,
         tile=(int(tile[1]), int(tile[2]), int(tile[3])) if tile else None,
+        slices=int(slices[1]) if slices else 1,
         winograd="winograd" in name or "wngd" in name,
     )
 
