@@ -24,9 +24,9 @@ from cp_debug.backends.base import Backend
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.engine import Options, bisect
+from cp_debug.bisect.faults.edits import Editor, clip, scale_weights
 from cp_debug.cli.main import app
 from cp_debug.errors import InputError
-from cp_debug.recipes.faults.edits import Editor, clip, scale_weights
 from cp_debug.reports.bundle.make import bundle
 from cp_debug.reports.files import write_json
 from cp_debug.reports.saved import SavedResult

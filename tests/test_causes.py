@@ -23,9 +23,9 @@ from cp_debug.backends.torch_backend import TorchBackend
 from cp_debug.bisect.causes.search import Explanation, explain
 from cp_debug.bisect.causes.segment import Lab, Segment
 from cp_debug.bisect.engine import Options, bisect
+from cp_debug.bisect.faults.precision import LoweredBackend
 from cp_debug.deploy.detections import DetectionChange, compare_detections
 from cp_debug.probes.graph import Graph
-from cp_debug.recipes.faults.precision import LoweredBackend
 from cp_debug.recipes.torch_callable import TorchModel
 
 CHANNELS, SIZE = 16, 24

@@ -10,13 +10,13 @@ from nets import residual, second_like
 from typer.testing import CliRunner
 
 from cp_debug.bisect.engine import bisect
+from cp_debug.bisect.faults import edits
+from cp_debug.bisect.faults.catalog import FAULTS
+from cp_debug.bisect.faults.edits import Editor
 from cp_debug.cli.demo import verdict
 from cp_debug.cli.main import app
 from cp_debug.errors import InputError
 from cp_debug.probes.graph import Graph
-from cp_debug.recipes.faults import edits
-from cp_debug.recipes.faults.catalog import FAULTS
-from cp_debug.recipes.faults.edits import Editor
 
 QUICK = ("fp16-underflow", "bf16-layer")
 """One model in a narrower type, and a backend that is not what it claims; the demo test runs another model."""

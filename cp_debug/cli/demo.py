@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+    from cp_debug.bisect.faults.base import Seeded
     from cp_debug.bisect.result import TestResult
-    from cp_debug.recipes.faults.base import Seeded
 
 
 def demo(
@@ -23,8 +23,8 @@ def demo(
 ) -> None:
     """Put a known fault into the built-in model and watch it being found: the tutorial in one command."""
     from cp_debug.bisect.engine import bisect
+    from cp_debug.bisect.faults.catalog import FAULTS
     from cp_debug.cli.console import console, show, steps
-    from cp_debug.recipes.faults.catalog import FAULTS
 
     if fault is None:
         console.print(catalogue())
@@ -50,7 +50,7 @@ def catalogue() -> Table:
     """Every fault: name, what is wrong, what one would see."""
     from rich.table import Table
 
-    from cp_debug.recipes.faults.catalog import FAULTS
+    from cp_debug.bisect.faults.catalog import FAULTS
 
     table = Table("fault", "what is wrong", "in the field", box=None, header_style="bold", pad_edge=False)
     for name, fault in FAULTS.items():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from cp_debug.recipes.centerpoint.model import CenterPoint
-from cp_debug.recipes.faults.base import Fault, Seeded
-from cp_debug.recipes.faults.seeding import changed
+from cp_debug.bisect.faults.base import Fault, Seeded
+from cp_debug.bisect.faults.seeding import changed
 
 
 def _weight_scale() -> Seeded:

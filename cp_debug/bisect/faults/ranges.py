@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from cp_debug.recipes.centerpoint.model import CenterPoint
 from cp_debug.recipes.centerpoint.recipe import CenterPointModel
-from cp_debug.recipes.faults.base import Fault, Seeded
-from cp_debug.recipes.faults.edits import quantize, zero_times_infinity
-from cp_debug.recipes.faults.seeding import edited
+from cp_debug.bisect.faults.base import Fault, Seeded
+from cp_debug.bisect.faults.edits import quantize, zero_times_infinity
+from cp_debug.bisect.faults.seeding import edited
 
 _CHAIN = (("1.3", "1.4"), ("1.6", "1.7"), ("2.0", "2.1"), ("2.3", "2.4"))
 """Convolution and BatchNorm of successive layers of the backbone, each read by the next alone as far as scales go."""

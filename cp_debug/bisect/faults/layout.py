@@ -12,9 +12,9 @@ from torch import Tensor
 from cp_debug.recipes.base import Arrays, Component, Sample
 from cp_debug.recipes.centerpoint.model import BackboneNeckHead
 from cp_debug.recipes.centerpoint.recipe import BACKBONE_NECK_HEAD, ENCODER, CenterPointModel
-from cp_debug.recipes.faults.base import Fault, Seeded
-from cp_debug.recipes.faults.edits import shift_padding
-from cp_debug.recipes.faults.seeding import edited
+from cp_debug.bisect.faults.base import Fault, Seeded
+from cp_debug.bisect.faults.edits import shift_padding
+from cp_debug.bisect.faults.seeding import edited
 
 
 class _Refed(CenterPointModel):
