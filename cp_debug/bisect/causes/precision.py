@@ -14,8 +14,8 @@ from cp_debug.bisect.causes.segment import Segment
 
 OVERFLOWS = 65520.0
 """The smallest magnitude that FP16 rounds to Inf: then it is an overflow that must be told."""
-TILES = (64, 32, 128, 16)
-"""Channels per tile of the kernels seen so far, the most frequent first."""
+ORDERS = ((64, 1), (64, 2), (32, 1), (128, 1), (16, 1))
+"""Channels per tile and partial sums that share them, of the kernels seen so far."""
 LIKE_FP16 = (1e-5, 0.2)
 """Relative error that FP16 accumulation can make: outside of it nothing is tried."""
 LIKELY, LEAST_COSINE = (0.7, 1.4), 0.2
@@ -76,10 +76,10 @@ def fp16_accumulation(segment: Segment) -> Iterator[Candidate]:
     size = segment.introduced / (float(torch.linalg.vector_norm(segment.exact)) or 1.0)
     if segment.product is None or not LIKE_FP16[0] < size < LIKE_FP16[1] or segment.lab.claim.name == "fp16acc":
         return
-    for tile in TILES:
-        value = segment.run(replace(FP16ACC, tile=tile))
+    for tile, slices in ORDERS:
+        value = segment.run(replace(FP16ACC, tile=tile, slices=slices))
         same = float((value == segment.test).double().mean())
-        figures = {"tile": tile, "bit_identical": same, "reduction_length": _reduction(segment)}
+        figures = {"tile": tile, "slices": slices, "bit_identical": same, "reduction_length": _reduction(segment)}
         by_magnitude, says = False, "sums are accumulated in FP16"
         if bool(torch.isfinite(value[segment.finite]).all()):
             change = torch.where(segment.finite, value - segment.exact, 0.0)
