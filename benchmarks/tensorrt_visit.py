@@ -59,7 +59,15 @@ def make_net(path: Path) -> Path:
         pads = [0] * 4 if turned else [kernel // 2] * 4
         conv, relu = f"/{i}/{op}_output_0", f"/{i}/Relu_output_0"
         nodes.append(
-            helper.make_node(op, [value, f"w{i}", f"b{i}"], [conv], f"/{i}/{op}", strides=[stride] * 2, pads=pads)
+            helper.make_node(
+                op,
+                [value, f"w{i}", f"b{i}"],
+                [conv],
+                f"/{i}/{op}",
+                kernel_shape=[kernel] * 2,  # TensorRT 8 asks for it where the weights go through Q/DQ
+                strides=[stride] * 2,
+                pads=pads,
+            )
         )
         nodes.append(helper.make_node("Relu", [conv], [relu], f"/{i}/Relu"))
         value, channels = relu, width

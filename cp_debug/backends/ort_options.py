@@ -143,7 +143,10 @@ def _providers(spec: BackendSpec) -> Iterator[tuple[str, dict[str, str]]]:
         index = device.partition(":")[2] or "0"
         if spec.variant == "trt":
             yield "TensorrtExecutionProvider", {"device_id": index}
-        yield "CUDAExecutionProvider", {"device_id": index, **_CUDA, "use_tf32": str(int(spec.variant == "tf32"))}
+        options = {"device_id": index, **_CUDA}
+        if spec.variant == "tf32":  # DEFAULT falls back to kernels without it
+            options |= {"use_tf32": "1", "cudnn_conv_algo_search": "HEURISTIC"}
+        yield "CUDAExecutionProvider", options
     yield "CPUExecutionProvider", {}
 
 
