@@ -12,8 +12,12 @@ import numpy as np
 import pytest
 from nets import second_like
 from test_cli import run
+from test_trt_runner import install, save_net
 
 from cp_debug.backends.base import Program
+from cp_debug.backends.registry import create
+from cp_debug.backends.spec import BackendSpec
+from cp_debug.backends.tensorrt.prebuilt import PrebuiltBackend
 from cp_debug.deploy.bench import timer_of
 from cp_debug.deploy.engines import MANIFEST, build_engines, check_engines
 from cp_debug.errors import InputError
@@ -108,3 +112,20 @@ def test_unsound_folders_are_refused(built: tuple[Path, list[Program]], tmp_path
     (folder / MANIFEST).unlink()
     with pytest.raises(InputError, match=f"{MANIFEST}: not the manifest"):
         check_engines(folder, programs, VERSIONS)
+
+
+def test_engine_files_run_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CPDEBUG_TRT_PYTHON", raising=False)
+    install("10.3.0", monkeypatch)
+    program = Program("net", Graph(save_net(tmp_path, "1,3,8,8")))
+    builder = create(BackendSpec.parse("trt-fp16"))
+    folder = tmp_path / "engines"
+    build_engines([program], builder, folder)
+    x = {"x": np.random.default_rng(0).standard_normal((1, 3, 8, 8)).astype(np.float32)}
+    session = PrebuiltBackend(builder, check_engines(folder, [program], builder.versions())).open(program)
+    fresh = builder.open(program)
+    np.testing.assert_array_equal(session.run(x)["y"], fresh.run(x)["y"])
+    assert len(session.timings(x, 4)) == 4
+    assert session.settings["engine"].endswith("net.engine")
+    session.close()
+    fresh.close()

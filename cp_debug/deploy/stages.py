@@ -13,7 +13,7 @@ from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.deploy.bench import BackendBench, bench
 from cp_debug.deploy.config import DeployConfig, load_config
-from cp_debug.deploy.engines import Built, build_engines
+from cp_debug.deploy.engines import MANIFEST, Built, build_engines, check_engines
 from cp_debug.deploy.evaluate import as_detector, evaluate
 from cp_debug.deploy.evaluation import EvaluationOptions, EvaluationResult
 from cp_debug.deploy.exporting import Exported, ExportOptions, export_model, load_exported
@@ -129,17 +129,19 @@ class Deployment:
         if not pairs:
             raise InputError(f"{self.source}: verify.scenarios is empty for export.mode {self.config.export.mode!r}")
         options = VerifyOptions(config.tolerances, config.max_abs, voxels, explain)
-        samples = self.samples(config.samples)
-        return verify(self.model, self.programs(folder), pairs, samples, options, on_step=self.on_step)
+        samples, programs = self.samples(config.samples), self.programs(folder)
+        pairs = [(self._prebuilt(a, programs), self._prebuilt(b, programs)) for a, b in pairs]
+        return verify(self.model, programs, pairs, samples, options, on_step=self.on_step)
 
     def evaluate(self) -> EvaluationResult:
         """Score the backends on the configured data."""
         config, data = self.config.evaluate, self.config.data
         detector = as_detector(self.model)
         opened = detector.data(data.path, config.samples, data.first, self._data_options())
-        backends = [self.backend(spec) for spec in self.config.evaluated()]
+        programs = self.programs()
+        backends = [self._prebuilt(self.backend(spec), programs) for spec in self.config.evaluated()]
         options = EvaluationOptions(max_drop=config.max_drop)
-        return evaluate(detector, backends, opened, options, programs=self.programs(), on_step=self.on_step)
+        return evaluate(detector, backends, opened, options, programs=programs, on_step=self.on_step)
 
     def bench(
         self, specs: Sequence[str], folder: Path | None = None, *, batch: int = 1, warmup: int = 3, repeats: int = 20
@@ -180,6 +182,16 @@ class Deployment:
                 }
             self._backends[spec] = create(parsed, **options)
         return self._backends[spec]
+
+    def _prebuilt(self, backend: Backend, programs: Sequence[Program]) -> Backend:
+        """The engines of the work folder in place of the backend that builds such ones, once they are found fit."""
+        engines = self.config.export.mode in ("trt", "both") or (self.engine_dir / MANIFEST).is_file()
+        if not engines or backend.spec.name != self.config.engine_backend:
+            return backend
+        from cp_debug.backends.tensorrt.prebuilt import PrebuiltBackend
+
+        files = check_engines(self.engine_dir, programs, backend.versions())
+        return PrebuiltBackend(backend, files)  # type: ignore[arg-type]
 
     def _data_options(self) -> DataOptions:
         data = self.config.data

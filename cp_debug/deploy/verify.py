@@ -243,7 +243,10 @@ class _Verification:
         deployed = list(self.programs)
         props = {entry.key: entry.value for entry in deployed[0].graph.proto.metadata_props}
         options = Options(exporter=props.get("cpdebug.exporter"), folded=props.get("cpdebug.folded") != "false")
-        return bisect(one, [reference, test], test_model=lambda programs, folder: deployed, options=options)
+        backends = [
+            getattr(backend, "builder", backend) for backend in (reference, test)
+        ]  # engine files have no probes
+        return bisect(one, backends, test_model=lambda programs, folder: deployed, options=options)
 
 
 def what_is_wrong(stats: TensorStats, limit: float, max_abs: float | None) -> str:

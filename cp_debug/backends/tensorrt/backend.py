@@ -31,13 +31,13 @@ class TensorRTBackend:
         self.precision = "fp16" if spec.variant == "best" else spec.variant
         index = int(device.partition(":")[2] or 0)
         self.options = replace(Options(**options), device=index)
-        self._client = Client(
+        self.client = Client(
             self.options.python,
             spec=str(spec),
             time_limit=self.options.time_limit,
             on_event=self.options.on_event,
         )
-        self._facts = self._client.probe(index)
+        self._facts = self.client.probe(index)
 
     @property
     def largest_opset(self) -> int | None:
@@ -46,7 +46,7 @@ class TensorRTBackend:
 
     def open(self, program: Program) -> EngineSession:
         """Build the engine. Raises InputError when TensorRT cannot, or when no layer runs in the asked precision."""
-        return EngineSession(self._client, program, self.spec.variant, self._facts["tensorrt"], self.options)
+        return EngineSession(self.client, program, self.spec.variant, self._facts["tensorrt"], self.options)
 
     def versions(self) -> dict[str, str]:
         """TensorRT, its Python and numpy, the GPU and its driver's CUDA version."""
