@@ -157,7 +157,7 @@ class Explainer:
 
     def _program(self, seen: Observation | None) -> Iterator[Finding]:
         """Probes change the result: what is deployed is another program than what was probed."""
-        if seen is None or seen.observer_gap <= max(seen.noise_floor, self.run.tolerance[0]):
+        if seen is None or seen.observer_gap <= max(UNSTEADY * seen.noise_floor, self.run.tolerance[0]):
             return
         family = self.run.pipeline.backend.spec.family
         knobs = "cpdebug bisect MODEL --backends ort-none,ort-all --knobs"
@@ -179,7 +179,7 @@ class Explainer:
         if claim not in PROMOTED or not replayed:
             return
         segments = [self._segment(key, row) for key, row in replayed[:8]]
-        explained = fmean(segment.explained(segment.claimed) for segment in segments)
+        explained = fmean(segment.explained(segment.claimed)[0] for segment in segments)
         names = [row.name for _, row in replayed]
         yield Finding(
             claim,

@@ -119,7 +119,7 @@ def fitted_epsilon(segment: Segment) -> Iterator[Candidate]:
         for _ in range(8):
             for exponent in torch.linspace(low, high, 9).tolist():
                 value = segment.edited(node, epsilon=10**exponent)
-                best = min(best, (segment.residual(value), exponent)) if value is not None else best
+                best = min(best, (segment.explained(value)[1], exponent)) if value is not None else best
             reach = (high - low) / 8
             low, high = best[1] - reach, best[1] + reach
         if (value := segment.edited(node, epsilon=10 ** best[1])) is not None:

@@ -38,47 +38,45 @@ class _Tried:
 
 
 def explain(segment: Segment, first: Collection[Cause] = ()) -> tuple[Explanation, Cause | None]:
-    """Try the causes on one layer; also returns the family that won. ``first``: families that explained other layers
-    of the run; when one of them does it again, the costly rest is not tried."""
-    tried: list[tuple[_Tried, Cause]] = []
-    for costly in (False, True):
-        asked = [c for c in CAUSES if c.costly == costly or (c in first and not costly)]
-        tried.extend(
-            (t, family) for family in asked if not costly or family not in first for t in _try(segment, family)
-        )
-        if any(t.accepted for t, _ in tried):
-            break
+    """Try the causes on one layer; also returns the family that won.
+
+    ``first``: families that explained worse layers of the run. When one of them explains this layer, too, without a
+    fitted number, the others are not tried. The costly ones are tried only where nothing cheap explains it.
+    """
+    tried = [(t, family) for family in first for t in _try(segment, family)]
+    if not any(t.accepted and not t.candidate.parameters for t, _ in tried):
+        for costly in (False, True):
+            asked = [c for c in CAUSES if c.costly == costly and c not in first]
+            tried += [(t, family) for family in asked for t in _try(segment, family)]
+            if any(t.accepted for t, _ in tried):
+                break
     if not tried:
         return Explanation(None, 0.0, None, 0.0), None
     best = min(t.residual for t, _ in tried)
     equal = [(t, family) for t, family in tried if t.residual <= CLOSE * best]
     chosen, family = min(equal, key=lambda p: (not p[0].accepted, p[0].candidate.parameters, p[0].residual))
-    others = [t for t, _ in tried if t.candidate.cause != chosen.candidate.cause and t.residual > CLOSE * best]
-    second = max(others, key=lambda t: t.explained, default=None)
-    if not chosen.accepted:
-        if likely := max((p for p in tried if p[0].candidate.by_magnitude), key=lambda p: p[0].explained, default=None):
-            return Explanation(likely[0].candidate, likely[0].explained, chosen.candidate, chosen.explained), likely[1]
-        return Explanation(None, 0.0, chosen.candidate, chosen.explained), None
-    return (
-        Explanation(
-            chosen.candidate,
-            chosen.explained,
-            second.candidate if second else None,
-            second.explained if second else 0.0,
-        ),
-        family,
-    )
+    if chosen.accepted:
+        others = [t for t, _ in tried if t.candidate.cause != chosen.candidate.cause and t.residual > CLOSE * best]
+        second = max(others, key=lambda t: t.explained, default=None)
+        return _explanation(chosen, second), family
+    if likely := max((p for p in tried if p[0].candidate.by_magnitude), key=lambda p: p[0].explained, default=None):
+        return _explanation(likely[0], chosen), likely[1]
+    return Explanation(None, 0.0, chosen.candidate, chosen.explained), None
+
+
+def _explanation(chosen: _Tried, second: _Tried | None) -> Explanation:
+    if second is None:
+        return Explanation(chosen.candidate, chosen.explained, None, 0.0)
+    return Explanation(chosen.candidate, chosen.explained, second.candidate, second.explained)
 
 
 def _try(segment: Segment, family: Cause) -> Iterator[_Tried]:
-    strange = bool(segment.born.any())
     for candidate in family(segment):
-        explained = segment.explained(candidate.value)
-        if strange:
-            yield _Tried(candidate, explained, 1 - explained, explained >= ENOUGH)
+        explained, residual = segment.explained(candidate.value)
+        candidate.value = segment.exact  # free the large tensor; the figures are kept
+        if segment.strange:
+            yield _Tried(candidate, explained, residual, explained >= ENOUGH)
             continue
-        residual = segment.residual(candidate.value)
         complete = residual <= ROUNDING * segment.expected and residual < segment.introduced / 2
         near = residual <= (1 - ENOUGH) * min(segment.introduced, segment.contrast)
-        candidate.value = segment.exact  # free the large tensor; the figures are kept
         yield _Tried(candidate, explained, max(residual, segment.expected), near or complete)

@@ -299,19 +299,31 @@ class Segment:
         found = BatchNorm.of((norm.weight, norm.bias, norm.running_mean, norm.running_var), norm.eps)
         return found if found is not None and len(found.mean) == self.test.shape[self.axis] else None
 
-    def explained(self, value: Tensor) -> float:
-        """The share of the introduced error that ``value`` explains: 1 − ‖test − value‖ ÷ ‖test − exact‖.
+    @cached_property
+    def strange(self) -> bool:
+        """Whether NaN or Inf are born here."""
+        return bool(self.born.any())
 
+    def explained(self, value: Tensor) -> tuple[float, float]:
+        """(the share of the introduced error that ``value`` explains, what it leaves: an L2 norm).
+
+        The share is 1 − ‖test − value‖ ÷ ‖test − exact‖ over the finite elements; −∞ where ``value`` is not finite.
         Where NaN or Inf are born the question is whether ``value`` has the same ones in the same places: the share of
         places where they agree among those where either has one.
         """
-        if bool(self.born.any()):
-            strange = self.born | (~torch.isfinite(value) & torch.isfinite(self.exact))
+        if self.strange:
+            either = self.born | (~torch.isfinite(value) & torch.isfinite(self.exact))
             same = torch.where(torch.isnan(self.test), torch.isnan(value), self.test == value)
-            return float((same & strange).sum() / strange.sum())
-        return 1 - self.residual(value) / self.introduced if self.introduced else 0.0
+            share = float((same & either).sum() / either.sum())
+            return share, 1 - share
+        rest = self.test - value
+        if not self._all_finite:
+            rest = torch.where(self.finite, rest, 0.0)
+        left = float(torch.linalg.vector_norm(rest))
+        if not math.isfinite(left):
+            return -math.inf, math.inf
+        return (1 - left / self.introduced if self.introduced else 0.0), left
 
-    def residual(self, value: Tensor) -> float:
-        """‖test − value‖ over the finite elements; infinite where ``value`` is not finite there."""
-        rest = torch.where(self.finite, self.test - value, 0.0)
-        return float(torch.linalg.vector_norm(rest)) if bool(torch.isfinite(rest).all()) else math.inf
+    @cached_property
+    def _all_finite(self) -> bool:
+        return bool(self.finite.all())
