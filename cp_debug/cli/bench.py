@@ -35,7 +35,7 @@ def bench(
     from cp_debug.cli.console import console, steps
     from cp_debug.deploy.bench import latency_table
     from cp_debug.deploy.stages import Deployment, configured
-    from cp_debug.reports.files import complete_file
+    from cp_debug.files import complete_file
 
     with TemporaryDirectory(prefix="cpdebug-") as scratch, steps() as on_step:
         config, source = configured(model, recipe, Path(scratch))

@@ -27,8 +27,8 @@ def deploy(
     from cp_debug.cli.console import command_line, console, steps
     from cp_debug.deploy.runner import deploy as run
     from cp_debug.deploy.stages import Deployment, configured
-    from cp_debug.deploy.summary import stage_table, write_summary
-    from cp_debug.reports.files import complete_file
+    from cp_debug.files import complete_file
+    from cp_debug.reports.deployment import stage_table, write_summary
 
     settings, source = configured(str(config), model, Path())
     if trt_python:

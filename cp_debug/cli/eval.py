@@ -48,11 +48,11 @@ def evaluate(
     from cp_debug.deploy.evaluate import as_detector
     from cp_debug.deploy.evaluate import evaluate as run
     from cp_debug.deploy.evaluation import EvaluationOptions
-    from cp_debug.deploy.evaluation_tables import render
     from cp_debug.deploy.predictions import save_predictions
+    from cp_debug.files import complete_file
     from cp_debug.recipes.data.base import DataOptions
     from cp_debug.recipes.registry import load_model
-    from cp_debug.reports.files import complete_file
+    from cp_debug.reports.evaluation import render
 
     detector = as_detector(load_model(model, checkpoint=checkpoint, seed=seed))
     options = EvaluationOptions(

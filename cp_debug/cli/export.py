@@ -30,8 +30,8 @@ def export(
     from cp_debug.cli.console import console, steps
     from cp_debug.deploy.exporting import ExportOptions, export_model
     from cp_debug.deploy.stages import turn_outputs
-    from cp_debug.deploy.summary import export_lines
     from cp_debug.recipes.registry import load_model
+    from cp_debug.reports.deployment import export_lines
 
     loaded = load_model(model, checkpoint=checkpoint, seed=seed)
     if rot_y_axis_reference:

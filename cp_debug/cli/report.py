@@ -32,7 +32,8 @@ def report(
 ) -> None:
     """Show a saved result: one HTML page, Markdown, CI annotations, tables, or an annotated ONNX file."""
     from cp_debug.cli.console import console
-    from cp_debug.reports.files import write_csv, write_parquet, write_text
+    from cp_debug.files import write_text
+    from cp_debug.reports.files import write_csv, write_parquet
     from cp_debug.reports.saved import SavedResult
 
     saved = SavedResult.open(result)

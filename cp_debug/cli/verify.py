@@ -52,8 +52,8 @@ def verify(
 
     from cp_debug.cli.console import console, steps
     from cp_debug.deploy.stages import Deployment, configured
-    from cp_debug.deploy.verify_tables import render, render_junit
-    from cp_debug.reports.files import complete_file, write_text
+    from cp_debug.files import complete_file, write_text
+    from cp_debug.reports.verification import render, render_junit
 
     stack = ExitStack()
     config, source = configured(model, recipe, Path(stack.enter_context(TemporaryDirectory(prefix="cpdebug-"))))

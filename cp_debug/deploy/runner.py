@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import cp_debug
+from cp_debug.deploy.reasons import reasons
 from cp_debug.deploy.stages import Deployment
 from cp_debug.deploy.state import StageRecord, State, file_hash, hashes, key_of
-from cp_debug.deploy.verify_tables import reasons
 
 STAGES = ("load", "export", "build", "verify", "evaluate")
 

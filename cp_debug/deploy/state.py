@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cp_debug.reports.files import complete_file
+from cp_debug.files import complete_file
 
 SCHEMA = "cpdebug.deploy/1"
 FILE = "deploy.json"

@@ -27,7 +27,7 @@ def findings(test: TestResult) -> Iterator[RenderableType]:
     for place, finding in enumerate(test.findings, 1):
         yield Text()
         style = "bold yellow" if finding.cause == UNKNOWN else "bold red"
-        yield Text.assemble((f"{place}. {headline(finding)}", style))
+        yield Text.assemble((f"{place}. {finding.headline}", style))
         grid = Table.grid(padding=(0, 2))
         for label, line in lines(finding):
             grid.add_row(Text(f"   {label}", "dim"), Text(line))
@@ -35,16 +35,6 @@ def findings(test: TestResult) -> Iterator[RenderableType]:
     if test.detections is not None:
         yield Text()
         yield Text(f"detections: {test.detections}")
-
-
-def headline(finding: Finding) -> str:
-    """``16 layers (Conv): sums are accumulated in FP16``."""
-    if not finding.layers:
-        return finding.says
-    ops = ", ".join(dict.fromkeys(finding.ops))
-    who = finding.layers[0] if len(finding.layers) == 1 else f"{len(finding.layers)} layers"
-    at = " of the reference" if finding.side == "reference" else ""
-    return f"{who} ({ops}){at}: {finding.says}"
 
 
 def lines(finding: Finding) -> Iterator[tuple[str, str]]:

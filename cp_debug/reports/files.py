@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 from cp_debug.bisect.result import BisectResult
-from cp_debug.errors import InputError
+from cp_debug.files import complete_file, complete_path, write_text
 from cp_debug.optional import require
 from cp_debug.probes.statistics import TensorStats
 
@@ -36,15 +33,6 @@ def write_json(result: BisectResult, target: str) -> None:
         stream.write(text + "\n")
 
 
-def write_text(text: str, target: Path | None) -> None:
-    """Write a report to a file, or to stdout without one."""
-    if target is None:
-        sys.stdout.write(text)
-        return
-    with complete_file(target) as stream:
-        stream.write(text)
-
-
 def layer_frame(result: BisectResult) -> pd.DataFrame:
     """The layers of every test backend as one table with a leading column ``backend``; figures are numbers."""
     import pandas as pd
@@ -65,23 +53,3 @@ def write_parquet(result: BisectResult, target: Path) -> None:
     require("pyarrow", "parquet")
     with complete_path(target) as partial:
         layer_frame(result).to_parquet(partial, engine="pyarrow", index=False)
-
-
-@contextmanager
-def complete_path(path: Path) -> Iterator[Path]:
-    """A temporary name that becomes ``path`` when the block succeeds. Raises InputError when it cannot be written."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def complete_file(path: Path) -> Iterator[TextIO]:
-    """Open ``path`` for writing so that it appears whole or not at all. Raises InputError when it cannot be written."""
-    with complete_path(path) as partial, partial.open("w", encoding="utf-8") as stream:
-        yield stream

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from cp_debug.bisect.causes.finding import Finding
 from cp_debug.bisect.result import TestResult
-from cp_debug.reports.causes import headline, lines
+from cp_debug.reports.causes import lines
 from cp_debug.reports.rows import COLUMNS, cells
 from cp_debug.reports.saved import SavedResult
 from cp_debug.reports.tables import SETTINGS, layers_shown, verdict_line
@@ -45,7 +45,7 @@ def _lines(saved: SavedResult) -> Iterator[str]:
 
 
 def _finding(finding: Finding) -> Iterator[str]:
-    yield f"- **{_text(headline(finding))}**"
+    yield f"- **{_text(finding.headline)}**"
     for name, line in lines(finding):
         if name != "fix":
             yield f"  - {name}: {_text(line)}"

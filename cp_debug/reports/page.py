@@ -14,10 +14,10 @@ from markupsafe import Markup, escape
 import cp_debug
 from cp_debug.backends.base import RunRecord
 from cp_debug.bisect.result import TestResult
+from cp_debug.files import write_text
 from cp_debug.reports.birdseye import View, birdseye
-from cp_debug.reports.causes import headline, lines
+from cp_debug.reports.causes import lines
 from cp_debug.reports.evidence import Evidence, evidence
-from cp_debug.reports.files import write_text
 from cp_debug.reports.growth import growth_chart
 from cp_debug.reports.numbers import number
 from cp_debug.reports.saved import SavedResult
@@ -56,13 +56,17 @@ def render_page(saved: SavedResult) -> str:
     """The whole page."""
     result = saved.result
     parts = [_part(saved, f"t{index}", test) for index, test in enumerate(result.tests)]
-    return environment().get_template("report.html.j2").render(
-        result=result,
-        parts=parts,
-        settings=setting_rows([result.reference, *(t.backend for t in result.tests)]),
-        kept=saved.folder is not None,
-        version=cp_debug.__version__,
-        **page_parts(),
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            result=result,
+            parts=parts,
+            settings=setting_rows([result.reference, *(t.backend for t in result.tests)]),
+            kept=saved.folder is not None,
+            version=cp_debug.__version__,
+            **page_parts(),
+        )
     )
 
 
@@ -71,7 +75,7 @@ def environment() -> Environment:
     made = Environment(
         loader=FileSystemLoader(HTML), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    made.filters |= {"number": number, "breakable": breakable, "headline": headline, "said": lines}
+    made.filters |= {"number": number, "breakable": breakable, "said": lines}
     return made
 
 

@@ -65,6 +65,16 @@ class Finding:
     effect: Effect = field(default_factory=Effect)
     fix: str = ""
 
+    @property
+    def headline(self) -> str:
+        """``16 layers (Conv): sums are accumulated in FP16``."""
+        if not self.layers:
+            return self.says
+        ops = ", ".join(dict.fromkeys(self.ops))
+        who = self.layers[0] if len(self.layers) == 1 else f"{len(self.layers)} layers"
+        at = " of the reference" if self.side == "reference" else ""
+        return f"{who} ({ops}){at}: {self.says}"
+
     def to_dict(self) -> dict[str, Any]:
         """The entry of ``findings`` in the JSON; ``docs/causes.md`` describes the fields."""
         found = asdict(self)

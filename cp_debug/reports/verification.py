@@ -10,8 +10,9 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cp_debug.deploy.reasons import culprits, reasons
 from cp_debug.deploy.verify import ScenarioResult, VerifyResult
-from cp_debug.reports.causes import findings, headline
+from cp_debug.reports.causes import findings
 from cp_debug.reports.gates import document, fail, xml_text
 from cp_debug.reports.numbers import number
 from cp_debug.reports.tables import verdict_line
@@ -52,27 +53,6 @@ def verdict(scenario: ScenarioResult) -> Text:
     if scenario.passed:
         return Text(f"✓ {scenario.name}: all {len(scenario.checks)} outputs are within their limits", style="green")
     return Text(f"✗ {scenario.name}: {'; '.join(reasons(scenario))}", style="bold red")
-
-
-def reasons(scenario: ScenarioResult) -> Iterator[str]:
-    """The worst tensor, the voxels, the guilty layer and its cause."""
-    if failures := scenario.failures:
-        worst = max(failures, key=lambda check: check.severity)
-        yield f"{len(failures)} of {len(scenario.checks)} outputs fail, the worst is {worst.name}: {worst.why}"
-    wrong = [change for change in scenario.preprocessing.values() if not change.agrees]
-    if wrong:
-        yield f"the voxels differ: {wrong[0]}"
-    yield from culprits(scenario)
-
-
-def culprits(scenario: ScenarioResult) -> Iterator[str]:
-    """The guilty layer and the cause that explains most, for what was bisected."""
-    for test in scenario.bisect.tests if scenario.bisect else ():
-        if test.first_divergent is not None:
-            what = "guilty" if test.guilty else "first divergent"
-            yield f"{what} layer {test.first_divergent.name}"
-        if test.findings:
-            yield f"cause: {headline(test.findings[0])}"
 
 
 def render_junit(result: VerifyResult) -> str:

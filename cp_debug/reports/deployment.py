@@ -12,7 +12,7 @@ from rich.text import Text
 import cp_debug
 from cp_debug.deploy.exporting import Exported
 from cp_debug.deploy.state import StageRecord
-from cp_debug.reports.files import write_text
+from cp_debug.files import write_text
 from cp_debug.reports.page import environment, page_parts
 
 
