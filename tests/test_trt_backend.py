@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +145,13 @@ def test_refusals(version: str, tmp_path: Path) -> None:
     graph = Graph(tmp_path / "net.onnx")
     graph.proto.graph.node.append(onnx.helper.make_node("Det", ["y"], ["d"], name="/d/Det"))
     onnx.save(graph.proto, tmp_path / "net.onnx")
-    with pytest.raises(InputError, match=r"(?s)cannot parse it.*node /d/Det \(Det\)"):
+    with pytest.raises(InputError, match=r"(?s)cannot parse it.*node /d/Det \(Det\)") as caught:
         create(BackendSpec.parse("trt-fp32")).open(Program("net", Graph(tmp_path / "net.onnx")))
+    offered = str(caught.value).partition("python -c ")[2]
+    subprocess.run([sys.executable, "-c", offered.strip('"')], check=True, cwd=tmp_path)
+    part = onnx.load(tmp_path / "part.onnx")
+    assert [node.op_type for node in part.graph.node] == ["Add", "Det"]
+    assert [v.name for v in part.graph.input] == ["c2", "r1"]
 
 
 def test_versions_name_library_and_card(version: str) -> None:

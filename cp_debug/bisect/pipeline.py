@@ -158,6 +158,7 @@ class Pipeline:
         self.model, self.programs, self.backend = model, programs, backend
         self.sessions: dict[str, Session] = {}
         self._stack = ExitStack()
+        self._realised = False
 
     def __enter__(self) -> Pipeline:
         try:
@@ -186,7 +187,9 @@ class Pipeline:
                     sink(Key(component.name, name), array)
                 forward = _under(component.name, sink)
             results[component.name] = self.sessions[component.name].run(inputs, forward)
-        self._check_realised()
+        if not self._realised:
+            self._check_realised()
+            self._realised = True
         return results
 
     def _check_realised(self) -> None:

@@ -40,6 +40,14 @@ OnEvent = Callable[[Mapping[str, Any]], None]
 """Takes ``{"event": "log" | "progress" | "step" | "output", …}`` as the runner sends them."""
 
 
+class ParseFailed(InputError):
+    """TensorRT's parser does not know an operator, or not like this; ``nodes`` are the ONNX nodes it is about."""
+
+    def __init__(self, message: str, nodes: Sequence[str]) -> None:
+        super().__init__(message)
+        self.nodes = nodes
+
+
 class Client:
     """A place where TensorRT runs.
 
@@ -246,9 +254,11 @@ def _to_exception(spec: str, error: Mapping[str, Any], step: Mapping[str, Any]) 
     if kind in ("unsupported", "device"):
         return BackendUnavailable(spec, message, nearest=_nearest(spec))
     if kind == "parse":
-        return InputError(f"{subject}: TensorRT cannot parse it\n{message}")
+        return ParseFailed(f"{subject}: TensorRT cannot parse it\n{message}", error["nodes"])
     if kind == "kernel":
-        return InputError(f"{subject}: TensorRT has no kernel for {nodes} in this precision; keep it FP32\n{message}")
+        return InputError(
+            f"{subject}: TensorRT has no kernel for {nodes} in this precision; --keep-fp32 leaves nodes out\n{message}"
+        )
     if kind == "memory":
         return InputError(f"{subject}: out of memory; lower the workspace limit or the shapes\n{message}")
     if kind == "engine":

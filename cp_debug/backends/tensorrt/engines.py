@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cp_debug.backends.tensorrt.client import Client
+from cp_debug.backends.tensorrt.client import Client, ParseFailed
 from cp_debug.backends.tensorrt.config import BuildConfig
 from cp_debug.backends.tensorrt.inspector import (
     EngineLayer,
@@ -16,6 +16,7 @@ from cp_debug.backends.tensorrt.inspector import (
     parse_layers,
     realised_precision,
 )
+from cp_debug.errors import InputError
 from cp_debug.probes.graph import Graph
 
 Profile = tuple[Sequence[int], Sequence[int], Sequence[int]]
@@ -64,10 +65,29 @@ class Workshop:
             for path, (_, probes) in zip(paths, requests, strict=True)
         ]
         names = [node.name for node in self.graph.nodes]
+        try:
+            results = self.client.execute(steps)
+        except ParseFailed as error:
+            raise InputError(f"{error}\n{cut_out(self.graph, error.nodes)}".rstrip()) from None
         return [
             Engine(path, tuple(parse_layers(facts.pop("layers"), names)), facts)
-            for path, facts in zip(paths, self.client.execute(steps), strict=True)
+            for path, facts in zip(paths, results, strict=True)
         ]
+
+
+def cut_out(graph: Graph, names: Collection[str]) -> str:
+    """The command that cuts the first of the named nodes out with its neighbours, to show or to mend; or nothing."""
+    node = next((n for n in graph.nodes if n.name in names), None)
+    if node is None:
+        return ""
+    near = [graph.producer[i] for i in node.inputs if i in graph.producer and graph.producer[i].op != "Constant"]
+    near += [node, *(reader for output in node.outputs for reader in graph.consumers.get(output, ()))]
+    inside = {output for n in near for output in n.outputs}
+    data = {v.name for v in graph.inputs} | {v for v, n in graph.producer.items() if n.op != "Constant"}
+    inputs = dict.fromkeys(i for n in near for i in n.inputs if i in data and i not in inside)
+    outputs = [o for n in near for o in n.outputs if not all(r in near for r in graph.consumers.get(o, [None]))]
+    arguments = f"{str(graph.path)!r}, 'part.onnx', {list(inputs)}, {list(dict.fromkeys(outputs))}, False"
+    return f'to cut it out with its neighbours: python -c "import onnx.utils as u; u.extract_model({arguments})"'
 
 
 class EngineSet:
