@@ -19,6 +19,9 @@ HALF = PRECISIONS["fp16"]
 SMALLEST = 2.0**-24
 """The smallest subnormal of FP16."""
 
+TINY = 64
+"""Elements up to which a single one at a bound is no evidence for the bound."""
+
 _RESCALE = "scale the layer down and its reader up, or keep these nodes in FP32: {layers}"
 
 
@@ -92,7 +95,7 @@ def saturated(segment: Segment) -> Iterator[Candidate]:
     bounds = ((-largest, largest, 1), (-torch.inf, high, 1), (low, torch.inf, 1), (low, high, 2))
     for lower, upper, parameters in bounds:
         cut = (segment.exact < lower) | (segment.exact > upper)
-        if not bool(cut.any()):
+        if int(cut.sum()) < (1 if cut.numel() > TINY else 2):
             continue
         evidence = {"low": lower, "high": upper, "share": float(cut.double().mean())}
         yield Candidate(
