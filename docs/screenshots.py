@@ -18,8 +18,8 @@ from rich.text import Text
 from selenium import webdriver
 
 from cp_debug.bisect.engine import Options, bisect
-from cp_debug.bisect.result import BisectResult
 from cp_debug.bisect.faults.catalog import FAULTS
+from cp_debug.bisect.result import BisectResult
 from cp_debug.reports.causes import findings
 from cp_debug.reports.page import write_page
 from cp_debug.reports.saved import SavedResult

@@ -254,5 +254,5 @@ def test_samples_are_the_synthetic_scenes_of_consecutive_seeds() -> None:
     first, second = model.samples(2, 7, None)
     (alone,) = model.samples(1, 8, None)
     assert first.arrays["points"].shape[1] == 4
-    assert (first.source, second.source) == ("synthetic scene 7", "synthetic scene 8")
+    assert (first.source, second.source) == ("held-out synthetic scene 7", "held-out synthetic scene 8")
     np.testing.assert_array_equal(second.arrays["points"], alone.arrays["points"])

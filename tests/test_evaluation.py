@@ -25,7 +25,6 @@ from cp_debug.cli.main import app
 from cp_debug.deploy.bootstrap import Interval, draw_samples
 from cp_debug.deploy.evaluate import as_detector, evaluate
 from cp_debug.deploy.evaluation import NUSCENES_RANGES, EvaluationOptions, EvaluationResult, score_backends
-from cp_debug.deploy.evaluation_tables import render
 from cp_debug.deploy.matching import match_centers
 from cp_debug.deploy.metrics import ERRORS, score
 from cp_debug.deploy.objects import Boxes
@@ -37,6 +36,7 @@ from cp_debug.recipes.centerpoint.recipe import CenterPointModel
 from cp_debug.recipes.data.attributes import attributes_of
 from cp_debug.recipes.data.base import DataOptions, Truth
 from cp_debug.recipes.data.unpickle import load_plain_pickle
+from cp_debug.reports.evaluation import render
 
 CLASSES = ("car", "cyclist")
 EMPTY = Detections(np.zeros((0, 9), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))

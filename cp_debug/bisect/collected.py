@@ -58,8 +58,8 @@ def observation_notes(spec: str, seen: Observation | None) -> list[str]:
     """Sentences for a backend that does not agree with itself, or that probes change."""
     notes = []
     if seen is not None and seen.first_unsteady:
-        first, floor = seen.first_unsteady, seen.noise_floor
-        notes.append(f"{spec} is not deterministic: two of its runs part at {first} (noise floor {floor:.2g})")
+        what = "another thread count changes its sums" if seen.repeats else "it is not deterministic: two runs part"
+        notes.append(f"{spec}: {what}, first at {seen.first_unsteady} (noise floor {seen.noise_floor:.2g})")
     if seen is not None and seen.observer_gap > seen.noise_floor:
         notes.append(
             f"observer gap {seen.observer_gap:.2g}: with probes {spec} runs a different program, "

@@ -89,8 +89,9 @@ def observe_runs(
     plain = _plain(open_pipeline, None, sample)
     repeats = gap(probed, plain) == 0  # then only the thread count matters, and probes change nothing
     again = plain if repeats else _plain(open_pipeline, None, sample)
-    noise = max(gap(plain, again), gap(plain, threaded))
-    seen = Observation(noise_floor=noise, observer_gap=gap(plain, probed), runs=2 if repeats else 3)
+    run_to_run = gap(plain, again)
+    noise = max(run_to_run, gap(plain, threaded))
+    seen = Observation(noise, gap(plain, probed), runs=2 if repeats else 3, repeats=run_to_run == 0)
     if noise == 0:
         return seen, {}
     floors: dict[Key, float] = {}

@@ -120,11 +120,15 @@ class Observation:
     """How many further runs it took to know."""
     first_unsteady: str | None = None
     """The first layer where two runs of the same backend part."""
+    repeats: bool = True
+    """Whether runs with equal settings give equal bits; then only the thread count makes the noise."""
 
 
 @dataclass
 class TestResult:
     """One test backend against the reference."""
+
+    __test__ = False  # not a test, whatever its name tells pytest
 
     backend: RunRecord
     rows: list[LayerRow]
@@ -190,6 +194,7 @@ class TestResult:
             "noise_floor": seen.noise_floor if seen else None,
             "observer_gap": seen.observer_gap if seen else None,
             "first_unsteady": seen.first_unsteady if seen else None,
+            "repeats": seen.repeats if seen else None,
             "agrees": self.agrees,
             "notes": self.notes,
             "findings": json_safe([finding.to_dict() for finding in self.findings]),
@@ -242,7 +247,7 @@ class BisectResult:
             "backends": [json_safe(asdict(r)) for r in (self.reference, *(t.backend for t in self.tests))],
             "samples": self.samples,
             "coverage": self.coverage,
-            "reference_observation": asdict(self.reference_observation) if self.reference_observation else None,
+            "reference_observation": asdict(self.reference_observation) if self.reference_observation else {},
             "programs": self.programs,
             "test_programs": self.test_programs,
             **blocks[0],

@@ -70,6 +70,7 @@ class SavedResult:
             coverage=fields.get("coverage", dict, {}),
             programs=fields.get("programs", dict, {}),
             test_programs=fields.get("test_programs", dict, {}),
+            reference_observation=_observation(fields.object("reference_observation", {})),
             command=fields.get("command", str, ""),
         )
         return cls(result, folder)
@@ -163,6 +164,18 @@ def _record(fields: Fields) -> RunRecord:
     )
 
 
+def _observation(fields: Fields) -> Observation | None:
+    if (floor := fields.optional("noise_floor")) is None:
+        return None
+    return Observation(
+        noise_floor=floor,
+        observer_gap=fields.number("observer_gap"),
+        runs=fields.get("runs", int, 0),
+        first_unsteady=fields.get("first_unsteady", (str, type(None)), None),
+        repeats=fields.get("repeats", (bool, type(None)), True) is not False,
+    )
+
+
 def _test(fields: Fields, record: RunRecord) -> TestResult:
     rows = [_row(row) for row in fields.objects("layers")]
     by_key = {(row.component, row.onnx): row for row in rows}
@@ -175,10 +188,6 @@ def _test(fields: Fields, record: RunRecord) -> TestResult:
         return [(item, by_key[place]) for item, place in found]
 
     alignment, tolerance = fields.object("alignment"), fields.object("tolerance")
-    seen = None
-    if (floor := fields.optional("noise_floor")) is not None:
-        gap = fields.number("observer_gap")
-        seen = Observation(floor, gap, 0, fields.get("first_unsteady", (str, type(None)), None))
     return TestResult(
         backend=record,
         rows=rows,
@@ -189,7 +198,7 @@ def _test(fields: Fields, record: RunRecord) -> TestResult:
         rtol=tolerance.number("rtol"),
         atol=tolerance.number("atol"),
         oracle=fields.get("oracle", (str, type(None))),
-        observation=seen,
+        observation=_observation(fields),
         notes=fields.get("notes", list, []),
         findings=[_finding(finding) for finding in fields.objects("findings", [])],
         detections=_detections(fields),
