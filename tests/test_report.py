@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 import struct
 import sys
@@ -394,7 +395,7 @@ def test_scales_keep_order_and_their_ticks_lie_inside(low: float, span: float, l
     places = [scale(v) for v in sorted(map(abs, values) if log else values) if v > 0 or not log]
     assert places == sorted(places)
     assert all(0 <= place <= 1000 for place in places)
-    room = (scale.high - scale.low) * 1e-6
+    room = (scale.high - scale.low) * 1e-6 + 4 * math.ulp(scale.high)
     assert all(scale.low - room <= tick <= scale.high + room for tick in scale.ticks())
     assert 1 <= len(scale.ticks()) <= 8
 

@@ -53,14 +53,15 @@ def observe(
     """
     if own := _own_observation(pipeline):
         return own, {}
+    if pipeline.backend.emulated:  # runs the same code with probes and without, in one order of summation
+        return Observation(noise_floor=0.0, observer_gap=0.0, runs=0), {}
 
     def fresh(threads: int | None) -> Pipeline:
         # Sessions of torch take the count from torch itself, those of a runtime of its own when they are made.
         with_threads = getattr(pipeline.backend, "with_threads", lambda count: pipeline.backend)
         return Pipeline(pipeline.model, pipeline.programs, with_threads(threads))
 
-    # For an emulation other orders of summation say nothing about the hardware.
-    return observe_runs(fresh, sample, probed, capture, name, vary_threads=not pipeline.backend.emulated)
+    return _observe_runs(fresh, sample, probed, capture, name)
 
 
 def _own_observation(pipeline: Pipeline) -> Observation | None:
@@ -72,17 +73,15 @@ def _own_observation(pipeline: Pipeline) -> Observation | None:
     return Observation(noise_floor=floor, observer_gap=gap, runs=2)
 
 
-def observe_runs(
+def _observe_runs(
     open_pipeline: Open,
     sample: Sample,
     probed: Mapping[str, Arrays],
     capture: Capture,
     name: Callable[[Key], Key],
-    *,
-    vary_threads: bool = True,
 ) -> tuple[Observation, dict[Key, float]]:
-    """``observe`` for a backend that ``open_pipeline`` opens; ``vary_threads`` counts other orders of sums as noise."""
-    other = other_thread_count() if vary_threads else None
+    """``observe`` for a backend that ``open_pipeline`` opens."""
+    other = other_thread_count()
     threaded = _plain(open_pipeline, other, sample)
     if gap(probed, threaded) == 0:
         return Observation(noise_floor=0.0, observer_gap=0.0, runs=1), {}
