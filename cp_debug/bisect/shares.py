@@ -28,8 +28,11 @@ def set_shares(run: TestRun, rows: Mapping[Key, LayerRow], sample: Sample, refer
     giving Δ. Its share is ⟨Δ, D⟩ ÷ ‖D‖² for the final divergence D, each output scaled by its reference norm: shares
     of independent errors in a nearly linear network add up to 1.
     """
-    guilty = [(key, row) for key, row in rows.items() if row.verdict == GUILTY and row.side == "test" and row.replay]
-    guilty = [(key, row) for key, row in guilty if row.op != "input"]  # glue is no node that could be replayed
+    guilty = [
+        (key, row)
+        for key, row in rows.items()
+        if row.verdict == GUILTY and row.side == "test" and row.replay and row.op != "input"  # glue has no node to replay
+    ]
     guilty.sort(key=lambda item: item[1].replay.excess or 0.0, reverse=True)  # type: ignore[union-attr]
     if not guilty:
         return

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 if TYPE_CHECKING:
@@ -47,6 +48,18 @@ def show(
         write_json(result, json)
     if csv:
         write_csv(result, csv)
+
+
+def show_document(parts: Iterable[RenderableType], document: Mapping[str, Any], json: str | None) -> None:
+    """Print the parts, and write the document as JSON to a file; with ``-`` to stdout, and nothing else goes there."""
+    from cp_debug.files import write_text
+
+    if json != "-":
+        for part in parts:
+            console.print(part)
+    if json:
+        text = dumps(document, indent=1, allow_nan=False) + "\n"
+        write_text(text, None if json == "-" else Path(json))
 
 
 class Steps:

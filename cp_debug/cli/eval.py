@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -44,7 +42,7 @@ def evaluate(
     """
     from cp_debug.backends.registry import create
     from cp_debug.backends.spec import parse_backends
-    from cp_debug.cli.console import console, steps
+    from cp_debug.cli.console import show_document, steps
     from cp_debug.deploy.evaluate import as_detector
     from cp_debug.deploy.evaluate import evaluate as run
     from cp_debug.deploy.evaluation import EvaluationOptions
@@ -66,15 +64,7 @@ def evaluate(
     made = [create(spec) for spec in parse_backends(backends)]
     with steps() as on_step:
         result = run(detector, made, opened, options, exporter=exporter.value, folded=not unfolded, on_step=on_step)
-    text = dumps(result.to_dict(), indent=1, allow_nan=False) + "\n"
-    if json == "-":
-        sys.stdout.write(text)
-    else:
-        for part in render(result):
-            console.print(part)
-    if json and json != "-":
-        with complete_file(Path(json)) as stream:
-            stream.write(text)
+    show_document(render(result), result.to_dict(), json)
     if csv:
         with complete_file(csv) as stream:
             result.to_pandas().to_csv(stream, index=False)

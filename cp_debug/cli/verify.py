@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -50,9 +48,9 @@ def verify(
     from contextlib import ExitStack
     from tempfile import TemporaryDirectory
 
-    from cp_debug.cli.console import console, steps
+    from cp_debug.cli.console import show_document, steps
     from cp_debug.deploy.stages import Deployment, configured
-    from cp_debug.files import complete_file, write_text
+    from cp_debug.files import write_text
     from cp_debug.reports.verification import render, render_junit
 
     stack = ExitStack()
@@ -78,15 +76,7 @@ def verify(
     with stack, steps() as on_step:
         deployment = Deployment(config, source, on_step, on_event=on_step.on_event)
         result = deployment.verify(onnx_dir, voxels=voxels, explain=explain)
-    text = dumps(result.to_dict(), indent=1, allow_nan=False) + "\n"
-    if json == "-":
-        sys.stdout.write(text)
-    else:
-        for part in render(result):
-            console.print(part)
-    if json and json != "-":
-        with complete_file(Path(json)) as stream:
-            stream.write(text)
+    show_document(render(result), result.to_dict(), json)
     if junit:
         write_text(render_junit(result), junit)
     raise typer.Exit(0 if result.passed else 1)
