@@ -1,0 +1,69 @@
+"""What a quantised network's scales are: the contract between calibration, checkpoints, Q/DQ graphs and backends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from cp_debug.errors import InputError
+from cp_debug.files import complete_path
+
+QMAX = 127
+"""Symmetric, narrow range: ±127, so that 0 is exact and −x is as well held as x."""
+
+
+@dataclass(frozen=True)
+class LayerScales:
+    """One convolution, transposed convolution or matrix product in INT8. A scale is ``amax / 127``."""
+
+    input: float
+    """Largest magnitude of the layer's input that is kept, one for the whole tensor."""
+    weight: np.ndarray
+    """The same of its weight for each output channel: float32 ``[C_out]``."""
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The scales of one component. Layers are named as their owner names them: a module by its path in the whole
+    model (``pts_backbone.blocks.0.0``), a node of an ONNX file by its name."""
+
+    model: str
+    """SHA-256 of the weights that were calibrated, BatchNorm folded."""
+    method: str
+    """``max``, ``percentile``, ``mse`` or ``entropy``."""
+    layers: Mapping[str, LayerScales]
+    adds: Mapping[str, float] = field(default_factory=dict)
+    """Residual additions whose two operands share one scale: their largest magnitude."""
+
+    def save(self, path: Path) -> None:
+        """Write a calibration cache (safetensors). Raises InputError when it cannot be written."""
+        from safetensors.numpy import save_file
+
+        tensors = {f"{name}.input": np.float32([layer.input]) for name, layer in self.layers.items()}
+        tensors |= {f"{name}.weight": np.asarray(layer.weight, np.float32) for name, layer in self.layers.items()}
+        tensors |= {f"{name}.add": np.float32([amax]) for name, amax in self.adds.items()}
+        about = {"format": "cpdebug calibration cache 1", "model": self.model, "method": self.method}
+        with complete_path(path) as partial:
+            save_file(tensors, partial, metadata={"about": json.dumps(about)})
+
+    @classmethod
+    def load(cls, path: Path) -> Scales:
+        """Read a calibration cache. Raises InputError for a file that is none."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="numpy") as file:
+                about = json.loads((file.metadata() or {})["about"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such calibration cache") from None
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise InputError(f"{path}: not a calibration cache of cpdebug ({error})") from error
+        inputs = {name.removesuffix(".input"): float(t[0]) for name, t in tensors.items() if name.endswith(".input")}
+        layers = {name: LayerScales(amax, tensors[f"{name}.weight"]) for name, amax in inputs.items()}
+        adds = {name.removesuffix(".add"): float(t[0]) for name, t in tensors.items() if name.endswith(".add")}
+        return cls(about["model"], about["method"], layers, adds)
