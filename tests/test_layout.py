@@ -14,7 +14,18 @@ REPO = Path(__file__).resolve().parents[1]
 LEAVES = {f"cp_debug.probes.{name}" for name in ("graph", "inputs", "outputs", "arrays", "trace")}
 # An entry point beside the recipe whose weights it makes; nothing imports it.
 ENTRY_POINTS = {"cp_debug/recipes/centerpoint/training.py"}
-RANK = {"cli": 0, "reports": 1, "bisect": 2, "deploy": 2, "quantization": 2, "backends": 3, "probes": 3, "recipes": 4}
+RANK = {
+    "cli": 0,
+    "reports": 1,
+    "bisect": 2,
+    "deploy": 2,
+    "quantization": 2,
+    "repair": 2,
+    "sweep": 2,
+    "backends": 3,
+    "probes": 3,
+    "recipes": 4,
+}
 
 
 def test_root_links_do_not_shadow_the_standard_library() -> None:
