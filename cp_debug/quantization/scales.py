@@ -43,9 +43,9 @@ class Scales:
         """Write a calibration cache (safetensors). Raises InputError when it cannot be written."""
         from safetensors.numpy import save_file
 
-        tensors = {f"{name}.input": np.float32([layer.input]) for name, layer in self.layers.items()}
+        tensors = {f"{name}.input": np.array([layer.input], np.float32) for name, layer in self.layers.items()}
         tensors |= {f"{name}.weight": np.asarray(layer.weight, np.float32) for name, layer in self.layers.items()}
-        tensors |= {f"{name}.add": np.float32([amax]) for name, amax in self.adds.items()}
+        tensors |= {f"{name}.add": np.array([amax], np.float32) for name, amax in self.adds.items()}
         about = {"format": "cpdebug calibration cache 1", "model": self.model, "method": self.method}
         with complete_path(path) as partial:
             save_file(tensors, partial, metadata={"about": json.dumps(about)})
