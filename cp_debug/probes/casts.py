@@ -17,7 +17,7 @@ from onnx import TensorProto, defs, helper, numpy_helper
 
 from cp_debug.errors import InputError
 from cp_debug.probes.graph import Graph, Node
-from cp_debug.probes.surgery import save
+from cp_debug.probes.surgery import save, unused_names
 
 _TYPES = {
     "fp16": (TensorProto.FLOAT16, np.dtype(np.float16)),
@@ -83,7 +83,7 @@ class _Surgery:
         """What must be FP32 under its own name."""
         for name in self.pinned & self.weights.keys():
             self.weights[name].high = True
-        self.taken = {*graph.values, *graph.initializers, *(v.name for v in graph.inputs)}
+        self._fresh = unused_names(graph)
         self.low_nodes = {node.index for node in graph.nodes if self._decide(node)}
 
     def model(self) -> onnx.ModelProto:
@@ -174,12 +174,6 @@ class _Surgery:
                 f"keep node {reader!r} in FP32"
             )
         return TensorProto(name=name, data_type=self.elem_type, dims=array.shape, raw_data=narrow.tobytes())
-
-    def _fresh(self, name: str) -> str:
-        while name in self.taken:
-            name += "_"
-        self.taken.add(name)
-        return name
 
 
 def _slots(node: Node, opsets: dict[str, int]) -> Iterator[tuple[str, bool, bool]]:

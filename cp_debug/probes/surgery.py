@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -74,6 +74,19 @@ def extract(
         part.output.add(name=name, type=known.get(name))
     part.value_info.extend(onnx.ValueInfoProto(name=o, type=known[o]) for o in computed - set(outputs) if o in known)
     return model
+
+
+def unused_names(graph: Graph) -> Callable[[str], str]:
+    """Makes a name for a new node or value: the wished one, with underscores behind it until nothing is called so."""
+    taken = {*graph.values, *graph.initializers, *(v.name for v in graph.inputs), *(n.name for n in graph.nodes)}
+
+    def fresh(name: str) -> str:
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        return name
+
+    return fresh
 
 
 def tensor_type(dtype: np.dtype | type, shape: Sequence[int | str | None] | None = None) -> onnx.TypeProto:
