@@ -80,6 +80,7 @@ def bisect(
     backends: str | Sequence[Backend] = "torch,ort",
     *,
     test_model: Path | Model | Rewrite | None = None,
+    programs: Sequence[Program] | None = None,
     options: Options = Options(),
     on_step: OnStep | None = None,
 ) -> BisectResult:
@@ -87,10 +88,11 @@ def bisect(
 
     ``backends`` is the reference and the tests, as on the command line or already made. ``test_model`` gives the tests
     another program: an ONNX file (a folder of them, for several components), another model, or a function that makes
-    their programs out of the reference's.
+    their programs out of the reference's. ``programs`` None exports the model for this run.
     Raises BackendUnavailable, InputError and MissingPackage; never for a divergence.
     """
-    return Bisection(model, backends, test_model, options, on_step or (lambda text, done, total: None)).run()
+    bisection = Bisection(model, backends, test_model, options, on_step or (lambda text, done, total: None))
+    return bisection.run(programs)
 
 
 class Bisection:
@@ -131,7 +133,7 @@ class Bisection:
         self._on_step(text, self._done, self._steps)
         self._done += 1
 
-    def run(self) -> BisectResult:
+    def run(self, exported: Sequence[Program] | None = None) -> BisectResult:
         """All samples, all tests."""
         options = self.options
         self._steps = 2 + options.replay + options.samples * (1 + len(self._tests) * (3 if options.replay else 1))
@@ -140,7 +142,7 @@ class Bisection:
             samples = self.model.samples(options.samples, options.seed, options.inputs)
             first = next(iter(samples))
             self._step("exporting and aligning")
-            programs, tests = self._programs(first, Path(scratch))
+            programs, tests = self._programs(first, Path(scratch), exported)
             layers = layers_of(programs)
             self._step("opening the backends")
             reference = stack.enter_context(Pipeline(self.model, programs, self._reference))
@@ -163,11 +165,13 @@ class Bisection:
                 test_programs={p.name: self._saved_name(p) for p in tests},
             )
 
-    def _programs(self, sample: Sample, scratch: Path) -> tuple[list[Program], list[Program]]:
+    def _programs(
+        self, sample: Sample, scratch: Path, exported: Sequence[Program] | None
+    ) -> tuple[list[Program], list[Program]]:
         """The reference's programs and those of the tests."""
         options, folder = self.options, self.options.save or scratch
         folder.mkdir(parents=True, exist_ok=True)
-        programs = prepare(self.model, sample, folder, how=self._export, folded=options.folded)
+        programs = list(exported or prepare(self.model, sample, folder, how=self._export, folded=options.folded))
         if isinstance(self._test_model, Path):
             return programs, load_test_programs(programs, self._test_model)
         if callable(self._test_model):
