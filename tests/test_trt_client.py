@@ -197,12 +197,12 @@ def test_one_process_takes_job_after_job_until_it_dies(tmp_path: Path) -> None:
     for _ in range(3):
         assert client.execute(STEPS) == [{"seconds": 1}]
     assert note.read_text() == "x"
-    assert client._process is not None
-    pid = client._process.pid
+    assert client._interpreter.process is not None
+    pid = client._interpreter.process.pid
     os.kill(pid, signal.SIGKILL)
-    client._process.wait()
+    client._interpreter.process.wait()
     assert client.execute(STEPS) == [{"seconds": 1}]
     assert note.read_text() == "xx"
-    pid = client._process.pid
+    pid = client._interpreter.process.pid
     client.close()
     assert gone(pid)

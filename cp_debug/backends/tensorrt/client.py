@@ -1,43 +1,24 @@
 """Runs jobs of ``runner.py``: in this interpreter when it has TensorRT, in another one when told so.
 
-``python`` (``--trt-python``), then the environment's ``CPDEBUG_TRT_PYTHON``, then this interpreter. Another interpreter
-is a process of its own: it can crash, hang or flood its output without harm, and is killed with all its children when
-the time is up or the user interrupts. It takes one job after the other, as starting costs seconds, until one fails.
+``python`` (``--trt-python``), then the environment's ``CPDEBUG_TRT_PYTHON``, then this interpreter.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
-import select
-import signal
-import subprocess
-import tempfile
-import time
-import weakref
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cp_debug.backends.tensorrt import runner
 from cp_debug.errors import BackendUnavailable, CpdebugError, InputError
+from cp_debug.interpreter import Interpreter, InterpreterFailed, OnEvent
 
 ENVIRONMENT = "CPDEBUG_TRT_PYTHON"
 INSTALL = (
     f"pip install 'cpdebug[gpu]', or set {ENVIRONMENT} (--trt-python) to a Python >= 3.8 that has TensorRT and numpy"
 )
-TAIL = 12
-"""Lines of output that an error message repeats."""
-LINE = 1 << 16
-"""Bytes of output taken at once, and about the longest line that is taken as one."""
-
 _PROBED: dict[tuple[str | None, int], dict[str, Any]] = {}
-
-OnEvent = Callable[[Mapping[str, Any]], None]
-"""Takes ``{"event": "log" | "progress" | "step" | "output", …}`` as the runner sends them."""
 
 
 class ParseFailed(InputError):
@@ -66,9 +47,18 @@ class Client:
         self.spec, self.time_limit = spec, time_limit
         self.on_event: OnEvent = on_event or (lambda event: None)
         self.python = python or os.environ.get(ENVIRONMENT) or None
-        self._process: subprocess.Popen[bytes] | None = None
+        self._interpreter: Interpreter | None = None
         if self.python is not None:
-            self._check_python(self.python)
+            try:
+                self._interpreter = Interpreter(
+                    self.python,
+                    runner.__file__,
+                    time_limit=time_limit,
+                    on_event=self.on_event,
+                    environment={"CUDA_MODULE_LOADING": "LAZY"},  # before CUDA 12.2 all kernels are loaded, for seconds
+                )
+            except InterpreterFailed as error:
+                raise self._unavailable(error) from None
         elif importlib.util.find_spec("tensorrt") is None:
             raise BackendUnavailable(
                 spec,
@@ -91,7 +81,10 @@ class Client:
         its interpreter lacks, and for a process that dies, hangs or does not speak the protocol.
         """
         job = {"steps": list(steps), "time_limit": self.time_limit}
-        result = runner.execute(job, self.on_event) if self.python is None else self._run_elsewhere(self.python, job)
+        try:
+            result = self._interpreter.work(job) if self._interpreter else runner.execute(job, self.on_event)
+        except InterpreterFailed as error:
+            raise self._unavailable(error) from None
         if error := result.get("error"):
             self.close()
             raise _to_exception(self.spec, error, steps[len(result["results"])])
@@ -99,144 +92,12 @@ class Client:
 
     def close(self) -> None:
         """End the process, if there is one."""
-        if self._process is not None:
-            _end(self._process)
-            self._process = None
+        if self._interpreter is not None:
+            self._interpreter.close()
 
-    def _check_python(self, python: str) -> None:
-        hello = "import sys; print('cpdebug', *sys.version_info[:2])"
-        try:
-            done = subprocess.run([python, "-c", hello], capture_output=True, text=True, errors="replace", timeout=60)
-        except OSError as error:
-            raise self._unusable(f"{python} cannot be run ({error.strerror})") from None
-        except subprocess.TimeoutExpired:
-            raise self._unusable(f"{python} does not answer like a Python interpreter") from None
-        words = done.stdout.split()
-        if words[:1] != ["cpdebug"] or len(words) != 3:
-            raise self._unusable(f"{python} is not a Python interpreter")
-        if (int(words[1]), int(words[2])) < (3, 8):
-            raise self._unusable(f"{python} is Python {words[1]}.{words[2]}; 3.8 or newer is needed")
-
-    def _unusable(self, reason: str) -> BackendUnavailable:
-        return BackendUnavailable(self.spec, reason, install=INSTALL, nearest=_nearest(self.spec))
-
-    def _run_elsewhere(self, python: str, job: Mapping[str, Any]) -> dict[str, Any]:
-        with tempfile.TemporaryDirectory(prefix="cpdebug-trt-") as name:
-            folder = Path(name)
-            (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-            try:
-                process = self._give(python, name)
-                tail, doing = self._follow(process)
-                if process.poll() is not None:
-                    self.close()
-                return self._read_result(folder / "result.json", process.returncode or 0, tail, doing)
-            except BaseException:  # Ctrl-C too
-                self.close()
-                raise
-
-    def _give(self, python: str, folder: str) -> subprocess.Popen[bytes]:
-        """The process that works on ``folder``: the one that waits for more, or a new one."""
-        if self._process is not None:
-            assert self._process.stdin is not None
-            try:
-                self._process.stdin.write(f"{folder}\n".encode())
-                self._process.stdin.flush()
-                return self._process
-            except OSError:
-                self.close()
-        self._process = _start([python, runner.__file__, folder, "--stay"])
-        weakref.finalize(self, _end, self._process)
-        return self._process
-
-    def _follow(self, process: subprocess.Popen[bytes]) -> tuple[Sequence[str], str]:
-        """Pass the output on until the job is done; returns its last lines and the command that ran last."""
-        end = time.monotonic() + self.time_limit
-        tail: deque[str] = deque(maxlen=TAIL)
-        doing = "starting"
-        try:
-            for line in _lines(process, end):
-                event = _event(line)
-                if event["event"] == "done":
-                    return tail, doing
-                if event["event"] == "step":
-                    doing = str(event["command"])
-                elif event["event"] in ("log", "output"):
-                    tail.append(str(event["text"]))
-                self.on_event(event)
-            process.wait(timeout=max(end - time.monotonic(), 0.001))
-        except (TimeoutError, subprocess.TimeoutExpired):
-            reason = f"its process did not end within {self.time_limit:g} s (last command: {doing})"
-            raise BackendUnavailable(self.spec, reason + _quote(tail), nearest=_nearest(self.spec)) from None
-        return tail, doing
-
-    def _read_result(self, path: Path, status: int, tail: Sequence[str], doing: str) -> dict[str, Any]:
-        if status < 0 or status > 128:  # a shell in between reports signals as 128 + number
-            reason = f"its process died: {signal.strsignal(-status if status < 0 else status - 128)} (in {doing})"
-            raise BackendUnavailable(self.spec, reason + _quote(tail), nearest=_nearest(self.spec))
-        try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(result["results"], list):
-                raise TypeError
-        except (OSError, ValueError, TypeError, KeyError):
-            reason = f"{self.python} left no result (exit status {status}, last command: {doing})"
-            raise self._unusable(reason + _quote(tail)) from None
-        return result
-
-
-def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
-    """A process in a group of its own."""
-    return subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        env={"CUDA_MODULE_LOADING": "LAZY", **os.environ},  # before CUDA 12.2 all kernels are loaded, for seconds
-    )
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill the process and its children, if it still runs, and close its pipes."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            with suppress(OSError):  # what was written last may not have been read
-                pipe.close()
-
-
-def _lines(process: subprocess.Popen[bytes], end: float) -> Iterator[str]:
-    """The process's output line by line; raises TimeoutError at ``end`` (monotonic seconds)."""
-    assert process.stdout is not None
-    file = process.stdout.fileno()
-    rest = b""
-    while True:
-        left = end - time.monotonic()
-        if left <= 0 or not select.select([file], [], [], left)[0]:
-            raise TimeoutError
-        chunk = os.read(file, LINE)
-        *lines, rest = (rest + chunk).split(b"\n")
-        if rest and (not chunk or len(rest) > LINE):
-            lines, rest = [*lines, rest], b""
-        yield from (line.decode(errors="replace") for line in lines)
-        if not chunk:
-            return
-
-
-def _event(line: str) -> dict[str, Any]:
-    """A line of the protocol, or what a library printed."""
-    try:
-        event = json.loads(line)
-        if event["event"] in ("log", "progress", "step", "done"):
-            return event
-    except (ValueError, TypeError, KeyError):
-        pass
-    return {"event": "output", "text": line.rstrip()}
-
-
-def _quote(tail: Sequence[str]) -> str:
-    return "".join(f"\n  | {line}" for line in tail)
+    def _unavailable(self, error: InterpreterFailed) -> BackendUnavailable:
+        install = INSTALL if error.unusable else None
+        return BackendUnavailable(self.spec, str(error), install=install, nearest=_nearest(self.spec))
 
 
 def _nearest(spec: str) -> str:

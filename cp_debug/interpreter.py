@@ -1,0 +1,200 @@
+"""Another Python that works on jobs, where a library lives that this one lacks.
+
+It is a process of its own: it can crash, hang or flood its output without harm, and is killed with all its children
+when the time is up or the user interrupts. It takes one job after the other, as starting costs seconds, until one
+fails.
+
+A job is a folder. ``script JOB_FOLDER --stay`` reads ``job.json`` there, leaves ``result.json`` (``{"results": [...]}``
+and, if a step failed, ``"error"``), prints events as JSON objects, one a line, the last one ``{"event": "done"}``, and
+takes the next folder from stdin.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import tempfile
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+TAIL = 12
+"""Lines of output that an error message repeats."""
+LINE = 1 << 16
+"""Bytes of output taken at once, and about the longest line that is taken as one."""
+OLDEST = (3, 8)
+
+OnEvent = Callable[[Mapping[str, Any]], None]
+"""Takes ``{"event": "log" | "progress" | "step" | "output", …}`` as the script sends them."""
+
+
+class InterpreterFailed(Exception):
+    """Why there is no result. ``unusable``: it is not an interpreter that can run the script at all."""
+
+    def __init__(self, reason: str, *, unusable: bool = False) -> None:
+        super().__init__(reason)
+        self.unusable = unusable
+
+
+class Interpreter:
+    """``python`` running ``script``. Raises InterpreterFailed when it is no Python of at least ``OLDEST``.
+
+    ``time_limit`` is in seconds, for one job; ``environment`` gives defaults to the process's environment.
+    """
+
+    def __init__(
+        self,
+        python: str,
+        script: str,
+        *,
+        time_limit: float,
+        on_event: OnEvent,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.python, self.time_limit, self.on_event = python, time_limit, on_event
+        self.process: subprocess.Popen[bytes] | None = None
+        self._script, self._environment = script, environment or {}
+        _check(python)
+
+    def work(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        """The content of ``result.json``. Raises InterpreterFailed when the process dies, hangs or leaves none."""
+        with tempfile.TemporaryDirectory(prefix="cpdebug-job-") as name:
+            folder = Path(name)
+            (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+            try:
+                process = self._give(name)
+                tail, doing = self._follow(process)
+                if process.poll() is not None:
+                    self.close()
+                return self._read_result(folder / "result.json", process.returncode or 0, tail, doing)
+            except BaseException:  # Ctrl-C too
+                self.close()
+                raise
+
+    def close(self) -> None:
+        """End the process, if there is one."""
+        if self.process is not None:
+            _end(self.process)
+            self.process = None
+
+    def _give(self, folder: str) -> subprocess.Popen[bytes]:
+        """The process that works on ``folder``: the one that waits for more, or a new one."""
+        if self.process is not None:
+            assert self.process.stdin is not None
+            try:
+                self.process.stdin.write(f"{folder}\n".encode())
+                self.process.stdin.flush()
+                return self.process
+            except OSError:
+                self.close()
+        self.process = subprocess.Popen(
+            [self.python, self._script, folder, "--stay"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**self._environment, **os.environ},
+        )
+        weakref.finalize(self, _end, self.process)
+        return self.process
+
+    def _follow(self, process: subprocess.Popen[bytes]) -> tuple[Sequence[str], str]:
+        """Pass the output on until the job is done; returns its last lines and the command that ran last."""
+        end = time.monotonic() + self.time_limit
+        tail: deque[str] = deque(maxlen=TAIL)
+        doing = "starting"
+        try:
+            for line in _lines(process, end):
+                event = _event(line)
+                if event["event"] == "done":
+                    return tail, doing
+                if event["event"] == "step":
+                    doing = str(event["command"])
+                elif event["event"] in ("log", "output"):
+                    tail.append(str(event["text"]))
+                self.on_event(event)
+            process.wait(timeout=max(end - time.monotonic(), 0.001))
+        except (TimeoutError, subprocess.TimeoutExpired):
+            reason = f"its process did not end within {self.time_limit:g} s (last command: {doing})"
+            raise InterpreterFailed(reason + _quote(tail)) from None
+        return tail, doing
+
+    def _read_result(self, path: Path, status: int, tail: Sequence[str], doing: str) -> dict[str, Any]:
+        if status < 0 or status > 128:  # a shell in between reports signals as 128 + number
+            reason = f"its process died: {signal.strsignal(-status if status < 0 else status - 128)} (in {doing})"
+            raise InterpreterFailed(reason + _quote(tail))
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(result["results"], list):
+                raise TypeError
+        except (OSError, ValueError, TypeError, KeyError):
+            reason = f"{self.python} left no result (exit status {status}, last command: {doing})"
+            raise InterpreterFailed(reason + _quote(tail), unusable=True) from None
+        return result
+
+
+def _check(python: str) -> None:
+    hello = "import sys; print('cpdebug', *sys.version_info[:2])"
+    try:
+        done = subprocess.run([python, "-c", hello], capture_output=True, text=True, errors="replace", timeout=60)
+    except OSError as error:
+        raise InterpreterFailed(f"{python} cannot be run ({error.strerror})", unusable=True) from None
+    except subprocess.TimeoutExpired:
+        raise InterpreterFailed(f"{python} does not answer like a Python interpreter", unusable=True) from None
+    words = done.stdout.split()
+    if words[:1] != ["cpdebug"] or len(words) != 3:
+        raise InterpreterFailed(f"{python} is not a Python interpreter", unusable=True)
+    if (int(words[1]), int(words[2])) < OLDEST:
+        needed = ".".join(map(str, OLDEST))
+        raise InterpreterFailed(f"{python} is Python {words[1]}.{words[2]}; {needed} or newer is needed", unusable=True)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill the process and its children, if it still runs, and close its pipes."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with suppress(OSError):  # what was written last may not have been read
+                pipe.close()
+
+
+def _lines(process: subprocess.Popen[bytes], end: float) -> Iterator[str]:
+    """The process's output line by line; raises TimeoutError at ``end`` (monotonic seconds)."""
+    assert process.stdout is not None
+    file = process.stdout.fileno()
+    rest = b""
+    while True:
+        left = end - time.monotonic()
+        if left <= 0 or not select.select([file], [], [], left)[0]:
+            raise TimeoutError
+        chunk = os.read(file, LINE)
+        *lines, rest = (rest + chunk).split(b"\n")
+        if rest and (not chunk or len(rest) > LINE):
+            lines, rest = [*lines, rest], b""
+        yield from (line.decode(errors="replace") for line in lines)
+        if not chunk:
+            return
+
+
+def _event(line: str) -> dict[str, Any]:
+    """A line of the protocol, or what a library printed."""
+    try:
+        event = json.loads(line)
+        if event["event"] in ("log", "progress", "step", "done"):
+            return event
+    except (ValueError, TypeError, KeyError):
+        pass
+    return {"event": "output", "text": line.rstrip()}
+
+
+def _quote(tail: Sequence[str]) -> str:
+    return "".join(f"\n  | {line}" for line in tail)
