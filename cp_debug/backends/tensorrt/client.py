@@ -83,8 +83,8 @@ class Client:
         job = {"steps": list(steps), "time_limit": self.time_limit}
         try:
             result = self._interpreter.work(job) if self._interpreter else runner.execute(job, self.on_event)
-        except InterpreterFailed as error:
-            raise self._unavailable(error) from None
+        except InterpreterFailed as failure:
+            raise self._unavailable(failure) from None
         if error := result.get("error"):
             self.close()
             raise _to_exception(self.spec, error, steps[len(result["results"])])
