@@ -1,0 +1,62 @@
+"""From the modules that were calibrated to the ONNX nodes that compute them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from cp_debug.errors import InputError
+from cp_debug.probes.alignment import Alignment, data_values
+from cp_debug.probes.graph import Graph, Node
+from cp_debug.probes.qdq import QUANTIZED
+from cp_debug.quantization.scales import LayerScales, Scales
+
+
+def scales_by_node(scales: Scales, alignment: Alignment, graph: Graph) -> Scales:
+    """The scales of modules under the names of the nodes of ``graph`` that compute them.
+
+    A module that is called twice gives its scales to two nodes. Modules of which nothing reaches an output are left
+    out, as exporters do. Raises InputError naming the layers that have no node.
+    """
+    layers: dict[str, LayerScales] = {}
+    adds: dict[str, float] = {}
+    lost: list[str] = []
+    finder = _Finder(alignment, graph)
+    for path, layer in scales.layers.items():
+        nodes = finder.nodes(path, QUANTIZED)
+        layers |= dict.fromkeys(nodes, layer)
+        lost += [] if nodes or path in alignment.unused else [path]
+    for path, amax in scales.adds.items():
+        nodes = finder.nodes(path, ("Add",))
+        adds |= dict.fromkeys(nodes, amax)
+        lost += [] if nodes else [path]
+    if lost:
+        raise InputError(f"{graph.path}: no {', '.join(QUANTIZED)} or Add computes {', '.join(lost)}; export it again")
+    return dataclasses.replace(scales, layers=layers, adds=adds)
+
+
+class _Finder:
+    def __init__(self, alignment: Alignment, graph: Graph) -> None:
+        self._alignment, self._graph = alignment, graph
+        self._data = set(data_values(graph))
+        self._calls: dict[str, list[str]] = {}
+        for call in alignment.modules:
+            self._calls.setdefault(call.partition("@")[0], []).append(call)
+
+    def nodes(self, path: str, operators: tuple[str, ...]) -> list[str]:
+        """The nodes behind the calls of a module, or behind a function in one."""
+        found = []
+        for call in self._calls.get(path, [path]):
+            layer = self._alignment.absorbed.get(call, call)  # a Conv under the name of the BatchNorm folded into it
+            values = self._alignment.onnx_for(layer)
+            nodes = [node for value in values if (node := self._before(value, operators))]
+            found += [node.name for node in nodes[:1]]
+        return found
+
+    def _before(self, value: str, operators: tuple[str, ...]) -> Node | None:
+        """The last node of ``operators`` before a value, with nothing but a chain of operators between."""
+        while (node := self._graph.producer.get(value)) is not None and node.op not in operators:
+            sources = [name for name in node.inputs if name in self._data]
+            if len(sources) != 1:
+                return None
+            (value,) = sources
+        return node
