@@ -72,8 +72,9 @@ def compare_voxels(reference: Voxels, test: Voxels, points: np.ndarray, config: 
 
 
 def voxelize_on(points: np.ndarray, config: CenterPointConfig, device: str) -> Voxels:
-    """Pillars of one cloud, made on a device and brought back."""
-    made = voxelize(torch.from_numpy(points).to(device), config)
+    """Pillars of one cloud, made on a device and brought back; on the CPU where torch has no GPU, as beside TensorRT
+    in an environment of its own."""
+    made = voxelize(torch.from_numpy(points).to(device if torch.cuda.is_available() else "cpu"), config)
     return Voxels(*(tensor.cpu() for tensor in made))
 
 

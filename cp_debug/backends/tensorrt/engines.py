@@ -91,15 +91,16 @@ def cut_out(graph: Graph, names: Collection[str]) -> str:
 
 
 class EngineSet:
-    """The plain engine, the same built again, and the probed one, built when probes are first asked for."""
+    """The plain engine; the same built again, and the probed one, once probes are asked for."""
 
     def __init__(self, workshop: Workshop, profiles: Mapping[str, Profile], name: str, show_all: bool) -> None:
         self._workshop, self._profiles, self._name = workshop, profiles, name
-        self.plain, self.rebuilt = workshop.build([(f"{name}.engine", {}), (f"{name}-rebuilt.engine", {})], profiles)
+        (self.plain,) = workshop.build([(f"{name}.engine", {})], profiles)
         self.types = realised_precision(self.plain.layers)
         self.unfused = workshop.config.unfused_debug_tensors and not show_all
         """Whether TensorRT itself hands out what it did not fuse, instead of marked outputs."""
         self._marks: dict[str, dict[str, str]] = {v: {} for v in workshop.values} if show_all else self._boundaries()
+        self.rebuilt: Engine | None = None
         self.probed: Engine | None = None
         self.gap: float | None = None
         """Relative L2 distance of the probed engine's outputs from the plain one's, once both ran on one input."""
@@ -124,12 +125,13 @@ class EngineSet:
             return set(self._marks)
         return set(self.probed.facts["marked"])
 
-    def build_probed(self) -> Engine:
-        """The engine that shows values."""
-        if self.probed is None:
+    def observed(self) -> tuple[Engine, Engine]:
+        """The plain engine built again, and the one that shows values."""
+        if self.rebuilt is None or self.probed is None:
             probes = {"method": "unfused"} if self.unfused else {"method": "outputs", "tensors": self._marks}
-            (self.probed,) = self._workshop.build([(f"{self._name}-probed.engine", probes)], self._profiles)
-        return self.probed
+            requests = [(f"{self._name}-rebuilt.engine", {}), (f"{self._name}-probed.engine", probes)]
+            self.rebuilt, self.probed = self._workshop.build(requests, self._profiles)
+        return self.rebuilt, self.probed
 
     def describe(self) -> dict[str, Any]:
         """JSON-safe: what was built, what differs between the builds, which kernels ran."""

@@ -50,8 +50,8 @@ class EngineSession:
 
     A static graph is built when the session opens. A dynamic one without a profile is built for the shapes of the first
     run, and again for every other shape that comes: exact, and slow where shapes vary, so give a profile then.
-    Without a sink the plain engine runs, as it would be deployed; it is built twice. The probed one is built when a
-    sink is first given, and all three run on that input: ``settings`` then tells how far looking changed the outputs,
+    Without a sink the plain engine runs, as it would be deployed. When a sink is first given, it is built again, and
+    once more with probes, and all three run on that input: ``settings`` then tells how far looking changed the outputs,
     and how far building again does.
     """
 
@@ -141,9 +141,9 @@ class EngineSession:
             if sink is None:
                 (ran,) = self._execute([engines.plain], inputs, folder)
                 return self._outputs(ran.written)
-            probed = engines.build_probed()
+            rebuilt, probed = engines.observed()
             wanted = engines.exposed if probes is None else engines.exposed.intersection(probes)
-            others = [engines.plain, engines.rebuilt] if engines.gap is None else []
+            others = [engines.plain, rebuilt] if engines.gap is None else []
             ran, *plain = self._execute([probed, *others], inputs, folder, wanted, engines.unfused)
             written, outputs = ran.written, self._outputs(ran.written)
             if plain:
