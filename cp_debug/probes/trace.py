@@ -73,7 +73,7 @@ class Trace:
     leaves: dict[str, list[TorchValue]] = field(default_factory=dict)
     """Calls of modules that called no other module → what they returned (for an identity, its input)."""
     calls: list[str] = field(default_factory=list)
-    """All calls of modules, in order."""
+    """All calls of modules, in order; fake quantisers are left out."""
     tensors: list[Tensor] = field(default_factory=list)
     """The flattened outputs themselves."""
 
@@ -116,6 +116,8 @@ class _Frame:
     start: int
     scope: str
     """What was running when it was called."""
+    is_quantizer: bool
+    """A fake quantiser is part of the layer that calls it: not shown, and no reason for that layer to be no leaf."""
     is_leaf: bool = True
 
 
@@ -158,7 +160,7 @@ class _Tracer(TorchDispatchMode):
         handles = []
         for path, module in self.module.named_modules():
             full = ".".join(p for p in (self.prefix, path) if p)
-            handles.append(module.register_forward_pre_hook(lambda _, __, path=full: self._enter(path)))
+            handles.append(module.register_forward_pre_hook(lambda part, __, path=full: self._enter(path, part)))
             handles.append(module.register_forward_hook(lambda _, __, output: self._leave(output), always_call=True))
         try:
             yield
@@ -223,10 +225,10 @@ class _Tracer(TorchDispatchMode):
                 yield value
 
     def _emit(self, value: TorchValue, tensor: Tensor) -> None:
-        if self.sink is None or not value.from_data:
+        if self.sink is None or not value.from_data or (self.stack and self.stack[-1].is_quantizer):
             return
         try:
-            with _unwatched():
+            with unwatched():
                 self.sink(value, tensor)
         except Exception as error:
             self.sink_error = error
@@ -253,10 +255,12 @@ class _Tracer(TorchDispatchMode):
                 self._emit(value, tensor)
         return [value for value, _ in made]
 
-    def _enter(self, path: str) -> None:
+    def _enter(self, path: str, module: nn.Module) -> None:
         call = self._unique(path, "@")
-        self.record.calls.append(call)
-        self.stack.append(_Frame(path, call, len(self.record.values), self.scope))
+        is_quantizer = type(module).__name__ == "TensorQuantizer"
+        if not is_quantizer:
+            self.record.calls.append(call)
+        self.stack.append(_Frame(path, call, len(self.record.values), self.scope, is_quantizer))
         self.scope = call
 
     def _leave(self, output: Any) -> None:
@@ -264,8 +268,10 @@ class _Tracer(TorchDispatchMode):
         self.scope = frame.scope
         if output is None and (error := sys.exc_info()[1]) is not None:
             self.failed.setdefault(error, frame.call)
-        with _unwatched():
+        with unwatched():
             tensors = list(flatten_outputs(output).values())
+            if frame.is_quantizer:
+                return
             if frame.is_leaf:
                 values = self.rename(tensors, frame.start, frame.call or type(self.module).__name__)
                 self.record.leaves[frame.call] = values
@@ -276,8 +282,8 @@ class _Tracer(TorchDispatchMode):
 
 
 @contextmanager
-def _unwatched() -> Iterator[None]:
-    """What is done with tensors here is no part of the forward."""
+def unwatched() -> Iterator[None]:
+    """What is done with tensors here is no part of the forward that is traced."""
     with _disable_current_modes(), torch._C.DisableTorchFunction():
         yield
 
