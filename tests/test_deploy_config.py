@@ -85,7 +85,10 @@ verification = dict(enabled=False, tolerance=1e-1, num_verify_samples=1)
         ("x = 'a' * 10", "expected a number"),
         ("x = 1 / 0", "division by zero"),
         ("x.y = 1", "only literals"),
-        ("_base_ = ['other.py']", "inherits from other files"),
+        ("_base_ = ['other.py']", "there is no "),
+        ("_base_ = 3", "expected the names of files"),
+        ("_base_ = 'c.py'", "inherits from itself"),
+        ("x = {{_base_.y}}", "there is no item 'y'"),
         ("x = lambda: 1", "only literals"),
         ("if True:\n  x = 1", "line 2"),
     ],
@@ -95,6 +98,32 @@ def test_anything_but_literals_is_refused_with_its_line(tmp_path: Path, line: st
         read_literals(write(tmp_path, "c.py", f'"""doc"""\n{line}\n'))
     assert says in str(error.value)
     assert "c.py" in str(error.value)
+
+
+def test_settings_are_inherited_as_mmengine_does(tmp_path: Path) -> None:
+    write(tmp_path, "_a.py", "build = dict(policy='fp16', size=1 << 30, shapes=dict(x=[1], y=[2]))\nname = 'a'\n")
+    write(tmp_path, "_b.py", "devices = dict(cuda='cuda:0')\n")
+    path = write(
+        tmp_path,
+        "c.py",
+        "_base_ = ['./_a.py', './_b.py']\n"
+        "build = dict(policy='int8', shapes=dict(_delete_=True, z=[3]))\n"
+        "device = {{_base_.devices.cuda}}\nwhere = f'{_base_.name}/onnx'\n",
+    )
+    assert read_literals(path) == {
+        "build": {"policy": "int8", "size": 1 << 30, "shapes": {"z": [3]}},
+        "name": "a",
+        "devices": {"cuda": "cuda:0"},
+        "device": "cuda:0",
+        "where": "a/onnx",
+    }
+
+
+def test_two_bases_may_not_set_the_same(tmp_path: Path) -> None:
+    write(tmp_path, "a.py", "name = 'a'\n")
+    write(tmp_path, "b.py", "name = 'b'\n")
+    with pytest.raises(InputError, match="name is set by two of them"):
+        read_literals(write(tmp_path, "c.py", "_base_ = ['a.py', 'b.py']\n"))
 
 
 LITERALS = st.recursive(

@@ -1,5 +1,6 @@
 """A Python file of settings, read without running it: assignments of literals, and the little arithmetic that settings
-use. Everything else is refused with its line."""
+use. Everything else is refused with its line. Files that it names in ``_base_`` are read the same way and merged as
+mmengine does (``mmengine.config.Config._merge_a_into_b``)."""
 
 from __future__ import annotations
 
@@ -27,24 +28,46 @@ def read_literals(path: Path) -> dict[str, Any]:
     """The settings of a Python file by name; names that begin with ``_`` are left out.
 
     Admitted are constants, containers, ``dict(key=…)``, names assigned before, their items, sums and products of
-    numbers, ``<<``, f-strings, ``str(…)`` and ``.strip()``. Raises InputError with file and line for anything else.
+    numbers, ``<<``, f-strings, ``str(…)``, ``.strip()``, and of inherited settings ``{{_base_.name}}``. Raises
+    InputError with file and line for anything else.
     """
+    return _read(path, ())
+
+
+def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
+    """``children``: the files that inherit from this one."""
+    if path.resolve() in children:
+        raise InputError(f"{path}: inherits from itself")
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except (SyntaxError, ValueError) as error:
         raise InputError(f"{path}: not Python ({error})") from None
-    reader = _Reader(path)
+    reader = _Reader(path, (*children, path.resolve()))
     for statement in tree.body:
         reader.take(statement)
-    return {name: value for name, value in reader.values.items() if not name.startswith("_")}
+    own = {name: value for name, value in reader.values.items() if not name.startswith("_")}
+    return merge(reader.base, own)
+
+
+def merge(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """``own`` over ``base``, dictionary by dictionary; one with ``_delete_=True`` replaces what is inherited."""
+    merged = dict(base)
+    for name, value in own.items():
+        if isinstance(value, dict):
+            inherited = merged.get(name)
+            kept = inherited if isinstance(inherited, dict) and not value.get("_delete_", False) else {}
+            value = merge(kept, {k: v for k, v in value.items() if k != "_delete_"})
+        merged[name] = value
+    return merged
 
 
 class _Reader:
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, lineage: tuple[Path, ...]) -> None:
+        self._path, self._lineage = path, lineage
         self.values: dict[str, Any] = {}
+        self.base: dict[str, Any] = {}
 
     def take(self, statement: ast.stmt) -> None:
         if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
@@ -54,9 +77,23 @@ class _Reader:
         target = statement.targets[0]
         if not isinstance(target, ast.Name):
             self._refuse(statement)
+        value = self._value(statement.value)
         if target.id == "_base_":
-            self._refuse(statement, "inherits from other files; write the settings out")
-        self.values[target.id] = self._value(statement.value)
+            self._inherit(statement, [value] if isinstance(value, str) else value)
+        else:
+            self.values[target.id] = value
+
+    def _inherit(self, statement: ast.stmt, files: Any) -> None:
+        if not (isinstance(files, list) and all(isinstance(file, str) for file in files)):
+            self._refuse(statement, "expected the names of files")
+        for file in files:
+            path = self._path.parent / file
+            if not path.is_file():
+                self._refuse(statement, f"there is no {path}")
+            settings = _read(path, self._lineage)
+            if twice := sorted(settings.keys() & self.base.keys()):
+                self._refuse(statement, f"{twice[0]} is set by two of them")
+            self.base |= settings
 
     def _value(self, node: ast.expr) -> Any:
         match node:
@@ -71,6 +108,12 @@ class _Reader:
                 }
             case ast.Name(id=name):
                 return self.values[name] if name in self.values else self._refuse(node, f"{name} is not assigned above")
+            case ast.Set(elts=[ast.Set(elts=[inherited])]):  # {{_base_.name}}
+                return self._value(inherited)
+            case ast.Attribute(value=ast.Name(id="_base_"), attr=name):
+                return self._item(node, self.base, name)
+            case ast.Attribute(value=ast.Attribute() as of, attr=name):
+                return self._item(node, self._value(of), name)
             case ast.Subscript(value=of, slice=index):
                 return self._item(node, self._value(of), self._value(index))
             case ast.UnaryOp(op=ast.USub(), operand=operand):
