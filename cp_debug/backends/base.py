@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from cp_debug.backends.spec import BackendSpec
+from cp_debug.errors import InputError
 from cp_debug.probes.arrays import Sink as Sink
 from cp_debug.probes.arrays import Tensor as Tensor
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from cp_debug.probes.alignment import Alignment
     from cp_debug.probes.graph import Graph
+    from cp_debug.quantization.scales import Scales
 
 
 @dataclass
@@ -28,6 +30,15 @@ class Program:
     module: torch.nn.Module | None = None
     alignment: Alignment | None = None
     """Torch value ↔ ONNX value; set when ``module`` is."""
+    scales: Scales | None = None
+    """Of a program that was quantised here, by the names of the nodes."""
+    plain: Graph | None = None
+    """Of such a program the graph before the Q/DQ pairs were put in: what is no pair has the same names in both."""
+
+    def require_int8(self, spec: BackendSpec) -> None:
+        """Raise InputError unless the graph says what is quantised."""
+        if self.graph.precision != "int8":
+            raise InputError(f"{spec}: {self.graph.path} has no QuantizeLinear nodes; quantize the model first")
 
 
 class Session(Protocol):

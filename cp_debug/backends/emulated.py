@@ -51,8 +51,8 @@ class EmulatedBackend:
     def open(self, program: Program) -> Session:
         """Make the program ready. Raises InputError when it holds operators that nothing here can execute, and for
         ``emu-int8`` when the graph does not say what is quantised."""
-        if self.precision == "int8" and program.graph.precision != "int8":
-            raise InputError(f"{self.spec}: {program.graph.path} has no QuantizeLinear nodes; quantize the model first")
+        if self.precision == "int8":
+            program.require_int8(self.spec)
         overrides = {node: ARITHMETICS[name] for node, name in self.overrides.items()}
         return ExecutorSession(program.graph, self.arithmetic, self.device, overrides=overrides)
 

@@ -27,11 +27,13 @@ _DTYPES = {
     "fp64": torch.float64,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
+    "int8": torch.float32,
 }
 
 
 class TorchBackend:
-    """``torch``, ``torch-fp64``, ``torch-bf16``, ``torch-fp16``, ``torch-tf32``; on the CPU unless the spec says else.
+    """``torch``, ``torch-fp64``, ``torch-bf16``, ``torch-fp16``, ``torch-tf32`` and, for modules with
+    fake quantisers, ``torch-int8``; on the CPU unless the spec says else.
 
     Raises BackendUnavailable for CUDA where there is none, and for TF32 on a CPU.
     """
@@ -54,10 +56,13 @@ class TorchBackend:
             )
 
     def open(self, program: Program) -> Session:
-        """A session on the program's module, else on its graph, which FP16 and BF16 cannot run: BackendUnavailable."""
+        """A session on the program's module, else on its graph, which FP16, BF16 and INT8 cannot run:
+        BackendUnavailable. Raises InputError for ``torch-int8`` when nothing is quantised."""
+        if self.precision == "int8":
+            program.require_int8(self.spec)
         if program.module is not None:
             return _ModuleSession(program, _DTYPES[self.precision], self.device, tf32=self.precision == "tf32")
-        if self.precision in ("fp16", "bf16"):
+        if self.precision in ("fp16", "bf16", "int8"):
             raise BackendUnavailable(
                 str(self.spec),
                 f"{program.graph.path} comes without a torch module, and the precision of a graph is in the graph",
