@@ -53,8 +53,8 @@ class Executor:
         overrides: Mapping[str, Arithmetic] = MappingProxyType({}),
         weight_cache: int = 4 << 30,
     ) -> None:
-        """``overrides``: other arithmetics for some nodes of the main graph, by node name; such a node rounds what it
-        reads, and so does every node that reads from it.
+        """``overrides``: other arithmetics for some nodes of the main graph, by node name. Then every node rounds what it
+        reads, inputs and constants included, which are held as they are given.
         ``weight_cache``: bytes of converted weights that are kept; what does not fit is read at each use.
         """
         self.graph = graph
@@ -131,13 +131,17 @@ class Executor:
     def _given(self, name: str, given: Mapping[str, Any]) -> Any:
         if name not in given:
             raise InputError(f"{self.graph.path}: value {name!r} is needed, but neither given nor computed")
-        return self.arithmetic.round(self.arithmetic.hold(given[name], self.device))
+        return self._hold(given[name])
+
+    def _hold(self, value: Any) -> Any:
+        held = self.arithmetic.hold(value, self.device)
+        return held if self._overrides else self.arithmetic.round(held)
 
     def _run_node(self, node: Node, live: Mapping[str, Any]) -> list[Any]:
         step = self._step(node, self.graph.opsets)
         arithmetic = step.call.arithmetic
         if node.op == "Constant":
-            return [self.arithmetic.round(self.arithmetic.hold(constant(node), self.device))]
+            return [self._hold(constant(node))]
         rounded = step.kernel is None or not step.kernel.exact
         weights = self._other_weights.get(arithmetic, self._weights)
         values = {n: live[n] if n in live else weights.get(n, rounded=rounded) for n in node.inputs}

@@ -1,8 +1,10 @@
-"""ONNX Runtime as a backend: unoptimised (``ort``, ``ort-none``) or optimised (``ort-basic``, ``ort-all``), and on CUDA
-``ort-tf32``, ``ort-fp16`` (casts put into the graph) and ``ort-trt`` (its TensorRT provider)."""
+"""ONNX Runtime as a backend: unoptimised (``ort``, ``ort-none``) or optimised (``ort-basic``, ``ort-all``), for graphs
+with Q/DQ pairs ``ort-int8`` (simulated) and ``ort-int8-qlinear`` (integer kernels), and on CUDA ``ort-tf32``,
+``ort-fp16`` (casts put into the graph) and ``ort-trt`` (its TensorRT provider)."""
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -24,11 +26,12 @@ from cp_debug.probes.inputs import check_inputs, random_inputs
 if TYPE_CHECKING:
     import onnxruntime
 
+_PRECISIONS = {"tf32": "tf32", "fp16": "fp16", "trt": "tf32", "int8": "int8", "int8-qlinear": "int8"}
 _HALF = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
 
 
 class OrtBackend:
-    """ONNX Runtime on the CPU, or on CUDA with TF32 off unless asked for. INT8 is a property of the graph that is run.
+    """ONNX Runtime on the CPU, or on CUDA with TF32 off unless asked for.
 
     ``disabled_optimizers`` names graph transformers to leave out (``NchwcTransformer``); ``threads`` defaults to the
     processors available. Raises MissingPackage without onnxruntime, BackendUnavailable when it lacks the device.
@@ -41,17 +44,28 @@ class OrtBackend:
     ) -> None:
         self.spec = spec
         self.device = device_of(spec)
-        self.precision = {"tf32": "tf32", "fp16": "fp16", "trt": "tf32"}.get(spec.variant, "fp32")
-        self.level = spec.variant if spec.variant in LEVELS else "none"
+        self.precision = _PRECISIONS.get(spec.variant, "fp32")
+        self.level = "all" if spec.variant == "int8-qlinear" else spec.variant if spec.variant in LEVELS else "none"
         self.disabled_optimizers = tuple(disabled_optimizers)
+        self.keep_fp32: frozenset[str] = frozenset()
         self.runtime = Runtime.create(spec, threads)
 
     def with_threads(self, count: int | None) -> OrtBackend:
         """The same backend with another number of threads."""
-        return OrtBackend(self.spec, disabled_optimizers=self.disabled_optimizers, threads=count)
+        other = OrtBackend(self.spec, disabled_optimizers=self.disabled_optimizers, threads=count)
+        return other.keeping(self.keep_fp32)
+
+    def keeping(self, nodes: Collection[str]) -> OrtBackend:
+        """The same backend with these nodes in FP32; for ``ort-fp16``, which puts the casts."""
+        other = copy.copy(self)
+        other.keep_fp32 = frozenset(nodes)
+        return other
 
     def open(self, program: Program) -> OrtSession:
-        """Make the program ready. Raises InputError when ONNX Runtime refuses the model, or a weight is beyond FP16."""
+        """Make the program ready. Raises InputError when ONNX Runtime refuses the model, a weight is beyond FP16, or
+        nothing is quantised for INT8."""
+        if self.precision == "int8":
+            program.require_int8(self.spec)
         return OrtSession(self, program.graph)
 
     def versions(self) -> dict[str, str]:
@@ -77,7 +91,7 @@ class OrtSession:
         known = set(graph.values)  # casts are no layers
         if backend.precision == "fp16":
             self._folder = tempfile.TemporaryDirectory(prefix="cpdebug-ort-")
-            graph = Graph(cast_surgery(graph, "fp16", (), Path(self._folder.name) / "fp16.onnx"))
+            graph = Graph(cast_surgery(graph, "fp16", backend.keep_fp32, Path(self._folder.name) / "fp16.onnx"))
         self._graph = graph
         self._optimized: OptimizedProgram | None = None
         self._observed = ChunkedGraph(backend.runtime, graph)
@@ -137,6 +151,8 @@ class OrtSession:
         self._observed, self.exposed = program.observed, program.exposed
         self.settings = read_settings(self._whole)
         self.settings["disabled_optimizers"] = list(backend.disabled_optimizers)
+        if backend.precision == "int8":
+            self.settings["integer_kernels"] = sum("QLinear" in n.op or "Integer" in n.op for n in program.graph.nodes)
         self.settings["observer_gap"] = None if program.outputs is None else _gap(untouched, program.outputs)
 
     def _run_whole(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

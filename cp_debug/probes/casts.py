@@ -33,7 +33,7 @@ _STAY = {
     "SequenceEmpty", "SequenceInsert", "SplitToSequence",
 }
 # They only move numbers: between FP32 neighbours casts would round for nothing, so they follow their input.
-_FOLLOW = {
+MOVERS = {
     "Concat", "DepthToSpace", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Pad",
     "Reshape", "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze",
 }
@@ -51,6 +51,12 @@ def cast_surgery(graph: Graph, dtype: str, keep_fp32: Collection[str], target: P
         raise InputError(f"{graph.path}: no node {unknown[0]!r} to keep in FP32")
     save(_Surgery(graph, dtype, frozenset(keep_fp32)).model(), graph, target)
     return target
+
+
+def computed_low(graph: Graph, dtype: str, keep_fp32: Collection[str] = ()) -> frozenset[str]:
+    """The nodes that compute in the low precision in the graph that ``cast_surgery`` writes."""
+    chosen = _Surgery(graph, dtype, frozenset(keep_fp32)).low_nodes
+    return frozenset(graph.nodes[index].name for index in chosen)
 
 
 @dataclass
@@ -108,7 +114,7 @@ class _Surgery:
         reads = [(name, can) for name, can, output in slots if not output and name in self.floats]
         writes = [(name, can) for name, can, output in slots if output and name in self.floats]
         low = node.name not in self.keep and node.op not in _STAY and all(can for _, can in writes)
-        if node.op in _FOLLOW or not writes:
+        if node.op in MOVERS or not writes:
             sources = [name for name, _ in reads if name not in self.weights]
             low = low and bool(sources) and all(name in self.low_values for name in sources)
         for name, can in reads:

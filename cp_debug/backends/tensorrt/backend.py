@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +40,12 @@ class TensorRTBackend:
             on_event=self.options.on_event,
         )
         self._facts = self.client.probe(index)
+
+    def keeping(self, nodes: Collection[str]) -> TensorRTBackend:
+        """The same backend with these ONNX nodes in FP32."""
+        other = copy.copy(self)
+        other.options = replace(self.options, keep_fp32=frozenset(nodes))
+        return other
 
     @property
     def largest_opset(self) -> int | None:

@@ -1,0 +1,99 @@
+"""What a repaired model must reach: ``rel_l2<1e-3 and boxes_lost==0``."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import operator
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cp_debug.errors import InputError
+
+FIGURES = {
+    "rel_l2": "largest relative L2 distance of a final output",
+    "max_abs": "largest |Δ| of a final output",
+    "boxes_lost": "boxes of the reference that the test does not find",
+    "boxes_gained": "boxes of the test that the reference does not find",
+    "boxes_moved": "boxes whose place or score changed visibly",
+    "map_drop": "mAP lost, in points of 100: 0.2 is from 0.600 to 0.598",
+}
+"""What a goal can limit; the worst sample counts, of boxes the sum over samples."""
+DETECTIONS = ("boxes_lost", "boxes_gained", "boxes_moved")
+
+_OPERATORS = {"<": operator.lt, "<=": operator.le, "==": operator.eq}
+_CONDITION = re.compile(r"\s*(?P<figure>\w+)\s*(?P<sign><=|==|<|[=!>]+)\s*(?P<limit>\S+)\s*")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One figure and its limit."""
+
+    figure: str
+    sign: str
+    limit: float
+
+    def __str__(self) -> str:
+        return f"{self.figure}{self.sign}{self.limit:g}"
+
+    def holds(self, figures: Mapping[str, float]) -> bool:
+        """Whether the figure keeps the limit; NaN never does."""
+        return bool(_OPERATORS[self.sign](figures[self.figure], self.limit))
+
+
+@dataclass(frozen=True)
+class Goal:
+    """Conditions that must all hold."""
+
+    conditions: tuple[Condition, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Goal:
+        """Conditions joined by ``and`` or commas. Raises InputError, saying what was expected."""
+        parts = re.split(r",|\band\b", text)
+        return cls(tuple(_condition(part, text) for part in parts))
+
+    def __str__(self) -> str:
+        return " and ".join(map(str, self.conditions))
+
+    @property
+    def figures(self) -> set[str]:
+        """The figures that must be measured."""
+        return {condition.figure for condition in self.conditions}
+
+    def holds(self, figures: Mapping[str, float]) -> bool:
+        """Whether all conditions hold."""
+        return all(condition.holds(figures) for condition in self.conditions)
+
+    def excess(self, figures: Mapping[str, float]) -> float:
+        """How far the worst figure is beyond its limit: their ratio, infinite for a limit of 0 that is not kept."""
+        return max((_excess(figures[c.figure], c.limit) for c in self.conditions), default=0.0)
+
+
+def _excess(value: float, limit: float) -> float:
+    if math.isnan(value):
+        return math.inf
+    return value / limit if limit > 0 else (math.inf if value > limit else 0.0)
+
+
+def _condition(part: str, text: str) -> Condition:
+    expected = "expected FIGURE<LIMIT, as in 'rel_l2<1e-3 and boxes_lost==0'"
+    match = _CONDITION.fullmatch(part)
+    if match is None:
+        raise InputError(f"--goal: {part.strip()!r} in {text!r} is no condition; {expected}")
+    figure, sign = match["figure"], match["sign"]
+    if figure not in FIGURES:
+        near = difflib.get_close_matches(figure, FIGURES, n=1, cutoff=0.0)[0]
+        raise InputError(f"--goal: no figure {figure!r}; known are {', '.join(FIGURES)} (nearest: {near})")
+    if sign not in _OPERATORS:
+        raise InputError(f"--goal: {part.strip()!r}: a figure is limited by <, <= or ==, not by {sign}")
+    try:
+        limit = float(match["limit"])
+    except ValueError:
+        limit = math.nan
+    if not math.isfinite(limit) or limit < 0 or (limit == 0 and sign == "<"):
+        raise InputError(f"--goal: {part.strip()!r}: {match['limit']!r} is no limit that can be kept; {expected}")
+    if sign == "==" and figure not in DETECTIONS:
+        raise InputError(f"--goal: {part.strip()!r}: == is for counts of boxes; limit {figure} by < or <=")
+    return Condition(figure, sign, limit)
