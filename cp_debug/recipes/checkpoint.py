@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,30 +20,38 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     Raises InputError for a file that is missing, broken, or needs pickled code, and for keys or shapes that differ
     from the model's; the model is unchanged then.
     """
-    state = read_state_dict(path)
-    expected = model.state_dict()
+    load_state(model, read_state_dict(path), str(path))
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Fill ``model`` with ``state``, which was read from ``source``; InputError as for ``load_checkpoint``."""
+    check_fit({key: list(tensor.shape) for key, tensor in model.state_dict().items()}, state, source)
+    model.load_state_dict(state)
+
+
+def check_fit(expected: Mapping[str, Sequence[int]], state: Mapping[str, Tensor], source: str) -> None:
+    """Raise InputError where names or shapes of ``state``, read from ``source``, are not those of ``expected``."""
     problems = []
     if missing := expected.keys() - state.keys():
         problems.append(f"missing keys: {_some(missing)}")
     if extra := state.keys() - expected.keys():
         problems.append(f"keys that the model does not have: {_some(extra)}")
     shapes = [
-        f"{key} {list(state[key].shape)} (expected {list(tensor.shape)})"
-        for key, tensor in expected.items()
-        if key in state and state[key].shape != tensor.shape
+        f"{key} {list(state[key].shape)} (expected {list(shape)})"
+        for key, shape in expected.items()
+        if key in state and list(state[key].shape) != list(shape)
     ]
     if shapes:
         problems.append(f"wrong shapes: {_some(shapes)}")
     if problems:
-        raise InputError("\n".join((f"{path}: the checkpoint does not fit the model", *problems)))
-    model.load_state_dict(state)
+        raise InputError("\n".join((f"{source}: the checkpoint does not fit the model", *problems)))
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, on the CPU. Raises InputError as ``load_checkpoint`` does."""
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint")
-    state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    state = _read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -61,7 +69,8 @@ def _read_safetensors(path: Path) -> object:
         raise InputError(f"{path}: not a readable safetensors file ({error})") from None
 
 
-def _read_torch(path: Path) -> object:
+def read_torch(path: Path) -> object:
+    """What a file of ``torch.save`` holds, on the CPU. Raises InputError for one that would run code, or is broken."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:

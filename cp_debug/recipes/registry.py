@@ -13,10 +13,11 @@ DEFAULT = "centerpoint:tiny"
 
 
 def load_model(text: str, *, checkpoint: Path | None = None, seed: int = 0) -> Model:
-    """Load a recipe (``centerpoint:tiny``), an ``.onnx`` file, or ``package.module:callable`` / ``file.py:callable``.
+    """Load a recipe (``centerpoint:tiny``, ``mmdet3d:CONFIG``), an ``.onnx`` file, or ``package.module:callable`` /
+    ``file.py:callable``.
 
     ``checkpoint`` replaces a recipe's weights, or is strict-loaded into the callable's module.
-    Raises InputError when the name, the file or the checkpoint is unusable.
+    Raises InputError when the name, the file or the checkpoint is unusable, MissingPackage without mmdet3d.
     """
     if text.endswith(".onnx"):
         if checkpoint is not None:
@@ -29,6 +30,10 @@ def load_model(text: str, *, checkpoint: Path | None = None, seed: int = 0) -> M
         from cp_debug.recipes.centerpoint.recipe import CenterPointModel
 
         return CenterPointModel(tail or "tiny", checkpoint=checkpoint, seed=seed)
+    if head == "mmdet3d" and tail:
+        from cp_debug.recipes.mmdet3d.recipe import load_detector
+
+        return load_detector(text, checkpoint=checkpoint, seed=seed)
     if head != "centerpoint" and tail and (head.endswith(".py") or re.fullmatch(r"[A-Za-z_][\w.]*", head)):
         from cp_debug.recipes.torch_callable import load_callable
 

@@ -26,10 +26,15 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 class CenterPointModel:
-    """A configuration with weights: from ``checkpoint``, else as shipped with it, else random ones from ``seed``."""
+    """A configuration with weights: from ``checkpoint``, else as shipped with it, else random ones from ``seed``.
 
-    def __init__(self, name: str, *, checkpoint: Path | None = None, seed: int = 0) -> None:
-        self.config = get_config(name)
+    ``config`` is for one that is not known by its name.
+    """
+
+    def __init__(
+        self, name: str, *, checkpoint: Path | None = None, seed: int = 0, config: CenterPointConfig | None = None
+    ) -> None:
+        self.config = config or get_config(name)
         self.name = f"centerpoint:{name}"
         self.network = build_model(self.config, seed=seed).requires_grad_(False)
         shipped = WEIGHTS / f"{name}.safetensors"

@@ -1,0 +1,126 @@
+"""Any detector of mmdet3d, from the first dense tensor on: what an export reaches, without its boxes."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from cp_debug.errors import InputError
+from cp_debug.probes.graph import ValueInfo
+from cp_debug.recipes.base import Arrays, Component, Sample, Stage
+from cp_debug.recipes.data.opening import open_data
+from cp_debug.recipes.mmdet3d.client import Client, ProgramFailed
+from cp_debug.recipes.mmdet3d.convert import COLUMNS
+from cp_debug.recipes.npz import npz_samples
+
+IMAGE, CANVAS = (256, 448), (128, 128)
+"""Height and width of made-up tensors: small, and divisible by the strides of the usual backbones."""
+TOLERANCE = 1e-5
+"""Largest difference between a module and its exported program, relative to the output's largest element."""
+
+
+class DetectorLayers:
+    """A detector's branches (backbone, neck and head behind one tensor each) as components.
+
+    A branch is fed what the detector makes of a cloud; one that no cloud reaches (behind images, or behind operations
+    that need CUDA) seeded noise. ``.npz`` files give the tensors themselves. Modules in another process come as
+    exported programs of torch, checked for equal outputs. Raises InputError when there is no branch, or one that
+    cannot be run or handed over.
+    """
+
+    def __init__(self, name: str, client: Client, about: Mapping[str, Any], seed: int) -> None:
+        self.name = name
+        self._client, self._torch = client, about["versions"]["torch"]
+        self._columns = tuple(COLUMNS[column] for column in about["columns"] or range(4))
+        cloud = open_data(None, features=self._columns, class_names=(), count=1, first=seed).sample(0)
+        result, examples = client.call("inputs", cloud.arrays)
+        self._reason = result["reason"]
+        self._noise = {branch: _shape(c) for branch, c in result["channels"].items() if branch not in examples and c}
+        self.components: Sequence[Component] = [
+            self._component(branch, array) for branch, array in {**examples, **self._made_up(seed)}.items()
+        ]
+        if not self.components:
+            raise InputError(f"{name}: has no backbone that takes a dense tensor: {self._reason}")
+        self._expected = [
+            ValueInfo(_input(branch), np.dtype(np.float32), (None,) * 4) for branch in {**examples, **self._noise}
+        ]
+
+    def _component(self, branch: str, features: np.ndarray) -> Component:
+        result, outputs = self._client.call("run", {"features": features}, branch=branch)
+        module = self._client.module(branch)
+        if module is None:
+            module = self._hand_over(branch, features, [outputs[name] for name in result["outputs"]])
+        return Component(
+            name=branch,
+            input_names=(_input(branch),),
+            output_names=result["outputs"],
+            module=module,
+            stages=[Stage(child, child) for child, _ in module.named_children()],
+        )
+
+    def _hand_over(self, branch: str, features: np.ndarray, expected: Sequence[np.ndarray]) -> nn.Module:
+        """The branch of the other process as a module of this one, with the same paths."""
+        with tempfile.TemporaryDirectory(prefix="cpdebug-") as folder:
+            file = Path(folder) / "branch.pt2"
+            try:
+                self._client.call("program", {"features": features}, branch=branch, file=str(file))
+                tree = torch.export.unflatten(torch.export.load(file))
+            except Exception as error:  # a format of another version fails in many ways
+                if isinstance(error, InputError) and not isinstance(error, ProgramFailed):
+                    raise
+                raise InputError(
+                    f"{self.name}: {branch} cannot be handed over from torch {self._torch} in {self._client.where} to "
+                    f"torch {torch.__version__} here: {error}; both must be able to export and load programs: best of "
+                    "one version, or run cpdebug in that Python"
+                ) from error
+        # Without the root's checks of its inputs, which no exporter can trace.
+        module = fx.GraphModule(tree, tree.graph).eval()
+        with torch.no_grad():
+            given = module(torch.from_numpy(features))
+        for ours, real in zip(given, expected, strict=True):
+            difference = np.abs(ours.numpy() - real).max(initial=0)
+            if not difference <= TOLERANCE * np.abs(real).max(initial=0):
+                raise InputError(f"{self.name}: the exported program of {branch} differs from it by {difference:.3g}")
+        return module
+
+    def samples(self, count: int, seed: int, inputs: Path | None) -> Iterator[Sample]:
+        """``.npz`` files of the branches' tensors, point files, or (None) synthetic scenes from ``seed`` on."""
+        if inputs is not None and (inputs.suffix == ".npz" or (inputs.is_dir() and any(inputs.glob("*.npz")))):
+            yield from npz_samples(inputs, self._expected, count)
+            return
+        clouds = open_data(inputs, features=self._columns, class_names=(), count=count, first=seed)
+        for index in range(len(clouds)):
+            cloud = clouds.sample(index)
+            arrays = self._client.call("inputs", cloud.arrays).arrays
+            noise = self._made_up([seed, index])
+            said = f"; noise for {', '.join(noise)}, which no cloud reaches ({self._reason})" if noise else ""
+            yield Sample({_input(branch): array for branch, array in {**arrays, **noise}.items()}, cloud.source + said)
+
+    def _made_up(self, seed: int | Sequence[int]) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng(seed)
+        return {branch: rng.standard_normal(shape, np.float32) for branch, shape in self._noise.items()}
+
+    def feed(self, component: Component, sample: Sample, results: Mapping[str, Arrays]) -> dict[str, np.ndarray]:
+        """The component's own tensor."""
+        (name,) = component.input_names
+        return {name: sample.arrays[name]}
+
+    def decode(self, sample: Sample, results: Mapping[str, Arrays]) -> None:
+        """Boxes need the detector's own code, with what it asks of cameras and data."""
+        return None
+
+
+def _input(branch: str) -> str:
+    """Name of a branch's input: unique among the branches, and not that of an output."""
+    return f"{branch}_input"
+
+
+def _shape(channels: int) -> tuple[int, int, int, int]:
+    """Of noise for a backbone whose first convolution takes so many channels: an image's, or a canvas's."""
+    return (1, channels, *(IMAGE if channels == 3 else CANVAS))

@@ -1,0 +1,340 @@
+"""Builds mmdet3d's detectors for cpdebug: ``python runner.py JOB_FOLDER --stay``, wherever mmdet3d is.
+
+One file, Python 3.8, only the standard library, numpy, torch, mmengine and mmdet3d: the detector lives in one
+environment and the debugger in another. ``JOB_FOLDER/job.json`` holds ``{"steps": [{"command": "open" | …}]}``;
+``JOB_FOLDER/result.json`` takes ``{"results": [...]}`` and, if a step failed, ``"error"``. A step's arrays come in the
+``.npz`` file ``arrays`` and leave in ``made``, never pickled. Events go to stdout, one JSON object a line.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+if TYPE_CHECKING:  # evaluated by no interpreter, so newer than Python 3.8
+    from collections.abc import Callable, Iterator
+
+    Step = dict[str, Any]
+    Arrays = dict[str, np.ndarray]
+    Emit = Callable[[dict[str, Any]], None]
+
+OUTPUT_ORDER = ("heatmap", "reg", "height", "dim", "rot", "vel")
+"""In which order cpdebug and AWML keep the outputs of a CenterHead's task."""
+PREFIXES = ("pts_", "img_", "")
+PARTS = ("backbone", "neck", "bbox_head", "rpn_head")
+
+
+class Failure(Exception):
+    """What went wrong, for people. ``kind`` is one of import, config, program, internal."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind, self.message = kind, message
+
+
+class _Reached(Exception):
+    """Every branch has its input: the rest of the forward is not needed."""
+
+
+# ---------------------------------------------------------------- the detector's parts
+
+
+class Encoder(nn.Module):
+    """The pillar encoder behind the decoration, as AWML exports it."""
+
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        self.pfn_layers = encoder.pfn_layers
+
+    def forward(self, input_features: torch.Tensor) -> torch.Tensor:
+        """[N, P, C] to [N, 1, out]."""
+        for layer in self.pfn_layers:
+            input_features = layer(input_features)
+        return input_features
+
+
+class Branch(nn.Module):
+    """Backbone, neck and head one after the other, under the detector's own names."""
+
+    def __init__(self, detector: nn.Module, prefix: str) -> None:
+        super().__init__()
+        for part in PARTS:
+            if isinstance(module := getattr(detector, prefix + part, None), nn.Module):
+                self.add_module(prefix + part, module)
+        kinds = [name[len(prefix) :].rpartition("_")[2] for name, _ in self.named_children()]
+        self.name = prefix + "_".join(kinds)
+
+    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """One tensor to all that the head returns, flat."""
+        return tuple(self.outputs(features).values())
+
+    def outputs(self, features: Any) -> dict[str, torch.Tensor]:
+        """The same by name."""
+        for module in self.children():
+            features = module(features)
+        return dict(_named(features))
+
+
+def _named(structure: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors in a structure; a mapping's known keys come in ``OUTPUT_ORDER``."""
+    if isinstance(structure, torch.Tensor):
+        yield ".".join(path) or "output", structure
+    elif isinstance(structure, dict):
+        known = [key for key in OUTPUT_ORDER if key in structure]
+        for key in [*known, *(key for key in structure if key not in known)]:
+            yield from _named(structure[key], (*path, str(key)))
+    elif isinstance(structure, (list, tuple)):
+        for index, item in enumerate(structure):
+            yield from _named(item, (*path, str(index) if path else f"output_{index}"))
+
+
+class Detector:
+    """A detector built from a config file, in eval mode on the CPU, with random weights from a seed."""
+
+    def __init__(self, path: str, seed: int) -> None:
+        config_type, registry, models = (
+            _import("mmengine.config").Config,
+            _import("mmengine.registry"),
+            _import("mmdet3d.registry").MODELS,
+        )
+        try:
+            self.config = config_type.fromfile(path)
+            registry.init_default_scope(self.config.get("default_scope", "mmdet3d"))
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                self.model = models.build(self.config.model)
+        except Exception as error:  # a config is a program: it and the constructors raise whatever they like
+            raise Failure("config", f"{path}: mmdet3d cannot build it: {type(error).__name__}: {error}") from error
+        self.model.eval().requires_grad_(False)
+        self.branches = {}
+        for prefix in PREFIXES:
+            if hasattr(self.model, prefix + "backbone"):
+                branch = Branch(self.model, prefix).eval()
+                self.branches[branch.name] = branch
+
+    def about(self) -> dict[str, Any]:
+        """What it is: its resolved model config, columns of its points, shapes of its weights, versions."""
+        packages = {name: _import(name).__version__ for name in ("mmdet3d", "mmengine")}
+        shapes = {name: list(tensor.shape) for name, tensor in self.model.state_dict().items()}
+        return {
+            "model": json.loads(json.dumps(self.config.model.to_dict(), default=str)),
+            "columns": self._columns(),
+            "shapes": shapes,
+            "versions": {"torch": str(torch.__version__), **packages},
+        }
+
+    def _columns(self) -> list[int] | None:
+        """Which columns of a stored cloud the detector is fed, as its test pipeline says."""
+        loading = {step["type"]: step for step in self.config.get("test_pipeline") or ()}
+        found = None
+        if step := loading.get("LoadPointsFromFile"):
+            found = step.get("use_dim", [0, 1, 2])
+        if step := loading.get("LoadPointsFromMultiSweeps"):
+            found = step.get("use_dim", [0, 1, 2, 4])
+        return list(range(found)) if isinstance(found, int) else found
+
+    def predict(self, points: np.ndarray) -> tuple[Any, Any]:
+        """(what the data preprocessor made of one cloud, the predicted data sample)."""
+        structures = _import("mmdet3d.structures")
+        meta = {"box_type_3d": structures.LiDARInstance3DBoxes, "box_mode_3d": structures.Box3DMode.LIDAR}
+        data = {
+            "inputs": {"points": [torch.from_numpy(points)]},
+            "data_samples": [structures.Det3DDataSample(metainfo=meta)],
+        }
+        with torch.no_grad():
+            data = self.model.data_preprocessor(data, False)
+            return data["inputs"], self.model(data["inputs"], data["data_samples"], mode="predict")[0]
+
+    def inputs(self, points: np.ndarray) -> tuple[Arrays, str]:
+        """(the tensor that each branch is fed, by the branch's name; why others are fed none, from such clouds)."""
+        found: Arrays = {}
+
+        def keep(name: str, args: Any) -> None:
+            found[name] = args[0].numpy().copy()
+            if len(found) == len(self.branches):
+                raise _Reached
+
+        firsts = {name: next(branch.children()) for name, branch in self.branches.items()}
+        handles = [m.register_forward_pre_hook(lambda _, a, n=n: keep(n, a)) for n, m in firsts.items()]
+        try:
+            self.predict(points)
+        except _Reached:
+            return found, ""
+        except Exception as error:  # the parts before a branch may need what this machine or this cloud has not
+            return found, f"{type(error).__name__}: {error}"
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found, "the detector did not call it"
+
+    def stages(self, points: np.ndarray) -> Arrays:
+        """Every stage of a pillar CenterPoint for one cloud, by cpdebug's names, with the final boxes."""
+        kept: dict[str, Any] = {}
+        model = self.model
+        handles = [
+            getattr(model, name).register_forward_hook(lambda _, __, out, name=name: kept.__setitem__(name, out))
+            for name in ("pts_voxel_encoder", "pts_middle_encoder", "pts_backbone", "pts_neck", "pts_bbox_head")
+        ]
+        first = model.pts_voxel_encoder.pfn_layers[0]
+        handles.append(first.register_forward_pre_hook(lambda _, args: kept.setdefault("features", args[0].clone())))
+        try:
+            inputs, found = self.predict(points)
+        finally:
+            for handle in handles:
+                handle.remove()
+        heads = [task[0] for task in kept["pts_bbox_head"]]
+        prefixes = [f"task{index}." if len(heads) > 1 else "" for index in range(len(heads))]
+        tensors = {
+            **{name: inputs["voxels"][name] for name in ("voxels", "num_points", "coors")},
+            "input_features": kept["features"],
+            "pillar_features": kept["pts_voxel_encoder"].unsqueeze(1),
+            "spatial_features": kept["pts_middle_encoder"],
+            **{f"backbone.{index}": out for index, out in enumerate(kept["pts_backbone"])},
+            "neck": kept["pts_neck"][0],
+            **{p + name: head[name] for p, head in zip(prefixes, heads) for name in OUTPUT_ORDER},  # noqa: B905
+            "boxes": found.pred_instances_3d.bboxes_3d.tensor,
+            "scores": found.pred_instances_3d.scores_3d,
+            "labels": found.pred_instances_3d.labels_3d,
+        }
+        return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+
+def _import(name: str) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module(name)
+    except Exception as error:  # mmdet3d checks its dependencies' versions with assert
+        raise Failure("import", f"{sys.executable} cannot import {name}: {error}") from error
+
+
+# ---------------------------------------------------------------- commands
+
+
+def configs(detectors: list[Detector], step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
+    """The configurations that mmdet3d ships, name → file."""
+    package = Path(_import("mmdet3d").__file__).parent
+    folders = [package / ".mim" / "configs", package.parent / "configs"]  # installed; a checkout
+    found = [
+        path for folder in folders if folder.is_dir() for path in folder.rglob("*.py") if "_base_" not in path.parts
+    ]
+    return {"configs": {path.stem: str(path) for path in reversed(found)}}, {}
+
+
+def open_detector(detectors: list[Detector], step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
+    """Build ``config`` with random weights from ``seed``. The other commands work on it."""
+    detectors[:] = [Detector(step["config"], step["seed"])]
+    return detectors[0].about(), {}
+
+
+def load(detectors: list[Detector], step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
+    """Take the weights in ``file``, a plain dictionary of tensors that fits."""
+    detectors[0].model.load_state_dict(torch.load(step["file"], map_location="cpu"))
+    return {}, {}
+
+
+def save(detectors: list[Detector], step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
+    """Write the weights to ``file``."""
+    torch.save(dict(detectors[0].model.state_dict()), step["file"])
+    return {}, {}
+
+
+def stages(detectors: list[Detector], step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
+    """``Detector.stages`` of ``points``."""
+    return {}, detectors[0].stages(arrays["points"])
+
+
+def inputs(detectors: list[Detector], step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
+    """``Detector.inputs`` of ``points``; which branches there are; channels of the images that a branch may take."""
+    found, reason = detectors[0].inputs(arrays["points"])
+    channels = {name: _image_channels(branch) for name, branch in detectors[0].branches.items()}
+    return {"reason": reason, "channels": channels}, found
+
+
+def _image_channels(branch: Branch) -> int | None:
+    convolutions = [m for m in next(branch.children()).modules() if isinstance(m, nn.Conv2d)]
+    return convolutions[0].in_channels if convolutions else None
+
+
+def run(detectors: list[Detector], step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
+    """The outputs of ``branch`` for ``features``, in the order of their names."""
+    with torch.no_grad():
+        outputs = detectors[0].branches[step["branch"]].outputs(torch.from_numpy(arrays["features"]))
+    return {"outputs": list(outputs)}, {name: tensor.numpy() for name, tensor in outputs.items()}
+
+
+def program(detectors: list[Detector], step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
+    """Write ``branch`` as it computes ``features``, an exported program of torch, to ``file``."""
+    try:
+        exported = torch.export.export(detectors[0].branches[step["branch"]], (torch.from_numpy(arrays["features"]),))
+        torch.export.save(exported, step["file"])
+    except Exception as error:  # nearly everything; a torch before 2.1 has no such module
+        reason = str(error).strip().splitlines() or [""]
+        raise Failure("program", f"{type(error).__name__}: {reason[0]}") from error
+    return {}, {}
+
+
+COMMANDS = {
+    "configs": configs,
+    "open": open_detector,
+    "load": load,
+    "save": save,
+    "stages": stages,
+    "inputs": inputs,
+    "run": run,
+    "program": program,
+}
+
+
+def execute(job: dict[str, Any], emit: Emit, detectors: list[Detector]) -> dict[str, Any]:
+    """Run a job's steps in order, up to the first that fails. Returns the content of ``result.json``.
+
+    ``detectors`` keeps the open one from job to job.
+    """
+    results: list[dict[str, Any]] = []
+    error = {}
+    try:
+        for step in job["steps"]:
+            emit({"event": "step", "command": step["command"]})
+            arrays = dict(np.load(step["arrays"], allow_pickle=False)) if "arrays" in step else {}
+            result, made = COMMANDS[step["command"]](detectors, step, arrays)
+            if "made" in step:
+                np.savez(step["made"], **made)  # type: ignore[arg-type]
+            results.append(result)
+    except Failure as failure:
+        error = {"kind": failure.kind, "message": failure.message}
+    except Exception as failure:
+        message = f"{type(failure).__name__}: {failure}"
+        error = {"kind": "internal", "message": message, "traceback": traceback.format_exc()}
+    return {"results": results, **({"error": error} if error else {})}
+
+
+def main(folder: Path) -> int:
+    """Work on ``folder``, then on those named on stdin, one a line. Returns the process's exit status."""
+
+    def emit(event: dict[str, Any]) -> None:
+        print(json.dumps(event), flush=True)
+
+    detectors: list[Detector] = []
+    while True:
+        result = execute(json.loads((folder / "job.json").read_text(encoding="utf-8")), emit, detectors)
+        (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
+        emit({"event": "done"})
+        following = sys.stdin.readline().rstrip("\n")
+        if not following:
+            return 0
+        folder = Path(following)
+
+
+if __name__ == "__main__":
+    sys.path.pop(0)  # this file's folder, whose modules must not hide others
+    sys.exit(main(Path(sys.argv[1])))
