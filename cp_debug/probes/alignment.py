@@ -187,7 +187,7 @@ def align(
     props = {entry.key: entry.value for entry in graph.proto.metadata_props}
     return Alignment(
         graph_sha256=graph.digest,
-        module_sha256=_module_digest(module),
+        module_sha256=module_digest(module),
         prefix=prefix,
         exporter=props.get("cpdebug.exporter"),
         folded={"true": True, "false": False}.get(props.get("cpdebug.folded", "")),
@@ -281,7 +281,8 @@ def _modules(matching: Matching, record: Trace) -> dict[str, Any]:
     return {"modules": list(record.leaves), "absorbed": absorbed, "unused": unused, "unmatched_modules": unmatched}
 
 
-def _module_digest(module: nn.Module) -> str:
+def module_digest(module: nn.Module) -> str:
+    """SHA-256 of the names and values of all weights and buffers."""
     sha = hashlib.sha256()
     for name, tensor in module.state_dict().items():
         sha.update(name.encode())

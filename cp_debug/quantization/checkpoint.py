@@ -1,0 +1,96 @@
+"""Quantised models as files: plain tensors and lists, so that nothing is run when one is loaded."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from cp_debug.errors import InputError
+from cp_debug.files import complete_path
+from cp_debug.quantization.folding import Folding, apply_folding
+from cp_debug.quantization.layers import channels, layers_of
+from cp_debug.quantization.library import is_quantized, quantizers
+from cp_debug.quantization.ptq import Quantization, install, quantization_of
+from cp_debug.quantization.scales import LayerScales
+from cp_debug.recipes.checkpoint import load_state, read_torch
+
+FORMAT = "cpdebug quantized model 1"
+
+
+def save_ptq_model(module: nn.Module | Mapping[str, nn.Module], path: Path) -> None:
+    """Write what ``quantize_ptq`` returned, or several such components by name: weights, scales, folding and skips.
+
+    Raises InputError for a module that is not quantised, and when the file cannot be written.
+    """
+    modules = module if isinstance(module, Mapping) else {"": module}
+    components = {name: _entry(part) for name, part in modules.items()}
+    with complete_path(path) as partial:
+        torch.save({"format": FORMAT, "components": components}, partial)
+
+
+def load_ptq_model(module: nn.Module, path: Path, component: str = "") -> nn.Module:
+    """The quantised model of a file, bit for bit as it was saved, on the device of ``module``.
+
+    ``module`` is the FP32 model that was quantised, BatchNorm not folded; its weights are not used. ``component``
+    chooses from a file of several. Raises InputError for a file that is no such checkpoint, for a module that is built
+    otherwise or quantised already, and a component that the file lacks.
+    """
+    components = read_ptq_checkpoint(path)
+    if component not in components:
+        raise InputError(f"{path}: holds the components {', '.join(map(repr, components))}; expected {component!r}")
+    if is_quantized(module):
+        raise InputError(f"{path}: {type(module).__name__} is quantised already; expected the FP32 model")
+    entry = components[component]
+    plain = copy.deepcopy(module)
+    try:
+        about = Quantization(**(entry["about"] | {"folding": Folding(**entry["about"]["folding"])}))
+        apply_folding(plain, about.folding)
+        layers = layers_of(plain)
+        unit = {path: LayerScales(1.0, np.ones(channels(layers[path]), np.float32)) for path in about.layers}
+        made = install(plain, about.model, about.method, unit, dict.fromkeys(about.adds, 1.0))
+    except (InputError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path}: this is the checkpoint of another model than {type(module).__name__} ({error})"
+        ) from None
+    load_state(made, entry["state_dict"], str(path))
+    made.quantization = about  # type: ignore[assignment]
+    switched_off = set(entry["switched_off"])
+    for name, quantizer in quantizers(made):
+        if name in switched_off:
+            quantizer.disable()
+    return made
+
+
+def read_ptq_checkpoint(path: Path) -> dict[str, Any]:
+    """What the file holds for every component. Raises InputError for a file that is no checkpoint of ours."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint")
+    found = read_torch(path)
+    if not isinstance(found, dict) or found.get("format") != FORMAT or not isinstance(found.get("components"), dict):
+        raise InputError(f"{path}: not a checkpoint of a quantised model; expected what save_ptq_model wrote")
+    return found["components"]
+
+
+def is_ptq_checkpoint(path: Path) -> bool:
+    """Whether a file is the checkpoint of a quantised model."""
+    try:
+        return bool(read_ptq_checkpoint(path))
+    except InputError:
+        return False
+
+
+def _entry(module: nn.Module) -> dict[str, Any]:
+    return {
+        "about": dataclasses.asdict(quantization_of(module)),
+        "switched_off": [
+            name for name, quantizer in quantizers(module) if quantizer.amax is not None and not quantizer.is_enabled
+        ],
+        "state_dict": module.state_dict(),
+    }

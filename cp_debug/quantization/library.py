@@ -1,0 +1,80 @@
+"""The one place that uses nvidia-modelopt: its fake quantisers, put where they belong and nowhere else."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from cp_debug.errors import InputError, MissingPackage
+from cp_debug.optional import require
+from cp_debug.quantization.layers import channels, layers_of, weight_axis
+from cp_debug.quantization.scales import LayerScales
+
+BITS = 8
+
+
+def insert_quantizers(module: nn.Module, layers: Mapping[str, LayerScales]) -> None:
+    """Give these layers, by path, quantisers for input and weight, in place.
+
+    Of all other quantisers that the library puts in, none is on. Raises InputError for scales that do not fit a weight,
+    MissingPackage without the library.
+    """
+    quantization = _library()
+    found = layers_of(module)
+    for path, scales in layers.items():
+        if len(scales.weight) != channels(found[path]):
+            raise InputError(f"{path}: {len(scales.weight)} scales for a weight of {channels(found[path])} channels")
+    entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    for path in layers:
+        for kind, axis in (("input", None), ("weight", weight_axis(found[path]))):
+            name = f"{path}.{kind}_quantizer" if path else f"{kind}_quantizer"
+            entries.append({"quantizer_name": name, "cfg": {"num_bits": BITS, "axis": axis}})
+    with _quiet():
+        quantization.quantize(module, {"quant_cfg": entries, "algorithm": None})
+    for path, scales in layers.items():
+        layer: Any = found[path]
+        weight = layer.weight
+        shape = [-1 if axis == weight_axis(layer) else 1 for axis in range(weight.dim())]
+        layer.input_quantizer.amax = torch.tensor(scales.input, device=weight.device)
+        layer.weight_quantizer.amax = torch.tensor(scales.weight, device=weight.device).view(shape)
+
+
+def activation_quantizer(amax: float, device: torch.device) -> nn.Module:
+    """One quantiser for a whole tensor."""
+    quantization = _library()
+    made = quantization.nn.TensorQuantizer(quantization.config.QuantizerAttributeConfig(num_bits=BITS, axis=None))
+    made.amax = torch.tensor(amax, device=device)
+    return made
+
+
+def quantizers(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every quantiser in a module by its path, on or off."""
+    for path, part in module.named_modules():
+        if type(part).__name__ == "TensorQuantizer":
+            yield path, part
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether there is any quantiser; answers without the library."""
+    return next(quantizers(module), None) is not None
+
+
+def _library() -> Any:
+    with _quiet():
+        try:
+            return require("modelopt.torch.quantization", "quant")
+        except ModuleNotFoundError as error:  # modelopt does not declare all that it imports
+            raise MissingPackage(f"modelopt needs the package {error.name!r}: pip install 'cpdebug[quant]'") from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+        warnings.simplefilter("ignore")
+        yield

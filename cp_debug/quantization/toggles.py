@@ -1,0 +1,100 @@
+"""Quantisers switched off and on, and listed."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from cp_debug.quantization.adds import add_quantizers
+from cp_debug.quantization.layers import select
+from cp_debug.quantization.library import quantizers
+from cp_debug.quantization.ptq import quantization_of
+
+
+class _Toggle(AbstractContextManager["_Toggle"]):
+    """Works at once; leaving it as a context manager puts back what was before."""
+
+    def __init__(self, module: nn.Module, globs: tuple[str, ...], on: bool) -> None:
+        found = quantization_of(module)
+        self._before: list[tuple[Any, bool]] = []
+        adds = add_quantizers(module)
+        for path in select([*found.layers, *found.adds], globs or ("*",)):
+            layer: Any = None if path in adds else module.get_submodule(path)
+            for quantizer in [adds[path]] if layer is None else [layer.input_quantizer, layer.weight_quantizer]:
+                self._before.append((quantizer, quantizer.is_enabled))
+                _switch(quantizer, on)
+
+    def __exit__(self, *error: object) -> None:
+        for quantizer, on in self._before:
+            _switch(quantizer, on)
+
+
+def disable_quantization(module: nn.Module, *globs: str) -> AbstractContextManager[Any]:
+    """Let the layers and additions that a glob means compute in FP32 from now on, all of them without a glob.
+
+    As a context manager (``with disable_quantization(module, "head.*"):``) only within it. Raises InputError, with the
+    nearest names, for a glob that means none, and for a module that is not quantised.
+    """
+    return _Toggle(module, globs, on=False)
+
+
+def enable_quantization(module: nn.Module, *globs: str) -> AbstractContextManager[Any]:
+    """The opposite of ``disable_quantization``. Quantisers that have no scale stay off: outputs, BatchNorm, skips."""
+    return _Toggle(module, globs, on=True)
+
+
+@dataclass(frozen=True)
+class QuantizerRow:
+    """One quantiser, or a layer that has none."""
+
+    name: str
+    bits: int
+    axis: int | None
+    """Along which there is one scale each; None: one for the whole tensor."""
+    amax: float | tuple[float, float] | None
+    """Largest magnitude that is kept, or the least and greatest of the channels'; None without a scale."""
+    enabled: bool
+    why: str = ""
+    """Why it is not enabled."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe."""
+        return asdict(self)
+
+
+def quantizer_table(module: nn.Module) -> list[QuantizerRow]:
+    """Every quantiser of a module in the order of its layers."""
+    found = quantization_of(module)
+    return [_row(module, path, quantizer, found.skipped) for path, quantizer in quantizers(module)]
+
+
+def print_quantizer_status(module: nn.Module) -> None:
+    """Print the table of a module's quantisers."""
+    from rich.console import Console
+
+    from cp_debug.reports.quantization import quantizers as render
+
+    for part in render(quantizer_table(module)):
+        Console().print(part)
+
+
+def _row(module: nn.Module, path: str, quantizer: Any, skipped: dict[str, str]) -> QuantizerRow:
+    layer, _, kind = path.rpartition(".")
+    amax, enabled = quantizer.amax, bool(quantizer.is_enabled)
+    shown = None if amax is None else float(amax) if amax.numel() == 1 else (float(amax.min()), float(amax.max()))
+    if enabled:
+        why = ""
+    elif kind == "output_quantizer":
+        why = "what reads this output quantises it"
+    elif amax is not None:
+        why = "switched off"
+    else:
+        why = skipped.get(layer, f"{type(module.get_submodule(layer)).__name__.removeprefix('Quant')} stays in FP32")
+    return QuantizerRow(path, quantizer.num_bits, quantizer.axis, shown, enabled, why)
+
+
+def _switch(quantizer: Any, on: bool) -> None:
+    quantizer.enable() if on else quantizer.disable()
