@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.engine import bisect
 from cp_debug.errors import BackendUnavailable, InputError
 from cp_debug.probes.graph import Graph
+from cp_debug.reports.engines import engine_lines
 
 VERSIONS = ("8.6.0", "10.3.0", "10.12.0.36", "11.4.0")
 X = np.random.default_rng(3).standard_normal((1, 3, 8, 8)).astype(np.float32)
@@ -159,3 +161,82 @@ def test_versions_name_library_and_card(version: str) -> None:
     assert backend.versions()["tensorrt"] == version
     assert backend.versions()["gpu"] == "Fake"
     assert (backend.precision, backend.device, backend.emulated) == ("fp16", "cuda:0", False)
+
+
+CHAIN = 13
+
+
+def save_chain(folder: Path) -> Path:
+    """Thirteen convolutions, each with a ReLU."""
+    rng = np.random.default_rng(5)
+    body, value = [], "x"
+    for i in range(CHAIN):
+        body += [f"c{i} = Conv <pads: ints = [1,1,1,1]> ({value}, w{i})", f"r{i} = Relu (c{i})"]
+        value = f"r{i}"
+    body.append(f"y = Neg ({value})")
+    text = "\n".join(body)
+    model = onnx.parser.parse_model(
+        f'<ir_version: 8, opset_import: ["" : 17]> net (float[1,4,6,6] x) => (float[1,4,6,6] y) {{ {text} }}'
+    )
+    for i in range(CHAIN):
+        array = (rng.standard_normal((4, 4, 3, 3)) * 0.3).astype(np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, f"w{i}"))
+    for node in model.graph.node:
+        node.name = f"/{node.output[0]}/{node.op_type}"
+    path = folder / "net.onnx"
+    onnx.save(model, path)
+    return path
+
+
+def wrong_weight(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let engines compute with another weight than the graph has."""
+    load = onnx.load
+
+    def wrong(path: Any) -> onnx.ModelProto:
+        model = load(path)
+        weight = model.graph.initializer[index]
+        array = onnx.numpy_helper.to_array(weight)
+        weight.CopyFrom(onnx.numpy_helper.from_array((array * 1.1).astype(array.dtype), weight.name))
+        return model
+
+    monkeypatch.setattr("fake_tensorrt.onnx", SimpleNamespace(**{**vars(onnx), "load": wrong}))
+
+
+@pytest.mark.parametrize("broken", [0, 4, CHAIN - 1])
+def test_one_probe_a_build_finds_the_first_bad_value(
+    version: str, broken: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path, x = save_chain(tmp_path), np.random.default_rng(6).standard_normal((1, 4, 6, 6)).astype(np.float32)
+    wrong_weight(broken, monkeypatch)
+    session = create(BackendSpec.parse("trt-fp16"), probes="bisect").open(Program("net", Graph(path)))
+    seen, outputs = collect(session, {"x": x})
+    told = json.loads(json.dumps(session.settings))["search"]
+    assert told["first"] == f"r{broken}"
+    assert told["builds"] == len(told["visited"]) <= 4
+    assert set(seen) == {v["value"] for v in told["visited"]} | {"y"} == set(session.exposed)
+    assert {v["value"] for v in told["visited"] if v["departs"]} >= {f"r{broken}"}
+    assert (session.settings["observer_gap"], session.settings["rebuild_floor"]) == (0.0, 0.0)
+    again, _ = collect(session, {"x": -x})
+    assert list(again) == list(seen)
+    np.testing.assert_array_equal(outputs["y"], seen["y"])
+    assert session.tactics[f"r{broken}"]
+
+
+def test_a_sound_engine_departs_nowhere(version: str, tmp_path: Path) -> None:
+    x = np.random.default_rng(6).standard_normal((1, 4, 6, 6)).astype(np.float32)
+    for spec in ("trt-fp16", "trt-fp32"):
+        graph = Graph(save_chain(tmp_path))
+        session = create(BackendSpec.parse(spec), probes="bisect").open(Program("net", graph))
+        collect(session, {"x": x})
+        assert session.settings["search"]["first"] is None
+
+
+def test_bisect_judges_what_the_search_came_across(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    install("8.6.0", monkeypatch)
+    path = save_chain(tmp_path)
+    wrong_weight(7, monkeypatch)
+    engine = create(BackendSpec.parse("trt-fp16"), probes="bisect")
+    (test,) = bisect(str(path), [create(BackendSpec.parse("ort")), engine]).tests
+    assert [row.onnx for row in test.guilty] == ["r7"]
+    (line,) = engine_lines(test.backend)
+    assert "first value that departs: r7, found with 4 builds of one probe each" in line.plain

@@ -24,6 +24,7 @@ class Probes(str, Enum):
 
     boundaries = "boundaries"
     all = "all"
+    bisect = "bisect"
 
 
 Python = Annotated[
@@ -37,7 +38,9 @@ StronglyTyped = Annotated[
 ProbeMode = Annotated[
     Probes,
     typer.Option(
-        "--probes", help="boundaries: what the engine writes anyway; all: every value.", rich_help_panel=PANEL
+        "--probes",
+        help="boundaries: what the engine writes anyway; all: every value; bisect: one a build, to the first bad one.",
+        rich_help_panel=PANEL,
     ),
 ]
 Profiles = Annotated[

@@ -10,12 +10,14 @@ from typing import Any
 from cp_debug.backends.tensorrt.client import Client, ParseFailed
 from cp_debug.backends.tensorrt.config import BuildConfig
 from cp_debug.backends.tensorrt.inspector import (
+    PRECISIONS,
     EngineLayer,
     compare_engines,
     materialised,
     parse_layers,
     realised_precision,
 )
+from cp_debug.backends.tensorrt.search import Search
 from cp_debug.errors import InputError
 from cp_debug.probes.graph import Graph
 
@@ -91,19 +93,27 @@ def cut_out(graph: Graph, names: Collection[str]) -> str:
 
 
 class EngineSet:
-    """The plain engine; the same built again, and the probed one, once probes are asked for."""
+    """The plain engine; the same built again, and those with probes, once probes are asked for.
 
-    def __init__(self, workshop: Workshop, profiles: Mapping[str, Profile], name: str, show_all: bool) -> None:
+    ``probes``: see ``Options``.
+    """
+
+    def __init__(self, workshop: Workshop, profiles: Mapping[str, Profile], name: str, probes: str) -> None:
         self._workshop, self._profiles, self._name = workshop, profiles, name
         (self.plain,) = workshop.build([(f"{name}.engine", {})], profiles)
         self.types = realised_precision(self.plain.layers)
-        self.unfused = workshop.config.unfused_debug_tensors and not show_all
+        self.unfused = workshop.config.unfused_debug_tensors and probes == "boundaries"
         """Whether TensorRT itself hands out what it did not fuse, instead of marked outputs."""
-        self._marks: dict[str, dict[str, str]] = {v: {} for v in workshop.values} if show_all else self._boundaries()
+        self._marks: dict[str, dict[str, str]] = (
+            {v: {} for v in workshop.values} if probes == "all" else self._boundaries()
+        )
         self.rebuilt: Engine | None = None
         self.probed: Engine | None = None
+        self._probes: dict[str, Engine] = {}
+        self.search: Search | None = None
         self.gap: float | None = None
-        """Relative L2 distance of the probed engine's outputs from the plain one's, once both ran on one input."""
+        """Relative L2 distance of the probed engine's outputs from the plain one's, once both ran on one input; the
+        largest one, where each probe has an engine of its own."""
         self.floor: float | None = None
         """The same distance of the rebuilt engine's."""
         self.run_seconds: float | None = None
@@ -121,9 +131,35 @@ class EngineSet:
     @property
     def exposed(self) -> set[str]:
         """Values that the probed engine shows, as far as it is known: after its build, those that could be marked."""
+        if self.search is not None:
+            return {each.value for each in self.search.visited}
         if self.probed is None or self.unfused:
             return set(self._marks)
         return set(self.probed.facts["marked"])
+
+    @property
+    def candidates(self) -> list[str]:
+        """Floating-point values that the engine writes and does not put out, in execution order."""
+        outputs = {v.name for v in self._workshop.graph.outputs}
+        tensors = materialised(self.plain.layers, self._workshop.values)
+        floats = {name for name, tensor in tensors.items() if tensor.dtype in PRECISIONS}
+        return [name for name in self._marks if name in floats and name not in outputs]
+
+    def probe(self, value: str) -> Engine:
+        """The engine that shows this value alone. Raises InputError when TensorRT does not show it."""
+        if value not in self._probes:
+            probes = {"method": "outputs", "tensors": {value: self._marks[value]}}
+            request = (f"{self._name}-probe-{len(self._probes)}.engine", probes)
+            (self._probes[value],) = self._workshop.build([request], self._profiles)
+        if self._probes[value].facts["missing"]:
+            raise InputError(f"{self._workshop.graph.path}: TensorRT cannot put out {value!r}; try --probes boundaries")
+        return self._probes[value]
+
+    def rebuild(self) -> Engine:
+        """The plain engine built again."""
+        if self.rebuilt is None:
+            (self.rebuilt,) = self._workshop.build([(f"{self._name}-rebuilt.engine", {})], self._profiles)
+        return self.rebuilt
 
     def observed(self) -> tuple[Engine, Engine]:
         """The plain engine built again, and the one that shows values."""
@@ -156,6 +192,8 @@ class EngineSet:
                     "tactics_changed": list(difference.tactics),
                     "timing_cache": engine.facts["timing_cache"],
                 }
+        if self.search is not None:
+            told["search"] = self.search.describe()
         return told
 
     def _boundaries(self) -> dict[str, dict[str, str]]:

@@ -18,8 +18,9 @@ class Options:
     strongly_typed: bool = False
     keep_fp32: frozenset[str] = frozenset()
     """ONNX nodes that stay FP32."""
-    probes: Literal["boundaries", "all"] = "boundaries"
-    """``boundaries`` shows what the engine writes to memory anyway; ``all`` marks every value, which undoes fusions."""
+    probes: Literal["boundaries", "all", "bisect"] = "boundaries"
+    """``boundaries`` shows what the engine writes to memory anyway; ``all`` marks every value, which undoes fusions;
+    ``bisect`` looks for the first value that departs, with an engine for each one that it shows."""
     profiles: Mapping[str, tuple[Sequence[int], Sequence[int], Sequence[int]]] = field(default_factory=dict)
     """Dynamic input → smallest, optimal, largest shape; names that a component does not have are ignored."""
     workspace_mib: int | None = None

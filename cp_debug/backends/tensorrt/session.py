@@ -17,6 +17,7 @@ from cp_debug.backends.tensorrt.client import Client
 from cp_debug.backends.tensorrt.config import decide
 from cp_debug.backends.tensorrt.engines import Engine, EngineSet, Profile, Workshop
 from cp_debug.backends.tensorrt.options import Options
+from cp_debug.backends.tensorrt.search import Expected, search
 from cp_debug.errors import InputError
 from cp_debug.probes.alignment import data_values
 from cp_debug.probes.casts import cast_surgery
@@ -52,7 +53,7 @@ class EngineSession:
     run, and again for every other shape that comes: exact, and slow where shapes vary, so give a profile then.
     Without a sink the plain engine runs, as it would be deployed. When a sink is first given, it is built again, and
     once more with probes, and all three run on that input: ``settings`` then tells how far looking changed the outputs,
-    and how far building again does.
+    and how far building again does. With ``bisect`` probes there is an engine for each value shown.
     """
 
     def __init__(self, client: Client, program: Program, variant: str, version: str, options: Options) -> None:
@@ -110,13 +111,13 @@ class EngineSession:
     @property
     def tactics(self) -> Mapping[str, str]:
         """Value → name of the kernel that wrote it for the sink; known after a run with one."""
-        probed = self._latest.probed if self._sets else None
-        nodes = {node.name: node for node in self._own.nodes}
+        engine = (self._latest.probed or self._latest.plain) if self._sets else None
+        outputs = {node.name: node.outputs for node in self._own.nodes}
         return {
             value: layer.tactic.name
-            for layer in (probed.layers if probed else ())
+            for layer in (engine.layers if engine else ())
             for node in layer.nodes  # a reformat may stand between the layer and its value
-            for value in nodes[node].outputs
+            for value in outputs.get(node, ())  # casts that were put in are no nodes of the program
             if layer.tactic.name
         }
 
@@ -141,20 +142,55 @@ class EngineSession:
             if sink is None:
                 (ran,) = self._execute([engines.plain], inputs, folder)
                 return self._outputs(ran.written)
-            rebuilt, probed = engines.observed()
+            show = self._search if self._options.probes == "bisect" else self._show
             wanted = engines.exposed if probes is None else engines.exposed.intersection(probes)
-            others = [engines.plain, rebuilt] if engines.gap is None else []
-            ran, *plain = self._execute([probed, *others], inputs, folder, wanted, engines.unfused)
-            written, outputs = ran.written, self._outputs(ran.written)
-            if plain:
-                reference, again = (self._outputs(run.written) for run in plain)
-                engines.gap, engines.floor = output_distance(reference, outputs), output_distance(reference, again)
-                engines.run_seconds = median(plain[0].seconds)
-            outputs_wanted = {v.name for v in self._own.outputs if probes is None or v.name in probes}
+            written = show(engines, inputs, folder, wanted)
+            outputs = self._outputs(written)
+            wanted = {*wanted, *(v.name for v in self._own.outputs if probes is None or v.name in probes)}
             for value in self._own.tensors:
-                if value in written and (value in wanted or value in outputs_wanted):
+                if value in written and value in wanted:
                     sink(value, np.load(written[value], allow_pickle=False))
             return outputs
+
+    def _show(
+        self, engines: EngineSet, inputs: Mapping[str, np.ndarray], folder: Path, wanted: Collection[str]
+    ) -> dict[str, Path]:
+        """Files of the wanted values and of the outputs, by the probed engine; the first time the others run, too."""
+        rebuilt, probed = engines.observed()
+        others = [engines.plain, rebuilt] if engines.gap is None else []
+        ran, *plain = self._execute([probed, *others], inputs, folder, wanted, engines.unfused)
+        if plain:
+            reference, again = (self._outputs(run.written) for run in plain)
+            outputs = self._outputs(ran.written)
+            engines.gap, engines.floor = output_distance(reference, outputs), output_distance(reference, again)
+            engines.run_seconds = median(plain[0].seconds)
+        return ran.written
+
+    def _search(
+        self, engines: EngineSet, inputs: Mapping[str, np.ndarray], folder: Path, wanted: Collection[str]
+    ) -> dict[str, Path]:
+        """Files of the plain engine's outputs, and of each value that the search for the first bad one came across."""
+        plain, again = self._execute([engines.plain, engines.rebuild()], inputs, folder)
+        outputs = self._outputs(plain.written)
+        written: dict[str, Path] = {}
+
+        def look(value: str) -> tuple[np.ndarray, float]:
+            place = Path(tempfile.mkdtemp(dir=folder))
+            (ran,) = self._execute([engines.probe(value)], inputs, place, [value])
+            written[value] = ran.written[value]
+            return np.load(written[value], allow_pickle=False), output_distance(outputs, self._outputs(ran.written))
+
+        if engines.search is None:
+            expected = Expected(self._own, self._workshop.variant, inputs, engines.candidates)
+            engines.search = search(engines.candidates, expected, look)
+            engines.gap = max((visited.gap for visited in engines.search.visited), default=0.0)
+            engines.floor = output_distance(outputs, self._outputs(again.written))
+            engines.run_seconds = median(again.seconds)
+        else:
+            for visited in engines.search.visited:
+                if visited.value in wanted:
+                    look(visited.value)
+        return {**plain.written, **written}
 
     def timings(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
         """Seconds of ``repeats`` runs of the plain engine after a first one, on the device, transfers left out."""
@@ -182,8 +218,7 @@ class EngineSession:
         key = repr(sorted((name, tuple(shapes[1])) for name, shapes in profiles.items()))
         if key not in self._sets:
             dynamic = {v.name: profiles[v.name] for v in self._own.inputs if not _is_static(v.shape)}
-            show_all = self._options.probes == "all"
-            self._sets[key] = EngineSet(self._workshop, dynamic, f"shapes-{len(self._sets)}", show_all)
+            self._sets[key] = EngineSet(self._workshop, dynamic, f"shapes-{len(self._sets)}", self._options.probes)
         return self._sets[key]
 
     def _execute(
