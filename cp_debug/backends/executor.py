@@ -53,8 +53,8 @@ class Executor:
         overrides: Mapping[str, Arithmetic] = MappingProxyType({}),
         weight_cache: int = 4 << 30,
     ) -> None:
-        """``overrides``: other arithmetics for some nodes of the main graph, by node name. Then every node rounds what it
-        reads, inputs and constants included, which are held as they are given.
+        """``overrides``: other arithmetics for some nodes of the main graph, by node name. Then every node rounds what
+        it reads, inputs and constants included, which are held as they are given.
         ``weight_cache``: bytes of converted weights that are kept; what does not fit is read at each use.
         """
         self.graph = graph

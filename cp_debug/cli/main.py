@@ -23,6 +23,7 @@ from cp_debug.cli import (
     export,
     models,
     report,
+    search,
     verify,
 )
 from cp_debug.cli import eval as evaluation
@@ -51,6 +52,7 @@ for command in (
     export.export,
     models.models,
     report.report,
+    search.search,
     verify.verify,
 ):
     app.command()(command)

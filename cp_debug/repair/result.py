@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cp_debug.bisect.result import json_safe
+from cp_debug.repair.handover import arguments, deploy_fragment
 from cp_debug.repair.log import Trial
 from cp_debug.repair.units import Unit
 
@@ -119,6 +120,8 @@ class SearchResult:
                 "layers": self.layers,
                 "kept": [layer.to_dict() for layer in self.kept],
                 "keep": self.keep,
+                "arguments": arguments(self.keep, self.precision),
+                "deploy": deploy_fragment(self.keep, self.precision),
                 "best": self.best.to_dict(),
                 "baseline": self.baseline.to_dict(),
                 "pareto": [trial.to_dict() for trial in self.pareto],

@@ -16,13 +16,16 @@ from typing import Any
 
 from cp_debug.backends.base import Backend, Program
 from cp_debug.bisect.pipeline import Pipeline, choose_export, load_test_programs, prepare
+from cp_debug.deploy.evaluate import as_detector
 from cp_debug.deploy.state import key_of
 from cp_debug.errors import InputError
 from cp_debug.probes.capture import array_hash
 from cp_debug.probes.graph import Graph
 from cp_debug.probes.unquantize import quantized_inputs, remove_qdq
 from cp_debug.recipes.base import Model, Sample
+from cp_debug.recipes.data.base import DataOptions, iterate
 from cp_debug.repair.goal import Goal
+from cp_debug.repair.handover import write_onnx
 from cp_debug.repair.judge import Judge, Measured
 from cp_debug.repair.log import Trial, TrialLog, nodes_in
 from cp_debug.repair.predict import Predictor
@@ -47,8 +50,24 @@ class SearchOptions:
     folded: bool = True
     test_model: Path | None = None
     """Another file for the test: a Q/DQ graph of the same model (a folder, for several components)."""
-    folder: Path | None = None
-    """Keeps the exported graphs; None: gone when the search returns."""
+    onnx: Path | None = None
+    """Where the mixed-precision graph goes when the goal is reached; a folder, for several components."""
+
+
+def samples_for(
+    model: Model, goal: Goal, *, inputs: Path | None, data: Path | None, count: int, seed: int
+) -> list[Sample]:
+    """The samples to measure on: with ground truth where the goal scores detections.
+
+    Raises InputError for unusable files, and for a model that detects nothing.
+    """
+    if "map_drop" not in goal.figures:
+        if data is not None:
+            raise InputError("--data is for goals on map_drop; give other samples with --inputs")
+        return list(model.samples(count, seed, inputs))
+    if inputs is not None:
+        raise InputError("--inputs: map_drop needs ground truth; give an info file with --data")
+    return list(iterate(as_detector(model).data(data, count, seed, DataOptions())))
 
 
 class OutOfBudget(Exception):
@@ -95,12 +114,12 @@ class _Search:
         how, note = choose_export(backends, options.exporter)
         self._notes = [note] if note else []
         self._step("exporting and aligning")
-        folder = options.folder or scratch
-        folder.mkdir(parents=True, exist_ok=True)
-        programs = prepare(model, samples[0], folder, how=how, folded=options.folded)
+        programs = prepare(model, samples[0], scratch, how=how, folded=options.folded)
         self._tests = load_test_programs(programs, options.test_model) if options.test_model else programs
         quantized = any(program.graph.precision == "int8" for program in self._tests)
         self.precision = precision_of(self._backend, quantized)
+        if options.onnx is not None and self.precision.name == "tf32":
+            raise InputError("--onnx: TF32 is not in an ONNX graph; it is a setting of the runtime")
         if self.precision.name == "int8" and not quantized:
             raise InputError(f"{self._backend.spec}: {self._tests[0].graph.path} has no Q/DQ nodes; quantize it first")
         self._step(str(reference.spec))
@@ -132,7 +151,10 @@ class _Search:
                 stopped = "keeping every layer does not reach it"
         except OutOfBudget as reason:
             stopped = str(reason)
-        return self._result(found, predictor, stopped)
+        result = self._result(found, predictor, stopped)
+        if self._options.onnx is not None and result.reached:
+            write_onnx(self._tests, result.keep, self.precision.name, self._options.onnx)
+        return result
 
     def _find(self, predictor: Predictor) -> list[Unit] | None:
         def extend(emulated: bool) -> Callable[[list[Unit]], list[Unit]]:

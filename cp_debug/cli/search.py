@@ -1,0 +1,92 @@
+"""``cpdebug search``: which layers must keep their precision?"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cp_debug.cli import tensorrt
+from cp_debug.cli.bisect import Exporter
+from cp_debug.errors import InputError
+
+_DURATION = re.compile(r"(?P<number>\d+(?:\.\d+)?)(?P<unit>[smh]?)")
+
+
+def search(
+    model: Annotated[
+        str, typer.Argument(help="A recipe (`cpdebug models`), an .onnx file, or module:callable / file.py:callable.")
+    ] = "centerpoint:tiny",
+    backends: Annotated[
+        str, typer.Option("--backends", "-b", help="The reference and one test.")
+    ] = "torch,emu-fp16acc",
+    goal: Annotated[
+        str, typer.Option(help="rel_l2, max_abs, boxes_lost, boxes_gained, boxes_moved, map_drop; joined by 'and'.")
+    ] = "rel_l2<1e-3",
+    test_model: Annotated[
+        Path | None, typer.Option(help="The Q/DQ graph of the test (a folder, for several components).")
+    ] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights for the recipe: .pt or .safetensors.")] = None,
+    inputs: Annotated[Path | None, typer.Option(help=".npz, .bin, .pcd.bin, or a folder of them.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="For map_drop: an info file (.pkl); else the held-out synthetic scenes.")
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="How many samples.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of made-up inputs.")] = 0,
+    max_builds: Annotated[int | None, typer.Option(min=1, help="Builds (emulated: trials) at most.")] = None,
+    budget: Annotated[str | None, typer.Option(help="Time after which no trial begins: 90s, 30m, 2h.")] = None,
+    log: Annotated[Path | None, typer.Option(help="Every trial, a line each; a search goes on from it.")] = None,
+    onnx: Annotated[
+        Path | None, typer.Option(help="Write the mixed-precision graph (a folder, for several components).")
+    ] = None,
+    exporter: Annotated[Exporter, typer.Option(help="For torch models; auto: what all backends read.")] = Exporter.auto,
+    unfolded: Annotated[bool, typer.Option("--unfolded", help="Keep BatchNorm apart.")] = False,
+    json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
+    trt_python: tensorrt.Python = None,
+    strongly_typed: tensorrt.StronglyTyped = False,
+    profile: tensorrt.Profiles = None,
+    workspace: tensorrt.Workspace = None,
+    timing_cache: tensorrt.TimingCache = None,
+) -> None:
+    """Find the smallest set of layers to keep in FP32 (of an INT8 graph: unquantised) so that a goal holds.
+
+    Exit code 1 when the goal was not reached.
+    """
+    from cp_debug.backends.spec import parse_backends
+    from cp_debug.cli.console import show_document, steps
+    from cp_debug.recipes.registry import load_model
+    from cp_debug.repair.goal import Goal
+    from cp_debug.repair.search import SearchOptions, samples_for
+    from cp_debug.repair.search import search as run
+    from cp_debug.reports.search import render
+
+    parsed, specs = Goal.parse(goal), parse_backends(backends)
+    options = SearchOptions(
+        max_builds=max_builds,
+        budget=None if budget is None else parse_duration(budget),
+        log=log,
+        exporter=None if exporter is Exporter.auto else exporter.value,
+        folded=not unfolded,
+        test_model=test_model,
+        onnx=onnx,
+    )
+    engines = tensorrt.tensorrt_options(
+        trt_python, strongly_typed, tensorrt.Probes.boundaries, profile, None, workspace, timing_cache, None
+    )
+    with steps() as on_step:
+        loaded = load_model(model, checkpoint=checkpoint, seed=seed)
+        found = samples_for(loaded, parsed, inputs=inputs, data=data, count=samples, seed=seed)
+        made = tensorrt.make(specs, engines, on_step)
+        result = run(loaded, made, parsed, found, options, on_step)
+    show_document(render(result), result.to_dict(), json)
+    raise typer.Exit(0 if result.reached else 1)
+
+
+def parse_duration(text: str) -> float:
+    """``90s``, ``30m``, ``2h`` or plain seconds → seconds. Raises InputError."""
+    match = _DURATION.fullmatch(text.strip())
+    if match is None or float(match["number"]) == 0:
+        raise InputError(f"--budget: {text!r}; expected a time such as 90s, 30m or 2h")
+    return float(match["number"]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match["unit"]]

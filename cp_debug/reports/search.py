@@ -1,0 +1,96 @@
+"""A search in a terminal: the verdict, the layers, the curve of what more layers buy, and what to do with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rich.console import RenderableType
+from rich.syntax import Syntax
+from rich.table import Table
+from rich.text import Text
+
+from cp_debug.repair.handover import arguments, deploy_fragment
+from cp_debug.reports.numbers import number
+
+if TYPE_CHECKING:
+    from cp_debug.repair.result import SearchResult
+
+TOOLS = {"polygraphy": "polygraphy (weak typing)", "trtexec": "trtexec", "autocast": "ModelOpt AutoCast",
+         "modelopt": "ModelOpt quantization"}  # fmt: skip
+
+
+def render(result: SearchResult) -> Iterator[RenderableType]:
+    """The parts of a result, in the order in which they are read."""
+    backend = f"{result.backend} (emulated)" if result.emulated else result.backend
+    yield Text.assemble((result.model, "bold"), f" · {result.reference} → {backend} · goal {result.goal}")
+    if result.kept:
+        yield kept_table(result)
+    yield pareto_table(result)
+    for note in result.notes:
+        yield Text(f"note: {note}", style="yellow")
+    style = "bold red" if not result.reached else ("green" if result.minimal or not result.kept else "yellow")
+    yield Text(result.verdict, style=style)
+    emulated = sum(trial.emulated for trial in result.trials)
+    yield Text(
+        f"{len(result.trials) - emulated} trials on {backend} ({result.builds} builds in this run), "
+        f"{emulated} emulated, {result.seconds:.1f} s",
+        style="dim",
+    )
+    if result.reached:
+        yield from handover(result)
+
+
+def kept_table(result: SearchResult) -> Table:
+    """A row for each layer."""
+    figure = next(iter(result.best.measured.figures), "rel_l2")
+    table = _table("layer", "ONNX nodes", "operators", "introduces", "effect alone", f"{figure} without it")
+    grouped = any(layer.unit.group for layer in result.kept)
+    if grouped:
+        table.add_column("engine layer", overflow="fold")
+    for layer in result.kept:
+        unit = layer.unit
+        cells = [
+            unit.name,
+            "\n".join(unit.nodes),
+            "\n".join(layer.ops),
+            number(layer.introduced),
+            number(layer.effect),
+            number(layer.without.get(figure)),
+        ]
+        table.add_row(*cells, *([unit.group] if grouped else []))
+    return table
+
+
+def pareto_table(result: SearchResult) -> Table:
+    """The trials that no other beats in both, layers and error."""
+    figures = list(result.baseline.measured.figures or result.best.measured.figures)
+    timed = any(trial.latency is not None for trial in result.pareto)
+    table = _table("layers kept", *figures, *(["latency"] if timed else []), "")
+    table.title = "fewer layers or a smaller error: no trial beats these in both"
+    for trial in result.pareto:
+        values = [number(trial.measured.figures[name]) for name in figures]
+        latency = ["–" if trial.latency is None else f"{trial.latency * 1e3:.2f} ms"] if timed else []
+        chosen = trial.nodes == result.best.nodes
+        mark = ("← smallest that was found" if result.reached else "← closest") if chosen else ""
+        table.add_row(f"{trial.layers} of {result.layers}", *values, *latency, mark, style="bold" if chosen else None)
+    return table
+
+
+def handover(result: SearchResult) -> Iterator[RenderableType]:
+    """The set as other tools take it."""
+    for component, tools in arguments(result.keep, result.precision).items():
+        for tool, line in tools.items():
+            yield Text(f"{TOOLS[tool]}, {component}:", style="bold")
+            yield Text(line)
+    if any(result.keep.values()) and (fragment := deploy_fragment(result.keep, result.precision)):
+        yield Text("configuration of cpdebug deploy:", style="bold")
+        yield Syntax(fragment, "yaml", background_color="default")
+
+
+def _table(*headers: str) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False, title_justify="left", title_style="italic")
+    for header in headers:
+        numeric = header.startswith(("introduces", "effect", "rel_l2", "max_abs", "boxes", "map", "latency"))
+        table.add_column(header, justify="right" if numeric else "left", overflow="fold")
+    return table
