@@ -1,0 +1,100 @@
+"""Calibrate an ONNX graph by itself: for models that come without a torch module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from cp_debug.backends.executor import Executor
+from cp_debug.errors import InputError
+from cp_debug.probes.alignment import data_values
+from cp_debug.probes.arrays import Tensor, as_numpy
+from cp_debug.probes.graph import Graph, Node
+from cp_debug.probes.qdq import quantizable, weight_axis
+from cp_debug.quantization.histogram import Histogram, check_method, weight_amax
+from cp_debug.quantization.layers import select
+from cp_debug.quantization.scales import LayerScales, Scales
+
+
+def calibrate_graph(
+    graph: Graph, samples: Iterable[Mapping[str, np.ndarray]], method: str = "max", skip: Sequence[str] = ()
+) -> Scales:
+    """The scales of ``graph`` from ``samples``, its inputs by name; the keys are names of nodes.
+
+    The graph is run in FP32, one tensor in memory at a time. Raises InputError as ``GraphCalibration`` does, and for
+    no samples.
+    """
+    calibration, executor = GraphCalibration(graph, method, skip), Executor(graph)
+    for inputs in samples:
+        for name, array in inputs.items():
+            calibration.see(name, array)
+        executor.run(inputs, calibration.see, calibration.watched)
+    return calibration.scales()
+
+
+class GraphCalibration:
+    """Collects what the layers of a graph read, whoever runs it, and gives the scales.
+
+    The layers are all convolutions, transposed convolutions and products with a weight; of additions those of two
+    activations of one shape. ``skip`` are globs over the names of nodes. Raises InputError for an unknown method, a
+    glob that matches nothing, and a graph that is quantised already.
+    """
+
+    def __init__(self, graph: Graph, method: str = "max", skip: Sequence[str] = ()) -> None:
+        check_method(method)
+        if graph.precision == "int8":
+            raise InputError(f"{graph.path}: this graph is quantised already; calibrate the FP32 model")
+        self._graph, self._method = graph, method
+        self._executor = Executor(graph, weight_cache=0)
+        data = {*data_values(graph), *(v.name for v in graph.inputs)}
+        layers = quantizable(graph)
+        adds = [node for node in graph.nodes if node.op == "Add" and data.issuperset(node.inputs)]
+        skipped = select([node.name for node in (*layers, *adds)], skip)
+        self._layers, self._adds = ([n for n in nodes if n.name not in skipped] for nodes in (layers, adds))
+        self._inputs = {node.proto.input[0]: Histogram() for node in self._layers}
+        self._operands = {node.name: Histogram() for node in self._adds}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._counts: dict[str, list[Histogram]] = {name: [histogram] for name, histogram in self._inputs.items()}
+        for node in self._adds:
+            for name in node.proto.input:
+                self._counts.setdefault(name, []).append(self._operands[node.name])
+
+    @property
+    def watched(self) -> set[str]:
+        """The values, graph inputs included, that ``see`` must be given."""
+        return set(self._counts)
+
+    def see(self, name: str, tensor: Tensor) -> None:
+        """Count one tensor of a run; others than the watched are let pass. Raises InputError for NaN or Inf in it."""
+        for histogram in self._counts.get(name, ()):
+            self._shapes[name] = tuple(tensor.shape)
+            try:
+                histogram.add(torch.as_tensor(as_numpy(tensor)))
+            except ValueError as error:
+                raise InputError(f"{self._graph.path}: {name!r} holds {error} during calibration") from None
+
+    def scales(self) -> Scales:
+        """From what was seen. Raises InputError when that was nothing."""
+        if not self._shapes:
+            raise InputError(f"{self._graph.path}: there is no calibration data: expected at least one sample")
+        adds = {
+            node.name: self._operands[node.name].amax(self._method)
+            for node in self._adds
+            if len({self._shapes[name] for name in node.proto.input}) == 1
+        }
+        return Scales(self._graph.digest, self._method, dict(self._of_layers()), adds)
+
+    def _of_layers(self) -> Iterator[tuple[str, LayerScales]]:
+        for node in self._layers:
+            weight = self._weight(node)
+            if weight.dim() > 1:
+                amax = weight_amax(weight, weight_axis(node, weight.dim()), self._method)
+                yield node.name, LayerScales(self._inputs[node.proto.input[0]].amax(self._method), amax.numpy())
+
+    def _weight(self, node: Node) -> torch.Tensor:
+        """The weight, also where constants are transposed on the way to it."""
+        name = node.proto.input[1]
+        nodes = self._graph.segment([name], ())[0] if name in self._graph.producer else []
+        return self._executor.run_nodes(nodes, {}, [name])[name]

@@ -1,0 +1,89 @@
+"""Scales of an ONNX graph by itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from nets import NetBuilder, residual
+
+from cp_debug.backends.executor import Executor
+from cp_debug.errors import InputError
+from cp_debug.probes.graph import Graph
+from cp_debug.probes.qdq import insert_qdq, quantizable, weight_axis
+from cp_debug.quantization.histogram import METHODS
+from cp_debug.quantization.onnx_ptq import calibrate_graph
+
+SHAPE = (2, 16, 16, 16)
+
+
+def samples(count: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(seed)
+    return [{"x": rng.standard_normal(SHAPE).astype(np.float32)} for _ in range(count)]
+
+
+@pytest.fixture
+def graph(tmp_path: Path) -> Graph:
+    return Graph(residual(tmp_path / "net.onnx"))
+
+
+def values(graph: Graph, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    seen = dict(inputs)
+    Executor(graph).run(inputs, lambda name, tensor: seen.__setitem__(name, np.asarray(tensor).copy()))
+    return seen
+
+
+def test_max_is_the_largest_magnitude_over_all_samples(graph: Graph) -> None:
+    scales = calibrate_graph(graph, iter(samples(3)))
+    runs = [values(graph, sample) for sample in samples(3)]
+    layers = {node.name: node for node in quantizable(graph)}
+    assert scales.layers.keys() == layers.keys()
+    for name, node in layers.items():
+        assert scales.layers[name].input == max(np.abs(run[node.proto.input[0]]).max() for run in runs)
+        weight = graph.initializer(node.proto.input[1])
+        rest = tuple(d for d in range(weight.ndim) if d != weight_axis(node, weight.ndim))
+        np.testing.assert_array_equal(scales.layers[name].weight, np.abs(weight).max(rest))
+    nodes = {node.name: node for node in graph.nodes}
+    assert scales.adds
+    for name, amax in scales.adds.items():
+        assert amax == max(np.abs(run[value]).max() for run in runs for value in nodes[name].inputs)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_quantises_well(tmp_path: Path, graph: Graph, method: str) -> None:
+    scales = calibrate_graph(graph, samples(4), method)
+    made = Graph(insert_qdq(graph, scales.layers, tmp_path / "int8.onnx", scales.adds))
+    (other,) = samples(1, seed=9)
+    exact, found = values(graph, other)["logits"], values(made, other)["logits"]
+    assert 20 * np.log10(np.linalg.norm(exact) / np.linalg.norm(found - exact)) > 20
+
+
+def test_skipped_layers_have_no_scales(graph: Graph) -> None:
+    first, second, *_ = calibrate_graph(graph, samples(1)).layers
+    skipped = calibrate_graph(graph, samples(1), skip=[first, f"{second[:-1]}[{second[-1]}]"])
+    assert not {first, second} & skipped.layers.keys()
+
+
+def test_what_cannot_be_calibrated_is_refused(tmp_path: Path, graph: Graph) -> None:
+    bad = samples(1)
+    bad[0]["x"][0, 0, 0, 0] = np.nan
+    with pytest.raises(InputError, match="'x' holds NaN"):
+        calibrate_graph(graph, bad)
+    with pytest.raises(InputError, match="at least one sample"):
+        calibrate_graph(graph, [])
+    with pytest.raises(InputError, match="no layer matches 'node_con'"):
+        calibrate_graph(graph, samples(1), skip=["node_con"])
+    with pytest.raises(InputError, match="unknown"):
+        calibrate_graph(graph, samples(1), "median")
+    made = Graph(insert_qdq(graph, calibrate_graph(graph, samples(1)).layers, tmp_path / "int8.onnx"))
+    with pytest.raises(InputError, match="quantised already"):
+        calibrate_graph(made, samples(1))
+
+
+def test_a_sum_of_two_shapes_is_left_alone(tmp_path: Path) -> None:
+    net = NetBuilder()
+    net.op("Add", net.conv("x", 3, 3), net.op("GlobalAveragePool", "x"), name="y")
+    graph = Graph(net.save(tmp_path / "net.onnx", {"x": (onnx.TensorProto.FLOAT, [1, 3, 8, 8])}, ["y"]))
+    assert not calibrate_graph(graph, [{"x": np.ones((1, 3, 8, 8), np.float32)}]).adds
