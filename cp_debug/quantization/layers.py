@@ -53,12 +53,13 @@ def select(paths: Iterable[str], globs: Sequence[str]) -> dict[str, str]:
     for glob in globs:
         hits = [path for path in paths if matches(path, glob)]
         if not hits:
-            raise InputError(f"no layer matches {glob!r}{_nearest(glob, paths)}")
+            raise InputError(no_match(glob, paths))
         found.update(dict.fromkeys(hits, glob))
     return found
 
 
-def _nearest(glob: str, paths: Sequence[str]) -> str:
+def no_match(glob: str, paths: Sequence[str]) -> str:
+    """What to tell the user whose glob means none of ``paths``."""
     containers = {path.rsplit(".", depth)[0] for path in paths for depth in range(1, path.count(".") + 1)}
     near = get_close_matches(glob, [*paths, *sorted(containers)], n=3, cutoff=0.3)
-    return f"; the nearest names are {', '.join(near)}" if near else ""
+    return f"no layer matches {glob!r}" + (f"; the nearest names are {', '.join(near)}" if near else "")
