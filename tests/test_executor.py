@@ -12,11 +12,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import numpy_helper, parser
 
 from cp_debug.backends.arithmetic import ARITHMETICS, BF16, FP16, FP16ACC, FP32, FP64, TF32
 from cp_debug.backends.executor import Executor, NodeFailed, unsupported, with_bodies
-from cp_debug.backends.kernels import KERNELS
+from cp_debug.backends.kernels import KERNELS, blocked_convolution
+from cp_debug.backends.kernels.windows import Window
 from cp_debug.backends.rounding import round_fp16, round_tf32
 from cp_debug.errors import InputError
 from cp_debug.probes.graph import Graph
@@ -115,6 +118,23 @@ def test_conv_net_equals_onnx_runtime(tmp_path: Path) -> None:
     assert 0 < errors["fp32"] < 1e-6 < errors["tf32"] < errors["bf16"] < 0.05
     assert errors["tf32"] < 5e-3
     assert 1e-5 < errors["fp16"] < errors["bf16"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_blocked_convolution_equals_torch(data: st.DataObject) -> None:
+    rank, bias = data.draw(st.integers(1, 3)), data.draw(st.booleans())
+    kernel, stride, dilation, padding = (
+        tuple(data.draw(st.integers(low, high)) for _ in range(rank)) for low, high in ((1, 4), (1, 3), (1, 2), (0, 2))
+    )
+    x, weight = torch.randn(2, 3, *(9,) * rank).double(), torch.randn(5, 3, *kernel).double()
+    b = torch.randn(5).double() if bias else None
+    conv = (torch.conv1d, torch.conv2d, torch.conv3d)[rank - 1]
+    expected = conv(x, weight, b, stride, padding, dilation)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocked_convolution, "BLOCK", data.draw(st.integers(1, 1 << 14)))
+        got = blocked_convolution.conv(x, weight, b, Window(kernel, stride, dilation, padding, padding))
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_every_value_is_streamed_in_order_and_freed(tmp_path: Path) -> None:

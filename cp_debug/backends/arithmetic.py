@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +58,7 @@ class Arithmetic:
                 array = array.astype(np.float32)
             if array.dtype not in _TORCH_TYPES:
                 return array
-            value = torch.from_numpy(np.require(array, requirements=["C", "W"]).reshape(array.shape))
+            value = _shared(array)
         return value.to(device, self.held(value.dtype))
 
     def round(self, value: Any) -> Any:
@@ -81,6 +82,13 @@ class Arithmetic:
             "tile": self.tile,
             "slices": self.slices,
         }
+
+
+def _shared(array: np.ndarray) -> Tensor:
+    """A tensor in the array's memory, read-only or not: kernels never write to what they are given."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(np.ascontiguousarray(array).reshape(array.shape))
 
 
 FP64 = Arithmetic("fp64", torch.float64)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cp_debug.backends.kernels import fp16_accumulation
+from cp_debug.backends.kernels import blocked_convolution, fp16_accumulation
 from cp_debug.backends.kernels.registry import Call, kernel
 from cp_debug.backends.kernels.windows import Window, split_padding
 
@@ -22,6 +23,8 @@ def conv(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     if call.arithmetic.tile:
         tile, slices = call.arithmetic.tile, call.arithmetic.slices
         return fp16_accumulation.conv(x, weight, bias, window, call["group"], tile, slices)
+    if x.dtype == torch.float64 and not x.is_cuda and call["group"] == 1 and max(window.kernel) > 1:
+        return blocked_convolution.conv(x, weight, bias, window)
     padding = window.begin
     if not window.symmetric:
         x, padding = functional.pad(x, window.torch_pads()), (0,) * len(window.kernel)
