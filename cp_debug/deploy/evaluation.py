@@ -154,6 +154,16 @@ def _columns(figures: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def draws_of(
+    predicted: Predictions, truths: Sequence[Truth], class_names: Sequence[str], options: EvaluationOptions
+) -> dict[str, Floats]:
+    """mAP, NDS and the other figures in each draw [1 + draws]; the first is of the samples themselves."""
+    truth, _ = _objects(truths, class_names, options)
+    boxes = predicted.as_boxes(class_names)
+    weights = draw_samples(len(truths), options.draws, options.seed)
+    return score(boxes.take(options.counts(boxes, class_names)), truth, class_names, weights).summary()
+
+
 def score_backends(
     predictions: Mapping[str, tuple[RunRecord, Predictions]],
     truths: Sequence[Truth],

@@ -101,12 +101,23 @@ class Canvas:
         for value in y.ticks():
             self.line(x.start, y(value), x.end, y(value), "grid")
             self.text(x.start - 6, y(value) + 4, tick_label(value, y.log), "tick end")
-        for value in x.ticks() if x_ticks else ():
-            self.line(x(value), y.start, x(value), y.start + 4, "axis")
-            self.text(x(value), y.start + 17, tick_label(value, x.log), "tick middle")
-        self.line(x.start, y.start, x.end, y.start, "axis")
-        self.text((x.start + x.end) / 2, y.start + 34, x_label, "name middle")
+        self.x_axis(x, y.start, x_label, ticks=x_ticks)
         self.text(x.start - 44, (y.start + y.end) / 2, y_label, "name middle", turn=-90)
+
+    def x_axis(self, x: Scale, bottom: float, label: str, *, ticks: bool = True) -> None:
+        """A horizontal axis with its ticks and name."""
+        for value in x.ticks() if ticks else ():
+            self.line(x(value), bottom, x(value), bottom + 4, "axis")
+            self.text(x(value), bottom + 17, tick_label(value, x.log), "tick middle")
+        self.line(x.start, bottom, x.end, bottom, "axis")
+        self.text((x.start + x.end) / 2, bottom + 34, label, "name middle")
 
     def __html__(self) -> str:
         return str(Markup("").join([*self._parts, Markup("</svg>")]))
+
+
+def standalone(canvas: Canvas, css: Markup) -> str:
+    """The picture as a file of its own, with the style of the pages inside."""
+    head, _, rest = canvas.__html__().partition(">")
+    head = head.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
+    return str(Markup("{}><style>{}</style>{}").format(Markup(head), css, Markup(rest)))

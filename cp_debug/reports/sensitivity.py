@@ -1,0 +1,140 @@
+"""Which layers suffer from INT8: in a terminal, as a chart, as one HTML page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich import box
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+import cp_debug
+from cp_debug.deploy.bootstrap import Interval
+from cp_debug.files import write_text
+from cp_debug.quantization.sensitivity import METRIC, Effect, SensitivityProfile
+from cp_debug.reports.numbers import number
+from cp_debug.reports.page import environment, page_parts
+from cp_debug.reports.svg import Canvas, Scale, decades, standalone
+
+SHOWN = 20
+"""Layers that a terminal shows unless all are asked for."""
+WIDTH, ROW, TOP, BOTTOM, NAMES, GAP = 1040, 17, 12, 46, 330, 34
+"""Of the chart, in its own units: a row a layer, the names to the left."""
+
+
+def render(profile: SensitivityProfile, *, show_all: bool = False) -> Iterator[RenderableType]:
+    """The parts of a profile, in the order in which they are read."""
+    yield Text.assemble((profile.model, "bold"), f" · {profile.data} · {profile.samples} samples")
+    shown = profile.layers if show_all else profile.layers[:SHOWN]
+    yield layer_table(profile, len(shown))
+    if rest := len(profile.layers) - len(shown):
+        yield Text(f"{rest} less sensitive layers are not shown; --all shows them", style="dim")
+    yield Text(whole_line(profile))
+    yield from choice_lines(profile)
+
+
+def layer_table(profile: SensitivityProfile, count: int) -> Table:
+    """A row for each of the first ``count`` layers."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left", title_style="italic")
+    table.title = "error: relative L2 of the outputs against FP32; introduced: of the layer's own result"
+    table.add_column("layer", overflow="fold")
+    headers = ["introduced", "error alone", "dB"]
+    headers += [f"Δ {name} alone" for name in profile.scores] + ["error without"]
+    headers += [f"Δ {name} without" for name in profile.scores]
+    for header in headers:
+        table.add_column(header, justify="right", no_wrap=True)
+    for row in profile.layers[:count]:
+        alone = [_change(row.alone.scores[name]) for name in profile.scores]
+        without = [_change(row.left_out.scores[name]) for name in profile.scores]
+        figures = [number(row.introduced), number(row.alone.error), f"{row.alone.sqnr:.1f}"]
+        table.add_row(row.layer, *figures, *alone, number(row.left_out.error), *without)
+    return table
+
+
+def whole_line(profile: SensitivityProfile) -> str:
+    """All layers in INT8, in a sentence."""
+    effect: Effect = profile.int8
+    scores = [f"{n} {profile.scores[n]:.4f} → {profile.scores[n] + c.value:.4f}" for n, c in effect.scores.items()]
+    parts = [f"error {number(effect.error)} ({effect.sqnr:.1f} dB)", *scores]
+    return f"all {len(profile.layers)} layers in INT8: {', '.join(parts)}; measured in {profile.seconds:.0f} s"
+
+
+def choice_lines(profile: SensitivityProfile) -> Iterator[Text]:
+    """What ``--auto`` chose, and the options that apply it."""
+    choice = profile.choice
+    if choice is None:
+        return
+    metric = METRIC if profile.scores else "output error"
+    loss = f"{metric} loss {choice.loss.value:.4f} [{choice.loss.low:+.4f}, {choice.loss.high:+.4f}]"
+    left = f"{len(choice.skipped)} of {len(profile.layers)} layers stay in FP32"
+    yield Text(f"budget {choice.budget:g}: {left}: {loss}, {choice.tried} sets run", style="green")
+    if choice.skipped:
+        yield Text("  " + " ".join(f"--skip-layers {name}" for name in choice.skipped))
+
+
+def _change(change: Interval) -> Text:
+    sure = change.low > 0 or change.high < 0
+    return Text(f"{change.value:+.4f}", style="" if not sure else "red" if change.value < 0 else "green")
+
+
+def chart(profile: SensitivityProfile) -> Canvas:
+    """A row for each layer: the error that it alone brings to the outputs and, where known, what that costs in mAP."""
+    height = TOP + ROW * len(profile.layers) + BOTTOM
+    what = f"{profile.model}: output error of {len(profile.layers)} layers, each alone in INT8"
+    canvas = Canvas(WIDTH, height, what, "sensitivity")
+    middle = (NAMES + WIDTH - GAP) / 2 if profile.scores else WIDTH - GAP
+    bottom = height - BOTTOM
+    low, high = decades(row.alone.error for row in profile.layers)
+    error = Scale(low, high, NAMES, middle - GAP / 2, log=True)
+    _axis(canvas, error, bottom, "relative L2 error of the outputs, layer alone in INT8")
+    changes = [row.alone.scores[METRIC] for row in profile.layers] if profile.scores else []
+    least, most = min([-0.01, *(c.low for c in changes)]), max([0.01, *(c.high for c in changes)])
+    cost = Scale(least, most, middle + GAP / 2, WIDTH - GAP)
+    if changes:
+        _axis(canvas, cost, bottom, f"change of {METRIC}, with its interval")
+    for index, row in enumerate(profile.layers):
+        y = TOP + ROW * index
+        title = f"{row.layer}: error {number(row.alone.error)}, introduced {number(row.introduced)}"
+        canvas.text(NAMES - 6, y + ROW - 5, _shortened(row.layer), "tick end")
+        canvas.rect(NAMES, y + 2, error(row.alone.error) - NAMES, ROW - 4, "bars", title)
+        if changes:
+            change = changes[index]
+            start, end = sorted((cost(0.0), cost(change.value)))
+            kind = "bars loss" if change.high < 0 else "bars"
+            canvas.rect(start, y + 2, end - start, ROW - 4, kind, f"{row.layer}: {change.value:+.4f}")
+            canvas.line(cost(change.low), y + ROW / 2, cost(change.high), y + ROW / 2, "axis")
+    return canvas
+
+
+def _axis(canvas: Canvas, x: Scale, bottom: float, name: str) -> None:
+    for value in x.ticks():
+        canvas.line(x(value), TOP, x(value), bottom, "grid")
+    canvas.x_axis(x, bottom, name)
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= 46 else "…" + name[-45:]
+
+
+def write_chart(profile: SensitivityProfile, target: Path) -> None:
+    """The chart as an SVG file of its own."""
+    write_text(standalone(chart(profile), page_parts()["css"]), target)
+
+
+def write_page(profile: SensitivityProfile, command: str, target: Path) -> None:
+    """Chart, table and choice as one HTML page."""
+    page = environment().get_template("sensitivity.html.j2")
+    write_text(
+        page.render(
+            profile=profile,
+            chart=chart(profile),
+            whole=whole_line(profile),
+            choice=[line.plain for line in choice_lines(profile)],
+            command=command,
+            version=cp_debug.__version__,
+            **page_parts(),
+        ),
+        target,
+    )

@@ -1,0 +1,212 @@
+"""Sensitivity: reuse gives the same bits, errors are what was put in, choices keep their budget, trials merge."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cp_debug.errors import InputError
+from cp_debug.quantization.ptq import quantize_ptq
+from cp_debug.quantization.reuse import Reuse
+from cp_debug.quantization.sensitivity import (
+    build_sensitivity_profile,
+    choose_layers,
+    get_sensitive_layers,
+    merge_trials,
+    run_trials,
+)
+from cp_debug.quantization.trials import FLOAT, INT8, Bench, Trial
+from cp_debug.recipes.base import Sample
+from cp_debug.recipes.torch_callable import TorchModel
+from cp_debug.reports.sensitivity import render, write_chart, write_page
+
+
+class Net(nn.Module):
+    """A residual sum in place, a concatenation, two heads, and a layer whose one huge input channel ruins INT8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3, padding=1))
+        self.first = nn.Conv2d(16, 4, 1)
+        self.second = nn.Conv2d(16, 2, 1)
+        self.fragile = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = F.relu(self.stem(x), inplace=True)
+        y = self.block(x)
+        y += x
+        scale = torch.ones(1, 8, 1, 1)
+        scale[:, 0] = 3000.0
+        z = self.fragile(y * scale)
+        both = torch.cat((y, z), dim=1)
+        return {"first": self.first(both), "second": self.second(both)}
+
+
+class Heads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.first(x), self.second(x)
+
+
+@pytest.fixture(scope="module")
+def net() -> Net:
+    torch.manual_seed(0)
+    net = Net().eval()
+    with torch.no_grad():
+        net.fragile.weight[:, 0] = net.fragile.weight[:, 0] / 3000  # as important as the others, so that they matter
+    return net
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return torch.randn(4, 2, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def quantized(net: Net, images: Tensor) -> nn.Module:
+    return quantize_ptq(net, [images[0]])
+
+
+@pytest.fixture
+def model(net: Net, images: Tensor) -> TorchModel:
+    return TorchModel("net", net, images[0])
+
+
+@pytest.fixture
+def bench(model: TorchModel, quantized: nn.Module) -> Bench:
+    return Bench(model, {"Net": quantized})
+
+
+@pytest.fixture
+def samples(images: Tensor) -> list[Sample]:
+    return [Sample({"x": image.numpy()}, f"image {index}") for index, image in enumerate(images)]
+
+
+LAYERS = {"stem", "block.0", "block.2", "first", "second", "fragile"}
+
+
+def test_rerun_gives_the_same_bits_as_running_everything(bench: Bench, quantized: nn.Module, images: Tensor) -> None:
+    layers = list(bench.layers.values())
+    assert bench.layers.keys() > LAYERS
+    assert [layer.name for layer in layers if layer.kind == "add"], "the residual sum is quantised, too"
+    reuse = Reuse(quantized, [layer.path for layer in layers])
+    for base in (False, True):
+        for layer in layers:
+            layer.switch(base)
+        reuse.record(images[1])
+        for changed in [*itertools.combinations(layers, 1), *itertools.combinations(layers, 2)]:
+            for layer in changed:
+                layer.switch(not base)
+            again, _ = reuse.rerun([layer.path for layer in changed], images[1])
+            with torch.no_grad():
+                whole = quantized(images[1])
+            for layer in changed:
+                layer.switch(base)
+            assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+def test_a_change_in_one_head_computes_that_head_alone(images: Tensor) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), Heads())
+    reuse = Reuse(net, ["0", "2.first", "2.second"])
+    x = images[0]
+    before = reuse.record(x)
+    ran: list[str] = []
+    for name, part in net.named_modules():
+        part.register_forward_hook(lambda *_, name=name: ran.append(name))
+    after, given = reuse.rerun(["2.second"], x)
+    assert ran == ["2.second", "2", ""]
+    assert given["2.second"][0] is after[1]
+    assert after[0] is before[0]
+
+
+def test_errors_are_those_of_the_layers(bench: Bench, net: Net, quantized: nn.Module, samples: list[Sample]) -> None:
+    alone, all_, none = bench.measure(samples, [Trial(FLOAT, ("second",)), Trial(INT8), Trial(FLOAT)])
+    assert none.outputs == {"first": 0.0, "second": 0.0}
+    assert none.error == 0
+    assert alone.outputs["first"] == 0
+    assert alone.introduced == pytest.approx(alone.outputs["second"], rel=1e-6)
+    assert alone.error == pytest.approx(alone.outputs["second"] / 2**0.5)
+    with torch.no_grad():
+        pairs = [(quantized(x)["first"], net(x)["first"]) for x in (torch.from_numpy(s.arrays["x"]) for s in samples)]
+    difference = sum(float((a - b).square().sum()) for a, b in pairs) / sum(float(b.square().sum()) for _, b in pairs)
+    assert all_.outputs["first"] == pytest.approx(difference**0.5, rel=1e-4)
+
+
+def test_the_fragile_layer_is_found_and_left_out(model: TorchModel, bench: Bench, samples: list[Sample]) -> None:
+    profile = build_sensitivity_profile(model, {"Net": bench.modules["Net"]}, samples, data="images", budget=0.05)
+    assert profile.layers[0].layer == "fragile"
+    assert profile.layers[0].left_out.error < profile.int8.error / 3
+    assert profile.choice is not None
+    assert profile.choice.skipped == ["fragile"]
+    assert profile.choice.loss.value <= 0.05 < profile.int8.error
+    assert get_sensitive_layers(profile, 0.05) == ["fragile"]
+    assert get_sensitive_layers(profile, 10.0) == []
+    assert len(get_sensitive_layers(profile, 1e-9)) == len(profile.layers)
+    assert list(profile.to_pandas()["layer"]) == [row.layer for row in profile.layers]
+
+
+def test_quantisers_are_on_again_afterwards(bench: Bench, quantized: nn.Module, samples: list[Sample]) -> None:
+    x = torch.from_numpy(samples[0].arrays["x"])
+    with torch.no_grad():
+        before = quantized(x)["first"]
+        bench.measure(samples[:1], [Trial(FLOAT, ("fragile",)), Trial(INT8, ("stem", "second"))])
+        assert torch.equal(quantized(x)["first"], before)
+
+
+def test_trials_merge_in_any_order(model: TorchModel, bench: Bench, samples: list[Sample]) -> None:
+    whole = build_sensitivity_profile(model, {"Net": bench.modules["Net"]}, samples)
+    wanted = [("fp32", ""), ("int8", ""), *itertools.product(("alone", "left_out"), bench.layers)]
+    rows = [row for each in wanted for row in run_trials(bench, samples, [each])]
+    random.Random(0).shuffle(rows)
+    merged = merge_trials(rows)
+    assert {**merged.to_dict(), "seconds": 0} == {**whole.to_dict(), "seconds": 0}
+    with pytest.raises(InputError, match="is missing"):
+        merge_trials(rows[1:])
+    with pytest.raises(InputError, match="of 2 models or data sets"):
+        merge_trials([{**rows[0], "data": "others"}, *rows[1:]])
+
+
+def test_bad_input(model: TorchModel, bench: Bench, net: Net, samples: list[Sample]) -> None:
+    with pytest.raises(InputError, match="no layer of net is quantised"):
+        Bench(model, {"Net": net})
+    with pytest.raises(InputError, match="no quantised layer 'stemm'; nearest is stem"):
+        bench.measure(samples, [Trial(INT8, ("stemm",))])
+    with pytest.raises(InputError, match="no sample"):
+        build_sensitivity_profile(model, {"Net": bench.modules["Net"]}, [])
+    with pytest.raises(InputError, match="expected fp32 or int8 without one"):
+        run_trials(bench, samples, [("alone", "")])
+    profile = build_sensitivity_profile(model, {"Net": bench.modules["Net"]}, samples[:1])
+    with pytest.raises(InputError, match="expected a positive budget"):
+        choose_layers(bench, samples, profile, 0.0)
+
+
+def test_faces(model: TorchModel, bench: Bench, samples: list[Sample], tmp_path: Path) -> None:
+    profile = build_sensitivity_profile(model, {"Net": bench.modules["Net"]}, samples, data="images", budget=0.05)
+    text = "\n".join(_plain(part) for part in render(profile))
+    assert "fragile" in text
+    assert "--skip-layers fragile" in text
+    write_page(profile, "cpdebug quantize sensitivity net", tmp_path / "page.html")
+    write_chart(profile, tmp_path / "chart.svg")
+    page, chart = (tmp_path / "page.html").read_text(), (tmp_path / "chart.svg").read_text()
+    assert page.count("<td>fragile</td>") == 1
+    assert chart.startswith('<svg xmlns="http://www.w3.org/2000/svg"')
+    assert chart.count('class="bars"') == len(profile.layers)
+
+
+def _plain(part: object) -> str:
+    from rich.console import Console
+
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(part)
+    return capture.get()
