@@ -78,6 +78,8 @@ class SearchResult:
     """Why the search ended early."""
     builds: int = 0
     """Engines or sessions made for this search, those of its log not counted."""
+    passes: float = 0.0
+    """Work of the emulator, prediction included, in passes over all samples."""
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
 
@@ -127,6 +129,7 @@ class SearchResult:
                 "pareto": [trial.to_dict() for trial in self.pareto],
                 "trials": [trial.to_dict() for trial in self.trials],
                 "builds": self.builds,
+                "passes": self.passes,
                 "seconds": self.seconds,
                 "stopped": self.stopped,
                 "notes": self.notes,

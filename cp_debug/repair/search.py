@@ -245,6 +245,7 @@ class _Search:
             keep={p.name: self._told(p, nodes_of(kept, p.name)) for p in self._tests},
             stopped=stopped,
             builds=self.runner.builds,
+            passes=self.emulator.passes,
             seconds=time.monotonic() - self._started,
             notes=self._notes,
         )

@@ -82,7 +82,7 @@ def handover(result: SearchResult) -> Iterator[RenderableType]:
     for component, tools in arguments(result.keep, result.precision).items():
         for tool, line in tools.items():
             yield Text(f"{TOOLS[tool]}, {component}:", style="bold")
-            yield Text(line)
+            yield Text(line, no_wrap=True, overflow="ignore")
     if any(result.keep.values()) and (fragment := deploy_fragment(result.keep, result.precision)):
         yield Text("configuration of cpdebug deploy:", style="bold")
         yield Syntax(fragment, "yaml", background_color="default")
