@@ -30,7 +30,7 @@ def save_ptq_model(module: nn.Module | Mapping[str, nn.Module], path: Path) -> N
     Raises InputError for a module that is not quantised, and when the file cannot be written.
     """
     modules = module if isinstance(module, Mapping) else {"": module}
-    components = {name: _entry(part) for name, part in modules.items()}
+    components = {name: entry_of(part) for name, part in modules.items()}
     with complete_path(path) as partial:
         torch.save({"format": FORMAT, "components": components}, partial)
 
@@ -45,9 +45,13 @@ def load_ptq_model(module: nn.Module, path: Path, component: str = "") -> nn.Mod
     components = read_ptq_checkpoint(path)
     if component not in components:
         raise InputError(f"{path}: holds the components {', '.join(map(repr, components))}; expected {component!r}")
+    return rebuild(module, components[component], str(path))
+
+
+def rebuild(module: nn.Module, entry: Mapping[str, Any], source: str) -> nn.Module:
+    """The quantised model that ``entry_of`` described, from the FP32 one; raises InputError as ``load_ptq_model``."""
     if is_quantized(module):
-        raise InputError(f"{path}: {type(module).__name__} is quantised already; expected the FP32 model")
-    entry = components[component]
+        raise InputError(f"{source}: {type(module).__name__} is quantised already; expected the FP32 model")
     plain = copy.deepcopy(module)
     try:
         about = Quantization(**(entry["about"] | {"folding": Folding(**entry["about"]["folding"])}))
@@ -57,9 +61,9 @@ def load_ptq_model(module: nn.Module, path: Path, component: str = "") -> nn.Mod
         made = install(plain, about.model, about.method, unit, dict.fromkeys(about.adds, 1.0))
     except (InputError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{path}: this is the checkpoint of another model than {type(module).__name__} ({error})"
+            f"{source}: this is the checkpoint of another model than {type(module).__name__} ({error})"
         ) from None
-    load_state(made, entry["state_dict"], str(path))
+    load_state(made, entry["state_dict"], source)
     made.quantization = about  # type: ignore[assignment]
     switched_off = set(entry["switched_off"])
     for name, quantizer in quantizers(made):
@@ -86,7 +90,8 @@ def is_ptq_checkpoint(path: Path) -> bool:
         return False
 
 
-def _entry(module: nn.Module) -> dict[str, Any]:
+def entry_of(module: nn.Module) -> dict[str, Any]:
+    """Weights, scales, folding and skips of a quantised module as plain tensors and containers."""
     return {
         "about": dataclasses.asdict(quantization_of(module)),
         "switched_off": [

@@ -1,0 +1,208 @@
+"""Quantisation-aware training: fine-tune a quantised module, so that its weights fit the grid that they are put on.
+
+The start is calibrated, the scales stay as they are, and so does BatchNorm: its running statistics belong to FP32, and
+updating them on fake-quantised activations destroys the network within a few steps.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from cp_debug.errors import InputError
+from cp_debug.files import complete_path
+from cp_debug.quantization.library import is_quantized
+
+B = TypeVar("B")
+FORMAT = "cpdebug QAT state 1"
+CLIP = 35.0
+"""Largest norm of a gradient, as mmdet3d trains CenterPoint."""
+OnStep = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class QatOptions:
+    """``steps`` of Adam at ``rate``; every ``interval`` steps the module is validated, and training ends when
+    ``patience`` validations brought nothing better."""
+
+    steps: int = 200
+    rate: float = 1e-5
+    interval: int = 20
+    patience: int = 4
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("interval", 1), ("patience", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} is {getattr(self, name)}; expected at least {least}")
+        if not 0 < self.rate < 1:
+            raise InputError(f"the learning rate is {self.rate:g}; expected one between 0 and 1")
+
+
+@dataclass
+class QatResult:
+    """What fine-tuning did. The module holds the best weights."""
+
+    history: list[tuple[int, float, float]]
+    """(steps done, mean training loss since the one before, validation) of each validation; step 0 is the start."""
+    ended: str
+    """``steps``, ``patience`` or ``interrupted``."""
+
+    @property
+    def best(self) -> tuple[int, float]:
+        """Steps done and validation where it was lowest, the earliest of equals."""
+        step, _, value = min(self.history, key=lambda entry: entry[2])
+        return step, value
+
+
+@dataclass
+class _State:
+    """All that training goes on from."""
+
+    step: int = 0
+    best: dict[str, Tensor] = field(default_factory=dict)
+    history: list[tuple[int, float, float]] = field(default_factory=list)
+
+
+def finetune(
+    module: nn.Module,
+    batch: Callable[[int], B],
+    loss: Callable[[nn.Module, B], Tensor],
+    validate: Callable[[nn.Module], float],
+    options: QatOptions = QatOptions(),
+    *,
+    state: Path | None = None,
+    resume: bool = False,
+    on_step: OnStep = lambda text, done, total: None,
+) -> QatResult:
+    """Train ``module``, which is quantised and calibrated, in place; it ends in eval mode with its best weights.
+
+    ``batch`` of a step's number gives that step's data, the same each time, so that a resumed run repeats nothing and
+    skips nothing. ``validate`` is given the module in eval mode; lower is better, and the start counts. ``state`` is
+    written at every validation; ``resume`` goes on from it. Ctrl-C ends training and keeps the best.
+
+    Raises InputError for a module that is not quantised, a loss that is not finite, and a state that is missing or of
+    another run.
+    """
+    if not is_quantized(module):
+        raise InputError(f"{type(module).__name__} is not quantised; expected one that `cpdebug quantize ptq` made")
+    parameters = _unfreeze(module)
+    optimizer = torch.optim.Adam(parameters, lr=options.rate)
+    now = _State()
+    if resume:
+        now = _load(module, optimizer, options, state)
+    ended = "steps"
+    try:
+        if not now.history:
+            _validate(module, validate, now, math.nan)
+        total = 0.0
+        while now.step < options.steps:
+            if _stale(now.history) >= options.patience:
+                ended = "patience"
+                break
+            done, lowest = now.step, min(value for *_, value in now.history)
+            on_step(f"fine-tuning, validation {lowest:.4g} at best", done, options.steps)
+            total += _train(module, optimizer, parameters, loss, batch(done), done)
+            now.step += 1
+            if now.step % options.interval == 0 or now.step == options.steps:
+                _validate(module, validate, now, total / (now.step - now.history[-1][0]))
+                total = 0.0
+                if state:
+                    _save(module, optimizer, options, now, state)
+    except KeyboardInterrupt:
+        if not now.history:
+            raise
+        ended = "interrupted"
+    module.load_state_dict(now.best)
+    module.eval().requires_grad_(False)
+    return QatResult(now.history, ended)
+
+
+def freeze_batchnorm(module: nn.Module) -> None:
+    """Let every BatchNorm keep its statistics and weights, whatever mode its module is in next."""
+    for part in module.modules():
+        if isinstance(part, _BatchNorm):
+            part.eval().requires_grad_(False)
+
+
+def _unfreeze(module: nn.Module) -> list[nn.Parameter]:
+    module.requires_grad_(True)
+    freeze_batchnorm(module)
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def _train(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    parameters: list[nn.Parameter],
+    loss: Callable[[nn.Module, B], Tensor],
+    batch: B,
+    step: int,
+) -> float:
+    module.train()
+    freeze_batchnorm(module)
+    value = loss(module, batch)
+    if not bool(value.isfinite()):
+        raise InputError(f"step {step}: the loss is {value.item()}; lower the learning rate or look at the data")
+    optimizer.zero_grad()
+    value.backward()
+    nn.utils.clip_grad_norm_(parameters, CLIP)
+    optimizer.step()
+    return value.item()
+
+
+def _validate(module: nn.Module, validate: Callable[[nn.Module], float], now: _State, trained: float) -> None:
+    module.eval()
+    with torch.no_grad():
+        value = validate(module)
+    if not now.history or value < min(lowest for *_, lowest in now.history):
+        now.best = copy.deepcopy(module.state_dict())
+    now.history.append((now.step, trained, value))
+
+
+def _stale(history: list[tuple[int, float, float]]) -> int:
+    """Validations since the best one."""
+    values = [value for *_, value in history]
+    return len(values) - 1 - values.index(min(values))
+
+
+def _save(module: nn.Module, optimizer: torch.optim.Optimizer, options: QatOptions, now: _State, path: Path) -> None:
+    with complete_path(path) as partial:
+        torch.save(
+            {
+                "format": FORMAT,
+                "options": asdict(options),
+                "module": module.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                **vars(now),
+            },
+            partial,
+        )
+
+
+def _load(module: nn.Module, optimizer: torch.optim.Optimizer, options: QatOptions, path: Path | None) -> _State:
+    if path is None or not path.is_file():
+        raise InputError(f"--resume: there is no state {path or ''}".rstrip() + "; start without it")
+    try:
+        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        if saved["format"] != FORMAT:
+            raise ValueError(saved["format"])
+        for name in ("rate", "interval"):
+            if saved["options"][name] != getattr(options, name):
+                raise InputError(
+                    f"--resume: {path} has {name} {saved['options'][name]:g}, not {getattr(options, name):g}"
+                )
+        module.load_state_dict(saved["module"])
+        optimizer.load_state_dict(saved["optimizer"])
+        return _State(saved["step"], saved["best"], [tuple(entry) for entry in saved["history"]])
+    except InputError:
+        raise
+    except Exception as error:  # torch.load raises nearly anything on a broken file
+        raise InputError(f"--resume: {path} is no state of this fine-tuning ({str(error).splitlines()[0]})") from error

@@ -1,0 +1,165 @@
+"""QATHook in a real runner: quantised before the first step, trained, saved, resumed."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cp_debug.errors import InputError
+from cp_debug.quantization.library import is_quantized
+from cp_debug.quantization.ptq import scales_of
+
+pytest.importorskip("mmengine")
+
+from mmengine.hooks import Hook
+from mmengine.model import BaseModel
+from mmengine.runner import Runner
+from torch.utils.data import Dataset
+
+from cp_debug.quantization.mmengine_hook import KEY, QATHook
+
+
+class Net(BaseModel):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+        self.lonely = nn.BatchNorm2d(8)  # behind a ReLU: it cannot be folded
+        self.head = nn.Conv2d(8, 1, 1)
+
+    def forward(self, inputs: Tensor, target: Tensor, mode: str = "tensor") -> Any:
+        found = self.head(self.lonely(self.stem(inputs)))
+        return {"loss": (found - target).square().mean()} if mode == "loss" else found
+
+
+class Images(Dataset[dict[str, Tensor]]):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        image = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(index))
+        return {"inputs": image, "target": image.sum(0, keepdim=True)}
+
+
+class Watch(Hook):
+    """What training saw."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.modes: set[bool] = set()
+        self.start: dict[str, Tensor] = {}
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        self.start = self.start or copy.deepcopy(runner.model.state_dict())
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        self.losses.append(outputs["loss"].item())
+        self.modes.add(runner.model.lonely.training)
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(0)
+    net = Net()
+    with torch.no_grad():
+        for norm in (net.stem[1], net.lonely):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+    return net
+
+
+def runner(folder: Path, net: Net, epochs: int = 2, watch: Watch | None = None, **options: Any) -> Runner:
+    resume = options.pop("resume", False)
+    hook = {"type": "QATHook", "calibration_batches": 3, **options}
+    logging.getLogger("mmengine").setLevel(logging.ERROR)
+    return Runner(
+        model=net,
+        work_dir=str(folder),
+        train_dataloader={
+            "dataset": Images(),
+            "batch_size": 2,
+            "sampler": {"type": "DefaultSampler", "shuffle": False},
+            "collate_fn": {"type": "default_collate"},
+        },
+        train_cfg={"by_epoch": True, "max_epochs": epochs},
+        optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.01, "momentum": 0.9}},
+        custom_hooks=[hook, watch or Watch()],
+        default_hooks={"checkpoint": {"type": "CheckpointHook", "interval": 1}, "logger": None},
+        experiment_name=f"{folder.name}-{epochs}-{resume}-{id(net)}",
+        resume=resume,
+        log_level="ERROR",
+    )
+
+
+def test_quantised_before_the_first_step_and_trained(tmp_path: Path, net: Net) -> None:
+    data = Images()
+    batch = torch.stack([data[index]["inputs"] for index in range(8)])
+    before = copy.deepcopy(net).eval()(batch, torch.zeros(1))
+    watch = Watch()
+    training = runner(tmp_path, net, epochs=4, watch=watch)
+    training.train()
+    assert isinstance(net.stem[1], nn.Identity), "BatchNorm behind the convolution was folded"
+    assert watch.modes == {False}, "the other one stayed in eval mode in every step"
+    assert torch.equal(net.lonely.running_mean, watch.start["lonely.running_mean"])
+    assert watch.losses[-1] < watch.losses[0]
+    trained = {name for name, tensor in net.state_dict().items() if not torch.equal(tensor, watch.start[name])}
+    assert {"stem.0.weight", "stem.0.bias", "head.weight", "head.bias"} == trained, "and scales are as calibrated"
+    start = copy.deepcopy(net)
+    start.load_state_dict(watch.start)
+    after = start.eval()(batch, torch.zeros(1))
+    assert 0 < (after - before).norm() / before.norm() < 0.05, "training started where calibration ended"
+
+
+def test_sensitive_layers_stay_in_fp32(tmp_path: Path, net: Net) -> None:
+    runner(tmp_path, net, epochs=1, sensitive_layers=["head"], amax_method="max").train()
+    assert list(scales_of(net).layers) == ["stem.0"]
+    assert scales_of(net).method == "max"
+
+
+def test_checkpoint_restores_scales_and_training_goes_on(
+    tmp_path: Path, net: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(
+        "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1"
+    )  # mmengine 0.10.7 cannot resume with torch 2.6 and later
+    fresh = copy.deepcopy(net)
+    straight = copy.deepcopy(net)
+    runner(tmp_path / "once", straight, epochs=3).train()
+    runner(tmp_path / "twice", net, epochs=2).train()
+    saved = torch.load(tmp_path / "twice" / "epoch_2.pth", weights_only=False)
+    assert saved[KEY]["about"]["layers"] == ["stem.0", "head"]
+    watch = Watch()
+    runner(tmp_path / "twice", fresh, epochs=3, watch=watch, resume=True, calibration_batches=1).train()
+    assert len(watch.losses) == 4, "one epoch"
+    for name, tensor in straight.state_dict().items():
+        assert torch.allclose(fresh.state_dict()[name], tensor, atol=1e-6), name
+
+
+def test_batchnorm_may_be_left_alone(tmp_path: Path, net: Net) -> None:
+    watch = Watch()
+    runner(tmp_path, net, epochs=1, freeze_bn=False, watch=watch).train()
+    assert isinstance(net.stem[1], nn.BatchNorm2d)
+    assert is_quantized(net)
+    assert watch.modes == {True}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"amax_method": "median"}, "median"),
+        ({"calibration_batches": 0}, "expected at least 1"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        QATHook(**options)
+
+
+def test_layer_that_does_not_exist(tmp_path: Path, net: Net) -> None:
+    with pytest.raises(InputError, match=r"no layer matches 'heads'; the nearest names are head"):
+        runner(tmp_path, net, sensitive_layers=["heads"]).train()
