@@ -130,7 +130,7 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = func.__name__.strip("_")
+        name = func.__name__.strip("_").partition(".")[0]  # in an exported program an overload: relu.default
         if name == "get":  # an attribute
             return func(*args, **kwargs)
         with self.tracer.function(name) as start:
