@@ -45,6 +45,8 @@ def _converted(name: str, model: Mapping[str, Any], columns: Sequence[int] | Non
     if columns is None or len(columns) != encoder["in_channels"]:
         columns = range(encoder["in_channels"])
     separate, coder = head["separate_head"], head["bbox_coder"]
+    if separate["type"].rpartition(".")[2] != "SeparateHead":
+        raise Unlike(f"pts_bbox_head.separate_head is {separate['type']}, not SeparateHead")
     max_voxels = voxels["max_voxels"]
     tasks = tuple(tuple(task["class_names"]) for task in head["tasks"])
     return CenterPointConfig(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ class DetectorLayers:
 
     A branch is fed what the detector makes of a cloud; one that no cloud reaches (behind images, or behind operations
     that need CUDA) seeded noise. ``.npz`` files give the tensors themselves. Modules in another process come as
-    exported programs of torch, checked for equal outputs. Raises InputError when there is no branch, or one that
-    cannot be run or handed over.
+    exported programs of torch, checked for equal outputs. What torch cannot export (custom operators) is cut off, from
+    the end. Raises InputError when there is no branch, or one of which nothing can be handed over.
     """
 
     def __init__(self, name: str, client: Client, about: Mapping[str, Any], seed: int) -> None:
@@ -42,6 +43,8 @@ class DetectorLayers:
         result, examples = client.call("inputs", cloud.arrays)
         self._reason = result["reason"]
         self._noise = {branch: _shape(c) for branch, c in result["channels"].items() if branch not in examples and c}
+        self.notes: list[str] = []
+        """What a reader of the results must know."""
         self.components: Sequence[Component] = [
             self._component(branch, array) for branch, array in {**examples, **self._made_up(seed)}.items()
         ]
@@ -52,42 +55,35 @@ class DetectorLayers:
         ]
 
     def _component(self, branch: str, features: np.ndarray) -> Component:
+        with tempfile.TemporaryDirectory(prefix="cpdebug-") as folder:
+            file = Path(folder) / "branch.pt2"
+            try:
+                made = self._client.call("program", {"features": features}, branch=branch, file=str(file)).result
+                module = self._client.module(branch) or _read_program(file)
+            except ProgramFailed as error:
+                raise InputError(
+                    f"{self.name}: torch {self._torch} in {self._client.where} cannot export {branch} for torch "
+                    f"{torch.__version__} here: {error}"
+                ) from error
+        self.notes += [f"without {part}, which torch cannot export: {why}" for part, why in made["dropped"].items()]
         result, outputs = self._client.call("run", {"features": features}, branch=branch)
-        module = self._client.module(branch)
-        if module is None:
-            module = self._hand_over(branch, features, [outputs[name] for name in result["outputs"]])
+        self._check(branch, module, features, [outputs[name] for name in result["outputs"]])
         return Component(
-            name=branch,
+            name=made["name"],
             input_names=(_input(branch),),
             output_names=result["outputs"],
             module=module,
             stages=[Stage(child, child) for child, _ in module.named_children()],
         )
 
-    def _hand_over(self, branch: str, features: np.ndarray, expected: Sequence[np.ndarray]) -> nn.Module:
-        """The branch of the other process as a module of this one, with the same paths."""
-        with tempfile.TemporaryDirectory(prefix="cpdebug-") as folder:
-            file = Path(folder) / "branch.pt2"
-            try:
-                self._client.call("program", {"features": features}, branch=branch, file=str(file))
-                tree = torch.export.unflatten(torch.export.load(file))
-            except Exception as error:  # a format of another version fails in many ways
-                if isinstance(error, InputError) and not isinstance(error, ProgramFailed):
-                    raise
-                raise InputError(
-                    f"{self.name}: {branch} cannot be handed over from torch {self._torch} in {self._client.where} to "
-                    f"torch {torch.__version__} here: {error}; both must be able to export and load programs: best of "
-                    "one version, or run cpdebug in that Python"
-                ) from error
-        # Without the root's checks of its inputs, which no exporter can trace.
-        module = fx.GraphModule(tree, tree.graph).eval()
+    def _check(self, branch: str, module: nn.Module, features: np.ndarray, expected: Sequence[np.ndarray]) -> None:
+        """Raise InputError where the module computes something else than the detector did."""
         with torch.no_grad():
             given = module(torch.from_numpy(features))
         for ours, real in zip(given, expected, strict=True):
             difference = np.abs(ours.numpy() - real).max(initial=0)
             if not difference <= TOLERANCE * np.abs(real).max(initial=0):
                 raise InputError(f"{self.name}: the exported program of {branch} differs from it by {difference:.3g}")
-        return module
 
     def samples(self, count: int, seed: int, inputs: Path | None) -> Iterator[Sample]:
         """``.npz`` files of the branches' tensors, point files, or (None) synthetic scenes from ``seed`` on."""
@@ -114,6 +110,18 @@ class DetectorLayers:
     def decode(self, sample: Sample, results: Mapping[str, Arrays]) -> None:
         """Boxes need the detector's own code, with what it asks of cameras and data."""
         return None
+
+
+def _read_program(file: Path) -> nn.Module:
+    """An exported program as a module with the paths of the one that it was made from. Raises ProgramFailed."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = torch.export.unflatten(torch.export.load(file))
+    except Exception as error:  # another version's format fails in many ways
+        raise ProgramFailed(f"{type(error).__name__}: {error}") from error
+    # Without the root's checks of its inputs, which no exporter can trace.
+    return fx.GraphModule(tree, tree.graph).eval()
 
 
 def _input(branch: str) -> str:

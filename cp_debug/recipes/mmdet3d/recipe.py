@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import tempfile
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,11 +48,11 @@ def load_detector(name: str, *, checkpoint: Path | None = None, seed: int = 0) -
         weights = checkpoint.name
     try:
         settings = center_point_config(config.stem, about["model"], about["columns"])
-        return Mmdet3dCenterPoint(name, client, settings, weights, about["model"]["test_cfg"]["pts"])
+        return Mmdet3dCenterPoint(name, client, settings, weights, about)
     except Unlike as reason:
-        if about["model"].get("type") == "CenterPoint":
-            warnings.warn(f"{name}: compared without boxes, as {reason}", stacklevel=2)
-        return DetectorLayers(name, client, about, seed)
+        layers = DetectorLayers(name, client, about, seed)
+        layers.notes.append(f"layers alone, without boxes: {reason}")
+        return layers
 
 
 class Mmdet3dCenterPoint(CenterPointModel):
@@ -63,7 +62,7 @@ class Mmdet3dCenterPoint(CenterPointModel):
     """
 
     def __init__(
-        self, name: str, client: Client, config: CenterPointConfig, weights: str, test_cfg: Mapping[str, Any]
+        self, name: str, client: Client, config: CenterPointConfig, weights: str, about: Mapping[str, Any]
     ) -> None:
         with tempfile.TemporaryDirectory(prefix="cpdebug-") as folder:
             file = Path(folder) / "weights.pt"
@@ -71,18 +70,25 @@ class Mmdet3dCenterPoint(CenterPointModel):
             try:
                 super().__init__(config.name, checkpoint=file, config=config)
             except InputError as error:
-                raise Unlike(str(error).removeprefix(f"{file}: ")) from None
+                raise Unlike(str(error).partition("\n")[2].partition("\n")[0]) from None
         self.name, self.weights = name, weights
-        self.verified = self._verify(client, circle=test_cfg["nms_type"] == "circle")
+        nms = about["model"]["test_cfg"]["pts"].get("nms_type")
+        self.verified = self._verify(client, boxes=nms == "circle")
         """Stage → max |Δ| from the real detector on one synthetic scene."""
         encoder, rest = self.components
         encoder.module = client.encoder or encoder.module
         rest.module = client.module(rest.name) or rest.module
+        self.notes = [
+            f"mmdet3d {about['versions']['mmdet3d']} in {client.where}: {len(self.verified)} stages of one synthetic "
+            f"scene equal up to {max(self.verified.values()):.2g} (max |Δ|)"
+        ]
+        if nms != "circle":
+            self.notes.append(f"boxes after circle NMS; this configuration has {nms} NMS in mmdet3d")
 
-    def _verify(self, client: Client, *, circle: bool) -> dict[str, float]:
+    def _verify(self, client: Client, *, boxes: bool) -> dict[str, float]:
         (sample,) = self.samples(1, 0, None)
         real = client.call("stages", sample.arrays).arrays
-        differences = stage_differences(self, sample.arrays["points"], real, boxes=circle)
+        differences = stage_differences(self, sample.arrays["points"], real, boxes=boxes)
         for stage, difference in differences.items():
             if not difference <= TOLERANCE * float(np.abs(real[stage]).max(initial=0)):
                 raise Unlike(f"this project's CenterPoint computes another {stage} (max |Δ| {difference:.3g})")

@@ -70,8 +70,12 @@ class Branch(nn.Module):
         for part in PARTS:
             if isinstance(module := getattr(detector, prefix + part, None), nn.Module):
                 self.add_module(prefix + part, module)
-        kinds = [name[len(prefix) :].rpartition("_")[2] for name, _ in self.named_children()]
-        self.name = prefix + "_".join(kinds)
+        self.prefix = prefix
+
+    @property
+    def name(self) -> str:
+        """``pts_backbone_neck_head``, of the parts that it has."""
+        return self.prefix + "_".join(n[len(self.prefix) :].rpartition("_")[2] for n, _ in self.named_children())
 
     def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """One tensor to all that the head returns, flat."""
@@ -273,14 +277,23 @@ def run(detectors: list[Detector], step: Step, arrays: Arrays) -> tuple[dict[str
 
 
 def program(detectors: list[Detector], step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
-    """Write ``branch`` as it computes ``features``, an exported program of torch, to ``file``."""
-    try:
-        exported = torch.export.export(detectors[0].branches[step["branch"]], (torch.from_numpy(arrays["features"]),))
-        torch.export.save(exported, step["file"])
-    except Exception as error:  # nearly everything; a torch before 2.1 has no such module
-        reason = str(error).strip().splitlines() or [""]
-        raise Failure("program", f"{type(error).__name__}: {reason[0]}") from error
-    return {}, {}
+    """Write ``branch`` as it computes ``features``, an exported program of torch, to ``file``.
+
+    What cannot be exported is cut off the branch, from its end; the result says why.
+    """
+    branch = detectors[0].branches[step["branch"]]
+    dropped: dict[str, str] = {}
+    while True:
+        try:
+            exported = torch.export.export(branch, (torch.from_numpy(arrays["features"]),))
+            torch.export.save(exported, step["file"])
+            return {"name": branch.name, "dropped": dropped}, {}
+        except Exception as error:  # nearly everything; a torch before 2.1 has no such module
+            last = [name for name, _ in branch.named_children()][-1]
+            dropped[last] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            if not list(branch.children())[1:]:
+                raise Failure("program", dropped[last]) from error
+            delattr(branch, last)
 
 
 COMMANDS = {
