@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ import numpy as np
 import onnx
 
 from cp_debug.backends.base import Sink
+from cp_debug.backends.memory import Trimmer
 from cp_debug.backends.ort_options import Runtime
 from cp_debug.errors import InputError
 from cp_debug.probes import surgery
@@ -24,7 +24,6 @@ _NODES_PER_CHUNK = 8
 _KEEP_SESSIONS_BELOW = 1 << 28
 """Bytes of weights up to which the chunks' sessions stay open for the next run; each keeps a copy of its weights."""
 _TRIM_AFTER = 1 << 25
-"""Freed bytes after which memory goes back to the system."""
 
 
 @dataclass
@@ -56,7 +55,7 @@ class ChunkedGraph:
     ) -> dict[str, np.ndarray]:
         """The graph's outputs, as far as they are tensors; ``sink`` is given ``probes`` in execution order."""
         live = to_ort(inputs)
-        freed = 0
+        trimmer = Trimmer(_TRIM_AFTER)
         results: dict[str, np.ndarray] = {}
         final = [v.name for v in self._graph.outputs]
         for name in final:
@@ -76,10 +75,7 @@ class ChunkedGraph:
                 if name in final:
                     results[name] = to_numpy(live[name]).copy()
             for name in chunk.dies:
-                freed += _size(live.pop(name, None))
-            if freed > _TRIM_AFTER:
-                _trim()
-                freed = 0
+                trimmer.freed(_size(live.pop(name, None)))
         return {name: results[name] for name in final if name in results}
 
     def close(self) -> None:
@@ -133,12 +129,6 @@ def to_numpy(value: onnxruntime.OrtValue) -> np.ndarray:
 
 def _size(value: onnxruntime.OrtValue | None) -> int:
     return value.tensor_size_in_bytes() if value is not None and value.is_tensor() else 0
-
-
-def _trim() -> None:
-    """glibc keeps freed blocks of up to 32 MiB in its heap, where they fragment: twice the memory in SECOND at 512."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 def _plan(graph: Graph) -> list[_Chunk]:

@@ -272,7 +272,8 @@ class Bisection:
                 found.knobs = find_knobs(pipeline.model, pipeline.programs, pipeline.backend, sample, floor)
 
     def _writer(self, folder: Path, pipeline: Pipeline, sample: Sample) -> CaptureWriter:
-        return CaptureWriter(folder / str(pipeline.backend.spec), header(pipeline, [sample]))
+        target = folder / str(pipeline.backend.spec)
+        return CaptureWriter(target, header(pipeline, [sample]), checksums=self.options.save is not None)
 
     def _result(self, run: TestRun, found: Collected, layers: list[Layer]) -> TestResult:
         rows = [found.rows[key] for key in sorted(found.rows, key=lambda k: found.rows[k].index)]

@@ -20,6 +20,7 @@ from torch import Tensor
 from cp_debug.backends.arithmetic import ARITHMETICS, FP64
 from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor
+from cp_debug.backends.memory import Trimmer
 from cp_debug.bisect.norms import distance, ratio
 from cp_debug.bisect.precision import PRECISIONS, Precision
 from cp_debug.bisect.slack import disturbed
@@ -40,6 +41,9 @@ EXCESS = 4.0
 measurements."""
 BEYOND_DOUBT = 1000.0
 """An excess that no other order of summation explains, so that nobody need ask."""
+
+TRIM_AFTER = 1 << 27
+"""Bytes of oracle results after which freed memory goes back to the system."""
 
 FLOOR = 0.5
 """Unit roundoffs that every layer may introduce, whatever its emulation says."""
@@ -78,8 +82,12 @@ class Replayer:
         oracle: str,
         known: Collection[str],
         device: str = "cpu",
+        *,
+        emulated: bool = False,
     ) -> None:
-        """``precisions`` are those that the reference and the test claim to have."""
+        """``precisions`` are those that the reference and the test claim to have. ``emulated``: the test is the
+        emulation of its claim, of this very graph, so that emulating its layers again would give what was captured.
+        """
         self.graph = graph
         self.precision = PRECISIONS[precisions[1]]
         self.oracle = Executor(graph, ARITHMETICS[oracle], device)
@@ -90,6 +98,8 @@ class Replayer:
             p: self.oracle if p == oracle else Executor(graph, ARITHMETICS[p], device) for p in precisions
         }
         self._claims = precisions
+        self._emulated = emulated
+        self._trimmer = Trimmer(TRIM_AFTER)
         self._weight_loss = lru_cache(maxsize=None)(self._storage_loss_of_weight)
 
     def layers(self, reference: Load, test: Load) -> Iterator[tuple[str, Replay]]:
@@ -121,15 +131,16 @@ class Replayer:
         if control := [n.op for n in nodes if n.op in CONTROL_FLOW]:
             return {t: Replay(skipped=f"{control[0]} is cut around: its body has no probes") for t in targets}
         given = {s: test(s) for s in starts}
+        captured = {t: test(t) for t in targets}
         exact = self.oracle.run_nodes(nodes, given, targets)
-        emulated = self._emulators[self._claims[1]].run_nodes(nodes, given, targets)
+        emulated = captured if self._emulated else self._emulate(self._claims[1], nodes, given, exact)
         divergence = self._divergence(given, reference)
         results = {}
         for target in targets:
-            replay = self._judge(test(target), exact[target], emulated[target], self.precision)
+            replay = self._judge(captured[target], exact[target], emulated[target], self.precision)
             if EXCESS < (replay.excess or 0.0) < BEYOND_DOUBT:
                 others = disturbed(self.oracle, nodes, given, [target])[target]
-                replay = self._judge(test(target), exact[target], emulated[target], self.precision, others)
+                replay = self._judge(captured[target], exact[target], emulated[target], self.precision, others)
             replay.nodes = tuple(n.name for n in nodes)
             replay.oracle_error = self._oracle_roundoff * math.sqrt(max(self._reduction(n) for n in nodes))
             replay.range_loss = max(
@@ -142,13 +153,21 @@ class Replayer:
             if replay.inherited is not None and replay.inherited > SUSPICIOUS * divergence + 2 * own:
                 replay.reference_excess = self._reference_excess(nodes, starts, target, reference)
             results[target] = replay
+            self._trimmer.freed(exact[target].nbytes)
         return results
+
+    def _emulate(
+        self, claim: str, nodes: list[Node], given: Mapping[str, AnyTensor], exact: Mapping[str, Tensor]
+    ) -> Mapping[str, AnyTensor]:
+        """The values of ``exact`` in the arithmetic of ``claim``: themselves where that is the oracle's."""
+        emulator = self._emulators[claim]
+        return exact if emulator is self.oracle else emulator.run_nodes(nodes, given, exact)
 
     def _judge(
         self,
         captured: AnyTensor,
         exact: Tensor,
-        emulated: Tensor,
+        emulated: AnyTensor,
         claim: Precision,
         others: Tensor | None = None,
     ) -> Replay:
@@ -177,7 +196,7 @@ class Replayer:
         given = {s: reference(s) for s in starts}
         claim = PRECISIONS[self._claims[0]]
         exact = self.oracle.run_nodes(nodes, given, [target])[target]
-        emulated = self._emulators[claim.name].run_nodes(nodes, given, [target])[target]
+        emulated = self._emulate(claim.name, nodes, given, {target: exact})[target]
         replay = self._judge(reference(target), exact, emulated, claim)
         if EXCESS < (replay.excess or 0.0) < BEYOND_DOUBT:
             others = disturbed(self.oracle, nodes, given, [target])[target]

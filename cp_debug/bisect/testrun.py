@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
+from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.base import Program, Tensor
+from cp_debug.backends.emulated import EmulatedBackend
 from cp_debug.bisect.layers import Layer
 from cp_debug.bisect.observe import observe
 from cp_debug.bisect.pipeline import Key, Pipeline, value_map
@@ -14,6 +16,7 @@ from cp_debug.bisect.replay import Load, Replay, Replayer
 from cp_debug.bisect.result import LayerRow, Observation
 from cp_debug.bisect.verdict import judge
 from cp_debug.probes.capture import Capture, CaptureWriter
+from cp_debug.probes.graph import Graph
 from cp_debug.probes.statistics import TensorStats, compare
 from cp_debug.recipes.base import Arrays, Model, Sample
 
@@ -88,9 +91,21 @@ class TestRun:
         if component not in self._replayers:
             assert self.oracle is not None
             claims = self._reference_precision, self.precision.name
-            graph = self.programs[component].graph
-            self._replayers[component] = Replayer(graph, claims, self.oracle, test.names(component=component))
+            graph, names = self.programs[component].graph, test.names(component=component)
+            emulated = self._emulates(graph)
+            self._replayers[component] = Replayer(graph, claims, self.oracle, names, emulated=emulated)
         return self._replayers[component]
+
+    def _emulates(self, graph: Graph) -> bool:
+        """Whether the backend computed ``graph`` itself as a replayer would emulate it."""
+        backend = self.pipeline.backend
+        return (
+            isinstance(backend, EmulatedBackend)
+            and backend.arithmetic == ARITHMETICS[self.precision.name]
+            and not backend.overrides
+            and backend.device == "cpu"
+            and any(program.graph is graph for program in self.pipeline.programs)
+        )
 
     def observe(
         self, sample: Sample, probed: Mapping[str, Arrays], test: Capture

@@ -71,7 +71,7 @@ class Entry:
     dtype: str
     file: str
     crc32: str
-    """Of the raw little-endian bytes, eight hexadecimal digits."""
+    """Of the raw little-endian bytes, eight hexadecimal digits; empty in a capture without checksums."""
 
 
 def array_hash(array: np.ndarray) -> str:
@@ -84,10 +84,12 @@ def array_hash(array: np.ndarray) -> str:
 class CaptureWriter:
     """Context manager that writes one capture; an exception in its block, Ctrl-C too, leaves nothing behind."""
 
-    def __init__(self, folder: Path, header: Header | Mapping[str, Any]) -> None:
-        """``header`` is JSON-safe. Entering raises InputError when ``folder`` exists and is not empty."""
+    def __init__(self, folder: Path, header: Header | Mapping[str, Any], *, checksums: bool = True) -> None:
+        """``header`` is JSON-safe; ``checksums`` are for captures that are kept. Entering raises InputError when
+        ``folder`` exists and is not empty."""
         self.folder = Path(folder)
         self._header = dict(header)
+        self._checksums = checksums
         self._partial = self.folder.with_name(f".{self.folder.name}.{uuid.uuid4().hex[:8]}.partial")
         self._entries: dict[tuple[int, str, str], Entry] = {}
         self._written: Counter[int] = Counter()
@@ -128,7 +130,7 @@ class CaptureWriter:
             shape=tuple(array.shape),
             dtype=array.dtype.name,
             file=file,
-            crc32=f"{zlib.crc32(raw):08x}",
+            crc32=f"{zlib.crc32(raw):08x}" if self._checksums else "",
         )
         self._written[sample] += 1
 
