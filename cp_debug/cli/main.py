@@ -24,6 +24,7 @@ from cp_debug.cli import (
     models,
     report,
     search,
+    sweep,
     verify,
 )
 from cp_debug.cli import eval as evaluation
@@ -57,6 +58,7 @@ for command in (
 ):
     app.command()(command)
 app.command("eval")(evaluation.evaluate)
+app.add_typer(sweep.app)
 
 
 def main() -> None:

@@ -1,0 +1,222 @@
+"""``cpdebug sweep``: many models, checkpoints, backends and samples at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cp_debug.cli.bisect import Exporter
+from cp_debug.errors import InputError
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+    from cp_debug.sweep.grid import Grid
+    from cp_debug.sweep.log import Flatten, Record
+    from cp_debug.sweep.result import Group
+    from cp_debug.sweep.tasks import Task
+
+app = typer.Typer(
+    name="sweep",
+    help="A grid of models, checkpoints, backends and samples, on many workers; started again, it goes on.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+QUEUE, REPORT = "Queue", "Report"
+Models = Annotated[list[str] | None, typer.Argument(help="Recipes, .onnx files, module:callable; else tiny.")]
+Backends = Annotated[str, typer.Option("--backends", "-b", help="Reference first, then the tests.")]
+Checkpoints = Annotated[list[Path] | None, typer.Option("--checkpoint", help="Weights; repeatable.")]
+Inputs = Annotated[Path | None, typer.Option(help="Info file (.pkl), .npz, point file, or a folder of such.")]
+Seed = Annotated[int, typer.Option(help="Of made-up inputs; first synthetic scene.")]
+Exporters = Annotated[Exporter, typer.Option(help="For torch models; auto: what all backends read.")]
+Unfolded = Annotated[bool, typer.Option("--unfolded", help="Keep BatchNorm apart.")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Processes on this machine; default: its cores.", rich_help_panel=QUEUE)
+]
+Cluster = Annotated[str | None, typer.Option(help="Instead, a Dask scheduler: tcp://host:8786.", rich_help_panel=QUEUE)]
+LogFile = Annotated[
+    Path | None,
+    typer.Option("--log", help="FILE.jsonl, which a restart reads; FILE.parquet: that too.", rich_help_panel=QUEUE),
+]
+RetryFailed = Annotated[
+    bool, typer.Option("--retry-failed", help="Try tasks again that failed in an earlier run.", rich_help_panel=QUEUE)
+]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Folder for the log and all reports.", rich_help_panel=REPORT)
+]
+Json = Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.", rich_help_panel=REPORT)]
+Csv = Annotated[Path | None, typer.Option(help="Write the figures as CSV.", rich_help_panel=REPORT)]
+Html = Annotated[Path | None, typer.Option(help="Write the report as one HTML file.", rich_help_panel=REPORT)]
+
+
+@app.command("bisect")
+def sweep_bisect(
+    models: Models = None,
+    backends: Backends = "torch,ort",
+    checkpoint: Checkpoints = None,
+    inputs: Inputs = None,
+    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="At most this many samples.")] = 8,
+    seed: Seed = 0,
+    rtol: Annotated[float | None, typer.Option(help="Tolerance on max |Δ|, relative to max |reference|.")] = None,
+    atol: Annotated[float | None, typer.Option(help="Absolute tolerance on max |Δ|.")] = None,
+    explain: Annotated[bool, typer.Option(help="Try the known causes on every guilty layer.")] = True,
+    exporter: Exporters = Exporter.auto,
+    unfolded: Unfolded = False,
+    workers: Workers = None,
+    cluster: Cluster = None,
+    log: LogFile = None,
+    retry_failed: RetryFailed = False,
+    output: Output = None,
+    json: Json = None,
+    csv: Csv = None,
+    html: Html = None,
+) -> None:
+    """Which layers are guilty on how many samples, how their errors spread, and which samples stand out.
+
+    A task is one test backend on one sample. Exit code 1 when a backend disagrees on some sample, 2 when a task failed.
+    """
+    from cp_debug.sweep import bisecting
+
+    how = {"rtol": rtol, "atol": atol, "explain": explain}
+    grid = _grid(models, backends, checkpoint, samples, seed, inputs, exporter, unfolded, how)
+    desk = Desk(workers, cluster, log, retry_failed, output, json, csv, html)
+    desk.run("bisect", lambda: bisecting.tasks(grid), bisecting.merge, (bisecting.rows, bisecting.COLUMNS))
+
+
+@app.command("eval")
+def sweep_eval(
+    models: Models = None,
+    backends: Backends = "torch,ort",
+    checkpoint: Checkpoints = None,
+    data: Annotated[
+        Path | None, typer.Option(help="An mmdet3d info file (.pkl); else the held-out synthetic scenes.")
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="At most this many samples.")] = 50,
+    data_root: Annotated[Path | None, typer.Option(help="What the paths in the info file are relative to.")] = None,
+    sweeps: Annotated[int, typer.Option(min=0, help="Earlier sweeps to merge, at most.")] = 9,
+    skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Leave out samples without a cloud.")] = False,
+    min_points: Annotated[int, typer.Option(min=0, help="Points that an object must have to count.")] = 1,
+    draws: Annotated[int, typer.Option(min=0, help="Bootstrap draws for the intervals.")] = 1000,
+    seed: Seed = 0,
+    max_drop: Annotated[float, typer.Option(min=0, help="mAP that a backend may lose.")] = 0.01,
+    exporter: Exporters = Exporter.dynamo,
+    unfolded: Unfolded = False,
+    workers: Workers = None,
+    cluster: Cluster = None,
+    log: LogFile = None,
+    retry_failed: RetryFailed = False,
+    output: Output = None,
+    json: Json = None,
+    csv: Csv = None,
+    html: Html = None,
+) -> None:
+    """What `cpdebug eval` says, of many models at once: mAP, NDS, and in which samples boxes were lost or gained.
+
+    A task is one backend on one sample. Exit code 1 when a backend detects significantly less, 2 when a task failed.
+    """
+    from cp_debug.deploy.evaluation import EvaluationOptions
+    from cp_debug.sweep import evaluating
+
+    root = None if data_root is None else str(data_root.resolve())
+    how = {"data_root": root, "sweeps": sweeps, "skip_missing": skip_missing}
+    grid = _grid(models, backends, checkpoint, samples, seed, data, exporter, unfolded, how)
+    options = EvaluationOptions(min_points=min_points, draws=draws, seed=seed, max_drop=max_drop)
+    desk = Desk(workers, cluster, log, retry_failed, output, json, csv, html)
+    merge = partial(evaluating.merge, options=options)
+    desk.run("eval", lambda: evaluating.tasks(grid), merge, (evaluating.rows, evaluating.COLUMNS))
+
+
+def _grid(
+    models: list[str] | None,
+    backends: str,
+    checkpoints: list[Path] | None,
+    samples: int,
+    seed: int,
+    inputs: Path | None,
+    exporter: Exporter,
+    unfolded: bool,
+    how: Mapping[str, Any],
+) -> Grid:
+    from cp_debug.backends.spec import parse_backends
+    from cp_debug.recipes.registry import DEFAULT
+    from cp_debug.sweep.grid import Grid
+
+    return Grid(
+        models=models or [DEFAULT],
+        backends=parse_backends(backends),
+        checkpoints=checkpoints or (),
+        samples=samples,
+        seed=seed,
+        inputs=inputs,
+        exporter=None if exporter is Exporter.auto else exporter.value,
+        folded=not unfolded,
+        how=how,
+    )
+
+
+@dataclass(frozen=True)
+class Desk:
+    """Where tasks go and reports come out: the flags that all kinds share."""
+
+    workers: int | None
+    cluster: str | None
+    log: Path | None
+    retry_failed: bool
+    output: Path | None
+    json: str | None
+    csv: Path | None
+    html: Path | None
+
+    def run(
+        self,
+        kind: str,
+        tasks: Callable[[], Iterable[Task]],
+        merge: Callable[[Iterable[Record]], Sequence[Group]],
+        flat: tuple[Flatten, Mapping[str, type]],
+    ) -> None:
+        """Run what is left, merge what there is, show it, and exit. ``flat``: how records become rows of a table."""
+        from cp_debug.cli.console import command_line, show_document
+        from cp_debug.cli.sweep_view import view
+        from cp_debug.reports.sweep import render, write_csv, write_page
+        from cp_debug.sweep.log import Log, write_parquet
+        from cp_debug.sweep.result import SweepResult
+        from cp_debug.sweep.run import run
+        from cp_debug.sweep.workers import local_workers, remote_workers
+
+        if self.workers and self.cluster:
+            raise InputError("--workers and --cluster: expected one of them; a cluster has its own workers")
+
+        def connect(gpu: bool) -> AbstractContextManager[Client]:
+            if self.cluster:
+                return remote_workers(self.cluster)
+            return local_workers(self.workers or len(os.sched_getaffinity(0)), gpu=gpu)
+
+        target = self.log or (self.output / "log.jsonl" if self.output else Path("sweep.jsonl"))
+        with Log(target.with_suffix(".jsonl")) as log:
+            with view(f"sweep {kind}") as on_progress:
+                finished = run(tasks, log, connect, retry_failed=self.retry_failed, on_progress=on_progress)
+            result = SweepResult.of(kind, finished, merge(finished.results()), command_line())
+            if target.suffix == ".parquet":
+                write_parquet(finished.results(), *flat, target)
+        json, csv, html = self.json, self.csv, self.html
+        if self.output:
+            json, csv, html = (
+                json or str(self.output / "sweep.json"),
+                csv or self.output / "sweep.csv",
+                html or self.output / "sweep.html",
+            )
+        show_document(render(result), result.to_dict(), json)
+        if csv:
+            write_csv(result, csv)
+        if html:
+            write_page(result, html)
+        raise typer.Exit(0 if result.passed else 2 if result.failures else 1)

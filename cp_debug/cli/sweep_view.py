@@ -1,0 +1,58 @@
+"""The live view of a sweep, on stderr: done, failed and running tasks, and what each worker does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Group
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from cp_debug.cli.console import errors
+
+if TYPE_CHECKING:
+    from cp_debug.sweep.queue import Progress as Queued
+
+MOST = 8
+"""Workers that are shown one by one."""
+
+
+class View:
+    """Draws what a queue tells."""
+
+    def __init__(self, live: Live, kind: str) -> None:
+        columns = (SpinnerColumn(), TextColumn(kind), BarColumn(), MofNCompleteColumn())
+        self._live = live
+        self._bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(elapsed_when_finished=True))
+        self._task = self._bar.add_task("", total=None)
+
+    def __call__(self, progress: Queued) -> None:
+        """Show how far it is."""
+        finished = progress.done + progress.failed
+        self._bar.update(self._task, completed=finished, total=progress.total)
+        rates = progress.rates
+        line = Text(f"{progress.done} done · {progress.failed} failed · {progress.running} running", style="dim")
+        line.append(f" · {60 * sum(rates.values()):.3g} a minute on {len(rates)} workers")
+        if progress.waiting_for_gpu:
+            line.append("\nwaiting for a worker with GPU=1: dask worker … --resources GPU=1", style="yellow")
+        busiest = sorted(rates.items(), key=lambda item: -item[1])[:MOST]
+        workers = [Text(f"  {name}  {progress.workers[name]} done, {60 * rate:.3g} a minute") for name, rate in busiest]
+        self._live.update(Group(self._bar, line, *workers))
+
+
+@contextmanager
+def view(kind: str) -> Iterator[View]:
+    """A view while the block runs; nothing is drawn when stderr is not a terminal."""
+    with Live(console=errors, transient=True, refresh_per_second=4) as live:
+        yield View(live, kind)

@@ -1,0 +1,209 @@
+"""A sweep in a terminal, as a page, and as a table: every kind says what it found as sections of tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import singledispatch
+from pathlib import Path
+
+from rich import box
+from rich.console import RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+import cp_debug
+from cp_debug.deploy.bootstrap import CONFIDENCE, Interval
+from cp_debug.files import write_text
+from cp_debug.reports.numbers import number
+from cp_debug.reports.page import environment, page_parts
+from cp_debug.sweep.bisecting import BisectGroup, LayerSpread
+from cp_debug.sweep.evaluating import EvalGroup
+from cp_debug.sweep.result import Group, SweepResult
+from cp_debug.sweep.spread import Outlier, Spread
+
+MOST_LAYERS = 12
+"""Layers that a terminal shows; the page has all."""
+MOST_FAILURES = 10
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table: headers, of which those that begin with ``>`` are of numbers, and rows of text."""
+
+    title: str
+    headers: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    most: int = 0
+    """Rows that a terminal shows; 0: all."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One group, in words and tables."""
+
+    title: str
+    passed: bool
+    sentence: str
+    sheets: Sequence[Sheet]
+    notes: Sequence[str] = field(default=())
+
+
+@singledispatch
+def section(group: Group) -> Section:
+    """A group as people read it."""
+    raise TypeError(type(group).__name__)
+
+
+@section.register
+def _(group: BisectGroup) -> Section:
+    samples, guilty = len(group.samples), group.guilty
+    title = f"{group.label}: {group.reference} → {group.backend}{' (emulated)' if group.emulated else ''}"
+    sentence = f"agrees on {group.agreeing} of {samples} samples"
+    if guilty:
+        first = guilty[0]
+        rest = f", and {len(guilty) - 1} more layers" if len(guilty) > 1 else ""
+        sentence += f"; most often guilty: {first.name} ({first.guilty} of {first.samples}){rest}"
+    if group.final:
+        worst = f"{number(group.final.worst)} on {group.samples[group.final.sample]}"
+        sentence += f"; final outputs differ by {number(group.final.median)} (median, rel. L2), {worst}"
+    ranked = sorted(group.layers, key=lambda row: (-row.guilty, -_excess(row)))
+    headers = ("layer", ">guilty", ">excess: median", ">p95", ">worst", ">introduced", ">rel. L2", "worst on")
+    rows = [
+        (
+            row.name,
+            f"{row.guilty}/{row.samples}",
+            *(number(value) for value in _percentiles(row.figures["excess"])),
+            *(number(_percentiles(row.figures[name])[0]) for name in ("introduced", "rel_l2")),
+            group.samples[row.figures["excess"].sample] if row.figures["excess"] else "",
+        )
+        for row in ranked
+    ]
+    notes = [f"{text} ({count} samples)" for text, count in group.notes.items()]
+    if group.causes:
+        notes.insert(0, "causes: " + ", ".join(f"{cause} on {count}" for cause, count in group.causes.items()))
+    if group.detections:
+        notes.insert(0, f"detections: {group.detections}")
+    sheets = [
+        Sheet("Layers over the samples; introduced and rel. L2 are medians", headers, rows, MOST_LAYERS),
+        *_outliers(group.outliers, "final rel. L2"),
+    ]
+    return Section(title, group.passed, sentence, sheets, notes)
+
+
+@section.register
+def _(group: EvalGroup) -> Section:
+    result = group.result
+    reference, *tests = result.backends
+    sentence = f"{len(result.samples)} samples; " + "; ".join(
+        f"{each.backend.spec}: mAP {_change(each.difference['mAP'])}" for each in tests if each.difference
+    )
+    if result.worse:
+        sentence += f"; worse by more than {result.options.max_drop:g}: {', '.join(result.worse)}"
+    headers = ["metric", f">{reference.backend.spec}"]
+    for each in tests:
+        headers += [f">{each.backend.spec}{' (emulated)' if each.backend.emulated else ''}", ">Δ"]
+    rows = []
+    for metric, value in reference.summary.items():
+        cells = [metric, f"{value.value:.4f}"]
+        for each in tests:
+            assert each.difference is not None
+            cells += [f"{each.summary[metric].value:.4f}", _change(each.difference[metric])]
+        rows.append(cells)
+    title = f"Metrics, {CONFIDENCE:.0%} intervals from {result.options.draws} draws of the samples"
+    notes = [f"{spec}: {change}" for spec, change in group.changes.items()] + list(result.notes)
+    outliers = [g for spec, found in group.outliers.items() for g in _outliers(found, f"{spec}: boxes lost or gained")]
+    return Section(group.label, group.passed, sentence, [Sheet(title, headers, rows), *outliers], notes)
+
+
+def render(result: SweepResult) -> Iterator[RenderableType]:
+    """The parts of a result, in the order in which they are read."""
+    yield Text(summary(result), style="dim")
+    for group in result.groups:
+        part = section(group)
+        yield Text()
+        yield Text(part.title, style="bold")
+        for sheet in part.sheets:
+            yield _table(sheet)
+            if 0 < sheet.most < len(sheet.rows):
+                yield Text(f"{sheet.most} of {len(sheet.rows)} rows; --html, --json and --csv have all", style="dim")
+        for note in part.notes:
+            yield Text(f"note: {note}", style="yellow")
+        mark, style = ("✓", "green") if part.passed else ("✗", "bold red")
+        yield Text(f"{mark} {part.title}: {part.sentence}", style=style)
+    if result.failures:
+        yield Text()
+        yield _table(_failures(result, MOST_FAILURES))
+        yield Text(f"✗ {len(result.failures)} tasks failed; --retry-failed tries them again", style="bold red")
+
+
+def summary(result: SweepResult) -> str:
+    """One line: what was done when."""
+    earlier = result.tasks - result.ran
+    known = f", {earlier} of them in {result.log} already" if earlier else ""
+    return f"{result.kind}: {result.tasks} tasks{known}; {result.seconds:.1f} s"
+
+
+def render_page(result: SweepResult) -> str:
+    """One HTML file that asks for nothing from a network."""
+    template = environment().get_template("sweep.html.j2")
+    sections = [section(group) for group in result.groups]
+    if result.failures:
+        failed = f"{len(result.failures)} of {result.tasks} tasks failed"
+        sections.append(Section("Failed tasks", False, failed, [_failures(result, 0)]))
+    about = {"result": result, "summary": summary(result), "sections": sections, "version": cp_debug.__version__}
+    return template.render(**about, **page_parts())
+
+
+def write_page(result: SweepResult, target: Path) -> None:
+    """Write the page. Raises InputError when it cannot be written."""
+    write_text(render_page(result), target)
+
+
+def write_csv(result: SweepResult, target: Path) -> None:
+    """Write the rows of every group as one table."""
+    import pandas as pd
+
+    rows = [row for group in result.groups for row in group.rows()]
+    write_text(pd.DataFrame(rows).to_csv(index=False), target)
+
+
+def _failures(result: SweepResult, most: int) -> Sheet:
+    rows = [(each.label, ", ".join(each.backends), each.sample, each.error) for each in result.failures]
+    return Sheet("Failed tasks", ("model", "backends", "sample", "why"), rows, most)
+
+
+def _outliers(found: Sequence[Outlier], figure: str) -> list[Sheet]:
+    if not found:
+        return []
+    rows = [(each.sample, number(each.value), number(each.score), _names(each.layers)) for each in found]
+    return [Sheet("Samples that stand out", ("sample", f">{figure}", ">robust z", "in layers"), rows, MOST_LAYERS)]
+
+
+def _names(layers: Sequence[str]) -> str:
+    return ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
+
+
+def _excess(row: LayerSpread) -> float:
+    spread = row.figures["excess"]
+    return spread.worst if spread else 0.0
+
+
+def _percentiles(spread: Spread | None) -> tuple[float | None, ...]:
+    return (spread.median, spread.p95, spread.worst) if spread else (None, None, None)
+
+
+def _change(figure: Interval) -> str:
+    return f"{figure.value:+.4f} [{figure.low:+.4f}, {figure.high:+.4f}]"
+
+
+def _table(sheet: Sheet) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=sheet.title, title_justify="left", title_style="italic", pad_edge=False)
+    for header in sheet.headers:
+        justify = "right" if header.startswith(">") else "left"
+        # The last column takes what is left of the width.
+        table.add_column(header.removeprefix(">"), justify=justify, no_wrap=header != sheet.headers[-1])  # type: ignore[arg-type]
+    for row in sheet.rows[: sheet.most or None]:
+        table.add_row(*map(escape, row))
+    return table

@@ -1,0 +1,253 @@
+"""``sweep bisect``: one task bisects one test backend on one sample; merged, each layer's figures over the samples."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from cp_debug.bisect.engine import Options, bisect
+from cp_debug.bisect.result import GUILTY, json_safe
+from cp_debug.deploy.detections import DetectionChange
+from cp_debug.sweep.grid import Grid
+from cp_debug.sweep.log import Record
+from cp_debug.sweep.prepared import load, make_backends, pick, programs_of, with_sample
+from cp_debug.sweep.spread import Outlier, Spread, outlying
+from cp_debug.sweep.tasks import Parameters, Task
+
+FIGURES = ("rel_l2", "introduced", "excess")
+"""Of a layer, whose spread is reported."""
+_KEPT = {
+    "index": int,
+    "component": str,
+    "name": str,
+    "onnx": str,
+    "op": str,
+    "max_abs": float,
+    "rel_l2": float,
+    "introduced": float,
+    "inherited": float,
+    "expected": float,
+    "excess": float,
+    "noise_floor": float,
+    "share": float,
+    "verdict": str,
+    "why": str,
+}
+"""What is kept of a layer's row."""
+COLUMNS = {"label": str, "reference": str, "backend": str, "sample": str, **_KEPT}
+"""Of the flat table: a row for each sample and layer."""
+
+
+def tasks(grid: Grid) -> Iterator[Task]:
+    """Each model × each test backend × each sample."""
+    reference, *tests = grid.backends
+    return grid.tasks("bisect", [(reference, test) for test in tests])
+
+
+def task(params: Parameters) -> dict[str, Any]:
+    """Bisect one test backend on one sample; JSON-safe."""
+    backends = make_backends(params["backends"])
+    model = load(params)
+    options = Options(
+        seed=params["seed"],
+        rtol=params["rtol"],
+        atol=params["atol"],
+        explain=params["explain"],
+        exporter=params["exporter"],
+        folded=params["folded"],
+    )
+    sample = with_sample(model, pick(model, params))
+    result = bisect(sample, backends, programs=programs_of(params, backends), options=options)
+    (test,) = result.tests
+    rows = (row.to_dict() for row in test.rows)
+    return {
+        "sample": result.samples[0],
+        "reference": result.reference.spec,
+        "backend": test.backend.spec,
+        "emulated": test.backend.emulated,
+        "agrees": test.agrees,
+        "final": json_safe(max((row.stats.rel_l2 for row in test.outputs), default=0.0)),
+        "detections": json_safe(asdict(test.detections)) if test.detections else None,
+        "causes": sorted({finding.cause for finding in test.findings}),
+        "notes": test.notes,
+        "layers": [{name: row[name] for name in _KEPT} for row in rows],
+    }
+
+
+def rows(record: Record) -> list[dict[str, Any]]:
+    """A record as rows of ``COLUMNS``."""
+    result = record["result"]
+    about = {"label": record["params"]["label"], **{k: result[k] for k in ("reference", "backend", "sample")}}
+    return [
+        about | {name: _number(row[name]) if kind is float else row[name] for name, kind in _KEPT.items()}
+        for row in result["layers"]
+    ]
+
+
+@dataclass(frozen=True)
+class LayerSpread:
+    """One layer over the samples."""
+
+    index: int
+    component: str
+    name: str
+    onnx: str
+    op: str
+    guilty: int
+    """On how many samples."""
+    samples: int
+    figures: dict[str, Spread | None]
+
+
+@dataclass(frozen=True)
+class BisectGroup:
+    """One model on one test backend, over all samples."""
+
+    label: str
+    reference: str
+    backend: str
+    emulated: bool
+    samples: list[str]
+    agreeing: int
+    """Samples on which the backend agrees with the reference."""
+    final: Spread | None
+    """The largest relative L2 divergence of the final outputs."""
+    layers: list[LayerSpread]
+    outliers: list[Outlier]
+    causes: dict[str, int]
+    """Cause → on how many samples it was found."""
+    detections: DetectionChange | None
+    notes: dict[str, int]
+
+    @property
+    def passed(self) -> bool:
+        """Whether the backend agrees on every sample."""
+        return self.agreeing == len(self.samples)
+
+    @property
+    def guilty(self) -> list[LayerSpread]:
+        """The layers that are guilty on some sample, most often first."""
+        return sorted((row for row in self.layers if row.guilty), key=lambda row: (-row.guilty, row.index))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe; samples are named."""
+        return json_safe({**asdict(self), "passed": self.passed, "guilty": [row.name for row in self.guilty]})
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each layer."""
+        found = []
+        for row in self.layers:
+            flat: dict[str, Any] = {"model": self.label, "reference": self.reference, "backend": self.backend}
+            flat |= {k: getattr(row, k) for k in ("index", "component", "name", "op", "guilty", "samples")}
+            for name, spread in row.figures.items():
+                for part in ("median", "p95", "worst"):
+                    flat[f"{name}_{part}"] = getattr(spread, part) if spread else np.nan
+                flat[f"{name}_worst_sample"] = self.samples[spread.sample] if spread else ""
+            found.append(flat)
+        return found
+
+
+@dataclass
+class _Tally:
+    """A layer so far: figures by sample."""
+
+    row: Mapping[str, Any]
+    guilty: int = 0
+    figures: dict[str, dict[int, float]] = field(default_factory=lambda: {name: {} for name in FIGURES})
+
+
+@dataclass
+class _Group:
+    """A group so far. Places are positions in the grid, so that the order of arrival does not matter."""
+
+    label: str
+    result: Mapping[str, Any]
+    sources: dict[int, str] = field(default_factory=dict)
+    final: dict[int, float] = field(default_factory=dict)
+    layers: dict[tuple[str, str], _Tally] = field(default_factory=dict)
+    causes: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+    detections: dict[int, DetectionChange] = field(default_factory=dict)
+    agreeing: int = 0
+
+    def add(self, place: int, result: Mapping[str, Any]) -> None:
+        self.sources[place], self.final[place] = result["sample"], _number(result["final"])
+        self.agreeing += result["agrees"]
+        self.causes.update(result["causes"])
+        self.notes.update(result["notes"])
+        if result["detections"]:
+            self.detections[place] = DetectionChange(**{k: _number(v) for k, v in result["detections"].items()})
+        for row in result["layers"]:
+            tally = self.layers.setdefault((row["component"], row["onnx"]), _Tally(row))
+            tally.guilty += row["verdict"] == GUILTY
+            for name, values in tally.figures.items():
+                if row[name] is not None:
+                    values[place] = _broken(row[name])
+
+    def finish(self) -> BisectGroup:
+        places = sorted(self.sources)
+        tallies = sorted(self.layers.values(), key=lambda tally: (tally.row["index"], tally.row["onnx"]))
+        figures = [{n: [v.get(p, np.nan) for p in places] for n, v in tally.figures.items()} for tally in tallies]
+        final = [_broken(self.final[place]) for place in places]
+        change = [self.detections[place] for place in sorted(self.detections)]
+        names = [self.sources[place] for place in places]
+        introduced = {tally.row["name"]: found["introduced"] for tally, found in zip(tallies, figures, strict=True)}
+        return BisectGroup(
+            label=self.label,
+            reference=self.result["reference"],
+            backend=self.result["backend"],
+            emulated=self.result["emulated"],
+            samples=names,
+            agreeing=self.agreeing,
+            final=Spread.of(final),
+            layers=[
+                LayerSpread(
+                    **{name: tally.row[name] for name in ("index", "component", "name", "onnx", "op")},
+                    guilty=tally.guilty,
+                    samples=len(tally.figures["rel_l2"]),
+                    figures={name: Spread.of(values) for name, values in found.items()},
+                )
+                for tally, found in zip(tallies, figures, strict=True)
+            ],
+            outliers=_outliers(names, final, introduced),
+            causes=dict(sorted(self.causes.items(), key=lambda item: (-item[1], item[0]))),
+            detections=sum(change[1:], change[0]) if change else None,
+            notes=dict(sorted(self.notes.items())),
+        )
+
+
+def merge(records: Iterable[Record]) -> list[BisectGroup]:
+    """One group a model and test backend, in the order of the grid."""
+    groups: dict[tuple[str, ...], _Group] = {}
+    first: dict[tuple[str, ...], int] = {}
+    for record in records:
+        params, result, place = record["params"], record["result"], record["place"]
+        key = (params["label"], *params["backends"])
+        first[key] = min(first.get(key, place), place)
+        groups.setdefault(key, _Group(params["label"], result)).add(place, result)
+    return [groups[key].finish() for key in sorted(groups, key=first.__getitem__)]
+
+
+def _outliers(names: list[str], final: list[float], layers: Mapping[str, list[float]]) -> list[Outlier]:
+    scores = outlying(final)
+    where: dict[int, list[str]] = {place: [] for place in scores}
+    for layer, values in layers.items():
+        for place in outlying(values):
+            where.setdefault(place, []).append(layer)
+    found = [Outlier(names[place], final[place], scores.get(place), layers) for place, layers in where.items()]
+    return sorted(found, key=lambda each: (-(each.score or 0.0), -len(each.layers), each.sample))
+
+
+def _number(value: Any) -> Any:
+    """Numbers that JSON lacks are strings."""
+    return float(value) if isinstance(value, str) else value
+
+
+def _broken(value: Any) -> float:
+    """NaN is as bad as infinity."""
+    number = float(value)
+    return np.inf if np.isnan(number) else number

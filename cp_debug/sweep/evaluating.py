@@ -1,0 +1,176 @@
+"""``sweep eval``: one task is what one backend detects in one sample; merged, scored as ``cpdebug eval`` scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cp_debug.backends.base import RunRecord
+from cp_debug.bisect.pipeline import Pipeline
+from cp_debug.bisect.result import json_safe
+from cp_debug.deploy.detections import DetectionChange, compare_detections
+from cp_debug.deploy.evaluate import as_detector
+from cp_debug.deploy.evaluation import EvaluationOptions, EvaluationResult, score_backends
+from cp_debug.deploy.predictions import Predictions
+from cp_debug.errors import InputError
+from cp_debug.recipes.data.base import DataOptions, Truth
+from cp_debug.sweep.grid import Grid
+from cp_debug.sweep.log import Record
+from cp_debug.sweep.prepared import load, make_backends, pick, programs_of
+from cp_debug.sweep.spread import Outlier, outlying
+from cp_debug.sweep.tasks import Parameters, Task
+
+_BOX = ("x", "y", "z", "length", "width", "height", "yaw", "vx", "vy")
+COLUMNS = {"label": str, "backend": str, "sample": str, "class": str, "score": float, **dict.fromkeys(_BOX, float)}
+"""Of the flat table: a row for each detection; z of the bottom centre."""
+
+
+def tasks(grid: Grid) -> Iterator[Task]:
+    """Each model × each backend, the reference too × each sample."""
+    return grid.tasks("eval", [(spec,) for spec in grid.backends], _data_options(grid.how))
+
+
+def task(params: Parameters) -> dict[str, Any]:
+    """Run one backend on one sample with ground truth; JSON-safe."""
+    model = as_detector(load(params))
+    (backend,) = make_backends(params["backends"])
+    sample = pick(model, params, _data_options(params))
+    if sample.truth is None:
+        raise InputError(f"{sample.source}: has no ground truth; expected an info file (.pkl)")
+    with Pipeline(model, programs_of(params, [backend]), backend) as pipeline:
+        found = model.decode(sample, pipeline.run(sample))
+        record = pipeline.record()
+    detected: Any = found
+    return json_safe(
+        {
+            "sample": sample.source,
+            "record": {name: getattr(record, name) for name in ("spec", "precision", "device", "emulated", "versions")},
+            "classes": list(model.class_names),
+            "region": list(model.region),
+            "detected": {name: np.asarray(getattr(detected, name)).tolist() for name in _Detected.__annotations__},
+            "truth": {each.name: getattr(sample.truth, each.name).tolist() for each in fields(Truth)},
+        }
+    )
+
+
+def rows(record: Record) -> list[dict[str, Any]]:
+    """A record as rows of ``COLUMNS``."""
+    result = record["result"]
+    found = _Detected.read(result["detected"])
+    about = {"label": record["params"]["label"], "backend": result["record"]["spec"], "sample": result["sample"]}
+    return [
+        about | {"class": result["classes"][label], "score": score} | dict(zip(_BOX, box, strict=True))
+        for box, score, label in zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class EvalGroup:
+    """One model on all backends, over the samples that every backend finished."""
+
+    label: str
+    result: EvaluationResult
+    changes: dict[str, DetectionChange]
+    """Test backend → what became of the reference's detections, over all samples."""
+    outliers: dict[str, list[Outlier]]
+    """Test backend → samples in which unusually many boxes were lost or gained."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether no backend detects significantly less than the reference."""
+        return not self.result.worse
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe."""
+        plain = {spec: [vars(each) for each in found] for spec, found in self.outliers.items()}
+        changes = {spec: vars(change) for spec, change in self.changes.items()}
+        about = {"label": self.label, "passed": self.passed, "changes": changes, "outliers": plain}
+        return json_safe({**self.result.to_dict(), **about})
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each backend and class, and one for all classes."""
+        return [{"model": self.label, **row} for row in self.result.to_pandas().to_dict("records")]  # type: ignore[dict-item]
+
+
+@dataclass(frozen=True)
+class _Detected:
+    """boxes: [N, 9]; scores, labels: [N]."""
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+
+    @classmethod
+    def read(cls, plain: Mapping[str, Any]) -> _Detected:
+        boxes = np.array(plain["boxes"], dtype=np.float32).reshape(-1, len(_BOX))
+        return cls(boxes, np.array(plain["scores"], dtype=np.float32), np.array(plain["labels"], dtype=np.int64))
+
+
+def merge(records: Iterable[Record], options: EvaluationOptions) -> list[EvalGroup]:
+    """One group a model, in the order of the grid. The reference is the first backend of the grid."""
+    groups: dict[str, dict[str, dict[Any, Any]]] = {}
+    for record in sorted(records, key=lambda each: each["place"]):
+        params = record["params"]
+        sample = (params["inputs"] or "", params["index"])
+        found = groups.setdefault(params["label"], {})
+        found.setdefault(params["backends"][0], {})[sample] = record["result"]
+    return [_merge(label, backends, options) for label, backends in groups.items()]
+
+
+def _merge(label: str, backends: Mapping[str, Mapping[Any, Any]], options: EvaluationOptions) -> EvalGroup:
+    reference, *tests = backends
+    shared = [sample for sample in backends[reference] if all(sample in backends[test] for test in tests)]
+    if not shared:
+        raise InputError(f"{label}: no sample was finished on every backend")
+    results = {spec: [found[sample] for sample in shared] for spec, found in backends.items()}
+    detected = {spec: [_Detected.read(each["detected"]) for each in found] for spec, found in results.items()}
+    first = results[reference]
+    names = [each["sample"] for each in first]
+    runs = {
+        spec: (RunRecord(**found[0]["record"]), Predictions.gather(detected[spec])) for spec, found in results.items()
+    }
+    options = EvaluationOptions(**{**vars(options), "region": tuple(first[0]["region"])})
+    scores, notes = score_backends(runs, [_truth(each["truth"]) for each in first], first[0]["classes"], options)
+    left_out = max(map(len, backends.values())) - len(shared)
+    if left_out:
+        notes.append(f"{left_out} samples are left out: some backend did not finish them")
+    pairs = {test: list(map(compare_detections, detected[reference], detected[test])) for test in tests}
+    return EvalGroup(
+        label=label,
+        result=EvaluationResult(
+            model=label,
+            data=f"{names[0]} to {names[-1]}",
+            samples=names,
+            options=options,
+            backends=scores,
+            predictions={spec: found for spec, (_, found) in runs.items()},
+            notes=notes,
+        ),
+        changes={test: sum(found[1:], found[0]) for test, found in pairs.items()},
+        outliers={test: _outliers(names, found) for test, found in pairs.items()},
+    )
+
+
+def _outliers(names: list[str], changes: list[DetectionChange]) -> list[Outlier]:
+    moved = [float(change.lost + change.gained) for change in changes]
+    found = outlying(moved)
+    return [Outlier(names[place], moved[place], score, []) for place, score in found.items()]
+
+
+def _truth(plain: Mapping[str, Any]) -> Truth:
+    """Objects of one sample; "NaN" for unknown velocities becomes NaN again."""
+    return Truth(
+        boxes=np.array(plain["boxes"], dtype=np.float32).reshape(-1, 7),
+        labels=np.array(plain["labels"], dtype=np.int64),
+        velocities=np.array(plain["velocities"], dtype=object).reshape(-1, 2).astype(np.float32),
+        num_points=np.array(plain["num_points"], dtype=np.int64),
+        attributes=np.array(plain["attributes"], dtype=np.str_),
+    )
+
+
+def _data_options(how: Mapping[str, Any]) -> DataOptions:
+    return DataOptions(how["data_root"] and Path(how["data_root"]), how["sweeps"], how["skip_missing"])

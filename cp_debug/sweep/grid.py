@@ -1,0 +1,99 @@
+"""The axes of a sweep and their product: (model or checkpoint) × backend × sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from cp_debug.backends.spec import BackendSpec
+from cp_debug.errors import InputError
+from cp_debug.recipes.data.base import DataOptions
+from cp_debug.recipes.data.opening import DEFAULT_OPTIONS
+from cp_debug.recipes.data.points import ENDINGS
+from cp_debug.sweep.prepared import load
+from cp_debug.sweep.tasks import Task, digests
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What to sweep over. Every model is paired with every checkpoint.
+
+    samples: at most so many of ``inputs`` (a file, or a folder whose files are samples), else made from ``seed``.
+    how: further parameters of every task.
+    """
+
+    models: Sequence[str]
+    backends: Sequence[BackendSpec]
+    """The reference first."""
+    checkpoints: Sequence[Path] = ()
+    samples: int = 8
+    seed: int = 0
+    inputs: Path | None = None
+    exporter: str | None = None
+    folded: bool = True
+    how: Mapping[str, Any] = field(default_factory=dict)
+
+    def tasks(
+        self, kind: str, pairs: Sequence[Sequence[BackendSpec]], data: DataOptions = DEFAULT_OPTIONS
+    ) -> Iterator[Task]:
+        """A task for each model, each of ``pairs`` of backends, and each sample. Raises InputError."""
+        for subject in self.subjects():
+            gpu = {pair: any(map(needs_gpu, pair)) for pair in map(tuple, pairs)}
+            for pair, sample in product(gpu, self.picked(subject, data)):
+                files = {**subject["files"], **sample["files"]}
+                named = {"backends": [str(spec) for spec in pair], "exporter": self.exporter, "folded": self.folded}
+                yield Task(kind, {**subject, **sample, **named, **self.how, "files": files}, gpu[pair])
+
+    def subjects(self) -> Iterator[dict[str, Any]]:
+        """The parameters that say what the model is; paths are absolute, as workers run elsewhere."""
+        for model, checkpoint in product(self.models, self.checkpoints or (None,)):
+            file, colon, name = (model, "", "") if model.endswith(".onnx") else model.rpartition(":")
+            named = model
+            read = [] if checkpoint is None else [checkpoint]
+            if file.endswith((".onnx", ".py")):
+                read.append(Path(file))
+                named = f"{Path(file).resolve()}{colon}{name}"
+            yield {
+                "label": model if checkpoint is None else f"{model} · {checkpoint}",
+                "model": named,
+                "checkpoint": None if checkpoint is None else str(checkpoint.resolve()),
+                "seed": self.seed,
+                "files": digests(read),
+            }
+
+    def picked(self, subject: Mapping[str, Any], data: DataOptions) -> Iterator[dict[str, Any]]:
+        """The parameters that say which sample it is."""
+        if self.inputs is None:
+            for index in range(self.samples):
+                yield {"inputs": None, "index": index, "files": {}}
+        elif self.inputs.suffix == ".pkl":
+            model = load(subject)
+            if not hasattr(model, "data"):
+                raise InputError(f"{self.inputs}: {model.name} reads no info files; expected .npz files of its inputs")
+            known = digests([self.inputs])
+            for index in range(len(model.data(self.inputs, self.samples, self.seed, data))):
+                yield {"inputs": str(self.inputs.resolve()), "index": index, "files": known}
+        else:
+            for file in sample_files(self.inputs)[: self.samples]:
+                yield {"inputs": str(file.resolve()), "index": 0, "files": digests([file])}
+
+
+def sample_files(inputs: Path) -> list[Path]:
+    """The file itself, or the files of a folder that hold samples, by name. Raises InputError for none."""
+    if not inputs.is_dir():
+        return [inputs]
+    if found := sorted(file for file in inputs.iterdir() if file.name.endswith(ENDINGS)):
+        return found
+    raise InputError(f"{inputs}: holds no sample (a file whose name ends in {' '.join(ENDINGS)})")
+
+
+def needs_gpu(spec: BackendSpec) -> bool:
+    """Whether a backend runs on CUDA: because its spec says so, or because nothing else can run it."""
+    if spec.device is not None:
+        return spec.device != "cpu"
+    from cp_debug.backends.ort_options import CUDA_ONLY
+
+    return spec.family == "trt" or spec.name == "torch-tf32" or (spec.family == "ort" and spec.variant in CUDA_ONLY)

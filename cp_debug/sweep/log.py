@@ -1,0 +1,122 @@
+"""The log of a sweep: a header and one JSON record a line, appended as tasks finish. A restart reads it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from cp_debug.errors import InputError
+from cp_debug.files import complete_path
+from cp_debug.optional import require
+
+SCHEMA = "cpdebug.sweep/1"
+_HEADER = (json.dumps({"schema": SCHEMA}) + "\n").encode()
+_BATCH = 256
+"""Records of a Parquet row group."""
+
+Record = dict[str, Any]
+"""``key``, ``kind``, ``params``, ``seconds``, ``worker``, and ``result`` or ``error``."""
+Flatten = Callable[[Record], list[dict[str, Any]]]
+"""A record as rows of a table."""
+
+
+class Log:
+    """Append-only. Every record is one write at the end of the file, so that whatever dies leaves whole lines but for
+    the last, which is then dropped. The first record with a result counts; later ones with its key are left alone.
+
+    Raises InputError for a file that is not a log, and for a broken line within one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+        try:
+            self._repair()
+        except BaseException:
+            self.close()
+            raise
+
+    def _repair(self) -> None:
+        """Write the header where there is none, and drop what an interrupted write left at the end."""
+        with self.path.open("rb") as stream:
+            start = stream.read(len(_HEADER))
+            if start != _HEADER:
+                if not _HEADER.startswith(start):
+                    raise InputError(f"{self.path}: not the log of a sweep; its first line is not {_HEADER.decode()!r}")
+                os.truncate(self._file, 0)
+                os.write(self._file, _HEADER)
+                return
+            end = len(_HEADER)
+            for line in stream:
+                if line.endswith(b"\n"):
+                    end += len(line)
+        os.truncate(self._file, end)
+
+    def append(self, record: Record) -> None:
+        """Add one record. Raises InputError when the disk does not take it."""
+        line = (json.dumps(record, allow_nan=False) + "\n").encode()
+        try:
+            if os.write(self._file, line) != len(line):
+                raise OSError(None, "no space left")
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written ({error.strerror})") from error
+
+    def __iter__(self) -> Iterator[Record]:
+        with self.path.open("rb") as stream:
+            next(stream, None)
+            for number, line in enumerate(stream, 2):
+                if not line.endswith(b"\n"):
+                    return  # being written
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise InputError(f"{self.path}: line {number} is no JSON ({error})") from None
+
+    def records(self, keys: Collection[str]) -> Iterator[Record]:
+        """One record for each of ``keys`` that has any: the first with a result, else the last error."""
+        failed: dict[str, Record] = {}
+        done: set[str] = set()
+        for record in self:
+            key = record["key"]
+            if key not in keys or key in done:
+                continue
+            if "error" in record:
+                failed[key] = record
+                continue
+            done.add(key)
+            failed.pop(key, None)
+            yield record
+        yield from failed.values()
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def write_parquet(records: Iterable[Record], flatten: Flatten, columns: Mapping[str, type], target: Path) -> None:
+    """The records as one flat table, a batch at a time. Raises MissingPackage without pyarrow."""
+    require("pyarrow", "parquet")
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    arrow = {str: pa.string(), float: pa.float64(), int: pa.int64(), bool: pa.bool_()}
+    schema = pa.schema([(name, arrow[kind]) for name, kind in columns.items()])
+    remaining = iter(records)
+    with complete_path(target) as partial, pq.ParquetWriter(partial, schema) as writer:
+        while batch := list(islice(remaining, _BATCH)):
+            rows = [row for record in batch for row in flatten(record)]
+            writer.write_table(pa.Table.from_pylist(rows, schema))

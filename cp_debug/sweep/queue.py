@@ -1,0 +1,172 @@
+"""One queue: tasks go to Dask's workers a bounded number at a time, and each result is in the log before it is counted.
+
+A task that kills its worker is tried three times. Dask holds a death against every task that waited on that worker,
+so the third try is made at the end, alone: who dies then has done it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cp_debug.sweep.log import Log
+from cp_debug.sweep.tasks import Task, run_task
+from cp_debug.sweep.workers import ClusterLost
+
+if TYPE_CHECKING:
+    from distributed import Client, as_completed
+
+TRIES = 3
+"""Workers that a task may kill."""
+LEAST = 16
+"""Tasks in flight at least, so that new workers find work."""
+_LOOK = 2.0
+"""Seconds after which the number of workers is asked for again."""
+_POLL = 0.005
+
+
+@dataclass
+class Progress:
+    """How far a sweep is."""
+
+    total: int
+    done: int = 0
+    """With a result, those of an earlier run included."""
+    failed: int = 0
+    running: int = 0
+    waiting_for_gpu: bool = False
+    """Some task needs a GPU, and no worker has one."""
+    workers: dict[str, int] = field(default_factory=dict)
+    """Worker → tasks that it finished; those that are there now come first."""
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Worker → tasks a second."""
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        return {worker: count / seconds for worker, count in self.workers.items()}
+
+
+class _Flight(NamedTuple):
+    """A task with Dask. ``alone``: with no other."""
+
+    task: Task
+    alone: bool
+
+
+class Queue:
+    """Runs tasks on a client's workers and writes what they give into a log."""
+
+    def __init__(self, client: Client, log: Log, progress: Progress, on_progress: Callable[[Progress], None]) -> None:
+        self._client, self._log, self.progress, self._on_progress = client, log, progress, on_progress
+        self._flying: dict[Any, _Flight] = {}
+        self._again: deque[Task] = deque()
+        self._suspects: deque[Task] = deque()
+        self._deaths: Counter[str] = Counter()
+        self._submitted = 0
+        self._threads, self._looked = 0, float("-inf")
+
+    def run(self, tasks: Iterator[Task]) -> None:
+        """Until every task is in the log. Raises ClusterLost when the scheduler stays away."""
+        from distributed import as_completed
+
+        landed = as_completed(loop=self._client.loop, with_results=True, raise_errors=False)
+        while self._fill(tasks, landed):
+            for future, result in landed.next_batch(block=False):
+                self._land(future, result)
+                future.release()
+            self.progress.running = min(len(self._flying), self._threads)
+            self._on_progress(self.progress)
+            if not landed.has_ready():
+                time.sleep(_POLL)
+
+    def _fill(self, tasks: Iterator[Task], landed: as_completed) -> bool:
+        """Submit what fits; whether anything is in flight."""
+        self._look()
+        if any(flight.alone for flight in islice(self._flying.values(), 1)):
+            return True
+        while len(self._flying) < max(2 * self._threads, LEAST):
+            if (task := self._again.popleft() if self._again else next(tasks, None)) is None:
+                break
+            self._submit(task, landed, alone=False)
+        if not self._flying and self._suspects:
+            self._submit(self._suspects.popleft(), landed, alone=True)
+        return bool(self._flying)
+
+    def _submit(self, task: Task, landed: as_completed, *, alone: bool) -> None:
+        self._connected()
+        self._submitted += 1  # a key of its own for every try, as Dask remembers what became of the last
+        # Keys that begin alike make a group, of which Dask sends a worker no more than it can run at once.
+        future = self._client.submit(
+            run_task,
+            task.kind,
+            dict(task.params),
+            key=(task.kind, task.key, self._submitted),
+            resources={"GPU": 1} if task.gpu else None,
+        )
+        self._flying[future.key] = _Flight(task, alone)
+        landed.add(future)
+
+    def _land(self, future: Any, result: Any) -> None:
+        from distributed import KilledWorker
+
+        flight = self._flying.pop(future.key)
+        if future.status == "finished":
+            self._record(flight.task, result)
+        elif future.status == "error":
+            error = result[1]
+            if isinstance(error, KilledWorker):
+                self._killed(flight, error.allowed_failures + 1)
+            else:  # it never came to ``run_task``: a worker without this package
+                self._record(flight.task, {"error": f"{type(error).__name__}: {error}", "seconds": 0.0, "worker": ""})
+        else:  # the scheduler went away
+            self._again.append(flight.task)
+
+    def _killed(self, flight: _Flight, deaths: int) -> None:
+        task = flight.task
+        self._deaths[task.key] += deaths
+        if flight.alone:
+            error = f"killed {self._deaths[task.key]} workers, the last with nothing else running"
+            self._record(task, {"error": error, "seconds": 0.0, "worker": ""})
+        elif self._deaths[task.key] >= TRIES - 1:
+            self._suspects.append(task)
+        else:
+            self._again.append(task)
+
+    def _record(self, task: Task, outcome: dict[str, Any]) -> None:
+        self._log.append({"key": task.key, "kind": task.kind, "params": dict(task.params), **outcome})
+        if "error" in outcome:
+            self.progress.failed += 1
+        else:
+            self.progress.done += 1
+        if worker := outcome["worker"]:
+            self.progress.workers[worker] = self.progress.workers.get(worker, 0) + 1
+
+    def _connected(self) -> None:
+        """Wait while Dask connects again. Raises ClusterLost when it gave up."""
+        while self._client.status == "connecting":
+            time.sleep(0.05)
+        if self._client.status != "running":
+            raise ClusterLost(
+                f"the scheduler at {self._client.scheduler.address} went away and did not come back; "
+                f"{self.progress.done} of {self.progress.total} tasks are in {self._log.path}: "
+                "the same command goes on from there"
+            )
+
+    def _look(self) -> None:
+        """How many tasks can run at once, now and then: clusters grow and shrink."""
+        if time.monotonic() - self._looked < _LOOK:
+            return
+        self._connected()
+        self._looked = time.monotonic()
+        try:
+            workers = self._client.scheduler_info()["workers"]
+        except OSError:  # the scheduler went away just now
+            return
+        self._threads = sum(worker["nthreads"] for worker in workers.values())
+        gpus = any(worker["resources"].get("GPU") for worker in workers.values())
+        self.progress.waiting_for_gpu = not gpus and any(flight.task.gpu for flight in self._flying.values())

@@ -1,0 +1,82 @@
+"""A figure over samples: median, 95th percentile, the worst sample, and the samples that stand out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+FEWEST = 5
+"""Samples below which none is called an outlier."""
+OUTLYING = 3.5
+"""Robust z from which a sample is one (Iglewicz and Hoaglin, How to Detect and Handle Outliers, 1993)."""
+TWICE = 2.0
+"""An outlier is also this many times the median: in a tight bunch every last digit stands out."""
+TINY = 1e-12
+"""Figures below are the same: a relative error of nothing."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One figure over ``count`` samples that have it. NaN counts as infinite. Percentiles are those of a sample."""
+
+    count: int
+    median: float
+    p95: float
+    worst: float
+    sample: int
+    """Where it is worst: a place in the sequence."""
+
+    @classmethod
+    def of(cls, values: ArrayLike) -> Spread | None:
+        """None when no sample has the figure; those without it hold NaN in ``values``, broken ones infinity."""
+        array = np.asarray(values, dtype=float)
+        known = np.flatnonzero(~np.isnan(array))
+        if not len(known):
+            return None
+        found = array[known]
+        with np.errstate(invalid="ignore"):
+            p95 = np.quantile(found, 0.95, method="inverted_cdf")
+            median = np.median(found)
+        worst = known[found.argmax()]
+        return cls(len(found), float(median), float(p95), float(array[worst]), int(worst))
+
+
+@dataclass
+class Outlier:
+    """A sample that stands out: how far by its own figure, and in which layers."""
+
+    sample: str
+    value: float
+    score: float | None
+    """Robust z of the figure; None where the sample stands out in layers alone."""
+    layers: list[str]
+
+
+def robust_scores(values: ArrayLike) -> NDArray[np.float64]:
+    """How many robust standard deviations each value lies above the median, on a logarithmic scale: [N] → [N].
+
+    0.6745 (x − median) ÷ median absolute deviation, x = log10 of the value; where more than half are equal, the mean
+    absolute deviation serves (÷ 1.2533), and infinity lies infinitely far. NaN stays NaN.
+    """
+    logs = np.log10(np.maximum(np.asarray(values, dtype=float), TINY))
+    finite = logs[np.isfinite(logs)]
+    if not len(finite):
+        return np.full_like(logs, np.nan)
+    middle = np.median(finite)
+    distances = np.abs(finite - middle)
+    scale = np.median(distances) / 0.6745 or distances.mean() * 1.2533 or np.inf
+    return np.where(np.isposinf(logs), np.inf, (logs - middle) / scale)
+
+
+def outlying(values: Sequence[float]) -> dict[int, float]:
+    """Place → robust z of the values that stand out upwards; none of fewer than ``FEWEST``."""
+    array = np.asarray(values, dtype=float)
+    known = array[~np.isnan(array)]
+    if len(known) < FEWEST:
+        return {}
+    scores = robust_scores(array)
+    found = np.flatnonzero((scores > OUTLYING) & (array >= TWICE * np.median(known)))
+    return {int(place): float(scores[place]) for place in found}

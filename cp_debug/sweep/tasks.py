@@ -1,0 +1,116 @@
+"""What is queued: the name of a pure function, its parameters, and the files that it reads."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import socket
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import cp_debug
+from cp_debug.deploy.state import file_hash
+from cp_debug.errors import CpdebugError, InputError
+
+KINDS = {
+    "bisect": "cp_debug.sweep.bisecting:task",
+    "eval": "cp_debug.sweep.evaluating:task",
+}
+"""Kind → ``module:function``; the function maps parameters to a JSON-safe result. Its module says how results of the
+kind are merged (``merge``), and how one becomes rows of a table (``rows``, ``COLUMNS``)."""
+
+Parameters = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One call. ``kind`` is one of ``KINDS``, or ``module:function`` of anything that the workers can import.
+
+    params: JSON-safe. ``files``, where there is one, is path → digest of every file that the task reads; ``label`` is
+    what the user calls it, and does not matter to the result.
+    gpu: whether it needs a worker with the resource ``GPU``.
+    """
+
+    kind: str
+    params: Parameters
+    gpu: bool = False
+
+    @cached_property
+    def key(self) -> str:
+        """A hash of the parameters, the files' names and contents (not where they lie) and this project's version."""
+        files = self.params.get("files", {})
+        named = json.dumps({name: value for name, value in self.params.items() if name != "label"}, sort_keys=True)
+        for path in sorted(files, key=len, reverse=True):
+            named = named.replace(json.dumps(path)[1:-1], f"{Path(path).name} {files[path]}")
+        return hashlib.sha256(f"{cp_debug.__version__} {self.kind} {named}".encode()).hexdigest()[:32]
+
+
+def function_of(kind: str) -> Callable[[Parameters], dict[str, Any]]:
+    """The function of a kind. Raises InputError for a name that nobody knows."""
+    module, _, name = KINDS.get(kind, kind).partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"{kind!r} is no kind of task: {error}; known are {', '.join(KINDS)}") from None
+
+
+def run_task(kind: str, params: Parameters) -> dict[str, Any]:
+    """Run one task, on a worker: ``result`` or ``error``, ``seconds``, and which ``worker`` it was.
+
+    An exception becomes text here, because not every exception survives the way back.
+    """
+    start = time.perf_counter()
+    try:
+        check_files(params.get("files", {}))
+        outcome: dict[str, Any] = {"result": function_of(kind)(params)}
+    except CpdebugError as error:
+        outcome = {"error": str(error)}
+    except Exception as error:  # a defect in one task must not end the sweep
+        outcome = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+    return {**outcome, "seconds": time.perf_counter() - start, "worker": worker_name()}
+
+
+def worker_name() -> str:
+    """This worker as Dask calls it, else the machine's name."""
+    try:
+        from distributed import get_worker
+
+        return str(get_worker().address)
+    except (ImportError, ValueError):
+        return socket.gethostname()
+
+
+def digests(paths: Iterable[str | Path]) -> dict[str, str]:
+    """Absolute path → digest, for the parameters of a task. Raises InputError for a file that is not there."""
+    return {str(path): _digest_now(path) for path in sorted({Path(path).resolve() for path in paths})}
+
+
+def check_files(files: Mapping[str, str]) -> None:
+    """Raise InputError when this machine sees a file otherwise than the one where the sweep was started."""
+    for path, digest in files.items():
+        if _digest_now(Path(path)) != digest:
+            raise InputError(f"{path}: not the file that the sweep was started with; every worker must see the same")
+
+
+def _digest_now(path: Path) -> str:
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read here ({error.strerror}); every worker must see it") from None
+    return _digest(path, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(maxsize=4096)
+def _digest(path: Path, changed: int, size: int) -> str:
+    """``changed`` and ``size`` make a file that was written again another one."""
+    if path.suffix == ".onnx":
+        from cp_debug.probes.graph import Graph
+
+        return Graph(path).digest  # with the weights that lie beside it
+    return file_hash(path)
