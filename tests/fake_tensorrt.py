@@ -63,8 +63,10 @@ class FakeCuda:
     def synchronize(self, stream: int | None = None) -> None:
         assert stream in (None, self.stream)
 
-    def close(self) -> None:
+    def free(self) -> None:
         self.buffers.clear()
+
+    close = free
 
 
 class _Enum(enum.Enum):
@@ -86,6 +88,10 @@ class IDebugListener(ILogger):
 
 
 class IInt8EntropyCalibrator2(ILogger):
+    pass
+
+
+class IInt8MinMaxCalibrator(ILogger):
     pass
 
 
@@ -230,6 +236,10 @@ class IBuilderConfig:
         self._profiles.append(profile)
         return 0
 
+    def set_calibration_profile(self, profile: IOptimizationProfile) -> bool:
+        self._calibration_profile = profile
+        return True
+
     def create_timing_cache(self, data: bytes) -> ITimingCache:
         return self._trt.ITimingCache(self._trt, data)
 
@@ -267,6 +277,8 @@ class Builder:
             if not monitor.step_complete("Building", 0):
                 return None
             monitor.phase_finish("Building")
+        if getattr(config, "int8_calibrator", None) is not None:
+            self._calibrate(config, [tensor.name for tensor in network._inputs])
         weak = "STRONGLY_TYPED" not in network._flags
         low = next((word for flag, word in (("FP16", "HALF"), ("BF16", "BF16")) if flag in flags), None)
         groups = []
@@ -299,6 +311,18 @@ class Builder:
             "tf32": "TF32" in flags,
         }
         return trt.IHostMemory(json.dumps(plan).encode())
+
+    def _calibrate(self, config: IBuilderConfig, names: list[str]) -> None:
+        """As TensorRT does: the cache, or else batch after batch until there is none; then what came of it."""
+        calibrator = config.int8_calibrator
+        assert not config._profiles or config._calibration_profile is config._profiles[0]
+        if calibrator.read_calibration_cache() is not None:
+            return
+        ranges = dict.fromkeys(names, 0.0)
+        while (addresses := calibrator.get_batch(names)) is not None:
+            for name, address in zip(names, addresses, strict=True):
+                ranges[name] = max(ranges[name], ctypes.cast(address, ctypes.POINTER(ctypes.c_float))[0])
+        calibrator.write_calibration_cache(memoryview(json.dumps(ranges).encode()))
 
 
 def _fuse(layers: list[ILayer]) -> Iterator[list[ILayer]]:
@@ -504,5 +528,5 @@ def _restricted(name: str, members: set[str], module: ModuleType) -> type:
     return type(name, bases, {**kept, "__setattr__": check, "_trt": module})
 
 
-_SUBCLASSED = ("ILogger", "IProgressMonitor", "IDebugListener", "IInt8EntropyCalibrator2")
+_SUBCLASSED = ("ILogger", "IProgressMonitor", "IDebugListener", "IInt8EntropyCalibrator2", "IInt8MinMaxCalibrator")
 _NOT_COPIED = ("__dict__", "__weakref__")

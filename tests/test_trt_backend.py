@@ -163,6 +163,30 @@ def test_versions_name_library_and_card(version: str) -> None:
     assert (backend.precision, backend.device, backend.emulated) == ("fp16", "cuda:0", False)
 
 
+def test_int8_by_the_calibrator_of_the_version(version: str, tmp_path: Path) -> None:
+    data, cache = tmp_path / "data", tmp_path / "caches"
+    (data / "net").mkdir(parents=True)
+    options = {"calibration_data": data, "calibration_cache": cache}
+    if version.startswith("11."):
+        np.savez(data / "net/0.npz", x=X)
+        with pytest.raises(InputError, match="from the graph only"):
+            open_session(tmp_path, "trt-int8", **options)
+        return
+    with pytest.raises(InputError, match=r"net\.cache: there is no such calibration cache, and .*data/net holds no"):
+        open_session(tmp_path, "trt-int8", **options)
+    np.savez(data / "net/0.npz", x=X)
+    for spec in ("trt-int8", "trt-best"):
+        session = open_session(tmp_path, spec, **options)
+        collect(session, {"x": X})
+        assert "INT8" in session.settings["flags"]
+        assert (cache / "net.cache").is_file()
+    file = cache / "net.cache"
+    before = file.read_bytes()
+    open_session(tmp_path, "trt-int8", calibration_cache=file)
+    assert file.read_bytes() == before
+    assert create(BackendSpec.parse("trt-int8"), calibration_cache=file).implicit_int8
+
+
 CHAIN = 13
 
 

@@ -215,6 +215,35 @@ def test_dynamic_shapes_need_a_profile_and_are_checked_against_it(version: str, 
     assert "[5, 3, 8, 8], the engine was built for [1, 3, 8, 8] to [4, 3, 8, 8]" in error["message"]
 
 
+@pytest.mark.parametrize("kind", ["entropy", "minmax"])
+def test_the_calibrator_reads_arrays_once_and_keeps_what_it_found(version: str, kind: str, tmp_path: Path) -> None:
+    save_net(tmp_path, "N,3,8,8")
+    for i in range(3):
+        np.savez(tmp_path / f"{i}.npz", x=np.full((1 + i, 3, 8, 8), 2.0 + i, np.float32))
+    files = [str(tmp_path / f"{i}.npz") for i in range(3)]
+    calibration = {"cache": str(tmp_path / "c.cache"), "data": files, "kind": kind}
+    profiles = {"x": [[1, 3, 8, 8], [2, 3, 8, 8], [4, 3, 8, 8]]}
+    step = build_step(tmp_path, version, profiles=profiles, calibration=calibration)
+    if version.startswith("11."):
+        assert "no calibrators" in execute(step)["error"]["message"]
+        return
+    assert "error" not in execute(step)
+    assert json.loads((tmp_path / "c.cache").read_text()) == {"x": 4.0}
+    assert "error" not in execute({**step, "calibration": {**calibration, "data": []}})
+    (tmp_path / "c.cache").unlink()
+    np.savez(tmp_path / "1.npz", z=np.ones(3, np.float32))
+    assert execute(step)["error"]["message"].endswith("1.npz: holds no array 'x'")
+    np.savez(tmp_path / "1.npz", x=np.ones(3, np.float32))
+    assert "shape [3]; calibration runs at [2, 3, 8, 8]" in execute(step)["error"]["message"]
+    np.savez(tmp_path / "1.npz", x=np.array([None]))
+    assert "allow_pickle" in execute(step)["error"]["message"]
+
+
+def test_samples_are_cut_or_repeated_to_the_shape_of_calibration() -> None:
+    fitted = runner._fitted("f", "x", np.arange(6).reshape(3, 2), (4, 1))
+    assert fitted.tolist() == [[0], [2], [4], [0]]
+
+
 def test_parser_errors_name_the_node(version: str, tmp_path: Path) -> None:
     model = onnx.load(save_net(tmp_path))
     model.graph.node.append(onnx.helper.make_node("Det", ["y"], ["d"], name="/d/Det"))
@@ -236,7 +265,8 @@ def test_memory_versions_time_and_members_fail_in_words(monkeypatch: pytest.Monk
     assert (error["kind"], "Version tag does not match" in error["message"]) == ("engine", True)
     error = execute({**step, "set_flags": ["FP16"]})["error"]
     assert (error["kind"], error["message"]) == ("unsupported", "TensorRT 11.4.0 has no BuilderFlag.FP16")
-    error = execute({**step, "network_flags": [], "calibration_cache": "none"})["error"]
+    calibration = {"cache": "none", "data": [], "kind": "entropy"}
+    error = execute({**step, "network_flags": [], "calibration": calibration})["error"]
     assert (error["kind"], "no calibrators" in error["message"]) == ("unsupported", True)
 
 

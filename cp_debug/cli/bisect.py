@@ -75,6 +75,8 @@ def bisect(
     workspace: tensorrt.Workspace = None,
     timing_cache: tensorrt.TimingCache = None,
     calibration_cache: tensorrt.CalibrationCache = None,
+    trt_calibrator: tensorrt.CalibratorKind = None,
+    trt_calib_data: tensorrt.CalibrationData = None,
 ) -> None:
     """Run backends side by side and name the first layer whose result its precision cannot explain."""
     from contextlib import ExitStack
@@ -112,6 +114,7 @@ def bisect(
         trt_python, strongly_typed, probes, profile, keep_fp32, workspace, timing_cache, calibration_cache
     )
     with stack, steps() as on_step:
+        engines |= tensorrt.calibration_data(model, checkpoint, trt_calibrator, trt_calib_data, stack)
         made = tensorrt.make(parse_backends(backends), engines, on_step)
         result = run(model, made, test_model=test_model, options=options, on_step=on_step)
         result.command = command_line()

@@ -35,15 +35,19 @@ def build(
     workspace: tensorrt.Workspace = None,
     timing_cache: tensorrt.TimingCache = None,
     calibration_cache: tensorrt.CalibrationCache = None,
+    trt_calibrator: tensorrt.CalibratorKind = None,
+    trt_calib_data: tensorrt.CalibrationData = None,
 ) -> None:
     """Build one engine a component, and a manifest that is checked before an engine is loaded."""
+    from contextlib import ExitStack
     from tempfile import TemporaryDirectory
 
     from cp_debug.cli.console import console, steps
     from cp_debug.deploy.engines import build_engines
     from cp_debug.deploy.stages import Deployment, configured
 
-    with TemporaryDirectory(prefix="cpdebug-") as scratch, steps() as on_step:
+    with ExitStack() as stack, steps() as on_step:
+        scratch = stack.enter_context(TemporaryDirectory(prefix="cpdebug-"))
         config, source = configured(model, None, Path(scratch))
         engines = config.tensorrt.model_copy(
             update={
@@ -58,6 +62,8 @@ def build(
         profiles = dict(map(tensorrt.parse_profile, profile or ()))
         options: dict[str, Any] = {"on_event": on_step.on_event, "calibration_cache": calibration_cache}
         options |= {"profiles": profiles} if profiles else {}
+        if config.model is not None:
+            options |= tensorrt.calibration_data(config.model, config.checkpoint, trt_calibrator, trt_calib_data, stack)
         deployment = Deployment(config, source, on_step, **options)
         backend = deployment.backend(config.engine_backend)  # before the export: it may be missing here
         if onnx_dir is None and not deployment.onnx_dir.is_dir():

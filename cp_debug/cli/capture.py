@@ -31,8 +31,12 @@ def capture(
     workspace: tensorrt.Workspace = None,
     timing_cache: tensorrt.TimingCache = None,
     calibration_cache: tensorrt.CalibrationCache = None,
+    trt_calibrator: tensorrt.CalibratorKind = None,
+    trt_calib_data: tensorrt.CalibrationData = None,
 ) -> None:
     """Run one backend with every probe and write a capture."""
+    from contextlib import ExitStack
+
     from cp_debug.backends.spec import BackendSpec
     from cp_debug.bisect.recording import record
     from cp_debug.cli.console import console, steps
@@ -41,7 +45,8 @@ def capture(
     engines = tensorrt.tensorrt_options(
         trt_python, strongly_typed, probes, profile, keep_fp32, workspace, timing_cache, calibration_cache
     )
-    with steps() as on_step:
+    with ExitStack() as stack, steps() as on_step:
+        engines |= tensorrt.calibration_data(model, checkpoint, trt_calibrator, trt_calib_data, stack)
         (made,) = tensorrt.make([BackendSpec.parse(backend)], engines, on_step)
         written = record(
             load_model(model, checkpoint=checkpoint, seed=seed),

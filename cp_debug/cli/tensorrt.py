@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +26,13 @@ class Probes(str, Enum):
     boundaries = "boundaries"
     all = "all"
     bisect = "bisect"
+
+
+class Calibrator(str, Enum):
+    """How TensorRT's own calibrator finds ranges."""
+
+    entropy = "entropy"
+    minmax = "minmax"
 
 
 Python = Annotated[
@@ -54,8 +62,22 @@ Workspace = Annotated[int | None, typer.Option("--workspace", help="Limit in MiB
 TimingCache = Annotated[Path | None, typer.Option("--timing-cache", help="Kept and reused.", rich_help_panel=PANEL)]
 CalibrationCache = Annotated[
     Path | None,
-    typer.Option("--calibration-cache", help="INT8 scales for a graph without Q/DQ.", rich_help_panel=PANEL),
+    typer.Option(
+        "--calibration-cache",
+        help="What TensorRT's calibrator found: read, or written.",
+        rich_help_panel=PANEL,
+    ),
 ]
+CalibratorKind = Annotated[
+    Calibrator | None,
+    typer.Option("--trt-calibrator", help="INT8 of a graph without Q/DQ, by TensorRT (to 10).", rich_help_panel=PANEL),
+]
+CalibrationData = Annotated[
+    Path | None,
+    typer.Option("--trt-calib-data", help="Its samples, as --inputs; else the model's own.", rich_help_panel=PANEL),
+]
+CALIBRATION_SAMPLES = 16
+"""At most so many."""
 
 
 def tensorrt_options(
@@ -79,6 +101,26 @@ def tensorrt_options(
         "timing_cache": timing_cache,
         "calibration_cache": calibration_cache,
     }
+
+
+def calibration_data(
+    model: str, checkpoint: Path | None, calibrator: Calibrator | None, data: Path | None, stack: ExitStack
+) -> dict[str, Any]:
+    """Options that let TensorRT calibrate ``model``; nothing without a calibrator. Samples are kept as long as
+    ``stack``. Raises InputError."""
+    if calibrator is None:
+        if data is not None:
+            raise InputError("--trt-calib-data: expected --trt-calibrator beside it, which reads them")
+        return {}
+    from tempfile import TemporaryDirectory
+
+    from cp_debug.deploy.calibration import write_calibration_data
+    from cp_debug.recipes.registry import load_model
+
+    loaded = load_model(model, checkpoint=checkpoint)
+    folder = Path(stack.enter_context(TemporaryDirectory(prefix="cpdebug-")))
+    written = write_calibration_data(loaded, loaded.samples(CALIBRATION_SAMPLES, 0, data), folder)
+    return {"calibrator": calibrator.value, "calibration_data": written}
 
 
 def make(specs: Sequence[BackendSpec], options: Mapping[str, Any], steps: Steps) -> list[Backend]:

@@ -48,6 +48,11 @@ class TensorRTBackend:
         return other
 
     @property
+    def implicit_int8(self) -> bool:
+        """Whether TensorRT's own calibrator finds the scales, so that the graph comes without Q/DQ pairs."""
+        return self.options.calibration_cache is not None or self.options.calibration_data is not None
+
+    @property
     def largest_opset(self) -> int | None:
         """The ONNX opset up to which this TensorRT reads."""
         return largest_opset(self._facts["tensorrt"])

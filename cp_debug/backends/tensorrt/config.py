@@ -67,8 +67,9 @@ def decide(
 ) -> BuildConfig:
     """The build configuration of ``trt-<variant>`` on a TensorRT version (``8.6.0``, ``10.12.0.36`` …).
 
-    ``quantized``: the graph has Q/DQ nodes. ``calibrated``: there is a calibration cache for it. ``keep_fp32``: ONNX
-    nodes that stay FP32. Raises InputError or BackendUnavailable where the version has no way to do it.
+    ``quantized``: the graph has Q/DQ nodes. ``calibrated``: TensorRT's calibrator has a cache or data for it.
+    ``keep_fp32``: ONNX nodes that stay FP32. Raises InputError or BackendUnavailable where the version has no way to
+    do it.
     """
     release = _release(version)
     strong = strongly_typed or release >= STRONG_ONLY
@@ -94,7 +95,7 @@ def decide(
         )
     if variant == "bf16" and release < BF16_FLAG:
         raise BackendUnavailable("trt-bf16", f"TensorRT {version} has no BF16; 10 and newer do", nearest="trt-fp16")
-    flags = _best(release, quantized) if variant == "best" else _WEAK_FLAGS[variant]
+    flags = _best(release, quantized or calibrated) if variant == "best" else _WEAK_FLAGS[variant]
     pinned = dict.fromkeys(keep_fp32, "FLOAT") if flags else {}
     return BuildConfig(
         regime="weak",
@@ -115,9 +116,9 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:2])
 
 
-def _best(release: tuple[int, ...], quantized: bool) -> tuple[str, ...]:
+def _best(release: tuple[int, ...], scaled: bool) -> tuple[str, ...]:
     # INT8 without Q/DQ nodes or a calibrator has no scales: TensorRT would warn and ignore it
-    return ("FP16", *(("BF16",) if release >= BF16_FLAG else ()), *(("INT8",) if quantized else ()))
+    return ("FP16", *(("BF16",) if release >= BF16_FLAG else ()), *(("INT8",) if scaled else ()))
 
 
 def _check_int8(version: str, strong: bool, quantized: bool, calibrated: bool) -> None:
@@ -130,6 +131,6 @@ def _check_int8(version: str, strong: bool, quantized: bool, calibrated: bool) -
         )
     if not calibrated:
         raise InputError(
-            "trt-int8: the graph has no QuantizeLinear/DequantizeLinear nodes and there is no calibration cache; "
-            "quantize the model first, or give a cache that TensorRT's calibrator wrote"
+            "trt-int8: the graph has no QuantizeLinear/DequantizeLinear nodes; quantize the model first, or let "
+            "TensorRT's calibrator find scales: --trt-calibrator, or --calibration-cache with what it wrote"
         )

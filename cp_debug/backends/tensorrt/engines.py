@@ -51,7 +51,7 @@ class Workshop:
     """The values of the program's own graph that may be probed."""
     folder: Path
     step: Mapping[str, Any]
-    """Settings of every build: device, workspace, timing and calibration caches."""
+    """Settings of every build: device, workspace, timing cache, calibration."""
 
     def settings(self) -> dict[str, Any]:
         """The runner's ``build`` step without files and shapes."""

@@ -27,6 +27,11 @@ class Options:
     timing_cache: Path | None = None
     """Kept and reused; None takes one that lives as long as this process."""
     calibration_cache: Path | None = None
+    """What TensorRT's calibrator found, read where it exists and else written: a file, or, without a suffix, a folder
+    of ``<component>.cache``. None keeps it as long as the session."""
+    calibration_data: Path | None = None
+    """Folder of ``<component>/*.npz``, one array an input, for the calibrator of INT8 where there is no cache."""
+    calibrator: Literal["entropy", "minmax"] = "entropy"
     time_limit: float = 3600.0
     """Seconds for one job: the builds or runs that belong together."""
     on_event: Callable[[Mapping[str, Any]], None] | None = None

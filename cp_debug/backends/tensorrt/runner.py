@@ -140,9 +140,13 @@ class Cuda:
     def synchronize(self, stream: int | None = None) -> None:
         self._call("cudaStreamSynchronize", ctypes.c_void_p(self.stream if stream is None else stream))
 
-    def close(self) -> None:
+    def free(self) -> None:
+        """Give back what was allocated."""
         while self.pointers:
             self.lib.cudaFree(ctypes.c_void_p(self.pointers.pop()))
+
+    def close(self) -> None:
+        self.free()
         self.lib.cudaStreamDestroy(ctypes.c_void_p(self.stream))
 
 
@@ -235,29 +239,62 @@ def _make_monitor(job: Job) -> Any:
     return Monitor()
 
 
-def _make_calibrator(job: Job, path: str) -> Any:
-    trt = job.trt
-    if not hasattr(trt, "IInt8EntropyCalibrator2"):
-        raise Failure("unsupported", f"TensorRT {trt.__version__} has no calibrators: it takes Q/DQ graphs only")
-    cached = Path(path).read_bytes()
+CALIBRATORS = {"entropy": "IInt8EntropyCalibrator2", "minmax": "IInt8MinMaxCalibrator"}
 
-    class CacheOnly(trt.IInt8EntropyCalibrator2):  # type: ignore[name-defined]
+
+def _make_calibrator(job: Job, settings: dict[str, Any], shapes: dict[str, tuple[int, ...]], device: int) -> Any:
+    """A calibrator that reads ``settings["cache"]``, or else the arrays of ``settings["data"]``, and then writes it.
+
+    ``data`` are ``.npz`` files, one array an input; ``shapes`` are those that calibration runs at.
+    """
+    trt, cache = job.trt, Path(settings["cache"])
+    base: Any = getattr(trt, CALIBRATORS[settings["kind"]], None)
+    if base is None:
+        raise Failure("unsupported", f"TensorRT {trt.__version__} has no calibrators: it takes Q/DQ graphs only")
+
+    class Calibrator(base):
         def __init__(self) -> None:
-            trt.IInt8EntropyCalibrator2.__init__(self)
+            base.__init__(self)
+            self.files = iter(settings["data"])
+            self.cuda = Cuda(device)
+            self.failure: Failure | None = None
 
         def get_batch_size(self) -> int:
             return 1
 
-        def get_batch(self, names: list[str]) -> None:
-            return None
+        def get_batch(self, names: list[str]) -> list[int] | None:
+            self.cuda.free()
+            file = next(self.files, None)
+            try:
+                return None if file is None else self._upload(file, names)
+            except Exception as error:  # must not travel through TensorRT, which would end the process
+                self.failure = error if isinstance(error, Failure) else Failure("input", f"{file}: {error}")
+                return None
 
-        def read_calibration_cache(self) -> bytes:
-            return cached
+        def read_calibration_cache(self) -> bytes | None:
+            return cache.read_bytes() if cache.is_file() else None
 
-        def write_calibration_cache(self, cache: Any) -> None:
-            pass
+        def write_calibration_cache(self, data: Any) -> None:
+            if self.failure is None:
+                _write(cache, bytes(data))
 
-    return CacheOnly()
+        def _upload(self, file: str, names: list[str]) -> list[int]:
+            with np.load(file, allow_pickle=False) as arrays:
+                missing = [name for name in names if name not in arrays]
+                if missing:
+                    raise Failure("input", f"{file}: holds no array {missing[0]!r}")
+                return [self.cuda.upload(_fitted(file, name, arrays[name], shapes[name])) for name in names]
+
+    return Calibrator()
+
+
+def _fitted(file: str, name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Cut, or repeated from its start, to the one shape that calibration runs at: ranges ask for no more."""
+    if array.ndim != len(shape) or not array.size:
+        raise Failure("input", f"{file}: {name!r} has shape {list(array.shape)}; calibration runs at {list(shape)}")
+    for axis, size in enumerate(shape):
+        array = np.take(array, np.arange(size) % array.shape[axis], axis)
+    return np.ascontiguousarray(array, np.float32 if array.dtype.kind == "f" else array.dtype)
 
 
 # ---------------------------------------------------------------- commands
@@ -300,9 +337,15 @@ def build(job: Job, step: Step) -> dict[str, Any]:
         if node and not layer.metadata:  # the parser of 8.6 writes none; the inspector hands back what is set here
             layer.metadata = f"[ONNX Layer: {node}]"
     config = builder.create_builder_config()
-    cache, kept = _configure(job, builder, network, config, owners, step)
+    cache, kept = _configure(job, config, owners, step)
+    profile = _add_profile(builder, network, config, step.get("profiles") or {})
+    calibrator = _calibrate(job, network, config, profile, step)
     marked, missing = _mark(job, network, step.get("probes") or {})
     plan = builder.build_serialized_network(network, config)
+    if calibrator is not None:
+        calibrator.cuda.close()
+        if calibrator.failure is not None:
+            raise calibrator.failure
     if plan is None:
         raise _build_failure(job)
     _write(Path(step["engine"]), plan)
@@ -401,9 +444,7 @@ def _outputs(layer: Any) -> list[Any]:
     return [tensor for tensor in map(layer.get_output, range(layer.num_outputs)) if tensor is not None]
 
 
-def _configure(
-    job: Job, builder: Any, network: Any, config: Any, owners: list[tuple[Any, Any]], step: Step
-) -> tuple[str, Any]:
+def _configure(job: Job, config: Any, owners: list[tuple[Any, Any]], step: Step) -> tuple[str, Any]:
     """Apply the step's settings to ``config``; tells what became of the timing cache, and hands it out."""
     trt = job.trt
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -413,14 +454,10 @@ def _configure(
         config.clear_flag(job.member("BuilderFlag", name))
     if step.get("workspace_mib"):
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(step["workspace_mib"]) << 20)
-    if step.get("calibration_cache"):
-        job.kept.append(_make_calibrator(job, step["calibration_cache"]))
-        config.int8_calibrator = job.kept[-1]
     if hasattr(trt, "IProgressMonitor"):
         job.kept.append(_make_monitor(job))
         config.progress_monitor = job.kept[-1]
     _constrain(job, owners, step.get("layer_precisions") or {})
-    _add_profile(builder, network, config, step.get("profiles") or {})
     return _load_timing_cache(config, step.get("timing_cache"))
 
 
@@ -439,20 +476,37 @@ def _constrain(job: Job, owners: list[tuple[Any, Any]], precisions: dict[str, st
                 layer.set_output_type(i, dtype)
 
 
-def _add_profile(builder: Any, network: Any, config: Any, profiles: dict[str, Any]) -> None:
+def _add_profile(builder: Any, network: Any, config: Any, profiles: dict[str, Any]) -> Any:
+    """Add the profile that dynamic inputs need, and return it."""
     inputs = {tensor.name: tuple(tensor.shape) for tensor in map(network.get_input, range(network.num_inputs))}
     for name in profiles:
         if name not in inputs:
             raise Failure("input", f"profile for {name!r}, but the graph's inputs are {', '.join(inputs)}")
     dynamic = [name for name, shape in inputs.items() if -1 in shape]
     if not dynamic:
-        return
+        return None
     profile = builder.create_optimization_profile()
     for name in dynamic:
         if name not in profiles:
             raise Failure("input", f"input {name!r} has dynamic shape {list(inputs[name])}: it needs a profile")
         profile.set_shape(name, *[tuple(shape) for shape in profiles[name]])
     config.add_optimization_profile(profile)
+    return profile
+
+
+def _calibrate(job: Job, network: Any, config: Any, profile: Any, step: Step) -> Any:
+    """Give ``config`` the calibrator that the step asks for, and return it. It runs at the profile's optimal shapes."""
+    settings, profiles = step.get("calibration"), step.get("profiles") or {}
+    if not settings:
+        return None
+    inputs = {tensor.name: tuple(tensor.shape) for tensor in map(network.get_input, range(network.num_inputs))}
+    shapes = {name: tuple(profiles[name][1]) if -1 in shape else shape for name, shape in inputs.items()}
+    calibrator = _make_calibrator(job, settings, shapes, step.get("device", 0))
+    job.kept.append(calibrator)
+    config.int8_calibrator = calibrator
+    if profile is not None:
+        config.set_calibration_profile(profile)
+    return calibrator
 
 
 _TIMING_CACHES: dict[str, tuple[Any, bytes]] = {}

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from cp_debug.backends.base import Program, Sink
+from cp_debug.backends.tensorrt.calibration import calibration
 from cp_debug.backends.tensorrt.client import Client
 from cp_debug.backends.tensorrt.config import decide
 from cp_debug.backends.tensorrt.engines import Engine, EngineSet, Profile, Workshop
@@ -58,6 +59,8 @@ class EngineSession:
 
     def __init__(self, client: Client, program: Program, variant: str, version: str, options: Options) -> None:
         self._client, self._own, self._options = client, program.graph, options
+        self._component = program.name
+        self._quantized = program.plain is not None or any(n.op == "QuantizeLinear" for n in program.graph.nodes)
         self._folder = tempfile.TemporaryDirectory(prefix="cpdebug-engine-")
         self._sets: dict[str, EngineSet] = {}
         self._runs = 0
@@ -74,12 +77,15 @@ class EngineSession:
 
     def _open(self, variant: str, version: str) -> Workshop:
         own, options, folder = self._own, self._options, Path(self._folder.name)
+        calibrated = None
+        if variant in ("int8", "best") and not self._quantized:
+            calibrated = calibration(options, self._component, folder)
         config = decide(
             variant,
             version,
             strongly_typed=options.strongly_typed,
-            quantized=any(node.op == "QuantizeLinear" for node in own.nodes),
-            calibrated=options.calibration_cache is not None,
+            quantized=self._quantized,
+            calibrated=calibrated is not None,
             keep_fp32=options.keep_fp32,
         )
         graph = own
@@ -89,7 +95,7 @@ class EngineSession:
             "device": options.device,
             "workspace_mib": options.workspace_mib,
             "timing_cache": str(options.timing_cache or _timing_cache(version)),
-            "calibration_cache": None if options.calibration_cache is None else str(options.calibration_cache),
+            "calibration": calibrated,
         }
         return Workshop(self._client, config, variant, graph, tuple(data_values(own)), folder, step)
 
