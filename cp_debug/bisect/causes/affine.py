@@ -46,7 +46,7 @@ def everywhere(segment: Segment) -> Iterator[Candidate]:
         return
     rest = segment.test - segment.before
     for name, what, basis in (*_bases(segment), ("affine", "", [segment.before, torch.ones(())])):
-        fit = cross_fit(rest, basis, segment.revealing)
+        fit = cross_fit(rest, basis, segment.folds)
         if fit is not None:
             change, theta = fit
             text = _text(name, what, theta) if what else f"the result is × {1 + theta[0, 0]:.6g} {theta[0, 1]:+.4g}"
@@ -76,7 +76,7 @@ def channel_by_channel(segment: Segment) -> Iterator[Candidate]:
     affine = [segment.before, torch.ones((), dtype=torch.float64)]
     bases = [b for b in _bases(segment) if b[0] != "bias-scaled"]
     for name, _, basis in (*bases, ("affine", "", affine)):
-        fit = cross_fit(rest, basis, segment.revealing, axis)
+        fit = cross_fit(rest, basis, segment.folds, axis)
         if fit is None:
             continue
         change, theta = fit

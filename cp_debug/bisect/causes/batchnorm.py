@@ -86,7 +86,7 @@ def unknown_statistics(segment: Segment) -> Iterator[Candidate]:
     slope = segment.before - segment.along(norm.bias)
     off = off_channels(segment)
     for basis, axis in (([slope, one], segment.axis), ([slope, segment.along(norm.weight)], None)):
-        fit = cross_fit(rest, basis, segment.revealing, axis)
+        fit = cross_fit(rest, basis, segment.folds, axis)
         if fit is None or not bool((fit[1][:, 0] > -1).all()):
             continue
         change, theta = fit

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -179,7 +180,7 @@ def isolated(segment: Segment) -> Iterator[Candidate]:
         places = size.topk(count).indices
         value = segment.exact.flatten().clone()
         value[places] = segment.test.flatten()[places]
-        index = [[int(i) for i in torch.unravel_index(p, segment.exact.shape)] for p in places]
+        index = np.stack(np.unravel_index(places.numpy(), segment.exact.shape), -1).tolist()
         says = f"{count} element{'s are' if count > 1 else ' is'} wrong, all others are right"
         fix = "look for a race, an index out of bounds or a corrupted weight behind {layers}"
         yield Candidate("isolated", says, value.reshape(segment.exact.shape), 2 * count, {"elements": index}, fix)

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from cp_debug.backends.arithmetic import ARITHMETICS, FP64, Arithmetic
 from cp_debug.backends.base import Program
 from cp_debug.backends.executor import Executor
+from cp_debug.backends.memory import Trimmer
 from cp_debug.backends.weights import Weights
+from cp_debug.bisect.causes.fits import halves
 from cp_debug.bisect.precision import PRECISIONS, Precision
 from cp_debug.bisect.replay import FLOOR, Load
 from cp_debug.errors import InputError
@@ -71,6 +73,7 @@ class Lab:
         self.program, self.graph, self.oracle = program, program.graph, oracle
         self.claim: Precision = PRECISIONS[claim]
         self.constants = Weights(self.graph, FP64, torch.device("cpu"), 0)
+        self.trimmer = Trimmer(1 << 27)
         self._made: dict[Arithmetic, Executor] = {oracle.arithmetic: oracle}
 
     def executor(self, arithmetic: Arithmetic) -> Executor:
@@ -254,6 +257,11 @@ class Segment:
     def revealing(self) -> Tensor:
         """Where the captured result tells the value before the activation."""
         return self.finite & (self.test > 0) if self.before is not self.exact else self.finite
+
+    @cached_property
+    def folds(self) -> tuple[Tensor, Tensor]:
+        """The elements that are ``revealing``, dealt out to two halves, for fits."""
+        return halves(self.revealing)
 
     @cached_property
     def product(self) -> Node | None:
