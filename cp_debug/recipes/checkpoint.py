@@ -14,6 +14,26 @@ from cp_debug.errors import InputError
 SHOWN = 5
 
 
+_LOG_OF_TRAINING = (
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    "builtins.getattr",  # its methods
+    "numpy.dtype",
+    "numpy.ndarray",
+    *(f"{module}.multiarray.{name}" for module in ("numpy.core", "numpy._core") for name in ("_reconstruct", "scalar")),
+)
+"""What mmengine's checkpoints ask for besides tensors."""
+
+
+class _LeftOut:
+    """Takes the place of an object that nobody looks at, so that no code of it runs."""
+
+    def __init__(self, *args: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
 def load_checkpoint(model: nn.Module, path: Path) -> None:
     """Fill ``model`` from a ``.pt``, ``.pth`` or ``.safetensors`` file; mmengine's ``{"state_dict": …}`` is unwrapped.
 
@@ -70,9 +90,13 @@ def _read_safetensors(path: Path) -> object:
 
 
 def read_torch(path: Path) -> object:
-    """What a file of ``torch.save`` holds, on the CPU. Raises InputError for one that would run code, or is broken."""
+    """What a file of ``torch.save`` holds, on the CPU. Raises InputError for one that would run code, or is broken.
+
+    The log of a training run, which mmengine saves beside the weights, comes as empty objects.
+    """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([(_LeftOut, name) for name in _LOG_OF_TRAINING]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise InputError(
             f"{path}: refused, because loading it would run code pickled into it; only plain tensors are accepted. "
