@@ -28,7 +28,9 @@ def center_point_config(name: str, model: Mapping[str, Any], columns: Sequence[i
     """
     for part, kind in PARTS.items():
         found = model.get(part, {}).get("type")
-        if found is None or found.rpartition(".")[2] != kind:
+        if found is None:
+            raise Unlike(f"{model.get('type')} has no {part}")
+        if found.rpartition(".")[2] != kind:
             raise Unlike(f"{part} is {found}, not {kind}")
     try:
         return _converted(name, model, columns)

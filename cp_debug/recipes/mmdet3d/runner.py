@@ -214,9 +214,7 @@ class Detector:
 
 def _import(name: str) -> Any:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return importlib.import_module(name)
+        return importlib.import_module(name)
     except Exception as error:  # mmdet3d checks its dependencies' versions with assert
         raise Failure("import", f"{sys.executable} cannot import {name}: {error}") from error
 
@@ -319,7 +317,9 @@ def execute(job: dict[str, Any], emit: Emit, detectors: list[Detector]) -> dict[
         for step in job["steps"]:
             emit({"event": "step", "command": step["command"]})
             arrays = dict(np.load(step["arrays"], allow_pickle=False)) if "arrays" in step else {}
-            result, made = COMMANDS[step["command"]](detectors, step, arrays)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # mmdet3d's own code and that of the packages it needs
+                result, made = COMMANDS[step["command"]](detectors, step, arrays)
             if "made" in step:
                 np.savez(step["made"], **made)  # type: ignore[arg-type]
             results.append(result)
