@@ -1,11 +1,12 @@
 """A visit to a machine with a GPU: named experiments, each step under a time limit of its own, failures noted.
 
-    CPDEBUG_TRT_PYTHON=PATH python benchmarks/gpu_visit.py OUT --shared ../shared [--only WORD,...] [--jobs 3]
+    CPDEBUG_TRT_PYTHON=PATH python benchmarks/gpu_visit.py OUT --shared ../shared [--only WORD,...]
 
-Experiments run side by side (``--jobs``), those that measure time alone at the end. A step is one command line. ``OUT``
-takes ``STEP.json`` or ``.txt`` (what the command wrote), ``STEP.log`` (what it printed) and ``visit.json`` (commands,
-exit statuses, seconds), rewritten after every step; captures and engines go to ``--work``. ``--only`` takes names of
-experiments or beginnings of steps; ``--list`` shows all.
+What builds engines runs one after the other, as builders that time kernels on one GPU disturb each other; all else runs
+beside it, and what measures time alone at the end. A step is one command line. ``OUT`` takes ``STEP.json`` (what the
+command wrote), ``STEP.log`` (what it printed) and ``visit.json`` (commands, exit statuses, seconds), rewritten after
+every step; captures and engines go to ``--work``. ``--only`` takes names of experiments or beginnings of steps;
+``--list`` shows all.
 """
 
 from __future__ import annotations
@@ -31,17 +32,20 @@ BENCHMARKS = Path(__file__).resolve().parent
 REPO = BENCHMARKS.parent
 GRACE = 15.0
 """Seconds that a command has for ending after Ctrl-C, before it is killed."""
-ALONE = ("times", "rebuilds")
+BESIDE = ("host", "ort", "causes")
+"""Experiments without engines."""
+ALONE = ("rebuilds", "times")
 """Experiments whose seconds count."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command. ``limit`` in seconds."""
+    """One command. ``limit`` in seconds; it is left out where the file or folder ``needs`` is missing."""
 
     name: str
     command: Sequence[str]
     limit: float = 120.0
+    needs: Path | None = None
 
 
 Experiments = dict[str, list[Step]]
@@ -76,7 +80,7 @@ def experiments(out: Path, work: Path, shared: Path) -> Experiments:
 
     def predicted(name: str, saved: str, backend: str) -> Step:
         to = ["--backend", backend, "--device", "cuda", "--json", out / f"{name}.json"]
-        return Step(name, script("predicted", work / saved, *to), 150)
+        return Step(name, script("predicted", work / saved, *to), 150, needs=work / saved / "result.json")
 
     return {
         "pillar": [
@@ -85,40 +89,40 @@ def experiments(out: Path, work: Path, shared: Path) -> Experiments:
             *bundled("pillar-bundle", work / "pillar-trt", work, "trt-fp16"),
         ],
         "tiny": [
-            bisect("tiny-trt", tiny, "torch,trt-fp16,trt-tf32,trt-fp32", limit=330),
-            predicted("tiny-predicted-fp16", "tiny-trt", "trt-fp16"),
-            predicted("tiny-predicted-tf32", "tiny-trt", "trt-tf32"),
+            bisect("tiny-fp16", tiny, "torch,trt-fp16", limit=240),
+            predicted("tiny-predicted-fp16", "tiny-fp16", "trt-fp16"),
+            bisect("tiny-fp32", tiny, "torch,trt-tf32,trt-fp32", limit=300),
+            predicted("tiny-predicted-tf32", "tiny-fp32", "trt-tf32"),
         ],
-        "host": [
-            Step("host-doctor", cpdebug("doctor", "--json")),
-            Step("host-packages", python(PACKAGES), 60),
+        "int8": [
+            Step("int8-forms", script("int8_forms", out / "int8-forms.json"), 240),
+            Step(
+                "int8-tiny", script("tensorrt_visit", out / "int8-tiny", "--models", *tiny, "--specs", "trt-int8"), 150
+            ),
         ],
         "net": [
             Step("net-make", python(f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); {MAKE_NET % net[0]}"), 60),
             bisect("net-trt", net, "ort,trt-fp16,trt-tf32,trt-fp32", limit=150),
             predicted("net-predicted", "net-trt", "trt-fp16"),
-            bisect("net-best", net, "ort,trt-best", limit=60, save=False),
+            bisect("net-search", net, "ort,trt-fp16", "--probes", "bisect", limit=120, save=False),
+            bisect("net-calibrated", net, "ort,trt-int8", "--trt-calibrator", "minmax", limit=120, save=False),
+            bisect("net-best", net, "ort,trt-best", limit=120, save=False),
             bisect("net-ort-trt", net, "ort,ort-trt@cuda", limit=60, save=False),
         ],
-        "int8": [
-            Step("int8-forms", script("int8_forms", out / "int8-forms.json"), 180),
-            Step("int8-net", script("tensorrt_visit", out / "int8-net", "--models", "net", "--specs", "trt-int8"), 60),
-            Step(
-                "int8-tiny",
-                script("tensorrt_visit", out / "int8-tiny", "--models", *tiny, "--specs", "trt-int8", "--budget", 150),
-                150,
-            ),
+        "deploy": deployed(out, work),
+        "tests": [Step("tests-gpu", [*pytest, *with_gpu_tests()], 240)],
+        "host": [
+            Step("host-doctor", cpdebug("doctor", "--json")),
+            Step("host-packages", python(PACKAGES), 60),
         ],
         "ort": [
-            bisect("ort-tiny", tiny, cuda, *torchscript, limit=150, save=False),
-            bisect("ort-pillar", pillar, cuda, *frame, *torchscript, limit=200, save=False),
+            bisect("ort-tiny", tiny, cuda, *torchscript, limit=200, save=False),
+            bisect("ort-pillar", pillar, cuda, *frame, *torchscript, limit=300, save=False),
         ],
-        "deploy": deployed(out, work),
-        "causes": [Step("causes-torch", script("explain_gpu"), 150)],
-        "tests": [Step("tests-gpu", [*pytest, *with_gpu_tests()], 200)],
+        "causes": [Step("causes-torch", script("explain_gpu"), 200)],
         "rebuilds": [
-            Step("rebuilds-net", script("rebuilds", out / "rebuilds-net.json"), 90),
-            Step("rebuilds-tiny", script("rebuilds", out / "rebuilds-tiny.json", "--model", *tiny, "--cold", 2), 150),
+            Step("rebuilds-net", script("rebuilds", out / "rebuilds-net.json"), 120),
+            Step("rebuilds-tiny", script("rebuilds", out / "rebuilds-tiny.json", "--model", *tiny, "--cold", 2), 180),
         ],
         "times": [
             Step("times-tiny", cpdebug("bench", work / "deploy.yaml", "-b", TIMED, "--json", out / "times-tiny.json"))
@@ -150,8 +154,8 @@ def bundled(name: str, saved: Path, work: Path, backend: str) -> list[Step]:
     folder = work / name
     interpreter = os.environ.get("CPDEBUG_TRT_PYTHON", sys.executable)
     return [
-        Step(name, cpdebug("bundle", saved, "-o", folder, "--backend", backend), 240),
-        Step(f"{name}-repro", [interpreter, str(folder / "repro.py")], 60),
+        Step(name, cpdebug("bundle", saved, "-o", folder, "--backend", backend), 240, needs=saved / "result.json"),
+        Step(f"{name}-repro", [interpreter, str(folder / "repro.py")], 60, needs=folder),
     ]
 
 
@@ -212,6 +216,8 @@ class Visit:
         row: dict[str, Any] = {"step": step.name, "command": list(step.command), "limit": round(limit, 1)}
         if limit < 5:
             return {**row, "status": "no time left"}
+        if step.needs is not None and not step.needs.exists():
+            return {**row, "status": f"left out: there is no {step.needs}"}
         log = self.out / f"{step.name}.log"
         with log.open("w") as stream:
             said: dict[str, Any] = {"stdout": stream, "stderr": subprocess.STDOUT}
@@ -286,7 +292,6 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=REPO.parent / "shared", help="parity checkpoint and frame")
     parser.add_argument("--work", type=Path, help="for captures and engines  [default: a temporary folder]")
     parser.add_argument("--only", default="", help="experiments, or beginnings of steps, separated by commas")
-    parser.add_argument("--jobs", type=int, default=3, help="experiments side by side")
     parser.add_argument("--budget", type=float, default=530.0, help="seconds in all")
     parser.add_argument("--list", action="store_true", help="show the experiments and their commands")
     args = parser.parse_args()
@@ -301,10 +306,11 @@ def main() -> None:
                 print(name, *(f"\n  {step.name} ({step.limit:.0f} s): {' '.join(step.command)}" for step in steps))
             return
         visit = Visit(args.out, deadline)
-        with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(visit.experiment, (steps for name, steps in found.items() if name not in ALONE)))
-        for name in ALONE:
-            visit.experiment(found.get(name, []))
+        beside = [step for name in BESIDE for step in found.pop(name, [])]
+        alone = [step for name in ALONE for step in found.pop(name, [])]
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(visit.experiment, [[step for steps in found.values() for step in steps], beside]))
+        visit.experiment(alone)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Which ways of writing INT8 into an ONNX graph does this TensorRT read, and does it then compute what emulation says?
 
-    CPDEBUG_TRT_PYTHON=PATH python benchmarks/int8_forms.py OUT.json [--only WORD] [--specs trt-int8]
+    CPDEBUG_TRT_PYTHON=PATH python benchmarks/int8_forms.py OUT.json [--only WORD,...] [--spec trt-int8]
 
 Each form is a small net of its own: x → Q/DQ → the operator with a quantised weight → ReLU → Q/DQ → 3×3 convolution.
 They differ in how the weight is stored, where scales stand, what they are along, the operator, the opset. A form that
@@ -200,13 +200,13 @@ def measure(form: Form, spec: str, limit: float) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--only", default="", help="forms whose name holds this word")
+    parser.add_argument("--only", default="", help="forms whose name holds one of these words")
     parser.add_argument("--spec", default="trt-int8")
     parser.add_argument("--limit", type=float, default=40.0, help="seconds for one form")
     args = parser.parse_args()
     rows = []
     for form in FORMS:
-        if args.only not in form.name:
+        if not any(word in form.name for word in args.only.split(",")):
             continue
         row = measure(form, args.spec, args.limit)
         rows.append(row)

@@ -32,10 +32,16 @@ def test_nothing_starts_when_the_time_is_up(tmp_path: Path) -> None:
     assert visit.rows[0]["status"] == "no time left"
 
 
+def test_a_step_is_left_out_without_what_it_needs(tmp_path: Path) -> None:
+    visit = Visit(tmp_path, time.monotonic() + 60)
+    visit.experiment([Step("reads", [sys.executable, "-c", "1"], needs=tmp_path / "nothing")])
+    assert visit.rows[0]["status"].startswith("left out")
+
+
 def test_experiments_and_steps_are_chosen_by_name(tmp_path: Path) -> None:
     found = experiments(tmp_path, tmp_path / "work", tmp_path)
     names = [step.name for steps in found.values() for step in steps]
     assert len(set(names)) == len(names)
-    assert set(chosen(found, ["int8", "tiny-trt"])) == {"int8", "tiny"}
-    assert [step.name for step in chosen(found, ["tiny-trt"])["tiny"]] == ["tiny-trt"]
+    assert set(chosen(found, ["int8", "tiny-fp16"])) == {"int8", "tiny"}
+    assert [step.name for step in chosen(found, ["tiny-fp16"])["tiny"]] == ["tiny-fp16"]
     assert chosen(found, []) == found
