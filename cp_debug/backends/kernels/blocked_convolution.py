@@ -20,34 +20,33 @@ BLOCK = 1 << 22
 
 def conv(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
     """Convolve x (N, C, *spatial) with weight (M, C, *kernel), one group."""
-    x = functional.pad(x, window.torch_pads()).contiguous()
-    rank = len(window.kernel)
-    size = [
-        (n - (k - 1) * d - 1) // s + 1
-        for n, k, s, d in zip(x.shape[2:], window.kernel, window.stride, window.dilation, strict=True)
-    ]
-    steps = x.stride()[2:]
-    # (N, C, *kernel, *output): which element of x each tap of each output element reads.
-    taps = x.as_strided(
-        (*x.shape[:2], *window.kernel, *size),
-        (
-            *x.stride()[:2],
-            *(n * d for n, d in zip(steps, window.dilation, strict=True)),
-            *(n * s for n, s in zip(steps, window.stride, strict=True)),
-        ),
-    )
+    size = window.output_size(x.shape[2:])
     matrix = weight.reshape(len(weight), -1)
     terms, row = matrix.shape[1], math.prod(size[1:])
     rows = min(max(BLOCK // (terms * row * x.element_size()), 1), size[0])
     buffer = x.new_empty(terms * rows * row)
     result = x.new_empty(len(x), len(weight), size[0], row)
-    for sample, target in zip(taps, result, strict=True):
+    for sample, target in zip(x, result, strict=True):
         for start in range(0, size[0], rows):
-            part = sample.narrow(1 + rank, start, min(rows, size[0] - start))
-            columns = buffer[: part.numel()].view(part.shape)
-            columns.copy_(part)
+            taps = _taps(sample, window, (min(rows, size[0] - start), *size[1:]), start)
+            columns = buffer[: taps.numel()].view(taps.shape)
+            columns.copy_(taps)
             product = matrix @ columns.view(terms, -1)
             if bias is not None:
                 product += bias[:, None]
             target[:, start : start + rows] = product.view(len(weight), -1, row)
     return result.view(len(x), len(weight), *size)
+
+
+def _taps(x: Tensor, window: Window, size: tuple[int, ...], start: int) -> Tensor:
+    """(C, *kernel, *size): what each tap reads of x (C, *spatial) for results of ``size`` from row ``start`` on."""
+    length = (size[0] - 1) * window.stride[0] + (window.kernel[0] - 1) * window.dilation[0] + 1
+    first = start * window.stride[0] - window.begin[0]
+    low = min(max(first, 0), x.shape[1])
+    high = max(min(first + length, x.shape[1]), low)
+    before = min(max(-first, 0), length)
+    pads = [*window.torch_pads()[:-2], before, length - before - (high - low)]
+    part = functional.pad(x[:, low:high], pads).contiguous()
+    channel, *steps = part.stride()
+    strides = [n * each for factors in (window.dilation, window.stride) for n, each in zip(steps, factors, strict=True)]
+    return part.as_strided((len(part), *window.kernel, *size), (channel, *strides))
