@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -60,9 +61,7 @@ def arguments(keep: Mapping[str, Sequence[str]], precision: str) -> dict[str, di
 
 def deploy_fragment(keep: Mapping[str, Sequence[str]], precision: str) -> str:
     """The part of a configuration of ``cpdebug deploy`` (YAML) that keeps the nodes; empty where it has no such key."""
-    if precision not in FLAGS:
+    if precision not in FLAGS or not any(keep.values()):
         return ""
-    import yaml
-
-    nodes = [node for own in keep.values() for node in own]
-    return yaml.safe_dump({"tensorrt": {"precision": FLAGS[precision], "keep_fp32": nodes}}, sort_keys=False, width=110)
+    listed = "".join(f"  - {json.dumps(node)}\n" for own in keep.values() for node in own)  # JSON strings are YAML
+    return f"tensorrt:\n  precision: {FLAGS[precision]}\n  keep_fp32:\n{listed}"

@@ -83,7 +83,7 @@ def handover(result: SearchResult) -> Iterator[RenderableType]:
         for tool, line in tools.items():
             yield Text(f"{TOOLS[tool]}, {component}:", style="bold")
             yield Text(line, no_wrap=True, overflow="ignore")
-    if any(result.keep.values()) and (fragment := deploy_fragment(result.keep, result.precision)):
+    if fragment := deploy_fragment(result.keep, result.precision):
         yield Text("configuration of cpdebug deploy:", style="bold")
         yield Syntax(fragment, "yaml", background_color="default")
 
