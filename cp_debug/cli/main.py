@@ -22,6 +22,7 @@ from cp_debug.cli import (
     doctor,
     export,
     models,
+    quantize,
     report,
     search,
     sweep,
@@ -58,6 +59,7 @@ for command in (
 ):
     app.command()(command)
 app.command("eval")(evaluation.evaluate)
+app.add_typer(quantize.app)
 app.add_typer(sweep.app)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from cp_debug.bisect.result import json_safe
 from cp_debug.errors import InputError
 from cp_debug.files import complete_path
 from cp_debug.quantization.library import is_quantized
@@ -60,6 +61,13 @@ class QatResult:
         """Steps done and validation where it was lowest, the earliest of equals."""
         step, _, value = min(self.history, key=lambda entry: entry[2])
         return step, value
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe."""
+        step, value = self.best
+        names = ("step", "training_loss", "validation")
+        history = [json_safe(dict(zip(names, entry, strict=True))) for entry in self.history]
+        return {"ended": self.ended, "best_step": step, "best": value, "start": self.history[0][2], "history": history}
 
 
 @dataclass

@@ -12,18 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from cp_debug.errors import InputError
+from cp_debug.quantization.opening import adopt_weights
 from cp_debug.quantization.qat import OnStep, QatOptions, QatResult, finetune
-from cp_debug.recipes.base import Model
+from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.centerpoint.loss import centerpoint_loss
 from cp_debug.recipes.centerpoint.model import CenterPoint
 from cp_debug.recipes.centerpoint.recipe import BACKBONE_NECK_HEAD, ENCODER, CenterPointModel
-from cp_debug.recipes.centerpoint.scenes import generate_scene
+from cp_debug.recipes.centerpoint.scenes import CLASSES, generate_scene
 from cp_debug.recipes.centerpoint.targets import make_targets
 from cp_debug.recipes.centerpoint.training import Example, evaluate
-from cp_debug.recipes.data.base import DataSet, Truth
+from cp_debug.recipes.data.base import DataOptions, Truth, iterate
+from cp_debug.recipes.data.opening import DEFAULT_OPTIONS
 
-HELD = 256
-"""Training scenes kept in memory."""
+KEPT = 256
+"""Training scenes in memory."""
+VALIDATION_FIRST = 2000
+"""First held-out synthetic scene that is validated on: neither calibrated nor evaluated on."""
 CRITERIA = ("loss", "map")
 
 
@@ -37,28 +41,62 @@ def quantized_network(model: CenterPointModel, modules: Mapping[str, nn.Module])
     return network
 
 
-def examples_of(data: DataSet) -> list[Example]:
-    """Clouds with their boxes. Raises InputError for a sample without ground truth."""
-    made = []
-    for index in range(len(data)):
-        sample = data.sample(index)
-        if not isinstance(sample.truth, Truth):
-            raise InputError(f"{sample.source}: has no ground truth; expected an info file (.pkl)")
-        boxes = np.concatenate((sample.truth.boxes, sample.truth.velocities), axis=1)
-        made.append(Example(*map(torch.from_numpy, (sample.arrays["points"], boxes, sample.truth.labels))))
-    return made
+def as_trainable(model: Model) -> CenterPointModel:
+    """``model`` itself. Raises InputError for one whose training loss is not known here."""
+    if not isinstance(model, CenterPointModel):
+        raise InputError(f"MODEL: {model.name} has no training loss here; use quantization.qat.finetune with your own")
+    return model
 
 
-def training_scenes(count: int) -> Callable[[int], Example]:
-    """The first scenes that the tiny model was trained on, made when they are asked for."""
-    return lru_cache(HELD)(lambda index: Example.of(generate_scene(index % count)))
+def example_of(sample: Sample) -> Example:
+    """A cloud with its boxes. Raises InputError for a sample without ground truth."""
+    if not isinstance(sample.truth, Truth):
+        raise InputError(f"{sample.source}: has no ground truth to train on; expected an info file (.pkl)")
+    boxes = np.concatenate((sample.truth.boxes, sample.truth.velocities), axis=1)
+    return Example(*map(torch.from_numpy, (sample.arrays["points"], boxes, sample.truth.labels)))
+
+
+class Scenes:
+    """Examples by number, the last few of which are kept."""
+
+    def __init__(self, count: int, make: Callable[[int], Example]) -> None:
+        self._count = count
+        self._make = lru_cache(KEPT)(make)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Example:
+        return self._make(index)
+
+
+def training_scenes(
+    model: CenterPointModel, data: Path | None, count: int, options: DataOptions = DEFAULT_OPTIONS
+) -> Scenes:
+    """At most ``count`` scenes of an info file, or of those that the tiny model was trained on."""
+    if data is None:
+        _check_classes(model)
+        return Scenes(count, lambda index: Example.of(generate_scene(index)))
+    opened = model.data(data, count, options=options)
+    return Scenes(len(opened), lambda index: example_of(opened.sample(index)))
+
+
+def held_out_scenes(
+    model: CenterPointModel, data: Path | None, count: int, options: DataOptions = DEFAULT_OPTIONS
+) -> list[Example]:
+    """At most ``count`` scenes to validate on, by default ones that neither calibration nor evaluation uses."""
+    return [example_of(sample) for sample in iterate(model.data(data, count, VALIDATION_FIRST, options))]
+
+
+def _check_classes(model: CenterPointModel) -> None:
+    if model.class_names != tuple(CLASSES):
+        raise InputError(f"--data: the synthetic scenes show {', '.join(CLASSES)}; {model.name} needs an info file")
 
 
 def finetune_centerpoint(
-    model: Model,
+    model: CenterPointModel,
     modules: Mapping[str, nn.Module],
-    scene: Callable[[int], Example],
-    count: int,
+    scenes: Scenes,
     held_out: Sequence[Example],
     options: QatOptions,
     *,
@@ -69,31 +107,35 @@ def finetune_centerpoint(
     resume: bool = False,
     on_step: OnStep = lambda text, done, total: None,
 ) -> QatResult:
-    """Fine-tune the quantised components of a CenterPoint in place, on ``count`` scenes by number.
+    """Fine-tune the quantised components of a CenterPoint in place.
 
     Order and augmentation are drawn from ``seed``. ``criterion`` is ``loss`` or ``map``, on ``held_out``. Raises
-    InputError for another model and as ``finetune`` does.
+    InputError for another criterion, without scenes, and as ``finetune`` does.
     """
-    if not isinstance(model, CenterPointModel):
-        raise InputError(f"MODEL: {model.name} has no training loss here; use finetune() with your own")
+    if not len(scenes) or not held_out:
+        raise InputError("there is nothing to train or validate on: expected at least one scene for each")
     if criterion not in CRITERIA:
         raise InputError(f"--early-stop: {criterion!r}; expected one of {', '.join(CRITERIA)}")
     network = quantized_network(model, modules)
 
-    def scenes(step: int) -> list[Example]:
+    def examples(step: int) -> list[Example]:
         rng = np.random.default_rng([seed, step])
-        places = range(step * batch, (step + 1) * batch)
-        chosen = [np.random.default_rng([seed, p // count]).permutation(count)[p % count] for p in places]
-        return [scene(int(index)).augmented(rng) for index in chosen]
+        passes = [divmod(place, len(scenes)) for place in range(step * batch, (step + 1) * batch)]
+        orders = [np.random.default_rng([seed, epoch]).permutation(len(scenes)) for epoch, _ in passes]
+        return [scenes[int(order[at])].augmented(rng) for order, (_, at) in zip(orders, passes, strict=True)]
 
-    def loss(module: nn.Module, examples: Sequence[Example]) -> Tensor:
-        boxes, labels = [each.boxes for each in examples], [each.labels for each in examples]
+    def loss(module: nn.Module, batch: Sequence[Example]) -> Tensor:
+        boxes, labels = [each.boxes for each in batch], [each.labels for each in batch]
         targets = make_targets(boxes, labels, model.config)
-        return centerpoint_loss(module([each.points for each in examples]), targets).total
+        return centerpoint_loss(module([each.points for each in batch]), targets).total
 
     def validate(module: nn.Module) -> float:
         if criterion == "map":
             return -float(evaluate(module, held_out).mean())  # type: ignore[arg-type]
         return float(np.mean([loss(module, [each]).item() for each in held_out]))
 
-    return finetune(network, scenes, loss, validate, options, state=state, resume=resume, on_step=on_step)
+    result = finetune(network, examples, loss, validate, options, state=state, resume=resume, on_step=on_step)
+    for component in model.components:
+        assert component.module is not None
+        adopt_weights(component.module, modules[component.name])
+    return result

@@ -10,6 +10,8 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -18,13 +20,19 @@ from cp_debug.bisect.minimize import Minimizer
 from cp_debug.bisect.result import json_safe
 from cp_debug.deploy.bootstrap import Interval
 from cp_debug.errors import InputError
+from cp_debug.quantization.opening import modules_of, open_quantized
 from cp_debug.quantization.trials import FLOAT, INT8, Bench, Measured, OnStep, Trial
 from cp_debug.recipes.base import Model, Sample
+from cp_debug.recipes.data.base import DataOptions, DataSet, iterate
+from cp_debug.recipes.data.opening import DEFAULT_OPTIONS
+from cp_debug.recipes.registry import load_model
 
 if TYPE_CHECKING:
     import pandas as pd
 
 ALONE, LEFT_OUT = "alone", "left_out"
+SAMPLES = 20
+DRAWS = 200
 METRIC = "mAP"
 """What a budget is of, where the model detects; else it is of the outputs' relative L2 error."""
 
@@ -125,7 +133,7 @@ def build_sensitivity_profile(
     *,
     data: str = "",
     budget: float | None = None,
-    draws: int = 200,
+    draws: int = DRAWS,
     on_step: OnStep = lambda text, done, total: None,
 ) -> SensitivityProfile:
     """Measure every quantised layer of ``modules`` (component → quantised module) on ``samples``.
@@ -136,9 +144,8 @@ def build_sensitivity_profile(
     """
     started = time.perf_counter()
     bench = Bench(model, modules)
-    wanted = [(ALONE, name) for name in bench.layers] + [(LEFT_OUT, name) for name in bench.layers]
-    rows = run_trials(bench, samples, [("fp32", ""), ("int8", ""), *wanted], data=data, draws=draws, on_step=on_step)
-    profile = merge_trials(rows)
+    wanted = profile_trials(bench.layers)
+    profile = merge_trials(run_trials(bench, samples, wanted, data=data, draws=draws, on_step=on_step))
     if budget is not None:
         profile = replace(profile, choice=choose_layers(bench, samples, profile, budget, draws=draws, on_step=on_step))
     return replace(profile, seconds=time.perf_counter() - started)
@@ -150,7 +157,7 @@ def run_trials(
     wanted: Sequence[tuple[str, str]],
     *,
     data: str = "",
-    draws: int = 200,
+    draws: int = DRAWS,
     on_step: OnStep = lambda text, done, total: None,
 ) -> list[dict[str, Any]]:
     """A plain row for each (mode, layer); modes are ``fp32``, ``int8``, ``alone`` and ``left_out``, the first two
@@ -175,6 +182,58 @@ def run_trials(
     return rows
 
 
+def sensitivity_trial(
+    model: str,
+    quantized: Path,
+    mode: str,
+    layer: str = "",
+    *,
+    data: Path | None = None,
+    samples: int = SAMPLES,
+    first: int = 0,
+    draws: int = DRAWS,
+) -> dict[str, Any]:
+    """One row for ``merge_trials``, from the checkpoint of a quantised model: the same wherever it runs.
+
+    Raises InputError for files that do not fit the model.
+    """
+    ((source, found), bench) = _samples(model, data, samples, first), _bench(model, quantized)
+    return run_trials(bench, found, [(mode, layer)], data=source, draws=draws)[0]
+
+
+def sensitivity_trials(model: str, quantized: Path) -> list[tuple[str, str]]:
+    """(mode, layer) of every trial that a profile needs."""
+    return profile_trials(_bench(model, quantized).layers)
+
+
+def profile_trials(layers: Iterable[str]) -> list[tuple[str, str]]:
+    """(mode, layer) of every trial that the profile of these layers needs."""
+    names = list(layers)
+    return [("fp32", ""), ("int8", ""), *((mode, name) for mode in (ALONE, LEFT_OUT) for name in names)]
+
+
+@lru_cache(1)
+def _bench(model: str, quantized: Path) -> Bench:
+    """Kept, because a worker runs many trials of one model."""
+    loaded = load_model(model)
+    return Bench(loaded, modules_of(open_quantized(loaded, quantized)))
+
+
+@lru_cache(1)
+def _samples(model: str, data: Path | None, count: int, first: int) -> tuple[str, list[Sample]]:
+    return scored_samples(load_model(model), data, count, first)
+
+
+def scored_samples(
+    model: Model, data: Path | None, count: int, first: int = 0, options: DataOptions = DEFAULT_OPTIONS
+) -> tuple[str, list[Sample]]:
+    """What the data are called, and at most ``count`` samples of them; with ground truth where there is some."""
+    if hasattr(model, "data"):
+        opened: DataSet = model.data(data, count, first, options)
+        return opened.name, list(iterate(opened))
+    return data.name if data else f"seed {first}", list(model.samples(count, first, data))
+
+
 def _trial(mode: str, layer: str) -> Trial:
     known = {"fp32": Trial(FLOAT), "int8": Trial(INT8), ALONE: Trial(FLOAT, (layer,)), LEFT_OUT: Trial(INT8, (layer,))}
     if mode not in known or (mode in (ALONE, LEFT_OUT)) != bool(layer):
@@ -192,8 +251,7 @@ def merge_trials(rows: Iterable[Mapping[str, Any]]) -> SensitivityProfile:
     if len(about) != 1:
         raise InputError(f"trials of {len(about)} models or data sets; expected those of one")
     names = dict.fromkeys(name for _, name in found if name)
-    needed = [("fp32", ""), ("int8", ""), *((mode, name) for name in names for mode in (ALONE, LEFT_OUT))]
-    if missing := [key for key in needed if key not in found]:
+    if missing := [key for key in profile_trials(names) if key not in found]:
         raise InputError(f"trial {missing[0][0]} {missing[0][1]}".rstrip() + " is missing")
     layers = [
         LayerSensitivity(

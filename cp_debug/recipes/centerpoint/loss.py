@@ -43,6 +43,7 @@ def centerpoint_loss(outputs: dict[str, Tensor], targets: Sequence[TaskTargets])
         heads = dict(zip(OUTPUT_ORDER, maps[index * len(OUTPUT_ORDER) :], strict=False))
         heatmap_loss = heatmap_loss + gaussian_focal_loss(heads["heatmap"], task.heatmap)
         predicted = torch.cat([heads[name][task.sample, :, task.row, task.column] for name in HEAD_CHANNELS], dim=1)
-        error = (predicted - task.values).abs() * predicted.new_tensor(CODE_WEIGHTS)
+        values = torch.where(task.values.isnan(), predicted.detach(), task.values)  # unknown velocities teach nothing
+        error = (predicted - values).abs() * predicted.new_tensor(CODE_WEIGHTS)
         box_loss = box_loss + BOX_WEIGHT * error.sum() / (len(error) + 1e-4)
     return Loss(heatmap_loss, box_loss)

@@ -1,0 +1,82 @@
+"""``cpdebug quantize qat``: fine-tune a quantised model."""
+
+from __future__ import annotations
+
+import math
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Criterion(str, Enum):
+    """What tells when to stop."""
+
+    loss = "loss"
+    map = "map"
+
+
+def qat(
+    model: Annotated[str, typer.Argument(help="A CenterPoint (`cpdebug models`).")] = "centerpoint:tiny",
+    *,
+    start: Annotated[Path, typer.Option("--from", help="Checkpoint of `quantize ptq`.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The fine-tuned checkpoint.")],
+    data: Annotated[
+        Path | None, typer.Option(help="To train on: an info file (.pkl); else synthetic training scenes.")
+    ] = None,
+    scenes: Annotated[int, typer.Option(min=1, help="Training scenes, at most.")] = 200,
+    val_data: Annotated[
+        Path | None, typer.Option(help="Held out: an info file (.pkl); else held-out synthetic scenes.")
+    ] = None,
+    val_scenes: Annotated[int, typer.Option(min=1, help="Held-out scenes, at most.")] = 12,
+    data_root: Annotated[Path | None, typer.Option(help="What the paths in the info files are relative to.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training scenes; else --steps.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps, at most.")] = 200,
+    batch: Annotated[int, typer.Option(min=1, help="Scenes a step.")] = 2,
+    lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-5,
+    interval: Annotated[int, typer.Option(min=1, help="Steps between validations.")] = 20,
+    patience: Annotated[int, typer.Option(min=1, help="Validations without a better one, after which it ends.")] = 4,
+    early_stop: Annotated[Criterion, typer.Option(help="What is validated on the held-out scenes.")] = Criterion.loss,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from OUTPUT.state.")] = False,
+    seed: Annotated[int, typer.Option(help="Of order and augmentation.")] = 0,
+    json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
+) -> None:
+    """Fine-tune from the PTQ checkpoint: BatchNorm frozen, scales as calibrated, the best weights kept.
+
+    Ctrl-C ends training and keeps the best; --resume goes on from the last validation.
+    """
+    from cp_debug.cli.console import show_document
+    from cp_debug.cli.console import steps as progress
+    from cp_debug.quantization.checkpoint import save_ptq_model
+    from cp_debug.quantization.opening import modules_of, open_quantized
+    from cp_debug.quantization.qat import QatOptions
+    from cp_debug.quantization.qat_centerpoint import (
+        as_trainable,
+        finetune_centerpoint,
+        held_out_scenes,
+        training_scenes,
+    )
+    from cp_debug.recipes.data.base import DataOptions
+    from cp_debug.recipes.registry import load_model
+    from cp_debug.reports.qat import render
+
+    options = QatOptions(epochs * math.ceil(scenes / batch) if epochs else steps, lr, interval, patience)
+    with progress() as on_step:
+        loaded = as_trainable(load_model(model))
+        modules = modules_of(open_quantized(loaded, start))
+        result = finetune_centerpoint(
+            loaded,
+            modules,
+            training_scenes(loaded, data, scenes, DataOptions(data_root)),
+            held_out_scenes(loaded, val_data, val_scenes, DataOptions(data_root)),
+            options,
+            batch=batch,
+            criterion=early_stop.value,
+            seed=seed,
+            state=output.with_name(f"{output.name}.state"),
+            resume=resume,
+            on_step=on_step,
+        )
+        save_ptq_model(modules, output)
+    show_document(render(result, early_stop.value, output), result.to_dict(), json)

@@ -1,0 +1,88 @@
+"""``cpdebug quantize sensitivity``: which layers suffer from INT8, and which to leave in FP32?"""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Method(str, Enum):
+    """How scales are chosen."""
+
+    max = "max"
+    percentile = "percentile"
+    mse = "mse"
+    entropy = "entropy"
+
+
+def sensitivity(
+    model: Annotated[str, typer.Argument(help="A recipe (`cpdebug models`) or module:callable.")] = "centerpoint:tiny",
+    quantized: Annotated[
+        Path | None, typer.Option("--from", help="Checkpoint of `quantize ptq` or `qat`; else it is calibrated now.")
+    ] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights for the recipe: .pt or .safetensors.")] = None,
+    calib_data: Annotated[
+        Path | None, typer.Option(help="Info file, point files or a folder; else held-out synthetic scenes.")
+    ] = None,
+    batches: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 20,
+    method: Annotated[Method, typer.Option(help="How the scales are chosen.")] = Method.mse,
+    skip_layers: Annotated[
+        list[str] | None, typer.Option(help="Layers that stay in FP32 anyway: globs; repeatable.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="What to measure on: an info file (.pkl); else held-out synthetic scenes.")
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="At most this many samples.")] = 20,
+    data_root: Annotated[Path | None, typer.Option(help="What the paths in the info file are relative to.")] = None,
+    seed: Annotated[int, typer.Option(help="Of made-up inputs; first synthetic scene to measure on.")] = 0,
+    auto: Annotated[
+        float | None,
+        typer.Option(help="Choose what stays in FP32 so that at most this mAP is lost (no detector: output error)."),
+    ] = None,
+    draws: Annotated[int, typer.Option(min=0, help="Bootstrap draws for the intervals.")] = 200,
+    show_all: Annotated[bool, typer.Option("--all", help="Show every layer.")] = False,
+    json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write a row for each layer as CSV.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write chart and table as one HTML file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the chart as SVG.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for sensitivity.json, .csv, .html and .svg.")
+    ] = None,
+) -> None:
+    """Measure each layer alone in INT8 and each alone left out: output error, introduced error, mAP and NDS.
+
+    A trial computes only what its layer reaches. Exit code 1 when all in INT8 loses more than --auto.
+    """
+    from cp_debug.cli.console import command_line, show_document, steps
+    from cp_debug.files import complete_file
+    from cp_debug.quantization.opening import modules_of, open_quantized
+    from cp_debug.quantization.sensitivity import build_sensitivity_profile, scored_samples
+    from cp_debug.recipes.data.base import DataOptions
+    from cp_debug.recipes.registry import load_model
+    from cp_debug.reports.sensitivity import render, write_chart, write_page
+
+    with steps() as on_step:
+        loaded = load_model(model, checkpoint=checkpoint, seed=seed)
+        opened = open_quantized(
+            loaded, quantized, calib_data, batches, method=method.value, skip_layers=skip_layers or (), on_step=on_step
+        )
+        source, found = scored_samples(loaded, data, samples, seed, DataOptions(data_root))
+        profile = build_sensitivity_profile(
+            loaded, modules_of(opened), found, data=source, budget=auto, draws=draws, on_step=on_step
+        )
+    if output:
+        output.mkdir(parents=True, exist_ok=True)
+        json, csv = json or str(output / "sensitivity.json"), csv or output / "sensitivity.csv"
+        html, plot = html or output / "sensitivity.html", plot or output / "sensitivity.svg"
+    show_document(render(profile, show_all=show_all), profile.to_dict(), json)
+    if csv:
+        with complete_file(csv) as stream:
+            profile.to_pandas().to_csv(stream, index=False)
+    if html:
+        write_page(profile, command_line(), html)
+    if plot:
+        write_chart(profile, plot)
+    raise typer.Exit(1 if profile.choice is not None and profile.choice.skipped else 0)

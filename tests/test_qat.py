@@ -1,0 +1,194 @@
+"""Fine-tuning: it gets better, keeps the best, stops, resumes to the same bits, and survives Ctrl-C."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cp_debug.errors import InputError
+from cp_debug.quantization.checkpoint import load_ptq_model, save_ptq_model
+from cp_debug.quantization.opening import adopt_weights, modules_of, open_quantized, unquantized
+from cp_debug.quantization.ptq import apply_scales, quantize_ptq, scales_of
+from cp_debug.quantization.qat import QatOptions, QatResult, finetune
+from cp_debug.quantization.qat_centerpoint import (
+    Scenes,
+    as_trainable,
+    finetune_centerpoint,
+    quantized_network,
+    training_scenes,
+)
+from cp_debug.recipes.registry import load_model
+
+Batch = tuple[Tensor, Tensor]
+
+
+def build() -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.BatchNorm2d(8), nn.Conv2d(8, 1, 1)
+    )
+    return net.eval()
+
+
+@pytest.fixture
+def net() -> nn.Module:
+    return build()
+
+
+@pytest.fixture
+def quantized(net: nn.Module) -> nn.Module:
+    """With weights that are not the best for the grid that they are on."""
+    made = quantize_ptq(net, [torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(5))])
+    with torch.no_grad():
+        made[4].weight.mul_(0.7)
+    return made
+
+
+def batch(step: int) -> Batch:
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(step))
+    with torch.no_grad():
+        return x, build()(x)
+
+
+def loss(module: nn.Module, batch: Batch) -> Tensor:
+    return (module(batch[0]) - batch[1]).square().mean()
+
+
+def validate(module: nn.Module) -> float:
+    assert not module.training
+    return loss(module, batch(10_000)).item()
+
+
+OPTIONS = QatOptions(steps=40, rate=1e-2, interval=10)
+
+
+def run(module: nn.Module, options: QatOptions = OPTIONS, **more: object) -> QatResult:
+    return finetune(module, batch, loss, validate, options, **more)  # type: ignore[arg-type]
+
+
+def test_fine_tuning_recovers_and_leaves_batchnorm_and_scales_alone(quantized: nn.Module) -> None:
+    before = copy.deepcopy(quantized.state_dict())
+    result = run(quantized)
+    assert result.best[1] < result.history[0][2] / 2
+    assert validate(quantized) == result.best[1]
+    changed = {name for name, tensor in quantized.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {"0.weight", "0.bias", "4.weight", "4.bias"}
+    assert not any(parameter.requires_grad for parameter in quantized.parameters())
+    assert result.to_dict()["history"][0]["training_loss"] == "NaN"
+
+
+def test_the_best_is_kept_and_training_stops(quantized: nn.Module) -> None:
+    values = iter([5.0, 3.0, 4.0, 3.5, 3.2, 0.0])
+    kept = []
+
+    def noted(module: nn.Module) -> float:
+        kept.append(copy.deepcopy(module.state_dict()))
+        return next(values)
+
+    result = finetune(quantized, batch, loss, noted, QatOptions(steps=100, rate=1e-2, interval=2, patience=3))
+    assert (result.ended, result.best) == ("patience", (2, 3.0))
+    assert [step for step, *_ in result.history] == [0, 2, 4, 6, 8]
+    assert all(torch.equal(tensor, kept[1][name]) for name, tensor in quantized.state_dict().items())
+
+
+def test_the_start_is_kept_when_nothing_is_better(quantized: nn.Module) -> None:
+    before = copy.deepcopy(quantized.state_dict())
+    values = iter([1.0, 2.0, 3.0])
+    result = finetune(quantized, batch, loss, lambda module: next(values), QatOptions(steps=4, rate=1e-2, interval=2))
+    assert result.best == (0, 1.0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in quantized.state_dict().items())
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(quantized: nn.Module, tmp_path: Path) -> None:
+    whole, first, second = (copy.deepcopy(quantized) for _ in range(3))
+    expected = run(whole)
+    run(first, QatOptions(steps=20, rate=1e-2, interval=10), state=tmp_path / "state")
+    result = run(second, state=tmp_path / "state", resume=True)
+    assert result.history[1:] == expected.history[1:]
+    assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in second.state_dict().items())
+
+
+def test_ctrl_c_keeps_the_best(quantized: nn.Module, tmp_path: Path) -> None:
+    def interrupted(step: int) -> Batch:
+        if step == 25:
+            raise KeyboardInterrupt
+        return batch(step)
+
+    result = finetune(quantized, interrupted, loss, validate, OPTIONS, state=tmp_path / "state")
+    assert result.ended == "interrupted"
+    assert result.history[-1][0] == 20
+    assert validate(quantized) == result.best[1]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def _state_of_another_rate(path: Path, quantized: nn.Module) -> None:
+    run(quantized, QatOptions(steps=1, rate=1e-4, interval=10), state=path)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda path, module: None, "there is no state"),
+        (lambda path, module: path.write_bytes(b"no state"), "is no state of this fine-tuning"),
+        (lambda path, module: torch.save({"format": "other"}, path), "is no state of this fine-tuning"),
+        (_state_of_another_rate, "has rate 0.0001, not 0.01"),
+    ],
+)
+def test_a_state_that_does_not_fit(
+    quantized: nn.Module, tmp_path: Path, make: Callable[[Path, nn.Module], None], says: str
+) -> None:
+    make(tmp_path / "state", copy.deepcopy(quantized))
+    with pytest.raises(InputError, match=says):
+        run(quantized, state=tmp_path / "state", resume=True)
+
+
+def test_bad_input(net: nn.Module, quantized: nn.Module) -> None:
+    with pytest.raises(InputError, match="is not quantised"):
+        run(net)
+    with pytest.raises(InputError, match="steps is 0"):
+        QatOptions(steps=0)
+    with pytest.raises(InputError, match="learning rate is 2"):
+        QatOptions(rate=2.0)
+    with pytest.raises(InputError, match="step 0: the loss is nan"):
+        finetune(quantized, batch, lambda module, each: loss(module, each) * float("nan"), validate, OPTIONS)
+
+
+def test_scales_belong_to_the_trained_weights(net: nn.Module, quantized: nn.Module, tmp_path: Path) -> None:
+    run(quantized)
+    with pytest.raises(InputError, match="other weights"):
+        apply_scales(unquantized(net, quantized), scales_of(quantized))
+    adopt_weights(net, quantized)
+    x, _ = batch(7)
+    again = apply_scales(unquantized(net, quantized), scales_of(quantized))
+    assert torch.equal(again(x), quantized(x))
+    save_ptq_model(quantized, tmp_path / "qat.pt")
+    assert torch.equal(load_ptq_model(net, tmp_path / "qat.pt")(x), quantized(x))
+
+
+def test_centerpoint_is_fine_tuned_in_place() -> None:
+    model = as_trainable(load_model("centerpoint:tiny"))
+    modules = modules_of(open_quantized(model, None, count=2, method="max"))
+    untouched = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
+    scenes = training_scenes(model, None, 4)
+    held_out = [scenes[3]]
+    result = finetune_centerpoint(model, modules, scenes, held_out, QatOptions(steps=3, rate=1e-4, interval=1), batch=1)
+    losses = [value for _, _, value in result.history]
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(tensor, untouched[name]) for name, tensor in model.network.state_dict().items())
+    network = quantized_network(model, modules)
+    assert network.pts_bbox_head is modules["pts_backbone_neck_head"].pts_bbox_head
+    with pytest.raises(InputError, match="expected one of loss, map"):
+        finetune_centerpoint(model, modules, scenes, held_out, OPTIONS, criterion="speed")
+    with pytest.raises(InputError, match="nothing to train"):
+        finetune_centerpoint(model, modules, Scenes(0, scenes.__getitem__), held_out, OPTIONS)
+
+
+def test_models_without_a_training_loss() -> None:
+    other = as_trainable(load_model("centerpoint:awml-base"))
+    with pytest.raises(InputError, match="needs an info file"):
+        training_scenes(other, None, 4)
