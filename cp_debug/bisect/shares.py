@@ -26,12 +26,13 @@ def set_shares(run: TestRun, rows: Mapping[Key, LayerRow], sample: Sample, refer
 
     The introduced error of a layer is added to the reference's value there and carried to the final outputs in FP32,
     giving Δ. Its share is ⟨Δ, D⟩ ÷ ‖D‖² for the final divergence D, each output scaled by its reference norm: shares
-    of independent errors in a nearly linear network add up to 1.
+    of independent errors in a nearly linear network add up to 1. Glue has no node to replay, and what NaN and Inf
+    that are born in a layer do to the end is no number: no share.
     """
     guilty = [
         (key, row)
         for key, row in rows.items()
-        if row.verdict == GUILTY and row.side == "test" and row.replay and row.op != "input"  # glue has no node to replay
+        if row.verdict == GUILTY and row.side == "test" and row.op != "input" and row.replay and not row.replay.born
     ]
     guilty.sort(key=lambda item: item[1].replay.excess or 0.0, reverse=True)  # type: ignore[union-attr]
     if not guilty:
