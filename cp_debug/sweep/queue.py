@@ -6,6 +6,7 @@ so the third try is made at the end, alone: who dies then has done it.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from cp_debug.sweep.tasks import Task, run_task
 from cp_debug.sweep.workers import ClusterLost
 
 if TYPE_CHECKING:
-    from distributed import Client, as_completed
+    from distributed import Client, Future, as_completed
 
 TRIES = 3
 """Workers that a task may kill."""
@@ -63,6 +64,7 @@ class Queue:
 
     def __init__(self, client: Client, log: Log, progress: Progress, on_progress: Callable[[Progress], None]) -> None:
         self._client, self._log, self.progress, self._on_progress = client, log, progress, on_progress
+        self._address = client.scheduler.address
         self._flying: dict[Any, _Flight] = {}
         self._again: deque[Task] = deque()
         self._suspects: deque[Task] = deque()
@@ -74,10 +76,10 @@ class Queue:
         """Until every task is in the log. Raises ClusterLost when the scheduler stays away."""
         from distributed import as_completed
 
-        landed = as_completed(loop=self._client.loop, with_results=True, raise_errors=False)
+        landed = as_completed(loop=self._client.loop)
         while self._fill(tasks, landed):
-            for future, result in landed.next_batch(block=False):
-                self._land(future, result)
+            for future in landed.next_batch(block=False):
+                self._land(future)
                 future.release()
             self.progress.running = min(len(self._flying), self._threads)
             self._on_progress(self.progress)
@@ -111,31 +113,34 @@ class Queue:
         self._flying[future.key] = _Flight(task, alone)
         landed.add(future)
 
-    def _land(self, future: Any, result: Any) -> None:
-        from distributed import KilledWorker
+    def _land(self, future: Future) -> None:
+        from distributed import CancelledError, KilledWorker
 
         flight = self._flying.pop(future.key)
-        if future.status == "finished":
-            self._record(flight.task, result)
-        elif future.status == "error":
-            error = result[1]
+        if future.status == "error":
+            error = future.exception()
             if isinstance(error, KilledWorker):
                 self._killed(flight, error.allowed_failures + 1)
             else:  # it never came to ``run_task``: a worker without this package
-                self._record(flight.task, {"error": f"{type(error).__name__}: {error}", "seconds": 0.0, "worker": ""})
-        else:  # the scheduler went away
+                self._fail(flight.task, f"{type(error).__name__}: {error}")
+            return
+        try:
+            self._record(flight.task, future.result())
+        except (OSError, CancelledError):  # the scheduler went away, before it was done or before the result was here
             self._again.append(flight.task)
 
     def _killed(self, flight: _Flight, deaths: int) -> None:
         task = flight.task
         self._deaths[task.key] += deaths
         if flight.alone:
-            error = f"killed {self._deaths[task.key]} workers, the last with nothing else running"
-            self._record(task, {"error": error, "seconds": 0.0, "worker": ""})
+            self._fail(task, f"killed {self._deaths[task.key]} workers, the last with nothing else running")
         elif self._deaths[task.key] >= TRIES - 1:
             self._suspects.append(task)
         else:
             self._again.append(task)
+
+    def _fail(self, task: Task, why: str) -> None:
+        self._record(task, {"error": why, "seconds": 0.0, "worker": ""})
 
     def _record(self, task: Task, outcome: dict[str, Any]) -> None:
         self._log.append({"key": task.key, "kind": task.kind, "params": dict(task.params), **outcome})
@@ -152,7 +157,7 @@ class Queue:
             time.sleep(0.05)
         if self._client.status != "running":
             raise ClusterLost(
-                f"the scheduler at {self._client.scheduler.address} went away and did not come back; "
+                f"the scheduler at {self._address} went away and did not come back; "
                 f"{self.progress.done} of {self.progress.total} tasks are in {self._log.path}: "
                 "the same command goes on from there"
             )
@@ -165,7 +170,7 @@ class Queue:
         self._looked = time.monotonic()
         try:
             workers = self._client.scheduler_info()["workers"]
-        except OSError:  # the scheduler went away just now
+        except (OSError, asyncio.TimeoutError):  # the scheduler went away just now
             return
         self._threads = sum(worker["nthreads"] for worker in workers.values())
         gpus = any(worker["resources"].get("GPU") for worker in workers.values())

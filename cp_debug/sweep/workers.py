@@ -35,7 +35,7 @@ def local_workers(count: int, *, gpu: bool = False) -> Iterator[Client]:
         "n_workers": 0,
         "threads_per_worker": 1,
         "processes": True,
-        "dashboard_address": None,
+        "dashboard_address": "127.0.0.1:0",
         "silence_logs": logging.CRITICAL,
         "scheduler_kwargs": {"allowed_failures": 0},  # the queue counts the tries: see ``queue``
     }

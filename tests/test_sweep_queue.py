@@ -1,0 +1,299 @@
+"""The queue with a real scheduler and real workers, as separate processes on loopback: whatever dies, nothing is lost
+and nothing counts twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cp_debug.errors import BackendUnavailable, InputError, MissingPackage
+from cp_debug.sweep.log import Log
+from cp_debug.sweep.queue import Progress
+from cp_debug.sweep.run import Finished, run
+from cp_debug.sweep.tasks import Task
+from cp_debug.sweep.workers import ClusterLost, local_workers, remote_workers
+
+pytest.importorskip("distributed")
+HERE = Path(__file__).parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(HERE), "DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "5s"}
+
+
+def grid(kind: str, count: int, **params: Any) -> list[Task]:
+    return [Task(f"sweep_tasks:{kind}", {"i": i, "label": "test", **params}) for i in range(count)]
+
+
+def sweep(tasks: list[Task], path: Path, workers: int = 2, **options: Any) -> Finished:
+    with Log(path) as log:
+        finished = run(lambda: tasks, log, lambda gpu: local_workers(workers, gpu=gpu), **options)
+        _whole(tasks, finished)
+        return finished
+
+
+def _whole(tasks: list[Task], finished: Finished) -> None:
+    """Every task once, with a result or a failure; and no result is in the log twice."""
+    results, failures = list(finished.results()), finished.failures()
+    assert sorted(r["key"] for r in (*results, *failures)) == sorted(task.key for task in tasks)
+    assert max(Counter(r["key"] for r in finished.log if "result" in r).values(), default=1) == 1
+    for record in results:
+        assert record["result"] == {"square": record["params"]["i"] ** 2}
+        assert tasks[record["place"]].params["i"] == record["params"]["i"]
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+
+
+class Cluster:
+    """``dask scheduler`` and ``dask worker`` as users start them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._stack = folder, ExitStack()
+        self.scheduler = self.start_scheduler(0)
+
+    def start_scheduler(self, port: int) -> subprocess.Popen[bytes]:
+        file = self._folder / "scheduler.json"
+        file.unlink(missing_ok=True)
+        where = ["--host", "127.0.0.1", "--port", str(port), "--no-dashboard", "--scheduler-file", str(file)]
+        process = self._start("scheduler", *where)
+        wait_for(file.is_file)
+        self.address = json.loads(file.read_text())["address"]
+        return process
+
+    def start_worker(self, *flags: str) -> subprocess.Popen[bytes]:
+        return self._start("worker", self.address, "--nthreads", "1", "--no-dashboard", "--host", "127.0.0.1", *flags)
+
+    def _start(self, *command: str) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dask", *command], env=ENVIRONMENT, cwd=self._folder, stderr=subprocess.DEVNULL
+        )
+        self._stack.callback(process.wait)
+        self._stack.callback(process.kill)
+        return process
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    made = Cluster(tmp_path)
+    yield made
+    made.close()
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+@contextmanager
+def meanwhile(action: Callable[[], None]) -> Iterator[None]:
+    """Run the action beside the block; what it raises is raised."""
+    raised: list[BaseException] = []
+
+    def guarded() -> None:
+        try:
+            action()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=guarded)
+    thread.start()
+    yield
+    thread.join()
+    if raised:
+        raise raised[0]
+
+
+def test_tasks_run_once_and_a_restart_has_nothing_to_do(tmp_path: Path) -> None:
+    tasks = grid("tiny", 40)
+    assert sweep(tasks, tmp_path / "log.jsonl").ran == 40
+    assert sweep(tasks, tmp_path / "log.jsonl").ran == 0
+    assert sweep(grid("tiny", 50), tmp_path / "log.jsonl").ran == 10
+
+
+def test_progress_tells_of_every_task(tmp_path: Path) -> None:
+    seen: list[tuple[int, int, int]] = []
+
+    def look(progress: Progress) -> None:
+        seen.append((progress.done, progress.failed, sum(progress.workers.values())))
+
+    sweep(grid("failing", 11), tmp_path / "log.jsonl", on_progress=look)
+    assert seen[0] == (0, 0, 0)
+    assert seen[-1] == (6, 5, 11)
+
+
+def test_failures_are_kept_and_tried_again_when_asked(tmp_path: Path) -> None:
+    tasks, path = grid("failing", 6), tmp_path / "log.jsonl"
+    assert [f["error"] for f in sweep(tasks, path).failures()] == [f"ValueError: {i} is odd" for i in (1, 3, 5)]
+    assert sweep(tasks, path).ran == 0
+    finished = sweep(tasks, path, retry_failed=True)
+    assert finished.ran == 3
+    assert len(finished.failures()) == 3
+
+
+def test_poison_is_tried_three_times_and_the_rest_completes(tmp_path: Path) -> None:
+    tasks = grid("deadly", 30, folder=str(tmp_path), poison=[3, 4])
+    failures = sweep(tasks, tmp_path / "log.jsonl").failures()
+    assert [f["params"]["i"] for f in failures] == [3, 4]
+    assert all("killed 3 workers" in f["error"] for f in failures)
+    assert all((tmp_path / f"{i}.tries").read_text() == "xxx" for i in (3, 4))
+
+
+def test_a_scheduler_with_its_own_number_of_tries(tmp_path: Path, cluster: Cluster) -> None:
+    """Four deaths are Dask's default; the task is then asked once more, alone."""
+    cluster.start_worker()
+    tasks = grid("deadly", 8, folder=str(tmp_path), poison=[2])
+    with Log(tmp_path / "log.jsonl") as log:
+        finished = run(lambda: tasks, log, lambda gpu: remote_workers(cluster.address))
+        _whole(tasks, finished)
+        assert [f["params"]["i"] for f in finished.failures()] == [2]
+
+
+def test_a_worker_killed_in_mid_task(tmp_path: Path, cluster: Cluster) -> None:
+    for _ in range(2):
+        cluster.start_worker("--no-nanny")
+    tasks = grid("slow", 12, folder=str(tmp_path), seconds=0.3)
+
+    def kill() -> None:
+        wait_for((tmp_path / "4.pid").is_file)
+        os.kill(int((tmp_path / "4.pid").read_text()), signal.SIGKILL)
+
+    with Log(tmp_path / "log.jsonl") as log, meanwhile(kill):
+        finished = run(lambda: tasks, log, lambda gpu: remote_workers(cluster.address))
+        _whole(tasks, finished)
+        assert not finished.failures()
+
+
+def test_a_scheduler_restarted_in_mid_sweep(tmp_path: Path, cluster: Cluster) -> None:
+    cluster.start_worker()
+    tasks = grid("slow", 12, folder=str(tmp_path), seconds=0.3)
+
+    def restart() -> None:
+        wait_for((tmp_path / "5.pid").is_file)
+        cluster.scheduler.kill()
+        cluster.scheduler.wait()
+        cluster.start_scheduler(int(cluster.address.rpartition(":")[2]))
+        cluster.start_worker()
+
+    with Log(tmp_path / "log.jsonl") as log, meanwhile(restart):
+        finished = run(lambda: tasks, log, lambda gpu: remote_workers(cluster.address))
+        _whole(tasks, finished)
+        assert not finished.failures()
+
+
+def test_a_scheduler_that_stays_away_and_the_same_command_again(
+    tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import dask
+
+    cluster.start_worker()
+    tasks, path = grid("slow", 8, folder=str(tmp_path), seconds=0.3), tmp_path / "log.jsonl"
+
+    def kill() -> None:
+        wait_for((tmp_path / "3.pid").is_file)
+        cluster.scheduler.kill()
+
+    with Log(path) as log, meanwhile(kill), dask.config.set({"distributed.comm.timeouts.connect": "1s"}):
+        with pytest.raises(ClusterLost, match="the same command goes on"):
+            run(lambda: tasks, log, lambda gpu: remote_workers(cluster.address))
+        done = sum("result" in record for record in log)
+    assert 0 < done < 8
+    assert sweep(tasks, path).ran == 8 - done
+
+
+def test_interrupted_as_by_the_keyboard(tmp_path: Path) -> None:
+    """Ctrl-C goes to the workers too; the log stays usable."""
+    script = (
+        "import sys; from pathlib import Path; import test_sweep_queue as t\n"
+        "if __name__ == '__main__':\n"
+        "    t.sweep(t.grid('slow', 30, folder=sys.argv[1], seconds=0.2), Path(sys.argv[1], 'log.jsonl'))\n"
+    )
+    file = tmp_path / "sweep_script.py"
+    file.write_text(script)
+    process = subprocess.Popen(
+        [sys.executable, str(file), str(tmp_path)], env=ENVIRONMENT, stderr=subprocess.PIPE, start_new_session=True
+    )
+    wait_for((tmp_path / "6.pid").is_file)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=30)[1].decode()
+    assert "KeyboardInterrupt" in said
+    tasks = grid("slow", 30, folder=str(tmp_path), seconds=0.2)
+    with Log(tmp_path / "log.jsonl") as log:
+        done = len(list(log))
+    assert 0 < done < 30
+    assert sweep(tasks, tmp_path / "log.jsonl").ran == 30 - done
+
+
+def test_tasks_that_need_a_gpu_go_to_workers_that_have_one(tmp_path: Path, cluster: Cluster) -> None:
+    cluster.start_worker("--no-nanny")
+    tasks = [
+        Task(t.kind, t.params, gpu=t.params["i"] % 2 == 0) for t in grid("slow", 6, folder=str(tmp_path), seconds=0.0)
+    ]
+    waited: list[bool] = []
+
+    def look(progress: Progress) -> None:
+        waited.append(progress.waiting_for_gpu)
+
+    def add() -> None:
+        wait_for(lambda: True in waited)
+        cluster.start_worker("--no-nanny", "--resources", "GPU=1", "--name", "gpu")
+
+    with Log(tmp_path / "log.jsonl") as log, meanwhile(add):
+        finished = run(lambda: tasks, log, lambda gpu: remote_workers(cluster.address), on_progress=look)
+        _whole(tasks, finished)
+        ran_by = {r["params"]["i"]: r["worker"] for r in finished.results()}
+    assert len({ran_by[i] for i in (0, 2, 4)}) == 1
+    assert ran_by[0] != ran_by[1]
+
+
+def test_local_workers_on_gpus_see_one_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with local_workers(4, gpu=True) as client:
+        seen = client.run(os.getenv, "CUDA_VISIBLE_DEVICES")
+        resources = [worker["resources"] for worker in client.scheduler_info()["workers"].values()]
+    assert sorted(seen.values()) == ["0", "1"]
+    assert resources == [{"GPU": 1}, {"GPU": 1}]
+
+
+def test_no_gpu_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(BackendUnavailable, match="no CUDA device"), local_workers(1, gpu=True):
+        pass
+
+
+def test_a_grid_that_has_a_task_twice(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="twice in the sweep"):
+        sweep(grid("tiny", 3) * 2, tmp_path / "log.jsonl")
+
+
+def test_no_scheduler_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    import dask
+
+    with (
+        dask.config.set({"distributed.comm.timeouts.connect": "300ms"}),
+        pytest.raises(InputError, match=r"no scheduler answers at tcp://127\.0\.0\.1:9"),
+        remote_workers("tcp://127.0.0.1:9"),
+    ):
+        pass
+
+
+def test_without_dask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(MissingPackage, match=r"pip install 'cpdebug\[dask\]'"), local_workers(1):
+        pass
