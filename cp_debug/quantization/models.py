@@ -1,0 +1,204 @@
+"""Whole models in INT8: every component calibrated on what it is fed in the model's own chain."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cp_debug.backends.executor import Executor
+from cp_debug.bisect.norms import distance
+from cp_debug.bisect.pipeline import run_module
+from cp_debug.errors import InputError
+from cp_debug.probes.arrays import as_numpy
+from cp_debug.probes.graph import Graph
+from cp_debug.probes.outputs import flatten_outputs
+from cp_debug.probes.qdq import quantizable
+from cp_debug.quantization.calibration import CalibrationManager
+from cp_debug.quantization.folding import fuse_model_bn
+from cp_debug.quantization.layers import full_path, layers_of, matches, select
+from cp_debug.quantization.onnx_ptq import GraphCalibration
+from cp_debug.quantization.ptq import apply_scales, quantized
+from cp_debug.quantization.scales import Scales
+from cp_debug.recipes.base import Arrays, Component, Model, Sample
+
+
+@dataclass(frozen=True)
+class QuantizedComponent:
+    """One component in INT8."""
+
+    module: nn.Module | None
+    """With fake quantisers; None for a component that is an ONNX file."""
+    scales: Scales
+    """By module paths in the whole model, or by the names of the ONNX file's nodes."""
+    folded: nn.Module | None
+    """The FP32 module, BatchNorm folded: what is exported."""
+
+
+def quantize_model(
+    model: Model, samples: Iterable[Sample], *, method: str = "max", skip_layers: Sequence[str] = ()
+) -> dict[str, QuantizedComponent]:
+    """Every component in INT8, calibrated on ``samples``, which are read once and one at a time.
+
+    A component is fed what the FP32 ones before it give. ``skip_layers`` are globs over the layers of the whole model.
+    Raises InputError as ``quantize_ptq`` does, naming the sample where one is at fault.
+    """
+    globs = _globs_of(model, skip_layers)
+    running: dict[str, _ModuleCalibration | _GraphCalibration] = {}
+    for sample in samples:
+        results: dict[str, Arrays] = {}
+        for component in model.components:
+            name = component.name
+            inputs = model.feed(component, sample, results)
+            if name not in running:
+                kind = _GraphCalibration if component.module is None else _ModuleCalibration
+                running[name] = kind(component, inputs, method, globs[name])
+            try:
+                results[name] = running[name].run(inputs)
+            except InputError as error:
+                raise InputError(f"{sample.source}: {error}") from error
+    if not running:
+        raise InputError("there is no calibration data: expected at least one sample")
+    return {name: calibration.finish() for name, calibration in running.items()}
+
+
+def reapply_scales(
+    model: Model, sample: Sample, scales: Mapping[str, Scales], skip_layers: Sequence[str] = ()
+) -> dict[str, QuantizedComponent]:
+    """Every component in INT8 by scales that were found before, without calibrating; ``sample`` is run once, to fold.
+
+    Raises InputError for scales of another model, and as ``quantize_ptq`` does for ``skip_layers``.
+    """
+    globs = _globs_of(model, skip_layers)
+    results: dict[str, Arrays] = {}
+    made = {}
+    for component in model.components:
+        kept = _without(scales[component.name], globs[component.name])
+        if component.module is None:
+            assert component.onnx_path is not None
+            if kept.model != Graph(component.onnx_path).digest:
+                raise InputError(f"{component.onnx_path}: the scales were calibrated on another graph")
+            made[component.name] = QuantizedComponent(None, kept, None)
+            continue
+        inputs = model.feed(component, sample, results)
+        folded = fuse_model_bn(component.module, _tensors(component, inputs))
+        results[component.name] = run_module(component, inputs)
+        made[component.name] = QuantizedComponent(apply_scales(folded, kept, component.prefix), kept, folded)
+    return made
+
+
+def with_modules(model: Model, modules: Mapping[str, nn.Module]) -> Model:
+    """The same model, other modules in its components."""
+    changed = copy.copy(model)
+    changed.components = tuple(replace(c, module=modules[c.name]) if c.name in modules else c for c in model.components)
+    return changed
+
+
+def output_sqnr(model: Model, tests: Mapping[str, nn.Module | Path], samples: Iterable[Sample]) -> dict[str, float]:
+    """``component/output`` → signal to quantisation noise over all samples in dB: 10·log10(Σ ref² ÷ Σ (test − ref)²).
+
+    The reference is ``model``. In the test, components are other modules or ONNX files, and are fed each other's
+    results, as deployed.
+    """
+    reference = {c.name: _runner(c, c.module or c.onnx_path) for c in model.components}
+    test = {c.name: _runner(c, tests[c.name]) for c in model.components}
+    noise: dict[str, float] = defaultdict(float)
+    signal: dict[str, float] = defaultdict(float)
+    for sample in samples:
+        expected, found = _run(model, sample, reference), _run(model, sample, test)
+        for component, outputs in expected.items():
+            for name, array in outputs.items():
+                apart = distance(found[component][name], array)
+                noise[f"{component}/{name}"] += apart.difference**2
+                signal[f"{component}/{name}"] += apart.whole**2
+    return {name: 10 * math.log10(signal[name] / noise[name]) if noise[name] else math.inf for name in noise}
+
+
+def _runner(component: Component, what: nn.Module | Path | None) -> Callable[[Mapping[str, np.ndarray]], Arrays]:
+    if isinstance(what, nn.Module):
+        return partial(run_module, replace(component, module=what))
+    assert what is not None
+    return partial(_run_graph, Executor(Graph(what)))
+
+
+def _run_graph(executor: Executor, inputs: Mapping[str, np.ndarray], *watch: Any) -> Arrays:
+    return {name: as_numpy(tensor) for name, tensor in executor.run(inputs, *watch).items()}
+
+
+def _run(
+    model: Model, sample: Sample, runners: Mapping[str, Callable[[Mapping[str, np.ndarray]], Arrays]]
+) -> dict[str, Arrays]:
+    results: dict[str, Arrays] = {}
+    for component in model.components:
+        results[component.name] = runners[component.name](model.feed(component, sample, results))
+    return results
+
+
+def _tensors(component: Component, inputs: Mapping[str, np.ndarray]) -> tuple[Tensor, ...]:
+    return tuple(torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in component.input_names)
+
+
+class _ModuleCalibration:
+    def __init__(
+        self, component: Component, inputs: Mapping[str, np.ndarray], method: str, globs: Sequence[str]
+    ) -> None:
+        assert component.module is not None
+        self._component = component
+        self._folded = fuse_model_bn(component.module, _tensors(component, inputs))
+        self._manager = CalibrationManager(self._folded, method=method, skip_layers=globs, prefix=component.prefix)
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
+        outputs = flatten_outputs(self._manager.run(_tensors(self._component, inputs)))
+        return {n: t.numpy() for n, t in zip(self._component.output_names, outputs.values(), strict=True)}
+
+    def finish(self) -> QuantizedComponent:
+        return QuantizedComponent(quantized(self._manager), self._manager.scales(), self._folded)
+
+
+class _GraphCalibration:
+    def __init__(
+        self, component: Component, inputs: Mapping[str, np.ndarray], method: str, globs: Sequence[str]
+    ) -> None:
+        assert component.onnx_path is not None
+        graph = Graph(component.onnx_path)
+        self._calibration, self._executor = GraphCalibration(graph, method, globs), Executor(graph)
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
+        for name, array in inputs.items():
+            self._calibration.see(name, array)
+        return _run_graph(self._executor, inputs, self._calibration.see, self._calibration.watched)
+
+    def finish(self) -> QuantizedComponent:
+        return QuantizedComponent(None, self._calibration.scales(), None)
+
+
+def _globs_of(model: Model, globs: Sequence[str]) -> dict[str, list[str]]:
+    """The globs that mean something in a component, by its name. Raises InputError for one that means nothing."""
+    layers: dict[str, list[str]] = {}
+    for component in model.components:
+        if component.module is not None:
+            layers[component.name] = [full_path(component.prefix, path) for path in layers_of(component.module)]
+        else:
+            assert component.onnx_path is not None
+            layers[component.name] = [node.name for node in quantizable(Graph(component.onnx_path))]
+    select([path for paths in layers.values() for path in paths], globs)
+    return {
+        name: [glob for glob in globs if any(matches(path, glob) for path in paths)] for name, paths in layers.items()
+    }
+
+
+def _without(scales: Scales, globs: Sequence[str]) -> Scales:
+    layers, adds = (
+        {name: value for name, value in found.items() if not any(matches(name, glob) for glob in globs)}
+        for found in (scales.layers, scales.adds)
+    )
+    return replace(scales, layers=layers, adds=adds)
