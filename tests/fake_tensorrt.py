@@ -35,6 +35,10 @@ _OLD_WORDS = {
 _KERNELS = {"FLOAT": "f32f32_f32f32_f32", "HALF": "f16f16_f16f16_f16", "BF16": "bf16bf16_bf16f32_f32"}
 
 
+SHY: set[str] = set()
+"""Values that, once marked, are written and read by layers in FP32."""
+
+
 class FakeCuda:
     """The interface of ``runner.Cuda`` on host memory."""
 
@@ -282,10 +286,13 @@ class Builder:
         weak = "STRONGLY_TYPED" not in network._flags
         low = next((word for flag, word in (("FP16", "HALF"), ("BF16", "BF16")) if flag in flags), None)
         groups = []
+        tensors = [t for layer in network._layers for t in layer._outputs]
         for nodes in _fuse(network._layers):
             last = nodes[-1]._outputs[0]
             pinned = any(getattr(layer, "precision", None) == trt.DataType.FLOAT for layer in nodes)
-            kernel = low if weak and low and not pinned and last.dtype == trt.DataType.FLOAT else last.dtype.name
+            shy = any(t.is_network_output and t.name in {last.name, *nodes[0]._node.input} & SHY for t in tensors)
+            lowered = weak and low and not pinned and last.dtype == trt.DataType.FLOAT
+            kernel = "FLOAT" if shy else low if lowered else last.dtype.name
             groups.append(
                 {
                     "Name": " + ".join(layer.name for layer in nodes),
@@ -297,7 +304,6 @@ class Builder:
                 }
             )
         outputs = {t.name: t.dtype.name for layer in network._layers for t in layer._outputs if t.is_network_output}
-        tensors = [t for layer in network._layers for t in layer._outputs]
         formats = {f.name: 1 << int(f) for f in trt.TensorFormat}
         plan = {
             "formats": {t.name: next(n for n, bit in formats.items() if bit == t.allowed_formats) for t in tensors},

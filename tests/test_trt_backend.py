@@ -80,6 +80,17 @@ def test_settings_tell_what_ran(version: str, tmp_path: Path) -> None:
     assert first["arithmetic"] == "fp16acc"
 
 
+def test_marks_that_change_the_engine_are_taken_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    install("8.6.0", monkeypatch)
+    monkeypatch.setattr("fake_tensorrt.SHY", {"c2"})
+    session = open_session(tmp_path, "trt-fp16")
+    for _ in range(2):
+        seen, _ = collect(session, {"x": X})
+        assert list(seen) == ["r1", "y"]
+    told = session.settings
+    assert (told["unmarked"], told["observer_gap"], told["probed"]["tactics_changed"]) == (["c2"], 0.0, [])
+
+
 def test_all_probes_undo_fusions_and_it_is_told(version: str, tmp_path: Path) -> None:
     session = open_session(tmp_path, "trt-fp32", probes="all")
     seen, _ = collect(session, {"x": X})

@@ -64,12 +64,13 @@ def decide(
     quantized: bool = False,
     calibrated: bool = False,
     keep_fp32: Collection[str] = (),
+    fp16_fallback: bool = False,
 ) -> BuildConfig:
     """The build configuration of ``trt-<variant>`` on a TensorRT version (``8.6.0``, ``10.12.0.36`` …).
 
     ``quantized``: the graph has Q/DQ nodes. ``calibrated``: TensorRT's calibrator has a cache or data for it.
-    ``keep_fp32``: ONNX nodes that stay FP32. Raises InputError or BackendUnavailable where the version has no way to
-    do it.
+    ``keep_fp32``: ONNX nodes that stay FP32. ``fp16_fallback``: of INT8, what is not quantised may run in FP16, where
+    the network is weakly typed. Raises InputError or BackendUnavailable where the version has no way to do it.
     """
     release = _release(version)
     strong = strongly_typed or release >= STRONG_ONLY
@@ -96,6 +97,8 @@ def decide(
     if variant == "bf16" and release < BF16_FLAG:
         raise BackendUnavailable("trt-bf16", f"TensorRT {version} has no BF16; 10 and newer do", nearest="trt-fp16")
     flags = _best(release, quantized or calibrated) if variant == "best" else _WEAK_FLAGS[variant]
+    if variant == "int8" and fp16_fallback:
+        flags = ("FP16", *flags)
     pinned = dict.fromkeys(keep_fp32, "FLOAT") if flags else {}
     return BuildConfig(
         regime="weak",

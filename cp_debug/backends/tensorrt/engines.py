@@ -12,6 +12,7 @@ from cp_debug.backends.tensorrt.config import BuildConfig
 from cp_debug.backends.tensorrt.inspector import (
     PRECISIONS,
     EngineLayer,
+    changed_nodes,
     compare_engines,
     materialised,
     parse_layers,
@@ -102,13 +103,16 @@ class EngineSet:
         self._workshop, self._profiles, self._name = workshop, profiles, name
         (self.plain,) = workshop.build([(f"{name}.engine", {})], profiles)
         self.types = realised_precision(self.plain.layers)
+        self._show_all = probes == "all"
         self.unfused = workshop.config.unfused_debug_tensors and probes == "boundaries"
         """Whether TensorRT itself hands out what it did not fuse, instead of marked outputs."""
         self._marks: dict[str, dict[str, str]] = (
-            {v: {} for v in workshop.values} if probes == "all" else self._boundaries()
+            {v: {} for v in workshop.values} if self._show_all else self._boundaries()
         )
         self.rebuilt: Engine | None = None
         self.probed: Engine | None = None
+        self.unmarked: list[str] = []
+        """Values whose marks were taken back, as they changed the engine."""
         self._probes: dict[str, Engine] = {}
         self.search: Search | None = None
         self.gap: float | None = None
@@ -164,10 +168,31 @@ class EngineSet:
     def observed(self) -> tuple[Engine, Engine]:
         """The plain engine built again, and the one that shows values."""
         if self.rebuilt is None or self.probed is None:
-            probes = {"method": "unfused"} if self.unfused else {"method": "outputs", "tensors": self._marks}
-            requests = [(f"{self._name}-rebuilt.engine", {}), (f"{self._name}-probed.engine", probes)]
+            requests = [(f"{self._name}-rebuilt.engine", {}), self._probed_request()]
             self.rebuilt, self.probed = self._workshop.build(requests, self._profiles)
         return self.rebuilt, self.probed
+
+    def _probed_request(self) -> tuple[str, dict[str, Any]]:
+        probes = {"method": "unfused"} if self.unfused else {"method": "outputs", "tensors": self._marks}
+        return f"{self._name}-probed.engine", probes
+
+    def unmark_changed(self) -> bool:
+        """Build the probed engine anew, without marks on what the layers that marking changed put out, the second time
+        also on what they read. False where that helps no more.
+        """
+        if self.unfused or self._show_all or self.probed is None:
+            return False
+        changed = changed_nodes(self.plain.layers, self.probed.layers)
+        nodes = [node for node in self._workshop.graph.nodes if node.name in changed]
+        written, read = {v for n in nodes for v in n.outputs}, {v for n in nodes for v in n.inputs}
+        outputs = {v.name for v in self._workshop.graph.outputs}
+        for near in (written, read):
+            if drop := [name for name in self._marks if name in near and name not in outputs]:
+                self.unmarked += drop
+                self._marks = {name: mark for name, mark in self._marks.items() if name not in near or name in outputs}
+                (self.probed,) = self._workshop.build([self._probed_request()], self._profiles)
+                return True
+        return False
 
     def describe(self) -> dict[str, Any]:
         """JSON-safe: what was built, what differs between the builds, which kernels ran."""
@@ -192,6 +217,8 @@ class EngineSet:
                     "tactics_changed": list(difference.tactics),
                     "timing_cache": engine.facts["timing_cache"],
                 }
+        if self.unmarked:
+            told["unmarked"] = self.unmarked
         if self.search is not None:
             told["search"] = self.search.describe()
         return told

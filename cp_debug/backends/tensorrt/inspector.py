@@ -66,6 +66,12 @@ class EngineLayer:
     tactic_id: str = ""
     """Kernels with one name can differ in it (how often K is split, for one)."""
 
+    @property
+    def program(self) -> str:
+        """What it runs: kernels without a name, such as pointwise ones, are told apart by their types."""
+        types = (tensor.dtype for tensor in (*self.inputs, *self.outputs))
+        return " ".join((self.tactic.name, self.tactic_id, *types))
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe, for manifests."""
         return {
@@ -112,8 +118,8 @@ def realised_precision(layers: Iterable[EngineLayer]) -> dict[str, float]:
 
 
 def fusions(layers: Iterable[EngineLayer]) -> dict[frozenset[str], str]:
-    """Fused group of ONNX nodes → name of its tactic, for telling whether two engines are the same program."""
-    return {frozenset(layer.nodes): f"{layer.tactic.name} {layer.tactic_id}" for layer in layers if layer.nodes}
+    """Fused group of ONNX nodes → its tactic and types, for telling whether two engines are the same program."""
+    return {frozenset(layer.nodes): layer.program for layer in layers if layer.nodes}
 
 
 @dataclass(frozen=True)
@@ -137,6 +143,12 @@ def compare_engines(first: Iterable[EngineLayer], second: Iterable[EngineLayer])
         fusions=tuple(" + ".join(sorted(group)) for group in before if group not in after),
         tactics=tuple(" + ".join(sorted(g)) for g, tactic in before.items() if g in after and after[g] != tactic),
     )
+
+
+def changed_nodes(first: Iterable[EngineLayer], second: Iterable[EngineLayer]) -> set[str]:
+    """ONNX nodes of ``first`` that ``second`` fuses otherwise or gives another kernel."""
+    before, after = fusions(first), fusions(second)
+    return {node for group, tactic in before.items() if after.get(group) != tactic for node in group}
 
 
 def _layer(entry: Mapping[str, Any], known: frozenset[str]) -> EngineLayer:

@@ -18,6 +18,8 @@ class Options:
     strongly_typed: bool = False
     keep_fp32: frozenset[str] = frozenset()
     """ONNX nodes that stay FP32."""
+    fp16_fallback: bool = False
+    """Let what has no Q/DQ pairs in an INT8 engine run in FP16; an option of weakly typed networks."""
     probes: Literal["boundaries", "all", "bisect"] = "boundaries"
     """``boundaries`` shows what the engine writes to memory anyway; ``all`` marks every value, which undoes fusions;
     ``bisect`` looks for the first value that departs, with an engine for each one that it shows."""
