@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from nets import NetBuilder, random_dag, residual, second_like
 from onnx import helper, numpy_helper
 
-from cp_debug.backends import ort_chunks, ort_optimized
+from cp_debug.backends import ort_chunks, ort_optimized, ort_options
 from cp_debug.backends.base import Program
 from cp_debug.backends.ort_backend import OrtBackend, OrtSession
 from cp_debug.backends.spec import BackendSpec
@@ -388,6 +388,25 @@ def test_what_a_cpu_would_only_pretend_is_refused(spec, nearest):
     assert caught.value.nearest == nearest
 
 
+@pytest.mark.parametrize(("spec", "tf32"), [("ort@cuda", "0"), ("ort-fp16", "0"), ("ort-trt", "0"), ("ort-tf32", "1")])
+def test_tf32_is_off_on_cuda_unless_asked_for(spec, tf32):
+    given = dict(ort_options._providers(BackendSpec.parse(spec)))
+    assert given["CUDAExecutionProvider"]["use_tf32"] == tf32
+
+
+def test_a_provider_that_does_not_start_is_unavailable(monkeypatch):
+    def refuse(*arguments, **options):
+        raise RuntimeError("libnvinfer.so.10: cannot open shared object file")
+
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["TensorrtExecutionProvider"])
+    monkeypatch.setattr(ort, "InferenceSession", refuse)
+    with pytest.raises(
+        BackendUnavailable, match=r"could not start its TensorrtExecutionProvider.*libnvinfer"
+    ) as caught:
+        OrtBackend(BackendSpec.parse("ort-trt"))
+    assert caught.value.exit_code == 3
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif("CUDAExecutionProvider" not in ort.get_available_providers(), reason="needs ONNX Runtime with CUDA")
 @pytest.mark.parametrize(
@@ -395,7 +414,7 @@ def test_what_a_cpu_would_only_pretend_is_refused(spec, nearest):
 )
 def test_cuda_precisions_are_what_they_claim(spec, low, high, tmp_path):
     net = NetBuilder()
-    net.conv(net.op("Relu", net.conv("x", 128, 128)), 128, 128, name="y")
+    net.op("MatMul", net.op("Relu", net.conv("x", 128, 128)), "x", name="y")  # a product has no search to fall back
     path = net.save(tmp_path / "net.onnx", {"x": (1, [1, 128, 64, 64])}, ["y"])
     feed = image(1, 128, 64, 64)
     _, reference = observe(open_session(path), feed)

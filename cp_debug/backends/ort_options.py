@@ -34,6 +34,7 @@ CUDA_ONLY = {
 _CUDA = {
     # HEURISTIC and EXHAUSTIVE may choose another algorithm on another run.
     "cudnn_conv_algo_search": "DEFAULT",
+    "use_tf32": "0",  # the library's default is on
     "tunable_op_enable": "0",
     "prefer_nhwc": "0",
 }
@@ -61,7 +62,10 @@ class Runtime:
         if first not in ort.get_available_providers():
             raise _unavailable(spec, f"onnxruntime {ort.__version__} has no {first}")
         runtime = cls(spec, threads or _processors(), providers)
-        probe = runtime.session(_identity(), level="none")
+        try:
+            probe = runtime.session(_identity(), level="none")
+        except InputError as error:  # its library asks for others, such as another version of TensorRT
+            raise _unavailable(spec, f"onnxruntime {ort.__version__} could not start its {first}: {error}") from None
         if probe.get_providers()[0] != first:
             raise _unavailable(spec, f"onnxruntime {ort.__version__} could not start its {first}")
         return replace(runtime, settings=read_settings(probe))
