@@ -33,11 +33,11 @@ class Program:
     scales: Scales | None = None
     """Of a program that was quantised here, by the names of the nodes."""
     plain: Graph | None = None
-    """Of such a program the graph before the Q/DQ pairs were put in: what is no pair has the same names in both."""
+    """Of such a program the graph before Q/DQ pairs were put in, if any: all else has the same names in both."""
 
     def require_int8(self, spec: BackendSpec) -> None:
-        """Raise InputError unless the graph says what is quantised."""
-        if self.graph.precision != "int8":
+        """Raise InputError unless it is said what is quantised."""
+        if self.graph.precision != "int8" and self.plain is None:
             raise InputError(f"{spec}: {self.graph.path} has no QuantizeLinear nodes; quantize the model first")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,14 @@ from cp_debug.backends.spec import parse_backends
 from cp_debug.bisect.causes.effects import Effects
 from cp_debug.bisect.causes.findings import Explainer
 from cp_debug.bisect.collected import Collected, observation_notes
+from cp_debug.bisect.int8 import (
+    DEFAULT_CALIBRATION,
+    Calibration,
+    already_quantized,
+    both_int8,
+    int8_notes,
+    quantized_programs,
+)
 from cp_debug.bisect.layers import Layer, layers_of, stage_ends
 from cp_debug.bisect.observe import observe
 from cp_debug.bisect.pipeline import (
@@ -29,6 +38,7 @@ from cp_debug.bisect.pipeline import (
     header,
     load_test_programs,
     prepare,
+    wants_int8,
 )
 from cp_debug.bisect.precision import coarser, oracle_for
 from cp_debug.bisect.replay import Replay
@@ -69,6 +79,8 @@ class Options:
     exporter: str | None = None
     """``dynamo`` or ``torchscript``; None takes one that every backend can read."""
     folded: bool = True
+    calibration: Calibration = DEFAULT_CALIBRATION
+    """How to quantise, where a backend is in INT8 and the model is not."""
     knobs: bool = False
     """Find the graph optimisers that are responsible for the difference of optimised ONNX Runtime tests."""
     save: Path | None = None
@@ -111,6 +123,9 @@ class Bisection:
         self._done, self._steps = 0, 0
         self._steady: Observation | None = None
         self._reference_floors: dict[Key, float] = {}
+        self._quantized: dict[int, list[Program]] = {}
+        """By identity of the list that was quantised."""
+        self._calibrated = ""
         if isinstance(backends, str):
             backends = [create(spec) for spec in parse_backends(backends)]
         self._reference, *self._tests = backends
@@ -120,6 +135,7 @@ class Bisection:
             names = ", ".join(str(test.spec) for test in self._tests)
             raise InputError(f"--knobs: expected ort-basic or ort-all among the test backends, which are {names}")
         self.model = model if not isinstance(model, str) else self._load(model, options.checkpoint)
+        self._notes += getattr(self.model, "notes", ())
         self._test_model = test_model
         given = test_model is not None and not isinstance(test_model, Path) and not callable(test_model)
         self.test_model: Model = test_model if given else self.model  # type: ignore[assignment]
@@ -144,9 +160,14 @@ class Bisection:
             self._step("exporting and aligning")
             programs, tests = self._programs(first, Path(scratch), exported)
             layers = layers_of(programs)
+            ours = self._for(self._reference, self.model, programs, Path(scratch))
+            theirs = [self._for(backend, self.test_model, tests, Path(scratch)) for backend in self._tests]
             self._step("opening the backends")
-            reference = stack.enter_context(Pipeline(self.model, programs, self._reference))
-            runs = [self._test_run(stack, backend, tests, programs, layers) for backend in self._tests]
+            reference = stack.enter_context(Pipeline(self.model, ours, self._reference))
+            runs = [
+                self._test_run(stack, backend, own, reference, programs, layers)
+                for backend, own in zip(self._tests, theirs, strict=True)
+            ]
             collected = [Collected() for _ in runs]
             sources = []
             for index, sample in enumerate((first, *samples)):
@@ -162,7 +183,6 @@ class Bisection:
                 coverage=coverage_of(programs),
                 programs={p.name: self._saved_name(p) for p in programs},
                 reference_observation=self._steady,
-                test_programs={p.name: self._saved_name(p) for p in tests},
             )
 
     def _programs(
@@ -187,23 +207,48 @@ class Bisection:
             ]
         return programs, programs
 
+    def _for(self, backend: Backend, model: Model, programs: list[Program], scratch: Path) -> list[Program]:
+        """The programs as this backend runs them: with Q/DQ pairs for one in INT8."""
+        if not wants_int8(backend):
+            return programs
+        if (made := self._quantized.get(id(programs))) is None:
+            made = already_quantized(programs) or self._quantize(model, programs, scratch)
+            self._quantized[id(programs)] = made
+        return made
+
+    def _quantize(self, model: Model, programs: list[Program], scratch: Path) -> list[Program]:
+        options, folder = self.options, self.options.save or scratch
+        calibration = options.calibration
+        self._steps += 1
+        self._step("quantizing")
+        samples = list(model.samples(calibration.samples, options.seed, calibration.data or options.inputs))
+        folder = folder / ("test" if self._quantized else "")
+        folder.mkdir(exist_ok=True)
+        self._calibrated = f"quantized on the fly: {calibration.method} on {len(samples)} sample(s)"
+        return quantized_programs(model, programs, samples, calibration, folder)
+
     def _saved_name(self, program: Program) -> str:
         path, folder = program.graph.path.resolve(), self.options.save
         inside = folder is not None and path.is_relative_to(folder.resolve())
         return path.relative_to(folder.resolve()).as_posix() if folder and inside else str(path)
 
     def _test_run(
-        self, stack: ExitStack, backend: Backend, tests: list[Program], programs: list[Program], layers: list[Layer]
+        self,
+        stack: ExitStack,
+        backend: Backend,
+        tests: list[Program],
+        reference: Pipeline,
+        programs: list[Program],
+        layers: list[Layer],
     ) -> TestRun:
         options = self.options
         precision = coarser(self._reference.precision, backend.precision)
         rtol = precision.rtol if options.rtol is None else options.rtol
-        atol = precision.atol if options.atol is None else options.atol
+        unjudged = math.inf if both_int8(self._reference, backend) else precision.atol
+        atol = unjudged if options.atol is None else options.atol
         oracle = options.oracle or oracle_for(self._reference.precision, backend.precision)
         pipeline = stack.enter_context(Pipeline(self.test_model, tests, backend))
-        return TestRun(
-            pipeline, programs, self._reference.precision, layers, (rtol, atol), oracle if options.replay else None
-        )
+        return TestRun(pipeline, reference, programs, layers, (rtol, atol), oracle if options.replay else None)
 
     def _sample(
         self,
@@ -299,9 +344,11 @@ class Bisection:
             observation=found.observation,
             notes=[
                 *self._notes,
+                *int8_notes(self._reference, run.pipeline, rows, self._calibrated),
                 *observation_notes(str(self._reference.spec), self._steady),
                 *found.notes(str(run.pipeline.backend.spec)),
             ],
+            programs={p.name: self._saved_name(p) for p in run.pipeline.programs},
             knobs=found.knobs,
             findings=found.findings,
             detections=found.detections,

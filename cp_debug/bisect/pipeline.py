@@ -22,6 +22,7 @@ from cp_debug.probes.capture import array_hash
 from cp_debug.probes.export import export
 from cp_debug.probes.graph import Graph
 from cp_debug.probes.outputs import flatten_outputs
+from cp_debug.quantization.folding import fuse_model_bn
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
 
 
@@ -38,6 +39,8 @@ class Export(NamedTuple):
     exporter: str = "dynamo"
     opset: int | None = None
     """None is the exporter's default."""
+    fused: bool = False
+    """Fold BatchNorm in torch, in front of linear layers too: INT8 scales belong to folded weights."""
 
 
 DEFAULT_EXPORT = Export()
@@ -66,9 +69,9 @@ def prepare(
 def _export(component: Component, inputs: Mapping[str, np.ndarray], folder: Path, how: Export, folded: bool) -> Program:
     module = component.module
     assert module is not None
-    args = tuple(torch.from_numpy(np.ascontiguousarray(inputs[n])) for n in component.input_names)
+    args = example_args(component, inputs)
     path = export(
-        module,
+        fuse_model_bn(module, args) if how.fused else module,
         args,
         folder / f"{component.name}.onnx",
         input_names=component.input_names,
@@ -84,11 +87,16 @@ def _export(component: Component, inputs: Mapping[str, np.ndarray], folder: Path
     return Program(component.name, graph, module, alignment)
 
 
+def example_args(component: Component, inputs: Mapping[str, np.ndarray]) -> tuple[torch.Tensor, ...]:
+    """The inputs of a component's module as it takes them."""
+    return tuple(torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in component.input_names)
+
+
 def run_module(component: Component, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The outputs of a component's module by their names."""
     assert component.module is not None
     with torch.no_grad():
-        outputs = flatten_outputs(component.module(*(torch.from_numpy(inputs[n]) for n in component.input_names)))
+        outputs = flatten_outputs(component.module(*example_args(component, inputs)))
     return {n: t.numpy() for n, t in zip(component.output_names, outputs.values(), strict=True)}
 
 
@@ -176,9 +184,11 @@ class Pipeline:
     def run(self, sample: Sample, sink: Callable[[Key, Tensor], None] | None = None) -> dict[str, Arrays]:
         """Run the chain; each component is fed this backend's own upstream outputs. Returns all components' outputs.
 
-        ``sink`` is given every component's inputs, then its exposed values in execution order.
+        ``sink`` is given every component's inputs, then its exposed values in execution order; what Q/DQ pairs compute
+        that were put in here stays inside.
         """
         results: dict[str, Arrays] = {}
+        programs = {program.name: program for program in self.programs}
         for component in self.model.components:
             inputs = self.model.feed(component, sample, results)
             forward = None
@@ -186,7 +196,9 @@ class Pipeline:
                 for name, array in inputs.items():
                     sink(Key(component.name, name), array)
                 forward = _under(component.name, sink)
-            results[component.name] = self.sessions[component.name].run(inputs, forward)
+            plain = programs[component.name].plain
+            shown = plain.producer.keys() if plain else None
+            results[component.name] = self.sessions[component.name].run(inputs, forward, shown)
         if not self._realised:
             self._check_realised()
             self._realised = True
@@ -224,13 +236,20 @@ def settings_by_component(settings: Mapping[str, Any]) -> dict[str, dict[str, An
     return {name: common | rest for name, rest in settings.get("components", {"": {}}).items()}
 
 
+def wants_int8(backend: Backend) -> bool:
+    """Whether a backend runs graphs with Q/DQ pairs."""
+    return backend.precision == "int8" and not getattr(backend, "implicit_int8", False)
+
+
 def choose_export(backends: Sequence[Backend], exporter: str | None) -> tuple[Export, str | None]:
     """What every backend can read, and a note where that is not the default; ``exporter`` None leaves the choice."""
+    fused = any(map(wants_int8, backends))
     limits = {str(b.spec): limit for b in backends if (limit := getattr(b, "largest_opset", None)) is not None}
     if not limits:
-        return Export(exporter or "dynamo"), None
+        return Export(exporter or "dynamo", fused=fused), None
     spec = min(limits, key=limits.__getitem__)
-    chosen = Export(exporter or "torchscript", limits[spec])  # dynamo cannot write every operator at an old opset
+    # dynamo cannot write every operator at an old opset
+    chosen = Export(exporter or "torchscript", limits[spec], fused)
     return chosen, f"exported with {chosen.exporter} at opset {chosen.opset}, up to which {spec} reads ONNX"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,9 @@ PRECISIONS = {
         Precision("int8", 2.0**-8, *_FP32, 2e-1, 1e-3),
     )
 }
+
+BESIDE_INT8 = replace(PRECISIONS["int8"], roundoff=PRECISIONS["fp16"].roundoff)
+"""INT8 where it is known which inputs are quantised: all else may be rounded to FP16."""
 
 
 def coarser(a: str, b: str) -> Precision:

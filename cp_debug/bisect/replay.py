@@ -22,7 +22,8 @@ from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.memory import Trimmer
 from cp_debug.bisect.norms import distance, ratio
-from cp_debug.bisect.precision import PRECISIONS, Precision
+from cp_debug.bisect.precision import BESIDE_INT8, PRECISIONS, Precision
+from cp_debug.bisect.quantized import Ideal, Quantized
 from cp_debug.bisect.slack import disturbed
 from cp_debug.errors import InputError
 from cp_debug.probes.graph import Graph, Node
@@ -69,6 +70,14 @@ class Replay:
     overflow or vanish."""
     reference_excess: float = 0.0
     """The same question asked of the reference, for layers that amplify suspiciously."""
+    declared: float | None = None
+    """Of a layer in INT8: the error that the graph's own scales make of the same inputs."""
+    departs: float | None = None
+    """How far the captured result is from what those scales say."""
+    clipped: float | None = None
+    """Share of the layer's input that lies beyond its scale."""
+    step: float | None = None
+    """That scale: the distance of two levels."""
     skipped: str | None = None
 
 
@@ -84,20 +93,23 @@ class Replayer:
         device: str = "cpu",
         *,
         emulated: bool = False,
+        quantized: tuple[Quantized | None, Quantized | None] = (None, None),
     ) -> None:
-        """``precisions`` are those that the reference and the test claim to have. ``emulated``: the test is the
-        emulation of its claim, of this very graph, so that emulating its layers again would give what was captured.
+        """``precisions`` are those that the reference and the test claim to have; ``quantized`` what each of them does
+        in INT8, where that is known. ``emulated``: the test is the emulation of its claim, of this very graph, so that
+        emulating its layers again would give what was captured.
         """
         self.graph = graph
         self.precision = PRECISIONS[precisions[1]]
         self.oracle = Executor(graph, ARITHMETICS[oracle], device)
         self._oracle_roundoff = PRECISIONS[oracle].roundoff
-        self._known = set(known)
+        self.known = set(known)
         self._device = device
         self._emulators = {
             p: self.oracle if p == oracle else Executor(graph, ARITHMETICS[p], device) for p in precisions
         }
         self._claims = precisions
+        self.quantized = quantized
         self._emulated = emulated
         self._trimmer = Trimmer(TRIM_AFTER)
         self._weight_loss = lru_cache(maxsize=None)(self._storage_loss_of_weight)
@@ -105,7 +117,7 @@ class Replayer:
     def layers(self, reference: Load, test: Load) -> Iterator[tuple[str, Replay]]:
         """Every captured value in execution order, with its replay."""
         for node in self.graph.nodes:
-            targets = [o for o in node.outputs if o in self._known]
+            targets = [o for o in node.outputs if o in self.known]
             if not targets:
                 continue
             try:
@@ -115,7 +127,7 @@ class Replayer:
 
     def introduced(self, target: str, test: Load) -> tuple[Tensor, Tensor]:
         """(introduced error, oracle's result) of one value, in the oracle's dtype. Raises as ``layers`` would skip."""
-        nodes, starts = self.graph.segment([target], self._known)
+        nodes, starts = self.graph.segment([target], self.known)
         exact = self.oracle.run_nodes(nodes, {s: test(s) for s in starts}, [target])[target]
         return self._hold(test(target)) - exact, exact
 
@@ -127,20 +139,23 @@ class Replayer:
         return replay
 
     def _segment(self, targets: list[str], reference: Load, test: Load) -> dict[str, Replay]:
-        nodes, starts = self.graph.segment(targets, self._known)
+        nodes, starts = self.graph.segment(targets, self.known)
         if control := [n.op for n in nodes if n.op in CONTROL_FLOW]:
             return {t: Replay(skipped=f"{control[0]} is cut around: its body has no probes") for t in targets}
         given = {s: test(s) for s in starts}
         captured = {t: test(t) for t in targets}
         exact = self.oracle.run_nodes(nodes, given, targets)
-        emulated = captured if self._emulated else self._emulate(self._claims[1], nodes, given, exact)
+        expected, claim = (Ideal(captured), self.precision) if self._emulated else self._expect(1, nodes, given, exact)
         divergence = self._divergence(given, reference)
         results = {}
         for target in targets:
-            replay = self._judge(captured[target], exact[target], emulated[target], self.precision)
+            replay = self._judge(captured[target], exact[target], expected.results[target], claim)
             if EXCESS < (replay.excess or 0.0) < BEYOND_DOUBT:
                 others = disturbed(self.oracle, nodes, given, [target])[target]
-                replay = self._judge(captured[target], exact[target], emulated[target], self.precision, others)
+                replay = self._judge(captured[target], exact[target], expected.results[target], claim, others)
+            if expected.step is not None:
+                replay.clipped, replay.step = expected.clipped, expected.step
+                self._hold_against_scales(replay, target, given, captured[target], exact[target])
             replay.nodes = tuple(n.name for n in nodes)
             replay.oracle_error = self._oracle_roundoff * math.sqrt(max(self._reduction(n) for n in nodes))
             replay.range_loss = max(
@@ -156,12 +171,26 @@ class Replayer:
             self._trimmer.freed(exact[target].nbytes)
         return results
 
-    def _emulate(
-        self, claim: str, nodes: list[Node], given: Mapping[str, AnyTensor], exact: Mapping[str, Tensor]
-    ) -> Mapping[str, AnyTensor]:
-        """The values of ``exact`` in the arithmetic of ``claim``: themselves where that is the oracle's."""
-        emulator = self._emulators[claim]
-        return exact if emulator is self.oracle else emulator.run_nodes(nodes, given, exact)
+    def _expect(
+        self, side: int, nodes: list[Node], given: Mapping[str, AnyTensor], exact: Mapping[str, Tensor]
+    ) -> tuple[Ideal, Precision]:
+        """What the reference (0) or the test (1) must make of ``given`` in place of ``exact``, and the precision that
+        allows for what emulation does not know."""
+        emulator, quantized = self._emulators[self._claims[side]], self.quantized[side]
+        precision = PRECISIONS[self._claims[side]] if quantized is None else BESIDE_INT8
+        if quantized is not None and quantized.touches(nodes):
+            return quantized.ideal(emulator, nodes, given, exact), precision
+        return Ideal(exact if emulator is self.oracle else emulator.run_nodes(nodes, given, exact)), precision
+
+    def _hold_against_scales(
+        self, replay: Replay, target: str, given: Mapping[str, AnyTensor], captured: AnyTensor, exact: Tensor
+    ) -> None:
+        quantized = self.quantized[1]
+        declared = None if quantized is None else quantized.declared(target, self.known, given)
+        if declared is not None and tuple(declared.shape) == tuple(captured.shape) == tuple(exact.shape):
+            scale = distance(captured, exact).whole
+            replay.declared = ratio(distance(declared, exact).difference, scale)
+            replay.departs = ratio(distance(captured, declared).difference, scale)
 
     def _judge(
         self,
@@ -194,9 +223,9 @@ class Replayer:
 
     def _reference_excess(self, nodes: list[Node], starts: list[str], target: str, reference: Load) -> float:
         given = {s: reference(s) for s in starts}
-        claim = PRECISIONS[self._claims[0]]
         exact = self.oracle.run_nodes(nodes, given, [target])[target]
-        emulated = self._emulate(claim.name, nodes, given, {target: exact})[target]
+        expected, claim = self._expect(0, nodes, given, {target: exact})
+        emulated = expected.results[target]
         replay = self._judge(reference(target), exact, emulated, claim)
         if EXCESS < (replay.excess or 0.0) < BEYOND_DOUBT:
             others = disturbed(self.oracle, nodes, given, [target])[target]

@@ -77,6 +77,10 @@ class LayerRow:
                     "amplification": replay.amplification,
                     "expected": replay.expected,
                     "excess": replay.excess,
+                    "declared": replay.declared,
+                    "departs": replay.departs,
+                    "clipped": replay.clipped,
+                    "step": replay.step,
                     "oracle_error": replay.oracle_error,
                     "born_nonfinite": replay.born,
                     "noise_floor": self.noise_floor,
@@ -145,6 +149,8 @@ class TestResult:
     """What a reader must know: settings that do not match, layers nobody could replay, probes that lie."""
     findings: list[Finding] = field(default_factory=list)
     """Why, with evidence: the largest effect first; of the worst sample."""
+    programs: dict[str, str] = field(default_factory=dict)
+    """Component → the graph that this backend ran, as ``BisectResult.programs``."""
     detections: DetectionChange | None = None
     """What became of the detections, over all samples; None where the model has none."""
     knobs: Knobs | None = None
@@ -183,7 +189,7 @@ class TestResult:
         return {
             "backend": self.backend.spec,
             "alignment": {"aligned": self.compared, "total": self.total},
-            "tolerance": {"rtol": self.rtol, "atol": self.atol},
+            "tolerance": json_safe({"rtol": self.rtol, "atol": self.atol}),
             "stages": [stage.to_dict() for stage in self.stages],
             "layers": [row.to_dict() for row in self.rows],
             "outputs": [row.to_dict() for row in self.outputs],
@@ -197,6 +203,7 @@ class TestResult:
             "repeats": seen.repeats if seen else None,
             "agrees": self.agrees,
             "notes": self.notes,
+            "test_programs": self.programs,
             "findings": json_safe([finding.to_dict() for finding in self.findings]),
             "detections": json_safe(asdict(self.detections)) if self.detections else None,
             "knobs": json_safe(self.knobs.to_dict()) if self.knobs else None,
@@ -216,8 +223,6 @@ class BisectResult:
     """Alignment of torch and ONNX: values and leaf modules accounted for, modules that folding absorbed."""
     programs: dict[str, str] = field(default_factory=dict)
     """Component → its deployed graph: an ONNX file, relative to the saved folder where it lies there."""
-    test_programs: dict[str, str] = field(default_factory=dict)
-    """The same for what the tests ran."""
     reference_observation: Observation | None = None
     """The reference against itself, on the first sample."""
     command: str = ""
@@ -249,7 +254,6 @@ class BisectResult:
             "coverage": self.coverage,
             "reference_observation": asdict(self.reference_observation) if self.reference_observation else {},
             "programs": self.programs,
-            "test_programs": self.test_programs,
             **blocks[0],
             "tests": blocks,
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 
 import numpy as np
 
@@ -38,13 +39,11 @@ def set_shares(run: TestRun, rows: Mapping[Key, LayerRow], sample: Sample, refer
     if not guilty:
         return
     propagate = Propagation(run, sample, reference, test)
-    divergence = propagate.divergence()
     for key, row in guilty[:MOST]:
         try:
-            change = propagate.change(key)
+            row.share = propagate.share(key)
         except InputError:  # the replay of this layer says why
             continue
-        row.share = ratio(float(change @ divergence), float(divergence @ divergence))
 
 
 class Propagation:
@@ -55,6 +54,11 @@ class Propagation:
         self._model = run.pipeline.model
         self._components = [c.name for c in self._model.components]
 
+    def share(self, key: Key) -> float:
+        """⟨Δ, D⟩ ÷ ‖D‖² of the layer ``key``. Raises InputError where its segment cannot be replayed."""
+        return ratio(float(self.change(key) @ self.divergence), float(self.divergence @ self.divergence))
+
+    @cached_property
     def divergence(self) -> np.ndarray:
         """D: the test's final outputs minus the reference's, as one vector."""
         component = self._components[-1]

@@ -8,10 +8,11 @@ from dataclasses import asdict
 from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.base import Program, Tensor
 from cp_debug.backends.emulated import EmulatedBackend
-from cp_debug.bisect.layers import Layer
+from cp_debug.bisect.layers import Layer, layer_name
 from cp_debug.bisect.observe import observe
-from cp_debug.bisect.pipeline import Key, Pipeline, value_map
+from cp_debug.bisect.pipeline import Key, Pipeline, value_map, wants_int8
 from cp_debug.bisect.precision import PRECISIONS, Precision
+from cp_debug.bisect.quantized import Quantized
 from cp_debug.bisect.replay import Load, Replay, Replayer
 from cp_debug.bisect.result import LayerRow, Observation
 from cp_debug.bisect.verdict import judge
@@ -29,27 +30,30 @@ class TestRun:
     def __init__(
         self,
         pipeline: Pipeline,
-        reference: Sequence[Program],
-        reference_precision: str,
+        reference: Pipeline,
+        programs: Sequence[Program],
         layers: Sequence[Layer],
         tolerance: tuple[float, float],
         oracle: str | None,
     ) -> None:
+        """``programs`` are the reference's before anything was quantised: they say what a layer should compute."""
         self.pipeline = pipeline
         self.precision: Precision = PRECISIONS[pipeline.backend.precision]
         self.tolerance = tolerance
         self.oracle = oracle
-        self._reference_precision = reference_precision
-        self.programs = {p.name: p for p in reference}
+        self._reference = reference
+        self.programs = {p.name: p for p in programs}
         self.layers = {Key(layer.component, layer.onnx): layer for layer in layers}
         self._names = {p.name: value_map(self.programs[p.name], p) for p in pipeline.programs}
         self._replayers: dict[str, Replayer] = {}
+        self._seen: set[Key] = set()
+        """What the reference shows."""
 
     def run(
         self, sample: Sample, reference: Capture, writer: CaptureWriter
     ) -> tuple[dict[Key, TensorStats], dict[str, Arrays]]:
         """Run with probes; every value is compared with the reference's, and captured under the reference's name."""
-        captured = {Key(e.component, e.name) for e in reference.entries}
+        captured = self._seen = {Key(e.component, e.name) for e in reference.entries}
         stats: dict[Key, TensorStats] = {}
 
         def sink(key: Key, tensor: Tensor) -> None:
@@ -90,11 +94,26 @@ class TestRun:
         """The replayer of a component, made once: every sample has the same probes."""
         if component not in self._replayers:
             assert self.oracle is not None
-            claims = self._reference_precision, self.precision.name
-            graph, names = self.programs[component].graph, test.names(component=component)
-            emulated = self._emulates(graph)
-            self._replayers[component] = Replayer(graph, claims, self.oracle, names, emulated=emulated)
+            sides = self._reference, self.pipeline
+            graph = self.programs[component].graph
+            known = [name for name in test.names(component=component) if Key(component, name) in self._seen]
+            self._replayers[component] = Replayer(
+                graph,
+                (sides[0].backend.precision, sides[1].backend.precision),
+                self.oracle,
+                known,
+                emulated=self._emulates(graph),
+                quantized=(self._quantized(component, sides[0]), self._quantized(component, sides[1])),
+            )
         return self._replayers[component]
+
+    def _quantized(self, component: str, side: Pipeline) -> Quantized | None:
+        """What one side does in INT8 to a component; None where it claims none, or where nothing else is known."""
+        plain = self.programs[component]
+        (program,) = (p for p in side.programs if p.name == component)
+        if not wants_int8(side.backend) or plain.graph.precision == "int8":
+            return None
+        return Quantized(plain.graph, program.graph, {name: own for own, name in value_map(plain, program).items()})
 
     def _emulates(self, graph: Graph) -> bool:
         """Whether the backend computed ``graph`` itself as a replayer would emulate it."""
@@ -106,6 +125,12 @@ class TestRun:
             and backend.device == "cpu"
             and any(program.graph is graph for program in self.pipeline.programs)
         )
+
+    def quantized_name(self, key: Key) -> str:
+        """What the layer that computes a value is called where layers are chosen for INT8."""
+        (program,) = (p for p in self.pipeline.programs if p.name == key.component)
+        names = {name: own for own, name in self._names[key.component].items()}
+        return layer_name(program, names.get(key.value, key.value))
 
     def observe(
         self, sample: Sample, probed: Mapping[str, Arrays], test: Capture

@@ -37,7 +37,8 @@ def judge(
     if replay.born:
         return Judgement(GUILTY, within, f"{replay.born} NaN or Inf are born here")
     if replay.excess > EXCESS and replay.introduced > floor:
-        return Judgement(GUILTY, within, f"introduces {replay.excess:.3g}× what {precision.name.upper()} explains")
+        says = f"introduces {replay.excess:.3g}× what {precision.name.upper()} explains"
+        return Judgement(GUILTY, within, says + _scales(replay))
     if replay.range_loss > RANGE * precision.roundoff:
         lost = f"storing them loses {replay.range_loss:.2g}"
         return Judgement(GUILTY, within, f"its numbers leave the range of {precision.name.upper()}: {lost}")
@@ -45,3 +46,10 @@ def judge(
         why = f"the reference introduces {replay.reference_excess:.3g}× what its precision explains"
         return Judgement(GUILTY, within, why, "reference")
     return Judgement(OK if within else INHERITED, within)
+
+
+def _scales(replay: Replay) -> str:
+    """Whether a layer in INT8 does what its scales say."""
+    if replay.departs is None or replay.introduced is None:
+        return ""
+    return ", as its scales say" if replay.departs < replay.introduced / 2 else ", and not what its scales say"

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cp_debug.cli import tensorrt
+from cp_debug.cli import calibration, tensorrt
 
 
 class Level(str, Enum):
@@ -67,6 +67,10 @@ def bisect(
     csv: Annotated[Path | None, typer.Option(help="Write the layer table as CSV.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the HTML report: one file, works offline.")] = None,
     save: Annotated[Path | None, typer.Option(help="Keep result, graphs and captures in this folder.")] = None,
+    calib_data: calibration.Data = None,
+    calib_samples: calibration.Samples = 8,
+    calib_method: calibration.Calibrator = calibration.Method.mse,
+    skip_layers: calibration.SkipLayers = None,
     trt_python: tensorrt.Python = None,
     strongly_typed: tensorrt.StronglyTyped = False,
     probes: tensorrt.ProbeMode = tensorrt.Probes.boundaries,
@@ -85,6 +89,7 @@ def bisect(
     from cp_debug.backends.spec import parse_backends
     from cp_debug.bisect.engine import Options
     from cp_debug.bisect.engine import bisect as run
+    from cp_debug.bisect.int8 import Calibration
     from cp_debug.cli.console import command_line, show, steps
     from cp_debug.reports.files import write_json
 
@@ -108,6 +113,7 @@ def bisect(
         knobs=knobs,
         exporter=None if exporter is Exporter.auto else exporter.value,
         folded=not unfolded,
+        calibration=Calibration(calib_data, calib_samples, calib_method.value, skip_layers or ()),
         save=kept,
     )
     engines = tensorrt.tensorrt_options(

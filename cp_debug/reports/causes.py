@@ -11,7 +11,7 @@ from rich.text import Text
 
 from cp_debug.bisect.causes.finding import UNKNOWN, Finding, Where
 from cp_debug.bisect.result import TestResult
-from cp_debug.reports.numbers import number
+from cp_debug.reports.numbers import number, percent
 
 NAMED = 4
 """Layers and elements that are named; the JSON has all."""
@@ -78,7 +78,7 @@ def _where(where: Where) -> Iterator[str]:
 
 def _effect(finding: Finding) -> Iterator[str]:
     if finding.effect.share is not None:
-        yield f"{finding.effect.share:.0%} of the final divergence"
+        yield f"{percent(finding.effect.share)} of the final divergence"
     if finding.effect.detections is not None:
         yield f"by itself {finding.effect.detections}"
 

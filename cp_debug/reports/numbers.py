@@ -5,6 +5,11 @@ from __future__ import annotations
 import math
 
 
+def percent(share: float) -> str:
+    """``62%``, and ``0%`` for what is negative by less than half of one."""
+    return f"{round(share, 2) + 0.0:.0%}"
+
+
 def number(value: float | None) -> str:
     """Three digits are enough to read: ``1.23e-04``, ``0``, ``inf``, and a dash for None."""
     if value is None:

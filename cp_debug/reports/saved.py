@@ -62,14 +62,14 @@ class SavedResult:
         blocks = fields.objects("tests")
         if not blocks or len(records) != len(blocks) + 1:
             fields.fail("tests", f"{len(blocks)} entries; expected one for each backend after the reference")
+        programs = fields.get("test_programs", dict, {})
         result = BisectResult(
             model=fields.get("model", str),
             reference=records[0],
-            tests=[_test(block, record) for block, record in zip(blocks, records[1:], strict=True)],
+            tests=[_test(block, record, programs) for block, record in zip(blocks, records[1:], strict=True)],
             samples=fields.get("samples", list),
             coverage=fields.get("coverage", dict, {}),
             programs=fields.get("programs", dict, {}),
-            test_programs=fields.get("test_programs", dict, {}),
             reference_observation=_observation(fields.object("reference_observation", {})),
             command=fields.get("command", str, ""),
         )
@@ -80,10 +80,9 @@ class SavedResult:
         """Component → its deployed graph, for those whose file is still there."""
         return self._open(self.result.programs)
 
-    @cached_property
-    def test_graphs(self) -> dict[str, Graph]:
-        """The same for what the tests ran."""
-        return self._open(self.result.test_programs)
+    def test_graphs(self, test: TestResult) -> dict[str, Graph]:
+        """The same for what a test ran."""
+        return self._open(test.programs)
 
     def _open(self, programs: Mapping[str, str]) -> dict[str, Graph]:
         paths = {name: (self.folder or Path()) / path for name, path in programs.items()}
@@ -176,7 +175,8 @@ def _observation(fields: Fields) -> Observation | None:
     )
 
 
-def _test(fields: Fields, record: RunRecord) -> TestResult:
+def _test(fields: Fields, record: RunRecord, programs: dict[str, str]) -> TestResult:
+    """``programs`` are those of all tests, in files that do not name each test's."""
     rows = [_row(row) for row in fields.objects("layers")]
     by_key = {(row.component, row.onnx): row for row in rows}
 
@@ -200,6 +200,7 @@ def _test(fields: Fields, record: RunRecord) -> TestResult:
         oracle=fields.get("oracle", (str, type(None))),
         observation=_observation(fields),
         notes=fields.get("notes", list, []),
+        programs=fields.get("test_programs", dict, programs),
         findings=[_finding(finding) for finding in fields.objects("findings", [])],
         detections=_detections(fields),
     )
@@ -269,6 +270,10 @@ def _row(fields: Fields) -> LayerRow:
         amplification=fields.optional("amplification"),
         expected=fields.optional("expected"),
         excess=fields.optional("excess"),
+        declared=fields.optional("declared"),
+        departs=fields.optional("departs"),
+        clipped=fields.optional("clipped"),
+        step=fields.optional("step"),
         oracle_error=fields.number("oracle_error", 0.0),
         born=fields.get("born_nonfinite", int, 0),
         skipped=fields.get("skipped", (str, type(None)), None),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from cp_debug.bisect.result import (
 from cp_debug.reports.causes import findings
 from cp_debug.reports.engines import engine_lines, kernel
 from cp_debug.reports.knobs import render_knobs
-from cp_debug.reports.numbers import number
+from cp_debug.reports.numbers import number, percent
 
 STYLES = {OK: "green", INHERITED: "yellow", DIVERGENT: "red", GUILTY: "bold red", SHAPE: "bold red"}
 SETTINGS = {
@@ -105,6 +106,8 @@ def layer_table(test: TestResult, *, show_all: bool = False) -> Table:
     """The layers in execution order: all of them, or those around the first divergent one and every guilty one."""
     replayed = test.oracle is not None
     extra: tuple[str, ...] = (">introduced", ">expected", ">excess") if replayed else ()
+    quantized = any(row.replay and row.replay.step is not None for row in test.rows)
+    extra += (">step", ">clipped") if quantized else ()
     extra += ("kernel",) if any(row.tactic for row in test.rows) else ()
     table = _table(">#", "layer", "op", ">shape", ">max |Δ|", ">rel. L2", *extra, "verdict")
     rows = test.rows if show_all else layers_shown(test)
@@ -123,6 +126,7 @@ def layer_table(test: TestResult, *, show_all: bool = False) -> Table:
             number(row.stats.max_abs),
             number(row.stats.rel_l2),
             *(figures if replayed else ()),
+            *(_scale(row) if quantized else ()),
             *((kernel(row.tactic),) if "kernel" in extra else ()),
             _verdict(row),
         )
@@ -135,10 +139,13 @@ def verdict_line(test: TestResult) -> Text:
     first, worst = test.first_divergent, max(test.outputs, key=lambda row: row.stats.rel_l2, default=None)
     end = f"; final outputs differ by {number(worst.stats.rel_l2)} (rel. L2, {worst.name})" if worst else ""
     spec, tolerance = test.backend.spec, f"rtol {test.rtol:g}, atol {test.atol:g}"
+    if math.isinf(test.atol) and not test.guilty:
+        text = Text(f"✓ {spec}: no layer introduces more than its precision explains", "bold green")
+        return text.append(f"; divergence was not judged{end}", "not bold")
     if test.guilty:
         assert first is not None
         names = f"{len(test.guilty)} layers are guilty, the first is" if len(test.guilty) > 1 else "guilty:"
-        share = f", {first.share:.0%} of the final divergence" if first.share is not None else ""
+        share = f", {percent(first.share)} of the final divergence" if first.share is not None else ""
         text = Text.assemble((f"✗ {spec}: {names} {first.name}", "bold red"), f" ({first.op}): {first.why}{share}{end}")
         if test.first_beyond is not None and test.first_beyond.index != first.index:
             text.append(_why_views_differ(test, first, test.first_beyond))
@@ -160,8 +167,15 @@ def _why_views_differ(test: TestResult, guilty: LayerRow, beyond: LayerRow) -> s
     return f"; {beyond.name} passes the tolerance before it, but adds no more than its precision explains"
 
 
+def _scale(row: LayerRow) -> tuple[str, str]:
+    """What the INT8 scale of the layer's input is, and how much of that it clips."""
+    if row.replay is None or row.replay.step is None:
+        return "", ""
+    return number(row.replay.step), f"{100 * (row.replay.clipped or 0.0):.2g}%"
+
+
 def _verdict(row: LayerRow) -> Text:
-    share = f" {row.share:.0%}" if row.share is not None else ""
+    share = f" {percent(row.share)}" if row.share is not None else ""
     return Text(row.verdict + share, STYLES[row.verdict])
 
 

@@ -9,6 +9,7 @@ from cp_debug.bisect.causes import (
     precision,
     quantized,
     ranges,
+    scales,
     weights,
 )
 from cp_debug.bisect.causes.base import CAUSES, Candidate, Cause, cause
@@ -26,5 +27,6 @@ __all__ = [
     "precision",
     "quantized",
     "ranges",
+    "scales",
     "weights",
 ]

@@ -9,12 +9,12 @@ from statistics import fmean
 
 from cp_debug.bisect.causes.base import Cause
 from cp_debug.bisect.causes.effects import Effects
-from cp_debug.bisect.causes.finding import UNKNOWN, Finding, Where
+from cp_debug.bisect.causes.finding import UNKNOWN, Effect, Finding, Where
 from cp_debug.bisect.causes.precision import PROMOTED
 from cp_debug.bisect.causes.search import ENOUGH, Explanation, explain
 from cp_debug.bisect.causes.segment import Lab, Segment
 from cp_debug.bisect.causes.where import locate
-from cp_debug.bisect.pipeline import Key
+from cp_debug.bisect.pipeline import Key, wants_int8
 from cp_debug.bisect.result import GUILTY, SHAPE, LayerRow, Observation
 from cp_debug.bisect.testrun import TestRun, loader
 from cp_debug.errors import InputError
@@ -23,6 +23,8 @@ from cp_debug.probes.capture import Capture
 
 MOST = 64
 """Guilty layers that are explained, the most excessive first."""
+COSTLY = 8
+"""Layers whose INT8 rounding is carried to the outputs, those first that introduce most."""
 LOCATED = 8
 """Layers of a finding for which it says where in them the error sits."""
 UNSTEADY = 10.0
@@ -73,8 +75,9 @@ class Explainer:
             groups.setdefault((row.side, *name), []).append(Explained(row, explanation, locate(segment, row.name)))
         findings = [self._finding(group) for group in groups.values()]
         findings += [*unsteady, *self._program(seen)]
-        if not findings and not all(row.within for row in rows.values()):
-            findings += self._declared(rows)
+        if not all(row.within for row in rows.values()):
+            findings += self._costliest(rows) if wants_int8(self.run.pipeline.backend) else ()
+            findings += self._declared(rows) if not findings else ()
         return sorted(findings, key=lambda f: -(abs(f.effect.share) if f.effect.share is not None else 0.0))
 
     def _segment(self, key: Key, row: LayerRow) -> Segment:
@@ -83,12 +86,13 @@ class Explainer:
         program = self.run.programs[key.component]
         replayer = self.run.replayer(key.component, self.test)
         if (key.component, row.side) not in self._labs:
-            self._labs[key.component, row.side] = Lab(program, replayer.oracle, claim)
+            quantized = replayer.quantized[row.side == "test"]
+            self._labs[key.component, row.side] = Lab(program, replayer.oracle, claim, quantized)
         lab, load = self._labs[key.component, row.side], loader(capture, key.component)
         if row.op == "input":
             segment = Segment.of_input(lab, key.value, self.exact_input(key), load(key.value))
         else:
-            segment = Segment.of(lab, key.value, self.test.names(component=key.component), load)
+            segment = Segment.of(lab, key.value, replayer.known, load)
         later = self._later(key, capture)
         segment.others = [
             (
@@ -97,7 +101,8 @@ class Explainer:
             )
             for side in (self.reference, self.test)
             for entry in side.entries
-            if side is not capture or (entry.component, entry.name) not in later
+            if (entry.component, entry.name) != key
+            and (side is not capture or (entry.component, entry.name) not in later)
         ]
         return segment
 
@@ -170,6 +175,27 @@ class Explainer:
             evidence={"observer_gap": seen.observer_gap, "noise_floor": seen.noise_floor},
             fix=knobs if family == "ort" else "build with fewer fusions, or mark one tensor at a time",
         )
+
+    def _costliest(self, rows: Mapping[Key, LayerRow]) -> Iterator[Finding]:
+        """Of the layers that do in INT8 what they must: the one whose error reaches the outputs most."""
+        quantized = [(k, r) for k, r in rows.items() if r.verdict != GUILTY and r.replay and r.replay.step is not None]
+        quantized.sort(key=lambda item: item[1].replay.introduced or 0.0, reverse=True)  # type: ignore[union-attr]
+        shares = {key: self.effects.propagation.share(key) for key, _ in quantized[:COSTLY]}
+        ranked = sorted(shares, key=shares.__getitem__, reverse=True)
+        if ranked:
+            row, share = rows[ranked[0]], shares[ranked[0]]
+            yield Finding(
+                "int8",
+                f"INT8 as declared; of {len(quantized)} layers that do what they must, this one costs most",
+                [row.name],
+                [row.op],
+                evidence={
+                    "introduced": row.replay and row.replay.introduced,
+                    "then": ", ".join(f"{rows[key].name} ({shares[key]:.0%})" for key in ranked[1:4]),
+                },
+                effect=Effect(share),
+                fix=f"accept it, or leave it unquantized: --skip-layers {self.run.quantized_name(ranked[0])}",
+            )
 
     def _declared(self, rows: Mapping[Key, LayerRow]) -> Iterator[Finding]:
         """No layer is guilty, but the outputs differ: how much of it the declared precision makes."""

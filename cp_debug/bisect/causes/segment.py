@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -19,7 +19,8 @@ from cp_debug.backends.executor import Executor
 from cp_debug.backends.memory import Trimmer
 from cp_debug.backends.weights import Weights
 from cp_debug.bisect.causes.fits import halves
-from cp_debug.bisect.precision import PRECISIONS, Precision
+from cp_debug.bisect.precision import BESIDE_INT8, PRECISIONS, Precision
+from cp_debug.bisect.quantized import Quantized
 from cp_debug.bisect.replay import FLOOR, Load
 from cp_debug.errors import InputError
 from cp_debug.probes.graph import Node
@@ -68,10 +69,11 @@ def as_double(value: Any) -> Tensor:
 class Lab:
     """Executes parts of one program in any arithmetic."""
 
-    def __init__(self, program: Program, oracle: Executor, claim: str) -> None:
-        """``claim``: the precision that the backend under suspicion claims to have."""
-        self.program, self.graph, self.oracle = program, program.graph, oracle
-        self.claim: Precision = PRECISIONS[claim]
+    def __init__(self, program: Program, oracle: Executor, claim: str, quantized: Quantized | None = None) -> None:
+        """``claim``: the precision that the backend under suspicion claims to have; ``quantized`` what it does in INT8,
+        where that is known."""
+        self.program, self.graph, self.oracle, self.quantized = program, program.graph, oracle, quantized
+        self.claim: Precision = PRECISIONS[claim] if quantized is None else BESIDE_INT8
         self.constants = Weights(self.graph, FP64, torch.device("cpu"), 0)
         self.trimmer = Trimmer(1 << 27)
         self._made: dict[Arithmetic, Executor] = {oracle.arithmetic: oracle}
@@ -95,7 +97,7 @@ class Segment:
         self.op = nodes[-1].op if nodes else "input"
 
     @classmethod
-    def of(cls, lab: Lab, target: str, known: Sequence[str], load: Load) -> Segment:
+    def of(cls, lab: Lab, target: str, known: Collection[str], load: Load) -> Segment:
         """Cut the segment of ``target`` out. Raises InputError where the oracle cannot compute it."""
         nodes, starts = lab.graph.segment([target], known)
         return cls(lab, nodes, target, {s: load(s) for s in starts}, load(target))
@@ -194,6 +196,9 @@ class Segment:
     @cached_property
     def claimed(self) -> Tensor:
         """What the claimed precision makes of the same inputs."""
+        if self.lab.quantized is not None:
+            made = self.lab.quantized.ideal(self.lab.oracle, self.nodes, self.given, [self.target])
+            return as_double(made.results[self.target])
         arithmetic = ARITHMETICS.get(self.lab.claim.name, self.lab.oracle.arithmetic)
         return self.run(arithmetic) if self.nodes else self.exact
 

@@ -45,7 +45,8 @@ def find_accused(saved: SavedResult, layer: str | None = None, backend: str | No
     test, row = _row(saved.result.tests, layer, backend)
     record = saved.result.reference if row.side == "reference" else test.backend
     capture = saved.capture(row.sample, record.spec)
-    graphs = {"program": saved.graphs, "test program": saved.graphs if row.side == "reference" else saved.test_graphs}
+    ran = saved.graphs if row.side == "reference" else saved.test_graphs(test)
+    graphs = {"program": saved.graphs, "test program": ran}
     for kind, found in graphs.items():
         if row.component not in found:
             raise InputError(f"{saved.folder}: the {kind} of {row.component!r} is no longer where the result says")

@@ -1,0 +1,87 @@
+"""INT8 with Q/DQ pairs: the layer does what its scales say, and one of them is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cp_debug.bisect.causes.base import Candidate, cause
+from cp_debug.bisect.causes.segment import Segment, as_double
+from cp_debug.bisect.quantized import Grid
+from cp_debug.probes.graph import Node
+from cp_debug.probes.qdq import LEVELS, weight_axis
+
+_COARSE = 2.0
+"""How many times coarser than needed a scale is called too coarse."""
+_CALIBRATE = "calibrate on data like this (--calib-data), or leave {layers} unquantised (--skip-layers)"
+
+
+@cause()
+def declared(segment: Segment) -> Iterator[Candidate]:
+    """The layer as its own scales say; it is called after what makes most of the error."""
+    node, quantized = segment.product, segment.lab.quantized
+    weight = segment.weight(node, 1) if node is not None else None
+    if node is None or quantized is None or weight is None:
+        return
+    x, (of_input, of_weight) = _input(segment, node), (quantized.grid(node, place) for place in (0, 1))
+    made, parts = {}, {}
+    if of_input is not None:
+        made[0] = of_input.quantized(x)
+        parts["clipped"] = {0: x.clamp(*of_input.range)}
+        parts["rounded"] = {0: of_input.value(of_input.levels(x))}
+    if of_weight is not None:
+        made[1] = of_weight.quantized(weight)
+        parts["weights"] = {1: made[1]}
+    value = segment.edited(node, inputs=made)
+    if not made or value is None:
+        return
+    errors = {part: _error(segment, node, inputs) for part, inputs in parts.items()}
+    worst = max(errors, key=errors.__getitem__)
+    evidence: dict[str, Any] = {f"error_{part}": error for part, error in errors.items()}
+    if worst == "weights" or of_input is None:
+        name, says, fix = _of_weight(node, weight, of_weight)
+    else:
+        step, needed = float(of_input.scale.flatten()[0]), float(x.abs().max()) / LEVELS
+        evidence |= {"scale": step, "needed_scale": needed, "clipped": of_input.clipped(x)}
+        name, says, fix = _of_input(worst, step, needed, evidence["clipped"])
+    yield Candidate(name, says, value, 0, evidence, fix)
+
+
+def _of_input(worst: str, step: float, needed: float, clipped: float) -> tuple[str, str, str]:
+    if worst == "clipped":
+        says = f"its input reaches {needed * LEVELS:.4g}, and its INT8 scale {step:.3g} ends at ±{step * LEVELS:.4g}"
+        return "int8-clipped", f"{says}: {clipped:.2%} is clipped", _CALIBRATE
+    if step > _COARSE * needed:
+        return (
+            "int8-coarse",
+            f"the INT8 scale {step:.3g} of its input is {step / needed:.1f} times too coarse",
+            _CALIBRATE,
+        )
+    return "int8", f"its input is quantised to INT8 with scale {step:.3g}", _CALIBRATE
+
+
+def _of_weight(node: Node, weight: Tensor, grid: Grid | None) -> tuple[str, str, str]:
+    axis = weight_axis(node, weight.dim())
+    if grid is not None and grid.scale.numel() == 1:
+        return "int8-per-tensor", "its weights have one INT8 scale for all channels", "quantise {layers} per channel"
+    if grid is not None and grid.axis != axis:
+        says = f"the INT8 scales of its weights lie along axis {grid.axis}; the output channels are axis {axis}"
+        return "int8-axis", says, f"quantise the weights of {{layers}} along axis {axis}"
+    return "int8-weights", "the INT8 scales of its weights do not fit them", "quantise {layers} again"
+
+
+def _input(segment: Segment, node: Node) -> Tensor:
+    """What the node reads, captured or computed on the way."""
+    name = node.proto.input[0]
+    nodes = () if name in segment.given else segment.nodes
+    return as_double(segment.lab.oracle.run_nodes(nodes, segment.given, [name])[name])
+
+
+def _error(segment: Segment, node: Node, inputs: dict[int, Tensor]) -> float:
+    """L2 norm of what one part of the quantisation does by itself, relative to the whole introduced error."""
+    value = segment.edited(node, inputs=inputs)
+    error = torch.linalg.vector_norm(value - segment.exact) if value is not None else 0.0
+    return float(error) / (segment.introduced or 1.0)

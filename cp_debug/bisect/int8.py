@@ -1,0 +1,113 @@
+"""INT8 on the fly: where a backend asks for it and the model is not quantised, it is calibrated on its own samples."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cp_debug.backends.base import Backend, Program
+from cp_debug.bisect.pipeline import Pipeline, example_args, run_module, wants_int8
+from cp_debug.bisect.result import LayerRow
+from cp_debug.probes.alignment import align
+from cp_debug.probes.graph import Graph
+from cp_debug.probes.qdq import insert_qdq
+from cp_debug.quantization.models import quantize_model
+from cp_debug.quantization.nodes import scales_by_node
+from cp_debug.quantization.scales import Scales
+from cp_debug.recipes.base import Arrays, Model, Sample
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How a model is quantised that nobody quantised before."""
+
+    data: Path | None = None
+    """What to calibrate on; None: what is bisected, and more of its kind."""
+    samples: int = 8
+    method: str = "mse"
+    """``max``, ``percentile``, ``mse`` or ``entropy``."""
+    skip_layers: Sequence[str] = ()
+    """Globs over module paths; over node names where a program comes without a module."""
+
+
+DEFAULT_CALIBRATION = Calibration()
+
+
+def quantized_programs(
+    model: Model, programs: Sequence[Program], samples: Sequence[Sample], calibration: Calibration, folder: Path
+) -> list[Program]:
+    """The programs in INT8, calibrated on ``samples``: each has a Q/DQ graph in ``folder``, its calibration cache
+    beside it, and a module with fake quantisers where it was exported from the model's own.
+
+    Raises InputError as ``quantize_model`` does.
+    """
+    own = all(p.module is not None and p.module is c.module for p, c in zip(programs, model.components, strict=True))
+    calibrated = model if own else _of_graphs(model, programs)
+    found = quantize_model(calibrated, samples, method=calibration.method, skip_layers=calibration.skip_layers)
+    made = []
+    results: dict[str, Arrays] = {}
+    for component, program in zip(calibrated.components, programs, strict=True):
+        part = found[component.name]
+        if part.folded is None:
+            made.append(_with_pairs(replace(program, module=None), part.scales, folder))
+            continue
+        inputs = model.feed(component, samples[0], results)
+        results[component.name] = run_module(component, inputs)
+        alignment = align(program.graph, part.folded, example_args(component, inputs), prefix=component.prefix)
+        scales = scales_by_node(part.scales, alignment, program.graph)
+        made.append(_with_pairs(replace(program, module=part.module, alignment=alignment), scales, folder))
+    return made
+
+
+def already_quantized(programs: Sequence[Program]) -> list[Program] | None:
+    """The programs as they are when one of them has Q/DQ pairs, and the others so by intention; else None."""
+    if all(program.graph.precision != "int8" for program in programs):
+        return None
+    return [p if p.graph.precision == "int8" else replace(p, plain=p.graph) for p in programs]
+
+
+def both_int8(reference: Backend, test: Backend) -> bool:
+    """Whether the divergence of two backends says nothing: roundings at ties tip over, and grow from layer to layer."""
+    return wants_int8(reference) and wants_int8(test)
+
+
+def int8_notes(reference: Backend, pipeline: Pipeline, rows: Sequence[LayerRow], calibrated: str) -> Iterator[str]:
+    """What a reader must know of a backend in INT8: where its scales come from, whether it obeys them, and whether
+    integers were computed."""
+    backend = pipeline.backend
+    if any(program.scales is not None for program in pipeline.programs):
+        yield calibrated
+    if both_int8(reference, backend):
+        yield (
+            "both sides are INT8, where roundings at ties tip over and grow from layer to layer: layers are judged by "
+            "what they introduce, not by max |Δ| or rel. L2"
+        )
+    departures = [(row.replay.departs, row.name) for row in rows if row.replay and row.replay.departs is not None]
+    if departures:
+        largest, name = max(departures)
+        noise = f"to {-20 * math.log10(largest):.0f} dB or better, the least at {name}" if largest else "bit for bit"
+        yield f"{backend.spec}: every layer, given its own inputs, agrees with what its scales say {noise}"
+    counts = [session.settings.get("integer_kernels") for session in pipeline.sessions.values()]
+    if counts and all(count == 0 for count in counts):
+        yield (
+            f"{backend.spec}: no integer kernel ran; ONNX Runtime wants Q/DQ pairs behind a layer, too, and "
+            "these stand in front of layers only, as TensorRT wants it"
+        )
+
+
+def _of_graphs(model: Model, programs: Sequence[Program]) -> Model:
+    """The model with these graphs instead of its modules."""
+    changed = copy.copy(model)
+    graphs = {program.name: program.graph.path for program in programs}
+    changed.components = tuple(replace(c, module=None, onnx_path=graphs[c.name]) for c in model.components)
+    return changed
+
+
+def _with_pairs(program: Program, scales: Scales, folder: Path) -> Program:
+    graph = Graph(insert_qdq(program.graph, scales.layers, folder / f"{program.name}.int8.onnx", scales.adds))
+    scales.save(folder / f"{program.name}.scales.safetensors")
+    alignment = program.alignment and replace(program.alignment, graph_sha256=graph.digest)
+    return replace(program, graph=graph, alignment=alignment, scales=scales, plain=program.graph)
