@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cp_debug.cli.bisect import Exporter
+from cp_debug.cli.quantize_sensitivity import Method
 from cp_debug.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,6 +32,14 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+class Axis(str, Enum):
+    """What the tasks of a sensitivity sweep are."""
+
+    samples = "samples"
+    layers = "layers"
+
 
 QUEUE, REPORT = "Queue", "Report"
 Models = Annotated[list[str] | None, typer.Argument(help="Recipes, .onnx files, module:callable; else tiny.")]
@@ -124,15 +134,99 @@ def sweep_eval(
     A task is one backend on one sample. Exit code 1 when a backend detects significantly less, 2 when a task failed.
     """
     from cp_debug.deploy.evaluation import EvaluationOptions
+    from cp_debug.recipes.data.base import DataOptions
     from cp_debug.sweep import evaluating
 
-    root = None if data_root is None else str(data_root.resolve())
-    how = {"data_root": root, "sweeps": sweeps, "skip_missing": skip_missing}
-    grid = _grid(models, backends, checkpoint, samples, seed, data, exporter, unfolded, how)
+    read = DataOptions(data_root and data_root.resolve(), sweeps, skip_missing)
+    how = {"data_root": read.root and str(read.root), "sweeps": sweeps, "skip_missing": skip_missing}
+    grid = replace(_grid(models, backends, checkpoint, samples, seed, data, exporter, unfolded, how), data=read)
     options = EvaluationOptions(min_points=min_points, draws=draws, seed=seed, max_drop=max_drop)
     desk = Desk(workers, cluster, log, retry_failed, output, json, csv, html)
     merge = partial(evaluating.merge, options=options)
     desk.run("eval", lambda: evaluating.tasks(grid), merge, (evaluating.rows, evaluating.COLUMNS))
+
+
+@app.command("sensitivity")
+def sweep_sensitivity(
+    models: Models = None,
+    checkpoint: Checkpoints = None,
+    quantized: Annotated[
+        list[Path] | None,
+        typer.Option("--from", help="Checkpoint of `quantize ptq` or `qat`; repeatable; else each worker calibrates."),
+    ] = None,
+    batches: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 20,
+    method: Annotated[Method, typer.Option(help="How the scales are chosen.")] = Method.mse,
+    data: Inputs = None,
+    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="At most this many samples.")] = 8,
+    seed: Seed = 0,
+    by: Annotated[
+        Axis, typer.Option(help="What a task is: one sample and all layers, or all samples and a share of the layers.")
+    ] = Axis.samples,
+    draws: Annotated[int, typer.Option(min=0, help="Bootstrap draws for the intervals, by layers.")] = 200,
+    workers: Workers = None,
+    cluster: Cluster = None,
+    log: LogFile = None,
+    retry_failed: RetryFailed = False,
+    output: Output = None,
+    json: Json = None,
+    csv: Csv = None,
+    html: Html = None,
+) -> None:
+    """Which layers suffer from INT8: how their errors spread over samples, or what `quantize sensitivity` says.
+
+    Exit code 2 when a task failed.
+    """
+    from cp_debug.sweep import sensitivity
+
+    how = {"batches": batches, "method": method.value, "draws": draws}
+    grid = _grid(models, "torch,torch-fp64", checkpoint, samples, seed, data, Exporter.auto, False, how)
+    desk = Desk(workers, cluster, log, retry_failed, output, json, csv, html)
+    desk.run(
+        "sensitivity",
+        lambda: sensitivity.tasks(grid, quantized or (), by_layers=by is Axis.layers),
+        sensitivity.merge,
+        (sensitivity.rows, sensitivity.COLUMNS),
+    )
+
+
+@app.command("search")
+def sweep_search(
+    models: Models = None,
+    backends: Backends = "torch,emu-fp16acc",
+    checkpoint: Checkpoints = None,
+    goal: Annotated[
+        str, typer.Option(help="rel_l2, max_abs, boxes_lost, boxes_gained, boxes_moved; joined by 'and'.")
+    ] = "rel_l2<1e-3",
+    test_model: Annotated[
+        Path | None, typer.Option(help="The Q/DQ graph of the test (a folder, for several components).")
+    ] = None,
+    inputs: Inputs = None,
+    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="At most this many samples.")] = 8,
+    seed: Seed = 0,
+    max_builds: Annotated[int | None, typer.Option(min=1, help="Builds (emulated: trials) a task at most.")] = None,
+    exporter: Exporters = Exporter.auto,
+    unfolded: Unfolded = False,
+    workers: Workers = None,
+    cluster: Cluster = None,
+    log: LogFile = None,
+    retry_failed: RetryFailed = False,
+    output: Output = None,
+    json: Json = None,
+    csv: Csv = None,
+    html: Html = None,
+) -> None:
+    """Which layers must keep their precision on how many samples. A task is one `cpdebug search` on one sample.
+
+    Exit code 1 when the goal was not reached on some sample, 2 when a task failed.
+    """
+    from cp_debug.sweep import searching
+
+    how = {"goal": goal, "max_builds": max_builds, "test_model": test_model and str(test_model.resolve())}
+    grid = _grid(models, backends, checkpoint, samples, seed, inputs, exporter, unfolded, how)
+    if test_model is not None:
+        grid = replace(grid, reads=sorted(test_model.glob("*.onnx")) if test_model.is_dir() else [test_model])
+    desk = Desk(workers, cluster, log, retry_failed, output, json, csv, html)
+    desk.run("search", lambda: searching.tasks(grid), searching.merge, (searching.rows, searching.COLUMNS))
 
 
 def _grid(

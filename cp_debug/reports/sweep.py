@@ -18,9 +18,12 @@ from cp_debug.deploy.bootstrap import CONFIDENCE, Interval
 from cp_debug.files import write_text
 from cp_debug.reports.numbers import number
 from cp_debug.reports.page import environment, page_parts
+from cp_debug.reports.sensitivity import whole_line
 from cp_debug.sweep.bisecting import BisectGroup, LayerSpread
 from cp_debug.sweep.evaluating import EvalGroup
 from cp_debug.sweep.result import Group, SweepResult
+from cp_debug.sweep.searching import SearchGroup
+from cp_debug.sweep.sensitivity import ProfileGroup, SensitivityGroup
 from cp_debug.sweep.spread import Outlier, Spread
 
 MOST_LAYERS = 12
@@ -115,6 +118,72 @@ def _(group: EvalGroup) -> Section:
     notes = [f"{spec}: {change}" for spec, change in group.changes.items()] + list(result.notes)
     outliers = [g for spec, found in group.outliers.items() for g in _outliers(found, f"{spec}: boxes lost or gained")]
     return Section(group.label, group.passed, sentence, [Sheet(title, headers, rows), *outliers], notes)
+
+
+@section.register
+def _(group: SensitivityGroup) -> Section:
+    headers = ("layer", ">error alone: median", ">p95", ">worst", ">introduced", ">left out", "worst on")
+    rows = [
+        (
+            row.layer,
+            *(number(value) for value in _percentiles(row.alone)),
+            *(number(_percentiles(spread)[0]) for spread in (row.introduced, row.left_out)),
+            group.samples[row.alone.sample] if row.alone else "",
+        )
+        for row in group.layers
+    ]
+    median, _, worst = _percentiles(group.int8)
+    sentence = (
+        f"all {len(group.layers)} layers in INT8: error {number(median)} (median of {len(group.samples)} samples)"
+    )
+    if group.int8:
+        sentence += f", at most {number(worst)} on {group.samples[group.int8.sample]}"
+    title = "Layers over the samples, relative L2 of the outputs; introduced: of the layer's own result (median)"
+    sheets = [Sheet(title, headers, rows, MOST_LAYERS), *_outliers(group.outliers, "error in INT8")]
+    return Section(group.label, group.passed, sentence, sheets)
+
+
+@section.register
+def _(group: ProfileGroup) -> Section:
+    profile = group.profile
+    scores = [f">Δ {name} {mode}" for mode in ("alone", "left out") for name in profile.scores]
+    headers = ("layer", ">introduced", ">error alone", ">error left out", *scores)
+    rows = [
+        (
+            row.layer,
+            *(number(value) for value in (row.introduced, row.alone.error, row.left_out.error)),
+            *(_change(effect.scores[name]) for effect in (row.alone, row.left_out) for name in profile.scores),
+        )
+        for row in profile.layers
+    ]
+    title = f"Layers on {profile.samples} samples together, relative L2 of the outputs"
+    return Section(group.label, group.passed, whole_line(profile), [Sheet(title, headers, rows, MOST_LAYERS)])
+
+
+@section.register
+def _(group: SearchGroup) -> Section:
+    samples, most = len(group.samples), max(group.kept)
+    title = f"{group.label}: {group.reference} → {group.backend}{' (emulated)' if group.emulated else ''}"
+    sentence = (
+        f"{group.goal} reached on {sum(group.reached)} of {samples} samples, at most {most} of {group.total} layers "
+        f"kept; {len(group.layers)} are needed by some sample"
+    )
+    headers = ("layer", ">needed", ">effect alone: median", ">worst", "worst on")
+    rows = [
+        (
+            row.layer,
+            f"{row.needed}/{samples}",
+            *(number(value) for value in _percentiles(row.effect)[::2]),
+            group.samples[row.effect.sample] if row.effect else "",
+        )
+        for row in group.layers
+    ]
+    sheets = [Sheet("Layers that keep their precision", headers, rows, MOST_LAYERS)] if rows else []
+    missed = [each for each in zip(group.samples, map(str, group.kept), group.reached, strict=True) if not each[-1]]
+    if missed:
+        cells = [each[:-1] for each in missed]
+        sheets.append(Sheet("Goal not reached", ("sample", ">layers kept"), cells, MOST_LAYERS))
+    return Section(title, group.passed, sentence, sheets)
 
 
 def render(result: SweepResult) -> Iterator[RenderableType]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
-
-import numpy as np
 
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.result import GUILTY, json_safe
@@ -15,7 +14,7 @@ from cp_debug.deploy.detections import DetectionChange
 from cp_debug.sweep.grid import Grid
 from cp_debug.sweep.log import Record
 from cp_debug.sweep.prepared import load, make_backends, pick, programs_of, with_sample
-from cp_debug.sweep.spread import Outlier, Spread, outlying
+from cp_debug.sweep.spread import Outlier, Spread, columns, numeric, outliers
 from cp_debug.sweep.tasks import Parameters, Task
 
 FIGURES = ("rel_l2", "introduced", "excess")
@@ -83,7 +82,7 @@ def rows(record: Record) -> list[dict[str, Any]]:
     result = record["result"]
     about = {"label": record["params"]["label"], **{k: result[k] for k in ("reference", "backend", "sample")}}
     return [
-        about | {name: _number(row[name]) if kind is float else row[name] for name, kind in _KEPT.items()}
+        about | {name: numeric(row[name]) if kind is float else row[name] for name, kind in _KEPT.items()}
         for row in result["layers"]
     ]
 
@@ -144,9 +143,7 @@ class BisectGroup:
             flat: dict[str, Any] = {"model": self.label, "reference": self.reference, "backend": self.backend}
             flat |= {k: getattr(row, k) for k in ("index", "component", "name", "op", "guilty", "samples")}
             for name, spread in row.figures.items():
-                for part in ("median", "p95", "worst"):
-                    flat[f"{name}_{part}"] = getattr(spread, part) if spread else np.nan
-                flat[f"{name}_worst_sample"] = self.samples[spread.sample] if spread else ""
+                flat |= columns(name, spread, self.samples)
             found.append(flat)
         return found
 
@@ -175,24 +172,24 @@ class _Group:
     agreeing: int = 0
 
     def add(self, place: int, result: Mapping[str, Any]) -> None:
-        self.sources[place], self.final[place] = result["sample"], _number(result["final"])
+        self.sources[place], self.final[place] = result["sample"], numeric(result["final"])
         self.agreeing += result["agrees"]
         self.causes.update(result["causes"])
         self.notes.update(result["notes"])
-        if result["detections"]:
-            self.detections[place] = DetectionChange(**{k: _number(v) for k, v in result["detections"].items()})
+        if change := result["detections"]:
+            figures: dict[str, Any] = {name: float(v) if isinstance(v, str) else v for name, v in change.items()}
+            self.detections[place] = DetectionChange(**figures)
         for row in result["layers"]:
             tally = self.layers.setdefault((row["component"], row["onnx"]), _Tally(row))
             tally.guilty += row["verdict"] == GUILTY
             for name, values in tally.figures.items():
-                if row[name] is not None:
-                    values[place] = _broken(row[name])
+                values[place] = numeric(row[name])
 
     def finish(self) -> BisectGroup:
         places = sorted(self.sources)
         tallies = sorted(self.layers.values(), key=lambda tally: (tally.row["index"], tally.row["onnx"]))
-        figures = [{n: [v.get(p, np.nan) for p in places] for n, v in tally.figures.items()} for tally in tallies]
-        final = [_broken(self.final[place]) for place in places]
+        figures = [{n: [v.get(p, math.nan) for p in places] for n, v in tally.figures.items()} for tally in tallies]
+        final = [self.final[place] for place in places]
         change = [self.detections[place] for place in sorted(self.detections)]
         names = [self.sources[place] for place in places]
         introduced = {tally.row["name"]: found["introduced"] for tally, found in zip(tallies, figures, strict=True)}
@@ -213,7 +210,7 @@ class _Group:
                 )
                 for tally, found in zip(tallies, figures, strict=True)
             ],
-            outliers=_outliers(names, final, introduced),
+            outliers=outliers(names, final, introduced),
             causes=dict(sorted(self.causes.items(), key=lambda item: (-item[1], item[0]))),
             detections=sum(change[1:], change[0]) if change else None,
             notes=dict(sorted(self.notes.items())),
@@ -230,24 +227,3 @@ def merge(records: Iterable[Record]) -> list[BisectGroup]:
         first[key] = min(first.get(key, place), place)
         groups.setdefault(key, _Group(params["label"], result)).add(place, result)
     return [groups[key].finish() for key in sorted(groups, key=first.__getitem__)]
-
-
-def _outliers(names: list[str], final: list[float], layers: Mapping[str, list[float]]) -> list[Outlier]:
-    scores = outlying(final)
-    where: dict[int, list[str]] = {place: [] for place in scores}
-    for layer, values in layers.items():
-        for place in outlying(values):
-            where.setdefault(place, []).append(layer)
-    found = [Outlier(names[place], final[place], scores.get(place), layers) for place, layers in where.items()]
-    return sorted(found, key=lambda each: (-(each.score or 0.0), -len(each.layers), each.sample))
-
-
-def _number(value: Any) -> Any:
-    """Numbers that JSON lacks are strings."""
-    return float(value) if isinstance(value, str) else value
-
-
-def _broken(value: Any) -> float:
-    """NaN is as bad as infinity."""
-    number = float(value)
-    return np.inf if np.isnan(number) else number

@@ -21,7 +21,7 @@ from cp_debug.recipes.data.base import DataOptions, Truth
 from cp_debug.sweep.grid import Grid
 from cp_debug.sweep.log import Record
 from cp_debug.sweep.prepared import load, make_backends, pick, programs_of
-from cp_debug.sweep.spread import Outlier, outlying
+from cp_debug.sweep.spread import Outlier, outliers
 from cp_debug.sweep.tasks import Parameters, Task
 
 _BOX = ("x", "y", "z", "length", "width", "height", "yaw", "vx", "vy")
@@ -31,14 +31,15 @@ COLUMNS = {"label": str, "backend": str, "sample": str, "class": str, "score": f
 
 def tasks(grid: Grid) -> Iterator[Task]:
     """Each model × each backend, the reference too × each sample."""
-    return grid.tasks("eval", [(spec,) for spec in grid.backends], _data_options(grid.how))
+    return grid.tasks("eval", [(spec,) for spec in grid.backends])
 
 
 def task(params: Parameters) -> dict[str, Any]:
     """Run one backend on one sample with ground truth; JSON-safe."""
     model = as_detector(load(params))
     (backend,) = make_backends(params["backends"])
-    sample = pick(model, params, _data_options(params))
+    root = params["data_root"] and Path(params["data_root"])
+    sample = pick(model, params, DataOptions(root, params["sweeps"], params["skip_missing"]))
     if sample.truth is None:
         raise InputError(f"{sample.source}: has no ground truth; expected an info file (.pkl)")
     with Pipeline(model, programs_of(params, [backend]), backend) as pipeline:
@@ -139,6 +140,7 @@ def _merge(label: str, backends: Mapping[str, Mapping[Any, Any]], options: Evalu
     if left_out:
         notes.append(f"{left_out} samples are left out: some backend did not finish them")
     pairs = {test: list(map(compare_detections, detected[reference], detected[test])) for test in tests}
+    moved = {test: [float(change.lost + change.gained) for change in found] for test, found in pairs.items()}
     return EvalGroup(
         label=label,
         result=EvaluationResult(
@@ -151,14 +153,8 @@ def _merge(label: str, backends: Mapping[str, Mapping[Any, Any]], options: Evalu
             notes=notes,
         ),
         changes={test: sum(found[1:], found[0]) for test, found in pairs.items()},
-        outliers={test: _outliers(names, found) for test, found in pairs.items()},
+        outliers={test: outliers(names, found, {}) for test, found in moved.items()},
     )
-
-
-def _outliers(names: list[str], changes: list[DetectionChange]) -> list[Outlier]:
-    moved = [float(change.lost + change.gained) for change in changes]
-    found = outlying(moved)
-    return [Outlier(names[place], moved[place], score, []) for place, score in found.items()]
 
 
 def _truth(plain: Mapping[str, Any]) -> Truth:
@@ -170,7 +166,3 @@ def _truth(plain: Mapping[str, Any]) -> Truth:
         num_points=np.array(plain["num_points"], dtype=np.int64),
         attributes=np.array(plain["attributes"], dtype=np.str_),
     )
-
-
-def _data_options(how: Mapping[str, Any]) -> DataOptions:
-    return DataOptions(how["data_root"] and Path(how["data_root"]), how["sweeps"], how["skip_missing"])

@@ -22,7 +22,6 @@ class Grid:
     """What to sweep over. Every model is paired with every checkpoint.
 
     samples: at most so many of ``inputs`` (a file, or a folder whose files are samples), else made from ``seed``.
-    how: further parameters of every task.
     """
 
     models: Sequence[str]
@@ -32,17 +31,19 @@ class Grid:
     samples: int = 8
     seed: int = 0
     inputs: Path | None = None
+    data: DataOptions = DEFAULT_OPTIONS
     exporter: str | None = None
     folded: bool = True
     how: Mapping[str, Any] = field(default_factory=dict)
+    """Further parameters of every task."""
+    reads: Sequence[Path] = ()
+    """Further files of every task."""
 
-    def tasks(
-        self, kind: str, pairs: Sequence[Sequence[BackendSpec]], data: DataOptions = DEFAULT_OPTIONS
-    ) -> Iterator[Task]:
+    def tasks(self, kind: str, pairs: Sequence[Sequence[BackendSpec]]) -> Iterator[Task]:
         """A task for each model, each of ``pairs`` of backends, and each sample. Raises InputError."""
         for subject in self.subjects():
             gpu = {pair: any(map(needs_gpu, pair)) for pair in map(tuple, pairs)}
-            for pair, sample in product(gpu, self.picked(subject, data)):
+            for pair, sample in product(gpu, self.picked(subject)):
                 files = {**subject["files"], **sample["files"]}
                 named = {"backends": [str(spec) for spec in pair], "exporter": self.exporter, "folded": self.folded}
                 yield Task(kind, {**subject, **sample, **named, **self.how, "files": files}, gpu[pair])
@@ -52,7 +53,7 @@ class Grid:
         for model, checkpoint in product(self.models, self.checkpoints or (None,)):
             file, colon, name = (model, "", "") if model.endswith(".onnx") else model.rpartition(":")
             named = model
-            read = [] if checkpoint is None else [checkpoint]
+            read = [*self.reads, *([] if checkpoint is None else [checkpoint])]
             if file.endswith((".onnx", ".py")):
                 read.append(Path(file))
                 named = f"{Path(file).resolve()}{colon}{name}"
@@ -64,7 +65,7 @@ class Grid:
                 "files": digests(read),
             }
 
-    def picked(self, subject: Mapping[str, Any], data: DataOptions) -> Iterator[dict[str, Any]]:
+    def picked(self, subject: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """The parameters that say which sample it is."""
         if self.inputs is None:
             for index in range(self.samples):
@@ -74,7 +75,7 @@ class Grid:
             if not hasattr(model, "data"):
                 raise InputError(f"{self.inputs}: {model.name} reads no info files; expected .npz files of its inputs")
             known = digests([self.inputs])
-            for index in range(len(model.data(self.inputs, self.samples, self.seed, data))):
+            for index in range(len(model.data(self.inputs, self.samples, self.seed, self.data))):
                 yield {"inputs": str(self.inputs.resolve()), "index": index, "files": known}
         else:
             for file in sample_files(self.inputs)[: self.samples]:

@@ -27,6 +27,23 @@ _KEPT = 2
 """Models that a worker holds: at the border between two models of a grid, tasks of both come in turn."""
 
 
+class Subject(NamedTuple):
+    """Which model: equal while its files have the same contents, so that a worker may keep what it made of it."""
+
+    model: str
+    checkpoint: str | None
+    seed: int
+    files: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def of(cls, params: Parameters) -> Subject:
+        """Of the parameters of a task; files of its sample do not matter."""
+        model, checkpoint = params["model"], params["checkpoint"]
+        own = {model, model.rpartition(":")[0], checkpoint}
+        files = tuple((path, digest) for path, digest in params["files"].items() if path in own)
+        return cls(model, checkpoint, params["seed"], files)
+
+
 class Prepared(NamedTuple):
     """A model and its programs, whose files live as long as ``folder``."""
 
@@ -37,14 +54,13 @@ class Prepared(NamedTuple):
 
 def load(params: Parameters) -> Model:
     """``params["model"]`` with ``params["checkpoint"]``, loaded once while their files stay the same."""
-    return _load(params["model"], params["checkpoint"], params["seed"], _state(params))
+    return load_subject(Subject.of(params))
 
 
 def programs_of(params: Parameters, backends: Sequence[Backend]) -> list[Program]:
     """The model's programs for these backends, exported once."""
     how, _ = choose_export(backends, params["exporter"])
-    key = (params["model"], params["checkpoint"], params["seed"], _state(params))
-    return _export(*key, how, params["folded"]).programs
+    return _export(Subject.of(params), how, params["folded"]).programs
 
 
 def make_backends(specs: Sequence[str]) -> list[Backend]:
@@ -74,22 +90,16 @@ def with_sample(model: Model, sample: Sample) -> Model:
     return one
 
 
-def _state(params: Parameters) -> tuple[tuple[str, str], ...]:
-    """The model's own files and their digests: a checkpoint that was written again is another model."""
-    own = {params["model"], params["model"].rpartition(":")[0], params["checkpoint"]}
-    return tuple((path, digest) for path, digest in params["files"].items() if path in own)
+@lru_cache(_KEPT)
+def load_subject(subject: Subject) -> Model:
+    """The model, loaded once while its files stay the same."""
+    checkpoint = None if subject.checkpoint is None else Path(subject.checkpoint)
+    return load_model(subject.model, checkpoint=checkpoint, seed=subject.seed)
 
 
 @lru_cache(_KEPT)
-def _load(model: str, checkpoint: str | None, seed: int, files: tuple[tuple[str, str], ...]) -> Model:
-    return load_model(model, checkpoint=Path(checkpoint) if checkpoint else None, seed=seed)
-
-
-@lru_cache(_KEPT)
-def _export(
-    name: str, checkpoint: str | None, seed: int, files: tuple[tuple[str, str], ...], how: Export, folded: bool
-) -> Prepared:
-    model = _load(name, checkpoint, seed, files)
+def _export(subject: Subject, how: Export, folded: bool) -> Prepared:
+    model = load_subject(subject)
     folder = TemporaryDirectory(prefix="cpdebug-")
-    (example,) = model.samples(1, seed, None)
+    (example,) = model.samples(1, subject.seed, None)
     return Prepared(model, prepare(model, example, Path(folder.name), how=how, folded=folded), folder)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -80,3 +82,26 @@ def outlying(values: Sequence[float]) -> dict[int, float]:
     scores = robust_scores(array)
     found = np.flatnonzero((scores > OUTLYING) & (array >= TWICE * np.median(known)))
     return {int(place): float(scores[place]) for place in found}
+
+
+def outliers(names: Sequence[str], whole: Sequence[float], layers: Mapping[str, Sequence[float]]) -> list[Outlier]:
+    """The samples that stand out in their own figure or in a layer's, the farthest first."""
+    scores = outlying(whole)
+    where: dict[int, list[str]] = {place: [] for place in scores}
+    for layer, values in layers.items():
+        for place in outlying(values):
+            where.setdefault(place, []).append(layer)
+    found = [Outlier(names[place], whole[place], scores.get(place), layers) for place, layers in where.items()]
+    return sorted(found, key=lambda each: (-(each.score or 0.0), -len(each.layers), each.sample))
+
+
+def columns(name: str, spread: Spread | None, samples: Sequence[str]) -> dict[str, Any]:
+    """A spread as columns of a flat row."""
+    parts = {f"{name}_{part}": getattr(spread, part, math.nan) for part in ("median", "p95", "worst")}
+    return {**parts, f"{name}_worst_sample": samples[spread.sample] if spread else ""}
+
+
+def numeric(value: Any) -> float:
+    """A figure of a record: what JSON lacks is text there, none is NaN, and NaN is as bad as infinity."""
+    number = math.nan if value is None else float(value)
+    return math.inf if math.isnan(number) and value is not None else number

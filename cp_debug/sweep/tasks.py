@@ -21,6 +21,8 @@ from cp_debug.errors import CpdebugError, InputError
 KINDS = {
     "bisect": "cp_debug.sweep.bisecting:task",
     "eval": "cp_debug.sweep.evaluating:task",
+    "sensitivity": "cp_debug.sweep.sensitivity:task",
+    "search": "cp_debug.sweep.searching:task",
 }
 """Kind → ``module:function``; the function maps parameters to a JSON-safe result. Its module says how results of the
 kind are merged (``merge``), and how one becomes rows of a table (``rows``, ``COLUMNS``)."""

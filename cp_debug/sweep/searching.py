@@ -1,0 +1,150 @@
+"""``sweep search``: which layers must keep their precision, searched for on each sample by itself; merged, how often
+each is needed."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cp_debug.bisect.result import json_safe
+from cp_debug.errors import InputError
+from cp_debug.repair.goal import Goal
+from cp_debug.repair.search import SearchOptions, search
+from cp_debug.sweep.grid import Grid
+from cp_debug.sweep.log import Record
+from cp_debug.sweep.prepared import load, make_backends, pick
+from cp_debug.sweep.spread import Spread, columns, numeric
+from cp_debug.sweep.tasks import Parameters, Task
+
+_KEPT = ("component", "layer", "ops", "introduced", "effect")
+COLUMNS = {**dict.fromkeys(("label", "backend", "sample", "layer"), str), "introduced": float, "effect": float}
+"""Of the flat table: a row for each sample and layer to keep."""
+
+
+def tasks(grid: Grid) -> Iterator[Task]:
+    """Each model × each test backend × each sample. Raises InputError for a goal that needs many samples at once."""
+    if "map_drop" in Goal.parse(grid.how["goal"]).figures:
+        raise InputError("--goal: map_drop needs many samples at once; expected figures of a single one")
+    reference, *tests = grid.backends
+    return grid.tasks("search", [(reference, test) for test in tests])
+
+
+def task(params: Parameters) -> dict[str, Any]:
+    """One whole search on one sample; JSON-safe."""
+    model = load(params)
+    sample = pick(model, params)
+    options = SearchOptions(
+        max_builds=params["max_builds"],
+        exporter=params["exporter"],
+        folded=params["folded"],
+        test_model=params["test_model"] and Path(params["test_model"]),
+    )
+    result = search(model, make_backends(params["backends"]), Goal.parse(params["goal"]), [sample], options)
+    return json_safe(
+        {
+            "sample": sample.source,
+            **{name: getattr(result, name) for name in ("reference", "backend", "emulated", "goal", "reached")},
+            **{name: getattr(result, name) for name in ("minimal", "verdict", "layers", "stopped", "notes")},
+            "figures": dict(result.best.measured.figures),
+            "baseline": dict(result.baseline.measured.figures),
+            "trials": len(result.trials),
+            "kept": [{name: layer.to_dict()[name] for name in _KEPT} for layer in result.kept],
+            "keep": result.keep,
+        }
+    )
+
+
+def rows(record: Record) -> list[dict[str, Any]]:
+    """A record as rows of ``COLUMNS``."""
+    result = record["result"]
+    about = {"label": record["params"]["label"], "backend": result["backend"], "sample": result["sample"]}
+    return [
+        about | {"layer": layer["layer"]} | {name: numeric(layer[name]) for name in ("introduced", "effect")}
+        for layer in result["kept"]
+    ]
+
+
+@dataclass(frozen=True)
+class NeededLayer:
+    """A layer that some sample needs."""
+
+    component: str
+    layer: str
+    needed: int
+    """On how many samples."""
+    effect: Spread | None
+    """The worst final output with this layer alone low: relative L2, over all samples, NaN where it is not needed."""
+
+
+@dataclass(frozen=True)
+class SearchGroup:
+    """One model on one test backend."""
+
+    label: str
+    reference: str
+    backend: str
+    emulated: bool
+    goal: str
+    samples: list[str]
+    reached: list[bool]
+    """Whether the goal was reached, by sample."""
+    kept: list[int]
+    """Layers kept, by sample."""
+    total: int
+    layers: list[NeededLayer]
+    keep: dict[str, list[str]]
+    """Component → nodes that some sample needs: with them kept every sample's own set is. Verify it as a whole."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the goal was reached on every sample."""
+        return all(self.reached)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe; ``sample`` of a spread is a place in ``samples``."""
+        return json_safe({**asdict(self), "passed": self.passed})
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each layer."""
+        about = {"model": self.label, "backend": self.backend, "samples": len(self.samples)}
+        return [
+            {**about, "component": row.component, "layer": row.layer, "needed": row.needed}
+            | columns("effect", row.effect, self.samples)
+            for row in self.layers
+        ]
+
+
+def merge(records: Iterable[Record]) -> list[SearchGroup]:
+    """One group a model and test backend, in the order of the grid."""
+    groups: dict[tuple[str, ...], list[Record]] = defaultdict(list)
+    for record in sorted(records, key=lambda each: each["place"]):
+        groups[(record["params"]["label"], *record["params"]["backends"])].append(record)
+    return [_merge(key[0], [record["result"] for record in found]) for key, found in groups.items()]
+
+
+def _merge(label: str, results: Sequence[Mapping[str, Any]]) -> SearchGroup:
+    effects: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
+    keep: dict[str, dict[str, None]] = defaultdict(dict)
+    for place, result in enumerate(results):
+        for layer in result["kept"]:
+            effects[layer["component"], layer["layer"]][place] = numeric(layer["effect"])
+        for component, nodes in result["keep"].items():
+            keep[component] |= dict.fromkeys(nodes)
+    layers = [
+        NeededLayer(*key, len(found), Spread.of([found.get(place, float("nan")) for place in range(len(results))]))
+        for key, found in effects.items()
+    ]
+    first = results[0]
+    return SearchGroup(
+        label=label,
+        **{name: first[name] for name in ("reference", "backend", "emulated", "goal")},
+        samples=[result["sample"] for result in results],
+        reached=[result["reached"] for result in results],
+        kept=[len(result["kept"]) for result in results],
+        total=first["layers"],
+        layers=sorted(layers, key=lambda row: -row.needed),
+        keep={component: list(nodes) for component, nodes in keep.items()},
+    )
