@@ -4,7 +4,9 @@
     python benchmarks/predicted.py SAVED --backend trt-fp16 [--device cuda] [--json FILE] [--crops FILE.npz]
 
 Two questions. *On the engine's own tensors*: each fused group is emulated from the inputs that the engine handed out,
-in the arithmetic that its kernel's name tells, FP16 accumulation in every order known. *From the model's input alone*:
+in the arithmetic that its kernel's name tells, FP16 accumulation in every order known. Where an engine has no value of
+the graph between several products (heads merged into one kernel, a neck that writes into a common tensor), they are
+emulated together, each in the arithmetic of its own kernel. *From the model's input alone*:
 the whole network is emulated before there is an engine, and the error that each layer introduces there is divided by
 the one that it introduced on the engine.
 
@@ -16,7 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,10 +29,11 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor
 
-from cp_debug.backends.arithmetic import ARITHMETICS, FP16ACC, FP32, Arithmetic
+from cp_debug.backends.arithmetic import ARITHMETICS, FP16, FP16ACC, FP32, TF32_DECONV, Arithmetic
 from cp_debug.backends.determinism import deterministic
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.tensorrt.tactics import Tactic, decode
+from cp_debug.bisect.pipeline import settings_by_component
 from cp_debug.probes.capture import Capture
 from cp_debug.probes.graph import Graph, Node
 
@@ -99,28 +102,49 @@ def fold(graph: Graph, path: Path) -> Graph:
     return Graph(path)
 
 
-def candidates(tactic: Tactic) -> Iterator[tuple[str, Arithmetic]]:
-    """(name, arithmetic) to try, the one that the tactic tells first."""
-    told = tactic.arithmetic
-    orders = dict.fromkeys([(tactic.tile[2], tactic.slices)] if tactic.tile else [])
-    orders |= dict.fromkeys((tile, slices) for slices in (1, 2) for tile in TILES if slices == 1 or tile <= 128)
-    accumulated = [
-        (f"fp16acc/{'all' if t > 4096 else t}" + (f"÷{s}" if s > 1 else ""), replace(FP16ACC, tile=t, slices=s))
-        for t, s in orders
-    ]
-    plain = [(name, ARITHMETICS[name]) for name in ("fp16", "tf32", "fp32")]
-    if told == "int8":
-        plain.insert(0, ("int8", ARITHMETICS["int8"]))
-    yield from (accumulated + plain[:1] if told == "fp16acc" else sorted(plain, key=lambda c: c[0] != told))
-    if told is None:
-        yield from accumulated
+def told_by(tactic: Tactic, dtype: str = "") -> Arithmetic:
+    """The arithmetic of a kernel: by its name, or else by the type that it writes."""
+    if tactic.arithmetic == "fp16acc":
+        return replace(FP16ACC, tile=tactic.tile[2], slices=tactic.slices) if tactic.tile else FP16ACC
+    if tactic.arithmetic == "tf32" and "deconv" in tactic.name:
+        return TF32_DECONV
+    return ARITHMETICS[tactic.arithmetic or {"Half": "fp16", "BF16": "bf16"}.get(dtype, "fp32")]
+
+
+def label(arithmetic: Arithmetic) -> str:
+    """``fp16acc/64÷2``: channels per tile, and partial sums that share it."""
+    if arithmetic is TF32_DECONV:
+        return "tf32, weights cut off"
+    if arithmetic.tile is None:
+        return arithmetic.name
+    tile = "all" if arithmetic.tile > 4096 else str(arithmetic.tile)
+    return f"{arithmetic.name}/{tile}" + (f"÷{arithmetic.slices}" if arithmetic.slices > 1 else "")
+
+
+def candidates(tactic: Tactic) -> Iterator[Arithmetic]:
+    """Arithmetics to try for one product, the one that the tactic tells first."""
+    told = told_by(tactic)
+    orders = [(tile, slices) for slices in (1, 2) for tile in TILES if slices == 1 or tile <= 128]
+    accumulated = [replace(FP16ACC, tile=tile, slices=slices) for tile, slices in orders]
+    if tactic.arithmetic:
+        yield told
+    if tactic.arithmetic in ("fp16acc", None):
+        yield from (a for a in accumulated if a != told)
+    yield from (a for a in (ARITHMETICS[name] for name in ("fp16", "tf32", "fp32")) if a != told)
 
 
 class Bench:
     """One component of one saved backend."""
 
-    def __init__(self, capture: Capture, component: str, source: Path, tactics: Mapping[str, str], device: str) -> None:
-        self.capture, self.component, self.tactics, self.device = capture, component, tactics, device
+    def __init__(
+        self, capture: Capture, component: str, source: Path, layers: Sequence[Mapping[str, Any]], device: str
+    ) -> None:
+        self.capture, self.component, self.device = capture, component, device
+        self.kernels = {
+            node: (decode(layer["tactic"]), next(iter(layer["outputs"].values()), ""))
+            for layer in layers
+            for node in layer["nodes"]
+        }
         self.graph = fold(Graph(source), source.with_suffix(".folded.onnx"))
         self.known = [n for n in self.capture.names(component=component) if n in self.graph.producer]
         self.inputs = {v.name: self.load(v.name) for v in self.graph.inputs}
@@ -129,35 +153,55 @@ class Bench:
     def load(self, name: str) -> np.ndarray:
         return np.array(self.capture.load(name, component=self.component))
 
-    def groups(self) -> Iterator[tuple[str, list[Node], list[str], Node]]:
-        """(value, nodes, starts, the product) of every fused group with one product."""
+    def groups(self) -> Iterator[tuple[str, list[Node], list[str], list[Node]]]:
+        """(value, nodes, starts, products) of everything with products between two values that the engine shows."""
         for value in self.known:
             nodes, starts = self.graph.segment([value], self.known)
-            products = [n for n in nodes if n.op in PRODUCTS]
-            if len(products) == 1:
-                yield value, nodes, starts, products[0]
+            if products := [n for n in nodes if n.op in PRODUCTS]:
+                yield value, nodes, starts, products
+
+    def kernel(self, node: Node) -> tuple[Tactic, str]:
+        """The kernel of a node, and the type that it writes."""
+        return self.kernels.get(node.name, (decode(""), ""))
+
+    def ways(self, nodes: list[Node], products: list[Node]) -> Iterator[tuple[str, Executor]]:
+        """(name, executor) of every way to emulate a group."""
+        if len(products) == 1:
+            for arithmetic in candidates(self.kernel(products[0])[0]):
+                yield label(arithmetic), Executor(self.graph, arithmetic, self.device)
+            return
+        told = {n.name: told_by(*self.kernel(n)) for n in nodes if n.name in self.kernels}
+        half = any(a.value is FP16.value for a in told.values())
+        base = FP16 if half else FP32  # of what joins the kernels' results
+        name = " + ".join(dict.fromkeys(label(told[n.name]) for n in products if n.name in told))
+        yield name, Executor(self.graph, base, self.device, overrides=told)
+        for tile in TILES if half else ():
+            other = {n: replace(a, tile=tile, slices=1) if a.tile else a for n, a in told.items()}
+            yield f"all tiles {tile}", Executor(self.graph, base, self.device, overrides=other)
 
     def layers(self, network: str | None) -> Iterator[tuple[Layer, list[Node], list[str]]]:
         """Every group, fitted; ``network`` is the arithmetic in which the whole network is emulated."""
         predicted = {} if network is None else self.predict(ARITHMETICS[network])
-        for value, nodes, starts, product in self.groups():
+        for value, nodes, starts, products in self.groups():
+            product, tactics = products[0], [self.kernel(n)[0] for n in products]
             constant = product.proto.input[1] in self.graph.initializers
             dims = tuple(self.graph.weight(product.proto.input[1]).dims) if constant else ()
             length = int(np.prod(dims[1:])) if product.op == "Conv" else next(iter(dims), 0)
             attributes = {a.name: list(a.ints) for a in product.proto.attribute}
-            tactic = decode(self.tactics.get(value, ""))
+            told = list(dict.fromkeys(t.arithmetic or "?" for t in tactics))
             layer = Layer(
                 self.component, value, "+".join(n.op for n in nodes), (), dims[2:],
-                (attributes.get("strides") or [1])[0], length, tactic.name, tactic.arithmetic,
+                (attributes.get("strides") or [1])[0], length, " | ".join(dict.fromkeys(t.name for t in tactics)),
+                " + ".join(told),
             )  # fmt: skip
             given = {s: self.load(s) for s in starts}
-            self.fit(layer, nodes, value, given, tactic)
-            if value in predicted and all(s in predicted for s in starts):
+            self.fit(layer, nodes, value, given, products)
+            if value in predicted and all(s in predicted for s in starts) and told == [network]:
                 own = self.norms(nodes, value, {s: predicted[s] for s in starts}, predicted[value])
                 layer.from_input = own / layer.introduced if layer.introduced else None
             yield layer, nodes, starts
 
-    def fit(self, layer: Layer, nodes: list[Node], value: str, given: Mapping[str, Any], tactic: Tactic) -> None:
+    def fit(self, layer: Layer, nodes: list[Node], value: str, given: Mapping[str, Any], products: list[Node]) -> None:
         """Find the arithmetic that reproduces the group best, by residual."""
         exact = self.exact.run_nodes(nodes, given, [value])[value].double()
         real = torch.from_numpy(self.load(value)).to(self.device).double()
@@ -166,8 +210,8 @@ class Bench:
         if not error.any():
             layer.fit, layer.identical, layer.residual = "exact", 1.0, 0.0
             return
-        for name, arithmetic in candidates(tactic):
-            emulated = Executor(self.graph, arithmetic, self.device).run_nodes(nodes, given, [value])[value].double()
+        for name, executor in self.ways(nodes, products):
+            emulated = executor.run_nodes(nodes, given, [value])[value].double()
             residual = float((real - emulated).norm() / error.norm())
             if not layer.fit or residual < layer.residual:
                 other = emulated - exact
@@ -192,8 +236,8 @@ class Bench:
 
     def crop(self, layer: Layer, nodes: list[Node], starts: list[str]) -> dict[str, np.ndarray]:
         """A window of one input and the output, around the output's largest value, without padding; FP16 weights."""
-        product = next(n for n in nodes if n.op in PRODUCTS)
-        if len(starts) != 1 or product.op not in ("Conv", "ConvTranspose"):
+        product, *others = (n for n in nodes if n.op in PRODUCTS)
+        if others or len(starts) != 1 or product.op not in ("Conv", "ConvTranspose"):
             return {}
         attributes = {a.name: list(a.ints) for a in product.proto.attribute}
         x, y = self.load(starts[0]), self.load(layer.value)
@@ -238,13 +282,16 @@ def main() -> None:
     args = parser.parse_args()
     result = json.loads((args.saved / "result.json").read_text())
     rows = next(test for test in result["tests"] if test["backend"] == args.backend)["layers"]
+    settings = next(b["settings"] for b in result["backends"] if b["spec"] == args.backend)
     found: list[Layer] = []
     crops: dict[str, np.ndarray] = {}
     with deterministic(), torch.no_grad():
         for component in dict.fromkeys(row["component"] for row in rows):
-            tactics = {row["onnx"]: row["tactic"] for row in rows if row["component"] == component}
+            told = settings_by_component(settings)
+            told = told.get(component) or told[""]
+            layers = told.get("probed", {}).get("layers") or told["layers"]  # values are what the probed engine wrote
             source = args.saved / result["programs"][component]
-            bench = Bench(Capture.open(args.saved / "sample-0" / args.backend), component, source, tactics, args.device)
+            bench = Bench(Capture.open(args.saved / "sample-0" / args.backend), component, source, layers, args.device)
             for layer, nodes, starts in bench.layers(NETWORK.get(args.backend)):
                 found.append(layer)
                 print(

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cp_debug.backends.rounding import round_bf16, round_fp16, round_tf32
+from cp_debug.backends.rounding import round_bf16, round_fp16, round_tf32, truncate_tf32
 
 floats = st.one_of(
     st.floats(width=32), st.integers(0, 2**32 - 1).map(lambda b: float(np.uint32(b).view(np.float32)))
@@ -35,6 +35,18 @@ def test_tf32_is_nearest_with_ties_away(values: list[float]) -> None:
     x = torch.tensor(values, dtype=torch.float32)
     expected = np.array([tf32(v) for v in x.tolist()], np.float32)
     np.testing.assert_array_equal(round_tf32(x).numpy(), expected)
+
+
+@given(st.lists(floats, min_size=1))
+def test_truncated_tf32_is_nearest_towards_zero(values: list[float]) -> None:
+    x = torch.tensor(values, dtype=torch.float32)
+    cut = truncate_tf32(x)
+    finite = x.isfinite()
+    assert (cut.view(torch.int32) & 0x1FFF == 0).all()
+    assert (cut[finite].abs() <= x[finite].abs()).all()
+    assert torch.equal(cut[finite].signbit(), x[finite].signbit())
+    step = torch.from_numpy(np.ldexp(1.0, np.maximum(np.frexp(x[finite].double().abs().numpy())[1] - 1, -126) - 10))
+    assert ((x[finite].double() - cut[finite].double()).abs() < step).all()
 
 
 def test_tf32_ties_overflow_and_nan_payloads() -> None:

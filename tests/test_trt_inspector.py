@@ -131,6 +131,12 @@ def test_differences_between_builds() -> None:
         ("turing_fp16_s1688cudnn_fp16_128x128_ldg8_relu_exp_medium_nhwc_tn_v1", "fp16", "fp32", None),
         ("volta_h884cudnn_256x64_ldg8_relu_exp_small_nhwc_tn_v1", "fp16acc", "fp16", None),
         ("ampere_scudnn_128x64_relu_small_nn_v1", "fp32", "fp32", None),
+        (
+            "sm50_xmma_deconv_2d_stride_eq_filter_FP32FP32FP32NCHW_tilesize32x128x16_threadsize8x16_threadPixels4x4",
+            "fp32",
+            "fp32",
+            (32, 128, 16),
+        ),
         ("__myl_SigMul_0x1f", None, None, None),
         ("", None, None, None),
     ],

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cp_debug.backends.rounding import round_bf16, round_fp16, round_tf32
+from cp_debug.backends.rounding import round_bf16, round_fp16, round_tf32, truncate_tf32
 
 Rounding = Callable[[Tensor], Tensor]
 
@@ -35,6 +35,8 @@ class Arithmetic:
     """Applied to weights, to inputs and to the result of every operation."""
     operand: Rounding | None = None
     """Applied to both operands of convolutions and matrix products."""
+    weight: Rounding | None = None
+    """Applied to the second operand in place of ``operand``."""
     tile: int | None = None
     """Channels per tile where convolutions and products accumulate in FP16; None accumulates in ``dtype``."""
     slices: int = 1
@@ -67,7 +69,10 @@ class Arithmetic:
 
     def operands(self, *values: Tensor) -> tuple[Tensor, ...]:
         """The operands of a convolution or matrix product as the multiplier reads them."""
-        return values if self.operand is None else tuple(self.operand(v) for v in values)
+        if self.operand is None:
+            return values
+        first, *others = values
+        return (self.operand(first), *map(self.weight or self.operand, others))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -94,6 +99,8 @@ def _shared(array: np.ndarray) -> Tensor:
 FP64 = Arithmetic("fp64", torch.float64)
 FP32 = Arithmetic("fp32")
 TF32 = Arithmetic("tf32", operand=round_tf32)
+TF32_DECONV = Arithmetic("tf32", operand=round_tf32, weight=truncate_tf32)
+"""As TensorRT's kernels for transposed convolutions do it."""
 BF16 = Arithmetic("bf16", value=round_bf16)
 FP16 = Arithmetic("fp16", value=round_fp16)
 FP16ACC = Arithmetic("fp16acc", value=round_fp16, tile=64)

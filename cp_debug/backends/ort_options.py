@@ -39,6 +39,8 @@ _CUDA = {
     "prefer_nhwc": "0",
 }
 
+_LOG_SEVERITY = 3
+"""Errors."""
 _OPTIONS = ("use_deterministic_compute", "intra_op_num_threads", "inter_op_num_threads", "log_severity_level")
 _CONFIG = {"session.intra_op.allow_spinning": "0", "session.set_denormal_as_zero": "0"}
 
@@ -61,6 +63,7 @@ class Runtime:
         first = providers[0][0]
         if first not in ort.get_available_providers():
             raise _unavailable(spec, f"onnxruntime {ort.__version__} has no {first}")
+        ort.set_default_logger_severity(_LOG_SEVERITY)  # of what is logged outside a session
         runtime = cls(spec, threads or _processors(), providers)
         try:
             probe = runtime.session(_identity(), level="none")
@@ -94,7 +97,7 @@ class Runtime:
         options.use_deterministic_compute = True
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = 1 if log else 3
+        options.log_severity_level = 1 if log else _LOG_SEVERITY
         # Chunks are many small sessions: an arena and a memory pattern each would keep all their peaks.
         options.enable_cpu_mem_arena = False
         options.enable_mem_pattern = False

@@ -22,6 +22,13 @@ def round_tf32(x: Tensor) -> Tensor:
     return rounded.to(x.dtype)
 
 
+def truncate_tf32(x: Tensor) -> Tensor:
+    """Cut FP32 off after TF32's 10 mantissa bits. Integers are returned as they are; the dtype stays."""
+    if not x.is_floating_point():
+        return x
+    return x.to(torch.float32).view(torch.int32).bitwise_and(~0x1FFF).view(torch.float32).to(x.dtype)
+
+
 def round_fp16(x: Tensor) -> Tensor:
     """Round to IEEE half precision, ties to even; beyond 65504 by half a step or more becomes Inf. The dtype stays."""
     return x.to(torch.float16).to(x.dtype) if x.is_floating_point() else x

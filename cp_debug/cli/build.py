@@ -70,5 +70,4 @@ def build(
             deployment.export()
         built = build_engines(deployment.programs(onnx_dir), backend, output, deployment.engine_files, on_step)
     for each in built:
-        types = ", ".join(f"{dtype} {share:.0%}" for dtype, share in each.realised_precision.items())
-        console.print(f"{output / each.file}: built in {each.seconds:.1f} s; layer inputs and outputs: {types}")
+        console.print(f"{output / each.file}: built in {each.seconds:.1f} s; layer inputs and outputs: {each.types}")

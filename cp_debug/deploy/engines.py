@@ -30,7 +30,12 @@ class Built:
     """Of the graph that it was built from."""
     seconds: float
     realised_precision: Mapping[str, float]
-    """Data type → share of the layers' inputs and outputs."""
+    """Data type → share of the layers' inputs and outputs; empty where TensorRT tells none, as of some dynamic shapes."""
+
+    @property
+    def types(self) -> str:
+        """The same in words."""
+        return ", ".join(f"{t} {share:.0%}" for t, share in self.realised_precision.items()) or "types not told"
 
 
 def build_engines(

@@ -12,8 +12,9 @@ import cp_debug
 from cp_debug.deploy.reasons import reasons
 from cp_debug.deploy.stages import Deployment
 from cp_debug.deploy.state import StageRecord, State, file_hash, hashes, key_of
+from cp_debug.errors import InputError
 
-STAGES = ("load", "export", "build", "verify", "evaluate")
+STAGES = ("load", "quantize", "export", "build", "verify", "evaluate")
 
 
 class Outcome(NamedTuple):
@@ -45,7 +46,7 @@ def deploy(deployment: Deployment, *, fresh: bool = False) -> list[StageRecord]:
             record = StageRecord(name, key, outcome.passed, outcome.line, seconds, files, outcome.document)
             state.add(record)
         done.append(record)
-        if name in ("load", "export", "build"):
+        if name in ("load", "quantize", "export", "build"):
             depends = key_of({"key": key, "files": record.files})
     return done
 
@@ -53,10 +54,20 @@ def deploy(deployment: Deployment, *, fresh: bool = False) -> list[StageRecord]:
 def _stages(deployment: Deployment) -> Iterator[tuple[str, dict[str, Any], Callable[[Deployment], Outcome]]]:
     """(name, what it depends on besides the stages before, how it runs)."""
     config = deployment.config
+    if config.tensorrt.precision == "int8" and not config.int8 and config.export.mode in ("onnx", "both"):
+        raise InputError(
+            f"{deployment.source}: tensorrt.precision is int8: expected quantization beside it, which says where the "
+            "scales come from"
+        )
     plain = config.model_dump(mode="json")
     mode, data = config.export.mode, plain["data"]
     checkpoint = file_hash(config.checkpoint) if config.checkpoint else None
     yield "load", {"model": plain["model"], "weights": checkpoint, "turned": config.export.rot_y_axis_reference}, _load
+    if config.quantization and mode in ("onnx", "both"):
+        calibration = plain["quantization"]
+        scales = file_hash(config.quantization.checkpoint) if config.quantization.checkpoint else None
+        yield "quantize", {"quantization": calibration, "scales": scales, "data": data}, _quantize
+        deployment.use_quantized()
     if mode in ("onnx", "both"):
         yield "export", {"export": plain["export"], "components": plain["components"]}, _export
     given = {} if mode in ("onnx", "both") else {"onnx": _found(deployment.onnx_dir)}
@@ -81,6 +92,13 @@ def _load(deployment: Deployment) -> Outcome:
     return Outcome(True, f"{model.name}, {count / 1e6:.2f} M parameters, {weights}", {"model": model.name})
 
 
+def _quantize(deployment: Deployment) -> Outcome:
+    path = deployment.quantize()
+    scales = [part.scales for part in deployment.quantized.values()]
+    count = sum(len(each.layers) for each in scales)
+    return Outcome(True, f"{count} layers in INT8, scales by {scales[0].method}", {"layers": count}, path.parent)
+
+
 def _export(deployment: Deployment) -> Outcome:
     exported = deployment.export()
     worst = max(each.error for each in exported)
@@ -91,7 +109,7 @@ def _export(deployment: Deployment) -> Outcome:
 
 def _build(deployment: Deployment) -> Outcome:
     built = deployment.build()
-    said = [f"{b.file} ({', '.join(f'{t} {s:.0%}' for t, s in b.realised_precision.items())})" for b in built]
+    said = [f"{b.file} ({b.types})" for b in built]
     return Outcome(True, "; ".join(said), {"engines": [asdict(b) for b in built]}, deployment.engine_dir)
 
 

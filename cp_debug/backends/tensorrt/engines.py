@@ -217,6 +217,8 @@ class EngineSet:
                     "tactics_changed": list(difference.tactics),
                     "timing_cache": engine.facts["timing_cache"],
                 }
+                if not difference.same:
+                    told[name]["layers"] = [layer.to_dict() for layer in engine.layers]
         if self.unmarked:
             told["unmarked"] = self.unmarked
         if self.search is not None:

@@ -4,7 +4,7 @@ The newer kernels carry their types in the name as ``<in><out>_<multiplied as><a
 ``f16f16_f16f16_f16`` multiplies FP16 and accumulates in FP16, ``f16f16_f16f32_f32`` accumulates in FP32,
 ``f32f32_tf32f32_f32`` multiplies TF32, ``i8f32_i8i32_f32`` reads INT8 and writes FP32. Winograd kernels leave the
 third out (``wngd_f32f32_f32_f32``). Older kernels say ``h884``/``h1688``/``h16816`` (FP16 accumulation) or ``s…``
-(FP32), those without tensor cores ``…_fused_conv_act_fp32_…_Accfloat``.
+(FP32), those without tensor cores ``…_fused_conv_act_fp32_…_Accfloat`` and ``…_FP32FP32FP32NCHW_…``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ _TYPES = re.compile(
 )
 _WINOGRAD = re.compile(r"_wngd_(?P<reads>f16|f32)(?:f16|f32)_(?P<accumulates>f16|f32)_")
 _FUSED = re.compile(r"_fused_conv_act_(?P<reads>fp16|fp32)_.*_Acc(?P<accumulates>float|half)(?=_|$)")
+_PLAIN = re.compile(r"_(?:FP32){3}N")
 _OLD_TENSOR_CORE = re.compile(r"(?:^|_)(?P<kind>[hsi])(?:884|1688|16816|8816|16832)(?=[a-z_]|$)")
 _SLICES = re.compile(r"_warpsize\d+x\d+x(\d+)(?=_|$)")
 _TILE = re.compile(r"tilesize(\d+)x(\d+)x(\d+)")
@@ -83,6 +84,6 @@ def _types(name: str) -> tuple[str, str, str, str] | None:
         if "tf32" in name:
             return "fp32", "fp32", "tf32", "fp32"
         return "fp16", "fp16", "fp16", "fp32"
-    if "scudnn" in name or "sgemm" in name:  # FP32 on the ordinary cores
+    if "scudnn" in name or "sgemm" in name or _PLAIN.search(name):  # FP32 on the ordinary cores
         return "fp32", "fp32", "fp32", "fp32"
     return None
