@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from cp_debug.cli import quantize_qat, quantize_sensitivity
+from cp_debug.cli import quantize_ptq, quantize_qat, quantize_sensitivity
 
 app = typer.Typer(
     name="quantize",
@@ -13,5 +13,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(quantize_ptq.ptq)
 app.command()(quantize_sensitivity.sensitivity)
 app.command()(quantize_qat.qat)

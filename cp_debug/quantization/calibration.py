@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 
 from cp_debug.errors import InputError
 from cp_debug.probes.alignment import module_digest
+from cp_debug.probes.outputs import flatten_outputs
 from cp_debug.probes.trace import unwatched
 from cp_debug.quantization.adds import attach, find_adds
 from cp_debug.quantization.histogram import PERCENTILE, Histogram, check_method, weight_amax
 from cp_debug.quantization.layers import full_path, layers_of, matches, own_path, select, weight_axis
 from cp_debug.quantization.library import is_quantized
+from cp_debug.quantization.output_error import BATCHES, OutputErrors
 from cp_debug.quantization.scales import LayerScales, Scales
 
 Batch: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
@@ -25,7 +28,11 @@ Batch: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
 
 class CalibrationManager:
-    """Collects what the layers of ``module`` read, and gives the scales by any method.
+    """Collects what the layers of ``module`` read, and gives the scales.
+
+    ``max`` clips nothing; ``percentile`` keeps that share of the magnitudes, ``entropy`` their distribution; ``mse``
+    has the least squared error at the module's outputs (``output_error``), where torch cannot differentiate them that
+    of the tensor itself.
 
     ``module`` is FP32, in eval mode, BatchNorm folded (``fuse_model_bn``); it is left as it was after every batch.
     ``skip_layers`` are globs over module paths, which ``prefix`` completes to those in the whole model; a path of a
@@ -51,8 +58,10 @@ class CalibrationManager:
         self.skipped = {own_path(prefix, path): glob for path, glob in chosen.items()}
         """Layers that stay in FP32 → the glob that said so."""
         self._skip_layers = skip_layers
-        self._inputs: dict[str, Histogram] = {}
-        self._adds: dict[str, Histogram] | None = None
+        self._adds: list[str] | None = None
+        self._seen: dict[str, Histogram] = {}
+        """Layer or addition → what it read."""
+        self._errors = OutputErrors() if method == "mse" else None
 
     def calibrate(self, batches: Iterable[Batch]) -> Scales:
         """The scales from these batches and all before. Raises InputError without a batch, and as ``run`` does."""
@@ -60,8 +69,8 @@ class CalibrationManager:
             self.run(batch)
         return self.scales()
 
-    def run(self, batch: Batch) -> Any:
-        """Forward one batch, watched; gives what the module returns.
+    def run(self, batch: Batch) -> dict[str, Tensor]:
+        """Forward one batch, watched; gives the outputs as ``flatten_outputs`` names them.
 
         Raises InputError for NaN or Inf in the batch or in what a layer reads, ModuleFailed when the module raises.
         """
@@ -69,32 +78,35 @@ class CalibrationManager:
         self._check(args)
         if self._adds is None:
             found = find_adds(self.module, args)
-            skipped = {a for a in found if any(matches(self._full(a), glob) for glob in self._skip_layers)}
-            self._adds = {name: Histogram() for name in found if name not in skipped}
-        with ExitStack() as stack, torch.no_grad():
+            skipped = {name for name in found if any(matches(self._full(name), glob) for glob in self._skip_layers)}
+            self._adds = [name for name in found if name not in skipped]
+        errors = self._errors if self.batches < BATCHES else None
+        with ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(errors is not None))
+            stack.enter_context(_frozen(self.module))
             for path, layer in layers_of(self.module).items():
-                if path in self.skipped:
-                    continue
-                handle = layer.register_forward_pre_hook(lambda _, args, path=path: self._watch(path, args[0]))
-                stack.callback(handle.remove)
-            watchers = {name: _Watcher(self, name, histogram) for name, histogram in self._adds.items()}
-            stack.callback(attach(self.module, watchers))
-            result = self.module(*args)
+                if path not in self.skipped:
+                    stack.callback(layer.register_forward_pre_hook(self._in_front(path, errors)).remove)
+            stack.callback(attach(self.module, {name: _Watcher(self, name, errors) for name in self._adds}))
+            outputs = flatten_outputs(self.module(*args))
+            if errors is not None and not errors.differentiate(list(outputs.values())):
+                self._errors = None
         self.batches += 1
-        return result
+        return {name: tensor.detach() for name, tensor in outputs.items()}
 
-    def scales(self, method: str | None = None) -> Scales:
-        """From what was seen so far, by ``method`` or the manager's own. Raises InputError when nothing was seen."""
+    def scales(self) -> Scales:
+        """From what was seen so far. Raises InputError when nothing was."""
         if not self.batches:
             raise InputError("there is no calibration data: expected at least one batch")
-        method = method or self.method
-        layers, found = layers_of(self.module), {}
-        for path, histogram in self._inputs.items():
-            layer = layers[path]
-            weight = weight_amax(layer.weight, weight_axis(layer), method)
-            found[self._full(path)] = LayerScales(histogram.amax(method, self.percentile), weight.cpu().numpy())
-        adds = {self._full(name): h.amax(method, self.percentile) for name, h in (self._adds or {}).items()}
-        return Scales(module_digest(self.module), method, found, adds)
+        layers = layers_of(self.module)
+        found, adds = {}, {}
+        for name in self._seen:
+            if name in layers:
+                weight = weight_amax(layers[name].weight, weight_axis(layers[name]), self.method)
+                found[self._full(name)] = LayerScales(self._amax(name), weight.cpu().numpy())
+            else:
+                adds[self._full(name)] = self._amax(name)
+        return Scales(module_digest(self.module), self.method, found, adds)
 
     def save_cache(self, path: Path) -> None:
         """Write the scales as a calibration cache. Raises InputError when nothing was seen."""
@@ -125,17 +137,24 @@ class CalibrationManager:
                 kind = "NaN" if bool(tensor.isnan().any()) else "Inf"
                 raise InputError(f"calibration batch {self.batches}: the input {name!r} holds {kind}")
 
-    def _watch(self, path: str, tensor: Tensor) -> None:
-        self._count(path, self._inputs.setdefault(path, Histogram()), tensor)
+    def _amax(self, name: str) -> float:
+        histogram = self._seen[name]
+        least = self._errors.amax(name, histogram.largest) if self._errors is not None else None
+        return histogram.amax(self.method, self.percentile) if least is None else least
 
-    def _count(self, name: str, histogram: Histogram, tensor: Tensor) -> None:
-        try:
-            with unwatched():
-                histogram.add(tensor)
-        except ValueError as error:
-            raise InputError(
-                f"calibration batch {self.batches}: what {self._full(name)} reads holds {error}, its inputs do not"
-            ) from None
+    def _in_front(self, path: str, errors: OutputErrors | None) -> Callable[..., tuple[Any, ...]]:
+        return lambda _, args: (self.see(path, args[0], errors), *args[1:])
+
+    def see(self, name: str, tensor: Tensor, errors: OutputErrors | None) -> Tensor:
+        """Count what a layer or an addition reads; gives what to hand to it."""
+        with unwatched():
+            try:
+                self._seen.setdefault(name, Histogram()).add(tensor)
+            except ValueError as error:
+                raise InputError(
+                    f"calibration batch {self.batches}: what {self._full(name)} reads holds {error}, its inputs do not"
+                ) from None
+            return tensor if errors is None else errors.watch(name, tensor)
 
     def _full(self, path: str) -> str:
         return full_path(self.prefix, path)
@@ -144,14 +163,26 @@ class CalibrationManager:
 class _Watcher(nn.Module):
     """Stands in front of an addition while it is calibrated."""
 
-    def __init__(self, manager: CalibrationManager, name: str, histogram: Histogram) -> None:
+    def __init__(self, manager: CalibrationManager, name: str, errors: OutputErrors | None) -> None:
         super().__init__()
-        self._see = lambda tensor: manager._count(name, histogram, tensor)
+        self._see = partial(manager.see, name, errors=errors)
 
     def forward(self, tensor: Tensor) -> Tensor:
         """The tensor itself."""
-        self._see(tensor)
-        return tensor
+        return self._see(tensor)
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """No gradients for parameters."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_()
 
 
 def check_model(module: nn.Module, scales: Scales, source: str) -> None:

@@ -21,7 +21,6 @@ from cp_debug.bisect.pipeline import run_module
 from cp_debug.errors import InputError
 from cp_debug.probes.arrays import as_numpy
 from cp_debug.probes.graph import Graph
-from cp_debug.probes.outputs import flatten_outputs
 from cp_debug.probes.qdq import quantizable
 from cp_debug.quantization.calibration import CalibrationManager
 from cp_debug.quantization.folding import fuse_model_bn
@@ -157,7 +156,7 @@ class _ModuleCalibration:
         self._manager = CalibrationManager(self._folded, method=method, skip_layers=globs, prefix=component.prefix)
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
-        outputs = flatten_outputs(self._manager.run(_tensors(self._component, inputs)))
+        outputs = self._manager.run(_tensors(self._component, inputs))
         return {n: t.numpy() for n, t in zip(self._component.output_names, outputs.values(), strict=True)}
 
     def finish(self) -> QuantizedComponent:
@@ -197,8 +196,9 @@ def _globs_of(model: Model, globs: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _without(scales: Scales, globs: Sequence[str]) -> Scales:
-    layers, adds = (
-        {name: value for name, value in found.items() if not any(matches(name, glob) for glob in globs)}
-        for found in (scales.layers, scales.adds)
+    skipped = {name for name in (*scales.layers, *scales.adds) if any(matches(name, glob) for glob in globs)}
+    return replace(
+        scales,
+        layers={name: layer for name, layer in scales.layers.items() if name not in skipped},
+        adds={name: amax for name, amax in scales.adds.items() if name not in skipped},
     )
-    return replace(scales, layers=layers, adds=adds)

@@ -1,0 +1,65 @@
+"""``cpdebug quantize ptq``: INT8 without training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cp_debug.cli.calibration import Method
+
+
+def ptq(
+    model: Annotated[
+        str, typer.Argument(help="A recipe (`cpdebug models`), an .onnx file, or module:callable / file.py:callable.")
+    ] = "centerpoint:tiny",
+    *,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for checkpoint, caches and ONNX files.")],
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights for the recipe: .pt or .safetensors.")] = None,
+    calib_data: Annotated[
+        Path | None, typer.Option(help="Info file, point files, .npz or a folder; else made-up inputs.")
+    ] = None,
+    batches: Annotated[int, typer.Option(min=1, help="Calibration samples, at most.")] = 100,
+    method: Annotated[Method, typer.Option(help="How the scales are chosen.")] = Method.mse,
+    skip_layers: Annotated[
+        list[str] | None, typer.Option(help="Leave these layers in FP32: globs over module paths; repeatable.")
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Scales of an earlier run (its folder, or a file) instead of calibrating.")
+    ] = None,
+    opset: Annotated[int, typer.Option(min=13, help="Of the ONNX files; TensorRT 8 reads up to 17.")] = 17,
+    json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
+) -> None:
+    """Fold BatchNorm, calibrate, and write checkpoint, calibration caches and ONNX files with Q/DQ pairs.
+
+    Weights get a scale a channel, inputs of layers one each, both operands of a residual addition one together.
+    """
+    from cp_debug.cli.console import show_document, steps
+    from cp_debug.deploy.exporting import ExportOptions
+    from cp_debug.quantization.models import quantize_model, reapply_scales
+    from cp_debug.quantization.opening import calibration_samples
+    from cp_debug.quantization.output import MEASURED, First, PtqResult, measure, read_caches, write_quantized
+    from cp_debug.recipes.registry import load_model
+    from cp_debug.reports.quantization import render
+
+    with steps() as on_step:
+        loaded = load_model(model, checkpoint=checkpoint)
+        first = First(MEASURED)
+        samples = first(calibration_samples(loaded, calib_data, MEASURED if cache else batches, on_step))
+        if cache:
+            scales = read_caches(loaded, cache)
+            quantized = reapply_scales(loaded, next(iter(tuple(samples))), scales, skip_layers or ())
+        else:
+            quantized = quantize_model(loaded, samples, method=method.value, skip_layers=skip_layers or ())
+        files = write_quantized(loaded, quantized, first.kept[0], output, ExportOptions(opset), on_step=on_step)
+        result = PtqResult(
+            model=loaded.name,
+            method=next(iter(quantized.values())).scales.method,
+            calibrated_on=str(cache) if cache else f"{first.passed} samples",
+            components=quantized,
+            sqnr=measure(loaded, quantized, output, first.kept),
+            measured_on=f"{len(first.kept)} of the samples",
+            files=files,
+        )
+    show_document(render(result), result.to_dict(), json)

@@ -1,0 +1,88 @@
+"""Scales by what they do to a network's outputs, to first order.
+
+Rounding what a layer reads, x, to levels s apart changes it by δ(x, s), and the outputs by J·δ. The scale with the
+least ‖δ‖ does not serve: one element matters more than another, and errors that are alike in many places (the empty
+part of a bird's-eye canvas holds a few constants) do not average out but add up. For a random sign vector v over the
+outputs, E[(vᵀJ·δ)²] = ‖J·δ‖² (Hutchinson's estimator), and vᵀJ is one backward pass. As δ depends on the value of an
+element alone, the gradient is summed in a histogram over these values: one pass serves every scale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cp_debug.quantization.scales import QMAX
+
+BATCHES = 8
+"""Of so many batches the gradients are taken."""
+_VECTORS = 4
+"""Backward passes a batch."""
+_HALF = 8192
+"""Bins on each side of 0; the range is 2 to 4 times what the first batch holds."""
+_CANDIDATES = 160
+_LEAST = 0.05
+"""The smallest scale that is tried, as a share of the largest magnitude."""
+
+
+class OutputErrors:
+    """The gradients of a network's outputs by what its layers read."""
+
+    def __init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(0)
+        self._limits: dict[str, float] = {}
+        self._rows: dict[str, list[Tensor]] = {}
+        self._leaves: list[Tensor] = []
+
+    def watch(self, name: str, tensor: Tensor) -> Tensor:
+        """What to hand to the layer in place of ``tensor``: the same, and only that layer's share of the gradient."""
+        values = tensor.detach().flatten().float()
+        largest = float(values.abs().amax()) if len(values) else 0.0
+        if not largest:
+            return tensor
+        limit = self._limits.setdefault(name, 2.0 ** (math.ceil(math.log2(largest)) + 1))
+        bins = (values * (_HALF / limit)).floor_().clamp_(-_HALF, _HALF - 1).int() + _HALF
+        given = tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
+        if given.is_leaf:
+            self._leaves.append(given)
+
+        def keep(gradient: Tensor) -> None:
+            weights = gradient.flatten().double()
+            self._rows[name][-1] += torch.bincount(bins, weights, minlength=2 * _HALF).cpu()
+
+        self._rows.setdefault(name, [])
+        given.register_hook(keep)
+        return given
+
+    def differentiate(self, outputs: Sequence[Tensor]) -> bool:
+        """Go back from the outputs of a forward that was watched, each counting alike; False where torch cannot."""
+        ends = [output for output in outputs if output.requires_grad]
+        leaves, self._leaves = self._leaves, []
+        for _ in range(_VECTORS if ends else 0):
+            for rows in self._rows.values():
+                rows.append(torch.zeros(2 * _HALF, dtype=torch.float64))
+            signs = [torch.randint(0, 2, end.shape, generator=self._generator) * 2.0 - 1 for end in ends]
+            norms = [float(torch.linalg.vector_norm(end.detach())) or 1.0 for end in ends]
+            starts = [(s / norm).to(end) for s, norm, end in zip(signs, norms, ends, strict=True)]
+            try:
+                torch.autograd.backward(ends, starts, retain_graph=True, inputs=leaves)
+            except RuntimeError:  # an operation without derivative, or one in place on what it needs
+                return False
+        return bool(ends)
+
+    def amax(self, name: str, largest: float) -> float | None:
+        """The limit with the least error at the outputs, up to ``largest``; None where no gradient came."""
+        rows = torch.stack(self._rows[name]) if self._rows.get(name) else torch.zeros(1, 2 * _HALF)
+        held = rows.any(dim=0)
+        held[_HALF] = False  # zeros are exact
+        if not held.any():
+            return None
+        values = ((torch.arange(-_HALF, _HALF) + 0.5) * (self._limits[name] / _HALF)).double()[held]
+        candidates = torch.logspace(math.log10(_LEAST), 0, _CANDIDATES, dtype=torch.float64) * largest
+        steps = (candidates / QMAX)[:, None]
+        changes = (values / steps).round_().clamp_(-QMAX - 1, QMAX).mul_(steps).sub_(values)
+        errors = (rows[:, held] @ changes.T).square_().mean(dim=0)
+        return float(candidates[errors.argmin()])
