@@ -21,6 +21,7 @@ from cp_debug.probes.casts import cast_surgery
 from cp_debug.probes.graph import Graph
 from cp_debug.probes.inputs import random_inputs
 from cp_debug.probes.qdq import insert_qdq, quantizable
+from cp_debug.probes.unquantize import quantized_inputs
 from cp_debug.quantization.scales import LayerScales
 from cp_debug.recipes.registry import load_model
 from cp_debug.repair.goal import Goal
@@ -168,6 +169,18 @@ def test_clipped_int8_layers_are_left_unquantised(tmp_path: Path) -> None:
     assert len(pairs) == 2 * (9 - 2)
 
 
+@pytest.mark.parametrize("backend", ["emu-int8", "ort-int8"])
+def test_what_is_not_quantised_is_quantised_first(tmp_path: Path, backend: str) -> None:
+    path = chain(tmp_path / "net.onnx")
+    whole = run(path, f"torch,{backend}", "rel_l2<1")
+    assert "quantized on the fly: mse on 1 sample(s)" in whole.notes
+    limit = whole.baseline.measured.figures["rel_l2"] / 2
+    result = run(path, f"torch,{backend}", f"rel_l2<{limit}", onnx=tmp_path / "kept.onnx")
+    assert result.minimal
+    assert 0 < len(result.kept) < result.layers == 9
+    assert len(quantized_inputs(Graph(tmp_path / "kept.onnx"))) == 9 - len(result.kept)
+
+
 EVERY_LAYER = [("/c1/Conv", "/r1/Relu"), ("/c2/Conv",), ("/y/Add",)]
 
 
@@ -204,11 +217,19 @@ def test_real_builds_confirm_and_correct_the_emulation(
         ("torch,torch-fp64", {}, "FP64"),
         ("torch,emu-tf32", {"onnx": Path("x.onnx")}, "TF32 is not in an ONNX graph"),
         ("torch,emu-fp16", {"goal": "boxes_lost==0"}, "decodes no boxes"),
+        ("torch,torch-int8", {}, "cannot be kept one by one; try emu-fp16acc, emu-int8"),
     ],
 )
 def test_refusals(tmp_path: Path, backends: str, options: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         run(chain(tmp_path / "net.onnx", depth=1), backends, **options)
+
+
+def test_a_model_with_nothing_to_keep(tmp_path: Path) -> None:
+    net = NetBuilder()
+    net.op("Reshape", "x", net.weight(np.array([2, 8], np.int64)), name="y")
+    with pytest.raises(InputError, match=r"no layer of .*net\.onnx computes in fp16 on emu-fp16"):
+        run(net.save(tmp_path / "net.onnx", {"x": (1, [4, 4])}, ["y"]))
 
 
 def test_samples_fit_the_goal(tmp_path: Path) -> None:

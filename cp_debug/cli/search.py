@@ -54,7 +54,10 @@ def search(
 
     Exit code 1 when the goal was not reached.
     """
+    from dataclasses import replace
+
     from cp_debug.backends.spec import parse_backends
+    from cp_debug.bisect.int8 import DEFAULT_CALIBRATION
     from cp_debug.cli.console import show_document, steps
     from cp_debug.recipes.registry import load_model
     from cp_debug.repair.goal import Goal
@@ -77,6 +80,9 @@ def search(
     )
     with steps() as on_step:
         loaded = load_model(model, checkpoint=checkpoint, seed=seed)
+        if any(spec.variant.startswith("int8") for spec in specs):
+            more = loaded.samples(DEFAULT_CALIBRATION.samples, seed, inputs)
+            options = replace(options, calibration=list(more))
         found = samples_for(loaded, parsed, inputs=inputs, data=data, count=samples, seed=seed)
         made = tensorrt.make(specs, engines, on_step)
         result = run(loaded, made, parsed, found, options, on_step)

@@ -50,6 +50,12 @@ class Judge:
         if self._scored and any(sample.truth is None for sample in samples):
             raise InputError("--goal: map_drop needs samples with ground truth; give an info file with --data")
 
+    @property
+    def notes(self) -> list[str]:
+        """What a reader must know of the figures."""
+        empty = self._decoded and not any(len(found.scores) for found in self._decoded)
+        return ["the reference detects nothing on these samples, so there is nothing to lose"] if empty else []
+
     def measure(self, results: Sequence[Results]) -> Measured:
         """The figures of one run over all samples."""
         outputs: dict[str, float] = {}

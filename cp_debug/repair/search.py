@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from cp_debug.backends.base import Backend, Program
-from cp_debug.bisect.pipeline import Pipeline, choose_export, load_test_programs, prepare
+from cp_debug.bisect.int8 import DEFAULT_CALIBRATION, already_quantized, quantized_programs
+from cp_debug.bisect.pipeline import Pipeline, choose_export, load_test_programs, prepare, wants_int8
 from cp_debug.deploy.evaluate import as_detector
 from cp_debug.deploy.state import key_of
 from cp_debug.errors import InputError
@@ -50,6 +51,8 @@ class SearchOptions:
     folded: bool = True
     test_model: Path | None = None
     """Another file for the test: a Q/DQ graph of the same model (a folder, for several components)."""
+    calibration: Sequence[Sample] = ()
+    """For an INT8 backend and a model that is not quantised; empty: the samples that are measured on."""
     onnx: Path | None = None
     """Where the mixed-precision graph goes when the goal is reached; a folder, for several components."""
 
@@ -116,23 +119,35 @@ class _Search:
         self._step("exporting and aligning")
         programs = prepare(model, samples[0], scratch, how=how, folded=options.folded)
         self._tests = load_test_programs(programs, options.test_model) if options.test_model else programs
+        if wants_int8(self._backend):
+            self._tests = already_quantized(self._tests) or self._quantized(scratch)
         quantized = any(program.graph.precision == "int8" for program in self._tests)
         self.precision = precision_of(self._backend, quantized)
         if options.onnx is not None and self.precision.name == "tf32":
             raise InputError("--onnx: TF32 is not in an ONNX graph; it is a setting of the runtime")
-        if self.precision.name == "int8" and not quantized:
-            raise InputError(f"{self._backend.spec}: {self._tests[0].graph.path} has no Q/DQ nodes; quantize it first")
         self._step(str(reference.spec))
         if self.precision.name == "int8":
             programs = [_plain(program, scratch) for program in programs]
         with Pipeline(model, programs, reference) as pipeline:
             self._judge = Judge(model, samples, [pipeline.run(sample) for sample in samples], goal)
+        self._notes += self._judge.notes
         self.log = TrialLog(options.log, self._about())
         self.units = [u for p in self._tests for u in units_of(p, self.precision.candidates(p.graph))]
+        if not self.units:
+            raise InputError(
+                f"--backends: no layer of {model.name} computes in {self.precision.name} on {self._backend.spec}"
+            )
         self.emulator = EmulatedRunner(model, self._tests, samples, self.precision, _device(self._backend))
         self.runner: Runner = self.emulator
         if not self._backend.emulated:
             self.runner = BackendRunner(model, self._tests, samples, self.precision, self._backend, scratch)
+
+    def _quantized(self, folder: Path) -> list[Program]:
+        self._step("quantizing")
+        samples = self._options.calibration or self._samples
+        method = DEFAULT_CALIBRATION.method
+        self._notes.append(f"quantized on the fly: {method} on {len(samples)} sample(s)")
+        return quantized_programs(self._model, self._tests, samples, DEFAULT_CALIBRATION, folder)
 
     def run(self) -> SearchResult:
         found: list[Unit] | None = None

@@ -187,7 +187,8 @@ class BackendRunner:
         with tempfile.TemporaryDirectory(dir=self._folder) as folder:
             if self._precision.name == "int8":
                 graph = Graph(remove_qdq(program.graph, kept, Path(folder) / "kept.onnx"))
-                program = replace(program, graph=graph, module=None, alignment=None)
+                plain = program.plain or program.graph  # says that no pair is left by intention
+                program = replace(program, graph=graph, module=None, alignment=None, plain=plain)
             else:
                 backend = self._backend.keeping(kept)
             dynamic = any(not isinstance(d, int) for v in program.graph.inputs for d in v.shape or ())
@@ -211,7 +212,7 @@ def precision_of(backend: Backend, quantized: bool) -> Precision:
     Raises InputError for a backend whose layers cannot be told apart, or that has nothing but FP32.
     """
     name, family = str(backend.spec), backend.spec.family
-    if backend.precision == "int8" or (quantized and family == "ort"):
+    if family != "torch" and (backend.precision == "int8" or (quantized and family == "ort")):
         return Precision("int8")
     if family == "emu" and backend.precision in ("tf32", *_CASTS):
         return Precision(backend.precision)
@@ -223,5 +224,5 @@ def precision_of(backend: Backend, quantized: bool) -> Precision:
         "tf32": "TF32 is on or off for a whole engine or session; emu-tf32 tells which layers it hurts",
         "fp32": "it computes in FP32 already",
         "fp64": "it computes in FP64",
-    }.get(backend.precision, "its layers cannot be kept one by one; try emu-fp16acc, trt-fp16 or ort-fp16")
+    }.get(backend.precision, "its layers cannot be kept one by one; try emu-fp16acc, emu-int8 or trt-fp16")
     raise InputError(f"--backends: {name}: {why}")
