@@ -30,7 +30,7 @@ class Built:
     """Of the graph that it was built from."""
     seconds: float
     realised_precision: Mapping[str, float]
-    """Data type → share of the layers' inputs and outputs; empty where TensorRT tells none, as of some dynamic shapes."""
+    """Data type → share of the layers' inputs and outputs; empty where TensorRT tells none, as for dynamic shapes."""
 
     @property
     def types(self) -> str:
