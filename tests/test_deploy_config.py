@@ -157,7 +157,6 @@ def test_every_literal_is_read_as_python_reads_it(tmp_path_factory: pytest.TempP
         ("a.toml", "x = ", "a.toml: not TOML"),
         ("a.json", "{}", "expected a .yaml, .toml or .py file"),
         ("a.py", "export = dict(mod='onnx')", "a.py: export: unknown key 'mod'; the nearest known one is mode"),
-        ("a.py", "quantization = dict(enabled=True)", "quantization.enabled is true"),
         ("a.py", "tensorrt_config = dict(precision_policy='fp61')", 'precision_policy is "fp61"; expected'),
     ],
 )

@@ -23,13 +23,18 @@ def export(
     rot_y_axis_reference: Annotated[
         bool, typer.Option("--rot-y-axis-reference", help="CenterPoint: yaw from the y axis, as Autoware reads it.")
     ] = False,
+    quantized: Annotated[
+        Path | None, typer.Option(help="Checkpoint of `quantize ptq` or `qat`: the files get its Q/DQ pairs.")
+    ] = None,
     inputs: Annotated[Path | None, typer.Option(help="Sample to export with; else a made-up one.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of made-up inputs.")] = 0,
 ) -> None:
     """Export every component with free axes, align it with its module, check it on two inputs of different sizes."""
     from cp_debug.cli.console import console, steps
     from cp_debug.deploy.exporting import ExportOptions, export_model
+    from cp_debug.deploy.quantizing import export_quantized
     from cp_debug.deploy.stages import turn_outputs
+    from cp_debug.quantization.opening import open_quantized
     from cp_debug.recipes.registry import load_model
     from cp_debug.reports.deployment import export_lines
 
@@ -39,6 +44,10 @@ def export(
     options = ExportOptions(opset, None if exporter is Exporter.auto else exporter.value, not unfolded, simplify)
     with steps() as on_step:
         sample = next(iter(loaded.samples(1, seed, inputs)))
-        exported = export_model(loaded, sample, output, options, on_step=on_step)
+        if quantized is None:
+            exported = export_model(loaded, sample, output, options, on_step=on_step)
+        else:
+            opened = open_quantized(loaded, quantized)
+            exported = export_quantized(loaded, opened, sample, output, options, on_step=on_step)
     for line in export_lines(exported):
         console.print(line, highlight=False, soft_wrap=True)

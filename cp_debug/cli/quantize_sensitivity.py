@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-
-class Method(str, Enum):
-    """How scales are chosen."""
-
-    max = "max"
-    percentile = "percentile"
-    mse = "mse"
-    entropy = "entropy"
+from cp_debug.cli.calibration import Method
 
 
 def sensitivity(

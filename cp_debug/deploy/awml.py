@@ -16,6 +16,8 @@ from cp_debug.deploy.literals import read_literals
 from cp_debug.errors import InputError
 
 Framework = Literal["pytorch", "onnx", "tensorrt"]
+ALL = 1 << 31
+"""Samples, where AWML says -1."""
 BACKENDS = {"pytorch": "torch", "onnx": "ort"}
 
 
@@ -56,6 +58,7 @@ class _Export(Section):
     onnx_path: str | None = None
     verify: bool | None = None
     device: str | None = None
+    sample_idx: int | None = None
 
 
 class _Runtime(Section):
@@ -130,10 +133,36 @@ class _Verification(Section):
 
 
 class _Quantization(Section):
-    enabled: Literal[False] = False
-    mode: str | None = None
-    fuse_bn: bool | None = None
+    """What AWML quantises; ``mode`` says how the checkpoint came about. CenterPoint's SECOND has no residual sums and
+    no linear layers, so ``quant_add`` and ``quant_linear_backbone`` change nothing here."""
+
+    enabled: bool = False
+    mode: Literal["ptq", "qat"] = "ptq"
+    fuse_bn: Literal[True] = True
+    quant_voxel_encoder: bool = True
+    quant_backbone: bool = True
+    quant_neck: bool = True
+    quant_head: bool = True
+    quant_add: bool = False
+    quant_linear_backbone: bool = False
+    skip_backbone_first_stages: int = Field(default=0, ge=0)
+    skip_backbone_stages: list[int] = Field(default=[])
     sensitive_layers: list[str] = Field(default=[])
+
+    def skipped(self) -> list[str]:
+        """Module paths that stay unquantised."""
+        parts = {
+            "pts_voxel_encoder": self.quant_voxel_encoder,
+            "pts_backbone": self.quant_backbone,
+            "pts_neck": self.quant_neck,
+            "pts_bbox_head": self.quant_head,
+        }
+        stages = sorted({*range(self.skip_backbone_first_stages), *self.skip_backbone_stages})
+        return [
+            *(path for path, quantised in parts.items() if not quantised),
+            *(f"pts_backbone.blocks.{stage}" for stage in stages),
+            *self.sensitive_layers,
+        ]
 
 
 class AwmlConfig(Section):
@@ -141,6 +170,7 @@ class AwmlConfig(Section):
 
     task_type: Literal["detection3d"] = "detection3d"
     checkpoint_path: str | None = None
+    deploy_log_path: str | None = None
     devices: _Devices = _Devices()
     export: _Export = _Export()
     components: dict[str, _Component] = Field(default={})
@@ -164,6 +194,9 @@ def _document(awml: AwmlConfig, path: Path) -> dict[str, Any]:
     verification, mode = awml.verification, awml.export.mode
     scenarios = None if verification.scenarios is None else verification.scenarios.get(mode) or []
     variant = VARIANTS.get(engine.precision_policy, engine.precision_policy)
+    backends = BACKENDS
+    if awml.quantization.enabled:
+        backends, variant = {**BACKENDS, "onnx": "ort-int8"}, "int8"
 
     def spec(framework: str, device: str | None) -> str:
         if framework == "tensorrt" and device == "cpu":
@@ -171,7 +204,7 @@ def _document(awml: AwmlConfig, path: Path) -> dict[str, Any]:
         place = {"cuda": awml.devices.cuda, "cpu": awml.devices.cpu}.get(device or "", device)
         if device == "cuda" and place is None:
             raise InputError(f"{path}: devices.cuda is None, but {framework} runs on cuda; expected a device")
-        name = BACKENDS.get(framework, f"trt-{variant}")
+        name = backends.get(framework, f"trt-{variant}")
         return f"{name}@{place}" if place else name
 
     evaluated = [spec(f, b.device) for f, b in awml.evaluation.backends.items() if b.enabled]
@@ -191,7 +224,11 @@ def _document(awml: AwmlConfig, path: Path) -> dict[str, Any]:
             "precision": engine.precision_policy,
             "workspace_mib": engine.max_workspace_size >> 20,
         },
-        "data": {"path": awml.runtime_io.info_file, "first": awml.runtime_io.sample_idx},
+        "quantization": {"skip_layers": awml.quantization.skipped()} if awml.quantization.enabled else None,
+        "data": {
+            "path": awml.runtime_io.info_file,
+            "first": awml.runtime_io.sample_idx if awml.export.sample_idx is None else awml.export.sample_idx,
+        },
         "verify": {
             "enabled": verification.enabled if awml.export.verify is None else awml.export.verify,
             "samples": verification.num_verify_samples,
@@ -204,7 +241,7 @@ def _document(awml: AwmlConfig, path: Path) -> dict[str, Any]:
         },
         "evaluate": {
             "enabled": awml.evaluation.enabled,
-            "samples": awml.evaluation.num_samples,
+            "samples": awml.evaluation.num_samples if awml.evaluation.num_samples > 0 else ALL,
             "backends": list(dict.fromkeys(evaluated)) or None,
         },
     }

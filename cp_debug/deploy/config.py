@@ -123,6 +123,20 @@ class TensorRTConfig(Section):
         return VARIANTS.get(self.precision, self.precision)
 
 
+class QuantizationConfig(Section):
+    """INT8 by Q/DQ pairs, with FP16 for the rest in engines.
+
+    ``checkpoint``: of `cpdebug quantize ptq` or `qat`, its folding and skips included; without one, the model is
+    calibrated on ``samples`` of ``data``. ``skip_layers``: globs over module paths that stay unquantised.
+    """
+
+    checkpoint: Path | None = None
+    method: Literal["max", "percentile", "mse", "entropy"] = "mse"
+    data: Path | None = None
+    samples: PositiveInt = 100
+    skip_layers: list[str] = []
+
+
 class DataConfig(Section):
     """An info file, point files or a folder of them; None: the model's own samples from ``first`` on."""
 
@@ -172,6 +186,7 @@ class DeployConfig(Section):
     export: ExportConfig = ExportConfig()
     components: dict[str, ComponentConfig] = {}
     tensorrt: TensorRTConfig = TensorRTConfig()
+    quantization: QuantizationConfig | None = None
     data: DataConfig = DataConfig()
     verify: VerifyConfig = VerifyConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -180,7 +195,8 @@ class DeployConfig(Section):
         """Those asked for, or: torch against ONNX Runtime, and torch against the engines where there are some."""
         if self.verify.scenarios is not None:
             return self.verify.scenarios
-        tests = {"onnx": ["ort"], "trt": [self.engine_backend], "both": ["ort", self.engine_backend], "none": []}
+        file, engine = "ort-int8" if self.int8 else "ort", self.engine_backend
+        tests = {"onnx": [file], "trt": [engine], "both": [file, engine], "none": []}
         return [ScenarioConfig(reference="torch", test=test) for test in tests[self.export.mode]]
 
     def evaluated(self) -> list[str]:
@@ -191,8 +207,21 @@ class DeployConfig(Section):
 
     @property
     def engine_backend(self) -> str:
-        """The TensorRT backend of the configured precision."""
-        return f"trt-{self.tensorrt.variant}"
+        """The TensorRT backend of the configured precision; with Q/DQ pairs FP16 is what the rest falls back to."""
+        return "trt-int8" if self.int8 else f"trt-{self.tensorrt.variant}"
+
+    @property
+    def int8(self) -> bool:
+        """Whether the deployed files have Q/DQ pairs."""
+        return self.quantization is not None
+
+    @model_validator(mode="after")
+    def _mixes(self) -> DeployConfig:
+        if self.int8 and self.tensorrt.precision not in ("auto", "fp16", "int8"):
+            raise ValueError(
+                f"tensorrt.precision is {self.tensorrt.precision!r} beside quantization; expected int8, fp16 or auto"
+            )
+        return self
 
 
 def load_config(path: Path) -> DeployConfig:

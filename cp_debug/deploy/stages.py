@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 
@@ -18,8 +18,12 @@ from cp_debug.deploy.evaluate import as_detector, evaluate
 from cp_debug.deploy.evaluation import EvaluationOptions, EvaluationResult
 from cp_debug.deploy.exporting import Exported, ExportOptions, export_model, load_exported
 from cp_debug.deploy.handover import checked
+from cp_debug.deploy.quantizing import export_quantized, in_int8
 from cp_debug.deploy.verify import VerifyOptions, VerifyResult, verify
 from cp_debug.errors import InputError
+from cp_debug.quantization.checkpoint import is_ptq_checkpoint, save_ptq_model
+from cp_debug.quantization.models import QuantizedComponent, with_modules
+from cp_debug.quantization.opening import modules_of, open_quantized
 from cp_debug.recipes.base import Component, Model, Sample
 from cp_debug.recipes.data.base import DataOptions, iterate
 from cp_debug.recipes.registry import load_model
@@ -56,21 +60,79 @@ class Deployment:
         self.config, self.source, self.on_step = config, source, on_step
         self._engine_options = engine_options
         self._backends: dict[str, Backend] = {}
+        self._written = False
 
     @cached_property
     def model(self) -> Model:
         """Loaded with its checkpoint, and found to be what the configuration is about."""
         config = self.config
-        assert config.model is not None
         if config.checkpoint is not None and not config.checkpoint.is_file():
             raise InputError(
                 f"{self.source}: checkpoint is {config.checkpoint}: no such file; expected .pt or .safetensors"
             )
-        model = load_model(config.model, checkpoint=config.checkpoint)
+        model = self._loaded
+        self._check_components(model.components)
+        if self._trained == config.checkpoint:
+            return model
+        # Only quantised weights are there: FP32 is what they are without INT8.
+        return with_modules(model, {name: part.folded for name, part in self.quantized.items() if part.folded})
+
+    @cached_property
+    def _loaded(self) -> Model:
+        config = self.config
+        assert config.model is not None
+        model = load_model(config.model, checkpoint=self._trained)
         if config.export.rot_y_axis_reference:
             turn_outputs(model)
-        self._check_components(model.components)
         return model
+
+    @cached_property
+    def quantized(self) -> dict[str, QuantizedComponent]:
+        """Every component in INT8: as ``quantize`` left it, from the configured checkpoint, or calibrated."""
+        config = self.config.quantization
+        assert config is not None
+        if self._written:
+            return open_quantized(self._loaded, self._quantized_file)
+        return open_quantized(
+            self._loaded,
+            self._quantized_checkpoint,
+            config.data or self.config.data.path,
+            config.samples,
+            method=config.method,
+            skip_layers=config.skip_layers,
+            on_step=self.on_step,
+        )
+
+    def quantize(self) -> Path:
+        """Write ``quantized.pt`` into a folder of its own."""
+        target = self._quantized_file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_ptq_model(modules_of(self.quantized), target)
+        return target
+
+    def use_quantized(self) -> None:
+        """Take what ``quantize`` wrote, in this run or an earlier one, instead of calibrating again."""
+        self._written = True
+
+    @property
+    def _quantized_file(self) -> Path:
+        return self.config.work_dir / "quantized" / "quantized.pt"
+
+    @property
+    def _trained(self) -> Path | None:
+        """The weights in FP32; None: the model's own."""
+        return None if self._quantized_checkpoint == self.config.checkpoint else self.config.checkpoint
+
+    @property
+    def _quantized_checkpoint(self) -> Path | None:
+        """That of `cpdebug quantize`; ``checkpoint`` itself may be one, as in AWML's files."""
+        config = self.config.quantization
+        if config is None:
+            return None
+        if config.checkpoint is not None:
+            return config.checkpoint
+        given = self.config.checkpoint
+        return given if given is not None and is_ptq_checkpoint(given) else None
 
     def samples(self, count: int) -> list[Sample]:
         """At most ``count`` samples of the configured data."""
@@ -97,14 +159,11 @@ class Deployment:
             config.opset, None if config.exporter == "auto" else config.exporter, config.fold, config.simplify
         )
         axes = {name: c.dynamic_axes for name, c in self.config.components.items() if c.dynamic_axes}
-        exported = export_model(
-            self.model,
-            self.samples(1)[0],
-            self.onnx_dir,
-            options,
-            axes=axes,
-            files=self._files(),
-            on_step=self.on_step,
+        export = partial(export_model, self.model)
+        if self.config.int8:
+            export = partial(export_quantized, self.model, self.quantized)
+        exported = export(
+            self.samples(1)[0], self.onnx_dir, options, axes=axes, files=self._files(), on_step=self.on_step
         )
         self._check_profiles([each.program for each in exported])
         return exported
@@ -113,7 +172,7 @@ class Deployment:
         """The ONNX files of a folder, by default the configured one."""
         programs = load_exported(self.model, folder or self.onnx_dir, self._files())
         self._check_profiles(programs)
-        return programs
+        return in_int8(folder or self.onnx_dir, programs) if self.config.int8 else programs
 
     def build(self) -> list[Built]:
         """Build an engine a component and write their manifest."""
@@ -168,6 +227,8 @@ class Deployment:
         """A backend, made once; those on TensorRT as configured."""
         if spec not in self._backends:
             parsed, config = BackendSpec.parse(spec), self.config.tensorrt
+            if parsed.name == "torch-int8":
+                raise InputError(f"{self.source}: torch-int8 runs modules, and files are deployed; expected ort-int8")
             options: dict[str, object] = {}
             if parsed.family == "trt":
                 profiles = {n: p.shapes for c in self.config.components.values() for n, p in c.profile.items()}
@@ -177,6 +238,7 @@ class Deployment:
                     "timing_cache": config.timing_cache,
                     "keep_fp32": frozenset(config.keep_fp32),
                     "strongly_typed": config.precision == "strongly_typed",
+                    "fp16_fallback": self.config.int8,
                     "profiles": profiles,
                     **self._engine_options,
                 }

@@ -12,8 +12,10 @@ from cp_debug.errors import InputError
 from cp_debug.probes.alignment import module_digest
 from cp_debug.quantization.checkpoint import load_ptq_model
 from cp_debug.quantization.folding import apply_folding
+from cp_debug.quantization.layers import full_path, layers_of, matches, select
 from cp_debug.quantization.models import QuantizedComponent, quantize_model
 from cp_debug.quantization.ptq import quantization_of, scales_of
+from cp_debug.quantization.toggles import disable_quantization
 from cp_debug.recipes.base import Component, Model, Sample
 
 CALIBRATION_FIRST = 1000
@@ -33,15 +35,17 @@ def open_quantized(
 ) -> dict[str, QuantizedComponent]:
     """Every component in INT8; without ``checkpoint`` calibrated on ``count`` samples of ``data``.
 
-    Raises InputError for ``skip_layers`` beside a checkpoint, whose skips are in it, and as ``quantize_model`` and
-    ``load_ptq_model`` do.
+    ``skip_layers`` are globs over what stays in FP32, for a checkpoint beyond what it skips itself. Raises InputError
+    as ``quantize_model`` and ``load_ptq_model`` do.
     """
     if checkpoint is None:
         samples = calibration_samples(model, data, count, on_step)
         return quantize_model(model, samples, method=method, skip_layers=skip_layers)
-    if skip_layers:
-        raise InputError(f"--skip-layers: {checkpoint} is quantised already; expected to skip when it is made")
-    return {component.name: _load(component, checkpoint) for component in model.components}
+    loaded = {component.name: _load(component, checkpoint, skip_layers) for component in model.components}
+    select(
+        [full_path(c.prefix, path) for c in model.components if c.module for path in layers_of(c.module)], skip_layers
+    )
+    return loaded
 
 
 def modules_of(quantized: Mapping[str, QuantizedComponent]) -> dict[str, nn.Module]:
@@ -78,8 +82,13 @@ def adopt_weights(module: nn.Module, quantized: nn.Module) -> None:
     quantization_of(quantized).model = module_digest(unquantized(module, quantized))
 
 
-def _load(component: Component, path: Path) -> QuantizedComponent:
+def _load(component: Component, path: Path, skip_layers: Sequence[str]) -> QuantizedComponent:
     if component.module is None:
         raise InputError(f"{path}: {component.name} is an ONNX file; expected a model of torch modules")
     module = load_ptq_model(component.module, path, component.name)
+    about = quantization_of(module)
+    names = {own: full_path(component.prefix, own) for own in (*about.layers, *about.adds)}
+    skipped = [own for own, name in names.items() if any(matches(name, glob) for glob in skip_layers)]
+    if skipped:
+        disable_quantization(module, *skipped)
     return QuantizedComponent(module, scales_of(module, component.prefix), unquantized(component.module, module))

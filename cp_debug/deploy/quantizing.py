@@ -1,0 +1,130 @@
+"""INT8 for deployment: the exported FP32 files get Q/DQ pairs, and are checked against the fake-quantised modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from cp_debug.backends.base import Backend, Program
+from cp_debug.backends.registry import create
+from cp_debug.backends.spec import BackendSpec
+from cp_debug.bisect.int8 import already_quantized
+from cp_debug.bisect.norms import distance
+from cp_debug.bisect.pipeline import run_module
+from cp_debug.deploy.exporting import Axes, Exported, ExportOptions, OnStep, export_model
+from cp_debug.errors import InputError, MissingPackage
+from cp_debug.files import complete_path
+from cp_debug.probes.graph import Graph
+from cp_debug.probes.qdq import insert_qdq
+from cp_debug.quantization.models import QuantizedComponent, with_modules
+from cp_debug.quantization.nodes import scales_by_node
+from cp_debug.recipes.base import Arrays, Component, Model, Sample
+
+
+def export_quantized(
+    model: Model,
+    quantized: Mapping[str, QuantizedComponent],
+    sample: Sample,
+    folder: Path,
+    options: ExportOptions = ExportOptions(),  # noqa: B008, frozen
+    *,
+    axes: Mapping[str, Axes] | None = None,
+    files: Mapping[str, str] | None = None,
+    on_step: OnStep = lambda text, done, total: None,
+) -> list[Exported]:
+    """As ``export_model``, with the Q/DQ pairs of ``quantized`` in the files."""
+    folded = with_modules(model, {name: part.folded for name, part in quantized.items() if part.folded})
+    exported = export_model(folded, sample, folder, options, axes=axes, files=files, on_step=on_step)
+    return quantize_exported(folded, exported, quantized, sample)
+
+
+def quantize_exported(
+    model: Model, exported: Sequence[Exported], quantized: Mapping[str, QuantizedComponent], sample: Sample
+) -> list[Exported]:
+    """Put Q/DQ pairs into files that were exported from the ``folded`` modules of ``quantized``, in place.
+
+    ``error`` is then the relative L2 distance of the worst output from the fake-quantised module's. Two right ones
+    differ, as ties are rounded either way and the difference grows from layer to layer; a file that is further from its
+    module than INT8 takes that module from FP32 computes something else: InputError.
+    """
+    backend = _checker()
+    results: dict[str, Arrays] = {}
+    made = []
+    for component, each in zip(model.components, exported, strict=True):
+        part = quantized[component.name]
+        assert part.module is not None
+        assert part.folded is not None
+        inputs = model.feed(component, sample, results)
+        plain = _run(component, part.folded, inputs)
+        results[component.name] = plain
+        if not part.scales.layers and not part.scales.adds:
+            made.append(each)
+            continue
+        expected = _run(component, part.module, inputs)
+        program = each.program
+        assert program.alignment is not None
+        target = program.graph.path
+        scales = scales_by_node(part.scales, program.alignment, program.graph)
+        with complete_path(target) as partial:
+            insert_qdq(program.graph, scales.layers, partial, scales.adds)
+        graph = Graph(target)
+        alignment = replace(program.alignment, graph_sha256=graph.digest)
+        alignment.save(target.with_suffix(".alignment.json"))
+        program = replace(program, graph=graph, alignment=alignment)
+        error = _check(component, backend, replace(each, program=program), inputs, expected, plain)
+        made.append(replace(each, program=program, error=error, checked_by=str(backend.spec)))
+    return made
+
+
+def _run(component: Component, module: nn.Module, inputs: Mapping[str, np.ndarray]) -> Arrays:
+    return run_module(replace(component, module=module), inputs)
+
+
+def _check(
+    component: Component,
+    backend: Backend,
+    exported: Exported,
+    inputs: Mapping[str, np.ndarray],
+    expected: Arrays,
+    plain: Arrays,
+) -> float:
+    session = backend.open(exported.program)
+    try:
+        found = session.run(inputs)
+    finally:
+        session.close()
+    errors, limits = ({name: _relative(arrays[name], expected[name]) for name in expected} for arrays in (found, plain))
+    worst = max(errors, key=errors.__getitem__)
+    if not sum(errors.values()) <= sum(limits.values()):
+        raise InputError(
+            f"{exported.program.graph.path}: {worst} is {errors[worst]:.2g} (relative L2) from the quantised module of "
+            f"{component.name}, which is itself {limits[worst]:.2g} from FP32; the graph computes something else"
+        )
+    return errors[worst]
+
+
+def _relative(test: np.ndarray, reference: np.ndarray) -> float:
+    apart = distance(test, reference)
+    if apart.born:
+        return np.inf
+    return apart.difference / apart.whole if apart.whole else apart.difference
+
+
+def _checker() -> Backend:
+    """ONNX Runtime, or where it is missing this project's own executor."""
+    try:
+        return create(BackendSpec("ort-int8"))
+    except MissingPackage:
+        return create(BackendSpec("emu-int8"))
+
+
+def in_int8(folder: Path, programs: Sequence[Program]) -> list[Program]:
+    """The programs of a folder, of which some have Q/DQ pairs. Raises InputError where none has."""
+    quantized = already_quantized(programs)
+    if quantized is None:
+        raise InputError(f"{folder}: no file has Q/DQ pairs; export them with export.mode onnx or both")
+    return quantized
