@@ -25,7 +25,10 @@ from cp_debug.bisect.int8 import (
     Calibration,
     already_quantized,
     both_int8,
+    calibrate,
     int8_notes,
+    load_quantized,
+    of_modules,
     quantized_programs,
 )
 from cp_debug.bisect.layers import Layer, layers_of, stage_ends
@@ -48,8 +51,9 @@ from cp_debug.bisect.shares import Propagation, set_shares
 from cp_debug.bisect.testrun import TestRun
 from cp_debug.errors import InputError
 from cp_debug.probes.capture import Capture, CaptureWriter
+from cp_debug.quantization.models import QuantizedComponent
+from cp_debug.quantization.opening import calibration_samples
 from cp_debug.recipes.base import Arrays, Model, Sample
-from cp_debug.recipes.registry import load_model
 
 Rewrite = Callable[[list[Program], Path], list[Program]]
 """Makes the programs of the tests from the reference's and a folder for new files; value names should stay."""
@@ -125,7 +129,10 @@ class Bisection:
         self._reference_floors: dict[Key, float] = {}
         self._quantized: dict[int, list[Program]] = {}
         """By identity of the list that was quantised."""
-        self._calibrated = ""
+        self._parts: dict[int, tuple[Mapping[str, QuantizedComponent], str]] = {}
+        """By identity of the model: its components in INT8, and how they became so."""
+        self._how: dict[int, str] = {}
+        """By identity of a list of quantised programs."""
         if isinstance(backends, str):
             backends = [create(spec) for spec in parse_backends(backends)]
         self._reference, *self._tests = backends
@@ -143,7 +150,10 @@ class Bisection:
             self.test_model = self._load(self.model.name, options.test_checkpoint)
 
     def _load(self, name: str, checkpoint: Path | None) -> Model:
-        return load_model(name, checkpoint=checkpoint, seed=self.options.seed)
+        model, parts = load_quantized(name, checkpoint, self.options.seed)
+        if parts:
+            self._parts[id(model)] = parts, f"quantized as in {checkpoint}"
+        return model
 
     def _step(self, text: str) -> None:
         self._on_step(text, self._done, self._steps)
@@ -217,15 +227,20 @@ class Bisection:
         return made
 
     def _quantize(self, model: Model, programs: list[Program], scratch: Path) -> list[Program]:
-        options, folder = self.options, self.options.save or scratch
-        calibration = options.calibration
+        options, folder = self.options, (self.options.save or scratch) / ("test" if self._quantized else "")
+        calibration, data = options.calibration, options.calibration.data or options.inputs
         self._steps += 1
         self._step("quantizing")
-        samples = list(model.samples(calibration.samples, options.seed, calibration.data or options.inputs))
-        folder = folder / ("test" if self._quantized else "")
+        samples = list(calibration_samples(model, data, calibration.samples))
+        how = f"quantized on the fly: {calibration.method} on {len(samples)} sample(s)"
+        if id(model) in self._parts and of_modules(model, programs):
+            parts, how = self._parts[id(model)]
+        else:
+            parts = calibrate(model, programs, samples, calibration)
         folder.mkdir(exist_ok=True)
-        self._calibrated = f"quantized on the fly: {calibration.method} on {len(samples)} sample(s)"
-        return quantized_programs(model, programs, samples, calibration, folder)
+        made = quantized_programs(model, programs, parts, samples[0], folder)
+        self._how[id(made)] = how
+        return made
 
     def _saved_name(self, program: Program) -> str:
         path, folder = program.graph.path.resolve(), self.options.save
@@ -344,7 +359,7 @@ class Bisection:
             observation=found.observation,
             notes=[
                 *self._notes,
-                *int8_notes(self._reference, run.pipeline, rows, self._calibrated),
+                *int8_notes(self._reference, run.pipeline, rows, self._how.get(id(run.pipeline.programs))),
                 *observation_notes(str(self._reference.spec), self._steady),
                 *found.notes(str(run.pipeline.backend.spec)),
             ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,10 +14,13 @@ from cp_debug.bisect.result import LayerRow
 from cp_debug.probes.alignment import align
 from cp_debug.probes.graph import Graph
 from cp_debug.probes.qdq import insert_qdq
-from cp_debug.quantization.models import quantize_model
+from cp_debug.quantization.checkpoint import FILE, is_ptq_checkpoint
+from cp_debug.quantization.models import QuantizedComponent, quantize_model, with_modules
 from cp_debug.quantization.nodes import scales_by_node
+from cp_debug.quantization.opening import open_quantized
 from cp_debug.quantization.scales import Scales
 from cp_debug.recipes.base import Arrays, Model, Sample
+from cp_debug.recipes.registry import load_model
 
 
 @dataclass(frozen=True)
@@ -36,25 +39,54 @@ class Calibration:
 DEFAULT_CALIBRATION = Calibration()
 
 
-def quantized_programs(
-    model: Model, programs: Sequence[Program], samples: Sequence[Sample], calibration: Calibration, folder: Path
-) -> list[Program]:
-    """The programs in INT8, calibrated on ``samples``: each has a Q/DQ graph in ``folder``, its calibration cache
-    beside it, and a module with fake quantisers where it was exported from the model's own.
+def load_quantized(name: str, checkpoint: Path | None, seed: int) -> tuple[Model, Mapping[str, QuantizedComponent]]:
+    """A model, and its components in INT8 when ``checkpoint`` is what ``cpdebug quantize`` wrote (the file or its
+    folder): the model is then the FP32 one behind it, BatchNorm folded. Raises InputError as both loaders do.
+    """
+    file = checkpoint / FILE if checkpoint is not None and checkpoint.is_dir() else checkpoint
+    if file is None or not is_ptq_checkpoint(file):
+        return load_model(name, checkpoint=file, seed=seed), {}
+    model = load_model(name, seed=seed)
+    parts = open_quantized(model, file)
+    return with_modules(model, {part: found.folded for part, found in parts.items() if found.folded}), parts
+
+
+def calibrate(
+    model: Model, programs: Sequence[Program], samples: Iterable[Sample], calibration: Calibration
+) -> dict[str, QuantizedComponent]:
+    """The components in INT8: the model's modules, or the graphs where they were made from something else.
 
     Raises InputError as ``quantize_model`` does.
     """
-    own = all(p.module is not None and p.module is c.module for p, c in zip(programs, model.components, strict=True))
-    calibrated = model if own else _of_graphs(model, programs)
-    found = quantize_model(calibrated, samples, method=calibration.method, skip_layers=calibration.skip_layers)
+    calibrated = model if of_modules(model, programs) else _of_graphs(model, programs)
+    return quantize_model(calibrated, samples, method=calibration.method, skip_layers=calibration.skip_layers)
+
+
+def of_modules(model: Model, programs: Sequence[Program]) -> bool:
+    """Whether the programs were exported from the modules of ``model``."""
+    return all(p.module is not None and p.module is c.module for p, c in zip(programs, model.components, strict=True))
+
+
+def quantized_programs(
+    model: Model,
+    programs: Sequence[Program],
+    parts: Mapping[str, QuantizedComponent],
+    sample: Sample,
+    folder: Path,
+) -> list[Program]:
+    """The programs in INT8: each has a Q/DQ graph in ``folder``, its calibration cache beside it, and a module with fake
+    quantisers where ``parts`` has one.
+
+    ``sample`` is run once, to find the quantised layers in the graph. Raises InputError when one is not found.
+    """
     made = []
     results: dict[str, Arrays] = {}
-    for component, program in zip(calibrated.components, programs, strict=True):
-        part = found[component.name]
+    for component, program in zip(model.components, programs, strict=True):
+        part = parts[component.name]
         if part.folded is None:
             made.append(_with_pairs(replace(program, module=None), part.scales, folder))
             continue
-        inputs = model.feed(component, samples[0], results)
+        inputs = model.feed(component, sample, results)
         results[component.name] = run_module(component, inputs)
         alignment = align(program.graph, part.folded, example_args(component, inputs), prefix=component.prefix)
         scales = scales_by_node(part.scales, alignment, program.graph)
@@ -74,12 +106,12 @@ def both_int8(reference: Backend, test: Backend) -> bool:
     return wants_int8(reference) and wants_int8(test)
 
 
-def int8_notes(reference: Backend, pipeline: Pipeline, rows: Sequence[LayerRow], calibrated: str) -> Iterator[str]:
-    """What a reader must know of a backend in INT8: where its scales come from, whether it obeys them, and whether
-    integers were computed."""
+def int8_notes(reference: Backend, pipeline: Pipeline, rows: Sequence[LayerRow], how: str | None) -> Iterator[str]:
+    """What a reader must know of a backend in INT8: ``how`` it was quantised here, whether it obeys the scales, and
+    whether integers were computed."""
     backend = pipeline.backend
-    if any(program.scales is not None for program in pipeline.programs):
-        yield calibrated
+    if how is not None:
+        yield how
     if both_int8(reference, backend):
         yield (
             "both sides are INT8, where roundings at ties tip over and grow from layer to layer: layers are judged by "

@@ -22,6 +22,8 @@ from cp_debug.quantization.scales import LayerScales
 from cp_debug.recipes.checkpoint import load_state, read_torch
 
 FORMAT = "cpdebug quantized model 1"
+FILE = "model.pt"
+"""What it is called in the folder that ``cpdebug quantize ptq`` writes."""
 
 
 def save_ptq_model(module: nn.Module | Mapping[str, nn.Module], path: Path) -> None:
