@@ -95,7 +95,7 @@ def write_quantized(
         modules = {component: part.module for component, part in quantized.items() if part.module is not None}
         folded = {component: part.folded for component, part in quantized.items() if part.folded is not None}
         if modules:
-            save_ptq_model(modules, scratch / CHECKPOINT)
+            save_ptq_model(modules, scratch / FILE)
             plain = with_modules(model, folded)
             exported = export_model(plain, sample, scratch, options, on_step=on_step)
             quantize_exported(plain, exported, quantized, sample)
