@@ -150,14 +150,15 @@ class ProfileGroup:
 
 
 def merge(records: Iterable[Record]) -> list[SensitivityGroup | ProfileGroup]:
-    """One group a quantised model, in the order of the grid; a profile where the layers were shared out and each share
-    is there. Raises InputError for one of which a share failed."""
+    """One group a quantised model, in the order of the grid; a profile where the layers were shared out, and none where
+    a share failed."""
     groups: dict[str, list[Record]] = defaultdict(list)
     for record in sorted(records, key=lambda each: each["place"]):
         groups[record["params"]["label"]].append(record)
     return [
         _over_samples(label, found) if found[0]["params"]["shares"] == 1 else ProfileGroup(label, _together(found))
         for label, found in groups.items()
+        if found[0]["params"]["shares"] in (1, len(found))
     ]
 
 

@@ -70,7 +70,8 @@ def robust_scores(values: ArrayLike) -> NDArray[np.float64]:
     middle = np.median(finite)
     distances = np.abs(finite - middle)
     scale = np.median(distances) / 0.6745 or distances.mean() * 1.2533 or np.inf
-    return np.where(np.isposinf(logs), np.inf, (logs - middle) / scale)
+    with np.errstate(invalid="ignore"):  # infinity ÷ infinity, which is not taken
+        return np.where(np.isposinf(logs), np.inf, (logs - middle) / scale)
 
 
 def outlying(values: Sequence[float]) -> dict[int, float]:

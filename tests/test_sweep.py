@@ -1,0 +1,219 @@
+"""Sweeps of each kind: tasks are the same wherever they run, and what they merge to is what the plain command says."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from nets import second_like
+from onnx import numpy_helper
+from test_cli import run as cli
+
+from cp_debug.backends.spec import BackendSpec, parse_backends
+from cp_debug.bisect.engine import Options, bisect
+from cp_debug.errors import InputError
+from cp_debug.sweep import bisecting
+from cp_debug.sweep.grid import Grid, needs_gpu, sample_files
+from cp_debug.sweep.tasks import Task, run_task
+
+HOW = {"rtol": None, "atol": None, "explain": False}
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return second_like(tmp_path_factory.mktemp("net") / "net.onnx")
+
+
+def grid_of(*models: Path | str, backends: str = "ort,emu-fp16", samples: int = 3, **options: Any) -> Grid:
+    return Grid([str(m) for m in models], parse_backends(backends), samples=samples, how=HOW, **options)
+
+
+def records(tasks: Iterator[Task]) -> list[dict[str, Any]]:
+    """In-process, in order: the serial run."""
+    found = []
+    for place, task in enumerate(tasks):
+        outcome = run_task(task.kind, task.params)
+        assert "error" not in outcome, outcome
+        found.append({"key": task.key, "kind": task.kind, "params": task.params, "place": place, **outcome})
+    return found
+
+
+def test_a_grid_is_the_product_of_its_axes(net: Path, tmp_path: Path) -> None:
+    other = shutil.copy(net, tmp_path / "other.onnx")
+    tasks = list(bisecting.tasks(grid_of(net, other, backends="ort,ort-all,emu-fp16", samples=4)))
+    assert len({task.key for task in tasks}) == len(tasks) == 2 * 2 * 4
+    assert {tuple(task.params["backends"]) for task in tasks} == {("ort", "ort-all"), ("ort", "emu-fp16")}
+
+
+def test_keys_are_of_contents_not_of_places(net: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere" / "net.onnx"
+    moved.parent.mkdir()
+    shutil.copy(net, moved)
+    keys = [task.key for task in bisecting.tasks(grid_of(net))]
+    assert [task.key for task in bisecting.tasks(grid_of(moved))] == keys
+    model = onnx.load(moved)
+    model.graph.initializer[0].CopyFrom(
+        numpy_helper.from_array(numpy_helper.to_array(model.graph.initializer[0]) * 2, model.graph.initializer[0].name)
+    )
+    onnx.save(model, moved)
+    assert not set(keys) & {task.key for task in bisecting.tasks(grid_of(moved))}
+    changed = [
+        replace(grid_of(net), seed=1),
+        grid_of(net, backends="ort,emu-bf16"),
+        replace(grid_of(net), folded=False),
+    ]
+    assert not any(set(keys) & {task.key for task in bisecting.tasks(grid)} for grid in changed)
+
+
+def test_a_file_that_changed_since_is_refused_by_the_worker(net: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copy(net, tmp_path / "net.onnx"))
+    task = next(bisecting.tasks(grid_of(copy)))
+    second_like(copy, depth=1)
+    assert "not the file that the sweep was started with" in run_task(task.kind, task.params)["error"]
+    copy.unlink()
+    assert "every worker must see it" in run_task(task.kind, task.params)["error"]
+
+
+def test_a_folder_gives_a_sample_a_file(net: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for index in range(3):
+        np.savez(tmp_path / f"{index}.npz", x=rng.standard_normal((1, 16, 32, 32)).astype(np.float32))
+    grid = grid_of(net, samples=2, inputs=tmp_path)
+    found = [record["result"]["sample"] for record in records(bisecting.tasks(grid))]
+    assert found == [str(tmp_path / "0.npz"), str(tmp_path / "1.npz")]
+    with pytest.raises(InputError, match="holds no sample"):
+        sample_files(tmp_path.parent / tmp_path.name / "empty" if (tmp_path / "empty").mkdir() else tmp_path / "empty")
+
+
+def test_a_task_is_the_bisect_of_its_sample(net: Path) -> None:
+    found = records(bisecting.tasks(grid_of(net)))
+    whole = bisect(str(net), "ort,emu-fp16", options=Options(samples=3, explain=False))
+    assert [record["result"]["sample"] for record in found] == whole.samples
+    rows = {(place, row["onnx"]): row for place, r in enumerate(found) for row in r["result"]["layers"]}
+    for expected in whole.tests[0].rows:  # of the sample on which the layer is worst
+        row = rows[expected.sample, expected.onnx]
+        assert {name: value for name, value in expected.to_dict().items() if name in row} == row
+
+
+def test_tasks_again_in_another_order_give_the_same_bits(net: Path) -> None:
+    tasks = list(bisecting.tasks(grid_of(net)))
+    first = [run_task(task.kind, task.params)["result"] for task in tasks]
+    again = [run_task(task.kind, task.params)["result"] for task in reversed(tasks)][::-1]
+    assert json.dumps(first) == json.dumps(again)
+
+
+def test_figures_over_samples(net: Path) -> None:
+    found = records(bisecting.tasks(grid_of(net, samples=4)))
+    (group,) = bisecting.merge(reversed(found))
+    assert group.samples == [record["result"]["sample"] for record in found]
+    by_layer = {row.onnx: row for row in group.layers}
+    for name, layer in by_layer.items():
+        values = [row["rel_l2"] for r in found for row in r["result"]["layers"] if row["onnx"] == name]
+        spread = layer.figures["rel_l2"]
+        assert spread is not None
+        assert spread.median == pytest.approx(np.median(values))
+        assert spread.worst == max(values) == values[spread.sample]
+        assert layer.samples == 4
+        guilty = [row["verdict"] for r in found for row in r["result"]["layers"] if row["onnx"] == name].count("guilty")
+        assert layer.guilty == guilty
+    json.dumps(group.to_dict(), allow_nan=False)
+
+
+def test_a_layer_that_breaks_on_one_sample_is_named_with_it(net: Path) -> None:
+    found = json.loads(json.dumps(records(bisecting.tasks(grid_of(net, samples=6)))))
+    broken = found[4]["result"]
+    broken["agrees"], broken["final"] = False, "NaN"
+    broken["layers"][3] |= {"verdict": "guilty", "rel_l2": "Infinity", "introduced": "NaN", "excess": "Infinity"}
+    (group,) = bisecting.merge(found)
+    assert not group.passed
+    assert group.agreeing == 5
+    assert [(row.name, row.guilty) for row in group.guilty] == [(broken["layers"][3]["name"], 1)]
+    assert group.guilty[0].figures["introduced"].worst == math.inf  # type: ignore[union-attr]
+    assert group.outliers[0].sample == broken["sample"]
+    assert broken["layers"][3]["name"] in group.outliers[0].layers
+    json.dumps(group.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("spec", "gpu"),
+    [("torch", False), ("torch-tf32", True), ("torch-fp16", False), ("ort@cuda:1", True), ("ort-fp16", True),
+     ("emu-tf32", False), ("trt-fp16", True), ("emu-fp16@cuda", True), ("ort-all@cpu", False)],
+)  # fmt: skip
+def test_which_backends_need_a_gpu(spec: str, gpu: bool) -> None:
+    assert needs_gpu(BackendSpec.parse(spec)) is gpu
+
+
+def test_the_command_on_two_workers_says_what_the_serial_run_says(net: Path, tmp_path: Path) -> None:
+    pytest.importorskip("distributed")
+    out = tmp_path / "out"
+    flags = ["-b", "ort,emu-fp16,emu-bf16", "-n", "4", "--no-explain", "--workers", "2", "-o", out]
+    code, text = cli("sweep", "bisect", net, *flags, "--log", out / "log.parquet")
+    assert code == 0, text
+    assert "ort → emu-bf16" in text
+    serial = records(bisecting.tasks(grid_of(net, samples=4, backends="ort,emu-fp16,emu-bf16")))
+    logged = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()[1:]]
+    assert {r["key"]: r["result"] for r in logged} == {r["key"]: json.loads(json.dumps(r["result"])) for r in serial}
+    assert len({r["worker"] for r in logged}) == 2
+    document = json.loads((out / "sweep.json").read_text())
+    merged = json.loads(json.dumps([group.to_dict() for group in bisecting.merge(serial)]))
+    assert [g | {"label": ""} for g in document["groups"]] == [g | {"label": ""} for g in merged]
+    with (out / "sweep.csv").open() as stream:
+        assert len(list(csv.DictReader(stream))) == sum(len(group["layers"]) for group in merged)
+    assert "</html>" in (out / "sweep.html").read_text()
+    pandas = pytest.importorskip("pandas")
+    assert len(pandas.read_parquet(out / "log.parquet")) == sum(len(r["result"]["layers"]) for r in serial)
+    code, text = cli("sweep", "bisect", net, *flags, "--log", out / "log.parquet")
+    assert "8 of them in" in text
+
+
+def test_failed_tasks_are_told_and_the_rest_is_reported(net: Path, tmp_path: Path) -> None:
+    pytest.importorskip("distributed")
+    inputs = tmp_path / "inputs"
+    inputs.mkdir()
+    np.savez(inputs / "0.npz", x=np.ones((1, 16, 32, 32), np.float32))
+    np.savez(inputs / "1.npz", y=np.ones(3))
+    code, text = cli("sweep", "bisect", net, "-b", "ort,emu-fp16", "--inputs", inputs, "--workers", 1, "--log",
+                     tmp_path / "log.jsonl", "--no-explain")  # fmt: skip
+    assert code == 2
+    assert "1.npz" in text
+    assert "agrees on 1 of 1 samples" in " ".join(text.split())
+
+
+def test_bad_usage(net: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    assert cli("sweep", "bisect", net, "--workers", 2, "--cluster", "tcp://x:1", "--log", log)[0] == 2
+    assert cli("sweep", "bisect", tmp_path / "none.onnx", "--log", log)[0] == 2
+    code, text = cli("sweep", "search", net, "-b", "ort,emu-fp16acc", "--goal", "map_drop<1", "--log", log)
+    assert (code, "many samples" in text) == (2, True)
+    code, text = cli("sweep", "bisect", net, net, "-b", "ort,emu-fp16", "--log", log)
+    assert (code, "twice" in text) == (2, True)
+
+
+def test_search_over_samples(net: Path, tmp_path: Path) -> None:
+    from cp_debug.reports.sweep import section
+    from cp_debug.sweep import searching
+
+    grid = Grid(
+        [str(net)],
+        parse_backends("ort,emu-fp16acc"),
+        samples=2,
+        how={"goal": "rel_l2<8e-4", "max_builds": None, "test_model": None},
+    )
+    found = records(searching.tasks(grid))
+    (group,) = searching.merge(found)
+    for layer in group.layers:
+        needed = sum(layer.layer in [kept["layer"] for kept in r["result"]["kept"]] for r in found)
+        assert layer.needed == needed > 0
+    assert group.passed == all(r["result"]["reached"] for r in found)
+    assert set(group.keep["net"]) == {node for r in found for node in r["result"]["keep"]["net"]}
+    assert section(group).passed is group.passed
+    json.dumps(group.to_dict(), allow_nan=False)
