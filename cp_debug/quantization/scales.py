@@ -41,14 +41,14 @@ class Scales:
 
     def save(self, path: Path) -> None:
         """Write a calibration cache (safetensors). Raises InputError when it cannot be written."""
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         tensors = {f"{name}.input": np.array([layer.input], np.float32) for name, layer in self.layers.items()}
         tensors |= {f"{name}.weight": np.asarray(layer.weight, np.float32) for name, layer in self.layers.items()}
         tensors |= {f"{name}.add": np.array([amax], np.float32) for name, amax in self.adds.items()}
         about = {"format": "cpdebug calibration cache 1", "model": self.model, "method": self.method}
         with complete_path(path) as partial:
-            save_file(tensors, partial, metadata={"about": json.dumps(about)})
+            partial.write_bytes(save(tensors, metadata={"about": json.dumps(about)}))
 
     @classmethod
     def load(cls, path: Path) -> Scales:
