@@ -173,7 +173,7 @@ def test_clipped_int8_layers_are_left_unquantised(tmp_path: Path) -> None:
 def test_what_is_not_quantised_is_quantised_first(tmp_path: Path, backend: str) -> None:
     path = chain(tmp_path / "net.onnx")
     whole = run(path, f"torch,{backend}", "rel_l2<1")
-    assert "quantized on the fly: mse on 1 sample(s)" in whole.notes
+    assert "quantized on the fly: mse on 8 sample(s)" in whole.notes
     limit = whole.baseline.measured.figures["rel_l2"] / 2
     result = run(path, f"torch,{backend}", f"rel_l2<{limit}", onnx=tmp_path / "kept.onnx")
     assert result.minimal

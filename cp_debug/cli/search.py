@@ -28,7 +28,9 @@ def search(
     test_model: Annotated[
         Path | None, typer.Option(help="The Q/DQ graph of the test (a folder, for several components).")
     ] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="Weights for the recipe: .pt or .safetensors.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Weights for the recipe: .pt, .safetensors, or what `cpdebug quantize` wrote.")
+    ] = None,
     inputs: Annotated[Path | None, typer.Option(help=".npz, .bin, .pcd.bin, or a folder of them.")] = None,
     data: Annotated[
         Path | None, typer.Option(help="For map_drop: an info file (.pkl); else the held-out synthetic scenes.")
@@ -57,9 +59,8 @@ def search(
     from dataclasses import replace
 
     from cp_debug.backends.spec import parse_backends
-    from cp_debug.bisect.int8 import DEFAULT_CALIBRATION
+    from cp_debug.bisect.int8 import load_quantized
     from cp_debug.cli.console import show_document, steps
-    from cp_debug.recipes.registry import load_model
     from cp_debug.repair.goal import Goal
     from cp_debug.repair.search import SearchOptions, samples_for
     from cp_debug.repair.search import search as run
@@ -73,19 +74,17 @@ def search(
         exporter=None if exporter is Exporter.auto else exporter.value,
         folded=not unfolded,
         test_model=test_model,
+        inputs=inputs,
         onnx=onnx,
     )
     engines = tensorrt.tensorrt_options(
         trt_python, strongly_typed, tensorrt.Probes.boundaries, profile, None, workspace, timing_cache, None
     )
     with steps() as on_step:
-        loaded = load_model(model, checkpoint=checkpoint, seed=seed)
-        if any(spec.variant.startswith("int8") for spec in specs):
-            more = loaded.samples(DEFAULT_CALIBRATION.samples, seed, inputs)
-            options = replace(options, calibration=list(more))
+        loaded, parts = load_quantized(model, checkpoint, seed)
         found = samples_for(loaded, parsed, inputs=inputs, data=data, count=samples, seed=seed)
         made = tensorrt.make(specs, engines, on_step)
-        result = run(loaded, made, parsed, found, options, on_step)
+        result = run(loaded, made, parsed, found, replace(options, quantized=parts), on_step)
     show_document(render(result), result.to_dict(), json)
     raise typer.Exit(0 if result.reached else 1)
 

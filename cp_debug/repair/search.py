@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cp_debug.backends.base import Backend, Program
-from cp_debug.bisect.int8 import DEFAULT_CALIBRATION, already_quantized, quantized_programs
+from cp_debug.bisect.int8 import DEFAULT_CALIBRATION, already_quantized, calibrate, of_modules, quantized_programs
 from cp_debug.bisect.pipeline import Pipeline, choose_export, load_test_programs, prepare, wants_int8
 from cp_debug.deploy.evaluate import as_detector
 from cp_debug.deploy.state import key_of
@@ -23,6 +23,8 @@ from cp_debug.errors import InputError
 from cp_debug.probes.capture import array_hash
 from cp_debug.probes.graph import Graph
 from cp_debug.probes.unquantize import quantized_inputs, remove_qdq
+from cp_debug.quantization.models import QuantizedComponent
+from cp_debug.quantization.opening import calibration_samples
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.data.base import DataOptions, iterate
 from cp_debug.repair.goal import Goal
@@ -51,8 +53,10 @@ class SearchOptions:
     folded: bool = True
     test_model: Path | None = None
     """Another file for the test: a Q/DQ graph of the same model (a folder, for several components)."""
-    calibration: Sequence[Sample] = ()
-    """For an INT8 backend and a model that is not quantised; empty: the samples that are measured on."""
+    inputs: Path | None = None
+    """What to calibrate on, for an INT8 backend and a model that is not quantised; None: the model's own samples."""
+    quantized: Mapping[str, QuantizedComponent] = field(default_factory=dict)
+    """The components in INT8 where a checkpoint gives them: see ``load_quantized``."""
     onnx: Path | None = None
     """Where the mixed-precision graph goes when the goal is reached; a folder, for several components."""
 
@@ -144,10 +148,12 @@ class _Search:
 
     def _quantized(self, folder: Path) -> list[Program]:
         self._step("quantizing")
-        samples = self._options.calibration or self._samples
-        method = DEFAULT_CALIBRATION.method
-        self._notes.append(f"quantized on the fly: {method} on {len(samples)} sample(s)")
-        return quantized_programs(self._model, self._tests, samples, DEFAULT_CALIBRATION, folder)
+        samples = list(calibration_samples(self._model, self._options.inputs, DEFAULT_CALIBRATION.samples))
+        parts = self._options.quantized
+        if not parts or not of_modules(self._model, self._tests):
+            self._notes.append(f"quantized on the fly: {DEFAULT_CALIBRATION.method} on {len(samples)} sample(s)")
+            parts = calibrate(self._model, self._tests, samples, DEFAULT_CALIBRATION)
+        return quantized_programs(self._model, self._tests, parts, samples[0], folder)
 
     def run(self) -> SearchResult:
         found: list[Unit] | None = None
