@@ -21,6 +21,8 @@ METHODS = ("max", "percentile", "mse", "entropy")
 PERCENTILE = 99.99
 _BINS = 4096
 _CANDIDATES = 128
+_NONE = 1e-9
+"""Probability of what a quantised distribution cannot give."""
 _TOO_SMALL = 2.0**-24
 """Fake quantisation makes everything 0 where the largest magnitude is below this."""
 
@@ -120,9 +122,7 @@ def _least_divergence(counts: NDArray[np.int64], edges: NDArray[np.float64]) -> 
         quantised = np.repeat(np.divide(totals, used, out=np.zeros(levels), where=used > 0), widths)
         kept[-1] += bins[stop:].sum()
         held = kept > 0
-        if not quantised[held].all():
-            continue  # only the outliers are in the last bin
-        p, q = kept[held] / kept.sum(), quantised[held] / quantised.sum()
+        p, q = kept[held] / kept.sum(), np.maximum(quantised[held] / quantised.sum(), _NONE)
         if (divergence := float((p * np.log(p / q)).sum())) < least:
             found, least = stop, divergence
     return float(edges[found])

@@ -23,8 +23,8 @@ _VECTORS = 4
 """Backward passes a batch."""
 _HALF = 8192
 """Bins on each side of 0; the range is 2 to 4 times what the first batch holds."""
-_CANDIDATES = 160
-_LEAST = 0.05
+_CANDIDATES = 200
+_LEAST = 0.01
 """The smallest scale that is tried, as a share of the largest magnitude."""
 
 

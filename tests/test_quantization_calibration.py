@@ -1,0 +1,200 @@
+"""Scales are those that the definitions give, from whatever batches come."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from cp_debug.errors import InputError
+from cp_debug.quantization.calibration import CalibrationManager
+from cp_debug.quantization.histogram import METHODS, Histogram, weight_amax
+from cp_debug.quantization.scales import QMAX, Scales
+
+
+def rounded(x: Tensor, amax: float) -> Tensor:
+    scale = amax / QMAX
+    return (x / scale).round().clamp(-QMAX - 1, QMAX) * scale
+
+
+def histogram(*tensors: Tensor) -> Histogram:
+    made = Histogram()
+    for tensor in tensors:
+        made.add(tensor)
+    return made
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    scales=st.lists(st.sampled_from([0.0, 1e-6, 0.3, 1.0, 40.0, 1e4]), min_size=1, max_size=5), seed=st.integers(0, 99)
+)
+def test_the_range_grows_and_nothing_is_lost(scales, seed) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    batches = [torch.randn(2000, generator=generator) * scale for scale in scales]
+    made, everything = histogram(*batches), torch.cat(batches).abs()
+    assert made.counts.sum() == everything.numel()
+    if not everything.any():
+        assert {made.amax(method) for method in METHODS} == {1.0}
+        return
+    assert made.amax("max") == everything.max()
+    width = made.limit / len(made.counts)
+    found = made.amax("percentile", 90.0)
+    assert (everything <= found).float().mean() >= 0.9 - 1e-3
+    assert (everything < found - 2 * width).float().mean() <= 0.9 + 1e-3
+    assert all(0 < made.amax(method) <= everything.max() for method in METHODS)
+
+
+def test_mse_of_a_tensor_is_the_least() -> None:
+    x = torch.randn(50_000, generator=torch.Generator().manual_seed(0)) ** 3
+
+    def error(amax: float) -> float:
+        return float((rounded(x, amax) - x).square().sum())
+
+    least = min(error(float(x.abs().max()) * share) for share in np.linspace(0.02, 1, 300))
+    assert error(histogram(x).amax("mse")) <= 1.02 * least
+
+
+def test_entropy_clips_a_long_tail_but_not_a_box() -> None:
+    box = torch.linspace(0, 1, 100_000)
+    tail = torch.cat((box, torch.tensor([50.0])))
+    assert histogram(box).amax("entropy") > 0.95
+    assert histogram(tail).amax("entropy") < 10
+
+
+def test_counts_do_not_saturate() -> None:
+    zeros = torch.zeros(2**24 + 100)
+    assert histogram(zeros, torch.ones(1)).counts[0] == 2**24 + 100
+
+
+@pytest.mark.parametrize(("value", "word"), [(float("nan"), "NaN"), (float("inf"), "Inf")])
+def test_histograms_refuse_what_is_no_number(value: float, word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        histogram(torch.tensor([1.0, value]))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_have_a_scale_for_each_output_channel(axis: int, method: str) -> None:
+    weight = torch.randn(3, 5, 3, 3, generator=torch.Generator().manual_seed(0))
+    weight.select(axis, 1).zero_()
+    found = weight_amax(weight, axis, method)
+    rows = weight.movedim(axis, 0).flatten(1)
+    largest = rows.abs().amax(dim=1)
+    assert found.shape == (weight.shape[axis],)
+    assert found[1] == largest.max()  # zeros are exact at any scale
+    if method != "mse":
+        assert torch.equal(found[[0, 2]], largest[[0, 2]])
+    else:
+        for row, amax, top in zip(rows, found.tolist(), largest.tolist(), strict=True):
+            assert (rounded(row, amax) - row).norm() <= (rounded(row, top or 1.0) - row).norm()
+
+
+class Spread(nn.Module):
+    """A linear layer whose first input is large and hardly counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+        with torch.no_grad():
+            self.layer.weight[:, 0] = 1e-4
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def test_mse_is_the_least_at_the_outputs() -> None:
+    torch.manual_seed(0)
+    module = Spread().eval()
+    batches = [torch.randn(256, 8) * torch.tensor([100.0, *[1.0] * 7]) for _ in range(8)]
+    everything = torch.cat(batches)
+
+    def error(amax: float) -> float:
+        with torch.no_grad():
+            return float((module(rounded(everything, amax)) - module(everything)).square().sum())
+
+    scales = {m: CalibrationManager(module, method=m).calibrate(batches).layers["layer"].input for m in METHODS}
+    least = min(error(float(everything.abs().max()) * share) for share in np.geomspace(0.005, 1, 300))
+    assert error(scales["mse"]) <= 2 * least  # 32 random vectors over the outputs tell it no better
+    assert all(error(scales["mse"]) < 0.5 * error(scales[m]) for m in ("max", "percentile"))
+
+
+class Undifferentiable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.layer(x).argmax(dim=1)
+
+
+def test_mse_without_derivatives_is_that_of_the_tensor() -> None:
+    x = torch.randn(64, 8)
+    found = CalibrationManager(Undifferentiable().eval(), method="mse").calibrate([x])
+    assert found.layers["layer"].input == pytest.approx(histogram(x).amax("mse"))
+
+
+def test_calibration_leaves_the_module_alone() -> None:
+    module = Spread().eval()
+    manager = CalibrationManager(module, method="mse")
+    manager.calibrate([torch.randn(3, 8)])
+    assert all(p.requires_grad and p.grad is None for p in module.parameters())
+    assert not module.layer._forward_pre_hooks
+    assert not manager.run(torch.randn(3, 8))["output"].requires_grad
+
+
+def test_batches_come_as_tensors_tuples_and_by_name() -> None:
+    module = Spread().eval()
+    x = torch.randn(3, 8)
+    found = [CalibrationManager(module).calibrate([batch]).layers["layer"].input for batch in (x, (x,), {"x": x})]
+    assert found == [x.abs().max().item()] * 3
+    with pytest.raises(InputError, match="batch 0: missing a required argument: 'x'"):
+        CalibrationManager(module).calibrate([{"y": x}])
+
+
+@pytest.mark.parametrize(("value", "word"), [(float("nan"), "NaN"), (float("inf"), "Inf")])
+def test_what_is_wrong_with_which_batch(value: float, word: str) -> None:
+    good = torch.randn(2, 8)
+    bad = good.clone()
+    bad[1, 3] = value
+    with pytest.raises(InputError, match=rf"batch 1: the input 'x' holds {word}"):
+        CalibrationManager(Spread().eval()).calibrate([good, bad])
+
+
+def test_overflow_inside_of_the_network_is_told_apart() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).eval()
+    with torch.no_grad():
+        module[0].weight.fill_(3e38)
+    with pytest.raises(InputError, match=r"batch 0: what net\.1 reads holds Inf, its inputs do not"):
+        CalibrationManager(module, prefix="net").calibrate([torch.full((1, 2), 100.0)])
+
+
+def test_no_batches_no_method_no_layer() -> None:
+    module = Spread().eval()
+    with pytest.raises(InputError, match="no calibration data"):
+        CalibrationManager(module).calibrate([])
+    with pytest.raises(InputError, match="'least' is unknown; expected one of max, percentile, mse, entropy"):
+        CalibrationManager(module, method="least")
+    with pytest.raises(InputError, match=r"no layer matches 'net.lawyer'; the nearest names are net.layer"):
+        CalibrationManager(module, skip_layers=["net.lawyer"], prefix="net")
+
+
+def test_a_cache_belongs_to_its_model(tmp_path: Path) -> None:
+    module = Spread().eval()
+    manager = CalibrationManager(module, method="percentile", prefix="part")
+    scales = manager.calibrate([torch.randn(3, 8)])
+    manager.save_cache(tmp_path / "cache")
+    found = manager.load_cache(tmp_path / "cache")
+    assert isinstance(found, Scales)
+    assert (found.model, found.method, found.layers.keys()) == (scales.model, "percentile", {"part.layer"})
+    assert found.layers["part.layer"].input == pytest.approx(scales.layers["part.layer"].input)
+    assert np.array_equal(found.layers["part.layer"].weight, scales.layers["part.layer"].weight)
+    with torch.no_grad():
+        module.layer.weight += 1
+    with pytest.raises(InputError, match="cache: these scales were calibrated on other weights"):
+        manager.load_cache(tmp_path / "cache")
