@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cp_debug.recipes.base import Arrays, Component, Sample
-from cp_debug.recipes.centerpoint.model import BackboneNeckHead
-from cp_debug.recipes.centerpoint.recipe import BACKBONE_NECK_HEAD, ENCODER, CenterPointModel
 from cp_debug.bisect.faults.base import Fault, Seeded
 from cp_debug.bisect.faults.edits import shift_padding
 from cp_debug.bisect.faults.seeding import edited
+from cp_debug.recipes.base import Arrays, Component, Sample
+from cp_debug.recipes.centerpoint.model import BackboneNeckHead
+from cp_debug.recipes.centerpoint.recipe import BACKBONE_NECK_HEAD, ENCODER, CenterPointModel
 
 
 class _Refed(CenterPointModel):
@@ -41,6 +42,17 @@ class _Transposed(CenterPointModel):
         return inputs
 
 
+class _Scores(CenterPointModel):
+    """Decodes heatmaps as scores, as they come: the sigmoid belongs to the network."""
+
+    def decode(self, sample: Sample, results: Mapping[str, Arrays]) -> Any:
+        maps = {
+            name: torch.logit(torch.from_numpy(values), eps=1e-7).numpy() if name.endswith("heatmap") else values
+            for name, values in results[BACKBONE_NECK_HEAD].items()
+        }
+        return super().decode(sample, {**results, BACKBONE_NECK_HEAD: maps})
+
+
 class _Probabilities(BackboneNeckHead):
     """Heatmaps as probabilities."""
 
@@ -50,13 +62,13 @@ class _Probabilities(BackboneNeckHead):
 
 
 def _missing_sigmoid() -> Seeded:
-    model = CenterPointModel("tiny")
+    model = _Scores("tiny")
     model.components = tuple(
         replace(c, module=_Probabilities(model.network).eval()) if c.name == BACKBONE_NECK_HEAD else c
         for c in model.components
     )
     where = "the exported heads end in logits; the reference's heatmaps are probabilities"
-    return Seeded(model, where, ops=("Sigmoid",), test_model=CenterPointModel("tiny"))
+    return Seeded(model, where, ops=("Sigmoid",), test_model=_Scores("tiny"))
 
 
 def _features(test: type[CenterPointModel], where: str) -> Seeded:

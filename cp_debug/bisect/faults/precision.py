@@ -8,9 +8,9 @@ from cp_debug.backends.base import Program, Session
 from cp_debug.backends.emulated import EmulatedBackend
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
-from cp_debug.recipes.centerpoint.recipe import CenterPointModel
 from cp_debug.bisect.faults.base import Fault, Seeded
 from cp_debug.bisect.faults.seeding import layers
+from cp_debug.recipes.centerpoint.recipe import CenterPointModel
 
 PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 

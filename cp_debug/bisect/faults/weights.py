@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from cp_debug.recipes.centerpoint.model import CenterPoint
 from cp_debug.bisect.faults.base import Fault, Seeded
 from cp_debug.bisect.faults.seeding import changed
+from cp_debug.recipes.centerpoint.model import CenterPoint
 
 
 def _weight_scale() -> Seeded:
