@@ -39,7 +39,6 @@ def test_the_command_calibrates_on_the_model_s_own_samples(
 ) -> None:
     from test_trt_runner import install, save_net
 
-    monkeypatch.delenv("CPDEBUG_TRT_PYTHON", raising=False)
     install("8.6.0", monkeypatch)
     net, cache = save_net(tmp_path), tmp_path / "net.cache"
     arguments = ["capture", str(net), "-b", "trt-int8", "-o", str(tmp_path / "out"), "--trt-calibrator", kind]

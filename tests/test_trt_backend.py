@@ -39,7 +39,6 @@ def collect(session, inputs: dict[str, np.ndarray], **options: Any) -> tuple[dic
 
 @pytest.fixture(params=VERSIONS)
 def version(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.delenv("CPDEBUG_TRT_PYTHON", raising=False)
     install(request.param, monkeypatch)
     return request.param
 

@@ -52,6 +52,7 @@ def version(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def install(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CPDEBUG_TRT_PYTHON", raising=False)
     monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt(version))
     monkeypatch.setattr(runner, "Cuda", FakeCuda)
 

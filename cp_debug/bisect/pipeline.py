@@ -200,25 +200,25 @@ class Pipeline:
             shown = plain.producer.keys() if plain else None
             results[component.name] = self.sessions[component.name].run(inputs, forward, shown)
         if not self._realised:
-            self._check_realised()
+            check_realised(self.backend, [session.settings for session in self.sessions.values()])
             self._realised = True
         return results
-
-    def _check_realised(self) -> None:
-        """Refuse engines of which none runs any layer in the precision that their name claims."""
-        told = [session.settings for session in self.sessions.values()]
-        if all(settings.get("realised") is False for settings in told):
-            types = sorted({f"{k} {v:.0%}" for settings in told for k, v in settings["realised_precision"].items()})
-            raise InputError(
-                f"{self.backend.spec}: no layer of the built engine runs in {self.backend.precision} (layer inputs and "
-                f"outputs: {', '.join(types)}); other kernels were faster, or the model has nothing to run in it"
-            )
 
     def record(self) -> RunRecord:
         """Spec, versions, device and settings as read back."""
         backend, settings = self.backend, merge_settings({n: s.settings for n, s in self.sessions.items()})
         return RunRecord(
             str(backend.spec), backend.precision, backend.device, backend.emulated, backend.versions(), settings
+        )
+
+
+def check_realised(backend: Backend, told: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse engines, by their settings, of which none runs any layer in the precision that their name claims."""
+    if all(settings.get("realised") is False for settings in told):
+        types = sorted({f"{k} {v:.0%}" for settings in told for k, v in settings["realised_precision"].items()})
+        raise InputError(
+            f"{backend.spec}: no layer of the built engine runs in {backend.precision} (layer inputs and outputs: "
+            f"{', '.join(types)}); other kernels were faster, or the model has nothing to run in it"
         )
 
 

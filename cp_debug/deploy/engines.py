@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cp_debug.backends.base import Backend, Program
+from cp_debug.bisect.pipeline import check_realised
 from cp_debug.deploy.state import file_hash
 from cp_debug.errors import InputError
 
@@ -47,12 +48,12 @@ def build_engines(
 ) -> list[Built]:
     """``<component>.engine`` for every program, and their manifest, which appears last.
 
-    ``backend`` is a TensorRT backend with a profile for every dynamic input. Raises InputError where one is missing or
-    TensorRT refuses a graph.
+    ``backend`` is a TensorRT backend with a profile for every dynamic input. Raises InputError where one is missing,
+    TensorRT refuses a graph, or no layer of any engine runs in the precision asked for; there is no manifest then.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
-    built = []
+    built, told = [], []
     for place, program in enumerate(programs):
         on_step(f"building {program.name}", place, len(programs))
         session: Any = backend.open(program)
@@ -65,8 +66,10 @@ def build_engines(
             settings = session.settings
         finally:
             session.close()
+        told.append(settings)
         seconds, realised = engine.facts["seconds"], settings["realised_precision"]
         built.append(Built(program.name, target.name, file_hash(target), program.graph.digest, seconds, realised))
+    check_realised(backend, told)
     versions = backend.versions()
     manifest = {
         "schema": SCHEMA,
