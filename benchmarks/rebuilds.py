@@ -82,7 +82,7 @@ def compare(a: str, b: str, ran: Mapping[str, Ran]) -> dict[str, Any]:
         "distance": output_distance(x, y),
         "layers": len(shared),
         "fused_otherwise": sum(layer.nodes not in others for layer in first if layer.nodes),
-        "other_kernel": [i.name for i, j in shared if i.tactic.name != j.tactic.name],
+        "other_kernel": {i.name: [i.tactic.name, j.tactic.name] for i, j in shared if i.tactic.name != j.tactic.name},
         "other_id": [i.name for i, j in shared if i.tactic.name == j.tactic.name and i.tactic_id != j.tactic_id],
     }
 
