@@ -103,8 +103,9 @@ def read_torch(path: Path) -> object:
             "Where you trust it, save its weights alone: "
             f'torch.save(torch.load("{path.name}", weights_only=False)["state_dict"], "weights.pt")'
         ) from None
-    except (RuntimeError, EOFError, OSError) as error:
-        raise InputError(f"{path}: not a readable torch checkpoint ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # torch's unpickler raises nearly anything on what is none
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"{path}: not a readable torch checkpoint ({reason})") from None
 
 
 def _some(names: Iterable[str]) -> str:
