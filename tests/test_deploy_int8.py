@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,8 @@ from cp_debug.deploy.stages import Deployment
 from cp_debug.errors import InputError
 from cp_debug.probes.graph import Graph
 from cp_debug.quantization.checkpoint import save_ptq_model
+from cp_debug.quantization.layers import full_path
+from cp_debug.quantization.models import QuantizedComponent
 from cp_debug.quantization.opening import modules_of, open_quantized
 from cp_debug.recipes.registry import load_model
 
@@ -99,6 +102,53 @@ def test_awmls_checkpoint_path_may_be_quantised(tmp_path: Path, checkpoint: Path
     (own,) = [c.module for c in deployment.model.components if c.name == "pts_backbone_neck_head"]
     assert own.pts_bbox_head.shared_conv.conv.bias.abs().max() > 0.4, "FP32 is the trained weights without INT8"
     assert not deployment.quantized["pts_voxel_encoder"].scales.layers
+
+
+def foreign(path: Path, quantized: dict[str, QuantizedComponent], prefix: dict[str, str]) -> Path:
+    """A state dict as pytorch-quantization leaves it: folded weights of the whole model, and ``_amax``."""
+    state = {}
+    for component, part in quantized.items():
+        assert part.folded is not None
+        for name, tensor in part.folded.state_dict().items():
+            state[full_path(prefix[component], name)] = tensor
+        for name, layer in part.scales.layers.items():
+            axes = [1] * (state[f"{name}.weight"].ndim - 1)
+            state[f"{name}._input_quantizer._amax"] = torch.tensor(layer.input)
+            state[f"{name}._weight_quantizer._amax"] = torch.from_numpy(layer.weight).view(-1, *axes)
+    torch.save({"state_dict": state}, path)
+    return path
+
+
+def test_checkpoints_of_pytorch_quantization_are_read(tmp_path: Path) -> None:
+    model = load_model("centerpoint:tiny")
+    prefix = {component.name: component.prefix for component in model.components}
+    quantized = open_quantized(model, None, count=2, method="max", skip_layers=["pts_voxel_encoder", "*.heatmap.1"])
+    path = foreign(tmp_path / "ptq.pth", quantized, prefix)
+    found = open_quantized(model, path, skip_layers=["pts_neck"])
+    for name, part in quantized.items():
+        layers = {layer: scales for layer, scales in part.scales.layers.items() if not layer.startswith("pts_neck")}
+        assert found[name].scales.layers.keys() == layers.keys()
+        for layer, scales in layers.items():
+            assert found[name].scales.layers[layer].input == pytest.approx(scales.input)
+            np.testing.assert_array_equal(found[name].scales.layers[layer].weight, scales.weight)
+    x = torch.rand(1, 32, 32, 32)
+    name = "pts_backbone_neck_head"
+    assert all(map(torch.equal, found[name].folded(x), quantized[name].folded(x)))  # type: ignore[misc]
+    deployment = Deployment(settings(tmp_path, checkpoint=path, quantization={}), "c.yaml")
+    assert deployment.quantized[name].scales.layers.keys() == quantized[name].scales.layers.keys()
+    state = torch.load(path)["state_dict"]
+    upsampled = "pts_neck.deblocks.2.0"
+    for damage, says in (
+        (
+            {f"{upsampled}._weight_quantizer._amax": torch.ones(128, 1, 1, 1)},
+            f"{upsampled} has 128 scales for its weight",
+        ),
+        ({"pts_backbone.relu._input_quantizer._amax": torch.ones(1)}, "is the scale of no layer of centerpoint:tiny"),
+        ({f"{upsampled}.weight": torch.ones(3)}, "does not fit the model"),
+    ):
+        torch.save({**state, **damage}, tmp_path / "damaged.pth")
+        with pytest.raises(InputError, match=says):
+            open_quantized(model, tmp_path / "damaged.pth")
 
 
 def test_awml_block(tmp_path: Path) -> None:

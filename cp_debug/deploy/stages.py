@@ -21,9 +21,9 @@ from cp_debug.deploy.handover import checked
 from cp_debug.deploy.quantizing import export_quantized, in_int8
 from cp_debug.deploy.verify import VerifyOptions, VerifyResult, verify
 from cp_debug.errors import InputError
-from cp_debug.quantization.checkpoint import is_ptq_checkpoint, save_ptq_model
+from cp_debug.quantization.checkpoint import save_ptq_model
 from cp_debug.quantization.models import QuantizedComponent, with_modules
-from cp_debug.quantization.opening import modules_of, open_quantized
+from cp_debug.quantization.opening import is_quantized_checkpoint, modules_of, open_quantized
 from cp_debug.recipes.base import Component, Model, Sample
 from cp_debug.recipes.data.base import DataOptions, iterate
 from cp_debug.recipes.registry import load_model
@@ -125,14 +125,14 @@ class Deployment:
 
     @property
     def _quantized_checkpoint(self) -> Path | None:
-        """That of `cpdebug quantize`; ``checkpoint`` itself may be one, as in AWML's files."""
+        """``checkpoint`` itself may be a quantised one, as in AWML's files."""
         config = self.config.quantization
         if config is None:
             return None
         if config.checkpoint is not None:
             return config.checkpoint
         given = self.config.checkpoint
-        return given if given is not None and is_ptq_checkpoint(given) else None
+        return given if given is not None and is_quantized_checkpoint(given) else None
 
     def samples(self, count: int) -> list[Sample]:
         """At most ``count`` samples of the configured data."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
 from cp_debug.errors import InputError
 from cp_debug.probes.alignment import module_digest
-from cp_debug.quantization.checkpoint import load_ptq_model
+from cp_debug.quantization.amax_checkpoint import is_amax_checkpoint, load_amax_checkpoint
+from cp_debug.quantization.checkpoint import is_ptq_checkpoint, load_ptq_model
 from cp_debug.quantization.folding import apply_folding
 from cp_debug.quantization.layers import full_path, layers_of, matches, select
 from cp_debug.quantization.models import QuantizedComponent, quantize_model
@@ -35,17 +37,24 @@ def open_quantized(
 ) -> dict[str, QuantizedComponent]:
     """Every component in INT8; without ``checkpoint`` calibrated on ``count`` samples of ``data``.
 
-    ``skip_layers`` are globs over what stays in FP32, for a checkpoint beyond what it skips itself. Raises InputError
-    as ``quantize_model`` and ``load_ptq_model`` do.
+    ``skip_layers`` are globs over what stays in FP32, for a checkpoint beyond what it skips itself; it may be another
+    tool's (``load_amax_checkpoint``). Raises InputError as ``quantize_model`` and the readers of checkpoints do.
     """
     if checkpoint is None:
         samples = calibration_samples(model, data, count, on_step)
         return quantize_model(model, samples, method=method, skip_layers=skip_layers)
-    loaded = {component.name: _load(component, checkpoint, skip_layers) for component in model.components}
-    select(
-        [full_path(c.prefix, path) for c in model.components if c.module for path in layers_of(c.module)], skip_layers
-    )
-    return loaded
+    if is_amax_checkpoint(checkpoint):
+        quantized = load_amax_checkpoint(model, checkpoint, next(model.samples(1, CALIBRATION_FIRST, None)))
+    else:
+        quantized = {component.name: _load(component, checkpoint) for component in model.components}
+    names = [full_path(c.prefix, path) for c in model.components if c.module for path in layers_of(c.module)]
+    select(names, skip_layers)
+    return {c.name: _without(quantized[c.name], c.prefix, skip_layers) for c in model.components}
+
+
+def is_quantized_checkpoint(path: Path) -> bool:
+    """Whether ``open_quantized`` reads a file, which is then no checkpoint in FP32."""
+    return is_ptq_checkpoint(path) or is_amax_checkpoint(path)
 
 
 def modules_of(quantized: Mapping[str, QuantizedComponent]) -> dict[str, nn.Module]:
@@ -82,13 +91,19 @@ def adopt_weights(module: nn.Module, quantized: nn.Module) -> None:
     quantization_of(quantized).model = module_digest(unquantized(module, quantized))
 
 
-def _load(component: Component, path: Path, skip_layers: Sequence[str]) -> QuantizedComponent:
+def _load(component: Component, path: Path) -> QuantizedComponent:
     if component.module is None:
         raise InputError(f"{path}: {component.name} is an ONNX file; expected a model of torch modules")
     module = load_ptq_model(component.module, path, component.name)
-    about = quantization_of(module)
-    names = {own: full_path(component.prefix, own) for own in (*about.layers, *about.adds)}
-    skipped = [own for own, name in names.items() if any(matches(name, glob) for glob in skip_layers)]
-    if skipped:
-        disable_quantization(module, *skipped)
     return QuantizedComponent(module, scales_of(module, component.prefix), unquantized(component.module, module))
+
+
+def _without(part: QuantizedComponent, prefix: str, globs: Sequence[str]) -> QuantizedComponent:
+    """The same with the quantisers off that a glob means."""
+    assert part.module is not None
+    about = quantization_of(part.module)
+    names = {own: full_path(prefix, own) for own in (*about.layers, *about.adds)}
+    skipped = [own for own, name in names.items() if any(matches(name, glob) for glob in globs)]
+    if skipped:
+        disable_quantization(part.module, *skipped)
+    return replace(part, scales=scales_of(part.module, prefix))

@@ -1,0 +1,96 @@
+"""Quantised checkpoints of other tools: a state dict with ``_amax`` beside the weights, BatchNorm folded away.
+
+So write NVIDIA's pytorch-quantization, as AWML uses it, and nvidia-modelopt (``QATHook``'s checkpoints among them).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor, nn
+
+from cp_debug.bisect.pipeline import example_args, run_module
+from cp_debug.errors import InputError
+from cp_debug.probes.alignment import module_digest
+from cp_debug.quantization.folding import Folding, apply_folding, find_folding
+from cp_debug.quantization.layers import Layer, channels, full_path, layers_of
+from cp_debug.quantization.models import QuantizedComponent
+from cp_debug.quantization.ptq import apply_scales, quantization_of
+from cp_debug.quantization.scales import LayerScales, Scales
+from cp_debug.recipes.base import Arrays, Component, Model, Sample
+from cp_debug.recipes.checkpoint import load_state, read_state_dict
+
+AMAX = "_quantizer._amax"
+METHOD = "given"
+
+
+def is_amax_checkpoint(path: Path) -> bool:
+    """Whether a file is a state dict with scales in it."""
+    try:
+        return any(name.endswith(AMAX) for name in read_state_dict(path))
+    except InputError:
+        return False
+
+
+def load_amax_checkpoint(model: Model, path: Path, sample: Sample) -> dict[str, QuantizedComponent]:
+    """Every component in INT8 as the file says: its weights, its scales, folded where its BatchNorm is gone.
+
+    ``sample`` is run once in FP32, to see which BatchNorm stands behind which layer. Layers without scales stay in
+    FP32. Raises InputError for names and shapes that are not the model's, and for scales that are no layer's.
+    """
+    state = read_state_dict(path)
+    results: dict[str, Arrays] = {}
+    made = {}
+    for component in model.components:
+        if component.module is None:
+            raise InputError(f"{path}: {component.name} is an ONNX file; expected a model of torch modules")
+        inputs = model.feed(component, sample, results)
+        results[component.name] = run_module(component, inputs)
+        folding = find_folding(component.module, example_args(component, inputs))
+        made[component.name] = _load(component, component.module, folding, state, path)
+    known = {name for part in made.values() for name in part.scales.layers}
+    for name in state:
+        owner = name.removesuffix(AMAX).rpartition(".")[0]
+        if name.endswith(AMAX) and owner not in known:
+            raise InputError(f"{path}: {name} is the scale of no layer of {model.name}")
+    return made
+
+
+def _load(
+    component: Component, module: nn.Module, folding: Folding, state: Mapping[str, Tensor], path: Path
+) -> QuantizedComponent:
+    def name(own: str) -> str:
+        return full_path(component.prefix, own)
+
+    pairs = [(layer, norm) for layer, norm in folding.pairs if name(f"{norm}.running_mean") not in state]
+    folded = copy.deepcopy(module).eval()
+    apply_folding(folded, Folding(pairs, folding.notes))
+    load_state(folded, {own: state[name(own)] for own in folded.state_dict() if name(own) in state}, str(path))
+    layers = {}
+    for own, layer in layers_of(folded).items():
+        given = {kind: _amax(state, name(own), kind) for kind in ("input", "weight")}
+        if given["input"] is not None and given["weight"] is not None:
+            weight = _for_channels(layer, given["weight"], f"{path}: {name(own)}")
+            layers[name(own)] = LayerScales(float(given["input"].amax()), weight)
+    scales = Scales(module_digest(folded), METHOD, layers)
+    made = apply_scales(folded, scales, component.prefix)
+    quantization_of(made).skipped.update(dict.fromkeys(quantization_of(made).skipped, f"{path.name} has no scale"))
+    return QuantizedComponent(made, scales, folded)
+
+
+def _amax(state: Mapping[str, Tensor], layer: str, kind: str) -> Tensor | None:
+    """pytorch-quantization begins the name with an underscore, modelopt does not."""
+    return state.get(f"{layer}._{kind}{AMAX}", state.get(f"{layer}.{kind}{AMAX}"))
+
+
+def _for_channels(layer: Layer, amax: Tensor, where: str) -> np.ndarray:
+    """One for each output channel [C_out]; a scale of the whole weight is that of each channel."""
+    if amax.numel() not in (1, channels(layer)):
+        raise InputError(
+            f"{where} has {amax.numel()} scales for its weight; expected one, or one for each of its {channels(layer)} "
+            "output channels; engines take no other"
+        )
+    return amax.float().flatten().expand(channels(layer)).numpy().copy()
