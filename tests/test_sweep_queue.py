@@ -68,7 +68,7 @@ class Cluster:
         file.unlink(missing_ok=True)
         where = ["--host", "127.0.0.1", "--port", str(port), "--no-dashboard", "--scheduler-file", str(file)]
         process = self._start("scheduler", *where)
-        wait_for(file.is_file)
+        wait_for(lambda: file.is_file() and file.stat().st_size)
         self.address = json.loads(file.read_text())["address"]
         return process
 

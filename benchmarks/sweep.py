@@ -1,0 +1,175 @@
+"""What a sweep costs: speed-up of two workers over one, the same bits, the price of a task, and the client's memory.
+
+    python benchmarks/sweep.py                       # everything, about ten minutes on two quiet cores
+    python benchmarks/sweep.py --kind bisect -n 4    # another kind, fewer scenes
+    python benchmarks/sweep.py --only queue          # the queue alone: 1,000 and 10,000 tiny tasks
+
+Targets: two workers at least 1.8 times as fast as one on an 8-scene sensitivity sweep; results identical to the serial
+run bit for bit; 10,000 tiny tasks finish; the client's memory does not grow with their number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from cp_debug.backends.spec import parse_backends
+from cp_debug.sweep import bisecting, evaluating, sensitivity
+from cp_debug.sweep.grid import Grid
+from cp_debug.sweep.log import Log
+from cp_debug.sweep.run import run
+from cp_debug.sweep.tasks import Task, run_task
+from cp_debug.sweep.workers import local_workers, remote_workers
+
+MODEL = "centerpoint:tiny"
+WARM = 100
+"""Index of the scene on which workers warm up; none of those that are measured."""
+
+
+def tiny(params: dict[str, Any]) -> dict[str, Any]:
+    """Nothing."""
+    return {"i": params["i"]}
+
+
+def tiny_tasks(count: int) -> Iterator[Task]:
+    """``count`` calls of ``tiny``."""
+    return (Task("sweep:tiny", {"i": i, "label": "tiny"}) for i in range(count))
+
+
+def tasks_of(kind: str, scenes: int) -> list[Task]:
+    """A sweep of the built-in model."""
+    how: dict[str, dict[str, Any]] = {
+        "bisect": {"rtol": None, "atol": None, "explain": True},
+        "eval": {"data_root": None, "sweeps": 9, "skip_missing": False},
+        "sensitivity": {"batches": 8, "method": "mse", "draws": 0},
+    }
+    grid = Grid([MODEL], parse_backends("torch,emu-fp16"), samples=scenes, how=how[kind])
+    if kind == "sensitivity":
+        return list(sensitivity.tasks(grid, (), by_layers=False))
+    return list({"bisect": bisecting, "eval": evaluating}[kind].tasks(grid))
+
+
+def measured(tasks: list[Task], workers: int, warm: Task) -> tuple[float, float, dict[str, Any], list[float]]:
+    """Seconds with the start of the workers, seconds without, results by key, seconds of each task."""
+    with tempfile.TemporaryDirectory() as folder:
+        with Log(Path(folder) / "cold.jsonl") as log:
+            cold = run(lambda: tasks, log, lambda gpu: local_workers(workers, gpu=gpu)).seconds
+        with Log(Path(folder) / "warm.jsonl") as log, local_workers(workers) as client:
+            client.run(run_task, warm.kind, dict(warm.params))  # on every worker
+            finished = run(lambda: tasks, log, lambda gpu: nullcontext(client))
+            found = {record["key"]: record for record in finished.results()}
+        assert not finished.failures(), finished.failures()[0]
+    return cold, finished.seconds, {k: r["result"] for k, r in found.items()}, [r["seconds"] for r in found.values()]
+
+
+def scaling(kind: str, scenes: int, console: Console) -> None:
+    """Two workers against one, and both against a loop in this process."""
+    torch.set_num_threads(1)  # as on the workers
+    tasks = tasks_of(kind, scenes)
+    warm = replace(tasks[0], params={**tasks[0].params, "index": WARM})
+    run_task(warm.kind, warm.params)
+    start = time.perf_counter()
+    serial = {task.key: run_task(task.kind, task.params)["result"] for task in tasks}
+    loop = time.perf_counter() - start
+    found = {workers: measured(tasks, workers, warm) for workers in (1, 2)}
+    text = json.dumps(serial, sort_keys=True)
+    same = all(json.dumps(results, sort_keys=True) == text for _, _, results, _ in found.values())
+    table = Table(f"{kind}, {scenes} scenes", "with start-up", "without", "one task")
+    table.add_row("a loop, no queue", "", f"{loop:.1f} s", f"{loop / len(tasks):.2f} s")
+    for workers, (cold, warmed, _, seconds) in found.items():
+        one = f"{sum(seconds) / len(seconds):.2f} s"
+        table.add_row(f"{workers} worker{'s' if workers > 1 else ''}", f"{cold:.1f} s", f"{warmed:.1f} s", one)
+    ratios = (found[1][i] / found[2][i] for i in (0, 1))
+    table.add_row("2 against 1", *(f"{ratio:.2f}×" for ratio in ratios))
+    console.print(table)
+    console.print(f"results identical to the loop, bit for bit: {'yes' if same else 'NO'}")
+
+
+def queue(count: int, address: str | None) -> dict[str, float]:
+    """Tiny tasks in this process, which is the client: seconds a task, resident memory before and at its highest."""
+    import psutil
+
+    process, highest = psutil.Process(), 0
+
+    def look(progress: object) -> None:
+        nonlocal highest
+        highest = max(highest, process.memory_info().rss)
+
+    with tempfile.TemporaryDirectory() as folder, Log(Path(folder) / "log.jsonl") as log:
+        with remote_workers(address) if address else local_workers(2) as client:
+            warm = [Task("sweep:tiny", {"i": -i - 1, "label": "warm"}) for i in range(200)]
+            run(lambda: warm, log, lambda gpu: nullcontext(client))
+            before = process.memory_info().rss
+            finished = run(lambda: tiny_tasks(count), log, lambda gpu: nullcontext(client), on_progress=look)
+        assert sum(1 for _ in finished.results()) == count
+    return {"seconds": finished.seconds / count, "before": before / 2**20, "highest": highest / 2**20}
+
+
+def queue_table(console: Console) -> None:
+    """Each row in a fresh process: the scheduler in the client, as ``--workers`` has it, and elsewhere."""
+    table = Table("tiny tasks", "scheduler", "a task", "tasks a second", "client before", "highest")
+    for where in ("in the client", "a process"):
+        for count in (1000, 10_000):
+            with cluster() if where == "a process" else nullcontext("") as address:
+                command = [sys.executable, __file__, "--one", str(count), "--address", address]
+                found = json.loads(subprocess.run(command, check=True, capture_output=True).stdout.splitlines()[-1])
+            cost = found["seconds"]
+            memory = (f"{found[name]:.0f} MiB" for name in ("before", "highest"))
+            table.add_row(f"{count:,}", where, f"{1e3 * cost:.2f} ms", f"{1 / cost:.0f}", *memory)
+    console.print(table)
+
+
+@contextmanager
+def cluster() -> Iterator[str]:
+    """``dask scheduler`` and two workers, as processes of their own; gives the address."""
+    with ExitStack() as stack:
+        file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "scheduler.json"
+
+        def start(*command: str) -> None:
+            dask = [sys.executable, "-m", "dask", *command, "--scheduler-file", str(file)]
+            process = subprocess.Popen(dask, stderr=subprocess.DEVNULL, cwd=Path(__file__).parent)
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+
+        start("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard")
+        while not file.is_file() or not file.stat().st_size:
+            time.sleep(0.1)
+        for _ in range(2):
+            start("worker", "--nthreads", "1", "--no-nanny", "--no-dashboard")
+        yield json.loads(file.read_text())["address"]
+
+
+def main() -> None:
+    """Run what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", choices=("sensitivity", "bisect", "eval"), default="sensitivity")
+    parser.add_argument("-n", "--scenes", type=int, default=8)
+    parser.add_argument("--only", choices=("scaling", "queue"))
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--address", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(queue(options.one, options.address)))
+        return
+    console = Console()
+    if options.only != "queue":
+        scaling(options.kind, options.scenes, console)
+    if options.only != "scaling":
+        queue_table(console)
+
+
+if __name__ == "__main__":
+    main()
