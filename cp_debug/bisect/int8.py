@@ -74,8 +74,8 @@ def quantized_programs(
     sample: Sample,
     folder: Path,
 ) -> list[Program]:
-    """The programs in INT8: each has a Q/DQ graph in ``folder``, its calibration cache beside it, and a module with fake
-    quantisers where ``parts`` has one.
+    """The programs in INT8: each has a Q/DQ graph in ``folder``, its calibration cache beside it, and a module with
+    fake quantisers where ``parts`` has one.
 
     ``sample`` is run once, to find the quantised layers in the graph. Raises InputError when one is not found.
     """

@@ -20,6 +20,11 @@ from cp_debug.backends.weights import Weights
 from cp_debug.probes.graph import Graph, Node
 from cp_debug.probes.qdq import LEVELS, QUANTIZED, weight_axis
 
+FEW = 32
+"""Elements that a channel must have on average before its error is held against it."""
+DEAD = 1e-3
+"""A channel of this size beside the largest is left out."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -111,9 +116,17 @@ class Quantized:
         return Grid(scale.double(), zero.double(), low, high, axis)
 
     def ideal(
-        self, executor: Executor, nodes: Sequence[Node], given: Mapping[str, AnyTensor], targets: Collection[str]
+        self,
+        executor: Executor,
+        nodes: Sequence[Node],
+        given: Mapping[str, AnyTensor],
+        targets: Collection[str],
+        room: float = 1.0,
     ) -> Ideal:
-        """Run a segment of ``plain`` in INT8 with the best symmetric scales, and all else as ``executor`` does it."""
+        """Run a segment of ``plain`` in INT8 with the best symmetric scales, and all else as ``executor`` does it.
+
+        ``room`` makes the scales larger by this factor, so that other roundings come about.
+        """
         values: dict[str, AnyTensor] = dict(given)
         found = Ideal({})
         for node in nodes:
@@ -126,9 +139,9 @@ class Quantized:
                 tensor = inputs[name]
                 if node.op in QUANTIZED and place == 1:
                     rest = [d for d in range(tensor.dim()) if d != weight_axis(node, tensor.dim())]
-                    own[name] = on_grid(tensor, tensor.abs().amax(rest, keepdim=True))
+                    own[name] = on_grid(tensor, room * tensor.abs().amax(rest, keepdim=True))
                     continue
-                own[name] = on_grid(tensor, torch.as_tensor(together or float(tensor.abs().max())))
+                own[name] = on_grid(tensor, torch.as_tensor(room * (together or float(tensor.abs().max()))))
                 if (grid := self.grid(node, place)) is not None and grid.scale.numel() == 1:
                     clipped = grid.clipped(tensor)
                     if found.step is None or clipped > found.clipped:
@@ -148,6 +161,20 @@ class Quantized:
             return None
         results = self._executor.run_nodes(nodes, {s: given[name] for s, name in values.items()}, [own])
         return torch.as_tensor(results[own])
+
+
+def balanced(error: Tensor, exact: Tensor, axis: int) -> float:
+    """The relative error of a typical channel: root mean square over channels of ‖error‖ ÷ ‖exact‖.
+
+    Unlike the norm over all of them it sees a small channel whose weights share the scale of a large one. 0 where
+    channels have too few elements to tell (``FEW``), or none has any size.
+    """
+    if exact.numel() < FEW * exact.shape[axis]:
+        return 0.0
+    rest = [d for d in range(exact.dim()) if d != axis]
+    wrong, size = (torch.linalg.vector_norm(t.double(), dim=rest) for t in (error, exact))
+    alive = size > DEAD * size.max()
+    return float((wrong[alive] / size[alive]).square().mean().sqrt()) if bool(alive.any()) else 0.0
 
 
 def on_grid(tensor: Tensor, amax: Tensor) -> Tensor:

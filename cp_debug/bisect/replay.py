@@ -11,10 +11,11 @@ For a value ``t`` of the test, ``o`` the oracle's result from the test's inputs 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from cp_debug.backends.arithmetic import ARITHMETICS, FP64
@@ -23,7 +24,7 @@ from cp_debug.backends.executor import Executor
 from cp_debug.backends.memory import Trimmer
 from cp_debug.bisect.norms import distance, ratio
 from cp_debug.bisect.precision import BESIDE_INT8, PRECISIONS, Precision
-from cp_debug.bisect.quantized import Ideal, Quantized
+from cp_debug.bisect.quantized import Ideal, Quantized, balanced
 from cp_debug.bisect.slack import disturbed
 from cp_debug.errors import InputError
 from cp_debug.probes.graph import Graph, Node
@@ -42,6 +43,10 @@ EXCESS = 4.0
 measurements."""
 BEYOND_DOUBT = 1000.0
 """An excess that no other order of summation explains, so that nobody need ask."""
+
+ROOM = (1.02, 1.05, 1.1)
+"""A layer in INT8 that raises a doubt is emulated again with scales larger by these factors: of few elements, one
+emulation may come out nearly exact by luck."""
 
 TRIM_AFTER = 1 << 27
 """Bytes of oracle results after which freed memory goes back to the system."""
@@ -74,6 +79,8 @@ class Replay:
     """Of a layer in INT8: the error that the graph's own scales make of the same inputs."""
     departs: float | None = None
     """How far the captured result is from what those scales say."""
+    channel_excess: float | None = None
+    """Of a layer in INT8: introduced ÷ expected for a typical channel, however small, see ``balanced``."""
     clipped: float | None = None
     """Share of the layer's input that lies beyond its scale."""
     step: float | None = None
@@ -134,7 +141,7 @@ class Replayer:
     def given(self, value: str, exact: AnyTensor, reference: Load, test: Load) -> Replay:
         """The replay of a graph input, whose exact value the caller knows: glue copies and is not rounded."""
         held = self._hold(exact)
-        replay = self._judge(test(value), held, held, self.precision)
+        replay = self._judge(test(value), held, [held], self.precision)
         self._trace_back(replay, held, reference(value), 0.0)
         return replay
 
@@ -149,13 +156,14 @@ class Replayer:
         divergence = self._divergence(given, reference)
         results = {}
         for target in targets:
-            replay = self._judge(captured[target], exact[target], expected.results[target], claim)
+            replay = self._judge(captured[target], exact[target], [expected.results[target]], claim)
             if EXCESS < (replay.excess or 0.0) < BEYOND_DOUBT:
-                others = disturbed(self.oracle, nodes, given, [target])[target]
-                replay = self._judge(captured[target], exact[target], expected.results[target], claim, others)
-            if expected.step is not None:
+                others = self._others(1, nodes, given, target)
+                replay = self._judge(captured[target], exact[target], [expected.results[target], *others], claim)
+            if (quantized := self.quantized[1]) is not None and quantized.touches(nodes):
                 replay.clipped, replay.step = expected.clipped, expected.step
-                self._hold_against_scales(replay, target, given, captured[target], exact[target])
+                declared = quantized.declared(target, self.known, given)
+                _hold_against_scales(replay, captured[target], exact[target], expected.results[target], declared)
             replay.nodes = tuple(n.name for n in nodes)
             replay.oracle_error = self._oracle_roundoff * math.sqrt(max(self._reduction(n) for n in nodes))
             replay.range_loss = max(
@@ -182,30 +190,27 @@ class Replayer:
             return quantized.ideal(emulator, nodes, given, exact), precision
         return Ideal(exact if emulator is self.oracle else emulator.run_nodes(nodes, given, exact)), precision
 
-    def _hold_against_scales(
-        self, replay: Replay, target: str, given: Mapping[str, AnyTensor], captured: AnyTensor, exact: Tensor
-    ) -> None:
-        quantized = self.quantized[1]
-        declared = None if quantized is None else quantized.declared(target, self.known, given)
-        if declared is not None and tuple(declared.shape) == tuple(captured.shape) == tuple(exact.shape):
-            scale = distance(captured, exact).whole
-            replay.declared = ratio(distance(declared, exact).difference, scale)
-            replay.departs = ratio(distance(captured, declared).difference, scale)
+    def _others(self, side: int, nodes: list[Node], given: Mapping[str, AnyTensor], target: str) -> Iterator[AnyTensor]:
+        """What other correct implementations might give, when emulating one has raised a doubt."""
+        quantized = self.quantized[side]
+        if quantized is None or not quantized.touches(nodes):
+            yield disturbed(self.oracle, nodes, given, [target])[target]
+            return
+        for room in ROOM:
+            yield quantized.ideal(self._emulators[self._claims[side]], nodes, given, [target], room).results[target]
 
     def _judge(
         self,
         captured: AnyTensor,
         exact: Tensor,
-        emulated: AnyTensor,
+        correct: Iterable[AnyTensor],
         claim: Precision,
-        others: Tensor | None = None,
     ) -> Replay:
-        """``others``: the result of other correct implementations, when the emulation alone raised a doubt."""
+        """``correct``: what implementations without a fault give."""
         if tuple(captured.shape) != tuple(exact.shape):
             return Replay(skipped=f"the shape is {list(captured.shape)}, the oracle's {list(exact.shape)}")
         introduced, scale, born = distance(captured, exact)
-        explained = [distance(e, exact).difference for e in (emulated, others) if e is not None]
-        expected = max(*explained, FLOOR * claim.roundoff * scale)
+        expected = max(*(distance(c, exact).difference for c in correct), FLOOR * claim.roundoff * scale)
         return Replay(
             introduced=ratio(introduced, scale),
             expected=ratio(expected, scale),
@@ -226,10 +231,10 @@ class Replayer:
         exact = self.oracle.run_nodes(nodes, given, [target])[target]
         expected, claim = self._expect(0, nodes, given, {target: exact})
         emulated = expected.results[target]
-        replay = self._judge(reference(target), exact, emulated, claim)
+        replay = self._judge(reference(target), exact, [emulated], claim)
         if EXCESS < (replay.excess or 0.0) < BEYOND_DOUBT:
-            others = disturbed(self.oracle, nodes, given, [target])[target]
-            replay = self._judge(reference(target), exact, emulated, claim, others)
+            others = self._others(0, nodes, given, target)
+            replay = self._judge(reference(target), exact, [emulated, *others], claim)
         return replay.excess or 0.0
 
     def _divergence(self, given: Mapping[str, AnyTensor], reference: Load) -> float:
@@ -264,3 +269,18 @@ class Replayer:
 
     def _hold(self, tensor: AnyTensor) -> Tensor:
         return FP64.hold(tensor, self._device)
+
+
+def _hold_against_scales(
+    replay: Replay, captured: AnyTensor, exact: Tensor, ideal: AnyTensor, declared: Tensor | None
+) -> None:
+    """Compare a layer in INT8 with its own scales (``declared``), and channel by channel with the best ones."""
+    if tuple(captured.shape) != tuple(exact.shape):
+        return
+    if declared is not None and declared.shape == exact.shape:
+        scale = distance(captured, exact).whole
+        replay.declared = ratio(distance(declared, exact).difference, scale)
+        replay.departs = ratio(distance(captured, declared).difference, scale)
+    axis = 1 if exact.dim() == 4 else exact.dim() - 1
+    ours, best = (balanced(torch.as_tensor(t) - exact, exact, axis) for t in (captured, ideal))
+    replay.channel_excess = ratio(ours, max(best, FLOOR * BESIDE_INT8.roundoff))

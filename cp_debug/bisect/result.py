@@ -79,6 +79,7 @@ class LayerRow:
                     "excess": replay.excess,
                     "declared": replay.declared,
                     "departs": replay.departs,
+                    "channel_excess": replay.channel_excess,
                     "clipped": replay.clipped,
                     "step": replay.step,
                     "oracle_error": replay.oracle_error,

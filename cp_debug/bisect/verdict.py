@@ -39,6 +39,9 @@ def judge(
     if replay.excess > EXCESS and replay.introduced > floor:
         says = f"introduces {replay.excess:.3g}× what {precision.name.upper()} explains"
         return Judgement(GUILTY, within, says + _scales(replay))
+    if (replay.channel_excess or 0.0) > EXCESS and replay.introduced > floor:
+        says = f"its small channels introduce {replay.channel_excess:.3g}× what {precision.name.upper()} explains"
+        return Judgement(GUILTY, within, says + _scales(replay))
     if replay.range_loss > RANGE * precision.roundoff:
         lost = f"storing them loses {replay.range_loss:.2g}"
         return Judgement(GUILTY, within, f"its numbers leave the range of {precision.name.upper()}: {lost}")

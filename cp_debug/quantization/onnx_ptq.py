@@ -77,7 +77,7 @@ class GraphCalibration:
 
     def scales(self) -> Scales:
         """From what was seen. Raises InputError when that was nothing."""
-        if not self._shapes:
+        if self._counts and not self._shapes:
             raise InputError(f"{self._graph.path}: there is no calibration data: expected at least one sample")
         adds = {
             node.name: self._operands[node.name].amax(self._method)

@@ -272,6 +272,7 @@ def _row(fields: Fields) -> LayerRow:
         excess=fields.optional("excess"),
         declared=fields.optional("declared"),
         departs=fields.optional("departs"),
+        channel_excess=fields.optional("channel_excess"),
         clipped=fields.optional("clipped"),
         step=fields.optional("step"),
         oracle_error=fields.number("oracle_error", 0.0),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.segment import Segment, as_double
-from cp_debug.bisect.quantized import Grid
+from cp_debug.bisect.quantized import Grid, balanced
 from cp_debug.probes.graph import Node
 from cp_debug.probes.qdq import LEVELS, weight_axis
 
@@ -81,7 +81,10 @@ def _input(segment: Segment, node: Node) -> Tensor:
 
 
 def _error(segment: Segment, node: Node, inputs: dict[int, Tensor]) -> float:
-    """L2 norm of what one part of the quantisation does by itself, relative to the whole introduced error."""
+    """The relative error that one part of the quantisation makes by itself, in the whole or in a typical channel."""
     value = segment.edited(node, inputs=inputs)
-    error = torch.linalg.vector_norm(value - segment.exact) if value is not None else 0.0
-    return float(error) / (segment.introduced or 1.0)
+    if value is None:
+        return 0.0
+    error, exact = value - segment.exact, segment.exact
+    whole = float(torch.linalg.vector_norm(error) / torch.linalg.vector_norm(exact))
+    return max(whole, balanced(error, exact, segment.axis))
