@@ -148,6 +148,18 @@ def test_calibration_leaves_the_module_alone() -> None:
     assert not manager.run(torch.randn(3, 8))["output"].requires_grad
 
 
+class ByName(Spread):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(input=x)
+
+
+@pytest.mark.parametrize("method", ["max", "mse"])
+def test_layers_that_are_called_by_name(method: str) -> None:
+    x = torch.randn(16, 8)
+    found = [CalibrationManager(kind().eval(), method=method).calibrate([x]).layers for kind in (Spread, ByName)]
+    assert found[0].keys() == found[1].keys() == {"layer"}
+
+
 def test_batches_come_as_tensors_tuples_and_by_name() -> None:
     module = Spread().eval()
     x = torch.randn(3, 8)

@@ -86,7 +86,8 @@ class CalibrationManager:
             stack.enter_context(_frozen(self.module))
             for path, layer in layers_of(self.module).items():
                 if path not in self.skipped:
-                    stack.callback(layer.register_forward_pre_hook(self._in_front(path, errors)).remove)
+                    handle = layer.register_forward_pre_hook(self._in_front(path, errors), with_kwargs=True)
+                    stack.callback(handle.remove)
             stack.callback(attach(self.module, {name: _Watcher(self, name, errors) for name in self._adds}))
             outputs = flatten_outputs(self.module(*args))
             if errors is not None and not errors.differentiate(list(outputs.values())):
@@ -142,8 +143,13 @@ class CalibrationManager:
         least = self._errors.amax(name, histogram.largest) if self._errors is not None else None
         return histogram.amax(self.method, self.percentile) if least is None else least
 
-    def _in_front(self, path: str, errors: OutputErrors | None) -> Callable[..., tuple[Any, ...]]:
-        return lambda _, args: (self.see(path, args[0], errors), *args[1:])
+    def _in_front(self, path: str, errors: OutputErrors | None) -> Callable[..., tuple[Any, Any]]:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+            if args:
+                return (self.see(path, args[0], errors), *args[1:]), kwargs
+            return args, kwargs | {"input": self.see(path, kwargs["input"], errors)}
+
+        return hook
 
     def see(self, name: str, tensor: Tensor, errors: OutputErrors | None) -> Tensor:
         """Count what a layer or an addition reads; gives what to hand to it."""
