@@ -28,10 +28,12 @@ class DetectionChange:
     """Mean change of the score over matched boxes, signed."""
 
     def __str__(self) -> str:
+        counts = f"{self.reference} boxes: {self.lost} lost, {self.gained} gained"
+        if self.lost == self.reference:
+            return counts
         return (
-            f"{self.reference} boxes: {self.lost} lost, {self.gained} gained, {self.moved} moved; at most "
-            f"{self.max_center:.2g} m in centre, {self.max_size:.2g} m in size, {self.max_yaw:.2g} rad in yaw, "
-            f"{self.max_score:.2g} in score ({self.mean_score:+.2g} on average)"
+            f"{counts}, {self.moved} moved; at most {self.max_center:.2g} m in centre, {self.max_size:.2g} m in size, "
+            f"{self.max_yaw:.2g} rad in yaw, {self.max_score:.2g} in score ({self.mean_score:+.2g} on average)"
         )
 
     def __add__(self, other: DetectionChange) -> DetectionChange:
