@@ -10,8 +10,11 @@ _MODULES = {
     "checkpoint": ("load_ptq_model", "save_ptq_model"),
     "folding": ("fuse_model_bn",),
     "models": ("QuantizedComponent", "quantize_model"),
+    "opening": ("open_quantized",),
     "ptq": ("apply_scales", "quantize_ptq", "scales_of"),
+    "qat": ("QatOptions", "finetune"),
     "scales": ("LayerScales", "Scales"),
+    "sensitivity": ("SensitivityProfile", "build_sensitivity_profile", "get_sensitive_layers"),
     "toggles": ("disable_quantization", "enable_quantization", "print_quantizer_status", "quantizer_table"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

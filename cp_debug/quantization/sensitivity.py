@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,18 +19,15 @@ from cp_debug.bisect.minimize import Minimizer
 from cp_debug.bisect.result import json_safe
 from cp_debug.deploy.bootstrap import Interval
 from cp_debug.errors import InputError
-from cp_debug.quantization.opening import modules_of, open_quantized
 from cp_debug.quantization.trials import FLOAT, INT8, Bench, Measured, OnStep, Trial
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.data.base import DataOptions, DataSet, iterate
 from cp_debug.recipes.data.opening import DEFAULT_OPTIONS
-from cp_debug.recipes.registry import load_model
 
 if TYPE_CHECKING:
     import pandas as pd
 
 ALONE, LEFT_OUT = "alone", "left_out"
-SAMPLES = 20
 DRAWS = 200
 METRIC = "mAP"
 """What a budget is of, where the model detects; else it is of the outputs' relative L2 error."""
@@ -182,46 +178,10 @@ def run_trials(
     return rows
 
 
-def sensitivity_trial(
-    model: str,
-    quantized: Path,
-    mode: str,
-    layer: str = "",
-    *,
-    data: Path | None = None,
-    samples: int = SAMPLES,
-    first: int = 0,
-    draws: int = DRAWS,
-) -> dict[str, Any]:
-    """One row for ``merge_trials``, from the checkpoint of a quantised model: the same wherever it runs.
-
-    Raises InputError for files that do not fit the model.
-    """
-    ((source, found), bench) = _samples(model, data, samples, first), _bench(model, quantized)
-    return run_trials(bench, found, [(mode, layer)], data=source, draws=draws)[0]
-
-
-def sensitivity_trials(model: str, quantized: Path) -> list[tuple[str, str]]:
-    """(mode, layer) of every trial that a profile needs."""
-    return profile_trials(_bench(model, quantized).layers)
-
-
 def profile_trials(layers: Iterable[str]) -> list[tuple[str, str]]:
     """(mode, layer) of every trial that the profile of these layers needs."""
     names = list(layers)
     return [("fp32", ""), ("int8", ""), *((mode, name) for mode in (ALONE, LEFT_OUT) for name in names)]
-
-
-@lru_cache(1)
-def _bench(model: str, quantized: Path) -> Bench:
-    """Kept, because a worker runs many trials of one model."""
-    loaded = load_model(model)
-    return Bench(loaded, modules_of(open_quantized(loaded, quantized)))
-
-
-@lru_cache(1)
-def _samples(model: str, data: Path | None, count: int, first: int) -> tuple[str, list[Sample]]:
-    return scored_samples(load_model(model), data, count, first)
 
 
 def scored_samples(
@@ -242,7 +202,7 @@ def _trial(mode: str, layer: str) -> Trial:
 
 
 def merge_trials(rows: Iterable[Mapping[str, Any]]) -> SensitivityProfile:
-    """The profile of rows that ``run_trials`` or ``sensitivity_trial`` gave, in any order.
+    """The profile of rows that ``run_trials`` gave, in any order.
 
     Raises InputError when they are of several models or data sets, or one is missing.
     """
