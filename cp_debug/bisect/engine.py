@@ -30,6 +30,7 @@ from cp_debug.bisect.int8 import (
     load_quantized,
     of_modules,
     quantized_programs,
+    with_modules_beside,
 )
 from cp_debug.bisect.layers import Layer, layers_of, stage_ends
 from cp_debug.bisect.observe import observe
@@ -203,7 +204,9 @@ class Bisection:
         folder.mkdir(parents=True, exist_ok=True)
         programs = list(exported or prepare(self.model, sample, folder, how=self._export, folded=options.folded))
         if isinstance(self._test_model, Path):
-            return programs, load_test_programs(programs, self._test_model)
+            return programs, with_modules_beside(
+                load_test_programs(programs, self._test_model), self.model, self._test_model
+            )
         if callable(self._test_model):
             return programs, self._test_model(programs, folder)
         if self.test_model.components is not self.model.components:

@@ -130,6 +130,14 @@ def int8_notes(reference: Backend, pipeline: Pipeline, rows: Sequence[LayerRow],
         )
 
 
+def with_modules_beside(programs: list[Program], model: Model, folder: Path) -> list[Program]:
+    """The programs of Q/DQ files with the fake-quantised modules of the checkpoint that lies in their folder."""
+    if not is_ptq_checkpoint(folder / FILE):
+        return programs
+    parts = open_quantized(model, folder / FILE)
+    return [replace(p, module=parts[p.name].module) if p.alignment else p for p in programs]
+
+
 def _of_graphs(model: Model, programs: Sequence[Program]) -> Model:
     """The model with these graphs instead of its modules."""
     changed = copy.copy(model)

@@ -144,15 +144,21 @@ def changed_state(program: Program, *, train: bool, out_of_place: bool) -> Progr
 
 
 def value_map(reference: Program, test: Program) -> dict[str, str]:
-    """Test value → reference value: equal names first, then the same torch value in both alignments."""
+    """Test value → reference value: equal names first, then the same torch value in both alignments.
+
+    A layer with its BatchNorm folded in torch has the name of the layer, folded by the exporter that of the BatchNorm.
+    """
     if test.graph is reference.graph:
         return {v: v for v in reference.graph.producer}
     known = set(reference.graph.producer)
     mapping = {v: v for v in test.graph.producer if v in known}
     if test.alignment is not None and reference.alignment is not None:
         taken = set(mapping.values())
+        into = reference.alignment.absorbed
+        folded = {layer: norm for norm, layer in test.alignment.absorbed.items() if into.get(layer) == norm}
         for link in test.alignment.links:
-            twins = [v for v in reference.alignment.onnx_for(link.torch or "") if v not in taken]
+            names = (link.torch or "", folded.get(link.torch or "", ""))
+            twins = [v for name in names for v in reference.alignment.onnx_for(name) if v not in taken]
             if link.onnx not in mapping and twins:
                 mapping[link.onnx] = twins[0]
                 taken.add(twins[0])
