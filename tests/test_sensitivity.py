@@ -58,12 +58,19 @@ class Heads(nn.Module):
         return self.first(x), self.second(x)
 
 
-@pytest.fixture(scope="module")
-def net() -> Net:
+def example() -> tuple[nn.Module, Tensor]:
+    """As the command line takes it."""
     torch.manual_seed(0)
     net = Net().eval()
     with torch.no_grad():
         net.fragile.weight[:, 0] = net.fragile.weight[:, 0] / 3000  # as important as the others, so that they matter
+    return net, torch.randn(2, 3, 12, 12)
+
+
+@pytest.fixture(scope="module")
+def net() -> Net:
+    net, _ = example()
+    assert isinstance(net, Net)
     return net
 
 

@@ -1,0 +1,66 @@
+"""``cpdebug quantize sensitivity`` and ``qat`` as a user meets them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from test_cli import run
+
+from cp_debug.quantization.checkpoint import save_ptq_model
+from cp_debug.quantization.opening import modules_of, open_quantized
+from cp_debug.recipes.registry import load_model
+
+NET = Path(__file__).parent / "test_sensitivity.py"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("quantized") / "model.pt"
+    save_ptq_model(modules_of(open_quantized(load_model("centerpoint:tiny"), None, count=2, method="max")), path)
+    return path
+
+
+def test_sensitivity_of_any_module(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    code, text = run(
+        *("quantize", "sensitivity", f"{NET}:example", "--batches", 2, "-n", 2, "--method", "max"),
+        *("--auto", 0.05, "-o", folder),
+    )
+    assert code == 1, "a layer has to stay in FP32"
+    assert "--skip-layers fragile" in text
+    document = json.loads((folder / "sensitivity.json").read_text())
+    assert document["auto"]["skipped"] == ["fragile"]
+    with (folder / "sensitivity.csv").open() as stream:
+        assert [row["layer"] for row in csv.DictReader(stream)] == [row["layer"] for row in document["layers"]]
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".csv", ".html", ".svg"}
+
+
+def test_qat_writes_a_checkpoint_that_opens(tmp_path: Path, checkpoint: Path) -> None:
+    common = ("quantize", "qat", "--from", checkpoint, "-o", tmp_path / "qat.pt", "--scenes", 2, "--val-scenes", 1)
+    options = ("--batch", 1, "--interval", 1, "--lr", 1e-4)
+    code, text = run(*common, *options, "--steps", 1)
+    assert code == 0
+    assert "all steps done" in text
+    code, text = run(*common, *options, "--steps", 2, "--resume", "--json", "-")
+    assert code == 0
+    assert [entry["step"] for entry in json.loads(text)["history"]] == [0, 1, 2]
+    opened = open_quantized(load_model("centerpoint:tiny"), tmp_path / "qat.pt")
+    assert sum(len(part.scales.layers) for part in opened.values()) == 38
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("sensitivity", "--from", "nowhere.pt"), "nowhere.pt: no such checkpoint"),
+        (("sensitivity", "--skip-layers", "pts_nek", "--batches", "1"), "no layer matches 'pts_nek'"),
+        (("qat", f"{NET}:example", "--from", "x.pt", "-o", "y.pt"), "has no training loss here"),
+        (("qat", "--from", "nowhere.pt", "-o", "y.pt"), "nowhere.pt: no such checkpoint"),
+    ],
+)
+def test_bad_input(options: tuple[str, ...], says: str) -> None:
+    code, text = run("quantize", *options)
+    assert code == 2
+    assert says in text
