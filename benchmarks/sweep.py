@@ -51,9 +51,10 @@ def tiny_tasks(count: int) -> Iterator[Task]:
 
 def tasks_of(kind: str, scenes: int) -> list[Task]:
     """A sweep of the built-in model."""
+    int8 = {"data": None, "samples": 8, "method": "mse", "skip_layers": []}
     how: dict[str, dict[str, Any]] = {
-        "bisect": {"rtol": None, "atol": None, "explain": True},
-        "eval": {"data_root": None, "sweeps": 9, "skip_missing": False},
+        "bisect": {"rtol": None, "atol": None, "explain": True, "calibration": int8},
+        "eval": {"data_root": None, "sweeps": 9, "skip_missing": False, "calibration": int8},
         "sensitivity": {"batches": 8, "method": "mse", "draws": 0},
     }
     grid = Grid([MODEL], parse_backends("torch,emu-fp16"), samples=scenes, how=how[kind])

@@ -18,14 +18,22 @@ from nets import second_like
 from onnx import numpy_helper
 from test_cli import run as cli
 
+from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec, parse_backends
 from cp_debug.bisect.engine import Options, bisect
+from cp_debug.bisect.int8 import Calibration
+from cp_debug.deploy.evaluate import as_detector, evaluate
+from cp_debug.deploy.evaluation import EvaluationOptions
 from cp_debug.errors import InputError
-from cp_debug.sweep import bisecting
+from cp_debug.recipes.data.base import DataOptions
+from cp_debug.recipes.registry import load_model
+from cp_debug.reports.sweep import section
+from cp_debug.sweep import bisecting, evaluating, sensitivity
 from cp_debug.sweep.grid import Grid, needs_gpu, sample_files
 from cp_debug.sweep.tasks import Task, run_task
 
-HOW = {"rtol": None, "atol": None, "explain": False}
+INT8 = {"data": None, "samples": 2, "method": "max", "skip_layers": []}
+HOW = {"rtol": None, "atol": None, "explain": False, "calibration": INT8}
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +102,12 @@ def test_a_folder_gives_a_sample_a_file(net: Path, tmp_path: Path) -> None:
         sample_files(tmp_path.parent / tmp_path.name / "empty" if (tmp_path / "empty").mkdir() else tmp_path / "empty")
 
 
-def test_a_task_is_the_bisect_of_its_sample(net: Path) -> None:
-    found = records(bisecting.tasks(grid_of(net)))
-    whole = bisect(str(net), "ort,emu-fp16", options=Options(samples=3, explain=False))
+@pytest.mark.parametrize("backends", ["ort,emu-fp16", "ort,emu-int8"])
+def test_a_task_is_the_bisect_of_its_sample(net: Path, backends: str) -> None:
+    """In INT8 the scales are of the calibration's samples, not of the one that is bisected."""
+    found = records(bisecting.tasks(grid_of(net, backends=backends)))
+    options = Options(samples=3, explain=False, calibration=Calibration(samples=2, method="max"))
+    whole = bisect(str(net), backends, options=options)
     assert [record["result"]["sample"] for record in found] == whole.samples
     rows = {(place, row["onnx"]): row for place, r in enumerate(found) for row in r["result"]["layers"]}
     for expected in whole.tests[0].rows:  # of the sample on which the layer is worst
@@ -156,6 +167,7 @@ def test_the_command_on_two_workers_says_what_the_serial_run_says(net: Path, tmp
     pytest.importorskip("distributed")
     out = tmp_path / "out"
     flags = ["-b", "ort,emu-fp16,emu-bf16", "-n", "4", "--no-explain", "--workers", "2", "-o", out]
+    flags += ["--calib-samples", "2", "--calib-method", "max"]
     code, text = cli("sweep", "bisect", net, *flags, "--log", out / "log.parquet")
     assert code == 0, text
     assert "ort → emu-bf16" in text
@@ -199,7 +211,6 @@ def test_bad_usage(net: Path, tmp_path: Path) -> None:
 
 
 def test_search_over_samples(net: Path, tmp_path: Path) -> None:
-    from cp_debug.reports.sweep import section
     from cp_debug.sweep import searching
 
     grid = Grid(
@@ -217,3 +228,64 @@ def test_search_over_samples(net: Path, tmp_path: Path) -> None:
     assert set(group.keep["net"]) == {node for r in found for node in r["result"]["keep"]["net"]}
     assert section(group).passed is group.passed
     json.dumps(group.to_dict(), allow_nan=False)
+
+
+def test_an_int8_reference_is_refused(net: Path) -> None:
+    with pytest.raises(InputError, match="cannot be in INT8"):
+        bisecting.tasks(grid_of(net, backends="emu-int8,ort"))
+
+
+def test_eval_says_what_the_plain_command_says() -> None:
+    how = {"data_root": None, "sweeps": 9, "skip_missing": False, "calibration": INT8}
+    grid = Grid(["centerpoint:tiny"], parse_backends("torch,emu-fp16"), samples=2, how=how)
+    options = EvaluationOptions(draws=50)
+    (group,) = evaluating.merge(records(evaluating.tasks(grid)), options)
+    model = as_detector(load_model("centerpoint:tiny"))
+    backends = [create(spec) for spec in grid.backends]
+    plain = evaluate(model, backends, model.data(None, 2, 0, DataOptions()), options)
+    left_out = {"data": "", "seconds": {}}
+    assert group.result.to_dict() | left_out == plain.to_dict() | left_out
+    assert group.passed
+    json.dumps(group.to_dict(), allow_nan=False)
+    assert section(group).sheets[0].rows[0][0] == "mAP"
+
+
+NET = """
+import torch
+from torch import nn
+def build():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    return net, torch.randn(1, 3, 12, 12)
+"""
+
+
+def test_sensitivity_by_samples_and_by_layers(tmp_path: Path) -> None:
+    pytest.importorskip("modelopt")
+    from cp_debug.quantization.opening import modules_of, open_quantized
+    from cp_debug.quantization.sensitivity import build_sensitivity_profile
+
+    (tmp_path / "net.py").write_text(NET)
+    name = f"{tmp_path / 'net.py'}:build"
+    grid = Grid([name], parse_backends("torch,ort"), samples=3, how={"batches": 2, "method": "max", "draws": 0})
+    model = load_model(name)
+    modules = modules_of(open_quantized(model, None, None, 2, method="max"))
+    (whole,) = sensitivity.merge(reversed(records(sensitivity.tasks(grid, (), by_layers=True))))
+    assert isinstance(whole, sensitivity.ProfileGroup)
+    plain = build_sensitivity_profile(model, modules, list(model.samples(3, 0, None)), data="seed 0", draws=0)
+    assert whole.profile.to_dict() | {"seconds": 0} == plain.to_dict() | {"seconds": 0}
+    (group,) = sensitivity.merge(records(sensitivity.tasks(grid, (), by_layers=False)))
+    assert isinstance(group, sensitivity.SensitivityGroup)
+    for place, sample in enumerate(model.samples(3, 0, None)):
+        alone = {row.layer: row.alone.error for row in build_sensitivity_profile(model, modules, [sample]).layers}
+        for row in group.layers:
+            assert row.alone is not None
+            assert alone[row.layer] <= row.alone.worst
+            if row.alone.sample == place:
+                assert alone[row.layer] == row.alone.worst
+    medians = [row.alone.median for row in group.layers if row.alone]
+    assert medians == sorted(medians, reverse=True)
+    for each in (whole, group):
+        json.dumps(each.to_dict(), allow_nan=False)
+        assert section(each).passed
+        assert [row["layer"] for row in each.rows()] == [row.layer for row in group.layers]

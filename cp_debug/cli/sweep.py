@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cp_debug.cli import calibration
 from cp_debug.cli.bisect import Exporter
-from cp_debug.cli.quantize_sensitivity import Method
 from cp_debug.errors import InputError
 
 if TYPE_CHECKING:
@@ -81,6 +81,10 @@ def sweep_bisect(
     explain: Annotated[bool, typer.Option(help="Try the known causes on every guilty layer.")] = True,
     exporter: Exporters = Exporter.auto,
     unfolded: Unfolded = False,
+    calib_data: calibration.Data = None,
+    calib_samples: calibration.Samples = 8,
+    calib_method: calibration.Calibrator = calibration.Method.mse,
+    skip_layers: calibration.SkipLayers = None,
     workers: Workers = None,
     cluster: Cluster = None,
     log: LogFile = None,
@@ -96,7 +100,8 @@ def sweep_bisect(
     """
     from cp_debug.sweep import bisecting
 
-    how = {"rtol": rtol, "atol": atol, "explain": explain}
+    int8 = _calibration(calib_data or inputs, calib_samples, calib_method, skip_layers)
+    how = {"rtol": rtol, "atol": atol, "explain": explain, "calibration": int8}
     grid = _grid(models, backends, checkpoint, samples, seed, inputs, exporter, unfolded, how)
     desk = Desk(workers, cluster, log, retry_failed, output, json, csv, html)
     desk.run("bisect", lambda: bisecting.tasks(grid), bisecting.merge, (bisecting.rows, bisecting.COLUMNS))
@@ -118,8 +123,12 @@ def sweep_eval(
     draws: Annotated[int, typer.Option(min=0, help="Bootstrap draws for the intervals.")] = 1000,
     seed: Seed = 0,
     max_drop: Annotated[float, typer.Option(min=0, help="mAP that a backend may lose.")] = 0.01,
-    exporter: Exporters = Exporter.dynamo,
+    exporter: Exporters = Exporter.auto,
     unfolded: Unfolded = False,
+    calib_data: calibration.Data = None,
+    calib_samples: calibration.Samples = 8,
+    calib_method: calibration.Calibrator = calibration.Method.mse,
+    skip_layers: calibration.SkipLayers = None,
     workers: Workers = None,
     cluster: Cluster = None,
     log: LogFile = None,
@@ -138,7 +147,8 @@ def sweep_eval(
     from cp_debug.sweep import evaluating
 
     read = DataOptions(data_root and data_root.resolve(), sweeps, skip_missing)
-    how = {"data_root": read.root and str(read.root), "sweeps": sweeps, "skip_missing": skip_missing}
+    how: dict[str, Any] = {"data_root": read.root and str(read.root), "sweeps": sweeps, "skip_missing": skip_missing}
+    how["calibration"] = _calibration(calib_data, calib_samples, calib_method, skip_layers)
     grid = replace(_grid(models, backends, checkpoint, samples, seed, data, exporter, unfolded, how), data=read)
     options = EvaluationOptions(min_points=min_points, draws=draws, seed=seed, max_drop=max_drop)
     desk = Desk(workers, cluster, log, retry_failed, output, json, csv, html)
@@ -154,8 +164,8 @@ def sweep_sensitivity(
         list[Path] | None,
         typer.Option("--from", help="Checkpoint of `quantize ptq` or `qat`; repeatable; else each worker calibrates."),
     ] = None,
-    batches: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 20,
-    method: Annotated[Method, typer.Option(help="How the scales are chosen.")] = Method.mse,
+    calib_samples: calibration.Samples = 20,
+    calib_method: calibration.Calibrator = calibration.Method.mse,
     data: Inputs = None,
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="At most this many samples.")] = 8,
     seed: Seed = 0,
@@ -178,7 +188,7 @@ def sweep_sensitivity(
     """
     from cp_debug.sweep import sensitivity
 
-    how = {"batches": batches, "method": method.value, "draws": draws}
+    how = {"batches": calib_samples, "method": calib_method.value, "draws": draws}
     grid = _grid(models, "torch,torch-fp64", checkpoint, samples, seed, data, Exporter.auto, False, how)
     desk = Desk(workers, cluster, log, retry_failed, output, json, csv, html)
     desk.run(
@@ -227,6 +237,13 @@ def sweep_search(
         grid = replace(grid, reads=sorted(test_model.glob("*.onnx")) if test_model.is_dir() else [test_model])
     desk = Desk(workers, cluster, log, retry_failed, output, json, csv, html)
     desk.run("search", lambda: searching.tasks(grid), searching.merge, (searching.rows, searching.COLUMNS))
+
+
+def _calibration(
+    data: Path | None, samples: int, method: calibration.Method, skip_layers: list[str] | None
+) -> dict[str, Any]:
+    named = None if data is None else str(data.resolve())
+    return {"data": named, "samples": samples, "method": method.value, "skip_layers": skip_layers or []}
 
 
 def _grid(

@@ -9,11 +9,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from cp_debug.bisect.engine import Options, bisect
+from cp_debug.bisect.pipeline import wants_int8
 from cp_debug.bisect.result import GUILTY, json_safe
 from cp_debug.deploy.detections import DetectionChange
+from cp_debug.errors import InputError
 from cp_debug.sweep.grid import Grid
 from cp_debug.sweep.log import Record
-from cp_debug.sweep.prepared import load, make_backends, pick, programs_of, with_sample
+from cp_debug.sweep.prepared import int8_programs_of, load, make_backends, pick, programs_of, with_sample
 from cp_debug.sweep.spread import Outlier, Spread, columns, numeric, outliers
 from cp_debug.sweep.tasks import Parameters, Task
 
@@ -42,8 +44,10 @@ COLUMNS = {"label": str, "reference": str, "backend": str, "sample": str, **_KEP
 
 
 def tasks(grid: Grid) -> Iterator[Task]:
-    """Each model × each test backend × each sample."""
+    """Each model × each test backend × each sample. Raises InputError."""
     reference, *tests = grid.backends
+    if reference.variant == "int8":
+        raise InputError(f"--backends: the reference of a sweep cannot be in INT8, as {reference} is; make it a test")
     return grid.tasks("bisect", [(reference, test) for test in tests])
 
 
@@ -59,8 +63,14 @@ def task(params: Parameters) -> dict[str, Any]:
         exporter=params["exporter"],
         folded=params["folded"],
     )
-    sample = with_sample(model, pick(model, params))
-    result = bisect(sample, backends, programs=programs_of(params, backends), options=options)
+    quantized = int8_programs_of(params, backends) if wants_int8(backends[1]) else None
+    result = bisect(
+        with_sample(model, pick(model, params)),
+        backends,
+        test_model=None if quantized is None else lambda programs, folder: quantized,
+        programs=programs_of(params, backends),
+        options=options,
+    )
     (test,) = result.tests
     rows = (row.to_dict() for row in test.rows)
     return {

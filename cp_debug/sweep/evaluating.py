@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cp_debug.backends.base import RunRecord
-from cp_debug.bisect.pipeline import Pipeline
+from cp_debug.bisect.pipeline import Pipeline, wants_int8
 from cp_debug.bisect.result import json_safe
 from cp_debug.deploy.detections import DetectionChange, compare_detections
 from cp_debug.deploy.evaluate import as_detector
@@ -20,7 +20,7 @@ from cp_debug.errors import InputError
 from cp_debug.recipes.data.base import DataOptions, Truth
 from cp_debug.sweep.grid import Grid
 from cp_debug.sweep.log import Record
-from cp_debug.sweep.prepared import load, make_backends, pick, programs_of
+from cp_debug.sweep.prepared import int8_programs_of, load, make_backends, pick, programs_of
 from cp_debug.sweep.spread import Outlier, outliers
 from cp_debug.sweep.tasks import Parameters, Task
 
@@ -42,7 +42,8 @@ def task(params: Parameters) -> dict[str, Any]:
     sample = pick(model, params, DataOptions(root, params["sweeps"], params["skip_missing"]))
     if sample.truth is None:
         raise InputError(f"{sample.source}: has no ground truth; expected an info file (.pkl)")
-    with Pipeline(model, programs_of(params, [backend]), backend) as pipeline:
+    made = (int8_programs_of if wants_int8(backend) else programs_of)(params, [backend])
+    with Pipeline(model, made, backend) as pipeline:
         found = model.decode(sample, pipeline.run(sample))
         record = pipeline.record()
     detected: Any = found

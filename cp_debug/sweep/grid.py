@@ -10,6 +10,7 @@ from typing import Any
 
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import InputError
+from cp_debug.quantization.checkpoint import FILE
 from cp_debug.recipes.data.base import DataOptions
 from cp_debug.recipes.data.opening import DEFAULT_OPTIONS
 from cp_debug.recipes.data.points import ENDINGS
@@ -53,7 +54,9 @@ class Grid:
         for model, checkpoint in product(self.models, self.checkpoints or (None,)):
             file, colon, name = (model, "", "") if model.endswith(".onnx") else model.rpartition(":")
             named = model
-            read = [*self.reads, *([] if checkpoint is None else [checkpoint])]
+            read = list(self.reads)
+            if checkpoint is not None:
+                read.append(checkpoint / FILE if checkpoint.is_dir() else checkpoint)
             if file.endswith((".onnx", ".py")):
                 read.append(Path(file))
                 named = f"{Path(file).resolve()}{colon}{name}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -15,12 +15,15 @@ import torch
 from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
+from cp_debug.bisect.int8 import Calibration, already_quantized, calibrate, load_quantized, quantized_programs
 from cp_debug.bisect.pipeline import Export, choose_export, prepare
 from cp_debug.errors import InputError
+from cp_debug.quantization.checkpoint import FILE
+from cp_debug.quantization.models import QuantizedComponent
+from cp_debug.quantization.opening import calibration_samples
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.data.base import DataOptions
 from cp_debug.recipes.data.opening import DEFAULT_OPTIONS
-from cp_debug.recipes.registry import load_model
 from cp_debug.sweep.tasks import Parameters
 
 _KEPT = 2
@@ -39,15 +42,14 @@ class Subject(NamedTuple):
     def of(cls, params: Parameters) -> Subject:
         """Of the parameters of a task; files of its sample do not matter."""
         model, checkpoint = params["model"], params["checkpoint"]
-        own = {model, model.rpartition(":")[0], checkpoint}
+        own = {model, model.rpartition(":")[0], checkpoint, checkpoint and str(Path(checkpoint) / FILE)}
         files = tuple((path, digest) for path, digest in params["files"].items() if path in own)
         return cls(model, checkpoint, params["seed"], files)
 
 
 class Prepared(NamedTuple):
-    """A model and its programs, whose files live as long as ``folder``."""
+    """Programs, whose files live as long as ``folder``."""
 
-    model: Model
     programs: list[Program]
     folder: TemporaryDirectory[str]
 
@@ -59,8 +61,16 @@ def load(params: Parameters) -> Model:
 
 def programs_of(params: Parameters, backends: Sequence[Backend]) -> list[Program]:
     """The model's programs for these backends, exported once."""
+    return _export(Subject.of(params), choose_export(backends, params["exporter"])[0], params["folded"]).programs
+
+
+def int8_programs_of(params: Parameters, backends: Sequence[Backend]) -> list[Program]:
+    """The same with Q/DQ pairs: as the checkpoint has them, else calibrated once, on ``params["calibration"]``."""
+    given = params["calibration"]
+    data = None if given["data"] is None else Path(given["data"])
+    calibration = Calibration(data, given["samples"], given["method"], tuple(given["skip_layers"]))
     how, _ = choose_export(backends, params["exporter"])
-    return _export(Subject.of(params), how, params["folded"]).programs
+    return _quantize(Subject.of(params), how, params["folded"], calibration).programs
 
 
 def make_backends(specs: Sequence[str]) -> list[Backend]:
@@ -83,6 +93,11 @@ def pick(model: Model, params: Parameters, options: DataOptions = DEFAULT_OPTION
     raise InputError(f"{inputs}: has no sample {index}")
 
 
+def parts_of(params: Parameters) -> Mapping[str, QuantizedComponent]:
+    """The components in INT8, where the checkpoint is of a quantised model."""
+    return _load(Subject.of(params))[1]
+
+
 def with_sample(model: Model, sample: Sample) -> Model:
     """The same model, whose only sample is ``sample``."""
     one = copy.copy(model)
@@ -90,11 +105,15 @@ def with_sample(model: Model, sample: Sample) -> Model:
     return one
 
 
-@lru_cache(_KEPT)
 def load_subject(subject: Subject) -> Model:
     """The model, loaded once while its files stay the same."""
+    return _load(subject)[0]
+
+
+@lru_cache(_KEPT)
+def _load(subject: Subject) -> tuple[Model, Mapping[str, QuantizedComponent]]:
     checkpoint = None if subject.checkpoint is None else Path(subject.checkpoint)
-    return load_model(subject.model, checkpoint=checkpoint, seed=subject.seed)
+    return load_quantized(subject.model, checkpoint, subject.seed)
 
 
 @lru_cache(_KEPT)
@@ -102,4 +121,15 @@ def _export(subject: Subject, how: Export, folded: bool) -> Prepared:
     model = load_subject(subject)
     folder = TemporaryDirectory(prefix="cpdebug-")
     (example,) = model.samples(1, subject.seed, None)
-    return Prepared(model, prepare(model, example, Path(folder.name), how=how, folded=folded), folder)
+    return Prepared(prepare(model, example, Path(folder.name), how=how, folded=folded), folder)
+
+
+@lru_cache(_KEPT)
+def _quantize(subject: Subject, how: Export, folded: bool, calibration: Calibration) -> Prepared:
+    exported, (model, parts) = _export(subject, how, folded), _load(subject)
+    if made := already_quantized(exported.programs):
+        return Prepared(made, exported.folder)
+    folder = TemporaryDirectory(prefix="cpdebug-")
+    samples = list(calibration_samples(model, calibration.data, calibration.samples))
+    parts = parts or calibrate(model, exported.programs, samples, calibration)
+    return Prepared(quantized_programs(model, exported.programs, parts, samples[0], Path(folder.name)), folder)

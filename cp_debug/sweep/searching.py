@@ -15,7 +15,7 @@ from cp_debug.repair.goal import Goal
 from cp_debug.repair.search import SearchOptions, search
 from cp_debug.sweep.grid import Grid
 from cp_debug.sweep.log import Record
-from cp_debug.sweep.prepared import load, make_backends, pick
+from cp_debug.sweep.prepared import load, make_backends, parts_of, pick
 from cp_debug.sweep.spread import Spread, columns, numeric
 from cp_debug.sweep.tasks import Parameters, Task
 
@@ -41,6 +41,7 @@ def task(params: Parameters) -> dict[str, Any]:
         exporter=params["exporter"],
         folded=params["folded"],
         test_model=params["test_model"] and Path(params["test_model"]),
+        quantized=parts_of(params),
     )
     result = search(model, make_backends(params["backends"]), Goal.parse(params["goal"]), [sample], options)
     return json_safe(
