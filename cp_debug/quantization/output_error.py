@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cp_debug.quantization.scales import QMAX
 
-BATCHES = 8
+BATCHES = 16
 """Of so many batches the gradients are taken."""
 _VECTORS = 4
 """Backward passes a batch."""
