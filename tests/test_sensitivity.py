@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cp_debug.errors import InputError
+from cp_debug.quantization.opening import modules_of, open_quantized
 from cp_debug.quantization.ptq import quantize_ptq
 from cp_debug.quantization.reuse import Reuse
 from cp_debug.quantization.sensitivity import (
@@ -23,6 +25,7 @@ from cp_debug.quantization.sensitivity import (
 )
 from cp_debug.quantization.trials import FLOAT, INT8, Bench, Trial
 from cp_debug.recipes.base import Sample
+from cp_debug.recipes.registry import load_model
 from cp_debug.recipes.torch_callable import TorchModel
 from cp_debug.reports.sensitivity import render, write_chart, write_page
 
@@ -195,6 +198,14 @@ def test_bad_input(model: TorchModel, bench: Bench, net: Net, samples: list[Samp
     profile = build_sensitivity_profile(model, {"Net": bench.modules["Net"]}, samples[:1])
     with pytest.raises(InputError, match="expected a positive budget"):
         choose_layers(bench, samples, profile, 0.0)
+
+
+def test_a_budget_of_map_needs_ground_truth() -> None:
+    model = load_model("centerpoint:tiny")
+    modules = modules_of(open_quantized(model, None, count=1, method="max"))
+    unknown = [replace(next(model.samples(1, 0, None)), truth=None)]
+    with pytest.raises(InputError, match="scene 0 has no ground truth, so mAP is unknown"):
+        build_sensitivity_profile(model, modules, unknown, budget=0.01)
 
 
 def test_faces(model: TorchModel, bench: Bench, samples: list[Sample], tmp_path: Path) -> None:

@@ -135,11 +135,14 @@ def build_sensitivity_profile(
     """Measure every quantised layer of ``modules`` (component → quantised module) on ``samples``.
 
     Samples with ground truth are scored where the model detects. ``budget`` also chooses the layers to leave in FP32
-    (``choose_layers``). ``draws`` of the samples give the intervals. Raises InputError when nothing is quantised or
-    there is no sample.
+    (``choose_layers``). ``draws`` of the samples give the intervals. Raises InputError when nothing is quantised, there
+    is no sample, or a budget of mAP meets samples without ground truth.
     """
     started = time.perf_counter()
     bench = Bench(model, modules)
+    unknown = [sample.source for sample in samples if sample.truth is None]
+    if budget is not None and unknown and hasattr(model, "class_names"):
+        raise InputError(f"--auto: {unknown[0]} has no ground truth, so mAP is unknown; expected an info file (.pkl)")
     wanted = profile_trials(bench.layers)
     profile = merge_trials(run_trials(bench, samples, wanted, data=data, draws=draws, on_step=on_step))
     if budget is not None:
