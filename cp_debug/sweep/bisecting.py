@@ -46,7 +46,7 @@ COLUMNS = {"label": str, "reference": str, "backend": str, "sample": str, **_KEP
 def tasks(grid: Grid) -> Iterator[Task]:
     """Each model × each test backend × each sample. Raises InputError."""
     reference, *tests = grid.backends
-    if reference.variant == "int8":
+    if reference.variant.startswith("int8"):
         raise InputError(f"--backends: the reference of a sweep cannot be in INT8, as {reference} is; make it a test")
     return grid.tasks("bisect", [(reference, test) for test in tests])
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -78,9 +78,7 @@ class Queue:
 
         landed = as_completed(loop=self._client.loop)
         while self._fill(tasks, landed):
-            for future in landed.next_batch(block=False):
-                self._land(future)
-                future.release()
+            self._land(landed.next_batch(block=False))
             self.progress.running = min(len(self._flying), self._threads)
             self._on_progress(self.progress)
             if not landed.has_ready():
@@ -113,21 +111,27 @@ class Queue:
         self._flying[future.key] = _Flight(task, alone)
         landed.add(future)
 
-    def _land(self, future: Future) -> None:
+    def _land(self, futures: Sequence[Future]) -> None:
+        """Take what is finished, in one question to the scheduler."""
         from distributed import CancelledError, KilledWorker
 
-        flight = self._flying.pop(future.key)
-        if future.status == "error":
-            error = future.exception()
-            if isinstance(error, KilledWorker):
-                self._killed(flight, error.allowed_failures + 1)
-            else:  # it never came to ``run_task``: a worker without this package
-                self._fail(flight.task, f"{type(error).__name__}: {error}")
-            return
+        finished = {future.key: future for future in futures if future.status == "finished"}
         try:
-            self._record(flight.task, future.result())
-        except (OSError, CancelledError):  # the scheduler went away, before it was done or before the result was here
-            self._again.append(flight.task)
+            results = self._client.gather(finished)
+        except (OSError, CancelledError, KilledWorker):  # the scheduler went away, or the workers that held them
+            results = {}
+        for future in futures:
+            flight = self._flying.pop(future.key)
+            error = future.exception() if future.status == "error" else None
+            if future.key in results:
+                self._record(flight.task, results[future.key])
+            elif isinstance(error, KilledWorker):
+                self._killed(flight, error.allowed_failures + 1)
+            elif error is not None:  # it never came to ``run_task``: a worker without this package
+                self._fail(flight.task, f"{type(error).__name__}: {error}")
+            else:
+                self._again.append(flight.task)
+            future.release()
 
     def _killed(self, flight: _Flight, deaths: int) -> None:
         task = flight.task
