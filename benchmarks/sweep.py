@@ -100,7 +100,8 @@ def scaling(kind: str, scenes: int, console: Console) -> None:
 
 
 def queue(count: int, address: str | None) -> dict[str, float]:
-    """Tiny tasks in this process, which is the client: seconds a task, resident memory before and at its highest."""
+    """Tiny tasks in this process, which is the client: seconds a task, processor seconds of client and scheduler, and
+    resident memory before and at its highest."""
     import psutil
 
     process, highest = psutil.Process(), 0
@@ -113,23 +114,28 @@ def queue(count: int, address: str | None) -> dict[str, float]:
         with remote_workers(address) if address else local_workers(2) as client:
             warm = [Task("sweep:tiny", {"i": -i - 1, "label": "warm"}) for i in range(200)]
             run(lambda: warm, log, lambda gpu: nullcontext(client))
-            before = process.memory_info().rss
+            before, used = process.memory_info().rss, (time.process_time(), client.run_on_scheduler(time.process_time))
             finished = run(lambda: tiny_tasks(count), log, lambda gpu: nullcontext(client), on_progress=look)
+            own, scheduler = time.process_time() - used[0], client.run_on_scheduler(time.process_time) - used[1]
         assert sum(1 for _ in finished.results()) == count
-    return {"seconds": finished.seconds / count, "before": before / 2**20, "highest": highest / 2**20}
+    cost = {"seconds": finished.seconds / count, "client": own / count, "scheduler": scheduler / count}
+    return {**cost, "before": before / 2**20, "highest": highest / 2**20}
 
 
 def queue_table(console: Console) -> None:
     """Each row in a fresh process: the scheduler in the client, as ``--workers`` has it, and elsewhere."""
-    table = Table("tiny tasks", "scheduler", "a task", "tasks a second", "client before", "highest")
+    headers = ("a task", "client's processor", "scheduler's", "client's memory before", "highest")
+    table = Table("tiny tasks", "scheduler", *headers, box=None)
     for where in ("in the client", "a process"):
         for count in (1000, 10_000):
             with cluster() if where == "a process" else nullcontext("") as address:
                 command = [sys.executable, __file__, "--one", str(count), "--address", address]
                 found = json.loads(subprocess.run(command, check=True, capture_output=True).stdout.splitlines()[-1])
-            cost = found["seconds"]
+            costs = [f"{1e3 * found[name]:.2f} ms" for name in ("seconds", "client", "scheduler")]
+            if where == "in the client":
+                costs[-1] = "the same"
             memory = (f"{found[name]:.0f} MiB" for name in ("before", "highest"))
-            table.add_row(f"{count:,}", where, f"{1e3 * cost:.2f} ms", f"{1 / cost:.0f}", *memory)
+            table.add_row(f"{count:,}", where, *costs, *memory)
     console.print(table)
 
 

@@ -43,7 +43,7 @@ class View:
         self._bar.update(self._task, completed=finished, total=progress.total)
         rates = progress.rates
         line = Text(f"{progress.done} done · {progress.failed} failed · {progress.running} running", style="dim")
-        line.append(f" · {60 * sum(rates.values()):.3g} a minute on {len(rates)} workers")
+        line.append(f" · {60 * sum(rates.values()):.3g} a minute on {progress.present} workers")
         if progress.waiting_for_gpu:
             line.append("\nwaiting for a worker with GPU=1: dask worker … --resources GPU=1", style="yellow")
         busiest = sorted(rates.items(), key=lambda item: -item[1])[:MOST]

@@ -42,7 +42,9 @@ class Progress:
     waiting_for_gpu: bool = False
     """Some task needs a GPU, and no worker has one."""
     workers: dict[str, int] = field(default_factory=dict)
-    """Worker → tasks that it finished; those that are there now come first."""
+    """Worker → tasks that it finished in this run."""
+    present: int = 0
+    """Workers that are there now."""
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -176,6 +178,7 @@ class Queue:
             workers = self._client.scheduler_info()["workers"]
         except (OSError, asyncio.TimeoutError):  # the scheduler went away just now
             return
+        self.progress.present = len(workers)
         self._threads = sum(worker["nthreads"] for worker in workers.values())
         gpus = any(worker["resources"].get("GPU") for worker in workers.values())
         self.progress.waiting_for_gpu = not gpus and any(flight.task.gpu for flight in self._flying.values())
