@@ -35,10 +35,10 @@ def simulate(workers: int, seconds: np.ndarray, overhead: float, start: float) -
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", type=float, default=4.0, help="Median seconds of a task.")
+    parser.add_argument("--task", type=float, default=3.0, help="Median seconds of a task.")
     parser.add_argument("--spread", type=float, default=0.3, help="Standard deviation of its logarithm.")
-    parser.add_argument("--overhead", type=float, default=0.0025, help="Seconds of the client and scheduler a task.")
-    parser.add_argument("--start", type=float, default=10.0, help="Seconds until a worker is ready.")
+    parser.add_argument("--overhead", type=float, default=0.0033, help="Seconds of the client and scheduler a task.")
+    parser.add_argument("--start", type=float, default=20.0, help="Seconds until a worker is ready.")
     parser.add_argument("--tasks", type=int, default=100_000)
     options = parser.parse_args()
     seconds = options.task * np.exp(options.spread * np.random.default_rng(0).standard_normal(options.tasks))

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from distributed import Client, LocalCluster
 
 
+_QUIET = {"distributed.admin.low-level-log-length": 10}
+"""Dask keeps its last messages, tasks included, for its developers: here they are what would grow."""
+
+
 class ClusterLost(CpdebugError):
     """The scheduler went away and did not come back; everything finished so far is in the log."""
 
@@ -45,7 +49,7 @@ def local_workers(count: int, *, gpu: bool = False) -> Iterator[Client]:
         count = min(count, devices)
     # One task a worker, none waiting behind it: a task that kills its worker then takes no other along.
     with (
-        dask.config.set({"distributed.scheduler.worker-saturation": 1.0}),
+        dask.config.set({**_QUIET, "distributed.scheduler.worker-saturation": 1.0}),
         _cluster(devices, options) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
@@ -80,11 +84,14 @@ def _devices() -> int:
 def remote_workers(address: str) -> Iterator[Client]:
     """The workers of a scheduler, ``tcp://host:8786``. Raises InputError when nothing answers there, MissingPackage."""
     require("distributed", "dask")
+    import dask
     from distributed import Client
 
-    try:
-        client = Client(address, set_as_default=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--cluster: no scheduler answers at {address} ({error}); expected tcp://HOST:PORT") from None
-    with client:
-        yield client
+    with dask.config.set(_QUIET):
+        try:
+            client = Client(address, set_as_default=False)
+        except (OSError, ValueError) as error:
+            expected = "expected tcp://HOST:PORT"
+            raise InputError(f"--cluster: no scheduler answers at {address} ({error}); {expected}") from None
+        with client:
+            yield client
