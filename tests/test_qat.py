@@ -64,6 +64,12 @@ def validate(module: nn.Module) -> float:
     return loss(module, batch(10_000)).item()
 
 
+def interrupted(step: int) -> Batch:
+    if step == 25:
+        raise KeyboardInterrupt
+    return batch(step)
+
+
 OPTIONS = QatOptions(steps=40, rate=1e-2, interval=10)
 
 
@@ -107,18 +113,13 @@ def test_the_start_is_kept_when_nothing_is_better(quantized: nn.Module) -> None:
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(quantized: nn.Module, tmp_path: Path) -> None:
     whole, first, second = (copy.deepcopy(quantized) for _ in range(3))
     expected = run(whole)
-    run(first, QatOptions(steps=20, rate=1e-2, interval=10), state=tmp_path / "state")
+    finetune(first, interrupted, loss, validate, OPTIONS, state=tmp_path / "state")
     result = run(second, state=tmp_path / "state", resume=True)
     assert result.history[1:] == expected.history[1:]
     assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in second.state_dict().items())
 
 
 def test_ctrl_c_keeps_the_best(quantized: nn.Module, tmp_path: Path) -> None:
-    def interrupted(step: int) -> Batch:
-        if step == 25:
-            raise KeyboardInterrupt
-        return batch(step)
-
     result = finetune(quantized, interrupted, loss, validate, OPTIONS, state=tmp_path / "state")
     assert result.ended == "interrupted"
     assert result.history[-1][0] == 20

@@ -34,11 +34,11 @@ def qat(
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training scenes; else --steps.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps, at most.")] = 200,
     batch: Annotated[int, typer.Option(min=1, help="Scenes a step.")] = 2,
-    lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-5,
+    lr: Annotated[float, typer.Option(help="Learning rate of Adam, which falls to 0.")] = 1e-5,
     interval: Annotated[int, typer.Option(min=1, help="Steps between validations.")] = 20,
     patience: Annotated[int, typer.Option(min=1, help="Validations without a better one, after which it ends.")] = 4,
     early_stop: Annotated[Criterion, typer.Option(help="What is validated on the held-out scenes.")] = Criterion.loss,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from OUTPUT.state.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from OUTPUT.state, with the same options.")] = False,
     seed: Annotated[int, typer.Option(help="Of order and augmentation.")] = 0,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
 ) -> None:

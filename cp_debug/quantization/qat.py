@@ -31,8 +31,8 @@ OnStep = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class QatOptions:
-    """``steps`` of Adam at ``rate``; every ``interval`` steps the module is validated, and training ends when
-    ``patience`` validations brought nothing better."""
+    """``steps`` of Adam, whose ``rate`` falls to 0 along a cosine; every ``interval`` steps the module is validated,
+    and training ends when ``patience`` validations brought nothing better."""
 
     steps: int = 200
     rate: float = 1e-5
@@ -94,7 +94,8 @@ def finetune(
 
     ``batch`` of a step's number gives that step's data, the same each time, so that a resumed run repeats nothing and
     skips nothing. ``validate`` is given the module in eval mode; lower is better, and the start counts. ``state`` is
-    written at every validation; ``resume`` goes on from it. Ctrl-C ends training and keeps the best.
+    written at every validation; ``resume`` goes on from it with the same options. Ctrl-C ends training and keeps the
+    best.
 
     Raises InputError for a module that is not quantised, a loss that is not finite, and a state that is missing or of
     another run.
@@ -117,6 +118,8 @@ def finetune(
                 break
             done, lowest = now.step, min(value for *_, value in now.history)
             on_step(f"fine-tuning, validation {lowest:.4g} at best", done, options.steps)
+            for group in optimizer.param_groups:
+                group["lr"] = options.rate * (1 + math.cos(math.pi * done / options.steps)) / 2
             total += _train(module, optimizer, parameters, loss, batch(done), done)
             now.step += 1
             if now.step % options.interval == 0 or now.step == options.steps:
@@ -202,7 +205,7 @@ def _load(module: nn.Module, optimizer: torch.optim.Optimizer, options: QatOptio
         saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         if saved["format"] != FORMAT:
             raise ValueError(saved["format"])
-        for name in ("rate", "interval"):
+        for name in ("rate", "steps", "interval"):
             if saved["options"][name] != getattr(options, name):
                 raise InputError(
                     f"--resume: {path} has {name} {saved['options'][name]:g}, not {getattr(options, name):g}"
