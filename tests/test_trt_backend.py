@@ -17,6 +17,7 @@ from test_trt_runner import install, save_net
 from cp_debug.backends.base import Program
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
+from cp_debug.backends.tensorrt.engines import to_exclude
 from cp_debug.bisect.engine import bisect
 from cp_debug.errors import BackendUnavailable, InputError
 from cp_debug.probes.graph import Graph
@@ -195,6 +196,34 @@ def test_int8_by_the_calibrator_of_the_version(version: str, tmp_path: Path) -> 
     open_session(tmp_path, "trt-int8", calibration_cache=file)
     assert file.read_bytes() == before
     assert create(BackendSpec.parse("trt-int8"), calibration_cache=file).implicit_int8
+
+
+def test_a_component_without_pairs_of_a_quantised_model_is_built_without_int8(version: str, tmp_path: Path) -> None:
+    graph = Graph(save_net(tmp_path))
+    for fallback, flag in ((True, "FP16"), (False, None)):
+        backend = create(BackendSpec.parse("trt-int8"), fp16_fallback=fallback)
+        session = backend.open(Program("net", graph, plain=graph))
+        collect(session, {"x": X})
+        assert "INT8" not in session.settings["flags"]
+        assert flag is None or version.startswith("11.") or flag in session.settings["flags"]
+
+
+def test_a_failed_build_says_what_to_leave_out_of_int8(tmp_path: Path) -> None:
+    weight = onnx.numpy_helper.from_array(np.ones((2, 3, 2, 2), np.float32), "w")
+    graph = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("QuantizeLinear", ["x", "s"], ["q"], "/q"),
+            onnx.helper.make_node("DequantizeLinear", ["q", "s"], ["d"], "/d"),
+            onnx.helper.make_node("ConvTranspose", ["d", "w"], ["y"], "/up/ConvTranspose"),
+        ],
+        "net",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1, 2, 4, 4])],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)],
+        [weight, onnx.numpy_helper.from_array(np.float32(0.1), "s")],
+    )
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)]), tmp_path / "up.onnx")
+    assert "leave /up/ConvTranspose unquantized (--skip-layers)" in to_exclude(Graph(tmp_path / "up.onnx"))
+    assert to_exclude(Graph(save_net(tmp_path))) == ""
 
 
 CHAIN = 13

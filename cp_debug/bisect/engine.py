@@ -51,7 +51,7 @@ from cp_debug.bisect.scene import decode, keep_scene
 from cp_debug.bisect.shares import Propagation, set_shares
 from cp_debug.bisect.testrun import TestRun
 from cp_debug.errors import InputError
-from cp_debug.probes.capture import Capture, CaptureWriter
+from cp_debug.probes.capture import Capture, CaptureWriter, check_free
 from cp_debug.quantization.models import QuantizedComponent
 from cp_debug.quantization.opening import calibration_samples
 from cp_debug.recipes.base import Arrays, Model, Sample
@@ -163,6 +163,9 @@ class Bisection:
     def run(self, exported: Sequence[Program] | None = None) -> BisectResult:
         """All samples, all tests."""
         options = self.options
+        if options.save is not None:
+            for backend in (self._reference, *self._tests):
+                check_free(options.save / "sample-0" / str(backend.spec))  # before anything long
         self._steps = 2 + options.replay + options.samples * (1 + len(self._tests) * (3 if options.replay else 1))
         self._steps += sum(map(is_optimised, self._tests)) if options.knobs else 0
         with tempfile.TemporaryDirectory(prefix="cpdebug-") as scratch, ExitStack() as stack:

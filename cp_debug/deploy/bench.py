@@ -136,6 +136,7 @@ class Memory:
 
         self._cuda = device if device != "cpu" and torch.cuda.is_available() else None
         if self._cuda is not None:
+            torch.cuda.init()  # nobody did where engines alone run there, and the next line asks for it
             torch.cuda.reset_peak_memory_stats(self._cuda)
         with suppress(AttributeError, OSError):
             ctypes.CDLL(None).malloc_trim(0)  # what an earlier backend freed would be used again unseen

@@ -81,6 +81,12 @@ def array_hash(array: np.ndarray) -> str:
     return digest.hexdigest()
 
 
+def check_free(folder: Path) -> None:
+    """Raises InputError where no capture can be written: something is there already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: exists; expected a new or empty folder for the capture")
+
+
 class CaptureWriter:
     """Context manager that writes one capture; an exception in its block, Ctrl-C too, leaves nothing behind."""
 
@@ -95,8 +101,7 @@ class CaptureWriter:
         self._written: Counter[int] = Counter()
 
     def __enter__(self) -> CaptureWriter:
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise InputError(f"{self.folder}: exists; expected a new or empty folder for the capture")
+        check_free(self.folder)
         with self._disk():
             self._partial.mkdir(parents=True)
         return self

@@ -21,6 +21,10 @@ INSTALL = (
 _PROBED: dict[tuple[str | None, int], dict[str, Any]] = {}
 
 
+class BuildFailed(InputError):
+    """TensorRT has no engine for a graph that it could parse."""
+
+
 class ParseFailed(InputError):
     """TensorRT's parser does not know an operator, or not like this; ``nodes`` are the ONNX nodes it is about."""
 
@@ -127,7 +131,7 @@ def _to_exception(spec: str, error: Mapping[str, Any], step: Mapping[str, Any]) 
     if kind == "time":
         return InputError(f"{subject}: {message}")
     if kind == "build":
-        return InputError(f"{subject}: TensorRT cannot build it\n{message}")
+        return BuildFailed(f"{subject}: TensorRT cannot build it\n{message}")
     if kind == "internal":
         return BackendUnavailable(
             spec, f"the runner failed in {step['command']}: {message}\n{error.get('traceback', '')}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cp_debug.backends.tensorrt.client import Client, ParseFailed
+from cp_debug.backends.tensorrt.client import BuildFailed, Client, ParseFailed
 from cp_debug.backends.tensorrt.config import BuildConfig
 from cp_debug.backends.tensorrt.inspector import (
     PRECISIONS,
@@ -72,10 +72,25 @@ class Workshop:
             results = self.client.execute(steps)
         except ParseFailed as error:
             raise InputError(f"{error}\n{cut_out(self.graph, error.nodes)}".rstrip()) from None
+        except BuildFailed as error:
+            raise InputError(f"{error}\n{to_exclude(self.graph)}".rstrip()) from None
         return [
             Engine(path, tuple(parse_layers(facts.pop("layers"), names)), facts)
             for path, facts in zip(paths, results, strict=True)
         ]
+
+
+def to_exclude(graph: Graph) -> str:
+    """What to leave out of INT8 when a build failed: transposed convolutions, which some versions cannot build."""
+    quantised = [
+        node.name
+        for node in graph.nodes
+        if node.op == "ConvTranspose"
+        and any(graph.producer[i].op == "DequantizeLinear" for i in node.inputs if i in graph.producer)
+    ]
+    if not quantised:
+        return ""
+    return f"TensorRT 8.6 builds no ConvTranspose in INT8: leave {', '.join(quantised)} unquantized (--skip-layers)"
 
 
 def cut_out(graph: Graph, names: Collection[str]) -> str:

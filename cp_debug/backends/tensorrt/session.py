@@ -60,7 +60,7 @@ class EngineSession:
     def __init__(self, client: Client, program: Program, variant: str, version: str, options: Options) -> None:
         self._client, self._own, self._options = client, program.graph, options
         self._component = program.name
-        self._quantized = program.plain is not None or any(n.op == "QuantizeLinear" for n in program.graph.nodes)
+        self._quantized = program.plain is not None or program.graph.precision == "int8"
         self._folder = tempfile.TemporaryDirectory(prefix="cpdebug-engine-")
         self._sets: dict[str, EngineSet] = {}
         self._runs = 0
@@ -77,6 +77,9 @@ class EngineSession:
 
     def _open(self, variant: str, version: str) -> Workshop:
         own, options, folder = self._own, self._options, Path(self._folder.name)
+        if variant == "int8" and self._quantized and own.precision != "int8":
+            # No layer of this component is quantised, and TensorRT 8 builds nothing with the INT8 flag and no scale.
+            variant = "fp16" if options.fp16_fallback else "fp32"
         calibrated = None
         if variant in ("int8", "best") and not self._quantized:
             calibrated = calibration(options, self._component, folder)
