@@ -20,7 +20,7 @@ from cp_debug.backends.weights import Weights
 from cp_debug.probes.graph import Graph, Node
 from cp_debug.probes.qdq import LEVELS, QUANTIZED, weight_axis
 
-FEW = 32
+FEW = 4
 """Elements that a channel must have on average before its error is held against it."""
 DEAD = 1e-3
 """A channel of this size beside the largest is left out."""
@@ -164,17 +164,18 @@ class Quantized:
 
 
 def balanced(error: Tensor, exact: Tensor, axis: int) -> float:
-    """The relative error of a typical channel: root mean square over channels of ‖error‖ ÷ ‖exact‖.
+    """The relative error of the worst quarter of the channels: root mean square over these of ‖error‖ ÷ ‖exact‖.
 
-    Unlike the norm over all of them it sees a small channel whose weights share the scale of a large one. 0 where
-    channels have too few elements to tell (``FEW``), or none has any size.
+    Unlike the norm over all channels it sees small ones whose weights share the scale of large ones. 0 where channels
+    have too few elements to tell (``FEW``), or none has any size.
     """
     if exact.numel() < FEW * exact.shape[axis]:
         return 0.0
     rest = [d for d in range(exact.dim()) if d != axis]
     wrong, size = (torch.linalg.vector_norm(t.double(), dim=rest) for t in (error, exact))
     alive = size > DEAD * size.max()
-    return float((wrong[alive] / size[alive]).square().mean().sqrt()) if bool(alive.any()) else 0.0
+    relative = (wrong[alive] / size[alive]).sort(descending=True).values
+    return float(relative[: -(-len(relative) // 4)].square().mean().sqrt()) if len(relative) else 0.0
 
 
 def on_grid(tensor: Tensor, amax: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ class Replay:
     departs: float | None = None
     """How far the captured result is from what those scales say."""
     channel_excess: float | None = None
-    """Of a layer in INT8: introduced ÷ expected for a typical channel, however small, see ``balanced``."""
+    """Of a layer in INT8: introduced ÷ expected in its worst channels, however small, see ``balanced``."""
     clipped: float | None = None
     """Share of the layer's input that lies beyond its scale."""
     step: float | None = None

@@ -40,7 +40,7 @@ def judge(
         says = f"introduces {replay.excess:.3g}× what {precision.name.upper()} explains"
         return Judgement(GUILTY, within, says + _scales(replay))
     if (replay.channel_excess or 0.0) > EXCESS and replay.introduced > floor:
-        says = f"its small channels introduce {replay.channel_excess:.3g}× what {precision.name.upper()} explains"
+        says = f"its worst channels introduce {replay.channel_excess:.3g}× what {precision.name.upper()} explains"
         return Judgement(GUILTY, within, says + _scales(replay))
     if replay.range_loss > RANGE * precision.roundoff:
         lost = f"storing them loses {replay.range_loss:.2g}"

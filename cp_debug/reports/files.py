@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 FIGURES = (
     *(field.name for field in fields(TensorStats) if field.type == "float"),
     *("introduced", "inherited", "amplification", "expected", "excess", "oracle_error", "noise_floor", "share"),
+    *("declared", "departs", "channel_excess", "clipped", "step"),
 )
 """Columns of the layer table that hold real numbers."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from statistics import fmean
 
-from cp_debug.bisect.causes.base import Cause
+from cp_debug.bisect.causes.base import Candidate, Cause
 from cp_debug.bisect.causes.effects import Effects
 from cp_debug.bisect.causes.finding import UNKNOWN, Effect, Finding, Where
 from cp_debug.bisect.causes.precision import PROMOTED
@@ -132,7 +132,7 @@ class Explainer:
             runner_up_explained=explanation.runner_up_explained if second else None,
             evidence={"why": worst.row.why, **(cause.evidence if cause else {})},
             where=[e.where for e in group[:LOCATED]],
-            fix=cause.fix.replace("{layers}", _some(names)) if cause else "cpdebug bundle RESULT --layer " + names[0],
+            fix=self._fix(cause, rows) if cause else "cpdebug bundle RESULT --layer " + names[0],
         )
         if cause and cause.by_magnitude and (explanation.explained < ENOUGH):
             finding.evidence["magnitude_only"] = True
@@ -140,6 +140,11 @@ class Explainer:
             finding.evidence["explained_least"] = min(e.explanation.explained for e in group)
         finding.effect = self.effects.of(rows)
         return finding
+
+    def _fix(self, cause: Candidate, rows: Sequence[LayerRow]) -> str:
+        """The cause's advice with the layers' names; ``{quantized}``: what they are called when choosing for INT8."""
+        quantized = [self.run.quantized_name(Key(row.component, row.onnx)) for row in rows]
+        return cause.fix.replace("{layers}", _some([r.name for r in rows])).replace("{quantized}", _some(quantized))
 
     def _unsteady(self, rows: Mapping[Key, LayerRow]) -> Iterator[Finding]:
         """Two runs of one backend differ by more than the order of a sum can make."""

@@ -16,7 +16,7 @@ from cp_debug.probes.qdq import LEVELS, weight_axis
 
 _COARSE = 2.0
 """How many times coarser than needed a scale is called too coarse."""
-_CALIBRATE = "calibrate on data like this (--calib-data), or leave {layers} unquantised (--skip-layers)"
+_CALIBRATE = "calibrate on data like this (--calib-data), or leave it unquantized: --skip-layers {quantized}"
 
 
 @cause()
@@ -81,7 +81,7 @@ def _input(segment: Segment, node: Node) -> Tensor:
 
 
 def _error(segment: Segment, node: Node, inputs: dict[int, Tensor]) -> float:
-    """The relative error that one part of the quantisation makes by itself, in the whole or in a typical channel."""
+    """The relative error that one part of the quantisation makes by itself, in the whole or in its worst channels."""
     value = segment.edited(node, inputs=inputs)
     if value is None:
         return 0.0
