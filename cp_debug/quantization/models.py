@@ -26,7 +26,7 @@ from cp_debug.quantization.calibration import CalibrationManager
 from cp_debug.quantization.folding import fuse_model_bn
 from cp_debug.quantization.layers import full_path, layers_of, matches, select
 from cp_debug.quantization.onnx_ptq import GraphCalibration
-from cp_debug.quantization.ptq import apply_scales, quantized
+from cp_debug.quantization.ptq import apply_scales, quantized, scales_of
 from cp_debug.quantization.scales import Scales
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
 
@@ -160,7 +160,8 @@ class _ModuleCalibration:
         return {n: t.numpy() for n, t in zip(self._component.output_names, outputs.values(), strict=True)}
 
     def finish(self) -> QuantizedComponent:
-        return QuantizedComponent(quantized(self._manager), self._manager.scales(), self._folded)
+        module = quantized(self._manager)
+        return QuantizedComponent(module, scales_of(module, self._component.prefix), self._folded)
 
 
 class _GraphCalibration:
