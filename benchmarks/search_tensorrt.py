@@ -105,7 +105,9 @@ def run_polygraphy(path: Path, work: Path, golden: Path, mode: str, args: argpar
     work.mkdir()
     python = os.environ.get("CPDEBUG_TRT_PYTHON", sys.executable)
     checks, cache = work / "checks.jsonl", str(work / "timing.cache")
-    check = [sys.executable, str(Path(__file__).resolve()), "--check", str(golden), str(checks), str(args.limit)]
+    # Polygraphy's interpreter may have an environment of its own, which must not reach this one.
+    own = ["env", "-u", "PYTHONHOME", "-u", "LD_LIBRARY_PATH", f"PYTHONPATH={environment()['PYTHONPATH']}"]
+    check = [*own, sys.executable, str(Path(__file__).resolve()), "--check", str(golden), str(checks), str(args.limit)]
     command = [python, "-c", POLYGRAPHY, "debug", "precision", str(path), "--fp16", "--mode", mode,
                "--load-timing-cache", cache, "--save-timing-cache", cache, "--check", *check]  # fmt: skip
     started, stopped = time.monotonic(), False
@@ -171,6 +173,8 @@ def summary(name: str, row: Mapping[str, Any]) -> str:
     if "verdict" in row:
         found = [layer["nodes"] for layer in row["kept"]]
         return f"{name}: {row['builds']} builds, {row['wall_seconds']:.0f} s: {row['verdict']}; {found}"
+    if row["tried"] and not row["checks"]:
+        return f"{name}: void, its check command never ran to the end"
     answer = f"the first {row['layers']} layers" if row["layers"] is not None else "no answer"
     return (
         f"{name}: {row['builds']} builds, {row['wall_seconds']:.0f} s: {answer} of {max(row['tried'], default=0)} tried"
