@@ -12,7 +12,7 @@ from torch import nn
 from cp_debug.errors import InputError
 from cp_debug.probes.alignment import module_digest
 from cp_debug.quantization.amax_checkpoint import is_amax_checkpoint, load_amax_checkpoint
-from cp_debug.quantization.checkpoint import is_ptq_checkpoint, load_ptq_model
+from cp_debug.quantization.checkpoint import FILE, is_ptq_checkpoint, load_ptq_model
 from cp_debug.quantization.folding import apply_folding
 from cp_debug.quantization.layers import full_path, layers_of, matches, select
 from cp_debug.quantization.models import QuantizedComponent, quantize_model
@@ -35,7 +35,8 @@ def open_quantized(
     skip_layers: Sequence[str] = (),
     on_step: OnStep = lambda text, done, total: None,
 ) -> dict[str, QuantizedComponent]:
-    """Every component in INT8; without ``checkpoint`` calibrated on ``count`` samples of ``data``.
+    """Every component in INT8; without ``checkpoint`` (a file, or the folder of `cpdebug quantize ptq`) calibrated on
+    ``count`` samples of ``data``.
 
     ``skip_layers`` are globs over what stays in FP32, for a checkpoint beyond what it skips itself; it may be another
     tool's (``load_amax_checkpoint``). Raises InputError as ``quantize_model`` and the readers of checkpoints do.
@@ -43,6 +44,8 @@ def open_quantized(
     if checkpoint is None:
         samples = calibration_samples(model, data, count, on_step)
         return quantize_model(model, samples, method=method, skip_layers=skip_layers)
+    if checkpoint.is_dir():
+        checkpoint = checkpoint / FILE
     if is_amax_checkpoint(checkpoint):
         quantized = load_amax_checkpoint(model, checkpoint, next(model.samples(1, CALIBRATION_FIRST, None)))
     else:
