@@ -116,11 +116,18 @@ def test_quantised_layers_tell_step_and_clipping(result: BisectResult) -> None:
     assert (block["step"], block["clipped"]) == (replay.step, replay.clipped)
 
 
-def test_the_costliest_layer_is_named_with_the_option_that_spares_it(result: BisectResult) -> None:
-    (finding,) = result.tests[0].findings or [None]
-    if finding is not None:  # only where the outputs are beyond tolerance
-        assert finding.cause == "int8"
-        assert "--skip-layers" in finding.fix
+def test_the_costliest_layer_is_named_with_the_option_that_spares_it(model: TorchModel) -> None:
+    (test,) = bisect(model, "torch,ort-int8", options=Options(rtol=1e-4)).tests
+    (finding,) = test.findings
+    assert finding.cause == "int8"
+    assert finding.effect.share is not None
+    assert finding.effect.share > 0.1
+    module = finding.fix.partition("--skip-layers ")[2]
+    assert isinstance(model.components[0].module.get_submodule(module), nn.Module)
+    calibration = Calibration(skip_layers=[module])
+    (spared,) = bisect(model, "torch,ort-int8", options=Options(rtol=1e-4, calibration=calibration)).tests
+    steps = {row.name: row.replay.step for row in spared.rows if row.replay}
+    assert steps[finding.layers[0]] is None
 
 
 def test_a_saved_result_keeps_the_quantised_files(result: BisectResult) -> None:

@@ -139,6 +139,8 @@ class Bisection:
         self._reference, *self._tests = backends
         self._export, note = choose_export(backends, options.exporter)
         self._notes = [note] if note else []
+        if self._export.fused and not options.folded:
+            self._notes.append("BatchNorm is folded all the same: INT8 scales belong to folded weights")
         if options.knobs and not any(map(is_optimised, self._tests)):
             names = ", ".join(str(test.spec) for test in self._tests)
             raise InputError(f"--knobs: expected ort-basic or ort-all among the test backends, which are {names}")
@@ -365,7 +367,7 @@ class Bisection:
             observation=found.observation,
             notes=[
                 *self._notes,
-                *int8_notes(self._reference, run.pipeline, rows, self._how.get(id(run.pipeline.programs))),
+                *int8_notes(run.reference, run.pipeline, rows, self._how),
                 *observation_notes(str(self._reference.spec), self._steady),
                 *found.notes(str(run.pipeline.backend.spec)),
             ],

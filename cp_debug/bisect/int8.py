@@ -106,13 +106,14 @@ def both_int8(reference: Backend, test: Backend) -> bool:
     return wants_int8(reference) and wants_int8(test)
 
 
-def int8_notes(reference: Backend, pipeline: Pipeline, rows: Sequence[LayerRow], how: str | None) -> Iterator[str]:
-    """What a reader must know of a backend in INT8: ``how`` it was quantised here, whether it obeys the scales, and
-    whether integers were computed."""
+def int8_notes(
+    reference: Pipeline, pipeline: Pipeline, rows: Sequence[LayerRow], how: Mapping[int, str]
+) -> Iterator[str]:
+    """What a reader must know of a backend in INT8: how it was quantised here (by identity of its programs), whether it
+    obeys the scales, and whether integers were computed."""
     backend = pipeline.backend
-    if how is not None:
-        yield how
-    if both_int8(reference, backend):
+    yield from dict.fromkeys(how[id(p.programs)] for p in (reference, pipeline) if id(p.programs) in how)
+    if both_int8(reference.backend, backend):
         yield (
             "both sides are INT8, where roundings at ties tip over and grow from layer to layer: layers are judged by "
             "what they introduce, not by max |Δ| or rel. L2"

@@ -41,7 +41,7 @@ class TestRun:
         self.precision: Precision = PRECISIONS[pipeline.backend.precision]
         self.tolerance = tolerance
         self.oracle = oracle
-        self._reference = reference
+        self.reference = reference
         self.programs = {p.name: p for p in programs}
         self.layers = {Key(layer.component, layer.onnx): layer for layer in layers}
         self._names = {p.name: value_map(self.programs[p.name], p) for p in pipeline.programs}
@@ -94,7 +94,7 @@ class TestRun:
         """The replayer of a component, made once: every sample has the same probes."""
         if component not in self._replayers:
             assert self.oracle is not None
-            sides = self._reference, self.pipeline
+            sides = self.reference, self.pipeline
             graph = self.programs[component].graph
             known = [name for name in test.names(component=component) if Key(component, name) in self._seen]
             self._replayers[component] = Replayer(
@@ -127,10 +127,12 @@ class TestRun:
         )
 
     def quantized_name(self, key: Key) -> str:
-        """What the layer that computes a value is called where layers are chosen for INT8."""
+        """What the layer that computes a value is called where layers are chosen for INT8: a module by its path, for an
+        addition the one whose code adds; without a module the node."""
         (program,) = (p for p in self.pipeline.programs if p.name == key.component)
         names = {name: own for own, name in self._names[key.component].items()}
-        return layer_name(program, names.get(key.value, key.value))
+        name = layer_name(program, names.get(key.value, key.value))
+        return name if program.module is None else name.partition("/")[0]
 
     def observe(
         self, sample: Sample, probed: Mapping[str, Arrays], test: Capture
