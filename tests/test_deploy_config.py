@@ -185,3 +185,27 @@ def deployment(folder: Path, text: str) -> Deployment:
 def test_configuration_of_another_model_is_refused(tmp_path: Path, text: str, says: str) -> None:
     with pytest.raises(InputError, match=says):
         _ = deployment(tmp_path, text).model
+
+
+def test_awml_variants_inherit_a_skeleton_and_say_what_stays_in_fp16(tmp_path: Path) -> None:
+    skeleton = Path(__file__).parent / "data/awml/deploy_config.py"
+    write(tmp_path, "_base.py", skeleton.read_text())
+    config = load_config(
+        write(
+            tmp_path,
+            "deploy_config_int8.py",
+            "_base_ = ['./_base.py']\n"
+            "model_cfg = 'projects/CenterPoint/configs/second.py'\n"
+            "quantization = dict(enabled=True, mode='ptq', fuse_bn=True, default_precision='int8',\n"
+            "                    keep_fp16=['pts_voxel_encoder', 'pts_backbone.blocks.0'], disable_recipes=['add'])\n"
+            "onnx_config = dict(opset_version=17, visualize_qdq_values=True)\n"
+            "tensorrt_config = dict(plugin_libraries=[])\n"
+            "evaluation = dict(num_samples=3, num_warmup_samples=2)\n",
+        )
+    )
+    assert config.quantization is not None
+    assert config.quantization.skip_layers == ["pts_voxel_encoder", "pts_backbone.blocks.0"]
+    assert (config.export.opset, config.evaluate.samples) == (17, 3)
+    assert config.tensorrt.precision == "fp16", "inherited: what is not INT8 may run in FP16"
+    with pytest.raises(InputError, match="plugin_libraries"):
+        load_config(write(tmp_path, "d.py", "_base_ = '_base.py'\ntensorrt_config = dict(plugin_libraries=['a.so'])\n"))

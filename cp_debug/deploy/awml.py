@@ -73,6 +73,7 @@ class _Onnx(Section):
     export_params: Literal[True] = True
     keep_initializers_as_inputs: Literal[False] = False
     simplify: bool = False
+    visualize_qdq_values: bool = False
     multi_file: bool = True
     save_file: str | None = None
     input_names: list[str] | None = None
@@ -84,6 +85,7 @@ class _Onnx(Section):
 class _TensorRT(Section):
     precision_policy: Policy = "auto"
     max_workspace_size: int = Field(default=1 << 30, ge=1 << 20)
+    plugin_libraries: list[str] = Field(default=[], max_length=0)
 
 
 class _ModelInput(Section):
@@ -109,7 +111,8 @@ class _EvaluatedBackend(Section):
 
 class _Evaluation(Section):
     enabled: bool = False
-    num_samples: int = 10
+    num_samples: int = Field(default=10, ge=-1)
+    num_warmup_samples: int = 0
     verbose: bool = False
     backends: dict[Framework, _EvaluatedBackend] = Field(default={})
     models: dict[Framework, str | None] = Field(default={})
@@ -133,8 +136,9 @@ class _Verification(Section):
 
 
 class _Quantization(Section):
-    """What AWML quantises; ``mode`` says how the checkpoint came about. CenterPoint's SECOND has no residual sums and
-    no linear layers, so ``quant_add`` and ``quant_linear_backbone`` change nothing here."""
+    """What AWML quantises, by today's ``keep_fp16`` or by parts as before; ``mode`` says how the checkpoint came about.
+    CenterPoint's SECOND has no residual sums and no linear layers, so ``quant_add``, ``quant_linear_backbone`` and
+    ``disable_recipes`` change nothing here."""
 
     enabled: bool = False
     mode: Literal["ptq", "qat"] = "ptq"
@@ -148,6 +152,9 @@ class _Quantization(Section):
     skip_backbone_first_stages: int = Field(default=0, ge=0)
     skip_backbone_stages: list[int] = Field(default=[])
     sensitive_layers: list[str] = Field(default=[])
+    default_precision: Literal["int8"] = "int8"
+    keep_fp16: list[str] = Field(default=[])
+    disable_recipes: list[str] = Field(default=[])
 
     def skipped(self) -> list[str]:
         """Module paths that stay unquantised."""
@@ -162,15 +169,18 @@ class _Quantization(Section):
             *(path for path, quantised in parts.items() if not quantised),
             *(f"pts_backbone.blocks.{stage}" for stage in stages),
             *self.sensitive_layers,
+            *self.keep_fp16,
         ]
 
 
 class AwmlConfig(Section):
-    """A whole file. ``model_io`` describes the pipeline that AWML had before components, and is not used."""
+    """A whole file. ``model_io`` describes the pipeline that AWML had before components, ``model_cfg`` the model in
+    mmdet3d's terms; both are not used: the command line names the model."""
 
     task_type: Literal["detection3d"] = "detection3d"
     checkpoint_path: str | None = None
     deploy_log_path: str | None = None
+    model_cfg: str | None = None
     devices: _Devices = _Devices()
     export: _Export = _Export()
     components: dict[str, _Component] = Field(default={})
