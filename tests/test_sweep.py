@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from nets import second_like
 from onnx import numpy_helper
 from test_cli import run as cli
@@ -34,6 +35,15 @@ from cp_debug.sweep.tasks import Task, run_task
 
 INT8 = {"data": None, "samples": 2, "method": "max", "skip_layers": []}
 HOW = {"rtol": None, "atol": None, "explain": False, "calibration": INT8}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As workers have it: the order of sums, and so the last bits, may depend on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +122,7 @@ def test_a_task_is_the_bisect_of_its_sample(net: Path, backends: str) -> None:
     rows = {(place, row["onnx"]): row for place, r in enumerate(found) for row in r["result"]["layers"]}
     for expected in whole.tests[0].rows:  # of the sample on which the layer is worst
         row = rows[expected.sample, expected.onnx]
+        row.pop("noise_floor")  # a whole bisect observes the reference on its first sample
         assert {name: value for name, value in expected.to_dict().items() if name in row} == row
 
 
@@ -196,7 +207,7 @@ def test_failed_tasks_are_told_and_the_rest_is_reported(net: Path, tmp_path: Pat
     code, text = cli("sweep", "bisect", net, "-b", "ort,emu-fp16", "--inputs", inputs, "--workers", 1, "--log",
                      tmp_path / "log.jsonl", "--no-explain")  # fmt: skip
     assert code == 2
-    assert "1.npz" in text
+    assert "1.npz" in "".join(text.split())
     assert "agrees on 1 of 1 samples" in " ".join(text.split())
 
 

@@ -157,7 +157,12 @@ def test_poison_is_tried_three_times_and_the_rest_completes(tmp_path: Path) -> N
 
 def test_a_scheduler_with_its_own_number_of_tries(tmp_path: Path, cluster: Cluster) -> None:
     """Four deaths are Dask's default; the task is then asked once more, alone."""
+    from distributed import Client
+
     cluster.start_worker()
+    with Client(cluster.address) as client:
+        client.wait_for_workers(1)
+    time.sleep(1)  # a nanny whose worker dies while it starts gives up
     tasks = grid("deadly", 8, folder=str(tmp_path), poison=[2])
     with Log(tmp_path / "log.jsonl") as log:
         finished = run(lambda: tasks, log, lambda gpu: remote_workers(cluster.address))
