@@ -119,6 +119,7 @@ def foreign(path: Path, quantized: dict[str, QuantizedComponent], prefix: dict[s
     return path
 
 
+@pytest.mark.slow
 def test_checkpoints_of_pytorch_quantization_are_read(tmp_path: Path) -> None:
     model = load_model("centerpoint:tiny")
     prefix = {component.name: component.prefix for component in model.components}

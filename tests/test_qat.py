@@ -171,6 +171,7 @@ def test_scales_belong_to_the_trained_weights(net: nn.Module, quantized: nn.Modu
     assert torch.equal(load_ptq_model(net, tmp_path / "qat.pt")(x), quantized(x))
 
 
+@pytest.mark.slow
 def test_centerpoint_is_fine_tuned_in_place() -> None:
     model = as_trainable(load_model("centerpoint:tiny"))
     modules = modules_of(open_quantized(model, None, count=2, method="max"))

@@ -221,6 +221,7 @@ def test_bad_usage(net: Path, tmp_path: Path) -> None:
     assert (code, "twice" in text) == (2, True)
 
 
+@pytest.mark.slow
 def test_search_over_samples(net: Path, tmp_path: Path) -> None:
     from cp_debug.sweep import searching
 
@@ -246,6 +247,7 @@ def test_an_int8_reference_is_refused(net: Path) -> None:
         bisecting.tasks(grid_of(net, backends="emu-int8,ort"))
 
 
+@pytest.mark.slow
 def test_eval_says_what_the_plain_command_says() -> None:
     how = {"data_root": None, "sweeps": 9, "skip_missing": False, "calibration": INT8}
     grid = Grid(["centerpoint:tiny"], parse_backends("torch,emu-fp16"), samples=2, how=how)

@@ -203,7 +203,8 @@ def render(result: SweepResult) -> Iterator[RenderableType]:
         yield Text(f"{mark} {part.title}: {part.sentence}", style=style)
     if result.failures:
         yield Text()
-        yield _table(_failures(result, MOST_FAILURES))
+        for each in result.failures[:MOST_FAILURES]:  # lines, as paths and errors leave no room for columns
+            yield Text(f"{each.label}, {', '.join(each.backends)}, {each.sample}: {each.error}")
         yield Text(f"✗ {len(result.failures)} tasks failed; --retry-failed tries them again", style="bold red")
 
 
@@ -220,7 +221,7 @@ def render_page(result: SweepResult) -> str:
     sections = [section(group) for group in result.groups]
     if result.failures:
         failed = f"{len(result.failures)} of {result.tasks} tasks failed"
-        sections.append(Section("Failed tasks", False, failed, [_failures(result, 0)]))
+        sections.append(Section("Failed tasks", False, failed, [_failures(result)]))
     about = {"result": result, "summary": summary(result), "sections": sections, "version": cp_debug.__version__}
     return template.render(**about, **page_parts())
 
@@ -238,9 +239,9 @@ def write_csv(result: SweepResult, target: Path) -> None:
     write_text(pd.DataFrame(rows).to_csv(index=False), target)
 
 
-def _failures(result: SweepResult, most: int) -> Sheet:
+def _failures(result: SweepResult) -> Sheet:
     rows = [(each.label, ", ".join(each.backends), each.sample, each.error) for each in result.failures]
-    return Sheet("Failed tasks", ("model", "backends", "sample", "why"), rows, most)
+    return Sheet("Failed tasks", ("model", "backends", "sample", "why"), rows, 0)
 
 
 def _outliers(found: Sequence[Outlier], figure: str) -> list[Sheet]:
