@@ -10,13 +10,13 @@ import onnxruntime as ort
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from nets import NetBuilder, residual, second_like
 
 from cp_debug.backends.executor import Executor
 from cp_debug.errors import InputError
 from cp_debug.probes.graph import Graph
 from cp_debug.probes.qdq import insert_qdq, quantizable, weight_axis
 from cp_debug.quantization.scales import LayerScales
-from tests.nets import NetBuilder, residual, second_like
 
 FLOAT = onnx.TensorProto.FLOAT
 

@@ -12,6 +12,7 @@ import onnxruntime as ort
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from nets import NetBuilder, residual, second_like
 
 from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.base import Program
@@ -33,7 +34,6 @@ from cp_debug.repair.mixed import MixedExecutor
 from cp_debug.repair.strategy import smallest
 from cp_debug.repair.trials import Precision, precision_of
 from cp_debug.repair.units import fused, units_of
-from tests.nets import NetBuilder, residual, second_like
 
 # ---- goals
 

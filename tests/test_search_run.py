@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from nets import NetBuilder
 from test_trt_runner import install, save_net
 from typer.testing import CliRunner
 
@@ -27,7 +28,6 @@ from cp_debug.recipes.registry import load_model
 from cp_debug.repair.goal import Goal
 from cp_debug.repair.result import SearchResult
 from cp_debug.repair.search import SearchOptions, samples_for, search
-from tests.nets import NetBuilder
 
 GOAL = "rel_l2<1e-2"
 
