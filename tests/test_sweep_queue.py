@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -225,8 +225,9 @@ def test_a_scheduler_that_stays_away_and_the_same_command_again(
 def test_interrupted_as_by_the_keyboard(tmp_path: Path) -> None:
     """Ctrl-C goes to the workers too; the log stays usable."""
     script = (
-        "import sys; from pathlib import Path; import test_sweep_queue as t\n"
+        "import signal, sys; from pathlib import Path; import test_sweep_queue as t\n"
         "if __name__ == '__main__':\n"
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background\n"
         "    t.sweep(t.grid('slow', 30, folder=sys.argv[1], seconds=0.2), Path(sys.argv[1], 'log.jsonl'))\n"
     )
     file = tmp_path / "sweep_script.py"
@@ -274,6 +275,30 @@ def test_local_workers_on_gpus_see_one_each(monkeypatch: pytest.MonkeyPatch) -> 
         resources = [worker["resources"] for worker in client.scheduler_info()["workers"].values()]
     assert sorted(seen.values()) == ["0", "1"]
     assert resources == [{"GPU": 1}, {"GPU": 1}]
+
+
+def test_a_worker_that_dies_while_it_starts(tmp_path: Path) -> None:
+    """As it does when a script that starts a sweep has no guard: its workers import it and would start their own."""
+    file = tmp_path / "unguarded.py"
+    file.write_text("from cp_debug.sweep.workers import local_workers\nwith local_workers(1):\n    print('started')\n")
+    done = subprocess.run([sys.executable, str(file)], env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "started" not in done.stdout
+    assert "behind if __name__ == '__main__'" in done.stderr
+
+
+def test_workers_here_that_are_gone_are_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cp_debug.sweep.queue.PATIENCE", 0.5)
+    monkeypatch.setattr("cp_debug.sweep.queue._LOOK", 0.1)
+    tasks = grid("slow", 8, folder=str(tmp_path), seconds=0.2)
+    with Log(tmp_path / "log.jsonl") as log, local_workers(1) as client:
+
+        def look(progress: Progress) -> None:
+            if progress.done == 2 and client.cluster.workers:
+                client.cluster.scale(0)
+
+        with pytest.raises(ClusterLost, match=r"all worker processes died.* of 8 tasks are in .*the same command"):
+            run(lambda: tasks, log, lambda gpu: nullcontext(client), on_progress=look)
 
 
 def test_no_gpu_here(monkeypatch: pytest.MonkeyPatch) -> None:

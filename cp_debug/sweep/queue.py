@@ -27,6 +27,9 @@ LEAST = 16
 """Tasks in flight at least, so that new workers find work."""
 _LOOK = 2.0
 """Seconds after which the number of workers is asked for again."""
+PATIENCE = 60.0
+"""Seconds after which workers of this machine that are all gone are not waited for: a nanny whose worker dies while it
+starts gives up. A cluster may get others at any time."""
 _POLL = 0.005
 
 
@@ -73,9 +76,10 @@ class Queue:
         self._deaths: Counter[str] = Counter()
         self._submitted = 0
         self._threads, self._looked = 0, float("-inf")
+        self._manned = time.monotonic()
 
     def run(self, tasks: Iterator[Task]) -> None:
-        """Until every task is in the log. Raises ClusterLost when the scheduler stays away."""
+        """Until every task is in the log. Raises ClusterLost when the scheduler, or all workers here, stay away."""
         from distributed import as_completed
 
         landed = as_completed(loop=self._client.loop)
@@ -162,23 +166,27 @@ class Queue:
         while self._client.status == "connecting":
             time.sleep(0.05)
         if self._client.status != "running":
-            raise ClusterLost(
-                f"the scheduler at {self._address} went away and did not come back; "
-                f"{self.progress.done} of {self.progress.total} tasks are in {self._log.path}: "
-                "the same command goes on from there"
-            )
+            raise self._lost(f"the scheduler at {self._address} went away and did not come back")
+
+    def _lost(self, why: str) -> ClusterLost:
+        done = f"{self.progress.done} of {self.progress.total} tasks are in {self._log.path}"
+        return ClusterLost(f"{why}; {done}: the same command goes on from there")
 
     def _look(self) -> None:
         """How many tasks can run at once, now and then: clusters grow and shrink."""
         if time.monotonic() - self._looked < _LOOK:
             return
         self._connected()
-        self._looked = time.monotonic()
+        self._looked = now = time.monotonic()
         try:
-            workers = self._client.scheduler_info()["workers"]
+            workers = self._client.scheduler_info(n_workers=-1)["workers"]  # some versions tell of 5 unless asked
         except (OSError, asyncio.TimeoutError):  # the scheduler went away just now
             return
         self.progress.present = len(workers)
+        if workers or self._client.cluster is None:
+            self._manned = now
+        elif now - self._manned > PATIENCE:
+            raise self._lost("all worker processes died, and none was started again")
         self._threads = sum(worker["nthreads"] for worker in workers.values())
         gpus = any(worker["resources"].get("GPU") for worker in workers.values())
         self.progress.waiting_for_gpu = not gpus and any(flight.task.gpu for flight in self._flying.values())

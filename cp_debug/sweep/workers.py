@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from cp_debug.errors import BackendUnavailable, CpdebugError, InputError
 from cp_debug.optional import require
 
 if TYPE_CHECKING:
-    from distributed import Client, LocalCluster
+    from distributed import Client, Nanny
 
 
 _QUIET = {"distributed.admin.low-level-log-length": 10}
@@ -19,7 +19,7 @@ _QUIET = {"distributed.admin.low-level-log-length": 10}
 
 
 class ClusterLost(CpdebugError):
-    """The scheduler went away and did not come back; everything finished so far is in the log."""
+    """The scheduler or all workers went away and did not come back; everything finished so far is in the log."""
 
     exit_code = 3
 
@@ -29,47 +29,46 @@ def local_workers(count: int, *, gpu: bool = False) -> Iterator[Client]:
     """``count`` processes here, one task and one thread each, so that results do not depend on how many they are.
 
     gpu: one process a GPU at most, each seeing its own, with the resource ``GPU=1``. Raises BackendUnavailable where
-    there is no GPU, MissingPackage without Dask.
+    there is no GPU, MissingPackage without Dask, ClusterLost when a process dies while it starts.
     """
     require("distributed", "dask")
     import dask
-    from distributed import Client
+    from distributed import Client, LocalCluster
 
     options: dict[str, Any] = {
-        "n_workers": 0,
         "threads_per_worker": 1,
         "processes": True,
         "dashboard_address": "127.0.0.1:0",
         "silence_logs": logging.CRITICAL,
         "scheduler_kwargs": {"allowed_failures": 0},  # the queue counts the tries: see ``queue``
     }
-    devices = _devices() if gpu else 0
     if gpu:
-        options["resources"] = {"GPU": 1}
+        devices = _devices()
         count = min(count, devices)
-    # One task a worker, none waiting behind it: a task that kills its worker then takes no other along.
-    with (
-        dask.config.set({**_QUIET, "distributed.scheduler.worker-saturation": 1.0}),
-        _cluster(devices, options) as cluster,
-        Client(cluster, set_as_default=False) as client,
-    ):
-        cluster.scale(count)
-        client.wait_for_workers(count)
-        yield client
+        options |= {"worker_class": _pinned(devices), "resources": {"GPU": 1}}
+    with ExitStack() as stack:
+        # One task a worker, none waiting behind it: a task that kills its worker then takes no other along.
+        stack.enter_context(dask.config.set({**_QUIET, "distributed.scheduler.worker-saturation": 1.0}))
+        try:
+            cluster = stack.enter_context(LocalCluster(n_workers=count, **options))
+        except RuntimeError as error:
+            raise ClusterLost(
+                f"--workers: a process died while it started ({error}); what it said is above. Workers import the "
+                "script that starts them: there it must stand behind if __name__ == '__main__'"
+            ) from None
+        yield stack.enter_context(Client(cluster, set_as_default=False))
 
 
-def _cluster(devices: int, options: dict[str, Any]) -> LocalCluster:
-    from distributed import LocalCluster
+def _pinned(devices: int) -> type[Nanny]:
+    from distributed import Nanny
 
-    class Pinned(LocalCluster):
+    class Pinned(Nanny):
         """Worker n sees GPU n alone."""
 
-        def new_worker_spec(self) -> dict[int, dict[str, Any]]:
-            ((name, spec),) = super().new_worker_spec().items()
-            environment = {"CUDA_VISIBLE_DEVICES": str(name % devices)}
-            return {name: {**spec, "options": {**spec["options"], "env": environment}}}
+        def __init__(self, scheduler: str, *, name: int, **options: Any) -> None:
+            super().__init__(scheduler, name=name, env={"CUDA_VISIBLE_DEVICES": str(name % devices)}, **options)
 
-    return (Pinned if devices else LocalCluster)(**options)
+    return Pinned
 
 
 def _devices() -> int:
