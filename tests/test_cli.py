@@ -12,8 +12,10 @@ import numpy as np
 import onnx
 import pytest
 from nets import NetBuilder, second_like
+from rich.text import Text
 from typer.testing import CliRunner
 
+from cp_debug.cli import console
 from cp_debug.cli.main import app
 from cp_debug.errors import CpdebugError
 
@@ -31,6 +33,16 @@ def run(*args: object) -> tuple[int, str]:
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise done.exception
     return done.exit_code, done.output
+
+
+def test_text_to_be_copied_is_not_broken_into_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console.console, "width", 20)
+    command, sentence = Text("trtexec --onnx=net.onnx --fp16", no_wrap=True), Text("more than twenty letters")
+    console.show_document([command, sentence], {}, None)
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [command.plain, "more than twenty", "letters"]
 
 
 def test_agreement_is_exit_0_and_tables_go_to_stdout(net: Path) -> None:

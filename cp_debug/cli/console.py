@@ -51,12 +51,15 @@ def show(
 
 
 def show_document(parts: Iterable[RenderableType], document: Mapping[str, Any], json: str | None) -> None:
-    """Print the parts, and write the document as JSON to a file; with ``-`` to stdout, and nothing else goes there."""
+    """Print the parts, and write the document as JSON to a file; with ``-`` to stdout, and nothing else goes there.
+
+    Text that says ``no_wrap`` is not broken into lines: it is to be copied.
+    """
     from cp_debug.files import write_text
 
     if json != "-":
         for part in parts:
-            console.print(part)
+            console.print(part, soft_wrap=bool(getattr(part, "no_wrap", False)))
     if json:
         text = dumps(document, indent=1, allow_nan=False) + "\n"
         write_text(text, None if json == "-" else Path(json))

@@ -60,7 +60,7 @@ def search(
 
     from cp_debug.backends.spec import parse_backends
     from cp_debug.bisect.int8 import load_quantized
-    from cp_debug.cli.console import show_document, steps
+    from cp_debug.cli.console import errors, show_document, steps
     from cp_debug.repair.goal import Goal
     from cp_debug.repair.search import SearchOptions, samples_for
     from cp_debug.repair.search import search as run
@@ -86,6 +86,8 @@ def search(
         made = tensorrt.make(specs, engines, on_step)
         result = run(loaded, made, parsed, found, replace(options, quantized=parts), on_step)
     show_document(render(result), result.to_dict(), json)
+    if onnx and result.reached:
+        errors.print(f"{onnx}: written", markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(0 if result.reached else 1)
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
-from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
@@ -26,17 +25,17 @@ def render(result: SearchResult) -> Iterator[RenderableType]:
     yield Text.assemble((result.model, "bold"), f" · {result.reference} → {backend} · goal {result.goal}")
     if result.kept:
         yield kept_table(result)
+    yield Text("fewer layers or a smaller error: no trial beats these in both", style="italic")
     yield pareto_table(result)
     for note in result.notes:
         yield Text(f"note: {note}", style="yellow")
     style = "bold red" if not result.reached else ("green" if result.minimal or not result.kept else "yellow")
     yield Text(result.verdict, style=style)
     emulated = sum(trial.emulated for trial in result.trials)
-    yield Text(
-        f"{len(result.trials) - emulated} trials on {backend} ({result.builds} builds in this run), "
-        f"{emulated} emulated, {result.seconds:.1f} s",
-        style="dim",
-    )
+    trials = f"{len(result.trials) - emulated} trials on {backend}"
+    if not result.emulated:
+        trials += f" ({result.builds} builds in this run), {emulated} on the emulator"
+    yield Text(f"{trials}; {result.seconds:.1f} s", style="dim")
     if result.reached:
         yield from handover(result)
 
@@ -67,7 +66,6 @@ def pareto_table(result: SearchResult) -> Table:
     figures = list(result.baseline.measured.figures or result.best.measured.figures)
     timed = any(trial.latency is not None for trial in result.pareto)
     table = _table("layers kept", *figures, *(["latency"] if timed else []), "")
-    table.title = "fewer layers or a smaller error: no trial beats these in both"
     for trial in result.pareto:
         values = [number(trial.measured.figures[name]) for name in figures]
         latency = ["–" if trial.latency is None else f"{trial.latency * 1e3:.2f} ms"] if timed else []
@@ -85,11 +83,11 @@ def handover(result: SearchResult) -> Iterator[RenderableType]:
             yield Text(line, no_wrap=True, overflow="ignore")
     if fragment := deploy_fragment(result.keep, result.precision):
         yield Text("configuration of cpdebug deploy:", style="bold")
-        yield Syntax(fragment, "yaml", background_color="default")
+        yield Text(fragment.rstrip(), no_wrap=True, overflow="ignore")
 
 
 def _table(*headers: str) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False, title_justify="left", title_style="italic")
+    table = Table(box=None, header_style="bold", pad_edge=False)
     for header in headers:
         numeric = header.startswith(("introduces", "effect", "rel_l2", "max_abs", "boxes", "map", "latency"))
         table.add_column(header, justify="right" if numeric else "left", overflow="fold")
