@@ -7,20 +7,16 @@ serves all draws; a sample of weight k counts as k equal ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from cp_debug.deploy.matching import THRESHOLDS, confidence_order, match_centers, match_overlaps
+from cp_debug.deploy.curves import Curves
+from cp_debug.deploy.matching import THRESHOLDS, match_centers, match_overlaps
 from cp_debug.deploy.objects import Boxes, Floats, Ints, Objects
 
-MIN_RECALL = 0.1
-MIN_PRECISION = 0.1
-RECALLS = np.linspace(0, 1, 101)
-FIRST = round(100 * MIN_RECALL) + 1
-"""The first of ``RECALLS`` that counts."""
 TP_THRESHOLD = 2.0
 """Metres within which a detection's errors are taken."""
 
@@ -33,81 +29,10 @@ HALF_TURN = ("barrier",)
 """Classes whose front is like their back."""
 MAP_WEIGHT = 5
 """Of mAP in NDS; each error has weight 1."""
+BLOCK = 2**16
+"""Draws × predictions worked on at once: such arrays stay in the cache."""
 
 OVERLAPS = (0.5, 0.7)
-OVERLAP_RECALLS = np.arange(1, 41) / 40
-"""Where KITTI (R40) samples the precision."""
-
-Mask = NDArray[np.bool_]
-
-
-class Curves:
-    """Recall and precision of one class along falling confidence, in each of B draws.
-
-    ``predicted`` and ``truth`` are of that class; ``weights`` [B, S] are of each sample in each draw.
-    """
-
-    def __init__(self, predicted: Objects, truth: Objects, weights: Floats) -> None:
-        self.order = confidence_order(predicted.scores)
-        self._scores = predicted.scores[self.order]
-        self._weights = weights[:, predicted.samples[self.order]]
-        self._drawn = [np.flatnonzero(row) for row in self._weights]
-        self._positives = weights[:, truth.samples].sum(axis=1)
-
-    def average_precision(self, matched: Ints) -> Floats:
-        """nuScenes' AP [B]: the mean precision beyond ``MIN_RECALL``, less ``MIN_PRECISION`` and not below 0, scaled to
-        reach 1. ``matched`` [N] is the object that each prediction found, -1 for none."""
-        beyond = np.zeros((len(self._weights), len(RECALLS) - FIRST))
-        for draw, recall, precision in self._found(matched):
-            beyond[draw] = np.interp(RECALLS[FIRST:], recall, precision, right=0)
-        return np.maximum(beyond - MIN_PRECISION, 0).mean(axis=1) / (1 - MIN_PRECISION)
-
-    def interpolated_precision(self, matched: Ints) -> Floats:
-        """KITTI's AP [B]: over 40 recalls the mean of the best precision at that recall or a higher one."""
-        best = np.zeros((len(self._weights), len(OVERLAP_RECALLS)))
-        for draw, recall, precision in self._found(matched):
-            highest = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0)
-            best[draw] = highest[np.searchsorted(recall, OVERLAP_RECALLS)]
-        return best.mean(axis=1)
-
-    def mean_errors(self, matched: Ints, errors: Floats) -> Floats:
-        """Of each kind of error [E, N] the mean over the recalls from ``MIN_RECALL`` to the highest reached: [B, E].
-
-        At a recall it is the running mean of the hits so far, NaN left out. 1 where that recall is not reached, and
-        where all are NaN.
-        """
-        hits, errors = matched[self.order] >= 0, errors[:, self.order]
-        means = np.ones((len(self._weights), len(errors)))
-        for draw, recall, _ in self._found(matched):
-            drawn = self._drawn[draw]
-            confidence = np.interp(RECALLS, recall, self._scores[drawn], right=0)
-            reached = np.flatnonzero(confidence)
-            if not len(reached) or reached[-1] < FIRST:
-                continue
-            used = drawn[hits[drawn]]
-            running = _running_means(errors[:, used], self._weights[draw, used])
-            at = confidence[FIRST : reached[-1] + 1]
-            for index, row in enumerate(running):
-                means[draw, index] = np.interp(at, self._scores[used][::-1], row[::-1]).mean()
-        return means
-
-    def _found(self, matched: Ints) -> Iterator[tuple[int, Floats, Floats]]:
-        """(draw, recall, precision) of the draws in which anything is found; a value for each drawn prediction."""
-        hits = matched[self.order] >= 0
-        for draw, drawn in enumerate(self._drawn):
-            weights = self._weights[draw, drawn]
-            found = (weights * hits[drawn]).cumsum()
-            if len(found) and found[-1]:
-                yield draw, found / self._positives[draw], found / weights.cumsum()
-
-
-def _running_means(errors: Floats, weights: Floats) -> Floats:
-    """Weighted means [E, N] of the first 1 … N errors of each kind, NaN left out: 0 before the first, 1 without any."""
-    known = ~np.isnan(errors)
-    sums, counts = (np.where(known, errors, 0) * weights).cumsum(axis=1), (known * weights).cumsum(axis=1)
-    means = np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0)
-    means[counts[:, -1] == 0] = 1
-    return means
 
 
 def average_precision(predicted: Objects, truth: Objects, thresholds: Sequence[float] = THRESHOLDS) -> Floats:
@@ -165,18 +90,24 @@ def score(predicted: Boxes, truth: Boxes, class_names: Sequence[str], weights: F
 
 def _score_class(predicted: Boxes, truth: Boxes, name: str, weights: Floats) -> tuple[Floats, ...]:
     """The fields of ``Scores`` for one class, without the axis of the classes."""
-    curves = Curves(predicted, truth, weights)
     matches = match_centers(predicted, truth)
-    near = matches[THRESHOLDS.index(TP_THRESHOLD)]
-    errors = curves.mean_errors(near, box_errors(predicted, truth, near, half_turn=name in HALF_TURN))
-    errors[:, [ERRORS.index(kind) for kind in UNDEFINED.get(name, ())]] = np.nan
     overlapping = [match_overlaps(predicted, truth, OVERLAPS, bev=bev) for bev in (True, False)]
-    return (
-        np.stack([curves.average_precision(matched) for matched in matches], axis=1),
-        errors,
-        *(np.stack([curves.interpolated_precision(row) for row in rows], axis=1) for rows in overlapping),
-        weights[:, predicted.samples[near >= 0]].sum(axis=1),
-    )
+    near = matches[THRESHOLDS.index(TP_THRESHOLD)]
+    errors = box_errors(predicted, truth, near, half_turn=name in HALF_TURN)
+
+    def figures(weights: Floats) -> tuple[Floats, ...]:
+        curves = Curves(predicted, truth, weights)
+        mean_errors = curves.mean_errors(near, errors)
+        mean_errors[:, [ERRORS.index(kind) for kind in UNDEFINED.get(name, ())]] = np.nan
+        return (
+            np.stack([curves.average_precision(matched) for matched in matches], axis=1),
+            mean_errors,
+            *(np.stack([curves.interpolated_precision(row) for row in rows], axis=1) for rows in overlapping),
+            weights[:, predicted.samples[near >= 0]].sum(axis=1),
+        )
+
+    blocks = np.array_split(weights, math.ceil(len(weights) * max(len(predicted), 1) / BLOCK))
+    return tuple(np.concatenate(each) for each in zip(*map(figures, blocks), strict=True))
 
 
 def box_errors(predicted: Boxes, truth: Boxes, matched: Ints, *, half_turn: bool = False) -> Floats:
