@@ -108,8 +108,9 @@ def test_a_folder_gives_a_sample_a_file(net: Path, tmp_path: Path) -> None:
     grid = grid_of(net, samples=2, inputs=tmp_path)
     found = [record["result"]["sample"] for record in records(bisecting.tasks(grid))]
     assert found == [str(tmp_path / "0.npz"), str(tmp_path / "1.npz")]
+    (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds no sample"):
-        sample_files(tmp_path.parent / tmp_path.name / "empty" if (tmp_path / "empty").mkdir() else tmp_path / "empty")
+        sample_files(tmp_path / "empty")
 
 
 @pytest.mark.parametrize("backends", ["ort,emu-fp16", "ort,emu-int8"])
@@ -215,6 +216,8 @@ def test_bad_usage(net: Path, tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     assert cli("sweep", "bisect", net, "--workers", 2, "--cluster", "tcp://x:1", "--log", log)[0] == 2
     assert cli("sweep", "bisect", tmp_path / "none.onnx", "--log", log)[0] == 2
+    code, text = cli("sweep", "bisect", net, "--log", tmp_path / "run.csv")
+    assert (code, "expected FILE.jsonl or FILE.parquet" in text) == (2, True)
     code, text = cli("sweep", "search", net, "-b", "ort,emu-fp16acc", "--goal", "map_drop<1", "--log", log)
     assert (code, "many samples" in text) == (2, True)
     code, text = cli("sweep", "bisect", net, net, "-b", "ort,emu-fp16", "--log", log)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from cp_debug.cli import calibration, tensorrt
+from cp_debug.cli.flags import grouped
 
 
 class Level(str, Enum):
@@ -25,6 +26,11 @@ class Exporter(str, Enum):
     dynamo = "dynamo"
     torchscript = "torchscript"
 
+    @property
+    def chosen(self) -> str | None:
+        """None: whoever exports chooses."""
+        return None if self is Exporter.auto else self.value
+
 
 class Oracle(str, Enum):
     """The arithmetic that judges."""
@@ -34,6 +40,7 @@ class Oracle(str, Enum):
     fp64 = "fp64"
 
 
+@grouped
 def bisect(
     model: Annotated[
         str, typer.Argument(help="A recipe (`cpdebug models`), an .onnx file, or module:callable / file.py:callable.")
@@ -67,10 +74,8 @@ def bisect(
     csv: Annotated[Path | None, typer.Option(help="Write the layer table as CSV.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the HTML report: one file, works offline.")] = None,
     save: Annotated[Path | None, typer.Option(help="Keep result, graphs and captures in this folder.")] = None,
-    calib_data: calibration.Data = None,
-    calib_samples: calibration.Samples = 8,
-    calib_method: calibration.Calibrator = calibration.Method.mse,
-    skip_layers: calibration.SkipLayers = None,
+    *,
+    int8: calibration.Flags,
     trt_python: tensorrt.Python = None,
     strongly_typed: tensorrt.StronglyTyped = False,
     probes: tensorrt.ProbeMode = tensorrt.Probes.boundaries,
@@ -111,9 +116,11 @@ def bisect(
         replay=replay,
         explain=explain,
         knobs=knobs,
-        exporter=None if exporter is Exporter.auto else exporter.value,
+        exporter=exporter.chosen,
         folded=not unfolded,
-        calibration=Calibration(calib_data, calib_samples, calib_method.value, skip_layers or ()),
+        calibration=Calibration(
+            int8.calib_data, int8.calib_samples, int8.calib_method.value, tuple(int8.skip_layers or ())
+        ),
         save=kept,
     )
     engines = tensorrt.tensorrt_options(

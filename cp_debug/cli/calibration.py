@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -31,3 +32,13 @@ SkipLayers = Annotated[
     list[str] | None,
     typer.Option("--skip-layers", help="Leave these unquantized: globs; repeatable.", rich_help_panel=PANEL),
 ]
+
+
+@dataclass(frozen=True)
+class Flags:
+    """All of them."""
+
+    calib_data: Data = None
+    calib_samples: Samples = 8
+    calib_method: Calibrator = Method.mse
+    skip_layers: SkipLayers = None

@@ -55,7 +55,7 @@ def capture(
             inputs=inputs,
             samples=samples,
             seed=seed,
-            exporter=None if exporter is Exporter.auto else exporter.value,
+            exporter=exporter.chosen,
             folded=not unfolded,
             on_step=on_step,
         )

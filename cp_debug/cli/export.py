@@ -41,7 +41,7 @@ def export(
     loaded = load_model(model, checkpoint=checkpoint, seed=seed)
     if rot_y_axis_reference:
         turn_outputs(loaded)
-    options = ExportOptions(opset, None if exporter is Exporter.auto else exporter.value, not unfolded, simplify)
+    options = ExportOptions(opset, exporter.chosen, not unfolded, simplify)
     with steps() as on_step:
         sample = next(iter(loaded.samples(1, seed, inputs)))
         if quantized is None:

@@ -71,7 +71,7 @@ def search(
         max_builds=max_builds,
         budget=None if budget is None else parse_duration(budget),
         log=log,
-        exporter=None if exporter is Exporter.auto else exporter.value,
+        exporter=exporter.chosen,
         folded=not unfolded,
         test_model=test_model,
         inputs=inputs,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ import typer
 
 from cp_debug.cli import calibration
 from cp_debug.cli.bisect import Exporter
+from cp_debug.cli.flags import grouped
 from cp_debug.errors import InputError
 
 if TYPE_CHECKING:
@@ -49,26 +49,85 @@ Inputs = Annotated[Path | None, typer.Option(help="Info file (.pkl), .npz, point
 Seed = Annotated[int, typer.Option(help="Of made-up inputs; first synthetic scene.")]
 Exporters = Annotated[Exporter, typer.Option(help="For torch models; auto: what all backends read.")]
 Unfolded = Annotated[bool, typer.Option("--unfolded", help="Keep BatchNorm apart.")]
-Workers = Annotated[
-    int | None, typer.Option(min=1, help="Processes on this machine; default: its cores.", rich_help_panel=QUEUE)
-]
-Cluster = Annotated[str | None, typer.Option(help="Instead, a Dask scheduler: tcp://host:8786.", rich_help_panel=QUEUE)]
-LogFile = Annotated[
-    Path | None,
-    typer.Option("--log", help="FILE.jsonl, which a restart reads; FILE.parquet: that too.", rich_help_panel=QUEUE),
-]
-RetryFailed = Annotated[
-    bool, typer.Option("--retry-failed", help="Try tasks again that failed in an earlier run.", rich_help_panel=QUEUE)
-]
-Output = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Folder for the log and all reports.", rich_help_panel=REPORT)
-]
-Json = Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.", rich_help_panel=REPORT)]
-Csv = Annotated[Path | None, typer.Option(help="Write the figures as CSV.", rich_help_panel=REPORT)]
-Html = Annotated[Path | None, typer.Option(help="Write the report as one HTML file.", rich_help_panel=REPORT)]
+
+
+@dataclass(frozen=True)
+class Desk:
+    """Where tasks go and reports come out: the flags that all kinds share."""
+
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes on this machine; default: its cores.", rich_help_panel=QUEUE)
+    ] = None
+    cluster: Annotated[
+        str | None, typer.Option(help="Instead, a Dask scheduler: tcp://host:8786.", rich_help_panel=QUEUE)
+    ] = None
+    log: Annotated[
+        Path | None,
+        typer.Option(help="FILE.jsonl, which a restart reads; FILE.parquet: that too.", rich_help_panel=QUEUE),
+    ] = None
+    retry_failed: Annotated[
+        bool,
+        typer.Option("--retry-failed", help="Try tasks again that failed in an earlier run.", rich_help_panel=QUEUE),
+    ] = False
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the log and all reports.", rich_help_panel=REPORT)
+    ] = None
+    json: Annotated[
+        str | None, typer.Option(help="Write JSON to a file, or to stdout with -.", rich_help_panel=REPORT)
+    ] = None
+    csv: Annotated[Path | None, typer.Option(help="Write the figures as CSV.", rich_help_panel=REPORT)] = None
+    html: Annotated[Path | None, typer.Option(help="Write the report as one HTML file.", rich_help_panel=REPORT)] = None
+
+    def run(
+        self,
+        kind: str,
+        tasks: Callable[[], Iterable[Task]],
+        merge: Callable[[Iterable[Record]], Sequence[Group]],
+        flat: tuple[Flatten, Mapping[str, type]],
+    ) -> None:
+        """Run what is left, merge what there is, show it, and exit. ``flat``: how records become rows of a table."""
+        from cp_debug.cli.console import command_line, show_document
+        from cp_debug.cli.sweep_view import view
+        from cp_debug.reports.sweep import render, write_csv, write_page
+        from cp_debug.sweep.log import Log, write_parquet
+        from cp_debug.sweep.result import SweepResult
+        from cp_debug.sweep.run import run
+        from cp_debug.sweep.workers import local_workers, remote_workers
+
+        if self.workers and self.cluster:
+            raise InputError("--workers and --cluster: expected one of them; a cluster has its own workers")
+
+        def connect(gpu: bool) -> AbstractContextManager[Client]:
+            if self.cluster:
+                return remote_workers(self.cluster)
+            return local_workers(self.workers, gpu=gpu)
+
+        target = self.log or (self.output / "log.jsonl" if self.output else Path("sweep.jsonl"))
+        if target.suffix not in (".jsonl", ".parquet"):
+            raise InputError(f"--log: {target}; expected FILE.jsonl or FILE.parquet")
+        with Log(target.with_suffix(".jsonl")) as log:
+            with view(f"sweep {kind}") as on_progress:
+                finished = run(tasks, log, connect, retry_failed=self.retry_failed, on_progress=on_progress)
+            result = SweepResult.of(kind, finished, merge(finished.results()), command_line())
+            if target.suffix == ".parquet":
+                write_parquet(finished.results(), *flat, target)
+        json, csv, html = self.json, self.csv, self.html
+        if self.output:
+            json, csv, html = (
+                json or str(self.output / "sweep.json"),
+                csv or self.output / "sweep.csv",
+                html or self.output / "sweep.html",
+            )
+        show_document(render(result), result.to_dict(), json)
+        if csv:
+            write_csv(result, csv)
+        if html:
+            write_page(result, html)
+        raise typer.Exit(0 if result.passed else 2 if result.failures else 1)
 
 
 @app.command("bisect")
+@grouped
 def sweep_bisect(
     models: Models = None,
     backends: Backends = "torch,ort",
@@ -81,18 +140,9 @@ def sweep_bisect(
     explain: Annotated[bool, typer.Option(help="Try the known causes on every guilty layer.")] = True,
     exporter: Exporters = Exporter.auto,
     unfolded: Unfolded = False,
-    calib_data: calibration.Data = None,
-    calib_samples: calibration.Samples = 8,
-    calib_method: calibration.Calibrator = calibration.Method.mse,
-    skip_layers: calibration.SkipLayers = None,
-    workers: Workers = None,
-    cluster: Cluster = None,
-    log: LogFile = None,
-    retry_failed: RetryFailed = False,
-    output: Output = None,
-    json: Json = None,
-    csv: Csv = None,
-    html: Html = None,
+    *,
+    int8: calibration.Flags,
+    desk: Desk,
 ) -> None:
     """Which layers are guilty on how many samples, how their errors spread, and which samples stand out.
 
@@ -100,14 +150,13 @@ def sweep_bisect(
     """
     from cp_debug.sweep import bisecting
 
-    int8 = _calibration(calib_data or inputs, calib_samples, calib_method, skip_layers)
-    how = {"rtol": rtol, "atol": atol, "explain": explain, "calibration": int8}
+    how = {"rtol": rtol, "atol": atol, "explain": explain, "calibration": _calibration(int8, inputs)}
     grid = _grid(models, backends, checkpoint, samples, seed, inputs, exporter, unfolded, how)
-    desk = Desk(workers, cluster, log, retry_failed, output, json, csv, html)
     desk.run("bisect", lambda: bisecting.tasks(grid), bisecting.merge, (bisecting.rows, bisecting.COLUMNS))
 
 
 @app.command("eval")
+@grouped
 def sweep_eval(
     models: Models = None,
     backends: Backends = "torch,ort",
@@ -125,18 +174,9 @@ def sweep_eval(
     max_drop: Annotated[float, typer.Option(min=0, help="mAP that a backend may lose.")] = 0.01,
     exporter: Exporters = Exporter.auto,
     unfolded: Unfolded = False,
-    calib_data: calibration.Data = None,
-    calib_samples: calibration.Samples = 8,
-    calib_method: calibration.Calibrator = calibration.Method.mse,
-    skip_layers: calibration.SkipLayers = None,
-    workers: Workers = None,
-    cluster: Cluster = None,
-    log: LogFile = None,
-    retry_failed: RetryFailed = False,
-    output: Output = None,
-    json: Json = None,
-    csv: Csv = None,
-    html: Html = None,
+    *,
+    int8: calibration.Flags,
+    desk: Desk,
 ) -> None:
     """What `cpdebug eval` says, of many models at once: mAP, NDS, and in which samples boxes were lost or gained.
 
@@ -148,15 +188,15 @@ def sweep_eval(
 
     read = DataOptions(data_root and data_root.resolve(), sweeps, skip_missing)
     how: dict[str, Any] = {"data_root": read.root and str(read.root), "sweeps": sweeps, "skip_missing": skip_missing}
-    how["calibration"] = _calibration(calib_data, calib_samples, calib_method, skip_layers)
+    how["calibration"] = _calibration(int8)
     grid = replace(_grid(models, backends, checkpoint, samples, seed, data, exporter, unfolded, how), data=read)
     options = EvaluationOptions(min_points=min_points, draws=draws, seed=seed, max_drop=max_drop)
-    desk = Desk(workers, cluster, log, retry_failed, output, json, csv, html)
     merge = partial(evaluating.merge, options=options)
     desk.run("eval", lambda: evaluating.tasks(grid), merge, (evaluating.rows, evaluating.COLUMNS))
 
 
 @app.command("sensitivity")
+@grouped
 def sweep_sensitivity(
     models: Models = None,
     checkpoint: Checkpoints = None,
@@ -173,14 +213,8 @@ def sweep_sensitivity(
         Axis, typer.Option(help="What a task is: one sample and all layers, or all samples and a share of the layers.")
     ] = Axis.samples,
     draws: Annotated[int, typer.Option(min=0, help="Bootstrap draws for the intervals, by layers.")] = 200,
-    workers: Workers = None,
-    cluster: Cluster = None,
-    log: LogFile = None,
-    retry_failed: RetryFailed = False,
-    output: Output = None,
-    json: Json = None,
-    csv: Csv = None,
-    html: Html = None,
+    *,
+    desk: Desk,
 ) -> None:
     """Which layers suffer from INT8: how their errors spread over samples, or what `quantize sensitivity` says.
 
@@ -190,7 +224,6 @@ def sweep_sensitivity(
 
     how = {"batches": calib_samples, "method": calib_method.value, "draws": draws}
     grid = _grid(models, "torch,torch-fp64", checkpoint, samples, seed, data, Exporter.auto, False, how)
-    desk = Desk(workers, cluster, log, retry_failed, output, json, csv, html)
     desk.run(
         "sensitivity",
         lambda: sensitivity.tasks(grid, quantized or (), by_layers=by is Axis.layers),
@@ -200,6 +233,7 @@ def sweep_sensitivity(
 
 
 @app.command("search")
+@grouped
 def sweep_search(
     models: Models = None,
     backends: Backends = "torch,emu-fp16acc",
@@ -216,14 +250,8 @@ def sweep_search(
     max_builds: Annotated[int | None, typer.Option(min=1, help="Builds (emulated: trials) a task at most.")] = None,
     exporter: Exporters = Exporter.auto,
     unfolded: Unfolded = False,
-    workers: Workers = None,
-    cluster: Cluster = None,
-    log: LogFile = None,
-    retry_failed: RetryFailed = False,
-    output: Output = None,
-    json: Json = None,
-    csv: Csv = None,
-    html: Html = None,
+    *,
+    desk: Desk,
 ) -> None:
     """Which layers must keep their precision on how many samples. A task is one `cpdebug search` on one sample.
 
@@ -235,15 +263,17 @@ def sweep_search(
     grid = _grid(models, backends, checkpoint, samples, seed, inputs, exporter, unfolded, how)
     if test_model is not None:
         grid = replace(grid, reads=sorted(test_model.glob("*.onnx")) if test_model.is_dir() else [test_model])
-    desk = Desk(workers, cluster, log, retry_failed, output, json, csv, html)
     desk.run("search", lambda: searching.tasks(grid), searching.merge, (searching.rows, searching.COLUMNS))
 
 
-def _calibration(
-    data: Path | None, samples: int, method: calibration.Method, skip_layers: list[str] | None
-) -> dict[str, Any]:
-    named = None if data is None else str(data.resolve())
-    return {"data": named, "samples": samples, "method": method.value, "skip_layers": skip_layers or []}
+def _calibration(flags: calibration.Flags, inputs: Path | None = None) -> dict[str, Any]:
+    data = flags.calib_data or inputs
+    return {
+        "data": None if data is None else str(data.resolve()),
+        "samples": flags.calib_samples,
+        "method": flags.calib_method.value,
+        "skip_layers": flags.skip_layers or [],
+    }
 
 
 def _grid(
@@ -268,66 +298,7 @@ def _grid(
         samples=samples,
         seed=seed,
         inputs=inputs,
-        exporter=None if exporter is Exporter.auto else exporter.value,
+        exporter=exporter.chosen,
         folded=not unfolded,
         how=how,
     )
-
-
-@dataclass(frozen=True)
-class Desk:
-    """Where tasks go and reports come out: the flags that all kinds share."""
-
-    workers: int | None
-    cluster: str | None
-    log: Path | None
-    retry_failed: bool
-    output: Path | None
-    json: str | None
-    csv: Path | None
-    html: Path | None
-
-    def run(
-        self,
-        kind: str,
-        tasks: Callable[[], Iterable[Task]],
-        merge: Callable[[Iterable[Record]], Sequence[Group]],
-        flat: tuple[Flatten, Mapping[str, type]],
-    ) -> None:
-        """Run what is left, merge what there is, show it, and exit. ``flat``: how records become rows of a table."""
-        from cp_debug.cli.console import command_line, show_document
-        from cp_debug.cli.sweep_view import view
-        from cp_debug.reports.sweep import render, write_csv, write_page
-        from cp_debug.sweep.log import Log, write_parquet
-        from cp_debug.sweep.result import SweepResult
-        from cp_debug.sweep.run import run
-        from cp_debug.sweep.workers import local_workers, remote_workers
-
-        if self.workers and self.cluster:
-            raise InputError("--workers and --cluster: expected one of them; a cluster has its own workers")
-
-        def connect(gpu: bool) -> AbstractContextManager[Client]:
-            if self.cluster:
-                return remote_workers(self.cluster)
-            return local_workers(self.workers or len(os.sched_getaffinity(0)), gpu=gpu)
-
-        target = self.log or (self.output / "log.jsonl" if self.output else Path("sweep.jsonl"))
-        with Log(target.with_suffix(".jsonl")) as log:
-            with view(f"sweep {kind}") as on_progress:
-                finished = run(tasks, log, connect, retry_failed=self.retry_failed, on_progress=on_progress)
-            result = SweepResult.of(kind, finished, merge(finished.results()), command_line())
-            if target.suffix == ".parquet":
-                write_parquet(finished.results(), *flat, target)
-        json, csv, html = self.json, self.csv, self.html
-        if self.output:
-            json, csv, html = (
-                json or str(self.output / "sweep.json"),
-                csv or self.output / "sweep.csv",
-                html or self.output / "sweep.html",
-            )
-        show_document(render(result), result.to_dict(), json)
-        if csv:
-            write_csv(result, csv)
-        if html:
-            write_page(result, html)
-        raise typer.Exit(0 if result.passed else 2 if result.failures else 1)

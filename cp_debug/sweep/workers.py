@@ -25,8 +25,9 @@ class ClusterLost(CpdebugError):
 
 
 @contextmanager
-def local_workers(count: int, *, gpu: bool = False) -> Iterator[Client]:
-    """``count`` processes here, one task and one thread each, so that results do not depend on how many they are.
+def local_workers(count: int | None, *, gpu: bool = False) -> Iterator[Client]:
+    """``count`` processes here, by default as many as there are cores; one task and one thread each, so that results do
+    not depend on how many they are.
 
     gpu: one process a GPU at most, each seeing its own, with the resource ``GPU=1``. Raises BackendUnavailable where
     there is no GPU, MissingPackage without Dask, ClusterLost when a process dies while it starts.
@@ -44,7 +45,7 @@ def local_workers(count: int, *, gpu: bool = False) -> Iterator[Client]:
     }
     if gpu:
         devices = _devices()
-        count = min(count, devices)
+        count = min(count or devices, devices)
         options |= {"worker_class": _pinned(devices), "resources": {"GPU": 1}}
     with ExitStack() as stack:
         # One task a worker, none waiting behind it: a task that kills its worker then takes no other along.
