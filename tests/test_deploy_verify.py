@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import xml.etree.ElementTree as ET
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from onnx import numpy_helper
 from test_cli import run
 
-from cp_debug.bisect.pipeline import Key
+from cp_debug.bisect.pipeline import Key, Pipeline
 from cp_debug.deploy.config import load_config
 from cp_debug.deploy.preprocessing import compare_voxels, read_voxels
 from cp_debug.deploy.runner import deploy
@@ -24,6 +25,7 @@ from cp_debug.deploy.tolerance import MARGIN, Tolerances, noise_floors
 from cp_debug.deploy.verify import what_is_wrong
 from cp_debug.errors import InputError
 from cp_debug.probes.statistics import compare
+from cp_debug.recipes.base import Arrays, Sample
 from cp_debug.recipes.centerpoint.config import TINY
 from cp_debug.recipes.centerpoint.recipe import CenterPointModel
 from cp_debug.recipes.centerpoint.voxelize import Voxels, voxelize
@@ -95,6 +97,27 @@ def test_a_failed_verification_names_layer_and_cause(broken: Path, tmp_path: Pat
     assert "guilty layer" in failed[0].find("failure").get("message")
     (scenario,) = json.loads(report.read_text())["scenarios"]
     assert scenario["bisect"]["guilty"] == ["pts_bbox_head.task_heads.0.dim.1"]
+
+
+def test_a_reference_of_two_scenarios_runs_each_sample_once(deployed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And both are judged as each by itself."""
+    scenarios = "[{reference: torch, test: ort}, {reference: torch, test: emu-fp16}]"
+    both = deployment(deployed, verify=f"{{samples: 2, scenarios: {scenarios}}}")
+    ran: list[str] = []
+    run_pipeline = Pipeline.run
+
+    def counted(pipeline: Pipeline, sample: Sample) -> dict[str, Arrays]:
+        ran.append(str(pipeline.backend.spec))
+        return run_pipeline(pipeline, sample)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Pipeline, "run", counted)
+        together = both.verify(both.onnx_dir)
+    assert Counter(ran) == {"torch": 2, "ort": 2, "emu-fp16": 2, "torch-fp64": 1}
+    for test, scenario in zip(("ort", "emu-fp16"), together.scenarios, strict=True):
+        one = deployment(deployed, verify=f"{{samples: 2, scenarios: [{{reference: torch, test: {test}}}]}}")
+        (alone,) = one.verify(one.onnx_dir).scenarios
+        assert {**scenario.to_dict(), "seconds": 0} == {**alone.to_dict(), "seconds": 0}
 
 
 def test_a_deployment_of_broken_files_fails_in_page_and_exit_code(broken: Path, tmp_path: Path) -> None:

@@ -82,9 +82,10 @@ def evaluate(
     with tempfile.TemporaryDirectory(prefix="cpdebug-") as scratch, ExitStack() as stack:
         on_step("exporting", 0, steps)
         with clock("export"):
-            (example,) = model.samples(1, 0, None)
-            how, _ = choose_export(backends, exporter)
-            programs = programs or prepare(model, example, Path(scratch), how=how, folded=folded)
+            if programs is None:
+                how, _ = choose_export(backends, exporter)
+                (example,) = model.samples(1, 0, None)
+                programs = prepare(model, example, Path(scratch), how=how, folded=folded)
             pipelines = [stack.enter_context(Pipeline(model, programs, backend)) for backend in backends]
         samples = iterate(data)
         for index in range(len(data)):

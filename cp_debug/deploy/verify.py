@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,18 @@ from cp_debug.bisect.pipeline import Key, Pipeline
 from cp_debug.bisect.result import BisectResult, json_safe
 from cp_debug.bisect.scene import decode
 from cp_debug.deploy.detections import DetectionChange, compare_detections
+from cp_debug.deploy.evaluate import Clock
 from cp_debug.deploy.handover import checked
 from cp_debug.deploy.preprocessing import VoxelChange, compare_voxels, read_voxels, voxelize_on
 from cp_debug.deploy.tolerance import Tolerances, noise_floors
 from cp_debug.probes.statistics import TensorStats, compare
-from cp_debug.recipes.base import Arrays, Model, Sample
+from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.centerpoint.recipe import CenterPointModel
+from cp_debug.recipes.centerpoint.voxelize import Voxels
 
 OnStep = Callable[[str, int, int], None]
+Sides = tuple[Pipeline, Pipeline]
+"""A reference and a test."""
 
 
 @dataclass(frozen=True)
@@ -141,112 +146,117 @@ def verify(
     *,
     on_step: OnStep = lambda text, done, total: None,
 ) -> VerifyResult:
-    """Run ``programs`` on both backends of every scenario and compare all outputs of all components.
+    """Run ``programs`` on both backends of every scenario and compare all outputs of all components. A backend runs a
+    sample once, in however many scenarios it is.
 
     ``programs`` are the deployed files with the modules they came from (``load_exported``). What fails is bisected
     against a fresh export of the modules. Raises BackendUnavailable and InputError; never for a divergence.
     """
     names = [name for component in model.components for name in component.output_names]
-    verification = _Verification(
-        checked(model), model, programs, samples, options, Tolerances(options.tolerances, names)
-    )
-    found = []
-    for place, (reference, test) in enumerate(scenarios):
-        on_step(f"verifying {reference.spec} → {test.spec}", place, len(scenarios))
-        found.append(verification.run(reference, test))
+    limits = Tolerances(options.tolerances, names)
+    handed = checked(model)
+    floors: dict[Key, float] = {}
+    with ExitStack() as stack:
+        backends = dict.fromkeys(backend for pair in scenarios for backend in pair)
+        opened = {backend: stack.enter_context(Pipeline(handed, programs, backend)) for backend in backends}
+        running = [_Scenario(opened[reference], opened[test], limits, options.max_abs) for reference, test in scenarios]
+        for place, sample in enumerate(samples):
+            passes = _Passes(model, sample, options.voxels if place == 0 else None)
+            for number, scenario in enumerate(running):
+                on_step(f"verifying {scenario.name}", place * len(running) + number, len(samples) * len(running))
+                with scenario.clock("forward"):
+                    expected, _ = (passes.outputs(pipeline) for pipeline in scenario.sides)
+                with scenario.clock("verify"):
+                    if not floors:
+                        single = expected if scenario.sides[0].backend.precision == "fp32" else None
+                        floors = noise_floors(handed, programs, sample, single)
+                    scenario.add(passes, floors)
+        found = [scenario.result() for scenario in running]
+    for result, pair in zip(found, scenarios, strict=True):
+        if result.failures and options.explain:
+            result.bisect = _explain(model, programs, samples, result, pair)
     return VerifyResult(model.name, [sample.source for sample in samples], found)
 
 
-@dataclass
-class _Verification:
-    model: Model
-    unchecked: Model
-    programs: Sequence[Program]
-    samples: Sequence[Sample]
-    options: VerifyOptions
-    tolerances: Tolerances
-    floors: dict[Key, float] = field(default_factory=dict)
+class _Passes:
+    """One sample, once through every backend and every device's voxelization. ``voxels``: see ``VerifyOptions``."""
 
-    def run(self, reference: Backend, test: Backend) -> ScenarioResult:
-        worst: dict[Key, TensorCheck] = {}
-        detections: DetectionChange | None = None
-        preprocessing: dict[str, VoxelChange] = {}
-        started, forward = time.perf_counter(), 0.0
-        with (
-            Pipeline(self.model, self.programs, reference) as ours,
-            Pipeline(self.model, self.programs, test) as theirs,
-        ):
-            for place, sample in enumerate(self.samples):
-                preprocessing |= self._preprocessing(place, sample, reference, test)
-                before = time.perf_counter()
-                expected, found = ours.run(sample), theirs.run(sample)
-                forward += time.perf_counter() - before
-                if not self.floors:
-                    single = expected if reference.precision == "fp32" else None
-                    self.floors = noise_floors(self.model, self.programs, sample, single)
-                for check in self._checks(sample, expected, found, reference, test):
-                    key = Key(check.component, check.name)
-                    worst[key] = max(worst.get(key, check), check, key=lambda c: c.severity)
-                detections = self._detections(detections, sample, expected, found)
-            result = ScenarioResult(
-                ours.record(), theirs.record(), list(worst.values()), preprocessing, detections, {"forward": forward}
-            )
-        result.seconds["verify"] = time.perf_counter() - started - forward
-        if result.failures and self.options.explain:
-            result.bisect = self._bisect(result, reference, test)
-        return result
+    def __init__(self, model: Model, sample: Sample, voxels: Path | None) -> None:
+        self.sample = sample
+        self._model, self._voxels = model, voxels
+        self.outputs = outputs = cache(lambda pipeline: pipeline.run(sample))
+        self._decoded = cache(lambda pipeline: decode(model, sample, outputs(pipeline)))
+        self._pillars: dict[str, Voxels] = {}
 
-    def _checks(
-        self,
-        sample: Sample,
-        expected: Mapping[str, Arrays],
-        found: Mapping[str, Arrays],
-        reference: Backend,
-        test: Backend,
-    ) -> Iterator[TensorCheck]:
-        for key, floor in self.floors.items():
-            stats = compare(expected[key.component][key.value], found[key.component][key.value])
-            limit = self.tolerances.limit(key.value, floor, reference.precision, test.precision)
-            why = what_is_wrong(stats, limit, self.options.max_abs)
-            yield TensorCheck(key.component, key.value, stats, floor, limit, sample.source, why)
-
-    def _preprocessing(self, place: int, sample: Sample, reference: Backend, test: Backend) -> dict[str, VoxelChange]:
-        """The test voxelizes where it runs, or elsewhere altogether."""
-        if not isinstance(self.unchecked, CenterPointModel):
-            return {}
-        config, points = self.unchecked.config, sample.arrays["points"]
-        ours = voxelize_on(points, config, reference.device)
-        if place == 0 and self.options.voxels:
-            theirs = read_voxels(self.options.voxels, config)
-        else:
-            theirs = ours if test.device == reference.device else voxelize_on(points, config, test.device)
-        return {sample.source: compare_voxels(ours, theirs, points, config)}
-
-    def _detections(
-        self,
-        before: DetectionChange | None,
-        sample: Sample,
-        expected: Mapping[str, Arrays],
-        found: Mapping[str, Arrays],
-    ) -> DetectionChange | None:
-        pair = [decode(self.unchecked, sample, results) for results in (expected, found)]
+    def detections(self, sides: Sides) -> DetectionChange | None:
+        """From the reference's to the test's; None for models that detect nothing."""
+        pair = [self._decoded(pipeline) for pipeline in sides]
         if not all(hasattr(each, "boxes") for each in pair):
-            return before
-        change = compare_detections(*pair)  # type: ignore[arg-type]
-        return change if before is None else before + change
+            return None
+        return compare_detections(*pair)  # type: ignore[arg-type]
 
-    def _bisect(self, result: ScenarioResult, reference: Backend, test: Backend) -> BisectResult:
-        source = max(result.failures, key=lambda check: check.severity).source
-        sample = next(sample for sample in self.samples if sample.source == source)
-        one = copy.copy(self.unchecked)
-        one.samples = lambda count, seed, inputs: iter([sample])  # type: ignore[method-assign]
-        deployed = list(self.programs)
-        props = {entry.key: entry.value for entry in deployed[0].graph.proto.metadata_props}
-        options = Options(exporter=props.get("cpdebug.exporter"), folded=props.get("cpdebug.folded") != "false")
-        backends = [
-            getattr(backend, "builder", backend) for backend in (reference, test)
-        ]  # engine files have no probes
-        return bisect(one, backends, test_model=lambda programs, folder: deployed, options=options)
+    def preprocessing(self, sides: Sides) -> dict[str, VoxelChange]:
+        """The test voxelizes where it runs, or elsewhere altogether."""
+        if not isinstance(self._model, CenterPointModel):
+            return {}
+        config, points = self._model.config, self.sample.arrays["points"]
+        reference, test = (pipeline.backend.device for pipeline in sides)
+        for device in {reference, test} - self._pillars.keys():
+            self._pillars[device] = voxelize_on(points, config, device)
+        theirs = read_voxels(self._voxels, config) if self._voxels else self._pillars[test]
+        return {self.sample.source: compare_voxels(self._pillars[reference], theirs, points, config)}
+
+
+class _Scenario:
+    """What becomes of a reference and a test over the samples."""
+
+    def __init__(self, reference: Pipeline, test: Pipeline, limits: Tolerances, max_abs: float | None) -> None:
+        self.sides = reference, test
+        self.name = f"{reference.backend.spec} → {test.backend.spec}"
+        self.clock = Clock()
+        self._limits, self._max_abs = limits, max_abs
+        self._worst: dict[Key, TensorCheck] = {}
+        self._preprocessing: dict[str, VoxelChange] = {}
+        self._detections: DetectionChange | None = None
+
+    def add(self, passes: _Passes, floors: Mapping[Key, float]) -> None:
+        """Compare a sample."""
+        for key, floor in floors.items():
+            check = self._check(passes, key, floor)
+            self._worst[key] = max(self._worst.get(key, check), check, key=lambda c: c.severity)
+        self._preprocessing |= passes.preprocessing(self.sides)
+        if change := passes.detections(self.sides):
+            self._detections = self._detections + change if self._detections else change
+
+    def _check(self, passes: _Passes, key: Key, floor: float) -> TensorCheck:
+        reference, test = self.sides
+        stats = compare(*(passes.outputs(pipeline)[key.component][key.value] for pipeline in self.sides))
+        limit = self._limits.limit(key.value, floor, reference.backend.precision, test.backend.precision)
+        why = what_is_wrong(stats, limit, self._max_abs)
+        return TensorCheck(key.component, key.value, stats, floor, limit, passes.sample.source, why)
+
+    def result(self) -> ScenarioResult:
+        """All samples together."""
+        reference, test = (pipeline.record() for pipeline in self.sides)
+        checks = list(self._worst.values())
+        return ScenarioResult(reference, test, checks, self._preprocessing, self._detections, self.clock.seconds)
+
+
+def _explain(
+    model: Model,
+    programs: Sequence[Program],
+    samples: Sequence[Sample],
+    failed: ScenarioResult,
+    backends: tuple[Backend, Backend],
+) -> BisectResult:
+    source = max(failed.failures, key=lambda check: check.severity).source
+    sample = next(sample for sample in samples if sample.source == source)
+    one = copy.copy(model)
+    one.samples = lambda count, seed, inputs: iter([sample])  # type: ignore[method-assign]
+    props = {entry.key: entry.value for entry in programs[0].graph.proto.metadata_props}
+    options = Options(exporter=props.get("cpdebug.exporter"), folded=props.get("cpdebug.folded") != "false")
+    builders = [getattr(backend, "builder", backend) for backend in backends]  # engine files have no probes
+    return bisect(one, builders, test_model=lambda exported, folder: list(programs), options=options)
 
 
 def what_is_wrong(stats: TensorStats, limit: float, max_abs: float | None) -> str:
