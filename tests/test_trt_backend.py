@@ -222,8 +222,17 @@ def test_a_failed_build_says_what_to_leave_out_of_int8(tmp_path: Path) -> None:
         [weight, onnx.numpy_helper.from_array(np.float32(0.1), "s")],
     )
     onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)]), tmp_path / "up.onnx")
-    assert "leave /up/ConvTranspose unquantized (--skip-layers)" in to_exclude(Graph(tmp_path / "up.onnx"))
-    assert to_exclude(Graph(save_net(tmp_path))) == ""
+    assert "leave /up/ConvTranspose unquantized (--skip-layers)" in to_exclude(
+        Graph(tmp_path / "up.onnx"), calibrated=False
+    )
+    assert to_exclude(Graph(save_net(tmp_path)), calibrated=True) == ""
+    bare = onnx.helper.make_graph(
+        [onnx.helper.make_node("ConvTranspose", ["x", "w"], ["y"], "/up/ConvTranspose")],
+        "net", graph.input, graph.output, [weight],
+    )  # fmt: skip
+    onnx.save(onnx.helper.make_model(bare, opset_imports=[onnx.helper.make_opsetid("", 17)]), tmp_path / "bare.onnx")
+    assert "--keep-fp32 /up/ConvTranspose" in to_exclude(Graph(tmp_path / "bare.onnx"), calibrated=True)
+    assert to_exclude(Graph(tmp_path / "bare.onnx"), calibrated=False) == ""
 
 
 CHAIN = 13

@@ -73,24 +73,32 @@ class Workshop:
         except ParseFailed as error:
             raise InputError(f"{error}\n{cut_out(self.graph, error.nodes)}".rstrip()) from None
         except BuildFailed as error:
-            raise InputError(f"{error}\n{to_exclude(self.graph)}".rstrip()) from None
+            raise InputError(
+                f"{error}\n{to_exclude(self.graph, calibrated=bool(self.step.get('calibration')))}".rstrip()
+            ) from None
         return [
             Engine(path, tuple(parse_layers(facts.pop("layers"), names)), facts)
             for path, facts in zip(paths, results, strict=True)
         ]
 
 
-def to_exclude(graph: Graph) -> str:
-    """What to leave out of INT8 when a build failed: transposed convolutions, which some versions cannot build."""
+def to_exclude(graph: Graph, *, calibrated: bool) -> str:
+    """What to leave out of INT8 when a build failed: transposed convolutions, which some versions cannot build.
+
+    ``calibrated``: by TensorRT, which chooses what runs in INT8, Q/DQ pairs or not.
+    """
+    upsampling = [node for node in graph.nodes if node.op == "ConvTranspose"]
     quantised = [
         node.name
-        for node in graph.nodes
-        if node.op == "ConvTranspose"
-        and any(graph.producer[i].op == "DequantizeLinear" for i in node.inputs if i in graph.producer)
+        for node in upsampling
+        if any(graph.producer[i].op == "DequantizeLinear" for i in node.inputs if i in graph.producer)
     ]
-    if not quantised:
-        return ""
-    return f"TensorRT 8.6 builds no ConvTranspose in INT8: leave {', '.join(quantised)} unquantized (--skip-layers)"
+    if quantised:
+        return f"TensorRT 8.6 builds no ConvTranspose in INT8: leave {', '.join(quantised)} unquantized (--skip-layers)"
+    if calibrated and upsampling:
+        kept = " ".join(f"--keep-fp32 {node.name}" for node in upsampling)
+        return f"TensorRT 8.6 builds no ConvTranspose in INT8, and a calibrator asks for that: try {kept}"
+    return ""
 
 
 def cut_out(graph: Graph, names: Collection[str]) -> str:
