@@ -29,7 +29,7 @@ HALF_TURN = ("barrier",)
 """Classes whose front is like their back."""
 MAP_WEIGHT = 5
 """Of mAP in NDS; each error has weight 1."""
-BLOCK = 2**16
+BLOCK = 2**15
 """Draws × predictions worked on at once: such arrays stay in the cache."""
 
 OVERLAPS = (0.5, 0.7)
