@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -25,6 +25,9 @@ from cp_debug.sweep.run import Finished, run
 from cp_debug.sweep.tasks import Task
 from cp_debug.sweep.workers import ClusterLost, local_workers, remote_workers
 
+if TYPE_CHECKING:
+    from distributed import Client
+
 pytest.importorskip("distributed")
 HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(HERE), "DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "5s"}
@@ -34,9 +37,10 @@ def grid(kind: str, count: int, **params: Any) -> list[Task]:
     return [Task(f"sweep_tasks:{kind}", {"i": i, "label": "test", **params}) for i in range(count)]
 
 
-def sweep(tasks: list[Task], path: Path, workers: int = 2, **options: Any) -> Finished:
+def sweep(tasks: list[Task], path: Path, client: Client | None = None, **options: Any) -> Finished:
+    """On the workers of ``client``, else on two of its own."""
     with Log(path) as log:
-        finished = run(lambda: tasks, log, lambda gpu: local_workers(workers, gpu=gpu), **options)
+        finished = run(lambda: tasks, log, lambda gpu: nullcontext(client) if client else local_workers(2), **options)
         _whole(tasks, finished)
         return finished
 
@@ -51,9 +55,18 @@ def _whole(tasks: list[Task], finished: Finished) -> None:
         assert tasks[record["place"]].params["i"] == record["params"]["i"]
 
 
-@pytest.fixture(autouse=True)
-def importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
+@pytest.fixture(autouse=True, scope="module")
+def importable() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(HERE))
+        yield
+
+
+@pytest.fixture(scope="module")
+def client(importable: None) -> Iterator[Client]:
+    """Two workers for tests in which none of them dies."""
+    with local_workers(2) as made:
+        yield made
 
 
 class Cluster:
@@ -120,29 +133,29 @@ def meanwhile(action: Callable[[], None]) -> Iterator[None]:
         raise raised[0]
 
 
-def test_tasks_run_once_and_a_restart_has_nothing_to_do(tmp_path: Path) -> None:
+def test_tasks_run_once_and_a_restart_has_nothing_to_do(tmp_path: Path, client: Client) -> None:
     tasks = grid("tiny", 40)
-    assert sweep(tasks, tmp_path / "log.jsonl").ran == 40
-    assert sweep(tasks, tmp_path / "log.jsonl").ran == 0
-    assert sweep(grid("tiny", 50), tmp_path / "log.jsonl").ran == 10
+    assert sweep(tasks, tmp_path / "log.jsonl", client).ran == 40
+    assert sweep(tasks, tmp_path / "log.jsonl", client).ran == 0
+    assert sweep(grid("tiny", 50), tmp_path / "log.jsonl", client).ran == 10
 
 
-def test_progress_tells_of_every_task(tmp_path: Path) -> None:
+def test_progress_tells_of_every_task(tmp_path: Path, client: Client) -> None:
     seen: list[tuple[int, int, int]] = []
 
     def look(progress: Progress) -> None:
         seen.append((progress.done, progress.failed, sum(progress.workers.values())))
 
-    sweep(grid("failing", 11), tmp_path / "log.jsonl", on_progress=look)
+    sweep(grid("failing", 11), tmp_path / "log.jsonl", client, on_progress=look)
     assert seen[0] == (0, 0, 0)
     assert seen[-1] == (6, 5, 11)
 
 
-def test_failures_are_kept_and_tried_again_when_asked(tmp_path: Path) -> None:
+def test_failures_are_kept_and_tried_again_when_asked(tmp_path: Path, client: Client) -> None:
     tasks, path = grid("failing", 6), tmp_path / "log.jsonl"
-    assert [f["error"] for f in sweep(tasks, path).failures()] == [f"ValueError: {i} is odd" for i in (1, 3, 5)]
-    assert sweep(tasks, path).ran == 0
-    finished = sweep(tasks, path, retry_failed=True)
+    assert [f["error"] for f in sweep(tasks, path, client).failures()] == [f"ValueError: {i} is odd" for i in (1, 3, 5)]
+    assert sweep(tasks, path, client).ran == 0
+    finished = sweep(tasks, path, client, retry_failed=True)
     assert finished.ran == 3
     assert len(finished.failures()) == 3
 
@@ -203,7 +216,7 @@ def test_a_scheduler_restarted_in_mid_sweep(tmp_path: Path, cluster: Cluster) ->
 
 
 def test_a_scheduler_that_stays_away_and_the_same_command_again(
-    tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, cluster: Cluster, client: Client
 ) -> None:
     import dask
 
@@ -219,10 +232,10 @@ def test_a_scheduler_that_stays_away_and_the_same_command_again(
             run(lambda: tasks, log, lambda gpu: remote_workers(cluster.address))
         done = sum("result" in record for record in log)
     assert 0 < done < 8
-    assert sweep(tasks, path).ran == 8 - done
+    assert sweep(tasks, path, client).ran == 8 - done
 
 
-def test_interrupted_as_by_the_keyboard(tmp_path: Path) -> None:
+def test_interrupted_as_by_the_keyboard(tmp_path: Path, client: Client) -> None:
     """Ctrl-C goes to the workers too; the log stays usable."""
     script = (
         "import signal, sys; from pathlib import Path; import test_sweep_queue as t\n"
@@ -243,7 +256,7 @@ def test_interrupted_as_by_the_keyboard(tmp_path: Path) -> None:
     with Log(tmp_path / "log.jsonl") as log:
         done = len(list(log))
     assert 0 < done < 30
-    assert sweep(tasks, tmp_path / "log.jsonl").ran == 30 - done
+    assert sweep(tasks, tmp_path / "log.jsonl", client).ran == 30 - done
 
 
 def test_tasks_that_need_a_gpu_go_to_workers_that_have_one(tmp_path: Path, cluster: Cluster) -> None:
