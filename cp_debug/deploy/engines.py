@@ -13,6 +13,7 @@ from cp_debug.backends.base import Backend, Program
 from cp_debug.bisect.pipeline import check_realised
 from cp_debug.deploy.state import file_hash
 from cp_debug.errors import InputError
+from cp_debug.files import complete_path, write_text
 
 MANIFEST = "engines.json"
 SCHEMA = "cpdebug.engines/1"
@@ -60,9 +61,8 @@ def build_engines(
         try:
             engine = session.plain
             target = folder / (files or {}).get(program.name, f"{program.name}.engine")
-            partial = target.with_name(f".{target.name}.partial")
-            shutil.copyfile(engine.path, partial)
-            partial.replace(target)
+            with complete_path(target) as partial:
+                shutil.copyfile(engine.path, partial)
             settings = session.settings
         finally:
             session.close()
@@ -77,9 +77,7 @@ def build_engines(
         **{key: versions[key] for key in MACHINE},
         "engines": [asdict(each) for each in built],
     }
-    partial = folder / f".{MANIFEST}.partial"
-    partial.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    partial.replace(folder / MANIFEST)
+    write_text(json.dumps(manifest, indent=1) + "\n", folder / MANIFEST)
     return built
 
 

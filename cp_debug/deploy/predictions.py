@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from cp_debug.deploy.changes import Detected
 from cp_debug.deploy.objects import Boxes
 from cp_debug.errors import InputError
+from cp_debug.files import complete_path
 from cp_debug.recipes.data.attributes import attributes_of
 
 _FIELDS = ("boxes", "scores", "labels", "counts")
@@ -57,15 +57,8 @@ def save_predictions(path: Path, samples: Sequence[str], backends: Mapping[str, 
     It appears whole or not at all. Raises InputError when it cannot be written.
     """
     arrays = {f"{spec}/{name}": getattr(found, name) for spec, found in backends.items() for name in _FIELDS}
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as stream:
-            np.savez_compressed(stream, samples=np.array(samples, dtype=np.str_), **arrays)
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with complete_path(path) as partial, partial.open("wb") as stream:
+        np.savez_compressed(stream, samples=np.array(samples, dtype=np.str_), **arrays)
 
 
 def load_predictions(path: Path) -> tuple[list[str], dict[str, Predictions]]:

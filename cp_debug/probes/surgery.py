@@ -8,10 +8,8 @@ written with ``save``.
 from __future__ import annotations
 
 import math
-import os
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +17,7 @@ import onnx
 from onnx import external_data_helper
 
 from cp_debug.errors import InputError
+from cp_debug.files import complete_path
 from cp_debug.probes.graph import Graph, Node, external_files
 
 INLINE_LIMIT = 1 << 30
@@ -115,19 +114,8 @@ def save(model: onnx.ModelProto, graph: Graph, path: Path) -> None:
             model = own
         else:
             _bring(files, home, path.parent)
-    with _complete(path) as partial:
+    with complete_path(path) as partial:
         partial.write_bytes(model.SerializeToString())
-
-
-@contextmanager
-def _complete(path: Path) -> Iterator[Path]:
-    """A temporary name that becomes ``path`` when the block succeeds, and is gone when it does not."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def tensor_bytes(tensor: onnx.TensorProto) -> int:
@@ -147,5 +135,5 @@ def _bring(files: Collection[Path], home: Path, folder: Path) -> None:
         try:
             target.hardlink_to(file)
         except OSError:  # another file system, or one without links
-            with _complete(target) as partial:
+            with complete_path(target) as partial:
                 shutil.copyfile(file, partial)

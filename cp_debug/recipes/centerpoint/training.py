@@ -29,6 +29,7 @@ from torch import Tensor
 
 from cp_debug.deploy.metrics import THRESHOLDS, Objects, class_average_precisions
 from cp_debug.errors import InputError
+from cp_debug.files import complete_path
 from cp_debug.recipes.centerpoint.config import TINY, CenterPointConfig
 from cp_debug.recipes.centerpoint.decode import decode
 from cp_debug.recipes.centerpoint.loss import centerpoint_loss
@@ -128,13 +129,9 @@ def score_table(precisions: np.ndarray, config: CenterPointConfig, scenes: int) 
 
 def save(model: CenterPoint, path: Path, metadata: dict[str, str]) -> None:
     """Weights with string metadata; the file appears under its name when it is complete."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-        save_file(state, temporary, metadata)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    with complete_path(path) as partial:
+        save_file(state, partial, metadata)
 
 
 def main(
