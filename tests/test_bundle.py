@@ -35,7 +35,7 @@ from cp_debug.reports.saved import SavedResult
 def save(folder: Path, model: Path, backends: str | list[Backend], **options: object) -> Path:
     """A saved bisect."""
     result = bisect(str(model), backends, options=Options(save=folder), **options)
-    write_json(result, str(folder / "result.json"))
+    write_json(result, folder / "result.json")
     return folder
 
 

@@ -73,7 +73,7 @@ def save_faulty(folder: Path) -> Path:
     saved = folder / "saved"
     result = bisect(str(net), "ort,ort-none@cpu,emu-fp16", test_model=folder / "test.onnx", options=Options(save=saved))
     result.command = "cpdebug bisect net.onnx --test-model test.onnx"
-    write_json(result, str(saved / "result.json"))
+    write_json(result, saved / "result.json")
     points = np.random.default_rng(0).uniform(-30, 30, (500, 4)).astype(np.float32)
     decoded = {"ort": REFERENCE, "ort-none@cpu": TEST, "emu-fp16": REFERENCE}
     keep_scene(saved / "sample-0", Sample({"points": points}, "made up"), decoded)

@@ -137,6 +137,6 @@ def bisect(
 
             write_page(SavedResult.of(result, kept), html)
     if save:
-        write_json(result, str(save / "result.json"))
+        write_json(result, save / "result.json")
     show(result, json=json, csv=csv, layers=level is Level.layers, show_all=show_all)
     raise typer.Exit(0 if result.agrees else 1)

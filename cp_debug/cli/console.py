@@ -38,14 +38,10 @@ def show(
     result: BisectResult, *, json: str | None, csv: Path | None, layers: bool = True, show_all: bool = False
 ) -> None:
     """Print the tables, and write the files that were asked for. With ``json`` on stdout, nothing else goes there."""
-    from cp_debug.reports.files import write_csv, write_json
+    from cp_debug.reports.files import write_csv
     from cp_debug.reports.tables import render
 
-    if json != "-":
-        for part in render(result, layers=layers, show_all=show_all):
-            console.print(part)
-    if json:
-        write_json(result, json)
+    show_document(render(result, layers=layers, show_all=show_all), result.to_dict(), json)
     if csv:
         write_csv(result, csv)
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cp_debug.bisect.result import BisectResult
-from cp_debug.files import complete_file, complete_path, write_text
+from cp_debug.files import complete_path, write_text
 from cp_debug.optional import require
 from cp_debug.probes.statistics import TensorStats
 
@@ -24,14 +23,9 @@ FIGURES = (
 """Columns of the layer table that hold real numbers."""
 
 
-def write_json(result: BisectResult, target: str) -> None:
-    """Write the result as JSON to the file ``target``, or to stdout when it is ``-``."""
-    text = json.dumps(result.to_dict(), indent=1, allow_nan=False)
-    if target == "-":
-        sys.stdout.write(text + "\n")
-        return
-    with complete_file(Path(target)) as stream:
-        stream.write(text + "\n")
+def write_json(result: BisectResult, target: Path) -> None:
+    """Write the result as JSON, as ``SavedResult.open`` reads it."""
+    write_text(json.dumps(result.to_dict(), indent=1, allow_nan=False) + "\n", target)
 
 
 def layer_frame(result: BisectResult) -> pd.DataFrame:

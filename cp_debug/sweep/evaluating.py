@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,7 @@ def _merge(label: str, backends: Mapping[str, Mapping[Any, Any]], options: Evalu
     runs = {
         spec: (RunRecord(**found[0]["record"]), Predictions.gather(detected[spec])) for spec, found in results.items()
     }
-    options = EvaluationOptions(**{**vars(options), "region": tuple(first[0]["region"])})
+    options = replace(options, region=tuple(first[0]["region"]))
     scores, notes = score_backends(runs, [_truth(each["truth"]) for each in first], first[0]["classes"], options)
     left_out = max(map(len, backends.values())) - len(shared)
     if left_out:

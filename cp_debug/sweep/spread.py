@@ -46,7 +46,7 @@ class Spread:
         return cls(len(found), float(median), float(p95), float(array[worst]), int(worst))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Outlier:
     """A sample that stands out: how far by its own figure, and in which layers."""
 
