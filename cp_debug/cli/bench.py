@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -32,10 +30,9 @@ def bench(
     """Time every component, the glue before it, decoding and the whole on each backend, with percentiles and memory."""
     from tempfile import TemporaryDirectory
 
-    from cp_debug.cli.console import console, steps
+    from cp_debug.cli.console import show_document, steps
     from cp_debug.deploy.bench import latency_table
     from cp_debug.deploy.stages import Deployment, configured
-    from cp_debug.files import complete_file
 
     with TemporaryDirectory(prefix="cpdebug-") as scratch, steps() as on_step:
         config, source = configured(model, recipe, Path(scratch))
@@ -50,12 +47,5 @@ def bench(
         specs = [part.strip() for part in backends.split(",") if part.strip()]
         found = deployment.bench(specs, onnx_dir, batch=batch, warmup=warmup, repeats=repeats)
     document = {"model": config.model, "batch": batch, "warmup": warmup, "repeats": repeats}
-    text = dumps({**document, "backends": [each.to_dict() for each in found]}, indent=1) + "\n"
-    if json == "-":
-        sys.stdout.write(text)
-    else:
-        title = f"{config.model}, batch {batch}, {repeats} passes after {warmup}"
-        console.print(latency_table(found, title))
-    if json and json != "-":
-        with complete_file(Path(json)) as stream:
-            stream.write(text)
+    title = f"{config.model}, batch {batch}, {repeats} passes after {warmup}"
+    show_document([latency_table(found, title)], {**document, "backends": [each.to_dict() for each in found]}, json)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -24,10 +22,11 @@ def deploy(
 
     A run that was interrupted goes on where it stopped: a stage whose inputs and files are unchanged is not repeated.
     """
-    from cp_debug.cli.console import command_line, console, steps
+    from rich.text import Text
+
+    from cp_debug.cli.console import command_line, show_document, steps
     from cp_debug.deploy.runner import deploy as run
     from cp_debug.deploy.stages import Deployment, configured
-    from cp_debug.files import complete_file
     from cp_debug.reports.deployment import stage_table, write_summary
 
     settings, source = configured(str(config), model, Path())
@@ -39,14 +38,7 @@ def deploy(
     passed = all(record.passed for record in records)
     page = html or settings.work_dir / "report.html"
     write_summary(records, f"{settings.model}, {config.name}", command_line(), page)
-    if json:
-        text = dumps({"passed": passed, "stages": {r.name: r.document for r in records}}, indent=1) + "\n"
-        if json == "-":
-            sys.stdout.write(text)
-        else:
-            with complete_file(Path(json)) as stream:
-                stream.write(text)
-    if json != "-":
-        console.print(stage_table(records))
-        console.print(f"{'✓' if passed else '✗'} {page}", style="green" if passed else "bold red")
+    verdict = Text(f"{'✓' if passed else '✗'} {page}", style="green" if passed else "bold red")
+    document = {"passed": passed, "stages": {record.name: record.document for record in records}}
+    show_document([stage_table(records), verdict], document, json)
     raise typer.Exit(0 if passed else 1)

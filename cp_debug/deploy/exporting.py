@@ -97,7 +97,7 @@ def export_model(
     if len(modules) < len(model.components):
         raise InputError(f"MODEL: {model.name} is an ONNX file already; expected a model of torch modules to export")
     folder.mkdir(parents=True, exist_ok=True)
-    backend = _checker()
+    backend = checker()
     results: dict[str, Arrays] = {}
     exported = []
     for place, component in enumerate(model.components):
@@ -190,12 +190,12 @@ def resized(inputs: Mapping[str, np.ndarray], axes: Axes) -> dict[str, np.ndarra
     return made
 
 
-def _checker() -> Backend:
+def checker(runtime: str = "ort", instead: str = "emu-fp32") -> Backend:
     """ONNX Runtime, or where it is missing this project's own executor."""
     try:
-        return create(BackendSpec("ort"))
+        return create(BackendSpec(runtime))
     except MissingPackage:
-        return create(BackendSpec("emu-fp32"))
+        return create(BackendSpec(instead))
 
 
 def _distance(
@@ -206,8 +206,8 @@ def _distance(
         found = session.run(inputs)
     finally:
         session.close()
-    worst = max(expected, key=lambda name: compare(expected[name], found[name]).severity)
-    stats = compare(expected[worst], found[worst])
+    compared = {name: compare(array, found[name]) for name, array in expected.items()}
+    worst, stats = max(compared.items(), key=lambda item: item[1].severity)
     if stats.shape_mismatch or not stats.rel_l2 <= TOLERANCE:
         raise InputError(
             f"{component.name}: on {_shapes(inputs)} the exported graph gives another {worst} than its module: "

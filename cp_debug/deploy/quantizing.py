@@ -10,13 +10,11 @@ import numpy as np
 from torch import nn
 
 from cp_debug.backends.base import Backend, Program
-from cp_debug.backends.registry import create
-from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.int8 import already_quantized
 from cp_debug.bisect.norms import distance
 from cp_debug.bisect.pipeline import run_module
-from cp_debug.deploy.exporting import Axes, Exported, ExportOptions, OnStep, export_model
-from cp_debug.errors import InputError, MissingPackage
+from cp_debug.deploy.exporting import Axes, Exported, ExportOptions, OnStep, checker, export_model
+from cp_debug.errors import InputError
 from cp_debug.files import complete_path
 from cp_debug.probes.graph import Graph
 from cp_debug.probes.qdq import insert_qdq
@@ -51,7 +49,7 @@ def quantize_exported(
     differ, as ties are rounded either way and the difference grows from layer to layer; a file that is further from its
     module than INT8 takes that module from FP32 computes something else: InputError.
     """
-    backend = _checker()
+    backend = checker("ort-int8", "emu-int8")
     results: dict[str, Arrays] = {}
     made = []
     for component, each in zip(model.components, exported, strict=True):
@@ -112,14 +110,6 @@ def _relative(test: np.ndarray, reference: np.ndarray) -> float:
     if apart.born:
         return np.inf
     return apart.difference / apart.whole if apart.whole else apart.difference
-
-
-def _checker() -> Backend:
-    """ONNX Runtime, or where it is missing this project's own executor."""
-    try:
-        return create(BackendSpec("ort-int8"))
-    except MissingPackage:
-        return create(BackendSpec("emu-int8"))
 
 
 def in_int8(folder: Path, programs: Sequence[Program]) -> list[Program]:

@@ -14,7 +14,8 @@ from cp_debug.deploy.stages import Deployment
 from cp_debug.deploy.state import StageRecord, State, file_hash, hashes, key_of
 from cp_debug.errors import InputError
 
-STAGES = ("load", "quantize", "export", "build", "verify", "evaluate")
+PRODUCTIVE = ("load", "quantize", "export", "build")
+"""Stages whose outcome the later ones work on."""
 
 
 class Outcome(NamedTuple):
@@ -46,7 +47,7 @@ def deploy(deployment: Deployment, *, fresh: bool = False) -> list[StageRecord]:
             record = StageRecord(name, key, outcome.passed, outcome.line, seconds, files, outcome.document)
             state.add(record)
         done.append(record)
-        if name in ("load", "quantize", "export", "build"):
+        if name in PRODUCTIVE:
             depends = key_of({"key": key, "files": record.files})
     return done
 
