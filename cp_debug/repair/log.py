@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,4 +121,4 @@ class TrialLog:
             parts = ", ".join(f"{key} {first[key]!r}, now {header[key]!r}" for key in different)
             raise InputError(f"--log: {path} belongs to another search ({parts}); give another file")
         if torn:  # a line that was cut off when the search was killed
-            path.write_bytes(whole + b"\n")
+            os.truncate(path, len(whole) + 1)

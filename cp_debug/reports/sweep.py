@@ -69,7 +69,7 @@ def _(group: BisectGroup) -> Section:
         rest = f", and {len(guilty) - 1} more layers" if len(guilty) > 1 else ""
         sentence += f"; most often guilty: {first.name} ({first.guilty} of {first.samples}){rest}"
     if group.final:
-        worst = f"{number(group.final.worst)} on {group.samples[group.final.sample]}"
+        worst = f"at most {number(group.final.worst)} on {group.samples[group.final.sample]}"
         sentence += f"; final outputs differ by {number(group.final.median)} (median, rel. L2), {worst}"
     ranked = sorted(group.layers, key=lambda row: (-row.guilty, -_excess(row)))
     headers = ("layer", ">guilty", ">excess: median", ">p95", ">worst", ">introduced", ">rel. L2", "worst on")
