@@ -180,6 +180,8 @@ def score_backends(
         boxes = boxes.take(options.counts(boxes, class_names))
         if not boxes.finite.all():
             notes.append(f"{record.spec}: {np.sum(~boxes.finite)} detections hold NaN or Inf; they count as false")
+        if not len(boxes):
+            notes.append(f"{record.spec}: nothing detected where it counts")
         scores = score(boxes, truth, class_names, weights)
         draws = scores.summary()
         difference = {name: Interval.of(draws[name] - reference[name]) for name in reference}

@@ -29,7 +29,8 @@ class VoxelChange:
     changed: int
     """Pillars of both sides that hold other points, or the same in another order."""
     max_abs: float
-    """Largest difference of a kept point's value; 0 where no pillar of both sides changed."""
+    """Largest difference of a kept point's value, infinite where NaN meets a number; 0 where no pillar of both sides
+    changed."""
     dropped_points: tuple[int, int]
     """Points in range that each side left out, as its pillar was full or one too many."""
 
@@ -56,7 +57,10 @@ def compare_voxels(reference: Voxels, test: Voxels, points: np.ndarray, config: 
     common, mine, its = np.intersect1d(ours, theirs, return_indices=True)
     a, b = reference.voxels.cpu().numpy()[mine], test.voxels.cpu().numpy()[its]
     slots = max(a.shape[1], b.shape[1])
-    gaps = np.abs(_padded(a, slots) - _padded(b, slots)).reshape(len(common), -1).max(axis=1, initial=0)
+    a, b = _padded(a, slots), _padded(b, slots)
+    equal = (a == b) | (np.isnan(a) & np.isnan(b))
+    apart = np.where(equal, 0, np.nan_to_num(np.abs(a - b), nan=np.inf))
+    gaps = apart.reshape(len(common), -1).max(axis=1, initial=0)
     counts = reference.num_points.cpu().numpy()[mine] != test.num_points.cpu().numpy()[its]
     inside = _in_range(points, config)
     return VoxelChange(

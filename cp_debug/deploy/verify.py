@@ -106,7 +106,8 @@ class ScenarioResult:
             "passed": self.passed,
             "tensors": [check.to_dict() for check in self.checks],
             "preprocessing": {
-                source: {**asdict(change), "agrees": change.agrees} for source, change in self.preprocessing.items()
+                source: json_safe({**asdict(change), "agrees": change.agrees})
+                for source, change in self.preprocessing.items()
             },
             "detections": json_safe(asdict(self.detections)) if self.detections else None,
             "seconds": self.seconds,
