@@ -40,6 +40,12 @@ def test_bench_times_every_part_of_every_backend(tmp_path: Path) -> None:
         assert backend["memory_mib"] >= 0
 
 
+def test_bench_of_nothing_is_refused() -> None:
+    code, text = run("bench", "-b", " ,")
+    assert code == 2
+    assert "--backends: ' ,' names none" in text
+
+
 def test_a_session_in_another_process_is_asked_for_its_time() -> None:
     runs: list[int] = []
 

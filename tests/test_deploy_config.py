@@ -71,6 +71,16 @@ verification = dict(enabled=False, tolerance=1e-1, num_verify_samples=1)
     assert config.tensorrt.workspace_mib == 4096
 
 
+def test_all_samples_need_data_that_ends(tmp_path: Path) -> None:
+    text = "export = dict(work_dir='w')\nevaluation = dict(enabled=True, num_samples=-1)\n"
+    with pytest.raises(InputError, match=r"c\.py: evaluation\.num_samples is -1, all, but runtime_io\.info_file"):
+        load_config(write(tmp_path, "c.py", text))
+    config = load_config(write(tmp_path, "c.py", text + "runtime_io = dict(info_file='infos.pkl')\n"))
+    assert config.evaluate.samples > 1_000_000
+    with pytest.raises(InputError, match=r"evaluate\.samples is 0; expected greater than 0"):
+        load_config(write(tmp_path, "c.py", text.replace("-1", "0")))
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [

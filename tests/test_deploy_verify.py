@@ -136,6 +136,22 @@ def test_a_deployment_of_broken_files_fails_in_page_and_exit_code(broken: Path, 
     assert "http" not in page.replace("http-equiv", "")
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--max-abs", 0], "command line: max_abs is 0.0; expected greater than 0"),
+        (["--tolerance", "fp32=-1"], "command line: tolerances.fp32 is -1.0; expected greater than 0"),
+        (["--tolerance", "fp32=x"], "--tolerance: 'fp32=x'; expected NAME=NUMBER"),
+        (["--scenario", "torch"], "--scenario: 'torch' names 1 backend(s); expected REFERENCE,TEST"),
+        (["--scenario", "torch,ort,emu-fp16"], "names 3 backend(s)"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: list[object], says: str) -> None:
+    code, text = run("verify", "centerpoint:tiny", *options)
+    assert code == 2
+    assert says in " ".join(text.split())
+
+
 def test_awmls_file_needs_a_model() -> None:
     code, text = run("deploy", Path(__file__).parent / "data" / "awml" / "deploy_config.py")
     assert code == 2
@@ -201,6 +217,15 @@ def test_voxels_in_another_order_and_cut_elsewhere_are_told(cloud: np.ndarray) -
     assert change.changed > 0
     assert change.dropped_points[1] > change.dropped_points[0]
     assert "points dropped" in str(change)
+
+
+def test_nan_in_a_pillar_differs_from_a_number_and_not_from_nan(cloud: np.ndarray) -> None:
+    ours = voxelize(torch.from_numpy(cloud), TINY)
+    broken = ours._replace(voxels=ours.voxels.clone())
+    broken.voxels[7, 0, 3] = np.nan
+    change = compare_voxels(ours, broken, cloud, TINY)
+    assert (change.agrees, change.changed, change.max_abs) == (False, 1, np.inf)
+    assert compare_voxels(broken, broken, cloud, TINY).agrees
 
 
 def test_voxels_of_another_implementation_are_read_and_checked(cloud: np.ndarray, tmp_path: Path) -> None:

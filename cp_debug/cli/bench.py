@@ -33,6 +33,7 @@ def bench(
     from cp_debug.cli.console import show_document, steps
     from cp_debug.deploy.bench import latency_table
     from cp_debug.deploy.stages import Deployment, configured
+    from cp_debug.errors import InputError
 
     with TemporaryDirectory(prefix="cpdebug-") as scratch, steps() as on_step:
         config, source = configured(model, recipe, Path(scratch))
@@ -45,6 +46,8 @@ def bench(
         )
         deployment = Deployment(config, source, on_step, on_event=on_step.on_event)
         specs = [part.strip() for part in backends.split(",") if part.strip()]
+        if not specs:
+            raise InputError(f"--backends: {backends!r} names none; expected at least one, such as torch,ort")
         found = deployment.bench(specs, onnx_dir, batch=batch, warmup=warmup, repeats=repeats)
     document = {"model": config.model, "batch": batch, "warmup": warmup, "repeats": repeats}
     title = f"{config.model}, batch {batch}, {repeats} passes after {warmup}"

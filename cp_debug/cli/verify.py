@@ -49,20 +49,21 @@ def verify(
     from tempfile import TemporaryDirectory
 
     from cp_debug.cli.console import show_document, steps
+    from cp_debug.deploy.config import VerifyConfig, validate
     from cp_debug.deploy.stages import Deployment, configured
     from cp_debug.files import write_text
     from cp_debug.reports.verification import render, render_junit
 
     stack = ExitStack()
     config, source = configured(model, recipe, Path(stack.enter_context(TemporaryDirectory(prefix="cpdebug-"))))
-    verifying = config.verify.model_copy(
-        update={
-            "samples": samples or config.verify.samples,
-            "tolerances": {**config.verify.tolerances, **parse_tolerances(tolerance or ())},
-            "max_abs": max_abs or config.verify.max_abs,
-            "scenarios": parse_scenarios(scenario) if scenario else config.scenarios(),
-        }
-    )
+    given = {
+        **config.verify.model_dump(),
+        "samples": samples or config.verify.samples,
+        "tolerances": {**config.verify.tolerances, **parse_tolerances(tolerance or ())},
+        "max_abs": config.verify.max_abs if max_abs is None else max_abs,
+        "scenarios": parse_scenarios(scenario) if scenario else config.scenarios(),
+    }
+    verifying = validate(VerifyConfig, given, "command line")
     data = config.data.model_copy(update={"path": inputs or config.data.path, "first": seed or config.data.first})
     engines = config.tensorrt.model_copy(update={"python": trt_python or config.tensorrt.python})
     config = config.model_copy(
@@ -90,10 +91,10 @@ def parse_scenarios(texts: Sequence[str]) -> list[ScenarioConfig]:
 
     found = []
     for text in texts:
-        reference, *tests = parse_backends(text)
-        if len(tests) != 1:
-            raise InputError(f"--scenario: {text!r} names {len(tests)} tests; expected REFERENCE,TEST")
-        found.append(ScenarioConfig(reference=str(reference), test=str(tests[0])))
+        if (count := sum(bool(part.strip()) for part in text.split(","))) != 2:
+            raise InputError(f"--scenario: {text!r} names {count} backend(s); expected REFERENCE,TEST")
+        reference, test = parse_backends(text)
+        found.append(ScenarioConfig(reference=str(reference), test=str(test)))
     return found
 
 

@@ -217,6 +217,9 @@ def _document(awml: AwmlConfig, path: Path) -> dict[str, Any]:
         name = backends.get(framework, f"trt-{variant}")
         return f"{name}@{place}" if place else name
 
+    every = awml.evaluation.num_samples == -1
+    if every and awml.evaluation.enabled and awml.runtime_io.info_file is None:
+        raise InputError(f"{path}: evaluation.num_samples is -1, all, but runtime_io.info_file names no data")
     evaluated = [spec(f, b.device) for f, b in awml.evaluation.backends.items() if b.enabled]
     evaluated += [spec(f, awml.export.device) for f in (*awml.evaluation.models, *awml.evaluation.models_to_evaluate)]
     return {
@@ -251,7 +254,7 @@ def _document(awml: AwmlConfig, path: Path) -> dict[str, Any]:
         },
         "evaluate": {
             "enabled": awml.evaluation.enabled,
-            "samples": awml.evaluation.num_samples if awml.evaluation.num_samples > 0 else ALL,
+            "samples": ALL if every else awml.evaluation.num_samples,
             "backends": list(dict.fromkeys(evaluated)) or None,
         },
     }

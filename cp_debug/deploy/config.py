@@ -256,12 +256,12 @@ def _document(path: Path) -> Any:
 T = TypeVar("T", bound=BaseModel)
 
 
-def validate(schema: type[T], document: Any, path: Path) -> T:
-    """``document`` as ``schema``. Raises InputError with a line for everything that does not fit."""
+def validate(schema: type[T], document: Any, source: Path | str) -> T:
+    """``document`` from ``source`` as ``schema``. Raises InputError with a line for everything that does not fit."""
     try:
         return schema.model_validate(document)
     except ValidationError as error:
-        raise InputError("\n".join(f"{path}: {_said(each)}" for each in error.errors())) from None
+        raise InputError("\n".join(f"{source}: {_said(each)}" for each in error.errors())) from None
 
 
 def _said(error: ErrorDetails) -> str:
