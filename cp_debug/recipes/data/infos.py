@@ -113,9 +113,8 @@ class InfoData:
         if missing:
             text = f"{without} of {without + len(present)} samples lack point clouds: {_listed(missing)}"
             if not present or not self._options.skip_missing:
-                hint = (
-                    "give the data root, or leave them out with --skip-missing (data.skip_missing in a configuration)"
-                )
+                skip = ", or leave them out with --skip-missing (data.skip_missing in a configuration)"
+                hint = "give the data root" + ("" if self._options.skip_missing else skip)
                 raise InputError(f"{self._path}: {text} (looked below {self._files.roots}); {hint}")
             self.notes.append(f"left out, {text}")
         if not present:
