@@ -46,7 +46,7 @@ from cp_debug.bisect.pipeline import (
 )
 from cp_debug.bisect.precision import coarser, oracle_for
 from cp_debug.bisect.replay import Replay
-from cp_debug.bisect.result import BisectResult, Observation, StageRow, TestResult
+from cp_debug.bisect.result import BisectResult, Observation, StageRow, TestResult, json_safe
 from cp_debug.bisect.scene import decode, keep_scene
 from cp_debug.bisect.shares import Propagation, set_shares
 from cp_debug.bisect.testrun import TestRun
@@ -295,14 +295,16 @@ class Bisection:
             self._step(f"{run.pipeline.backend.spec}, sample {index}")
             with self._writer(folder, run.pipeline, sample) as writer:
                 stats, results = run.run(sample, captured, writer)
-                writer.update(header(run.pipeline, [sample]))  # engines know more once they ran
+                writer.update(
+                    {"settings": json_safe(run.pipeline.record().settings)}
+                )  # engines know more once they ran
             decoded[str(run.pipeline.backend.spec)] = decode(self.test_model, sample, results)
             test = Capture.open(writer.folder)
             replays: dict[Key, Replay] = {}
             floors: dict[Key, float] = {}
             if run.oracle is not None:
                 self._step(f"{run.pipeline.backend.spec}, sample {index}: replay")
-                replays = run.replay(captured, test)
+                replays = run.replay(captured, test, stats)
                 if self.test_model is not self.model:
                     replays |= run.replay_inputs(self.model, sample, results, captured, test)
                 self._step(f"{run.pipeline.backend.spec}, sample {index}: noise floor")

@@ -68,12 +68,13 @@ class TestRun:
         """The reference's name of a value of this test."""
         return Key(key.component, self._names[key.component].get(key.value, key.value))
 
-    def replay(self, reference: Capture, test: Capture) -> dict[Key, Replay]:
-        """Replay every captured layer on the oracle."""
+    def replay(self, reference: Capture, test: Capture, stats: Mapping[Key, TensorStats]) -> dict[Key, Replay]:
+        """Replay every captured layer on the oracle. ``stats`` are those of ``run``."""
         replays: dict[Key, Replay] = {}
         for component in self.programs:
             ours, theirs = loader(reference, component), loader(test, component)
-            for value, replay in self.replayer(component, test).layers(ours, theirs):
+            apart = {key.value: s.finite_rel_l2 for key, s in stats.items() if key.component == component}
+            for value, replay in self.replayer(component, test).layers(ours, theirs, apart):
                 replays[Key(component, value)] = replay
         return replays
 
