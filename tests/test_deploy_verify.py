@@ -152,6 +152,14 @@ def test_options_that_make_no_sense_are_refused(options: list[object], says: str
     assert says in " ".join(text.split())
 
 
+def test_a_deployment_needs_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, text = run("deploy", "centerpoint:tiny")
+    assert code == 2
+    assert "centerpoint:tiny: expected a .yaml, .toml or .py file" in text
+    assert not list(tmp_path.iterdir())
+
+
 def test_awmls_file_needs_a_model() -> None:
     code, text = run("deploy", Path(__file__).parent / "data" / "awml" / "deploy_config.py")
     assert code == 2

@@ -26,15 +26,15 @@ def deploy(
 
     from cp_debug.cli.console import command_line, show_document, steps
     from cp_debug.deploy.runner import deploy as run
-    from cp_debug.deploy.stages import Deployment, configured
+    from cp_debug.deploy.stages import Deployment, named_config
     from cp_debug.reports.deployment import stage_table, write_summary
 
-    settings, source = configured(str(config), model, Path())
+    settings = named_config(config, model)
     if trt_python:
         engines = settings.tensorrt.model_copy(update={"python": trt_python})
         settings = settings.model_copy(update={"tensorrt": engines})
     with steps() as on_step:
-        records = run(Deployment(settings, source, on_step, on_event=on_step.on_event), fresh=fresh)
+        records = run(Deployment(settings, str(config), on_step, on_event=on_step.on_event), fresh=fresh)
     passed = all(record.passed for record in records)
     page = html or settings.work_dir / "report.html"
     write_summary(records, f"{settings.model}, {config.name}", command_line(), page)

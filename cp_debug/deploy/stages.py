@@ -33,18 +33,21 @@ SUFFIXES = (".yaml", ".yml", ".toml", ".py")
 
 
 def configured(text: str, recipe: str | None, scratch: Path) -> tuple[DeployConfig, str]:
-    """The configuration in a file, or that of a model alone with ``scratch`` as its work folder; and where it is from.
-
-    ``recipe`` replaces the model that the file names. Raises InputError.
-    """
+    """``named_config`` of a file, or the configuration of a model alone with ``scratch`` as its work folder; and where
+    it is from."""
     if not text.endswith(SUFFIXES):
         return DeployConfig(model=text, work_dir=scratch), "command line"
-    config = load_config(Path(text))
+    return named_config(Path(text), recipe), text
+
+
+def named_config(path: Path, recipe: str | None) -> DeployConfig:
+    """The configuration in a file, which names a model; ``recipe`` replaces it. Raises InputError."""
+    config = load_config(path)
     if recipe is not None:
         config = config.model_copy(update={"model": recipe})
     if config.model is None:
-        raise InputError(f"{text}: model is missing; name one there or with --model, such as centerpoint:awml-base")
-    return config, text
+        raise InputError(f"{path}: model is missing; name one there or with --model, such as centerpoint:awml-base")
+    return config
 
 
 class Deployment:
