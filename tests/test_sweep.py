@@ -218,6 +218,8 @@ def test_bad_usage(net: Path, tmp_path: Path) -> None:
     assert cli("sweep", "bisect", tmp_path / "none.onnx", "--log", log)[0] == 2
     code, text = cli("sweep", "bisect", net, "--log", tmp_path / "run.csv")
     assert (code, "expected FILE.jsonl or FILE.parquet" in text) == (2, True)
+    code, text = cli("sweep", "eval", "centerpoint:tini", "--log", log)
+    assert (code, "did you mean centerpoint:tiny" in text) == (2, True)
     code, text = cli("sweep", "search", net, "-b", "ort,emu-fp16acc", "--goal", "map_drop<1", "--log", log)
     assert (code, "many samples" in text) == (2, True)
     code, text = cli("sweep", "bisect", net, net, "-b", "ort,emu-fp16", "--log", log)

@@ -46,6 +46,8 @@ class View:
         line.append(f" · {60 * sum(rates.values()):.3g} a minute on {progress.present} workers")
         if progress.waiting_for_gpu:
             line.append("\nwaiting for a worker with GPU=1: dask worker … --resources GPU=1", style="yellow")
+        elif not progress.present and finished < progress.total:
+            line.append("\nwaiting for workers", style="yellow")
         busiest = sorted(rates.items(), key=lambda item: -item[1])[:MOST]
         workers = [Text(f"  {name}  {progress.workers[name]} done, {60 * rate:.3g} a minute") for name, rate in busiest]
         self._live.update(Group(self._bar, line, *workers))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
+from typing import Literal
 
 from cp_debug.errors import InputError
 from cp_debug.recipes.base import Model
@@ -19,25 +20,38 @@ def load_model(text: str, *, checkpoint: Path | None = None, seed: int = 0) -> M
     ``checkpoint`` replaces a recipe's weights, or is strict-loaded into the callable's module.
     Raises InputError when the name, the file or the checkpoint is unusable, MissingPackage without mmdet3d.
     """
-    if text.endswith(".onnx"):
+    kind = kind_of(text)
+    if kind == "onnx":
         if checkpoint is not None:
             raise InputError(f"--checkpoint: {text} already holds its weights")
         from cp_debug.recipes.onnx_file import OnnxFileModel
 
         return OnnxFileModel(Path(text))
-    head, _, tail = text.partition(":")
-    if text in (known := [name for name, _ in known_models()]) or text == "centerpoint":
+    if kind == "centerpoint":
         from cp_debug.recipes.centerpoint.recipe import CenterPointModel
 
-        return CenterPointModel(tail or "tiny", checkpoint=checkpoint, seed=seed)
-    if head == "mmdet3d" and tail:
+        return CenterPointModel(text.partition(":")[2] or "tiny", checkpoint=checkpoint, seed=seed)
+    if kind == "mmdet3d":
         from cp_debug.recipes.mmdet3d.recipe import load_detector
 
         return load_detector(text, checkpoint=checkpoint, seed=seed)
-    if head != "centerpoint" and tail and (head.endswith(".py") or re.fullmatch(r"[A-Za-z_][\w.]*", head)):
-        from cp_debug.recipes.torch_callable import load_callable
+    from cp_debug.recipes.torch_callable import load_callable
 
-        return load_callable(text, checkpoint=checkpoint)
+    return load_callable(text, checkpoint=checkpoint)
+
+
+def kind_of(text: str) -> Literal["onnx", "centerpoint", "mmdet3d", "callable"]:
+    """What a user means, without loading it. Raises InputError for a text that names no model."""
+    head, _, tail = text.partition(":")
+    known = [name for name, _ in known_models()]
+    if text.endswith(".onnx"):
+        return "onnx"
+    if text in known or text == "centerpoint":
+        return "centerpoint"
+    if head == "mmdet3d" and tail:
+        return "mmdet3d"
+    if head != "centerpoint" and tail and (head.endswith(".py") or re.fullmatch(r"[A-Za-z_][\w.]*", head)):
+        return "callable"
     near = difflib.get_close_matches(text, known, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise InputError(f"MODEL: {text!r} is not a recipe, an .onnx file or module:callable{hint}")

@@ -14,6 +14,7 @@ from cp_debug.quantization.checkpoint import FILE
 from cp_debug.recipes.data.base import DataOptions
 from cp_debug.recipes.data.opening import DEFAULT_OPTIONS
 from cp_debug.recipes.data.points import ENDINGS
+from cp_debug.recipes.registry import kind_of
 from cp_debug.sweep.prepared import load
 from cp_debug.sweep.tasks import Task, digests
 
@@ -52,6 +53,7 @@ class Grid:
     def subjects(self) -> Iterator[dict[str, Any]]:
         """The parameters that say what the model is; paths are absolute, as workers run elsewhere."""
         for model, checkpoint in product(self.models, self.checkpoints or (None,)):
+            kind_of(model)  # a slip of the pen is told before a hundred tasks fail of it
             file, colon, name = (model, "", "") if model.endswith(".onnx") else model.rpartition(":")
             named = model
             read = list(self.reads)
