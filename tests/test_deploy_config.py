@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_cli import run
 
 from cp_debug.deploy.config import load_config
 from cp_debug.deploy.literals import read_literals
@@ -179,6 +180,22 @@ def test_errors_name_file_key_and_what_was_expected(tmp_path: Path, name: str, t
 def deployment(folder: Path, text: str) -> Deployment:
     path = write(folder, "c.yaml", f"model: centerpoint:tiny\nwork_dir: {folder}\n{text}")
     return Deployment(load_config(path), str(path))
+
+
+@pytest.mark.parametrize(("options", "built"), [([], "trt-fp16"), (["--precision", "bf16"], "trt-bf16")])
+def test_what_is_not_on_the_command_line_is_as_configured(
+    options: list[str], built: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def backend(deployment: Deployment, spec: str) -> None:
+        asked.append(spec)
+        raise InputError("no further")
+
+    monkeypatch.setattr(Deployment, "backend", backend)
+    config = write(tmp_path, "c.yaml", "model: centerpoint:tiny\nwork_dir: w\ntensorrt: {precision: fp16}\n")
+    code, text = run("build", config, "-o", tmp_path / "engines", *options)
+    assert (code, asked) == (2, [built]), text
 
 
 @pytest.mark.parametrize(

@@ -32,18 +32,13 @@ def bench(
 
     from cp_debug.cli.console import show_document, steps
     from cp_debug.deploy.bench import latency_table
+    from cp_debug.deploy.config import override
     from cp_debug.deploy.stages import Deployment, configured
     from cp_debug.errors import InputError
 
     with TemporaryDirectory(prefix="cpdebug-") as scratch, steps() as on_step:
         config, source = configured(model, recipe, Path(scratch))
-        config = config.model_copy(
-            update={
-                "checkpoint": checkpoint or config.checkpoint,
-                "data": config.data.model_copy(update={"path": inputs or config.data.path}),
-                "tensorrt": config.tensorrt.model_copy(update={"python": trt_python or config.tensorrt.python}),
-            }
-        )
+        config = override(config, {"checkpoint": checkpoint, "data.path": inputs, "tensorrt.python": trt_python})
         deployment = Deployment(config, source, on_step, on_event=on_step.on_event)
         specs = [part.strip() for part in backends.split(",") if part.strip()]
         if not specs:

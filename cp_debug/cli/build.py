@@ -26,7 +26,9 @@ class Precision(str, Enum):
 def build(
     model: Annotated[str, typer.Argument(help="A model, or the configuration of `cpdebug deploy`.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the engines.")],
-    precision: Annotated[Precision, typer.Option(help="auto sets no flag: TensorRT then uses TF32.")] = Precision.auto,
+    precision: Annotated[
+        Precision | None, typer.Option(help="auto sets no flag: TensorRT then uses TF32.  [default: auto]")
+    ] = None,
     onnx_dir: Annotated[Path | None, typer.Option(help="Folder of `cpdebug export`; else made for this run.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Weights: .pt or .safetensors.")] = None,
     trt_python: tensorrt.Python = None,
@@ -43,27 +45,27 @@ def build(
     from tempfile import TemporaryDirectory
 
     from cp_debug.cli.console import console, steps
+    from cp_debug.deploy.config import override
     from cp_debug.deploy.engines import build_engines
     from cp_debug.deploy.stages import Deployment, configured
 
     with ExitStack() as stack, steps() as on_step:
         scratch = stack.enter_context(TemporaryDirectory(prefix="cpdebug-"))
         config, source = configured(model, None, Path(scratch))
-        engines = config.tensorrt.model_copy(
-            update={
-                "precision": precision.value,
-                "python": trt_python or config.tensorrt.python,
-                "workspace_mib": workspace or config.tensorrt.workspace_mib,
-                "timing_cache": timing_cache or config.tensorrt.timing_cache,
-                "keep_fp32": keep_fp32 or config.tensorrt.keep_fp32,
-            }
-        )
-        config = config.model_copy(update={"checkpoint": checkpoint or config.checkpoint, "tensorrt": engines})
+        given = {
+            "checkpoint": checkpoint,
+            "tensorrt.precision": precision and precision.value,
+            "tensorrt.python": trt_python,
+            "tensorrt.workspace_mib": workspace,
+            "tensorrt.timing_cache": timing_cache,
+            "tensorrt.keep_fp32": keep_fp32 or None,
+        }
+        config = override(config, given)
         profiles = dict(map(tensorrt.parse_profile, profile or ()))
         options: dict[str, Any] = {"on_event": on_step.on_event, "calibration_cache": calibration_cache}
         options |= {"profiles": profiles} if profiles else {}
-        if config.model is not None:
-            options |= tensorrt.calibration_data(config.model, config.checkpoint, trt_calibrator, trt_calib_data, stack)
+        assert config.model is not None
+        options |= tensorrt.calibration_data(config.model, config.checkpoint, trt_calibrator, trt_calib_data, stack)
         deployment = Deployment(config, source, on_step, **options)
         backend = deployment.backend(config.engine_backend)  # before the export: it may be missing here
         if onnx_dir is None and not deployment.onnx_dir.is_dir():

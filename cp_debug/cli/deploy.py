@@ -25,14 +25,12 @@ def deploy(
     from rich.text import Text
 
     from cp_debug.cli.console import command_line, show_document, steps
+    from cp_debug.deploy.config import override
     from cp_debug.deploy.runner import deploy as run
     from cp_debug.deploy.stages import Deployment, named_config
     from cp_debug.reports.deployment import stage_table, write_summary
 
-    settings = named_config(config, model)
-    if trt_python:
-        engines = settings.tensorrt.model_copy(update={"python": trt_python})
-        settings = settings.model_copy(update={"tensorrt": engines})
+    settings = override(named_config(config, model), {"tensorrt.python": trt_python})
     with steps() as on_step:
         records = run(Deployment(settings, str(config), on_step, on_event=on_step.on_event), fresh=fresh)
     passed = all(record.passed for record in records)

@@ -26,7 +26,9 @@ def verify(
     checkpoint: Annotated[Path | None, typer.Option(help="Weights: .pt or .safetensors.")] = None,
     inputs: Annotated[Path | None, typer.Option(help="Point files, a folder of them, or an info file.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="How many samples.  [default: 3]")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of made-up inputs; first synthetic scene.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Seed of made-up inputs; first synthetic scene.  [default: 0]")
+    ] = None,
     tolerance: Annotated[
         list[str] | None,
         typer.Option(help="TENSOR=X, PRECISION=X or TENSOR@PRECISION=X: relative L2; else limits come from the noise."),
@@ -45,36 +47,27 @@ def verify(
     Limits are multiples of the noise that rounding makes in this very network; NaN and Inf always fail. What fails is
     bisected, and the summary names the layer.
     """
-    from contextlib import ExitStack
     from tempfile import TemporaryDirectory
 
     from cp_debug.cli.console import show_document, steps
-    from cp_debug.deploy.config import VerifyConfig, validate
+    from cp_debug.deploy.config import override
     from cp_debug.deploy.stages import Deployment, configured
     from cp_debug.files import write_text
     from cp_debug.reports.verification import render, render_junit
 
-    stack = ExitStack()
-    config, source = configured(model, recipe, Path(stack.enter_context(TemporaryDirectory(prefix="cpdebug-"))))
-    given = {
-        **config.verify.model_dump(),
-        "samples": samples or config.verify.samples,
-        "tolerances": {**config.verify.tolerances, **parse_tolerances(tolerance or ())},
-        "max_abs": config.verify.max_abs if max_abs is None else max_abs,
-        "scenarios": parse_scenarios(scenario) if scenario else config.scenarios(),
-    }
-    verifying = validate(VerifyConfig, given, "command line")
-    data = config.data.model_copy(update={"path": inputs or config.data.path, "first": seed or config.data.first})
-    engines = config.tensorrt.model_copy(update={"python": trt_python or config.tensorrt.python})
-    config = config.model_copy(
-        update={
-            "checkpoint": checkpoint or config.checkpoint,
-            "verify": verifying,
-            "data": data,
-            "tensorrt": engines,
+    with TemporaryDirectory(prefix="cpdebug-") as scratch, steps() as on_step:
+        config, source = configured(model, recipe, Path(scratch))
+        given = {
+            "checkpoint": checkpoint,
+            "data.path": inputs,
+            "data.first": seed,
+            "tensorrt.python": trt_python,
+            "verify.samples": samples,
+            "verify.tolerances": {**config.verify.tolerances, **parse_tolerances(tolerance or ())},
+            "verify.max_abs": max_abs,
+            "verify.scenarios": parse_scenarios(scenario) if scenario else None,
         }
-    )
-    with stack, steps() as on_step:
+        config = override(config, given)
         deployment = Deployment(config, source, on_step, on_event=on_step.on_event)
         result = deployment.verify(onnx_dir, voxels=voxels, explain=explain)
     show_document(render(result), result.to_dict(), json)

@@ -6,6 +6,8 @@ import difflib
 import json
 import sys
 from collections.abc import Mapping
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -262,6 +264,17 @@ def validate(schema: type[T], document: Any, source: Path | str) -> T:
         return schema.model_validate(document)
     except ValidationError as error:
         raise InputError("\n".join(f"{source}: {_said(each)}" for each in error.errors())) from None
+
+
+def override(config: DeployConfig, given: Mapping[str, Any]) -> DeployConfig:
+    """What the command line gives (``verify.samples`` → value) over what the file says; None leaves that. Raises
+    InputError."""
+    document = config.model_dump()
+    for key, value in given.items():
+        if value is not None:
+            *sections, name = key.split(".")
+            reduce(getitem, sections, document)[name] = value
+    return validate(DeployConfig, document, "command line")
 
 
 def _said(error: ErrorDetails) -> str:
