@@ -17,6 +17,7 @@ import uuid
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -104,6 +105,9 @@ class CaptureWriter:
         self._partial = self.folder.with_name(f".{self.folder.name}.{uuid.uuid4().hex[:8]}.partial")
         self._entries: dict[tuple[int, str, str], Entry] = {}
         self._written: Counter[int] = Counter()
+        self._writer = ThreadPoolExecutor(1, "capture")
+        self._pending: Future[None] | None = None
+        self._copy = bytearray()
 
     def __enter__(self) -> CaptureWriter:
         check_free(self.folder)
@@ -118,7 +122,8 @@ class CaptureWriter:
     def put(self, name: str, tensor: Tensor, sample: int = 0, component: str = "") -> None:
         """Write one tensor; what was given may change afterwards. Call in execution order.
 
-        Raises InputError for a second tensor of that name, a dtype that safetensors does not know, or a full disk.
+        It is copied and written while the caller goes on, one tensor at a time. Raises InputError for a second tensor
+        of that name, a dtype that safetensors does not know, or, here or at the end, a full disk.
         """
         key = (sample, component, name)
         if key in self._entries:
@@ -129,10 +134,12 @@ class CaptureWriter:
         # The running number makes the name unique, on file systems that fold case too; the rest is for people.
         file = f"{len(self._entries):05d}-{re.sub(r'[^A-Za-z0-9._-]+', '_', name)[:80]}.safetensors"
         raw = _raw(array)
-        with self._disk(), (self._partial / file).open("wb") as stream:
-            stream.write(_file_header(array))
-            for start in range(0, len(raw), _WRITE):
-                stream.write(raw[start : start + _WRITE])
+        self._wait()
+        if len(self._copy) < len(raw):
+            self._copy = bytearray(len(raw))
+        copy = memoryview(self._copy)[: len(raw)]
+        copy[:] = raw
+        self._pending = self._writer.submit(self._write, file, _file_header(array), copy)
         self._entries[key] = Entry(
             name=name,
             component=component,
@@ -145,17 +152,31 @@ class CaptureWriter:
         )
         self._written[sample] += 1
 
+    def _write(self, file: str, header: bytes, raw: memoryview) -> None:
+        with self._disk(), (self._partial / file).open("wb") as stream:
+            stream.write(header)
+            for start in range(0, len(raw), _WRITE):
+                stream.write(raw[start : start + _WRITE])
+
+    def _wait(self) -> None:
+        """Raises what writing the tensor before has raised."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
             if kind is None:
+                self._wait()
                 tensors = [asdict(entry) for entry in self._entries.values()]
                 text = json.dumps({"schema": SCHEMA, **self._header, "tensors": tensors}, indent=1, allow_nan=False)
                 with self._disk():
                     (self._partial / MANIFEST).write_text(text, encoding="utf-8")
                     self._partial.replace(self.folder)
         finally:
+            self._writer.shutdown()
             shutil.rmtree(self._partial, ignore_errors=True)
 
     @contextmanager
