@@ -60,10 +60,18 @@ def test_mse_of_a_tensor_is_the_least() -> None:
 
 
 def test_entropy_clips_a_long_tail_but_not_a_box() -> None:
-    box = torch.linspace(0, 1, 100_000)
+    box = torch.rand(100_000, generator=torch.Generator().manual_seed(0))  # even spacing hides coarse steps
     tail = torch.cat((box, torch.tensor([50.0])))
     assert histogram(box).amax("entropy") > 0.95
     assert histogram(tail).amax("entropy") < 10
+
+
+@pytest.mark.parametrize("constants", [[], [0.0], [0.31, 0.9, 1.7]])
+@pytest.mark.parametrize("count", [300, 100_000])
+def test_entropy_clips_little_whatever_is_constant_and_however_few_there_are(constants, count) -> None:
+    values = torch.randn(count, generator=torch.Generator().manual_seed(0))
+    x = torch.cat([values, *(torch.full((count,), constant) for constant in constants)])
+    assert float((values.abs() > histogram(x).amax("entropy")).float().mean()) < 0.005
 
 
 def test_counts_do_not_saturate() -> None:
