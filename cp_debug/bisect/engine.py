@@ -295,9 +295,8 @@ class Bisection:
             self._step(f"{run.pipeline.backend.spec}, sample {index}")
             with self._writer(folder, run.pipeline, sample) as writer:
                 stats, results = run.run(sample, captured, writer)
-                writer.update(
-                    {"settings": json_safe(run.pipeline.record().settings)}
-                )  # engines know more once they ran
+                settings = run.pipeline.record().settings  # engines know more once they ran
+                writer.update({"settings": json_safe(settings)})
             decoded[str(run.pipeline.backend.spec)] = decode(self.test_model, sample, results)
             test = Capture.open(writer.folder)
             replays: dict[Key, Replay] = {}
@@ -342,8 +341,9 @@ class Bisection:
                 found.knobs = find_knobs(pipeline.model, pipeline.programs, pipeline.backend, sample, floor)
 
     def _writer(self, folder: Path, pipeline: Pipeline, sample: Sample) -> CaptureWriter:
+        kept = self.options.save is not None
         target = folder / str(pipeline.backend.spec)
-        return CaptureWriter(target, header(pipeline, [sample]), checksums=self.options.save is not None)
+        return CaptureWriter(target, header(pipeline, [sample]) if kept else {}, checksums=kept)
 
     def _result(self, run: TestRun, found: Collected, layers: list[Layer]) -> TestResult:
         rows = [found.rows[key] for key in sorted(found.rows, key=lambda k: found.rows[k].index)]

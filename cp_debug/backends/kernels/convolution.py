@@ -16,7 +16,7 @@ _CONV = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 _TRANSPOSED = {1: functional.conv_transpose1d, 2: functional.conv_transpose2d, 3: functional.conv_transpose3d}
 
 
-@kernel("Conv")
+@kernel("Conv", multiplies=True)
 def conv(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     window = Window.of(call, weight.shape[2:], x.shape[2:])
     x, weight = call.arithmetic.operands(x, weight)
@@ -31,7 +31,7 @@ def conv(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     return _CONV[x.dim() - 2](x, weight, bias, window.stride, padding, window.dilation, call["group"])
 
 
-@kernel("ConvTranspose")
+@kernel("ConvTranspose", multiplies=True)
 def conv_transpose(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     window = Window.of(call, weight.shape[2:], x.shape[2:])
     rank = len(window.kernel)

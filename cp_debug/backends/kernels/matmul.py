@@ -9,7 +9,7 @@ from cp_debug.backends.kernels import fp16_accumulation
 from cp_debug.backends.kernels.registry import Call, kernel
 
 
-@kernel("MatMul")
+@kernel("MatMul", multiplies=True)
 def matmul(call: Call, a: Tensor, b: Tensor) -> Tensor:
     if not a.is_floating_point():
         return torch.matmul(a, b)
@@ -18,7 +18,7 @@ def matmul(call: Call, a: Tensor, b: Tensor) -> Tensor:
     return fp16_accumulation.matmul(a, b, tile, slices) if tile else torch.matmul(a, b)
 
 
-@kernel("Gemm")
+@kernel("Gemm", multiplies=True)
 def gemm(call: Call, a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
     product = matmul(call, a.mT if call["transA"] else a, b.mT if call["transB"] else b)
     assert isinstance(product, Tensor)
@@ -27,7 +27,7 @@ def gemm(call: Call, a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
     return product if c is None else product + (c if call["beta"] == 1 else c * call["beta"])
 
 
-@kernel("Einsum")
+@kernel("Einsum", multiplies=True)
 def einsum(call: Call, *operands: Tensor) -> Tensor:
     # Its products accumulate in the held dtype in every arithmetic: no FP16 order is known for it.
     return torch.einsum(call["equation"].replace(" ", ""), *call.arithmetic.operands(*operands))

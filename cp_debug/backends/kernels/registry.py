@@ -74,16 +74,20 @@ class Kernel:
     """The result is new arithmetic, to be rounded; False for operators that only choose among their inputs' values."""
     exact: bool
     """Weights are parameters (scales, sizes), read without rounding."""
+    multiplies: bool
+    """It reads its operands as the multiplier does (``Arithmetic.operands``)."""
 
 
 KERNELS: dict[str, Kernel] = {}
 
 
-def kernel(*ops: str, rounds: bool = True, exact: bool = False) -> Callable[[Function], Function]:
+def kernel(
+    *ops: str, rounds: bool = True, exact: bool = False, multiplies: bool = False
+) -> Callable[[Function], Function]:
     """Register a function as the kernel of the named ONNX operators."""
 
     def register(function: Function) -> Function:
-        KERNELS.update(dict.fromkeys(ops, Kernel(function, rounds, exact)))
+        KERNELS.update(dict.fromkeys(ops, Kernel(function, rounds, exact, multiplies)))
         return function
 
     return register
