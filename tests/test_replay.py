@@ -11,7 +11,7 @@ import pytest
 import torch
 from nets import NetBuilder, random_dag, second_like
 
-from cp_debug.backends.arithmetic import FP32, FP64
+from cp_debug.backends.arithmetic import ARITHMETICS, FP32, FP64, Arithmetic
 from cp_debug.backends.base import Program
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.registry import create
@@ -56,11 +56,29 @@ def replayed(graph: Graph, values: Values, test: Values, oracle: str = "fp64") -
     return dict(replayer.layers(values.__getitem__, test.__getitem__))
 
 
-def run(graph: Graph, inputs: Values) -> Values:
-    """Every value, computed in FP32."""
+def run(graph: Graph, inputs: Values, arithmetic: Arithmetic = FP32) -> Values:
+    """Every value, computed in one arithmetic."""
     values = dict(inputs)
-    Executor(graph, FP32).run(inputs, lambda name, tensor: values.update({name: as_numpy(tensor)}))
+    Executor(graph, arithmetic).run(inputs, lambda name, tensor: values.update({name: as_numpy(tensor)}))
     return values
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
+def test_what_an_emulated_test_need_not_compute_again_is_what_the_oracle_gives(tmp_path: Path, precision: str) -> None:
+    path = random_dag(tmp_path / "dag.onnx", [(kind % 7, kind, 2 * kind) for kind in range(14)], seed=1)
+    for graph in (Graph(path), Graph(second_like(tmp_path / "net.onnx", depth=1, size=16))):
+        shape = [n if isinstance(n, int) else 1 for n in graph.inputs[0].shape or ()]
+        inputs = {"x": 1e3 * np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
+        reference, test = run(graph, inputs), run(graph, inputs, ARITHMETICS[precision])
+        again, known = (
+            dict(
+                Replayer(graph, ("fp32", precision), "fp32", graph.values, emulated=emulated).layers(
+                    reference.__getitem__, test.__getitem__
+                )
+            )
+            for emulated in (False, True)
+        )
+        assert known == again
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
