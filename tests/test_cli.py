@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from rich.text import Text
 from typer.testing import CliRunner
 
 from cp_debug.cli import console
-from cp_debug.cli.main import app
+from cp_debug.cli.main import app, main
 from cp_debug.errors import CpdebugError
 
 
@@ -252,3 +253,14 @@ def test_unoptimisable_ops_are_named(tmp_path: Path) -> None:
     code, text = run("bisect", path, "-b", "torch,emu-fp16")
     assert code == 2
     assert "acme.Relu" in text
+
+
+@pytest.mark.parametrize(("own", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_waiting_threads_sleep_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch, own, expected) -> None:
+    monkeypatch.setattr(sys, "argv", ["cpdebug", "--help"])
+    monkeypatch.setenv("OMP_WAIT_POLICY", own or "")
+    if own is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    with pytest.raises(SystemExit):
+        main()
+    assert os.environ["OMP_WAIT_POLICY"] == expected

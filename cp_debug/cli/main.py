@@ -5,6 +5,7 @@ Exit codes: 0 agree, 1 divergence found, 2 bad usage or input, 3 backend unavail
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
@@ -65,6 +66,8 @@ app.add_typer(sweep.app)
 
 def main() -> None:
     """Run the command line; every expected failure is one message on stderr and an exit code."""
+    # Threads that wait in vain spin, and so take the cores from those they wait for when other programs run, too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except CpdebugError as error:
