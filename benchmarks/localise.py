@@ -17,6 +17,8 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import multiprocessing
+import os
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -158,7 +160,9 @@ def main() -> None:
     options = parser.parse_args()
     console = Console()
     if options.cost:
-        cost = measure_cost(options.size)
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as `cpdebug bisect` sets it, before torch is loaded
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            cost = pool.apply(measure_cost, (options.size,))
         console.print_json(json.dumps(cost))
         return
     torch.manual_seed(options.seed)
