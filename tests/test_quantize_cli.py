@@ -57,6 +57,7 @@ def test_qat_writes_a_checkpoint_that_opens(tmp_path: Path, checkpoint: Path) ->
         (("sensitivity", "--from", "nowhere.pt"), "nowhere.pt: no such checkpoint"),
         (("sensitivity", "--skip-layers", "pts_nek", "--batches", "1"), "no layer matches 'pts_nek'"),
         (("qat", f"{NET}:example", "--from", "x.pt", "-o", "y.pt"), "has no training loss here"),
+        (("sensitivity", "--from", "nowhere.pt", "--auto", "0"), "--auto is 0; expected a positive budget"),
         (("qat", "--from", "nowhere.pt", "-o", "y.pt"), "nowhere.pt: no such checkpoint"),
     ],
 )
@@ -64,3 +65,10 @@ def test_bad_input(options: tuple[str, ...], says: str) -> None:
     code, text = run("quantize", *options)
     assert code == 2
     assert says in text
+
+
+def test_quantizing_what_is_quantized(tmp_path: Path, checkpoint: Path) -> None:
+    code, text = run("quantize", "ptq", "--checkpoint", checkpoint, "-o", tmp_path / "again")
+    assert code == 2
+    assert "is quantised already; expected weights in FP32" in text
+    assert not (tmp_path / "again").exists()

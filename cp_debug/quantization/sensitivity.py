@@ -235,6 +235,12 @@ def _effect(row: Mapping[str, Any]) -> Effect:
     return Effect(row["error"], {name: Interval(*change) for name, change in row["change"].items()})
 
 
+def check_budget(budget: float) -> None:
+    """Raise InputError for one that nothing can keep."""
+    if not budget > 0:
+        raise InputError(f"--auto is {budget:g}; expected a positive budget")
+
+
 def choose_layers(
     bench: Bench,
     samples: Sequence[Sample],
@@ -250,8 +256,7 @@ def choose_layers(
     given back. Every set is run on all samples. Of a model that detects nothing ``budget`` is the relative L2 error
     of the outputs.
     """
-    if not budget > 0:
-        raise InputError(f"--auto is {budget:g}; expected a positive budget")
+    check_budget(budget)
     losses: dict[frozenset[str], Interval] = {}
 
     def run(skipped: Sequence[frozenset[str]]) -> None:
