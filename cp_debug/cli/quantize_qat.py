@@ -25,17 +25,17 @@ def qat(
     data: Annotated[
         Path | None, typer.Option(help="To train on: an info file (.pkl); else synthetic training scenes.")
     ] = None,
-    scenes: Annotated[int, typer.Option(min=1, help="Training scenes, at most.")] = 200,
+    scenes: Annotated[int, typer.Option(min=1, help="Training scenes, at most.")] = 400,
     val_data: Annotated[
         Path | None, typer.Option(help="Held out: an info file (.pkl); else held-out synthetic scenes.")
     ] = None,
     val_scenes: Annotated[int, typer.Option(min=1, help="Held-out scenes, at most.")] = 12,
     data_root: Annotated[Path | None, typer.Option(help="What the paths in the info files are relative to.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training scenes; else --steps.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps, at most.")] = 200,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps, at most.")] = 300,
     batch: Annotated[int, typer.Option(min=1, help="Scenes a step.")] = 2,
-    lr: Annotated[float, typer.Option(help="Learning rate of Adam, which falls to 0.")] = 1e-5,
-    interval: Annotated[int, typer.Option(min=1, help="Steps between validations.")] = 20,
+    lr: Annotated[float, typer.Option(help="Learning rate of Adam, which falls to 0.")] = 5e-4,
+    interval: Annotated[int, typer.Option(min=1, help="Steps between validations.")] = 50,
     patience: Annotated[int, typer.Option(min=1, help="Validations without a better one, after which it ends.")] = 4,
     early_stop: Annotated[Criterion, typer.Option(help="What is validated on the held-out scenes.")] = Criterion.loss,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from OUTPUT.state, with the same options.")] = False,
@@ -61,14 +61,15 @@ def qat(
     from cp_debug.recipes.registry import load_model
     from cp_debug.reports.qat import render
 
-    options = QatOptions(epochs * math.ceil(scenes / batch) if epochs else steps, lr, interval, patience)
     with progress() as on_step:
         loaded = as_trainable(load_model(model))
+        training = training_scenes(loaded, data, scenes, DataOptions(data_root))
+        options = QatOptions(epochs * math.ceil(len(training) / batch) if epochs else steps, lr, interval, patience)
         modules = modules_of(open_quantized(loaded, start))
         result = finetune_centerpoint(
             loaded,
             modules,
-            training_scenes(loaded, data, scenes, DataOptions(data_root)),
+            training,
             held_out_scenes(loaded, val_data, val_scenes, DataOptions(data_root)),
             options,
             batch=batch,

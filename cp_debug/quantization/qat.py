@@ -34,9 +34,9 @@ class QatOptions:
     """``steps`` of Adam, whose ``rate`` falls to 0 along a cosine; every ``interval`` steps the module is validated,
     and training ends when ``patience`` validations brought nothing better."""
 
-    steps: int = 200
-    rate: float = 1e-5
-    interval: int = 20
+    steps: int = 300
+    rate: float = 5e-4
+    interval: int = 50
     patience: int = 4
 
     def __post_init__(self) -> None:
