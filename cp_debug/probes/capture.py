@@ -177,6 +177,7 @@ class CaptureWriter:
                     self._partial.replace(self.folder)
         finally:
             self._writer.shutdown()
+            self._copy = bytearray()
             shutil.rmtree(self._partial, ignore_errors=True)
 
     @contextmanager
