@@ -357,7 +357,7 @@ def test_data_without_truth_and_models_without_boxes_are_refused(tmp_path: Path)
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cp_debug.recipes.registry.load_model", lambda *_, **__: PictureModel())
+    monkeypatch.setattr("cp_debug.bisect.int8.load_model", lambda *_, **__: PictureModel())
     files = [str(tmp_path / name) for name in ("e.json", "e.csv", "p.npz")]
     wanted = ["eval", "pictures", "-b", "torch,emu-fp16", "-n", "3", "--draws", "10"]
     done = CliRunner().invoke(app, [*wanted, "--json", files[0], "--csv", files[1], "--predictions", files[2]])
@@ -371,7 +371,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blind.decode = lambda sample, results: (  # type: ignore[method-assign]
         EMPTY if results["net"]["heat"].dtype == np.float16 else PictureModel.decode(blind, sample, results)
     )
-    monkeypatch.setattr("cp_debug.recipes.registry.load_model", lambda *_, **__: blind)
+    monkeypatch.setattr("cp_debug.bisect.int8.load_model", lambda *_, **__: blind)
     wanted[3] = "torch,torch-fp16"
     done = CliRunner().invoke(app, [*wanted, "--json", "-"])
     assert done.exit_code == 1, done.output

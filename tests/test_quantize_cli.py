@@ -72,3 +72,28 @@ def test_quantizing_what_is_quantized(tmp_path: Path, checkpoint: Path) -> None:
     assert code == 2
     assert "is quantised already; expected weights in FP32" in text
     assert not (tmp_path / "again").exists()
+
+
+def test_int8_is_scored_and_timed_like_any_backend(checkpoint: Path, tmp_path: Path) -> None:
+    target = tmp_path / "found.json"
+    wanted = ["-n", 1, "--draws", 0, "--json", target]
+    code, text = run("eval", "--checkpoint", checkpoint.parent, "-b", "torch,emu-int8", *wanted)
+    assert code in (0, 1), text
+    given = json.loads(target.read_text())
+    assert not any("on the fly" in note for note in given["notes"])
+    assert given["backends"][1]["summary"] != given["backends"][0]["summary"]
+    code, text = run("eval", "-b", "torch,emu-int8", *wanted, "--calib-method", "max", "--calib-samples", 2)
+    assert code in (0, 1), text
+    calibrated = json.loads(target.read_text())
+    assert "quantized on the fly: max on 2 sample(s)" in calibrated["notes"]
+    # the checkpoint was made of the same samples in the same way
+    assert calibrated["backends"][1]["summary"] == given["backends"][1]["summary"]
+
+    timed = ["bench", "--checkpoint", checkpoint.parent, "-b", "ort-int8", "-n", 1, "--warmup", 0, "--json", target]
+    code, text = run(*timed)
+    assert code == 0, text
+    assert [each["backend"] for each in json.loads(target.read_text())["backends"]] == ["ort-int8"]
+
+    code, text = run("check", "centerpoint:tiny", "--checkpoint", checkpoint)
+    assert code == 2
+    assert "a cpdebug quantized model 1; expected FP32 weights" in text.replace("\n", " ")

@@ -25,11 +25,9 @@ from cp_debug.bisect.int8 import (
     Calibration,
     already_quantized,
     both_int8,
-    calibrate,
     int8_notes,
     load_quantized,
-    of_modules,
-    quantized_programs,
+    quantize_programs,
     with_modules_beside,
 )
 from cp_debug.bisect.layers import Layer, layers_of, stage_ends
@@ -236,18 +234,13 @@ class Bisection:
 
     def _quantize(self, model: Model, programs: list[Program], scratch: Path) -> list[Program]:
         options, folder = self.options, (self.options.save or scratch) / ("test" if self._quantized else "")
-        calibration, data = options.calibration, options.calibration.data or options.inputs
+        calibration = options.calibration
+        samples = calibration_samples(model, calibration.data or options.inputs, calibration.samples)
         self._steps += 1
         self._step("quantizing")
-        samples = list(calibration_samples(model, data, calibration.samples))
-        how = f"quantized on the fly: {calibration.method} on {len(samples)} sample(s)"
-        if id(model) in self._parts and of_modules(model, programs):
-            parts, how = self._parts[id(model)]
-        else:
-            parts = calibrate(model, programs, samples, calibration)
-        folder.mkdir(exist_ok=True)
-        made = quantized_programs(model, programs, parts, samples[0], folder)
-        self._how[id(made)] = how
+        parts, given = self._parts.get(id(model), (None, ""))
+        made, how = quantize_programs(model, programs, folder, samples, parts=parts, calibration=calibration)
+        self._how[id(made)] = how or given
         return made
 
     def _saved_name(self, program: Program) -> str:

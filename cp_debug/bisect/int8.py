@@ -14,7 +14,7 @@ from cp_debug.bisect.result import LayerRow
 from cp_debug.probes.alignment import align
 from cp_debug.probes.graph import Graph
 from cp_debug.probes.qdq import insert_qdq
-from cp_debug.quantization.checkpoint import FILE, is_ptq_checkpoint
+from cp_debug.quantization.checkpoint import FILE, file_of, is_ptq_checkpoint
 from cp_debug.quantization.models import QuantizedComponent, quantize_model, with_modules
 from cp_debug.quantization.nodes import scales_by_node
 from cp_debug.quantization.opening import open_quantized
@@ -43,7 +43,7 @@ def load_quantized(name: str, checkpoint: Path | None, seed: int) -> tuple[Model
     """A model, and its components in INT8 when ``checkpoint`` is what ``cpdebug quantize`` wrote (the file or its
     folder): the model is then the FP32 one behind it, BatchNorm folded. Raises InputError as both loaders do.
     """
-    file = checkpoint / FILE if checkpoint is not None and checkpoint.is_dir() else checkpoint
+    file = None if checkpoint is None else file_of(checkpoint)
     if file is None or not is_ptq_checkpoint(file):
         return load_model(name, checkpoint=file, seed=seed), {}
     model = load_model(name, seed=seed)
@@ -65,6 +65,28 @@ def calibrate(
 def of_modules(model: Model, programs: Sequence[Program]) -> bool:
     """Whether the programs were exported from the modules of ``model``."""
     return all(p.module is not None and p.module is c.module for p, c in zip(programs, model.components, strict=True))
+
+
+def quantize_programs(
+    model: Model,
+    programs: Sequence[Program],
+    folder: Path,
+    samples: Iterable[Sample],
+    *,
+    parts: Mapping[str, QuantizedComponent] | None = None,
+    calibration: Calibration = DEFAULT_CALIBRATION,
+) -> tuple[list[Program], str]:
+    """``quantized_programs`` of programs without Q/DQ pairs: as ``parts`` says where they were exported from its model,
+    else calibrated now, on ``samples``; and how, in words, where it was now.
+
+    ``folder`` is made where it is missing. Raises InputError as ``quantize_model`` does.
+    """
+    samples, how = list(samples), ""
+    if not parts or not of_modules(model, programs):
+        parts = calibrate(model, programs, samples, calibration)
+        how = f"quantized on the fly: {calibration.method} on {len(samples)} sample(s)"
+    folder.mkdir(exist_ok=True)
+    return quantized_programs(model, programs, parts, samples[0], folder), how
 
 
 def quantized_programs(

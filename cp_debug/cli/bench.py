@@ -38,11 +38,13 @@ def bench(
 
     with TemporaryDirectory(prefix="cpdebug-") as scratch, steps() as on_step:
         config, source = configured(model, recipe, Path(scratch))
-        config = override(config, {"checkpoint": checkpoint, "data.path": inputs, "tensorrt.python": trt_python})
-        deployment = Deployment(config, source, on_step, on_event=on_step.on_event)
         specs = [part.strip() for part in backends.split(",") if part.strip()]
         if not specs:
             raise InputError(f"--backends: {backends!r} names none; expected at least one, such as torch,ort")
+        on_the_fly = config.quantization is None and any(spec.partition("@")[0].endswith("int8") for spec in specs)
+        given = {"checkpoint": checkpoint, "data.path": inputs, "tensorrt.python": trt_python}
+        config = override(config, {**given, "quantization": {"samples": 8} if on_the_fly else None})
+        deployment = Deployment(config, source, on_step, on_event=on_step.on_event)
         found = deployment.bench(specs, onnx_dir, batch=batch, warmup=warmup, repeats=repeats)
     document = {"model": config.model, "batch": batch, "warmup": warmup, "repeats": repeats}
     title = f"{config.model}, batch {batch}, {repeats} passes after {warmup}"

@@ -97,7 +97,6 @@ def bisect(
     from cp_debug.backends.spec import parse_backends
     from cp_debug.bisect.engine import Options
     from cp_debug.bisect.engine import bisect as run
-    from cp_debug.bisect.int8 import Calibration
     from cp_debug.cli.console import command_line, show, steps
     from cp_debug.reports.files import write_json
 
@@ -121,9 +120,7 @@ def bisect(
         knobs=knobs,
         exporter=exporter.chosen,
         folded=not unfolded,
-        calibration=Calibration(
-            int8.calib_data, int8.calib_samples, int8.calib_method.value, tuple(int8.skip_layers or ())
-        ),
+        calibration=int8.chosen,
         save=kept,
     )
     engines = tensorrt.tensorrt_options(

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from cp_debug.bisect.int8 import Calibration
 
 PANEL = "INT8, where the model is not quantized"
 
@@ -42,3 +45,11 @@ class Flags:
     calib_samples: Samples = 8
     calib_method: Calibrator = Method.mse
     skip_layers: SkipLayers = None
+
+    @property
+    def chosen(self) -> Calibration:
+        """What they say."""
+        from cp_debug.bisect.int8 import Calibration
+
+        skipped = tuple(self.skip_layers or ())
+        return Calibration(self.calib_data, self.calib_samples, self.calib_method.value, skipped)

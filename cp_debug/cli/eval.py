@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cp_debug.cli import calibration
 from cp_debug.cli.bisect import Exporter
+from cp_debug.cli.flags import grouped
+
+if TYPE_CHECKING:
+    from cp_debug.backends.base import Program
 
 
+@grouped
 def evaluate(
     model: Annotated[str, typer.Argument(help="A recipe that detects (`cpdebug models`).")] = "centerpoint:tiny",
     backends: Annotated[str, typer.Option("--backends", "-b", help="Reference first, then the tests.")] = "torch,ort",
@@ -29,11 +36,13 @@ def evaluate(
     draws: Annotated[int, typer.Option(min=0, help="Bootstrap draws for the intervals.")] = 1000,
     seed: Annotated[int, typer.Option(help="Of the bootstrap; first synthetic scene.")] = 0,
     max_drop: Annotated[float, typer.Option(min=0, help="mAP that a backend may lose.")] = 0.01,
-    exporter: Annotated[Exporter, typer.Option(help="For torch models.")] = Exporter.dynamo,
+    exporter: Annotated[Exporter, typer.Option(help="For torch models.")] = Exporter.auto,
     unfolded: Annotated[bool, typer.Option("--unfolded", help="Keep BatchNorm apart.")] = False,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Write the figures of every backend and class as CSV.")] = None,
     predictions: Annotated[Path | None, typer.Option(help="Write every detection, as .npz.")] = None,
+    *,
+    int8: calibration.Flags,
 ) -> None:
     """Score backends on a data set: mAP, NDS and errors as nuScenes defines them, AP by overlap, with intervals.
 
@@ -42,17 +51,19 @@ def evaluate(
     """
     from cp_debug.backends.registry import create
     from cp_debug.backends.spec import parse_backends
+    from cp_debug.bisect.int8 import load_quantized, quantize_programs
     from cp_debug.cli.console import show_document, steps
     from cp_debug.deploy.evaluate import as_detector
     from cp_debug.deploy.evaluate import evaluate as run
     from cp_debug.deploy.evaluation import EvaluationOptions
     from cp_debug.deploy.predictions import save_predictions
     from cp_debug.files import complete_file
-    from cp_debug.recipes.data.base import DataOptions
-    from cp_debug.recipes.registry import load_model
+    from cp_debug.quantization.opening import calibration_samples
+    from cp_debug.recipes.data.base import DataOptions, iterate
     from cp_debug.reports.evaluation import render
 
-    detector = as_detector(load_model(model, checkpoint=checkpoint, seed=seed))
+    loaded, quantized = load_quantized(model, checkpoint, seed)
+    detector = as_detector(loaded)
     options = EvaluationOptions(
         ranges=parse_ranges(ranges, detector.class_names),
         min_points=min_points,
@@ -61,9 +72,26 @@ def evaluate(
         max_drop=max_drop,
     )
     opened = detector.data(data, samples, seed, DataOptions(data_root, sweeps, skip_missing))
+    calibration = int8.chosen
+    own = data is not None and calibration.data is None
+    clouds = iterate(opened) if own else calibration_samples(detector, calibration.data, calibration.samples)
+
+    def quantize(programs: list[Program], folder: Path) -> tuple[list[Program], str]:
+        samples = islice(clouds, calibration.samples)
+        return quantize_programs(detector, programs, folder, samples, parts=quantized, calibration=calibration)
+
     made = [create(spec) for spec in parse_backends(backends)]
     with steps() as on_step:
-        result = run(detector, made, opened, options, exporter=exporter.value, folded=not unfolded, on_step=on_step)
+        result = run(
+            detector,
+            made,
+            opened,
+            options,
+            exporter=exporter.chosen,
+            folded=not unfolded,
+            quantize=quantize,
+            on_step=on_step,
+        )
     show_document(render(result), result.to_dict(), json)
     if csv:
         with complete_file(csv) as stream:

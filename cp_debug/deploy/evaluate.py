@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Protocol
 
 from cp_debug.backends.base import Backend, Program
-from cp_debug.bisect.pipeline import Pipeline, choose_export, prepare
+from cp_debug.bisect.pipeline import Export, Pipeline, choose_export, prepare, wants_int8
 from cp_debug.deploy.changes import Detected
 from cp_debug.deploy.evaluation import EvaluationOptions, EvaluationResult, score_backends
 from cp_debug.deploy.predictions import Predictions
 from cp_debug.errors import InputError
 from cp_debug.recipes.base import Model
 from cp_debug.recipes.data.base import DataOptions, DataSet, Truth, iterate
+
+Quantize = Callable[[list[Program], Path], tuple[list[Program], str]]
+"""Makes programs with Q/DQ pairs in a folder, and says how."""
 
 
 class Detector(Model, Protocol):
@@ -67,11 +70,12 @@ def evaluate(
     exporter: str | None = None,
     folded: bool = True,
     programs: Sequence[Program] | None = None,
+    quantize: Quantize = lambda programs, folder: (programs, ""),
     on_step: Callable[[str, int, int], None] = lambda text, done, total: None,
 ) -> EvaluationResult:
     """Every backend on every sample, each sample read once. ``options.region`` None is the model's own.
 
-    ``programs`` None exports the model for this run.
+    ``programs`` None exports the model for this run, and has ``quantize`` make the programs of backends in INT8.
 
     Raises InputError for data without ground truth.
     """
@@ -82,11 +86,12 @@ def evaluate(
     with tempfile.TemporaryDirectory(prefix="cpdebug-") as scratch, ExitStack() as stack:
         on_step("exporting", 0, steps)
         with clock("export"):
-            if programs is None:
-                how, _ = choose_export(backends, exporter)
-                (example,) = model.samples(1, 0, None)
-                programs = prepare(model, example, Path(scratch), how=how, folded=folded)
-            pipelines = [stack.enter_context(Pipeline(model, programs, backend)) for backend in backends]
+            if programs is not None:
+                own, how = [list(programs)] * len(backends), ""
+            else:
+                export, _ = choose_export(backends, exporter)
+                own, how = _prepare(model, backends, Path(scratch), export, folded, quantize)
+            pipelines = [stack.enter_context(Pipeline(model, *pair)) for pair in zip(own, backends, strict=True)]
         samples = iterate(data)
         for index in range(len(data)):
             with clock("load"):
@@ -115,9 +120,24 @@ def evaluate(
         options=options,
         backends=scores,
         predictions={spec: found for spec, (_, found) in runs.items()},
-        notes=[*data.notes, *notes],
+        notes=[*data.notes, *notes, *([how] if how else [])],
         seconds=clock.seconds,
     )
+
+
+def _prepare(
+    model: Detector,
+    backends: Sequence[Backend],
+    folder: Path,
+    export: Export,
+    folded: bool,
+    quantize: Quantize,
+) -> tuple[list[list[Program]], str]:
+    """The programs of each backend, and what ``quantize`` said."""
+    (example,) = model.samples(1, 0, None)
+    programs = prepare(model, example, folder, how=export, folded=folded)
+    int8, how = quantize(programs, folder / "int8") if any(map(wants_int8, backends)) else (programs, "")
+    return [int8 if wants_int8(backend) else programs for backend in backends], how
 
 
 def _because(data: DataSet) -> str:

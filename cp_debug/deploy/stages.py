@@ -21,7 +21,7 @@ from cp_debug.deploy.handover import checked
 from cp_debug.deploy.quantizing import export_quantized, in_int8
 from cp_debug.deploy.verify import VerifyOptions, VerifyResult, verify
 from cp_debug.errors import InputError
-from cp_debug.quantization.checkpoint import save_ptq_model
+from cp_debug.quantization.checkpoint import file_of, save_ptq_model
 from cp_debug.quantization.models import QuantizedComponent, with_modules
 from cp_debug.quantization.opening import is_quantized_checkpoint, modules_of, open_quantized
 from cp_debug.recipes.base import Component, Model, Sample
@@ -60,6 +60,8 @@ class Deployment:
         on_step: OnStep = lambda text, done, total: None,
         **engine_options: object,
     ) -> None:
+        if config.checkpoint is not None:
+            config = config.model_copy(update={"checkpoint": file_of(config.checkpoint)})
         self.config, self.source, self.on_step = config, source, on_step
         self._engine_options = engine_options
         self._backends: dict[str, Backend] = {}

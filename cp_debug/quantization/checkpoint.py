@@ -84,6 +84,11 @@ def read_ptq_checkpoint(path: Path) -> dict[str, Any]:
     return found["components"]
 
 
+def file_of(checkpoint: Path) -> Path:
+    """The file that a folder of `cpdebug quantize` means; any other path itself."""
+    return checkpoint / FILE if checkpoint.is_dir() else checkpoint
+
+
 def is_ptq_checkpoint(path: Path) -> bool:
     """Whether a file is the checkpoint of a quantised model."""
     try:

@@ -12,7 +12,7 @@ from torch import nn
 from cp_debug.errors import InputError
 from cp_debug.probes.alignment import module_digest
 from cp_debug.quantization.amax_checkpoint import is_amax_checkpoint, load_amax_checkpoint
-from cp_debug.quantization.checkpoint import FILE, is_ptq_checkpoint, load_ptq_model
+from cp_debug.quantization.checkpoint import file_of, is_ptq_checkpoint, load_ptq_model
 from cp_debug.quantization.folding import apply_folding
 from cp_debug.quantization.layers import full_path, layers_of, matches, select
 from cp_debug.quantization.models import QuantizedComponent, quantize_model
@@ -44,8 +44,7 @@ def open_quantized(
     if checkpoint is None:
         samples = calibration_samples(model, data, count, on_step)
         return quantize_model(model, samples, method=method, skip_layers=skip_layers)
-    if checkpoint.is_dir():
-        checkpoint = checkpoint / FILE
+    checkpoint = file_of(checkpoint)
     if is_amax_checkpoint(checkpoint):
         quantized = load_amax_checkpoint(model, checkpoint, next(model.samples(1, CALIBRATION_FIRST, None)))
     else:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cp_debug.backends.base import Backend, Program
-from cp_debug.bisect.int8 import DEFAULT_CALIBRATION, already_quantized, calibrate, of_modules, quantized_programs
+from cp_debug.bisect.int8 import DEFAULT_CALIBRATION, already_quantized, quantize_programs
 from cp_debug.bisect.pipeline import Pipeline, choose_export, load_test_programs, prepare, wants_int8
 from cp_debug.deploy.evaluate import as_detector
 from cp_debug.deploy.state import key_of
@@ -148,12 +148,10 @@ class _Search:
 
     def _quantized(self, folder: Path) -> list[Program]:
         self._step("quantizing")
-        samples = list(calibration_samples(self._model, self._options.inputs, DEFAULT_CALIBRATION.samples))
-        parts = self._options.quantized
-        if not parts or not of_modules(self._model, self._tests):
-            self._notes.append(f"quantized on the fly: {DEFAULT_CALIBRATION.method} on {len(samples)} sample(s)")
-            parts = calibrate(self._model, self._tests, samples, DEFAULT_CALIBRATION)
-        return quantized_programs(self._model, self._tests, parts, samples[0], folder)
+        samples = calibration_samples(self._model, self._options.inputs, DEFAULT_CALIBRATION.samples)
+        made, how = quantize_programs(self._model, self._tests, folder, samples, parts=self._options.quantized)
+        self._notes += [how] if how else []
+        return made
 
     def run(self) -> SearchResult:
         found: list[Unit] | None = None

@@ -15,7 +15,7 @@ import torch
 from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
-from cp_debug.bisect.int8 import Calibration, already_quantized, calibrate, load_quantized, quantized_programs
+from cp_debug.bisect.int8 import Calibration, already_quantized, load_quantized, quantize_programs
 from cp_debug.bisect.pipeline import Export, choose_export, prepare
 from cp_debug.errors import InputError
 from cp_debug.quantization.checkpoint import FILE
@@ -130,6 +130,8 @@ def _quantize(subject: Subject, how: Export, folded: bool, calibration: Calibrat
     if made := already_quantized(exported.programs):
         return Prepared(made, exported.folder)
     folder = TemporaryDirectory(prefix="cpdebug-")
-    samples = list(calibration_samples(model, calibration.data, calibration.samples))
-    parts = parts or calibrate(model, exported.programs, samples, calibration)
-    return Prepared(quantized_programs(model, exported.programs, parts, samples[0], Path(folder.name)), folder)
+    samples = calibration_samples(model, calibration.data, calibration.samples)
+    made, _ = quantize_programs(
+        model, exported.programs, Path(folder.name), samples, parts=parts, calibration=calibration
+    )
+    return Prepared(made, folder)
