@@ -66,6 +66,11 @@ def test_entropy_clips_a_long_tail_but_not_a_box() -> None:
     assert histogram(tail).amax("entropy") < 10
 
 
+@pytest.mark.filterwarnings("error")
+def test_entropy_where_nothing_is_small() -> None:
+    assert histogram(torch.linspace(2, 3, 5000)).amax("entropy") > 2
+
+
 @pytest.mark.parametrize("constants", [[], [0.0], [0.31, 0.9, 1.7]])
 @pytest.mark.parametrize("count", [300, 100_000])
 def test_entropy_clips_little_whatever_is_constant_and_however_few_there_are(constants, count) -> None:

@@ -121,6 +121,8 @@ def _least_divergence(counts: NDArray[np.int64], edges: NDArray[np.float64]) -> 
         kept = bins[:stop].copy()
         starts = np.arange(levels) * stop // levels
         held = kept > 0
+        if not held.any():
+            continue
         totals, used = np.add.reduceat(kept, starts), np.add.reduceat(held.astype(np.float64), starts)
         widths = np.diff(np.append(starts, stop))
         quantised = np.repeat(np.divide(totals, used, out=np.zeros(levels), where=used > 0), widths) * held
