@@ -160,7 +160,7 @@ def main() -> None:
     options = parser.parse_args()
     console = Console()
     if options.cost:
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as `cpdebug bisect` sets it, before torch is loaded
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, before torch is loaded
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             cost = pool.apply(measure_cost, (options.size,))
         console.print_json(json.dumps(cost))

@@ -88,12 +88,9 @@ def bisect(
     trt_calib_data: tensorrt.CalibrationData = None,
 ) -> None:
     """Run backends side by side and name the first layer whose result its precision cannot explain."""
-    import os
     from contextlib import ExitStack
     from tempfile import TemporaryDirectory
 
-    # Read when torch is loaded: its idle threads, spinning, would take time from those that compare and write.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from cp_debug.backends.spec import parse_backends
     from cp_debug.bisect.engine import Options
     from cp_debug.bisect.engine import bisect as run
