@@ -19,7 +19,9 @@ def bench(
     ),
     onnx_dir: Annotated[Path | None, typer.Option(help="Folder of `cpdebug export`; else made for this run.")] = None,
     recipe: Annotated[str | None, typer.Option("--model", help="For a configuration that names no model.")] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="Weights: .pt or .safetensors.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Weights: .pt, .safetensors, or what `cpdebug quantize` wrote.")
+    ] = None,
     inputs: Annotated[Path | None, typer.Option(help="A point file, a folder of them, or an info file.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Clouds in one pass (CenterPoint).")] = 1,
     warmup: Annotated[int, typer.Option(min=0, help="Passes before the clock runs.")] = 3,

@@ -49,7 +49,9 @@ def bisect(
     test_model: Annotated[
         Path | None, typer.Option(help="Another .onnx for the tests (a folder, for several components).")
     ] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="Weights for the recipe: .pt or .safetensors.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Weights: .pt, .safetensors, or what `cpdebug quantize` wrote.")
+    ] = None,
     test_checkpoint: Annotated[Path | None, typer.Option(help="Other weights for the test backends.")] = None,
     test_train_mode: Annotated[bool, typer.Option(help="Run the test's module in train mode.")] = False,
     test_out_of_place: Annotated[bool, typer.Option(help="Replace the test's in-place activations.")] = False,

@@ -25,7 +25,9 @@ def evaluate(
         Path | None, typer.Option(help="An mmdet3d info file (.pkl); else the held-out synthetic scenes.")
     ] = None,
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="At most this many samples.")] = 50,
-    checkpoint: Annotated[Path | None, typer.Option(help="Weights for the recipe: .pt or .safetensors.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Weights: .pt, .safetensors, or what `cpdebug quantize` wrote.")
+    ] = None,
     data_root: Annotated[Path | None, typer.Option(help="What the paths in the info file are relative to.")] = None,
     sweeps: Annotated[int, typer.Option(min=0, help="Earlier sweeps to merge, at most.")] = 9,
     skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Leave out samples without a cloud.")] = False,
