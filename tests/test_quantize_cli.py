@@ -7,11 +7,14 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.text import Text
 from test_cli import run
 
 from cp_debug.quantization.checkpoint import save_ptq_model
 from cp_debug.quantization.opening import modules_of, open_quantized
+from cp_debug.quantization.output import PtqResult
 from cp_debug.recipes.registry import load_model
+from cp_debug.reports.quantization import render
 
 NET = Path(__file__).parent / "test_sensitivity.py"
 
@@ -97,3 +100,10 @@ def test_int8_is_scored_and_timed_like_any_backend(checkpoint: Path, tmp_path: P
     code, text = run("check", "centerpoint:tiny", "--checkpoint", checkpoint)
     assert code == 2
     assert "a cpdebug quantized model 1; expected FP32 weights" in text.replace("\n", " ")
+
+
+@pytest.mark.parametrize(("decibels", "shown"), [(9.0, True), (11.0, False)])
+def test_ptq_shows_the_next_step_where_outputs_are_bad(decibels: float, shown: bool) -> None:
+    result = PtqResult("net", "max", "2 samples", {}, {"net/out": 30.0, "net/other": decibels}, "2", [Path("model.pt")])
+    said = [part.plain for part in render(result) if isinstance(part, Text)]
+    assert any("cpdebug quantize sensitivity MODEL --from model.pt" in text for text in said) == shown

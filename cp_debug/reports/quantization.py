@@ -9,11 +9,14 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cp_debug.quantization.checkpoint import FILE
 from cp_debug.quantization.output import PtqResult
 from cp_debug.quantization.toggles import QuantizerRow
 from cp_debug.reports.numbers import number
 
 _OUTPUT = ".output_quantizer"
+_LOW = 10.0
+"""SQNR of an output, in dB, below which the next step is shown."""
 
 
 def quantizers(rows: Iterable[QuantizerRow]) -> Iterator[RenderableType]:
@@ -58,6 +61,10 @@ def render(result: PtqResult) -> Iterator[RenderableType]:
     )
     for file in result.files:
         yield Text(str(file), style="bold")
+    checkpoint = next((file for file in result.files if file.name == FILE), None)
+    if checkpoint and min(result.sqnr.values()) < _LOW:
+        command = f"cpdebug quantize sensitivity MODEL --from {checkpoint}"
+        yield Text(f"outputs below {_LOW:g} dB; which layers cost most: {command}", style="yellow")
 
 
 def _amax(row: QuantizerRow) -> str:
