@@ -30,7 +30,8 @@ _LOOK = 2.0
 PATIENCE = 60.0
 """Seconds after which workers of this machine that are all gone are not waited for: a nanny whose worker dies while it
 starts gives up. A cluster may get others at any time."""
-_POLL = 0.005
+_POLL, _LONGEST_POLL = 0.005, 0.1
+"""Seconds between two looks for results: ever longer while there are none, as workers here want this core."""
 
 
 @dataclass
@@ -82,13 +83,15 @@ class Queue:
         """Until every task is in the log. Raises ClusterLost when the scheduler, or all workers here, stay away."""
         from distributed import as_completed
 
-        landed = as_completed(loop=self._client.loop)
+        landed, pause = as_completed(loop=self._client.loop), _POLL
         while self._fill(tasks, landed):
-            self._land(landed.next_batch(block=False))
+            batch = landed.next_batch(block=False)
+            self._land(batch)
             self.progress.running = min(len(self._flying), self._threads)
             self._on_progress(self.progress)
+            pause = _POLL if batch else min(2 * pause, _LONGEST_POLL)
             if not landed.has_ready():
-                time.sleep(_POLL)
+                time.sleep(pause)
 
     def _fill(self, tasks: Iterator[Task], landed: as_completed) -> bool:
         """Submit what fits; whether anything is in flight."""

@@ -18,6 +18,11 @@ _QUIET = {"distributed.admin.low-level-log-length": 10}
 """Dask keeps its last messages, tasks included, for its developers: here they are what would grow."""
 
 
+_ENVIRONMENT = {"OMP_NUM_THREADS": 1, "MKL_NUM_THREADS": 1, "OPENBLAS_NUM_THREADS": 1}
+"""Of local workers. Dask would also have them give every freed 64 KiB back to the system: a task of large tensors then
+takes twice as long, for page faults."""
+
+
 class ClusterLost(CpdebugError):
     """The scheduler or all workers went away and did not come back; everything finished so far is in the log."""
 
@@ -49,7 +54,8 @@ def local_workers(count: int | None, *, gpu: bool = False) -> Iterator[Client]:
         options |= {"worker_class": _pinned(devices), "resources": {"GPU": 1}}
     with ExitStack() as stack:
         # One task a worker, none waiting behind it: a task that kills its worker then takes no other along.
-        stack.enter_context(dask.config.set({**_QUIET, "distributed.scheduler.worker-saturation": 1.0}))
+        own = {"distributed.scheduler.worker-saturation": 1.0, "distributed.nanny.pre-spawn-environ": _ENVIRONMENT}
+        stack.enter_context(dask.config.set({**_QUIET, **own}))
         try:
             cluster = stack.enter_context(LocalCluster(n_workers=count, **options))
         except RuntimeError as error:
