@@ -236,3 +236,19 @@ def test_awml_variants_inherit_a_skeleton_and_say_what_stays_in_fp16(tmp_path: P
     assert config.tensorrt.precision == "fp16", "inherited: what is not INT8 may run in FP16"
     with pytest.raises(InputError, match="plugin_libraries"):
         load_config(write(tmp_path, "d.py", "_base_ = '_base.py'\ntensorrt_config = dict(plugin_libraries=['a.so'])\n"))
+
+
+def test_the_range_of_the_evaluation_counts_and_is_checked_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = f"model: centerpoint:tiny\nwork_dir: {tmp_path}\nevaluate: {{samples: 1, backends: [torch], range: %s}}\n"
+    wrong = write(tmp_path, "wrong.yaml", text % "bus=5")
+    with pytest.raises(InputError, match=r"wrong\.yaml: evaluate\.range: the model has no class 'bus'; its classes"):
+        _ = Deployment(load_config(wrong), str(wrong)).model
+    right = write(tmp_path, "right.yaml", text % "car=30")
+    deployment = Deployment(load_config(right), str(right))
+    given = []
+    monkeypatch.setattr(Deployment, "programs", lambda self: [])
+    monkeypatch.setattr("cp_debug.deploy.stages.evaluate", lambda *args, **_: given.append(args[3]))
+    deployment.evaluate()
+    assert given[0].ranges == {"car": 30.0}

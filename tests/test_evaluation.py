@@ -20,11 +20,16 @@ from cp_debug.backends.arithmetic import FP32
 from cp_debug.backends.base import RunRecord
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import parse_backends
-from cp_debug.cli.eval import parse_ranges
 from cp_debug.cli.main import app
 from cp_debug.deploy.bootstrap import Interval, draw_samples
 from cp_debug.deploy.evaluate import as_detector, evaluate
-from cp_debug.deploy.evaluation import NUSCENES_RANGES, EvaluationOptions, EvaluationResult, score_backends
+from cp_debug.deploy.evaluation import (
+    NUSCENES_RANGES,
+    EvaluationOptions,
+    EvaluationResult,
+    parse_ranges,
+    score_backends,
+)
 from cp_debug.deploy.matching import match_centers
 from cp_debug.deploy.metrics import ERRORS, score
 from cp_debug.deploy.objects import Boxes

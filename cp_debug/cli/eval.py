@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -57,7 +56,7 @@ def evaluate(
     from cp_debug.cli.console import show_document, steps
     from cp_debug.deploy.evaluate import as_detector
     from cp_debug.deploy.evaluate import evaluate as run
-    from cp_debug.deploy.evaluation import EvaluationOptions
+    from cp_debug.deploy.evaluation import EvaluationOptions, parse_ranges
     from cp_debug.deploy.predictions import save_predictions
     from cp_debug.files import complete_file
     from cp_debug.quantization.opening import calibration_samples
@@ -101,23 +100,3 @@ def evaluate(
     if predictions:
         save_predictions(predictions, result.samples, result.predictions)
     raise typer.Exit(1 if result.worse else 0)
-
-
-def parse_ranges(text: str, class_names: Sequence[str]) -> dict[str, float]:
-    """Class → metres for ``--range``; empty for the model's own. Raises InputError for anything else."""
-    from cp_debug.deploy.evaluation import NUSCENES_RANGES
-    from cp_debug.errors import InputError
-
-    if text == "model":
-        return {}
-    if text == "nuscenes":
-        return NUSCENES_RANGES
-    entries = [entry.rpartition("=") for entry in text.split(",")]
-    unknown = [name for name, sign, _ in entries if sign and name not in class_names]
-    if unknown:
-        raise InputError(f"--range: the model has no class {unknown[0]!r}; its classes are {', '.join(class_names)}")
-    try:
-        given = [(name, float(metres)) for name, _, metres in entries]
-    except ValueError:
-        raise InputError(f"--range: {text!r}; expected model, nuscenes, metres, or CLASS=METRES,…") from None
-    return {each: metres for name, metres in given for each in ([name] if name else class_names)}

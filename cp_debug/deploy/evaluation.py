@@ -15,6 +15,7 @@ from cp_debug.deploy.matching import THRESHOLDS
 from cp_debug.deploy.metrics import ERRORS, OVERLAPS, Scores, score
 from cp_debug.deploy.objects import Boxes, Floats
 from cp_debug.deploy.predictions import Predictions
+from cp_debug.errors import InputError
 from cp_debug.recipes.data.base import Truth
 
 if TYPE_CHECKING:
@@ -28,6 +29,26 @@ NUSCENES_RANGES = {
 """Metres within which nuScenes evaluates a class. The devkit takes them from the car's centre, this from the sensor."""
 FEW = 20
 """Samples below which an interval says little."""
+
+
+def parse_ranges(text: str, class_names: Sequence[str], source: str = "--range") -> Mapping[str, float]:
+    """Class → metres of ``model`` (none: the model's own), ``nuscenes``, metres, or ``CLASS=METRES,…``.
+
+    Raises InputError, which names ``source``, for anything else.
+    """
+    if text == "model":
+        return {}
+    if text == "nuscenes":
+        return NUSCENES_RANGES
+    entries = [entry.rpartition("=") for entry in text.split(",")]
+    unknown = [name for name, sign, _ in entries if sign and name not in class_names]
+    if unknown:
+        raise InputError(f"{source}: the model has no class {unknown[0]!r}; its classes are {', '.join(class_names)}")
+    try:
+        given = [(name, float(metres)) for name, _, metres in entries]
+    except ValueError:
+        raise InputError(f"{source}: {text!r}; expected model, nuscenes, metres, or CLASS=METRES,…") from None
+    return {each: metres for name, metres in given for each in ([name] if name else class_names)}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -15,7 +15,7 @@ from cp_debug.deploy.bench import BackendBench, bench
 from cp_debug.deploy.config import DeployConfig, load_config
 from cp_debug.deploy.engines import MANIFEST, Built, build_engines, check_engines
 from cp_debug.deploy.evaluate import as_detector, evaluate
-from cp_debug.deploy.evaluation import EvaluationOptions, EvaluationResult
+from cp_debug.deploy.evaluation import EvaluationOptions, EvaluationResult, parse_ranges
 from cp_debug.deploy.exporting import Exported, ExportOptions, export_model, load_exported
 from cp_debug.deploy.handover import checked
 from cp_debug.deploy.quantizing import export_quantized, in_int8
@@ -77,6 +77,8 @@ class Deployment:
             )
         model = self._loaded
         self._check_components(model.components)
+        if hasattr(model, "class_names"):
+            self._ranges(model.class_names)  # now, not after hours of building
         if self._trained == config.checkpoint:
             return model
         # Only quantised weights are there: FP32 is what they are without INT8.
@@ -204,8 +206,11 @@ class Deployment:
         opened = detector.data(data.path, config.samples, data.first, self._data_options())
         programs = self.programs()
         backends = [self._prebuilt(self.backend(spec), programs) for spec in self.config.evaluated()]
-        options = EvaluationOptions(max_drop=config.max_drop)
+        options = EvaluationOptions(ranges=self._ranges(detector.class_names), max_drop=config.max_drop)
         return evaluate(detector, backends, opened, options, programs=programs, on_step=self.on_step)
+
+    def _ranges(self, class_names: Sequence[str]) -> Mapping[str, float]:
+        return parse_ranges(self.config.evaluate.range, class_names, f"{self.source}: evaluate.range")
 
     def bench(
         self, specs: Sequence[str], folder: Path | None = None, *, batch: int = 1, warmup: int = 3, repeats: int = 20
