@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from test_cli import run
 
-from cp_debug.deploy.config import load_config
+from cp_debug.deploy.config import DeployConfig, EvaluateConfig, ExportConfig, TensorRTConfig, load_config
 from cp_debug.deploy.literals import read_literals
 from cp_debug.deploy.stages import Deployment
 from cp_debug.errors import InputError
@@ -236,6 +237,22 @@ def test_awml_variants_inherit_a_skeleton_and_say_what_stays_in_fp16(tmp_path: P
     assert config.tensorrt.precision == "fp16", "inherited: what is not INT8 may run in FP16"
     with pytest.raises(InputError, match="plugin_libraries"):
         load_config(write(tmp_path, "d.py", "_base_ = '_base.py'\ntensorrt_config = dict(plugin_libraries=['a.so'])\n"))
+
+
+def test_the_example_of_the_documentation_says_every_key_and_default(tmp_path: Path) -> None:
+    page = Path(__file__).parent.parent / "docs" / "deploy.md"
+    example = page.read_text().partition("```yaml\n")[2].partition("```")[0]
+    config = load_config(write(tmp_path, "example.yaml", example))
+    plain = load_config(write(tmp_path, "plain.yaml", "model: centerpoint:tiny\nwork_dir: deployed\n"))
+    changed = {"components": config.components, "tensorrt": config.tensorrt}  # what the example shows set
+    assert plain.model_copy(update=changed) == config
+    told = yaml.safe_load(example)
+    assert set(told) == set(DeployConfig.model_fields)
+    assert {name: set(told[name]) for name in ("export", "tensorrt", "evaluate")} == {
+        "export": set(ExportConfig.model_fields),
+        "tensorrt": set(TensorRTConfig.model_fields),
+        "evaluate": set(EvaluateConfig.model_fields) - {"enabled"},
+    }
 
 
 def test_the_range_of_the_evaluation_counts_and_is_checked_at_once(
