@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ REPO = Path(__file__).resolve().parents[1]
 # Before torch is imported, here and in the processes that tests start: with one test process a core, threads that wait
 # for each other take several times the processor time of the work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell's background ignores Ctrl-C, and so would what tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -217,7 +217,6 @@ def test_an_output_that_cannot_be_written_leaves_nothing(net: Path, tmp_path: Pa
 def test_interrupting_leaves_no_half_capture(net: Path, tmp_path: Path) -> None:
     code = (
         "import os, signal, sys; from cp_debug.probes import capture; put = capture.CaptureWriter.put\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background ignores it
         "def stop(*a, **k):\n"
         "    put(*a, **k); os.kill(os.getpid(), signal.SIGINT)\n"
         "capture.CaptureWriter.put = stop\n"

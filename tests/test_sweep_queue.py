@@ -238,9 +238,8 @@ def test_a_scheduler_that_stays_away_and_the_same_command_again(
 def test_interrupted_as_by_the_keyboard(tmp_path: Path, client: Client) -> None:
     """Ctrl-C goes to the workers too; the log stays usable."""
     script = (
-        "import signal, sys; from pathlib import Path; import test_sweep_queue as t\n"
+        "import sys; from pathlib import Path; import test_sweep_queue as t\n"
         "if __name__ == '__main__':\n"
-        "    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background\n"
         "    t.sweep(t.grid('slow', 30, folder=sys.argv[1], seconds=0.2), Path(sys.argv[1], 'log.jsonl'))\n"
     )
     file = tmp_path / "sweep_script.py"
