@@ -401,3 +401,10 @@ def test_the_parity_checkpoint_finds_47_of_50_objects(shared: Path, tmp_path: Pa
     _, objects = as_boxes([sample.truth], [EMPTY])
     near = [match_centers(boxes.of_class(c), objects.of_class(c), [0.5]) for c in range(10)]
     assert sum((matched >= 0).sum() for matched in near) == 47
+
+
+def test_engines_are_scored_in_the_interpreter_that_is_named(tmp_path: Path) -> None:
+    nothing = tmp_path / "python"
+    done = CliRunner().invoke(app, ["eval", "-b", "torch,trt-fp16", "-n", "1", "--trt-python", str(nothing)])
+    assert done.exit_code != 0
+    assert str(nothing) in str(done.exception) + done.output

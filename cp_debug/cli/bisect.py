@@ -78,16 +78,7 @@ def bisect(
     save: Annotated[Path | None, typer.Option(help="Keep result, graphs and captures in this folder.")] = None,
     *,
     int8: calibration.Flags,
-    trt_python: tensorrt.Python = None,
-    strongly_typed: tensorrt.StronglyTyped = False,
-    probes: tensorrt.ProbeMode = tensorrt.Probes.boundaries,
-    profile: tensorrt.Profiles = None,
-    keep_fp32: tensorrt.KeepFp32 = None,
-    workspace: tensorrt.Workspace = None,
-    timing_cache: tensorrt.TimingCache = None,
-    calibration_cache: tensorrt.CalibrationCache = None,
-    trt_calibrator: tensorrt.CalibratorKind = None,
-    trt_calib_data: tensorrt.CalibrationData = None,
+    engines: tensorrt.ProbeFlags,
 ) -> None:
     """Run backends side by side and name the first layer whose result its precision cannot explain."""
     from contextlib import ExitStack
@@ -122,12 +113,9 @@ def bisect(
         calibration=int8.chosen,
         save=kept,
     )
-    engines = tensorrt.tensorrt_options(
-        trt_python, strongly_typed, probes, profile, keep_fp32, workspace, timing_cache, calibration_cache
-    )
     with stack, steps() as on_step:
-        engines |= tensorrt.calibration_data(model, checkpoint, trt_calibrator, trt_calib_data, stack)
-        made = tensorrt.make(parse_backends(backends), engines, on_step)
+        given = engines.calibrated(model, checkpoint, stack)
+        made = tensorrt.make(parse_backends(backends), given, on_step)
         result = run(model, made, test_model=test_model, options=options, on_step=on_step)
         result.command = command_line()
         if html:

@@ -9,8 +9,10 @@ import typer
 
 from cp_debug.cli import tensorrt
 from cp_debug.cli.bisect import Exporter
+from cp_debug.cli.flags import grouped
 
 
+@grouped
 def capture(
     model: Annotated[str, typer.Argument(help="A recipe, an .onnx file, or module:callable.")] = "centerpoint:tiny",
     backend: Annotated[str, typer.Option("--backend", "-b", help="Which backend runs.")] = "torch",
@@ -23,16 +25,8 @@ def capture(
     seed: Annotated[int, typer.Option(help="Seed of made-up inputs.")] = 0,
     exporter: Annotated[Exporter, typer.Option(help="For torch models; auto: what the backend reads.")] = Exporter.auto,
     unfolded: Annotated[bool, typer.Option("--unfolded", help="Keep BatchNorm apart.")] = False,
-    trt_python: tensorrt.Python = None,
-    strongly_typed: tensorrt.StronglyTyped = False,
-    probes: tensorrt.ProbeMode = tensorrt.Probes.boundaries,
-    profile: tensorrt.Profiles = None,
-    keep_fp32: tensorrt.KeepFp32 = None,
-    workspace: tensorrt.Workspace = None,
-    timing_cache: tensorrt.TimingCache = None,
-    calibration_cache: tensorrt.CalibrationCache = None,
-    trt_calibrator: tensorrt.CalibratorKind = None,
-    trt_calib_data: tensorrt.CalibrationData = None,
+    *,
+    engines: tensorrt.ProbeFlags,
 ) -> None:
     """Run one backend with every probe and write a capture."""
     from contextlib import ExitStack
@@ -42,12 +36,9 @@ def capture(
     from cp_debug.cli.console import console, steps
     from cp_debug.recipes.registry import load_model
 
-    engines = tensorrt.tensorrt_options(
-        trt_python, strongly_typed, probes, profile, keep_fp32, workspace, timing_cache, calibration_cache
-    )
     with ExitStack() as stack, steps() as on_step:
-        engines |= tensorrt.calibration_data(model, checkpoint, trt_calibrator, trt_calib_data, stack)
-        (made,) = tensorrt.make([BackendSpec.parse(backend)], engines, on_step)
+        given = engines.calibrated(model, checkpoint, stack)
+        (made,) = tensorrt.make([BackendSpec.parse(backend)], given, on_step)
         written = record(
             load_model(model, checkpoint=checkpoint, seed=seed),
             made,

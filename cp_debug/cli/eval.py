@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cp_debug.cli import calibration
+from cp_debug.cli import calibration, tensorrt
 from cp_debug.cli.bisect import Exporter
 from cp_debug.cli.flags import grouped
 
@@ -44,13 +44,13 @@ def evaluate(
     predictions: Annotated[Path | None, typer.Option(help="Write every detection, as .npz.")] = None,
     *,
     int8: calibration.Flags,
+    engines: tensorrt.Flags,
 ) -> None:
     """Score backends on a data set: mAP, NDS and errors as nuScenes defines them, AP by overlap, with intervals.
 
     Exit code 1 when a backend's mAP is lower than the reference's by more than --max-drop and the 95 % interval of the
     difference is below 0.
     """
-    from cp_debug.backends.registry import create
     from cp_debug.backends.spec import parse_backends
     from cp_debug.bisect.int8 import load_quantized, quantize_programs
     from cp_debug.cli.console import show_document, steps
@@ -81,8 +81,8 @@ def evaluate(
         samples = islice(clouds, calibration.samples)
         return quantize_programs(detector, programs, folder, samples, parts=quantized, calibration=calibration)
 
-    made = [create(spec) for spec in parse_backends(backends)]
     with steps() as on_step:
+        made = tensorrt.make(parse_backends(backends), engines.options, on_step)
         result = run(
             detector,
             made,

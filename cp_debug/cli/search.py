@@ -10,11 +10,13 @@ import typer
 
 from cp_debug.cli import tensorrt
 from cp_debug.cli.bisect import Exporter
+from cp_debug.cli.flags import grouped
 from cp_debug.errors import InputError
 
 _DURATION = re.compile(r"(?P<number>\d+(?:\.\d+)?)(?P<unit>[smh]?)")
 
 
+@grouped
 def search(
     model: Annotated[
         str, typer.Argument(help="A recipe (`cpdebug models`), an .onnx file, or module:callable / file.py:callable.")
@@ -46,11 +48,8 @@ def search(
     exporter: Annotated[Exporter, typer.Option(help="For torch models; auto: what all backends read.")] = Exporter.auto,
     unfolded: Annotated[bool, typer.Option("--unfolded", help="Keep BatchNorm apart.")] = False,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
-    trt_python: tensorrt.Python = None,
-    strongly_typed: tensorrt.StronglyTyped = False,
-    profile: tensorrt.Profiles = None,
-    workspace: tensorrt.Workspace = None,
-    timing_cache: tensorrt.TimingCache = None,
+    *,
+    engines: tensorrt.Flags,
 ) -> None:
     """Find the smallest set of layers to keep in FP32 (of an INT8 graph: unquantised) so that a goal holds.
 
@@ -77,13 +76,10 @@ def search(
         inputs=inputs,
         onnx=onnx,
     )
-    engines = tensorrt.tensorrt_options(
-        trt_python, strongly_typed, tensorrt.Probes.boundaries, profile, None, workspace, timing_cache, None
-    )
     with steps() as on_step:
         loaded, parts = load_quantized(model, checkpoint, seed)
         found = samples_for(loaded, parsed, inputs=inputs, data=data, count=samples, seed=seed)
-        made = tensorrt.make(specs, engines, on_step)
+        made = tensorrt.make(specs, engines.options, on_step)
         result = run(loaded, made, parsed, found, replace(options, quantized=parts), on_step)
     show_document(render(result), result.to_dict(), json)
     if onnx and result.reached:

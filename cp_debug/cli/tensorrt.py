@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -80,27 +81,50 @@ CALIBRATION_SAMPLES = 16
 """At most so many."""
 
 
-def tensorrt_options(
-    python: str | None,
-    strongly_typed: bool,
-    probes: Probes,
-    profiles: list[str] | None,
-    keep_fp32: list[str] | None,
-    workspace: int | None,
-    timing_cache: Path | None,
-    calibration_cache: Path | None,
-) -> dict[str, Any]:
-    """The flags as fields of ``cp_debug.backends.tensorrt.options.Options``."""
-    return {
-        "python": python,
-        "strongly_typed": strongly_typed,
-        "probes": probes.value,
-        "profiles": dict(map(parse_profile, profiles or ())),
-        "keep_fp32": frozenset(keep_fp32 or ()),
-        "workspace_mib": workspace,
-        "timing_cache": timing_cache,
-        "calibration_cache": calibration_cache,
-    }
+@dataclass(frozen=True)
+class Flags:
+    """Those of every command that builds engines and runs them."""
+
+    trt_python: Python = None
+    strongly_typed: StronglyTyped = False
+    profile: Profiles = None
+    workspace: Workspace = None
+    timing_cache: TimingCache = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As fields of ``cp_debug.backends.tensorrt.options.Options``."""
+        return {
+            "python": self.trt_python,
+            "strongly_typed": self.strongly_typed,
+            "profiles": dict(map(parse_profile, self.profile or ())),
+            "workspace_mib": self.workspace,
+            "timing_cache": self.timing_cache,
+        }
+
+
+@dataclass(frozen=True)
+class ProbeFlags(Flags):
+    """Those, and the ones about what an engine shows and where its types and ranges come from."""
+
+    probes: ProbeMode = Probes.boundaries
+    keep_fp32: KeepFp32 = None
+    calibration_cache: CalibrationCache = None
+    trt_calibrator: CalibratorKind = None
+    trt_calib_data: CalibrationData = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {
+            **super().options,
+            "probes": self.probes.value,
+            "keep_fp32": frozenset(self.keep_fp32 or ()),
+            "calibration_cache": self.calibration_cache,
+        }
+
+    def calibrated(self, model: str, checkpoint: Path | None, stack: ExitStack) -> dict[str, Any]:
+        """``options`` with which TensorRT calibrates ``model`` where that is asked for: see ``calibration_data``."""
+        return self.options | calibration_data(model, checkpoint, self.trt_calibrator, self.trt_calib_data, stack)
 
 
 def calibration_data(
