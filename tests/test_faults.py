@@ -18,8 +18,8 @@ from cp_debug.cli.main import app
 from cp_debug.errors import InputError
 from cp_debug.probes.graph import Graph
 
-QUICK = ("fp16-underflow", "bf16-layer")
-"""One model in a narrower type, and a backend that is not what it claims; the demo test runs another model."""
+QUICK = ("fp16-underflow", "bf16-layer", "features-reshaped")
+"""One model in a narrower type, a backend that is not what it claims, an input at fault; the demo test runs another."""
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in FAULTS])

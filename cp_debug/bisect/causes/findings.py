@@ -143,8 +143,11 @@ class Explainer:
 
     def _fix(self, cause: Candidate, rows: Sequence[LayerRow]) -> str:
         """The cause's advice with the layers' names; ``{quantized}``: what they are called when choosing for INT8."""
+        fix = cause.fix.replace("{layers}", _some([row.name for row in rows]))
+        if "{quantized}" not in fix:  # else no row is an input, which nothing quantises
+            return fix
         quantized = [self.run.quantized_name(Key(row.component, row.onnx)) for row in rows]
-        return cause.fix.replace("{layers}", _some([r.name for r in rows])).replace("{quantized}", _some(quantized))
+        return fix.replace("{quantized}", _some(quantized))
 
     def _unsteady(self, rows: Mapping[Key, LayerRow]) -> Iterator[Finding]:
         """Two runs of one backend differ by more than the order of a sum can make."""
