@@ -7,12 +7,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from rich.text import Text
 from test_cli import run
 
 from cp_debug.quantization.checkpoint import save_ptq_model
 from cp_debug.quantization.opening import modules_of, open_quantized
 from cp_debug.quantization.output import PtqResult
+from cp_debug.recipes.checkpoint import read_state_dict
 from cp_debug.recipes.registry import load_model
 from cp_debug.reports.quantization import render
 
@@ -107,3 +109,10 @@ def test_ptq_shows_the_next_step_where_outputs_are_bad(decibels: float, shown: b
     result = PtqResult("net", "max", "2 samples", {}, {"net/out": 30.0, "net/other": decibels}, "2", [Path("model.pt")])
     said = [part.plain for part in render(result) if isinstance(part, Text)]
     assert any("cpdebug quantize sensitivity MODEL --from model.pt" in text for text in said) == shown
+
+
+def test_weights_with_a_format_of_their_own_are_no_quantized_ones(tmp_path: Path) -> None:
+    weights = load_model("centerpoint:tiny").components[0].module
+    assert weights is not None
+    torch.save({"format": "epochs 2", "state_dict": weights.state_dict()}, tmp_path / "own.pt")
+    assert read_state_dict(tmp_path / "own.pt").keys() == weights.state_dict().keys()

@@ -72,7 +72,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint")
     state = _read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
-    if isinstance(state, dict) and isinstance(kind := state.get("format"), str):
+    if isinstance(state, dict) and str(kind := state.get("format")).startswith("cpdebug quantized"):
         raise InputError(
             f"{path}: a {kind}; expected FP32 weights. bisect, eval, search and sweep read it, and so do bench with an INT8 "
             "backend and a deployment with `quantization: {checkpoint: …}`"
