@@ -32,6 +32,7 @@ def bench(
     """Time every component, the glue before it, decoding and the whole on each backend, with percentiles and memory."""
     from tempfile import TemporaryDirectory
 
+    from cp_debug.backends.spec import BackendSpec
     from cp_debug.cli.console import show_document, steps
     from cp_debug.deploy.bench import latency_table
     from cp_debug.deploy.config import override
@@ -43,7 +44,7 @@ def bench(
         specs = [part.strip() for part in backends.split(",") if part.strip()]
         if not specs:
             raise InputError(f"--backends: {backends!r} names none; expected at least one, such as torch,ort")
-        on_the_fly = config.quantization is None and any(spec.partition("@")[0].endswith("int8") for spec in specs)
+        on_the_fly = config.quantization is None and any("int8" in BackendSpec.parse(spec).name for spec in specs)
         given = {"checkpoint": checkpoint, "data.path": inputs, "tensorrt.python": trt_python}
         config = override(config, {**given, "quantization": {"samples": 8} if on_the_fly else None})
         deployment = Deployment(config, source, on_step, on_event=on_step.on_event)
