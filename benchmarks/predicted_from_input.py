@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from predicted import PRODUCTS
 
 from cp_debug.backends.arithmetic import FP32
 from cp_debug.backends.determinism import deterministic
@@ -27,7 +28,6 @@ from cp_debug.files import write_text
 from cp_debug.probes.capture import Capture
 from cp_debug.probes.graph import Graph
 
-PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 WITHIN = (0.8, 1.25)
 
 

@@ -73,13 +73,12 @@ def evaluate(
         max_drop=max_drop,
     )
     opened = detector.data(data, samples, seed, DataOptions(data_root, sweeps, skip_missing))
-    calibration = int8.chosen
-    own = data is not None and calibration.data is None
-    clouds = iterate(opened) if own else calibration_samples(detector, calibration.data, calibration.samples)
 
     def quantize(programs: list[Program], folder: Path) -> tuple[list[Program], str]:
-        samples = islice(clouds, calibration.samples)
-        return quantize_programs(detector, programs, folder, samples, parts=quantized, calibration=calibration)
+        how = int8.chosen
+        own = data is not None and how.data is None
+        clouds = islice(iterate(opened), how.samples) if own else calibration_samples(detector, how.data, how.samples)
+        return quantize_programs(detector, programs, folder, clouds, parts=quantized, calibration=how)
 
     with steps() as on_step:
         made = tensorrt.make(parse_backends(backends), engines.options, on_step)

@@ -16,11 +16,10 @@ if TYPE_CHECKING:
 
 _QUIET = {"distributed.admin.low-level-log-length": 10}
 """Dask keeps its last messages, tasks included, for its developers: here they are what would grow."""
-
-
-_ENVIRONMENT = {"OMP_NUM_THREADS": 1, "MKL_NUM_THREADS": 1, "OPENBLAS_NUM_THREADS": 1}
-"""Of local workers. Dask would also have them give every freed 64 KiB back to the system: a task of large tensors then
-takes twice as long, for page faults."""
+_PRE_SPAWN = "distributed.nanny.pre-spawn-environ"
+_TRIM = "MALLOC_TRIM_THRESHOLD_"
+"""Dask would have workers give every freed 64 KiB back to the system: a task of large tensors then takes twice as long,
+for page faults."""
 
 
 class ClusterLost(CpdebugError):
@@ -54,7 +53,8 @@ def local_workers(count: int | None, *, gpu: bool = False) -> Iterator[Client]:
         options |= {"worker_class": _pinned(devices), "resources": {"GPU": 1}}
     with ExitStack() as stack:
         # One task a worker, none waiting behind it: a task that kills its worker then takes no other along.
-        own = {"distributed.scheduler.worker-saturation": 1.0, "distributed.nanny.pre-spawn-environ": _ENVIRONMENT}
+        environment = {name: value for name, value in dask.config.get(_PRE_SPAWN).items() if name != _TRIM}
+        own = {"distributed.scheduler.worker-saturation": 1.0, _PRE_SPAWN: environment}
         stack.enter_context(dask.config.set({**_QUIET, **own}))
         try:
             cluster = stack.enter_context(LocalCluster(n_workers=count, **options))

@@ -73,9 +73,8 @@ class Workshop:
         except ParseFailed as error:
             raise InputError(f"{error}\n{cut_out(self.graph, error.nodes)}".rstrip()) from None
         except BuildFailed as error:
-            raise InputError(
-                f"{error}\n{to_exclude(self.graph, calibrated=bool(self.step.get('calibration')))}".rstrip()
-            ) from None
+            advice = to_exclude(self.graph, calibrated=bool(self.step.get("calibration")))
+            raise InputError(f"{error}\n{advice}".rstrip()) from None
         return [
             Engine(path, tuple(parse_layers(facts.pop("layers"), names)), facts)
             for path, facts in zip(paths, results, strict=True)
