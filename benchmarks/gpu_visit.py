@@ -65,12 +65,13 @@ def python(code: str) -> list[str]:
 
 def experiments(out: Path, work: Path, shared: Path) -> Experiments:
     """All of them, in the order in which they are started: the longest first."""
-    net, tiny = [str(work / "net.onnx")], ["centerpoint:tiny"]
+    net, conv, tiny = [str(work / "net.onnx")], [str(work / "conv.onnx")], ["centerpoint:tiny"]
     checkpoint = ["--checkpoint", str(shared / "parity/state_dict_overfit.pt")]
     frame = ["--inputs", str(shared / "data/nuscenes_frame.pcd.bin")]
     pillar = ["centerpoint:nus-pillar02", *checkpoint]
     torchscript = ["--exporter", "torchscript"]
     pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    minmax, deblocks = ["--trt-calibrator", "minmax"], "/pts_neck/deblocks.2/deblocks.2.0/ConvTranspose"
     cuda = "torch,torch@cuda,torch-tf32@cuda,ort@cuda,ort-tf32@cuda,ort-fp16@cuda"
 
     def bisect(name: str, model: list[str], backends: str, *more: str, limit: float, save: bool = True) -> Step:
@@ -101,13 +102,24 @@ def experiments(out: Path, work: Path, shared: Path) -> Experiments:
             ),
         ],
         "net": [
-            Step("net-make", python(f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); {MAKE_NET % net[0]}"), 60),
+            Step("net-make", python(MAKE_NETS.format(benchmarks=str(BENCHMARKS), net=net[0], conv=conv[0])), 60),
             bisect("net-trt", net, "ort,trt-fp16,trt-tf32,trt-fp32", limit=150),
             predicted("net-predicted", "net-trt", "trt-fp16"),
             bisect("net-search", net, "ort,trt-fp16", "--probes", "bisect", limit=120, save=False),
-            bisect("net-calibrated", net, "ort,trt-int8", "--trt-calibrator", "minmax", limit=120, save=False),
+            bisect("net-refused", net, "ort,trt-int8", *minmax, limit=120, save=False),
             bisect("net-best", net, "ort,trt-best", limit=120, save=False),
             bisect("net-ort-trt", net, "ort,ort-trt@cuda", limit=60, save=False),
+        ],
+        "calibrated": [
+            bisect("calibrated-conv", conv, "ort,trt-int8", *minmax, limit=120),
+            bisect(
+                "calibrated-net", net, "ort,trt-int8", *minmax, "--keep-fp32", "/6/ConvTranspose", limit=120, save=False
+            ),
+            bisect("calibrated-tiny", tiny, "torch,trt-int8", *minmax, "--keep-fp32", deblocks, limit=200),
+        ],
+        "best": [
+            bisect("best-tiny", tiny, "torch,trt-best", limit=240),
+            bisect("best-pillar", pillar, "torch,trt-best", *frame, limit=330),
         ],
         "deploy": deployed(out, work),
         "tests": [Step("tests-gpu", [*pytest, *with_gpu_tests()], 240)],
@@ -141,7 +153,14 @@ for name in "torch onnx onnxruntime onnxscript numba pydantic yaml jinja2 pytest
 import onnxruntime
 print(onnxruntime.get_available_providers())
 """
-MAKE_NET = "from pathlib import Path; from tensorrt_visit import make_net; make_net(Path(%r))"
+MAKE_NETS = """
+import sys
+sys.path.insert(0, {benchmarks!r})
+from pathlib import Path
+from tensorrt_visit import LAYERS, make_net
+make_net(Path({net!r}))
+make_net(Path({conv!r}), [layer for layer in LAYERS if layer[0] == "Conv"])
+"""
 
 
 def with_gpu_tests() -> list[str]:

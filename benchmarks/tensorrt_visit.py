@@ -18,7 +18,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,11 +46,11 @@ SIDE = 32
 Values = dict[Key, np.ndarray]
 
 
-def make_net(path: Path) -> Path:
-    """A chain of ``LAYERS``, each with a ReLU, on [1, 64, 32, 32], weights from N(0, 2 ÷ reduction length)."""
+def make_net(path: Path, layers: Sequence[tuple[str, int, int, int]] = LAYERS) -> Path:
+    """A chain of layers, each with a ReLU, on [1, 64, 32, 32], weights from N(0, 2 ÷ reduction length)."""
     rng = np.random.default_rng(0)
     nodes, weights, value, channels = [], [], "x", 64
-    for i, (op, width, kernel, stride) in enumerate(LAYERS):
+    for i, (op, width, kernel, stride) in enumerate(layers):
         turned = op == "ConvTranspose"
         shape = (channels, width, kernel, kernel) if turned else (width, channels, kernel, kernel)
         length = channels if turned else channels * kernel**2

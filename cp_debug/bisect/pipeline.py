@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -175,6 +176,7 @@ class Pipeline:
         self._realised = False
 
     def __enter__(self) -> Pipeline:
+        check_kept(self.backend, self.programs)
         try:
             for program in self.programs:
                 self.sessions[program.name] = self.backend.open(program)
@@ -216,6 +218,14 @@ class Pipeline:
         return RunRecord(
             str(backend.spec), backend.precision, backend.device, backend.emulated, backend.versions(), settings
         )
+
+
+def check_kept(backend: Backend, programs: Sequence[Program]) -> None:
+    """Raise InputError for a node to keep in FP32 that no program has."""
+    names = {node.name for program in programs for node in program.graph.nodes}
+    if unknown := sorted(getattr(backend, "keep_fp32", frozenset()) - names):
+        near = difflib.get_close_matches(unknown[0], names, n=1, cutoff=0.0)[0]
+        raise InputError(f"keep_fp32: no ONNX node is called {unknown[0]!r}; nearest is {near!r}")
 
 
 def check_realised(backend: Backend, told: Sequence[Mapping[str, Any]]) -> None:

@@ -48,6 +48,11 @@ class TensorRTBackend:
         return other
 
     @property
+    def keep_fp32(self) -> frozenset[str]:
+        """ONNX nodes that stay FP32."""
+        return self.options.keep_fp32
+
+    @property
     def implicit_int8(self) -> bool:
         """Whether TensorRT's own calibrator finds the scales, so that the graph comes without Q/DQ pairs."""
         return self.options.calibration_cache is not None or self.options.calibration_data is not None

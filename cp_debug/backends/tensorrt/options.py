@@ -17,7 +17,7 @@ class Options:
     device: int = 0
     strongly_typed: bool = False
     keep_fp32: frozenset[str] = frozenset()
-    """ONNX nodes that stay FP32."""
+    """ONNX nodes that stay FP32, of any component."""
     fp16_fallback: bool = False
     """Let what has no Q/DQ pairs in an INT8 engine run in FP16; an option of weakly typed networks."""
     probes: Literal["boundaries", "all", "bisect"] = "boundaries"

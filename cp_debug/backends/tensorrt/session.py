@@ -83,18 +83,19 @@ class EngineSession:
         calibrated = None
         if variant in ("int8", "best") and not self._quantized:
             calibrated = calibration(options, self._component, folder)
+        kept = options.keep_fp32 & {node.name for node in own.nodes}  # the others are of other components
         config = decide(
             variant,
             version,
             strongly_typed=options.strongly_typed,
             quantized=self._quantized,
             calibrated=calibrated is not None,
-            keep_fp32=options.keep_fp32,
+            keep_fp32=kept,
             fp16_fallback=options.fp16_fallback,
         )
         graph = own
         if config.graph_precision is not None:
-            graph = Graph(cast_surgery(own, config.graph_precision, options.keep_fp32, folder / "typed.onnx"))
+            graph = Graph(cast_surgery(own, config.graph_precision, kept, folder / "typed.onnx"))
         step = {
             "device": options.device,
             "workspace_mib": options.workspace_mib,
