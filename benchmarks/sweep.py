@@ -3,6 +3,7 @@
     python benchmarks/sweep.py                       # everything, about ten minutes on two quiet cores
     python benchmarks/sweep.py --kind bisect -n 4    # another kind, fewer scenes
     python benchmarks/sweep.py --only queue          # the queue alone: 1,000 and 10,000 tiny tasks
+    python benchmarks/sweep.py --only start-up --model centerpoint:nus-pillar02 --from int8/model.pt
 
 Targets: two workers at least 1.8 times as fast as one on an 8-scene sensitivity sweep; results identical to the serial
 run bit for bit; 10,000 tiny tasks finish; the client's memory does not grow with their number.
@@ -34,7 +35,6 @@ from cp_debug.sweep.run import run
 from cp_debug.sweep.tasks import Task, run_task
 from cp_debug.sweep.workers import local_workers, remote_workers
 
-MODEL = "centerpoint:tiny"
 WARM = 100
 """Index of the scene on which workers warm up; none of those that are measured."""
 
@@ -49,52 +49,64 @@ def tiny_tasks(count: int) -> Iterator[Task]:
     return (Task("sweep:tiny", {"i": i, "label": "tiny"}) for i in range(count))
 
 
-def tasks_of(kind: str, scenes: int) -> list[Task]:
-    """A sweep of the built-in model."""
+def tasks_of(kind: str, model: str, quantized: Path | None, scenes: int) -> list[Task]:
+    """A sweep of one model; of a quantised checkpoint where there is one."""
     int8 = {"data": None, "samples": 8, "method": "mse", "skip_layers": []}
     how: dict[str, dict[str, Any]] = {
         "bisect": {"rtol": None, "atol": None, "explain": True, "calibration": int8},
         "eval": {"data_root": None, "sweeps": 9, "skip_missing": False, "calibration": int8},
         "sensitivity": {"batches": 8, "method": "mse", "draws": 0},
     }
-    grid = Grid([MODEL], parse_backends("torch,emu-fp16"), samples=scenes, how=how[kind])
+    grid = Grid([model], parse_backends("torch,emu-fp16"), samples=scenes, how=how[kind])
     if kind == "sensitivity":
-        return list(sensitivity.tasks(grid, (), by_layers=False))
+        return list(sensitivity.tasks(grid, [quantized] if quantized else (), by_layers=False))
     return list({"bisect": bisecting, "eval": evaluating}[kind].tasks(grid))
 
 
-def measured(tasks: list[Task], workers: int, warm: Task) -> tuple[float, float, dict[str, Any], list[float]]:
-    """Seconds with the start of the workers, seconds without, results by key, seconds of each task."""
-    with tempfile.TemporaryDirectory() as folder:
-        with Log(Path(folder) / "cold.jsonl") as log:
-            cold = run(lambda: tasks, log, lambda gpu: local_workers(workers, gpu=gpu)).seconds
-        with Log(Path(folder) / "warm.jsonl") as log, local_workers(workers) as client:
-            client.run(run_task, warm.kind, dict(warm.params))  # on every worker
+def measured(tasks: list[Task], workers: int, warm: Task | None = None) -> tuple[float, str, list[float]]:
+    """Seconds, the results as text, seconds of each task; after ``warm`` on every worker, else with their start."""
+    with ExitStack() as stack:
+        log = stack.enter_context(Log(Path(stack.enter_context(tempfile.TemporaryDirectory())) / "log.jsonl"))
+        if warm is None:
+            finished = run(lambda: tasks, log, lambda gpu: local_workers(workers, gpu=gpu))
+        else:
+            client = stack.enter_context(local_workers(workers))
+            client.run(run_task, warm.kind, dict(warm.params))
             finished = run(lambda: tasks, log, lambda gpu: nullcontext(client))
-            found = {record["key"]: record for record in finished.results()}
         assert not finished.failures(), finished.failures()[0]
-    return cold, finished.seconds, {k: r["result"] for k, r in found.items()}, [r["seconds"] for r in found.values()]
+        found = {record["key"]: record for record in finished.results()}
+    return finished.seconds, as_text({k: r["result"] for k, r in found.items()}), [r["seconds"] for r in found.values()]
 
 
-def scaling(kind: str, scenes: int, console: Console) -> None:
+def as_text(results: dict[str, Any]) -> str:
+    """Equal for equal bits."""
+    return json.dumps(results, sort_keys=True)
+
+
+def start_up(tasks: list[Task], console: Console) -> None:
+    """Two workers against one, both with all that a user waits for."""
+    (one, first, _), (two, second, _) = (measured(tasks, workers) for workers in (1, 2))
+    console.print(f"{len(tasks)} tasks with start-up: 1 worker {one:.1f} s, 2 workers {two:.1f} s, {one / two:.2f}×")
+    console.print(f"the same bits: {'yes' if first == second else 'NO'}")
+
+
+def scaling(tasks: list[Task], title: str, console: Console) -> None:
     """Two workers against one, and both against a loop in this process."""
     torch.set_num_threads(1)  # as on the workers
-    tasks = tasks_of(kind, scenes)
     warm = replace(tasks[0], params={**tasks[0].params, "index": WARM})
     run_task(warm.kind, warm.params)
     start = time.perf_counter()
-    serial = {task.key: run_task(task.kind, task.params)["result"] for task in tasks}
+    serial = as_text({task.key: run_task(task.kind, task.params)["result"] for task in tasks})
     loop = time.perf_counter() - start
-    found = {workers: measured(tasks, workers, warm) for workers in (1, 2)}
-    text = json.dumps(serial, sort_keys=True)
-    same = all(json.dumps(results, sort_keys=True) == text for _, _, results, _ in found.values())
-    table = Table(f"{kind}, {scenes} scenes", "with start-up", "without", "one task")
+    cold = {workers: measured(tasks, workers) for workers in (1, 2)}
+    warmed = {workers: measured(tasks, workers, warm) for workers in (1, 2)}
+    same = all(text == serial for found in (cold, warmed) for _, text, _ in found.values())
+    table = Table(title, "with start-up", "without", "one task")
     table.add_row("a loop, no queue", "", f"{loop:.1f} s", f"{loop / len(tasks):.2f} s")
-    for workers, (cold, warmed, _, seconds) in found.items():
-        one = f"{sum(seconds) / len(seconds):.2f} s"
-        table.add_row(f"{workers} worker{'s' if workers > 1 else ''}", f"{cold:.1f} s", f"{warmed:.1f} s", one)
-    ratios = (found[1][i] / found[2][i] for i in (0, 1))
-    table.add_row("2 against 1", *(f"{ratio:.2f}×" for ratio in ratios))
+    for workers, (seconds, _, each) in warmed.items():
+        name = f"{workers} worker{'s' if workers > 1 else ''}"
+        table.add_row(name, f"{cold[workers][0]:.1f} s", f"{seconds:.1f} s", f"{sum(each) / len(each):.2f} s")
+    table.add_row("2 against 1", *(f"{found[1][0] / found[2][0]:.2f}×" for found in (cold, warmed)))
     console.print(table)
     console.print(f"results identical to the loop, bit for bit: {'yes' if same else 'NO'}")
 
@@ -164,7 +176,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=("sensitivity", "bisect", "eval"), default="sensitivity")
     parser.add_argument("-n", "--scenes", type=int, default=8)
-    parser.add_argument("--only", choices=("scaling", "queue"))
+    parser.add_argument("--model", default="centerpoint:tiny")
+    parser.add_argument("--from", dest="quantized", type=Path, help="Quantised checkpoint, for sensitivity.")
+    parser.add_argument("--only", choices=("scaling", "start-up", "queue"))
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--address", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -172,9 +186,12 @@ def main() -> None:
         print(json.dumps(queue(options.one, options.address)))
         return
     console = Console()
-    if options.only != "queue":
-        scaling(options.kind, options.scenes, console)
-    if options.only != "scaling":
+    tasks = tasks_of(options.kind, options.model, options.quantized, options.scenes)
+    if options.only == "start-up":
+        start_up(tasks, console)
+    if options.only in (None, "scaling"):
+        scaling(tasks, f"{options.kind}, {options.scenes} scenes", console)
+    if options.only in (None, "queue"):
         queue_table(console)
 
 
