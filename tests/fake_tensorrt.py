@@ -2,7 +2,8 @@
 
 ``tests/data/tensorrt_api.json`` holds the member names read off real bindings. What a version lacks raises
 AttributeError here as it does there. An "engine" is the ONNX file and a list of fused groups (Conv + Relu): ONNX
-Runtime runs it, and each group's result is rounded to the type that the flags ask for. ``FakeCuda`` is host memory.
+Runtime runs it, and each group's result is rounded to the type that the flags ask for; with a calibrator convolutions
+read and multiply INT8. ``FakeCuda`` is host memory.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import enum
 import json
+import struct
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -26,17 +28,20 @@ VERSIONS = tuple(RECORDED)
 
 _TYPES = {"FLOAT": np.float32, "HALF": np.float16, "BF16": ml_dtypes.bfloat16, "INT32": np.int32, "INT64": np.int64}
 _ELEMENTS = {onnx.TensorProto.FLOAT: "FLOAT", onnx.TensorProto.FLOAT16: "HALF"}
-_WORDS = {"FLOAT": "Float", "HALF": "Half", "BF16": "BF16", "INT64": "Int64", "INT32": "Int32"}
+_WORDS = {"FLOAT": "Float", "HALF": "Half", "INT8": "Int8", "BF16": "BF16", "INT64": "Int64", "INT32": "Int32"}
 _OLD_WORDS = {
     "FLOAT": "Row major linear FP32",
     "HALF": "Channel major FP16 format where channel % 8 == 0",
     "INT32": "Row major INT32 format",
+    "INT8": "Thirty-two wide channel vectorized row major INT8 format",
 }
 _KERNELS = {"FLOAT": "f32f32_f32f32_f32", "HALF": "f16f16_f16f16_f16", "BF16": "bf16bf16_bf16f32_f32"}
 
 
 SHY: set[str] = set()
 """Values that, once marked, are written and read by layers in FP32."""
+ROUNDED: set[str] = set()
+"""Values that an INT8 layer puts out rounded, once marked; else as they are before their readers round them."""
 
 
 class FakeCuda:
@@ -281,11 +286,10 @@ class Builder:
             if not monitor.step_complete("Building", 0):
                 return None
             monitor.phase_finish("Building")
-        if getattr(config, "int8_calibrator", None) is not None:
-            self._calibrate(config, [tensor.name for tensor in network._inputs])
+        scales = self._calibrate(config, network) if getattr(config, "int8_calibrator", None) is not None else {}
         weak = "STRONGLY_TYPED" not in network._flags
         low = next((word for flag, word in (("FP16", "HALF"), ("BF16", "BF16")) if flag in flags), None)
-        groups = []
+        groups: list[dict[str, Any]] = []
         tensors = [t for layer in network._layers for t in layer._outputs]
         for nodes in _fuse(network._layers):
             last = nodes[-1]._outputs[0]
@@ -293,6 +297,11 @@ class Builder:
             shy = any(t.is_network_output and t.name in {last.name, *nodes[0]._node.input} & SHY for t in tensors)
             lowered = weak and low and not pinned and last.dtype == trt.DataType.FLOAT
             kernel = "FLOAT" if shy else low if lowered else last.dtype.name
+            product = nodes[0]._node.op_type == "Conv"
+            int8 = product and bool(scales) and not pinned
+            if int8:
+                readers = [f._node.op_type for f in network._layers if last.name in f._node.input]
+                kernel = "INT8" if set(readers) == {"Conv"} and not last.is_network_output else "FLOAT"
             groups.append(
                 {
                     "Name": " + ".join(layer.name for layer in nodes),
@@ -300,7 +309,8 @@ class Builder:
                     "reads": [i for layer in nodes for i in layer._node.input if i],
                     "writes": last.name,
                     "dtype": kernel,
-                    "conv": nodes[0]._node.op_type == "Conv",
+                    "conv": product,
+                    "int8": nodes[0].name if int8 else None,
                 }
             )
         outputs = {t.name: t.dtype.name for layer in network._layers for t in layer._outputs if t.is_network_output}
@@ -315,20 +325,32 @@ class Builder:
             "profiles": config._profiles[0]._shapes if config._profiles else {},
             "debug": [g["writes"] for g in groups] if network._unfused else network._debug,
             "tf32": "TF32" in flags,
+            "scales": scales,
         }
         return trt.IHostMemory(json.dumps(plan).encode())
 
-    def _calibrate(self, config: IBuilderConfig, names: list[str]) -> None:
+    def _calibrate(self, config: IBuilderConfig, network: INetworkDefinition) -> dict[str, float]:
         """As TensorRT does: the cache, or else batch after batch until there is none; then what came of it."""
         calibrator = config.int8_calibrator
         assert not config._profiles or config._calibration_profile is config._profiles[0]
-        if calibrator.read_calibration_cache() is not None:
-            return
-        ranges = dict.fromkeys(names, 0.0)
-        while (addresses := calibrator.get_batch(names)) is not None:
-            for name, address in zip(names, addresses, strict=True):
-                ranges[name] = max(ranges[name], ctypes.cast(address, ctypes.POINTER(ctypes.c_float))[0])
-        calibrator.write_calibration_cache(memoryview(json.dumps(ranges).encode()))
+        if (cache := calibrator.read_calibration_cache()) is None:
+            shapes = {tensor.name: tensor.shape for tensor in network._inputs}
+            shapes |= {
+                name: optimal
+                for name, (_, optimal, _) in (config._profiles[0]._shapes if config._profiles else {}).items()
+            }
+            ranges: dict[str, float] = {}
+            while (addresses := calibrator.get_batch([*shapes])) is not None:
+                pointers = (ctypes.cast(address, ctypes.POINTER(ctypes.c_float)) for address in addresses)
+                feeds = {n: np.ctypeslib.as_array(p, shapes[n]) for n, p in zip(shapes, pointers, strict=True)}
+                values = [o for layer in network._layers for o in layer._node.output]
+                seen = feeds | dict(zip(values, _run(onnx.load(network._path), values, feeds), strict=True))
+                ranges = {n: max(ranges.get(n, 0.0), float(np.abs(a).max())) for n, a in seen.items()}
+            lines = [f"{n}: {struct.pack('>f', amax / 127).hex()}" for n, amax in ranges.items()]
+            cache = "\n".join(["TRT-8600-MinMaxCalibration", *lines, ""]).encode()
+            calibrator.write_calibration_cache(memoryview(cache))
+        pairs = (line.split(": ") for line in cache.decode().splitlines()[1:])
+        return {name: struct.unpack(">f", bytes.fromhex(digits))[0] for name, digits in pairs}
 
 
 def _fuse(layers: list[ILayer]) -> Iterator[list[ILayer]]:
@@ -405,18 +427,16 @@ class EngineInspector:
         words = _OLD_WORDS if old else _WORDS
         layers = []
         for group in self._plan["groups"]:
-            word = words[group["dtype"]]
-            types = (
-                "f32f32_tf32f32_f32"
-                if group["dtype"] == "FLOAT" and self._plan["tf32"]
-                else _KERNELS.get(group["dtype"])
-            )
+            reads, word = words["INT8" if group["int8"] else group["dtype"]], words[group["dtype"]]
+            tf32 = group["dtype"] == "FLOAT" and self._plan["tf32"]
+            types = "f32f32_tf32f32_f32" if tf32 else _KERNELS.get(group["dtype"])
+            types = "i8i8_i8i32_f32" if group["int8"] else types
             tactic = f"sm80_xmma_fprop_implicit_gemm_{types}_nhwckrsc_nhwc_tilesize128x64x32_stage4"
             layers.append(
                 {
                     "Name": group["Name"],
                     "LayerType": "CaskConvolution" if group["conv"] else "PointWiseV2",
-                    "Inputs": [{"Name": n, "Dimensions": [], "Format/Datatype": word} for n in group["reads"][:1]],
+                    "Inputs": [{"Name": n, "Dimensions": [], "Format/Datatype": reads} for n in group["reads"][:1]],
                     "Outputs": [{"Name": group["writes"], "Dimensions": [], "Format/Datatype": word}],
                     "TacticName": tactic if group["conv"] else "",
                     "Metadata": group["Metadata"],
@@ -475,13 +495,45 @@ class IExecutionContext:
 
     def _compute(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Every value that the engine writes, rounded to the type that its group puts out."""
-        model = onnx.load(self._plan["onnx"])
-        known = {v.name for v in model.graph.output}
+        model, scales = onnx.load(self._plan["onnx"]), self._plan["scales"]
+        for place, node in reversed([*enumerate(model.graph.node)]):
+            if node.name in {group["int8"] for group in self._plan["groups"]}:
+                _in_int8(model, place, np.float32(scales[node.input[0]]))
         writes = [group["writes"] for group in self._plan["groups"]]
-        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in writes if name not in known)
-        session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-        results = dict(zip(writes, session.run(writes, feeds), strict=True))
-        return {name: array.astype(_TYPES[self._kernel_type(name)]) for name, array in results.items()}
+        results = dict(zip(writes, _run(model, writes, feeds), strict=True))
+        for name in ROUNDED & results.keys() & scales.keys():
+            results[name] = np.clip(np.round(results[name] / np.float32(scales[name])), -128, 127) * np.float32(
+                scales[name]
+            )
+        types = {name: _TYPES.get(self._kernel_type(name), np.float32) for name in writes}
+        return {name: array.astype(types[name]) for name, array in results.items()}
+
+
+def _run(model: onnx.ModelProto, values: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """These values of a model, by ONNX Runtime."""
+    known = {v.name for v in model.graph.output}
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in values if name not in known)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it moves pairs over other nodes
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(values, feeds)
+
+
+def _in_int8(model: onnx.ModelProto, place: int, scale: np.float32) -> None:
+    """Have a convolution read INT8, with weights rounded along their output channels."""
+    node = model.graph.node[place]
+    weight = next(t for t in model.graph.initializer if t.name == node.input[1])
+    array = onnx.numpy_helper.to_array(weight)
+    steps = np.abs(array).max(axis=(1, 2, 3), keepdims=True) / np.float32(127)
+    names = [f"{node.name}.{part}" for part in ("weight", "scale", "zero", "levels", "read")]
+    arrays = (np.round(array / steps) * steps, scale, np.int8(0))
+    model.graph.initializer.extend(
+        onnx.numpy_helper.from_array(np.asarray(a), n) for a, n in zip(arrays, names, strict=False)
+    )
+    pair = [("QuantizeLinear", node.input[0], names[3]), ("DequantizeLinear", names[3], names[4])]
+    node.input[0], node.input[1] = names[4], names[0]
+    for op, source, made in reversed(pair):
+        model.graph.node.insert(place, onnx.helper.make_node(op, [source, *names[1:3]], [made], made))
 
 
 def _lay_out(array: np.ndarray, name: str) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -17,8 +18,11 @@ from test_trt_runner import install, save_net
 from cp_debug.backends.base import Program
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
+from cp_debug.backends.tensorrt.calibration import read_cache
 from cp_debug.backends.tensorrt.engines import to_exclude
+from cp_debug.bisect.engine import Options as BisectOptions
 from cp_debug.bisect.engine import bisect
+from cp_debug.bisect.result import TestResult
 from cp_debug.errors import BackendUnavailable, InputError
 from cp_debug.probes.graph import Graph
 from cp_debug.reports.engines import engine_lines
@@ -204,6 +208,73 @@ def test_int8_by_the_calibrator_of_the_version(version: str, tmp_path: Path) -> 
     open_session(tmp_path, "trt-int8", calibration_cache=file)
     assert file.read_bytes() == before
     assert create(BackendSpec.parse("trt-int8"), calibration_cache=file).implicit_int8
+
+
+def save_three(folder: Path) -> Path:
+    """Three convolutions with ReLUs, between which an engine may stay in INT8."""
+    channels = (3, 16, 16, 8)
+    model = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 17]>
+        net (float[1,3,8,8] x) => (float[1,8,8,8] r3) {
+            c1 = Conv <pads: ints = [1,1,1,1]> (x, w1)
+            r1 = Relu (c1)
+            c2 = Conv <pads: ints = [1,1,1,1]> (r1, w2)
+            r2 = Relu (c2)
+            c3 = Conv <pads: ints = [1,1,1,1]> (r2, w3)
+            r3 = Relu (c3)
+        }""")
+    rng = np.random.default_rng(0)
+    for i, (before, after) in enumerate(itertools.pairwise(channels), 1):
+        weight = rng.standard_normal((after, before, 3, 3)).astype(np.float32) * np.float32((2 / 9 / before) ** 0.5)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(weight, f"w{i}"))
+    for node in model.graph.node:
+        node.name = f"/{node.output[0]}/{node.op_type}"
+    onnx.save(model, folder / "net.onnx")
+    return folder / "net.onnx"
+
+
+def calibrated(folder: Path, samples: np.ndarray, **options: Any) -> TestResult:
+    """The chain in INT8 by TensorRT's calibrator, bisected."""
+    (folder / "data/net").mkdir(parents=True, exist_ok=True)
+    np.savez(folder / "data/net/0.npz", x=samples)
+    np.savez(folder / "inputs.npz", x=X)
+    test = create(BackendSpec.parse("trt-int8"), calibration_data=folder / "data", calibrator="minmax", **options)
+    chosen = BisectOptions(inputs=folder / "inputs.npz")
+    return bisect(str(save_three(folder)), [create(BackendSpec.parse("ort")), test], options=chosen).tests[0]
+
+
+@pytest.mark.parametrize("rounded", [set(), {"r1"}])
+def test_what_the_calibrator_chose_explains_the_engine(
+    rounded: set[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    install("8.6.0", monkeypatch)
+    monkeypatch.setattr("fake_tensorrt.ROUNDED", rounded)
+    found = calibrated(tmp_path, X)
+    rows = {row.onnx: row for row in found.rows}
+    assert [name for name, row in rows.items() if row.replay and row.replay.step] == ["r1", "r2", "r3"]
+    assert all(row.replay.departs < 1e-5 for row in rows.values() if row.replay and row.replay.departs is not None)
+    assert (found.guilty, found.observation.observer_gap) == ([], 0.0)
+    (note,) = found.notes  # and none about an exporter: the model is an ONNX file
+    assert "every layer, given its own inputs, agrees with what its scales say bit for bit" in note
+
+
+def test_a_range_that_the_calibrator_chose_too_small_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    install("8.6.0", monkeypatch)
+    found = calibrated(tmp_path, X / 8)
+    assert found.findings[0].cause == "int8-clipped"
+    assert found.programs["net"].endswith("net.trt-int8.onnx")
+    fix = found.findings[0].fix
+    assert "--trt-calib-data" in fix
+    assert "--keep-fp32 /c1/Conv" in fix
+    kept = calibrated(tmp_path, X / 8, keep_fp32=frozenset({"/c1/Conv"}))
+    assert next(row for row in kept.rows if row.onnx == "r1").replay.step is None
+
+
+@pytest.mark.parametrize("text", ["", "x: 3c010a14", "TRT-8600-MinMax\nx: 3c01", "TRT-8600-MinMax\nx: lots"])
+def test_a_file_that_is_no_calibration_cache_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "c.cache").write_text(text)
+    with pytest.raises(InputError, match=r"c\.cache: not a calibration cache of TensorRT"):
+        read_cache(tmp_path / "c.cache")
 
 
 def test_a_component_without_pairs_of_a_quantised_model_is_built_without_int8(version: str, tmp_path: Path) -> None:

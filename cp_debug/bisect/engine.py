@@ -37,6 +37,7 @@ from cp_debug.bisect.pipeline import (
     Pipeline,
     changed_state,
     choose_export,
+    is_exported,
     header,
     load_test_programs,
     prepare,
@@ -50,6 +51,7 @@ from cp_debug.bisect.shares import Propagation, set_shares
 from cp_debug.bisect.testrun import TestRun
 from cp_debug.errors import InputError
 from cp_debug.probes.capture import Capture, CaptureWriter, check_free
+from cp_debug.probes.graph import Graph
 from cp_debug.quantization.models import QuantizedComponent
 from cp_debug.quantization.opening import calibration_samples
 from cp_debug.recipes.base import Arrays, Model, Sample
@@ -136,13 +138,14 @@ class Bisection:
             backends = [create(spec) for spec in parse_backends(backends)]
         self._reference, *self._tests = backends
         self._export, note = choose_export(backends, options.exporter)
-        self._notes = [note] if note else []
-        if self._export.fused and not options.folded:
-            self._notes.append("BatchNorm is folded all the same: INT8 scales belong to folded weights")
         if options.knobs and not any(map(is_optimised, self._tests)):
             names = ", ".join(str(test.spec) for test in self._tests)
             raise InputError(f"--knobs: expected ort-basic or ort-all among the test backends, which are {names}")
         self.model = model if not isinstance(model, str) else self._load(model, options.checkpoint)
+        exported = is_exported(self.model)
+        self._notes = [note] if note and exported else []
+        if self._export.fused and exported and not options.folded:
+            self._notes.append("BatchNorm is folded all the same: INT8 scales belong to folded weights")
         self._notes += getattr(self.model, "notes", ())
         self._test_model = test_model
         given = test_model is not None and not isinstance(test_model, Path) and not callable(test_model)
@@ -179,7 +182,7 @@ class Bisection:
             self._step("opening the backends")
             reference = stack.enter_context(Pipeline(self.model, ours, self._reference))
             runs = [
-                self._test_run(stack, backend, own, reference, programs, layers)
+                self._test_run(stack, backend, own, reference, programs, layers, options.save or Path(scratch))
                 for backend, own in zip(self._tests, theirs, strict=True)
             ]
             collected = [Collected() for _ in runs]
@@ -195,7 +198,7 @@ class Bisection:
                 tests=[self._result(run, found, layers) for run, found in zip(runs, collected, strict=True)],
                 samples=sources,
                 coverage=coverage_of(programs),
-                programs={p.name: self._saved_name(p) for p in programs},
+                programs={p.name: self._saved_name(p.graph) for p in programs},
                 reference_observation=self._steady,
             )
 
@@ -243,8 +246,8 @@ class Bisection:
         self._how[id(made)] = how or given
         return made
 
-    def _saved_name(self, program: Program) -> str:
-        path, folder = program.graph.path.resolve(), self.options.save
+    def _saved_name(self, graph: Graph) -> str:
+        path, folder = graph.path.resolve(), self.options.save
         inside = folder is not None and path.is_relative_to(folder.resolve())
         return path.relative_to(folder.resolve()).as_posix() if folder and inside else str(path)
 
@@ -256,15 +259,16 @@ class Bisection:
         reference: Pipeline,
         programs: list[Program],
         layers: list[Layer],
+        folder: Path,
     ) -> TestRun:
         options = self.options
         precision = coarser(self._reference.precision, backend.precision)
         rtol = precision.rtol if options.rtol is None else options.rtol
         unjudged = math.inf if both_int8(self._reference, backend) else precision.atol
         atol = unjudged if options.atol is None else options.atol
-        oracle = options.oracle or oracle_for(self._reference.precision, backend.precision)
+        oracle = (options.oracle or oracle_for(self._reference.precision, backend.precision)) if options.replay else None
         pipeline = stack.enter_context(Pipeline(self.test_model, tests, backend))
-        return TestRun(pipeline, reference, programs, layers, (rtol, atol), oracle if options.replay else None)
+        return TestRun(pipeline, reference, programs, layers, (rtol, atol), oracle, folder)
 
     def _sample(
         self,
@@ -366,7 +370,7 @@ class Bisection:
                 *observation_notes(str(self._reference.spec), self._steady),
                 *found.notes(str(run.pipeline.backend.spec)),
             ],
-            programs={p.name: self._saved_name(p) for p in run.pipeline.programs},
+            programs={name: self._saved_name(graph) for name, graph in run.graphs.items()},
             knobs=found.knobs,
             findings=found.findings,
             detections=found.detections,

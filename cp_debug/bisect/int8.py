@@ -9,16 +9,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cp_debug.backends.base import Backend, Program
+from cp_debug.backends.executor import Executor
+from cp_debug.backends.tensorrt.calibration import Ranges
 from cp_debug.bisect.pipeline import Pipeline, example_args, run_module, wants_int8
 from cp_debug.bisect.result import LayerRow
 from cp_debug.probes.alignment import align
 from cp_debug.probes.graph import Graph
-from cp_debug.probes.qdq import insert_qdq
+from cp_debug.probes.qdq import insert_qdq, quantizable, weight_axis
 from cp_debug.quantization.checkpoint import FILE, file_of, is_ptq_checkpoint
+from cp_debug.quantization.histogram import weight_amax
 from cp_debug.quantization.models import QuantizedComponent, quantize_model, with_modules
 from cp_debug.quantization.nodes import scales_by_node
+from cp_debug.quantization.onnx_ptq import weight_of
 from cp_debug.quantization.opening import open_quantized
-from cp_debug.quantization.scales import Scales
+from cp_debug.quantization.scales import LayerScales, Scales
 from cp_debug.recipes.base import Arrays, Model, Sample
 from cp_debug.recipes.registry import load_model
 
@@ -114,6 +118,20 @@ def quantized_programs(
         scales = scales_by_node(part.scales, alignment, program.graph)
         made.append(_with_pairs(replace(program, module=part.module, alignment=alignment), scales, folder))
     return made
+
+
+def with_ranges(graph: Graph, ranges: Ranges, target: Path) -> Graph:
+    """``graph`` as an engine computes it for which TensorRT's own calibrator chose the scales, written as ``target``.
+
+    Weights have one scale for each output channel.
+    """
+    executor, layers = Executor(graph, weight_cache=0), {}
+    for node in quantizable(graph):
+        if node.name in ranges.layers:
+            weight = weight_of(node, executor)
+            amax = weight_amax(weight, weight_axis(node, weight.dim()), "max")
+            layers[node.name] = LayerScales(ranges.layers[node.name], amax.numpy())
+    return Graph(insert_qdq(graph, layers, target, stored=ranges.stored))
 
 
 def already_quantized(programs: Sequence[Program]) -> list[Program] | None:

@@ -269,6 +269,11 @@ def choose_export(backends: Sequence[Backend], exporter: str | None) -> tuple[Ex
     return chosen, f"exported with {chosen.exporter} at opset {chosen.opset}, up to which {spec} reads ONNX"
 
 
+def is_exported(model: Model) -> bool:
+    """Whether any part of a model comes as a module, which becomes a graph here."""
+    return any(component.module is not None for component in model.components)
+
+
 def header(pipeline: Pipeline, samples: Sequence[Sample]) -> dict[str, Any]:
     """The manifest of a capture of this run: what ran, on what, in which settings, and what its layers are called."""
     record = pipeline.record()

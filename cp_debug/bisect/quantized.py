@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -37,6 +38,11 @@ class Grid:
     high: int
     axis: int
 
+    @classmethod
+    def symmetric(cls, amax: float) -> Grid:
+        """One scale for a whole tensor; ``amax`` is the largest magnitude that it keeps."""
+        return cls(torch.tensor(amax / LEVELS, dtype=torch.float64), torch.zeros(()), -LEVELS - 1, LEVELS, 0)
+
     @property
     def range(self) -> tuple[float, float]:
         """The smallest and the largest number; of several scales those of the first."""
@@ -54,6 +60,11 @@ class Grid:
     def quantized(self, tensor: Tensor) -> Tensor:
         """``tensor`` after Quantize and Dequantize."""
         return self.value(self.levels(tensor).clamp(self.low, self.high))
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether every element is one of its numbers, but for the rounding of FP32."""
+        exact = tensor.double()
+        return bool(torch.isclose(self.quantized(exact), exact, rtol=1e-6, atol=0).all())
 
     def clipped(self, tensor: Tensor) -> float:
         """The share of elements beyond the range."""
@@ -82,13 +93,17 @@ class Quantized:
     """A graph with Q/DQ pairs beside the one that it was made from, ``plain``.
 
     ``names``: value of ``plain`` → the same in the quantised graph, where they differ. Which inputs of a node are
-    quantised is read off the quantised graph; what is said here is in names of ``plain``.
+    quantised is read off the quantised graph; what is said here is in names of ``plain``. ``rounded``: value → the
+    largest magnitude that it keeps, where what was captured lies on that grid itself.
     """
 
-    def __init__(self, plain: Graph, graph: Graph, names: Mapping[str, str], device: str = "cpu") -> None:
+    def __init__(
+        self, plain: Graph, graph: Graph, names: Mapping[str, str], rounded: Mapping[str, float] = MappingProxyType({})
+    ) -> None:
         self._graph, self._names = graph, names
+        self._rounded = {name: Grid.symmetric(amax) for name, amax in rounded.items()}
         self._plain_names = {own: name for name, own in names.items()}
-        self._executor = Executor(graph, INT8, device)
+        self._executor = Executor(graph, INT8)
         self._constants = Weights(graph, INT8, torch.device("cpu"), 0)
         self._quantizers: dict[str, dict[int, Node]] = {}
         """Node of ``plain`` → place of a quantised input → the node that dequantises it."""
@@ -101,8 +116,8 @@ class Quantized:
                     self._quantizers[node.name] = found
 
     def touches(self, nodes: Sequence[Node]) -> bool:
-        """Whether any of these nodes of ``plain`` computes in INT8."""
-        return any(node.name in self._quantizers for node in nodes)
+        """Whether any of these nodes of ``plain`` computes in INT8, or gives what is shown rounded to it."""
+        return any(n.name in self._quantizers or not self._rounded.keys().isdisjoint(n.outputs) for n in nodes)
 
     def grid(self, node: Node, place: int) -> Grid | None:
         """How the graph quantises one input of a node of ``plain``; None where it does not, or computes the scale."""
@@ -147,7 +162,7 @@ class Quantized:
                     if found.step is None or clipped > found.clipped:
                         found.step, found.clipped = float(grid.scale), clipped
             values |= executor.run_nodes([node], own, node.outputs)
-        found.results = {target: torch.as_tensor(values[target]) for target in targets}
+        found.results = {target: self._as_shown(target, torch.as_tensor(values[target])) for target in targets}
         return found
 
     def declared(self, target: str, known: Collection[str], given: Mapping[str, AnyTensor]) -> Tensor | None:
@@ -160,7 +175,10 @@ class Quantized:
         if not given.keys() >= set(values.values()):
             return None
         results = self._executor.run_nodes(nodes, {s: given[name] for s, name in values.items()}, [own])
-        return torch.as_tensor(results[own])
+        return self._as_shown(target, torch.as_tensor(results[own]))
+
+    def _as_shown(self, name: str, tensor: Tensor) -> Tensor:
+        return self._rounded[name].quantized(tensor) if name in self._rounded else tensor
 
 
 def balanced(error: Tensor, exact: Tensor, axis: int) -> float:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
+
+import torch
 
 from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.base import Program, Tensor
 from cp_debug.backends.emulated import EmulatedBackend
+from cp_debug.backends.tensorrt.calibration import Ranges
+from cp_debug.bisect.int8 import with_ranges
 from cp_debug.bisect.layers import Layer, layer_name
 from cp_debug.bisect.observe import observe
 from cp_debug.bisect.pipeline import Key, Pipeline, value_map, wants_int8
 from cp_debug.bisect.precision import PRECISIONS, Precision
-from cp_debug.bisect.quantized import Quantized
+from cp_debug.bisect.quantized import Grid, Quantized
 from cp_debug.bisect.replay import Load, Replay, Replayer
 from cp_debug.bisect.result import LayerRow, Observation
 from cp_debug.bisect.verdict import judge
@@ -35,8 +40,10 @@ class TestRun:
         layers: Sequence[Layer],
         tolerance: tuple[float, float],
         oracle: str | None,
+        folder: Path,
     ) -> None:
-        """``programs`` are the reference's before anything was quantised: they say what a layer should compute."""
+        """``programs`` are the reference's before anything was quantised: they say what a layer should compute. Graphs
+        that only describe what an engine computes are written to ``folder``."""
         self.pipeline = pipeline
         self.precision: Precision = PRECISIONS[pipeline.backend.precision]
         self.tolerance = tolerance
@@ -45,6 +52,9 @@ class TestRun:
         self.programs = {p.name: p for p in programs}
         self.layers = {Key(layer.component, layer.onnx): layer for layer in layers}
         self._names = {p.name: value_map(self.programs[p.name], p) for p in pipeline.programs}
+        self.graphs = {p.name: p.graph for p in pipeline.programs}
+        """Component → what the backend computes; after a replay with the Q/DQ pairs that TensorRT's calibrator chose."""
+        self._folder = folder
         self._replayers: dict[str, Replayer] = {}
         self._seen: set[Key] = set()
         """What the reference shows."""
@@ -104,17 +114,35 @@ class TestRun:
                 self.oracle,
                 known,
                 emulated=self._emulates(graph),
-                quantized=(self._quantized(component, sides[0]), self._quantized(component, sides[1])),
+                quantized=(self._quantized(component, sides[0]), self._quantized(component, sides[1], test)),
             )
         return self._replayers[component]
 
-    def _quantized(self, component: str, side: Pipeline) -> Quantized | None:
-        """What one side does in INT8 to a component; None where it claims none, or where nothing else is known."""
+    def _quantized(self, component: str, side: Pipeline, capture: Capture | None = None) -> Quantized | None:
+        """What one side does in INT8 to a component; None where it claims none, or where nothing else is known.
+
+        ``capture`` is the test's: it tells which of the values that an engine keeps in INT8 are shown rounded.
+        """
         plain = self.programs[component]
         (program,) = (p for p in side.programs if p.name == component)
-        if not wants_int8(side.backend) or plain.graph.precision == "int8":
+        names = {name: own for own, name in value_map(plain, program).items()}
+        ranges = self._ranges(side, component)
+        if plain.graph.precision == "int8" or not (ranges or wants_int8(side.backend)):
             return None
-        return Quantized(plain.graph, program.graph, {name: own for own, name in value_map(plain, program).items()})
+        if ranges is None:
+            return Quantized(plain.graph, program.graph, names)
+        graph = with_ranges(program.graph, ranges, self._folder / f"{component}.{side.backend.spec}.onnx")
+        kept = {name: ranges.stored[own] for name, own in names.items() if own in ranges.stored}
+        if capture is not None:
+            self.graphs[component] = graph
+            load, shown = loader(capture, component), kept.keys() & capture.names(component=component)
+            kept = {n: kept[n] for n in shown if Grid.symmetric(kept[n]).holds(torch.tensor(load(n)))}
+        return Quantized(plain.graph, graph, names, kept)
+
+    @staticmethod
+    def _ranges(side: Pipeline, component: str) -> Ranges | None:
+        """What TensorRT's own calibrator chose, where it was asked."""
+        return getattr(side.sessions[component], "ranges", None)
 
     def _emulates(self, graph: Graph) -> bool:
         """Whether the backend computed ``graph`` itself as a replayer would emulate it."""
@@ -127,13 +155,21 @@ class TestRun:
             and any(program.graph is graph for program in self.pipeline.programs)
         )
 
-    def quantized_name(self, key: Key) -> str:
+    @property
+    def implicit(self) -> bool:
+        """Whether the backend chooses the scales itself: TensorRT with its own calibrator."""
+        return getattr(self.pipeline.backend, "implicit_int8", False)
+
+    def quantized_names(self, row: LayerRow) -> list[str]:
         """What the layer that computes a value is called where layers are chosen for INT8: a module by its path, for an
-        addition the one whose code adds; without a module the node."""
-        (program,) = (p for p in self.pipeline.programs if p.name == key.component)
-        names = {name: own for own, name in self._names[key.component].items()}
-        name = layer_name(program, names.get(key.value, key.value))
-        return name if program.module is None else name.partition("/")[0]
+        addition the one whose code adds; without a module, or by TensorRT's own calibrator, the nodes."""
+        (program,) = (p for p in self.pipeline.programs if p.name == row.component)
+        ranges = self._ranges(self.pipeline, row.component)
+        if ranges is not None and row.replay is not None:
+            return [node for node in row.replay.nodes if node in ranges.layers]
+        names = {name: own for own, name in self._names[row.component].items()}
+        name = layer_name(program, names.get(row.onnx, row.onnx))
+        return [name if program.module is None else name.partition("/")[0]]
 
     def observe(
         self, sample: Sample, probed: Mapping[str, Arrays], test: Capture

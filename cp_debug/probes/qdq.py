@@ -37,16 +37,18 @@ def insert_qdq(
     layers: Mapping[str, LayerScales],
     target: Path,
     adds: Mapping[str, float] = MappingProxyType({}),
+    stored: Mapping[str, float] = MappingProxyType({}),
 ) -> Path:
     """Write ``graph`` with Q/DQ pairs as ``target`` and return it.
 
     ``layers`` are nodes by name, one of ``QUANTIZED`` each; consumers of a value that quantise it alike share one pair.
-    ``adds`` are residual additions, both operands of which get one scale. A graph below opset 13 is raised to it where
+    ``adds`` are residual additions, both operands of which get one scale. ``stored`` are values by name and their
+    largest magnitude: all else that reads them has them in INT8, too. A graph below opset 13 is raised to it where
     none of its operators changed on the way. Raises InputError for a name that is no node, an operator that is not
     quantised, a node that is quantised already, a weight that is computed from the inputs, scales that do not fit the
     weight or are no numbers, and an opset that is too old.
     """
-    save(_Surgery(graph, layers, adds).model(), graph, target)
+    save(_Surgery(graph, layers, adds, stored).model(), graph, target)
     return target
 
 
@@ -68,6 +70,7 @@ class _Surgery:
     graph: Graph
     layers: Mapping[str, LayerScales]
     adds: Mapping[str, float]
+    stored: Mapping[str, float]
     pairs: dict[tuple[str, bytes], str] = field(default_factory=dict)
     """(Value, its scale) → the value that went through INT8."""
     weights: list[onnx.TensorProto] = field(default_factory=list)
@@ -109,14 +112,17 @@ class _Surgery:
         proto = onnx.NodeProto()
         proto.CopyFrom(node.proto)
         proto.name = node.name  # one without a name is called after its place, which changes
+        wanted: dict[int, tuple[np.ndarray, int | None]] = {
+            slot: (np.asarray(self.stored[value], np.float32), None)
+            for slot, value in enumerate(proto.input)
+            if value in self.stored
+        }
         if node.name in self.layers:
             layer = self.layers[node.name]
-            wanted = [(np.asarray(layer.input, np.float32), None), self._of_weight(node, layer.weight)]
+            wanted |= {0: (np.asarray(layer.input, np.float32), None), 1: self._of_weight(node, layer.weight)}
         elif node.name in self.adds:
-            wanted = [(np.asarray(self.adds[node.name], np.float32), None)] * 2
-        else:
-            wanted = []
-        for slot, (amax, axis) in enumerate(wanted):
+            wanted |= dict.fromkeys((0, 1), (np.asarray(self.adds[node.name], np.float32), None))
+        for slot, (amax, axis) in sorted(wanted.items()):
             proto.input[slot], pair = self._quantised(node, proto.input[slot], amax, axis)
             yield from pair
         yield proto

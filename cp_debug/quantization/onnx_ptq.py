@@ -88,13 +88,14 @@ class GraphCalibration:
 
     def _of_layers(self) -> Iterator[tuple[str, LayerScales]]:
         for node in self._layers:
-            weight = self._weight(node)
+            weight = weight_of(node, self._executor)
             if weight.dim() > 1:
                 amax = weight_amax(weight, weight_axis(node, weight.dim()), self._method)
                 yield node.name, LayerScales(self._inputs[node.proto.input[0]].amax(self._method), amax.numpy())
 
-    def _weight(self, node: Node) -> torch.Tensor:
-        """The weight, also where constants are transposed on the way to it."""
-        name = node.proto.input[1]
-        nodes = self._graph.segment([name], ())[0] if name in self._graph.producer else []
-        return self._executor.run_nodes(nodes, {}, [name])[name]
+
+def weight_of(node: Node, executor: Executor) -> torch.Tensor:
+    """The weight of a node of ``executor``'s graph, also where constants are transposed on the way to it."""
+    name = node.proto.input[1]
+    nodes = executor.graph.segment([name], ())[0] if name in executor.graph.producer else []
+    return executor.run_nodes(nodes, {}, [name])[name]

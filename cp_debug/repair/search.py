@@ -16,7 +16,7 @@ from typing import Any
 
 from cp_debug.backends.base import Backend, Program
 from cp_debug.bisect.int8 import DEFAULT_CALIBRATION, already_quantized, quantize_programs
-from cp_debug.bisect.pipeline import Pipeline, choose_export, load_test_programs, prepare, wants_int8
+from cp_debug.bisect.pipeline import Pipeline, choose_export, is_exported, load_test_programs, prepare, wants_int8
 from cp_debug.deploy.evaluate import as_detector
 from cp_debug.deploy.state import key_of
 from cp_debug.errors import InputError
@@ -119,7 +119,7 @@ class _Search:
         reference, self._backend = backends
         self._reference = str(reference.spec)
         how, note = choose_export(backends, options.exporter)
-        self._notes = [note] if note else []
+        self._notes = [note] if note and is_exported(model) else []
         self._step("exporting and aligning")
         programs = prepare(model, samples[0], scratch, how=how, folded=options.folded)
         self._tests = load_test_programs(programs, options.test_model) if options.test_model else programs

@@ -1,12 +1,17 @@
-"""What TensorRT's own calibrator is given, for INT8 engines of graphs without Q/DQ nodes."""
+"""TensorRT's own calibrator, for INT8 engines of graphs without Q/DQ nodes: what it is given, and what it chose."""
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from cp_debug.backends.tensorrt.inspector import EngineLayer, materialised
 from cp_debug.backends.tensorrt.options import Options
 from cp_debug.errors import InputError
+from cp_debug.probes.graph import Graph
+from cp_debug.probes.qdq import LEVELS, quantizable
 
 
 def calibration(options: Options, component: str, scratch: Path) -> dict[str, Any] | None:
@@ -27,3 +32,38 @@ def calibration(options: Options, component: str, scratch: Path) -> dict[str, An
         where = f"{data / component} holds no .npz file" if data else "--trt-calibrator is not given to make one"
         raise InputError(f"{cache}: there is no such calibration cache, and {where}")
     return {"cache": str(cache), "data": files, "kind": options.calibrator}
+
+
+class Ranges(NamedTuple):
+    """What an engine keeps in INT8, and up to which magnitude."""
+
+    layers: Mapping[str, float]
+    """ONNX node that multiplies INT8 → the largest magnitude that its input keeps."""
+    stored: Mapping[str, float]
+    """Value that lies in memory in INT8, whoever reads it → the largest magnitude that it keeps."""
+
+
+def read_cache(path: Path) -> dict[str, float]:
+    """Tensor → its scale, from a cache that TensorRT's calibrator wrote: one line each, a float32's bits in hex.
+
+    Raises InputError for a file that is none.
+    """
+    try:
+        first, *lines = path.read_text(encoding="utf-8").splitlines()
+        if not first.startswith("TRT-"):
+            raise ValueError(f"its first line is {first!r}")
+        pairs = [line.rpartition(": ") for line in lines if line]
+        return {name: struct.unpack(">f", bytes.fromhex(digits))[0] for name, _, digits in pairs}
+    except (OSError, ValueError, struct.error) as error:
+        raise InputError(f"{path}: not a calibration cache of TensorRT ({error})") from None
+
+
+def ranges_of(layers: Sequence[EngineLayer], graph: Graph, scales: Mapping[str, float]) -> Ranges:
+    """The INT8 part of an engine of ``graph``, by the types in its inspector's ``layers`` and a cache's ``scales``."""
+    reading = {node for layer in layers for node in layer.nodes if any(t.dtype == "Int8" for t in layer.inputs)}
+    products = {n.name: n.proto.input[0] for n in quantizable(graph) if n.name in reading}
+    held = [name for name, tensor in materialised(layers, graph.values).items() if tensor.dtype == "Int8"]
+    return Ranges(
+        {node: LEVELS * scales[value] for node, value in products.items() if value in scales},
+        {value: LEVELS * scales[value] for value in held if value in scales},
+    )

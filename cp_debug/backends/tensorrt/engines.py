@@ -251,17 +251,20 @@ class EngineSet:
         """What to mark, and as what: outputs are linear, and FP32 where typing is weak, unless said otherwise, which
         could make TensorRT choose another kernel.
 
-        TensorRT 8 cannot put out what a quantiser made: what goes into it is marked instead.
+        TensorRT 8 cannot put out what a quantiser made: what goes into it is marked instead. What its own calibrator
+        keeps in INT8 is marked as FP32.
         """
         workshop = self._workshop
         marks: dict[str, dict[str, str]] = {}
         for name, tensor in materialised(self.plain.layers, workshop.values).items():
             mark = {"format": (len(tensor.shape) == 4 and tensor.tensor_format) or ""}
             if workshop.config.regime == "weak":
-                quantiser = workshop.graph.producer[name]
+                producer = workshop.graph.producer[name]
                 if tensor.dtype == "Int8":
-                    if quantiser.op == "QuantizeLinear":
-                        marks[quantiser.inputs[0]] = {}
+                    if producer.op == "QuantizeLinear":
+                        marks[producer.inputs[0]] = {}
+                    elif workshop.step["calibration"]:
+                        marks[name] = {}
                     continue
                 mark["dtype"] = _NETWORK_TYPES.get(tensor.dtype, "")
             marks[name] = mark

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cp_debug.backends.base import Program, Sink
-from cp_debug.backends.tensorrt.calibration import calibration
+from cp_debug.backends.tensorrt.calibration import Ranges, calibration, ranges_of, read_cache
 from cp_debug.backends.tensorrt.client import Client
 from cp_debug.backends.tensorrt.config import decide
 from cp_debug.backends.tensorrt.engines import Engine, EngineSet, Profile, Workshop
@@ -131,6 +131,14 @@ class EngineSession:
             for value in outputs.get(node, ())  # casts that were put in are no nodes of the program
             if layer.tactic.name
         }
+
+    @property
+    def ranges(self) -> Ranges | None:
+        """What TensorRT's own calibrator made of the engine last used; None where it was not asked."""
+        calibrated = self._workshop.step["calibration"]
+        if calibrated is None or not self._sets:
+            return None
+        return ranges_of(self._latest.plain.layers, self._workshop.graph, read_cache(Path(calibrated["cache"])))
 
     @property
     def settings(self) -> Mapping[str, Any]:

@@ -14,7 +14,7 @@ from cp_debug.bisect.causes.precision import PROMOTED
 from cp_debug.bisect.causes.search import ENOUGH, Explanation, explain
 from cp_debug.bisect.causes.segment import Lab, Segment
 from cp_debug.bisect.causes.where import locate
-from cp_debug.bisect.pipeline import Key, wants_int8
+from cp_debug.bisect.pipeline import Key
 from cp_debug.bisect.result import GUILTY, SHAPE, LayerRow, Observation
 from cp_debug.bisect.testrun import TestRun, loader
 from cp_debug.errors import InputError
@@ -76,7 +76,7 @@ class Explainer:
         findings = [self._finding(group) for group in groups.values()]
         findings += [*unsteady, *self._program(seen)]
         if not all(row.within for row in rows.values()):
-            findings += self._costliest(rows) if wants_int8(self.run.pipeline.backend) else ()
+            findings += self._costliest(rows)
             findings += self._declared(rows) if not findings else ()
         return sorted(findings, key=lambda f: -(abs(f.effect.share) if f.effect.share is not None else 0.0))
 
@@ -142,12 +142,17 @@ class Explainer:
         return finding
 
     def _fix(self, cause: Candidate, rows: Sequence[LayerRow]) -> str:
-        """The cause's advice with the layers' names; ``{quantized}``: what they are called when choosing for INT8."""
+        """The cause's advice with the layers' names, and with flags where it is about INT8."""
         fix = cause.fix.replace("{layers}", _some([row.name for row in rows]))
-        if "{quantized}" not in fix:  # else no row is an input, which nothing quantises
+        if "{unquantized}" not in fix:  # else no row is an input, which nothing quantises
             return fix
-        quantized = [self.run.quantized_name(Key(row.component, row.onnx)) for row in rows]
-        return fix.replace("{quantized}", _some(quantized))
+        calibrate = "--trt-calib-data" if self.run.implicit else "--calib-data"
+        return fix.replace("{calibrate}", calibrate).replace("{unquantized}", self._unquantized(rows))
+
+    def _unquantized(self, rows: Sequence[LayerRow]) -> str:
+        """The flag that leaves these layers out of INT8."""
+        names = [name for row in rows for name in self.run.quantized_names(row)]
+        return f"{'--keep-fp32' if self.run.implicit else '--skip-layers'} {_some(names)}"
 
     def _unsteady(self, rows: Mapping[Key, LayerRow]) -> Iterator[Finding]:
         """Two runs of one backend differ by more than the order of a sum can make."""
@@ -202,7 +207,7 @@ class Explainer:
                     "then": ", ".join(f"{rows[key].name} ({shares[key]:.0%})" for key in ranked[1:4]),
                 },
                 effect=Effect(share),
-                fix=f"accept it, or leave it unquantized: --skip-layers {self.run.quantized_name(ranked[0])}",
+                fix=f"accept it, or leave it unquantized: {self._unquantized([row])}",
             )
 
     def _declared(self, rows: Mapping[Key, LayerRow]) -> Iterator[Finding]:

@@ -16,7 +16,7 @@ from cp_debug.probes.qdq import LEVELS, weight_axis
 
 _COARSE = 2.0
 """How many times coarser than needed a scale is called too coarse."""
-_CALIBRATE = "calibrate on data like this (--calib-data), or leave it unquantized: --skip-layers {quantized}"
+_CALIBRATE = "calibrate on data like this ({calibrate}), or leave it unquantized: {unquantized}"
 
 
 @cause()
