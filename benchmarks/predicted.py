@@ -29,7 +29,7 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor
 
-from cp_debug.backends.arithmetic import ARITHMETICS, FP16, FP16ACC, FP32, TF32_DECONV, Arithmetic
+from cp_debug.backends.arithmetic import ARITHMETICS, FP16, FP16ACC, FP32, TF32_CUT, TF32_DECONV, Arithmetic
 from cp_debug.backends.determinism import deterministic
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.tensorrt.tactics import Tactic, decode
@@ -108,6 +108,8 @@ def told_by(tactic: Tactic, dtype: str = "") -> Arithmetic:
         return replace(FP16ACC, tile=tactic.tile[2], slices=tactic.slices) if tactic.tile else FP16ACC
     if tactic.arithmetic == "tf32" and "deconv" in tactic.name:
         return TF32_DECONV
+    if tactic.arithmetic == "tf32" and "wo_smem" in tactic.name:
+        return TF32_CUT
     return ARITHMETICS[tactic.arithmetic or {"Half": "fp16", "BF16": "bf16"}.get(dtype, "fp32")]
 
 
@@ -115,6 +117,8 @@ def label(arithmetic: Arithmetic) -> str:
     """``fp16acc/64÷2``: channels per tile, and partial sums that share it."""
     if arithmetic is TF32_DECONV:
         return "tf32, weights cut off"
+    if arithmetic is TF32_CUT:
+        return "tf32, cut off"
     if arithmetic.tile is None:
         return arithmetic.name
     tile = "all" if arithmetic.tile > 4096 else str(arithmetic.tile)

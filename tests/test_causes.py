@@ -13,7 +13,7 @@ import torch
 from nets import NetBuilder
 from torch import Tensor, nn
 
-from cp_debug.backends.arithmetic import BF16, FP16, FP16ACC, FP32, FP64, TF32, Arithmetic
+from cp_debug.backends.arithmetic import BF16, FP16, FP16ACC, FP32, FP64, TF32, TF32_CUT, TF32_DECONV, Arithmetic
 from cp_debug.backends.base import Program, Session
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.registry import create
@@ -109,6 +109,8 @@ def other_weights(found: Segment) -> Tensor:
 CASES: list[tuple[str, str, Callable[[Segment], Tensor]]] = [
     ("tf32", "conv", in_arithmetic(TF32)),
     ("tf32", "product", in_arithmetic(TF32)),
+    ("tf32", "conv", in_arithmetic(TF32_CUT)),
+    ("tf32", "product", in_arithmetic(TF32_DECONV)),
     ("fp16", "conv", in_arithmetic(FP16)),
     ("fp16", "relu", in_arithmetic(FP16)),
     ("bf16", "conv", in_arithmetic(BF16)),

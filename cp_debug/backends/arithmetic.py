@@ -99,6 +99,8 @@ def _shared(array: np.ndarray) -> Tensor:
 FP64 = Arithmetic("fp64", torch.float64)
 FP32 = Arithmetic("fp32")
 TF32 = Arithmetic("tf32", operand=round_tf32)
+TF32_CUT = Arithmetic("tf32", operand=truncate_tf32)
+"""As TensorRT's kernels without shared memory do it: the tensor core takes no notice of the lower bits."""
 TF32_DECONV = Arithmetic("tf32", operand=round_tf32, weight=truncate_tf32)
 """As TensorRT's kernels for transposed convolutions do it."""
 BF16 = Arithmetic("bf16", value=round_bf16)

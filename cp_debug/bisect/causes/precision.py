@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from cp_debug.backends.arithmetic import BF16, FP16, FP16ACC, TF32
+from cp_debug.backends.arithmetic import BF16, FP16, FP16ACC, TF32, TF32_CUT, TF32_DECONV
 from cp_debug.backends.rounding import round_bf16, round_fp16
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.segment import Segment
@@ -67,6 +67,16 @@ def arithmetic(segment: Segment) -> Iterator[Candidate]:
                     evidence={"computed": "product, bias and BatchNorm one after the other"},
                     fix=PROMOTED[way.name],
                 )
+
+
+@cause(costly=True)
+def tf32_cut_off(segment: Segment) -> Iterator[Candidate]:
+    """TF32 in kernels that do not round what they read."""
+    if segment.product is None or segment.lab.claim.name == "tf32":
+        return
+    for way, what in ((TF32_CUT, "operands"), (TF32_DECONV, "weights")):
+        says = f"TF32: {what} are cut off after 10 mantissa bits"
+        yield Candidate("tf32", says, segment.run(way), fix=PROMOTED["tf32"])
 
 
 @cause(costly=True)
