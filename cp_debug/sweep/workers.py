@@ -17,9 +17,19 @@ if TYPE_CHECKING:
 _QUIET = {"distributed.admin.low-level-log-length": 10}
 """Dask keeps its last messages, tasks included, for its developers: here they are what would grow."""
 _PRE_SPAWN = "distributed.nanny.pre-spawn-environ"
-_TRIM = "MALLOC_TRIM_THRESHOLD_"
-"""Dask would have workers give every freed 64 KiB back to the system: a task of large tensors then takes twice as long,
-for page faults."""
+_KEEP_FREED = {name: str(1 << 40) for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")}
+_KEEP_FREED["MALLOC_ARENA_MAX"] = "1"
+"""Workers keep freed memory: Dask would have them give every freed 64 KiB back to the system, and glibc every tensor above
+32 MiB, or 64 MiB in a thread with a heap of its own. A task of large tensors then takes up to twice as long, for page
+faults."""
+_LOCAL = {
+    "distributed.scheduler.worker-saturation": 1.0,  # none waits behind a task, so one that kills takes no other along
+    "distributed.worker.profile.enabled": False,
+    "distributed.worker.memory.monitor-interval": "500ms",
+    "distributed.admin.tick.interval": "500ms",
+    "distributed.admin.system-monitor.interval": "5s",
+}
+"""How Dask watches itself takes a twentieth of two cores beside two workers, unless it does so more rarely."""
 
 
 class ClusterLost(CpdebugError):
@@ -52,10 +62,8 @@ def local_workers(count: int | None, *, gpu: bool = False) -> Iterator[Client]:
         count = min(count or devices, devices)
         options |= {"worker_class": _pinned(devices), "resources": {"GPU": 1}}
     with ExitStack() as stack:
-        # One task a worker, none waiting behind it: a task that kills its worker then takes no other along.
-        environment = {name: value for name, value in dask.config.get(_PRE_SPAWN).items() if name != _TRIM}
-        own = {"distributed.scheduler.worker-saturation": 1.0, _PRE_SPAWN: environment}
-        stack.enter_context(dask.config.set({**_QUIET, **own}))
+        environment = dask.config.get(_PRE_SPAWN) | _KEEP_FREED
+        stack.enter_context(dask.config.set({**_QUIET, **_LOCAL, _PRE_SPAWN: environment}))
         try:
             cluster = stack.enter_context(LocalCluster(n_workers=count, **options))
         except RuntimeError as error:
