@@ -19,9 +19,9 @@ _QUIET = {"distributed.admin.low-level-log-length": 10}
 _PRE_SPAWN = "distributed.nanny.pre-spawn-environ"
 _KEEP_FREED = {name: str(1 << 40) for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")}
 _KEEP_FREED["MALLOC_ARENA_MAX"] = "1"
-"""Workers keep freed memory: Dask would have them give every freed 64 KiB back to the system, and glibc every tensor above
-32 MiB, or 64 MiB in a thread with a heap of its own. A task of large tensors then takes up to twice as long, for page
-faults."""
+"""Workers keep freed memory. Dask would have them give every freed 64 KiB back to the system, and glibc every tensor
+above 32 MiB, or above 64 MiB in a thread with a heap of its own. A task of large tensors then takes up to twice as
+long, for page faults."""
 _LOCAL = {
     "distributed.scheduler.worker-saturation": 1.0,  # none waits behind a task, so one that kills takes no other along
     "distributed.worker.profile.enabled": False,
