@@ -156,6 +156,18 @@ def test_both_operands_of_an_add_get_one_scale(tmp_path: Path) -> None:
     np.testing.assert_array_equal(seen["sum"], fake_quant(seen["a"], 2.5) + fake_quant(seen["b"], 2.5))
 
 
+def test_a_stored_value_is_int8_for_all_that_read_it(tmp_path: Path) -> None:
+    graph = Graph(residual(tmp_path / "net.onnx"))
+    (value, *_) = next(n for n in graph.nodes if n.op == "MaxPool").outputs  # a convolution and a Concat read it
+    made = quantised(graph, layers={}, stored={value: 2.0})
+    readers = [node for node in made.nodes if f"{value}__dequantized" in node.inputs]
+    assert {node.op for node in readers} == {node.op for node in graph.consumers[value]} == {"Conv", "Concat"}
+    x = np.random.default_rng(0).standard_normal((1, 16, 16, 16)).astype(np.float32)
+    values = run(made, x=x)
+    np.testing.assert_array_equal(values[f"{value}__dequantized"], fake_quant(values[value], 2.0))
+    np.testing.assert_array_equal(values[value], run(graph, x=x)[value])
+
+
 def test_what_is_always_zero_stays_zero(tmp_path: Path) -> None:
     graph, name, _, _ = layer(tmp_path, "Conv")
     made = quantised(graph, layers={name: LayerScales(0.0, np.zeros(6, np.float32))})
