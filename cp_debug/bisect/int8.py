@@ -127,8 +127,7 @@ def with_ranges(graph: Graph, ranges: Ranges, target: Path) -> Graph:
     """
     executor, layers = Executor(graph, weight_cache=0), {}
     for node in quantizable(graph):
-        if node.name in ranges.layers:
-            weight = weight_of(node, executor)
+        if node.name in ranges.layers and (weight := weight_of(node, executor)).dim() > 1:
             amax = weight_amax(weight, weight_axis(node, weight.dim()), "max")
             layers[node.name] = LayerScales(ranges.layers[node.name], amax.numpy())
     return Graph(insert_qdq(graph, layers, target, stored=ranges.stored))

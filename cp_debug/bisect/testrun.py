@@ -132,12 +132,13 @@ class TestRun:
         if ranges is None:
             return Quantized(plain.graph, program.graph, names)
         graph = with_ranges(program.graph, ranges, self._folder / f"{component}.{side.backend.spec}.onnx")
+        if capture is None:
+            return Quantized(plain.graph, graph, names)
+        self.graphs[component] = graph
         kept = {name: ranges.stored[own] for name, own in names.items() if own in ranges.stored}
-        if capture is not None:
-            self.graphs[component] = graph
-            load, shown = loader(capture, component), kept.keys() & capture.names(component=component)
-            kept = {n: kept[n] for n in shown if Grid.symmetric(kept[n]).holds(torch.tensor(load(n)))}
-        return Quantized(plain.graph, graph, names, kept)
+        load, shown = loader(capture, component), kept.keys() & capture.names(component=component)
+        rounded = {n: kept[n] for n in shown if Grid.symmetric(kept[n]).holds(torch.tensor(load(n)))}
+        return Quantized(plain.graph, graph, names, rounded)
 
     @staticmethod
     def _ranges(side: Pipeline, component: str) -> Ranges | None:
@@ -166,7 +167,7 @@ class TestRun:
         (program,) = (p for p in self.pipeline.programs if p.name == row.component)
         ranges = self._ranges(self.pipeline, row.component)
         if ranges is not None and row.replay is not None:
-            return [node for node in row.replay.nodes if node in ranges.layers]
+            return [node for node in row.replay.nodes if node in ranges.layers] or [*row.replay.nodes]
         names = {name: own for own, name in self._names[row.component].items()}
         name = layer_name(program, names.get(row.onnx, row.onnx))
         return [name if program.module is None else name.partition("/")[0]]
