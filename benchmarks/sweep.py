@@ -186,11 +186,12 @@ def main() -> None:
         print(json.dumps(queue(options.one, options.address)))
         return
     console = Console()
-    tasks = tasks_of(options.kind, options.model, options.quantized, options.scenes)
-    if options.only == "start-up":
-        start_up(tasks, console)
-    if options.only in (None, "scaling"):
-        scaling(tasks, f"{options.kind}, {options.scenes} scenes", console)
+    if options.only != "queue":
+        tasks = tasks_of(options.kind, options.model, options.quantized, options.scenes)
+        if options.only == "start-up":
+            start_up(tasks, console)
+        else:
+            scaling(tasks, f"{options.kind}, {options.scenes} scenes", console)
     if options.only in (None, "queue"):
         queue_table(console)
 

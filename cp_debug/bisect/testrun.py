@@ -54,6 +54,8 @@ class TestRun:
         self._names = {p.name: value_map(self.programs[p.name], p) for p in pipeline.programs}
         self.graphs = {p.name: p.graph for p in pipeline.programs}
         """Component → what the backend computes; after a replay with the Q/DQ pairs that TensorRT's calibrator chose."""
+        self._ranges: dict[str, Ranges] = {}
+        """The same components → what that calibrator chose."""
         self._folder = folder
         self._replayers: dict[str, Replayer] = {}
         self._seen: set[Key] = set()
@@ -125,25 +127,20 @@ class TestRun:
         """
         plain = self.programs[component]
         (program,) = (p for p in side.programs if p.name == component)
-        names = {name: own for own, name in value_map(plain, program).items()}
-        ranges = self._ranges(side, component)
+        ranges: Ranges | None = getattr(side.sessions[component], "ranges", None)
         if plain.graph.precision == "int8" or not (ranges or wants_int8(side.backend)):
             return None
+        names = {name: own for own, name in value_map(plain, program).items()}
         if ranges is None:
             return Quantized(plain.graph, program.graph, names)
         graph = with_ranges(program.graph, ranges, self._folder / f"{component}.{side.backend.spec}.onnx")
         if capture is None:
             return Quantized(plain.graph, graph, names)
-        self.graphs[component] = graph
+        self.graphs[component], self._ranges[component] = graph, ranges
         kept = {name: ranges.stored[own] for name, own in names.items() if own in ranges.stored}
         load, shown = loader(capture, component), kept.keys() & capture.names(component=component)
         rounded = {n: kept[n] for n in shown if Grid.symmetric(kept[n]).holds(torch.tensor(load(n)))}
         return Quantized(plain.graph, graph, names, rounded)
-
-    @staticmethod
-    def _ranges(side: Pipeline, component: str) -> Ranges | None:
-        """What TensorRT's own calibrator chose, where it was asked."""
-        return getattr(side.sessions[component], "ranges", None)
 
     def _emulates(self, graph: Graph) -> bool:
         """Whether the backend computed ``graph`` itself as a replayer would emulate it."""
@@ -165,9 +162,9 @@ class TestRun:
         """What the layer that computes a value is called where layers are chosen for INT8: a module by its path, for an
         addition the one whose code adds; without a module, or by TensorRT's own calibrator, the nodes."""
         (program,) = (p for p in self.pipeline.programs if p.name == row.component)
-        ranges = self._ranges(self.pipeline, row.component)
-        if ranges is not None and row.replay is not None:
-            return [node for node in row.replay.nodes if node in ranges.layers] or [*row.replay.nodes]
+        if row.component in self._ranges and row.replay is not None:
+            nodes, layers = row.replay.nodes, self._ranges[row.component].layers
+            return [node for node in nodes if node in layers] or [*nodes]
         names = {name: own for own, name in self._names[row.component].items()}
         name = layer_name(program, names.get(row.onnx, row.onnx))
         return [name if program.module is None else name.partition("/")[0]]
