@@ -33,8 +33,9 @@ class Case:
     @property
     def key(self) -> str:
         """What ``--only`` selects by and the log knows the case by."""
-        kind = self.fault.get("kind", "")
-        parts = (self.group, self.network, kind, self.test_model if self.group != "fault" else "", self.backends)
+        own = self.model if self.model != f"{self.network}.onnx" else ""
+        other = self.fault.get("kind", self.test_model)
+        parts = (self.group, self.network, own.rpartition("/")[2].replace(":", "."), other, self.backends)
         return ":".join(part for part in parts if part)
 
     @property

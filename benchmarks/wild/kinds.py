@@ -123,7 +123,7 @@ kind("weights-int8-channel", "int8-weights", "int8 int8-per-tensor other-weights
 )
 kind("weights-transposed", "weight-layout", "other-weights")(_changed_weight(_transpose, *_PLAIN))
 kind("kernel-flipped", "weight-layout", "other-weights")(_changed_weight(_flip, "Conv", "ConvTranspose"))
-kind("channels-swapped", "weight-layout channels-swapped permuted", "other-weights channels-scaled")(
+kind("channels-swapped", "weight-layout channels-swapped permuted", "other-weights channels-scaled flipped")(
     _changed_weight(_swap, *_PLAIN)
 )
 kind("channel-zeroed", "channels-zeroed channels-scaled channels-affine", "other-weights weight-layout")(
@@ -250,7 +250,7 @@ def _operands(net: Net, rng: np.random.Generator) -> Iterator[Place]:
         yield Place([node.output[0]], f"{node.op_type}({second}, {first})", apply)
 
 
-@kind("concat-order", "concat-order operands operand-order", "permuted spatial-shift attribute")
+@kind("concat-order", "concat-order operands operand-order", "permuted flipped spatial-shift attribute")
 def _concat(net: Net, rng: np.random.Generator) -> Iterator[Place]:
     for node in net.of("Concat"):
         if len(node.input) < 2 or net.values[node.output[0]].dtype != np.float32:

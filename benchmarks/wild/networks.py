@@ -114,6 +114,27 @@ SHIPPED: dict[str, Shipped] = {
 """By name. Left out of ``onnx``'s light models: those of more than 2 GFLOP or of 60 million weights."""
 SLOW = frozenset({"basic-pitch", "ddddocr", "ddddocr-det", "light-inception", "light-shufflenet", "light-squeezenet"})
 """Networks that take longer than all the others together: FP32 alone is asked of them."""
+TUNING = frozenset(
+    {
+        "basic-pitch",
+        "convnext",
+        "ddddocr",
+        "decoder",
+        "gan",
+        "light-squeezenet",
+        "magika",
+        "nakdimon",
+        "nudenet",
+        "ppocr-cls",
+        "ppocr-det",
+        "resnet",
+        "silero",
+        "tagger",
+        "vit",
+        "wavenet",
+    }
+)
+"""Networks that limits and rules may be chosen on."""
 EXPORTERS = ("torchscript", "dynamo")
 UNFOLDED = ("vit", "gru", "tagger")
 """Architectures that are also exported without constant folding: Slice, Concat and Transpose of weights stay."""
@@ -123,7 +144,7 @@ STORED = {"resnet.weights16": "resnet.dynamo", "unet.weights8": "unet.torchscrip
 
 def half(name: str) -> str:
     """``tuning`` or ``held-out``, by the network's own name: limits are chosen on one half and judged on the other."""
-    return ("tuning", "held-out")[zlib.crc32(base(name).encode()) % 2]
+    return "tuning" if base(name) in TUNING else "held-out"
 
 
 def base(name: str) -> str:
