@@ -115,7 +115,7 @@ def _both_once(case: Case, folder: Path, figures: Path) -> int:
     """Processor seconds of opening both backends with all probes and running them once."""
     from cp_debug.backends.registry import create
     from cp_debug.backends.spec import parse_backends
-    from cp_debug.bisect.pipeline import Pipeline, prepare
+    from cp_debug.programs.pipeline import Pipeline, prepare
     from cp_debug.recipes.onnx_file import OnnxFileModel
 
     start = time.process_time()
