@@ -122,6 +122,9 @@ class OrtSession:
             for name in wanted.intersection(outputs):
                 sink(name, outputs[name])
             return outputs
+        for name in self._optimized.folded if self._optimized else ():
+            if name in wanted:
+                sink(name, self._optimized.graph.initializer(name))
         return self._observed.run(inputs, sink, wanted)
 
     def optimized_nodes(self) -> list[Replacement]:
@@ -148,7 +151,7 @@ class OrtSession:
         except InputError:  # inputs that cannot be made up: names are then not verified, nor the gap measured
             inputs = None
         self._optimized = program = build(backend.runtime, graph, written, inputs)
-        self._observed, self.exposed = program.observed, program.exposed
+        self._observed, self.exposed = program.observed, [*program.folded, *program.exposed]
         self.settings = read_settings(self._whole)
         self.settings["disabled_optimizers"] = list(backend.disabled_optimizers)
         if backend.precision == "int8":

@@ -9,6 +9,7 @@ from typing import Any
 from cp_debug.bisect.causes.finding import Finding
 from cp_debug.bisect.knobs import Knobs
 from cp_debug.bisect.pipeline import Key
+from cp_debug.bisect.remainder import Remainder
 from cp_debug.bisect.result import LayerRow, Observation
 from cp_debug.deploy.detections import DetectionChange, compare_detections
 
@@ -22,6 +23,8 @@ class Collected:
         self.knobs: Knobs | None = None
         self.findings: list[Finding] = []
         self.detections: DetectionChange | None = None
+        self.remainder: Remainder | None = None
+        """Of the worst sample, where no layer is guilty of its divergence."""
 
     def is_worst(self, rows: Mapping[Key, LayerRow]) -> bool:
         """Whether no sample before has a row that is as severe as the worst of these."""

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from cp_debug.backends.base import Backend, Program, RunRecord, Session, Tensor
+from cp_debug.backends.base import Backend, Program, RunRecord, Session, Sink, Tensor
+from cp_debug.bisect.folded import Folded
 from cp_debug.bisect.layers import layers_of
 from cp_debug.bisect.result import json_safe
 from cp_debug.errors import InputError
@@ -167,11 +168,17 @@ def value_map(reference: Program, test: Program) -> dict[str, str]:
 
 
 class Pipeline:
-    """One backend with a session for each component. Use as a context manager."""
+    """One backend with a session for each component. Use as a context manager.
 
-    def __init__(self, model: Model, programs: Sequence[Program], backend: Backend) -> None:
+    ``unfold``: a run with a sink also gives the side values that the backend folded away, computed from the programs.
+    """
+
+    def __init__(
+        self, model: Model, programs: Sequence[Program], backend: Backend, *, unfold: bool = False
+    ) -> None:
         self.model, self.programs, self.backend = model, programs, backend
         self.sessions: dict[str, Session] = {}
+        self._unfold = unfold
         self._stack = ExitStack()
         self._realised = False
 
@@ -199,14 +206,19 @@ class Pipeline:
         programs = {program.name: program for program in self.programs}
         for component in self.model.components:
             inputs = self.model.feed(component, sample, results)
-            forward = None
-            if sink is not None:
-                for name, array in inputs.items():
-                    sink(Key(component.name, name), array)
-                forward = _under(component.name, sink)
-            plain = programs[component.name].plain
-            shown = plain.producer.keys() if plain else None
-            results[component.name] = self.sessions[component.name].run(inputs, forward, shown)
+            program, session = programs[component.name], self.sessions[component.name]
+            shown = program.plain.producer.keys() if program.plain else None
+            if sink is None:
+                results[component.name] = session.run(inputs, None, shown)
+                continue
+            forward = _under(component.name, sink)
+            folded = Folded(program.plain or program.graph, session.exposed) if self._unfold else None
+            see = forward if folded is None else _seen_by(folded, forward)
+            for name, array in inputs.items():
+                see(name, array)
+            results[component.name] = session.run(inputs, see, shown)
+            for name, value in folded.values() if folded is not None else ():
+                forward(name, value)
         if not self._realised:
             check_realised(self.backend, [session.settings for session in self.sessions.values()])
             self._realised = True
@@ -294,5 +306,13 @@ def header(pipeline: Pipeline, samples: Sequence[Sample]) -> dict[str, Any]:
     }
 
 
-def _under(component: str, sink: Callable[[Key, Tensor], None]) -> Callable[[str, Tensor], None]:
+def _seen_by(folded: Folded, forward: Sink) -> Sink:
+    def see(name: str, tensor: Tensor) -> None:
+        folded.see(name, tensor)
+        forward(name, tensor)
+
+    return see
+
+
+def _under(component: str, sink: Callable[[Key, Tensor], None]) -> Sink:
     return lambda name, tensor: sink(Key(component, name), tensor)

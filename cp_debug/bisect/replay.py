@@ -87,6 +87,8 @@ class Replay:
     """Share of the layer's input that lies beyond its scale."""
     step: float | None = None
     """That scale: the distance of two levels."""
+    instead: str = ""
+    """Of whole numbers that are not what the inputs make, nor what emulation makes of them: both, in words."""
     skipped: str | None = None
 
 
@@ -179,6 +181,7 @@ class Replayer:
                 declared = quantized.declared(target, self.known, given)
                 _hold_against_scales(replay, captured[target], exact[target], expected.results[target], declared)
             replay.nodes = tuple(n.name for n in nodes)
+            replay.instead = _instead(captured[target], exact[target], expected.results[target])
             replay.oracle_error = self._oracle_roundoff * math.sqrt(max(self._reduction(n) for n in nodes))
             replay.range_loss = max(
                 self._storage_loss(exact[target]),
@@ -299,6 +302,18 @@ class Replayer:
 
     def _hold(self, tensor: AnyTensor) -> Tensor:
         return FP64.hold(tensor, self._device)
+
+
+def _instead(captured: AnyTensor, exact: Tensor, expected: AnyTensor) -> str:
+    """What whole numbers were computed where the inputs make others; empty where they agree with oracle or emulation."""
+    if exact.is_floating_point() or tuple(captured.shape) != tuple(exact.shape):
+        return ""
+    ours, right, emulated = (FP64.hold(t, "cpu") for t in (captured, exact, expected))
+    if torch.equal(ours, right) or (tuple(emulated.shape) == tuple(ours.shape) and torch.equal(ours, emulated)):
+        return ""
+    if right.numel() <= 16:
+        return f"gives {ours.tolist()} where its inputs make {right.tolist()}"
+    return f"{int((ours != right).sum())} of {right.numel()} whole numbers are not what its inputs make"
 
 
 def _hold_against_scales(

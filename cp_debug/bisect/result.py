@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from cp_debug.bisect.causes.finding import Finding
     from cp_debug.bisect.knobs import Knobs
+    from cp_debug.bisect.remainder import Remainder
     from cp_debug.deploy.detections import DetectionChange
 
 SCHEMA = "cpdebug.bisect/1"
@@ -51,6 +52,9 @@ class LayerRow:
     sample: int = 0
     tactic: str = ""
     """Name of the kernel that wrote the value, where the backend tells."""
+    kind: str = "data"
+    """``data``; or, of a side value, ``constant`` or ``shape``: see ``Layer``. Side values have a row where they
+    differ."""
 
     @property
     def severity(self) -> tuple[float, ...]:
@@ -69,6 +73,7 @@ class LayerRow:
             "name": self.name,
             "onnx": self.onnx,
             "op": self.op,
+            "kind": self.kind,
             **{k: v for k, v in stats.items() if k != "channel_max"},
             **json_safe(
                 {
@@ -156,6 +161,8 @@ class TestResult:
     """What became of the detections, over all samples; None where the model has none."""
     knobs: Knobs | None = None
     """What ONNX Runtime's optimiser is responsible for, where it was asked."""
+    remainder: Remainder | None = None
+    """Of a run with replay in which no layer is guilty and outputs differ: whether rounding adds up to it."""
 
     @property
     def guilty(self) -> list[LayerRow]:
@@ -208,6 +215,9 @@ class TestResult:
             "findings": json_safe([finding.to_dict() for finding in self.findings]),
             "detections": json_safe(asdict(self.detections)) if self.detections else None,
             "knobs": json_safe(self.knobs.to_dict()) if self.knobs else None,
+            "remainder": json_safe(asdict(self.remainder) | {"adds_up": self.remainder.adds_up})
+            if self.remainder
+            else None,
         }
 
 

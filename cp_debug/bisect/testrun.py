@@ -19,7 +19,8 @@ from cp_debug.bisect.pipeline import Key, Pipeline, value_map, wants_int8
 from cp_debug.bisect.precision import PRECISIONS, Precision
 from cp_debug.bisect.quantized import Grid, Quantized
 from cp_debug.bisect.replay import Load, Replay, Replayer
-from cp_debug.bisect.result import LayerRow, Observation
+from cp_debug.bisect.result import OK, LayerRow, Observation
+from cp_debug.bisect.sides import judged, trace_shapes
 from cp_debug.bisect.verdict import judge
 from cp_debug.probes.capture import Capture, CaptureWriter
 from cp_debug.probes.graph import Graph
@@ -191,6 +192,10 @@ class TestRun:
                 continue
             replay, floor = replays.get(key), floors.get(key, 0.0)
             judgement = judge(stats[key], replay, self.precision, *self.tolerance, floor)
+            if layer.kind != "data":
+                judgement = judged(judgement, replay)
+                if judgement.verdict == OK:
+                    continue
             rows[key] = LayerRow(
                 **asdict(layer),
                 **judgement._asdict(),
@@ -200,6 +205,7 @@ class TestRun:
                 sample=sample,
                 tactic=tactics.get(key, ""),
             )
+        trace_shapes(self.programs, rows)
         return rows
 
 

@@ -156,7 +156,8 @@ def verdict_line(test: TestResult) -> Text:
             (f"✗ {spec}: first divergent layer: {first.name}", style), f" ({first.op}), {tolerance}{end}"
         )
         if test.oracle:
-            text.append("; no layer introduces more than its precision explains: the rounding adds up")
+            says = f": {test.remainder}" if test.remainder else ""
+            text.append(f"; no layer introduces more than its precision explains{says}")
         return text
     return Text.assemble((f"✓ {spec}: agrees", "bold green"), f" within {tolerance}{end}")
 
