@@ -1,4 +1,4 @@
-"""Nodes that read no element of an input: weights being prepared, shapes being computed. They are judged like layers."""
+"""Nodes that read no element of an input, weights being prepared and shapes being computed, are judged like layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from onnx import numpy_helper, parser
 
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.layers import side_values
-from cp_debug.bisect.result import GUILTY, SHAPE, TestResult
+from cp_debug.bisect.result import SHAPE, TestResult
 from cp_debug.probes.graph import Graph
 
 LEVELS = ["ort,ort-none", "ort,ort-all", "ort-all,ort-basic", "ort,emu-fp16", "emu-fp32,ort-basic"]
@@ -120,9 +120,7 @@ def test_constants_that_differ_belong_to_their_reader(tmp_path: Path, backends: 
         e = Mul (x, d)
         y = Relu (e)
     }"""
-    good, bad = (
-        save(tmp_path / f"{v}.onnx", text.replace("VALUES", ",".join([f"{v}"] * 8)), {}) for v in (1.25, 1.5)
-    )
+    good, bad = (save(tmp_path / f"{v}.onnx", text.replace("VALUES", ",".join([f"{v}"] * 8)), {}) for v in (1.25, 1.5))
     test = compared(tmp_path, good, bad, backends, random(4, 8))
     assert [row.name for row in test.guilty] == ["d"]
 

@@ -21,6 +21,21 @@ from cp_debug.backends.weights import Weights, constant
 from cp_debug.errors import InputError
 from cp_debug.probes.graph import Graph, Node
 
+MOVES = {
+    "BitCast", "CenterCropPad", "Compress", "ConcatFromSequence", "Identity", "MaxUnpool", "Optional",
+    "OptionalGetElement", "ReverseSequence", "SequenceAt", "SequenceConstruct", "SequenceErase", "SequenceInsert",
+    "SplitToSequence", "TensorScatter", "Unique",
+}  # fmt: skip
+"""Operators without a kernel that choose among their inputs' values: there is nothing to emulate."""
+
+
+_FLOATS = {
+    onnx.TensorProto.FLOAT,
+    onnx.TensorProto.DOUBLE,
+    onnx.TensorProto.FLOAT16,
+    onnx.TensorProto.BFLOAT16,
+}
+
 
 class NodeFailed(InputError):
     """An operator raised; the message names the file, the node, the operator and what it was given."""
@@ -66,6 +81,25 @@ class Executor:
         self._reference = Reference(graph)
         self._functions = {(f.domain, f.name): f for f in graph.proto.functions}
         self._steps: dict[int, _Step] = {}
+        self.not_emulated: dict[str, str] = {}
+        """Node → operator of those that ran and whose inner rounding nobody knows here: they were computed in the held
+        dtype and rounded once. Nothing is missing in arithmetics that round nothing else."""
+
+    def emulates(self, node: Node) -> bool:
+        """Whether ``node`` is computed with this arithmetic's own rounding, as far as that is known before it ran."""
+        if node.name in self.not_emulated:
+            return False
+        if (
+            node.op in KERNELS
+            or node.op in MOVES
+            or node.op == "Constant"
+            or self._step(node, self.graph.opsets).bodies
+        ):
+            return True
+        if not (self.arithmetic.value or self.arithmetic.operand):
+            return True
+        kinds = [self.graph.types[o].tensor_type.elem_type for o in node.outputs if o in self.graph.types]
+        return len(kinds) == len(node.outputs) and not any(kind in _FLOATS for kind in kinds)
 
     def run(
         self, inputs: Mapping[str, Any], sink: Sink | None = None, probes: Collection[str] | None = None
@@ -180,7 +214,12 @@ class Executor:
             results = step.kernel.function(step.call, *inputs)
             if results is not NotImplemented:
                 return [results] if isinstance(results, Tensor) else list(results)
-        return [self.arithmetic.hold(r, self.device) for r in self._reference.run(node, values)]
+        outputs = [self.arithmetic.hold(r, self.device) for r in self._reference.run(node, values)]
+        arithmetic = step.call.arithmetic
+        computes = any(isinstance(o, Tensor) and o.is_floating_point() for o in outputs) and node.op not in MOVES
+        if computes and (arithmetic.value or arithmetic.operand):
+            self.not_emulated[node.name] = node.op
+        return outputs
 
     def _step(self, node: Node, opsets: Mapping[str, int]) -> _Step:
         step = self._steps.get(id(node))

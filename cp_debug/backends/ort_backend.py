@@ -122,8 +122,8 @@ class OrtSession:
             for name in wanted.intersection(outputs):
                 sink(name, outputs[name])
             return outputs
-        for name in self._optimized.folded if self._optimized else ():
-            if name in wanted:
+        if self._optimized is not None:
+            for name in wanted.intersection(self._optimized.folded):
                 sink(name, self._optimized.graph.initializer(name))
         return self._observed.run(inputs, sink, wanted)
 

@@ -9,8 +9,7 @@ from typing import Any
 from cp_debug.bisect.causes.finding import Finding
 from cp_debug.bisect.knobs import Knobs
 from cp_debug.bisect.pipeline import Key
-from cp_debug.bisect.remainder import Remainder
-from cp_debug.bisect.result import LayerRow, Observation
+from cp_debug.bisect.result import LayerRow, Observation, Remainder
 from cp_debug.deploy.detections import DetectionChange, compare_detections
 
 
@@ -53,6 +52,9 @@ class Collected:
         notes = observation_notes(spec, self.observation)
         rows = self.rows.values()
         skipped = Counter(row.replay.skipped for row in rows if row.replay and row.replay.skipped)
+        if unknown := [row.name for row in rows if row.replay and row.replay.not_emulated]:
+            what = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+            notes.append(f"{len(unknown)} layer(s) not emulated, so nobody knows what they may introduce: {what}")
         notes.extend(f"{count} layer(s) not replayed: {reason}" for reason, count in skipped.items())
         return notes
 

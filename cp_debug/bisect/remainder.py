@@ -7,7 +7,6 @@ rounding where the declared precision, emulated over the whole network, makes ab
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -15,39 +14,12 @@ from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.norms import distance, ratio
 from cp_debug.bisect.pipeline import Key
-from cp_debug.bisect.replay import EXCESS, Replay
+from cp_debug.bisect.replay import Replay
+from cp_debug.bisect.result import Remainder
 from cp_debug.bisect.testrun import TestRun
 from cp_debug.errors import InputError
 from cp_debug.probes.graph import Graph
 from cp_debug.recipes.base import Arrays, Sample
-
-SHOWN = 3
-
-
-@dataclass
-class Remainder:
-    """Why outputs differ that no layer is guilty of. Relative L2 of the worst final output."""
-
-    divergence: float
-    rounding: float | None = None
-    """What the emulated precision makes of the same inputs; None where it is the test, or cannot be emulated."""
-    not_replayed: dict[str, str] = field(default_factory=dict)
-    """Node → why it was not replayed."""
-
-    @property
-    def adds_up(self) -> bool:
-        """Whether every node was replayed, and rounding alone makes about as much."""
-        return not self.not_replayed and (self.rounding is None or self.divergence <= EXCESS * self.rounding)
-
-    def __str__(self) -> str:
-        if self.not_replayed:
-            names = ", ".join([*self.not_replayed][:SHOWN])
-            more = f" and {len(self.not_replayed) - SHOWN} more" if len(self.not_replayed) > SHOWN else ""
-            return f"not replayed, so not explained: {names}{more}"
-        if self.adds_up:
-            return "the rounding adds up"
-        return f"but rounding alone makes {self.rounding:.2g} of it: the rest is not explained"
-
 
 def remainder(
     run: TestRun, sample: Sample, results: Mapping[str, Arrays], ours: Mapping[str, Arrays], replays: Mapping[Key, Replay]
@@ -65,9 +37,11 @@ def remainder(
 
 
 def not_replayed(graph: Graph, replays: Mapping[str, Replay]) -> dict[str, str]:
-    """The nodes that the outputs hang on and no replay covers → why."""
+    """The nodes that the outputs hang on and no replay covers, or none with a known expectation → why."""
     covered = {name for r in replays.values() if r.introduced is not None for name in r.nodes}
+    covered -= {name for r in replays.values() for name in r.not_emulated}
     reasons = {v: r.skipped for v, r in replays.items() if r.skipped}
+    reasons |= {v: "its precision is not emulated" for v, r in replays.items() if r.not_emulated}
     nodes, _ = graph.segment([v.name for v in graph.outputs if v.name in graph.producer], ())
     return {
         node.name: next((reasons[o] for o in node.outputs if o in reasons), "no probe shows what it computes")

@@ -89,6 +89,8 @@ class Replay:
     """That scale: the distance of two levels."""
     instead: str = ""
     """Of whole numbers that are not what the inputs make, nor what emulation makes of them: both, in words."""
+    not_emulated: tuple[str, ...] = ()
+    """Nodes of the segment that have no kernel in the claimed arithmetic: ``expected`` says nothing of them."""
     skipped: str | None = None
 
 
@@ -181,6 +183,7 @@ class Replayer:
                 declared = quantized.declared(target, self.known, given)
                 _hold_against_scales(replay, captured[target], exact[target], expected.results[target], declared)
             replay.nodes = tuple(n.name for n in nodes)
+            replay.not_emulated = self._not_emulated(nodes)
             replay.instead = _instead(captured[target], exact[target], expected.results[target])
             replay.oracle_error = self._oracle_roundoff * math.sqrt(max(self._reduction(n) for n in nodes))
             replay.range_loss = max(
@@ -195,6 +198,10 @@ class Replayer:
             results[target] = replay
             self._trimmer.freed(exact[target].nbytes)
         return results
+
+    def _not_emulated(self, nodes: list[Node]) -> tuple[str, ...]:
+        emulator = self._emulators[self._claims[1]]
+        return tuple(n.name for n in nodes if not emulator.emulates(n))
 
     def _exact(self, nodes: list[Node]) -> bool:
         """Whether the emulation of the claim computes ``nodes`` just as the oracle does, by the same code."""

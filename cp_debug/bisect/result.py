@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cp_debug.backends.base import RunRecord
-from cp_debug.bisect.replay import Replay
+from cp_debug.bisect.replay import EXCESS, Replay
 from cp_debug.probes.statistics import TensorStats
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from cp_debug.bisect.causes.finding import Finding
     from cp_debug.bisect.knobs import Knobs
-    from cp_debug.bisect.remainder import Remainder
     from cp_debug.deploy.detections import DetectionChange
 
 SCHEMA = "cpdebug.bisect/1"
@@ -94,6 +93,7 @@ class LayerRow:
                 }
             ),
             "nodes": list(replay.nodes),
+            "not_emulated": list(replay.not_emulated),
             "skipped": replay.skipped,
             "tactic": self.tactic,
             "within_tolerance": self.within,
@@ -132,6 +132,31 @@ class Observation:
     """The first layer where two runs of the same backend part."""
     repeats: bool = True
     """Whether runs with equal settings give equal bits; then only the thread count makes the noise."""
+
+
+@dataclass
+class Remainder:
+    """Why outputs differ that no layer is guilty of. Relative L2 of the worst final output."""
+
+    divergence: float
+    rounding: float | None = None
+    """What the emulated precision makes of the same inputs; None where it is the test, or cannot be emulated."""
+    not_replayed: dict[str, str] = field(default_factory=dict)
+    """Node → why it was not replayed, or why nobody knows what it may introduce."""
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether every node was replayed, and rounding alone makes about as much."""
+        return not self.not_replayed and (self.rounding is None or self.divergence <= EXCESS * self.rounding)
+
+    def __str__(self) -> str:
+        if self.not_replayed:
+            names = ", ".join([*self.not_replayed][:3])
+            more = f" and {len(self.not_replayed) - 3} more" if len(self.not_replayed) > 3 else ""
+            return f"not replayed or not emulated, so not explained: {names}{more}"
+        if self.adds_up:
+            return "the rounding adds up"
+        return f"but rounding alone makes {self.rounding:.2g} of it: the rest is not explained"
 
 
 @dataclass

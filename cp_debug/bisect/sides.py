@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from cp_debug.backends.base import Program
 from cp_debug.bisect.pipeline import Key
 from cp_debug.bisect.replay import Replay
-from cp_debug.bisect.result import GUILTY, SHAPE, LayerRow
+from cp_debug.bisect.result import DIVERGENT, GUILTY, OK, SHAPE, LayerRow
 from cp_debug.bisect.verdict import Judgement
 
 
@@ -16,6 +16,13 @@ def judged(judgement: Judgement, replay: Replay | None) -> Judgement:
     if replay is None or not replay.instead or judgement.verdict == SHAPE:
         return judgement
     return judgement._replace(verdict=GUILTY, why=replay.instead)
+
+
+def without_emulation(judgement: Judgement, replay: Replay | None) -> Judgement:
+    """Nobody is guilty of more than is expected where nobody knows what to expect."""
+    if replay is None or not replay.not_emulated or replay.born or judgement.verdict != GUILTY:
+        return judgement
+    return Judgement(OK if judgement.within else DIVERGENT, judgement.within)
 
 
 def trace_shapes(programs: Mapping[str, Program], rows: Mapping[Key, LayerRow]) -> None:

@@ -20,7 +20,7 @@ from cp_debug.bisect.precision import PRECISIONS, Precision
 from cp_debug.bisect.quantized import Grid, Quantized
 from cp_debug.bisect.replay import Load, Replay, Replayer
 from cp_debug.bisect.result import OK, LayerRow, Observation
-from cp_debug.bisect.sides import judged, trace_shapes
+from cp_debug.bisect.sides import judged, trace_shapes, without_emulation
 from cp_debug.bisect.verdict import judge
 from cp_debug.probes.capture import Capture, CaptureWriter
 from cp_debug.probes.graph import Graph
@@ -192,6 +192,7 @@ class TestRun:
                 continue
             replay, floor = replays.get(key), floors.get(key, 0.0)
             judgement = judge(stats[key], replay, self.precision, *self.tolerance, floor)
+            judgement = without_emulation(judgement, replay)
             if layer.kind != "data":
                 judgement = judged(judgement, replay)
                 if judgement.verdict == OK:

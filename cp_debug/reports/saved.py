@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from cp_debug.backends.base import RunRecord
 from cp_debug.bisect.causes.finding import Effect, Element, Finding, Where
 from cp_debug.bisect.replay import Replay
-from cp_debug.bisect.result import SCHEMA, BisectResult, LayerRow, Observation, StageRow, TestResult
+from cp_debug.bisect.result import SCHEMA, BisectResult, LayerRow, Observation, Remainder, StageRow, TestResult
 from cp_debug.bisect.scene import Scene
 from cp_debug.deploy.detections import DetectionChange
 from cp_debug.errors import InputError
@@ -201,8 +201,20 @@ def _test(fields: Fields, record: RunRecord, programs: dict[str, str]) -> TestRe
         observation=_observation(fields),
         notes=fields.get("notes", list, []),
         programs=fields.get("test_programs", dict, programs),
+        remainder=_remainder(fields),
         findings=[_finding(finding) for finding in fields.objects("findings", [])],
         detections=_detections(fields),
+    )
+
+
+def _remainder(fields: Fields) -> Remainder | None:
+    if fields.value.get("remainder") is None:
+        return None
+    found = fields.object("remainder")
+    return Remainder(
+        divergence=found.number("divergence"),
+        rounding=found.optional("rounding"),
+        not_replayed=found.get("not_replayed", dict, {}),
     )
 
 
@@ -277,6 +289,7 @@ def _row(fields: Fields) -> LayerRow:
         step=fields.optional("step"),
         oracle_error=fields.number("oracle_error", 0.0),
         born=fields.get("born_nonfinite", int, 0),
+        not_emulated=tuple(fields.get("not_emulated", list, [])),
         skipped=fields.get("skipped", (str, type(None)), None),
     )
     return LayerRow(
@@ -295,4 +308,5 @@ def _row(fields: Fields) -> LayerRow:
         noise_floor=fields.number("noise_floor", 0.0),
         sample=fields.get("sample", int, 0),
         tactic=fields.get("tactic", str, ""),
+        kind=fields.get("kind", str, "data"),
     )

@@ -1,17 +1,16 @@
 """RNN, GRU and LSTM, unrolled: each product and each stored state is rounded as the arithmetic says.
 
-Formulas, gate orders and defaults: ONNX's operator specification (``docs/Operators.md``); which activation takes which
-entry of ``activation_alpha``, and that ``clip`` bounds the gates but not the cell: ONNX Runtime's ``rnn_helpers.cc``,
-``lstm_base.cc``. In FP16 and BF16 what the matrix products write and the states h and c are rounded at each step, the
-gates between them are not, as in the fused cells of PyTorch and cuDNN.
+Formulas, gate orders and defaults: ONNX's operator specification (``docs/Operators.md``). Where it is silent, ONNX
+Runtime's CPU kernels were measured: an activation takes the next ``activation_alpha`` only if it has such a parameter,
+those of Affine and ScaledTanh are 0 by default, and ``clip`` bounds the gates but not the cell.
+In FP16 and BF16 what the matrix products write and the states h and c are rounded at each step, the gates between them
+are not, as in the fused cells of PyTorch and cuDNN.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,8 +128,8 @@ def recurrent(
     c: Tensor | None = None,
     peepholes: Tensor | None = None,
 ) -> list[Tensor]:
-    """x [T, B, I], W [D, gates × H, I], R [D, gates × H, H], B [D, 2 gates × H], lengths [B], h and c [D, B, H], P
-    [D, 3 H] → Y [T, D, B, H], the last h and, of an LSTM, the last c [D, B, H]; with ``layout`` 1 the batch comes first.
+    """x [T, B, I], W [D, gates × H, I], R [D, gates × H, H], B [D, 2 gates × H], lengths [B], h and c [D, B, H],
+    P [D, 3 H] → Y [T, D, B, H], the last h and, of an LSTM, c [D, B, H]; with ``layout`` 1 the batch comes first.
     """
     step, gates, default = _STEPS[call.node.op]
     if call["layout"]:
@@ -144,8 +143,9 @@ def recurrent(
     results = []
     for d, backward in enumerate(backwards):
         own = functions[d * len(default) : (d + 1) * len(default)]
-        weights = weight[d], recurrence[d], *bias[d].split(gates * size)
-        cell = _Cell(call, own, *weights, [] if peepholes is None else peepholes[d].split(size))
+        for_input, for_state = bias[d].split(gates * size)
+        diagonal = () if peepholes is None else peepholes[d].split(size)
+        cell = _Cell(call, own, weight[d], recurrence[d], for_input, for_state, diagonal)
         start = tuple(x.new_zeros(x.shape[1], size) if s is None else s[d] for s in (h, c)[: 1 + (gates == 4)])
         results.append(_unroll(step, cell, x, start, lengths, backward))
     y, *last = (torch.stack(parts, axis) for parts, axis in zip(zip(*results, strict=True), (1, 0, 0), strict=False))
@@ -185,12 +185,11 @@ def _activations(names: Sequence[str], alphas: Sequence[float], betas: Sequence[
             yield _PLAIN[name]
         elif name in _WITH_ALPHA:
             first, function = _WITH_ALPHA[name]
-            yield partial(_applied, function, next(alpha, first))
+            yield _bound(function, next(alpha, first))
         else:
             first, second, of_both = _WITH_BOTH[name]
-            yield partial(_applied, of_both, next(alpha, first), next(beta, second))
+            yield _bound(of_both, next(alpha, first), next(beta, second))
 
 
-def _applied(function: Callable[..., Tensor], *parameters_and_x: Any) -> Tensor:
-    *parameters, x = parameters_and_x
-    return function(x, *parameters)
+def _bound(function: Callable[..., Tensor], *parameters: float) -> Activation:
+    return lambda x: function(x, *parameters)
