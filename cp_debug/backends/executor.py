@@ -14,9 +14,10 @@ from torch import Tensor
 
 from cp_debug.backends.arithmetic import FP32, Arithmetic
 from cp_debug.backends.base import Sink
-from cp_debug.backends.bodies import Body, run_if, run_loop
+from cp_debug.backends.bodies import Body, run_if, run_loop, run_scan
 from cp_debug.backends.kernels import KERNELS, Call, Kernel
 from cp_debug.backends.reference import Reference
+from cp_debug.backends.schema_functions import function_body
 from cp_debug.backends.weights import Weights, constant
 from cp_debug.errors import InputError
 from cp_debug.probes.graph import Graph, Node
@@ -48,6 +49,7 @@ class _Step:
     """None: a body, or else ONNX's reference implementation."""
     bodies: Mapping[str, Body]
     """By attribute name; a function's under the empty name."""
+    opsets: Mapping[str, int]
 
 
 class Executor:
@@ -81,6 +83,7 @@ class Executor:
         self._reference = Reference(graph)
         self._functions = {(f.domain, f.name): f for f in graph.proto.functions}
         self._steps: dict[int, _Step] = {}
+        self._definitions: dict[tuple[Any, ...], Body | None] = {}
         self.not_emulated: dict[str, str] = {}
         """Node → operator of those that ran and whose inner rounding nobody knows here: they were computed in the held
         dtype and rounded once. Nothing is missing in arithmetics that round nothing else."""
@@ -202,24 +205,41 @@ class Executor:
             own = body.constants | dict(zip(body.inputs, arguments, strict=False))
             for child in body.nodes:
                 self._step(child, body.opsets)
-            return list(self._execute(body.nodes, ChainMap(own, dict(values)), body.outputs).values())
+            known = ChainMap(own, dict(values))
+            made = {o for child in body.nodes for o in child.outputs}.union(known)
+            # What ONNX defines by a function may leave out outputs that nobody asked for.
+            results = self._execute(body.nodes, known, [o for o in body.outputs if o in made])
+            return [results.get(o) for o in body.outputs]
 
         if "" in step.bodies:
             return execute(step.bodies[""], inputs)
         if node.op == "If":
             return run_if(step.bodies, execute, *inputs)
-        if node.op == "Loop":
-            return [self.arithmetic.hold(r, self.device) for r in run_loop(step.bodies, execute, *inputs)]
+        if node.op in ("Loop", "Scan"):
+            results = (run_loop if node.op == "Loop" else run_scan)(step.bodies, execute, step.call, *inputs)
+            return [self.arithmetic.hold(r, self.device) for r in results]
         if step.kernel is not None and all(i is None or isinstance(i, Tensor) for i in inputs):
             results = step.kernel.function(step.call, *inputs)
             if results is not NotImplemented:
                 return [results] if isinstance(results, Tensor) else list(results)
+        if step.kernel is None and (body := self._by_definition(step, inputs)) is not None:
+            return execute(body, inputs)
         outputs = [self.arithmetic.hold(r, self.device) for r in self._reference.run(node, values)]
         arithmetic = step.call.arithmetic
         computes = any(isinstance(o, Tensor) and o.is_floating_point() for o in outputs) and node.op not in MOVES
         if computes and (arithmetic.value or arithmetic.operand):
             self.not_emulated[node.name] = node.op
         return outputs
+
+    def _by_definition(self, step: _Step, inputs: Sequence[Any]) -> Body | None:
+        """The function body that ONNX gives for the operator and these inputs, if it can be executed here."""
+        node = step.call.node
+        if any(isinstance(i, list) for i in inputs):
+            return None
+        key = (id(node), *((getattr(i, "dtype", None), len(getattr(i, "shape", ()))) for i in inputs))
+        if key not in self._definitions:
+            self._definitions[key] = function_body(node, step.opsets, inputs, self.arithmetic.dtype)
+        return self._definitions[key]
 
     def _step(self, node: Node, opsets: Mapping[str, int]) -> _Step:
         step = self._steps.get(id(node))
@@ -233,7 +253,7 @@ class Executor:
                 bodies = {a.name: Body.of_graph(a.g, opsets) for a in graphs}
             arithmetic = self._overrides.get(node.name, self.arithmetic)
             call = Call.of(node, opsets.get(domain, 1), arithmetic, self.device)
-            step = self._steps[id(node)] = _Step(call, KERNELS.get(node.op), bodies)
+            step = self._steps[id(node)] = _Step(call, KERNELS.get(node.op), bodies, opsets)
         return step
 
 
