@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from cp_debug.probes.alignment import Alignment
+    from cp_debug.probes.flatten import Branch
     from cp_debug.probes.graph import Graph
     from cp_debug.quantization.scales import Scales
 
@@ -34,6 +35,10 @@ class Program:
     """Of a program that was quantised here, by the names of the nodes."""
     plain: Graph | None = None
     """Of such a program the graph before Q/DQ pairs were put in, if any: all else has the same names in both."""
+    deployed: Graph | None = None
+    """Of a program whose bodies and functions were put flat, to look inside: the graph as it is deployed."""
+    branches: Sequence[Branch] = ()
+    """What was decided then: which branch each If takes, how often each loop runs."""
 
     def require_int8(self, spec: BackendSpec) -> None:
         """Raise InputError unless it is said what is quantised."""

@@ -65,11 +65,6 @@ class Attributes(Protocol):
     def __getitem__(self, name: str) -> Any: ...
 
 
-def run_if(bodies: Mapping[str, Body], execute: Execute, condition: Any) -> list[Any]:
-    """ONNX If."""
-    return execute(bodies["then_branch" if bool(condition) else "else_branch"], [])
-
-
 def run_loop(
     bodies: Mapping[str, Body],
     execute: Execute,
@@ -116,9 +111,7 @@ def run_scan(bodies: Mapping[str, Body], execute: Execute, attributes: Attribute
     return [*state, *(x.movedim(0, axis) if x.dim() > 1 else x for x, axis in zip(stacked, axes, strict=True))]
 
 
-def _scan_batch(
-    body: Body, execute: Execute, attributes: Attributes, lengths: Any, inputs: Sequence[Any]
-) -> list[Any]:
+def _scan_batch(body: Body, execute: Execute, attributes: Attributes, lengths: Any, inputs: Sequence[Any]) -> list[Any]:
     count = attributes["num_scan_inputs"]
     kept, size = len(inputs) - count, inputs[-1].shape[1]
     backwards = attributes["directions"] or [0] * count

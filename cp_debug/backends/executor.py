@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import ChainMap, Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from cp_debug.backends.arithmetic import FP32, Arithmetic
 from cp_debug.backends.base import Sink
-from cp_debug.backends.bodies import Body, run_if, run_loop, run_scan
+from cp_debug.backends.bodies import Body, run_loop, run_scan
 from cp_debug.backends.kernels import KERNELS, Call, Kernel
 from cp_debug.backends.reference import Reference
 from cp_debug.backends.schema_functions import function_body
@@ -83,6 +84,10 @@ class Executor:
         self._reference = Reference(graph)
         self._functions = {(f.domain, f.name): f for f in graph.proto.functions}
         self._steps: dict[int, _Step] = {}
+        self._place = ""
+        self.decisions: dict[str, str | int] = {}
+        """Of the last run: control flow node, by its path as ``flatten`` writes it → the branch that an If took, or how
+        often a body ran."""
         self._definitions: dict[tuple[Any, ...], Body | None] = {}
         self.not_emulated: dict[str, str] = {}
         """Node → operator of those that ran and whose inner rounding nobody knows here: they were computed in the held
@@ -199,9 +204,17 @@ class Executor:
         return [arithmetic.round(r) for r in results] if step.kernel is None or step.kernel.rounds else results
 
     def _compute(self, step: _Step, inputs: list[Any], values: Mapping[str, Any]) -> list[Any]:
-        node = step.call.node
+        node, place = step.call.node, self._place
+        runs = itertools.count()
 
         def execute(body: Body, arguments: Sequence[Any]) -> list[Any]:
+            self._place = f"{place}{node.name}/{_within(node, step.bodies, body, next(runs))}"
+            try:
+                return run_body(body, arguments)
+            finally:
+                self._place = place
+
+        def run_body(body: Body, arguments: Sequence[Any]) -> list[Any]:
             own = body.constants | dict(zip(body.inputs, arguments, strict=False))
             for child in body.nodes:
                 self._step(child, body.opsets)
@@ -214,9 +227,11 @@ class Executor:
         if "" in step.bodies:
             return execute(step.bodies[""], inputs)
         if node.op == "If":
-            return run_if(step.bodies, execute, *inputs)
+            self.decisions[place + node.name] = branch = "then_branch" if bool(inputs[0]) else "else_branch"
+            return execute(step.bodies[branch], [])
         if node.op in ("Loop", "Scan"):
             results = (run_loop if node.op == "Loop" else run_scan)(step.bodies, execute, step.call, *inputs)
+            self.decisions[place + node.name] = next(runs)
             return [self.arithmetic.hold(r, self.device) for r in results]
         if step.kernel is not None and all(i is None or isinstance(i, Tensor) for i in inputs):
             results = step.kernel.function(step.call, *inputs)
@@ -267,6 +282,13 @@ def with_bodies(graph: Graph) -> list[Node]:
     """The nodes that hold graphs: If and Loop, whose inner values nobody sees, and Scan, left to ONNX's reference."""
     kinds = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
     return [n for n in graph.nodes if any(a.type in kinds for a in n.proto.attribute)]
+
+
+def _within(node: Node, bodies: Mapping[str, Body], body: Body, run: int) -> str:
+    """What a path says of the place in a node where ``body`` runs."""
+    if node.op == "If":
+        return f"{next(name for name, other in bodies.items() if other is body)}/"
+    return f"#{run}/" if node.op in ("Loop", "Scan") else ""
 
 
 def _describe(value: Any) -> str:

@@ -178,6 +178,7 @@ class Pipeline:
     ) -> None:
         self.model, self.programs, self.backend = model, programs, backend
         self.sessions: dict[str, Session] = {}
+        self._deployed: dict[str, Session] = {}
         self._unfold = unfold
         self._stack = ExitStack()
         self._realised = False
@@ -209,7 +210,7 @@ class Pipeline:
             program, session = programs[component.name], self.sessions[component.name]
             shown = program.plain.producer.keys() if program.plain else None
             if sink is None:
-                results[component.name] = session.run(inputs, None, shown)
+                results[component.name] = self._untouched(program).run(inputs, None, shown)
                 continue
             forward = _under(component.name, sink)
             folded = Folded(program.plain or program.graph, session.exposed) if self._unfold else None
@@ -223,6 +224,16 @@ class Pipeline:
             check_realised(self.backend, [session.settings for session in self.sessions.values()])
             self._realised = True
         return results
+
+    def _untouched(self, program: Program) -> Session:
+        """The session that runs a program as it is deployed."""
+        if program.deployed is None:
+            return self.sessions[program.name]
+        if program.name not in self._deployed:
+            session = self.backend.open(replace(program, graph=program.deployed, deployed=None))
+            self._deployed[program.name] = session
+            self._stack.callback(session.close)
+        return self._deployed[program.name]
 
     def record(self) -> RunRecord:
         """Spec, versions, device and settings as read back."""

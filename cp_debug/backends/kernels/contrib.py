@@ -84,7 +84,9 @@ def fused_gemm(call: Call, a: Tensor, b: Tensor, c: Tensor | None = None) -> Ten
     result = product * alpha if alpha != 1 else product
     result = result if c is None else result + (c if beta == 1 else c * beta)
     return _activated(
-        call, result, [call[n] for n in ("activation_alpha", "activation_beta", "activation_gamma") if call[n] is not None]
+        call,
+        result,
+        [call[n] for n in ("activation_alpha", "activation_beta", "activation_gamma") if call[n] is not None],
     )
 
 
@@ -195,5 +197,3 @@ def group_norm(
     result = functional.silu(call.arithmetic.round(result)) if call["activation"] else result
     result = result.movedim(1, -1) if last else result
     return [result, x][: call.outputs] if skips else [result]
-
-
