@@ -15,13 +15,13 @@ from torch import Tensor
 
 from cp_debug.backends.arithmetic import FP32, Arithmetic
 from cp_debug.backends.base import Sink
-from cp_debug.backends.bodies import Body, run_loop, run_scan
 from cp_debug.backends.kernels import KERNELS, Call, Kernel
 from cp_debug.backends.reference import Reference
 from cp_debug.backends.schema_functions import function_body
 from cp_debug.backends.weights import Weights, constant
 from cp_debug.errors import InputError
-from cp_debug.probes.graph import Graph, Node
+from cp_debug.graph.bodies import Body, run_loop, run_scan
+from cp_debug.graph.graph import Graph, Node
 
 MOVES = {
     "BitCast", "CenterCropPad", "Compress", "ConcatFromSequence", "Identity", "MaxUnpool", "Optional",
@@ -230,9 +230,9 @@ class Executor:
             self.decisions[place + node.name] = branch = "then_branch" if bool(inputs[0]) else "else_branch"
             return execute(step.bodies[branch], [])
         if node.op in ("Loop", "Scan"):
-            results = (run_loop if node.op == "Loop" else run_scan)(step.bodies, execute, step.call, *inputs)
+            made = (run_loop if node.op == "Loop" else run_scan)(step.bodies, execute, step.call, *inputs)
             self.decisions[place + node.name] = next(runs)
-            return [self.arithmetic.hold(r, self.device) for r in results]
+            return [self.arithmetic.hold(r, self.device) for r in made]
         if step.kernel is not None and all(i is None or isinstance(i, Tensor) for i in inputs):
             results = step.kernel.function(step.call, *inputs)
             if results is not NotImplemented:

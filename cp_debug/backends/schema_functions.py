@@ -15,8 +15,8 @@ import torch
 from onnx import helper
 from torch import Tensor
 
-from cp_debug.backends.bodies import Body
-from cp_debug.probes.graph import Node
+from cp_debug.graph.bodies import Body
+from cp_debug.graph.graph import Node
 
 _TYPES = {
     torch.bool: onnx.TensorProto.BOOL,

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from cp_debug.backends.base import Program
-from cp_debug.bisect.pipeline import Key
+from cp_debug.programs.pipeline import Key
 from cp_debug.bisect.result import GUILTY, INHERITED, LayerRow
 from cp_debug.errors import InputError
 from cp_debug.probes.capture import Capture
-from cp_debug.probes.flatten import Branch, Decision
-from cp_debug.probes.graph import Graph
+from cp_debug.graph.flatten import Branch, Decision
+from cp_debug.graph.graph import Graph
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ import numpy as np
 
 from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.executor import Executor
-from cp_debug.bisect.norms import distance, ratio
-from cp_debug.bisect.pipeline import Key
+from cp_debug.probes.distance import distance, ratio
+from cp_debug.programs.pipeline import Key
 from cp_debug.bisect.replay import Replay
 from cp_debug.bisect.result import Remainder
-from cp_debug.bisect.testrun import TestRun
+from cp_debug.bisect.candidate_run import TestRun
 from cp_debug.errors import InputError
-from cp_debug.probes.graph import Graph
+from cp_debug.graph.graph import Graph
 from cp_debug.recipes.base import Arrays, Sample
 
 def remainder(

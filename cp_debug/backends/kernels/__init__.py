@@ -2,6 +2,7 @@
 
 from cp_debug.backends.kernels import (
     activation,
+    contrib,
     convolution,
     creation,
     elementwise,
@@ -22,6 +23,7 @@ __all__ = [
     "Call",
     "Kernel",
     "activation",
+    "contrib",
     "convolution",
     "creation",
     "elementwise",

@@ -94,8 +94,6 @@ def fused_gemm(call: Call, a: Tensor, b: Tensor, c: Tensor | None = None) -> Ten
 def fused_conv(
     call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = None, added: Tensor | None = None
 ) -> Tensor:
-    if call["group"] is None or call["auto_pad"] is None:
-        call = call.with_defaults(group=1, auto_pad="NOTSET")
     result = conv(call, x, weight, bias)
     assert isinstance(result, Tensor)
     return _activated(call, result if added is None else result + added, call["activation_params"] or [])

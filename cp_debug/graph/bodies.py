@@ -1,0 +1,144 @@
+"""Graphs inside nodes: the branches of If, the body of Loop, and the functions that a file defines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import onnx
+import torch
+from onnx import numpy_helper
+
+from cp_debug.graph.graph import Node
+
+
+@dataclass(frozen=True)
+class Body:
+    """Nodes with the names of what goes in and comes out, and the constants that belong to them."""
+
+    nodes: Sequence[Node]
+    inputs: Sequence[str]
+    outputs: Sequence[str]
+    opsets: Mapping[str, int]
+    constants: dict[str, Any]
+
+    @classmethod
+    def of_graph(cls, graph: onnx.GraphProto, opsets: Mapping[str, int]) -> Body:
+        """A branch or loop body."""
+        return cls(
+            [Node.of(i, n) for i, n in enumerate(graph.node)],
+            [v.name for v in graph.input],
+            [v.name for v in graph.output],
+            opsets,
+            {t.name: numpy_helper.to_array(t) for t in graph.initializer},
+        )
+
+    @classmethod
+    def of_function(cls, function: onnx.FunctionProto, caller: Node) -> Body:
+        """The body of a function with the attributes of the node that calls it."""
+        attributes = {a.name: a for a in (*function.attribute_proto, *caller.proto.attribute)}
+        nodes = []
+        for i, template in enumerate(function.node):
+            proto = onnx.NodeProto()
+            proto.CopyFrom(template)
+            del proto.attribute[:]
+            for attribute in template.attribute:
+                if not attribute.ref_attr_name:
+                    proto.attribute.append(attribute)
+                elif attribute.ref_attr_name in attributes:
+                    given = proto.attribute.add()
+                    given.CopyFrom(attributes[attribute.ref_attr_name])
+                    given.name = attribute.name
+            nodes.append(Node.of(i, proto))
+        opsets = {o.domain: o.version for o in function.opset_import}
+        return cls(nodes, function.input, function.output, opsets, {})
+
+
+Execute = Callable[[Body, Sequence[Any]], list[Any]]
+"""Runs a body on its inputs; values of the surrounding graph are known to it."""
+
+
+class Attributes(Protocol):
+    """The attributes of a node; None for one that it lacks."""
+
+    def __getitem__(self, name: str) -> Any: ...
+
+
+def run_loop(
+    bodies: Mapping[str, Body],
+    execute: Execute,
+    attributes: Attributes,
+    trips: Any = None,
+    condition: Any = None,
+    *carried: Any,
+) -> list[Any]:
+    """ONNX Loop; a scan output of a loop that never ran is an empty vector."""
+    body, state, go_on = bodies["body"], list(carried), condition is None or bool(condition)
+    scans: list[list[Any]] = [[] for _ in body.outputs[1 + len(state) :]]
+    trip = 0
+    while go_on and (trips is None or trip < int(trips)):
+        more, *results = execute(body, [torch.tensor(trip), torch.tensor(True), *state])
+        go_on, state = bool(more), results[: len(state)]
+        for scan, value in zip(scans, results[len(state) :], strict=True):
+            scan.append(value)
+        trip += 1
+    return [*state, *(_stacked(scan) for scan in scans)]
+
+
+def run_scan(bodies: Mapping[str, Body], execute: Execute, attributes: Attributes, *inputs: Any) -> list[Any]:
+    """ONNX Scan; up to opset 8, where its first input is sequence lengths, over each entry of the batch by itself."""
+    body, count = bodies["body"], attributes["num_scan_inputs"]
+    if len(inputs) == len(body.inputs) + 1 or attributes["directions"] is not None:  # opset 8
+        return _scan_batch(body, execute, attributes, inputs[0], inputs[1:])
+    state, scanned = list(inputs[: len(inputs) - count]), inputs[len(inputs) - count :]
+    axes = attributes["scan_input_axes"] or [0] * count
+    backwards = attributes["scan_input_directions"] or [0] * count
+    columns = [
+        x.movedim(axis, 0).flip(0) if backward else x.movedim(axis, 0)
+        for x, axis, backward in zip(scanned, axes, backwards, strict=True)
+    ]
+    kept = len(state)
+    scans: list[list[Any]] = [[] for _ in body.outputs[kept:]]
+    for t in range(len(columns[0])):
+        results = execute(body, [*state, *(x[t] for x in columns)])
+        state = results[:kept]
+        for scan, value in zip(scans, results[kept:], strict=True):
+            scan.append(value)
+    axes = attributes["scan_output_axes"] or [0] * len(scans)
+    backwards = attributes["scan_output_directions"] or [0] * len(scans)
+    stacked = [_stacked(scan[::-1] if backward else scan) for scan, backward in zip(scans, backwards, strict=True)]
+    return [*state, *(x.movedim(0, axis) if x.dim() > 1 else x for x, axis in zip(stacked, axes, strict=True))]
+
+
+def _scan_batch(body: Body, execute: Execute, attributes: Attributes, lengths: Any, inputs: Sequence[Any]) -> list[Any]:
+    count = attributes["num_scan_inputs"]
+    kept, size = len(inputs) - count, inputs[-1].shape[1]
+    backwards = attributes["directions"] or [0] * count
+    entries = []
+    for entry in range(inputs[0].shape[0]):
+        length = size if lengths is None else int(lengths[entry])
+        state = [x[entry] for x in inputs[:kept]]
+        columns = [
+            x[entry][:length].flip(0) if backward else x[entry]
+            for x, backward in zip(inputs[kept:], backwards, strict=True)
+        ]
+        scans: list[list[Any]] = [[] for _ in body.outputs[kept:]]
+        for t in range(length):
+            results = execute(body, [*state, *(x[t] for x in columns)])
+            state = results[:kept]
+            for scan, value in zip(scans, results[kept:], strict=True):
+                scan.append(value)
+        padded = [_stacked([*scan, *(torch.zeros_like(scan[0]) for _ in range(size - length))]) for scan in scans]
+        entries.append([*state, *padded])
+    return [torch.stack(column) for column in zip(*entries, strict=True)]
+
+
+def _stacked(scan: Sequence[Any]) -> Any:
+    """What a loop collected, along a new first axis. Raises ValueError for iterations of different shapes."""
+    if not scan:
+        return torch.empty(0)
+    shapes = {tuple(value.shape) for value in scan}
+    if len(shapes) > 1:
+        raise ValueError(f"a loop's iterations give results of the shapes {sorted(map(list, shapes))}")
+    return torch.stack(list(scan))
