@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from cp_debug.errors import InputError, MissingPackage
-from cp_debug.optional import require
+from cp_debug.optional import install, require
 from cp_debug.quantization.layers import channels, layers_of, weight_axis
 from cp_debug.quantization.scales import LayerScales
 
@@ -70,7 +70,7 @@ def _library() -> Any:
         try:
             return require("modelopt.torch.quantization", "quant")
         except ModuleNotFoundError as error:  # modelopt does not declare all that it imports
-            raise MissingPackage(f"modelopt needs the package {error.name!r}: pip install 'cpdebug[quant]'") from None
+            raise MissingPackage(f"modelopt needs the package {error.name!r}: {install('quant')}") from None
 
 
 @contextlib.contextmanager
