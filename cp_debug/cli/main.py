@@ -31,6 +31,7 @@ from cp_debug.cli import (
 )
 from cp_debug.cli import eval as evaluation
 from cp_debug.cli.console import errors
+from cp_debug.cli.typed import Command
 from cp_debug.errors import CpdebugError
 
 app = typer.Typer(
@@ -58,8 +59,8 @@ for command in (
     search.search,
     verify.verify,
 ):
-    app.command()(command)
-app.command("eval")(evaluation.evaluate)
+    app.command(cls=Command)(command)
+app.command("eval", cls=Command)(evaluation.evaluate)
 app.add_typer(quantize.app)
 app.add_typer(sweep.app)
 
