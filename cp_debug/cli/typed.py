@@ -9,18 +9,32 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
+from cp_debug.cli.console import NO_READER, errors, forget_output
 from cp_debug.errors import InputError
 
 _TYPED: ContextVar[Mapping[str, str] | None] = ContextVar("typed", default=None)
 
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+
 class Command(TyperCommand):
-    """A command that remembers which of its flags were typed, while it runs; a default is not."""
+    """A command that remembers which of its flags were typed, while it runs; a default is not.
+
+    Ctrl-C and a reader that has gone have exit codes of their own: the library's is 1, here a divergence.
+    """
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         token = _TYPED.set(_spelled(self, ctx))
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:
+            errors.print("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            forget_output()
+            raise typer.Exit(NO_READER) from None
         finally:
             _TYPED.reset(token)
 
