@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from extras import needs
 
-from cp_debug.deploy.metrics import ERRORS, THRESHOLDS, score
-from cp_debug.deploy.objects import Boxes
+from cp_debug.detection.boxes import Boxes
+from cp_debug.detection.metrics import ERRORS, THRESHOLDS, score
 from cp_debug.recipes.data.attributes import NAMES
 
 pytestmark = needs("nuscenes")

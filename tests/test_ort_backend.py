@@ -20,8 +20,8 @@ from cp_debug.backends.base import Program
 from cp_debug.backends.ort_backend import OrtBackend, OrtSession
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import BackendUnavailable, InputError, MissingPackage
-from cp_debug.probes import surgery
-from cp_debug.probes.graph import Graph
+from cp_debug.graph import surgery
+from cp_debug.graph.graph import Graph
 
 LEVELS = ["ort-none", "ort-basic", "ort-all"]
 

@@ -13,7 +13,7 @@ from extras import module_needs
 from torch import Tensor, nn
 
 from cp_debug.errors import InputError
-from cp_debug.quantization.library import is_quantized
+from cp_debug.programs.torch_layers import is_quantized
 from cp_debug.quantization.ptq import scales_of
 
 pytestmark = module_needs("mmengine")

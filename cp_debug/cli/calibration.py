@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cp_debug.backends.spec import BackendSpec
-    from cp_debug.bisect.int8 import Calibration
+    from cp_debug.quantization.quantized_programs import Calibration
 
 PANEL = "INT8, where the model is not quantized"
 
@@ -42,7 +42,7 @@ def own_scales(specs: Sequence[BackendSpec], model: str, checkpoint: Path | None
 
 def _scaled(model: str, checkpoint: Path | None) -> str:
     """The file with scales that a model has: a checkpoint of ``cpdebug quantize``, or a graph with Q/DQ pairs."""
-    from cp_debug.probes.graph import Graph
+    from cp_debug.graph.graph import Graph
     from cp_debug.quantization.checkpoint import file_of, is_ptq_checkpoint
 
     if checkpoint is not None:
@@ -85,7 +85,7 @@ class Flags:
     @property
     def chosen(self) -> Calibration:
         """What they say."""
-        from cp_debug.bisect.int8 import Calibration
+        from cp_debug.quantization.quantized_programs import Calibration
 
         skipped = tuple(self.skip_layers or ())
         return Calibration(self.calib_data, self.calib_samples, self.calib_method.value, skipped)
