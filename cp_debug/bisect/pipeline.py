@@ -54,12 +54,14 @@ def prepare(
 
     ``sample`` gives the example inputs; ``folder`` keeps the ONNX files and their alignment manifests.
     """
-    programs = []
+    programs: list[Program] = []
     results: dict[str, Arrays] = {}
     for component in model.components:
         if component.module is None:
             assert component.onnx_path is not None
-            programs.append(Program(component.name, Graph(component.onnx_path)))
+            known = component is model.components[0] or len(results) == len(programs)
+            example = model.feed(component, sample, results) if known else None
+            programs.append(Program(component.name, Graph(component.onnx_path), example=example))
             continue
         inputs = model.feed(component, sample, results)
         results[component.name] = run_module(component, inputs)
@@ -85,7 +87,7 @@ def _export(component: Component, inputs: Mapping[str, np.ndarray], folder: Path
     graph = Graph(path)
     alignment = align(graph, module, args, prefix=component.prefix)
     alignment.save(path.with_suffix(".alignment.json"))
-    return Program(component.name, graph, module, alignment)
+    return Program(component.name, graph, module, alignment, example=inputs)
 
 
 def example_args(component: Component, inputs: Mapping[str, np.ndarray]) -> tuple[torch.Tensor, ...]:
@@ -126,7 +128,8 @@ def _replace(program: Program, path: Path) -> Program:
     if [v.name for v in graph.inputs] != expected:
         raise InputError(f"--test-model: {path} takes {[v.name for v in graph.inputs]}; the reference takes {expected}")
     manifest = path.with_suffix(".alignment.json")
-    return Program(program.name, graph, alignment=Alignment.load(manifest, graph) if manifest.is_file() else None)
+    alignment = Alignment.load(manifest, graph) if manifest.is_file() else None
+    return Program(program.name, graph, alignment=alignment, example=program.example)
 
 
 def changed_state(program: Program, *, train: bool, out_of_place: bool) -> Program:
