@@ -43,7 +43,7 @@ from cp_debug.bisect.pipeline import (
     prepare,
     wants_int8,
 )
-from cp_debug.bisect.precision import coarser, oracle_for
+from cp_debug.bisect.precision import coarsest, oracle_for
 from cp_debug.bisect.replay import Replay
 from cp_debug.bisect.result import BisectResult, Observation, StageRow, TestResult, json_safe
 from cp_debug.bisect.scene import decode, keep_scene
@@ -51,6 +51,7 @@ from cp_debug.bisect.shares import Propagation, set_shares
 from cp_debug.bisect.testrun import TestRun
 from cp_debug.errors import InputError
 from cp_debug.probes.capture import Capture, CaptureWriter, check_free
+from cp_debug.probes.declared import narrow_values
 from cp_debug.probes.graph import Graph
 from cp_debug.quantization.models import QuantizedComponent
 from cp_debug.quantization.opening import calibration_samples
@@ -262,7 +263,8 @@ class Bisection:
         folder: Path,
     ) -> TestRun:
         options = self.options
-        precision = coarser(self._reference.precision, backend.precision)
+        declared = {kind for p in (*programs, *tests) for kind in narrow_values(p.graph).values()}
+        precision = coarsest(self._reference.precision, backend.precision, *declared)
         rtol = precision.rtol if options.rtol is None else options.rtol
         unjudged = math.inf if both_int8(self._reference, backend) else precision.atol
         atol = unjudged if options.atol is None else options.atol

@@ -21,6 +21,7 @@ from cp_debug.bisect.quantized import Grid, Quantized
 from cp_debug.bisect.replay import Load, Replay, Replayer
 from cp_debug.bisect.result import LayerRow, Observation
 from cp_debug.bisect.verdict import judge
+from cp_debug.probes.declared import narrow_values
 from cp_debug.probes.capture import Capture, CaptureWriter
 from cp_debug.probes.graph import Graph
 from cp_debug.probes.statistics import TensorStats, compare
@@ -116,6 +117,7 @@ class TestRun:
                 self.oracle,
                 known,
                 emulated=self._emulates(graph),
+                narrow=(self._narrow(component, sides[0]), self._narrow(component, sides[1])),
                 quantized=(self._quantized(component, sides[0]), self._quantized(component, sides[1], test)),
             )
         return self._replayers[component]
@@ -141,6 +143,13 @@ class TestRun:
         load, shown = loader(capture, component), kept.keys() & capture.names(component=component)
         rounded = {n: kept[n] for n in shown if Grid.symmetric(kept[n]).holds(torch.tensor(load(n)))}
         return Quantized(plain.graph, graph, names, rounded)
+
+    def _narrow(self, component: str, side: Pipeline) -> dict[str, str]:
+        """The values of a component, by the reference's names, that one side's program declares in less than FP32."""
+        (program,) = (p for p in side.programs if p.name == component)
+        names = value_map(self.programs[component], program)
+        names |= {v.name: v.name for v in program.graph.inputs}
+        return {names[own]: kind for own, kind in narrow_values(program.graph).items() if own in names}
 
     def _emulates(self, graph: Graph) -> bool:
         """Whether the backend computed ``graph`` itself as a replayer would emulate it."""
@@ -190,7 +199,8 @@ class TestRun:
             if key not in stats:
                 continue
             replay, floor = replays.get(key), floors.get(key, 0.0)
-            judgement = judge(stats[key], replay, self.precision, *self.tolerance, floor)
+            claim = PRECISIONS[(replay and replay.precision) or self.precision.name]
+            judgement = judge(stats[key], replay, claim, *self.tolerance, floor)
             rows[key] = LayerRow(
                 **asdict(layer),
                 **judgement._asdict(),

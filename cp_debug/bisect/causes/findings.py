@@ -51,7 +51,7 @@ class Explainer:
     exact_input: Callable[[Key], Tensor]
     """What glue should have made for an input of a component."""
     effects: Effects
-    _labs: dict[tuple[str, str], Lab] = field(default_factory=dict)
+    _labs: dict[tuple[str, str, str], Lab] = field(default_factory=dict)
 
     def findings(self, rows: Mapping[Key, LayerRow], seen: Observation | None) -> list[Finding]:
         """The findings, those with the largest effect first."""
@@ -82,13 +82,14 @@ class Explainer:
 
     def _segment(self, key: Key, row: LayerRow) -> Segment:
         capture = self.test if row.side == "test" else self.reference
-        claim = self.run.precision.name if row.side == "test" else self.reference_precision
+        declared = (row.replay and row.replay.precision) or self.run.precision.name
+        claim = declared if row.side == "test" else self.reference_precision
         program = self.run.programs[key.component]
         replayer = self.run.replayer(key.component, self.test)
-        if (key.component, row.side) not in self._labs:
+        if (key.component, row.side, claim) not in self._labs:
             quantized = replayer.quantized[row.side == "test"]
-            self._labs[key.component, row.side] = Lab(program, replayer.oracle, claim, quantized)
-        lab, load = self._labs[key.component, row.side], loader(capture, key.component)
+            self._labs[key.component, row.side, claim] = Lab(program, replayer.oracle, claim, quantized)
+        lab, load = self._labs[key.component, row.side, claim], loader(capture, key.component)
         if row.op == "input":
             segment = Segment.of_input(lab, key.value, self.exact_input(key), load(key.value))
         else:
