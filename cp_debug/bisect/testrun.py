@@ -16,7 +16,7 @@ from cp_debug.bisect.int8 import with_ranges
 from cp_debug.bisect.layers import Layer, layer_name
 from cp_debug.bisect.observe import observe
 from cp_debug.bisect.pipeline import Key, Pipeline, value_map, wants_int8
-from cp_debug.bisect.precision import PRECISIONS, Precision
+from cp_debug.bisect.precision import PRECISIONS, Precision, coarsest
 from cp_debug.bisect.quantized import Grid, Quantized
 from cp_debug.bisect.replay import Load, Replay, Replayer
 from cp_debug.bisect.result import LayerRow, Observation
@@ -145,11 +145,18 @@ class TestRun:
         return Quantized(plain.graph, graph, names, rounded)
 
     def _narrow(self, component: str, side: Pipeline) -> dict[str, str]:
-        """The values of a component, by the reference's names, that one side's program declares in less than FP32."""
+        """The values of a component, by the reference's names, that one side's program holds in less than FP32, or
+        computes through such values, which the reference has not."""
         (program,) = (p for p in side.programs if p.name == component)
-        names = value_map(self.programs[component], program)
-        names |= {v.name: v.name for v in program.graph.inputs}
-        return {names[own]: kind for own, kind in narrow_values(program.graph).items() if own in names}
+        narrow = narrow_values(program.graph)
+        names = value_map(self.programs[component], program) if narrow else {}
+        found = {v.name: narrow[v.name] for v in program.graph.inputs if v.name in narrow}
+        for own, name in names.items():
+            between, _ = program.graph.segment([own], names)
+            held = {narrow[o] for node in between for o in node.outputs if o in narrow}
+            if held:
+                found[name] = coarsest(*held).name
+        return found
 
     def _emulates(self, graph: Graph) -> bool:
         """Whether the backend computed ``graph`` itself as a replayer would emulate it."""
