@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cp_debug.backends.rounding import round_bf16, round_fp16, round_tf32, truncate_tf32
-from cp_debug.probes.graph import Graph
+from cp_debug.graph.graph import Graph
 
 Rounding = Callable[[Tensor], Tensor]
 
