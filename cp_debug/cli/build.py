@@ -12,7 +12,7 @@ from cp_debug.cli import tensorrt
 from cp_debug.cli.typed import refuse
 
 
-class Precision(str, Enum):
+class PrecisionPolicy(str, Enum):
     """What TensorRT may compute in."""
 
     auto = "auto"
@@ -28,7 +28,7 @@ def build(
     model: Annotated[str, typer.Argument(help="A model, or the configuration of `cpdebug deploy`.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the engines.")],
     precision: Annotated[
-        Precision | None, typer.Option(help="auto sets no flag: TensorRT then uses TF32.  [default: auto]")
+        PrecisionPolicy | None, typer.Option(help="auto sets no flag: TensorRT then uses TF32.  [default: auto]")
     ] = None,
     onnx_dir: Annotated[Path | None, typer.Option(help="Folder of `cpdebug export`; else made for this run.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Weights: .pt or .safetensors.")] = None,
