@@ -40,6 +40,9 @@ class Program:
     branches: Sequence[Branch] = ()
     """What was decided then: which branch each If takes, how often each loop runs."""
 
+    example: Mapping[str, np.ndarray] | None = None
+    """Inputs of the kind that it will be run with, where they are known when it is opened."""
+
     def require_int8(self, spec: BackendSpec) -> None:
         """Raise InputError unless it is said what is quantised."""
         if self.graph.precision != "int8" and self.plain is None:

@@ -16,13 +16,13 @@ from cp_debug.probes.distance import distance, ratio
 from cp_debug.programs.pipeline import Key
 from cp_debug.bisect.replay import Replay
 from cp_debug.bisect.result import Remainder
-from cp_debug.bisect.candidate_run import TestRun
+from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.recipes.base import Arrays, Sample
 
 def remainder(
-    run: TestRun, sample: Sample, results: Mapping[str, Arrays], ours: Mapping[str, Arrays], replays: Mapping[Key, Replay]
+    run: CandidateRun, sample: Sample, results: Mapping[str, Arrays], ours: Mapping[str, Arrays], replays: Mapping[Key, Replay]
 ) -> Remainder:
     """``results`` and ``ours``: the outputs of the test and of the reference, by component."""
     last = run.pipeline.model.components[-1].name
@@ -50,7 +50,7 @@ def not_replayed(graph: Graph, replays: Mapping[str, Replay]) -> dict[str, str]:
     }
 
 
-def _rounding(run: TestRun, sample: Sample) -> float | None:
+def _rounding(run: CandidateRun, sample: Sample) -> float | None:
     """Relative L2 distance of the emulated precision from the oracle at the final outputs, on the whole network."""
     assert run.oracle is not None
     if run.precision.name == "int8":

@@ -20,7 +20,7 @@ def judged(judgement: Judgement, replay: Replay | None) -> Judgement:
 
 def without_emulation(judgement: Judgement, replay: Replay | None) -> Judgement:
     """Nobody is guilty of more than is expected where nobody knows what to expect."""
-    if replay is None or not replay.not_emulated or replay.born or judgement.verdict != GUILTY:
+    if replay is None or not replay.not_emulated or replay.new_nonfinite or judgement.verdict != GUILTY:
         return judgement
     return Judgement(OK if judgement.within else DIVERGENT, judgement.within)
 
