@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from cp_debug.probes.alignment import Alignment
     from cp_debug.probes.graph import Graph
+    from cp_debug.probes.pairing import Pairing
     from cp_debug.quantization.scales import Scales
 
 
@@ -34,6 +35,8 @@ class Program:
     """Of a program that was quantised here, by the names of the nodes."""
     plain: Graph | None = None
     """Of such a program the graph before Q/DQ pairs were put in, if any: all else has the same names in both."""
+    pairing: Pairing | None = None
+    """Of a test's program: its values by the names of the reference's. None: equal names are equal values."""
 
     def require_int8(self, spec: BackendSpec) -> None:
         """Raise InputError unless it is said what is quantised."""

@@ -17,8 +17,9 @@ from cp_debug.backends.base import Sink
 from cp_debug.backends.bodies import Body, run_if, run_loop
 from cp_debug.backends.kernels import KERNELS, Call, Kernel
 from cp_debug.backends.reference import Reference
-from cp_debug.backends.weights import Weights, constant
+from cp_debug.backends.weights import Weights
 from cp_debug.errors import InputError
+from cp_debug.probes.constants import constant
 from cp_debug.probes.graph import Graph, Node
 
 

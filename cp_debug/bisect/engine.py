@@ -52,6 +52,7 @@ from cp_debug.bisect.testrun import TestRun
 from cp_debug.errors import InputError
 from cp_debug.probes.capture import Capture, CaptureWriter, check_free
 from cp_debug.probes.graph import Graph
+from cp_debug.programs.paired import pair_programs
 from cp_debug.quantization.models import QuantizedComponent
 from cp_debug.quantization.opening import calibration_samples
 from cp_debug.recipes.base import Arrays, Model, Sample
@@ -88,8 +89,16 @@ class Options:
     """How to quantise, where a backend is in INT8 and the model is not."""
     knobs: bool = False
     """Find the graph optimisers that are responsible for the difference of optimised ONNX Runtime tests."""
+    maps: Sequence[str] = ()
+    """``REFERENCE=TEST`` each: values of two models that are to be compared."""
     save: Path | None = None
     """Folder for the captures: ``sample-0/torch``, ``sample-0/ort`` …"""
+
+
+    @property
+    def differs(self) -> bool:
+        """Whether the tests run something else than the reference, a test model apart."""
+        return self.test_checkpoint is not None or self.test_train_mode or self.test_out_of_place
 
 
 def bisect(
@@ -135,7 +144,8 @@ class Bisection:
         self._how: dict[int, str] = {}
         """By identity of a list of quantised programs."""
         if isinstance(backends, str):
-            backends = [create(spec) for spec in parse_backends(backends)]
+            differs = test_model is not None or options.differs
+            backends = [create(spec) for spec in parse_backends(backends, repeats=differs)]
         self._reference, *self._tests = backends
         self._export, note = choose_export(backends, options.exporter)
         if options.knobs and not any(map(is_optimised, self._tests)):
@@ -176,6 +186,7 @@ class Bisection:
             first = next(iter(samples))
             self._step("exporting and aligning")
             programs, tests = self._programs(first, Path(scratch), exported)
+            tests = pair_programs(self.model, first, programs, tests, options.maps, self._step)
             layers = layers_of(programs)
             ours = self._for(self._reference, self.model, programs, Path(scratch))
             theirs = [self._for(backend, self.test_model, tests, Path(scratch)) for backend in self._tests]
@@ -352,12 +363,16 @@ class Bisection:
         ]
         last = self.model.components[-1]
         outputs = [by_key[last.name, name] for name in last.output_names if (last.name, name) in by_key]
+        if not outputs:
+            raise InputError(nothing_compared(run, last.name, last.output_names))
         rtol, atol = run.tolerance
         return TestResult(
             backend=run.pipeline.record(),
             rows=rows,
             stages=stages,
             outputs=outputs,
+            expected_outputs=list(last.output_names),
+            pairing={p.name: p.pairing.to_dict() for p in run.pipeline.programs if p.pairing is not None},
             compared=len(rows),
             total=len(layers),
             rtol=rtol,
@@ -375,6 +390,16 @@ class Bisection:
             findings=found.findings,
             detections=found.detections,
         )
+
+
+def nothing_compared(run: TestRun, component: str, expected: Sequence[str]) -> str:
+    """Why there is no verdict: the outputs of both sides."""
+    (program,) = (p for p in run.pipeline.programs if p.name == component)
+    theirs = ", ".join(map(str, program.graph.outputs))
+    return (
+        f"{run.pipeline.backend.spec}: no output was compared: the reference gives {', '.join(expected)}, "
+        f"{program.graph.path} gives {theirs}; --map REFERENCE=TEST pairs two of them"
+    )
 
 
 def is_optimised(backend: Backend) -> bool:

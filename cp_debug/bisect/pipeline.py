@@ -122,9 +122,6 @@ def load_test_programs(programs: Sequence[Program], path: Path) -> list[Program]
 
 def _replace(program: Program, path: Path) -> Program:
     graph = Graph(path)
-    expected = [v.name for v in program.graph.inputs]
-    if [v.name for v in graph.inputs] != expected:
-        raise InputError(f"--test-model: {path} takes {[v.name for v in graph.inputs]}; the reference takes {expected}")
     manifest = path.with_suffix(".alignment.json")
     return Program(program.name, graph, alignment=Alignment.load(manifest, graph) if manifest.is_file() else None)
 
@@ -145,12 +142,15 @@ def changed_state(program: Program, *, train: bool, out_of_place: bool) -> Progr
 
 
 def value_map(reference: Program, test: Program) -> dict[str, str]:
-    """Test value → reference value: equal names first, then the same torch value in both alignments.
+    """Test value → reference value: as they were paired, else equal names first, then the same torch value in both
+    alignments.
 
     A layer with its BatchNorm folded in torch has the name of the layer, folded by the exporter that of the BatchNorm.
     """
     if test.graph is reference.graph:
         return {v: v for v in reference.graph.producer}
+    if test.pairing is not None:
+        return dict(test.pairing.names)
     known = set(reference.graph.producer)
     mapping = {v: v for v in test.graph.producer if v in known}
     if test.alignment is not None and reference.alignment is not None:
@@ -199,6 +199,9 @@ class Pipeline:
         programs = {program.name: program for program in self.programs}
         for component in self.model.components:
             inputs = self.model.feed(component, sample, results)
+            pairing = programs[component.name].pairing
+            own = pairing.inputs if pairing else {}
+            inputs = {own.get(name, name): array for name, array in inputs.items()}
             forward = None
             if sink is not None:
                 for name, array in inputs.items():
@@ -206,7 +209,8 @@ class Pipeline:
                 forward = _under(component.name, sink)
             plain = programs[component.name].plain
             shown = plain.producer.keys() if plain else None
-            results[component.name] = self.sessions[component.name].run(inputs, forward, shown)
+            outputs = self.sessions[component.name].run(inputs, forward, shown)
+            results[component.name] = pairing.reference_outputs(outputs) if pairing else outputs
         if not self._realised:
             check_realised(self.backend, [session.settings for session in self.sessions.values()])
             self._realised = True

@@ -49,6 +49,9 @@ def bisect(
     test_model: Annotated[
         Path | None, typer.Option(help="Another .onnx for the tests (a folder, for several components).")
     ] = None,
+    maps: Annotated[
+        list[str] | None, typer.Option("--map", help="REFERENCE=TEST: compare these two values; repeatable.")
+    ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Weights: .pt, .safetensors, or what `cpdebug quantize` wrote.")
     ] = None,
@@ -111,11 +114,12 @@ def bisect(
         exporter=exporter.chosen,
         folded=not unfolded,
         calibration=int8.chosen,
+        maps=maps or (),
         save=kept,
     )
     with stack, steps() as on_step:
         given = engines.calibrated(model, checkpoint, stack)
-        made = tensorrt.make(parse_backends(backends), given, on_step)
+        made = tensorrt.make(parse_backends(backends, repeats=test_model is not None or options.differs), given, on_step)
         result = run(model, made, test_model=test_model, options=options, on_step=on_step)
         result.command = command_line()
         if html:
