@@ -362,7 +362,9 @@ class Bisection:
             if (layer.component, layer.onnx) in by_key
         ]
         last = self.model.components[-1]
-        outputs = [by_key[last.name, name] for name in last.output_names if (last.name, name) in by_key]
+        (program,) = (p for p in run.pipeline.programs if p.name == last.name)
+        given = last.output_names if program.pairing is None else program.pairing.outputs
+        outputs = [by_key[last.name, n] for n in last.output_names if n in given and (last.name, n) in by_key]
         if not outputs:
             raise InputError(nothing_compared(run, last.name, last.output_names))
         rtol, atol = run.tolerance

@@ -119,7 +119,9 @@ def bisect(
     )
     with stack, steps() as on_step:
         given = engines.calibrated(model, checkpoint, stack)
-        made = tensorrt.make(parse_backends(backends, repeats=test_model is not None or options.differs), given, on_step)
+        made = tensorrt.make(
+            parse_backends(backends, repeats=test_model is not None or options.differs), given, on_step
+        )
         result = run(model, made, test_model=test_model, options=options, on_step=on_step)
         result.command = command_line()
         if html:

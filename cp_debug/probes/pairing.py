@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -73,7 +73,11 @@ def parse_map(texts: Iterable[str], reference: Iterable[Graph], test: Iterable[G
 
     Raises InputError for a text without ``=``, and for a name that no graph of its side has, with the nearest.
     """
-    ours, theirs = (known_names(graphs) for graphs in (reference, test))
+    return parse_map_of(texts, known_names(reference), known_names(test))
+
+
+def parse_map_of(texts: Iterable[str], ours: Collection[str], theirs: Collection[str]) -> dict[str, str]:
+    """``parse_map`` of the names of both sides."""
     found: dict[str, str] = {}
     for text in texts:
         places = [i for i, c in enumerate(text) if c == "="]

@@ -203,6 +203,8 @@ def _test(fields: Fields, record: RunRecord, programs: dict[str, str]) -> TestRe
         programs=fields.get("test_programs", dict, programs),
         findings=[_finding(finding) for finding in fields.objects("findings", [])],
         detections=_detections(fields),
+        expected_outputs=fields.object("compared", {}).get("outputs_expected", list, []),
+        pairing=fields.get("pairing", dict, {}),
     )
 
 
