@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from cp_debug.backends.arithmetic import Arithmetic
-from cp_debug.probes.constants import constant
-from cp_debug.probes.graph import Graph
+from cp_debug.graph.constants import constant
+from cp_debug.graph.graph import Graph
 
 
 class Weights:

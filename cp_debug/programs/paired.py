@@ -13,10 +13,10 @@ import numpy as np
 from cp_debug.backends.base import Program
 from cp_debug.backends.executor import Executor
 from cp_debug.errors import InputError
+from cp_debug.graph.pairing import Pairing, believable, finish, pair_by_names, pair_inputs, parse_map
 from cp_debug.probes.arrays import Sink, Tensor
 from cp_debug.probes.capture import Capture, CaptureWriter
 from cp_debug.probes.fingerprint import Fingerprint, fingerprint
-from cp_debug.probes.pairing import Pairing, believable, finish, pair_by_names, pair_inputs, parse_map
 from cp_debug.programs.pairing_numbers import NumericPairing
 from cp_debug.recipes.base import Arrays, Model, Sample
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from cp_debug.probes.alignment import TOLERANCE
+from cp_debug.graph.pairing import parse_map_of
 from cp_debug.probes.capture import Capture, Entry
 from cp_debug.probes.fingerprint import Fingerprint, fingerprint
-from cp_debug.probes.pairing import parse_map_of
+from cp_debug.programs.align import TOLERANCE
 
 Tensor = tuple[str, str]
 """Component and name."""

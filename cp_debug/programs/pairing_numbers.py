@@ -22,11 +22,12 @@ from torch import Tensor
 
 from cp_debug.backends.executor import Executor
 from cp_debug.errors import InputError
-from cp_debug.probes.alignment import TOLERANCE, data_values
-from cp_debug.probes.constants import Constants
+from cp_debug.graph.constants import Constants
+from cp_debug.graph.downstream import data_values
+from cp_debug.graph.graph import Graph, Node
 from cp_debug.probes.fingerprint import Fingerprint, fingerprint
-from cp_debug.probes.graph import Graph, Node
-from cp_debug.probes.matching import nearest
+from cp_debug.programs.align import TOLERANCE
+from cp_debug.programs.matching import nearest
 
 Load = Callable[[str], Any]
 LOOSER = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
