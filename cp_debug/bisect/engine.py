@@ -46,7 +46,8 @@ from cp_debug.bisect.candidate_run import TestRun
 from cp_debug.errors import InputError
 from cp_debug.probes.capture import Capture, CaptureWriter, check_free
 from cp_debug.graph.graph import Graph
-from cp_debug.programs.paired import pair_programs
+from cp_debug.graph.weight_differences import WeightDifferences
+from cp_debug.programs.paired import differing_weights, pair_programs
 from cp_debug.quantization.models import QuantizedComponent
 from cp_debug.quantization.open_quantized import calibration_samples
 from cp_debug.recipes.base import Arrays, Model, Sample
@@ -103,15 +104,17 @@ def bisect(
     programs: Sequence[Program] | None = None,
     options: Options = Options(),
     on_step: OnStep | None = None,
+    on_say: Callable[[str], None] = lambda text: None,
 ) -> BisectResult:
     """Compare every test backend with the reference, layer by layer, and name the guilty layers.
 
     ``backends`` is the reference and the tests, as on the command line or already made. ``test_model`` gives the tests
     another program: an ONNX file (a folder of them, for several components), another model, or a function that makes
-    their programs out of the reference's. ``programs`` None exports the model for this run.
+    their programs out of the reference's. ``programs`` None exports the model for this run. ``on_say`` is told what is
+    known before anything runs: how the weights of two models differ.
     Raises BackendUnavailable, InputError and MissingPackage; never for a divergence.
     """
-    bisection = Bisection(model, backends, test_model, options, on_step or (lambda text, done, total: None))
+    bisection = Bisection(model, backends, test_model, options, on_step or (lambda text, done, total: None), on_say)
     return bisection.run(programs)
 
 
@@ -125,9 +128,11 @@ class Bisection:
         test_model: Path | Model | Rewrite | None,
         options: Options,
         on_step: OnStep,
+        on_say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.options = options
-        self._on_step = on_step
+        self._on_step, self._say = on_step, on_say
+        self._weights: dict[str, WeightDifferences] = {}
         self._done, self._steps = 0, 0
         self._steady: Observation | None = None
         self._reference_floors: dict[Key, float] = {}
@@ -180,6 +185,9 @@ class Bisection:
             first = next(iter(samples))
             self._step("exporting and aligning")
             programs, tests = self._programs(first, Path(scratch), exported)
+            self._weights = differing_weights(programs, tests)
+            for component, found in self._weights.items():
+                self._say(f"weights of {component}: {found.says}")
             tests = pair_programs(self.model, first, programs, tests, options.maps, self._step)
             layers = layers_of(programs)
             ours = self._for(self._reference, self.model, programs, Path(scratch))
@@ -205,6 +213,7 @@ class Bisection:
                 coverage=coverage_of(programs),
                 programs={p.name: self._saved_name(p.graph) for p in programs},
                 reference_observation=self._steady,
+                weights={component: found.to_dict() for component, found in self._weights.items()},
             )
 
     def _programs(

@@ -236,6 +236,8 @@ class BisectResult:
     reference_observation: Observation | None = None
     """The reference against itself, on the first sample."""
     command: str = ""
+    weights: dict[str, Any] = field(default_factory=dict)
+    """Component → how the weights of two models differ (``WeightDifferences.to_dict``); empty where both run one."""
 
     @property
     def layers(self) -> pd.DataFrame:
@@ -264,6 +266,7 @@ class BisectResult:
             "coverage": self.coverage,
             "reference_observation": asdict(self.reference_observation) if self.reference_observation else {},
             "programs": self.programs,
+            "weights": json_safe(self.weights),
             **blocks[0],
             "tests": blocks,
         }

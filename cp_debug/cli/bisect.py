@@ -90,7 +90,7 @@ def bisect(
     from cp_debug.backends.spec import parse_backends
     from cp_debug.bisect.engine import Options
     from cp_debug.bisect.engine import bisect as run
-    from cp_debug.cli.console import command_line, show, steps
+    from cp_debug.cli.console import command_line, errors, show, steps
     from cp_debug.reports.files import write_json
 
     stack = ExitStack()
@@ -122,7 +122,7 @@ def bisect(
         made = tensorrt.make(
             parse_backends(backends, repeats=test_model is not None or options.differs), given, on_step
         )
-        result = run(model, made, test_model=test_model, options=options, on_step=on_step)
+        result = run(model, made, test_model=test_model, options=options, on_step=on_step, on_say=errors.print)
         result.command = command_line()
         if html:
             from cp_debug.reports.page import write_page

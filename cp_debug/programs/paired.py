@@ -14,6 +14,7 @@ from cp_debug.backends.base import Program
 from cp_debug.backends.executor import Executor
 from cp_debug.errors import InputError
 from cp_debug.graph.pairing import Pairing, believable, finish, pair_by_names, pair_inputs, parse_map
+from cp_debug.graph.weight_differences import WeightDifferences, differences_of_states, weight_differences
 from cp_debug.probes.arrays import Sink, Tensor
 from cp_debug.probes.capture import Capture, CaptureWriter
 from cp_debug.probes.fingerprint import Fingerprint, fingerprint
@@ -59,6 +60,21 @@ def pair_programs(
         pairing, results[component.name] = pair_by_numbers(program, test, inputs, fixed)
         made.append(replace(test, pairing=pairing))
     return made
+
+
+def differing_weights(programs: Sequence[Program], tests: Sequence[Program]) -> dict[str, WeightDifferences]:
+    """Component → how its weights differ, of those that a test runs from another file or checkpoint."""
+    found = {}
+    for program, test in zip(programs, tests, strict=True):
+        ours, theirs = program.module, test.module
+        if test.graph is program.graph:
+            continue
+        if ours is not None and theirs is not None and ours is not theirs:
+            states = [{n: t.detach().cpu().numpy() for n, t in m.state_dict().items()} for m in (ours, theirs)]
+            found[program.name] = differences_of_states(states[0], states[1])
+        else:
+            found[program.name] = weight_differences(program.graph, test.graph)
+    return found
 
 
 def _inputs(program: Program, test: Program, fixed: Mapping[str, str]) -> dict[str, str]:

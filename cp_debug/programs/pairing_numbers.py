@@ -72,7 +72,7 @@ class NumericPairing:
         self._by_weight: dict[str, list[Node]] = {}
         for node in reference.nodes:
             for name in node.inputs:
-                if name in self._ours and self._ours[name].size >= FEW:
+                if name in self._ours and self._ours.size(name) >= FEW:
                     self._by_weight.setdefault(name, []).append(node)
                     self._by_weight.setdefault(self._ours.digest(name), []).append(node)
         self._executor = Executor(test)

@@ -73,6 +73,7 @@ class SavedResult:
             programs=fields.get("programs", dict, {}),
             reference_observation=_observation(fields.object("reference_observation", {})),
             command=fields.get("command", str, ""),
+            weights=fields.get("weights", dict, {}),
         )
         return cls(result, folder)
 

@@ -56,6 +56,8 @@ def render(result: BisectResult, *, layers: bool = True, show_all: bool = False)
     yield Text.assemble((result.model, "bold"), f" · {_samples(result.samples)}")
     yield backends_table([result.reference, *(t.backend for t in result.tests)])
     yield from _coverage(result.coverage)
+    for line in weight_lines(result):
+        yield Text(line)
     for test in result.tests:
         yield Text()
         title = Text.assemble((result.reference.spec, "bold"), " → ", (test.backend.spec, "bold"))
@@ -74,6 +76,11 @@ def render(result: BisectResult, *, layers: bool = True, show_all: bool = False)
         if test.knobs is not None:
             yield Text()
             yield from render_knobs(test.knobs)
+
+
+def weight_lines(result: BisectResult) -> list[str]:
+    """How the weights of two models differ, a line a component."""
+    return [f"weights of {component}: {found.get('says', '')}" for component, found in result.weights.items()]
 
 
 def backends_table(records: Sequence[RunRecord]) -> Table:
