@@ -17,7 +17,7 @@ from cp_debug.programs.layers import Layer, layer_name
 from cp_debug.bisect.observe import observe
 from cp_debug.programs.pipeline import Key, Pipeline, value_map, wants_int8
 from cp_debug.programs.precision import PRECISIONS, Precision
-from cp_debug.bisect.quantized_segment import Grid, Quantized
+from cp_debug.bisect.quantized_segment import QuantizerGrid, Quantized
 from cp_debug.bisect.replay import Load, Replay, Replayer
 from cp_debug.bisect.result import LayerRow
 from cp_debug.bisect.observe import Observation
@@ -28,7 +28,7 @@ from cp_debug.probes.statistics import TensorStats, compare
 from cp_debug.recipes.base import Arrays, Model, Sample
 
 
-class TestRun:
+class CandidateRun:
     """Compares one backend's values with the reference's as they appear, then replays them."""
 
     __test__ = False
@@ -140,7 +140,7 @@ class TestRun:
         self.graphs[component], self._ranges[component] = graph, ranges
         kept = {name: ranges.stored[own] for name, own in names.items() if own in ranges.stored}
         load, shown = loader(capture, component), kept.keys() & capture.names(component=component)
-        rounded = {n: kept[n] for n in shown if Grid.symmetric(kept[n]).holds(torch.tensor(load(n)))}
+        rounded = {n: kept[n] for n in shown if QuantizerGrid.symmetric(kept[n]).holds(torch.tensor(load(n)))}
         return Quantized(plain.graph, graph, names, rounded)
 
     def _emulates(self, graph: Graph) -> bool:

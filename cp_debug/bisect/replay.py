@@ -26,7 +26,7 @@ from cp_debug.backends.kernels import KERNELS
 from cp_debug.backends.memory import Trimmer
 from cp_debug.probes.distance import distance, ratio
 from cp_debug.programs.precision import BESIDE_INT8, PRECISIONS, Precision
-from cp_debug.bisect.quantized_segment import Ideal, Quantized, balanced
+from cp_debug.bisect.quantized_segment import EmulatedSegment, Quantized, balanced
 from cp_debug.bisect.perturbation import disturbed
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
@@ -70,7 +70,7 @@ class Replay:
     excess: float | None = None
     oracle_error: float = 0.0
     """Bound of the oracle's own rounding, relative."""
-    born: int = 0
+    new_nonfinite: int = 0
     """Elements that are NaN or Inf here although the oracle, from the same inputs, says they are finite."""
     range_loss: float = 0.0
     """Relative error of merely storing the segment's weights and result in the test's precision: large where they
@@ -79,7 +79,7 @@ class Replay:
     """The same question asked of the reference, for layers that amplify suspiciously."""
     declared: float | None = None
     """Of a layer in INT8: the error that the graph's own scales make of the same inputs."""
-    departs: float | None = None
+    deviation_from_scales: float | None = None
     """How far the captured result is from what those scales say."""
     channel_excess: float | None = None
     """Of a layer in INT8: introduced ÷ expected in its worst channels, however small, see ``balanced``."""
@@ -165,7 +165,7 @@ class Replayer:
             exact = {t: self.oracle.arithmetic.hold(value, self._device) for t, value in captured.items()}
         else:
             exact = self.oracle.run_nodes(nodes, given, targets)
-        expected, claim = (Ideal(captured), self.precision) if self._emulated else self._expect(1, nodes, given, exact)
+        expected, claim = (EmulatedSegment(captured), self.precision) if self._emulated else self._expect(1, nodes, given, exact)
         known = divergences.get(starts[0]) if len(starts) == 1 else None
         divergence = self._divergence(given, reference) if known is None else known
         results = {}
@@ -210,14 +210,14 @@ class Replayer:
 
     def _expect(
         self, side: int, nodes: list[Node], given: Mapping[str, AnyTensor], exact: Mapping[str, Tensor]
-    ) -> tuple[Ideal, Precision]:
+    ) -> tuple[EmulatedSegment, Precision]:
         """What the reference (0) or the test (1) must make of ``given`` in place of ``exact``, and the precision that
         allows for what emulation does not know."""
         emulator, quantized = self._emulators[self._claims[side]], self.quantized[side]
         precision = PRECISIONS[self._claims[side]] if quantized is None else BESIDE_INT8
         if quantized is not None and quantized.touches(nodes):
             return quantized.ideal(emulator, nodes, given, exact), precision
-        return Ideal(exact if emulator is self.oracle else emulator.run_nodes(nodes, given, exact)), precision
+        return EmulatedSegment(exact if emulator is self.oracle else emulator.run_nodes(nodes, given, exact)), precision
 
     def _others(self, side: int, nodes: list[Node], given: Mapping[str, AnyTensor], target: str) -> Iterator[AnyTensor]:
         """What other correct implementations might give, when emulating one has raised a doubt."""
@@ -238,14 +238,14 @@ class Replayer:
         """``correct``: what implementations without a fault give."""
         if tuple(captured.shape) != tuple(exact.shape):
             return Replay(skipped=f"the shape is {list(captured.shape)}, the oracle's {list(exact.shape)}")
-        introduced, scale, born = distance(captured, exact)
+        introduced, scale, new_nonfinite = distance(captured, exact)
         allowed = (introduced if c is captured else distance(c, exact).difference for c in correct)
         expected = max(*allowed, FLOOR * claim.roundoff * scale)
         return Replay(
             introduced=ratio(introduced, scale),
             expected=ratio(expected, scale),
             excess=ratio(introduced, expected),
-            born=born,
+            new_nonfinite=new_nonfinite,
         )
 
     def _trace_back(self, replay: Replay, exact: Tensor, captured: AnyTensor, divergence: float) -> None:
@@ -310,7 +310,7 @@ def _hold_against_scales(
     if declared is not None and declared.shape == exact.shape:
         scale = distance(captured, exact).whole
         replay.declared = ratio(distance(declared, exact).difference, scale)
-        replay.departs = ratio(distance(captured, declared).difference, scale)
+        replay.deviation_from_scales = ratio(distance(captured, declared).difference, scale)
     axis = 1 if exact.dim() == 4 else exact.dim() - 1
     ours, best = (balanced(torch.as_tensor(t) - exact, exact, axis) for t in (captured, ideal))
     replay.channel_excess = ratio(ours, max(best, FLOOR * BESIDE_INT8.roundoff))
