@@ -397,7 +397,7 @@ class Bisection:
         )
 
 
-def nothing_compared(run: TestRun, component: str, expected: Sequence[str]) -> str:
+def nothing_compared(run: CandidateRun, component: str, expected: Sequence[str]) -> str:
     """Why there is no verdict: the outputs of both sides."""
     (program,) = (p for p in run.pipeline.programs if p.name == component)
     theirs = ", ".join(map(str, program.graph.outputs))
