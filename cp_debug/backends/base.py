@@ -38,6 +38,9 @@ class Program:
     pairing: Pairing | None = None
     """Of a test's program: its values by the names of the reference's. None: equal names are equal values."""
 
+    example: Mapping[str, np.ndarray] | None = None
+    """Inputs of the kind that it will be run with, where they are known when it is opened."""
+
     def require_int8(self, spec: BackendSpec) -> None:
         """Raise InputError unless it is said what is quantised."""
         if self.graph.precision != "int8" and self.plain is None:

@@ -35,6 +35,7 @@ from cp_debug.programs.pipeline import (
     prepare,
     wants_int8,
 )
+from cp_debug.programs.precision import coarsest, oracle_for
 from cp_debug.programs.precision import coarser, oracle_for
 from cp_debug.bisect.replay import Replay
 from cp_debug.bisect.result import BisectResult, StageRow, TestResult
@@ -45,6 +46,8 @@ from cp_debug.bisect.shares import Propagation, set_shares
 from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.errors import InputError
 from cp_debug.probes.capture import Capture, CaptureWriter, check_free
+from cp_debug.graph.declared import narrow_values
+from cp_debug.graph.graph import Graph
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.weight_differences import WeightDifferences
 from cp_debug.programs.paired import differing_weights, pair_programs
@@ -276,7 +279,8 @@ class Bisection:
         folder: Path,
     ) -> CandidateRun:
         options = self.options
-        precision = coarser(self._reference.precision, backend.precision)
+        declared = {kind for p in (*programs, *tests) for kind in narrow_values(p.graph).values()}
+        precision = coarsest(self._reference.precision, backend.precision, *declared)
         rtol = precision.rtol if options.rtol is None else options.rtol
         unjudged = math.inf if both_int8(self._reference, backend) else precision.atol
         atol = unjudged if options.atol is None else options.atol

@@ -53,13 +53,18 @@ def pair_programs(
                 results[component.name] = {n: t.numpy() for n, t in Executor(program.graph).run(inputs).items()}
             continue
         if not any(needed[index:]):
-            made.append(replace(test, pairing=pair_by_name_alone(program, test, fixed)))
+            made.append(_with(test, pair_by_name_alone(program, test, fixed)))
             continue
         on_step(f"pairing the values of {test.graph.path.name}")
         inputs = model.feed(component, sample, results)
         pairing, results[component.name] = pair_by_numbers(program, test, inputs, fixed)
-        made.append(replace(test, pairing=pairing))
+        made.append(_with(test, pairing))
     return made
+
+
+def _with(test: Program, pairing: Pairing) -> Program:
+    example = test.example and {pairing.inputs.get(n, n): array for n, array in test.example.items()}
+    return replace(test, pairing=pairing, example=example)
 
 
 def differing_weights(programs: Sequence[Program], tests: Sequence[Program]) -> dict[str, WeightDifferences]:
