@@ -17,12 +17,11 @@ from cp_debug.programs.layers import Layer, layer_name
 from cp_debug.bisect.observe import observe
 from cp_debug.programs.pipeline import Key, Pipeline, value_map, wants_int8
 from cp_debug.programs.precision import PRECISIONS, Precision, coarsest
-from cp_debug.programs.pipeline import Key, Pipeline, value_map, wants_int8
-from cp_debug.programs.precision import PRECISIONS, Precision
 from cp_debug.bisect.quantized_segment import QuantizerGrid, Quantized
 from cp_debug.bisect.replay import Load, Replay, Replayer
-from cp_debug.bisect.result import LayerRow
 from cp_debug.bisect.observe import Observation
+from cp_debug.bisect.result import OK, LayerRow
+from cp_debug.bisect.sides import judged, trace_shapes, without_emulation
 from cp_debug.bisect.verdict import judge
 from cp_debug.graph.declared import narrow_values
 from cp_debug.probes.capture import Capture, CaptureWriter
@@ -211,6 +210,11 @@ class CandidateRun:
             replay, floor = replays.get(key), floors.get(key, 0.0)
             claim = PRECISIONS[(replay and replay.precision) or self.precision.name]
             judgement = judge(stats[key], replay, claim, *self.tolerance, floor)
+            judgement = without_emulation(judgement, replay)
+            if layer.kind != "data":
+                judgement = judged(judgement, replay)
+                if judgement.verdict == OK:
+                    continue
             rows[key] = LayerRow(
                 **asdict(layer),
                 **judgement._asdict(),
@@ -220,6 +224,7 @@ class CandidateRun:
                 sample=sample,
                 tactic=tactics.get(key, ""),
             )
+        trace_shapes(self.programs, rows)
         return rows
 
 
