@@ -15,7 +15,8 @@ from cp_debug.backends.tensorrt.calibration import Ranges
 from cp_debug.bisect.observe import Observation, observe
 from cp_debug.bisect.quantized_segment import Quantized, QuantizerGrid
 from cp_debug.bisect.replay import Load, Replay, Replayer
-from cp_debug.bisect.result import LayerRow
+from cp_debug.bisect.result import OK, LayerRow
+from cp_debug.bisect.sides import judged, trace_shapes, without_emulation
 from cp_debug.bisect.verdict import judge
 from cp_debug.graph.declared import narrow_values
 from cp_debug.graph.graph import Graph
@@ -208,6 +209,11 @@ class CandidateRun:
             replay, floor = replays.get(key), floors.get(key, 0.0)
             claim = PRECISIONS[(replay and replay.precision) or self.precision.name]
             judgement = judge(stats[key], replay, claim, *self.tolerance, floor)
+            judgement = without_emulation(judgement, replay)
+            if layer.kind != "data":
+                judgement = judged(judgement, replay)
+                if judgement.verdict == OK:
+                    continue
             rows[key] = LayerRow(
                 **asdict(layer),
                 **judgement._asdict(),
@@ -217,6 +223,7 @@ class CandidateRun:
                 sample=sample,
                 tactic=tactics.get(key, ""),
             )
+        trace_shapes(self.programs, rows)
         return rows
 
 
