@@ -10,6 +10,7 @@ import typer
 
 from cp_debug.cli import calibration, tensorrt
 from cp_debug.cli.flags import grouped
+from cp_debug.cli.typed import refuse, refuse_export_flags
 
 
 class Level(str, Enum):
@@ -49,6 +50,9 @@ def bisect(
     test_model: Annotated[
         Path | None, typer.Option(help="Another .onnx for the tests (a folder, for several components).")
     ] = None,
+    maps: Annotated[
+        list[str] | None, typer.Option("--map", help="REFERENCE=TEST: compare these two values; repeatable.")
+    ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Weights: .pt, .safetensors, or what `cpdebug quantize` wrote.")
     ] = None,
@@ -87,9 +91,22 @@ def bisect(
     from cp_debug.backends.spec import parse_backends
     from cp_debug.bisect.engine import Options
     from cp_debug.bisect.engine import bisect as run
-    from cp_debug.cli.console import command_line, show, steps
+    from cp_debug.cli.console import command_line, errors, show, steps
     from cp_debug.reports.files import write_json
 
+    differs = test_model is not None or test_checkpoint is not None or test_train_mode or test_out_of_place
+    specs = parse_backends(backends, repeats=differs)
+    tests = specs[1:]
+    engines.check(specs)
+    int8.check(specs, calibration.own_scales(specs, model, checkpoint, test_model))
+    refuse_export_flags([model])
+    why = "two other models of the tests; expected one of --test-model and --test-checkpoint"
+    refuse(("test_checkpoint",), unless=test_model is None, why=why)
+    names = ", ".join(map(str, tests))
+    why = f"it changes the torch module, which none of the tests {names} runs; expected torch among them"
+    refuse(("test_train_mode", "test_out_of_place"), unless=any(spec.family == "torch" for spec in tests), why=why)
+    refuse(("oracle", "explain"), unless=replay, why="--no-replay leaves nothing to judge or explain")
+    refuse(("show_all",), unless=level is Level.layers, why="--level stages shows no layers")
     stack = ExitStack()
     kept = save
     if html and save is None:  # the report shows tensors
@@ -111,12 +128,13 @@ def bisect(
         exporter=exporter.chosen,
         folded=not unfolded,
         calibration=int8.chosen,
+        maps=maps or (),
         save=kept,
     )
     with stack, steps() as on_step:
         given = engines.calibrated(model, checkpoint, stack)
-        made = tensorrt.make(parse_backends(backends), given, on_step)
-        result = run(model, made, test_model=test_model, options=options, on_step=on_step)
+        made = tensorrt.make(specs, given, on_step)
+        result = run(model, made, test_model=test_model, options=options, on_step=on_step, on_say=errors.print)
         result.command = command_line()
         if html:
             from cp_debug.reports.page import write_page
