@@ -17,13 +17,19 @@ import numpy as np
 from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import parse_backends
+from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.bisect.causes.effects import Effects
 from cp_debug.bisect.causes.findings import Explainer
-from cp_debug.bisect.worst_samples import Collected, observation_notes
-from cp_debug.quantization.quantized_programs import DEFAULT_CALIBRATION, Calibration, already_quantized, load_quantized, quantize_programs, with_modules_beside
 from cp_debug.bisect.int8_notes import both_int8, int8_notes
+from cp_debug.bisect.observe import Observation, observe
+from cp_debug.bisect.replay import Replay
+from cp_debug.bisect.result import BisectResult, StageRow, TestResult
+from cp_debug.bisect.shares import Propagation, set_shares
+from cp_debug.bisect.worst_samples import Collected, observation_notes
+from cp_debug.errors import InputError
+from cp_debug.graph.graph import Graph
+from cp_debug.probes.capture import Capture, CaptureWriter, check_free
 from cp_debug.programs.layers import Layer, layers_of, stage_ends
-from cp_debug.bisect.observe import observe
 from cp_debug.programs.pipeline import (
     Key,
     Pipeline,
@@ -36,19 +42,20 @@ from cp_debug.programs.pipeline import (
     wants_int8,
 )
 from cp_debug.programs.precision import coarser, oracle_for
-from cp_debug.bisect.replay import Replay
-from cp_debug.bisect.result import BisectResult, StageRow, TestResult
-from cp_debug.bisect.observe import Observation
-from cp_debug.serialize import json_safe
 from cp_debug.programs.scene import decode, keep_scene
-from cp_debug.bisect.shares import Propagation, set_shares
-from cp_debug.bisect.candidate_run import CandidateRun
-from cp_debug.errors import InputError
-from cp_debug.probes.capture import Capture, CaptureWriter, check_free
-from cp_debug.graph.graph import Graph
 from cp_debug.quantization.models import QuantizedComponent
 from cp_debug.quantization.open_quantized import calibration_samples
+from cp_debug.quantization.quantized_programs import (
+    DEFAULT_CALIBRATION,
+    Calibration,
+    already_quantized,
+    load_quantized,
+    quantize_programs,
+    with_modules_beside,
+)
+from cp_debug.recipes.abilities import HasNotes
 from cp_debug.recipes.base import Arrays, Model, Sample
+from cp_debug.serialize import json_safe
 
 Rewrite = Callable[[list[Program], Path], list[Program]]
 """Makes the programs of the tests from the reference's and a folder for new files; value names should stay."""
@@ -140,7 +147,7 @@ class Bisection:
         self._notes = [note] if note and exported else []
         if self._export.fused and exported and not options.folded:
             self._notes.append("BatchNorm is folded all the same: INT8 scales belong to folded weights")
-        self._notes += getattr(self.model, "notes", ())
+        self._notes += self.model.notes if isinstance(self.model, HasNotes) else ()
         self._test_model = test_model
         given = test_model is not None and not isinstance(test_model, Path) and not callable(test_model)
         self.test_model: Model = test_model if given else self.model  # type: ignore[assignment]
@@ -260,7 +267,9 @@ class Bisection:
         rtol = precision.rtol if options.rtol is None else options.rtol
         unjudged = math.inf if both_int8(self._reference, backend) else precision.atol
         atol = unjudged if options.atol is None else options.atol
-        oracle = (options.oracle or oracle_for(self._reference.precision, backend.precision)) if options.replay else None
+        oracle = (
+            (options.oracle or oracle_for(self._reference.precision, backend.precision)) if options.replay else None
+        )
         pipeline = stack.enter_context(Pipeline(self.test_model, tests, backend))
         return CandidateRun(pipeline, reference, programs, layers, (rtol, atol), oracle, folder)
 

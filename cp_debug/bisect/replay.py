@@ -24,12 +24,12 @@ from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.kernels import KERNELS
 from cp_debug.backends.memory import Trimmer
-from cp_debug.probes.distance import distance, ratio
-from cp_debug.programs.precision import BESIDE_INT8, PRECISIONS, Precision
-from cp_debug.bisect.quantized_segment import EmulatedSegment, Quantized, balanced
 from cp_debug.bisect.perturbation import disturbed
+from cp_debug.bisect.quantized_segment import EmulatedSegment, Quantized, balanced
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
+from cp_debug.probes.distance import distance, ratio
+from cp_debug.programs.precision import BESIDE_INT8, PRECISIONS, Precision
 
 Load = Callable[[str], AnyTensor]
 """A captured value by its name in the graph. Raises InputError where the capture lacks it."""
@@ -165,7 +165,9 @@ class Replayer:
             exact = {t: self.oracle.arithmetic.hold(value, self._device) for t, value in captured.items()}
         else:
             exact = self.oracle.run_nodes(nodes, given, targets)
-        expected, claim = (EmulatedSegment(captured), self.precision) if self._emulated else self._expect(1, nodes, given, exact)
+        expected, claim = (
+            (EmulatedSegment(captured), self.precision) if self._emulated else self._expect(1, nodes, given, exact)
+        )
         known = divergences.get(starts[0]) if len(starts) == 1 else None
         divergence = self._divergence(given, reference) if known is None else known
         results = {}

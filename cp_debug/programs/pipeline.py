@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from cp_debug.backends.base import Backend, Program, RunRecord, Session, Tensor
+from cp_debug.backends.capabilities import calibrates_itself, kept_in_fp32, largest_opset
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.alignment import Alignment
@@ -224,7 +225,7 @@ class Pipeline:
 def check_kept(backend: Backend, programs: Sequence[Program]) -> None:
     """Raise InputError for a node to keep in FP32 that no program has."""
     names = {node.name for program in programs for node in program.graph.nodes}
-    if unknown := sorted(getattr(backend, "keep_fp32", frozenset()) - names):
+    if unknown := sorted(kept_in_fp32(backend) - names):
         near = difflib.get_close_matches(unknown[0], names, n=1, cutoff=0.0)[0]
         raise InputError(f"keep_fp32: no ONNX node is called {unknown[0]!r}; nearest is {near!r}")
 
@@ -255,13 +256,13 @@ def settings_by_component(settings: Mapping[str, Any]) -> dict[str, dict[str, An
 
 def wants_int8(backend: Backend) -> bool:
     """Whether a backend runs graphs with Q/DQ pairs."""
-    return backend.precision == "int8" and not getattr(backend, "implicit_int8", False)
+    return backend.precision == "int8" and not calibrates_itself(backend)
 
 
 def choose_export(backends: Sequence[Backend], exporter: str | None) -> tuple[Export, str | None]:
     """What every backend can read, and a note where that is not the default; ``exporter`` None leaves the choice."""
     fused = any(map(wants_int8, backends))
-    limits = {str(b.spec): limit for b in backends if (limit := getattr(b, "largest_opset", None)) is not None}
+    limits = {str(b.spec): limit for b in backends if (limit := largest_opset(b)) is not None}
     if not limits:
         return Export(exporter or "dynamo", fused=fused), None
     spec = min(limits, key=limits.__getitem__)
