@@ -16,14 +16,16 @@ from cp_debug.backends.tensorrt.calibration import Ranges
 from cp_debug.bisect.observe import Observation, observe
 from cp_debug.bisect.quantized_segment import Quantized, QuantizerGrid
 from cp_debug.bisect.replay import Load, Replay, Replayer
-from cp_debug.bisect.result import LayerRow
+from cp_debug.bisect.result import OK, LayerRow
+from cp_debug.bisect.sides import judged, trace_shapes, without_emulation
 from cp_debug.bisect.verdict import judge
+from cp_debug.graph.declared import narrow_values
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.capture import Capture, CaptureWriter
 from cp_debug.probes.statistics import TensorStats, compare
 from cp_debug.programs.layers import Layer, layer_name
 from cp_debug.programs.pipeline import Key, Pipeline, value_map, wants_int8
-from cp_debug.programs.precision import PRECISIONS, Precision
+from cp_debug.programs.precision import PRECISIONS, Precision, coarsest
 from cp_debug.quantization.quantized_programs import with_ranges
 from cp_debug.recipes.base import Arrays, Model, Sample
 
@@ -117,6 +119,7 @@ class CandidateRun:
                 self.oracle,
                 known,
                 emulated=self._emulates(graph),
+                narrow=(self._narrow(component, sides[0]), self._narrow(component, sides[1])),
                 quantized=(self._quantized(component, sides[0]), self._quantized(component, sides[1], test)),
             )
         return self._replayers[component]
@@ -142,6 +145,20 @@ class CandidateRun:
         load, shown = loader(capture, component), kept.keys() & capture.names(component=component)
         rounded = {n: kept[n] for n in shown if QuantizerGrid.symmetric(kept[n]).holds(torch.tensor(load(n)))}
         return Quantized(plain.graph, graph, names, rounded)
+
+    def _narrow(self, component: str, side: Pipeline) -> dict[str, str]:
+        """The values of a component, by the reference's names, that one side's program holds in less than FP32, or
+        computes through such values, which the reference has not."""
+        (program,) = (p for p in side.programs if p.name == component)
+        narrow = narrow_values(program.graph)
+        names = value_map(self.programs[component], program) if narrow else {}
+        found = {v.name: narrow[v.name] for v in program.graph.inputs if v.name in narrow}
+        for own, name in names.items():
+            between, _ = program.graph.segment([own], names)
+            held = {narrow[o] for node in between for o in node.outputs if o in narrow}
+            if held:
+                found[name] = coarsest(*held).name
+        return found
 
     def _emulates(self, graph: Graph) -> bool:
         """Whether the backend computed ``graph`` itself as a replayer would emulate it."""
@@ -191,7 +208,13 @@ class CandidateRun:
             if key not in stats:
                 continue
             replay, floor = replays.get(key), floors.get(key, 0.0)
-            judgement = judge(stats[key], replay, self.precision, *self.tolerance, floor)
+            claim = PRECISIONS[(replay and replay.precision) or self.precision.name]
+            judgement = judge(stats[key], replay, claim, *self.tolerance, floor)
+            judgement = without_emulation(judgement, replay)
+            if layer.kind != "data":
+                judgement = judged(judgement, replay)
+                if judgement.verdict == OK:
+                    continue
             rows[key] = LayerRow(
                 **asdict(layer),
                 **judgement._asdict(),
@@ -201,6 +224,7 @@ class CandidateRun:
                 sample=sample,
                 tactic=tactics.get(key, ""),
             )
+        trace_shapes(self.programs, rows)
         return rows
 
 

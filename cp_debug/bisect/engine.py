@@ -22,14 +22,16 @@ from cp_debug.bisect.causes.effects import Effects
 from cp_debug.bisect.causes.findings import Explainer
 from cp_debug.bisect.int8_notes import both_int8, int8_notes
 from cp_debug.bisect.observe import Observation, observe
+from cp_debug.bisect.remainder import remainder
 from cp_debug.bisect.replay import Replay
-from cp_debug.bisect.result import BisectResult, StageRow, TestResult
+from cp_debug.bisect.result import GUILTY, BisectResult, StageRow, TestResult
 from cp_debug.bisect.shares import Propagation, set_shares
 from cp_debug.bisect.worst_samples import Collected, observation_notes
 from cp_debug.errors import InputError
+from cp_debug.graph.declared import narrow_values
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.capture import Capture, CaptureWriter, check_free
-from cp_debug.programs.layers import Layer, layers_of, stage_ends
+from cp_debug.programs.layers import Layer, all_layers, stage_ends
 from cp_debug.programs.pipeline import (
     Key,
     Pipeline,
@@ -41,7 +43,7 @@ from cp_debug.programs.pipeline import (
     prepare,
     wants_int8,
 )
-from cp_debug.programs.precision import coarser, oracle_for
+from cp_debug.programs.precision import coarsest, oracle_for
 from cp_debug.programs.scene import decode, keep_scene
 from cp_debug.quantization.models import QuantizedComponent
 from cp_debug.quantization.open_quantized import calibration_samples
@@ -128,6 +130,8 @@ class Bisection:
         self._on_step = on_step
         self._done, self._steps = 0, 0
         self._steady: Observation | None = None
+        self._unfold = False
+        """Whether side values that a backend folded away are computed: test and reference are different graphs."""
         self._reference_floors: dict[Key, float] = {}
         self._quantized: dict[int, list[Program]] = {}
         """By identity of the list that was quantised."""
@@ -177,11 +181,12 @@ class Bisection:
             first = next(iter(samples))
             self._step("exporting and aligning")
             programs, tests = self._programs(first, Path(scratch), exported)
-            layers = layers_of(programs)
+            layers = all_layers(programs)
             ours = self._for(self._reference, self.model, programs, Path(scratch))
             theirs = [self._for(backend, self.test_model, tests, Path(scratch)) for backend in self._tests]
             self._step("opening the backends")
-            reference = stack.enter_context(Pipeline(self.model, ours, self._reference))
+            self._unfold = any(t.graph is not p.graph for t, p in zip(tests, programs, strict=True))
+            reference = stack.enter_context(Pipeline(self.model, ours, self._reference, unfold=self._unfold))
             runs = [
                 self._test_run(stack, backend, own, reference, programs, layers, options.save or Path(scratch))
                 for backend, own in zip(self._tests, theirs, strict=True)
@@ -207,6 +212,17 @@ class Bisection:
         self, sample: Sample, scratch: Path, exported: Sequence[Program] | None
     ) -> tuple[list[Program], list[Program]]:
         """The reference's programs and those of the tests."""
+        options = self.options
+        programs, tests = self._exported(sample, scratch, exported)
+        if options.test_train_mode or options.test_out_of_place:
+            tests = [
+                changed_state(p, train=options.test_train_mode, out_of_place=options.test_out_of_place) for p in tests
+            ]
+        return programs, tests
+
+    def _exported(
+        self, sample: Sample, scratch: Path, exported: Sequence[Program] | None
+    ) -> tuple[list[Program], list[Program]]:
         options, folder = self.options, self.options.save or scratch
         folder.mkdir(parents=True, exist_ok=True)
         programs = list(exported or prepare(self.model, sample, folder, how=self._export, folded=options.folded))
@@ -220,11 +236,6 @@ class Bisection:
             folder = folder / "test"
             folder.mkdir(exist_ok=True)
             return programs, prepare(self.test_model, sample, folder, how=self._export, folded=options.folded)
-        if options.test_train_mode or options.test_out_of_place:
-            return programs, [
-                changed_state(p, train=options.test_train_mode, out_of_place=options.test_out_of_place)
-                for p in programs
-            ]
         return programs, programs
 
     def _for(self, backend: Backend, model: Model, programs: list[Program], scratch: Path) -> list[Program]:
@@ -263,14 +274,15 @@ class Bisection:
         folder: Path,
     ) -> CandidateRun:
         options = self.options
-        precision = coarser(self._reference.precision, backend.precision)
+        declared = {kind for p in (*programs, *tests) for kind in narrow_values(p.graph).values()}
+        precision = coarsest(self._reference.precision, backend.precision, *declared)
         rtol = precision.rtol if options.rtol is None else options.rtol
         unjudged = math.inf if both_int8(self._reference, backend) else precision.atol
         atol = unjudged if options.atol is None else options.atol
         oracle = (
             (options.oracle or oracle_for(self._reference.precision, backend.precision)) if options.replay else None
         )
-        pipeline = stack.enter_context(Pipeline(self.test_model, tests, backend))
+        pipeline = stack.enter_context(Pipeline(self.test_model, tests, backend, unfold=self._unfold))
         return CandidateRun(pipeline, reference, programs, layers, (rtol, atol), oracle, folder)
 
     def _sample(
@@ -313,10 +325,15 @@ class Bisection:
             rows = run.rows(stats, replays, floors, index)
             set_shares(run, rows, sample, captured, test)
             found.detect(decoded[str(reference.backend.spec)], decoded[str(run.pipeline.backend.spec)])
+            if run.oracle is not None and found.is_worst(rows):
+                unexplained = not any(row.verdict == GUILTY for row in rows.values())
+                differs = unexplained and not all(row.within for row in rows.values())
+                found.remainder = remainder(run, sample, results, given, replays) if differs else None
             if run.oracle is not None and self.options.explain and found.is_worst(rows):
                 feed = partial(self._exact_input, sample, results)
                 effects = Effects(self.model, sample, Propagation(run, sample, captured, test), given)
                 explainer = Explainer(run, self._reference.precision, captured, test, feed, effects)
+                explainer.adds_up = found.remainder is None or found.remainder.adds_up
                 found.findings = explainer.findings(rows, seen)
             found.add(rows)
         if self.options.save is None:
@@ -361,8 +378,8 @@ class Bisection:
             rows=rows,
             stages=stages,
             outputs=outputs,
-            compared=len(rows),
-            total=len(layers),
+            compared=sum(row.kind == "data" for row in rows),
+            total=sum(layer.kind == "data" for layer in layers),
             rtol=rtol,
             atol=atol,
             oracle=run.oracle,
@@ -375,6 +392,7 @@ class Bisection:
             ],
             programs={name: self._saved_name(graph) for name, graph in run.graphs.items()},
             knobs=found.knobs,
+            remainder=found.remainder,
             findings=found.findings,
             detections=found.detections,
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cp_debug.backends.base import RunRecord
 from cp_debug.bisect.observe import Observation
-from cp_debug.bisect.replay import Replay
+from cp_debug.bisect.replay import EXCESS, Replay
 from cp_debug.display import notebook, terminal
 from cp_debug.probes.statistics import TensorStats
 from cp_debug.serialize import json_safe
@@ -53,6 +53,9 @@ class LayerRow:
     sample: int = 0
     tactic: str = ""
     """Name of the kernel that wrote the value, where the backend tells."""
+    kind: str = "data"
+    """``data``; or, of a side value, ``constant`` or ``shape``: see ``Layer``. Side values have a row where they
+    differ."""
 
     @property
     def severity(self) -> tuple[float, ...]:
@@ -71,6 +74,7 @@ class LayerRow:
             "name": self.name,
             "onnx": self.onnx,
             "op": self.op,
+            "kind": self.kind,
             **{k: v for k, v in stats.items() if k != "channel_max"},
             **json_safe(
                 {
@@ -91,6 +95,7 @@ class LayerRow:
                 }
             ),
             "nodes": list(replay.nodes),
+            "not_emulated": list(replay.not_emulated),
             "skipped": replay.skipped,
             "tactic": self.tactic,
             "within_tolerance": self.within,
@@ -113,6 +118,31 @@ class StageRow:
         row = self.layer.to_dict()
         keys = ("component", "onnx", "shape", "max_abs", "mean_abs", "rel_l2", "cosine", "verdict")
         return {"stage": self.name, "layer": row["name"], **{k: row[k] for k in keys}}
+
+
+@dataclass
+class Remainder:
+    """Why outputs differ that no layer is guilty of. Relative L2 of the worst final output."""
+
+    divergence: float
+    rounding: float | None = None
+    """What the emulated precision makes of the same inputs; None where it is the test, or cannot be emulated."""
+    not_replayed: dict[str, str] = field(default_factory=dict)
+    """Node → why it was not replayed, or why nobody knows what it may introduce."""
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether every node was replayed, and rounding alone makes about as much."""
+        return not self.not_replayed and (self.rounding is None or self.divergence <= EXCESS * self.rounding)
+
+    def __str__(self) -> str:
+        if self.not_replayed:
+            names = ", ".join([*self.not_replayed][:3])
+            more = f" and {len(self.not_replayed) - 3} more" if len(self.not_replayed) > 3 else ""
+            return f"not replayed or not emulated, so not explained: {names}{more}"
+        if self.adds_up:
+            return "the rounding adds up"
+        return f"but rounding alone makes {self.rounding:.2g} of it: the rest is not explained"
 
 
 @dataclass
@@ -142,6 +172,8 @@ class TestResult:
     """What became of the detections, over all samples; None where the model has none."""
     knobs: Knobs | None = None
     """What ONNX Runtime's optimiser is responsible for, where it was asked."""
+    remainder: Remainder | None = None
+    """Of a run with replay in which no layer is guilty and outputs differ: whether rounding adds up to it."""
 
     @property
     def guilty(self) -> list[LayerRow]:
@@ -194,6 +226,9 @@ class TestResult:
             "findings": json_safe([finding.to_dict() for finding in self.findings]),
             "detections": json_safe(asdict(self.detections)) if self.detections else None,
             "knobs": json_safe(self.knobs.to_dict()) if self.knobs else None,
+            "remainder": json_safe(asdict(self.remainder) | {"adds_up": self.remainder.adds_up})
+            if self.remainder
+            else None,
         }
 
 

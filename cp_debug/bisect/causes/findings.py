@@ -52,7 +52,9 @@ class Explainer:
     exact_input: Callable[[Key], Tensor]
     """What glue should have made for an input of a component."""
     effects: Effects
-    _contexts: dict[tuple[str, str], SegmentContext] = field(default_factory=dict)
+    adds_up: bool = True
+    """Whether rounding may be named as the cause where no layer is guilty: see ``Remainder``."""
+    _contexts: dict[tuple[str, str, str], SegmentContext] = field(default_factory=dict)
 
     def findings(self, rows: Mapping[Key, LayerRow], seen: Observation | None) -> list[Finding]:
         """The findings, those with the largest effect first."""
@@ -78,18 +80,20 @@ class Explainer:
         findings += [*unsteady, *self._program(seen)]
         if not all(row.within for row in rows.values()):
             findings += self._costliest(rows)
-            findings += self._declared(rows) if not findings else ()
+            findings += self._declared(rows) if self.adds_up and not findings else ()
         return sorted(findings, key=lambda f: -(abs(f.effect.share) if f.effect.share is not None else 0.0))
 
     def _segment(self, key: Key, row: LayerRow) -> Segment:
         capture = self.test if row.side == "test" else self.reference
-        claim = self.run.precision.name if row.side == "test" else self.reference_precision
+        declared = (row.replay and row.replay.precision) or self.run.precision.name
+        claim = declared if row.side == "test" else self.reference_precision
         program = self.run.programs[key.component]
         replayer = self.run.replayer(key.component, self.test)
-        if (key.component, row.side) not in self._contexts:
+        of = (key.component, row.side, claim)
+        if of not in self._contexts:
             quantized = replayer.quantized[row.side == "test"]
-            self._contexts[key.component, row.side] = SegmentContext(program, replayer.oracle, claim, quantized)
-        context, load = self._contexts[key.component, row.side], loader(capture, key.component)
+            self._contexts[of] = SegmentContext(program, replayer.oracle, claim, quantized)
+        context, load = self._contexts[of], loader(capture, key.component)
         if row.op == "input":
             segment = Segment.of_input(context, key.value, self.exact_input(key), load(key.value))
         else:
