@@ -56,7 +56,7 @@ class CandidateRun:
         self.layers = {Key(layer.component, layer.onnx): layer for layer in layers}
         self._names = {p.name: value_map(self.programs[p.name], p) for p in pipeline.programs}
         self.graphs = {p.name: p.graph for p in pipeline.programs}
-        """Component → what the backend computes; after a replay with the Q/DQ pairs of TensorRT's calibrator."""
+        """Component → what the backend computes; after a replay with Q/DQ pairs as TensorRT's calibrator chose."""
         self._ranges: dict[str, Ranges] = {}
         """The same components → what that calibrator chose."""
         self._folder = folder

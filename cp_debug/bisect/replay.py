@@ -116,8 +116,8 @@ class Replayer:
     ) -> None:
         """``precisions`` are those that the reference and the test claim to have; ``quantized`` what each of them does
         in INT8, where that is known; ``narrow`` the values (by their names in ``graph``) that each holds in ``fp16`` or
-        ``bf16`` because its own program says so. ``emulated``: the test is the emulation of its claim, of this very graph, so
-        that emulating its layers again would give what was captured.
+        ``bf16`` because its own program says so. ``emulated``: the test is the emulation of its claim, of this very
+        graph, so that emulating its layers again would give what was captured.
         """
         self.graph = graph
         self.precision = PRECISIONS[precisions[1]]
@@ -352,7 +352,7 @@ def _as_tensor(value: Any) -> Tensor:
 
 
 def _instead(captured: AnyTensor, exact: Tensor, expected: AnyTensor) -> str:
-    """What whole numbers were computed where the inputs make others; empty where oracle or emulation agrees."""
+    """What whole numbers were computed where the inputs make others; empty where they agree with either."""
     if exact.is_floating_point() or tuple(captured.shape) != tuple(exact.shape):
         return ""
     ours, right, emulated = (FP64.hold(t, "cpu") for t in (captured, exact, expected))
