@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cp_debug.bisect.causes.finding import Finding
@@ -22,6 +22,7 @@ class Collected:
         self.knobs: Knobs | None = None
         self.findings: list[Finding] = []
         self.detections: DetectionChange | None = None
+        self._unexplained: dict[str, None] = {}
 
     def is_worst(self, rows: Mapping[Key, LayerRow]) -> bool:
         """Whether no sample before has a row that is as severe as the worst of these."""
@@ -45,11 +46,16 @@ class Collected:
         if self.observation is None or seen.observer_gap > self.observation.observer_gap:
             self.observation = seen
 
+    def explained(self, notes: Iterable[str]) -> None:
+        """Add what could not be explained in one sample."""
+        self._unexplained.update(dict.fromkeys(notes))
+
     def notes(self, spec: str) -> list[str]:
         """What a reader must know besides the rows."""
         notes = observation_notes(spec, self.observation)
         rows = self.rows.values()
         skipped = Counter(row.replay.skipped for row in rows if row.replay and row.replay.skipped)
+        notes.extend(self._unexplained)
         notes.extend(f"{count} layer(s) not replayed: {reason}" for reason, count in skipped.items())
         return notes
 

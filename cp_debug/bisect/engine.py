@@ -308,13 +308,15 @@ class Bisection:
                 found.observe(seen)
                 floors = {key: max(floors.get(key, 0.0), self._reference_floors.get(key, 0.0)) for key in stats}
             rows = run.rows(stats, replays, floors, index)
-            set_shares(run, rows, sample, captured, test)
+            unexplained = set_shares(run, rows, sample, captured, test)
             found.detect(decoded[str(reference.backend.spec)], decoded[str(run.pipeline.backend.spec)])
             if run.oracle is not None and self.options.explain and found.is_worst(rows):
                 feed = partial(self._exact_input, sample, results)
                 effects = Effects(self.model, sample, Propagation(run, sample, captured, test), given)
                 explainer = Explainer(run, self._reference.precision, captured, test, feed, effects)
                 found.findings = explainer.findings(rows, seen)
+                unexplained += explainer.notes
+            found.explained(unexplained)
             found.add(rows)
         if self.options.save is None:
             shutil.rmtree(folder)
