@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from cp_debug.bisect.causes.finding import Finding
 from cp_debug.bisect.knobs import Knobs
 from cp_debug.bisect.pipeline import Key
+from cp_debug.bisect.replay import EXCESS
 from cp_debug.bisect.result import LayerRow, Observation
 from cp_debug.deploy.detections import DetectionChange, compare_detections
 
@@ -56,8 +57,23 @@ class Collected:
         rows = self.rows.values()
         skipped = Counter(row.replay.skipped for row in rows if row.replay and row.replay.skipped)
         notes.extend(self._unexplained)
+        notes.extend(both_inexact(rows))
         notes.extend(f"{count} layer(s) not replayed: {reason}" for reason, count in skipped.items())
         return notes
+
+
+def both_inexact(rows: Collection[LayerRow]) -> list[str]:
+    """A sentence about layers that are equal on both sides, and farther from the oracle than their precision explains."""
+    inexact = [r for r in rows if r.stats.equal and r.replay and (r.replay.born or (r.replay.excess or 0.0) > EXCESS)]
+    if not inexact:
+        return []
+    worst = max(inexact, key=lambda r: r.replay.excess or 0.0 if r.replay else 0.0)
+    names = ", ".join(row.name for row in inexact[:4]) + (" …" if len(inexact) > 4 else "")
+    excess = worst.replay.excess if worst.replay else None
+    return [
+        f"{len(inexact)} layer(s) have the same bits on both sides, and both are inexact, up to "
+        f"{excess or 0.0:.3g}× what their precision explains ({worst.name}): {names}"
+    ]
 
 
 def observation_notes(spec: str, seen: Observation | None) -> list[str]:

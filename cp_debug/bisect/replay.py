@@ -24,10 +24,11 @@ from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.kernels import KERNELS
 from cp_debug.backends.memory import Trimmer
+from cp_debug.bisect.consequences import matters
 from cp_debug.bisect.norms import distance, ratio
 from cp_debug.bisect.precision import BESIDE_INT8, PRECISIONS, Precision
 from cp_debug.bisect.quantized import Ideal, Quantized, balanced
-from cp_debug.bisect.slack import disturbed
+from cp_debug.bisect.slack import doubt
 from cp_debug.errors import InputError
 from cp_debug.probes.graph import Graph, Node
 
@@ -43,8 +44,11 @@ stay below 5, so what was inherited more likely was introduced by the reference.
 EXCESS = 4.0
 """A layer whose introduced error is this many times the expected one is guilty: ``docs/thresholds.md`` has the
 measurements."""
-BEYOND_DOUBT = 1000.0
-"""An excess that no other order of summation explains, so that nobody need ask."""
+RANGE = 8.0
+"""Merely storing a layer's result in the test's precision may lose this many unit roundoffs: more means that numbers
+overflow, vanish, or lie among the subnormals."""
+BOUNDED = {"Sigmoid", "HardSigmoid", "Softmax"}
+"""Operators with results between 0 and 1, where what is below the rounding of 1 is 0 to whoever reads it."""
 
 ROOM = (1.02, 1.05, 1.1)
 """A layer in INT8 that raises a doubt is emulated again with scales larger by these factors: of few elements, one
@@ -72,9 +76,11 @@ class Replay:
     """Bound of the oracle's own rounding, relative."""
     born: int = 0
     """Elements that are NaN or Inf here although the oracle, from the same inputs, says they are finite."""
+    wanted: int = 0
+    """Elements beyond the type's range that became Inf, or its largest number, and change nothing that reads them."""
     range_loss: float = 0.0
     """Relative error of merely storing the segment's weights and result in the test's precision: large where they
-    overflow or vanish."""
+    overflow or vanish; 0 where that changes nothing that is computed from them."""
     reference_excess: float = 0.0
     """The same question asked of the reference, for layers that amplify suspiciously."""
     declared: float | None = None
@@ -103,10 +109,11 @@ class Replayer:
         *,
         emulated: bool = False,
         quantized: tuple[Quantized | None, Quantized | None] = (None, None),
+        families: tuple[str, str] = ("", ""),
     ) -> None:
         """``precisions`` are those that the reference and the test claim to have; ``quantized`` what each of them does
-        in INT8, where that is known. ``emulated``: the test is the emulation of its claim, of this very graph, so that
-        emulating its layers again would give what was captured.
+        in INT8, where that is known; ``families`` those of their backends. ``emulated``: the test is the emulation of its
+        claim, of this very graph, so that emulating its layers again would give what was captured.
         """
         self.graph = graph
         self.precision = PRECISIONS[precisions[1]]
@@ -119,10 +126,13 @@ class Replayer:
             p: self.oracle if p == oracle else Executor(graph, ARITHMETICS[p], device) for p in precisions
         }
         self._claims = precisions
+        self._families = families
         self.quantized = quantized
         self._emulated = emulated
+        self._finer: Executor | None = None
         self._trimmer = Trimmer(TRIM_AFTER)
         self._weight_loss = lru_cache(maxsize=None)(self._storage_loss_of_weight)
+        self._constants = {n.outputs[0] for n in graph.nodes if n.op == "Constant"} | set(graph.initializers)
 
     def layers(
         self, reference: Load, test: Load, divergences: Mapping[str, float] = MappingProxyType({})
@@ -170,21 +180,16 @@ class Replayer:
         divergence = self._divergence(given, reference) if known is None else known
         results = {}
         for target in targets:
-            replay = self._judge(captured[target], exact[target], [expected.results[target]], claim)
-            if EXCESS < (replay.excess or 0.0) < BEYOND_DOUBT:
-                others = self._others(1, nodes, given, target)
-                replay = self._judge(captured[target], exact[target], [expected.results[target], *others], claim)
+            replay = self._asked(1, nodes, given, target, captured[target], exact[target], expected, claim)
+            if replay.born or (replay.excess or 0.0) > EXCESS:
+                replay = self._in_range(replay, target, captured[target], exact[target], expected, claim, test)
             if (quantized := self.quantized[1]) is not None and quantized.touches(nodes):
                 replay.clipped, replay.step = expected.clipped, expected.step
                 declared = quantized.declared(target, self.known, given)
                 _hold_against_scales(replay, captured[target], exact[target], expected.results[target], declared)
             replay.nodes = tuple(n.name for n in nodes)
             replay.oracle_error = self._oracle_roundoff * math.sqrt(max(self._reduction(n) for n in nodes))
-            replay.range_loss = max(
-                self._storage_loss(exact[target]),
-                *(self._weight_loss(i) for n in nodes for i in n.inputs if i in self.graph.initializers),
-                0.0,
-            )
+            replay.range_loss = self._range_loss(nodes, given, target, exact[target], test)
             self._trace_back(replay, exact[target], reference(target), divergence)
             own = PRECISIONS[self._claims[0]].roundoff * math.sqrt(max(self._reduction(n) for n in nodes))
             if replay.inherited is not None and replay.inherited > SUSPICIOUS * divergence + 2 * own:
@@ -219,12 +224,45 @@ class Replayer:
             return quantized.ideal(emulator, nodes, given, exact), precision
         return Ideal(exact if emulator is self.oracle else emulator.run_nodes(nodes, given, exact)), precision
 
-    def _others(self, side: int, nodes: list[Node], given: Mapping[str, AnyTensor], target: str) -> Iterator[AnyTensor]:
-        """What other correct implementations might give, when emulating one has raised a doubt."""
+    def _asked(
+        self,
+        side: int,
+        nodes: list[Node],
+        given: Mapping[str, AnyTensor],
+        target: str,
+        captured: AnyTensor,
+        exact: Tensor,
+        expected: Ideal,
+        claim: Precision,
+    ) -> Replay:
+        """The replay of one value of the reference (0) or the test (1): where emulating one correct implementation has
+        raised a doubt, others are asked."""
+        replay = self._judge(captured, exact, [expected.results[target]], claim)
+        if (replay.excess or 0.0) <= EXCESS:
+            return replay
         quantized = self.quantized[side]
-        if quantized is None or not quantized.touches(nodes):
-            yield disturbed(self.oracle, nodes, given, [target])[target]
-            return
+        if quantized is not None and quantized.touches(nodes):
+            others = self._rooms(quantized, side, nodes, given, target)
+            return self._judge(captured, exact, [expected.results[target], *others], claim)
+        oracle = self._oracle_of(side)
+        if oracle is not self.oracle:
+            exact = oracle.run_nodes(nodes, given, [target])[target]
+        arithmetic = None if quantized is not None else self._emulators[self._claims[side]].arithmetic
+        allowed = doubt(oracle, nodes, given, target, self._families[side], arithmetic)
+        return self._judge(captured, exact, [expected.results[target]], claim, allowed)
+
+    def _oracle_of(self, side: int) -> Executor:
+        """The oracle, or one in FP64 where it is no finer than what is judged."""
+        if self._oracle_roundoff < PRECISIONS[self._claims[side]].roundoff or self.oracle.arithmetic is FP64:
+            return self.oracle
+        if self._finer is None:
+            self._finer = Executor(self.graph, FP64, self._device)
+        return self._finer
+
+    def _rooms(
+        self, quantized: Quantized, side: int, nodes: list[Node], given: Mapping[str, AnyTensor], target: str
+    ) -> Iterator[AnyTensor]:
+        """What somewhat larger scales give."""
         for room in ROOM:
             yield quantized.ideal(self._emulators[self._claims[side]], nodes, given, [target], room).results[target]
 
@@ -234,13 +272,14 @@ class Replayer:
         exact: Tensor,
         correct: Iterable[AnyTensor],
         claim: Precision,
+        doubt: float = 0.0,
     ) -> Replay:
-        """``correct``: what implementations without a fault give."""
+        """``correct``: what implementations without a fault give; ``doubt``: how far others may be off, an L2 norm."""
         if tuple(captured.shape) != tuple(exact.shape):
             return Replay(skipped=f"the shape is {list(captured.shape)}, the oracle's {list(exact.shape)}")
         introduced, scale, born = distance(captured, exact)
         allowed = (introduced if c is captured else distance(c, exact).difference for c in correct)
-        expected = max(*allowed, FLOOR * claim.roundoff * scale)
+        expected = max(*allowed, doubt, FLOOR * claim.roundoff * scale)
         return Replay(
             introduced=ratio(introduced, scale),
             expected=ratio(expected, scale),
@@ -260,12 +299,65 @@ class Replayer:
         given = {s: reference(s) for s in starts}
         exact = self.oracle.run_nodes(nodes, given, [target])[target]
         expected, claim = self._expect(0, nodes, given, {target: exact})
-        emulated = expected.results[target]
-        replay = self._judge(reference(target), exact, [emulated], claim)
-        if EXCESS < (replay.excess or 0.0) < BEYOND_DOUBT:
-            others = self._others(0, nodes, given, target)
-            replay = self._judge(reference(target), exact, [emulated, *others], claim)
-        return replay.excess or 0.0
+        return self._asked(0, nodes, given, target, reference(target), exact, expected, claim).excess or 0.0
+
+    def _in_range(
+        self,
+        replay: Replay,
+        target: str,
+        captured: AnyTensor,
+        exact: Tensor,
+        expected: Ideal,
+        claim: Precision,
+        test: Load,
+    ) -> Replay:
+        """The replay without the elements that the claimed type cannot hold, where nothing that reads them notices."""
+        largest = PRECISIONS[self._claims[1]].largest * (1 - 2 * claim.roundoff)
+        beyond = torch.isfinite(exact) & (exact.abs() >= largest)
+        if not bool(beyond.any()) or tuple(captured.shape) != tuple(exact.shape):
+            return replay
+        seen = self.oracle.arithmetic.hold(captured, self._device)
+        other = torch.where(beyond, seen, exact)
+        cut = bool((torch.sign(other) == torch.sign(exact)).all() and (other.abs()[beyond] >= largest).all())
+        if not cut or matters(self.graph, self.oracle, self.known, test, (target, exact, other), self._lost_at_most):
+            return replay
+        rest = [torch.where(beyond, 0.0, self._hold(t)) for t in (captured, exact, expected.results[target])]
+        replay = self._judge(rest[0], rest[1], [rest[2]], claim)
+        replay.wanted = int(beyond.sum())
+        return replay
+
+    @property
+    def _lost_at_most(self) -> float:
+        return RANGE * self.precision.roundoff
+
+    def _range_loss(
+        self, nodes: list[Node], given: Mapping[str, AnyTensor], target: str, exact: Tensor, test: Load
+    ) -> float:
+        """What storing the result and each weight loses, where that changes what is computed from the result."""
+        value = ARITHMETICS[self.precision.name].value
+        if value is None or not exact.is_floating_point():
+            return 0.0
+
+        def counts(other: Tensor) -> bool:
+            return matters(self.graph, self.oracle, self.known, test, (target, exact, other), self._lost_at_most)
+
+        loss = self._storage_loss(exact, bounded=self.graph.producer[target].op in BOUNDED)
+        if loss > self._lost_at_most and not counts(value(exact.float()).to(exact.dtype)):
+            loss = 0.0
+        for node in nodes:
+            if node.op in KERNELS and KERNELS[node.op].exact:
+                continue
+            for name in self._constants.intersection(node.inputs):
+                lost = self._weight_loss(name)
+                if lost <= self._lost_at_most:
+                    loss = max(loss, lost)
+                    continue
+                weight = self.oracle.run_nodes([], {}, [name])[name]
+                rounded = {**given, name: value(weight.float())}
+                other = self.oracle.run_nodes(nodes, rounded, [target])[target]
+                if counts(other):
+                    loss = max(loss, lost)
+        return loss
 
     def _divergence(self, given: Mapping[str, AnyTensor], reference: Load) -> float:
         """Relative L2 divergence of a segment's inputs, all of them taken as one vector."""
@@ -278,16 +370,21 @@ class Replayer:
             differing, whole = math.hypot(differing, found.difference), math.hypot(whole, found.whole)
         return ratio(differing, whole)
 
-    def _storage_loss(self, exact: Tensor) -> float:
+    def _storage_loss(self, exact: Tensor, *, bounded: bool = False) -> float:
         value = ARITHMETICS[self.precision.name].value
         if value is None or not exact.is_floating_point():
             return 0.0
         exact = exact.float()
         lost, scale, _ = distance(value(exact), exact)
-        return ratio(lost, scale)
+        return ratio(lost, math.hypot(scale, math.sqrt(exact.numel())) if bounded else scale)
 
     def _storage_loss_of_weight(self, name: str) -> float:
-        return self._storage_loss(self._hold(self.graph.initializer(name)))
+        """Infinite where a number overflows."""
+        value, weight = ARITHMETICS[self.precision.name].value, self.oracle.run_nodes([], {}, [name])[name]
+        if value is None or not isinstance(weight, Tensor) or not weight.is_floating_point():
+            return 0.0
+        overflows = torch.isinf(value(weight.float())) & torch.isfinite(weight)
+        return math.inf if bool(overflows.any()) else self._storage_loss(weight)
 
     def _reduction(self, node: Node) -> int:
         """How many products one element of the result sums, by the weight's shape; 1 where nothing is summed."""

@@ -117,6 +117,7 @@ class TestRun:
                 known,
                 emulated=self._emulates(graph),
                 quantized=(self._quantized(component, sides[0]), self._quantized(component, sides[1], test)),
+                families=(sides[0].backend.spec.family, sides[1].backend.spec.family),
             )
         return self._replayers[component]
 
