@@ -30,7 +30,7 @@ from torch.nn import functional
 from cp_debug.backends.arithmetic import FP64
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.operator_errors import errors_of
-from cp_debug.probes.graph import Graph
+from cp_debug.graph.graph import Graph
 
 U = 2.0**-24
 TINY = 2.0**-126 / U

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.summation import ROUNDING, U, in_any_order, one_sided
-from cp_debug.probes.graph import Node
+from cp_debug.graph.graph import Node
 
 RESULT = 1.5
 """Unit roundoffs of its result by which an operator may be off besides the effect of its inputs."""

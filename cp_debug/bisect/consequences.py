@@ -15,9 +15,9 @@ from torch import Tensor
 
 from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor
-from cp_debug.bisect.norms import distance, ratio
+from cp_debug.probes.distance import distance, ratio
 from cp_debug.errors import InputError
-from cp_debug.probes.graph import Graph, Node
+from cp_debug.graph.graph import Graph, Node
 
 FURTHEST = 16
 """Nodes that a change is followed through before it counts as one that stays."""

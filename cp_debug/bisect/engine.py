@@ -20,7 +20,14 @@ from cp_debug.backends.spec import parse_backends
 from cp_debug.bisect.causes.effects import Effects
 from cp_debug.bisect.causes.findings import Explainer
 from cp_debug.bisect.worst_samples import Collected, observation_notes
-from cp_debug.quantization.quantized_programs import DEFAULT_CALIBRATION, Calibration, already_quantized, load_quantized, quantize_programs, with_modules_beside
+from cp_debug.quantization.quantized_programs import (
+    DEFAULT_CALIBRATION,
+    Calibration,
+    already_quantized,
+    load_quantized,
+    quantize_programs,
+    with_modules_beside,
+)
 from cp_debug.bisect.int8_notes import both_int8, int8_notes
 from cp_debug.programs.layers import Layer, layers_of, stage_ends
 from cp_debug.bisect.observe import observe
@@ -260,7 +267,9 @@ class Bisection:
         rtol = precision.rtol if options.rtol is None else options.rtol
         unjudged = math.inf if both_int8(self._reference, backend) else precision.atol
         atol = unjudged if options.atol is None else options.atol
-        oracle = (options.oracle or oracle_for(self._reference.precision, backend.precision)) if options.replay else None
+        oracle = (
+            (options.oracle or oracle_for(self._reference.precision, backend.precision)) if options.replay else None
+        )
         pipeline = stack.enter_context(Pipeline(self.test_model, tests, backend))
         return TestRun(pipeline, reference, programs, layers, (rtol, atol), oracle, folder)
 

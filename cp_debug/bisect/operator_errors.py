@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from cp_debug.backends.kernels import KERNELS
-from cp_debug.probes.graph import Node
+from cp_debug.graph.graph import Node
 
 Size = Callable[[Node, Sequence[Tensor], Tensor], Tensor]
 """Of a node, its inputs and its result: the size that an absolute error refers to, for every element."""

@@ -22,7 +22,7 @@ from cp_debug.backends.executor import Executor
 from cp_debug.bisect.compound_errors import compound
 from cp_debug.bisect.operator_errors import errors_of
 from cp_debug.bisect.summation import PRODUCTS, ROUNDING, U, squares, summation
-from cp_debug.probes.graph import Node
+from cp_debug.graph.graph import Node
 
 DRAWS = 4
 """Times that the noise of inner nodes is drawn; more often for few elements, whose noise may be small by luck."""

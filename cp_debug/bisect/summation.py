@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from cp_debug.backends.executor import Executor
-from cp_debug.probes.graph import Node
+from cp_debug.graph.graph import Node
 
 U = 2.0**-24
 """Unit roundoff of FP32."""

@@ -7,11 +7,12 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from cp_debug.bisect.causes.finding import Finding
-from cp_debug.bisect.knobs import Knobs
-from cp_debug.bisect.pipeline import Key
+from cp_debug.bisect.optimizer_blame import Knobs
+from cp_debug.programs.pipeline import Key
 from cp_debug.bisect.replay import EXCESS
-from cp_debug.bisect.result import LayerRow, Observation
-from cp_debug.deploy.detections import DetectionChange, compare_detections
+from cp_debug.bisect.observe import Observation
+from cp_debug.bisect.result import LayerRow
+from cp_debug.detection.detection_change import DetectionChange, compare_detections
 
 
 class Collected:
