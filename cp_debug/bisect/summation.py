@@ -53,10 +53,11 @@ def summation(oracle: Executor, node: Node, inputs: Mapping[str, Tensor], result
     ``inputs`` are the node's, as ``oracle`` holds them.
     """
     first = node.inputs[0] if node.inputs else ""
-    if node.op in PRODUCTS:
+    adds_only = node.op in SUMS or (node.op == "Einsum" and len(node.inputs) == 1)
+    if node.op in PRODUCTS and not adds_only:
         squared = oracle.run_nodes([node], squares(node, inputs), node.outputs)[node.outputs[0]]
         return in_any_order(result, squared, _terms(node, inputs, result))
-    if node.op not in SUMS and node.op not in OF_FUNCTIONS:
+    if not adds_only and node.op not in OF_FUNCTIONS:
         return None
     function, derivative = OF_FUNCTIONS.get(node.op, (lambda x: x, lambda total, result: torch.ones_like(result)))
     adds = _adding(node) if node.op in OF_FUNCTIONS else node

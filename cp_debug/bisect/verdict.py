@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from cp_debug.programs.precision import Precision
-from cp_debug.bisect.replay import EXCESS, RANGE, Replay
+from cp_debug.bisect.replay import EXCESS, Replay
+from cp_debug.bisect.range_loss import RANGE
 from cp_debug.bisect.result import DIVERGENT, GUILTY, INHERITED, OK, SHAPE
 from cp_debug.probes.statistics import TensorStats
 
@@ -32,8 +33,8 @@ def judge(
         return Judgement(OK if within else DIVERGENT, within)
     if stats.equal:  # there is no divergence to be guilty of, however inexact both are
         return Judgement(OK, within)
-    if replay.born:
-        return Judgement(GUILTY, within, f"{replay.born} NaN or Inf are born here")
+    if replay.new_nonfinite:
+        return Judgement(GUILTY, within, f"{replay.new_nonfinite} NaN or Inf are born here")
     if replay.excess > EXCESS and replay.introduced > floor:
         says = f"introduces {replay.excess:.3g}× what {precision.name.upper()} explains"
         return Judgement(GUILTY, within, says + _scales(replay))
@@ -51,6 +52,10 @@ def judge(
 
 def _scales(replay: Replay) -> str:
     """Whether a layer in INT8 does what its scales say."""
-    if replay.departs is None or replay.introduced is None:
+    if replay.deviation_from_scales is None or replay.introduced is None:
         return ""
-    return ", as its scales say" if replay.departs < replay.introduced / 2 else ", and not what its scales say"
+    return (
+        ", as its scales say"
+        if replay.deviation_from_scales < replay.introduced / 2
+        else ", and not what its scales say"
+    )

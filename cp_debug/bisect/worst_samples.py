@@ -65,7 +65,9 @@ class Collected:
 
 def both_inexact(rows: Collection[LayerRow]) -> list[str]:
     """A sentence about layers that are equal on both sides, and farther from the oracle than their precision explains."""
-    inexact = [r for r in rows if r.stats.equal and r.replay and (r.replay.born or (r.replay.excess or 0.0) > EXCESS)]
+    inexact = [
+        r for r in rows if r.stats.equal and r.replay and (r.replay.new_nonfinite or (r.replay.excess or 0.0) > EXCESS)
+    ]
     if not inexact:
         return []
     worst = max(inexact, key=lambda r: r.replay.excess or 0.0 if r.replay else 0.0)
