@@ -1,8 +1,8 @@
 """Does it matter? A change of one value, followed through its readers until it is gone or reaches an output.
 
-Numbers that leave a type's range need not be a defect: a mask of −3.4e38 becomes −Inf in FP16, and the Softmax behind it
-gives the same zeros; an ε of 1e-6 loses digits, and vanishes beside a variance of 1; a product of 1e-9 is flushed to
-zero, and is added to 1. What counts is what becomes of them.
+Numbers that leave a type's range need not be a defect: a mask of −3.4e38 becomes −Inf in FP16, and the Softmax behind
+it gives the same zeros; an ε of 1e-6 loses digits, and vanishes beside a variance of 1; a product of 1e-9 is flushed
+to zero, and is added to 1. What counts is what becomes of them.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor
-from cp_debug.probes.distance import distance, ratio
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
+from cp_debug.probes.distance import distance, ratio
 
 FURTHEST = 16
 """Nodes that a change is followed through before it counts as one that stays."""
@@ -36,8 +36,8 @@ def matters(
     """Whether a change of a value, (its name, as it is, as it would be), changes what is computed from it.
 
     Its readers are followed, on ``oracle``, until the relative L2 change is ``negligible`` everywhere, or is none that
-    will go away: at an output of the graph, after ``FURTHEST`` nodes, where nothing can be computed. NaN or Inf that only
-    one of both has is never negligible. ``load`` gives the values that are ``known``.
+    will go away: at an output of the graph, after ``FURTHEST`` nodes, where nothing can be computed. NaN or Inf that
+    only one of both has is never negligible. ``load`` gives the values that are ``known``.
     """
     name, exact, other = change
     before: dict[str, AnyTensor] = {name: exact}

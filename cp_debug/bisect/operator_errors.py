@@ -1,9 +1,9 @@
 """What an operator may do: errors of correct FP32 implementations, by operator and by who implements it.
 
 A result ``y`` is off by at most about ``u·√((absolute·s)² + (relative·|y|)²)``, root mean square over neighbouring
-arguments, u = 2⁻²⁴ and ``s`` the size that the absolute part refers to. Correct rounding has ``relative`` 0.3 to 0.4 and
-no absolute part. Approximations whose authors bound the *absolute* error have one: ONNX Runtime's Sigmoid is a rational
-function plus ½ (MLAS, ``logistic.cpp``), right to 1.5 u of 1 where it should give 1e-8.
+arguments, u = 2⁻²⁴ and ``s`` the size that the absolute part refers to. Correct rounding has ``relative`` 0.3 to 0.4
+and no absolute part. Approximations whose authors bound the *absolute* error have one: ONNX Runtime's Sigmoid is a
+rational function plus ½ (MLAS, ``logistic.cpp``), right to 1.5 u of 1 where it should give 1e-8.
 
 The figures for elementary functions are measured: ``benchmarks/operator_errors.py`` compares ONNX Runtime, torch and
 oneDNN with FP64 in each half octave of the argument; ``docs/data/operator_errors.json`` holds what it found. A model is

@@ -1,8 +1,8 @@
 """How far correct implementations of the same layer lie apart: other orders of summation, other approximations.
 
 Emulation knows one implementation. Another one may sum one after the other where the emulation sums pairwise, or
-compute ``exp(x) − 1`` where it computes ``expm1(x)``. ``spread`` says of every element by how much such choices may move
-it, ``doubt`` how large that is at the end of a segment.
+compute ``exp(x) − 1`` where it computes ``expm1(x)``. ``spread`` says of every element by how much such choices may
+move it, ``doubt`` how large that is at the end of a segment.
 
 The errors of sums are in ``summation.py``, of elementary functions in ``operator_errors.py``, of operators that do many
 things at once in ``compound_errors.py``.
@@ -39,8 +39,8 @@ def doubt(
 ) -> float:
     """L2 norm by which correct implementations of a segment may be off at ``target``, over its finite elements.
 
-    ``family`` names the backend (``ort``, ``torch`` …) where its functions were measured; ``claim`` is the arithmetic it
-    claims, FP32 where None. Raises InputError as ``Executor.run_nodes`` does.
+    ``family`` names the backend (``ort``, ``torch`` …) where its functions were measured; ``claim`` is the arithmetic
+    it claims, FP32 where None. Raises InputError as ``Executor.run_nodes`` does.
     """
     exact, spreads = _spreads(oracle, nodes, given, family, claim)
     last = spreads.pop(target, None)

@@ -1,5 +1,5 @@
-"""What a type cannot hold: results and weights that overflow, vanish or lose digits among the subnormals, and whether that
-changes anything that is computed from them."""
+"""What a type cannot hold: results and weights that overflow, vanish or lose digits among the subnormals, and whether
+that changes anything that is computed from them."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class RangeLoss:
         precision: Callable[[Node], Precision],
         load: Load,
     ) -> float:
-        """The relative error of storing ``exact``, the result ``target``, and each weight of ``nodes`` in the precision of
-        their nodes; infinite where a number overflows, 0 where nothing that is computed from the result notices.
+        """The relative error of storing ``exact``, the result ``target``, and each weight of ``nodes`` in the precision
+        of their nodes; infinite where a number overflows, 0 where nothing that is computed from the result notices.
 
         ``given`` are the inputs of the segment, ``load`` gives captured values.
         """
@@ -70,8 +70,8 @@ class RangeLoss:
         return loss
 
     def beyond(self, target: str, captured: Tensor, exact: Tensor, precision: Precision, load: Load) -> Tensor | None:
-        """Where ``exact`` lies beyond the type's range, ``captured`` is Inf or the largest number instead, and nothing that
-        reads it notices; None where that is nowhere so."""
+        """Where ``exact`` lies beyond the type's range, ``captured`` is Inf or the largest number instead, and nothing
+        that reads it notices; None where that is nowhere so."""
         largest = precision.largest * (1 - 2 * precision.roundoff)
         beyond = torch.isfinite(exact) & (exact.abs() >= largest)
         if not bool(beyond.any()):
@@ -96,7 +96,7 @@ class RangeLoss:
 
 
 def storage_loss(exact: Tensor, precision: Precision, *, bounded: bool = False) -> float:
-    """The relative error of storing ``exact``, over the elements that stay finite; ``bounded``: relative to 1 at least."""
+    """The relative error of storing ``exact``, over the elements that stay finite; ``bounded``: beside 1."""
     stored = _stored(exact, precision)
     if stored is None:
         return 0.0

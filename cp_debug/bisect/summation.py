@@ -1,15 +1,15 @@
 """How far sums in another order may lie: products, pools, reductions.
 
-A sum of K terms in FP32, one after the other, rounds K partial sums, each by 0.4 u of its size (root mean
-square of the rounding error of a number whose mantissa is evenly spread). With S the whole sum and Q the sum of squares,
-the partial sums of terms in random order grow like k/K·S with a deviation of variance Q·k(K − k)/K², so that the error is
-0.4 u √(K·(S²/3 + Q/6)): √K/2 times larger for terms of one sign than for terms that cancel. Q needs one more pass, with
-squared operands.
+A sum of K terms in FP32, one after the other, rounds K partial sums, each by 0.4 u of its size (root mean square of
+the rounding error of a number whose mantissa is evenly spread). With S the whole sum and Q the sum of squares, the
+partial sums of terms in random order grow like k/K·S with a deviation of variance Q·k(K − k)/K², so that the error is
+0.4 u √(K·(S²/3 + Q/6)): √K/2 times larger for terms of one sign than for terms that cancel. Q needs one more pass,
+with squared operands.
 
-That takes the roundings to be independent. Equal terms are not: added to a partial sum whose last place is worth h, the
-term a is off by δ(a) = h·round(a/h) − a each time, so that a flat map is off by K·δ, up to the bound K·u·S. So the mean
-of δ over the terms is computed from the terms themselves, for every h between the last place of S and that of S/32 (a
-sum in up to 32 lanes), and the largest counts.
+That takes the roundings to be independent. Equal terms are not: added to a partial sum whose last place is worth h,
+the term a is off by δ(a) = h·round(a/h) − a each time, so that a flat map is off by K·δ, up to the bound K·u·S. So the
+mean of δ over the terms is computed from the terms themselves, for every h between the last place of S and that of
+S/32 (a sum in up to 32 lanes), and the largest counts.
 """
 
 from __future__ import annotations

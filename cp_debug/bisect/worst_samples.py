@@ -7,12 +7,12 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from cp_debug.bisect.causes.finding import Finding
-from cp_debug.bisect.optimizer_blame import Knobs
-from cp_debug.programs.pipeline import Key
-from cp_debug.bisect.replay import EXCESS
 from cp_debug.bisect.observe import Observation
-from cp_debug.bisect.result import LayerRow
+from cp_debug.bisect.optimizer_blame import Knobs
+from cp_debug.bisect.replay import EXCESS
+from cp_debug.bisect.result import LayerRow, Remainder
 from cp_debug.detection.detection_change import DetectionChange, compare_detections
+from cp_debug.programs.pipeline import Key
 
 
 class Collected:
@@ -25,6 +25,8 @@ class Collected:
         self.findings: list[Finding] = []
         self.detections: DetectionChange | None = None
         self._unexplained: dict[str, None] = {}
+        self.remainder: Remainder | None = None
+        """Of the worst sample, where no layer is guilty of its divergence."""
 
     def is_worst(self, rows: Mapping[Key, LayerRow]) -> bool:
         """Whether no sample before has a row that is as severe as the worst of these."""
@@ -59,12 +61,15 @@ class Collected:
         skipped = Counter(row.replay.skipped for row in rows if row.replay and row.replay.skipped)
         notes.extend(self._unexplained)
         notes.extend(both_inexact(rows))
+        if unknown := [row.name for row in rows if row.replay and row.replay.not_emulated]:
+            what = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+            notes.append(f"{len(unknown)} layer(s) not emulated, so nobody knows what they may introduce: {what}")
         notes.extend(f"{count} layer(s) not replayed: {reason}" for reason, count in skipped.items())
         return notes
 
 
 def both_inexact(rows: Collection[LayerRow]) -> list[str]:
-    """A sentence about layers that are equal on both sides, and farther from the oracle than their precision explains."""
+    """A sentence about layers that are equal on both sides, and farther from the oracle than precision explains."""
     inexact = [
         r for r in rows if r.stats.equal and r.replay and (r.replay.new_nonfinite or (r.replay.excess or 0.0) > EXCESS)
     ]

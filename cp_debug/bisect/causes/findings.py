@@ -7,20 +7,20 @@ from dataclasses import dataclass, field
 from functools import partial
 from statistics import fmean
 
+from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.causes.base import Candidate, Cause
 from cp_debug.bisect.causes.effects import Effects
 from cp_debug.bisect.causes.finding import UNKNOWN, Effect, Finding, Where
 from cp_debug.bisect.causes.precision import PROMOTED
 from cp_debug.bisect.causes.search import ENOUGH, Explanation, explain
-from cp_debug.bisect.causes.segment import SegmentContext, Segment
+from cp_debug.bisect.causes.segment import Segment, SegmentContext
 from cp_debug.bisect.causes.where import locate
-from cp_debug.programs.pipeline import Key
 from cp_debug.bisect.observe import Observation
 from cp_debug.bisect.result import GUILTY, SHAPE, LayerRow
-from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.errors import in_one_line
 from cp_debug.probes.arrays import Tensor
 from cp_debug.probes.capture import Capture
+from cp_debug.programs.pipeline import Key
 
 MOST = 64
 """Guilty layers that are explained, the most excessive first."""
@@ -54,6 +54,8 @@ class Explainer:
     effects: Effects
     notes: list[str] = field(default_factory=list)
     """What could not be explained and why not, one sentence each, the layer named: explaining never ends a run."""
+    adds_up: bool = True
+    """Whether rounding may be named as the cause where no layer is guilty: see ``Remainder``."""
     _contexts: dict[tuple[str, str, str], SegmentContext] = field(default_factory=dict)
 
     def findings(self, rows: Mapping[Key, LayerRow], seen: Observation | None) -> list[Finding]:
@@ -77,7 +79,7 @@ class Explainer:
         if not all(row.within for row in rows.values()):
             try:
                 findings += self._costliest(rows)
-                findings += self._declared(rows) if not findings else ()
+                findings += self._declared(rows) if self.adds_up and not findings else ()
             except Exception as error:
                 self.notes.append(f"what the declared precision costs is not known: {in_one_line(error)}")
         return sorted(findings, key=lambda f: -(abs(f.effect.share) if f.effect.share is not None else 0.0))
