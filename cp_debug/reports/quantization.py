@@ -9,8 +9,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cp_debug.deploy.quantize_output import PtqResult
 from cp_debug.quantization.checkpoint import FILE
-from cp_debug.quantization.output import PtqResult
 from cp_debug.quantization.toggles import QuantizerRow
 from cp_debug.reports.numbers import number
 

@@ -9,11 +9,11 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cp_debug.repair.handover import arguments, deploy_fragment
+from cp_debug.mixed_precision.emit import arguments, deploy_fragment
 from cp_debug.reports.numbers import number
 
 if TYPE_CHECKING:
-    from cp_debug.repair.result import SearchResult
+    from cp_debug.mixed_precision.result import SearchResult
 
 TOOLS = {"polygraphy": "polygraphy (weak typing)", "trtexec": "trtexec", "autocast": "ModelOpt AutoCast",
          "modelopt": "ModelOpt quantization"}  # fmt: skip
