@@ -2,8 +2,8 @@
 
     python benchmarks/engine_networks.py FOLDER [NAME …]
 
-writes ``FOLDER/NAME.onnx`` (TorchScript exporter, opset 17, which TensorRT 8.6 reads) and ``FOLDER/NAME.npz``, one input,
-for each. Seeds are fixed: the same torch gives the same files.
+writes ``FOLDER/NAME.onnx`` (TorchScript exporter, opset 17, which TensorRT 8.6 reads) and ``FOLDER/NAME.npz`` (one
+input) for each. Seeds are fixed: the same torch gives the same files.
 """
 
 from __future__ import annotations

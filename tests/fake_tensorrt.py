@@ -44,6 +44,10 @@ REGION: set[str] = set()
 """Nodes that one region takes with all that lies between them, as TensorRT's compiler for transformers does."""
 FAULTY: dict[str, float] = {}
 """Node → factor by which its result is off where a region computes it in half precision."""
+CROSSED: set[str] = set()
+"""Splits whose results a region takes in reverse order, whatever the precision."""
+STUBBORN = False
+"""Whether a region has its faults in FP32, too, when all of it is kept so."""
 MENDING: set[str] = set()
 """Values that, once marked, make the faults go away."""
 NAMELESS: set[str] = set()
@@ -311,9 +315,12 @@ class Builder:
             halves = [x for x in nodes if getattr(x, "precision", None) != trt.DataType.FLOAT] if weak and low else [
                 x for x in nodes if x._outputs[0].dtype.name == "HALF"
             ]  # fmt: skip
+            if STUBBORN and region and nodes[0] not in halves and nodes[-1] not in halves:
+                halves = nodes
             faults = {x.name: FAULTY[x.name] for x in halves if region and x.name in FAULTY}
+            crossed = [x.name for x in nodes if region and x.name in CROSSED and getattr(x, "precision", None) is None]
             if any(t.is_network_output and t.name in MENDING for t in tensors):
-                faults = {}
+                faults, crossed = {}, []
             if region:
                 pinned = getattr(nodes[-1], "precision", None) == trt.DataType.FLOAT
                 lowered = weak and low and not pinned
@@ -330,6 +337,7 @@ class Builder:
                     "region": region,
                     "shows": [t.name for t in inside],
                     "faults": faults,
+                    "crossed": crossed,
                     "Metadata": "\x1f".join(layer.metadata for layer in nodes),
                     "reads": [i for layer in nodes for i in layer._node.input if i],
                     "writes": last.name,
@@ -534,6 +542,9 @@ class IExecutionContext:
                 _in_int8(model, place, np.float32(scales[node.input[0]]))
         for name, factor in [f for group in self._plan["groups"] for f in group["faults"].items()]:
             _spoil(model, name, factor)
+        for node in model.graph.node:
+            if any(node.name in group["crossed"] for group in self._plan["groups"]):
+                node.output[:] = [*node.output][::-1]
         writes = [v for group in self._plan["groups"] for v in (*group["shows"], group["writes"])]
         results = dict(zip(writes, _run(model, writes, feeds), strict=True))
         for name in ROUNDED & results.keys() & scales.keys():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from cp_debug.bisect.observe import observe
 from cp_debug.programs.pipeline import Key, Pipeline, value_map, wants_int8
 from cp_debug.programs.precision import PRECISIONS, Precision
 from cp_debug.bisect.quantized_segment import Grid, Quantized
+from cp_debug.bisect.regions.region import Region, region_of
 from cp_debug.bisect.replay import Load, Replay, Replayer
 from cp_debug.bisect.result import LayerRow
 from cp_debug.bisect.observe import Observation
@@ -154,6 +155,13 @@ class TestRun:
             and any(program.graph is graph for program in self.pipeline.programs)
         )
 
+    def _region(self, key: Key, replay: Replay | None) -> Region | None:
+        """What a value stands for on an engine, where that is too much for one name."""
+        layers = getattr(self.pipeline.sessions[key.component], "layers", None)
+        if layers is None or replay is None:
+            return None
+        return region_of(replay.nodes, key.value, self.programs[key.component].graph, layers)
+
     @property
     def implicit(self) -> bool:
         """Whether the backend chooses the scales itself: TensorRT with its own calibrator."""
@@ -184,7 +192,7 @@ class TestRun:
         sample: int,
     ) -> dict[Key, LayerRow]:
         """The judged layers, in execution order."""
-        rows = {}
+        rows: dict[Key, LayerRow] = {}
         told = {name: getattr(session, "tactics", {}) for name, session in self.pipeline.sessions.items()}
         tactics = {self.name(Key(n, value)): tactic for n, own in told.items() for value, tactic in own.items()}
         for key, layer in self.layers.items():
@@ -192,9 +200,14 @@ class TestRun:
                 continue
             replay, floor = replays.get(key), floors.get(key, 0.0)
             judgement = judge(stats[key], replay, self.precision, *self.tolerance, floor)
+            region = self._region(key, replay)
+            if region is not None:
+                taken = any(row.name == region.label for row in rows.values())
+                layer = replace(layer, name=region.label + f" → {key.value}" * taken, op=region.kind or "region")
             rows[key] = LayerRow(
                 **asdict(layer),
                 **judgement._asdict(),
+                region=region,
                 stats=stats[key],
                 replay=replay,
                 noise_floor=floor,

@@ -36,6 +36,8 @@ from cp_debug.programs.pipeline import (
     wants_int8,
 )
 from cp_debug.programs.precision import coarser, oracle_for
+from cp_debug.bisect.regions.descent import BUILDS
+from cp_debug.bisect.regions.guilty import look_inside
 from cp_debug.bisect.replay import Replay
 from cp_debug.bisect.result import BisectResult, StageRow, TestResult
 from cp_debug.bisect.observe import Observation
@@ -80,6 +82,8 @@ class Options:
     folded: bool = True
     calibration: Calibration = DEFAULT_CALIBRATION
     """How to quantise, where a backend is in INT8 and the model is not."""
+    max_builds: int = BUILDS
+    """Further engines for the search inside guilty regions of one run; 0 leaves it at emulated hypotheses."""
     knobs: bool = False
     """Find the graph optimisers that are responsible for the difference of optimised ONNX Runtime tests."""
     save: Path | None = None
@@ -152,6 +156,9 @@ class Bisection:
         if parts:
             self._parts[id(model)] = parts, f"quantized as in {checkpoint}"
         return model
+
+    def _tell(self, text: str) -> None:
+        self._on_step(text, self._done, self._steps)
 
     def _step(self, text: str) -> None:
         self._on_step(text, self._done, self._steps)
@@ -309,6 +316,7 @@ class Bisection:
                 effects = Effects(self.model, sample, Propagation(run, sample, captured, test), given)
                 explainer = Explainer(run, self._reference.precision, captured, test, feed, effects)
                 found.findings = explainer.findings(rows, seen)
+                found.findings = look_inside(explainer, rows, found.findings, self.options.max_builds, self._tell)
             found.add(rows)
         if self.options.save is None:
             shutil.rmtree(folder)

@@ -65,7 +65,7 @@ class Explainer:
         families: list[Cause] = []
         for key, row in guilty[:MOST]:
             try:
-                segment = self._segment(key, row)
+                segment = self.segment(key, row)
             except InputError:  # the replay of this layer says why
                 continue
             explanation, family = explain(segment, families)
@@ -81,7 +81,8 @@ class Explainer:
             findings += self._declared(rows) if not findings else ()
         return sorted(findings, key=lambda f: -(abs(f.effect.share) if f.effect.share is not None else 0.0))
 
-    def _segment(self, key: Key, row: LayerRow) -> Segment:
+    def segment(self, key: Key, row: LayerRow) -> Segment:
+        """The layer of a row, cut out on its captured inputs. Raises InputError where the oracle cannot compute it."""
         capture = self.test if row.side == "test" else self.reference
         claim = self.run.precision.name if row.side == "test" else self.reference_precision
         program = self.run.programs[key.component]
@@ -218,7 +219,7 @@ class Explainer:
         replayed.sort(key=lambda item: item[1].replay.introduced or 0.0, reverse=True)  # type: ignore[union-attr]
         if claim not in PROMOTED or not replayed:
             return
-        segments = [self._segment(key, row) for key, row in replayed[:8]]
+        segments = [self.segment(key, row) for key, row in replayed[:8]]
         explained = fmean(segment.explained(segment.claimed)[0] for segment in segments)
         names = [row.name for _, row in replayed]
         yield Finding(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
+import onnx
 import torch
 from torch import Tensor
 
@@ -18,10 +21,12 @@ from cp_debug.backends.rounding import round_fp16
 from cp_debug.bisect.causes.segment import Segment, as_double
 from cp_debug.bisect.regions.region import HEAVY, MOVING
 from cp_debug.errors import InputError
-from cp_debug.probes.graph import Node
+from cp_debug.graph.graph import Node
 
 SECONDS = 60.0
 """Time that is spent on emulations of one region."""
+MOST_CROSSED = 3
+"""Results that are tried in each other's place at once: all orders of so many."""
 LARGEST, SMALLEST = 65504.0, 2.0**-25
 """FP16's largest number, and the magnitude up to which a number becomes zero."""
 REPRODUCED = 0.9
@@ -70,14 +75,27 @@ Proposed = tuple[str, str, Sequence[Node], Callable[[], Tensor]]
 
 def _hypotheses(segment: Segment) -> Iterator[Proposed]:
     nodes, claim = segment.nodes, ARITHMETICS.get(segment.lab.claim.name, FP16)
-    of = _by_operator(nodes)
-    products = [n for op in HEAVY for n in of.get(op, ())]
+    seen = survey(segment)
     yield claim.name, f"{claim.name.upper()} as declared, every result rounded", nodes, lambda: segment.claimed
-    if claim.name != "fp16":
-        return
-    if products:
+    yield from crossed(segment, seen, claim)
+    if claim.name == "fp16":
+        yield from _in_fp16(segment, seen)
+    for node in nodes:
+        if node.op in HEAVY or node.op in MOVING:
+            continue
+        for source in node.inputs:
+            if not segment.lab.constants.holds(source):
+                yield "left-out", f"{node.op} is left out", [node], partial(_left_out, segment, node, source)
+                break
+
+
+def _in_fp16(segment: Segment, seen: Mapping[str, Seen]) -> Iterator[Proposed]:
+    of: dict[str, list[Node]] = {}
+    for node in segment.nodes:
+        of.setdefault(node.op, []).append(node)
+    if products := [n for op in HEAVY for n in of.get(op, ())]:
         yield "fp16-accumulation", "products accumulate in FP16", products, lambda: segment.run(FP16ACC)
-    if out := _beyond(segment):
+    if out := [n for n in segment.nodes if any(o in seen and seen[o].largest > LARGEST for o in n.outputs)]:
         saturated = replace(FP16, value=_saturate)
         yield "overflow", "results beyond 65504 become infinite", out, lambda: segment.claimed
         yield "saturation", "results beyond 65504 are cut to it", out, lambda: segment.run(saturated)
@@ -85,25 +103,11 @@ def _hypotheses(segment: Segment) -> Iterator[Proposed]:
         yield "constant-out-of-range", "a constant leaves FP16's range", constants, lambda: segment.claimed
     for op, deviations in DEVIATIONS.items():
         for name, says, deviate in deviations if op in of else ():
-            yield name, f"{op}: {says}", of[op], lambda op=op, f=deviate: walk(segment, {op: f})  # type: ignore[misc]
+            yield name, f"{op}: {says}", of[op], partial(walk, segment, {op: deviate})
     everything = {op: deviations[0][2] for op, deviations in DEVIATIONS.items() if op in of}
     if len(everything) > 1:
         inner = [n for op in everything for n in of[op]]
         yield "fp16-inside", "all reductions in FP16 throughout", inner, lambda: walk(segment, everything)
-    for node in nodes:
-        if node.op in HEAVY or node.op in MOVING:
-            continue
-        for source in node.inputs:
-            if not segment.lab.constants.holds(source):
-                yield "left-out", f"{node.op} is left out", [node], lambda n=node, s=source: _left_out(segment, n, s)  # type: ignore[misc]
-                break
-
-
-def _by_operator(nodes: Sequence[Node]) -> dict[str, list[Node]]:
-    found: dict[str, list[Node]] = {}
-    for node in nodes:
-        found.setdefault(node.op, []).append(node)
-    return found
 
 
 def _left_out(segment: Segment, node: Node, source: str) -> Tensor:
@@ -113,16 +117,84 @@ def _left_out(segment: Segment, node: Node, source: str) -> Tensor:
     return value
 
 
-def largest(segment: Segment) -> dict[str, float]:
-    """Value → its largest exact magnitude, for all floating-point values that the segment computes."""
-    names = [o for node in segment.nodes for o in node.outputs]
-    results = segment.lab.oracle.run_nodes(segment.nodes, segment.given, names)
-    return {n: float(v.abs().max()) for n, v in results.items() if torch.is_floating_point(v) and v.numel()}
+class Seen(NamedTuple):
+    """What is kept of one exact value."""
+
+    shape: tuple[int, ...]
+    largest: float
+    """Its largest magnitude."""
 
 
-def _beyond(segment: Segment) -> list[Node]:
-    found = largest(segment)
-    return [n for n in segment.nodes if any(found.get(o, 0.0) > LARGEST for o in n.outputs)]
+def survey(segment: Segment) -> dict[str, Seen]:
+    """Value → shape and magnitude, for all floating-point values that the segment computes, by the oracle."""
+    found: dict[str, Seen] = {}
+
+    def keep(name: str, value: Any) -> None:
+        if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
+            found[name] = Seen(tuple(value.shape), float(value.abs().max()))
+
+    segment.lab.oracle.run_nodes(segment.nodes, segment.given, [segment.target], keep)
+    return found
+
+
+def crossed(segment: Segment, seen: Mapping[str, Seen], claim: Arithmetic) -> Iterator[Proposed]:
+    """Results of one shape that are made of one value (by Split, by slices of it, by several products) taken for each
+    other: queries, keys and values of an attention, for one. All groups of a kind at once, as a fusion rule would."""
+    groups: dict[tuple[str, int], list[list[str]]] = {}
+    makers: dict[tuple[str, int], list[Node]] = {}
+    reads: dict[tuple[str, str, tuple[int, ...]], list[Node]] = {}
+
+    def add(op: str, names: list[str], nodes: list[Node]) -> None:
+        if 1 < len(names) <= MOST_CROSSED:
+            groups.setdefault((op, len(names)), []).append(names)
+            makers.setdefault((op, len(names)), []).extend(nodes)
+
+    for node in segment.nodes:
+        shapes = {seen[o].shape for o in node.outputs if o in seen}
+        if len(node.outputs) > 1 and len(shapes) == 1 and all(o in seen for o in node.outputs):
+            add(node.op, list(node.outputs), [node])
+        elif len(node.outputs) == 1 and node.outputs[0] in seen:
+            for source in node.inputs:
+                if source in seen or source in segment.given:
+                    reads.setdefault((node.op, source, seen[node.outputs[0]].shape), []).append(node)
+    for (op, _, _), nodes in reads.items():
+        add(op, [n.outputs[0] for n in nodes], nodes)
+    for (op, count), names in groups.items():
+        for order in itertools.islice(itertools.permutations(range(count)), 1, None):
+            renamed = {group[i]: group[place] for group in names for i, place in enumerate(order)}
+            says = f"{op}: its results are taken for each other, in the order {', '.join(map(str, order))}"
+            yield "crossed", says, makers[op, count], partial(_renamed, segment, renamed, claim)
+
+
+def _renamed(segment: Segment, names: Mapping[str, str], claim: Arithmetic) -> Tensor:
+    """The target when values have other names from where they are made on."""
+    nodes = []
+    for node in segment.nodes:
+        if names.keys().isdisjoint(node.outputs):
+            nodes.append(node)
+            continue
+        proto = onnx.NodeProto()
+        proto.CopyFrom(node.proto)
+        proto.output[:] = [names.get(name, name) for name in proto.output]
+        nodes.append(replace(Node.of(node.index, proto), name=node.name))
+    return segment.run(claim, _ordered(nodes))
+
+
+def _ordered(nodes: Sequence[Node]) -> list[Node]:
+    """The nodes so that each comes behind those whose results it reads."""
+    maker = {o: n for n in nodes for o in n.outputs}
+    done: dict[int, Node] = {}
+
+    def visit(node: Node) -> None:
+        if node.index not in done:
+            for name in node.inputs:
+                if name in maker and maker[name].index > node.index:
+                    visit(maker[name])
+            done[node.index] = node
+
+    for node in nodes:
+        visit(node)
+    return list(done.values())
 
 
 def _constants(segment: Segment) -> list[Node]:

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cp_debug.backends.tensorrt.inspector import EngineLayer
-from cp_debug.probes.graph import Graph, Node
+from cp_debug.graph.downstream import data_values
+from cp_debug.graph.graph import Graph, Node
 
 MANY = 8
 """Nodes that compute, from which on a group is a region: Conv + BatchNorm + Add + activation is still a layer."""
@@ -24,11 +25,11 @@ class Region:
     """Nodes that stand or fall together, in execution order."""
 
     nodes: tuple[str, ...]
-    """ONNX nodes by name, constants left out."""
+    """ONNX nodes by name; what constants and shapes are computed from is left out."""
     kind: str = ""
-    """The engine's word for the layer (``Myelin``); empty where its inspector names no nodes."""
+    """The engine's word for the layer (``Myelin``); empty where no layer is known to hold it."""
     layer: str = ""
-    """The engine layer's name."""
+    """That layer's name."""
 
     @property
     def label(self) -> str:
@@ -40,20 +41,21 @@ class Region:
         return {"label": self.label, "kind": self.kind, "layer": self.layer, "nodes": list(self.nodes)}
 
 
-def region_of(nodes: Iterable[str], graph: Graph, layers: Sequence[EngineLayer]) -> Region | None:
-    """The region that the ``nodes`` of a segment make on an engine of these ``layers``; None where they are a layer.
+def region_of(nodes: Iterable[str], value: str, graph: Graph, layers: Sequence[EngineLayer] = ()) -> Region | None:
+    """The region that the ``nodes`` of the segment of ``value`` make on an engine of these ``layers``; None where they
+    are an ordinary layer.
 
     The segment decides, not the engine's layer: what lies between two values that are seen is judged as one, whether
     the engine fused it, its inspector tells no nodes, or marks on values inside were taken back.
     """
-    wanted = set(nodes)
-    inside = [node for node in graph.nodes if node.name in wanted and node.op != "Constant"]
+    wanted, data = set(nodes), set(data_values(graph))
+    inside = [node for node in graph.nodes if node.name in wanted and not data.isdisjoint(node.outputs)]
     if not is_many(inside):
         return None
+    writers = [layer for layer in layers if layer.kind != "Reformat" and any(t.name == value for t in layer.outputs)]
     names = {node.name for node in inside}
-    fullest = max(layers, key=lambda layer: len(names.intersection(layer.nodes)), default=None)
-    told = fullest is not None and 2 * len(names.intersection(fullest.nodes)) > len(names)
-    kind, layer = (fullest.kind, fullest.name) if fullest is not None and told else ("", "")
+    told = [layer for layer in layers if 2 * len(names.intersection(layer.nodes)) > len(names)] or writers
+    kind, layer = (told[0].kind, told[0].name) if told else ("", "")
     return Region(tuple(node.name for node in inside), kind, layer)
 
 
