@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
@@ -11,12 +12,13 @@ import numpy as np
 import onnx
 import torch
 
-from cp_debug.backends.arithmetic import ARITHMETICS, Arithmetic
+from cp_debug.backends.arithmetic import ARITHMETICS, Arithmetic, overrides_of
 from cp_debug.backends.base import Program, Session, Sink
 from cp_debug.backends.determinism import deterministic
 from cp_debug.backends.executor import Executor, unsupported
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import BackendUnavailable, InputError
+from cp_debug.graph.declared import narrow_values
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.random_inputs import check_inputs
 
@@ -37,6 +39,7 @@ class EmulatedBackend:
     ) -> None:
         self.spec = spec
         self.overrides = overrides
+        self.keep_fp32: frozenset[str] = frozenset()
         self.precision = spec.variant
         self.device = spec.device or "cpu"
         self.arithmetic = ARITHMETICS[spec.variant]
@@ -47,6 +50,17 @@ class EmulatedBackend:
             if index >= torch.cuda.device_count():
                 reason = f"torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
                 raise BackendUnavailable(str(spec), reason, nearest=f"{spec.name}@cpu")
+
+    def keeping(self, nodes: Collection[str]) -> EmulatedBackend:
+        """The same backend with these ONNX nodes in FP32. Raises InputError for ``emu-fp32`` and ``emu-int8``, where
+        that changes nothing."""
+        if self.precision in ("fp32", "int8"):
+            raise InputError(f"{self.spec}: no node can be kept in FP32; its nodes compute in it already")
+        other = copy.copy(self)
+        other.keep_fp32 = frozenset(nodes)
+        own = {node: name for node, name in self.overrides.items() if node not in self.keep_fp32}
+        other.overrides = own | dict.fromkeys(nodes, "fp32")
+        return other
 
     def open(self, program: Program) -> Session:
         """Make the program ready. Raises InputError when it holds operators that nothing here can execute, and for
@@ -65,7 +79,10 @@ class EmulatedBackend:
 
 
 class ExecutorSession:
-    """An ONNX graph that the executor runs in one arithmetic; every value is exposed. ``tf32``: CUDA's own, on."""
+    """An ONNX graph that the executor runs in one arithmetic; every value is exposed. ``tf32``: CUDA's own, on.
+
+    What the graph itself declares in FP16 or BF16 is computed so, but in FP64.
+    """
 
     def __init__(
         self,
@@ -79,8 +96,9 @@ class ExecutorSession:
         if unknown := unsupported(graph):
             names = ", ".join(sorted({n.op for n in unknown}))
             raise InputError(f"{graph.path}: no implementation of {names} (first used by node {unknown[0].name!r})")
+        declared = overrides_of(graph, narrow_values(graph), arithmetic)
         self._graph, self._tf32 = graph, tf32
-        self._executor = Executor(graph, arithmetic, device, overrides=overrides)
+        self._executor = Executor(graph, arithmetic, device, overrides={**declared, **overrides})
         self.exposed: Collection[str] = graph.tensors
         with deterministic(tf32=tf32) as settings:
             self.settings: dict[str, Any] = settings | arithmetic.settings

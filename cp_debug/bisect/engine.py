@@ -35,6 +35,7 @@ from cp_debug.programs.pipeline import (
     prepare,
     wants_int8,
 )
+from cp_debug.programs.precision import coarsest, oracle_for
 from cp_debug.programs.precision import coarser, oracle_for
 from cp_debug.bisect.regions.descent import BUILDS
 from cp_debug.bisect.regions.guilty import look_inside
@@ -44,9 +45,11 @@ from cp_debug.bisect.observe import Observation
 from cp_debug.serialize import json_safe
 from cp_debug.programs.scene import decode, keep_scene
 from cp_debug.bisect.shares import Propagation, set_shares
-from cp_debug.bisect.candidate_run import TestRun
+from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.errors import InputError
 from cp_debug.probes.capture import Capture, CaptureWriter, check_free
+from cp_debug.graph.declared import narrow_values
+from cp_debug.graph.graph import Graph
 from cp_debug.graph.graph import Graph
 from cp_debug.quantization.models import QuantizedComponent
 from cp_debug.quantization.open_quantized import calibration_samples
@@ -207,6 +210,17 @@ class Bisection:
         self, sample: Sample, scratch: Path, exported: Sequence[Program] | None
     ) -> tuple[list[Program], list[Program]]:
         """The reference's programs and those of the tests."""
+        options = self.options
+        programs, tests = self._exported(sample, scratch, exported)
+        if options.test_train_mode or options.test_out_of_place:
+            tests = [
+                changed_state(p, train=options.test_train_mode, out_of_place=options.test_out_of_place) for p in tests
+            ]
+        return programs, tests
+
+    def _exported(
+        self, sample: Sample, scratch: Path, exported: Sequence[Program] | None
+    ) -> tuple[list[Program], list[Program]]:
         options, folder = self.options, self.options.save or scratch
         folder.mkdir(parents=True, exist_ok=True)
         programs = list(exported or prepare(self.model, sample, folder, how=self._export, folded=options.folded))
@@ -220,11 +234,6 @@ class Bisection:
             folder = folder / "test"
             folder.mkdir(exist_ok=True)
             return programs, prepare(self.test_model, sample, folder, how=self._export, folded=options.folded)
-        if options.test_train_mode or options.test_out_of_place:
-            return programs, [
-                changed_state(p, train=options.test_train_mode, out_of_place=options.test_out_of_place)
-                for p in programs
-            ]
         return programs, programs
 
     def _for(self, backend: Backend, model: Model, programs: list[Program], scratch: Path) -> list[Program]:
@@ -261,22 +270,23 @@ class Bisection:
         programs: list[Program],
         layers: list[Layer],
         folder: Path,
-    ) -> TestRun:
+    ) -> CandidateRun:
         options = self.options
-        precision = coarser(self._reference.precision, backend.precision)
+        declared = {kind for p in (*programs, *tests) for kind in narrow_values(p.graph).values()}
+        precision = coarsest(self._reference.precision, backend.precision, *declared)
         rtol = precision.rtol if options.rtol is None else options.rtol
         unjudged = math.inf if both_int8(self._reference, backend) else precision.atol
         atol = unjudged if options.atol is None else options.atol
         oracle = (options.oracle or oracle_for(self._reference.precision, backend.precision)) if options.replay else None
         pipeline = stack.enter_context(Pipeline(self.test_model, tests, backend))
-        return TestRun(pipeline, reference, programs, layers, (rtol, atol), oracle, folder)
+        return CandidateRun(pipeline, reference, programs, layers, (rtol, atol), oracle, folder)
 
     def _sample(
         self,
         index: int,
         sample: Sample,
         reference: Pipeline,
-        runs: list[TestRun],
+        runs: list[CandidateRun],
         collected: list[Collected],
         scratch: Path,
     ) -> None:
@@ -328,7 +338,7 @@ class Bisection:
         component = next(c for c in self.model.components if c.name == key.component)
         return self.model.feed(component, sample, results)[key.value]
 
-    def _find_knobs(self, sample: Sample, runs: list[TestRun], collected: list[Collected]) -> None:
+    def _find_knobs(self, sample: Sample, runs: list[CandidateRun], collected: list[Collected]) -> None:
         from cp_debug.backends.ort_backend import OrtBackend
         from cp_debug.bisect.optimizer_blame import find_knobs
 
@@ -344,7 +354,7 @@ class Bisection:
         target = folder / str(pipeline.backend.spec)
         return CaptureWriter(target, header(pipeline, [sample]) if kept else {}, checksums=kept)
 
-    def _result(self, run: TestRun, found: Collected, layers: list[Layer]) -> TestResult:
+    def _result(self, run: CandidateRun, found: Collected, layers: list[Layer]) -> TestResult:
         rows = [found.rows[key] for key in sorted(found.rows, key=lambda k: found.rows[k].index)]
         by_key = {(row.component, row.onnx): row for row in rows}
         stages = [

@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from cp_debug.cli import tensorrt
+from cp_debug.cli.typed import refuse
 
 
-class Precision(str, Enum):
+class PrecisionPolicy(str, Enum):
     """What TensorRT may compute in."""
 
     auto = "auto"
@@ -27,7 +28,7 @@ def build(
     model: Annotated[str, typer.Argument(help="A model, or the configuration of `cpdebug deploy`.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the engines.")],
     precision: Annotated[
-        Precision | None, typer.Option(help="auto sets no flag: TensorRT then uses TF32.  [default: auto]")
+        PrecisionPolicy | None, typer.Option(help="auto sets no flag: TensorRT then uses TF32.  [default: auto]")
     ] = None,
     onnx_dir: Annotated[Path | None, typer.Option(help="Folder of `cpdebug export`; else made for this run.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Weights: .pt or .safetensors.")] = None,
@@ -65,6 +66,9 @@ def build(
         options: dict[str, Any] = {"on_event": on_step.on_event, "calibration_cache": calibration_cache}
         options |= {"profiles": profiles} if profiles else {}
         assert config.model is not None
+        ranges = ("calibration_cache", "trt_calibrator", "trt_calib_data")
+        why = f"{config.engine_backend} is built; expected --precision int8"
+        refuse(ranges, unless=config.engine_backend in tensorrt.CALIBRATED, why=why)
         options |= tensorrt.calibration_data(config.model, config.checkpoint, trt_calibrator, trt_calib_data, stack)
         deployment = Deployment(config, source, on_step, **options)
         backend = deployment.backend(config.engine_backend)  # before the export: it may be missing here

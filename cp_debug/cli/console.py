@@ -25,8 +25,23 @@ def _width(stream_is_tty: bool) -> int | None:
     return None if stream_is_tty or "COLUMNS" in os.environ else PIPE_WIDTH
 
 
-console = Console(width=_width(sys.stdout.isatty()))
-errors = Console(stderr=True, width=_width(sys.stderr.isatty()))
+NO_READER = 141
+"""Exit code where whoever reads the output has gone, as shells have it; the library's is 1, here a divergence."""
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        forget_output()
+        raise SystemExit(NO_READER)
+
+
+def forget_output() -> None:
+    """Let what is left to be flushed to stdout go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+console = _Console(width=_width(sys.stdout.isatty()))
+errors = _Console(stderr=True, width=_width(sys.stderr.isatty()))
 
 
 def command_line() -> str:

@@ -14,6 +14,9 @@ from onnx import external_data_helper, numpy_helper
 
 from cp_debug.errors import InputError
 
+_NAMELESS = {"", "?", "-1", "none", "null", "unk", "unknown", "dynamic", "any"}
+"""What stands in place of a name for a free axis; two such axes have nothing to do with each other."""
+
 
 @dataclass(frozen=True)
 class Node:
@@ -181,6 +184,7 @@ def _load(path: Path) -> onnx.ModelProto:
             raise InputError(f"{path}: its external data file {file.name} is missing (expected at {file})")
         if file.stat().st_size < size:
             raise InputError(f"{file}: {file.stat().st_size} bytes, but {path} reads {size}: it is cut short")
+    _free_negative_axes(model)
     _sort(model.graph)
     return model
 
@@ -252,8 +256,22 @@ def _value_info(value: onnx.ValueInfoProto) -> ValueInfo:
         return ValueInfo(value.name, None, None)
     shape = None
     if tensor.HasField("shape"):
-        shape = tuple(d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in tensor.shape.dim)
+        shape = tuple(d.dim_value if d.HasField("dim_value") else _symbol(d.dim_param) for d in tensor.shape.dim)
     return ValueInfo(value.name, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type), shape)
+
+
+def _symbol(name: str) -> str | None:
+    """The name of a free axis; None for what exporters write that have no name for it, or the same for all."""
+    return None if name.strip().lower() in _NAMELESS else name
+
+
+def _free_negative_axes(model: onnx.ModelProto) -> None:
+    """Make free what the file says has a negative size (Paddle2ONNX: −1), as ONNX Runtime takes it."""
+    graph = model.graph
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dimension in value.type.tensor_type.shape.dim if value.type.HasField("tensor_type") else ():
+            if dimension.HasField("dim_value") and dimension.dim_value < 0:
+                dimension.ClearField("dim_value")
 
 
 def _is_numeric(kind: onnx.TypeProto) -> bool:

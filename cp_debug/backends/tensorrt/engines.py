@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cp_debug.backends.tensorrt.client import BuildFailed, Client, ParseFailed
+from cp_debug.backends.tensorrt.client import BuildFailed, ParseFailed, RunnerClient
 from cp_debug.backends.tensorrt.config import BuildConfig
 from cp_debug.backends.tensorrt.inspector import (
     PRECISIONS,
@@ -41,10 +41,10 @@ class Engine:
 
 
 @dataclass(frozen=True)
-class Workshop:
+class EngineBuilder:
     """Builds engines of one graph: everything about it but shapes and probes."""
 
-    client: Client
+    client: RunnerClient
     config: BuildConfig
     variant: str
     graph: Graph
@@ -122,7 +122,7 @@ class EngineSet:
     ``probes``: see ``Options``.
     """
 
-    def __init__(self, workshop: Workshop, profiles: Mapping[str, Profile], name: str, probes: str) -> None:
+    def __init__(self, workshop: EngineBuilder, profiles: Mapping[str, Profile], name: str, probes: str) -> None:
         self._workshop, self._profiles, self._name = workshop, profiles, name
         (self.plain,) = workshop.build([(f"{name}.engine", {})], profiles)
         self.types = realised_precision(self.plain.layers)
@@ -195,13 +195,13 @@ class EngineSet:
             self.rebuilt, self.probed = self._workshop.build(requests, self._profiles)
         return self.rebuilt, self.probed
 
-    def variation(self, workshop: Workshop, file: str, marks: Collection[str], wide: Collection[str]) -> Engine:
-        """An engine of the same shapes by another workshop, showing ``marks``; those of ``wide`` in FP32."""
-        low = _LOW.get(workshop.variant, "") if workshop.config.regime == "weak" else ""
+    def variation(self, builder: EngineBuilder, file: str, marks: Collection[str], wide: Collection[str]) -> Engine:
+        """An engine of the same shapes by another builder, showing ``marks``; those of ``wide`` in FP32."""
+        low = _LOW.get(builder.variant, "") if builder.config.regime == "weak" else ""
         known = self._boundaries()
         tensors = {name: known.get(name) or {"dtype": "" if name in wide else low, "format": ""} for name in marks}
         probes = {"method": "outputs", "tensors": tensors} if tensors else {}
-        (engine,) = workshop.build([(file, probes)], self._profiles)
+        (engine,) = builder.build([(file, probes)], self._profiles)
         return engine
 
     def _probed_request(self) -> tuple[str, dict[str, Any]]:

@@ -14,11 +14,11 @@ import numpy as np
 
 from cp_debug.backends.base import Program, Sink
 from cp_debug.backends.tensorrt.calibration import Ranges, calibration, ranges_of, read_cache
-from cp_debug.backends.tensorrt.client import Client
+from cp_debug.backends.tensorrt.client import RunnerClient
 from cp_debug.backends.tensorrt.config import decide
-from cp_debug.backends.tensorrt.engines import Engine, EngineSet, Profile, Workshop
+from cp_debug.backends.tensorrt.engines import Engine, EngineBuilder, EngineSet, Profile
 from cp_debug.backends.tensorrt.inspector import EngineLayer
-from cp_debug.backends.tensorrt.options import Options
+from cp_debug.backends.tensorrt.options import TensorRTOptions
 from cp_debug.backends.tensorrt.probe_bisection import Expected, search
 from cp_debug.errors import InputError
 from cp_debug.graph.casts import cast_surgery
@@ -70,7 +70,9 @@ class EngineSession:
     and how far building again does. With ``bisect`` probes there is an engine for each value shown.
     """
 
-    def __init__(self, client: Client, program: Program, variant: str, version: str, options: Options) -> None:
+    def __init__(
+        self, client: RunnerClient, program: Program, variant: str, version: str, options: TensorRTOptions
+    ) -> None:
         self._client, self._own, self._options = client, program.graph, options
         self._component = program.name
         self._quantized = program.plain is not None or program.graph.precision == "int8"
@@ -89,7 +91,7 @@ class EngineSession:
             self.close()
             raise
 
-    def _open(self, variant: str, version: str, keep_fp32: Collection[str], file: str = "typed.onnx") -> Workshop:
+    def _open(self, variant: str, version: str, keep_fp32: Collection[str], file: str = "typed.onnx") -> EngineBuilder:
         """``file``: where the graph goes when its types must be written into it."""
         own, options, folder = self._own, self._options, Path(self._folder.name)
         if variant == "int8" and self._quantized and own.precision != "int8":
@@ -117,7 +119,7 @@ class EngineSession:
             "timing_cache": str(options.timing_cache or _timing_cache(version)),
             "calibration": calibrated,
         }
-        return Workshop(self._client, config, variant, graph, tuple(data_values(own)), folder, step)
+        return EngineBuilder(self._client, config, variant, graph, tuple(data_values(own)), folder, step)
 
     @property
     def plain(self) -> Engine:

@@ -198,7 +198,7 @@ class _Search:
         """Whether the best hypothesis reproduces the region's error; its nodes are the suspects then, and what keeping
         them in FP32 does is tried."""
         best = self.found.reproduced
-        if best is None or best.name == self._segment.lab.claim.name:
+        if best is None or best.name == self._segment.context.claim.name:
             return False
         self._suspect(best.nodes)
         if self._lower and not self._verify(best.nodes):
@@ -280,7 +280,7 @@ class _Search:
         guilty = []
         for value in [o for node in segment.nodes for o in node.outputs if o in values]:
             try:
-                part = Segment.of(segment.lab, value, values.keys(), values.__getitem__)
+                part = Segment.of(segment.context, value, values.keys(), values.__getitem__)
             except InputError:
                 continue
             inside = [n for n in part.nodes if n.name in suspects]

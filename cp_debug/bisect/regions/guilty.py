@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from cp_debug.bisect.candidate_run import TestRun, loader
+from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.causes.finding import UNKNOWN, Finding
 from cp_debug.bisect.causes.findings import Explainer
 from cp_debug.bisect.regions.descent import Descent, descend
@@ -55,7 +55,7 @@ def _unexplained(finding: Finding) -> bool:
     return finding.cause == UNKNOWN or bool(finding.evidence.get("magnitude_only"))
 
 
-def _can_build(run: TestRun, component: str) -> bool:
+def _can_build(run: CandidateRun, component: str) -> bool:
     """Whether the backend builds engines of the very graph that is judged."""
     graph = run.programs[component].graph
     same = any(p.graph is graph for p in run.pipeline.programs if p.name == component)

@@ -74,7 +74,7 @@ Proposed = tuple[str, str, Sequence[Node], Callable[[], Tensor]]
 
 
 def _hypotheses(segment: Segment) -> Iterator[Proposed]:
-    nodes, claim = segment.nodes, ARITHMETICS.get(segment.lab.claim.name, FP16)
+    nodes, claim = segment.nodes, ARITHMETICS.get(segment.context.claim.name, FP16)
     seen = survey(segment)
     yield claim.name, f"{claim.name.upper()} as declared, every result rounded", nodes, lambda: segment.claimed
     yield from crossed(segment, seen, claim)
@@ -84,7 +84,7 @@ def _hypotheses(segment: Segment) -> Iterator[Proposed]:
         if node.op in HEAVY or node.op in MOVING:
             continue
         for source in node.inputs:
-            if not segment.lab.constants.holds(source):
+            if not segment.context.constants.holds(source):
                 yield "left-out", f"{node.op} is left out", [node], partial(_left_out, segment, node, source)
                 break
 
@@ -133,7 +133,7 @@ def survey(segment: Segment) -> dict[str, Seen]:
         if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
             found[name] = Seen(tuple(value.shape), float(value.abs().max()))
 
-    segment.lab.oracle.run_nodes(segment.nodes, segment.given, [segment.target], keep)
+    segment.context.oracle.run_nodes(segment.nodes, segment.given, [segment.target], keep)
     return found
 
 
@@ -211,7 +211,7 @@ def _constants(segment: Segment) -> list[Node]:
 
 def walk(segment: Segment, deviations: Mapping[str, Deviation], arithmetic: Arithmetic = FP16) -> Tensor:
     """The segment's target in FP16, with the nodes of some operators computed another way."""
-    executor: Executor = segment.lab.executor(arithmetic)
+    executor: Executor = segment.context.executor(arithmetic)
     values: dict[str, Any] = dict(segment.given)
     later = {name for node in segment.nodes for name in node.inputs} | {segment.target}
     pending: list[Node] = []
