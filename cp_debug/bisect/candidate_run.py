@@ -20,8 +20,9 @@ from cp_debug.programs.precision import PRECISIONS, Precision, coarsest
 from cp_debug.bisect.quantized_segment import Quantized, QuantizerGrid
 from cp_debug.bisect.regions.region import Region, region_of
 from cp_debug.bisect.replay import Load, Replay, Replayer
-from cp_debug.bisect.result import LayerRow
 from cp_debug.bisect.observe import Observation
+from cp_debug.bisect.result import OK, LayerRow
+from cp_debug.bisect.sides import judged, trace_shapes, without_emulation
 from cp_debug.bisect.verdict import judge
 from cp_debug.graph.declared import narrow_values
 from cp_debug.probes.capture import Capture, CaptureWriter
@@ -217,6 +218,11 @@ class CandidateRun:
             replay, floor = replays.get(key), floors.get(key, 0.0)
             claim = PRECISIONS[(replay and replay.precision) or self.precision.name]
             judgement = judge(stats[key], replay, claim, *self.tolerance, floor)
+            judgement = without_emulation(judgement, replay)
+            if layer.kind != "data":
+                judgement = judged(judgement, replay)
+                if judgement.verdict == OK:
+                    continue
             region = self._region(key, replay)
             if region is not None:
                 taken = any(row.name == region.label for row in rows.values())
@@ -231,6 +237,7 @@ class CandidateRun:
                 sample=sample,
                 tactic=tactics.get(key, ""),
             )
+        trace_shapes(self.programs, rows)
         return rows
 
 

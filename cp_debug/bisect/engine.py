@@ -22,7 +22,7 @@ from cp_debug.bisect.causes.findings import Explainer
 from cp_debug.bisect.worst_samples import Collected, observation_notes
 from cp_debug.quantization.quantized_programs import DEFAULT_CALIBRATION, Calibration, already_quantized, load_quantized, quantize_programs, with_modules_beside
 from cp_debug.bisect.int8_notes import both_int8, int8_notes
-from cp_debug.programs.layers import Layer, layers_of, stage_ends
+from cp_debug.programs.layers import Layer, all_layers, stage_ends
 from cp_debug.bisect.observe import observe
 from cp_debug.programs.pipeline import (
     Key,
@@ -40,7 +40,8 @@ from cp_debug.programs.precision import coarser, oracle_for
 from cp_debug.bisect.regions.descent import BUILDS
 from cp_debug.bisect.regions.guilty import look_inside
 from cp_debug.bisect.replay import Replay
-from cp_debug.bisect.result import BisectResult, StageRow, TestResult
+from cp_debug.bisect.remainder import remainder
+from cp_debug.bisect.result import GUILTY, BisectResult, StageRow, TestResult
 from cp_debug.bisect.observe import Observation
 from cp_debug.serialize import json_safe
 from cp_debug.programs.scene import decode, keep_scene
@@ -128,6 +129,8 @@ class Bisection:
         self._on_step = on_step
         self._done, self._steps = 0, 0
         self._steady: Observation | None = None
+        self._unfold = False
+        """Whether side values that a backend folded away are computed: test and reference are different graphs."""
         self._reference_floors: dict[Key, float] = {}
         self._quantized: dict[int, list[Program]] = {}
         """By identity of the list that was quantised."""
@@ -180,11 +183,12 @@ class Bisection:
             first = next(iter(samples))
             self._step("exporting and aligning")
             programs, tests = self._programs(first, Path(scratch), exported)
-            layers = layers_of(programs)
+            layers = all_layers(programs)
             ours = self._for(self._reference, self.model, programs, Path(scratch))
             theirs = [self._for(backend, self.test_model, tests, Path(scratch)) for backend in self._tests]
             self._step("opening the backends")
-            reference = stack.enter_context(Pipeline(self.model, ours, self._reference))
+            self._unfold = any(t.graph is not p.graph for t, p in zip(tests, programs, strict=True))
+            reference = stack.enter_context(Pipeline(self.model, ours, self._reference, unfold=self._unfold))
             runs = [
                 self._test_run(stack, backend, own, reference, programs, layers, options.save or Path(scratch))
                 for backend, own in zip(self._tests, theirs, strict=True)
@@ -278,7 +282,7 @@ class Bisection:
         unjudged = math.inf if both_int8(self._reference, backend) else precision.atol
         atol = unjudged if options.atol is None else options.atol
         oracle = (options.oracle or oracle_for(self._reference.precision, backend.precision)) if options.replay else None
-        pipeline = stack.enter_context(Pipeline(self.test_model, tests, backend))
+        pipeline = stack.enter_context(Pipeline(self.test_model, tests, backend, unfold=self._unfold))
         return CandidateRun(pipeline, reference, programs, layers, (rtol, atol), oracle, folder)
 
     def _sample(
@@ -321,10 +325,15 @@ class Bisection:
             rows = run.rows(stats, replays, floors, index)
             set_shares(run, rows, sample, captured, test)
             found.detect(decoded[str(reference.backend.spec)], decoded[str(run.pipeline.backend.spec)])
+            if run.oracle is not None and found.is_worst(rows):
+                unexplained = not any(row.verdict == GUILTY for row in rows.values())
+                differs = unexplained and not all(row.within for row in rows.values())
+                found.remainder = remainder(run, sample, results, given, replays) if differs else None
             if run.oracle is not None and self.options.explain and found.is_worst(rows):
                 feed = partial(self._exact_input, sample, results)
                 effects = Effects(self.model, sample, Propagation(run, sample, captured, test), given)
                 explainer = Explainer(run, self._reference.precision, captured, test, feed, effects)
+                explainer.adds_up = found.remainder is None or found.remainder.adds_up
                 found.findings = explainer.findings(rows, seen)
                 found.findings = look_inside(explainer, rows, found.findings, self.options.max_builds, self._tell)
             found.add(rows)
@@ -370,8 +379,8 @@ class Bisection:
             rows=rows,
             stages=stages,
             outputs=outputs,
-            compared=len(rows),
-            total=len(layers),
+            compared=sum(row.kind == "data" for row in rows),
+            total=sum(layer.kind == "data" for layer in layers),
             rtol=rtol,
             atol=atol,
             oracle=run.oracle,
@@ -384,6 +393,7 @@ class Bisection:
             ],
             programs={name: self._saved_name(graph) for name, graph in run.graphs.items()},
             knobs=found.knobs,
+            remainder=found.remainder,
             findings=found.findings,
             detections=found.detections,
         )

@@ -94,6 +94,10 @@ class Replay:
     precision: str | None = None
     """What the test claims to be here, where that is known: its backend's precision, or a coarser one that its program
     declares for these nodes."""
+    instead: str = ""
+    """Of whole numbers that are not what the inputs make, nor what emulation makes of them: both, in words."""
+    not_emulated: tuple[str, ...] = ()
+    """Nodes of the segment that have no kernel in the claimed arithmetic: ``expected`` says nothing of them."""
     skipped: str | None = None
 
 
@@ -204,6 +208,8 @@ class Replayer:
                 declared = quantized.declared(target, self.known, given)
                 _hold_against_scales(replay, captured[target], exact[target], expected.results[target], declared)
             replay.nodes, replay.precision = tuple(n.name for n in nodes), own.name
+            replay.not_emulated = self._not_emulated(nodes)
+            replay.instead = _instead(captured[target], exact[target], expected.results[target])
             replay.oracle_error = self._oracle_roundoff * math.sqrt(max(self._reduction(n) for n in nodes))
             replay.range_loss = max(
                 self._storage_loss(exact[target], own.name),
@@ -222,6 +228,10 @@ class Replayer:
             results[target] = replay
             self._trimmer.freed(exact[target].nbytes)
         return results
+
+    def _not_emulated(self, nodes: list[Node]) -> tuple[str, ...]:
+        emulator = self._emulators[1]
+        return tuple(n.name for n in nodes if not emulator.emulates(n))
 
     def _exact(self, nodes: list[Node]) -> bool:
         """Whether the emulation of the claim computes ``nodes`` just as the oracle does, by the same code."""
@@ -341,6 +351,18 @@ def _as_tensor(value: Any) -> Tensor:
     array = np.asarray(value)
     wide = array.dtype.kind == "u" and array.dtype.itemsize < 8
     return torch.from_numpy(array.astype(np.int64 if wide else np.float64))
+
+
+def _instead(captured: AnyTensor, exact: Tensor, expected: AnyTensor) -> str:
+    """What whole numbers were computed where the inputs make others; empty where they agree with oracle or emulation."""
+    if exact.is_floating_point() or tuple(captured.shape) != tuple(exact.shape):
+        return ""
+    ours, right, emulated = (FP64.hold(t, "cpu") for t in (captured, exact, expected))
+    if torch.equal(ours, right) or (tuple(emulated.shape) == tuple(ours.shape) and torch.equal(ours, emulated)):
+        return ""
+    if right.numel() <= 16:
+        return f"gives {ours.tolist()} where its inputs make {right.tolist()}"
+    return f"{int((ours != right).sum())} of {right.numel()} whole numbers are not what its inputs make"
 
 
 def _hold_against_scales(

@@ -10,6 +10,7 @@ from cp_debug.backends.base import RunRecord
 from cp_debug.bisect.observe import Observation
 from cp_debug.bisect.regions.region import Region
 from cp_debug.bisect.replay import Replay
+from cp_debug.bisect.replay import EXCESS, Replay
 from cp_debug.display import notebook, terminal
 from cp_debug.probes.statistics import TensorStats
 from cp_debug.serialize import json_safe
@@ -56,6 +57,9 @@ class LayerRow:
     """Name of the kernel that wrote the value, where the backend tells."""
     region: Region | None = None
     """What the row stands for where that is more than a layer; then ``name`` is its label."""
+    kind: str = "data"
+    """``data``; or, of a side value, ``constant`` or ``shape``: see ``Layer``. Side values have a row where they
+    differ."""
 
     @property
     def severity(self) -> tuple[float, ...]:
@@ -74,6 +78,7 @@ class LayerRow:
             "name": self.name,
             "onnx": self.onnx,
             "op": self.op,
+            "kind": self.kind,
             **{k: v for k, v in stats.items() if k != "channel_max"},
             **json_safe(
                 {
@@ -94,6 +99,7 @@ class LayerRow:
                 }
             ),
             "nodes": list(replay.nodes),
+            "not_emulated": list(replay.not_emulated),
             "skipped": replay.skipped,
             "tactic": self.tactic,
             "region": self.region.to_dict() if self.region else None,
@@ -117,6 +123,31 @@ class StageRow:
         row = self.layer.to_dict()
         keys = ("component", "onnx", "shape", "max_abs", "mean_abs", "rel_l2", "cosine", "verdict")
         return {"stage": self.name, "layer": row["name"], **{k: row[k] for k in keys}}
+
+
+@dataclass
+class Remainder:
+    """Why outputs differ that no layer is guilty of. Relative L2 of the worst final output."""
+
+    divergence: float
+    rounding: float | None = None
+    """What the emulated precision makes of the same inputs; None where it is the test, or cannot be emulated."""
+    not_replayed: dict[str, str] = field(default_factory=dict)
+    """Node → why it was not replayed, or why nobody knows what it may introduce."""
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether every node was replayed, and rounding alone makes about as much."""
+        return not self.not_replayed and (self.rounding is None or self.divergence <= EXCESS * self.rounding)
+
+    def __str__(self) -> str:
+        if self.not_replayed:
+            names = ", ".join([*self.not_replayed][:3])
+            more = f" and {len(self.not_replayed) - 3} more" if len(self.not_replayed) > 3 else ""
+            return f"not replayed or not emulated, so not explained: {names}{more}"
+        if self.adds_up:
+            return "the rounding adds up"
+        return f"but rounding alone makes {self.rounding:.2g} of it: the rest is not explained"
 
 
 @dataclass
@@ -146,6 +177,8 @@ class TestResult:
     """What became of the detections, over all samples; None where the model has none."""
     knobs: Knobs | None = None
     """What ONNX Runtime's optimiser is responsible for, where it was asked."""
+    remainder: Remainder | None = None
+    """Of a run with replay in which no layer is guilty and outputs differ: whether rounding adds up to it."""
 
     @property
     def guilty(self) -> list[LayerRow]:
@@ -198,6 +231,9 @@ class TestResult:
             "findings": json_safe([finding.to_dict() for finding in self.findings]),
             "detections": json_safe(asdict(self.detections)) if self.detections else None,
             "knobs": json_safe(self.knobs.to_dict()) if self.knobs else None,
+            "remainder": json_safe(asdict(self.remainder) | {"adds_up": self.remainder.adds_up})
+            if self.remainder
+            else None,
         }
 
 

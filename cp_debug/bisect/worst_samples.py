@@ -9,7 +9,7 @@ from typing import Any
 from cp_debug.bisect.causes.finding import Finding
 from cp_debug.bisect.optimizer_blame import Knobs
 from cp_debug.programs.pipeline import Key
-from cp_debug.bisect.result import LayerRow
+from cp_debug.bisect.result import LayerRow, Remainder
 from cp_debug.bisect.observe import Observation
 from cp_debug.detection.detection_change import DetectionChange, compare_detections
 
@@ -23,6 +23,8 @@ class Collected:
         self.knobs: Knobs | None = None
         self.findings: list[Finding] = []
         self.detections: DetectionChange | None = None
+        self.remainder: Remainder | None = None
+        """Of the worst sample, where no layer is guilty of its divergence."""
 
     def is_worst(self, rows: Mapping[Key, LayerRow]) -> bool:
         """Whether no sample before has a row that is as severe as the worst of these."""
@@ -51,6 +53,9 @@ class Collected:
         notes = observation_notes(spec, self.observation)
         rows = self.rows.values()
         skipped = Counter(row.replay.skipped for row in rows if row.replay and row.replay.skipped)
+        if unknown := [row.name for row in rows if row.replay and row.replay.not_emulated]:
+            what = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+            notes.append(f"{len(unknown)} layer(s) not emulated, so nobody knows what they may introduce: {what}")
         notes.extend(f"{count} layer(s) not replayed: {reason}" for reason, count in skipped.items())
         return notes
 

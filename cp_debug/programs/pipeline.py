@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from cp_debug.backends.base import Backend, Program, RunRecord, Session, Tensor
+from cp_debug.backends.base import Backend, Program, RunRecord, Session, Sink, Tensor
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.arrays import as_numpy, as_torch
@@ -24,6 +24,7 @@ from cp_debug.probes.outputs import flatten_outputs
 from cp_debug.programs.align import Alignment, align
 from cp_debug.programs.batchnorm_folding import fuse_model_bn
 from cp_debug.programs.export import export
+from cp_debug.programs.folded import Folded
 from cp_debug.programs.layers import layers_of
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
 from cp_debug.serialize import json_safe
@@ -188,11 +189,16 @@ def value_map(reference: Program, test: Program) -> dict[str, str]:
 
 
 class Pipeline:
-    """One backend with a session for each component. Use as a context manager."""
+    """One backend with a session for each component. Use as a context manager.
 
-    def __init__(self, model: Model, programs: Sequence[Program], backend: Backend) -> None:
+    ``unfold``: a run with a sink also gives the side values that the backend folded away, computed from the programs.
+    """
+
+    def __init__(self, model: Model, programs: Sequence[Program], backend: Backend, *, unfold: bool = False) -> None:
         self.model, self.programs, self.backend = model, programs, backend
         self.sessions: dict[str, Session] = {}
+        self._deployed: dict[str, Session] = {}
+        self._unfold = unfold
         self._stack = ExitStack()
         self._realised = False
 
@@ -219,19 +225,34 @@ class Pipeline:
         results: dict[str, Arrays] = {}
         programs = {program.name: program for program in self.programs}
         for component in self.model.components:
-            inputs = as_declared(programs[component.name].graph, self.model.feed(component, sample, results))
-            forward = None
-            if sink is not None:
-                for name, array in inputs.items():
-                    sink(Key(component.name, name), array)
-                forward = _under(component.name, sink)
-            plain = programs[component.name].plain
-            shown = plain.producer.keys() if plain else None
-            results[component.name] = self.sessions[component.name].run(inputs, forward, shown)
+            program, session = programs[component.name], self.sessions[component.name]
+            inputs = as_declared(program.graph, self.model.feed(component, sample, results))
+            shown = program.plain.producer.keys() if program.plain else None
+            if sink is None:
+                results[component.name] = self._untouched(program).run(inputs, None, shown)
+                continue
+            forward = _under(component.name, sink)
+            folded = Folded(program.plain or program.graph, session.exposed) if self._unfold else None
+            see = forward if folded is None else _seen_by(folded, forward)
+            for name, array in inputs.items():
+                see(name, array)
+            results[component.name] = session.run(inputs, see, shown)
+            for name, value in folded.values() if folded is not None else ():
+                forward(name, value)
         if not self._realised:
             check_realised(self.backend, [session.settings for session in self.sessions.values()])
             self._realised = True
         return results
+
+    def _untouched(self, program: Program) -> Session:
+        """The session that runs a program as it is deployed."""
+        if program.deployed is None:
+            return self.sessions[program.name]
+        if program.name not in self._deployed:
+            session = self.backend.open(replace(program, graph=program.deployed, deployed=None))
+            self._deployed[program.name] = session
+            self._stack.callback(session.close)
+        return self._deployed[program.name]
 
     def record(self) -> RunRecord:
         """Spec, versions, device and settings as read back."""
@@ -327,5 +348,13 @@ def header(pipeline: Pipeline, samples: Sequence[Sample]) -> dict[str, Any]:
     }
 
 
-def _under(component: str, sink: Callable[[Key, Tensor], None]) -> Callable[[str, Tensor], None]:
+def _seen_by(folded: Folded, forward: Sink) -> Sink:
+    def see(name: str, tensor: Tensor) -> None:
+        folded.see(name, tensor)
+        forward(name, tensor)
+
+    return see
+
+
+def _under(component: str, sink: Callable[[Key, Tensor], None]) -> Sink:
     return lambda name, tensor: sink(Key(component, name), tensor)

@@ -45,7 +45,8 @@ def render_github(saved: SavedResult) -> str:
 
 
 def _annotation(test: TestResult, model: str) -> str:
-    level = "notice" if test.agrees else "error" if test.guilty or not test.oracle else "warning"
+    rounding = test.oracle and not test.guilty and (test.remainder is None or test.remainder.adds_up)
+    level = "notice" if test.agrees else "warning" if rounding else "error"
     title = _escape(f"cpdebug: {model} on {test.backend.spec}").replace(":", "%3A").replace(",", "%2C")
     return f"::{level} title={title}::{_escape(verdict_line(test).plain)}\n"
 

@@ -17,7 +17,7 @@ from cp_debug.bisect.causes.finding import Effect, Element, Finding, Where
 from cp_debug.bisect.observe import Observation
 from cp_debug.bisect.regions.region import Region
 from cp_debug.bisect.replay import Replay
-from cp_debug.bisect.result import SCHEMA, BisectResult, LayerRow, StageRow, TestResult
+from cp_debug.bisect.result import SCHEMA, BisectResult, LayerRow, Remainder, StageRow, TestResult
 from cp_debug.detection.detection_change import DetectionChange
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
@@ -203,8 +203,20 @@ def _test(fields: Fields, record: RunRecord, programs: dict[str, str]) -> TestRe
         observation=_observation(fields),
         notes=fields.get("notes", list, []),
         programs=fields.get("test_programs", dict, programs),
+        remainder=_remainder(fields),
         findings=[_finding(finding) for finding in fields.objects("findings", [])],
         detections=_detections(fields),
+    )
+
+
+def _remainder(fields: Fields) -> Remainder | None:
+    if fields.value.get("remainder") is None:
+        return None
+    found = fields.object("remainder")
+    return Remainder(
+        divergence=found.number("divergence"),
+        rounding=found.optional("rounding"),
+        not_replayed=found.get("not_replayed", dict, {}),
     )
 
 
@@ -287,6 +299,7 @@ def _row(fields: Fields) -> LayerRow:
         step=fields.optional("step"),
         oracle_error=fields.number("oracle_error", 0.0),
         new_nonfinite=fields.get("born_nonfinite", int, 0),
+        not_emulated=tuple(fields.get("not_emulated", list, [])),
         skipped=fields.get("skipped", (str, type(None)), None),
     )
     return LayerRow(
@@ -306,4 +319,5 @@ def _row(fields: Fields) -> LayerRow:
         sample=fields.get("sample", int, 0),
         tactic=fields.get("tactic", str, ""),
         region=_region(fields),
+        kind=fields.get("kind", str, "data"),
     )

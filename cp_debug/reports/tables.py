@@ -42,6 +42,7 @@ SETTINGS = {
     "values_rounded_by": "values",
     "operands_rounded_by": "operands",
     "accumulation": "accumulation",
+    "not_emulated": "not emulated",
 }
 """Settings that the table shows, and what it calls them; the JSON has all."""
 AROUND = 5
@@ -135,7 +136,14 @@ def layer_table(test: TestResult, *, show_all: bool = False) -> Table:
 
 
 def verdict_line(test: TestResult) -> Text:
-    """One line: who is guilty, by how much, what of the final divergence that explains."""
+    """One line: who is guilty, by how much, what of the final divergence that explains; what was not emulated."""
+    text = _verdict_line(test)
+    if left_out := test.backend.settings.get("not_emulated"):
+        text.append(f"; not emulated, but computed in FP32 and rounded once: {_setting(left_out)}", "yellow")
+    return text
+
+
+def _verdict_line(test: TestResult) -> Text:
     first, worst = test.first_divergent, max(test.outputs, key=lambda row: row.stats.rel_l2, default=None)
     end = f"; final outputs differ by {number(worst.stats.rel_l2)} (rel. L2, {worst.name})" if worst else ""
     spec, tolerance = test.backend.spec, f"rtol {test.rtol:g}, atol {test.atol:g}"
@@ -156,7 +164,8 @@ def verdict_line(test: TestResult) -> Text:
             (f"✗ {spec}: first divergent layer: {first.name}", style), f" ({first.op}), {tolerance}{end}"
         )
         if test.oracle:
-            text.append("; no layer introduces more than its precision explains: the rounding adds up")
+            says = f": {test.remainder}" if test.remainder else ""
+            text.append(f"; no layer introduces more than its precision explains{says}")
         return text
     return Text.assemble((f"✓ {spec}: agrees", "bold green"), f" within {tolerance}{end}")
 
@@ -228,6 +237,8 @@ def _samples(samples: Sequence[str]) -> str:
 
 
 def _setting(value: Any) -> str:
+    if isinstance(value, dict):  # node → operator
+        return ", ".join(sorted(set(value.values())))
     return ("off", "on")[value] if isinstance(value, bool) else str(value)
 
 

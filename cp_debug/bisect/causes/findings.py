@@ -52,6 +52,8 @@ class Explainer:
     exact_input: Callable[[Key], Tensor]
     """What glue should have made for an input of a component."""
     effects: Effects
+    adds_up: bool = True
+    """Whether rounding may be named as the cause where no layer is guilty: see ``Remainder``."""
     _contexts: dict[tuple[str, str, str], SegmentContext] = field(default_factory=dict)
 
     def findings(self, rows: Mapping[Key, LayerRow], seen: Observation | None) -> list[Finding]:
@@ -78,7 +80,7 @@ class Explainer:
         findings += [*unsteady, *self._program(seen)]
         if not all(row.within for row in rows.values()):
             findings += self._costliest(rows)
-            findings += self._declared(rows) if not findings else ()
+            findings += self._declared(rows) if self.adds_up and not findings else ()
         return sorted(findings, key=lambda f: -(abs(f.effect.share) if f.effect.share is not None else 0.0))
 
     def segment(self, key: Key, row: LayerRow) -> Segment:
