@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from cp_debug.backends.base import Program
-from cp_debug.programs.pipeline import Key
 from cp_debug.bisect.result import GUILTY, INHERITED, LayerRow
 from cp_debug.errors import InputError
-from cp_debug.probes.capture import Capture
 from cp_debug.graph.flatten import Branch, Decision
 from cp_debug.graph.graph import Graph
+from cp_debug.probes.capture import Capture
+from cp_debug.programs.pipeline import Key
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def judge_ways(ways: list[OtherWay], programs: Mapping[str, Program], rows: dict
     """Give the results of such control flow their verdict: guilty, where nothing that it decides by is."""
     for way in ways:
         above = _above(programs[way.component].graph, way.branch.decided_by)
-        accused = any(rows[k].verdict == GUILTY for k in map(lambda v: Key(way.component, v), above) if k in rows)
+        accused = any(rows[k].verdict == GUILTY for k in (Key(way.component, v) for v in above) if k in rows)
         for name in way.branch.outputs:
             if (row := rows.get(Key(way.component, name))) is not None:
                 row.verdict, row.why = INHERITED if accused else GUILTY, str(way)
