@@ -10,21 +10,12 @@ import torch
 
 from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.base import Program, Tensor
-from cp_debug.backends.capabilities import calibrates_itself, kernels_of, ranges_of_session
+from cp_debug.backends.capabilities import BuildsVariations, calibrates_itself, kernels_of, ranges_of_session
 from cp_debug.backends.emulated import EmulatedBackend
 from cp_debug.backends.tensorrt.calibration import Ranges
-<<<<<<< HEAD
-from cp_debug.quantization.quantized_programs import with_ranges
-from cp_debug.programs.layers import Layer, layer_name
-from cp_debug.bisect.observe import observe
-from cp_debug.programs.pipeline import Key, Pipeline, value_map, wants_int8
-from cp_debug.programs.precision import PRECISIONS, Precision, coarsest
-from cp_debug.bisect.quantized_segment import Quantized, QuantizerGrid
-from cp_debug.bisect.regions.region import Region, region_of
-=======
 from cp_debug.bisect.observe import Observation, observe
 from cp_debug.bisect.quantized_segment import Quantized, QuantizerGrid
->>>>>>> main
+from cp_debug.bisect.regions.region import Region, region_of
 from cp_debug.bisect.replay import Load, Replay, Replayer
 from cp_debug.bisect.result import OK, LayerRow
 from cp_debug.bisect.sides import judged, trace_shapes, without_emulation
@@ -183,10 +174,10 @@ class CandidateRun:
 
     def _region(self, key: Key, replay: Replay | None) -> Region | None:
         """What a value stands for on an engine, where that is too much for one name."""
-        layers = getattr(self.pipeline.sessions[key.component], "layers", None)
-        if layers is None or replay is None:
+        session = self.pipeline.sessions[key.component]
+        if replay is None or not isinstance(session, BuildsVariations):
             return None
-        return region_of(replay.nodes, key.value, self.programs[key.component].graph, layers)
+        return region_of(replay.nodes, key.value, self.programs[key.component].graph, session.layers)
 
     @property
     def implicit(self) -> bool:
@@ -218,13 +209,8 @@ class CandidateRun:
         sample: int,
     ) -> dict[Key, LayerRow]:
         """The judged layers, in execution order."""
-<<<<<<< HEAD
         rows: dict[Key, LayerRow] = {}
-        told = {name: getattr(session, "tactics", {}) for name, session in self.pipeline.sessions.items()}
-=======
-        rows = {}
         told = {name: kernels_of(session) for name, session in self.pipeline.sessions.items()}
->>>>>>> main
         tactics = {self.name(Key(n, value)): tactic for n, own in told.items() for value, tactic in own.items()}
         for key, layer in self.layers.items():
             if key not in stats:

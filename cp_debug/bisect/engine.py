@@ -22,6 +22,8 @@ from cp_debug.bisect.causes.effects import Effects
 from cp_debug.bisect.causes.findings import Explainer
 from cp_debug.bisect.int8_notes import both_int8, int8_notes
 from cp_debug.bisect.observe import Observation, observe
+from cp_debug.bisect.regions.descent import BUILDS
+from cp_debug.bisect.regions.guilty import look_inside
 from cp_debug.bisect.remainder import remainder
 from cp_debug.bisect.replay import Replay
 from cp_debug.bisect.result import GUILTY, BisectResult, StageRow, TestResult
@@ -46,17 +48,6 @@ from cp_debug.programs.pipeline import (
     wants_int8,
 )
 from cp_debug.programs.precision import coarsest, oracle_for
-<<<<<<< HEAD
-from cp_debug.programs.precision import coarser, oracle_for
-from cp_debug.bisect.regions.descent import BUILDS
-from cp_debug.bisect.regions.guilty import look_inside
-from cp_debug.bisect.replay import Replay
-from cp_debug.bisect.remainder import remainder
-from cp_debug.bisect.result import GUILTY, BisectResult, StageRow, TestResult
-from cp_debug.bisect.observe import Observation
-from cp_debug.serialize import json_safe
-=======
->>>>>>> main
 from cp_debug.programs.scene import decode, keep_scene
 from cp_debug.quantization.models import QuantizedComponent
 from cp_debug.quantization.open_quantized import calibration_samples

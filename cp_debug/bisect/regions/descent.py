@@ -1,10 +1,10 @@
 """Descend into a guilty region: a few more engines, each chosen by what is known, until a node or an operator is named.
 
-First hypotheses are emulated, which costs no engine. Where none gives the region's result, values inside are shown. Where
-the error stays, each stretch between two of them is judged by itself, and the first one at fault is looked at next, with
-the same hypotheses. Where showing values mends it, the fault needs the fusion: then operators, or nodes with one role, are
-kept in FP32 by halves, and what must stay is found without looking inside. What is named at the end is kept in FP32 by
-itself; that this mends the region is said only where it was seen.
+First hypotheses are emulated, which costs no engine. Where none gives the region's result, values inside are shown.
+Where the error stays, each stretch between two of them is judged by itself, and the first one at fault is looked at
+next, with the same hypotheses. Where showing values mends it, the fault needs the fusion: then operators, or nodes with
+one role, are kept in FP32 by halves, and what must stay is found without looking inside. What is named at the end is
+kept in FP32 by itself; that this mends the region is said only where it was seen.
 """
 
 from __future__ import annotations
@@ -12,126 +12,48 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
+from cp_debug.backends.capabilities import BuiltVariation
 from cp_debug.bisect.causes.segment import Segment
-from cp_debug.probes.distance import distance, ratio
 from cp_debug.bisect.regions.hypotheses import LARGEST, REPRODUCED, Hypothesis, rank, survey
+from cp_debug.bisect.regions.learnt import Descent, Step
 from cp_debug.bisect.regions.marks import choose, cuts
 from cp_debug.bisect.regions.region import HEAVY, MOVING, Region
 from cp_debug.bisect.replay import EXCESS
 from cp_debug.errors import CpdebugError, InputError
 from cp_debug.graph.graph import Node
+from cp_debug.probes.distance import distance, ratio
 
 MARKS = 8
 """Values shown by one engine."""
 BUILDS = 6
 """Engines built for one region, unless said otherwise."""
-NORMALISING = ("LayerNormalization", "InstanceNormalization", "ReduceMean", "ReduceSum", "Pow", "Sqrt", "Reciprocal", "Softmax", "Exp")
+NORMALISING = (
+    "LayerNormalization",
+    "InstanceNormalization",
+    "ReduceMean",
+    "ReduceSum",
+    "Pow",
+    "Sqrt",
+    "Reciprocal",
+    "Softmax",
+    "Exp",
+)
 """Operators that are known to suffer in FP16, so that they are suspected before others."""
 
-
-class Built(Protocol):
-    """One more engine's results; ``cp_debug.backends.tensorrt.session.Trial``."""
-
-    @property
-    def outputs(self) -> Mapping[str, np.ndarray]: ...
-
-    @property
-    def shown(self) -> Mapping[str, np.ndarray]: ...
-
-    @property
-    def gap(self) -> float: ...
-
-
-class Builder(Protocol):
-    """Builds one more engine of the program and runs it once; ``EngineSession.trial``."""
-
-    def __call__(
-        self, *, marks: Collection[str] = (), wide: Collection[str] = (), keep_fp32: Collection[str] = ()
-    ) -> Built: ...
-
-
-@dataclass
-class Step:
-    """One engine that was built."""
-
-    kind: str
-    """``marks``: values were shown; ``keep``: nodes were kept in FP32."""
-    names: list[str]
-    """Those values, or nodes."""
-    seconds: float
-    error: float | None = None
-    """Relative L2 distance of the region's value from the reference's; None where the build failed."""
-    gap: float | None = None
-    """The same distance of the final outputs from the plain engine's."""
-    learnt: str = ""
-
-
-@dataclass
-class Descent:
-    """What is known of the inside of a region."""
-
-    region: Region
-    error: float
-    """Relative L2 distance of its value from the reference's, on the plain engine."""
-    limit: float
-    """Up to which it counts as mended."""
-    hypotheses: list[Hypothesis] = field(default_factory=list)
-    steps: list[Step] = field(default_factory=list)
-    suspects: list[str] = field(default_factory=list)
-    """Nodes that are still suspect, in execution order."""
-    operators: list[str] = field(default_factory=list)
-    """Their operators."""
-    kept: list[str] = field(default_factory=list)
-    """Nodes of which it is proven that keeping them in FP32 mends the region."""
-    mended: float | None = None
-    """The error that is left then."""
-    in_fp32: float | None = None
-    """The error with the whole region kept in FP32, where that was tried: large says that rounding is not to blame."""
-    ended: str = ""
-    """Why nothing more was built."""
-
-    @property
-    def reproduced(self) -> Hypothesis | None:
-        """The best hypothesis, where it gives the region's result by itself and is not what was expected anyway."""
-        best = next(iter(self.hypotheses), None)
-        return best if best is not None and best.explained >= REPRODUCED else None
-
-    @property
-    def says(self) -> str:
-        """What is known now, in a line."""
-        ops = f"{', '.join(self.operators[:4])}{' …' if len(self.operators) > 4 else ''}"
-        who = self.suspects[0] if len(self.suspects) == 1 else f"{len(self.suspects)} of its nodes ({ops})"
-        parts = []
-        if (best := self.reproduced) is not None:
-            parts.append(f"{best.says}: reproduces {best.explained:.1%} of its error")
-        elif self.mended is None:
-            parts.append(f"its error of {self.error:.2g} arises in {who}")
-        if self.mended is not None:
-            kept = self.kept[0] if len(self.kept) == 1 else f"{len(self.kept)} nodes"
-            at = "" if best is not None or set(self.kept) != set(self.suspects) else f" ({ops})"
-            parts.append(f"{kept}{at} in FP32 brings its error from {self.error:.2g} to {self.mended:.2g}")
-        if self.in_fp32 is not None and self.in_fp32 > self.limit:
-            parts.append("all of it in FP32 is wrong as well, so it is the fusion and not the rounding")
-        if self.ended:
-            parts.append(self.ended)
-        return "; ".join(parts)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-safe but for infinities."""
-        told = {k: v for k, v in asdict(self).items() if k not in ("region", "hypotheses")}
-        return {**told, "region": self.region.to_dict(), "hypotheses": [h.to_dict() for h in self.hypotheses[:8]]}
+Build = Callable[..., BuiltVariation]
+"""``BuildsVariations.trial`` with the inputs given."""
 
 
 def descend(
     region: Region,
     segment: Segment,
     reference: np.ndarray,
-    build: Builder,
+    build: Build,
     *,
     inherited: float = 0.0,
     max_builds: int = BUILDS,
@@ -142,7 +64,8 @@ def descend(
 
     ``segment``: the region on its captured inputs. ``reference``: the same value from the reference, any dtype;
     ``inherited``: the part of the distance from it that came in, relative L2. ``lower``: whether the engine is in a
-    lower precision than FP32, so that nodes can be kept. ``tell`` is told what is known before each build. Ctrl-C and failing builds end the search, what was learnt is kept.
+    lower precision than FP32, so that nodes can be kept. ``tell`` is told what is known before each build. Ctrl-C and
+    failing builds end the search, what was learnt is kept.
     """
     search = _Search(region, segment, reference, build, inherited, max_builds, lower, tell)
     try:
@@ -164,7 +87,7 @@ class _Search:
         region: Region,
         segment: Segment,
         reference: np.ndarray,
-        build: Builder,
+        build: Build,
         inherited: float,
         max_builds: int,
         lower: bool,
@@ -236,7 +159,9 @@ class _Search:
         shown: dict[str, np.ndarray] = {}
         count = MARKS
         while len(self.found.suspects) > 1:
-            marks = choose({v: w for v, w in width.items() if v not in shown}, segment.nodes, self.found.suspects, count)
+            marks = choose(
+                {v: w for v, w in width.items() if v not in shown}, segment.nodes, self.found.suspects, count
+            )
             if not marks:
                 break
             wide = [v for v in marks if self._top.get(v, 0.0) > LARGEST]
@@ -269,10 +194,14 @@ class _Search:
         names = tuple(n.name for n in self._segment.nodes if self._role(n) in roles)
         return replace(best, nodes=names)
 
-    def _judge(self, shown: Mapping[str, np.ndarray], built: Built) -> list[tuple[Segment, list[Node]]]:
+    def _judge(self, shown: Mapping[str, np.ndarray], built: BuiltVariation) -> list[tuple[Segment, list[Node]]]:
         """Each stretch between known values that introduces too much, and its suspect nodes, in execution order."""
         segment, suspects = self._segment, set(self.found.suspects)
-        values: dict[str, Any] = {**segment.given, **{k: v for k, v in built.shown.items() if k in segment.given}, **shown}
+        values: dict[str, Any] = {
+            **segment.given,
+            **{k: v for k, v in built.shown.items() if k in segment.given},
+            **shown,
+        }
         if segment.target in built.outputs:
             values[segment.target] = built.outputs[segment.target]
         elif segment.target in built.shown:
@@ -304,7 +233,9 @@ class _Search:
             self._suspect([n.name for n in group])
             if set(found.suspects) != set(found.kept) and not self._verify(found.suspects):
                 self._suspect(found.kept or everything)
-                raise _Spent("no smaller part of it mends it in FP32" if found.kept else "keeping FP32 does not mend it")
+                raise _Spent(
+                    "no smaller part of it mends it in FP32" if found.kept else "keeping FP32 does not mend it"
+                )
 
     def _role(self, node: Node) -> tuple[Any, ...]:
         """What a node is to its neighbours: blocks of one kind repeat it."""
@@ -392,7 +323,7 @@ class _Search:
 
     # ------------------------------------------------------------ engines
 
-    def _trial(self, kind: str, names: Sequence[str], **asked: Any) -> tuple[Step, Built | None]:
+    def _trial(self, kind: str, names: Sequence[str], **asked: Any) -> tuple[Step, BuiltVariation | None]:
         found, target = self.found, self._segment.target
         if len(found.steps) >= self._max:
             raise _Spent(f"{self._max or 'no'} builds were allowed")

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
+from cp_debug.backends.capabilities import BuildsVariations
 from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.causes.finding import UNKNOWN, Finding
 from cp_debug.bisect.causes.findings import Explainer
-from cp_debug.bisect.regions.descent import Descent, descend
+from cp_debug.bisect.regions.descent import descend
+from cp_debug.bisect.regions.learnt import Descent
 from cp_debug.bisect.result import GUILTY, LayerRow
 from cp_debug.errors import InputError
 from cp_debug.probes.arrays import as_numpy
@@ -59,21 +61,20 @@ def _can_build(run: CandidateRun, component: str) -> bool:
     """Whether the backend builds engines of the very graph that is judged."""
     graph = run.programs[component].graph
     same = any(p.graph is graph for p in run.pipeline.programs if p.name == component)
-    return same and hasattr(run.pipeline.sessions[component], "trial")
+    return same and isinstance(run.pipeline.sessions[component], BuildsVariations)
 
 
-def _descend(
-    explainer: Explainer, key: Key, row: LayerRow, max_builds: int, tell: Callable[[str], None]
-) -> Descent:
+def _descend(explainer: Explainer, key: Key, row: LayerRow, max_builds: int, tell: Callable[[str], None]) -> Descent:
     run, session = explainer.run, explainer.run.pipeline.sessions[key.component]
     load = loader(explainer.test, key.component)
     inputs = {info.name: as_numpy(load(info.name)) for info in run.programs[key.component].graph.inputs}
     assert row.region is not None
+    assert isinstance(session, BuildsVariations)
     return descend(
         row.region,
         explainer.segment(key, row),
         as_numpy(loader(explainer.reference, key.component)(key.value)),
-        partial(session.trial, inputs),  # type: ignore[attr-defined]
+        partial(session.trial, inputs),
         inherited=(row.replay.inherited or 0.0) if row.replay else 0.0,
         max_builds=max_builds,
         lower=run.pipeline.backend.spec.variant in LOWER,
@@ -124,4 +125,3 @@ def _without(finding: Finding, layers: set[str]) -> Finding | None:
     finding.layers, finding.ops = [n for n, _ in pairs], [op for _, op in pairs]
     finding.where = [place for place in finding.where if place.layer not in layers]
     return finding
-

@@ -1,4 +1,4 @@
-"""Which values inside a region to show next: few, where the dataflow is narrow, and so that they halve what is suspect."""
+"""Which values inside a region to show next: few, where few others cross, so that they part what is suspect."""
 
 from __future__ import annotations
 
