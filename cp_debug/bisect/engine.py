@@ -57,6 +57,7 @@ from cp_debug.quantization.quantized_programs import (
     quantize_programs,
     with_modules_beside,
 )
+from cp_debug.recipes.abilities import HasNotes
 from cp_debug.recipes.base import Arrays, Model, Sample
 from cp_debug.serialize import json_safe
 
@@ -164,7 +165,7 @@ class Bisection:
         self._notes = [note] if note and exported else []
         if self._export.fused and exported and not options.folded:
             self._notes.append("BatchNorm is folded all the same: INT8 scales belong to folded weights")
-        self._notes += getattr(self.model, "notes", ())
+        self._notes += self.model.notes if isinstance(self.model, HasNotes) else ()
         self._test_model = test_model
         given = test_model is not None and not isinstance(test_model, Path) and not callable(test_model)
         self.test_model: Model = test_model if given else self.model  # type: ignore[assignment]

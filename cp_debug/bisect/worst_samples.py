@@ -12,6 +12,7 @@ from cp_debug.bisect.optimizer_blame import Knobs
 from cp_debug.bisect.result import LayerRow, Remainder
 from cp_debug.detection.detection_change import DetectionChange, compare_detections
 from cp_debug.programs.pipeline import Key
+from cp_debug.recipes.abilities import DetectsBoxes
 
 
 class Collected:
@@ -33,7 +34,7 @@ class Collected:
 
     def detect(self, reference: Any, test: Any) -> None:
         """Add what became of one sample's detections, where both sides have some in boxes."""
-        if hasattr(reference, "boxes") and hasattr(test, "boxes"):
+        if isinstance(reference, DetectsBoxes) and isinstance(test, DetectsBoxes):
             change = compare_detections(reference, test)
             self.detections = change if self.detections is None else self.detections + change
 
