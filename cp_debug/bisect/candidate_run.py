@@ -121,6 +121,7 @@ class CandidateRun:
                 emulated=self._emulates(graph),
                 narrow=(self._narrow(component, sides[0]), self._narrow(component, sides[1])),
                 quantized=(self._quantized(component, sides[0]), self._quantized(component, sides[1], test)),
+                families=(sides[0].backend.spec.family, sides[1].backend.spec.family),
             )
         return self._replayers[component]
 

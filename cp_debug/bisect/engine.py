@@ -27,7 +27,7 @@ from cp_debug.bisect.replay import Replay
 from cp_debug.bisect.result import GUILTY, BisectResult, StageRow, TestResult
 from cp_debug.bisect.shares import Propagation, set_shares
 from cp_debug.bisect.worst_samples import Collected, observation_notes
-from cp_debug.errors import InputError
+from cp_debug.errors import InputError, in_one_line
 from cp_debug.graph.declared import narrow_values
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.weight_differences import WeightDifferences
@@ -342,18 +342,23 @@ class Bisection:
                 found.observe(seen)
                 floors = {key: max(floors.get(key, 0.0), self._reference_floors.get(key, 0.0)) for key in stats}
             rows = run.rows(stats, replays, floors, index)
-            set_shares(run, rows, sample, captured, test)
+            failures = set_shares(run, rows, sample, captured, test)
             found.detect(decoded[str(reference.backend.spec)], decoded[str(run.pipeline.backend.spec)])
             if run.oracle is not None and found.is_worst(rows):
                 unexplained = not any(row.verdict == GUILTY for row in rows.values())
                 differs = unexplained and not all(row.within for row in rows.values())
-                found.remainder = remainder(run, sample, results, given, replays) if differs else None
+                try:
+                    found.remainder = remainder(run, sample, results, given, replays) if differs else None
+                except Exception as error:
+                    failures.append(f"whether rounding adds up to the divergence is not known: {in_one_line(error)}")
             if run.oracle is not None and self.options.explain and found.is_worst(rows):
                 feed = partial(self._exact_input, sample, results)
                 effects = Effects(self.model, sample, Propagation(run, sample, captured, test), given)
                 explainer = Explainer(run, self._reference.precision, captured, test, feed, effects)
                 explainer.adds_up = found.remainder is None or found.remainder.adds_up
                 found.findings = explainer.findings(rows, seen)
+                failures += explainer.notes
+            found.explained(failures)
             found.add(rows)
         if self.options.save is None:
             shutil.rmtree(folder)
