@@ -90,7 +90,7 @@ class Explainer:
         """One layer with its cause and the family that knows it; without them where anything fails on the way."""
         explanation, family, where = Explanation(None, 0.0, None, 0.0), None, Where(row.name)
         try:
-            segment = self._segment(key, row)
+            segment = self.segment(key, row)
             where = locate(segment, row.name)
             explanation, family = explain(segment, families, partial(self._failed, row))
         except Exception as error:
@@ -102,7 +102,8 @@ class Explainer:
         if note not in self.notes:
             self.notes.append(note)
 
-    def _segment(self, key: Key, row: LayerRow) -> Segment:
+    def segment(self, key: Key, row: LayerRow) -> Segment:
+        """The layer of a row, cut out on its captured inputs. Raises InputError where the oracle cannot compute it."""
         capture = self.test if row.side == "test" else self.reference
         declared = (row.replay and row.replay.precision) or self.run.precision.name
         claim = declared if row.side == "test" else self.reference_precision
@@ -260,7 +261,7 @@ class Explainer:
         replayed.sort(key=lambda item: item[1].replay.introduced or 0.0, reverse=True)  # type: ignore[union-attr]
         if claim not in PROMOTED or not replayed:
             return
-        segments = [self._segment(key, row) for key, row in replayed[:8]]
+        segments = [self.segment(key, row) for key, row in replayed[:8]]
         explained = fmean(segment.explained(segment.claimed)[0] for segment in segments)
         names = [row.name for _, row in replayed]
         yield Finding(
