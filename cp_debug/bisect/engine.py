@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -44,6 +44,7 @@ from cp_debug.bisect.observe import Observation
 from cp_debug.serialize import json_safe
 from cp_debug.programs.scene import decode, keep_scene
 from cp_debug.bisect.shares import Propagation, set_shares
+from cp_debug.bisect.branches import judge_ways, other_ways
 from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.errors import InputError
 from cp_debug.probes.capture import Capture, CaptureWriter, check_free
@@ -52,6 +53,7 @@ from cp_debug.graph.graph import Graph
 from cp_debug.graph.graph import Graph
 from cp_debug.quantization.models import QuantizedComponent
 from cp_debug.quantization.open_quantized import calibration_samples
+from cp_debug.programs.unroll import Unroller
 from cp_debug.recipes.base import Arrays, Model, Sample
 
 Rewrite = Callable[[list[Program], Path], list[Program]]
@@ -172,15 +174,24 @@ class Bisection:
         self._steps = 2 + options.replay + options.samples * (1 + len(self._tests) * (3 if options.replay else 1))
         self._steps += sum(map(is_optimised, self._tests)) if options.knobs else 0
         with tempfile.TemporaryDirectory(prefix="cpdebug-") as scratch, ExitStack() as stack:
-            samples = self.model.samples(options.samples, options.seed, options.inputs)
-            first = next(iter(samples))
+            samples = iter(self._samples())
+            first = next(samples)
             self._step("exporting and aligning")
-            programs, tests = self._programs(first, Path(scratch), exported)
+            originals, tests = self._programs(first, Path(scratch), exported)
+            unroller = Unroller(options.save or Path(scratch))
+            programs = unroller.unrolled(originals, self.model, self._samples, self._reference.precision)
             layers = all_layers(programs)
             ours = self._for(self._reference, self.model, programs, Path(scratch))
-            theirs = [self._for(backend, self.test_model, tests, Path(scratch)) for backend in self._tests]
+            theirs = [
+                unroller.unrolled(tests, self.test_model, self._samples, backend.precision) for backend in self._tests
+            ]
+            self._notes += unroller.notes
+            self._unfold = any(t.graph is not p.graph for own in theirs for t, p in zip(own, programs, strict=True))
+            theirs = [
+                self._for(backend, self.test_model, own, Path(scratch))
+                for backend, own in zip(self._tests, theirs, strict=True)
+            ]
             self._step("opening the backends")
-            self._unfold = any(t.graph is not p.graph for t, p in zip(tests, programs, strict=True))
             reference = stack.enter_context(Pipeline(self.model, ours, self._reference, unfold=self._unfold))
             runs = [
                 self._test_run(stack, backend, own, reference, programs, layers, options.save or Path(scratch))
@@ -202,6 +213,10 @@ class Bisection:
                 programs={p.name: self._saved_name(p.graph) for p in programs},
                 reference_observation=self._steady,
             )
+
+    def _samples(self) -> Iterable[Sample]:
+        """The samples, from the first one again."""
+        return self.model.samples(self.options.samples, self.options.seed, self.options.inputs)
 
     def _programs(
         self, sample: Sample, scratch: Path, exported: Sequence[Program] | None
@@ -316,6 +331,9 @@ class Bisection:
                 found.observe(seen)
                 floors = {key: max(floors.get(key, 0.0), self._reference_floors.get(key, 0.0)) for key in stats}
             rows = run.rows(stats, replays, floors, index)
+            ways = list(other_ways(run, (captured, test)))
+            found.ways |= dict.fromkeys(map(str, ways))
+            settled = judge_ways(ways, run.programs, rows)
             set_shares(run, rows, sample, captured, test)
             found.detect(decoded[str(reference.backend.spec)], decoded[str(run.pipeline.backend.spec)])
             if run.oracle is not None and found.is_worst(rows):
@@ -326,6 +344,7 @@ class Bisection:
                 feed = partial(self._exact_input, sample, results)
                 effects = Effects(self.model, sample, Propagation(run, sample, captured, test), given)
                 explainer = Explainer(run, self._reference.precision, captured, test, feed, effects)
+                explainer.settled = settled
                 explainer.adds_up = found.remainder is None or found.remainder.adds_up
                 found.findings = explainer.findings(rows, seen)
             found.add(rows)
