@@ -52,7 +52,7 @@ def run_case(case: Case, folder: Path, limit: float = TIME_LIMIT) -> dict[str, A
         if answer.exists() and code in (0, 1):
             block = json.loads(answer.read_text())["tests"][0]
         once = None
-        if block is not None and case.group in ("healthy", "fault") and not os.environ.get("WILD_NO_COST"):
+        if block is not None and case.group in ("healthy", "fault", "renamed") and not os.environ.get("WILD_NO_COST"):
             figures = Path(scratch) / "once.json"
             in_child(lambda: _both_once(case, folder, figures), Path(scratch) / "once.txt", limit)
             once = json.loads(figures.read_text()) if figures.exists() else None
@@ -98,7 +98,7 @@ def load_libraries() -> None:
     """Import what every case needs, so that its processor time is its own."""
     import torch
 
-    for name in ("onnx", "onnxruntime", "torch._inductor", "cp_debug.bisect.engine", "cp_debug.cli.main"):
+    for name in ("onnx", "onnxruntime", "cp_debug.bisect.engine", "cp_debug.cli.main"):
         import_module(name)
     torch.set_num_threads(1)
 
@@ -158,7 +158,7 @@ def choose(cases: Iterable[Case], args: argparse.Namespace) -> list[Case]:
 
 
 def _quick(case: Case) -> bool:
-    return case.group != "fault" or case.backends == "ort,ort-none"
+    return not case.fault or case.backends == "ort,ort-none"
 
 
 def run(args: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from cp_debug.graph.flatten import Branch
     from cp_debug.graph.graph import Graph
+    from cp_debug.graph.pairing import Pairing
     from cp_debug.graph.scales import Scales
     from cp_debug.probes.alignment import Alignment
 
@@ -35,6 +36,8 @@ class Program:
     """Of a program that was quantised here, by the names of the nodes."""
     plain: Graph | None = None
     """Of such a program the graph before Q/DQ pairs were put in, if any: all else has the same names in both."""
+    pairing: Pairing | None = None
+    """Of a test's program: its values by the names of the reference's. None: equal names are equal values."""
     deployed: Graph | None = None
     """Of a program whose bodies and functions were put flat, to look inside: the graph as it is deployed."""
     branches: Sequence[Branch] = ()

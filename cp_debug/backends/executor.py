@@ -18,9 +18,10 @@ from cp_debug.backends.base import Sink
 from cp_debug.backends.kernels import KERNELS, Call, Kernel
 from cp_debug.backends.reference import Reference
 from cp_debug.backends.schema_functions import function_body
-from cp_debug.backends.weights import Weights, constant
+from cp_debug.backends.weights import Weights
 from cp_debug.errors import InputError
 from cp_debug.graph.bodies import Body, run_loop, run_scan
+from cp_debug.graph.constants import constant
 from cp_debug.graph.graph import Graph, Node
 
 MOVES = {

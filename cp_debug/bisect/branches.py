@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from cp_debug.backends.base import Program
-from cp_debug.programs.pipeline import Key
 from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.bisect.result import GUILTY, INHERITED, LayerRow
 from cp_debug.errors import InputError
-from cp_debug.probes.capture import Capture
 from cp_debug.graph.flatten import Branch, Decision
 from cp_debug.graph.graph import Graph
+from cp_debug.probes.capture import Capture
+from cp_debug.programs.pipeline import Key
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,7 @@ def _seen(branch: Branch, condition: str, capture: Capture, component: str) -> D
     return "then_branch" if bool(value.reshape(-1)[0]) else "else_branch"
 
 
-def judge_ways(
-    ways: list[OtherWay], programs: Mapping[str, Program], rows: Mapping[Key, LayerRow]
-) -> dict[Key, str]:
+def judge_ways(ways: list[OtherWay], programs: Mapping[str, Program], rows: Mapping[Key, LayerRow]) -> dict[Key, str]:
     """Give the results of such control flow their verdict: guilty, where nothing that it decides by is.
 
     Returns those that are guilty now, and of what.
@@ -69,7 +67,7 @@ def judge_ways(
     settled = {}
     for way in ways:
         above = _above(programs[way.component].graph, way.branch.decided_by)
-        accused = any(rows[k].verdict == GUILTY for k in map(lambda v: Key(way.component, v), above) if k in rows)
+        accused = any(rows[k].verdict == GUILTY for k in (Key(way.component, v) for v in above) if k in rows)
         for name in way.branch.outputs:
             row_key = Key(way.component, name)
             if (row := rows.get(row_key)) is not None:

@@ -12,21 +12,20 @@ from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.base import Program, Tensor
 from cp_debug.backends.emulated import EmulatedBackend
 from cp_debug.backends.tensorrt.calibration import Ranges
-from cp_debug.quantization.quantized_programs import with_ranges
-from cp_debug.programs.layers import Layer, layer_name
-from cp_debug.bisect.observe import observe
-from cp_debug.programs.pipeline import Key, Pipeline, value_map, wants_int8
-from cp_debug.programs.precision import PRECISIONS, Precision, coarsest
-from cp_debug.bisect.quantized_segment import QuantizerGrid, Quantized
+from cp_debug.bisect.observe import Observation, observe
+from cp_debug.bisect.quantized_segment import Quantized, QuantizerGrid
 from cp_debug.bisect.replay import Load, Replay, Replayer
-from cp_debug.bisect.observe import Observation
 from cp_debug.bisect.result import OK, LayerRow
 from cp_debug.bisect.sides import judged, trace_shapes, without_emulation
 from cp_debug.bisect.verdict import judge
 from cp_debug.graph.declared import narrow_values
-from cp_debug.probes.capture import Capture, CaptureWriter
 from cp_debug.graph.graph import Graph
+from cp_debug.probes.capture import Capture, CaptureWriter
 from cp_debug.probes.statistics import TensorStats, compare
+from cp_debug.programs.layers import Layer, layer_name
+from cp_debug.programs.pipeline import Key, Pipeline, value_map, wants_int8
+from cp_debug.programs.precision import PRECISIONS, Precision, coarsest
+from cp_debug.quantization.quantized_programs import with_ranges
 from cp_debug.recipes.base import Arrays, Model, Sample
 
 
@@ -56,7 +55,7 @@ class CandidateRun:
         self.layers = {Key(layer.component, layer.onnx): layer for layer in layers}
         self._names = {p.name: value_map(self.programs[p.name], p) for p in pipeline.programs}
         self.graphs = {p.name: p.graph for p in pipeline.programs}
-        """Component → what the backend computes; after a replay with the Q/DQ pairs that TensorRT's calibrator chose."""
+        """Component → what the backend computes; after a replay with Q/DQ pairs as TensorRT's calibrator chose."""
         self._ranges: dict[str, Ranges] = {}
         """The same components → what that calibrator chose."""
         self._folder = folder
@@ -154,6 +153,8 @@ class CandidateRun:
         names = value_map(self.programs[component], program) if narrow else {}
         found = {v.name: narrow[v.name] for v in program.graph.inputs if v.name in narrow}
         for own, name in names.items():
+            if own not in program.graph.producer:
+                continue
             between, _ = program.graph.segment([own], names)
             held = {narrow[o] for node in between for o in node.outputs if o in narrow}
             if held:

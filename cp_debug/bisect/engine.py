@@ -17,13 +17,24 @@ import numpy as np
 from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import parse_backends
+from cp_debug.bisect.branches import judge_ways, other_ways
+from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.bisect.causes.effects import Effects
 from cp_debug.bisect.causes.findings import Explainer
-from cp_debug.bisect.worst_samples import Collected, observation_notes
-from cp_debug.quantization.quantized_programs import DEFAULT_CALIBRATION, Calibration, already_quantized, load_quantized, quantize_programs, with_modules_beside
 from cp_debug.bisect.int8_notes import both_int8, int8_notes
+from cp_debug.bisect.observe import Observation, observe
+from cp_debug.bisect.remainder import remainder
+from cp_debug.bisect.replay import Replay
+from cp_debug.bisect.result import GUILTY, BisectResult, StageRow, TestResult
+from cp_debug.bisect.shares import Propagation, set_shares
+from cp_debug.bisect.worst_samples import Collected, observation_notes
+from cp_debug.errors import InputError
+from cp_debug.graph.declared import narrow_values
+from cp_debug.graph.graph import Graph
+from cp_debug.graph.weight_differences import WeightDifferences
+from cp_debug.probes.capture import Capture, CaptureWriter, check_free
 from cp_debug.programs.layers import Layer, all_layers, stage_ends
-from cp_debug.bisect.observe import observe
+from cp_debug.programs.paired import differing_weights, pair_programs
 from cp_debug.programs.pipeline import (
     Key,
     Pipeline,
@@ -36,25 +47,20 @@ from cp_debug.programs.pipeline import (
     wants_int8,
 )
 from cp_debug.programs.precision import coarsest, oracle_for
-from cp_debug.programs.precision import coarser, oracle_for
-from cp_debug.bisect.replay import Replay
-from cp_debug.bisect.remainder import remainder
-from cp_debug.bisect.result import GUILTY, BisectResult, StageRow, TestResult
-from cp_debug.bisect.observe import Observation
-from cp_debug.serialize import json_safe
 from cp_debug.programs.scene import decode, keep_scene
-from cp_debug.bisect.shares import Propagation, set_shares
-from cp_debug.bisect.branches import judge_ways, other_ways
-from cp_debug.bisect.candidate_run import CandidateRun
-from cp_debug.errors import InputError
-from cp_debug.probes.capture import Capture, CaptureWriter, check_free
-from cp_debug.graph.declared import narrow_values
-from cp_debug.graph.graph import Graph
-from cp_debug.graph.graph import Graph
+from cp_debug.programs.unroll import Unroller
 from cp_debug.quantization.models import QuantizedComponent
 from cp_debug.quantization.open_quantized import calibration_samples
-from cp_debug.programs.unroll import Unroller
+from cp_debug.quantization.quantized_programs import (
+    DEFAULT_CALIBRATION,
+    Calibration,
+    already_quantized,
+    load_quantized,
+    quantize_programs,
+    with_modules_beside,
+)
 from cp_debug.recipes.base import Arrays, Model, Sample
+from cp_debug.serialize import json_safe
 
 Rewrite = Callable[[list[Program], Path], list[Program]]
 """Makes the programs of the tests from the reference's and a folder for new files; value names should stay."""
@@ -88,8 +94,15 @@ class Options:
     """How to quantise, where a backend is in INT8 and the model is not."""
     knobs: bool = False
     """Find the graph optimisers that are responsible for the difference of optimised ONNX Runtime tests."""
+    maps: Sequence[str] = ()
+    """``REFERENCE=TEST`` each: values of two models that are to be compared."""
     save: Path | None = None
     """Folder for the captures: ``sample-0/torch``, ``sample-0/ort`` …"""
+
+    @property
+    def differs(self) -> bool:
+        """Whether the tests run something else than the reference, a test model apart."""
+        return self.test_checkpoint is not None or self.test_train_mode or self.test_out_of_place
 
 
 def bisect(
@@ -100,15 +113,17 @@ def bisect(
     programs: Sequence[Program] | None = None,
     options: Options = Options(),
     on_step: OnStep | None = None,
+    on_say: Callable[[str], None] = lambda text: None,
 ) -> BisectResult:
     """Compare every test backend with the reference, layer by layer, and name the guilty layers.
 
     ``backends`` is the reference and the tests, as on the command line or already made. ``test_model`` gives the tests
     another program: an ONNX file (a folder of them, for several components), another model, or a function that makes
-    their programs out of the reference's. ``programs`` None exports the model for this run.
+    their programs out of the reference's. ``programs`` None exports the model for this run. ``on_say`` is told what is
+    known before anything runs: how the weights of two models differ.
     Raises BackendUnavailable, InputError and MissingPackage; never for a divergence.
     """
-    bisection = Bisection(model, backends, test_model, options, on_step or (lambda text, done, total: None))
+    bisection = Bisection(model, backends, test_model, options, on_step or (lambda text, done, total: None), on_say)
     return bisection.run(programs)
 
 
@@ -122,9 +137,11 @@ class Bisection:
         test_model: Path | Model | Rewrite | None,
         options: Options,
         on_step: OnStep,
+        on_say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.options = options
-        self._on_step = on_step
+        self._on_step, self._say = on_step, on_say
+        self._weights: dict[str, WeightDifferences] = {}
         self._done, self._steps = 0, 0
         self._steady: Observation | None = None
         self._unfold = False
@@ -137,7 +154,8 @@ class Bisection:
         self._how: dict[int, str] = {}
         """By identity of a list of quantised programs."""
         if isinstance(backends, str):
-            backends = [create(spec) for spec in parse_backends(backends)]
+            differs = test_model is not None or options.differs
+            backends = [create(spec) for spec in parse_backends(backends, repeats=differs)]
         self._reference, *self._tests = backends
         self._export, note = choose_export(backends, options.exporter)
         if options.knobs and not any(map(is_optimised, self._tests)):
@@ -178,6 +196,9 @@ class Bisection:
             first = next(samples)
             self._step("exporting and aligning")
             originals, tests = self._programs(first, Path(scratch), exported)
+            self._weights = differing_weights(originals, tests)
+            for component, found in self._weights.items():
+                self._say(f"weights of {component}: {found.says}")
             unroller = Unroller(options.save or Path(scratch))
             programs = unroller.unrolled(originals, self.model, self._samples, self._reference.precision)
             layers = all_layers(programs)
@@ -186,6 +207,10 @@ class Bisection:
                 unroller.unrolled(tests, self.test_model, self._samples, backend.precision) for backend in self._tests
             ]
             self._notes += unroller.notes
+            paired = {
+                id(own): pair_programs(self.model, first, programs, own, options.maps, self._step) for own in theirs
+            }
+            theirs = [paired[id(own)] for own in theirs]
             self._unfold = any(t.graph is not p.graph for own in theirs for t, p in zip(own, programs, strict=True))
             theirs = [
                 self._for(backend, self.test_model, own, Path(scratch))
@@ -212,6 +237,7 @@ class Bisection:
                 coverage=coverage_of(programs),
                 programs={p.name: self._saved_name(p.graph) for p in programs},
                 reference_observation=self._steady,
+                weights={component: found.to_dict() for component, found in self._weights.items()},
             )
 
     def _samples(self) -> Iterable[Sample]:
@@ -289,7 +315,9 @@ class Bisection:
         rtol = precision.rtol if options.rtol is None else options.rtol
         unjudged = math.inf if both_int8(self._reference, backend) else precision.atol
         atol = unjudged if options.atol is None else options.atol
-        oracle = (options.oracle or oracle_for(self._reference.precision, backend.precision)) if options.replay else None
+        oracle = (
+            (options.oracle or oracle_for(self._reference.precision, backend.precision)) if options.replay else None
+        )
         pipeline = stack.enter_context(Pipeline(self.test_model, tests, backend, unfold=self._unfold))
         return CandidateRun(pipeline, reference, programs, layers, (rtol, atol), oracle, folder)
 
@@ -383,13 +411,19 @@ class Bisection:
             if (layer.component, layer.onnx) in by_key
         ]
         last = self.model.components[-1]
-        outputs = [by_key[last.name, name] for name in last.output_names if (last.name, name) in by_key]
+        (program,) = (p for p in run.pipeline.programs if p.name == last.name)
+        given = last.output_names if program.pairing is None else program.pairing.outputs
+        outputs = [by_key[last.name, n] for n in last.output_names if n in given and (last.name, n) in by_key]
+        if not outputs:
+            raise InputError(nothing_compared(run, last.name, last.output_names))
         rtol, atol = run.tolerance
         return TestResult(
             backend=run.pipeline.record(),
             rows=rows,
             stages=stages,
             outputs=outputs,
+            expected_outputs=list(last.output_names),
+            pairing={p.name: p.pairing.to_dict() for p in run.pipeline.programs if p.pairing is not None},
             compared=sum(row.kind == "data" for row in rows),
             total=sum(layer.kind == "data" for layer in layers),
             rtol=rtol,
@@ -408,6 +442,16 @@ class Bisection:
             findings=found.findings,
             detections=found.detections,
         )
+
+
+def nothing_compared(run: CandidateRun, component: str, expected: Sequence[str]) -> str:
+    """Why there is no verdict: the outputs of both sides."""
+    (program,) = (p for p in run.pipeline.programs if p.name == component)
+    theirs = ", ".join(map(str, program.graph.outputs))
+    return (
+        f"{run.pipeline.backend.spec}: no output was compared: the reference gives {', '.join(expected)}, "
+        f"{program.graph.path} gives {theirs}; --map REFERENCE=TEST pairs two of them"
+    )
 
 
 def is_optimised(backend: Backend) -> bool:

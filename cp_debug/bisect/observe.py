@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from cp_debug.backends.base import Tensor
-from cp_debug.programs.pipeline import Key, Pipeline, settings_by_component
 from cp_debug.probes.capture import Capture
 from cp_debug.probes.statistics import compare
+from cp_debug.programs.pipeline import Key, Pipeline, settings_by_component
 from cp_debug.recipes.base import Arrays, Sample
 
 Open = Callable[[int | None], AbstractContextManager[Pipeline]]

@@ -12,17 +12,22 @@ import numpy as np
 
 from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.executor import Executor
-from cp_debug.probes.distance import distance, ratio
-from cp_debug.programs.pipeline import Key
+from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.bisect.replay import Replay
 from cp_debug.bisect.result import Remainder
-from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
+from cp_debug.probes.distance import distance, ratio
+from cp_debug.programs.pipeline import Key
 from cp_debug.recipes.base import Arrays, Sample
 
+
 def remainder(
-    run: CandidateRun, sample: Sample, results: Mapping[str, Arrays], ours: Mapping[str, Arrays], replays: Mapping[Key, Replay]
+    run: CandidateRun,
+    sample: Sample,
+    results: Mapping[str, Arrays],
+    ours: Mapping[str, Arrays],
+    replays: Mapping[Key, Replay],
 ) -> Remainder:
     """``results`` and ``ours``: the outputs of the test and of the reference, by component."""
     last = run.pipeline.model.components[-1].name

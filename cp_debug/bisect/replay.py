@@ -26,14 +26,12 @@ from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.kernels import KERNELS
 from cp_debug.backends.memory import Trimmer
-from cp_debug.probes.distance import distance, ratio
-from cp_debug.programs.precision import BESIDE_INT8, PRECISIONS, Precision, coarsest
 from cp_debug.bisect.perturbation import disturbed
-from cp_debug.probes.distance import distance, ratio
 from cp_debug.bisect.quantized_segment import EmulatedSegment, Quantized, balanced
-from cp_debug.bisect.perturbation import disturbed
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
+from cp_debug.probes.distance import distance, ratio
+from cp_debug.programs.precision import BESIDE_INT8, PRECISIONS, Precision, coarsest
 
 Load = Callable[[str], AnyTensor]
 """A captured value by its name in the graph. Raises InputError where the capture lacks it."""
@@ -116,8 +114,8 @@ class Replayer:
     ) -> None:
         """``precisions`` are those that the reference and the test claim to have; ``quantized`` what each of them does
         in INT8, where that is known; ``narrow`` the values (by their names in ``graph``) that each holds in ``fp16`` or
-        ``bf16`` because its own program says so. ``emulated``: the test is the emulation of its claim, of this very graph, so that
-        emulating its layers again would give what was captured.
+        ``bf16`` because its own program says so. ``emulated``: the test is the emulation of its claim, of this very
+        graph, so that emulating its layers again would give what was captured.
         """
         self.graph = graph
         self.precision = PRECISIONS[precisions[1]]
@@ -350,7 +348,7 @@ def _as_tensor(value: Any) -> Tensor:
 
 
 def _instead(captured: AnyTensor, exact: Tensor, expected: AnyTensor) -> str:
-    """What whole numbers were computed where the inputs make others; empty where they agree with oracle or emulation."""
+    """What whole numbers were computed where the inputs make others; empty where they agree with either."""
     if exact.is_floating_point() or tuple(captured.shape) != tuple(exact.shape):
         return ""
     ours, right, emulated = (FP64.hold(t, "cpu") for t in (captured, exact, expected))

@@ -172,8 +172,23 @@ class TestResult:
     """What became of the detections, over all samples; None where the model has none."""
     knobs: Knobs | None = None
     """What ONNX Runtime's optimiser is responsible for, where it was asked."""
+    expected_outputs: list[str] = field(default_factory=list)
+    """The final outputs of the reference; ``outputs`` are those that were compared."""
+    pairing: dict[str, Any] = field(default_factory=dict)
+    """Component → how its values were paired with the reference's, where the test runs another graph."""
     remainder: Remainder | None = None
     """Of a run with replay in which no layer is guilty and outputs differ: whether rounding adds up to it."""
+
+    @property
+    def missing_outputs(self) -> list[str]:
+        """Final outputs of the reference that were not compared."""
+        return [name for name in self.expected_outputs if name not in {row.onnx for row in self.outputs}]
+
+    @property
+    def coverage(self) -> str:
+        """What was compared: ``3 of 3 outputs, 27 of 27 values``."""
+        expected = max(len(self.expected_outputs), len(self.outputs))
+        return f"{len(self.outputs)} of {expected} outputs, {self.compared} of {self.total} values"
 
     @property
     def guilty(self) -> list[LayerRow]:
@@ -192,8 +207,8 @@ class TestResult:
 
     @property
     def agrees(self) -> bool:
-        """No guilty layer, and every final output within the tolerance."""
-        return not self.guilty and all(row.within for row in self.outputs)
+        """No guilty layer, and every final output that was compared within the tolerance; never without one."""
+        return not self.guilty and bool(self.outputs) and all(row.within for row in self.outputs)
 
     @property
     def layers(self) -> pd.DataFrame:
@@ -208,6 +223,14 @@ class TestResult:
         return {
             "backend": self.backend.spec,
             "alignment": {"aligned": self.compared, "total": self.total},
+            "compared": {
+                "says": self.coverage,
+                "outputs": len(self.outputs),
+                "outputs_expected": self.expected_outputs,
+                "values": self.compared,
+                "values_expected": self.total,
+            },
+            "pairing": self.pairing,
             "tolerance": json_safe({"rtol": self.rtol, "atol": self.atol}),
             "stages": [stage.to_dict() for stage in self.stages],
             "layers": [row.to_dict() for row in self.rows],
@@ -248,6 +271,8 @@ class BisectResult:
     reference_observation: Observation | None = None
     """The reference against itself, on the first sample."""
     command: str = ""
+    weights: dict[str, Any] = field(default_factory=dict)
+    """Component → how the weights of two models differ (``WeightDifferences.to_dict``); empty where both run one."""
 
     @property
     def layers(self) -> pd.DataFrame:
@@ -276,6 +301,7 @@ class BisectResult:
             "coverage": self.coverage,
             "reference_observation": asdict(self.reference_observation) if self.reference_observation else {},
             "programs": self.programs,
+            "weights": json_safe(self.weights),
             **blocks[0],
             "tests": blocks,
         }

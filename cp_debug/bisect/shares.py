@@ -9,20 +9,22 @@ import numpy as np
 
 from cp_debug.backends.arithmetic import FP32
 from cp_debug.backends.executor import Executor
-from cp_debug.probes.distance import ratio
-from cp_debug.programs.pipeline import Key
-from cp_debug.bisect.result import GUILTY, LayerRow
 from cp_debug.bisect.candidate_run import CandidateRun, loader
+from cp_debug.bisect.result import GUILTY, LayerRow
 from cp_debug.errors import InputError
 from cp_debug.probes.arrays import as_numpy
 from cp_debug.probes.capture import Capture
+from cp_debug.probes.distance import ratio
+from cp_debug.programs.pipeline import Key
 from cp_debug.recipes.base import Arrays, Sample
 
 MOST = 8
 """Guilty layers whose share is computed, the most excessive first: each costs part of a forward pass."""
 
 
-def set_shares(run: CandidateRun, rows: Mapping[Key, LayerRow], sample: Sample, reference: Capture, test: Capture) -> None:
+def set_shares(
+    run: CandidateRun, rows: Mapping[Key, LayerRow], sample: Sample, reference: Capture, test: Capture
+) -> None:
     """Give every guilty row (up to ``MOST``) its share of the final divergence.
 
     The introduced error of a layer is added to the reference's value there and carried to the final outputs in FP32,
@@ -33,7 +35,11 @@ def set_shares(run: CandidateRun, rows: Mapping[Key, LayerRow], sample: Sample, 
     guilty = [
         (key, row)
         for key, row in rows.items()
-        if row.verdict == GUILTY and row.side == "test" and row.op != "input" and row.replay and not row.replay.new_nonfinite
+        if row.verdict == GUILTY
+        and row.side == "test"
+        and row.op != "input"
+        and row.replay
+        and not row.replay.new_nonfinite
     ]
     guilty.sort(key=lambda item: item[1].replay.excess or 0.0, reverse=True)  # type: ignore[union-attr]
     if not guilty:

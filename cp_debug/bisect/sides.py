@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from cp_debug.backends.base import Program
-from cp_debug.programs.pipeline import Key
 from cp_debug.bisect.replay import Replay
 from cp_debug.bisect.result import DIVERGENT, GUILTY, OK, SHAPE, LayerRow
 from cp_debug.bisect.verdict import Judgement
+from cp_debug.programs.pipeline import Key
 
 
 def judged(judgement: Judgement, replay: Replay | None) -> Judgement:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from cp_debug.programs.precision import Precision
 from cp_debug.bisect.replay import EXCESS, Replay
 from cp_debug.bisect.result import DIVERGENT, GUILTY, INHERITED, OK, SHAPE
 from cp_debug.probes.statistics import TensorStats
+from cp_debug.programs.precision import Precision
 
 RANGE = 8.0
 """Merely storing a layer's result in the test's precision may lose this many unit roundoffs: more means that numbers
@@ -55,4 +55,8 @@ def _scales(replay: Replay) -> str:
     """Whether a layer in INT8 does what its scales say."""
     if replay.deviation_from_scales is None or replay.introduced is None:
         return ""
-    return ", as its scales say" if replay.deviation_from_scales < replay.introduced / 2 else ", and not what its scales say"
+    return (
+        ", as its scales say"
+        if replay.deviation_from_scales < replay.introduced / 2
+        else ", and not what its scales say"
+    )

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from cp_debug.bisect.causes.finding import Finding
-from cp_debug.bisect.optimizer_blame import Knobs
-from cp_debug.programs.pipeline import Key
-from cp_debug.bisect.result import LayerRow, Remainder
 from cp_debug.bisect.observe import Observation
+from cp_debug.bisect.optimizer_blame import Knobs
+from cp_debug.bisect.result import LayerRow, Remainder
 from cp_debug.detection.detection_change import DetectionChange, compare_detections
+from cp_debug.programs.pipeline import Key
 
 
 class Collected:

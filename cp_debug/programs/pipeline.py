@@ -127,9 +127,6 @@ def load_test_programs(programs: Sequence[Program], path: Path) -> list[Program]
 
 def _replace(program: Program, path: Path) -> Program:
     graph = Graph(path)
-    expected = [v.name for v in program.graph.inputs]
-    if [v.name for v in graph.inputs] != expected:
-        raise InputError(f"--test-model: {path} takes {[v.name for v in graph.inputs]}; the reference takes {expected}")
     manifest = path.with_suffix(".alignment.json")
     alignment = Alignment.load(manifest, graph) if manifest.is_file() else None
     example = None if program.example is None else as_declared(graph, program.example)
@@ -167,12 +164,15 @@ def changed_state(program: Program, *, train: bool, out_of_place: bool) -> Progr
 
 
 def value_map(reference: Program, test: Program) -> dict[str, str]:
-    """Test value → reference value: equal names first, then the same torch value in both alignments.
+    """Test value → reference value: as they were paired, else equal names first, then the same torch value in both
+    alignments.
 
     A layer with its BatchNorm folded in torch has the name of the layer, folded by the exporter that of the BatchNorm.
     """
     if test.graph is reference.graph:
         return {v: v for v in reference.graph.producer}
+    if test.pairing is not None:
+        return dict(test.pairing.names)
     known = set(reference.graph.producer)
     mapping = {v: v for v in test.graph.producer if v in known}
     if test.alignment is not None and reference.alignment is not None:
@@ -226,17 +226,19 @@ class Pipeline:
         programs = {program.name: program for program in self.programs}
         for component in self.model.components:
             program, session = programs[component.name], self.sessions[component.name]
-            inputs = as_declared(program.graph, self.model.feed(component, sample, results))
+            own = program.pairing.inputs if program.pairing else {}
+            given = {own.get(n, n): a for n, a in self.model.feed(component, sample, results).items()}
+            inputs = as_declared(program.graph, given)
             shown = program.plain.producer.keys() if program.plain else None
             if sink is None:
-                results[component.name] = self._untouched(program).run(inputs, None, shown)
+                results[component.name] = by_reference(program, self._untouched(program).run(inputs, None, shown))
                 continue
             forward = _under(component.name, sink)
             folded = Folded(program.plain or program.graph, session.exposed) if self._unfold else None
             see = forward if folded is None else _seen_by(folded, forward)
             for name, array in inputs.items():
                 see(name, array)
-            results[component.name] = session.run(inputs, see, shown)
+            results[component.name] = by_reference(program, session.run(inputs, see, shown))
             for name, value in folded.values() if folded is not None else ():
                 forward(name, value)
         if not self._realised:
@@ -280,6 +282,11 @@ def with_kept(backend: Backend, programs: Sequence[Program]) -> Backend:
         raise InputError(f"--keep-fp32: no layer and no ONNX node is called {unknown[0]!r}{hint}")
     kept = frozenset(nodes[name] for name in wanted)
     return backend if kept == wanted else backend.keeping(kept)  # type: ignore[attr-defined]
+
+
+def by_reference(program: Program, outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A run's outputs by the names of the reference's."""
+    return program.pairing.reference_outputs(outputs) if program.pairing else dict(outputs)
 
 
 def check_realised(backend: Backend, told: Sequence[Mapping[str, Any]]) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.base import Program
 from cp_debug.backends.executor import Executor
@@ -61,13 +63,20 @@ def decide(programs: Sequence[Program], model: Model, samples: Iterable[Sample],
         for component in model.components:
             executor = executors[component.name]
             executor.decisions.clear()
-            outputs = executor.run(as_declared(executor.graph, model.feed(component, sample, results)), probes=())
+            inputs = _as_called(executor.graph, model.feed(component, sample, results))
+            outputs = executor.run(as_declared(executor.graph, inputs), probes=())
             results[component.name] = {n: v.numpy() for n, v in outputs.items() if hasattr(v, "numpy")}
             earlier = found.setdefault(component.name, dict(executor.decisions))
             for path, decision in executor.decisions.items():
                 if earlier.setdefault(path, decision) != decision:
                     earlier[path] = UNDECIDED
     return {name: {p: d for p, d in own.items() if d != UNDECIDED} for name, own in found.items()}
+
+
+def _as_called(graph: Graph, inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """The inputs under the names of a graph that calls them otherwise, in their order."""
+    names = [v.name for v in graph.inputs]
+    return inputs if set(names) <= set(inputs) else dict(zip(names, inputs.values(), strict=False))
 
 
 def unroll(programs: Sequence[Program], decisions: Mapping[str, Mapping[str, Decision]], folder: Path) -> list[Program]:

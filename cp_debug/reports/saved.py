@@ -73,6 +73,7 @@ class SavedResult:
             programs=fields.get("programs", dict, {}),
             reference_observation=_observation(fields.object("reference_observation", {})),
             command=fields.get("command", str, ""),
+            weights=fields.get("weights", dict, {}),
         )
         return cls(result, folder)
 
@@ -205,6 +206,8 @@ def _test(fields: Fields, record: RunRecord, programs: dict[str, str]) -> TestRe
         remainder=_remainder(fields),
         findings=[_finding(finding) for finding in fields.objects("findings", [])],
         detections=_detections(fields),
+        expected_outputs=fields.object("compared", {}).get("outputs_expected", list, []),
+        pairing=fields.get("pairing", dict, {}),
     )
 
 

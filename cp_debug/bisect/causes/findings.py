@@ -7,20 +7,20 @@ from dataclasses import dataclass, field
 from functools import partial
 from statistics import fmean
 
+from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.causes.base import Candidate, Cause
 from cp_debug.bisect.causes.effects import Effects
 from cp_debug.bisect.causes.finding import UNKNOWN, Effect, Finding, Where
 from cp_debug.bisect.causes.precision import PROMOTED
 from cp_debug.bisect.causes.search import ENOUGH, Explanation, explain
-from cp_debug.bisect.causes.segment import SegmentContext, Segment
+from cp_debug.bisect.causes.segment import Segment, SegmentContext
 from cp_debug.bisect.causes.where import locate
-from cp_debug.programs.pipeline import Key
-from cp_debug.bisect.result import GUILTY, SHAPE, LayerRow
 from cp_debug.bisect.observe import Observation
-from cp_debug.bisect.candidate_run import CandidateRun, loader
+from cp_debug.bisect.result import GUILTY, SHAPE, LayerRow
 from cp_debug.errors import InputError
 from cp_debug.probes.arrays import Tensor
 from cp_debug.probes.capture import Capture
+from cp_debug.programs.pipeline import Key
 
 MOST = 64
 """Guilty layers that are explained, the most excessive first."""

@@ -19,11 +19,11 @@ from cp_debug.backends.executor import Executor
 from cp_debug.backends.memory import Trimmer
 from cp_debug.backends.weights import Weights
 from cp_debug.bisect.causes.fits import halves
-from cp_debug.programs.precision import BESIDE_INT8, PRECISIONS, Precision
 from cp_debug.bisect.quantized_segment import Quantized
 from cp_debug.bisect.replay import FLOOR, Load
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Node
+from cp_debug.programs.precision import BESIDE_INT8, PRECISIONS, Precision
 
 _fresh = itertools.count(-1, -1)
 """Places of edited nodes: no node of a graph has a negative one."""
@@ -88,8 +88,16 @@ class SegmentContext:
 class Segment:
     """The nodes that make ``target`` from ``given``, all tensors on the CPU; the results are float64."""
 
-    def __init__(self, context: SegmentContext, nodes: Sequence[Node], target: str, given: Mapping[str, Any], test: Any) -> None:
-        self.context, self.graph, self.nodes, self.target, self.given = context, context.graph, tuple(nodes), target, given
+    def __init__(
+        self, context: SegmentContext, nodes: Sequence[Node], target: str, given: Mapping[str, Any], test: Any
+    ) -> None:
+        self.context, self.graph, self.nodes, self.target, self.given = (
+            context,
+            context.graph,
+            tuple(nodes),
+            target,
+            given,
+        )
         self.test = as_double(test)
         self.exact = self._exact()
         self.others: Iterable[tuple[str, Callable[[], Any]]] = ()
