@@ -10,6 +10,7 @@ import torch
 
 from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.base import Program, Tensor
+from cp_debug.backends.capabilities import calibrates_itself, kernels_of, ranges_of_session
 from cp_debug.backends.emulated import EmulatedBackend
 from cp_debug.backends.tensorrt.calibration import Ranges
 from cp_debug.bisect.observe import Observation, observe
@@ -120,6 +121,7 @@ class CandidateRun:
                 emulated=self._emulates(graph),
                 narrow=(self._narrow(component, sides[0]), self._narrow(component, sides[1])),
                 quantized=(self._quantized(component, sides[0]), self._quantized(component, sides[1], test)),
+                families=(sides[0].backend.spec.family, sides[1].backend.spec.family),
             )
         return self._replayers[component]
 
@@ -130,7 +132,7 @@ class CandidateRun:
         """
         plain = self.programs[component]
         (program,) = (p for p in side.programs if p.name == component)
-        ranges: Ranges | None = getattr(side.sessions[component], "ranges", None)
+        ranges = ranges_of_session(side.sessions[component])
         if plain.graph.precision == "int8" or not (ranges or wants_int8(side.backend)):
             return None
         names = {name: own for own, name in value_map(plain, program).items()}
@@ -175,7 +177,7 @@ class CandidateRun:
     @property
     def implicit(self) -> bool:
         """Whether the backend chooses the scales itself: TensorRT with its own calibrator."""
-        return getattr(self.pipeline.backend, "implicit_int8", False)
+        return calibrates_itself(self.pipeline.backend)
 
     def quantized_names(self, row: LayerRow) -> list[str]:
         """What the layer that computes a value is called where layers are chosen for INT8: a module by its path, for an
@@ -203,7 +205,7 @@ class CandidateRun:
     ) -> dict[Key, LayerRow]:
         """The judged layers, in execution order."""
         rows = {}
-        told = {name: getattr(session, "tactics", {}) for name, session in self.pipeline.sessions.items()}
+        told = {name: kernels_of(session) for name, session in self.pipeline.sessions.items()}
         tactics = {self.name(Key(n, value)): tactic for n, own in told.items() for value, tactic in own.items()}
         for key, layer in self.layers.items():
             if key not in stats:

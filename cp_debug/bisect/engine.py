@@ -28,7 +28,7 @@ from cp_debug.bisect.replay import Replay
 from cp_debug.bisect.result import GUILTY, BisectResult, StageRow, TestResult
 from cp_debug.bisect.shares import Propagation, set_shares
 from cp_debug.bisect.worst_samples import Collected, observation_notes
-from cp_debug.errors import InputError
+from cp_debug.errors import InputError, in_one_line
 from cp_debug.graph.declared import narrow_values
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.weight_differences import WeightDifferences
@@ -59,6 +59,7 @@ from cp_debug.quantization.quantized_programs import (
     quantize_programs,
     with_modules_beside,
 )
+from cp_debug.recipes.abilities import HasNotes
 from cp_debug.recipes.base import Arrays, Model, Sample
 from cp_debug.serialize import json_safe
 
@@ -166,7 +167,7 @@ class Bisection:
         self._notes = [note] if note and exported else []
         if self._export.fused and exported and not options.folded:
             self._notes.append("BatchNorm is folded all the same: INT8 scales belong to folded weights")
-        self._notes += getattr(self.model, "notes", ())
+        self._notes += self.model.notes if isinstance(self.model, HasNotes) else ()
         self._test_model = test_model
         given = test_model is not None and not isinstance(test_model, Path) and not callable(test_model)
         self.test_model: Model = test_model if given else self.model  # type: ignore[assignment]
@@ -362,12 +363,15 @@ class Bisection:
             ways = list(other_ways(run, (captured, test)))
             found.ways |= dict.fromkeys(map(str, ways))
             settled = judge_ways(ways, run.programs, rows)
-            set_shares(run, rows, sample, captured, test)
+            failures = set_shares(run, rows, sample, captured, test)
             found.detect(decoded[str(reference.backend.spec)], decoded[str(run.pipeline.backend.spec)])
             if run.oracle is not None and found.is_worst(rows):
                 unexplained = not any(row.verdict == GUILTY for row in rows.values())
                 differs = unexplained and not all(row.within for row in rows.values())
-                found.remainder = remainder(run, sample, results, given, replays) if differs else None
+                try:
+                    found.remainder = remainder(run, sample, results, given, replays) if differs else None
+                except Exception as error:
+                    failures.append(f"whether rounding adds up to the divergence is not known: {in_one_line(error)}")
             if run.oracle is not None and self.options.explain and found.is_worst(rows):
                 feed = partial(self._exact_input, sample, results)
                 effects = Effects(self.model, sample, Propagation(run, sample, captured, test), given)
@@ -375,6 +379,8 @@ class Bisection:
                 explainer.settled = settled
                 explainer.adds_up = found.remainder is None or found.remainder.adds_up
                 found.findings = explainer.findings(rows, seen)
+                failures += explainer.notes
+            found.explained(failures)
             found.add(rows)
         if self.options.save is None:
             shutil.rmtree(folder)

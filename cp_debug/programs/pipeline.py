@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from cp_debug.backends.base import Backend, Program, RunRecord, Session, Sink, Tensor
+from cp_debug.backends.capabilities import calibrates_itself, kept_in_fp32, largest_opset
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.arrays import as_numpy, as_torch
@@ -269,7 +270,7 @@ def with_kept(backend: Backend, programs: Sequence[Program]) -> Backend:
 
     Raises InputError for a name that no program has.
     """
-    wanted: frozenset[str] = getattr(backend, "keep_fp32", frozenset())
+    wanted = kept_in_fp32(backend)
     if not wanted:
         return backend
     graphs = {program.name: program.graph for program in programs}
@@ -315,13 +316,13 @@ def settings_by_component(settings: Mapping[str, Any]) -> dict[str, dict[str, An
 
 def wants_int8(backend: Backend) -> bool:
     """Whether a backend runs graphs with Q/DQ pairs."""
-    return backend.precision == "int8" and not getattr(backend, "implicit_int8", False)
+    return backend.precision == "int8" and not calibrates_itself(backend)
 
 
 def choose_export(backends: Sequence[Backend], exporter: str | None) -> tuple[Export, str | None]:
     """What every backend can read, and a note where that is not the default; ``exporter`` None leaves the choice."""
     fused = any(map(wants_int8, backends))
-    limits = {str(b.spec): limit for b in backends if (limit := getattr(b, "largest_opset", None)) is not None}
+    limits = {str(b.spec): limit for b in backends if (limit := largest_opset(b)) is not None}
     if not limits:
         return Export(exporter or "dynamo", fused=fused), None
     spec = min(limits, key=limits.__getitem__)

@@ -17,7 +17,7 @@ from cp_debug.bisect.causes.segment import Segment, SegmentContext
 from cp_debug.bisect.causes.where import locate
 from cp_debug.bisect.observe import Observation
 from cp_debug.bisect.result import GUILTY, SHAPE, LayerRow
-from cp_debug.errors import InputError
+from cp_debug.errors import in_one_line
 from cp_debug.probes.arrays import Tensor
 from cp_debug.probes.capture import Capture
 from cp_debug.programs.pipeline import Key
@@ -54,12 +54,14 @@ class Explainer:
     effects: Effects
     settled: Mapping[Key, str] = field(default_factory=dict)
     """Guilty rows whose cause is known before anything is tried → that cause in words: other control flow."""
+    notes: list[str] = field(default_factory=list)
+    """What could not be explained and why not, one sentence each, the layer named: explaining never ends a run."""
     adds_up: bool = True
     """Whether rounding may be named as the cause where no layer is guilty: see ``Remainder``."""
     _contexts: dict[tuple[str, str, str], SegmentContext] = field(default_factory=dict)
 
     def findings(self, rows: Mapping[Key, LayerRow], seen: Observation | None) -> list[Finding]:
-        """The findings, those with the largest effect first."""
+        """The findings, those with the largest effect first. What fails on the way is in ``notes``."""
         unsteady = list(self._unsteady(rows))
         restless = {name for finding in unsteady for name in finding.layers}
         guilty = [
@@ -72,16 +74,12 @@ class Explainer:
         groups: dict[tuple[str, ...], list[Explained]] = {}
         families: list[Cause] = []
         for key, row in guilty[:MOST]:
-            try:
-                segment = self._segment(key, row)
-            except InputError:  # the replay of this layer says why
-                continue
-            explanation, family = explain(segment, families)
+            explained, family = self._explained(key, row, families)
             if family is not None and family not in families:
                 families.append(family)
-            found = explanation.cause
+            found = explained.explanation.cause
             name = (UNKNOWN,) if found is None else (found.cause, found.says if found.parameters else "")
-            groups.setdefault((row.side, *name), []).append(Explained(row, explanation, locate(segment, row.name)))
+            groups.setdefault((row.side, *name), []).append(explained)
         findings = [self._finding(group) for group in groups.values()]
         for says in dict.fromkeys(self.settled.values()):
             own = [rows[key] for key, other in self.settled.items() if other == says]
@@ -90,9 +88,28 @@ class Explainer:
             findings.append(Finding("control-flow", says, names, [row.op for row in own], fix=fix))
         findings += [*unsteady, *self._program(seen)]
         if not all(row.within for row in rows.values()):
-            findings += self._costliest(rows)
-            findings += self._declared(rows) if self.adds_up and not findings else ()
+            try:
+                findings += self._costliest(rows)
+                findings += self._declared(rows) if self.adds_up and not findings else ()
+            except Exception as error:
+                self.notes.append(f"what the declared precision costs is not known: {in_one_line(error)}")
         return sorted(findings, key=lambda f: -(abs(f.effect.share) if f.effect.share is not None else 0.0))
+
+    def _explained(self, key: Key, row: LayerRow, families: Sequence[Cause]) -> tuple[Explained, Cause | None]:
+        """One layer with its cause and the family that knows it; without them where anything fails on the way."""
+        explanation, family, where = Explanation(None, 0.0, None, 0.0), None, Where(row.name)
+        try:
+            segment = self._segment(key, row)
+            where = locate(segment, row.name)
+            explanation, family = explain(segment, families, partial(self._failed, row))
+        except Exception as error:
+            self._failed(row, error)
+        return Explained(row, explanation, where), family
+
+    def _failed(self, row: LayerRow, error: Exception) -> None:
+        note = f"{row.name}: not every cause could be tried: {in_one_line(error)}"
+        if note not in self.notes:
+            self.notes.append(note)
 
     def _segment(self, key: Key, row: LayerRow) -> Segment:
         capture = self.test if row.side == "test" else self.reference
@@ -154,7 +171,10 @@ class Explainer:
             finding.evidence["magnitude_only"] = True
         if len(group) > 1:
             finding.evidence["explained_least"] = min(e.explanation.explained for e in group)
-        finding.effect = self.effects.of(rows)
+        try:
+            finding.effect = self.effects.of(rows)
+        except Exception as error:
+            self.notes.append(f"{names[0]}: its effect on the outputs is not known: {in_one_line(error)}")
         return finding
 
     def _fix(self, cause: Candidate, rows: Sequence[LayerRow]) -> str:
