@@ -23,6 +23,8 @@ from cp_debug.bisect.causes.effects import Effects
 from cp_debug.bisect.causes.findings import Explainer
 from cp_debug.bisect.int8_notes import both_int8, int8_notes
 from cp_debug.bisect.observe import Observation, observe
+from cp_debug.bisect.regions.descent import BUILDS
+from cp_debug.bisect.regions.guilty import look_inside
 from cp_debug.bisect.remainder import remainder
 from cp_debug.bisect.replay import Replay
 from cp_debug.bisect.result import GUILTY, BisectResult, StageRow, TestResult
@@ -93,6 +95,8 @@ class Options:
     folded: bool = True
     calibration: Calibration = DEFAULT_CALIBRATION
     """How to quantise, where a backend is in INT8 and the model is not."""
+    max_builds: int = BUILDS
+    """Further engines for the search inside guilty regions of one run; 0 leaves it at emulated hypotheses."""
     knobs: bool = False
     """Find the graph optimisers that are responsible for the difference of optimised ONNX Runtime tests."""
     maps: Sequence[str] = ()
@@ -179,6 +183,9 @@ class Bisection:
         if parts:
             self._parts[id(model)] = parts, f"quantized as in {checkpoint}"
         return model
+
+    def _tell(self, text: str) -> None:
+        self._on_step(text, self._done, self._steps)
 
     def _step(self, text: str) -> None:
         self._on_step(text, self._done, self._steps)
@@ -379,6 +386,7 @@ class Bisection:
                 explainer.settled = settled
                 explainer.adds_up = found.remainder is None or found.remainder.adds_up
                 found.findings = explainer.findings(rows, seen)
+                found.findings = look_inside(explainer, rows, found.findings, self.options.max_builds, self._tell)
                 failures += explainer.notes
             found.explained(failures)
             found.add(rows)
