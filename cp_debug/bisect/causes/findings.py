@@ -52,6 +52,8 @@ class Explainer:
     exact_input: Callable[[Key], Tensor]
     """What glue should have made for an input of a component."""
     effects: Effects
+    settled: Mapping[Key, str] = field(default_factory=dict)
+    """Guilty rows whose cause is known before anything is tried → that cause in words: other control flow."""
     notes: list[str] = field(default_factory=list)
     """What could not be explained and why not, one sentence each, the layer named: explaining never ends a run."""
     adds_up: bool = True
@@ -64,7 +66,11 @@ class Explainer:
         self._rows = rows
         unsteady = list(self._unsteady(rows))
         restless = {name for finding in unsteady for name in finding.layers}
-        guilty = [(key, row) for key, row in rows.items() if row.verdict == GUILTY and row.name not in restless]
+        guilty = [
+            (key, row)
+            for key, row in rows.items()
+            if row.verdict == GUILTY and row.name not in restless and key not in self.settled
+        ]
         guilty += [(key, row) for key, row in rows.items() if row.verdict == SHAPE and row.op == "input"]
         guilty.sort(key=lambda item: item[1].severity, reverse=True)
         groups: dict[tuple[str, ...], list[Explained]] = {}
@@ -77,6 +83,11 @@ class Explainer:
             name = (UNKNOWN,) if found is None else (found.cause, found.says if found.parameters else "")
             groups.setdefault((row.side, *name), []).append(explained)
         findings = [self._finding(group) for group in groups.values()]
+        for says in dict.fromkeys(self.settled.values()):
+            own = [rows[key] for key, other in self.settled.items() if other == says]
+            names = [row.name for row in own]
+            fix = "compare what the condition is computed from in both programs, and its threshold"
+            findings.append(Finding("control-flow", says, names, [row.op for row in own], fix=fix))
         findings += [*unsteady, *self._program(seen)]
         if not all(row.within for row in rows.values()):
             try:
