@@ -185,6 +185,40 @@ def test_half_precision_graphs_are_observed_without_a_gap(tmp_path, spec):
     session.close()
 
 
+def test_sums_of_unknown_sizes_are_read_in_nchwc(tmp_path):
+    """ONNX Runtime adds maps of unknown size with five axes, between two Reshape nodes."""
+    net = NetBuilder()
+    left, right = (net.batch_norm(net.op("Relu", net.conv("x", 16, 16)), 16) for _ in range(2))
+    net.conv(net.op("Add", left, right, name="total"), 16, 16, name="y")
+    path = net.save(tmp_path / "net.onnx", {"x": (1, [1, 16, "h", "w"])}, ["y"])
+    session = open_session(path, "ort-all")
+    feed = image(1, 16, 12, 8)
+    outputs, seen = observe(session, feed)
+    _, exact = observe(open_session(path), feed)
+    assert outputs["y"].tobytes() == session.run(feed)["y"].tobytes()
+    np.testing.assert_allclose(seen["total"], exact["total"], rtol=1e-4, atol=1e-5)
+    session.close()
+
+
+@pytest.mark.parametrize("spec", LEVELS)
+def test_half_precision_constants_are_opened(tmp_path, spec):
+    """ONNX Runtime makes initializers of Constant nodes, which a CPU casts to FP32: there is no value left to read."""
+    net = NetBuilder()
+    half = numpy_helper.from_array(np.full((1, 4, 1, 1), 1.5, np.float16))
+    net.op("Mul", net.op("Relu", net.conv("x", 4, 4)), net.op("Constant", value=half), name="y")
+    model = onnx.load(net.save(tmp_path / "net.onnx", {"x": (10, [1, 4, 8, 8])}, ["y"]))
+    for tensor in model.graph.initializer:
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
+    del model.graph.value_info[:]
+    onnx.save(model, tmp_path / "half.onnx")
+    session = open_session(tmp_path / "half.onnx", spec)
+    feed = {"x": image(1, 4, 8, 8)["x"].astype(np.float16)}
+    outputs, _ = observe(session, feed)
+    assert outputs["y"].tobytes() == session.run(feed)["y"].tobytes()
+    assert session.settings["observer_gap"] == 0
+    session.close()
+
+
 def test_quantised_graphs_run_as_they_are(tmp_path):
     net = NetBuilder()
     scale, zero = net.weight(np.array(0.05, np.float32)), net.weight(np.array(0, np.int8))
