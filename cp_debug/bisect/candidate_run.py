@@ -83,6 +83,10 @@ class CandidateRun:
         """The reference's name of a value of this test."""
         return Key(key.component, self._names[key.component].get(key.value, key.value))
 
+    def names(self, component: str) -> Mapping[str, str]:
+        """A component's values in this test → the reference's."""
+        return self._names[component]
+
     def replay(self, reference: Capture, test: Capture, stats: Mapping[Key, TensorStats]) -> dict[Key, Replay]:
         """Replay every captured layer on the oracle. ``stats`` are those of ``run``."""
         replays: dict[Key, Replay] = {}

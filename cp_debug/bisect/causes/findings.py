@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from statistics import fmean
 
+from cp_debug.backends.executor import Executor
 from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.causes.base import Candidate, Cause
 from cp_debug.bisect.causes.effects import Effects
 from cp_debug.bisect.causes.finding import UNKNOWN, Effect, Finding, Where
+from cp_debug.bisect.causes.graphs import OtherProgram, added, difference
 from cp_debug.bisect.causes.precision import PROMOTED
-from cp_debug.bisect.causes.search import ENOUGH, Explanation, explain
+from cp_debug.bisect.causes.search import ENOUGH, Explanation, accepted, explain
 from cp_debug.bisect.causes.segment import Segment, SegmentContext
 from cp_debug.bisect.causes.where import locate
 from cp_debug.bisect.observe import Observation
@@ -28,6 +30,8 @@ COSTLY = 8
 """Layers whose INT8 rounding is carried to the outputs, those first that introduce most."""
 LOCATED = 8
 """Layers of a finding for which it says where in them the error sits."""
+VIEWS = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Cast", "Expand"}
+"""Operators whose result is their input in another shape."""
 UNSTEADY = 10.0
 """A layer that differs from run to run by this many times its rounding does not merely sum in another order."""
 
@@ -54,6 +58,7 @@ class Explainer:
     effects: Effects
     adds_up: bool = True
     """Whether rounding may be named as the cause where no layer is guilty: see ``Remainder``."""
+    _others: dict[str, OtherProgram | None] = field(default_factory=dict)
     _contexts: dict[tuple[str, str, str], SegmentContext] = field(default_factory=dict)
 
     def findings(self, rows: Mapping[Key, LayerRow], seen: Observation | None) -> list[Finding]:
@@ -70,7 +75,7 @@ class Explainer:
                 segment = self._segment(key, row)
             except InputError:  # the replay of this layer says why
                 continue
-            explanation, family = explain(segment, families)
+            explanation, family = self._explanation(key, row, segment, families)
             if family is not None and family not in families:
                 families.append(family)
             found = explanation.cause
@@ -82,6 +87,38 @@ class Explainer:
             findings += self._costliest(rows)
             findings += self._declared(rows) if self.adds_up and not findings else ()
         return sorted(findings, key=lambda f: -(abs(f.effect.share) if f.effect.share is not None else 0.0))
+
+    def _explanation(
+        self, key: Key, row: LayerRow, segment: Segment, families: Sequence[Cause]
+    ) -> tuple[Explanation, Cause | None]:
+        """What the two graphs have different there, where that is it; else what the causes say."""
+        other = self._other(key.component) if row.side == "test" else None
+        if other is None:
+            return explain(segment, families)
+        known = {*self.run.replayer(key.component, self.test).known, *(v.name for v in segment.graph.inputs)}
+        candidate, found = difference(segment, other, known)
+        if candidate is not None and (explanation := accepted(segment, candidate)) is not None:
+            return explanation, None
+        explanation, family = explain(segment, families)
+        if explanation.cause is None and found and all(d.added for d in found):
+            candidate = added(segment, other, known, found)
+            return (candidate and accepted(segment, candidate)) or explanation, family
+        if explanation.cause is not None and found:
+            explanation.cause.evidence.setdefault("graphs_differ", [d.says for d in found[:4]])
+        return explanation, family
+
+    def _other(self, component: str) -> OtherProgram | None:
+        """The test's own graph, where it is another than the reference's for other reasons than its INT8 here."""
+        if component not in self._others:
+            ours = self.run.programs[component].graph
+            program = next(p for p in self.run.pipeline.programs if p.name == component)
+            graph, made = program.graph, None
+            if graph is not ours and program.plain is not ours:
+                oracle = self.run.replayer(component, self.test).oracle
+                names = self.run.names(component)
+                made = OtherProgram(graph, names, loader(self.test, component), Executor(graph, oracle.arithmetic))
+            self._others[component] = made
+        return self._others[component]
 
     def _segment(self, key: Key, row: LayerRow) -> Segment:
         capture = self.test if row.side == "test" else self.reference
@@ -98,7 +135,7 @@ class Explainer:
             segment = Segment.of_input(context, key.value, self.exact_input(key), load(key.value))
         else:
             segment = Segment.of(context, key.value, replayer.known, load)
-        later = self._later(key, capture)
+        later, views = self._later(key, capture), self._views(key)
         segment.others = [
             (
                 entry.name + (" of the reference" if side is self.reference else ""),
@@ -107,9 +144,21 @@ class Explainer:
             for side in (self.reference, self.test)
             for entry in side.entries
             if (entry.component, entry.name) != key
+            and (entry.component, entry.name) not in views
             and (side is not capture or (entry.component, entry.name) not in later)
         ]
         return segment
+
+    def _views(self, key: Key) -> set[tuple[str, str]]:
+        """What holds the same numbers as the value ``key`` in another shape, on either side: up and down the graph."""
+        graph, found = self.run.programs[key.component].graph, {key.value}
+        size = 0
+        while size != len(found):
+            size = len(found)
+            for node in graph.nodes:
+                if node.op in VIEWS and node.inputs and not found.isdisjoint({node.inputs[0], *node.outputs}):
+                    found.update((node.inputs[0], *node.outputs))
+        return {(key.component, name) for name in found}
 
     def _later(self, key: Key, capture: Capture) -> set[tuple[str, str]]:
         """What hangs on the value ``key`` in its component, and what only this run has, its place unknown."""
