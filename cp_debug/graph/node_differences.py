@@ -168,7 +168,7 @@ class Pieces:
     def _role(self, node: Node, place: int) -> str:
         """``weights``, ``bias``, ``statistics``, ``parameters``, ``scale``, ``zero``, ``index``, or empty."""
         if node.op in MOVES and (place == 0 or node.op == "Concat"):
-            readers = [n for n in self._mine if not set(node.outputs).isdisjoint(n.inputs)]
+            readers = [n for o in node.outputs for n in self._reference.consumers.get(o, [])]
             if readers:
                 value = next(o for o in node.outputs if o in readers[0].inputs)
                 return self._role(readers[0], list(readers[0].proto.input).index(value))

@@ -28,10 +28,12 @@ class Candidate:
     """Further figures, JSON-safe."""
     fix: str = ""
     """A command or a code line, ``{layers}`` standing for the layers."""
-    heard: bool = False
-    """Whether the verdict itself says so (numbers leave a range): it goes before what explains the layer as well."""
     by_magnitude: bool = False
     """Only the size of the error speaks for it: taken where nothing else explains the layer, and said so."""
+    heard: bool = False
+    """Whether the verdict itself says so (numbers leave a range): it goes before what explains the layer as well."""
+    observed: bool = False
+    """The captured result itself, told: nothing was emulated, so nothing is said to be explained."""
 
 
 Emulate = Callable[["Segment"], Iterator[Candidate]]

@@ -30,6 +30,8 @@ COSTLY = 8
 """Layers whose INT8 rounding is carried to the outputs, those first that introduce most."""
 LOCATED = 8
 """Layers of a finding for which it says where in them the error sits."""
+FOLDED = {"channels-scaled", "other-weights", "weights-scaled", "bias-scaled"}
+"""What differs in the weights when another BatchNorm was folded into them."""
 VIEWS = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Cast", "Expand"}
 """Operators whose result is their input in another shape."""
 UNSTEADY = 10.0
@@ -97,8 +99,12 @@ class Explainer:
             return explain(segment, families)
         known = {*self.run.replayer(key.component, self.test).known, *(v.name for v in segment.graph.inputs)}
         candidate, found = difference(segment, other, known)
-        if candidate is not None and (explanation := accepted(segment, candidate)) is not None:
-            return explanation, None
+        if candidate is not None and candidate.cause in FOLDED and segment.batch_norm is not None:
+            explanation, family = explain(segment, families)  # what was folded in tells more than the weights do
+            if explanation.cause is not None and explanation.cause.cause.startswith(("batchnorm", "normalization")):
+                return explanation, family
+        if candidate is not None and (read_off := accepted(segment, candidate)) is not None:
+            return read_off, None
         explanation, family = explain(segment, families)
         if explanation.cause is None and found and all(d.added for d in found):
             candidate = added(segment, other, known, found)
@@ -181,7 +187,7 @@ class Explainer:
             layers=names,
             ops=[row.op for row in rows],
             side=worst.row.side,
-            explained=fmean(e.explanation.explained for e in group) if cause else None,
+            explained=fmean(e.explanation.explained for e in group) if cause and not cause.observed else None,
             runner_up=second.cause if second else None,
             runner_up_explained=explanation.runner_up_explained if second else None,
             evidence={"why": worst.row.why, **(cause.evidence if cause else {})},
@@ -190,7 +196,7 @@ class Explainer:
         )
         if cause and cause.by_magnitude and (explanation.explained < ENOUGH):
             finding.evidence["magnitude_only"] = True
-        if len(group) > 1:
+        if len(group) > 1 and finding.explained is not None:
             finding.evidence["explained_least"] = min(e.explanation.explained for e in group)
         finding.effect = self.effects.of(rows)
         return finding

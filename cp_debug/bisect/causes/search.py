@@ -54,9 +54,7 @@ def explain(segment: Segment, first: Collection[Cause] = ()) -> tuple[Explanatio
         return Explanation(None, 0.0, None, 0.0), None
     best = min(t.residual for t, _ in tried)
     equal = [(t, family) for t, family in tried if t.residual <= CLOSE * best]
-    chosen, family = min(
-        equal, key=lambda p: (not p[0].accepted, not p[0].candidate.heard, p[0].candidate.parameters, p[0].residual)
-    )
+    chosen, family = min(equal, key=lambda p: _rank(p[0]))
     if chosen.accepted:
         others = [t for t, _ in tried if t.candidate.cause != chosen.candidate.cause and t.residual > CLOSE * best]
         second = max(others, key=lambda t: t.explained, default=None)
