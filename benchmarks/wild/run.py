@@ -18,6 +18,7 @@ import random
 import re
 import resource
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -168,11 +169,12 @@ def run(args: argparse.Namespace) -> int:
     left = [case for case in cases if case.key not in done]
     print(f"{len(cases)} cases, {len(cases) - len(left)} in the log")
     load_libraries()
+    commit = code_version()
     args.log.parent.mkdir(parents=True, exist_ok=True)
     bad = 0
     with args.log.open("a") as log:
         for number, case in enumerate(left, 1):
-            record = run_case(case, args.zoo.resolve(), args.time_limit)
+            record = run_case(case, args.zoo.resolve(), args.time_limit) | {"commit": commit}
             log.write(json.dumps(record) + "\n")
             log.flush()
             bad += (wrong := record["verdict"] in ("accused", "missed", "error"))
@@ -180,6 +182,12 @@ def run(args: argparse.Namespace) -> int:
             mark = "!" if wrong else " "
             print(f"{mark}{number:4}/{len(left)} {record['cpu']:6.1f} s  {record['verdict']:8}{cause:24} {case.key}")
     return int(bad > 0)
+
+
+def code_version() -> str:
+    """The commit of the code, with ``-dirty`` where files differ from it; empty outside of a git work tree."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
 def make(args: argparse.Namespace) -> int:

@@ -286,7 +286,9 @@ def _conditions(records: Sequence[Record]) -> list[str]:
     pinned = Path(__file__).with_name("requirements.txt").read_text().split()
     shipped = ", ".join(word.replace("==", " ") for word in pinned if "==" in word)
     networks = {base(r["network"]) for r in records}
+    commits = Counter(r.get("commit") or "no commit" for r in records)
     return [
+        f"- Code: {', '.join(f'{commit} ({count} cases)' for commit, count in commits.most_common())}.",
         f"- {len(records)} cases on {len(networks)} networks (exports and variants of one count once), "
         f"{sum(r['cpu'] for r in records) / 60:.0f} minutes of processor time, one thread.",
         f"- Networks that packages ship: {shipped}, and the light models of onnx. The others are exported from "

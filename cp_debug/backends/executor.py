@@ -124,8 +124,12 @@ class Executor:
         with torch.no_grad():
             return self._execute(self.graph.nodes, inputs, [v.name for v in self.graph.outputs], sink, probes)
 
-    def run_nodes(self, nodes: Sequence[Node], values: Mapping[str, Any], wanted: Collection[str]) -> dict[str, Tensor]:
+    def run_nodes(
+        self, nodes: Sequence[Node], values: Mapping[str, Any], wanted: Collection[str], sink: Sink | None = None
+    ) -> dict[str, Tensor]:
         """Replay ``nodes`` (a ``Graph.segment``) from captured ``values`` and return the ``wanted`` results.
+
+        ``sink`` is given every value that a node computes, in execution order.
 
         A value that is both given and computed is read as given and returned as computed: each layer is replayed on the
         captured inputs of exactly that layer. ``values`` may load lazily; only what the nodes read is asked for, once.
@@ -133,7 +137,7 @@ class Executor:
         value is neither given nor computed.
         """
         with torch.no_grad():
-            return self._execute(nodes, values, wanted)
+            return self._execute(nodes, values, wanted, sink)
 
     def _execute(
         self,

@@ -134,7 +134,7 @@ class _Sample:
 
 def _guess_names(optimized: Graph, original: Graph) -> dict[str, str]:
     """Value of the optimised program that has a new name → the original value that it should be."""
-    present = set(optimized.values)
+    present = {*optimized.values, *optimized.initializers}
     guesses: dict[str, str] = {}
     blocked = _blocked_values(optimized)
     by_node = {node.name: node.outputs[0] for node in original.nodes if node.outputs}

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.base import Program, Tensor
-from cp_debug.backends.capabilities import calibrates_itself, kernels_of, ranges_of_session
+from cp_debug.backends.capabilities import BuildsVariations, calibrates_itself, kernels_of, ranges_of_session
 from cp_debug.backends.emulated import EmulatedBackend
 from cp_debug.backends.tensorrt.calibration import Ranges
 from cp_debug.bisect.observe import Observation, observe
 from cp_debug.bisect.quantized_segment import Quantized, QuantizerGrid
+from cp_debug.bisect.regions.region import Region, region_of
 from cp_debug.bisect.replay import Load, Replay, Replayer
 from cp_debug.bisect.result import OK, LayerRow
 from cp_debug.bisect.sides import judged, trace_shapes, without_emulation
@@ -125,6 +126,7 @@ class CandidateRun:
                 emulated=self._emulates(graph),
                 narrow=(self._narrow(component, sides[0]), self._narrow(component, sides[1])),
                 quantized=(self._quantized(component, sides[0]), self._quantized(component, sides[1], test)),
+                families=(sides[0].backend.spec.family, sides[1].backend.spec.family),
             )
         return self._replayers[component]
 
@@ -177,6 +179,13 @@ class CandidateRun:
             and any(program.graph is graph for program in self.pipeline.programs)
         )
 
+    def _region(self, key: Key, replay: Replay | None) -> Region | None:
+        """What a value stands for on an engine, where that is too much for one name."""
+        session = self.pipeline.sessions[key.component]
+        if replay is None or not isinstance(session, BuildsVariations):
+            return None
+        return region_of(replay.nodes, key.value, self.programs[key.component].graph, session.layers)
+
     @property
     def implicit(self) -> bool:
         """Whether the backend chooses the scales itself: TensorRT with its own calibrator."""
@@ -207,7 +216,7 @@ class CandidateRun:
         sample: int,
     ) -> dict[Key, LayerRow]:
         """The judged layers, in execution order."""
-        rows = {}
+        rows: dict[Key, LayerRow] = {}
         told = {name: kernels_of(session) for name, session in self.pipeline.sessions.items()}
         tactics = {self.name(Key(n, value)): tactic for n, own in told.items() for value, tactic in own.items()}
         for key, layer in self.layers.items():
@@ -221,9 +230,14 @@ class CandidateRun:
                 judgement = judged(judgement, replay)
                 if judgement.verdict == OK:
                     continue
+            region = self._region(key, replay)
+            if region is not None:
+                taken = any(row.name == region.label for row in rows.values())
+                layer = replace(layer, name=region.label + f" → {key.value}" * taken, op=region.kind or "region")
             rows[key] = LayerRow(
                 **asdict(layer),
                 **judgement._asdict(),
+                region=region,
                 stats=stats[key],
                 replay=replay,
                 noise_floor=floor,

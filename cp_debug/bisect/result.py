@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cp_debug.backends.base import RunRecord
 from cp_debug.bisect.observe import Observation
+from cp_debug.bisect.regions.region import Region
 from cp_debug.bisect.replay import EXCESS, Replay
 from cp_debug.display import notebook, terminal
 from cp_debug.probes.statistics import TensorStats
@@ -53,6 +54,8 @@ class LayerRow:
     sample: int = 0
     tactic: str = ""
     """Name of the kernel that wrote the value, where the backend tells."""
+    region: Region | None = None
+    """What the row stands for where that is more than a layer; then ``name`` is its label."""
     kind: str = "data"
     """``data``; or, of a side value, ``constant`` or ``shape``: see ``Layer``. Side values have a row where they
     differ."""
@@ -98,6 +101,7 @@ class LayerRow:
             "not_emulated": list(replay.not_emulated),
             "skipped": replay.skipped,
             "tactic": self.tactic,
+            "region": self.region.to_dict() if self.region else None,
             "within_tolerance": self.within,
             "verdict": self.verdict,
             "why": self.why,

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from cp_debug.backends.base import RunRecord
 from cp_debug.bisect.causes.finding import Effect, Element, Finding, Where
 from cp_debug.bisect.observe import Observation
+from cp_debug.bisect.regions.region import Region
 from cp_debug.bisect.replay import Replay
 from cp_debug.bisect.result import SCHEMA, BisectResult, LayerRow, Remainder, StageRow, TestResult
 from cp_debug.detection.detection_change import DetectionChange
@@ -237,7 +238,15 @@ def _finding(fields: Fields) -> Finding:
         where=[_where(place) for place in fields.objects("where", [])],
         effect=Effect(effect.optional("share"), _detections(effect)),
         fix=fields.get("fix", str, ""),
+        inside=fields.get("inside", (dict, type(None)), None),
     )
+
+
+def _region(fields: Fields) -> Region | None:
+    if fields.value.get("region") is None:
+        return None
+    told = fields.object("region")
+    return Region(tuple(told.get("nodes", list)), told.get("kind", str, ""), told.get("layer", str, ""))
 
 
 def _where(fields: Fields) -> Where:
@@ -312,5 +321,6 @@ def _row(fields: Fields) -> LayerRow:
         noise_floor=fields.number("noise_floor", 0.0),
         sample=fields.get("sample", int, 0),
         tactic=fields.get("tactic", str, ""),
+        region=_region(fields),
         kind=fields.get("kind", str, "data"),
     )

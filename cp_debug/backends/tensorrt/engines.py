@@ -26,6 +26,7 @@ Profile = tuple[Sequence[int], Sequence[int], Sequence[int]]
 """Smallest, optimal and largest shape of an input."""
 
 _NETWORK_TYPES = {"Half": "HALF", "BF16": "BF16"}
+_LOW = {"fp16": "HALF", "bf16": "BF16", "best": "HALF"}
 _WANTED = {"fp16": "Half", "bf16": "BF16", "int8": "Int8"}
 
 
@@ -193,6 +194,15 @@ class EngineSet:
             requests = [(f"{self._name}-rebuilt.engine", {}), self._probed_request()]
             self.rebuilt, self.probed = self._workshop.build(requests, self._profiles)
         return self.rebuilt, self.probed
+
+    def variation(self, builder: EngineBuilder, file: str, marks: Collection[str], wide: Collection[str]) -> Engine:
+        """An engine of the same shapes by another builder, showing ``marks``; those of ``wide`` in FP32."""
+        low = _LOW.get(builder.variant, "") if builder.config.regime == "weak" else ""
+        known = self._boundaries()
+        tensors = {name: known.get(name) or {"dtype": "" if name in wide else low, "format": ""} for name in marks}
+        probes = {"method": "outputs", "tensors": tensors} if tensors else {}
+        (engine,) = builder.build([(file, probes)], self._profiles)
+        return engine
 
     def _probed_request(self) -> tuple[str, dict[str, Any]]:
         probes = {"method": "unfused"} if self.unfused else {"method": "outputs", "tensors": self._marks}

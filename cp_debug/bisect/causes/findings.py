@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from statistics import fmean
 
-from cp_debug.backends.executor import Executor
 from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.causes.base import Candidate, Cause
 from cp_debug.bisect.causes.effects import Effects
 from cp_debug.bisect.causes.finding import UNKNOWN, Effect, Finding, Where
-from cp_debug.bisect.causes.graphs import OtherProgram, added, difference
-from cp_debug.bisect.causes.precision import PROMOTED
-from cp_debug.bisect.causes.search import ENOUGH, Explanation, accepted, explain
+from cp_debug.bisect.causes.graphs import GraphReader
+from cp_debug.bisect.causes.precision import OVERFLOWS, PROMOTED
+from cp_debug.bisect.causes.search import ENOUGH, Explanation, explain
 from cp_debug.bisect.causes.segment import Segment, SegmentContext
 from cp_debug.bisect.causes.where import locate
 from cp_debug.bisect.observe import Observation
 from cp_debug.bisect.result import GUILTY, SHAPE, LayerRow
-from cp_debug.errors import InputError
+from cp_debug.errors import in_one_line
 from cp_debug.probes.arrays import Tensor
 from cp_debug.probes.capture import Capture
 from cp_debug.programs.pipeline import Key
@@ -30,8 +29,6 @@ COSTLY = 8
 """Layers whose INT8 rounding is carried to the outputs, those first that introduce most."""
 LOCATED = 8
 """Layers of a finding for which it says where in them the error sits."""
-FOLDED = {"channels-scaled", "other-weights", "weights-scaled", "bias-scaled"}
-"""What differs in the weights when another BatchNorm was folded into them."""
 VIEWS = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Cast", "Expand"}
 """Operators whose result is their input in another shape."""
 UNSTEADY = 10.0
@@ -58,75 +55,77 @@ class Explainer:
     exact_input: Callable[[Key], Tensor]
     """What glue should have made for an input of a component."""
     effects: Effects
+    settled: Mapping[Key, str] = field(default_factory=dict)
+    """Guilty rows whose cause is known before anything is tried → that cause in words: other control flow."""
+    notes: list[str] = field(default_factory=list)
+    """What could not be explained and why not, one sentence each, the layer named: explaining never ends a run."""
     adds_up: bool = True
     """Whether rounding may be named as the cause where no layer is guilty: see ``Remainder``."""
-    _others: dict[str, OtherProgram | None] = field(default_factory=dict)
     _contexts: dict[tuple[str, str, str], SegmentContext] = field(default_factory=dict)
+    _rows: Mapping[Key, LayerRow] = field(default_factory=dict)
+
+    @cached_property
+    def _graphs(self) -> GraphReader:
+        return GraphReader(self.run, self.test)
 
     def findings(self, rows: Mapping[Key, LayerRow], seen: Observation | None) -> list[Finding]:
-        """The findings, those with the largest effect first."""
+        """The findings, those with the largest effect first. What fails on the way is in ``notes``."""
+        self._rows = rows
         unsteady = list(self._unsteady(rows))
         restless = {name for finding in unsteady for name in finding.layers}
-        guilty = [(key, row) for key, row in rows.items() if row.verdict == GUILTY and row.name not in restless]
+        guilty = [
+            (key, row)
+            for key, row in rows.items()
+            if row.verdict == GUILTY and row.name not in restless and key not in self.settled
+        ]
         guilty += [(key, row) for key, row in rows.items() if row.verdict == SHAPE and row.op == "input"]
         guilty.sort(key=lambda item: item[1].severity, reverse=True)
         groups: dict[tuple[str, ...], list[Explained]] = {}
         families: list[Cause] = []
         for key, row in guilty[:MOST]:
-            try:
-                segment = self._segment(key, row)
-            except InputError:  # the replay of this layer says why
-                continue
-            explanation, family = self._explanation(key, row, segment, families)
+            explained, family = self._explained(key, row, families)
             if family is not None and family not in families:
                 families.append(family)
-            found = explanation.cause
+            found = explained.explanation.cause
             name = (UNKNOWN,) if found is None else (found.cause, found.says if found.parameters else "")
-            groups.setdefault((row.side, *name), []).append(Explained(row, explanation, locate(segment, row.name)))
+            groups.setdefault((row.side, *name), []).append(explained)
         findings = [self._finding(group) for group in groups.values()]
+        for says in dict.fromkeys(self.settled.values()):
+            own = [rows[key] for key, other in self.settled.items() if other == says]
+            names = [row.name for row in own]
+            fix = "compare what the condition is computed from in both programs, and its threshold"
+            findings.append(Finding("control-flow", says, names, [row.op for row in own], fix=fix))
         findings += [*unsteady, *self._program(seen)]
         if not all(row.within for row in rows.values()):
-            findings += self._costliest(rows)
-            findings += self._declared(rows) if self.adds_up and not findings else ()
+            try:
+                findings += self._costliest(rows)
+                findings += self._declared(rows) if self.adds_up and not findings else ()
+            except Exception as error:
+                self.notes.append(f"what the declared precision costs is not known: {in_one_line(error)}")
         return sorted(findings, key=lambda f: -(abs(f.effect.share) if f.effect.share is not None else 0.0))
 
-    def _explanation(
-        self, key: Key, row: LayerRow, segment: Segment, families: Sequence[Cause]
-    ) -> tuple[Explanation, Cause | None]:
-        """What the two graphs have different there, where that is it; else what the causes say."""
-        other = self._other(key.component) if row.side == "test" else None
-        if other is None:
-            return explain(segment, families)
-        known = {*self.run.replayer(key.component, self.test).known, *(v.name for v in segment.graph.inputs)}
-        candidate, found = difference(segment, other, known)
-        if candidate is not None and candidate.cause in FOLDED and segment.batch_norm is not None:
-            explanation, family = explain(segment, families)  # what was folded in tells more than the weights do
-            if explanation.cause is not None and explanation.cause.cause.startswith(("batchnorm", "normalization")):
-                return explanation, family
-        if candidate is not None and (read_off := accepted(segment, candidate)) is not None:
-            return read_off, None
-        explanation, family = explain(segment, families)
-        if explanation.cause is None and found and all(d.added for d in found):
-            candidate = added(segment, other, known, found)
-            return (candidate and accepted(segment, candidate)) or explanation, family
-        if explanation.cause is not None and found:
-            explanation.cause.evidence.setdefault("graphs_differ", [d.says for d in found[:4]])
-        return explanation, family
+    def _explained(self, key: Key, row: LayerRow, families: Sequence[Cause]) -> tuple[Explained, Cause | None]:
+        """One layer with its cause and the family that knows it; without them where anything fails on the way."""
+        explanation, family, where = Explanation(None, 0.0, None, 0.0), None, Where(row.name)
+        try:
+            segment = self.segment(key, row)
+            where = locate(segment, row.name)
+            failed = partial(self._failed, row)
+            if row.side == "test":
+                explanation, family = self._graphs.explain(key.component, segment, families, failed)
+            else:
+                explanation, family = explain(segment, families, failed)
+        except Exception as error:
+            self._failed(row, error)
+        return Explained(row, explanation, where), family
 
-    def _other(self, component: str) -> OtherProgram | None:
-        """The test's own graph, where it is another than the reference's for other reasons than its INT8 here."""
-        if component not in self._others:
-            ours = self.run.programs[component].graph
-            program = next(p for p in self.run.pipeline.programs if p.name == component)
-            graph, made = program.graph, None
-            if graph is not ours and program.plain is not ours:
-                oracle = self.run.replayer(component, self.test).oracle
-                names = self.run.names(component)
-                made = OtherProgram(graph, names, loader(self.test, component), Executor(graph, oracle.arithmetic))
-            self._others[component] = made
-        return self._others[component]
+    def _failed(self, row: LayerRow, error: Exception) -> None:
+        note = f"{row.name}: not every cause could be tried: {in_one_line(error)}"
+        if note not in self.notes:
+            self.notes.append(note)
 
-    def _segment(self, key: Key, row: LayerRow) -> Segment:
+    def segment(self, key: Key, row: LayerRow) -> Segment:
+        """The layer of a row, cut out on its captured inputs. Raises InputError where the oracle cannot compute it."""
         capture = self.test if row.side == "test" else self.reference
         declared = (row.replay and row.replay.precision) or self.run.precision.name
         claim = declared if row.side == "test" else self.reference_precision
@@ -198,16 +197,35 @@ class Explainer:
             finding.evidence["magnitude_only"] = True
         if len(group) > 1 and finding.explained is not None:
             finding.evidence["explained_least"] = min(e.explanation.explained for e in group)
-        finding.effect = self.effects.of(rows)
+        try:
+            finding.effect = self.effects.of(rows)
+        except Exception as error:
+            self.notes.append(f"{names[0]}: its effect on the outputs is not known: {in_one_line(error)}")
         return finding
 
     def _fix(self, cause: Candidate, rows: Sequence[LayerRow]) -> str:
         """The cause's advice with the layers' names, and with flags where it is about INT8."""
-        fix = cause.fix.replace("{layers}", _some([row.name for row in rows]))
+        names = self._overflowing(rows) if cause.cause == "fp16-overflow" else [row.name for row in rows]
+        fix = cause.fix.replace("{layers}", _some(names))
         if "{unquantized}" not in fix:  # else no row is an input, which nothing quantises
             return fix
         calibrate = "--trt-calib-data" if self.run.implicit else "--calib-data"
         return fix.replace("{calibrate}", calibrate).replace("{unquantized}", self._unquantized(rows))
+
+    def _overflowing(self, rows: Sequence[LayerRow]) -> list[str]:
+        """These layers and those behind them that read what FP16 cannot hold: all of them must stay in FP32."""
+        found = {(row.component, row.onnx): row.name for row in rows}
+        for row in rows:
+            graph, values = self.run.programs[row.component].graph, [row.onnx]
+            for value in values:  # grows
+                for output in (name for node in graph.consumers.get(value, ()) for name in node.outputs):
+                    reader = self._rows.get(Key(row.component, output))
+                    if reader is None or (row.component, output) in found:
+                        continue
+                    found[row.component, output] = reader.name
+                    if reader.stats.max_ref >= OVERFLOWS:
+                        values.append(output)
+        return list(found.values())
 
     def _unquantized(self, rows: Sequence[LayerRow]) -> str:
         """The flag that leaves these layers out of INT8."""
@@ -277,7 +295,7 @@ class Explainer:
         replayed.sort(key=lambda item: item[1].replay.introduced or 0.0, reverse=True)  # type: ignore[union-attr]
         if claim not in PROMOTED or not replayed:
             return
-        segments = [self._segment(key, row) for key, row in replayed[:8]]
+        segments = [self.segment(key, row) for key, row in replayed[:8]]
         explained = fmean(segment.explained(segment.claimed)[0] for segment in segments)
         names = [row.name for _, row in replayed]
         yield Finding(

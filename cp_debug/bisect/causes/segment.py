@@ -169,6 +169,9 @@ class Segment:
         norm, node = self.batch_norm, self.product
         if node is None or any(n.op == "BatchNormalization" for n in self.nodes):
             return None
+        earlier, later = self.nodes[: self.nodes.index(node)], self.nodes[self.nodes.index(node) + 1 :]
+        if [n.op for n in later] not in ([], ["Relu"]):
+            return None
         weight, bias = self.weight(node, 1), self.weight(node, 2)
         if weight is None or bias is None or (norm is not None and not bool((norm.weight != 0).all())):
             return None
@@ -182,7 +185,7 @@ class Segment:
         proto.input[:] = [node.proto.input[0], f"{node.proto.input[1]}\x1fapart"]
         values = {**self.given, proto.input[1]: weight.to(arithmetic.dtype)}
         executor = self.context.executor(arithmetic)
-        plain = executor.run_nodes([Node.of(next(_fresh), proto)], values, node.outputs)[node.outputs[0]]
+        plain = executor.run_nodes([*earlier, Node.of(next(_fresh), proto)], values, node.outputs)[node.outputs[0]]
 
         def stored(value: Tensor) -> Tensor:
             return as_double(arithmetic.round(value.to(arithmetic.dtype)))
