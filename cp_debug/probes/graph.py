@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import external_data_helper, numpy_helper
+from onnx import external_data_helper
 
-from cp_debug.errors import InputError
+from cp_debug.probes.onnx_file import array_of, external_data, read_model, reads
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Node:
             index=index,
             name=proto.name or f"{proto.op_type}_{index}",
             op=proto.op_type if proto.domain in ("", "ai.onnx") else f"{proto.domain}.{proto.op_type}",
-            inputs=tuple(dict.fromkeys(_reads(proto))),
+            inputs=tuple(dict.fromkeys(reads(proto))),
             outputs=tuple(o for o in proto.output if o),
             proto=proto,
         )
@@ -58,12 +58,13 @@ class ValueInfo:
 class Graph:
     """The main graph of an ONNX file, in topological order.
 
-    Raises InputError when the file is missing, truncated, not ONNX, or lacks an external data file.
+    Raises InputError as ``read_model`` does: for what is missing, truncated, not ONNX, or contradicts itself.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self.proto = _load(self.path)
+        self.proto = read_model(self.path)
+        _sort(self.proto.graph)
         self.inputs = [_value_info(v) for v in self.proto.graph.input if v.name not in self._initializers]
         self.outputs = [_value_info(v) for v in self.proto.graph.output]
         self.nodes = [Node.of(i, n) for i, n in enumerate(self.proto.graph.node)]
@@ -84,7 +85,7 @@ class Graph:
 
     def initializer(self, name: str) -> np.ndarray:
         """One weight, read from the file (or its external data) now. Raises KeyError for an unknown name."""
-        return numpy_helper.to_array(self._initializers[name], str(self.path.parent))
+        return array_of(self._initializers[name], self.path)
 
     def weight(self, name: str) -> onnx.TensorProto:
         """One weight as it stands in the file: inside, or a reference to external data."""
@@ -167,24 +168,6 @@ class Graph:
         return sha.hexdigest()
 
 
-def _load(path: Path) -> onnx.ModelProto:
-    if not path.is_file():
-        raise InputError(f"{path}: no such ONNX file")
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # protobuf raises its own DecodeError, whose module moves between versions
-        raise InputError(f"{path}: not a complete ONNX file ({error})") from None
-    if not model.graph.node and not model.graph.output:
-        raise InputError(f"{path}: not a complete ONNX file (it holds no graph)")
-    for file, size in external_files(model, path.parent).items():
-        if not file.is_file():
-            raise InputError(f"{path}: its external data file {file.name} is missing (expected at {file})")
-        if file.stat().st_size < size:
-            raise InputError(f"{file}: {file.stat().st_size} bytes, but {path} reads {size}: it is cut short")
-    _sort(model.graph)
-    return model
-
-
 def _sort(graph: onnx.GraphProto) -> None:
     """Put nodes behind those they read from, else in file order: runtimes accept files that break ONNX's rule."""
     nodes = list(graph.node)
@@ -193,7 +176,7 @@ def _sort(graph: onnx.GraphProto) -> None:
     for first in range(len(nodes)):
         stack = [first]
         while stack:
-            missing = [m for m in (maker.get(name) for name in _reads(nodes[stack[-1]])) if m is not None]
+            missing = [m for m in (maker.get(name) for name in reads(nodes[stack[-1]])) if m is not None]
             missing = [m for m in missing if m not in order and m not in stack]
             if missing:
                 stack.append(missing[0])
@@ -210,9 +193,8 @@ def external_files(model: onnx.ModelProto, folder: Path) -> dict[Path, int]:
     files: dict[Path, int] = {}
     for tensor in model.graph.initializer:
         if external_data_helper.uses_external_data(tensor):
-            info = external_data_helper.ExternalDataInfo(tensor)
-            file = folder / info.location
-            files[file] = max(files.get(file, 0), (info.offset or 0) + (info.length or 0))
+            place = external_data(tensor, folder / "model")
+            files[place.file] = max(files.get(place.file, 0), place.offset + place.length)
     return files
 
 
@@ -236,24 +218,21 @@ def _infer(model: onnx.ModelProto) -> onnx.GraphProto:
         return graph
 
 
-def _reads(node: onnx.NodeProto) -> Iterable[str]:
-    yield from (name for name in node.input if name)
-    for attribute in node.attribute:
-        for graph in [attribute.g] if attribute.HasField("g") else attribute.graphs:
-            inner = {v.name for v in graph.input} | {t.name for t in graph.initializer}
-            for child in graph.node:
-                yield from (name for name in _reads(child) if name not in inner)
-                inner.update(child.output)
-
-
 def _value_info(value: onnx.ValueInfoProto) -> ValueInfo:
     tensor = value.type.tensor_type
     if not tensor.elem_type:
         return ValueInfo(value.name, None, None)
     shape = None
     if tensor.HasField("shape"):
-        shape = tuple(d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in tensor.shape.dim)
+        shape = tuple(_size(d) for d in tensor.shape.dim)
     return ValueInfo(value.name, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type), shape)
+
+
+def _size(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
+    """A negative size is what some exporters write for a free one."""
+    if dim.HasField("dim_value"):
+        return dim.dim_value if dim.dim_value >= 0 else None
+    return dim.dim_param or None
 
 
 def _is_numeric(kind: onnx.TypeProto) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from cp_debug.errors import InputError
 from cp_debug.probes.graph import ValueInfo
+from cp_debug.reading import physical_memory
 
 _BATCH = re.compile(r"(?i)n|b|bs|.*batch.*")
 _FREE_SIZE = 64
@@ -50,6 +52,9 @@ def _random(value: ValueInfo, rng: np.random.Generator) -> np.ndarray:
     if value.dtype is None or value.dtype.kind in "OSUc" or value.shape is None:
         raise InputError(f"input {value}: no random value can be made for this; give one with --inputs")
     shape = [d if isinstance(d, int) else _free(axis, d) for axis, d in enumerate(value.shape)]
+    if (size := math.prod(shape) * 8) > physical_memory() // 4:  # random numbers are made in FP64
+        told = f"made-up values would take {size / 2**30:.3g} GiB"
+        raise InputError(f"input {value}: {told}; give values with --inputs, or free the dimension")
     if value.dtype.kind == "b" or (value.dtype.kind in "iu" and value.dtype.itemsize > 1):
         return rng.integers(0, 2, shape).astype(value.dtype)
     if value.dtype.kind in "iu":

@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def arguments(rng: random.Random, world: World, folder: Path) -> Case:
     argv = [*words, *BASES.get(words, [])]
     options = [p for p in _commands()[words].params if p.name != "help"]
     for option in rng.sample(options, min(len(options), rng.choice((0, 1, 1, 2, 3)))):
-        kind = option.type.name
+        kind = _kind(option)
         if option.param_type_name == "argument":
             if len(argv) > len(words):
                 argv[len(words)] = _value("text", rng)
@@ -116,6 +117,16 @@ def arguments(rng: random.Random, world: World, folder: Path) -> Case:
     process = rng.random() < 0.03
     writes = _writes(argv, words)
     return Case("arguments", [in_file if process else argv], writes, ascii=rng.random() < 0.2, subprocess=process)
+
+
+def _kind(option: Any) -> str:
+    """``integer``, ``float``, ``choice`` …, from whichever parser this version of Typer has."""
+    if hasattr(option, "type"):
+        return str(option.type.name)
+    annotation = option.type_descriptor.annotation
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return "choice"
+    return getattr(annotation, "__name__", "text")
 
 
 def _value(kind: str, rng: random.Random, small: bool = False) -> str:

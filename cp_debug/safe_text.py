@@ -1,0 +1,73 @@
+"""Foreign text made safe for each place where it is shown: a terminal, Markdown, HTML, CSV, annotations of GitHub.
+
+Names of layers, files, classes and backends come from files that anybody may have written. What reaches a terminal
+raw can move its cursor, and what reaches a spreadsheet or a page can be run.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from typing import Any
+
+LINES = 12
+"""Lines of an error message that are shown."""
+WIDTH = 400
+"""Characters of a line of an error message that are shown."""
+
+_UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+"""Unicode's categories of what is not seen, and of what turns or breaks lines: control and format characters (bidi
+overrides are among them), halves of surrogates, private and unassigned characters, separators."""
+_MARKDOWN = re.compile(r"([\\`*_\[\]<>|#~])")
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+def visible(text: str) -> str:
+    """The text with everything unseen as an escape (``\\x1b``, ``\\u202e``); line feeds stay."""
+    if text.isascii() and text.replace("\n", " ").isprintable():
+        return text
+    return "".join(
+        c if c == "\n" or unicodedata.category(c) not in _UNSEEN else c.encode("unicode_escape").decode() for c in text
+    )
+
+
+def one_line(text: str) -> str:
+    """``visible``, and line feeds as ``\\n``: a name stays in its line."""
+    return visible(text).replace("\n", "\\n")
+
+
+def message(text: str, lines: int = LINES, width: int = WIDTH) -> str:
+    """An error message for a terminal: ``visible``, at most so many lines and so many characters a line."""
+    shown = [line if len(line) <= width else f"{line[: width - 1]}…" for line in visible(text).strip().split("\n")]
+    if len(shown) > lines:
+        shown = [*shown[: lines - 1], f"… ({len(shown) - lines + 1} more lines)"]
+    return "\n".join(shown)
+
+
+def markdown(text: str) -> str:
+    """One line in which nothing is Markdown or HTML."""
+    return _MARKDOWN.sub(r"\\\1", one_line(text))
+
+
+def csv_cell(value: Any) -> Any:
+    """A cell that no spreadsheet takes for a formula: such text gets an apostrophe before it; numbers stay."""
+    if not isinstance(value, str):
+        return value
+    shown = one_line(value)
+    if value.startswith(_FORMULA) and not _is_number(value):
+        return f"'{shown}"
+    return shown
+
+
+def annotation(text: str, *, name: bool = False) -> str:
+    """Text of a GitHub annotation, which ends with the line; ``name``: of a property such as its title."""
+    escaped = visible(text).replace("%", "%25").replace("\n", "%0A")
+    return escaped.replace(":", "%3A").replace(",", "%2C") if name else escaped
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
