@@ -22,12 +22,12 @@ _MARKDOWN = re.compile(r"([\\`*_\[\]<>|#~])")
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
-def visible(text: str) -> str:
-    """The text with everything unseen as an escape (``\\x1b``, ``\\u202e``); line feeds stay."""
-    if text.isascii() and text.replace("\n", " ").isprintable():
+def visible(text: str, keep: str = "\n") -> str:
+    """The text with everything unseen as an escape (``\\x1b``, ``\\u202e``), but for the characters to ``keep``."""
+    if text.isprintable():
         return text
     return "".join(
-        c if c == "\n" or unicodedata.category(c) not in _UNSEEN else c.encode("unicode_escape").decode() for c in text
+        c if c.isprintable() or c in keep or unicodedata.category(c) not in _UNSEEN else _escaped(c) for c in text
     )
 
 
@@ -63,6 +63,15 @@ def annotation(text: str, *, name: bool = False) -> str:
     """Text of a GitHub annotation, which ends with the line; ``name``: of a property such as its title."""
     escaped = visible(text).replace("%", "%25").replace("\n", "%0A")
     return escaped.replace(":", "%3A").replace(",", "%2C") if name else escaped
+
+
+def page(text: str) -> str:
+    """A whole page or picture, in which names are escaped already: nothing unseen but the ends of its lines."""
+    return visible(text, "\n\t")
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
 
 
 def _is_number(text: str) -> bool:

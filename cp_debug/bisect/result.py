@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cp_debug.backends.base import RunRecord
 from cp_debug.bisect.replay import Replay
 from cp_debug.probes.statistics import TensorStats
+from cp_debug.safe_text import one_line
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,6 +52,9 @@ class LayerRow:
     sample: int = 0
     tactic: str = ""
     """Name of the kernel that wrote the value, where the backend tells."""
+
+    def __post_init__(self) -> None:
+        self.name, self.op, self.tactic = one_line(self.name), one_line(self.op), one_line(self.tactic)
 
     @property
     def severity(self) -> tuple[float, ...]:
@@ -105,6 +109,9 @@ class StageRow:
 
     name: str
     layer: LayerRow
+
+    def __post_init__(self) -> None:
+        self.name = one_line(self.name)
 
     def to_dict(self) -> dict[str, Any]:
         """Name, and the figures of the stage's last tensor."""

@@ -62,6 +62,7 @@ def evaluate(
     from cp_debug.quantization.opening import calibration_samples
     from cp_debug.recipes.data.base import DataOptions, iterate
     from cp_debug.reports.evaluation import render
+    from cp_debug.reports.files import csv_text
 
     loaded, quantized = load_quantized(model, checkpoint, seed)
     detector = as_detector(loaded)
@@ -95,7 +96,7 @@ def evaluate(
     show_document(render(result), result.to_dict(), json)
     if csv:
         with complete_file(csv) as stream:
-            result.to_pandas().to_csv(stream, index=False)
+            stream.write(csv_text(result.to_pandas()))
     if predictions:
         save_predictions(predictions, result.samples, result.predictions)
     raise typer.Exit(1 if result.worse else 0)

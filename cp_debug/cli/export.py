@@ -50,4 +50,4 @@ def export(
             opened = open_quantized(loaded, quantized)
             exported = export_quantized(loaded, opened, sample, output, options, on_step=on_step)
     for line in export_lines(exported):
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)

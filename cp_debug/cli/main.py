@@ -30,8 +30,8 @@ from cp_debug.cli import (
     verify,
 )
 from cp_debug.cli import eval as evaluation
-from cp_debug.cli.console import errors
-from cp_debug.errors import CpdebugError
+from cp_debug.cli.console import drop_output, errors, show_anywhere, show_error, show_usage
+from cp_debug.errors import CpdebugError, InputError, system_reason
 
 app = typer.Typer(
     name="cpdebug",
@@ -68,17 +68,29 @@ def main() -> None:
     """Run the command line; every expected failure is one message on stderr and an exit code."""
     # Threads that wait in vain spin, and so take the cores from those they wait for when other programs run, too.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    show_anywhere()
     try:
-        app()
+        code = app(standalone_mode=False)
+        sys.stdout.flush()
+        sys.exit(code)
     except CpdebugError as error:
-        errors.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False)
+        show_error(str(error))
         sys.exit(error.exit_code)
+    except MemoryError:
+        show_error("out of memory: this asks for more than the process may have")
+        sys.exit(InputError.exit_code)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        place = error.filename if error.filename is not None else "the output"
+        show_error(f"{place}: {system_reason(error)}")
+        drop_output()
+        sys.exit(InputError.exit_code)
     except KeyboardInterrupt:
         errors.print("interrupted")
         sys.exit(130)
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # what the parser raises
+            raise
+        show_usage(error)
+        sys.exit(InputError.exit_code)

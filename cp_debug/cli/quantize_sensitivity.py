@@ -54,6 +54,7 @@ def sensitivity(
     from cp_debug.quantization.sensitivity import build_sensitivity_profile, check_budget, scored_samples
     from cp_debug.recipes.data.base import DataOptions
     from cp_debug.recipes.registry import load_model
+    from cp_debug.reports.files import csv_text
     from cp_debug.reports.sensitivity import render, write_chart, write_page
 
     if auto is not None:
@@ -74,7 +75,7 @@ def sensitivity(
     show_document(render(profile, show_all=show_all), profile.to_dict(), json)
     if csv:
         with complete_file(csv) as stream:
-            profile.to_pandas().to_csv(stream, index=False)
+            stream.write(csv_text(profile.to_pandas()))
     if html:
         write_page(profile, command_line(), html)
     if plot:

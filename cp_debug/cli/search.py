@@ -83,7 +83,7 @@ def search(
         result = run(loaded, made, parsed, found, replace(options, quantized=parts), on_step)
     show_document(render(result), result.to_dict(), json)
     if onnx and result.reached:
-        errors.print(f"{onnx}: written", markup=False, highlight=False, soft_wrap=True)
+        errors.print(f"{onnx}: written", soft_wrap=True)
     raise typer.Exit(0 if result.reached else 1)
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich import box
-from rich.table import Table
 from rich.text import Text
 
 import cp_debug
@@ -14,6 +13,7 @@ from cp_debug.deploy.exporting import Exported
 from cp_debug.deploy.state import StageRecord
 from cp_debug.files import write_text
 from cp_debug.reports.page import environment, page_parts
+from cp_debug.reports.safe_table import Table
 
 
 def export_lines(exported: Sequence[Exported]) -> Iterator[Text]:

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 
 from rich import box
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from cp_debug.deploy.bootstrap import CONFIDENCE, Interval
 from cp_debug.deploy.evaluation import BackendScores, EvaluationResult
 from cp_debug.deploy.matching import THRESHOLDS
 from cp_debug.deploy.metrics import ERRORS, OVERLAPS, TP_THRESHOLD
+from cp_debug.reports.safe_table import Table
 
 
 def render(result: EvaluationResult) -> Iterator[RenderableType]:

@@ -108,7 +108,10 @@ def arguments(rng: random.Random, world: World, folder: Path) -> Case:
         if getattr(option, "is_flag", False):
             argv.append(name)
         elif name == "--cluster":
-            argv += [name, rng.choice(("", "x", "tcp://", "tcp://127.0.0.1:1", "inproc://x", "\x1b[31m", "tcp://x:99999"))]
+            argv += [
+                name,
+                rng.choice(("", "x", "tcp://", "tcp://127.0.0.1:1", "inproc://x", "\x1b[31m", "tcp://x:99999")),
+            ]
         else:
             argv += [name, _value(kind, rng, name in _SLOW)]
     if rng.random() < 0.1:
@@ -140,7 +143,17 @@ def _value(kind: str, rng: random.Random, small: bool = False) -> str:
         return rng.choice((*texts, "AUTO", "none"))
     files = ("x.npz", "net.onnx", "net.py", "net.py:make", "fifo", "full", "loop", "no", "to-full", ".", "..", "/", "-")
     files = (*files, "~", "net.onnx,ort", "ort,torch,trt-fp16", "ort,ort", "emu-fp99", "@cpu", "ort@cuda:99999", ",")
-    files = (*files, "x<1", "rel_l2<nan", "rel_l2<1e-3 and max_abs<0", "x:1x2:1x2:1x2", "x:1:1", "1h", "0s", "9" * 400 + "h")
+    files = (
+        *files,
+        "x<1",
+        "rel_l2<nan",
+        "rel_l2<1e-3 and max_abs<0",
+        "x:1x2:1x2:1x2",
+        "x:1:1",
+        "1h",
+        "0s",
+        "9" * 400 + "h",
+    )
     files = (*files, "torch,ort", "torch@cpu,ort@cpu", "heatmap=x", "=1", "a=1e999", "car=5", "car=-1", "car=nan")
     return rng.choice((*texts, *files, *files))
 
@@ -283,7 +296,9 @@ def callables(rng: random.Random, world: World, folder: Path) -> Case:
     (folder / "own.py").write_text(rng.choice(CALLABLES), encoding="utf-8", errors="surrogatepass")
     name = rng.choice(("own.py:make", "own.py:make", "own.py:make", "own:make", "own.py:nothing", "own.py:__name__"))
     if rng.random() < 0.1:
-        name = rng.choice(("os:getcwd", "json:loads", "sys:exit", "cp_debug.cli.main:main", "x" * 300 + ".py:a", ":", "a:b:c"))
+        name = rng.choice(
+            ("os:getcwd", "json:loads", "sys:exit", "cp_debug.cli.main:main", "x" * 300 + ".py:a", ":", "a:b:c")
+        )
     if rng.random() < 0.05:
         (folder / "own.py").unlink()
         odd_place(folder / "own.py", rng)
@@ -302,7 +317,7 @@ def callables(rng: random.Random, world: World, folder: Path) -> Case:
     return Case("callables", [argv], ["out"], ascii=rng.random() < 0.1)
 
 
-RUNNER = '''
+RUNNER = """
 import importlib.util, json, os, random, sys
 from pathlib import Path
 
@@ -376,7 +391,7 @@ runner.execute = execute
 if {text!r} is not None:
     runner._write = lambda path, data: path.write_bytes({text!r})
 sys.exit(runner.main(Path(sys.argv[2]), "--stay" in sys.argv))
-'''
+"""
 
 
 def runners(rng: random.Random, world: World, folder: Path) -> Case:
@@ -399,7 +414,9 @@ def runners(rng: random.Random, world: World, folder: Path) -> Case:
     python = folder / "python"
     fake = f'[ "$1" = -c ] && exec {sys.executable} "$@"\nexec {sys.executable} {folder}/body.py "$@"\n'
     if rng.random() < 0.15:
-        fake = rng.choice(("exit 0\n", "exit 3\n", "echo cpdebug x y\n", "echo cpdebug 3 99999999999999\n", "yes | head -c 100000\n"))
+        fake = rng.choice(
+            ("exit 0\n", "exit 3\n", "echo cpdebug x y\n", "echo cpdebug 3 99999999999999\n", "yes | head -c 100000\n")
+        )
         fake = rng.choice((fake, "printf '\\033[31m'\n", "kill -SEGV $$\n", "echo 'cpdebug 2 7'\n"))
     python.write_text(f"#!/bin/sh\n{fake}")
     python.chmod(0o755 if rng.random() < 0.95 else 0o644)

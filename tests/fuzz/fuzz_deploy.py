@@ -66,8 +66,8 @@ YAML = (
     "a:\n" + "".join(" " * i + "a:\n" for i in range(1, 600)),
     "work_dir: a\x00b",
     "work_dir: \ufeffx\ufffe",
-    "work_dir: \"\\0\"\nmodel: net.py:make\n",
-    "work_dir: \"\\e[31m\"\nmodel: \"\\e[31m\"\n",
+    'work_dir: "\\0"\nmodel: net.py:make\n',
+    'work_dir: "\\e[31m"\nmodel: "\\e[31m"\n',
     "<<: *undefined",
     "<<: {<<: 3}",
     "--- a\n--- b\n",
@@ -213,7 +213,18 @@ def _configured(rng: random.Random) -> Any:
             + (["components", "Net", "engine_file"],)
         )
         text = rng.choice(
-            ("../outside", "/etc/passwd", "/dev/full", "/dev/zero", "fifo", "a\x00b", "x" * 300, "", "net.py", "../outside/x")
+            (
+                "../outside",
+                "/etc/passwd",
+                "/dev/full",
+                "/dev/zero",
+                "fifo",
+                "a\x00b",
+                "x" * 300,
+                "",
+                "net.py",
+                "../outside/x",
+            )
             + ("net.py/x", "/proc/1/mem", "net.py:nothing", "nothing.py:make", "json:loads", *TEXTS)
         )
         holder = document

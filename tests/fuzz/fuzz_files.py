@@ -104,7 +104,9 @@ def npz_file(path: Path, rng: random.Random, world: World) -> None:
     elif kind == 6:
         path.write_bytes(npy(np.zeros(3, np.float32), rng.choice((None, *HEADERS))))
     else:
-        path.write_bytes(rng.choice((b"", b"PK\x03\x04", b"PK\x05\x06" + b"\0" * 18, pickle.dumps(Runs()), b"\0" * 100)))
+        path.write_bytes(
+            rng.choice((b"", b"PK\x03\x04", b"PK\x05\x06" + b"\0" * 18, pickle.dumps(Runs()), b"\0" * 100))
+        )
 
 
 def odd_place(path: Path, rng: random.Random) -> None:

@@ -253,7 +253,9 @@ def _is_control(character: str) -> bool:
     return character != "\n" and unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
-def _judged_files(case: Case, work: Path, folder: Path, before: dict[str, tuple[int, int]]) -> Iterator[tuple[str, str]]:
+def _judged_files(
+    case: Case, work: Path, folder: Path, before: dict[str, tuple[int, int]]
+) -> Iterator[tuple[str, str]]:
     after = _listing(folder)
     for name in sorted(before.keys() | after.keys()):
         if name.startswith("said-") or before.get(name) == after.get(name):

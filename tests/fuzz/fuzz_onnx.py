@@ -432,7 +432,9 @@ def metadata(model: onnx.ModelProto, rng: random.Random) -> None:
     node.doc_string = rng.choice(TEXTS)
     info = model.graph.value_info.add(name=rng.choice(("c1", "r1", "none")))
     info.type.tensor_type.elem_type = rng.choice((1, 8, 9, 99))
-    info.type.tensor_type.shape.dim.add(dim_value=rng.choice([n for n in NUMBERS if isinstance(n, int) and abs(n) < HUGE]))
+    info.type.tensor_type.shape.dim.add(
+        dim_value=rng.choice([n for n in NUMBERS if isinstance(n, int) and abs(n) < HUGE])
+    )
 
 
 def quantised(model: onnx.ModelProto, rng: random.Random) -> None:

@@ -95,9 +95,7 @@ class World:
         onnx.save(self.other_net, str(self.folder / "other.onnx"))
         big = onnx.ModelProto()
         big.CopyFrom(self.net)
-        onnx.save(
-            big, str(self.folder / "big.onnx"), save_as_external_data=True, location="big.bin", size_threshold=16
-        )
+        onnx.save(big, str(self.folder / "big.onnx"), save_as_external_data=True, location="big.bin", size_threshold=16)
         x = np.random.default_rng(1).standard_normal((1, 3, 8, 8)).astype(np.float32)
         np.savez(self.folder / "x.npz", x=x)
         (self.folder / "net.py").write_text(CALLABLE)

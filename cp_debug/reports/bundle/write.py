@@ -36,6 +36,7 @@ from cp_debug.reports.bundle.case import Case, Piece, declared
 from cp_debug.reports.bundle.readme import polygraphy_command, readme, title
 from cp_debug.reports.bundle.script import repro
 from cp_debug.reports.bundle.verify import Measured, Output
+from cp_debug.safe_text import visible
 
 TIME_LIMIT = 600
 """Seconds for repro.py."""
@@ -65,7 +66,7 @@ def write_bundle(
             polygraphy=_polygraphy(measured, limits, backend, build),
             history=history,
         )
-        (folder / "README.md").write_text(page, encoding="utf-8")
+        (folder / "README.md").write_text(visible(page, "\n\t"), encoding="utf-8")
     return printed
 
 
