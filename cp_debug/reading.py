@@ -6,10 +6,10 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cp_debug.errors import InputError, system_reason
 
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+T = TypeVar("T")
+
+SHOWN = 3
+"""Fields that a message names."""
 DEPTH = 64
 """Lists and objects in each other that a JSON document may have."""
 LARGEST_DOCUMENT = 1 << 30
@@ -68,16 +72,37 @@ def read_json(path: Path, *, what: str = "file", most: int = LARGEST_DOCUMENT) -
 
 
 def parse_json(data: bytes | str, source: str) -> Any:
-    """A JSON document. Raises InputError, starting with ``source``, for what is none or nests too deep."""
+    """A JSON document of text and numbers that others can hold: 64 bits, no halves of surrogates.
+
+    Raises InputError, starting with ``source``, for what is none or nests more than ``DEPTH`` deep.
+    """
     try:
-        document = json.loads(data)
+        document = json.loads(data, parse_int=_integer)
+        _check_tree(document)
     except RecursionError:
-        raise InputError(f"{source}: not JSON that can be read (nested too deep)") from None
-    except ValueError as error:
-        raise InputError(f"{source}: not JSON ({error})") from None
-    if _depth(document) > DEPTH:
-        raise InputError(f"{source}: nested more than {DEPTH} deep")
+        raise InputError(
+            f"{source}: nested too deep; expected at most {DEPTH} lists and objects in each other"
+        ) from None
+    except ValueError as error:  # a UnicodeError is one
+        raise InputError(f"{source}: not JSON that can be read ({error})") from None
     return document
+
+
+def typed(kind: type[T] | Any, document: Any, source: str) -> T:
+    """``document`` as a type: a dataclass, a TypedDict, a container of such.
+
+    Numbers may be strings ("NaN", "Infinity"), as JSON lacks those. Raises InputError, starting with ``source``, that
+    names the first fields that do not fit.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_python(document)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_context=False)
+        told = [f"{'.'.join(map(str, each['loc'])) or 'the document'}: {_said(each)}" for each in found[:SHOWN]]
+        more = [f"and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
+        raise InputError(f"{source}: {'; '.join([*told, *more])}") from None
 
 
 def read_npz(path: Path, names: frozenset[str] | None = None) -> dict[str, np.ndarray]:
@@ -175,15 +200,37 @@ def _check_room(path: Path, size: int) -> None:
         raise InputError(f"{path}: its arrays take {size / 2**30:.0f} GiB, more than this machine has")
 
 
-def _depth(document: Any) -> int:
-    """Lists and objects in each other, counted to one more than ``DEPTH`` and without recursion."""
+def _integer(digits: str) -> int:
+    if len(digits) > 20 or not -(1 << 63) <= (value := int(digits)) < 1 << 64:
+        raise ValueError(f"the number {digits[:20]}… has more than 64 bits")
+    return value
+
+
+def _check_tree(document: Any) -> None:
+    """Raises RecursionError for more than ``DEPTH`` levels, and UnicodeError for text that no file can hold."""
     level = [document]
-    for depth in range(DEPTH + 1):
-        containers = [item for item in level if isinstance(item, list | Mapping)]
-        if not containers:
-            return depth
-        level = [v for c in containers for v in (c.values() if isinstance(c, Mapping) else c)]
-    return DEPTH + 1
+    for _ in range(DEPTH + 1):
+        following: list[Any] = []
+        for item in level:
+            if isinstance(item, str):
+                item.encode()
+            elif isinstance(item, list):
+                following += item
+            elif isinstance(item, dict):
+                following += item.keys()
+                following += item.values()
+        if not following:
+            return
+        level = following
+    raise RecursionError
+
+
+def _said(error: Any) -> str:
+    """``"x"; Input should be a valid integer``."""
+    if error["type"] == "missing":
+        return "missing"
+    shown = repr(error["input"])
+    return f"{shown if len(shown) <= 60 else shown[:57] + '...'}; {error['msg'].replace('Input should be', 'expected')}"
 
 
 def _kind(mode: int) -> str:

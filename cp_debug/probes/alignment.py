@@ -25,6 +25,7 @@ from cp_debug.probes.graph import Graph
 from cp_debug.probes.matching import Matching, nearest
 from cp_debug.probes.scopes import scope_hints
 from cp_debug.probes.trace import TorchValue, Trace, trace
+from cp_debug.reading import read_json, typed
 
 SCHEMA = "cpdebug.alignment/1"
 TOLERANCE = 1e-4
@@ -132,15 +133,11 @@ class Alignment:
     @classmethod
     def load(cls, path: Path, graph: Graph) -> Alignment:
         """Read the manifest of ``graph``. Raises InputError when it is unreadable or belongs to another graph."""
-        try:
-            found = json.loads(path.read_text())
-            schema = found.pop("schema")
-            if schema != SCHEMA:
-                raise InputError(f"{path}: schema is {schema!r}; expected {SCHEMA!r}")
-            found["links"] = [Link(**link) for link in found["links"]]
-            alignment = cls(**found)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path}: not an alignment manifest ({type(error).__name__}: {error})") from None
+        found = read_json(path, what="alignment manifest")
+        schema = found.get("schema") if isinstance(found, dict) else None
+        if schema != SCHEMA:
+            raise InputError(f"{path}: schema is {schema!r}; expected {SCHEMA!r}")
+        alignment: Alignment = typed(cls, found, f"{path}: not an alignment manifest")
         if alignment.graph_sha256 != graph.digest:
             raise InputError(f"{path}: this alignment belongs to another graph than {graph.path}; export it again")
         return alignment
