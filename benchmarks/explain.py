@@ -39,7 +39,7 @@ from cp_debug.bisect.engine import bisect
 from cp_debug.bisect.faults.catalog import FAULTS
 from cp_debug.bisect.faults.precision import PRODUCTS, LoweredBackend
 from cp_debug.bisect.result import TestResult
-from cp_debug.probes.graph import Graph, Node
+from cp_debug.graph.graph import Graph, Node
 
 KINDS: dict[str, set[str]] = {
     "scale": {"scaled"},

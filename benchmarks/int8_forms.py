@@ -28,7 +28,7 @@ from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import CpdebugError
 from cp_debug.files import write_text
-from cp_debug.probes.graph import Graph
+from cp_debug.graph.graph import Graph
 
 CHANNELS, SIDE = 64, 32
 

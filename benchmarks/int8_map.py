@@ -13,15 +13,15 @@ import json
 import time
 from pathlib import Path
 
-from cp_debug.bisect.pipeline import run_module
-from cp_debug.deploy.bootstrap import Interval
-from cp_debug.deploy.evaluate import as_detector
-from cp_debug.deploy.evaluation import EvaluationOptions, draws_of
-from cp_debug.deploy.objects import Floats
-from cp_debug.deploy.predictions import Predictions
+from cp_debug.detection.bootstrap import Interval
+from cp_debug.detection.boxes import Floats
+from cp_debug.detection.evaluate import as_detector
+from cp_debug.detection.evaluation import EvaluationOptions, draws_of
+from cp_debug.detection.predictions import Predictions
+from cp_debug.mixed_precision.int8_sensitivity import scored_samples
+from cp_debug.programs.pipeline import run_module
 from cp_debug.quantization.models import with_modules
-from cp_debug.quantization.opening import modules_of, open_quantized
-from cp_debug.quantization.sensitivity import scored_samples
+from cp_debug.quantization.open_quantized import modules_of, open_quantized
 from cp_debug.recipes.base import Arrays, Model, Sample
 from cp_debug.recipes.registry import load_model
 

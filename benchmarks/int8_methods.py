@@ -14,7 +14,7 @@ import time
 
 from cp_debug.quantization.histogram import METHODS
 from cp_debug.quantization.models import output_sqnr, quantize_model
-from cp_debug.quantization.opening import calibration_samples, modules_of
+from cp_debug.quantization.open_quantized import calibration_samples, modules_of
 from cp_debug.recipes.registry import load_model
 
 HELD_OUT, FIRST = 10, 3000

@@ -34,9 +34,9 @@ from rich.console import Console
 from rich.table import Table
 
 from cp_debug.bisect.engine import bisect
-from cp_debug.bisect.precision import PRECISIONS
 from cp_debug.bisect.result import TestResult
-from cp_debug.probes.graph import Graph
+from cp_debug.graph.graph import Graph
+from cp_debug.programs.precision import PRECISIONS
 from cp_debug.recipes.torch_callable import TorchModel
 
 TESTS = ("ort-none", "ort-none", "emu-fp16", "emu-tf32", "emu-bf16")

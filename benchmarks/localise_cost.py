@@ -17,7 +17,7 @@ from random_graphs import second_net
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.engine import Options, bisect
-from cp_debug.bisect.pipeline import Pipeline, prepare
+from cp_debug.programs.pipeline import Pipeline, prepare
 from cp_debug.recipes.onnx_file import OnnxFileModel
 
 PAIRS = (("ort,ort-all", "fp64"), ("ort,emu-fp16", "fp32"), ("ort,emu-tf32", "fp32"))

@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.table import Table
 
 from cp_debug.bisect.engine import Options, bisect
-from cp_debug.bisect.int8 import Calibration
 from cp_debug.bisect.result import TestResult
-from cp_debug.probes.graph import Graph
-from cp_debug.probes.qdq import insert_qdq, quantizable, weight_axis
+from cp_debug.graph.graph import Graph
+from cp_debug.graph.qdq import insert_qdq, quantizable, weight_axis
 from cp_debug.quantization.onnx_ptq import calibrate_graph
+from cp_debug.quantization.quantized_programs import Calibration
 from cp_debug.recipes.registry import load_model
 
 METHODS = ("max", "percentile", "mse")

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cp_debug.probes.graph import Graph
+from cp_debug.graph.graph import Graph
 
 TOLERANCES = (1e-5, 1e-4, 1e-3)
 INSIDE = {"weight scale", "channel scale", "bias scale", "stale statistics", "epsilon", "padding"}

@@ -33,9 +33,9 @@ from cp_debug.backends.arithmetic import ARITHMETICS, FP16, FP16ACC, FP32, TF32_
 from cp_debug.backends.determinism import deterministic
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.tensorrt.tactics import Tactic, decode
-from cp_debug.bisect.pipeline import settings_by_component
+from cp_debug.graph.graph import Graph, Node
 from cp_debug.probes.capture import Capture
-from cp_debug.probes.graph import Graph, Node
+from cp_debug.programs.pipeline import settings_by_component
 
 PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 TILES = (64, 32, 128, 16, 1 << 20)

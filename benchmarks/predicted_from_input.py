@@ -25,8 +25,8 @@ from cp_debug.backends.arithmetic import FP32
 from cp_debug.backends.determinism import deterministic
 from cp_debug.backends.executor import Executor
 from cp_debug.files import write_text
+from cp_debug.graph.graph import Graph
 from cp_debug.probes.capture import Capture
-from cp_debug.probes.graph import Graph
 
 WITHIN = (0.8, 1.25)
 

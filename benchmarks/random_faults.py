@@ -19,9 +19,9 @@ from cp_debug.backends.executor import Executor
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.faults import edits
 from cp_debug.bisect.faults.edits import Editor
-from cp_debug.bisect.precision import PRECISIONS
-from cp_debug.probes.graph import Graph, Node
-from cp_debug.probes.inputs import random_inputs
+from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.random_inputs import random_inputs
+from cp_debug.programs.precision import PRECISIONS
 
 SMALLEST = 10.0
 """Multiples of the expected rounding below which a fault is none."""

@@ -26,8 +26,8 @@ from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.backends.tensorrt.inspector import EngineLayer, parse_layers
 from cp_debug.backends.tensorrt.session import output_distance
-from cp_debug.bisect.pipeline import Export, Key, prepare
 from cp_debug.files import write_text
+from cp_debug.programs.pipeline import Export, Key, prepare
 from cp_debug.recipes.registry import load_model
 
 Ran = tuple[dict[str, np.ndarray], list[EngineLayer], float]

@@ -22,16 +22,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cp_debug.backends.base import Program
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.faults.edits import Editor, rescale
-from cp_debug.probes.graph import Graph
-from cp_debug.probes.inputs import random_inputs
-from cp_debug.probes.qdq import insert_qdq, quantizable
-from cp_debug.probes.unquantize import quantized_inputs, remove_qdq
-from cp_debug.quantization.scales import LayerScales
+from cp_debug.graph.graph import Graph
+from cp_debug.graph.qdq import insert_qdq, quantizable
+from cp_debug.graph.random_inputs import random_inputs
+from cp_debug.graph.scales import LayerScales
+from cp_debug.graph.unquantize import quantized_inputs, remove_qdq
+from cp_debug.mixed_precision.fusion_groups import Kept, Unit, units_of
+from cp_debug.mixed_precision.goal import Goal
+from cp_debug.mixed_precision.judge import Judge
+from cp_debug.mixed_precision.trials import EmulatedRunner, Precision
 from cp_debug.recipes.registry import load_model
-from cp_debug.repair.goal import Goal
-from cp_debug.repair.judge import Judge
-from cp_debug.repair.trials import EmulatedRunner, Precision
-from cp_debug.repair.units import Kept, Unit, units_of
 from tests.nets import NetBuilder
 
 KINDS = {"overflow": "emu-fp16", "accumulation": "emu-fp16acc", "clipped": "emu-int8"}

@@ -34,12 +34,12 @@ from cp_debug.backends.spec import parse_backends
 from cp_debug.backends.tensorrt.client import Client
 from cp_debug.backends.tensorrt.session import output_distance
 from cp_debug.bisect.faults.edits import Editor, rescale
-from cp_debug.bisect.pipeline import Export, prepare
 from cp_debug.files import write_text
-from cp_debug.probes.graph import Graph, Node
+from cp_debug.graph.graph import Graph, Node
+from cp_debug.mixed_precision.goal import Goal
+from cp_debug.mixed_precision.search import SearchOptions, search
+from cp_debug.programs.pipeline import Export, prepare
 from cp_debug.recipes.registry import load_model
-from cp_debug.repair.goal import Goal
-from cp_debug.repair.search import SearchOptions, search
 
 LARGEST_HALF = 65504.0
 BEYOND = 4.0

@@ -31,9 +31,9 @@ from cp_debug.backends.base import Program
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.backends.tensorrt.session import output_distance
-from cp_debug.bisect.pipeline import Export, Key, Pipeline, prepare
 from cp_debug.errors import CpdebugError
-from cp_debug.probes.graph import Graph
+from cp_debug.graph.graph import Graph
+from cp_debug.programs.pipeline import Export, Key, Pipeline, prepare
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.registry import load_model
 

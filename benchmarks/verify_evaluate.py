@@ -28,10 +28,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cp_debug.bisect.pipeline import Pipeline
-from cp_debug.deploy.config import DeployConfig, EvaluateConfig, ScenarioConfig, VerifyConfig
-from cp_debug.deploy.handover import Handovers
+from cp_debug.deploy.interface_checks import Handovers
+from cp_debug.deploy.schema import DeployConfig, EvaluateConfig, ScenarioConfig, VerifyConfig
 from cp_debug.deploy.stages import Deployment
+from cp_debug.programs.pipeline import Pipeline
 from cp_debug.recipes.centerpoint.recipe import CenterPointModel
 from cp_debug.recipes.data.synthetic import SyntheticData
 

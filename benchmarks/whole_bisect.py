@@ -33,7 +33,7 @@ def make_models(folder: Path, size: int) -> tuple[Path, Path]:
     import torch
     from onnx import numpy_helper
 
-    from cp_debug.probes.export import export
+    from cp_debug.programs.export import export
     from cp_debug.recipes.centerpoint.config import get_config
     from cp_debug.recipes.centerpoint.model import BackboneNeckHead, build_model
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from cp_debug.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from cp_debug.bisect.engine import bisect as bisect

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from cp_debug.errors import InputError
 
@@ -39,3 +41,25 @@ def write_text(text: str, target: Path | None) -> None:
         return
     with complete_file(target) as stream:
         stream.write(text)
+
+
+def key_of(parts: Mapping[str, Any]) -> str:
+    """A hash of plain containers."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def hashes(paths: Iterable[Path]) -> dict[str, str]:
+    """File → SHA-256."""
+    return {str(path): file_hash(path) for path in sorted(paths)}
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file; empty where there is none."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    except OSError:
+        return ""
+    return digest.hexdigest()

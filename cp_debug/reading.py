@@ -80,9 +80,7 @@ def parse_json(data: bytes | str, source: str) -> Any:
         document = json.loads(data, parse_int=_integer)
         _check_tree(document)
     except RecursionError:
-        raise InputError(
-            f"{source}: nested too deep; expected at most {DEPTH} lists and objects in each other"
-        ) from None
+        raise InputError(f"{source}: nested too deep; expected at most {DEPTH} levels") from None
     except ValueError as error:  # a UnicodeError is one
         raise InputError(f"{source}: not JSON that can be read ({error})") from None
     return document

@@ -16,10 +16,12 @@ from stress import OUTPUTS, make_stress
 from torch import Tensor, nn
 
 from cp_debug.errors import InputError
-from cp_debug.probes.alignment import Alignment, align, data_values
-from cp_debug.probes.export import EXPORTERS, export
-from cp_debug.probes.graph import Graph
-from cp_debug.probes.scopes import scope_hints
+from cp_debug.graph.downstream import data_values
+from cp_debug.graph.graph import Graph
+from cp_debug.probes.alignment import Alignment
+from cp_debug.programs.align import align
+from cp_debug.programs.export import EXPORTERS, export
+from cp_debug.programs.scope_names import scope_hints
 from cp_debug.recipes.centerpoint.config import get_config
 from cp_debug.recipes.centerpoint.model import BackboneNeckHead, build_model
 

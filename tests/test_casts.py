@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from cp_debug.errors import InputError
-from cp_debug.probes.casts import cast_surgery
-from cp_debug.probes.graph import Graph
+from cp_debug.graph.casts import cast_surgery
+from cp_debug.graph.graph import Graph
 
 RNG = np.random.default_rng(0)
 

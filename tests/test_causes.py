@@ -24,8 +24,8 @@ from cp_debug.bisect.causes.search import Explanation, explain
 from cp_debug.bisect.causes.segment import Lab, Segment
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.faults.precision import LoweredBackend
-from cp_debug.deploy.detections import DetectionChange, compare_detections
-from cp_debug.probes.graph import Graph
+from cp_debug.detection.detection_change import DetectionChange, compare_detections
+from cp_debug.graph.graph import Graph
 from cp_debug.recipes.torch_callable import TorchModel
 
 CHANNELS, SIZE = 16, 24

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from typer.testing import CliRunner
 
-from cp_debug.recipes.centerpoint import training
+from cp_debug.detection import centerpoint_training as training
+from cp_debug.detection.centerpoint_training import Example, evaluate, main
 from cp_debug.recipes.centerpoint.config import HEAD_CHANNELS, OUTPUT_ORDER, TINY
 from cp_debug.recipes.centerpoint.decode import decode
 from cp_debug.recipes.centerpoint.loss import centerpoint_loss, gaussian_focal_loss
 from cp_debug.recipes.centerpoint.model import build_model
 from cp_debug.recipes.centerpoint.scenes import CLASSES, HELD_OUT_SEED, generate_scene
 from cp_debug.recipes.centerpoint.targets import gaussian_radius, make_targets
-from cp_debug.recipes.centerpoint.training import Example, evaluate, main
 from cp_debug.recipes.checkpoint import load_checkpoint
 
 app = typer.Typer()

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cp_debug.deploy import metrics
-from cp_debug.deploy.curves import Curves
-from cp_debug.deploy.metrics import score
-from cp_debug.deploy.objects import Boxes, Objects
+from cp_debug.detection import metrics
+from cp_debug.detection.boxes import Boxes, Objects
+from cp_debug.detection.curves import Curves
+from cp_debug.detection.metrics import score
 
 SAMPLES = 4
 

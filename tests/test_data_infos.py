@@ -11,7 +11,7 @@ import pytest
 
 from cp_debug.errors import InputError
 from cp_debug.recipes.data.base import DataOptions, DataSet, Truth, points_in_boxes
-from cp_debug.recipes.data.opening import open_data
+from cp_debug.recipes.data.open_data import open_data
 from cp_debug.recipes.data.unpickle import load_plain_pickle
 
 FEATURES = ("x", "y", "z", "intensity", "dt")

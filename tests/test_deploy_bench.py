@@ -21,7 +21,7 @@ from cp_debug.backends.tensorrt.prebuilt import PrebuiltBackend
 from cp_debug.deploy.bench import timer_of
 from cp_debug.deploy.engines import MANIFEST, build_engines, check_engines
 from cp_debug.errors import InputError
-from cp_debug.probes.graph import Graph
+from cp_debug.graph.graph import Graph
 
 
 def test_bench_times_every_part_of_every_backend(tmp_path: Path) -> None:

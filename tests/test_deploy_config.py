@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_cli import run
 
-from cp_debug.deploy.config import DeployConfig, EvaluateConfig, ExportConfig, TensorRTConfig, load_config
+from cp_debug.deploy.config import load_config
 from cp_debug.deploy.literals import read_literals
+from cp_debug.deploy.schema import DeployConfig, EvaluateConfig, ExportConfig, TensorRTConfig
 from cp_debug.deploy.stages import Deployment
 from cp_debug.errors import InputError
 

@@ -45,7 +45,7 @@ def test_files_have_awmls_interface_and_the_opset_asked_for(folder: Path) -> Non
 def test_turned_outputs_decode_to_the_same_boxes(folder: Path) -> None:
     from cp_debug.backends.registry import create
     from cp_debug.backends.spec import BackendSpec
-    from cp_debug.bisect.pipeline import Pipeline
+    from cp_debug.programs.pipeline import Pipeline
 
     plain, turned = CenterPointModel("tiny"), CenterPointModel("tiny")
     turned.use_rot_y_axis_reference()

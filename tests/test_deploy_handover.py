@@ -10,9 +10,9 @@ import torch
 
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
-from cp_debug.bisect.pipeline import Export, Pipeline, prepare
-from cp_debug.deploy.handover import CheckedModel, Handovers, check_logits, check_probabilities, checked
+from cp_debug.deploy.interface_checks import CheckedModel, Handovers, check_logits, check_probabilities, checked
 from cp_debug.errors import InputError
+from cp_debug.programs.pipeline import Export, Pipeline, prepare
 from cp_debug.recipes.base import Sample
 from cp_debug.recipes.centerpoint.config import TINY
 from cp_debug.recipes.centerpoint.decode import Detections

@@ -9,15 +9,16 @@ import pytest
 import torch
 
 from cp_debug.backends.tensorrt.config import decide
-from cp_debug.deploy.config import DeployConfig, load_config
+from cp_debug.deploy.config import load_config
 from cp_debug.deploy.runner import deploy
+from cp_debug.deploy.schema import DeployConfig
 from cp_debug.deploy.stages import Deployment
 from cp_debug.errors import InputError
-from cp_debug.probes.graph import Graph
+from cp_debug.graph.graph import Graph
+from cp_debug.programs.torch_layers import full_path
 from cp_debug.quantization.checkpoint import save_ptq_model
-from cp_debug.quantization.layers import full_path
 from cp_debug.quantization.models import QuantizedComponent
-from cp_debug.quantization.opening import modules_of, open_quantized
+from cp_debug.quantization.open_quantized import modules_of, open_quantized
 from cp_debug.recipes.registry import load_model
 
 AWML = Path(__file__).parent / "data" / "awml" / "deploy_config.py"

@@ -16,7 +16,6 @@ import torch
 from onnx import numpy_helper
 from test_cli import run
 
-from cp_debug.bisect.pipeline import Key, Pipeline
 from cp_debug.deploy.config import load_config
 from cp_debug.deploy.preprocessing import compare_voxels, read_voxels
 from cp_debug.deploy.runner import deploy
@@ -25,6 +24,7 @@ from cp_debug.deploy.tolerance import MARGIN, Tolerances, noise_floors
 from cp_debug.deploy.verify import what_is_wrong
 from cp_debug.errors import InputError
 from cp_debug.probes.statistics import compare
+from cp_debug.programs.pipeline import Key, Pipeline
 from cp_debug.recipes.base import Arrays, Sample
 from cp_debug.recipes.centerpoint.config import TINY
 from cp_debug.recipes.centerpoint.recipe import CenterPointModel

@@ -21,19 +21,19 @@ from cp_debug.backends.base import RunRecord
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import parse_backends
 from cp_debug.cli.main import app
-from cp_debug.deploy.bootstrap import Interval, draw_samples
-from cp_debug.deploy.evaluate import as_detector, evaluate
-from cp_debug.deploy.evaluation import (
+from cp_debug.detection.bootstrap import Interval, draw_samples
+from cp_debug.detection.boxes import Boxes
+from cp_debug.detection.evaluate import as_detector, evaluate
+from cp_debug.detection.evaluation import (
     NUSCENES_RANGES,
     EvaluationOptions,
     EvaluationResult,
     parse_ranges,
     score_backends,
 )
-from cp_debug.deploy.matching import match_centers
-from cp_debug.deploy.metrics import ERRORS, score
-from cp_debug.deploy.objects import Boxes
-from cp_debug.deploy.predictions import Predictions, load_predictions, save_predictions
+from cp_debug.detection.matching import match_centers
+from cp_debug.detection.metrics import ERRORS, score
+from cp_debug.detection.predictions import Predictions, load_predictions, save_predictions
 from cp_debug.errors import InputError
 from cp_debug.recipes.base import Arrays, Component, Sample
 from cp_debug.recipes.centerpoint.decode import Detections, decode
@@ -362,7 +362,7 @@ def test_data_without_truth_and_models_without_boxes_are_refused(tmp_path: Path)
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cp_debug.bisect.int8.load_model", lambda *_, **__: PictureModel())
+    monkeypatch.setattr("cp_debug.quantization.quantized_programs.load_model", lambda *_, **__: PictureModel())
     files = [str(tmp_path / name) for name in ("e.json", "e.csv", "p.npz")]
     wanted = ["eval", "pictures", "-b", "torch,emu-fp16", "-n", "3", "--draws", "10"]
     done = CliRunner().invoke(app, [*wanted, "--json", files[0], "--csv", files[1], "--predictions", files[2]])
@@ -376,7 +376,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blind.decode = lambda sample, results: (  # type: ignore[method-assign]
         EMPTY if results["net"]["heat"].dtype == np.float16 else PictureModel.decode(blind, sample, results)
     )
-    monkeypatch.setattr("cp_debug.bisect.int8.load_model", lambda *_, **__: blind)
+    monkeypatch.setattr("cp_debug.quantization.quantized_programs.load_model", lambda *_, **__: blind)
     wanted[3] = "torch,torch-fp16"
     done = CliRunner().invoke(app, [*wanted, "--json", "-"])
     assert done.exit_code == 1, done.output

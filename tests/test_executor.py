@@ -22,7 +22,7 @@ from cp_debug.backends.kernels import KERNELS, blocked_convolution
 from cp_debug.backends.kernels.windows import Window
 from cp_debug.backends.rounding import round_fp16, round_tf32
 from cp_debug.errors import InputError
-from cp_debug.probes.graph import Graph
+from cp_debug.graph.graph import Graph
 
 
 def graph(folder: Path, text: str, weights: dict[str, np.ndarray] | None = None, opset: int = 21) -> Graph:

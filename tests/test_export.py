@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cp_debug.backends.determinism import deterministic, read_settings
 from cp_debug.errors import InputError
-from cp_debug.probes.export import EXPORTERS, export
+from cp_debug.programs.export import EXPORTERS, export
 
 
 class Net(nn.Module):

@@ -16,7 +16,7 @@ from cp_debug.bisect.faults.edits import Editor
 from cp_debug.cli.demo import verdict
 from cp_debug.cli.main import app
 from cp_debug.errors import InputError
-from cp_debug.probes.graph import Graph
+from cp_debug.graph.graph import Graph
 
 QUICK = ("fp16-underflow", "bf16-layer", "features-reshaped")
 """One model in a narrower type, a backend that is not what it claims, an input at fault; the demo test runs another."""

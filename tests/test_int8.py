@@ -19,18 +19,18 @@ from cp_debug.backends.ort_backend import OrtBackend, OrtSession
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec, parse_backends
 from cp_debug.bisect.engine import Options, bisect
-from cp_debug.bisect.int8 import Calibration, calibrate, quantized_programs
-from cp_debug.bisect.pipeline import Export, prepare
 from cp_debug.bisect.result import BisectResult, TestResult
 from cp_debug.errors import BackendUnavailable, InputError
-from cp_debug.probes.graph import Graph
-from cp_debug.probes.qdq import insert_qdq
-from cp_debug.probes.surgery import extract
+from cp_debug.graph.graph import Graph
+from cp_debug.graph.qdq import insert_qdq
+from cp_debug.graph.scales import LayerScales, Scales
+from cp_debug.graph.surgery import extract
 from cp_debug.probes.trace import trace
+from cp_debug.programs.pipeline import Export, prepare
 from cp_debug.quantization.checkpoint import save_ptq_model
 from cp_debug.quantization.onnx_ptq import calibrate_graph
 from cp_debug.quantization.ptq import quantize_ptq
-from cp_debug.quantization.scales import LayerScales, Scales
+from cp_debug.quantization.quantized_programs import Calibration, calibrate, quantized_programs
 from cp_debug.recipes.registry import load_model
 from cp_debug.recipes.torch_callable import TorchModel
 from cp_debug.reports.saved import SavedResult

@@ -12,12 +12,12 @@ from torch import nn
 
 from cp_debug.backends.executor import Executor
 from cp_debug.errors import InputError
-from cp_debug.probes.alignment import align
-from cp_debug.probes.export import EXPORTERS, export
-from cp_debug.probes.graph import Graph
-from cp_debug.probes.qdq import insert_qdq, weight_axis
+from cp_debug.graph.graph import Graph
+from cp_debug.graph.qdq import insert_qdq, weight_axis
+from cp_debug.graph.scales import LayerScales, Scales
+from cp_debug.programs.align import align
+from cp_debug.programs.export import EXPORTERS, export
 from cp_debug.quantization.nodes import scales_by_node
-from cp_debug.quantization.scales import LayerScales, Scales
 
 KINDS = list(itertools.product(EXPORTERS, (True, False)))
 

@@ -16,9 +16,9 @@ from cp_debug.backends.ort_backend import OrtBackend
 from cp_debug.backends.ort_optimizers import RULE_BASED, active_optimizers
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.engine import Options, bisect
-from cp_debug.bisect.knobs import REST, Knobs, find_knobs
+from cp_debug.bisect.optimizer_blame import REST, Knobs, find_knobs
 from cp_debug.errors import InputError
-from cp_debug.probes.graph import Graph
+from cp_debug.graph.graph import Graph
 from cp_debug.recipes.onnx_file import OnnxFileModel
 
 

@@ -10,22 +10,35 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
-# Leaves: they import nothing of the project but errors, and say what a model is, so recipes need them too.
-LEAVES = {f"cp_debug.probes.{name}" for name in ("graph", "inputs", "outputs", "arrays", "trace")}
-# An entry point beside the recipe whose weights it makes; nothing imports it.
-ENTRY_POINTS = {"cp_debug/recipes/centerpoint/training.py"}
-RANK = {
-    "cli": 0,
-    "reports": 1,
-    "bisect": 2,
-    "deploy": 2,
-    "quantization": 2,
-    "repair": 2,
-    "sweep": 2,
-    "backends": 3,
-    "probes": 3,
-    "recipes": 4,
-}
+PACKAGE = REPO / "cp_debug"
+ROOMS = [
+    "version",
+    "errors",
+    "safe_text",
+    "reading",
+    "files",
+    "optional",
+    "plugins",
+    "interpreter",
+    "progress",
+    "serialize",
+    "minimize",
+    "display",
+    "graph",
+    "probes",
+    "recipes",
+    "backends",
+    "programs",
+    "detection",
+    "quantization",
+    "bisect",
+    "mixed_precision",
+    "deploy",
+    "sweep",
+    "reports",
+    "cli",
+]
+"""A room imports from itself and from those before it in this list."""
 
 
 def test_root_links_do_not_shadow_the_standard_library() -> None:
@@ -35,24 +48,35 @@ def test_root_links_do_not_shadow_the_standard_library() -> None:
 
 @pytest.mark.parametrize("name", ["bisect", "probes", "recipes"])
 def test_root_links_lead_into_the_package(name: str) -> None:
-    assert (REPO / name).resolve() == REPO / "cp_debug" / name
+    assert (REPO / name).resolve() == PACKAGE / name
 
 
 def test_bisect_is_a_namespace_folder() -> None:
-    assert not (REPO / "cp_debug" / "bisect" / "__init__.py").exists()
+    assert not (PACKAGE / "bisect" / "__init__.py").exists()
+
+
+def test_every_room_has_its_place() -> None:
+    there = {path.stem for path in PACKAGE.iterdir() if path.is_dir() or path.suffix == ".py"}
+    assert there - {"__init__", "__main__", "__pycache__", "py"} <= set(ROOMS)
 
 
 def test_imports_run_one_way() -> None:
-    wrong = []
-    for path in (REPO / "cp_debug").rglob("*.py"):
-        folder = path.relative_to(REPO / "cp_debug").parts[0]
-        if folder not in RANK or str(path.relative_to(REPO)) in ENTRY_POINTS:
-            continue
-        for module in _top_level_imports(path):
-            other = module.split(".")[1] if module.startswith("cp_debug.") else None
-            if other in RANK and RANK[other] < RANK[folder] and module not in LEAVES:
-                wrong.append(f"{path.relative_to(REPO)} imports {module}")
+    """All imports count: those in functions and under TYPE_CHECKING, too."""
+    wrong = [
+        f"{module} imports {other}"
+        for module, others in _graph().items()
+        for other in others
+        if (here := _room(module)) in ROOMS and ROOMS.index(_room(other)) > ROOMS.index(here)
+    ]
     assert not wrong
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = {module: set(others) for module, others in _graph().items()}
+    while leaves := [module for module, others in graph.items() if not others & graph.keys()]:
+        for module in leaves:
+            del graph[module]
+    assert not graph
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -64,12 +88,26 @@ def test_help_imports_nothing_heavy() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True)
 
 
-def _top_level_imports(path: Path) -> list[str]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    found = []
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and node.module:
-            found.append(node.module)
-        elif isinstance(node, ast.Import):
-            found.extend(alias.name for alias in node.names)
-    return found
+def _room(module: str) -> str:
+    return module.split(".")[1] if "." in module else module
+
+
+def _graph() -> dict[str, set[str]]:
+    """Module → the modules of the project that it imports anywhere in its text."""
+    paths = {_module(path): path for path in PACKAGE.rglob("*.py")}
+    graph = {}
+    for module, path in paths.items():
+        imported = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                below = {f"{node.module}.{alias.name}" for alias in node.names}
+                imported |= (below & paths.keys()) or {node.module}
+            elif isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+        graph[module] = {name for name in imported if name.startswith("cp_debug.")} - {module}
+    return graph
+
+
+def _module(path: Path) -> str:
+    name = ".".join(path.relative_to(REPO).with_suffix("").parts)
+    return name.removesuffix(".__init__")

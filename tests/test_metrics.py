@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cp_debug.deploy.metrics import THRESHOLDS, Objects, average_precision, class_average_precisions, match_centers
+from cp_debug.detection.metrics import THRESHOLDS, Objects, average_precision, class_average_precisions, match_centers
 
 
 def objects(rows: list[tuple[int, float, float, float]]) -> Objects:

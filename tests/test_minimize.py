@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cp_debug.bisect.minimize import Minimizer, find_integer
+from cp_debug.minimize import Minimizer, find_integer
 
 SMALL = st.sets(st.integers(0, 11), max_size=12)
 

@@ -8,8 +8,8 @@ import pytest
 from nets import NetBuilder, residual, second_like
 
 from cp_debug.errors import InputError
-from cp_debug.probes.graph import Graph, ValueInfo
-from cp_debug.probes.inputs import check_inputs, random_inputs
+from cp_debug.graph.graph import Graph, ValueInfo
+from cp_debug.graph.random_inputs import check_inputs, random_inputs
 from cp_debug.recipes.onnx_file import OnnxFileModel
 from cp_debug.recipes.registry import load_model
 from cp_debug.recipes.stages import MOST_STAGES, stages_of

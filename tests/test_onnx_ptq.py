@@ -11,8 +11,8 @@ from nets import NetBuilder, residual
 
 from cp_debug.backends.executor import Executor
 from cp_debug.errors import InputError
-from cp_debug.probes.graph import Graph
-from cp_debug.probes.qdq import insert_qdq, quantizable, weight_axis
+from cp_debug.graph.graph import Graph
+from cp_debug.graph.qdq import insert_qdq, quantizable, weight_axis
 from cp_debug.quantization.histogram import METHODS
 from cp_debug.quantization.onnx_ptq import calibrate_graph
 

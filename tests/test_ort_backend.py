@@ -19,8 +19,8 @@ from cp_debug.backends.base import Program
 from cp_debug.backends.ort_backend import OrtBackend, OrtSession
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import BackendUnavailable, InputError, MissingPackage
-from cp_debug.probes import surgery
-from cp_debug.probes.graph import Graph
+from cp_debug.graph import surgery
+from cp_debug.graph.graph import Graph
 
 ort = pytest.importorskip("onnxruntime")
 

@@ -13,9 +13,9 @@ from nets import NetBuilder, second_like
 from typer.testing import CliRunner
 
 from cp_debug.backends.base import Program
-from cp_debug.bisect.pipeline import prepare
 from cp_debug.bisect.preflight import PROBLEM, RISK, Concern, Preflight
 from cp_debug.cli.main import app
+from cp_debug.programs.pipeline import prepare
 from cp_debug.recipes.base import Arrays, Sample
 from cp_debug.recipes.onnx_file import OnnxFileModel
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cp_debug.errors import InputError
 from cp_debug.quantization.checkpoint import load_ptq_model, save_ptq_model
-from cp_debug.quantization.opening import adopt_weights, modules_of, open_quantized, unquantized
+from cp_debug.quantization.open_quantized import adopt_weights, modules_of, open_quantized, unquantized
 from cp_debug.quantization.ptq import apply_scales, quantize_ptq, scales_of
 from cp_debug.quantization.qat import QatOptions, QatResult, finetune
 from cp_debug.quantization.qat_centerpoint import (

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cp_debug.errors import InputError
-from cp_debug.quantization.library import is_quantized
+from cp_debug.programs.torch_layers import is_quantized
 from cp_debug.quantization.ptq import scales_of
 
 pytest.importorskip("mmengine")

@@ -14,9 +14,9 @@ from nets import NetBuilder, residual, second_like
 
 from cp_debug.backends.executor import Executor
 from cp_debug.errors import InputError
-from cp_debug.probes.graph import Graph
-from cp_debug.probes.qdq import insert_qdq, quantizable, weight_axis
-from cp_debug.quantization.scales import LayerScales
+from cp_debug.graph.graph import Graph
+from cp_debug.graph.qdq import insert_qdq, quantizable, weight_axis
+from cp_debug.graph.scales import LayerScales
 
 FLOAT = onnx.TensorProto.FLOAT
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from cp_debug.errors import InputError
+from cp_debug.graph.scales import QMAX, Scales
 from cp_debug.quantization.calibration import CalibrationManager
 from cp_debug.quantization.histogram import METHODS, Histogram, weight_amax
-from cp_debug.quantization.scales import QMAX, Scales
 
 
 def rounded(x: Tensor, amax: float) -> Tensor:

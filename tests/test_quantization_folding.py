@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from cp_debug.bisect.pipeline import run_module
 from cp_debug.probes.outputs import flatten_outputs
-from cp_debug.quantization.folding import fuse_model_bn
+from cp_debug.programs.batchnorm_folding import fuse_model_bn
+from cp_debug.programs.pipeline import run_module
 from cp_debug.recipes.registry import load_model
 
 CONVOLUTIONS = {

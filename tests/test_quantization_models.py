@@ -12,17 +12,17 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cp_debug.bisect.pipeline import run_module
 from cp_debug.cli.main import app
 from cp_debug.deploy.exporting import load_exported
+from cp_debug.deploy.quantize_output import FILE, cache_file, read_caches
 from cp_debug.errors import InputError
-from cp_debug.probes.graph import Graph
+from cp_debug.graph.graph import Graph
+from cp_debug.programs.batchnorm_folding import fuse_model_bn
+from cp_debug.programs.pipeline import run_module
 from cp_debug.quantization.calibration import CalibrationManager
 from cp_debug.quantization.checkpoint import load_ptq_model
-from cp_debug.quantization.folding import fuse_model_bn
 from cp_debug.quantization.histogram import METHODS
 from cp_debug.quantization.models import output_sqnr, quantize_model, reapply_scales
-from cp_debug.quantization.output import FILE, cache_file, read_caches
 from cp_debug.quantization.ptq import quantized
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.registry import load_model

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from cp_debug import quantization
 from cp_debug.errors import InputError, MissingPackage
+from cp_debug.graph.scales import QMAX
+from cp_debug.programs.torch_layers import quantizers
 from cp_debug.quantization import (
     apply_scales,
     disable_quantization,
@@ -26,10 +28,8 @@ from cp_debug.quantization import (
     save_ptq_model,
     scales_of,
 )
-from cp_debug.quantization.adds import add_quantizers, find_adds
-from cp_debug.quantization.library import quantizers
 from cp_debug.quantization.ptq import quantization_of
-from cp_debug.quantization.scales import QMAX
+from cp_debug.quantization.residual_adds import add_quantizers, find_adds
 
 pytest.importorskip("modelopt")
 

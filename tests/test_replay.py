@@ -19,11 +19,11 @@ from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.faults import edits
 from cp_debug.bisect.faults.edits import Editor
+from cp_debug.bisect.perturbation import disturbed
 from cp_debug.bisect.replay import Replay, Replayer
 from cp_debug.bisect.result import TestResult
-from cp_debug.bisect.slack import disturbed
+from cp_debug.graph.graph import Graph
 from cp_debug.probes.arrays import as_numpy
-from cp_debug.probes.graph import Graph
 
 Values = dict[str, np.ndarray]
 

@@ -27,10 +27,10 @@ from typer.testing import CliRunner
 
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.result import GUILTY, BisectResult
-from cp_debug.bisect.scene import Boxes, Scene, keep_scene
 from cp_debug.cli.main import app
-from cp_debug.deploy.changes import GAINED, KEPT, LOST, MOVED_BOX, changes
+from cp_debug.detection.changes import GAINED, KEPT, LOST, MOVED_BOX, changes
 from cp_debug.errors import CpdebugError, InputError, MissingPackage
+from cp_debug.programs.scene import Boxes, Scene, keep_scene
 from cp_debug.recipes.base import Sample
 from cp_debug.reports.evidence import charts, evidence, worst_elements
 from cp_debug.reports.files import write_json

@@ -21,19 +21,19 @@ from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.cli.search import parse_duration
 from cp_debug.errors import InputError
-from cp_debug.probes.graph import Graph
-from cp_debug.probes.inputs import random_inputs
-from cp_debug.probes.qdq import insert_qdq, quantizable
-from cp_debug.probes.unquantize import quantized_inputs, remove_qdq
-from cp_debug.quantization.scales import LayerScales
-from cp_debug.repair.goal import Goal
-from cp_debug.repair.handover import arguments, deploy_fragment
-from cp_debug.repair.judge import Measured
-from cp_debug.repair.log import Trial, TrialLog
-from cp_debug.repair.mixed import MixedExecutor
-from cp_debug.repair.strategy import smallest
-from cp_debug.repair.trials import Precision, precision_of
-from cp_debug.repair.units import fused, units_of
+from cp_debug.graph.graph import Graph
+from cp_debug.graph.qdq import insert_qdq, quantizable
+from cp_debug.graph.random_inputs import random_inputs
+from cp_debug.graph.scales import LayerScales
+from cp_debug.graph.unquantize import quantized_inputs, remove_qdq
+from cp_debug.mixed_precision.emit import arguments, deploy_fragment
+from cp_debug.mixed_precision.fusion_groups import fused, units_of
+from cp_debug.mixed_precision.goal import Goal
+from cp_debug.mixed_precision.judge import Measured
+from cp_debug.mixed_precision.log import Trial, TrialLog
+from cp_debug.mixed_precision.mixed_graph import MixedExecutor
+from cp_debug.mixed_precision.strategy import smallest
+from cp_debug.mixed_precision.trials import Precision, precision_of
 
 # ---- goals
 
@@ -344,7 +344,7 @@ def test_the_fragment_is_a_configuration(tmp_path: Path) -> None:
 
 
 def test_mixed_graphs_run_and_keep_every_name(tmp_path: Path) -> None:
-    from cp_debug.repair.handover import write_onnx
+    from cp_debug.mixed_precision.emit import write_onnx
 
     program = program_of(second_like(tmp_path / "net.onnx", depth=0, size=16))
     kept = {"net": [n.name for n in program.graph.nodes if n.op == "Conv"][:2]}

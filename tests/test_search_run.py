@@ -18,16 +18,16 @@ from cp_debug.backends.spec import parse_backends
 from cp_debug.bisect.faults.edits import Editor, rescale
 from cp_debug.cli.main import app
 from cp_debug.errors import InputError
-from cp_debug.probes.casts import cast_surgery
-from cp_debug.probes.graph import Graph
-from cp_debug.probes.inputs import random_inputs
-from cp_debug.probes.qdq import insert_qdq, quantizable
-from cp_debug.probes.unquantize import quantized_inputs
-from cp_debug.quantization.scales import LayerScales
+from cp_debug.graph.casts import cast_surgery
+from cp_debug.graph.graph import Graph
+from cp_debug.graph.qdq import insert_qdq, quantizable
+from cp_debug.graph.random_inputs import random_inputs
+from cp_debug.graph.scales import LayerScales
+from cp_debug.graph.unquantize import quantized_inputs
+from cp_debug.mixed_precision.goal import Goal
+from cp_debug.mixed_precision.result import SearchResult
+from cp_debug.mixed_precision.search import SearchOptions, samples_for, search
 from cp_debug.recipes.registry import load_model
-from cp_debug.repair.goal import Goal
-from cp_debug.repair.result import SearchResult
-from cp_debug.repair.search import SearchOptions, samples_for, search
 
 GOAL = "rel_l2<1e-2"
 
@@ -124,7 +124,7 @@ def test_a_search_goes_on_from_its_log(overflowing: Path, tmp_path: Path) -> Non
 
 
 def test_interrupted_searches_leave_a_log(overflowing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cp_debug.repair.judge import Judge
+    from cp_debug.mixed_precision.judge import Judge
 
     log, measure, calls = tmp_path / "log.jsonl", Judge.measure, []
 

@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cp_debug.errors import InputError
-from cp_debug.quantization.opening import modules_of, open_quantized
-from cp_debug.quantization.ptq import quantize_ptq
-from cp_debug.quantization.reuse import Reuse
-from cp_debug.quantization.sensitivity import (
+from cp_debug.mixed_precision.activation_reuse import Reuse
+from cp_debug.mixed_precision.int8_sensitivity import (
     build_sensitivity_profile,
     choose_layers,
     get_sensitive_layers,
     merge_trials,
     run_trials,
 )
-from cp_debug.quantization.trials import FLOAT, INT8, Bench, Trial
+from cp_debug.mixed_precision.int8_trials import FLOAT, INT8, Bench, Trial
+from cp_debug.quantization.open_quantized import modules_of, open_quantized
+from cp_debug.quantization.ptq import quantize_ptq
 from cp_debug.recipes.base import Sample
 from cp_debug.recipes.registry import load_model
 from cp_debug.recipes.torch_callable import TorchModel

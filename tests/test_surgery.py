@@ -18,8 +18,8 @@ from nets import NetBuilder, random_dag, residual, second_like
 from onnx import helper
 
 from cp_debug.errors import InputError
-from cp_debug.probes import surgery
-from cp_debug.probes.graph import Graph
+from cp_debug.graph import surgery
+from cp_debug.graph.graph import Graph
 
 ort = pytest.importorskip("onnxruntime")
 

@@ -22,10 +22,10 @@ from test_cli import run as cli
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec, parse_backends
 from cp_debug.bisect.engine import Options, bisect
-from cp_debug.bisect.int8 import Calibration
-from cp_debug.deploy.evaluate import as_detector, evaluate
-from cp_debug.deploy.evaluation import EvaluationOptions
+from cp_debug.detection.evaluate import as_detector, evaluate
+from cp_debug.detection.evaluation import EvaluationOptions
 from cp_debug.errors import InputError
+from cp_debug.quantization.quantized_programs import Calibration
 from cp_debug.recipes.data.base import DataOptions
 from cp_debug.recipes.registry import load_model
 from cp_debug.reports.sweep import section
@@ -280,8 +280,8 @@ def build():
 
 def test_sensitivity_by_samples_and_by_layers(tmp_path: Path) -> None:
     pytest.importorskip("modelopt")
-    from cp_debug.quantization.opening import modules_of, open_quantized
-    from cp_debug.quantization.sensitivity import build_sensitivity_profile
+    from cp_debug.mixed_precision.int8_sensitivity import build_sensitivity_profile
+    from cp_debug.quantization.open_quantized import modules_of, open_quantized
 
     (tmp_path / "net.py").write_text(NET)
     name = f"{tmp_path / 'net.py'}:build"

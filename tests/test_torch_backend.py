@@ -15,9 +15,9 @@ from cp_debug.backends.determinism import deterministic, read_settings
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import BackendUnavailable, InputError, ModuleFailed
-from cp_debug.probes.alignment import align
-from cp_debug.probes.export import export
-from cp_debug.probes.graph import Graph
+from cp_debug.graph.graph import Graph
+from cp_debug.programs.align import align
+from cp_debug.programs.export import export
 
 SPECS = {"torch": torch.float32, "torch-fp64": torch.float64, "torch-bf16": torch.bfloat16, "torch-fp16": torch.float16}
 

@@ -17,7 +17,7 @@ from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.backends.tensorrt.client import ENVIRONMENT
 from cp_debug.errors import BackendUnavailable, InputError
-from cp_debug.probes.graph import Graph
+from cp_debug.graph.graph import Graph
 
 pytestmark = [
     pytest.mark.gpu,

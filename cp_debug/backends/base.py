@@ -16,9 +16,9 @@ from cp_debug.probes.arrays import Tensor as Tensor
 if TYPE_CHECKING:
     import torch
 
+    from cp_debug.graph.graph import Graph
+    from cp_debug.graph.scales import Scales
     from cp_debug.probes.alignment import Alignment
-    from cp_debug.probes.graph import Graph
-    from cp_debug.quantization.scales import Scales
 
 
 @dataclass

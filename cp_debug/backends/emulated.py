@@ -17,8 +17,8 @@ from cp_debug.backends.determinism import deterministic
 from cp_debug.backends.executor import Executor, unsupported
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import BackendUnavailable, InputError
-from cp_debug.probes.graph import Graph
-from cp_debug.probes.inputs import check_inputs
+from cp_debug.graph.graph import Graph
+from cp_debug.graph.random_inputs import check_inputs
 
 
 class EmulatedBackend:

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from cp_debug.backends.arithmetic import FP32, Arithmetic
 from cp_debug.backends.base import Sink
-from cp_debug.backends.bodies import Body, run_if, run_loop
 from cp_debug.backends.kernels import KERNELS, Call, Kernel
 from cp_debug.backends.reference import Reference
 from cp_debug.backends.weights import Weights, constant
 from cp_debug.errors import InputError
-from cp_debug.probes.graph import Graph, Node
+from cp_debug.graph.bodies import Body, run_if, run_loop
+from cp_debug.graph.graph import Graph, Node
 
 
 class NodeFailed(InputError):

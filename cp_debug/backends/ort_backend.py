@@ -19,9 +19,9 @@ from cp_debug.backends.ort_optimized import OptimizedProgram, Replacement, build
 from cp_debug.backends.ort_options import LEVELS, Runtime, device_of, read_settings
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import InputError
-from cp_debug.probes.casts import cast_surgery
-from cp_debug.probes.graph import Graph
-from cp_debug.probes.inputs import check_inputs, random_inputs
+from cp_debug.graph.casts import cast_surgery
+from cp_debug.graph.graph import Graph
+from cp_debug.graph.random_inputs import check_inputs, random_inputs
 
 if TYPE_CHECKING:
     import onnxruntime

@@ -14,8 +14,8 @@ from cp_debug.backends.base import Sink
 from cp_debug.backends.memory import Trimmer
 from cp_debug.backends.ort_options import Runtime
 from cp_debug.errors import InputError
-from cp_debug.probes import surgery
-from cp_debug.probes.graph import Graph, Node
+from cp_debug.graph import surgery
+from cp_debug.graph.graph import Graph, Node
 
 if TYPE_CHECKING:
     import onnxruntime

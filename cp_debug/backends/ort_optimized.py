@@ -18,8 +18,8 @@ import onnx
 
 from cp_debug.backends.ort_chunks import ChunkedGraph
 from cp_debug.backends.ort_options import Runtime
+from cp_debug.graph.graph import Graph, Node
 from cp_debug.probes.arrays import Tensor, as_numpy
-from cp_debug.probes.graph import Graph, Node
 
 _NCHWC = "com.microsoft.nchwc."
 _CAST = "InsertedPrecisionFreeCast_"

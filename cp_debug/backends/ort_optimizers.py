@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import IO
 
 from cp_debug.backends.ort_options import Runtime
-from cp_debug.probes.graph import Graph
+from cp_debug.graph.graph import Graph
 
 RULE_BASED = "Level1_RuleBasedTransformer"
 """One transformer that applies all of ``RULES``; the log names only it."""

@@ -11,7 +11,7 @@ from onnx import helper
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
-from cp_debug.probes.graph import Graph, Node
+from cp_debug.graph.graph import Graph, Node
 
 
 class Reference:

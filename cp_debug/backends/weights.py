@@ -9,7 +9,7 @@ import torch
 from onnx import helper, numpy_helper
 
 from cp_debug.backends.arithmetic import Arithmetic
-from cp_debug.probes.graph import Graph, Node
+from cp_debug.graph.graph import Graph, Node
 
 
 class Weights:

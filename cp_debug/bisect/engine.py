@@ -19,20 +19,12 @@ from cp_debug.backends.registry import create
 from cp_debug.backends.spec import parse_backends
 from cp_debug.bisect.causes.effects import Effects
 from cp_debug.bisect.causes.findings import Explainer
-from cp_debug.bisect.collected import Collected, observation_notes
-from cp_debug.bisect.int8 import (
-    DEFAULT_CALIBRATION,
-    Calibration,
-    already_quantized,
-    both_int8,
-    int8_notes,
-    load_quantized,
-    quantize_programs,
-    with_modules_beside,
-)
-from cp_debug.bisect.layers import Layer, layers_of, stage_ends
+from cp_debug.bisect.worst_samples import Collected, observation_notes
+from cp_debug.quantization.quantized_programs import DEFAULT_CALIBRATION, Calibration, already_quantized, load_quantized, quantize_programs, with_modules_beside
+from cp_debug.bisect.int8_notes import both_int8, int8_notes
+from cp_debug.programs.layers import Layer, layers_of, stage_ends
 from cp_debug.bisect.observe import observe
-from cp_debug.bisect.pipeline import (
+from cp_debug.programs.pipeline import (
     Key,
     Pipeline,
     changed_state,
@@ -43,17 +35,19 @@ from cp_debug.bisect.pipeline import (
     prepare,
     wants_int8,
 )
-from cp_debug.bisect.precision import coarser, oracle_for
+from cp_debug.programs.precision import coarser, oracle_for
 from cp_debug.bisect.replay import Replay
-from cp_debug.bisect.result import BisectResult, Observation, StageRow, TestResult, json_safe
-from cp_debug.bisect.scene import decode, keep_scene
+from cp_debug.bisect.result import BisectResult, StageRow, TestResult
+from cp_debug.bisect.observe import Observation
+from cp_debug.serialize import json_safe
+from cp_debug.programs.scene import decode, keep_scene
 from cp_debug.bisect.shares import Propagation, set_shares
-from cp_debug.bisect.testrun import TestRun
+from cp_debug.bisect.candidate_run import TestRun
 from cp_debug.errors import InputError
 from cp_debug.probes.capture import Capture, CaptureWriter, check_free
-from cp_debug.probes.graph import Graph
+from cp_debug.graph.graph import Graph
 from cp_debug.quantization.models import QuantizedComponent
-from cp_debug.quantization.opening import calibration_samples
+from cp_debug.quantization.open_quantized import calibration_samples
 from cp_debug.recipes.base import Arrays, Model, Sample
 
 Rewrite = Callable[[list[Program], Path], list[Program]]
@@ -328,7 +322,7 @@ class Bisection:
 
     def _find_knobs(self, sample: Sample, runs: list[TestRun], collected: list[Collected]) -> None:
         from cp_debug.backends.ort_backend import OrtBackend
-        from cp_debug.bisect.knobs import find_knobs
+        from cp_debug.bisect.optimizer_blame import find_knobs
 
         for run, found in zip(runs, collected, strict=True):
             pipeline, seen = run.pipeline, found.observation

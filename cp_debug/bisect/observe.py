@@ -9,19 +9,35 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from cp_debug.backends.base import Tensor
-from cp_debug.bisect.pipeline import Key, Pipeline, settings_by_component
-from cp_debug.bisect.result import Observation
+from cp_debug.programs.pipeline import Key, Pipeline, settings_by_component
 from cp_debug.probes.capture import Capture
 from cp_debug.probes.statistics import compare
 from cp_debug.recipes.base import Arrays, Sample
 
 Open = Callable[[int | None], AbstractContextManager[Pipeline]]
 """Opens a fresh pipeline of the same backend; the argument is a thread count, None for the backend's own."""
+
+
+@dataclass
+class Observation:
+    """What a second, untouched run told about the probed one. Relative L2 over the final outputs."""
+
+    noise_floor: float
+    """The backend against itself: run to run and over thread counts."""
+    observer_gap: float
+    """With probes against without."""
+    runs: int
+    """How many further runs it took to know."""
+    first_unsteady: str | None = None
+    """The first layer where two runs of the same backend part."""
+    repeats: bool = True
+    """Whether runs with equal settings give equal bits; then only the thread count makes the noise."""
 
 
 def other_thread_count() -> int:

@@ -10,9 +10,10 @@ from pathlib import Path
 from cp_debug.backends.base import Backend, RunRecord
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
-from cp_debug.bisect.pipeline import Pipeline, choose_export, header, prepare
-from cp_debug.bisect.precision import coarser
-from cp_debug.bisect.result import BisectResult, LayerRow, TestResult, json_safe
+from cp_debug.programs.pipeline import Pipeline, choose_export, header, prepare
+from cp_debug.programs.precision import coarser
+from cp_debug.bisect.result import BisectResult, LayerRow, TestResult
+from cp_debug.serialize import json_safe
 from cp_debug.bisect.verdict import judge
 from cp_debug.errors import InputError
 from cp_debug.probes.capture import Capture, CaptureWriter, array_hash

@@ -24,12 +24,12 @@ from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.kernels import KERNELS
 from cp_debug.backends.memory import Trimmer
-from cp_debug.bisect.norms import distance, ratio
-from cp_debug.bisect.precision import BESIDE_INT8, PRECISIONS, Precision
-from cp_debug.bisect.quantized import Ideal, Quantized, balanced
-from cp_debug.bisect.slack import disturbed
+from cp_debug.probes.distance import distance, ratio
+from cp_debug.programs.precision import BESIDE_INT8, PRECISIONS, Precision
+from cp_debug.bisect.quantized_segment import Ideal, Quantized, balanced
+from cp_debug.bisect.perturbation import disturbed
 from cp_debug.errors import InputError
-from cp_debug.probes.graph import Graph, Node
+from cp_debug.graph.graph import Graph, Node
 
 Load = Callable[[str], AnyTensor]
 """A captured value by its name in the graph. Raises InputError where the capture lacks it."""

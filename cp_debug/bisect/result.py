@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cp_debug.backends.base import RunRecord
+from cp_debug.bisect.observe import Observation
 from cp_debug.bisect.replay import Replay
+from cp_debug.display import notebook, terminal
 from cp_debug.probes.statistics import TensorStats
 from cp_debug.safe_text import one_line
+from cp_debug.serialize import json_safe
 
 if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console, ConsoleOptions, RenderResult
 
     from cp_debug.bisect.causes.finding import Finding
-    from cp_debug.bisect.knobs import Knobs
-    from cp_debug.deploy.detections import DetectionChange
+    from cp_debug.bisect.optimizer_blame import Knobs
+    from cp_debug.detection.detection_change import DetectionChange
 
 SCHEMA = "cpdebug.bisect/1"
 
@@ -118,22 +120,6 @@ class StageRow:
         row = self.layer.to_dict()
         keys = ("component", "onnx", "shape", "max_abs", "mean_abs", "rel_l2", "cosine", "verdict")
         return {"stage": self.name, "layer": row["name"], **{k: row[k] for k in keys}}
-
-
-@dataclass
-class Observation:
-    """What a second, untouched run told about the probed one. Relative L2 over the final outputs."""
-
-    noise_floor: float
-    """The backend against itself: run to run and over thread counts."""
-    observer_gap: float
-    """With probes against without."""
-    runs: int
-    """How many further runs it took to know."""
-    first_unsteady: str | None = None
-    """The first layer where two runs of the same backend part."""
-    repeats: bool = True
-    """Whether runs with equal settings give equal bits; then only the thread count makes the noise."""
 
 
 @dataclass
@@ -267,25 +253,10 @@ class BisectResult:
         }
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from cp_debug.reports.tables import render  # the face is looked up when it is shown
-
-        yield from render(self)
+        yield from terminal(self, BisectResult)
 
     def _repr_html_(self) -> str:
-        from cp_debug.reports.notebook import render_notebook
-
-        return render_notebook(self)
+        return notebook(self, BisectResult)
 
     def __iter__(self) -> Iterator[TestResult]:
         return iter(self.tests)
-
-
-def json_safe(value: Any) -> Any:
-    """The value with NaN and infinities as the strings "NaN", "Infinity", "-Infinity", containers included."""
-    if isinstance(value, dict):
-        return {k: json_safe(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_safe(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
-    return value

@@ -9,10 +9,10 @@ import numpy as np
 
 from cp_debug.backends.arithmetic import FP32
 from cp_debug.backends.executor import Executor
-from cp_debug.bisect.norms import ratio
-from cp_debug.bisect.pipeline import Key
+from cp_debug.probes.distance import ratio
+from cp_debug.programs.pipeline import Key
 from cp_debug.bisect.result import GUILTY, LayerRow
-from cp_debug.bisect.testrun import TestRun, loader
+from cp_debug.bisect.candidate_run import TestRun, loader
 from cp_debug.errors import InputError
 from cp_debug.probes.arrays import as_numpy
 from cp_debug.probes.capture import Capture

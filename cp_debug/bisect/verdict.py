@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from cp_debug.bisect.precision import Precision
+from cp_debug.programs.precision import Precision
 from cp_debug.bisect.replay import EXCESS, Replay
 from cp_debug.bisect.result import DIVERGENT, GUILTY, INHERITED, OK, SHAPE
 from cp_debug.probes.statistics import TensorStats

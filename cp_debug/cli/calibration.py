@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from cp_debug.bisect.int8 import Calibration
+    from cp_debug.quantization.quantized_programs import Calibration
 
 PANEL = "INT8, where the model is not quantized"
 
@@ -49,7 +49,7 @@ class Flags:
     @property
     def chosen(self) -> Calibration:
         """What they say."""
-        from cp_debug.bisect.int8 import Calibration
+        from cp_debug.quantization.quantized_programs import Calibration
 
         skipped = tuple(self.skip_layers or ())
         return Calibration(self.calib_data, self.calib_samples, self.calib_method.value, skipped)

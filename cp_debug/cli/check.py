@@ -28,11 +28,11 @@ def check(
 
     from rich.text import Text
 
-    from cp_debug.bisect.pipeline import prepare
     from cp_debug.bisect.preflight import PROBLEM, Preflight
-    from cp_debug.bisect.result import json_safe
     from cp_debug.cli.console import console
+    from cp_debug.programs.pipeline import prepare
     from cp_debug.recipes.registry import load_model
+    from cp_debug.serialize import json_safe
 
     loaded = load_model(model, checkpoint=checkpoint, seed=seed)
     sample = next(iter(loaded.samples(1, seed, inputs)))

@@ -52,14 +52,14 @@ def evaluate(
     difference is below 0.
     """
     from cp_debug.backends.spec import parse_backends
-    from cp_debug.bisect.int8 import load_quantized, quantize_programs
     from cp_debug.cli.console import show_document, steps
-    from cp_debug.deploy.evaluate import as_detector
-    from cp_debug.deploy.evaluate import evaluate as run
-    from cp_debug.deploy.evaluation import EvaluationOptions, parse_ranges
-    from cp_debug.deploy.predictions import save_predictions
+    from cp_debug.detection.evaluate import as_detector
+    from cp_debug.detection.evaluate import evaluate as run
+    from cp_debug.detection.evaluation import EvaluationOptions, parse_ranges
+    from cp_debug.detection.predictions import save_predictions
     from cp_debug.files import complete_file
-    from cp_debug.quantization.opening import calibration_samples
+    from cp_debug.quantization.open_quantized import calibration_samples
+    from cp_debug.quantization.quantized_programs import load_quantized, quantize_programs
     from cp_debug.recipes.data.base import DataOptions, iterate
     from cp_debug.reports.evaluation import render
     from cp_debug.reports.files import csv_text

@@ -34,7 +34,7 @@ def export(
     from cp_debug.deploy.exporting import ExportOptions, export_model
     from cp_debug.deploy.quantizing import export_quantized
     from cp_debug.deploy.stages import turn_outputs
-    from cp_debug.quantization.opening import open_quantized
+    from cp_debug.quantization.open_quantized import open_quantized
     from cp_debug.recipes.registry import load_model
     from cp_debug.reports.deployment import export_lines
 

@@ -37,10 +37,10 @@ def ptq(
     """
     from cp_debug.cli.console import show_document, steps
     from cp_debug.deploy.exporting import ExportOptions
+    from cp_debug.deploy.quantize_output import MEASURED, First, PtqResult, measure, read_caches, write_quantized
     from cp_debug.errors import InputError
     from cp_debug.quantization.models import quantize_model, reapply_scales
-    from cp_debug.quantization.opening import calibration_samples, is_quantized_checkpoint
-    from cp_debug.quantization.output import MEASURED, First, PtqResult, measure, read_caches, write_quantized
+    from cp_debug.quantization.open_quantized import calibration_samples, is_quantized_checkpoint
     from cp_debug.recipes.registry import load_model
     from cp_debug.reports.quantization import render
 

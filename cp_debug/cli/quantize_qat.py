@@ -49,7 +49,7 @@ def qat(
     from cp_debug.cli.console import show_document
     from cp_debug.cli.console import steps as progress
     from cp_debug.quantization.checkpoint import save_ptq_model
-    from cp_debug.quantization.opening import modules_of, open_quantized
+    from cp_debug.quantization.open_quantized import modules_of, open_quantized
     from cp_debug.quantization.qat import QatOptions
     from cp_debug.quantization.qat_centerpoint import (
         as_trainable,

@@ -58,11 +58,11 @@ def search(
     from dataclasses import replace
 
     from cp_debug.backends.spec import parse_backends
-    from cp_debug.bisect.int8 import load_quantized
     from cp_debug.cli.console import errors, show_document, steps
-    from cp_debug.repair.goal import Goal
-    from cp_debug.repair.search import SearchOptions, samples_for
-    from cp_debug.repair.search import search as run
+    from cp_debug.mixed_precision.goal import Goal
+    from cp_debug.mixed_precision.search import SearchOptions, samples_for
+    from cp_debug.mixed_precision.search import search as run
+    from cp_debug.quantization.quantized_programs import load_quantized
     from cp_debug.reports.search import render
 
     parsed, specs = Goal.parse(goal), parse_backends(backends)

@@ -182,7 +182,7 @@ def sweep_eval(
 
     A task is one backend on one sample. Exit code 1 when a backend detects significantly less, 2 when a task failed.
     """
-    from cp_debug.deploy.evaluation import EvaluationOptions
+    from cp_debug.detection.evaluation import EvaluationOptions
     from cp_debug.recipes.data.base import DataOptions
     from cp_debug.sweep import evaluating
 

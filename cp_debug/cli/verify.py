@@ -11,7 +11,7 @@ import typer
 from cp_debug.cli import tensorrt
 
 if TYPE_CHECKING:
-    from cp_debug.deploy.config import ScenarioConfig
+    from cp_debug.deploy.schema import ScenarioConfig
 
 
 def verify(
@@ -79,7 +79,7 @@ def verify(
 def parse_scenarios(texts: Sequence[str]) -> list[ScenarioConfig]:
     """``torch@cpu,ort@cpu`` → a reference and a test. Raises InputError."""
     from cp_debug.backends.spec import parse_backends
-    from cp_debug.deploy.config import ScenarioConfig
+    from cp_debug.deploy.schema import ScenarioConfig
     from cp_debug.errors import InputError
 
     found = []

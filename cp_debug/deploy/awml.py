@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from cp_debug.deploy.config import VARIANTS, Mode, Policy, Section, validate
 from cp_debug.deploy.literals import read_literals
+from cp_debug.deploy.schema import VARIANTS, Mode, Policy, Section, validate
 from cp_debug.errors import InputError
 
 Framework = Literal["pytorch", "onnx", "tensorrt"]
@@ -194,8 +194,13 @@ class AwmlConfig(Section):
     quantization: _Quantization = _Quantization()
 
 
-def read_awml(path: Path) -> dict[str, Any]:
-    """The file as a document of ``DeployConfig``. Raises InputError that names the file and the key or line."""
+def read_awml(path: Path) -> dict[str, Any] | None:
+    """The file as a document of ``DeployConfig``, or None for one that is not Python.
+
+    Raises InputError that names the file and the key or line.
+    """
+    if path.suffix != ".py":
+        return None
     return _document(validate(AwmlConfig, read_literals(path), path), path)
 
 

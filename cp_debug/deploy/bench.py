@@ -17,7 +17,7 @@ from rich import box
 from rich.table import Table
 
 from cp_debug.backends.base import Backend, Program, RunRecord, Session
-from cp_debug.bisect.pipeline import Pipeline
+from cp_debug.programs.pipeline import Pipeline
 from cp_debug.recipes.base import Arrays, Model, Sample
 
 OnStep = Callable[[str, int, int], None]

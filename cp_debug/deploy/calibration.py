@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cp_debug.bisect.pipeline import run_module
+from cp_debug.programs.pipeline import run_module
 from cp_debug.recipes.base import Arrays, Model, Sample
 
 

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from cp_debug.backends.base import Backend, Program
-from cp_debug.bisect.pipeline import check_kept, check_realised
-from cp_debug.deploy.state import file_hash
 from cp_debug.errors import InputError
-from cp_debug.files import complete_path, write_text
+from cp_debug.files import complete_path, file_hash, write_text
+from cp_debug.programs.pipeline import check_kept, check_realised
 from cp_debug.reading import read_json, typed, within
 
 MANIFEST = "engines.json"

@@ -14,12 +14,13 @@ import torch
 from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
-from cp_debug.bisect.pipeline import run_module
 from cp_debug.errors import InputError, MissingPackage
-from cp_debug.probes.alignment import TOLERANCE, Alignment, align
-from cp_debug.probes.export import export
-from cp_debug.probes.graph import Graph
+from cp_debug.graph.graph import Graph
+from cp_debug.probes.alignment import Alignment
 from cp_debug.probes.statistics import compare
+from cp_debug.programs.align import TOLERANCE, align
+from cp_debug.programs.export import export
+from cp_debug.programs.pipeline import run_module
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
 
 OPSET = 17

@@ -10,16 +10,16 @@ import numpy as np
 from torch import nn
 
 from cp_debug.backends.base import Backend, Program
-from cp_debug.bisect.int8 import already_quantized
-from cp_debug.bisect.norms import distance
-from cp_debug.bisect.pipeline import run_module
 from cp_debug.deploy.exporting import Axes, Exported, ExportOptions, OnStep, checker, export_model
 from cp_debug.errors import InputError
 from cp_debug.files import complete_path
-from cp_debug.probes.graph import Graph
-from cp_debug.probes.qdq import insert_qdq
+from cp_debug.graph.graph import Graph
+from cp_debug.graph.qdq import insert_qdq
+from cp_debug.probes.distance import distance
+from cp_debug.programs.pipeline import run_module
 from cp_debug.quantization.models import QuantizedComponent, with_modules
 from cp_debug.quantization.nodes import scales_by_node
+from cp_debug.quantization.quantized_programs import already_quantized
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
 
 

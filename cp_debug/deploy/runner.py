@@ -8,11 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cp_debug
 from cp_debug.deploy.reasons import reasons
 from cp_debug.deploy.stages import Deployment
-from cp_debug.deploy.state import StageRecord, State, file_hash, hashes, key_of
+from cp_debug.deploy.state import StageRecord, State
 from cp_debug.errors import InputError
+from cp_debug.files import file_hash, hashes, key_of
+from cp_debug.version import __version__
 
 PRODUCTIVE = ("load", "quantize", "export", "build")
 """Stages whose outcome the later ones work on."""
@@ -37,7 +38,7 @@ def deploy(deployment: Deployment, *, fresh: bool = False) -> list[StageRecord]:
     state = State(deployment.config.work_dir)
     done, depends = [], ""
     for name, needs, run in _stages(deployment):
-        key = key_of({"stage": name, "after": depends, "version": cp_debug.__version__, **needs})
+        key = key_of({"stage": name, "after": depends, "version": __version__, **needs})
         record = None if fresh else state.finished(name, key)
         if record is None:
             started = time.perf_counter()

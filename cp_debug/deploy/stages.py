@@ -12,18 +12,19 @@ from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.deploy.bench import BackendBench, bench
-from cp_debug.deploy.config import DeployConfig, load_config
+from cp_debug.deploy.config import load_config
 from cp_debug.deploy.engines import MANIFEST, Built, build_engines, check_engines
-from cp_debug.deploy.evaluate import as_detector, evaluate
-from cp_debug.deploy.evaluation import EvaluationOptions, EvaluationResult, parse_ranges
 from cp_debug.deploy.exporting import Exported, ExportOptions, export_model, load_exported
-from cp_debug.deploy.handover import checked
+from cp_debug.deploy.interface_checks import checked
 from cp_debug.deploy.quantizing import export_quantized, in_int8
+from cp_debug.deploy.schema import DeployConfig
 from cp_debug.deploy.verify import VerifyOptions, VerifyResult, verify
+from cp_debug.detection.evaluate import as_detector, evaluate
+from cp_debug.detection.evaluation import EvaluationOptions, EvaluationResult, parse_ranges
 from cp_debug.errors import InputError
 from cp_debug.quantization.checkpoint import file_of, save_ptq_model
 from cp_debug.quantization.models import QuantizedComponent, with_modules
-from cp_debug.quantization.opening import is_quantized_checkpoint, modules_of, open_quantized
+from cp_debug.quantization.open_quantized import is_quantized_checkpoint, modules_of, open_quantized
 from cp_debug.recipes.base import Component, Model, Sample
 from cp_debug.recipes.data.base import DataOptions, iterate
 from cp_debug.recipes.registry import load_model

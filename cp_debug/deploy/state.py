@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cp_debug.files import complete_file
+from cp_debug.files import complete_file, file_hash
 
 SCHEMA = "cpdebug.deploy/1"
 FILE = "deploy.json"
@@ -64,25 +62,3 @@ class State:
         stages = {name: {**asdict(each), "resumed": False} for name, each in self.records.items()}
         with complete_file(self._path) as stream:
             json.dump({"schema": SCHEMA, "stages": stages}, stream, indent=1)
-
-
-def key_of(parts: Mapping[str, Any]) -> str:
-    """A hash of plain containers."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def hashes(paths: Iterable[Path]) -> dict[str, str]:
-    """File → SHA-256."""
-    return {str(path): file_hash(path) for path in sorted(paths)}
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file; empty where there is none."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    except OSError:
-        return ""
-    return digest.hexdigest()

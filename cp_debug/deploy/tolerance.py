@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from cp_debug.backends.base import Program
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
-from cp_debug.bisect.pipeline import Key, Pipeline
-from cp_debug.bisect.precision import PRECISIONS, coarser
 from cp_debug.errors import InputError
 from cp_debug.probes.statistics import compare
+from cp_debug.programs.pipeline import Key, Pipeline
+from cp_debug.programs.precision import PRECISIONS, coarser
 from cp_debug.recipes.base import Arrays, Model, Sample
 
 MARGIN = 8.0

@@ -12,18 +12,19 @@ from typing import Any
 
 from cp_debug.backends.base import Backend, Program, RunRecord
 from cp_debug.bisect.engine import Options, bisect
-from cp_debug.bisect.pipeline import Key, Pipeline
-from cp_debug.bisect.result import BisectResult, json_safe
-from cp_debug.bisect.scene import decode
-from cp_debug.deploy.detections import DetectionChange, compare_detections
-from cp_debug.deploy.evaluate import Clock
-from cp_debug.deploy.handover import checked
+from cp_debug.bisect.result import BisectResult
+from cp_debug.deploy.interface_checks import checked
 from cp_debug.deploy.preprocessing import VoxelChange, compare_voxels, read_voxels, voxelize_on
 from cp_debug.deploy.tolerance import Tolerances, noise_floors
+from cp_debug.detection.detection_change import DetectionChange, compare_detections
+from cp_debug.detection.evaluate import Clock
 from cp_debug.probes.statistics import TensorStats, compare
+from cp_debug.programs.pipeline import Key, Pipeline
+from cp_debug.programs.scene import decode
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.centerpoint.recipe import CenterPointModel
 from cp_debug.recipes.centerpoint.voxelize import Voxels
+from cp_debug.serialize import json_safe
 
 OnStep = Callable[[str, int, int], None]
 Sides = tuple[Pipeline, Pipeline]

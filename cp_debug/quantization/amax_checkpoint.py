@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor, nn
 
-from cp_debug.bisect.pipeline import example_args, run_module
 from cp_debug.errors import InputError
-from cp_debug.probes.alignment import module_digest
-from cp_debug.quantization.folding import Folding, apply_folding, find_folding
-from cp_debug.quantization.layers import Layer, channels, full_path, layers_of
+from cp_debug.graph.scales import LayerScales, Scales
+from cp_debug.programs.align import module_digest
+from cp_debug.programs.batchnorm_folding import Folding, apply_folding, find_folding
+from cp_debug.programs.pipeline import example_args, run_module
+from cp_debug.programs.torch_layers import Layer, channels, full_path, layers_of
 from cp_debug.quantization.models import QuantizedComponent
 from cp_debug.quantization.ptq import apply_scales, quantization_of
-from cp_debug.quantization.scales import LayerScales, Scales
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
 from cp_debug.recipes.checkpoint import load_state, read_state_dict
 

@@ -13,15 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from cp_debug.errors import InputError
-from cp_debug.probes.alignment import module_digest
+from cp_debug.graph.scales import LayerScales, Scales
 from cp_debug.probes.outputs import flatten_outputs
 from cp_debug.probes.trace import unwatched
-from cp_debug.quantization.adds import attach, find_adds
+from cp_debug.programs.align import module_digest
+from cp_debug.programs.torch_layers import full_path, is_quantized, layers_of, matches, own_path, select, weight_axis
 from cp_debug.quantization.histogram import PERCENTILE, Histogram, check_method, weight_amax
-from cp_debug.quantization.layers import full_path, layers_of, matches, own_path, select, weight_axis
-from cp_debug.quantization.library import is_quantized
 from cp_debug.quantization.output_error import BATCHES, OutputErrors
-from cp_debug.quantization.scales import LayerScales, Scales
+from cp_debug.quantization.residual_adds import attach, find_adds
 
 Batch: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 """Arguments of forward: one, several, or by name."""

@@ -14,11 +14,10 @@ from torch import nn
 
 from cp_debug.errors import InputError
 from cp_debug.files import complete_path
-from cp_debug.quantization.folding import Folding, apply_folding
-from cp_debug.quantization.layers import channels, layers_of
-from cp_debug.quantization.library import is_quantized, quantizers
+from cp_debug.graph.scales import LayerScales
+from cp_debug.programs.batchnorm_folding import Folding, apply_folding
+from cp_debug.programs.torch_layers import channels, is_quantized, layers_of, quantizers
 from cp_debug.quantization.ptq import Quantization, install, quantization_of
-from cp_debug.quantization.scales import LayerScales
 from cp_debug.recipes.checkpoint import load_state, read_torch
 
 FORMAT = "cpdebug quantized model 1"

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cp_debug.errors import InputError
-from cp_debug.quantization.scales import QMAX
+from cp_debug.graph.scales import QMAX
 
 METHODS = ("max", "percentile", "mse", "entropy")
 PERCENTILE = 99.99

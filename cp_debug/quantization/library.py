@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from cp_debug.errors import InputError, MissingPackage
+from cp_debug.graph.scales import LayerScales
 from cp_debug.optional import require
-from cp_debug.quantization.layers import channels, layers_of, weight_axis
-from cp_debug.quantization.scales import LayerScales
+from cp_debug.programs.torch_layers import channels, layers_of, weight_axis
 
 BITS = 8
 
@@ -51,18 +51,6 @@ def activation_quantizer(amax: float, device: torch.device) -> nn.Module:
     made = quantization.nn.TensorQuantizer(quantization.config.QuantizerAttributeConfig(num_bits=BITS, axis=None))
     made.amax = torch.tensor(amax, device=device)
     return made
-
-
-def quantizers(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Every quantiser in a module by its path, on or off."""
-    for path, part in module.named_modules():
-        if type(part).__name__ == "TensorQuantizer":
-            yield path, part
-
-
-def is_quantized(module: nn.Module) -> bool:
-    """Whether there is any quantiser; answers without the library."""
-    return next(quantizers(module), None) is not None
 
 
 def _library() -> Any:

@@ -16,18 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from cp_debug.backends.executor import Executor
-from cp_debug.bisect.norms import distance
-from cp_debug.bisect.pipeline import run_module
 from cp_debug.errors import InputError
+from cp_debug.graph.graph import Graph
+from cp_debug.graph.qdq import quantizable
+from cp_debug.graph.scales import Scales
 from cp_debug.probes.arrays import as_numpy
-from cp_debug.probes.graph import Graph
-from cp_debug.probes.qdq import quantizable
+from cp_debug.probes.distance import distance
+from cp_debug.programs.batchnorm_folding import fuse_model_bn
+from cp_debug.programs.pipeline import run_module
+from cp_debug.programs.torch_layers import full_path, layers_of, matches, select
 from cp_debug.quantization.calibration import CalibrationManager
-from cp_debug.quantization.folding import fuse_model_bn
-from cp_debug.quantization.layers import full_path, layers_of, matches, select
 from cp_debug.quantization.onnx_ptq import GraphCalibration
 from cp_debug.quantization.ptq import apply_scales, quantized, scales_of
-from cp_debug.quantization.scales import Scales
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 from cp_debug.errors import InputError
-from cp_debug.probes.alignment import Alignment, data_values
-from cp_debug.probes.graph import Graph, Node
-from cp_debug.probes.qdq import QUANTIZED
-from cp_debug.quantization.scales import LayerScales, Scales
+from cp_debug.graph.downstream import data_values
+from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.qdq import QUANTIZED
+from cp_debug.graph.scales import LayerScales, Scales
+from cp_debug.probes.alignment import Alignment
 
 
 def scales_by_node(scales: Scales, alignment: Alignment, graph: Graph) -> Scales:

@@ -9,13 +9,13 @@ import torch
 
 from cp_debug.backends.executor import Executor
 from cp_debug.errors import InputError
-from cp_debug.probes.alignment import data_values
+from cp_debug.graph.downstream import data_values
+from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.qdq import quantizable, weight_axis
+from cp_debug.graph.scales import LayerScales, Scales
 from cp_debug.probes.arrays import Tensor, as_numpy
-from cp_debug.probes.graph import Graph, Node
-from cp_debug.probes.qdq import quantizable, weight_axis
+from cp_debug.programs.torch_layers import select
 from cp_debug.quantization.histogram import Histogram, check_method, weight_amax
-from cp_debug.quantization.layers import select
-from cp_debug.quantization.scales import LayerScales, Scales
 
 
 def calibrate_graph(

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cp_debug.quantization.scales import QMAX
+from cp_debug.graph.scales import QMAX
 
 BATCHES = 16
 """Of so many batches the gradients are taken."""

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from cp_debug.errors import InputError
-from cp_debug.quantization.adds import add_quantizers, attach
+from cp_debug.graph.scales import LayerScales, Scales
+from cp_debug.programs.batchnorm_folding import Folding, fuse_model_bn
+from cp_debug.programs.torch_layers import full_path, is_quantized, layers_of, own_path
 from cp_debug.quantization.calibration import Batch, CalibrationManager, check_model
-from cp_debug.quantization.folding import Folding, fuse_model_bn
-from cp_debug.quantization.layers import full_path, layers_of, own_path
-from cp_debug.quantization.library import BITS, activation_quantizer, insert_quantizers, is_quantized
-from cp_debug.quantization.scales import LayerScales, Scales
+from cp_debug.quantization.library import BITS, activation_quantizer, insert_quantizers
+from cp_debug.quantization.residual_adds import add_quantizers, attach
 
 NOT_RUN = "it did not run during calibration"
 

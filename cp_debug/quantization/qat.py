@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cp_debug.bisect.result import json_safe
 from cp_debug.errors import InputError
 from cp_debug.files import complete_path
-from cp_debug.quantization.library import is_quantized
+from cp_debug.programs.torch_layers import is_quantized
+from cp_debug.serialize import json_safe
 
 B = TypeVar("B")
 FORMAT = "cpdebug QAT state 1"

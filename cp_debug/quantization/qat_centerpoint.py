@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cp_debug.detection.centerpoint_training import Example, evaluate
 from cp_debug.errors import InputError
-from cp_debug.quantization.opening import adopt_weights
+from cp_debug.quantization.open_quantized import adopt_weights
 from cp_debug.quantization.qat import OnStep, QatOptions, QatResult, finetune
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.centerpoint.loss import centerpoint_loss
@@ -20,9 +21,8 @@ from cp_debug.recipes.centerpoint.model import CenterPoint
 from cp_debug.recipes.centerpoint.recipe import BACKBONE_NECK_HEAD, ENCODER, CenterPointModel
 from cp_debug.recipes.centerpoint.scenes import CLASSES, generate_scene
 from cp_debug.recipes.centerpoint.targets import make_targets
-from cp_debug.recipes.centerpoint.training import Example, evaluate
 from cp_debug.recipes.data.base import DataOptions, Truth, iterate
-from cp_debug.recipes.data.opening import DEFAULT_OPTIONS
+from cp_debug.recipes.data.open_data import DEFAULT_OPTIONS
 
 KEPT = 256
 """Training scenes in memory."""

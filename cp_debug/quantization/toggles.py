@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from cp_debug.quantization.adds import add_quantizers
-from cp_debug.quantization.layers import select
-from cp_debug.quantization.library import quantizers
+from cp_debug.display import terminal
+from cp_debug.programs.torch_layers import quantizers, select
 from cp_debug.quantization.ptq import quantization_of
+from cp_debug.quantization.residual_adds import add_quantizers
 
 
 class _Toggle(AbstractContextManager["_Toggle"]):
@@ -75,9 +75,7 @@ def print_quantizer_status(module: nn.Module) -> None:
     """Print the table of a module's quantisers."""
     from rich.console import Console
 
-    from cp_debug.reports.quantization import quantizers as render
-
-    for part in render(quantizer_table(module)):
+    for part in terminal(quantizer_table(module), QuantizerRow):
         Console().print(part)
 
 

@@ -9,8 +9,8 @@ import onnx
 
 from cp_debug.bisect.result import BisectResult, LayerRow
 from cp_debug.errors import InputError
-from cp_debug.probes.graph import Graph
-from cp_debug.probes.surgery import save
+from cp_debug.graph.graph import Graph
+from cp_debug.graph.surgery import save
 from cp_debug.reports.numbers import number
 from cp_debug.reports.saved import SavedResult
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cp_debug.bisect.scene import Boxes, Scene
-from cp_debug.deploy.changes import GAINED, KEPT, LOST, MOVED_BOX, Change, changes
+from cp_debug.detection.changes import GAINED, KEPT, LOST, MOVED_BOX, Change, changes
+from cp_debug.programs.scene import Boxes, Scene
 from cp_debug.reports.png import opacity_png
 from cp_debug.reports.svg import Canvas, Scale
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from rich import box
 from rich.text import Text
 
-import cp_debug
 from cp_debug.deploy.exporting import Exported
 from cp_debug.deploy.state import StageRecord
 from cp_debug.files import write_text
 from cp_debug.reports.page import environment, page_parts
 from cp_debug.reports.safe_table import Table
+from cp_debug.version import __version__
 
 
 def export_lines(exported: Sequence[Exported]) -> Iterator[Text]:
@@ -52,7 +52,7 @@ def write_summary(records: Sequence[StageRecord], title: str, command: str, targ
             scenarios=documents.get("verify", {}).get("scenarios", []),
             backends=documents.get("evaluate", {}).get("backends", []),
             command=command,
-            version=cp_debug.__version__,
+            version=__version__,
             **page_parts(),
         )
     )

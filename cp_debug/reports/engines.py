@@ -8,7 +8,7 @@ from rich.text import Text
 
 from cp_debug.backends.base import RunRecord
 from cp_debug.backends.tensorrt.tactics import decode
-from cp_debug.bisect.pipeline import settings_by_component
+from cp_debug.programs.pipeline import settings_by_component
 from cp_debug.reports.numbers import number
 
 

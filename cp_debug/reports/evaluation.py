@@ -9,10 +9,10 @@ from rich import box
 from rich.console import RenderableType
 from rich.text import Text
 
-from cp_debug.deploy.bootstrap import CONFIDENCE, Interval
-from cp_debug.deploy.evaluation import BackendScores, EvaluationResult
-from cp_debug.deploy.matching import THRESHOLDS
-from cp_debug.deploy.metrics import ERRORS, OVERLAPS, TP_THRESHOLD
+from cp_debug.detection.bootstrap import CONFIDENCE, Interval
+from cp_debug.detection.evaluation import BackendScores, EvaluationResult
+from cp_debug.detection.matching import THRESHOLDS
+from cp_debug.detection.metrics import ERRORS, OVERLAPS, TP_THRESHOLD
 from cp_debug.reports.safe_table import Table
 
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cp_debug.bisect.precision import PRECISIONS
 from cp_debug.bisect.replay import Replayer
 from cp_debug.bisect.result import GUILTY, SHAPE, LayerRow, TestResult
 from cp_debug.errors import CpdebugError
 from cp_debug.probes.arrays import as_numpy
 from cp_debug.probes.capture import Capture
+from cp_debug.programs.precision import PRECISIONS
 from cp_debug.reports.png import opacity_png
 from cp_debug.reports.saved import SavedResult
 from cp_debug.reports.svg import Canvas, Scale, decades

@@ -11,7 +11,6 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-import cp_debug
 from cp_debug.backends.base import RunRecord
 from cp_debug.bisect.result import TestResult
 from cp_debug.files import write_text
@@ -24,6 +23,7 @@ from cp_debug.reports.saved import SavedResult
 from cp_debug.reports.svg import Canvas
 from cp_debug.reports.tables import verdict_line
 from cp_debug.safe_text import page
+from cp_debug.version import __version__
 
 HTML = Path(__file__).parent / "html"
 MOST_SCENES = 3
@@ -65,7 +65,7 @@ def render_page(saved: SavedResult) -> str:
             parts=parts,
             settings=setting_rows([result.reference, *(t.backend for t in result.tests)]),
             kept=saved.folder is not None,
-            version=cp_debug.__version__,
+            version=__version__,
             **page_parts(),
         )
     )

@@ -14,14 +14,16 @@ from typing import Any, NoReturn
 
 from cp_debug.backends.base import RunRecord
 from cp_debug.bisect.causes.finding import Effect, Element, Finding, Where
+from cp_debug.bisect.observe import Observation
 from cp_debug.bisect.replay import Replay
-from cp_debug.bisect.result import SCHEMA, BisectResult, LayerRow, Observation, StageRow, TestResult
-from cp_debug.bisect.scene import Scene
-from cp_debug.deploy.detections import DetectionChange
+from cp_debug.bisect.result import SCHEMA, BisectResult, LayerRow, StageRow, TestResult
+from cp_debug.detection.detection_change import DetectionChange
 from cp_debug.errors import InputError
+from cp_debug.graph.graph import Graph
 from cp_debug.probes.capture import Capture
-from cp_debug.probes.graph import Graph
 from cp_debug.probes.statistics import TensorStats
+from cp_debug.programs.scene import Scene
+from cp_debug.reading import read_json
 
 RESULT = "result.json"
 

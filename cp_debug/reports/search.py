@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from rich.console import RenderableType
 from rich.text import Text
 
-from cp_debug.repair.handover import arguments, deploy_fragment
+from cp_debug.mixed_precision.emit import arguments, deploy_fragment
 from cp_debug.reports.numbers import number
 from cp_debug.reports.safe_table import Table
 
 if TYPE_CHECKING:
-    from cp_debug.repair.result import SearchResult
+    from cp_debug.mixed_precision.result import SearchResult
 
 TOOLS = {"polygraphy": "polygraphy (weak typing)", "trtexec": "trtexec", "autocast": "ModelOpt AutoCast",
          "modelopt": "ModelOpt quantization"}  # fmt: skip

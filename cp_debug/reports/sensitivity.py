@@ -9,15 +9,15 @@ from rich import box
 from rich.console import RenderableType
 from rich.text import Text
 
-import cp_debug
-from cp_debug.deploy.bootstrap import Interval
+from cp_debug.detection.bootstrap import Interval
 from cp_debug.files import write_text
-from cp_debug.quantization.sensitivity import METRIC, Effect, SensitivityProfile
+from cp_debug.mixed_precision.int8_sensitivity import METRIC, Effect, SensitivityProfile
 from cp_debug.reports.numbers import number
 from cp_debug.reports.page import environment, page_parts
 from cp_debug.reports.safe_table import Table
 from cp_debug.reports.svg import Canvas, Scale, decades, standalone
 from cp_debug.safe_text import page as page_text
+from cp_debug.version import __version__
 
 SHOWN = 20
 """Layers that a terminal shows unless all are asked for."""
@@ -134,7 +134,7 @@ def write_page(profile: SensitivityProfile, command: str, target: Path) -> None:
             whole=whole_line(profile),
             choice=[line.plain for line in choice_lines(profile)],
             command=command,
-            version=cp_debug.__version__,
+            version=__version__,
             **page_parts(),
         ),
         target,

@@ -11,8 +11,7 @@ from rich import box
 from rich.console import RenderableType
 from rich.text import Text
 
-import cp_debug
-from cp_debug.deploy.bootstrap import CONFIDENCE, Interval
+from cp_debug.detection.bootstrap import CONFIDENCE, Interval
 from cp_debug.files import write_text
 from cp_debug.reports.files import csv_text
 from cp_debug.reports.numbers import number
@@ -25,6 +24,7 @@ from cp_debug.sweep.result import Group, SweepResult
 from cp_debug.sweep.searching import SearchGroup
 from cp_debug.sweep.sensitivity import ProfileGroup, SensitivityGroup
 from cp_debug.sweep.spread import Outlier, Spread
+from cp_debug.version import __version__
 
 MOST_LAYERS = 12
 """Layers that a terminal shows; the page has all."""
@@ -222,7 +222,7 @@ def render_page(result: SweepResult) -> str:
     if result.failures:
         failed = f"{len(result.failures)} of {result.tasks} tasks failed"
         sections.append(Section("Failed tasks", False, failed, [_failures(result)]))
-    about = {"result": result, "summary": summary(result), "sections": sections, "version": cp_debug.__version__}
+    about = {"result": result, "summary": summary(result), "sections": sections, "version": __version__}
     return template.render(**about, **page_parts())
 
 

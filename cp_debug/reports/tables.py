@@ -23,8 +23,8 @@ from cp_debug.bisect.result import (
 )
 from cp_debug.reports.causes import findings
 from cp_debug.reports.engines import engine_lines, kernel
-from cp_debug.reports.knobs import render_knobs
 from cp_debug.reports.numbers import number, percent
+from cp_debug.reports.optimizer_blame import render_knobs
 from cp_debug.reports.safe_table import Table
 
 STYLES = {OK: "green", INHERITED: "yellow", DIVERGENT: "red", GUILTY: "bold red", SHAPE: "bold red"}

@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from cp_debug.bisect.engine import Options, bisect
-from cp_debug.bisect.pipeline import wants_int8
-from cp_debug.bisect.result import GUILTY, json_safe
-from cp_debug.deploy.detections import DetectionChange
+from cp_debug.bisect.result import GUILTY
+from cp_debug.detection.detection_change import DetectionChange
 from cp_debug.errors import InputError
+from cp_debug.programs.pipeline import wants_int8
+from cp_debug.serialize import json_safe
 from cp_debug.sweep.grid import Grid
 from cp_debug.sweep.log import Record
 from cp_debug.sweep.prepared import int8_programs_of, load, make_backends, pick, programs_of, with_sample

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from cp_debug.backends.base import RunRecord
-from cp_debug.bisect.pipeline import Pipeline, wants_int8
-from cp_debug.bisect.result import json_safe
-from cp_debug.deploy.detections import DetectionChange, compare_detections
-from cp_debug.deploy.evaluate import as_detector
-from cp_debug.deploy.evaluation import EvaluationOptions, EvaluationResult, score_backends
-from cp_debug.deploy.predictions import Predictions
+from cp_debug.detection.detection_change import DetectionChange, compare_detections
+from cp_debug.detection.evaluate import as_detector
+from cp_debug.detection.evaluation import EvaluationOptions, EvaluationResult, score_backends
+from cp_debug.detection.predictions import Predictions
 from cp_debug.errors import InputError
+from cp_debug.programs.pipeline import Pipeline, wants_int8
 from cp_debug.recipes.data.base import DataOptions, Truth
+from cp_debug.serialize import json_safe
 from cp_debug.sweep.grid import Grid
 from cp_debug.sweep.log import Record
 from cp_debug.sweep.prepared import int8_programs_of, load, make_backends, pick, programs_of

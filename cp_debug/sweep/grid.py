@@ -12,7 +12,7 @@ from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import InputError
 from cp_debug.quantization.checkpoint import FILE
 from cp_debug.recipes.data.base import DataOptions
-from cp_debug.recipes.data.opening import DEFAULT_OPTIONS
+from cp_debug.recipes.data.open_data import DEFAULT_OPTIONS
 from cp_debug.recipes.data.points import ENDINGS
 from cp_debug.recipes.registry import kind_of
 from cp_debug.sweep.prepared import load

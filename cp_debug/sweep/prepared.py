@@ -15,15 +15,15 @@ import torch
 from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
-from cp_debug.bisect.int8 import Calibration, already_quantized, load_quantized, quantize_programs
-from cp_debug.bisect.pipeline import Export, choose_export, prepare
 from cp_debug.errors import InputError
+from cp_debug.programs.pipeline import Export, choose_export, prepare
 from cp_debug.quantization.checkpoint import FILE
 from cp_debug.quantization.models import QuantizedComponent
-from cp_debug.quantization.opening import calibration_samples
+from cp_debug.quantization.open_quantized import calibration_samples
+from cp_debug.quantization.quantized_programs import Calibration, already_quantized, load_quantized, quantize_programs
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.data.base import DataOptions
-from cp_debug.recipes.data.opening import DEFAULT_OPTIONS
+from cp_debug.recipes.data.open_data import DEFAULT_OPTIONS
 from cp_debug.sweep.tasks import Parameters
 
 _KEPT = 2

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cp_debug.bisect.result import json_safe
 from cp_debug.errors import InputError
-from cp_debug.repair.goal import Goal
-from cp_debug.repair.search import SearchOptions, search
+from cp_debug.mixed_precision.goal import Goal
+from cp_debug.mixed_precision.search import SearchOptions, search
+from cp_debug.serialize import json_safe
 from cp_debug.sweep.grid import Grid
 from cp_debug.sweep.log import Record
 from cp_debug.sweep.prepared import load, make_backends, parts_of, pick

@@ -10,9 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from cp_debug.bisect.result import json_safe
-from cp_debug.quantization.opening import modules_of, open_quantized
-from cp_debug.quantization.sensitivity import (
+from cp_debug.mixed_precision.int8_sensitivity import (
     ALONE,
     LEFT_OUT,
     SensitivityProfile,
@@ -21,7 +19,9 @@ from cp_debug.quantization.sensitivity import (
     run_trials,
     scored_samples,
 )
-from cp_debug.quantization.trials import Bench
+from cp_debug.mixed_precision.int8_trials import Bench
+from cp_debug.quantization.open_quantized import modules_of, open_quantized
+from cp_debug.serialize import json_safe
 from cp_debug.sweep.grid import Grid
 from cp_debug.sweep.log import Record
 from cp_debug.sweep.prepared import Subject, load_subject, pick

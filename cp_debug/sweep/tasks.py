@@ -14,9 +14,9 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-import cp_debug
-from cp_debug.deploy.state import file_hash
 from cp_debug.errors import CpdebugError, InputError
+from cp_debug.files import file_hash
+from cp_debug.version import __version__
 
 KINDS = {
     "bisect": "cp_debug.sweep.bisecting:task",
@@ -50,7 +50,7 @@ class Task:
         named = json.dumps({name: value for name, value in self.params.items() if name != "label"}, sort_keys=True)
         for path in sorted(files, key=len, reverse=True):
             named = named.replace(json.dumps(path)[1:-1], f"{Path(path).name} {files[path]}")
-        return hashlib.sha256(f"{cp_debug.__version__} {self.kind} {named}".encode()).hexdigest()[:32]
+        return hashlib.sha256(f"{__version__} {self.kind} {named}".encode()).hexdigest()[:32]
 
 
 def function_of(kind: str) -> Callable[[Parameters], dict[str, Any]]:
@@ -112,7 +112,7 @@ def _digest_now(path: Path) -> str:
 def _digest(path: Path, changed: int, size: int) -> str:
     """``changed`` and ``size`` make a file that was written again another one."""
     if path.suffix == ".onnx":
-        from cp_debug.probes.graph import Graph
+        from cp_debug.graph.graph import Graph
 
         return Graph(path).digest  # with the weights that lie beside it
     return file_hash(path)

@@ -47,6 +47,7 @@ OUTPUTS = (
 def _commands() -> dict[tuple[str, ...], Any]:
     """Words of a command → the command, as the parser has it."""
     import typer
+
     from cp_debug.cli.main import app
 
     found: dict[tuple[str, ...], Any] = {}

@@ -71,6 +71,7 @@ def prepare() -> None:
     with contextlib.suppress(ImportError):
         # Loaded or compiled when first used; the result is on disk.
         import numpy as np
+
         from cp_debug.probes.statistics import compare
 
         compare(np.ones(3, np.float32), np.ones(3, np.float32))

@@ -104,7 +104,7 @@ class World:
     @cached_property
     def captures(self) -> tuple[Path, Path]:
         """Two captures of ``net``."""
-        self.files
+        _ = self.files
         for name, spec in (("capture-a", "ort"), ("capture-b", "emu-fp16")):
             self._must(["capture", "net.onnx", "-b", spec, "-o", name, "--inputs", "x.npz"])
         return self.folder / "capture-a", self.folder / "capture-b"
@@ -112,14 +112,14 @@ class World:
     @cached_property
     def result(self) -> Path:
         """The folder of a bisection that found a fault."""
-        self.files
+        _ = self.files
         self._must(["bisect", "net.onnx", "-b", "ort,emu-fp32", "--test-model", "other.onnx", "--save", "result"], (1,))
         return self.folder / "result"
 
     @cached_property
     def search_log(self) -> Path:
         """The log of a search."""
-        self.files
+        _ = self.files
         argv = ["search", "net.onnx", "-b", "ort,emu-fp16", "--goal", "rel_l2<1e-5", "--log", "search.jsonl"]
         self._must(argv)
         return self.folder / "search.jsonl"
@@ -127,7 +127,7 @@ class World:
     @cached_property
     def sweep_log(self) -> Path:
         """The log of a sweep."""
-        self.files
+        _ = self.files
         argv = ["sweep", "bisect", "net.onnx", "-b", "ort,emu-fp16", "-n", "2", "--workers", "1"]
         self._must([*argv, "--log", "sweep.jsonl"])
         return self.folder / "sweep.jsonl"
@@ -135,7 +135,7 @@ class World:
     @cached_property
     def deployed(self) -> Path:
         """A deployment that has exported and verified."""
-        self.files
+        _ = self.files
         (self.folder / "deploy.json").write_text(json.dumps(DEPLOY))
         (self.folder / "deploy.yaml").write_text(json.dumps(DEPLOY))  # JSON is YAML
         self._must(["deploy", "deploy.yaml"])
@@ -144,7 +144,7 @@ class World:
     @cached_property
     def quantized(self) -> Path:
         """A checkpoint of ``quantize ptq``."""
-        self.files
+        _ = self.files
         self._must(["quantize", "ptq", "net.py:make", "-o", "int8", "--batches", "2"])
         return self.folder / "int8"
 

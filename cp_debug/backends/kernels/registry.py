@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cp_debug.backends.arithmetic import Arithmetic
-from cp_debug.probes.graph import Node
+from cp_debug.graph.graph import Node
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from cp_debug.backends.tensorrt.inspector import EngineLayer, materialised
 from cp_debug.backends.tensorrt.options import Options
 from cp_debug.errors import InputError
-from cp_debug.probes.graph import Graph
-from cp_debug.probes.qdq import LEVELS, quantizable
+from cp_debug.graph.graph import Graph
+from cp_debug.graph.qdq import LEVELS, quantizable
 from cp_debug.reading import read_text
 
 

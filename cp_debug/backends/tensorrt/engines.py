@@ -18,9 +18,9 @@ from cp_debug.backends.tensorrt.inspector import (
     parse_layers,
     realised_precision,
 )
-from cp_debug.backends.tensorrt.search import Search
+from cp_debug.backends.tensorrt.probe_bisection import Search
 from cp_debug.errors import InputError
-from cp_debug.probes.graph import Graph
+from cp_debug.graph.graph import Graph
 
 Profile = tuple[Sequence[int], Sequence[int], Sequence[int]]
 """Smallest, optimal and largest shape of an input."""

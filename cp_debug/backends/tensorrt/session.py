@@ -18,12 +18,12 @@ from cp_debug.backends.tensorrt.client import Client
 from cp_debug.backends.tensorrt.config import decide
 from cp_debug.backends.tensorrt.engines import Engine, EngineSet, Profile, Workshop
 from cp_debug.backends.tensorrt.options import Options
-from cp_debug.backends.tensorrt.search import Expected, search
+from cp_debug.backends.tensorrt.probe_bisection import Expected, search
 from cp_debug.errors import InputError
-from cp_debug.probes.alignment import data_values
-from cp_debug.probes.casts import cast_surgery
-from cp_debug.probes.graph import Graph
-from cp_debug.probes.inputs import check_inputs
+from cp_debug.graph.casts import cast_surgery
+from cp_debug.graph.downstream import data_values
+from cp_debug.graph.graph import Graph
+from cp_debug.graph.random_inputs import check_inputs
 
 RUNS = 20
 """Further runs of the plain engine, for its time."""

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from cp_debug.bisect.causes.finding import Effect
-from cp_debug.bisect.pipeline import Key
+from cp_debug.programs.pipeline import Key
 from cp_debug.bisect.result import LayerRow
-from cp_debug.bisect.scene import decode
+from cp_debug.programs.scene import decode
 from cp_debug.bisect.shares import Propagation
-from cp_debug.deploy.detections import compare_detections
+from cp_debug.detection.detection_change import compare_detections
 from cp_debug.errors import InputError
 from cp_debug.recipes.base import Arrays, Model, Sample
 

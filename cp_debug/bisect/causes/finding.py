@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cp_debug.deploy.detections import DetectionChange
+    from cp_debug.detection.detection_change import DetectionChange
 
 UNKNOWN = "unknown"
 

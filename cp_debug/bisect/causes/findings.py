@@ -14,9 +14,10 @@ from cp_debug.bisect.causes.precision import PROMOTED
 from cp_debug.bisect.causes.search import ENOUGH, Explanation, explain
 from cp_debug.bisect.causes.segment import Lab, Segment
 from cp_debug.bisect.causes.where import locate
-from cp_debug.bisect.pipeline import Key
-from cp_debug.bisect.result import GUILTY, SHAPE, LayerRow, Observation
-from cp_debug.bisect.testrun import TestRun, loader
+from cp_debug.programs.pipeline import Key
+from cp_debug.bisect.result import GUILTY, SHAPE, LayerRow
+from cp_debug.bisect.observe import Observation
+from cp_debug.bisect.candidate_run import TestRun, loader
 from cp_debug.errors import InputError
 from cp_debug.probes.arrays import Tensor
 from cp_debug.probes.capture import Capture

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.segment import Segment
-from cp_debug.probes.graph import Node
+from cp_debug.graph.graph import Node
 
 ACTIVATIONS = {
     "Relu": torch.relu,

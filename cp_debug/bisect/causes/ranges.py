@@ -12,7 +12,7 @@ from cp_debug.backends.rounding import round_fp16
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.precision import OVERFLOWS
 from cp_debug.bisect.causes.segment import Segment
-from cp_debug.bisect.precision import PRECISIONS
+from cp_debug.programs.precision import PRECISIONS
 from cp_debug.bisect.verdict import RANGE
 
 HALF = PRECISIONS["fp16"]

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.segment import Segment, as_double
-from cp_debug.bisect.quantized import Grid, balanced
-from cp_debug.probes.graph import Node
-from cp_debug.probes.qdq import LEVELS, weight_axis
+from cp_debug.bisect.quantized_segment import Grid, balanced
+from cp_debug.graph.graph import Node
+from cp_debug.graph.qdq import LEVELS, weight_axis
 
 _COARSE = 2.0
 """How many times coarser than needed a scale is called too coarse."""

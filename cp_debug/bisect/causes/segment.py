@@ -19,11 +19,11 @@ from cp_debug.backends.executor import Executor
 from cp_debug.backends.memory import Trimmer
 from cp_debug.backends.weights import Weights
 from cp_debug.bisect.causes.fits import halves
-from cp_debug.bisect.precision import BESIDE_INT8, PRECISIONS, Precision
-from cp_debug.bisect.quantized import Quantized
+from cp_debug.programs.precision import BESIDE_INT8, PRECISIONS, Precision
+from cp_debug.bisect.quantized_segment import Quantized
 from cp_debug.bisect.replay import FLOOR, Load
 from cp_debug.errors import InputError
-from cp_debug.probes.graph import Node
+from cp_debug.graph.graph import Node
 
 _fresh = itertools.count(-1, -1)
 """Places of edited nodes: no node of a graph has a negative one."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from cp_debug.backends.base import Program
 from cp_debug.bisect.faults.base import Seeded
 from cp_debug.bisect.faults.edits import Editor
-from cp_debug.probes.graph import Graph
+from cp_debug.graph.graph import Graph
 from cp_debug.recipes.centerpoint.model import CenterPoint
 from cp_debug.recipes.centerpoint.recipe import CenterPointModel
 

@@ -19,7 +19,7 @@ from cp_debug.recipes.centerpoint.scatter import scatter
 from cp_debug.recipes.centerpoint.voxelize import Voxels, voxelize_batch
 from cp_debug.recipes.checkpoint import load_checkpoint
 from cp_debug.recipes.data.base import DataOptions, DataSet, iterate
-from cp_debug.recipes.data.opening import DEFAULT_OPTIONS, open_data
+from cp_debug.recipes.data.open_data import DEFAULT_OPTIONS, open_data
 
 ENCODER, BACKBONE_NECK_HEAD = "pts_voxel_encoder", "pts_backbone_neck_head"
 WEIGHTS = Path(__file__).parent / "weights"

@@ -13,9 +13,9 @@ import torch
 from torch import fx, nn
 
 from cp_debug.errors import InputError
-from cp_debug.probes.graph import ValueInfo
+from cp_debug.graph.graph import ValueInfo
 from cp_debug.recipes.base import Arrays, Component, Sample, Stage
-from cp_debug.recipes.data.opening import open_data
+from cp_debug.recipes.data.open_data import open_data
 from cp_debug.recipes.mmdet3d.client import Client, ProgramFailed
 from cp_debug.recipes.mmdet3d.convert import COLUMNS
 from cp_debug.recipes.npz import npz_samples

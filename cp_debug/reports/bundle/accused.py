@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cp_debug.backends.base import Program, RunRecord
-from cp_debug.bisect.pipeline import value_map
-from cp_debug.bisect.precision import coarser, oracle_for
 from cp_debug.bisect.result import LayerRow, TestResult
 from cp_debug.errors import InputError
+from cp_debug.graph.graph import Graph
 from cp_debug.probes.alignment import Alignment
 from cp_debug.probes.capture import Capture
-from cp_debug.probes.graph import Graph
+from cp_debug.programs.pipeline import value_map
+from cp_debug.programs.precision import coarser, oracle_for
 from cp_debug.reports.saved import SavedResult
 
 

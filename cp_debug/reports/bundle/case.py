@@ -12,9 +12,9 @@ import onnx
 from cp_debug.backends.arithmetic import FP32
 from cp_debug.backends.executor import Executor
 from cp_debug.errors import InputError
-from cp_debug.probes import surgery
+from cp_debug.graph import surgery
+from cp_debug.graph.graph import Graph, Node
 from cp_debug.probes.arrays import as_numpy
-from cp_debug.probes.graph import Graph, Node
 from cp_debug.reports.bundle.accused import Accused
 
 

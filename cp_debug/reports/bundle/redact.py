@@ -10,7 +10,7 @@ import onnx
 from onnx import numpy_helper
 
 from cp_debug.errors import InputError
-from cp_debug.probes.graph import Graph
+from cp_debug.graph.graph import Graph
 from cp_debug.reports.bundle.case import Case, Piece
 from cp_debug.reports.bundle.shrink import Shrinker
 

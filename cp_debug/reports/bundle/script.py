@@ -129,7 +129,7 @@ def repro(title: str, backend: Backend, limits: Mapping[str, float], build: Mapp
         needs = "cpdebug, which emulates the backend"
         libraries = (
             "from cp_debug.backends.base import Program\nfrom cp_debug.backends.registry import create\n"
-            "from cp_debug.backends.spec import BackendSpec\nfrom cp_debug.probes.graph import Graph\n"
+            "from cp_debug.backends.spec import BackendSpec\nfrom cp_debug.graph.graph import Graph\n"
         )
         versions = f'"emulated:", {str(backend.spec)!r}'
         run = _EMULATED.format(spec=str(backend.spec), options=_emulation(backend))

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from cp_debug.bisect.minimize import Minimizer
 from cp_debug.errors import InputError
+from cp_debug.minimize import Minimizer
 from cp_debug.reports.bundle.case import Case, Cutter, Piece, declared
 from cp_debug.reports.bundle.verify import Measured, Verifier, fails, strength
 

@@ -14,13 +14,13 @@ import numpy as np
 from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
-from cp_debug.bisect.precision import PRECISIONS
 from cp_debug.bisect.replay import Replay, Replayer
 from cp_debug.bisect.result import GUILTY, SHAPE
 from cp_debug.bisect.verdict import Judgement, judge
 from cp_debug.errors import InputError
 from cp_debug.probes.arrays import as_numpy
 from cp_debug.probes.statistics import TensorStats, compare
+from cp_debug.programs.precision import PRECISIONS
 from cp_debug.reports.bundle.accused import Accused
 from cp_debug.reports.bundle.case import Case
 

@@ -19,18 +19,17 @@ import numpy as np
 import onnx
 from onnx import external_data_helper
 
-import cp_debug
 from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.ort_backend import OrtBackend
 from cp_debug.backends.ort_options import LEVELS
 from cp_debug.backends.tensorrt import runner
 from cp_debug.backends.tensorrt.backend import TensorRTBackend
 from cp_debug.backends.tensorrt.client import ENVIRONMENT
-from cp_debug.bisect.precision import PRECISIONS
 from cp_debug.bisect.verdict import EXCESS, RANGE
 from cp_debug.errors import InputError
-from cp_debug.probes import surgery
-from cp_debug.probes.graph import Graph
+from cp_debug.graph import surgery
+from cp_debug.graph.graph import Graph
+from cp_debug.programs.precision import PRECISIONS
 from cp_debug.reports.bundle.accused import Accused
 from cp_debug.reports.bundle.case import Case, Piece, declared
 from cp_debug.reports.bundle.readme import polygraphy_command, readme, title
@@ -81,7 +80,7 @@ def run_script(folder: Path, backend: Backend) -> str:
     elif isinstance(backend, TensorRTBackend):
         command[0] = backend.options.python or environment.get(ENVIRONMENT) or sys.executable
     else:
-        environment["PYTHONPATH"] = str(Path(cp_debug.__file__).parents[1])
+        environment["PYTHONPATH"] = str(Path(__file__).parents[3])
     try:
         done = subprocess.run(
             command, cwd=folder, env=environment, capture_output=True, text=True, errors="replace", timeout=TIME_LIMIT

@@ -1,0 +1,117 @@
+"""``--probes bisect``: one probe a build, for engines that change when all their values are marked at once."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from cp_debug.backends.arithmetic import BF16, FP16, FP32, FP64, INT8, TF32, Arithmetic
+from cp_debug.backends.emulated import ExecutorSession
+from cp_debug.graph.graph import Graph
+from cp_debug.probes.arrays import Tensor, as_numpy
+
+FACTOR = 4.0
+"""How many times further than its emulation a value may be from the exact one."""
+NOISE = 1e-6
+"""Another order of summation in FP32, where the emulation rounds nothing."""
+_PAIRS: Mapping[str, tuple[Arithmetic, Arithmetic]] = {
+    "fp32": (FP64, FP32),
+    "tf32": (FP32, TF32),
+    "bf16": (FP32, BF16),
+    "fp16": (FP32, FP16),
+    "best": (FP32, FP16),
+    "int8": (INT8, TF32),  # rounding flips some ticks of the graph's own quantisers
+}
+"""Variant → what is exact, and what the engine is expected to be."""
+
+
+@dataclass(frozen=True)
+class Visited:
+    """A value that an engine of its own was built for. Distances are relative L2."""
+
+    value: str
+    distance: float
+    """From the exact value."""
+    limit: float
+    """What rounding explains."""
+    gap: float
+    """Of this engine's outputs from the plain one's."""
+
+    @property
+    def departs(self) -> bool:
+        """Whether it is further away than its precision explains; NaN is."""
+        return not self.distance <= self.limit
+
+
+@dataclass
+class Search:
+    """What was looked at, in that order, and what came of it."""
+
+    first: str | None = None
+    """The first value found that departs."""
+    visited: list[Visited] = field(default_factory=list)
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-safe, for ``settings``."""
+        visited = [asdict(v) | {"departs": v.departs} for v in self.visited]
+        return {"first": self.first, "builds": len(visited), "visited": visited}
+
+
+class Expected:
+    """How far each of ``values`` may be from the exact one when the whole graph is rounded as the variant says."""
+
+    def __init__(self, graph: Graph, variant: str, inputs: Mapping[str, np.ndarray], values: Collection[str]) -> None:
+        exact, rounded = _PAIRS[variant]
+        self._exact: dict[str, np.ndarray] = {}
+        self._limits: dict[str, float] = {}
+        self._run(graph, exact, inputs, values, lambda name, tensor: self._exact.update({name: tensor}))
+        self._run(graph, rounded, inputs, values, self._limit)
+
+    def distance(self, value: str, array: np.ndarray) -> float:
+        """Relative L2, of an array of that name."""
+        exact = self._exact[value].astype(np.float64)
+        return float(np.linalg.norm(array - exact) / max(float(np.linalg.norm(exact)), 1e-300))
+
+    def limit(self, value: str) -> float:
+        """The largest distance that rounding explains."""
+        return self._limits[value]
+
+    def _limit(self, value: str, array: np.ndarray) -> None:
+        self._limits[value] = FACTOR * self.distance(value, array) + NOISE
+
+    @staticmethod
+    def _run(
+        graph: Graph,
+        arithmetic: Arithmetic,
+        inputs: Mapping[str, np.ndarray],
+        values: Collection[str],
+        keep: Callable[[str, np.ndarray], None],
+    ) -> None:
+        def sink(name: str, tensor: Tensor) -> None:
+            keep(name, np.array(as_numpy(tensor)))
+
+        ExecutorSession(graph, arithmetic, "cpu").run(inputs, sink, values)
+
+
+def search(values: Sequence[str], expected: Expected, look: Callable[[str], tuple[np.ndarray, float]]) -> Search:
+    """Find the first of ``values`` that departs, in ⌈log₂(n + 1)⌉ looks.
+
+    ``values`` are in execution order. ``look`` builds an engine that shows one value and runs it; it returns the value
+    and the distance of the outputs from the plain engine's. What departs is taken to stay departed downstream: where
+    that fails, the value found departs all the same, and the one before it in the order does not.
+    """
+    found = Search()
+
+    def departs(value: str) -> bool:
+        array, gap = look(value)
+        seen = Visited(value, expected.distance(value, array), expected.limit(value), gap)
+        found.visited.append(seen)
+        return seen.departs
+
+    place = bisect_left(values, True, key=departs)
+    found.first = values[place] if place < len(values) else None
+    return found

@@ -1,0 +1,209 @@
+"""One test backend on one sample: run it against the reference's capture, then replay its layers on the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from cp_debug.backends.arithmetic import ARITHMETICS
+from cp_debug.backends.base import Program, Tensor
+from cp_debug.backends.emulated import EmulatedBackend
+from cp_debug.backends.tensorrt.calibration import Ranges
+from cp_debug.quantization.quantized_programs import with_ranges
+from cp_debug.programs.layers import Layer, layer_name
+from cp_debug.bisect.observe import observe
+from cp_debug.programs.pipeline import Key, Pipeline, value_map, wants_int8
+from cp_debug.programs.precision import PRECISIONS, Precision
+from cp_debug.bisect.quantized_segment import Grid, Quantized
+from cp_debug.bisect.replay import Load, Replay, Replayer
+from cp_debug.bisect.result import LayerRow
+from cp_debug.bisect.observe import Observation
+from cp_debug.bisect.verdict import judge
+from cp_debug.probes.capture import Capture, CaptureWriter
+from cp_debug.graph.graph import Graph
+from cp_debug.probes.statistics import TensorStats, compare
+from cp_debug.recipes.base import Arrays, Model, Sample
+
+
+class TestRun:
+    """Compares one backend's values with the reference's as they appear, then replays them."""
+
+    __test__ = False
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        reference: Pipeline,
+        programs: Sequence[Program],
+        layers: Sequence[Layer],
+        tolerance: tuple[float, float],
+        oracle: str | None,
+        folder: Path,
+    ) -> None:
+        """``programs`` are the reference's before anything was quantised: they say what a layer should compute. Graphs
+        that only describe what an engine computes are written to ``folder``."""
+        self.pipeline = pipeline
+        self.precision: Precision = PRECISIONS[pipeline.backend.precision]
+        self.tolerance = tolerance
+        self.oracle = oracle
+        self.reference = reference
+        self.programs = {p.name: p for p in programs}
+        self.layers = {Key(layer.component, layer.onnx): layer for layer in layers}
+        self._names = {p.name: value_map(self.programs[p.name], p) for p in pipeline.programs}
+        self.graphs = {p.name: p.graph for p in pipeline.programs}
+        """Component → what the backend computes; after a replay with the Q/DQ pairs that TensorRT's calibrator chose."""
+        self._ranges: dict[str, Ranges] = {}
+        """The same components → what that calibrator chose."""
+        self._folder = folder
+        self._replayers: dict[str, Replayer] = {}
+        self._seen: set[Key] = set()
+        """What the reference shows."""
+
+    def run(
+        self, sample: Sample, reference: Capture, writer: CaptureWriter
+    ) -> tuple[dict[Key, TensorStats], dict[str, Arrays]]:
+        """Run with probes; every value is compared with the reference's, and captured under the reference's name."""
+        captured = self._seen = {Key(e.component, e.name) for e in reference.entries}
+        stats: dict[Key, TensorStats] = {}
+
+        def sink(key: Key, tensor: Tensor) -> None:
+            key = self.name(key)
+            writer.put(key.value, tensor, component=key.component)
+            if key in self.layers and key in captured:
+                stats[key] = compare(reference.load(key.value, component=key.component), tensor)
+
+        return stats, self.pipeline.run(sample, sink)
+
+    def name(self, key: Key) -> Key:
+        """The reference's name of a value of this test."""
+        return Key(key.component, self._names[key.component].get(key.value, key.value))
+
+    def replay(self, reference: Capture, test: Capture, stats: Mapping[Key, TensorStats]) -> dict[Key, Replay]:
+        """Replay every captured layer on the oracle. ``stats`` are those of ``run``."""
+        replays: dict[Key, Replay] = {}
+        for component in self.programs:
+            ours, theirs = loader(reference, component), loader(test, component)
+            apart = {key.value: s.finite_rel_l2 for key, s in stats.items() if key.component == component}
+            for value, replay in self.replayer(component, test).layers(ours, theirs, apart):
+                replays[Key(component, value)] = replay
+        return replays
+
+    def replay_inputs(
+        self, model: Model, sample: Sample, results: Mapping[str, Arrays], reference: Capture, test: Capture
+    ) -> dict[Key, Replay]:
+        """What the glue of a test model of its own introduced: its inputs against those that ``model``, the
+        reference's, would have made of the same upstream results."""
+        replays = {}
+        for component in model.components:
+            replayer = self.replayer(component.name, test)
+            ours, theirs = loader(reference, component.name), loader(test, component.name)
+            for value, exact in model.feed(component, sample, results).items():
+                replays[Key(component.name, value)] = replayer.given(value, exact, ours, theirs)
+        return replays
+
+    def replayer(self, component: str, test: Capture) -> Replayer:
+        """The replayer of a component, made once: every sample has the same probes."""
+        if component not in self._replayers:
+            assert self.oracle is not None
+            sides = self.reference, self.pipeline
+            graph = self.programs[component].graph
+            known = [name for name in test.names(component=component) if Key(component, name) in self._seen]
+            self._replayers[component] = Replayer(
+                graph,
+                (sides[0].backend.precision, sides[1].backend.precision),
+                self.oracle,
+                known,
+                emulated=self._emulates(graph),
+                quantized=(self._quantized(component, sides[0]), self._quantized(component, sides[1], test)),
+            )
+        return self._replayers[component]
+
+    def _quantized(self, component: str, side: Pipeline, capture: Capture | None = None) -> Quantized | None:
+        """What one side does in INT8 to a component; None where it claims none, or where nothing else is known.
+
+        ``capture`` is the test's: it tells which of the values that an engine keeps in INT8 are shown rounded.
+        """
+        plain = self.programs[component]
+        (program,) = (p for p in side.programs if p.name == component)
+        ranges: Ranges | None = getattr(side.sessions[component], "ranges", None)
+        if plain.graph.precision == "int8" or not (ranges or wants_int8(side.backend)):
+            return None
+        names = {name: own for own, name in value_map(plain, program).items()}
+        if ranges is None:
+            return Quantized(plain.graph, program.graph, names)
+        graph = with_ranges(program.graph, ranges, self._folder / f"{component}.{side.backend.spec}.onnx")
+        if capture is None:
+            return Quantized(plain.graph, graph, names)
+        self.graphs[component], self._ranges[component] = graph, ranges
+        kept = {name: ranges.stored[own] for name, own in names.items() if own in ranges.stored}
+        load, shown = loader(capture, component), kept.keys() & capture.names(component=component)
+        rounded = {n: kept[n] for n in shown if Grid.symmetric(kept[n]).holds(torch.tensor(load(n)))}
+        return Quantized(plain.graph, graph, names, rounded)
+
+    def _emulates(self, graph: Graph) -> bool:
+        """Whether the backend computed ``graph`` itself as a replayer would emulate it."""
+        backend = self.pipeline.backend
+        return (
+            type(backend) is EmulatedBackend  # what derives from it may compute something else than it claims
+            and backend.arithmetic == ARITHMETICS[self.precision.name]
+            and not backend.overrides
+            and backend.device == "cpu"
+            and any(program.graph is graph for program in self.pipeline.programs)
+        )
+
+    @property
+    def implicit(self) -> bool:
+        """Whether the backend chooses the scales itself: TensorRT with its own calibrator."""
+        return getattr(self.pipeline.backend, "implicit_int8", False)
+
+    def quantized_names(self, row: LayerRow) -> list[str]:
+        """What the layer that computes a value is called where layers are chosen for INT8: a module by its path, for an
+        addition the one whose code adds; without a module, or by TensorRT's own calibrator, the nodes."""
+        (program,) = (p for p in self.pipeline.programs if p.name == row.component)
+        if row.component in self._ranges and row.replay is not None:
+            nodes, layers = row.replay.nodes, self._ranges[row.component].layers
+            return [node for node in nodes if node in layers] or [*nodes]
+        names = {name: own for own, name in self._names[row.component].items()}
+        name = layer_name(program, names.get(row.onnx, row.onnx))
+        return [name if program.module is None else name.partition("/")[0]]
+
+    def observe(
+        self, sample: Sample, probed: Mapping[str, Arrays], test: Capture
+    ) -> tuple[Observation, dict[Key, float]]:
+        """The backend against itself, and without probes."""
+        return observe(self.pipeline, sample, probed, test, self.name)
+
+    def rows(
+        self,
+        stats: Mapping[Key, TensorStats],
+        replays: Mapping[Key, Replay],
+        floors: Mapping[Key, float],
+        sample: int,
+    ) -> dict[Key, LayerRow]:
+        """The judged layers, in execution order."""
+        rows = {}
+        told = {name: getattr(session, "tactics", {}) for name, session in self.pipeline.sessions.items()}
+        tactics = {self.name(Key(n, value)): tactic for n, own in told.items() for value, tactic in own.items()}
+        for key, layer in self.layers.items():
+            if key not in stats:
+                continue
+            replay, floor = replays.get(key), floors.get(key, 0.0)
+            judgement = judge(stats[key], replay, self.precision, *self.tolerance, floor)
+            rows[key] = LayerRow(
+                **asdict(layer),
+                **judgement._asdict(),
+                stats=stats[key],
+                replay=replay,
+                noise_floor=floor,
+                sample=sample,
+                tactic=tactics.get(key, ""),
+            )
+        return rows
+
+
+def loader(capture: Capture, component: str) -> Load:
+    """How a replayer reads the values of one component."""
+    return lambda name: capture.load(name, component=component)

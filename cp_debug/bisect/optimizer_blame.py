@@ -1,0 +1,174 @@
+"""Which of ONNX Runtime's graph optimisers a difference comes from, and which nodes they rewrote.
+
+Asked of the deployed program alone, without probes: optimisers are disabled until its final outputs are those of the
+unoptimised program, and as many as possible are enabled again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from cp_debug.backends.base import Program
+from cp_debug.backends.ort_backend import OrtBackend, run_whole
+from cp_debug.backends.ort_optimized import Replacement
+from cp_debug.backends.ort_optimizers import RULE_BASED, RULES, active_optimizers
+from cp_debug.backends.ort_options import LEVELS
+from cp_debug.minimize import Minimizer
+from cp_debug.bisect.observe import gap
+from cp_debug.recipes.base import Arrays, Model, Sample
+
+REST = 0.01
+"""Share of the whole difference that may remain when the responsible optimisers are disabled: their fellows round, too,
+and usually a thousand times less."""
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """Original nodes of one component, and the operators that compute their result instead."""
+
+    component: str
+    original: tuple[str, ...]
+    operators: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Culprit:
+    """One of the responsible optimisers."""
+
+    optimizer: str
+    difference: float
+    """What it makes by itself: the other responsible ones are disabled."""
+    rewrites: tuple[Rewrite, ...]
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """What the optimiser does to the final outputs. Differences are relative L2, against the unoptimised program."""
+
+    level: str | None
+    """The first level at which they differ by more than the noise floor; None: at none up to the backend's."""
+    difference_with: float
+    """All optimisers enabled."""
+    difference_without: float
+    """The responsible ones disabled."""
+    responsible: list[Culprit] = field(default_factory=list)
+    """The smallest set found: disabling fewer leaves a difference. Empty where disabling does not help."""
+    active: list[str] = field(default_factory=list)
+    """The optimisers that changed the graph."""
+    runs: int = 0
+    """How often the model was run."""
+
+    @property
+    def nodes(self) -> list[str]:
+        """The original nodes that the responsible optimisers rewrote."""
+        return list(dict.fromkeys(n for c in self.responsible for r in c.rewrites for n in r.original))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The ``knobs`` field of the JSON schema."""
+        return {
+            "responsible": [culprit.optimizer for culprit in self.responsible],
+            "nodes": self.nodes,
+            "runs": self.runs,
+            "difference": {"with": self.difference_with, "without": self.difference_without},
+            "level": self.level,
+            "active": self.active,
+            "culprits": [asdict(culprit) for culprit in self.responsible],
+        }
+
+
+def find_knobs(
+    model: Model, programs: Sequence[Program], backend: OrtBackend, sample: Sample, noise_floor: float = 0.0
+) -> Knobs:
+    """Find the smallest set of optimisers whose disabling makes the outputs those of the unoptimised program.
+
+    Without a difference above ``noise_floor`` nothing is searched. What remains afterwards is at most the noise floor,
+    or ``REST`` of the whole difference; bit-equal outputs count as 0. Raises InputError when the model fails.
+    """
+    return _Search(model, programs, backend, sample, noise_floor).run()
+
+
+class _Search:
+    def __init__(
+        self, model: Model, programs: Sequence[Program], backend: OrtBackend, sample: Sample, noise_floor: float
+    ) -> None:
+        self._model, self._programs, self._backend, self._sample = model, programs, backend, sample
+        self._floor = noise_floor
+        self._seen: dict[tuple[str, frozenset[str]], float] = {}
+        self._unoptimised = self._outputs("none", frozenset())
+
+    def run(self) -> Knobs:
+        levels = list(LEVELS)[1 : list(LEVELS).index(self._backend.level) + 1]
+        whole = self._difference(frozenset())
+        first = next((level for level in levels if self._difference(frozenset(), level) > self._floor), None)
+        active = self._active(())
+        if whole <= self._floor:
+            return Knobs(first, whole, whole, active=active, runs=self._runs)
+        disabled = self._responsible(max(self._floor, REST * whole), active)
+        culprits = [self._culprit(name, disabled) for name in disabled]
+        culprits.sort(key=lambda culprit: culprit.difference, reverse=True)
+        return Knobs(first, whole, self._difference(frozenset(disabled)), culprits, active, self._runs)
+
+    @property
+    def _runs(self) -> int:
+        return 1 + len(self._seen)
+
+    def _responsible(self, rest: float, active: list[str]) -> list[str]:
+        """The smallest set to disable; empty when the difference stays whatever is disabled."""
+        minimizer = Minimizer[str](lambda disabled: self._difference(disabled) <= rest)
+        candidates: list[str] = []
+        while new := [name for name in active if name not in candidates]:
+            candidates += new
+            if minimizer.holds(candidates):
+                break
+            active = self._active(candidates)  # what had nothing left to do before
+        if not minimizer.holds(candidates):
+            return []
+        found = minimizer.minimize(candidates)
+        if RULE_BASED in found:
+            rules = [*RULES, *(name for name in found if name != RULE_BASED)]
+            if minimizer.holds(rules):  # else a rule that is not in the list
+                found = minimizer.minimize(rules)
+        return found
+
+    def _culprit(self, name: str, disabled: Collection[str]) -> Culprit:
+        others = [other for other in disabled if other != name]
+        rewrites: list[Rewrite] = []
+        for program in self._programs:
+            without = {(r.original, r.operators) for r in self._replacements(program, disabled)}
+            alone = dict.fromkeys((r.original, r.operators) for r in self._replacements(program, others))
+            rewrites += (Rewrite(program.name, *change) for change in alone if change not in without)
+        return Culprit(name, self._difference(frozenset(others)), tuple(rewrites))
+
+    def _replacements(self, program: Program, disabled: Collection[str]) -> list[Replacement]:
+        backend = OrtBackend(
+            self._backend.spec, disabled_optimizers=sorted(disabled), threads=self._backend.runtime.threads
+        )
+        with closing(backend.open(program)) as session:
+            return session.optimized_nodes()
+
+    def _active(self, disabled: Collection[str]) -> list[str]:
+        runtime, level = self._backend.runtime, self._backend.level
+        names = (n for p in self._programs for n in active_optimizers(runtime, p.graph, level, disabled))
+        return list(dict.fromkeys(names))
+
+    def _difference(self, disabled: frozenset[str], level: str | None = None) -> float:
+        """Relative L2 from the unoptimised program; 0 where all outputs are equal bit for bit."""
+        key = (level or self._backend.level, disabled)
+        if key not in self._seen:
+            difference = gap(self._unoptimised, self._outputs(*key))
+            self._seen[key] = math.inf if math.isnan(difference) else difference
+        return self._seen[key]
+
+    def _outputs(self, level: str, disabled: frozenset[str]) -> dict[str, Arrays]:
+        results: dict[str, Arrays] = {}
+        for component, program in zip(self._model.components, self._programs, strict=True):
+            session = self._backend.runtime.session(
+                program.graph.path, level=level, disabled_optimizers=sorted(disabled)
+            )
+            inputs = self._model.feed(component, self._sample, results)
+            results[component.name] = run_whole(session, program.graph, inputs)
+        return results

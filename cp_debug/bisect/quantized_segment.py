@@ -1,0 +1,202 @@
+"""What INT8 must do to a layer: its inputs on a grid with the best scales for what they hold, its weights likewise.
+
+A faithful INT8 layer introduces about this much, whatever calibration chose for the data that it saw. A scale that
+clips, that is too coarse, or one scale for channels of different range introduces more, and so does a backend that does
+something else than its scales say; ``declared`` tells the two apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from cp_debug.backends.arithmetic import INT8
+from cp_debug.backends.base import Tensor as AnyTensor
+from cp_debug.backends.executor import Executor
+from cp_debug.backends.weights import Weights
+from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.qdq import LEVELS, QUANTIZED, weight_axis
+
+FEW = 4
+"""Elements that a channel must have on average before its error is held against it."""
+DEAD = 1e-3
+"""A channel of this size beside the largest is left out."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which numbers a quantised input can be: ``scale`` × (level − ``zero``), levels from ``low`` to ``high``."""
+
+    scale: Tensor
+    """float64, one number, or [C] along ``axis``."""
+    zero: Tensor
+    low: int
+    high: int
+    axis: int
+
+    @classmethod
+    def symmetric(cls, amax: float) -> Grid:
+        """One scale for a whole tensor; ``amax`` is the largest magnitude that it keeps."""
+        return cls(torch.tensor(amax / LEVELS, dtype=torch.float64), torch.zeros(()), -LEVELS - 1, LEVELS, 0)
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The smallest and the largest number; of several scales those of the first."""
+        scale, zero = float(self.scale.flatten()[0]), float(self.zero.flatten()[0])
+        return (self.low - zero) * scale, (self.high - zero) * scale
+
+    def levels(self, tensor: Tensor) -> Tensor:
+        """What the elements are rounded to before the range cuts them off."""
+        return torch.round(tensor / self._along(self.scale, tensor)) + self._along(self.zero, tensor)
+
+    def value(self, levels: Tensor) -> Tensor:
+        """The number behind each level."""
+        return (levels - self._along(self.zero, levels)) * self._along(self.scale, levels)
+
+    def quantized(self, tensor: Tensor) -> Tensor:
+        """``tensor`` after Quantize and Dequantize."""
+        return self.value(self.levels(tensor).clamp(self.low, self.high))
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether every element is one of its numbers, but for the rounding of FP32."""
+        exact = tensor.double()
+        return bool(torch.isclose(self.quantized(exact), exact, rtol=1e-6, atol=0).all())
+
+    def clipped(self, tensor: Tensor) -> float:
+        """The share of elements beyond the range."""
+        levels = self.levels(tensor)
+        return float(((levels < self.low) | (levels > self.high)).double().mean())
+
+    def _along(self, parameter: Tensor, tensor: Tensor) -> Tensor:
+        parameter = parameter.to(tensor.device)
+        if parameter.numel() == 1:
+            return parameter.reshape(())
+        return parameter.reshape([-1 if d == self.axis % tensor.dim() else 1 for d in range(tensor.dim())])
+
+
+@dataclass
+class Ideal:
+    """A segment in INT8 with the best scales, and what its real scales do to the same inputs."""
+
+    results: Mapping[str, AnyTensor]
+    clipped: float = 0.0
+    """Share of the elements of a quantised input that lie beyond its scale; of several inputs the largest."""
+    step: float | None = None
+    """The scale of that input: the distance of two levels."""
+
+
+class Quantized:
+    """A graph with Q/DQ pairs beside the one that it was made from, ``plain``.
+
+    ``names``: value of ``plain`` → the same in the quantised graph, where they differ. Which inputs of a node are
+    quantised is read off the quantised graph; what is said here is in names of ``plain``. ``rounded``: value → the
+    largest magnitude that it keeps, where what was captured lies on that grid itself.
+    """
+
+    def __init__(
+        self, plain: Graph, graph: Graph, names: Mapping[str, str], rounded: Mapping[str, float] = MappingProxyType({})
+    ) -> None:
+        self._graph, self._names = graph, names
+        self._rounded = {name: Grid.symmetric(amax) for name, amax in rounded.items()}
+        self._plain_names = {own: name for name, own in names.items()}
+        self._executor = Executor(graph, INT8)
+        self._constants = Weights(graph, INT8, torch.device("cpu"), 0)
+        self._quantizers: dict[str, dict[int, Node]] = {}
+        """Node of ``plain`` → place of a quantised input → the node that dequantises it."""
+        for node in plain.nodes:
+            twin = graph.producer.get(names.get(node.outputs[0], node.outputs[0])) if node.outputs else None
+            if twin is not None and twin.op == node.op:
+                reads = [graph.producer.get(name) for name in twin.proto.input[: 2 if node.op in QUANTIZED else None]]
+                found = {i: n for i, n in enumerate(reads) if n is not None and n.op == "DequantizeLinear"}
+                if found:
+                    self._quantizers[node.name] = found
+
+    def touches(self, nodes: Sequence[Node]) -> bool:
+        """Whether any of these nodes of ``plain`` computes in INT8, or gives what is shown rounded to it."""
+        return any(n.name in self._quantizers or not self._rounded.keys().isdisjoint(n.outputs) for n in nodes)
+
+    def grid(self, node: Node, place: int) -> Grid | None:
+        """How the graph quantises one input of a node of ``plain``; None where it does not, or computes the scale."""
+        dequantizer = self._quantizers.get(node.name, {}).get(place)
+        if dequantizer is None or not all(map(self._constants.holds, dequantizer.proto.input[1:])):
+            return None
+        scale, *zeros = (self._constants[name] for name in dequantizer.proto.input[1:])
+        zero = zeros[0] if zeros else torch.zeros((), dtype=torch.uint8)  # as ONNX has it
+        low, high = (0, 255) if zero.dtype == torch.uint8 else (-LEVELS - 1, LEVELS)
+        axis = next((a.i for a in dequantizer.proto.attribute if a.name == "axis"), 1)
+        return Grid(scale.double(), zero.double(), low, high, axis)
+
+    def ideal(
+        self,
+        executor: Executor,
+        nodes: Sequence[Node],
+        given: Mapping[str, AnyTensor],
+        targets: Collection[str],
+        room: float = 1.0,
+    ) -> Ideal:
+        """Run a segment of ``plain`` in INT8 with the best symmetric scales, and all else as ``executor`` does it.
+
+        ``room`` makes the scales larger by this factor, so that other roundings come about.
+        """
+        values: dict[str, AnyTensor] = dict(given)
+        found = Ideal({})
+        for node in nodes:
+            own = dict(values)
+            places = self._quantizers.get(node.name, {})
+            inputs = executor.run_nodes([], values, [node.proto.input[place] for place in places])
+            together = max((float(t.abs().max()) for t in inputs.values()), default=0.0) if node.op == "Add" else None
+            for place in places:
+                name = node.proto.input[place]
+                tensor = inputs[name]
+                if node.op in QUANTIZED and place == 1:
+                    rest = [d for d in range(tensor.dim()) if d != weight_axis(node, tensor.dim())]
+                    own[name] = on_grid(tensor, room * tensor.abs().amax(rest, keepdim=True))
+                    continue
+                own[name] = on_grid(tensor, torch.as_tensor(room * (together or float(tensor.abs().max()))))
+                if (grid := self.grid(node, place)) is not None and grid.scale.numel() == 1:
+                    clipped = grid.clipped(tensor)
+                    if found.step is None or clipped > found.clipped:
+                        found.step, found.clipped = float(grid.scale), clipped
+            values |= executor.run_nodes([node], own, node.outputs)
+        found.results = {target: self._as_shown(target, torch.as_tensor(values[target])) for target in targets}
+        return found
+
+    def declared(self, target: str, known: Collection[str], given: Mapping[str, AnyTensor]) -> Tensor | None:
+        """What the graph's own scales make of ``given``; None where its segment starts from other values."""
+        own = self._names.get(target, target)
+        if own not in self._graph.producer:
+            return None
+        nodes, starts = self._graph.segment([own], {self._names.get(name, name) for name in known})
+        values = {start: self._plain_names.get(start, start) for start in starts}
+        if not given.keys() >= set(values.values()):
+            return None
+        results = self._executor.run_nodes(nodes, {s: given[name] for s, name in values.items()}, [own])
+        return self._as_shown(target, torch.as_tensor(results[own]))
+
+    def _as_shown(self, name: str, tensor: Tensor) -> Tensor:
+        return self._rounded[name].quantized(tensor) if name in self._rounded else tensor
+
+
+def balanced(error: Tensor, exact: Tensor, axis: int) -> float:
+    """The relative error of the worst quarter of the channels: root mean square over these of ‖error‖ ÷ ‖exact‖.
+
+    Unlike the norm over all channels it sees small ones whose weights share the scale of large ones. 0 where channels
+    have too few elements to tell (``FEW``), or none has any size.
+    """
+    if exact.numel() < FEW * exact.shape[axis]:
+        return 0.0
+    rest = [d for d in range(exact.dim()) if d != axis]
+    wrong, size = (torch.linalg.vector_norm(t.double(), dim=rest) for t in (error, exact))
+    alive = size > DEAD * size.max()
+    relative = (wrong[alive] / size[alive]).sort(descending=True).values
+    return float(relative[: -(-len(relative) // 4)].square().mean().sqrt()) if len(relative) else 0.0
+
+
+def on_grid(tensor: Tensor, amax: Tensor) -> Tensor:
+    """The nearest of 255 levels between ±``amax``."""
+    step = torch.where(amax > 0, amax, 1.0).to(tensor) / LEVELS
+    return (tensor / step).round().clamp(-LEVELS, LEVELS) * step

@@ -1,0 +1,69 @@
+"""What one test backend gave over all samples, and what a reader must know of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from cp_debug.bisect.causes.finding import Finding
+from cp_debug.bisect.optimizer_blame import Knobs
+from cp_debug.programs.pipeline import Key
+from cp_debug.bisect.result import LayerRow
+from cp_debug.bisect.observe import Observation
+from cp_debug.detection.detection_change import DetectionChange, compare_detections
+
+
+class Collected:
+    """What one test backend gave over all samples: of every layer its worst one, so memory does not grow."""
+
+    def __init__(self) -> None:
+        self.rows: dict[Key, LayerRow] = {}
+        self.observation: Observation | None = None
+        self.knobs: Knobs | None = None
+        self.findings: list[Finding] = []
+        self.detections: DetectionChange | None = None
+
+    def is_worst(self, rows: Mapping[Key, LayerRow]) -> bool:
+        """Whether no sample before has a row that is as severe as the worst of these."""
+        worst = max((row.severity for row in rows.values()), default=())
+        return all(row.severity < worst for row in self.rows.values())
+
+    def detect(self, reference: Any, test: Any) -> None:
+        """Add what became of one sample's detections, where both sides have some in boxes."""
+        if hasattr(reference, "boxes") and hasattr(test, "boxes"):
+            change = compare_detections(reference, test)
+            self.detections = change if self.detections is None else self.detections + change
+
+    def add(self, rows: Mapping[Key, LayerRow]) -> None:
+        """Keep the worse of each layer's rows."""
+        for key, row in rows.items():
+            if key not in self.rows or row.severity > self.rows[key].severity:
+                self.rows[key] = row
+
+    def observe(self, seen: Observation) -> None:
+        """Keep the observation with the largest gap."""
+        if self.observation is None or seen.observer_gap > self.observation.observer_gap:
+            self.observation = seen
+
+    def notes(self, spec: str) -> list[str]:
+        """What a reader must know besides the rows."""
+        notes = observation_notes(spec, self.observation)
+        rows = self.rows.values()
+        skipped = Counter(row.replay.skipped for row in rows if row.replay and row.replay.skipped)
+        notes.extend(f"{count} layer(s) not replayed: {reason}" for reason, count in skipped.items())
+        return notes
+
+
+def observation_notes(spec: str, seen: Observation | None) -> list[str]:
+    """Sentences for a backend that does not agree with itself, or that probes change."""
+    notes = []
+    if seen is not None and seen.first_unsteady:
+        what = "another thread count changes its sums" if seen.repeats else "it is not deterministic: two runs part"
+        notes.append(f"{spec}: {what}, first at {seen.first_unsteady} (noise floor {seen.noise_floor:.2g})")
+    if seen is not None and seen.observer_gap > seen.noise_floor:
+        notes.append(
+            f"observer gap {seen.observer_gap:.2g}: with probes {spec} runs a different program, "
+            "so the layer values do not belong to the one that is deployed"
+        )
+    return notes

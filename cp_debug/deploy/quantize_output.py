@@ -1,0 +1,148 @@
+"""What post-training quantisation of a model leaves behind: a checkpoint, calibration caches and Q/DQ files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import nn
+
+from cp_debug.deploy.exporting import ExportOptions, OnStep, export_model
+from cp_debug.deploy.quantizing import quantize_exported
+from cp_debug.errors import InputError
+from cp_debug.graph.graph import Graph
+from cp_debug.graph.qdq import insert_qdq
+from cp_debug.graph.scales import Scales
+from cp_debug.quantization.checkpoint import FILE, save_ptq_model
+from cp_debug.quantization.models import QuantizedComponent, output_sqnr, with_modules
+from cp_debug.quantization.ptq import quantization_of
+from cp_debug.quantization.toggles import QuantizerRow, quantizer_table
+from cp_debug.recipes.base import Model, Sample
+from cp_debug.serialize import json_safe
+
+MEASURED = 4
+"""Samples on which the outputs are compared with FP32."""
+
+
+@dataclass
+class PtqResult:
+    """A model in INT8, what it costs at the outputs, and where it was written."""
+
+    model: str
+    method: str
+    calibrated_on: str
+    components: Mapping[str, QuantizedComponent]
+    sqnr: Mapping[str, float]
+    """``component/output`` → dB against FP32, chained as deployed."""
+    measured_on: str
+    files: Sequence[Path] = field(default_factory=list)
+
+    def quantizers(self, component: str) -> list[QuantizerRow]:
+        """The quantisers of one component; empty for an ONNX file."""
+        module = self.components[component].module
+        return [] if module is None else quantizer_table(module)
+
+    def notes(self, component: str) -> Sequence[str]:
+        """Why BatchNorms were not folded."""
+        module = self.components[component].module
+        return () if module is None else quantization_of(module).folding.notes
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe."""
+        components = {
+            name: {
+                "layers": len(part.scales.layers),
+                "adds": len(part.scales.adds),
+                "quantizers": [row.to_dict() for row in self.quantizers(name)],
+                "notes": list(self.notes(name)),
+            }
+            for name, part in self.components.items()
+        }
+        found = {
+            "model": self.model,
+            "method": self.method,
+            "calibrated_on": self.calibrated_on,
+            "components": components,
+            "sqnr_db": dict(self.sqnr),
+            "measured_on": self.measured_on,
+            "files": [str(file) for file in self.files],
+        }
+        return json_safe(found)
+
+
+def write_quantized(
+    model: Model,
+    quantized: Mapping[str, QuantizedComponent],
+    sample: Sample,
+    folder: Path,
+    options: ExportOptions,
+    *,
+    on_step: OnStep = lambda text, done, total: None,
+) -> list[Path]:
+    """``model.pt``, and for every component its calibration cache and its ONNX file with Q/DQ pairs; their paths.
+
+    A torch component's file is exported from the FP32 module, BatchNorm folded, keeps its alignment manifest beside it
+    and is checked against the fake-quantised module on ``sample``. Raises InputError as ``export_model`` does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder, prefix=".ptq-") as name:
+        scratch = Path(name)
+        for component, part in quantized.items():
+            part.scales.save(cache_file(scratch, component))
+        modules = {component: part.module for component, part in quantized.items() if part.module is not None}
+        folded = {component: part.folded for component, part in quantized.items() if part.folded is not None}
+        if modules:
+            save_ptq_model(modules, scratch / FILE)
+            plain = with_modules(model, folded)
+            exported = export_model(plain, sample, scratch, options, on_step=on_step)
+            quantize_exported(plain, exported, quantized, sample)
+        else:
+            for graph in model.components:
+                assert graph.onnx_path is not None
+                scales = quantized[graph.name].scales
+                insert_qdq(Graph(graph.onnx_path), scales.layers, scratch / f"{graph.name}.onnx", scales.adds)
+        return sorted(made.replace(folder / made.name) for made in scratch.iterdir())
+
+
+def cache_file(folder: Path, component: str) -> Path:
+    """Where the calibration cache of a component lies."""
+    return folder / f"{component}.calibration.safetensors"
+
+
+def read_caches(model: Model, path: Path) -> dict[str, Scales]:
+    """The scales of an earlier run from its folder, or from one file for a model of one component.
+
+    Raises InputError for a file that is missing or no calibration cache.
+    """
+    names = [component.name for component in model.components]
+    if not path.is_dir() and len(names) > 1:
+        raise InputError(f"--cache: {path}: expected the folder of an earlier run, with {', '.join(names)}")
+    return {name: Scales.load(cache_file(path, name) if path.is_dir() else path) for name in names}
+
+
+def measure(
+    model: Model, quantized: Mapping[str, QuantizedComponent], folder: Path, samples: Sequence[Sample]
+) -> dict[str, float]:
+    """SQNR of every output; ONNX components run their Q/DQ files in ``folder``."""
+    tests: dict[str, nn.Module | Path] = {
+        name: folder / f"{name}.onnx" if part.module is None else part.module for name, part in quantized.items()
+    }
+    return output_sqnr(model, tests, samples)
+
+
+class First:
+    """Keeps the first few of the samples that pass through it."""
+
+    def __init__(self, count: int) -> None:
+        self._count, self.kept, self.passed = count, list[Sample](), 0
+
+    def __call__(self, samples: Iterator[Sample]) -> Iterator[Sample]:
+        """The same samples."""
+        for sample in samples:
+            self.passed += 1
+            if len(self.kept) < self._count:
+                self.kept.append(sample)
+            yield sample

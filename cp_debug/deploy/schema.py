@@ -1,0 +1,239 @@
+"""What a deployment's configuration may say: its sections, their keys, and how a document is checked."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from cp_debug.backends.spec import BackendSpec
+from cp_debug.errors import BackendUnavailable, InputError
+
+Mode = Literal["onnx", "trt", "both", "none"]
+Policy = Literal["auto", "fp32", "fp32_tf32", "fp16", "bf16", "int8", "strongly_typed"]
+
+VARIANTS: Mapping[str, str] = {"auto": "tf32", "fp32_tf32": "tf32", "strongly_typed": "fp32"}
+"""TensorRT's precision policy → variant of the backend ``trt-…``; the others are called alike. ``auto`` sets no flag,
+and TensorRT then computes in TF32."""
+
+
+class Section(BaseModel):
+    """A part of the configuration that knows its keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, value: Any) -> Any:
+        for key in value if isinstance(value, Mapping) else ():
+            if key not in cls.model_fields:
+                near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.0)[0]
+                message = "unknown key {key}; the nearest known one is {near}"
+                raise PydanticCustomError("unknown_key", message, {"key": repr(key), "near": near})
+        return value
+
+
+def _backend(text: str) -> str:
+    try:
+        return str(BackendSpec.parse(text))
+    except BackendUnavailable as error:
+        raise ValueError(f"no such backend {text!r}; the nearest known one is {error.nearest}") from None
+    except InputError as error:
+        raise ValueError(str(error).removeprefix("--backends: ")) from None
+
+
+Backend = Annotated[str, AfterValidator(_backend)]
+Shape = list[PositiveInt]
+
+
+class Profile(Section):
+    """Smallest, optimal and largest shape of an input."""
+
+    min: Shape
+    opt: Shape
+    max: Shape
+
+    @model_validator(mode="after")
+    def _growing(self) -> Profile:
+        same_rank = len(self.min) == len(self.opt) == len(self.max)
+        if not same_rank or not all(a <= b <= c for a, b, c in zip(self.min, self.opt, self.max, strict=True)):
+            raise ValueError("expected min ≤ opt ≤ max in every dimension")
+        return self
+
+    @property
+    def shapes(self) -> tuple[Shape, Shape, Shape]:
+        return self.min, self.opt, self.max
+
+
+class ComponentConfig(Section):
+    """One component of the model, under its name. ``inputs`` and ``outputs`` are checked against the model's."""
+
+    onnx_file: str | None = None
+    engine_file: str | None = None
+    inputs: list[str] | None = None
+    outputs: list[str] | None = None
+    dynamic_axes: dict[str, dict[int, str]] | None = None
+    profile: dict[str, Profile] = {}
+
+
+class ExportConfig(Section):
+    """How modules become ONNX files. ``onnx_dir``: where modes ``trt`` and ``none`` find them."""
+
+    mode: Mode = "onnx"
+    opset: Annotated[int, Field(ge=11)] = 17
+    exporter: Literal["auto", "dynamo", "torchscript"] = "auto"
+    fold: bool = True
+    simplify: bool = False
+    rot_y_axis_reference: bool = False
+    onnx_dir: Path | None = None
+
+
+class TensorRTConfig(Section):
+    """How engines are built."""
+
+    precision: Policy = "auto"
+    workspace_mib: PositiveInt | None = None
+    python: str | None = None
+    timing_cache: Path | None = None
+    keep_fp32: list[str] = []
+
+    @property
+    def variant(self) -> str:
+        """``fp16`` of the backend ``trt-fp16``."""
+        return VARIANTS.get(self.precision, self.precision)
+
+
+class QuantizationConfig(Section):
+    """INT8 by Q/DQ pairs, with FP16 for the rest in engines.
+
+    ``checkpoint``: of `cpdebug quantize ptq` or `qat`, its folding and skips included; without one, the model is
+    calibrated on ``samples`` of ``data``. ``skip_layers``: globs over module paths that stay unquantised.
+    """
+
+    checkpoint: Path | None = None
+    method: Literal["max", "percentile", "mse", "entropy"] = "mse"
+    data: Path | None = None
+    samples: PositiveInt = 100
+    skip_layers: list[str] = []
+
+
+class DataConfig(Section):
+    """An info file, point files or a folder of them; None: the model's own samples from ``first`` on."""
+
+    path: Path | None = None
+    root: Path | None = None
+    sweeps: Annotated[int, Field(ge=0)] = 9
+    skip_missing: bool = False
+    first: Annotated[int, Field(ge=0)] = 0
+
+
+class ScenarioConfig(Section):
+    """A reference and a test, as on the command line: ``torch@cpu``, ``ort``, ``trt-fp16@cuda:0``."""
+
+    reference: Backend
+    test: Backend
+
+
+class VerifyConfig(Section):
+    """``tolerances``: relative L2 by tensor, precision or ``tensor@precision``; ``max_abs`` limits max |Δ| besides.
+
+    ``scenarios`` None: what the export mode suggests.
+    """
+
+    enabled: bool = True
+    samples: PositiveInt = 3
+    tolerances: dict[str, PositiveFloat] = {}
+    max_abs: PositiveFloat | None = None
+    scenarios: list[ScenarioConfig] | None = None
+
+
+class EvaluateConfig(Section):
+    """``backends``: the reference first; None: what the export mode suggests."""
+
+    enabled: bool = True
+    samples: PositiveInt = 50
+    backends: Annotated[list[Backend], Field(min_length=1)] | None = None
+    range: str = "model"
+    max_drop: Annotated[float, Field(ge=0)] = 0.01
+
+
+class DeployConfig(Section):
+    """Everything. Paths are relative to where the command runs, as in AWML."""
+
+    model: str | None = None
+    checkpoint: Path | None = None
+    work_dir: Path
+    export: ExportConfig = ExportConfig()
+    components: dict[str, ComponentConfig] = {}
+    tensorrt: TensorRTConfig = TensorRTConfig()
+    quantization: QuantizationConfig | None = None
+    data: DataConfig = DataConfig()
+    verify: VerifyConfig = VerifyConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    def scenarios(self) -> list[ScenarioConfig]:
+        """Those asked for, or: torch against ONNX Runtime, and torch against the engines where there are some."""
+        if self.verify.scenarios is not None:
+            return self.verify.scenarios
+        file, engine = "ort-int8" if self.int8 else "ort", self.engine_backend
+        tests = {"onnx": [file], "trt": [engine], "both": [file, engine], "none": []}
+        return [ScenarioConfig(reference="torch", test=test) for test in tests[self.export.mode]]
+
+    def evaluated(self) -> list[str]:
+        """Backends of the evaluation, the reference first."""
+        if self.evaluate.backends is not None:
+            return self.evaluate.backends
+        return ["torch", *dict.fromkeys(s.test for s in self.scenarios() if s.test != "torch")]
+
+    @property
+    def engine_backend(self) -> str:
+        """The TensorRT backend of the configured precision; with Q/DQ pairs FP16 is what the rest falls back to."""
+        return "trt-int8" if self.int8 else f"trt-{self.tensorrt.variant}"
+
+    @property
+    def int8(self) -> bool:
+        """Whether the deployed files have Q/DQ pairs."""
+        return self.quantization is not None
+
+    @model_validator(mode="after")
+    def _mixes(self) -> DeployConfig:
+        if self.int8 and self.tensorrt.precision not in ("auto", "fp16", "int8"):
+            raise ValueError(
+                f"tensorrt.precision is {self.tensorrt.precision!r} beside quantization; expected int8, fp16 or auto"
+            )
+        return self
+
+
+T = TypeVar("T", bound=BaseModel)
+
+
+def validate(schema: type[T], document: Any, source: Path | str) -> T:
+    """``document`` from ``source`` as ``schema``. Raises InputError with a line for everything that does not fit."""
+    try:
+        return schema.model_validate(document)
+    except ValidationError as error:
+        raise InputError("\n".join(f"{source}: {_said(each)}" for each in error.errors())) from None
+
+
+def _said(error: ErrorDetails) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "missing":
+        return f"{key} is missing"
+    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    if error["type"] in ("unknown_key", "value_error"):
+        return f"{key}: {message}" if key else message
+    return f"{key or 'the document'} is {json.dumps(error['input'], default=str)[:80]}; {message}"

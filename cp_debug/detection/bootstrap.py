@@ -1,0 +1,33 @@
+"""Confidence intervals by drawing samples with replacement."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from cp_debug.detection.boxes import Floats
+
+CONFIDENCE = 0.95
+
+
+class Interval(NamedTuple):
+    """A figure and the range in which it falls for ``CONFIDENCE`` of the draws."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, draws: Floats) -> Interval:
+        """From the figure in each draw [1 + B]; the first is that of the samples themselves."""
+        tail = 50 * (1 - CONFIDENCE)
+        low, high = np.percentile(draws[1:], (tail, 100 - tail)) if len(draws) > 1 else (draws[0], draws[0])
+        return cls(float(draws[0]), float(low), float(high))
+
+
+def draw_samples(samples: int, draws: int, seed: int) -> Floats:
+    """Weights [1 + draws, samples]: ones, then how often each sample was drawn. Equal for equal arguments, so that
+    the difference of two backends is taken draw by draw."""
+    drawn = np.random.default_rng(seed).multinomial(samples, np.full(samples, 1 / samples), size=draws)
+    return np.concatenate((np.ones((1, samples)), drawn))

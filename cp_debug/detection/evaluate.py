@@ -1,0 +1,144 @@
+"""Run backends over a data set and score what they detect."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from cp_debug.backends.base import Backend, Program
+from cp_debug.detection.changes import Detected
+from cp_debug.detection.evaluation import EvaluationOptions, EvaluationResult, score_backends
+from cp_debug.detection.predictions import Predictions
+from cp_debug.errors import InputError
+from cp_debug.programs.pipeline import Export, Pipeline, choose_export, prepare, wants_int8
+from cp_debug.recipes.base import Model
+from cp_debug.recipes.data.base import DataOptions, DataSet, Truth, iterate
+
+Quantize = Callable[[list[Program], Path], tuple[list[Program], str]]
+"""Makes programs with Q/DQ pairs in a folder, and says how."""
+
+
+class Detector(Model, Protocol):
+    """A model whose ``decode`` gives boxes: ``Detected`` with [N, 9] and z of the bottom centre."""
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """In label order."""
+        ...
+
+    @property
+    def region(self) -> tuple[float, float, float, float]:
+        """What the model sees, from above: x0, y0, x1, y1 in m."""
+        ...
+
+    def data(self, inputs: Path | None, count: int, seed: int, options: DataOptions) -> DataSet:
+        """The samples of ``inputs``, or the model's default data set."""
+        ...
+
+
+def as_detector(model: Model) -> Detector:
+    """``model`` itself. Raises InputError for one that detects nothing, such as an ONNX file."""
+    if not hasattr(model, "class_names") or not hasattr(model, "data"):
+        raise InputError(f"MODEL: {model.name} decodes no boxes, so it cannot be scored; try centerpoint:tiny")
+    return model  # type: ignore[return-value]
+
+
+class Clock:
+    """Adds up seconds by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def evaluate(
+    model: Detector,
+    backends: Sequence[Backend],
+    data: DataSet,
+    options: EvaluationOptions,
+    *,
+    exporter: str | None = None,
+    folded: bool = True,
+    programs: Sequence[Program] | None = None,
+    quantize: Quantize = lambda programs, folder: (programs, ""),
+    on_step: Callable[[str, int, int], None] = lambda text, done, total: None,
+) -> EvaluationResult:
+    """Every backend on every sample, each sample read once. ``options.region`` None is the model's own.
+
+    ``programs`` None exports the model for this run, and has ``quantize`` make the programs of backends in INT8.
+
+    Raises InputError for data without ground truth.
+    """
+    clock, steps = Clock(), len(data) * len(backends)
+    names: list[str] = []
+    truths: list[Truth] = []
+    detected: list[list[Detected]] = [[] for _ in backends]
+    with tempfile.TemporaryDirectory(prefix="cpdebug-") as scratch, ExitStack() as stack:
+        on_step("exporting", 0, steps)
+        with clock("export"):
+            if programs is not None:
+                own, how = [list(programs)] * len(backends), ""
+            else:
+                export, _ = choose_export(backends, exporter)
+                own, how = _prepare(model, backends, Path(scratch), export, folded, quantize)
+            pipelines = [stack.enter_context(Pipeline(model, *pair)) for pair in zip(own, backends, strict=True)]
+        samples = iterate(data)
+        for index in range(len(data)):
+            with clock("load"):
+                sample = next(samples)
+            if sample.truth is None:
+                raise InputError(f"{sample.source}: has no ground truth{_because(data)}; expected an info file (.pkl)")
+            names.append(sample.source)
+            truths.append(sample.truth)
+            for number, pipeline in enumerate(pipelines):
+                on_step(str(pipeline.backend.spec), index * len(pipelines) + number, steps)
+                with clock("forward"):
+                    results = pipeline.run(sample)
+                with clock("decode"):
+                    detected[number].append(model.decode(sample, results))  # type: ignore[arg-type]
+        records = [pipeline.record() for pipeline in pipelines]
+    on_step("scoring", steps, steps)
+    options = options if options.region else replace(options, region=model.region)
+    with clock("score"):
+        predictions = [Predictions.gather(found) for found in detected]
+        runs = {record.spec: pair for record, pair in zip(records, zip(records, predictions, strict=True), strict=True)}
+        scores, notes = score_backends(runs, truths, model.class_names, options)
+    return EvaluationResult(
+        model=model.name,
+        data=data.name,
+        samples=names,
+        options=options,
+        backends=scores,
+        predictions={spec: found for spec, (_, found) in runs.items()},
+        notes=[*data.notes, *notes, *([how] if how else [])],
+        seconds=clock.seconds,
+    )
+
+
+def _prepare(
+    model: Detector,
+    backends: Sequence[Backend],
+    folder: Path,
+    export: Export,
+    folded: bool,
+    quantize: Quantize,
+) -> tuple[list[list[Program]], str]:
+    """The programs of each backend, and what ``quantize`` said."""
+    (example,) = model.samples(1, 0, None)
+    programs = prepare(model, example, folder, how=export, folded=folded)
+    int8, how = quantize(programs, folder / "int8") if any(map(wants_int8, backends)) else (programs, "")
+    return [int8 if wants_int8(backend) else programs for backend in backends], how
+
+
+def _because(data: DataSet) -> str:
+    return f" ({'; '.join(data.notes)})" if data.notes else ""

@@ -1,0 +1,263 @@
+"""Detection metrics of several backends side by side, with confidence intervals: what is computed, and the result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cp_debug.backends.base import RunRecord
+from cp_debug.detection.bootstrap import CONFIDENCE, Interval, draw_samples
+from cp_debug.detection.boxes import Boxes, Floats
+from cp_debug.detection.matching import THRESHOLDS
+from cp_debug.detection.metrics import ERRORS, OVERLAPS, Scores, score
+from cp_debug.detection.predictions import Predictions
+from cp_debug.errors import InputError
+from cp_debug.recipes.data.base import Truth
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+NUSCENES_RANGES = {
+    **dict.fromkeys(("car", "truck", "bus", "trailer", "construction_vehicle"), 50.0),
+    **dict.fromkeys(("pedestrian", "motorcycle", "bicycle"), 40.0),
+    **dict.fromkeys(("traffic_cone", "barrier"), 30.0),
+}
+"""Metres within which nuScenes evaluates a class. The devkit takes them from the car's centre, this from the sensor."""
+FEW = 20
+"""Samples below which an interval says little."""
+
+
+def parse_ranges(text: str, class_names: Sequence[str], source: str = "--range") -> Mapping[str, float]:
+    """Class → metres of ``model`` (none: the model's own), ``nuscenes``, metres, or ``CLASS=METRES,…``.
+
+    Raises InputError, which names ``source``, for anything else.
+    """
+    if text == "model":
+        return {}
+    if text == "nuscenes":
+        return NUSCENES_RANGES
+    entries = [entry.rpartition("=") for entry in text.split(",")]
+    unknown = [name for name, sign, _ in entries if sign and name not in class_names]
+    if unknown:
+        raise InputError(f"{source}: the model has no class {unknown[0]!r}; its classes are {', '.join(class_names)}")
+    try:
+        given = [(name, float(metres)) for name, _, metres in entries]
+    except ValueError:
+        raise InputError(f"{source}: {text!r}; expected model, nuscenes, metres, or CLASS=METRES,…") from None
+    return {each: metres for name, metres in given for each in ([name] if name else class_names)}
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """Which boxes count, and how the backends are compared.
+
+    ranges: class → metres from the sensor, for predictions and truth; of other classes those in ``region`` (x0, y0, x1,
+    y1; None: everywhere) count. min_points: objects with fewer points do not. draws, seed: of the bootstrap. max_drop:
+    mAP that a backend may lose.
+    """
+
+    ranges: Mapping[str, float] = field(default_factory=dict)
+    region: tuple[float, float, float, float] | None = None
+    min_points: int = 1
+    draws: int = 1000
+    seed: int = 0
+    max_drop: float = 0.01
+
+    def counts(self, boxes: Boxes, class_names: Sequence[str]) -> NDArray[np.bool_]:
+        """Which boxes are in range: [N]. One that is nowhere (NaN) is left in, so that it is not forgiven."""
+        x, y = boxes.centers.T
+        x0, y0, x1, y1 = self.region or (-np.inf, -np.inf, np.inf, np.inf)
+        inside = (x >= x0) & (x <= x1) & (y >= y0) & (y <= y1)
+        ranges = np.array([self.ranges.get(name, np.inf) for name in class_names])[boxes.labels]
+        within = np.linalg.norm(boxes.centers, axis=1) < ranges
+        return np.where(np.isfinite(ranges), within, inside) | np.isnan(x + y)
+
+
+@dataclass(frozen=True)
+class BackendScores:
+    """One backend's figures; ``difference`` is to the reference, None for the reference itself."""
+
+    backend: RunRecord
+    detections: int
+    summary: dict[str, Interval]
+    difference: dict[str, Interval] | None
+    classes: dict[str, dict[str, Any]]
+    """Class → figure → value; ``AP`` is an Interval."""
+
+    def worse(self, max_drop: float) -> bool:
+        """mAP is lower by more than ``max_drop``, and chance in the choice of samples does not explain it."""
+        if self.difference is None:
+            return False
+        change = self.difference["mAP"]
+        return change.value < -max_drop and change.high < 0
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Everything that ``cpdebug eval`` shows. The first backend is the reference."""
+
+    model: str
+    data: str
+    samples: list[str]
+    options: EvaluationOptions
+    backends: list[BackendScores]
+    predictions: dict[str, Predictions]
+    notes: list[str]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def worse(self) -> list[str]:
+        """The backends that detect significantly less than the reference."""
+        return [each.backend.spec for each in self.backends if each.worse(self.options.max_drop)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers; an interval is value, low, high; an undefined figure is None."""
+        return {
+            "model": self.model,
+            "data": self.data,
+            "samples": self.samples,
+            "ranges": dict(self.options.ranges),
+            "region": self.options.region,
+            "min_points": self.options.min_points,
+            "draws": self.options.draws,
+            "seed": self.options.seed,
+            "confidence": CONFIDENCE,
+            "max_drop": self.options.max_drop,
+            "worse": self.worse,
+            "notes": self.notes,
+            "seconds": self.seconds,
+            "backends": [
+                {
+                    "backend": each.backend.spec,
+                    "precision": str(each.backend.precision),
+                    "emulated": each.backend.emulated,
+                    "detections": each.detections,
+                    "summary": _plain(each.summary),
+                    "difference": _plain(each.difference),
+                    "classes": _plain(each.classes),
+                }
+                for each in self.backends
+            ],
+        }
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row for each backend and class, and one for all classes (``class`` is ``all``)."""
+        import pandas as pd
+
+        rows = []
+        for each in self.backends:
+            for name, figures in each.classes.items():
+                rows.append({"backend": each.backend.spec, "class": name, **_columns(figures)})
+            difference = {f"Δ {name}": value for name, value in (each.difference or {}).items()}
+            rows.append({"backend": each.backend.spec, "class": "all", **_columns({**each.summary, **difference})})
+        return pd.DataFrame(rows)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Interval):
+        return {name: _plain(number) for name, number in value._asdict().items()}
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    return None if isinstance(value, float) and np.isnan(value) else value
+
+
+def _columns(figures: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in figures.items():
+        if isinstance(value, Interval):
+            flat |= {name: value.value, f"{name} low": value.low, f"{name} high": value.high}
+        else:
+            flat[name] = value
+    return flat
+
+
+def draws_of(
+    predicted: Predictions, truths: Sequence[Truth], class_names: Sequence[str], options: EvaluationOptions
+) -> dict[str, Floats]:
+    """mAP, NDS and the other figures in each draw [1 + draws]; the first is of the samples themselves."""
+    truth, _ = _objects(truths, class_names, options)
+    boxes = predicted.as_boxes(class_names)
+    weights = draw_samples(len(truths), options.draws, options.seed)
+    return score(boxes.take(options.counts(boxes, class_names)), truth, class_names, weights).summary()
+
+
+def score_backends(
+    predictions: Mapping[str, tuple[RunRecord, Predictions]],
+    truths: Sequence[Truth],
+    class_names: Sequence[str],
+    options: EvaluationOptions,
+) -> tuple[list[BackendScores], list[str]]:
+    """The figures of all backends, the reference first, and notes on what they rest on."""
+    truth, notes = _objects(truths, class_names, options)
+    weights = draw_samples(len(truths), options.draws, options.seed)
+    found: list[BackendScores] = []
+    reference: dict[str, Floats] = {}
+    for record, predicted in predictions.values():
+        boxes = predicted.as_boxes(class_names)
+        boxes = boxes.take(options.counts(boxes, class_names))
+        if not boxes.finite.all():
+            notes.append(f"{record.spec}: {np.sum(~boxes.finite)} detections hold NaN or Inf; they count as false")
+        if not len(boxes):
+            notes.append(f"{record.spec}: nothing detected where it counts")
+        scores = score(boxes, truth, class_names, weights)
+        draws = scores.summary()
+        difference = {name: Interval.of(draws[name] - reference[name]) for name in reference}
+        reference = reference or draws
+        found.append(
+            BackendScores(
+                record,
+                len(boxes),
+                {name: Interval.of(values) for name, values in draws.items()},
+                difference or None,
+                _class_figures(scores, boxes, truth, class_names),
+            )
+        )
+    return found, notes
+
+
+def _objects(
+    truths: Sequence[Truth], class_names: Sequence[str], options: EvaluationOptions
+) -> tuple[Boxes, list[str]]:
+    """The objects that count."""
+    boxes = np.concatenate([np.column_stack((each.boxes, each.velocities)) for each in truths])
+    labels = np.concatenate([each.labels for each in truths])
+    points = np.concatenate([each.num_points for each in truths])
+    attributes = np.concatenate([each.attributes for each in truths])
+    samples = np.repeat(np.arange(len(truths)), [len(each.labels) for each in truths])
+    truth = Boxes.of(boxes, samples, labels, np.ones(len(labels)), attributes)
+    notes = []
+    if not truth.finite.all():
+        notes.append(f"{np.sum(~truth.finite)} objects of the ground truth hold NaN or Inf; left out")
+    enough = (points >= options.min_points) | (points < 0)
+    truth = truth.take(truth.finite & enough & options.counts(truth, class_names))
+    absent = [name for label, name in enumerate(class_names) if label not in truth.labels]
+    if absent:
+        notes.append(f"no object of {', '.join(absent)}: AP 0 and errors 1, as in the devkit")
+    if not (truth.attributes != "").any():
+        notes.append("the ground truth has no attributes: mAAE is 1 and NDS at most 0.9, as in the devkit")
+    if len(truths) < FEW:
+        notes.append(f"{len(truths)} samples are few: the intervals say little")
+    return truth, notes
+
+
+def _class_figures(scores: Scores, boxes: Boxes, truth: Boxes, class_names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    figures: dict[str, dict[str, Any]] = {}
+    for label, name in enumerate(class_names):
+        figures[name] = {
+            "objects": int((truth.labels == label).sum()),
+            "detections": int((boxes.labels == label).sum()),
+            "found": int(scores.found[0, label]),
+            "AP": Interval.of(scores.precisions[:, label].mean(axis=1)),
+            **{
+                f"AP@{limit}": float(value)
+                for limit, value in zip(THRESHOLDS, scores.precisions[0, label], strict=True)
+            },
+            **{kind: float(value) for kind, value in zip(ERRORS, scores.errors[0, label], strict=True)},
+            **{f"BEV AP@{limit}": float(value) for limit, value in zip(OVERLAPS, scores.bev[0, label], strict=True)},
+            **{f"3D AP@{limit}": float(value) for limit, value in zip(OVERLAPS, scores.volume[0, label], strict=True)},
+        }
+    return figures

@@ -1,0 +1,80 @@
+"""Which prediction finds which object: greedily by falling confidence, as the nuScenes devkit does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from cp_debug.detection.boxes import Boxes, Floats, Ints, Objects
+from cp_debug.detection.iou import overlaps
+
+THRESHOLDS = (0.5, 1.0, 2.0, 4.0)
+"""Distances in metres within which a detection may match an object."""
+
+Cost = Callable[[Ints, Ints], Floats]
+"""(predictions [n], candidate objects of each [n, P]) → how far apart [n, P]; NaN for what cannot match."""
+
+
+def confidence_order(scores: Floats) -> Ints:
+    """Indices by falling score; of equal scores the later comes first, as in the devkit's reversed sort."""
+    return np.argsort(scores, kind="stable")[::-1]
+
+
+def match_centers(predicted: Objects, truth: Objects, thresholds: Sequence[float] = THRESHOLDS) -> Ints:
+    """For each threshold and prediction the index of the matched object, -1 for none: [T, N].
+
+    In order of falling confidence each prediction takes the nearest object of its sample that is still free, if it is
+    nearer than the threshold. Labels are ignored.
+    """
+
+    def distance(ours: Ints, theirs: Ints) -> Floats:
+        return np.linalg.norm(truth.centers[theirs] - predicted.centers[ours, None], axis=-1)
+
+    return _match(predicted, truth, thresholds, distance)
+
+
+def match_overlaps(predicted: Boxes, truth: Boxes, thresholds: Sequence[float], *, bev: bool) -> Ints:
+    """The same by intersection over union, which must be above the threshold; of the rectangles seen from above, or of
+    the boxes."""
+
+    def distance(ours: Ints, theirs: Ints) -> Floats:
+        return 1 - overlaps(predicted, truth, np.broadcast_to(ours[:, None], theirs.shape), theirs, bev=bev)
+
+    return _match(predicted, truth, [1 - threshold for threshold in thresholds], distance)
+
+
+def _match(predicted: Objects, truth: Objects, limits: Sequence[float], cost: Cost) -> Ints:
+    """The k-th predictions of all samples are matched in one step."""
+    levels = np.asarray(limits, dtype=np.float64)[:, None]
+    matched = np.full((len(levels), len(predicted)), -1, dtype=np.int64)
+    if not len(truth) or not len(predicted):
+        return matched
+    names, rows = np.unique(np.concatenate((truth.samples, predicted.samples)), return_inverse=True)
+    truth_rows, rows = rows[: len(truth)], rows[len(truth) :]
+    place = _position_in_group(truth_rows)
+    table = np.full((len(names), place.max() + 1), -1)
+    table[truth_rows, place] = np.arange(len(place))
+
+    order = confidence_order(predicted.scores)
+    turn = np.empty_like(order)
+    turn[order] = _position_in_group(rows[order])
+    free = np.repeat((table >= 0)[None], len(levels), axis=0)
+    for now in np.split(np.argsort(turn, kind="stable"), np.cumsum(np.bincount(turn))[:-1]):
+        distance = cost(now, table[rows[now]])
+        distance = np.where(free[:, rows[now]] & ~np.isnan(distance), distance, np.inf)
+        nearest = distance.argmin(axis=-1)
+        level, hit = np.nonzero(np.take_along_axis(distance, nearest[..., None], axis=-1)[..., 0] < levels)
+        taken = nearest[level, hit]
+        free[level, rows[now][hit], taken] = False
+        matched[level, now[hit]] = table[rows[now][hit], taken]
+    return matched
+
+
+def _position_in_group(groups: Ints) -> Ints:
+    """How many earlier elements are in the same group: [0, 0, 1, 2] for groups [7, 3, 7, 7]."""
+    order = np.argsort(groups, kind="stable")
+    ordered = groups[order]
+    position = np.empty_like(order)
+    position[order] = np.arange(len(groups)) - np.searchsorted(ordered, ordered)
+    return position

@@ -1,0 +1,210 @@
+"""Put FP16 or BF16 into an FP32 ONNX graph, as strongly typed TensorRT and ONNX Runtime's CUDA provider want it.
+
+Every node computes in the low precision unless it is told to stay FP32 or its ONNX definition wants FP32. Values keep
+their names, whatever their type; graph inputs and outputs stay FP32; a value is cast at most once in each direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+from onnx import TensorProto, defs, helper, numpy_helper
+
+from cp_debug.errors import InputError
+from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.surgery import save, unused_names
+
+_TYPES = {
+    "fp16": (TensorProto.FLOAT16, np.dtype(np.float16)),
+    "bf16": (TensorProto.BFLOAT16, np.dtype(ml_dtypes.bfloat16)),
+}
+
+# fmt: off
+# Their output type comes from an attribute or another input, or they hold subgraphs or sequences.
+_STAY = {
+    "Bernoulli", "Cast", "CastLike", "ConcatFromSequence", "Constant", "ConstantOfShape", "DequantizeLinear",
+    "DynamicQuantizeLinear", "EyeLike", "If", "Loop", "Multinomial", "Optional", "QuantizeLinear", "RandomNormal",
+    "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Scan", "SequenceAt", "SequenceConstruct",
+    "SequenceEmpty", "SequenceInsert", "SplitToSequence",
+}
+# They only move numbers: between FP32 neighbours casts would round for nothing, so they follow their input.
+MOVERS = {
+    "Concat", "DepthToSpace", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Pad",
+    "Reshape", "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze",
+}
+# fmt: on
+
+
+def cast_surgery(graph: Graph, dtype: str, keep_fp32: Collection[str], target: Path) -> Path:
+    """Write ``graph`` in ``dtype`` (``fp16`` or ``bf16``) as ``target`` and return it.
+
+    ``keep_fp32`` names nodes that go on computing in FP32. Metadata, node names and every value's name are kept; a
+    graph output computed in low precision is cast under its own name. Raises InputError for a name that is no node, and
+    for a weight beyond the range of ``dtype``.
+    """
+    if unknown := sorted(set(keep_fp32) - {node.name for node in graph.nodes}):
+        raise InputError(f"{graph.path}: no node {unknown[0]!r} to keep in FP32")
+    save(_Surgery(graph, dtype, frozenset(keep_fp32)).model(), graph, target)
+    return target
+
+
+def computed_low(graph: Graph, dtype: str, keep_fp32: Collection[str] = ()) -> frozenset[str]:
+    """The nodes that compute in the low precision in the graph that ``cast_surgery`` writes."""
+    chosen = _Surgery(graph, dtype, frozenset(keep_fp32)).low_nodes
+    return frozenset(graph.nodes[index].name for index in chosen)
+
+
+@dataclass
+class _Uses:
+    """How the nodes want a weight."""
+
+    low: bool = False
+    high: bool = False
+
+
+@dataclass
+class _Surgery:
+    graph: Graph
+    dtype: str
+    keep: frozenset[str]
+    low_values: set[str] = field(default_factory=set)
+    """Values that are computed in the low precision."""
+    casts: dict[tuple[str, bool], str] = field(default_factory=dict)
+    """(Value, to low) → name of the value's cast."""
+
+    def __post_init__(self) -> None:
+        self.elem_type, self.numpy_type = _TYPES[self.dtype]
+        graph = self.graph
+        self.floats = {name for name, t in graph.types.items() if t.tensor_type.elem_type == TensorProto.FLOAT}
+        self.floats |= {name for name in graph.initializers if graph.weight(name).data_type == TensorProto.FLOAT}
+        constants = {node.outputs[0] for node in graph.nodes if node.op == "Constant"}
+        self.weights = {name: _Uses() for name in (*graph.initializers, *constants) if name in self.floats}
+        captured = {name for node in graph.nodes for name in set(node.inputs) - set(node.proto.input)}
+        self.pinned = {v.name for v in graph.outputs} | captured
+        """What must be FP32 under its own name."""
+        for name in self.pinned & self.weights.keys():
+            self.weights[name].high = True
+        self._fresh = unused_names(graph)
+        self.low_nodes = {node.index for node in graph.nodes if self._decide(node)}
+
+    def model(self) -> onnx.ModelProto:
+        model = onnx.ModelProto()
+        model.CopyFrom(self.graph.proto)
+        for name, uses in self.weights.items():
+            if uses.low and not uses.high:
+                self.low_values.add(name)
+        self.pinned -= self.weights.keys()
+        nodes = [proto for node in self.graph.nodes for proto in self._rewrite(node)]
+        del model.graph.node[:]
+        model.graph.node.extend(nodes)
+        self._convert_weights(model)
+        for info in model.graph.value_info:
+            if info.name in self.low_values and info.name not in self.pinned:
+                info.type.tensor_type.elem_type = self.elem_type
+        return model
+
+    def _decide(self, node: Node) -> bool:
+        """Whether the node computes in the low precision; notes what it wants of its weights and puts out."""
+        slots = list(_slots(node, self.graph.opsets))
+        reads = [(name, can) for name, can, output in slots if not output and name in self.floats]
+        writes = [(name, can) for name, can, output in slots if output and name in self.floats]
+        low = node.name not in self.keep and node.op not in _STAY and all(can for _, can in writes)
+        if node.op in MOVERS or not writes:
+            sources = [name for name, _ in reads if name not in self.weights]
+            low = low and bool(sources) and all(name in self.low_values for name in sources)
+        for name, can in reads:
+            if name in self.weights:
+                self.weights[name].low |= low and can
+                self.weights[name].high |= not (low and can)
+        if low:
+            self.low_values.update(name for name, _ in writes)
+        return low
+
+    def _rewrite(self, node: Node) -> Iterator[onnx.NodeProto]:
+        """The node with its inputs and outputs in place, the casts that it needs around it."""
+        proto = onnx.NodeProto()
+        proto.CopyFrom(node.proto)
+        low = node.index in self.low_nodes
+        reads = [slot for slot in _slots(node, self.graph.opsets) if not slot[2]]
+        for i, (name, can, _) in enumerate(reads):
+            if name in self.floats:
+                proto.input[i], cast = self._read(name, low and can)
+                if cast:
+                    yield cast
+        if node.op == "Constant" and node.outputs[0] in self.low_values:
+            _set_constant(proto, self._narrow(node.outputs[0], _constant(node)))
+        yield proto
+        for i, name in enumerate(node.proto.output):
+            if low and name in self.low_values and name in self.pinned:
+                proto.output[i] = self.casts[name, True] = self._fresh(f"{name}__{self.dtype}")
+                yield self._cast(proto.output[i], name, TensorProto.FLOAT)
+
+    def _read(self, name: str, low: bool) -> tuple[str, onnx.NodeProto | None]:
+        """The name under which a value is read in the wanted precision, and the cast that makes it, if it is new."""
+        own = name in self.low_values and name not in self.pinned
+        if own == low:
+            return name, None
+        if (name, low) in self.casts:
+            return self.casts[name, low], None
+        alias = self.casts[name, low] = self._fresh(f"{name}__{self.dtype if low else 'fp32'}")
+        if name in self.graph.initializers:
+            return alias, None  # a second copy of the weight, see _convert_weights
+        return alias, self._cast(name, alias, self.elem_type if low else TensorProto.FLOAT)
+
+    def _cast(self, source: str, target: str, to: int) -> onnx.NodeProto:
+        return helper.make_node("Cast", [source], [target], name=self._fresh(f"{target}_Cast"), to=to)
+
+    def _convert_weights(self, model: onnx.ModelProto) -> None:
+        weights = list(model.graph.initializer)
+        for weight in weights:
+            alias = self.casts.get((weight.name, True))
+            if weight.name in self.low_values:
+                weight.CopyFrom(self._narrow(weight.name, self.graph.initializer(weight.name)))
+            elif alias:
+                copy = self._narrow(weight.name, self.graph.initializer(weight.name))
+                copy.name = alias
+                model.graph.initializer.append(copy)
+
+    def _narrow(self, name: str, array: np.ndarray) -> onnx.TensorProto:
+        with np.errstate(over="ignore"):
+            narrow = array.astype(self.numpy_type)
+        if np.isinf(narrow.astype(np.float32)).sum() > np.isinf(array).sum():
+            reader = self.graph.consumers[name][0].name
+            raise InputError(
+                f"{self.graph.path}: weight {name!r} reaches {np.abs(array).max():.4g}, beyond {self.dtype}; "
+                f"keep node {reader!r} in FP32"
+            )
+        return TensorProto(name=name, data_type=self.elem_type, dims=array.shape, raw_data=narrow.tobytes())
+
+
+def _slots(node: Node, opsets: dict[str, int]) -> Iterator[tuple[str, bool, bool]]:
+    """(Value, may be FP16 here, is an output) for each input and output in place, by the operator's ONNX definition."""
+    domain = "" if node.proto.domain == "ai.onnx" else node.proto.domain
+    try:
+        schema = defs.get_schema(node.proto.op_type, opsets[domain], domain)
+    except (defs.SchemaError, KeyError):
+        schema = None
+    for names, formal, output in (
+        (node.proto.input, schema and schema.inputs, False),
+        (node.proto.output, schema and schema.outputs, True),
+    ):
+        for i, name in enumerate(names):
+            # BF16 came to most operators with opset 22; runtimes take it wherever FP16 may be
+            yield name, bool(formal) and "tensor(float16)" in formal[min(i, len(formal) - 1)].types, output
+
+
+def _constant(node: Node) -> np.ndarray:
+    attribute = node.proto.attribute[0]
+    if attribute.name == "value":
+        return numpy_helper.to_array(attribute.t)
+    return np.asarray(helper.get_attribute_value(attribute), np.float32)  # value_float, value_floats
+
+
+def _set_constant(proto: onnx.NodeProto, tensor: onnx.TensorProto) -> None:
+    del proto.attribute[:]
+    proto.attribute.append(helper.make_attribute("value", tensor))

@@ -1,0 +1,243 @@
+"""An ONNX graph as the debugger reads it: nodes, values, dataflow; the weights stay on disk until asked for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import external_data_helper
+
+from cp_debug.graph.onnx_file import array_of, external_data, read_model, reads
+
+
+@dataclass(frozen=True)
+class Node:
+    """One ONNX node. ``op`` carries the domain unless it is ONNX's own: ``com.microsoft.FusedConv``."""
+
+    index: int
+    name: str
+    op: str
+    inputs: tuple[str, ...]
+    """Names of the values read; absent optional inputs are left out, captured outer values of subgraphs included."""
+    outputs: tuple[str, ...]
+    proto: onnx.NodeProto
+
+    @classmethod
+    def of(cls, index: int, proto: onnx.NodeProto) -> Node:
+        """The node at place ``index`` of its graph; without a name it is called after its operator and place."""
+        return cls(
+            index=index,
+            name=proto.name or f"{proto.op_type}_{index}",
+            op=proto.op_type if proto.domain in ("", "ai.onnx") else f"{proto.domain}.{proto.op_type}",
+            inputs=tuple(dict.fromkeys(reads(proto))),
+            outputs=tuple(o for o in proto.output if o),
+            proto=proto,
+        )
+
+
+@dataclass(frozen=True)
+class ValueInfo:
+    """Name, numpy dtype and shape of a graph input or output; a dimension is an int, a symbol or None.
+
+    ``dtype`` is None for what is not a tensor (a sequence, a map) or carries no type.
+    """
+
+    name: str
+    dtype: np.dtype | None
+    shape: tuple[int | str | None, ...] | None
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype or 'no tensor'}{'' if self.shape is None else _show(self.shape)}"
+
+
+class Graph:
+    """The main graph of an ONNX file, in topological order.
+
+    Raises InputError as ``read_model`` does: for what is missing, truncated, not ONNX, or contradicts itself.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.proto = read_model(self.path)
+        _sort(self.proto.graph)
+        self.inputs = [_value_info(v) for v in self.proto.graph.input if v.name not in self._initializers]
+        self.outputs = [_value_info(v) for v in self.proto.graph.output]
+        self.nodes = [Node.of(i, n) for i, n in enumerate(self.proto.graph.node)]
+
+    @cached_property
+    def _initializers(self) -> dict[str, onnx.TensorProto]:
+        return {t.name: t for t in self.proto.graph.initializer}
+
+    @cached_property
+    def opsets(self) -> dict[str, int]:
+        """Domain → version; ONNX's own domain is the empty string."""
+        return {("" if o.domain == "ai.onnx" else o.domain): o.version for o in self.proto.opset_import}
+
+    @property
+    def initializers(self) -> Collection[str]:
+        """Names of the weights."""
+        return self._initializers.keys()
+
+    def initializer(self, name: str) -> np.ndarray:
+        """One weight, read from the file (or its external data) now. Raises KeyError for an unknown name."""
+        return array_of(self._initializers[name], self.path)
+
+    def weight(self, name: str) -> onnx.TensorProto:
+        """One weight as it stands in the file: inside, or a reference to external data."""
+        return self._initializers[name]
+
+    @cached_property
+    def producer(self) -> dict[str, Node]:
+        """Value → the node that computes it."""
+        return {o: n for n in self.nodes for o in n.outputs}
+
+    @cached_property
+    def consumers(self) -> dict[str, list[Node]]:
+        """Value → the nodes that read it."""
+        readers: dict[str, list[Node]] = {}
+        for node in self.nodes:
+            for name in node.inputs:
+                readers.setdefault(name, []).append(node)
+        return readers
+
+    @property
+    def values(self) -> list[str]:
+        """Every value that a node computes, in execution order."""
+        return list(self.producer)
+
+    @cached_property
+    def types(self) -> dict[str, onnx.TypeProto]:
+        """The types of inputs, outputs and values, where the file states them or ONNX's shape inference finds them."""
+        known = _infer(self.proto)
+        return {v.name: v.type for v in (*known.value_info, *known.input, *known.output) if v.type.WhichOneof("value")}
+
+    @cached_property
+    def tensors(self) -> list[str]:
+        """The values that can be probed, in execution order: all but those known to be no tensor of numbers."""
+        return [v for v in self.values if v not in self.types or _is_numeric(self.types[v])]
+
+    @cached_property
+    def element_types(self) -> set[int]:
+        """The ``onnx.TensorProto`` data types of weights, inputs, outputs and values, as far as known."""
+        weights = {t.data_type for t in self._initializers.values()}
+        return weights | {t.tensor_type.elem_type for t in self.types.values() if t.HasField("tensor_type")}
+
+    @cached_property
+    def precision(self) -> str:
+        """What the file asks for: ``int8`` when it quantises, ``fp16`` or ``bf16`` when it holds such tensors."""
+        if any("QuantizeLinear" in node.op or "QLinear" in node.op for node in self.nodes):
+            return "int8"
+        names = {onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.BFLOAT16: "bf16"}
+        return next((name for kind, name in names.items() if kind in self.element_types), "fp32")
+
+    def segment(self, targets: Iterable[str], known: Collection[str]) -> tuple[list[Node], list[str]]:
+        """The nodes that compute ``targets`` from ``known`` values, in order, and the known values they start from.
+
+        Graph inputs and weights count as known. The targets are computed even where they are known themselves.
+        Raises KeyError when a target is not a value of the graph.
+        """
+        given = set(known) | {v.name for v in self.inputs}
+        chosen: dict[int, Node] = {}
+        starts: dict[str, None] = {}
+        stack = [self.producer[t] for t in targets]
+        while stack:
+            node = stack.pop()
+            if node.index in chosen:
+                continue
+            chosen[node.index] = node
+            for name in node.inputs:
+                if name in given:
+                    starts[name] = None
+                elif name in self.producer:
+                    stack.append(self.producer[name])
+        return [chosen[i] for i in sorted(chosen)], list(starts)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the file and its external data files: two captures with equal digests ran the same model."""
+        sha = hashlib.sha256()
+        for file in [self.path, *sorted(external_files(self.proto, self.path.parent))]:
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 22):
+                    sha.update(block)
+        return sha.hexdigest()
+
+
+def _sort(graph: onnx.GraphProto) -> None:
+    """Put nodes behind those they read from, else in file order: runtimes accept files that break ONNX's rule."""
+    nodes = list(graph.node)
+    maker = {o: i for i, node in enumerate(nodes) for o in node.output if o}
+    order: dict[int, None] = {}
+    for first in range(len(nodes)):
+        stack = [first]
+        while stack:
+            missing = [m for m in (maker.get(name) for name in reads(nodes[stack[-1]])) if m is not None]
+            missing = [m for m in missing if m not in order and m not in stack]
+            if missing:
+                stack.append(missing[0])
+            else:
+                order[stack.pop()] = None
+    if list(order) != list(range(len(nodes))):
+        ordered = [nodes[i] for i in order]
+        del graph.node[:]
+        graph.node.extend(ordered)
+
+
+def external_files(model: onnx.ModelProto, folder: Path) -> dict[Path, int]:
+    """The external data files of a model that lies in ``folder``, and how many bytes each must have at least."""
+    files: dict[Path, int] = {}
+    for tensor in model.graph.initializer:
+        if external_data_helper.uses_external_data(tensor):
+            place = external_data(tensor, folder / "model")
+            files[place.file] = max(files.get(place.file, 0), place.offset + place.length)
+    return files
+
+
+def _infer(model: onnx.ModelProto) -> onnx.GraphProto:
+    """The graph with inferred types; big weights, which inference does not read, are left out of the copy."""
+    skeleton = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
+    graph, source = skeleton.graph, model.graph
+    graph.name = source.name
+    for field in ("node", "input", "output", "value_info"):
+        getattr(graph, field).extend(getattr(source, field))
+    for tensor in source.initializer:
+        if tensor.ByteSize() < 4096:
+            graph.initializer.append(tensor)
+        else:
+            stub = graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+            stub.data_location = onnx.TensorProto.EXTERNAL
+            stub.external_data.add(key="location", value="absent")
+    try:
+        return onnx.shape_inference.infer_shapes(skeleton).graph
+    except Exception:  # an operator that ONNX cannot infer, or a contradiction in the file: what is declared is known
+        return graph
+
+
+def _value_info(value: onnx.ValueInfoProto) -> ValueInfo:
+    tensor = value.type.tensor_type
+    if not tensor.elem_type:
+        return ValueInfo(value.name, None, None)
+    shape = None
+    if tensor.HasField("shape"):
+        shape = tuple(_size(d) for d in tensor.shape.dim)
+    return ValueInfo(value.name, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type), shape)
+
+
+def _size(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
+    """A negative size is what some exporters write for a free one."""
+    if dim.HasField("dim_value"):
+        return dim.dim_value if dim.dim_value >= 0 else None
+    return dim.dim_param or None
+
+
+def _is_numeric(kind: onnx.TypeProto) -> bool:
+    return kind.HasField("tensor_type") and kind.tensor_type.elem_type != onnx.TensorProto.STRING
+
+
+def _show(shape: tuple[int | str | None, ...]) -> str:
+    return f"[{', '.join('?' if d is None else str(d) for d in shape)}]"

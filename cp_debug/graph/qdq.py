@@ -1,0 +1,207 @@
+"""Put INT8 into an ONNX graph: QuantizeLinear and DequantizeLinear around what convolutions and products read.
+
+Symmetric, as TensorRT and ONNX Runtime want it: zero point 0, one scale for an activation, one for each output channel
+of a weight. Weights stay FP32 in front of their QuantizeLinear, which every version of TensorRT reads (8.6 takes no
+INT8 constants). Nodes and values keep their names, so that a layer is called the same with and without INT8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+from onnx import defs, helper, numpy_helper
+
+from cp_debug.errors import InputError
+from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.surgery import save, unused_names
+
+if TYPE_CHECKING:
+    from cp_debug.graph.scales import LayerScales
+
+QUANTIZED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+"""The operators that INT8 is for: they sum products."""
+LEVELS = 127
+"""A scale is the largest magnitude divided by this; QuantizeLinear itself clips at −128 and 127."""
+OPSET = 13
+"""From here on a scale may be one for each channel."""
+
+
+def insert_qdq(
+    graph: Graph,
+    layers: Mapping[str, LayerScales],
+    target: Path,
+    adds: Mapping[str, float] = MappingProxyType({}),
+    stored: Mapping[str, float] = MappingProxyType({}),
+) -> Path:
+    """Write ``graph`` with Q/DQ pairs as ``target`` and return it.
+
+    ``layers`` are nodes by name, one of ``QUANTIZED`` each; consumers of a value that quantise it alike share one pair.
+    ``adds`` are residual additions, both operands of which get one scale. ``stored`` are values by name and their
+    largest magnitude: all else that reads them has them in INT8, too. A graph below opset 13 is raised to it where
+    none of its operators changed on the way. Raises InputError for a name that is no node, an operator that is not
+    quantised, a node that is quantised already, a weight that is computed from the inputs, scales that do not fit the
+    weight or are no numbers, and an opset that is too old.
+    """
+    save(_Surgery(graph, layers, adds, stored).model(), graph, target)
+    return target
+
+
+def weight_axis(node: Node, rank: int) -> int:
+    """The axis of the output channels in the weight of a node of ``QUANTIZED``; ``rank`` is the weight's."""
+    if node.op == "Gemm":
+        return 1 - _attribute(node, "transB", 0)
+    return {"Conv": 0, "ConvTranspose": 1, "MatMul": rank - 1}[node.op]
+
+
+def quantizable(graph: Graph) -> list[Node]:
+    """The nodes of ``QUANTIZED`` that multiply data by a weight, in execution order."""
+    data = _from_inputs(graph)
+    return [n for n in graph.nodes if n.op in QUANTIZED and n.proto.input[1] not in data]
+
+
+@dataclass
+class _Surgery:
+    graph: Graph
+    layers: Mapping[str, LayerScales]
+    adds: Mapping[str, float]
+    stored: Mapping[str, float]
+    pairs: dict[tuple[str, bytes], str] = field(default_factory=dict)
+    """(Value, its scale) → the value that went through INT8."""
+    weights: list[onnx.TensorProto] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.nodes = {node.name: node for node in self.graph.nodes}
+        self.fresh = unused_names(self.graph)
+        self.data = _from_inputs(self.graph)
+
+    def model(self) -> onnx.ModelProto:
+        model = onnx.ModelProto()
+        model.CopyFrom(self.graph.proto)
+        _raise_opset(model, self.graph)
+        for name in (*self.layers, *self.adds):
+            self._check(name)
+        nodes = [proto for node in self.graph.nodes for proto in self._rewrite(node)]
+        del model.graph.node[:]
+        model.graph.node.extend(nodes)
+        model.graph.initializer.extend(self.weights)
+        return model
+
+    def _check(self, name: str) -> None:
+        node, where = self.nodes.get(name), f"{self.graph.path}: "
+        if node is None:
+            raise InputError(f"{where}no node {name!r} to quantise")
+        expected = QUANTIZED if name in self.layers else ("Add",)
+        if node.op not in expected:
+            raise InputError(f"{where}node {name!r} is of {node.op}; expected {' or '.join(expected)}")
+        for value in node.proto.input[:2]:
+            if value in self.graph.producer and self.graph.producer[value].op == "DequantizeLinear":
+                raise InputError(f"{where}node {name!r} is quantised already: {value!r} comes out of DequantizeLinear")
+            if self._type(value)[0] not in (onnx.TensorProto.UNDEFINED, onnx.TensorProto.FLOAT):
+                raise InputError(f"{where}node {name!r} reads {value!r}, which is not FP32; quantise before casting")
+        if name in self.layers and node.proto.input[1] in self.data:
+            raise InputError(f"{where}node {name!r} multiplies two values of the data; it has no weight to quantise")
+
+    def _rewrite(self, node: Node) -> Iterator[onnx.NodeProto]:
+        """The node, behind the pairs that it is the first to need."""
+        proto = onnx.NodeProto()
+        proto.CopyFrom(node.proto)
+        proto.name = node.name  # one without a name is called after its place, which changes
+        wanted: dict[int, tuple[np.ndarray, int | None]] = {
+            slot: (np.asarray(self.stored[value], np.float32), None)
+            for slot, value in enumerate(proto.input)
+            if value in self.stored
+        }
+        if node.name in self.layers:
+            layer = self.layers[node.name]
+            wanted |= {0: (np.asarray(layer.input, np.float32), None), 1: self._of_weight(node, layer.weight)}
+        elif node.name in self.adds:
+            wanted |= dict.fromkeys((0, 1), (np.asarray(self.adds[node.name], np.float32), None))
+        for slot, (amax, axis) in sorted(wanted.items()):
+            proto.input[slot], pair = self._quantised(node, proto.input[slot], amax, axis)
+            yield from pair
+        yield proto
+
+    def _of_weight(self, node: Node, amax: np.ndarray) -> tuple[np.ndarray, int | None]:
+        """The weight's largest magnitudes and their axis; of one scale for the whole weight no axis."""
+        amax, (_, shape) = np.asarray(amax, np.float32).reshape(-1), self._type(node.proto.input[1])
+        if len(amax) == 1:
+            return amax[0], None
+        axis = weight_axis(node, len(shape) if shape else 2)
+        if shape is not None and shape[axis] != len(amax):
+            grouped = node.op == "ConvTranspose" and _attribute(node, "group", 1) > 1
+            why = "; ONNX has no scale for each output channel of a grouped ConvTranspose" if grouped else ""
+            raise InputError(
+                f"{self.graph.path}: node {node.name!r} has {len(amax)} weight scales; expected 1 or {shape[axis]}, "
+                f"axis {axis} of its weight {list(shape)}{why}"
+            )
+        return amax, axis
+
+    def _type(self, value: str) -> tuple[int, tuple[int, ...] | None]:
+        """Data type (0 where unknown) and shape of a value or weight."""
+        if value in self.graph.initializers:
+            weight = self.graph.weight(value)
+            return weight.data_type, tuple(weight.dims)
+        kind = self.graph.types.get(value, onnx.TypeProto()).tensor_type
+        return kind.elem_type, tuple(d.dim_value for d in kind.shape.dim) if kind.HasField("shape") else None
+
+    def _quantised(
+        self, node: Node, value: str, amax: np.ndarray, axis: int | None
+    ) -> tuple[str, list[onnx.NodeProto]]:
+        """The name of ``value`` after INT8, and the pair of nodes that makes it unless they exist."""
+        if not np.isfinite(amax).all() or (amax < 0).any():
+            raise InputError(f"{self.graph.path}: node {node.name!r}: the range of {value!r} is {amax}; expected ≥ 0")
+        scale = np.where(amax > 0, amax / np.float32(LEVELS), np.float32(1))  # what is all zero stays zero
+        key = (value, scale.tobytes())
+        if key in self.pairs:
+            return self.pairs[key], []
+        levels, result = self.fresh(f"{value}__int8"), self.fresh(f"{value}__dequantized")
+        parameters = [self.fresh(f"{value}__scale"), self.fresh(f"{value}__zero_point")]
+        for name, array in zip(parameters, (scale.astype(np.float32), np.zeros(scale.shape, np.int8)), strict=True):
+            self.weights.append(numpy_helper.from_array(array, name))
+        self.pairs[key] = result
+        along = {} if axis is None else {"axis": axis}
+        return result, [
+            helper.make_node(op, [source, *parameters], [made], name=self.fresh(f"{made}_{op}"), **along)
+            for op, source, made in (("QuantizeLinear", value, levels), ("DequantizeLinear", levels, result))
+        ]
+
+
+def _from_inputs(graph: Graph) -> set[str]:
+    """Every value that depends on an input of the graph, and the inputs."""
+    reached = {v.name for v in graph.inputs}
+    for node in graph.nodes:
+        if not reached.isdisjoint(node.inputs):
+            reached.update(node.outputs)
+    return reached
+
+
+def _raise_opset(model: onnx.ModelProto, graph: Graph) -> None:
+    """To opset 13, where that means the same: each operator has the same inputs and attributes in both."""
+    old = graph.opsets.get("", 1)
+    if old >= OPSET:
+        return
+    own = [node for node in graph.nodes if node.proto.domain in ("", "ai.onnx")]
+    changed = [n for n in own if n.op in ("If", "Loop", "Scan") or _signature(n, old) != _signature(n, OPSET)]
+    if old < 11 or changed:
+        why = f", and {changed[0].op} (node {changed[0].name!r}) cannot be raised to it" if changed else ""
+        raise InputError(f"{graph.path}: opset {old}, but INT8 needs {OPSET}{why}; export the model again")
+    for entry in model.opset_import:
+        if entry.domain in ("", "ai.onnx"):
+            entry.version = OPSET
+    model.ir_version = max(model.ir_version, 7)
+
+
+def _signature(node: Node, opset: int) -> object:
+    schema = defs.get_schema(node.proto.op_type, opset)
+    defaults = {name: a.default_value.SerializeToString() for name, a in schema.attributes.items()}
+    return [formal.name for formal in schema.inputs], defaults
+
+
+def _attribute(node: Node, name: str, default: int) -> int:
+    return next((a.i for a in node.proto.attribute if a.name == name), default)

@@ -1,0 +1,139 @@
+"""Other models made out of a graph: the same with more outputs, or a piece of it. The caller's file is never touched.
+
+Everything works on protobufs; weights in external data stay where they are, so that a model of any size costs
+milliseconds. A model made here is run from memory with ``weights_folder`` as the place of its external data, or
+written with ``save``.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import external_data_helper
+
+from cp_debug.errors import InputError
+from cp_debug.files import complete_path
+from cp_debug.graph.graph import Graph, Node, external_files
+
+INLINE_LIMIT = 1 << 30
+"""Weights up to this many bytes go into the file itself; protobuf ends at 2 GiB."""
+
+
+def mark(graph: Graph, values: Iterable[str]) -> onnx.ModelProto:
+    """The whole model with ``values`` as further outputs, typed where the type is known.
+
+    Raises InputError for a name that is no value of the graph.
+    """
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.proto)
+    present = {v.name for v in graph.outputs}
+    for name in dict.fromkeys(values):
+        if name not in graph.producer:
+            raise InputError(f"{graph.path}: no value {name!r} in this graph")
+        if name not in present:
+            model.graph.output.add(name=name, type=graph.types.get(name))
+    return model
+
+
+def extract(
+    graph: Graph, nodes: Sequence[Node], outputs: Sequence[str], types: Mapping[str, onnx.TypeProto] | None = None
+) -> onnx.ModelProto:
+    """A model of ``nodes`` (in order) alone, with the weights that they read and their metadata.
+
+    Its inputs are the values that the nodes read and do not compute; its ``outputs`` are values that they compute.
+    ``types`` goes before the graph's own knowledge of types. An input of unknown type is left untyped, which ONNX
+    Runtime refuses. Raises InputError when an output is not computed by the nodes.
+    """
+    known = {**graph.types, **(types or {})}
+    computed = {o for node in nodes for o in node.outputs}
+    if stray := next((o for o in outputs if o not in computed), None):
+        raise InputError(f"{graph.path}: the segment does not compute {stray!r}")
+    reads = dict.fromkeys(name for node in nodes for name in node.inputs if name not in computed)
+    source = graph.proto
+    model = onnx.ModelProto(
+        ir_version=source.ir_version,
+        opset_import=source.opset_import,
+        functions=source.functions,
+        metadata_props=source.metadata_props,
+        producer_name=source.producer_name,
+    )
+    part = model.graph
+    part.name = source.graph.name
+    part.node.extend(node.proto for node in nodes)
+    part.initializer.extend(graph.weight(name) for name in reads if name in graph.initializers)
+    for name in reads:
+        if name not in graph.initializers:
+            part.input.add(name=name, type=known.get(name))
+    for name in dict.fromkeys(outputs):
+        part.output.add(name=name, type=known.get(name))
+    part.value_info.extend(onnx.ValueInfoProto(name=o, type=known[o]) for o in computed - set(outputs) if o in known)
+    return model
+
+
+def unused_names(graph: Graph) -> Callable[[str], str]:
+    """Makes a name for a new node or value: the wished one, with underscores behind it until nothing is called so."""
+    taken = {*graph.values, *graph.initializers, *(v.name for v in graph.inputs), *(n.name for n in graph.nodes)}
+
+    def fresh(name: str) -> str:
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        return name
+
+    return fresh
+
+
+def tensor_type(dtype: np.dtype | type, shape: Sequence[int | str | None] | None = None) -> onnx.TypeProto:
+    """The ONNX type of a tensor of this numpy dtype; without a shape, of any rank."""
+    return onnx.helper.make_tensor_type_proto(onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), shape)
+
+
+def weights_folder(graph: Graph) -> Path:
+    """Where the external data of models made from ``graph`` lies."""
+    return graph.path.resolve().parent
+
+
+def save(model: onnx.ModelProto, graph: Graph, path: Path) -> None:
+    """Write a model made from ``graph`` as ``path``, complete or not at all.
+
+    Beside the original, external data is shared with it. Elsewhere the file carries its weights inside, up to
+    ``INLINE_LIMIT``; beyond, the external data files are hard-linked to its folder, or copied across file systems.
+    """
+    home = weights_folder(graph)
+    files = external_files(model, home)
+    if files and path.resolve().parent != home:
+        if sum(map(tensor_bytes, model.graph.initializer)) <= INLINE_LIMIT:
+            own = onnx.ModelProto()
+            own.CopyFrom(model)
+            external_data_helper.load_external_data_for_model(own, str(home))
+            model = own
+        else:
+            _bring(files, home, path.parent)
+    with complete_path(path) as partial:
+        partial.write_bytes(model.SerializeToString())
+
+
+def tensor_bytes(tensor: onnx.TensorProto) -> int:
+    """Size of a weight in memory, wherever it is stored."""
+    size = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return size * math.prod(tensor.dims)
+
+
+def _bring(files: Collection[Path], home: Path, folder: Path) -> None:
+    for file in files:
+        target = folder / file.relative_to(home)
+        if target.exists():
+            if not target.samefile(file):
+                raise InputError(f"{target}: in the way of the external data of {home}")
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            target.hardlink_to(file)
+        except OSError:  # another file system, or one without links
+            with complete_path(target) as partial:
+                shutil.copyfile(file, partial)

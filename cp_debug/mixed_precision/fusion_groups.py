@@ -1,0 +1,95 @@
+"""The layers that are kept in higher precision or not, each as a whole: an operator and what is fused into it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from cp_debug.backends.base import Program
+from cp_debug.graph.graph import Graph, Node
+from cp_debug.programs.layers import layer_name
+
+HEAVY = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+"""Operators that no runtime fuses with each other."""
+_JOINING = frozenset(
+    ("BatchNormalization", "Celu", "Clip", "Elu", "Erf", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish",
+     "PRelu", "Relu", "Selu", "Sigmoid", "Softplus", "Softsign", "Tanh", "ThresholdedRelu", "Add", "Sub", "Mul", "Div")
+)  # fmt: skip
+"""Operators that join the layer before them, where they read nothing else but constants."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Nodes of one component that keep their precision together."""
+
+    component: str
+    nodes: tuple[str, ...]
+    name: str
+    """The torch path of its first value, or the node's name."""
+    group: str = ""
+    """The engine's layer, where the backend tells."""
+
+
+Kept = frozenset[Unit]
+
+
+def nodes_of(units: Iterable[Unit], component: str) -> frozenset[str]:
+    """The nodes of a component that a set of units holds."""
+    return frozenset(node for unit in units if unit.component == component for node in unit.nodes)
+
+
+def units_of(program: Program, candidates: Collection[str]) -> list[Unit]:
+    """The ``candidates`` (nodes by name) of a program in groups, in execution order.
+
+    An activation, a normalisation or arithmetic with constants joins the layer that it alone reads from.
+    """
+    graph = program.graph
+    groups: dict[int, list[Node]] = {}
+    home: dict[str, int] = {}
+    for node in graph.nodes:
+        if node.name not in candidates:
+            continue
+        before = _joined(graph, node)
+        place = home.get(before.name, node.index) if before is not None else node.index
+        groups.setdefault(place, []).append(node)
+        home[node.name] = place
+    return [
+        Unit(program.name, tuple(n.name for n in nodes), layer_name(program, nodes[0].outputs[0]))
+        for nodes in groups.values()
+    ]
+
+
+def fused(units: Sequence[Unit], programs: Iterable[Program], layers: Mapping[str, Sequence[Mapping]]) -> list[Unit]:
+    """The units regrouped as an engine fused them. ``layers``: component → ``name`` and ``nodes`` of its layers.
+
+    An engine layer of several convolutions or products (TensorRT's compiler for transformers makes such) says nothing
+    of them, and what no layer holds stays as it is.
+    """
+    regrouped: list[Unit] = []
+    for program in programs:
+        own = [unit for unit in units if unit.component == program.name]
+        nodes = {node.name: node for node in program.graph.nodes}
+        known = {node for unit in own for node in unit.nodes}
+        taken: set[str] = set()
+        found: list[Unit] = []
+        for layer in layers.get(program.name, ()):
+            inside = sorted(known.intersection(layer["nodes"]) - taken, key=lambda name: nodes[name].index)
+            if inside and sum(nodes[name].op in HEAVY for name in inside) <= 1:
+                taken.update(inside)
+                name = layer_name(program, nodes[inside[0]].outputs[0])
+                found.append(Unit(program.name, tuple(inside), name, layer["name"]))
+        for unit in own:
+            if rest := tuple(node for node in unit.nodes if node not in taken):
+                found.append(replace(unit, nodes=rest, name=layer_name(program, nodes[rest[0]].outputs[0])))
+        regrouped += sorted(found, key=lambda unit: nodes[unit.nodes[0]].index)
+    return regrouped
+
+
+def _joined(graph: Graph, node: Node) -> Node | None:
+    """The node to which this one belongs; None where it begins a layer."""
+    data = [name for name in node.inputs if name in graph.producer and graph.producer[name].op != "Constant"]
+    if node.op not in _JOINING or len(data) != 1 or any(v.name in node.inputs for v in graph.inputs):
+        return None
+    (value,) = data
+    alone = len(graph.consumers[value]) == 1 and all(v.name != value for v in graph.outputs)
+    return graph.producer[value] if alone else None

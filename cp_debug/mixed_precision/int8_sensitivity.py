@@ -1,0 +1,299 @@
+"""Which layers suffer from INT8: each alone in it, and each alone left out of it.
+
+A trial is a function of files and parameters alone, and what it gives is plain data: trials may run anywhere, in any
+order, and be merged.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from cp_debug.detection.bootstrap import Interval
+from cp_debug.errors import InputError
+from cp_debug.minimize import Minimizer
+from cp_debug.mixed_precision.int8_trials import FLOAT, INT8, Bench, Measured, OnStep, Trial
+from cp_debug.recipes.base import Model, Sample
+from cp_debug.recipes.data.base import DataOptions, DataSet, iterate
+from cp_debug.recipes.data.open_data import DEFAULT_OPTIONS
+from cp_debug.serialize import json_safe
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ALONE, LEFT_OUT = "alone", "left_out"
+DRAWS = 200
+METRIC = "mAP"
+"""What a budget is of, where the model detects; else it is of the outputs' relative L2 error."""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What INT8 did to the model."""
+
+    error: float
+    """Relative L2 of the outputs against FP32, root mean square over them."""
+    scores: Mapping[str, Interval]
+    """Change of mAP and NDS where the model detects: against FP32, or for a left-out layer against all in INT8."""
+
+    @property
+    def sqnr(self) -> float:
+        """Signal to quantisation noise of the outputs, in dB."""
+        return -20 * math.log10(self.error) if self.error else math.inf
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe; intervals are value, low, high."""
+        return {"error": self.error, "sqnr_db": self.sqnr, **{n: list(change) for n, change in self.scores.items()}}
+
+
+@dataclass(frozen=True)
+class LayerSensitivity:
+    """One layer."""
+
+    layer: str
+    kind: str
+    weights: int
+    introduced: float
+    """Relative L2 error of its own result in INT8, fed with FP32."""
+    alone: Effect
+    left_out: Effect
+
+    @property
+    def severity(self) -> tuple[float, ...]:
+        """Sort key, larger is worse: mAP that it surely costs alone, then the error that it brings to the outputs."""
+        change = self.alone.scores.get(METRIC)
+        return max(-change.high, 0.0) if change else 0.0, self.alone.error
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The layers that stay in FP32 so that a budget is kept, and what was measured with them."""
+
+    budget: float
+    skipped: list[str]
+    loss: Interval
+    """mAP lost against FP32; the outputs' relative L2 error for a model that detects nothing."""
+    tried: int
+    """How many sets of layers were run on all samples."""
+
+
+@dataclass(frozen=True)
+class SensitivityProfile:
+    """All layers, the most sensitive first."""
+
+    model: str
+    data: str
+    samples: int
+    layers: list[LayerSensitivity]
+    int8: Effect
+    """All layers in INT8."""
+    scores: Mapping[str, float]
+    """mAP and NDS in FP32; empty for a model that detects nothing."""
+    choice: Choice | None = None
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe."""
+        rows = [{**asdict(row), ALONE: row.alone.to_dict(), LEFT_OUT: row.left_out.to_dict()} for row in self.layers]
+        choice = self.choice and {**asdict(self.choice), "loss": list(self.choice.loss)}
+        parts = {"fp32": dict(self.scores), "int8": self.int8.to_dict(), "layers": rows, "auto": choice}
+        whole = {"model": self.model, "data": self.data, "samples": self.samples, **parts, "seconds": self.seconds}
+        return json_safe(whole)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row for each layer."""
+        import pandas as pd
+
+        rows = []
+        for row in self.layers:
+            flat: dict[str, Any] = {name: getattr(row, name) for name in ("layer", "kind", "weights", "introduced")}
+            for mode, effect in ((ALONE, row.alone), (LEFT_OUT, row.left_out)):
+                flat |= {f"{mode}_error": effect.error, f"{mode}_sqnr_db": effect.sqnr}
+                for name, change in effect.scores.items():
+                    bounds = zip(("", "_low", "_high"), change, strict=True)
+                    flat |= {f"{mode}_{name}{bound}": value for bound, value in bounds}
+            rows.append(flat)
+        return pd.DataFrame(rows)
+
+
+def build_sensitivity_profile(
+    model: Model,
+    modules: Mapping[str, nn.Module],
+    samples: Sequence[Sample],
+    *,
+    data: str = "",
+    budget: float | None = None,
+    draws: int = DRAWS,
+    on_step: OnStep = lambda text, done, total: None,
+) -> SensitivityProfile:
+    """Measure every quantised layer of ``modules`` (component → quantised module) on ``samples``.
+
+    Samples with ground truth are scored where the model detects. ``budget`` also chooses the layers to leave in FP32
+    (``choose_layers``). ``draws`` of the samples give the intervals. Raises InputError when nothing is quantised, there
+    is no sample, or a budget of mAP meets samples without ground truth.
+    """
+    started = time.perf_counter()
+    bench = Bench(model, modules)
+    unknown = [sample.source for sample in samples if sample.truth is None]
+    if budget is not None and unknown and hasattr(model, "class_names"):
+        raise InputError(f"--auto: {unknown[0]} has no ground truth, so mAP is unknown; expected an info file (.pkl)")
+    wanted = profile_trials(bench.layers)
+    profile = merge_trials(run_trials(bench, samples, wanted, data=data, draws=draws, on_step=on_step))
+    if budget is not None:
+        profile = replace(profile, choice=choose_layers(bench, samples, profile, budget, draws=draws, on_step=on_step))
+    return replace(profile, seconds=time.perf_counter() - started)
+
+
+def run_trials(
+    bench: Bench,
+    samples: Sequence[Sample],
+    wanted: Sequence[tuple[str, str]],
+    *,
+    data: str = "",
+    draws: int = DRAWS,
+    on_step: OnStep = lambda text, done, total: None,
+) -> list[dict[str, Any]]:
+    """A plain row for each (mode, layer); modes are ``fp32``, ``int8``, ``alone`` and ``left_out``, the first two
+    without a layer."""
+    if not samples:
+        raise InputError("--data: there is no sample; expected at least one")
+    trials = {(mode, name): _trial(mode, name) for mode, name in wanted}
+    bases = {trial.base for trial in trials.values()}
+    every = list(dict.fromkeys([Trial(FLOAT), *(Trial(INT8) for base in bases if base == INT8), *trials.values()]))
+    found = {each.trial: each for each in bench.measure(samples, every, draws=draws, on_step=on_step)}
+    rows = []
+    for (mode, name), trial in trials.items():
+        each, before = found[trial], found[Trial(INT8 if mode == LEFT_OUT else FLOAT)]
+        row: dict[str, Any] = {"model": bench.model.name, "data": data, "samples": len(samples), "mode": mode}
+        if name:
+            layer = bench.layers[name]
+            row |= {"layer": name, "kind": layer.kind, "weights": layer.weights, "introduced": each.introduced}
+        row |= {"error": each.error, "outputs": each.outputs}
+        row["change"] = {score: list(each.change(score, before)) for score in each.draws}
+        row["scores"] = {score: float(values[0]) for score, values in each.draws.items()}
+        rows.append(row)
+    return rows
+
+
+def profile_trials(layers: Iterable[str]) -> list[tuple[str, str]]:
+    """(mode, layer) of every trial that the profile of these layers needs."""
+    names = list(layers)
+    return [("fp32", ""), ("int8", ""), *((mode, name) for mode in (ALONE, LEFT_OUT) for name in names)]
+
+
+def scored_samples(
+    model: Model, data: Path | None, count: int, first: int = 0, options: DataOptions = DEFAULT_OPTIONS
+) -> tuple[str, list[Sample]]:
+    """What the data are called, and at most ``count`` samples of them; with ground truth where there is some."""
+    if hasattr(model, "data"):
+        opened: DataSet = model.data(data, count, first, options)
+        return opened.name, list(iterate(opened))
+    return data.name if data else f"seed {first}", list(model.samples(count, first, data))
+
+
+def _trial(mode: str, layer: str) -> Trial:
+    known = {"fp32": Trial(FLOAT), "int8": Trial(INT8), ALONE: Trial(FLOAT, (layer,)), LEFT_OUT: Trial(INT8, (layer,))}
+    if mode not in known or (mode in (ALONE, LEFT_OUT)) != bool(layer):
+        raise InputError(f"a trial {mode!r} of layer {layer!r}; expected fp32 or int8 without one, alone or left_out")
+    return known[mode]
+
+
+def merge_trials(rows: Iterable[Mapping[str, Any]]) -> SensitivityProfile:
+    """The profile of rows that ``run_trials`` gave, in any order.
+
+    Raises InputError when they are of several models or data sets, or one is missing.
+    """
+    found = {(row["mode"], row.get("layer", "")): row for row in rows}
+    about = {(row["model"], row["data"], row["samples"]) for row in found.values()}
+    if len(about) != 1:
+        raise InputError(f"trials of {len(about)} models or data sets; expected those of one")
+    names = dict.fromkeys(name for _, name in found if name)
+    if missing := [key for key in profile_trials(names) if key not in found]:
+        raise InputError(f"trial {missing[0][0]} {missing[0][1]}".rstrip() + " is missing")
+    layers = [
+        LayerSensitivity(
+            name,
+            found[ALONE, name]["kind"],
+            found[ALONE, name]["weights"],
+            found[ALONE, name]["introduced"],
+            _effect(found[ALONE, name]),
+            _effect(found[LEFT_OUT, name]),
+        )
+        for name in names
+    ]
+    layers.sort(key=lambda row: row.severity, reverse=True)
+    return SensitivityProfile(*about.pop(), layers, _effect(found["int8", ""]), found["fp32", ""]["scores"])
+
+
+def _effect(row: Mapping[str, Any]) -> Effect:
+    return Effect(row["error"], {name: Interval(*change) for name, change in row["change"].items()})
+
+
+def check_budget(budget: float) -> None:
+    """Raise InputError for one that nothing can keep."""
+    if not budget > 0:
+        raise InputError(f"--auto is {budget:g}; expected a positive budget")
+
+
+def choose_layers(
+    bench: Bench,
+    samples: Sequence[Sample],
+    profile: SensitivityProfile,
+    budget: float,
+    *,
+    draws: int = 1000,
+    on_step: OnStep = lambda text, done, total: None,
+) -> Choice:
+    """Few layers to leave in FP32 so that the rest loses at most ``budget`` mAP on ``samples``.
+
+    The most sensitive are taken first, 1, 2, 4 … of them, until the budget is kept; then each that is not needed is
+    given back. Every set is run on all samples. Of a model that detects nothing ``budget`` is the relative L2 error
+    of the outputs.
+    """
+    check_budget(budget)
+    losses: dict[frozenset[str], Interval] = {}
+
+    def run(skipped: Sequence[frozenset[str]]) -> None:
+        trials = {each: Trial(INT8, tuple(name for name in bench.layers if name in each)) for each in skipped}
+        every = list(dict.fromkeys([Trial(FLOAT), *trials.values()]))
+        found = {each.trial: each for each in bench.measure(samples, every, draws=draws, on_step=on_step)}
+        losses.update({each: _loss(found[trial], found[Trial(FLOAT)]) for each, trial in trials.items()})
+
+    def kept(skipped: frozenset[str]) -> bool:
+        if skipped not in losses:
+            run([skipped])
+        return losses[skipped].value <= budget
+
+    ranked = [row.layer for row in profile.layers]
+    sizes = [0, *(2**k for k in range(len(ranked).bit_length()) if 2**k < len(ranked)), len(ranked)]
+    run([frozenset(ranked[:size]) for size in sizes])
+    enough = next(size for size in sizes if kept(frozenset(ranked[:size])))  # all in FP32 lose nothing
+    skipped = Minimizer(kept).minimize(reversed(ranked[:enough]))  # the least sensitive are given back first
+    return Choice(budget, skipped[::-1], losses[frozenset(skipped)], len(losses))
+
+
+def _loss(test: Measured, reference: Measured) -> Interval:
+    if METRIC not in test.draws:
+        return Interval(test.error, test.error, test.error)
+    return Interval.of(reference.draws[METRIC] - test.draws[METRIC])
+
+
+def get_sensitive_layers(profile: SensitivityProfile, budget: float) -> list[str]:
+    """The layers to leave in FP32, as the profile alone predicts it: the most sensitive ones until the others, their
+    losses added up, are within ``budget`` (mAP, or the outputs' relative L2 error). ``choose_layers`` runs them."""
+    detects = METRIC in profile.int8.scores
+    left = -profile.int8.scores[METRIC].value if detects else profile.int8.error**2
+    limit = budget if detects else budget**2
+    skipped = []
+    for row in profile.layers:
+        if left <= limit:
+            break
+        left -= max(row.left_out.scores[METRIC].value, 0.0) if detects else row.alone.error**2
+        skipped.append(row.layer)
+    return skipped

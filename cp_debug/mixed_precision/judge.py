@@ -1,0 +1,98 @@
+"""The figures of a trial: its final outputs and detections against the reference's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cp_debug.backends.base import RunRecord
+from cp_debug.detection.detection_change import compare_detections
+from cp_debug.detection.evaluation import EvaluationOptions, score_backends
+from cp_debug.detection.predictions import Predictions
+from cp_debug.errors import InputError
+from cp_debug.mixed_precision.goal import DETECTIONS, Goal
+from cp_debug.probes.statistics import compare
+from cp_debug.programs.scene import decode
+from cp_debug.recipes.base import Arrays, Model, Sample
+
+Results = Mapping[str, Arrays]
+"""The outputs of every component, by its name."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one set of kept layers gives."""
+
+    figures: dict[str, float] = field(default_factory=dict)
+    """``rel_l2`` and ``max_abs``, and of detections what the goal asks for."""
+    outputs: dict[str, float] = field(default_factory=dict)
+    """Final output → relative L2 distance, of the worst sample; infinite where it is not finite."""
+
+
+class Judge:
+    """Measures against the reference's results, one a sample.
+
+    Raises InputError for a goal on detections of a model that has none, and for ``map_drop`` without ground truth.
+    """
+
+    def __init__(self, model: Model, samples: Sequence[Sample], reference: Sequence[Results], goal: Goal) -> None:
+        self._model, self._samples, self._last = model, samples, model.components[-1].name
+        self._outputs = [results[self._last] for results in reference]
+        self._counts = sorted(goal.figures.intersection(DETECTIONS))
+        self._scored = "map_drop" in goal.figures
+        self._decoded: list[Any] = []
+        if self._counts or self._scored:
+            self._decoded = [decode(model, *pair) for pair in zip(samples, reference, strict=True)]
+            if not all(hasattr(found, "boxes") for found in self._decoded):
+                raise InputError(f"--goal: {model.name} decodes no boxes; limit rel_l2 or max_abs")
+        if self._scored and any(sample.truth is None for sample in samples):
+            raise InputError("--goal: map_drop needs samples with ground truth; give an info file with --data")
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader must know of the figures."""
+        empty = self._decoded and not any(len(found.scores) for found in self._decoded)
+        return ["the reference detects nothing on these samples, so there is nothing to lose"] if empty else []
+
+    def measure(self, results: Sequence[Results]) -> Measured:
+        """The figures of one run over all samples."""
+        outputs: dict[str, float] = {}
+        largest = 0.0
+        for reference, found in zip(self._outputs, results, strict=True):
+            for name, array in reference.items():
+                stats = compare(array, found[self._last][name])
+                outputs[name] = max(outputs.get(name, 0.0), _or_infinite(stats.rel_l2))
+                largest = max(largest, _or_infinite(stats.max_abs))
+        figures = {"rel_l2": max(outputs.values(), default=0.0), "max_abs": largest}
+        if self._decoded:
+            figures |= self._detections(
+                [decode(self._model, *pair) for pair in zip(self._samples, results, strict=True)]
+            )
+        return Measured(figures, outputs)
+
+    def _detections(self, decoded: Sequence[Any]) -> dict[str, float]:
+        if any(found is None for found in decoded):  # outputs that the decoder cannot read
+            return dict.fromkeys((*self._counts, *(("map_drop",) if self._scored else ())), math.inf)
+        changes = [compare_detections(a, b) for a, b in zip(self._decoded, decoded, strict=True)]
+        figures = {name: float(sum(getattr(c, name.removeprefix("boxes_")) for c in changes)) for name in self._counts}
+        if self._scored:
+            figures["map_drop"] = self._map_drop(decoded)
+        return figures
+
+    def _map_drop(self, decoded: Sequence[Any]) -> float:
+        model: Any = self._model
+        names = ("reference", "test")
+        runs = {
+            name: (RunRecord(name, "", "", False), Predictions.gather(found))
+            for name, found in zip(names, (self._decoded, decoded), strict=True)
+        }
+        options = EvaluationOptions(region=model.region, draws=0)
+        scores, _ = score_backends(runs, [sample.truth for sample in self._samples], model.class_names, options)
+        assert scores[1].difference is not None
+        return -100 * scores[1].difference["mAP"].value
+
+
+def _or_infinite(value: float) -> float:
+    return value if math.isfinite(value) else math.inf

@@ -1,0 +1,112 @@
+"""A graph of which some layers compute in FP32 and the rest in the arithmetic under test, computed anew only from where
+two runs part: a trial costs the part of the network behind the first layer that changed."""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from cp_debug.backends.arithmetic import FP32, Arithmetic
+from cp_debug.backends.determinism import deterministic
+from cp_debug.backends.executor import Executor
+from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.random_inputs import check_inputs
+from cp_debug.graph.unquantize import quantized_inputs
+from cp_debug.probes.distance import distance, ratio
+
+
+@dataclass(frozen=True)
+class Computed:
+    """One run: the nodes that were FP32, and every value."""
+
+    high: frozenset[str]
+    values: Mapping[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the values."""
+        return sum(getattr(value, "nbytes", 0) for value in self.values.values())
+
+
+class MixedExecutor:
+    """Runs one graph. Nodes in FP32 read what is in front of a Q/DQ pair, not what comes out of it.
+
+    Bit for bit what ``EmulatedBackend`` gives with the same nodes as its ``overrides``.
+    """
+
+    def __init__(self, graph: Graph, arithmetic: Arithmetic, device: str) -> None:
+        self.graph = graph
+        self._low, self._high = Executor(graph, arithmetic, device), Executor(graph, FP32, device)
+        self._bypass = quantized_inputs(graph)
+        self._nodes = [node for node in graph.nodes if node.op != "Constant"]
+        self.executed = 0
+        """Nodes computed so far."""
+
+    def run(self, inputs: Mapping[str, np.ndarray], high: frozenset[str], known: Iterable[Computed] = ()) -> Computed:
+        """Run with the nodes ``high`` in FP32; of ``known`` runs the nearest is continued."""
+        check_inputs(self.graph.inputs, inputs, str(self.graph.path))
+        near = min(known, key=lambda run: len(run.high ^ high), default=None)
+        before: Mapping[str, Any] = near.values if near else {}
+        values: dict[str, Any] = {}
+        for name, array in inputs.items():
+            values[name] = _unless_equal(before.get(name), torch.from_numpy(np.ascontiguousarray(array)))
+        with deterministic():
+            for node in self._nodes:
+                reads = self._reads(node, high)
+                same = near is not None and (node.name in high) == (node.name in near.high)
+                if same and all(values.get(name) is before.get(name) for name in reads.values()):
+                    values.update((name, before[name]) for name in node.outputs)
+                    continue
+                for name, value in self._compute(node, high, reads, values).items():
+                    values[name] = _unless_equal(before.get(name), value)
+        return Computed(high, values)
+
+    def outputs(self, computed: Computed) -> dict[str, np.ndarray]:
+        """The graph's outputs of a run."""
+        found = self._high.run_nodes([], computed.values, [v.name for v in self.graph.outputs])
+        return {name: value.cpu().numpy() for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+    def local_error(self, nodes: Collection[str], exact: Computed) -> float:
+        """What ``nodes`` introduce by computing in the low arithmetic from the values of an FP32 run, relative L2 of
+        the worst value that others read; infinite where it is not finite, though the FP32 run's is."""
+        own = [node for node in self._nodes if node.name in nodes]
+        computed: dict[str, Any] = {}
+        with deterministic():
+            for node in own:
+                given = ChainMap(computed, dict(exact.values))
+                computed |= self._compute(node, frozenset(), self._reads(node, frozenset()), given)
+        inner = {name for node in own for name in node.inputs}
+        worst = 0.0
+        for name in computed.keys() - (inner - {v.name for v in self.graph.outputs}):
+            found = distance(computed[name], exact.values[name])
+            worst = max(worst, float("inf") if found.born else ratio(found.difference, found.whole))
+        return worst
+
+    def _reads(self, node: Node, high: Collection[str]) -> dict[str, str]:
+        """Input of the node → the value that it takes for it."""
+        around = self._bypass.get(node.name, {}) if node.name in high else {}
+        return {name: around.get(name, name) for name in node.inputs}
+
+    def _compute(
+        self, node: Node, high: Collection[str], reads: Mapping[str, str], values: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        self.executed += 1
+        executor = self._high if node.name in high else self._low
+        given = {name: values[source] for name, source in reads.items() if source in values}
+        for name, source in reads.items():
+            if source != name and name not in given:  # a weight in front of its pair
+                given[name] = executor.run_nodes([], {}, [source])[source]
+        return executor.run_nodes([node], given, node.outputs)
+
+
+def _unless_equal(before: Any, value: Any) -> Any:
+    """``before`` itself where both are the same tensor, so that who reads it need not be computed again."""
+    if isinstance(before, torch.Tensor) and isinstance(value, torch.Tensor):
+        alike = before.dtype == value.dtype and before.shape == value.shape
+        return before if alike and torch.equal(before, value) else value
+    return value

@@ -1,0 +1,81 @@
+"""Which layers to keep, before anything is tried: what each introduces, and what that does to the final outputs.
+
+A layer's effect is measured, not assumed: it alone computes in the low precision, everything else in FP32, which costs
+the part of a pass behind it. Effects of different layers are taken as independent, so their squares add up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from cp_debug.mixed_precision.fusion_groups import Kept, Unit
+from cp_debug.mixed_precision.goal import Goal
+from cp_debug.mixed_precision.judge import Measured
+
+AT_ONCE = 8
+"""Layers whose effect is measured at a time, those that introduce most first."""
+SHARE = 0.3
+"""Of an error that is to be explained for goals that say nothing of its size: boxes, mAP."""
+
+
+class Predictor:
+    """Extends sets of kept layers that do not reach the goal."""
+
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        goal: Goal,
+        local_error: Callable[[Unit], float],
+        alone: Callable[[Kept], Measured],
+    ) -> None:
+        """``alone`` measures a run in which these layers are kept; ``local_error`` is what a layer introduces."""
+        self._goal, self._alone = goal, alone
+        self._everything = frozenset(units)
+        local = {unit: local_error(unit) for unit in units}
+        place = {unit: i for i, unit in enumerate(units)}
+        self.ranked = sorted(units, key=lambda unit: (-local[unit], place[unit]))
+        """By what they introduce by themselves."""
+        self.local = local
+        self.effects: dict[Unit, Measured] = {}
+        """What the final outputs are when the layer alone is low, as far as measured."""
+
+    def extend(self, grown: Sequence[Unit], measured: Measured) -> list[Unit]:
+        """What to keep besides ``grown``, which gave ``measured``: as much as should reach the goal, at least one
+        layer; nothing when all are kept."""
+        rest = [unit for unit in self.ranked if unit not in grown]
+        if broken := [unit for unit in rest if math.isinf(self.local[unit])]:
+            return broken
+        known = [unit for unit in rest if unit in self.effects]
+        while measured.outputs:
+            known.sort(key=self._size, reverse=True)
+            for count in range(1, len(known) + 1):
+                if self._suffices(measured, known[:count], known[count:]):
+                    return known[:count]
+            new = [unit for unit in rest if unit not in self.effects][:AT_ONCE]
+            if not new:
+                break
+            for unit in new:
+                self.effects[unit] = self._alone(self._everything - {unit})
+            known += new
+        return (known or rest)[: max(1, len(grown))]  # not as predicted: double it
+
+    def _size(self, unit: Unit) -> float:
+        return self.effects[unit].figures["rel_l2"]
+
+    def _suffices(self, measured: Measured, more: Sequence[Unit], others: Sequence[Unit]) -> bool:
+        """Whether the goal should hold once ``more`` is kept, too, and of the known layers ``others`` are not."""
+        left = {}
+        for name, error in measured.outputs.items():
+            if math.isfinite(error):
+                left[name] = math.sqrt(max(error**2 - self._squares(more, name), 0.0))
+            else:
+                left[name] = math.sqrt(self._squares(others, name))
+        before, after = measured.figures["rel_l2"], max(left.values())
+        ratio = after / before if math.isfinite(before) and before else float(math.isinf(after))
+        if not {"rel_l2", "max_abs"}.issuperset(self._goal.figures):
+            return ratio <= SHARE
+        return self._goal.holds({"rel_l2": after, "max_abs": measured.figures["max_abs"] * ratio})
+
+    def _squares(self, units: Sequence[Unit], output: str) -> float:
+        return sum(self.effects[unit].outputs[output] ** 2 for unit in units)

@@ -1,0 +1,146 @@
+"""What a search returns: the set, how it is known, and every trial."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from cp_debug.display import terminal
+from cp_debug.mixed_precision.emit import arguments, deploy_fragment
+from cp_debug.mixed_precision.fusion_groups import Unit
+from cp_debug.mixed_precision.log import Trial
+from cp_debug.serialize import json_safe
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+SCHEMA = "cpdebug.search/1"
+
+
+@dataclass(frozen=True)
+class KeptLayer:
+    """A layer of the set."""
+
+    unit: Unit
+    ops: tuple[str, ...]
+    introduced: float | None
+    """What it introduces by itself in the low precision, emulated: relative L2, infinite where it overflows."""
+    effect: float | None
+    """The worst final output when this layer alone is low, emulated: relative L2; None where nobody asked."""
+    without: dict[str, float]
+    """The figures of the set without this layer, where that was tried on the backend."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe."""
+        unit = self.unit
+        return json_safe(
+            {
+                "component": unit.component,
+                "layer": unit.name,
+                "nodes": list(unit.nodes),
+                "ops": list(self.ops),
+                "group": unit.group,
+                "introduced": self.introduced,
+                "effect": self.effect,
+                "without": self.without,
+            }
+        )
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The smallest set of layers to keep in higher precision, as far as it was found."""
+
+    model: str
+    reference: str
+    backend: str
+    emulated: bool
+    """Whether the backend is an emulation itself."""
+    precision: str
+    goal: str
+    layers: int
+    """Layers that could be kept."""
+    reached: bool
+    kept: list[KeptLayer]
+    """The best set that was verified on the backend: the smallest that reaches the goal, else the one that comes
+    closest."""
+    minimal: bool
+    """Whether leaving out any single layer of it was tried on the backend and misses the goal."""
+    best: Trial
+    """The trial of that set."""
+    baseline: Trial
+    """The trial of the empty one."""
+    trials: Sequence[Trial]
+    """Those of this search and, before them, of its log."""
+    keep: dict[str, list[str]]
+    """Component → nodes that its runtime must be told to keep: the layers', and what moves numbers between them."""
+    stopped: str = ""
+    """Why the search ended early."""
+    builds: int = 0
+    """Engines or sessions made for this search, those of its log not counted."""
+    passes: float = 0.0
+    """Work of the emulator, prediction included, in passes over all samples."""
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def pareto(self) -> list[Trial]:
+        """The trials on the backend that no other beats in both, layers kept and error; fewest layers first."""
+        front: list[Trial] = []
+        own = [t for t in self.trials if not t.emulated and not t.error]
+        for trial in sorted(own, key=lambda t: (t.layers, t.measured.figures["rel_l2"])):
+            if not front or trial.measured.figures["rel_l2"] < front[-1].measured.figures["rel_l2"]:
+                front.append(trial)
+        return front
+
+    @property
+    def verdict(self) -> str:
+        """The outcome in a sentence."""
+        count = f"{len(self.kept)} of {self.layers} layers"
+        if not self.reached:
+            excess = f"closest was {_figures(self.best)} with {count} kept"
+            return f"{self.goal} was not reached: {excess}" + (f" ({self.stopped})" if self.stopped else "")
+        if not self.kept:
+            return f"{self.goal} holds with nothing kept"
+        least = "none of them can be left out" if self.minimal else f"some may not be needed: {self.stopped}"
+        return f"{self.goal} holds with {count} kept; {least}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON document."""
+        return json_safe(
+            {
+                "schema": SCHEMA,
+                "model": self.model,
+                "reference": self.reference,
+                "backend": self.backend,
+                "emulated": self.emulated,
+                "precision": self.precision,
+                "goal": self.goal,
+                "reached": self.reached,
+                "minimal": self.minimal,
+                "verdict": self.verdict,
+                "layers": self.layers,
+                "kept": [layer.to_dict() for layer in self.kept],
+                "keep": self.keep,
+                "arguments": arguments(self.keep, self.precision),
+                "deploy": deploy_fragment(self.keep, self.precision),
+                "best": self.best.to_dict(),
+                "baseline": self.baseline.to_dict(),
+                "pareto": [trial.to_dict() for trial in self.pareto],
+                "trials": [trial.to_dict() for trial in self.trials],
+                "builds": self.builds,
+                "passes": self.passes,
+                "seconds": self.seconds,
+                "stopped": self.stopped,
+                "notes": self.notes,
+            }
+        )
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from terminal(self, SearchResult)
+
+
+def _figures(trial: Trial) -> str:
+    figures = trial.measured.figures
+    return ", ".join(f"{k} {v:.3g}" for k, v in figures.items()) or trial.error

@@ -1,0 +1,318 @@
+"""``search``: the smallest set of layers to keep in higher precision so that a goal holds.
+
+Nothing kept is tried first, and shows what an engine fuses. Then everything is predicted and minimised on the emulator,
+where a trial is a part of a forward pass; what comes out is confirmed, and minimised again, on the backend itself.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cp_debug.backends.base import Backend, Program
+from cp_debug.detection.evaluate import as_detector
+from cp_debug.errors import InputError
+from cp_debug.files import key_of
+from cp_debug.graph.graph import Graph
+from cp_debug.graph.unquantize import quantized_inputs, remove_qdq
+from cp_debug.mixed_precision.emit import write_onnx
+from cp_debug.mixed_precision.fusion_groups import Kept, Unit, fused, nodes_of, units_of
+from cp_debug.mixed_precision.goal import Goal
+from cp_debug.mixed_precision.judge import Judge, Measured
+from cp_debug.mixed_precision.log import Trial, TrialLog, nodes_in
+from cp_debug.mixed_precision.predict import Predictor
+from cp_debug.mixed_precision.result import KeptLayer, SearchResult
+from cp_debug.mixed_precision.strategy import smallest
+from cp_debug.mixed_precision.trials import BackendRunner, EmulatedRunner, Runner, precision_of
+from cp_debug.probes.capture import array_hash
+from cp_debug.programs.pipeline import Pipeline, choose_export, is_exported, load_test_programs, prepare, wants_int8
+from cp_debug.quantization.models import QuantizedComponent
+from cp_debug.quantization.open_quantized import calibration_samples
+from cp_debug.quantization.quantized_programs import DEFAULT_CALIBRATION, already_quantized, quantize_programs
+from cp_debug.recipes.base import Model, Sample
+from cp_debug.recipes.data.base import DataOptions, iterate
+
+OnStep = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """What a search may be told. The defaults are those of the command line."""
+
+    max_builds: int | None = None
+    """Engines and sessions made; of an emulated backend trials."""
+    budget: float | None = None
+    """Seconds after which no further trial begins."""
+    log: Path | None = None
+    exporter: str | None = None
+    folded: bool = True
+    test_model: Path | None = None
+    """Another file for the test: a Q/DQ graph of the same model (a folder, for several components)."""
+    inputs: Path | None = None
+    """What to calibrate on, for an INT8 backend and a model that is not quantised; None: the model's own samples."""
+    quantized: Mapping[str, QuantizedComponent] = field(default_factory=dict)
+    """The components in INT8 where a checkpoint gives them: see ``load_quantized``."""
+    onnx: Path | None = None
+    """Where the mixed-precision graph goes when the goal is reached; a folder, for several components."""
+
+
+def samples_for(
+    model: Model, goal: Goal, *, inputs: Path | None, data: Path | None, count: int, seed: int
+) -> list[Sample]:
+    """The samples to measure on: with ground truth where the goal scores detections.
+
+    Raises InputError for unusable files, and for a model that detects nothing.
+    """
+    if "map_drop" not in goal.figures:
+        if data is not None:
+            raise InputError("--data is for goals on map_drop; give other samples with --inputs")
+        return list(model.samples(count, seed, inputs))
+    if inputs is not None:
+        raise InputError("--inputs: map_drop needs ground truth; give an info file with --data")
+    return list(iterate(as_detector(model).data(data, count, seed, DataOptions())))
+
+
+class OutOfBudget(Exception):
+    """No further trial may begin; the message says why."""
+
+
+def search(
+    model: Model,
+    backends: Sequence[Backend],
+    goal: Goal,
+    samples: Sequence[Sample],
+    options: SearchOptions = SearchOptions(),
+    on_step: OnStep = lambda text, done, total: None,
+) -> SearchResult:
+    """Find the set. ``backends``: the reference and one test.
+
+    Raises InputError for backends whose layers cannot be kept one by one, a goal that this model cannot be asked for,
+    samples that are none, and a log of another search; never for a goal that is not reached.
+    """
+    if len(backends) != 2:
+        names = ", ".join(str(backend.spec) for backend in backends)
+        raise InputError(f"--backends: expected a reference and one test, as in torch,emu-fp16acc; got {names}")
+    if not samples:
+        raise InputError("--inputs: there is no sample to measure on")
+    with tempfile.TemporaryDirectory(prefix="cpdebug-search-") as scratch:
+        return _Search(model, backends, goal, samples, options, on_step, Path(scratch)).run()
+
+
+class _Search:
+    def __init__(
+        self,
+        model: Model,
+        backends: Sequence[Backend],
+        goal: Goal,
+        samples: Sequence[Sample],
+        options: SearchOptions,
+        on_step: OnStep,
+        scratch: Path,
+    ) -> None:
+        self._started, self._tried = time.monotonic(), 0
+        self._model, self._goal, self._samples, self._options, self._on_step = model, goal, samples, options, on_step
+        reference, self._backend = backends
+        self._reference = str(reference.spec)
+        how, note = choose_export(backends, options.exporter)
+        self._notes = [note] if note and is_exported(model) else []
+        self._step("exporting and aligning")
+        programs = prepare(model, samples[0], scratch, how=how, folded=options.folded)
+        self._tests = load_test_programs(programs, options.test_model) if options.test_model else programs
+        if wants_int8(self._backend):
+            self._tests = already_quantized(self._tests) or self._quantized(scratch)
+        quantized = any(program.graph.precision == "int8" for program in self._tests)
+        self.precision = precision_of(self._backend, quantized)
+        if options.onnx is not None and self.precision.name == "tf32":
+            raise InputError("--onnx: TF32 is not in an ONNX graph; it is a setting of the runtime")
+        self._step(str(reference.spec))
+        if self.precision.name == "int8":
+            programs = [_plain(program, scratch) for program in programs]
+        with Pipeline(model, programs, reference) as pipeline:
+            self._judge = Judge(model, samples, [pipeline.run(sample) for sample in samples], goal)
+        self._notes += self._judge.notes
+        self.log = TrialLog(options.log, self._about())
+        self.units = [u for p in self._tests for u in units_of(p, self.precision.candidates(p.graph))]
+        if not self.units:
+            raise InputError(
+                f"--backends: no layer of {model.name} computes in {self.precision.name} on {self._backend.spec}"
+            )
+        self.emulator = EmulatedRunner(model, self._tests, samples, self.precision, _device(self._backend))
+        self.runner: Runner = self.emulator
+        if not self._backend.emulated:
+            self.runner = BackendRunner(model, self._tests, samples, self.precision, self._backend, scratch)
+
+    def _quantized(self, folder: Path) -> list[Program]:
+        self._step("quantizing")
+        samples = calibration_samples(self._model, self._options.inputs, DEFAULT_CALIBRATION.samples)
+        made, how = quantize_programs(self._model, self._tests, folder, samples, parts=self._options.quantized)
+        self._notes += [how] if how else []
+        return made
+
+    def run(self) -> SearchResult:
+        found: list[Unit] | None = None
+        stopped = ""
+        predictor: Predictor | None = None
+        try:
+            if not self._holds(frozenset()):
+                self._regroup()
+                self._step("predicting")
+                self.emulator.prepare()
+                predictor = Predictor(self.units, self._goal, self.emulator.local_error, self._alone)
+                found = self._find(predictor)
+            else:
+                found = []
+            if found is None:
+                stopped = "keeping every layer does not reach it"
+        except OutOfBudget as reason:
+            stopped = str(reason)
+        result = self._result(found, predictor, stopped)
+        if self._options.onnx is not None and result.reached:
+            write_onnx(self._tests, result.keep, self.precision.name, self._options.onnx)
+        return result
+
+    def _find(self, predictor: Predictor) -> list[Unit] | None:
+        def extend(emulated: bool) -> Callable[[list[Unit]], list[Unit]]:
+            return lambda grown: predictor.extend(grown, self._trial(frozenset(grown), emulated).measured)
+
+        if self._backend.emulated:
+            return smallest(self._holds, extend(False))
+        seed = smallest(lambda kept: self._holds(kept, emulated=True), extend(True)) or []
+        return smallest(self._holds, extend(False), seed)
+
+    def _holds(self, kept: Kept, emulated: bool = False) -> bool:
+        trial = self._trial(kept, emulated)
+        return not trial.error and self._goal.holds(trial.measured.figures)
+
+    def _trial(self, kept: Kept, emulated: bool) -> Trial:
+        """The trial of a set, from the log where it is there. Raises OutOfBudget before one that may not begin."""
+        nodes = nodes_in(kept)
+        if (known := self.log.trials.get((emulated, nodes))) is not None:
+            return known
+        runner = self.emulator if emulated else self.runner
+        if kept:  # nothing kept is always tried: it is what the rest is compared with
+            self._check_time()
+        if not emulated:
+            self._check_builds()
+            self._tried += 1
+        self._step(f"{'emulated' if emulated else self._backend.spec}: {len(kept)} of {len(self.units)} layers kept")
+        begun = time.monotonic()
+        measured, error = Measured(), ""
+        try:
+            measured = self._judge.measure(runner.run(kept))
+        except InputError as refused:
+            earlier = [t for t in self.log.trials.values() if not t.emulated]
+            if emulated or self._backend.emulated or (earlier and all(t.error for t in earlier)):
+                raise  # it has nothing to do with what is kept
+            error = str(refused)
+        latency = None if error else runner.latency()
+        trial = Trial(nodes, len(kept), emulated, measured, time.monotonic() - begun, latency, error)
+        self.log.add(trial)
+        return trial
+
+    def _alone(self, kept: Kept) -> Measured:
+        self._check_time()
+        self._step("predicting")
+        return self._judge.measure(self.emulator.run(kept))
+
+    def _check_time(self) -> None:
+        budget = self._options.budget
+        if budget is not None and time.monotonic() - self._started >= budget:
+            raise OutOfBudget(f"stopped after {budget:g} s")
+
+    def _check_builds(self) -> None:
+        limit, made = self._options.max_builds, self._tried if self._backend.emulated else self.runner.builds
+        if limit is not None and made >= limit:
+            raise OutOfBudget(f"stopped after {made} {'trials' if self._backend.emulated else 'builds'}")
+
+    def _regroup(self) -> None:
+        """Take the layers as the engine fused them, where it told."""
+        if isinstance(self.runner, BackendRunner) and self.runner.layers and not self.log.engine:
+            self.log.add_engine(self.runner.layers)
+        self.units = fused(self.units, self._tests, self.log.engine)
+
+    def _result(self, found: list[Unit] | None, predictor: Predictor | None, stopped: str) -> SearchResult:
+        trials = list(self.log.trials.values())
+        own = [trial for trial in trials if not trial.emulated]
+        excess = {t.nodes: math.inf if t.error else self._goal.excess(t.measured.figures) for t in own}
+        holding = [t for t in own if not t.error and self._goal.holds(t.measured.figures)]
+        if found is not None:
+            best = self.log.trials[False, nodes_in(frozenset(found))]
+        elif holding:
+            best = min(holding, key=lambda trial: trial.layers)
+        else:
+            best = min(own, key=lambda trial: (excess[trial.nodes], trial.layers))
+        kept = [unit for unit in self.units if nodes_in(frozenset([unit])) <= best.nodes]
+        return SearchResult(
+            model=self._model.name,
+            reference=self._reference,
+            backend=str(self._backend.spec),
+            emulated=self._backend.emulated,
+            precision=self.precision.name,
+            goal=str(self._goal),
+            layers=len(self.units),
+            reached=bool(holding),
+            kept=[self._kept_layer(unit, kept, predictor) for unit in kept],
+            minimal=found is not None,
+            best=best,
+            baseline=self.log.trials[False, frozenset()],
+            trials=trials,
+            keep={p.name: self._told(p, nodes_of(kept, p.name)) for p in self._tests},
+            stopped=stopped,
+            builds=self.runner.builds,
+            passes=self.emulator.passes,
+            seconds=time.monotonic() - self._started,
+            notes=self._notes,
+        )
+
+    def _kept_layer(self, unit: Unit, kept: Sequence[Unit], predictor: Predictor | None) -> KeptLayer:
+        graph = next(program.graph for program in self._tests if program.name == unit.component)
+        without = self.log.trials.get((False, nodes_in(frozenset(kept) - {unit})))
+        effect = predictor.effects.get(unit) if predictor else None
+        return KeptLayer(
+            unit,
+            tuple(node.op for node in graph.nodes if node.name in unit.nodes),
+            introduced=predictor.local[unit] if predictor else None,
+            effect=effect.figures["rel_l2"] if effect else None,
+            without=without.measured.figures if without else {},
+        )
+
+    def _told(self, program: Program, kept: frozenset[str]) -> list[str]:
+        told = self.precision.keep(program.graph, kept)
+        return [node.name for node in program.graph.nodes if node.name in told]
+
+    def _about(self) -> dict[str, Any]:
+        """What the trials depend on, for the log."""
+        inputs = [{name: array_hash(array) for name, array in sample.arrays.items()} for sample in self._samples]
+        return {
+            "model": {program.name: program.graph.digest for program in self._tests},
+            "reference": self._reference,
+            "backend": str(self._backend.spec),
+            "versions": self._backend.versions(),
+            "goal": str(self._goal),
+            "inputs": key_of({"samples": inputs}),
+        }
+
+    def _step(self, text: str) -> None:
+        self._on_step(text, self._tried, max(self._options.max_builds or 0, self._tried))
+
+
+def _plain(program: Program, folder: Path) -> Program:
+    """The program without Q/DQ pairs, which is what its INT8 is measured against."""
+    quantized = quantized_inputs(program.graph)
+    if not quantized:
+        return program
+    graph = Graph(remove_qdq(program.graph, quantized, folder / f"{program.name}-plain.onnx"))
+    return Program(program.name, graph)
+
+
+def _device(backend: Backend) -> str:
+    """Where to emulate: on the emulation's own device, else on the GPU that the backend has, if torch has it."""
+    import torch
+
+    on_cuda = backend.device.startswith("cuda") and torch.cuda.is_available()
+    return backend.device if backend.emulated or on_cuda else "cpu"

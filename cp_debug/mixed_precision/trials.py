@@ -1,0 +1,228 @@
+"""Trials: the model with some layers kept in higher precision, run on the emulator or on the backend itself."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any, Protocol
+
+from cp_debug.backends.arithmetic import ARITHMETICS
+from cp_debug.backends.base import Backend, Program, Session
+from cp_debug.errors import InputError
+from cp_debug.graph.casts import MOVERS, computed_low
+from cp_debug.graph.downstream import data_values
+from cp_debug.graph.graph import Graph
+from cp_debug.graph.unquantize import quantized_inputs, remove_qdq
+from cp_debug.mixed_precision.fusion_groups import HEAVY, Kept, Unit, nodes_of
+from cp_debug.mixed_precision.judge import Results
+from cp_debug.mixed_precision.mixed_graph import Computed, MixedExecutor
+from cp_debug.recipes.base import Arrays, Model, Sample
+
+MEMORY = 4 << 30
+"""Bytes of values that are kept to continue from; samples beyond are computed from the start in every trial."""
+RUNS = 20
+"""Timed runs of an engine."""
+
+_CASTS = {"fp16": "fp16", "fp16acc": "fp16", "bf16": "bf16"}
+"""Arithmetics that cast surgery puts into a graph → its name for them."""
+_CONTROL = ("If", "Loop", "Scan")
+
+
+class Precision:
+    """What is low in a test, and which nodes go on in FP32 when some are kept. ``name``: an arithmetic."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def candidates(self, graph: Graph) -> frozenset[str]:
+        """The nodes whose precision makes a difference."""
+        if self.name == "int8":
+            return frozenset(quantized_inputs(graph))
+        data = set(data_values(graph))
+        nodes = [n for n in graph.nodes if not data.isdisjoint(n.outputs) and n.op not in _CONTROL]
+        if self.name == "tf32":
+            return frozenset(n.name for n in nodes if n.op in (*HEAVY, "Einsum"))
+        low = computed_low(graph, _CASTS[self.name])
+        return frozenset(n.name for n in nodes if n.name in low and n.op not in MOVERS)
+
+    def high(self, graph: Graph, kept: Collection[str]) -> frozenset[str]:
+        """The nodes in FP32 when those of ``kept`` are: what only moves numbers follows them."""
+        if self.name not in _CASTS:
+            return frozenset(kept)
+        everything = frozenset(node.name for node in graph.nodes)
+        return everything - computed_low(graph, _CASTS[self.name], kept)
+
+    def keep(self, graph: Graph, kept: Collection[str]) -> frozenset[str]:
+        """The nodes that a backend must be told to keep: those, and what moves numbers between them."""
+        if self.name not in _CASTS or not kept:
+            return frozenset(kept)
+        followers = self.high(graph, kept) - self.high(graph, ())
+        return frozenset(kept) | {n.name for n in graph.nodes if n.name in followers and n.op in MOVERS}
+
+
+class Runner(Protocol):
+    """Runs trials of one model on its samples."""
+
+    builds: int
+    """Engines, graphs or sessions made so far; 0 where a trial needs none."""
+
+    def run(self, kept: Kept) -> list[Results]:
+        """The outputs for each sample. Raises InputError where the backend refuses to build this."""
+        ...
+
+    def latency(self) -> float | None:
+        """Seconds of the last trial on its device, where the backend tells."""
+        ...
+
+
+class EmulatedRunner:
+    """Trials on the emulator."""
+
+    builds = 0
+
+    def __init__(
+        self, model: Model, programs: Sequence[Program], samples: Sequence[Sample], precision: Precision, device: str
+    ) -> None:
+        self._model, self._samples, self._precision = model, samples, precision
+        arithmetic = ARITHMETICS[precision.name]
+        self._executors = {p.name: MixedExecutor(p.graph, arithmetic, device) for p in programs}
+        self._exact: dict[tuple[int, str], Computed] = {}
+        self._last: dict[tuple[int, str], Computed] = {}
+        self._room = MEMORY
+        self._nodes = sum(len(executor.graph.nodes) for executor in self._executors.values()) * len(samples)
+
+    def run(self, kept: Kept) -> list[Results]:
+        """The outputs for each sample."""
+        graphs = {name: executor.graph for name, executor in self._executors.items()}
+        high = {name: self._precision.high(graph, nodes_of(kept, name)) for name, graph in graphs.items()}
+        return [self._pass(i, high) for i in range(len(self._samples))]
+
+    def latency(self) -> None:
+        """An emulation tells nothing of it."""
+
+    def prepare(self) -> None:
+        """Run everything in FP32: what is the same behind a trial's layers need not be computed again."""
+        high = {name: frozenset(n.name for n in e.graph.nodes) for name, e in self._executors.items()}
+        for i in range(len(self._samples)):
+            self._pass(i, high, keep=self._exact)
+
+    def local_error(self, unit: Unit) -> float:
+        """What the layer introduces by itself, relative L2, on the first sample."""
+        return self._executors[unit.component].local_error(unit.nodes, self._exact[0, unit.component])
+
+    @property
+    def passes(self) -> float:
+        """Nodes computed so far, in passes over all samples."""
+        return sum(executor.executed for executor in self._executors.values()) / max(self._nodes, 1)
+
+    def _pass(
+        self, i: int, high: Mapping[str, frozenset[str]], keep: dict[tuple[int, str], Computed] | None = None
+    ) -> Results:
+        keep = self._last if keep is None else keep
+        results: dict[str, Arrays] = {}
+        for component in self._model.components:
+            key, executor = (i, component.name), self._executors[component.name]
+            known = [store[key] for store in (self._exact, self._last) if key in store]
+            inputs = self._model.feed(component, self._samples[i], results)
+            computed = executor.run(inputs, high[component.name], known)
+            results[component.name] = executor.outputs(computed)
+            if key not in keep and i:
+                self._room -= computed.nbytes
+            if key in keep or self._room > 0:
+                keep[key] = computed
+        return results
+
+
+class BackendRunner:
+    """Trials on the backend itself: a component is built anew when its own layers change."""
+
+    def __init__(
+        self,
+        model: Model,
+        programs: Sequence[Program],
+        samples: Sequence[Sample],
+        precision: Precision,
+        backend: Any,
+        folder: Path,
+    ) -> None:
+        self._model, self._samples, self._precision, self._backend = model, samples, precision, backend
+        self._programs = {program.name: program for program in programs}
+        self._folder = folder
+        self._outputs: dict[tuple[frozenset[str], ...], list[Arrays]] = {}
+        self._seconds: dict[tuple[frozenset[str], ...], float | None] = {}
+        self._latest: tuple[frozenset[str], ...] = ()
+        self.builds = 0
+        self.layers: dict[str, list[Mapping[str, Any]]] = {}
+        """Component → layers of its latest engine (``name``, ``nodes``), where the backend tells."""
+
+    def run(self, kept: Kept) -> list[Results]:
+        """The outputs for each sample. Raises InputError where the backend refuses to build this."""
+        results: list[dict[str, Arrays]] = [{} for _ in self._samples]
+        chain: tuple[frozenset[str], ...] = ()
+        for component in self._model.components:
+            program = self._programs[component.name]
+            chain = (*chain, self._precision.keep(program.graph, nodes_of(kept, component.name)))
+            if chain not in self._outputs:
+                feeds = [self._model.feed(component, *pair) for pair in zip(self._samples, results, strict=True)]
+                self._outputs[chain], self._seconds[chain] = self._build(program, chain[-1], feeds)
+            for found, outputs in zip(results, self._outputs[chain], strict=True):
+                found[component.name] = outputs
+        del self._outputs[chain]  # nobody asks for a whole trial twice
+        self._latest = chain
+        return list(results)
+
+    def latency(self) -> float | None:
+        """Seconds of the last trial's engines, copies left out, on the first sample; None unless all tell."""
+        parts = [self._seconds[self._latest[: i + 1]] for i in range(len(self._latest))]
+        return None if None in parts else sum(part for part in parts if part is not None)
+
+    def _build(
+        self, program: Program, kept: frozenset[str], feeds: Sequence[Arrays]
+    ) -> tuple[list[Arrays], float | None]:
+        backend: Backend = self._backend
+        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
+            if self._precision.name == "int8":
+                graph = Graph(remove_qdq(program.graph, kept, Path(folder) / "kept.onnx"))
+                plain = program.plain or program.graph  # says that no pair is left by intention
+                program = replace(program, graph=graph, module=None, alignment=None, plain=plain)
+            else:
+                backend = self._backend.keeping(kept)
+            dynamic = any(not isinstance(d, int) for v in program.graph.inputs for d in v.shape or ())
+            shapes = {tuple((name, array.shape) for name, array in sorted(feed.items())) for feed in feeds}
+            self.builds += len(shapes) if dynamic else 1
+            with closing(backend.open(program)) as session:
+                outputs: list[Arrays] = [session.run(feed) for feed in feeds]
+                if "layers" in session.settings:
+                    self.layers[program.name] = session.settings["layers"]
+                return outputs, _seconds(session, feeds[0])
+
+
+def _seconds(session: Session, feed: Arrays) -> float | None:
+    timings = getattr(session, "timings", None)
+    return None if timings is None else median(timings(feed, RUNS))
+
+
+def precision_of(backend: Backend, quantized: bool) -> Precision:
+    """What a test backend has that layers can be kept from. ``quantized``: its graphs have Q/DQ nodes.
+
+    Raises InputError for a backend whose layers cannot be told apart, or that has nothing but FP32.
+    """
+    name, family = str(backend.spec), backend.spec.family
+    if family != "torch" and (backend.precision == "int8" or (quantized and family == "ort")):
+        return Precision("int8")
+    if family == "emu" and backend.precision in ("tf32", *_CASTS):
+        return Precision(backend.precision)
+    if family == "trt" and backend.precision in ("fp16", "bf16") and backend.spec.variant != "best":
+        return Precision("fp16acc" if backend.precision == "fp16" else "bf16")
+    if backend.spec.name == "ort-fp16":
+        return Precision("fp16")
+    why = {
+        "tf32": "TF32 is on or off for a whole engine or session; emu-tf32 tells which layers it hurts",
+        "fp32": "it computes in FP32 already",
+        "fp64": "it computes in FP64",
+    }.get(backend.precision, "its layers cannot be kept one by one; try emu-fp16acc, emu-int8 or trt-fp16")
+    raise InputError(f"--backends: {name}: {why}")

@@ -1,0 +1,158 @@
+"""Which torch module produced each value of the deployed graph, verified by numbers, and kept beside the ONNX file."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from cp_debug.backends.determinism import deterministic
+from cp_debug.errors import InputError
+from cp_debug.graph.downstream import data_values, downstream
+from cp_debug.graph.graph import Graph
+from cp_debug.probes.alignment import Alignment, Link
+from cp_debug.probes.arrays import Sink
+from cp_debug.probes.fingerprint import Fingerprint, fingerprint
+from cp_debug.probes.trace import TorchValue, Trace, trace
+from cp_debug.programs.matching import Matching, nearest
+from cp_debug.programs.scope_names import scope_hints
+
+TOLERANCE = 1e-4
+"""Relative L2 distance up to which two FP32 computations of one value are the same."""
+
+Run = Callable[[Mapping[str, Tensor], Sink], Any]
+"""Runs the whole graph once on inputs by name and gives the sink every value."""
+
+
+def align(
+    graph: Graph,
+    module: nn.Module,
+    args: Sequence[Tensor],
+    *,
+    prefix: str = "",
+    run: Run | None = None,
+    tolerance: float = TOLERANCE,
+) -> Alignment:
+    """Run graph and module once each on ``args`` (FP32, CPU, in the graph's input order) and match their values.
+
+    Memory holds fingerprints, never both runs. ``run`` executes the graph, by default this project's executor in FP32.
+    Raises ModuleFailed when the module raises, InputError when the graph takes another number of inputs.
+    """
+    names = [info.name for info in graph.inputs]
+    if len(names) != len(args):
+        raise InputError(f"{graph.path}: the graph takes {len(names)} inputs {names}; {len(args)} were given")
+    inputs = dict(zip(names, args, strict=True))
+    data = set(data_values(graph))
+    torch_prints: dict[TorchValue, Fingerprint] = {}
+    onnx_prints: dict[str, Fingerprint] = {}
+
+    def keep_torch(value: TorchValue, tensor: Tensor) -> None:
+        if value not in torch_prints:
+            torch_prints[value] = fingerprint(tensor)
+
+    def keep_onnx(name: str, tensor: Any) -> None:
+        if name in data:
+            with contextlib.suppress(TypeError):  # a dtype without numbers in it, or that torch lacks
+                onnx_prints[name] = fingerprint(tensor)
+
+    with deterministic():
+        record = trace(module, inputs, keep_torch, prefix=prefix)
+        (run or _executor(graph))(inputs, keep_onnx)
+
+    called = [call[len(prefix) :].removeprefix(".") for call in record.calls]
+    hints = {name: ".".join(p for p in (prefix, path) if p) for name, path in scope_hints(graph, called).items()}
+    matching = Matching(graph, data, onnx_prints, record, torch_prints, hints, tolerance)
+    props = {entry.key: entry.value for entry in graph.proto.metadata_props}
+    return Alignment(
+        graph_sha256=graph.digest,
+        module_sha256=module_digest(module),
+        prefix=prefix,
+        exporter=props.get("cpdebug.exporter"),
+        folded={"true": True, "false": False}.get(props.get("cpdebug.folded", "")),
+        opset=graph.opsets.get(""),
+        versions={"torch": torch.__version__, "onnx": onnx.__version__},
+        **_links(graph, data, matching, record, hints),
+        **_modules(matching, record),
+    )
+
+
+def _executor(graph: Graph) -> Run:
+    from cp_debug.backends.executor import Executor
+
+    return Executor(graph).run
+
+
+def _links(
+    graph: Graph, data: Collection[str], matching: Matching, record: Trace, hints: Mapping[str, str]
+) -> dict[str, Any]:
+    from_inputs = set(downstream(graph, set()))
+    leaf_outputs = {value for values in record.leaves.values() for value in values}
+    # Where several ONNX values equal one torch value, its name goes to the one that finishes it.
+    finished = {
+        value: name
+        for name, (value, _) in matching.pairs.items()
+        if name in graph.producer and graph.producer[name].op not in ("Identity", "Cast")
+    }
+    links: list[Link] = []
+    unmatched = []
+    for name in graph.values:
+        if name not in data:
+            links.append(Link(name, "shape" if name in from_inputs else "constant", name))
+        elif name in matching.pairs:
+            value, error = matching.pairs[name]
+            kind = "input" if value.op == "input" else "module" if value in leaf_outputs else "function"
+            layer = value.name if finished.get(value, name) == name else f"{value.name}/{graph.producer[name].op}"
+            links.append(Link(name, kind, layer, value.name, value.path, error))
+        elif results := [n for n in matching.next_matched(name) if matching.consistent(n)]:
+            # Where several modules lie between, the exporter's record tells which of them this step is from.
+            hinted = [n for n in results if matching.pairs[n][0].path == hints.get(name)]
+            value, error = matching.pairs[(hinted or results)[0]]
+            op = graph.producer[name].op
+            links.append(Link(name, "step", f"{value.name}/{op}", None, hints.get(name, value.path), error))
+        else:
+            unmatched.append(name)
+    return {"links": links, "unmatched_values": unmatched}
+
+
+def _modules(matching: Matching, record: Trace) -> dict[str, Any]:
+    readers: dict[TorchValue, list[TorchValue]] = {}
+    for value in record.values:
+        for source in value.inputs:
+            readers.setdefault(source, []).append(value)
+    onnx_of = {value: name for name, (value, _) in reversed(matching.pairs.items())}
+    outputs = {value for value in record.outputs if value is not None}
+    absorbed, unused, unmatched = {}, [], []
+    for call, values in record.leaves.items():
+        matched = [v for v in values if v in onnx_of]
+        if any(v.call == call for v in matched):
+            continue
+        if matched:  # an identity
+            absorbed[call] = matched[0].name
+            continue
+        found, passed = set[TorchValue](), set[TorchValue]()
+        for value in values:
+            after, between = nearest(value, lambda v: readers.get(v, []), onnx_of.__contains__)
+            found.update(after)
+            passed.update([value, *between])
+        layers = sorted((v for v in found if matching.consistent(onnx_of[v])), key=lambda v: v.index)
+        if layers:
+            absorbed[call] = layers[0].name
+        elif found or passed & outputs:
+            unmatched.append(call)
+        else:
+            unused.append(call)
+    return {"modules": list(record.leaves), "absorbed": absorbed, "unused": unused, "unmatched_modules": unmatched}
+
+
+def module_digest(module: nn.Module) -> str:
+    """SHA-256 of the names and values of all weights and buffers."""
+    sha = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        sha.update(name.encode())
+        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()

@@ -1,0 +1,154 @@
+"""Fold BatchNorm into the layer before it, which is found by data flow."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from cp_debug.errors import InputError
+from cp_debug.probes.trace import TorchValue, Trace, trace, unwatched
+from cp_debug.programs.torch_layers import Layer, Transposed, channels, is_quantized
+
+_SAME_ELEMENTS = {"permute", "transpose", "t", "clone", "view", "_unsafe_view", "unsqueeze", "squeeze", "alias"}
+"""ATen's operations that only put elements elsewhere."""
+
+
+@dataclass(frozen=True)
+class Folding:
+    """What was folded into what, by module paths, and why other BatchNorms were not."""
+
+    pairs: Sequence[tuple[str, str]]
+    """(convolution or linear layer, its BatchNorm)."""
+    notes: Sequence[str] = ()
+
+
+def fuse_model_bn(module: nn.Module, example_args: tuple[Tensor, ...]) -> nn.Module:
+    """A copy in eval mode with every BatchNorm folded that alone reads the output of a convolution or linear layer.
+
+    The two are found by running the copy once on ``example_args``; between them may lie what only moves elements, such
+    as PFN's permute. A folded BatchNorm becomes an Identity, so module paths stay. ``folding`` on the copy says what
+    was done. Raises InputError for a module that is quantised, ModuleFailed when it raises in forward.
+    """
+    folded = copy.deepcopy(module).eval()
+    apply_folding(folded, find_folding(folded, example_args))
+    return folded
+
+
+def find_folding(module: nn.Module, example_args: tuple[Tensor, ...]) -> Folding:
+    """The pairs of a module in eval mode, from one forward on ``example_args``."""
+    flow = _Flow(module, example_args)
+    pairs, notes = [], []
+    for path, norm in module.named_modules():
+        if isinstance(norm, _BatchNorm):
+            layer, why = flow.layer_before(path, norm)
+            if layer is None:
+                notes.append(f"{path}: not folded, {why}")
+            else:
+                pairs.append((layer, path))
+    return Folding(pairs, notes)
+
+
+def apply_folding(module: nn.Module, folding: Folding) -> None:
+    """Fold these pairs of ``module``, in place. Raises InputError when the module does not have them."""
+    if is_quantized(module):
+        raise InputError(f"{type(module).__name__} is quantised already; BatchNorm is folded before that")
+    for layer_path, norm_path in folding.pairs:
+        try:
+            layer, norm = module.get_submodule(layer_path), module.get_submodule(norm_path)
+        except AttributeError as error:
+            raise InputError(f"{type(module).__name__} has no {layer_path} with {norm_path} behind it") from error
+        if not (isinstance(layer, Layer) and isinstance(norm, _BatchNorm) and channels(layer) == norm.num_features):
+            raise InputError(f"{norm_path} is no BatchNorm of as many channels as {layer_path} gives")
+        _fold(layer, norm)
+        parent, _, name = norm_path.rpartition(".")
+        setattr(module.get_submodule(parent), name, nn.Identity())
+    module.folding = folding  # type: ignore[assignment]
+
+
+def _fold(layer: Layer, norm: _BatchNorm) -> None:
+    """In FP64, so that folding adds one rounding. The formula is that of convolutions for linear layers, too."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    bias, scale, shift = (None if t is None else t.detach().double() for t in (layer.bias, norm.weight, norm.bias))
+    weight, mean, var = (t.detach().double() for t in (layer.weight, norm.running_mean, norm.running_var))
+    transposed = isinstance(layer, Transposed)
+    made = fuse_conv_bn_weights(weight, bias, mean, var, norm.eps, scale, shift, transposed)
+    dtype, trained = layer.weight.dtype, layer.weight.requires_grad
+    layer.weight, layer.bias = (nn.Parameter(tensor.detach().to(dtype), trained) for tensor in made)
+
+
+class _Flow:
+    """Which value came from which in one forward, and the range of every channel before and behind a BatchNorm."""
+
+    def __init__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._modules = dict(module.named_modules())
+        self._ranges: dict[str, Tensor] = {}
+        handles = []
+        for path, part in self._modules.items():
+            if isinstance(part, Layer):
+                axis = -1 if isinstance(part, nn.Linear) else 1
+                handles.append(part.register_forward_hook(self._keep(path, axis)))
+            elif isinstance(part, _BatchNorm):
+                handles.append(part.register_forward_hook(self._keep(path, 1, of_input=True)))
+        try:
+            record = trace(module, {str(i): arg for i, arg in enumerate(args)}, lambda value, tensor: None)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._record, self._outputs = record, set(record.outputs)
+        self._maker = {v: call for call, values in record.leaves.items() for v in values if v.call == call}
+        self._readers = _readers(record)
+
+    def layer_before(self, path: str, norm: _BatchNorm) -> tuple[str | None, str]:
+        """The layer that ``norm`` can be folded into, or None and why there is none."""
+        if path not in self._record.leaves:
+            return None, "it did not run"
+        if f"{path}@2" in self._record.leaves:
+            return None, "it runs more than once"
+        if norm.running_mean is None:
+            return None, "it has no running statistics"
+        (value,) = self._record.leaves[path]
+        while value not in self._maker or value.call == path:
+            if len(value.inputs) != 1 or (value.call != path and value.op not in _SAME_ELEMENTS):
+                return None, f"it reads {value.name}, which is no layer's output"
+            reader, (value,) = value, value.inputs
+            # BatchNorm itself is one operation of several results, or several operations.
+            if value in self._outputs or any(r is not reader and r.call != path for r in self._readers[value]):
+                return None, f"something else reads {value.name} too"
+        found = self._maker[value]
+        layer = self._modules.get(found)
+        if layer is None:
+            return None, f"{found.partition('@')[0]} runs more than once"
+        if not isinstance(layer, Layer):
+            return None, f"it reads {found}, a {type(layer).__name__}"
+        if f"{found}@2" in self._record.leaves:
+            return None, f"{found} runs more than once"
+        if isinstance(layer, Transposed) and layer.groups > 1:
+            return None, f"{found} is a transposed convolution in groups"
+        before, behind = self._ranges[found], self._ranges[path]
+        if before.shape != behind.shape or not torch.equal(before, behind):
+            return None, f"the channels of {found} do not lie on its channel axis"
+        return found, ""
+
+    def _keep(self, path: str, axis: int, *, of_input: bool = False) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            with unwatched():
+                flat = (args[0] if of_input else output).movedim(axis, 0).flatten(1)
+                self._ranges[path] = torch.stack(torch.aminmax(flat, dim=1))
+
+        return hook
+
+
+def _readers(record: Trace) -> dict[TorchValue, list[TorchValue]]:
+    found: dict[TorchValue, list[TorchValue]] = {}
+    for value in record.values:
+        for source in value.inputs:
+            found.setdefault(source, []).append(value)
+    return found

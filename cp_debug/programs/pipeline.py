@@ -1,0 +1,299 @@
+"""Programs of a model, and one backend running all of them on one sample."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from cp_debug.backends.base import Backend, Program, RunRecord, Session, Tensor
+from cp_debug.errors import InputError
+from cp_debug.graph.graph import Graph
+from cp_debug.probes.alignment import Alignment
+from cp_debug.probes.capture import array_hash
+from cp_debug.probes.outputs import flatten_outputs
+from cp_debug.programs.align import align
+from cp_debug.programs.batchnorm_folding import fuse_model_bn
+from cp_debug.programs.export import export
+from cp_debug.programs.layers import layers_of
+from cp_debug.recipes.base import Arrays, Component, Model, Sample
+from cp_debug.serialize import json_safe
+
+
+class Key(NamedTuple):
+    """A value of a model: its component, and its name in that component's deployed graph."""
+
+    component: str
+    value: str
+
+
+class Export(NamedTuple):
+    """How modules become graphs."""
+
+    exporter: str = "dynamo"
+    opset: int | None = None
+    """None is the exporter's default."""
+    fused: bool = False
+    """Fold BatchNorm in torch, in front of linear layers too: INT8 scales belong to folded weights."""
+
+
+DEFAULT_EXPORT = Export()
+
+
+def prepare(
+    model: Model, sample: Sample, folder: Path, *, how: Export = DEFAULT_EXPORT, folded: bool = True
+) -> list[Program]:
+    """Export what comes as a module, align it, and open what comes as ONNX.
+
+    ``sample`` gives the example inputs; ``folder`` keeps the ONNX files and their alignment manifests.
+    """
+    programs = []
+    results: dict[str, Arrays] = {}
+    for component in model.components:
+        if component.module is None:
+            assert component.onnx_path is not None
+            programs.append(Program(component.name, Graph(component.onnx_path)))
+            continue
+        inputs = model.feed(component, sample, results)
+        results[component.name] = run_module(component, inputs)
+        programs.append(_export(component, inputs, folder, how, folded))
+    return programs
+
+
+def _export(component: Component, inputs: Mapping[str, np.ndarray], folder: Path, how: Export, folded: bool) -> Program:
+    module = component.module
+    assert module is not None
+    args = example_args(component, inputs)
+    path = export(
+        fuse_model_bn(module, args) if how.fused else module,
+        args,
+        folder / f"{component.name}.onnx",
+        input_names=component.input_names,
+        output_names=component.output_names,
+        dynamic_axes=component.dynamic_axes,
+        exporter=how.exporter,
+        opset=how.opset,
+        folded=folded,
+    )
+    graph = Graph(path)
+    alignment = align(graph, module, args, prefix=component.prefix)
+    alignment.save(path.with_suffix(".alignment.json"))
+    return Program(component.name, graph, module, alignment)
+
+
+def example_args(component: Component, inputs: Mapping[str, np.ndarray]) -> tuple[torch.Tensor, ...]:
+    """The inputs of a component's module as it takes them."""
+    return tuple(torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in component.input_names)
+
+
+def run_module(component: Component, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The outputs of a component's module by their names."""
+    assert component.module is not None
+    with torch.no_grad():
+        outputs = flatten_outputs(component.module(*example_args(component, inputs)))
+    return {n: t.numpy() for n, t in zip(component.output_names, outputs.values(), strict=True)}
+
+
+def load_test_programs(programs: Sequence[Program], path: Path) -> list[Program]:
+    """The programs of the test backends when ``--test-model`` gives them another file.
+
+    A model of several components takes a folder that holds ``<component>.onnx`` for those that differ.
+    """
+    if path.is_dir():
+        files = {p.name: path / f"{p.name}.onnx" for p in programs}
+        if not any(f.is_file() for f in files.values()):
+            raise InputError(f"--test-model: {path} holds none of {', '.join(f.name for f in files.values())}")
+    elif len(programs) == 1:
+        files = {programs[0].name: path}
+    else:
+        names = ", ".join(p.name for p in programs)
+        raise InputError(
+            f"--test-model: the model has the components {names}; expected a folder with their .onnx files"
+        )
+    return [_replace(p, files[p.name]) if files[p.name].is_file() or len(files) == 1 else p for p in programs]
+
+
+def _replace(program: Program, path: Path) -> Program:
+    graph = Graph(path)
+    expected = [v.name for v in program.graph.inputs]
+    if [v.name for v in graph.inputs] != expected:
+        raise InputError(f"--test-model: {path} takes {[v.name for v in graph.inputs]}; the reference takes {expected}")
+    manifest = path.with_suffix(".alignment.json")
+    return Program(program.name, graph, alignment=Alignment.load(manifest, graph) if manifest.is_file() else None)
+
+
+def changed_state(program: Program, *, train: bool, out_of_place: bool) -> Program:
+    """The same program with its module in another state: what people try by hand first.
+
+    Raises InputError for a program without a module.
+    """
+    if program.module is None:
+        raise InputError("--test-train-mode and --test-out-of-place need a torch module; this model is an ONNX file")
+    module = copy.deepcopy(program.module).train(train)
+    if out_of_place:
+        for child in module.modules():
+            if getattr(child, "inplace", False):
+                child.inplace = False  # type: ignore[assignment]
+    return replace(program, module=module)
+
+
+def value_map(reference: Program, test: Program) -> dict[str, str]:
+    """Test value → reference value: equal names first, then the same torch value in both alignments.
+
+    A layer with its BatchNorm folded in torch has the name of the layer, folded by the exporter that of the BatchNorm.
+    """
+    if test.graph is reference.graph:
+        return {v: v for v in reference.graph.producer}
+    known = set(reference.graph.producer)
+    mapping = {v: v for v in test.graph.producer if v in known}
+    if test.alignment is not None and reference.alignment is not None:
+        taken = set(mapping.values())
+        into = reference.alignment.absorbed
+        folded = {layer: norm for norm, layer in test.alignment.absorbed.items() if into.get(layer) == norm}
+        for link in test.alignment.links:
+            names = (link.torch or "", folded.get(link.torch or "", ""))
+            twins = [v for name in names for v in reference.alignment.onnx_for(name) if v not in taken]
+            if link.onnx not in mapping and twins:
+                mapping[link.onnx] = twins[0]
+                taken.add(twins[0])
+    return mapping
+
+
+class Pipeline:
+    """One backend with a session for each component. Use as a context manager."""
+
+    def __init__(self, model: Model, programs: Sequence[Program], backend: Backend) -> None:
+        self.model, self.programs, self.backend = model, programs, backend
+        self.sessions: dict[str, Session] = {}
+        self._stack = ExitStack()
+        self._realised = False
+
+    def __enter__(self) -> Pipeline:
+        check_kept(self.backend, self.programs)
+        try:
+            for program in self.programs:
+                self.sessions[program.name] = self.backend.open(program)
+                self._stack.callback(self.sessions[program.name].close)
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def run(self, sample: Sample, sink: Callable[[Key, Tensor], None] | None = None) -> dict[str, Arrays]:
+        """Run the chain; each component is fed this backend's own upstream outputs. Returns all components' outputs.
+
+        ``sink`` is given every component's inputs, then its exposed values in execution order; what Q/DQ pairs compute
+        that were put in here stays inside.
+        """
+        results: dict[str, Arrays] = {}
+        programs = {program.name: program for program in self.programs}
+        for component in self.model.components:
+            inputs = self.model.feed(component, sample, results)
+            forward = None
+            if sink is not None:
+                for name, array in inputs.items():
+                    sink(Key(component.name, name), array)
+                forward = _under(component.name, sink)
+            plain = programs[component.name].plain
+            shown = plain.producer.keys() if plain else None
+            results[component.name] = self.sessions[component.name].run(inputs, forward, shown)
+        if not self._realised:
+            check_realised(self.backend, [session.settings for session in self.sessions.values()])
+            self._realised = True
+        return results
+
+    def record(self) -> RunRecord:
+        """Spec, versions, device and settings as read back."""
+        backend, settings = self.backend, merge_settings({n: s.settings for n, s in self.sessions.items()})
+        return RunRecord(
+            str(backend.spec), backend.precision, backend.device, backend.emulated, backend.versions(), settings
+        )
+
+
+def check_kept(backend: Backend, programs: Sequence[Program]) -> None:
+    """Raise InputError for a node to keep in FP32 that no program has."""
+    names = {node.name for program in programs for node in program.graph.nodes}
+    if unknown := sorted(getattr(backend, "keep_fp32", frozenset()) - names):
+        near = difflib.get_close_matches(unknown[0], names, n=1, cutoff=0.0)[0]
+        raise InputError(f"keep_fp32: no ONNX node is called {unknown[0]!r}; nearest is {near!r}")
+
+
+def check_realised(backend: Backend, told: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse engines, by their settings, of which none runs any layer in the precision that their name claims."""
+    if all(settings.get("realised") is False for settings in told):
+        types = sorted({f"{k} {v:.0%}" for settings in told for k, v in settings["realised_precision"].items()})
+        raise InputError(
+            f"{backend.spec}: no layer of the built engine runs in {backend.precision} (layer inputs and outputs: "
+            f"{', '.join(types)}); other kernels were faster, or the model has nothing to run in it"
+        )
+
+
+def merge_settings(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What all components' sessions have in common and, under ``components``, what differs."""
+    first, *others = settings.values()
+    common = {k: v for k, v in first.items() if all(k in other and other[k] == v for other in others)}
+    rest = {name: {k: v for k, v in own.items() if k not in common} for name, own in settings.items()}
+    return common | ({"components": rest} if any(rest.values()) else {})
+
+
+def settings_by_component(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """``merge_settings`` undone; what all components share goes under the empty name where nothing differs."""
+    common = {k: v for k, v in settings.items() if k != "components"}
+    return {name: common | rest for name, rest in settings.get("components", {"": {}}).items()}
+
+
+def wants_int8(backend: Backend) -> bool:
+    """Whether a backend runs graphs with Q/DQ pairs."""
+    return backend.precision == "int8" and not getattr(backend, "implicit_int8", False)
+
+
+def choose_export(backends: Sequence[Backend], exporter: str | None) -> tuple[Export, str | None]:
+    """What every backend can read, and a note where that is not the default; ``exporter`` None leaves the choice."""
+    fused = any(map(wants_int8, backends))
+    limits = {str(b.spec): limit for b in backends if (limit := getattr(b, "largest_opset", None)) is not None}
+    if not limits:
+        return Export(exporter or "dynamo", fused=fused), None
+    spec = min(limits, key=limits.__getitem__)
+    # dynamo cannot write every operator at an old opset
+    chosen = Export(exporter or "torchscript", limits[spec], fused)
+    return chosen, f"exported with {chosen.exporter} at opset {chosen.opset}, up to which {spec} reads ONNX"
+
+
+def is_exported(model: Model) -> bool:
+    """Whether any part of a model comes as a module, which becomes a graph here."""
+    return any(component.module is not None for component in model.components)
+
+
+def header(pipeline: Pipeline, samples: Sequence[Sample]) -> dict[str, Any]:
+    """The manifest of a capture of this run: what ran, on what, in which settings, and what its layers are called."""
+    record = pipeline.record()
+    digests = "".join(program.graph.digest for program in pipeline.programs)
+    last = pipeline.model.components[-1]
+    return {
+        "backend": record.spec,
+        "precision": record.precision,
+        "emulated": record.emulated,
+        "versions": record.versions,
+        "device": record.device,
+        "settings": json_safe(record.settings),
+        "model": {"name": pipeline.model.name, "sha256": hashlib.sha256(digests.encode()).hexdigest()},
+        "inputs": [{name: array_hash(array) for name, array in sample.arrays.items()} for sample in samples],
+        "samples": [sample.source for sample in samples],
+        "layers": {p.name: {layer.onnx: layer.name for layer in layers_of([p])} for p in pipeline.programs},
+        "outputs": [[last.name, name] for name in last.output_names],
+    }
+
+
+def _under(component: str, sink: Callable[[Key, Tensor], None]) -> Callable[[str, Tensor], None]:
+    return lambda name, tensor: sink(Key(component, name), tensor)

@@ -1,0 +1,54 @@
+"""Which torch module the exporter says that an ONNX node comes from: a proposal, which numbers then verify."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterable
+
+from cp_debug.graph.graph import Graph, Node
+
+_DYNAMO_SCOPES = "pkg.torch.onnx.name_scopes"
+_CALL = re.compile(r"@\d+")
+_REPEAT = re.compile(r"_\d+(?=/|$)")
+
+
+def scope_hints(graph: Graph, called: Iterable[str]) -> dict[str, str]:
+    """Value → module path, where the exporter recorded one.
+
+    ``called`` are the paths of the modules whose forward ran, in any order. dynamo writes the path into the node's
+    metadata. TorchScript writes it into the node's name: one part for every called ancestor, each part the end of its
+    path from the last name that is not a number on (``backbone.blocks.0.3`` → ``/backbone/blocks.0/blocks.0.3/``).
+    """
+    paths = {_CALL.sub("", path) for path in called}
+    by_scope = {_torchscript_scope(path, paths): path for path in paths}
+    hints = {}
+    for node in graph.nodes:
+        path = _dynamo_path(node)
+        if path is None:
+            scope = node.name.rpartition("/")[0]
+            path = by_scope.get(scope, by_scope.get(_REPEAT.sub("", scope)))
+        if path is not None:
+            hints.update(dict.fromkeys(node.outputs, path))
+    return hints
+
+
+def _dynamo_path(node: Node) -> str | None:
+    for entry in node.proto.metadata_props:
+        if entry.key == _DYNAMO_SCOPES:
+            scopes = ast.literal_eval(entry.value)
+            return _CALL.sub("", scopes[-2]) if len(scopes) > 1 else None
+    return None
+
+
+def _torchscript_scope(path: str, called: set[str]) -> str:
+    parts = path.split(".")
+    scope = ""
+    for end in range(1, len(parts) + 1):
+        if ".".join(parts[:end]) not in called:
+            continue
+        start = end - 1
+        while start > 0 and parts[start].isdigit():
+            start -= 1
+        scope += "/" + ".".join(parts[start:end])
+    return scope

@@ -1,0 +1,161 @@
+"""INT8 on the fly: where a backend asks for it and the model is not quantised, it is calibrated on its own samples."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cp_debug.backends.base import Program
+from cp_debug.backends.executor import Executor
+from cp_debug.backends.tensorrt.calibration import Ranges
+from cp_debug.graph.graph import Graph
+from cp_debug.graph.qdq import insert_qdq, quantizable, weight_axis
+from cp_debug.graph.scales import LayerScales, Scales
+from cp_debug.programs.align import align
+from cp_debug.programs.pipeline import example_args, run_module
+from cp_debug.quantization.checkpoint import FILE, file_of, is_ptq_checkpoint
+from cp_debug.quantization.histogram import weight_amax
+from cp_debug.quantization.models import QuantizedComponent, quantize_model, with_modules
+from cp_debug.quantization.nodes import scales_by_node
+from cp_debug.quantization.onnx_ptq import weight_of
+from cp_debug.quantization.open_quantized import open_quantized
+from cp_debug.recipes.base import Arrays, Model, Sample
+from cp_debug.recipes.registry import load_model
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How a model is quantised that nobody quantised before."""
+
+    data: Path | None = None
+    """What to calibrate on; None: what is bisected, and more of its kind."""
+    samples: int = 8
+    method: str = "mse"
+    """``max``, ``percentile``, ``mse`` or ``entropy``."""
+    skip_layers: Sequence[str] = ()
+    """Globs over module paths; over node names where a program comes without a module."""
+
+
+DEFAULT_CALIBRATION = Calibration()
+
+
+def load_quantized(name: str, checkpoint: Path | None, seed: int) -> tuple[Model, Mapping[str, QuantizedComponent]]:
+    """A model, and its components in INT8 when ``checkpoint`` is what ``cpdebug quantize`` wrote (the file or its
+    folder): the model is then the FP32 one behind it, BatchNorm folded. Raises InputError as both loaders do.
+    """
+    file = None if checkpoint is None else file_of(checkpoint)
+    if file is None or not is_ptq_checkpoint(file):
+        return load_model(name, checkpoint=file, seed=seed), {}
+    model = load_model(name, seed=seed)
+    parts = open_quantized(model, file)
+    return with_modules(model, {part: found.folded for part, found in parts.items() if found.folded}), parts
+
+
+def calibrate(
+    model: Model, programs: Sequence[Program], samples: Iterable[Sample], calibration: Calibration
+) -> dict[str, QuantizedComponent]:
+    """The components in INT8: the model's modules, or the graphs where they were made from something else.
+
+    Raises InputError as ``quantize_model`` does.
+    """
+    calibrated = model if of_modules(model, programs) else _of_graphs(model, programs)
+    return quantize_model(calibrated, samples, method=calibration.method, skip_layers=calibration.skip_layers)
+
+
+def of_modules(model: Model, programs: Sequence[Program]) -> bool:
+    """Whether the programs were exported from the modules of ``model``."""
+    return all(p.module is not None and p.module is c.module for p, c in zip(programs, model.components, strict=True))
+
+
+def quantize_programs(
+    model: Model,
+    programs: Sequence[Program],
+    folder: Path,
+    samples: Iterable[Sample],
+    *,
+    parts: Mapping[str, QuantizedComponent] | None = None,
+    calibration: Calibration = DEFAULT_CALIBRATION,
+) -> tuple[list[Program], str]:
+    """``quantized_programs`` of programs without Q/DQ pairs: as ``parts`` says where they were exported from its model,
+    else calibrated now, on ``samples``; and how, in words, where it was now.
+
+    ``folder`` is made where it is missing. Raises InputError as ``quantize_model`` does.
+    """
+    samples, how = list(samples), ""
+    if not parts or not of_modules(model, programs):
+        parts = calibrate(model, programs, samples, calibration)
+        how = f"quantized on the fly: {calibration.method} on {len(samples)} sample(s)"
+    folder.mkdir(exist_ok=True)
+    return quantized_programs(model, programs, parts, samples[0], folder), how
+
+
+def quantized_programs(
+    model: Model,
+    programs: Sequence[Program],
+    parts: Mapping[str, QuantizedComponent],
+    sample: Sample,
+    folder: Path,
+) -> list[Program]:
+    """The programs in INT8: each has a Q/DQ graph in ``folder``, its calibration cache beside it, and a module with
+    fake quantisers where ``parts`` has one.
+
+    ``sample`` is run once, to find the quantised layers in the graph. Raises InputError when one is not found.
+    """
+    made = []
+    results: dict[str, Arrays] = {}
+    for component, program in zip(model.components, programs, strict=True):
+        part = parts[component.name]
+        if part.folded is None:
+            made.append(_with_pairs(replace(program, module=None), part.scales, folder))
+            continue
+        inputs = model.feed(component, sample, results)
+        results[component.name] = run_module(component, inputs)
+        alignment = align(program.graph, part.folded, example_args(component, inputs), prefix=component.prefix)
+        scales = scales_by_node(part.scales, alignment, program.graph)
+        made.append(_with_pairs(replace(program, module=part.module, alignment=alignment), scales, folder))
+    return made
+
+
+def with_ranges(graph: Graph, ranges: Ranges, target: Path) -> Graph:
+    """``graph`` as an engine computes it for which TensorRT's own calibrator chose the scales, written as ``target``.
+
+    Weights have one scale for each output channel.
+    """
+    executor, layers = Executor(graph, weight_cache=0), {}
+    for node in quantizable(graph):
+        if node.name in ranges.layers and (weight := weight_of(node, executor)).dim() > 1:
+            amax = weight_amax(weight, weight_axis(node, weight.dim()), "max")
+            layers[node.name] = LayerScales(ranges.layers[node.name], amax.numpy())
+    return Graph(insert_qdq(graph, layers, target, stored=ranges.stored))
+
+
+def already_quantized(programs: Sequence[Program]) -> list[Program] | None:
+    """The programs as they are when one of them has Q/DQ pairs, and the others so by intention; else None."""
+    if all(program.graph.precision != "int8" for program in programs):
+        return None
+    return [p if p.graph.precision == "int8" else replace(p, plain=p.graph) for p in programs]
+
+
+def with_modules_beside(programs: list[Program], model: Model, folder: Path) -> list[Program]:
+    """The programs of Q/DQ files with the fake-quantised modules of the checkpoint that lies in their folder."""
+    if not is_ptq_checkpoint(folder / FILE):
+        return programs
+    parts = open_quantized(model, folder / FILE)
+    return [replace(p, module=parts[p.name].module) if p.alignment else p for p in programs]
+
+
+def _of_graphs(model: Model, programs: Sequence[Program]) -> Model:
+    """The model with these graphs instead of its modules."""
+    changed = copy.copy(model)
+    graphs = {program.name: program.graph.path for program in programs}
+    changed.components = tuple(replace(c, module=None, onnx_path=graphs[c.name]) for c in model.components)
+    return changed
+
+
+def _with_pairs(program: Program, scales: Scales, folder: Path) -> Program:
+    graph = Graph(insert_qdq(program.graph, scales.layers, folder / f"{program.name}.int8.onnx", scales.adds))
+    scales.save(folder / f"{program.name}.scales.safetensors")
+    alignment = program.alignment and replace(program.alignment, graph_sha256=graph.digest)
+    return replace(program, graph=graph, alignment=alignment, scales=scales, plain=program.graph)

@@ -1,0 +1,13 @@
+"""The faces of results: ``display`` imports this module when the first one is shown."""
+
+from __future__ import annotations
+
+from cp_debug.bisect.result import BisectResult
+from cp_debug.display import register
+from cp_debug.mixed_precision.result import SearchResult
+from cp_debug.quantization.toggles import QuantizerRow
+from cp_debug.reports import notebook, quantization, search, tables
+
+register(BisectResult, tables.render, notebook.render_notebook)
+register(SearchResult, search.render)
+register(QuantizerRow, quantization.quantizers)
