@@ -14,7 +14,6 @@ _REASONS = {
     errno.ENAMETOOLONG: "the name is too long",
     errno.EISDIR: "it is a folder",
     errno.ENOTDIR: "a part of the path is no folder",
-    errno.ENOENT: "no such file or folder",
     errno.EEXIST: "it exists",
     errno.ENOTEMPTY: "the folder is not empty",
     errno.ELOOP: "a loop of symbolic links",

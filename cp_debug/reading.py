@@ -8,6 +8,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import date, time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,9 +25,13 @@ SHOWN = 3
 """Fields that a message names."""
 DEPTH = 64
 """Lists and objects in each other that a JSON document may have."""
+MOST = 50_000
+"""Values of a document of settings."""
+LONGEST = 100_000
+"""Characters of a text in settings."""
 LARGEST_DOCUMENT = 1 << 30
 """Bytes of a JSON document."""
-LARGEST_SETTINGS = 4 << 20
+LARGEST_SETTINGS = 1 << 20
 """Bytes of a file that a person writes: a configuration, settings."""
 
 
@@ -98,9 +103,44 @@ def typed(kind: type[T] | Any, document: Any, source: str) -> T:
         return TypeAdapter(kind).validate_python(document)
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False)
-        told = [f"{'.'.join(map(str, each['loc'])) or 'the document'}: {_said(each)}" for each in found[:SHOWN]]
+        told = [f"{_place(each['loc'])}: {_said(each)}" for each in found[:SHOWN]]
         more = [f"and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
         raise InputError(f"{source}: {'; '.join([*told, *more])}") from None
+
+
+def plain(document: Any, source: str) -> Any:
+    """Settings as text, numbers, lists and tables; dates become text.
+
+    What is shared within the document counts wherever it stands, so that none unfolds beyond ``MOST`` values. Raises
+    InputError, starting with ``source``, that names the key of anything else, and for what nests too deep.
+    """
+    room = [MOST]
+
+    def copy(value: Any, place: tuple[str, ...]) -> Any:
+        room[0] -= 1
+        where = f"{source}: {'.'.join(place)[:80] or 'the document'}"
+        if room[0] < 0 or len(place) > DEPTH:
+            raise InputError(f"{source}: unfolds to more than {MOST} values or {DEPTH} levels")
+        if isinstance(value, dict):
+            for key in value:
+                if not isinstance(key, str | int):
+                    raise InputError(f"{where}: the key {str(key)[:60]!r} is {type(key).__name__}; expected text")
+            return {key: copy(item, (*place, str(key))) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [copy(item, (*place, str(index))) for index, item in enumerate(value)]
+        if isinstance(value, str):
+            if "\0" in value or len(value) > LONGEST:
+                raise InputError(f"{where}: {'a null byte' if len(value) <= LONGEST else 'too long a text'}")
+            return value
+        if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 64:
+            raise InputError(f"{where}: a number of {value.bit_length()} bits; expected at most 64")
+        if isinstance(value, date | time):
+            return value.isoformat()
+        if value is None or isinstance(value, bool | int | float):
+            return value
+        raise InputError(f"{where}: {type(value).__name__}; expected text, a number, a list or a table")
+
+    return copy(document, ())
 
 
 def read_npz(path: Path, names: frozenset[str] | None = None) -> dict[str, np.ndarray]:
@@ -166,18 +206,21 @@ def _array(stream: IO[bytes], size: int, name: str) -> np.ndarray:
     read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
     if read is None:
         raise ValueError(f"{name} is in version {version} of the format; expected 1.0 or 2.0")
+    shape: tuple[Any, ...]
     shape, fortran, dtype = read(stream)
     if dtype.hasobject:
         raise ValueError(f"{name} holds Python objects; expected numbers")
     if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in shape):
         raise ValueError(f"{name} has the shape {shape}")
-    wanted, found = math.prod(shape) * dtype.itemsize, size - stream.tell()
+    sizes: list[int] = list(shape)
+    count = math.prod(sizes)
+    wanted, found = count * dtype.itemsize, size - stream.tell()
     if wanted != found:
         raise ValueError(f"{name} is {dtype}{list(shape)}, {wanted} bytes; {found} bytes follow")
-    values = np.frombuffer(bytearray(stream.read(wanted)), dtype, math.prod(shape)) if wanted else np.empty(0, dtype)
-    if not wanted and math.prod(shape):
+    if count and not wanted:
         raise ValueError(f"{name} has elements of no bytes")
-    return values.reshape(shape, order="F" if fortran else "C")
+    values = np.frombuffer(bytearray(stream.read(wanted)), dtype, count) if wanted else np.empty(0, dtype)
+    return values.reshape(sizes, order="F" if fortran else "C")
 
 
 @contextmanager
@@ -221,6 +264,13 @@ def _check_tree(document: Any) -> None:
             return
         level = following
     raise RecursionError
+
+
+def _place(keys: tuple[Any, ...]) -> str:
+    if not keys:
+        return "the document"
+    inner = ".".join(map(str, keys[1:]))
+    return f"field {str(keys[0])!r}{f' ({inner})' if inner else ''}"
 
 
 def _said(error: Any) -> str:

@@ -11,33 +11,11 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[1]
 PACKAGE = REPO / "cp_debug"
-ROOMS = [
-    "version",
-    "errors",
-    "safe_text",
-    "reading",
-    "files",
-    "optional",
-    "plugins",
-    "interpreter",
-    "progress",
-    "serialize",
-    "minimize",
-    "display",
-    "graph",
-    "probes",
-    "recipes",
-    "backends",
-    "programs",
-    "detection",
-    "quantization",
-    "bisect",
-    "mixed_precision",
-    "deploy",
-    "sweep",
-    "reports",
-    "cli",
-]
+ORDER = (
+    "version errors safe_text reading files optional plugins interpreter progress serialize minimize display "
+    "graph probes recipes backends programs detection quantization bisect mixed_precision deploy sweep reports cli"
+)
+ROOMS = ORDER.split()
 """A room imports from itself and from those before it in this list."""
 
 

@@ -92,7 +92,8 @@ def check_engines(folder: Path, programs: Sequence[Program], versions: Mapping[s
     file = folder / MANIFEST
     source = f"{file}: not the manifest of `cpdebug build`"
     manifest: dict[str, Any] = typed(dict[str, Any], read_json(file, what="manifest"), source)
-    engines = {each.component: each for each in typed(list[Built], manifest.get("engines"), source)}
+    built: list[Built] = typed(list[Built], manifest.get("engines"), source)
+    engines = {each.component: each for each in built}
     machine: dict[str, str] = typed(dict[str, str], {key: manifest.get(key) for key in MACHINE}, source)
     for each in engines.values():
         within(folder, each.file, str(file))

@@ -88,7 +88,7 @@ def read_voxels(path: Path, config: CenterPointConfig) -> Voxels:
     """
     archive = read_npz(path)
     if missing := [name for name in Voxels._fields if name not in archive]:
-        raise InputError(f"{path}: has no {missing[0]}; expected an .npz file with {', '.join(Voxels._fields)}")
+        raise InputError(f"{path}: expected an .npz file with {', '.join(Voxels._fields)}; it has no {missing[0]}")
     voxels, counts, coors = (archive[name] for name in Voxels._fields)
     for name, array, kinds in (("voxels", voxels, "f"), ("num_points", counts, "iu"), ("coors", coors, "iu")):
         if array.dtype.kind not in kinds or not array.dtype.isnative:

@@ -115,7 +115,10 @@ class Alignment:
     @classmethod
     def load(cls, path: Path, graph: Graph) -> Alignment:
         """Read the manifest of ``graph``. Raises InputError when it is unreadable or belongs to another graph."""
-        found = read_json(path, what="alignment manifest")
+        try:
+            found = read_json(path, what="alignment manifest")
+        except InputError as error:
+            raise InputError(f"{path}: not an alignment manifest ({error})") from None
         schema = found.get("schema") if isinstance(found, dict) else None
         if schema != SCHEMA:
             raise InputError(f"{path}: schema is {schema!r}; expected {SCHEMA!r}")

@@ -259,7 +259,8 @@ class Capture:
         if entry is None:
             raise InputError(f"{self.folder}: has no tensor {name!r} of sample {sample}, component {component!r}")
         path = self.folder / entry.file
-        check_file(path, "tensor's file")
+        if path.exists():
+            check_file(path, "tensor's file")
         try:
             with path.open("rb") as stream:
                 mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)

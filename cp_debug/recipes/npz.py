@@ -42,6 +42,8 @@ def _files(inputs: Path) -> Iterator[Path]:
 
 
 def _read(file: Path) -> dict[str, np.ndarray]:
+    if not file.exists():
+        raise InputError(f"--inputs: no such file {file}")
     try:
         return read_npz(file)
     except InputError as error:

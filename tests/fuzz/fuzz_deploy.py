@@ -28,7 +28,7 @@ FULL: dict[str, Any] = {
     },
     "tensorrt": {"precision": "auto", "workspace_mib": 64, "python": None, "timing_cache": None, "keep_fp32": []},
     "data": {"path": None, "root": None, "sweeps": 0, "skip_missing": False, "first": 0},
-    "verify": {"enabled": False, "samples": 1, "tolerances": {"ort": 0.5}, "max_abs": 0.5, "scenarios": None},
+    "verify": {"enabled": False, "samples": 1, "tolerances": {"fp32": 0.5}, "max_abs": 0.5, "scenarios": None},
 }
 
 YAML = (

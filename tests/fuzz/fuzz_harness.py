@@ -29,7 +29,7 @@ LINES = 12
 LENGTH = 6000
 """Lines and characters of an error message."""
 MEMORY = 12 << 30
-EXPECTED = (0, 1, 2, 3)
+EXPECTED = (0, 1, 2, 3, 130)
 _TEXTS = {".md", ".html", ".csv", ".svg", ".xml"}
 _LEFT_OVER = re.compile(r"\.partial$|^\.(export|alignment|engine|capture|work|tmp)|^tmp[a-z0-9_]{8}$|^cpdebug-")
 

@@ -210,7 +210,7 @@ DEPLOY: dict[str, Any] = {
     "work_dir": "work",
     "export": {"mode": "onnx", "opset": 17, "exporter": "torchscript"},
     "components": {"Net": {"onnx_file": "net.onnx"}},
-    "verify": {"enabled": True, "samples": 1, "tolerances": {"ort": 0.5}},
+    "verify": {"enabled": True, "samples": 1, "tolerances": {"fp32": 0.5}},
     "evaluate": {"enabled": False},
 }
 
