@@ -97,7 +97,9 @@ def main() -> None:
             replays = [row.replay for row in result.rows if row.replay and row.replay.step is not None]
             figures["excess"] += [r.excess for r in replays if r.excess is not None]
             figures["channel_excess"] += [r.channel_excess for r in replays if r.channel_excess]
-            figures["agreement, dB"] += [-20 * float(np.log10(max(r.departs or 0.0, 1e-8))) for r in replays]
+            figures["agreement, dB"] += [
+                -20 * float(np.log10(max(r.deviation_from_scales or 0.0, 1e-8))) for r in replays
+            ]
         silent, found = not wrong, []
         for seed in range(options.seed, options.seed + options.cases):
             kind, layer, guilty, causes = faulty(seed, Path(name))

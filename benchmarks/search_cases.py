@@ -30,7 +30,7 @@ from cp_debug.graph.unquantize import quantized_inputs, remove_qdq
 from cp_debug.mixed_precision.fusion_groups import Kept, Unit, units_of
 from cp_debug.mixed_precision.goal import Goal
 from cp_debug.mixed_precision.judge import Judge
-from cp_debug.mixed_precision.trials import EmulatedRunner, Precision
+from cp_debug.mixed_precision.trials import EmulatedRunner, TrialPrecision
 from cp_debug.recipes.registry import load_model
 from tests.nets import NetBuilder
 
@@ -69,10 +69,10 @@ class Trials:
         plain = program
         if quantized := quantized_inputs(program.graph):
             plain = Program(path.stem, Graph(remove_qdq(program.graph, quantized, path.with_suffix(".plain.onnx"))))
-        precision = Precision(backend.removeprefix("emu-"))
+        precision = TrialPrecision(backend.removeprefix("emu-"))
         samples = list(model.samples(1, 0, None))
         self.units = units_of(program, precision.candidates(program.graph))
-        exact = EmulatedRunner(model, [plain], samples, Precision("fp16"), "cpu")
+        exact = EmulatedRunner(model, [plain], samples, TrialPrecision("fp16"), "cpu")
         everything = frozenset(units_of(plain, {node.name for node in plain.graph.nodes}))
         self._judge = Judge(model, samples, exact.run(everything), Goal.parse("rel_l2<1"))
         self._runner = EmulatedRunner(model, [program], samples, precision, "cpu")

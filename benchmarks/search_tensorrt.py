@@ -31,7 +31,7 @@ from cp_debug.backends.base import Program
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import parse_backends
-from cp_debug.backends.tensorrt.client import Client
+from cp_debug.backends.tensorrt.client import RunnerClient
 from cp_debug.backends.tensorrt.session import output_distance
 from cp_debug.bisect.faults.edits import Editor, rescale
 from cp_debug.files import write_text
@@ -150,7 +150,7 @@ def check(golden: Path, checks: Path, limit: float) -> int:
         step = {"command": "run", "device": 0, "engine": str(Path("polygraphy_debug.engine").resolve()),
                 "inputs": files, "folder": str(folder / "run"), "names": sorted(expected), "listener": None,
                 "repeat": 0}  # fmt: skip
-        (ran,) = Client().execute([step])
+        (ran,) = RunnerClient().execute([step])
         found = {entry["name"]: np.load(entry["file"]) for entry in ran["tensors"]}
     distance = output_distance(expected, found)
     with checks.open("a") as stream:

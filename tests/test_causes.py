@@ -21,7 +21,7 @@ from cp_debug.backends.rounding import round_tf32
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.backends.torch_backend import TorchBackend
 from cp_debug.bisect.causes.search import Explanation, explain
-from cp_debug.bisect.causes.segment import Lab, Segment
+from cp_debug.bisect.causes.segment import Segment, SegmentContext
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.faults.precision import LoweredBackend
 from cp_debug.detection.detection_change import DetectionChange, compare_detections
@@ -57,14 +57,14 @@ def segment(graph: Graph, target: str, claim: str = "fp32", known: tuple[str, ..
     given = {"x": torch.randn(1, CHANNELS, SIZE, SIZE), **inputs}
     values: dict[str, Tensor] = dict(given)
     Executor(graph, FP32).run(given, lambda name, value: values.__setitem__(name, value))
-    lab = Lab(Program("net", graph), Executor(graph, FP64), claim)
+    context = SegmentContext(Program("net", graph), Executor(graph, FP64), claim)
     kept = known or tuple(v for v in graph.values if not target.startswith("norm") or v in ("conv", target))
-    return Segment.of(lab, target, [k for k in kept if k != target], lambda name: values[name])
+    return Segment.of(context, target, [k for k in kept if k != target], lambda name: values[name])
 
 
 def spoilt(found: Segment, test: Tensor) -> Segment:
     """The same segment when the backend's result is ``test``, stored in FP32."""
-    return Segment(found.lab, found.nodes, found.target, found.given, test.float())
+    return Segment(found.context, found.nodes, found.target, found.given, test.float())
 
 
 def named(found: Segment) -> Explanation:
@@ -188,9 +188,9 @@ def test_other_weights_are_learnt_and_tried_on_the_other_half(tmp_path: Path) ->
     graph = Graph(net.save(tmp_path / "net.onnx", {"x": (1, [1, 4, 32, 32])}, ["conv"]))
     torch.manual_seed(0)
     given = {"x": torch.randn(1, 4, 32, 32)}
-    lab = Lab(Program("net", graph), Executor(graph, FP64), "fp32")
-    exact = lab.oracle.run(given)["conv"]
-    found = Segment(lab, graph.nodes, "conv", given, exact)
+    context = SegmentContext(Program("net", graph), Executor(graph, FP64), "fp32")
+    exact = context.oracle.run(given)["conv"]
+    found = Segment(context, graph.nodes, "conv", given, exact)
     explanation = named(spoilt(found, other_weights(found)))
     assert explanation.cause is not None
     assert explanation.cause.cause == "other-weights"
@@ -202,8 +202,8 @@ def test_another_order_of_fp16_sums_is_named_by_its_magnitude(tmp_path: Path) ->
     net.conv("x", 128, 8, name="conv")
     graph = Graph(net.save(tmp_path / "net.onnx", {"x": (1, [1, 128, 20, 20])}, ["conv"]))
     given = {"x": torch.randn(1, 128, 20, 20, generator=torch.Generator().manual_seed(0)).half().float()}
-    lab = Lab(Program("net", graph), Executor(graph, FP32), "fp16")
-    found = Segment(lab, graph.nodes, "conv", given, lab.oracle.run(given)["conv"])
+    context = SegmentContext(Program("net", graph), Executor(graph, FP32), "fp16")
+    found = Segment(context, graph.nodes, "conv", given, context.oracle.run(given)["conv"])
     first, other = (found.run(replace(FP16ACC, tile=tile)) for tile in (64, 48))
     exact_order, another_order = (named(spoilt(found, test)) for test in (first, other))
     assert exact_order.cause is not None
@@ -218,7 +218,7 @@ def test_another_order_of_fp16_sums_is_named_by_its_magnitude(tmp_path: Path) ->
 def test_underflow_and_flushed_subnormals(net: Graph, size: float, cause: str) -> None:
     relu = segment(net, "relu", claim="fp16")
     small = {"conv": size * torch.randn(1, CHANNELS, SIZE, SIZE, generator=torch.Generator().manual_seed(4))}
-    found = Segment(relu.lab, relu.nodes, "relu", small, relu.test)
+    found = Segment(relu.context, relu.nodes, "relu", small, relu.test)
     flushed = torch.where(found.exact < 2**-14, 0.0, found.exact.half().double())
     explanation = named(spoilt(found, found.claimed if cause == "fp16-underflow" else flushed))
     assert explanation.cause is not None

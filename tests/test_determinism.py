@@ -76,3 +76,20 @@ def test_the_seed_decides_what_is_random() -> None:
             draws.append(torch.rand(4))
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
+
+
+def test_the_compiler_is_only_imported_where_something_is_compiled() -> None:
+    """Importing it takes 1.7 s; where it is loaded, compiled modules are deterministic, too."""
+    script = """
+import sys, torch
+from cp_debug.backends.determinism import deterministic
+with deterministic() as settings:
+    print(settings["deterministic_algorithms"], settings["deterministic_algorithms_warn_only"])
+print("torch._inductor" in sys.modules, torch.are_deterministic_algorithms_enabled())
+import torch._dynamo, torch._inductor.config
+with deterministic():
+    print(torch._inductor.config.deterministic)
+print(torch._inductor.config.deterministic, torch.are_deterministic_algorithms_enabled())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True", "False", "False", "True", "False", "False"]

@@ -74,7 +74,7 @@ def test_an_edit_spoils_one_layer(
     change(editor, value, *arguments)
     result = bisect(str(path), "ort,ort-none", test_model=editor.save(tmp_path / "spoilt.onnx")).tests[0]
     assert [row.onnx for row in result.guilty] == [value]
-    assert all((row.share is None) == bool(row.replay and row.replay.born) for row in result.guilty)
+    assert all((row.share is None) == bool(row.replay and row.replay.new_nonfinite) for row in result.guilty)
 
 
 def shape_of(path: Path, value: str) -> list[int]:

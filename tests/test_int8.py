@@ -81,7 +81,11 @@ def result(model: TorchModel, tmp_path_factory: pytest.TempPathFactory) -> Bisec
 
 
 def departures(test: TestResult) -> list[float]:
-    return [row.replay.departs for row in test.rows if row.replay and row.replay.departs is not None]
+    return [
+        row.replay.deviation_from_scales
+        for row in test.rows
+        if row.replay and row.replay.deviation_from_scales is not None
+    ]
 
 
 def test_healthy_layers_introduce_what_int8_must(result: BisectResult) -> None:

@@ -20,7 +20,7 @@ from cp_debug.recipes.centerpoint.config import TINY
 from cp_debug.recipes.centerpoint.model import build_model
 from cp_debug.recipes.centerpoint.recipe import WEIGHTS, CenterPointModel
 from cp_debug.recipes.checkpoint import read_state_dict
-from cp_debug.recipes.mmdet3d.client import ENVIRONMENT, Client
+from cp_debug.recipes.mmdet3d.client import ENVIRONMENT, DetectorClient
 from cp_debug.recipes.mmdet3d.layers import DetectorLayers
 from cp_debug.recipes.mmdet3d.recipe import Mmdet3dCenterPoint
 from cp_debug.recipes.registry import load_model
@@ -56,7 +56,7 @@ def test_a_pillar_centerpoint_is_this_projects_own_with_its_weights(python: Path
 
 
 def test_weights_are_random_from_the_seed(python: Path, tmp_path: Path) -> None:
-    client, file = Client(), tmp_path / "weights.pt"
+    client, file = DetectorClient(), tmp_path / "weights.pt"
     config = client.call("configs").result["configs"]["voxel_net"]
     found = []
     for seed in (1, 1, 2):
@@ -178,7 +178,7 @@ def test_a_detector_that_crashes(python: Path, tmp_path: Path) -> None:
 
 
 def test_the_process_ends_with_its_client(python: Path) -> None:
-    client = Client()
+    client = DetectorClient()
     assert set(client.call("configs").result["configs"]) == {"centerpoint_pillar_tiny", "voxel_net"}
     assert client._interpreter is not None
     process = client._interpreter.process

@@ -15,7 +15,7 @@ from cp_debug.errors import InputError
 from cp_debug.recipes.centerpoint.config import NUS_PILLAR02
 from cp_debug.recipes.centerpoint.model import build_model
 from cp_debug.recipes.centerpoint.recipe import WEIGHTS, CenterPointModel
-from cp_debug.recipes.mmdet3d.client import ENVIRONMENT, Client
+from cp_debug.recipes.mmdet3d.client import ENVIRONMENT, DetectorClient
 from cp_debug.recipes.mmdet3d.layers import DetectorLayers
 from cp_debug.recipes.mmdet3d.recipe import Mmdet3dCenterPoint, stage_differences
 from cp_debug.recipes.registry import load_model
@@ -61,7 +61,7 @@ model = dict(
 
 def real_stages(checkpoint: Path, points: np.ndarray) -> dict[str, np.ndarray]:
     """What mmdet3d computes."""
-    client = Client()
+    client = DetectorClient()
     client.call("open", config=client.call("configs").result["configs"][PILLARS], seed=0)
     client.call("load", file=str(checkpoint))
     return dict(client.call("stages", {"points": points}).arrays)
@@ -98,7 +98,7 @@ def test_the_recipe_equals_mmdet3d_with_fitted_weights_on_a_real_frame(shared: P
 
 
 def test_bisect_a_config_file(tmp_path: Path) -> None:
-    base = Client().call("configs").result["configs"][PILLARS]
+    base = DetectorClient().call("configs").result["configs"][PILLARS]
     config = tmp_path / "tiny.py"
     config.write_text(TINY.format(base=base))
     model = load_model(f"mmdet3d:{config}", checkpoint=WEIGHTS / "tiny.safetensors")

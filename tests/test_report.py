@@ -30,7 +30,7 @@ from cp_debug.bisect.result import GUILTY, BisectResult
 from cp_debug.cli.main import app
 from cp_debug.detection.changes import GAINED, KEPT, LOST, MOVED_BOX, changes
 from cp_debug.errors import CpdebugError, InputError, MissingPackage
-from cp_debug.programs.scene import Boxes, Scene, keep_scene
+from cp_debug.programs.scene import DecodedBoxes, Scene, keep_scene
 from cp_debug.recipes.base import Sample
 from cp_debug.reports.evidence import charts, evidence, worst_elements
 from cp_debug.reports.files import write_json
@@ -54,11 +54,11 @@ FINDING = {
 }
 
 
-def boxes(places: list[list[float]], scores: list[float], labels: list[int]) -> Boxes:
+def boxes(places: list[list[float]], scores: list[float], labels: list[int]) -> DecodedBoxes:
     """Boxes of 4 × 2 m at x, y."""
     rest = np.tile([0.0, 4.0, 2.0, 1.5, 0.3, 0.0, 0.0], (len(places), 1))
     whole = np.hstack((np.reshape(places, (-1, 2)), rest)).astype(np.float32)
-    return Boxes(whole, np.array(scores, np.float32), np.array(labels, np.int32))
+    return DecodedBoxes(whole, np.array(scores, np.float32), np.array(labels, np.int32))
 
 
 REFERENCE = boxes([[0, 0], [10, 0], [20, 0], [30, 5]], [0.9, 0.8, 0.7, 0.6], [0, 0, 1, 1])

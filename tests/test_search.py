@@ -33,7 +33,7 @@ from cp_debug.mixed_precision.judge import Measured
 from cp_debug.mixed_precision.log import Trial, TrialLog
 from cp_debug.mixed_precision.mixed_graph import MixedExecutor
 from cp_debug.mixed_precision.strategy import smallest
-from cp_debug.mixed_precision.trials import Precision, precision_of
+from cp_debug.mixed_precision.trials import TrialPrecision, precision_of
 
 # ---- goals
 
@@ -100,7 +100,7 @@ def program_of(path: Path) -> Program:
 
 def test_activations_and_normalisations_belong_to_their_layer(tmp_path: Path) -> None:
     program = program_of(second_like(tmp_path / "net.onnx", depth=1))
-    candidates = Precision("fp16").candidates(program.graph)
+    candidates = TrialPrecision("fp16").candidates(program.graph)
     units = units_of(program, candidates)
     ops = {n.name: n.op for n in program.graph.nodes}
     kinds = [tuple(ops[n] for n in u.nodes) for u in units]
@@ -114,7 +114,7 @@ def test_activations_and_normalisations_belong_to_their_layer(tmp_path: Path) ->
 
 def test_a_layer_ends_where_others_read_it(tmp_path: Path) -> None:
     program = program_of(residual(tmp_path / "net.onnx"))
-    units = units_of(program, Precision("fp16").candidates(program.graph))
+    units = units_of(program, TrialPrecision("fp16").candidates(program.graph))
     ops = {n.name: n.op for n in program.graph.nodes}
     kinds = [tuple(ops[n] for n in u.nodes) for u in units]
     assert ("Add", "Relu") in kinds, "two branches meet: a layer of its own"
@@ -123,7 +123,7 @@ def test_a_layer_ends_where_others_read_it(tmp_path: Path) -> None:
 
 def test_engine_layers_regroup(tmp_path: Path) -> None:
     program = program_of(second_like(tmp_path / "net.onnx", depth=0))
-    units = units_of(program, Precision("fp16").candidates(program.graph))
+    units = units_of(program, TrialPrecision("fp16").candidates(program.graph))
     first, second, *rest = units
     everything = [n for u in units for n in u.nodes]
     layers = [
@@ -152,7 +152,7 @@ def test_which_backends_can_be_searched() -> None:
 @pytest.mark.parametrize("precision", ["fp16", "fp16acc", "bf16", "tf32"])
 def test_mixed_runs_are_those_of_the_emulated_backend(tmp_path: Path, precision: str) -> None:
     program = program_of(second_like(tmp_path / "net.onnx", depth=1, size=16))
-    graph, rules = program.graph, Precision(precision)
+    graph, rules = program.graph, TrialPrecision(precision)
     units = units_of(program, rules.candidates(graph))
     inputs = random_inputs(graph.inputs, 3)
     mixed = MixedExecutor(graph, ARITHMETICS[precision], "cpu")

@@ -21,7 +21,7 @@ from cp_debug.mixed_precision.int8_sensitivity import (
     merge_trials,
     run_trials,
 )
-from cp_debug.mixed_precision.int8_trials import FLOAT, INT8, Bench, Trial
+from cp_debug.mixed_precision.int8_trials import FLOAT, INT8, Bench, Int8Trial
 from cp_debug.quantization.open_quantized import modules_of, open_quantized
 from cp_debug.quantization.ptq import quantize_ptq
 from cp_debug.recipes.base import Sample
@@ -140,7 +140,7 @@ def test_a_change_in_one_head_computes_that_head_alone(images: Tensor) -> None:
 
 
 def test_errors_are_those_of_the_layers(bench: Bench, net: Net, quantized: nn.Module, samples: list[Sample]) -> None:
-    alone, all_, none = bench.measure(samples, [Trial(FLOAT, ("second",)), Trial(INT8), Trial(FLOAT)])
+    alone, all_, none = bench.measure(samples, [Int8Trial(FLOAT, ("second",)), Int8Trial(INT8), Int8Trial(FLOAT)])
     assert none.outputs == {"first": 0.0, "second": 0.0}
     assert none.error == 0
     assert alone.outputs["first"] == 0
@@ -169,7 +169,7 @@ def test_quantisers_are_on_again_afterwards(bench: Bench, quantized: nn.Module, 
     x = torch.from_numpy(samples[0].arrays["x"])
     with torch.no_grad():
         before = quantized(x)["first"]
-        bench.measure(samples[:1], [Trial(FLOAT, ("fragile",)), Trial(INT8, ("stem", "second"))])
+        bench.measure(samples[:1], [Int8Trial(FLOAT, ("fragile",)), Int8Trial(INT8, ("stem", "second"))])
         assert torch.equal(quantized(x)["first"], before)
 
 
@@ -190,7 +190,7 @@ def test_bad_input(model: TorchModel, bench: Bench, net: Net, samples: list[Samp
     with pytest.raises(InputError, match="no layer of net is quantised"):
         Bench(model, {"Net": net})
     with pytest.raises(InputError, match="no quantised layer 'stemm'; nearest is stem"):
-        bench.measure(samples, [Trial(INT8, ("stemm",))])
+        bench.measure(samples, [Int8Trial(INT8, ("stemm",))])
     with pytest.raises(InputError, match="no sample"):
         build_sensitivity_profile(model, {"Net": bench.modules["Net"]}, [])
     with pytest.raises(InputError, match="expected fp32 or int8 without one"):

@@ -252,7 +252,11 @@ def test_what_the_calibrator_chose_explains_the_engine(
     found = calibrated(tmp_path, X)
     rows = {row.onnx: row for row in found.rows}
     assert [name for name, row in rows.items() if row.replay and row.replay.step] == ["r1", "r2", "r3"]
-    assert all(row.replay.departs < 1e-5 for row in rows.values() if row.replay and row.replay.departs is not None)
+    assert all(
+        row.replay.deviation_from_scales < 1e-5
+        for row in rows.values()
+        if row.replay and row.replay.deviation_from_scales is not None
+    )
     assert (found.guilty, found.observation.observer_gap) == ([], 0.0)
     (note,) = found.notes  # and none about an exporter: the model is an ONNX file
     assert "every layer, given its own inputs, agrees with what its scales say bit for bit" in note

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cp_debug.backends.tensorrt.client import ENVIRONMENT, Client
+from cp_debug.backends.tensorrt.client import ENVIRONMENT, RunnerClient
 from cp_debug.errors import BackendUnavailable, InputError
 
 STEPS = [{"command": "build", "onnx": "net.onnx"}]
@@ -35,7 +35,7 @@ def test_results_and_events_arrive(tmp_path: Path) -> None:
     events = []
     lines = [SAY, 'print("hello from a library")', "job = json.loads((folder / 'job.json').read_text())"]
     lines += ["assert job['steps'][0]['onnx'] == 'net.onnx'", ANSWER]
-    client = Client(interpreter(tmp_path, *lines), on_event=events.append)
+    client = RunnerClient(interpreter(tmp_path, *lines), on_event=events.append)
     assert client.execute(STEPS) == [{"seconds": 1}]
     assert [event["event"] for event in events] == ["step", "output"]
 
@@ -45,7 +45,7 @@ def test_a_crash_names_the_signal_and_the_last_words(tmp_path: Path, through_a_s
     kill = "os.kill(os.getpid(), signal.SIGSEGV)"
     if through_a_shell:
         kill = f'sys.exit(__import__("subprocess").run([sys.executable, "-c", "import os, signal; {kill}"]) and 139)'
-    client = Client(interpreter(tmp_path, SAY, 'print("tuning conv 7", flush=True)', kill), spec="trt-fp16")
+    client = RunnerClient(interpreter(tmp_path, SAY, 'print("tuning conv 7", flush=True)', kill), spec="trt-fp16")
     with pytest.raises(
         BackendUnavailable, match=r"(?s)died: Segmentation fault \(in build\).*\| tuning conv 7"
     ) as caught:
@@ -57,7 +57,7 @@ def test_a_crash_names_the_signal_and_the_last_words(tmp_path: Path, through_a_s
 def test_a_hang_ends_at_the_limit_with_its_children(tmp_path: Path) -> None:
     note = tmp_path / "child"
     child = f"p = __import__('subprocess').Popen(['sleep', '60']); Path({str(note)!r}).write_text(str(p.pid))"
-    client = Client(interpreter(tmp_path, SAY, child, "time.sleep(60)"), time_limit=1.5)
+    client = RunnerClient(interpreter(tmp_path, SAY, child, "time.sleep(60)"), time_limit=1.5)
     started = time.monotonic()
     with pytest.raises(BackendUnavailable, match=r"did not end within 1\.5 s \(last command: build\)"):
         client.execute(STEPS)
@@ -77,7 +77,7 @@ def gone(pid: int) -> bool:
 
 def test_ctrl_c_kills_the_process(tmp_path: Path) -> None:
     note = tmp_path / "pid"
-    client = Client(interpreter(tmp_path, f"Path({str(note)!r}).write_text(str(os.getpid()))", "time.sleep(60)"))
+    client = RunnerClient(interpreter(tmp_path, f"Path({str(note)!r}).write_text(str(os.getpid()))", "time.sleep(60)"))
 
     def interrupt() -> None:
         while not note.exists() or not note.read_text():
@@ -104,7 +104,7 @@ def test_ctrl_c_kills_the_process(tmp_path: Path) -> None:
 )
 def test_garbage_is_no_result(tmp_path: Path, line: str) -> None:
     with pytest.raises(BackendUnavailable, match="left no result"):
-        Client(interpreter(tmp_path, line)).execute(STEPS)
+        RunnerClient(interpreter(tmp_path, line)).execute(STEPS)
 
 
 def test_a_huge_log_is_passed_on_and_not_kept(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_a_huge_log_is_passed_on_and_not_kept(tmp_path: Path) -> None:
         count, longest = count + 1, max(longest, len(event.get("text", "")))
 
     lines = ["for i in range(100_000): print('noise', i)", "sys.stdout.write('x' * (1 << 22)); sys.stdout.flush()"]
-    client = Client(interpreter(tmp_path, *lines, "os.write(1, b'\\xff\\xfe\\n')", ANSWER), on_event=on_event)
+    client = RunnerClient(interpreter(tmp_path, *lines, "os.write(1, b'\\xff\\xfe\\n')", ANSWER), on_event=on_event)
     assert client.execute(STEPS) == [{"seconds": 1}]
     assert count > 100_000
     assert longest <= 1 << 17
@@ -139,7 +139,9 @@ def test_a_huge_log_is_passed_on_and_not_kept(tmp_path: Path) -> None:
 )
 def test_errors_say_what_to_do(tmp_path: Path, kind: str, error: type[Exception], text: str) -> None:
     told = {"results": [], "error": {"kind": kind, "message": "because", "nodes": ["/up/ConvTranspose"]}}
-    client = Client(interpreter(tmp_path, f"(folder / 'result.json').write_text(json.dumps({told!r}))", "sys.exit(1)"))
+    client = RunnerClient(
+        interpreter(tmp_path, f"(folder / 'result.json').write_text(json.dumps({told!r}))", "sys.exit(1)")
+    )
     with pytest.raises(error, match=text) as caught:
         client.execute(STEPS)
     assert "because" in str(caught.value)
@@ -151,15 +153,15 @@ def test_where_there_is_no_tensorrt(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     with pytest.raises(
         BackendUnavailable, match=r"(?s)pip install.*CPDEBUG_TRT_PYTHON.*nearest.*emu-fp16acc"
     ) as caught:
-        Client(spec="trt-fp16@cuda:0")
+        RunnerClient(spec="trt-fp16@cuda:0")
     assert caught.value.exit_code == 3
     with pytest.raises(BackendUnavailable, match="cannot be run"):
-        Client(str(tmp_path / "nothing"))
+        RunnerClient(str(tmp_path / "nothing"))
     with pytest.raises(BackendUnavailable, match="is not a Python interpreter"):
-        Client("/bin/echo")
+        RunnerClient("/bin/echo")
     monkeypatch.setenv(ENVIRONMENT, "/bin/false")
     with pytest.raises(BackendUnavailable, match="/bin/false is not a Python interpreter"):
-        Client()
+        RunnerClient()
 
 
 def test_an_interpreter_that_lacks_tensorrt(tmp_path: Path) -> None:
@@ -171,7 +173,7 @@ def test_an_interpreter_that_lacks_tensorrt(tmp_path: Path) -> None:
     script.write_text(f'#!/bin/sh\nPYTHONPATH={site} exec {sys.executable} "$@"\n')
     script.chmod(0o755)
     with pytest.raises(BackendUnavailable, match=r"has no package 'tensorrt'"):
-        Client(str(script)).probe()
+        RunnerClient(str(script)).probe()
 
 
 def test_the_runner_leaves_no_half_written_result(tmp_path: Path) -> None:
@@ -193,7 +195,7 @@ def test_one_process_takes_job_after_job_until_it_dies(tmp_path: Path) -> None:
         '    print(\'{"event": "done"}\', flush=True)',
     ]
     lines += ["    folder = Path(sys.stdin.readline().strip())"]
-    client = Client(interpreter(tmp_path, *lines))
+    client = RunnerClient(interpreter(tmp_path, *lines))
     for _ in range(3):
         assert client.execute(STEPS) == [{"seconds": 1}]
     assert note.read_text() == "x"

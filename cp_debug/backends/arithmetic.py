@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cp_debug.backends.rounding import round_bf16, round_fp16, round_tf32, truncate_tf32
+from cp_debug.graph.graph import Graph
 
 Rounding = Callable[[Tensor], Tensor]
 
@@ -110,3 +111,23 @@ INT8 = Arithmetic("int8")
 """FP32 between the graph's own QuantizeLinear and DequantizeLinear nodes: what they let through is exact in FP32."""
 
 ARITHMETICS = {a.name: a for a in (FP64, FP32, TF32, BF16, FP16, FP16ACC, INT8)}
+
+_KEEPS_BITS = {"fp64": 53, "fp32": 24, "tf32": 24, "int8": 24, "fp16": 11, "fp16acc": 11, "bf16": 8}
+"""Significant bits of the values that each arithmetic stores."""
+
+
+def overrides_of(graph: Graph, narrow: Mapping[str, str], base: Arithmetic) -> dict[str, Arithmetic]:
+    """The nodes of ``graph`` that compute in less than ``base``, by name: each as the narrowest of its results that
+    ``narrow`` (value → ``fp16`` or ``bf16``) tells of. An exact arithmetic (FP64) has none."""
+    if base.name == "fp64":
+        return {}
+    made = {}
+    for node in graph.nodes:
+        own = min((ARITHMETICS[narrow[o]] for o in node.outputs if o in narrow), key=_bits, default=base)
+        if _bits(own) < _bits(base):
+            made[node.name] = own
+    return made
+
+
+def _bits(arithmetic: Arithmetic) -> int:
+    return _KEEPS_BITS[arithmetic.name]

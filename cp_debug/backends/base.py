@@ -35,6 +35,9 @@ class Program:
     plain: Graph | None = None
     """Of such a program the graph before Q/DQ pairs were put in, if any: all else has the same names in both."""
 
+    example: Mapping[str, np.ndarray] | None = None
+    """Inputs of the kind that it will be run with, where they are known when it is opened."""
+
     def require_int8(self, spec: BackendSpec) -> None:
         """Raise InputError unless it is said what is quantised."""
         if self.graph.precision != "int8" and self.plain is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from operator import attrgetter
@@ -49,12 +50,7 @@ def deterministic(*, tf32: bool = False, seed: int = 0) -> Iterator[dict[str, An
             _set(name, value)
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
-        stack.callback(
-            torch.use_deterministic_algorithms,
-            torch.are_deterministic_algorithms_enabled(),
-            warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
-        )
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        _deterministic_algorithms(stack)
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
         stack.enter_context(torch.random.fork_rng(devices))
@@ -81,6 +77,20 @@ def read_settings() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         _CUBLAS: os.environ.get(_CUBLAS),
     }
+
+
+def _deterministic_algorithms(stack: ExitStack) -> None:
+    """An operation without a deterministic kernel warns, until the stack is left."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled: the other function would import the compiler, 1.7 s
+        stack.callback(torch.set_deterministic_debug_mode, torch.get_deterministic_debug_mode())
+        torch.set_deterministic_debug_mode("warn")
+        return
+    stack.callback(
+        torch.use_deterministic_algorithms,
+        torch.are_deterministic_algorithms_enabled(),
+        warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def _set(name: str, value: Any) -> None:

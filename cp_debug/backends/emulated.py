@@ -11,12 +11,13 @@ import numpy as np
 import onnx
 import torch
 
-from cp_debug.backends.arithmetic import ARITHMETICS, Arithmetic
+from cp_debug.backends.arithmetic import ARITHMETICS, Arithmetic, overrides_of
 from cp_debug.backends.base import Program, Session, Sink
 from cp_debug.backends.determinism import deterministic
 from cp_debug.backends.executor import Executor, unsupported
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import BackendUnavailable, InputError
+from cp_debug.graph.declared import narrow_values
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.random_inputs import check_inputs
 
@@ -65,7 +66,10 @@ class EmulatedBackend:
 
 
 class ExecutorSession:
-    """An ONNX graph that the executor runs in one arithmetic; every value is exposed. ``tf32``: CUDA's own, on."""
+    """An ONNX graph that the executor runs in one arithmetic; every value is exposed. ``tf32``: CUDA's own, on.
+
+    What the graph itself declares in FP16 or BF16 is computed so, but in FP64.
+    """
 
     def __init__(
         self,
@@ -79,8 +83,9 @@ class ExecutorSession:
         if unknown := unsupported(graph):
             names = ", ".join(sorted({n.op for n in unknown}))
             raise InputError(f"{graph.path}: no implementation of {names} (first used by node {unknown[0].name!r})")
+        declared = overrides_of(graph, narrow_values(graph), arithmetic)
         self._graph, self._tf32 = graph, tf32
-        self._executor = Executor(graph, arithmetic, device, overrides=overrides)
+        self._executor = Executor(graph, arithmetic, device, overrides={**declared, **overrides})
         self.exposed: Collection[str] = graph.tensors
         with deterministic(tf32=tf32) as settings:
             self.settings: dict[str, Any] = settings | arithmetic.settings

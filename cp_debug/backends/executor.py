@@ -120,7 +120,8 @@ class Executor:
                     sink(name, value)
                 if name in wanted:
                     results[name] = value
-                if readers[name] and name not in given:
+                constant_of_graph = node.op == "Constant" and self._weights.holds(name)  # may be wanted unrounded
+                if readers[name] and name not in given and not constant_of_graph:
                     live[name] = value
             outputs, value = [], None
         for name in wanted:

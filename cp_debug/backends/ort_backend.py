@@ -21,7 +21,8 @@ from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import InputError
 from cp_debug.graph.casts import cast_surgery
 from cp_debug.graph.graph import Graph
-from cp_debug.graph.random_inputs import check_inputs, random_inputs
+from cp_debug.graph.made_up import MadeUp
+from cp_debug.graph.random_inputs import check_inputs
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -66,7 +67,7 @@ class OrtBackend:
         nothing is quantised for INT8."""
         if self.precision == "int8":
             program.require_int8(self.spec)
-        return OrtSession(self, program.graph)
+        return OrtSession(self, program.graph, program.example)
 
     def versions(self) -> dict[str, str]:
         """onnxruntime, and onnx, which cuts the graph."""
@@ -80,12 +81,12 @@ class OrtSession:
 
     Observed, it runs chunk after chunk, so that memory does not grow with the number of layers. Optimised levels, and
     graphs with FP16 on a CPU, observe the program that ONNX Runtime wrote; its outputs are compared with the whole
-    program's when the session opens, on random inputs: ``settings["observer_gap"]`` is the largest difference, 0 as
-    far as measured, or None for a model that takes no random inputs.
+    program's when the session opens, on ``example`` or made-up inputs: ``settings["observer_gap"]`` is the largest
+    difference, 0 as far as measured, or None for a model for which no input can be made up.
     """
 
-    def __init__(self, backend: OrtBackend, graph: Graph) -> None:
-        self._backend = backend
+    def __init__(self, backend: OrtBackend, graph: Graph, example: Mapping[str, np.ndarray] | None = None) -> None:
+        self._backend, self._example = backend, example
         self._whole: onnxruntime.InferenceSession | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         known = set(graph.values)  # casts are no layers
@@ -143,7 +144,7 @@ class OrtSession:
             graph.path, level=backend.level, write=written, disabled_optimizers=backend.disabled_optimizers
         )
         try:
-            inputs = random_inputs(graph.inputs, seed=0)
+            inputs = self._example or MadeUp(graph).sample(0)
             untouched = self._run_whole(inputs)
         except InputError:  # inputs that cannot be made up: names are then not verified, nor the gap measured
             inputs = None

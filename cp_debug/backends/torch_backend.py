@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from itertools import chain
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from cp_debug.backends.emulated import ExecutorSession
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import BackendUnavailable, InputError
 from cp_debug.graph.random_inputs import check_inputs
-from cp_debug.probes.arrays import as_numpy, dtype_name
+from cp_debug.probes.arrays import as_numpy, as_torch, dtype_name
 from cp_debug.probes.trace import TorchValue, trace
 
 _DTYPES = {
@@ -86,8 +87,9 @@ class _ModuleSession:
         assert program.module is not None
         self._program, self._module, self._alignment = program, program.module, program.alignment
         self._dtype, self._device, self._tf32 = dtype, torch.device(device), tf32
-        if device != "cpu" or dtype != torch.float32:
-            self._module = copy.deepcopy(program.module).to(self._device, dtype)
+        if device != "cpu" or dtype != torch.float32:  # FP32 is what the module is in, FP16 where it was made so
+            other = None if dtype == torch.float32 else dtype
+            self._module = copy.deepcopy(program.module).to(self._device, other)
         self._names = [v.name for v in program.graph.outputs]
         links = program.alignment.links if program.alignment else ()
         # Inside a function of torch, other devices and dtypes go other ways under the same names.
@@ -109,7 +111,9 @@ class _ModuleSession:
         Raises ModuleFailed when it raises in forward, InputError when inputs or outputs are not those of the graph.
         """
         graph, alignment = self._program.graph, self._alignment
-        check_inputs(graph.inputs, {n: _in_single(a) for n, a in inputs.items()}, self._program.name)
+        declared = {v.name: v.dtype for v in graph.inputs}
+        inputs = {n: _in_float_of(a, declared.get(n)) for n, a in inputs.items()}
+        check_inputs(graph.inputs, inputs, self._program.name)
         tensors = {v.name: self._input(inputs[v.name]) for v in graph.inputs}
         given: set[str] = set()
 
@@ -133,14 +137,16 @@ class _ModuleSession:
         return {n: as_numpy(t.float() if t.dtype == torch.bfloat16 else t) for n, t in outputs.items()}
 
     def _input(self, array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        return tensor.to(self._device, self._dtype if tensor.is_floating_point() else None)
+        tensor = as_torch(array)
+        other = tensor.is_floating_point() and self._dtype != torch.float32
+        return tensor.to(self._device, self._dtype if other else None)
 
     def close(self) -> None:
         """Free the copy of the module."""
         del self._module
 
 
-def _in_single(array: np.ndarray) -> np.ndarray:
-    """Floats as float32: a component before this one computes in the backend's precision, not in the graph's."""
-    return array.astype(np.float32) if array.dtype.kind == "f" else array
+def _in_float_of(array: np.ndarray, declared: np.dtype | None) -> np.ndarray:
+    """Floats as the graph takes them: a component before this one computes in the backend's precision."""
+    floats = (np.float16, np.float32, np.float64, ml_dtypes.bfloat16)
+    return array.astype(declared) if declared in floats and array.dtype in floats else array

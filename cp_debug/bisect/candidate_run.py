@@ -16,19 +16,23 @@ from cp_debug.quantization.quantized_programs import with_ranges
 from cp_debug.programs.layers import Layer, layer_name
 from cp_debug.bisect.observe import observe
 from cp_debug.programs.pipeline import Key, Pipeline, value_map, wants_int8
-from cp_debug.programs.precision import PRECISIONS, Precision
+from cp_debug.programs.precision import PRECISIONS, Precision, coarsest
 from cp_debug.bisect.quantized_segment import Grid, Quantized
+from cp_debug.programs.pipeline import Key, Pipeline, value_map, wants_int8
+from cp_debug.programs.precision import PRECISIONS, Precision
+from cp_debug.bisect.quantized_segment import QuantizerGrid, Quantized
 from cp_debug.bisect.replay import Load, Replay, Replayer
 from cp_debug.bisect.result import LayerRow
 from cp_debug.bisect.observe import Observation
 from cp_debug.bisect.verdict import judge
+from cp_debug.graph.declared import narrow_values
 from cp_debug.probes.capture import Capture, CaptureWriter
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.statistics import TensorStats, compare
 from cp_debug.recipes.base import Arrays, Model, Sample
 
 
-class TestRun:
+class CandidateRun:
     """Compares one backend's values with the reference's as they appear, then replays them."""
 
     __test__ = False
@@ -117,6 +121,7 @@ class TestRun:
                 self.oracle,
                 known,
                 emulated=self._emulates(graph),
+                narrow=(self._narrow(component, sides[0]), self._narrow(component, sides[1])),
                 quantized=(self._quantized(component, sides[0]), self._quantized(component, sides[1], test)),
             )
         return self._replayers[component]
@@ -140,8 +145,22 @@ class TestRun:
         self.graphs[component], self._ranges[component] = graph, ranges
         kept = {name: ranges.stored[own] for name, own in names.items() if own in ranges.stored}
         load, shown = loader(capture, component), kept.keys() & capture.names(component=component)
-        rounded = {n: kept[n] for n in shown if Grid.symmetric(kept[n]).holds(torch.tensor(load(n)))}
+        rounded = {n: kept[n] for n in shown if QuantizerGrid.symmetric(kept[n]).holds(torch.tensor(load(n)))}
         return Quantized(plain.graph, graph, names, rounded)
+
+    def _narrow(self, component: str, side: Pipeline) -> dict[str, str]:
+        """The values of a component, by the reference's names, that one side's program holds in less than FP32, or
+        computes through such values, which the reference has not."""
+        (program,) = (p for p in side.programs if p.name == component)
+        narrow = narrow_values(program.graph)
+        names = value_map(self.programs[component], program) if narrow else {}
+        found = {v.name: narrow[v.name] for v in program.graph.inputs if v.name in narrow}
+        for own, name in names.items():
+            between, _ = program.graph.segment([own], names)
+            held = {narrow[o] for node in between for o in node.outputs if o in narrow}
+            if held:
+                found[name] = coarsest(*held).name
+        return found
 
     def _emulates(self, graph: Graph) -> bool:
         """Whether the backend computed ``graph`` itself as a replayer would emulate it."""
@@ -191,7 +210,8 @@ class TestRun:
             if key not in stats:
                 continue
             replay, floor = replays.get(key), floors.get(key, 0.0)
-            judgement = judge(stats[key], replay, self.precision, *self.tolerance, floor)
+            claim = PRECISIONS[(replay and replay.precision) or self.precision.name]
+            judgement = judge(stats[key], replay, claim, *self.tolerance, floor)
             rows[key] = LayerRow(
                 **asdict(layer),
                 **judgement._asdict(),

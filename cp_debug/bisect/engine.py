@@ -35,6 +35,7 @@ from cp_debug.programs.pipeline import (
     prepare,
     wants_int8,
 )
+from cp_debug.programs.precision import coarsest, oracle_for
 from cp_debug.programs.precision import coarser, oracle_for
 from cp_debug.bisect.replay import Replay
 from cp_debug.bisect.result import BisectResult, StageRow, TestResult
@@ -42,9 +43,11 @@ from cp_debug.bisect.observe import Observation
 from cp_debug.serialize import json_safe
 from cp_debug.programs.scene import decode, keep_scene
 from cp_debug.bisect.shares import Propagation, set_shares
-from cp_debug.bisect.candidate_run import TestRun
+from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.errors import InputError
 from cp_debug.probes.capture import Capture, CaptureWriter, check_free
+from cp_debug.graph.declared import narrow_values
+from cp_debug.graph.graph import Graph
 from cp_debug.graph.graph import Graph
 from cp_debug.quantization.models import QuantizedComponent
 from cp_debug.quantization.open_quantized import calibration_samples
@@ -254,22 +257,23 @@ class Bisection:
         programs: list[Program],
         layers: list[Layer],
         folder: Path,
-    ) -> TestRun:
+    ) -> CandidateRun:
         options = self.options
-        precision = coarser(self._reference.precision, backend.precision)
+        declared = {kind for p in (*programs, *tests) for kind in narrow_values(p.graph).values()}
+        precision = coarsest(self._reference.precision, backend.precision, *declared)
         rtol = precision.rtol if options.rtol is None else options.rtol
         unjudged = math.inf if both_int8(self._reference, backend) else precision.atol
         atol = unjudged if options.atol is None else options.atol
         oracle = (options.oracle or oracle_for(self._reference.precision, backend.precision)) if options.replay else None
         pipeline = stack.enter_context(Pipeline(self.test_model, tests, backend))
-        return TestRun(pipeline, reference, programs, layers, (rtol, atol), oracle, folder)
+        return CandidateRun(pipeline, reference, programs, layers, (rtol, atol), oracle, folder)
 
     def _sample(
         self,
         index: int,
         sample: Sample,
         reference: Pipeline,
-        runs: list[TestRun],
+        runs: list[CandidateRun],
         collected: list[Collected],
         scratch: Path,
     ) -> None:
@@ -320,7 +324,7 @@ class Bisection:
         component = next(c for c in self.model.components if c.name == key.component)
         return self.model.feed(component, sample, results)[key.value]
 
-    def _find_knobs(self, sample: Sample, runs: list[TestRun], collected: list[Collected]) -> None:
+    def _find_knobs(self, sample: Sample, runs: list[CandidateRun], collected: list[Collected]) -> None:
         from cp_debug.backends.ort_backend import OrtBackend
         from cp_debug.bisect.optimizer_blame import find_knobs
 
@@ -336,7 +340,7 @@ class Bisection:
         target = folder / str(pipeline.backend.spec)
         return CaptureWriter(target, header(pipeline, [sample]) if kept else {}, checksums=kept)
 
-    def _result(self, run: TestRun, found: Collected, layers: list[Layer]) -> TestResult:
+    def _result(self, run: CandidateRun, found: Collected, layers: list[Layer]) -> TestResult:
         rows = [found.rows[key] for key in sorted(found.rows, key=lambda k: found.rows[k].index)]
         by_key = {(row.component, row.onnx): row for row in rows}
         stages = [

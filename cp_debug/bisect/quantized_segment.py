@@ -28,7 +28,7 @@ DEAD = 1e-3
 
 
 @dataclass(frozen=True)
-class Grid:
+class QuantizerGrid:
     """Which numbers a quantised input can be: ``scale`` × (level − ``zero``), levels from ``low`` to ``high``."""
 
     scale: Tensor
@@ -39,7 +39,7 @@ class Grid:
     axis: int
 
     @classmethod
-    def symmetric(cls, amax: float) -> Grid:
+    def symmetric(cls, amax: float) -> QuantizerGrid:
         """One scale for a whole tensor; ``amax`` is the largest magnitude that it keeps."""
         return cls(torch.tensor(amax / LEVELS, dtype=torch.float64), torch.zeros(()), -LEVELS - 1, LEVELS, 0)
 
@@ -79,7 +79,7 @@ class Grid:
 
 
 @dataclass
-class Ideal:
+class EmulatedSegment:
     """A segment in INT8 with the best scales, and what its real scales do to the same inputs."""
 
     results: Mapping[str, AnyTensor]
@@ -101,7 +101,7 @@ class Quantized:
         self, plain: Graph, graph: Graph, names: Mapping[str, str], rounded: Mapping[str, float] = MappingProxyType({})
     ) -> None:
         self._graph, self._names = graph, names
-        self._rounded = {name: Grid.symmetric(amax) for name, amax in rounded.items()}
+        self._rounded = {name: QuantizerGrid.symmetric(amax) for name, amax in rounded.items()}
         self._plain_names = {own: name for name, own in names.items()}
         self._executor = Executor(graph, INT8)
         self._constants = Weights(graph, INT8, torch.device("cpu"), 0)
@@ -119,7 +119,7 @@ class Quantized:
         """Whether any of these nodes of ``plain`` computes in INT8, or gives what is shown rounded to it."""
         return any(n.name in self._quantizers or not self._rounded.keys().isdisjoint(n.outputs) for n in nodes)
 
-    def grid(self, node: Node, place: int) -> Grid | None:
+    def grid(self, node: Node, place: int) -> QuantizerGrid | None:
         """How the graph quantises one input of a node of ``plain``; None where it does not, or computes the scale."""
         dequantizer = self._quantizers.get(node.name, {}).get(place)
         if dequantizer is None or not all(map(self._constants.holds, dequantizer.proto.input[1:])):
@@ -128,7 +128,7 @@ class Quantized:
         zero = zeros[0] if zeros else torch.zeros((), dtype=torch.uint8)  # as ONNX has it
         low, high = (0, 255) if zero.dtype == torch.uint8 else (-LEVELS - 1, LEVELS)
         axis = next((a.i for a in dequantizer.proto.attribute if a.name == "axis"), 1)
-        return Grid(scale.double(), zero.double(), low, high, axis)
+        return QuantizerGrid(scale.double(), zero.double(), low, high, axis)
 
     def ideal(
         self,
@@ -137,13 +137,13 @@ class Quantized:
         given: Mapping[str, AnyTensor],
         targets: Collection[str],
         room: float = 1.0,
-    ) -> Ideal:
+    ) -> EmulatedSegment:
         """Run a segment of ``plain`` in INT8 with the best symmetric scales, and all else as ``executor`` does it.
 
         ``room`` makes the scales larger by this factor, so that other roundings come about.
         """
         values: dict[str, AnyTensor] = dict(given)
-        found = Ideal({})
+        found = EmulatedSegment({})
         for node in nodes:
             own = dict(values)
             places = self._quantizers.get(node.name, {})

@@ -15,18 +15,22 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from cp_debug.backends.arithmetic import ARITHMETICS, FP64
+from cp_debug.backends.arithmetic import ARITHMETICS, FP64, overrides_of
 from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.kernels import KERNELS
 from cp_debug.backends.memory import Trimmer
 from cp_debug.probes.distance import distance, ratio
-from cp_debug.programs.precision import BESIDE_INT8, PRECISIONS, Precision
-from cp_debug.bisect.quantized_segment import Ideal, Quantized, balanced
+from cp_debug.programs.precision import BESIDE_INT8, PRECISIONS, Precision, coarsest
+from cp_debug.bisect.perturbation import disturbed
+from cp_debug.probes.distance import distance, ratio
+from cp_debug.bisect.quantized_segment import EmulatedSegment, Quantized, balanced
 from cp_debug.bisect.perturbation import disturbed
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
@@ -70,7 +74,7 @@ class Replay:
     excess: float | None = None
     oracle_error: float = 0.0
     """Bound of the oracle's own rounding, relative."""
-    born: int = 0
+    new_nonfinite: int = 0
     """Elements that are NaN or Inf here although the oracle, from the same inputs, says they are finite."""
     range_loss: float = 0.0
     """Relative error of merely storing the segment's weights and result in the test's precision: large where they
@@ -79,7 +83,7 @@ class Replay:
     """The same question asked of the reference, for layers that amplify suspiciously."""
     declared: float | None = None
     """Of a layer in INT8: the error that the graph's own scales make of the same inputs."""
-    departs: float | None = None
+    deviation_from_scales: float | None = None
     """How far the captured result is from what those scales say."""
     channel_excess: float | None = None
     """Of a layer in INT8: introduced ÷ expected in its worst channels, however small, see ``balanced``."""
@@ -87,6 +91,9 @@ class Replay:
     """Share of the layer's input that lies beyond its scale."""
     step: float | None = None
     """That scale: the distance of two levels."""
+    precision: str | None = None
+    """What the test claims to be here, where that is known: its backend's precision, or a coarser one that its program
+    declares for these nodes."""
     skipped: str | None = None
 
 
@@ -102,10 +109,12 @@ class Replayer:
         device: str = "cpu",
         *,
         emulated: bool = False,
+        narrow: tuple[Mapping[str, str], Mapping[str, str]] = (MappingProxyType({}), MappingProxyType({})),
         quantized: tuple[Quantized | None, Quantized | None] = (None, None),
     ) -> None:
         """``precisions`` are those that the reference and the test claim to have; ``quantized`` what each of them does
-        in INT8, where that is known. ``emulated``: the test is the emulation of its claim, of this very graph, so that
+        in INT8, where that is known; ``narrow`` the values (by their names in ``graph``) that each holds in ``fp16`` or
+        ``bf16`` because its own program says so. ``emulated``: the test is the emulation of its claim, of this very graph, so that
         emulating its layers again would give what was captured.
         """
         self.graph = graph
@@ -115,14 +124,29 @@ class Replayer:
         # A constant is computed anew: a backend may show it, torch does not.
         self.known = {v for v in known if v not in graph.producer or graph.producer[v].op != "Constant"}
         self._device = device
-        self._emulators = {
-            p: self.oracle if p == oracle else Executor(graph, ARITHMETICS[p], device) for p in precisions
-        }
+        self._narrow = narrow
         self._claims = precisions
+        first = self._emulator(0, oracle)
+        alike = precisions[0] == precisions[1] and narrow[0] == narrow[1]
+        self._emulators = first, first if alike else self._emulator(1, oracle)
         self.quantized = quantized
         self._emulated = emulated
         self._trimmer = Trimmer(TRIM_AFTER)
         self._weight_loss = lru_cache(maxsize=None)(self._storage_loss_of_weight)
+
+    def _emulator(self, side: int, oracle: str) -> Executor:
+        """What computes as the reference (0) or the test (1) claims to."""
+        arithmetic = ARITHMETICS[self._claims[side]]
+        overrides = overrides_of(self.graph, self._narrow[side], arithmetic)
+        if arithmetic.name == oracle and not overrides:
+            return self.oracle
+        return Executor(self.graph, arithmetic, self._device, overrides=overrides)
+
+    def claim(self, side: int, nodes: Iterable[Node]) -> Precision:
+        """The precision that the reference (0) or the test (1) claims for a segment: its backend's, or the coarser one
+        in which its program holds a result of these nodes."""
+        own = (self._narrow[side].get(name) for node in nodes for name in node.outputs)
+        return coarsest(self._claims[side], *filter(None, own))
 
     def layers(
         self, reference: Load, test: Load, divergences: Mapping[str, float] = MappingProxyType({})
@@ -143,13 +167,13 @@ class Replayer:
     def introduced(self, target: str, test: Load) -> tuple[Tensor, Tensor]:
         """(introduced error, oracle's result) of one value, in the oracle's dtype. Raises as ``layers`` would skip."""
         nodes, starts = self.graph.segment([target], self.known)
-        exact = self.oracle.run_nodes(nodes, {s: test(s) for s in starts}, [target])[target]
+        exact = _as_tensor(self.oracle.run_nodes(nodes, {s: test(s) for s in starts}, [target])[target])
         return self._hold(test(target)) - exact, exact
 
     def given(self, value: str, exact: AnyTensor, reference: Load, test: Load) -> Replay:
         """The replay of a graph input, whose exact value the caller knows: glue copies and is not rounded."""
         held = self._hold(exact)
-        replay = self._judge(test(value), held, [held], self.precision)
+        replay = self._judge(test(value), held, [held], coarsest(self._claims[1], self._narrow[1].get(value)))
         self._trace_back(replay, held, reference(value), 0.0)
         return replay
 
@@ -162,10 +186,11 @@ class Replayer:
         given = {s: test(s) for s in starts}
         captured = {t: test(t) for t in targets}
         if self._emulated and self._exact(nodes):
-            exact = {t: self.oracle.arithmetic.hold(value, self._device) for t, value in captured.items()}
+            exact = {t: _as_tensor(self.oracle.arithmetic.hold(v, self._device)) for t, v in captured.items()}
         else:
-            exact = self.oracle.run_nodes(nodes, given, targets)
-        expected, claim = (Ideal(captured), self.precision) if self._emulated else self._expect(1, nodes, given, exact)
+            exact = {t: _as_tensor(v) for t, v in self.oracle.run_nodes(nodes, given, targets).items()}
+        own = self.claim(1, nodes)
+        expected, claim = (EmulatedSegment(captured), own) if self._emulated else self._expect(1, nodes, given, exact)
         known = divergences.get(starts[0]) if len(starts) == 1 else None
         divergence = self._divergence(given, reference) if known is None else known
         results = {}
@@ -178,16 +203,21 @@ class Replayer:
                 replay.clipped, replay.step = expected.clipped, expected.step
                 declared = quantized.declared(target, self.known, given)
                 _hold_against_scales(replay, captured[target], exact[target], expected.results[target], declared)
-            replay.nodes = tuple(n.name for n in nodes)
+            replay.nodes, replay.precision = tuple(n.name for n in nodes), own.name
             replay.oracle_error = self._oracle_roundoff * math.sqrt(max(self._reduction(n) for n in nodes))
             replay.range_loss = max(
-                self._storage_loss(exact[target]),
-                *(self._weight_loss(i) for n in nodes for i in n.inputs if i in self.graph.initializers),
+                self._storage_loss(exact[target], own.name),
+                *(
+                    self._weight_loss(i, self.claim(1, [n]).name)
+                    for n in nodes
+                    for i in n.inputs
+                    if i in self.graph.initializers
+                ),
                 0.0,
             )
             self._trace_back(replay, exact[target], reference(target), divergence)
-            own = PRECISIONS[self._claims[0]].roundoff * math.sqrt(max(self._reduction(n) for n in nodes))
-            if replay.inherited is not None and replay.inherited > SUSPICIOUS * divergence + 2 * own:
+            rounding = self.claim(0, nodes).roundoff * math.sqrt(max(self._reduction(n) for n in nodes))
+            if replay.inherited is not None and replay.inherited > SUSPICIOUS * divergence + 2 * rounding:
                 replay.reference_excess = self._reference_excess(nodes, starts, target, reference)
             results[target] = replay
             self._trimmer.freed(exact[target].nbytes)
@@ -195,7 +225,9 @@ class Replayer:
 
     def _exact(self, nodes: list[Node]) -> bool:
         """Whether the emulation of the claim computes ``nodes`` just as the oracle does, by the same code."""
-        oracle, claim = self.oracle.arithmetic, self._emulators[self._claims[1]].arithmetic
+        oracle, claim = self.oracle.arithmetic, self._emulators[1].arithmetic
+        if self._narrow[1]:
+            return False
 
         def alike(node: Node) -> bool:
             kernel = KERNELS.get(node.op)
@@ -210,14 +242,14 @@ class Replayer:
 
     def _expect(
         self, side: int, nodes: list[Node], given: Mapping[str, AnyTensor], exact: Mapping[str, Tensor]
-    ) -> tuple[Ideal, Precision]:
+    ) -> tuple[EmulatedSegment, Precision]:
         """What the reference (0) or the test (1) must make of ``given`` in place of ``exact``, and the precision that
         allows for what emulation does not know."""
-        emulator, quantized = self._emulators[self._claims[side]], self.quantized[side]
-        precision = PRECISIONS[self._claims[side]] if quantized is None else BESIDE_INT8
+        emulator, quantized = self._emulators[side], self.quantized[side]
+        precision = self.claim(side, nodes) if quantized is None else BESIDE_INT8
         if quantized is not None and quantized.touches(nodes):
             return quantized.ideal(emulator, nodes, given, exact), precision
-        return Ideal(exact if emulator is self.oracle else emulator.run_nodes(nodes, given, exact)), precision
+        return EmulatedSegment(exact if emulator is self.oracle else emulator.run_nodes(nodes, given, exact)), precision
 
     def _others(self, side: int, nodes: list[Node], given: Mapping[str, AnyTensor], target: str) -> Iterator[AnyTensor]:
         """What other correct implementations might give, when emulating one has raised a doubt."""
@@ -226,7 +258,7 @@ class Replayer:
             yield disturbed(self.oracle, nodes, given, [target])[target]
             return
         for room in ROOM:
-            yield quantized.ideal(self._emulators[self._claims[side]], nodes, given, [target], room).results[target]
+            yield quantized.ideal(self._emulators[side], nodes, given, [target], room).results[target]
 
     def _judge(
         self,
@@ -238,14 +270,14 @@ class Replayer:
         """``correct``: what implementations without a fault give."""
         if tuple(captured.shape) != tuple(exact.shape):
             return Replay(skipped=f"the shape is {list(captured.shape)}, the oracle's {list(exact.shape)}")
-        introduced, scale, born = distance(captured, exact)
+        introduced, scale, new_nonfinite = distance(captured, exact)
         allowed = (introduced if c is captured else distance(c, exact).difference for c in correct)
         expected = max(*allowed, FLOOR * claim.roundoff * scale)
         return Replay(
             introduced=ratio(introduced, scale),
             expected=ratio(expected, scale),
             excess=ratio(introduced, expected),
-            born=born,
+            new_nonfinite=new_nonfinite,
         )
 
     def _trace_back(self, replay: Replay, exact: Tensor, captured: AnyTensor, divergence: float) -> None:
@@ -258,7 +290,7 @@ class Replayer:
 
     def _reference_excess(self, nodes: list[Node], starts: list[str], target: str, reference: Load) -> float:
         given = {s: reference(s) for s in starts}
-        exact = self.oracle.run_nodes(nodes, given, [target])[target]
+        exact = _as_tensor(self.oracle.run_nodes(nodes, given, [target])[target])
         expected, claim = self._expect(0, nodes, given, {target: exact})
         emulated = expected.results[target]
         replay = self._judge(reference(target), exact, [emulated], claim)
@@ -278,16 +310,16 @@ class Replayer:
             differing, whole = math.hypot(differing, found.difference), math.hypot(whole, found.whole)
         return ratio(differing, whole)
 
-    def _storage_loss(self, exact: Tensor) -> float:
-        value = ARITHMETICS[self.precision.name].value
+    def _storage_loss(self, exact: Tensor, precision: str) -> float:
+        value = ARITHMETICS[precision].value
         if value is None or not exact.is_floating_point():
             return 0.0
         exact = exact.float()
         lost, scale, _ = distance(value(exact), exact)
         return ratio(lost, scale)
 
-    def _storage_loss_of_weight(self, name: str) -> float:
-        return self._storage_loss(self._hold(self.graph.initializer(name)))
+    def _storage_loss_of_weight(self, name: str, precision: str) -> float:
+        return self._storage_loss(self._hold(self.graph.initializer(name)), precision)
 
     def _reduction(self, node: Node) -> int:
         """How many products one element of the result sums, by the weight's shape; 1 where nothing is summed."""
@@ -298,7 +330,17 @@ class Replayer:
         return max(shape) if node.op in ("Gemm", "MatMul") else math.prod(shape[1:])
 
     def _hold(self, tensor: AnyTensor) -> Tensor:
-        return FP64.hold(tensor, self._device)
+        return _as_tensor(FP64.hold(tensor, self._device))
+
+
+def _as_tensor(value: Any) -> Tensor:
+    """What the executor leaves in numpy because torch does not compute with it (wide unsigned integers, FP8, 4 bits),
+    as a tensor that holds the same numbers; uint64 to 53 bits."""
+    if isinstance(value, Tensor):
+        return value
+    array = np.asarray(value)
+    wide = array.dtype.kind == "u" and array.dtype.itemsize < 8
+    return torch.from_numpy(array.astype(np.int64 if wide else np.float64))
 
 
 def _hold_against_scales(
@@ -310,7 +352,7 @@ def _hold_against_scales(
     if declared is not None and declared.shape == exact.shape:
         scale = distance(captured, exact).whole
         replay.declared = ratio(distance(declared, exact).difference, scale)
-        replay.departs = ratio(distance(captured, declared).difference, scale)
+        replay.deviation_from_scales = ratio(distance(captured, declared).difference, scale)
     axis = 1 if exact.dim() == 4 else exact.dim() - 1
     ours, best = (balanced(torch.as_tensor(t) - exact, exact, axis) for t in (captured, ideal))
     replay.channel_excess = ratio(ours, max(best, FLOOR * BESIDE_INT8.roundoff))

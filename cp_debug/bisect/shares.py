@@ -12,7 +12,7 @@ from cp_debug.backends.executor import Executor
 from cp_debug.probes.distance import ratio
 from cp_debug.programs.pipeline import Key
 from cp_debug.bisect.result import GUILTY, LayerRow
-from cp_debug.bisect.candidate_run import TestRun, loader
+from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.errors import InputError
 from cp_debug.probes.arrays import as_numpy
 from cp_debug.probes.capture import Capture
@@ -22,7 +22,7 @@ MOST = 8
 """Guilty layers whose share is computed, the most excessive first: each costs part of a forward pass."""
 
 
-def set_shares(run: TestRun, rows: Mapping[Key, LayerRow], sample: Sample, reference: Capture, test: Capture) -> None:
+def set_shares(run: CandidateRun, rows: Mapping[Key, LayerRow], sample: Sample, reference: Capture, test: Capture) -> None:
     """Give every guilty row (up to ``MOST``) its share of the final divergence.
 
     The introduced error of a layer is added to the reference's value there and carried to the final outputs in FP32,
@@ -33,7 +33,7 @@ def set_shares(run: TestRun, rows: Mapping[Key, LayerRow], sample: Sample, refer
     guilty = [
         (key, row)
         for key, row in rows.items()
-        if row.verdict == GUILTY and row.side == "test" and row.op != "input" and row.replay and not row.replay.born
+        if row.verdict == GUILTY and row.side == "test" and row.op != "input" and row.replay and not row.replay.new_nonfinite
     ]
     guilty.sort(key=lambda item: item[1].replay.excess or 0.0, reverse=True)  # type: ignore[union-attr]
     if not guilty:
@@ -49,7 +49,7 @@ def set_shares(run: TestRun, rows: Mapping[Key, LayerRow], sample: Sample, refer
 class Propagation:
     """Carries a change of one value to the final outputs, everything else as the reference computed it."""
 
-    def __init__(self, run: TestRun, sample: Sample, reference: Capture, test: Capture) -> None:
+    def __init__(self, run: CandidateRun, sample: Sample, reference: Capture, test: Capture) -> None:
         self._run, self._sample, self._reference, self._test = run, sample, reference, test
         self._model = run.pipeline.model
         self._components = [c.name for c in self._model.components]

@@ -34,8 +34,8 @@ def judge(
         return Judgement(SHAPE, False, f"the shape is {list(stats.shape_test)}, the reference's {list(stats.shape)}")
     if replay is None or replay.introduced is None or replay.excess is None:
         return Judgement(OK if within else DIVERGENT, within)
-    if replay.born:
-        return Judgement(GUILTY, within, f"{replay.born} NaN or Inf are born here")
+    if replay.new_nonfinite:
+        return Judgement(GUILTY, within, f"{replay.new_nonfinite} NaN or Inf are born here")
     if replay.excess > EXCESS and replay.introduced > floor:
         says = f"introduces {replay.excess:.3g}× what {precision.name.upper()} explains"
         return Judgement(GUILTY, within, says + _scales(replay))
@@ -53,6 +53,6 @@ def judge(
 
 def _scales(replay: Replay) -> str:
     """Whether a layer in INT8 does what its scales say."""
-    if replay.departs is None or replay.introduced is None:
+    if replay.deviation_from_scales is None or replay.introduced is None:
         return ""
-    return ", as its scales say" if replay.departs < replay.introduced / 2 else ", and not what its scales say"
+    return ", as its scales say" if replay.deviation_from_scales < replay.introduced / 2 else ", and not what its scales say"

@@ -11,7 +11,7 @@ import typer
 from cp_debug.cli import tensorrt
 
 
-class Precision(str, Enum):
+class PrecisionPolicy(str, Enum):
     """What TensorRT may compute in."""
 
     auto = "auto"
@@ -27,7 +27,7 @@ def build(
     model: Annotated[str, typer.Argument(help="A model, or the configuration of `cpdebug deploy`.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the engines.")],
     precision: Annotated[
-        Precision | None, typer.Option(help="auto sets no flag: TensorRT then uses TF32.  [default: auto]")
+        PrecisionPolicy | None, typer.Option(help="auto sets no flag: TensorRT then uses TF32.  [default: auto]")
     ] = None,
     onnx_dir: Annotated[Path | None, typer.Option(help="Folder of `cpdebug export`; else made for this run.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Weights: .pt or .safetensors.")] = None,

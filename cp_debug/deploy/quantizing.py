@@ -107,7 +107,7 @@ def _check(
 
 def _relative(test: np.ndarray, reference: np.ndarray) -> float:
     apart = distance(test, reference)
-    if apart.born:
+    if apart.new_nonfinite:
         return np.inf
     return apart.difference / apart.whole if apart.whole else apart.difference
 

@@ -14,6 +14,9 @@ from onnx import external_data_helper
 
 from cp_debug.graph.onnx_file import array_of, external_data, read_model, reads
 
+_NAMELESS = {"", "?", "-1", "none", "null", "unk", "unknown", "dynamic", "any"}
+"""What stands in place of a name for a free axis; two such axes have nothing to do with each other."""
+
 
 @dataclass(frozen=True)
 class Node:
@@ -64,6 +67,7 @@ class Graph:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.proto = read_model(self.path)
+        _free_negative_axes(self.proto)
         _sort(self.proto.graph)
         self.inputs = [_value_info(v) for v in self.proto.graph.input if v.name not in self._initializers]
         self.outputs = [_value_info(v) for v in self.proto.graph.output]
@@ -224,15 +228,22 @@ def _value_info(value: onnx.ValueInfoProto) -> ValueInfo:
         return ValueInfo(value.name, None, None)
     shape = None
     if tensor.HasField("shape"):
-        shape = tuple(_size(d) for d in tensor.shape.dim)
+        shape = tuple(d.dim_value if d.HasField("dim_value") else _symbol(d.dim_param) for d in tensor.shape.dim)
     return ValueInfo(value.name, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type), shape)
 
 
-def _size(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
-    """A negative size is what some exporters write for a free one."""
-    if dim.HasField("dim_value"):
-        return dim.dim_value if dim.dim_value >= 0 else None
-    return dim.dim_param or None
+def _symbol(name: str) -> str | None:
+    """The name of a free axis; None for what exporters write that have no name for it, or the same for all."""
+    return None if name.strip().lower() in _NAMELESS else name
+
+
+def _free_negative_axes(model: onnx.ModelProto) -> None:
+    """Make free what the file says has a negative size (Paddle2ONNX: −1), as ONNX Runtime takes it."""
+    graph = model.graph
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dimension in value.type.tensor_type.shape.dim if value.type.HasField("tensor_type") else ():
+            if dimension.HasField("dim_value") and dimension.dim_value < 0:
+                dimension.ClearField("dim_value")
 
 
 def _is_numeric(kind: onnx.TypeProto) -> bool:

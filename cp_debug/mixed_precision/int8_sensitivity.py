@@ -18,7 +18,7 @@ from torch import nn
 from cp_debug.detection.bootstrap import Interval
 from cp_debug.errors import InputError
 from cp_debug.minimize import Minimizer
-from cp_debug.mixed_precision.int8_trials import FLOAT, INT8, Bench, Measured, OnStep, Trial
+from cp_debug.mixed_precision.int8_trials import FLOAT, INT8, Bench, Int8Trial, Measured, OnStep
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.data.base import DataOptions, DataSet, iterate
 from cp_debug.recipes.data.open_data import DEFAULT_OPTIONS
@@ -34,7 +34,7 @@ METRIC = "mAP"
 
 
 @dataclass(frozen=True)
-class Effect:
+class Int8Effect:
     """What INT8 did to the model."""
 
     error: float
@@ -61,8 +61,8 @@ class LayerSensitivity:
     weights: int
     introduced: float
     """Relative L2 error of its own result in INT8, fed with FP32."""
-    alone: Effect
-    left_out: Effect
+    alone: Int8Effect
+    left_out: Int8Effect
 
     @property
     def severity(self) -> tuple[float, ...]:
@@ -91,7 +91,7 @@ class SensitivityProfile:
     data: str
     samples: int
     layers: list[LayerSensitivity]
-    int8: Effect
+    int8: Int8Effect
     """All layers in INT8."""
     scores: Mapping[str, float]
     """mAP and NDS in FP32; empty for a model that detects nothing."""
@@ -165,11 +165,13 @@ def run_trials(
         raise InputError("--data: there is no sample; expected at least one")
     trials = {(mode, name): _trial(mode, name) for mode, name in wanted}
     bases = {trial.base for trial in trials.values()}
-    every = list(dict.fromkeys([Trial(FLOAT), *(Trial(INT8) for base in bases if base == INT8), *trials.values()]))
+    every = list(
+        dict.fromkeys([Int8Trial(FLOAT), *(Int8Trial(INT8) for base in bases if base == INT8), *trials.values()])
+    )
     found = {each.trial: each for each in bench.measure(samples, every, draws=draws, on_step=on_step)}
     rows = []
     for (mode, name), trial in trials.items():
-        each, before = found[trial], found[Trial(INT8 if mode == LEFT_OUT else FLOAT)]
+        each, before = found[trial], found[Int8Trial(INT8 if mode == LEFT_OUT else FLOAT)]
         row: dict[str, Any] = {"model": bench.model.name, "data": data, "samples": len(samples), "mode": mode}
         if name:
             layer = bench.layers[name]
@@ -197,8 +199,13 @@ def scored_samples(
     return data.name if data else f"seed {first}", list(model.samples(count, first, data))
 
 
-def _trial(mode: str, layer: str) -> Trial:
-    known = {"fp32": Trial(FLOAT), "int8": Trial(INT8), ALONE: Trial(FLOAT, (layer,)), LEFT_OUT: Trial(INT8, (layer,))}
+def _trial(mode: str, layer: str) -> Int8Trial:
+    known = {
+        "fp32": Int8Trial(FLOAT),
+        "int8": Int8Trial(INT8),
+        ALONE: Int8Trial(FLOAT, (layer,)),
+        LEFT_OUT: Int8Trial(INT8, (layer,)),
+    }
     if mode not in known or (mode in (ALONE, LEFT_OUT)) != bool(layer):
         raise InputError(f"a trial {mode!r} of layer {layer!r}; expected fp32 or int8 without one, alone or left_out")
     return known[mode]
@@ -231,8 +238,8 @@ def merge_trials(rows: Iterable[Mapping[str, Any]]) -> SensitivityProfile:
     return SensitivityProfile(*about.pop(), layers, _effect(found["int8", ""]), found["fp32", ""]["scores"])
 
 
-def _effect(row: Mapping[str, Any]) -> Effect:
-    return Effect(row["error"], {name: Interval(*change) for name, change in row["change"].items()})
+def _effect(row: Mapping[str, Any]) -> Int8Effect:
+    return Int8Effect(row["error"], {name: Interval(*change) for name, change in row["change"].items()})
 
 
 def check_budget(budget: float) -> None:
@@ -260,10 +267,10 @@ def choose_layers(
     losses: dict[frozenset[str], Interval] = {}
 
     def run(skipped: Sequence[frozenset[str]]) -> None:
-        trials = {each: Trial(INT8, tuple(name for name in bench.layers if name in each)) for each in skipped}
-        every = list(dict.fromkeys([Trial(FLOAT), *trials.values()]))
+        trials = {each: Int8Trial(INT8, tuple(name for name in bench.layers if name in each)) for each in skipped}
+        every = list(dict.fromkeys([Int8Trial(FLOAT), *trials.values()]))
         found = {each.trial: each for each in bench.measure(samples, every, draws=draws, on_step=on_step)}
-        losses.update({each: _loss(found[trial], found[Trial(FLOAT)]) for each, trial in trials.items()})
+        losses.update({each: _loss(found[trial], found[Int8Trial(FLOAT)]) for each, trial in trials.items()})
 
     def kept(skipped: frozenset[str]) -> bool:
         if skipped not in losses:

@@ -33,7 +33,7 @@ SCORES = ("mAP", "NDS")
 OnStep = Callable[[str, int, int], None]
 
 
-class Trial(NamedTuple):
+class Int8Trial(NamedTuple):
     """All layers in FP32, or all in INT8, but for those in ``changed``, which are the other way round."""
 
     base: str
@@ -41,7 +41,7 @@ class Trial(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Layer:
+class Int8Layer:
     """What computes in INT8 while its quantisers are on: a module with weights, or a residual addition."""
 
     name: str
@@ -67,7 +67,7 @@ class Layer:
 class Measured:
     """What a trial gave over all samples, against the model in FP32."""
 
-    trial: Trial
+    trial: Int8Trial
     outputs: dict[str, float]
     """Output → relative L2 error."""
     introduced: float | None
@@ -85,7 +85,7 @@ class Measured:
         return Interval.of(self.draws[name] - before.draws[name])
 
 
-def quantized_layers(component: Component, module: nn.Module) -> Iterator[Layer]:
+def quantized_layers(component: Component, module: nn.Module) -> Iterator[Int8Layer]:
     """What is in INT8 in a quantised component; layers whose quantisers are off are none."""
     adds = {id(quantizer): name for name, quantizer in add_quantizers(module).items()}
     found: dict[str, list[Any]] = {}
@@ -97,7 +97,7 @@ def quantized_layers(component: Component, module: nn.Module) -> Iterator[Layer]
         part = module.get_submodule(path)
         weight = getattr(part, "weight", None)
         kind = "add" if id(own[0]) in adds else type(part).__name__.removeprefix("Quant")
-        yield Layer(name, path, component.name, kind, 0 if weight is None else weight.numel(), own)
+        yield Int8Layer(name, path, component.name, kind, 0 if weight is None else weight.numel(), own)
 
 
 @dataclass
@@ -109,7 +109,7 @@ class _Error:
 
     def add(self, test: Any, reference: Any) -> None:
         found = distance(test, reference)
-        self.difference += math.inf if found.born else found.difference**2
+        self.difference += math.inf if found.new_nonfinite else found.difference**2
         self.whole += found.whole**2
 
     @property
@@ -151,7 +151,7 @@ class Bench:
     def measure(
         self,
         samples: Sequence[Sample],
-        trials: Sequence[Trial],
+        trials: Sequence[Int8Trial],
         *,
         draws: int = 200,
         on_step: OnStep = lambda text, done, total: None,
@@ -180,7 +180,7 @@ class Bench:
             for trial, sums in totals.items()
         ]
 
-    def _sample(self, sample: Sample, totals: Mapping[Trial, _Totals], scored: bool) -> None:
+    def _sample(self, sample: Sample, totals: Mapping[Int8Trial, _Totals], scored: bool) -> None:
         expected: Arrays = {}
         for base in (FLOAT, INT8):
             if base == INT8 and not any(trial.base == INT8 for trial in totals):
@@ -205,7 +205,7 @@ class Bench:
             results[component.name] = _named(component, self._reuse[component.name].record(*inputs[component.name]))
         return _Recorded(inputs, results)
 
-    def _rerun(self, sample: Sample, trial: Trial, recorded: _Recorded, sums: _Totals) -> dict[str, Arrays]:
+    def _rerun(self, sample: Sample, trial: Int8Trial, recorded: _Recorded, sums: _Totals) -> dict[str, Arrays]:
         changed = [self.layers[name] for name in trial.changed]
         for layer in changed:
             layer.switch(trial.base == FLOAT)

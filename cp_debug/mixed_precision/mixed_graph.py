@@ -84,7 +84,7 @@ class MixedExecutor:
         worst = 0.0
         for name in computed.keys() - (inner - {v.name for v in self.graph.outputs}):
             found = distance(computed[name], exact.values[name])
-            worst = max(worst, float("inf") if found.born else ratio(found.difference, found.whole))
+            worst = max(worst, float("inf") if found.new_nonfinite else ratio(found.difference, found.whole))
         return worst
 
     def _reads(self, node: Node, high: Collection[str]) -> dict[str, str]:

@@ -307,7 +307,7 @@ def _plain(program: Program, folder: Path) -> Program:
     if not quantized:
         return program
     graph = Graph(remove_qdq(program.graph, quantized, folder / f"{program.name}-plain.onnx"))
-    return Program(program.name, graph)
+    return Program(program.name, graph, example=program.example)
 
 
 def _device(backend: Backend) -> str:

@@ -32,7 +32,7 @@ _CASTS = {"fp16": "fp16", "fp16acc": "fp16", "bf16": "bf16"}
 _CONTROL = ("If", "Loop", "Scan")
 
 
-class Precision:
+class TrialPrecision:
     """What is low in a test, and which nodes go on in FP32 when some are kept. ``name``: an arithmetic."""
 
     def __init__(self, name: str) -> None:
@@ -85,7 +85,12 @@ class EmulatedRunner:
     builds = 0
 
     def __init__(
-        self, model: Model, programs: Sequence[Program], samples: Sequence[Sample], precision: Precision, device: str
+        self,
+        model: Model,
+        programs: Sequence[Program],
+        samples: Sequence[Sample],
+        precision: TrialPrecision,
+        device: str,
     ) -> None:
         self._model, self._samples, self._precision = model, samples, precision
         arithmetic = ARITHMETICS[precision.name]
@@ -145,7 +150,7 @@ class BackendRunner:
         model: Model,
         programs: Sequence[Program],
         samples: Sequence[Sample],
-        precision: Precision,
+        precision: TrialPrecision,
         backend: Any,
         folder: Path,
     ) -> None:
@@ -206,20 +211,20 @@ def _seconds(session: Session, feed: Arrays) -> float | None:
     return None if timings is None else median(timings(feed, RUNS))
 
 
-def precision_of(backend: Backend, quantized: bool) -> Precision:
+def precision_of(backend: Backend, quantized: bool) -> TrialPrecision:
     """What a test backend has that layers can be kept from. ``quantized``: its graphs have Q/DQ nodes.
 
     Raises InputError for a backend whose layers cannot be told apart, or that has nothing but FP32.
     """
     name, family = str(backend.spec), backend.spec.family
     if family != "torch" and (backend.precision == "int8" or (quantized and family == "ort")):
-        return Precision("int8")
+        return TrialPrecision("int8")
     if family == "emu" and backend.precision in ("tf32", *_CASTS):
-        return Precision(backend.precision)
+        return TrialPrecision(backend.precision)
     if family == "trt" and backend.precision in ("fp16", "bf16") and backend.spec.variant != "best":
-        return Precision("fp16acc" if backend.precision == "fp16" else "bf16")
+        return TrialPrecision("fp16acc" if backend.precision == "fp16" else "bf16")
     if backend.spec.name == "ort-fp16":
-        return Precision("fp16")
+        return TrialPrecision("fp16")
     why = {
         "tf32": "TF32 is on or off for a whole engine or session; emu-tf32 tells which layers it hurts",
         "fp32": "it computes in FP32 already",

@@ -44,6 +44,20 @@ def as_numpy(tensor: Tensor) -> np.ndarray:
     return bits.numpy().view(extension)
 
 
+def as_torch(array: np.ndarray) -> torch.Tensor:
+    """The array as a torch tensor of the same shape and type, sharing memory; bfloat16 and FP8 of ``ml_dtypes``, too.
+
+    Raises TypeError for a type that torch has not.
+    """
+    import torch
+
+    array = np.ascontiguousarray(array).reshape(array.shape)
+    if array.dtype not in _ML_DTYPES.values():
+        return torch.from_numpy(array)
+    bits = torch.from_numpy(array.view(np.int16 if array.dtype.itemsize == 2 else np.int8))
+    return bits.view(getattr(torch, array.dtype.name))
+
+
 def dtype_name(tensor: Tensor) -> str:
     """``float32``, ``bfloat16``, ``float8_e4m3fn``, …: numpy, ml_dtypes and torch agree on these names."""
     return str(tensor.dtype).removeprefix("torch.")

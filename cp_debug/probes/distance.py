@@ -26,7 +26,7 @@ class Distance(NamedTuple):
     """‖ours − theirs‖."""
     whole: float
     """‖theirs‖."""
-    born: int
+    new_nonfinite: int
     """Elements that are NaN or Inf in ours and finite in theirs."""
 
 
@@ -35,7 +35,7 @@ def distance(ours: AnyTensor, theirs: AnyTensor) -> Distance:
     if fast := _finite(ours, theirs):
         return fast
     a, b = ours.reshape(-1), theirs.reshape(-1)
-    differing, whole, born = 0.0, 0.0, 0
+    differing, whole, new_nonfinite = 0.0, 0.0, 0
     for start in range(0, len(b), BLOCK):
         x, y = _block(a, start), _block(b, start)
         difference = float(torch.linalg.vector_norm(x - y))
@@ -43,11 +43,11 @@ def distance(ours: AnyTensor, theirs: AnyTensor) -> Distance:
         if not (math.isfinite(difference) and math.isfinite(size)):
             finite_y = torch.isfinite(y)
             finite = torch.isfinite(x) & finite_y
-            born += int((finite_y & ~finite).sum())
+            new_nonfinite += int((finite_y & ~finite).sum())
             difference = float(torch.linalg.vector_norm(torch.where(finite, x - y, 0.0)))
             size = float(torch.linalg.vector_norm(torch.where(finite, y, 0.0)))
         differing, whole = math.hypot(differing, difference), math.hypot(whole, size)
-    return Distance(differing, whole, born)
+    return Distance(differing, whole, new_nonfinite)
 
 
 def ratio(a: float, b: float) -> float:

@@ -14,7 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from cp_debug.errors import InputError
 from cp_debug.probes.trace import TorchValue, Trace, trace, unwatched
-from cp_debug.programs.torch_layers import Layer, Transposed, channels, is_quantized
+from cp_debug.programs.torch_layers import Transposed, WeightedLayer, channels, is_quantized
 
 _SAME_ELEMENTS = {"permute", "transpose", "t", "clone", "view", "_unsafe_view", "unsqueeze", "squeeze", "alias"}
 """ATen's operations that only put elements elsewhere."""
@@ -64,7 +64,9 @@ def apply_folding(module: nn.Module, folding: Folding) -> None:
             layer, norm = module.get_submodule(layer_path), module.get_submodule(norm_path)
         except AttributeError as error:
             raise InputError(f"{type(module).__name__} has no {layer_path} with {norm_path} behind it") from error
-        if not (isinstance(layer, Layer) and isinstance(norm, _BatchNorm) and channels(layer) == norm.num_features):
+        if not (
+            isinstance(layer, WeightedLayer) and isinstance(norm, _BatchNorm) and channels(layer) == norm.num_features
+        ):
             raise InputError(f"{norm_path} is no BatchNorm of as many channels as {layer_path} gives")
         _fold(layer, norm)
         parent, _, name = norm_path.rpartition(".")
@@ -72,7 +74,7 @@ def apply_folding(module: nn.Module, folding: Folding) -> None:
     module.folding = folding  # type: ignore[assignment]
 
 
-def _fold(layer: Layer, norm: _BatchNorm) -> None:
+def _fold(layer: WeightedLayer, norm: _BatchNorm) -> None:
     """In FP64, so that folding adds one rounding. The formula is that of convolutions for linear layers, too."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
@@ -92,7 +94,7 @@ class _Flow:
         self._ranges: dict[str, Tensor] = {}
         handles = []
         for path, part in self._modules.items():
-            if isinstance(part, Layer):
+            if isinstance(part, WeightedLayer):
                 axis = -1 if isinstance(part, nn.Linear) else 1
                 handles.append(part.register_forward_hook(self._keep(path, axis)))
             elif isinstance(part, _BatchNorm):
@@ -126,7 +128,7 @@ class _Flow:
         layer = self._modules.get(found)
         if layer is None:
             return None, f"{found.partition('@')[0]} runs more than once"
-        if not isinstance(layer, Layer):
+        if not isinstance(layer, WeightedLayer):
             return None, f"it reads {found}, a {type(layer).__name__}"
         if f"{found}@2" in self._record.leaves:
             return None, f"{found} runs more than once"

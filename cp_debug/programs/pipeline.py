@@ -11,16 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 import torch
 
 from cp_debug.backends.base import Backend, Program, RunRecord, Session, Tensor
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
-from cp_debug.probes.alignment import Alignment
+from cp_debug.probes.arrays import as_numpy, as_torch
 from cp_debug.probes.capture import array_hash
 from cp_debug.probes.outputs import flatten_outputs
-from cp_debug.programs.align import align
+from cp_debug.programs.align import Alignment, align
 from cp_debug.programs.batchnorm_folding import fuse_model_bn
 from cp_debug.programs.export import export
 from cp_debug.programs.layers import layers_of
@@ -55,12 +56,14 @@ def prepare(
 
     ``sample`` gives the example inputs; ``folder`` keeps the ONNX files and their alignment manifests.
     """
-    programs = []
+    programs: list[Program] = []
     results: dict[str, Arrays] = {}
     for component in model.components:
         if component.module is None:
             assert component.onnx_path is not None
-            programs.append(Program(component.name, Graph(component.onnx_path)))
+            known = component is model.components[0] or len(results) == len(programs)
+            example = model.feed(component, sample, results) if known else None
+            programs.append(Program(component.name, Graph(component.onnx_path), example=example))
             continue
         inputs = model.feed(component, sample, results)
         results[component.name] = run_module(component, inputs)
@@ -86,12 +89,12 @@ def _export(component: Component, inputs: Mapping[str, np.ndarray], folder: Path
     graph = Graph(path)
     alignment = align(graph, module, args, prefix=component.prefix)
     alignment.save(path.with_suffix(".alignment.json"))
-    return Program(component.name, graph, module, alignment)
+    return Program(component.name, graph, module, alignment, example=inputs)
 
 
 def example_args(component: Component, inputs: Mapping[str, np.ndarray]) -> tuple[torch.Tensor, ...]:
     """The inputs of a component's module as it takes them."""
-    return tuple(torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in component.input_names)
+    return tuple(as_torch(inputs[name]) for name in component.input_names)
 
 
 def run_module(component: Component, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -99,7 +102,7 @@ def run_module(component: Component, inputs: Mapping[str, np.ndarray]) -> dict[s
     assert component.module is not None
     with torch.no_grad():
         outputs = flatten_outputs(component.module(*example_args(component, inputs)))
-    return {n: t.numpy() for n, t in zip(component.output_names, outputs.values(), strict=True)}
+    return {n: as_numpy(t) for n, t in zip(component.output_names, outputs.values(), strict=True)}
 
 
 def load_test_programs(programs: Sequence[Program], path: Path) -> list[Program]:
@@ -127,7 +130,24 @@ def _replace(program: Program, path: Path) -> Program:
     if [v.name for v in graph.inputs] != expected:
         raise InputError(f"--test-model: {path} takes {[v.name for v in graph.inputs]}; the reference takes {expected}")
     manifest = path.with_suffix(".alignment.json")
-    return Program(program.name, graph, alignment=Alignment.load(manifest, graph) if manifest.is_file() else None)
+    alignment = Alignment.load(manifest, graph) if manifest.is_file() else None
+    example = None if program.example is None else as_declared(graph, program.example)
+    return Program(program.name, graph, alignment=alignment, example=example)
+
+
+def as_declared(graph: Graph, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The inputs in the float type in which ``graph`` takes each: a file in FP16 beside one in FP32."""
+    declared = {v.name: v.dtype for v in graph.inputs if v.dtype is not None}
+
+    def converted(name: str, array: np.ndarray) -> np.ndarray:
+        dtype = declared.get(name, array.dtype)
+        both_floats = array.dtype in _FLOATS and dtype in _FLOATS
+        return array.astype(dtype) if both_floats and dtype != array.dtype else array
+
+    return {name: converted(name, array) for name, array in inputs.items()}
+
+
+_FLOATS = {np.dtype(t) for t in (np.float16, np.float32, np.float64, ml_dtypes.bfloat16)}
 
 
 def changed_state(program: Program, *, train: bool, out_of_place: bool) -> Program:
@@ -199,7 +219,7 @@ class Pipeline:
         results: dict[str, Arrays] = {}
         programs = {program.name: program for program in self.programs}
         for component in self.model.components:
-            inputs = self.model.feed(component, sample, results)
+            inputs = as_declared(programs[component.name].graph, self.model.feed(component, sample, results))
             forward = None
             if sink is not None:
                 for name, array in inputs.items():

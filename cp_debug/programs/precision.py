@@ -38,7 +38,12 @@ BESIDE_INT8 = replace(PRECISIONS["int8"], roundoff=PRECISIONS["fp16"].roundoff)
 
 def coarser(a: str, b: str) -> Precision:
     """The less exact of two precisions: two results can agree no better than it allows."""
-    return max(PRECISIONS[a], PRECISIONS[b], key=lambda p: (p.roundoff, p.rtol))
+    return coarsest(a, b)
+
+
+def coarsest(*names: str | None) -> Precision:
+    """The least exact of some precisions; None is left out."""
+    return max((PRECISIONS[name] for name in names if name), key=lambda p: (p.roundoff, p.rtol))
 
 
 def oracle_for(reference: str, test: str) -> str:

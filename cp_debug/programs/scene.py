@@ -19,7 +19,7 @@ _FIELDS = ("boxes", "scores", "labels")
 
 
 @dataclass(frozen=True)
-class Boxes:
+class DecodedBoxes:
     """The detections of one backend. boxes: [N, 7 or more] x, y, z, length, width, height, yaw; scores, labels: [N]."""
 
     boxes: np.ndarray
@@ -35,7 +35,7 @@ class Scene:
     class_names: tuple[str, ...]
     points: np.ndarray | None
     """[N, 2 or more]: x, y, … in metres."""
-    detections: Mapping[str, Boxes]
+    detections: Mapping[str, DecodedBoxes]
     """By backend spec."""
 
     @classmethod
@@ -49,7 +49,7 @@ class Scene:
             source=next(iter(kept.manifest.get("samples", [])), ""),
             class_names=tuple(kept.manifest.get("class_names", ())),
             points=kept.load("points") if "points" in kept.names() else None,
-            detections={s: Boxes(*(kept.load(f, component=s) for f in _FIELDS)) for s in specs},
+            detections={s: DecodedBoxes(*(kept.load(f, component=s) for f in _FIELDS)) for s in specs},
         )
 
     def class_name(self, label: int) -> str:

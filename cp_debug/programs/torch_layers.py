@@ -12,21 +12,21 @@ from torch import nn
 from cp_debug.errors import InputError
 
 Transposed: TypeAlias = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
-Layer: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | Transposed
+WeightedLayer: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | Transposed
 """What sums products: INT8 is for these, and BatchNorm is folded into these."""
 
 
-def layers_of(module: nn.Module) -> dict[str, Layer]:
+def layers_of(module: nn.Module) -> dict[str, WeightedLayer]:
     """The layers that INT8 is for, by path."""
-    return {path: part for path, part in module.named_modules() if isinstance(part, Layer)}
+    return {path: part for path, part in module.named_modules() if isinstance(part, WeightedLayer)}
 
 
-def channels(layer: Layer) -> int:
+def channels(layer: WeightedLayer) -> int:
     """How many output channels a layer has."""
     return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
 
 
-def weight_axis(layer: Layer) -> int:
+def weight_axis(layer: WeightedLayer) -> int:
     """The axis of the output channels in a layer's weight."""
     return 1 if isinstance(layer, Transposed) else 0
 

@@ -17,7 +17,7 @@ from cp_debug.graph.scales import LayerScales, Scales
 from cp_debug.programs.align import module_digest
 from cp_debug.programs.batchnorm_folding import Folding, apply_folding, find_folding
 from cp_debug.programs.pipeline import example_args, run_module
-from cp_debug.programs.torch_layers import Layer, channels, full_path, layers_of
+from cp_debug.programs.torch_layers import WeightedLayer, channels, full_path, layers_of
 from cp_debug.quantization.models import QuantizedComponent
 from cp_debug.quantization.ptq import apply_scales, quantization_of
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
@@ -86,7 +86,7 @@ def _amax(state: Mapping[str, Tensor], layer: str, kind: str) -> Tensor | None:
     return state.get(f"{layer}._{kind}{AMAX}", state.get(f"{layer}.{kind}{AMAX}"))
 
 
-def _for_channels(layer: Layer, amax: Tensor, where: str) -> np.ndarray:
+def _for_channels(layer: WeightedLayer, amax: Tensor, where: str) -> np.ndarray:
     """One for each output channel [C_out]; a scale of the whole weight is that of each channel."""
     if amax.numel() not in (1, channels(layer)):
         raise InputError(

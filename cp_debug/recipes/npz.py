@@ -21,7 +21,7 @@ def npz_samples(inputs: Path, expected: list[ValueInfo], count: int) -> Iterator
     Raises InputError for files that are no ``.npz`` of plain arrays, and for wrong names, dtypes and shapes in them.
     """
     for file in islice(_files(inputs), count):
-        arrays = _read(file)
+        arrays = _typed(_read(file), expected)
         check_inputs(expected, arrays, str(file))
         yield Sample(arrays, str(file))
 
@@ -39,6 +39,22 @@ def _files(inputs: Path) -> Iterator[Path]:
             f"--inputs: {inputs}: an ONNX file is fed with an .npz file of its named inputs, or a folder of them; "
             "point clouds are for recipes such as centerpoint:tiny"
         )
+
+
+def _typed(arrays: dict[str, np.ndarray], expected: list[ValueInfo]) -> dict[str, np.ndarray]:
+    """The arrays with the types that numpy has not and therefore neither ``.npz`` files (bfloat16, FP8, 4 bits): bits
+    without a type are taken for them, float32 is rounded to them."""
+    wanted = {v.name: v.dtype for v in expected if v.dtype is not None and v.dtype.isbuiltin != 1}
+
+    def typed(name: str, array: np.ndarray) -> np.ndarray:
+        dtype = wanted.get(name)
+        if dtype is None or array.dtype == dtype:
+            return array
+        if array.dtype.kind == "V" and array.dtype.itemsize == dtype.itemsize:
+            return array.view(dtype)
+        return array.astype(dtype) if array.dtype == np.float32 else array
+
+    return {name: typed(name, array) for name, array in arrays.items()}
 
 
 def _read(file: Path) -> dict[str, np.ndarray]:

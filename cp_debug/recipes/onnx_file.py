@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.made_up import MadeUp
+from cp_debug.graph.graph import Graph
 from cp_debug.graph.random_inputs import random_inputs
 from cp_debug.recipes.base import Arrays, Component, Sample
 from cp_debug.recipes.npz import npz_samples
@@ -20,6 +22,7 @@ class OnnxFileModel:
     def __init__(self, path: Path) -> None:
         self.name = str(path)
         self._inputs = (graph := Graph(path)).inputs
+        self._path = path
         self.components: Sequence[Component] = [
             Component(
                 name=path.stem,
@@ -33,12 +36,13 @@ class OnnxFileModel:
     def samples(self, count: int, seed: int, inputs: Path | None) -> Iterator[Sample]:
         """One sample a ``.npz`` file (``inputs`` is one, or a folder of them), checked against the graph; or random.
 
-        Random inputs are those of ``random_inputs``, seeded with ``seed`` and the sample's number. At most ``count``
-        samples. Raises InputError for files with a wrong name, dtype or shape in them.
+        Random inputs are those of ``MadeUp``, seeded with ``seed`` and the sample's number. At most ``count`` samples.
+        Raises InputError for files with a wrong name, dtype or shape in them, and where no input can be made up.
         """
         if inputs is None:
+            made = MadeUp(Graph(self._path))
             for index in range(count):
-                yield Sample(random_inputs(self._inputs, [seed, index]), f"random, seed {seed}, sample {index}")
+                yield Sample(made.sample([seed, index]), f"random, seed {seed}, sample {index}")
             return
         yield from npz_samples(inputs, self._inputs, count)
 

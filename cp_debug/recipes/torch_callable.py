@@ -16,6 +16,8 @@ import numpy as np
 import torch
 
 from cp_debug.errors import InputError, ModuleFailed
+from cp_debug.probes.arrays import as_numpy
+from cp_debug.graph.graph import ValueInfo
 from cp_debug.graph.graph import ValueInfo
 from cp_debug.probes.outputs import flatten_outputs
 from cp_debug.probes.trace import trace
@@ -30,7 +32,7 @@ class TorchModel:
         self.name = name
         self.module = module.eval()
         names, tensors = _named_inputs(name, module, example_inputs)
-        self._examples = {n: t.detach().cpu().numpy() for n, t in zip(names, tensors, strict=True)}
+        self._examples = {n: as_numpy(t) for n, t in zip(names, tensors, strict=True)}
         self.components: Sequence[Component] = [
             Component(
                 name=type(module).__name__,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cp_debug.detection.changes import GAINED, KEPT, LOST, MOVED_BOX, Change, changes
-from cp_debug.programs.scene import Boxes, Scene
+from cp_debug.programs.scene import DecodedBoxes, Scene
 from cp_debug.reports.png import opacity_png
 from cp_debug.reports.svg import Canvas, Scale
 
@@ -43,14 +43,14 @@ def birdseye(scene: Scene, reference: str, test: str) -> View | None:
     )
 
 
-def _class(scene: Scene, ours: Boxes, theirs: Boxes, change: Change) -> str:
+def _class(scene: Scene, ours: DecodedBoxes, theirs: DecodedBoxes, change: Change) -> str:
     if change.reference is not None:
         return scene.class_name(int(ours.labels[change.reference]))
     assert change.test is not None
     return scene.class_name(int(theirs.labels[change.test]))
 
 
-def _draw(scene: Scene, ours: Boxes, theirs: Boxes, found: list[Change]) -> Canvas:
+def _draw(scene: Scene, ours: DecodedBoxes, theirs: DecodedBoxes, found: list[Change]) -> Canvas:
     middle, reach = _extent(scene.points, ours, theirs)
     x = Scale(middle[0] - reach, middle[0] + reach, LEFT, SIZE)
     y = Scale(middle[1] - reach, middle[1] + reach, SIZE - BOTTOM, SIZE - BOTTOM - (SIZE - LEFT))
@@ -67,7 +67,7 @@ def _draw(scene: Scene, ours: Boxes, theirs: Boxes, found: list[Change]) -> Canv
     return canvas
 
 
-def _box(canvas: Canvas, x: Scale, y: Scale, scene: Scene, side: Boxes, index: int, kind: str) -> None:
+def _box(canvas: Canvas, x: Scale, y: Scale, scene: Scene, side: DecodedBoxes, index: int, kind: str) -> None:
     """The outline of a box and a line to its front; a title for whoever points at it."""
     centre_x, centre_y, _, length, width, _, yaw = side.boxes[index, :7].astype(float)
     if not np.isfinite((centre_x, centre_y, length, width, yaw)).all():
@@ -86,7 +86,7 @@ def _box(canvas: Canvas, x: Scale, y: Scale, scene: Scene, side: Boxes, index: i
     canvas.add('<path d="{}" class="box {}"><title>{}</title></path>', route, kind, title)
 
 
-def _extent(points: np.ndarray | None, *sides: Boxes) -> tuple[np.ndarray, float]:
+def _extent(points: np.ndarray | None, *sides: DecodedBoxes) -> tuple[np.ndarray, float]:
     """Centre and half width, metres, of a square around all boxes and all but the most remote points."""
     places = np.concatenate([side.boxes[:, :2] for side in sides])
     if points is not None:

@@ -147,10 +147,10 @@ def _ort_providers() -> list[str]:
 
 
 def _tensorrt() -> str:
-    from cp_debug.backends.tensorrt.client import Client
+    from cp_debug.backends.tensorrt.client import RunnerClient
 
     try:
-        probed = Client().probe()
+        probed = RunnerClient().probe()
     except CpdebugError as error:
         return str(error).replace("\n", "; ")
     return f"TensorRT: {probed}"

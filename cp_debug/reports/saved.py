@@ -268,12 +268,12 @@ def _row(fields: Fields) -> LayerRow:
         expected=fields.optional("expected"),
         excess=fields.optional("excess"),
         declared=fields.optional("declared"),
-        departs=fields.optional("departs"),
+        deviation_from_scales=fields.optional("departs"),
         channel_excess=fields.optional("channel_excess"),
         clipped=fields.optional("clipped"),
         step=fields.optional("step"),
         oracle_error=fields.number("oracle_error", 0.0),
-        born=fields.get("born_nonfinite", int, 0),
+        new_nonfinite=fields.get("born_nonfinite", int, 0),
         skipped=fields.get("skipped", (str, type(None)), None),
     )
     return LayerRow(

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from cp_debug.detection.bootstrap import Interval
 from cp_debug.files import write_text
-from cp_debug.mixed_precision.int8_sensitivity import METRIC, Effect, SensitivityProfile
+from cp_debug.mixed_precision.int8_sensitivity import METRIC, Int8Effect, SensitivityProfile
 from cp_debug.reports.numbers import number
 from cp_debug.reports.page import environment, page_parts
 from cp_debug.reports.safe_table import Table
@@ -56,7 +56,7 @@ def layer_table(profile: SensitivityProfile, count: int) -> Table:
 
 def whole_line(profile: SensitivityProfile) -> str:
     """All layers in INT8, in a sentence."""
-    effect: Effect = profile.int8
+    effect: Int8Effect = profile.int8
     scores = [f"{n} {profile.scores[n]:.4f} → {profile.scores[n] + c.value:.4f}" for n, c in effect.scores.items()]
     parts = [f"error {number(effect.error)} ({effect.sqnr:.1f} dB)", *scores]
     return f"all {len(profile.layers)} layers in INT8: {', '.join(parts)}; measured in {profile.seconds:.0f} s"

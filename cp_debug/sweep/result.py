@@ -33,7 +33,7 @@ class Group(Protocol):
 
 
 @dataclass(frozen=True)
-class Failure:
+class FailedTasks:
     """A task that failed, and why."""
 
     label: str
@@ -42,7 +42,7 @@ class Failure:
     error: str
 
     @classmethod
-    def of(cls, record: Record) -> Failure:
+    def of(cls, record: Record) -> FailedTasks:
         """From a record with an error."""
         params = record["params"]
         file = params.get("inputs")
@@ -61,14 +61,14 @@ class SweepResult:
     seconds: float
     """Of this run."""
     groups: Sequence[Group]
-    failures: Sequence[Failure]
+    failures: Sequence[FailedTasks]
     log: str
     command: str = ""
 
     @classmethod
     def of(cls, kind: str, finished: Finished, groups: Sequence[Group], command: str = "") -> SweepResult:
         """``groups`` are what the results of ``finished`` were merged to."""
-        failures = [Failure.of(record) for record in finished.failures()]
+        failures = [FailedTasks.of(record) for record in finished.failures()]
         count, log = len(finished.places), str(finished.log.path)
         return cls(kind, count, finished.ran, finished.seconds, groups, failures, log, command)
 

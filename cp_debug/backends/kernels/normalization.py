@@ -9,7 +9,9 @@ from torch.nn import functional
 from cp_debug.backends.kernels.registry import Call, kernel
 
 
-@kernel("BatchNormalization")
+# In FP16 the parameters stay FP32: TensorRT folds them into one scale and shift when it reads the file, ONNX Runtime's
+# CUDA provider hands them to cuDNN in FP32 (onnxruntime/core/providers/cuda/nn/batch_norm.cc).
+@kernel("BatchNormalization", exact=True)
 def batch_normalization(call: Call, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     if call["training_mode"] or call.outputs > 1 or call["spatial"] == 0:
         return NotImplemented

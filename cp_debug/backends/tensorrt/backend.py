@@ -9,15 +9,15 @@ from typing import Any
 
 from cp_debug.backends.base import Program
 from cp_debug.backends.spec import BackendSpec
-from cp_debug.backends.tensorrt.client import Client
+from cp_debug.backends.tensorrt.client import RunnerClient
 from cp_debug.backends.tensorrt.config import largest_opset
-from cp_debug.backends.tensorrt.options import Options
+from cp_debug.backends.tensorrt.options import TensorRTOptions
 from cp_debug.backends.tensorrt.session import EngineSession
 from cp_debug.errors import BackendUnavailable
 
 
 class TensorRTBackend:
-    """TensorRT on one CUDA device, wherever ``Options.python`` or the environment says it is.
+    """TensorRT on one CUDA device, wherever ``TensorRTOptions.python`` or the environment says it is.
 
     ``options`` are the fields of ``cp_debug.backends.tensorrt.options.Options``. Raises BackendUnavailable when there
     is no TensorRT, no GPU, or a version that cannot do what the spec says.
@@ -32,8 +32,8 @@ class TensorRTBackend:
         self.spec, self.device = spec, device
         self.precision = "fp16" if spec.variant == "best" else spec.variant
         index = int(device.partition(":")[2] or 0)
-        self.options = replace(Options(**options), device=index)
-        self.client = Client(
+        self.options = replace(TensorRTOptions(**options), device=index)
+        self.client = RunnerClient(
             self.options.python,
             spec=str(spec),
             time_limit=self.options.time_limit,

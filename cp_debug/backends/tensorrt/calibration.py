@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cp_debug.backends.tensorrt.inspector import EngineLayer, materialised
-from cp_debug.backends.tensorrt.options import Options
+from cp_debug.backends.tensorrt.options import TensorRTOptions
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.qdq import LEVELS, quantizable
 from cp_debug.reading import read_text
 
 
-def calibration(options: Options, component: str, scratch: Path) -> dict[str, Any] | None:
+def calibration(options: TensorRTOptions, component: str, scratch: Path) -> dict[str, Any] | None:
     """The runner's ``calibration`` of a component: its cache, and the arrays from which it is made where there is none.
 
     None when the options name neither. Raises InputError when there is nothing to calibrate with.

@@ -33,7 +33,7 @@ class ParseFailed(InputError):
         self.nodes = nodes
 
 
-class Client:
+class RunnerClient:
     """A place where TensorRT runs.
 
     Raises BackendUnavailable when there is none; ``spec`` is the backend's name in that message. ``time_limit`` is in

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cp_debug.backends.tensorrt.client import BuildFailed, Client, ParseFailed
+from cp_debug.backends.tensorrt.client import BuildFailed, ParseFailed, RunnerClient
 from cp_debug.backends.tensorrt.config import BuildConfig
 from cp_debug.backends.tensorrt.inspector import (
     PRECISIONS,
@@ -40,10 +40,10 @@ class Engine:
 
 
 @dataclass(frozen=True)
-class Workshop:
+class EngineBuilder:
     """Builds engines of one graph: everything about it but shapes and probes."""
 
-    client: Client
+    client: RunnerClient
     config: BuildConfig
     variant: str
     graph: Graph
@@ -121,7 +121,7 @@ class EngineSet:
     ``probes``: see ``Options``.
     """
 
-    def __init__(self, workshop: Workshop, profiles: Mapping[str, Profile], name: str, probes: str) -> None:
+    def __init__(self, workshop: EngineBuilder, profiles: Mapping[str, Profile], name: str, probes: str) -> None:
         self._workshop, self._profiles, self._name = workshop, profiles, name
         (self.plain,) = workshop.build([(f"{name}.engine", {})], profiles)
         self.types = realised_precision(self.plain.layers)

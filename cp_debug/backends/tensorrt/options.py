@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 
 @dataclass(frozen=True)
-class Options:
+class TensorRTOptions:
     """Settings of the TensorRT backends; the defaults are those of the command line."""
 
     python: str | None = None

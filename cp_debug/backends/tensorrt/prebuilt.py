@@ -12,9 +12,9 @@ import numpy as np
 
 from cp_debug.backends.base import Program, Sink
 from cp_debug.backends.tensorrt.backend import TensorRTBackend
-from cp_debug.backends.tensorrt.client import Client
+from cp_debug.backends.tensorrt.client import RunnerClient
 from cp_debug.backends.tensorrt.engines import Engine
-from cp_debug.backends.tensorrt.options import Options
+from cp_debug.backends.tensorrt.options import TensorRTOptions
 from cp_debug.backends.tensorrt.session import EngineSession
 
 
@@ -39,7 +39,7 @@ class PrebuiltBackend:
 class PrebuiltSession(EngineSession):
     """One engine file; it shows its outputs."""
 
-    def __init__(self, client: Client, program: Program, file: Path, options: Options) -> None:
+    def __init__(self, client: RunnerClient, program: Program, file: Path, options: TensorRTOptions) -> None:
         self._client, self._own, self._options = client, program.graph, options
         self._folder = tempfile.TemporaryDirectory(prefix="cpdebug-engine-")
         self._file = file

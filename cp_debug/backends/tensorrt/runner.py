@@ -40,7 +40,7 @@ NUMPY_TYPES = {
 }
 
 
-class Failure(Exception):
+class RunnerFailure(Exception):
     """What went wrong, for people.
 
     ``kind`` is one of import, unsupported, parse, build, kernel, memory, engine, input, device, time, internal;
@@ -84,13 +84,13 @@ class Cuda:
                 return ctypes.CDLL(name)
             except OSError:
                 pass
-        raise Failure("device", "no CUDA runtime library (libcudart.so) found; put its folder on LD_LIBRARY_PATH")
+        raise RunnerFailure("device", "no CUDA runtime library (libcudart.so) found; put its folder on LD_LIBRARY_PATH")
 
     def _call(self, name: str, *arguments: Any) -> None:
         code = getattr(self.lib, name)(*arguments)
         if code:
             kind = "memory" if code == self.OUT_OF_MEMORY else "device"
-            raise Failure(kind, f"{name}: {self.lib.cudaGetErrorString(code).decode()} (CUDA error {code})")
+            raise RunnerFailure(kind, f"{name}: {self.lib.cudaGetErrorString(code).decode()} (CUDA error {code})")
 
     def _number(self, function: str, *arguments: int) -> int:
         value = ctypes.c_int()
@@ -118,7 +118,7 @@ class Cuda:
         return text.value.decode()
 
     def allocate(self, nbytes: int) -> int:
-        """Device memory that ``close`` frees. Raises Failure of kind memory."""
+        """Device memory that ``close`` frees. Raises RunnerFailure of kind memory."""
         pointer = ctypes.c_void_p()
         self._call("cudaMalloc", ctypes.byref(pointer), ctypes.c_size_t(max(nbytes, 1)))
         address = pointer.value or 0
@@ -179,11 +179,11 @@ class Job:
         return self.deadline is not None and time.monotonic() > self.deadline
 
     def member(self, enum: str, name: str) -> Any:
-        """The enum member, or a Failure that says what this version lacks."""
+        """The enum member, or a RunnerFailure that says what this version lacks."""
         try:
             return getattr(getattr(self.trt, enum), name)
         except AttributeError:
-            raise Failure("unsupported", f"TensorRT {self.trt.__version__} has no {enum}.{name}") from None
+            raise RunnerFailure("unsupported", f"TensorRT {self.trt.__version__} has no {enum}.{name}") from None
 
     def reasons(self, otherwise: str) -> str:
         """Every error that TensorRT logged, once."""
@@ -194,9 +194,9 @@ def _import_tensorrt() -> Any:
     try:
         import tensorrt
     except ModuleNotFoundError as error:
-        raise Failure("import", f"{sys.executable} has no package {error.name!r}") from None
+        raise RunnerFailure("import", f"{sys.executable} has no package {error.name!r}") from None
     except ImportError as error:  # the package is there, one of its libraries is not
-        raise Failure("import", f"{sys.executable} cannot import tensorrt: {error}") from None
+        raise RunnerFailure("import", f"{sys.executable} cannot import tensorrt: {error}") from None
     return tensorrt
 
 
@@ -250,14 +250,14 @@ def _make_calibrator(job: Job, settings: dict[str, Any], shapes: dict[str, tuple
     trt, cache = job.trt, Path(settings["cache"])
     base: Any = getattr(trt, CALIBRATORS[settings["kind"]], None)
     if base is None:
-        raise Failure("unsupported", f"TensorRT {trt.__version__} has no calibrators: it takes Q/DQ graphs only")
+        raise RunnerFailure("unsupported", f"TensorRT {trt.__version__} has no calibrators: it takes Q/DQ graphs only")
 
     class Calibrator(base):
         def __init__(self) -> None:
             base.__init__(self)
             self.files = iter(settings["data"])
             self.cuda = Cuda(device)
-            self.failure: Failure | None = None
+            self.failure: RunnerFailure | None = None
 
         def get_batch_size(self) -> int:
             return 1
@@ -268,7 +268,7 @@ def _make_calibrator(job: Job, settings: dict[str, Any], shapes: dict[str, tuple
             try:
                 return None if file is None else self._upload(file, names)
             except Exception as error:  # must not travel through TensorRT, which would end the process
-                self.failure = error if isinstance(error, Failure) else Failure("input", f"{file}: {error}")
+                self.failure = error if isinstance(error, RunnerFailure) else RunnerFailure("input", f"{file}: {error}")
                 return None
 
         def read_calibration_cache(self) -> bytes | None:
@@ -282,7 +282,7 @@ def _make_calibrator(job: Job, settings: dict[str, Any], shapes: dict[str, tuple
             with np.load(file, allow_pickle=False) as arrays:
                 missing = [name for name in names if name not in arrays]
                 if missing:
-                    raise Failure("input", f"{file}: holds no array {missing[0]!r}")
+                    raise RunnerFailure("input", f"{file}: holds no array {missing[0]!r}")
                 return [self.cuda.upload(_fitted(file, name, arrays[name], shapes[name])) for name in names]
 
     return Calibrator()
@@ -291,7 +291,9 @@ def _make_calibrator(job: Job, settings: dict[str, Any], shapes: dict[str, tuple
 def _fitted(file: str, name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Cut, or repeated from its start, to the one shape that calibration runs at: ranges ask for no more."""
     if array.ndim != len(shape) or not array.size:
-        raise Failure("input", f"{file}: {name!r} has shape {list(array.shape)}; calibration runs at {list(shape)}")
+        raise RunnerFailure(
+            "input", f"{file}: {name!r} has shape {list(array.shape)}; calibration runs at {list(shape)}"
+        )
     for axis, size in enumerate(shape):
         array = np.take(array, np.arange(size) % array.shape[axis], axis)
     return np.ascontiguousarray(array, np.float32 if array.dtype.kind == "f" else array.dtype)
@@ -399,7 +401,7 @@ COMMANDS: dict[str, Callable[[Job, Step], dict[str, Any]]] = {
 
 def _parse(job: Job, network: Any, path: str, nodes: list[list[Any]]) -> None:
     if not Path(path).is_file():
-        raise Failure("input", f"{path}: no such ONNX file")
+        raise RunnerFailure("input", f"{path}: no such ONNX file")
     parser = job.trt.OnnxParser(network, job.logger)
     job.kept.append(parser)  # owns the weights until the build is over
     if parser.parse_from_file(path):  # by path, so that external data is found beside the file
@@ -412,7 +414,7 @@ def _parse(job: Job, network: Any, path: str, nodes: list[list[Any]]) -> None:
             name, op = error.node_name() or name, error.node_operator() or op
         names += [name] if name else []
         lines.append((f"node {name} ({op})" if name else "graph") + f": {error.desc()}")
-    raise Failure("parse", "\n".join(lines) or job.reasons("the parser gave no reason"), names)
+    raise RunnerFailure("parse", "\n".join(lines) or job.reasons("the parser gave no reason"), names)
 
 
 def _owners(network: Any, nodes: list[list[Any]]) -> list[tuple[Any, str | None]]:
@@ -481,14 +483,14 @@ def _add_profile(builder: Any, network: Any, config: Any, profiles: dict[str, An
     inputs = {tensor.name: tuple(tensor.shape) for tensor in map(network.get_input, range(network.num_inputs))}
     for name in profiles:
         if name not in inputs:
-            raise Failure("input", f"profile for {name!r}, but the graph's inputs are {', '.join(inputs)}")
+            raise RunnerFailure("input", f"profile for {name!r}, but the graph's inputs are {', '.join(inputs)}")
     dynamic = [name for name, shape in inputs.items() if -1 in shape]
     if not dynamic:
         return None
     profile = builder.create_optimization_profile()
     for name in dynamic:
         if name not in profiles:
-            raise Failure("input", f"input {name!r} has dynamic shape {list(inputs[name])}: it needs a profile")
+            raise RunnerFailure("input", f"input {name!r} has dynamic shape {list(inputs[name])}: it needs a profile")
         profile.set_shape(name, *[tuple(shape) for shape in profiles[name]])
     config.add_optimization_profile(profile)
     return profile
@@ -543,7 +545,7 @@ def _mark(job: Job, network: Any, probes: dict[str, Any]) -> tuple[list[str], li
     method, wanted = probes.get("method"), probes.get("tensors") or {}
     if method == "unfused":
         if not network.mark_unfused_tensors_as_debug_tensors():
-            raise Failure("build", job.reasons("TensorRT refused to mark the unfused tensors"))
+            raise RunnerFailure("build", job.reasons("TensorRT refused to mark the unfused tensors"))
         return [], []
     tensors = {tensor.name: tensor for layer in _network_layers(network) for tensor in _outputs(layer)}
     marked = []
@@ -563,14 +565,14 @@ def _mark(job: Job, network: Any, probes: dict[str, Any]) -> tuple[list[str], li
     return marked, [name for name in wanted if name not in marked]
 
 
-def _build_failure(job: Job) -> Failure:
+def _build_failure(job: Job) -> RunnerFailure:
     if job.out_of_time():
-        return Failure("time", "the build was stopped at its time limit")
+        return RunnerFailure("time", "the build was stopped at its time limit")
     text = job.reasons("TensorRT gave no reason")
     if re.search(r"out of memory|OutOfMemory|cudaErrorMemoryAllocation", text, re.IGNORECASE):
-        return Failure("memory", text)
+        return RunnerFailure("memory", text)
     nodes = re.findall(r"Could not find any implementation for node (.+?)(?:\.(?=\s|$)| due to)", text)
-    return Failure("kernel" if nodes else "build", text, dict.fromkeys(nodes))
+    return RunnerFailure("kernel" if nodes else "build", text, dict.fromkeys(nodes))
 
 
 def _write(path: Path, data: Any) -> None:
@@ -587,7 +589,7 @@ def _load_engine(job: Job, path: str) -> Any:
     job.kept.append(job.trt.Runtime(job.logger))
     engine = job.kept[-1].deserialize_cuda_engine(Path(path).read_bytes())
     if engine is None:
-        raise Failure("engine", f"{path}: {job.reasons('TensorRT cannot read this engine')}")
+        raise RunnerFailure("engine", f"{path}: {job.reasons('TensorRT cannot read this engine')}")
     return engine
 
 
@@ -596,7 +598,7 @@ def _run(job: Job, cuda: Cuda, step: Step) -> dict[str, Any]:
     engine = _load_engine(job, step["engine"])
     context = engine.create_execution_context()
     if context is None:
-        raise Failure("memory", job.reasons("no memory for the engine's activations"))
+        raise RunnerFailure("memory", job.reasons("no memory for the engine's activations"))
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
     inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
     for name in inputs:
@@ -607,7 +609,7 @@ def _run(job: Job, cuda: Cuda, step: Step) -> dict[str, Any]:
             continue
         shape, dtype = tuple(context.get_tensor_shape(name)), _member_name(engine.get_tensor_dtype(name))
         if any(size < 0 for size in shape):
-            raise Failure("unsupported", f"output {name!r} has a shape that depends on the data")
+            raise RunnerFailure("unsupported", f"output {name!r} has a shape that depends on the data")
         layout = Layout(_member_name(engine.get_tensor_format(name)), shape)
         nbytes = int(np.prod(layout.memory, dtype=np.int64)) * np.dtype(_numpy_type(name, dtype)).itemsize
         outputs[name] = (cuda.allocate(nbytes), layout, dtype)
@@ -619,7 +621,7 @@ def _run(job: Job, cuda: Cuda, step: Step) -> dict[str, Any]:
     for _ in range(1 + step.get("repeat", 0)):
         started = time.perf_counter()
         if not context.execute_async_v3(cuda.stream):
-            raise Failure("device", job.reasons("TensorRT could not run the engine"))
+            raise RunnerFailure("device", job.reasons("TensorRT could not run the engine"))
         cuda.synchronize()
         seconds.append(time.perf_counter() - started)
     for name, (pointer, layout, dtype) in outputs.items():
@@ -631,7 +633,7 @@ def _run(job: Job, cuda: Cuda, step: Step) -> dict[str, Any]:
 def _feed(job: Job, cuda: Cuda, engine: Any, context: Any, name: str, files: dict[str, str]) -> None:
     """Load one input, check it against the profile and the engine's type, hand it to the context."""
     if name not in files:
-        raise Failure("input", f"no value for input {name!r}")
+        raise RunnerFailure("input", f"no value for input {name!r}")
     array = np.load(files[name], allow_pickle=False)
     low = high = tuple(engine.get_tensor_shape(name))
     if -1 in low:
@@ -639,13 +641,13 @@ def _feed(job: Job, cuda: Cuda, engine: Any, context: Any, name: str, files: dic
     fits = len(low) == array.ndim and all(low[i] <= array.shape[i] <= high[i] for i in range(array.ndim))
     if not fits or not context.set_input_shape(name, tuple(array.shape)):
         built_for = f"the engine was built for {list(low)} to {list(high)}"
-        raise Failure("input", f"input {name!r} has shape {list(array.shape)}, {built_for}")
+        raise RunnerFailure("input", f"input {name!r} has shape {list(array.shape)}, {built_for}")
     type_name = _member_name(engine.get_tensor_dtype(name))
     if type_name == "BF16":
-        raise Failure("unsupported", f"input {name!r} is BF16; keep the graph's inputs FP32")
+        raise RunnerFailure("unsupported", f"input {name!r} is BF16; keep the graph's inputs FP32")
     converted = np.ascontiguousarray(array, _numpy_type(name, type_name))
     if array.dtype.kind in "iu" and not np.array_equal(converted, array):
-        raise Failure("input", f"input {name!r} has values that do not fit the engine's {type_name}")
+        raise RunnerFailure("input", f"input {name!r} has values that do not fit the engine's {type_name}")
     if engine.get_tensor_location(name) == job.trt.TensorLocation.HOST:
         job.kept.append(converted)
         context.set_tensor_address(name, converted.ctypes.data)
@@ -659,7 +661,7 @@ class Layout:
     def __init__(self, name: str, shape: tuple[int, ...]) -> None:
         match = re.match(r"(HWC|CHW)(\d*)$", name) if len(shape) == 4 else None
         if name != "LINEAR" and match is None:
-            raise Failure("unsupported", f"a tensor of shape {list(shape)} in TensorRT's format {name}")
+            raise RunnerFailure("unsupported", f"a tensor of shape {list(shape)} in TensorRT's format {name}")
         self.shape, self.memory, self.order = shape, shape, ""
         if match:
             (n, c, h, w), vector = shape, int(match.group(2) or 1)
@@ -742,7 +744,7 @@ def _member_name(member: Any) -> str:
 
 def _numpy_type(name: str, dtype: str) -> Any:
     if dtype not in NUMPY_TYPES:
-        raise Failure("unsupported", f"tensor {name!r} is {dtype}, which numpy cannot hold")
+        raise RunnerFailure("unsupported", f"tensor {name!r} is {dtype}, which numpy cannot hold")
     return NUMPY_TYPES[dtype]
 
 
@@ -759,13 +761,13 @@ def execute(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
         for index, step in enumerate(job["steps"]):
             emit({"event": "step", "index": index, "of": len(job["steps"]), "command": step["command"]})
             results.append(COMMANDS[step["command"]](Job(emit, deadline, job.get("verbose", False)), step))
-    except Failure as error:
+    except RunnerFailure as error:
         failure = error
     except MemoryError:
-        failure = Failure("memory", "the host ran out of memory")
+        failure = RunnerFailure("memory", "the host ran out of memory")
     except Exception as error:
         failure, details = (
-            Failure("internal", f"{type(error).__name__}: {error}"),
+            RunnerFailure("internal", f"{type(error).__name__}: {error}"),
             {"traceback": traceback.format_exc()},
         )
     return {"results": results, **({"error": {**failure.to_dict(), **details}} if failure else {})}

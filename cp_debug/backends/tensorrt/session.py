@@ -14,10 +14,10 @@ import numpy as np
 
 from cp_debug.backends.base import Program, Sink
 from cp_debug.backends.tensorrt.calibration import Ranges, calibration, ranges_of, read_cache
-from cp_debug.backends.tensorrt.client import Client
+from cp_debug.backends.tensorrt.client import RunnerClient
 from cp_debug.backends.tensorrt.config import decide
-from cp_debug.backends.tensorrt.engines import Engine, EngineSet, Profile, Workshop
-from cp_debug.backends.tensorrt.options import Options
+from cp_debug.backends.tensorrt.engines import Engine, EngineBuilder, EngineSet, Profile
+from cp_debug.backends.tensorrt.options import TensorRTOptions
 from cp_debug.backends.tensorrt.probe_bisection import Expected, search
 from cp_debug.errors import InputError
 from cp_debug.graph.casts import cast_surgery
@@ -57,7 +57,9 @@ class EngineSession:
     and how far building again does. With ``bisect`` probes there is an engine for each value shown.
     """
 
-    def __init__(self, client: Client, program: Program, variant: str, version: str, options: Options) -> None:
+    def __init__(
+        self, client: RunnerClient, program: Program, variant: str, version: str, options: TensorRTOptions
+    ) -> None:
         self._client, self._own, self._options = client, program.graph, options
         self._component = program.name
         self._quantized = program.plain is not None or program.graph.precision == "int8"
@@ -75,7 +77,7 @@ class EngineSession:
             self.close()
             raise
 
-    def _open(self, variant: str, version: str) -> Workshop:
+    def _open(self, variant: str, version: str) -> EngineBuilder:
         own, options, folder = self._own, self._options, Path(self._folder.name)
         if variant == "int8" and self._quantized and own.precision != "int8":
             # No layer of this component is quantised, and TensorRT 8 builds nothing with the INT8 flag and no scale.
@@ -102,7 +104,7 @@ class EngineSession:
             "timing_cache": str(options.timing_cache or _timing_cache(version)),
             "calibration": calibrated,
         }
-        return Workshop(self._client, config, variant, graph, tuple(data_values(own)), folder, step)
+        return EngineBuilder(self._client, config, variant, graph, tuple(data_values(own)), folder, step)
 
     @property
     def plain(self) -> Engine:

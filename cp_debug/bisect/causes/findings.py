@@ -12,12 +12,12 @@ from cp_debug.bisect.causes.effects import Effects
 from cp_debug.bisect.causes.finding import UNKNOWN, Effect, Finding, Where
 from cp_debug.bisect.causes.precision import PROMOTED
 from cp_debug.bisect.causes.search import ENOUGH, Explanation, explain
-from cp_debug.bisect.causes.segment import Lab, Segment
+from cp_debug.bisect.causes.segment import SegmentContext, Segment
 from cp_debug.bisect.causes.where import locate
 from cp_debug.programs.pipeline import Key
 from cp_debug.bisect.result import GUILTY, SHAPE, LayerRow
 from cp_debug.bisect.observe import Observation
-from cp_debug.bisect.candidate_run import TestRun, loader
+from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.errors import InputError
 from cp_debug.probes.arrays import Tensor
 from cp_debug.probes.capture import Capture
@@ -45,14 +45,14 @@ class Explained:
 class Explainer:
     """Explains the rows of one test backend on one sample."""
 
-    run: TestRun
+    run: CandidateRun
     reference_precision: str
     reference: Capture
     test: Capture
     exact_input: Callable[[Key], Tensor]
     """What glue should have made for an input of a component."""
     effects: Effects
-    _labs: dict[tuple[str, str], Lab] = field(default_factory=dict)
+    _contexts: dict[tuple[str, str, str], SegmentContext] = field(default_factory=dict)
 
     def findings(self, rows: Mapping[Key, LayerRow], seen: Observation | None) -> list[Finding]:
         """The findings, those with the largest effect first."""
@@ -83,17 +83,19 @@ class Explainer:
 
     def _segment(self, key: Key, row: LayerRow) -> Segment:
         capture = self.test if row.side == "test" else self.reference
-        claim = self.run.precision.name if row.side == "test" else self.reference_precision
+        declared = (row.replay and row.replay.precision) or self.run.precision.name
+        claim = declared if row.side == "test" else self.reference_precision
         program = self.run.programs[key.component]
         replayer = self.run.replayer(key.component, self.test)
-        if (key.component, row.side) not in self._labs:
+        of = (key.component, row.side, claim)
+        if of not in self._contexts:
             quantized = replayer.quantized[row.side == "test"]
-            self._labs[key.component, row.side] = Lab(program, replayer.oracle, claim, quantized)
-        lab, load = self._labs[key.component, row.side], loader(capture, key.component)
+            self._contexts[of] = SegmentContext(program, replayer.oracle, claim, quantized)
+        context, load = self._contexts[of], loader(capture, key.component)
         if row.op == "input":
-            segment = Segment.of_input(lab, key.value, self.exact_input(key), load(key.value))
+            segment = Segment.of_input(context, key.value, self.exact_input(key), load(key.value))
         else:
-            segment = Segment.of(lab, key.value, replayer.known, load)
+            segment = Segment.of(context, key.value, replayer.known, load)
         later = self._later(key, capture)
         segment.others = [
             (

@@ -73,7 +73,7 @@ def permuted(segment: Segment) -> Iterator[Candidate]:
         if not len(moved):
             continue
         bijective = len(order.unique()) == count
-        tolerance = max(1e-3, 4 * segment.lab.claim.roundoff)
+        tolerance = max(1e-3, 4 * segment.context.claim.roundoff)
         if ours.shape[1] < FEW and not (bijective and torch.allclose(ours[order], theirs, rtol=tolerance)):
             continue  # so few elements find a near partner by chance
         value = ours[order].reshape(exact.movedim(axis, 0).shape).movedim(0, axis)

@@ -14,7 +14,7 @@ from cp_debug.bisect.causes.segment import Segment
 @cause()
 def times_infinity(segment: Segment) -> Iterator[Candidate]:
     """A factor that overflowed: 0·Inf is NaN, all else Inf."""
-    if bool(segment.born.any()):
+    if bool(segment.new_nonfinite.any()):
         for sign in (1, -1):
             says = "the result is multiplied by Inf: its zeros become NaN"
             value = segment.exact * (sign * torch.inf)
@@ -26,7 +26,7 @@ def times_infinity(segment: Segment) -> Iterator[Candidate]:
 @cause()
 def nan_for_zero_or_all(segment: Segment) -> Iterator[Candidate]:
     """0/0 where the exact value is 0, or NaN throughout."""
-    if not bool(segment.born.any()):
+    if not bool(segment.new_nonfinite.any()):
         return
     nan = torch.full((), torch.nan, dtype=torch.float64)
     for name, says, place in (
@@ -42,13 +42,13 @@ def nan_for_zero_or_all(segment: Segment) -> Iterator[Candidate]:
 @cause(costly=True)
 def born_here(segment: Segment) -> Iterator[Candidate]:
     """Nothing simpler fits: say where the first one is, and what it was made of."""
-    if bool(segment.born.any()):
-        says = f"{int(segment.born.sum())} NaN or Inf are born here from finite operands"
+    if bool(segment.new_nonfinite.any()):
+        says = f"{int(segment.new_nonfinite.sum())} NaN or Inf are born here from finite operands"
         yield Candidate(
             "nonfinite",
             says,
             segment.test,
-            int(segment.born.sum()),
+            int(segment.new_nonfinite.sum()),
             operands(segment),
             "look at the operands in {layers}",
         )
@@ -56,9 +56,9 @@ def born_here(segment: Segment) -> Iterator[Candidate]:
 
 def operands(segment: Segment) -> dict[str, Any]:
     """The first NaN or Inf, what it should be, and the operands: at its place where shapes agree, else their range."""
-    first = tuple(int(i) for i in segment.born.nonzero()[0])
+    first = tuple(int(i) for i in segment.new_nonfinite.nonzero()[0])
     found: dict[str, Any] = {
-        "born": int(segment.born.sum()),
+        "born": int(segment.new_nonfinite.sum()),
         "first": list(first),
         "value": float(segment.test[first]),
         "oracle": float(segment.exact[first]),

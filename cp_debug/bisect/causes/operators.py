@@ -58,7 +58,7 @@ def left_out(segment: Segment) -> Iterator[Candidate]:
     """The value passes one of the nodes unchanged."""
     for node in segment.nodes:
         for source in node.inputs:
-            if not segment.lab.constants.holds(source):
+            if not segment.context.constants.holds(source):
                 value = segment.edited(node, op="Identity", reads=[source])
                 if value is not None:
                     kind = "activation" if node.op in ACTIVATIONS else "operator"

@@ -40,7 +40,7 @@ def storage(segment: Segment) -> Iterator[Candidate]:
     for name, function in (("fp16", round_fp16), ("bf16", round_bf16)):
         if name == "fp16" and overflows:
             continue
-        if segment.lab.claim.name not in (name, "fp16acc"):
+        if segment.context.claim.name not in (name, "fp16acc"):
             says = f"the result is stored in {name.upper()}"
             yield Candidate(name, says, function(segment.exact.float()).double(), fix=PROMOTED[name])
 
@@ -57,7 +57,7 @@ def arithmetic(segment: Segment) -> Iterator[Candidate]:
     for way, text in says.items():
         if way is FP16 and overflows:
             continue
-        if segment.nodes and way.name != segment.lab.claim.name and (way is not TF32 or segment.product):
+        if segment.nodes and way.name != segment.context.claim.name and (way is not TF32 or segment.product):
             yield Candidate(way.name, text, segment.run(way), fix=PROMOTED[way.name])
             if (value := segment.apart(way)) is not None:
                 yield Candidate(
@@ -72,7 +72,7 @@ def arithmetic(segment: Segment) -> Iterator[Candidate]:
 @cause(costly=True)
 def tf32_cut_off(segment: Segment) -> Iterator[Candidate]:
     """TF32 in kernels that do not round what they read."""
-    if segment.product is None or segment.lab.claim.name == "tf32":
+    if segment.product is None or segment.context.claim.name == "tf32":
         return
     for way, what in ((TF32_CUT, "operands"), (TF32_DECONV, "weights")):
         says = f"TF32: {what} are cut off after 10 mantissa bits"
@@ -84,7 +84,7 @@ def fp16_accumulation(segment: Segment) -> Iterator[Candidate]:
     """Partial sums in FP16, in the order of known kernels: in the right order it fits bit by bit, in another one the
     error has the right size and a part of its direction."""
     size = segment.introduced / (float(torch.linalg.vector_norm(segment.exact)) or 1.0)
-    if segment.product is None or not LIKE_FP16[0] < size < LIKE_FP16[1] or segment.lab.claim.name == "fp16acc":
+    if segment.product is None or not LIKE_FP16[0] < size < LIKE_FP16[1] or segment.context.claim.name == "fp16acc":
         return
     for tile, slices in ORDERS:
         value = segment.run(replace(FP16ACC, tile=tile, slices=slices))

@@ -57,8 +57,8 @@ def overflow(segment: Segment) -> Iterator[Candidate]:
 @cause()
 def underflow(segment: Segment) -> Iterator[Candidate]:
     """Numbers below FP16's normal ones lose their bits or vanish: in the result, or in the weights."""
-    value = ARITHMETICS[segment.lab.claim.name].value if segment.lab.claim.name in ARITHMETICS else None
-    if value is None or not segment.lab.claim.name.startswith("fp16"):
+    value = ARITHMETICS[segment.context.claim.name].value if segment.context.claim.name in ARITHMETICS else None
+    if value is None or not segment.context.claim.name.startswith("fp16"):
         return
     for what, exact in (("result", segment.exact), *_weights(segment)):
         lost = value(exact.float()).double() - exact

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.segment import Segment, as_double
-from cp_debug.bisect.quantized_segment import Grid, balanced
+from cp_debug.bisect.quantized_segment import QuantizerGrid, balanced
 from cp_debug.graph.graph import Node
 from cp_debug.graph.qdq import LEVELS, weight_axis
 
@@ -22,7 +22,7 @@ _CALIBRATE = "calibrate on data like this ({calibrate}), or leave it unquantized
 @cause()
 def declared(segment: Segment) -> Iterator[Candidate]:
     """The layer as its own scales say; it is called after what makes most of the error."""
-    node, quantized = segment.product, segment.lab.quantized
+    node, quantized = segment.product, segment.context.quantized
     weight = segment.weight(node, 1) if node is not None else None
     if node is None or quantized is None or weight is None:
         return
@@ -63,7 +63,7 @@ def _of_input(worst: str, step: float, needed: float, clipped: float) -> tuple[s
     return "int8", f"its input is quantised to INT8 with scale {step:.3g}", _CALIBRATE
 
 
-def _of_weight(node: Node, weight: Tensor, grid: Grid | None) -> tuple[str, str, str]:
+def _of_weight(node: Node, weight: Tensor, grid: QuantizerGrid | None) -> tuple[str, str, str]:
     axis = weight_axis(node, weight.dim())
     if grid is not None and grid.scale.numel() == 1:
         return "int8-per-tensor", "its weights have one INT8 scale for all channels", "quantise {layers} per channel"
@@ -77,7 +77,7 @@ def _input(segment: Segment, node: Node) -> Tensor:
     """What the node reads, captured or computed on the way."""
     name = node.proto.input[0]
     nodes = () if name in segment.given else segment.nodes
-    return as_double(segment.lab.oracle.run_nodes(nodes, segment.given, [name])[name])
+    return as_double(segment.context.oracle.run_nodes(nodes, segment.given, [name])[name])
 
 
 def _error(segment: Segment, node: Node, inputs: dict[int, Tensor]) -> float:

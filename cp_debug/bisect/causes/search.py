@@ -74,7 +74,7 @@ def _try(segment: Segment, family: Cause) -> Iterator[_Tried]:
     for candidate in family(segment):
         explained, residual = segment.explained(candidate.value)
         candidate.value = segment.exact  # free the large tensor; the figures are kept
-        segment.lab.trimmer.freed(segment.exact.nbytes)
+        segment.context.trimmer.freed(segment.exact.nbytes)
         if segment.strange:
             yield _Tried(candidate, explained, residual, explained >= ENOUGH)
             continue

@@ -66,7 +66,7 @@ def as_double(value: Any) -> Tensor:
     return held.double()
 
 
-class Lab:
+class SegmentContext:
     """Executes parts of one program in any arithmetic."""
 
     def __init__(self, program: Program, oracle: Executor, claim: str, quantized: Quantized | None = None) -> None:
@@ -88,8 +88,8 @@ class Lab:
 class Segment:
     """The nodes that make ``target`` from ``given``, all tensors on the CPU; the results are float64."""
 
-    def __init__(self, lab: Lab, nodes: Sequence[Node], target: str, given: Mapping[str, Any], test: Any) -> None:
-        self.lab, self.graph, self.nodes, self.target, self.given = lab, lab.graph, tuple(nodes), target, given
+    def __init__(self, context: SegmentContext, nodes: Sequence[Node], target: str, given: Mapping[str, Any], test: Any) -> None:
+        self.context, self.graph, self.nodes, self.target, self.given = context, context.graph, tuple(nodes), target, given
         self.test = as_double(test)
         self.exact = self._exact()
         self.others: Iterable[tuple[str, Callable[[], Any]]] = ()
@@ -97,24 +97,24 @@ class Segment:
         self.op = nodes[-1].op if nodes else "input"
 
     @classmethod
-    def of(cls, lab: Lab, target: str, known: Collection[str], load: Load) -> Segment:
+    def of(cls, context: SegmentContext, target: str, known: Collection[str], load: Load) -> Segment:
         """Cut the segment of ``target`` out. Raises InputError where the oracle cannot compute it."""
-        nodes, starts = lab.graph.segment([target], known)
-        return cls(lab, nodes, target, {s: load(s) for s in starts}, load(target))
+        nodes, starts = context.graph.segment([target], known)
+        return cls(context, nodes, target, {s: load(s) for s in starts}, load(target))
 
     @classmethod
-    def of_input(cls, lab: Lab, name: str, exact: Any, test: Any) -> Segment:
+    def of_input(cls, context: SegmentContext, name: str, exact: Any, test: Any) -> Segment:
         """An input of the component: glue made it, and ``exact`` is what it should have been."""
-        return cls(lab, (), name, {name: exact}, test)
+        return cls(context, (), name, {name: exact}, test)
 
     def _exact(self) -> Tensor:
-        return self.run(self.lab.oracle.arithmetic) if self.nodes else self.input(self.target)
+        return self.run(self.context.oracle.arithmetic) if self.nodes else self.input(self.target)
 
     def run(
         self, arithmetic: Arithmetic, nodes: Sequence[Node] | None = None, values: Mapping[str, Any] | None = None
     ) -> Tensor:
         """The target in one arithmetic; ``nodes`` and further ``values`` replace the segment's own."""
-        executor = self.lab.executor(arithmetic)
+        executor = self.context.executor(arithmetic)
         wanted = self.target
         given = {**self.given, **(values or {})}
         return as_double(executor.run_nodes(self.nodes if nodes is None else nodes, given, [wanted])[wanted])
@@ -146,10 +146,10 @@ class Segment:
         index, values = next(_fresh), {}
         for place, value in (inputs or {}).items():
             proto.input[place] = f"{node.proto.input[place]}\x1f{index}"
-            values[proto.input[place]] = value.to(self.lab.oracle.arithmetic.dtype)
+            values[proto.input[place]] = value.to(self.context.oracle.arithmetic.dtype)
         nodes = [replace(Node.of(index, proto), name=n.name) if n is node else n for n in self.nodes]
         try:
-            result = self.run(self.lab.oracle.arithmetic, nodes, values)
+            result = self.run(self.context.oracle.arithmetic, nodes, values)
         except InputError:
             return None
         return result if result.shape == self.test.shape else None
@@ -172,7 +172,7 @@ class Segment:
         proto.CopyFrom(node.proto)
         proto.input[:] = [node.proto.input[0], f"{node.proto.input[1]}\x1fapart"]
         values = {**self.given, proto.input[1]: weight.to(arithmetic.dtype)}
-        executor = self.lab.executor(arithmetic)
+        executor = self.context.executor(arithmetic)
         plain = executor.run_nodes([Node.of(next(_fresh), proto)], values, node.outputs)[node.outputs[0]]
 
         def stored(value: Tensor) -> Tensor:
@@ -190,16 +190,16 @@ class Segment:
     def weight(self, node: Node, place: int) -> Tensor | None:
         """A constant input of a node in float64; None where it has none."""
         name = node.proto.input[place] if place < len(node.proto.input) else ""
-        constants = self.lab.constants
+        constants = self.context.constants
         return as_double(constants[name]) if constants.holds(name) else None
 
     @cached_property
     def claimed(self) -> Tensor:
         """What the claimed precision makes of the same inputs."""
-        if self.lab.quantized is not None:
-            made = self.lab.quantized.ideal(self.lab.oracle, self.nodes, self.given, [self.target])
+        if self.context.quantized is not None:
+            made = self.context.quantized.ideal(self.context.oracle, self.nodes, self.given, [self.target])
             return as_double(made.results[self.target])
-        arithmetic = ARITHMETICS.get(self.lab.claim.name, self.lab.oracle.arithmetic)
+        arithmetic = ARITHMETICS.get(self.context.claim.name, self.context.oracle.arithmetic)
         return self.run(arithmetic) if self.nodes else self.exact
 
     @cached_property
@@ -208,7 +208,7 @@ class Segment:
         return torch.isfinite(self.test) & torch.isfinite(self.exact)
 
     @cached_property
-    def born(self) -> Tensor:
+    def new_nonfinite(self) -> Tensor:
         """Where the captured value is NaN or Inf and the exact one is finite."""
         return ~torch.isfinite(self.test) & torch.isfinite(self.exact)
 
@@ -227,7 +227,7 @@ class Segment:
         """L2 norm of what the claimed precision must introduce."""
         rounding = torch.where(self.finite & torch.isfinite(self.claimed), self.claimed - self.exact, 0.0)
         scale = max(float(torch.linalg.vector_norm(torch.where(self.finite, v, 0.0))) for v in (self.exact, self.test))
-        return max(float(torch.linalg.vector_norm(rounding)), FLOOR * self.lab.claim.roundoff * scale)
+        return max(float(torch.linalg.vector_norm(rounding)), FLOOR * self.context.claim.roundoff * scale)
 
     @cached_property
     def contrast(self) -> float:
@@ -251,7 +251,7 @@ class Segment:
         if len(self.nodes) < 2 or self.op != "Relu":
             return self.exact
         name = self.nodes[-1].inputs[0]
-        return as_double(self.lab.oracle.run_nodes(self.nodes[:-1], self.given, [name])[name])
+        return as_double(self.context.oracle.run_nodes(self.nodes[:-1], self.given, [name])[name])
 
     @cached_property
     def activate(self) -> Callable[[Tensor], Tensor]:
@@ -297,7 +297,7 @@ class Segment:
         return BatchNorm.of([self.weight(nodes[-1], place) for place in range(1, 5)], eps)
 
     def _folded(self, node: Node) -> BatchNorm | None:
-        alignment, module = self.lab.program.alignment, self.lab.program.module
+        alignment, module = self.context.program.alignment, self.context.program.module
         if module is None or alignment is None:
             return None
         link = next((link for link in alignment.links if link.onnx == node.outputs[0]), None)
@@ -315,7 +315,7 @@ class Segment:
     @cached_property
     def strange(self) -> bool:
         """Whether NaN or Inf are born here."""
-        return bool(self.born.any())
+        return bool(self.new_nonfinite.any())
 
     def explained(self, value: Tensor) -> tuple[float, float]:
         """(the share of the introduced error that ``value`` explains, what it leaves: an L2 norm).
@@ -325,7 +325,7 @@ class Segment:
         places where they agree among those where either has one.
         """
         if self.strange:
-            either = self.born | (~torch.isfinite(value) & torch.isfinite(self.exact))
+            either = self.new_nonfinite | (~torch.isfinite(value) & torch.isfinite(self.exact))
             same = torch.where(torch.isnan(self.test), torch.isnan(value), self.test == value)
             share = float((same & either).sum() / either.sum())
             return share, 1 - share

@@ -15,17 +15,17 @@ MOST = 5
 
 def locate(segment: Segment, layer: str) -> Where:
     """Channels, region and worst elements of the introduced error; NaN and Inf that are born count as the worst."""
-    error = torch.where(segment.born, torch.inf, segment.error.abs())
+    error = torch.where(segment.new_nonfinite, torch.inf, segment.error.abs())
     if segment.error.numel() == 0:
         return Where(layer)
-    strange = bool(segment.born.any())
-    weight = segment.born.double() if strange else error.square()
+    strange = bool(segment.new_nonfinite.any())
+    weight = segment.new_nonfinite.double() if strange else error.square()
     found = Where(layer, worst=[])
     if error.dim() > 1 and error.shape[segment.axis] > 1:
         shares = weight.sum([d for d in range(error.dim()) if d != segment.axis]) / (weight.sum() or 1.0)
         top = shares.topk(min(MOST, len(shares)))
         found.channels = {int(i): float(s) for s, i in zip(*top, strict=True) if s > 0}
-    high = (segment.born if strange else error > error.max() / 10).nonzero()
+    high = (segment.new_nonfinite if strange else error > error.max() / 10).nonzero()
     if len(high):
         found.region = [[int(a), int(b)] for a, b in zip(high.amin(0), high.amax(0), strict=True)]
         covered = math.prod(b - a + 1 for a, b in found.region)

@@ -40,7 +40,7 @@ class ProgramFailed(InputError):
     """torch cannot export a part of the detector as a program."""
 
 
-class Client:
+class DetectorClient:
     """Runs commands of ``runner.py``. Raises MissingPackage when there is no mmdet3d, with both ways to get it."""
 
     def __init__(self) -> None:

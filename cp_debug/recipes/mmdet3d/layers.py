@@ -16,7 +16,7 @@ from cp_debug.errors import InputError
 from cp_debug.graph.graph import ValueInfo
 from cp_debug.recipes.base import Arrays, Component, Sample, Stage
 from cp_debug.recipes.data.open_data import open_data
-from cp_debug.recipes.mmdet3d.client import Client, ProgramFailed
+from cp_debug.recipes.mmdet3d.client import DetectorClient, ProgramFailed
 from cp_debug.recipes.mmdet3d.convert import COLUMNS
 from cp_debug.recipes.npz import npz_samples
 
@@ -35,7 +35,7 @@ class DetectorLayers:
     the end. Raises InputError when there is no branch, or one of which nothing can be handed over.
     """
 
-    def __init__(self, name: str, client: Client, about: Mapping[str, Any], seed: int) -> None:
+    def __init__(self, name: str, client: DetectorClient, about: Mapping[str, Any], seed: int) -> None:
         self.name = name
         self._client, self._torch = client, about["versions"]["torch"]
         self._columns = tuple(COLUMNS[column] for column in about["columns"] or range(4))

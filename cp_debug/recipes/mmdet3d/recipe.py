@@ -24,7 +24,7 @@ from cp_debug.recipes.centerpoint.recipe import CenterPointModel
 from cp_debug.recipes.centerpoint.scatter import scatter
 from cp_debug.recipes.centerpoint.voxelize import voxelize
 from cp_debug.recipes.checkpoint import check_fit, read_state_dict
-from cp_debug.recipes.mmdet3d.client import Client
+from cp_debug.recipes.mmdet3d.client import DetectorClient
 from cp_debug.recipes.mmdet3d.convert import Unlike, center_point_config
 from cp_debug.recipes.mmdet3d.layers import DetectorLayers
 
@@ -39,7 +39,7 @@ def load_detector(name: str, *, checkpoint: Path | None = None, seed: int = 0) -
     Without a checkpoint its weights are random. Raises MissingPackage when there is no mmdet3d, InputError for an
     unknown configuration, one that cannot be built, and a checkpoint that does not fit.
     """
-    client = Client()
+    client = DetectorClient()
     config = _find(client, name.removeprefix(PREFIX))
     about = client.call("open", config=str(config), seed=seed).result
     weights = f"untrained, random seed {seed}"
@@ -62,7 +62,7 @@ class Mmdet3dCenterPoint(CenterPointModel):
     """
 
     def __init__(
-        self, name: str, client: Client, config: CenterPointConfig, weights: str, about: Mapping[str, Any]
+        self, name: str, client: DetectorClient, config: CenterPointConfig, weights: str, about: Mapping[str, Any]
     ) -> None:
         with tempfile.TemporaryDirectory(prefix="cpdebug-") as folder:
             file = Path(folder) / "weights.pt"
@@ -85,7 +85,7 @@ class Mmdet3dCenterPoint(CenterPointModel):
         if nms != "circle":
             self.notes.append(f"boxes after circle NMS; this configuration has {nms} NMS in mmdet3d")
 
-    def _verify(self, client: Client, *, boxes: bool) -> dict[str, float]:
+    def _verify(self, client: DetectorClient, *, boxes: bool) -> dict[str, float]:
         (sample,) = self.samples(1, 0, None)
         real = client.call("stages", sample.arrays).arrays
         differences = stage_differences(self, sample.arrays["points"], real, boxes=boxes)
@@ -138,7 +138,7 @@ def _difference(ours: np.ndarray, real: np.ndarray) -> float:
     return float(np.abs(ours.astype(np.float64) - real).max(initial=0))
 
 
-def _find(client: Client, text: str) -> Path:
+def _find(client: DetectorClient, text: str) -> Path:
     """The config file that ``text`` names."""
     if text.endswith(".py"):
         if not (path := Path(text)).is_file():
@@ -152,7 +152,7 @@ def _find(client: Client, text: str) -> Path:
     return Path(shipped[text])
 
 
-def _load(client: Client, shapes: Mapping[str, list[int]], checkpoint: Path) -> None:
+def _load(client: DetectorClient, shapes: Mapping[str, list[int]], checkpoint: Path) -> None:
     """Hand the weights over, once they are known to be plain tensors that fit."""
     state = read_state_dict(checkpoint)
     check_fit(shapes, state, str(checkpoint))

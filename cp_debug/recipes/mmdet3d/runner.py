@@ -33,7 +33,7 @@ PREFIXES = ("pts_", "img_", "")
 PARTS = ("backbone", "neck", "bbox_head", "rpn_head")
 
 
-class Failure(Exception):
+class DetectorFailure(Exception):
     """What went wrong, for people. ``kind`` is one of import, config, program, internal."""
 
     def __init__(self, kind: str, message: str) -> None:
@@ -117,7 +117,7 @@ class Detector:
                 torch.manual_seed(seed)
                 self.model = models.build(self.config.model)
         except Exception as error:  # a config is a program: it and the constructors raise whatever they like
-            raise Failure("config", f"{path}: mmdet3d cannot build it: {type(error).__name__}: {error}") from error
+            raise DetectorFailure("config", f"{path}: mmdet3d cannot build it: {type(error).__name__}: {error}") from error
         self.model.eval().requires_grad_(False)
         self.branches = {}
         for prefix in PREFIXES:
@@ -216,7 +216,7 @@ def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except Exception as error:  # mmdet3d checks its dependencies' versions with assert
-        raise Failure("import", f"{sys.executable} cannot import {name}: {error}") from error
+        raise DetectorFailure("import", f"{sys.executable} cannot import {name}: {error}") from error
 
 
 # ---------------------------------------------------------------- commands
@@ -290,7 +290,7 @@ def program(detectors: list[Detector], step: Step, arrays: Arrays) -> tuple[dict
             last = [name for name, _ in branch.named_children()][-1]
             dropped[last] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             if not list(branch.children())[1:]:
-                raise Failure("program", dropped[last]) from error
+                raise DetectorFailure("program", dropped[last]) from error
             delattr(branch, last)
 
 
@@ -323,7 +323,7 @@ def execute(job: dict[str, Any], emit: Emit, detectors: list[Detector]) -> dict[
             if "made" in step:
                 np.savez(step["made"], **made)  # type: ignore[arg-type]
             results.append(result)
-    except Failure as failure:
+    except DetectorFailure as failure:
         error = {"kind": failure.kind, "message": failure.message}
     except Exception as failure:
         message = f"{type(failure).__name__}: {failure}"

@@ -44,7 +44,7 @@ class Output:
     @property
     def strength(self) -> float:
         """How far beyond its precision: the excess, or infinite for NaN, Inf and wrong shapes."""
-        if self.judgement.verdict == SHAPE or (self.replay and self.replay.born):
+        if self.judgement.verdict == SHAPE or (self.replay and self.replay.new_nonfinite):
             return math.inf
         return self.replay.excess or 0.0 if self.replay else 0.0
 

@@ -1,0 +1,1 @@
+"""cpdebug on networks in the wild: ``run.py`` tells how."""

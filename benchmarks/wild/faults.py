@@ -1,0 +1,126 @@
+"""Faults put into the zoo's networks by graph edits, as they go wrong in real exports: ``write_faults``.
+
+A fault is kept where the layer's result really changes (relative L2 of 1e-4 and more), the final outputs change, and
+all stays finite. Its record says which layer is faulty and which names of a cause are right or near.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from .edits import Net
+from .kinds import KINDS, Place
+
+FAULTY = (
+    "resnet.dynamo",
+    "unet.torchscript",
+    "vit.torchscript",
+    "yolo.torchscript",
+    "tagger.torchscript",
+    "gru.unfolded",
+    "decoder.dynamo",
+    "ppocr-cls",
+    "silero-openvino",
+    "resnet.weights16",
+    "unet.weights8",
+)
+"""Networks that faults are put into."""
+SMALLEST = 1e-4
+"""Relative L2 change of the layer's result below which a fault is none."""
+PLACES = 8
+"""Places that are tried for one kind in one network."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault that is in a file."""
+
+    network: str
+    kind: str
+    file: str
+    nodes: list[str]
+    """Names of the faulty node, in the parent's graph; empty where it has none."""
+    values: list[str]
+    """Names of the values that may be called guilty."""
+    what: str
+    size: float
+    """Relative L2 change of the layer's result on the parent's inputs."""
+    right: list[str]
+    near: list[str]
+
+
+def write_faults(folder: Path, seed: int = 0) -> int:
+    """Write every kind into every network of ``FAULTY`` that lies in the folder, and ``faults.json``; how many."""
+    index = folder / "faults.json"
+    known = json.loads(index.read_text()) if index.exists() else []
+    done = {fault["network"] for fault in known}
+    for network in FAULTY:
+        source = folder / f"{network}.onnx"
+        if network in done or not source.exists():
+            continue
+        net, sample = Net(onnx.load(source)), dict(np.load(folder / f"{network}.npz"))
+        net.values = net.run(sample) | sample
+        for kind in KINDS:
+            rng = np.random.default_rng([seed, zlib.crc32(f"{network}:{kind}".encode())])
+            if (fault := put(net, kind, network, sample, rng, folder)) is not None:
+                known.append(asdict(fault))
+        index.write_text(json.dumps(known, indent=1))
+    return len(known)
+
+
+def put(
+    net: Net, kind: str, network: str, sample: dict[str, np.ndarray], rng: np.random.Generator, folder: Path
+) -> Fault | None:
+    """Write the network with one fault of a kind; None where no place suits it."""
+    places = list(KINDS[kind].places(net, rng))
+    for index in rng.permutation(len(places))[:PLACES]:
+        place = places[index]
+        spoilt = net.copy()
+        place.apply(spoilt)
+        size = effect(net, spoilt, place, sample)
+        if size is None:
+            continue
+        file = f"{network}.fault-{kind}.onnx"
+        onnx.save(spoilt.model, folder / file)
+        right, near = KINDS[kind].right, KINDS[kind].near
+        nodes = [name for value in place.values if (name := _node_name(net, value))]
+        return Fault(network, kind, file, nodes, place.values, place.what, size, sorted(right), sorted(near))
+    return None
+
+
+def effect(net: Net, spoilt: Net, place: Place, sample: dict[str, np.ndarray]) -> float | None:
+    """The fault's size; None where it is too small, is not seen in the outputs, or breaks the network."""
+    try:
+        values = spoilt.run(sample)
+    except Exception:  # ONNX Runtime refuses the edited graph: no fault, but a broken file
+        return None
+    outputs = [v.name for v in net.graph.output]
+    changed = [distance(net.values[name], values[name]) for name in outputs if name in values]
+    if not changed or not all(map(np.isfinite, changed)) or max(changed) == 0:
+        return None
+    sizes = [distance(net.values[v], values[v]) for v in place.values if v in values and v in net.values]
+    if not sizes or not np.isfinite(max(sizes)) or max(sizes) < SMALLEST:
+        return None
+    return float(f"{max(sizes):.3g}")
+
+
+def distance(reference: np.ndarray, test: np.ndarray) -> float:
+    """Relative L2 distance; infinite for another shape and for values that are not finite."""
+    if reference.shape != test.shape or not np.isfinite(test.astype(np.float64)).all():
+        return np.inf
+    exact, other = reference.astype(np.float64), test.astype(np.float64)
+    scale = float(np.linalg.norm(exact))
+    return float(np.linalg.norm(other - exact)) / scale if scale else float(bool(np.any(other)))
+
+
+def _node_name(net: Net, value: str) -> str:
+    try:
+        return str(net.node(value).name)
+    except KeyError:
+        return ""

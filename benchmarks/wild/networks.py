@@ -1,0 +1,254 @@
+"""The networks of the zoo: what packages ship, and what torch's two exporters make of ``architectures.py``.
+
+``write(folder, shipped_in)`` puts every network and one sample of it (``NAME.onnx``, ``NAME.npz``) into a folder; a
+file that is there stays. Samples are like what the network is made for: smooth pictures, tones, text.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import shutil
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """An ONNX file inside an installed package; ``sample`` makes arrays by the names of its inputs."""
+
+    path: str
+    """Below ``site-packages``."""
+    sample: Callable[[np.random.Generator], Arrays]
+
+
+def picture(rng: np.random.Generator, channels: int, height: int, width: int) -> np.ndarray:
+    """Waves, a flat half, a rectangle and a little noise: float32 [1, channels, height, width], about −1 … 1."""
+    rows, columns = np.mgrid[0:height, 0:width].astype(np.float32)
+    maps = []
+    for channel in range(channels):
+        wave = np.sin(rows / (5 + channel)) * np.cos(columns / (7 + channel)) * 0.7
+        wave[height // 4 : height // 2, width // 4 : width // 2] = 0.9
+        maps.append(wave + 0.05 * rng.standard_normal((height, width)))
+    made = np.stack(maps)[None].astype(np.float32)
+    made[..., 3 * width // 4 :] = 0.5
+    return made
+
+
+def tone(rng: np.random.Generator, count: int, rate: int = 16000) -> np.ndarray:
+    """A note with three harmonics and noise: float32 [count], about −0.5 … 0.5."""
+    time = np.arange(count) / rate
+    wave = sum(np.sin(2 * np.pi * 180 * k * time) / k for k in (1, 2, 3)) * 0.25
+    return (wave + 0.01 * rng.standard_normal(count)).astype(np.float32)
+
+
+def _images(name: str, channels: int, height: int, width: int) -> Callable[[np.random.Generator], Arrays]:
+    return lambda rng: {name: picture(rng, channels, height, width)}
+
+
+def _silero(samples: int, **others: Callable[[], np.ndarray]) -> Callable[[np.random.Generator], Arrays]:
+    def sample(rng: np.random.Generator) -> Arrays:
+        state = (0.1 * rng.standard_normal((2, 1, 128))).astype(np.float32)
+        return {"input": tone(rng, samples)[None], "state": state, **{name: make() for name, make in others.items()}}
+
+    return sample
+
+
+def _sequence(rng: np.random.Generator) -> Arrays:
+    h, c = ((0.1 * rng.standard_normal((1, 1, 128))).astype(np.float32) for _ in range(2))
+    return {"input": tone(rng, 4 * 576).reshape(4, 576), "h": h, "c": c}
+
+
+def _bytes(rng: np.random.Generator) -> Arrays:
+    text = b"import sys\n\n\ndef main() -> None:\n    print('hello', sys.argv)\n" * 40
+    return {"bytes": np.frombuffer(text[:2048], np.uint8)[None].astype(np.int32)}
+
+
+def _letters(rng: np.random.Generator) -> Arrays:
+    return {"input_1": rng.integers(1, 40, (1, 24)).astype(np.float32)}
+
+
+def _arabic(rng: np.random.Generator) -> Arrays:
+    letters = rng.integers(1, 30, (1, 24))
+    return {"char_inputs": letters, "diac_inputs": np.zeros_like(letters), "input_lengths": np.array([24])}
+
+
+def _rate() -> np.ndarray:
+    return np.array(16000, np.int64)
+
+
+_LIGHT = "onnx/backend/test/data/light/light_"
+SHIPPED: dict[str, Shipped] = {
+    "ppocr-det": Shipped("rapidocr_onnxruntime/models/ch_PP-OCRv4_det_infer.onnx", _images("x", 3, 64, 96)),
+    "ppocr-cls": Shipped("rapidocr_onnxruntime/models/ch_ppocr_mobile_v2.0_cls_infer.onnx", _images("x", 3, 48, 96)),
+    "ppocr-rec": Shipped("rapidocr_onnxruntime/models/ch_PP-OCRv4_rec_infer.onnx", _images("x", 3, 48, 96)),
+    "magika": Shipped("magika/models/standard_v3_3/model.onnx", _bytes),
+    "ddddocr-old": Shipped("ddddocr/common_old.onnx", _images("input1", 1, 64, 96)),
+    "ddddocr-det": Shipped("ddddocr/common_det.onnx", _images("images", 3, 416, 416)),
+    "ddddocr": Shipped("ddddocr/common.onnx", _images("input1", 1, 64, 96)),
+    "nudenet": Shipped("nudenet/320n.onnx", _images("images", 3, 96, 96)),
+    "basic-pitch": Shipped(
+        "basic_pitch/saved_models/icassp_2022/nmp.onnx",
+        lambda rng: {"serving_default_input_2:0": tone(rng, 43844, 22050)[None, :, None]},
+    ),
+    "nakdimon": Shipped("piper/hebrew/nakdimon.onnx", _letters),
+    "tashkeel": Shipped("piper/tashkeel/model.onnx", _arabic),
+    "silero": Shipped("silero_vad/data/silero_vad.onnx", _silero(576, sr=_rate)),
+    "silero-op15": Shipped("silero_vad/data/silero_vad_16k_op15.onnx", _silero(576, sr=_rate)),
+    "silero-sequence": Shipped("silero_vad/data/silero_vad_16k_sequence.onnx", _sequence),
+    "silero-half": Shipped("silero_vad/data/silero_vad_half.onnx", _silero(576)),
+    "silero-ifless": Shipped("silero_vad/data/silero_vad_op18_ifless.onnx", _silero(576, sr=_rate)),
+    "silero-openvino": Shipped("silero_vad/data/silero_vad_openvino_16k.onnx", _silero(576)),
+    "light-squeezenet": Shipped(_LIGHT + "squeezenet.onnx", _images("data_0", 3, 224, 224)),
+    "light-shufflenet": Shipped(_LIGHT + "shufflenet.onnx", _images("gpu_0/data_0", 3, 224, 224)),
+    "light-inception": Shipped(_LIGHT + "inception_v1.onnx", _images("data_0", 3, 224, 224)),
+}
+"""By name. Left out of ``onnx``'s light models: those of more than 2 GFLOP or of 60 million weights."""
+SLOW = frozenset({"basic-pitch", "ddddocr", "ddddocr-det", "light-inception", "light-shufflenet", "light-squeezenet"})
+"""Networks that take longer than all the others together: FP32 alone is asked of them."""
+TUNING = frozenset(
+    {
+        "basic-pitch",
+        "convnext",
+        "ddddocr",
+        "decoder",
+        "gan",
+        "light-squeezenet",
+        "magika",
+        "nakdimon",
+        "nudenet",
+        "ppocr-cls",
+        "ppocr-det",
+        "resnet",
+        "silero",
+        "tagger",
+        "vit",
+        "wavenet",
+    }
+)
+"""Networks that limits and rules may be chosen on."""
+EXPORTERS = ("torchscript", "dynamo")
+UNFOLDED = ("vit", "gru", "tagger")
+"""Architectures that are also exported without constant folding: Slice, Concat and Transpose of weights stay."""
+STORED = {"resnet.weights16": "resnet.dynamo", "unet.weights8": "unet.torchscript"}
+"""Networks whose weights are stored in FP16 (Cast) or INT8 by channel (DequantizeLinear), and their parents."""
+
+
+def half(name: str) -> str:
+    """``tuning`` or ``held-out``, by the network's own name: limits are chosen on one half and judged on the other."""
+    return "tuning" if base(name) in TUNING else "held-out"
+
+
+def base(name: str) -> str:
+    """``resnet`` of ``resnet.dynamo`` and ``resnet.dynamo.fp16``."""
+    return name.partition(".")[0]
+
+
+def exported_names() -> list[str]:
+    """``ARCHITECTURE.torchscript`` and ``ARCHITECTURE.dynamo`` for all of ``architectures.py``."""
+    from .architectures import ARCHITECTURES
+
+    both = [f"{name}.{exporter}" for name in ARCHITECTURES for exporter in EXPORTERS]
+    return [*both, *(f"{name}.unfolded" for name in UNFOLDED)]
+
+
+def write(folder: Path, packages: list[Path]) -> Iterator[tuple[str, str]]:
+    """Write all networks; yields (name, error), the error empty for a network that is there.
+
+    ``packages`` are ``site-packages`` folders in which shipped networks are looked for.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, shipped in SHIPPED.items():
+        found = next((p / shipped.path for p in packages if (p / shipped.path).exists()), None)
+        if found is None:
+            yield name, f"{shipped.path} is in none of {', '.join(map(str, packages)) or 'no folders'}"
+            continue
+        if not (folder / f"{name}.onnx").exists():
+            np.savez(folder / f"{name}.npz", **shipped.sample(np.random.default_rng(zlib.crc32(name.encode()))))
+            shutil.copyfile(found, folder / f"{name}.onnx")
+        yield name, ""
+    for name in exported_names():
+        try:
+            if not (folder / f"{name}.onnx").exists():
+                export(name, folder)
+            yield name, ""
+        except Exception as error:  # an exporter that refuses a network is a line of the log, not the end of it
+            yield name, f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+    for name, parent in STORED.items():
+        if (folder / f"{parent}.onnx").exists() and not (folder / f"{name}.onnx").exists():
+            store_weights(folder / f"{parent}.onnx", folder / f"{name}.onnx", in_int8=name.endswith("8"))
+            shutil.copyfile(folder / f"{parent}.npz", folder / f"{name}.npz")
+        yield name, ""
+
+
+def store_weights(source: Path, target: Path, *, in_int8: bool) -> None:
+    """The network with its larger weights stored in INT8 by output channel, or in FP16, and brought back by a node."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    model = onnx.load(source)
+    graph, nodes, kept = model.graph, [], []
+    for tensor in graph.initializer:
+        array = numpy_helper.to_array(tensor)
+        if array.dtype != np.float32 or array.ndim < 2 or array.size < 64:
+            kept.append(tensor)
+            continue
+        stored = f"{tensor.name}.stored"
+        if in_int8:
+            scale = np.abs(array).max(axis=tuple(range(1, array.ndim))) / np.float32(127)
+            levels = np.round(array / scale.reshape(-1, *[1] * (array.ndim - 1))).astype(np.int8)
+            kept += [numpy_helper.from_array(levels, stored), numpy_helper.from_array(scale, f"{stored}.scale")]
+            inputs = [stored, f"{stored}.scale"]
+            nodes.append(helper.make_node("DequantizeLinear", inputs, [tensor.name], f"{stored}.node", axis=0))
+        else:
+            kept.append(numpy_helper.from_array(array.astype(np.float16), stored))
+            nodes.append(helper.make_node("Cast", [stored], [tensor.name], f"{stored}.node", to=TensorProto.FLOAT))
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+    nodes += list(graph.node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    onnx.save(model, target)
+
+
+def export(name: str, folder: Path) -> None:
+    """``ARCHITECTURE.EXPORTER`` as ``folder/NAME.onnx`` with its weights inside, and its example inputs as ``.npz``."""
+    import onnx
+    import torch
+
+    from .architectures import ARCHITECTURES
+
+    kind, _, exporter = name.partition(".")
+    module, inputs = ARCHITECTURES[kind]()
+    target, made = folder / f"{name}.onnx", folder / f"{name}.tmp.onnx"
+    names = [f"x{i}" if i else "x" for i in range(len(inputs))]
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        if exporter != "dynamo":
+            folded = exporter == "torchscript"
+            torch.onnx.export(
+                module,
+                inputs,
+                str(made),
+                dynamo=False,
+                opset_version=17,
+                input_names=names,
+                do_constant_folding=folded,
+            )
+        else:
+            torch.onnx.export(module, inputs, str(made), dynamo=True, input_names=names, external_data=False)
+    logging.disable(logging.NOTSET)
+    model = onnx.load(made)
+    np.savez(folder / f"{name}.npz", **{n: x.numpy() for n, x in zip(names, inputs, strict=True)})
+    onnx.save(model, target)
+    for left in folder.glob(f"{name}.tmp.onnx*"):
+        left.unlink()

@@ -1,0 +1,28 @@
+"""The precision that a graph declares, value by value: files in FP16 or BF16, and files that mix them with FP32."""
+
+from __future__ import annotations
+
+from onnx import TensorProto
+
+from cp_debug.graph.graph import Graph
+
+_NARROW = {TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
+
+
+def narrow_values(graph: Graph) -> dict[str, str]:
+    """Inputs and computed values that the graph holds in less than FP32, and in what: ``fp16`` or ``bf16``.
+
+    Where neither the file nor ONNX's shape inference knows a type (operators of other domains), a value has that of
+    the first known float that its node reads.
+    """
+    if not _NARROW.keys() & graph.element_types:
+        return {}
+    types = {name: kind.tensor_type.elem_type for name, kind in graph.types.items() if kind.HasField("tensor_type")}
+    types |= {name: graph.weight(name).data_type for name in graph.initializers}
+    floats = {*_NARROW, TensorProto.FLOAT, TensorProto.DOUBLE}
+    for node in graph.nodes:
+        unknown = [name for name in node.outputs if not types.get(name)]
+        if unknown and (read := next((types[i] for i in node.inputs if types.get(i) in floats), None)):
+            types |= dict.fromkeys(unknown, read)
+    named = [*(v.name for v in graph.inputs), *graph.values]
+    return {name: _NARROW[types[name]] for name in named if types.get(name) in _NARROW}

@@ -1,0 +1,213 @@
+"""Inputs for a graph that nobody gave any for: made up from a seed, and tried on ONNX Runtime where that is needed."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+
+from cp_debug.errors import InputError
+from cp_debug.graph.free_axes import FreeAxes
+from cp_debug.graph.graph import Graph
+from cp_debug.graph.input_values import DOMAINS, Ways, ways
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+TRIALS = 200
+"""How many inputs are tried at most."""
+SECONDS = 60.0
+"""How long they are tried at most."""
+FINITE_TRIALS = 12
+"""How many more are tried when one ran and gave NaN or Inf, which may be what the network gives."""
+_WARNED = 4
+"""ONNX Runtime's severity of what ends the process; a trial that fails is no error."""
+_FAILED_NODE = re.compile(r"Name:'([^']*)'")
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Sizes of the free axes, and which of its ways fills each input."""
+
+    sizes: dict[str, int]
+    ways: tuple[int, ...]
+
+
+@dataclass(frozen=True, order=True)
+class _Score:
+    """How far a trial came: the last node reached, one more than there are for a run to the end; then whether all
+    outputs were finite."""
+
+    reached: int
+    finite: bool = False
+
+
+class MadeUp:
+    """Made-up inputs of one graph. What runs is found once, for all seeds.
+
+    Sizes: one sample; what the weights of the readers want; else 64; one size for a symbol. Values: indices below the
+    size of the axis that they choose from, lengths, masks of ones, positive arguments of logarithms and roots, pixels
+    where they are scaled in the graph; else N(0, 1), integers of 8 and 16 bits over their range, others 0 or 1.
+    Where an axis is free, or an input is read by what does not take every number, inputs are tried on ONNX Runtime and
+    changed until they run to the end.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self._axes = FreeAxes.of(graph)
+        for value in graph.inputs:
+            if value.dtype is None or value.dtype.kind in "OSUc":
+                raise InputError(f"{graph.path}: input {value}: no value can be made up for this; {self._wish()}")
+        self._ways: list[Ways] = [ways(graph, value) for value in graph.inputs]
+
+    def sample(self, seed: int | Sequence[int]) -> dict[str, np.ndarray]:
+        """The inputs, by name. Raises InputError when none was found that runs, with ONNX Runtime's reason."""
+        return self._make(self._found, seed)
+
+    @cached_property
+    def _found(self) -> _Choice:
+        first = _Choice(self._axes.first(), (0,) * len(self._ways))
+        session = self._session() if self._uncertain(first) else None
+        if session is None:
+            return first
+        trial = _Trial(self, session)
+        found = trial.search(first)
+        if not trial.ran:
+            raise InputError(
+                f"{self.graph.path}: none of {trial.count} made-up inputs ran ({trial.reason}); {self._wish()}"
+            )
+        return found
+
+    def others(self, choice: _Choice) -> Iterator[_Choice]:
+        """Choices that differ from ``choice`` in one respect."""
+        for place, own in enumerate(self._ways):
+            for way in range(len(own.makers)):
+                if way != choice.ways[place]:
+                    yield replace(choice, ways=(*choice.ways[:place], way, *choice.ways[place + 1 :]))
+        for sizes in self._axes.others(choice.sizes):
+            yield replace(choice, sizes=sizes)
+
+    def make(self, choice: _Choice) -> dict[str, np.ndarray]:
+        """The inputs of a trial."""
+        return self._make(choice, 0)
+
+    def _make(self, choice: _Choice, seed: int | Sequence[int]) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng(seed)
+        shapes = [self._axes.shape(value, choice.sizes) for value in self.graph.inputs]
+        longest = max(choice.sizes.values(), default=1)
+        arrays = {}
+        for value, shape, own, way in zip(self.graph.inputs, shapes, self._ways, choice.ways, strict=True):
+            assert value.dtype is not None
+            arrays[value.name] = own.makers[way](rng, shape, longest).astype(value.dtype)
+        return arrays
+
+    def _uncertain(self, first: _Choice) -> bool:
+        """Whether the first choice may not run."""
+        return (
+            bool(first.sizes)
+            or not all(own.certain for own in self._ways)
+            or any(n.op in DOMAINS for n in self.graph.nodes)
+        )
+
+    def _session(self) -> onnxruntime.InferenceSession | None:
+        """The graph on ONNX Runtime, every node with a name; None where it is not installed or refuses the graph."""
+        try:
+            import onnxruntime as ort
+        except ImportError:
+            return None
+        model = onnx.ModelProto()
+        model.CopyFrom(self.graph.proto)
+        for node, proto in zip(self.graph.nodes, model.graph.node, strict=True):
+            proto.name = f"{node.index}"
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.log_severity_level = _WARNED
+        options.enable_cpu_mem_arena = False
+        folder = str(self.graph.path.resolve().parent)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+        try:
+            return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        except Exception:  # each status of ONNX Runtime is a class of its own; a backend will say why
+            return None
+
+    def _wish(self) -> str:
+        return f"give one with --inputs: an .npz file with {', '.join(map(str, self.graph.inputs))}"
+
+
+class _Trial:
+    """Tries choices until one runs and gives finite numbers; of those tried the best is kept."""
+
+    def __init__(self, made: MadeUp, session: onnxruntime.InferenceSession) -> None:
+        self._made, self._session = made, session
+        self._finite = [v.name for v in made.graph.outputs if v.dtype is not None and v.dtype.kind == "f"]
+        self._end = len(made.graph.nodes)
+        self.count, self.ran, self.reason = 0, False, ""
+        self._tried: set[str] = set()
+        self._limit, self._deadline = TRIALS, time.monotonic() + SECONDS
+
+    def search(self, choice: _Choice) -> _Choice:
+        """Go from ``choice`` to what comes further, one change at a time."""
+        best = self._score(choice)
+        while best < _Score(self._end, True):
+            for other in self._made.others(choice):
+                if str(other) in self._tried or (self.ran and other.sizes != choice.sizes):
+                    continue
+                if self.count >= self._limit or time.monotonic() > self._deadline:
+                    return choice
+                if (score := self._score(other)) > best:
+                    choice, best = other, score
+                    break
+            else:
+                return choice
+        return choice
+
+    def _score(self, choice: _Choice) -> _Score:
+        self.count += 1
+        self._tried.add(str(choice))
+        try:
+            arrays = self._made.make(choice)
+            outputs = self._session.run_with_ort_values([o.name for o in self._session.get_outputs()], _values(arrays))
+        except Exception as error:  # each status of ONNX Runtime is a class of its own, directly below Exception
+            place = _FAILED_NODE.search(str(error))
+            if not self.ran:
+                self.reason = self._in_words(str(error), place)
+            return _Score(int(place[1]) if place and place[1].isdigit() else -1)
+        if not self.ran:
+            self.ran, self._limit = True, self.count + FINITE_TRIALS
+        names = [o.name for o in self._session.get_outputs()]
+        return _Score(self._end, all(_is_finite(v) for n, v in zip(names, outputs, strict=True) if n in self._finite))
+
+    def _in_words(self, message: str, place: re.Match[str] | None) -> str:
+        node = self._made.graph.nodes[int(place[1])] if place and place[1].isdigit() else None
+        where = f"node {node.name!r} ({node.op}): " if node else ""
+        last = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ :", "", message).rpartition("Status Message:")[2]
+        last = re.sub(r"/\S+\.(h|cc):\d+ |onnxruntime::\S+\([^)]*\) ?", "", last)
+        return f"{where}{' '.join(last.split()).rstrip('.')[:300]}"
+
+
+def _values(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    from onnxruntime import OrtValue
+
+    values = {}
+    for name, array in arrays.items():
+        array = np.ascontiguousarray(array)
+        if array.dtype.isbuiltin == 1:
+            values[name] = OrtValue.ortvalue_from_numpy(array)
+        else:
+            element = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+            bits = array.view(f"u{array.dtype.itemsize}")
+            values[name] = OrtValue.ortvalue_from_numpy_with_onnx_type(bits, element)
+    return values
+
+
+def _is_finite(value: Any) -> bool:
+    if not value.is_tensor():
+        return True
+    array = value.numpy()
+    return bool(np.isfinite(array.astype(np.float32)).all()) if array.size else True
