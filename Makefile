@@ -2,6 +2,10 @@ PYTHON ?= python3
 MMDET3D_ENV ?= .mmdet3d-env
 WILD_ENV ?= .wild-env
 
+# A folder for JUnit files.
+JUNIT ?=
+report = $(if $(JUNIT),--junitxml=$(JUNIT)/mmdet3d-$(1).xml)
+
 .PHONY: mmdet3d-env test-mmdet3d wild-env
 
 # An environment with the real mmdet3d, for CPUs. The first time mmcv is compiled: 7 minutes on 2 free cores.
@@ -10,8 +14,8 @@ mmdet3d-env:
 
 # cpdebug against the real mmdet3d: from $(PYTHON), which has cpdebug but no mmdet3d, then in the same process.
 test-mmdet3d: mmdet3d-env
-	CPDEBUG_MMDET3D_PYTHON=$(MMDET3D_ENV)/bin/python $(PYTHON) -m pytest -m mmdet3d tests/test_mmdet3d_real.py
-	PYTHONPATH=. $(MMDET3D_ENV)/bin/python -m pytest -m mmdet3d tests/test_mmdet3d_real.py
+	CPDEBUG_MMDET3D_PYTHON=$(MMDET3D_ENV)/bin/python $(PYTHON) -m pytest -m mmdet3d $(call report,apart) tests/test_mmdet3d_real.py
+	PYTHONPATH=. $(MMDET3D_ENV)/bin/python -m pytest -m mmdet3d $(call report,together) tests/test_mmdet3d_real.py
 
 # The packages whose networks benchmarks/wild opens: 165 MB of wheels, without what they depend on.
 wild-env:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import json
+from pathlib import Path
 from types import ModuleType
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from cp_debug.errors import MissingPackage
 
@@ -18,4 +23,21 @@ def require(package: str, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != package.partition(".")[0]:
             raise
-        raise MissingPackage(f"this needs the package {package!r}: pip install 'cpdebug[{extra}]'") from None
+        raise MissingPackage(f"this needs the package {package!r}: {install(extra)}") from None
+
+
+def install(extra: str) -> str:
+    """The command that installs an extra of this distribution, and where it works: cpdebug is in no index."""
+    folder = source_folder()
+    return f"pip install '.[{extra}]' in {folder or 'a checkout of cpdebug'}"
+
+
+def source_folder() -> Path | None:
+    """The folder that this distribution was installed from, as pip recorded it; None where that is gone or unknown."""
+    try:
+        recorded = importlib.metadata.distribution("cpdebug").read_text("direct_url.json")
+        url = urlsplit(json.loads(recorded or "{}").get("url", ""))
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return None
+    folder = Path(url2pathname(url.path))
+    return folder if url.scheme == "file" and (folder / "pyproject.toml").is_file() else None

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from extras import installed
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -16,6 +17,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A shell's background ignores Ctrl-C, and so would what tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what reads the shared folder."""
+    for item in items:
+        if "shared" in getattr(item, "fixturenames", ()):
+            item.add_marker("shared")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a package that is not here; see ``extras.needs``."""
+    for mark in item.iter_markers("needs_extra"):
+        package, reason = mark.args
+        if not installed(package):
+            pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")

@@ -18,8 +18,6 @@ from test_knobs import quantised
 from test_trt_runner import install
 from typer.testing import CliRunner
 
-pytest.importorskip("onnxruntime")
-
 from cp_debug.backends.base import Backend
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
@@ -100,7 +98,6 @@ def test_the_page_tells_what_was_printed_and_measured(bundled: Path) -> None:
 
 
 def test_polygraphy_sees_the_fault_with_the_command_of_the_page(bundled: Path) -> None:
-    pytest.importorskip("polygraphy")
     command = next(line for line in (bundled / "README.md").read_text().splitlines() if line.startswith("polygraphy "))
     arguments = command.split()[1:]
     run = [sys.executable, "-c", "import sys; from polygraphy.tools import main; sys.exit(main())", *arguments]

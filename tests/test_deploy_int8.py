@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from extras import needs
 
 from cp_debug.backends.tensorrt.config import decide
 from cp_debug.deploy.config import load_config
@@ -62,6 +63,7 @@ def pairs(path: Path) -> int:
     return sum(node.op == "DequantizeLinear" for node in Graph(path).nodes)
 
 
+@needs("modelopt")
 def test_calibrated_exported_verified_evaluated_and_resumed(tmp_path: Path) -> None:
     config = settings(tmp_path)
     records = deploy(Deployment(config, "c.yaml"))
@@ -81,6 +83,7 @@ def test_calibrated_exported_verified_evaluated_and_resumed(tmp_path: Path) -> N
     assert [r.name for r in again if r.resumed] == ["load", "quantize", "verify", "evaluate"]
 
 
+@needs("modelopt")
 def test_checkpoint_brings_its_weights_scales_and_skips(tmp_path: Path, checkpoint: Path) -> None:
     config = settings(tmp_path, quantization={"checkpoint": checkpoint, "skip_layers": ["pts_neck"]})
     deployment = Deployment(config, "c.yaml")
@@ -97,6 +100,7 @@ def test_checkpoint_brings_its_weights_scales_and_skips(tmp_path: Path, checkpoi
     assert trained.abs().max() > 0.4
 
 
+@needs("modelopt")
 def test_awmls_checkpoint_path_may_be_quantised(tmp_path: Path, checkpoint: Path) -> None:
     config = settings(tmp_path, checkpoint=checkpoint, quantization={"skip_layers": ["pts_voxel_encoder"]})
     deployment = Deployment(config, "c.yaml")
@@ -120,6 +124,7 @@ def foreign(path: Path, quantized: dict[str, QuantizedComponent], prefix: dict[s
     return path
 
 
+@needs("modelopt")
 @pytest.mark.slow
 def test_checkpoints_of_pytorch_quantization_are_read(tmp_path: Path) -> None:
     model = load_model("centerpoint:tiny")
@@ -187,6 +192,7 @@ def test_other_precisions_do_not_go_with_quantisation(tmp_path: Path) -> None:
         load_config(tmp_path / "c.yaml")
 
 
+@needs("modelopt")
 def test_bad_input(tmp_path: Path, checkpoint: Path) -> None:
     plain = Deployment(settings(tmp_path, quantization=None), "c.yaml")
     plain.export()

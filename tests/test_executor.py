@@ -10,6 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from hypothesis import given, settings
@@ -106,7 +107,6 @@ def _assert_close(have: Any, want: Any, rtol: float) -> None:
 
 
 def test_conv_net_equals_onnx_runtime(tmp_path: Path) -> None:
-    ort = pytest.importorskip("onnxruntime")
     net, x = conv_net(tmp_path), {"x": random(1, 8, 16, 16)}
     (expected,) = ort.InferenceSession(net.path, providers=["CPUExecutionProvider"]).run(None, x)
     results = {

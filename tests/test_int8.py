@@ -11,6 +11,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from extras import needs
 from nets import second_like
 from torch import Tensor, nn
 
@@ -35,7 +36,7 @@ from cp_debug.recipes.registry import load_model
 from cp_debug.recipes.torch_callable import TorchModel
 from cp_debug.reports.saved import SavedResult
 
-pytest.importorskip("modelopt.torch.quantization", exc_type=ImportError)
+pytestmark = needs("modelopt")
 
 IN_INT8 = "ort-int8,emu-int8,torch-int8"
 

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 from nets import NetBuilder, residual, second_like
 
-pytest.importorskip("onnxruntime")
-
 from cp_debug.backends.base import Program
 from cp_debug.backends.ort_backend import OrtBackend
 from cp_debug.backends.ort_optimizers import RULE_BASED, active_optimizers

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from extras import needs
 
 from cp_debug.detection.boxes import Boxes
 from cp_debug.detection.metrics import ERRORS, THRESHOLDS, score
 from cp_debug.recipes.data.attributes import NAMES
 
-pytest.importorskip("nuscenes", reason="pip install --no-deps nuscenes-devkit==1.2.0, then pip install '.[eval]'")
+pytestmark = needs("nuscenes")
 
 CLASSES = (
     "car", "truck", "bus", "trailer", "construction_vehicle",

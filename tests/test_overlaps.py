@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from extras import needs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
@@ -32,10 +33,11 @@ def boxes(*rows) -> Boxes:
     return Boxes.of(table, zeros, zeros, np.arange(len(rows), 0, -1), np.full(len(rows), ""))
 
 
+@needs("shapely")
 @given(rectangle, rectangle)
 @settings(max_examples=300)
 def test_agrees_with_shapely(a, b):
-    shapely = pytest.importorskip("shapely")
+    import shapely
     from shapely import affinity
 
     def polygon(x, y, length, width, yaw):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from extras import needs
 from torch import Tensor, nn
 
 from cp_debug.errors import InputError
@@ -77,6 +78,7 @@ def run(module: nn.Module, options: QatOptions = OPTIONS, **more: object) -> Qat
     return finetune(module, batch, loss, validate, options, **more)  # type: ignore[arg-type]
 
 
+@needs("modelopt")
 def test_fine_tuning_recovers_and_leaves_batchnorm_and_scales_alone(quantized: nn.Module) -> None:
     before = copy.deepcopy(quantized.state_dict())
     result = run(quantized)
@@ -88,6 +90,7 @@ def test_fine_tuning_recovers_and_leaves_batchnorm_and_scales_alone(quantized: n
     assert result.to_dict()["history"][0]["training_loss"] == "NaN"
 
 
+@needs("modelopt")
 def test_the_best_is_kept_and_training_stops(quantized: nn.Module) -> None:
     values = iter([5.0, 3.0, 4.0, 3.5, 3.2, 0.0])
     kept = []
@@ -102,6 +105,7 @@ def test_the_best_is_kept_and_training_stops(quantized: nn.Module) -> None:
     assert all(torch.equal(tensor, kept[1][name]) for name, tensor in quantized.state_dict().items())
 
 
+@needs("modelopt")
 def test_the_start_is_kept_when_nothing_is_better(quantized: nn.Module) -> None:
     before = copy.deepcopy(quantized.state_dict())
     values = iter([1.0, 2.0, 3.0])
@@ -110,6 +114,7 @@ def test_the_start_is_kept_when_nothing_is_better(quantized: nn.Module) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in quantized.state_dict().items())
 
 
+@needs("modelopt")
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(quantized: nn.Module, tmp_path: Path) -> None:
     whole, first, second = (copy.deepcopy(quantized) for _ in range(3))
     expected = run(whole)
@@ -119,6 +124,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(quantized: nn.Module
     assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in second.state_dict().items())
 
 
+@needs("modelopt")
 def test_ctrl_c_keeps_the_best(quantized: nn.Module, tmp_path: Path) -> None:
     result = finetune(quantized, interrupted, loss, validate, OPTIONS, state=tmp_path / "state")
     assert result.ended == "interrupted"
@@ -131,6 +137,7 @@ def _state_of_another_rate(path: Path, quantized: nn.Module) -> None:
     run(quantized, QatOptions(steps=1, rate=1e-4, interval=10), state=path)
 
 
+@needs("modelopt")
 @pytest.mark.parametrize(
     ("make", "says"),
     [
@@ -148,6 +155,7 @@ def test_a_state_that_does_not_fit(
         run(quantized, state=tmp_path / "state", resume=True)
 
 
+@needs("modelopt")
 def test_bad_input(net: nn.Module, quantized: nn.Module) -> None:
     with pytest.raises(InputError, match="is not quantised"):
         run(net)
@@ -159,6 +167,7 @@ def test_bad_input(net: nn.Module, quantized: nn.Module) -> None:
         finetune(quantized, batch, lambda module, each: loss(module, each) * float("nan"), validate, OPTIONS)
 
 
+@needs("modelopt")
 def test_scales_belong_to_the_trained_weights(net: nn.Module, quantized: nn.Module, tmp_path: Path) -> None:
     run(quantized)
     with pytest.raises(InputError, match="other weights"):
@@ -171,6 +180,7 @@ def test_scales_belong_to_the_trained_weights(net: nn.Module, quantized: nn.Modu
     assert torch.equal(load_ptq_model(net, tmp_path / "qat.pt")(x), quantized(x))
 
 
+@needs("modelopt")
 @pytest.mark.slow
 def test_centerpoint_is_fine_tuned_in_place() -> None:
     model = as_trainable(load_model("centerpoint:tiny"))

@@ -9,20 +9,21 @@ from typing import Any
 
 import pytest
 import torch
+from extras import module_needs
 from torch import Tensor, nn
 
 from cp_debug.errors import InputError
 from cp_debug.programs.torch_layers import is_quantized
 from cp_debug.quantization.ptq import scales_of
 
-pytest.importorskip("mmengine")
+pytestmark = module_needs("mmengine")
 
-from mmengine.hooks import Hook
-from mmengine.model import BaseModel
-from mmengine.runner import Runner
-from torch.utils.data import Dataset
+from mmengine.hooks import Hook  # noqa: E402
+from mmengine.model import BaseModel  # noqa: E402
+from mmengine.runner import Runner  # noqa: E402
+from torch.utils.data import Dataset  # noqa: E402
 
-from cp_debug.quantization.mmengine_hook import KEY, QATHook
+from cp_debug.quantization.mmengine_hook import KEY, QATHook  # noqa: E402
 
 
 class Net(BaseModel):

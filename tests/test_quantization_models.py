@@ -10,6 +10,7 @@ import nets
 import numpy as np
 import pytest
 import torch
+from extras import needs
 from typer.testing import CliRunner
 
 from cp_debug.cli.main import app
@@ -27,7 +28,7 @@ from cp_debug.quantization.ptq import quantized
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.registry import load_model
 
-pytest.importorskip("modelopt")
+pytestmark = needs("modelopt")
 ENCODER, BACKBONE = "pts_voxel_encoder", "pts_backbone_neck_head"
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from extras import needs
 from torch import Tensor, nn
 
 from cp_debug import quantization
@@ -31,7 +32,7 @@ from cp_debug.quantization import (
 from cp_debug.quantization.ptq import quantization_of
 from cp_debug.quantization.residual_adds import add_quantizers, find_adds
 
-pytest.importorskip("modelopt")
+pytestmark = needs("modelopt")
 
 
 class Block(nn.Module):
@@ -338,7 +339,7 @@ def test_one_sentence_without_modelopt(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "modelopt"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "modelopt", None)
-    with pytest.raises(MissingPackage, match=r"pip install 'cpdebug\[quant\]'"):
+    with pytest.raises(MissingPackage, match=r"pip install '\.\[quant\]'"):
         quantize_ptq(resnet(), batches(1))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from extras import needs
 from rich.text import Text
 from test_cli import run
 
@@ -28,6 +29,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@needs("modelopt")
 def test_sensitivity_of_any_module(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     code, text = run(
@@ -43,6 +45,7 @@ def test_sensitivity_of_any_module(tmp_path: Path) -> None:
     assert {path.suffix for path in folder.iterdir()} == {".json", ".csv", ".html", ".svg"}
 
 
+@needs("modelopt")
 def test_qat_writes_a_checkpoint_that_opens(tmp_path: Path, checkpoint: Path) -> None:
     common = ("quantize", "qat", "--from", checkpoint, "-o", tmp_path / "qat.pt", "--scenes", 2, "--val-scenes", 1)
     options = ("--batch", 1, "--interval", 1, "--lr", 1e-4)
@@ -72,6 +75,7 @@ def test_bad_input(options: tuple[str, ...], says: str) -> None:
     assert says in text
 
 
+@needs("modelopt")
 def test_quantizing_what_is_quantized(tmp_path: Path, checkpoint: Path) -> None:
     code, text = run("quantize", "ptq", "--checkpoint", checkpoint, "-o", tmp_path / "again")
     assert code == 2
@@ -79,6 +83,7 @@ def test_quantizing_what_is_quantized(tmp_path: Path, checkpoint: Path) -> None:
     assert not (tmp_path / "again").exists()
 
 
+@needs("modelopt")
 def test_int8_is_scored_and_timed_like_any_backend(checkpoint: Path, tmp_path: Path) -> None:
     target = tmp_path / "found.json"
     wanted = ["-n", 1, "--draws", 0, "--json", target]

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from selenium import webdriver
 from test_report import save_faulty
 
 from cp_debug.bisect.result import GUILTY
 from cp_debug.reports.page import write_page
 from cp_debug.reports.saved import SavedResult
 
-webdriver = pytest.importorskip("selenium.webdriver")
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from extras import needs
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -105,6 +106,7 @@ def samples(images: Tensor) -> list[Sample]:
 LAYERS = {"stem", "block.0", "block.2", "first", "second", "fragile"}
 
 
+@needs("modelopt")
 def test_rerun_gives_the_same_bits_as_running_everything(bench: Bench, quantized: nn.Module, images: Tensor) -> None:
     layers = list(bench.layers.values())
     assert bench.layers.keys() > LAYERS
@@ -139,6 +141,7 @@ def test_a_change_in_one_head_computes_that_head_alone(images: Tensor) -> None:
     assert after[0] is before[0]
 
 
+@needs("modelopt")
 def test_errors_are_those_of_the_layers(bench: Bench, net: Net, quantized: nn.Module, samples: list[Sample]) -> None:
     alone, all_, none = bench.measure(samples, [Int8Trial(FLOAT, ("second",)), Int8Trial(INT8), Int8Trial(FLOAT)])
     assert none.outputs == {"first": 0.0, "second": 0.0}
@@ -152,6 +155,7 @@ def test_errors_are_those_of_the_layers(bench: Bench, net: Net, quantized: nn.Mo
     assert all_.outputs["first"] == pytest.approx(difference**0.5, rel=1e-4)
 
 
+@needs("modelopt")
 def test_the_fragile_layer_is_found_and_left_out(model: TorchModel, bench: Bench, samples: list[Sample]) -> None:
     profile = build_sensitivity_profile(model, {"Net": bench.modules["Net"]}, samples, data="images", budget=0.05)
     assert profile.layers[0].layer == "fragile"
@@ -165,6 +169,7 @@ def test_the_fragile_layer_is_found_and_left_out(model: TorchModel, bench: Bench
     assert list(profile.to_pandas()["layer"]) == [row.layer for row in profile.layers]
 
 
+@needs("modelopt")
 def test_quantisers_are_on_again_afterwards(bench: Bench, quantized: nn.Module, samples: list[Sample]) -> None:
     x = torch.from_numpy(samples[0].arrays["x"])
     with torch.no_grad():
@@ -173,6 +178,7 @@ def test_quantisers_are_on_again_afterwards(bench: Bench, quantized: nn.Module, 
         assert torch.equal(quantized(x)["first"], before)
 
 
+@needs("modelopt")
 def test_trials_merge_in_any_order(model: TorchModel, bench: Bench, samples: list[Sample]) -> None:
     whole = build_sensitivity_profile(model, {"Net": bench.modules["Net"]}, samples)
     wanted = [("fp32", ""), ("int8", ""), *itertools.product(("alone", "left_out"), bench.layers)]
@@ -186,6 +192,7 @@ def test_trials_merge_in_any_order(model: TorchModel, bench: Bench, samples: lis
         merge_trials([{**rows[0], "data": "others"}, *rows[1:]])
 
 
+@needs("modelopt")
 def test_bad_input(model: TorchModel, bench: Bench, net: Net, samples: list[Sample]) -> None:
     with pytest.raises(InputError, match="no layer of net is quantised"):
         Bench(model, {"Net": net})
@@ -200,6 +207,7 @@ def test_bad_input(model: TorchModel, bench: Bench, net: Net, samples: list[Samp
         choose_layers(bench, samples, profile, 0.0)
 
 
+@needs("modelopt")
 def test_a_budget_of_map_needs_ground_truth() -> None:
     model = load_model("centerpoint:tiny")
     modules = modules_of(open_quantized(model, None, count=1, method="max"))
@@ -208,6 +216,7 @@ def test_a_budget_of_map_needs_ground_truth() -> None:
         build_sensitivity_profile(model, modules, unknown, budget=0.01)
 
 
+@needs("modelopt")
 def test_faces(model: TorchModel, bench: Bench, samples: list[Sample], tmp_path: Path) -> None:
     profile = build_sensitivity_profile(model, {"Net": bench.modules["Net"]}, samples, data="images", budget=0.05)
     text = "\n".join(_plain(part) for part in render(profile))

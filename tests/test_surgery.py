@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,8 +21,6 @@ from onnx import helper
 from cp_debug.errors import InputError
 from cp_debug.graph import surgery
 from cp_debug.graph.graph import Graph
-
-ort = pytest.importorskip("onnxruntime")
 
 RECIPES = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 99), st.integers(0, 99)), min_size=2, max_size=14)
 

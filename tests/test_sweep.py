@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import onnx
+import pandas as pd
 import pytest
 import torch
+from extras import needs
 from nets import second_like
 from onnx import numpy_helper
 from test_cli import run as cli
@@ -176,7 +178,6 @@ def test_which_backends_need_a_gpu(spec: str, gpu: bool) -> None:
 
 
 def test_the_command_on_two_workers_says_what_the_serial_run_says(net: Path, tmp_path: Path) -> None:
-    pytest.importorskip("distributed")
     out = tmp_path / "out"
     flags = ["-b", "ort,emu-fp16,emu-bf16", "-n", "4", "--no-explain", "--workers", "2", "-o", out]
     flags += ["--calib-samples", "2", "--calib-method", "max"]
@@ -193,14 +194,12 @@ def test_the_command_on_two_workers_says_what_the_serial_run_says(net: Path, tmp
     with (out / "sweep.csv").open() as stream:
         assert len(list(csv.DictReader(stream))) == sum(len(group["layers"]) for group in merged)
     assert "</html>" in (out / "sweep.html").read_text()
-    pandas = pytest.importorskip("pandas")
-    assert len(pandas.read_parquet(out / "log.parquet")) == sum(len(r["result"]["layers"]) for r in serial)
+    assert len(pd.read_parquet(out / "log.parquet")) == sum(len(r["result"]["layers"]) for r in serial)
     code, text = cli("sweep", "bisect", net, *flags, "--log", out / "log.parquet")
     assert "8 of them in" in text
 
 
 def test_failed_tasks_are_told_and_the_rest_is_reported(net: Path, tmp_path: Path) -> None:
-    pytest.importorskip("distributed")
     inputs = tmp_path / "inputs"
     inputs.mkdir()
     np.savez(inputs / "0.npz", x=np.ones((1, 16, 32, 32), np.float32))
@@ -278,8 +277,8 @@ def build():
 """
 
 
+@needs("modelopt")
 def test_sensitivity_by_samples_and_by_layers(tmp_path: Path) -> None:
-    pytest.importorskip("modelopt")
     from cp_debug.mixed_precision.int8_sensitivity import build_sensitivity_profile
     from cp_debug.quantization.open_quantized import modules_of, open_quantized
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pandas
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -79,7 +80,6 @@ def test_a_folder_is_no_log(tmp_path: Path) -> None:
 
 
 def test_parquet_has_a_row_for_each_row_of_each_record(tmp_path: Path) -> None:
-    pandas = pytest.importorskip("pandas")
     records = [record(str(i), result={"values": list(range(i % 4))}) for i in range(600)]
     path = tmp_path / "log.parquet"
     write_parquet(

@@ -28,7 +28,6 @@ from cp_debug.sweep.workers import ClusterLost, local_workers, remote_workers
 if TYPE_CHECKING:
     from distributed import Client
 
-pytest.importorskip("distributed")
 HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(HERE), "DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "5s"}
 
@@ -337,5 +336,5 @@ def test_no_scheduler_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_dask(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "distributed", None)
-    with pytest.raises(MissingPackage, match=r"pip install 'cpdebug\[dask\]'"), local_workers(1):
+    with pytest.raises(MissingPackage, match=r"pip install '\.\[dask\]'"), local_workers(1):
         pass

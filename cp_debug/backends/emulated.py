@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
@@ -38,6 +39,7 @@ class EmulatedBackend:
     ) -> None:
         self.spec = spec
         self.overrides = overrides
+        self.keep_fp32: frozenset[str] = frozenset()
         self.precision = spec.variant
         self.device = spec.device or "cpu"
         self.arithmetic = ARITHMETICS[spec.variant]
@@ -48,6 +50,17 @@ class EmulatedBackend:
             if index >= torch.cuda.device_count():
                 reason = f"torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
                 raise BackendUnavailable(str(spec), reason, nearest=f"{spec.name}@cpu")
+
+    def keeping(self, nodes: Collection[str]) -> EmulatedBackend:
+        """The same backend with these ONNX nodes in FP32. Raises InputError for ``emu-fp32`` and ``emu-int8``, where
+        that changes nothing."""
+        if self.precision in ("fp32", "int8"):
+            raise InputError(f"{self.spec}: no node can be kept in FP32; its nodes compute in it already")
+        other = copy.copy(self)
+        other.keep_fp32 = frozenset(nodes)
+        own = {node: name for node, name in self.overrides.items() if node not in self.keep_fp32}
+        other.overrides = own | dict.fromkeys(nodes, "fp32")
+        return other
 
     def open(self, program: Program) -> Session:
         """Make the program ready. Raises InputError when it holds operators that nothing here can execute, and for

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import BackendUnavailable, InputError
-from cp_debug.optional import require
+from cp_debug.optional import install, require
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -158,7 +158,7 @@ def _providers(spec: BackendSpec) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def _unavailable(spec: BackendSpec, reason: str) -> BackendUnavailable:
-    return BackendUnavailable(str(spec), reason, install="pip install 'cpdebug[gpu]'", nearest=_nearest(spec))
+    return BackendUnavailable(str(spec), reason, install=install("gpu"), nearest=_nearest(spec))
 
 
 def _nearest(spec: BackendSpec) -> str:

@@ -203,6 +203,17 @@ class Bisection:
         self, sample: Sample, scratch: Path, exported: Sequence[Program] | None
     ) -> tuple[list[Program], list[Program]]:
         """The reference's programs and those of the tests."""
+        options = self.options
+        programs, tests = self._exported(sample, scratch, exported)
+        if options.test_train_mode or options.test_out_of_place:
+            tests = [
+                changed_state(p, train=options.test_train_mode, out_of_place=options.test_out_of_place) for p in tests
+            ]
+        return programs, tests
+
+    def _exported(
+        self, sample: Sample, scratch: Path, exported: Sequence[Program] | None
+    ) -> tuple[list[Program], list[Program]]:
         options, folder = self.options, self.options.save or scratch
         folder.mkdir(parents=True, exist_ok=True)
         programs = list(exported or prepare(self.model, sample, folder, how=self._export, folded=options.folded))
@@ -216,11 +227,6 @@ class Bisection:
             folder = folder / "test"
             folder.mkdir(exist_ok=True)
             return programs, prepare(self.test_model, sample, folder, how=self._export, folded=options.folded)
-        if options.test_train_mode or options.test_out_of_place:
-            return programs, [
-                changed_state(p, train=options.test_train_mode, out_of_place=options.test_out_of_place)
-                for p in programs
-            ]
         return programs, programs
 
     def _for(self, backend: Backend, model: Model, programs: list[Program], scratch: Path) -> list[Program]:

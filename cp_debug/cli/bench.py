@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cp_debug.cli import tensorrt
+from cp_debug.cli.typed import refuse
 
 
 def bench(
@@ -44,7 +45,12 @@ def bench(
         specs = [part.strip() for part in backends.split(",") if part.strip()]
         if not specs:
             raise InputError(f"--backends: {backends!r} names none; expected at least one, such as torch,ort")
-        on_the_fly = config.quantization is None and any("int8" in BackendSpec.parse(spec).name for spec in specs)
+        parsed = [BackendSpec.parse(spec) for spec in specs]
+        why = f"none of {', '.join(specs)} is TensorRT"
+        refuse(("trt_python",), unless=any(spec.family == "trt" for spec in parsed), why=why)
+        why = f"{source} is a model, not a configuration"
+        refuse(("recipe",), unless=config.model != model, why=why)
+        on_the_fly = config.quantization is None and any("int8" in spec.name for spec in parsed)
         given = {"checkpoint": checkpoint, "data.path": inputs, "tensorrt.python": trt_python}
         config = override(config, {**given, "quantization": {"samples": 8} if on_the_fly else None})
         deployment = Deployment(config, source, on_step, on_event=on_step.on_event)

@@ -10,6 +10,7 @@ import typer
 
 from cp_debug.cli import calibration, tensorrt
 from cp_debug.cli.flags import grouped
+from cp_debug.cli.typed import refuse, refuse_export_flags
 
 
 class Level(str, Enum):
@@ -90,6 +91,18 @@ def bisect(
     from cp_debug.cli.console import command_line, show, steps
     from cp_debug.reports.files import write_json
 
+    specs = parse_backends(backends)
+    tests = specs[1:]
+    engines.check(specs)
+    int8.check(specs, calibration.own_scales(specs, model, checkpoint, test_model))
+    refuse_export_flags([model])
+    why = "two other models of the tests; expected one of --test-model and --test-checkpoint"
+    refuse(("test_checkpoint",), unless=test_model is None, why=why)
+    names = ", ".join(map(str, tests))
+    why = f"it changes the torch module, which none of the tests {names} runs; expected torch among them"
+    refuse(("test_train_mode", "test_out_of_place"), unless=any(spec.family == "torch" for spec in tests), why=why)
+    refuse(("oracle", "explain"), unless=replay, why="--no-replay leaves nothing to judge or explain")
+    refuse(("show_all",), unless=level is Level.layers, why="--level stages shows no layers")
     stack = ExitStack()
     kept = save
     if html and save is None:  # the report shows tensors
@@ -115,7 +128,7 @@ def bisect(
     )
     with stack, steps() as on_step:
         given = engines.calibrated(model, checkpoint, stack)
-        made = tensorrt.make(parse_backends(backends), given, on_step)
+        made = tensorrt.make(specs, given, on_step)
         result = run(model, made, test_model=test_model, options=options, on_step=on_step)
         result.command = command_line()
         if html:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from cp_debug.cli import tensorrt
+from cp_debug.cli.typed import refuse
 
 
 class PrecisionPolicy(str, Enum):
@@ -65,6 +66,9 @@ def build(
         options: dict[str, Any] = {"on_event": on_step.on_event, "calibration_cache": calibration_cache}
         options |= {"profiles": profiles} if profiles else {}
         assert config.model is not None
+        ranges = ("calibration_cache", "trt_calibrator", "trt_calib_data")
+        why = f"{config.engine_backend} is built; expected --precision int8"
+        refuse(ranges, unless=config.engine_backend in tensorrt.CALIBRATED, why=why)
         options |= tensorrt.calibration_data(config.model, config.checkpoint, trt_calibrator, trt_calib_data, stack)
         deployment = Deployment(config, source, on_step, **options)
         backend = deployment.backend(config.engine_backend)  # before the export: it may be missing here

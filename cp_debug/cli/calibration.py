@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cp_debug.cli.typed import refuse, typed
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cp_debug.backends.spec import BackendSpec
     from cp_debug.quantization.quantized_programs import Calibration
 
 PANEL = "INT8, where the model is not quantized"
@@ -22,6 +27,29 @@ class Method(str, Enum):
     percentile = "percentile"
     mse = "mse"
     entropy = "entropy"
+
+
+def own_scales(specs: Sequence[BackendSpec], model: str, checkpoint: Path | None, test_model: Path | None) -> str:
+    """What brings scales, in words, where all of those in INT8 among ``specs``, the reference first, have such; else
+    empty. Raises InputError for an ONNX file that cannot be read."""
+    if not typed(f.name for f in fields(Flags)):
+        return ""
+    reference = _scaled(model, checkpoint)
+    sources = [reference, *[reference if test_model is None else _scaled(str(test_model), None)] * (len(specs) - 1)]
+    found = [source for spec, source in zip(specs, sources, strict=True) if spec.variant.startswith("int8")]
+    return f"the scales are those of {found[0]}" if found and all(found) else ""
+
+
+def _scaled(model: str, checkpoint: Path | None) -> str:
+    """The file with scales that a model has: a checkpoint of ``cpdebug quantize``, or a graph with Q/DQ pairs."""
+    from cp_debug.graph.graph import Graph
+    from cp_debug.quantization.checkpoint import file_of, is_ptq_checkpoint
+
+    if checkpoint is not None:
+        return str(checkpoint) if is_ptq_checkpoint(file_of(checkpoint)) else ""
+    path = Path(model)
+    files = sorted(path.glob("*.onnx")) if path.is_dir() else [path] if path.suffix == ".onnx" else []
+    return next((str(file) for file in files if Graph(file).precision == "int8"), "")
 
 
 Data = Annotated[
@@ -45,6 +73,14 @@ class Flags:
     calib_samples: Samples = 8
     calib_method: Calibrator = Method.mse
     skip_layers: SkipLayers = None
+
+    def check(self, specs: Sequence[BackendSpec], quantized: str = "") -> None:
+        """Raise InputError for a flag that was typed where no backend is calibrated here. ``quantized``: what brings
+        scales of its own, in words, where something does."""
+        names = ", ".join(map(str, specs))
+        why = quantized or f"none of {names} runs in INT8"
+        quantizes = any(spec.variant.startswith("int8") for spec in specs) and not quantized
+        refuse((f.name for f in fields(self)), unless=quantizes, why=why)
 
     @property
     def chosen(self) -> Calibration:

@@ -10,6 +10,7 @@ import typer
 from cp_debug.cli import tensorrt
 from cp_debug.cli.bisect import Exporter
 from cp_debug.cli.flags import grouped
+from cp_debug.cli.typed import refuse_export_flags
 
 
 @grouped
@@ -36,9 +37,12 @@ def capture(
     from cp_debug.cli.console import console, steps
     from cp_debug.recipes.registry import load_model
 
+    specs = [BackendSpec.parse(backend)]
+    engines.check(specs)
+    refuse_export_flags([model])
     with ExitStack() as stack, steps() as on_step:
         given = engines.calibrated(model, checkpoint, stack)
-        (made,) = tensorrt.make([BackendSpec.parse(backend)], given, on_step)
+        (made,) = tensorrt.make(specs, given, on_step)
         written = record(
             load_model(model, checkpoint=checkpoint, seed=seed),
             made,

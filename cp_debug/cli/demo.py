@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cp_debug.cli.typed import refuse
 from cp_debug.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def demo(
     from cp_debug.cli.console import console, show, steps
 
     if fault is None:
+        refuse(("json",), unless=False, why="the list of faults is no result; name a FAULT")
         console.print(catalogue())
         console.print("\nrun one:  cpdebug demo weight-scale")
         return

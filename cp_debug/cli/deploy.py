@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cp_debug.cli import tensorrt
+from cp_debug.cli.typed import refuse
 
 
 def deploy(
@@ -31,6 +32,8 @@ def deploy(
     from cp_debug.reports.deployment import stage_table, write_summary
 
     settings = override(named_config(config, model), {"tensorrt.python": trt_python})
+    engines = settings.export.mode in ("trt", "both") or any("trt" in each.test for each in settings.scenarios())
+    refuse(("trt_python",), unless=engines, why=f"{config} builds no engine")
     with steps() as on_step:
         records = run(Deployment(settings, str(config), on_step, on_event=on_step.on_event), fresh=fresh)
     passed = all(record.passed for record in records)

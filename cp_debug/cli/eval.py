@@ -11,6 +11,7 @@ import typer
 from cp_debug.cli import calibration, tensorrt
 from cp_debug.cli.bisect import Exporter
 from cp_debug.cli.flags import grouped
+from cp_debug.cli.typed import refuse_data_flags, refuse_export_flags
 
 if TYPE_CHECKING:
     from cp_debug.backends.base import Program
@@ -64,7 +65,13 @@ def evaluate(
     from cp_debug.reports.evaluation import render
     from cp_debug.reports.files import csv_text
 
+    specs = parse_backends(backends)
+    engines.check(specs)
+    int8.check(specs)
+    refuse_data_flags(data)
+    refuse_export_flags([model])
     loaded, quantized = load_quantized(model, checkpoint, seed)
+    int8.check(specs, f"the scales are those of {checkpoint}" if quantized else "")
     detector = as_detector(loaded)
     options = EvaluationOptions(
         ranges=parse_ranges(ranges, detector.class_names),
@@ -82,7 +89,7 @@ def evaluate(
         return quantize_programs(detector, programs, folder, clouds, parts=quantized, calibration=how)
 
     with steps() as on_step:
-        made = tensorrt.make(parse_backends(backends), engines.options, on_step)
+        made = tensorrt.make(specs, engines.options, on_step)
         result = run(
             detector,
             made,

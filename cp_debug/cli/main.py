@@ -1,15 +1,18 @@
 """The command line: one file a command, errors in words.
 
-Exit codes: 0 agree, 1 divergence found, 2 bad usage or input, 3 backend unavailable.
+Exit codes: 0 agree, 1 divergence found, 2 bad usage or input, 3 backend unavailable, 70 an unexpected error, 130
+interrupted, 141 whoever reads the output has gone.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 
+from cp_debug import __version__
 from cp_debug.cli import (
     bench,
     bisect,
@@ -18,6 +21,7 @@ from cp_debug.cli import (
     capture,
     check,
     compare,
+    crash,
     demo,
     deploy,
     doctor,
@@ -31,16 +35,33 @@ from cp_debug.cli import (
 )
 from cp_debug.cli import eval as evaluation
 from cp_debug.cli.console import drop_output, errors, show_anywhere, show_error, show_usage
+from cp_debug.cli.typed import INTERRUPTED, NO_READER, Command
 from cp_debug.errors import CpdebugError, InputError, system_reason
 
 app = typer.Typer(
     name="cpdebug",
-    help="PyTorch, ONNX Runtime and TensorRT side by side: names the first layer that its precision cannot explain.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"cpdebug {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """PyTorch, ONNX Runtime and TensorRT side by side: names the first layer that its precision cannot explain."""
+
+
 for command in (
     bench.bench,
     bisect.bisect,
@@ -58,8 +79,8 @@ for command in (
     search.search,
     verify.verify,
 ):
-    app.command()(command)
-app.command("eval")(evaluation.evaluate)
+    app.command(cls=Command)(command)
+app.command("eval", cls=Command)(evaluation.evaluate)
 app.add_typer(quantize.app)
 app.add_typer(sweep.app)
 
@@ -79,18 +100,23 @@ def main() -> None:
     except MemoryError:
         show_error("out of memory: this asks for more than the process may have")
         sys.exit(InputError.exit_code)
-    except BrokenPipeError:
-        raise
+    except BrokenPipeError:  # before or after a command; see ``Command`` for the time between
+        drop_output()
+        sys.exit(NO_READER)
     except OSError as error:
         place = error.filename if error.filename is not None else "the output"
         show_error(f"{place}: {system_reason(error)}")
         drop_output()
         sys.exit(InputError.exit_code)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # likewise
         errors.print("interrupted")
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except Exception as error:
-        if not hasattr(error, "format_message"):  # what the parser raises
-            raise
-        show_usage(error)
-        sys.exit(InputError.exit_code)
+        if hasattr(error, "format_message"):  # what the parser raises
+            show_usage(error)
+            sys.exit(InputError.exit_code)
+        message = crash.told(error)
+        try:
+            show_error(message)
+        finally:
+            sys.exit(crash.EXIT_CODE)

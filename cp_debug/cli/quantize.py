@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from cp_debug.cli import quantize_ptq, quantize_qat, quantize_sensitivity
+from cp_debug.cli.typed import Command
 
 app = typer.Typer(
     name="quantize",
@@ -13,6 +14,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(quantize_ptq.ptq)
-app.command()(quantize_sensitivity.sensitivity)
-app.command()(quantize_qat.qat)
+app.command(cls=Command)(quantize_ptq.ptq)
+app.command(cls=Command)(quantize_sensitivity.sensitivity)
+app.command(cls=Command)(quantize_qat.qat)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cp_debug.cli.calibration import Method
+from cp_debug.cli.typed import refuse
 
 
 def ptq(
@@ -44,6 +45,7 @@ def ptq(
     from cp_debug.recipes.registry import load_model
     from cp_debug.reports.quantization import render
 
+    refuse(("method", "batches"), unless=cache is None, why="the scales are those of --cache")
     if checkpoint and is_quantized_checkpoint(checkpoint):
         raise InputError(f"--checkpoint: {checkpoint} is quantised already; expected weights in FP32")
     with steps() as on_step:

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from cp_debug.cli.typed import refuse
+
 
 class Criterion(str, Enum):
     """What tells when to stop."""
@@ -61,6 +63,9 @@ def qat(
     from cp_debug.recipes.registry import load_model
     from cp_debug.reports.qat import render
 
+    refuse(("steps",), unless=epochs is None, why="--epochs says how long it trains")
+    scenes_only = data is None and val_data is None
+    refuse(("data_root",), unless=not scenes_only, why="without --data or --val-data there are synthetic scenes only")
     with progress() as on_step:
         loaded = as_trainable(load_model(model))
         training = training_scenes(loaded, data, scenes, DataOptions(data_root))

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cp_debug.cli.calibration import Method
+from cp_debug.cli.typed import refuse
 
 
 def sensitivity(
@@ -57,6 +58,8 @@ def sensitivity(
     from cp_debug.reports.files import csv_text
     from cp_debug.reports.sensitivity import render, write_chart, write_page
 
+    refuse(("calib_data", "batches", "method"), unless=quantized is None, why="the scales are those of --from")
+    refuse(("data_root",), unless=data is not None, why="without --data the samples are synthetic scenes")
     if auto is not None:
         check_budget(auto)
     with steps() as on_step:

@@ -11,6 +11,7 @@ import typer
 from cp_debug.cli import tensorrt
 from cp_debug.cli.bisect import Exporter
 from cp_debug.cli.flags import grouped
+from cp_debug.cli.typed import refuse, refuse_export_flags
 from cp_debug.errors import InputError
 
 _DURATION = re.compile(r"(?P<number>\d+(?:\.\d+)?)(?P<unit>[smh]?)")
@@ -66,6 +67,9 @@ def search(
     from cp_debug.reports.search import render
 
     parsed, specs = Goal.parse(goal), parse_backends(backends)
+    engines.check(specs)
+    refuse_export_flags([model])
+    refuse(("data",), unless="map_drop" in goal, why=f"the goal is {goal}; expected one with map_drop")
     options = SearchOptions(
         max_builds=max_builds,
         budget=None if budget is None else parse_duration(budget),

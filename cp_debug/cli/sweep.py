@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cp_debug.backends.spec import parse_backends
 from cp_debug.cli import calibration
 from cp_debug.cli.bisect import Exporter
 from cp_debug.cli.flags import grouped
+from cp_debug.cli.typed import Command, refuse, refuse_data_flags, refuse_export_flags
 from cp_debug.errors import InputError
 
 if TYPE_CHECKING:
@@ -126,7 +128,7 @@ class Desk:
         raise typer.Exit(0 if result.passed else 2 if result.failures else 1)
 
 
-@app.command("bisect")
+@app.command("bisect", cls=Command)
 @grouped
 def sweep_bisect(
     models: Models = None,
@@ -150,12 +152,13 @@ def sweep_bisect(
     """
     from cp_debug.sweep import bisecting
 
+    int8.check(parse_backends(backends))
     how = {"rtol": rtol, "atol": atol, "explain": explain, "calibration": _calibration(int8, inputs)}
     grid = _grid(models, backends, checkpoint, samples, seed, inputs, exporter, unfolded, how)
     desk.run("bisect", lambda: bisecting.tasks(grid), bisecting.merge, (bisecting.rows, bisecting.COLUMNS))
 
 
-@app.command("eval")
+@app.command("eval", cls=Command)
 @grouped
 def sweep_eval(
     models: Models = None,
@@ -186,6 +189,8 @@ def sweep_eval(
     from cp_debug.recipes.data.base import DataOptions
     from cp_debug.sweep import evaluating
 
+    int8.check(parse_backends(backends))
+    refuse_data_flags(data)
     read = DataOptions(data_root and data_root.resolve(), sweeps, skip_missing)
     how: dict[str, Any] = {"data_root": read.root and str(read.root), "sweeps": sweeps, "skip_missing": skip_missing}
     how["calibration"] = _calibration(int8)
@@ -195,7 +200,7 @@ def sweep_eval(
     desk.run("eval", lambda: evaluating.tasks(grid), merge, (evaluating.rows, evaluating.COLUMNS))
 
 
-@app.command("sensitivity")
+@app.command("sensitivity", cls=Command)
 @grouped
 def sweep_sensitivity(
     models: Models = None,
@@ -222,6 +227,8 @@ def sweep_sensitivity(
     """
     from cp_debug.sweep import sensitivity
 
+    refuse(("calib_samples", "calib_method"), unless=not quantized, why="the scales are those of --from")
+    refuse(("draws",), unless=by is Axis.layers, why="intervals are drawn with --by layers")
     how = {"batches": calib_samples, "method": calib_method.value, "draws": draws}
     grid = _grid(models, "torch,torch-fp64", checkpoint, samples, seed, data, Exporter.auto, False, how)
     desk.run(
@@ -232,7 +239,7 @@ def sweep_sensitivity(
     )
 
 
-@app.command("search")
+@app.command("search", cls=Command)
 @grouped
 def sweep_search(
     models: Models = None,
@@ -287,10 +294,10 @@ def _grid(
     unfolded: bool,
     how: Mapping[str, Any],
 ) -> Grid:
-    from cp_debug.backends.spec import parse_backends
     from cp_debug.recipes.registry import DEFAULT
     from cp_debug.sweep.grid import Grid
 
+    refuse_export_flags(models or [DEFAULT])
     return Grid(
         models=models or [DEFAULT],
         backends=parse_backends(backends),

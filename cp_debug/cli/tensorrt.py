@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cp_debug.cli.typed import refuse
 from cp_debug.errors import InputError
 
 if TYPE_CHECKING:
@@ -57,7 +58,8 @@ Profiles = Annotated[
     typer.Option("--profile", help="INPUT:MIN:OPT:MAX, shapes as 1x3x8x8; repeatable.", rich_help_panel=PANEL),
 ]
 KeepFp32 = Annotated[
-    list[str] | None, typer.Option("--keep-fp32", help="ONNX node that stays FP32; repeatable.", rich_help_panel=PANEL)
+    list[str] | None,
+    typer.Option("--keep-fp32", help="Layer or node that stays FP32, in emulated backends too; repeatable."),
 ]
 Workspace = Annotated[int | None, typer.Option("--workspace", help="Limit in MiB.", rich_help_panel=PANEL)]
 TimingCache = Annotated[Path | None, typer.Option("--timing-cache", help="Kept and reused.", rich_help_panel=PANEL)]
@@ -79,6 +81,8 @@ CalibrationData = Annotated[
 ]
 CALIBRATION_SAMPLES = 16
 """At most so many."""
+CALIBRATED = ("trt-int8", "trt-best")
+"""Backends for which TensorRT's own calibrator may find the ranges."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,20 @@ class Flags:
     profile: Profiles = None
     workspace: Workspace = None
     timing_cache: TimingCache = None
+
+    def check(self, specs: Sequence[BackendSpec]) -> None:
+        """Raise InputError for a flag that was typed where no backend reads it."""
+        names = ", ".join(map(str, specs))
+        engines = any(spec.family == "trt" for spec in specs)
+        own = [f.name for f in fields(self) if f.name != "keep_fp32"]
+        refuse(own, unless=engines, why=f"none of {names} is TensorRT")
+        calibrated = any(spec.name in CALIBRATED for spec in specs)
+        why = f"none of {names} is {' or '.join(CALIBRATED)}"
+        refuse(("calibration_cache", "trt_calibrator", "trt_calib_data"), unless=calibrated, why=why)
+        why = f"none of {names} computes in less than FP32 and can keep a node in it (trt-*, emu-*, ort-fp16)"
+        if any(spec.name == "emu-int8" for spec in specs):
+            why += "; --skip-layers leaves layers out of INT8"
+        refuse(("keep_fp32",), unless=any(map(keeps_fp32, specs)), why=why)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -147,12 +165,24 @@ def calibration_data(
     return {"calibrator": calibrator.value, "calibration_data": written}
 
 
+def keeps_fp32(spec: BackendSpec) -> bool:
+    """Whether a backend can compute some nodes in FP32 and the others in less."""
+    if spec.family == "trt":
+        return spec.variant not in ("fp32", "tf32")
+    return spec.name == "ort-fp16" or (spec.family == "emu" and spec.variant not in ("fp32", "int8"))
+
+
 def make(specs: Sequence[BackendSpec], options: Mapping[str, Any], steps: Steps) -> list[Backend]:
-    """The backends; those on TensorRT with their options, telling ``steps`` how far a build is."""
+    """The backends; those on TensorRT with their options, telling ``steps`` how far a build is, and those that can with
+    the nodes that stay in FP32."""
     from cp_debug.backends.registry import create
 
-    given = {**options, "on_event": steps.on_event}
-    return [create(spec, **given) if spec.family == "trt" else create(spec) for spec in specs]
+    given, kept = {**options, "on_event": steps.on_event}, options.get("keep_fp32", ())
+    made = []
+    for spec in specs:
+        backend: Any = create(spec, **given) if spec.family == "trt" else create(spec)
+        made.append(backend.keeping(kept) if kept and spec.family != "trt" and keeps_fp32(spec) else backend)
+    return made
 
 
 def parse_profile(text: str) -> tuple[str, tuple[tuple[int, ...], ...]]:

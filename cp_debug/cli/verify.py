@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cp_debug.cli import tensorrt
+from cp_debug.cli.typed import refuse
 
 if TYPE_CHECKING:
     from cp_debug.deploy.schema import ScenarioConfig
@@ -68,6 +69,10 @@ def verify(
             "verify.scenarios": parse_scenarios(scenario) if scenario else None,
         }
         config = override(config, given)
+        specs = [spec for each in config.scenarios() for spec in (each.reference, each.test)]
+        why = f"none of {', '.join(dict.fromkeys(specs))} is TensorRT"
+        refuse(("trt_python",), unless=any(spec.startswith("trt") for spec in specs), why=why)
+        refuse(("recipe",), unless=config.model != model, why=f"{source} is a model, not a configuration")
         deployment = Deployment(config, source, on_step, on_event=on_step.on_event)
         result = deployment.verify(onnx_dir, voxels=voxels, explain=explain)
     show_document(render(result), result.to_dict(), json)

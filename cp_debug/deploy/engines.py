@@ -12,7 +12,7 @@ from typing import Any
 from cp_debug.backends.base import Backend, Program
 from cp_debug.errors import InputError
 from cp_debug.files import complete_path, file_hash, write_text
-from cp_debug.programs.pipeline import check_kept, check_realised
+from cp_debug.programs.pipeline import check_realised, with_kept
 from cp_debug.reading import read_json, typed, within
 
 MANIFEST = "engines.json"
@@ -53,7 +53,7 @@ def build_engines(
     node to keep in FP32 is not there, TensorRT refuses a graph, or no layer of any engine runs in the precision asked
     for; there is no manifest then.
     """
-    check_kept(backend, programs)
+    backend = with_kept(backend, programs)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
     built, told = [], []

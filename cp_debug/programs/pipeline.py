@@ -197,7 +197,7 @@ class Pipeline:
         self._realised = False
 
     def __enter__(self) -> Pipeline:
-        check_kept(self.backend, self.programs)
+        self.backend = with_kept(self.backend, self.programs)
         try:
             for program in self.programs:
                 self.sessions[program.name] = self.backend.open(program)
@@ -241,12 +241,24 @@ class Pipeline:
         )
 
 
-def check_kept(backend: Backend, programs: Sequence[Program]) -> None:
-    """Raise InputError for a node to keep in FP32 that no program has."""
-    names = {node.name for program in programs for node in program.graph.nodes}
-    if unknown := sorted(getattr(backend, "keep_fp32", frozenset()) - names):
-        near = difflib.get_close_matches(unknown[0], names, n=1, cutoff=0.0)[0]
-        raise InputError(f"keep_fp32: no ONNX node is called {unknown[0]!r}; nearest is {near!r}")
+def with_kept(backend: Backend, programs: Sequence[Program]) -> Backend:
+    """The backend with the ONNX nodes for what it shall keep in FP32: nodes, or layers as tables call them.
+
+    Raises InputError for a name that no program has.
+    """
+    wanted: frozenset[str] = getattr(backend, "keep_fp32", frozenset())
+    if not wanted:
+        return backend
+    graphs = {program.name: program.graph for program in programs}
+    computed = [layer for layer in layers_of(programs) if layer.op != "input"]
+    nodes = {layer.name: graphs[layer.component].producer[layer.onnx].name for layer in computed}
+    nodes |= {node.name: node.name for graph in graphs.values() for node in graph.nodes}
+    if unknown := sorted(wanted - nodes.keys()):
+        near = difflib.get_close_matches(unknown[0], nodes, n=1, cutoff=0.0)
+        hint = f"; nearest is {near[0]!r}" if near else ""
+        raise InputError(f"--keep-fp32: no layer and no ONNX node is called {unknown[0]!r}{hint}")
+    kept = frozenset(nodes[name] for name in wanted)
+    return backend if kept == wanted else backend.keeping(kept)  # type: ignore[attr-defined]
 
 
 def check_realised(backend: Backend, told: Sequence[Mapping[str, Any]]) -> None:

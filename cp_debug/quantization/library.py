@@ -13,7 +13,7 @@ from torch import nn
 
 from cp_debug.errors import InputError, MissingPackage
 from cp_debug.graph.scales import LayerScales
-from cp_debug.optional import require
+from cp_debug.optional import install, require
 from cp_debug.programs.torch_layers import channels, layers_of, weight_axis
 
 BITS = 8
@@ -58,7 +58,7 @@ def _library() -> Any:
         try:
             return require("modelopt.torch.quantization", "quant")
         except ModuleNotFoundError as error:  # modelopt does not declare all that it imports
-            raise MissingPackage(f"modelopt needs the package {error.name!r}: pip install 'cpdebug[quant]'") from None
+            raise MissingPackage(f"modelopt needs the package {error.name!r}: {install('quant')}") from None
 
 
 @contextlib.contextmanager

@@ -12,19 +12,26 @@ from typing import Any
 
 from cp_debug.backends.determinism import deterministic, read_settings
 from cp_debug.errors import CpdebugError
+from cp_debug.optional import install
 
 PACKAGES = {
     "torch": "",
     "onnx": "",
     "onnxscript": "",
-    "onnxruntime": "pip install 'cpdebug[cpu]'",
-    "onnxruntime-gpu": "pip install 'cpdebug[gpu]'",
-    "tensorrt": "pip install 'cpdebug[gpu]', or CPDEBUG_TRT_PYTHON=/path/to/a/python that has it",
-    "polygraphy": "pip install 'cpdebug[gpu]'",
-    "nvidia-modelopt": "pip install 'cpdebug[quant]'",
-    "mmdet3d": "pip install 'cpdebug[mmdet3d]'",
+    "onnxruntime": "cpu",
+    "onnxruntime-gpu": "gpu",
+    "tensorrt": "gpu",
+    "polygraphy": "gpu",
+    "nvidia-modelopt": "quant",
+    "mmdet3d": "mmdet3d",
 }
-"""Distribution → how to get it; empty for those that cpdebug cannot be without."""
+"""Distribution → the extra that brings it; empty for those that cpdebug cannot be without."""
+ELSEWHERE = {
+    "tensorrt": ", or CPDEBUG_TRT_PYTHON=/path/to/a/python that has it",
+    "mmdet3d": ", then pip install --no-deps mmdet==3.3.0 mmdet3d==1.4.0; or CPDEBUG_MMDET3D_PYTHON=/path/to/a/python "
+    "that has it",
+}
+"""Distribution → what else gets it."""
 
 ADVICE = {
     "backends.cudnn.conv.fp32_precision": 'torch.backends.cudnn.conv.fp32_precision = "ieee"',
@@ -90,11 +97,11 @@ def examine() -> Environment:
 
 def _packages() -> Iterator[Package]:
     yield Package("python", platform.python_version())
-    for name, hint in PACKAGES.items():
+    for name, extra in PACKAGES.items():
         try:
             yield Package(name, importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
-            yield Package(name, None, hint)
+            yield Package(name, None, install(extra) + ELSEWHERE.get(name, "") if extra else "")
 
 
 def _torch_settings() -> Iterator[Setting]:

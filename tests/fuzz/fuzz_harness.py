@@ -113,6 +113,7 @@ def _child(argv: list[str], folder: Path, temporary: Path, output: Path, case: C
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.chdir(folder)
+    os.environ.pop("XDG_STATE_HOME", None)
     os.environ["TMPDIR"] = os.environ["HOME"] = os.environ["XDG_CACHE_HOME"] = str(temporary)
     import tempfile
 
@@ -197,12 +198,12 @@ def judge(case: Case, folder: Path) -> Outcome:
         outcome.codes.append(code)
         out, err = (Path(f"{output}.{kind}").read_bytes() for kind in ("out", "err"))
         outcome.stderr += err.decode("utf-8", "replace")
-        outcome.faults += _judged(code, hung, out, err)
+        outcome.faults += _judged(code, hung, out, err, temporary)
     outcome.faults += _judged_files(case, work, folder, before)
     return outcome
 
 
-def _judged(code: int, hung: bool, out: bytes, err: bytes) -> Iterator[tuple[str, str]]:
+def _judged(code: int, hung: bool, out: bytes, err: bytes, temporary: Path) -> Iterator[tuple[str, str]]:
     told = err.decode("utf-8", "replace")
     shown = out.decode("utf-8", "replace")
     if hung:
@@ -213,7 +214,8 @@ def _judged(code: int, hung: bool, out: bytes, err: bytes) -> Iterator[tuple[str
             yield "traceback", last_frame(text)
             return
     if code == 70:
-        yield "traceback", f"exit 70: {told.strip()[:300]}"
+        logs = sorted(temporary.glob(".local/state/cpdebug/*.log"))
+        yield "traceback", last_frame(logs[-1].read_text(errors="replace")) if logs else f"exit 70: {told[:300]}"
         return
     if code not in EXPECTED:
         yield "traceback", f"exit {code}: {told.strip()[-200:]}"

@@ -13,11 +13,9 @@ from typing import Any
 from cp_debug.backends.tensorrt import runner
 from cp_debug.errors import BackendUnavailable, CpdebugError, InputError
 from cp_debug.interpreter import Interpreter, InterpreterFailed, OnEvent
+from cp_debug.optional import install
 
 ENVIRONMENT = "CPDEBUG_TRT_PYTHON"
-INSTALL = (
-    f"pip install 'cpdebug[gpu]', or set {ENVIRONMENT} (--trt-python) to a Python >= 3.8 that has TensorRT and numpy"
-)
 _PROBED: dict[tuple[str | None, int], dict[str, Any]] = {}
 
 
@@ -67,7 +65,7 @@ class RunnerClient:
             raise BackendUnavailable(
                 spec,
                 "there is no TensorRT in this Python and no other one is named",
-                install=INSTALL,
+                install=_install(),
                 nearest=_nearest(spec),
             )
 
@@ -100,8 +98,12 @@ class RunnerClient:
             self._interpreter.close()
 
     def _unavailable(self, error: InterpreterFailed) -> BackendUnavailable:
-        install = INSTALL if error.unusable else None
-        return BackendUnavailable(self.spec, str(error), install=install, nearest=_nearest(self.spec))
+        how = _install() if error.unusable else None
+        return BackendUnavailable(self.spec, str(error), install=how, nearest=_nearest(self.spec))
+
+
+def _install() -> str:
+    return f"{install('gpu')}, or set {ENVIRONMENT} (--trt-python) to a Python >= 3.8 that has TensorRT and numpy"
 
 
 def _nearest(spec: str) -> str:
@@ -115,7 +117,7 @@ def _to_exception(spec: str, error: Mapping[str, Any], step: Mapping[str, Any]) 
     kind, message, nodes = error["kind"], error["message"], ", ".join(error["nodes"])
     subject = step.get("onnx") or step.get("engine") or spec
     if kind == "import":
-        return BackendUnavailable(spec, message, install=INSTALL, nearest=_nearest(spec))
+        return BackendUnavailable(spec, message, install=_install(), nearest=_nearest(spec))
     if kind in ("unsupported", "device"):
         return BackendUnavailable(spec, message, nearest=_nearest(spec))
     if kind == "parse":

@@ -15,16 +15,12 @@ from torch import nn
 
 from cp_debug.errors import InputError, MissingPackage
 from cp_debug.interpreter import Interpreter, InterpreterFailed
+from cp_debug.optional import install
 from cp_debug.reading import read_npz
 from cp_debug.recipes.base import Arrays
 from cp_debug.recipes.mmdet3d import runner
 
 ENVIRONMENT = "CPDEBUG_MMDET3D_PYTHON"
-INSTALL = (
-    f"either set {ENVIRONMENT} to a Python >= 3.8 that has mmdet3d (`make mmdet3d-env` in a checkout of cpdebug builds "
-    "one for CPUs), or install mmdet3d into this one: pip install 'cpdebug[mmdet3d]', then pip install --no-deps "
-    "mmdet==3.3.0 mmdet3d==1.4.0"
-)
 TIME_LIMIT = 3600.0
 """Seconds for one job: a forward of a large detector on a CPU is the longest."""
 
@@ -50,11 +46,11 @@ class DetectorClient:
         if (missing := _missing()) is None:
             return
         if not python:
-            raise MissingPackage(f"{missing}; {INSTALL}")
+            raise MissingPackage(f"{missing}; {_install()}")
         try:
             self._interpreter = Interpreter(python, runner.__file__, time_limit=TIME_LIMIT, on_event=lambda event: None)
         except InterpreterFailed as failure:
-            raise MissingPackage(f"{ENVIRONMENT}: {failure}; {INSTALL}") from None
+            raise MissingPackage(f"{ENVIRONMENT}: {failure}; {_install()}") from None
 
     @property
     def where(self) -> str:
@@ -87,17 +83,25 @@ class DetectorClient:
         try:
             return self._interpreter.work(job)
         except InterpreterFailed as failure:
-            raise MissingPackage(f"{ENVIRONMENT}: {failure}; {INSTALL}") from None
+            raise MissingPackage(f"{ENVIRONMENT}: {failure}; {_install()}") from None
 
     def _to_exception(self, command: str, error: Mapping[str, str]) -> Exception:
         kind, message = error["kind"], error["message"]
         if kind == "import":
-            return MissingPackage(f"{message}; {INSTALL}")
+            return MissingPackage(f"{message}; {_install()}")
         if kind == "config":
             return InputError(message)
         if kind == "program":
             return ProgramFailed(message)
         return InputError(f"mmdet3d in {self.where} failed in {command}: {message}\n{error.get('traceback', '')}")
+
+
+def _install() -> str:
+    return (
+        f"either set {ENVIRONMENT} to a Python >= 3.8 that has mmdet3d (`make mmdet3d-env` in a checkout of cpdebug "
+        f"builds one for CPUs), or install mmdet3d into this one: {install('mmdet3d')}, then pip install --no-deps "
+        "mmdet==3.3.0 mmdet3d==1.4.0"
+    )
 
 
 def _missing() -> str | None:

@@ -1,0 +1,75 @@
+"""What the command line says of an error that nobody expected, and the log that it leaves."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shlex
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+EXIT_CODE = 70
+"""None of those that a comparison ends with (0 to 3): EX_SOFTWARE of sysexits.h."""
+REPORT = "https://github.com/cpdebug/cpdebug/issues"
+KEPT = 20
+"""Logs of this many errors are kept; older ones are removed."""
+SHOWN = 300
+"""Characters of the error's own text that the message quotes; the log has all."""
+PACKAGES = ("cpdebug", "torch", "numpy", "onnx", "onnxruntime", "onnxscript", "tensorrt", "typer", "rich")
+
+
+def told(error: BaseException) -> str:
+    """Write the log, and return what the user reads: what happened, where the log lies, what to send."""
+    text = " ".join(str(error).split())
+    shown = "".join(c if c.isprintable() else "?" for c in text[:SHOWN]) + ("…" if len(text) > SHOWN else "")
+    what = f"{type(error).__name__}: {shown}" if shown else type(error).__name__
+    try:
+        where = str(write_log(error))
+        send = f"please send that file, and the model if you may, to {REPORT}"
+    except OSError as failure:
+        where = f"could not be written ({failure.strerror or failure})"
+        send = f"please send the command and the versions of `cpdebug doctor` to {REPORT}"
+    return f"an unexpected error, so nothing was decided: {what}\nlog: {where}\n{send}"
+
+
+def write_log(error: BaseException) -> Path:
+    """The log of an error: when, the command, versions and the traceback. Raises OSError where none can be written."""
+    folder = log_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    lines = [
+        f"time      {now}",
+        f"command   {shlex.join(['cpdebug', *sys.argv[1:]])}",
+        f"folder    {Path.cwd()}",
+        f"python    {platform.python_version()} on {platform.platform()}",
+        *(f"{name:<9} {_version(name)}" for name in PACKAGES),
+        "",
+        *traceback.format_exception(error),
+    ]
+    path = folder / f"{now.replace(':', '')}-{os.getpid()}.log"
+    path.write_text("\n".join(line.rstrip("\n") for line in lines) + "\n", encoding="utf-8", errors="backslashreplace")
+    for old in sorted(folder.glob("*.log"))[:-KEPT]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def log_folder() -> Path:
+    """``cpdebug`` in the user's folder for state (XDG), or in the one for temporary files where that is read-only."""
+    state = os.environ.get("XDG_STATE_HOME")
+    try:
+        folder = Path(state) if state and Path(state).is_absolute() else Path.home() / ".local" / "state"
+    except RuntimeError:  # no home
+        return Path(tempfile.gettempdir()) / "cpdebug"
+    existing = next(each for each in (folder, *folder.parents) if each.exists())
+    return (folder if os.access(existing, os.W_OK) else Path(tempfile.gettempdir())) / "cpdebug"
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

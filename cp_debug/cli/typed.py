@@ -1,0 +1,78 @@
+"""Flags that a user typed, and the refusal of those that nothing would read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+from cp_debug.cli.console import NO_READER, errors, forget_output
+from cp_debug.errors import InputError
+
+_TYPED: ContextVar[Mapping[str, str] | None] = ContextVar("typed", default=None)
+
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+
+class Command(TyperCommand):
+    """A command that remembers which of its flags were typed, while it runs; a default is not.
+
+    Ctrl-C and a reader that has gone have exit codes of their own: the library's is 1, here a divergence.
+    """
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        token = _TYPED.set(_spelled(self, ctx))
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            errors.print("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            forget_output()
+            raise typer.Exit(NO_READER) from None
+        finally:
+            _TYPED.reset(token)
+
+
+def typed(parameters: Iterable[str]) -> list[str]:
+    """The flags, as they are spelled, of those of ``parameters`` that were typed; none outside of a command line."""
+    known = _TYPED.get() or {}
+    return [known[name] for name in parameters if name in known]
+
+
+def refuse(parameters: Iterable[str], *, unless: bool, why: str) -> None:
+    """Raise InputError for the first of ``parameters`` that was typed, as it would do nothing, ``unless`` it would.
+
+    ``why`` says what is missing, or what decides instead.
+    """
+    if not unless and (flags := typed(parameters)):
+        raise InputError(f"{flags[0]}: it would do nothing here: {why}")
+
+
+def _spelled(command: TyperCommand, ctx: typer.Context) -> dict[str, str]:
+    flags = {}
+    for parameter in command.params:
+        source = ctx.get_parameter_source(parameter.name or "")
+        if parameter.name and source is not None and source.name == "COMMANDLINE":
+            negated = ctx.params.get(parameter.name) is False and parameter.secondary_opts
+            options = parameter.secondary_opts if negated else parameter.opts
+            flags[parameter.name] = max(options, key=len)
+    return flags
+
+
+def refuse_export_flags(models: Iterable[str]) -> None:
+    """Refuse --exporter and --unfolded where every model is an ONNX file, which nobody exports."""
+    names = list(models)
+    onnx = bool(names) and all(name.endswith(".onnx") for name in names)
+    refuse(("exporter", "unfolded"), unless=not onnx, why=f"{', '.join(names)} is exported already")
+
+
+def refuse_data_flags(data: object) -> None:
+    """Refuse the flags about an info file where there is none."""
+    why = "without --data the samples are synthetic scenes"
+    refuse(("data_root", "sweeps", "skip_missing"), unless=data is not None, why=why)

@@ -1,0 +1,168 @@
+"""How commands end when nothing was decided: unexpected errors, Ctrl-C, no reader, flags that would do nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from nets import second_like
+from test_cli import run
+
+import cp_debug
+from cp_debug.cli import crash
+
+FAILING = """
+import sys
+from cp_debug.cli import main, models
+def known_models():
+    raise {error}
+import cp_debug.recipes.registry as registry
+registry.known_models = known_models
+sys.argv = ["cpdebug", "models"]
+main.main()
+"""
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return second_like(tmp_path_factory.mktemp("net") / "net.onnx", depth=1, size=16)
+
+
+def failing(error: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``cpdebug models`` where what it lists raises."""
+    return subprocess.run(
+        [sys.executable, "-c", FAILING.format(error=error)],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+    )
+
+
+@pytest.mark.parametrize(
+    "error", ["ValueError('a [bold]strange\\x1b[31m\\nvalue')", "MemoryError()", "OSError(5, 'x')"]
+)
+def test_an_unexpected_error_is_told_kept_and_no_verdict(tmp_path: Path, error: str) -> None:
+    done = failing(error, XDG_STATE_HOME=str(tmp_path))
+    assert done.returncode == 70
+    assert not done.stdout
+    assert "Traceback" not in done.stderr
+    assert "\x1b" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 4
+    (log,) = (tmp_path / "cpdebug").glob("*.log")
+    assert f"log: {log}" in done.stderr
+    text = log.read_text()
+    assert "command   cpdebug models" in text
+    assert f"cpdebug   {cp_debug.__version__}" in text
+    assert "known_models" in text
+    assert f"error: an unexpected error, so nothing was decided: {error.partition('(')[0]}" in done.stderr
+
+
+def test_without_a_folder_for_logs_the_error_is_told_all_the_same(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    done = failing("ValueError('x')", XDG_STATE_HOME=str(blocked), TMPDIR=str(tmp_path))
+    assert done.returncode == 70
+    assert "ValueError: x" in done.stderr
+    assert "log:" in done.stderr
+
+
+def test_few_logs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    folder = crash.log_folder()
+    folder.mkdir()
+    for place in range(crash.KEPT + 3):
+        (folder / f"2020-01-{place:02d}.log").write_text("")
+    newest = crash.write_log(ValueError("x"))
+    assert len(list(folder.glob("*.log"))) == crash.KEPT
+    assert newest.is_file()
+
+
+def test_version() -> None:
+    assert run("--version") == (0, f"cpdebug {cp_debug.__version__}\n")
+
+
+def test_ctrl_c_says_so_and_is_no_verdict() -> None:
+    command = [sys.executable, "-m", "cp_debug", "bisect", "-b", "torch,emu-tf32", "--samples", "50"]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(4)
+    started.send_signal(signal.SIGINT)
+    _, said = started.communicate(timeout=60)
+    assert started.returncode == 130
+    assert said.strip().splitlines()[-1] == "interrupted"
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("arguments", ["demo", "doctor --json"])
+def test_a_reader_that_has_gone_is_no_verdict(arguments: str) -> None:
+    command = f"{sys.executable} -m cp_debug {arguments} | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stdout.strip() == "141"
+    assert not done.stderr
+
+
+NO_EFFECT = [
+    "-b ort,ort-all --probes boundaries",
+    "-b ort,ort-all --strongly-typed",
+    "-b ort,ort-all --trt-python python3",
+    "-b ort,ort-all --workspace 100",
+    "-b ort,ort-all --timing-cache cache",
+    "-b ort,ort-all --profile x:1x1:1x1:1x1",
+    "-b ort,emu-fp16 --trt-calibrator entropy",
+    "-b ort,emu-fp16 --trt-calib-data x",
+    "-b ort,emu-fp16 --calibration-cache x",
+    "-b ort,emu-fp16 --skip-layers a",
+    "-b ort,emu-fp16 --calib-samples 8",
+    "-b ort,emu-fp16 --calib-method mse",
+    "-b ort,emu-fp16 --calib-data x",
+    "-b ort,ort-all --keep-fp32 a",
+    "-b ort,emu-fp32 --keep-fp32 a",
+    "-b ort,ort-all --exporter dynamo",
+    "-b ort,ort-all --unfolded",
+    "-b torch,ort --test-out-of-place",
+    "-b torch,ort --test-train-mode",
+    "-b ort,ort-all --no-replay --oracle fp64",
+    "-b ort,ort-all --level stages --all",
+]
+
+
+@pytest.mark.parametrize("flags", NO_EFFECT)
+def test_a_flag_that_would_do_nothing_is_refused(net: Path, flags: str) -> None:
+    code, text = run("bisect", net, *flags.split())
+    assert code == 2
+    flag = next(f for f in reversed(flags.split()) if f.startswith("--"))
+    assert text.startswith(f"{flag}: it would do nothing here: ")
+
+
+def test_other_commands_refuse_them_too(net: Path, tmp_path: Path) -> None:
+    for command in (
+        ["capture", net, "-b", "ort", "-o", tmp_path / "out", "--workspace", "9"],
+        ["capture", net, "-b", "ort", "-o", tmp_path / "out", "--unfolded"],
+        ["search", net, "-b", "ort,emu-fp16acc", "--trt-python", "python3"],
+        ["search", net, "-b", "ort,emu-fp16acc", "--data", "infos.pkl"],
+        ["eval", "-b", "torch,ort", "--sweeps", "3"],
+        ["eval", "-b", "torch,ort", "--skip-layers", "a"],
+        ["bench", "-b", "torch,ort", "--trt-python", "python3"],
+        ["bench", "centerpoint:tiny", "-b", "torch,ort", "--model", "centerpoint:tiny"],
+        ["verify", "centerpoint:tiny", "-s", "torch,ort", "--trt-python", "python3"],
+        ["sweep", "bisect", net, "-b", "ort,emu-fp16", "--calib-samples", "4"],
+        ["sweep", "bisect", net, "-b", "ort,emu-fp16", "--unfolded"],
+        ["sweep", "eval", "-b", "torch,ort", "--data-root", "."],
+        ["sweep", "sensitivity", "--draws", "7"],
+        ["quantize", "ptq", "-o", tmp_path / "q", "--cache", "x", "--method", "max"],
+        ["quantize", "sensitivity", "--from", "q", "--batches", "4"],
+        ["quantize", "qat", "--from", "q", "-o", "x", "--epochs", "1", "--steps", "4"],
+        ["demo", "--json", "x"],
+    ):
+        code, text = run(*command)
+        assert (code, "it would do nothing here" in text) == (2, True), (command, text)
+    assert not list(tmp_path.iterdir())
+
+
+def test_flags_at_their_default_are_no_mistake_unless_typed(net: Path) -> None:
+    assert run("bisect", net, "-b", "ort,ort-all")[0] == 0
+    assert run("bisect", net, "-b", "ort,ort-all", "--explain")[0] == 0
