@@ -54,7 +54,10 @@ def _width(stream_is_tty: bool) -> int | None:
     return None if stream_is_tty or "COLUMNS" in os.environ else PIPE_WIDTH
 
 
-<<<<<<< HEAD
+NO_READER = 141
+"""Exit code where whoever reads the output has gone, as shells have it; the library's is 1, here a divergence."""
+
+
 class SafeConsole(Console):
     """A console that shows foreign text as it is: no markup in it, and nothing in it that steers a terminal."""
 
@@ -65,6 +68,10 @@ class SafeConsole(Console):
         """What rich makes of it, every control character as an escape; those that rich itself sends are no text."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+    def on_broken_pipe(self) -> None:
+        forget_output()
+        raise SystemExit(NO_READER)
 
 
 console = SafeConsole(width=_width(sys.stdout.isatty()))
@@ -94,8 +101,8 @@ def show_anywhere() -> None:
             stream.reconfigure(errors=_PLAIN)
 
 
-def drop_output() -> None:
-    """Let what is left to be written to stdout go nowhere, as nobody takes it."""
+def forget_output() -> None:
+    """Let what is left to be flushed to stdout go nowhere."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -105,25 +112,6 @@ def _plainly(error: UnicodeError) -> tuple[str, int]:
         raise error
     text = error.object[error.start : error.end]
     return "".join(_ASCII.get(c) or c.encode("ascii", "backslashreplace").decode() for c in text), error.end
-=======
-NO_READER = 141
-"""Exit code where whoever reads the output has gone, as shells have it; the library's is 1, here a divergence."""
-
-
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        forget_output()
-        raise SystemExit(NO_READER)
-
-
-def forget_output() -> None:
-    """Let what is left to be flushed to stdout go nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-console = _Console(width=_width(sys.stdout.isatty()))
-errors = _Console(stderr=True, width=_width(sys.stderr.isatty()))
->>>>>>> main
 
 
 def command_line() -> str:

@@ -34,8 +34,8 @@ from cp_debug.cli import (
     verify,
 )
 from cp_debug.cli import eval as evaluation
-from cp_debug.cli.console import drop_output, errors, show_anywhere, show_error, show_usage
-from cp_debug.cli.typed import INTERRUPTED, NO_READER, Command
+from cp_debug.cli.console import NO_READER, errors, forget_output, show_anywhere, show_error, show_usage
+from cp_debug.cli.typed import INTERRUPTED, Command
 from cp_debug.errors import CpdebugError, InputError, system_reason
 
 app = typer.Typer(
@@ -101,12 +101,12 @@ def main() -> None:
         show_error("out of memory: this asks for more than the process may have")
         sys.exit(InputError.exit_code)
     except BrokenPipeError:  # before or after a command; see ``Command`` for the time between
-        drop_output()
+        forget_output()
         sys.exit(NO_READER)
     except OSError as error:
         place = error.filename if error.filename is not None else "the output"
         show_error(f"{place}: {system_reason(error)}")
-        drop_output()
+        forget_output()
         sys.exit(InputError.exit_code)
     except KeyboardInterrupt:  # likewise
         errors.print("interrupted")
