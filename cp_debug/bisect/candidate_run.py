@@ -17,9 +17,6 @@ from cp_debug.programs.layers import Layer, layer_name
 from cp_debug.bisect.observe import observe
 from cp_debug.programs.pipeline import Key, Pipeline, value_map, wants_int8
 from cp_debug.programs.precision import PRECISIONS, Precision, coarsest
-from cp_debug.bisect.quantized_segment import Grid, Quantized
-from cp_debug.programs.pipeline import Key, Pipeline, value_map, wants_int8
-from cp_debug.programs.precision import PRECISIONS, Precision
 from cp_debug.bisect.quantized_segment import QuantizerGrid, Quantized
 from cp_debug.bisect.replay import Load, Replay, Replayer
 from cp_debug.bisect.result import LayerRow
