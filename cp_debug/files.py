@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,7 +23,7 @@ SHORTENED = 100
 def complete_path(path: Path) -> Iterator[Path]:
     """A temporary name that becomes ``path`` when the block succeeds. Raises InputError when it cannot be written."""
     check_target(path)
-    partial = path.with_name(f".{path.name[:SHORTENED]}.{os.getpid()}.partial")
+    partial = partial_name(path)
     special = path.exists() and not path.is_file()
     try:
         yield path if special else partial  # a device or a pipe, such as /dev/stdout, is written to as it is
@@ -33,6 +34,54 @@ def complete_path(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def complete_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder whose files become those of the folder ``path`` when the block succeeds, one after the other.
+
+    ``path`` is made then where it does not exist; files that it has under other names stay. Raises InputError when it
+    cannot be written.
+    """
+    make_folder(path.parent)
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path}: exists and is no folder")
+    partial = partial_name(path)
+    try:
+        partial.mkdir()
+        yield partial
+        make_folder(path)
+        for made in sorted(partial.iterdir()):
+            made.replace(path / made.name)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({system_reason(error)})") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def partial_name(path: Path) -> Path:
+    """The temporary name beside ``path`` under which this process writes. What processes left that are gone is
+    removed."""
+    stem = f".{path.name[:SHORTENED]}."
+    with suppress(OSError):
+        for entry in path.parent.iterdir():
+            owner = entry.name[len(stem) :].removesuffix(".partial").partition("-")[0]
+            if entry.name.startswith(stem) and entry.name.endswith(".partial") and _is_gone(owner):
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    return path.with_name(f"{stem}{os.getpid()}.partial")
+
+
+def _is_gone(owner: str) -> bool:
+    """Whether ``owner`` is the number of a process that runs no more on this machine."""
+    if not (owner.isdigit() and len(owner) < 10):
+        return False
+    try:
+        os.kill(int(owner), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def check_target(path: Path) -> None:
@@ -93,6 +142,8 @@ def hashes(paths: Iterable[Path]) -> dict[str, str]:
 def file_hash(path: Path) -> str:
     """SHA-256 of a file; empty where there is none."""
     digest = hashlib.sha256()
+    if not path.is_file():
+        return ""
     try:
         with path.open("rb") as stream:
             while block := stream.read(1 << 20):

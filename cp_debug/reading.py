@@ -6,7 +6,8 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import date, time
 from pathlib import Path
@@ -29,6 +30,8 @@ MOST = 50_000
 """Values of a document of settings."""
 LONGEST = 100_000
 """Characters of a text in settings."""
+LONGEST_NUMBER = 1024
+"""Bits of a number in settings."""
 LARGEST_DOCUMENT = 1 << 30
 """Bytes of a JSON document."""
 LARGEST_SETTINGS = 1 << 20
@@ -91,6 +94,28 @@ def parse_json(data: bytes | str, source: str) -> Any:
     return document
 
 
+def sealed(document: Mapping[str, Any]) -> str:
+    """A document as one line of JSON with a checksum in it, by which ``unsealed`` knows it again."""
+    text = json.dumps(document, allow_nan=False)
+    return f"{text[:-1]}{', ' if document else ''}{_seal(text)}"
+
+
+def unsealed(line: bytes, source: str) -> dict[str, Any]:
+    """What ``sealed`` wrote. Raises InputError, starting with ``source``, for a line that is none or was changed."""
+    document = parse_json(line, source)
+    kept = line.strip().decode()
+    seal = len(_seal(""))
+    body = f"{kept[:-seal].removesuffix(', ')}}}"
+    if not isinstance(document, dict) or kept[-seal:] != _seal(body):
+        raise InputError(f"{source}: changed since it was written, or written by an earlier version")
+    del document["crc32"]
+    return document
+
+
+def _seal(text: str) -> str:
+    return f'"crc32": "{zlib.crc32(text.encode()):08x}"}}'
+
+
 def typed(kind: type[T] | Any, document: Any, source: str) -> T:
     """``document`` as a type: a dataclass, a TypedDict, a container of such.
 
@@ -132,8 +157,8 @@ def plain(document: Any, source: str) -> Any:
             if "\0" in value or len(value) > LONGEST:
                 raise InputError(f"{where}: {'a null byte' if len(value) <= LONGEST else 'too long a text'}")
             return value
-        if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 64:
-            raise InputError(f"{where}: a number of {value.bit_length()} bits; expected at most 64")
+        if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > LONGEST_NUMBER:
+            raise InputError(f"{where}: a number of {value.bit_length()} bits")
         if isinstance(value, date | time):
             return value.isoformat()
         if value is None or isinstance(value, bool | int | float):
@@ -233,7 +258,9 @@ def _numpy_file(path: Path, kind: str) -> Iterator[None]:
         raise InputError(f"{path}: cannot be read ({system_reason(error)})") from None
     except Exception as error:  # zipfile, zlib, tokenize and numpy raise nearly anything on what is no such file
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise InputError(f"{path}: not a complete {kind} file of plain arrays: {reason[:200]}") from None
+        raise InputError(
+            f"{path}: not a readable {kind} file; not a complete {kind} file of plain arrays: {reason[:200]}"
+        ) from None
 
 
 def _check_room(path: Path, size: int) -> None:

@@ -44,6 +44,19 @@ def message(text: str, lines: int = LINES, width: int = WIDTH) -> str:
     return "\n".join(shown)
 
 
+def without_traceback(text: str) -> str:
+    """What another program said, without the frames of Python's tracebacks: the errors that end them stay."""
+    kept: list[str] = []
+    inside = False
+    for line in text.split("\n"):
+        if line.strip() == "Traceback (most recent call last):":
+            inside = True
+        elif not inside or not (line.startswith(" ") or not line.strip()):
+            inside = False
+            kept.append(line)
+    return "\n".join(kept)
+
+
 def markdown(text: str) -> str:
     """One line in which nothing is Markdown or HTML."""
     return _MARKDOWN.sub(r"\\\1", one_line(text))

@@ -7,6 +7,7 @@ interrupted, 141 whoever reads the output has gone.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Annotated
 
@@ -37,6 +38,9 @@ from cp_debug.cli import eval as evaluation
 from cp_debug.cli.console import NO_READER, errors, forget_output, show_anywhere, show_error, show_usage
 from cp_debug.cli.typed import INTERRUPTED, Command
 from cp_debug.errors import CpdebugError, InputError, system_reason
+
+ENDED = 143
+"""Exit code after SIGTERM, as shells have it."""
 
 app = typer.Typer(
     name="cpdebug",
@@ -90,6 +94,7 @@ def main() -> None:
     # Threads that wait in vain spin, and so take the cores from those they wait for when other programs run, too.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     show_anywhere()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(ENDED))  # so that what is half-written is removed
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()

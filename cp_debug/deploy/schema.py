@@ -58,7 +58,7 @@ def _backend(text: str) -> str:
 
 def _file_name(text: str) -> str:
     path = PurePath(text)
-    if path.is_absolute() or ".." in path.parts or not path.parts:
+    if len(path.parts) != 1 or path.parts[0] in ("/", ".."):
         raise ValueError(f"{text!r} leaves the folder; expected the name of a file in it")
     return text
 
@@ -175,7 +175,7 @@ class EvaluateConfig(Section):
     """``backends``: the reference first; None: what the export mode suggests."""
 
     enabled: bool = True
-    samples: Count = 50
+    samples: Annotated[int, Field(gt=0, le=1 << 31)] = 50
     backends: Annotated[list[Backend], Field(min_length=1)] | None = None
     range: str = "model"
     max_drop: Annotated[float, Field(ge=0)] = 0.01

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from cp_debug.errors import InputError
+from cp_debug.files import complete_file
 from cp_debug.graph.graph import Graph
 from cp_debug.reading import read_json, typed
 
@@ -107,10 +107,8 @@ class Alignment:
 
     def save(self, path: Path) -> None:
         """Write the manifest, whole or not at all."""
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".alignment-") as folder:
-            made = Path(folder) / path.name
-            made.write_text(json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, ensure_ascii=False))
-            made.replace(path)
+        with complete_file(path) as stream:
+            stream.write(json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, ensure_ascii=False))
 
     @classmethod
     def load(cls, path: Path, graph: Graph) -> Alignment:

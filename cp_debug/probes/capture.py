@@ -28,6 +28,7 @@ import ml_dtypes
 import numpy as np
 
 from cp_debug.errors import InputError, system_reason
+from cp_debug.files import partial_name
 from cp_debug.probes.arrays import Tensor, as_numpy
 from cp_debug.reading import check_file, read_json, typed, within
 
@@ -104,6 +105,8 @@ def array_hash(array: np.ndarray) -> str:
 
 def check_free(folder: Path) -> None:
     """Raises InputError where no capture can be written: something is there already."""
+    if not folder.name or "\0" in str(folder):
+        raise InputError(f"{str(folder)!r}: expected the name of a new or empty folder for the capture")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: exists; expected a new or empty folder for the capture")
 
@@ -117,7 +120,7 @@ class CaptureWriter:
         self.folder = Path(folder)
         self._header = dict(header)
         self._checksums = checksums
-        self._partial = self.folder.with_name(f".{self.folder.name}.{uuid.uuid4().hex[:8]}.partial")
+        self._partial = self.folder
         self._entries: dict[tuple[int, str, str], Entry] = {}
         self._written: Counter[int] = Counter()
         self._writer = ThreadPoolExecutor(1, "capture")
@@ -126,6 +129,8 @@ class CaptureWriter:
 
     def __enter__(self) -> CaptureWriter:
         check_free(self.folder)
+        made = partial_name(self.folder)
+        self._partial = made.with_name(f"{made.stem}-{uuid.uuid4().hex[:8]}.partial")
         with self._disk():
             self._partial.mkdir(parents=True)
         return self

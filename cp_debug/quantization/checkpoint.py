@@ -6,11 +6,12 @@ import copy
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from typing_extensions import TypedDict
 
 from cp_debug.errors import InputError
 from cp_debug.files import complete_path

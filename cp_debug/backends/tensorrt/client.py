@@ -11,9 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cp_debug.backends.tensorrt import runner
+from cp_debug.backends.tensorrt.answers import ANSWERS, Failure
 from cp_debug.errors import BackendUnavailable, CpdebugError, InputError
 from cp_debug.interpreter import Interpreter, InterpreterFailed, OnEvent
 from cp_debug.optional import install
+from cp_debug.reading import typed
 
 ENVIRONMENT = "CPDEBUG_TRT_PYTHON"
 _PROBED: dict[tuple[str | None, int], dict[str, Any]] = {}
@@ -85,12 +87,18 @@ class RunnerClient:
         job = {"steps": list(steps), "time_limit": self.time_limit}
         try:
             result = self._interpreter.work(job) if self._interpreter else runner.execute(job, self.on_event)
-        except InterpreterFailed as failure:
-            raise self._unavailable(failure) from None
-        if error := result.get("error"):
+        except InterpreterFailed as problem:
+            raise self._unavailable(problem) from None
+        try:
+            failure, found = _read(result, steps)
+        except InputError as problem:
             self.close()
-            raise _to_exception(self.spec, error, steps[len(result["results"])])
-        return result["results"]
+            reason = f"its runner gave an answer that cannot be read: {problem}"
+            raise BackendUnavailable(self.spec, reason, nearest=_nearest(self.spec)) from None
+        if failure is not None:
+            self.close()
+            raise _to_exception(self.spec, failure, steps[len(found)])
+        return found
 
     def close(self) -> None:
         """End the process, if there is one."""
@@ -100,6 +108,19 @@ class RunnerClient:
     def _unavailable(self, error: InterpreterFailed) -> BackendUnavailable:
         how = _install() if error.unusable else None
         return BackendUnavailable(self.spec, str(error), install=how, nearest=_nearest(self.spec))
+
+
+def _read(result: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> tuple[Failure | None, list[dict[str, Any]]]:
+    """What went wrong, if anything, and the results up to there. Raises InputError for other answers."""
+    commands = [step["command"] for step in steps]
+    failure: Failure | None = None
+    if result.get("error") is not None:
+        failure = typed(Failure, result["error"], "its error")
+        del commands[min(len(result["results"]), len(steps) - 1) :]
+    if len(result["results"]) != len(commands):
+        raise InputError(f"{len(result['results'])} results for {len(commands)} steps")
+    answers = zip(commands, result["results"], strict=True)
+    return failure, [typed(ANSWERS.get(c, dict), found, f"result of {c}") for c, found in answers]
 
 
 def _install() -> str:
@@ -112,7 +133,7 @@ def _nearest(spec: str) -> str:
     )
 
 
-def _to_exception(spec: str, error: Mapping[str, Any], step: Mapping[str, Any]) -> CpdebugError:
+def _to_exception(spec: str, error: Failure, step: Mapping[str, Any]) -> CpdebugError:
     """The runner's error for the user, with what can be done about it."""
     kind, message, nodes = error["kind"], error["message"], ", ".join(error["nodes"])
     subject = step.get("onnx") or step.get("engine") or spec
@@ -136,6 +157,12 @@ def _to_exception(spec: str, error: Mapping[str, Any], step: Mapping[str, Any]) 
         return BuildFailed(f"{subject}: TensorRT cannot build it\n{message}")
     if kind == "internal":
         return BackendUnavailable(
-            spec, f"the runner failed in {step['command']}: {message}\n{error.get('traceback', '')}"
+            spec, f"the runner failed in {step['command']}: {message}\n{_innermost(error.get('traceback', ''))}"
         )
     return InputError(f"{subject}: {message}")
+
+
+def _innermost(traceback: str) -> str:
+    """Where an error was raised: the last frame of Python's traceback."""
+    frames = [line.strip() for line in traceback.splitlines() if line.startswith("  File ")]
+    return frames[-1] if frames else ""

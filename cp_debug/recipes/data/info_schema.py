@@ -89,7 +89,8 @@ class Info(TypedDict, total=False):
     lidar_points: Cloud
     lidar_sweeps: list[Sweep] | None
     instances: list[Instance] | None
-    images: dict[str, Camera]
+    images: dict[str, Any]
+    """By camera, and in KITTI's infos matrices between."""
     cam_instances: dict[str, list[Seen]] | None
 
 

@@ -18,7 +18,7 @@ from cp_debug.recipes.data.attributes import NAMES
 from cp_debug.recipes.data.base import DataOptions, Truth
 from cp_debug.recipes.data.frames import bottom_to_centre, camera_boxes_to_lidar, to_reference, without_close
 from cp_debug.recipes.data.info_schema import Info as InfoEntry
-from cp_debug.recipes.data.info_schema import Meta
+from cp_debug.recipes.data.info_schema import Camera, Meta
 from cp_debug.recipes.data.points import Points, read_points
 from cp_debug.recipes.data.unpickle import load_plain_pickle
 
@@ -89,7 +89,8 @@ class InfoData:
         if self._kitti and len(boxes):
             images = self._field(info, "images")
             camera = "CAM2" if "CAM2" in images else next(iter(images), "CAM2")
-            boxes = bottom_to_centre(camera_boxes_to_lidar(boxes, self._field(info, "images", camera, "lidar2cam")))
+            seen: Camera = typed(Camera, self._field(info, "images", camera), f"{self._path}: images.{camera}")
+            boxes = bottom_to_centre(camera_boxes_to_lidar(boxes, self._field(seen, "lidar2cam")))
         labels = self._labels[np.array([self._field(each, "bbox_label_3d") for each in found], dtype=np.int64)]
         counts = [each.get("num_lidar_pts", -1) + (each.get("num_radar_pts") or 0) for each in found]
         velocities = np.array([each.get("velocity", (np.nan, np.nan)) for each in found], np.float32).reshape(-1, 2)
@@ -192,8 +193,8 @@ def _attributes(info: Info, boxes: NDArray[np.float64]) -> NDArray[np.str_]:
     for camera, instances in (info.get("cam_instances") or {}).items():
         labelled = [each for each in instances if "attr_label" in each]
         if labelled and len(boxes):
-            matrix = info.get("images", {}).get(camera, {}).get("lidar2cam")
-            if matrix is None:
+            seen: Camera = typed(Camera, info.get("images", {}).get(camera, {}), f"images.{camera}")
+            if (matrix := seen.get("lidar2cam")) is None:
                 continue
             centres = (corners @ np.transpose(matrix))[:, :3]
             for each in (each for each in labelled if "bbox_3d" in each):
