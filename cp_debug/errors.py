@@ -70,3 +70,9 @@ class MissingPackage(CpdebugError):
 
 class ModuleFailed(InputError):
     """A torch module raised in forward; the message names the module's path."""
+
+
+def in_one_line(error: Exception) -> str:
+    """What an error says, without line breaks; the kind of one that is not ours before it."""
+    said = " ".join(str(error).split())
+    return said if isinstance(error, CpdebugError) else f"{type(error).__name__}: {said}"

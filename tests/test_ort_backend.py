@@ -185,6 +185,25 @@ def test_half_precision_graphs_are_observed_without_a_gap(tmp_path, spec):
     session.close()
 
 
+@pytest.mark.parametrize("spec", LEVELS)
+def test_half_precision_constants_are_opened(tmp_path, spec):
+    """ONNX Runtime makes initializers of Constant nodes, which a CPU casts to FP32: there is no value left to read."""
+    net = NetBuilder()
+    half = numpy_helper.from_array(np.full((1, 4, 1, 1), 1.5, np.float16))
+    net.op("Mul", net.op("Relu", net.conv("x", 4, 4)), net.op("Constant", value=half), name="y")
+    model = onnx.load(net.save(tmp_path / "net.onnx", {"x": (10, [1, 4, 8, 8])}, ["y"]))
+    for tensor in model.graph.initializer:
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
+    del model.graph.value_info[:]
+    onnx.save(model, tmp_path / "half.onnx")
+    session = open_session(tmp_path / "half.onnx", spec)
+    feed = {"x": image(1, 4, 8, 8)["x"].astype(np.float16)}
+    outputs, _ = observe(session, feed)
+    assert outputs["y"].tobytes() == session.run(feed)["y"].tobytes()
+    assert session.settings["observer_gap"] == 0
+    session.close()
+
+
 def test_quantised_graphs_run_as_they_are(tmp_path):
     net = NetBuilder()
     scale, zero = net.weight(np.array(0.05, np.float32)), net.weight(np.array(0, np.int8))

@@ -118,7 +118,7 @@ def test_scores_of_a_fault(rows: list[dict], cause: str, verdict: str, grade: st
     """The guilty list against the faulty layer, by value or by node; the cause of that layer alone."""
     finding = {"cause": cause, "layers": ["b"], "says": ""}
     block = {"layers": rows, "findings": [finding], "agrees": False, "alignment": {"total": len(rows)}}
-    found = score({"group": "fault", "fault": FAULT}, 1, block)
+    found = score({"fault": FAULT}, 1, block)
     assert (found["verdict"], found["cause"]) == (verdict, grade)
 
 
@@ -126,10 +126,10 @@ def test_a_guilty_layer_of_a_healthy_network_is_an_accusation() -> None:
     """So is another shape; no JSON is an error."""
     block = {"findings": [], "agrees": False, "alignment": {"total": 2}}
     for verdict in ("guilty", "shape"):
-        found = score({"group": "healthy"}, 1, block | {"layers": [row("a", verdict), row("b", "ok")]})
+        found = score({"fault": {}}, 1, block | {"layers": [row("a", verdict), row("b", "ok")]})
         assert (found["verdict"], found["guilty"]) == ("accused", ["a"])
-    assert score({"group": "healthy"}, 0, block | {"layers": [row("b", "ok")]})["verdict"] == "clean"
-    assert score({"group": "healthy"}, 70, None)["verdict"] == "error"
+    assert score({"fault": {}}, 0, block | {"layers": [row("b", "ok")]})["verdict"] == "clean"
+    assert score({"fault": {}}, 70, None)["verdict"] == "error"
 
 
 def test_every_kind_declares_its_causes(zoo: Path) -> None:

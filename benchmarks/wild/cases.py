@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .faults import renamed_file
 from .networks import SLOW, base, half
 
 HEALTHY = ("ort-none,ort-basic", "ort-none,ort-all", "ort,emu-tf32", "ort,emu-bf16", "ort,emu-fp16")
@@ -20,7 +21,8 @@ class Case:
     """One run of ``cpdebug bisect MODEL -b BACKENDS [--test-model …] [--inputs …]``."""
 
     group: str
-    """``healthy``, ``fp16``, ``int8``, ``again`` (the same network exported again), ``torch`` or ``fault``."""
+    """``healthy``, ``fp16``, ``int8``, ``again`` (the same network exported again), ``torch``, ``fault`` or ``renamed``
+    (a fault in a network whose every name is another one)."""
     network: str
     backends: str
     model: str
@@ -65,7 +67,7 @@ def all_cases(folder: Path) -> Iterator[Case]:
     names = sorted(path.name.removesuffix(".onnx") for path in folder.glob("*.onnx"))
     variants = json.loads((folder / "variants.json").read_text()) if (folder / "variants.json").exists() else {}
     faults = json.loads((folder / "faults.json").read_text()) if (folder / "faults.json").exists() else []
-    spoilt = {fault["file"] for fault in faults}
+    spoilt = {file for fault in faults for file in (fault["file"], renamed_file(fault["file"]))}
     own = [n for n in names if n not in variants and f"{n}.onnx" not in spoilt]
     for name in own:
         for backends in HEALTHY[: 2 if name in SLOW else None]:
@@ -84,6 +86,9 @@ def all_cases(folder: Path) -> Iterator[Case]:
             about = {k: fault[k] for k in ("kind", "nodes", "values", "right", "near", "what", "size")}
             parent = fault["network"]
             yield Case("fault", parent, backends, f"{parent}.onnx", fault["file"], f"{parent}.npz", about)
+        other = renamed_file(fault["file"])
+        if (folder / other).exists():
+            yield Case("renamed", parent, "ort,ort-none", f"{parent}.onnx", other, f"{parent}.npz", about)
 
 
 def _of_variant(name: str, about: dict[str, str]) -> Iterator[Case]:

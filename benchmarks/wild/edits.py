@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -133,3 +134,21 @@ def set_attribute(node: onnx.NodeProto, name: str, value: Any) -> None:
             node.attribute.remove(found)
             break
     node.attribute.append(helper.make_attribute(name, value))
+
+
+def rename(source: Path, target: Path) -> None:
+    """Write the model with other names for every node and every value between its inputs and outputs."""
+    model = onnx.load(source)
+    kept = {v.name for v in (*model.graph.input, *model.graph.output)} | {""}
+    names: dict[str, str] = {}
+    for tensor in model.graph.initializer:
+        if tensor.name not in kept:
+            tensor.name = names.setdefault(tensor.name, f"param.{len(names)}")
+    for number, node in enumerate(model.graph.node):
+        node.name = f"layer{number}"
+        for field in (node.input, node.output):
+            for index, name in enumerate(field):
+                if name not in kept:
+                    field[index] = names.setdefault(name, f"act.{len(names)}")
+    del model.graph.value_info[:]
+    onnx.save(model, target)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from .edits import Net
+from .edits import Net, rename
 from .kinds import KINDS, Place
 
 FAULTY = (
@@ -33,6 +33,8 @@ FAULTY = (
 """Networks that faults are put into."""
 SMALLEST = 1e-4
 """Relative L2 change of the layer's result below which a fault is none."""
+RENAMED = frozenset({"weights-scaled", "channels-swapped", "pads", "epsilon", "dropped", "operator-exchanged"})
+"""Kinds that are also put into a copy in which every name is another one."""
 PLACES = 8
 """Places that are tried for one kind in one network."""
 
@@ -71,7 +73,16 @@ def write_faults(folder: Path, seed: int = 0) -> int:
             if (fault := put(net, kind, network, sample, rng, folder)) is not None:
                 known.append(asdict(fault))
         index.write_text(json.dumps(known, indent=1))
+    for fault in known:
+        renamed = folder / renamed_file(fault["file"])
+        if fault["kind"] in RENAMED and not renamed.exists():
+            rename(folder / fault["file"], renamed)
     return len(known)
+
+
+def renamed_file(file: str) -> str:
+    """The name of a fault's copy with other names."""
+    return file.replace(".onnx", ".renamed.onnx")
 
 
 def put(

@@ -18,6 +18,7 @@ import random
 import re
 import resource
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -52,7 +53,7 @@ def run_case(case: Case, folder: Path, limit: float = TIME_LIMIT) -> dict[str, A
         if answer.exists() and code in (0, 1):
             block = json.loads(answer.read_text())["tests"][0]
         once = None
-        if block is not None and case.group in ("healthy", "fault") and not os.environ.get("WILD_NO_COST"):
+        if block is not None and case.group in ("healthy", "fault", "renamed") and not os.environ.get("WILD_NO_COST"):
             figures = Path(scratch) / "once.json"
             in_child(lambda: _both_once(case, folder, figures), Path(scratch) / "once.txt", limit)
             once = json.loads(figures.read_text()) if figures.exists() else None
@@ -98,7 +99,7 @@ def load_libraries() -> None:
     """Import what every case needs, so that its processor time is its own."""
     import torch
 
-    for name in ("onnx", "onnxruntime", "torch._inductor", "cp_debug.bisect.engine", "cp_debug.cli.main"):
+    for name in ("onnx", "onnxruntime", "cp_debug.bisect.engine", "cp_debug.cli.main"):
         import_module(name)
     torch.set_num_threads(1)
 
@@ -158,7 +159,7 @@ def choose(cases: Iterable[Case], args: argparse.Namespace) -> list[Case]:
 
 
 def _quick(case: Case) -> bool:
-    return case.group != "fault" or case.backends == "ort,ort-none"
+    return not case.fault or case.backends == "ort,ort-none"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -168,11 +169,12 @@ def run(args: argparse.Namespace) -> int:
     left = [case for case in cases if case.key not in done]
     print(f"{len(cases)} cases, {len(cases) - len(left)} in the log")
     load_libraries()
+    commit = code_version()
     args.log.parent.mkdir(parents=True, exist_ok=True)
     bad = 0
     with args.log.open("a") as log:
         for number, case in enumerate(left, 1):
-            record = run_case(case, args.zoo.resolve(), args.time_limit)
+            record = run_case(case, args.zoo.resolve(), args.time_limit) | {"commit": commit}
             log.write(json.dumps(record) + "\n")
             log.flush()
             bad += (wrong := record["verdict"] in ("accused", "missed", "error"))
@@ -180,6 +182,12 @@ def run(args: argparse.Namespace) -> int:
             mark = "!" if wrong else " "
             print(f"{mark}{number:4}/{len(left)} {record['cpu']:6.1f} s  {record['verdict']:8}{cause:24} {case.key}")
     return int(bad > 0)
+
+
+def code_version() -> str:
+    """The commit of the code, with ``-dirty`` where files differ from it; empty outside of a git work tree."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
 def make(args: argparse.Namespace) -> int:

@@ -29,7 +29,7 @@ def score(case: dict[str, Any], exit_code: int, block: dict[str, Any] | None) ->
         "causes": [[f["cause"], f["layers"][:3], f["says"][:160]] for f in block["findings"][:6]],
         **coverage(block),
     }
-    if case["group"] != "fault":
+    if not case["fault"]:
         return {"verdict": ACCUSED if rows else CLEAN, "agrees": block["agrees"], **found}
     fault = case["fault"]
     hit = [row for row in rows if is_faulty(row, fault)]

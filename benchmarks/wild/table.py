@@ -27,8 +27,8 @@ MOST_MISSES = 60
 
 def markdown(records: Sequence[Record]) -> str:
     """The page. ``records`` are those of ``read_log``."""
-    healthy = [r for r in records if r["group"] != "fault"]
-    faults = [r for r in records if r["group"] == "fault"]
+    healthy = [r for r in records if not r["fault"]]
+    faults = [r for r in records if r["fault"]]
     parts = [
         "# Networks in the wild",
         "",
@@ -81,7 +81,7 @@ def raw(records: Iterable[Record]) -> list[Record]:
         short = {key: record[key] for key in keys if record.get(key) is not None}
         if record["verdict"] not in ("clean", "exact"):
             short["guilty"] = record.get("guilty", [])[:5]
-        if record["group"] == "fault":
+        if record["fault"]:
             short |= {"what": record["fault"]["what"], "size": record["fault"]["size"]}
         kept.append(short)
     return kept
@@ -135,8 +135,13 @@ def _accusations(records: Sequence[Record]) -> list[str]:
         for backends in dict.fromkeys(r["backends"] for r in records if r["group"] == group):
             own = [r for r in records if r["group"] == group and r["backends"] == backends]
             rows.append((title, f"`{backends}`", *_healthy_cells(own)))
-    lines = ["A layer accused in a network that is right; an error is an exit code other than 0 and 1.", ""]
-    head = ("files", "backends", "cases", "accused: tuning", "accused: held-out", "layers accused", "errors", "exit 1")
+    lines = [
+        "A layer accused in a network that is right; an error is an exit code other than 0 and 1; exit 1: no layer is "
+        "accused, but the outputs are beyond the tolerance; compared: mean (least) share of the reference's layers.",
+        "",
+    ]
+    counts = ("accused: tuning", "accused: held-out", "layers accused", "errors", "exit 1", "compared")
+    head = ("files", "backends", "cases", *counts)
     return [*lines, *_table(head, rows)]
 
 
@@ -146,21 +151,26 @@ def _healthy_cells(records: Sequence[Record]) -> tuple[Any, ...]:
     layers = sum(len(r["guilty"]) for r in accused)
     errors = sum(r["verdict"] == "error" for r in records)
     beyond = sum(r["verdict"] == "clean" and not r["agrees"] for r in records)
-    return len(records), *halves, layers, errors, beyond
+    shares = [r["compared"] / r["layers"] for r in records if r.get("layers")]
+    paired = f"{100 * statistics.mean(shares):.0f} % ({100 * min(shares):.0f} %)" if shares else "–"
+    return len(records), *halves, layers, errors, beyond, paired
 
 
 def _faults(records: Sequence[Record]) -> list[str]:
     rows, causes = [], []
-    for backends in dict.fromkeys(r["backends"] for r in records):
+    for group, backends in dict.fromkeys((r["group"], r["backends"]) for r in records):
+        title = f"`{backends}`" + (", all names other" if group == "renamed" else "")
         for half in (*HALVES, "both"):
-            own = [r for r in records if r["backends"] == backends and half in (r["half"], "both")]
+            own = [
+                r for r in records if (r["group"], r["backends"]) == (group, backends) and half in (r["half"], "both")
+            ]
             if not own:
                 continue
             count = Counter(r["verdict"] for r in own)
             named = count["exact"] + count["named"]
             rows.append(
                 (
-                    f"`{backends}`",
+                    title,
                     half,
                     len(own),
                     _share(count["exact"], len(own)),
@@ -170,7 +180,7 @@ def _faults(records: Sequence[Record]) -> list[str]:
                 )
             )
             said = Counter(r["cause"] for r in own if "cause" in r)
-            causes.append((f"`{backends}`", half, *(_share(said[c], len(own)) for c in CAUSES)))
+            causes.append((title, half, *(_share(said[c], len(own)) for c in CAUSES)))
     exact = ("backends", "half", "faults", "guilty list is the faulty layer", "named", "missed", "errors")
     lines = [
         "The faulty layer: exact (nothing else is guilty), named (perhaps beside others), missed, or no answer.",
@@ -221,8 +231,8 @@ def _by_network(records: Sequence[Record]) -> list[str]:
         groups[record["network"]].append(record)
     rows = []
     for name, own in sorted(groups.items()):
-        healthy = [r for r in own if r["group"] != "fault"]
-        faults = [r for r in own if r["group"] == "fault"]
+        healthy = [r for r in own if not r["fault"]]
+        faults = [r for r in own if r["fault"]]
         said = Counter(r["cause"] for r in faults if "cause" in r)
         count = Counter(r["verdict"] for r in own)
         answered = [r for r in healthy if r.get("layers")]
@@ -276,7 +286,9 @@ def _conditions(records: Sequence[Record]) -> list[str]:
     pinned = Path(__file__).with_name("requirements.txt").read_text().split()
     shipped = ", ".join(word.replace("==", " ") for word in pinned if "==" in word)
     networks = {base(r["network"]) for r in records}
+    commits = Counter(r.get("commit") or "no commit" for r in records)
     return [
+        f"- Code: {', '.join(f'{commit} ({count} cases)' for commit, count in commits.most_common())}.",
         f"- {len(records)} cases on {len(networks)} networks (exports and variants of one count once), "
         f"{sum(r['cpu'] for r in records) / 60:.0f} minutes of processor time, one thread.",
         f"- Networks that packages ship: {shipped}, and the light models of onnx. The others are exported from "

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import onnx
 
+from .edits import rename
+
 Write = Callable[[Path, Path, dict[str, np.ndarray]], None]
 """Writes a variant: (parent's file, the variant's file, the parent's sample)."""
 
@@ -146,19 +148,7 @@ def simplified(source: Path, target: Path, sample: dict[str, np.ndarray]) -> Non
 
 def renamed(source: Path, target: Path, sample: dict[str, np.ndarray]) -> None:
     """Every node and every value between inputs and outputs under another name."""
-    model = onnx.load(source)
-    kept = {v.name for v in (*model.graph.input, *model.graph.output)} | {""}
-    names: dict[str, str] = {}
-    for tensor in model.graph.initializer:
-        tensor.name = names.setdefault(tensor.name, f"param.{len(names)}") if tensor.name not in kept else tensor.name
-    for number, node in enumerate(model.graph.node):
-        node.name = f"layer{number}"
-        for field in (node.input, node.output):
-            for index, name in enumerate(field):
-                if name not in kept:
-                    field[index] = names.setdefault(name, f"act.{len(names)}")
-    del model.graph.value_info[:]
-    onnx.save(model, target)
+    rename(source, target)
 
 
 def opset(source: Path, target: Path, sample: dict[str, np.ndarray]) -> None:

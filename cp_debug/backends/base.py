@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,7 +16,9 @@ from cp_debug.probes.arrays import Tensor as Tensor
 if TYPE_CHECKING:
     import torch
 
+    from cp_debug.graph.flatten import Branch
     from cp_debug.graph.graph import Graph
+    from cp_debug.graph.pairing import Pairing
     from cp_debug.graph.scales import Scales
     from cp_debug.probes.alignment import Alignment
 
@@ -34,6 +36,12 @@ class Program:
     """Of a program that was quantised here, by the names of the nodes."""
     plain: Graph | None = None
     """Of such a program the graph before Q/DQ pairs were put in, if any: all else has the same names in both."""
+    pairing: Pairing | None = None
+    """Of a test's program: its values by the names of the reference's. None: equal names are equal values."""
+    deployed: Graph | None = None
+    """Of a program whose bodies and functions were put flat, to look inside: the graph as it is deployed."""
+    branches: Sequence[Branch] = ()
+    """What was decided then: which branch each If takes, how often each loop runs."""
 
     example: Mapping[str, np.ndarray] | None = None
     """Inputs of the kind that it will be run with, where they are known when it is opened."""

@@ -115,6 +115,8 @@ class ExecutorSession:
         check_inputs(self._graph.inputs, inputs, str(self._graph.path))
         with deterministic(tf32=self._tf32):
             outputs = self._executor.run(inputs, sink, probes)
+        if self._executor.not_emulated:
+            self.settings["not_emulated"] = dict(self._executor.not_emulated)
         return {n: v.cpu().numpy() if isinstance(v, torch.Tensor) else v for n, v in outputs.items()}
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import ChainMap, Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,27 @@ from cp_debug.backends.arithmetic import FP32, Arithmetic
 from cp_debug.backends.base import Sink
 from cp_debug.backends.kernels import KERNELS, Call, Kernel
 from cp_debug.backends.reference import Reference
-from cp_debug.backends.weights import Weights, constant
+from cp_debug.backends.schema_functions import function_body
+from cp_debug.backends.weights import Weights
 from cp_debug.errors import InputError
-from cp_debug.graph.bodies import Body, run_if, run_loop
+from cp_debug.graph.bodies import Body, run_loop, run_scan
+from cp_debug.graph.constants import constant
 from cp_debug.graph.graph import Graph, Node
+
+MOVES = {
+    "BitCast", "CenterCropPad", "Compress", "ConcatFromSequence", "Identity", "MaxUnpool", "Optional",
+    "OptionalGetElement", "ReverseSequence", "SequenceAt", "SequenceConstruct", "SequenceErase", "SequenceInsert",
+    "SplitToSequence", "TensorScatter", "Unique",
+}  # fmt: skip
+"""Operators without a kernel that choose among their inputs' values: there is nothing to emulate."""
+
+
+_FLOATS = {
+    onnx.TensorProto.FLOAT,
+    onnx.TensorProto.DOUBLE,
+    onnx.TensorProto.FLOAT16,
+    onnx.TensorProto.BFLOAT16,
+}
 
 
 class NodeFailed(InputError):
@@ -33,6 +51,7 @@ class _Step:
     """None: a body, or else ONNX's reference implementation."""
     bodies: Mapping[str, Body]
     """By attribute name; a function's under the empty name."""
+    opsets: Mapping[str, int]
 
 
 class Executor:
@@ -66,6 +85,30 @@ class Executor:
         self._reference = Reference(graph)
         self._functions = {(f.domain, f.name): f for f in graph.proto.functions}
         self._steps: dict[int, _Step] = {}
+        self._place = ""
+        self.decisions: dict[str, str | int] = {}
+        """Of the last run: control flow node, by its path as ``flatten`` writes it → the branch that an If took, or how
+        often a body ran."""
+        self._definitions: dict[tuple[Any, ...], Body | None] = {}
+        self.not_emulated: dict[str, str] = {}
+        """Node → operator of those that ran and whose inner rounding nobody knows here: they were computed in the held
+        dtype and rounded once. Nothing is missing in arithmetics that round nothing else."""
+
+    def emulates(self, node: Node) -> bool:
+        """Whether ``node`` is computed with this arithmetic's own rounding, as far as that is known before it ran."""
+        if node.name in self.not_emulated:
+            return False
+        if (
+            node.op in KERNELS
+            or node.op in MOVES
+            or node.op == "Constant"
+            or self._step(node, self.graph.opsets).bodies
+        ):
+            return True
+        if not (self.arithmetic.value or self.arithmetic.operand):
+            return True
+        kinds = [self.graph.types[o].tensor_type.elem_type for o in node.outputs if o in self.graph.types]
+        return len(kinds) == len(node.outputs) and not any(kind in _FLOATS for kind in kinds)
 
     def run(
         self, inputs: Mapping[str, Any], sink: Sink | None = None, probes: Collection[str] | None = None
@@ -81,8 +124,12 @@ class Executor:
         with torch.no_grad():
             return self._execute(self.graph.nodes, inputs, [v.name for v in self.graph.outputs], sink, probes)
 
-    def run_nodes(self, nodes: Sequence[Node], values: Mapping[str, Any], wanted: Collection[str]) -> dict[str, Tensor]:
+    def run_nodes(
+        self, nodes: Sequence[Node], values: Mapping[str, Any], wanted: Collection[str], sink: Sink | None = None
+    ) -> dict[str, Tensor]:
         """Replay ``nodes`` (a ``Graph.segment``) from captured ``values`` and return the ``wanted`` results.
+
+        ``sink`` is given every value that a node computes, in execution order.
 
         A value that is both given and computed is read as given and returned as computed: each layer is replayed on the
         captured inputs of exactly that layer. ``values`` may load lazily; only what the nodes read is asked for, once.
@@ -90,7 +137,7 @@ class Executor:
         value is neither given nor computed.
         """
         with torch.no_grad():
-            return self._execute(nodes, values, wanted)
+            return self._execute(nodes, values, wanted, sink)
 
     def _execute(
         self,
@@ -163,25 +210,57 @@ class Executor:
         return [arithmetic.round(r) for r in results] if step.kernel is None or step.kernel.rounds else results
 
     def _compute(self, step: _Step, inputs: list[Any], values: Mapping[str, Any]) -> list[Any]:
-        node = step.call.node
+        node, place = step.call.node, self._place
+        runs = itertools.count()
 
         def execute(body: Body, arguments: Sequence[Any]) -> list[Any]:
+            self._place = f"{place}{node.name}/{_within(node, step.bodies, body, next(runs))}"
+            try:
+                return run_body(body, arguments)
+            finally:
+                self._place = place
+
+        def run_body(body: Body, arguments: Sequence[Any]) -> list[Any]:
             own = body.constants | dict(zip(body.inputs, arguments, strict=False))
             for child in body.nodes:
                 self._step(child, body.opsets)
-            return list(self._execute(body.nodes, ChainMap(own, dict(values)), body.outputs).values())
+            known = ChainMap(own, dict(values))
+            made = {o for child in body.nodes for o in child.outputs}.union(known)
+            # What ONNX defines by a function may leave out outputs that nobody asked for.
+            results = self._execute(body.nodes, known, [o for o in body.outputs if o in made])
+            return [results.get(o) for o in body.outputs]
 
         if "" in step.bodies:
             return execute(step.bodies[""], inputs)
         if node.op == "If":
-            return run_if(step.bodies, execute, *inputs)
-        if node.op == "Loop":
-            return [self.arithmetic.hold(r, self.device) for r in run_loop(step.bodies, execute, *inputs)]
+            self.decisions[place + node.name] = branch = "then_branch" if bool(inputs[0]) else "else_branch"
+            return execute(step.bodies[branch], [])
+        if node.op in ("Loop", "Scan"):
+            made = (run_loop if node.op == "Loop" else run_scan)(step.bodies, execute, step.call, *inputs)
+            self.decisions[place + node.name] = next(runs)
+            return [self.arithmetic.hold(r, self.device) for r in made]
         if step.kernel is not None and all(i is None or isinstance(i, Tensor) for i in inputs):
             results = step.kernel.function(step.call, *inputs)
             if results is not NotImplemented:
                 return [results] if isinstance(results, Tensor) else list(results)
-        return [self.arithmetic.hold(r, self.device) for r in self._reference.run(node, values)]
+        if step.kernel is None and (body := self._by_definition(step, inputs)) is not None:
+            return execute(body, inputs)
+        outputs = [self.arithmetic.hold(r, self.device) for r in self._reference.run(node, values)]
+        arithmetic = step.call.arithmetic
+        computes = any(isinstance(o, Tensor) and o.is_floating_point() for o in outputs) and node.op not in MOVES
+        if computes and (arithmetic.value or arithmetic.operand):
+            self.not_emulated[node.name] = node.op
+        return outputs
+
+    def _by_definition(self, step: _Step, inputs: Sequence[Any]) -> Body | None:
+        """The function body that ONNX gives for the operator and these inputs, if it can be executed here."""
+        node = step.call.node
+        if any(isinstance(i, list) for i in inputs):
+            return None
+        key = (id(node), *((getattr(i, "dtype", None), len(getattr(i, "shape", ()))) for i in inputs))
+        if key not in self._definitions:
+            self._definitions[key] = function_body(node, step.opsets, inputs, self.arithmetic.dtype)
+        return self._definitions[key]
 
     def _step(self, node: Node, opsets: Mapping[str, int]) -> _Step:
         step = self._steps.get(id(node))
@@ -195,7 +274,7 @@ class Executor:
                 bodies = {a.name: Body.of_graph(a.g, opsets) for a in graphs}
             arithmetic = self._overrides.get(node.name, self.arithmetic)
             call = Call.of(node, opsets.get(domain, 1), arithmetic, self.device)
-            step = self._steps[id(node)] = _Step(call, KERNELS.get(node.op), bodies)
+            step = self._steps[id(node)] = _Step(call, KERNELS.get(node.op), bodies, opsets)
         return step
 
 
@@ -209,6 +288,13 @@ def with_bodies(graph: Graph) -> list[Node]:
     """The nodes that hold graphs: If and Loop, whose inner values nobody sees, and Scan, left to ONNX's reference."""
     kinds = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
     return [n for n in graph.nodes if any(a.type in kinds for a in n.proto.attribute)]
+
+
+def _within(node: Node, bodies: Mapping[str, Body], body: Body, run: int) -> str:
+    """What a path says of the place in a node where ``body`` runs."""
+    if node.op == "If":
+        return f"{next(name for name, other in bodies.items() if other is body)}/"
+    return f"#{run}/" if node.op in ("Loop", "Scan") else ""
 
 
 def _describe(value: Any) -> str:

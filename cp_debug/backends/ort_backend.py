@@ -123,6 +123,9 @@ class OrtSession:
             for name in wanted.intersection(outputs):
                 sink(name, outputs[name])
             return outputs
+        if self._optimized is not None:
+            for name in wanted.intersection(self._optimized.folded):
+                sink(name, self._optimized.graph.initializer(name))
         return self._observed.run(inputs, sink, wanted)
 
     def optimized_nodes(self) -> list[Replacement]:
@@ -149,7 +152,7 @@ class OrtSession:
         except InputError:  # inputs that cannot be made up: names are then not verified, nor the gap measured
             inputs = None
         self._optimized = program = build(backend.runtime, graph, written, inputs)
-        self._observed, self.exposed = program.observed, program.exposed
+        self._observed, self.exposed = program.observed, [*program.folded, *program.exposed]
         self.settings = read_settings(self._whole)
         self.settings["disabled_optimizers"] = list(backend.disabled_optimizers)
         if backend.precision == "int8":

@@ -51,6 +51,8 @@ class OptimizedProgram:
     """``graph``, ready to run."""
     exposed: list[str]
     """The original values that it shows."""
+    folded: list[str]
+    """The original values that it computed when it was written: they are its weights now."""
     renamed: dict[str, str]
     """Original value → the program's own name for it, where that differs."""
     unverified: list[str]
@@ -88,6 +90,7 @@ def build(
     return OptimizedProgram(
         graph=graph,
         observed=observed,
+        folded=[v for v in original.tensors if v in bare.initializers],
         exposed=[v for v in graph.tensors if v in numeric and (v not in samples or v in verified)],
         renamed={name: value for value, name in guessed.items() if name in verified},
         unverified=sorted(set(guessed.values()) - verified),
@@ -131,7 +134,7 @@ class _Sample:
 
 def _guess_names(optimized: Graph, original: Graph) -> dict[str, str]:
     """Value of the optimised program that has a new name → the original value that it should be."""
-    present = set(optimized.values)
+    present = {*optimized.values, *optimized.initializers}
     guesses: dict[str, str] = {}
     blocked = _blocked_values(optimized)
     by_node = {node.name: node.outputs[0] for node in original.nodes if node.outputs}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cp_debug.errors import BackendUnavailable, InputError
 
@@ -40,7 +40,10 @@ KNOWN = {
     "trt-best": "TensorRT, every precision allowed",
 }
 
-_SPEC = re.compile(r"(?P<name>[a-z0-9]+(?:-[a-z0-9]+)*)(?:@(?P<device>cpu|cuda(?::\d+)?))?")
+TEST = ".test"
+"""Ends the spec of a test that runs on the same backend as its reference."""
+
+_SPEC = re.compile(r"(?P<name>[a-z0-9]+(?:-[a-z0-9]+)*)(?:@(?P<device>cpu|cuda(?::\d+)?))?(?P<test>\.test)?")
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class BackendSpec:
 
     name: str
     device: str | None = None
+    repeated: bool = False
+    """Whether this is the test beside a reference on the same backend."""
 
     @property
     def family(self) -> str:
@@ -61,7 +66,7 @@ class BackendSpec:
         return self.name.partition("-")[2]
 
     def __str__(self) -> str:
-        return self.name if self.device is None else f"{self.name}@{self.device}"
+        return self.name + (f"@{self.device}" if self.device else "") + (TEST if self.repeated else "")
 
     @classmethod
     def parse(cls, text: str) -> BackendSpec:
@@ -69,18 +74,33 @@ class BackendSpec:
         match = _SPEC.fullmatch(text.strip())
         if match is None:
             raise InputError(f"--backends: {text!r} is not a backend; expected NAME or NAME@cpu or NAME@cuda:N")
-        spec = cls(match["name"], match["device"])
+        spec = cls(match["name"], match["device"], match["test"] is not None)
         if spec.name not in KNOWN:
             near = difflib.get_close_matches(spec.name, KNOWN, n=1, cutoff=0.0)
             raise BackendUnavailable(text, f"no such backend; known are {', '.join(KNOWN)}", nearest=near[0])
         return spec
 
 
-def parse_backends(text: str) -> list[BackendSpec]:
-    """Parse ``--backends a,b,…``: the reference and at least one test. Raises InputError when fewer than two."""
+def parse_backends(text: str, *, repeats: bool = False) -> list[BackendSpec]:
+    """Parse ``--backends a,b,…``: the reference and at least one test.
+
+    ``repeats``: the tests run something else than the reference, so one of them may run on the same backend; its spec
+    then ends in ``.test``. A single backend is both reference and test. Raises InputError when fewer than two are
+    named, or one twice.
+    """
     specs = [BackendSpec.parse(part) for part in text.split(",") if part.strip()]
+    if repeats and len(specs) == 1:
+        specs *= 2
     if len(specs) < 2:
         raise InputError(f"--backends: {text!r} names {len(specs)} backend(s); expected a reference and some tests")
+    if repeats:
+        specs[1:] = [replace(spec, repeated=True) if spec == specs[0] else spec for spec in specs[1:]]
     if len(set(specs)) < len(specs):
-        raise InputError(f"--backends: {text!r} names a backend twice")
+        raise InputError(f"--backends: {text!r} names a backend twice" + ("" if repeats else NOTHING_DIFFERS))
     return specs
+
+
+NOTHING_DIFFERS = (
+    "; both would run the same: --test-model, --test-checkpoint, --test-out-of-place or --test-train-mode "
+    "give a test something else to run"
+)

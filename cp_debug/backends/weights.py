@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
-from onnx import helper, numpy_helper
 
 from cp_debug.backends.arithmetic import Arithmetic
-from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.constants import constant
+from cp_debug.graph.graph import Graph
 
 
 class Weights:
@@ -47,13 +46,3 @@ class Weights:
     def _read(self, name: str) -> Any:
         node = self._constants.get(name)
         return self._graph.initializer(name) if node is None else constant(node)
-
-
-def constant(node: Node) -> np.ndarray:
-    """The value of a Constant node."""
-    (attribute,) = node.proto.attribute
-    value = helper.get_attribute_value(attribute)
-    if attribute.name == "value":
-        return numpy_helper.to_array(value)
-    kind = attribute.name.removeprefix("value_")[0]
-    return np.array(value, {"f": np.float32, "i": np.int64, "s": np.object_}[kind])

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.base import Program, Tensor
+from cp_debug.backends.capabilities import BuildsVariations, calibrates_itself, kernels_of, ranges_of_session
 from cp_debug.backends.emulated import EmulatedBackend
 from cp_debug.backends.tensorrt.calibration import Ranges
-from cp_debug.quantization.quantized_programs import with_ranges
-from cp_debug.programs.layers import Layer, layer_name
-from cp_debug.bisect.observe import observe
-from cp_debug.programs.pipeline import Key, Pipeline, value_map, wants_int8
-from cp_debug.programs.precision import PRECISIONS, Precision, coarsest
-from cp_debug.bisect.quantized_segment import QuantizerGrid, Quantized
+from cp_debug.bisect.observe import Observation, observe
+from cp_debug.bisect.quantized_segment import Quantized, QuantizerGrid
+from cp_debug.bisect.regions.region import Region, region_of
 from cp_debug.bisect.replay import Load, Replay, Replayer
-from cp_debug.bisect.result import LayerRow
-from cp_debug.bisect.observe import Observation
+from cp_debug.bisect.result import OK, LayerRow
+from cp_debug.bisect.sides import judged, trace_shapes, without_emulation
 from cp_debug.bisect.verdict import judge
 from cp_debug.graph.declared import narrow_values
-from cp_debug.probes.capture import Capture, CaptureWriter
 from cp_debug.graph.graph import Graph
+from cp_debug.probes.capture import Capture, CaptureWriter
 from cp_debug.probes.statistics import TensorStats, compare
+from cp_debug.programs.layers import Layer, layer_name
+from cp_debug.programs.pipeline import Key, Pipeline, value_map, wants_int8
+from cp_debug.programs.precision import PRECISIONS, Precision, coarsest
+from cp_debug.quantization.quantized_programs import with_ranges
 from cp_debug.recipes.base import Arrays, Model, Sample
 
 
@@ -55,7 +57,7 @@ class CandidateRun:
         self.layers = {Key(layer.component, layer.onnx): layer for layer in layers}
         self._names = {p.name: value_map(self.programs[p.name], p) for p in pipeline.programs}
         self.graphs = {p.name: p.graph for p in pipeline.programs}
-        """Component → what the backend computes; after a replay with the Q/DQ pairs that TensorRT's calibrator chose."""
+        """Component → what the backend computes; after a replay with Q/DQ pairs as TensorRT's calibrator chose."""
         self._ranges: dict[str, Ranges] = {}
         """The same components → what that calibrator chose."""
         self._folder = folder
@@ -120,6 +122,7 @@ class CandidateRun:
                 emulated=self._emulates(graph),
                 narrow=(self._narrow(component, sides[0]), self._narrow(component, sides[1])),
                 quantized=(self._quantized(component, sides[0]), self._quantized(component, sides[1], test)),
+                families=(sides[0].backend.spec.family, sides[1].backend.spec.family),
             )
         return self._replayers[component]
 
@@ -130,7 +133,7 @@ class CandidateRun:
         """
         plain = self.programs[component]
         (program,) = (p for p in side.programs if p.name == component)
-        ranges: Ranges | None = getattr(side.sessions[component], "ranges", None)
+        ranges = ranges_of_session(side.sessions[component])
         if plain.graph.precision == "int8" or not (ranges or wants_int8(side.backend)):
             return None
         names = {name: own for own, name in value_map(plain, program).items()}
@@ -170,10 +173,17 @@ class CandidateRun:
             and any(program.graph is graph for program in self.pipeline.programs)
         )
 
+    def _region(self, key: Key, replay: Replay | None) -> Region | None:
+        """What a value stands for on an engine, where that is too much for one name."""
+        session = self.pipeline.sessions[key.component]
+        if replay is None or not isinstance(session, BuildsVariations):
+            return None
+        return region_of(replay.nodes, key.value, self.programs[key.component].graph, session.layers)
+
     @property
     def implicit(self) -> bool:
         """Whether the backend chooses the scales itself: TensorRT with its own calibrator."""
-        return getattr(self.pipeline.backend, "implicit_int8", False)
+        return calibrates_itself(self.pipeline.backend)
 
     def quantized_names(self, row: LayerRow) -> list[str]:
         """What the layer that computes a value is called where layers are chosen for INT8: a module by its path, for an
@@ -200,8 +210,8 @@ class CandidateRun:
         sample: int,
     ) -> dict[Key, LayerRow]:
         """The judged layers, in execution order."""
-        rows = {}
-        told = {name: getattr(session, "tactics", {}) for name, session in self.pipeline.sessions.items()}
+        rows: dict[Key, LayerRow] = {}
+        told = {name: kernels_of(session) for name, session in self.pipeline.sessions.items()}
         tactics = {self.name(Key(n, value)): tactic for n, own in told.items() for value, tactic in own.items()}
         for key, layer in self.layers.items():
             if key not in stats:
@@ -209,15 +219,26 @@ class CandidateRun:
             replay, floor = replays.get(key), floors.get(key, 0.0)
             claim = PRECISIONS[(replay and replay.precision) or self.precision.name]
             judgement = judge(stats[key], replay, claim, *self.tolerance, floor)
+            judgement = without_emulation(judgement, replay)
+            if layer.kind != "data":
+                judgement = judged(judgement, replay)
+                if judgement.verdict == OK:
+                    continue
+            region = self._region(key, replay)
+            if region is not None:
+                taken = any(row.name == region.label for row in rows.values())
+                layer = replace(layer, name=region.label + f" → {key.value}" * taken, op=region.kind or "region")
             rows[key] = LayerRow(
                 **asdict(layer),
                 **judgement._asdict(),
+                region=region,
                 stats=stats[key],
                 replay=replay,
                 noise_floor=floor,
                 sample=sample,
                 tactic=tactics.get(key, ""),
             )
+        trace_shapes(self.programs, rows)
         return rows
 
 

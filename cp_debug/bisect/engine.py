@@ -17,13 +17,25 @@ import numpy as np
 from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import parse_backends
+from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.bisect.causes.effects import Effects
 from cp_debug.bisect.causes.findings import Explainer
-from cp_debug.bisect.worst_samples import Collected, observation_notes
-from cp_debug.quantization.quantized_programs import DEFAULT_CALIBRATION, Calibration, already_quantized, load_quantized, quantize_programs, with_modules_beside
 from cp_debug.bisect.int8_notes import both_int8, int8_notes
-from cp_debug.programs.layers import Layer, layers_of, stage_ends
-from cp_debug.bisect.observe import observe
+from cp_debug.bisect.observe import Observation, observe
+from cp_debug.bisect.regions.descent import BUILDS
+from cp_debug.bisect.regions.guilty import look_inside
+from cp_debug.bisect.remainder import remainder
+from cp_debug.bisect.replay import Replay
+from cp_debug.bisect.result import GUILTY, BisectResult, StageRow, TestResult
+from cp_debug.bisect.shares import Propagation, set_shares
+from cp_debug.bisect.worst_samples import Collected, observation_notes
+from cp_debug.errors import InputError, in_one_line
+from cp_debug.graph.declared import narrow_values
+from cp_debug.graph.graph import Graph
+from cp_debug.graph.weight_differences import WeightDifferences
+from cp_debug.probes.capture import Capture, CaptureWriter, check_free
+from cp_debug.programs.layers import Layer, all_layers, stage_ends
+from cp_debug.programs.paired import differing_weights, pair_programs
 from cp_debug.programs.pipeline import (
     Key,
     Pipeline,
@@ -36,22 +48,20 @@ from cp_debug.programs.pipeline import (
     wants_int8,
 )
 from cp_debug.programs.precision import coarsest, oracle_for
-from cp_debug.programs.precision import coarser, oracle_for
-from cp_debug.bisect.replay import Replay
-from cp_debug.bisect.result import BisectResult, StageRow, TestResult
-from cp_debug.bisect.observe import Observation
-from cp_debug.serialize import json_safe
 from cp_debug.programs.scene import decode, keep_scene
-from cp_debug.bisect.shares import Propagation, set_shares
-from cp_debug.bisect.candidate_run import CandidateRun
-from cp_debug.errors import InputError
-from cp_debug.probes.capture import Capture, CaptureWriter, check_free
-from cp_debug.graph.declared import narrow_values
-from cp_debug.graph.graph import Graph
-from cp_debug.graph.graph import Graph
 from cp_debug.quantization.models import QuantizedComponent
 from cp_debug.quantization.open_quantized import calibration_samples
+from cp_debug.quantization.quantized_programs import (
+    DEFAULT_CALIBRATION,
+    Calibration,
+    already_quantized,
+    load_quantized,
+    quantize_programs,
+    with_modules_beside,
+)
+from cp_debug.recipes.abilities import HasNotes
 from cp_debug.recipes.base import Arrays, Model, Sample
+from cp_debug.serialize import json_safe
 
 Rewrite = Callable[[list[Program], Path], list[Program]]
 """Makes the programs of the tests from the reference's and a folder for new files; value names should stay."""
@@ -83,10 +93,19 @@ class Options:
     folded: bool = True
     calibration: Calibration = DEFAULT_CALIBRATION
     """How to quantise, where a backend is in INT8 and the model is not."""
+    max_builds: int = BUILDS
+    """Further engines for the search inside guilty regions of one run; 0 leaves it at emulated hypotheses."""
     knobs: bool = False
     """Find the graph optimisers that are responsible for the difference of optimised ONNX Runtime tests."""
+    maps: Sequence[str] = ()
+    """``REFERENCE=TEST`` each: values of two models that are to be compared."""
     save: Path | None = None
     """Folder for the captures: ``sample-0/torch``, ``sample-0/ort`` …"""
+
+    @property
+    def differs(self) -> bool:
+        """Whether the tests run something else than the reference, a test model apart."""
+        return self.test_checkpoint is not None or self.test_train_mode or self.test_out_of_place
 
 
 def bisect(
@@ -97,15 +116,17 @@ def bisect(
     programs: Sequence[Program] | None = None,
     options: Options = Options(),
     on_step: OnStep | None = None,
+    on_say: Callable[[str], None] = lambda text: None,
 ) -> BisectResult:
     """Compare every test backend with the reference, layer by layer, and name the guilty layers.
 
     ``backends`` is the reference and the tests, as on the command line or already made. ``test_model`` gives the tests
     another program: an ONNX file (a folder of them, for several components), another model, or a function that makes
-    their programs out of the reference's. ``programs`` None exports the model for this run.
+    their programs out of the reference's. ``programs`` None exports the model for this run. ``on_say`` is told what is
+    known before anything runs: how the weights of two models differ.
     Raises BackendUnavailable, InputError and MissingPackage; never for a divergence.
     """
-    bisection = Bisection(model, backends, test_model, options, on_step or (lambda text, done, total: None))
+    bisection = Bisection(model, backends, test_model, options, on_step or (lambda text, done, total: None), on_say)
     return bisection.run(programs)
 
 
@@ -119,11 +140,15 @@ class Bisection:
         test_model: Path | Model | Rewrite | None,
         options: Options,
         on_step: OnStep,
+        on_say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.options = options
-        self._on_step = on_step
+        self._on_step, self._say = on_step, on_say
+        self._weights: dict[str, WeightDifferences] = {}
         self._done, self._steps = 0, 0
         self._steady: Observation | None = None
+        self._unfold = False
+        """Whether side values that a backend folded away are computed: test and reference are different graphs."""
         self._reference_floors: dict[Key, float] = {}
         self._quantized: dict[int, list[Program]] = {}
         """By identity of the list that was quantised."""
@@ -132,7 +157,8 @@ class Bisection:
         self._how: dict[int, str] = {}
         """By identity of a list of quantised programs."""
         if isinstance(backends, str):
-            backends = [create(spec) for spec in parse_backends(backends)]
+            differs = test_model is not None or options.differs
+            backends = [create(spec) for spec in parse_backends(backends, repeats=differs)]
         self._reference, *self._tests = backends
         self._export, note = choose_export(backends, options.exporter)
         if options.knobs and not any(map(is_optimised, self._tests)):
@@ -143,7 +169,7 @@ class Bisection:
         self._notes = [note] if note and exported else []
         if self._export.fused and exported and not options.folded:
             self._notes.append("BatchNorm is folded all the same: INT8 scales belong to folded weights")
-        self._notes += getattr(self.model, "notes", ())
+        self._notes += self.model.notes if isinstance(self.model, HasNotes) else ()
         self._test_model = test_model
         given = test_model is not None and not isinstance(test_model, Path) and not callable(test_model)
         self.test_model: Model = test_model if given else self.model  # type: ignore[assignment]
@@ -155,6 +181,9 @@ class Bisection:
         if parts:
             self._parts[id(model)] = parts, f"quantized as in {checkpoint}"
         return model
+
+    def _tell(self, text: str) -> None:
+        self._on_step(text, self._done, self._steps)
 
     def _step(self, text: str) -> None:
         self._on_step(text, self._done, self._steps)
@@ -173,11 +202,16 @@ class Bisection:
             first = next(iter(samples))
             self._step("exporting and aligning")
             programs, tests = self._programs(first, Path(scratch), exported)
-            layers = layers_of(programs)
+            self._weights = differing_weights(programs, tests)
+            for component, found in self._weights.items():
+                self._say(f"weights of {component}: {found.says}")
+            tests = pair_programs(self.model, first, programs, tests, options.maps, self._step)
+            layers = all_layers(programs)
             ours = self._for(self._reference, self.model, programs, Path(scratch))
             theirs = [self._for(backend, self.test_model, tests, Path(scratch)) for backend in self._tests]
             self._step("opening the backends")
-            reference = stack.enter_context(Pipeline(self.model, ours, self._reference))
+            self._unfold = any(t.graph is not p.graph for t, p in zip(tests, programs, strict=True))
+            reference = stack.enter_context(Pipeline(self.model, ours, self._reference, unfold=self._unfold))
             runs = [
                 self._test_run(stack, backend, own, reference, programs, layers, options.save or Path(scratch))
                 for backend, own in zip(self._tests, theirs, strict=True)
@@ -197,6 +231,7 @@ class Bisection:
                 coverage=coverage_of(programs),
                 programs={p.name: self._saved_name(p.graph) for p in programs},
                 reference_observation=self._steady,
+                weights={component: found.to_dict() for component, found in self._weights.items()},
             )
 
     def _programs(
@@ -270,8 +305,10 @@ class Bisection:
         rtol = precision.rtol if options.rtol is None else options.rtol
         unjudged = math.inf if both_int8(self._reference, backend) else precision.atol
         atol = unjudged if options.atol is None else options.atol
-        oracle = (options.oracle or oracle_for(self._reference.precision, backend.precision)) if options.replay else None
-        pipeline = stack.enter_context(Pipeline(self.test_model, tests, backend))
+        oracle = (
+            (options.oracle or oracle_for(self._reference.precision, backend.precision)) if options.replay else None
+        )
+        pipeline = stack.enter_context(Pipeline(self.test_model, tests, backend, unfold=self._unfold))
         return CandidateRun(pipeline, reference, programs, layers, (rtol, atol), oracle, folder)
 
     def _sample(
@@ -312,13 +349,24 @@ class Bisection:
                 found.observe(seen)
                 floors = {key: max(floors.get(key, 0.0), self._reference_floors.get(key, 0.0)) for key in stats}
             rows = run.rows(stats, replays, floors, index)
-            set_shares(run, rows, sample, captured, test)
+            failures = set_shares(run, rows, sample, captured, test)
             found.detect(decoded[str(reference.backend.spec)], decoded[str(run.pipeline.backend.spec)])
+            if run.oracle is not None and found.is_worst(rows):
+                unexplained = not any(row.verdict == GUILTY for row in rows.values())
+                differs = unexplained and not all(row.within for row in rows.values())
+                try:
+                    found.remainder = remainder(run, sample, results, given, replays) if differs else None
+                except Exception as error:
+                    failures.append(f"whether rounding adds up to the divergence is not known: {in_one_line(error)}")
             if run.oracle is not None and self.options.explain and found.is_worst(rows):
                 feed = partial(self._exact_input, sample, results)
                 effects = Effects(self.model, sample, Propagation(run, sample, captured, test), given)
                 explainer = Explainer(run, self._reference.precision, captured, test, feed, effects)
+                explainer.adds_up = found.remainder is None or found.remainder.adds_up
                 found.findings = explainer.findings(rows, seen)
+                found.findings = look_inside(explainer, rows, found.findings, self.options.max_builds, self._tell)
+                failures += explainer.notes
+            found.explained(failures)
             found.add(rows)
         if self.options.save is None:
             shutil.rmtree(folder)
@@ -355,15 +403,21 @@ class Bisection:
             if (layer.component, layer.onnx) in by_key
         ]
         last = self.model.components[-1]
-        outputs = [by_key[last.name, name] for name in last.output_names if (last.name, name) in by_key]
+        (program,) = (p for p in run.pipeline.programs if p.name == last.name)
+        given = last.output_names if program.pairing is None else program.pairing.outputs
+        outputs = [by_key[last.name, n] for n in last.output_names if n in given and (last.name, n) in by_key]
+        if not outputs:
+            raise InputError(nothing_compared(run, last.name, last.output_names))
         rtol, atol = run.tolerance
         return TestResult(
             backend=run.pipeline.record(),
             rows=rows,
             stages=stages,
             outputs=outputs,
-            compared=len(rows),
-            total=len(layers),
+            expected_outputs=list(last.output_names),
+            pairing={p.name: p.pairing.to_dict() for p in run.pipeline.programs if p.pairing is not None},
+            compared=sum(row.kind == "data" for row in rows),
+            total=sum(layer.kind == "data" for layer in layers),
             rtol=rtol,
             atol=atol,
             oracle=run.oracle,
@@ -376,9 +430,20 @@ class Bisection:
             ],
             programs={name: self._saved_name(graph) for name, graph in run.graphs.items()},
             knobs=found.knobs,
+            remainder=found.remainder,
             findings=found.findings,
             detections=found.detections,
         )
+
+
+def nothing_compared(run: CandidateRun, component: str, expected: Sequence[str]) -> str:
+    """Why there is no verdict: the outputs of both sides."""
+    (program,) = (p for p in run.pipeline.programs if p.name == component)
+    theirs = ", ".join(map(str, program.graph.outputs))
+    return (
+        f"{run.pipeline.backend.spec}: no output was compared: the reference gives {', '.join(expected)}, "
+        f"{program.graph.path} gives {theirs}; --map REFERENCE=TEST pairs two of them"
+    )
 
 
 def is_optimised(backend: Backend) -> bool:

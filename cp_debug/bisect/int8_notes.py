@@ -27,7 +27,11 @@ def int8_notes(
             "both sides are INT8, where roundings at ties tip over and grow from layer to layer: layers are judged by "
             "what they introduce, not by max |Δ| or rel. L2"
         )
-    departures = [(row.replay.deviation_from_scales, row.name) for row in rows if row.replay and row.replay.deviation_from_scales is not None]
+    departures = [
+        (row.replay.deviation_from_scales, row.name)
+        for row in rows
+        if row.replay and row.replay.deviation_from_scales is not None
+    ]
     if departures:
         largest, name = max(departures)
         noise = f"to {-20 * math.log10(largest):.0f} dB or better, the least at {name}" if largest else "bit for bit"

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from cp_debug.backends.base import Tensor
-from cp_debug.programs.pipeline import Key, Pipeline, settings_by_component
+from cp_debug.backends.capabilities import with_threads
 from cp_debug.probes.capture import Capture
 from cp_debug.probes.statistics import compare
+from cp_debug.programs.pipeline import Key, Pipeline, settings_by_component
 from cp_debug.recipes.base import Arrays, Sample
 
 Open = Callable[[int | None], AbstractContextManager[Pipeline]]
@@ -74,8 +75,7 @@ def observe(
 
     def fresh(threads: int | None) -> Pipeline:
         # Sessions of torch take the count from torch itself, those of a runtime of its own when they are made.
-        with_threads = getattr(pipeline.backend, "with_threads", lambda count: pipeline.backend)
-        return Pipeline(pipeline.model, pipeline.programs, with_threads(threads))
+        return Pipeline(pipeline.model, pipeline.programs, with_threads(pipeline.backend, threads))
 
     return _observe_runs(fresh, sample, probed, capture, name)
 

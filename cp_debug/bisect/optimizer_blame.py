@@ -17,8 +17,8 @@ from cp_debug.backends.ort_backend import OrtBackend, run_whole
 from cp_debug.backends.ort_optimized import Replacement
 from cp_debug.backends.ort_optimizers import RULE_BASED, RULES, active_optimizers
 from cp_debug.backends.ort_options import LEVELS
-from cp_debug.minimize import Minimizer
 from cp_debug.bisect.observe import gap
+from cp_debug.minimize import Minimizer
 from cp_debug.recipes.base import Arrays, Model, Sample
 
 REST = 0.01

@@ -1,91 +1,156 @@
-"""How far correct FP32 implementations of the same layer lie apart: other orders of summation, other approximations.
+"""How far correct implementations of the same layer lie apart: other orders of summation, other approximations.
 
 Emulation knows one implementation. Another one may sum one after the other where the emulation sums pairwise, or
-compute ``exp(x) − 1`` where it computes ``expm1(x)``. The spread of such choices is put on the result of every node as
-random noise and carried to the end of the segment: what arrives there is no defect of the backend.
+compute ``exp(x) − 1`` where it computes ``expm1(x)``. ``spread`` says of every element by how much such choices may
+move it, ``doubt`` how large that is at the end of a segment.
 
-A sum of K terms in FP32, one after the other, rounds K partial sums, each by 0.4 u of its size (root mean square of the
-rounding error of a number whose mantissa is evenly spread). With S the whole sum and Q the sum of squares, the partial
-sums of terms in random order grow like k/K·S with a deviation of variance Q·k(K − k)/K², so that the error is
-0.4 u √(K·(S²/3 + Q/6)): √K/2 times larger for terms of one sign than for terms that cancel. Q needs one more pass, with
-squared operands.
+The errors of sums are in ``summation.py``, of elementary functions in ``operator_errors.py``, of operators that do many
+things at once in ``compound_errors.py``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from cp_debug.backends.arithmetic import Arithmetic
 from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor
+from cp_debug.bisect.compound_errors import compound
+from cp_debug.bisect.operator_errors import errors_of
+from cp_debug.bisect.summation import PRODUCTS, ROUNDING, U, squares, summation
 from cp_debug.graph.graph import Node
 
-ROUNDING = 0.4
-"""Root mean square of one rounding error, in unit roundoffs of the rounded number."""
-ULPS = 1.5
-"""Unit roundoffs that a good approximation of a transcendental function may be off, relative, root mean square."""
+DRAWS = 4
+"""Times that the noise of inner nodes is drawn; more often for few elements, whose noise may be small by luck."""
+FEW = 256
 
-PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
-MEANS = {"GlobalAveragePool", "AveragePool", "ReduceMean"}
-SUMS = {"ReduceSum"} | MEANS
-INSIDE = {"Softmax", "LogSoftmax", "LayerNormalization", "InstanceNormalization", "GroupNormalization", "ReduceL2"}
-"""Operators that sum on the way to their result."""
-MINUS_ONE = {"Elu", "Selu", "Celu"}
-"""Operators that may subtract 1 from an exponential near 1."""
-APPROXIMATED = {"Sigmoid", "Tanh", "Exp", "Log", "Erf", "Gelu", "Softplus", "Mish", "Sin", "Cos", "Pow", "Sqrt"}
+
+def doubt(
+    oracle: Executor,
+    nodes: Sequence[Node],
+    given: Mapping[str, AnyTensor],
+    target: str,
+    family: str = "",
+    claim: Arithmetic | None = None,
+) -> float:
+    """L2 norm by which correct implementations of a segment may be off at ``target``, over its finite elements.
+
+    ``family`` names the backend (``ort``, ``torch`` …) where its functions were measured; ``claim`` is the arithmetic
+    it claims, FP32 where None. Raises InputError as ``Executor.run_nodes`` does.
+    """
+    exact, spreads = _spreads(oracle, nodes, given, family, claim)
+    last = spreads.pop(target, None)
+    whole = torch.as_tensor(exact[target])
+    own = 0.0 if last is None else _norm(U * last * torch.isfinite(whole))
+    if not any(_is_some(s) for s in spreads.values()):
+        return own
+    draws = DRAWS if whole.numel() >= FEW else 4 * DRAWS
+    moved = [_norm(d) for d in _differences(oracle, nodes, exact, spreads, target, draws)]
+    return math.hypot(own, math.sqrt(sum(m * m for m in moved) / draws))
 
 
 def disturbed(
-    oracle: Executor, nodes: Sequence[Node], given: Mapping[str, AnyTensor], targets: Sequence[str]
+    oracle: Executor, nodes: Sequence[Node], given: Mapping[str, AnyTensor], targets: Sequence[str], family: str = ""
 ) -> dict[str, Tensor]:
     """The ``targets`` of a segment when every node's result is off by what correct implementations may differ.
 
     The noise is the same in every call. Raises InputError as ``Executor.run_nodes`` does.
     """
-    generator = torch.Generator().manual_seed(0)
-    values: dict[str, AnyTensor] = dict(given)
-    for node in nodes:
-        for name, value in oracle.run_nodes([node], values, node.outputs).items():
-            if isinstance(value, Tensor) and value.is_floating_point():
-                noise = torch.randn(value.shape, generator=generator, dtype=value.dtype).to(value.device)
-                value = value + 2.0**-24 * spread(oracle, node, values, value) * noise
-            values[name] = value
+    exact, spreads = _spreads(oracle, nodes, given, family, None)
+    values = _noisy(oracle, nodes, exact, spreads, torch.Generator().manual_seed(0))
     return {t: torch.as_tensor(values[t]) for t in targets}
 
 
-def spread(oracle: Executor, node: Node, values: Mapping[str, AnyTensor], result: Tensor) -> Tensor | float:
-    """By how much each element of a node's result may be off, root mean square, in units of FP32's roundoff."""
+def _spreads(
+    oracle: Executor, nodes: Sequence[Node], given: Mapping[str, AnyTensor], family: str, claim: Arithmetic | None
+) -> tuple[dict[str, AnyTensor], dict[str, Tensor]]:
+    """Every value of a segment, and by how much each may be off, in FP32's unit roundoffs."""
+    values: dict[str, AnyTensor] = dict(given)
+    spreads: dict[str, Tensor] = {}
+    for node in nodes:
+        results = oracle.run_nodes([node], values, node.outputs)
+        for name, value in results.items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                spreads[name] = spread(oracle, node, values, value, name, family, claim)
+        values.update(results)
+    return values, spreads
+
+
+def _differences(
+    oracle: Executor,
+    nodes: Sequence[Node],
+    exact: Mapping[str, AnyTensor],
+    spreads: Mapping[str, Tensor],
+    target: str,
+    draws: int,
+) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(draws):
+        noisy = torch.as_tensor(_noisy(oracle, nodes, exact, spreads, generator)[target])
+        yield (noisy - torch.as_tensor(exact[target])).nan_to_num(0.0, 0.0, 0.0)
+
+
+def _noisy(
+    oracle: Executor,
+    nodes: Sequence[Node],
+    exact: Mapping[str, AnyTensor],
+    spreads: Mapping[str, Tensor],
+    generator: torch.Generator,
+) -> dict[str, AnyTensor]:
+    """The values of a segment when each is off at random by its spread; only what noise reaches is computed again."""
+    values, moved = dict(exact), set[str]()
+    for node in nodes:
+        results = {n: exact[n] for n in node.outputs}
+        if not moved.isdisjoint(node.inputs):
+            results = oracle.run_nodes([node], values, node.outputs)  # type: ignore[assignment]
+            moved.update(node.outputs)
+        for name, value in results.items():
+            if _is_some(spreads.get(name)):
+                result = torch.as_tensor(value)
+                noise = torch.randn(result.shape, generator=generator, dtype=result.dtype).to(result.device)
+                value = result + U * spreads[name] * noise
+                moved.add(name)
+            values[name] = value
+    return values
+
+
+def _is_some(spread: Tensor | None) -> bool:
+    return spread is not None and bool(spread.any())
+
+
+def _norm(error: Tensor) -> float:
+    return float(torch.linalg.vector_norm(error.double()))
+
+
+def spread(
+    oracle: Executor,
+    node: Node,
+    values: Mapping[str, AnyTensor],
+    result: Tensor,
+    name: str = "",
+    family: str = "",
+    claim: Arithmetic | None = None,
+) -> Tensor:
+    """By how much each element of a node's result may be off, root mean square, in FP32's unit roundoffs."""
     inputs = oracle.run_nodes([], values, node.inputs)
-    if node.op in PRODUCTS | SUMS:
-        count = _terms(node, inputs, result)
-        squared = oracle.run_nodes([node], _squares(node, inputs), node.outputs)[node.outputs[0]]
-        if node.op in MEANS:
-            squared = squared / count
-        return ROUNDING * (count * (result.square() / 3 + squared / 6)).sqrt()
-    if node.op in INSIDE:
-        return ROUNDING * math.sqrt(inputs[node.inputs[0]].shape[-1] / 3) * result.abs()
-    if node.op in MINUS_ONE:
-        return (result < 0) * (1 + result.abs())
-    return ULPS * result.abs() if node.op in APPROXIMATED else 0.0
+    own = summation(oracle, node, inputs, result)
+    if own is not None and node.op in PRODUCTS and claim is not None and (operand := claim.operand or claim.value):
+        squared = oracle.run_nodes([node], squares(node, inputs), node.outputs)[node.outputs[0]]
+        own = torch.hypot(own, ROUNDING * _roundoff(operand) / U * (2 * squared).sqrt())
+    if own is None and (errors := errors_of(node, family)) is not None:
+        own = errors.spread(node, [inputs[n] for n in node.proto.input if n], result)
+    if own is None:
+        own = compound(oracle, node, inputs, result, name, family)
+    if claim is not None and claim.value is not None:
+        own = torch.hypot(own, ROUNDING * _roundoff(claim.value) / U * result.abs())
+    return own.nan_to_num(0.0, 0.0, 0.0)
 
 
-def _squares(node: Node, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inputs for which the node computes the sum of squared terms: operands squared, no bias."""
-    operands, bias = (node.inputs[:2], node.inputs[2:]) if node.op in PRODUCTS else (node.inputs[:1], ())
-    return {n: t.square() if n in operands else torch.zeros_like(t) if n in bias else t for n, t in inputs.items()}
-
-
-def _terms(node: Node, inputs: Mapping[str, Tensor], result: Tensor) -> float:
-    """How many terms one element of the result sums, on average."""
-    first = inputs[node.inputs[0]]
-    elements = max(result.numel(), 1)
-    if node.op == "Conv":
-        return inputs[node.inputs[1]][0].numel()
-    if node.op == "ConvTranspose":
-        return first.numel() * inputs[node.inputs[1]][0].numel() / elements
-    if node.op == "MatMul":
-        return first.shape[-1]
-    return first.numel() / (result.shape[0] if node.op == "Gemm" else elements)
+def _roundoff(rounding: Callable[[Tensor], Tensor]) -> float:
+    """The unit roundoff of a rounding: the most by which it moves numbers between 1 and 2."""
+    numbers = 1 + torch.arange(1, 4096, dtype=torch.float32) / 4096
+    return float((rounding(numbers) - numbers).abs().max())

@@ -18,11 +18,11 @@ from cp_debug.backends.rounding import round_fp16
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.backends.weights import Weights
 from cp_debug.bisect.causes.ranges import HALF, half_figures
+from cp_debug.bisect.verdict import RANGE
+from cp_debug.graph.graph import Node
 from cp_debug.programs.layers import layer_name
 from cp_debug.programs.pipeline import Key, Pipeline
 from cp_debug.programs.scene import decode
-from cp_debug.bisect.verdict import RANGE
-from cp_debug.graph.graph import Node
 from cp_debug.recipes.base import Arrays, Model, Sample
 
 LONG = 1152

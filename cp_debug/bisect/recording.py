@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from cp_debug.backends.base import Backend, RunRecord
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
-from cp_debug.programs.pipeline import Pipeline, choose_export, header, prepare
-from cp_debug.programs.precision import coarser
 from cp_debug.bisect.result import BisectResult, LayerRow, TestResult
-from cp_debug.serialize import json_safe
 from cp_debug.bisect.verdict import judge
 from cp_debug.errors import InputError
 from cp_debug.probes.capture import Capture, CaptureWriter, array_hash
 from cp_debug.probes.statistics import compare
+from cp_debug.programs.paired_captures import Tensor, pair_captures
+from cp_debug.programs.pipeline import Pipeline, choose_export, header, prepare
+from cp_debug.programs.precision import coarser
 from cp_debug.recipes.base import Model
+from cp_debug.serialize import json_safe
 
 
 def record(
@@ -55,11 +57,19 @@ def record(
 
 
 def compare_captures(
-    reference: Capture, test: Capture, *, rtol: float | None = None, atol: float | None = None, force: bool = False
+    reference: Capture,
+    test: Capture,
+    *,
+    rtol: float | None = None,
+    atol: float | None = None,
+    force: bool = False,
+    maps: Sequence[str] = (),
 ) -> BisectResult:
     """Compare what two captures have in common, in the reference's execution order; the worst sample of each tensor.
 
-    Raises InputError with the reason when models or inputs differ, unless ``force``; and when nothing is in common.
+    Tensors are paired as ``maps`` says (``REFERENCE=TEST`` each), by name, else by what they hold; final outputs also
+    by position and shape. Raises InputError with the reason when models or inputs differ, unless ``force``; for a wrong
+    map; and when no final output, or nothing at all, is in common.
     """
     reasons = reference.differences(test)
     if reasons and not force:
@@ -67,15 +77,17 @@ def compare_captures(
     ours, theirs = record_of(reference), record_of(test)
     precision = coarser(ours.precision, theirs.precision)
     tolerance = (precision.rtol if rtol is None else rtol, precision.atol if atol is None else atol)
+    pairs = pair_captures(reference, test, maps)
     present = {(e.sample, e.component, e.name) for e in test.entries}
     names = reference.manifest.get("layers", {})
     rows: dict[tuple[str, str], LayerRow] = {}
     compared = 0
     for entry in reference.entries:
-        if (entry.sample, entry.component, entry.name) not in present:
+        component, name = pairs.get((entry.component, entry.name), (None, ""))
+        if component is None or (entry.sample, component, name) not in present:
             continue
-        where = entry.name, entry.sample, entry.component
-        stats = compare(reference.load(*where), test.load(*where))
+        ours_, theirs_ = (entry.name, entry.sample, entry.component), (name, entry.sample, component)
+        stats = compare(reference.load(*ours_), test.load(*theirs_))
         key = (entry.component, entry.name)
         row = LayerRow(
             index=rows[key].index if key in rows else len(rows),
@@ -92,21 +104,48 @@ def compare_captures(
             rows[key] = row
     if not rows:
         raise InputError(f"{reference.folder} and {test.folder} have no tensor in common")
-    final = [tuple(pair) for pair in reference.manifest.get("outputs", [])]
+    final = [(str(component), str(name)) for component, name in reference.manifest.get("outputs", [])]
+    if final and not any(key in rows for key in final):
+        outputs = [", ".join(name for _, name in c.manifest.get("outputs", [])) for c in (reference, test)]
+        raise InputError(
+            f"no output was compared: {reference.folder} has {outputs[0]}, {test.folder} has {outputs[1] or 'none'}; "
+            "--map REFERENCE=TEST pairs two of them"
+        )
+    total = len({(e.component, e.name) for e in reference.entries})
     result = TestResult(
         backend=theirs,
         rows=list(rows.values()),
         stages=[],
         outputs=[rows[key] for key in final if key in rows],
         compared=compared,
-        total=len({(e.component, e.name) for e in reference.entries}),
+        total=total,
         rtol=tolerance[0],
         atol=tolerance[1],
         oracle=None,
-        notes=[f"compared by force: {reason}" for reason in reasons],
+        notes=[*(f"compared by force: {reason}" for reason in reasons), *_pairing_notes(pairs, rows, total)],
+        pairing=_pairing(reference, pairs),
+        expected_outputs=[name for _, name in final],
     )
     model = reference.manifest.get("model", {}).get("name", "")
     return BisectResult(model, ours, [result], list(reference.manifest.get("samples", [])), {})
+
+
+def _pairing(reference: Capture, pairs: Mapping[Tensor, Tensor]) -> dict[str, Any]:
+    """What could not be paired, by component; nothing where all could."""
+    missing: dict[str, list[str]] = {}
+    for key in dict.fromkeys((e.component, e.name) for e in reference.entries):
+        if key not in pairs:
+            missing.setdefault(key[0], []).append(key[1])
+    return {component: {"missing": names} for component, names in missing.items()}
+
+
+def _pairing_notes(pairs: Mapping[Tensor, Tensor], rows: Collection[Tensor], total: int) -> Iterator[str]:
+    if components := sorted({(a, b) for (a, _), (b, _) in pairs.items() if a != b}):
+        yield "components paired: " + ", ".join(f"{a} = {b}" for a, b in components)
+    if renamed := sum(a != b for (_, a), (_, b) in pairs.items()):
+        yield f"{renamed} of {len(pairs)} tensors have other names in the test: paired by what they hold or as told"
+    if len(rows) < total:
+        yield f"{total - len(rows)} of {total} tensors have no counterpart in the test"
 
 
 def record_of(capture: Capture) -> RunRecord:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -26,14 +26,13 @@ from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.kernels import KERNELS
 from cp_debug.backends.memory import Trimmer
-from cp_debug.probes.distance import distance, ratio
-from cp_debug.programs.precision import BESIDE_INT8, PRECISIONS, Precision, coarsest
-from cp_debug.bisect.perturbation import disturbed
-from cp_debug.probes.distance import distance, ratio
+from cp_debug.bisect.perturbation import doubt
 from cp_debug.bisect.quantized_segment import EmulatedSegment, Quantized, balanced
-from cp_debug.bisect.perturbation import disturbed
+from cp_debug.bisect.range_loss import RangeLoss
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
+from cp_debug.probes.distance import distance, ratio
+from cp_debug.programs.precision import BESIDE_INT8, PRECISIONS, Precision, coarsest
 
 Load = Callable[[str], AnyTensor]
 """A captured value by its name in the graph. Raises InputError where the capture lacks it."""
@@ -47,9 +46,6 @@ stay below 5, so what was inherited more likely was introduced by the reference.
 EXCESS = 4.0
 """A layer whose introduced error is this many times the expected one is guilty: ``docs/thresholds.md`` has the
 measurements."""
-BEYOND_DOUBT = 1000.0
-"""An excess that no other order of summation explains, so that nobody need ask."""
-
 ROOM = (1.02, 1.05, 1.1)
 """A layer in INT8 that raises a doubt is emulated again with scales larger by these factors: of few elements, one
 emulation may come out nearly exact by luck."""
@@ -76,9 +72,11 @@ class Replay:
     """Bound of the oracle's own rounding, relative."""
     new_nonfinite: int = 0
     """Elements that are NaN or Inf here although the oracle, from the same inputs, says they are finite."""
+    wanted: int = 0
+    """Elements beyond the type's range that became Inf, or its largest number, and change nothing that reads them."""
     range_loss: float = 0.0
     """Relative error of merely storing the segment's weights and result in the test's precision: large where they
-    overflow or vanish."""
+    overflow or vanish; 0 where that changes nothing that is computed from them."""
     reference_excess: float = 0.0
     """The same question asked of the reference, for layers that amplify suspiciously."""
     declared: float | None = None
@@ -94,6 +92,10 @@ class Replay:
     precision: str | None = None
     """What the test claims to be here, where that is known: its backend's precision, or a coarser one that its program
     declares for these nodes."""
+    instead: str = ""
+    """Of whole numbers that are not what the inputs make, nor what emulation makes of them: both, in words."""
+    not_emulated: tuple[str, ...] = ()
+    """Nodes of the segment that have no kernel in the claimed arithmetic: ``expected`` says nothing of them."""
     skipped: str | None = None
 
 
@@ -111,11 +113,12 @@ class Replayer:
         emulated: bool = False,
         narrow: tuple[Mapping[str, str], Mapping[str, str]] = (MappingProxyType({}), MappingProxyType({})),
         quantized: tuple[Quantized | None, Quantized | None] = (None, None),
+        families: tuple[str, str] = ("", ""),
     ) -> None:
         """``precisions`` are those that the reference and the test claim to have; ``quantized`` what each of them does
         in INT8, where that is known; ``narrow`` the values (by their names in ``graph``) that each holds in ``fp16`` or
-        ``bf16`` because its own program says so. ``emulated``: the test is the emulation of its claim, of this very graph, so that
-        emulating its layers again would give what was captured.
+        ``bf16`` because its own program says so; ``families`` those of their backends. ``emulated``: the test is the
+        emulation of its claim, of this very graph, so that emulating its layers again would give what was captured.
         """
         self.graph = graph
         self.precision = PRECISIONS[precisions[1]]
@@ -126,13 +129,15 @@ class Replayer:
         self._device = device
         self._narrow = narrow
         self._claims = precisions
+        self._families = families
         first = self._emulator(0, oracle)
         alike = precisions[0] == precisions[1] and narrow[0] == narrow[1]
         self._emulators = first, first if alike else self._emulator(1, oracle)
         self.quantized = quantized
         self._emulated = emulated
+        self._finer: Executor | None = None
         self._trimmer = Trimmer(TRIM_AFTER)
-        self._weight_loss = lru_cache(maxsize=None)(self._storage_loss_of_weight)
+        self._range_loss = RangeLoss(graph, self.oracle, self.known)
 
     def _emulator(self, side: int, oracle: str) -> Executor:
         """What computes as the reference (0) or the test (1) claims to."""
@@ -195,26 +200,19 @@ class Replayer:
         divergence = self._divergence(given, reference) if known is None else known
         results = {}
         for target in targets:
-            replay = self._judge(captured[target], exact[target], [expected.results[target]], claim)
-            if EXCESS < (replay.excess or 0.0) < BEYOND_DOUBT:
-                others = self._others(1, nodes, given, target)
-                replay = self._judge(captured[target], exact[target], [expected.results[target], *others], claim)
+            replay = self._asked(1, nodes, given, target, captured[target], exact[target], expected, claim)
+            if replay.new_nonfinite or (replay.excess or 0.0) > EXCESS:
+                replay = self._in_range(replay, target, captured[target], exact[target], expected, claim, test)
             if (quantized := self.quantized[1]) is not None and quantized.touches(nodes):
                 replay.clipped, replay.step = expected.clipped, expected.step
                 declared = quantized.declared(target, self.known, given)
                 _hold_against_scales(replay, captured[target], exact[target], expected.results[target], declared)
             replay.nodes, replay.precision = tuple(n.name for n in nodes), own.name
+            replay.not_emulated = self._not_emulated(nodes)
+            replay.instead = _instead(captured[target], exact[target], expected.results[target])
             replay.oracle_error = self._oracle_roundoff * math.sqrt(max(self._reduction(n) for n in nodes))
-            replay.range_loss = max(
-                self._storage_loss(exact[target], own.name),
-                *(
-                    self._weight_loss(i, self.claim(1, [n]).name)
-                    for n in nodes
-                    for i in n.inputs
-                    if i in self.graph.initializers
-                ),
-                0.0,
-            )
+            of_node = partial(self._claim_of_node, 1)
+            replay.range_loss = self._range_loss(nodes, given, target, exact[target], of_node, test)
             self._trace_back(replay, exact[target], reference(target), divergence)
             rounding = self.claim(0, nodes).roundoff * math.sqrt(max(self._reduction(n) for n in nodes))
             if replay.inherited is not None and replay.inherited > SUSPICIOUS * divergence + 2 * rounding:
@@ -222,6 +220,10 @@ class Replayer:
             results[target] = replay
             self._trimmer.freed(exact[target].nbytes)
         return results
+
+    def _not_emulated(self, nodes: list[Node]) -> tuple[str, ...]:
+        emulator = self._emulators[1]
+        return tuple(n.name for n in nodes if not emulator.emulates(n))
 
     def _exact(self, nodes: list[Node]) -> bool:
         """Whether the emulation of the claim computes ``nodes`` just as the oracle does, by the same code."""
@@ -251,12 +253,45 @@ class Replayer:
             return quantized.ideal(emulator, nodes, given, exact), precision
         return EmulatedSegment(exact if emulator is self.oracle else emulator.run_nodes(nodes, given, exact)), precision
 
-    def _others(self, side: int, nodes: list[Node], given: Mapping[str, AnyTensor], target: str) -> Iterator[AnyTensor]:
-        """What other correct implementations might give, when emulating one has raised a doubt."""
+    def _asked(
+        self,
+        side: int,
+        nodes: list[Node],
+        given: Mapping[str, AnyTensor],
+        target: str,
+        captured: AnyTensor,
+        exact: Tensor,
+        expected: EmulatedSegment,
+        claim: Precision,
+    ) -> Replay:
+        """The replay of one value of the reference (0) or the test (1): where emulating one correct implementation has
+        raised a doubt, others are asked."""
+        replay = self._judge(captured, exact, [expected.results[target]], claim)
+        if (replay.excess or 0.0) <= EXCESS:
+            return replay
         quantized = self.quantized[side]
-        if quantized is None or not quantized.touches(nodes):
-            yield disturbed(self.oracle, nodes, given, [target])[target]
-            return
+        if quantized is not None and quantized.touches(nodes):
+            others = self._rooms(quantized, side, nodes, given, target)
+            return self._judge(captured, exact, [expected.results[target], *others], claim)
+        oracle = self._oracle_of(claim)
+        if oracle is not self.oracle:
+            exact = _as_tensor(oracle.run_nodes(nodes, given, [target])[target])
+        arithmetic = None if quantized is not None else ARITHMETICS[claim.name]
+        allowed = doubt(oracle, nodes, given, target, self._families[side], arithmetic)
+        return self._judge(captured, exact, [expected.results[target]], claim, allowed)
+
+    def _oracle_of(self, claim: Precision) -> Executor:
+        """The oracle, or one in FP64 where it is no finer than what is judged."""
+        if self._oracle_roundoff < claim.roundoff or self.oracle.arithmetic is FP64:
+            return self.oracle
+        if self._finer is None:
+            self._finer = Executor(self.graph, FP64, self._device)
+        return self._finer
+
+    def _rooms(
+        self, quantized: Quantized, side: int, nodes: list[Node], given: Mapping[str, AnyTensor], target: str
+    ) -> Iterator[AnyTensor]:
+        """What somewhat larger scales give."""
         for room in ROOM:
             yield quantized.ideal(self._emulators[side], nodes, given, [target], room).results[target]
 
@@ -266,13 +301,14 @@ class Replayer:
         exact: Tensor,
         correct: Iterable[AnyTensor],
         claim: Precision,
+        doubt: float = 0.0,
     ) -> Replay:
-        """``correct``: what implementations without a fault give."""
+        """``correct``: what implementations without a fault give; ``doubt``: how far others may be off, an L2 norm."""
         if tuple(captured.shape) != tuple(exact.shape):
             return Replay(skipped=f"the shape is {list(captured.shape)}, the oracle's {list(exact.shape)}")
         introduced, scale, new_nonfinite = distance(captured, exact)
         allowed = (introduced if c is captured else distance(c, exact).difference for c in correct)
-        expected = max(*allowed, FLOOR * claim.roundoff * scale)
+        expected = max(*allowed, doubt, FLOOR * claim.roundoff * scale)
         return Replay(
             introduced=ratio(introduced, scale),
             expected=ratio(expected, scale),
@@ -292,12 +328,31 @@ class Replayer:
         given = {s: reference(s) for s in starts}
         exact = _as_tensor(self.oracle.run_nodes(nodes, given, [target])[target])
         expected, claim = self._expect(0, nodes, given, {target: exact})
-        emulated = expected.results[target]
-        replay = self._judge(reference(target), exact, [emulated], claim)
-        if EXCESS < (replay.excess or 0.0) < BEYOND_DOUBT:
-            others = self._others(0, nodes, given, target)
-            replay = self._judge(reference(target), exact, [emulated, *others], claim)
-        return replay.excess or 0.0
+        return self._asked(0, nodes, given, target, reference(target), exact, expected, claim).excess or 0.0
+
+    def _in_range(
+        self,
+        replay: Replay,
+        target: str,
+        captured: AnyTensor,
+        exact: Tensor,
+        expected: EmulatedSegment,
+        claim: Precision,
+        test: Load,
+    ) -> Replay:
+        """The replay without the elements that the claimed type cannot hold, where nothing that reads them notices."""
+        if tuple(captured.shape) != tuple(exact.shape):
+            return replay
+        beyond = self._range_loss.beyond(target, self._hold(captured), exact, claim, test)
+        if beyond is None:
+            return replay
+        rest = [torch.where(beyond, 0.0, self._hold(t)) for t in (captured, exact, expected.results[target])]
+        replay = self._judge(rest[0], rest[1], [rest[2]], claim)
+        replay.wanted = int(beyond.sum())
+        return replay
+
+    def _claim_of_node(self, side: int, node: Node) -> Precision:
+        return self.claim(side, [node])
 
     def _divergence(self, given: Mapping[str, AnyTensor], reference: Load) -> float:
         """Relative L2 divergence of a segment's inputs, all of them taken as one vector."""
@@ -309,17 +364,6 @@ class Replayer:
             found = distance(ours, theirs)
             differing, whole = math.hypot(differing, found.difference), math.hypot(whole, found.whole)
         return ratio(differing, whole)
-
-    def _storage_loss(self, exact: Tensor, precision: str) -> float:
-        value = ARITHMETICS[precision].value
-        if value is None or not exact.is_floating_point():
-            return 0.0
-        exact = exact.float()
-        lost, scale, _ = distance(value(exact), exact)
-        return ratio(lost, scale)
-
-    def _storage_loss_of_weight(self, name: str, precision: str) -> float:
-        return self._storage_loss(self._hold(self.graph.initializer(name)), precision)
 
     def _reduction(self, node: Node) -> int:
         """How many products one element of the result sums, by the weight's shape; 1 where nothing is summed."""
@@ -341,6 +385,18 @@ def _as_tensor(value: Any) -> Tensor:
     array = np.asarray(value)
     wide = array.dtype.kind == "u" and array.dtype.itemsize < 8
     return torch.from_numpy(array.astype(np.int64 if wide else np.float64))
+
+
+def _instead(captured: AnyTensor, exact: Tensor, expected: AnyTensor) -> str:
+    """What whole numbers were computed where the inputs make others; empty where they agree with either."""
+    if exact.is_floating_point() or tuple(captured.shape) != tuple(exact.shape):
+        return ""
+    ours, right, emulated = (FP64.hold(t, "cpu") for t in (captured, exact, expected))
+    if torch.equal(ours, right) or (tuple(emulated.shape) == tuple(ours.shape) and torch.equal(ours, emulated)):
+        return ""
+    if right.numel() <= 16:
+        return f"gives {ours.tolist()} where its inputs make {right.tolist()}"
+    return f"{int((ours != right).sum())} of {right.numel()} whole numbers are not what its inputs make"
 
 
 def _hold_against_scales(

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from cp_debug.backends.base import RunRecord
 from cp_debug.bisect.observe import Observation
-from cp_debug.bisect.replay import Replay
+from cp_debug.bisect.regions.region import Region
+from cp_debug.bisect.replay import EXCESS, Replay
 from cp_debug.display import notebook, terminal
 from cp_debug.probes.statistics import TensorStats
 from cp_debug.safe_text import one_line
@@ -54,6 +55,11 @@ class LayerRow:
     sample: int = 0
     tactic: str = ""
     """Name of the kernel that wrote the value, where the backend tells."""
+    region: Region | None = None
+    """What the row stands for where that is more than a layer; then ``name`` is its label."""
+    kind: str = "data"
+    """``data``; or, of a side value, ``constant`` or ``shape``: see ``Layer``. Side values have a row where they
+    differ."""
 
     def __post_init__(self) -> None:
         self.name, self.op, self.tactic = one_line(self.name), one_line(self.op), one_line(self.tactic)
@@ -75,6 +81,7 @@ class LayerRow:
             "name": self.name,
             "onnx": self.onnx,
             "op": self.op,
+            "kind": self.kind,
             **{k: v for k, v in stats.items() if k != "channel_max"},
             **json_safe(
                 {
@@ -95,8 +102,10 @@ class LayerRow:
                 }
             ),
             "nodes": list(replay.nodes),
+            "not_emulated": list(replay.not_emulated),
             "skipped": replay.skipped,
             "tactic": self.tactic,
+            "region": self.region.to_dict() if self.region else None,
             "within_tolerance": self.within,
             "verdict": self.verdict,
             "why": self.why,
@@ -120,6 +129,31 @@ class StageRow:
         row = self.layer.to_dict()
         keys = ("component", "onnx", "shape", "max_abs", "mean_abs", "rel_l2", "cosine", "verdict")
         return {"stage": self.name, "layer": row["name"], **{k: row[k] for k in keys}}
+
+
+@dataclass
+class Remainder:
+    """Why outputs differ that no layer is guilty of. Relative L2 of the worst final output."""
+
+    divergence: float
+    rounding: float | None = None
+    """What the emulated precision makes of the same inputs; None where it is the test, or cannot be emulated."""
+    not_replayed: dict[str, str] = field(default_factory=dict)
+    """Node → why it was not replayed, or why nobody knows what it may introduce."""
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether every node was replayed, and rounding alone makes about as much."""
+        return not self.not_replayed and (self.rounding is None or self.divergence <= EXCESS * self.rounding)
+
+    def __str__(self) -> str:
+        if self.not_replayed:
+            names = ", ".join([*self.not_replayed][:3])
+            more = f" and {len(self.not_replayed) - 3} more" if len(self.not_replayed) > 3 else ""
+            return f"not replayed or not emulated, so not explained: {names}{more}"
+        if self.adds_up:
+            return "the rounding adds up"
+        return f"but rounding alone makes {self.rounding:.2g} of it: the rest is not explained"
 
 
 @dataclass
@@ -149,6 +183,23 @@ class TestResult:
     """What became of the detections, over all samples; None where the model has none."""
     knobs: Knobs | None = None
     """What ONNX Runtime's optimiser is responsible for, where it was asked."""
+    expected_outputs: list[str] = field(default_factory=list)
+    """The final outputs of the reference; ``outputs`` are those that were compared."""
+    pairing: dict[str, Any] = field(default_factory=dict)
+    """Component → how its values were paired with the reference's, where the test runs another graph."""
+    remainder: Remainder | None = None
+    """Of a run with replay in which no layer is guilty and outputs differ: whether rounding adds up to it."""
+
+    @property
+    def missing_outputs(self) -> list[str]:
+        """Final outputs of the reference that were not compared."""
+        return [name for name in self.expected_outputs if name not in {row.onnx for row in self.outputs}]
+
+    @property
+    def coverage(self) -> str:
+        """What was compared: ``3 of 3 outputs, 27 of 27 values``."""
+        expected = max(len(self.expected_outputs), len(self.outputs))
+        return f"{len(self.outputs)} of {expected} outputs, {self.compared} of {self.total} values"
 
     @property
     def guilty(self) -> list[LayerRow]:
@@ -167,8 +218,8 @@ class TestResult:
 
     @property
     def agrees(self) -> bool:
-        """No guilty layer, and every final output within the tolerance."""
-        return not self.guilty and all(row.within for row in self.outputs)
+        """No guilty layer, and every final output that was compared within the tolerance; never without one."""
+        return not self.guilty and bool(self.outputs) and all(row.within for row in self.outputs)
 
     @property
     def layers(self) -> pd.DataFrame:
@@ -183,6 +234,14 @@ class TestResult:
         return {
             "backend": self.backend.spec,
             "alignment": {"aligned": self.compared, "total": self.total},
+            "compared": {
+                "says": self.coverage,
+                "outputs": len(self.outputs),
+                "outputs_expected": self.expected_outputs,
+                "values": self.compared,
+                "values_expected": self.total,
+            },
+            "pairing": self.pairing,
             "tolerance": json_safe({"rtol": self.rtol, "atol": self.atol}),
             "stages": [stage.to_dict() for stage in self.stages],
             "layers": [row.to_dict() for row in self.rows],
@@ -201,6 +260,9 @@ class TestResult:
             "findings": json_safe([finding.to_dict() for finding in self.findings]),
             "detections": json_safe(asdict(self.detections)) if self.detections else None,
             "knobs": json_safe(self.knobs.to_dict()) if self.knobs else None,
+            "remainder": json_safe(asdict(self.remainder) | {"adds_up": self.remainder.adds_up})
+            if self.remainder
+            else None,
         }
 
 
@@ -220,6 +282,8 @@ class BisectResult:
     reference_observation: Observation | None = None
     """The reference against itself, on the first sample."""
     command: str = ""
+    weights: dict[str, Any] = field(default_factory=dict)
+    """Component → how the weights of two models differ (``WeightDifferences.to_dict``); empty where both run one."""
 
     @property
     def layers(self) -> pd.DataFrame:
@@ -248,6 +312,7 @@ class BisectResult:
             "coverage": self.coverage,
             "reference_observation": asdict(self.reference_observation) if self.reference_observation else {},
             "programs": self.programs,
+            "weights": json_safe(self.weights),
             **blocks[0],
             "tests": blocks,
         }

@@ -9,41 +9,50 @@ import numpy as np
 
 from cp_debug.backends.arithmetic import FP32
 from cp_debug.backends.executor import Executor
-from cp_debug.probes.distance import ratio
-from cp_debug.programs.pipeline import Key
-from cp_debug.bisect.result import GUILTY, LayerRow
 from cp_debug.bisect.candidate_run import CandidateRun, loader
-from cp_debug.errors import InputError
+from cp_debug.bisect.result import GUILTY, LayerRow
+from cp_debug.errors import in_one_line
 from cp_debug.probes.arrays import as_numpy
 from cp_debug.probes.capture import Capture
+from cp_debug.probes.distance import ratio
+from cp_debug.programs.pipeline import Key
 from cp_debug.recipes.base import Arrays, Sample
 
 MOST = 8
 """Guilty layers whose share is computed, the most excessive first: each costs part of a forward pass."""
 
 
-def set_shares(run: CandidateRun, rows: Mapping[Key, LayerRow], sample: Sample, reference: Capture, test: Capture) -> None:
+def set_shares(
+    run: CandidateRun, rows: Mapping[Key, LayerRow], sample: Sample, reference: Capture, test: Capture
+) -> list[str]:
     """Give every guilty row (up to ``MOST``) its share of the final divergence.
 
     The introduced error of a layer is added to the reference's value there and carried to the final outputs in FP32,
     giving Δ. Its share is ⟨Δ, D⟩ ÷ ‖D‖² for the final divergence D, each output scaled by its reference norm: shares
     of independent errors in a nearly linear network add up to 1. Glue has no node to replay, and what NaN and Inf
-    that are born in a layer do to the end is no number: no share.
+    that are born in a layer do to the end is no number: no share. Returns a sentence for each share that could not be
+    computed.
     """
     guilty = [
         (key, row)
         for key, row in rows.items()
-        if row.verdict == GUILTY and row.side == "test" and row.op != "input" and row.replay and not row.replay.new_nonfinite
+        if row.verdict == GUILTY
+        and row.side == "test"
+        and row.op != "input"
+        and row.replay
+        and not row.replay.new_nonfinite
     ]
     guilty.sort(key=lambda item: item[1].replay.excess or 0.0, reverse=True)  # type: ignore[union-attr]
+    notes: list[str] = []
     if not guilty:
-        return
+        return notes
     propagate = Propagation(run, sample, reference, test)
     for key, row in guilty[:MOST]:
         try:
             row.share = propagate.share(key)
-        except InputError:  # the replay of this layer says why
-            continue
+        except Exception as error:
+            notes.append(f"{row.name}: its share of the final divergence is not known: {in_one_line(error)}")
+    return notes
 
 
 class Propagation:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from cp_debug.programs.precision import Precision
+from cp_debug.bisect.range_loss import RANGE
 from cp_debug.bisect.replay import EXCESS, Replay
 from cp_debug.bisect.result import DIVERGENT, GUILTY, INHERITED, OK, SHAPE
 from cp_debug.probes.statistics import TensorStats
-
-RANGE = 8.0
-"""Merely storing a layer's result in the test's precision may lose this many unit roundoffs: more means that numbers
-overflow, vanish, or lie among the subnormals."""
+from cp_debug.programs.precision import Precision
 
 
 class Judgement(NamedTuple):
@@ -34,6 +31,8 @@ def judge(
         return Judgement(SHAPE, False, f"the shape is {list(stats.shape_test)}, the reference's {list(stats.shape)}")
     if replay is None or replay.introduced is None or replay.excess is None:
         return Judgement(OK if within else DIVERGENT, within)
+    if stats.equal:  # there is no divergence to be guilty of, however inexact both are
+        return Judgement(OK, within)
     if replay.new_nonfinite:
         return Judgement(GUILTY, within, f"{replay.new_nonfinite} NaN or Inf are born here")
     if replay.excess > EXCESS and replay.introduced > floor:
@@ -55,4 +54,8 @@ def _scales(replay: Replay) -> str:
     """Whether a layer in INT8 does what its scales say."""
     if replay.deviation_from_scales is None or replay.introduced is None:
         return ""
-    return ", as its scales say" if replay.deviation_from_scales < replay.introduced / 2 else ", and not what its scales say"
+    return (
+        ", as its scales say"
+        if replay.deviation_from_scales < replay.introduced / 2
+        else ", and not what its scales say"
+    )

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from cp_debug.bisect.causes.finding import Finding
-from cp_debug.bisect.optimizer_blame import Knobs
-from cp_debug.programs.pipeline import Key
-from cp_debug.bisect.result import LayerRow
 from cp_debug.bisect.observe import Observation
+from cp_debug.bisect.optimizer_blame import Knobs
+from cp_debug.bisect.replay import EXCESS
+from cp_debug.bisect.result import LayerRow, Remainder
 from cp_debug.detection.detection_change import DetectionChange, compare_detections
+from cp_debug.programs.pipeline import Key
+from cp_debug.recipes.abilities import DetectsBoxes
 
 
 class Collected:
@@ -23,6 +25,9 @@ class Collected:
         self.knobs: Knobs | None = None
         self.findings: list[Finding] = []
         self.detections: DetectionChange | None = None
+        self._unexplained: dict[str, None] = {}
+        self.remainder: Remainder | None = None
+        """Of the worst sample, where no layer is guilty of its divergence."""
 
     def is_worst(self, rows: Mapping[Key, LayerRow]) -> bool:
         """Whether no sample before has a row that is as severe as the worst of these."""
@@ -31,7 +36,7 @@ class Collected:
 
     def detect(self, reference: Any, test: Any) -> None:
         """Add what became of one sample's detections, where both sides have some in boxes."""
-        if hasattr(reference, "boxes") and hasattr(test, "boxes"):
+        if isinstance(reference, DetectsBoxes) and isinstance(test, DetectsBoxes):
             change = compare_detections(reference, test)
             self.detections = change if self.detections is None else self.detections + change
 
@@ -46,13 +51,38 @@ class Collected:
         if self.observation is None or seen.observer_gap > self.observation.observer_gap:
             self.observation = seen
 
+    def explained(self, notes: Iterable[str]) -> None:
+        """Add what could not be explained in one sample."""
+        self._unexplained.update(dict.fromkeys(notes))
+
     def notes(self, spec: str) -> list[str]:
         """What a reader must know besides the rows."""
         notes = observation_notes(spec, self.observation)
         rows = self.rows.values()
         skipped = Counter(row.replay.skipped for row in rows if row.replay and row.replay.skipped)
+        notes.extend(self._unexplained)
+        notes.extend(both_inexact(rows))
+        if unknown := [row.name for row in rows if row.replay and row.replay.not_emulated]:
+            what = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+            notes.append(f"{len(unknown)} layer(s) not emulated, so nobody knows what they may introduce: {what}")
         notes.extend(f"{count} layer(s) not replayed: {reason}" for reason, count in skipped.items())
         return notes
+
+
+def both_inexact(rows: Collection[LayerRow]) -> list[str]:
+    """A sentence about layers that are equal on both sides, and farther from the oracle than precision explains."""
+    inexact = [
+        r for r in rows if r.stats.equal and r.replay and (r.replay.new_nonfinite or (r.replay.excess or 0.0) > EXCESS)
+    ]
+    if not inexact:
+        return []
+    worst = max(inexact, key=lambda r: r.replay.excess or 0.0 if r.replay else 0.0)
+    names = ", ".join(row.name for row in inexact[:4]) + (" …" if len(inexact) > 4 else "")
+    excess = worst.replay.excess if worst.replay else None
+    return [
+        f"{len(inexact)} layer(s) have the same bits on both sides, and both are inexact, up to "
+        f"{excess or 0.0:.3g}× what their precision explains ({worst.name}): {names}"
+    ]
 
 
 def observation_notes(spec: str, seen: Observation | None) -> list[str]:

@@ -50,6 +50,9 @@ def bisect(
     test_model: Annotated[
         Path | None, typer.Option(help="Another .onnx for the tests (a folder, for several components).")
     ] = None,
+    maps: Annotated[
+        list[str] | None, typer.Option("--map", help="REFERENCE=TEST: compare these two values; repeatable.")
+    ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Weights: .pt, .safetensors, or what `cpdebug quantize` wrote.")
     ] = None,
@@ -88,10 +91,11 @@ def bisect(
     from cp_debug.backends.spec import parse_backends
     from cp_debug.bisect.engine import Options
     from cp_debug.bisect.engine import bisect as run
-    from cp_debug.cli.console import command_line, show, steps
+    from cp_debug.cli.console import command_line, errors, show, steps
     from cp_debug.reports.files import write_json
 
-    specs = parse_backends(backends)
+    differs = test_model is not None or test_checkpoint is not None or test_train_mode or test_out_of_place
+    specs = parse_backends(backends, repeats=differs)
     tests = specs[1:]
     engines.check(specs)
     int8.check(specs, calibration.own_scales(specs, model, checkpoint, test_model))
@@ -124,12 +128,13 @@ def bisect(
         exporter=exporter.chosen,
         folded=not unfolded,
         calibration=int8.chosen,
+        maps=maps or (),
         save=kept,
     )
     with stack, steps() as on_step:
         given = engines.calibrated(model, checkpoint, stack)
         made = tensorrt.make(specs, given, on_step)
-        result = run(model, made, test_model=test_model, options=options, on_step=on_step)
+        result = run(model, made, test_model=test_model, options=options, on_step=on_step, on_say=errors.print)
         result.command = command_line()
         if html:
             from cp_debug.reports.page import write_page

@@ -14,6 +14,9 @@ def compare(
     rtol: Annotated[float | None, typer.Option(help="Tolerance on max |Δ|, relative to max |reference|.")] = None,
     atol: Annotated[float | None, typer.Option(help="Absolute tolerance on max |Δ|.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Compare although models or inputs differ.")] = False,
+    maps: Annotated[
+        list[str] | None, typer.Option("--map", help="REFERENCE=TEST: compare these two tensors; repeatable.")
+    ] = None,
     show_all: Annotated[bool, typer.Option("--all", help="Every tensor.")] = False,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Write the table as CSV.")] = None,
@@ -23,6 +26,8 @@ def compare(
     from cp_debug.cli.console import show
     from cp_debug.probes.capture import Capture
 
-    result = compare_captures(Capture.open(reference), Capture.open(test), rtol=rtol, atol=atol, force=force)
+    result = compare_captures(
+        Capture.open(reference), Capture.open(test), rtol=rtol, atol=atol, force=force, maps=maps or ()
+    )
     show(result, json=json, csv=csv, show_all=show_all)
     raise typer.Exit(0 if result.agrees else 1)

@@ -17,6 +17,7 @@ from rich import box
 from rich.table import Table
 
 from cp_debug.backends.base import Backend, Program, RunRecord, Session
+from cp_debug.backends.capabilities import timer_of as own_timer
 from cp_debug.programs.pipeline import Pipeline
 from cp_debug.recipes.base import Arrays, Model, Sample
 
@@ -91,7 +92,7 @@ def bench(
 
 def timer_of(session: Session, passes: int) -> Timer:
     """Runs a component and takes its time; ``passes`` is how often that will be asked."""
-    own: Callable[[Arrays, int], list[float]] | None = getattr(session, "timings", None)
+    own = own_timer(session)
 
     def here(inputs: Arrays) -> tuple[Arrays, float]:
         start = time.perf_counter()

@@ -25,6 +25,7 @@ from cp_debug.errors import InputError
 from cp_debug.quantization.checkpoint import file_of, save_ptq_model
 from cp_debug.quantization.models import QuantizedComponent, with_modules
 from cp_debug.quantization.open_quantized import is_quantized_checkpoint, modules_of, open_quantized
+from cp_debug.recipes.abilities import Batches, HasClasses, HasData, TurnsYaw
 from cp_debug.recipes.base import Component, Model, Sample
 from cp_debug.recipes.data.base import DataOptions, iterate
 from cp_debug.recipes.registry import load_model
@@ -78,7 +79,7 @@ class Deployment:
             )
         model = self._loaded
         self._check_components(model.components)
-        if hasattr(model, "class_names"):
+        if isinstance(model, HasClasses):
             self._ranges(model.class_names)  # now, not after hours of building
         if self._trained == config.checkpoint:
             return model
@@ -145,7 +146,7 @@ class Deployment:
     def samples(self, count: int) -> list[Sample]:
         """At most ``count`` samples of the configured data."""
         data = self.config.data
-        if data.path is None or not hasattr(self.model, "data"):
+        if data.path is None or not isinstance(self.model, HasData):
             return list(self.model.samples(count, data.first, data.path))
         opened = self.model.data(data.path, data.first + count, 0, self._data_options())
         return list(islice(iterate(opened), data.first, None))
@@ -226,7 +227,7 @@ class Deployment:
         samples = self.samples(batch)
         sample = samples[0]
         if batch > 1:
-            if not hasattr(self.model, "batch"):
+            if not isinstance(self.model, Batches):
                 raise InputError(f"--batch: {self.model.name} takes one sample at a time; expected a CenterPoint")
             sample = self.model.batch([samples[i % len(samples)] for i in range(batch)])
         programs = self.programs(folder)
@@ -313,6 +314,6 @@ class Deployment:
 
 def turn_outputs(model: Model) -> None:
     """Let a CenterPoint count yaw from the y axis. Raises InputError for another model."""
-    if not hasattr(model, "use_rot_y_axis_reference"):
+    if not isinstance(model, TurnsYaw):
         raise InputError(f"--rot-y-axis-reference: {model.name} has no yaw; expected a CenterPoint")
     model.use_rot_y_axis_reference()

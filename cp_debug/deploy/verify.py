@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cp_debug.backends.base import Backend, Program, RunRecord
+from cp_debug.backends.capabilities import builder_of
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.result import BisectResult
 from cp_debug.deploy.interface_checks import checked
@@ -21,6 +21,7 @@ from cp_debug.detection.evaluate import Clock
 from cp_debug.probes.statistics import TensorStats, compare
 from cp_debug.programs.pipeline import Key, Pipeline
 from cp_debug.programs.scene import decode
+from cp_debug.recipes.abilities import DetectsBoxes, with_samples
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.centerpoint.recipe import CenterPointModel
 from cp_debug.recipes.centerpoint.voxelize import Voxels
@@ -193,7 +194,7 @@ class _Passes:
     def detections(self, sides: Sides) -> DetectionChange | None:
         """From the reference's to the test's; None for models that detect nothing."""
         pair = [self._decoded(pipeline) for pipeline in sides]
-        if not all(hasattr(each, "boxes") for each in pair):
+        if not all(isinstance(each, DetectsBoxes) for each in pair):
             return None
         return compare_detections(*pair)  # type: ignore[arg-type]
 
@@ -253,12 +254,12 @@ def _explain(
 ) -> BisectResult:
     source = max(failed.failures, key=lambda check: check.severity).source
     sample = next(sample for sample in samples if sample.source == source)
-    one = copy.copy(model)
-    one.samples = lambda count, seed, inputs: iter([sample])  # type: ignore[method-assign]
     props = {entry.key: entry.value for entry in programs[0].graph.proto.metadata_props}
     options = Options(exporter=props.get("cpdebug.exporter"), folded=props.get("cpdebug.folded") != "false")
-    builders = [getattr(backend, "builder", backend) for backend in backends]  # engine files have no probes
-    return bisect(one, builders, test_model=lambda exported, folder: list(programs), options=options)
+    builders = [builder_of(backend) for backend in backends]  # engine files have no probes
+    return bisect(
+        with_samples(model, [sample]), builders, test_model=lambda exported, folder: list(programs), options=options
+    )
 
 
 def what_is_wrong(stats: TensorStats, limit: float, max_abs: float | None) -> str:

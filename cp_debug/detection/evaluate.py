@@ -16,6 +16,7 @@ from cp_debug.detection.evaluation import EvaluationOptions, EvaluationResult, s
 from cp_debug.detection.predictions import Predictions
 from cp_debug.errors import InputError
 from cp_debug.programs.pipeline import Export, Pipeline, choose_export, prepare, wants_int8
+from cp_debug.recipes.abilities import HasClasses, HasData
 from cp_debug.recipes.base import Model
 from cp_debug.recipes.data.base import DataOptions, DataSet, Truth, iterate
 
@@ -43,7 +44,7 @@ class Detector(Model, Protocol):
 
 def as_detector(model: Model) -> Detector:
     """``model`` itself. Raises InputError for one that detects nothing, such as an ONNX file."""
-    if not hasattr(model, "class_names") or not hasattr(model, "data"):
+    if not isinstance(model, HasClasses) or not isinstance(model, HasData):
         raise InputError(f"MODEL: {model.name} decodes no boxes, so it cannot be scored; try centerpoint:tiny")
     return model  # type: ignore[return-value]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import onnx
 import torch
@@ -59,12 +59,20 @@ Execute = Callable[[Body, Sequence[Any]], list[Any]]
 """Runs a body on its inputs; values of the surrounding graph are known to it."""
 
 
-def run_if(bodies: Mapping[str, Body], execute: Execute, condition: Any) -> list[Any]:
-    """ONNX If."""
-    return execute(bodies["then_branch" if bool(condition) else "else_branch"], [])
+class Attributes(Protocol):
+    """The attributes of a node; None for one that it lacks."""
+
+    def __getitem__(self, name: str) -> Any: ...
 
 
-def run_loop(bodies: Mapping[str, Body], execute: Execute, trips: Any, condition: Any, *carried: Any) -> list[Any]:
+def run_loop(
+    bodies: Mapping[str, Body],
+    execute: Execute,
+    attributes: Attributes,
+    trips: Any = None,
+    condition: Any = None,
+    *carried: Any,
+) -> list[Any]:
     """ONNX Loop; a scan output of a loop that never ran is an empty vector."""
     body, state, go_on = bodies["body"], list(carried), condition is None or bool(condition)
     scans: list[list[Any]] = [[] for _ in body.outputs[1 + len(state) :]]
@@ -75,4 +83,62 @@ def run_loop(bodies: Mapping[str, Body], execute: Execute, trips: Any, condition
         for scan, value in zip(scans, results[len(state) :], strict=True):
             scan.append(value)
         trip += 1
-    return [*state, *(torch.stack(scan) if scan else torch.empty(0) for scan in scans)]
+    return [*state, *(_stacked(scan) for scan in scans)]
+
+
+def run_scan(bodies: Mapping[str, Body], execute: Execute, attributes: Attributes, *inputs: Any) -> list[Any]:
+    """ONNX Scan; up to opset 8, where its first input is sequence lengths, over each entry of the batch by itself."""
+    body, count = bodies["body"], attributes["num_scan_inputs"]
+    if len(inputs) == len(body.inputs) + 1 or attributes["directions"] is not None:  # opset 8
+        return _scan_batch(body, execute, attributes, inputs[0], inputs[1:])
+    state, scanned = list(inputs[: len(inputs) - count]), inputs[len(inputs) - count :]
+    axes = attributes["scan_input_axes"] or [0] * count
+    backwards = attributes["scan_input_directions"] or [0] * count
+    columns = [
+        x.movedim(axis, 0).flip(0) if backward else x.movedim(axis, 0)
+        for x, axis, backward in zip(scanned, axes, backwards, strict=True)
+    ]
+    kept = len(state)
+    scans: list[list[Any]] = [[] for _ in body.outputs[kept:]]
+    for t in range(len(columns[0])):
+        results = execute(body, [*state, *(x[t] for x in columns)])
+        state = results[:kept]
+        for scan, value in zip(scans, results[kept:], strict=True):
+            scan.append(value)
+    axes = attributes["scan_output_axes"] or [0] * len(scans)
+    backwards = attributes["scan_output_directions"] or [0] * len(scans)
+    stacked = [_stacked(scan[::-1] if backward else scan) for scan, backward in zip(scans, backwards, strict=True)]
+    return [*state, *(x.movedim(0, axis) if x.dim() > 1 else x for x, axis in zip(stacked, axes, strict=True))]
+
+
+def _scan_batch(body: Body, execute: Execute, attributes: Attributes, lengths: Any, inputs: Sequence[Any]) -> list[Any]:
+    count = attributes["num_scan_inputs"]
+    kept, size = len(inputs) - count, inputs[-1].shape[1]
+    backwards = attributes["directions"] or [0] * count
+    entries = []
+    for entry in range(inputs[0].shape[0]):
+        length = size if lengths is None else int(lengths[entry])
+        state = [x[entry] for x in inputs[:kept]]
+        columns = [
+            x[entry][:length].flip(0) if backward else x[entry]
+            for x, backward in zip(inputs[kept:], backwards, strict=True)
+        ]
+        scans: list[list[Any]] = [[] for _ in body.outputs[kept:]]
+        for t in range(length):
+            results = execute(body, [*state, *(x[t] for x in columns)])
+            state = results[:kept]
+            for scan, value in zip(scans, results[kept:], strict=True):
+                scan.append(value)
+        padded = [_stacked([*scan, *(torch.zeros_like(scan[0]) for _ in range(size - length))]) for scan in scans]
+        entries.append([*state, *padded])
+    return [torch.stack(column) for column in zip(*entries, strict=True)]
+
+
+def _stacked(scan: Sequence[Any]) -> Any:
+    """What a loop collected, along a new first axis. Raises ValueError for iterations of different shapes."""
+    if not scan:
+        return torch.empty(0)
+    shapes = {tuple(value.shape) for value in scan}
+    if len(shapes) > 1:
+        raise ValueError(f"a loop's iterations give results of the shapes {sorted(map(list, shapes))}")
+    return torch.stack(list(scan))

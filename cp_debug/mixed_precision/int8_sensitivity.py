@@ -19,6 +19,7 @@ from cp_debug.detection.bootstrap import Interval
 from cp_debug.errors import InputError
 from cp_debug.minimize import Minimizer
 from cp_debug.mixed_precision.int8_trials import FLOAT, INT8, Bench, Int8Trial, Measured, OnStep
+from cp_debug.recipes.abilities import HasClasses, HasData
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.data.base import DataOptions, DataSet, iterate
 from cp_debug.recipes.data.open_data import DEFAULT_OPTIONS
@@ -141,7 +142,7 @@ def build_sensitivity_profile(
     started = time.perf_counter()
     bench = Bench(model, modules)
     unknown = [sample.source for sample in samples if sample.truth is None]
-    if budget is not None and unknown and hasattr(model, "class_names"):
+    if budget is not None and unknown and isinstance(model, HasClasses):
         raise InputError(f"--auto: {unknown[0]} has no ground truth, so mAP is unknown; expected an info file (.pkl)")
     wanted = profile_trials(bench.layers)
     profile = merge_trials(run_trials(bench, samples, wanted, data=data, draws=draws, on_step=on_step))
@@ -193,7 +194,7 @@ def scored_samples(
     model: Model, data: Path | None, count: int, first: int = 0, options: DataOptions = DEFAULT_OPTIONS
 ) -> tuple[str, list[Sample]]:
     """What the data are called, and at most ``count`` samples of them; with ground truth where there is some."""
-    if hasattr(model, "data"):
+    if isinstance(model, HasData):
         opened: DataSet = model.data(data, count, first, options)
         return opened.name, list(iterate(opened))
     return data.name if data else f"seed {first}", list(model.samples(count, first, data))

@@ -25,6 +25,7 @@ from cp_debug.probes.distance import distance
 from cp_debug.probes.outputs import flatten_outputs
 from cp_debug.programs.torch_layers import full_path, quantizers
 from cp_debug.quantization.residual_adds import add_quantizers
+from cp_debug.recipes.abilities import HasClasses
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
 from cp_debug.recipes.data.base import Truth
 
@@ -164,7 +165,7 @@ class Bench:
             near = difflib.get_close_matches(min(unknown), self.layers, n=1, cutoff=0.0)[0]
             raise InputError(f"{self.model.name} has no quantised layer {min(unknown)!r}; nearest is {near}")
         totals = {trial: _Totals() for trial in trials}
-        scored = all(isinstance(sample.truth, Truth) for sample in samples) and hasattr(self.model, "class_names")
+        scored = all(isinstance(sample.truth, Truth) for sample in samples) and isinstance(self.model, HasClasses)
         with self._restored():
             for number, sample in enumerate(samples):
                 on_step(sample.source, number, len(samples))

@@ -15,6 +15,7 @@ from cp_debug.errors import InputError
 from cp_debug.mixed_precision.goal import DETECTIONS, Goal
 from cp_debug.probes.statistics import compare
 from cp_debug.programs.scene import decode
+from cp_debug.recipes.abilities import DetectsBoxes
 from cp_debug.recipes.base import Arrays, Model, Sample
 
 Results = Mapping[str, Arrays]
@@ -45,7 +46,7 @@ class Judge:
         self._decoded: list[Any] = []
         if self._counts or self._scored:
             self._decoded = [decode(model, *pair) for pair in zip(samples, reference, strict=True)]
-            if not all(hasattr(found, "boxes") for found in self._decoded):
+            if not all(isinstance(found, DetectsBoxes) for found in self._decoded):
                 raise InputError(f"--goal: {model.name} decodes no boxes; limit rel_l2 or max_abs")
         if self._scored and any(sample.truth is None for sample in samples):
             raise InputError("--goal: map_drop needs samples with ground truth; give an info file with --data")

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.base import Backend, Program, Session
+from cp_debug.backends.capabilities import timer_of
 from cp_debug.errors import InputError
 from cp_debug.graph.casts import MOVERS, computed_low
 from cp_debug.graph.downstream import data_values
@@ -207,7 +208,7 @@ class BackendRunner:
 
 
 def _seconds(session: Session, feed: Arrays) -> float | None:
-    timings = getattr(session, "timings", None)
+    timings = timer_of(session)
     return None if timings is None else median(timings(feed, RUNS))
 
 

@@ -305,7 +305,7 @@ class Capture:
             )
         for sample, (mine, its) in enumerate(zip(inputs, others, strict=False)):
             names = sorted(name for name in {*mine, *its} if mine.get(name) != its.get(name))
-            if names:
+            if names and (mine.keys() == its.keys() or sorted(mine.values()) != sorted(its.values())):
                 found.append(f"sample {sample}: input {', '.join(names)} differs")
         return found
 

@@ -2,36 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from cp_debug.backends.base import Program
 from cp_debug.graph.downstream import data_values
+from cp_debug.graph.graph import Graph
 from cp_debug.recipes.base import Component
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One value to compare. ``index`` counts in execution order over all components."""
+    """One value to compare. ``index`` counts in execution order over all components, side values included."""
 
     index: int
     component: str
     onnx: str
     name: str
     op: str
+    kind: str = "data"
+    """``data``: depends on the elements of an input. Side values do not: ``constant`` ones are made of weights alone
+    (Slice and Concat of recurrent weights, DequantizeLinear), ``shape`` ones are arithmetic on shapes."""
 
 
 def layers_of(programs: Sequence[Program]) -> list[Layer]:
-    """The inputs of every component, and every value that its graph computes from them, in execution order."""
-    layers: list[Layer] = []
+    """The inputs of every component, and every value that its graph computes from their elements, in execution
+    order."""
+    return [layer for layer in all_layers(programs) if layer.kind == "data"]
+
+
+def all_layers(programs: Sequence[Program]) -> list[Layer]:
+    """``layers_of`` and the side values: what nodes compute from weights alone, and from shapes, in execution order.
+
+    The results of Constant nodes are none of them: like a weight, a constant belongs to those that read it.
+    """
+    return [
+        Layer(index, program.name, value, name, op, kind)
+        for index, (program, value, name, op, kind) in enumerate(_values(programs))
+    ]
+
+
+def _values(programs: Sequence[Program]) -> Iterator[tuple[Program, str, str, str, str]]:
     for program in programs:
         graph = program.graph
         for info in graph.inputs:
-            layers.append(Layer(len(layers), program.name, info.name, info.name, "input"))
-        for value in data_values(graph):
-            node = graph.producer[value]
-            layers.append(Layer(len(layers), program.name, value, layer_name(program, value), node.op))
-    return layers
+            yield program, info.name, info.name, "input", "data"
+        sides = side_values(graph)
+        for value, node in graph.producer.items():
+            if node.op != "Constant":
+                yield program, value, layer_name(program, value), node.op, sides.get(value, "data")
+
+
+def side_values(graph: Graph) -> dict[str, str]:
+    """The values of nodes that read no element of an input, in execution order: ``constant`` or ``shape``."""
+    data = set(data_values(graph))
+    constant = {v for v in graph.values if v not in data}
+    shaped: set[str] = set()
+    for node in graph.nodes:
+        if node.op in ("Shape", "Size") or not shaped.isdisjoint(node.inputs):
+            shaped.update(constant.intersection(node.outputs))
+    return {
+        v: "shape" if v in shaped else "constant"
+        for v, node in graph.producer.items()
+        if v in constant and node.op != "Constant"
+    }
 
 
 def layer_name(program: Program, value: str) -> str:

@@ -15,7 +15,8 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from cp_debug.backends.base import Backend, Program, RunRecord, Session, Tensor
+from cp_debug.backends.base import Backend, Program, RunRecord, Session, Sink, Tensor
+from cp_debug.backends.capabilities import calibrates_itself, kept_in_fp32, largest_opset
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.arrays import as_numpy, as_torch
@@ -24,6 +25,7 @@ from cp_debug.probes.outputs import flatten_outputs
 from cp_debug.programs.align import Alignment, align
 from cp_debug.programs.batchnorm_folding import fuse_model_bn
 from cp_debug.programs.export import export
+from cp_debug.programs.folded import Folded
 from cp_debug.programs.layers import layers_of
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
 from cp_debug.serialize import json_safe
@@ -126,9 +128,6 @@ def load_test_programs(programs: Sequence[Program], path: Path) -> list[Program]
 
 def _replace(program: Program, path: Path) -> Program:
     graph = Graph(path)
-    expected = [v.name for v in program.graph.inputs]
-    if [v.name for v in graph.inputs] != expected:
-        raise InputError(f"--test-model: {path} takes {[v.name for v in graph.inputs]}; the reference takes {expected}")
     manifest = path.with_suffix(".alignment.json")
     alignment = Alignment.load(manifest, graph) if manifest.is_file() else None
     example = None if program.example is None else as_declared(graph, program.example)
@@ -166,12 +165,15 @@ def changed_state(program: Program, *, train: bool, out_of_place: bool) -> Progr
 
 
 def value_map(reference: Program, test: Program) -> dict[str, str]:
-    """Test value → reference value: equal names first, then the same torch value in both alignments.
+    """Test value → reference value: as they were paired, else equal names first, then the same torch value in both
+    alignments.
 
     A layer with its BatchNorm folded in torch has the name of the layer, folded by the exporter that of the BatchNorm.
     """
     if test.graph is reference.graph:
         return {v: v for v in reference.graph.producer}
+    if test.pairing is not None:
+        return dict(test.pairing.names)
     known = set(reference.graph.producer)
     mapping = {v: v for v in test.graph.producer if v in known}
     if test.alignment is not None and reference.alignment is not None:
@@ -188,11 +190,16 @@ def value_map(reference: Program, test: Program) -> dict[str, str]:
 
 
 class Pipeline:
-    """One backend with a session for each component. Use as a context manager."""
+    """One backend with a session for each component. Use as a context manager.
 
-    def __init__(self, model: Model, programs: Sequence[Program], backend: Backend) -> None:
+    ``unfold``: a run with a sink also gives the side values that the backend folded away, computed from the programs.
+    """
+
+    def __init__(self, model: Model, programs: Sequence[Program], backend: Backend, *, unfold: bool = False) -> None:
         self.model, self.programs, self.backend = model, programs, backend
         self.sessions: dict[str, Session] = {}
+        self._deployed: dict[str, Session] = {}
+        self._unfold = unfold
         self._stack = ExitStack()
         self._realised = False
 
@@ -219,19 +226,36 @@ class Pipeline:
         results: dict[str, Arrays] = {}
         programs = {program.name: program for program in self.programs}
         for component in self.model.components:
-            inputs = as_declared(programs[component.name].graph, self.model.feed(component, sample, results))
-            forward = None
-            if sink is not None:
-                for name, array in inputs.items():
-                    sink(Key(component.name, name), array)
-                forward = _under(component.name, sink)
-            plain = programs[component.name].plain
-            shown = plain.producer.keys() if plain else None
-            results[component.name] = self.sessions[component.name].run(inputs, forward, shown)
+            program, session = programs[component.name], self.sessions[component.name]
+            own = program.pairing.inputs if program.pairing else {}
+            given = {own.get(n, n): a for n, a in self.model.feed(component, sample, results).items()}
+            inputs = as_declared(program.graph, given)
+            shown = program.plain.producer.keys() if program.plain else None
+            if sink is None:
+                results[component.name] = by_reference(program, self._untouched(program).run(inputs, None, shown))
+                continue
+            forward = _under(component.name, sink)
+            folded = Folded(program.plain or program.graph, session.exposed) if self._unfold else None
+            see = forward if folded is None else _seen_by(folded, forward)
+            for name, array in inputs.items():
+                see(name, array)
+            results[component.name] = by_reference(program, session.run(inputs, see, shown))
+            for name, value in folded.values() if folded is not None else ():
+                forward(name, value)
         if not self._realised:
             check_realised(self.backend, [session.settings for session in self.sessions.values()])
             self._realised = True
         return results
+
+    def _untouched(self, program: Program) -> Session:
+        """The session that runs a program as it is deployed."""
+        if program.deployed is None:
+            return self.sessions[program.name]
+        if program.name not in self._deployed:
+            session = self.backend.open(replace(program, graph=program.deployed, deployed=None))
+            self._deployed[program.name] = session
+            self._stack.callback(session.close)
+        return self._deployed[program.name]
 
     def record(self) -> RunRecord:
         """Spec, versions, device and settings as read back."""
@@ -246,7 +270,7 @@ def with_kept(backend: Backend, programs: Sequence[Program]) -> Backend:
 
     Raises InputError for a name that no program has.
     """
-    wanted: frozenset[str] = getattr(backend, "keep_fp32", frozenset())
+    wanted = kept_in_fp32(backend)
     if not wanted:
         return backend
     graphs = {program.name: program.graph for program in programs}
@@ -259,6 +283,11 @@ def with_kept(backend: Backend, programs: Sequence[Program]) -> Backend:
         raise InputError(f"--keep-fp32: no layer and no ONNX node is called {unknown[0]!r}{hint}")
     kept = frozenset(nodes[name] for name in wanted)
     return backend if kept == wanted else backend.keeping(kept)  # type: ignore[attr-defined]
+
+
+def by_reference(program: Program, outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A run's outputs by the names of the reference's."""
+    return program.pairing.reference_outputs(outputs) if program.pairing else dict(outputs)
 
 
 def check_realised(backend: Backend, told: Sequence[Mapping[str, Any]]) -> None:
@@ -287,13 +316,13 @@ def settings_by_component(settings: Mapping[str, Any]) -> dict[str, dict[str, An
 
 def wants_int8(backend: Backend) -> bool:
     """Whether a backend runs graphs with Q/DQ pairs."""
-    return backend.precision == "int8" and not getattr(backend, "implicit_int8", False)
+    return backend.precision == "int8" and not calibrates_itself(backend)
 
 
 def choose_export(backends: Sequence[Backend], exporter: str | None) -> tuple[Export, str | None]:
     """What every backend can read, and a note where that is not the default; ``exporter`` None leaves the choice."""
     fused = any(map(wants_int8, backends))
-    limits = {str(b.spec): limit for b in backends if (limit := getattr(b, "largest_opset", None)) is not None}
+    limits = {str(b.spec): limit for b in backends if (limit := largest_opset(b)) is not None}
     if not limits:
         return Export(exporter or "dynamo", fused=fused), None
     spec = min(limits, key=limits.__getitem__)
@@ -327,5 +356,13 @@ def header(pipeline: Pipeline, samples: Sequence[Sample]) -> dict[str, Any]:
     }
 
 
-def _under(component: str, sink: Callable[[Key, Tensor], None]) -> Callable[[str, Tensor], None]:
+def _seen_by(folded: Folded, forward: Sink) -> Sink:
+    def see(name: str, tensor: Tensor) -> None:
+        folded.see(name, tensor)
+        forward(name, tensor)
+
+    return see
+
+
+def _under(component: str, sink: Callable[[Key, Tensor], None]) -> Sink:
     return lambda name, tensor: sink(Key(component, name), tensor)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cp_debug.probes.capture import Capture, CaptureWriter, Header
+from cp_debug.recipes.abilities import DetectsBoxes
 from cp_debug.recipes.base import Arrays, Model, Sample
 
 FOLDER = "scene"
@@ -67,7 +68,7 @@ def decode(model: Model, sample: Sample, results: Mapping[str, Arrays]) -> Any |
 
 def keep_scene(folder: Path, sample: Sample, decoded: Mapping[str, Any]) -> None:
     """Write points and detections (backend spec → decoded result) of a sample, if they are detections in boxes."""
-    found = {spec: d for spec, d in decoded.items() if all(hasattr(d, field) for field in _FIELDS)}
+    found = {spec: d for spec, d in decoded.items() if isinstance(d, DetectsBoxes)}
     if not found:
         return
     names = next(iter(getattr(d, "class_names", ()) for d in found.values()))

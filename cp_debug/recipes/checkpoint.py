@@ -75,8 +75,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     state = _read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
     if isinstance(state, dict) and str(kind := state.get("format")).startswith("cpdebug quantized"):
         raise InputError(
-            f"{path}: a {kind}; expected FP32 weights. bisect, eval, search and sweep read it, and so do bench with an INT8 "
-            "backend and a deployment with `quantization: {checkpoint: …}`"
+            f"{path}: a {kind}; expected FP32 weights. bisect, eval, search and sweep read it, and so do bench with an "
+            "INT8 backend and a deployment with `quantization: {checkpoint: …}`"
         )
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]

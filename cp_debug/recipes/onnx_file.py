@@ -9,8 +9,6 @@ import numpy as np
 
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.made_up import MadeUp
-from cp_debug.graph.graph import Graph
-from cp_debug.graph.random_inputs import random_inputs
 from cp_debug.recipes.base import Arrays, Component, Sample
 from cp_debug.recipes.npz import npz_samples
 from cp_debug.recipes.stages import stages_of

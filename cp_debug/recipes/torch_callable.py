@@ -16,9 +16,8 @@ import numpy as np
 import torch
 
 from cp_debug.errors import InputError, ModuleFailed
+from cp_debug.graph.graph import ValueInfo
 from cp_debug.probes.arrays import as_numpy
-from cp_debug.graph.graph import ValueInfo
-from cp_debug.graph.graph import ValueInfo
 from cp_debug.probes.outputs import flatten_outputs
 from cp_debug.probes.trace import trace
 from cp_debug.recipes.base import Arrays, Component, Sample, Stage

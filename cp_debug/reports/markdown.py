@@ -10,7 +10,7 @@ from cp_debug.bisect.result import TestResult
 from cp_debug.reports.causes import lines
 from cp_debug.reports.rows import COLUMNS, cells
 from cp_debug.reports.saved import SavedResult
-from cp_debug.reports.tables import SETTINGS, layers_shown, verdict_line
+from cp_debug.reports.tables import SETTINGS, layers_shown, verdict_line, weight_lines
 from cp_debug.safe_text import markdown, visible
 
 
@@ -25,6 +25,8 @@ def _lines(saved: SavedResult) -> Iterator[str]:
     yield ""
     sources = markdown(", ".join(result.samples[:3]))
     yield f"Reference {markdown(result.reference.spec)}, {len(result.samples)} sample(s): {sources}"
+    for line in weight_lines(result):
+        yield f"\n{markdown(line)}"
     for test in result.tests:
         yield ""
         pair = f"{result.reference.spec} → {test.backend.spec}{' (emulated)' if test.backend.emulated else ''}"

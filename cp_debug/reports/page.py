@@ -21,7 +21,7 @@ from cp_debug.reports.growth import growth_chart
 from cp_debug.reports.numbers import number
 from cp_debug.reports.saved import SavedResult
 from cp_debug.reports.svg import Canvas
-from cp_debug.reports.tables import verdict_line
+from cp_debug.reports.tables import verdict_line, weight_lines
 from cp_debug.safe_text import page
 from cp_debug.version import __version__
 
@@ -63,6 +63,7 @@ def render_page(saved: SavedResult) -> str:
         .render(
             result=result,
             parts=parts,
+            weights=weight_lines(result),
             settings=setting_rows([result.reference, *(t.backend for t in result.tests)]),
             kept=saved.folder is not None,
             version=__version__,

@@ -15,8 +15,9 @@ from typing import Any, NoReturn
 from cp_debug.backends.base import RunRecord
 from cp_debug.bisect.causes.finding import Effect, Element, Finding, Where
 from cp_debug.bisect.observe import Observation
+from cp_debug.bisect.regions.region import Region
 from cp_debug.bisect.replay import Replay
-from cp_debug.bisect.result import SCHEMA, BisectResult, LayerRow, StageRow, TestResult
+from cp_debug.bisect.result import SCHEMA, BisectResult, LayerRow, Remainder, StageRow, TestResult
 from cp_debug.detection.detection_change import DetectionChange
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
@@ -69,6 +70,7 @@ class SavedResult:
             programs=fields.get("programs", dict, {}),
             reference_observation=_observation(fields.object("reference_observation", {})),
             command=fields.get("command", str, ""),
+            weights=fields.get("weights", dict, {}),
         )
         return cls(result, folder)
 
@@ -198,8 +200,22 @@ def _test(fields: Fields, record: RunRecord, programs: dict[str, str]) -> TestRe
         observation=_observation(fields),
         notes=fields.get("notes", list, []),
         programs=fields.get("test_programs", dict, programs),
+        remainder=_remainder(fields),
         findings=[_finding(finding) for finding in fields.objects("findings", [])],
         detections=_detections(fields),
+        expected_outputs=fields.object("compared", {}).get("outputs_expected", list, []),
+        pairing=fields.get("pairing", dict, {}),
+    )
+
+
+def _remainder(fields: Fields) -> Remainder | None:
+    if fields.value.get("remainder") is None:
+        return None
+    found = fields.object("remainder")
+    return Remainder(
+        divergence=found.number("divergence"),
+        rounding=found.optional("rounding"),
+        not_replayed=found.get("not_replayed", dict, {}),
     )
 
 
@@ -218,7 +234,15 @@ def _finding(fields: Fields) -> Finding:
         where=[_where(place) for place in fields.objects("where", [])],
         effect=Effect(effect.optional("share"), _detections(effect)),
         fix=fields.get("fix", str, ""),
+        inside=fields.get("inside", (dict, type(None)), None),
     )
+
+
+def _region(fields: Fields) -> Region | None:
+    if fields.value.get("region") is None:
+        return None
+    told = fields.object("region")
+    return Region(tuple(told.get("nodes", list)), told.get("kind", str, ""), told.get("layer", str, ""))
 
 
 def _where(fields: Fields) -> Where:
@@ -274,6 +298,7 @@ def _row(fields: Fields) -> LayerRow:
         step=fields.optional("step"),
         oracle_error=fields.number("oracle_error", 0.0),
         new_nonfinite=fields.get("born_nonfinite", int, 0),
+        not_emulated=tuple(fields.get("not_emulated", list, [])),
         skipped=fields.get("skipped", (str, type(None)), None),
     )
     return LayerRow(
@@ -292,4 +317,6 @@ def _row(fields: Fields) -> LayerRow:
         noise_floor=fields.number("noise_floor", 0.0),
         sample=fields.get("sample", int, 0),
         tactic=fields.get("tactic", str, ""),
+        region=_region(fields),
+        kind=fields.get("kind", str, "data"),
     )

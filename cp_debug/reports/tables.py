@@ -42,11 +42,14 @@ SETTINGS = {
     "values_rounded_by": "values",
     "operands_rounded_by": "operands",
     "accumulation": "accumulation",
+    "not_emulated": "not emulated",
 }
 """Settings that the table shows, and what it calls them; the JSON has all."""
 AROUND = 5
 """Layers shown before and after the first divergent one."""
 MOST_STAGES = 24
+MOST_NAMES = 5
+"""Names in one line."""
 
 
 def render(result: BisectResult, *, layers: bool = True, show_all: bool = False) -> Iterator[RenderableType]:
@@ -54,6 +57,8 @@ def render(result: BisectResult, *, layers: bool = True, show_all: bool = False)
     yield Text.assemble((result.model, "bold"), f" · {_samples(result.samples)}")
     yield backends_table([result.reference, *(t.backend for t in result.tests)])
     yield from _coverage(result.coverage)
+    for line in weight_lines(result):
+        yield Text(line)
     for test in result.tests:
         yield Text()
         title = Text.assemble((result.reference.spec, "bold"), " → ", (test.backend.spec, "bold"))
@@ -72,6 +77,11 @@ def render(result: BisectResult, *, layers: bool = True, show_all: bool = False)
         if test.knobs is not None:
             yield Text()
             yield from render_knobs(test.knobs)
+
+
+def weight_lines(result: BisectResult) -> list[str]:
+    """How the weights of two models differ, a line a component."""
+    return [f"weights of {component}: {found.get('says', '')}" for component, found in result.weights.items()]
 
 
 def backends_table(records: Sequence[RunRecord]) -> Table:
@@ -135,13 +145,20 @@ def layer_table(test: TestResult, *, show_all: bool = False) -> Table:
 
 
 def verdict_line(test: TestResult) -> Text:
-    """One line: who is guilty, by how much, what of the final divergence that explains."""
+    """One line: who is guilty, by how much, what of the final divergence that explains; what was not emulated."""
+    text = _verdict_line(test)
+    if left_out := test.backend.settings.get("not_emulated"):
+        text.append(f"; not emulated, but computed in FP32 and rounded once: {_setting(left_out)}", "yellow")
+    return text
+
+
+def _verdict_line(test: TestResult) -> Text:
     first, worst = test.first_divergent, max(test.outputs, key=lambda row: row.stats.rel_l2, default=None)
     end = f"; final outputs differ by {number(worst.stats.rel_l2)} (rel. L2, {worst.name})" if worst else ""
     spec, tolerance = test.backend.spec, f"rtol {test.rtol:g}, atol {test.atol:g}"
     if math.isinf(test.atol) and not test.guilty:
         text = Text(f"✓ {spec}: no layer introduces more than its precision explains", "bold green")
-        return text.append(f"; divergence was not judged{end}", "not bold")
+        return text.append(f"; divergence was not judged, {test.coverage}{end}", "not bold")
     if test.guilty:
         assert first is not None
         names = f"{len(test.guilty)} layers are guilty, the first is" if len(test.guilty) > 1 else "guilty:"
@@ -149,16 +166,32 @@ def verdict_line(test: TestResult) -> Text:
         text = Text.assemble((f"✗ {spec}: {names} {first.name}", "bold red"), f" ({first.op}): {first.why}{share}{end}")
         if test.first_beyond is not None and test.first_beyond.index != first.index:
             text.append(_why_views_differ(test, first, test.first_beyond))
-        return text
+        return text.append(_uncovered(test))
     if first is not None and not test.agrees:
         style = "bold yellow" if test.oracle else "bold red"
         text = Text.assemble(
             (f"✗ {spec}: first divergent layer: {first.name}", style), f" ({first.op}), {tolerance}{end}"
         )
         if test.oracle:
-            text.append("; no layer introduces more than its precision explains: the rounding adds up")
-        return text
-    return Text.assemble((f"✓ {spec}: agrees", "bold green"), f" within {tolerance}{end}")
+            says = f": {test.remainder}" if test.remainder else ""
+            text.append(f"; no layer introduces more than its precision explains{says}")
+        return text.append(_uncovered(test))
+    style = "bold yellow" if _uncovered(test) else "bold green"
+    return Text.assemble((f"✓ {spec}: agrees", style), f" within {tolerance}, {test.coverage}{_unpaired(test)}{end}")
+
+
+def _uncovered(test: TestResult) -> str:
+    """What was left out of a comparison of two models; empty where nothing was."""
+    whole = not test.missing_outputs and not any(p.get("missing") for p in test.pairing.values())
+    return "" if whole else f"; compared: {test.coverage}{_unpaired(test)}"
+
+
+def _unpaired(test: TestResult) -> str:
+    """The outputs and the number of values that could not be paired with one of the test."""
+    missing = sum(len(p.get("missing", ())) for p in test.pairing.values())
+    parts = [f"without {', '.join(test.missing_outputs[:MOST_NAMES])}"] if test.missing_outputs else []
+    parts += [f"{missing} values have no counterpart in the test"] if missing else []
+    return f" ({'; '.join(parts)})" if parts else ""
 
 
 def _why_views_differ(test: TestResult, guilty: LayerRow, beyond: LayerRow) -> str:
@@ -228,6 +261,8 @@ def _samples(samples: Sequence[str]) -> str:
 
 
 def _setting(value: Any) -> str:
+    if isinstance(value, dict):  # node → operator
+        return ", ".join(sorted(set(value.values())))
     return ("off", "on")[value] if isinstance(value, bool) else str(value)
 
 

@@ -13,10 +13,11 @@ from cp_debug.bisect.result import GUILTY
 from cp_debug.detection.detection_change import DetectionChange
 from cp_debug.errors import InputError
 from cp_debug.programs.pipeline import wants_int8
+from cp_debug.recipes.abilities import with_samples
 from cp_debug.serialize import json_safe
 from cp_debug.sweep.grid import Grid
 from cp_debug.sweep.log import Record
-from cp_debug.sweep.prepared import int8_programs_of, load, make_backends, pick, programs_of, with_sample
+from cp_debug.sweep.prepared import int8_programs_of, load, make_backends, pick, programs_of
 from cp_debug.sweep.spread import Outlier, Spread, columns, numeric, outliers
 from cp_debug.sweep.tasks import Parameters, Task
 
@@ -66,7 +67,7 @@ def task(params: Parameters) -> dict[str, Any]:
     )
     quantized = int8_programs_of(params, backends) if wants_int8(backends[1]) else None
     result = bisect(
-        with_sample(model, pick(model, params)),
+        with_samples(model, [pick(model, params)]),
         backends,
         test_model=None if quantized is None else lambda programs, folder: quantized,
         programs=programs_of(params, backends),

@@ -11,6 +11,7 @@ from typing import Any
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import InputError
 from cp_debug.quantization.checkpoint import FILE
+from cp_debug.recipes.abilities import HasData
 from cp_debug.recipes.data.base import DataOptions
 from cp_debug.recipes.data.open_data import DEFAULT_OPTIONS
 from cp_debug.recipes.data.points import ENDINGS
@@ -77,7 +78,7 @@ class Grid:
                 yield {"inputs": None, "index": index, "files": {}}
         elif self.inputs.suffix == ".pkl":
             model = load(subject)
-            if not hasattr(model, "data"):
+            if not isinstance(model, HasData):
                 raise InputError(f"{self.inputs}: {model.name} reads no info files; expected .npz files of its inputs")
             known = digests([self.inputs])
             for index in range(len(model.data(self.inputs, self.samples, self.seed, self.data))):

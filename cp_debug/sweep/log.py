@@ -36,7 +36,7 @@ class Log:
     def __init__(self, path: Path) -> None:
         self.path = path
         make_folder(path.parent)
-        if path.exists():
+        if path.exists() and not path.is_dir():
             check_file(path, "log")
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -80,9 +80,9 @@ class Log:
                 if not line.endswith(b"\n"):
                     return  # being written
                 try:
-                    yield unsealed(line, "it")
+                    yield unsealed(line, "record")
                 except InputError as error:
-                    raise InputError(f"{self.path}: line {number} is no record of a sweep: {error}") from None
+                    raise InputError(f"{self.path}: line {number} is no JSON that this sweep wrote ({error})") from None
 
     def records(self, keys: Collection[str]) -> Iterator[Record]:
         """One record for each of ``keys`` that has any: the first with a result, else the last error."""

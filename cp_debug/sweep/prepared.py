@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import islice
@@ -21,6 +20,7 @@ from cp_debug.quantization.checkpoint import FILE
 from cp_debug.quantization.models import QuantizedComponent
 from cp_debug.quantization.open_quantized import calibration_samples
 from cp_debug.quantization.quantized_programs import Calibration, already_quantized, load_quantized, quantize_programs
+from cp_debug.recipes.abilities import HasData
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.data.base import DataOptions
 from cp_debug.recipes.data.open_data import DEFAULT_OPTIONS
@@ -84,7 +84,7 @@ def pick(model: Model, params: Parameters, options: DataOptions = DEFAULT_OPTION
     """Sample ``params["index"]`` of ``inputs``, or of those made from ``seed``. Raises InputError."""
     index, seed = params["index"], params["seed"]
     inputs = None if params["inputs"] is None else Path(params["inputs"])
-    if hasattr(model, "data"):
+    if isinstance(model, HasData):
         data = model.data(inputs, index + 1, seed, options)
         if index < len(data):
             return data.sample(index)
@@ -96,13 +96,6 @@ def pick(model: Model, params: Parameters, options: DataOptions = DEFAULT_OPTION
 def parts_of(params: Parameters) -> Mapping[str, QuantizedComponent]:
     """The components in INT8, where the checkpoint is of a quantised model."""
     return _load(Subject.of(params))[1]
-
-
-def with_sample(model: Model, sample: Sample) -> Model:
-    """The same model, whose only sample is ``sample``."""
-    one = copy.copy(model)
-    one.samples = lambda count, seed, inputs: iter([sample])  # type: ignore[method-assign]
-    return one
 
 
 def load_subject(subject: Subject) -> Model:

@@ -2,6 +2,7 @@
 
 from cp_debug.backends.kernels import (
     activation,
+    contrib,
     convolution,
     creation,
     elementwise,
@@ -10,6 +11,7 @@ from cp_debug.backends.kernels import (
     normalization,
     pooling,
     quantization,
+    recurrent,
     reduction,
     resize,
     shaping,
@@ -21,6 +23,7 @@ __all__ = [
     "Call",
     "Kernel",
     "activation",
+    "contrib",
     "convolution",
     "creation",
     "elementwise",
@@ -30,6 +33,7 @@ __all__ = [
     "normalization",
     "pooling",
     "quantization",
+    "recurrent",
     "reduction",
     "resize",
     "shaping",

@@ -29,8 +29,7 @@ class Call:
         """Parse the attributes of ``node`` once."""
         proto = node.proto
         attributes: dict[str, Any] = {}
-        if onnx.defs.has(proto.op_type, proto.domain):
-            schema = onnx.defs.get_schema(proto.op_type, opset, proto.domain)
+        if (schema := _schema(proto, opset)) is not None:
             attributes = {n: _value(a.default_value) for n, a in schema.attributes.items() if a.default_value.type}
         attributes |= {a.name: _value(a) for a in proto.attribute}
         return cls(node, attributes, opset, arithmetic, device)
@@ -49,6 +48,24 @@ class Call:
             return [int(v) for v in tensor.flatten().tolist()]
         given = self.attributes.get(name)
         return None if given is None else [int(v) for v in given]
+
+
+_EXTENDED = {"FusedConv": "Conv", "FusedGemm": "Gemm", "QGemm": "Gemm", "QLinearAveragePool": "AveragePool"}
+"""Operators of ONNX Runtime that have the attributes of one of ONNX's, and its defaults."""
+
+
+def _schema(proto: onnx.NodeProto, opset: int) -> onnx.defs.OpSchema | None:
+    """Where the defaults of the attributes stand; before an operator's first opset, which ONNX Runtime allows for some,
+    in its newest."""
+    name, domain = proto.op_type, proto.domain
+    if domain == "com.microsoft" and name in _EXTENDED:
+        return onnx.defs.get_schema(_EXTENDED[name])
+    if not onnx.defs.has(name, domain):
+        return None
+    try:
+        return onnx.defs.get_schema(name, opset, domain)
+    except onnx.defs.SchemaError:
+        return onnx.defs.get_schema(name, domain)
 
 
 def _value(attribute: onnx.AttributeProto) -> Any:

@@ -71,14 +71,6 @@ class Built(TypedDict):
     layers: list[str | Layer]
 
 
-class Inspected(TypedDict):
-    """Of ``inspect``."""
-
-    __pydantic_config__ = _OPEN  # type: ignore[misc]
-
-    layers: list[str | Layer]
-
-
 class Written(TypedDict):
     """A tensor that ``run`` wrote."""
 
@@ -103,7 +95,3 @@ class Failure(TypedDict):
     message: str
     nodes: list[str]
     traceback: NotRequired[str]
-
-
-ANSWERS: dict[str, Any] = {"probe": Facts, "build": Built, "inspect": Inspected, "run": Ran}
-"""By the step's command."""

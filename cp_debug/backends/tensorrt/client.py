@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cp_debug.backends.tensorrt import runner
-from cp_debug.backends.tensorrt.answers import ANSWERS, Failure
+from cp_debug.backends.tensorrt.answers import Facts, Failure
 from cp_debug.errors import BackendUnavailable, CpdebugError, InputError
 from cp_debug.interpreter import Interpreter, InterpreterFailed, OnEvent
 from cp_debug.optional import install
@@ -75,7 +75,7 @@ class RunnerClient:
         """Versions, device and abilities, as ``runner.probe`` tells them; another interpreter is asked once."""
         key = (self.python, device)
         if self.python is None or key not in _PROBED:
-            _PROBED[key] = self.execute([{"command": "probe", "device": device}])[0]
+            _PROBED[key] = self.checked(Facts, self.execute([{"command": "probe", "device": device}]))[0]
         return _PROBED[key]
 
     def execute(self, steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -100,6 +100,15 @@ class RunnerClient:
             raise _to_exception(self.spec, failure, steps[len(found)])
         return found
 
+    def checked(self, kind: Any, results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Results as a type of ``answers``. Raises BackendUnavailable for what is not of it."""
+        try:
+            return typed(list[kind], list(results), "")
+        except InputError as problem:
+            self.close()
+            reason = f"its runner gave an answer that cannot be read{problem}"
+            raise BackendUnavailable(self.spec, reason, nearest=_nearest(self.spec)) from None
+
     def close(self) -> None:
         """End the process, if there is one."""
         if self._interpreter is not None:
@@ -120,7 +129,7 @@ def _read(result: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> tupl
     if len(result["results"]) != len(commands):
         raise InputError(f"{len(result['results'])} results for {len(commands)} steps")
     answers = zip(commands, result["results"], strict=True)
-    return failure, [typed(ANSWERS.get(c, dict), found, f"result of {c}") for c, found in answers]
+    return failure, [typed(dict[str, Any], found, f"result of {c}") for c, found in answers]
 
 
 def _install() -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cp_debug.backends.tensorrt.answers import Built
 from cp_debug.backends.tensorrt.client import BuildFailed, ParseFailed, RunnerClient
 from cp_debug.backends.tensorrt.config import BuildConfig
 from cp_debug.backends.tensorrt.inspector import (
@@ -26,6 +27,7 @@ Profile = tuple[Sequence[int], Sequence[int], Sequence[int]]
 """Smallest, optimal and largest shape of an input."""
 
 _NETWORK_TYPES = {"Half": "HALF", "BF16": "BF16"}
+_LOW = {"fp16": "HALF", "bf16": "BF16", "best": "HALF"}
 _WANTED = {"fp16": "Half", "bf16": "BF16", "int8": "Int8"}
 
 
@@ -69,7 +71,7 @@ class EngineBuilder:
         ]
         names = [node.name for node in self.graph.nodes]
         try:
-            results = self.client.execute(steps)
+            results = self.client.checked(Built, self.client.execute(steps))
         except ParseFailed as error:
             raise InputError(f"{error}\n{cut_out(self.graph, error.nodes)}".rstrip()) from None
         except BuildFailed as error:
@@ -193,6 +195,15 @@ class EngineSet:
             requests = [(f"{self._name}-rebuilt.engine", {}), self._probed_request()]
             self.rebuilt, self.probed = self._workshop.build(requests, self._profiles)
         return self.rebuilt, self.probed
+
+    def variation(self, builder: EngineBuilder, file: str, marks: Collection[str], wide: Collection[str]) -> Engine:
+        """An engine of the same shapes by another builder, showing ``marks``; those of ``wide`` in FP32."""
+        low = _LOW.get(builder.variant, "") if builder.config.regime == "weak" else ""
+        known = self._boundaries()
+        tensors = {name: known.get(name) or {"dtype": "" if name in wide else low, "format": ""} for name in marks}
+        probes = {"method": "outputs", "tensors": tensors} if tensors else {}
+        (engine,) = builder.build([(file, probes)], self._profiles)
+        return engine
 
     def _probed_request(self) -> tuple[str, dict[str, Any]]:
         probes = {"method": "unfused"} if self.unfused else {"method": "outputs", "tensors": self._marks}

@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 
 from cp_debug.backends.base import Program, Sink
+from cp_debug.backends.tensorrt.answers import Ran
 from cp_debug.backends.tensorrt.calibration import Ranges, calibration, ranges_of, read_cache
 from cp_debug.backends.tensorrt.client import RunnerClient
 from cp_debug.backends.tensorrt.config import decide
 from cp_debug.backends.tensorrt.engines import Engine, EngineBuilder, EngineSet, Profile
+from cp_debug.backends.tensorrt.inspector import EngineLayer
 from cp_debug.backends.tensorrt.options import TensorRTOptions
 from cp_debug.backends.tensorrt.probe_bisection import Expected, search
 from cp_debug.errors import BackendUnavailable, InputError
@@ -36,6 +38,18 @@ class _Ran:
     """Value → file."""
     seconds: list[float]
     """Of every run."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One more engine of the same program, and what it gave on one input."""
+
+    engine: Engine
+    outputs: dict[str, np.ndarray]
+    shown: dict[str, np.ndarray]
+    """The marked values that TensorRT put out."""
+    gap: float
+    """Relative L2 distance of its outputs from the plain engine's."""
 
 
 @cache
@@ -66,9 +80,10 @@ class EngineSession:
         self._quantized = program.plain is not None or program.graph.precision == "int8"
         self._folder = tempfile.TemporaryDirectory(prefix="cpdebug-engine-")
         self._sets: dict[str, EngineSet] = {}
-        self._runs = 0
+        self._trials = 0
+        self._asked = variant, version
         try:
-            self._workshop = self._open(variant, version)
+            self._workshop = self._open(variant, version, options.keep_fp32)
             names = [v.name for v in self._own.inputs if not _is_static(v.shape)]
             self._profiles = {name: options.profiles[name] for name in names if name in options.profiles}
             self._per_shape = len(self._profiles) < len(names)
@@ -78,7 +93,8 @@ class EngineSession:
             self.close()
             raise
 
-    def _open(self, variant: str, version: str) -> EngineBuilder:
+    def _open(self, variant: str, version: str, keep_fp32: Collection[str], file: str = "typed.onnx") -> EngineBuilder:
+        """``file``: where the graph goes when its types must be written into it."""
         own, options, folder = self._own, self._options, Path(self._folder.name)
         if variant == "int8" and self._quantized and own.precision != "int8":
             # No layer of this component is quantised, and TensorRT 8 builds nothing with the INT8 flag and no scale.
@@ -86,7 +102,7 @@ class EngineSession:
         calibrated = None
         if variant in ("int8", "best") and not self._quantized:
             calibrated = calibration(options, self._component, folder)
-        kept = options.keep_fp32 & {node.name for node in own.nodes}  # the others are of other components
+        kept = frozenset(keep_fp32) & {node.name for node in own.nodes}  # the others are of other components
         config = decide(
             variant,
             version,
@@ -98,7 +114,7 @@ class EngineSession:
         )
         graph = own
         if config.graph_precision is not None:
-            graph = Graph(cast_surgery(own, config.graph_precision, kept, folder / "typed.onnx"))
+            graph = Graph(cast_surgery(own, config.graph_precision, kept, folder / file))
         step = {
             "device": options.device,
             "workspace_mib": options.workspace_mib,
@@ -224,6 +240,40 @@ class EngineSession:
                     look(visited.value)
         return {**plain.written, **written}
 
+    @property
+    def layers(self) -> Sequence[EngineLayer]:
+        """The layers of the engine last used, the probed one where there is one."""
+        if not self._sets:
+            return ()
+        return (self._latest.probed or self._latest.plain).layers
+
+    def trial(
+        self,
+        inputs: Mapping[str, np.ndarray],
+        marks: Collection[str] = (),
+        wide: Collection[str] = (),
+        keep_fp32: Collection[str] = (),
+    ) -> Trial:
+        """Build one more engine and run it once: with ``marks`` shown besides the outputs, or with further nodes kept
+        in FP32.
+
+        Marks are put out in the type that the engine has them in, or else in the one asked for; those of ``wide`` in
+        FP32, because they would leave its range. Raises InputError for a build that fails.
+        """
+        check_inputs(self._own.inputs, inputs, str(self._own.path))
+        engines = self._latest = self._engines(inputs)
+        name, workshop = f"trial-{self._trials}", self._workshop
+        self._trials += 1
+        if keep_fp32:
+            variant, version = self._asked
+            workshop = self._open(variant, version, self._options.keep_fp32 | set(keep_fp32), f"{name}.onnx")
+        engine = engines.variation(workshop, f"{name}.engine", marks, wide)
+        with tempfile.TemporaryDirectory(dir=self._folder.name) as folder:
+            plain, ran = self._execute([engines.plain, engine], inputs, Path(folder), marks)
+            outputs, reference = self._outputs(ran.written), self._outputs(plain.written)
+            shown = {v: np.load(ran.written[v], allow_pickle=False) for v in marks if v in ran.written}
+        return Trial(engine, outputs, shown, output_distance(reference, outputs))
+
     def timings(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
         """Seconds of ``repeats`` runs of the plain engine after a first one, on the device, transfers left out."""
         check_inputs(self._own.inputs, inputs, str(self._own.path))
@@ -286,7 +336,7 @@ class EngineSession:
         ]
         return [
             _Ran(self._written(result["tensors"], Path(str(step["folder"]))), result["seconds"])
-            for step, result in zip(steps, self._client.execute(steps), strict=True)
+            for step, result in zip(steps, self._client.checked(Ran, self._client.execute(steps)), strict=True)
         ]
 
     def _written(self, entries: Sequence[Mapping[str, str]], folder: Path) -> dict[str, Path]:

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from cp_debug.bisect.causes.finding import Effect
-from cp_debug.programs.pipeline import Key
 from cp_debug.bisect.result import LayerRow
-from cp_debug.programs.scene import decode
 from cp_debug.bisect.shares import Propagation
 from cp_debug.detection.detection_change import compare_detections
 from cp_debug.errors import InputError
+from cp_debug.programs.pipeline import Key
+from cp_debug.programs.scene import decode
+from cp_debug.recipes.abilities import DetectsBoxes
 from cp_debug.recipes.base import Arrays, Model, Sample
 
 
@@ -35,7 +36,7 @@ class Effects:
         effect = Effect(sum(shares) if shares else None)
         detected: Any = decode(self.model, self.sample, self.results)
         shared = [row for row in rows if row.share is not None]
-        if not hasattr(detected, "boxes") or len(shared) < len(rows):
+        if not isinstance(detected, DetectsBoxes) or len(shared) < len(rows):
             return effect
         last = self.model.components[-1].name
         outputs: dict[str, np.ndarray] = {n: v.astype(np.float32) for n, v in self.results[last].items()}

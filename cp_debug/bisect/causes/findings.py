@@ -7,20 +7,20 @@ from dataclasses import dataclass, field
 from functools import partial
 from statistics import fmean
 
+from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.causes.base import Candidate, Cause
 from cp_debug.bisect.causes.effects import Effects
 from cp_debug.bisect.causes.finding import UNKNOWN, Effect, Finding, Where
 from cp_debug.bisect.causes.precision import PROMOTED
 from cp_debug.bisect.causes.search import ENOUGH, Explanation, explain
-from cp_debug.bisect.causes.segment import SegmentContext, Segment
+from cp_debug.bisect.causes.segment import Segment, SegmentContext
 from cp_debug.bisect.causes.where import locate
-from cp_debug.programs.pipeline import Key
-from cp_debug.bisect.result import GUILTY, SHAPE, LayerRow
 from cp_debug.bisect.observe import Observation
-from cp_debug.bisect.candidate_run import CandidateRun, loader
-from cp_debug.errors import InputError
+from cp_debug.bisect.result import GUILTY, SHAPE, LayerRow
+from cp_debug.errors import in_one_line
 from cp_debug.probes.arrays import Tensor
 from cp_debug.probes.capture import Capture
+from cp_debug.programs.pipeline import Key
 
 MOST = 64
 """Guilty layers that are explained, the most excessive first."""
@@ -52,10 +52,14 @@ class Explainer:
     exact_input: Callable[[Key], Tensor]
     """What glue should have made for an input of a component."""
     effects: Effects
+    notes: list[str] = field(default_factory=list)
+    """What could not be explained and why not, one sentence each, the layer named: explaining never ends a run."""
+    adds_up: bool = True
+    """Whether rounding may be named as the cause where no layer is guilty: see ``Remainder``."""
     _contexts: dict[tuple[str, str, str], SegmentContext] = field(default_factory=dict)
 
     def findings(self, rows: Mapping[Key, LayerRow], seen: Observation | None) -> list[Finding]:
-        """The findings, those with the largest effect first."""
+        """The findings, those with the largest effect first. What fails on the way is in ``notes``."""
         unsteady = list(self._unsteady(rows))
         restless = {name for finding in unsteady for name in finding.layers}
         guilty = [(key, row) for key, row in rows.items() if row.verdict == GUILTY and row.name not in restless]
@@ -64,24 +68,40 @@ class Explainer:
         groups: dict[tuple[str, ...], list[Explained]] = {}
         families: list[Cause] = []
         for key, row in guilty[:MOST]:
-            try:
-                segment = self._segment(key, row)
-            except InputError:  # the replay of this layer says why
-                continue
-            explanation, family = explain(segment, families)
+            explained, family = self._explained(key, row, families)
             if family is not None and family not in families:
                 families.append(family)
-            found = explanation.cause
+            found = explained.explanation.cause
             name = (UNKNOWN,) if found is None else (found.cause, found.says if found.parameters else "")
-            groups.setdefault((row.side, *name), []).append(Explained(row, explanation, locate(segment, row.name)))
+            groups.setdefault((row.side, *name), []).append(explained)
         findings = [self._finding(group) for group in groups.values()]
         findings += [*unsteady, *self._program(seen)]
         if not all(row.within for row in rows.values()):
-            findings += self._costliest(rows)
-            findings += self._declared(rows) if not findings else ()
+            try:
+                findings += self._costliest(rows)
+                findings += self._declared(rows) if self.adds_up and not findings else ()
+            except Exception as error:
+                self.notes.append(f"what the declared precision costs is not known: {in_one_line(error)}")
         return sorted(findings, key=lambda f: -(abs(f.effect.share) if f.effect.share is not None else 0.0))
 
-    def _segment(self, key: Key, row: LayerRow) -> Segment:
+    def _explained(self, key: Key, row: LayerRow, families: Sequence[Cause]) -> tuple[Explained, Cause | None]:
+        """One layer with its cause and the family that knows it; without them where anything fails on the way."""
+        explanation, family, where = Explanation(None, 0.0, None, 0.0), None, Where(row.name)
+        try:
+            segment = self.segment(key, row)
+            where = locate(segment, row.name)
+            explanation, family = explain(segment, families, partial(self._failed, row))
+        except Exception as error:
+            self._failed(row, error)
+        return Explained(row, explanation, where), family
+
+    def _failed(self, row: LayerRow, error: Exception) -> None:
+        note = f"{row.name}: not every cause could be tried: {in_one_line(error)}"
+        if note not in self.notes:
+            self.notes.append(note)
+
+    def segment(self, key: Key, row: LayerRow) -> Segment:
+        """The layer of a row, cut out on its captured inputs. Raises InputError where the oracle cannot compute it."""
         capture = self.test if row.side == "test" else self.reference
         declared = (row.replay and row.replay.precision) or self.run.precision.name
         claim = declared if row.side == "test" else self.reference_precision
@@ -141,7 +161,10 @@ class Explainer:
             finding.evidence["magnitude_only"] = True
         if len(group) > 1:
             finding.evidence["explained_least"] = min(e.explanation.explained for e in group)
-        finding.effect = self.effects.of(rows)
+        try:
+            finding.effect = self.effects.of(rows)
+        except Exception as error:
+            self.notes.append(f"{names[0]}: its effect on the outputs is not known: {in_one_line(error)}")
         return finding
 
     def _fix(self, cause: Candidate, rows: Sequence[LayerRow]) -> str:
@@ -220,7 +243,7 @@ class Explainer:
         replayed.sort(key=lambda item: item[1].replay.introduced or 0.0, reverse=True)  # type: ignore[union-attr]
         if claim not in PROMOTED or not replayed:
             return
-        segments = [self._segment(key, row) for key, row in replayed[:8]]
+        segments = [self.segment(key, row) for key, row in replayed[:8]]
         explained = fmean(segment.explained(segment.claimed)[0] for segment in segments)
         names = [row.name for _, row in replayed]
         yield Finding(

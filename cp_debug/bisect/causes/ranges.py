@@ -12,8 +12,8 @@ from cp_debug.backends.rounding import round_fp16
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.precision import OVERFLOWS
 from cp_debug.bisect.causes.segment import Segment
-from cp_debug.programs.precision import PRECISIONS
 from cp_debug.bisect.verdict import RANGE
+from cp_debug.programs.precision import PRECISIONS
 
 HALF = PRECISIONS["fp16"]
 SMALLEST = 2.0**-24

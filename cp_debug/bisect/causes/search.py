@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from cp_debug.bisect.causes.base import CAUSES, Candidate, Cause
@@ -37,17 +37,29 @@ class _Tried:
     accepted: bool
 
 
-def explain(segment: Segment, first: Collection[Cause] = ()) -> tuple[Explanation, Cause | None]:
+def explain(
+    segment: Segment, first: Collection[Cause] = (), on_failure: Callable[[Exception], None] = lambda error: None
+) -> tuple[Explanation, Cause | None]:
     """Try the causes on one layer; also returns the family that won.
 
     ``first``: families that explained worse layers of the run. When one of them explains this layer, too, without a
     fitted number, the others are not tried. The costly ones are tried only where nothing cheap explains it.
+    A family that raises is left at that, and ``on_failure`` is told.
     """
-    tried = [(t, family) for family in first for t in _try(segment, family)]
+
+    def all_of(families: Collection[Cause]) -> list[tuple[_Tried, Cause]]:
+        found = []
+        for family in families:
+            try:
+                found += [(t, family) for t in _try(segment, family)]
+            except Exception as error:
+                on_failure(error)
+        return found
+
+    tried = all_of(first)
     if not any(t.accepted and not t.candidate.parameters for t, _ in tried):
         for costly in (False, True):
-            asked = [c for c in CAUSES if c.costly == costly and c not in first]
-            tried += [(t, family) for family in asked for t in _try(segment, family)]
+            tried += all_of([c for c in CAUSES if c.costly == costly and c not in first])
             if any(t.accepted for t, _ in tried):
                 break
     if not tried:

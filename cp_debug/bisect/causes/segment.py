@@ -19,11 +19,11 @@ from cp_debug.backends.executor import Executor
 from cp_debug.backends.memory import Trimmer
 from cp_debug.backends.weights import Weights
 from cp_debug.bisect.causes.fits import halves
-from cp_debug.programs.precision import BESIDE_INT8, PRECISIONS, Precision
 from cp_debug.bisect.quantized_segment import Quantized
 from cp_debug.bisect.replay import FLOOR, Load
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Node
+from cp_debug.programs.precision import BESIDE_INT8, PRECISIONS, Precision
 
 _fresh = itertools.count(-1, -1)
 """Places of edited nodes: no node of a graph has a negative one."""
@@ -88,8 +88,16 @@ class SegmentContext:
 class Segment:
     """The nodes that make ``target`` from ``given``, all tensors on the CPU; the results are float64."""
 
-    def __init__(self, context: SegmentContext, nodes: Sequence[Node], target: str, given: Mapping[str, Any], test: Any) -> None:
-        self.context, self.graph, self.nodes, self.target, self.given = context, context.graph, tuple(nodes), target, given
+    def __init__(
+        self, context: SegmentContext, nodes: Sequence[Node], target: str, given: Mapping[str, Any], test: Any
+    ) -> None:
+        self.context, self.graph, self.nodes, self.target, self.given = (
+            context,
+            context.graph,
+            tuple(nodes),
+            target,
+            given,
+        )
         self.test = as_double(test)
         self.exact = self._exact()
         self.others: Iterable[tuple[str, Callable[[], Any]]] = ()
@@ -160,6 +168,9 @@ class Segment:
         norm, node = self.batch_norm, self.product
         if node is None or any(n.op == "BatchNormalization" for n in self.nodes):
             return None
+        earlier, later = self.nodes[: self.nodes.index(node)], self.nodes[self.nodes.index(node) + 1 :]
+        if [n.op for n in later] not in ([], ["Relu"]):
+            return None
         weight, bias = self.weight(node, 1), self.weight(node, 2)
         if weight is None or bias is None or (norm is not None and not bool((norm.weight != 0).all())):
             return None
@@ -173,7 +184,7 @@ class Segment:
         proto.input[:] = [node.proto.input[0], f"{node.proto.input[1]}\x1fapart"]
         values = {**self.given, proto.input[1]: weight.to(arithmetic.dtype)}
         executor = self.context.executor(arithmetic)
-        plain = executor.run_nodes([Node.of(next(_fresh), proto)], values, node.outputs)[node.outputs[0]]
+        plain = executor.run_nodes([*earlier, Node.of(next(_fresh), proto)], values, node.outputs)[node.outputs[0]]
 
         def stored(value: Tensor) -> Tensor:
             return as_double(arithmetic.round(value.to(arithmetic.dtype)))

@@ -35,9 +35,7 @@ Number = Annotated[float, BeforeValidator(_plain)]
 Whole = Annotated[int, BeforeValidator(_plain), Field(ge=-(1 << 31), lt=1 << 31)]
 Box = Annotated[list[float], BeforeValidator(_plain), Field(min_length=7, max_length=7)]
 _Row = Annotated[list[float], BeforeValidator(_plain), Field(min_length=4, max_length=4)]
-Matrix = Annotated[
-    list[_Row], BeforeValidator(_plain), Field(min_length=4, max_length=4), AfterValidator(_invertible)
-]
+Matrix = Annotated[list[_Row], BeforeValidator(_plain), Field(min_length=4, max_length=4), AfterValidator(_invertible)]
 Velocity = Annotated[list[float], BeforeValidator(_plain), Field(min_length=2, max_length=2)]
 
 

@@ -17,8 +17,8 @@ from cp_debug.recipes.base import Sample
 from cp_debug.recipes.data.attributes import NAMES
 from cp_debug.recipes.data.base import DataOptions, Truth
 from cp_debug.recipes.data.frames import bottom_to_centre, camera_boxes_to_lidar, to_reference, without_close
-from cp_debug.recipes.data.info_schema import Info as InfoEntry
 from cp_debug.recipes.data.info_schema import Camera, Meta
+from cp_debug.recipes.data.info_schema import Info as InfoEntry
 from cp_debug.recipes.data.points import Points, read_points
 from cp_debug.recipes.data.unpickle import load_plain_pickle
 

@@ -117,7 +117,9 @@ class Detector:
                 torch.manual_seed(seed)
                 self.model = models.build(self.config.model)
         except Exception as error:  # a config is a program: it and the constructors raise whatever they like
-            raise DetectorFailure("config", f"{path}: mmdet3d cannot build it: {type(error).__name__}: {error}") from error
+            raise DetectorFailure(
+                "config", f"{path}: mmdet3d cannot build it: {type(error).__name__}: {error}"
+            ) from error
         self.model.eval().requires_grad_(False)
         self.branches = {}
         for prefix in PREFIXES:

@@ -60,6 +60,10 @@ def find_accused(saved: SavedResult, layer: str | None = None, backend: str | No
         program = reference
     mapping = value_map(_program(row.component, reference), _program(row.component, program))
     inputs = {v.name: v.name for v in program.inputs}
+    if renamed := test.pairing.get(row.component, {}).get("renamed"):
+        known = {*reference.producer, *(v.name for v in reference.inputs)}
+        own = {name: renamed.get(name, name) for name in (*inputs, *program.producer)}
+        inputs, mapping = {}, {name: found for name, found in own.items() if found in known}
     precision = coarser(saved.result.reference.precision, test.backend.precision).name
     return Accused(
         row=row,

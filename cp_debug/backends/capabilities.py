@@ -1,0 +1,156 @@
+"""What only some backends and sessions can do, each as a protocol, and what holds for those that cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from cp_debug.backends.base import Backend, Session
+    from cp_debug.backends.tensorrt.calibration import Ranges
+    from cp_debug.backends.tensorrt.inspector import EngineLayer
+
+
+@runtime_checkable
+class KeepsFp32(Protocol):
+    """A backend of lower precision that computes chosen nodes in FP32."""
+
+    keep_fp32: Collection[str]
+    """Names of ONNX nodes."""
+
+
+@runtime_checkable
+class CalibratesItself(Protocol):
+    """A backend that may choose INT8 scales by a calibrator of its own, and then needs no Q/DQ pairs."""
+
+    implicit_int8: bool
+
+
+@runtime_checkable
+class LimitsOpset(Protocol):
+    """A backend that reads ONNX up to an opset."""
+
+    largest_opset: int | None
+    """None where it is not known to end."""
+
+
+@runtime_checkable
+class ChangesThreads(Protocol):
+    """A backend whose thread count can be chosen."""
+
+    def with_threads(self, count: int | None) -> Backend:
+        """The same backend with this many threads; None leaves the number to the library."""
+        ...
+
+
+@runtime_checkable
+class RunsPrebuilt(Protocol):
+    """A backend over engine files that were built before."""
+
+    builder: Backend
+    """The backend that would build such engines."""
+
+
+@runtime_checkable
+class NamesKernels(Protocol):
+    """A session that knows which kernel wrote a value."""
+
+    tactics: Mapping[str, str]
+    """ONNX value → name of the kernel."""
+
+
+@runtime_checkable
+class KnowsRanges(Protocol):
+    """A session that knows which INT8 ranges its calibrator chose."""
+
+    ranges: Ranges | None
+
+
+@runtime_checkable
+class TimesItself(Protocol):
+    """A session that measures its own passes."""
+
+    def timings(self, inputs: Mapping[str, np.ndarray], passes: int) -> list[float]:
+        """Milliseconds of each of ``passes`` runs on the device."""
+        ...
+
+
+class BuiltVariation(Protocol):
+    """One more engine of a program, and what it gave on one input."""
+
+    @property
+    def outputs(self) -> Mapping[str, np.ndarray]:
+        """The graph's outputs."""
+        ...
+
+    @property
+    def shown(self) -> Mapping[str, np.ndarray]:
+        """The marked values that it put out."""
+        ...
+
+    @property
+    def gap(self) -> float:
+        """Relative L2 distance of its outputs from the plain engine's."""
+        ...
+
+
+@runtime_checkable
+class BuildsVariations(Protocol):
+    """A session that fuses nodes, tells how, and builds engines that differ a little from the one that is judged."""
+
+    @property
+    def layers(self) -> Sequence[EngineLayer]:
+        """The layers of the engine last used."""
+        ...
+
+    def trial(
+        self,
+        inputs: Mapping[str, np.ndarray],
+        marks: Collection[str] = (),
+        wide: Collection[str] = (),
+        keep_fp32: Collection[str] = (),
+    ) -> BuiltVariation:
+        """Build one more engine and run it once, with values shown or nodes kept in FP32."""
+        ...
+
+
+def kept_in_fp32(backend: Backend) -> frozenset[str]:
+    """Names of the nodes that a backend was told to keep in FP32."""
+    return frozenset(backend.keep_fp32) if isinstance(backend, KeepsFp32) else frozenset()
+
+
+def calibrates_itself(backend: Backend) -> bool:
+    """Whether INT8 comes from the backend's own calibrator, not from Q/DQ pairs."""
+    return isinstance(backend, CalibratesItself) and backend.implicit_int8
+
+
+def largest_opset(backend: Backend) -> int | None:
+    """The last ONNX opset that a backend reads; None without a limit."""
+    return backend.largest_opset if isinstance(backend, LimitsOpset) else None
+
+
+def with_threads(backend: Backend, count: int | None) -> Backend:
+    """The backend with another thread count; itself where it has none to choose."""
+    return backend.with_threads(count) if isinstance(backend, ChangesThreads) else backend
+
+
+def builder_of(backend: Backend) -> Backend:
+    """The backend that builds what this one runs: itself, unless it runs engine files."""
+    return backend.builder if isinstance(backend, RunsPrebuilt) else backend
+
+
+def kernels_of(session: Session) -> Mapping[str, str]:
+    """ONNX value → name of the kernel that wrote it, where the session tells."""
+    return session.tactics if isinstance(session, NamesKernels) else {}
+
+
+def ranges_of_session(session: Session) -> Ranges | None:
+    """The INT8 ranges that a session's own calibrator chose; None without one."""
+    return session.ranges if isinstance(session, KnowsRanges) else None
+
+
+def timer_of(session: Session) -> Callable[[Mapping[str, Any], int], list[float]] | None:
+    """The session's own stopwatch; None where the caller must time it from outside."""
+    return session.timings if isinstance(session, TimesItself) else None

@@ -1,0 +1,195 @@
+"""RNN, GRU and LSTM, unrolled: each product and each stored state is rounded as the arithmetic says.
+
+Formulas, gate orders and defaults: ONNX's operator specification (``docs/Operators.md``). Where it is silent, ONNX
+Runtime's CPU kernels were measured: an activation takes the next ``activation_alpha`` only if it has such a parameter,
+those of Affine and ScaledTanh are 0 by default, and ``clip`` bounds the gates but not the cell.
+In FP16 and BF16 what the matrix products write and the states h and c are rounded at each step, the gates between them
+are not, as in the fused cells of PyTorch and cuDNN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cp_debug.backends.kernels.matmul import matmul
+from cp_debug.backends.kernels.registry import Call, kernel
+
+Activation = Callable[[Tensor], Tensor]
+
+_PLAIN: dict[str, Activation] = {
+    "relu": torch.relu,
+    "sigmoid": torch.sigmoid,
+    "softplus": lambda x: torch.logaddexp(x, torch.zeros_like(x)),
+    "softsign": functional.softsign,
+    "tanh": torch.tanh,
+}
+_WITH_ALPHA: dict[str, tuple[float, Callable[[Tensor, float], Tensor]]] = {
+    "elu": (1.0, functional.elu),
+    "leakyrelu": (0.01, functional.leaky_relu),
+    "thresholdedrelu": (1.0, lambda x, alpha: torch.where(x > alpha, x, torch.zeros_like(x))),
+}
+_WITH_BOTH: dict[str, tuple[float, float, Callable[[Tensor, float, float], Tensor]]] = {
+    "affine": (0.0, 0.0, lambda x, alpha, beta: alpha * x + beta),
+    "hardsigmoid": (0.2, 0.5, lambda x, alpha, beta: (alpha * x + beta).clamp(0, 1)),
+    "scaledtanh": (0.0, 0.0, lambda x, alpha, beta: alpha * torch.tanh(beta * x)),
+}
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """One direction of a recurrent layer: weights [gates × H, I or H], biases [gates × H], in ONNX's gate order."""
+
+    call: Call
+    activations: Sequence[Activation]
+    weight: Tensor
+    recurrence: Tensor
+    bias: Tensor
+    recurrent_bias: Tensor
+    peepholes: Sequence[Tensor]
+    """Three [H], or none."""
+
+    def given(self, x: Tensor) -> Tensor:
+        """What the gates get from the inputs x [T, B, I]: [T, B, gates × H]."""
+        return self._product(x, self.weight, self.bias)
+
+    def recurrent(self, h: Tensor, rows: slice = slice(None)) -> Tensor:
+        """What the gates (``rows`` of them) get from the state h [B, H]."""
+        return self._product(h, self.recurrence[rows], self.recurrent_bias[rows])
+
+    def activate(self, which: int, gate: Tensor) -> Tensor:
+        """Activation number ``which`` of a gate, within the node's ``clip``."""
+        bound = self.call["clip"]
+        return self.activations[which](gate.clamp(-bound, bound) if bound else gate)
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        result = matmul(self.call, x, weight.mT)
+        assert isinstance(result, Tensor)
+        return self.call.arithmetic.round(result + bias)
+
+
+State = tuple[Tensor, ...]
+"""h, and c of an LSTM, each [B, H]."""
+Step = Callable[[_Cell, Tensor, State], State]
+"""One time step: (cell, what the gates get from the input [B, gates × H], state) → the next state."""
+
+
+def _rnn(cell: _Cell, given: Tensor, state: State) -> State:
+    return (cell.activate(0, given + cell.recurrent(state[0])),)
+
+
+def _gru(cell: _Cell, given: Tensor, state: State) -> State:
+    (h,) = state
+    size = h.shape[-1]
+    gates, hidden = slice(0, 2 * size), slice(2 * size, None)
+    z, r = (cell.activate(0, gate) for gate in (given[:, gates] + cell.recurrent(h, gates)).split(size, -1))
+    if cell.call["linear_before_reset"]:
+        from_state = r * cell.recurrent(h, hidden)
+    else:
+        from_state = cell.recurrent(cell.call.arithmetic.round(r * h), hidden)
+    candidate = cell.activate(1, given[:, hidden] + from_state)
+    return ((1 - z) * candidate + z * h,)
+
+
+def _lstm(cell: _Cell, given: Tensor, state: State) -> State:
+    h, c = state
+    i, o, f, g = (given + cell.recurrent(h)).split(h.shape[-1], -1)
+    if cell.peepholes:
+        i, f = i + cell.peepholes[0] * c, f + cell.peepholes[2] * c
+    i = cell.activate(0, i)
+    f = 1 - i if cell.call["input_forget"] else cell.activate(0, f)
+    c = cell.call.arithmetic.round(f * c + i * cell.activate(1, g))
+    if cell.peepholes:
+        o = o + cell.peepholes[1] * c
+    return cell.activate(0, o) * cell.activations[2](c), c
+
+
+_STEPS: dict[str, tuple[Step, int, tuple[str, ...]]] = {
+    "RNN": (_rnn, 1, ("Tanh",)),
+    "GRU": (_gru, 3, ("Sigmoid", "Tanh")),
+    "LSTM": (_lstm, 4, ("Sigmoid", "Tanh", "Tanh")),
+}
+"""Operator → its step, number of gates, default activations."""
+
+
+@kernel("RNN", "GRU", "LSTM", multiplies=True)
+def recurrent(
+    call: Call,
+    x: Tensor,
+    weight: Tensor,
+    recurrence: Tensor,
+    bias: Tensor | None = None,
+    lengths: Tensor | None = None,
+    h: Tensor | None = None,
+    c: Tensor | None = None,
+    peepholes: Tensor | None = None,
+) -> list[Tensor]:
+    """x [T, B, I], W [D, gates × H, I], R [D, gates × H, H], B [D, 2 gates × H], lengths [B], h and c [D, B, H],
+    P [D, 3 H] → Y [T, D, B, H], the last h and, of an LSTM, c [D, B, H]; with ``layout`` 1 the batch comes first.
+    """
+    step, gates, default = _STEPS[call.node.op]
+    if call["layout"]:
+        x, h, c = x.transpose(0, 1), *(s if s is None else s.transpose(0, 1) for s in (h, c))
+    directions, size = weight.shape[0], weight.shape[1] // gates
+    names = call["activations"] or default * directions
+    functions = list(_activations(names, call["activation_alpha"] or (), call["activation_beta"] or ()))
+    if bias is None:
+        bias = weight.new_zeros(directions, 2 * gates * size)
+    backwards = [call["direction"] == "reverse"] if directions == 1 else [False, True]
+    results = []
+    for d, backward in enumerate(backwards):
+        own = functions[d * len(default) : (d + 1) * len(default)]
+        for_input, for_state = bias[d].split(gates * size)
+        diagonal = () if peepholes is None else peepholes[d].split(size)
+        cell = _Cell(call, own, weight[d], recurrence[d], for_input, for_state, diagonal)
+        start = tuple(x.new_zeros(x.shape[1], size) if s is None else s[d] for s in (h, c)[: 1 + (gates == 4)])
+        results.append(_unroll(step, cell, x, start, lengths, backward))
+    y, *last = (torch.stack(parts, axis) for parts, axis in zip(zip(*results, strict=True), (1, 0, 0), strict=False))
+    if call["layout"]:
+        return [y.permute(2, 0, 1, 3), *(s.transpose(0, 1) for s in last)]
+    return [y, *last]
+
+
+def _unroll(
+    step: Step, cell: _Cell, x: Tensor, state: State, lengths: Tensor | None, backward: bool
+) -> tuple[Tensor, ...]:
+    """All h [T, B, H] of one direction, zero behind the end of a sequence, and the last state."""
+    time, batch = x.shape[:2]
+    steps = torch.arange(time, device=x.device)[:, None].expand(time, batch)
+    ends = steps.new_full((batch,), time) if lengths is None else lengths.to(torch.int64)
+    inside = steps < ends
+    # Backwards, each sequence starts at its own end.
+    places = torch.where(inside, ends - 1 - steps, steps) if backward else steps
+    columns = torch.arange(batch, device=x.device)
+    given = cell.given(x[places, columns] if backward else x)
+    rows = [x.new_empty(0, *state[0].shape)]
+    for t in range(time):
+        after = tuple(cell.call.arithmetic.round(s) for s in step(cell, given[t], state))
+        if lengths is not None:
+            after = tuple(torch.where(inside[t][:, None], n, old) for n, old in zip(after, state, strict=True))
+        state = after
+        rows.append((state[0] * inside[t][:, None])[None])
+    y = torch.cat(rows)
+    return (y[places, columns] if backward else y, *state)
+
+
+def _activations(names: Sequence[str], alphas: Sequence[float], betas: Sequence[float]) -> Iterator[Activation]:
+    """The functions called ``names``; each takes the next alpha and beta only if it has such a parameter."""
+    alpha, beta = iter(alphas), iter(betas)
+    for name in map(str.lower, names):
+        if name in _PLAIN:
+            yield _PLAIN[name]
+        elif name in _WITH_ALPHA:
+            first, function = _WITH_ALPHA[name]
+            yield _bound(function, next(alpha, first))
+        else:
+            first, second, of_both = _WITH_BOTH[name]
+            yield _bound(of_both, next(alpha, first), next(beta, second))
+
+
+def _bound(function: Callable[..., Tensor], *parameters: float) -> Activation:
+    return lambda x: function(x, *parameters)

@@ -1,0 +1,79 @@
+"""Operators that ONNX itself defines by other operators: the function bodies of its schemas.
+
+Attention, RotaryEmbedding, NegativeLogLikelihoodLoss, AffineGrid and their like are computed by their own definition,
+node by node, so that every arithmetic rounds where an unfused implementation would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import helper
+from torch import Tensor
+
+from cp_debug.graph.bodies import Body
+from cp_debug.graph.graph import Node
+
+_TYPES = {
+    torch.bool: onnx.TensorProto.BOOL,
+    torch.float32: onnx.TensorProto.FLOAT,
+    torch.float64: onnx.TensorProto.DOUBLE,
+    torch.int8: onnx.TensorProto.INT8,
+    torch.int16: onnx.TensorProto.INT16,
+    torch.int32: onnx.TensorProto.INT32,
+    torch.int64: onnx.TensorProto.INT64,
+    torch.uint8: onnx.TensorProto.UINT8,
+}
+
+
+def function_body(node: Node, opsets: Mapping[str, int], inputs: Sequence[Any], held: torch.dtype) -> Body | None:
+    """The body of a node's operator for inputs of these types (None for an absent one).
+
+    None where ONNX gives no body, or none for these. ``held``: the dtype that stands for FLOAT.
+    """
+    proto = node.proto
+    domain = "" if proto.domain == "ai.onnx" else proto.domain
+    version = opsets.get(domain, 1)
+    try:
+        schema = onnx.defs.get_schema(proto.op_type, version, domain)
+    except onnx.defs.SchemaError:
+        return None
+    if schema.has_function:
+        body = _latest(schema.function_opset_versions, version, schema.get_function_with_opset_version)
+    elif schema.has_context_dependent_function:
+        types = [_type(value, held).SerializeToString() for value in inputs]
+
+        def build(opset: int) -> bytes:
+            return schema.get_context_dependent_function_with_opset_version(opset, proto.SerializeToString(), types)
+
+        body = _latest(schema.context_dependent_function_opset_versions, version, build)
+    else:
+        return None
+    if not body:
+        return None
+    function = onnx.FunctionProto()
+    function.ParseFromString(body)
+    defaults = [a.default_value for a in schema.attributes.values() if a.default_value.type]
+    given = {a.name for a in function.attribute_proto}
+    function.attribute_proto.extend(a for a in defaults if a.name not in given)
+    if not any(o.domain in ("", "ai.onnx") for o in function.opset_import):
+        function.opset_import.add(domain="", version=opsets.get("", version))
+    return Body.of_function(function, node)
+
+
+def _latest(versions: Sequence[int], opset: int, build: Any) -> bytes | None:
+    fitting = [v for v in versions if v <= opset]
+    return build(max(fitting)) if fitting else None
+
+
+def _type(value: Any, held: torch.dtype) -> onnx.TypeProto:
+    if isinstance(value, Tensor):
+        kind = onnx.TensorProto.FLOAT if value.dtype == held else _TYPES.get(value.dtype, 0)
+        return helper.make_tensor_type_proto(kind, [None] * value.dim())
+    if isinstance(value, np.ndarray):
+        return helper.make_tensor_type_proto(helper.np_dtype_to_tensor_dtype(value.dtype), [None] * value.ndim)
+    return onnx.TypeProto()

@@ -1,0 +1,77 @@
+"""Control flow that takes another way on the two sides: the finding, whatever the numbers behind it are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from cp_debug.backends.base import Program
+from cp_debug.bisect.result import GUILTY, INHERITED, LayerRow
+from cp_debug.errors import InputError
+from cp_debug.graph.flatten import Branch, Decision
+from cp_debug.graph.graph import Graph
+from cp_debug.probes.capture import Capture
+from cp_debug.programs.pipeline import Key
+
+
+@dataclass(frozen=True)
+class OtherWay:
+    """One control flow node that decides differently."""
+
+    component: str
+    branch: Branch
+    """The reference's."""
+    ours: Decision
+    theirs: Decision
+
+    def __str__(self) -> str:
+        def said(decision: Decision) -> str:
+            return f"takes {decision}" if isinstance(decision, str) else f"runs {decision} times"
+
+        return f"{self.branch.op} {self.branch.path} {said(self.theirs)}, on the reference it {said(self.ours)}"
+
+
+def other_ways(
+    reference: Mapping[str, Program], test: Mapping[str, Program], captures: tuple[Capture, Capture]
+) -> Iterator[OtherWay]:
+    """The control flow, by component, that the test does not do as the reference. What a capture shows of an If's
+    condition goes before what was decided when the bodies were put in their place."""
+    for component, program in reference.items():
+        theirs = {b.path: b for b in test[component].branches}
+        for branch in program.branches:
+            if branch.path not in theirs:
+                continue
+            way = OtherWay(
+                component,
+                branch,
+                _seen(branch, captures[0], component),
+                _seen(theirs[branch.path], captures[1], component),
+            )
+            if way.ours != way.theirs:
+                yield way
+
+
+def _seen(branch: Branch, capture: Capture, component: str) -> Decision:
+    if branch.op != "If":
+        return branch.decision
+    try:
+        condition = capture.load(branch.decided_by[0], component=component)
+    except InputError:
+        return branch.decision
+    return "then_branch" if bool(condition.reshape(-1)[0]) else "else_branch"
+
+
+def judge_ways(ways: list[OtherWay], programs: Mapping[str, Program], rows: dict[Key, LayerRow]) -> None:
+    """Give the results of such control flow their verdict: guilty, where nothing that it decides by is."""
+    for way in ways:
+        above = _above(programs[way.component].graph, way.branch.decided_by)
+        accused = any(rows[k].verdict == GUILTY for k in (Key(way.component, v) for v in above) if k in rows)
+        for name in way.branch.outputs:
+            if (row := rows.get(Key(way.component, name))) is not None:
+                row.verdict, row.why = INHERITED if accused else GUILTY, str(way)
+
+
+def _above(graph: Graph, values: tuple[str, ...]) -> set[str]:
+    """``values`` and all that they are computed from."""
+    nodes, _ = graph.segment([v for v in values if v in graph.producer], ())
+    return {*values, *(name for node in nodes for name in (*node.inputs, *node.outputs))}

@@ -1,0 +1,137 @@
+"""How far correct FP32 implementations of operators that do many things at once lie apart.
+
+Softmax and normalisations subtract, sum and divide: each step's error is carried to the result by its derivative.
+Resize computes its coordinates in FP32. A Fourier transform is as good as its algorithm: measured by
+``benchmarks/operator_errors.py``, ONNX Runtime 1.31's is off by 0.8·log₂N roundoffs for powers of two and 1.4·N for
+other lengths N, torch's by less than 0.5. Everything else (recurrent layers, attention, grid sampling, what nobody has
+measured): a good implementation gives the exact result of slightly wrong inputs, so the inputs are moved by as much as
+summing them would.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from cp_debug.backends.executor import Executor
+from cp_debug.bisect.summation import ROUNDING, U, in_any_order, one_sided
+from cp_debug.graph.graph import Node
+
+RESULT = 1.5
+"""Unit roundoffs of its result by which an operator may be off besides the effect of its inputs."""
+DRAWS = 4
+"""Times that inputs are moved; more often for few elements, which may move little by luck."""
+FEW = 256
+
+
+def compound(
+    oracle: Executor, node: Node, inputs: Mapping[str, Tensor], result: Tensor, name: str, family: str
+) -> Tensor:
+    """By how much each element of the result ``name`` of a node may be off, in FP32's unit roundoffs."""
+    if node.op in ("Softmax", "LogSoftmax"):
+        return _softmax(oracle, node, inputs, result)
+    if node.op in ("LayerNormalization", "InstanceNormalization", "GroupNormalization") and name == node.outputs[0]:
+        return _normalised(node, inputs, result, family)
+    if node.op in ("Resize", "Upsample"):
+        return _resized(inputs[node.inputs[0]], result)
+    if node.op in ("DFT", "STFT"):
+        return torch.full_like(result, _fourier(node, inputs, family) * float(result.square().mean().sqrt()))
+    floats = [n for n, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point()]
+    lengths = [inputs[n].shape[-1] for n in floats[:2] if inputs[n].dim()]
+    step = max(1.0, ROUNDING * math.sqrt(max(lengths, default=1)))
+    return torch.hypot(RESULT * result.abs(), _moved(oracle, node, inputs, result, name, step))
+
+
+def _moved(
+    oracle: Executor, node: Node, inputs: Mapping[str, Tensor], result: Tensor, name: str, step: float
+) -> Tensor:
+    """How far the result moves, in unit roundoffs, when every input is off by ``step`` of them."""
+    generator = torch.Generator().manual_seed(0)
+    moved = torch.zeros_like(result)
+    draws = DRAWS if result.numel() >= FEW else 4 * DRAWS
+    for _ in range(draws):
+        wrong = dict(inputs)
+        for n, value in inputs.items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                noise = torch.randn(value.shape, generator=generator, dtype=value.dtype).to(value.device)
+                # Coordinates are moved by a part of the image, however near its centre.
+                wrong[n] = value + step * U * noise * (torch.ones_like(value) if node.op == "GridSample" else value)
+        there = torch.as_tensor(oracle.run_nodes([node], wrong, [name])[name])
+        if there.shape == result.shape:
+            moved += (there - result).nan_to_num(0.0, 0.0, 0.0).square()
+    return (moved / draws).sqrt() / U
+
+
+def _softmax(oracle: Executor, node: Node, inputs: Mapping[str, Tensor], result: Tensor) -> Tensor:
+    x = inputs[node.inputs[0]]
+    axis = next((a.i for a in node.proto.attribute if a.name == "axis"), -1)
+    summed = ROUNDING * math.sqrt(x.shape[axis] / 3) if x.dim() else 0.0
+    size = result.abs() if node.op == "Softmax" else torch.ones_like(result)
+    moved = _moved(oracle, node, inputs, result, node.outputs[0], 0.5)
+    return torch.hypot(torch.hypot(RESULT * result.abs(), (1.0 + summed) * size), moved)
+
+
+def _normalised(node: Node, inputs: Mapping[str, Tensor], result: Tensor, family: str) -> Tensor:
+    """(x − mean) ÷ √(variance + ε) · scale + bias: errors of the mean, of the variance and of the subtraction."""
+    given = [inputs[n] if n else None for n in node.proto.input]
+    attributes = {a.name: a for a in node.proto.attribute}
+    x, scale = given[0], given[1]
+    assert x is not None
+    assert scale is not None
+    bias = given[2] if len(given) > 2 and given[2] is not None else torch.zeros_like(scale)
+    rows, along = 1, [1, -1, *[1] * (x.dim() - 2)]
+    if node.op == "LayerNormalization":
+        axis = attributes["axis"].i if "axis" in attributes else -1
+        rows = math.prod(x.shape[: axis % x.dim()])
+    else:
+        groups = attributes["num_groups"].i if node.op == "GroupNormalization" else x.shape[1]
+        rows = x.shape[0] * groups
+        if scale.numel() != x.shape[1]:
+            scale, bias = (p.repeat_interleave(x.shape[1] // p.numel()) for p in (scale, bias))
+        scale, bias = scale.reshape(along), bias.reshape(along)
+    flat, scale, bias = (t.expand(x.shape).reshape(rows, -1) for t in (x, scale, bias))
+    count = flat.shape[1]
+
+    def add(terms: Tensor) -> Tensor:
+        return terms.sum(1, keepdim=True)
+
+    total, squared = add(flat), add(flat.square())
+    mean = total / count
+    variance = flat.var(1, unbiased=False, keepdim=True)
+    epsilon = attributes["epsilon"].f if "epsilon" in attributes else 1e-5
+    of_mean = torch.hypot(in_any_order(total, squared, count), one_sided(flat, add, total, squared)) / count
+    of_variance = U * of_mean.square() + ROUNDING * math.sqrt(count / 3) * variance
+    if node.op == "GroupNormalization" and family not in ("torch", "emu"):
+        of_variance = of_variance + 2 * (mean.square() + variance)  # one pass: the mean of squares − mean²
+    slope = scale.abs() / (variance + epsilon).sqrt()
+    shifted = slope * (of_mean + 0.6 * flat.abs())
+    scaled = (result.reshape(rows, -1) - bias).abs() * of_variance / (2 * (variance + epsilon))
+    return torch.hypot(torch.hypot(shifted, scaled), ROUNDING * result.reshape(rows, -1).abs()).reshape(result.shape)
+
+
+def _resized(x: Tensor, result: Tensor) -> Tensor:
+    """Interpolation at coordinates that are off by a roundoff of their size."""
+    off = RESULT * result.abs()
+    for axis, (before, after) in enumerate(zip(x.shape, result.shape, strict=True)):
+        if before == after or after < 2:
+            continue
+        steps = result.diff(dim=axis).abs()
+        first, last = steps.narrow(axis, 0, 1), steps.narrow(axis, after - 2, 1)
+        slope = torch.maximum(torch.cat([first, steps], axis), torch.cat([steps, last], axis)) * max(after / before, 1)
+        place = torch.arange(after, dtype=result.dtype, device=result.device) * (before / after)
+        off = torch.hypot(off, slope * place.reshape([-1 if d == axis else 1 for d in range(result.dim())]))
+    return off
+
+
+def _fourier(node: Node, inputs: Mapping[str, Tensor], family: str) -> float:
+    """Unit roundoffs by which a Fourier transform is off, relative to its root mean square."""
+    signal = inputs[node.inputs[0]]
+    given = [inputs[n] for n in node.proto.input[1:] if n and isinstance(inputs[n], Tensor)]
+    lengths = [int(t) for t in given if t.numel() == 1 and not t.is_floating_point()]
+    length = max([*lengths, *(t.numel() for t in given)]) if lengths else max(signal.shape[1:], default=1)
+    if family in ("torch", "emu"):
+        return 0.5 + 0.1 * math.log2(max(length, 2))
+    return 1.5 + math.log2(max(length, 2)) if length & (length - 1) == 0 else 1.5 * length

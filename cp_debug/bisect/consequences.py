@@ -1,0 +1,94 @@
+"""Does it matter? A change of one value, followed through its readers until it is gone or reaches an output.
+
+Numbers that leave a type's range need not be a defect: a mask of −3.4e38 becomes −Inf in FP16, and the Softmax behind
+it gives the same zeros; an ε of 1e-6 loses digits, and vanishes beside a variance of 1; a product of 1e-9 is flushed
+to zero, and is added to 1. What counts is what becomes of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from cp_debug.backends.base import Tensor as AnyTensor
+from cp_debug.backends.executor import Executor
+from cp_debug.errors import InputError
+from cp_debug.graph.graph import Graph, Node
+from cp_debug.probes.distance import distance, ratio
+
+FURTHEST = 16
+"""Nodes that a change is followed through before it counts as one that stays."""
+
+Load = Callable[[str], AnyTensor]
+
+
+def matters(
+    graph: Graph,
+    oracle: Executor,
+    known: Collection[str],
+    load: Load,
+    change: tuple[str, Tensor, Tensor],
+    negligible: float,
+) -> bool:
+    """Whether a change of a value, (its name, as it is, as it would be), changes what is computed from it.
+
+    Its readers are followed, on ``oracle``, until the relative L2 change is ``negligible`` everywhere, or is none that
+    will go away: at an output of the graph, after ``FURTHEST`` nodes, where nothing can be computed. NaN or Inf that
+    only one of both has is never negligible. ``load`` gives the values that are ``known``.
+    """
+    name, exact, other = change
+    before: dict[str, AnyTensor] = {name: exact}
+    after: dict[str, AnyTensor] = {name: other}
+    outputs = {v.name for v in graph.outputs}
+    if name in outputs and difference(exact, other) > negligible:
+        return True
+    followed = 0
+    for node in graph.nodes:
+        if before.keys().isdisjoint(node.inputs):
+            continue
+        followed += 1
+        try:
+            sides = [_computed(graph, oracle, known, load, node, values) for values in (before, after)]
+        except InputError:
+            return True
+        for value in node.outputs:
+            was, now = (side[value] for side in sides)
+            size = difference(was, now)
+            if size <= negligible:
+                continue
+            if value in outputs or followed >= FURTHEST or not graph.consumers.get(value):
+                return True
+            before[value], after[value] = was, now
+    return False
+
+
+def difference(exact: AnyTensor, other: AnyTensor) -> float:
+    """Relative L2 norm of ``other`` − ``exact``; infinite where NaN, Inf or the shapes differ."""
+    if not isinstance(exact, Tensor) or not isinstance(other, Tensor) or exact.shape != other.shape:
+        return math.inf
+    if not torch.equal(torch.isfinite(exact), torch.isfinite(other)):
+        return math.inf
+    found = distance(other, exact)
+    return ratio(found.difference, found.whole)
+
+
+def _computed(
+    graph: Graph,
+    oracle: Executor,
+    known: Collection[str],
+    load: Load,
+    node: Node,
+    changed: Mapping[str, AnyTensor],
+) -> dict[str, Tensor]:
+    """The outputs of ``node`` when some values are changed and all else is as captured, or computed from that."""
+    missing = [n for n in node.inputs if n in graph.producer and n not in known and n not in changed]
+    nodes: Sequence[Node] = []
+    starts: Sequence[str] = []
+    if missing:
+        nodes, starts = graph.segment(missing, {*known, *changed})
+    inputs = {v.name for v in graph.inputs}
+    read = [n for n in (*starts, *node.inputs) if n not in changed and (n in known or n in inputs)]
+    return oracle.run_nodes([*nodes, node], {**{n: load(n) for n in read}, **changed}, node.outputs)

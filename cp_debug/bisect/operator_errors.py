@@ -1,0 +1,169 @@
+"""What an operator may do: errors of correct FP32 implementations, by operator and by who implements it.
+
+A result ``y`` is off by at most about ``u·√((absolute·s)² + (relative·|y|)²)``, root mean square over neighbouring
+arguments, u = 2⁻²⁴ and ``s`` the size that the absolute part refers to. Correct rounding has ``relative`` 0.3 to 0.4
+and no absolute part. Approximations whose authors bound the *absolute* error have one: ONNX Runtime's Sigmoid is a
+rational function plus ½ (MLAS, ``logistic.cpp``), right to 1.5 u of 1 where it should give 1e-8.
+
+The figures for elementary functions are measured: ``benchmarks/operator_errors.py`` compares ONNX Runtime, torch and
+oneDNN with FP64 in each half octave of the argument; ``docs/data/operator_errors.json`` holds what it found. A model is
+about the root mean square of the worst half octave and at least a third of the largest error, since a flat map repeats
+one argument and its error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cp_debug.backends.kernels import KERNELS
+from cp_debug.graph.graph import Node
+
+Size = Callable[[Node, Sequence[Tensor], Tensor], Tensor]
+"""Of a node, its inputs and its result: the size that an absolute error refers to, for every element."""
+
+
+def _one(node: Node, inputs: Sequence[Tensor], result: Tensor) -> Tensor:
+    return torch.ones_like(result)
+
+
+def _argument(node: Node, inputs: Sequence[Tensor], result: Tensor) -> Tensor:
+    return inputs[0].abs().clamp(max=32.0)
+
+
+def _below_zero(node: Node, inputs: Sequence[Tensor], result: Tensor) -> Tensor:
+    return (inputs[0] < 0).to(result.dtype)
+
+
+def _normaliser(node: Node, inputs: Sequence[Tensor], result: Tensor) -> Tensor:
+    """1 + the logarithm of each row's sum, which is subtracted from the argument."""
+    return 1 + (inputs[0] - result).abs().nan_to_num(0.0, 0.0, 0.0)
+
+
+def _logarithm_of_sum(node: Node, inputs: Sequence[Tensor], result: Tensor) -> Tensor:
+    """1 + |result| + ln K: the largest argument, added last, is at most so far from 0."""
+    return 1 + result.abs() + math.log(max(inputs[0].numel() / max(result.numel(), 1), 1))
+
+
+def _terms_of_batch_norm(node: Node, inputs: Sequence[Tensor], result: Tensor) -> Tensor:
+    """|x·a| + |mean·a| + |bias| with a = scale ÷ √(variance + ε): x·a + (bias − mean·a) may cancel."""
+    x, scale, bias, mean, variance = inputs[:5]
+    epsilon = next((a.f for a in node.proto.attribute if a.name == "epsilon"), 1e-5)
+    along = [1, -1, *[1] * (x.dim() - 2)]
+    factor = (scale / (variance + epsilon).sqrt()).abs()
+    return x.abs() * factor.reshape(along) + (mean.abs() * factor + bias.abs()).reshape(along)
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Root mean square errors in FP32's unit roundoffs: of the result, and of the size ``of``."""
+
+    relative: float
+    absolute: float = 0.0
+    of: Size = _one
+
+    def spread(self, node: Node, inputs: Sequence[Tensor], result: Tensor) -> Tensor:
+        """The error of every element of ``result``, root mean square, in units of FP32's roundoff."""
+        relative = self.relative * result.abs()
+        if not self.absolute:
+            return relative
+        return torch.hypot(relative, self.absolute * self.of(node, inputs, result))
+
+
+ROUNDED = Errors(0.5)
+"""Add, Mul, Div, Sqrt …: rounded once or twice, correctly."""
+EXACT = Errors(0.0)
+"""What moves data, chooses or compares."""
+APPROXIMATED = Errors(1.5)
+"""An elementary function nobody has measured: 3 to 4 units in the last place at most, as libraries promise."""
+
+TORCH = {
+    "Sigmoid": Errors(0.9),
+    "Tanh": Errors(0.7),
+    "Erf": Errors(0.6),
+    "Exp": Errors(0.7),
+    "Softplus": Errors(1.2),
+    "Elu": Errors(0.6),
+    "Selu": Errors(0.9),
+    "Celu": Errors(0.6),
+    "Gelu": Errors(1.0, 2.0, _argument),
+    "Mish": Errors(1.4),
+    "HardSwish": Errors(0.8, 0.4, _argument),
+    "HardSigmoid": Errors(0.5, 0.5),
+    "Softsign": Errors(0.9),
+    "Sin": Errors(0.7),
+    "Cos": Errors(0.6),
+    "Tan": Errors(0.9),
+    "Atan": Errors(0.7),
+    "Sinh": Errors(0.8),
+    "Cosh": Errors(0.8),
+    "Asinh": Errors(0.8),
+    "Log": Errors(0.6),
+    "Asin": Errors(0.7),
+    "Acos": Errors(0.7),
+    "Atanh": Errors(0.9),
+    "Acosh": Errors(0.9),
+    "Sqrt": Errors(0.7),
+    "Reciprocal": Errors(0.6),
+    "Pow": Errors(0.8),
+    "BatchNormalization": Errors(0.5, 0.5, _terms_of_batch_norm),
+    "LogSoftmax": Errors(1.0, 1.0, _normaliser),
+    "ReduceLogSumExp": Errors(1.0, 1.0, _logarithm_of_sum),
+}
+"""Measured with torch 2.13 on the CPU (SLEEF); oneDNN's are no larger, but for Sigmoid below 1e-19."""
+
+ONNX_RUNTIME = TORCH | {
+    "Sigmoid": Errors(0.9, 0.8),
+    "Tanh": Errors(2.5),
+    "Elu": Errors(0.6, 0.6, _below_zero),
+    "Selu": Errors(0.9, 1.0, _below_zero),
+    "Celu": Errors(0.6, 0.6, _below_zero),
+    "Gelu": Errors(1.0, 1.0, _argument),
+    "com.microsoft.Gelu": Errors(1.0, 1.0, _argument),
+    "com.microsoft.BiasGelu": Errors(1.0, 1.0, _argument),
+    "com.microsoft.FastGelu": Errors(1.0, 1.0, _argument),
+    "com.microsoft.QuickGelu": Errors(1.0, 1.2, _argument),
+    "Mish": Errors(1.5, 1.2, _argument),
+    "HardSwish": Errors(1.0, 0.6, _argument),
+    "Softplus": Errors(1.6),
+    "Sin": Errors(1.2),
+    "Cos": Errors(1.2),
+    "Atan": Errors(1.8),
+    "Log": Errors(1.4),
+    "Asin": Errors(2.6),
+    "Acos": Errors(2.6),
+}
+"""Measured with ONNX Runtime 1.31 on the CPU (MLAS, Eigen)."""
+
+
+def _wider(a: Errors, b: Errors) -> Errors:
+    return Errors(max(a.relative, b.relative), max(a.absolute, b.absolute), b.of if b.absolute else a.of)
+
+
+ANY = {op: _wider(TORCH.get(op, ROUNDED), errors) for op, errors in ONNX_RUNTIME.items()}
+"""For implementations that nobody has measured: the wider of those that were."""
+BY_FAMILY = {"ort": ONNX_RUNTIME, "torch": TORCH, "emu": TORCH}
+"""By the family of the backend's spec; ``emu-*`` computes with torch."""
+
+_CORRECTLY_ROUNDED = {
+    "Add", "Sub", "Mul", "Div", "Sum", "Mean", "Mod", "Neg", "Abs", "PRelu", "LeakyRelu", "Relu",
+    "Clip", "Cast", "CastLike", "DequantizeLinear", "QuantizeLinear", "Range", "com.microsoft.FusedConv",
+}  # fmt: skip
+
+
+def errors_of(node: Node, family: str) -> Errors | None:
+    """The errors of an elementwise operator as the backends of a family compute it.
+
+    None for operators whose error depends on more than their own elements: sums, products, normalisations.
+    """
+    if measured := BY_FAMILY.get(family, ANY).get(node.op):
+        return measured
+    if node.op in _CORRECTLY_ROUNDED:
+        return ROUNDED
+    if node.op in KERNELS and not KERNELS[node.op].rounds:
+        return EXACT
+    return APPROXIMATED if node.op == "Swish" else None

@@ -1,0 +1,60 @@
+"""What is said about side values (see ``Layer``), and about shapes: which node computed them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from cp_debug.backends.base import Program
+from cp_debug.bisect.replay import Replay
+from cp_debug.bisect.result import DIVERGENT, GUILTY, OK, SHAPE, LayerRow
+from cp_debug.bisect.verdict import Judgement
+from cp_debug.programs.pipeline import Key
+
+
+def judged(judgement: Judgement, replay: Replay | None) -> Judgement:
+    """The verdict on a side value: whole numbers that are not what its inputs make are no rounding, however near."""
+    if replay is None or not replay.instead or judgement.verdict == SHAPE:
+        return judgement
+    return judgement._replace(verdict=GUILTY, why=replay.instead)
+
+
+def without_emulation(judgement: Judgement, replay: Replay | None) -> Judgement:
+    """Nobody is guilty of more than is expected where nobody knows what to expect."""
+    if replay is None or not replay.not_emulated or replay.new_nonfinite or judgement.verdict != GUILTY:
+        return judgement
+    return Judgement(OK if judgement.within else DIVERGENT, judgement.within)
+
+
+def trace_shapes(programs: Mapping[str, Program], rows: Mapping[Key, LayerRow]) -> None:
+    """Let every row of another shape say where that began, by component → the reference's program.
+
+    Only values that differ are followed backwards: side values with a row, and data of another shape.
+    """
+    for key, row in rows.items():
+        if row.verdict != SHAPE or row.op == "input":
+            continue
+        origin = _origin(programs[key.component], key, rows)
+        if origin is not row and origin.kind != "data":
+            row.why += f"; {origin.name} ({origin.op}) computes it: {origin.why}"
+        elif origin is not row:
+            row.why += f"; it comes from {origin.name} ({origin.op})"
+        elif row.replay is not None and row.replay.skipped:
+            row.why += "; its own inputs make the reference's"
+
+
+def _origin(program: Program, key: Key, rows: Mapping[Key, LayerRow]) -> LayerRow:
+    """The first row in execution order that the shape of ``key`` hangs on, guilty ones before others."""
+    producer = program.graph.producer
+    found, stack, seen = [rows[key]], [key.value], {key.value}
+    while stack:
+        node = producer.get(stack.pop())
+        for name in node.inputs if node is not None else ():
+            row = rows.get(Key(key.component, name))
+            hidden = row is None and name in producer and Key(key.component, name) not in rows
+            if name in seen or not (hidden or (row is not None and (row.verdict == SHAPE or row.kind != "data"))):
+                continue
+            seen.add(name)
+            stack.append(name)
+            if row is not None:
+                found.append(row)
+    return min(found, key=lambda row: (row.verdict != GUILTY, row.index))

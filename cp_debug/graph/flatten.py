@@ -1,0 +1,250 @@
+"""The graph that a run really executes: bodies of If, Loop and Scan, and the file's own functions, put in their place.
+
+Which branch an If takes and how often a Loop runs depends on data; that is decided by whoever ran the graph once, and
+handed in. Names tell where a node stands: ``If_3/then_branch/Conv_1``, ``Loop_2/#0/Add_4``. Values that the main graph
+computes keep their names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from cp_debug.graph.bodies import Body
+from cp_debug.graph.graph import Graph, Node
+
+Decision = str | int
+"""The branch that an If took (``then_branch``), or how often a Loop or Scan ran."""
+
+MOST_NODES = 4096
+"""Nodes that one loop may become; a longer one stays whole."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One control flow node that was put flat."""
+
+    path: str
+    op: str
+    decision: Decision
+    decided_by: tuple[str, ...]
+    """The values that it decides by: the condition, and of a Loop the trip count."""
+    outputs: tuple[str, ...]
+
+
+def needs_flattening(graph: Graph) -> bool:
+    """Whether the graph holds bodies, or calls functions of its own file."""
+    local = {(f.domain, f.name) for f in graph.proto.functions}
+    return any(_bodies(n.proto) or (n.proto.domain, n.proto.op_type) in local for n in graph.nodes)
+
+
+def flatten(graph: Graph, decisions: Mapping[str, Decision]) -> tuple[onnx.ModelProto, list[Branch]]:
+    """The model with bodies and functions in their place, as far as ``decisions`` (by path) tell, and what was decided.
+
+    What is not decided, runs too often, or never and so leaves no shape, stays as it is.
+    """
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.proto)
+    flat = _Flattener(graph, decisions)
+    flat.copy(graph.nodes, "", {})
+    del model.graph.node[:]
+    model.graph.node.extend(flat.nodes)
+    model.graph.initializer.extend(flat.weights.values())
+    used = {(n.domain, n.op_type) for n in _all_nodes(flat.nodes)}
+    kept = [f for f in model.functions if (f.domain, f.name) in used]
+    del model.functions[:]
+    model.functions.extend(kept)
+    return model, flat.branches
+
+
+class _Flattener:
+    def __init__(self, graph: Graph, decisions: Mapping[str, Decision]) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.weights: dict[str, onnx.TensorProto] = {}
+        self.branches: list[Branch] = []
+        self._decisions = decisions
+        self._opsets = graph.opsets
+        self._functions = {(f.domain, f.name): f for f in graph.proto.functions}
+
+    def copy(self, nodes: Sequence[Node], path: str, scope: Mapping[str, str]) -> None:
+        """Append ``nodes`` of the body at ``path``; ``scope``: what a name in it is called outside."""
+        names = dict(scope)
+        for node in nodes:
+            names.update({o: f"{path}{o}" for o in node.proto.output if o and o not in scope and path})
+            self._put(node, path, names)
+
+    def _put(self, node: Node, path: str, names: Mapping[str, str]) -> None:
+        place = path + node.name
+        proto = _renamed(node.proto, names)
+        proto.name = place if path else node.proto.name
+        decision = self._decisions.get(place)
+        function = self._functions.get((node.proto.domain, node.proto.op_type))
+        if function is not None and self._compatible(function):
+            self._inline(Body.of_function(function, node), proto, place + "/", {})
+        elif node.op == "If" and isinstance(decision, str):
+            self.branches.append(Branch(place, "If", decision, (proto.input[0],), tuple(filter(None, proto.output))))
+            (body,) = (a.g for a in node.proto.attribute if a.name == decision)
+            self._inline(Body.of_graph(body, self._opsets), proto, f"{place}/{decision}/", names, arguments=())
+        elif node.op in ("Loop", "Scan") and isinstance(decision, int) and self._unrolls(node, decision):
+            by = proto.input[:2] if node.op == "Loop" else proto.input[-1:]
+            self.branches.append(
+                Branch(place, node.op, decision, tuple(filter(None, by)), tuple(filter(None, proto.output)))
+            )
+            (graph,) = (a.g for a in node.proto.attribute if a.name == "body")
+            body_of = Body.of_graph(graph, self._opsets)
+            (self._loop if node.op == "Loop" else self._scan)(node, body_of, proto, place, names, decision)
+        else:
+            self.nodes.append(proto)
+
+    def _compatible(self, function: onnx.FunctionProto) -> bool:
+        """Whether the function means the same operators as the graph."""
+        return all(
+            self._opsets.get("" if o.domain == "ai.onnx" else o.domain, o.version) == o.version
+            for o in function.opset_import
+        )
+
+    def _unrolls(self, node: Node, count: int) -> bool:
+        (graph,) = (a.g for a in node.proto.attribute if a.name == "body")
+        old_scan = node.op == "Scan" and self._opsets.get("", 1) < 9
+        return count > 0 and count * len(graph.node) <= MOST_NODES and not old_scan
+
+    def _inline(
+        self,
+        body: Body,
+        caller: onnx.NodeProto,
+        path: str,
+        outer: Mapping[str, str],
+        arguments: Sequence[str] | None = None,
+    ) -> None:
+        """The nodes of a branch or function in place of ``caller``, whose names are those of the outside already."""
+        given = caller.input if arguments is None else arguments
+        results = self._body(body, path, outer, given, dict(zip(body.outputs, caller.output, strict=False)))
+        for made, wanted in zip(results, caller.output, strict=False):
+            if wanted and made != wanted:
+                self._add("Identity", [made], [wanted], f"{path}{wanted}")
+
+    def _body(
+        self,
+        body: Body,
+        path: str,
+        outer: Mapping[str, str],
+        arguments: Sequence[str],
+        wanted: Mapping[str, str],
+        weights_path: str | None = None,
+    ) -> list[str]:
+        """The nodes of ``body``; returns what its outputs are called. ``wanted``: names for outputs, where possible."""
+        scope = dict(outer) | dict.fromkeys(body.inputs, "")
+        scope |= dict(zip(body.inputs, arguments, strict=False))
+        for name, array in body.constants.items():
+            scope[name] = f"{path if weights_path is None else weights_path}{name}"
+            if scope[name] not in self.weights:
+                self.weights[scope[name]] = numpy_helper.from_array(array, scope[name])
+        own = {o for n in body.nodes for o in n.outputs}
+        taken: set[str] = set()
+        for name, outside in wanted.items():
+            if name in own and outside and outside not in taken:
+                scope[name] = outside
+                taken.add(outside)
+        self.copy(body.nodes, path, scope)
+        return [scope.get(o) or (f"{path}{o}" if o in own else o) for o in body.outputs]
+
+    def _loop(
+        self, node: Node, body: Body, caller: onnx.NodeProto, place: str, outer: Mapping[str, str], count: int
+    ) -> None:
+        state = list(caller.input[2:])
+        kept = len(state)
+        scans: list[list[str]] = [[] for _ in body.outputs[1 + kept :]]
+        for k in range(count):
+            path = f"{place}/#{k}/"
+            arguments = [
+                self._constant(f"{path}iteration", np.int64(k)),
+                self._constant(f"{place}/true", np.bool_(True)),
+            ]
+            last = dict(zip(body.outputs[1 : 1 + kept], caller.output, strict=False)) if k == count - 1 else {}
+            results = self._body(body, path, outer, [*arguments, *state], last, f"{place}/")
+            state = results[1 : 1 + kept]
+            for scan, value in zip(scans, results[1 + kept :], strict=True):
+                scan.append(value)
+        for made, wanted in zip(state, caller.output, strict=False):
+            if wanted and made != wanted:
+                self._add("Identity", [made], [wanted], f"{place}/{wanted}")
+        for values, wanted in zip(scans, caller.output[kept:], strict=False):
+            self._stack(values, wanted, place, 0)
+
+    def _scan(
+        self, node: Node, body: Body, caller: onnx.NodeProto, place: str, outer: Mapping[str, str], count: int
+    ) -> None:
+        given = {a.name: helper.get_attribute_value(a) for a in node.proto.attribute}
+        scanned = given["num_scan_inputs"]
+        kept = len(caller.input) - scanned
+        state, columns = list(caller.input[:kept]), caller.input[kept:]
+        axes, backwards = (given.get(f"scan_input_{n}") or [0] * scanned for n in ("axes", "directions"))
+        scans: list[list[str]] = [[] for _ in body.outputs[kept:]]
+        for k in range(count):
+            path = f"{place}/#{k}/"
+            arguments = []
+            for column, axis, backward in zip(columns, axes, backwards, strict=True):
+                row = count - 1 - k if backward else k
+                index = self._constant(f"{place}/{row}", np.int64(row))
+                arguments.append(f"{path}{column}")
+                self._add("Gather", [column, index], [arguments[-1]], arguments[-1], axis=axis)
+            last = dict(zip(body.outputs[:kept], caller.output, strict=False)) if k == count - 1 else {}
+            results = self._body(body, path, outer, [*state, *arguments], last, f"{place}/")
+            state = results[:kept]
+            for scan, value in zip(scans, results[kept:], strict=True):
+                scan.append(value)
+        for made, wanted in zip(state, caller.output, strict=False):
+            if wanted and made != wanted:
+                self._add("Identity", [made], [wanted], f"{place}/{wanted}")
+        axes, backwards = (given.get(f"scan_output_{n}") or [0] * len(scans) for n in ("axes", "directions"))
+        for values, wanted, axis, backward in zip(scans, caller.output[kept:], axes, backwards, strict=False):
+            self._stack(values[::-1] if backward else values, wanted, place, axis)
+
+    def _stack(self, values: Sequence[str], wanted: str, place: str, axis: int) -> None:
+        if not wanted:
+            return
+        rows = [f"{place}/{wanted}/#{k}" for k in range(len(values))]
+        for value, row in zip(values, rows, strict=True):
+            if self._opsets.get("", 1) >= 13:
+                self._add("Unsqueeze", [value, self._constant(f"{place}/axis{axis}", np.array([axis]))], [row], row)
+            else:
+                self._add("Unsqueeze", [value], [row], row, axes=[axis])
+        self._add("Concat", rows, [wanted], f"{place}/{wanted}", axis=axis)
+
+    def _constant(self, name: str, value: np.ndarray | np.generic) -> str:
+        self.weights[name] = numpy_helper.from_array(np.asarray(value), name)
+        return name
+
+    def _add(self, op: str, inputs: Sequence[str], outputs: Sequence[str], name: str, **attributes: object) -> None:
+        self.nodes.append(helper.make_node(op, inputs, outputs, name=name, **attributes))
+
+
+def _renamed(proto: onnx.NodeProto, names: Mapping[str, str]) -> onnx.NodeProto:
+    """A copy with its values called as outside; bodies that stay are renamed where they read outer values."""
+    node = onnx.NodeProto()
+    node.CopyFrom(proto)
+    for field in (node.input, node.output):
+        renamed = [names.get(n, n) if n else n for n in field]
+        del field[:]
+        field.extend(renamed)
+    for graph in _bodies(node):
+        own = {v.name for v in graph.input} | {t.name for t in graph.initializer}
+        own |= {o for n in graph.node for o in n.output}
+        outer = {k: v for k, v in names.items() if k not in own}
+        children = [_renamed(n, outer) for n in graph.node]
+        del graph.node[:]
+        graph.node.extend(children)
+    return node
+
+
+def _bodies(proto: onnx.NodeProto) -> list[onnx.GraphProto]:
+    return [g for a in proto.attribute for g in ([a.g] if a.type == onnx.AttributeProto.GRAPH else a.graphs)]
+
+
+def _all_nodes(nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """The nodes and those in their bodies."""
+    return [m for n in nodes for m in (n, *(c for g in _bodies(n) for c in _all_nodes(g.node)))]

@@ -1,0 +1,228 @@
+"""Which value of one graph is which of another: the same network exported again, simplified, fused, renamed.
+
+Equal names are believed where the nodes behind them agree. Else what each value holds on the same inputs decides, and
+the dataflow decides among equal tensors (``programs/pairing_numbers.py``). Inputs and outputs are paired by name, else
+by what they hold, else by position and shape. What the user said goes before all of it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from cp_debug.errors import InputError
+from cp_debug.graph.constants import Constants
+from cp_debug.graph.downstream import data_values
+from cp_debug.graph.graph import Graph, ValueInfo
+
+UNPAIRED = " (test)"
+"""Follows the name of a test's value that is none of the reference's, where the reference has another one so called."""
+TRUST = 0.6
+"""Share of equal names whose nodes must agree (operator, inputs) before names alone are believed."""
+MOST_MISPLACED = 2
+"""Layers whose weights are those of another name before names are not believed any more: fewer are faults."""
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """The values of a test's graph by the names of the reference's."""
+
+    names: Mapping[str, str]
+    """Test value (inputs included) → reference value."""
+    inputs: Mapping[str, str]
+    """Reference input → test input."""
+    outputs: Mapping[str, str]
+    """Reference output → test output; those without a counterpart are left out."""
+    how: Mapping[str, int] = field(default_factory=dict)
+    """``name``, ``numbers``, ``structure``, ``position``, ``map`` → how many values were paired so."""
+    missing: Sequence[str] = ()
+    """Values of the reference that the test does not have: left out, or inside a fused operator."""
+    added: Sequence[str] = ()
+    """Values that only the test has."""
+
+    @property
+    def by_name(self) -> bool:
+        """Whether equal names say it all."""
+        return set(self.how) <= {"name"}
+
+    def reference_name(self, value: str) -> str:
+        """What to call a value of the test: as in the reference, or its own name where that is free."""
+        return self.names.get(value, value)
+
+    def reference_outputs(self, outputs: Mapping[str, Any]) -> dict[str, Any]:
+        """A run's outputs by the reference's names, in its order; those that only the test has are left out."""
+        return {name: outputs[own] for name, own in self.outputs.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry of ``pairing`` in the JSON, by component."""
+        return {
+            "how": dict(self.how),
+            "missing": list(self.missing),
+            "added": list(self.added),
+            "inputs": dict(self.inputs),
+            "outputs": dict(self.outputs),
+            "renamed": {own: name for own, name in self.names.items() if own != name},
+        }
+
+
+def parse_map(texts: Iterable[str], reference: Iterable[Graph], test: Iterable[Graph]) -> dict[str, str]:
+    """``--map REFERENCE=TEST`` as test value → reference value.
+
+    Raises InputError for a text without ``=``, and for a name that no graph of its side has, with the nearest.
+    """
+    return parse_map_of(texts, known_names(reference), known_names(test))
+
+
+def parse_map_of(texts: Iterable[str], ours: Collection[str], theirs: Collection[str]) -> dict[str, str]:
+    """``parse_map`` of the names of both sides."""
+    found: dict[str, str] = {}
+    for text in texts:
+        places = [i for i, c in enumerate(text) if c == "="]
+        splits = [(text[:i], text[i + 1 :]) for i in places]
+        if not splits:
+            raise InputError(f"--map: {text!r}; expected REFERENCE=TEST, the names of two values")
+        pair = next((s for s in splits if s[0] in ours and s[1] in theirs), splits[0])
+        for name, known, side in ((pair[0], ours, "reference"), (pair[1], theirs, "test")):
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+                hint = f"; nearest is {near[0]!r}" if near else ""
+                raise InputError(f"--map: the {side} has no value {name!r}{hint}")
+        if (pair[1] in found and found[pair[1]] != pair[0]) or pair[0] in set(found.values()) - {found.get(pair[1])}:
+            raise InputError(f"--map: {text!r} pairs a value that is paired already")
+        found[pair[1]] = pair[0]
+    return found
+
+
+def known_names(graphs: Iterable[Graph]) -> set[str]:
+    """The inputs and values of some graphs."""
+    return {name for g in graphs for name in (*(v.name for v in g.inputs), *g.producer)}
+
+
+def pair_inputs(reference: Graph, test: Graph, fixed: Mapping[str, str], where: str) -> dict[str, str]:
+    """Reference input → test input: by ``fixed`` (test → reference), by name, else in the order of both files.
+
+    Raises InputError, starting with ``where``, where the numbers of inputs, or of dtypes and shapes in order, differ.
+    """
+    paired = _pair_ends(reference.inputs, test.inputs, fixed, {})
+    if len(paired) < len(test.inputs) or len(test.inputs) < len(reference.inputs):
+        ours, theirs = (", ".join(map(str, g.inputs)) for g in (reference, test))
+        raise InputError(f"{where} takes {theirs}; the reference takes {ours}; --map REFERENCE=TEST pairs two of them")
+    return paired
+
+
+def pair_outputs(
+    reference: Graph,
+    test: Graph,
+    names: Mapping[str, str],
+    shapes: tuple[Mapping[str, tuple[int, ...]], Mapping[str, tuple[int, ...]]],
+) -> dict[str, str]:
+    """Reference output → test output: by ``names`` (test value → reference value), else by position and shape.
+
+    ``shapes`` are those that values had in a run, where there was one.
+    """
+
+    def seen(infos: Sequence[ValueInfo], known: Mapping[str, tuple[int, ...]]) -> list[ValueInfo]:
+        return [replace(v, shape=known.get(v.name, v.shape)) for v in infos]
+
+    return _pair_ends(seen(reference.outputs, shapes[0]), seen(test.outputs, shapes[1]), names, names)
+
+
+def _pair_ends(
+    ours: Sequence[ValueInfo], theirs: Sequence[ValueInfo], fixed: Mapping[str, str], taken: Mapping[str, str]
+) -> dict[str, str]:
+    paired = {fixed[v.name]: v.name for v in theirs if v.name in fixed and fixed[v.name] in {o.name for o in ours}}
+    own = {v.name for v in theirs} - set(paired.values()) - set(taken)
+    for info in ours:
+        if info.name in own and info.name not in paired:
+            paired[info.name] = info.name
+            own.discard(info.name)
+    free = [v for v in theirs if v.name in own]
+    for info in ours:
+        if info.name not in paired and (found := next((v for v in free if _alike(info, v)), None)):
+            paired[info.name] = found.name
+            free.remove(found)
+    return paired
+
+
+def _alike(ours: ValueInfo, theirs: ValueInfo) -> bool:
+    """Whether two inputs or outputs may be the same one, by all that is declared of them."""
+    kinds = [v.dtype.kind for v in (ours, theirs) if v.dtype is not None]
+    if len(set(kinds)) > 1 and set(kinds) != {"f", "V"}:
+        return False
+    if ours.shape is None or theirs.shape is None:
+        return True
+    sizes = zip(ours.shape, theirs.shape, strict=False)
+    return len(ours.shape) == len(theirs.shape) and all(
+        a == b or not (isinstance(a, int) and isinstance(b, int)) for a, b in sizes
+    )
+
+
+def believable(reference: Graph, test: Graph) -> bool:
+    """Whether equal names mean equal values: most nodes behind them agree, and no weights say that names moved on."""
+    ours, theirs = set(data_values(reference)), data_values(test)
+    common = [v for v in theirs if v in ours]
+    if not common or 2 * len(common) < min(len(ours), len(theirs)):
+        return False
+    agreeing = sum(_reads(reference, v) == _reads(test, v) for v in common)
+    return agreeing >= TRUST * len(common) and _misplaced(reference, test, common) <= MOST_MISPLACED
+
+
+def _reads(graph: Graph, value: str) -> tuple[str, set[str]]:
+    """The operator behind a value, and what it reads that is computed."""
+    node = graph.producer[value]
+    return node.op, {name for name in node.inputs if name not in graph.initializers}
+
+
+def _misplaced(reference: Graph, test: Graph, common: Sequence[str]) -> int:
+    """Layers of the test whose weights the reference has under another name, and not the other way round."""
+    ours, theirs = Constants(reference), Constants(test)
+    own = {v: ours.of(reference.producer[v]) for v in data_values(reference)}
+    home = {digests: v for v, digests in own.items() if digests}
+    count = 0
+    for value in common:
+        digests = theirs.of(test.producer[value])
+        elsewhere = home.get(digests) if digests and digests != own[value] else None
+        if elsewhere is not None:
+            twin = test.producer.get(elsewhere)
+            count += twin is None or theirs.of(twin) != digests
+    return count
+
+
+def pair_by_names(
+    reference: Graph, test: Graph, fixed: Mapping[str, str], inputs: Mapping[str, str]
+) -> dict[str, tuple[str, str]]:
+    """Test value → (reference value, how) by what the user said and by equal names; inputs as given."""
+    pairs = {own: (name, "name" if own == name else "position") for name, own in inputs.items()}
+    pairs |= {own: (name, "map") for own, name in fixed.items() if own in known_names([test])}
+    taken = {name for name, _ in pairs.values()}
+    for value in test.values:
+        if value in reference.producer and value not in pairs and value not in taken:
+            pairs[value] = (value, "name")
+    return pairs
+
+
+def finish(
+    ours: Graph,
+    theirs: Graph,
+    pairs: Mapping[str, tuple[str, str]],
+    inputs: Mapping[str, str],
+    shapes: tuple[Mapping[str, tuple[int, ...]], Mapping[str, tuple[int, ...]]] = ({}, {}),
+) -> Pairing:
+    """The pairing with outputs that only position and shape tell, and names for what is left."""
+    names = {own: name for own, (name, _) in pairs.items()}
+    outputs = pair_outputs(ours, theirs, names, shapes)
+    how = Counter(kind for own, (_, kind) in pairs.items() if own in theirs.producer)
+    for name, own in outputs.items():
+        if names.get(own) != name:
+            names = {o: n for o, n in names.items() if n != name} | {own: name}
+            how["position"] += 1
+    known, taken = known_names([ours]), set(names.values())
+    data, own_data = data_values(ours), set(data_values(theirs))
+    added = [v for v in theirs.values if v not in names and v in own_data]
+    for value in theirs.values:
+        if value not in names and value in known:
+            names[value] = value + UNPAIRED
+    return Pairing(names, inputs, outputs, how, [v for v in data if v not in taken], added)

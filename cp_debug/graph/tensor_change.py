@@ -1,0 +1,226 @@
+"""How one constant differs from another: scaled, in some channels only, permuted, transposed, stored in fewer bits."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+EXACT = 2e-6
+"""Relative L2 distance up to which a description reproduces a tensor in FP32: some roundings."""
+CLOSE = 1e-7
+"""The same up to which two tensors count as equal."""
+FEW = 3
+"""Elements that are named one by one."""
+MOST_CHANNELS = 4096
+"""Slices along an axis up to which each is compared with each."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What was done to a tensor."""
+
+    kind: str
+    """``scaled``, ``channels-scaled``, ``channels-zero``, ``shifted``, ``negated``, ``elements``, ``permuted``,
+    ``gates-permuted``, ``transposed``, ``flipped``, ``rolled``, ``fp16``, ``bf16``, ``int8-per-tensor``,
+    ``int8-per-channel``, ``another``, ``shape``, ``other``."""
+    says: str
+    evidence: dict[str, Any] = field(default_factory=dict)
+    size: float = 0.0
+    """Relative L2 distance; infinite for another number of elements."""
+
+
+def describe(ours: np.ndarray, theirs: np.ndarray, gates: int = 0, *, closely: bool = True) -> Change | None:
+    """What makes ``theirs`` of ``ours``; None where both are equal up to FP32's rounding.
+
+    ``gates``: blocks along the second axis of a recurrent layer's weight, whose order may differ. ``closely`` False
+    tells the distance alone.
+    """
+    if ours.dtype.kind not in "fiubV" or theirs.dtype.kind not in "fiubV":
+        return None if np.array_equal(ours, theirs) else Change("other", "they differ")
+    a, b = (np.asarray(x).astype(np.float64) for x in (ours, theirs))
+    if a.shape != b.shape:
+        return _reshaped(a, b)
+    if np.array_equal(a, b, equal_nan=True) or not a.size:
+        return None
+    size = _distance(b, a)
+    if size <= CLOSE and theirs.dtype.kind == "f":
+        return None
+    for kind, says, value, evidence in _ways(a, b, gates) if closely else ():
+        if _distance(b, value) <= EXACT or np.array_equal(value.astype(theirs.dtype), theirs):
+            return Change(kind, says, evidence, size)
+    return Change("other", f"differs by {size:.3g} (rel. L2)", {}, size)
+
+
+def _distance(theirs: np.ndarray, ours: np.ndarray) -> float:
+    difference = float(np.linalg.norm((theirs - ours).ravel()))
+    whole = max(float(np.linalg.norm(theirs.ravel())), float(np.linalg.norm(ours.ravel())))
+    return difference / whole if whole else 0.0
+
+
+def _reshaped(a: np.ndarray, b: np.ndarray) -> Change:
+    for order in itertools.permutations(range(a.ndim)) if a.ndim <= 5 else ():
+        moved = a.transpose(order)
+        if moved.shape == b.shape and _distance(b, moved) <= EXACT:
+            return Change("transposed", f"axes in the order {list(order)}", {"axes": list(order)})
+    if a.size == b.size and _distance(b.ravel(), a.ravel()) <= EXACT:
+        return Change("shape", f"the shape is {list(b.shape)} instead of {list(a.shape)}", {}, 0.0)
+    return Change("shape", f"the shape is {list(b.shape)} instead of {list(a.shape)}", {}, float("inf"))
+
+
+_Way = tuple[str, str, np.ndarray, dict[str, Any]]
+
+
+def _ways(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[_Way]:
+    """Every description with what it makes of ``a``, the simplest first."""
+    yield "negated", "the sign is the other one", -a, {}
+    for name, kind in (("fp16", np.float16), ("bf16", ml_dtypes.bfloat16)):
+        with np.errstate(over="ignore"):
+            rounded = a.astype(np.float32).astype(kind).astype(np.float64)
+        if not np.array_equal(rounded, a):
+            yield name, f"stored in {name.upper()}", rounded, {}
+    if (norm := float((a * a).sum())) and (factor := float((a * b).sum()) / norm):
+        yield "scaled", f"× {factor:.6g}", factor * a, {"factor": factor}
+    summand = float((b - a).mean())
+    if summand:
+        yield "shifted", f"{summand:+.4g}", a + summand, {"summand": summand}
+    different = a != b
+    count = int(different.sum())
+    yield from _by_channel(a, b)
+    if 0 < count <= FEW and a.size > 2 * count:
+        places = np.argwhere(different).tolist()
+        what = ", ".join(f"{p}: {a[tuple(p)]:.6g} → {b[tuple(p)]:.6g}" for p in places)
+        yield "elements", f"{count} of {a.size} elements: {what}", b, {"elements": places}
+    yield from _orders(a, b, gates)
+    yield from _int8(a)
+
+
+def _by_channel(a: np.ndarray, b: np.ndarray) -> Iterator[_Way]:
+    for axis in range(a.ndim):
+        if a.shape[axis] < 2 or (a.ndim < 2 and a.size > MOST_CHANNELS):
+            continue
+        rows_a, rows_b = (np.moveaxis(x, axis, 0).reshape(a.shape[axis], -1) for x in (a, b))
+        changed = np.flatnonzero((rows_a != rows_b).any(1))
+        if len(changed) == 0 or (2 * len(changed) > len(rows_a) and len(changed) > 8 and axis > 1):
+            continue
+        norms = (rows_a[changed] ** 2).sum(1)
+        products = (rows_a[changed] * rows_b[changed]).sum(1)
+        factors = np.divide(products, norms, out=np.ones(len(changed)), where=norms > 0)
+        rows = rows_a.copy()
+        rows[changed] = rows_a[changed] * factors[:, None]
+        value = np.moveaxis(rows.reshape(np.moveaxis(a, axis, 0).shape), 0, axis)
+        named = ", ".join(map(str, changed[:4])) + (", …" if len(changed) > 4 else "")
+        whole = _axis_name(axis)
+        if not factors.any():
+            text = f"{whole} {named} {'is' if len(changed) == 1 else 'are'} zero"
+            yield "channels-zero", text, value, {"axis": axis, "channels": changed[:32].tolist()}
+        if a.ndim > 1:
+            spread = f"{factors.min():.6g} … {factors.max():.6g}" if np.ptp(factors) > 1e-6 else f"{factors[0]:.6g}"
+            single = len(changed) == 1
+            text = f"{whole} {named} × {spread}" if single else f"{len(changed)} of {len(rows)} {whole}s × {spread}"
+            evidence = {"axis": axis, "channels": changed[:32].tolist(), "factors": factors[:32].tolist()}
+            yield "channels-scaled", text, value, evidence
+
+
+def _axis_name(axis: int) -> str:
+    return "channel" if axis == 0 else "input channel" if axis == 1 else f"slice of axis {axis}"
+
+
+def _orders(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[_Way]:
+    if gates > 1 and a.ndim >= 2 and a.shape[1] % gates == 0:
+        blocks = np.split(a, gates, axis=1)
+        for order in itertools.permutations(range(gates)):
+            if list(order) != list(range(gates)):
+                value = np.concatenate([blocks[i] for i in order], axis=1)
+                yield "gates-permuted", f"the gates are in the order {list(order)}", value, {"order": list(order)}
+    for order in itertools.permutations(range(a.ndim)) if 1 < a.ndim <= 4 else ():
+        if list(order) != list(range(a.ndim)) and a.transpose(order).shape == b.shape:
+            yield "transposed", f"axes in the order {list(order)}", a.transpose(order), {"axes": list(order)}
+    for axis in range(a.ndim):
+        if a.shape[axis] > 1:
+            yield "flipped", f"axis {axis} runs backwards", np.flip(a, axis), {"axis": axis}
+            for step in (1, -1):
+                yield (
+                    "rolled",
+                    f"off by {step:+d} along axis {axis}",
+                    np.roll(a, step, axis),
+                    {"axis": axis, "by": step},
+                )
+                value = _shifted_in(a, b, axis, step)
+                yield "rolled", f"off by {step:+d} along axis {axis}", value, {"axis": axis, "by": step}
+    if a.ndim > 2:
+        value = np.flip(a, tuple(range(2, a.ndim)))
+        yield "flipped", "the kernel runs backwards", value, {"axis": list(range(2, a.ndim))}
+    for axis in range(a.ndim):
+        if 1 < a.shape[axis] <= MOST_CHANNELS and (found := _permuted(a, b, axis)) is not None:
+            value, places = found
+            moved = [i for i, j in enumerate(places) if i != j]
+            pairs = ", ".join(f"{i}←{places[i]}" for i in moved[:6]) + (", …" if len(moved) > 6 else "")
+            text = f"{_axis_name(axis)}s in another order: {pairs}"
+            yield "permuted", text, value, {"axis": axis, "moved": len(moved), "order": places[:64]}
+
+
+def _shifted_in(a: np.ndarray, b: np.ndarray, axis: int, step: int) -> np.ndarray:
+    """``a`` moved by one slice; what comes in at the end, another part of a larger tensor, is taken from ``b``."""
+    value = np.roll(a, step, axis)
+    end = [slice(None)] * a.ndim
+    end[axis] = slice(0, 1) if step > 0 else slice(-1, None)
+    if a.shape[axis] > 2:
+        value[tuple(end)] = b[tuple(end)]
+    return value
+
+
+def _permuted(a: np.ndarray, b: np.ndarray, axis: int) -> tuple[np.ndarray, list[int]] | None:
+    places: dict[bytes, list[int]] = {}
+    rows_a, rows_b = (np.ascontiguousarray(np.moveaxis(x, axis, 0)) for x in (a, b))
+    for index, row in enumerate(rows_a):
+        places.setdefault(row.tobytes(), []).append(index)
+    order = []
+    for index, row in enumerate(rows_b):
+        found = places.get(row.tobytes())
+        if not found:
+            return None
+        order.append(found.pop(found.index(index) if index in found else 0))
+    return np.take(a, order, axis), order
+
+
+def _int8(a: np.ndarray) -> Iterator[_Way]:
+    for name, kind, value, scales in int8_forms(a):
+        yield kind, f"stored in INT8, {name}", value, {"scales": scales}
+
+
+def int8_forms(a: np.ndarray) -> Iterator[tuple[str, str, np.ndarray, int]]:
+    """A tensor in INT8 in the usual ways: (in words, kind, values, number of scales)."""
+
+    def symmetric(largest: np.ndarray) -> np.ndarray:
+        step = np.maximum(largest, 1e-30) / 127
+        return np.clip(np.round(a / step), -127, 127) * step
+
+    def full(largest: np.ndarray) -> np.ndarray:
+        step = np.maximum(largest, 1e-30) / 127.5
+        return np.clip(np.round(a / step), -128, 127) * step
+
+    def asymmetric(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        low, high = np.minimum(low, 0), np.maximum(high, 0)
+        step = np.maximum(high - low, 1e-30) / 255
+        zero = np.round(-low / step)
+        return (np.clip(np.round(a / step) + zero, 0, 255) - zero) * step
+
+    size = np.abs(a)
+    forms: list[tuple[str, Callable[[Any], np.ndarray]]] = [
+        ("symmetric", lambda rest: symmetric(size.max(rest, keepdims=True))),
+        ("symmetric over the full range", lambda rest: full(size.max(rest, keepdims=True))),
+        ("asymmetric", lambda rest: asymmetric(a.min(rest, keepdims=True), a.max(rest, keepdims=True))),
+    ]
+    everything = tuple(range(a.ndim))
+    for name, form in forms:
+        yield f"one scale for all, {name}", "int8-per-tensor", form(everything), 1
+    for axis in range(min(a.ndim, 2)) if a.ndim > 1 else ():
+        rest = tuple(d for d in everything if d != axis)
+        for name, form in forms:
+            text = f"a scale for each slice of axis {axis}, {name}"
+            yield text, "int8-per-channel", form(rest), a.shape[axis]

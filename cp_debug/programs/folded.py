@@ -1,0 +1,63 @@
+"""Side values that a backend folded away, computed again from the graph it was given.
+
+An optimiser computes what hangs on weights alone, and on shapes, before the first run: no probe shows it. Where test
+and reference are different graphs, such a branch may hold the difference, so it is computed from each side's own graph
+and judged like any layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from cp_debug.backends.arithmetic import FP32
+from cp_debug.backends.base import Tensor as AnyTensor
+from cp_debug.backends.executor import Executor
+from cp_debug.errors import InputError
+from cp_debug.graph.graph import Graph, Node
+from cp_debug.programs.layers import side_values
+
+
+class Folded:
+    """The side values of ``graph`` that are not ``exposed``. Every value of a run goes through ``see``; then ``values``
+    gives what was not seen."""
+
+    def __init__(self, graph: Graph, exposed: Collection[str]) -> None:
+        self._graph = graph
+        numeric = set(graph.tensors)
+        self.names = [v for v in side_values(graph) if v not in exposed and v in numeric]
+        self._measured = {n.inputs[0] for n in graph.nodes if n.op in ("Shape", "Size") and n.inputs}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._executor = Executor(graph, FP32)
+
+    def see(self, name: str, tensor: AnyTensor) -> None:
+        """Remember the shape, where an operator asks for it."""
+        if name in self._measured:
+            self._shapes[name] = tuple(tensor.shape)
+
+    def values(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Each folded value with its name, in execution order; what cannot be computed is left out."""
+        known: dict[str, Any] = {}
+        for node in self._graph.nodes:
+            if not (node.op == "Constant" or set(node.outputs) & set(self.names)):
+                continue
+            try:
+                found = self._compute(node, known)
+            except InputError:  # an operator that nothing here can execute, or a shape that no probe showed
+                continue
+            known |= found
+            for name, value in found.items():
+                if name in self.names:
+                    yield name, value.cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+
+    def _compute(self, node: Node, known: dict[str, Any]) -> dict[str, Any]:
+        if node.op in ("Shape", "Size") and node.inputs[0] in self._shapes:
+            shape = self._shapes[node.inputs[0]]
+            if node.op == "Size":
+                return {node.outputs[0]: np.asarray(np.prod(shape, dtype=np.int64))}
+            ends = {a.name: a.i for a in node.proto.attribute}
+            return {node.outputs[0]: np.array(shape[slice(ends.get("start"), ends.get("end"))], np.int64)}
+        return self._executor.run_nodes([node], known, node.outputs)

@@ -1,0 +1,315 @@
+"""Values of two graphs paired by what they hold on the same inputs, and by the dataflow.
+
+The test's graph is executed node by node, but every value that is paired already is read as the *reference* has it.
+A value at fault has no equal, nor has what follows from it. It is paired with what the reference has in its place (the
+same operator on the same inputs, the same weights) when that is verified: given the reference's tensor for it, its
+readers give what the reference's readers give. Then all that lies behind is computed anew, and equals again.
+Intermediate results that only one side has (a convolution before its BatchNorm, which the other has folded) equal
+nothing and verify nothing; they stay unpaired.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import helper
+from torch import Tensor
+
+from cp_debug.backends.executor import Executor
+from cp_debug.errors import InputError
+from cp_debug.graph.constants import Constants
+from cp_debug.graph.downstream import data_values
+from cp_debug.graph.graph import Graph, Node
+from cp_debug.probes.fingerprint import Fingerprint, fingerprint
+from cp_debug.programs.align import TOLERANCE
+from cp_debug.programs.matching import nearest
+
+Load = Callable[[str], Any]
+LOOSER = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Relative L2 distance up to which a value in a narrow type equals one in FP32: some roundings of one layer."""
+QUANTIZED = 0.3
+"""The same behind quantisers."""
+FEW = 16
+"""Elements below which contents alone pair nothing: so few are equal by chance."""
+AHEAD = 4
+"""Nodes in a row that another operator, or several, may stand for."""
+
+
+class NumericPairing:
+    """Extends ``pairs`` (test value → (reference value, how)) by walking through the test's graph."""
+
+    def __init__(
+        self,
+        reference: Graph,
+        test: Graph,
+        pairs: Mapping[str, tuple[str, str]],
+        prints: Mapping[str, Fingerprint],
+        load: Load,
+    ) -> None:
+        """``prints`` and ``load`` give what the reference's values (inputs included) hold in one run."""
+        self.pairs = dict(pairs)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        """What the test's values had, as far as they could be computed."""
+        self._reference, self._test, self._prints, self._load = reference, test, prints, load
+        self._ours, self._theirs = Constants(reference), Constants(test)
+        self._data, self._own_data = set(data_values(reference)), set(data_values(test))
+        self._inputs = {v.name for v in reference.inputs}
+        self._claimed = {name for name, _ in self.pairs.values()}
+        self._order = {v: i for i, v in enumerate(reference.values)}
+        self._by_shape: dict[tuple[int, ...], list[str]] = {}
+        for name in reference.values:
+            if name in self._data and name in prints:
+                self._by_shape.setdefault(prints[name].shape, []).append(name)
+        self._readers: dict[str, list[Node]] = {}
+        for node in reference.nodes:
+            for name in self._data_inputs(reference, node):
+                self._readers.setdefault(name, []).append(node)
+        self._by_weight: dict[str, list[Node]] = {}
+        for node in reference.nodes:
+            for name in node.inputs:
+                if name in self._ours and self._ours.size(name) >= FEW:
+                    self._by_weight.setdefault(name, []).append(node)
+                    self._by_weight.setdefault(self._ours.digest(name), []).append(node)
+        self._executor = Executor(test)
+        self._values: dict[str, Any] = {}
+        self._given_up: set[str] = set()
+        self._loose = QUANTIZED if test.precision == "int8" and reference.precision != "int8" else 0.0
+
+    def run(self) -> dict[str, tuple[str, str]]:
+        """All pairs, the given ones included."""
+        with torch.no_grad():
+            for node in self._test.nodes:
+                self._numbers(node)
+            while (value := self._open()) is not None:
+                found = self._resolve(value)
+                self._given_up.add(value)
+                if found is not None:
+                    self._again(found)
+        return self.pairs
+
+    def _open(self) -> str | None:
+        """The first value that is neither paired nor given up."""
+        unpaired = (v for v in self._test.values if v in self._own_data and v not in self.pairs)
+        return next((v for v in unpaired if v not in self._given_up), None)
+
+    def _again(self, value: str) -> None:
+        """Compute anew what hangs on a value that has just been paired."""
+        changed = {value}
+        for node in self._test.nodes[self._test.producer[value].index + 1 :]:
+            unpaired = [o for o in node.outputs if o not in self.pairs]
+            if unpaired and not changed.isdisjoint(node.inputs):
+                self._numbers(node)
+                changed.update(unpaired)
+
+    def _numbers(self, node: Node) -> None:
+        """Compute a node's outputs, and pair those that equal a value of the reference."""
+        wanted = [o for o in node.outputs if o not in self.pairs or self.pairs[o][0] not in self._prints]
+        for name, value in self._compute(node, wanted).items():
+            self._values[name] = value
+            if isinstance(value, list):
+                continue
+            self.shapes[name] = tuple(value.shape)
+            if name in self._own_data and name not in self.pairs:
+                self._match(node, name, fingerprint(value), _tolerance(value))
+
+    def _value(self, name: str) -> Any:
+        """A value as the reference has it where it is paired, else as computed here. Raises KeyError."""
+        if name in self.pairs and self.pairs[name][0] in self._prints:
+            return self._load(self.pairs[name][0])
+        return self._values[name]
+
+    def _compute(self, node: Node, wanted: Sequence[str], instead: Mapping[str, Any] = {}) -> dict[str, Any]:
+        """Some outputs of a node, ``instead`` replacing values that it reads; empty where it cannot be computed."""
+        try:
+            names = [n for n in node.inputs if n not in self._theirs]
+            given = {n: instead[n] if n in instead else self._value(n) for n in names}
+        except KeyError:
+            return {}
+        try:
+            return self._executor.run_nodes([node], given, wanted) if wanted else {}
+        except InputError:
+            return run_in_ort(self._test, self._theirs, node, given, wanted)
+
+    def _match(self, node: Node, name: str, own: Fingerprint, tolerance: float) -> None:
+        free = [v for v in self._by_shape.get(own.shape, []) if v not in self._claimed]
+        distances = {v: self._prints[v].distance(own) for v in free}
+        best = min(distances.values(), default=math.inf)
+        limit = tolerance if best <= tolerance else self._loose
+        if best > limit:
+            return
+        equal = [v for v in free if distances[v] <= max(10 * best, 1e-6)]
+        source = self._sources(node)
+        ranks = {v: self._rank(v, node, name, source) for v in equal}
+        chosen = min(equal, key=ranks.__getitem__)
+        agreement, other_op = ranks[chosen][:2]
+        unsure = math.prod(own.shape) < FEW or own.norm == 0 or best > tolerance
+        if (agreement == 2 and len(equal) > 1) or (unsure and (agreement or other_op)):
+            return
+        self._pair(name, chosen, "numbers")
+
+    def _rank(self, value: str, node: Node, name: str, source: frozenset[str]) -> tuple[int, bool, bool, int]:
+        maker = self._reference.producer[value]
+        found = self._reference_sources(value)
+        agreement = 0 if found == source else 1 if found & source else 2
+        return agreement, maker.op != node.op, value != name, self._order[value]
+
+    def _sources(self, node: Node) -> frozenset[str]:
+        """The reference's names of the nearest paired values upstream of a node of the test."""
+        producer = self._test.producer
+
+        def inputs(name: str) -> list[str]:
+            return self._data_inputs(self._test, producer[name]) if name in producer else []
+
+        found, _ = nearest(node.outputs[0], inputs, self.pairs.__contains__)
+        return frozenset(self.pairs[n][0] for n in found)
+
+    def _reference_sources(self, value: str) -> frozenset[str]:
+        producer = self._reference.producer
+
+        def inputs(name: str) -> list[str]:
+            return self._data_inputs(self._reference, producer[name]) if name in producer else []
+
+        found, _ = nearest(value, inputs, self._claimed.__contains__)
+        return frozenset(found)
+
+    def _resolve(self, value: str) -> str | None:
+        """Pair a value that equals nothing, or one soon behind it, with what the reference has in its place."""
+        node = self._test.producer[value]
+        tiers = self._candidates(node)
+        behind = self._behind(value)
+        for twins in tiers:
+            for name in twins:
+                for own in behind:
+                    if self._fits(own, name) and self._verified(own, name):
+                        self._pair(own, name, "structure")
+                        return own
+        if value in self._lost():  # nothing verifies it, and nothing behind it equals anything: a guess
+            for name in (*tiers[0], *tiers[1]):
+                if self._fits(value, name):
+                    self._pair(value, name, "structure")
+                    return value
+        return None
+
+    def _behind(self, value: str) -> list[str]:
+        """A value, and those that are computed from it alone."""
+        found = [value]
+        while len(found) < AHEAD:
+            readers = [n for n in self._test.consumers.get(found[-1], []) if n.outputs]
+            if len(readers) != 1 or readers[0].outputs[0] in self.pairs:
+                break
+            if len(self._data_inputs(self._test, readers[0])) > 1:
+                break
+            found.append(readers[0].outputs[0])
+        return found
+
+    def _verified(self, own: str, name: str) -> bool:
+        """Whether a reader of the test's value, given the reference's tensor, gives what one of the reference's has."""
+        instead = {own: self._load(name)}
+        expected = [o for n in self._readers.get(name, []) for o in n.outputs if o in self._prints]
+        for reader in self._test.consumers.get(own, []):
+            for result in self._compute(reader, reader.outputs, instead).values():
+                if isinstance(result, list):
+                    continue
+                print_, limit = fingerprint(result), max(_tolerance(result), self._loose)
+                if print_.norm and any(self._prints[o].distance(print_) <= limit for o in expected):
+                    return True
+        return False
+
+    def _lost(self) -> set[str]:
+        """The unpaired values from which unpaired values lead to an unpaired output."""
+        lost: set[str] = set()
+        stack = [v.name for v in self._test.outputs if v.name not in self.pairs]
+        while stack:
+            name = stack.pop()
+            if name in lost or name in self.pairs or name not in self._test.producer:
+                continue
+            lost.add(name)
+            stack.extend(self._data_inputs(self._test, self._test.producer[name]))
+        return lost
+
+    def _candidates(self, node: Node) -> list[list[str]]:
+        """The reference's values that may be this node's: each list is asked where the one before has none."""
+        inputs = [self.pairs[n][0] if n in self.pairs else None for n in self._data_inputs(self._test, node)]
+        near = [n for name in inputs if name for n in self._readers.get(name, [])]
+        same = [n for n in near if set(self._data_inputs(self._reference, n)) == set(inputs)]
+        keys = [k for n in node.inputs if n in self._theirs for k in (n, self._theirs.digest(n))]
+        anchored = [n for key in keys for n in self._by_weight.get(key, []) if n.op == node.op]
+        tiers = [[n for n in same if n.op == node.op], anchored, [n for first in same for n in self._chain(first)]]
+        return [self._by_likeness(node, nodes) for nodes in tiers]
+
+    def _by_likeness(self, node: Node, twins: Sequence[Node]) -> list[str]:
+        """The unclaimed values of some nodes, the likeliest first: by name, equal constants, contents, place."""
+        own = self._values.get(node.outputs[0])
+        mine = None if own is None or isinstance(own, list) else fingerprint(own)
+        weights = set(self._theirs.of(node))
+
+        def key(twin: Node) -> tuple[bool, int, float, int]:
+            name = twin.outputs[0]
+            near = self._prints[name].distance(mine) if mine and name in self._prints else math.inf
+            return name != node.outputs[0], -len(weights & set(self._ours.of(twin))), near, twin.index
+
+        free = {n.index: n for n in twins if n.outputs and n.outputs[0] in self._data - self._claimed}
+        return [n.outputs[0] for n in sorted(free.values(), key=key)]
+
+    def _chain(self, node: Node) -> list[Node]:
+        """A node and those behind it that alone read it: a fused operator may stand for any beginning of them."""
+        found = [node]
+        while len(found) < AHEAD and found[-1].outputs:
+            readers = self._readers.get(found[-1].outputs[0], [])
+            if len(readers) != 1 or len(self._data_inputs(self._reference, readers[0])) > 1:
+                break
+            found.append(readers[0])
+        return found
+
+    def _fits(self, own: str, name: str) -> bool:
+        if own in self.pairs or name in self._claimed:
+            return False
+        return own in self.shapes and name in self._prints and self.shapes[own] == self._prints[name].shape
+
+    def _pair(self, own: str, name: str, how: str) -> None:
+        self.pairs[own] = (name, how)
+        self._claimed.add(name)
+
+    def _data_inputs(self, graph: Graph, node: Node) -> list[str]:
+        data, inputs = (
+            (self._data, self._inputs) if graph is self._reference else (self._own_data, {v.name for v in graph.inputs})
+        )
+        return [n for n in node.inputs if n in data or n in inputs]
+
+
+def _tolerance(value: Any) -> float:
+    return LOOSER.get(value.dtype, TOLERANCE) if isinstance(value, Tensor) else TOLERANCE
+
+
+def run_in_ort(
+    graph: Graph, constants: Constants, node: Node, given: Mapping[str, Any], wanted: Sequence[str]
+) -> dict[str, Any]:
+    """One node by ONNX Runtime, for operators of its own that nothing else knows; empty where it fails, too."""
+    import onnxruntime as ort
+
+    arrays = {n: np.asarray(v) for n, v in given.items() if not isinstance(v, list)}
+    arrays |= {n: constants[n] for n in node.inputs if n in constants}
+    try:
+        inputs = [
+            helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape)
+            for n, a in arrays.items()
+        ]
+        outputs = [onnx.ValueInfoProto(name=o) for o in node.outputs]
+        body = helper.make_graph([node.proto], "node", inputs, outputs)
+        source = graph.proto
+        opsets = [*source.opset_import]
+        if node.proto.domain not in {o.domain for o in opsets}:
+            opsets.append(helper.make_opsetid(node.proto.domain, 1))
+        model = helper.make_model(body, opset_imports=opsets, ir_version=source.ir_version)
+        options = ort.SessionOptions()
+        options.log_severity_level, options.intra_op_num_threads = 4, 1
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return dict(zip(wanted, session.run(list(wanted), arrays), strict=True))
+    except Exception:  # the runtime raises kinds of its own; what cannot be computed is paired by structure
+        return {}

@@ -1,0 +1,76 @@
+"""What only some models can do, each as a protocol to ask with ``isinstance``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol, TypeVar, runtime_checkable
+
+import numpy as np
+
+from cp_debug.recipes.base import Model, Sample
+from cp_debug.recipes.data.base import DataOptions, DataSet
+
+M = TypeVar("M", bound=Model)
+
+
+@runtime_checkable
+class HasClasses(Protocol):
+    """A model that detects objects of named classes."""
+
+    class_names: Sequence[str]
+    """By label."""
+
+
+@runtime_checkable
+class HasData(Protocol):
+    """A model that opens data sets with ground truth."""
+
+    def data(self, inputs: Path | None, count: int, seed: int, options: DataOptions) -> DataSet:
+        """At most ``count`` samples from ``inputs``, or made from ``seed``. Raises InputError for unusable files."""
+        ...
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """A model that takes several samples in one pass."""
+
+    def batch(self, samples: Sequence[Sample]) -> Sample:
+        """The samples as one."""
+        ...
+
+
+@runtime_checkable
+class TurnsYaw(Protocol):
+    """A model whose yaw can be counted from the y axis, as AWML's files want it."""
+
+    def use_rot_y_axis_reference(self) -> None:
+        """Change the outputs ``dim`` and ``rot`` in place."""
+        ...
+
+
+@runtime_checkable
+class HasNotes(Protocol):
+    """A model of whose loading a reader must know something."""
+
+    notes: Sequence[str]
+
+
+@runtime_checkable
+class DetectsBoxes(Protocol):
+    """A decoded result that is detections."""
+
+    boxes: np.ndarray
+    """``[N, 7 or more]``: x, y, z, length, width, height in metres, yaw in radians."""
+    scores: np.ndarray
+    """``[N]``, 0 to 1."""
+    labels: np.ndarray
+    """``[N]``, integers."""
+
+
+def with_samples(model: M, samples: Sequence[Sample]) -> M:
+    """The same model whose samples are these, however many are asked for."""
+    chosen = copy.copy(model)
+    chosen.samples = lambda count, seed, inputs: iter(samples)  # type: ignore[method-assign]
+    return chosen

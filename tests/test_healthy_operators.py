@@ -1,0 +1,166 @@
+"""Nobody is guilty in healthy networks, however far correct implementations lie apart; faults in them are found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from healthy_operators import CASES, write
+from nets import NetBuilder
+
+from cp_debug.backends.registry import create
+from cp_debug.backends.spec import BackendSpec
+from cp_debug.bisect.causes import CAUSES
+from cp_debug.bisect.engine import Options, bisect
+from cp_debug.bisect.faults import edits
+from cp_debug.bisect.faults.edits import Editor
+from cp_debug.bisect.result import TestResult
+from cp_debug.graph.graph import Graph
+
+BEYOND_FP16 = (
+    "Exp",
+    "Softplus of",
+    "Softplus at -30",
+    "Reciprocal",
+    "Log of tiny",
+    "Sin of a flat 3",
+    "Cos of a flat 1.5",
+)
+"""Cases whose exact results no FP16 number comes near: there it is right to be guilty."""
+
+
+def compared(name: str, folder: Path, backends: str, spoilt: float | None = None, **options: bool) -> list[TestResult]:
+    """One case on some backends; ``spoilt``: the tests' last result is larger by this factor − 1."""
+    path, x = write(name, folder / "case.onnx")
+    np.savez(folder / "x.npz", x=x)
+    test = None
+    if spoilt is not None:
+        editor = Editor(path)
+        edits.scale(editor, editor.model.graph.output[0].name, spoilt)
+        test = editor.save(folder / "spoilt.onnx")
+    given = Options(inputs=folder / "x.npz", **({"explain": False} | options))  # type: ignore[arg-type]
+    return bisect(str(path), backends, test_model=test, options=given).tests
+
+
+def accused(tests: list[TestResult]) -> list[str]:
+    return [f"{t.backend.spec}: {row.name}: {row.why}" for t in tests for row in t.guilty]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_healthy_operator_is_guilty(tmp_path: Path, name: str) -> None:
+    fp16 = "" if name.startswith(BEYOND_FP16) else ",emu-fp16"
+    assert accused(compared(name, tmp_path, f"emu-fp32,ort-none,ort-all,emu-bf16{fp16}")) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["LSTM", "GRU", "RNN", "DFT of 100", "einsum_that_sums", "Sigmoid at -14", "Elu at -0.001"]
+)
+def test_no_healthy_reference_is_guilty(tmp_path: Path, name: str) -> None:
+    assert accused(compared(name, tmp_path, "ort-none,emu-fp32,emu-tf32,emu-bf16")) == []
+
+
+FAULTS = {
+    1e-2: ("layer_norm_far_from_zero", "Gelu at -4", "ReduceL2 of a flat row"),
+    1e-3: (
+        "Softmax of large logits",
+        "GlobalAveragePool of a flat map",
+        "averaging_product",
+        "DFT of 512",
+        "LSTM",
+        "Resize by 2.0, linear",
+    ),
+    1e-5: ("head_of_one_output", "einsum", "rms_norm", "powers", "depthwise_blur"),
+    3e-6: ("Sigmoid at 12", "Log near 1", "Cos at 10000.0", "division_by_tiny", "Tanh at 9"),
+}
+"""Relative faults, and healthy cases in which they must be found."""
+
+
+@pytest.mark.parametrize(("size", "name"), [(size, name) for size, names in FAULTS.items() for name in names])
+def test_a_fault_in_a_healthy_operator_is_found(tmp_path: Path, size: float, name: str) -> None:
+    (test,) = compared(name, tmp_path, "emu-fp32,ort-none", spoilt=size)
+    assert [row.name for row in test.guilty] == [test.rows[-1].name]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_head_of_one_output_is_innocent_whatever_its_weights(tmp_path: Path, seed: int) -> None:
+    path, x = write("head_of_one_output", tmp_path / "head.onnx", seed)
+    np.savez(tmp_path / "x.npz", x=x)
+    options = Options(inputs=tmp_path / "x.npz", explain=False)
+    assert accused(bisect(str(path), "emu-fp32,ort-none", options=options).tests) == []
+
+
+def test_equal_bits_are_innocent_and_a_note_says_that_both_are_inexact(tmp_path: Path) -> None:
+    path, x = write("einsum", tmp_path / "einsum.onnx")
+    np.savez(tmp_path / "x.npz", x=x)
+    options = Options(inputs=tmp_path / "x.npz")
+    coarse = {Graph(path).nodes[0].name: "bf16"}
+    sides = [create(BackendSpec.parse(spec), overrides=coarse) for spec in ("emu-fp32", "emu-tf32")]
+    (test,) = bisect(str(path), sides, options=options).tests
+    assert test.agrees
+    assert any("the same bits on both sides" in note and test.rows[-1].name in note for note in test.notes)
+    (test,) = bisect(str(path), [create(BackendSpec.parse("ort")), sides[1]], options=options).tests
+    assert [row.name for row in test.guilty] == [test.rows[-1].name]
+
+
+@pytest.mark.parametrize("where", ["family", "segment", "effect", "share"])
+def test_a_failure_while_explaining_is_a_note_on_its_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("no such thing")
+
+    fails.costly = False  # type: ignore[attr-defined]
+    if where == "family":
+        monkeypatch.setattr("cp_debug.bisect.causes.search.CAUSES", [fails, *CAUSES])
+    else:
+        place = {
+            "segment": "cp_debug.bisect.causes.findings.Segment.of",
+            "effect": "cp_debug.bisect.causes.effects.Effects.of",
+            "share": "cp_debug.bisect.shares.Propagation.share",
+        }[where]
+        monkeypatch.setattr(place, fails)
+    (test,) = compared("rms_norm", tmp_path, "ort,ort-none", spoilt=1e-2, explain=True)
+    (layer,) = test.guilty
+    assert [f.layers for f in test.findings] == [[layer.name]]
+    assert test.findings[0].cause == ("unknown" if where == "segment" else "scaled")
+    assert any(layer.name in note and "ZeroDivisionError: no such thing" in note for note in test.notes)
+
+
+def test_a_product_behind_other_nodes_of_its_segment_is_explained(tmp_path: Path) -> None:
+    """ONNX Runtime fuses Conv and Sigmoid: the segment starts with the Mul before them, which nothing shows."""
+    net = NetBuilder()
+    first = net.conv("x", 8, 8)
+    gated = net.op("Mul", first, net.op("Sigmoid", first))
+    path = net.save(tmp_path / "gated.onnx", {"x": (1, [1, 8, 8, 8])}, [net.op("Sigmoid", net.conv(gated, 8, 8, k=1))])
+    editor = Editor(path)
+    edits.scale_weights(editor, next(n.output[0] for n in editor.model.graph.node if n.input[0] == gated), 0.05)
+    wrong = editor.save(tmp_path / "wrong.onnx")
+    result = bisect(str(path), "ort-none,ort-all", test_model=wrong).tests[0]
+    assert result.guilty
+    assert not [note for note in result.notes if "not every cause" in note]
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_infinity_counts_by_what_becomes_of_it(tmp_path: Path, wanted: bool) -> None:
+    net, low = NetBuilder(), np.finfo(np.float32).min
+    mask = np.where(np.tri(6, dtype=bool), 0, low).astype(np.float32)
+    added = net.op("Add", "x", net.weight(mask), name="added")
+    end = net.op("Softmax", added, axis=-1) if wanted else net.op("Mul", added, net.weight(np.float32(1e-38)))
+    path = net.save(tmp_path / "mask.onnx", {"x": (1, [2, 6, 6])}, [end])
+    (test,) = bisect(str(path), "ort,emu-fp16", options=Options(explain=False)).tests
+    assert [row.onnx for row in test.guilty] == ([] if wanted else ["added", end])
+
+
+@pytest.mark.parametrize(("epsilon", "function", "expected"), [(1e-10, "Log", ["add"]), (1e-6, "Sqrt", [])])
+def test_a_constant_out_of_range_counts_by_its_effect(
+    tmp_path: Path, epsilon: float, function: str, expected: list[str]
+) -> None:
+    net = NetBuilder()
+    added = net.op("Add", net.op("Mul", "x", "x"), net.weight(np.float32(epsilon)), name="add")
+    path = net.save(tmp_path / "epsilon.onnx", {"x": (1, [1, 64])}, [net.op(function, added)])
+    x = np.random.default_rng(0).standard_normal((1, 64)).astype(np.float32)
+    x[0, :8] = 0 if expected else x[0, :8]
+    np.savez(tmp_path / "x.npz", x=x)
+    (test,) = bisect(str(path), "ort,emu-fp16", options=Options(inputs=tmp_path / "x.npz", explain=False)).tests
+    assert [row.onnx for row in test.guilty] == expected

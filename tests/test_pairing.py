@@ -1,0 +1,189 @@
+"""Two models whose names differ: what is compared with what, and that nothing compared is never a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from nets import NetBuilder, residual, second_like
+from onnx import helper, numpy_helper
+from typer.testing import CliRunner
+
+from cp_debug.backends.spec import parse_backends
+from cp_debug.bisect.engine import Options, bisect
+from cp_debug.bisect.faults.edits import Editor, scale_weights
+from cp_debug.bisect.recording import compare_captures, record
+from cp_debug.bisect.result import TestResult
+from cp_debug.cli.main import app
+from cp_debug.errors import InputError
+from cp_debug.probes.capture import Capture
+from cp_debug.recipes.registry import load_model
+
+Change = Callable[[onnx.GraphProto], None]
+
+
+def renamed(source: Path, target: Path, *, spoil: str = "", change: Change | None = None) -> Path:
+    """The model with every value, weight, node and end under a name that says nothing."""
+    if spoil:
+        editor = Editor(source)
+        scale_weights(editor, spoil, 0.05)
+        source = editor.save(target)
+    model = onnx.load(str(source))
+    graph, names = model.graph, dict[str, str]()
+    new = lambda name: names.setdefault(name, f"v{len(names)}") if name else ""  # noqa: E731
+    for value in (*graph.initializer, *graph.input, *graph.output):
+        value.name = new(value.name)
+    for index, node in enumerate(graph.node):
+        node.input[:], node.output[:] = map(new, node.input), map(new, node.output)
+        node.name = f"n{index}"
+    del graph.value_info[:]
+    if change is not None:
+        change(graph)
+    onnx.save(model, str(target))
+    return target
+
+
+def run(reference: Path, test: Path, **options: object) -> TestResult:
+    (found,) = bisect(str(reference), "ort,ort", test_model=test, options=Options(**options)).tests  # type: ignore[arg-type]
+    return found
+
+
+@pytest.mark.parametrize("build", [second_like, residual])
+def test_the_same_network_under_other_names_is_paired_whole(tmp_path: Path, build: Callable[[Path], Path]) -> None:
+    net = build(tmp_path / "net.onnx")
+    test = run(net, renamed(net, tmp_path / "other.onnx"))
+    assert test.agrees
+    assert test.compared == test.total
+    assert len(test.outputs) == 2
+    assert not test.missing_outputs
+    (pairing,) = test.pairing.values()
+    assert not pairing["missing"]
+    assert not pairing["added"]
+
+
+@pytest.mark.parametrize("value", ["conv_0", "conv_9", "conv_25"])
+def test_a_fault_does_not_hide_what_lies_behind_it(tmp_path: Path, value: str) -> None:
+    net = second_like(tmp_path / "net.onnx")
+    test = run(net, renamed(net, tmp_path / "other.onnx", spoil=value))
+    assert [row.onnx for row in test.guilty] == [value]
+    assert test.compared == test.total
+
+
+def test_outputs_in_another_order_are_paired_by_what_they_hold(tmp_path: Path) -> None:
+    net = NetBuilder()
+    for name in ("a", "b"):
+        net.conv("x", 4, 4, name=name)
+    path = net.save(tmp_path / "net.onnx", {"x": (1, [1, 4, 8, 8])}, ["a", "b"])
+
+    def reverse(graph: onnx.GraphProto) -> None:
+        outputs = list(reversed(graph.output))
+        del graph.output[:]
+        graph.output.extend(outputs)
+
+    assert run(path, renamed(path, tmp_path / "other.onnx", change=reverse)).agrees
+
+
+def test_a_model_that_gives_zeros_under_another_name_diverges(tmp_path: Path) -> None:
+    path = NetBuilder()
+    path.conv("x", 4, 4, name="y")
+    net = path.save(tmp_path / "net.onnx", {"x": (1, [1, 4, 8, 8])}, ["y"])
+    zeros = helper.make_graph(
+        [helper.make_node("Mul", ["x", "zero"], ["nothing"])],
+        "zeros",
+        [helper.make_tensor_value_info("x", 1, [1, 4, 8, 8])],
+        [helper.make_tensor_value_info("nothing", 1, [1, 4, 8, 8])],
+        [numpy_helper.from_array(np.zeros((), np.float32), "zero")],
+    )
+    model = helper.make_model(zeros, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.save(model, str(tmp_path / "zeros.onnx"))
+    test = run(net, tmp_path / "zeros.onnx")
+    assert not test.agrees
+    assert len(test.outputs) == 1
+
+
+def other_shape(tmp_path: Path) -> tuple[Path, Path]:
+    made = []
+    for name, channels in (("y", 4), ("z", 3)):
+        net = NetBuilder()
+        net.conv("x", 4, channels, name=name)
+        made.append(net.save(tmp_path / f"{name}.onnx", {"x": (1, [1, 4, 8, 8])}, [name]))
+    return made[0], made[1]
+
+
+def test_no_output_compared_is_bad_usage(tmp_path: Path) -> None:
+    reference, test = other_shape(tmp_path)
+    with pytest.raises(InputError, match=r"no output was compared: the reference gives y, .* gives z"):
+        run(reference, test)
+    assert run(reference, test, maps=["y=z"]).outputs[0].verdict == "shape"
+
+
+def test_a_wrong_map_names_the_nearest(tmp_path: Path) -> None:
+    reference, test = other_shape(tmp_path)
+    with pytest.raises(InputError, match=r"the reference has no value 'yy'; nearest is 'y'"):
+        run(reference, test, maps=["yy=z"])
+    with pytest.raises(InputError, match=r"the test has no value 'zz'; nearest is 'z'"):
+        run(reference, test, maps=["y=zz"])
+    with pytest.raises(InputError, match="expected REFERENCE=TEST"):
+        run(reference, test, maps=["y"])
+    with pytest.raises(InputError, match="--test-model gives another"):
+        bisect(str(reference), "ort,ort-basic", options=Options(maps=["y=y"]))
+
+
+def test_the_verdict_says_what_was_compared(tmp_path: Path) -> None:
+    net = second_like(tmp_path / "net.onnx")
+    done = CliRunner().invoke(app, ["bisect", str(net), "-b", "ort,emu-fp32"], env={"COLUMNS": "300"})
+    assert "2 of 2 outputs, 37 of 37 values" in done.output
+
+    def drop(graph: onnx.GraphProto) -> None:
+        del graph.output[1]
+
+    other = renamed(net, tmp_path / "other.onnx", change=drop)
+    done = CliRunner().invoke(
+        app, ["bisect", str(net), "--test-model", str(other), "-b", "ort"], env={"COLUMNS": "300"}
+    )
+    assert "1 of 2 outputs" in done.output
+    assert "without reg" in done.output
+
+
+def test_one_backend_twice_needs_a_difference() -> None:
+    assert [str(s) for s in parse_backends("ort,ort", repeats=True)] == ["ort", "ort.test"]
+    assert [str(s) for s in parse_backends("ort", repeats=True)] == ["ort", "ort.test"]
+    with pytest.raises(InputError, match="names a backend twice; both would run the same"):
+        parse_backends("ort,ort")
+    with pytest.raises(InputError, match="names a backend twice"):
+        parse_backends("ort,ort-all,ort-all", repeats=True)
+
+
+def captured(path: Path, folder: Path) -> Capture:
+    return record(
+        load_model(str(path)),
+        "ort",
+        folder,
+        inputs=None,
+        samples=1,
+        seed=0,
+        exporter=None,
+        folded=True,
+        on_step=lambda text, done, total: None,
+    )
+
+
+def test_captures_of_files_with_other_stems_and_names(tmp_path: Path) -> None:
+    net = second_like(tmp_path / "net.onnx")
+    copy = tmp_path / "copy.onnx"
+    copy.write_bytes(net.read_bytes())
+    ours = captured(net, tmp_path / "ours")
+    same = compare_captures(ours, captured(copy, tmp_path / "copy")).tests[0]
+    assert same.agrees
+    assert same.compared == 37
+    theirs = captured(renamed(net, tmp_path / "other.onnx"), tmp_path / "theirs")
+    with pytest.raises(InputError, match="the model differs"):
+        compare_captures(ours, theirs)
+    other = compare_captures(ours, theirs, force=True).tests[0]
+    assert other.agrees
+    assert other.compared == 37
+    with pytest.raises(InputError, match="nearest is 'heatmap'"):
+        compare_captures(ours, theirs, force=True, maps=["heatmat=v1"])

@@ -1,0 +1,132 @@
+"""Nodes that read no element of an input, weights being prepared and shapes being computed, are judged like layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper, parser
+
+from cp_debug.bisect.engine import Options, bisect
+from cp_debug.bisect.result import SHAPE, TestResult
+from cp_debug.graph.graph import Graph
+from cp_debug.programs.layers import side_values
+
+LEVELS = ["ort,ort-none", "ort,ort-all", "ort-all,ort-basic", "ort,emu-fp16", "emu-fp32,ort-basic"]
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def save(path: Path, text: str, weights: dict[str, np.ndarray], opset: int = 17) -> Path:
+    model = parser.parse_model(f'<ir_version: 8, opset_import: ["" : {opset}]>\n{text}')
+    for node in model.graph.node:
+        node.name = node.name or node.output[0]
+    model.graph.initializer.extend(numpy_helper.from_array(w, n) for n, w in weights.items())
+    onnx.save(model, path)
+    return path
+
+
+def compared(folder: Path, good: Path, bad: Path, backends: str, x: np.ndarray) -> TestResult:
+    np.savez(folder / "inputs.npz", x=x)
+    return bisect(str(good), backends, test_model=bad, options=Options(inputs=folder / "inputs.npz")).tests[0]
+
+
+CHAIN = """
+net (float[4,12] x) => (float[N,M] y)
+{
+    narrow = Cast <to = 10> (w)
+    left = Slice (narrow, zero, six, zero)
+    right = Slice (narrow, six, twelve, zero)
+    swapped = Concat <axis = 0> (right, left)
+    wide = Cast <to = 1> (swapped)
+    turned = Transpose <perm = [1,0]> (wide)
+    product = MatMul (x, turned)
+    y = Relu (product)
+}"""
+FAULTS = {
+    "narrow": ("Cast <to = 10> (w)", "Cast <to = 10> (other)"),
+    "left": ("(narrow, zero, six, zero)", "(narrow, one, seven, zero)"),
+    "swapped": ("(right, left)", "(left, right)"),
+    "turned": ("perm = [1,0]", "perm = [0,1]"),
+}
+
+
+def chain(path: Path, faulty: str = "") -> Path:
+    text = CHAIN.replace(*FAULTS[faulty]) if faulty else CHAIN
+    numbers = {"zero": 0, "one": 1, "six": 6, "seven": 7, "twelve": 12}
+    weights = {n: np.array([v]) for n, v in numbers.items()} | {"w": random(12, 12), "other": 1.05 * random(12, 12)}
+    return save(path, text, {n: w for n, w in weights.items() if n in text})
+
+
+@pytest.mark.parametrize("backends", LEVELS)
+@pytest.mark.parametrize("node", FAULTS)
+def test_the_guilty_node_of_a_constant_branch_is_named(tmp_path: Path, backends: str, node: str) -> None:
+    good, bad = chain(tmp_path / "good.onnx"), chain(tmp_path / "bad.onnx", node)
+    test = compared(tmp_path, good, bad, backends, random(4, 12))
+    assert [row.name for row in test.guilty] == [node]
+    assert test.guilty[0].kind == "constant"
+
+
+@pytest.mark.parametrize("backends", LEVELS)
+def test_a_healthy_constant_branch_is_not_shown(tmp_path: Path, backends: str) -> None:
+    good = chain(tmp_path / "good.onnx")
+    test = compared(tmp_path, good, chain(tmp_path / "same.onnx"), backends, random(4, 12))
+    assert not test.guilty
+    assert {row.kind for row in test.rows} == {"data"}
+    assert test.compared == test.total == 3
+
+
+SHAPES = """
+net (float[2,6,4] x) => (float[N,M] y)
+{
+    a = Relu (x)
+    whole = Shape (a)
+    channels = Gather (whole, index)
+    more = Mul (channels, two)
+    rows = Concat <axis = 0> (more, rest)
+    b = Reshape (a, rows)
+    y = Sigmoid (b)
+}"""
+
+
+def shapes(path: Path, index: int) -> Path:
+    return save(path, SHAPES, {"index": np.array([index]), "two": np.array([2]), "rest": np.array([-1])})
+
+
+@pytest.mark.parametrize("backends", LEVELS)
+def test_a_wrong_shape_leads_to_the_node_that_computed_it(tmp_path: Path, backends: str) -> None:
+    good, bad = shapes(tmp_path / "good.onnx", 1), shapes(tmp_path / "bad.onnx", 2)
+    test = compared(tmp_path, good, bad, backends, random(2, 6, 4))
+    assert [row.name for row in test.guilty] == ["channels"]
+    assert test.guilty[0].kind == "shape"
+    assert "gives [4] where its inputs make [6]" in test.guilty[0].why
+    wrong = [row for row in test.rows if row.verdict == SHAPE]
+    assert [row.name for row in wrong] == ["b", "y"]
+    assert all("channels (Gather)" in row.why for row in wrong)
+    assert {row.name for row in test.rows if row.kind == "shape"} == {"channels", "more", "rows"}
+
+
+@pytest.mark.parametrize("backends", LEVELS)
+def test_constants_that_differ_belong_to_their_reader(tmp_path: Path, backends: str) -> None:
+    text = """
+    net (float[4,8] x) => (float[N,M] y)
+    {
+        c = Constant <value_floats = [VALUES]> ()
+        d = Neg (c)
+        e = Mul (x, d)
+        y = Relu (e)
+    }"""
+    good, bad = (save(tmp_path / f"{v}.onnx", text.replace("VALUES", ",".join([f"{v}"] * 8)), {}) for v in (1.25, 1.5))
+    test = compared(tmp_path, good, bad, backends, random(4, 8))
+    assert [row.name for row in test.guilty] == ["d"]
+
+
+def test_side_values_are_constant_or_shape(tmp_path: Path) -> None:
+    assert set(side_values(Graph(chain(tmp_path / "a.onnx"))).values()) == {"constant"}
+    assert side_values(Graph(shapes(tmp_path / "b.onnx", 1))) == dict.fromkeys(
+        ("whole", "channels", "more", "rows"), "shape"
+    )

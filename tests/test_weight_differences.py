@@ -1,0 +1,121 @@
+"""Weights of two models compared directly: what differs, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from nets import NetBuilder, second_like
+
+from cp_debug.bisect.engine import bisect
+from cp_debug.bisect.faults.edits import Editor
+from cp_debug.graph.graph import Graph
+from cp_debug.graph.tensor_change import describe
+from cp_debug.graph.weight_differences import weight_differences
+
+RNG = np.random.default_rng(0)
+KERNEL = RNG.standard_normal((16, 16, 3, 3)).astype(np.float32)
+GATES = RNG.standard_normal((1, 32, 8)).astype(np.float32)
+
+
+def in_channel(index: int, factor: float) -> np.ndarray:
+    changed = KERNEL.copy()
+    changed[index] *= np.float32(factor)
+    return changed
+
+
+def per_channel() -> np.ndarray:
+    step = np.abs(KERNEL).max((1, 2, 3), keepdims=True) / 127
+    return (np.round(KERNEL / step) * step).astype(np.float32)
+
+
+def per_tensor() -> np.ndarray:
+    step = np.abs(KERNEL).max() / 127
+    return (np.round(KERNEL / step) * step).astype(np.float32)
+
+
+def swapped() -> np.ndarray:
+    return KERNEL[[1, 0, *range(2, 16)]]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "kind", "says"),
+    [
+        (KERNEL * np.float32(1.02), "scaled", "× 1.02"),
+        (in_channel(7, 1.05), "channels-scaled", "channel 7 × 1.05"),
+        (in_channel(3, 0), "channels-zero", "channel 3 is zero"),
+        (-KERNEL, "negated", "sign"),
+        (KERNEL.transpose(0, 1, 3, 2), "transposed", "[0, 1, 3, 2]"),
+        (KERNEL[:, :, ::-1, ::-1], "flipped", "kernel"),
+        (swapped(), "permuted", "channels in another order: 0←1, 1←0"),
+        (np.roll(KERNEL, 1, 1), "rolled", "off by +1 along axis 1"),
+        (KERNEL.astype(np.float16), "fp16", "FP16"),
+        (KERNEL.astype(np.float16).astype(np.float32), "fp16", "FP16"),
+        (per_channel(), "int8-per-channel", "axis 0"),
+        (per_tensor(), "int8-per-tensor", "one scale"),
+        (KERNEL[:, :8], "shape", "[16, 8, 3, 3]"),
+        (RNG.standard_normal(KERNEL.shape), "other", "differs by 1"),
+    ],
+)
+def test_how_a_tensor_differs(theirs: np.ndarray, kind: str, says: str) -> None:
+    change = describe(KERNEL, theirs)
+    assert change is not None
+    assert change.kind == kind
+    assert says in change.says
+
+
+def test_equal_tensors_and_the_order_of_gates() -> None:
+    assert describe(KERNEL, KERNEL.copy()) is None
+    i, o, f, c = np.split(GATES, 4, axis=1)
+    change = describe(GATES, np.concatenate([i, f, o, c], axis=1), gates=4)
+    assert change is not None
+    assert (change.kind, change.evidence["order"]) == ("gates-permuted", [0, 2, 1, 3])
+
+
+Edit = Callable[[Editor], None]
+
+
+def spoilt(path: Path, edit: Edit) -> Path:
+    editor = Editor(path)
+    edit(editor)
+    return editor.save(path.with_suffix(".spoilt.onnx"))
+
+
+def test_the_differing_tensor_is_named_and_kept_in_the_result(tmp_path: Path) -> None:
+    net = second_like(tmp_path / "net.onnx")
+
+    def channel(editor: Editor) -> None:
+        weight = editor.weight("conv_3")
+        assert weight is not None
+        weight[7] *= 1.05
+        editor.set_weight("conv_3", weight)
+
+    test = spoilt(net, channel)
+    said: list[str] = []
+    result = bisect(str(net), "ort,ort", test_model=test, on_say=said.append)
+    assert said == ["weights of net: 1 of 69 tensors differs: w_6, channel 7 × 1.05"]
+    (found,) = result.to_dict()["weights"].values()
+    assert found["differing"][0]["kind"] == "channels-scaled"
+    assert found["differing"][0]["evidence"]["channels"] == [7]
+
+
+def test_the_weights_of_another_layer_are_recognised(tmp_path: Path) -> None:
+    net = second_like(tmp_path / "net.onnx")
+
+    def exchange(editor: Editor) -> None:
+        other = editor.weight("conv_6")
+        assert other is not None
+        editor.set_weight("conv_3", other)
+
+    found = weight_differences(Graph(net), Graph(spoilt(net, exchange)))
+    assert [d.says for d in found.differing] == ["w_6, holds w_12"]
+
+
+def test_one_model_has_no_differences(tmp_path: Path) -> None:
+    net = NetBuilder()
+    net.conv("x", 4, 4, name="y")
+    path = net.save(tmp_path / "net.onnx", {"x": (1, [1, 4, 8, 8])}, ["y"])
+    assert not weight_differences(Graph(path), Graph(path)).differing
+    assert bisect(str(path), "ort,emu-fp32").weights == {}
