@@ -86,6 +86,8 @@ def _is_gone(owner: str) -> bool:
 
 def check_target(path: Path) -> None:
     """Raise InputError where no file can be written: an empty or impossible name, a folder, no folder around it."""
+    if "\0" in str(path):
+        raise InputError(f"{str(path)!r}: cannot be written (a null byte in its name)")
     try:
         if not path.name or path.is_dir():
             raise InputError(f"{str(path)!r}: cannot be written (it is a folder); expected the name of a file")
@@ -94,8 +96,6 @@ def check_target(path: Path) -> None:
     except OSError as error:
         reason = "there is no such folder" if isinstance(error, FileNotFoundError) else system_reason(error)
         raise InputError(f"{path}: cannot be written ({reason})") from None
-    except ValueError:
-        raise InputError(f"{str(path)!r}: cannot be written (a null byte in its name)") from None
     if not stat.S_ISDIR(parent.st_mode):
         raise InputError(f"{path}: cannot be written ({path.parent} is no folder)")
 

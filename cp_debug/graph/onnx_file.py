@@ -239,9 +239,10 @@ class _Check:
 
     def _node(self, node: onnx.NodeProto) -> None:
         names = [attribute.name for attribute in node.attribute]
-        if max(map(len, (node.name, node.op_type, node.domain, *node.input, *node.output, *names))) > LONGEST:
-            for name in (node.name, node.op_type, node.domain, *node.input, *node.output, *names):
-                self._name(name, f"something of {_title(node)}")
+        texts = (node.name, node.op_type, node.domain, *node.input, *node.output, *names)
+        if max(map(len, texts)) > LONGEST or any("\0" in text for text in texts):
+            for text in texts:
+                self._name(text, f"something of {_title(node)}")
         if not node.op_type:
             raise self._error(f"{_title(node)} has no operator")
         if not all(names):
@@ -315,6 +316,8 @@ class _Check:
             raise self._error(
                 f"the name of {what} has {len(name)} characters ({_shown(name)}); at most {LONGEST} are read"
             )
+        if "\0" in name:
+            raise self._error(f"the name of {what} holds a null byte ({_shown(name)})")
         if not name and not empty:
             raise self._error(f"{what} has no name")
         return name

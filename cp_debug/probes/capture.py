@@ -94,6 +94,11 @@ class _Kept:
     model: dict[str, Any] = field(default_factory=dict)
     inputs: list[dict[str, Any]] = field(default_factory=list)
     samples: list[str] = field(default_factory=list)
+    precision: str = ""
+    emulated: bool = False
+    layers: dict[str, dict[str, str]] = field(default_factory=dict)
+    outputs: list[tuple[str, str]] = field(default_factory=list)
+    class_names: list[str] = field(default_factory=list)
 
 
 def array_hash(array: np.ndarray) -> str:

@@ -264,7 +264,8 @@ CALLABLES = (
     "import torch\ndef make(): return torch.nn.Module(), (torch.ones(2),)",
     "import torch\ndef make(): return torch.nn.Linear, (torch.ones(2),)",
     *(
-        f"import torch\nclass N(torch.nn.Module):\n    def forward(self, x): {body}\ndef make(): return N(), (torch.ones(1, 2),)"
+        f"import torch\nclass N(torch.nn.Module):\n    def forward(self, x): {body}\n"
+        "def make(): return N(), (torch.ones(1, 2),)"
         for body in (
             "return None",
             "return 5",

@@ -208,9 +208,17 @@ def _configured(rng: random.Random) -> Any:
     document = mutated(FULL if rng.random() < 0.7 else DEPLOY, rng)
     if rng.random() < 0.25 and isinstance(document, dict):
         where = rng.choice(
-            (["work_dir"], ["components", "Net", "onnx_file"], ["export", "onnx_dir"], ["checkpoint"])
-            + (["tensorrt", "timing_cache"], ["tensorrt", "python"], ["data", "path"], ["model"])
-            + (["components", "Net", "engine_file"],)
+            (
+                ["work_dir"],
+                ["components", "Net", "onnx_file"],
+                ["export", "onnx_dir"],
+                ["checkpoint"],
+                ["tensorrt", "timing_cache"],
+                ["tensorrt", "python"],
+                ["data", "path"],
+                ["model"],
+                ["components", "Net", "engine_file"],
+            )
         )
         text = rng.choice(
             (
@@ -224,8 +232,13 @@ def _configured(rng: random.Random) -> Any:
                 "",
                 "net.py",
                 "../outside/x",
+                "net.py/x",
+                "/proc/1/mem",
+                "net.py:nothing",
+                "nothing.py:make",
+                "json:loads",
+                *TEXTS,
             )
-            + ("net.py/x", "/proc/1/mem", "net.py:nothing", "nothing.py:make", "json:loads", *TEXTS)
         )
         holder = document
         for key in where[:-1]:
@@ -243,7 +256,7 @@ def _toml(document: Any) -> str:
             return "{" + ", ".join(f"{json.dumps(str(k))} = {value(v)}" for k, v in item.items() if v is not None) + "}"
         if isinstance(item, list):
             return "[" + ", ".join(value(each) for each in item) + "]"
-        if isinstance(item, bool) or isinstance(item, str):
+        if isinstance(item, (bool, str)):
             return json.dumps(item)
         return str(item)
 

@@ -257,8 +257,21 @@ def _infos(document: dict[str, Any], rng: random.Random) -> Any:
             path = rng.choice((["timestamp"], ["lidar_points", "lidar_path"], ["instances", 0, "bbox_3d"], ["images"]))
             path = rng.choice((path, ["lidar_sweeps", 0, "lidar_points", "lidar2sensor"], ["lidar_points"]))
             value: Any = rng.choice(
-                (np.array([1, 2]), np.zeros((2, 2), dtype="M8[s]"), "/dev/zero", "fifo", "../../../etc/passwd")
-                + (np.array(["a"]), b"bytes", 1j, {1, 2}, [[1, 2], [3]], 10**400, np.float32(3), 2**70)
+                (
+                    np.array([1, 2]),
+                    np.zeros((2, 2), dtype="M8[s]"),
+                    "/dev/zero",
+                    "fifo",
+                    "../../../etc/passwd",
+                    np.array(["a"]),
+                    b"bytes",
+                    1j,
+                    {1, 2},
+                    [[1, 2], [3]],
+                    10**400,
+                    np.float32(3),
+                    2**70,
+                )
             )
             with_suppress(data[0], path, value)
     if rng.random() < 0.1 and isinstance(changed, dict):

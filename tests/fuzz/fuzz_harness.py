@@ -24,7 +24,8 @@ from pathlib import Path
 from fuzz_base import MARK, Case
 
 HANG = 30.0
-"""Seconds that one command may take."""
+PATIENCE = 4
+"""Seconds of the processor that one command may take, and how many times that on the clock: others work here, too."""
 LINES = 12
 LENGTH = 6000
 """Lines and characters of an error message."""
@@ -91,9 +92,9 @@ def call(argv: list[str], folder: Path, temporary: Path, output: Path, *, case: 
 
 
 def _wait(pid: int) -> tuple[int, bool]:
-    end = time.monotonic() + HANG
+    end = time.monotonic() + PATIENCE * HANG
     pause = 0.002
-    while time.monotonic() < end:
+    while time.monotonic() < end and _processor_seconds(pid) < HANG:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status), False
@@ -103,6 +104,15 @@ def _wait(pid: int) -> tuple[int, bool]:
         os.killpg(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     return -signal.SIGKILL, True
+
+
+def _processor_seconds(pid: int) -> float:
+    """What a process and its children have used."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 def _child(argv: list[str], folder: Path, temporary: Path, output: Path, case: Case | None) -> int:
@@ -175,7 +185,7 @@ def _call_installed(argv: list[str], folder: Path, temporary: Path, output: Path
 
 def _wait_process(process: subprocess.Popen[bytes]) -> tuple[int, bool]:
     try:
-        return process.wait(HANG), False
+        return process.wait(PATIENCE * HANG), False
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         return process.wait(), True
@@ -198,12 +208,13 @@ def judge(case: Case, folder: Path) -> Outcome:
         outcome.codes.append(code)
         out, err = (Path(f"{output}.{kind}").read_bytes() for kind in ("out", "err"))
         outcome.stderr += err.decode("utf-8", "replace")
-        outcome.faults += _judged(code, hung, out, err, temporary)
+        outcome.faults += judged_streams(code, hung, out, err, temporary)
     outcome.faults += _judged_files(case, work, folder, before)
     return outcome
 
 
-def _judged(code: int, hung: bool, out: bytes, err: bytes, temporary: Path) -> Iterator[tuple[str, str]]:
+def judged_streams(code: int, hung: bool, out: bytes, err: bytes, temporary: Path) -> Iterator[tuple[str, str]]:
+    """What is wrong with an exit status and with what was said; ``temporary`` is where the log of an error lies."""
     told = err.decode("utf-8", "replace")
     shown = out.decode("utf-8", "replace")
     if hung:
@@ -268,7 +279,9 @@ def _judged_files(
                 yield "outside", f"left behind: {name}"
             continue
         relative = name.removeprefix("work/")
-        if relative == name or not any(relative == w or relative.startswith(f"{w}/") for w in case.writes):
+        if relative == name or not any(
+            relative == w or relative.startswith(f"{w}/") or w.startswith(f"{relative}/") for w in case.writes
+        ):
             if "__pycache__" not in name:
                 yield "outside", f"{'changed' if name in before else 'written'}: {name[:200]}"
         elif _LEFT_OVER.search(Path(name).name) and name not in before:

@@ -180,8 +180,28 @@ def weight_external(model: onnx.ModelProto, rng: random.Random) -> None:
     weight.data_location = TensorProto.EXTERNAL
     del weight.external_data[:]
     location = rng.choice(
-        ("big.bin", "big.bin", "big.bin", "x.npz", "../outside/x", "/etc/passwd", "", ".", "/dev/zero", "no", "a\x00b")
-        + ("fifo", "big.bin/x", "x" * 300, "x" * 5000, "\x1b[31m", "~/x", "%s", "./././big.bin", "../work/big.bin")
+        (
+            "big.bin",
+            "big.bin",
+            "big.bin",
+            "x.npz",
+            "../outside/x",
+            "/etc/passwd",
+            "",
+            ".",
+            "/dev/zero",
+            "no",
+            "a\x00b",
+            "fifo",
+            "big.bin/x",
+            "x" * 300,
+            "x" * 5000,
+            "\x1b[31m",
+            "~/x",
+            "%s",
+            "./././big.bin",
+            "../work/big.bin",
+        )
     )
     if rng.random() < 0.95:
         weight.external_data.add(key="location", value=location)

@@ -1,4 +1,4 @@
-"""The fuzzer as a command: ``python tests/fuzz/fuzz_run.py --seed 1 --cases 2000``; exit code 1 when it finds something.
+"""The fuzzer as a command: ``python tests/fuzz/fuzz_run.py --seed 1 --cases 2000``; exit code 1: found something.
 
 ``--only KIND`` keeps one kind; ``--index N`` repeats one case, shows it, and keeps its files.
 """
