@@ -156,6 +156,8 @@ class CandidateRun:
         names = value_map(self.programs[component], program) if narrow else {}
         found = {v.name: narrow[v.name] for v in program.graph.inputs if v.name in narrow}
         for own, name in names.items():
+            if own not in program.graph.producer:
+                continue
             between, _ = program.graph.segment([own], names)
             held = {narrow[o] for node in between for o in node.outputs if o in narrow}
             if held:

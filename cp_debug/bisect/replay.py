@@ -37,8 +37,6 @@ from cp_debug.programs.precision import BESIDE_INT8, PRECISIONS, Precision, coar
 Load = Callable[[str], AnyTensor]
 """A captured value by its name in the graph. Raises InputError where the capture lacks it."""
 
-CONTROL_FLOW = {"If", "Loop", "Scan"}
-
 SUSPICIOUS = 30.0
 """A layer that amplifies the divergence of its inputs more than this is replayed for the reference, too: healthy layers
 stay below 5, so what was inherited more likely was introduced by the reference."""
@@ -186,8 +184,6 @@ class Replayer:
         self, targets: list[str], reference: Load, test: Load, divergences: Mapping[str, float]
     ) -> dict[str, Replay]:
         nodes, starts = self.graph.segment(targets, self.known)
-        if control := [n.op for n in nodes if n.op in CONTROL_FLOW]:
-            return {t: Replay(skipped=f"{control[0]} is cut around: its body has no probes") for t in targets}
         given = {s: test(s) for s in starts}
         captured = {t: test(t) for t in targets}
         if self._emulated and self._exact(nodes):

@@ -11,7 +11,7 @@ from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.causes.base import Candidate, Cause
 from cp_debug.bisect.causes.effects import Effects
 from cp_debug.bisect.causes.finding import UNKNOWN, Effect, Finding, Where
-from cp_debug.bisect.causes.precision import PROMOTED
+from cp_debug.bisect.causes.precision import OVERFLOWS, PROMOTED
 from cp_debug.bisect.causes.search import ENOUGH, Explanation, explain
 from cp_debug.bisect.causes.segment import Segment, SegmentContext
 from cp_debug.bisect.causes.where import locate
@@ -52,17 +52,25 @@ class Explainer:
     exact_input: Callable[[Key], Tensor]
     """What glue should have made for an input of a component."""
     effects: Effects
+    settled: Mapping[Key, str] = field(default_factory=dict)
+    """Guilty rows whose cause is known before anything is tried → that cause in words: other control flow."""
     notes: list[str] = field(default_factory=list)
     """What could not be explained and why not, one sentence each, the layer named: explaining never ends a run."""
     adds_up: bool = True
     """Whether rounding may be named as the cause where no layer is guilty: see ``Remainder``."""
     _contexts: dict[tuple[str, str, str], SegmentContext] = field(default_factory=dict)
+    _rows: Mapping[Key, LayerRow] = field(default_factory=dict)
 
     def findings(self, rows: Mapping[Key, LayerRow], seen: Observation | None) -> list[Finding]:
         """The findings, those with the largest effect first. What fails on the way is in ``notes``."""
+        self._rows = rows
         unsteady = list(self._unsteady(rows))
         restless = {name for finding in unsteady for name in finding.layers}
-        guilty = [(key, row) for key, row in rows.items() if row.verdict == GUILTY and row.name not in restless]
+        guilty = [
+            (key, row)
+            for key, row in rows.items()
+            if row.verdict == GUILTY and row.name not in restless and key not in self.settled
+        ]
         guilty += [(key, row) for key, row in rows.items() if row.verdict == SHAPE and row.op == "input"]
         guilty.sort(key=lambda item: item[1].severity, reverse=True)
         groups: dict[tuple[str, ...], list[Explained]] = {}
@@ -75,6 +83,11 @@ class Explainer:
             name = (UNKNOWN,) if found is None else (found.cause, found.says if found.parameters else "")
             groups.setdefault((row.side, *name), []).append(explained)
         findings = [self._finding(group) for group in groups.values()]
+        for says in dict.fromkeys(self.settled.values()):
+            own = [rows[key] for key, other in self.settled.items() if other == says]
+            names = [row.name for row in own]
+            fix = "compare what the condition is computed from in both programs, and its threshold"
+            findings.append(Finding("control-flow", says, names, [row.op for row in own], fix=fix))
         findings += [*unsteady, *self._program(seen)]
         if not all(row.within for row in rows.values()):
             try:
@@ -169,11 +182,27 @@ class Explainer:
 
     def _fix(self, cause: Candidate, rows: Sequence[LayerRow]) -> str:
         """The cause's advice with the layers' names, and with flags where it is about INT8."""
-        fix = cause.fix.replace("{layers}", _some([row.name for row in rows]))
+        names = self._overflowing(rows) if cause.cause == "fp16-overflow" else [row.name for row in rows]
+        fix = cause.fix.replace("{layers}", _some(names))
         if "{unquantized}" not in fix:  # else no row is an input, which nothing quantises
             return fix
         calibrate = "--trt-calib-data" if self.run.implicit else "--calib-data"
         return fix.replace("{calibrate}", calibrate).replace("{unquantized}", self._unquantized(rows))
+
+    def _overflowing(self, rows: Sequence[LayerRow]) -> list[str]:
+        """These layers and those behind them that read what FP16 cannot hold: all of them must stay in FP32."""
+        found = {(row.component, row.onnx): row.name for row in rows}
+        for row in rows:
+            graph, values = self.run.programs[row.component].graph, [row.onnx]
+            for value in values:  # grows
+                for output in (name for node in graph.consumers.get(value, ()) for name in node.outputs):
+                    reader = self._rows.get(Key(row.component, output))
+                    if reader is None or (row.component, output) in found:
+                        continue
+                    found[row.component, output] = reader.name
+                    if reader.stats.max_ref >= OVERFLOWS:
+                        values.append(output)
+        return list(found.values())
 
     def _unquantized(self, rows: Sequence[LayerRow]) -> str:
         """The flag that leaves these layers out of INT8."""
