@@ -48,11 +48,12 @@ OnEvent = Callable[[Mapping[str, Any]], None]
 
 
 class InterpreterFailed(Exception):
-    """Why there is no result. ``unusable``: it is not an interpreter that can run the script at all."""
+    """Why there is no result. ``unusable``: it is not an interpreter that can run the script at all.
+    ``timed_out``: it was killed at its limit."""
 
-    def __init__(self, reason: str, *, unusable: bool = False) -> None:
+    def __init__(self, reason: str, *, unusable: bool = False, timed_out: bool = False) -> None:
         super().__init__(reason)
-        self.unusable = unusable
+        self.unusable, self.timed_out = unusable, timed_out
 
 
 class Interpreter:
@@ -135,7 +136,7 @@ class Interpreter:
             process.wait(timeout=max(end - time.monotonic(), 0.001))
         except (TimeoutError, subprocess.TimeoutExpired):
             reason = f"its process did not end within {self.time_limit:g} s (last command: {doing})"
-            raise InterpreterFailed(reason + _quote(tail)) from None
+            raise InterpreterFailed(reason + _quote(tail), timed_out=True) from None
         return tail, doing
 
     def _read_result(self, path: Path, status: int, tail: Sequence[str], doing: str) -> dict[str, Any]:

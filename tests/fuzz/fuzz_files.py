@@ -233,7 +233,7 @@ def infos(rng: random.Random, world: World, folder: Path) -> Case:
     elif kind == 2:
         path.write_bytes(pickle.dumps(mutated(document, rng) if rng.random() < 0.5 else Runs()))
     elif kind == 3:
-        path.write_bytes(pickle.dumps(nested(rng.choice((50, 500)), rng)))
+        path.write_bytes(pickle.dumps(nested(rng.choice((50, 200)), rng)))
     elif kind == 4:
         path.write_bytes(rng.choice(PICKLES))
     else:

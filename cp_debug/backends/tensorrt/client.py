@@ -25,6 +25,10 @@ class BuildFailed(InputError):
     """TensorRT has no engine for a graph that it could parse."""
 
 
+class BuildTimedOut(InputError):
+    """A build took longer than a person allowed."""
+
+
 class ParseFailed(InputError):
     """TensorRT's parser does not know an operator, or not like this; ``nodes`` are the ONNX nodes it is about."""
 
@@ -50,6 +54,8 @@ class RunnerClient:
     ) -> None:
         self.spec, self.time_limit = spec, time_limit
         self.on_event: OnEvent = on_event or (lambda event: None)
+        self._progress: Mapping[str, Any] = {}
+        """How far the last build was when it told."""
         self.python = python or os.environ.get(ENVIRONMENT) or None
         self._interpreter: Interpreter | None = None
         if self.python is not None:
@@ -58,7 +64,7 @@ class RunnerClient:
                     self.python,
                     runner.__file__,
                     time_limit=time_limit,
-                    on_event=self.on_event,
+                    on_event=self._tell,
                     environment={"CUDA_MODULE_LOADING": "LAZY"},  # before CUDA 12.2 all kernels are loaded, for seconds
                 )
             except InterpreterFailed as error:
@@ -78,16 +84,25 @@ class RunnerClient:
             _PROBED[key] = self.checked(Facts, self.execute([{"command": "probe", "device": device}]))[0]
         return _PROBED[key]
 
-    def execute(self, steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def execute(self, steps: Sequence[Mapping[str, Any]], build_timeout: float | None = None) -> list[dict[str, Any]]:
         """Run the steps in order, in one process; one result each.
+
+        ``build_timeout``: seconds for a step that builds; then BuildTimedOut says how far it was.
 
         Raises InputError for what the user can mend (model, shapes, memory), BackendUnavailable for what TensorRT or
         its interpreter lacks, and for a process that dies, hangs or does not speak the protocol.
         """
-        job = {"steps": list(steps), "time_limit": self.time_limit}
+        limit = self.time_limit if build_timeout is None else min(build_timeout, self.time_limit)
+        job, self._progress = {"steps": list(steps), "time_limit": limit}, {}
         try:
-            result = self._interpreter.work(job) if self._interpreter else runner.execute(job, self.on_event)
+            if self._interpreter is not None:
+                self._interpreter.time_limit = limit
+                result = self._interpreter.work(job)
+            else:
+                result = runner.execute(job, self._tell)
         except InterpreterFailed as problem:
+            if problem.timed_out and build_timeout is not None:
+                raise self._timed_out(steps[0], limit) from None
             raise self._unavailable(problem) from None
         try:
             failure, found = _read(result, steps)
@@ -97,6 +112,8 @@ class RunnerClient:
             raise BackendUnavailable(self.spec, reason, nearest=_nearest(self.spec)) from None
         if failure is not None:
             self.close()
+            if failure["kind"] == "time" and build_timeout is not None:
+                raise self._timed_out(steps[0], limit)
             raise _to_exception(self.spec, failure, steps[len(found)])
         return found
 
@@ -113,6 +130,18 @@ class RunnerClient:
         """End the process, if there is one."""
         if self._interpreter is not None:
             self._interpreter.close()
+
+    def _tell(self, event: Mapping[str, Any]) -> None:
+        if event["event"] == "progress":
+            self._progress = event
+        self.on_event(event)
+
+    def _timed_out(self, step: Mapping[str, Any], limit: float) -> BuildTimedOut:
+        last = self._progress
+        of = f" of {last['steps']}" if last.get("steps") else ""
+        far = f"; it was at {last['phase']!r}, {last['done']}{of}" if last else ""
+        message = f"{step.get('onnx', self.spec)}: the build was stopped after {limit:g} s (--build-timeout){far}"
+        return BuildTimedOut(f"{message}; --builder-level 0 to 2 builds faster")
 
     def _unavailable(self, error: InterpreterFailed) -> BackendUnavailable:
         how = _install() if error.unusable else None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from cp_debug.backends.base import Program, Sink
 from cp_debug.backends.tensorrt.answers import Ran
 from cp_debug.backends.tensorrt.calibration import Ranges, calibration, ranges_of, read_cache
-from cp_debug.backends.tensorrt.client import RunnerClient
+from cp_debug.backends.tensorrt.client import BuildTimedOut, RunnerClient
 from cp_debug.backends.tensorrt.config import decide
 from cp_debug.backends.tensorrt.engines import Engine, EngineBuilder, EngineSet, Profile
 from cp_debug.backends.tensorrt.inspector import EngineLayer
@@ -28,6 +29,7 @@ from cp_debug.graph.graph import Graph
 from cp_debug.graph.random_inputs import check_inputs
 from cp_debug.reading import read_npy
 
+HEALTHY = "nothing diverges, so no engine was built to show values inside (--probes boundaries does)"
 RUNS = 20
 """Further runs of the plain engine, for its time."""
 
@@ -73,8 +75,18 @@ class EngineSession:
     """
 
     def __init__(
-        self, client: RunnerClient, program: Program, variant: str, version: str, options: TensorRTOptions
+        self,
+        client: RunnerClient,
+        program: Program,
+        variant: str,
+        version: str,
+        options: TensorRTOptions,
+        machine: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
+        """``machine``: what engines depend on besides the graph and its settings, for the cache."""
+        self._machine = machine
+        self.diverges: Callable[[Mapping[str, np.ndarray], Mapping[str, np.ndarray]], bool] | None = None
+        """Told inputs and outputs: whether values inside are worth an engine; for ``auto`` probes."""
         self._client, self._own, self._options = client, program.graph, options
         self._component = program.name
         self._quantized = program.plain is not None or program.graph.precision == "int8"
@@ -118,10 +130,19 @@ class EngineSession:
         step = {
             "device": options.device,
             "workspace_mib": options.workspace_mib,
-            "timing_cache": str(options.timing_cache or _timing_cache(version)),
+            "timing_cache": str(options.timing_cache or self._timings(version, graph)),
             "calibration": calibrated,
+            "builder_level": options.builder_level,
         }
-        return EngineBuilder(self._client, config, variant, graph, tuple(data_values(own)), folder, step)
+        values = tuple(data_values(own))
+        cache, limit = options.cache, options.build_timeout
+        return EngineBuilder(
+            self._client, config, variant, graph, values, folder, step, dict(self._machine), cache, limit
+        )
+
+    def _timings(self, version: str, graph: Graph) -> Path:
+        cache = self._options.cache
+        return cache.timing_cache({**self._machine, "graph": graph.digest}) if cache else _timing_cache(version)
 
     @property
     def plain(self) -> Engine:
@@ -198,7 +219,12 @@ class EngineSession:
         The first time the others run, too; where the outputs differ by more than building again explains, marks that
         changed the engine are taken back.
         """
-        rebuilt, probed = engines.observed()
+        if self._options.probes == "auto" and (written := self._if_healthy(engines, inputs, folder)) is not None:
+            return written
+        try:
+            rebuilt, probed = engines.observed()
+        except BuildTimedOut as stopped:
+            return self._plain_alone(engines, inputs, folder, str(stopped))
         others = [engines.plain, rebuilt] if engines.gap is None else []
         ran, *plain = self._execute([probed, *others], inputs, folder, wanted, engines.unfused)
         if plain:
@@ -211,6 +237,40 @@ class EngineSession:
                 (ran,) = self._execute([engines.observed()[1]], inputs, place, wanted)
                 engines.gap = output_distance(reference, self._outputs(ran.written))
         return ran.written
+
+    def _plain_alone(
+        self, engines: EngineSet, inputs: Mapping[str, np.ndarray], folder: Path, why: str
+    ) -> dict[str, Path]:
+        """Files of the plain engine's outputs; nothing inside is shown, for the reason ``why``."""
+        (ran,) = self._execute([engines.plain], inputs, folder, repeat=RUNS)
+        engines.stopped, engines.gap, engines.floor = why, 0.0, 0.0
+        engines.run_seconds = median(ran.seconds[1:])
+        return ran.written
+
+    def _if_healthy(self, engines: EngineSet, inputs: Mapping[str, np.ndarray], folder: Path) -> dict[str, Path] | None:
+        """Files of the plain engine's outputs where no value inside need be shown; else None, and where marks change
+        nothing no third engine is built."""
+        if engines.probed is not None or (engines.stopped and engines.stopped != HEALTHY):
+            return self._plain_alone(engines, inputs, folder, engines.stopped) if engines.stopped else None
+        place = Path(tempfile.mkdtemp(dir=folder))
+        (ran,) = self._execute([engines.plain], inputs, place, repeat=RUNS)
+        outputs = self._outputs(ran.written)
+        if self.diverges is not None and not self.diverges(inputs, outputs):
+            engines.stopped, engines.gap, engines.floor = HEALTHY, 0.0, 0.0
+            engines.run_seconds = median(ran.seconds[1:])
+            return ran.written
+        engines.stopped, engines.gap = "", None
+        try:
+            probed = engines.showing()
+        except BuildTimedOut as stopped:
+            return self._plain_alone(engines, inputs, folder, str(stopped))
+        place = Path(tempfile.mkdtemp(dir=folder))
+        (shown,) = self._execute([probed], inputs, place, engines.exposed, engines.unfused)
+        if output_distance(outputs, self._outputs(shown.written)) > 0:
+            return None  # whether marks or merely another build changed it takes one more engine to know
+        engines.gap, engines.floor, engines.run_seconds = 0.0, 0.0, median(ran.seconds[1:])
+        engines.rebuilt = engines.plain
+        return shown.written
 
     def _search(
         self, engines: EngineSet, inputs: Mapping[str, np.ndarray], folder: Path, wanted: Collection[str]
