@@ -72,6 +72,8 @@ class Replay:
     """Elements that are NaN or Inf here although the oracle, from the same inputs, says they are finite."""
     wanted: int = 0
     """Elements beyond the type's range that became Inf, or its largest number, and change nothing that reads them."""
+    unread: bool = False
+    """Neither a node nor the caller reads the value: a mask of Dropout, a state that is thrown away."""
     range_loss: float = 0.0
     """Relative error of merely storing the segment's weights and result in the test's precision: large where they
     overflow or vanish; 0 where that changes nothing that is computed from them."""
@@ -135,6 +137,7 @@ class Replayer:
         self._emulated = emulated
         self._finer: Executor | None = None
         self._trimmer = Trimmer(TRIM_AFTER)
+        self._outputs = {v.name for v in graph.outputs}
         self._range_loss = RangeLoss(graph, self.oracle, self.known)
 
     def _emulator(self, side: int, oracle: str) -> Executor:
@@ -204,6 +207,7 @@ class Replayer:
                 declared = quantized.declared(target, self.known, given)
                 _hold_against_scales(replay, captured[target], exact[target], expected.results[target], declared)
             replay.nodes, replay.precision = tuple(n.name for n in nodes), own.name
+            replay.unread = target not in self.graph.consumers and target not in self._outputs
             replay.not_emulated = self._not_emulated(nodes)
             replay.instead = _instead(captured[target], exact[target], expected.results[target])
             replay.oracle_error = self._oracle_roundoff * math.sqrt(max(self._reduction(n) for n in nodes))
