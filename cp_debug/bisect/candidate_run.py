@@ -116,6 +116,10 @@ class CandidateRun:
         """The reference's name of a value of this test."""
         return Key(key.component, self._names[key.component].get(key.value, key.value))
 
+    def names(self, component: str) -> Mapping[str, str]:
+        """A component's values in this test → the reference's."""
+        return self._names[component]
+
     def replay(self, reference: Capture, test: Capture, stats: Mapping[Key, TensorStats]) -> dict[Key, Replay]:
         """Replay every captured layer on the oracle. ``stats`` are those of ``run``."""
         replays: dict[Key, Replay] = {}
@@ -186,7 +190,7 @@ class CandidateRun:
         (program,) = (p for p in side.programs if p.name == component)
         narrow = narrow_values(program.graph)
         names = value_map(self.programs[component], program) if narrow else {}
-        found = {v.name: narrow[v.name] for v in program.graph.inputs if v.name in narrow}
+        found = {names.get(v.name, v.name): narrow[v.name] for v in program.graph.inputs if v.name in narrow}
         for own, name in names.items():
             if own not in program.graph.producer:
                 continue

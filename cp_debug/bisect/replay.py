@@ -32,6 +32,7 @@ from cp_debug.bisect.range_loss import RangeLoss
 from cp_debug.bisect.whole_numbers import instead, same_shape
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.randomness import draws
 from cp_debug.probes.distance import distance, ratio
 from cp_debug.programs.precision import BESIDE_INT8, PRECISIONS, Precision, coarsest
 
@@ -73,6 +74,8 @@ class Replay:
     """Elements that are NaN or Inf here although the oracle, from the same inputs, says they are finite."""
     wanted: int = 0
     """Elements beyond the type's range that became Inf, or its largest number, and change nothing that reads them."""
+    unread: bool = False
+    """Neither a node nor the caller reads the value: a mask of Dropout, a state that is thrown away."""
     range_loss: float = 0.0
     """Relative error of merely storing the segment's weights and result in the test's precision: large where they
     overflow or vanish; 0 where that changes nothing that is computed from them."""
@@ -136,6 +139,7 @@ class Replayer:
         self._emulated = emulated
         self._finer: Executor | None = None
         self._trimmer = Trimmer(TRIM_AFTER)
+        self._outputs = {v.name for v in graph.outputs}
         self._range_loss = RangeLoss(graph, self.oracle, self.known)
 
     def _emulator(self, side: int, oracle: str) -> Executor:
@@ -185,6 +189,8 @@ class Replayer:
         self, targets: list[str], reference: Load, test: Load, divergences: Mapping[str, float]
     ) -> dict[str, Replay]:
         nodes, starts = self.graph.segment(targets, self.known)
+        if drawn := [n for n in nodes if draws(n, self.graph)]:
+            return {t: Replay(skipped=f"{drawn[0].name} ({drawn[0].op}) draws random numbers") for t in targets}
         given = {s: test(s) for s in starts}
         captured = {t: test(t) for t in targets}
         if self._emulated and self._exact(nodes):
@@ -206,6 +212,7 @@ class Replayer:
                 declared = quantized.declared(target, self.known, given)
                 _hold_against_scales(replay, captured[target], exact[target], expected.results[target], declared)
             replay.nodes, replay.precision = tuple(n.name for n in nodes), own.name
+            replay.unread = target not in self.graph.consumers and target not in self._outputs
             replay.not_emulated = self._not_emulated(nodes)
             replay.instead = instead(captured[target], exact[target], expected.results[target])
             replay.oracle_error = self._oracle_roundoff * math.sqrt(max(self._reduction(n) for n in nodes))
