@@ -40,6 +40,18 @@ _KERNELS = {"FLOAT": "f32f32_f32f32_f32", "HALF": "f16f16_f16f16_f16", "BF16": "
 
 SHY: set[str] = set()
 """Values that, once marked, are written and read by layers in FP32."""
+REGION: set[str] = set()
+"""Nodes that one region takes with all that lies between them, as TensorRT's compiler for transformers does."""
+FAULTY: dict[str, float] = {}
+"""Node → factor by which its result is off where a region computes it in half precision."""
+CROSSED: set[str] = set()
+"""Splits whose results a region takes in reverse order, whatever the precision."""
+STUBBORN = False
+"""Whether a region has its faults in FP32, too, when all of it is kept so."""
+MENDING: set[str] = set()
+"""Values that, once marked, make the faults go away."""
+NAMELESS: set[str] = set()
+"""Versions whose inspector tells no more than the layers' names, and those without their nodes."""
 ROUNDED: set[str] = set()
 """Values that an INT8 layer puts out rounded, once marked; else as they are before their readers round them."""
 
@@ -225,6 +237,7 @@ class ITimingCache:
 
 class IBuilderConfig:
     profiling_verbosity = int8_calibrator = progress_monitor = None
+    builder_optimization_level = 3
 
     def __init__(self, trt: ModuleType) -> None:
         self._trt, self._flags, self._profiles, self._cache, self._limits = trt, {trt.BuilderFlag.TF32}, [], None, {}
@@ -297,14 +310,35 @@ class Builder:
             shy = any(t.is_network_output and t.name in {last.name, *nodes[0]._node.input} & SHY for t in tensors)
             lowered = weak and low and not pinned and last.dtype == trt.DataType.FLOAT
             kernel = "FLOAT" if shy else low if lowered else last.dtype.name
-            product = nodes[0]._node.op_type == "Conv"
+            region = any(layer.name in REGION for layer in nodes)
+            product = nodes[0]._node.op_type == "Conv" and not region
+            inside = [t for layer in nodes[:-1] for t in layer._outputs if t.is_network_output] if region else []
+            halves = [x for x in nodes if getattr(x, "precision", None) != trt.DataType.FLOAT] if weak and low else [
+                x for x in nodes if x._outputs[0].dtype.name == "HALF"
+            ]  # fmt: skip
+            if STUBBORN and region and nodes[0] not in halves and nodes[-1] not in halves:
+                halves = nodes
+            faults = {x.name: FAULTY[x.name] for x in halves if region and x.name in FAULTY}
+            crossed = [x.name for x in nodes if region and x.name in CROSSED and getattr(x, "precision", None) is None]
+            if any(t.is_network_output and t.name in MENDING for t in tensors):
+                faults, crossed = {}, []
+            if region:
+                pinned = getattr(nodes[-1], "precision", None) == trt.DataType.FLOAT
+                lowered = weak and low and not pinned
+                kernel = low if lowered else last.dtype.name
             int8 = product and bool(scales) and not pinned
             if int8:
                 readers = [f._node.op_type for f in network._layers if last.name in f._node.input]
                 kernel = "INT8" if set(readers) == {"Conv"} and not last.is_network_output else "FLOAT"
             groups.append(
                 {
-                    "Name": " + ".join(layer.name for layer in nodes),
+                    "Name": f"{{ForeignNode[{nodes[0].name}...{last.name}]}}"
+                    if region
+                    else " + ".join(layer.name for layer in nodes),
+                    "region": region,
+                    "shows": [t.name for t in inside],
+                    "faults": faults,
+                    "crossed": crossed,
                     "Metadata": "\x1f".join(layer.metadata for layer in nodes),
                     "reads": [i for layer in nodes for i in layer._node.input if i],
                     "writes": last.name,
@@ -357,8 +391,14 @@ def _fuse(layers: list[ILayer]) -> Iterator[list[ILayer]]:
     """Conv + Relu, where nobody else sees the convolution's result."""
     reads = [i for layer in layers for i in layer._node.input]
     taken = set()
+    places = [i for i, layer in enumerate(layers) if layer.name in REGION]
+    region = layers[places[0] : places[-1] + 1] if places else []
     for layer in layers:
         if id(layer) in taken:
+            continue
+        if region and layer is region[0]:
+            taken |= set(map(id, region))
+            yield region
             continue
         tensor = layer._outputs[0]
         follower = next((f for f in layers if list(f._node.input) == [tensor.name] and f._node.op_type == "Relu"), None)
@@ -435,13 +475,15 @@ class EngineInspector:
             layers.append(
                 {
                     "Name": group["Name"],
-                    "LayerType": "CaskConvolution" if group["conv"] else "PointWiseV2",
+                    "LayerType": "Myelin" if group["region"] else "CaskConvolution" if group["conv"] else "PointWiseV2",
                     "Inputs": [{"Name": n, "Dimensions": [], "Format/Datatype": reads} for n in group["reads"][:1]],
                     "Outputs": [{"Name": group["writes"], "Dimensions": [], "Format/Datatype": word}],
                     "TacticName": tactic if group["conv"] else "",
                     "Metadata": group["Metadata"],
                 }
             )
+        if self._trt.__version__ in NAMELESS:
+            layers = [f"layer {place}" for place, _ in enumerate(layers)]
         text = json.dumps({"Layers": layers, "Bindings": [*self._plan["inputs"], *self._plan["outputs"]]})
         return text.replace("\\u001f", "\x1f") if old else text  # 8.6 leaves control characters as they are
 
@@ -491,7 +533,7 @@ class IExecutionContext:
         return True
 
     def _kernel_type(self, name: str) -> str:
-        return next(group["dtype"] for group in self._plan["groups"] if group["writes"] == name)
+        return next(g["dtype"] for g in self._plan["groups"] if name in (g["writes"], *g["shows"]))
 
     def _compute(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Every value that the engine writes, rounded to the type that its group puts out."""
@@ -499,7 +541,12 @@ class IExecutionContext:
         for place, node in reversed([*enumerate(model.graph.node)]):
             if node.name in {group["int8"] for group in self._plan["groups"]}:
                 _in_int8(model, place, np.float32(scales[node.input[0]]))
-        writes = [group["writes"] for group in self._plan["groups"]]
+        for name, factor in [f for group in self._plan["groups"] for f in group["faults"].items()]:
+            _spoil(model, name, factor)
+        for node in model.graph.node:
+            if any(node.name in group["crossed"] for group in self._plan["groups"]):
+                node.output[:] = [*node.output][::-1]
+        writes = [v for group in self._plan["groups"] for v in (*group["shows"], group["writes"])]
         results = dict(zip(writes, _run(model, writes, feeds), strict=True))
         for name in ROUNDED & results.keys() & scales.keys():
             results[name] = np.clip(np.round(results[name] / np.float32(scales[name])), -128, 127) * np.float32(
@@ -517,6 +564,17 @@ def _run(model: onnx.ModelProto, values: list[str], feeds: dict[str, np.ndarray]
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it moves pairs over other nodes
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return session.run(values, feeds)
+
+
+def _spoil(model: onnx.ModelProto, name: str, factor: float) -> None:
+    """Have the node of that name give its result times ``factor``."""
+    place, node = next((i, n) for i, n in enumerate(model.graph.node) if n.name == name)
+    value, low = node.output[0], {v.name: v.type.tensor_type.elem_type for v in model.graph.value_info}
+    kind = np.float16 if low.get(value) == onnx.TensorProto.FLOAT16 else np.float32
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(factor, kind), f"{name}.factor"))
+    node.output[0] = f"{name}.right"
+    spoiled = onnx.helper.make_node("Mul", [node.output[0], f"{name}.factor"], [value], f"{name}.wrong")
+    model.graph.node.insert(place + 1, spoiled)
 
 
 def _in_int8(model: onnx.ModelProto, place: int, scale: np.float32) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from cp_debug.backends.base import Backend, Session
     from cp_debug.backends.tensorrt.calibration import Ranges
+    from cp_debug.backends.tensorrt.inspector import EngineLayer
 
 
 @runtime_checkable
@@ -74,6 +75,53 @@ class TimesItself(Protocol):
     def timings(self, inputs: Mapping[str, np.ndarray], passes: int) -> list[float]:
         """Milliseconds of each of ``passes`` runs on the device."""
         ...
+
+
+class BuiltVariation(Protocol):
+    """One more engine of a program, and what it gave on one input."""
+
+    @property
+    def outputs(self) -> Mapping[str, np.ndarray]:
+        """The graph's outputs."""
+        ...
+
+    @property
+    def shown(self) -> Mapping[str, np.ndarray]:
+        """The marked values that it put out."""
+        ...
+
+    @property
+    def gap(self) -> float:
+        """Relative L2 distance of its outputs from the plain engine's."""
+        ...
+
+
+@runtime_checkable
+class BuildsVariations(Protocol):
+    """A session that fuses nodes, tells how, and builds engines that differ a little from the one that is judged."""
+
+    @property
+    def layers(self) -> Sequence[EngineLayer]:
+        """The layers of the engine last used."""
+        ...
+
+    def trial(
+        self,
+        inputs: Mapping[str, np.ndarray],
+        marks: Collection[str] = (),
+        wide: Collection[str] = (),
+        keep_fp32: Collection[str] = (),
+    ) -> BuiltVariation:
+        """Build one more engine and run it once, with values shown or nodes kept in FP32."""
+        ...
+
+
+@runtime_checkable
+class LooksInsideOnDemand(Protocol):
+    """A session that shows values inside only where its outputs ask for it, as that costs an engine."""
+
+    diverges: Callable[[Mapping[str, np.ndarray], Mapping[str, np.ndarray]], bool] | None
+    """Told inputs and outputs: whether they ask for it; None always looks."""
 
 
 def kept_in_fp32(backend: Backend) -> frozenset[str]:

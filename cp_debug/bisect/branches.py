@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from cp_debug.backends.base import Program
+from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.bisect.result import GUILTY, INHERITED, LayerRow
 from cp_debug.errors import InputError
 from cp_debug.graph.flatten import Branch, Decision
@@ -31,44 +32,49 @@ class OtherWay:
         return f"{self.branch.op} {self.branch.path} {said(self.theirs)}, on the reference it {said(self.ours)}"
 
 
-def other_ways(
-    reference: Mapping[str, Program], test: Mapping[str, Program], captures: tuple[Capture, Capture]
-) -> Iterator[OtherWay]:
-    """The control flow, by component, that the test does not do as the reference. What a capture shows of an If's
-    condition goes before what was decided when the bodies were put in their place."""
-    for component, program in reference.items():
+def other_ways(run: CandidateRun, captures: tuple[Capture, Capture]) -> Iterator[OtherWay]:
+    """The control flow that the test does not do as the reference. What a capture shows of an If's condition goes
+    before what was decided when the bodies were put in their place."""
+    test = {p.name: p for p in run.pipeline.programs}
+    for component, program in run.programs.items():
         theirs = {b.path: b for b in test[component].branches}
         for branch in program.branches:
             if branch.path not in theirs:
                 continue
-            way = OtherWay(
-                component,
-                branch,
-                _seen(branch, captures[0], component),
-                _seen(theirs[branch.path], captures[1], component),
-            )
+            own = theirs[branch.path]
+            condition = run.name(Key(component, own.decided_by[0])).value
+            ours = _seen(branch, branch.decided_by[0], captures[0], component)
+            way = OtherWay(component, branch, ours, _seen(own, condition, captures[1], component))
             if way.ours != way.theirs:
                 yield way
 
 
-def _seen(branch: Branch, capture: Capture, component: str) -> Decision:
+def _seen(branch: Branch, condition: str, capture: Capture, component: str) -> Decision:
     if branch.op != "If":
         return branch.decision
     try:
-        condition = capture.load(branch.decided_by[0], component=component)
+        value = capture.load(condition, component=component)
     except InputError:
         return branch.decision
-    return "then_branch" if bool(condition.reshape(-1)[0]) else "else_branch"
+    return "then_branch" if bool(value.reshape(-1)[0]) else "else_branch"
 
 
-def judge_ways(ways: list[OtherWay], programs: Mapping[str, Program], rows: dict[Key, LayerRow]) -> None:
-    """Give the results of such control flow their verdict: guilty, where nothing that it decides by is."""
+def judge_ways(ways: list[OtherWay], programs: Mapping[str, Program], rows: Mapping[Key, LayerRow]) -> dict[Key, str]:
+    """Give the results of such control flow their verdict: guilty, where nothing that it decides by is.
+
+    Returns those that are guilty now, and of what.
+    """
+    settled = {}
     for way in ways:
         above = _above(programs[way.component].graph, way.branch.decided_by)
         accused = any(rows[k].verdict == GUILTY for k in (Key(way.component, v) for v in above) if k in rows)
         for name in way.branch.outputs:
-            if (row := rows.get(Key(way.component, name))) is not None:
+            row_key = Key(way.component, name)
+            if (row := rows.get(row_key)) is not None:
                 row.verdict, row.why = INHERITED if accused else GUILTY, str(way)
+                if not accused:
+                    settled[row_key] = str(way)
+    return settled
 
 
 def _above(graph: Graph, values: tuple[str, ...]) -> set[str]:

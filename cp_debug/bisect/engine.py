@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,11 +17,14 @@ import numpy as np
 from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import parse_backends
+from cp_debug.bisect.branches import judge_ways, other_ways
 from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.bisect.causes.effects import Effects
 from cp_debug.bisect.causes.findings import Explainer
 from cp_debug.bisect.int8_notes import both_int8, int8_notes
 from cp_debug.bisect.observe import Observation, observe
+from cp_debug.bisect.regions.descent import BUILDS
+from cp_debug.bisect.regions.guilty import look_inside
 from cp_debug.bisect.remainder import remainder
 from cp_debug.bisect.replay import Replay
 from cp_debug.bisect.result import GUILTY, BisectResult, StageRow, TestResult
@@ -30,6 +33,7 @@ from cp_debug.bisect.worst_samples import Collected, observation_notes
 from cp_debug.errors import InputError, in_one_line
 from cp_debug.graph.declared import narrow_values
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.randomness import drawing
 from cp_debug.graph.weight_differences import WeightDifferences
 from cp_debug.probes.capture import Capture, CaptureWriter, check_free
 from cp_debug.programs.layers import Layer, all_layers, stage_ends
@@ -47,6 +51,7 @@ from cp_debug.programs.pipeline import (
 )
 from cp_debug.programs.precision import coarsest, oracle_for
 from cp_debug.programs.scene import decode, keep_scene
+from cp_debug.programs.unroll import Unroller
 from cp_debug.quantization.models import QuantizedComponent
 from cp_debug.quantization.open_quantized import calibration_samples
 from cp_debug.quantization.quantized_programs import (
@@ -91,6 +96,8 @@ class Options:
     folded: bool = True
     calibration: Calibration = DEFAULT_CALIBRATION
     """How to quantise, where a backend is in INT8 and the model is not."""
+    max_builds: int = BUILDS
+    """Further engines for the search inside guilty regions of one run; 0 leaves it at emulated hypotheses."""
     knobs: bool = False
     """Find the graph optimisers that are responsible for the difference of optimised ONNX Runtime tests."""
     maps: Sequence[str] = ()
@@ -178,6 +185,9 @@ class Bisection:
             self._parts[id(model)] = parts, f"quantized as in {checkpoint}"
         return model
 
+    def _tell(self, text: str) -> None:
+        self._on_step(text, self._done, self._steps)
+
     def _step(self, text: str) -> None:
         self._on_step(text, self._done, self._steps)
         self._done += 1
@@ -191,19 +201,36 @@ class Bisection:
         self._steps = 2 + options.replay + options.samples * (1 + len(self._tests) * (3 if options.replay else 1))
         self._steps += sum(map(is_optimised, self._tests)) if options.knobs else 0
         with tempfile.TemporaryDirectory(prefix="cpdebug-") as scratch, ExitStack() as stack:
-            samples = self.model.samples(options.samples, options.seed, options.inputs)
-            first = next(iter(samples))
+            samples = iter(self._samples())
+            first = next(samples)
             self._step("exporting and aligning")
-            programs, tests = self._programs(first, Path(scratch), exported)
-            self._weights = differing_weights(programs, tests)
+            originals, tests = self._programs(first, Path(scratch), exported)
+            self._weights = differing_weights(originals, tests)
             for component, found in self._weights.items():
                 self._say(f"weights of {component}: {found.says}")
-            tests = pair_programs(self.model, first, programs, tests, options.maps, self._step)
+            unroller = Unroller(options.save or Path(scratch))
+            programs = unroller.unrolled(originals, self.model, self._samples, self._reference.precision)
             layers = all_layers(programs)
             ours = self._for(self._reference, self.model, programs, Path(scratch))
-            theirs = [self._for(backend, self.test_model, tests, Path(scratch)) for backend in self._tests]
+            theirs = [
+                unroller.unrolled(tests, self.test_model, self._samples, backend.precision) for backend in self._tests
+            ]
+            self._notes += unroller.notes
+            self._notes += [
+                f"{node.name} ({node.op}) draws random numbers: what hangs on it differs from run to run"
+                for program in programs
+                for node in drawing(program.graph)
+            ]
+            paired = {
+                id(own): pair_programs(self.model, first, programs, own, options.maps, self._step) for own in theirs
+            }
+            theirs = [paired[id(own)] for own in theirs]
+            self._unfold = any(t.graph is not p.graph for own in theirs for t, p in zip(own, programs, strict=True))
+            theirs = [
+                self._for(backend, self.test_model, own, Path(scratch))
+                for backend, own in zip(self._tests, theirs, strict=True)
+            ]
             self._step("opening the backends")
-            self._unfold = any(t.graph is not p.graph for t, p in zip(tests, programs, strict=True))
             reference = stack.enter_context(Pipeline(self.model, ours, self._reference, unfold=self._unfold))
             runs = [
                 self._test_run(stack, backend, own, reference, programs, layers, options.save or Path(scratch))
@@ -226,6 +253,10 @@ class Bisection:
                 reference_observation=self._steady,
                 weights={component: found.to_dict() for component, found in self._weights.items()},
             )
+
+    def _samples(self) -> Iterable[Sample]:
+        """The samples, from the first one again."""
+        return self.model.samples(self.options.samples, self.options.seed, self.options.inputs)
 
     def _programs(
         self, sample: Sample, scratch: Path, exported: Sequence[Program] | None
@@ -342,6 +373,9 @@ class Bisection:
                 found.observe(seen)
                 floors = {key: max(floors.get(key, 0.0), self._reference_floors.get(key, 0.0)) for key in stats}
             rows = run.rows(stats, replays, floors, index)
+            ways = list(other_ways(run, (captured, test)))
+            found.ways |= dict.fromkeys(map(str, ways))
+            settled = judge_ways(ways, run.programs, rows)
             failures = set_shares(run, rows, sample, captured, test)
             found.detect(decoded[str(reference.backend.spec)], decoded[str(run.pipeline.backend.spec)])
             if run.oracle is not None and found.is_worst(rows):
@@ -355,8 +389,10 @@ class Bisection:
                 feed = partial(self._exact_input, sample, results)
                 effects = Effects(self.model, sample, Propagation(run, sample, captured, test), given)
                 explainer = Explainer(run, self._reference.precision, captured, test, feed, effects)
+                explainer.settled = settled
                 explainer.adds_up = found.remainder is None or found.remainder.adds_up
                 found.findings = explainer.findings(rows, seen)
+                found.findings = look_inside(explainer, rows, found.findings, self.options.max_builds, self._tell)
                 failures += explainer.notes
             found.explained(failures)
             found.add(rows)

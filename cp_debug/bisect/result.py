@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from cp_debug.backends.base import RunRecord
 from cp_debug.bisect.observe import Observation
+from cp_debug.bisect.regions.region import Region
 from cp_debug.bisect.replay import EXCESS, Replay
 from cp_debug.display import notebook, terminal
 from cp_debug.probes.statistics import TensorStats
+from cp_debug.safe_text import one_line
 from cp_debug.serialize import encode, json_safe
 
 if TYPE_CHECKING:
@@ -53,9 +55,14 @@ class LayerRow:
     sample: int = 0
     tactic: str = ""
     """Name of the kernel that wrote the value, where the backend tells."""
+    region: Region | None = None
+    """What the row stands for where that is more than a layer; then ``name`` is its label."""
     kind: str = "data"
     """``data``; or, of a side value, ``constant`` or ``shape``: see ``Layer``. Side values have a row where they
     differ."""
+
+    def __post_init__(self) -> None:
+        self.name, self.op, self.tactic = one_line(self.name), one_line(self.op), one_line(self.tactic)
 
     @property
     def severity(self) -> tuple[float, ...]:
@@ -67,7 +74,8 @@ class LayerRow:
     def to_dict(self) -> dict[str, Any]:
         """The row of the JSON schema; numbers that JSON lacks are the strings "NaN", "Infinity", "-Infinity"."""
         row = replace(self, replay=self.replay or Replay(skipped="not replayed"))
-        return encode(row) | {"shape_mismatch": self.stats.shape_mismatch}
+        region = {"region": self.region.to_dict()} if self.region else {}  # with its label
+        return encode(row) | {"shape_mismatch": self.stats.shape_mismatch} | region
 
 
 @dataclass
@@ -76,6 +84,9 @@ class StageRow:
 
     name: str
     layer: LayerRow
+
+    def __post_init__(self) -> None:
+        self.name = one_line(self.name)
 
     def to_dict(self) -> dict[str, Any]:
         """Name, and the figures of the stage's last tensor."""

@@ -25,6 +25,8 @@ class Collected:
         self.knobs: Knobs | None = None
         self.findings: list[Finding] = []
         self.detections: DetectionChange | None = None
+        self.ways: dict[str, None] = {}
+        """Control flow that went another way than the reference's, in words."""
         self._unexplained: dict[str, None] = {}
         self.remainder: Remainder | None = None
         """Of the worst sample, where no layer is guilty of its divergence."""
@@ -58,6 +60,7 @@ class Collected:
     def notes(self, spec: str) -> list[str]:
         """What a reader must know besides the rows."""
         notes = observation_notes(spec, self.observation)
+        notes += self.ways
         rows = self.rows.values()
         skipped = Counter(row.replay.skipped for row in rows if row.replay and row.replay.skipped)
         notes.extend(self._unexplained)

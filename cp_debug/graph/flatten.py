@@ -42,6 +42,12 @@ def needs_flattening(graph: Graph) -> bool:
     return any(_bodies(n.proto) or (n.proto.domain, n.proto.op_type) in local for n in graph.nodes)
 
 
+def has_control_flow(graph: Graph) -> bool:
+    """Whether what runs depends on data, in a body or function, too."""
+    functions = [n for f in graph.proto.functions for n in f.node]
+    return any(n.op_type in ("If", "Loop", "Scan") for n in _all_nodes([*graph.proto.graph.node, *functions]))
+
+
 def flatten(graph: Graph, decisions: Mapping[str, Decision]) -> tuple[onnx.ModelProto, list[Branch]]:
     """The model with bodies and functions in their place, as far as ``decisions`` (by path) tell, and what was decided.
 

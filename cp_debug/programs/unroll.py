@@ -2,20 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.base import Program
 from cp_debug.backends.executor import Executor
+from cp_debug.errors import InputError
 from cp_debug.graph import surgery
-from cp_debug.graph.flatten import Decision, flatten, needs_flattening
+from cp_debug.graph.flatten import Decision, flatten, has_control_flow, needs_flattening
 from cp_debug.graph.graph import Graph
+from cp_debug.programs.pipeline import as_declared
 from cp_debug.recipes.base import Arrays, Model, Sample
 
 Decisions = dict[str, dict[str, Decision]]
 """Component → path → what every sample decides."""
+UNDECIDED = -1
+
+
+class Unroller:
+    """Makes flat programs, each once: backends that decide alike share one list."""
+
+    def __init__(self, folder: Path) -> None:
+        """``folder`` keeps the files."""
+        self._folder = folder
+        self._made: dict[tuple[int, str], list[Program]] = {}
+        self.notes: list[str] = []
+
+    def unrolled(
+        self, programs: list[Program], model: Model, samples: Callable[[], Iterable[Sample]], arithmetic: str
+    ) -> list[Program]:
+        """``programs`` as they run on ``samples`` in ``arithmetic``; the same list where there is nothing to unroll."""
+        if not any(needs_flattening(p.graph) for p in programs):
+            return programs
+        decisions: Decisions = {}
+        if any(has_control_flow(p.graph) for p in programs):
+            try:
+                decisions = decide(programs, model, samples(), arithmetic)
+            except InputError as error:
+                note = f"nobody looked into If, Loop and Scan, for the model cannot be executed beforehand: {error}"
+                self.notes += [note] if note not in self.notes else []
+        key = id(programs), repr(decisions)
+        if key not in self._made:
+            self._made[key] = unroll(programs, decisions, self._folder)
+        return self._made[key]
 
 
 def decide(programs: Sequence[Program], model: Model, samples: Iterable[Sample], arithmetic: str) -> Decisions:
@@ -30,13 +63,20 @@ def decide(programs: Sequence[Program], model: Model, samples: Iterable[Sample],
         for component in model.components:
             executor = executors[component.name]
             executor.decisions.clear()
-            outputs = executor.run(model.feed(component, sample, results), probes=())
+            inputs = _as_called(executor.graph, model.feed(component, sample, results))
+            outputs = executor.run(as_declared(executor.graph, inputs), probes=())
             results[component.name] = {n: v.numpy() for n, v in outputs.items() if hasattr(v, "numpy")}
             earlier = found.setdefault(component.name, dict(executor.decisions))
             for path, decision in executor.decisions.items():
                 if earlier.setdefault(path, decision) != decision:
-                    earlier[path] = -1
-    return {name: {p: d for p, d in own.items() if d != -1} for name, own in found.items()}
+                    earlier[path] = UNDECIDED
+    return {name: {p: d for p, d in own.items() if d != UNDECIDED} for name, own in found.items()}
+
+
+def _as_called(graph: Graph, inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """The inputs under the names of a graph that calls them otherwise, in their order."""
+    names = [v.name for v in graph.inputs]
+    return inputs if set(names) <= set(inputs) else dict(zip(names, inputs.values(), strict=False))
 
 
 def unroll(programs: Sequence[Program], decisions: Mapping[str, Mapping[str, Decision]], folder: Path) -> list[Program]:

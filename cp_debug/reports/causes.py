@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from cp_debug.bisect.causes.finding import UNKNOWN, Finding, Where
 from cp_debug.bisect.result import TestResult
 from cp_debug.reports.numbers import number, percent
+from cp_debug.reports.safe_table import Table
 
 NAMED = 4
 """Layers and elements that are named; the JSON has all."""
@@ -45,6 +45,8 @@ def lines(finding: Finding) -> Iterator[tuple[str, str]]:
     yield "evidence", "; ".join(_evidence(finding))
     for where in finding.where[:1]:
         yield "where", "; ".join(_where(where))
+    if finding.inside:
+        yield from _inside(finding.inside)
     if effect := list(_effect(finding)):
         yield "effect", "; ".join(effect)
     if finding.fix:
@@ -63,6 +65,21 @@ def _evidence(finding: Finding) -> Iterator[str]:
     for name, value in finding.evidence.items():
         if name not in SAID and value not in (None, ""):
             yield f"{name.replace('_', ' ')} {_show(value)}"
+
+
+def _inside(inside: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What the search inside a region tried: hypotheses, then engine by engine."""
+    suspects = inside["suspects"]
+    more = f" and {len(suspects) - NAMED} more" if len(suspects) > NAMED else ""
+    yield "suspects", ", ".join(suspects[:NAMED]) + more
+    for place, step in enumerate(inside["steps"], 1):
+        what = "showing" if step["kind"] == "marks" else "in FP32"
+        names = step["names"][0] if len(step["names"]) == 1 else f"{len(step['names'])} {_KINDS[step['kind']]}"
+        error = f"error {_show(step['error'])}, " if step["error"] is not None else ""
+        yield f"build {place}", f"{what} {names}: {error}{step['learnt']} ({step['seconds']:.0f} s)"
+
+
+_KINDS = {"marks": "values", "keep": "nodes"}
 
 
 def _where(where: Where) -> Iterator[str]:

@@ -64,6 +64,8 @@ class Finding:
     where: list[Where] = field(default_factory=list)
     effect: Effect = field(default_factory=Effect)
     fix: str = ""
+    inside: dict[str, Any] | None = None
+    """Of a region: what its inside was found to do (``cp_debug.bisect.regions.descent.Descent``)."""
 
     @property
     def headline(self) -> str:

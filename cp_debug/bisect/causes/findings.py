@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from statistics import fmean
 
 from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.causes.base import Candidate, Cause
 from cp_debug.bisect.causes.effects import Effects
 from cp_debug.bisect.causes.finding import UNKNOWN, Effect, Finding, Where
-from cp_debug.bisect.causes.precision import PROMOTED
+from cp_debug.bisect.causes.graphs import GraphReader
+from cp_debug.bisect.causes.precision import OVERFLOWS, PROMOTED
 from cp_debug.bisect.causes.search import ENOUGH, Explanation, explain
 from cp_debug.bisect.causes.segment import Segment, SegmentContext
 from cp_debug.bisect.causes.where import locate
@@ -28,6 +29,8 @@ COSTLY = 8
 """Layers whose INT8 rounding is carried to the outputs, those first that introduce most."""
 LOCATED = 8
 """Layers of a finding for which it says where in them the error sits."""
+VIEWS = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Cast", "Expand"}
+"""Operators whose result is their input in another shape."""
 UNSTEADY = 10.0
 """A layer that differs from run to run by this many times its rounding does not merely sum in another order."""
 
@@ -52,17 +55,29 @@ class Explainer:
     exact_input: Callable[[Key], Tensor]
     """What glue should have made for an input of a component."""
     effects: Effects
+    settled: Mapping[Key, str] = field(default_factory=dict)
+    """Guilty rows whose cause is known before anything is tried → that cause in words: other control flow."""
     notes: list[str] = field(default_factory=list)
     """What could not be explained and why not, one sentence each, the layer named: explaining never ends a run."""
     adds_up: bool = True
     """Whether rounding may be named as the cause where no layer is guilty: see ``Remainder``."""
     _contexts: dict[tuple[str, str, str], SegmentContext] = field(default_factory=dict)
+    _rows: Mapping[Key, LayerRow] = field(default_factory=dict)
+
+    @cached_property
+    def _graphs(self) -> GraphReader:
+        return GraphReader(self.run, self.test)
 
     def findings(self, rows: Mapping[Key, LayerRow], seen: Observation | None) -> list[Finding]:
         """The findings, those with the largest effect first. What fails on the way is in ``notes``."""
+        self._rows = rows
         unsteady = list(self._unsteady(rows))
         restless = {name for finding in unsteady for name in finding.layers}
-        guilty = [(key, row) for key, row in rows.items() if row.verdict == GUILTY and row.name not in restless]
+        guilty = [
+            (key, row)
+            for key, row in rows.items()
+            if row.verdict == GUILTY and row.name not in restless and key not in self.settled
+        ]
         guilty += [(key, row) for key, row in rows.items() if row.verdict == SHAPE and row.op == "input"]
         guilty.sort(key=lambda item: item[1].severity, reverse=True)
         groups: dict[tuple[str, ...], list[Explained]] = {}
@@ -75,6 +90,11 @@ class Explainer:
             name = (UNKNOWN,) if found is None else (found.cause, found.says if found.parameters else "")
             groups.setdefault((row.side, *name), []).append(explained)
         findings = [self._finding(group) for group in groups.values()]
+        for says in dict.fromkeys(self.settled.values()):
+            own = [rows[key] for key, other in self.settled.items() if other == says]
+            names = [row.name for row in own]
+            fix = "compare what the condition is computed from in both programs, and its threshold"
+            findings.append(Finding("control-flow", says, names, [row.op for row in own], fix=fix))
         findings += [*unsteady, *self._program(seen)]
         if not all(row.within for row in rows.values()):
             try:
@@ -88,9 +108,13 @@ class Explainer:
         """One layer with its cause and the family that knows it; without them where anything fails on the way."""
         explanation, family, where = Explanation(None, 0.0, None, 0.0), None, Where(row.name)
         try:
-            segment = self._segment(key, row)
+            segment = self.segment(key, row)
             where = locate(segment, row.name)
-            explanation, family = explain(segment, families, partial(self._failed, row))
+            failed = partial(self._failed, row)
+            if row.side == "test":
+                explanation, family = self._graphs.explain(key.component, segment, families, failed)
+            else:
+                explanation, family = explain(segment, families, failed)
         except Exception as error:
             self._failed(row, error)
         return Explained(row, explanation, where), family
@@ -100,7 +124,8 @@ class Explainer:
         if note not in self.notes:
             self.notes.append(note)
 
-    def _segment(self, key: Key, row: LayerRow) -> Segment:
+    def segment(self, key: Key, row: LayerRow) -> Segment:
+        """The layer of a row, cut out on its captured inputs. Raises InputError where the oracle cannot compute it."""
         capture = self.test if row.side == "test" else self.reference
         declared = (row.replay and row.replay.precision) or self.run.precision.name
         claim = declared if row.side == "test" else self.reference_precision
@@ -115,7 +140,7 @@ class Explainer:
             segment = Segment.of_input(context, key.value, self.exact_input(key), load(key.value))
         else:
             segment = Segment.of(context, key.value, replayer.known, load)
-        later = self._later(key, capture)
+        later, views = self._later(key, capture), self._views(key)
         segment.others = [
             (
                 entry.name + (" of the reference" if side is self.reference else ""),
@@ -124,9 +149,21 @@ class Explainer:
             for side in (self.reference, self.test)
             for entry in side.entries
             if (entry.component, entry.name) != key
+            and (entry.component, entry.name) not in views
             and (side is not capture or (entry.component, entry.name) not in later)
         ]
         return segment
+
+    def _views(self, key: Key) -> set[tuple[str, str]]:
+        """What holds the same numbers as the value ``key`` in another shape, on either side: up and down the graph."""
+        graph, found = self.run.programs[key.component].graph, {key.value}
+        size = 0
+        while size != len(found):
+            size = len(found)
+            for node in graph.nodes:
+                if node.op in VIEWS and node.inputs and not found.isdisjoint({node.inputs[0], *node.outputs}):
+                    found.update((node.inputs[0], *node.outputs))
+        return {(key.component, name) for name in found}
 
     def _later(self, key: Key, capture: Capture) -> set[tuple[str, str]]:
         """What hangs on the value ``key`` in its component, and what only this run has, its place unknown."""
@@ -149,7 +186,7 @@ class Explainer:
             layers=names,
             ops=[row.op for row in rows],
             side=worst.row.side,
-            explained=fmean(e.explanation.explained for e in group) if cause else None,
+            explained=fmean(e.explanation.explained for e in group) if cause and not cause.observed else None,
             runner_up=second.cause if second else None,
             runner_up_explained=explanation.runner_up_explained if second else None,
             evidence={"why": worst.row.why, **(cause.evidence if cause else {})},
@@ -158,7 +195,7 @@ class Explainer:
         )
         if cause and cause.by_magnitude and (explanation.explained < ENOUGH):
             finding.evidence["magnitude_only"] = True
-        if len(group) > 1:
+        if len(group) > 1 and finding.explained is not None:
             finding.evidence["explained_least"] = min(e.explanation.explained for e in group)
         try:
             finding.effect = self.effects.of(rows)
@@ -168,11 +205,27 @@ class Explainer:
 
     def _fix(self, cause: Candidate, rows: Sequence[LayerRow]) -> str:
         """The cause's advice with the layers' names, and with flags where it is about INT8."""
-        fix = cause.fix.replace("{layers}", _some([row.name for row in rows]))
+        names = self._overflowing(rows) if cause.cause == "fp16-overflow" else [row.name for row in rows]
+        fix = cause.fix.replace("{layers}", _some(names))
         if "{unquantized}" not in fix:  # else no row is an input, which nothing quantises
             return fix
         calibrate = "--trt-calib-data" if self.run.implicit else "--calib-data"
         return fix.replace("{calibrate}", calibrate).replace("{unquantized}", self._unquantized(rows))
+
+    def _overflowing(self, rows: Sequence[LayerRow]) -> list[str]:
+        """These layers and those behind them that read what FP16 cannot hold: all of them must stay in FP32."""
+        found = {(row.component, row.onnx): row.name for row in rows}
+        for row in rows:
+            graph, values = self.run.programs[row.component].graph, [row.onnx]
+            for value in values:  # grows
+                for output in (name for node in graph.consumers.get(value, ()) for name in node.outputs):
+                    reader = self._rows.get(Key(row.component, output))
+                    if reader is None or (row.component, output) in found:
+                        continue
+                    found[row.component, output] = reader.name
+                    if reader.stats.max_ref >= OVERFLOWS:
+                        values.append(output)
+        return list(found.values())
 
     def _unquantized(self, rows: Sequence[LayerRow]) -> str:
         """The flag that leaves these layers out of INT8."""
@@ -242,7 +295,7 @@ class Explainer:
         replayed.sort(key=lambda item: item[1].replay.introduced or 0.0, reverse=True)  # type: ignore[union-attr]
         if claim not in PROMOTED or not replayed:
             return
-        segments = [self._segment(key, row) for key, row in replayed[:8]]
+        segments = [self.segment(key, row) for key, row in replayed[:8]]
         explained = fmean(segment.explained(segment.claimed)[0] for segment in segments)
         names = [row.name for _, row in replayed]
         yield Finding(

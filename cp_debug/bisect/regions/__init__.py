@@ -1,0 +1,1 @@
+"""Inside what an engine fuses: which of a region's many nodes is at fault."""

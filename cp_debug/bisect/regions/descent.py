@@ -1,0 +1,362 @@
+"""Descend into a guilty region: a few more engines, each chosen by what is known, until a node or an operator is named.
+
+First hypotheses are emulated, which costs no engine. Where none gives the region's result, values inside are shown.
+Where the error stays, each stretch between two of them is judged by itself, and the first one at fault is looked at
+next, with the same hypotheses. Where showing values mends it, the fault needs the fusion: then operators, or nodes with
+one role, are kept in FP32 by halves, and what must stay is found without looking inside. What is named at the end is
+kept in FP32 by itself; that this mends the region is said only where it was seen.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from cp_debug.backends.capabilities import BuiltVariation
+from cp_debug.bisect.causes.segment import Segment
+from cp_debug.bisect.regions.hypotheses import LARGEST, REPRODUCED, Hypothesis, rank, survey
+from cp_debug.bisect.regions.learnt import Descent, Step
+from cp_debug.bisect.regions.marks import choose, cuts
+from cp_debug.bisect.regions.region import HEAVY, MOVING, Region
+from cp_debug.bisect.replay import EXCESS
+from cp_debug.errors import CpdebugError, InputError
+from cp_debug.graph.graph import Node
+from cp_debug.probes.distance import distance, ratio
+
+MARKS = 8
+"""Values shown by one engine."""
+BUILDS = 6
+"""Engines built for one region, unless said otherwise."""
+NORMALISING = (
+    "LayerNormalization",
+    "InstanceNormalization",
+    "ReduceMean",
+    "ReduceSum",
+    "Pow",
+    "Sqrt",
+    "Reciprocal",
+    "Softmax",
+    "Exp",
+)
+"""Operators that are known to suffer in FP16, so that they are suspected before others."""
+
+Build = Callable[..., BuiltVariation]
+"""``BuildsVariations.trial`` with the inputs given."""
+
+
+def descend(
+    region: Region,
+    segment: Segment,
+    reference: np.ndarray,
+    build: Build,
+    *,
+    inherited: float = 0.0,
+    max_builds: int = BUILDS,
+    lower: bool = True,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Descent:
+    """Find the nodes of ``region`` at fault, in at most ``max_builds`` engines.
+
+    ``segment``: the region on its captured inputs. ``reference``: the same value from the reference, any dtype;
+    ``inherited``: the part of the distance from it that came in, relative L2. ``lower``: whether the engine is in a
+    lower precision than FP32, so that nodes can be kept. ``tell`` is told what is known before each build. Ctrl-C and
+    failing builds end the search, what was learnt is kept.
+    """
+    search = _Search(region, segment, reference, build, inherited, max_builds, lower, tell)
+    try:
+        search.run()
+    except KeyboardInterrupt:
+        search.found.ended = "interrupted"
+    except _Spent as spent:
+        search.found.ended = str(spent)
+    return search.found
+
+
+class _Spent(Exception):
+    """No build is left, or none works."""
+
+
+class _Search:
+    def __init__(
+        self,
+        region: Region,
+        segment: Segment,
+        reference: np.ndarray,
+        build: Build,
+        inherited: float,
+        max_builds: int,
+        lower: bool,
+        tell: Callable[[str], None],
+    ) -> None:
+        self._segment, self._reference, self._build = segment, reference, build
+        self._max, self._lower, self._tell = max_builds, lower, tell
+        names = set(region.nodes)
+        self._nodes = [n for n in segment.nodes if n.name in names and n.op not in MOVING]
+        whole = max(float(np.linalg.norm(np.nan_to_num(np.asarray(reference, np.float64)))), 1e-300)
+        healthy = segment.expected / whole + inherited
+        error = self._error(segment.test.numpy())
+        finite = error if math.isfinite(error) else 1.0
+        self.found = Descent(region, error, max(min(EXCESS * healthy, math.sqrt(finite * healthy)), 1e-300))
+        self._suspect([n.name for n in self._nodes])
+        self._top = {name: seen.largest for name, seen in survey(segment).items()}
+
+    def run(self) -> None:
+        found = self.found
+        self._tell(f"{found.region.label}: trying hypotheses")
+        found.hypotheses = rank(self._segment)
+        if self._named():
+            return
+        if self._by_marks():
+            return
+        if not self._lower:
+            raise _Spent("in FP32 there is no precision to keep")
+        self._by_precision()
+
+    def _named(self) -> bool:
+        """Whether the best hypothesis reproduces the region's error; its nodes are the suspects then, and what keeping
+        them in FP32 does is tried."""
+        best = self.found.reproduced
+        if best is None or best.name == self._segment.context.claim.name:
+            return False
+        self._suspect(best.nodes)
+        if self._lower and not self._verify(best.nodes):
+            self._verify([n.name for n in self._beside(best.nodes)])
+        return True
+
+    def _beside(self, names: Collection[str]) -> list[Node]:
+        """These nodes, and those that they read from or that read them, through what only moves numbers."""
+        graph, inside = self._segment.graph, {n.name: n for n in self._segment.nodes}
+        found = {name: inside[name] for name in names if name in inside}
+
+        def walk(node: Node, down: bool) -> None:
+            if down:
+                near = [reader for o in node.outputs for reader in graph.consumers.get(o, ())]
+            else:
+                near = [graph.producer[i] for i in node.inputs if i in graph.producer]
+            for other in near:
+                if other.name in inside and other.name not in found and other.op != "Constant":
+                    if other.op in MOVING:
+                        walk(other, down)
+                    else:
+                        found[other.name] = other
+
+        for node in list(found.values()):
+            walk(node, True)
+            walk(node, False)
+        return sorted(found.values(), key=lambda n: n.index)
+
+    # ------------------------------------------------------------ showing values
+
+    def _by_marks(self) -> bool:
+        """Narrow the suspects by showing values; True when that ended it, False when the fault hides from marks."""
+        segment = self._segment
+        width = cuts(segment.graph, segment.nodes, segment.given, segment.target)
+        shown: dict[str, np.ndarray] = {}
+        count = MARKS
+        while len(self.found.suspects) > 1:
+            marks = choose(
+                {v: w for v, w in width.items() if v not in shown}, segment.nodes, self.found.suspects, count
+            )
+            if not marks:
+                break
+            wide = [v for v in marks if self._top.get(v, 0.0) > LARGEST]
+            step, built = self._trial("marks", marks, marks=[*segment.given, *marks], wide=wide)
+            if built is None:
+                if count == 1:
+                    return False
+                count = max(1, count // 4)  # some values cannot be shown without leaving TensorRT no kernel
+                continue
+            if step.error is not None and step.error <= self.found.limit:
+                step.learnt = "showing these values mends it: the fault needs them fused away"
+                return False
+            shown |= {v: built.shown[v] for v in marks if v in built.shown}
+            guilty = self._judge(shown, built)
+            if not guilty:
+                step.learnt = "no stretch between these values is at fault by itself"
+                return False
+            part, inside = guilty[0]
+            self._suspect([n.name for n in inside])
+            step.learnt = f"{len(guilty)} of the stretches between them at fault, the first has {len(inside)} nodes"
+            self._tell(f"{self.found.region.label}: {step.learnt}: trying hypotheses on it")
+            if best := next((h for h in rank(part) if h.explained >= REPRODUCED), None):
+                self.found.hypotheses.insert(0, self._widened(best))
+                return self._named()
+        return self._name()
+
+    def _widened(self, best: Hypothesis) -> Hypothesis:
+        """What explains one stretch, said of all nodes of the region that have the same role as those it is about."""
+        roles = {self._role(n) for n in self._segment.nodes if n.name in best.nodes}
+        names = tuple(n.name for n in self._segment.nodes if self._role(n) in roles)
+        return replace(best, nodes=names)
+
+    def _judge(self, shown: Mapping[str, np.ndarray], built: BuiltVariation) -> list[tuple[Segment, list[Node]]]:
+        """Each stretch between known values that introduces too much, and its suspect nodes, in execution order."""
+        segment, suspects = self._segment, set(self.found.suspects)
+        values: dict[str, Any] = {
+            **segment.given,
+            **{k: v for k, v in built.shown.items() if k in segment.given},
+            **shown,
+        }
+        if segment.target in built.outputs:
+            values[segment.target] = built.outputs[segment.target]
+        elif segment.target in built.shown:
+            values[segment.target] = built.shown[segment.target]
+        guilty = []
+        for value in [o for node in segment.nodes for o in node.outputs if o in values]:
+            try:
+                part = Segment.of(segment.context, value, values.keys(), values.__getitem__)
+            except InputError:
+                continue
+            inside = [n for n in part.nodes if n.name in suspects]
+            if inside and (part.strange or part.introduced > EXCESS * part.expected):
+                guilty.append((part, inside))
+        return guilty
+
+    # ------------------------------------------------------------ keeping precision
+
+    def _by_precision(self) -> None:
+        """Find the operators, then the roles, then the nodes that must be in FP32, by halves."""
+        found, everything = self.found, [n.name for n in self._nodes]
+        self._suspect(everything)
+        self._control()
+        for what, groups in (("operators", self._groups), ("roles", self._roles), ("nodes", self._single)):
+            suspects = [n for n in self._nodes if n.name in found.suspects]
+            parts = groups(suspects)
+            if len(parts) < 2:
+                continue
+            group = self._halve(parts, what)
+            self._suspect([n.name for n in group])
+            if set(found.suspects) != set(found.kept) and not self._verify(found.suspects):
+                self._suspect(found.kept or everything)
+                raise _Spent(
+                    "no smaller part of it mends it in FP32" if found.kept else "keeping FP32 does not mend it"
+                )
+
+    def _role(self, node: Node) -> tuple[Any, ...]:
+        """What a node is to its neighbours: blocks of one kind repeat it."""
+        graph = self._segment.graph
+
+        def near(node: Node, down: bool) -> list[str]:
+            if down:
+                others = [r for o in node.outputs for r in graph.consumers.get(o, ())]
+            else:
+                others = [graph.producer[i] for i in node.inputs if i in graph.producer]
+            return sorted(name for o in others for name in (near(o, down) if o.op in MOVING else [o.op]))
+
+        return (node.op, *near(node, False), "→", *near(node, True))
+
+    def _roles(self, nodes: Sequence[Node]) -> list[list[Node]]:
+        by: dict[tuple[Any, ...], list[Node]] = {}
+        for node in nodes:
+            by.setdefault(self._role(node), []).append(node)
+        return list(by.values())
+
+    @staticmethod
+    def _single(nodes: Sequence[Node]) -> list[list[Node]]:
+        return [[node] for node in nodes]
+
+    def _groups(self, nodes: Sequence[Node]) -> list[list[Node]]:
+        """Nodes by operator, what suffers in FP16 first, products last."""
+        by: dict[str, list[Node]] = {}
+        for node in nodes:
+            by.setdefault("products" if node.op in HEAVY else node.op, []).append(node)
+
+        def order(op: str) -> tuple[int, int]:
+            known = NORMALISING.index(op) if op in NORMALISING else len(NORMALISING)
+            return (op == "products", known)
+
+        return [by[op] for op in sorted(by, key=order)]
+
+    def _halve(self, groups: list[list[Node]], what: str) -> list[Node]:
+        """The one of ``groups`` that must be kept, as far as builds allow; what is certain goes into ``found``."""
+        while len(groups) > 1:
+            half = groups[: (len(groups) + 1) // 2]
+            names = [n.name for group in half for n in group]
+            step, built = self._trial("keep", names, keep_fp32=names)
+            if built is None:
+                raise _Spent("a build failed")
+            mends = step.error is not None and step.error <= self.found.limit
+            if mends:
+                self._prove(names, step)
+            groups = half if mends else groups[len(half) :]
+            rest = [n for group in groups for n in group]
+            step.learnt = f"{'mended' if mends else 'not mended'}: {len(rest)} nodes are left, by {what}"
+            self._suspect([n.name for n in rest])
+        return groups[0]
+
+    def _name(self) -> bool:
+        """Whether keeping the cornered nodes mends the region; else all of the region with the same operators."""
+        if not self._lower:
+            return True
+        names = list(self.found.suspects)
+        if not self._verify(names):
+            roles = {self._role(n) for n in self._nodes if n.name in names}
+            alike = [n.name for n in self._nodes if self._role(n) in roles]
+            if len(alike) == len(names) or not self._verify(alike):
+                return False
+            self._suspect(alike)
+        self._control()
+        return True
+
+    def _control(self) -> None:
+        """Whether rounding is to blame: the region with all of it in FP32, which must be right then."""
+        everything = [n.name for n in self._nodes]
+        self._verify(everything)
+        self.found.in_fp32 = self.found.steps[-1].error
+
+    def _verify(self, names: Sequence[str]) -> bool:
+        step, built = self._trial("keep", list(names), keep_fp32=names)
+        mends = built is not None and step.error is not None and step.error <= self.found.limit
+        step.learnt = "mended" if mends else "not mended"
+        if mends:
+            self._prove(names, step)
+        return mends
+
+    def _prove(self, names: Collection[str], step: Step) -> None:
+        if not self.found.kept or len(names) < len(self.found.kept):
+            self.found.kept, self.found.mended = list(names), step.error
+
+    # ------------------------------------------------------------ engines
+
+    def _trial(self, kind: str, names: Sequence[str], **asked: Any) -> tuple[Step, BuiltVariation | None]:
+        found, target = self.found, self._segment.target
+        if len(found.steps) >= self._max:
+            raise _Spent(f"{self._max or 'no'} builds were allowed")
+        self._tell(f"{found.region.label}: build {len(found.steps) + 1} of at most {self._max}; {self._now()}")
+        started = time.monotonic()
+        asked["marks"] = list(dict.fromkeys([*asked.get("marks", ()), target]))
+        try:
+            built = self._build(**asked)
+        except CpdebugError as failure:
+            seconds, why = round(time.monotonic() - started, 3), str(failure).splitlines()[0]
+            step = Step(kind, list(names), seconds, learnt=f"failed: {why}")
+            found.steps.append(step)
+            return step, None
+        value = built.outputs.get(target, built.shown.get(target))
+        error = self._error(value) if value is not None else None
+        step = Step(kind, list(names), round(time.monotonic() - started, 3), error, built.gap)
+        found.steps.append(step)
+        return step, built
+
+    def _now(self) -> str:
+        found = self.found
+        if not found.steps:
+            return f"error {found.error:.2g}"
+        return f"suspect are {len(found.suspects)} nodes ({', '.join(found.operators[:3])}); {found.steps[-1].learnt}"
+
+    def _error(self, value: np.ndarray) -> float:
+        if np.shape(value) != np.shape(self._reference):
+            return math.inf
+        difference, whole, born = distance(np.asarray(value, np.float64), np.asarray(self._reference, np.float64))
+        return math.inf if born else ratio(difference, whole)
+
+    def _suspect(self, names: Collection[str]) -> None:
+        wanted = set(names)
+        nodes = [n for n in self._segment.nodes if n.name in wanted]
+        self.found.suspects = [n.name for n in nodes]
+        self.found.operators = list(dict.fromkeys(n.op for n in nodes))

@@ -1,0 +1,127 @@
+"""The guilty regions of one run, looked into one after the other while engines may be built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+from cp_debug.backends.capabilities import BuildsVariations
+from cp_debug.bisect.candidate_run import CandidateRun, loader
+from cp_debug.bisect.causes.finding import UNKNOWN, Finding
+from cp_debug.bisect.causes.findings import Explainer
+from cp_debug.bisect.regions.descent import descend
+from cp_debug.bisect.regions.learnt import Descent
+from cp_debug.bisect.result import GUILTY, LayerRow
+from cp_debug.errors import InputError
+from cp_debug.probes.arrays import as_numpy
+from cp_debug.programs.pipeline import Key
+from cp_debug.serialize import json_safe
+
+NAMED = 8
+"""Nodes that an advice names."""
+FUSED = "fused-region"
+"""The cause where no hypothesis reproduces what a region does."""
+LOWER = ("fp16", "bf16", "best")
+"""Variants in which nodes can be kept in FP32."""
+
+
+def look_inside(
+    explainer: Explainer,
+    rows: Mapping[Key, LayerRow],
+    findings: Sequence[Finding],
+    max_builds: int,
+    tell: Callable[[str], None],
+) -> list[Finding]:
+    """The findings, with those about guilty regions that nothing explained replaced by what is inside them.
+
+    At most ``max_builds`` engines are built for all regions together, the worst one first.
+    """
+    named = {name for finding in findings if _unexplained(finding) for name in finding.layers}
+    regions = [(k, r) for k, r in rows.items() if r.verdict == GUILTY and r.region and r.name in named]
+    regions = [(k, r) for k, r in regions if r.side == "test" and _can_build(explainer.run, k.component)]
+    regions.sort(key=lambda item: item[1].severity, reverse=True)
+    made: list[Finding] = []
+    for key, row in regions:
+        try:
+            found = _descend(explainer, key, row, max_builds, tell)
+        except InputError:  # the replay of this region says why it cannot be computed
+            continue
+        max_builds -= len(found.steps)
+        made.append(_finding(explainer, key, row, found))
+    done = {name for finding in made for name in finding.layers}
+    kept = [rest for finding in findings if (rest := _without(finding, done)) is not None]
+    return sorted([*made, *kept], key=lambda f: -(abs(f.effect.share) if f.effect.share is not None else 0.0))
+
+
+def _unexplained(finding: Finding) -> bool:
+    return finding.cause == UNKNOWN or bool(finding.evidence.get("magnitude_only"))
+
+
+def _can_build(run: CandidateRun, component: str) -> bool:
+    """Whether the backend builds engines of the very graph that is judged."""
+    graph = run.programs[component].graph
+    same = any(p.graph is graph for p in run.pipeline.programs if p.name == component)
+    return same and isinstance(run.pipeline.sessions[component], BuildsVariations)
+
+
+def _descend(explainer: Explainer, key: Key, row: LayerRow, max_builds: int, tell: Callable[[str], None]) -> Descent:
+    run, session = explainer.run, explainer.run.pipeline.sessions[key.component]
+    load = loader(explainer.test, key.component)
+    inputs = {info.name: as_numpy(load(info.name)) for info in run.programs[key.component].graph.inputs}
+    assert row.region is not None
+    assert isinstance(session, BuildsVariations)
+    return descend(
+        row.region,
+        explainer.segment(key, row),
+        as_numpy(loader(explainer.reference, key.component)(key.value)),
+        partial(session.trial, inputs),
+        inherited=(row.replay.inherited or 0.0) if row.replay else 0.0,
+        max_builds=max_builds,
+        lower=run.pipeline.backend.spec.variant in LOWER,
+        tell=tell,
+    )
+
+
+def _finding(explainer: Explainer, key: Key, row: LayerRow, found: Descent) -> Finding:
+    best = found.reproduced
+    others = [h for h in found.hypotheses if best is None or h.name != best.name]
+    evidence = {
+        "why": row.why,
+        "error": found.error,
+        "error_in_fp32": found.in_fp32,
+        "builds": len(found.steps),
+        "nodes_named": len(found.suspects),
+    }
+    return Finding(
+        cause=best.name if best else FUSED,
+        says=found.says,
+        layers=[row.name],
+        ops=[row.op],
+        side=row.side,
+        explained=best.explained if best else None,
+        runner_up=others[0].name if others else None,
+        runner_up_explained=max(others[0].explained, 0.0) if others else None,
+        evidence={name: value for name, value in evidence.items() if value is not None},
+        effect=explainer.effects.of([row]),
+        fix=_fix(found, row),
+        inside=json_safe(found.to_dict()),
+    )
+
+
+def _fix(found: Descent, row: LayerRow) -> str:
+    if found.kept:
+        more = f" (and {len(found.kept) - NAMED} more: the JSON has all)" if len(found.kept) > NAMED else ""
+        return " ".join(f"--keep-fp32 {name}" for name in found.kept[:NAMED]) + more
+    return f"cpdebug bundle RESULT --layer {row.onnx}"
+
+
+def _without(finding: Finding, layers: set[str]) -> Finding | None:
+    """The finding without what is said of these layers elsewhere; None where nothing is left."""
+    if layers.isdisjoint(finding.layers):
+        return finding
+    pairs = [(n, op) for n, op in zip(finding.layers, finding.ops, strict=True) if n not in layers]
+    if not pairs:
+        return None
+    finding.layers, finding.ops = [n for n, _ in pairs], [op for _, op in pairs]
+    finding.where = [place for place in finding.where if place.layer not in layers]
+    return finding

@@ -1,0 +1,294 @@
+"""What may go on inside a region, emulated before anything is built: which of it gives what the engine gave."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import onnx
+import torch
+from torch import Tensor
+
+from cp_debug.backends.arithmetic import ARITHMETICS, FP16, FP16ACC, Arithmetic
+from cp_debug.backends.executor import Executor
+from cp_debug.backends.kernels import Call
+from cp_debug.backends.rounding import round_fp16
+from cp_debug.bisect.causes.segment import Segment, as_double
+from cp_debug.bisect.regions.region import HEAVY, MOVING
+from cp_debug.errors import InputError
+from cp_debug.graph.graph import Node
+
+SECONDS = 60.0
+"""Time that is spent on emulations of one region."""
+MOST_CROSSED = 3
+"""Results that are tried in each other's place at once: all orders of so many."""
+LARGEST, SMALLEST = 65504.0, 2.0**-25
+"""FP16's largest number, and the magnitude up to which a number becomes zero."""
+REPRODUCED = 0.9
+"""Share of the region's error from which on a hypothesis reproduces it."""
+
+Deviation = Callable[[Call, Sequence[Any]], Tensor]
+"""Computes a node another way, from inputs held in FP32 that are FP16 numbers."""
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One way in which the region may compute, and how well it gives the captured result."""
+
+    name: str
+    says: str
+    nodes: tuple[str, ...]
+    """Those that it is about."""
+    explained: float
+    """1 − ‖captured − emulated‖ ÷ ‖captured − exact‖; minus infinity where the emulation is not finite."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe but for infinities."""
+        return asdict(self)
+
+
+def rank(segment: Segment) -> list[Hypothesis]:
+    """The hypotheses that apply to a segment of many nodes, the best first.
+
+    Those that need the longest come last and are left out when ``SECONDS`` are spent.
+    """
+    found, end = [], time.monotonic() + SECONDS
+    for name, says, nodes, emulate in _hypotheses(segment):
+        try:
+            value = emulate()
+        except (InputError, RuntimeError):  # an operator that nothing here executes, or shapes that do not fit
+            continue
+        if value.shape == segment.test.shape:
+            found.append(Hypothesis(name, says, tuple(n.name for n in nodes), segment.explained(value)[0]))
+        if time.monotonic() > end:
+            break
+    return sorted(found, key=lambda h: -h.explained)
+
+
+Proposed = tuple[str, str, Sequence[Node], Callable[[], Tensor]]
+
+
+def _hypotheses(segment: Segment) -> Iterator[Proposed]:
+    nodes, claim = segment.nodes, ARITHMETICS.get(segment.context.claim.name, FP16)
+    seen = survey(segment)
+    yield claim.name, f"{claim.name.upper()} as declared, every result rounded", nodes, lambda: segment.claimed
+    yield from crossed(segment, seen, claim)
+    if claim.name == "fp16":
+        yield from _in_fp16(segment, seen)
+    for node in nodes:
+        if node.op in HEAVY or node.op in MOVING:
+            continue
+        for source in node.inputs:
+            if not segment.context.constants.holds(source):
+                yield "left-out", f"{node.op} is left out", [node], partial(_left_out, segment, node, source)
+                break
+
+
+def _in_fp16(segment: Segment, seen: Mapping[str, Seen]) -> Iterator[Proposed]:
+    of: dict[str, list[Node]] = {}
+    for node in segment.nodes:
+        of.setdefault(node.op, []).append(node)
+    if products := [n for op in HEAVY for n in of.get(op, ())]:
+        yield "fp16-accumulation", "products accumulate in FP16", products, lambda: segment.run(FP16ACC)
+    if out := [n for n in segment.nodes if any(o in seen and seen[o].largest > LARGEST for o in n.outputs)]:
+        saturated = replace(FP16, value=_saturate)
+        yield "overflow", "results beyond 65504 become infinite", out, lambda: segment.claimed
+        yield "saturation", "results beyond 65504 are cut to it", out, lambda: segment.run(saturated)
+    if constants := _constants(segment):
+        yield "constant-out-of-range", "a constant leaves FP16's range", constants, lambda: segment.claimed
+    for op, deviations in DEVIATIONS.items():
+        for name, says, deviate in deviations if op in of else ():
+            yield name, f"{op}: {says}", of[op], partial(walk, segment, {op: deviate})
+    everything = {op: deviations[0][2] for op, deviations in DEVIATIONS.items() if op in of}
+    if len(everything) > 1:
+        inner = [n for op in everything for n in of[op]]
+        yield "fp16-inside", "all reductions in FP16 throughout", inner, lambda: walk(segment, everything)
+
+
+def _left_out(segment: Segment, node: Node, source: str) -> Tensor:
+    value = segment.edited(node, op="Identity", reads=[source])
+    if value is None:
+        raise InputError(f"{node.name} changes the shape")
+    return value
+
+
+class Seen(NamedTuple):
+    """What is kept of one exact value."""
+
+    shape: tuple[int, ...]
+    largest: float
+    """Its largest magnitude."""
+
+
+def survey(segment: Segment) -> dict[str, Seen]:
+    """Value → shape and magnitude, for all floating-point values that the segment computes, by the oracle."""
+    found: dict[str, Seen] = {}
+
+    def keep(name: str, value: Any) -> None:
+        if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
+            found[name] = Seen(tuple(value.shape), float(value.abs().max()))
+
+    segment.context.oracle.run_nodes(segment.nodes, segment.given, [segment.target], keep)
+    return found
+
+
+def crossed(segment: Segment, seen: Mapping[str, Seen], claim: Arithmetic) -> Iterator[Proposed]:
+    """Results of one shape that are made of one value (by Split, by slices of it, by several products) taken for each
+    other: queries, keys and values of an attention, for one. All groups of a kind at once, as a fusion rule would."""
+    groups: dict[tuple[str, int], list[list[str]]] = {}
+    makers: dict[tuple[str, int], list[Node]] = {}
+    reads: dict[tuple[str, str, tuple[int, ...]], list[Node]] = {}
+
+    def add(op: str, names: list[str], nodes: list[Node]) -> None:
+        if 1 < len(names) <= MOST_CROSSED:
+            groups.setdefault((op, len(names)), []).append(names)
+            makers.setdefault((op, len(names)), []).extend(nodes)
+
+    for node in segment.nodes:
+        shapes = {seen[o].shape for o in node.outputs if o in seen}
+        if len(node.outputs) > 1 and len(shapes) == 1 and all(o in seen for o in node.outputs):
+            add(node.op, list(node.outputs), [node])
+        elif len(node.outputs) == 1 and node.outputs[0] in seen:
+            for source in node.inputs:
+                if source in seen or source in segment.given:
+                    reads.setdefault((node.op, source, seen[node.outputs[0]].shape), []).append(node)
+    for (op, _, _), nodes in reads.items():
+        add(op, [n.outputs[0] for n in nodes], nodes)
+    for (op, count), names in groups.items():
+        for order in itertools.islice(itertools.permutations(range(count)), 1, None):
+            renamed = {group[i]: group[place] for group in names for i, place in enumerate(order)}
+            says = f"{op}: its results are taken for each other, in the order {', '.join(map(str, order))}"
+            yield "crossed", says, makers[op, count], partial(_renamed, segment, renamed, claim)
+
+
+def _renamed(segment: Segment, names: Mapping[str, str], claim: Arithmetic) -> Tensor:
+    """The target when values have other names from where they are made on."""
+    nodes = []
+    for node in segment.nodes:
+        if names.keys().isdisjoint(node.outputs):
+            nodes.append(node)
+            continue
+        proto = onnx.NodeProto()
+        proto.CopyFrom(node.proto)
+        proto.output[:] = [names.get(name, name) for name in proto.output]
+        nodes.append(replace(Node.of(node.index, proto), name=node.name))
+    return segment.run(claim, _ordered(nodes))
+
+
+def _ordered(nodes: Sequence[Node]) -> list[Node]:
+    """The nodes so that each comes behind those whose results it reads."""
+    maker = {o: n for n in nodes for o in n.outputs}
+    done: dict[int, Node] = {}
+
+    def visit(node: Node) -> None:
+        if node.index not in done:
+            for name in node.inputs:
+                if name in maker and maker[name].index > node.index:
+                    visit(maker[name])
+            done[node.index] = node
+
+    for node in nodes:
+        visit(node)
+    return list(done.values())
+
+
+def _constants(segment: Segment) -> list[Node]:
+    """Readers of constants that FP16 cannot hold: too large, or all zero once stored."""
+    found = []
+    for node in segment.nodes:
+        for place, name in enumerate(node.proto.input):
+            if name and node.op not in MOVING and (value := segment.weight(node, place)) is not None and value.numel():
+                top = float(value.abs().max())
+                if math.isfinite(top) and (top > LARGEST or 0 < top <= SMALLEST):
+                    found.append(node)
+    return found
+
+
+def walk(segment: Segment, deviations: Mapping[str, Deviation], arithmetic: Arithmetic = FP16) -> Tensor:
+    """The segment's target in FP16, with the nodes of some operators computed another way."""
+    executor: Executor = segment.context.executor(arithmetic)
+    values: dict[str, Any] = dict(segment.given)
+    later = {name for node in segment.nodes for name in node.inputs} | {segment.target}
+    pending: list[Node] = []
+
+    def flush() -> None:
+        wanted = [o for node in pending for o in node.outputs if o in later]
+        values.update(executor.run_nodes(pending, values, wanted))
+        pending.clear()
+
+    for node in segment.nodes:
+        if node.op not in deviations:
+            pending.append(node)
+            continue
+        flush()
+        given = executor.run_nodes([], values, node.inputs)
+        call = Call.of(node, segment.graph.opsets.get("", 1), arithmetic, torch.device("cpu"))
+        inputs = [given[name] if name else None for name in node.proto.input]
+        values[node.outputs[0]] = deviations[node.op](call, inputs)
+    flush()
+    return as_double(values[segment.target])
+
+
+def _saturate(value: Tensor) -> Tensor:
+    return round_fp16(value.clamp(-LARGEST, LARGEST)) if value.is_floating_point() else value
+
+
+def _sum(x: Tensor, axes: Sequence[int]) -> Tensor:
+    """A sum over ``axes`` of which every partial sum is rounded to FP16; the axes are kept."""
+    moved = x.movedim([a % x.dim() for a in axes], list(range(len(axes)))).flatten(0, len(axes) - 1)
+    total = torch.zeros_like(moved[0])
+    for part in moved:
+        total = round_fp16(total + part)
+    shape = [1 if d in {a % x.dim() for a in axes} else n for d, n in enumerate(x.shape)]
+    return total.reshape(shape)
+
+
+def _norm(call: Call, inputs: Sequence[Any]) -> Tensor:
+    x, weight, bias = (*inputs, None, None)[:3]
+    axes = list(range(int(call["axis"] or -1) % x.dim(), x.dim()))
+    count = math.prod(x.shape[a] for a in axes)
+    centred = round_fp16(x - round_fp16(_sum(x, axes) / count))
+    variance = round_fp16(_sum(round_fp16(centred * centred), axes) / count)
+    deviation = round_fp16(round_fp16(variance + round_fp16(torch.tensor(float(call["epsilon"] or 1e-5)))).sqrt())
+    y = round_fp16(centred / deviation)
+    y = y if weight is None else round_fp16(y * weight)
+    return y if bias is None else round_fp16(y + bias)
+
+
+def _softmax(shifted: bool) -> Deviation:
+    def compute(call: Call, inputs: Sequence[Any]) -> Tensor:
+        x, axis = inputs[0], int(-1 if call["axis"] is None else call["axis"])
+        y = round_fp16(x - x.amax(axis, keepdim=True)) if shifted else x
+        y = round_fp16(y.exp())
+        return round_fp16(y / _sum(y, [axis]))
+
+    return compute
+
+
+def _reduce(divide: bool) -> Deviation:
+    def compute(call: Call, inputs: Sequence[Any]) -> Tensor:
+        x = inputs[0]
+        axes = call.ints("axes", inputs[1] if len(inputs) > 1 else None) or list(range(x.dim()))
+        total = _sum(x, axes)
+        total = round_fp16(total / math.prod(x.shape[a] for a in axes)) if divide else total
+        kept = call["keepdims"] is None or bool(call["keepdims"])
+        return total if kept else total.squeeze(tuple(a % x.dim() for a in axes))
+
+    return compute
+
+
+DEVIATIONS: Mapping[str, Sequence[tuple[str, str, Deviation]]] = {
+    "LayerNormalization": [("fp16-normalization", "mean, squares and their sum in FP16", _norm)],
+    "ReduceMean": [("fp16-reduction", "sums in FP16", _reduce(True))],
+    "ReduceSum": [("fp16-reduction", "sums in FP16", _reduce(False))],
+    "Softmax": [
+        ("fp16-softmax", "exponentials and their sum in FP16", _softmax(True)),
+        ("softmax-overflow", "the largest value is not taken off before the exponential", _softmax(False)),
+    ],
+}
+"""Operator → (name, what it does, how) of what kernels are known to do in FP16."""

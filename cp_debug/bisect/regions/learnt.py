@@ -1,0 +1,81 @@
+"""What is learnt of the inside of a region, engine by engine."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from cp_debug.bisect.regions.hypotheses import REPRODUCED, Hypothesis
+from cp_debug.bisect.regions.region import Region
+
+
+@dataclass
+class Step:
+    """One engine that was built."""
+
+    kind: str
+    """``marks``: values were shown; ``keep``: nodes were kept in FP32."""
+    names: list[str]
+    """Those values, or nodes."""
+    seconds: float
+    error: float | None = None
+    """Relative L2 distance of the region's value from the reference's; None where the build failed."""
+    gap: float | None = None
+    """The same distance of the final outputs from the plain engine's."""
+    learnt: str = ""
+
+
+@dataclass
+class Descent:
+    """What is known of the inside of a region."""
+
+    region: Region
+    error: float
+    """Relative L2 distance of its value from the reference's, on the plain engine."""
+    limit: float
+    """Up to which it counts as mended."""
+    hypotheses: list[Hypothesis] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    suspects: list[str] = field(default_factory=list)
+    """Nodes that are still suspect, in execution order."""
+    operators: list[str] = field(default_factory=list)
+    """Their operators."""
+    kept: list[str] = field(default_factory=list)
+    """Nodes of which it is proven that keeping them in FP32 mends the region."""
+    mended: float | None = None
+    """The error that is left then."""
+    in_fp32: float | None = None
+    """The error with the whole region kept in FP32, where that was tried: large says that rounding is not to blame."""
+    ended: str = ""
+    """Why nothing more was built."""
+
+    @property
+    def reproduced(self) -> Hypothesis | None:
+        """The best hypothesis, where it gives the region's result by itself and is not what was expected anyway."""
+        best = next(iter(self.hypotheses), None)
+        return best if best is not None and best.explained >= REPRODUCED else None
+
+    @property
+    def says(self) -> str:
+        """What is known now, in a line."""
+        ops = f"{', '.join(self.operators[:4])}{' …' if len(self.operators) > 4 else ''}"
+        who = self.suspects[0] if len(self.suspects) == 1 else f"{len(self.suspects)} of its nodes ({ops})"
+        parts = []
+        if (best := self.reproduced) is not None:
+            parts.append(f"{best.says}: reproduces {best.explained:.1%} of its error")
+        elif self.mended is None:
+            parts.append(f"its error of {self.error:.2g} arises in {who}")
+        if self.mended is not None:
+            kept = self.kept[0] if len(self.kept) == 1 else f"{len(self.kept)} nodes"
+            at = "" if best is not None or set(self.kept) != set(self.suspects) else f" ({ops})"
+            parts.append(f"{kept}{at} in FP32 brings its error from {self.error:.2g} to {self.mended:.2g}")
+        if self.in_fp32 is not None and self.in_fp32 > self.limit:
+            parts.append("all of it in FP32 is wrong as well, so it is the fusion and not the rounding")
+        if self.ended:
+            parts.append(self.ended)
+        return "; ".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe but for infinities."""
+        told = {k: v for k, v in asdict(self).items() if k not in ("region", "hypotheses")}
+        return {**told, "region": self.region.to_dict(), "hypotheses": [h.to_dict() for h in self.hypotheses[:8]]}

@@ -1,0 +1,176 @@
+"""Bodies of If, Loop and Scan, and the file's own functions: put in their place, probed, replayed, and judged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper, parser
+
+from cp_debug.backends.arithmetic import FP16, FP32
+from cp_debug.backends.executor import Executor
+from cp_debug.bisect.engine import Options, bisect
+from cp_debug.bisect.result import GUILTY, TestResult
+from cp_debug.graph.flatten import flatten, has_control_flow
+from cp_debug.graph.graph import Graph
+
+IF = """
+net (float[1,8] x, float limit) => (float[N,M] y)
+{
+    start = MatMul (x, w0)
+    mean = ReduceMean <keepdims = 0> (start)
+    large = Greater (mean, limit)
+    y = If (large) <
+        then_branch = g1 () => (float[N,M] then_out)
+        {
+            t1 = MatMul (start, w1)
+            t2 = Tanh (t1)
+            then_out = Add (t2, start)
+        },
+        else_branch = g2 () => (float[N,M] else_out)
+        {
+            e1 = MatMul (start, w2)
+            else_out = Sigmoid (e1)
+        }
+    >
+}"""
+LOOP = """
+net (float[1,8] x) => (float[N,M] y, float[K,N,M] all)
+{
+    start = MatMul (x, w0)
+    trips = Constant <value_int = 3> ()
+    go = Constant <value = bool {1}> ()
+    y, all = Loop (trips, go, start) <
+        body = g1 (int64 i, bool c, float[1,8] state) => (bool c_out, float[1,8] next, float[1,8] seen)
+        {
+            c_out = Identity (c)
+            m = MatMul (state, w1)
+            next = Tanh (m)
+            seen = Neg (next)
+        }
+    >
+}"""
+SCAN = """
+net (float[1,8] x) => (float[N,M] y, float[K,L] all)
+{
+    rows = MatMul (x, w0)
+    square = MatMul (w1, w2)
+    first = Squeeze (rows)
+    last, all = Scan (first, square) <
+        num_scan_inputs = 1, scan_input_directions = [1],
+        body = g1 (float[8] state, float[8] row) => (float[8] next, float[8] seen)
+        {
+            total = Add (state, row)
+            next = Tanh (total)
+            seen = Neg (next)
+        }
+    >
+    y = Mul (last, rows)
+}"""
+FUNCTION = """
+net (float[1,8] x) => (float[N,M] y)
+{
+    a = own.block <slope = 0.25> (x, w0)
+    y = own.block (a, w1)
+}
+<domain: "own", opset_import: ["" : 17]>
+block <slope: float = 0.1> (x, w) => (y)
+{
+    m = MatMul (x, w)
+    y = LeakyRelu <alpha: float = @slope> (m)
+}"""
+
+
+def save(path: Path, text: str, faults: dict[str, float] | None = None) -> Path:
+    model = parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17, "own" : 1]>\n{text}')
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        weight = 0.5 * rng.standard_normal((8, 8)).astype(np.float32) * np.float32((faults or {}).get(f"w{i}", 1.0))
+        if f"w{i}" in text:
+            model.graph.initializer.append(numpy_helper.from_array(weight, f"w{i}"))
+    onnx.save(model, path)
+    return path
+
+
+def compared(
+    folder: Path, text: str, faults: dict[str, float], backends: str = "ort,ort-all", limit: float = -9, seed: int = 1
+) -> TestResult:
+    good, bad = save(folder / "good.onnx", text), save(folder / "bad.onnx", text, faults)
+    inputs = {"x": np.random.default_rng(seed).standard_normal((1, 8)).astype(np.float32)}
+    if "limit" in text:
+        inputs["limit"] = np.float32(limit)
+    np.savez(folder / "inputs.npz", **inputs)
+    return bisect(str(good), backends, test_model=bad, options=Options(inputs=folder / "inputs.npz")).tests[0]
+
+
+@pytest.mark.parametrize("text", [IF, LOOP, SCAN, FUNCTION])
+def test_the_flat_graph_computes_the_same(tmp_path: Path, text: str) -> None:
+    graph = Graph(save(tmp_path / "net.onnx", text))
+    rng = np.random.default_rng(1)
+    x = {v.name: np.float32(rng.standard_normal([1, 8] if v.shape else [])) for v in graph.inputs}
+    executor = Executor(graph, FP32)
+    expected = executor.run(x)
+    model, branches = flatten(graph, executor.decisions)
+    onnx.checker.check_model(model)
+    onnx.save(model, tmp_path / "flat.onnx")
+    flat = Graph(tmp_path / "flat.onnx")
+    assert not has_control_flow(flat)
+    assert not flat.proto.functions
+    assert [b.op for b in branches] == [n.op for n in graph.nodes if n.op in ("If", "Loop", "Scan")]
+    got = Executor(flat, FP32).run(x)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(got[name].numpy(), value.numpy())
+
+
+@pytest.mark.parametrize("backends", ["ort,ort-none", "ort,ort-all", "ort,emu-fp16"])
+def test_a_fault_in_a_branch_is_named(tmp_path: Path, backends: str) -> None:
+    test = compared(tmp_path, IF, {"w1": 1.05}, backends)
+    assert [row.name for row in test.guilty] == ["If_3/then_branch/MatMul_0"]
+    assert test.compared == test.total == 8
+    assert test.observation is not None
+    assert test.observation.observer_gap == 0
+
+
+@pytest.mark.parametrize("backends", ["ort,ort-none", "ort,ort-all", "ort,emu-fp16"])
+def test_a_healthy_body_is_innocent(tmp_path: Path, backends: str) -> None:
+    for text in (IF, LOOP, SCAN, FUNCTION):
+        test = compared(tmp_path, text, {}, backends)
+        assert not test.guilty
+        assert test.compared == test.total
+
+
+def test_a_fault_in_a_loop_is_named_in_every_round(tmp_path: Path) -> None:
+    test = compared(tmp_path, LOOP, {"w1": 1.05})
+    assert [row.name for row in test.guilty] == [f"Loop_3/#{k}/MatMul_1" for k in range(3)]
+
+
+def test_a_fault_behind_a_function_is_named(tmp_path: Path) -> None:
+    test = compared(tmp_path, FUNCTION, {"w1": 1.05})
+    assert [row.name for row in test.guilty] == ["block_1/MatMul_0"]
+
+
+def test_the_other_branch_is_the_finding(tmp_path: Path) -> None:
+    """Rounding to FP16 tips the condition over: the layer that decides did what it must, so its If is guilty."""
+    good = Graph(save(tmp_path / "good.onnx", IF))
+    for seed in range(20):
+        x = np.random.default_rng(seed).standard_normal((1, 8)).astype(np.float32)
+        single, half = (
+            float(Executor(good, arithmetic).run_nodes(good.nodes[:2], {"x": x}, ["mean"])["mean"])
+            for arithmetic in (FP32, FP16)
+        )
+        if half < single:
+            break
+    test = compared(tmp_path, IF, {}, "ort,emu-fp16", (single + half) / 2, seed)
+    (row,) = test.guilty
+    assert row.onnx == "y"
+    assert "If If_3 takes" in row.why
+    assert [f.cause for f in test.findings] == ["control-flow"]
+
+
+def test_a_fault_that_tips_a_condition_over_stays_the_guilty_one(tmp_path: Path) -> None:
+    test = compared(tmp_path, IF, {"w0": -1.0}, limit=0.0)
+    assert [row.onnx for row in test.guilty] == ["start"]
+    assert any("If If_3 takes" in note for note in test.notes)
+    assert next(row for row in test.rows if row.onnx == "y").verdict != GUILTY

@@ -1,0 +1,90 @@
+"""Nodes that stay in FP32 on emulated backends, and the advice to try it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from nets import residual
+from test_cli import run
+
+from cp_debug.backends.emulated import EmulatedBackend
+from cp_debug.backends.registry import create
+from cp_debug.backends.spec import BackendSpec
+from cp_debug.bisect.engine import bisect
+from cp_debug.bisect.faults import edits
+from cp_debug.bisect.faults.edits import Editor
+from cp_debug.errors import InputError
+from cp_debug.graph.graph import Graph
+
+
+@pytest.fixture(scope="module")
+def overflowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network whose activations between two convolutions are beyond FP16's range."""
+    folder = tmp_path_factory.mktemp("nets")
+    path = residual(folder / "net.onnx")
+    graph = Graph(path)
+    relu = [node for node in graph.nodes if node.op == "Relu"][1]
+    above, below = graph.producer[relu.inputs[0]], graph.consumers[relu.outputs[0]][0]
+    editor = Editor(path)
+    edits.rescale(editor, above.outputs[0], below.outputs[0], 2.0**15)
+    return editor.save(folder / "overflowing.onnx")
+
+
+def kept(spec: str, *nodes: str) -> EmulatedBackend:
+    backend = create(BackendSpec.parse(spec))
+    assert isinstance(backend, EmulatedBackend)
+    return backend.keeping(nodes)
+
+
+def test_the_advice_for_an_overflow_removes_it(overflowing: Path) -> None:
+    code, text = run("bisect", overflowing, "-b", "ort,emu-fp16")
+    assert code == 1
+    (listed,) = re.findall(r"FP16 overflow.*?keep these nodes in FP32: ([\w, ]+?)\s*\n", text, flags=re.DOTALL)
+    names = listed.split(", ")
+    assert len(names) == 3  # a convolution, its ReLU, and the convolution that makes the values small again
+    backends = [create(BackendSpec.parse("ort")), kept("emu-fp16", *names)]
+    after = bisect(str(overflowing), backends).tests[0]
+    assert not any(row.replay and row.replay.new_nonfinite for row in after.rows)
+    assert "fp16-overflow" not in [finding.cause for finding in after.findings]
+    assert all(row.within for row in after.outputs)
+    flags = [part for name in names for part in ("--keep-fp32", name)]
+    assert "FP16 overflow" not in run("bisect", overflowing, "-b", "ort,emu-fp16", *flags)[1]
+
+
+def test_a_kept_node_computes_in_fp32_and_the_others_do_not(tmp_path: Path) -> None:
+    path = residual(tmp_path / "net.onnx")
+    conv = [node for node in Graph(path).nodes if node.op == "Conv"][1]
+    rows = {
+        row.onnx: row
+        for row in bisect(str(path), [create(BackendSpec.parse("ort")), kept("emu-bf16", conv.name)]).tests[0].rows
+    }
+    others = [row for row in rows.values() if row.op == "Conv" and row.onnx not in conv.outputs]
+    assert rows[conv.outputs[0]].replay.introduced < 1e-6
+    assert all(row.replay.introduced > 1e-3 for row in others)
+
+
+def test_layers_are_kept_by_their_names_in_the_tables() -> None:
+    layer = "pts_backbone.blocks.0.1"
+    code, text = run("bisect", "-b", "torch,emu-bf16", "--keep-fp32", layer, "--all", "--no-explain")
+    assert code in (0, 1)
+    (row,) = [line.split() for line in text.splitlines() if f" {layer} " in line]
+    assert float(row[6]) < 1e-6  # introduced
+
+
+@pytest.mark.parametrize("name", ["node_conv_99", "no such name at all"])
+def test_a_misspelt_node_is_refused_with_the_nearest(tmp_path: Path, name: str) -> None:
+    path = residual(tmp_path / "net.onnx")
+    code, text = run("bisect", path, "-b", "ort,emu-fp16", "--keep-fp32", name)
+    assert code == 2
+    assert re.search(rf"--keep-fp32: no layer and no ONNX node is called '{name}'; nearest is '\w+'", text)
+    code, again = run("capture", path, "-b", "emu-fp16", "-o", tmp_path / "out", "--keep-fp32", name)
+    assert (code, again) == (code, text)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("spec", ["emu-fp32", "emu-int8"])
+def test_where_it_would_change_nothing_it_is_refused(spec: str) -> None:
+    with pytest.raises(InputError, match="compute in it already"):
+        kept(spec, "a")

@@ -1,0 +1,219 @@
+"""Regions: many nodes that an engine computes as one are called so, and looked into where they are guilty."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from test_trt_runner import install
+
+from cp_debug.backends.registry import create
+from cp_debug.backends.spec import parse_backends
+from cp_debug.bisect.engine import Options, bisect
+from cp_debug.bisect.regions.marks import choose, cuts
+from cp_debug.bisect.result import BisectResult, TestResult
+from cp_debug.graph.graph import Graph
+from cp_debug.reports.causes import lines
+from cp_debug.reports.saved import SavedResult
+
+BLOCKS = 2
+X = np.random.default_rng(5).standard_normal((1, 6, 8)).astype(np.float32)
+
+
+def save_transformer(folder: Path) -> Path:
+    """Two blocks of LayerNorm, attention with a Split, and two products, on [1, 6, 8]."""
+    body = []
+    for i in range(BLOCKS):
+        x = f"x{i}" if i else "x"
+        body += [
+            f"n{i} = LayerNormalization <axis = -1> ({x}, g, b)",
+            f"m{i} = MatMul (n{i}, wqkv{i})",
+            f"a{i} = Add (m{i}, bqkv)",
+            f"q{i}, k{i}, v{i} = Split <axis = -1> (a{i}, three)",
+            f"t{i} = Transpose <perm = [0, 2, 1]> (k{i})",
+            f"s{i} = MatMul (q{i}, t{i})",
+            f"c{i} = Mul (s{i}, scale)",
+            f"p{i} = Softmax <axis = -1> (c{i})",
+            f"o{i} = MatMul (p{i}, v{i})",
+            f"r{i} = Add ({x}, o{i})",
+            f"h{i} = MatMul (r{i}, w1{i})",
+            f"e{i} = Relu (h{i})",
+            f"f{i} = MatMul (e{i}, w2{i})",
+            f"x{i + 1} = Add (r{i}, f{i})",
+        ]
+    body.append(f"y = Mul (x{BLOCKS}, one)")
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]> net (float[1,6,8] x) => (float[1,6,8] y) {' + "\n".join(body) + "}"
+    )
+    rng = np.random.default_rng(0)
+    weights: dict[str, Any] = {"g": np.ones(8), "b": np.zeros(8), "bqkv": rng.standard_normal(24) * 0.2}
+    weights |= {"scale": np.asarray(0.35), "one": np.asarray(1.25)}
+    for i in range(BLOCKS):
+        for name, shape in (("wqkv", (8, 24)), ("w1", (8, 16)), ("w2", (16, 8))):
+            weights[f"{name}{i}"] = rng.standard_normal(shape) * 0.5
+    for name, array in weights.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array.astype(np.float32), name))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray([8, 8, 8]), "three"))
+    for node in model.graph.node:
+        node.name = f"/{node.output[0]}/{node.op_type}"
+    onnx.save(model, folder / "net.onnx")
+    np.savez(folder / "x.npz", x=X)
+    return folder / "net.onnx"
+
+
+@pytest.fixture
+def region(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """TensorRT 8.6 that takes all but the last node of the network as one region."""
+    install("8.6.0", monkeypatch)
+    monkeypatch.setattr("fake_tensorrt.REGION", {"/n0/LayerNormalization", f"/x{BLOCKS}/Add"})
+    return monkeypatch
+
+
+def run(folder: Path, spec: str = "trt-fp16", **options: Any) -> BisectResult:
+    path = save_transformer(folder)
+    return bisect(str(path), f"ort-none,{spec}", options=Options(inputs=folder / "x.npz", **options))
+
+
+def first(result: BisectResult) -> TestResult:
+    return result.tests[0]
+
+
+def softmaxes(factor: float = 1.5) -> dict[str, float]:
+    return {f"/p{i}/Softmax": factor for i in range(BLOCKS)}
+
+
+def test_a_region_is_never_called_by_its_last_node(region: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    test = first(run(tmp_path))
+    row = next(row for row in test.rows if row.onnx == f"x{BLOCKS}")
+    assert row.name == f"fused region of 28 nodes (/n0/LayerNormalization … /x{BLOCKS}/Add)"
+    assert row.op == "Myelin"
+    assert row.to_dict()["region"]["nodes"][0] == "/n0/LayerNormalization"
+    assert not test.guilty
+    assert next(row for row in test.rows if row.onnx == "y").name == "/y/Mul"
+
+
+def test_an_operator_at_fault_everywhere_is_found_and_the_fix_is_verified(
+    region: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    region.setattr("fake_tensorrt.FAULTY", softmaxes())
+    told: list[str] = []
+    path = save_transformer(tmp_path)
+    options = Options(inputs=tmp_path / "x.npz", save=tmp_path / "saved")
+    result = bisect(str(path), "ort-none,trt-fp16", options=options, on_step=lambda text, *_: told.append(text))
+    (finding,) = first(result).findings
+    inside = finding.inside
+    assert inside is not None
+    assert (inside["suspects"], inside["operators"]) == ([*softmaxes()], ["Softmax"])
+    assert set(inside["kept"]) == set(softmaxes())
+    assert inside["mended"] < inside["limit"] < inside["error"]
+    assert len(inside["steps"]) <= 6
+    assert "--keep-fp32 /p0/Softmax" in finding.fix
+    assert any("build 2 of at most 6" in text for text in told), "what is known is told before each build"
+    assert any(label.startswith("build 1") for label, _ in lines(finding))
+    (tmp_path / "saved" / "result.json").write_text(json.dumps(result.to_dict()))
+    again = SavedResult.open(tmp_path / "saved").result.tests[0]
+    assert again.findings[0].inside == json.loads(json.dumps(inside))
+    assert again.guilty[0].region == first(result).guilty[0].region
+
+
+@pytest.mark.parametrize("spec", ["trt-fp16", "trt-fp32"])
+def test_results_taken_for_each_other_are_named_before_anything_is_built(
+    region: pytest.MonkeyPatch, tmp_path: Path, spec: str
+) -> None:
+    region.setattr("fake_tensorrt.CROSSED", {f"/q{i}/Split" for i in range(BLOCKS)})
+    (finding,) = first(run(tmp_path, spec, max_builds=0)).findings
+    assert finding.cause == "crossed"
+    assert "in the order 2, 1, 0" in finding.says
+    assert finding.explained is not None
+    assert finding.explained > 0.99
+    assert finding.inside is not None
+    assert (finding.inside["suspects"], finding.inside["steps"]) == (["/q0/Split", "/q1/Split"], [])
+
+
+def test_a_fault_that_marks_undo_is_found_by_keeping_precision(region: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    region.setattr("fake_tensorrt.FAULTY", {"/p1/Softmax": 1.5, "/p0/Softmax": 1.5})
+    region.setattr(
+        "fake_tensorrt.MENDING", {o for i in range(BLOCKS) for o in (f"r{i}", f"h{i}", f"a{i}", f"n{i}", "x1")}
+    )
+    (finding,) = first(run(tmp_path, max_builds=12)).findings
+    inside = finding.inside
+    assert inside is not None
+    assert "the fault needs them fused away" in inside["steps"][0]["learnt"]
+    assert set(inside["kept"]) == set(softmaxes())
+    assert inside["in_fp32"] < inside["limit"], "a matter of precision"
+
+
+def test_a_fault_of_the_fusion_is_not_called_rounding(region: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The whole region is wrong in FP32, too, while keeping one node there mends it: its fusion is undone."""
+    region.setattr("fake_tensorrt.FAULTY", {"/o0/MatMul": 1.5})
+    region.setattr("fake_tensorrt.STUBBORN", True)
+    region.setattr("fake_tensorrt.MENDING", {"r0", "h0", "a0", "n0", "x1", "r1", "h1", "a1", "n1", "m0", "m1"})
+    (finding,) = first(run(tmp_path, max_builds=8)).findings
+    assert "it is the fusion and not the rounding" in finding.says
+
+
+def test_what_was_learnt_survives_an_interruption(region: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    region.setattr("fake_tensorrt.FAULTY", softmaxes())
+    from cp_debug.backends.tensorrt.session import EngineSession
+
+    real, calls = EngineSession.trial, []
+
+    def trial(self: EngineSession, *args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(self, *args, **kwargs)
+
+    region.setattr(EngineSession, "trial", trial)
+    result = run(tmp_path)
+    (finding,) = first(result).findings
+    assert finding.inside is not None
+    assert (finding.inside["ended"], len(finding.inside["steps"])) == ("interrupted", 1)
+    assert 0 < len(finding.inside["suspects"]) < 20
+    assert not result.agrees
+
+
+def test_an_engine_without_names_still_has_regions(region: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    region.setattr("fake_tensorrt.NAMELESS", {"8.6.0"})
+    row = next(row for row in first(run(tmp_path)).rows if row.onnx == "y")
+    assert row.region is not None
+    assert (row.name, row.region.kind) == ("fused region of 29 nodes (/n0/LayerNormalization … /y/Mul)", "")
+
+
+def test_builds_that_fail_are_counted_and_told(region: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from cp_debug.backends.tensorrt.session import EngineSession
+    from cp_debug.errors import InputError
+
+    def trial(self: EngineSession, *args: Any, **kwargs: Any) -> Any:
+        raise InputError("no kernel for this")
+
+    region.setattr("fake_tensorrt.FAULTY", softmaxes())
+    region.setattr(EngineSession, "trial", trial)
+    (finding,) = first(run(tmp_path, max_builds=3)).findings
+    assert finding.inside is not None
+    assert {step["learnt"] for step in finding.inside["steps"]} == {"failed: no kernel for this"}
+    assert len(finding.inside["steps"]) == 3
+
+
+def test_marks_part_what_is_suspect_where_few_values_cross(tmp_path: Path) -> None:
+    graph = Graph(save_transformer(tmp_path))
+    width = cuts(graph, graph.nodes, ["x"], "y")
+    assert (width["x1"], width["r0"]) == (1, 1), "only the residual stream passes here"
+    assert width["a0"] == 2
+    assert "y" not in width
+    suspects = [node.name for node in graph.nodes]
+    assert choose(width, graph.nodes, suspects, 1) == ["x1"]
+    assert choose(width, graph.nodes, ["/n0/LayerNormalization", "/m0/MatMul"], 1) == ["n0"]
+    assert choose(width, graph.nodes, ["/n0/LayerNormalization"], 3) == []
+
+
+def test_backends_are_made_once_for_the_search(region: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    region.setattr("fake_tensorrt.FAULTY", softmaxes())
+    save_transformer(tmp_path)
+    backends = [create(spec) for spec in parse_backends("ort-none,trt-fp16")]
+    result = bisect(str(tmp_path / "net.onnx"), backends, options=Options(inputs=tmp_path / "x.npz", max_builds=1))
+    assert len(first(result).findings[0].inside["steps"]) == 1  # type: ignore[index]
