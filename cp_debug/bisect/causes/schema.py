@@ -150,7 +150,7 @@ def _shifted(segment: Segment, node: Node) -> Iterator[tuple[dict[int, Tensor], 
             yield {1: moved}, f"axis {axis}, {what}"
 
 
-@cause(costly=True)
+@cause()
 def operand_order(segment: Segment) -> Iterator[Candidate]:
     """Operands that have changed places."""
     for node in segment.nodes:
