@@ -158,3 +158,14 @@ def test_batchnorm_keeps_its_parameters_in_fp32(tmp_path):
         result = bisect(str(tmp_path / "m.onnx"), "ort,emu-fp16", options=Options(inputs=tmp_path / "in.npz"))
         assert accused(result) == [[]]
         assert result.tests[0].outputs[0].stats.finite_rel_l2 < 1e-3
+
+
+def test_constant_nodes_in_fp16_are_no_layers(tmp_path):
+    """ONNX Runtime makes weights of them, under their names, and casts those."""
+    half = onnx.numpy_helper.from_array(np.full(4, 0.3, np.float16), "k")
+    nodes = [node("Constant", [], ["k"], value=half), node("Mul", ["x", "k"], ["m"]), node("Sqrt", ["m"], ["y"])]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT16, [1, 4])]
+    graph = helper.make_graph(nodes, "g", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT16, [1, 4])])
+    path = tmp_path / "m.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), str(path))
+    assert accused(bisect(str(path), "ort-none,ort-all,emu-fp16")) == [[]] * 2

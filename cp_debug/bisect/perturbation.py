@@ -112,7 +112,7 @@ def _noisy(
             if _is_some(spreads.get(name)):
                 result = torch.as_tensor(value)
                 noise = torch.randn(result.shape, generator=generator, dtype=result.dtype).to(result.device)
-                value = result + U * spreads[name] * noise
+                value = (result + U * spreads[name] * noise).to(result.dtype)
                 moved.add(name)
             values[name] = value
     return values

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from statistics import fmean
 
 from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.causes.base import Candidate, Cause
 from cp_debug.bisect.causes.effects import Effects
 from cp_debug.bisect.causes.finding import UNKNOWN, Effect, Finding, Where
+from cp_debug.bisect.causes.graphs import GraphReader
 from cp_debug.bisect.causes.precision import OVERFLOWS, PROMOTED
 from cp_debug.bisect.causes.search import ENOUGH, Explanation, explain
 from cp_debug.bisect.causes.segment import Segment, SegmentContext
@@ -28,6 +29,8 @@ COSTLY = 8
 """Layers whose INT8 rounding is carried to the outputs, those first that introduce most."""
 LOCATED = 8
 """Layers of a finding for which it says where in them the error sits."""
+VIEWS = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Cast", "Expand"}
+"""Operators whose result is their input in another shape."""
 UNSTEADY = 10.0
 """A layer that differs from run to run by this many times its rounding does not merely sum in another order."""
 
@@ -60,6 +63,10 @@ class Explainer:
     """Whether rounding may be named as the cause where no layer is guilty: see ``Remainder``."""
     _contexts: dict[tuple[str, str, str], SegmentContext] = field(default_factory=dict)
     _rows: Mapping[Key, LayerRow] = field(default_factory=dict)
+
+    @cached_property
+    def _graphs(self) -> GraphReader:
+        return GraphReader(self.run, self.test)
 
     def findings(self, rows: Mapping[Key, LayerRow], seen: Observation | None) -> list[Finding]:
         """The findings, those with the largest effect first. What fails on the way is in ``notes``."""
@@ -103,7 +110,11 @@ class Explainer:
         try:
             segment = self.segment(key, row)
             where = locate(segment, row.name)
-            explanation, family = explain(segment, families, partial(self._failed, row))
+            failed = partial(self._failed, row)
+            if row.side == "test":
+                explanation, family = self._graphs.explain(key.component, segment, families, failed)
+            else:
+                explanation, family = explain(segment, families, failed)
         except Exception as error:
             self._failed(row, error)
         return Explained(row, explanation, where), family
@@ -129,7 +140,7 @@ class Explainer:
             segment = Segment.of_input(context, key.value, self.exact_input(key), load(key.value))
         else:
             segment = Segment.of(context, key.value, replayer.known, load)
-        later = self._later(key, capture)
+        later, views = self._later(key, capture), self._views(key)
         segment.others = [
             (
                 entry.name + (" of the reference" if side is self.reference else ""),
@@ -138,9 +149,21 @@ class Explainer:
             for side in (self.reference, self.test)
             for entry in side.entries
             if (entry.component, entry.name) != key
+            and (entry.component, entry.name) not in views
             and (side is not capture or (entry.component, entry.name) not in later)
         ]
         return segment
+
+    def _views(self, key: Key) -> set[tuple[str, str]]:
+        """What holds the same numbers as the value ``key`` in another shape, on either side: up and down the graph."""
+        graph, found = self.run.programs[key.component].graph, {key.value}
+        size = 0
+        while size != len(found):
+            size = len(found)
+            for node in graph.nodes:
+                if node.op in VIEWS and node.inputs and not found.isdisjoint({node.inputs[0], *node.outputs}):
+                    found.update((node.inputs[0], *node.outputs))
+        return {(key.component, name) for name in found}
 
     def _later(self, key: Key, capture: Capture) -> set[tuple[str, str]]:
         """What hangs on the value ``key`` in its component, and what only this run has, its place unknown."""
@@ -163,7 +186,7 @@ class Explainer:
             layers=names,
             ops=[row.op for row in rows],
             side=worst.row.side,
-            explained=fmean(e.explanation.explained for e in group) if cause else None,
+            explained=fmean(e.explanation.explained for e in group) if cause and not cause.observed else None,
             runner_up=second.cause if second else None,
             runner_up_explained=explanation.runner_up_explained if second else None,
             evidence={"why": worst.row.why, **(cause.evidence if cause else {})},
@@ -172,7 +195,7 @@ class Explainer:
         )
         if cause and cause.by_magnitude and (explanation.explained < ENOUGH):
             finding.evidence["magnitude_only"] = True
-        if len(group) > 1:
+        if len(group) > 1 and finding.explained is not None:
             finding.evidence["explained_least"] = min(e.explanation.explained for e in group)
         try:
             finding.effect = self.effects.of(rows)
