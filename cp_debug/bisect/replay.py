@@ -15,9 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,9 +24,11 @@ from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.kernels import KERNELS
 from cp_debug.backends.memory import Trimmer
+from cp_debug.bisect.consequences import matters
 from cp_debug.bisect.perturbation import doubt
 from cp_debug.bisect.quantized_segment import EmulatedSegment, Quantized, balanced
 from cp_debug.bisect.range_loss import RangeLoss
+from cp_debug.bisect.whole_numbers import as_tensor, instead_of
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.probes.distance import distance, ratio
@@ -173,7 +173,7 @@ class Replayer:
     def introduced(self, target: str, test: Load) -> tuple[Tensor, Tensor]:
         """(introduced error, oracle's result) of one value, in the oracle's dtype. Raises as ``layers`` would skip."""
         nodes, starts = self.graph.segment([target], self.known)
-        exact = _as_tensor(self.oracle.run_nodes(nodes, {s: test(s) for s in starts}, [target])[target])
+        exact = as_tensor(self.oracle.run_nodes(nodes, {s: test(s) for s in starts}, [target])[target])
         return self._hold(test(target)) - exact, exact
 
     def given(self, value: str, exact: AnyTensor, reference: Load, test: Load) -> Replay:
@@ -190,9 +190,9 @@ class Replayer:
         given = {s: test(s) for s in starts}
         captured = {t: test(t) for t in targets}
         if self._emulated and self._exact(nodes):
-            exact = {t: _as_tensor(self.oracle.arithmetic.hold(v, self._device)) for t, v in captured.items()}
+            exact = {t: as_tensor(self.oracle.arithmetic.hold(v, self._device)) for t, v in captured.items()}
         else:
-            exact = {t: _as_tensor(v) for t, v in self.oracle.run_nodes(nodes, given, targets).items()}
+            exact = {t: as_tensor(v) for t, v in self.oracle.run_nodes(nodes, given, targets).items()}
         own = self.claim(1, nodes)
         expected, claim = (EmulatedSegment(captured), own) if self._emulated else self._expect(1, nodes, given, exact)
         known = divergences.get(starts[0]) if len(starts) == 1 else None
@@ -202,6 +202,10 @@ class Replayer:
             replay = self._asked(1, nodes, given, target, captured[target], exact[target], expected, claim)
             if replay.new_nonfinite or (replay.excess or 0.0) > EXCESS:
                 replay = self._in_range(replay, target, captured[target], exact[target], expected, claim, test)
+            instead = instead_of(captured[target], exact[target], expected.results[target])
+            if instead and not self._whole_numbers_matter(target, captured[target], exact[target], test):
+                instead = ""
+                replay = self._judge(exact[target], exact[target], [exact[target]], claim)
             if (quantized := self.quantized[1]) is not None and quantized.touches(nodes):
                 replay.clipped, replay.step = expected.clipped, expected.step
                 declared = quantized.declared(target, self.known, given)
@@ -209,7 +213,7 @@ class Replayer:
             replay.nodes, replay.precision = tuple(n.name for n in nodes), own.name
             replay.unread = target not in self.graph.consumers and target not in self._outputs
             replay.not_emulated = self._not_emulated(nodes)
-            replay.instead = _instead(captured[target], exact[target], expected.results[target])
+            replay.instead = instead
             replay.oracle_error = self._oracle_roundoff * math.sqrt(max(self._reduction(n) for n in nodes))
             of_node = partial(self._claim_of_node, 1)
             replay.range_loss = self._range_loss(nodes, given, target, exact[target], of_node, test)
@@ -275,7 +279,7 @@ class Replayer:
             return self._judge(captured, exact, [expected.results[target], *others], claim)
         oracle = self._oracle_of(claim)
         if oracle is not self.oracle:
-            exact = _as_tensor(oracle.run_nodes(nodes, given, [target])[target])
+            exact = as_tensor(oracle.run_nodes(nodes, given, [target])[target])
         arithmetic = None if quantized is not None else ARITHMETICS[claim.name]
         allowed = doubt(oracle, nodes, given, target, self._families[side], arithmetic)
         return self._judge(captured, exact, [expected.results[target]], claim, allowed)
@@ -326,7 +330,7 @@ class Replayer:
 
     def _reference_excess(self, nodes: list[Node], starts: list[str], target: str, reference: Load) -> float:
         given = {s: reference(s) for s in starts}
-        exact = _as_tensor(self.oracle.run_nodes(nodes, given, [target])[target])
+        exact = as_tensor(self.oracle.run_nodes(nodes, given, [target])[target])
         expected, claim = self._expect(0, nodes, given, {target: exact})
         return self._asked(0, nodes, given, target, reference(target), exact, expected, claim).excess or 0.0
 
@@ -351,6 +355,11 @@ class Replayer:
         replay.wanted = int(beyond.sum())
         return replay
 
+    def _whole_numbers_matter(self, target: str, captured: AnyTensor, exact: Tensor, test: Load) -> bool:
+        """Whether whole numbers that differ make a difference: [0, −1] is as good as [1, 189] to a Reshape."""
+        other = self._hold(captured).to(exact.dtype)
+        return matters(self.graph, self.oracle, self.known, test, (target, exact, other), 0.0)
+
     def _claim_of_node(self, side: int, node: Node) -> Precision:
         return self.claim(side, [node])
 
@@ -374,29 +383,7 @@ class Replayer:
         return max(shape) if node.op in ("Gemm", "MatMul") else math.prod(shape[1:])
 
     def _hold(self, tensor: AnyTensor) -> Tensor:
-        return _as_tensor(FP64.hold(tensor, self._device))
-
-
-def _as_tensor(value: Any) -> Tensor:
-    """What the executor leaves in numpy because torch does not compute with it (wide unsigned integers, FP8, 4 bits),
-    as a tensor that holds the same numbers; uint64 to 53 bits."""
-    if isinstance(value, Tensor):
-        return value
-    array = np.asarray(value)
-    wide = array.dtype.kind == "u" and array.dtype.itemsize < 8
-    return torch.from_numpy(array.astype(np.int64 if wide else np.float64))
-
-
-def _instead(captured: AnyTensor, exact: Tensor, expected: AnyTensor) -> str:
-    """What whole numbers were computed where the inputs make others; empty where they agree with either."""
-    if exact.is_floating_point() or tuple(captured.shape) != tuple(exact.shape):
-        return ""
-    ours, right, emulated = (FP64.hold(t, "cpu") for t in (captured, exact, expected))
-    if torch.equal(ours, right) or (tuple(emulated.shape) == tuple(ours.shape) and torch.equal(ours, emulated)):
-        return ""
-    if right.numel() <= 16:
-        return f"gives {ours.tolist()} where its inputs make {right.tolist()}"
-    return f"{int((ours != right).sum())} of {right.numel()} whole numbers are not what its inputs make"
+        return as_tensor(FP64.hold(tensor, self._device))
 
 
 def _hold_against_scales(
