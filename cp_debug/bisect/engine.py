@@ -33,6 +33,7 @@ from cp_debug.bisect.worst_samples import Collected, observation_notes
 from cp_debug.errors import InputError, in_one_line
 from cp_debug.graph.declared import narrow_values
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.randomness import drawing
 from cp_debug.graph.weight_differences import WeightDifferences
 from cp_debug.probes.capture import Capture, CaptureWriter, check_free
 from cp_debug.programs.layers import Layer, all_layers, stage_ends
@@ -215,6 +216,11 @@ class Bisection:
                 unroller.unrolled(tests, self.test_model, self._samples, backend.precision) for backend in self._tests
             ]
             self._notes += unroller.notes
+            self._notes += [
+                f"{node.name} ({node.op}) draws random numbers: what hangs on it differs from run to run"
+                for program in programs
+                for node in drawing(program.graph)
+            ]
             paired = {
                 id(own): pair_programs(self.model, first, programs, own, options.maps, self._step) for own in theirs
             }

@@ -31,6 +31,7 @@ from cp_debug.bisect.range_loss import RangeLoss
 from cp_debug.bisect.whole_numbers import as_tensor, instead_of
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.randomness import draws
 from cp_debug.probes.distance import distance, ratio
 from cp_debug.programs.precision import BESIDE_INT8, PRECISIONS, Precision, coarsest
 
@@ -187,6 +188,8 @@ class Replayer:
         self, targets: list[str], reference: Load, test: Load, divergences: Mapping[str, float]
     ) -> dict[str, Replay]:
         nodes, starts = self.graph.segment(targets, self.known)
+        if drawn := [n for n in nodes if draws(n, self.graph)]:
+            return {t: Replay(skipped=f"{drawn[0].name} ({drawn[0].op}) draws random numbers") for t in targets}
         given = {s: test(s) for s in starts}
         captured = {t: test(t) for t in targets}
         if self._emulated and self._exact(nodes):

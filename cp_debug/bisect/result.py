@@ -12,6 +12,7 @@ from cp_debug.bisect.regions.region import Region
 from cp_debug.bisect.replay import EXCESS, Replay
 from cp_debug.display import notebook, terminal
 from cp_debug.probes.statistics import TensorStats
+from cp_debug.safe_text import one_line
 from cp_debug.serialize import json_safe
 
 if TYPE_CHECKING:
@@ -59,6 +60,9 @@ class LayerRow:
     kind: str = "data"
     """``data``; or, of a side value, ``constant`` or ``shape``: see ``Layer``. Side values have a row where they
     differ."""
+
+    def __post_init__(self) -> None:
+        self.name, self.op, self.tactic = one_line(self.name), one_line(self.op), one_line(self.tactic)
 
     @property
     def severity(self) -> tuple[float, ...]:
@@ -116,6 +120,9 @@ class StageRow:
 
     name: str
     layer: LayerRow
+
+    def __post_init__(self) -> None:
+        self.name = one_line(self.name)
 
     def to_dict(self) -> dict[str, Any]:
         """Name, and the figures of the stage's last tensor."""

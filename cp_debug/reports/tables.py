@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from cp_debug.backends.base import RunRecord
@@ -26,6 +25,7 @@ from cp_debug.reports.causes import findings
 from cp_debug.reports.engines import engine_lines, kernel
 from cp_debug.reports.numbers import number, percent
 from cp_debug.reports.optimizer_blame import render_knobs
+from cp_debug.reports.safe_table import Table
 
 STYLES = {OK: "green", INHERITED: "yellow", DIVERGENT: "red", GUILTY: "bold red", SHAPE: "bold red"}
 SETTINGS = {
