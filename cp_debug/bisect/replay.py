@@ -15,7 +15,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +30,7 @@ from cp_debug.bisect.consequences import matters
 from cp_debug.bisect.perturbation import doubt
 from cp_debug.bisect.quantized_segment import EmulatedSegment, Quantized, balanced
 from cp_debug.bisect.range_loss import RangeLoss
-from cp_debug.bisect.whole_numbers import as_tensor, instead_of
+from cp_debug.bisect.whole_numbers import instead
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.randomness import draws
@@ -174,7 +176,7 @@ class Replayer:
     def introduced(self, target: str, test: Load) -> tuple[Tensor, Tensor]:
         """(introduced error, oracle's result) of one value, in the oracle's dtype. Raises as ``layers`` would skip."""
         nodes, starts = self.graph.segment([target], self.known)
-        exact = as_tensor(self.oracle.run_nodes(nodes, {s: test(s) for s in starts}, [target])[target])
+        exact = _as_tensor(self.oracle.run_nodes(nodes, {s: test(s) for s in starts}, [target])[target])
         return self._hold(test(target)) - exact, exact
 
     def given(self, value: str, exact: AnyTensor, reference: Load, test: Load) -> Replay:
@@ -193,9 +195,10 @@ class Replayer:
         given = {s: test(s) for s in starts}
         captured = {t: test(t) for t in targets}
         if self._emulated and self._exact(nodes):
-            exact = {t: as_tensor(self.oracle.arithmetic.hold(v, self._device)) for t, v in captured.items()}
+            exact = {t: _as_tensor(self.oracle.arithmetic.hold(v, self._device)) for t, v in captured.items()}
         else:
-            exact = {t: as_tensor(v) for t, v in self.oracle.run_nodes(nodes, given, targets).items()}
+            exact = {t: _as_tensor(v) for t, v in self.oracle.run_nodes(nodes, given, targets).items()}
+        captured |= {t: exact[t] for t in targets if self._as_good(t, captured[t], exact[t], test)}
         own = self.claim(1, nodes)
         expected, claim = (EmulatedSegment(captured), own) if self._emulated else self._expect(1, nodes, given, exact)
         known = divergences.get(starts[0]) if len(starts) == 1 else None
@@ -205,10 +208,6 @@ class Replayer:
             replay = self._asked(1, nodes, given, target, captured[target], exact[target], expected, claim)
             if replay.new_nonfinite or (replay.excess or 0.0) > EXCESS:
                 replay = self._in_range(replay, target, captured[target], exact[target], expected, claim, test)
-            instead = instead_of(captured[target], exact[target], expected.results[target])
-            if instead and not self._whole_numbers_matter(target, captured[target], exact[target], test):
-                instead = ""
-                replay = self._judge(exact[target], exact[target], [exact[target]], claim)
             if (quantized := self.quantized[1]) is not None and quantized.touches(nodes):
                 replay.clipped, replay.step = expected.clipped, expected.step
                 declared = quantized.declared(target, self.known, given)
@@ -216,7 +215,7 @@ class Replayer:
             replay.nodes, replay.precision = tuple(n.name for n in nodes), own.name
             replay.unread = target not in self.graph.consumers and target not in self._outputs
             replay.not_emulated = self._not_emulated(nodes)
-            replay.instead = instead
+            replay.instead = instead(captured[target], exact[target], expected.results[target])
             replay.oracle_error = self._oracle_roundoff * math.sqrt(max(self._reduction(n) for n in nodes))
             of_node = partial(self._claim_of_node, 1)
             replay.range_loss = self._range_loss(nodes, given, target, exact[target], of_node, test)
@@ -282,7 +281,7 @@ class Replayer:
             return self._judge(captured, exact, [expected.results[target], *others], claim)
         oracle = self._oracle_of(claim)
         if oracle is not self.oracle:
-            exact = as_tensor(oracle.run_nodes(nodes, given, [target])[target])
+            exact = _as_tensor(oracle.run_nodes(nodes, given, [target])[target])
         arithmetic = None if quantized is not None else ARITHMETICS[claim.name]
         allowed = doubt(oracle, nodes, given, target, self._families[side], arithmetic)
         return self._judge(captured, exact, [expected.results[target]], claim, allowed)
@@ -333,7 +332,7 @@ class Replayer:
 
     def _reference_excess(self, nodes: list[Node], starts: list[str], target: str, reference: Load) -> float:
         given = {s: reference(s) for s in starts}
-        exact = as_tensor(self.oracle.run_nodes(nodes, given, [target])[target])
+        exact = _as_tensor(self.oracle.run_nodes(nodes, given, [target])[target])
         expected, claim = self._expect(0, nodes, given, {target: exact})
         return self._asked(0, nodes, given, target, reference(target), exact, expected, claim).excess or 0.0
 
@@ -358,10 +357,12 @@ class Replayer:
         replay.wanted = int(beyond.sum())
         return replay
 
-    def _whole_numbers_matter(self, target: str, captured: AnyTensor, exact: Tensor, test: Load) -> bool:
-        """Whether whole numbers that differ make a difference: [0, −1] is as good as [1, 189] to a Reshape."""
+    def _as_good(self, target: str, captured: AnyTensor, exact: Tensor, test: Load) -> bool:
+        """Whether whole numbers differ and make no difference: [0, −1] is as good as [1, 189] to a Reshape."""
+        if not instead(captured, exact, exact):
+            return False
         other = self._hold(captured).to(exact.dtype)
-        return matters(self.graph, self.oracle, self.known, test, (target, exact, other), 0.0)
+        return not matters(self.graph, self.oracle, self.known, test, (target, exact, other), 0.0)
 
     def _claim_of_node(self, side: int, node: Node) -> Precision:
         return self.claim(side, [node])
@@ -386,7 +387,17 @@ class Replayer:
         return max(shape) if node.op in ("Gemm", "MatMul") else math.prod(shape[1:])
 
     def _hold(self, tensor: AnyTensor) -> Tensor:
-        return as_tensor(FP64.hold(tensor, self._device))
+        return _as_tensor(FP64.hold(tensor, self._device))
+
+
+def _as_tensor(value: Any) -> Tensor:
+    """What the executor leaves in numpy because torch does not compute with it (wide unsigned integers, FP8, 4 bits),
+    as a tensor that holds the same numbers; uint64 to 53 bits."""
+    if isinstance(value, Tensor):
+        return value
+    array = np.asarray(value)
+    wide = array.dtype.kind == "u" and array.dtype.itemsize < 8
+    return torch.from_numpy(array.astype(np.int64 if wide else np.float64))
 
 
 def _hold_against_scales(

@@ -1,10 +1,7 @@
-"""Integers and what torch does not compute with, as replay sees them: shapes, indices, wide unsigned numbers."""
+"""Whole numbers that a layer computes: shapes, indices, counts. They are right or wrong, not rounded."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,17 +9,7 @@ from cp_debug.backends.arithmetic import FP64
 from cp_debug.backends.base import Tensor as AnyTensor
 
 
-def as_tensor(value: Any) -> Tensor:
-    """What the executor leaves in numpy because torch does not compute with it (wide unsigned integers, FP8, 4 bits),
-    as a tensor that holds the same numbers; uint64 to 53 bits."""
-    if isinstance(value, Tensor):
-        return value
-    array = np.asarray(value)
-    wide = array.dtype.kind == "u" and array.dtype.itemsize < 8
-    return torch.from_numpy(array.astype(np.int64 if wide else np.float64))
-
-
-def instead_of(captured: AnyTensor, exact: Tensor, expected: AnyTensor) -> str:
+def instead(captured: AnyTensor, exact: Tensor, expected: AnyTensor) -> str:
     """What whole numbers were computed where the inputs make others; empty where they agree with either."""
     if exact.is_floating_point() or tuple(captured.shape) != tuple(exact.shape):
         return ""
