@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from cp_debug.cli import calibration, tensorrt
-from cp_debug.cli.flags import grouped
+from cp_debug.cli.flags import LAST_SEED, MOST, grouped
 from cp_debug.cli.typed import refuse, refuse_export_flags
 
 
@@ -60,8 +60,8 @@ def bisect(
     test_train_mode: Annotated[bool, typer.Option(help="Run the test's module in train mode.")] = False,
     test_out_of_place: Annotated[bool, typer.Option(help="Replace the test's in-place activations.")] = False,
     inputs: Annotated[Path | None, typer.Option(help=".npz, .bin, .pcd.bin, or a folder of them.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="How many samples.")] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of made-up inputs.")] = 0,
+    samples: Annotated[int, typer.Option(min=1, max=MOST, help="How many samples.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of made-up inputs.")] = 0,
     level: Annotated[Level, typer.Option(help="stages: the stage table alone.")] = Level.layers,
     show_all: Annotated[
         bool, typer.Option("--all", help="Every layer, not only those around the first divergent.")

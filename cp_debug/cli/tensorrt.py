@@ -64,7 +64,9 @@ KeepFp32 = Annotated[
     list[str] | None,
     typer.Option("--keep-fp32", help="Layer or node that stays FP32, in emulated backends too; repeatable."),
 ]
-Workspace = Annotated[int | None, typer.Option("--workspace", help="Limit in MiB.", rich_help_panel=PANEL)]
+Workspace = Annotated[
+    int | None, typer.Option("--workspace", min=1, max=1 << 30, help="Limit in MiB.", rich_help_panel=PANEL)
+]
 TimingCache = Annotated[Path | None, typer.Option("--timing-cache", help="Kept and reused.", rich_help_panel=PANEL)]
 CalibrationCache = Annotated[
     Path | None,

@@ -11,9 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cp_debug.backends.tensorrt import runner
+from cp_debug.backends.tensorrt.answers import Facts, Failure
 from cp_debug.errors import BackendUnavailable, CpdebugError, InputError
 from cp_debug.interpreter import Interpreter, InterpreterFailed, OnEvent
 from cp_debug.optional import install
+from cp_debug.reading import typed
 
 ENVIRONMENT = "CPDEBUG_TRT_PYTHON"
 _PROBED: dict[tuple[str | None, int], dict[str, Any]] = {}
@@ -79,7 +81,7 @@ class RunnerClient:
         """Versions, device and abilities, as ``runner.probe`` tells them; another interpreter is asked once."""
         key = (self.python, device)
         if self.python is None or key not in _PROBED:
-            _PROBED[key] = self.execute([{"command": "probe", "device": device}])[0]
+            _PROBED[key] = self.checked(Facts, self.execute([{"command": "probe", "device": device}]))[0]
         return _PROBED[key]
 
     def execute(self, steps: Sequence[Mapping[str, Any]], build_timeout: float | None = None) -> list[dict[str, Any]]:
@@ -98,17 +100,31 @@ class RunnerClient:
                 result = self._interpreter.work(job)
             else:
                 result = runner.execute(job, self._tell)
-        except InterpreterFailed as failure:
-            if failure.timed_out and build_timeout is not None:
+        except InterpreterFailed as problem:
+            if problem.timed_out and build_timeout is not None:
                 raise self._timed_out(steps[0], limit) from None
-            raise self._unavailable(failure) from None
-        if (error := result.get("error")) and error["kind"] == "time" and build_timeout is not None:
+            raise self._unavailable(problem) from None
+        try:
+            failure, found = _read(result, steps)
+        except InputError as problem:
             self.close()
-            raise self._timed_out(steps[0], limit)
-        if error := result.get("error"):
+            reason = f"its runner gave an answer that cannot be read: {problem}"
+            raise BackendUnavailable(self.spec, reason, nearest=_nearest(self.spec)) from None
+        if failure is not None:
             self.close()
-            raise _to_exception(self.spec, error, steps[len(result["results"])])
-        return result["results"]
+            if failure["kind"] == "time" and build_timeout is not None:
+                raise self._timed_out(steps[0], limit)
+            raise _to_exception(self.spec, failure, steps[len(found)])
+        return found
+
+    def checked(self, kind: Any, results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Results as a type of ``answers``. Raises BackendUnavailable for what is not of it."""
+        try:
+            return typed(list[kind], list(results), "")
+        except InputError as problem:
+            self.close()
+            reason = f"its runner gave an answer that cannot be read{problem}"
+            raise BackendUnavailable(self.spec, reason, nearest=_nearest(self.spec)) from None
 
     def close(self) -> None:
         """End the process, if there is one."""
@@ -132,6 +148,19 @@ class RunnerClient:
         return BackendUnavailable(self.spec, str(error), install=how, nearest=_nearest(self.spec))
 
 
+def _read(result: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> tuple[Failure | None, list[dict[str, Any]]]:
+    """What went wrong, if anything, and the results up to there. Raises InputError for other answers."""
+    commands = [step["command"] for step in steps]
+    failure: Failure | None = None
+    if result.get("error") is not None:
+        failure = typed(Failure, result["error"], "its error")
+        del commands[min(len(result["results"]), len(steps) - 1) :]
+    if len(result["results"]) != len(commands):
+        raise InputError(f"{len(result['results'])} results for {len(commands)} steps")
+    answers = zip(commands, result["results"], strict=True)
+    return failure, [typed(dict[str, Any], found, f"result of {c}") for c, found in answers]
+
+
 def _install() -> str:
     return f"{install('gpu')}, or set {ENVIRONMENT} (--trt-python) to a Python >= 3.8 that has TensorRT and numpy"
 
@@ -142,7 +171,7 @@ def _nearest(spec: str) -> str:
     )
 
 
-def _to_exception(spec: str, error: Mapping[str, Any], step: Mapping[str, Any]) -> CpdebugError:
+def _to_exception(spec: str, error: Failure, step: Mapping[str, Any]) -> CpdebugError:
     """The runner's error for the user, with what can be done about it."""
     kind, message, nodes = error["kind"], error["message"], ", ".join(error["nodes"])
     subject = step.get("onnx") or step.get("engine") or spec
@@ -166,6 +195,12 @@ def _to_exception(spec: str, error: Mapping[str, Any], step: Mapping[str, Any]) 
         return BuildFailed(f"{subject}: TensorRT cannot build it\n{message}")
     if kind == "internal":
         return BackendUnavailable(
-            spec, f"the runner failed in {step['command']}: {message}\n{error.get('traceback', '')}"
+            spec, f"the runner failed in {step['command']}: {message}\n{_innermost(error.get('traceback', ''))}"
         )
     return InputError(f"{subject}: {message}")
+
+
+def _innermost(traceback: str) -> str:
+    """Where an error was raised: the last frame of Python's traceback."""
+    frames = [line.strip() for line in traceback.splitlines() if line.startswith("  File ")]
+    return frames[-1] if frames else ""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cp_debug.backends.tensorrt import runner
+from cp_debug.backends.tensorrt.answers import Built
 from cp_debug.backends.tensorrt.client import BuildFailed, ParseFailed, RunnerClient
 from cp_debug.backends.tensorrt.config import BuildConfig
 from cp_debug.backends.tensorrt.engine_cache import EngineCache
@@ -105,7 +106,7 @@ class EngineBuilder:
         path = self.folder / name
         step = {"command": "build", "engine": str(path), "probes": probes, **common}
         try:
-            (facts,) = self.client.execute([step], self.build_timeout)
+            (facts,) = self.client.checked(Built, self.client.execute([step], self.build_timeout))
         except ParseFailed as error:
             raise InputError(f"{error}\n{cut_out(self.graph, error.nodes)}".rstrip()) from None
         except BuildFailed as error:
