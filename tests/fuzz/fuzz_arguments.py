@@ -20,7 +20,6 @@ from fuzz_world import World
 OUTPUTS = (
     "",
     ".",
-    "..",
     "full",
     "net.onnx/x",
     "no/such/folder/out",
