@@ -26,10 +26,11 @@ from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.kernels import KERNELS
 from cp_debug.backends.memory import Trimmer
+from cp_debug.bisect.consequences import matters
 from cp_debug.bisect.perturbation import doubt
 from cp_debug.bisect.quantized_segment import EmulatedSegment, Quantized, balanced
 from cp_debug.bisect.range_loss import RangeLoss
-from cp_debug.bisect.whole_numbers import instead, same_shape
+from cp_debug.bisect.whole_numbers import instead
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.randomness import draws
@@ -197,7 +198,7 @@ class Replayer:
             exact = {t: _as_tensor(self.oracle.arithmetic.hold(v, self._device)) for t, v in captured.items()}
         else:
             exact = {t: _as_tensor(v) for t, v in self.oracle.run_nodes(nodes, given, targets).items()}
-        captured |= {t: exact[t] for t in targets if same_shape(self.graph, t, captured[t], exact[t])}
+        captured |= {t: exact[t] for t in targets if self._as_good(t, captured[t], exact[t], test)}
         own = self.claim(1, nodes)
         expected, claim = (EmulatedSegment(captured), own) if self._emulated else self._expect(1, nodes, given, exact)
         known = divergences.get(starts[0]) if len(starts) == 1 else None
@@ -355,6 +356,13 @@ class Replayer:
         replay = self._judge(rest[0], rest[1], [rest[2]], claim)
         replay.wanted = int(beyond.sum())
         return replay
+
+    def _as_good(self, target: str, captured: AnyTensor, exact: Tensor, test: Load) -> bool:
+        """Whether whole numbers differ and make no difference: [0, −1] is as good as [1, 189] to a Reshape."""
+        if not instead(captured, exact, exact):
+            return False
+        other = self._hold(captured).to(exact.dtype)
+        return not matters(self.graph, self.oracle, self.known, test, (target, exact, other), 0.0)
 
     def _claim_of_node(self, side: int, node: Node) -> Precision:
         return self.claim(side, [node])

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from cp_debug.backends.arithmetic import FP64
 from cp_debug.backends.base import Tensor as AnyTensor
-from cp_debug.graph.graph import Graph
 
 
 def instead(captured: AnyTensor, exact: Tensor, expected: AnyTensor) -> str:
@@ -20,20 +19,3 @@ def instead(captured: AnyTensor, exact: Tensor, expected: AnyTensor) -> str:
     if right.numel() <= 16:
         return f"gives {ours.tolist()} where its inputs make {right.tolist()}"
     return f"{int((ours != right).sum())} of {right.numel()} whole numbers are not what its inputs make"
-
-
-def same_shape(graph: Graph, value: str, captured: AnyTensor, exact: Tensor) -> bool:
-    """Whether a value that only Reshape nodes read, as their shape, differs by one size that is left open (−1) at most.
-
-    ONNX Runtime's optimiser leaves a size open that it can do without; the Reshape's result tells whether it is right.
-    """
-    if exact.is_floating_point() or exact.dim() != 1 or tuple(captured.shape) != tuple(exact.shape):
-        return False
-    readers = graph.consumers.get(value, ())
-    if not readers or any(r.op != "Reshape" or r.inputs[1:] != (value,) for r in readers):
-        return False
-    if any(output.name == value for output in graph.outputs):
-        return False
-    ours, right = (FP64.hold(t, "cpu").tolist() for t in (captured, exact))
-    differing = [size for size, wanted in zip(ours, right, strict=True) if size != wanted]
-    return differing == [-1] and ours.count(-1) == 1
