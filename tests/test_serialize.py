@@ -30,13 +30,19 @@ NAMES = {kind.__name__: kind for kind in (*PARTS, Knobs)}
 PLAIN = st.dictionaries(st.text(max_size=4), st.integers() | st.booleans() | st.text(max_size=4), max_size=2)
 
 
+def _drawn(hint: Any) -> st.SearchStrategy[Any]:
+    if hint == dict[str, Any]:
+        return PLAIN
+    return st.none() | PLAIN if hint == dict[str, Any] | None else st.from_type(hint)
+
+
 def _made(kind: type, **fixed: Any) -> st.SearchStrategy[Any]:
     """Objects of a dataclass with every field drawn, but those that are kept out of JSON."""
     omitted = {f.name: st.none() for f in dataclasses.fields(kind) if f.metadata.get("omit")}
     hints = {
         name: hint for name, hint in get_type_hints(kind, localns=NAMES).items() if name in kind.__dataclass_fields__
     }
-    drawn = {name: PLAIN if hint == dict[str, Any] else st.from_type(hint) for name, hint in hints.items()}
+    drawn = {name: _drawn(hint) for name, hint in hints.items()}
     return st.builds(kind, **drawn | omitted | fixed)
 
 
@@ -48,14 +54,14 @@ KNOBS = _made(Knobs, responsible=st.lists(_made(Culprit, rewrites=st.lists(_made
 
 
 @pytest.mark.parametrize("kind", PARTS, ids=lambda kind: kind.__name__)
-@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(data=st.data())
 def test_every_field_of_a_part_survives(kind: type, data: st.DataObject) -> None:
     value = data.draw(ROWS if kind is LayerRow else _made(kind))
     assert repr(decode(kind, json.loads(json.dumps(encode(value))), "result.json")) == repr(value)  # NaN equals NaN
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(knobs=KNOBS)
 def test_the_blamed_optimizers_survive(knobs: Knobs) -> None:
     again = Knobs.from_dict(json.loads(json.dumps(encode(knobs.to_dict()))), "result.json", "knobs")
@@ -71,7 +77,7 @@ def _tests(draw: st.DrawFn) -> TestResult:
     return dataclasses.replace(made, stages=[StageRow("neck", row) for row in rows[:1]])
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], deadline=None)
+@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], deadline=None)
 @given(data=st.data())
 def test_a_whole_result_survives(data: st.DataObject) -> None:
     result = data.draw(_made(BisectResult, tests=st.lists(_tests(), min_size=1, max_size=2)))
