@@ -6,7 +6,15 @@ WILD_ENV ?= .wild-env
 JUNIT ?=
 report = $(if $(JUNIT),--junitxml=$(JUNIT)/mmdet3d-$(1).xml)
 
-.PHONY: mmdet3d-env test-mmdet3d wild-env
+# The fuzzer: FUZZ_CASES cases from FUZZ_SEED; exit code 1 when it finds something.
+FUZZ_CASES ?= 10000
+FUZZ_SEED ?= $(shell date +%s)
+
+.PHONY: mmdet3d-env test-mmdet3d wild-env fuzz
+
+fuzz:
+	$(PYTHON) tests/fuzz/fuzz_run.py --seed $(FUZZ_SEED) --cases $(FUZZ_CASES)
+
 
 # An environment with the real mmdet3d, for CPUs. The first time mmcv is compiled: 7 minutes on 2 free cores.
 mmdet3d-env:

@@ -2,7 +2,8 @@
 
 Each function is computed on random numbers of every half octave of its range and compared with FP64. Printed is
 how large the errors are beside the models of ``cp_debug/bisect/operator_errors.py``: root mean square and largest one,
-in the half octave where each is worst. A flat map repeats one argument, so the largest must stay below 4, too.
+in the half octave where each is worst. A flat map repeats one argument, so the largest must stay below 4, too. Fourier
+transforms of random signals follow.
 
     python benchmarks/operator_errors.py                                        # measure, and compare with the models
     python benchmarks/operator_errors.py --json docs/data/operator_errors.json  # also write what was measured
@@ -171,6 +172,29 @@ def measure() -> tuple[dict[str, dict[str, list[list[float]]]], Table]:
     return found, table
 
 
+def transforms() -> dict[str, dict[str, float]]:
+    """Relative L2 errors of Fourier transforms of random signals, in u: length → implementation → error."""
+    rng, found = np.random.default_rng(0), dict[str, dict[str, float]]()
+    for length in (8, 32, 33, 60, 100, 128, 512, 1000, 1024, 2048):
+        x = rng.standard_normal((8, length, 1)).astype(np.float32)
+        node = helper.make_node("DFT", ["x", "n"], ["y"])
+        ends = (helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in "xy")
+        graph = helper.make_graph(
+            [node], "transform", *([e] for e in ends), [numpy_helper.from_array(np.array(length), "n")]
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+        session = onnxruntime.InferenceSession(model.SerializeToString())
+        exact = np.fft.fft(x[..., 0].astype(np.float64))
+        results = {
+            "ort": session.run(None, {"x": x})[0] @ np.array([1, 1j]),
+            "torch": torch.fft.fft(torch.from_numpy(x[..., 0])).numpy(),
+        }
+        found[str(length)] = {
+            kind: float(f"{np.linalg.norm(y - exact) / np.linalg.norm(exact) / U:.2g}") for kind, y in results.items()
+        }
+    return found
+
+
 def rms(values: np.ndarray) -> float:
     """Root mean square."""
     return float(np.sqrt(np.mean(np.square(values))))
@@ -184,9 +208,12 @@ def main() -> None:
     torch.set_num_threads(1)
     measured, table = measure()
     Console(width=120).print(table)
+    spectra = transforms()
+    for length, errors in spectra.items():
+        print(f"DFT of {length}: " + ", ".join(f"{kind} {error:g} u" for kind, error in errors.items()))
     if options.json:
         versions = {"onnxruntime": onnxruntime.__version__, "torch": torch.__version__}
-        document = {"versions": versions, "columns": COLUMNS, "measured": measured}
+        document = {"versions": versions, "columns": COLUMNS, "measured": measured, "dft": spectra}
         options.json.write_text(json.dumps(document, separators=(",", ":")).replace('},"', '},\n"') + "\n")
 
 

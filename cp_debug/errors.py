@@ -2,6 +2,40 @@
 
 from __future__ import annotations
 
+import errno
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file would be larger than is allowed here",
+    errno.EACCES: "no permission",
+    errno.EPERM: "not permitted",
+    errno.EROFS: "the file system is read-only",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.EISDIR: "it is a folder",
+    errno.ENOTDIR: "a part of the path is no folder",
+    errno.EEXIST: "it exists",
+    errno.ENOTEMPTY: "the folder is not empty",
+    errno.ELOOP: "a loop of symbolic links",
+    errno.EMFILE: "too many files are open in this process",
+    errno.ENFILE: "too many files are open on this machine",
+    errno.ENOMEM: "out of memory",
+    errno.EBUSY: "it is in use",
+    errno.ETXTBSY: "it is being run",
+    errno.EXDEV: "it lies on another file system",
+    errno.EIO: "the device reports an error",
+    errno.EPIPE: "nobody reads the output",
+    errno.ENODEV: "no such device",
+    errno.EINVAL: "not a valid name or operation here",
+}
+
+
+def system_reason(error: OSError) -> str:
+    """What the operating system refused, in words."""
+    if error.errno in _REASONS:
+        return _REASONS[error.errno]
+    return error.strerror or str(error) or type(error).__name__
+
 
 class CpdebugError(Exception):
     """An error that is told to the user in words, without a traceback."""

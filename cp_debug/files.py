@@ -5,26 +5,111 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from cp_debug.errors import InputError
+from cp_debug.errors import InputError, system_reason
+
+SHORTENED = 100
+"""Characters of a name that a temporary name repeats."""
 
 
 @contextmanager
 def complete_path(path: Path) -> Iterator[Path]:
     """A temporary name that becomes ``path`` when the block succeeds. Raises InputError when it cannot be written."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    check_target(path)
+    partial = partial_name(path)
+    special = path.exists() and not path.is_file()
     try:
-        yield partial
-        partial.replace(path)
+        yield path if special else partial  # a device or a pipe, such as /dev/stdout, is written to as it is
+        if not special:
+            partial.replace(path)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+        raise InputError(f"{path}: cannot be written ({system_reason(error)})") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def complete_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder whose files become those of the folder ``path`` when the block succeeds, one after the other.
+
+    ``path`` is made then where it does not exist; files that it has under other names stay. Raises InputError when it
+    cannot be written.
+    """
+    make_folder(path.parent)
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path}: exists and is no folder")
+    partial = partial_name(path)
+    try:
+        partial.mkdir()
+        yield partial
+        make_folder(path)
+        for made in sorted(partial.iterdir()):
+            made.replace(path / made.name)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({system_reason(error)})") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def partial_name(path: Path) -> Path:
+    """The temporary name beside ``path`` under which this process writes. What processes left that are gone is
+    removed."""
+    stem = f".{path.name[:SHORTENED]}."
+    with suppress(OSError):
+        for entry in path.parent.iterdir():
+            owner = entry.name[len(stem) :].removesuffix(".partial").partition("-")[0]
+            if entry.name.startswith(stem) and entry.name.endswith(".partial") and _is_gone(owner):
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    return path.with_name(f"{stem}{os.getpid()}.partial")
+
+
+def _is_gone(owner: str) -> bool:
+    """Whether ``owner`` is the number of a process that runs no more on this machine."""
+    if not (owner.isdigit() and len(owner) < 10):
+        return False
+    try:
+        os.kill(int(owner), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def check_target(path: Path) -> None:
+    """Raise InputError where no file can be written: an empty or impossible name, a folder, no folder around it."""
+    if "\0" in str(path):
+        raise InputError(f"{str(path)!r}: cannot be written (a null byte in its name)")
+    try:
+        if not path.name or path.is_dir():
+            raise InputError(f"{str(path)!r}: cannot be written (it is a folder); expected the name of a file")
+        path.exists()
+        parent = path.parent.stat()
+    except OSError as error:
+        reason = "there is no such folder" if isinstance(error, FileNotFoundError) else system_reason(error)
+        raise InputError(f"{path}: cannot be written ({reason})") from None
+    if not stat.S_ISDIR(parent.st_mode):
+        raise InputError(f"{path}: cannot be written ({path.parent} is no folder)")
+
+
+def make_folder(path: Path, what: str = "folder") -> None:
+    """Make a folder and those around it, or find it there. Raises InputError when that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise InputError(f"{path}: exists and is no folder; expected a {what}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be made ({system_reason(error)})") from None
+    except ValueError:
+        raise InputError(f"{str(path)!r}: cannot be made (a null byte in its name)") from None
 
 
 @contextmanager
@@ -38,6 +123,7 @@ def write_text(text: str, target: Path | None) -> None:
     """Write a report to a file, or to stdout without one."""
     if target is None:
         sys.stdout.write(text)
+        sys.stdout.flush()
         return
     with complete_file(target) as stream:
         stream.write(text)
@@ -56,6 +142,8 @@ def hashes(paths: Iterable[Path]) -> dict[str, str]:
 def file_hash(path: Path) -> str:
     """SHA-256 of a file; empty where there is none."""
     digest = hashlib.sha256()
+    if not path.is_file():
+        return ""
     try:
         with path.open("rb") as stream:
             while block := stream.read(1 << 20):

@@ -25,22 +25,35 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from cp_debug.errors import InputError, system_reason
+from cp_debug.reading import read_json
+from cp_debug.safe_text import without_traceback
+
 TAIL = 12
 """Lines of output that an error message repeats."""
 LINE = 1 << 16
 """Bytes of output taken at once, and about the longest line that is taken as one."""
 OLDEST = (3, 8)
 
+_EVENTS: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "log": {"text": str},
+    "progress": {"phase": str, "done": (int, float), "steps": (int, float)},
+    "step": {"command": str},
+    "done": {},
+}
+"""The fields that an event must have; a line that lacks one is output."""
+
 OnEvent = Callable[[Mapping[str, Any]], None]
 """Takes ``{"event": "log" | "progress" | "step" | "output", …}`` as the script sends them."""
 
 
 class InterpreterFailed(Exception):
-    """Why there is no result. ``unusable``: it is not an interpreter that can run the script at all."""
+    """Why there is no result. ``unusable``: it is not an interpreter that can run the script at all.
+    ``timed_out``: it was killed at its limit."""
 
-    def __init__(self, reason: str, *, unusable: bool = False) -> None:
+    def __init__(self, reason: str, *, unusable: bool = False, timed_out: bool = False) -> None:
         super().__init__(reason)
-        self.unusable = unusable
+        self.unusable, self.timed_out = unusable, timed_out
 
 
 class Interpreter:
@@ -123,7 +136,7 @@ class Interpreter:
             process.wait(timeout=max(end - time.monotonic(), 0.001))
         except (TimeoutError, subprocess.TimeoutExpired):
             reason = f"its process did not end within {self.time_limit:g} s (last command: {doing})"
-            raise InterpreterFailed(reason + _quote(tail)) from None
+            raise InterpreterFailed(reason + _quote(tail), timed_out=True) from None
         return tail, doing
 
     def _read_result(self, path: Path, status: int, tail: Sequence[str], doing: str) -> dict[str, Any]:
@@ -131,10 +144,10 @@ class Interpreter:
             reason = f"its process died: {signal.strsignal(-status if status < 0 else status - 128)} (in {doing})"
             raise InterpreterFailed(reason + _quote(tail))
         try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(result["results"], list):
-                raise TypeError
-        except (OSError, ValueError, TypeError, KeyError):
+            result = read_json(path)
+            if not isinstance(result, dict) or not isinstance(result.get("results"), list):
+                raise InputError(f"{path}: no results")
+        except InputError:
             reason = f"{self.python} left no result (exit status {status}, last command: {doing})"
             raise InterpreterFailed(reason + _quote(tail), unusable=True) from None
         return result
@@ -145,11 +158,15 @@ def _check(python: str) -> None:
     try:
         done = subprocess.run([python, "-c", hello], capture_output=True, text=True, errors="replace", timeout=60)
     except OSError as error:
-        raise InterpreterFailed(f"{python} cannot be run ({error.strerror})", unusable=True) from None
+        raise InterpreterFailed(f"{python} cannot be run ({system_reason(error)})", unusable=True) from None
+    except ValueError:
+        raise InterpreterFailed(f"{python!r} cannot be run (a null byte in its name)", unusable=True) from None
     except subprocess.TimeoutExpired:
         raise InterpreterFailed(f"{python} does not answer like a Python interpreter", unusable=True) from None
     words = done.stdout.split()
     if words[:1] != ["cpdebug"] or len(words) != 3:
+        raise InterpreterFailed(f"{python} is not a Python interpreter", unusable=True)
+    if not (words[1].isdigit() and words[2].isdigit() and len(words[1] + words[2]) < 9):
         raise InterpreterFailed(f"{python} is not a Python interpreter", unusable=True)
     if (int(words[1]), int(words[2])) < OLDEST:
         needed = ".".join(map(str, OLDEST))
@@ -189,12 +206,13 @@ def _event(line: str) -> dict[str, Any]:
     """A line of the protocol, or what a library printed."""
     try:
         event = json.loads(line)
-        if event["event"] in ("log", "progress", "step", "done"):
+        known = _EVENTS[event["event"]]
+        if all(isinstance(event[field], kind) for field, kind in known.items()):
             return event
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         pass
     return {"event": "output", "text": line.rstrip()}
 
 
 def _quote(tail: Sequence[str]) -> str:
-    return "".join(f"\n  | {line}" for line in tail)
+    return "".join(f"\n  | {line}" for line in without_traceback("\n".join(tail)).split("\n") if line)

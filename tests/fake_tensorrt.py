@@ -237,6 +237,7 @@ class ITimingCache:
 
 class IBuilderConfig:
     profiling_verbosity = int8_calibrator = progress_monitor = None
+    builder_optimization_level = 3
 
     def __init__(self, trt: ModuleType) -> None:
         self._trt, self._flags, self._profiles, self._cache, self._limits = trt, {trt.BuilderFlag.TF32}, [], None, {}

@@ -81,7 +81,7 @@ def test_frozen_sizes_are_found_and_nothing_is_left_behind(tmp_path: Path) -> No
     says = "net: on x 5×3 the exported graph gives another y than its module"
     with pytest.warns(torch.jit.TracerWarning), pytest.raises(InputError, match=says):
         export_model(model, next(iter(model.samples(1, 0, None))), target)
-    assert list(target.iterdir()) == []
+    assert not target.exists()  # an empty folder would look like one that was exported
 
 
 def test_an_onnx_file_is_not_exported_again(folder: Path, tmp_path: Path) -> None:

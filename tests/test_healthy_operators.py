@@ -152,6 +152,30 @@ def test_infinity_counts_by_what_becomes_of_it(tmp_path: Path, wanted: bool) -> 
     assert [row.onnx for row in test.guilty] == ([] if wanted else ["added", end])
 
 
+def test_what_nothing_reads_is_nobodys_fault(tmp_path: Path) -> None:
+    """ONNX Runtime leaves the mask of an inactive Dropout at 0 in old opsets, where ONNX says 1."""
+    net = NetBuilder()
+    kept = net.op("Dropout", net.op("Relu", "x"), outputs=2)
+    path = net.save(tmp_path / "dropout.onnx", {"x": (1, [2, 8])}, [net.op("Neg", kept)], opset=9)
+    assert accused(bisect(str(path), "ort-none,emu-fp32,emu-tf32", options=Options(explain=False)).tests) == []
+    read = net.save(tmp_path / "read.onnx", {"x": (1, [2, 8])}, [net.nodes[-1].output[0], "dropout_1_1"], opset=9)
+    assert accused(bisect(str(read), "ort-none,emu-tf32", options=Options(explain=False)).tests)
+
+
+@pytest.mark.parametrize(("given", "innocent"), [([0, -1], True), ([-1, 8], True), ([4, 4], False)])
+def test_a_shape_counts_by_what_it_makes(tmp_path: Path, given: list[int], innocent: bool) -> None:
+    """ONNX Runtime's optimiser writes [0, -1] where the sizes multiply out to [2, 8]."""
+
+    def write_shape(file: str, sizes: list[int]) -> Path:
+        net = NetBuilder()
+        shape = net.op("Concat", *(net.op("Identity", net.weight(np.array([n]))) for n in sizes), axis=0, name="shape")
+        return net.save(tmp_path / file, {"x": (1, [2, 2, 4])}, [net.op("Reshape", "x", shape)])
+
+    reference, test = write_shape("reference.onnx", [2, 8]), write_shape("test.onnx", given)
+    result = bisect(str(reference), "ort-none,emu-fp32", test_model=test, options=Options(explain=False)).tests[0]
+    assert bool(result.guilty) != innocent
+
+
 @pytest.mark.parametrize(("epsilon", "function", "expected"), [(1e-10, "Log", ["add"]), (1e-6, "Sqrt", [])])
 def test_a_constant_out_of_range_counts_by_its_effect(
     tmp_path: Path, epsilon: float, function: str, expected: list[str]

@@ -185,6 +185,21 @@ def test_half_precision_graphs_are_observed_without_a_gap(tmp_path, spec):
     session.close()
 
 
+def test_sums_of_unknown_sizes_are_read_in_nchwc(tmp_path):
+    """ONNX Runtime adds maps of unknown size with five axes, between two Reshape nodes."""
+    net = NetBuilder()
+    left, right = (net.batch_norm(net.op("Relu", net.conv("x", 16, 16)), 16) for _ in range(2))
+    net.conv(net.op("Add", left, right, name="total"), 16, 16, name="y")
+    path = net.save(tmp_path / "net.onnx", {"x": (1, [1, 16, "h", "w"])}, ["y"])
+    session = open_session(path, "ort-all")
+    feed = image(1, 16, 12, 8)
+    outputs, seen = observe(session, feed)
+    _, exact = observe(open_session(path), feed)
+    assert outputs["y"].tobytes() == session.run(feed)["y"].tobytes()
+    np.testing.assert_allclose(seen["total"], exact["total"], rtol=1e-4, atol=1e-5)
+    session.close()
+
+
 @pytest.mark.parametrize("spec", LEVELS)
 def test_half_precision_constants_are_opened(tmp_path, spec):
     """ONNX Runtime makes initializers of Constant nodes, which a CPU casts to FP32: there is no value left to read."""

@@ -116,6 +116,14 @@ class BuildsVariations(Protocol):
         ...
 
 
+@runtime_checkable
+class LooksInsideOnDemand(Protocol):
+    """A session that shows values inside only where its outputs ask for it, as that costs an engine."""
+
+    diverges: Callable[[Mapping[str, np.ndarray], Mapping[str, np.ndarray]], bool] | None
+    """Told inputs and outputs: whether they ask for it; None always looks."""
+
+
 def kept_in_fp32(backend: Backend) -> frozenset[str]:
     """Names of the nodes that a backend was told to keep in FP32."""
     return frozenset(backend.keep_fp32) if isinstance(backend, KeepsFp32) else frozenset()

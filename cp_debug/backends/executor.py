@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import ChainMap, Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +17,7 @@ from cp_debug.backends.arithmetic import FP32, Arithmetic
 from cp_debug.backends.base import Sink
 from cp_debug.backends.kernels import KERNELS, Call, Kernel
 from cp_debug.backends.reference import Reference
-from cp_debug.backends.schema_functions import function_body
+from cp_debug.backends.schema_functions import function_body, is_defined
 from cp_debug.backends.weights import Weights
 from cp_debug.errors import InputError
 from cp_debug.graph.bodies import Body, run_loop, run_scan
@@ -38,6 +38,18 @@ _FLOATS = {
     onnx.TensorProto.FLOAT16,
     onnx.TensorProto.BFLOAT16,
 }
+
+
+def _has_element(value: Any = None) -> Tensor:
+    return torch.tensor(value is not None)
+
+
+_OPTIONAL: dict[str, Callable[..., Any]] = {
+    "Optional": lambda value=None: value,
+    "OptionalGetElement": lambda value: value,
+    "OptionalHasElement": _has_element,
+}
+"""An optional is held as what is in it, or None. One that holds a sequence goes to ONNX's reference implementation."""
 
 
 class NodeFailed(InputError):
@@ -90,6 +102,8 @@ class Executor:
         """Of the last run: control flow node, by its path as ``flatten`` writes it → the branch that an If took, or how
         often a body ran."""
         self._definitions: dict[tuple[Any, ...], Body | None] = {}
+        self.in_reference: dict[str, str] = {}
+        """Node → operator of those that ONNX's reference implementation computed."""
         self.not_emulated: dict[str, str] = {}
         """Node → operator of those that ran and whose inner rounding nobody knows here: they were computed in the held
         dtype and rounded once. Nothing is missing in arithmetics that round nothing else."""
@@ -105,7 +119,7 @@ class Executor:
             or self._step(node, self.graph.opsets).bodies
         ):
             return True
-        if not (self.arithmetic.value or self.arithmetic.operand):
+        if not (self.arithmetic.value or self.arithmetic.operand) or is_defined(node, self.graph.opsets):
             return True
         kinds = [self.graph.types[o].tensor_type.elem_type for o in node.outputs if o in self.graph.types]
         return len(kinds) == len(node.outputs) and not any(kind in _FLOATS for kind in kinds)
@@ -163,7 +177,7 @@ class Executor:
             for name, value in zip(node.proto.output, outputs, strict=False):
                 if not name:
                     continue
-                if sink is not None and not isinstance(value, list) and (probes is None or name in probes):
+                if sink is not None and _has_numbers(value) and (probes is None or name in probes):
                     sink(name, value)
                 if name in wanted:
                     results[name] = value
@@ -205,7 +219,7 @@ class Executor:
         except Exception as error:
             given = ", ".join(_describe(i) for i in inputs)
             raise NodeFailed(
-                f"{self.graph.path}: node {node.name!r} ({node.op}) failed on ({given}): {error}"
+                f"{self.graph.path}: node {node.name!r} ({node.op}) failed on ({given}): {_first_line(error)}"
             ) from error
         return [arithmetic.round(r) for r in results] if step.kernel is None or step.kernel.rounds else results
 
@@ -235,6 +249,8 @@ class Executor:
         if node.op == "If":
             self.decisions[place + node.name] = branch = "then_branch" if bool(inputs[0]) else "else_branch"
             return execute(step.bodies[branch], [])
+        if node.op in _OPTIONAL and not any(isinstance(i, list) for i in inputs):
+            return [_OPTIONAL[node.op](*inputs)]
         if node.op in ("Loop", "Scan"):
             made = (run_loop if node.op == "Loop" else run_scan)(step.bodies, execute, step.call, *inputs)
             self.decisions[place + node.name] = next(runs)
@@ -245,6 +261,7 @@ class Executor:
                 return [results] if isinstance(results, Tensor) else list(results)
         if step.kernel is None and (body := self._by_definition(step, inputs)) is not None:
             return execute(body, inputs)
+        self.in_reference[node.name] = node.op
         outputs = [self.arithmetic.hold(r, self.device) for r in self._reference.run(node, values)]
         arithmetic = step.call.arithmetic
         computes = any(isinstance(o, Tensor) and o.is_floating_point() for o in outputs) and node.op not in MOVES
@@ -288,6 +305,16 @@ def with_bodies(graph: Graph) -> list[Node]:
     """The nodes that hold graphs: If and Loop, whose inner values nobody sees, and Scan, left to ONNX's reference."""
     kinds = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
     return [n for n in graph.nodes if any(a.type in kinds for a in n.proto.attribute)]
+
+
+def _has_numbers(value: Any) -> bool:
+    """Whether a value is a tensor of numbers: no sequence, empty optional or strings."""
+    return isinstance(value, Tensor) or (hasattr(value, "dtype") and value.dtype.kind not in "OSU")
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says, without the lists that ONNX's reference implementation adds."""
+    return (str(error).splitlines() or [type(error).__name__])[0].partition(", schema.has_function")[0]
 
 
 def _within(node: Node, bodies: Mapping[str, Body], body: Body, run: int) -> str:

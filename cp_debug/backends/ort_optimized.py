@@ -137,13 +137,15 @@ def _guess_names(optimized: Graph, original: Graph) -> dict[str, str]:
     present = {*optimized.values, *optimized.initializers}
     guesses: dict[str, str] = {}
     blocked = _blocked_values(optimized)
+    split = _split_values(optimized, blocked)
     by_node = {node.name: node.outputs[0] for node in original.nodes if node.outputs}
     for node in optimized.nodes:
         for value in node.outputs:
             name: str | None = None
-            if value in blocked and not node.op.endswith("ReorderInput"):
-                base = _SUFFIX.sub("", node.name).removeprefix(_CAST)
-                name = _after_fusion(base if base in original.producer else by_node.get(base), node, original)
+            maker = optimized.producer[node.inputs[0]] if node.op == "Reshape" and node.inputs[0] in split else node
+            if value in blocked - split and not node.op.endswith("ReorderInput"):
+                base = _SUFFIX.sub("", maker.name).removeprefix(_CAST)
+                name = _after_fusion(base if base in original.producer else by_node.get(base), maker, original)
             elif value.startswith(_CAST):
                 name = value.removeprefix(_CAST)
             if name in original.producer and name not in present:
@@ -161,6 +163,18 @@ def _blocked_values(graph: Graph) -> set[str]:
         ):
             blocked.update(node.outputs)
     return blocked
+
+
+def _split_values(graph: Graph, blocked: set[str]) -> set[str]:
+    """Values in NCHWc layout between two Reshape nodes that give them five axes, as ONNX Runtime writes elementwise
+    operators of two inputs whose sizes it does not know."""
+    split: set[str] = set()
+    for node in graph.nodes:
+        if node.op == "Reshape" and node.inputs[0] in blocked:
+            split.update(() if node.inputs[0] in split else node.outputs)
+        elif not split.isdisjoint(node.inputs):
+            split.update(node.outputs)
+    return split
 
 
 def _after_fusion(value: str | None, node: Node, original: Graph) -> str | None:

@@ -39,8 +39,8 @@ _CUDA = {
     "prefer_nhwc": "0",
 }
 
-_LOG_SEVERITY = 3
-"""Errors."""
+_LOG_SEVERITY = 4
+"""Fatal: what goes wrong is raised besides, and its log is in colours."""
 _OPTIONS = ("use_deterministic_compute", "intra_op_num_threads", "inter_op_num_threads", "log_severity_level")
 _CONFIG = {"session.intra_op.allow_spinning": "0", "session.set_denormal_as_zero": "0"}
 

@@ -30,17 +30,21 @@ _TYPES = {
 }
 
 
+def is_defined(node: Node, opsets: Mapping[str, int]) -> bool:
+    """Whether ONNX defines the node's operator by other operators, for some inputs at least."""
+    schema = _schema(node, opsets)
+    return schema is not None and (schema.has_function or schema.has_context_dependent_function)
+
+
 def function_body(node: Node, opsets: Mapping[str, int], inputs: Sequence[Any], held: torch.dtype) -> Body | None:
     """The body of a node's operator for inputs of these types (None for an absent one).
 
     None where ONNX gives no body, or none for these. ``held``: the dtype that stands for FLOAT.
     """
     proto = node.proto
-    domain = "" if proto.domain == "ai.onnx" else proto.domain
-    version = opsets.get(domain, 1)
-    try:
-        schema = onnx.defs.get_schema(proto.op_type, version, domain)
-    except onnx.defs.SchemaError:
+    version = opsets.get("" if proto.domain == "ai.onnx" else proto.domain, 1)
+    schema = _schema(node, opsets)
+    if schema is None:
         return None
     if schema.has_function:
         body = _latest(schema.function_opset_versions, version, schema.get_function_with_opset_version)
@@ -63,6 +67,14 @@ def function_body(node: Node, opsets: Mapping[str, int], inputs: Sequence[Any], 
     if not any(o.domain in ("", "ai.onnx") for o in function.opset_import):
         function.opset_import.add(domain="", version=opsets.get("", version))
     return Body.of_function(function, node)
+
+
+def _schema(node: Node, opsets: Mapping[str, int]) -> onnx.defs.OpSchema | None:
+    domain = "" if node.proto.domain == "ai.onnx" else node.proto.domain
+    try:
+        return onnx.defs.get_schema(node.proto.op_type, opsets.get(domain, 1), domain)
+    except onnx.defs.SchemaError:
+        return None
 
 
 def _latest(versions: Sequence[int], opset: int, build: Any) -> bytes | None:

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.base import Program, Tensor
-from cp_debug.backends.capabilities import BuildsVariations, calibrates_itself, kernels_of, ranges_of_session
+from cp_debug.backends.capabilities import (
+    BuildsVariations,
+    LooksInsideOnDemand,
+    calibrates_itself,
+    kernels_of,
+    ranges_of_session,
+)
 from cp_debug.backends.emulated import EmulatedBackend
+from cp_debug.backends.executor import Executor
 from cp_debug.backends.tensorrt.calibration import Ranges
 from cp_debug.bisect.file_quantization import FileQuantization
 from cp_debug.bisect.observe import Observation, observe
@@ -21,10 +29,12 @@ from cp_debug.bisect.replay import AnyQuantized, Load, Replay, Replayer
 from cp_debug.bisect.result import OK, LayerRow
 from cp_debug.bisect.sides import judged, trace_shapes, without_emulation
 from cp_debug.bisect.verdict import judge
+from cp_debug.errors import InputError
 from cp_debug.graph.declared import narrow_values
 from cp_debug.graph.graph import Graph
-from cp_debug.graph.integer_values import is_quantized, parent_values
+from cp_debug.graph.integer_values import is_quantized, parent_values, rounded_values
 from cp_debug.graph.qdq import has_own_pairs
+from cp_debug.probes.arrays import as_numpy
 from cp_debug.probes.capture import Capture, CaptureWriter
 from cp_debug.probes.statistics import TensorStats, compare
 from cp_debug.programs.layers import Layer, layer_name
@@ -81,6 +91,9 @@ class CandidateRun:
         self, sample: Sample, reference: Capture, writer: CaptureWriter
     ) -> tuple[dict[Key, TensorStats], dict[str, Arrays]]:
         """Run with probes; every value is compared with the reference's, and captured under the reference's name."""
+        for name, session in self.pipeline.sessions.items():
+            if isinstance(session, LooksInsideOnDemand):
+                session.diverges = partial(self._diverges, name, reference)
         captured = self._seen = {Key(e.component, e.name) for e in reference.entries}
         stats: dict[Key, TensorStats] = {}
 
@@ -94,9 +107,32 @@ class CandidateRun:
 
         return stats, self.pipeline.run(sample, sink)
 
+    def _diverges(self, component: str, reference: Capture, inputs: Arrays, outputs: Arrays) -> bool:
+        """Whether a component's outputs are beyond the tolerance, or further from the reference's than twice what its
+        precision makes of the whole component."""
+        rtol, atol = self.tolerance
+        graph = self.programs[component].graph
+        try:
+            emulated = Executor(graph, ARITHMETICS[self.precision.name]).run(inputs)
+        except (InputError, KeyError):
+            return True
+        for name, value in outputs.items():
+            exact = reference.load(name, component=component)
+            stats = compare(exact, value)
+            if stats.shape_mismatch or stats.max_abs > atol + rtol * stats.max_ref:
+                return True
+            expected = compare(exact, as_numpy(emulated[name])).rel_l2
+            if not stats.rel_l2 <= 2 * expected + self.precision.roundoff:
+                return True
+        return False
+
     def name(self, key: Key) -> Key:
         """The reference's name of a value of this test."""
         return Key(key.component, self._names[key.component].get(key.value, key.value))
+
+    def names(self, component: str) -> Mapping[str, str]:
+        """A component's values in this test → the reference's."""
+        return self._names[component]
 
     def replay(self, reference: Capture, test: Capture, stats: Mapping[Key, TensorStats]) -> dict[Key, Replay]:
         """Replay every captured layer on the oracle. ``stats`` are those of ``run``."""
@@ -170,9 +206,9 @@ class CandidateRun:
         """The values of a component, by the reference's names, that one side's program holds in less than FP32, or
         computes through such values, which the reference has not."""
         (program,) = (p for p in side.programs if p.name == component)
-        narrow = narrow_values(program.graph)
+        narrow = dict.fromkeys(rounded_values(program.graph), "int8") | narrow_values(program.graph)
         names = value_map(self.programs[component], program) if narrow else {}
-        found = {v.name: narrow[v.name] for v in program.graph.inputs if v.name in narrow}
+        found = {names.get(v.name, v.name): narrow[v.name] for v in program.graph.inputs if v.name in narrow}
         for own, name in names.items():
             if own not in program.graph.producer:
                 continue

@@ -33,9 +33,12 @@ from cp_debug.bisect.worst_samples import Collected, observation_notes
 from cp_debug.errors import InputError, in_one_line
 from cp_debug.graph.declared import narrow_values
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.integer_values import is_quantized
+from cp_debug.graph.qdq import has_own_pairs
+from cp_debug.graph.randomness import drawing
 from cp_debug.graph.weight_differences import WeightDifferences
 from cp_debug.probes.capture import Capture, CaptureWriter, check_free
-from cp_debug.programs.layers import Layer, all_layers, stage_ends
+from cp_debug.programs.layers import Layer, all_layers, stage_layers
 from cp_debug.programs.paired import differing_weights, pair_programs
 from cp_debug.programs.pipeline import (
     Key,
@@ -215,6 +218,11 @@ class Bisection:
                 unroller.unrolled(tests, self.test_model, self._samples, backend.precision) for backend in self._tests
             ]
             self._notes += unroller.notes
+            self._notes += [
+                f"{node.name} ({node.op}) draws random numbers: what hangs on it differs from run to run"
+                for program in programs
+                for node in drawing(program.graph)
+            ]
             paired = {
                 id(own): pair_programs(self.model, first, programs, own, options.maps, self._step) for own in theirs
             }
@@ -319,6 +327,8 @@ class Bisection:
     ) -> CandidateRun:
         options = self.options
         declared = {kind for p in (*programs, *tests) for kind in narrow_values(p.graph).values()}
+        if any(is_quantized(p.graph) and not has_own_pairs(p.graph) for p in (*programs, *tests)):
+            declared.add("int8")
         precision = coarsest(self._reference.precision, backend.precision, *declared)
         rtol = precision.rtol if options.rtol is None else options.rtol
         unjudged = math.inf if both_int8(self._reference, backend) else precision.atol
@@ -420,9 +430,14 @@ class Bisection:
         rows = [found.rows[key] for key in sorted(found.rows, key=lambda k: found.rows[k].index)]
         by_key = {(row.component, row.onnx): row for row in rows}
         stages = [
-            StageRow(name, by_key[layer.component, layer.onnx])
-            for name, layer in stage_ends(self.model.components, layers)
-            if (layer.component, layer.onnx) in by_key
+            StageRow(
+                stage.name,
+                by_key[stage.last.component, stage.last.onnx],
+                [r.name for r in rows if r.verdict == GUILTY and (r.component, r.onnx) in held],
+            )
+            for stage in stage_layers(self.model.components, layers)
+            if (held := {(layer.component, layer.onnx) for layer in stage.layers})
+            and (stage.last.component, stage.last.onnx) in by_key
         ]
         last = self.model.components[-1]
         (program,) = (p for p in run.pipeline.programs if p.name == last.name)

@@ -18,7 +18,7 @@ from cp_debug.probes.capture import Capture, CaptureWriter, array_hash
 from cp_debug.probes.statistics import compare
 from cp_debug.programs.paired_captures import Tensor, pair_captures
 from cp_debug.programs.pipeline import Pipeline, choose_export, header, prepare
-from cp_debug.programs.precision import coarser
+from cp_debug.programs.precision import PRECISIONS, coarser
 from cp_debug.recipes.base import Model
 from cp_debug.serialize import json_safe
 
@@ -75,6 +75,9 @@ def compare_captures(
     if reasons and not force:
         raise InputError("these captures should not be compared (--force does it anyway):\n" + "\n".join(reasons))
     ours, theirs = record_of(reference), record_of(test)
+    for record, capture in ((ours, reference), (theirs, test)):
+        if record.precision not in PRECISIONS:
+            raise InputError(f"{capture.folder}: the manifest's precision is {record.precision!r}, which is unknown")
     precision = coarser(ours.precision, theirs.precision)
     tolerance = (precision.rtol if rtol is None else rtol, precision.atol if atol is None else atol)
     pairs = pair_captures(reference, test, maps)

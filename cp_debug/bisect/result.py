@@ -12,6 +12,7 @@ from cp_debug.bisect.regions.region import Region
 from cp_debug.bisect.replay import EXCESS, Replay
 from cp_debug.display import notebook, terminal
 from cp_debug.probes.statistics import TensorStats
+from cp_debug.safe_text import one_line
 from cp_debug.serialize import json_safe
 
 if TYPE_CHECKING:
@@ -59,6 +60,9 @@ class LayerRow:
     kind: str = "data"
     """``data``; or, of a side value, ``constant`` or ``shape``: see ``Layer``. Side values have a row where they
     differ."""
+
+    def __post_init__(self) -> None:
+        self.name, self.op, self.tactic = one_line(self.name), one_line(self.op), one_line(self.tactic)
 
     @property
     def severity(self) -> tuple[float, ...]:
@@ -116,12 +120,28 @@ class StageRow:
 
     name: str
     layer: LayerRow
+    guilty: list[str] = field(default_factory=list)
+    """The guilty layers that the stage holds, by name."""
+
+    @property
+    def verdict(self) -> str:
+        """``guilty`` where the stage holds a guilty layer, else what is said of its last tensor."""
+        return GUILTY if self.guilty else self.layer.verdict
+
+    @property
+    def severity(self) -> tuple[float, ...]:
+        """Sort key: a stage with guilty layers before the others, then its last tensor's."""
+        return (float(bool(self.guilty)), *self.layer.severity)
+
+    def __post_init__(self) -> None:
+        self.name = one_line(self.name)
 
     def to_dict(self) -> dict[str, Any]:
-        """Name, and the figures of the stage's last tensor."""
+        """Name, the figures of the stage's last tensor, and the verdict on the stage with its guilty layers."""
         row = self.layer.to_dict()
-        keys = ("component", "onnx", "shape", "max_abs", "mean_abs", "rel_l2", "cosine", "verdict")
-        return {"stage": self.name, "layer": row["name"], **{k: row[k] for k in keys}}
+        keys = ("component", "onnx", "shape", "max_abs", "mean_abs", "rel_l2", "cosine")
+        figures = {k: row[k] for k in keys}
+        return {"stage": self.name, "layer": row["name"], **figures, "verdict": self.verdict, "guilty": self.guilty}
 
 
 @dataclass

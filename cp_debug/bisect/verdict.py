@@ -33,6 +33,8 @@ def judge(
         return Judgement(OK if within else DIVERGENT, within)
     if stats.equal:  # there is no divergence to be guilty of, however inexact both are
         return Judgement(OK, within)
+    if replay.unread:  # runtimes need not even write it
+        return Judgement(OK if within else INHERITED, within)
     if replay.new_nonfinite:
         return Judgement(GUILTY, within, f"{replay.new_nonfinite} NaN or Inf are born here")
     if replay.excess > EXCESS and replay.introduced > floor:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cp_debug.cli import tensorrt
+from cp_debug.cli.flags import MOST
 from cp_debug.cli.typed import refuse
 
 
@@ -24,9 +25,9 @@ def bench(
         Path | None, typer.Option(help="Weights: .pt, .safetensors, or what `cpdebug quantize` wrote.")
     ] = None,
     inputs: Annotated[Path | None, typer.Option(help="A point file, a folder of them, or an info file.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Clouds in one pass (CenterPoint).")] = 1,
-    warmup: Annotated[int, typer.Option(min=0, help="Passes before the clock runs.")] = 3,
-    repeats: Annotated[int, typer.Option("--repeats", "-n", min=1, help="Timed passes.")] = 20,
+    batch: Annotated[int, typer.Option(min=1, max=MOST, help="Clouds in one pass (CenterPoint).")] = 1,
+    warmup: Annotated[int, typer.Option(min=0, max=MOST, help="Passes before the clock runs.")] = 3,
+    repeats: Annotated[int, typer.Option("--repeats", "-n", min=1, max=MOST, help="Timed passes.")] = 20,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
     trt_python: tensorrt.Python = None,
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from cp_debug.cli import calibration, tensorrt
-from cp_debug.cli.flags import grouped
+from cp_debug.cli.flags import LAST_SEED, MOST, grouped
 from cp_debug.cli.typed import refuse, refuse_export_flags
 
 
@@ -60,8 +60,8 @@ def bisect(
     test_train_mode: Annotated[bool, typer.Option(help="Run the test's module in train mode.")] = False,
     test_out_of_place: Annotated[bool, typer.Option(help="Replace the test's in-place activations.")] = False,
     inputs: Annotated[Path | None, typer.Option(help=".npz, .bin, .pcd.bin, or a folder of them.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="How many samples.")] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of made-up inputs.")] = 0,
+    samples: Annotated[int, typer.Option(min=1, max=MOST, help="How many samples.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of made-up inputs.")] = 0,
     level: Annotated[Level, typer.Option(help="stages: the stage table alone.")] = Level.layers,
     show_all: Annotated[
         bool, typer.Option("--all", help="Every layer, not only those around the first divergent.")
@@ -74,6 +74,15 @@ def bisect(
         bool, typer.Option("--knobs", help="Find the optimisers of ort-basic or ort-all at fault.")
     ] = False,
     explain: Annotated[bool, typer.Option(help="Try the known causes on every guilty layer.")] = True,
+    max_builds: Annotated[
+        int,
+        typer.Option(
+            "--max-builds",
+            min=0,
+            help="Further engines for the search inside a guilty region.",
+            rich_help_panel=tensorrt.PANEL,
+        ),
+    ] = 6,
     exporter: Annotated[Exporter, typer.Option(help="For torch models; auto: what all backends read.")] = Exporter.auto,
     unfolded: Annotated[bool, typer.Option("--unfolded", help="Keep BatchNorm apart: debug module by module.")] = False,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
@@ -98,6 +107,8 @@ def bisect(
     specs = parse_backends(backends, repeats=differs)
     tests = specs[1:]
     engines.check(specs)
+    built = any(spec.family == "trt" for spec in specs)
+    refuse(("max_builds",), unless=built, why=f"none of {', '.join(map(str, specs))} is TensorRT")
     int8.check(specs, calibration.own_scales(specs, model, checkpoint, test_model))
     refuse_export_flags([model])
     why = "two other models of the tests; expected one of --test-model and --test-checkpoint"
@@ -125,6 +136,7 @@ def bisect(
         replay=replay,
         explain=explain,
         knobs=knobs,
+        max_builds=max_builds,
         exporter=exporter.chosen,
         folded=not unfolded,
         calibration=int8.chosen,

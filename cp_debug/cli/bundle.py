@@ -31,5 +31,5 @@ def bundle(
             redact=redact,
             told=lambda text: on_step(text, 0, 1),
         )
-    console.print(printed.strip(), markup=False, highlight=False)
-    console.print(f"written: {output}", markup=False, highlight=False)
+    console.print(printed.strip())
+    console.print(f"written: {output}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cp_debug.cli.flags import MOST
 from cp_debug.cli.typed import refuse, typed
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ Data = Annotated[
     Path | None, typer.Option("--calib-data", help="What to calibrate on, as --inputs.", rich_help_panel=PANEL)
 ]
 Samples = Annotated[
-    int, typer.Option("--calib-samples", min=1, help="At most this many samples.", rich_help_panel=PANEL)
+    int, typer.Option("--calib-samples", min=1, max=MOST, help="At most this many samples.", rich_help_panel=PANEL)
 ]
 Calibrator = Annotated[Method, typer.Option("--calib-method", help="How scales are chosen.", rich_help_panel=PANEL)]
 SkipLayers = Annotated[

@@ -9,7 +9,7 @@ import typer
 
 from cp_debug.cli import tensorrt
 from cp_debug.cli.bisect import Exporter
-from cp_debug.cli.flags import grouped
+from cp_debug.cli.flags import LAST_SEED, MOST, grouped
 from cp_debug.cli.typed import refuse_export_flags
 
 
@@ -22,8 +22,8 @@ def capture(
     ),
     checkpoint: Annotated[Path | None, typer.Option(help="Weights for the recipe: .pt or .safetensors.")] = None,
     inputs: Annotated[Path | None, typer.Option(help=".npz, .bin, .pcd.bin, or a folder of them.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="How many samples.")] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of made-up inputs.")] = 0,
+    samples: Annotated[int, typer.Option(min=1, max=MOST, help="How many samples.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of made-up inputs.")] = 0,
     exporter: Annotated[Exporter, typer.Option(help="For torch models; auto: what the backend reads.")] = Exporter.auto,
     unfolded: Annotated[bool, typer.Option("--unfolded", help="Keep BatchNorm apart.")] = False,
     *,

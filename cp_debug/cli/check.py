@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
+from cp_debug.cli.flags import LAST_SEED
+
 
 def check(
     model: Annotated[str, typer.Argument(help="As for bisect.")] = "centerpoint:tiny",
     checkpoint: Annotated[Path | None, typer.Option(help="Weights for the recipe: .pt or .safetensors.")] = None,
     inputs: Annotated[Path | None, typer.Option(help="As for bisect.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of made-up inputs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of made-up inputs.")] = 0,
     activations: Annotated[
         bool, typer.Option(help="Also look at the activations of one sample, in one FP32 pass.")
     ] = True,

@@ -2,21 +2,50 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import TextIOWrapper
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.segment import Segment
+from rich.text import Text
+
+from cp_debug.safe_text import message, visible
 
 if TYPE_CHECKING:
     from cp_debug.bisect.result import BisectResult
 
+_PLAIN = "cpdebug-plain"
+_ASCII = {
+    "✓": "ok",
+    "✗": "FAIL",
+    "→": "->",
+    "·": "-",
+    "Δ": "D",
+    "×": "x",
+    "≤": "<=",
+    "≥": ">=",
+    "…": "...",
+    "⋮": ":",
+    "−": "-",
+    "–": "-",
+    "—": "-",
+    "‖": "||",
+    "±": "+-",
+    "µ": "u",
+    "√": "sqrt",
+    "²": "^2",
+    **dict.fromkeys("─━╸╺╶╴╌", "-"),
+}
+"""For terminals that know ASCII alone."""
 PIPE_WIDTH = 140
 """Columns of a table that goes into a file or a pipe."""
 
@@ -29,19 +58,61 @@ NO_READER = 141
 """Exit code where whoever reads the output has gone, as shells have it; the library's is 1, here a divergence."""
 
 
-class _Console(Console):
+class SafeConsole(Console):
+    """A console that shows foreign text as it is: no markup in it, and nothing in it that steers a terminal."""
+
+    def __init__(self, *, stderr: bool = False, width: int | None = None) -> None:
+        super().__init__(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """What rich makes of it, every control character as an escape; those that rich itself sends are no text."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
     def on_broken_pipe(self) -> None:
         forget_output()
         raise SystemExit(NO_READER)
 
 
+console = SafeConsole(width=_width(sys.stdout.isatty()))
+errors = SafeConsole(stderr=True, width=_width(sys.stderr.isatty()))
+
+
+def show_error(text: str) -> None:
+    """An error message on stderr, within the limits of ``cp_debug.safe_text.message``."""
+    with suppress(OSError):  # stderr can be full, too; the exit code says enough then
+        errors.print(Text.assemble(("error:", "bold red"), f" {message(text)}"), soft_wrap=True)
+
+
+def show_usage(error: Any) -> None:
+    """What the parser of the command line refuses: the reason, and where the help is."""
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return
+    more = f"\nsee: {context.command_path} --help" if context is not None else ""
+    show_error(f"{error.format_message()}{more}")
+
+
+def show_anywhere() -> None:
+    """Let stdout and stderr take every character: what their encoding lacks is written in ASCII."""
+    codecs.register_error(_PLAIN, _plainly)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors=_PLAIN)
+
+
 def forget_output() -> None:
     """Let what is left to be flushed to stdout go nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-console = _Console(width=_width(sys.stdout.isatty()))
-errors = _Console(stderr=True, width=_width(sys.stderr.isatty()))
+def _plainly(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    return "".join(_ASCII.get(c) or c.encode("ascii", "backslashreplace").decode() for c in text), error.end
 
 
 def command_line() -> str:
@@ -103,7 +174,7 @@ def steps() -> Iterator[Steps]:
     """A progress bar on stderr while the block runs; nothing is drawn when stderr is not a terminal."""
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

@@ -23,6 +23,8 @@ def demo(
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
 ) -> None:
     """Put a known fault into the built-in model and watch it being found: the tutorial in one command."""
+    from rich.text import Text
+
     from cp_debug.bisect.engine import bisect
     from cp_debug.bisect.faults.catalog import FAULTS
     from cp_debug.cli.console import console, show, steps
@@ -30,7 +32,7 @@ def demo(
     if fault is None:
         refuse(("json",), unless=False, why="the list of faults is no result; name a FAULT")
         console.print(catalogue())
-        console.print("\nrun one:  cpdebug demo weight-scale", highlight=False)
+        console.print("\nrun one:  cpdebug demo weight-scale")
         return
     if fault not in FAULTS:
         near = difflib.get_close_matches(fault, FAULTS, n=1)
@@ -40,8 +42,8 @@ def demo(
     with steps() as on_step:
         result = bisect(seeded.model, seeded.backends, test_model=seeded.test_model, on_step=on_step)
     if json != "-":
-        console.print(f"[bold]injected:[/] {FAULTS[fault].summary} ({seeded.where})", highlight=False)
-        console.print(f"[bold]in the field:[/] {FAULTS[fault].symptom}\n", highlight=False)
+        console.print(Text.assemble(("injected:", "bold"), f" {FAULTS[fault].summary} ({seeded.where})"))
+        console.print(Text.assemble(("in the field:", "bold"), f" {FAULTS[fault].symptom}\n"))
     show(result, json=json, csv=None)
     if json != "-":
         console.print(verdict(seeded, result.tests[0]))

@@ -10,7 +10,7 @@ import typer
 
 from cp_debug.cli import calibration, tensorrt
 from cp_debug.cli.bisect import Exporter
-from cp_debug.cli.flags import grouped
+from cp_debug.cli.flags import LAST_SEED, MOST, grouped
 from cp_debug.cli.typed import refuse_data_flags, refuse_export_flags
 
 if TYPE_CHECKING:
@@ -24,19 +24,19 @@ def evaluate(
     data: Annotated[
         Path | None, typer.Option(help="An mmdet3d info file (.pkl); else the held-out synthetic scenes.")
     ] = None,
-    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="At most this many samples.")] = 50,
+    samples: Annotated[int, typer.Option("--samples", "-n", min=1, max=MOST, help="At most this many samples.")] = 50,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Weights: .pt, .safetensors, or what `cpdebug quantize` wrote.")
     ] = None,
     data_root: Annotated[Path | None, typer.Option(help="What the paths in the info file are relative to.")] = None,
-    sweeps: Annotated[int, typer.Option(min=0, help="Earlier sweeps to merge, at most.")] = 9,
+    sweeps: Annotated[int, typer.Option(min=0, max=MOST, help="Earlier sweeps to merge, at most.")] = 9,
     skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Leave out samples without a cloud.")] = False,
     ranges: Annotated[
         str, typer.Option("--range", help="model, nuscenes, metres, or CLASS=METRES,… from the sensor.")
     ] = "model",
-    min_points: Annotated[int, typer.Option(min=0, help="Points that an object must have to count.")] = 1,
-    draws: Annotated[int, typer.Option(min=0, help="Bootstrap draws for the intervals.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap; first synthetic scene.")] = 0,
+    min_points: Annotated[int, typer.Option(min=0, max=MOST, help="Points that an object must have to count.")] = 1,
+    draws: Annotated[int, typer.Option(min=0, max=MOST, help="Bootstrap draws for the intervals.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Of the bootstrap; first synthetic scene.")] = 0,
     max_drop: Annotated[float, typer.Option(min=0, help="mAP that a backend may lose.")] = 0.01,
     exporter: Annotated[Exporter, typer.Option(help="For torch models.")] = Exporter.auto,
     unfolded: Annotated[bool, typer.Option("--unfolded", help="Keep BatchNorm apart.")] = False,
@@ -63,6 +63,7 @@ def evaluate(
     from cp_debug.quantization.quantized_programs import load_quantized, quantize_programs
     from cp_debug.recipes.data.base import DataOptions, iterate
     from cp_debug.reports.evaluation import render
+    from cp_debug.reports.files import csv_text
 
     specs = parse_backends(backends)
     engines.check(specs)
@@ -102,7 +103,7 @@ def evaluate(
     show_document(render(result), result.to_dict(), json)
     if csv:
         with complete_file(csv) as stream:
-            result.to_pandas().to_csv(stream, index=False)
+            stream.write(csv_text(result.to_pandas()))
     if predictions:
         save_predictions(predictions, result.samples, result.predictions)
     raise typer.Exit(1 if result.worse else 0)

@@ -8,13 +8,14 @@ from typing import Annotated
 import typer
 
 from cp_debug.cli.bisect import Exporter
+from cp_debug.cli.flags import LAST_SEED
 
 
 def export(
     model: Annotated[str, typer.Argument(help="A recipe (`cpdebug models`) or module:callable / file.py:callable.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the files.")],
     checkpoint: Annotated[Path | None, typer.Option(help="Weights: .pt or .safetensors.")] = None,
-    opset: Annotated[int, typer.Option(min=11, help="TensorRT 8 reads up to 17.")] = 17,
+    opset: Annotated[int, typer.Option(min=11, max=100, help="TensorRT 8 reads up to 17.")] = 17,
     exporter: Annotated[Exporter, typer.Option(help="auto: TorchScript below opset 18, dynamo from there.")] = (
         Exporter.auto
     ),
@@ -27,7 +28,7 @@ def export(
         Path | None, typer.Option(help="Checkpoint of `quantize ptq` or `qat`: the files get its Q/DQ pairs.")
     ] = None,
     inputs: Annotated[Path | None, typer.Option(help="Sample to export with; else a made-up one.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of made-up inputs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of made-up inputs.")] = 0,
 ) -> None:
     """Export every component with free axes, align it with its module, check it on two inputs of different sizes."""
     from cp_debug.cli.console import console, steps
@@ -50,4 +51,4 @@ def export(
             opened = open_quantized(loaded, quantized)
             exported = export_quantized(loaded, opened, sample, output, options, on_step=on_step)
     for line in export_lines(exported):
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)

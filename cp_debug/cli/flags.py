@@ -8,6 +8,10 @@ from dataclasses import fields, is_dataclass
 from functools import wraps
 from typing import Any, get_type_hints
 
+MOST = 100_000
+"""The largest count that a flag takes: of samples, passes, draws. What is larger is a slip, and would never end."""
+LAST_SEED = (1 << 32) - 1
+
 Command = Callable[..., None]
 
 

@@ -7,6 +7,7 @@ interrupted, 141 whoever reads the output has gone.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Annotated
 
@@ -34,9 +35,12 @@ from cp_debug.cli import (
     verify,
 )
 from cp_debug.cli import eval as evaluation
-from cp_debug.cli.console import errors
+from cp_debug.cli.console import NO_READER, errors, forget_output, show_anywhere, show_error, show_usage
 from cp_debug.cli.typed import INTERRUPTED, Command
-from cp_debug.errors import CpdebugError
+from cp_debug.errors import CpdebugError, InputError, system_reason
+
+ENDED = 143
+"""Exit code after SIGTERM, as shells have it."""
 
 app = typer.Typer(
     name="cpdebug",
@@ -89,23 +93,35 @@ def main() -> None:
     """Run the command line; every expected failure is one message on stderr and an exit code."""
     # Threads that wait in vain spin, and so take the cores from those they wait for when other programs run, too.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    show_anywhere()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(ENDED))  # so that what is half-written is removed
     try:
-        app()
+        code = app(standalone_mode=False)
+        sys.stdout.flush()
+        sys.exit(code)
     except CpdebugError as error:
-        errors.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False)
+        show_error(str(error))
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:  # before or after a command; see ``Command`` for the time between
+    except MemoryError:
+        show_error("out of memory: this asks for more than the process may have")
+        sys.exit(InputError.exit_code)
+    except BrokenPipeError:  # before or after a command; see ``Command`` for the time between
+        forget_output()
+        sys.exit(NO_READER)
+    except OSError as error:
+        place = error.filename if error.filename is not None else "the output"
+        show_error(f"{place}: {system_reason(error)}")
+        forget_output()
+        sys.exit(InputError.exit_code)
+    except KeyboardInterrupt:  # likewise
         errors.print("interrupted")
         sys.exit(INTERRUPTED)
     except Exception as error:
+        if hasattr(error, "format_message"):  # what the parser raises
+            show_usage(error)
+            sys.exit(InputError.exit_code)
         message = crash.told(error)
         try:
-            errors.print(f"[bold red]error:[/] {_escape(message)}", highlight=False, soft_wrap=True)
+            show_error(message)
         finally:
             sys.exit(crash.EXIT_CODE)
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cp_debug.cli.calibration import Method
+from cp_debug.cli.flags import MOST
 from cp_debug.cli.typed import refuse
 
 
@@ -21,7 +22,7 @@ def ptq(
     calib_data: Annotated[
         Path | None, typer.Option(help="Info file, point files, .npz or a folder; else made-up inputs.")
     ] = None,
-    batches: Annotated[int, typer.Option(min=1, help="Calibration samples, at most.")] = 100,
+    batches: Annotated[int, typer.Option(min=1, max=MOST, help="Calibration samples, at most.")] = 100,
     method: Annotated[Method, typer.Option(help="How the scales are chosen.")] = Method.mse,
     skip_layers: Annotated[
         list[str] | None, typer.Option(help="Leave these layers in FP32: globs over module paths; repeatable.")
@@ -29,7 +30,7 @@ def ptq(
     cache: Annotated[
         Path | None, typer.Option(help="Scales of an earlier run (its folder, or a file) instead of calibrating.")
     ] = None,
-    opset: Annotated[int, typer.Option(min=13, help="Of the ONNX files; TensorRT 8 reads up to 17.")] = 17,
+    opset: Annotated[int, typer.Option(min=13, max=100, help="Of the ONNX files; TensorRT 8 reads up to 17.")] = 17,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
 ) -> None:
     """Fold BatchNorm, calibrate, and write checkpoint, calibration caches and ONNX files with Q/DQ pairs.

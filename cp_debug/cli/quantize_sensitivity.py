@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cp_debug.cli.calibration import Method
+from cp_debug.cli.flags import LAST_SEED, MOST
 from cp_debug.cli.typed import refuse
 
 
@@ -20,7 +21,7 @@ def sensitivity(
     calib_data: Annotated[
         Path | None, typer.Option(help="Info file, point files or a folder; else held-out synthetic scenes.")
     ] = None,
-    batches: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 20,
+    batches: Annotated[int, typer.Option(min=1, max=MOST, help="Calibration samples.")] = 20,
     method: Annotated[Method, typer.Option(help="How the scales are chosen.")] = Method.mse,
     skip_layers: Annotated[
         list[str] | None, typer.Option(help="Layers that stay in FP32 anyway: globs; repeatable.")
@@ -28,14 +29,16 @@ def sensitivity(
     data: Annotated[
         Path | None, typer.Option(help="What to measure on: an info file (.pkl); else held-out synthetic scenes.")
     ] = None,
-    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="At most this many samples.")] = 20,
+    samples: Annotated[int, typer.Option("--samples", "-n", min=1, max=MOST, help="At most this many samples.")] = 20,
     data_root: Annotated[Path | None, typer.Option(help="What the paths in the info file are relative to.")] = None,
-    seed: Annotated[int, typer.Option(help="Of made-up inputs; first synthetic scene to measure on.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LAST_SEED, help="Of made-up inputs; first synthetic scene to measure on.")
+    ] = 0,
     auto: Annotated[
         float | None,
         typer.Option(help="Choose what stays in FP32 so that at most this mAP is lost (no detector: output error)."),
     ] = None,
-    draws: Annotated[int, typer.Option(min=0, help="Bootstrap draws for the intervals.")] = 200,
+    draws: Annotated[int, typer.Option(min=0, max=MOST, help="Bootstrap draws for the intervals.")] = 200,
     show_all: Annotated[bool, typer.Option("--all", help="Show every layer.")] = False,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Write a row for each layer as CSV.")] = None,
@@ -55,6 +58,7 @@ def sensitivity(
     from cp_debug.quantization.open_quantized import modules_of, open_quantized
     from cp_debug.recipes.data.base import DataOptions
     from cp_debug.recipes.registry import load_model
+    from cp_debug.reports.files import csv_text
     from cp_debug.reports.sensitivity import render, write_chart, write_page
 
     refuse(("calib_data", "batches", "method"), unless=quantized is None, why="the scales are those of --from")
@@ -77,7 +81,7 @@ def sensitivity(
     show_document(render(profile, show_all=show_all), profile.to_dict(), json)
     if csv:
         with complete_file(csv) as stream:
-            profile.to_pandas().to_csv(stream, index=False)
+            stream.write(csv_text(profile.to_pandas()))
     if html:
         write_page(profile, command_line(), html)
     if plot:

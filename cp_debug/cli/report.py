@@ -61,4 +61,4 @@ def report(
 
         write_text(render_junit(saved) if kind is Format.junit else render_github(saved), output)
     for path in written:
-        console.print(f"{path}: {path.stat().st_size / 1024:.0f} KiB", highlight=False)
+        console.print(f"{path}: {path.stat().st_size / 1024:.0f} KiB")

@@ -10,7 +10,7 @@ import typer
 
 from cp_debug.cli import tensorrt
 from cp_debug.cli.bisect import Exporter
-from cp_debug.cli.flags import grouped
+from cp_debug.cli.flags import LAST_SEED, MOST, grouped
 from cp_debug.cli.typed import refuse, refuse_export_flags
 from cp_debug.errors import InputError
 
@@ -38,9 +38,9 @@ def search(
     data: Annotated[
         Path | None, typer.Option(help="For map_drop: an info file (.pkl); else the held-out synthetic scenes.")
     ] = None,
-    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="How many samples.")] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of made-up inputs.")] = 0,
-    max_builds: Annotated[int | None, typer.Option(min=1, help="Builds (emulated: trials) at most.")] = None,
+    samples: Annotated[int, typer.Option("--samples", "-n", min=1, max=MOST, help="How many samples.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of made-up inputs.")] = 0,
+    max_builds: Annotated[int | None, typer.Option(min=1, max=MOST, help="Builds (emulated: trials) at most.")] = None,
     budget: Annotated[str | None, typer.Option(help="Time after which no trial begins: 90s, 30m, 2h.")] = None,
     log: Annotated[Path | None, typer.Option(help="Every trial, a line each; a search goes on from it.")] = None,
     onnx: Annotated[
@@ -87,7 +87,7 @@ def search(
         result = run(loaded, made, parsed, found, replace(options, quantized=parts), on_step)
     show_document(render(result), result.to_dict(), json)
     if onnx and result.reached:
-        errors.print(f"{onnx}: written", markup=False, highlight=False, soft_wrap=True)
+        errors.print(f"{onnx}: written", soft_wrap=True)
     raise typer.Exit(0 if result.reached else 1)
 
 

@@ -15,7 +15,7 @@ import typer
 from cp_debug.backends.spec import parse_backends
 from cp_debug.cli import calibration
 from cp_debug.cli.bisect import Exporter
-from cp_debug.cli.flags import grouped
+from cp_debug.cli.flags import LAST_SEED, MOST, grouped
 from cp_debug.cli.typed import Command, refuse, refuse_data_flags, refuse_export_flags
 from cp_debug.errors import InputError
 
@@ -48,7 +48,7 @@ Models = Annotated[list[str] | None, typer.Argument(help="Recipes, .onnx files, 
 Backends = Annotated[str, typer.Option("--backends", "-b", help="Reference first, then the tests.")]
 Checkpoints = Annotated[list[Path] | None, typer.Option("--checkpoint", help="Weights; repeatable.")]
 Inputs = Annotated[Path | None, typer.Option(help="Info file (.pkl), .npz, point file, or a folder of such.")]
-Seed = Annotated[int, typer.Option(help="Of made-up inputs; first synthetic scene.")]
+Seed = Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Of made-up inputs; first synthetic scene.")]
 Exporters = Annotated[Exporter, typer.Option(help="For torch models; auto: what all backends read.")]
 Unfolded = Annotated[bool, typer.Option("--unfolded", help="Keep BatchNorm apart.")]
 
@@ -58,7 +58,8 @@ class Desk:
     """Where tasks go and reports come out: the flags that all kinds share."""
 
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes on this machine; default: its cores.", rich_help_panel=QUEUE)
+        int | None,
+        typer.Option(min=1, max=1000, help="Processes on this machine; default: its cores.", rich_help_panel=QUEUE),
     ] = None
     cluster: Annotated[
         str | None, typer.Option(help="Instead, a Dask scheduler: tcp://host:8786.", rich_help_panel=QUEUE)
@@ -135,7 +136,7 @@ def sweep_bisect(
     backends: Backends = "torch,ort",
     checkpoint: Checkpoints = None,
     inputs: Inputs = None,
-    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="At most this many samples.")] = 8,
+    samples: Annotated[int, typer.Option("--samples", "-n", min=1, max=MOST, help="At most this many samples.")] = 8,
     seed: Seed = 0,
     rtol: Annotated[float | None, typer.Option(help="Tolerance on max |Δ|, relative to max |reference|.")] = None,
     atol: Annotated[float | None, typer.Option(help="Absolute tolerance on max |Δ|.")] = None,
@@ -167,12 +168,12 @@ def sweep_eval(
     data: Annotated[
         Path | None, typer.Option(help="An mmdet3d info file (.pkl); else the held-out synthetic scenes.")
     ] = None,
-    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="At most this many samples.")] = 50,
+    samples: Annotated[int, typer.Option("--samples", "-n", min=1, max=MOST, help="At most this many samples.")] = 50,
     data_root: Annotated[Path | None, typer.Option(help="What the paths in the info file are relative to.")] = None,
-    sweeps: Annotated[int, typer.Option(min=0, help="Earlier sweeps to merge, at most.")] = 9,
+    sweeps: Annotated[int, typer.Option(min=0, max=MOST, help="Earlier sweeps to merge, at most.")] = 9,
     skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Leave out samples without a cloud.")] = False,
-    min_points: Annotated[int, typer.Option(min=0, help="Points that an object must have to count.")] = 1,
-    draws: Annotated[int, typer.Option(min=0, help="Bootstrap draws for the intervals.")] = 1000,
+    min_points: Annotated[int, typer.Option(min=0, max=MOST, help="Points that an object must have to count.")] = 1,
+    draws: Annotated[int, typer.Option(min=0, max=MOST, help="Bootstrap draws for the intervals.")] = 1000,
     seed: Seed = 0,
     max_drop: Annotated[float, typer.Option(min=0, help="mAP that a backend may lose.")] = 0.01,
     exporter: Exporters = Exporter.auto,
@@ -212,12 +213,12 @@ def sweep_sensitivity(
     calib_samples: calibration.Samples = 20,
     calib_method: calibration.Calibrator = calibration.Method.mse,
     data: Inputs = None,
-    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="At most this many samples.")] = 8,
+    samples: Annotated[int, typer.Option("--samples", "-n", min=1, max=MOST, help="At most this many samples.")] = 8,
     seed: Seed = 0,
     by: Annotated[
         Axis, typer.Option(help="What a task is: one sample and all layers, or all samples and a share of the layers.")
     ] = Axis.samples,
-    draws: Annotated[int, typer.Option(min=0, help="Bootstrap draws for the intervals, by layers.")] = 200,
+    draws: Annotated[int, typer.Option(min=0, max=MOST, help="Bootstrap draws for the intervals, by layers.")] = 200,
     *,
     desk: Desk,
 ) -> None:
@@ -252,9 +253,11 @@ def sweep_search(
         Path | None, typer.Option(help="The Q/DQ graph of the test (a folder, for several components).")
     ] = None,
     inputs: Inputs = None,
-    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="At most this many samples.")] = 8,
+    samples: Annotated[int, typer.Option("--samples", "-n", min=1, max=MOST, help="At most this many samples.")] = 8,
     seed: Seed = 0,
-    max_builds: Annotated[int | None, typer.Option(min=1, help="Builds (emulated: trials) a task at most.")] = None,
+    max_builds: Annotated[
+        int | None, typer.Option(min=1, max=MOST, help="Builds (emulated: trials) a task at most.")
+    ] = None,
     exporter: Exporters = Exporter.auto,
     unfolded: Unfolded = False,
     *,

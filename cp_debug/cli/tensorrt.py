@@ -17,6 +17,7 @@ from cp_debug.errors import InputError
 if TYPE_CHECKING:
     from cp_debug.backends.base import Backend
     from cp_debug.backends.spec import BackendSpec
+    from cp_debug.backends.tensorrt.engine_cache import EngineCache
     from cp_debug.cli.console import Steps
 
 PANEL = "TensorRT"
@@ -25,6 +26,7 @@ PANEL = "TensorRT"
 class Probes(str, Enum):
     """What an engine is made to show."""
 
+    auto = "auto"
     boundaries = "boundaries"
     all = "all"
     bisect = "bisect"
@@ -49,7 +51,8 @@ ProbeMode = Annotated[
     Probes,
     typer.Option(
         "--probes",
-        help="boundaries: what the engine writes anyway; all: every value; bisect: one a build, to the first bad one.",
+        help="auto: boundaries, if something diverges; boundaries: what the engine writes anyway; all: every value; "
+        "bisect: one a build, to the first bad one.",
         rich_help_panel=PANEL,
     ),
 ]
@@ -61,7 +64,9 @@ KeepFp32 = Annotated[
     list[str] | None,
     typer.Option("--keep-fp32", help="Layer or node that stays FP32, in emulated backends too; repeatable."),
 ]
-Workspace = Annotated[int | None, typer.Option("--workspace", help="Limit in MiB.", rich_help_panel=PANEL)]
+Workspace = Annotated[
+    int | None, typer.Option("--workspace", min=1, max=1 << 30, help="Limit in MiB.", rich_help_panel=PANEL)
+]
 TimingCache = Annotated[Path | None, typer.Option("--timing-cache", help="Kept and reused.", rich_help_panel=PANEL)]
 CalibrationCache = Annotated[
     Path | None,
@@ -79,6 +84,19 @@ CalibrationData = Annotated[
     Path | None,
     typer.Option("--trt-calib-data", help="Its samples, as --inputs; else the model's own.", rich_help_panel=PANEL),
 ]
+Cache = Annotated[
+    Path | None,
+    typer.Option("--cache", help="Folder of built engines; default: the user's cache folder.", rich_help_panel=PANEL),
+]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Build every engine anew.", rich_help_panel=PANEL)]
+BuilderLevel = Annotated[
+    int | None,
+    typer.Option("--builder-level", min=0, max=5, help="Builder optimisation level.", rich_help_panel=PANEL),
+]
+BuildTimeout = Annotated[
+    float | None,
+    typer.Option("--build-timeout", min=1.0, help="Seconds for one build; it is stopped then.", rich_help_panel=PANEL),
+]
 CALIBRATION_SAMPLES = 16
 """At most so many."""
 CALIBRATED = ("trt-int8", "trt-best")
@@ -94,6 +112,10 @@ class Flags:
     profile: Profiles = None
     workspace: Workspace = None
     timing_cache: TimingCache = None
+    cache: Cache = None
+    no_cache: NoCache = False
+    builder_level: BuilderLevel = None
+    build_timeout: BuildTimeout = None
 
     def check(self, specs: Sequence[BackendSpec]) -> None:
         """Raise InputError for a flag that was typed where no backend reads it."""
@@ -118,14 +140,27 @@ class Flags:
             "profiles": dict(map(parse_profile, self.profile or ())),
             "workspace_mib": self.workspace,
             "timing_cache": self.timing_cache,
+            "cache": self._open_cache,
+            "builder_level": self.builder_level,
+            "build_timeout": self.build_timeout,
         }
+
+    def _open_cache(self) -> EngineCache | None:
+        """Where engines are kept. Raises InputError for a folder that was named and cannot be written."""
+        from cp_debug.backends.tensorrt.engine_cache import EngineCache, default_folder
+
+        if self.no_cache:
+            if self.cache is not None:
+                raise InputError("--no-cache: expected it without --cache, which names a folder")
+            return None
+        return EngineCache.open(self.cache or default_folder(), asked=self.cache is not None)
 
 
 @dataclass(frozen=True)
 class ProbeFlags(Flags):
     """Those, and the ones about what an engine shows and where its types and ranges come from."""
 
-    probes: ProbeMode = Probes.boundaries
+    probes: ProbeMode = Probes.auto
     keep_fp32: KeepFp32 = None
     calibration_cache: CalibrationCache = None
     trt_calibrator: CalibratorKind = None
@@ -178,6 +213,9 @@ def make(specs: Sequence[BackendSpec], options: Mapping[str, Any], steps: Steps)
     from cp_debug.backends.registry import create
 
     given, kept = {**options, "on_event": steps.on_event}, options.get("keep_fp32", ())
+    open_cache = given.pop("cache", None)
+    if open_cache is not None and any(spec.family == "trt" for spec in specs):
+        given["cache"] = open_cache()
     made = []
     for spec in specs:
         backend: Any = create(spec, **given) if spec.family == "trt" else create(spec)

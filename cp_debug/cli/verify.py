@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cp_debug.cli import tensorrt
+from cp_debug.cli.flags import LAST_SEED, MOST
 from cp_debug.cli.typed import refuse
 
 if TYPE_CHECKING:
@@ -26,9 +27,10 @@ def verify(
     recipe: Annotated[str | None, typer.Option("--model", help="For a configuration that names no model.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Weights: .pt or .safetensors.")] = None,
     inputs: Annotated[Path | None, typer.Option(help="Point files, a folder of them, or an info file.")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="How many samples.  [default: 3]")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, max=MOST, help="How many samples.  [default: 3]")] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Seed of made-up inputs; first synthetic scene.  [default: 0]")
+        int | None,
+        typer.Option(min=0, max=LAST_SEED, help="Seed of made-up inputs; first synthetic scene.  [default: 0]"),
     ] = None,
     tolerance: Annotated[
         list[str] | None,

@@ -16,6 +16,7 @@ from typing import Any
 from cp_debug import plugins
 from cp_debug.deploy.schema import DeployConfig, validate
 from cp_debug.errors import InputError
+from cp_debug.reading import plain, read_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -40,21 +41,30 @@ def load_config(path: Path) -> DeployConfig:
 
 
 def _document(path: Path) -> Any:
+    text = read_text(path, what="configuration")
+    kind = "TOML" if path.suffix == ".toml" else "YAML"
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    if path.suffix == ".toml":
-        try:
-            return tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise InputError(f"{path}: not TOML ({error})") from None
+        document = tomllib.loads(text) if kind == "TOML" else _yaml(text)
+    except RecursionError:
+        raise InputError(f"{path}: not {kind} that can be read (nested too deep)") from None
+    except Exception as error:  # PyYAML lets through what dates, numbers and keys raise that are none
+        raise InputError(f"{path}: not {kind} ({' '.join(str(error).split())[:300]})") from None
+    return plain(document, str(path))
+
+
+def _yaml(text: str) -> Any:
+    """Plain YAML in which a date is the text that it looks like."""
     import yaml
 
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    return yaml.load(text, Loader)  # a SafeLoader
 
 
 def override(config: DeployConfig, given: Mapping[str, Any]) -> DeployConfig:

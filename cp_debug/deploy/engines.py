@@ -13,6 +13,7 @@ from cp_debug.backends.base import Backend, Program
 from cp_debug.errors import InputError
 from cp_debug.files import complete_path, file_hash, write_text
 from cp_debug.programs.pipeline import check_realised, with_kept
+from cp_debug.reading import read_json, typed, within
 
 MANIFEST = "engines.json"
 SCHEMA = "cpdebug.engines/1"
@@ -89,12 +90,13 @@ def check_engines(folder: Path, programs: Sequence[Program], versions: Mapping[s
     of another TensorRT version or GPU.
     """
     file = folder / MANIFEST
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        engines = {each["component"]: Built(**each) for each in manifest["engines"]}
-        machine = {key: manifest[key] for key in MACHINE}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file}: not the manifest of `cpdebug build` ({type(error).__name__}: {error})") from None
+    source = f"{file}: not the manifest of `cpdebug build`"
+    manifest: dict[str, Any] = typed(dict[str, Any], read_json(file, what="manifest"), source)
+    built: list[Built] = typed(list[Built], manifest.get("engines"), source)
+    engines = {each.component: each for each in built}
+    machine: dict[str, str] = typed(dict[str, str], {key: manifest.get(key) for key in MACHINE}, source)
+    for each in engines.values():
+        within(folder, each.file, str(file))
     for key, value in machine.items():
         if value != versions[key]:
             raise InputError(f"{file}: {key} is {value!r}; here it is {versions[key]!r}: build the engines again")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import InputError, MissingPackage
+from cp_debug.files import complete_folder
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.alignment import Alignment
 from cp_debug.probes.statistics import compare
@@ -97,18 +97,24 @@ def export_model(
     modules = [component.name for component in model.components if component.module is not None]
     if len(modules) < len(model.components):
         raise InputError(f"MODEL: {model.name} is an ONNX file already; expected a model of torch modules to export")
-    folder.mkdir(parents=True, exist_ok=True)
-    backend = checker()
     results: dict[str, Arrays] = {}
     exported = []
-    for place, component in enumerate(model.components):
-        on_step(f"exporting {component.name}", place, len(modules))
-        inputs = model.feed(component, sample, results)
-        results[component.name] = run_module(component, inputs)
-        free = (axes or {}).get(component.name) or component.deployed_axes or component.dynamic_axes
-        target = folder / (files or {}).get(component.name, f"{component.name}.onnx")
-        exported.append(_export(component, inputs, results[component.name], target, free, options, backend))
-    return exported
+    with complete_folder(folder) as scratch:
+        backend = checker()
+        for place, component in enumerate(model.components):
+            on_step(f"exporting {component.name}", place, len(modules))
+            inputs = model.feed(component, sample, results)
+            results[component.name] = run_module(component, inputs)
+            free = (axes or {}).get(component.name) or component.deployed_axes or component.dynamic_axes
+            target = scratch / (files or {}).get(component.name, f"{component.name}.onnx")
+            exported.append(_export(component, inputs, results[component.name], target, free, options, backend))
+    return [_moved(each, folder) for each in exported]
+
+
+def _moved(exported: Exported, folder: Path) -> Exported:
+    """The same, of the file where it lies now."""
+    program = exported.program
+    return replace(exported, program=replace(program, graph=Graph(folder / program.graph.path.name)))
 
 
 def _export(
@@ -123,31 +129,28 @@ def _export(
     module = component.module
     assert module is not None
     args = tuple(torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in component.input_names)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as scratch:
-        path = export(
-            module,
-            args,
-            Path(scratch) / target.name,
-            input_names=component.input_names,
-            output_names=component.output_names,
-            dynamic_axes=axes,
-            exporter=options.chosen_exporter,
-            folded=options.folded,
-            simplify=options.simplify,
-            opset=options.opset,
-        )
-        onnx.checker.check_model(path)
-        graph = Graph(path)
-        alignment = align(graph, module, args, prefix=component.prefix)
-        other = resized(inputs, axes)
-        error = max(
-            _distance(backend, graph, component, inputs, outputs),
-            _distance(backend, graph, component, other, run_module(component, other)),
-        )
-        alignment.save(path.with_suffix(".alignment.json"))
-        for made in Path(scratch).iterdir():
-            made.replace(target.parent / made.name)
-    program = Program(component.name, Graph(target), module, alignment)
+    path = export(
+        module,
+        args,
+        target,
+        input_names=component.input_names,
+        output_names=component.output_names,
+        dynamic_axes=axes,
+        exporter=options.chosen_exporter,
+        folded=options.folded,
+        simplify=options.simplify,
+        opset=options.opset,
+    )
+    onnx.checker.check_model(path)
+    graph = Graph(path)
+    alignment = align(graph, module, args, prefix=component.prefix)
+    other = resized(inputs, axes)
+    error = max(
+        _distance(backend, graph, component, inputs, outputs),
+        _distance(backend, graph, component, other, run_module(component, other)),
+    )
+    alignment.save(path.with_suffix(".alignment.json"))
+    program = Program(component.name, graph, module, alignment)
     return Exported(program, (_shapes(inputs), _shapes(other)), error, str(backend.spec))
 
 

@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import ast
 import operator
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from cp_debug.errors import InputError
+from cp_debug.reading import plain, read_text
 
 _ARITHMETIC: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -22,6 +24,7 @@ _ARITHMETIC: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
 }
 _TEXT_METHODS = ("strip", "lstrip", "rstrip")
 _LARGEST_SHIFT = 64
+_LARGEST_VALUE = 20_000
 
 
 def read_literals(path: Path) -> dict[str, Any]:
@@ -31,22 +34,25 @@ def read_literals(path: Path) -> dict[str, Any]:
     numbers, ``<<``, f-strings, ``str(…)``, ``.strip()``, and of inherited settings ``{{_base_.name}}``. Raises
     InputError with file and line for anything else.
     """
-    return _read(path, ())
+    return plain(_read(path, ()), str(path))
 
 
 def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     """``children``: the files that inherit from this one."""
     if path.resolve() in children:
         raise InputError(f"{path}: inherits from itself")
+    text = read_text(path, what="configuration")
+    reader = _Reader(path, (*children, path.resolve()))
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the parser, about what the file says
+            tree = ast.parse(text, str(path))
+        for statement in tree.body:
+            reader.take(statement)
     except (SyntaxError, ValueError) as error:
         raise InputError(f"{path}: not Python ({error})") from None
-    reader = _Reader(path, (*children, path.resolve()))
-    for statement in tree.body:
-        reader.take(statement)
+    except (RecursionError, MemoryError):  # the parser says either
+        raise InputError(f"{path}: nested too deep") from None
     own = {name: value for name, value in reader.values.items() if not name.startswith("_")}
     return merge(reader.base, own)
 
@@ -67,6 +73,9 @@ class _Reader:
     def __init__(self, path: Path, lineage: tuple[Path, ...]) -> None:
         self._path, self._lineage = path, lineage
         self.values: dict[str, Any] = {}
+        self._sizes: dict[int, int] = {}
+        """Values in each container, those of containers in it included, by its identity."""
+        self._kept: list[Any] = []
         self.base: dict[str, Any] = {}
 
     def take(self, statement: ast.stmt) -> None:
@@ -96,6 +105,27 @@ class _Reader:
             self.base |= settings
 
     def _value(self, node: ast.expr) -> Any:
+        try:
+            value = self._evaluated(node)
+        except TypeError as error:  # a list as key
+            self._refuse(node, str(error))
+        if self._size(value) > _LARGEST_VALUE:
+            self._refuse(node, f"unfolds to more than {_LARGEST_VALUE} values or characters")
+        return value
+
+    def _size(self, value: Any) -> int:
+        """Values in it, or characters, or bits: what writing it out would take."""
+        if isinstance(value, list | dict):
+            if id(value) not in self._sizes:
+                parts = value if isinstance(value, list) else (part for item in value.items() for part in item)
+                self._sizes[id(value)] = 1 + sum(map(self._size, parts))
+                self._kept.append(value)  # or its identity could become another's
+            return self._sizes[id(value)]
+        if isinstance(value, str | bytes):
+            return max(1, len(value) // 16)
+        return value.bit_length() // 16 if isinstance(value, int) else 1
+
+    def _evaluated(self, node: ast.expr) -> Any:
         match node:
             case ast.Constant(value=value):
                 return value

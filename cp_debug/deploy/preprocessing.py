@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 
 from cp_debug.errors import InputError
+from cp_debug.reading import read_npz
 from cp_debug.recipes.centerpoint.config import CenterPointConfig
 from cp_debug.recipes.centerpoint.voxelize import Voxels, voxelize
 
@@ -86,11 +86,13 @@ def read_voxels(path: Path, config: CenterPointConfig) -> Voxels:
     """What another implementation wrote: ``.npz`` with ``voxels`` [N, P, C], ``num_points`` [N], ``coors`` [N, 3 or 4]
     (z, y, x last). Raises InputError that names file and array.
     """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            voxels, counts, coors = (archive[name] for name in Voxels._fields)
-    except (OSError, KeyError, ValueError, AttributeError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: expected an .npz file with {', '.join(Voxels._fields)} ({error})") from None
+    archive = read_npz(path)
+    if missing := [name for name in Voxels._fields if name not in archive]:
+        raise InputError(f"{path}: expected an .npz file with {', '.join(Voxels._fields)}; it has no {missing[0]}")
+    voxels, counts, coors = (archive[name] for name in Voxels._fields)
+    for name, array, kinds in (("voxels", voxels, "f"), ("num_points", counts, "iu"), ("coors", coors, "iu")):
+        if array.dtype.kind not in kinds or not array.dtype.isnative:
+            raise InputError(f"{path}: {name} is {array.dtype}; expected {'floats' if kinds == 'f' else 'integers'}")
     columns = len(config.point_features)
     if voxels.ndim != 3 or voxels.shape[2] != columns:
         raise InputError(f"{path}: voxels has shape {list(voxels.shape)}; expected [N, P, {columns}]")

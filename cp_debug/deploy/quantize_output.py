@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
@@ -13,6 +12,7 @@ from torch import nn
 from cp_debug.deploy.exporting import ExportOptions, OnStep, export_model
 from cp_debug.deploy.quantizing import quantize_exported
 from cp_debug.errors import InputError
+from cp_debug.files import complete_folder
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.qdq import insert_qdq
 from cp_debug.graph.scales import Scales
@@ -87,9 +87,7 @@ def write_quantized(
     A torch component's file is exported from the FP32 module, BatchNorm folded, keeps its alignment manifest beside it
     and is checked against the fake-quantised module on ``sample``. Raises InputError as ``export_model`` does.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder, prefix=".ptq-") as name:
-        scratch = Path(name)
+    with complete_folder(folder) as scratch:
         for component, part in quantized.items():
             part.scales.save(cache_file(scratch, component))
         modules = {component: part.module for component, part in quantized.items() if part.module is not None}
@@ -104,7 +102,8 @@ def write_quantized(
                 assert graph.onnx_path is not None
                 scales = quantized[graph.name].scales
                 insert_qdq(Graph(graph.onnx_path), scales.layers, scratch / f"{graph.name}.onnx", scales.adds)
-        return sorted(made.replace(folder / made.name) for made in scratch.iterdir())
+        written = sorted(folder / made.name for made in scratch.iterdir())
+    return written
 
 
 def cache_file(folder: Path, component: str) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -14,7 +14,6 @@ from pydantic import (
     ConfigDict,
     Field,
     PositiveFloat,
-    PositiveInt,
     ValidationError,
     model_validator,
 )
@@ -23,6 +22,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import BackendUnavailable, InputError
 
+MOST_SAMPLES = 1_000_000
 Mode = Literal["onnx", "trt", "both", "none"]
 Policy = Literal["auto", "fp32", "fp32_tf32", "fp16", "bf16", "int8", "strongly_typed"]
 
@@ -56,8 +56,18 @@ def _backend(text: str) -> str:
         raise ValueError(str(error).removeprefix("--backends: ")) from None
 
 
+def _file_name(text: str) -> str:
+    path = PurePath(text)
+    if len(path.parts) != 1 or path.parts[0] in ("/", ".."):
+        raise ValueError(f"{text!r} leaves the folder; expected the name of a file in it")
+    return text
+
+
 Backend = Annotated[str, AfterValidator(_backend)]
-Shape = list[PositiveInt]
+FileName = Annotated[str, AfterValidator(_file_name)]
+Shape = list[Annotated[int, Field(gt=0, lt=1 << 31)]]
+Count = Annotated[int, Field(gt=0, le=MOST_SAMPLES)]
+"""Samples."""
 
 
 class Profile(Section):
@@ -82,8 +92,8 @@ class Profile(Section):
 class ComponentConfig(Section):
     """One component of the model, under its name. ``inputs`` and ``outputs`` are checked against the model's."""
 
-    onnx_file: str | None = None
-    engine_file: str | None = None
+    onnx_file: FileName | None = None
+    engine_file: FileName | None = None
     inputs: list[str] | None = None
     outputs: list[str] | None = None
     dynamic_axes: dict[str, dict[int, str]] | None = None
@@ -94,7 +104,7 @@ class ExportConfig(Section):
     """How modules become ONNX files. ``onnx_dir``: where modes ``trt`` and ``none`` find them."""
 
     mode: Mode = "onnx"
-    opset: Annotated[int, Field(ge=11)] = 17
+    opset: Annotated[int, Field(ge=11, le=100)] = 17
     exporter: Literal["auto", "dynamo", "torchscript"] = "auto"
     fold: bool = True
     simplify: bool = False
@@ -106,7 +116,7 @@ class TensorRTConfig(Section):
     """How engines are built."""
 
     precision: Policy = "auto"
-    workspace_mib: PositiveInt | None = None
+    workspace_mib: Annotated[int, Field(gt=0, lt=1 << 32)] | None = None
     python: str | None = None
     timing_cache: Path | None = None
     keep_fp32: list[str] = []
@@ -127,7 +137,7 @@ class QuantizationConfig(Section):
     checkpoint: Path | None = None
     method: Literal["max", "percentile", "mse", "entropy"] = "mse"
     data: Path | None = None
-    samples: PositiveInt = 100
+    samples: Count = 100
     skip_layers: list[str] = []
 
 
@@ -136,9 +146,9 @@ class DataConfig(Section):
 
     path: Path | None = None
     root: Path | None = None
-    sweeps: Annotated[int, Field(ge=0)] = 9
+    sweeps: Annotated[int, Field(ge=0, le=1000)] = 9
     skip_missing: bool = False
-    first: Annotated[int, Field(ge=0)] = 0
+    first: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
 
 
 class ScenarioConfig(Section):
@@ -155,7 +165,7 @@ class VerifyConfig(Section):
     """
 
     enabled: bool = True
-    samples: PositiveInt = 3
+    samples: Count = 3
     tolerances: dict[str, PositiveFloat] = {}
     max_abs: PositiveFloat | None = None
     scenarios: list[ScenarioConfig] | None = None
@@ -165,7 +175,7 @@ class EvaluateConfig(Section):
     """``backends``: the reference first; None: what the export mode suggests."""
 
     enabled: bool = True
-    samples: PositiveInt = 50
+    samples: Annotated[int, Field(gt=0, le=1 << 31)] = 50
     backends: Annotated[list[Backend], Field(min_length=1)] | None = None
     range: str = "model"
     max_drop: Annotated[float, Field(ge=0)] = 0.01

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cp_debug.files import complete_file, file_hash
+from cp_debug.errors import InputError
+from cp_debug.files import complete_file, file_hash, make_folder
+from cp_debug.reading import read_bytes, sealed, typed, unsealed
+from cp_debug.serialize import json_safe
 
 SCHEMA = "cpdebug.deploy/1"
 FILE = "deploy.json"
@@ -39,10 +41,10 @@ class State:
         self._path = folder / FILE
         self.records: dict[str, StageRecord] = {}
         try:
-            document = json.loads(self._path.read_text(encoding="utf-8"))
-            if document["schema"] == SCHEMA:
-                self.records = {name: StageRecord(**record) for name, record in document["stages"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            document = unsealed(read_bytes(self._path), str(self._path))
+            if document.get("schema") == SCHEMA:
+                self.records = typed(dict[str, StageRecord], document.get("stages"), str(self._path))
+        except InputError:
             pass
 
     def finished(self, name: str, key: str) -> StageRecord | None:
@@ -58,7 +60,7 @@ class State:
     def add(self, record: StageRecord) -> None:
         """Keep a record, on disk at once."""
         self.records[record.name] = record
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self._path.parent)
         stages = {name: {**asdict(each), "resumed": False} for name, each in self.records.items()}
         with complete_file(self._path) as stream:
-            json.dump({"schema": SCHEMA, "stages": stages}, stream, indent=1)
+            stream.write(sealed(json_safe({"schema": SCHEMA, "stages": stages})) + "\n")

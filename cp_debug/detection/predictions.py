@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from cp_debug.detection.boxes import Boxes
 from cp_debug.detection.changes import Detected
 from cp_debug.errors import InputError
 from cp_debug.files import complete_path
+from cp_debug.reading import read_npz
 from cp_debug.recipes.data.attributes import attributes_of
 
 _FIELDS = ("boxes", "scores", "labels", "counts")
@@ -63,10 +63,10 @@ def save_predictions(path: Path, samples: Sequence[str], backends: Mapping[str, 
 
 def load_predictions(path: Path) -> tuple[list[str], dict[str, Predictions]]:
     """Sample names, and predictions by backend. Raises InputError for another kind of file."""
+    archive = read_npz(path)
+    specs = [name.removesuffix("/counts") for name in archive if name.endswith("/counts")]
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            specs = [name.removesuffix("/counts") for name in archive if name.endswith("/counts")]
-            found = {spec: Predictions(*(archive[f"{spec}/{name}"] for name in _FIELDS)) for spec in specs}
-            return archive["samples"].tolist(), found
-    except (OSError, KeyError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+        found = {spec: Predictions(*(archive[f"{spec}/{name}"] for name in _FIELDS)) for spec in specs}
+        return archive["samples"].tolist(), found
+    except (KeyError, ValueError) as error:
         raise InputError(f"{path}: not a predictions file ({error})") from None

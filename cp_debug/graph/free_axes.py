@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import math
 import operator
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -12,7 +14,9 @@ from typing import Any
 
 from onnx import helper, numpy_helper
 
+from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node, ValueInfo
+from cp_debug.reading import physical_memory
 
 FREE_SIZE = 64
 """Size of a free axis that is no batch and of which nothing is known."""
@@ -46,6 +50,8 @@ SIZES = (
 )
 """What a free axis may have to be instead: multiples of 32, the inputs of classifiers, small counts."""
 
+_LONGEST = 80
+"""Characters of a symbol that is taken for an expression."""
 _BATCH = re.compile(r"(?i)n|b|bs|.*batch.*")
 _TIME = re.compile(r"(?i)t|.*(seq|time|step|len).*")
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv}
@@ -126,6 +132,9 @@ class FreeAxes:
                 sizes.append(max(_evaluate(expressions[dimension], chosen), 0))
             else:
                 sizes.append(chosen[_key(value, axis, dimension)])
+        if (size := math.prod(sizes) * 8) > physical_memory() // 4:  # values are made in FP64
+            told = f"made-up values would take {size / 2**30:.3g} GiB"
+            raise InputError(f"input {value}: {told}; give values with --inputs, or free the dimension")
         return sizes
 
     def _size(self, value: ValueInfo, axis: int, symbol: str | None) -> int:
@@ -156,9 +165,13 @@ class FreeAxes:
         symbols = {symbol for _, _, symbol in self._places() if symbol}
         found: dict[str, ast.expr] = {}
         for symbol in symbols:
+            if len(symbol) > _LONGEST:
+                continue
             try:
-                parsed = ast.parse(symbol, mode="eval").body
-            except (SyntaxError, ValueError):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of the parser, about what the name looks like
+                    parsed = ast.parse(symbol, mode="eval").body
+            except (SyntaxError, ValueError, RecursionError, MemoryError):
                 continue
             names = set(_names(parsed))
             if isinstance(parsed, ast.BinOp) and _computable(parsed) and names & (symbols - {symbol}):

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import external_data_helper, numpy_helper
+from onnx import external_data_helper
 
-from cp_debug.errors import InputError
+from cp_debug.graph.onnx_file import array_of, external_data, read_model, reads
 
 _NAMELESS = {"", "?", "-1", "none", "null", "unk", "unknown", "dynamic", "any"}
 """What stands in place of a name for a free axis; two such axes have nothing to do with each other."""
@@ -37,7 +37,7 @@ class Node:
             index=index,
             name=proto.name or f"{proto.op_type}_{index}",
             op=proto.op_type if proto.domain in ("", "ai.onnx") else f"{proto.domain}.{proto.op_type}",
-            inputs=tuple(dict.fromkeys(_reads(proto))),
+            inputs=tuple(dict.fromkeys(reads(proto))),
             outputs=tuple(o for o in proto.output if o),
             proto=proto,
         )
@@ -61,12 +61,14 @@ class ValueInfo:
 class Graph:
     """The main graph of an ONNX file, in topological order.
 
-    Raises InputError when the file is missing, truncated, not ONNX, or lacks an external data file.
+    Raises InputError as ``read_model`` does: for what is missing, truncated, not ONNX, or contradicts itself.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self.proto = _load(self.path)
+        self.proto = read_model(self.path)
+        _free_negative_axes(self.proto)
+        _sort(self.proto.graph)
         self.inputs = [_value_info(v) for v in self.proto.graph.input if v.name not in self._initializers]
         self.outputs = [_value_info(v) for v in self.proto.graph.output]
         self.nodes = [Node.of(i, n) for i, n in enumerate(self.proto.graph.node)]
@@ -87,7 +89,7 @@ class Graph:
 
     def initializer(self, name: str) -> np.ndarray:
         """One weight, read from the file (or its external data) now. Raises KeyError for an unknown name."""
-        return numpy_helper.to_array(self._initializers[name], str(self.path.parent))
+        return array_of(self._initializers[name], self.path)
 
     def weight(self, name: str) -> onnx.TensorProto:
         """One weight as it stands in the file: inside, or a reference to external data."""
@@ -170,25 +172,6 @@ class Graph:
         return sha.hexdigest()
 
 
-def _load(path: Path) -> onnx.ModelProto:
-    if not path.is_file():
-        raise InputError(f"{path}: no such ONNX file")
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # protobuf raises its own DecodeError, whose module moves between versions
-        raise InputError(f"{path}: not a complete ONNX file ({error})") from None
-    if not model.graph.node and not model.graph.output:
-        raise InputError(f"{path}: not a complete ONNX file (it holds no graph)")
-    for file, size in external_files(model, path.parent).items():
-        if not file.is_file():
-            raise InputError(f"{path}: its external data file {file.name} is missing (expected at {file})")
-        if file.stat().st_size < size:
-            raise InputError(f"{file}: {file.stat().st_size} bytes, but {path} reads {size}: it is cut short")
-    _free_negative_axes(model)
-    _sort(model.graph)
-    return model
-
-
 def _sort(graph: onnx.GraphProto) -> None:
     """Put nodes behind those they read from, else in file order: runtimes accept files that break ONNX's rule."""
     nodes = list(graph.node)
@@ -197,7 +180,7 @@ def _sort(graph: onnx.GraphProto) -> None:
     for first in range(len(nodes)):
         stack = [first]
         while stack:
-            missing = [m for m in (maker.get(name) for name in _reads(nodes[stack[-1]])) if m is not None]
+            missing = [m for m in (maker.get(name) for name in reads(nodes[stack[-1]])) if m is not None]
             missing = [m for m in missing if m not in order and m not in stack]
             if missing:
                 stack.append(missing[0])
@@ -214,9 +197,8 @@ def external_files(model: onnx.ModelProto, folder: Path) -> dict[Path, int]:
     files: dict[Path, int] = {}
     for tensor in model.graph.initializer:
         if external_data_helper.uses_external_data(tensor):
-            info = external_data_helper.ExternalDataInfo(tensor)
-            file = folder / info.location
-            files[file] = max(files.get(file, 0), (info.offset or 0) + (info.length or 0))
+            place = external_data(tensor, folder / "model")
+            files[place.file] = max(files.get(place.file, 0), place.offset + place.length)
     return files
 
 
@@ -238,16 +220,6 @@ def _infer(model: onnx.ModelProto) -> onnx.GraphProto:
         return onnx.shape_inference.infer_shapes(skeleton).graph
     except Exception:  # an operator that ONNX cannot infer, or a contradiction in the file: what is declared is known
         return graph
-
-
-def _reads(node: onnx.NodeProto) -> Iterable[str]:
-    yield from (name for name in node.input if name)
-    for attribute in node.attribute:
-        for graph in [attribute.g] if attribute.HasField("g") else attribute.graphs:
-            inner = {v.name for v in graph.input} | {t.name for t in graph.initializer}
-            for child in graph.node:
-                yield from (name for name in _reads(child) if name not in inner)
-                inner.update(child.output)
 
 
 def _value_info(value: onnx.ValueInfoProto) -> ValueInfo:

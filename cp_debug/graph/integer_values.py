@@ -29,6 +29,13 @@ def is_quantized(graph: Graph) -> bool:
     return any(mark in node.op for node in graph.nodes for mark in marks)
 
 
+def rounded_values(graph: Graph) -> set[str]:
+    """What comes straight out of an operator that rounds to levels."""
+    marks = ("QLinear", "QGemm", "DynamicQuantize")
+    rounding = (n for n in graph.nodes if n.op == "QuantizeLinear" or any(mark in n.op for mark in marks))
+    return {name for node in rounding for name in node.outputs}
+
+
 def produced_grid(graph: Graph, value: str) -> GridNames | None:
     """The scale behind the levels that a node computes; None for what holds no levels."""
     for _ in range(len(graph.nodes)):

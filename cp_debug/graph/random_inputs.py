@@ -21,6 +21,9 @@ def check_inputs(expected: Sequence[ValueInfo], given: Mapping[str, np.ndarray],
     sizes: dict[str, tuple[int, str]] = {}
     for value in expected:
         array = given[value.name]
+        if value.dtype is not None and value.dtype.kind == "O":
+            says = "holds strings, which cannot be given; cut the graph behind what reads them"
+            raise InputError(f"{source}: input {value.name!r} {says}")
         if value.dtype is not None and array.dtype != value.dtype:
             raise InputError(f"{source}: input {value.name!r} is {array.dtype}; {wanted}")
         if value.shape is None:

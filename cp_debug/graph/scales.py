@@ -6,11 +6,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from cp_debug.errors import InputError
 from cp_debug.files import complete_path
+from cp_debug.reading import check_file, typed
 
 QMAX = 127
 """Symmetric, narrow range: ±127, so that 0 is exact and −x is as well held as x."""
@@ -55,6 +57,7 @@ class Scales:
         """Read a calibration cache. Raises InputError for a file that is none."""
         from safetensors import SafetensorError, safe_open
 
+        check_file(path, "calibration cache")
         try:
             with safe_open(path, framework="numpy") as file:
                 about = json.loads((file.metadata() or {})["about"])
@@ -63,7 +66,17 @@ class Scales:
             raise InputError(f"{path}: no such calibration cache") from None
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise InputError(f"{path}: not a calibration cache of cpdebug ({error})") from error
+        source = f"{path}: not a calibration cache of cpdebug"
+        known: dict[str, Any] = typed(dict[str, Any], about, source)
+        model: str = typed(str, known.get("model"), f"{source}: model")
+        method: str = typed(str, known.get("method"), f"{source}: method")
+        for name, tensor in tensors.items():
+            one = not name.endswith(".weight")
+            if tensor.dtype.kind != "f" or (one and tensor.size != 1) or not np.isfinite(tensor).all():
+                raise InputError(f"{source}: {name!r} is {tensor.dtype}{list(tensor.shape)}; expected finite numbers")
+        if missing := [n for n in tensors if n.endswith(".input") and f"{n[:-6]}.weight" not in tensors]:
+            raise InputError(f"{source}: it has no scale of the weight of {missing[0][:-6]!r}")
         inputs = {name.removesuffix(".input"): float(t[0]) for name, t in tensors.items() if name.endswith(".input")}
         layers = {name: LayerScales(amax, tensors[f"{name}.weight"]) for name, amax in inputs.items()}
         adds = {name.removesuffix(".add"): float(t[0]) for name, t in tensors.items() if name.endswith(".add")}
-        return cls(about["model"], about["method"], layers, adds)
+        return cls(model, method, layers, adds)

@@ -12,6 +12,8 @@ import numpy as np
 
 EXACT = 2e-6
 """Relative L2 distance up to which a description reproduces a tensor in FP32: some roundings."""
+NARROW = {"float16": 5e-4, "bfloat16": 4e-3}
+"""The same of tensors in a narrow type."""
 CLOSE = 1e-7
 """The same up to which two tensors count as equal."""
 FEW = 3
@@ -43,15 +45,18 @@ def describe(ours: np.ndarray, theirs: np.ndarray, gates: int = 0, *, closely: b
     if ours.dtype.kind not in "fiubV" or theirs.dtype.kind not in "fiubV":
         return None if np.array_equal(ours, theirs) else Change("other", "they differ")
     a, b = (np.asarray(x).astype(np.float64) for x in (ours, theirs))
-    if a.shape != b.shape:
+    if a.shape != b.shape and a.size != 1 != b.size:
         return _reshaped(a, b)
+    a, b = (a.reshape(-1), b.reshape(-1)) if a.size == b.size == 1 else (a, b)
     if np.array_equal(a, b, equal_nan=True) or not a.size:
         return None
     size = _distance(b, a)
     if size <= CLOSE and theirs.dtype.kind == "f":
         return None
     for kind, says, value, evidence in _ways(a, b, gates) if closely else ():
-        if _distance(b, value) <= EXACT or np.array_equal(value.astype(theirs.dtype), theirs):
+        if _distance(b, value) <= max(EXACT, NARROW.get(str(theirs.dtype), 0.0)) or np.array_equal(
+            value.astype(theirs.dtype), theirs
+        ):
             return Change(kind, says, evidence, size)
     return Change("other", f"differs by {size:.3g} (rel. L2)", {}, size)
 
@@ -114,9 +119,10 @@ def _by_channel(a: np.ndarray, b: np.ndarray) -> Iterator[_Way]:
         rows[changed] = rows_a[changed] * factors[:, None]
         value = np.moveaxis(rows.reshape(np.moveaxis(a, axis, 0).shape), 0, axis)
         named = ", ".join(map(str, changed[:4])) + (", …" if len(changed) > 4 else "")
-        whole = _axis_name(axis)
+        whole = _axis_name(axis, a.ndim)
         if not factors.any():
             text = f"{whole} {named} {'is' if len(changed) == 1 else 'are'} zero"
+            text = "all zero" if not b.any() else text
             yield "channels-zero", text, value, {"axis": axis, "channels": changed[:32].tolist()}
         if a.ndim > 1:
             spread = f"{factors.min():.6g} … {factors.max():.6g}" if np.ptp(factors) > 1e-6 else f"{factors[0]:.6g}"
@@ -126,8 +132,10 @@ def _by_channel(a: np.ndarray, b: np.ndarray) -> Iterator[_Way]:
             yield "channels-scaled", text, value, evidence
 
 
-def _axis_name(axis: int) -> str:
-    return "channel" if axis == 0 else "input channel" if axis == 1 else f"slice of axis {axis}"
+def _axis_name(axis: int, dims: int) -> str:
+    """Convolutions count output channels first; a matrix may lie either way."""
+    names = {1: ("element",), 2: ("row", "column")}.get(dims, ("channel", "input channel"))
+    return names[axis] if axis < len(names) else f"slice of axis {axis}"
 
 
 def _orders(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[_Way]:
@@ -160,7 +168,7 @@ def _orders(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[_Way]:
             value, places = found
             moved = [i for i, j in enumerate(places) if i != j]
             pairs = ", ".join(f"{i}←{places[i]}" for i in moved[:6]) + (", …" if len(moved) > 6 else "")
-            text = f"{_axis_name(axis)}s in another order: {pairs}"
+            text = f"{_axis_name(axis, a.ndim)}s in another order: {pairs}"
             yield "permuted", text, value, {"axis": axis, "moved": len(moved), "order": places[:64]}
 
 

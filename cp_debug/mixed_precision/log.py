@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cp_debug.errors import InputError
+from cp_debug.errors import InputError, system_reason
 from cp_debug.mixed_precision.fusion_groups import Kept
 from cp_debug.mixed_precision.judge import Measured
+from cp_debug.reading import check_file, read_bytes, sealed, unsealed
 from cp_debug.serialize import json_safe
 
 SCHEMA = "cpdebug.search-log/1"
@@ -80,7 +80,7 @@ class TrialLog:
         header = {"schema": SCHEMA, **about}
         if path is None:
             return
-        if path.is_file() and path.stat().st_size:
+        if path.exists() and check_file(path, "log"):
             self._read(path, header)
         else:
             self._write(header)
@@ -100,14 +100,15 @@ class TrialLog:
             return
         try:
             with self._path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(document) + "\n")
-        except OSError as error:
-            raise InputError(f"--log: {self._path} cannot be written ({error.strerror})") from None
+                stream.write(sealed(document) + "\n")
+        except (OSError, ValueError) as error:
+            reason = system_reason(error) if isinstance(error, OSError) else str(error)
+            raise InputError(f"--log: {self._path} cannot be written ({reason})") from None
 
     def _read(self, path: Path, header: Mapping[str, Any]) -> None:
         try:
-            whole, _, torn = path.read_bytes().rpartition(b"\n")
-            first, *documents = [json.loads(line) for line in whole.splitlines()]
+            whole, _, torn = read_bytes(path, what="log").rpartition(b"\n")
+            first, *documents = [unsealed(line, f"line {n}") for n, line in enumerate(whole.split(b"\n"), 1)]
             different = [key for key in header if first[key] != header[key]]
             for document in documents:
                 if "engine" in document:
@@ -115,7 +116,7 @@ class TrialLog:
                 else:
                     trial = Trial.of(document)
                     self.trials[trial.emulated, trial.nodes] = trial
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (InputError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"--log: {path} is not the log of a search ({error}); give another file") from None
         if different:
             parts = ", ".join(f"{key} {first[key]!r}, now {header[key]!r}" for key in different)

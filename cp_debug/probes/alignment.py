@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,7 +10,9 @@ from functools import cached_property
 from pathlib import Path
 
 from cp_debug.errors import InputError
+from cp_debug.files import complete_file
 from cp_debug.graph.graph import Graph
+from cp_debug.reading import read_json, typed
 
 SCHEMA = "cpdebug.alignment/1"
 
@@ -106,23 +107,20 @@ class Alignment:
 
     def save(self, path: Path) -> None:
         """Write the manifest, whole or not at all."""
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".alignment-") as folder:
-            made = Path(folder) / path.name
-            made.write_text(json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, ensure_ascii=False))
-            made.replace(path)
+        with complete_file(path) as stream:
+            stream.write(json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, ensure_ascii=False))
 
     @classmethod
     def load(cls, path: Path, graph: Graph) -> Alignment:
         """Read the manifest of ``graph``. Raises InputError when it is unreadable or belongs to another graph."""
         try:
-            found = json.loads(path.read_text())
-            schema = found.pop("schema")
-            if schema != SCHEMA:
-                raise InputError(f"{path}: schema is {schema!r}; expected {SCHEMA!r}")
-            found["links"] = [Link(**link) for link in found["links"]]
-            alignment = cls(**found)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path}: not an alignment manifest ({type(error).__name__}: {error})") from None
+            found = read_json(path, what="alignment manifest")
+        except InputError as error:
+            raise InputError(f"{path}: not an alignment manifest ({error})") from None
+        schema = found.get("schema") if isinstance(found, dict) else None
+        if schema != SCHEMA:
+            raise InputError(f"{path}: schema is {schema!r}; expected {SCHEMA!r}")
+        alignment: Alignment = typed(cls, found, f"{path}: not an alignment manifest")
         if alignment.graph_sha256 != graph.digest:
             raise InputError(f"{path}: this alignment belongs to another graph than {graph.path}; export it again")
         return alignment

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypedDict
@@ -27,8 +27,10 @@ from typing import Any, TypedDict
 import ml_dtypes
 import numpy as np
 
-from cp_debug.errors import InputError
+from cp_debug.errors import InputError, system_reason
+from cp_debug.files import partial_name
 from cp_debug.probes.arrays import Tensor, as_numpy
+from cp_debug.reading import check_file, read_json, typed, within
 
 SCHEMA = "cpdebug.capture/1"
 MANIFEST = "manifest.json"
@@ -80,6 +82,25 @@ class Entry:
     """Of the raw little-endian bytes, eight hexadecimal digits; empty in a capture without checksums."""
 
 
+@dataclass
+class _Kept:
+    """What must be right in a manifest."""
+
+    tensors: list[Entry]
+    backend: str = ""
+    versions: dict[str, Any] = field(default_factory=dict)
+    device: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    inputs: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[str] = field(default_factory=list)
+    precision: str = ""
+    emulated: bool = False
+    layers: dict[str, dict[str, str]] = field(default_factory=dict)
+    outputs: list[tuple[str, str]] = field(default_factory=list)
+    class_names: list[str] = field(default_factory=list)
+
+
 def array_hash(array: np.ndarray) -> str:
     """SHA-256 of dtype, shape and row-major bytes: the same on every machine for the same input."""
     digest = hashlib.sha256(f"{array.dtype.name}{list(array.shape)}".encode())
@@ -89,6 +110,8 @@ def array_hash(array: np.ndarray) -> str:
 
 def check_free(folder: Path) -> None:
     """Raises InputError where no capture can be written: something is there already."""
+    if not folder.name or "\0" in str(folder):
+        raise InputError(f"{str(folder)!r}: expected the name of a new or empty folder for the capture")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: exists; expected a new or empty folder for the capture")
 
@@ -102,7 +125,7 @@ class CaptureWriter:
         self.folder = Path(folder)
         self._header = dict(header)
         self._checksums = checksums
-        self._partial = self.folder.with_name(f".{self.folder.name}.{uuid.uuid4().hex[:8]}.partial")
+        self._partial = self.folder
         self._entries: dict[tuple[int, str, str], Entry] = {}
         self._written: Counter[int] = Counter()
         self._writer = ThreadPoolExecutor(1, "capture")
@@ -111,6 +134,8 @@ class CaptureWriter:
 
     def __enter__(self) -> CaptureWriter:
         check_free(self.folder)
+        made = partial_name(self.folder)
+        self._partial = made.with_name(f"{made.stem}-{uuid.uuid4().hex[:8]}.partial")
         with self._disk():
             self._partial.mkdir(parents=True)
         return self
@@ -189,7 +214,7 @@ class CaptureWriter:
             where = next(parent for parent in self._partial.absolute().parents if parent.exists())
             free = shutil.disk_usage(where).free
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            reason = f"the disk is full ({free / 2**20:.0f} MiB free)" if full else error.strerror
+            reason = f"the disk is full ({free / 2**20:.0f} MiB free)" if full else system_reason(error)
             raise InputError(f"{self.folder}: cannot write the capture: {reason}; nothing was kept") from error
 
 
@@ -209,24 +234,22 @@ class Capture:
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder; expected a capture, as `cpdebug capture` writes it")
         path = folder / MANIFEST
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(
-                f"{folder}: has no {MANIFEST}; expected a capture, as `cpdebug capture` writes it"
-            ) from None
-        except ValueError as error:
-            raise InputError(f"{path}: not JSON ({error})") from None
+        if not path.exists():
+            raise InputError(f"{folder}: has no {MANIFEST}; expected a capture, as `cpdebug capture` writes it")
+        manifest = read_json(path, what="manifest")
         schema = manifest.get("schema") if isinstance(manifest, dict) else None
         if schema != SCHEMA:
             raise InputError(f"{path}: schema is {schema!r}; this version reads {SCHEMA!r}")
-        try:
-            entries = [Entry(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in manifest["tensors"]]
-            for entry in entries:
-                _SAFETENSORS[entry.dtype]
-        except (KeyError, TypeError) as error:
-            raise InputError(f"{path}: field 'tensors' is not as {SCHEMA} has it ({error})") from None
-        return cls(folder, manifest, entries)
+        kept: _Kept = typed(_Kept, manifest, f"{path}: not as {SCHEMA} has it")
+        for entry in kept.tensors:
+            if entry.dtype not in _SAFETENSORS:
+                raise InputError(f"{path}: tensor {entry.name!r} is {entry.dtype!r}, which no capture holds")
+            if any(size < 0 for size in entry.shape):
+                raise InputError(f"{path}: tensor {entry.name!r} has the shape {list(entry.shape)}")
+            within(folder, entry.file, f"{path}: tensor {entry.name!r}")
+        if len({(each.sample, each.component, each.name) for each in kept.tensors}) < len(kept.tensors):
+            raise InputError(f"{path}: lists a tensor twice")
+        return cls(folder, manifest, kept.tensors)
 
     @property
     def samples(self) -> list[int]:
@@ -246,18 +269,22 @@ class Capture:
         if entry is None:
             raise InputError(f"{self.folder}: has no tensor {name!r} of sample {sample}, component {component!r}")
         path = self.folder / entry.file
+        if path.exists():
+            check_file(path, "tensor's file")
         try:
             with path.open("rb") as stream:
                 mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
             dtype, shape, start, stop = _parse_header(mapped)
         except OSError as error:
-            raise InputError(f"{path}: tensor {name!r} cannot be read: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{path}: tensor {name!r} cannot be read: {system_reason(error)}") from None
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise InputError(f"{path}: tensor {name!r} cannot be read: not a safetensors file, or cut short") from None
         if (dtype, shape) != (_SAFETENSORS[entry.dtype], entry.shape):
             raise InputError(
                 f"{path}: holds {dtype} {shape}; the manifest says {entry.dtype} {entry.shape} for {name!r}"
             )
+        if stop - start != math.prod(shape) * _dtype(entry.dtype).itemsize:
+            raise InputError(f"{path}: tensor {name!r} takes {stop - start} bytes, which does not fit its shape")
         if len(mapped) < stop:
             raise InputError(f"{path}: tensor {name!r} is cut short: {len(mapped)} bytes where {stop} were expected")
         if start == stop:
@@ -313,5 +340,7 @@ def _parse_header(data: mmap.mmap) -> tuple[str, tuple[int, ...], int, int]:
     """
     length = int.from_bytes(data[:8], "little")
     fields = json.loads(data[8 : 8 + length])["tensor"]
-    start, stop = (8 + length + offset for offset in fields["data_offsets"])
-    return fields["dtype"], tuple(fields["shape"]), start, stop
+    start, stop = (8 + length + int(offset) for offset in fields["data_offsets"])
+    if not 8 + length <= start <= stop:
+        raise ValueError("offsets")
+    return str(fields["dtype"]), tuple(int(size) for size in fields["shape"]), start, stop

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from typing_extensions import TypedDict
 
 from cp_debug.errors import InputError
 from cp_debug.files import complete_path
@@ -18,7 +19,8 @@ from cp_debug.graph.scales import LayerScales
 from cp_debug.programs.batchnorm_folding import Folding, apply_folding
 from cp_debug.programs.torch_layers import channels, is_quantized, layers_of, quantizers
 from cp_debug.quantization.ptq import Quantization, install, quantization_of
-from cp_debug.recipes.checkpoint import load_state, read_torch
+from cp_debug.reading import check_file, typed
+from cp_debug.recipes.checkpoint import check_tensors, load_state, read_torch
 
 FORMAT = "cpdebug quantized model 1"
 FILE = "model.pt"
@@ -60,7 +62,7 @@ def rebuild(module: nn.Module, entry: Mapping[str, Any], source: str) -> nn.Modu
         layers = layers_of(plain)
         unit = {path: LayerScales(1.0, np.ones(channels(layers[path]), np.float32)) for path in about.layers}
         made = install(plain, about.model, about.method, unit, dict.fromkeys(about.adds, 1.0))
-    except (InputError, KeyError, TypeError, AttributeError) as error:
+    except (InputError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
             f"{source}: this is the checkpoint of another model than {type(module).__name__} ({error})"
         ) from None
@@ -75,12 +77,22 @@ def rebuild(module: nn.Module, entry: Mapping[str, Any], source: str) -> nn.Modu
 
 def read_ptq_checkpoint(path: Path) -> dict[str, Any]:
     """What the file holds for every component. Raises InputError for a file that is no checkpoint of ours."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint")
+    check_file(path, "checkpoint")
     found = read_torch(path)
     if not isinstance(found, dict) or found.get("format") != FORMAT or not isinstance(found.get("components"), dict):
         raise InputError(f"{path}: not a checkpoint of a quantised model; expected what save_ptq_model wrote")
-    return found["components"]
+    kept: dict[str, Entry] = typed(dict[str, Entry], found["components"], f"{path}: not a checkpoint of ours")
+    for entry in kept.values():
+        check_tensors(entry["state_dict"], str(path))
+    return dict(kept)
+
+
+class Entry(TypedDict):
+    """One component."""
+
+    about: dict[str, Any]
+    switched_off: list[str]
+    state_dict: dict[str, Any]
 
 
 def file_of(checkpoint: Path) -> Path:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cp_debug.errors import InputError
+from cp_debug.reading import check_file
 
 SHOWN = 5
 
@@ -69,8 +71,7 @@ def check_fit(expected: Mapping[str, Sequence[int]], state: Mapping[str, Tensor]
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, on the CPU. Raises InputError as ``load_checkpoint`` does."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint")
+    check_file(path, "checkpoint")
     state = _read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
     if isinstance(state, dict) and str(kind := state.get("format")).startswith("cpdebug quantized"):
         raise InputError(
@@ -81,7 +82,19 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{path}: expected a dictionary of tensors, or one under the key 'state_dict'")
+    check_tensors(state, str(path))
     return state
+
+
+def check_tensors(state: Mapping[Any, Any], source: str) -> None:
+    """Raise InputError, starting with ``source``, for what is no dense tensor of real numbers under a name."""
+    for name, tensor in state.items():
+        if not isinstance(name, str):
+            raise InputError(f"{source}: a tensor's name is {str(name)[:60]!r}, {type(name).__name__}; expected text")
+        if not isinstance(tensor, Tensor):
+            raise InputError(f"{source}: {name!r} is {type(tensor).__name__}; expected a tensor")
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_complex():
+            raise InputError(f"{source}: {name!r} is no dense tensor of real numbers ({tensor.dtype}, {tensor.layout})")
 
 
 def _read_safetensors(path: Path) -> object:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import ValueInfo
 from cp_debug.graph.random_inputs import check_inputs
+from cp_debug.reading import read_npz
 from cp_debug.recipes.base import Sample
 
 
@@ -58,10 +58,9 @@ def _typed(arrays: dict[str, np.ndarray], expected: list[ValueInfo]) -> dict[str
 
 
 def _read(file: Path) -> dict[str, np.ndarray]:
-    if not file.is_file():
+    if not file.exists():
         raise InputError(f"--inputs: no such file {file}")
     try:
-        with np.load(file, allow_pickle=False) as archive:
-            return dict(archive)
-    except (ValueError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise InputError(f"--inputs: {file} is not a complete .npz file of plain arrays: {error}") from None
+        return read_npz(file)
+    except InputError as error:
+        raise InputError(f"--inputs: {error}") from None

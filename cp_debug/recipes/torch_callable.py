@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -68,7 +69,8 @@ def load_callable(text: str, checkpoint: Path | None = None) -> TorchModel:
     target = getattr(_import(source), attribute, None)
     if not callable(target):
         raise InputError(f"MODEL: {source} has no callable {attribute!r}")
-    built = target()
+    with _own_code(f"MODEL: {text}()"):
+        built = target()
     if not (isinstance(built, tuple) and len(built) == 2 and isinstance(built[0], torch.nn.Module)):
         raise InputError(f"MODEL: {text}() returned {type(built).__name__}; expected (module, example_inputs)")
     module, example_inputs = built
@@ -97,13 +99,34 @@ def _import(source: str) -> ModuleType:
         return module
     except InputError:
         raise
-    except Exception as error:  # whatever the user's file raises while it is imported
-        raise InputError(f"MODEL: cannot import {source}: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # whatever the user's file raises while it is imported
+        raise InputError(f"MODEL: cannot import {source}: {_told(error)}") from error
+
+
+@contextmanager
+def _own_code(what: str) -> Iterator[None]:
+    """Tells what the user's code raises. Raises InputError for everything but Ctrl-C."""
+    try:
+        yield
+    except (KeyboardInterrupt, InputError):
+        raise
+    except BaseException as error:
+        raise InputError(f"{what} raised {_told(error)}") from error
+
+
+def _told(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # its own ``__str__`` fails
+        return type(error).__name__
 
 
 def _named_inputs(name: str, module: torch.nn.Module, inputs: Any) -> tuple[list[str], list[torch.Tensor]]:
     if isinstance(inputs, torch.Tensor):
         inputs = (inputs,)
+    if not isinstance(inputs, list | tuple | Mapping):
+        told = f"the example inputs are {type(inputs).__name__}"
+        raise InputError(f"MODEL: {name}: {told}; expected tensors, in a tuple or by parameter")
     parameters = list(inspect.signature(module.forward).parameters)
     if isinstance(inputs, Mapping):
         unknown = [n for n in inputs if n not in parameters]
@@ -118,16 +141,28 @@ def _named_inputs(name: str, module: torch.nn.Module, inputs: Any) -> tuple[list
     for key, value in named:
         if not isinstance(value, torch.Tensor):
             raise InputError(f"MODEL: {name}: example input {key!r} is {type(value).__name__}; expected a tensor")
+        if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_complex():
+            told = f"{value.layout} {value.dtype} on {value.device}"
+            raise InputError(f"MODEL: {name}: example input {key!r} is {told}; expected a dense tensor of real numbers")
+    for kind, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.is_meta:
+            raise InputError(f"MODEL: {name}: {kind} is on the device meta, where it has no values")
     return [n for n, _ in named], [t for _, t in named]
 
 
 def _output_names(name: str, module: torch.nn.Module, tensors: Sequence[torch.Tensor]) -> list[str]:
     try:
         with torch.no_grad():
-            return list(flatten_outputs(module(*tensors)))
-    except Exception as error:  # the user's forward may raise anything; a trace knows in which module
-        trace(module, {str(i): tensor for i, tensor in enumerate(tensors)})
-        raise ModuleFailed(f"MODEL: {name}: forward raised {type(error).__name__}: {error}") from error
+            names = list(flatten_outputs(module(*tensors)))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the user's forward may raise anything; a trace knows in which module
+        with _own_code(f"MODEL: {name}: forward"):
+            trace(module, {str(i): tensor for i, tensor in enumerate(tensors)})
+        raise ModuleFailed(f"MODEL: {name}: forward raised {_told(error)}") from error
+    if not names:
+        raise InputError(f"MODEL: {name}: forward returned no tensor; expected a tensor, or some in a container")
+    return names
 
 
 def _like(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:

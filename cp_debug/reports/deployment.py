@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich import box
-from rich.table import Table
 from rich.text import Text
 
 from cp_debug.deploy.exporting import Exported
 from cp_debug.deploy.state import StageRecord
 from cp_debug.files import write_text
 from cp_debug.reports.page import environment, page_parts
+from cp_debug.reports.safe_table import Table
 from cp_debug.version import __version__
 
 

@@ -24,6 +24,10 @@ def engine_lines(record: RunRecord) -> Iterator[Text]:
         if told["observer_gap"] is not None:
             parts.append(f"runs in {1e3 * told['run_seconds']:.3g} ms")
             parts.append(f"observer gap {number(told['observer_gap'])}, rebuild floor {number(told['rebuild_floor'])}")
+        if told.get("cached"):
+            parts.append("engine taken from the cache")
+        if stopped := told.get("stopped"):
+            parts.append(stopped)
         if unmarked := told.get("unmarked"):
             parts.append(f"{len(unmarked)} values not looked at, which would have changed it")
         if search := told.get("search"):

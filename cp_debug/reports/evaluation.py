@@ -7,13 +7,13 @@ from collections.abc import Iterator
 
 from rich import box
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from cp_debug.detection.bootstrap import CONFIDENCE, Interval
 from cp_debug.detection.evaluation import BackendScores, EvaluationResult
 from cp_debug.detection.matching import THRESHOLDS
 from cp_debug.detection.metrics import ERRORS, OVERLAPS, TP_THRESHOLD
+from cp_debug.reports.safe_table import Table
 
 
 def render(result: EvaluationResult) -> Iterator[RenderableType]:

@@ -11,6 +11,7 @@ from cp_debug.bisect.result import BisectResult
 from cp_debug.files import complete_path, write_text
 from cp_debug.optional import require
 from cp_debug.probes.statistics import TensorStats
+from cp_debug.safe_text import csv_cell
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,9 +39,21 @@ def layer_frame(result: BisectResult) -> pd.DataFrame:
     return table[["backend", *table.columns.drop("backend")]].astype(dict.fromkeys(numbers, float))
 
 
+def csv_text(table: pd.DataFrame) -> str:
+    """A table as CSV in which no cell is a formula."""
+    cells = {csv_cell(name): [csv_cell(cell) for cell in column] for name, column in table.items() if _is_text(column)}
+    return table.rename(columns=csv_cell).assign(**cells).to_csv(index=False)
+
+
+def _is_text(column: pd.Series) -> bool:
+    from pandas.api.types import is_numeric_dtype
+
+    return not is_numeric_dtype(column)
+
+
 def write_csv(result: BisectResult, target: Path | None) -> None:
     """Write the layers of every test backend as one CSV table, to stdout without a ``target``."""
-    write_text(layer_frame(result).to_csv(index=False), target)
+    write_text(csv_text(layer_frame(result)), target)
 
 
 def write_parquet(result: BisectResult, target: Path) -> None:

@@ -8,12 +8,13 @@ from cp_debug.bisect.result import GUILTY, SHAPE, LayerRow, TestResult
 from cp_debug.reports.numbers import number
 from cp_debug.reports.saved import SavedResult
 from cp_debug.reports.tables import verdict_line
+from cp_debug.safe_text import annotation, visible
 
 
 def render_junit(saved: SavedResult) -> str:
     """One suite a test backend: a test case for the verdict, and one a layer, which fails when the layer is guilty."""
     result = saved.result
-    root = ET.Element("testsuites", name=xml_text(f"cpdebug {result.model}"))
+    root = ET.Element("testsuites", name=f"cpdebug {result.model}")
     for test in result.tests:
         suite = ET.SubElement(root, "testsuite", name=f"{result.reference.spec} → {test.backend.spec}")
         overall = ET.SubElement(suite, "testcase", classname=test.backend.spec, name="verdict", time="0")
@@ -21,9 +22,7 @@ def render_junit(saved: SavedResult) -> str:
             fail(overall, "divergence", verdict_line(test).plain)
         for row in test.rows:
             name = f"{row.component}/{row.onnx}"
-            case = ET.SubElement(
-                suite, "testcase", classname=test.backend.spec, name=xml_text(f"{row.name} ({name})"), time="0"
-            )
+            case = ET.SubElement(suite, "testcase", classname=test.backend.spec, name=f"{row.name} ({name})", time="0")
             if row.verdict in (GUILTY, SHAPE):
                 fail(case, row.verdict, _figures(row))
         cases = suite.findall("testcase")
@@ -34,7 +33,11 @@ def render_junit(saved: SavedResult) -> str:
 
 
 def document(root: ET.Element) -> str:
-    """The whole file."""
+    """The whole file. What XML cannot hold, and what is not seen, stands in it as escapes."""
+    for element in root.iter():
+        element.text = element.text and visible(element.text)
+        for name, value in element.items():
+            element.set(name, visible(value))
     ET.indent(root)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
 
@@ -47,18 +50,13 @@ def render_github(saved: SavedResult) -> str:
 def _annotation(test: TestResult, model: str) -> str:
     rounding = test.oracle and not test.guilty and (test.remainder is None or test.remainder.adds_up)
     level = "notice" if test.agrees else "warning" if rounding else "error"
-    title = _escape(f"cpdebug: {model} on {test.backend.spec}").replace(":", "%3A").replace(",", "%2C")
-    return f"::{level} title={title}::{_escape(verdict_line(test).plain)}\n"
-
-
-def _escape(text: str) -> str:
-    """As GitHub's workflow commands want it."""
-    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+    title = annotation(f"cpdebug: {model} on {test.backend.spec}", name=True)
+    return f"::{level} title={title}::{annotation(verdict_line(test).plain)}\n"
 
 
 def fail(case: ET.Element, kind: str, message: str) -> None:
     """Let a test case fail with a message."""
-    ET.SubElement(case, "failure", type=kind, message=xml_text(message)).text = xml_text(message)
+    ET.SubElement(case, "failure", type=kind, message=message).text = message
 
 
 def _figures(row: LayerRow) -> str:
@@ -67,8 +65,3 @@ def _figures(row: LayerRow) -> str:
     if replay and replay.introduced is not None:
         figures += [f"{name} {number(getattr(replay, name))}" for name in ("introduced", "expected", "excess")]
     return f"{row.why}; {', '.join(figures)}"
-
-
-def xml_text(text: str) -> str:
-    """Without the control characters that XML cannot hold."""
-    return "".join(c for c in text if c >= " " or c in "\t\n")

@@ -11,6 +11,7 @@ from cp_debug.reports.causes import lines
 from cp_debug.reports.rows import COLUMNS, cells
 from cp_debug.reports.saved import SavedResult
 from cp_debug.reports.tables import SETTINGS, layers_shown, verdict_line, weight_lines
+from cp_debug.safe_text import markdown, visible
 
 
 def render_markdown(saved: SavedResult) -> str:
@@ -20,24 +21,24 @@ def render_markdown(saved: SavedResult) -> str:
 
 def _lines(saved: SavedResult) -> Iterator[str]:
     result = saved.result
-    yield f"## cpdebug: {_text(result.model)}"
+    yield f"## cpdebug: {markdown(result.model)}"
     yield ""
-    sources = _text(", ".join(result.samples[:3]))
-    yield f"Reference {_text(result.reference.spec)}, {len(result.samples)} sample(s): {sources}"
+    sources = markdown(", ".join(result.samples[:3]))
+    yield f"Reference {markdown(result.reference.spec)}, {len(result.samples)} sample(s): {sources}"
     for line in weight_lines(result):
-        yield f"\n{_text(line)}"
+        yield f"\n{markdown(line)}"
     for test in result.tests:
         yield ""
         pair = f"{result.reference.spec} → {test.backend.spec}{' (emulated)' if test.backend.emulated else ''}"
-        yield f"### {_text(pair)}"
+        yield f"### {markdown(pair)}"
         yield ""
-        yield f"**{_text(verdict_line(test).plain)}**"
+        yield f"**{markdown(verdict_line(test).plain)}**"
         yield ""
         for finding in test.findings:
             yield from _finding(finding)
         if test.detections is not None:
-            yield f"Detections: {_text(str(test.detections))}.\n"
-        yield from (f"> {_text(note)}\n" for note in test.notes)
+            yield f"Detections: {markdown(str(test.detections))}.\n"
+        yield from (f"> {markdown(note)}\n" for note in test.notes)
         yield from _layers(test)
     yield ""
     yield from _backends(saved)
@@ -47,10 +48,10 @@ def _lines(saved: SavedResult) -> Iterator[str]:
 
 
 def _finding(finding: Finding) -> Iterator[str]:
-    yield f"- **{_text(finding.headline)}**"
+    yield f"- **{markdown(finding.headline)}**"
     for name, line in lines(finding):
         if name != "fix":
-            yield f"  - {name}: {_text(line)}"
+            yield f"  - {name}: {markdown(line)}"
     if finding.fix:
         yield from ("", *(f"  {line}" for line in _fenced(finding.fix)))
     yield ""
@@ -81,18 +82,13 @@ def _backends(saved: SavedResult) -> Iterator[str]:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    yield f"| {' | '.join(map(_text, head))} |"
+    yield f"| {' | '.join(map(markdown, head))} |"
     yield "|" + "---|" * len(head)
-    yield from (f"| {' | '.join(_text(cell) for cell in row)} |" for row in rows)
-
-
-def _text(text: str) -> str:
-    """Text in which nothing is Markdown or HTML."""
-    return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", text.replace("\n", " "))
+    yield from (f"| {' | '.join(markdown(cell) for cell in row)} |" for row in rows)
 
 
 def _fenced(text: str) -> list[str]:
     """A code block, in a fence longer than any within."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    return [f"{fence}sh", *text.splitlines(), fence]
+    return [f"{fence}sh", *visible(text).splitlines(), fence]

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from cp_debug.reports.numbers import number
+from cp_debug.reports.safe_table import Table
 
 if TYPE_CHECKING:
     from cp_debug.bisect.optimizer_blame import Knobs, Rewrite

@@ -18,10 +18,11 @@ from cp_debug.reports.birdseye import View, birdseye
 from cp_debug.reports.causes import lines
 from cp_debug.reports.evidence import Evidence, evidence
 from cp_debug.reports.growth import growth_chart
-from cp_debug.reports.numbers import number
+from cp_debug.reports.numbers import number, share
 from cp_debug.reports.saved import SavedResult
 from cp_debug.reports.svg import Canvas
 from cp_debug.reports.tables import verdict_line, weight_lines
+from cp_debug.safe_text import page
 from cp_debug.version import __version__
 
 HTML = Path(__file__).parent / "html"
@@ -74,10 +75,22 @@ def render_page(saved: SavedResult) -> str:
 def environment() -> Environment:
     """The templates and their filters."""
     made = Environment(
-        loader=FileSystemLoader(HTML), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(HTML),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_seen,
     )
-    made.filters |= {"number": number, "breakable": breakable, "said": lines}
+    made.filters |= {"number": number, "share": share, "breakable": breakable, "said": lines}
     return made
+
+
+def _seen(value: Any) -> Any:
+    """What a template puts out, without characters that are not seen."""
+    if isinstance(value, str):
+        return type(value)(page(value))
+    return value
 
 
 def page_parts() -> dict[str, Markup]:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from rich import box
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from cp_debug.quantization.qat import QatResult
+from cp_debug.reports.safe_table import Table
 
 ENDED = {
     "steps": "all steps done",

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Iterator
 
 from rich import box
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from cp_debug.deploy.quantize_output import PtqResult
 from cp_debug.quantization.checkpoint import FILE
 from cp_debug.quantization.toggles import QuantizerRow
 from cp_debug.reports.numbers import number
+from cp_debug.reports.safe_table import Table
 
 _OUTPUT = ".output_quantizer"
 _LOW = 10.0

@@ -24,6 +24,7 @@ from cp_debug.graph.graph import Graph
 from cp_debug.probes.capture import Capture
 from cp_debug.probes.statistics import TensorStats
 from cp_debug.programs.scene import Scene
+from cp_debug.reading import read_json
 
 RESULT = "result.json"
 
@@ -41,14 +42,9 @@ class SavedResult:
         """Read a saved folder, or a JSON file. Raises InputError that names the file and the field."""
         path = Path(path)
         file = path / RESULT if path.is_dir() else path
-        try:
-            document = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(f"{file}: no such file; expected what `cpdebug bisect --save FOLDER` writes") from None
-        except OSError as error:
-            raise InputError(f"{file}: cannot be read ({error.strerror})") from None
-        except ValueError as error:
-            raise InputError(f"{file}: not JSON ({error})") from None
+        if not file.exists():
+            raise InputError(f"{file}: no such file; expected what `cpdebug bisect --save FOLDER` writes")
+        document = read_json(file, what="saved result")
         return cls._of(Fields(document, str(file), ""), path if path.is_dir() else None)
 
     @classmethod
@@ -194,7 +190,10 @@ def _test(fields: Fields, record: RunRecord, programs: dict[str, str]) -> TestRe
     return TestResult(
         backend=record,
         rows=rows,
-        stages=[StageRow(item.get("stage", str), row) for item, row in known("stages")],
+        stages=[
+            StageRow(item.get("stage", str), row, [str(name) for name in item.get("guilty", list, [])])
+            for item, row in known("stages")
+        ],
         outputs=[row for _, row in known("outputs")],
         compared=alignment.get("aligned", int),
         total=alignment.get("total", int),

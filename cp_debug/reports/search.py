@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from cp_debug.mixed_precision.emit import arguments, deploy_fragment
 from cp_debug.reports.numbers import number
+from cp_debug.reports.safe_table import Table
 
 if TYPE_CHECKING:
     from cp_debug.mixed_precision.result import SearchResult

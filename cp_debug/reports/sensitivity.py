@@ -7,7 +7,6 @@ from pathlib import Path
 
 from rich import box
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from cp_debug.detection.bootstrap import Interval
@@ -15,7 +14,9 @@ from cp_debug.files import write_text
 from cp_debug.mixed_precision.int8_sensitivity import METRIC, Int8Effect, SensitivityProfile
 from cp_debug.reports.numbers import number
 from cp_debug.reports.page import environment, page_parts
+from cp_debug.reports.safe_table import Table
 from cp_debug.reports.svg import Canvas, Scale, decades, standalone
+from cp_debug.safe_text import page as page_text
 from cp_debug.version import __version__
 
 SHOWN = 20
@@ -120,7 +121,7 @@ def _shortened(name: str) -> str:
 
 def write_chart(profile: SensitivityProfile, target: Path) -> None:
     """The chart as an SVG file of its own."""
-    write_text(standalone(chart(profile), page_parts()["css"]), target)
+    write_text(page_text(standalone(chart(profile), page_parts()["css"])), target)
 
 
 def write_page(profile: SensitivityProfile, command: str, target: Path) -> None:

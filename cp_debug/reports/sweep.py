@@ -9,14 +9,14 @@ from pathlib import Path
 
 from rich import box
 from rich.console import RenderableType
-from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
 from cp_debug.detection.bootstrap import CONFIDENCE, Interval
 from cp_debug.files import write_text
+from cp_debug.reports.files import csv_text
 from cp_debug.reports.numbers import number
 from cp_debug.reports.page import environment, page_parts
+from cp_debug.reports.safe_table import Table
 from cp_debug.reports.sensitivity import whole_line
 from cp_debug.sweep.bisecting import BisectGroup, LayerSpread
 from cp_debug.sweep.evaluating import EvalGroup
@@ -236,7 +236,7 @@ def write_csv(result: SweepResult, target: Path) -> None:
     import pandas as pd
 
     rows = [row for group in result.groups for row in group.rows()]
-    write_text(pd.DataFrame(rows).to_csv(index=False), target)
+    write_text(csv_text(pd.DataFrame(rows)), target)
 
 
 def _failures(result: SweepResult) -> Sheet:
@@ -275,5 +275,5 @@ def _table(sheet: Sheet) -> Table:
         # The last column takes what is left of the width.
         table.add_column(header.removeprefix(">"), justify=justify, no_wrap=header != sheet.headers[-1])  # type: ignore[arg-type]
     for row in sheet.rows[: sheet.most or None]:
-        table.add_row(*map(escape, row))
+        table.add_row(*row)
     return table

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 
 from rich import box
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from cp_debug.deploy.reasons import culprits, reasons
 from cp_debug.deploy.verify import ScenarioResult, VerifyResult
 from cp_debug.reports.causes import findings
-from cp_debug.reports.gates import document, fail, xml_text
+from cp_debug.reports.gates import document, fail
 from cp_debug.reports.numbers import number
+from cp_debug.reports.safe_table import Table
 from cp_debug.reports.tables import verdict_line
 
 
@@ -57,7 +57,7 @@ def verdict(scenario: ScenarioResult) -> Text:
 
 def render_junit(result: VerifyResult) -> str:
     """One suite a scenario: a test case an output, one for the pre-processing."""
-    root = ET.Element("testsuites", name=xml_text(f"cpdebug verify {result.model}"))
+    root = ET.Element("testsuites", name=f"cpdebug verify {result.model}")
     for scenario in result.scenarios:
         why = "; ".join(culprits(scenario))
         cases = {f"{c.component}/{c.name}": f"{c.why}; {why}" if c.why else "" for c in scenario.checks}
@@ -69,7 +69,7 @@ def render_junit(result: VerifyResult) -> str:
         counts = {"tests": str(len(cases)), "failures": str(failures), "errors": "0"}
         suite = ET.SubElement(root, "testsuite", {"name": scenario.name, **counts})
         for name, message in cases.items():
-            case = ET.SubElement(suite, "testcase", classname=scenario.test.spec, name=xml_text(name), time="0")
+            case = ET.SubElement(suite, "testcase", classname=scenario.test.spec, name=name, time="0")
             if message:
                 fail(case, "divergence", message)
     return document(root)

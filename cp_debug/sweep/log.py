@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -9,9 +10,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from cp_debug.errors import InputError
-from cp_debug.files import complete_path
+from cp_debug.errors import InputError, system_reason
+from cp_debug.files import complete_path, make_folder
 from cp_debug.optional import require
+from cp_debug.reading import check_file, sealed, unsealed
 
 SCHEMA = "cpdebug.sweep/1"
 _HEADER = (json.dumps({"schema": SCHEMA}) + "\n").encode()
@@ -33,11 +35,13 @@ class Log:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
+        if path.exists() and not path.is_dir():
+            check_file(path, "log")
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+            raise InputError(f"{path}: cannot be written ({system_reason(error)})") from error
         try:
             self._repair()
         except BaseException:
@@ -62,12 +66,12 @@ class Log:
 
     def append(self, record: Record) -> None:
         """Add one record. Raises InputError when the disk does not take it."""
-        line = (json.dumps(record, allow_nan=False) + "\n").encode()
+        line = f"{sealed(record)}\n".encode()
         try:
             if os.write(self._file, line) != len(line):
-                raise OSError(None, "no space left")
+                raise OSError(errno.ENOSPC, "no space left")
         except OSError as error:
-            raise InputError(f"{self.path}: cannot be written ({error.strerror})") from error
+            raise InputError(f"{self.path}: cannot be written ({system_reason(error)})") from error
 
     def __iter__(self) -> Iterator[Record]:
         with self.path.open("rb") as stream:
@@ -76,9 +80,9 @@ class Log:
                 if not line.endswith(b"\n"):
                     return  # being written
                 try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise InputError(f"{self.path}: line {number} is no JSON ({error})") from None
+                    yield unsealed(line, "record")
+                except InputError as error:
+                    raise InputError(f"{self.path}: line {number} is no JSON that this sweep wrote ({error})") from None
 
     def records(self, keys: Collection[str]) -> Iterator[Record]:
         """One record for each of ``keys`` that has any: the first with a result, else the last error."""

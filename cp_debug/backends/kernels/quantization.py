@@ -14,7 +14,7 @@ from cp_debug.backends.kernels.windows import Window
 _QUANTIZED = {TensorProto.INT8: torch.int8, TensorProto.UINT8: torch.uint8, TensorProto.INT16: torch.int16}
 
 
-@kernel("QuantizeLinear", rounds=False, exact=True)
+@kernel("QuantizeLinear", "com.microsoft.QuantizeLinear", rounds=False, exact=True)
 def quantize_linear(call: Call, x: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
     dtype: torch.dtype | None
     if zero_point is not None:
@@ -33,7 +33,7 @@ def quantize_linear(call: Call, x: Tensor, scale: Tensor, zero_point: Tensor | N
     return levels.clamp(limits.min, limits.max).to(dtype)
 
 
-@kernel("DequantizeLinear", rounds=False, exact=True)
+@kernel("DequantizeLinear", "com.microsoft.DequantizeLinear", rounds=False, exact=True)
 def dequantize_linear(call: Call, x: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
     levels = x.to(scale.dtype)
     if zero_point is not None:

@@ -64,7 +64,9 @@ class TensorRTBackend:
 
     def open(self, program: Program) -> EngineSession:
         """Build the engine. Raises InputError when TensorRT cannot, or when no layer runs in the asked precision."""
-        return EngineSession(self.client, program, self.spec.variant, self._facts["tensorrt"], self.options)
+        return EngineSession(
+            self.client, program, self.spec.variant, self._facts["tensorrt"], self.options, self.versions()
+        )
 
     def versions(self) -> dict[str, str]:
         """TensorRT, its Python and numpy, the GPU and its driver's CUDA version."""

@@ -12,6 +12,7 @@ from cp_debug.backends.tensorrt.options import TensorRTOptions
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.qdq import LEVELS, quantizable
+from cp_debug.reading import read_text
 
 
 def calibration(options: TensorRTOptions, component: str, scratch: Path) -> dict[str, Any] | None:
@@ -43,18 +44,23 @@ class Ranges(NamedTuple):
     """Value that lies in memory in INT8, whoever reads it → the largest magnitude that it keeps."""
 
 
+LARGEST_CACHE = 64 << 20
+"""Bytes."""
+
+
 def read_cache(path: Path) -> dict[str, float]:
     """Tensor → its scale, from a cache that TensorRT's calibrator wrote: one line each, a float32's bits in hex.
 
     Raises InputError for a file that is none.
     """
+    text = read_text(path, what="calibration cache", most=LARGEST_CACHE)
     try:
-        first, *lines = path.read_text(encoding="utf-8").splitlines()
+        first, *lines = text.splitlines()
         if not first.startswith("TRT-"):
             raise ValueError(f"its first line is {first!r}")
         pairs = [line.rpartition(": ") for line in lines if line]
         return {name: struct.unpack(">f", bytes.fromhex(digits))[0] for name, _, digits in pairs}
-    except (OSError, ValueError, struct.error) as error:
+    except (ValueError, struct.error) as error:
         raise InputError(f"{path}: not a calibration cache of TensorRT ({error})") from None
 
 

@@ -11,9 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cp_debug.backends.tensorrt import runner
+from cp_debug.backends.tensorrt.answers import Facts, Failure
 from cp_debug.errors import BackendUnavailable, CpdebugError, InputError
 from cp_debug.interpreter import Interpreter, InterpreterFailed, OnEvent
 from cp_debug.optional import install
+from cp_debug.reading import typed
 
 ENVIRONMENT = "CPDEBUG_TRT_PYTHON"
 _PROBED: dict[tuple[str | None, int], dict[str, Any]] = {}
@@ -21,6 +23,10 @@ _PROBED: dict[tuple[str | None, int], dict[str, Any]] = {}
 
 class BuildFailed(InputError):
     """TensorRT has no engine for a graph that it could parse."""
+
+
+class BuildTimedOut(InputError):
+    """A build took longer than a person allowed."""
 
 
 class ParseFailed(InputError):
@@ -48,6 +54,8 @@ class RunnerClient:
     ) -> None:
         self.spec, self.time_limit = spec, time_limit
         self.on_event: OnEvent = on_event or (lambda event: None)
+        self._progress: Mapping[str, Any] = {}
+        """How far the last build was when it told."""
         self.python = python or os.environ.get(ENVIRONMENT) or None
         self._interpreter: Interpreter | None = None
         if self.python is not None:
@@ -56,7 +64,7 @@ class RunnerClient:
                     self.python,
                     runner.__file__,
                     time_limit=time_limit,
-                    on_event=self.on_event,
+                    on_event=self._tell,
                     environment={"CUDA_MODULE_LOADING": "LAZY"},  # before CUDA 12.2 all kernels are loaded, for seconds
                 )
             except InterpreterFailed as error:
@@ -73,33 +81,84 @@ class RunnerClient:
         """Versions, device and abilities, as ``runner.probe`` tells them; another interpreter is asked once."""
         key = (self.python, device)
         if self.python is None or key not in _PROBED:
-            _PROBED[key] = self.execute([{"command": "probe", "device": device}])[0]
+            _PROBED[key] = self.checked(Facts, self.execute([{"command": "probe", "device": device}]))[0]
         return _PROBED[key]
 
-    def execute(self, steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def execute(self, steps: Sequence[Mapping[str, Any]], build_timeout: float | None = None) -> list[dict[str, Any]]:
         """Run the steps in order, in one process; one result each.
+
+        ``build_timeout``: seconds for a step that builds; then BuildTimedOut says how far it was.
 
         Raises InputError for what the user can mend (model, shapes, memory), BackendUnavailable for what TensorRT or
         its interpreter lacks, and for a process that dies, hangs or does not speak the protocol.
         """
-        job = {"steps": list(steps), "time_limit": self.time_limit}
+        limit = self.time_limit if build_timeout is None else min(build_timeout, self.time_limit)
+        job, self._progress = {"steps": list(steps), "time_limit": limit}, {}
         try:
-            result = self._interpreter.work(job) if self._interpreter else runner.execute(job, self.on_event)
-        except InterpreterFailed as failure:
-            raise self._unavailable(failure) from None
-        if error := result.get("error"):
+            if self._interpreter is not None:
+                self._interpreter.time_limit = limit
+                result = self._interpreter.work(job)
+            else:
+                result = runner.execute(job, self._tell)
+        except InterpreterFailed as problem:
+            if problem.timed_out and build_timeout is not None:
+                raise self._timed_out(steps[0], limit) from None
+            raise self._unavailable(problem) from None
+        try:
+            failure, found = _read(result, steps)
+        except InputError as problem:
             self.close()
-            raise _to_exception(self.spec, error, steps[len(result["results"])])
-        return result["results"]
+            reason = f"its runner gave an answer that cannot be read: {problem}"
+            raise BackendUnavailable(self.spec, reason, nearest=_nearest(self.spec)) from None
+        if failure is not None:
+            self.close()
+            if failure["kind"] == "time" and build_timeout is not None:
+                raise self._timed_out(steps[0], limit)
+            raise _to_exception(self.spec, failure, steps[len(found)])
+        return found
+
+    def checked(self, kind: Any, results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Results as a type of ``answers``. Raises BackendUnavailable for what is not of it."""
+        try:
+            return typed(list[kind], list(results), "")
+        except InputError as problem:
+            self.close()
+            reason = f"its runner gave an answer that cannot be read{problem}"
+            raise BackendUnavailable(self.spec, reason, nearest=_nearest(self.spec)) from None
 
     def close(self) -> None:
         """End the process, if there is one."""
         if self._interpreter is not None:
             self._interpreter.close()
 
+    def _tell(self, event: Mapping[str, Any]) -> None:
+        if event["event"] == "progress":
+            self._progress = event
+        self.on_event(event)
+
+    def _timed_out(self, step: Mapping[str, Any], limit: float) -> BuildTimedOut:
+        last = self._progress
+        of = f" of {last['steps']}" if last.get("steps") else ""
+        far = f"; it was at {last['phase']!r}, {last['done']}{of}" if last else ""
+        message = f"{step.get('onnx', self.spec)}: the build was stopped after {limit:g} s (--build-timeout){far}"
+        return BuildTimedOut(f"{message}; --builder-level 0 to 2 builds faster")
+
     def _unavailable(self, error: InterpreterFailed) -> BackendUnavailable:
         how = _install() if error.unusable else None
         return BackendUnavailable(self.spec, str(error), install=how, nearest=_nearest(self.spec))
+
+
+def _read(result: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> tuple[Failure | None, list[dict[str, Any]]]:
+    """What went wrong, if anything, and the results up to there. Raises InputError for other answers."""
+    commands = [step["command"] for step in steps]
+    failure: Failure | None = None
+    if result.get("error") is not None:
+        failure = typed(Failure, result["error"], "its error")
+        del commands[min(len(result["results"]), len(steps) - 1) :]
+    if len(result["results"]) != len(commands):
+        raise InputError(f"{len(result['results'])} results for {len(commands)} steps")
+    answers = zip(commands, result["results"], strict=True)
+    return failure, [typed(dict[str, Any], found, f"result of {c}") for c, found in answers]
 
 
 def _install() -> str:
@@ -112,7 +171,7 @@ def _nearest(spec: str) -> str:
     )
 
 
-def _to_exception(spec: str, error: Mapping[str, Any], step: Mapping[str, Any]) -> CpdebugError:
+def _to_exception(spec: str, error: Failure, step: Mapping[str, Any]) -> CpdebugError:
     """The runner's error for the user, with what can be done about it."""
     kind, message, nodes = error["kind"], error["message"], ", ".join(error["nodes"])
     subject = step.get("onnx") or step.get("engine") or spec
@@ -136,6 +195,12 @@ def _to_exception(spec: str, error: Mapping[str, Any], step: Mapping[str, Any]) 
         return BuildFailed(f"{subject}: TensorRT cannot build it\n{message}")
     if kind == "internal":
         return BackendUnavailable(
-            spec, f"the runner failed in {step['command']}: {message}\n{error.get('traceback', '')}"
+            spec, f"the runner failed in {step['command']}: {message}\n{_innermost(error.get('traceback', ''))}"
         )
     return InputError(f"{subject}: {message}")
+
+
+def _innermost(traceback: str) -> str:
+    """Where an error was raised: the last frame of Python's traceback."""
+    frames = [line.strip() for line in traceback.splitlines() if line.startswith("  File ")]
+    return frames[-1] if frames else ""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cp_debug.backends.tensorrt import runner
+from cp_debug.backends.tensorrt.answers import Built
 from cp_debug.backends.tensorrt.client import BuildFailed, ParseFailed, RunnerClient
 from cp_debug.backends.tensorrt.config import BuildConfig
+from cp_debug.backends.tensorrt.engine_cache import EngineCache
 from cp_debug.backends.tensorrt.inspector import (
     PRECISIONS,
     EngineLayer,
@@ -20,12 +23,15 @@ from cp_debug.backends.tensorrt.inspector import (
 )
 from cp_debug.backends.tensorrt.probe_bisection import Search
 from cp_debug.errors import InputError
+from cp_debug.files import file_hash
 from cp_debug.graph.graph import Graph
 
 Profile = tuple[Sequence[int], Sequence[int], Sequence[int]]
 """Smallest, optimal and largest shape of an input."""
 
 _NETWORK_TYPES = {"Half": "HALF", "BF16": "BF16"}
+AGAIN = "-rebuilt.engine"
+"""How the file of an engine ends that is built a second time."""
 _LOW = {"fp16": "HALF", "bf16": "BF16", "best": "HALF"}
 _WANTED = {"fp16": "Half", "bf16": "BF16", "int8": "Int8"}
 
@@ -54,6 +60,10 @@ class EngineBuilder:
     folder: Path
     step: Mapping[str, Any]
     """Settings of every build: device, workspace, timing cache, calibration."""
+    machine: Mapping[str, str] = field(default_factory=dict)
+    """TensorRT's version and the GPU, on which engines depend."""
+    cache: EngineCache | None = None
+    build_timeout: float | None = None
 
     def settings(self) -> dict[str, Any]:
         """The runner's ``build`` step without files and shapes."""
@@ -61,25 +71,48 @@ class EngineBuilder:
         return {**self.config.step(), **self.step, "nodes": nodes}
 
     def build(self, requests: Sequence[tuple[str, Mapping[str, Any]]], profiles: Mapping[str, Profile]) -> list[Engine]:
-        """Build one engine a request (file name, ``probes`` for the runner), all in one process."""
+        """Build one engine a request (file name, ``probes`` for the runner), or take it from the cache.
+
+        Raises BuildTimedOut for one that takes longer than allowed, InputError for one that TensorRT refuses.
+        """
+        return [self._build(name, probes, profiles) for name, probes in requests]
+
+    def _build(self, name: str, probes: Mapping[str, Any], profiles: Mapping[str, Profile]) -> Engine:
+        nodes = [node.name for node in self.graph.nodes]
+        key = self._key(name, probes, profiles)
+        if self.cache is not None and key is not None and (found := self.cache.get(key)) is not None:
+            path, facts = found
+            return Engine(path, tuple(parse_layers(facts.pop("layers"), nodes)), {**facts, "cached": True})
+        engine, facts = self._built(name, probes, profiles)
+        if self.cache is not None and key is not None:
+            self.cache.put(key, engine, facts)
+        return Engine(engine, tuple(parse_layers(facts.pop("layers"), nodes)), facts)
+
+    def _key(self, name: str, probes: Mapping[str, Any], profiles: Mapping[str, Profile]) -> str | None:
+        """What the engine depends on; None where that is more than can be known. An engine that is built to see whether
+        building again gives the same has a key of its own."""
+        if self.cache is None or self.step.get("calibration"):
+            return None
+        step = {k: v for k, v in self.step.items() if k != "timing_cache"}
+        parts = {"graph": self.graph.digest, "step": {**self.config.step(), **step}, "probes": probes}
+        again = name.endswith(AGAIN)
+        more = {"profiles": profiles, "machine": self.machine, "runner": file_hash(Path(runner.__file__))}
+        return self.cache.key({**parts, **more, "again": again})
+
+    def _built(
+        self, name: str, probes: Mapping[str, Any], profiles: Mapping[str, Profile]
+    ) -> tuple[Path, dict[str, Any]]:
         common = {**self.settings(), "onnx": str(self.graph.path), "profiles": profiles}
-        paths = [self.folder / name for name, _ in requests]
-        steps = [
-            {"command": "build", "engine": str(path), "probes": probes, **common}
-            for path, (_, probes) in zip(paths, requests, strict=True)
-        ]
-        names = [node.name for node in self.graph.nodes]
+        path = self.folder / name
+        step = {"command": "build", "engine": str(path), "probes": probes, **common}
         try:
-            results = self.client.execute(steps)
+            (facts,) = self.client.checked(Built, self.client.execute([step], self.build_timeout))
         except ParseFailed as error:
             raise InputError(f"{error}\n{cut_out(self.graph, error.nodes)}".rstrip()) from None
         except BuildFailed as error:
             advice = to_exclude(self.graph, calibrated=bool(self.step.get("calibration")))
             raise InputError(f"{error}\n{advice}".rstrip()) from None
-        return [
-            Engine(path, tuple(parse_layers(facts.pop("layers"), names)), facts)
-            for path, facts in zip(paths, results, strict=True)
-        ]
+        return path, facts
 
 
 def to_exclude(graph: Graph, *, calibrated: bool) -> str:
@@ -127,7 +160,7 @@ class EngineSet:
         (self.plain,) = workshop.build([(f"{name}.engine", {})], profiles)
         self.types = realised_precision(self.plain.layers)
         self._show_all = probes == "all"
-        self.unfused = workshop.config.unfused_debug_tensors and probes == "boundaries"
+        self.unfused = workshop.config.unfused_debug_tensors and probes in ("auto", "boundaries")
         """Whether TensorRT itself hands out what it did not fuse, instead of marked outputs."""
         self._marks: dict[str, dict[str, str]] = (
             {v: {} for v in workshop.values} if self._show_all else self._boundaries()
@@ -137,6 +170,8 @@ class EngineSet:
         self.unmarked: list[str] = []
         """Values whose marks were taken back, as they changed the engine."""
         self._probes: dict[str, Engine] = {}
+        self.stopped = ""
+        """Why values inside are not shown, where a build was stopped or was not worth it."""
         self.search: Search | None = None
         self.gap: float | None = None
         """Relative L2 distance of the probed engine's outputs from the plain one's, once both ran on one input; the
@@ -160,6 +195,8 @@ class EngineSet:
         """Values that the probed engine shows, as far as it is known: after its build, those that could be marked."""
         if self.search is not None:
             return {each.value for each in self.search.visited}
+        if self.stopped:
+            return set()
         if self.probed is None or self.unfused:
             return set(self._marks)
         return set(self.probed.facts["marked"])
@@ -185,15 +222,21 @@ class EngineSet:
     def rebuild(self) -> Engine:
         """The plain engine built again."""
         if self.rebuilt is None:
-            (self.rebuilt,) = self._workshop.build([(f"{self._name}-rebuilt.engine", {})], self._profiles)
+            (self.rebuilt,) = self._workshop.build([(f"{self._name}{AGAIN}", {})], self._profiles)
         return self.rebuilt
 
     def observed(self) -> tuple[Engine, Engine]:
         """The plain engine built again, and the one that shows values."""
         if self.rebuilt is None or self.probed is None:
-            requests = [(f"{self._name}-rebuilt.engine", {}), self._probed_request()]
+            requests = [(f"{self._name}{AGAIN}", {}), self._probed_request()]
             self.rebuilt, self.probed = self._workshop.build(requests, self._profiles)
         return self.rebuilt, self.probed
+
+    def showing(self) -> Engine:
+        """The engine that shows values, without another plain one."""
+        if self.probed is None:
+            (self.probed,) = self._workshop.build([self._probed_request()], self._profiles)
+        return self.probed
 
     def variation(self, builder: EngineBuilder, file: str, marks: Collection[str], wide: Collection[str]) -> Engine:
         """An engine of the same shapes by another builder, showing ``marks``; those of ``wide`` in FP32."""
@@ -241,7 +284,7 @@ class EngineSet:
             "layers": [layer.to_dict() for layer in self.plain.layers],
         }
         for name, engine in (("rebuilt", self.rebuilt), ("probed", self.probed)):
-            if engine is not None:
+            if engine is not None and engine is not self.plain:
                 difference = compare_engines(self.plain.layers, engine.layers)
                 told["build_seconds"][name] = engine.facts["seconds"]
                 told[name] = {
@@ -251,6 +294,10 @@ class EngineSet:
                 }
                 if not difference.same:
                     told[name]["layers"] = [layer.to_dict() for layer in engine.layers]
+        if self.stopped:
+            told["stopped"] = self.stopped
+        if facts.get("cached"):
+            told["cached"] = True
         if self.unmarked:
             told["unmarked"] = self.unmarked
         if self.search is not None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from cp_debug.backends.tensorrt.engine_cache import EngineCache
+
 
 @dataclass(frozen=True)
 class TensorRTOptions:
@@ -20,8 +22,9 @@ class TensorRTOptions:
     """ONNX nodes that stay FP32, of any component."""
     fp16_fallback: bool = False
     """Let what has no Q/DQ pairs in an INT8 engine run in FP16; an option of weakly typed networks."""
-    probes: Literal["boundaries", "all", "bisect"] = "boundaries"
-    """``boundaries`` shows what the engine writes to memory anyway; ``all`` marks every value, which undoes fusions;
+    probes: Literal["auto", "boundaries", "all", "bisect"] = "boundaries"
+    """``auto`` is ``boundaries`` where the outputs diverge, and builds no second engine where they do not;
+    ``boundaries`` shows what the engine writes to memory anyway; ``all`` marks every value, which undoes fusions;
     ``bisect`` looks for the first value that departs, with an engine for each one that it shows."""
     profiles: Mapping[str, tuple[Sequence[int], Sequence[int], Sequence[int]]] = field(default_factory=dict)
     """Dynamic input → smallest, optimal, largest shape; names that a component does not have are ignored."""
@@ -34,6 +37,12 @@ class TensorRTOptions:
     calibration_data: Path | None = None
     """Folder of ``<component>/*.npz``, one array an input, for the calibrator of INT8 where there is no cache."""
     calibrator: Literal["entropy", "minmax"] = "entropy"
+    cache: EngineCache | None = None
+    """Where built engines and their timings are kept; None builds each anew."""
+    builder_level: int | None = None
+    """How hard the builder optimises, 0 to 5; None leaves it to TensorRT."""
+    build_timeout: float | None = None
+    """Seconds for one build; None has no limit of its own."""
     time_limit: float = 3600.0
     """Seconds for one job: the builds or runs that belong together."""
     on_event: Callable[[Mapping[str, Any]], None] | None = None

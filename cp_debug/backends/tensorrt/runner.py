@@ -162,6 +162,7 @@ class Job:
         self.trt = trt = _import_tensorrt()
         self.emit, self.deadline, self.verbose = emit, deadline, verbose
         self.errors: list[str] = []
+        self.count_tactics, self.tactics, self.told = False, 0, 0.0
         self.kept: list[Any] = []
         if not isinstance(Job._logger, trt.ILogger):
             Job._logger = _make_logger(trt)
@@ -172,8 +173,21 @@ class Job:
     def log(self, level: str, text: str) -> None:
         if level in ("ERROR", "INTERNAL_ERROR"):
             self.errors.append(text)
+        if level == "VERBOSE" and self.count_tactics:
+            self._count(text)
         if level != "VERBOSE" or self.verbose:
             self.emit({"event": "log", "level": level, "text": text})
+
+    def _count(self, text: str) -> None:
+        """Progress of builders that report none: their log names each kernel that they time."""
+        found = re.search(r"Timing Runner: (.+?) \(", text)
+        if found is None:
+            return
+        self.tactics += 1
+        now = time.monotonic()
+        if now - self.told >= 0.5:
+            self.told = now
+            self.emit({"event": "progress", "phase": "timing " + found.group(1)[:80], "done": self.tactics, "steps": 0})
 
     def out_of_time(self) -> bool:
         return self.deadline is not None and time.monotonic() > self.deadline
@@ -459,6 +473,12 @@ def _configure(job: Job, config: Any, owners: list[tuple[Any, Any]], step: Step)
     if hasattr(trt, "IProgressMonitor"):
         job.kept.append(_make_monitor(job))
         config.progress_monitor = job.kept[-1]
+    else:
+        job.count_tactics = True
+    if step.get("builder_level") is not None:
+        if not hasattr(config, "builder_optimization_level"):
+            raise RunnerFailure("unsupported", f"TensorRT {trt.__version__} has no builder optimization level")
+        config.builder_optimization_level = int(step["builder_level"])
     _constrain(job, owners, step.get("layer_precisions") or {})
     return _load_timing_cache(config, step.get("timing_cache"))
 

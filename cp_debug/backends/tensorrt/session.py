@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from cp_debug.backends.base import Program, Sink
+from cp_debug.backends.tensorrt.answers import Ran
 from cp_debug.backends.tensorrt.calibration import Ranges, calibration, ranges_of, read_cache
-from cp_debug.backends.tensorrt.client import RunnerClient
+from cp_debug.backends.tensorrt.client import BuildTimedOut, RunnerClient
 from cp_debug.backends.tensorrt.config import decide
 from cp_debug.backends.tensorrt.engines import Engine, EngineBuilder, EngineSet, Profile
 from cp_debug.backends.tensorrt.inspector import EngineLayer
 from cp_debug.backends.tensorrt.options import TensorRTOptions
 from cp_debug.backends.tensorrt.probe_bisection import Expected, search
-from cp_debug.errors import InputError
+from cp_debug.errors import BackendUnavailable, InputError
 from cp_debug.graph.casts import cast_surgery
 from cp_debug.graph.downstream import data_values
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.random_inputs import check_inputs
+from cp_debug.reading import read_npy
 
+HEALTHY = "nothing diverges, so no engine was built to show values inside (--probes boundaries does)"
 RUNS = 20
 """Further runs of the plain engine, for its time."""
 
@@ -71,8 +75,18 @@ class EngineSession:
     """
 
     def __init__(
-        self, client: RunnerClient, program: Program, variant: str, version: str, options: TensorRTOptions
+        self,
+        client: RunnerClient,
+        program: Program,
+        variant: str,
+        version: str,
+        options: TensorRTOptions,
+        machine: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
+        """``machine``: what engines depend on besides the graph and its settings, for the cache."""
+        self._machine = machine
+        self.diverges: Callable[[Mapping[str, np.ndarray], Mapping[str, np.ndarray]], bool] | None = None
+        """Told inputs and outputs: whether values inside are worth an engine; for ``auto`` probes."""
         self._client, self._own, self._options = client, program.graph, options
         self._component = program.name
         self._quantized = program.plain is not None or program.graph.precision == "int8"
@@ -116,10 +130,19 @@ class EngineSession:
         step = {
             "device": options.device,
             "workspace_mib": options.workspace_mib,
-            "timing_cache": str(options.timing_cache or _timing_cache(version)),
+            "timing_cache": str(options.timing_cache or self._timings(version, graph)),
             "calibration": calibrated,
+            "builder_level": options.builder_level,
         }
-        return EngineBuilder(self._client, config, variant, graph, tuple(data_values(own)), folder, step)
+        values = tuple(data_values(own))
+        cache, limit = options.cache, options.build_timeout
+        return EngineBuilder(
+            self._client, config, variant, graph, values, folder, step, dict(self._machine), cache, limit
+        )
+
+    def _timings(self, version: str, graph: Graph) -> Path:
+        cache = self._options.cache
+        return cache.timing_cache({**self._machine, "graph": graph.digest}) if cache else _timing_cache(version)
 
     @property
     def plain(self) -> Engine:
@@ -185,7 +208,7 @@ class EngineSession:
             wanted = {*wanted, *(v.name for v in self._own.outputs if probes is None or v.name in probes)}
             for value in self._own.tensors:
                 if value in written and value in wanted:
-                    sink(value, np.load(written[value], allow_pickle=False))
+                    sink(value, self._load(value, written[value]))
             return outputs
 
     def _show(
@@ -196,7 +219,12 @@ class EngineSession:
         The first time the others run, too; where the outputs differ by more than building again explains, marks that
         changed the engine are taken back.
         """
-        rebuilt, probed = engines.observed()
+        if self._options.probes == "auto" and (written := self._if_healthy(engines, inputs, folder)) is not None:
+            return written
+        try:
+            rebuilt, probed = engines.observed()
+        except BuildTimedOut as stopped:
+            return self._plain_alone(engines, inputs, folder, str(stopped))
         others = [engines.plain, rebuilt] if engines.gap is None else []
         ran, *plain = self._execute([probed, *others], inputs, folder, wanted, engines.unfused)
         if plain:
@@ -210,6 +238,40 @@ class EngineSession:
                 engines.gap = output_distance(reference, self._outputs(ran.written))
         return ran.written
 
+    def _plain_alone(
+        self, engines: EngineSet, inputs: Mapping[str, np.ndarray], folder: Path, why: str
+    ) -> dict[str, Path]:
+        """Files of the plain engine's outputs; nothing inside is shown, for the reason ``why``."""
+        (ran,) = self._execute([engines.plain], inputs, folder, repeat=RUNS)
+        engines.stopped, engines.gap, engines.floor = why, 0.0, 0.0
+        engines.run_seconds = median(ran.seconds[1:])
+        return ran.written
+
+    def _if_healthy(self, engines: EngineSet, inputs: Mapping[str, np.ndarray], folder: Path) -> dict[str, Path] | None:
+        """Files of the plain engine's outputs where no value inside need be shown; else None, and where marks change
+        nothing no third engine is built."""
+        if engines.probed is not None or (engines.stopped and engines.stopped != HEALTHY):
+            return self._plain_alone(engines, inputs, folder, engines.stopped) if engines.stopped else None
+        place = Path(tempfile.mkdtemp(dir=folder))
+        (ran,) = self._execute([engines.plain], inputs, place, repeat=RUNS)
+        outputs = self._outputs(ran.written)
+        if self.diverges is not None and not self.diverges(inputs, outputs):
+            engines.stopped, engines.gap, engines.floor = HEALTHY, 0.0, 0.0
+            engines.run_seconds = median(ran.seconds[1:])
+            return ran.written
+        engines.stopped, engines.gap = "", None
+        try:
+            probed = engines.showing()
+        except BuildTimedOut as stopped:
+            return self._plain_alone(engines, inputs, folder, str(stopped))
+        place = Path(tempfile.mkdtemp(dir=folder))
+        (shown,) = self._execute([probed], inputs, place, engines.exposed, engines.unfused)
+        if output_distance(outputs, self._outputs(shown.written)) > 0:
+            return None  # whether marks or merely another build changed it takes one more engine to know
+        engines.gap, engines.floor, engines.run_seconds = 0.0, 0.0, median(ran.seconds[1:])
+        engines.rebuilt = engines.plain
+        return shown.written
+
     def _search(
         self, engines: EngineSet, inputs: Mapping[str, np.ndarray], folder: Path, wanted: Collection[str]
     ) -> dict[str, Path]:
@@ -222,7 +284,9 @@ class EngineSession:
             place = Path(tempfile.mkdtemp(dir=folder))
             (ran,) = self._execute([engines.probe(value)], inputs, place, [value])
             written[value] = ran.written[value]
-            return np.load(written[value], allow_pickle=False), output_distance(outputs, self._outputs(ran.written))
+            if value not in ran.written:
+                raise self._nonsense(f"{value!r} is missing")
+            return self._load(value, ran.written[value]), output_distance(outputs, self._outputs(ran.written))
 
         if engines.search is None:
             expected = Expected(self._own, self._workshop.variant, inputs, engines.candidates)
@@ -331,15 +395,50 @@ class EngineSession:
             for i, engine in enumerate(engines)
         ]
         return [
-            _Ran({entry["name"]: Path(entry["file"]) for entry in result["tensors"]}, result["seconds"])
-            for result in self._client.execute(steps)
+            _Ran(self._written(result["tensors"], Path(str(step["folder"]))), result["seconds"])
+            for step, result in zip(steps, self._client.checked(Ran, self._client.execute(steps)), strict=True)
         ]
+
+    def _written(self, entries: Sequence[Mapping[str, str]], folder: Path) -> dict[str, Path]:
+        """Value → file. Raises BackendUnavailable for files elsewhere, and where an output is missing."""
+        written = {entry["name"]: Path(entry["file"]) for entry in entries}
+        for name, file in written.items():
+            if file.parent != folder or file.name in ("", ".", ".."):
+                raise self._nonsense(f"{name!r} is in {str(file)!r}; expected a file in the run's folder")
+        if missing := [v.name for v in self._own.outputs if v.name not in written]:
+            raise self._nonsense(f"the output {missing[0]!r} is missing")
+        return written
+
+    def _load(self, name: str, file: Path) -> np.ndarray:
+        """A tensor that was written. Raises BackendUnavailable for a file that is none."""
+        try:
+            array = read_npy(file)
+        except InputError as error:
+            raise self._nonsense(f"{name!r}: {error}") from None
+        if array.dtype.kind not in "fiub":
+            raise self._nonsense(f"{name!r} is {array.dtype}; expected numbers")
+        return array
+
+    def _nonsense(self, problem: str) -> BackendUnavailable:
+        return BackendUnavailable(self._client.spec, f"its runner gave an answer that cannot be used: {problem}")
 
     def _outputs(self, written: Mapping[str, Path]) -> dict[str, np.ndarray]:
         """The graph's outputs in the graph's own types: TensorRT 8.6 has INT32 where ONNX says INT64."""
-        return {
-            v.name: np.load(written[v.name], allow_pickle=False).astype(v.dtype, copy=False) for v in self._own.outputs
-        }
+        outputs = {}
+        for value in self._own.outputs:
+            array = self._load(value.name, written[value.name])
+            if not fits_shape(array.shape, value.shape):
+                raise self._nonsense(f"the output {value} has the shape {list(array.shape)}")
+            outputs[value.name] = array.astype(value.dtype, copy=False)
+        return outputs
+
+
+def fits_shape(found: tuple[int, ...], declared: tuple[int | str | None, ...] | None) -> bool:
+    """Whether an array may have this shape, as far as a graph says."""
+    if declared is None:
+        return True
+    sizes = zip(declared, found, strict=False)
+    return len(found) == len(declared) and all(not isinstance(size, int) or size == real for size, real in sizes)
 
 
 def _is_static(shape: tuple[int | str | None, ...] | None) -> bool:
@@ -350,6 +449,8 @@ def output_distance(reference: Mapping[Any, np.ndarray], test: Mapping[Any, np.n
     """Largest ‖test − reference‖ ÷ ‖reference‖ of any output: 0 when all are equal, infinite when NaN comes in."""
     distances = [0.0]
     for name, array in reference.items():
+        if array.shape != test[name].shape:
+            return float("inf")
         if not np.array_equal(array, test[name], equal_nan=True):
             wide = array.astype(np.float64)
             distances.append(float(np.linalg.norm(test[name] - wide) / max(float(np.linalg.norm(wide)), 1e-300)))

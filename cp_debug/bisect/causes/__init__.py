@@ -10,6 +10,8 @@ from cp_debug.bisect.causes import (
     quantized,
     ranges,
     scales,
+    schema,
+    stored_weights,
     weights,
 )
 from cp_debug.bisect.causes.base import CAUSES, Candidate, Cause, cause
@@ -28,5 +30,7 @@ __all__ = [
     "quantized",
     "ranges",
     "scales",
+    "schema",
+    "stored_weights",
     "weights",
 ]

@@ -30,6 +30,10 @@ class Candidate:
     """A command or a code line, ``{layers}`` standing for the layers."""
     by_magnitude: bool = False
     """Only the size of the error speaks for it: taken where nothing else explains the layer, and said so."""
+    heard: bool = False
+    """Whether the verdict itself says so (numbers leave a range): it goes before what explains the layer as well."""
+    observed: bool = False
+    """The captured result itself, told: nothing was emulated, so nothing is said to be explained."""
 
 
 Emulate = Callable[["Segment"], Iterator[Candidate]]

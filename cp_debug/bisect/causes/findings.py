@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from statistics import fmean
+from typing import Any
 
 from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.causes.base import Candidate, Cause
 from cp_debug.bisect.causes.effects import Effects
+from cp_debug.bisect.causes.everywhere import counted, in_words
 from cp_debug.bisect.causes.finding import UNKNOWN, Effect, Finding, Where
+from cp_debug.bisect.causes.graphs import GraphReader
 from cp_debug.bisect.causes.precision import OVERFLOWS, PROMOTED
 from cp_debug.bisect.causes.search import ENOUGH, Explanation, explain
 from cp_debug.bisect.causes.segment import Segment, SegmentContext
@@ -28,6 +31,10 @@ COSTLY = 8
 """Layers whose INT8 rounding is carried to the outputs, those first that introduce most."""
 LOCATED = 8
 """Layers of a finding for which it says where in them the error sits."""
+VIEWS = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Cast", "Expand"}
+"""Operators whose result is their input in another shape."""
+NOTICEABLE = 1.3
+"""Excess below which a layer of an unknown kernel is not asked whether a cause holds there, too."""
 UNSTEADY = 10.0
 """A layer that differs from run to run by this many times its rounding does not merely sum in another order."""
 
@@ -60,6 +67,12 @@ class Explainer:
     """Whether rounding may be named as the cause where no layer is guilty: see ``Remainder``."""
     _contexts: dict[tuple[str, str, str], SegmentContext] = field(default_factory=dict)
     _rows: Mapping[Key, LayerRow] = field(default_factory=dict)
+    _layers_of: dict[str, set[str]] = field(default_factory=dict)
+    """Cause → the guilty layers that it explains."""
+
+    @cached_property
+    def _graphs(self) -> GraphReader:
+        return GraphReader(self.run, self.test)
 
     def findings(self, rows: Mapping[Key, LayerRow], seen: Observation | None) -> list[Finding]:
         """The findings, those with the largest effect first. What fails on the way is in ``notes``."""
@@ -82,6 +95,8 @@ class Explainer:
             found = explained.explanation.cause
             name = (UNKNOWN,) if found is None else (found.cause, found.says if found.parameters else "")
             groups.setdefault((row.side, *name), []).append(explained)
+        for key_of_group, group in groups.items():
+            self._layers_of.setdefault(key_of_group[1], set()).update(e.row.name for e in group)
         findings = [self._finding(group) for group in groups.values()]
         for says in dict.fromkeys(self.settled.values()):
             own = [rows[key] for key, other in self.settled.items() if other == says]
@@ -103,7 +118,11 @@ class Explainer:
         try:
             segment = self.segment(key, row)
             where = locate(segment, row.name)
-            explanation, family = explain(segment, families, partial(self._failed, row))
+            failed = partial(self._failed, row)
+            if row.side == "test":
+                explanation, family = self._graphs.explain(key.component, segment, families, failed)
+            else:
+                explanation, family = explain(segment, families, failed)
         except Exception as error:
             self._failed(row, error)
         return Explained(row, explanation, where), family
@@ -129,7 +148,7 @@ class Explainer:
             segment = Segment.of_input(context, key.value, self.exact_input(key), load(key.value))
         else:
             segment = Segment.of(context, key.value, replayer.known, load)
-        later = self._later(key, capture)
+        later, views = self._later(key, capture), self._views(key)
         segment.others = [
             (
                 entry.name + (" of the reference" if side is self.reference else ""),
@@ -138,9 +157,21 @@ class Explainer:
             for side in (self.reference, self.test)
             for entry in side.entries
             if (entry.component, entry.name) != key
+            and (entry.component, entry.name) not in views
             and (side is not capture or (entry.component, entry.name) not in later)
         ]
         return segment
+
+    def _views(self, key: Key) -> set[tuple[str, str]]:
+        """What holds the same numbers as the value ``key`` in another shape, on either side: up and down the graph."""
+        graph, found = self.run.programs[key.component].graph, {key.value}
+        size = 0
+        while size != len(found):
+            size = len(found)
+            for node in graph.nodes:
+                if node.op in VIEWS and node.inputs and not found.isdisjoint({node.inputs[0], *node.outputs}):
+                    found.update((node.inputs[0], *node.outputs))
+        return {(key.component, name) for name in found}
 
     def _later(self, key: Key, capture: Capture) -> set[tuple[str, str]]:
         """What hangs on the value ``key`` in its component, and what only this run has, its place unknown."""
@@ -163,22 +194,46 @@ class Explainer:
             layers=names,
             ops=[row.op for row in rows],
             side=worst.row.side,
-            explained=fmean(e.explanation.explained for e in group) if cause else None,
+            explained=fmean(e.explanation.explained for e in group) if cause and not cause.observed else None,
             runner_up=second.cause if second else None,
             runner_up_explained=explanation.runner_up_explained if second else None,
             evidence={"why": worst.row.why, **(cause.evidence if cause else {})},
             where=[e.where for e in group[:LOCATED]],
             fix=self._fix(cause, rows) if cause else "cpdebug bundle RESULT --layer " + names[0],
         )
+        if cause and worst.row.side == "test" and (figures := self._counted(cause.cause, worst)):
+            finding.says = in_words(finding.says, figures)
+            finding.evidence |= {name: value for name, value in figures.items() if value is not None}
         if cause and cause.by_magnitude and (explanation.explained < ENOUGH):
             finding.evidence["magnitude_only"] = True
-        if len(group) > 1:
+        if len(group) > 1 and finding.explained is not None:
             finding.evidence["explained_least"] = min(e.explanation.explained for e in group)
         try:
             finding.effect = self.effects.of(rows)
         except Exception as error:
             self.notes.append(f"{names[0]}: its effect on the outputs is not known: {in_one_line(error)}")
         return finding
+
+    def _counted(self, cause: str, worst: Explained) -> dict[str, Any]:
+        """In how many layers the cause holds besides the guilty ones, and what all of them do together."""
+
+        def holds(key: Key, row: LayerRow) -> bool:
+            if row.verdict == GUILTY:
+                return row.name in explained
+            replay = row.replay
+            if replay is None or (replay.excess or 0.0) < NOTICEABLE:
+                return False
+            found, _ = self._explained(key, row, [])
+            other = found.explanation.cause
+            return other is not None and other.cause == cause
+
+        explained = self._layers_of.get(cause, set())
+        graphs = {name: program.graph for name, program in self.run.programs.items()}
+        try:
+            return counted(cause, self._rows, graphs, holds, self.effects.propagation.share)
+        except Exception as error:
+            self._failed(worst.row, error)
+            return {}
 
     def _fix(self, cause: Candidate, rows: Sequence[LayerRow]) -> str:
         """The cause's advice with the layers' names, and with flags where it is about INT8."""

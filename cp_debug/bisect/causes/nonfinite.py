@@ -51,6 +51,7 @@ def born_here(segment: Segment) -> Iterator[Candidate]:
             int(segment.new_nonfinite.sum()),
             operands(segment),
             "look at the operands in {layers}",
+            observed=True,
         )
 
 

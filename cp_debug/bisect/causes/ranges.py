@@ -69,7 +69,7 @@ def underflow(segment: Segment) -> Iterator[Candidate]:
         if loss > RANGE * HALF.roundoff and small > 0.01:
             says = f"FP16 underflow: {small:.0%} of the {what} lie below the smallest normal FP16 number"
             evidence = {**figures, "of": what, "storage_loss": loss}
-            yield Candidate("fp16-underflow", says, segment.claimed, evidence=evidence, fix=_RESCALE)
+            yield Candidate("fp16-underflow", says, segment.claimed, evidence=evidence, fix=_RESCALE, heard=True)
 
 
 @cause()

@@ -66,7 +66,7 @@ def explain(
         return Explanation(None, 0.0, None, 0.0), None
     best = min(t.residual for t, _ in tried)
     equal = [(t, family) for t, family in tried if t.residual <= CLOSE * best]
-    chosen, family = min(equal, key=lambda p: (not p[0].accepted, p[0].candidate.parameters, p[0].residual))
+    chosen, family = min(equal, key=lambda p: _rank(p[0]))
     if chosen.accepted:
         others = [t for t, _ in tried if t.candidate.cause != chosen.candidate.cause and t.residual > CLOSE * best]
         second = max(others, key=lambda t: t.explained, default=None)
@@ -74,6 +74,11 @@ def explain(
     if likely := max((p for p in tried if p[0].candidate.by_magnitude), key=lambda p: p[0].explained, default=None):
         return _explanation(likely[0], chosen), likely[1]
     return Explanation(None, 0.0, chosen.candidate, chosen.explained), None
+
+
+def _rank(tried: _Tried) -> tuple[bool, bool, int, float]:
+    candidate = tried.candidate
+    return not tried.accepted, not candidate.heard, candidate.parameters, tried.residual
 
 
 def _explanation(chosen: _Tried, second: _Tried | None) -> Explanation:
@@ -84,12 +89,21 @@ def _explanation(chosen: _Tried, second: _Tried | None) -> Explanation:
 
 def _try(segment: Segment, family: Cause) -> Iterator[_Tried]:
     for candidate in family(segment):
-        explained, residual = segment.explained(candidate.value)
-        candidate.value = segment.exact  # free the large tensor; the figures are kept
-        segment.context.trimmer.freed(segment.exact.nbytes)
-        if segment.strange:
-            yield _Tried(candidate, explained, residual, explained >= ENOUGH)
-            continue
-        complete = residual <= ROUNDING * segment.expected and residual < segment.introduced / 2
-        near = residual <= (1 - ENOUGH) * min(segment.introduced, segment.contrast)
-        yield _Tried(candidate, explained, max(residual, segment.expected), near or complete)
+        yield _judged(segment, candidate)
+
+
+def accepted(segment: Segment, candidate: Candidate) -> Explanation | None:
+    """The explanation of a layer by one candidate that is known beforehand; None where it does not reproduce it."""
+    tried = _judged(segment, candidate)
+    return _explanation(tried, None) if tried.accepted else None
+
+
+def _judged(segment: Segment, candidate: Candidate) -> _Tried:
+    explained, residual = segment.explained(candidate.value)
+    candidate.value = segment.exact  # free the large tensor; the figures are kept
+    segment.context.trimmer.freed(segment.exact.nbytes)
+    if segment.strange:
+        return _Tried(candidate, explained, residual, explained >= ENOUGH)
+    complete = residual <= ROUNDING * segment.expected and residual < segment.introduced / 2
+    near = residual <= (1 - ENOUGH) * min(segment.introduced, segment.contrast)
+    return _Tried(candidate, explained, max(residual, segment.expected), near or complete)

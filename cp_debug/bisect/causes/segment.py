@@ -153,7 +153,8 @@ class Segment:
         index, values = next(_fresh), {}
         for place, value in (inputs or {}).items():
             proto.input[place] = f"{node.proto.input[place]}\x1f{index}"
-            values[proto.input[place]] = value.to(self.context.oracle.arithmetic.dtype)
+            held = value.to(self.context.oracle.arithmetic.dtype) if value.is_floating_point() else value
+            values[proto.input[place]] = held
         nodes = [replace(Node.of(index, proto), name=n.name) if n is node else n for n in self.nodes]
         try:
             result = self.run(self.context.oracle.arithmetic, nodes, values)

@@ -12,10 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cp_debug.errors import InputError
+from cp_debug.reading import typed
 from cp_debug.recipes.base import Sample
 from cp_debug.recipes.data.attributes import NAMES
 from cp_debug.recipes.data.base import DataOptions, Truth
 from cp_debug.recipes.data.frames import bottom_to_centre, camera_boxes_to_lidar, to_reference, without_close
+from cp_debug.recipes.data.info_schema import Camera, Meta
+from cp_debug.recipes.data.info_schema import Info as InfoEntry
 from cp_debug.recipes.data.points import Points, read_points
 from cp_debug.recipes.data.unpickle import load_plain_pickle
 
@@ -28,6 +31,7 @@ LISTED = 5
 """Names in a message; the others are counted."""
 
 Info = Mapping[str, Any]
+"""An entry of ``data_list``, one of its sweeps, or ``metainfo``, as ``info_schema`` has them."""
 
 
 class InfoData:
@@ -42,10 +46,11 @@ class InfoData:
     ) -> None:
         self.name, self._path, self._features, self._options = str(path), path, list(features), options
         content = load_plain_pickle(path)
-        if not isinstance(content, Mapping) or not isinstance(content.get("data_list"), list):
-            old = "; mmdet3d's update_infos_to_v2.py converts older files" if "infos" in (content or ()) else ""
+        if not isinstance(content, dict) or not isinstance(content.get("data_list"), list):
+            older = isinstance(content, dict) and "infos" in content
+            old = "; mmdet3d's update_infos_to_v2.py converts older files" if older else ""
             raise InputError(f"{path}: expected a dictionary with metainfo and data_list (mmdet3d 1.1 or newer){old}")
-        meta = content.get("metainfo", {})
+        meta: Meta = typed(Meta, content.get("metainfo", {}), f"{path}: metainfo")
         self._kitti = "kitti" in str(meta.get("dataset", meta.get("DATASET"))).lower()
         self._data_classes = self._class_names(meta)
         self._labels = _mapping(self._data_classes, class_names)
@@ -65,7 +70,7 @@ class InfoData:
             cloud[:, :3] = to_reference(cloud[:, :3], self._field(sweep, "lidar_points", "lidar2sensor"))
             cloud[:, self._features.index("dt")] = self._field(info, "timestamp") - self._field(sweep, "timestamp")
             clouds.append(cloud)
-        truth = self._truth(info) if "instances" in info else None
+        truth = self._truth(info) if info.get("instances") is not None else None
         return Sample({"points": np.concatenate(clouds)}, f"{self._path.name} {_identity(info)}", truth)
 
     def _sweeps(self, info: Info) -> list[Info]:
@@ -82,8 +87,10 @@ class InfoData:
         found = info["instances"]
         boxes = np.array([self._field(each, "bbox_3d") for each in found], dtype=np.float64).reshape(-1, 7)
         if self._kitti and len(boxes):
-            camera = "CAM2" if "CAM2" in self._field(info, "images") else next(iter(info["images"]))
-            boxes = bottom_to_centre(camera_boxes_to_lidar(boxes, self._field(info, "images", camera, "lidar2cam")))
+            images = self._field(info, "images")
+            camera = "CAM2" if "CAM2" in images else next(iter(images), "CAM2")
+            seen: Camera = typed(Camera, self._field(info, "images", camera), f"{self._path}: images.{camera}")
+            boxes = bottom_to_centre(camera_boxes_to_lidar(boxes, self._field(seen, "lidar2cam")))
         labels = self._labels[np.array([self._field(each, "bbox_label_3d") for each in found], dtype=np.int64)]
         counts = [each.get("num_lidar_pts", -1) + (each.get("num_radar_pts") or 0) for each in found]
         velocities = np.array([each.get("velocity", (np.nan, np.nan)) for each in found], np.float32).reshape(-1, 2)
@@ -96,14 +103,15 @@ class InfoData:
             attributes[known],
         )
 
-    def _present(self, infos: Sequence[Info], count: int) -> list[Info]:
+    def _present(self, infos: Sequence[Any], count: int) -> list[InfoEntry]:
         """Those whose clouds are all there; notes what is not."""
-        present: list[Info] = []
+        present: list[InfoEntry] = []
         missing: list[str] = []
         without = 0
-        for info in infos if self._options.skip_missing else islice(infos, count):
+        for index, entry in enumerate(infos if self._options.skip_missing else islice(infos, count)):
             if len(present) == count:
                 break
+            info: InfoEntry = typed(InfoEntry, entry, f"{self._path}: data_list[{index}]")
             names = [self._field(record, "lidar_points", "lidar_path") for record in (info, *self._sweeps(info))]
             gone = [name for name in names if self._files.find(name) is None]
             missing += gone
@@ -132,7 +140,7 @@ class InfoData:
         return list(names)
 
     def _class_notes(self, class_names: Sequence[str]) -> Iterable[str]:
-        labels = [each.get("bbox_label_3d", -1) for info in self._infos for each in info.get("instances", ())]
+        labels = [each.get("bbox_label_3d", -1) for info in self._infos for each in info.get("instances") or ()]
         if max(labels, default=-1) >= len(self._data_classes):
             classes = ", ".join(self._data_classes)
             raise InputError(f"{self._path}: bbox_label_3d {max(labels)} is none of metainfo's classes ({classes})")
@@ -185,8 +193,11 @@ def _attributes(info: Info, boxes: NDArray[np.float64]) -> NDArray[np.str_]:
     for camera, instances in (info.get("cam_instances") or {}).items():
         labelled = [each for each in instances if "attr_label" in each]
         if labelled and len(boxes):
-            centres = (corners @ np.transpose(info["images"][camera]["lidar2cam"]))[:, :3]
-            for each in labelled:
+            seen: Camera = typed(Camera, info.get("images", {}).get(camera, {}), f"images.{camera}")
+            if (matrix := seen.get("lidar2cam")) is None:
+                continue
+            centres = (corners @ np.transpose(matrix))[:, :3]
+            for each in (each for each in labelled if "bbox_3d" in each):
                 distance = np.linalg.norm(centres - each["bbox_3d"][:3], axis=1)
                 if distance.min() < 1e-3:
                     names[distance.argmin()] = NAMES[each["attr_label"]]

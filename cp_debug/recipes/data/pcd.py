@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import struct
+import warnings
 from pathlib import Path
 
 import numpy as np
 
 from cp_debug.errors import InputError
+from cp_debug.reading import read_bytes
 
+LARGEST = 1 << 31
+"""Bytes of a file, and of its points."""
+LONGEST_COPY = 264
+"""Bytes that three packed ones can stand for."""
 _KEYS = ("VERSION", "FIELDS", "SIZE", "TYPE", "COUNT", "WIDTH", "HEIGHT", "VIEWPOINT", "POINTS", "DATA")
 
 
@@ -17,13 +23,15 @@ def read_pcd(path: Path) -> dict[str, np.ndarray]:
 
     Raises InputError for a header or a body that is not as the format says.
     """
-    content = path.read_bytes()
+    content = read_bytes(path, what="point file", most=LARGEST)
     try:
         header, start = _header(content)
         names, dtype = _fields(header)
         count = int(header["POINTS"][0]) if "POINTS" in header else int(header["WIDTH"][0]) * int(header["HEIGHT"][0])
+        if count < 0 or count > LARGEST // dtype.itemsize:
+            raise ValueError(f"{count} points")
         rows = _body(content[start:], header["DATA"][0], dtype, count)
-    except (KeyError, IndexError, ValueError, TypeError, struct.error) as error:
+    except Exception as error:  # header and body are taken apart by numpy, which raises nearly anything
         raise InputError(f"{path}: not a readable .pcd file ({type(error).__name__}: {error})") from None
     return {name: rows[name] for name in names if rows[name].ndim == 1}
 
@@ -57,13 +65,15 @@ def _fields(header: dict[str, list[str]]) -> tuple[list[str], np.dtype]:
 
 def _body(body: bytes, encoding: str, dtype: np.dtype, count: int) -> np.ndarray:
     if encoding == "ascii":
-        return np.atleast_1d(np.loadtxt(body.decode("ascii").splitlines(), dtype=dtype, max_rows=count, ndmin=1))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there are no rows
+            return np.atleast_1d(np.loadtxt(body.decode("ascii").splitlines(), dtype=dtype, max_rows=count, ndmin=1))
     if encoding == "binary":
         return np.frombuffer(body, dtype, count)
     if encoding != "binary_compressed":
         raise ValueError(f"DATA {encoding}; expected ascii, binary or binary_compressed")
     packed, size = struct.unpack_from("<II", body)
-    if size != dtype.itemsize * count:
+    if size != dtype.itemsize * count or size > LONGEST_COPY * max(len(body), 1):
         raise ValueError(f"{size} bytes for {count} rows of {dtype.itemsize}")
     plain = lzf_decompress(body[8 : 8 + packed], size)
     rows, start = np.empty(count, dtype), 0

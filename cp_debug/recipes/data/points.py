@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,12 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cp_debug.errors import InputError
+from cp_debug.reading import check_file, read_bytes, read_npy, read_npz
 from cp_debug.recipes.data.pcd import read_pcd
 
 Points = NDArray[np.float32]
 
 COLUMNS = {".pcd.bin": ("x", "y", "z", "intensity", "ring"), ".bin": ("x", "y", "z", "intensity")}
 """What a file holds by its ending: nuScenes and T4 datasets, KITTI."""
+LARGEST = 1 << 31
+"""Bytes of a cloud: a hundred million points."""
 ENDINGS = (*COLUMNS, ".npy", ".npz", ".pcd")
 _PCD_NAMES = {"intensity": ("i", "reflectivity"), "dt": ("time_lag", "time")}
 
@@ -27,8 +29,7 @@ def read_points(path: Path, features: Sequence[str], columns: Sequence[str] | No
     ``.npy``, and ``points`` in an ``.npz``, have exactly ``features``. Raises InputError for a missing file, an unknown
     ending, a size that is no multiple of the columns, an array of another name or shape, or of no numbers.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: no such point file")
+    check_file(path, "point file")
     if path.suffix in (".npy", ".npz"):
         return _read_numpy(path, features)
     if path.suffix == ".pcd":
@@ -41,14 +42,15 @@ def read_points(path: Path, features: Sequence[str], columns: Sequence[str] | No
 
 
 def _read_raw(path: Path, columns: Sequence[str]) -> Points:
-    size = path.stat().st_size
+    size = check_file(path, "point file")
     if size % (4 * len(columns)):
         fits = [other for other, names in COLUMNS.items() if size % (4 * len(names)) == 0]
         hint = f"; its size fits the {len(COLUMNS[fits[0]])} columns of *{fits[0]}" if fits else ""
         raise InputError(
             f"{path}: {size} bytes is not a multiple of {len(columns)} float32 columns ({', '.join(columns)}){hint}"
         )
-    return np.fromfile(path, dtype=np.float32).reshape(-1, len(columns))
+    data = read_bytes(path, what="point file", most=LARGEST)
+    return np.frombuffer(data, dtype=np.float32).reshape(-1, len(columns))
 
 
 def _select(path: Path, found: Mapping[str, np.ndarray], features: Sequence[str]) -> Points:
@@ -65,15 +67,13 @@ def _select(path: Path, found: Mapping[str, np.ndarray], features: Sequence[str]
 
 
 def _read_numpy(path: Path, features: Sequence[str]) -> Points:
-    try:
-        points = np.load(path, allow_pickle=False)
-        if isinstance(points, np.lib.npyio.NpzFile):
-            with points as archive:
-                if "points" not in archive:
-                    raise InputError(f"{path}: expected an array 'points'; it has {', '.join(archive) or 'none'}")
-                points = archive["points"]
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: not a readable {path.suffix} file ({error})") from None
+    if path.suffix == ".npz":
+        arrays = read_npz(path)
+        if "points" not in arrays:
+            raise InputError(f"{path}: expected an array 'points'; it has {', '.join(arrays) or 'none'}")
+        points = arrays["points"]
+    else:
+        points = read_npy(path)
     if points.ndim != 2 or points.shape[1] != len(features) or points.dtype.kind not in "fiu":
         expected = f"numbers of shape [N, {len(features)}] ({', '.join(features)})"
         raise InputError(f"{path}: points are {points.dtype} of shape {list(points.shape)}; expected {expected}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable
@@ -11,6 +12,10 @@ from typing import Any
 import numpy as np
 
 from cp_debug.errors import InputError
+from cp_debug.reading import read_bytes
+
+LARGEST = 1 << 32
+"""Bytes."""
 
 _NUMPY_MODULES = {"numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric"}
 _NUMPY_FUNCTIONS = {"_reconstruct", "scalar", "_frombuffer"}
@@ -50,14 +55,12 @@ class _PlainUnpickler(pickle.Unpickler):
 
 def load_plain_pickle(path: Path) -> Any:
     """What is pickled in ``path``. Raises InputError for a missing or broken file, and names what it refuses."""
+    data = read_bytes(path, what="file", most=LARGEST)
     try:
-        with path.open("rb") as stream:
-            return _PlainUnpickler(stream).load()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
+        return _PlainUnpickler(io.BytesIO(data)).load()
     except _Refused as refused:
         raise InputError(
             f"{path}: refused, because it asks for {refused}; expected numpy arrays and plain containers only"
         ) from None
     except Exception as error:  # a broken pickle can raise anything
-        raise InputError(f"{path}: not a readable pickle ({type(error).__name__}: {error})") from None
+        raise InputError(f"{path}: not a readable pickle ({type(error).__name__}: {str(error)[:200]})") from None

@@ -16,6 +16,7 @@ from torch import nn
 from cp_debug.errors import InputError, MissingPackage
 from cp_debug.interpreter import Interpreter, InterpreterFailed
 from cp_debug.optional import install
+from cp_debug.reading import read_npz
 from cp_debug.recipes.base import Arrays
 from cp_debug.recipes.mmdet3d import runner
 
@@ -74,8 +75,7 @@ class DetectorClient:
             result = self._execute({"steps": [step]})
             if error := result.get("error"):
                 raise self._to_exception(command, error)
-            with np.load(made, allow_pickle=False) as archive:
-                return Answer(result["results"][0], dict(archive))
+            return Answer(result["results"][0], read_npz(made))
 
     def _execute(self, job: dict[str, Any]) -> dict[str, Any]:
         if self._interpreter is None:

@@ -26,7 +26,8 @@ from cp_debug.backends.tensorrt import runner
 from cp_debug.backends.tensorrt.backend import TensorRTBackend
 from cp_debug.backends.tensorrt.client import ENVIRONMENT
 from cp_debug.bisect.verdict import EXCESS, RANGE
-from cp_debug.errors import InputError
+from cp_debug.errors import InputError, system_reason
+from cp_debug.files import make_folder, partial_name
 from cp_debug.graph import surgery
 from cp_debug.graph.graph import Graph
 from cp_debug.programs.precision import PRECISIONS
@@ -35,6 +36,7 @@ from cp_debug.reports.bundle.case import Case, Piece, declared
 from cp_debug.reports.bundle.readme import polygraphy_command, readme, title
 from cp_debug.reports.bundle.script import repro
 from cp_debug.reports.bundle.verify import Measured, Output
+from cp_debug.safe_text import visible
 
 TIME_LIMIT = 600
 """Seconds for repro.py."""
@@ -64,7 +66,7 @@ def write_bundle(
             polygraphy=_polygraphy(measured, limits, backend, build),
             history=history,
         )
-        (folder / "README.md").write_text(page, encoding="utf-8")
+        (folder / "README.md").write_text(visible(page, "\n\t"), encoding="utf-8")
     return printed
 
 
@@ -196,7 +198,10 @@ def _complete(target: Path) -> Iterator[Path]:
     zipped = target.suffix == ".zip"
     if target.exists() and (zipped or not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target}: exists; expected a new name or an empty folder")
-    holder = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    if not target.name:
+        raise InputError(f"{str(target)!r}: expected the name of a new folder or .zip")
+    make_folder(target.parent)
+    holder = partial_name(target)
     folder = holder / target.stem if zipped else holder
     try:
         folder.mkdir(parents=True)
@@ -207,6 +212,6 @@ def _complete(target: Path) -> Iterator[Path]:
         else:
             folder.replace(target)
     except OSError as error:
-        raise InputError(f"{target}: cannot be written ({error.strerror or error})") from error
+        raise InputError(f"{target}: cannot be written ({system_reason(error)})") from error
     finally:
         shutil.rmtree(holder, ignore_errors=True)

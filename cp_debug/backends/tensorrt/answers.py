@@ -1,0 +1,97 @@
+"""What the runner answers, of which types: its process may be another TensorRT, an older file, or broken."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ConfigDict
+from typing_extensions import NotRequired, TypedDict
+
+_OPEN = ConfigDict(extra="allow")
+
+
+class Device(TypedDict):
+    """The GPU."""
+
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+
+    name: str
+    compute_capability: str
+    cuda_driver: int | str
+
+
+class Facts(TypedDict):
+    """Of ``probe``."""
+
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+
+    tensorrt: str
+    python: str
+    device: Device
+    builder_flags: list[str]
+    layer_precision: bool
+    calibrator: bool
+    debug_tensors: bool
+    unfused_debug_tensors: bool
+
+
+class LayerTensor(TypedDict):
+    """An input or output in the inspector's JSON."""
+
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+
+    Name: str
+    Dimensions: NotRequired[list[int] | None]
+
+
+class Layer(TypedDict):
+    """A layer in the inspector's JSON."""
+
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+
+    Name: str
+    LayerType: NotRequired[str]
+    Metadata: NotRequired[str | None]
+    Inputs: NotRequired[list[LayerTensor] | None]
+    Outputs: NotRequired[list[LayerTensor] | None]
+    TacticName: NotRequired[str | None]
+    TacticValue: NotRequired[str | None]
+
+
+class Built(TypedDict):
+    """Of ``build``."""
+
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+
+    seconds: float
+    flags: dict[str, bool]
+    timing_cache: Any
+    marked: list[str]
+    missing: list[str]
+    layers: list[str | Layer]
+
+
+class Written(TypedDict):
+    """A tensor that ``run`` wrote."""
+
+    name: str
+    file: str
+    dtype: str
+
+
+class Ran(TypedDict):
+    """Of ``run``."""
+
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+
+    tensors: list[Written]
+    seconds: list[float]
+
+
+class Failure(TypedDict):
+    """Why a step failed."""
+
+    kind: str
+    message: str
+    nodes: list[str]
+    traceback: NotRequired[str]

@@ -1,0 +1,155 @@
+"""With the programs of both sides at hand: what differs between the two graphs at the layer, proved by computing it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from cp_debug.backends.executor import Executor
+from cp_debug.bisect.candidate_run import CandidateRun, loader
+from cp_debug.bisect.causes.base import Candidate, Cause
+from cp_debug.bisect.causes.search import Explanation, accepted, explain
+from cp_debug.bisect.causes.segment import Segment, as_double
+from cp_debug.errors import InputError
+from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.node_differences import NodeDifference, Pieces
+from cp_debug.probes.capture import Capture
+
+FOLDED = {"channels-scaled", "other-weights", "weights-scaled", "bias-scaled"}
+"""What differs in the weights when another BatchNorm was folded into them."""
+SHOWN = 3
+"""Differences in one line."""
+_FIX = "make {layers} equal in both programs: "
+
+
+Failed = Callable[[Exception], None]
+"""Told what could not be tried."""
+
+
+@dataclass
+class OtherProgram:
+    """The graph that the test runs where it is another than the reference's, with what was captured of it."""
+
+    graph: Graph
+    names: Mapping[str, str]
+    """Its values → the reference's."""
+    load: Callable[[str], Any]
+    """A captured value by the reference's name."""
+    executor: Executor
+
+    def piece(self, target: str, known: set[str]) -> tuple[str, list[Node], list[str]] | None:
+        """(own name, nodes, values they start from) of what makes ``target``; None where it has no such value."""
+        own = next((own for own, name in self.names.items() if name == target and own in self.graph.producer), None)
+        if own is None:
+            own = target if target in self.graph.producer and target not in self.names else None
+        if own is None:
+            return None
+        inside = {o for o in self.graph.values if self.names.get(o, o) in known}
+        nodes, starts = self.graph.segment([own], inside)
+        return own, nodes, starts
+
+
+def difference(segment: Segment, other: OtherProgram, known: set[str]) -> tuple[Candidate | None, list[NodeDifference]]:
+    """What the two graphs have different at a layer, and the test's own nodes computed on the oracle as its proof.
+
+    No candidate where they are equal, where the test's cannot be computed, or where it only adds nodes: what those do
+    has better names.
+    """
+    piece = other.piece(segment.target, known)
+    if piece is None or not segment.nodes:
+        return None, []
+    own, nodes, starts = piece
+    found = Pieces(segment.graph, segment.nodes, other.graph, nodes, other.names).differences()
+    if not found:
+        return None, []
+    value = _computed(segment, other, own, nodes, starts)
+    telling = [d for d in found if not d.added]
+    if value is None or value.shape != segment.test.shape or not telling:
+        return None, found
+    first = telling[0]
+    evidence = {"node": first.node, **first.evidence, "read_off": "the difference of the two graphs"}
+    if len(found) > 1:
+        evidence["differences"] = [d.says for d in found[:8]]
+    return Candidate(first.cause, _says(found), value, 0, evidence, _FIX + first.says), found
+
+
+def added(segment: Segment, other: OtherProgram, known: set[str], found: Sequence[NodeDifference]) -> Candidate | None:
+    """The nodes that the test has besides, where nothing else explains the layer."""
+    piece = other.piece(segment.target, known)
+    value = _computed(segment, other, *piece) if piece is not None and found else None
+    if value is None or value.shape != segment.test.shape:
+        return None
+    first = found[0]
+    evidence = {"node": first.node, **first.evidence, "read_off": "the difference of the two graphs"}
+    return Candidate(first.cause, _says(found), value, 0, evidence, _FIX + first.says)
+
+
+def _says(found: Sequence[NodeDifference]) -> str:
+    more = f"; and {len(found) - SHOWN} more differences" if len(found) > SHOWN else ""
+    return "; ".join(d.says for d in found[:SHOWN]) + more
+
+
+def _computed(
+    segment: Segment, other: OtherProgram, own: str, nodes: Sequence[Node], starts: Sequence[str]
+) -> Tensor | None:
+    try:
+        given = {s: other.load(other.names.get(s, s)) for s in starts}
+        return as_double(other.executor.run_nodes(nodes, given, [own])[own])
+    except InputError:  # an operator that nobody here can compute
+        return None
+
+
+class GraphReader:
+    """Explains the layers of a test that runs another graph than the reference, by what that has different there."""
+
+    def __init__(self, run: CandidateRun, test: Capture) -> None:
+        self._run, self._test = run, test
+        self._others: dict[str, OtherProgram | None] = {}
+
+    def explain(
+        self, component: str, segment: Segment, families: Sequence[Cause], failed: Failed
+    ) -> tuple[Explanation, Cause | None]:
+        """What the two graphs have different at a layer, where that is it; else what the causes say (``search``)."""
+        try:
+            return self._explain(component, segment, families, failed)
+        except Exception as error:  # explaining never ends a run: another explanation may do
+            failed(error)
+            return explain(segment, families, failed)
+
+    def _explain(
+        self, component: str, segment: Segment, families: Sequence[Cause], failed: Failed
+    ) -> tuple[Explanation, Cause | None]:
+        other = self._other(component)
+        if other is None:
+            return explain(segment, families, failed)
+        known = {*self._run.replayer(component, self._test).known, *(v.name for v in segment.graph.inputs)}
+        candidate, found = difference(segment, other, known)
+        if candidate is not None and candidate.cause in FOLDED and segment.batch_norm is not None:
+            explanation, family = explain(segment, families, failed)  # what was folded in tells more than weights do
+            if explanation.cause is not None and explanation.cause.cause.startswith(("batchnorm", "normalization")):
+                return explanation, family
+        if candidate is not None and (read_off := accepted(segment, candidate)) is not None:
+            return read_off, None
+        explanation, family = explain(segment, families, failed)
+        if explanation.cause is None and found and all(d.added for d in found):
+            candidate = added(segment, other, known, found)
+            return (candidate and accepted(segment, candidate)) or explanation, family
+        if explanation.cause is not None and found:
+            explanation.cause.evidence.setdefault("graphs_differ", [d.says for d in found[:4]])
+        return explanation, family
+
+    def _other(self, component: str) -> OtherProgram | None:
+        """The test's own graph, where it is another than the reference's for other reasons than its INT8 here."""
+        if component not in self._others:
+            ours = self._run.programs[component].graph
+            program = next(p for p in self._run.pipeline.programs if p.name == component)
+            graph, made = program.graph, None
+            if graph is not ours and program.plain is not ours:
+                oracle = self._run.replayer(component, self._test).oracle
+                names = self._run.names(component)
+                made = OtherProgram(graph, names, loader(self._test, component), Executor(graph, oracle.arithmetic))
+            self._others[component] = made
+        return self._others[component]

@@ -1,0 +1,225 @@
+"""The same operator told something else: any attribute by its schema, indices off by one, operands in another order or
+of another value, gates of a recurrent layer in another order."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cp_debug.bisect.causes.base import Candidate, cause
+from cp_debug.bisect.causes.fits import cross_fit, halves
+from cp_debug.bisect.causes.operators import EPSILONS
+from cp_debug.bisect.causes.segment import Segment, as_double
+from cp_debug.graph.graph import Node
+from cp_debug.graph.node_differences import NAMES, attributes
+from cp_debug.graph.weight_differences import GATES
+
+TEXTS = {
+    "approximate": ("none", "tanh"),
+    "coordinate_transformation_mode": ("half_pixel", "asymmetric", "align_corners", "pytorch_half_pixel"),
+    "direction": ("forward", "reverse", "bidirectional"),
+    "mode": ("nearest", "linear", "cubic", "constant", "reflect", "edge", "wrap", "bilinear", "DCR", "CRD"),
+    "nearest_mode": ("round_prefer_floor", "round_prefer_ceil", "floor", "ceil"),
+    "padding_mode": ("zeros", "border", "reflection"),
+    "auto_pad": ("SAME_UPPER", "SAME_LOWER", "VALID"),
+    "reduction": ("none", "add", "mul", "max", "min", "sum", "mean"),
+}
+"""Attribute → what operators know for it; what an operator does not know gives no candidate."""
+FLOATS = {"alpha": (0.0, 0.01, 0.1, 0.2, 0.3, 1.0, 1.67326), "beta": (0.0, 0.5, 1.0), "gamma": (1.0, 1.0507)}
+SKIPPED = {"pads", "epsilon", "kernel_shape", "to", "dtype", "group", "hidden_size", "num_outputs", "num_groups"}
+"""Attributes with causes of their own, or that change what is computed altogether."""
+FITTED = {"LeakyRelu": ["alpha"], "Elu": ["alpha"], "Gemm": ["alpha", "beta"], "HardSigmoid": ["alpha", "beta"]}
+"""Attributes in which the result is affine."""
+ORDERED = {"Sub", "Div", "Pow", "MatMul", "Mod", "Less", "Greater", "LessOrEqual", "GreaterOrEqual", "BitShift"}
+MOST_PERMUTED = 4
+"""Operands whose orders are all tried; of more only exchanges of two neighbours, and the reverse."""
+MOST_OTHERS = 48
+"""Values of an operand's shape that are tried in its place."""
+
+
+@cause(costly=True)
+def by_schema(segment: Segment) -> Iterator[Candidate]:
+    """Every attribute of every operator, with every value that its schema allows."""
+    for node in segment.nodes:
+        own = attributes(segment.graph, node)
+        for name, value in own.items():
+            for other in _values(name, value):
+                if (result := segment.edited(node, **{name: other})) is not None:
+                    yield _attribute(node, name, other, value, result, 0)
+
+
+def _values(name: str, value: Any) -> Iterator[Any]:
+    if name in SKIPPED:
+        return
+    if isinstance(value, str):
+        yield from (t for t in TEXTS.get(name, ()) if t != value)
+    elif isinstance(value, float):
+        yield from (v for v in FLOATS.get(name, ()) if abs(v - value) > 1e-6)
+    elif isinstance(value, int):
+        others = range(-1, 5) if "axis" in name else (1 - value,) if value in (0, 1) else (value - 1, value + 1)
+        yield from (v for v in others if v != value)
+    elif isinstance(value, list) and all(isinstance(v, int) for v in value):
+        if name == "perm" and len(value) <= 5:
+            yield from (list(p) for p in itertools.permutations(range(len(value))) if list(p) != value)
+        elif name == "axes":
+            yield from (list(c) for c in itertools.combinations(range(5), len(value)) if list(c) != value)
+        elif name in ("strides", "dilations"):
+            yield from ([v] * len(value) for v in (1, 2, 3) if [v] * len(value) != value)
+
+
+def _attribute(node: Node, name: str, other: Any, value: Any, result: Tensor, parameters: int) -> Candidate:
+    shown = f"{other:.4g} instead of {value:.4g}" if isinstance(value, float) else f"{other} instead of {value}"
+    says = f"{node.op}: {name} is {shown}"
+    evidence = {name: other, "instead_of": value}
+    return Candidate(NAMES.get(name, "attribute"), says, result, parameters, evidence, f"set it as declared: {says}")
+
+
+@cause(costly=True)
+def fitted_attribute(segment: Segment) -> Iterator[Candidate]:
+    """A number in which the result is affine, by least squares, learnt on one half and tried on the other."""
+    for node in segment.nodes:
+        own = attributes(segment.graph, node)
+        for name in FITTED.get(node.op, ()):
+            value = own[name]
+            moved = segment.edited(node, **{name: value + 1.0})
+            if moved is None or not segment.introduced:
+                continue
+            basis = moved - segment.exact
+            fit = cross_fit(segment.error, [basis], halves(segment.finite & (basis != 0)))
+            if fit is not None:
+                change, theta = fit
+                yield _attribute(node, name, value + float(theta[0, 0]), value, segment.exact + change, 1)
+
+
+@cause(costly=True)
+def epsilon_of_a_composite(segment: Segment) -> Iterator[Candidate]:
+    """A normalisation written out: the small number that is added before the root."""
+    for node in segment.nodes:
+        roots = [n for n in segment.graph.consumers.get(node.outputs[0], []) if n.op in ("Sqrt", "Pow", "Reciprocal")]
+        if node.op != "Add" or not roots:
+            continue
+        for place in (0, 1):
+            own = segment.weight(node, place)
+            if own is None or own.numel() != 1 or not 0 < float(own) <= max(EPSILONS):
+                continue
+            for eps in EPSILONS:
+                value = segment.edited(node, inputs={place: torch.full_like(own, eps)})
+                if value is not None and eps != float(own):
+                    says = f"eps is {eps:.3g} instead of {float(own):.3g}"
+                    evidence = {"eps": eps, "instead_of": float(own)}
+                    yield Candidate("normalization-eps", says, value, 0, evidence, "set eps in {layers} as declared")
+
+
+@cause(costly=True)
+def off_by_one(segment: Segment) -> Iterator[Candidate]:
+    """Slices, gathers and paddings that begin one element too early or too late."""
+    for node in segment.nodes:
+        for inputs, what in _shifted(segment, node):
+            if (value := segment.edited(node, inputs=inputs)) is not None:
+                says = f"{node.op} is off by one: {what}"
+                yield Candidate("index-shifted", says, value, 0, {"node": node.name}, "check the indices of {layers}")
+
+
+def _shifted(segment: Segment, node: Node) -> Iterator[tuple[dict[int, Tensor], str]]:
+    def constant(place: int) -> Tensor | None:
+        name = node.proto.input[place] if place < len(node.proto.input) else ""
+        constants = segment.context.constants
+        return constants[name] if name and constants.holds(name) else None
+
+    steps = ((1, "one later"), (-1, "one earlier"))
+    if node.op == "Slice" and (starts := constant(1)) is not None:
+        ends = constant(2)
+        for step, what in steps:
+            yield {1: starts + step} | ({} if ends is None else {2: ends + step}), what
+            yield {1: starts + step}, f"begins {what}"
+            if ends is not None:
+                yield {2: ends + step}, f"ends {what}"
+    elif node.op in ("Gather", "GatherElements", "GatherND") and (indices := constant(1)) is not None:
+        for step, what in steps:
+            yield {1: indices + step}, what
+    elif node.op == "Pad" and (pads := constant(1)) is not None:
+        rank = pads.numel() // 2
+        for axis, (step, what) in itertools.product(range(rank), steps):
+            moved = pads.clone()
+            moved[axis] += step
+            moved[axis + rank] -= step
+            yield {1: moved}, f"axis {axis}, {what}"
+
+
+@cause(costly=True)
+def operand_order(segment: Segment) -> Iterator[Candidate]:
+    """Operands that have changed places."""
+    for node in segment.nodes:
+        reads = list(node.proto.input)
+        for order in _orders(node, len(reads)):
+            moved = [reads[i] for i in order]
+            if moved != reads and (value := segment.edited(node, reads=moved)) is not None:
+                name = "concat-order" if node.op == "Concat" else "operand-order"
+                says = f"{node.op} reads {', '.join(moved)} in this order instead of {', '.join(reads)}"
+                yield Candidate(name, says, value, 0, {"order": list(order)}, "give {layers} its operands in order")
+
+
+def _orders(node: Node, count: int) -> Iterator[tuple[int, ...]]:
+    if node.op in ORDERED and count == 2:
+        yield 1, 0
+    elif node.op == "Where" and count == 3:
+        yield 0, 2, 1
+    elif node.op == "Concat" and 1 < count <= MOST_PERMUTED:
+        yield from itertools.islice(itertools.permutations(range(count)), 1, None)
+    elif node.op == "Concat":
+        for i in range(count - 1):
+            yield (*range(i), i + 1, i, *range(i + 2, count))
+        yield tuple(reversed(range(count)))
+
+
+@cause(costly=True)
+def another_operand(segment: Segment) -> Iterator[Candidate]:
+    """An operand that holds another value of the run: read too late, after it was overwritten in place, or mixed up."""
+    for node in segment.nodes:
+        for place, name in enumerate(node.proto.input):
+            if name not in segment.given or node.op in ("Conv", "ConvTranspose"):
+                continue
+            own = segment.input(name)
+            if own.numel() < 8:
+                continue
+            tried = 0
+            for other, load in segment.others:
+                if tried == MOST_OTHERS:
+                    break
+                if other == name or not _of_shape(load, own):
+                    continue
+                tried += 1
+                value = segment.edited(node, inputs={place: as_double(load())})
+                if value is not None:
+                    says = f"{node.op} reads {other} instead of {name}: mixed up, or overwritten in place"
+                    evidence = {"of": other, "instead_of": name}
+                    yield Candidate("another-operand", says, value, 0, evidence, f"feed {{layers}} {name} unchanged")
+
+
+def _of_shape(load: Any, own: Tensor) -> bool:
+    return tuple(load().shape) == tuple(own.shape)
+
+
+@cause(costly=True)
+def gate_order(segment: Segment) -> Iterator[Candidate]:
+    """A recurrent layer whose weights have their gates in another framework's order."""
+    for node in segment.nodes:
+        gates = GATES.get(node.op, 0)
+        weights = {place: w for place in (1, 2, 3) if gates and (w := segment.weight(node, place)) is not None}
+        if not weights:
+            continue
+        for order in itertools.islice(itertools.permutations(range(gates)), 1, None):
+            moved = {place: _regated(w, order, 2 if place == 3 else 1) for place, w in weights.items()}
+            if (value := segment.edited(node, inputs=moved)) is not None:
+                says = f"the gates of {node.op} are in the order {list(order)}"
+                yield Candidate("gate-order", says, value, 0, {"order": list(order)}, "reorder the gates of {layers}")
+
+
+def _regated(weight: Tensor, order: tuple[int, ...], parts: int) -> Tensor:
+    """[D, parts · gates · H, …] with the gates of each part in another order."""
+    blocks = weight.unflatten(1, (parts, len(order), -1))
+    return blocks[:, :, list(order)].flatten(1, 3)

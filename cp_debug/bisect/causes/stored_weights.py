@@ -1,0 +1,108 @@
+"""Constants that are stored in fewer bits, or that belong elsewhere: another layer's weights, channels exchanged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from cp_debug.backends.rounding import round_bf16, round_fp16
+from cp_debug.bisect.causes.base import Candidate, cause
+from cp_debug.bisect.causes.segment import Segment, as_double
+from cp_debug.graph.graph import Node
+from cp_debug.graph.tensor_change import int8_forms
+
+FEWEST = 16
+"""Elements of a constant from which its storage is looked at."""
+MOST_LAYERS = 32
+"""Other constants of one shape that are tried."""
+_COMPARE = "compare both checkpoints: {layers}"
+_KEEP = "keep the weights of {layers} in FP32, or accept it"
+
+
+def _weights(segment: Segment) -> Iterator[tuple[Node, int, Tensor]]:
+    for node in segment.nodes:
+        for place in range(len(node.proto.input)):
+            weight = segment.weight(node, place)
+            if weight is not None and weight.numel() >= FEWEST and node.op not in ("Gather", "Slice", "Reshape"):
+                yield node, place, weight
+
+
+@cause(costly=True)
+def narrow(segment: Segment) -> Iterator[Candidate]:
+    """Weights in FP16 or BF16, everything else as declared."""
+    for node, place, weight in _weights(segment):
+        for name, function in (("fp16", round_fp16), ("bf16", round_bf16)):
+            rounded = function(weight.float()).double()
+            if torch.equal(rounded, weight) or not bool(torch.isfinite(rounded).all()):
+                continue
+            if (value := segment.edited(node, inputs={place: rounded})) is not None:
+                says = f"the weights of {node.op} are stored in {name.upper()}"
+                yield Candidate(f"{name}-weights", says, value, 0, {"place": place}, _KEEP)
+
+
+@cause(costly=True)
+def integers(segment: Segment) -> Iterator[Candidate]:
+    """Weights in INT8, with one scale or one a slice of either axis, symmetric or not."""
+    for node, place, weight in _weights(segment):
+        if weight.dim() < 2:
+            continue
+        for text, kind, values, count in int8_forms(weight.numpy()):
+            if (value := segment.edited(node, inputs={place: torch.from_numpy(values)})) is not None:
+                name = "int8-per-tensor" if kind == "int8-per-tensor" else "int8-weights"
+                says = f"the weights of {node.op} are stored in INT8, {text}"
+                yield Candidate(name, says, value, 0, {"scales": count}, "keep {layers} in FP32, or accept it")
+
+
+@cause(costly=True)
+def of_another_layer(segment: Segment) -> Iterator[Candidate]:
+    """The weights of another layer, which have the same shape."""
+    constants, graph = segment.context.constants, segment.graph
+    for node, place, weight in _weights(segment):
+        name = node.proto.input[place]
+        alike = [n for n in graph.initializers if n != name and tuple(graph.weight(n).dims) == tuple(weight.shape)]
+        for other in alike[:MOST_LAYERS]:
+            held = as_double(constants[other])
+            if not torch.equal(held, weight) and (value := segment.edited(node, inputs={place: held})) is not None:
+                says = f"{node.op} has the weights of another layer ({other} instead of {name})"
+                evidence = {"of": other, "instead_of": name}
+                yield Candidate(
+                    "weights-of-another-layer", says, value, 0, evidence, "compare both checkpoints: {layers}"
+                )
+
+
+@cause(costly=True)
+def exchanged_channels(segment: Segment) -> Iterator[Candidate]:
+    """Output channels of the weight in another order, the bias as it was: read off which slice is nearest to which."""
+    node = segment.product
+    weight = segment.weight(node, 1) if node is not None else None
+    if node is None or weight is None or weight.dim() < 2 or segment.test.shape != segment.exact.shape:
+        return
+    if not bool(segment.finite.all()) or math.prod(segment.test.shape) // segment.test.shape[segment.axis] < 4:
+        return
+    bias = 0.0 if segment.bias is None else segment.bias
+    count = segment.test.shape[segment.axis]
+    axis = next((a for a in _output_axes(node) if a < weight.dim() and weight.shape[a] == count), None)
+    if axis is None or count > 1024:
+        return
+    ours, theirs = ((t - bias).movedim(segment.axis, 0).reshape(count, -1) for t in (segment.before, segment.test))
+    distance = ours.square().sum(1) - 2 * theirs @ ours.T
+    order = torch.where(distance.diagonal() <= distance.min(1).values, torch.arange(count), distance.argmin(1))
+    moved = (order != torch.arange(count)).nonzero().flatten()
+    if not len(moved) or len(order.unique()) != count:
+        return
+    if (value := segment.edited(node, inputs={1: weight.index_select(axis, order)})) is not None:
+        pairs = ", ".join(f"{int(i)}←{int(order[i])}" for i in moved[:6])
+        says = f"output channels of the weight are exchanged: {pairs}" + (", …" if len(moved) > 6 else "")
+        yield Candidate(
+            "weight-layout", says, value, len(moved), {"moved": len(moved)}, "compare both checkpoints: {layers}"
+        )
+
+
+def _output_axes(node: Node) -> tuple[int, ...]:
+    if node.op == "Conv":
+        return (0,)
+    transposed = next((a.i for a in node.proto.attribute if a.name == "transB"), 0)
+    return (0,) if transposed else (1,)

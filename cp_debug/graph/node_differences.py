@@ -1,0 +1,244 @@
+"""What differs between two pieces of two graphs that should compute one value: attributes, operators, operands,
+constants, nodes that only one of them has."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from cp_debug.graph.constants import TELLING, Constants
+from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.tensor_change import Change, describe
+from cp_debug.graph.weight_differences import GATES
+
+MOVES = {"Cast", "Transpose", "Reshape", "Slice", "Concat", "Identity", "Squeeze", "Unsqueeze", "Flatten", "Split"}
+"""Operators that prepare weights: what they read is named after what reads them."""
+PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+RECURRENT = {"LSTM", "GRU", "RNN"}
+ACTIVATIONS = {
+    "Celu", "Clip", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "LogSoftmax", "Mish", "PRelu",
+    "Relu", "Selu", "Sigmoid", "Softmax", "Softplus", "Softsign", "Swish", "Tanh", "ThresholdedRelu",
+}  # fmt: skip
+NAMES = {"auto_pad": "padding", "epsilon": "normalization-eps", "pads": "padding"}
+"""Attribute → the name of the cause, where it has one of its own."""
+INDICES = {"Gather", "GatherElements", "GatherND", "Slice", "ScatterND", "ScatterElements"}
+
+
+@dataclass(frozen=True)
+class NodeDifference:
+    """One difference, by the name that the cause has in ``docs/causes.md``."""
+
+    cause: str
+    says: str
+    node: str
+    evidence: dict[str, Any] = field(default_factory=dict)
+    added: bool = False
+    """Whether it is a node that only the test has: what that node does may have a better name."""
+
+
+class Pieces:
+    """The nodes that make one value on both sides, matched."""
+
+    def __init__(
+        self, reference: Graph, ours: Sequence[Node], test: Graph, theirs: Sequence[Node], names: Mapping[str, str]
+    ) -> None:
+        """``names``: test value → reference value."""
+        self._reference, self._test = reference, test
+        self._ours, self._theirs = Constants(reference), Constants(test)
+        self._mine, self._own = list(ours), list(theirs)
+        self._names = dict(names)
+        self._pairs = self._matched()
+        for a, b in self._pairs:
+            self._names.update(zip(b.outputs, a.outputs, strict=False))
+        self._missing = [n for n in self._mine if not any(n is a for a, _ in self._pairs) and n.op != "Constant"]
+        self._added = [n for n in self._own if not any(n is b for _, b in self._pairs) and n.op != "Constant"]
+
+    def _matched(self) -> list[tuple[Node, Node]]:
+        by_output = {n.outputs[0]: n for n in self._mine if n.outputs}
+        pairs = []
+        for node in self._own:
+            twin = by_output.get(self._names.get(node.outputs[0], "")) if node.outputs else None
+            # Another operator under the same name, the old one before it: the name went on to what was added, or back
+            # to what stood before what was left out.
+            moved = twin is not None and any(n.op == twin.op for n in self._own) | any(
+                n.op == node.op for n in self._mine
+            )
+            if twin is not None and (twin.op == node.op or not moved):
+                pairs.append((twin, node))
+        left = [n for n in self._mine if not any(n is a for a, _ in pairs) and n.op != "Constant"]
+        free = [n for n in self._own if not any(n is b for _, b in pairs) and n.op != "Constant"]
+        matcher = difflib.SequenceMatcher(None, [n.op for n in left], [n.op for n in free], autojunk=False)
+        for tag, i, j, k, m in matcher.get_opcodes():
+            if tag == "equal" or (tag == "replace" and j - i == m - k == 1):
+                pairs += zip(left[i:j], free[k:m], strict=True)
+        return pairs
+
+    def differences(self) -> list[NodeDifference]:
+        """Every difference, in execution order; nodes that only the test has come last."""
+        found = [d for a, b in self._pairs for d in self._of_pair(a, b)]
+        for node in self._missing:
+            kind = "activation" if node.op in ACTIVATIONS else "operator"
+            found.append(NodeDifference(f"missing-{kind}", f"{node.op} is left out", node.name, {"op": node.op}))
+        for node in self._added:
+            kind = "activation" if node.op in ACTIVATIONS else "operator"
+            says = f"{node.op} is added: {node.name}"
+            found.append(NodeDifference(f"extra-{kind}", says, node.name, {"op": node.op}, added=True))
+        return found
+
+    def _of_pair(self, ours: Node, theirs: Node) -> Iterator[NodeDifference]:
+        if ours.op != theirs.op:
+            if theirs.op == "Identity":
+                kind = "activation" if ours.op in ACTIVATIONS else "operator"
+                yield NodeDifference(f"missing-{kind}", f"{ours.op} is left out", ours.name, {"op": ours.op})
+            else:
+                says = f"{ours.op} is {theirs.op} in the test"
+                yield NodeDifference("other-operator", says, ours.name, {"op": ours.op, "test_op": theirs.op})
+            return
+        yield from self._attributes(ours, theirs)
+        if not self._missing and not self._added:
+            yield from self._operands(ours, theirs)
+        yield from self._constants(ours, theirs)
+
+    def _attributes(self, ours: Node, theirs: Node) -> Iterator[NodeDifference]:
+        mine, own = (attributes(g, n) for g, n in ((self._reference, ours), (self._test, theirs)))
+        for name in sorted(mine.keys() & own.keys()):
+            a, b = mine[name], own[name]
+            if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) or a == b:
+                continue
+            says = f"{ours.op}: {name} is {_shown(b)} instead of {_shown(a)}"
+            if name == "epsilon":
+                says = f"{ours.op}: eps is {b:.3g} instead of {a:.3g}"
+                evidence = {"eps": b, "instead_of": a}
+            else:
+                evidence = {name: b, "instead_of": a}
+            yield NodeDifference(NAMES.get(name, "attribute"), says, ours.name, evidence)
+
+    def _operands(self, ours: Node, theirs: Node) -> Iterator[NodeDifference]:
+        def read(node: Node, constants: Constants, names: Mapping[str, str]) -> list[str]:
+            return [n if n in constants else names.get(n, n) for n in node.proto.input]
+
+        a = read(ours, self._ours, {})
+        b = read(theirs, self._theirs, self._names)
+        computed = [x for x in a if x and x not in self._ours], [x for x in b if x and x not in self._theirs]
+        places = [[i for i, x in enumerate(s) if x and x not in c] for s, c in ((a, self._ours), (b, self._theirs))]
+        if computed[0] == computed[1] and places[0] == places[1]:
+            return
+        if sorted(computed[0]) == sorted(computed[1]):
+            name = "concat-order" if ours.op == "Concat" else "operand-order"
+            says = f"{ours.op} reads {', '.join(computed[1])} in this order instead of {', '.join(computed[0])}"
+            if computed[0] == computed[1]:
+                says = f"the operands of {ours.op} have changed places"
+            yield NodeDifference(name, says, ours.name, {"operands": computed[1], "instead_of": computed[0]})
+        elif len(computed[0]) == len(computed[1]):
+            pairs = [(x, y) for x, y in zip(computed[0], computed[1], strict=True) if x != y]
+            says = f"{ours.op} reads {pairs[0][1]} instead of {pairs[0][0]}"
+            yield NodeDifference("another-tensor", says, ours.name, {"of": pairs[0][1], "instead_of": pairs[0][0]})
+
+    def _constants(self, ours: Node, theirs: Node) -> Iterator[NodeDifference]:
+        mine, own = list(ours.proto.input), list(theirs.proto.input)
+        for place in range(max(len(mine), len(own))):
+            a, b = (names[place] if place < len(names) else "" for names in (mine, own))
+            role = self._role(ours, place)
+            if a in self._ours and not b:
+                name = "bias-dropped" if role == "bias" else "constant-differs"
+                yield NodeDifference(name, f"{ours.op} has no {a}", ours.name, {"constant": a})
+            elif a in self._ours and b in self._theirs and self._ours.digest(a) != self._theirs.digest(b):
+                change = self._other(a, b) or describe(self._ours[a], self._theirs[b], GATES.get(ours.op, 0))
+                if change is not None:
+                    name = named(change, role, ours.op)
+                    whole = "the weights" if role == "weights" else "the bias" if role == "bias" else a
+                    says = f"{whole} of {ours.op}: {change.says}" if whole != a else f"{a} of {ours.op}: {change.says}"
+                    evidence = {"constant": a, "change": change.kind, **change.evidence, "differs_by": change.size}
+                    yield NodeDifference(name, says, ours.name, evidence)
+
+    def _other(self, a: str, b: str) -> Change | None:
+        if self._ours.size(a) < TELLING:
+            return None
+        digest = self._theirs.digest(b)
+        alike = (n for n in self._ours.names if n != a and self._ours.size(n) == self._theirs.size(b))
+        other = next((n for n in alike if self._ours.digest(n) == digest), None)
+        return Change("another", f"those of another layer ({other})", {"of": other}) if other else None
+
+    def _role(self, node: Node, place: int) -> str:
+        """``weights``, ``bias``, ``statistics``, ``parameters``, ``scale``, ``zero``, ``index``, or empty."""
+        if node.op in MOVES and (place == 0 or node.op == "Concat"):
+            readers = [n for o in node.outputs for n in self._reference.consumers.get(o, [])]
+            if readers:
+                value = next(o for o in node.outputs if o in readers[0].inputs)
+                return self._role(readers[0], list(readers[0].proto.input).index(value))
+        if node.op in PRODUCTS:
+            return "bias" if place == 2 else "weights"
+        if node.op in RECURRENT:
+            return {1: "weights", 2: "weights", 3: "bias"}.get(place, "")
+        if node.op == "BatchNormalization":
+            return "statistics" if place > 2 else "parameters"
+        if node.op in ("QuantizeLinear", "DequantizeLinear"):
+            return {0: "weights", 1: "scale", 2: "zero"}.get(place, "")
+        return "index" if node.op in INDICES and place else ""
+
+
+def named(change: Change, role: str, op: str) -> str:
+    """What a change of a constant is called as a cause."""
+    if role in ("statistics", "parameters"):
+        return f"batchnorm-{role}"
+    if role in ("scale", "zero"):
+        return "int8-scale" if role == "scale" else "int8-zero-point"
+    if role == "index":
+        return "index-shifted"
+    if change.kind in ("fp16", "bf16"):
+        return f"{change.kind}-weights"
+    if role == "bias" and change.kind == "channels-zero":
+        return "bias-dropped"
+    weights = {
+        "another": "weights-of-another-layer",
+        "channels-scaled": "channels-scaled",
+        "channels-zero": "channels-zeroed",
+        "flipped": "weight-layout",
+        "gates-permuted": "gate-order",
+        "int8-per-channel": "int8-weights",
+        "int8-per-tensor": "int8-per-tensor",
+        "permuted": "weight-layout",
+        "rolled": "index-shifted",
+        "scaled": "bias-scaled" if role == "bias" else "weights-scaled",
+        "transposed": "weight-layout",
+    }
+    if role in ("weights", "bias"):
+        return weights.get(change.kind, "other-weights")
+    return weights[change.kind] if change.kind in ("another", "int8-per-channel") else "constant-differs"
+
+
+def attributes(graph: Graph, node: Node) -> dict[str, Any]:
+    """The attributes of a node, absent ones with their defaults, texts as ``str``; bodies are left out."""
+    kinds = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+    try:
+        domain = "" if node.proto.domain == "ai.onnx" else node.proto.domain
+        schema = onnx.defs.get_schema(node.proto.op_type, graph.opsets.get(domain, 1), domain)
+        found = {
+            name: helper.get_attribute_value(a.default_value)
+            for name, a in schema.attributes.items()
+            if a.default_value.type not in (0, *kinds)
+        }
+    except onnx.defs.SchemaError:
+        found = {}
+    found |= {a.name: helper.get_attribute_value(a) for a in node.proto.attribute if a.type not in kinds}
+    return {name: _plain(value) for name, value in found.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    if isinstance(value, onnx.TensorProto):
+        return onnx.numpy_helper.to_array(value)
+    if isinstance(value, float | int | str):
+        return value
+    return [_plain(v) for v in value]
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,386 @@
+"""The one reader of ONNX files: what it returns has been checked, so that nothing behind it meets a file's lies.
+
+Text is UTF-8, every value is made once and before it is read, weights hold as many bytes as they claim, external data
+lie in the file's folder, attributes have the type that they name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import AttributeProto, TensorProto, numpy_helper
+
+from cp_debug.errors import InputError
+from cp_debug.reading import check_file, physical_memory, read_bytes
+from cp_debug.safe_text import one_line
+
+LARGEST = (1 << 31) - 1
+"""Bytes of a protobuf message."""
+LONGEST = 4096
+"""Characters of a name."""
+_RANK = 32
+"""Dimensions of an array in numpy."""
+
+_BITS = {
+    **dict.fromkeys(("FLOAT", "INT32", "UINT32"), 32),
+    **dict.fromkeys(("DOUBLE", "INT64", "UINT64", "COMPLEX64"), 64),
+    **dict.fromkeys(("FLOAT16", "BFLOAT16", "INT16", "UINT16"), 16),
+    **dict.fromkeys(("INT8", "UINT8", "BOOL"), 8),
+    **dict.fromkeys(("FLOAT8E4M3FN", "FLOAT8E4M3FNUZ", "FLOAT8E5M2", "FLOAT8E5M2FNUZ", "FLOAT8E8M0"), 8),
+    **dict.fromkeys(("INT4", "UINT4", "FLOAT4E2M1"), 4),
+    **dict.fromkeys(("INT2", "UINT2"), 2),
+    "COMPLEX128": 128,
+}
+_FIELD = {
+    **dict.fromkeys(("FLOAT", "COMPLEX64"), "float_data"),
+    **dict.fromkeys(("DOUBLE", "COMPLEX128"), "double_data"),
+    **dict.fromkeys(("UINT32", "UINT64"), "uint64_data"),
+    "INT64": "int64_data",
+}
+"""Field of the elements where they are no ``raw_data``; else ``int32_data``."""
+_CONSTANT = ("value", "sparse_value")
+_VALUE = {
+    AttributeProto.FLOAT: "f",
+    AttributeProto.INT: "i",
+    AttributeProto.STRING: "s",
+    AttributeProto.TENSOR: "t",
+    AttributeProto.GRAPH: "g",
+    AttributeProto.SPARSE_TENSOR: "sparse_tensor",
+    AttributeProto.TYPE_PROTO: "tp",
+    AttributeProto.FLOATS: "floats",
+    AttributeProto.INTS: "ints",
+    AttributeProto.STRINGS: "strings",
+    AttributeProto.TENSORS: "tensors",
+    AttributeProto.GRAPHS: "graphs",
+    AttributeProto.SPARSE_TENSORS: "sparse_tensors",
+    AttributeProto.TYPE_PROTOS: "type_protos",
+}
+
+
+@dataclass(frozen=True)
+class External:
+    """Where a weight's bytes lie."""
+
+    file: Path
+    offset: int
+    length: int
+
+
+def read_model(path: Path) -> onnx.ModelProto:
+    """The checked model; external data stay on disk.
+
+    Raises InputError for what is no regular file, no ONNX, cut short, or contradicts itself; the message names the
+    value, node or weight.
+    """
+    data = read_bytes(path, what="ONNX file", most=LARGEST)
+    try:
+        model = onnx.load_model_from_string(data)
+    except Exception as error:  # protobuf raises its own DecodeError, whose module moves between versions
+        raise InputError(f"{path}: not a complete ONNX file ({str(error)[:200]})") from None
+    if not model.graph.node and not model.graph.output:
+        raise InputError(f"{path}: not a complete ONNX file (it holds no graph{'' if data else ': 0 bytes'})")
+    try:
+        _decode(model)
+        _Check(path, model).all()
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: holds a name that is not UTF-8") from None
+    return model
+
+
+def external_data(tensor: TensorProto, model: Path) -> External:
+    """Where a weight of the file ``model`` has its bytes. Raises InputError for places that cannot be."""
+    where = f"{model}: external data of {_shown(tensor.name)}"
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location = entries.get("location", "")
+    place = PurePosixPath(location.replace("\\", "/"))
+    if not location or "\0" in location or place.is_absolute() or ".." in place.parts or not place.parts:
+        raise InputError(f"{where}: location is {_shown(location)}; expected a file in the model's folder")
+    numbers = []
+    for key in ("offset", "length"):
+        text = entries.get(key) or "0"
+        if not (text.isascii() and text.isdigit() and len(text) < 19):
+            raise InputError(f"{where}: {key} is {_shown(text)}; expected a number of bytes")
+        numbers.append(int(text))
+    needed = byte_count(tensor, str(model))
+    if entries.get("length") and numbers[1] != needed:
+        raise InputError(f"{where}: length is {numbers[1]}; {_type(tensor)} takes {needed} bytes")
+    return External(model.parent / place, numbers[0], needed)
+
+
+def byte_count(tensor: TensorProto, source: str) -> int:
+    """Bytes that type and shape of a weight ask for. Raises InputError for types and shapes that cannot be."""
+    name = _shown(tensor.name)
+    kinds = TensorProto.DataType.keys()
+    if not 0 < tensor.data_type < len(kinds) or (kind := TensorProto.DataType.Name(tensor.data_type)) == "STRING":
+        told = "text" if tensor.data_type == TensorProto.STRING else f"of the data type {tensor.data_type}"
+        raise InputError(f"{source}: weight {name} is {told}; expected numbers")
+    if kind not in _BITS:
+        raise InputError(f"{source}: weight {name} is {kind}, which this version does not read")
+    if len(tensor.dims) > _RANK or any(size < 0 for size in tensor.dims):
+        raise InputError(f"{source}: weight {name} has the shape {_sizes(tensor.dims)}")
+    count = (math.prod(tensor.dims) * _BITS[kind] + 7) // 8
+    if count > physical_memory():
+        raise InputError(f"{source}: weight {name} is {_type(tensor)}, which no memory holds")
+    return count
+
+
+def array_of(tensor: TensorProto, model: Path) -> np.ndarray:
+    """A checked weight of the file ``model``, read from there or from its external data now."""
+    if tensor.data_location != TensorProto.EXTERNAL:
+        return numpy_helper.to_array(tensor)
+    place = external_data(tensor, model)
+    inline = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+    with place.file.open("rb") as stream:
+        stream.seek(place.offset)
+        inline.raw_data = stream.read(place.length)
+    return numpy_helper.to_array(inline)
+
+
+class _Check:
+    """Everything that must hold in a file. Raises InputError, or UnicodeDecodeError where text is read."""
+
+    def __init__(self, path: Path, model: onnx.ModelProto) -> None:
+        self.path, self.model = path, model
+        self._sizes: dict[Path, int] = {}
+
+    def all(self) -> None:
+        self._opsets()
+        graph = self.model.graph
+        if graph.sparse_initializer:
+            raise self._error("holds sparse weights, which are not read; store them dense")
+        if not graph.output:
+            raise self._error("the graph has no outputs")
+        for kind, values in (("input", graph.input), ("output", graph.output)):
+            names = [self._name(value.name, f"an {kind} of the graph", empty=False) for value in values]
+            if twice := _twice(names):
+                raise self._error(f"two {kind}s of the graph are called {_shown(twice)}")
+            for value in values:
+                self._declared(value, kind)
+        for value in graph.value_info:
+            self._name(value.name, "a described value")
+        made = self._graph(graph, set())
+        for value in graph.output:
+            if value.name not in made:
+                raise self._error(f"nothing makes the output {_shown(value.name)}")
+        for function in self.model.functions:
+            self._name(function.name, "a function")
+            for node in function.node:
+                self._node(node)
+        self._external()
+
+    def _opsets(self) -> None:
+        versions: dict[str, int] = {}
+        for entry in self.model.opset_import:
+            domain = self._name(entry.domain, "the domain of an opset")
+            versions["" if domain == "ai.onnx" else domain] = entry.version
+        known = onnx.defs.onnx_opset_version()
+        if not versions:
+            raise self._error("names no opset; expected one of ONNX's own")
+        if "" in versions and not 1 <= versions[""] <= known:
+            raise self._error(f"is in opset {versions['']}; the installed onnx package knows 1 to {known}")
+
+    def _graph(self, graph: onnx.GraphProto, outer: Collection[str]) -> set[str]:
+        """The values that there are behind the last node. ``outer``: those around a subgraph."""
+        weights = [self._name(weight.name, "a weight", empty=False) for weight in graph.initializer]
+        if twice := _twice(weights):
+            raise self._error(f"two weights are called {_shown(twice)}")
+        for weight in graph.initializer:
+            self._tensor(weight)
+        inputs = {self._name(value.name, "an input", empty=False) for value in graph.input}
+        made = {*inputs, *weights}
+        for node in graph.node:
+            self._node(node)
+            for output in node.output:
+                if output and output in made:
+                    raise self._error(f"{_shown(output)} is made twice, the second time by {_title(node)}")
+                if output:
+                    made.add(output)
+        around = {*outer, *made}
+        for node in graph.node:
+            for name in node.input:
+                if name and name not in around:
+                    raise self._error(f"{_title(node)} reads {_shown(name)}, which nothing makes")
+            for inner in _graphs(node):
+                inside = self._graph(inner, around)
+                for value in inner.output:
+                    if value.name not in inside and value.name not in around:
+                        raise self._error(
+                            f"a subgraph of {_title(node)} puts out {_shown(value.name)}, which nothing makes"
+                        )
+        self._order(graph)
+        return made
+
+    def _order(self, graph: onnx.GraphProto) -> None:
+        """Raises InputError for a cycle."""
+        maker = {output: i for i, node in enumerate(graph.node) for output in node.output if output}
+        needs = [{maker[name] for name in reads(node) if name in maker} for node in graph.node]
+        waiting = [len(each) for each in needs]
+        readers: dict[int, list[int]] = {}
+        for index, each in enumerate(needs):
+            for source in each:
+                readers.setdefault(source, []).append(index)
+        ready = [index for index, count in enumerate(waiting) if not count]
+        done = 0
+        while ready:
+            done += 1
+            for reader in readers.get(ready.pop(), ()):
+                waiting[reader] -= 1
+                if not waiting[reader]:
+                    ready.append(reader)
+        if done < len(graph.node):
+            stuck = next(node for node, count in zip(graph.node, waiting, strict=True) if count)
+            raise self._error(f"{_title(stuck)} reads, over other nodes, what it makes itself")
+
+    def _node(self, node: onnx.NodeProto) -> None:
+        names = [attribute.name for attribute in node.attribute]
+        texts = (node.name, node.op_type, node.domain, *node.input, *node.output, *names)
+        if max(map(len, texts)) > LONGEST or any("\0" in text for text in texts):
+            for text in texts:
+                self._name(text, f"something of {_title(node)}")
+        if not node.op_type:
+            raise self._error(f"{_title(node)} has no operator")
+        if not all(names):
+            raise self._error(f"{_title(node)} has an attribute without a name")
+        if twice := _twice(names):
+            raise self._error(f"{_title(node)} has the attribute {_shown(twice)} twice")
+        if node.op_type == "Constant" and not node.domain and (len(names) != 1 or not names[0].startswith(_CONSTANT)):
+            raise self._error(f"{_title(node)} is a Constant with the attributes {names}; expected one value")
+        for attribute in node.attribute:
+            self._attribute(node, attribute)
+
+    def _attribute(self, node: onnx.NodeProto, attribute: AttributeProto) -> None:
+        if attribute.ref_attr_name:
+            return
+        field = _VALUE.get(attribute.type)
+        single = field in ("f", "i", "s", "t", "g", "sparse_tensor", "tp")
+        if field is None or (single and not attribute.HasField(field)):
+            told = f"is of the type {attribute.type}" if field is None else f"has no value in its field {field!r}"
+            raise self._error(f"attribute {_shown(attribute.name)} of {_title(node)} {told}")
+        for tensor in [attribute.t] if field == "t" else attribute.tensors if field == "tensors" else ():
+            self._tensor(tensor, f"attribute {_shown(attribute.name)} of {_title(node)}")
+
+    def _tensor(self, tensor: TensorProto, what: str = "") -> None:
+        what = what or f"weight {_shown(tensor.name)}"
+        if tensor.data_type == TensorProto.STRING and what.startswith("attribute"):
+            return
+        needed = byte_count(tensor, str(self.path))
+        if tensor.data_location == TensorProto.EXTERNAL:
+            place = external_data(tensor, self.path)
+            self._sizes[place.file] = max(self._sizes.get(place.file, 0), place.offset + place.length)
+            return
+        if tensor.HasField("raw_data"):
+            found = len(tensor.raw_data)
+            if found != needed:
+                raise self._error(f"{what} is {_type(tensor)}, {needed} bytes; the file has {found}")
+            return
+        kind = TensorProto.DataType.Name(tensor.data_type)
+        count = math.prod(tensor.dims)
+        if _BITS[kind] < 8:
+            count = needed
+        if kind.startswith("COMPLEX"):
+            count *= 2
+        found = len(getattr(tensor, _FIELD.get(kind, "int32_data")))
+        if found != count:
+            raise self._error(f"{what} is {_type(tensor)}, {count} elements; the file has {found}")
+
+    def _declared(self, value: onnx.ValueInfoProto, kind: str) -> None:
+        element = value.type.tensor_type.elem_type
+        if not 0 <= element < len(TensorProto.DataType.keys()):
+            raise self._error(f"the {kind} {_shown(value.name)} is of the data type {element}")
+        dims = value.type.tensor_type.shape.dim
+        if len(dims) > _RANK:
+            raise self._error(f"the {kind} {_shown(value.name)} has {len(dims)} dimensions")
+        for dim in dims:
+            self._name(dim.dim_param, f"a dimension of {_shown(value.name)}")
+
+    def _external(self) -> None:
+        for file, size in self._sizes.items():
+            try:
+                found = check_file(file, "file")
+            except InputError as error:
+                if file.exists():
+                    raise InputError(f"{self.path}: its external data: {error}") from None
+                message = f"its external data file {one_line(file.name)} is missing (expected at {one_line(str(file))})"
+                raise self._error(message) from None
+            if found < size:
+                raise InputError(f"{file}: {found} bytes, but {self.path} reads {size}: it is cut short")
+
+    def _name(self, name: str, what: str, *, empty: bool = True) -> str:
+        if len(name) > LONGEST:
+            raise self._error(
+                f"the name of {what} has {len(name)} characters ({_shown(name)}); at most {LONGEST} are read"
+            )
+        if "\0" in name:
+            raise self._error(f"the name of {what} holds a null byte ({_shown(name)})")
+        if not name and not empty:
+            raise self._error(f"{what} has no name")
+        return name
+
+    def _error(self, problem: str) -> InputError:
+        return InputError(f"{self.path}: {problem}")
+
+
+def reads(node: onnx.NodeProto) -> Iterable[str]:
+    """The values that a node reads, those that its subgraphs take from around them included."""
+    yield from (name for name in node.input if name)
+    for graph in _graphs(node):
+        inner = {v.name for v in graph.input} | {t.name for t in graph.initializer}
+        for child in graph.node:
+            yield from (name for name in reads(child) if name not in inner)
+            inner.update(child.output)
+
+
+def _graphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def _decode(message: Any) -> None:
+    """Look at every text of a message. Raises UnicodeDecodeError for one that is not UTF-8."""
+    if isinstance(message, TensorProto):  # whose bytes are left where they are
+        texts = [message.name, message.doc_string, *(part for e in message.external_data for part in (e.key, e.value))]
+    else:
+        texts = []
+        for field, value in message.ListFields():
+            if field.message_type is not None:
+                for part in value if isinstance(value, Sequence) else (value,):
+                    _decode(part)
+            elif field.type == field.TYPE_STRING:
+                texts += value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]
+    for text in texts:
+        if isinstance(text, bytes):  # how some versions of protobuf hand out what is no UTF-8
+            text.decode("utf-8")
+
+
+def _twice(names: Iterable[str]) -> str | None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
+def _shown(name: str) -> str:
+    return repr(name if len(name) <= 80 else f"{name[:77]}...")
+
+
+def _title(node: onnx.NodeProto) -> str:
+    return f"node {_shown(node.name or node.op_type)}"
+
+
+def _type(tensor: TensorProto) -> str:
+    return f"{TensorProto.DataType.Name(tensor.data_type)}{_sizes(tensor.dims)}"
+
+
+def _sizes(dims: Iterable[int]) -> str:
+    sizes = list(dims)
+    return f"[{', '.join(map(str, sizes[:8]))}{', …' if len(sizes) > 8 else ''}]"

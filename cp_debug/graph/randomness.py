@@ -1,0 +1,32 @@
+"""Nodes that draw random numbers: two runs of one program differ there, and no oracle knows what they draw."""
+
+from __future__ import annotations
+
+from cp_debug.graph.graph import Graph, Node
+
+DRAWS = {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
+
+
+def draws(node: Node, graph: Graph) -> bool:
+    """Whether ``node`` draws: a random operator, or a Dropout that is not known to be off."""
+    if node.op in DRAWS:
+        return True
+    if node.op != "Dropout":
+        return False
+    version = graph.opsets.get("", 1)
+    if version < 7:
+        return not any(a.name == "is_test" and a.i for a in node.proto.attribute)
+    training = node.proto.input[2] if version >= 12 and len(node.proto.input) > 2 else ""
+    if not training:
+        return False
+    if training in graph.initializers:
+        return bool(graph.initializer(training).reshape(-1)[0])
+    maker = graph.producer.get(training)
+    if maker is not None and maker.op == "Constant":
+        return any(a.t.raw_data not in (b"", b"\0") or any(a.t.int32_data) for a in maker.proto.attribute)
+    return True
+
+
+def drawing(graph: Graph) -> list[Node]:
+    """The nodes of the main graph that draw."""
+    return [node for node in graph.nodes if draws(node, graph)]

@@ -1,0 +1,319 @@
+"""Files read within limits: no FIFO or device is waited for, nothing is allocated because a header claims it, and
+whatever is wrong is one sentence that names the file."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import date, time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from cp_debug.errors import InputError, system_reason
+
+if TYPE_CHECKING:
+    from typing import IO
+
+    import numpy as np
+
+T = TypeVar("T")
+
+SHOWN = 3
+"""Fields that a message names."""
+DEPTH = 64
+"""Lists and objects in each other that a JSON document may have."""
+MOST = 50_000
+"""Values of a document of settings."""
+LONGEST = 100_000
+"""Characters of a text in settings."""
+LONGEST_NUMBER = 1024
+"""Bits of a number in settings."""
+LARGEST_DOCUMENT = 1 << 30
+"""Bytes of a JSON document."""
+LARGEST_SETTINGS = 1 << 20
+"""Bytes of a file that a person writes: a configuration, settings."""
+
+
+def check_file(path: Path, what: str = "file") -> int:
+    """The size in bytes of a regular file. Raises InputError where there is none, or something that is no file."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such {what}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({system_reason(error)})") from None
+    except ValueError:
+        raise InputError(f"{str(path)!r}: no such {what} (a null byte in its name)") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"{path}: is {_kind(status.st_mode)}; expected a {what}")
+    return status.st_size
+
+
+def read_bytes(path: Path, *, what: str = "file", most: int = LARGEST_DOCUMENT) -> bytes:
+    """The content. Raises InputError for what is no regular file, cannot be read, or is larger than ``most`` bytes."""
+    size = check_file(path, what)
+    if size > most:
+        raise InputError(f"{path}: {size} bytes; a {what} has at most {most}")
+    with reading(path):
+        return path.read_bytes()
+
+
+def read_text(path: Path, *, what: str = "file", most: int = LARGEST_SETTINGS) -> str:
+    """The content as UTF-8. Raises InputError as ``read_bytes`` does, and for other encodings and null bytes."""
+    data = read_bytes(path, what=what, most=most)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    if "\0" in text:
+        raise InputError(f"{path}: holds a null byte at character {text.index(chr(0))}; expected text")
+    return text
+
+
+def read_json(path: Path, *, what: str = "file", most: int = LARGEST_DOCUMENT) -> Any:
+    """The document. Raises InputError as ``read_bytes`` does, and as ``parse_json`` does."""
+    return parse_json(read_bytes(path, what=what, most=most), str(path))
+
+
+def parse_json(data: bytes | str, source: str) -> Any:
+    """A JSON document of text and numbers that others can hold: 64 bits, no halves of surrogates.
+
+    Raises InputError, starting with ``source``, for what is none or nests more than ``DEPTH`` deep.
+    """
+    try:
+        document = json.loads(data, parse_int=_integer)
+        _check_tree(document)
+    except RecursionError:
+        raise InputError(f"{source}: nested too deep; expected at most {DEPTH} levels") from None
+    except ValueError as error:  # a UnicodeError is one
+        raise InputError(f"{source}: not JSON that can be read ({error})") from None
+    return document
+
+
+def sealed(document: Mapping[str, Any]) -> str:
+    """A document as one line of JSON with a checksum in it, by which ``unsealed`` knows it again."""
+    text = json.dumps(document, allow_nan=False)
+    return f"{text[:-1]}{', ' if document else ''}{_seal(text)}"
+
+
+def unsealed(line: bytes, source: str) -> dict[str, Any]:
+    """What ``sealed`` wrote. Raises InputError, starting with ``source``, for a line that is none or was changed."""
+    document = parse_json(line, source)
+    kept = line.strip().decode()
+    seal = len(_seal(""))
+    body = f"{kept[:-seal].removesuffix(', ')}}}"
+    if not isinstance(document, dict) or kept[-seal:] != _seal(body):
+        raise InputError(f"{source}: changed since it was written, or written by an earlier version")
+    del document["crc32"]
+    return document
+
+
+def _seal(text: str) -> str:
+    return f'"crc32": "{zlib.crc32(text.encode()):08x}"}}'
+
+
+def typed(kind: type[T] | Any, document: Any, source: str) -> T:
+    """``document`` as a type: a dataclass, a TypedDict, a container of such.
+
+    Numbers may be strings ("NaN", "Infinity"), as JSON lacks those. Raises InputError, starting with ``source``, that
+    names the first fields that do not fit.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_python(document)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_context=False)
+        told = [f"{_place(each['loc'])}: {_said(each)}" for each in found[:SHOWN]]
+        more = [f"and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
+        raise InputError(f"{source}: {'; '.join([*told, *more])}") from None
+
+
+def plain(document: Any, source: str) -> Any:
+    """Settings as text, numbers, lists and tables; dates become text.
+
+    What is shared within the document counts wherever it stands, so that none unfolds beyond ``MOST`` values. Raises
+    InputError, starting with ``source``, that names the key of anything else, and for what nests too deep.
+    """
+    room = [MOST]
+
+    def copy(value: Any, place: tuple[str, ...]) -> Any:
+        room[0] -= 1
+        where = f"{source}: {'.'.join(place)[:80] or 'the document'}"
+        if room[0] < 0 or len(place) > DEPTH:
+            raise InputError(f"{source}: unfolds to more than {MOST} values or {DEPTH} levels")
+        if isinstance(value, dict):
+            for key in value:
+                if not isinstance(key, str | int):
+                    raise InputError(f"{where}: the key {str(key)[:60]!r} is {type(key).__name__}; expected text")
+            return {key: copy(item, (*place, str(key))) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [copy(item, (*place, str(index))) for index, item in enumerate(value)]
+        if isinstance(value, str):
+            if "\0" in value or len(value) > LONGEST:
+                raise InputError(f"{where}: {'a null byte' if len(value) <= LONGEST else 'too long a text'}")
+            return value
+        if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > LONGEST_NUMBER:
+            raise InputError(f"{where}: a number of {value.bit_length()} bits")
+        if isinstance(value, date | time):
+            return value.isoformat()
+        if value is None or isinstance(value, bool | int | float):
+            return value
+        raise InputError(f"{where}: {type(value).__name__}; expected text, a number, a list or a table")
+
+    return copy(document, ())
+
+
+def read_npz(path: Path, names: frozenset[str] | None = None) -> dict[str, np.ndarray]:
+    """The plain arrays of a ``.npz`` file, those of ``names`` alone where given.
+
+    Raises InputError for a file that is none, for objects, and for arrays whose header and data disagree.
+    """
+    import zipfile
+
+    check_file(path, ".npz file")
+    with _numpy_file(path, ".npz"), zipfile.ZipFile(path) as archive:
+        members = {m.filename.removesuffix(".npy"): m for m in archive.infolist() if m.filename.endswith(".npy")}
+        wanted = {name: member for name, member in members.items() if names is None or name in names}
+        _check_room(path, sum(member.file_size for member in wanted.values()))
+        arrays = {}
+        for name, member in wanted.items():
+            with archive.open(member) as stream:
+                arrays[name] = _array(stream, member.file_size, name)
+        return arrays
+
+
+def read_npy(path: Path) -> np.ndarray:
+    """The plain array of a ``.npy`` file. Raises InputError as ``read_npz`` does."""
+    size = check_file(path, ".npy file")
+    _check_room(path, size)
+    with _numpy_file(path, ".npy"), path.open("rb") as stream:
+        return _array(stream, size, "the array")
+
+
+def physical_memory() -> int:
+    """Bytes of main memory; what claims more can be no input."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # no POSIX
+        return 1 << 40
+
+
+def within(folder: Path, name: str, source: str) -> Path:
+    """The file ``name`` of a folder. Raises InputError, starting with ``source``, for a name that leaves the folder."""
+    path = Path(name)
+    if not name or "\0" in name or path.is_absolute() or ".." in path.parts or path == Path():
+        raise InputError(f"{source}: names the file {name!r}; expected one in {folder}")
+    return folder / path
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Tells what the operating system refuses while ``path`` is read."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({system_reason(error)})") from None
+
+
+def _array(stream: IO[bytes], size: int, name: str) -> np.ndarray:
+    """An array whose header says what follows it, in ``size`` bytes. Raises ValueError and more for any other."""
+    import math
+
+    import numpy as np
+    from numpy.lib import format as npy
+
+    version = npy.read_magic(stream)
+    read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
+    if read is None:
+        raise ValueError(f"{name} is in version {version} of the format; expected 1.0 or 2.0")
+    shape: tuple[Any, ...]
+    shape, fortran, dtype = read(stream)
+    if dtype.hasobject:
+        raise ValueError(f"{name} holds Python objects; expected numbers")
+    if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in shape):
+        raise ValueError(f"{name} has the shape {shape}")
+    sizes: list[int] = list(shape)
+    count = math.prod(sizes)
+    wanted, found = count * dtype.itemsize, size - stream.tell()
+    if wanted != found:
+        raise ValueError(f"{name} is {dtype}{list(shape)}, {wanted} bytes; {found} bytes follow")
+    if count and not wanted:
+        raise ValueError(f"{name} has elements of no bytes")
+    values = np.frombuffer(bytearray(stream.read(wanted)), dtype, count) if wanted else np.empty(0, dtype)
+    return values.reshape(sizes, order="F" if fortran else "C")
+
+
+@contextmanager
+def _numpy_file(path: Path, kind: str) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({system_reason(error)})") from None
+    except Exception as error:  # zipfile, zlib, tokenize and numpy raise nearly anything on what is no such file
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise InputError(
+            f"{path}: not a readable {kind} file; not a complete {kind} file of plain arrays: {reason[:200]}"
+        ) from None
+
+
+def _check_room(path: Path, size: int) -> None:
+    if size > physical_memory():
+        raise InputError(f"{path}: its arrays take {size / 2**30:.0f} GiB, more than this machine has")
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 20 or not -(1 << 63) <= (value := int(digits)) < 1 << 64:
+        raise ValueError(f"the number {digits[:20]}… has more than 64 bits")
+    return value
+
+
+def _check_tree(document: Any) -> None:
+    """Raises RecursionError for more than ``DEPTH`` levels, and UnicodeError for text that no file can hold."""
+    level = [document]
+    for _ in range(DEPTH + 1):
+        following: list[Any] = []
+        for item in level:
+            if isinstance(item, str):
+                item.encode()
+            elif isinstance(item, list):
+                following += item
+            elif isinstance(item, dict):
+                following += item.keys()
+                following += item.values()
+        if not following:
+            return
+        level = following
+    raise RecursionError
+
+
+def _place(keys: tuple[Any, ...]) -> str:
+    if not keys:
+        return "the document"
+    inner = ".".join(map(str, keys[1:]))
+    return f"field {str(keys[0])!r}{f' ({inner})' if inner else ''}"
+
+
+def _said(error: Any) -> str:
+    """``"x"; Input should be a valid integer``."""
+    if error["type"] == "missing":
+        return "missing"
+    shown = repr(error["input"])
+    return f"{shown if len(shown) <= 60 else shown[:57] + '...'}; {error['msg'].replace('Input should be', 'expected')}"
+
+
+def _kind(mode: int) -> str:
+    kinds = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a pipe",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+        stat.S_IFSOCK: "a socket",
+    }
+    return kinds.get(stat.S_IFMT(mode), "no regular file")

@@ -1,0 +1,191 @@
+"""Engines that a person can wait for: few of them, kept for the next time, stopped at a limit, their progress told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_trt_backend import X, collect
+from test_trt_runner import install, save_net
+from typer.testing import CliRunner
+
+from cp_debug.backends.base import Program
+from cp_debug.backends.registry import create
+from cp_debug.backends.spec import BackendSpec
+from cp_debug.backends.tensorrt import runner
+from cp_debug.backends.tensorrt.client import BuildTimedOut
+from cp_debug.backends.tensorrt.engine_cache import EngineCache, default_folder
+from cp_debug.bisect.engine import Options, bisect
+from cp_debug.bisect.result import TestResult
+from cp_debug.cli.main import app
+from cp_debug.errors import InputError
+from cp_debug.graph.graph import Graph
+from cp_debug.reports.engines import engine_lines
+
+
+@pytest.fixture(autouse=True)
+def tensorrt(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """TensorRT 8.6 whose builds are counted: the engine files of those that ran."""
+    install("8.6.0", monkeypatch)
+    built: list[str] = []
+    real = runner.COMMANDS["build"]
+
+    def build(job: Any, step: dict[str, Any]) -> dict[str, Any]:
+        built.append(Path(step["engine"]).name)
+        return real(job, step)
+
+    monkeypatch.setitem(runner.COMMANDS, "build", build)
+    return built
+
+
+def cache_in(folder: Path) -> EngineCache:
+    cache = EngineCache.open(folder, asked=True)
+    assert cache is not None
+    return cache
+
+
+def shown(folder: Path, **options: Any) -> dict[str, np.ndarray]:
+    session = create(BackendSpec.parse("trt-fp16"), **options).open(Program("net", Graph(save_net(folder))))
+    seen, _ = collect(session, {"x": X})
+    session.close()
+    return seen
+
+
+def test_the_same_engines_are_built_once(tmp_path: Path, tensorrt: list[str]) -> None:
+    cache = cache_in(tmp_path / "cache")
+    first = shown(tmp_path, cache=cache)
+    assert len(tensorrt) == 3
+    again = shown(tmp_path, cache=cache)
+    assert len(tensorrt) == 3
+    for name, array in first.items():
+        np.testing.assert_array_equal(again[name], array)
+
+
+@pytest.mark.parametrize(
+    "change", [{"builder_level": 1}, {"keep_fp32": frozenset({"/c2/Conv"})}, {"workspace_mib": 64}]
+)
+def test_other_settings_are_other_engines(tmp_path: Path, tensorrt: list[str], change: dict[str, Any]) -> None:
+    cache = cache_in(tmp_path / "cache")
+    shown(tmp_path, cache=cache)
+    shown(tmp_path, cache=cache, **change)
+    assert len(tensorrt) == 6
+
+
+def test_engines_of_another_gpu_are_not_taken(
+    tmp_path: Path, tensorrt: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = cache_in(tmp_path / "cache")
+    shown(tmp_path, cache=cache)
+    from fake_tensorrt import FakeCuda
+
+    facts = FakeCuda().describe()
+    monkeypatch.setattr(FakeCuda, "describe", lambda self: {**facts, "name": "Another"})
+    shown(tmp_path, cache=cache)
+    assert len(tensorrt) == 6
+
+
+def test_a_damaged_engine_is_built_again(tmp_path: Path, tensorrt: list[str]) -> None:
+    cache = cache_in(tmp_path / "cache")
+    shown(tmp_path, cache=cache)
+    for file in (tmp_path / "cache").glob("*.engine"):
+        file.write_bytes(b"cut short")
+    for file in [*(tmp_path / "cache").glob("*.json")][:1]:
+        file.write_text("{")
+    shown(tmp_path, cache=cache)
+    assert len(tensorrt) == 6
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"--cache: .*file cannot be written"):
+        EngineCache.open(tmp_path / "file", asked=True)
+    assert EngineCache.open(tmp_path / "file", asked=False) is None, "the default folder is no reason to stop"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    assert default_folder() == tmp_path / "home" / "cpdebug" / "engines"
+
+
+def run(folder: Path, **options: Any) -> TestResult:
+    path = save_net(folder)
+    np.savez(folder / "x.npz", x=X)
+    backends = [create(BackendSpec.parse("ort-none")), create(BackendSpec.parse("trt-fp16"), **options)]
+    return bisect(str(path), backends, options=Options(inputs=folder / "x.npz")).tests[0]
+
+
+def test_a_healthy_network_costs_one_engine(tmp_path: Path, tensorrt: list[str]) -> None:
+    test = run(tmp_path, probes="auto")
+    assert test.agrees
+    assert tensorrt == ["shapes-0.engine"]
+    (line,) = engine_lines(test.backend)
+    assert "nothing diverges, so no engine was built to show values inside" in str(line)
+
+
+def test_a_network_that_diverges_costs_a_second_one(
+    tmp_path: Path, tensorrt: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fake_tensorrt.REGION", {"/c2/Conv", "/y/Add"})
+    monkeypatch.setattr("fake_tensorrt.FAULTY", {"/c2/Conv": 1.5})
+    test = run(tmp_path, probes="auto")
+    assert not test.agrees
+    assert "r1" in [row.onnx for row in test.rows], "values inside were shown"
+    assert tensorrt == ["shapes-0.engine", "shapes-0-probed.engine"]
+
+
+def test_builds_have_a_limit_and_what_was_learnt_is_kept(
+    tmp_path: Path, tensorrt: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second build takes too long: the outputs of the first engine are judged all the same."""
+    from cp_debug.backends.tensorrt.client import RunnerClient
+
+    real = RunnerClient.execute
+
+    def execute(self: RunnerClient, steps: Any, build_timeout: float | None = None) -> Any:
+        if build_timeout is not None and "probed" in steps[0]["engine"]:
+            raise BuildTimedOut("net.onnx: the build was stopped after 5 s (--build-timeout); it was at 'timing', 3")
+        return real(self, steps, build_timeout)
+
+    monkeypatch.setattr(RunnerClient, "execute", execute)
+    test = run(tmp_path, build_timeout=5.0)
+    assert [row.onnx for row in test.outputs] == ["y"]
+    assert "the build was stopped after 5 s" in str(next(engine_lines(test.backend)))
+
+
+def test_a_first_build_that_takes_too_long_says_how_far_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(job: Any, step: dict[str, Any]) -> Any:
+        job.emit({"event": "progress", "phase": "timing /c1/Conv", "done": 7, "steps": 0})
+        raise runner.RunnerFailure("time", "the build was stopped at its time limit")
+
+    monkeypatch.setitem(runner.COMMANDS, "build", build)
+    with pytest.raises(BuildTimedOut, match=r"stopped after 2 s \(--build-timeout\); it was at 'timing /c1/Conv', 7"):
+        shown(tmp_path, build_timeout=2.0)
+
+
+def test_a_builder_that_reports_nothing_is_counted_from_its_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[dict[str, Any]] = []
+    job = runner.Job(events.append)
+    job.count_tactics = True
+    for place in range(3):
+        job.log("VERBOSE", f"--------------- Timing Runner: /c{place}/Conv (CaskConvolution[0x80000009])")
+        job.told = 0.0
+    job.log("VERBOSE", "Tactic: 0x1 Time: 0.01")
+    assert [(e["phase"], e["done"]) for e in events] == [(f"timing /c{i}/Conv", i + 1) for i in range(3)]
+
+
+def test_the_command_line_keeps_engines(tmp_path: Path, tensorrt: list[str]) -> None:
+    save_net(tmp_path)
+    np.savez(tmp_path / "x.npz", x=X)
+    command = ["bisect", str(tmp_path / "net.onnx"), "-b", "ort-none,trt-fp16", "--inputs", str(tmp_path / "x.npz")]
+    for _ in range(2):
+        done = CliRunner().invoke(app, [*command, "--cache", str(tmp_path / "c"), "--json", str(tmp_path / "r.json")])
+        assert done.exit_code == 0, done.output
+    assert tensorrt == ["shapes-0.engine"]
+    settings = json.loads((tmp_path / "r.json").read_text())["backends"][1]["settings"]
+    assert settings["cached"]
+    done = CliRunner().invoke(app, [*command, "--cache", str(tmp_path / "net.onnx")])
+    assert done.exit_code != 0
+    done = CliRunner().invoke(app, [*command, "--cache", str(tmp_path / "c"), "--no-cache"])
+    assert done.exit_code != 0
+    done = CliRunner().invoke(app, ["bisect", str(tmp_path / "net.onnx"), "-b", "ort-none,ort", "--max-builds", "2"])
+    assert done.exit_code != 0

@@ -1,0 +1,124 @@
+"""What the reader of ONNX files refuses, each with a sentence that names the place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from cp_debug.errors import InputError
+from cp_debug.graph.graph import Graph
+
+
+def model() -> onnx.ModelProto:
+    """``x`` → Conv → Relu → ``y``."""
+    weight = numpy_helper.from_array(np.ones((2, 1, 1, 1), np.float32), "w")
+    nodes = [helper.make_node("Conv", ["x", "w"], ["c"], name="conv"), helper.make_node("Relu", ["c"], ["y"], name="r")]
+    x = helper.make_tensor_value_info("x", 1, [1, 1, 4, 4])
+    y = helper.make_tensor_value_info("y", 1, [1, 2, 4, 4])
+    graph = helper.make_graph(nodes, "net", [x], [y], [weight])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+
+def external(location: str, **numbers: str) -> Callable[[onnx.ModelProto], None]:
+    def edit(net: onnx.ModelProto) -> None:
+        weight = net.graph.initializer[0]
+        weight.ClearField("raw_data")
+        weight.data_location = TensorProto.EXTERNAL
+        for key, value in {"location": location, **numbers}.items():
+            weight.external_data.add(key=key, value=value)
+
+    return edit
+
+
+def weight(**fields: object) -> Callable[[onnx.ModelProto], None]:
+    def edit(net: onnx.ModelProto) -> None:
+        for name, value in fields.items():
+            if name == "dims":
+                del net.graph.initializer[0].dims[:]
+                net.graph.initializer[0].dims.extend(value)  # type: ignore[arg-type]
+            else:
+                setattr(net.graph.initializer[0], name, value)
+
+    return edit
+
+
+def edits(*steps: Callable[[onnx.GraphProto], object]) -> Callable[[onnx.ModelProto], None]:
+    def edit(net: onnx.ModelProto) -> None:
+        for step in steps:
+            step(net.graph)
+
+    return edit
+
+
+CASES: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
+    "short": (weight(raw_data=b"1234"), r"weight 'w' is FLOAT\[2, 1, 1, 1\], 8 bytes; the file has 4"),
+    "negative": (weight(dims=[-2, 1, 1, 1]), r"weight 'w' has the shape \[-2"),
+    "huge": (weight(dims=[1 << 62, 1, 1, 1]), "which no memory holds"),
+    "ranks": (weight(dims=[1] * 100), "weight 'w' has the shape"),
+    "type": (weight(data_type=99), "weight 'w' is of the data type 99"),
+    "text": (weight(data_type=TensorProto.STRING), "weight 'w' is text"),
+    "outside": (external("../x"), r"location is '\.\./x'; expected a file in the model's folder"),
+    "absolute": (external("/etc/passwd"), "expected a file in the model's folder"),
+    "nowhere": (external(""), "expected a file in the model's folder"),
+    "offset": (external("w.bin", offset="-1"), "offset is '-1'; expected a number of bytes"),
+    "words": (external("w.bin", length="abc"), "length is 'abc'; expected a number of bytes"),
+    "endless": (external("w.bin", offset="9" * 5000), "offset is '9999"),
+    "other length": (external("w.bin", length="4"), "length is 4; FLOAT.* takes 8 bytes"),
+    "missing": (external("gone.bin"), "external data file gone.bin is missing"),
+    "pipe": (external("pipe"), "is a pipe"),
+    "cut": (external("w.bin", offset="4"), "cut short"),
+    "cycle": (edits(lambda g: g.node[0].input.__setitem__(0, "y")), "reads, over other nodes, what it makes itself"),
+    "twice": (edits(lambda g: g.node.add(op_type="Relu", input=["x"], output=["c"])), "'c' is made twice"),
+    "unmade": (edits(lambda g: g.node[1].input.__setitem__(0, "q")), "node 'r' reads 'q', which nothing makes"),
+    "no outputs": (edits(lambda g: g.ClearField("output")), "the graph has no outputs"),
+    "output": (edits(lambda g: g.output.add(name="q")), "nothing makes the output 'q'"),
+    "long name": (edits(lambda g: setattr(g.node[0], "name", "n" * 5000)), "has 5000 characters"),
+    "null": (edits(lambda g: setattr(g.node[0], "name", "a\0b")), "null byte"),
+    "attribute": (edits(lambda g: g.node[0].attribute.add(name="pads", type=5)), "has no value in its field 'g'"),
+    "two": (
+        edits(*[lambda g: g.node[0].attribute.append(helper.make_attribute("group", 1))] * 2),
+        "has the attribute 'group' twice",
+    ),
+    "opset": (lambda net: setattr(net.opset_import[0], "version", 999), "is in opset 999"),
+    "no opset": (lambda net: net.ClearField("opset_import"), "names no opset"),
+    "element": (lambda net: setattr(net.graph.input[0].type.tensor_type, "elem_type", 99), "of the data type 99"),
+    "sparse": (edits(lambda g: g.sparse_initializer.add()), "sparse weights"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_file_that_contradicts_itself_is_refused(tmp_path: Path, case: str) -> None:
+    (tmp_path / "w.bin").write_bytes(np.ones(2, np.float32).tobytes())
+    os.mkfifo(tmp_path / "pipe")
+    net = model()
+    edit, why = CASES[case]
+    edit(net)
+    (tmp_path / "net.onnx").write_bytes(net.SerializeToString())
+    with pytest.raises(InputError, match=why):
+        Graph(tmp_path / "net.onnx")
+
+
+def test_names_are_utf8(tmp_path: Path) -> None:
+    data = model().SerializeToString().replace(b"conv", b"\xff\xfeab")
+    (tmp_path / "net.onnx").write_bytes(data)
+    with pytest.raises(InputError, match=r"not UTF-8|not a complete ONNX file"):
+        Graph(tmp_path / "net.onnx")
+
+
+def test_external_data_are_read_from_their_place(tmp_path: Path) -> None:
+    net = model()
+    (tmp_path / "w.bin").write_bytes(b"1234" + np.array([3, 4], np.float32).tobytes() + b"5678")
+    external("w.bin", offset="4", length="8")(net)
+    (tmp_path / "net.onnx").write_bytes(net.SerializeToString())
+    assert Graph(tmp_path / "net.onnx").initializer("w").ravel().tolist() == [3.0, 4.0]
+
+
+def test_a_sound_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / "net.onnx").write_bytes(model().SerializeToString())
+    assert [node.op for node in Graph(tmp_path / "net.onnx").nodes] == ["Conv", "Relu"]

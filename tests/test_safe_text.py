@@ -1,0 +1,73 @@
+"""Foreign text in each place where it is shown."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from cp_debug.safe_text import annotation, csv_cell, markdown, message, one_line, page, visible, without_traceback
+
+
+@given(st.text())
+def test_nothing_unseen_is_left(text: str) -> None:
+    assert all(c == "\n" or c.isprintable() or c.isspace() for c in visible(text))
+    assert "\n" not in one_line(text)
+
+
+def test_control_characters_become_escapes_and_the_rest_stays() -> None:
+    assert visible("\x1b[31mred\x07\u202e\x9b") == "\\x1b[31mred\\x07\\u202e\\x9b"
+    assert visible("Größe 名前 ✓ Δ\n") == "Größe 名前 ✓ Δ\n"
+    assert one_line("a\nb") == "a\\nb"
+    assert page("a\tb\n\x1b") == "a\tb\n\\x1b"
+
+
+def test_a_message_has_twelve_lines_of_limited_length() -> None:
+    told = message("\n".join(["x" * 5000] * 100))
+    assert len(told.splitlines()) == 12
+    assert max(map(len, told.splitlines())) <= 400
+    assert "89 more lines" in told
+    assert message("short") == "short"
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1+1", "-1+1", "@SUM(1)", "\t=1", "\r=1"])
+def test_a_cell_is_no_formula(text: str) -> None:
+    assert str(csv_cell(text)).startswith("'")
+
+
+@pytest.mark.parametrize("value", ["-1.5", "+3", "conv1", -1.5, None, 3])
+def test_numbers_and_names_are_cells_as_they_are(value: object) -> None:
+    assert csv_cell(value) == value
+
+
+def test_markdown_and_annotations_stay_in_their_line() -> None:
+    assert markdown("a|b<c>\n# d") == "a\\|b\\<c\\>\\\\n\\# d"
+    assert annotation("50%\n::error::x") == "50%25%0A::error::x"
+    assert annotation("a:b,c", name=True) == "a%3Ab%2Cc"
+
+
+def test_frames_of_tracebacks_are_left_out() -> None:
+    text = 'before\nTraceback (most recent call last):\n  File "a", line 1\n    x\nValueError: no\nafter'
+    assert without_traceback(text) == "before\nValueError: no\nafter"
+
+
+def test_a_console_shows_markup_and_escapes_as_text() -> None:
+    from cp_debug.cli.console import SafeConsole
+    from cp_debug.reports.safe_table import Table
+
+    stream = io.StringIO()
+    console = SafeConsole(width=80)
+    console.file = stream
+    table = Table("name")
+    table.add_row("[red]a[/]\x1b[0m\nb")
+    console.print(table)
+    console.print("[b]plain[/b] :warning: \u202e")
+    shown = stream.getvalue()
+    assert "[red]a[/]\\x1b[0m\\nb" in shown
+    assert "[b]plain[/b] :warning: \\u202e" in shown
+    own = Console(file=io.StringIO(), width=80)  # as a user's, who prints a result
+    own.print(table)
+    assert "[red]a[/]" in own.file.getvalue()  # type: ignore[attr-defined]

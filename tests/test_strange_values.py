@@ -1,0 +1,118 @@
+"""Graphs that draw random numbers, hold strings, sequences, optionals or maps, or give a number of results that depends
+on data: nothing crashes, what can be compared is, and what cannot is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper, parser
+
+from cp_debug.bisect.engine import Options, bisect
+from cp_debug.bisect.result import SHAPE, TestResult
+from cp_debug.errors import InputError
+from cp_debug.graph.graph import Graph
+from cp_debug.graph.randomness import drawing
+
+BACKENDS = ["ort,ort-all", "ort,emu-fp16"]
+X = np.random.default_rng(0).standard_normal((4, 8)).astype(np.float32)
+
+
+def save(path: Path, body: str, signature: str = "(float[4,8] x) => (float[N,M] y)", **weights: object) -> Path:
+    header = '<ir_version: 8, opset_import: ["" : 17, "ai.onnx.ml" : 3]>'
+    model = parser.parse_model(f"{header}\nnet {signature} {{ {body} }}")
+    model.graph.initializer.extend(numpy_helper.from_array(np.asarray(w), n) for n, w in weights.items())
+    onnx.save(model, path)
+    return path
+
+
+def compared(path: Path, backends: str, other: Path | None = None, **inputs: np.ndarray) -> TestResult:
+    np.savez(path.with_name("inputs.npz"), **({"x": X} | inputs))  # type: ignore[arg-type]
+    options = Options(inputs=path.with_name("inputs.npz"))
+    return bisect(str(path), backends, test_model=other, options=options).tests[0]
+
+
+@pytest.mark.parametrize("backends", BACKENDS)
+@pytest.mark.parametrize(
+    "body",
+    [
+        "n = RandomNormalLike (x) \n z = Add (x, n) \n y = Relu (z)",
+        "s = Sigmoid (x) \n n = Bernoulli (s) \n y = Mul (x, n)",
+        "n, mask = Dropout (x, ratio, training) \n y = Neg (n)",
+    ],
+)
+def test_random_numbers_are_named_and_nobody_is_guilty(tmp_path: Path, body: str, backends: str) -> None:
+    weights = {"ratio": np.float32(0.5), "training": np.bool_(True)} if "ratio" in body else {}
+    path = save(tmp_path / "net.onnx", body, **weights)
+    test = compared(path, backends)
+    assert not test.guilty
+    assert any("draws random numbers" in note for note in test.notes)
+    assert test.remainder is None or not test.remainder.adds_up
+
+
+def test_a_dropout_that_is_off_draws_nothing(tmp_path: Path) -> None:
+    body = "n, mask = Dropout (x, ratio, training) \n y = Neg (n)"
+    for training in (False, True):
+        path = save(tmp_path / "net.onnx", body, ratio=np.float32(0.5), training=np.bool_(training))
+        assert [n.op for n in drawing(Graph(path))] == (["Dropout"] if training else [])
+
+
+@pytest.mark.parametrize("backends", BACKENDS)
+def test_another_number_of_results_is_a_finding(tmp_path: Path, backends: str) -> None:
+    body = "a = Add (x, c) \n b = Greater (a, z) \n i = NonZero (b) \n r = Transpose (i) \n y = GatherND (a, r)"
+    signature = "(float[4,8] x) => (float[N] y)"
+    good, bad = (save(tmp_path / f"{c}.onnx", body, signature, c=np.float32(c), z=np.float32(0)) for c in (0.0, 0.3))
+    test = compared(good, backends, bad)
+    assert [row.onnx for row in test.guilty] == ["a"]
+    assert [row.onnx for row in test.rows if row.verdict == SHAPE] == ["i", "r", "y"]
+
+
+@pytest.mark.parametrize("backends", BACKENDS)
+@pytest.mark.parametrize(
+    "body",
+    [
+        "s = SplitToSequence <axis=0> (x) \n i = Constant <value_int=2> () \n e = SequenceAt (s, i) \n y = Tanh (e)",
+        "o = Optional (x) \n e = OptionalGetElement (o) \n y = Tanh (e)",
+    ],
+)
+def test_sequences_and_optionals(tmp_path: Path, body: str, backends: str) -> None:
+    test = compared(save(tmp_path / "net.onnx", body), backends)
+    assert test.agrees
+    assert test.compared < test.total
+
+
+def test_strings(tmp_path: Path) -> None:
+    signature = "(float[4,8] x) => (string[N] t, float[4,8] y)"
+    encode = 'ai.onnx.ml.LabelEncoder <keys_int64s = [0, 1, 2], values_strings = ["a", "b", "c"]>'
+    body = f"k = ArgMax <axis=1, keepdims=0> (x) \n t = {encode} (k) \n y = Tanh (x)"
+    for backends in BACKENDS:
+        test = compared(save(tmp_path / "net.onnx", body, signature), backends)
+        assert test.agrees
+        assert [row.onnx for row in test.outputs] == ["y"]
+
+
+def test_an_input_of_strings_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    path = save(
+        tmp_path / "net.onnx", "n = Identity (s) \n y = Tanh (x)", "(string[3] s, float[4,8] x) => (float[4,8] y)"
+    )
+    with pytest.raises(InputError, match="input 's' holds strings, which cannot be given"):
+        compared(path, BACKENDS[0], s=np.array(["a", "b", "c"]))
+
+
+def test_maps(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Tanh", ["x"], ["y"]),
+        helper.make_node("ZipMap", ["y"], ["p"], domain="ai.onnx.ml", classlabels_int64s=list(range(8))),
+    ]
+    floats = helper.make_tensor_type_proto(TensorProto.FLOAT, [])
+    maps = helper.make_sequence_type_proto(helper.make_map_type_proto(TensorProto.INT64, floats))
+    outputs = [helper.make_value_info("p", maps), helper.make_tensor_value_info("y", TensorProto.FLOAT, [4, 8])]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [4, 8])]
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 3)]
+    model = helper.make_model(helper.make_graph(nodes, "net", inputs, outputs), opset_imports=opsets, ir_version=8)
+    onnx.save(model, tmp_path / "net.onnx")
+    test = compared(tmp_path / "net.onnx", "ort,ort-all")
+    assert test.agrees
+    assert [row.onnx for row in test.outputs] == ["y"]
