@@ -162,6 +162,20 @@ def test_what_nothing_reads_is_nobodys_fault(tmp_path: Path) -> None:
     assert accused(bisect(str(read), "ort-none,emu-tf32", options=Options(explain=False)).tests)
 
 
+@pytest.mark.parametrize(("given", "innocent"), [([0, -1], True), ([-1, 8], True), ([4, 4], False)])
+def test_a_shape_counts_by_what_it_makes(tmp_path: Path, given: list[int], innocent: bool) -> None:
+    """ONNX Runtime's optimiser writes [0, -1] where the sizes multiply out to [2, 8]."""
+
+    def write_shape(file: str, sizes: list[int]) -> Path:
+        net = NetBuilder()
+        shape = net.op("Concat", *(net.op("Identity", net.weight(np.array([n]))) for n in sizes), axis=0, name="shape")
+        return net.save(tmp_path / file, {"x": (1, [2, 2, 4])}, [net.op("Reshape", "x", shape)])
+
+    reference, test = write_shape("reference.onnx", [2, 8]), write_shape("test.onnx", given)
+    result = bisect(str(reference), "ort-none,emu-fp32", test_model=test, options=Options(explain=False)).tests[0]
+    assert bool(result.guilty) != innocent
+
+
 @pytest.mark.parametrize(("epsilon", "function", "expected"), [(1e-10, "Log", ["add"]), (1e-6, "Sqrt", [])])
 def test_a_constant_out_of_range_counts_by_its_effect(
     tmp_path: Path, epsilon: float, function: str, expected: list[str]

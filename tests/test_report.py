@@ -332,7 +332,7 @@ def test_parquet_without_pyarrow_says_how_to_get_it(
     saved_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(MissingPackage, match=r"cpdebug\[parquet\]"):
+    with pytest.raises(MissingPackage, match=r"'\.\[parquet\]'"):
         CliRunner().invoke(
             app, ["report", str(saved_folder), "-f", "parquet", "-o", str(tmp_path / "x")], catch_exceptions=False
         )

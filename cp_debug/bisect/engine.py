@@ -36,7 +36,7 @@ from cp_debug.graph.graph import Graph
 from cp_debug.graph.randomness import drawing
 from cp_debug.graph.weight_differences import WeightDifferences
 from cp_debug.probes.capture import Capture, CaptureWriter, check_free
-from cp_debug.programs.layers import Layer, all_layers, stage_ends
+from cp_debug.programs.layers import Layer, all_layers, stage_layers
 from cp_debug.programs.paired import differing_weights, pair_programs
 from cp_debug.programs.pipeline import (
     Key,
@@ -426,9 +426,14 @@ class Bisection:
         rows = [found.rows[key] for key in sorted(found.rows, key=lambda k: found.rows[k].index)]
         by_key = {(row.component, row.onnx): row for row in rows}
         stages = [
-            StageRow(name, by_key[layer.component, layer.onnx])
-            for name, layer in stage_ends(self.model.components, layers)
-            if (layer.component, layer.onnx) in by_key
+            StageRow(
+                stage.name,
+                by_key[stage.last.component, stage.last.onnx],
+                [r.name for r in rows if r.verdict == GUILTY and (r.component, r.onnx) in held],
+            )
+            for stage in stage_layers(self.model.components, layers)
+            if (held := {(layer.component, layer.onnx) for layer in stage.layers})
+            and (stage.last.component, stage.last.onnx) in by_key
         ]
         last = self.model.components[-1]
         (program,) = (p for p in run.pipeline.programs if p.name == last.name)

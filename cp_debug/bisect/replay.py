@@ -26,9 +26,11 @@ from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.kernels import KERNELS
 from cp_debug.backends.memory import Trimmer
+from cp_debug.bisect.consequences import matters
 from cp_debug.bisect.perturbation import doubt
 from cp_debug.bisect.quantized_segment import EmulatedSegment, Quantized, balanced
 from cp_debug.bisect.range_loss import RangeLoss
+from cp_debug.bisect.whole_numbers import instead
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.randomness import draws
@@ -196,6 +198,7 @@ class Replayer:
             exact = {t: _as_tensor(self.oracle.arithmetic.hold(v, self._device)) for t, v in captured.items()}
         else:
             exact = {t: _as_tensor(v) for t, v in self.oracle.run_nodes(nodes, given, targets).items()}
+        captured |= {t: exact[t] for t in targets if self._as_good(t, captured[t], exact[t], test)}
         own = self.claim(1, nodes)
         expected, claim = (EmulatedSegment(captured), own) if self._emulated else self._expect(1, nodes, given, exact)
         known = divergences.get(starts[0]) if len(starts) == 1 else None
@@ -212,7 +215,7 @@ class Replayer:
             replay.nodes, replay.precision = tuple(n.name for n in nodes), own.name
             replay.unread = target not in self.graph.consumers and target not in self._outputs
             replay.not_emulated = self._not_emulated(nodes)
-            replay.instead = _instead(captured[target], exact[target], expected.results[target])
+            replay.instead = instead(captured[target], exact[target], expected.results[target])
             replay.oracle_error = self._oracle_roundoff * math.sqrt(max(self._reduction(n) for n in nodes))
             of_node = partial(self._claim_of_node, 1)
             replay.range_loss = self._range_loss(nodes, given, target, exact[target], of_node, test)
@@ -354,6 +357,13 @@ class Replayer:
         replay.wanted = int(beyond.sum())
         return replay
 
+    def _as_good(self, target: str, captured: AnyTensor, exact: Tensor, test: Load) -> bool:
+        """Whether whole numbers differ and make no difference: [0, −1] is as good as [1, 189] to a Reshape."""
+        if not instead(captured, exact, exact):
+            return False
+        other = self._hold(captured).to(exact.dtype)
+        return not matters(self.graph, self.oracle, self.known, test, (target, exact, other), 0.0)
+
     def _claim_of_node(self, side: int, node: Node) -> Precision:
         return self.claim(side, [node])
 
@@ -388,18 +398,6 @@ def _as_tensor(value: Any) -> Tensor:
     array = np.asarray(value)
     wide = array.dtype.kind == "u" and array.dtype.itemsize < 8
     return torch.from_numpy(array.astype(np.int64 if wide else np.float64))
-
-
-def _instead(captured: AnyTensor, exact: Tensor, expected: AnyTensor) -> str:
-    """What whole numbers were computed where the inputs make others; empty where they agree with either."""
-    if exact.is_floating_point() or tuple(captured.shape) != tuple(exact.shape):
-        return ""
-    ours, right, emulated = (FP64.hold(t, "cpu") for t in (captured, exact, expected))
-    if torch.equal(ours, right) or (tuple(emulated.shape) == tuple(ours.shape) and torch.equal(ours, emulated)):
-        return ""
-    if right.numel() <= 16:
-        return f"gives {ours.tolist()} where its inputs make {right.tolist()}"
-    return f"{int((ours != right).sum())} of {right.numel()} whole numbers are not what its inputs make"
 
 
 def _hold_against_scales(

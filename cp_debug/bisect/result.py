@@ -120,15 +120,28 @@ class StageRow:
 
     name: str
     layer: LayerRow
+    guilty: list[str] = field(default_factory=list)
+    """The guilty layers that the stage holds, by name."""
+
+    @property
+    def verdict(self) -> str:
+        """``guilty`` where the stage holds a guilty layer, else what is said of its last tensor."""
+        return GUILTY if self.guilty else self.layer.verdict
+
+    @property
+    def severity(self) -> tuple[float, ...]:
+        """Sort key: a stage with guilty layers before the others, then its last tensor's."""
+        return (float(bool(self.guilty)), *self.layer.severity)
 
     def __post_init__(self) -> None:
         self.name = one_line(self.name)
 
     def to_dict(self) -> dict[str, Any]:
-        """Name, and the figures of the stage's last tensor."""
+        """Name, the figures of the stage's last tensor, and the verdict on the stage with its guilty layers."""
         row = self.layer.to_dict()
-        keys = ("component", "onnx", "shape", "max_abs", "mean_abs", "rel_l2", "cosine", "verdict")
-        return {"stage": self.name, "layer": row["name"], **{k: row[k] for k in keys}}
+        keys = ("component", "onnx", "shape", "max_abs", "mean_abs", "rel_l2", "cosine")
+        figures = {k: row[k] for k in keys}
+        return {"stage": self.name, "layer": row["name"], **figures, "verdict": self.verdict, "guilty": self.guilty}
 
 
 @dataclass

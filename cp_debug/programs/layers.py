@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from cp_debug.backends.base import Program
 from cp_debug.graph.downstream import data_values
@@ -76,16 +77,40 @@ def layer_name(program: Program, value: str) -> str:
     return node.proto.name if node.proto.name and len(node.outputs) == 1 else value
 
 
-def stage_ends(components: Sequence[Component], layers: Sequence[Layer]) -> list[tuple[str, Layer]]:
-    """(stage, its last layer) for every stage that has one, in execution order."""
-    ends = []
+class StageLayers(NamedTuple):
+    """A stage, its last layer, and all that it holds."""
+
+    name: str
+    last: Layer
+    layers: list[Layer]
+
+
+def stage_layers(components: Sequence[Component], layers: Sequence[Layer]) -> list[StageLayers]:
+    """Every stage that has layers, in the order in which they end.
+
+    What lies under no stage's path belongs to the stage of its component that ends next: glue, and inputs.
+    """
+    stages = []
     for component in components:
-        own = [layer for layer in layers if layer.component == component.name and layer.op != "input"]
+        own = [layer for layer in layers if layer.component == component.name]
+        found: list[StageLayers] = []
+        placed: set[int] = set()
         for stage in component.stages:
-            inside = [layer for layer in own if _under(stage.path, layer.name) or _under(stage.path, layer.onnx)]
+            inside = [
+                layer
+                for layer in own
+                if layer.op != "input" and (_under(stage.path, layer.name) or _under(stage.path, layer.onnx))
+            ]
             if inside:
-                ends.append((stage.name, inside[-1]))
-    return sorted(ends, key=lambda end: end[1].index)
+                found.append(StageLayers(stage.name, inside[-1], inside))
+                placed.update(layer.index for layer in inside)
+        found.sort(key=lambda stage: stage.last.index)
+        for layer in own:
+            later = next((stage for stage in found if stage.last.index > layer.index), None)
+            if layer.index not in placed and later is not None:
+                later.layers.append(layer)
+        stages += found
+    return sorted(stages, key=lambda stage: stage.last.index)
 
 
 def _under(prefix: str, name: str) -> bool:

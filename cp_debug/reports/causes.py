@@ -10,7 +10,7 @@ from rich.text import Text
 
 from cp_debug.bisect.causes.finding import UNKNOWN, Finding, Where
 from cp_debug.bisect.result import TestResult
-from cp_debug.reports.numbers import number, percent
+from cp_debug.reports.numbers import number, share_in_words
 from cp_debug.reports.safe_table import Table
 
 NAMED = 4
@@ -95,7 +95,7 @@ def _where(where: Where) -> Iterator[str]:
 
 def _effect(finding: Finding) -> Iterator[str]:
     if finding.effect.share is not None:
-        yield f"{percent(finding.effect.share)} of the final divergence"
+        yield share_in_words(finding.effect.share)
     if finding.effect.detections is not None:
         yield f"by itself {finding.effect.detections}"
 

@@ -10,6 +10,20 @@ def percent(share: float) -> str:
     return f"{round(share, 2) + 0.0:.0%}"
 
 
+def share(value: float) -> str:
+    """A share of a sum of errors: ``62%``; ``×3.1`` or ``×−60`` where it is larger than the sum, or against it."""
+    return percent(value) if -0.05 <= value <= 1.05 else f"×{value:.2g}".replace("-", "−")
+
+
+def share_in_words(share: float) -> str:
+    """What errors that cancel each other make of a share: one of them may be larger than the sum, or against it."""
+    if share > 1.05:
+        return f"{share:.3g} times the final divergence, most of which other errors cancel"
+    if share < -0.05:
+        return f"against the final divergence, by {-share:.3g} times its size: other errors outweigh it"
+    return f"{percent(share)} of the final divergence"
+
+
 def number(value: float | None) -> str:
     """Three digits are enough to read: ``1.23e-04``, ``0``, ``inf``, and a dash for None."""
     if value is None:

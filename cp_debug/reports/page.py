@@ -18,7 +18,7 @@ from cp_debug.reports.birdseye import View, birdseye
 from cp_debug.reports.causes import lines
 from cp_debug.reports.evidence import Evidence, evidence
 from cp_debug.reports.growth import growth_chart
-from cp_debug.reports.numbers import number
+from cp_debug.reports.numbers import number, share
 from cp_debug.reports.saved import SavedResult
 from cp_debug.reports.svg import Canvas
 from cp_debug.reports.tables import verdict_line, weight_lines
@@ -82,7 +82,7 @@ def environment() -> Environment:
         lstrip_blocks=True,
         finalize=_seen,
     )
-    made.filters |= {"number": number, "breakable": breakable, "said": lines}
+    made.filters |= {"number": number, "share": share, "breakable": breakable, "said": lines}
     return made
 
 

@@ -190,7 +190,10 @@ def _test(fields: Fields, record: RunRecord, programs: dict[str, str]) -> TestRe
     return TestResult(
         backend=record,
         rows=rows,
-        stages=[StageRow(item.get("stage", str), row) for item, row in known("stages")],
+        stages=[
+            StageRow(item.get("stage", str), row, [str(name) for name in item.get("guilty", list, [])])
+            for item, row in known("stages")
+        ],
         outputs=[row for _, row in known("outputs")],
         compared=alignment.get("aligned", int),
         total=alignment.get("total", int),

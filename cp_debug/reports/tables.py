@@ -23,7 +23,7 @@ from cp_debug.bisect.result import (
 )
 from cp_debug.reports.causes import findings
 from cp_debug.reports.engines import engine_lines, kernel
-from cp_debug.reports.numbers import number, percent
+from cp_debug.reports.numbers import number, share, share_in_words
 from cp_debug.reports.optimizer_blame import render_knobs
 from cp_debug.reports.safe_table import Table
 
@@ -98,16 +98,17 @@ def backends_table(records: Sequence[RunRecord]) -> Table:
 
 
 def stage_table(test: TestResult) -> Table:
-    """Coarse view: each stage at its last tensor, as engineers report it."""
+    """Coarse view: each stage at its last tensor, as engineers report it, and whether it holds a guilty layer."""
     table = _table("stage", ">shape", ">max |Δ|", ">mean |Δ|", ">rel. L2", "verdict")
-    for name, row in _few_stages(test):
+    for name, stage in _few_stages(test):
+        row = stage.layer
         table.add_row(
             name,
             _shape(row),
             number(row.stats.max_abs),
             number(row.stats.mean_abs),
             number(row.stats.rel_l2),
-            Text(row.verdict, STYLES[row.verdict]),
+            Text(stage.verdict, STYLES[stage.verdict]),
         )
     return table
 
@@ -162,8 +163,10 @@ def _verdict_line(test: TestResult) -> Text:
     if test.guilty:
         assert first is not None
         names = f"{len(test.guilty)} layers are guilty, the first is" if len(test.guilty) > 1 else "guilty:"
-        share = f", {percent(first.share)} of the final divergence" if first.share is not None else ""
-        text = Text.assemble((f"✗ {spec}: {names} {first.name}", "bold red"), f" ({first.op}): {first.why}{share}{end}")
+        of_end = f", {share_in_words(first.share)}" if first.share is not None else ""
+        text = Text.assemble(
+            (f"✗ {spec}: {names} {first.name}", "bold red"), f" ({first.op}): {first.why}{of_end}{end}"
+        )
         if test.first_beyond is not None and test.first_beyond.index != first.index:
             text.append(_why_views_differ(test, first, test.first_beyond))
         return text.append(_uncovered(test))
@@ -208,8 +211,8 @@ def _scale(row: LayerRow) -> tuple[str, str]:
 
 
 def _verdict(row: LayerRow) -> Text:
-    share = f" {percent(row.share)}" if row.share is not None else ""
-    return Text(row.verdict + share, STYLES[row.verdict])
+    of_end = f" {share(row.share)}" if row.share is not None else ""
+    return Text(row.verdict + of_end, STYLES[row.verdict])
 
 
 def layers_shown(test: TestResult) -> list[LayerRow]:
@@ -233,16 +236,16 @@ def _selection(test: TestResult) -> str:
     return f"{shown} of {total} layers, around {test.first_divergent.name}; --all shows the rest"
 
 
-def _few_stages(test: TestResult) -> Iterator[tuple[str, LayerRow]]:
-    """(stage, its last tensor); of a model with very many outputs the worst one of each group (``task0.*``)."""
+def _few_stages(test: TestResult) -> Iterator[tuple[str, StageRow]]:
+    """(what it is called, stage); of a model with very many outputs the worst one of each group (``task0.*``)."""
     outputs = {(row.component, row.onnx) for row in test.outputs}
     groups: dict[str, list[StageRow]] = {}
     for stage in test.stages:
         final = (stage.layer.component, stage.layer.onnx) in outputs and len(test.stages) > MOST_STAGES
         groups.setdefault(stage.name.partition(".")[0] if final else stage.name, []).append(stage)
     for name, stages in groups.items():
-        worst = max(stages, key=lambda stage: stage.layer.severity)
-        yield (name if len(stages) == 1 else f"{name}, worst of {len(stages)}: {worst.name}"), worst.layer
+        worst = max(stages, key=lambda stage: stage.severity)
+        yield (name if len(stages) == 1 else f"{name}, worst of {len(stages)}: {worst.name}"), worst
 
 
 def _coverage(coverage: dict[str, Any]) -> Iterator[Text]:

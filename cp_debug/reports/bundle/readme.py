@@ -13,7 +13,7 @@ from cp_debug.bisect.replay import Replay
 from cp_debug.reports.bundle.accused import Accused
 from cp_debug.reports.bundle.case import Case
 from cp_debug.reports.bundle.verify import Measured
-from cp_debug.reports.numbers import number, percent
+from cp_debug.reports.numbers import number, share
 
 FILES = {
     "model.onnx": "what the backend runs",
@@ -79,7 +79,7 @@ def readme(
         ("divergence there", f"max {number(row.stats.max_abs)}, relative L2 {number(row.stats.rel_l2)}"),
         ("introduced, expected, excess", ", ".join(_figures(row.replay))),
         ("why", row.why or row.verdict),
-        ("share of the final divergence", "–" if row.share is None else percent(row.share)),
+        ("share of the final divergence", "–" if row.share is None else share(row.share)),
     ])]  # fmt: skip
     lines += ["", "## Inputs", "", *_table(("input", "type", "shape", "not zero", "origin"), [
         (f"`{n}`", str(a.dtype), _shape(a), str(np.count_nonzero(a)), "computed in FP32 from captured values"
