@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from onnx import TensorProto, helper
@@ -16,8 +17,6 @@ from cp_debug.backends.arithmetic import FP16, FP32, FP64, TF32
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.rounding import round_tf32
 from cp_debug.graph.graph import Graph
-
-ort = pytest.importorskip("onnxruntime")
 
 RNG = np.random.default_rng(0)
 Arrays = Mapping[str, np.ndarray]

@@ -217,3 +217,40 @@ def test_backends_are_made_once_for_the_search(region: pytest.MonkeyPatch, tmp_p
     backends = [create(spec) for spec in parse_backends("ort-none,trt-fp16")]
     result = bisect(str(tmp_path / "net.onnx"), backends, options=Options(inputs=tmp_path / "x.npz", max_builds=1))
     assert len(first(result).findings[0].inside["steps"]) == 1  # type: ignore[index]
+
+
+def test_a_fact_of_the_engine_is_told_of_all_its_layers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Three products accumulate in FP16, one of them so long that it is guilty: the finding counts all three."""
+    from nets import NetBuilder
+
+    from cp_debug.backends.spec import BackendSpec
+    from cp_debug.bisect.causes.finding import Finding
+
+    builder = NetBuilder()
+    x = "x"
+    for place, channels in enumerate((16, 32, 256, 16)):
+        x = builder.conv(x, {0: 4, 1: 16, 2: 32, 3: 256}[place], channels, name=f"c{place}")
+    path = builder.save(tmp_path / "net.onnx", {"x": (1, [1, 4, 12, 12])}, [x])
+    np.savez(tmp_path / "in.npz", x=np.random.default_rng(1).standard_normal((1, 4, 12, 12)).astype(np.float32))
+
+    class Claims:
+        """FP16 accumulation that claims FP16."""
+
+        def __init__(self) -> None:
+            self.inner = create(BackendSpec.parse("emu-fp16acc"))
+            self.spec, self.precision, self.device = BackendSpec.parse("emu-fp16"), "fp16", "cpu"
+            self.emulated = False
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+    result = bisect(
+        str(path), [create(BackendSpec.parse("ort-none")), Claims()], options=Options(inputs=tmp_path / "in.npz")
+    )
+    (finding,) = first(result).findings
+    assert isinstance(finding, Finding)
+    assert finding.cause == "fp16-accumulation"
+    assert len(finding.layers) < finding.evidence["layers_in_all"] <= finding.evidence["of_products"] == 4
+    assert finding.evidence["excess_least"] < 4 < finding.evidence["excess_most"]
+    assert finding.says.startswith("sums are accumulated in FP16, in ")
+    assert "of the final divergence" in finding.says

@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from statistics import fmean
+from typing import Any
 
 from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.causes.base import Candidate, Cause
 from cp_debug.bisect.causes.effects import Effects
+from cp_debug.bisect.causes.everywhere import counted, in_words
 from cp_debug.bisect.causes.finding import UNKNOWN, Effect, Finding, Where
 from cp_debug.bisect.causes.graphs import GraphReader
 from cp_debug.bisect.causes.precision import OVERFLOWS, PROMOTED
@@ -31,6 +33,8 @@ LOCATED = 8
 """Layers of a finding for which it says where in them the error sits."""
 VIEWS = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Cast", "Expand"}
 """Operators whose result is their input in another shape."""
+NOTICEABLE = 1.3
+"""Excess below which a layer of an unknown kernel is not asked whether a cause holds there, too."""
 UNSTEADY = 10.0
 """A layer that differs from run to run by this many times its rounding does not merely sum in another order."""
 
@@ -63,6 +67,8 @@ class Explainer:
     """Whether rounding may be named as the cause where no layer is guilty: see ``Remainder``."""
     _contexts: dict[tuple[str, str, str], SegmentContext] = field(default_factory=dict)
     _rows: Mapping[Key, LayerRow] = field(default_factory=dict)
+    _layers_of: dict[str, set[str]] = field(default_factory=dict)
+    """Cause → the guilty layers that it explains."""
 
     @cached_property
     def _graphs(self) -> GraphReader:
@@ -89,6 +95,8 @@ class Explainer:
             found = explained.explanation.cause
             name = (UNKNOWN,) if found is None else (found.cause, found.says if found.parameters else "")
             groups.setdefault((row.side, *name), []).append(explained)
+        for key_of_group, group in groups.items():
+            self._layers_of.setdefault(key_of_group[1], set()).update(e.row.name for e in group)
         findings = [self._finding(group) for group in groups.values()]
         for says in dict.fromkeys(self.settled.values()):
             own = [rows[key] for key, other in self.settled.items() if other == says]
@@ -193,6 +201,9 @@ class Explainer:
             where=[e.where for e in group[:LOCATED]],
             fix=self._fix(cause, rows) if cause else "cpdebug bundle RESULT --layer " + names[0],
         )
+        if cause and worst.row.side == "test" and (figures := self._counted(cause.cause, worst)):
+            finding.says = in_words(finding.says, figures)
+            finding.evidence |= {name: value for name, value in figures.items() if value is not None}
         if cause and cause.by_magnitude and (explanation.explained < ENOUGH):
             finding.evidence["magnitude_only"] = True
         if len(group) > 1 and finding.explained is not None:
@@ -202,6 +213,27 @@ class Explainer:
         except Exception as error:
             self.notes.append(f"{names[0]}: its effect on the outputs is not known: {in_one_line(error)}")
         return finding
+
+    def _counted(self, cause: str, worst: Explained) -> dict[str, Any]:
+        """In how many layers the cause holds besides the guilty ones, and what all of them do together."""
+
+        def holds(key: Key, row: LayerRow) -> bool:
+            if row.verdict == GUILTY:
+                return row.name in explained
+            replay = row.replay
+            if replay is None or (replay.excess or 0.0) < NOTICEABLE:
+                return False
+            found, _ = self._explained(key, row, [])
+            other = found.explanation.cause
+            return other is not None and other.cause == cause
+
+        explained = self._layers_of.get(cause, set())
+        graphs = {name: program.graph for name, program in self.run.programs.items()}
+        try:
+            return counted(cause, self._rows, graphs, holds, self.effects.propagation.share)
+        except Exception as error:
+            self._failed(worst.row, error)
+            return {}
 
     def _fix(self, cause: Candidate, rows: Sequence[LayerRow]) -> str:
         """The cause's advice with the layers' names, and with flags where it is about INT8."""

@@ -1,0 +1,79 @@
+"""A fact of the whole engine: in how many layers it holds, the guilty ones among them, and what all do together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from cp_debug.backends.tensorrt.tactics import decode
+from cp_debug.bisect.result import LayerRow
+from cp_debug.errors import InputError
+from cp_debug.graph.graph import Graph
+from cp_debug.programs.pipeline import Key
+
+ARITHMETIC = {"fp16-accumulation": "fp16acc", "tf32": "tf32"}
+"""Cause → what kernels that have it are called by ``decode``."""
+PRODUCTS = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
+SECONDS = 20.0
+"""Time for the shares of the final divergence: each costs part of a pass. Without all of them no sum is told."""
+ASKED = 16
+"""Layers of unknown kernels of which it is asked by emulation, the most excessive first."""
+
+
+def counted(
+    cause: str,
+    rows: Mapping[Key, LayerRow],
+    graphs: Mapping[str, Graph],
+    holds: Callable[[Key, LayerRow], bool],
+    share: Callable[[Key], float],
+) -> dict[str, Any]:
+    """Figures over every layer with a product for which ``cause`` holds, whatever its excess; empty for other causes.
+
+    A kernel's name says so, where it is known; else ``holds`` is asked, which emulates. ``share`` is a layer's share of
+    the final divergence.
+    """
+    wanted = ARITHMETIC.get(cause)
+    if wanted is None:
+        return {}
+    products = [(key, row) for key, row in rows.items() if _has_product(row, graphs[key.component])]
+    told = {key: decode(row.tactic).arithmetic for key, row in products}
+    products.sort(key=lambda item: (item[1].replay and item[1].replay.excess) or 0.0, reverse=True)
+    asked = [key for key, _ in products if told[key] is None][:ASKED]
+    having = [(k, r) for k, r in products if told[k] == wanted or (k in asked and holds(k, r))]
+    excesses = [row.replay.excess for _, row in having if row.replay and row.replay.excess is not None]
+    if not excesses:
+        return {}
+    shares, end = [], time.monotonic() + SECONDS
+    for key, row in having:
+        if time.monotonic() > end:
+            break
+        try:
+            shares.append(row.share if row.share is not None else share(key))
+        except InputError:  # the replay of this layer says why
+            continue
+    return {
+        "layers_in_all": len(having),
+        "of_products": len(products),
+        "excess_least": min(excesses),
+        "excess_most": max(excesses),
+        "share_in_all": sum(shares) if len(shares) == len(having) else None,
+    }
+
+
+def in_words(says: str, figures: Mapping[str, Any]) -> str:
+    """``says``, in how many layers, with what excess, and what they do together."""
+    if not figures:
+        return says
+    least, most = figures["excess_least"], figures["excess_most"]
+    excess = f"excess {least:.2g}" if f"{least:.2g}" == f"{most:.2g}" else f"excess {least:.2g} to {most:.2g}"
+    text = f"{says}, in {figures['layers_in_all']} of {figures['of_products']} layers with products, {excess}"
+    share = figures["share_in_all"]
+    return text if share is None else f"{text}, together {share:.0%} of the final divergence"
+
+
+def _has_product(row: LayerRow, graph: Graph) -> bool:
+    if row.replay is None or row.replay.excess is None or row.side != "test":
+        return False
+    inside = set(row.replay.nodes)
+    return any(node.name in inside and node.op in PRODUCTS for node in graph.nodes)
