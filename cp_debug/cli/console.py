@@ -80,7 +80,8 @@ errors = SafeConsole(stderr=True, width=_width(sys.stderr.isatty()))
 
 def show_error(text: str) -> None:
     """An error message on stderr, within the limits of ``cp_debug.safe_text.message``."""
-    errors.print(Text.assemble(("error:", "bold red"), f" {message(text)}"), soft_wrap=True)
+    with suppress(OSError):  # stderr can be full, too; the exit code says enough then
+        errors.print(Text.assemble(("error:", "bold red"), f" {message(text)}"), soft_wrap=True)
 
 
 def show_usage(error: Any) -> None:

@@ -20,7 +20,6 @@ from fuzz_world import World
 OUTPUTS = (
     "",
     ".",
-    "..",
     "full",
     "net.onnx/x",
     "no/such/folder/out",
@@ -298,9 +297,7 @@ def callables(rng: random.Random, world: World, folder: Path) -> Case:
     (folder / "own.py").write_text(rng.choice(CALLABLES), encoding="utf-8", errors="surrogatepass")
     name = rng.choice(("own.py:make", "own.py:make", "own.py:make", "own:make", "own.py:nothing", "own.py:__name__"))
     if rng.random() < 0.1:
-        name = rng.choice(
-            ("os:getcwd", "json:loads", "sys:exit", "cp_debug.cli.main:main", "x" * 300 + ".py:a", ":", "a:b:c")
-        )
+        name = rng.choice(("os:getcwd", "json:loads", "sys:exit", "x" * 300 + ".py:a", ":", "a:b:c"))
     if rng.random() < 0.05:
         (folder / "own.py").unlink()
         odd_place(folder / "own.py", rng)

@@ -6,6 +6,7 @@ A fork costs hundredths of a second where a new process costs seconds, and what 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import os
 import re
@@ -85,10 +86,23 @@ def call(argv: list[str], folder: Path, temporary: Path, output: Path, *, case: 
     """
     if case is not None and case.subprocess:
         return _call_installed(argv, folder, temporary, output, case)
+    limited = case is not None and case.file_limit is not None
+    pipes = [_pipe() for _ in range(2)] if limited else []  # files could not hold what is said
     pid = os.fork()
     if pid == 0:
-        os._exit(_child(argv, folder, temporary, output, case))
-    return _wait(pid)
+        os._exit(_child(argv, folder, temporary, output, case, [write for _, write in pipes]))
+    ended = _wait(pid)
+    for (read, write), ending in zip(pipes, ("out", "err"), strict=False):
+        os.close(write)
+        with os.fdopen(read, "rb") as stream:
+            Path(f"{output}.{ending}").write_bytes(stream.read())
+    return ended
+
+
+def _pipe() -> tuple[int, int]:
+    read, write = os.pipe()
+    fcntl.fcntl(write, 1031, 1 << 20)  # F_SETPIPE_SZ
+    return read, write
 
 
 def _wait(pid: int) -> tuple[int, bool]:
@@ -115,11 +129,13 @@ def _processor_seconds(pid: int) -> float:
     return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
-def _child(argv: list[str], folder: Path, temporary: Path, output: Path, case: Case | None) -> int:
+def _child(argv: list[str], folder: Path, temporary: Path, output: Path, case: Case | None, pipes: list[int]) -> int:
     os.setsid()
-    with Path(f"{output}.out").open("wb") as out, Path(f"{output}.err").open("wb") as err:
-        os.dup2(out.fileno(), 1)
-        os.dup2(err.fileno(), 2)
+    if pipes:
+        os.dup2(pipes[0], 1)
+        os.dup2(pipes[1], 2)
+    else:
+        _to_files(output)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.chdir(folder)
@@ -160,6 +176,12 @@ def _child(argv: list[str], folder: Path, temporary: Path, output: Path, case: C
 
         weakref.finalize._exitfunc()  # temporary folders, as at the end of a process
     return code & 0xFF
+
+
+def _to_files(output: Path) -> None:
+    with Path(f"{output}.out").open("wb") as out, Path(f"{output}.err").open("wb") as err:
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
 
 
 def _call_installed(argv: list[str], folder: Path, temporary: Path, output: Path, case: Case) -> tuple[int, bool]:
@@ -297,7 +319,8 @@ def judged_text(file: Path) -> Iterator[tuple[str, str]]:
     if bad := sorted({c for c in text if _is_control(c) and c not in "\r\t"}):
         yield "control", f"{file.name} has {[hex(ord(c)) for c in bad]}"
     if kind in (".md", ".html", ".svg") and re.search(
-        r"<script>alert|<img src=x|<svg onload|[^=]\"onmouseover=" + ("|^# heading" if kind == ".md" else ""),
+        r"(?<!\\)<script>alert|(?<!\\)<img src=x|(?<!\\)<svg onload|[^=]\"onmouseover="
+        + ("|^# heading" if kind == ".md" else ""),
         text,
         re.M,
     ):

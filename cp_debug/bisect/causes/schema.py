@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from onnx import helper
 from torch import Tensor
 
 from cp_debug.bisect.causes.base import Candidate, cause
@@ -34,6 +35,17 @@ SKIPPED = {"pads", "epsilon", "kernel_shape", "to", "dtype", "group", "hidden_si
 """Attributes with causes of their own, or that change what is computed altogether."""
 FITTED = {"LeakyRelu": ["alpha"], "Elu": ["alpha"], "Gemm": ["alpha", "beta"], "HardSigmoid": ["alpha", "beta"]}
 """Attributes in which the result is affine."""
+EXCHANGED = (
+    ("Relu", "LeakyRelu", "Elu", "Selu", "Sigmoid", "HardSigmoid", "Tanh", "Softplus", "HardSwish", "Gelu", "Softsign"),
+    ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL2"),
+    ("MaxPool", "AveragePool"),
+    ("GlobalMaxPool", "GlobalAveragePool"),
+    ("Add", "Sub", "Mul", "Div"),
+    ("Min", "Max"),
+    ("Floor", "Ceil", "Round"),
+    ("Softmax", "LogSoftmax"),
+)
+"""Operators that are taken for one another; activations with their defaults."""
 ORDERED = {"Sub", "Div", "Pow", "MatMul", "Mod", "Less", "Greater", "LessOrEqual", "GreaterOrEqual", "BitShift"}
 MOST_PERMUTED = 4
 """Operands whose orders are all tried; of more only exchanges of two neighbours, and the reverse."""
@@ -150,7 +162,7 @@ def _shifted(segment: Segment, node: Node) -> Iterator[tuple[dict[int, Tensor], 
             yield {1: moved}, f"axis {axis}, {what}"
 
 
-@cause(costly=True)
+@cause()
 def operand_order(segment: Segment) -> Iterator[Candidate]:
     """Operands that have changed places."""
     for node in segment.nodes:
@@ -223,3 +235,17 @@ def _regated(weight: Tensor, order: tuple[int, ...], parts: int) -> Tensor:
     """[D, parts · gates · H, …] with the gates of each part in another order."""
     blocks = weight.unflatten(1, (parts, len(order), -1))
     return blocks[:, :, list(order)].flatten(1, 3)
+
+
+@cause(costly=True)
+def another_operator(segment: Segment) -> Iterator[Candidate]:
+    """An operator of the same kind in the place of another: activations, reductions, pooling, arithmetic."""
+    for node in segment.nodes:
+        family = next((f for f in EXCHANGED if node.op in f), ())
+        own = {a.name: helper.get_attribute_value(a) for a in node.proto.attribute}
+        for op in family:
+            attributes = {} if op in EXCHANGED[0] else own
+            if op != node.op and (value := segment.edited(node, op=op, **attributes)) is not None:
+                says = f"{node.op} is computed as {op}"
+                fix = f"compare both programs at {{layers}}: {says}"
+                yield Candidate("other-operator", says, value, 0, {"op": node.op, "test_op": op}, fix)

@@ -1,0 +1,157 @@
+"""Causes that are read off the difference of two graphs, and the same ones found without the other graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+from nets import NetBuilder
+from onnx import numpy_helper
+
+from cp_debug.bisect.causes.finding import Finding
+from cp_debug.bisect.causes.graphs import GraphReader
+from cp_debug.bisect.engine import bisect
+
+Edit = Callable[[onnx.GraphProto], None]
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``x`` [1, 8, 12, 12]: operators with attributes, orders of operands, indices, weights and gates."""
+    made = NetBuilder(3)
+    rng = made.rng
+
+    def weight(*shape: int) -> str:
+        return made.weight((rng.standard_normal(shape) * 0.3).astype(np.float32))
+
+    x = made.op("LeakyRelu", made.conv("x", 8, 16, name="conv"), alpha=0.1, name="leaky")
+    y = made.op("Sigmoid", made.conv(x, 16, 16, name="other"), name="sigmoid")
+    z = made.op("Div", y, made.op("Add", made.op("Sigmoid", x), y, name="sum"), name="div")
+    c = made.op("Concat", z, x, axis=1, name="concat")
+    ends = [made.weight(np.array(v), n) for n, v in (("starts", [2]), ("ends", [26]), ("axes", [1]))]
+    s = made.op("Slice", c, *ends, name="slice")
+    g = made.op("Gather", s, made.weight(np.array([3, 17, 7, 21, 5, 14]), "indices"), axis=1, name="gather")
+    p = made.op("Softmax", made.op("Relu", g, name="relu"), axis=-1, name="softmax")
+    flat = made.op("Reshape", p, made.weight(np.array([12, 1, 72]), "shape"), name="flat")
+    m = made.op("MatMul", flat, weight(72, 72), name="matmul")
+    made.op("LSTM", m, weight(1, 64, 72), weight(1, 64, 16), weight(1, 128), hidden_size=16, name="lstm")
+    path = tmp_path_factory.mktemp("net") / "net.onnx"
+    return made.save(path, {"x": (1, [1, 8, 12, 12])}, ["lstm"])
+
+
+def node(graph: onnx.GraphProto, value: str) -> onnx.NodeProto:
+    return next(n for n in graph.node if value in n.output)
+
+
+def attribute(value: str, **changes: object) -> Edit:
+    def edit(graph: onnx.GraphProto) -> None:
+        own = node(graph, value)
+        kept = [a for a in own.attribute if a.name not in changes]
+        del own.attribute[:]
+        own.attribute.extend([*kept, *(onnx.helper.make_attribute(k, v) for k, v in changes.items())])
+
+    return edit
+
+
+def constant(value: str, place: int, change: Callable[[np.ndarray], np.ndarray]) -> Edit:
+    def edit(graph: onnx.GraphProto) -> None:
+        name = node(graph, value).input[place]
+        tensor = next(t for t in graph.initializer if t.name == name)
+        array = numpy_helper.to_array(tensor)
+        tensor.CopyFrom(numpy_helper.from_array(change(array).astype(array.dtype), name))
+
+    return edit
+
+
+def reads(value: str, *order: int) -> Edit:
+    def edit(graph: onnx.GraphProto) -> None:
+        own = node(graph, value)
+        own.input[:] = [own.input[i] for i in order]
+
+    return edit
+
+
+def operator(value: str, op: str) -> Edit:
+    def edit(graph: onnx.GraphProto) -> None:
+        own = node(graph, value)
+        own.op_type = op
+        del own.attribute[:]
+
+    return edit
+
+
+def gates(array: np.ndarray) -> np.ndarray:
+    i, o, f, c = np.split(array, 4, axis=1)
+    return np.concatenate([i, f, o, c], axis=1)
+
+
+def per_channel(array: np.ndarray) -> np.ndarray:
+    step = np.abs(array).max(0, keepdims=True) / 127
+    return np.round(array / step) * step
+
+
+CASES: list[tuple[str, Edit, set[str]]] = [
+    ("leaky", attribute("leaky", alpha=0.17), {"attribute"}),
+    ("softmax", attribute("softmax", axis=1), {"attribute"}),
+    ("div", reads("div", 1, 0), {"operand-order"}),
+    ("concat", reads("concat", 1, 0), {"concat-order"}),
+    ("slice", lambda g: [constant("slice", p, lambda a: a + 1)(g) for p in (1, 2)] and None, {"index-shifted"}),
+    ("gather", constant("gather", 1, lambda a: a + 1), {"index-shifted"}),
+    ("relu", operator("relu", "Identity"), {"missing-activation"}),
+    ("matmul", constant("matmul", 1, lambda a: a.astype(np.float16)), {"fp16-weights"}),
+    ("matmul", constant("matmul", 1, lambda a: a.astype(ml_dtypes.bfloat16)), {"bf16-weights"}),
+    ("matmul", constant("matmul", 1, per_channel), {"int8-weights"}),
+    ("matmul", constant("matmul", 1, np.transpose), {"weight-layout"}),
+    ("conv", attribute("conv", pads=[0, 1, 2, 1]), {"padding"}),
+]
+KNOWN_ONLY: list[tuple[str, Edit, set[str]]] = [
+    ("sigmoid", operator("sigmoid", "HardSigmoid"), {"other-operator"}),
+    ("matmul", constant("matmul", 1, lambda a: a + 0.01 * np.sign(a)), {"other-weights"}),
+    ("conv", constant("conv", 2, np.zeros_like), {"bias-dropped"}),
+    ("lstm", constant("lstm", 1, lambda a: a * 1.05), {"weights-scaled"}),
+    ("lstm", attribute("lstm", direction="reverse"), {"attribute"}),
+]
+
+
+def explained(net: Path, tmp_path: Path, edit: Edit, value: str) -> Finding:
+    model = onnx.load(str(net))
+    edit(model.graph)
+    onnx.save(model, str(tmp_path / "test.onnx"))
+    (test,) = bisect(str(net), "ort,ort", test_model=tmp_path / "test.onnx").tests
+    assert [row.onnx for row in test.guilty] == [value]
+    (finding,) = test.findings
+    return finding
+
+
+@pytest.mark.parametrize(("value", "edit", "causes"), CASES + KNOWN_ONLY)
+def test_the_cause_is_read_off_the_two_graphs(
+    net: Path, tmp_path: Path, value: str, edit: Edit, causes: set[str]
+) -> None:
+    finding = explained(net, tmp_path, edit, value)
+    assert finding.cause in causes
+    assert finding.evidence["read_off"]
+    assert finding.explained is not None
+    assert finding.explained > 0.9
+
+
+@pytest.mark.parametrize(("value", "edit", "causes"), CASES)
+def test_the_cause_is_found_without_the_other_graph(
+    net: Path, tmp_path: Path, value: str, edit: Edit, causes: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GraphReader, "_other", lambda self, component: None)
+    assert explained(net, tmp_path, edit, value).cause in causes
+
+
+def test_gates_in_another_order(net: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def edit(graph: onnx.GraphProto) -> None:
+        for place in (1, 2):
+            constant("lstm", place, gates)(graph)
+        constant("lstm", 3, lambda a: np.concatenate([gates(h) for h in np.split(a, 2, axis=1)], axis=1))(graph)
+
+    assert explained(net, tmp_path, edit, "lstm").cause == "gate-order"
+    monkeypatch.setattr(GraphReader, "_other", lambda self, component: None)
+    assert explained(net, tmp_path, edit, "lstm").cause == "gate-order"
