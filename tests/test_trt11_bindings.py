@@ -1,0 +1,127 @@
+"""The build path with TensorRT 11's real bindings, on a machine without a GPU: all but loading the engine runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from test_trt_runner import NODES, save_net
+
+from cp_debug.backends.tensorrt.client import ParseFailed, RunnerClient
+from cp_debug.backends.tensorrt.config import decide
+from cp_debug.errors import InputError
+from cp_debug.graph.casts import cast_surgery
+from cp_debug.graph.graph import Graph
+
+pytestmark = [pytest.mark.slow, pytest.mark.tensorrt, pytest.mark.timeout(600)]
+NO_GPU = "cudaError 35"
+"""Where the build is over and the engine is loaded for its inspector."""
+
+
+@pytest.fixture(scope="session")
+def trt11(shared_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Python with TensorRT 11's bindings: ``CPDEBUG_TRT11``/trt11-python, or made by the shared script."""
+    script = shared_folder / "trt11" / "setup.sh"
+    if not script.is_file():
+        pytest.skip(f"no {script}, which sets TensorRT 11's bindings up")
+    folder = Path(os.environ.get("CPDEBUG_TRT11") or tmp_path_factory.mktemp("trt11"))
+    if not (folder / "trt11-python").is_file():
+        done = subprocess.run(["bash", str(script), str(folder)], capture_output=True, text=True, timeout=500)
+        if done.returncode:
+            pytest.skip(f"TensorRT 11's bindings could not be set up: {done.stderr.strip().splitlines()[-1:]}")
+    return str(folder / "trt11-python")
+
+
+@pytest.fixture(scope="session")
+def shared_folder() -> Path:
+    """The shared material, or a skip."""
+    folder = Path(os.environ.get("CPDEBUG_SHARED", Path(__file__).resolve().parents[2] / "shared")).resolve()
+    if not folder.is_dir():
+        pytest.skip(f"no shared material at {folder} (set CPDEBUG_SHARED)")
+    return folder
+
+
+def build(python: str, folder: Path, path: Path, variant: str, **changes: Any) -> tuple[Path, list[dict[str, Any]]]:
+    """(the engine's file, events). What comes after the build needs a GPU, and must fail for that reason."""
+    config = decide(variant, "11.4.0.106", quantized=variant == "int8")
+    if config.graph_precision is not None:
+        path = cast_surgery(Graph(path), config.graph_precision, changes.pop("keep", ()), folder / "typed.onnx")
+    nodes = [[node.name, node.op, list(node.outputs)] for node in Graph(path).nodes]
+    step = {
+        "command": "build",
+        "onnx": str(path),
+        "engine": str(folder / "net.engine"),
+        "nodes": nodes,
+        **config.step(),
+    }
+    events: list[dict[str, Any]] = []
+    client = RunnerClient(python, on_event=lambda event: events.append(dict(event)))
+    with pytest.raises(InputError, match=NO_GPU):
+        client.execute([{**step, "timing_cache": str(folder / "timing.cache"), **changes}])
+    return folder / "net.engine", events
+
+
+@pytest.mark.parametrize("variant", ["fp32", "tf32", "fp16", "bf16"])
+def test_engines_of_every_precision_are_built(trt11: str, tmp_path: Path, variant: str) -> None:
+    engine, events = build(trt11, tmp_path, save_net(tmp_path), variant)
+    assert engine.stat().st_size > 1000
+    assert (tmp_path / "timing.cache").is_file()
+    phases = {event["phase"] for event in events if event["event"] == "progress"}
+    assert "Building engine" in phases, "this version reports its progress"
+
+
+def test_a_layer_kept_in_fp32_and_a_builder_level(trt11: str, tmp_path: Path) -> None:
+    engine, _ = build(trt11, tmp_path, save_net(tmp_path), "fp16", keep=["/c2/Conv"], builder_level=1)
+    assert engine.is_file()
+
+
+def test_values_can_be_marked(trt11: str, tmp_path: Path) -> None:
+    probes = {"method": "outputs", "tensors": {"r1": {"dtype": "", "format": ""}}}
+    assert build(trt11, tmp_path, save_net(tmp_path), "fp16", probes=probes)[0].is_file()
+
+
+def test_a_graph_with_quantisers_is_built(trt11: str, tmp_path: Path) -> None:
+    model = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 17]>
+        net (float[1,4,8,8] x) => (float[1,4,8,8] y) {
+            q = QuantizeLinear (x, s, z)
+            d = DequantizeLinear (q, s, z)
+            wq = QuantizeLinear <axis = 0> (w, ws, wz)
+            wd = DequantizeLinear <axis = 0> (wq, ws, wz)
+            y = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (d, wd)
+        }""")
+    rng = np.random.default_rng(0)
+    weights = {"s": np.float32(0.05), "z": np.int8(0), "ws": np.full(4, 0.01, "f4"), "wz": np.zeros(4, "i1")}
+    weights["w"] = (rng.standard_normal((4, 4, 3, 3)) * 0.3).astype("f4")
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(np.asarray(a), n) for n, a in weights.items())
+    for node in model.graph.node:
+        node.name = f"/{node.output[0]}/{node.op_type}"
+    onnx.save(model, tmp_path / "qdq.onnx")
+    assert build(trt11, tmp_path, tmp_path / "qdq.onnx", "int8")[0].stat().st_size > 1000
+
+
+def test_dynamic_shapes_take_a_profile(trt11: str, tmp_path: Path) -> None:
+    path = save_net(tmp_path, "N,3,8,8")
+    profiles = {"x": [[1, 3, 8, 8], [2, 3, 8, 8], [4, 3, 8, 8]]}
+    assert build(trt11, tmp_path, path, "fp32", profiles=profiles)[0].is_file()
+    config = decide("fp32", "11.4.0.106")
+    step = {"command": "build", "onnx": str(path), "engine": str(tmp_path / "e"), "nodes": NODES, **config.step()}
+    with pytest.raises(InputError, match="it needs a profile"):
+        RunnerClient(trt11).execute([{**step, "timing_cache": None}])
+
+
+def test_what_the_parser_refuses_is_named(trt11: str, tmp_path: Path) -> None:
+    model = onnx.load(save_net(tmp_path))
+    model.graph.node.append(onnx.helper.make_node("Det", ["y"], ["d"], name="/d/Det"))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("d", 1, None))
+    onnx.save(model, tmp_path / "det.onnx")
+    config = decide("fp32", "11.4.0.106")
+    nodes = [*NODES, ["/d/Det", "Det", ["d"]]]
+    step = {"command": "build", "onnx": str(tmp_path / "det.onnx"), "engine": str(tmp_path / "e"), "nodes": nodes}
+    with pytest.raises(ParseFailed, match="/d/Det"):
+        RunnerClient(trt11).execute([{**step, **config.step(), "timing_cache": None}])
