@@ -54,14 +54,14 @@ KNOBS = _made(Knobs, responsible=st.lists(_made(Culprit, rewrites=st.lists(_made
 
 
 @pytest.mark.parametrize("kind", PARTS, ids=lambda kind: kind.__name__)
-@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(max_examples=6, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(data=st.data())
 def test_every_field_of_a_part_survives(kind: type, data: st.DataObject) -> None:
     value = data.draw(ROWS if kind is LayerRow else _made(kind))
     assert repr(decode(kind, json.loads(json.dumps(encode(value))), "result.json")) == repr(value)  # NaN equals NaN
 
 
-@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(max_examples=6, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(knobs=KNOBS)
 def test_the_blamed_optimizers_survive(knobs: Knobs) -> None:
     again = Knobs.from_dict(json.loads(json.dumps(encode(knobs.to_dict()))), "result.json", "knobs")
@@ -77,7 +77,7 @@ def _tests(draw: st.DrawFn) -> TestResult:
     return dataclasses.replace(made, stages=[StageRow("neck", row) for row in rows[:1]])
 
 
-@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], deadline=None)
+@settings(max_examples=6, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], deadline=None)
 @given(data=st.data())
 def test_a_whole_result_survives(data: st.DataObject) -> None:
     result = data.draw(_made(BisectResult, tests=st.lists(_tests(), min_size=1, max_size=2)))
