@@ -20,8 +20,8 @@ from cp_debug.graph.graph import Graph, Node
 Decision = str | int
 """The branch that an If took (``then_branch``), or how often a Loop or Scan ran."""
 
-MOST_NODES = 4096
-"""Nodes that one loop may become; a longer one stays whole."""
+MOST_NODES = 512
+"""Nodes that one loop may become; a longer one stays whole, and is replayed as one layer."""
 
 
 @dataclass(frozen=True)
