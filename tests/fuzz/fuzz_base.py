@@ -45,7 +45,7 @@ TEXTS = (
     "](javascript:alert(1))",
     "```\n# heading",
     "../../outside/x",
-    "/outside/x",
+    "/proc/outside/x",
     "..",
     ".",
     "",

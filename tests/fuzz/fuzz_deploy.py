@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -174,22 +175,23 @@ def configuration(rng: random.Random, world: World, folder: Path) -> Case:
     shutil.copyfile(world.files / "net.py", folder / "net.py")
     shutil.copyfile(world.files / "x.npz", folder / "x.npz")
     (folder / "fifo").unlink(missing_ok=True)
-    import os
-
     os.mkfifo(folder / "fifo")
     kind = rng.randrange(10)
+    document: Any = None
     name = rng.choice(("deploy.yaml", "deploy.yaml", "deploy.toml", "awml.py", "deploy.yml", "deploy.json"))
     path = folder / name
     if kind == 0:
         odd_place(path, rng)
     elif name.endswith("toml"):
-        text = _toml(mutated(FULL, rng)) if kind < 6 else rng.choice(TOML)
+        document = mutated(FULL, rng)
+        text = _toml(document) if kind < 6 else rng.choice(TOML)
         path.write_bytes(_text(text, rng))
     elif name.endswith("py"):
         text = rng.choice(AWML) if kind < 7 else _awml(world, rng)
         path.write_bytes(_text(text, rng))
     else:
-        text = json.dumps(_configured(rng)) if kind < 7 else rng.choice(YAML)
+        document = _configured(rng)
+        text = json.dumps(document) if kind < 7 else rng.choice(YAML)
         path.write_bytes(_text(text, rng))
     commands = (
         ["deploy", name],
@@ -201,7 +203,9 @@ def configuration(rng: random.Random, world: World, folder: Path) -> Case:
         ["verify", name, "--model", "net.py:make", "--samples", "1"],
     )
     argv = list(rng.choice(commands[:3] if rng.random() < 0.7 else commands))
-    return Case("deploy", [argv], ["work", "engines", "report.html"])
+    asked = document.get("work_dir") if isinstance(document, dict) else None
+    own = [os.path.normpath(asked)] if isinstance(asked, str) and asked else []
+    return Case("deploy", [argv], ["work", "engines", "report.html", *own])
 
 
 def _configured(rng: random.Random) -> Any:
@@ -240,6 +244,8 @@ def _configured(rng: random.Random) -> Any:
                 *TEXTS,
             )
         )
+        if where == ["work_dir"] and ("outside" in text or text.startswith("..")):
+            text = "elsewhere"
         holder = document
         for key in where[:-1]:
             holder = holder.get(key, {}) if isinstance(holder, dict) else {}
