@@ -72,6 +72,10 @@ NUMBERS = (0, -1, 1, 2, 2**31 - 1, 2**31, -(2**31), 2**63 - 1, 2**63, -(2**63), 
 SPECIAL = (float("nan"), float("inf"), -float("inf"))
 
 
+ANYTHING_NEW = "*"
+"""Among what a case may write: whatever was not there before, in the folder where the commands run."""
+
+
 @dataclass
 class Case:
     """What to run: command lines, one after the other, in a folder that holds what they read."""
