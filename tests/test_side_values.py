@@ -160,3 +160,22 @@ def test_a_branch_whose_result_the_optimiser_hides_is_computed_again(tmp_path: P
     bad = save(tmp_path / "bad.onnx", text.replace("[1,0,2,3]", "[0,1,2,3]"), weight)
     test = compared(tmp_path, good, bad, "ort,ort-all", random(1, 16, 8, 8))
     assert [row.name for row in test.guilty] == ["kernel"]
+
+
+RESIZE = """
+net (float[1,2,8,8] x) => (float[N,C,H,W] y)
+{
+    scales = Constant <value = float[4] {1.0, 1.0, 2.0, 2.0}> ()
+    up = Resize <mode = "linear", coordinate_transformation_mode = "MODE"> (x, , scales)
+    y = Sigmoid (up)
+}"""
+
+
+@pytest.mark.parametrize("backends", ["ort,ort-none", "ort,ort-all"])
+def test_factors_of_a_resize_do_not_make_another_size(tmp_path: Path, backends: str) -> None:
+    """Where a Resize is wrong, what its inputs may be off by is tried: not with another size."""
+    good, bad = (
+        save(tmp_path / f"{mode}.onnx", RESIZE.replace("MODE", mode), {}) for mode in ("half_pixel", "align_corners")
+    )
+    test = compared(tmp_path, good, bad, backends, random(1, 2, 8, 8))
+    assert [row.name for row in test.guilty] == ["up"]

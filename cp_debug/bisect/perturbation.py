@@ -29,6 +29,10 @@ DRAWS = 4
 FEW = 256
 
 
+SIZED = frozenset({"Resize", "Upsample"})
+"""Operators whose inputs but the first say how large the result is: a factor of 1.9999999 makes another shape."""
+
+
 def doubt(
     oracle: Executor,
     nodes: Sequence[Node],
@@ -106,7 +110,9 @@ def _noisy(
     for node in nodes:
         results = {n: exact[n] for n in node.outputs}
         if not moved.isdisjoint(node.inputs):
-            results = oracle.run_nodes([node], values, node.outputs)  # type: ignore[assignment]
+            sizes = node.inputs[1:] if node.op in SIZED else ()
+            feed = values | {n: exact[n] for n in sizes if n in exact}
+            results = oracle.run_nodes([node], feed, node.outputs)  # type: ignore[assignment]
             moved.update(node.outputs)
         for name, value in results.items():
             if _is_some(spreads.get(name)):
