@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from html import escape
 from typing import Any
 
 LINES = 12
@@ -18,7 +19,7 @@ WIDTH = 400
 _UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 """Unicode's categories of what is not seen, and of what turns or breaks lines: control and format characters (bidi
 overrides are among them), halves of surrogates, private and unassigned characters, separators."""
-_MARKDOWN = re.compile(r"([\\`*_\[\]<>|#~])")
+_MARKDOWN = re.compile(r"([\\`*_\[\]|#~])")
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -59,7 +60,7 @@ def without_traceback(text: str) -> str:
 
 def markdown(text: str) -> str:
     """One line in which nothing is Markdown or HTML."""
-    return _MARKDOWN.sub(r"\\\1", one_line(text))
+    return escape(_MARKDOWN.sub(r"\\\1", one_line(text)), quote=False)
 
 
 def csv_cell(value: Any) -> Any:

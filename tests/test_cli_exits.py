@@ -166,3 +166,32 @@ def test_other_commands_refuse_them_too(net: Path, tmp_path: Path) -> None:
 def test_flags_at_their_default_are_no_mistake_unless_typed(net: Path) -> None:
     assert run("bisect", net, "-b", "ort,ort-all")[0] == 0
     assert run("bisect", net, "-b", "ort,ort-all", "--explain")[0] == 0
+
+
+def test_an_earlier_run_is_replaced_when_asked_for(net: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    assert run("bisect", net, "-b", "ort,ort-all", "--save", kept)[0] == 0
+    before = (kept / "result.json").read_text()
+    code, text = run("bisect", net, "-b", "ort,ort-basic", "--save", kept)
+    assert (code, text) == (2, f"--save: {kept} holds an earlier run; --overwrite replaces it")
+    assert (kept / "result.json").read_text() == before
+    assert run("bisect", net, "-b", "ort,ort-basic", "--save", kept, "--overwrite")[0] == 0
+    assert sorted(path.name for path in (kept / "sample-0").iterdir() if path.is_dir()) == ["ort", "ort-basic"]
+    code, _ = run("bisect", net, "-b", "ort,ort-all", "--inputs", tmp_path / "no.npz", "--save", kept, "--overwrite")
+    assert code == 2
+    assert (kept / "sample-0" / "ort-basic").is_dir()
+    assert run("report", kept, "-f", "markdown")[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_what_others_wrote_is_never_replaced(net: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    for command in (["bisect", net, "-b", "ort,ort-all", "--save", tmp_path], ["capture", net, "-o", tmp_path]):
+        code, text = run(*command, "--overwrite")
+        assert code == 2
+        assert "is none of cpdebug's" in text
+    assert (tmp_path / "thesis.tex").read_text() == "x"
+    out = tmp_path / "out"
+    for _ in range(2):
+        assert run("capture", net, "-b", "ort", "-o", out, "--overwrite")[0] == 0
+    assert run("capture", net, "-b", "ort", "-o", out)[0] == 2

@@ -44,7 +44,7 @@ def test_numbers_and_names_are_cells_as_they_are(value: object) -> None:
 
 
 def test_markdown_and_annotations_stay_in_their_line() -> None:
-    assert markdown("a|b<c>\n# d") == "a\\|b\\<c\\>\\\\n\\# d"
+    assert markdown("a|b<c>\n# d") == "a\\|b&lt;c&gt;\\\\n\\# d"
     assert annotation("50%\n::error::x") == "50%25%0A::error::x"
     assert annotation("a:b,c", name=True) == "a%3Ab%2Cc"
 

@@ -27,6 +27,7 @@ from cp_debug.backends.executor import Executor
 from cp_debug.backends.kernels import KERNELS
 from cp_debug.backends.memory import Trimmer
 from cp_debug.bisect.consequences import matters
+from cp_debug.bisect.file_quantization import FileQuantization
 from cp_debug.bisect.perturbation import doubt
 from cp_debug.bisect.quantized_segment import EmulatedSegment, Quantized, balanced
 from cp_debug.bisect.range_loss import RangeLoss
@@ -37,6 +38,7 @@ from cp_debug.graph.randomness import draws
 from cp_debug.probes.distance import distance, ratio
 from cp_debug.programs.precision import BESIDE_INT8, PRECISIONS, Precision, coarsest
 
+AnyQuantized = Quantized | FileQuantization
 Load = Callable[[str], AnyTensor]
 """A captured value by its name in the graph. Raises InputError where the capture lacks it."""
 
@@ -115,7 +117,7 @@ class Replayer:
         *,
         emulated: bool = False,
         narrow: tuple[Mapping[str, str], Mapping[str, str]] = (MappingProxyType({}), MappingProxyType({})),
-        quantized: tuple[Quantized | None, Quantized | None] = (None, None),
+        quantized: tuple[AnyQuantized | None, AnyQuantized | None] = (None, None),
         families: tuple[str, str] = ("", ""),
     ) -> None:
         """``precisions`` are those that the reference and the test claim to have; ``quantized`` what each of them does
@@ -295,7 +297,7 @@ class Replayer:
         return self._finer
 
     def _rooms(
-        self, quantized: Quantized, side: int, nodes: list[Node], given: Mapping[str, AnyTensor], target: str
+        self, quantized: AnyQuantized, side: int, nodes: list[Node], given: Mapping[str, AnyTensor], target: str
     ) -> Iterator[AnyTensor]:
         """What somewhat larger scales give."""
         for room in ROOM:

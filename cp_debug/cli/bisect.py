@@ -10,6 +10,7 @@ import typer
 
 from cp_debug.cli import calibration, tensorrt
 from cp_debug.cli.flags import LAST_SEED, MOST, grouped
+from cp_debug.cli.saving import replacing
 from cp_debug.cli.typed import refuse, refuse_export_flags
 
 
@@ -89,6 +90,7 @@ def bisect(
     csv: Annotated[Path | None, typer.Option(help="Write the layer table as CSV.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the HTML report: one file, works offline.")] = None,
     save: Annotated[Path | None, typer.Option(help="Keep result, graphs and captures in this folder.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="--save replaces an earlier run's folder.")] = False,
     *,
     int8: calibration.Flags,
     engines: tensorrt.ProbeFlags,
@@ -118,8 +120,9 @@ def bisect(
     refuse(("test_train_mode", "test_out_of_place"), unless=any(spec.family == "torch" for spec in tests), why=why)
     refuse(("oracle", "explain"), unless=replay, why="--no-replay leaves nothing to judge or explain")
     refuse(("show_all",), unless=level is Level.layers, why="--level stages shows no layers")
+    refuse(("overwrite",), unless=save is not None, why="without --save nothing is kept")
     stack = ExitStack()
-    kept = save
+    kept = save and stack.enter_context(replacing("--save", save, overwrite))
     if html and save is None:  # the report shows tensors
         kept = Path(stack.enter_context(TemporaryDirectory(prefix="cpdebug-")))
     options = Options(
@@ -153,7 +156,8 @@ def bisect(
             from cp_debug.reports.saved import SavedResult
 
             write_page(SavedResult.of(result, kept), html)
-    if save:
-        write_json(result, save / "result.json")
+        if save:
+            assert kept is not None
+            write_json(result, kept / "result.json")
     show(result, json=json, csv=csv, layers=level is Level.layers, show_all=show_all)
     raise typer.Exit(0 if result.agrees else 1)

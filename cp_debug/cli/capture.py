@@ -10,6 +10,7 @@ import typer
 from cp_debug.cli import tensorrt
 from cp_debug.cli.bisect import Exporter
 from cp_debug.cli.flags import LAST_SEED, MOST, grouped
+from cp_debug.cli.saving import replacing
 from cp_debug.cli.typed import refuse_export_flags
 
 
@@ -26,6 +27,7 @@ def capture(
     seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of made-up inputs.")] = 0,
     exporter: Annotated[Exporter, typer.Option(help="For torch models; auto: what the backend reads.")] = Exporter.auto,
     unfolded: Annotated[bool, typer.Option("--unfolded", help="Keep BatchNorm apart.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier capture in --output.")] = False,
     *,
     engines: tensorrt.ProbeFlags,
 ) -> None:
@@ -41,12 +43,13 @@ def capture(
     engines.check(specs)
     refuse_export_flags([model])
     with ExitStack() as stack, steps() as on_step:
+        target = stack.enter_context(replacing("--output", output, overwrite))
         given = engines.calibrated(model, checkpoint, stack)
         (made,) = tensorrt.make(specs, given, on_step)
         written = record(
             load_model(model, checkpoint=checkpoint, seed=seed),
             made,
-            output,
+            target,
             inputs=inputs,
             samples=samples,
             seed=seed,
@@ -54,7 +57,5 @@ def capture(
             folded=not unfolded,
             on_step=on_step,
         )
-    size = sum(file.stat().st_size for file in written.folder.iterdir()) / 2**20
-    console.print(
-        f"{written.folder}: {len(written.entries)} tensors of {len(written.samples)} sample(s), {size:.1f} MiB"
-    )
+    size = sum(file.stat().st_size for file in output.iterdir()) / 2**20
+    console.print(f"{output}: {len(written.entries)} tensors of {len(written.samples)} sample(s), {size:.1f} MiB")

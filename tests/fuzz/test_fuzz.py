@@ -49,7 +49,7 @@ def test_the_fuzzer_sees_what_is_wrong(tmp_path: Path) -> None:
         ("a.csv", "name\n=1+1\n", True),
         ("b.csv", "name\n-1.5\n'=1+1\n", False),
         ("a.md", "<script>alert(1)</script>", True),
-        ("b.md", "\\<script\\>alert(1)", False),
+        ("b.md", "&lt;script&gt;alert(1)", False),
         ("a.html", "<b>\x1b</b>", True),
     ):
         (tmp_path / name).write_text(text)
