@@ -179,3 +179,15 @@ def test_factors_of_a_resize_do_not_make_another_size(tmp_path: Path, backends: 
     )
     test = compared(tmp_path, good, bad, backends, random(1, 2, 8, 8))
     assert [row.name for row in test.guilty] == ["up"]
+
+
+def test_a_size_that_is_taken_from_the_input_is_nobodys_fault(tmp_path: Path) -> None:
+    """A Reshape's 0 stands for its input's size on that axis."""
+    body = "{ rows = Concat <axis = 0> (first, rest)\n b = Reshape (x, rows)\n y = Sigmoid (b) }"
+    text = f"net (float[2,6,4] x) => (float[N,M] y)\n{body}"
+    good, bad = (
+        save(tmp_path / f"{first}.onnx", text, {"first": np.array([first]), "rest": np.array([24])}) for first in (2, 0)
+    )
+    healthy = compared(tmp_path, good, bad, "ort,ort-none", random(2, 6, 4))
+    assert not healthy.guilty
+    assert healthy.agrees
