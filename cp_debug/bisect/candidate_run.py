@@ -21,16 +21,19 @@ from cp_debug.backends.capabilities import (
 from cp_debug.backends.emulated import EmulatedBackend
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.tensorrt.calibration import Ranges
+from cp_debug.bisect.file_quantization import FileQuantization
 from cp_debug.bisect.observe import Observation, observe
 from cp_debug.bisect.quantized_segment import Quantized, QuantizerGrid
 from cp_debug.bisect.regions.region import Region, region_of
-from cp_debug.bisect.replay import Load, Replay, Replayer
+from cp_debug.bisect.replay import AnyQuantized, Load, Replay, Replayer
 from cp_debug.bisect.result import OK, LayerRow
 from cp_debug.bisect.sides import judged, trace_shapes, without_emulation
 from cp_debug.bisect.verdict import judge
 from cp_debug.errors import InputError
 from cp_debug.graph.declared import narrow_values
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.integer_values import is_quantized, parent_values, rounded_values
+from cp_debug.graph.qdq import has_own_pairs
 from cp_debug.probes.arrays import as_numpy
 from cp_debug.probes.capture import Capture, CaptureWriter
 from cp_debug.probes.statistics import TensorStats, compare
@@ -66,6 +69,15 @@ class CandidateRun:
         self.programs = {p.name: p for p in programs}
         self.layers = {Key(layer.component, layer.onnx): layer for layer in layers}
         self._names = {p.name: value_map(self.programs[p.name], p) for p in pipeline.programs}
+        self._files: dict[str, FileQuantization] = {}
+        """Component → what somebody else's quantised file does to it."""
+        for program in pipeline.programs:
+            plain, names = self.programs[program.name].graph, self._names[program.name]
+            foreign = is_quantized(program.graph) and not has_own_pairs(program.graph)
+            if program.plain is None and program.graph is not plain and foreign:
+                names |= parent_values(plain, program.graph, names)
+                own = {name: value for value, name in names.items()}
+                self._files[program.name] = FileQuantization(plain, program.graph, own)
         self.graphs = {p.name: p.graph for p in pipeline.programs}
         """Component → what the backend computes; after a replay with Q/DQ pairs as TensorRT's calibrator chose."""
         self._ranges: dict[str, Ranges] = {}
@@ -86,6 +98,8 @@ class CandidateRun:
         stats: dict[Key, TensorStats] = {}
 
         def sink(key: Key, tensor: Tensor) -> None:
+            if (file := self._files.get(key.component)) is not None:
+                tensor = file.shown(key.value, tensor)
             key = self.name(key)
             writer.put(key.value, tensor, component=key.component)
             if key in self.layers and key in captured:
@@ -162,7 +176,7 @@ class CandidateRun:
             )
         return self._replayers[component]
 
-    def _quantized(self, component: str, side: Pipeline, capture: Capture | None = None) -> Quantized | None:
+    def _quantized(self, component: str, side: Pipeline, capture: Capture | None = None) -> AnyQuantized | None:
         """What one side does in INT8 to a component; None where it claims none, or where nothing else is known.
 
         ``capture`` is the test's: it tells which of the values that an engine keeps in INT8 are shown rounded.
@@ -170,7 +184,11 @@ class CandidateRun:
         plain = self.programs[component]
         (program,) = (p for p in side.programs if p.name == component)
         ranges = ranges_of_session(side.sessions[component])
-        if plain.graph.precision == "int8" or not (ranges or wants_int8(side.backend)):
+        if plain.graph.precision == "int8":
+            return None
+        if side is self.pipeline and component in self._files:
+            return self._files[component]
+        if not (ranges or wants_int8(side.backend)):
             return None
         names = {name: own for own, name in value_map(plain, program).items()}
         if ranges is None:
@@ -188,7 +206,7 @@ class CandidateRun:
         """The values of a component, by the reference's names, that one side's program holds in less than FP32, or
         computes through such values, which the reference has not."""
         (program,) = (p for p in side.programs if p.name == component)
-        narrow = narrow_values(program.graph)
+        narrow = dict.fromkeys(rounded_values(program.graph), "int8") | narrow_values(program.graph)
         names = value_map(self.programs[component], program) if narrow else {}
         found = {names.get(v.name, v.name): narrow[v.name] for v in program.graph.inputs if v.name in narrow}
         for own, name in names.items():

@@ -33,6 +33,8 @@ from cp_debug.bisect.worst_samples import Collected, observation_notes
 from cp_debug.errors import InputError, in_one_line
 from cp_debug.graph.declared import narrow_values
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.integer_values import is_quantized
+from cp_debug.graph.qdq import has_own_pairs
 from cp_debug.graph.randomness import drawing
 from cp_debug.graph.weight_differences import WeightDifferences
 from cp_debug.probes.capture import Capture, CaptureWriter, check_free
@@ -325,6 +327,8 @@ class Bisection:
     ) -> CandidateRun:
         options = self.options
         declared = {kind for p in (*programs, *tests) for kind in narrow_values(p.graph).values()}
+        if any(is_quantized(p.graph) and not has_own_pairs(p.graph) for p in (*programs, *tests)):
+            declared.add("int8")
         precision = coarsest(self._reference.precision, backend.precision, *declared)
         rtol = precision.rtol if options.rtol is None else options.rtol
         unjudged = math.inf if both_int8(self._reference, backend) else precision.atol

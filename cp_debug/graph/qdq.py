@@ -52,6 +52,12 @@ def insert_qdq(
     return target
 
 
+def has_own_pairs(graph: Graph) -> bool:
+    """Whether the Q/DQ pairs of a graph are those that ``insert_qdq`` writes: in front of layers, and no others."""
+    made = [name for node in graph.nodes if node.op == "DequantizeLinear" for name in node.outputs]
+    return bool(made) and all(name.rstrip("_").endswith("__dequantized") for name in made)
+
+
 def weight_axis(node: Node, rank: int) -> int:
     """The axis of the output channels in the weight of a node of ``QUANTIZED``; ``rank`` is the weight's."""
     if node.op == "Gemm":

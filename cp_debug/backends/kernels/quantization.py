@@ -1,12 +1,15 @@
-"""QuantizeLinear and DequantizeLinear to 8 and 16 bits; narrower and FP8 types go to ONNX's reference."""
+"""QuantizeLinear and DequantizeLinear to 8 and 16 bits (narrower and FP8 types go to ONNX's reference), and ONNX's own
+integer operators: products of levels without their zero points, summed exactly."""
 
 from __future__ import annotations
 
 import torch
 from onnx import TensorProto
 from torch import Tensor
+from torch.nn import functional
 
 from cp_debug.backends.kernels.registry import Call, kernel
+from cp_debug.backends.kernels.windows import Window
 
 _QUANTIZED = {TensorProto.INT8: torch.int8, TensorProto.UINT8: torch.uint8, TensorProto.INT16: torch.int16}
 
@@ -23,7 +26,8 @@ def quantize_linear(call: Call, x: Tensor, scale: Tensor, zero_point: Tensor | N
     if dtype is None:
         return NotImplemented
     limits = torch.iinfo(dtype)
-    levels = torch.round(x.to(scale.dtype) / _along_axis(call, scale, x))
+    # In FP32 on the oracle, too: the runtimes divide so, and a quotient may only then be a tie.
+    levels = torch.round(x.to(scale.dtype).float() / _along_axis(call, scale, x).float())
     if zero_point is not None:
         levels = levels + _along_axis(call, zero_point, x)
     return levels.clamp(limits.min, limits.max).to(dtype)
@@ -45,3 +49,92 @@ def _along_axis(call: Call, parameter: Tensor, x: Tensor) -> Tensor:
     if call["block_size"]:
         return parameter.repeat_interleave(call["block_size"], axis).narrow(axis, 0, x.shape[axis])
     return parameter.reshape(-1, *(1,) * (x.dim() - axis - 1))
+
+
+@kernel("DynamicQuantizeLinear", rounds=False)
+def dynamic_quantize_linear(call: Call, x: Tensor) -> list[Tensor]:
+    """ONNX's definition: a scale over the range of x, zero included, and levels in uint8; scale and zero in FP32."""
+    single = x.float()
+    low, high = single.min().clamp(max=0), single.max().clamp(min=0)
+    scale = (high - low) / 255
+    scale = torch.where(scale > 0, scale, 1.0)
+    zero = torch.round(-low / scale).clamp(0, 255)
+    levels = (torch.round(single / scale) + zero).clamp(0, 255)
+    return [levels.to(torch.uint8), scale.to(x.dtype), zero.to(torch.uint8)]
+
+
+@kernel("MatMulInteger", rounds=False, exact=True)
+def matmul_integer(
+    call: Call, a: Tensor, b: Tensor, a_zero: Tensor | None = None, b_zero: Tensor | None = None
+) -> Tensor:
+    rows = a_zero is not None and a_zero.dim() == 1 and a_zero.numel() > 1
+    left = a.double() if a_zero is None else a.double() - (a_zero[:, None] if rows else a_zero).double()
+    right = b.double() if b_zero is None else b.double() - b_zero.double()
+    return torch.matmul(left, right).to(torch.int32)
+
+
+@kernel("ConvInteger", rounds=False, exact=True)
+def conv_integer(
+    call: Call, x: Tensor, w: Tensor, x_zero: Tensor | None = None, w_zero: Tensor | None = None
+) -> Tensor:
+    return _convolved(call, _centred(x, x_zero), _centred(w, w_zero)).to(torch.int32)
+
+
+@kernel("QLinearConv", rounds=False, exact=True)
+def qlinear_conv(
+    call: Call,
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    w_zero: Tensor,
+    y_scale: Tensor,
+    y_zero: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    total = _convolved(call, _centred(x, x_zero), _centred(w, w_zero))
+    shape = [-1, *[1] * (x.dim() - 2)]
+    if bias is not None:
+        total = total + bias.double().reshape(1, *shape)
+    factor = (x_scale.double() * w_scale.double() / y_scale.double()).reshape(-1)
+    return _requantized(total * (factor.reshape(shape) if factor.numel() > 1 else factor), y_zero)
+
+
+@kernel("QLinearMatMul", rounds=False, exact=True)
+def qlinear_matmul(
+    call: Call,
+    a: Tensor,
+    a_scale: Tensor,
+    a_zero: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_zero: Tensor,
+    y_scale: Tensor,
+    y_zero: Tensor,
+) -> Tensor:
+    if a_scale.numel() > 1 or y_scale.numel() > 1:
+        return NotImplemented
+    total = torch.matmul(a.double() - a_zero.double(), b.double() - b_zero.double())
+    return _requantized(total * (a_scale.double() * b_scale.double() / y_scale.double()), y_zero)
+
+
+def _centred(levels: Tensor, zero: Tensor | None) -> Tensor:
+    """Levels without their zero point, one for all or one for each of the first axis, in FP64: sums stay exact."""
+    if zero is None:
+        return levels.double()
+    shape = [-1, *[1] * (levels.dim() - 1)] if zero.numel() > 1 else []
+    return levels.double() - zero.double().reshape(shape)
+
+
+def _convolved(call: Call, x: Tensor, w: Tensor) -> Tensor:
+    window = Window.of(call, w.shape[2:], x.shape[2:])
+    x = functional.pad(x, window.torch_pads())
+    function = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}[x.dim() - 2]
+    return function(x, w, None, window.stride, 0, window.dilation, call["group"] or 1)
+
+
+def _requantized(levels: Tensor, zero: Tensor) -> Tensor:
+    limits = torch.iinfo(zero.dtype)
+    rounded = torch.round(levels) + zero.double().reshape(())
+    return rounded.clamp(limits.min, limits.max).to(zero.dtype)

@@ -190,7 +190,7 @@ class Explainer:
         names = [row.name for row in rows]
         finding = Finding(
             cause=cause.cause if cause else UNKNOWN,
-            says=cause.says if cause else "no known cause explains what these layers introduce",
+            says=cause.says if cause else _unexplained(explanation),
             layers=names,
             ops=[row.op for row in rows],
             side=worst.row.side,
@@ -339,6 +339,12 @@ class Explainer:
             evidence={"declared": True, "explained_over": len(segments)},
             fix="accept it, or compute in FP32 where it matters most: " + PROMOTED[claim].format(layers=_some(names)),
         )
+
+
+def _unexplained(explanation: Explanation) -> str:
+    says = "no known cause explains what these layers introduce"
+    differ = "; ".join(explanation.graphs_differ)
+    return f"{says}; the two graphs differ there: {differ}" if differ else says
 
 
 def _some(names: Sequence[str]) -> str:

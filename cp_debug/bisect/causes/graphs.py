@@ -134,10 +134,13 @@ class GraphReader:
         if candidate is not None and (read_off := accepted(segment, candidate)) is not None:
             return read_off, None
         explanation, family = explain(segment, families, failed)
-        if explanation.cause is None and found and all(d.added for d in found):
+        if explanation.cause is None and found:
             candidate = added(segment, other, known, found)
-            return (candidate and accepted(segment, candidate)) or explanation, family
-        if explanation.cause is not None and found:
+            if candidate is not None and candidate.cause == "extra-activation" and len(found) == 1:
+                return accepted(segment, candidate) or explanation, family
+            # What an added node does has no name here: it is told, not called a cause.
+            explanation.graphs_differ = tuple(d.says for d in found[:SHOWN])
+        elif found and explanation.cause is not None:
             explanation.cause.evidence.setdefault("graphs_differ", [d.says for d in found[:4]])
         return explanation, family
 

@@ -26,6 +26,8 @@ class Explanation:
     explained: float
     runner_up: Candidate | None
     runner_up_explained: float
+    graphs_differ: tuple[str, ...] = ()
+    """What the test's graph has different at the layer, in words, where no cause was found."""
 
 
 @dataclass

@@ -19,8 +19,7 @@ from cp_debug.backends.executor import Executor
 from cp_debug.backends.memory import Trimmer
 from cp_debug.backends.weights import Weights
 from cp_debug.bisect.causes.fits import halves
-from cp_debug.bisect.quantized_segment import Quantized
-from cp_debug.bisect.replay import FLOOR, Load
+from cp_debug.bisect.replay import FLOOR, AnyQuantized, Load
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Node
 from cp_debug.programs.precision import BESIDE_INT8, PRECISIONS, Precision
@@ -69,7 +68,7 @@ def as_double(value: Any) -> Tensor:
 class SegmentContext:
     """Executes parts of one program in any arithmetic."""
 
-    def __init__(self, program: Program, oracle: Executor, claim: str, quantized: Quantized | None = None) -> None:
+    def __init__(self, program: Program, oracle: Executor, claim: str, quantized: AnyQuantized | None = None) -> None:
         """``claim``: the precision that the backend under suspicion claims to have; ``quantized`` what it does in INT8,
         where that is known."""
         self.program, self.graph, self.oracle, self.quantized = program, program.graph, oracle, quantized

@@ -1,0 +1,275 @@
+"""What a quantised file must do to the layers of its float parent, whoever wrote it: Q/DQ pairs, integer operators,
+dynamic scales, weights alone.
+
+Nothing is asked of the file's structure but which values are the parent's. Between two of those, its own nodes say what
+is quantised and how (levels, one scale or one a channel, with a zero point or without); a faithful layer then makes
+about the error that the best scales of that kind make on the same inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cp_debug.backends.arithmetic import INT8
+from cp_debug.backends.base import Tensor as AnyTensor
+from cp_debug.backends.executor import Executor
+from cp_debug.backends.weights import Weights
+from cp_debug.bisect.quantized_segment import EmulatedSegment, QuantizerGrid
+from cp_debug.errors import InputError
+from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.integer_values import constant_type, is_constant, produced_grid
+from cp_debug.graph.qdq import QUANTIZED, weight_axis
+
+_BITS = {2: 8, 3: 8, 4: 16, 5: 16, 21: 4, 22: 4, 25: 2, 26: 2, 6: 32, 17: 5, 18: 5, 19: 4, 20: 4}
+"""ONNX data type of levels → bits; for FP8 those of an integer grid with about its error."""
+_SIGNED = {3, 5, 6, 22, 26, 17, 18, 19, 20}
+_DYNAMIC = {"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "DynamicQuantizeLSTM"}
+_PASS = {
+    *("Cast", "Clip", "Flatten", "HardSwish", "Identity", "LeakyRelu", "PRelu", "Pad", "Relu", "Reshape", "Slice"),
+    *("Split", "Squeeze", "Transpose", "Unsqueeze"),
+}
+"""Operators in front of which nothing is rounded: quantizers take them together with what they follow."""
+
+
+@dataclass(frozen=True)
+class Levels:
+    """How numbers are put on a grid: how many levels, whether zero is in the middle, one scale or one a channel."""
+
+    bits: int = 8
+    symmetric: bool = False
+    channels: bool = False
+    block: int = 0
+    """Elements of the reduced axis that share a scale; 0: all."""
+
+    def applied(self, tensor: Tensor, axis: int | None, room: float = 1.0) -> Tensor:
+        """``tensor`` with the best scales of this kind for it, ``room`` times as large. ``axis`` is the channels'."""
+        if self.block and tensor.dim() > 1:
+            rows = tensor.transpose(0, 1) if axis != 0 else tensor
+            padded = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % self.block))
+            blocks = padded.unflatten(-1, (-1, self.block))
+            made = self._on(blocks, [-1], room).flatten(-2)[..., : rows.shape[-1]]
+            return made.transpose(0, 1) if axis != 0 else made
+        rest = [d for d in range(tensor.dim()) if d != axis] if self.channels and axis is not None else None
+        return self._on(tensor, rest, room)
+
+    def _on(self, tensor: Tensor, rest: list[int] | None, room: float) -> Tensor:
+        if not tensor.numel():
+            return tensor
+        dims = list(range(tensor.dim())) if rest is None else rest
+        low, high = (tensor.amin(dims, keepdim=True), tensor.amax(dims, keepdim=True)) if dims else (tensor, tensor)
+        if self.symmetric:
+            high = torch.maximum(low.abs(), high.abs())
+            low = -high
+        low, high = low.clamp(max=0) * room, high.clamp(min=0) * room
+        count = 2**self.bits - 1 - self.symmetric
+        step = (high - low) / count
+        step = torch.where(step > 0, step, torch.ones_like(step))
+        zero = torch.zeros_like(step) if self.symmetric else torch.round(-low / step)
+        bottom = -(count // 2) if self.symmetric else 0
+        return (torch.round(tensor / step) + zero).clamp(bottom, bottom + count).sub(zero) * step
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What the nodes between two of the parent's values quantise. None: not at all."""
+
+    data: Levels | None = None
+    weights: Levels | None = None
+    result: Levels | None = None
+    grid: QuantizerGrid | None = None
+    """Of the data, where there is one of a constant scale."""
+
+    def __bool__(self) -> bool:
+        return any((self.data, self.weights, self.result))
+
+
+class FileQuantization:
+    """A quantised file beside its float parent, ``plain``. ``names``: value of ``plain`` → its name in ``graph``.
+
+    What is said to it and by it is in names of ``plain``.
+    """
+
+    def __init__(self, plain: Graph, graph: Graph, names: Mapping[str, str]) -> None:
+        self._graph, self._names = graph, names
+        self._constants = Weights(graph, INT8, torch.device("cpu"), 0)
+        self._executor = Executor(graph, INT8)
+        self._schemes: dict[str, Scheme] = {}
+        known = {*plain.producer, *(v.name for v in plain.inputs)}
+        own = self._own = frozenset(value for name, value in names.items() if name in known)
+        for name, value in names.items():
+            if value in graph.producer and (scheme := self._scheme(value, own)):
+                self._schemes[name] = scheme
+
+    def touches(self, nodes: Sequence[Node]) -> bool:
+        """Whether the file quantises anything of what these nodes of ``plain`` compute."""
+        return bool(self._of(nodes))
+
+    def grid(self, node: Node, place: int) -> QuantizerGrid | None:
+        """The grid of the data that a node of ``plain`` reads, where the file states it."""
+        return self._of([node]).grid if place == 0 else None
+
+    def ideal(
+        self,
+        executor: Executor,
+        nodes: Sequence[Node],
+        given: Mapping[str, AnyTensor],
+        targets: Collection[str],
+        room: float = 1.0,
+    ) -> EmulatedSegment:
+        """A segment of ``plain`` with the best scales of the file's kind, and all else as ``executor`` does it."""
+        scheme = self._of(nodes)
+        values: dict[str, AnyTensor] = dict(given)
+        found = EmulatedSegment({})
+        for node in nodes:
+            own = dict(values)
+            passes = node.op in _PASS and any(other.op not in _PASS for other in nodes)
+            if not passes and node.op != "Constant":
+                for place, name, tensor in self._floats(executor, node, values):
+                    constant = name not in values and is_constant(executor.graph, name)
+                    levels = scheme.weights if constant else scheme.data
+                    if levels is None or (constant and tensor.dim() < 2):
+                        continue
+                    axis = weight_axis(node, tensor.dim()) if node.op in QUANTIZED and place == 1 else 0
+                    own[name] = levels.applied(tensor, axis if constant else None, room)
+                    if not constant and scheme.grid is not None and found.step is None:
+                        found.step, found.clipped = float(scheme.grid.scale.flatten()[0]), scheme.grid.clipped(tensor)
+            values |= executor.run_nodes([node], own, node.outputs)
+        results = {}
+        for target in targets:
+            result = torch.as_tensor(values[target])
+            levels = self._schemes.get(target, Scheme()).result
+            results[target] = levels.applied(result, None, room) if levels and result.is_floating_point() else result
+        found.results = results
+        return found
+
+    def declared(self, target: str, known: Collection[str], given: Mapping[str, AnyTensor]) -> Tensor | None:
+        """What the file's own nodes make of ``given``; None where its segment starts from other values, or holds an
+        operator that cannot be executed here."""
+        own = self._names.get(target, target)
+        if own not in self._graph.producer:
+            return None
+        plain_names = {self._names.get(name, name): name for name in known}
+        nodes, starts = self._graph.segment([own], plain_names.keys())
+        values = {start: given.get(plain_names.get(start, start)) for start in starts}
+        if any(value is None for value in values.values()):
+            return None
+        fed = {start: self._levels_of(start, value) for start, value in values.items()}
+        try:
+            result = torch.as_tensor(self._executor.run_nodes(nodes, fed, [own])[own])
+        except InputError:
+            return None
+        if (grid := self._constant_grid(own)) is not None and not result.is_floating_point():
+            return grid.value(result.double())
+        return result
+
+    def shown(self, own: str, tensor: AnyTensor) -> AnyTensor:
+        """A value of the file as one of its parent: levels become the numbers that they stand for."""
+        grid = self._constant_grid(own) if own in self._own else None
+        levels = torch.as_tensor(np.asarray(tensor)) if not isinstance(tensor, Tensor) else tensor
+        if grid is None or levels.is_floating_point():
+            return tensor
+        return grid.value(levels.double()).float()
+
+    def _levels_of(self, own: str, value: AnyTensor | None) -> AnyTensor | None:
+        grid = self._constant_grid(own)
+        if grid is None or value is None:
+            return value
+        levels = grid.levels(torch.as_tensor(np.asarray(value)).double()).clamp(grid.low, grid.high)
+        return levels.to(torch.uint8 if grid.low == 0 and grid.high == 255 else torch.int8)
+
+    def _constant_grid(self, own: str) -> QuantizerGrid | None:
+        """The grid of a value that the file holds as levels, where its scale is a constant."""
+        found = produced_grid(self._graph, own)
+        if found is None or not self._constants.holds(found.scale):
+            return None
+        return self._grid(found.scale, found.zero)
+
+    def _grid(self, scale: str, zero: str) -> QuantizerGrid | None:
+        if not self._constants.holds(scale) or (zero and not self._constants.holds(zero)):
+            return None
+        offset = torch.as_tensor(np.asarray(self._constants[zero])) if zero else torch.zeros((), dtype=torch.uint8)
+        kind = constant_type(self._graph, zero) if zero else 2
+        bits = _BITS.get(kind or 2, 8)
+        low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if kind in _SIGNED else (0, 2**bits - 1)
+        return QuantizerGrid(self._constants[scale].double(), offset.double(), low, high, 1)
+
+    def _of(self, nodes: Sequence[Node]) -> Scheme:
+        found = [self._schemes[o] for node in nodes for o in node.outputs if o in self._schemes]
+        pick = lambda part: next((value for s in found if (value := getattr(s, part)) is not None), None)  # noqa: E731
+        return Scheme(pick("data"), pick("weights"), pick("result"), pick("grid"))
+
+    def _floats(
+        self, executor: Executor, node: Node, values: Mapping[str, AnyTensor]
+    ) -> Iterator[tuple[int, str, Tensor]]:
+        inputs = executor.run_nodes([], values, list(dict.fromkeys(filter(None, node.proto.input))))
+        for place, name in enumerate(node.proto.input):
+            tensor = inputs.get(name)
+            biased = node.op in QUANTIZED and place > 1
+            if isinstance(tensor, Tensor) and tensor.is_floating_point() and not biased:
+                yield place, name, tensor
+
+    def _scheme(self, value: str, own: Collection[str]) -> Scheme:
+        """What the nodes quantise that compute one of the file's values from others that are the parent's."""
+        nodes, _ = self._graph.segment([value], set(own) - {value})
+        data = weights = None
+        grid = None
+        for node in nodes:
+            inputs = [*node.proto.input, *[""] * 9]
+            op = node.op.removeprefix("com.microsoft.")
+            if op == "QuantizeLinear":
+                levels = self._levels(inputs[1], inputs[2])
+                if is_constant(self._graph, inputs[0]):
+                    weights = levels
+                else:
+                    data, grid = levels, self._grid(inputs[1], inputs[2])
+            elif op == "DequantizeLinear":
+                made = produced_grid(self._graph, inputs[0])
+                if is_constant(self._graph, inputs[0]):
+                    weights = self._levels(inputs[1], inputs[2], inputs[0], node) or weights
+                elif made is not None and data is None:  # a value of the parent that is held as levels
+                    data, grid = self._levels(inputs[1], inputs[2]), self._grid(inputs[1], inputs[2])
+            elif op in (
+                "DynamicQuantizeLinear",
+                "DynamicQuantizeMatMul",
+                "MatMulIntegerToFloat",
+                "DynamicQuantizeLSTM",
+            ):
+                data = Levels()
+                weights = Levels(channels=True) if op != "DynamicQuantizeLinear" else weights
+            elif op in ("ConvInteger", "MatMulInteger"):
+                data = data or Levels()
+                weights = Levels(channels=any(self._many(n) for n in nodes if n.op == "Mul"))
+            elif op in ("QLinearConv", "QLinearMatMul", "QGemm"):
+                data, grid = self._levels(inputs[1], inputs[2]), self._grid(inputs[1], inputs[2])
+                weights = self._levels(inputs[4], inputs[5], inputs[3])
+            elif op.startswith("QLinear"):
+                data = data or Levels()
+            elif op in ("MatMulNBits", "GatherBlockQuantized"):
+                attributes = {a.name: a.i for a in node.proto.attribute}
+                weights = Levels(attributes.get("bits", 4), block=attributes.get("block_size", 32))
+        if weights is not None and weights.bits == 32:
+            weights = None
+        last = self._graph.producer[value]
+        shown = last.op == "DequantizeLinear" or produced_grid(self._graph, value) is not None
+        result = (data or Levels()) if shown and not is_constant(self._graph, last.proto.input[0]) else None
+        return Scheme(data, weights, result, grid)
+
+    def _levels(self, scale: str, zero: str, levels: str = "", node: Node | None = None) -> Levels | None:
+        kind = constant_type(self._graph, zero) or constant_type(self._graph, levels) or 2
+        if _BITS.get(kind) in (None, 32):
+            return None
+        offset = self._constants[zero] if zero and self._constants.holds(zero) else None
+        signed = kind in _SIGNED
+        centred = offset is None or not np.asarray(offset).astype(np.float64).any()
+        many = self._constants.holds(scale) and np.asarray(self._constants[scale]).size > 1
+        block = next((a.i for a in node.proto.attribute if a.name == "block_size"), 0) if node is not None else 0
+        return Levels(_BITS[kind], symmetric=signed and centred, channels=bool(many), block=block)
+
+    def _many(self, node: Node) -> bool:
+        held = [name for name in node.inputs if self._constants.holds(name)]
+        return any(np.asarray(self._constants[name]).size > 1 for name in held)

@@ -1,0 +1,122 @@
+"""Values that a quantised graph holds as levels: the scale and zero point behind them, and whose value they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from cp_debug.graph.graph import Graph
+
+_KEEP_LEVELS = {
+    *("Concat", "Flatten", "Identity", "MaxPool", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"),
+    *("Gather", "Expand", "DepthToSpace", "SpaceToDepth", "Pad", "Resize", "com.microsoft.NhwcMaxPool"),
+}
+_CUT_OFF = {"Relu", "Clip"}
+"""Activations that quantizers leave out, because the range of the result does the same."""
+_SUFFIXES = ("_quantized", "_QuantizeLinear_Output", "_DequantizeLinear_Output")
+
+
+class GridNames(NamedTuple):
+    """The names of a scale and of its zero point, empty where it has none."""
+
+    scale: str
+    zero: str
+
+
+def is_quantized(graph: Graph) -> bool:
+    """Whether any node quantises, computes with levels, or makes floats of levels."""
+    marks = ("uantizeLinear", "QLinear", "QGemm", "MatMulNBits", "Integer", "DynamicQuantize", "BlockQuantized")
+    return any(mark in node.op for node in graph.nodes for mark in marks)
+
+
+def rounded_values(graph: Graph) -> set[str]:
+    """What comes out of an operator that rounds to levels, or that reads what was: ONNX Runtime computes those in
+    integers, its bias rounded, too."""
+    marks = ("QLinear", "QGemm", "DynamicQuantize")
+    rounding = (n for n in graph.nodes if n.op == "QuantizeLinear" or any(mark in n.op for mark in marks))
+    found = {name for node in rounding for name in node.outputs}
+    dequantized = {name for node in graph.nodes if node.op == "DequantizeLinear" for name in node.outputs}
+    integers = (n for n in graph.nodes if n.op != "QuantizeLinear" and not dequantized.isdisjoint(n.inputs))
+    return found | {name for node in integers for name in node.outputs}
+
+
+def produced_grid(graph: Graph, value: str) -> GridNames | None:
+    """The scale behind the levels that a node computes; None for what holds no levels."""
+    for _ in range(len(graph.nodes)):
+        node = graph.producer.get(value)
+        if node is None:
+            return None
+        inputs = [*node.proto.input, "", ""]
+        op = node.op.removeprefix("com.microsoft.")
+        if op == "QuantizeLinear":
+            return GridNames(inputs[1], inputs[2])
+        if op == "QLinearConcat":
+            return GridNames(inputs[0], inputs[1])
+        if op in ("QLinearConv", "QLinearMatMul"):
+            return GridNames(inputs[6], inputs[7])
+        if op == "QGemm":
+            return GridNames(inputs[7], inputs[8]) if len(node.proto.input) > 7 and inputs[7] else None
+        if op in ("QLinearAdd", "QLinearMul"):
+            return GridNames(inputs[6], inputs[7])
+        if op.startswith("QLinear"):
+            return GridNames(inputs[3], inputs[4])
+        if node.op not in _KEEP_LEVELS:
+            return None
+        value = node.proto.input[0]
+    return None
+
+
+def parent_values(plain: Graph, graph: Graph, names: Mapping[str, str]) -> dict[str, str]:
+    """Values of a quantised ``graph`` that stand for further values of its float parent ``plain``: own → parent's.
+
+    ``names``: those known, own → parent's. Quantizers call levels after the value that they are of; where they left out
+    an activation, because the range cuts off what it would, the levels are those of its result.
+    """
+    taken = set(names.values())
+    found: dict[str, str] = {}
+    for value in graph.values:
+        if names.get(value) in plain.producer:
+            continue
+        if value in plain.producer and value not in taken:  # another operator makes it, out of levels
+            found[value] = value
+            taken.add(value)
+            continue
+        node = graph.producer[value]
+        base = next((value.removesuffix(s) for s in _SUFFIXES if value.endswith(s)), None)
+        levels = produced_grid(graph, value) is not None or node.op == "DequantizeLinear"
+        if base is None or not levels:
+            continue
+        source = names.get(base, base)
+        if source not in plain.producer:
+            continue
+        source = _behind_activation(plain, graph, source)
+        if source not in taken:
+            found[value] = source
+            taken.add(source)
+    return found
+
+
+def _behind_activation(plain: Graph, graph: Graph, value: str) -> str:
+    readers = plain.consumers.get(value, [])
+    while len(readers) == 1 and readers[0].op in _CUT_OFF:
+        kept = graph.producer.get(readers[0].outputs[0])
+        if kept is not None and kept.op != "DequantizeLinear":
+            break
+        value = readers[0].outputs[0]
+        readers = plain.consumers.get(value, [])
+    return value
+
+
+def is_constant(graph: Graph, name: str) -> bool:
+    """Whether a name is a weight or the result of a Constant node."""
+    return name in graph.initializers or (name in graph.producer and graph.producer[name].op == "Constant")
+
+
+def constant_type(graph: Graph, name: str) -> int | None:
+    """The ONNX data type of a constant; None for what is none."""
+    if name in graph.initializers:
+        return int(graph.weight(name).data_type)
+    node = graph.producer.get(name)
+    if node is None or node.op != "Constant" or node.proto.attribute[0].name != "value":
+        return None
+    return int(node.proto.attribute[0].t.data_type)

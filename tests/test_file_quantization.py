@@ -1,0 +1,112 @@
+"""Quantised files of other people beside their float parent: judged by what their own nodes quantise."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    QuantFormat,
+    QuantType,
+    quantize_dynamic,
+    quantize_static,
+)
+
+from cp_debug.bisect.engine import Options, bisect
+
+node = helper.make_node
+
+
+def parent(path):
+    """Conv, Relu, MaxPool, a residual Add, pooling, Gemm."""
+    rng = np.random.default_rng(2)
+
+    def weight(name, *shape, scale=1.0):
+        return numpy_helper.from_array((rng.standard_normal(shape) * scale).astype(np.float32), name)
+
+    weights = [weight("w0", 16, 3, 3, 3, scale=0.2), weight("b0", 16), weight("w1", 16, 16, 3, 3, scale=0.1)]
+    weights += [weight("b1", 16), weight("gw", 10, 16), weight("gb", 10)]
+    nodes = [
+        node("Conv", ["x", "w0", "b0"], ["c0"], name="conv0", pads=[1] * 4),
+        node("Relu", ["c0"], ["r0"], name="relu0"),
+        node("MaxPool", ["r0"], ["p0"], name="pool", kernel_shape=[2, 2], strides=[2, 2]),
+        node("Conv", ["p0", "w1", "b1"], ["c1"], name="conv1", pads=[1] * 4),
+        node("Add", ["c1", "p0"], ["a1"], name="add"),
+        node("Relu", ["a1"], ["r1"], name="relu1"),
+        node("GlobalAveragePool", ["r1"], ["g"], name="gap"),
+        node("Flatten", ["g"], ["f"], name="flat"),
+        node("Gemm", ["f", "gw", "gb"], ["y"], name="fc", transB=1),
+    ]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 16, 16])]
+    graph = helper.make_graph(nodes, "g", inputs, [helper.make_tensor_value_info("y", 1, [1, 10])], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.save(onnx.shape_inference.infer_shapes(model), str(path))
+    return path
+
+
+class Reader(CalibrationDataReader):
+    def __init__(self):
+        rng = np.random.default_rng(0)
+        self.samples = iter({"x": rng.standard_normal((1, 3, 16, 16)).astype(np.float32)} for _ in range(8))
+
+    def get_next(self):
+        return next(self.samples, None)
+
+
+def quantised(folder, kind):
+    source, target = str(parent(folder / "parent.onnx")), str(folder / f"{kind}.onnx")
+    if kind == "dynamic":
+        quantize_dynamic(source, target, weight_type=QuantType.QUInt8)
+    else:
+        signed = kind in ("static-int8", "trt")
+        options = {"ActivationSymmetric": True, "WeightSymmetric": True} if kind == "trt" else {}
+        quantize_static(
+            source,
+            target,
+            Reader(),
+            quant_format=QuantFormat.QOperator if kind == "qoperator" else QuantFormat.QDQ,
+            activation_type=QuantType.QInt8 if signed else QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            per_channel=kind in ("static-int8", "trt"),
+            extra_options=options,
+        )
+    return folder / "parent.onnx", folder / f"{kind}.onnx"
+
+
+def accused(path, test, backends="ort,ort-none,ort-all"):
+    result = bisect(str(path), backends, test_model=test, options=Options(explain=False))
+    return [[row.name for row in run.guilty] for run in result.tests]
+
+
+@pytest.mark.parametrize("kind", ["static", "static-int8", "trt", "qoperator", "dynamic"])
+def test_a_well_quantised_file_accuses_nobody(tmp_path, kind):
+    path, test = quantised(tmp_path, kind)
+    assert accused(path, test, "ort,ort-none,ort-all,ort-int8") == [[], [], []]
+    assert accused(test, None, "ort-none,ort-all") == [[]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "scale", "factor"), [("static", "p0_scale", 12), ("static", "p0_scale", 0.1), ("trt", "w1_scale", 10)]
+)
+def test_a_bad_scale_of_a_file_is_found(tmp_path, kind, scale, factor):
+    path, test = quantised(tmp_path, kind)
+    model = onnx.load(str(test))
+    names = {t.name for t in model.graph.initializer}
+    scale = scale if scale in names else next(n for n in sorted(names) if n.endswith("_scale") and n[0] in "rc")
+    for tensor in model.graph.initializer:
+        if tensor.name == scale:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(factor), scale))
+    onnx.save(model, str(test))
+    (guilty,) = accused(path, test, "ort,ort-none")
+    assert guilty
+
+
+def test_integer_operators_are_exact(tmp_path):
+    """QLinearConv, ConvInteger, MatMulInteger and DynamicQuantizeLinear as ONNX Runtime computes them."""
+    for kind in ("qoperator", "dynamic"):
+        _, test = quantised(tmp_path, kind)
+        result = bisect(str(test), "ort,emu-fp32", options=Options(replay=False))
+        last = result.tests[0].outputs[0].stats
+        assert last.finite_rel_l2 < 0.02
