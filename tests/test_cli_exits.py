@@ -195,3 +195,11 @@ def test_what_others_wrote_is_never_replaced(net: Path, tmp_path: Path) -> None:
     for _ in range(2):
         assert run("capture", net, "-b", "ort", "-o", out, "--overwrite")[0] == 0
     assert run("capture", net, "-b", "ort", "-o", out)[0] == 2
+
+
+def test_doctor_cuts_no_advice_where_the_terminal_is_narrow() -> None:
+    command = [sys.executable, "-m", "cp_debug", "doctor"]
+    narrow = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "60"}).stdout
+    assert "…" not in narrow
+    assert '✗ ONNX Runtime CUDA use_tf32: providers=[("CUDAExecutionProvider", {"use_tf32": "0"})]' in narrow
+    assert "config.clear_flag(trt.BuilderFlag.TF32)" in narrow

@@ -83,7 +83,8 @@ def test_a_fault_in_an_fp16_file_is_found(tmp_path, keep_io):
     bad = network(tmp_path / "bad.onnx", np.float16, keep_io=keep_io, fault=1.02)
     result = bisect(str(good), "ort,ort-none", test_model=bad)
     assert accused(result) == [[("conv1", "Conv")]]
-    assert result.tests[0].findings[0].says.startswith("the weights are multiplied by 1.02")
+    assert result.tests[0].findings[0].cause == "weights-scaled"
+    assert "1.02" in result.tests[0].findings[0].says
     assert "FP16 explains" in result.tests[0].guilty[0].why
 
 

@@ -128,13 +128,14 @@ def test_a_failure_while_explaining_is_a_note_on_its_layer(
 
 
 def test_a_product_behind_other_nodes_of_its_segment_is_explained(tmp_path: Path) -> None:
-    """ONNX Runtime fuses Conv and Sigmoid: the segment starts with the Mul before them, which nothing shows."""
+    """ONNX Runtime fuses Sigmoid and Mul, which nothing shows then: the segment of the Conv starts with them."""
     net = NetBuilder()
     first = net.conv("x", 8, 8)
     gated = net.op("Mul", first, net.op("Sigmoid", first))
-    path = net.save(tmp_path / "gated.onnx", {"x": (1, [1, 8, 8, 8])}, [net.op("Sigmoid", net.conv(gated, 8, 8, k=1))])
+    path = net.save(tmp_path / "gated.onnx", {"x": (1, [1, 8, 8, 8])}, [net.op("Relu", net.conv(gated, 8, 8, k=1))])
     editor = Editor(path)
-    edits.scale_weights(editor, next(n.output[0] for n in editor.model.graph.node if n.input[0] == gated), 0.05)
+    noise = np.random.default_rng(0).standard_normal((1, 8, 8, 8))  # no cause explains it, so that all are tried
+    edits.add(editor, next(n.output[0] for n in editor.model.graph.node if n.input[0] == gated), 0.05 * noise)
     wrong = editor.save(tmp_path / "wrong.onnx")
     result = bisect(str(path), "ort-none,ort-all", test_model=wrong).tests[0]
     assert result.guilty
@@ -188,3 +189,15 @@ def test_a_constant_out_of_range_counts_by_its_effect(
     np.savez(tmp_path / "x.npz", x=x)
     (test,) = bisect(str(path), "ort,emu-fp16", options=Options(inputs=tmp_path / "x.npz", explain=False)).tests
     assert [row.onnx for row in test.guilty] == expected
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_casting_there_and_back_is_a_fault_and_declares_nothing(tmp_path: Path, precision: str) -> None:
+    path, x = write("einsum", tmp_path / "einsum.onnx")
+    np.savez(tmp_path / "x.npz", x=x)
+    editor = Editor(path)
+    edits.store_as(editor, value := editor.model.graph.output[0].name, precision)
+    wrong = editor.save(tmp_path / "wrong.onnx")
+    options = Options(inputs=tmp_path / "x.npz", explain=False)
+    (test,) = bisect(str(path), "ort,ort-none", test_model=wrong, options=options).tests
+    assert [row.onnx for row in test.guilty] == [value]

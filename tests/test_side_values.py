@@ -146,6 +146,22 @@ def test_side_values_are_constant_or_shape(tmp_path: Path) -> None:
     )
 
 
+def test_a_branch_whose_result_the_optimiser_hides_is_computed_again(tmp_path: Path) -> None:
+    """A convolution in blocked layout has its weight reordered: the folded one is nowhere to be read."""
+    text = """
+    net (float[1,16,8,8] x) => (float[N,C,H,W] y)
+    {
+        kernel = Transpose <perm = [1,0,2,3]> (w)
+        c = Conv <pads = [1,1,1,1]> (x, kernel)
+        y = Relu (c)
+    }"""
+    weight = {"w": random(16, 16, 3, 3) * 0.1}
+    good = save(tmp_path / "good.onnx", text, weight)
+    bad = save(tmp_path / "bad.onnx", text.replace("[1,0,2,3]", "[0,1,2,3]"), weight)
+    test = compared(tmp_path, good, bad, "ort,ort-all", random(1, 16, 8, 8))
+    assert [row.name for row in test.guilty] == ["kernel"]
+
+
 RESIZE = """
 net (float[1,2,8,8] x) => (float[N,C,H,W] y)
 {
@@ -163,3 +179,15 @@ def test_factors_of_a_resize_do_not_make_another_size(tmp_path: Path, backends: 
     )
     test = compared(tmp_path, good, bad, backends, random(1, 2, 8, 8))
     assert [row.name for row in test.guilty] == ["up"]
+
+
+def test_a_size_that_is_taken_from_the_input_is_nobodys_fault(tmp_path: Path) -> None:
+    """A Reshape's 0 stands for its input's size on that axis."""
+    body = "{ rows = Concat <axis = 0> (first, rest)\n b = Reshape (x, rows)\n y = Sigmoid (b) }"
+    text = f"net (float[2,6,4] x) => (float[N,M] y)\n{body}"
+    good, bad = (
+        save(tmp_path / f"{first}.onnx", text, {"first": np.array([first]), "rest": np.array([24])}) for first in (2, 0)
+    )
+    healthy = compared(tmp_path, good, bad, "ort,ort-none", random(2, 6, 4))
+    assert not healthy.guilty
+    assert healthy.agrees

@@ -219,9 +219,9 @@ def table(args: argparse.Namespace) -> int:
 
     records = read_log(args.log)
     if args.write is None:
-        print(markdown(records))
+        print(markdown(records, args.note))
         return 0
-    args.write.write_text(markdown(records))
+    args.write.write_text(markdown(records, args.note))
     data = args.write.parent / "data" / "wild.json"
     data.parent.mkdir(exist_ok=True)
     data.write_text(json.dumps(raw(records), separators=(",", ":"), sort_keys=True) + "\n")
@@ -243,6 +243,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="also what is in the log")
     parser.add_argument("--time-limit", type=float, default=TIME_LIMIT, help="processor seconds a case")
     parser.add_argument("--write", type=Path, help="write the table here, and its figures into data/ beside it")
+    parser.add_argument("--note", action="append", default=[], help="a line for the table's conditions; repeatable")
     args = parser.parse_args()
     sys.exit({"make": make, "run": run, "table": table}[args.what](args))
 

@@ -25,8 +25,8 @@ MOST_MISSES = 60
 """Lines of misses of one sort."""
 
 
-def markdown(records: Sequence[Record]) -> str:
-    """The page. ``records`` are those of ``read_log``."""
+def markdown(records: Sequence[Record], notes: Sequence[str] = ()) -> str:
+    """The page. ``records`` are those of ``read_log``; ``notes`` are further lines of its conditions."""
     healthy = [r for r in records if not r["fault"]]
     faults = [r for r in records if r["fault"]]
     parts = [
@@ -56,6 +56,7 @@ def markdown(records: Sequence[Record]) -> str:
         "## Conditions",
         "",
         *_conditions(records),
+        *(f"- {note}" for note in notes),
     ]
     return "\n".join(parts).rstrip() + "\n"
 

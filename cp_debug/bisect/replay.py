@@ -15,9 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,7 +29,7 @@ from cp_debug.bisect.file_quantization import FileQuantization
 from cp_debug.bisect.perturbation import doubt
 from cp_debug.bisect.quantized_segment import EmulatedSegment, Quantized, balanced
 from cp_debug.bisect.range_loss import RangeLoss
-from cp_debug.bisect.whole_numbers import instead
+from cp_debug.bisect.whole_numbers import as_tensor, instead
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.randomness import draws
@@ -178,7 +176,7 @@ class Replayer:
     def introduced(self, target: str, test: Load) -> tuple[Tensor, Tensor]:
         """(introduced error, oracle's result) of one value, in the oracle's dtype. Raises as ``layers`` would skip."""
         nodes, starts = self.graph.segment([target], self.known)
-        exact = _as_tensor(self.oracle.run_nodes(nodes, {s: test(s) for s in starts}, [target])[target])
+        exact = as_tensor(self.oracle.run_nodes(nodes, {s: test(s) for s in starts}, [target])[target])
         return self._hold(test(target)) - exact, exact
 
     def given(self, value: str, exact: AnyTensor, reference: Load, test: Load) -> Replay:
@@ -197,9 +195,9 @@ class Replayer:
         given = {s: test(s) for s in starts}
         captured = {t: test(t) for t in targets}
         if self._emulated and self._exact(nodes):
-            exact = {t: _as_tensor(self.oracle.arithmetic.hold(v, self._device)) for t, v in captured.items()}
+            exact = {t: as_tensor(self.oracle.arithmetic.hold(v, self._device)) for t, v in captured.items()}
         else:
-            exact = {t: _as_tensor(v) for t, v in self.oracle.run_nodes(nodes, given, targets).items()}
+            exact = {t: as_tensor(v) for t, v in self.oracle.run_nodes(nodes, given, targets).items()}
         captured |= {t: exact[t] for t in targets if self._as_good(t, captured[t], exact[t], test)}
         own = self.claim(1, nodes)
         expected, claim = (EmulatedSegment(captured), own) if self._emulated else self._expect(1, nodes, given, exact)
@@ -283,7 +281,7 @@ class Replayer:
             return self._judge(captured, exact, [expected.results[target], *others], claim)
         oracle = self._oracle_of(claim)
         if oracle is not self.oracle:
-            exact = _as_tensor(oracle.run_nodes(nodes, given, [target])[target])
+            exact = as_tensor(oracle.run_nodes(nodes, given, [target])[target])
         arithmetic = None if quantized is not None else ARITHMETICS[claim.name]
         allowed = doubt(oracle, nodes, given, target, self._families[side], arithmetic)
         return self._judge(captured, exact, [expected.results[target]], claim, allowed)
@@ -334,7 +332,7 @@ class Replayer:
 
     def _reference_excess(self, nodes: list[Node], starts: list[str], target: str, reference: Load) -> float:
         given = {s: reference(s) for s in starts}
-        exact = _as_tensor(self.oracle.run_nodes(nodes, given, [target])[target])
+        exact = as_tensor(self.oracle.run_nodes(nodes, given, [target])[target])
         expected, claim = self._expect(0, nodes, given, {target: exact})
         return self._asked(0, nodes, given, target, reference(target), exact, expected, claim).excess or 0.0
 
@@ -389,17 +387,7 @@ class Replayer:
         return max(shape) if node.op in ("Gemm", "MatMul") else math.prod(shape[1:])
 
     def _hold(self, tensor: AnyTensor) -> Tensor:
-        return _as_tensor(FP64.hold(tensor, self._device))
-
-
-def _as_tensor(value: Any) -> Tensor:
-    """What the executor leaves in numpy because torch does not compute with it (wide unsigned integers, FP8, 4 bits),
-    as a tensor that holds the same numbers; uint64 to 53 bits."""
-    if isinstance(value, Tensor):
-        return value
-    array = np.asarray(value)
-    wide = array.dtype.kind == "u" and array.dtype.itemsize < 8
-    return torch.from_numpy(array.astype(np.int64 if wide else np.float64))
+        return as_tensor(FP64.hold(tensor, self._device))
 
 
 def _hold_against_scales(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,9 +16,19 @@ def instead(captured: AnyTensor, exact: Tensor, expected: AnyTensor) -> str:
     """What whole numbers were computed where the inputs make others; empty where they agree with either."""
     if exact.is_floating_point() or tuple(captured.shape) != tuple(exact.shape):
         return ""
-    ours, right, emulated = (FP64.hold(t, "cpu") for t in (captured, exact, expected))
+    ours, right, emulated = (as_tensor(FP64.hold(t, "cpu")) for t in (captured, exact, expected))
     if torch.equal(ours, right) or (tuple(emulated.shape) == tuple(ours.shape) and torch.equal(ours, emulated)):
         return ""
     if right.numel() <= 16:
         return f"gives {ours.tolist()} where its inputs make {right.tolist()}"
     return f"{int((ours != right).sum())} of {right.numel()} whole numbers are not what its inputs make"
+
+
+def as_tensor(value: Any) -> Tensor:
+    """What the executor leaves in numpy because torch does not compute with it (wide unsigned integers, FP8, 4 bits),
+    as a tensor that holds the same numbers; uint64 to 53 bits."""
+    if isinstance(value, Tensor):
+        return value
+    array = np.asarray(value)
+    wide = array.dtype.kind == "u" and array.dtype.itemsize < 8
+    return torch.from_numpy(array.astype(np.int64 if wide else np.float64))

@@ -22,16 +22,23 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Machine-readable, 
     if json:
         print(dumps(asdict(found), indent=1))
         return
-    versions = Table("package", "version", "", box=None, header_style="bold", pad_edge=False)
+    versions = Table(box=None, header_style="bold", pad_edge=False)
+    for header in ("package", "version", ""):
+        versions.add_column(header, overflow="fold")
     for package in found.packages:
         versions.add_row(package.name, package.version or Text("missing", "yellow"), Text(package.hint, "dim"))
     console.print(versions)
     console.print()
-    settings = Table("setting", "here", "in a run", "", box=None, header_style="bold", pad_edge=False)
+    settings = Table(box=None, header_style="bold", pad_edge=False)
+    for header in ("setting", "here", "in a run", ""):
+        settings.add_column(header, overflow="fold")  # nothing is cut where the terminal is narrow
     for setting in found.settings:
-        safe = Text("✓", "green") if setting.safe else Text(f"✗ {setting.advice}", "yellow")
+        safe = Text("✓", "green") if setting.safe else Text("✗", "yellow")
         settings.add_row(setting.name, setting.value, setting.in_a_run, safe)
     console.print(settings)
+    for setting in found.settings:  # lines of their own, to be copied
+        if not setting.safe:
+            console.print(Text(f"✗ {setting.name}: {setting.advice}", "yellow"), soft_wrap=True)
     console.print()
     for line in found.devices:
         console.print(Text(line))

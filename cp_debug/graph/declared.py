@@ -13,7 +13,8 @@ def narrow_values(graph: Graph) -> dict[str, str]:
     """Inputs and computed values that the graph holds in less than FP32, and in what: ``fp16`` or ``bf16``.
 
     Where neither the file nor ONNX's shape inference knows a type (operators of other domains), a value has that of
-    the first known float that its node reads.
+    the first known float that its node reads. A file that computes nothing in less than FP32, but only casts values
+    there and back, declares nothing: that is where a value lost its digits.
     """
     if not _NARROW.keys() & graph.element_types:
         return {}
@@ -24,5 +25,13 @@ def narrow_values(graph: Graph) -> dict[str, str]:
         unknown = [name for name in node.outputs if not types.get(name)]
         if unknown and (read := next((types[i] for i in node.inputs if types.get(i) in floats), None)):
             types |= dict.fromkeys(unknown, read)
+
+    def is_narrow(name: str) -> bool:
+        return types.get(name) in _NARROW
+
+    ends = {v.name for v in (*graph.inputs, *graph.outputs)}
+    computing = (n for n in graph.nodes if n.op not in ("Cast", "CastLike", "Constant"))
+    if not any(map(is_narrow, ends)) and not any(is_narrow(v) for n in computing for v in (*n.inputs, *n.outputs)):
+        return {}
     named = [*(v.name for v in graph.inputs), *graph.values]
     return {name: _NARROW[types[name]] for name in named if types.get(name) in _NARROW}

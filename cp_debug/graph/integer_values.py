@@ -30,10 +30,14 @@ def is_quantized(graph: Graph) -> bool:
 
 
 def rounded_values(graph: Graph) -> set[str]:
-    """What comes straight out of an operator that rounds to levels."""
+    """What comes out of an operator that rounds to levels, or that reads what was: ONNX Runtime computes those in
+    integers, its bias rounded, too."""
     marks = ("QLinear", "QGemm", "DynamicQuantize")
     rounding = (n for n in graph.nodes if n.op == "QuantizeLinear" or any(mark in n.op for mark in marks))
-    return {name for node in rounding for name in node.outputs}
+    found = {name for node in rounding for name in node.outputs}
+    dequantized = {name for node in graph.nodes if node.op == "DequantizeLinear" for name in node.outputs}
+    integers = (n for n in graph.nodes if n.op != "QuantizeLinear" and not dequantized.isdisjoint(n.inputs))
+    return found | {name for node in integers for name in node.outputs}
 
 
 def produced_grid(graph: Graph, value: str) -> GridNames | None:

@@ -45,7 +45,7 @@ TEXTS = (
     "](javascript:alert(1))",
     "```\n# heading",
     "../../outside/x",
-    "/outside/x",
+    "/proc/outside/x",
     "..",
     ".",
     "",
@@ -70,6 +70,10 @@ TEXTS = (
 
 NUMBERS = (0, -1, 1, 2, 2**31 - 1, 2**31, -(2**31), 2**63 - 1, 2**63, -(2**63), 10**30, 0.5, -0.0, 1e308, 1e-320)
 SPECIAL = (float("nan"), float("inf"), -float("inf"))
+
+
+ANYTHING_NEW = "*"
+"""Among what a case may write: whatever was not there before, in the folder where the commands run."""
 
 
 @dataclass

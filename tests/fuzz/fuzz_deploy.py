@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
 from typing import Any
 
-from fuzz_base import TEXTS, Case, damage, mutated
+from fuzz_base import ANYTHING_NEW, TEXTS, Case, damage, mutated
 from fuzz_files import odd_place
 from fuzz_world import DEPLOY, World
 
@@ -174,8 +175,6 @@ def configuration(rng: random.Random, world: World, folder: Path) -> Case:
     shutil.copyfile(world.files / "net.py", folder / "net.py")
     shutil.copyfile(world.files / "x.npz", folder / "x.npz")
     (folder / "fifo").unlink(missing_ok=True)
-    import os
-
     os.mkfifo(folder / "fifo")
     kind = rng.randrange(10)
     name = rng.choice(("deploy.yaml", "deploy.yaml", "deploy.toml", "awml.py", "deploy.yml", "deploy.json"))
@@ -201,7 +200,7 @@ def configuration(rng: random.Random, world: World, folder: Path) -> Case:
         ["verify", name, "--model", "net.py:make", "--samples", "1"],
     )
     argv = list(rng.choice(commands[:3] if rng.random() < 0.7 else commands))
-    return Case("deploy", [argv], ["work", "engines", "report.html"])
+    return Case("deploy", [argv], ["work", "engines", "report.html", ANYTHING_NEW])  # in the work folder it names
 
 
 def _configured(rng: random.Random) -> Any:
@@ -240,6 +239,8 @@ def _configured(rng: random.Random) -> Any:
                 *TEXTS,
             )
         )
+        if where == ["work_dir"] and ("outside" in text or text.startswith("..")):
+            text = "elsewhere"
         holder = document
         for key in where[:-1]:
             holder = holder.get(key, {}) if isinstance(holder, dict) else {}

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fuzz_base import MARK, Case
+from fuzz_base import ANYTHING_NEW, MARK, Case
 
 HANG = 30.0
 PATIENCE = 4
@@ -301,8 +301,12 @@ def _judged_files(
                 yield "outside", f"left behind: {name}"
             continue
         relative = name.removeprefix("work/")
-        if relative == name or not any(
-            relative == w or relative.startswith(f"{w}/") or w.startswith(f"{relative}/") for w in case.writes
+        fresh = ANYTHING_NEW in case.writes and name.startswith("work/") and name not in before
+        if not fresh and (
+            relative == name
+            or not any(
+                relative == w or relative.startswith(f"{w}/") or w.startswith(f"{relative}/") for w in case.writes
+            )
         ):
             if "__pycache__" not in name:
                 yield "outside", f"{'changed' if name in before else 'written'}: {name[:200]}"

@@ -59,6 +59,8 @@ def rank(segment: Segment) -> list[Hypothesis]:
     """
     found, end = [], time.monotonic() + SECONDS
     for name, says, nodes, emulate in _hypotheses(segment):
+        if name == "left-out" and any(h.explained >= REPRODUCED and h.nodes != found[0].nodes for h in found):
+            break  # one pass a node, for what is explained already
         try:
             value = emulate()
         except (InputError, RuntimeError):  # an operator that nothing here executes, or shapes that do not fit
