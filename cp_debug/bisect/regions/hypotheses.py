@@ -57,7 +57,8 @@ def rank(segment: Segment) -> list[Hypothesis]:
 
     Those that need the longest come last and are left out when ``SECONDS`` are spent.
     """
-    found, end = [], time.monotonic() + SECONDS
+    found: list[Hypothesis] = []
+    end = time.monotonic() + SECONDS
     for name, says, nodes, emulate in _hypotheses(segment):
         if name == "left-out" and any(h.explained >= REPRODUCED and h.nodes != found[0].nodes for h in found):
             break  # one pass a node, for what is explained already
