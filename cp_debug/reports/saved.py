@@ -96,6 +96,11 @@ class SavedResult:
         return Scene.open(self.folder / f"sample-{sample}") if self.folder else None
 
 
+def open_result(path: str | Path) -> BisectResult:
+    """The result in a folder that ``bisect --save`` wrote, or in a JSON file. Raises InputError as ``SavedResult``."""
+    return SavedResult.open(Path(path)).result
+
+
 T = TypeVar("T")
 _REQUIRED: Any = object()
 
