@@ -7,7 +7,7 @@ unoptimised program, and as many as possible are enabled again.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -20,6 +20,7 @@ from cp_debug.backends.ort_options import LEVELS
 from cp_debug.bisect.observe import gap
 from cp_debug.minimize import Minimizer
 from cp_debug.recipes.base import Arrays, Model, Sample
+from cp_debug.serialize import decode
 
 REST = 0.01
 """Share of the whole difference that may remain when the responsible optimisers are disabled: their fellows round, too,
@@ -78,6 +79,15 @@ class Knobs:
             "active": self.active,
             "culprits": [asdict(culprit) for culprit in self.responsible],
         }
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any], source: str, path: str) -> Knobs:
+        """``to_dict`` undone. Raises InputError that names ``source`` and the field below ``path``."""
+        difference = document.get("difference")
+        sides = difference if isinstance(difference, dict) else {}
+        own = {key: document[key] for key in ("level", "active", "runs") if key in document}
+        found = {f"difference_{side}": sides[side] for side in ("with", "without") if side in sides}
+        return decode(cls, own | found | {"responsible": document.get("culprits", [])}, source, path)
 
 
 def find_knobs(

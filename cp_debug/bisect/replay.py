@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
 
@@ -71,7 +71,7 @@ class Replay:
     excess: float | None = None
     oracle_error: float = 0.0
     """Bound of the oracle's own rounding, relative."""
-    new_nonfinite: int = 0
+    new_nonfinite: int = field(default=0, metadata={"key": "born_nonfinite"})
     """Elements that are NaN or Inf here although the oracle, from the same inputs, says they are finite."""
     wanted: int = 0
     """Elements beyond the type's range that became Inf, or its largest number, and change nothing that reads them."""
@@ -84,7 +84,7 @@ class Replay:
     """The same question asked of the reference, for layers that amplify suspiciously."""
     declared: float | None = None
     """Of a layer in INT8: the error that the graph's own scales make of the same inputs."""
-    deviation_from_scales: float | None = None
+    deviation_from_scales: float | None = field(default=None, metadata={"key": "departs"})
     """How far the captured result is from what those scales say."""
     channel_excess: float | None = None
     """Of a layer in INT8: introduced ÷ expected in its worst channels, however small, see ``balanced``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from cp_debug.backends.base import RunRecord
@@ -13,7 +13,7 @@ from cp_debug.bisect.replay import EXCESS, Replay
 from cp_debug.display import notebook, terminal
 from cp_debug.probes.statistics import TensorStats
 from cp_debug.safe_text import one_line
-from cp_debug.serialize import json_safe
+from cp_debug.serialize import encode, json_safe
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,11 +40,11 @@ class LayerRow:
     name: str
     onnx: str
     op: str
-    stats: TensorStats
+    stats: TensorStats = field(metadata={"inline": True})
     verdict: str
-    within: bool
+    within: bool = field(metadata={"key": "within_tolerance"})
     """Whether max |Δ| is within the tolerance."""
-    replay: Replay | None = None
+    replay: Replay | None = field(default=None, metadata={"inline": True})
     why: str = ""
     """Why the layer is guilty, in words."""
     side: str = "test"
@@ -73,45 +73,9 @@ class LayerRow:
 
     def to_dict(self) -> dict[str, Any]:
         """The row of the JSON schema; numbers that JSON lacks are the strings "NaN", "Infinity", "-Infinity"."""
-        replay = self.replay or Replay(skipped="not replayed")
-        stats = self.stats.to_dict()
-        return {
-            "index": self.index,
-            "component": self.component,
-            "name": self.name,
-            "onnx": self.onnx,
-            "op": self.op,
-            "kind": self.kind,
-            **{k: v for k, v in stats.items() if k != "channel_max"},
-            **json_safe(
-                {
-                    "introduced": replay.introduced,
-                    "inherited": replay.inherited,
-                    "amplification": replay.amplification,
-                    "expected": replay.expected,
-                    "excess": replay.excess,
-                    "declared": replay.declared,
-                    "departs": replay.deviation_from_scales,
-                    "channel_excess": replay.channel_excess,
-                    "clipped": replay.clipped,
-                    "step": replay.step,
-                    "oracle_error": replay.oracle_error,
-                    "born_nonfinite": replay.new_nonfinite,
-                    "noise_floor": self.noise_floor,
-                    "share": self.share,
-                }
-            ),
-            "nodes": list(replay.nodes),
-            "not_emulated": list(replay.not_emulated),
-            "skipped": replay.skipped,
-            "tactic": self.tactic,
-            "region": self.region.to_dict() if self.region else None,
-            "within_tolerance": self.within,
-            "verdict": self.verdict,
-            "why": self.why,
-            "side": self.side,
-            "sample": self.sample,
-        }
+        row = replace(self, replay=self.replay or Replay(skipped="not replayed"))
+        region = {"region": self.region.to_dict()} if self.region else {}  # with its label
+        return encode(row) | {"shape_mismatch": self.stats.shape_mismatch} | region
 
 
 @dataclass
@@ -267,15 +231,14 @@ class TestResult:
             "observer_gap": seen.observer_gap if seen else None,
             "first_unsteady": seen.first_unsteady if seen else None,
             "repeats": seen.repeats if seen else None,
+            "runs": seen.runs if seen else None,
             "agrees": self.agrees,
             "notes": self.notes,
             "test_programs": self.programs,
-            "findings": json_safe([finding.to_dict() for finding in self.findings]),
-            "detections": json_safe(asdict(self.detections)) if self.detections else None,
+            "findings": encode(self.findings),
+            "detections": encode(self.detections),
             "knobs": json_safe(self.knobs.to_dict()) if self.knobs else None,
-            "remainder": json_safe(asdict(self.remainder) | {"adds_up": self.remainder.adds_up})
-            if self.remainder
-            else None,
+            "remainder": encode(self.remainder) | {"adds_up": self.remainder.adds_up} if self.remainder else None,
         }
 
 
@@ -320,10 +283,10 @@ class BisectResult:
             "schema": SCHEMA,
             "model": self.model,
             "command": self.command,
-            "backends": [json_safe(asdict(r)) for r in (self.reference, *(t.backend for t in self.tests))],
+            "backends": [encode(r) for r in (self.reference, *(t.backend for t in self.tests))],
             "samples": self.samples,
             "coverage": self.coverage,
-            "reference_observation": asdict(self.reference_observation) if self.reference_observation else {},
+            "reference_observation": encode(self.reference_observation) if self.reference_observation else {},
             "programs": self.programs,
             "weights": json_safe(self.weights),
             **blocks[0],

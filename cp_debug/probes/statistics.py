@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -65,7 +65,7 @@ class TensorStats:
     """Same shape and every value equal, NaN equal to NaN, −0 to 0, whatever the dtypes."""
     finite_max_abs: float
     finite_rel_l2: float
-    channel_max: tuple[float, ...] | None = None
+    channel_max: tuple[float, ...] | None = field(default=None, metadata={"omit": True})
     """``max_abs`` of every channel, when asked for."""
 
     @property

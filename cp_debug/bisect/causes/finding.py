@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
-if TYPE_CHECKING:
-    from cp_debug.detection.detection_change import DetectionChange
+from cp_debug.detection.detection_change import DetectionChange
+from cp_debug.serialize import encode
 
 UNKNOWN = "unknown"
 
@@ -79,7 +79,4 @@ class Finding:
 
     def to_dict(self) -> dict[str, Any]:
         """The entry of ``findings`` in the JSON; ``docs/causes.md`` describes the fields."""
-        found = asdict(self)
-        for place in found["where"]:
-            place["channels"] = {str(c): share for c, share in place["channels"].items()}
-        return found
+        return encode(self)

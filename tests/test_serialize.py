@@ -1,0 +1,153 @@
+"""Results written and read back: every field of every type survives."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cp_debug.backends.base import RunRecord
+from cp_debug.bisect.causes.finding import Element, Finding, Where
+from cp_debug.bisect.observe import Observation
+from cp_debug.bisect.optimizer_blame import Culprit, Knobs, Rewrite
+from cp_debug.bisect.replay import Replay
+from cp_debug.bisect.result import BisectResult, LayerRow, Remainder, StageRow, TestResult
+from cp_debug.detection.detection_change import DetectionChange
+from cp_debug.errors import InputError
+from cp_debug.probes.statistics import TensorStats
+from cp_debug.reports.saved import SavedResult
+from cp_debug.serialize import decode, encode
+
+PARTS = (RunRecord, Finding, Where, Element, Observation, Replay, Remainder, DetectionChange, TensorStats, LayerRow)
+NAMES = {kind.__name__: kind for kind in (*PARTS, Knobs)}
+"""What some modules import for type checkers only."""
+PLAIN = st.dictionaries(st.text(max_size=4), st.integers() | st.booleans() | st.text(max_size=4), max_size=2)
+
+
+def _drawn(hint: Any) -> st.SearchStrategy[Any]:
+    if hint == dict[str, Any]:
+        return PLAIN
+    return st.none() | PLAIN if hint == dict[str, Any] | None else st.from_type(hint)
+
+
+def _made(kind: type, **fixed: Any) -> st.SearchStrategy[Any]:
+    """Objects of a dataclass with every field drawn, but those that are kept out of JSON."""
+    omitted = {f.name: st.none() for f in dataclasses.fields(kind) if f.metadata.get("omit")}
+    hints = {
+        name: hint for name, hint in get_type_hints(kind, localns=NAMES).items() if name in kind.__dataclass_fields__
+    }
+    drawn = {name: _drawn(hint) for name, hint in hints.items()}
+    return st.builds(kind, **drawn | omitted | fixed)
+
+
+for _kind in (RunRecord, Where, Finding):  # they hold what hypothesis cannot draw by itself
+    st.register_type_strategy(_kind, _made(_kind))
+STATS = _made(TensorStats)
+ROWS = _made(LayerRow, stats=STATS, replay=_made(Replay))
+KNOBS = _made(Knobs, responsible=st.lists(_made(Culprit, rewrites=st.lists(_made(Rewrite)).map(tuple)), max_size=2))
+
+
+@pytest.mark.parametrize("kind", PARTS, ids=lambda kind: kind.__name__)
+@settings(max_examples=6, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(data=st.data())
+def test_every_field_of_a_part_survives(kind: type, data: st.DataObject) -> None:
+    value = data.draw(ROWS if kind is LayerRow else _made(kind))
+    assert repr(decode(kind, json.loads(json.dumps(encode(value))), "result.json")) == repr(value)  # NaN equals NaN
+
+
+@settings(max_examples=6, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(knobs=KNOBS)
+def test_the_blamed_optimizers_survive(knobs: Knobs) -> None:
+    again = Knobs.from_dict(json.loads(json.dumps(encode(knobs.to_dict()))), "result.json", "knobs")
+    assert repr(again) == repr(knobs)
+
+
+@st.composite
+def _tests(draw: st.DrawFn) -> TestResult:
+    rows = [dataclasses.replace(row, index=i, onnx=f"v{i}") for i, row in enumerate(draw(st.lists(ROWS, max_size=3)))]
+    made = draw(
+        _made(TestResult, rows=st.just(rows), stages=st.just([]), outputs=st.just(rows[-1:]), knobs=st.none() | KNOBS)
+    )
+    return dataclasses.replace(made, stages=[StageRow("neck", row) for row in rows[:1]])
+
+
+@settings(max_examples=6, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], deadline=None)
+@given(data=st.data())
+def test_a_whole_result_survives(data: st.DataObject) -> None:
+    result = data.draw(_made(BisectResult, tests=st.lists(_tests(), min_size=1, max_size=2)))
+    again = SavedResult.of(result).result
+    for field in dataclasses.fields(BisectResult):
+        assert repr(getattr(again, field.name)) == repr(getattr(result, field.name)), field.name
+
+
+def test_numbers_that_json_lacks() -> None:
+    figures = encode([math.nan, math.inf, -math.inf])
+    assert figures == ["NaN", "Infinity", "-Infinity"]
+    where = decode(Element, {"index": [1], "value": "NaN", "oracle": "-Infinity"}, "f")
+    assert math.isnan(where.value)
+    assert where.oracle == -math.inf
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"index": "three"}, "field 'layers[2].index' is \"three\"; expected int"),
+        ({"share": True}, "field 'layers[2].share'"),
+        ({"rel_l2": [1]}, "field 'layers[2].rel_l2'"),
+        ({"nodes": 3}, "field 'layers[2].nodes'"),
+    ],
+)
+def test_what_does_not_fit_is_named(change: dict[str, Any], says: str) -> None:
+    document = encode(_row()) | change
+    with pytest.raises(InputError) as told:
+        decode(LayerRow, document, "result.json", "layers[2]")
+    assert says in str(told.value)
+    assert str(told.value).startswith("result.json: ")
+
+
+def test_a_missing_field_is_named() -> None:
+    document = encode(_row())
+    del document["verdict"]
+    with pytest.raises(InputError, match=r"f: field 'layers\[0\].verdict' is missing"):
+        decode(LayerRow, document, "f", "layers[0]")
+
+
+def test_keys_of_later_versions_are_left_alone() -> None:
+    assert decode(LayerRow, encode(_row()) | {"new": 1}, "f") == _row()
+
+
+def _row() -> LayerRow:
+    names = {f.name: 0.0 for f in dataclasses.fields(TensorStats) if f.type == "float"}
+    names |= {f.name: 0 for f in dataclasses.fields(TensorStats) if f.type == "int"}
+    stats = TensorStats(**names, shape=(1,), shape_test=(1,), dtype_ref="f", dtype_test="f", argmax=(0,), equal=True)
+    return LayerRow(0, "c", "n", "v", "Conv", stats, "ok", True, Replay(nodes=("a",)))
+
+
+def test_files_of_the_first_schema_still_open(tmp_path: Path) -> None:
+    row = encode(_row())
+    late = ("kind", "not_emulated", "precision", "instead", "range_loss", "reference_excess")
+    for key in late:  # written since
+        row.pop(key)
+    record = {"spec": "ort", "precision": "fp32", "device": "cpu", "emulated": False}
+    block = {
+        "backend": "ort",
+        "alignment": {"aligned": 1, "total": 1},
+        "tolerance": {"rtol": 1, "atol": 1},
+        "oracle": None,
+    }
+    block |= {"layers": [row], "stages": [], "outputs": []}
+    document = {
+        "schema": "cpdebug.bisect/1",
+        "model": "m",
+        "backends": [record, record],
+        "samples": ["s"],
+        "tests": [block],
+    }
+    (tmp_path / "result.json").write_text(json.dumps(document))
+    assert SavedResult.open(tmp_path).result.tests[0].rows == [_row()]
