@@ -31,8 +31,10 @@ def test_every_component_gets_its_own_inputs(tmp_path: Path) -> None:
 
 
 def test_data_without_a_calibrator_is_refused(tmp_path: Path) -> None:
-    done = CliRunner().invoke(app, ["bisect", "-b", "torch,ort", "--trt-calib-data", str(tmp_path)])
+    done = CliRunner().invoke(app, ["bisect", "-b", "torch,trt-int8", "--trt-calib-data", str(tmp_path)])
     assert "expected --trt-calibrator" in str(done.exception)
+    done = CliRunner().invoke(app, ["bisect", "-b", "torch,ort", "--trt-calib-data", str(tmp_path)])
+    assert "none of torch, ort is TensorRT" in str(done.exception)
 
 
 @pytest.mark.parametrize("kind", ["entropy", "minmax"])
