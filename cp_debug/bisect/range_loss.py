@@ -22,6 +22,9 @@ from cp_debug.programs.precision import Precision
 RANGE = 8.0
 """Merely storing a layer's result in the test's precision may lose this many unit roundoffs: more means that numbers
 overflow, vanish, or lie among the subnormals."""
+NEGLIGIBLE = 1.0
+"""Unit roundoffs below which a change is gone. Not ``RANGE``: a loss just above that only needs to be averaged a little
+to fall below it, and would still be many times what the layers behind it round."""
 BOUNDED = {"Sigmoid", "HardSigmoid", "Softmax"}
 """Operators with results between 0 and 1, where what is below the rounding of 1 is 0 to whoever reads it."""
 
@@ -50,11 +53,11 @@ class RangeLoss:
         """
         maker = self.graph.producer[target]
         loss = storage_loss(exact, precision(maker), bounded=maker.op in BOUNDED)
-        allowed = RANGE * precision(maker).roundoff
-        if loss > allowed:
+        gone = NEGLIGIBLE * precision(maker).roundoff
+        if loss > RANGE * precision(maker).roundoff:
             stored = _stored(exact, precision(maker))
             assert stored is not None
-            loss = loss if self._matters(target, exact, stored.to(exact.dtype), allowed, load) else 0.0
+            loss = loss if self._matters(target, exact, stored.to(exact.dtype), gone, load) else 0.0
         for node in nodes:
             if node.op in KERNELS and KERNELS[node.op].exact:
                 continue
@@ -65,7 +68,7 @@ class RangeLoss:
                     continue
                 rounded = _stored(self.oracle.run_nodes([], {}, [name])[name], precision(node))
                 other = self.oracle.run_nodes(nodes, {**given, name: rounded}, [target])[target]
-                if self._matters(target, exact, other, allowed, load):
+                if self._matters(target, exact, other, gone, load):
                     loss = lost
         return loss
 
@@ -79,12 +82,12 @@ class RangeLoss:
         cut = (torch.sign(captured) == torch.sign(exact)) & (captured.abs() >= largest)
         other = torch.where(beyond, captured.to(exact.dtype), exact)
         wanted = bool(cut[beyond].all())
-        if not wanted or self._matters(target, exact, other, RANGE * precision.roundoff, load):
+        if not wanted or self._matters(target, exact, other, NEGLIGIBLE * precision.roundoff, load):
             return None
         return beyond
 
-    def _matters(self, target: str, exact: Tensor, other: Tensor, allowed: float, load: Load) -> bool:
-        return matters(self.graph, self.oracle, self.known, load, (target, exact, other), allowed)
+    def _matters(self, target: str, exact: Tensor, other: Tensor, gone: float, load: Load) -> bool:
+        return matters(self.graph, self.oracle, self.known, load, (target, exact, other), gone)
 
     def _loss_of_weight(self, name: str, precision: Precision) -> float:
         weight = self.oracle.run_nodes([], {}, [name])[name]

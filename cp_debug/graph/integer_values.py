@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.qdq import QUANTIZED
 
 _KEEP_LEVELS = {
     *("Concat", "Flatten", "Identity", "MaxPool", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"),
@@ -30,14 +31,28 @@ def is_quantized(graph: Graph) -> bool:
 
 
 def rounded_values(graph: Graph) -> set[str]:
-    """What comes out of an operator that rounds to levels, or that reads what was: ONNX Runtime computes those in
-    integers, its bias rounded, too."""
+    """What comes out of an operator that rounds to levels, or that computes with what was: ONNX Runtime does those in
+    integers.
+
+    Not where a bias is a float: the file says nothing of its levels, and a runtime that rounds it all the same (to
+    scale of data × scale of weights) does what was not asked for.
+    """
     marks = ("QLinear", "QGemm", "DynamicQuantize")
-    rounding = (n for n in graph.nodes if n.op == "QuantizeLinear" or any(mark in n.op for mark in marks))
-    found = {name for node in rounding for name in node.outputs}
     dequantized = {name for node in graph.nodes if node.op == "DequantizeLinear" for name in node.outputs}
-    integers = (n for n in graph.nodes if n.op != "QuantizeLinear" and not dequantized.isdisjoint(n.inputs))
-    return found | {name for node in integers for name in node.outputs}
+    found: set[str] = set()
+    floats: set[str] = set()
+    for node in graph.nodes:
+        inputs = list(node.proto.input)
+        moves = node.op in _KEEP_LEVELS | _CUT_OFF
+        if node.op in QUANTIZED and len(inputs) > 2 and is_constant(graph, inputs[2]):
+            floats.update(node.outputs)
+        elif inputs and inputs[0] in floats and moves:
+            floats.update(node.outputs)
+        elif any(mark in node.op for mark in marks) or (node.op == "QuantizeLinear" and inputs[0] not in floats):
+            found.update(node.outputs)
+        elif node.op != "QuantizeLinear" and not moves and not dequantized.isdisjoint(node.inputs):
+            found.update(node.outputs)
+    return found
 
 
 def produced_grid(graph: Graph, value: str) -> GridNames | None:

@@ -153,7 +153,8 @@ class Pieces:
                 if change is not None:
                     name = named(change, role, ours.op)
                     whole = "the weights" if role == "weights" else "the bias" if role == "bias" else a
-                    says = f"{whole} of {ours.op}: {change.says}" if whole != a else f"{a} of {ours.op}: {change.says}"
+                    scaled = whole != a and change.kind in ("scaled", "channels-scaled")
+                    says = f"{'the scale of ' if scaled else ''}{whole} of {ours.op}: {change.says}"
                     evidence = {"constant": a, "change": change.kind, **change.evidence, "differs_by": change.size}
                     yield NodeDifference(name, says, ours.name, evidence)
 
