@@ -1,30 +1,64 @@
 """cpdebug names the first layer whose result its precision cannot explain.
 
-``cp_debug.bisect(...)`` is the main job as a function; it returns a result with ``.layers`` (a pandas DataFrame) that
-shows itself in a terminal.
+``cp_debug.diagnose(model, backends)`` is the main job as a function. It returns a result that shows itself in a
+terminal and in a notebook; ``.layers`` is a pandas DataFrame. Names are imported when they are used.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from cp_debug.version import __version__ as __version__
+from cp_debug.version import __version__
 
 if TYPE_CHECKING:
-    from cp_debug.bisect.engine import bisect as bisect
-    from cp_debug.probes.capture import Capture as Capture
-    from cp_debug.probes.statistics import compare as compare
+    from cp_debug.bisect.engine import Options, diagnose
+    from cp_debug.bisect.result import BisectResult
+    from cp_debug.detection.evaluate import evaluate
+    from cp_debug.errors import BackendUnavailable, CpdebugError, InputError, MissingPackage
+    from cp_debug.mixed_precision.search import search
+    from cp_debug.probes.capture import Capture
+    from cp_debug.probes.statistics import compare
+    from cp_debug.reports.saved import open_result
 
-_EXPORTS = {
-    "bisect": "cp_debug.bisect.engine",
-    "Capture": "cp_debug.probes.capture",
-    "compare": "cp_debug.probes.statistics",
+__all__ = [
+    "BackendUnavailable",
+    "BisectResult",
+    "Capture",
+    "CpdebugError",
+    "InputError",
+    "MissingPackage",
+    "Options",
+    "__version__",
+    "compare",
+    "diagnose",
+    "evaluate",
+    "open_result",
+    "search",
+]
+
+_HOME = {
+    "BackendUnavailable": "errors",
+    "BisectResult": "bisect.result",
+    "Capture": "probes.capture",
+    "CpdebugError": "errors",
+    "InputError": "errors",
+    "MissingPackage": "errors",
+    "Options": "bisect.engine",
+    "compare": "probes.statistics",
+    "diagnose": "bisect.engine",
+    "evaluate": "detection.evaluate",
+    "open_result": "reports.saved",
+    "search": "mixed_precision.search",
 }
+"""Where each name is defined. None is called as a folder of the package: importing that would hide it."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
+    if name not in _HOME:
         raise AttributeError(f"module 'cp_debug' has no attribute {name!r}")
-    import importlib
+    return getattr(import_module(f"cp_debug.{_HOME[name]}"), name)
 
-    return getattr(importlib.import_module(_EXPORTS[name]), name)
+
+def __dir__() -> list[str]:
+    return __all__

@@ -90,7 +90,7 @@ def check_target(path: Path) -> None:
         raise InputError(f"{str(path)!r}: cannot be written (a null byte in its name)")
     try:
         if not path.name or path.is_dir():
-            raise InputError(f"{str(path)!r}: cannot be written (it is a folder); expected the name of a file")
+            raise InputError(f"{path}: cannot be written (it is a folder); expected the name of a file")
         path.exists()
         parent = path.parent.stat()
     except OSError as error:

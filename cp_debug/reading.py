@@ -133,11 +133,12 @@ def typed(kind: type[T] | Any, document: Any, source: str) -> T:
         raise InputError(f"{source}: {'; '.join([*told, *more])}") from None
 
 
-def plain(document: Any, source: str) -> Any:
+def plain(document: Any, source: str, *, nulls: bool = False) -> Any:
     """Settings as text, numbers, lists and tables; dates become text.
 
-    What is shared within the document counts wherever it stands, so that none unfolds beyond ``MOST`` values. Raises
-    InputError, starting with ``source``, that names the key of anything else, and for what nests too deep.
+    ``nulls``: whether texts may hold null bytes, as those of a programming language may. What is shared within the
+    document counts wherever it stands, so that none unfolds beyond ``MOST`` values. Raises InputError, starting with
+    ``source``, that names the key of anything else, and for what nests too deep.
     """
     room = [MOST]
 
@@ -154,7 +155,7 @@ def plain(document: Any, source: str) -> Any:
         if isinstance(value, list | tuple):
             return [copy(item, (*place, str(index))) for index, item in enumerate(value)]
         if isinstance(value, str):
-            if "\0" in value or len(value) > LONGEST:
+            if ("\0" in value and not nulls) or len(value) > LONGEST:
                 raise InputError(f"{where}: {'a null byte' if len(value) <= LONGEST else 'too long a text'}")
             return value
         if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > LONGEST_NUMBER:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,12 +15,12 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from typer.testing import CliRunner
 
-from cp_debug.detection import centerpoint_training as training
 from cp_debug.detection.centerpoint_training import Example, evaluate, main
 from cp_debug.recipes.centerpoint.config import HEAD_CHANNELS, OUTPUT_ORDER, TINY
 from cp_debug.recipes.centerpoint.decode import decode
 from cp_debug.recipes.centerpoint.loss import centerpoint_loss, gaussian_focal_loss
 from cp_debug.recipes.centerpoint.model import build_model
+from cp_debug.recipes.centerpoint.recipe import WEIGHTS
 from cp_debug.recipes.centerpoint.scenes import CLASSES, HELD_OUT_SEED, generate_scene
 from cp_debug.recipes.centerpoint.targets import gaussian_radius, make_targets
 from cp_debug.recipes.checkpoint import load_checkpoint
@@ -144,7 +143,7 @@ def in_box_frame(example, chosen, index):
 
 def test_shipped_weights_detect_what_they_never_saw():
     model = build_model(TINY)
-    weights = Path(training.__file__).parent / "weights" / "tiny.safetensors"
+    weights = WEIGHTS / "tiny.safetensors"
     load_checkpoint(model, weights)
     assert weights.stat().st_size < 4e6
     examples = [Example.of(generate_scene(HELD_OUT_SEED + index)) for index in range(12)]

@@ -44,7 +44,7 @@ def failing(error: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "error", ["ValueError('a [bold]strange\\x1b[31m\\nvalue')", "MemoryError()", "OSError(5, 'x')"]
+    "error", ["ValueError('a [bold]strange\\x1b[31m\\nvalue')", "KeyError('x')", "RecursionError()"]
 )
 def test_an_unexpected_error_is_told_kept_and_no_verdict(tmp_path: Path, error: str) -> None:
     done = failing(error, XDG_STATE_HOME=str(tmp_path))

@@ -16,6 +16,7 @@ from cp_debug.backends.base import RunRecord
 from cp_debug.bisect.causes.finding import Element, Finding, Where
 from cp_debug.bisect.observe import Observation
 from cp_debug.bisect.optimizer_blame import Culprit, Knobs, Rewrite
+from cp_debug.bisect.regions.region import Region
 from cp_debug.bisect.replay import Replay
 from cp_debug.bisect.result import BisectResult, LayerRow, Remainder, StageRow, TestResult
 from cp_debug.detection.detection_change import DetectionChange
@@ -48,6 +49,8 @@ def _made(kind: type, **fixed: Any) -> st.SearchStrategy[Any]:
 
 for _kind in (RunRecord, Where, Finding):  # they hold what hypothesis cannot draw by itself
     st.register_type_strategy(_kind, _made(_kind))
+_NAMES = st.lists(st.text(), min_size=1, max_size=3).map(tuple)
+st.register_type_strategy(Region, st.builds(Region, nodes=_NAMES))
 STATS = _made(TensorStats)
 ROWS = _made(LayerRow, stats=STATS, replay=_made(Replay))
 KNOBS = _made(Knobs, responsible=st.lists(_made(Culprit, rewrites=st.lists(_made(Rewrite)).map(tuple)), max_size=2))

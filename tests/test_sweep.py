@@ -180,11 +180,12 @@ def test_which_backends_need_a_gpu(spec: str, gpu: bool) -> None:
 def test_the_command_on_two_workers_says_what_the_serial_run_says(net: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     flags = ["-b", "ort,emu-fp16,emu-bf16", "-n", "4", "--no-explain", "--workers", "2", "-o", out]
-    flags += ["--calib-samples", "2", "--calib-method", "max"]
     code, text = cli("sweep", "bisect", net, *flags, "--log", out / "log.parquet")
     assert code == 0, text
     assert "ort → emu-bf16" in text
-    serial = records(bisecting.tasks(grid_of(net, samples=4, backends="ort,emu-fp16,emu-bf16")))
+    how = HOW | {"calibration": INT8 | {"samples": 8, "method": "mse"}}  # the command's defaults; no flag may say them
+    grid = replace(grid_of(net, samples=4, backends="ort,emu-fp16,emu-bf16"), how=how)
+    serial = records(bisecting.tasks(grid))
     logged = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()[1:]]
     assert {r["key"]: r["result"] for r in logged} == {r["key"]: json.loads(json.dumps(r["result"])) for r in serial}
     assert len({r["worker"] for r in logged}) == 2

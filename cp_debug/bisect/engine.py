@@ -135,6 +135,10 @@ def bisect(
     return bisection.run(programs)
 
 
+diagnose = bisect
+"""What ``import cp_debug`` calls it, where ``bisect`` is a folder."""
+
+
 class Bisection:
     """The state of one bisect, so that each step is a short method."""
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cp_debug.cli.typed import refuse
+from cp_debug.cli.typed import refuse, typed
 from cp_debug.errors import InputError
 
 if TYPE_CHECKING:
@@ -122,7 +122,9 @@ class Flags:
         names = ", ".join(map(str, specs))
         engines = any(spec.family == "trt" for spec in specs)
         own = [f.name for f in fields(self) if f.name != "keep_fp32"]
-        refuse(own, unless=engines, why=f"none of {names} is TensorRT")
+        alone = typed(("trt_calib_data",)) and not typed(("trt_calibrator",))
+        why = f"none of {names} is TensorRT" + ("; expected --trt-calibrator beside it" if alone else "")
+        refuse(own, unless=engines, why=why)
         calibrated = any(spec.name in CALIBRATED for spec in specs)
         why = f"none of {names} is {' or '.join(CALIBRATED)}"
         refuse(("calibration_cache", "trt_calibrator", "trt_calib_data"), unless=calibrated, why=why)

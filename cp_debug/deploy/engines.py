@@ -91,7 +91,11 @@ def check_engines(folder: Path, programs: Sequence[Program], versions: Mapping[s
     """
     file = folder / MANIFEST
     source = f"{file}: not the manifest of `cpdebug build`"
-    manifest: dict[str, Any] = typed(dict[str, Any], read_json(file, what="manifest"), source)
+    try:
+        document = read_json(file, what="manifest")
+    except InputError as error:
+        raise InputError(f"{source} ({error})") from None
+    manifest: dict[str, Any] = typed(dict[str, Any], document, source)
     built: list[Built] = typed(list[Built], manifest.get("engines"), source)
     engines = {each.component: each for each in built}
     machine: dict[str, str] = typed(dict[str, str], {key: manifest.get(key) for key in MACHINE}, source)

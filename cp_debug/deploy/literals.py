@@ -34,7 +34,7 @@ def read_literals(path: Path) -> dict[str, Any]:
     numbers, ``<<``, f-strings, ``str(…)``, ``.strip()``, and of inherited settings ``{{_base_.name}}``. Raises
     InputError with file and line for anything else.
     """
-    return plain(_read(path, ()), str(path))
+    return plain(_read(path, ()), str(path), nulls=True)
 
 
 def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:

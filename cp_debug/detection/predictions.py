@@ -63,7 +63,10 @@ def save_predictions(path: Path, samples: Sequence[str], backends: Mapping[str, 
 
 def load_predictions(path: Path) -> tuple[list[str], dict[str, Predictions]]:
     """Sample names, and predictions by backend. Raises InputError for another kind of file."""
-    archive = read_npz(path)
+    try:
+        archive = read_npz(path)
+    except InputError as error:
+        raise InputError(f"{path}: not a predictions file ({error})") from None
     specs = [name.removesuffix("/counts") for name in archive if name.endswith("/counts")]
     try:
         found = {spec: Predictions(*(archive[f"{spec}/{name}"] for name in _FIELDS)) for spec in specs}

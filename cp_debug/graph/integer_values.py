@@ -44,12 +44,14 @@ def rounded_values(graph: Graph) -> set[str]:
     for node in graph.nodes:
         inputs = list(node.proto.input)
         moves = node.op in _KEEP_LEVELS | _CUT_OFF
-        biased = node.op in QUANTIZED and len(inputs) > 2 and is_constant(graph, inputs[2])
-        computes = not moves and not dequantized.isdisjoint(inputs)
-        if biased or (moves and inputs and inputs[0] in floats):
+        if (node.op in QUANTIZED and len(inputs) > 2 and is_constant(graph, inputs[2])) or (
+            inputs and inputs[0] in floats and moves
+        ):
             floats.update(node.outputs)
-        elif any(mark in node.op for mark in marks) or (
-            inputs[0] not in floats if node.op == "QuantizeLinear" else computes
+        elif (
+            any(mark in node.op for mark in marks)
+            or (node.op == "QuantizeLinear" and inputs[0] not in floats)
+            or (node.op != "QuantizeLinear" and not moves and not dequantized.isdisjoint(node.inputs))
         ):
             found.update(node.outputs)
     return found

@@ -96,6 +96,11 @@ class SavedResult:
         return Scene.open(self.folder / f"sample-{sample}") if self.folder else None
 
 
+def open_result(path: str | Path) -> BisectResult:
+    """The result in a folder that ``bisect --save`` wrote, or in a JSON file. Raises InputError as ``SavedResult``."""
+    return SavedResult.open(Path(path)).result
+
+
 T = TypeVar("T")
 _REQUIRED: Any = object()
 
@@ -198,12 +203,18 @@ def _test(fields: Fields, record: RunRecord, programs: dict[str, str]) -> TestRe
         notes=fields.get("notes", list, []),
         programs=fields.get("test_programs", dict, programs),
         remainder=_optional(Remainder, fields, "remainder"),
-        findings=_objects(Finding, fields, "findings", []),
+        findings=[_finding(item) for item in fields.objects("findings", [])],
         detections=_optional(DetectionChange, fields, "detections"),
         knobs=_knobs(fields),
         expected_outputs=fields.object("compared", {}).get("outputs_expected", list, []),
         pairing=fields.get("pairing", dict, {}),
     )
+
+
+def _finding(fields: Fields) -> Finding:
+    """A finding; of a file that says no more than its cause, too."""
+    least = {"says": fields.get("cause", str), "layers": [], "ops": []}
+    return decode(Finding, least | fields.value, fields.file, fields.path)
 
 
 def _knobs(fields: Fields) -> Knobs | None:
