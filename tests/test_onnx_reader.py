@@ -122,3 +122,17 @@ def test_external_data_are_read_from_their_place(tmp_path: Path) -> None:
 def test_a_sound_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "net.onnx").write_bytes(model().SerializeToString())
     assert [node.op for node in Graph(tmp_path / "net.onnx").nodes] == ["Conv", "Relu"]
+
+
+@pytest.mark.parametrize("calls", [["f"], ["g", "f"]])
+def test_functions_that_call_themselves_are_refused(tmp_path: Path, calls: list[str]) -> None:
+    net = model()
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)]
+    net.opset_import.append(opsets[1])
+    for name, called in zip(["f", "g"], calls, strict=False):
+        node = helper.make_node(called, ["a"], ["b"], domain="own")
+        net.functions.append(helper.make_function("own", name, ["a"], ["b"], [node], opsets))
+    net.graph.node[1].CopyFrom(helper.make_node("f", ["c"], ["y"], name="r", domain="own"))
+    onnx.save(net, tmp_path / "net.onnx")
+    with pytest.raises(InputError, match=r"net.onnx: .*the function 'f' calls itself"):
+        Graph(tmp_path / "net.onnx")

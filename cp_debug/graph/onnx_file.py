@@ -172,7 +172,16 @@ class _Check:
             self._name(function.name, "a function")
             for node in function.node:
                 self._node(node)
+        self._acyclic_functions()
         self._external()
+
+    def _acyclic_functions(self) -> None:
+        calls = {(f.domain, f.name): {(n.domain, n.op_type) for n in f.node} for f in self.model.functions}
+        while leaves := [name for name, called in calls.items() if not called & calls.keys()]:
+            for name in leaves:
+                del calls[name]
+        if calls:
+            raise self._error(f"the function {_shown(next(iter(calls))[1])} calls itself, or one that calls it")
 
     def _opsets(self) -> None:
         versions: dict[str, int] = {}

@@ -62,6 +62,9 @@ class Judge:
         outputs: dict[str, float] = {}
         largest = 0.0
         for reference, found in zip(self._outputs, results, strict=True):
+            if missing := sorted(reference.keys() - found[self._last].keys()):
+                there = ", ".join(found[self._last])
+                raise InputError(f"{self._last}: the test gives no output {missing[0]!r}; its outputs are {there}")
             for name, array in reference.items():
                 stats = compare(array, found[self._last][name])
                 outputs[name] = max(outputs.get(name, 0.0), _or_infinite(stats.rel_l2))
