@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_cli import run
 
+from cp_debug import plugins
 from cp_debug.deploy.config import load_config
 from cp_debug.deploy.literals import read_literals
 from cp_debug.deploy.schema import DeployConfig, EvaluateConfig, ExportConfig, TensorRTConfig
@@ -270,3 +271,24 @@ def test_the_range_of_the_evaluation_counts_and_is_checked_at_once(
     monkeypatch.setattr("cp_debug.deploy.stages.evaluate", lambda *args, **_: given.append(args[3]))
     deployment.evaluate()
     assert given[0].ranges == {"car": 30.0}
+
+
+def test_a_plug_in_reads_another_team_s_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = tmp_path / "their_reader.py"
+    module.write_text(
+        "def read(path):\n    return {'work_dir': path.read_text().strip()} if path.suffix == '.ours' else None\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = {name: plugins.BUILT_IN[plugins.CONFIGS][name] for name in plugins.BUILT_IN[plugins.CONFIGS]}
+    monkeypatch.setitem(plugins.BUILT_IN, plugins.CONFIGS, own | {"theirs": "their_reader:read"})
+    plugins.names.cache_clear()
+    try:
+        assert load_config(write(tmp_path, "net.ours", "their/folder")).work_dir == Path("their/folder")
+        with pytest.raises(InputError, match=r"net\.other: expected a \.yaml, \.toml or \.py file"):
+            load_config(write(tmp_path, "net.other", ""))
+        monkeypatch.setitem(plugins.BUILT_IN, plugins.CONFIGS, {"gone": "their_reader:missing"})
+        plugins.names.cache_clear()
+        with pytest.raises(InputError, match=r"plug-in 'gone' of cpdebug\.configs"):
+            load_config(tmp_path / "net.ours")
+    finally:
+        plugins.names.cache_clear()
