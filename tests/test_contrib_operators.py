@@ -374,3 +374,10 @@ def test_quantised_elementwise_operators(tmp_path: Path, op: str) -> None:
             arrays = first | {"ys": np.array(1 / 256, np.float32), "yz": np.array(0, np.uint8)}
             attributes = {"axis": -1, "opset": 13}
     check(tmp_path / "net.onnx", MS + op, list(arrays), arrays, levels=1, **attributes)
+
+
+def test_an_operator_has_one_kernel() -> None:
+    from cp_debug.backends.kernels.registry import kernel
+
+    with pytest.raises(ValueError, match="two kernels of MatMul;"):
+        kernel("MatMul")(lambda call, a, b: a)

@@ -1,4 +1,4 @@
-"""Integer arithmetic of quantised graphs: QLinear operators, MatMulInteger, dynamic quantisation, packed weights.
+"""Integer arithmetic of ONNX Runtime's quantised graphs: its QLinear operators and packed weights.
 
 Formulas: ONNX's operator specification and ONNX Runtime's ``docs/ContribOperators.md`` (1.2x). Integers and their sums
 are exact in every arithmetic: sums are formed in float64, which holds each of them. Scales are read as they are.
@@ -6,27 +6,21 @@ are exact in every arithmetic: sums are formed in float64, which holds each of t
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cp_debug.backends.arithmetic import FP64
 from cp_debug.backends.kernels.contrib import MS
-from cp_debug.backends.kernels.convolution import conv
 from cp_debug.backends.kernels.matmul import matmul
 from cp_debug.backends.kernels.pooling import average_pool
+from cp_debug.backends.kernels.quantization import dynamic_quantize_linear
 from cp_debug.backends.kernels.registry import Call, kernel
 
 
-def _real(x: Tensor, scale: Tensor, zero: Tensor | None, axis: int | None = None) -> Tensor:
-    """Dequantised; ``axis`` is that of one scale a channel."""
-    shape = [-1 if i == axis else 1 for i in range(x.dim())]
+def _real(x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    """Dequantised, by one scale and one zero point."""
     levels = x.to(scale.dtype)
-    if zero is not None:
-        levels = levels - (zero.to(scale.dtype).reshape(shape) if zero.numel() > 1 else zero.reshape(()))
-    return levels * (scale.reshape(shape) if scale.numel() > 1 else scale.reshape(()))
+    return (levels if zero is None else levels - zero.reshape(())) * scale.reshape(())
 
 
 def _levels(x: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype = torch.uint8) -> Tensor:
@@ -46,69 +40,6 @@ def _shifted(x: Tensor, zero: Tensor | None, axis: int | None = None) -> Tensor:
     if axis is None:
         return x.double() - zero.double()
     return x.double() - zero.double().reshape([-1 if i == axis % x.dim() else 1 for i in range(x.dim())])
-
-
-@kernel("MatMulInteger", rounds=False, exact=True)
-def matmul_integer(
-    call: Call, a: Tensor, b: Tensor, a_zero: Tensor | None = None, b_zero: Tensor | None = None
-) -> Tensor:
-    if a_zero is not None and a_zero.dim() == 1 and a_zero.numel() > 1:
-        a_zero = a_zero[:, None]
-    return torch.matmul(_shifted(a, a_zero), _shifted(b, b_zero)).to(torch.int32)
-
-
-@kernel("ConvInteger", rounds=False, exact=True)
-def conv_integer(
-    call: Call, x: Tensor, w: Tensor, x_zero: Tensor | None = None, w_zero: Tensor | None = None
-) -> Tensor:
-    result = conv(_plain(call), _shifted(x, x_zero), _shifted(w, w_zero, 0))
-    assert isinstance(result, Tensor)
-    return result.to(torch.int32)
-
-
-@kernel("QLinearMatMul", MS + "QLinearMatMul", rounds=False, exact=True)
-def qlinear_matmul(
-    call: Call,
-    a: Tensor,
-    a_scale: Tensor,
-    a_zero: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    b_zero: Tensor,
-    y_scale: Tensor,
-    y_zero: Tensor,
-) -> Tensor:
-    sums = torch.matmul(_shifted(a, a_zero), _shifted(b, b_zero))
-    return _levels(sums * (a_scale.double() * b_scale.double()), y_scale.double(), y_zero)
-
-
-@kernel("QLinearConv", rounds=False, exact=True)
-def qlinear_conv(
-    call: Call,
-    x: Tensor,
-    x_scale: Tensor,
-    x_zero: Tensor,
-    w: Tensor,
-    w_scale: Tensor,
-    w_zero: Tensor,
-    y_scale: Tensor,
-    y_zero: Tensor,
-    bias: Tensor | None = None,
-) -> Tensor:
-    sums = conv(_plain(call), _shifted(x, x_zero), _shifted(w, w_zero, 0), None if bias is None else bias.double())
-    assert isinstance(sums, Tensor)
-    scale = (x_scale.double() * w_scale.double()).reshape(-1, *(1,) * (x.dim() - 2))
-    return _levels(sums * scale, y_scale.double(), y_zero)
-
-
-@kernel("DynamicQuantizeLinear", rounds=False, exact=True)
-def dynamic_quantize_linear(call: Call, x: Tensor) -> list[Tensor]:
-    """ONNX's formula: uint8 over the range of x, zero included."""
-    low, high = x.min().clamp(max=0), x.max().clamp(min=0)
-    scale = (high - low) / 255
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    zero = torch.round(-low / scale).clamp(0, 255).to(torch.uint8)
-    return [_levels(x, scale, zero), scale, zero]
 
 
 @kernel(MS + "QLinearAdd", MS + "QLinearMul", rounds=False, exact=True)
@@ -265,8 +196,3 @@ def _unpacked(x: Tensor, bits: int) -> Tensor:
     """uint8 [rows, bytes] → [rows, bytes · 8 ÷ bits], the lowest bits first."""
     shifts = torch.arange(0, 8, bits, device=x.device)
     return ((x.to(torch.int32)[..., None] >> shifts) & (2**bits - 1)).flatten(1)
-
-
-def _plain(call: Call) -> Call:
-    """The call in an arithmetic that rounds nothing: integers do not lose bits in a multiplier."""
-    return replace(call, arithmetic=FP64)

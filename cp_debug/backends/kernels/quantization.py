@@ -101,7 +101,7 @@ def qlinear_conv(
     return _requantized(total * (factor.reshape(shape) if factor.numel() > 1 else factor), y_zero)
 
 
-@kernel("QLinearMatMul", rounds=False, exact=True)
+@kernel("QLinearMatMul", "com.microsoft.QLinearMatMul", rounds=False, exact=True)
 def qlinear_matmul(
     call: Call,
     a: Tensor,

@@ -101,9 +101,11 @@ KERNELS: dict[str, Kernel] = {}
 def kernel(
     *ops: str, rounds: bool = True, exact: bool = False, multiplies: bool = False
 ) -> Callable[[Function], Function]:
-    """Register a function as the kernel of the named ONNX operators."""
+    """Register a function as the kernel of the named ONNX operators. Raises ValueError for one that has a kernel."""
 
     def register(function: Function) -> Function:
+        if twice := KERNELS.keys() & ops:
+            raise ValueError(f"two kernels of {', '.join(sorted(twice))}; the second is {function.__qualname__}")
         KERNELS.update(dict.fromkeys(ops, Kernel(function, rounds, exact, multiplies)))
         return function
 
