@@ -34,6 +34,10 @@ _PASS = {
     *("Split", "Squeeze", "Transpose", "Unsqueeze"),
 }
 """Operators in front of which nothing is rounded: quantizers take them together with what they follow."""
+_NO_DATA = {"Constant", "ConstantOfShape", "Shape", "Size"}
+"""Operators that only say how large or where something is."""
+_ONE_OPERAND = {"Resize", "Upsample", "Pad", "Clip", "BatchNormalization", "InstanceNormalization", "OneHot", "Dropout"}
+"""Operators whose other inputs (scales, bounds, statistics) stay as they are."""
 
 
 @dataclass(frozen=True)
@@ -125,9 +129,10 @@ class FileQuantization:
         scheme = self._of(nodes)
         values: dict[str, AnyTensor] = dict(given)
         found = EmulatedSegment({})
+        computing = any(node.op not in _PASS | _NO_DATA for node in nodes)
         for node in nodes:
             own = dict(values)
-            passes = node.op in _PASS and any(other.op not in _PASS for other in nodes)
+            passes = node.op in _PASS and computing
             if not passes and node.op != "Constant":
                 for place, name, tensor in self._floats(executor, node, values):
                     constant = name not in values and is_constant(executor.graph, name)
@@ -166,6 +171,42 @@ class FileQuantization:
         if (grid := self._constant_grid(own)) is not None and not result.is_floating_point():
             return grid.value(result.double())
         return result
+
+    def recalibrated(
+        self, target: str, known: Collection[str], given: Mapping[str, AnyTensor], room: float = 1.0
+    ) -> Tensor | None:
+        """What the file's own nodes make of ``given`` with the best scales for it, ``room`` times as large, in place of
+        those of its QuantizeLinear nodes. None where weights or levels take part, or as for ``declared``.
+        """
+        own = self._names.get(target, target)
+        if own not in self._graph.producer or self._constant_grid(own) is not None:
+            return None
+        plain_names = {self._names.get(name, name): name for name in known}
+        nodes, starts = self._graph.segment([own], plain_names.keys())
+        values = {start: given.get(plain_names.get(start, start)) for start in starts}
+        if any(v is None for v in values.values()) or any(self._constant_grid(s) is not None for s in starts):
+            return None
+        rounded: dict[str, Tensor] = {}
+        """Levels → the numbers behind them."""
+        for node in nodes:
+            first = node.proto.input[0] if node.proto.input else ""
+            if node.op == "QuantizeLinear" and not is_constant(self._graph, first):
+                levels = self._levels(*[*node.proto.input[1:3], ""][:2])
+                (tensor,) = self._executor.run_nodes([], values, [first]).values()
+                if levels is None:
+                    return None
+                rounded[node.outputs[0]] = levels.applied(torch.as_tensor(tensor), None, room)
+            elif node.op == "DequantizeLinear" and first in rounded:
+                values[node.outputs[0]] = rounded[first]
+            elif node.op in ("DequantizeLinear", "QuantizeLinear") or not rounded.keys().isdisjoint(node.inputs):
+                return None
+            else:
+                try:
+                    values |= self._executor.run_nodes([node], values, node.outputs)
+                except InputError:
+                    return None
+        result = values.get(own)
+        return None if result is None else torch.as_tensor(result)
 
     def shown(self, own: str, tensor: AnyTensor) -> AnyTensor:
         """A value of the file as one of its parent: levels become the numbers that they stand for."""
@@ -209,7 +250,7 @@ class FileQuantization:
         inputs = executor.run_nodes([], values, list(dict.fromkeys(filter(None, node.proto.input))))
         for place, name in enumerate(node.proto.input):
             tensor = inputs.get(name)
-            biased = node.op in QUANTIZED and place > 1
+            biased = (node.op in QUANTIZED and place > 1) or (node.op in _ONE_OPERAND and place > 0)
             if isinstance(tensor, Tensor) and tensor.is_floating_point() and not biased:
                 yield place, name, tensor
 

@@ -297,9 +297,12 @@ class Replayer:
     def _rooms(
         self, quantized: AnyQuantized, side: int, nodes: list[Node], given: Mapping[str, AnyTensor], target: str
     ) -> Iterator[AnyTensor]:
-        """What somewhat larger scales give."""
+        """What somewhat larger scales give, of a foreign file those of its own quantizers, too."""
         for room in ROOM:
             yield quantized.ideal(self._emulators[side], nodes, given, [target], room).results[target]
+        if isinstance(quantized, FileQuantization):
+            made = (quantized.recalibrated(target, self.known, given, room) for room in (1.0, *ROOM))
+            yield from (m for m in made if m is not None)
 
     def _judge(
         self,

@@ -128,7 +128,7 @@ def _export(
 ) -> Exported:
     module = component.module
     assert module is not None
-    args = tuple(torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in component.input_names)
+    args = tuple(torch.from_numpy(np.asarray(inputs[name], order="C")) for name in component.input_names)
     path = export(
         module,
         args,
@@ -190,7 +190,7 @@ def resized(inputs: Mapping[str, np.ndarray], axes: Axes) -> dict[str, np.ndarra
             size = array.shape[axis]
             wanted = sizes.setdefault(symbol, size // 2 // _STRIDES * _STRIDES or size + 1)
             array = np.take(array, np.arange(wanted) % max(size, 1), axis) if size else array
-        made[name] = np.ascontiguousarray(array)
+        made[name] = np.asarray(array, order="C")
     return made
 
 

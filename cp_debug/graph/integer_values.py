@@ -59,10 +59,13 @@ def rounded_values(graph: Graph) -> set[str]:
 
 def produced_grid(graph: Graph, value: str) -> GridNames | None:
     """The scale behind the levels that a node computes; None for what holds no levels."""
+    asked = value
     for _ in range(len(graph.nodes)):
         node = graph.producer.get(value)
-        if node is None:
-            return None
+        if node is None:  # chosen from constant levels: who makes floats of them knows their scale
+            readers = graph.consumers.get(asked, []) if value != asked else []
+            found = next((n.proto.input for n in readers if n.op == "DequantizeLinear"), None)
+            return GridNames(found[1], found[2] if len(found) > 2 else "") if found is not None else None
         inputs = [*node.proto.input, "", ""]
         op = node.op.removeprefix("com.microsoft.")
         if op == "QuantizeLinear":

@@ -230,7 +230,7 @@ class Bench:
 
     def _inputs(self, component: Component, sample: Sample, results: Mapping[str, Arrays]) -> list[Tensor]:
         arrays = self.model.feed(component, sample, results)
-        return [torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in component.input_names]
+        return [torch.from_numpy(np.asarray(arrays[name], order="C")) for name in component.input_names]
 
     def _score(self, detected: Sequence[Detected], samples: Sequence[Sample], draws: int) -> dict[str, np.ndarray]:
         model = as_detector(self.model)

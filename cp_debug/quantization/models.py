@@ -143,7 +143,7 @@ def _run(
 
 
 def _tensors(component: Component, inputs: Mapping[str, np.ndarray]) -> tuple[Tensor, ...]:
-    return tuple(torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in component.input_names)
+    return tuple(torch.from_numpy(np.asarray(inputs[name], order="C")) for name in component.input_names)
 
 
 class _ModuleCalibration:

@@ -51,3 +51,18 @@ def rms_normalization(call: Call, x: Tensor, scale: Tensor) -> Tensor:
 def lp_normalization(call: Call, x: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(x, call["p"], dim=call["axis"], keepdim=True)
     return torch.where(norm == 0, 0, x / norm)
+
+
+@kernel("LRN")
+def local_response_normalization(call: Call, x: Tensor) -> Tensor:
+    size = call["size"]
+    squares = functional.pad((x * x).movedim(1, -1), ((size - 1) // 2, size // 2))
+    sums = squares.unfold(-1, size, 1).sum(-1).movedim(-1, 1)
+    return x / (call["bias"] + call["alpha"] / size * sums) ** call["beta"]
+
+
+@kernel("MeanVarianceNormalization")
+def mean_variance_normalization(call: Call, x: Tensor) -> Tensor:
+    axes = [a % x.dim() for a in call["axes"] or (0, 2, 3)]
+    variance, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
+    return (x - mean) / (variance.sqrt() + 1e-9)
