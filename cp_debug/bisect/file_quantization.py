@@ -36,6 +36,8 @@ _PASS = {
 """Operators in front of which nothing is rounded: quantizers take them together with what they follow."""
 _NO_DATA = {"Constant", "ConstantOfShape", "Shape", "Size"}
 """Operators that only say how large or where something is."""
+_RANGES = {"Sigmoid": (0.0, 1.0), "HardSigmoid": (0.0, 1.0), "Softmax": (0.0, 1.0), "Tanh": (-1.0, 1.0)}
+"""Operators whose results quantizers put on a grid over all that they can be, whatever the data."""
 _ONE_OPERAND = {"Resize", "Upsample", "Pad", "Clip", "BatchNormalization", "InstanceNormalization", "OneHot", "Dropout"}
 """Operators whose other inputs (scales, bounds, statistics) stay as they are."""
 
@@ -50,8 +52,11 @@ class Levels:
     block: int = 0
     """Elements of the reduced axis that share a scale; 0: all."""
 
-    def applied(self, tensor: Tensor, axis: int | None, room: float = 1.0) -> Tensor:
-        """``tensor`` with the best scales of this kind for it, ``room`` times as large. ``axis`` is the channels'."""
+    def applied(
+        self, tensor: Tensor, axis: int | None, room: float = 1.0, least: tuple[float, float] = (0.0, 0.0)
+    ) -> Tensor:
+        """``tensor`` with the best scales of this kind for it, ``room`` times as large; ``least`` is a range that they
+        cover in any case. ``axis`` is the channels'."""
         if self.block and tensor.dim() > 1:
             rows = tensor.transpose(0, 1) if axis != 0 else tensor
             padded = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % self.block))
@@ -59,13 +64,16 @@ class Levels:
             made = self._on(blocks, [-1], room).flatten(-2)[..., : rows.shape[-1]]
             return made.transpose(0, 1) if axis != 0 else made
         rest = [d for d in range(tensor.dim()) if d != axis] if self.channels and axis is not None else None
-        return self._on(tensor, rest, room)
+        return self._on(tensor, rest, room, least)
 
-    def _on(self, tensor: Tensor, rest: list[int] | None, room: float) -> Tensor:
+    def _on(
+        self, tensor: Tensor, rest: list[int] | None, room: float, least: tuple[float, float] = (0.0, 0.0)
+    ) -> Tensor:
         if not tensor.numel():
             return tensor
         dims = list(range(tensor.dim())) if rest is None else rest
         low, high = (tensor.amin(dims, keepdim=True), tensor.amax(dims, keepdim=True)) if dims else (tensor, tensor)
+        low, high = low.clamp(max=least[0]), high.clamp(min=least[1])
         if self.symmetric:
             high = torch.maximum(low.abs(), high.abs())
             low = -high
@@ -124,8 +132,13 @@ class FileQuantization:
         given: Mapping[str, AnyTensor],
         targets: Collection[str],
         room: float = 1.0,
+        *,
+        whole_range: bool = False,
     ) -> EmulatedSegment:
-        """A segment of ``plain`` with the best scales of the file's kind, and all else as ``executor`` does it."""
+        """A segment of ``plain`` with the best scales of the file's kind, and all else as ``executor`` does it.
+
+        ``whole_range``: those of Softmax, Sigmoid and their like cover all that these can give.
+        """
         scheme = self._of(nodes)
         values: dict[str, AnyTensor] = dict(given)
         found = EmulatedSegment({})
@@ -140,7 +153,8 @@ class FileQuantization:
                     if levels is None or (constant and tensor.dim() < 2):
                         continue
                     axis = weight_axis(node, tensor.dim()) if node.op in QUANTIZED and place == 1 else 0
-                    own[name] = levels.applied(tensor, axis if constant else None, room)
+                    least = _range(executor.graph, name) if whole_range else (0.0, 0.0)
+                    own[name] = levels.applied(tensor, axis if constant else None, room, least)
                     if not constant and scheme.grid is not None and found.step is None:
                         found.step, found.clipped = float(scheme.grid.scale.flatten()[0]), scheme.grid.clipped(tensor)
             values |= executor.run_nodes([node], own, node.outputs)
@@ -148,7 +162,9 @@ class FileQuantization:
         for target in targets:
             result = torch.as_tensor(values[target])
             levels = self._schemes.get(target, Scheme()).result
-            results[target] = levels.applied(result, None, room) if levels and result.is_floating_point() else result
+            least = _range(executor.graph, target) if whole_range else (0.0, 0.0)
+            rounds = levels is not None and result.is_floating_point()
+            results[target] = levels.applied(result, None, room, least) if levels and rounds else result
         found.results = results
         return found
 
@@ -195,7 +211,8 @@ class FileQuantization:
                 (tensor,) = self._executor.run_nodes([], values, [first]).values()
                 if levels is None:
                     return None
-                rounded[node.outputs[0]] = levels.applied(torch.as_tensor(tensor), None, room)
+                least = _range(self._graph, first)
+                rounded[node.outputs[0]] = levels.applied(torch.as_tensor(tensor), None, room, least)
             elif node.op == "DequantizeLinear" and first in rounded:
                 values[node.outputs[0]] = rounded[first]
             elif node.op in ("DequantizeLinear", "QuantizeLinear") or not rounded.keys().isdisjoint(node.inputs):
@@ -314,3 +331,10 @@ class FileQuantization:
     def _many(self, node: Node) -> bool:
         held = [name for name in node.inputs if self._constants.holds(name)]
         return any(np.asarray(self._constants[name]).size > 1 for name in held)
+
+
+def _range(graph: Graph, name: str) -> tuple[float, float]:
+    """What a value can be at most, where the operator behind it says so; else (0, 0)."""
+    while (maker := graph.producer.get(name)) is not None and maker.op in _PASS - {"Cast", "Clip", "Relu"}:
+        name = maker.proto.input[0]
+    return _RANGES.get(maker.op, (0.0, 0.0)) if maker is not None else (0.0, 0.0)

@@ -211,7 +211,12 @@ class Replayer:
             if (quantized := self.quantized[1]) is not None and quantized.touches(nodes):
                 replay.clipped, replay.step = expected.clipped, expected.step
                 declared = quantized.declared(target, self.known, given)
-                _hold_against_scales(replay, captured[target], exact[target], expected.results[target], declared)
+                ideals = [expected.results[target]]
+                if isinstance(quantized, FileQuantization):
+                    ideals += filter(lambda t: t is not None, [quantized.recalibrated(target, self.known, given)])
+                _hold_against_scales(replay, captured[target], exact[target], ideals, declared)
+                if self._follows_its_scales(replay) and self._scales_fit(nodes, starts, target, reference):
+                    replay.expected, replay.excess, replay.channel_excess = replay.introduced, 1.0, None
             replay.nodes, replay.precision = tuple(n.name for n in nodes), own.name
             replay.unread = target not in self.graph.consumers and target not in self._outputs
             replay.not_emulated = self._not_emulated(nodes)
@@ -301,6 +306,8 @@ class Replayer:
         for room in ROOM:
             yield quantized.ideal(self._emulators[side], nodes, given, [target], room).results[target]
         if isinstance(quantized, FileQuantization):
+            emulator = self._emulators[side]
+            yield quantized.ideal(emulator, nodes, given, [target], whole_range=True).results[target]
             made = (quantized.recalibrated(target, self.known, given, room) for room in (1.0, *ROOM))
             yield from (m for m in made if m is not None)
 
@@ -367,6 +374,31 @@ class Replayer:
         other = self._hold(captured).to(exact.dtype)
         return not matters(self.graph, self.oracle, self.known, test, (target, exact, other), 0.0)
 
+    @staticmethod
+    def _follows_its_scales(replay: Replay) -> bool:
+        """Whether a layer in INT8 introduces more than it should, and just what the file's own scales say."""
+        beyond = max(replay.excess or 0.0, replay.channel_excess or 0.0) > EXCESS
+        deviation = replay.deviation_from_scales
+        return beyond and deviation is not None and deviation < (replay.introduced or 0.0) / 2
+
+    def _scales_fit(self, nodes: list[Node], starts: list[str], target: str, reference: Load) -> bool:
+        """Whether another tool's scales are as good as any for what the reference gives the layer, which is what they
+        were calibrated on: that they do not fit the test's inputs was inherited."""
+        quantized = self.quantized[1]
+        if not isinstance(quantized, FileQuantization):
+            return False
+        given = {s: reference(s) for s in starts}
+        declared = quantized.declared(target, self.known, given)
+        exact = as_tensor(self.oracle.run_nodes(nodes, given, [target])[target])
+        if declared is None or declared.shape != exact.shape:
+            return False
+        best = [
+            quantized.ideal(self._emulators[1], nodes, given, [target], whole_range=w).results[target]
+            for w in (False, True)
+        ]
+        best += filter(lambda t: t is not None, [quantized.recalibrated(target, self.known, given)])
+        return (self._judge(declared, exact, best, BESIDE_INT8).excess or 0.0) <= EXCESS
+
     def _claim_of_node(self, side: int, node: Node) -> Precision:
         return self.claim(side, [node])
 
@@ -394,7 +426,7 @@ class Replayer:
 
 
 def _hold_against_scales(
-    replay: Replay, captured: AnyTensor, exact: Tensor, ideal: AnyTensor, declared: Tensor | None
+    replay: Replay, captured: AnyTensor, exact: Tensor, ideals: Iterable[AnyTensor], declared: Tensor | None
 ) -> None:
     """Compare a layer in INT8 with its own scales (``declared``), and channel by channel with the best ones."""
     if tuple(captured.shape) != tuple(exact.shape):
@@ -404,5 +436,6 @@ def _hold_against_scales(
         replay.declared = ratio(distance(declared, exact).difference, scale)
         replay.deviation_from_scales = ratio(distance(captured, declared).difference, scale)
     axis = 1 if exact.dim() == 4 else exact.dim() - 1
-    ours, best = (balanced(torch.as_tensor(t) - exact, exact, axis) for t in (captured, ideal))
+    ours = balanced(torch.as_tensor(captured) - exact, exact, axis)
+    best = max(balanced(torch.as_tensor(t) - exact, exact, axis) for t in ideals)
     replay.channel_excess = ratio(ours, max(best, FLOOR * BESIDE_INT8.roundoff))

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from cp_debug.graph.graph import Graph
-from cp_debug.graph.qdq import QUANTIZED
 
 _KEEP_LEVELS = {
     *("Concat", "Flatten", "Identity", "MaxPool", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"),
@@ -32,26 +31,17 @@ def is_quantized(graph: Graph) -> bool:
 
 def rounded_values(graph: Graph) -> set[str]:
     """What comes out of an operator that rounds to levels, or that computes with what was: ONNX Runtime does those in
-    integers.
-
-    Not where a bias is a float: the file says nothing of its levels, and a runtime that rounds it all the same (to
-    scale of data × scale of weights) does what was not asked for.
+    integers, and rounds a bias that the file left in FP32 to the scale of data × scale of weights.
     """
     marks = ("QLinear", "QGemm", "DynamicQuantize")
     dequantized = {name for node in graph.nodes if node.op == "DequantizeLinear" for name in node.outputs}
     found: set[str] = set()
-    floats: set[str] = set()
     for node in graph.nodes:
-        inputs = list(node.proto.input)
         moves = node.op in _KEEP_LEVELS | _CUT_OFF
-        if (node.op in QUANTIZED and len(inputs) > 2 and is_constant(graph, inputs[2])) or (
-            inputs and inputs[0] in floats and moves
-        ):
-            floats.update(node.outputs)
-        elif (
+        if (
             any(mark in node.op for mark in marks)
-            or (node.op == "QuantizeLinear" and inputs[0] not in floats)
-            or (node.op != "QuantizeLinear" and not moves and not dequantized.isdisjoint(node.inputs))
+            or node.op == "QuantizeLinear"
+            or (not moves and not dequantized.isdisjoint(node.inputs))
         ):
             found.update(node.outputs)
     return found
@@ -63,9 +53,7 @@ def produced_grid(graph: Graph, value: str) -> GridNames | None:
     for _ in range(len(graph.nodes)):
         node = graph.producer.get(value)
         if node is None:  # chosen from constant levels: who makes floats of them knows their scale
-            readers = graph.consumers.get(asked, []) if value != asked else []
-            found = next((n.proto.input for n in readers if n.op == "DequantizeLinear"), None)
-            return GridNames(found[1], found[2] if len(found) > 2 else "") if found is not None else None
+            return _read_as(graph, asked) if value != asked else None
         inputs = [*node.proto.input, "", ""]
         op = node.op.removeprefix("com.microsoft.")
         if op == "QuantizeLinear":
@@ -83,6 +71,19 @@ def produced_grid(graph: Graph, value: str) -> GridNames | None:
         if node.op not in _KEEP_LEVELS:
             return None
         value = node.proto.input[0]
+    return None
+
+
+def _read_as(graph: Graph, levels: str) -> GridNames | None:
+    """The scale by which whoever makes floats of these levels does so."""
+    names, seen = [levels], {levels}
+    while names:
+        for node in graph.consumers.get(names.pop(), []):
+            if node.op == "DequantizeLinear":
+                return GridNames(node.proto.input[1], node.proto.input[2] if len(node.proto.input) > 2 else "")
+            if node.op in _KEEP_LEVELS and node.proto.input[0] in seen:
+                names += [name for name in node.outputs if name not in seen]
+                seen.update(node.outputs)
     return None
 
 

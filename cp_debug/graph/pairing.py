@@ -171,9 +171,16 @@ def believable(reference: Graph, test: Graph) -> bool:
 
 
 def _reads(graph: Graph, value: str) -> tuple[str, set[str]]:
-    """The operator behind a value, and what it reads that is computed."""
+    """The operator behind a value, and what it reads that is computed, before any Q/DQ pair in between."""
     node = graph.producer[value]
-    return node.op, {name for name in node.inputs if name not in graph.initializers}
+    read = (_unquantized(graph, name) for name in node.inputs if name not in graph.initializers)
+    return node.op, {name for name in read if name not in graph.initializers}
+
+
+def _unquantized(graph: Graph, name: str) -> str:
+    while (maker := graph.producer.get(name)) is not None and maker.op in ("DequantizeLinear", "QuantizeLinear"):
+        name = maker.proto.input[0]
+    return name
 
 
 def _misplaced(reference: Graph, test: Graph, common: Sequence[str]) -> int:
