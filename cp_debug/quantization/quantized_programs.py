@@ -41,13 +41,15 @@ class Calibration:
 DEFAULT_CALIBRATION = Calibration()
 
 
-def load_quantized(name: str, checkpoint: Path | None, seed: int) -> tuple[Model, Mapping[str, QuantizedComponent]]:
+def load_quantized(
+    name: str, checkpoint: Path | None, seed: int, inputs: Path | None = None
+) -> tuple[Model, Mapping[str, QuantizedComponent]]:
     """A model, and its components in INT8 when ``checkpoint`` is what ``cpdebug quantize`` wrote (the file or its
     folder): the model is then the FP32 one behind it, BatchNorm folded. Raises InputError as both loaders do.
     """
     file = None if checkpoint is None else file_of(checkpoint)
     if file is None or not is_ptq_checkpoint(file):
-        return load_model(name, checkpoint=file, seed=seed), {}
+        return load_model(name, checkpoint=file, seed=seed, inputs=inputs), {}
     model = load_model(name, seed=seed)
     parts = open_quantized(model, file)
     return with_modules(model, {part: found.folded for part, found in parts.items() if found.folded}), parts

@@ -9,15 +9,19 @@ from typing import Literal
 
 from cp_debug.errors import InputError
 from cp_debug.recipes.base import Model
+from cp_debug.recipes.npz import first_arrays
 
 DEFAULT = "centerpoint:tiny"
+PROGRAMS = (".pt2", ".pt", ".pth", ".ts", ".torchscript")
+"""Suffixes of files that hold a program of torch."""
 
 
-def load_model(text: str, *, checkpoint: Path | None = None, seed: int = 0) -> Model:
-    """Load a recipe (``centerpoint:tiny``, ``mmdet3d:CONFIG``), an ``.onnx`` file, or ``package.module:callable`` /
-    ``file.py:callable``.
+def load_model(text: str, *, checkpoint: Path | None = None, seed: int = 0, inputs: Path | None = None) -> Model:
+    """Load a recipe (``centerpoint:tiny``, ``mmdet3d:CONFIG``), an ``.onnx`` file, a program of ``torch.export``
+    (``.pt2``) or TorchScript (``.pt``, ``.ts`` …), or ``package.module:callable`` / ``file.py:callable``.
 
-    ``checkpoint`` replaces a recipe's weights, or is strict-loaded into the callable's module.
+    ``checkpoint`` replaces a recipe's weights, or is strict-loaded into the callable's module. ``inputs`` gives
+    TorchScript, which names no shapes, its example.
     Raises InputError when the name, the file or the checkpoint is unusable, MissingPackage without mmdet3d.
     """
     kind = kind_of(text)
@@ -27,6 +31,12 @@ def load_model(text: str, *, checkpoint: Path | None = None, seed: int = 0) -> M
         from cp_debug.recipes.onnx_file import OnnxFileModel
 
         return OnnxFileModel(Path(text))
+    if kind == "program":
+        if checkpoint is not None:
+            raise InputError(f"--checkpoint: {text} already holds its weights")
+        from cp_debug.recipes.torch_programs import load_program
+
+        return load_program(Path(text), None if inputs is None else first_arrays(inputs))
     if kind == "centerpoint":
         from cp_debug.recipes.centerpoint.recipe import CenterPointModel
 
@@ -40,12 +50,19 @@ def load_model(text: str, *, checkpoint: Path | None = None, seed: int = 0) -> M
     return load_callable(text, checkpoint=checkpoint)
 
 
-def kind_of(text: str) -> Literal["onnx", "centerpoint", "mmdet3d", "callable"]:
+def kind_of(text: str) -> Literal["onnx", "program", "centerpoint", "mmdet3d", "callable"]:
     """What a user means, without loading it. Raises InputError for a text that names no model."""
     head, _, tail = text.partition(":")
     known = [name for name, _ in known_models()]
     if text.endswith(".onnx"):
         return "onnx"
+    if Path(text).suffix in PROGRAMS:
+        return "program"
+    if text.endswith(".ort"):
+        raise InputError(
+            f"MODEL: {text} is in ONNX Runtime's own format, which only it reads; expected the .onnx file from which "
+            "onnxruntime.tools.convert_onnx_models_to_ort made it"
+        )
     if text in known or text == "centerpoint":
         return "centerpoint"
     if head == "mmdet3d" and tail:
@@ -54,7 +71,7 @@ def kind_of(text: str) -> Literal["onnx", "centerpoint", "mmdet3d", "callable"]:
         return "callable"
     near = difflib.get_close_matches(text, known, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise InputError(f"MODEL: {text!r} is not a recipe, an .onnx file or module:callable{hint}")
+    raise InputError(f"MODEL: {text!r} is not a recipe, an .onnx or .pt2 file or module:callable{hint}")
 
 
 def known_models() -> list[tuple[str, str]]:
