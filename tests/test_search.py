@@ -132,7 +132,7 @@ def test_engine_layers_regroup(tmp_path: Path) -> None:
     ]
     found = fused(groups, [program], {program.name: [layers[0]]})
     assert [u.nodes for u in found[:2]] == [first.nodes[:2], (first.nodes[2], *second.nodes)]
-    assert found[1].group == "a + b"
+    assert found[1].engine_layer == "a + b"
     assert found[2:] == rest
     assert fused(groups, [program], {program.name: [layers[1]]}) == groups, "many convolutions in one say nothing"
     assert fused(groups, [program], {}) == groups
