@@ -310,7 +310,8 @@ def _reach(goal: Goal, model: Model, samples: Sequence[Sample], result: Predicti
     backends = [create(s) for s in parse_backends(f"emu-fp32,emu-{EMULATED[result.precision]}")]
     found = search(model, backends, goal, samples, SearchOptions(exporter=options.exporter))
     result.goal, result.reached = str(goal), found.reached
-    wanted = {(layer.unit.component, node) for layer in found.kept for node in layer.unit.nodes}
+    groups = [layer.fusion_group for layer in found.kept]
+    wanted = {(group.component, node) for group in groups for node in group.nodes}
     for layer in result.layers:
         if not layer.keep and any((layer.component, node) in wanted for node in layer.nodes):
             layer.keep = f"for {goal}"
