@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from cp_debug.detection.evaluate import evaluate
     from cp_debug.errors import BackendUnavailable, CpdebugError, InputError, MissingPackage
     from cp_debug.mixed_precision.search import search
+    from cp_debug.prediction.predict import PredictOptions, predict
+    from cp_debug.prediction.result import Prediction
     from cp_debug.probes.capture import Capture
     from cp_debug.probes.statistics import compare
     from cp_debug.reports.saved import open_result
@@ -31,6 +33,8 @@ __all__ = [
     "InputError",
     "MissingPackage",
     "Options",
+    "PredictOptions",
+    "Prediction",
     "__version__",
     "assert_agree",
     "compare",
@@ -38,6 +42,7 @@ __all__ = [
     "diagnose",
     "evaluate",
     "open_result",
+    "predict",
     "search",
 ]
 
@@ -50,11 +55,14 @@ _HOME = {
     "MissingPackage": "errors",
     "Options": "bisect.engine",
     "assert_agree": "api.diagnose",
+    "PredictOptions": "prediction.predict",
+    "Prediction": "prediction.result",
     "compare": "probes.statistics",
     "compare_tensors": "api.tensors",
     "diagnose": "api.diagnose",
     "evaluate": "detection.evaluate",
     "open_result": "reports.saved",
+    "predict": "prediction.predict",
     "search": "mixed_precision.search",
 }
 """Where each name is defined. None is called as a folder of the package: importing that would hide it."""
