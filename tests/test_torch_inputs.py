@@ -134,11 +134,18 @@ def test_exported_and_scripted_programs_keep_their_layers(tmp_path: Path) -> Non
 @pytest.mark.filterwarnings("ignore")
 def test_a_torchscript_file_is_fed_with_arrays(tmp_path: Path) -> None:
     path = tmp_path / "net.pt"
-    torch.jit.save(torch.jit.script(Plain().eval()), path)
+    torch.jit.save(torch.jit.trace(Plain().eval(), (IMAGE, seeded(2))), path)
     np.savez(tmp_path / "x.npz", x=IMAGE.numpy(), shift=seeded(2).numpy())
     assert cp_debug.diagnose(str(path), inputs=tmp_path / "x.npz").agrees
     with pytest.raises(cp_debug.InputError, match="which names no shapes; expected --inputs"):
         cp_debug.diagnose(str(path))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchscript_that_cannot_be_converted_is_refused_in_a_line() -> None:
+    with pytest.raises(cp_debug.InputError, match="converting TorchScript raised") as caught:
+        cp_debug.diagnose(torch.jit.script(Plain().eval()), inputs={"x": IMAGE, "shift": seeded(2)})
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_files_that_hold_no_program_are_refused(tmp_path: Path) -> None:

@@ -126,7 +126,8 @@ def own_code(what: str) -> Iterator[None]:
 
 def _told(error: BaseException) -> str:
     try:
-        return f"{type(error).__name__}: {error}"
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        return f"{type(error).__name__}: {first}"
     except Exception:  # its own ``__str__`` fails
         return type(error).__name__
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,12 @@ from cp_debug.errors import InputError
 from cp_debug.recipes.torch_callable import TorchModel, own_code
 
 
-def exported_model(name: str, program: torch.export.ExportedProgram, inputs: Any = None) -> TorchModel:
+def exported_model(
+    name: str, program: torch.export.ExportedProgram, inputs: Any = None, parameters: Sequence[str] | None = None
+) -> TorchModel:
     """An exported program as a model; ``inputs`` None takes the example inputs that the program was saved with.
+
+    ``parameters`` names the positional arguments, where the program has other names for them.
 
     Raises InputError where it has none, or cannot be made a module.
     """
@@ -24,6 +29,7 @@ def exported_model(name: str, program: torch.export.ExportedProgram, inputs: Any
     if inputs is None and not args and not kwargs:
         raise InputError(f"MODEL: {name} holds no example inputs; expected --inputs, or inputs= in Python")
     positional, keywords = _arguments(program)
+    positional = positional if parameters is None else list(parameters)
     given = inputs
     if given is None:
         given = {**dict(zip(positional, args, strict=True)), **kwargs}
@@ -50,7 +56,7 @@ def scripted_model(name: str, module: torch.jit.ScriptModule, inputs: Any) -> To
     with own_code(f"MODEL: {name}: converting TorchScript"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = TS2EPConverter(module.eval(), tuple(flat.tensors), {}).convert()
-    return exported_model(name, program, tuple(flat.tensors))
+    return exported_model(name, program, tuple(flat.tensors), flat.names)
 
 
 def load_program(path: Path, inputs: Any = None) -> TorchModel:
