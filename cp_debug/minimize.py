@@ -1,4 +1,4 @@
-"""The smallest set for which something still holds: optimisers, nodes to keep in FP32, nodes of a failing subgraph.
+"""The smallest set for which something still holds: optimizers, nodes to keep in FP32, nodes of a failing subgraph.
 
 The shape is that of Hypothesis's shrinker: one cached predicate over frozen sets, and a pass that deletes runs of
 elements whose length it adapts, repeated until it can no longer progress.
@@ -13,7 +13,7 @@ T = TypeVar("T", bound=Hashable)
 
 
 class Minimizer(Generic[T]):
-    """Minimises sets under ``predicate``, which is never asked twice for the same set."""
+    """Minimizes sets under ``predicate``, which is never asked twice for the same set."""
 
     def __init__(self, predicate: Callable[[frozenset[T]], bool]) -> None:
         self._predicate = predicate

@@ -33,7 +33,7 @@ class Program:
     alignment: Alignment | None = None
     """Torch value ↔ ONNX value; set when ``module`` is."""
     scales: Scales | None = None
-    """Of a program that was quantised here, by the names of the nodes."""
+    """Of a program that was quantized here, by the names of the nodes."""
     plain: Graph | None = None
     """Of such a program the graph before Q/DQ pairs were put in, if any: all else has the same names in both."""
     pairing: Pairing | None = None
@@ -47,7 +47,7 @@ class Program:
     """Inputs of the kind that it will be run with, where they are known when it is opened."""
 
     def require_int8(self, spec: BackendSpec) -> None:
-        """Raise InputError unless it is said what is quantised."""
+        """Raise InputError unless it is said what is quantized."""
         if self.graph.precision != "int8" and self.plain is None:
             raise InputError(f"{spec}: {self.graph.path} has no QuantizeLinear nodes; quantize the model first")
 

@@ -64,7 +64,7 @@ class EmulatedBackend:
 
     def open(self, program: Program) -> Session:
         """Make the program ready. Raises InputError when it holds operators that nothing here can execute, and for
-        ``emu-int8`` when the graph does not say what is quantised."""
+        ``emu-int8`` when the graph does not say what is quantized."""
         if self.precision == "int8":
             program.require_int8(self.spec)
         overrides = {node: ARITHMETICS[name] for node, name in self.overrides.items()}

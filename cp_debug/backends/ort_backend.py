@@ -1,4 +1,4 @@
-"""ONNX Runtime as a backend: unoptimised (``ort``, ``ort-none``) or optimised (``ort-basic``, ``ort-all``), for graphs
+"""ONNX Runtime as a backend: unoptimized (``ort``, ``ort-none``) or optimized (``ort-basic``, ``ort-all``), for graphs
 with Q/DQ pairs ``ort-int8`` (simulated) and ``ort-int8-qlinear`` (integer kernels), and on CUDA ``ort-tf32``,
 ``ort-fp16`` (casts put into the graph) and ``ort-trt`` (its TensorRT provider)."""
 
@@ -64,7 +64,7 @@ class OrtBackend:
 
     def open(self, program: Program) -> OrtSession:
         """Make the program ready. Raises InputError when ONNX Runtime refuses the model, a weight is beyond FP16, or
-        nothing is quantised for INT8."""
+        nothing is quantized for INT8."""
         if self.precision == "int8":
             program.require_int8(self.spec)
         return OrtSession(self, program.graph, program.example)
@@ -79,7 +79,7 @@ class OrtBackend:
 class OrtSession:
     """A graph ready to run, whole (as deployed) or observed.
 
-    Observed, it runs chunk after chunk, so that memory does not grow with the number of layers. Optimised levels, and
+    Observed, it runs chunk after chunk, so that memory does not grow with the number of layers. Optimized levels, and
     graphs with FP16 on a CPU, observe the program that ONNX Runtime wrote; its outputs are compared with the whole
     program's when the session opens, on ``example`` or made-up inputs: ``settings["observer_gap"]`` is the largest
     difference, 0 as far as measured, or None for a model for which no input can be made up.
@@ -129,7 +129,7 @@ class OrtSession:
         return self._observed.run(inputs, sink, wanted)
 
     def optimized_nodes(self) -> list[Replacement]:
-        """What the optimiser made of the nodes between visible values; empty when the graph runs as it is."""
+        """What the optimizer made of the nodes between visible values; empty when the graph runs as it is."""
         return replacements(self._optimized, self._graph) if self._optimized else []
 
     def close(self) -> None:

@@ -36,9 +36,9 @@ class _Chunk:
 
 
 class ChunkedGraph:
-    """A graph executed as it stands, graph optimisation off, chunk after chunk.
+    """A graph executed as it stands, graph optimization off, chunk after chunk.
 
-    Bit for bit the same as the whole graph in one session: with optimisation off ONNX Runtime runs node by node
+    Bit for bit the same as the whole graph in one session: with optimization off ONNX Runtime runs node by node
     anyway. (Not for FP16 graphs on a CPU, where it adds casts; run what it wrote instead.) A value lives until its
     last reader ran.
     """

@@ -1,7 +1,7 @@
 """The program that ONNX Runtime makes of a model, as a graph that can be probed without changing it.
 
-Marking values as outputs before optimisation deletes the fusions under test. So ONNX Runtime writes the program that it
-would run, and that program is executed as it stands, optimisation off: the same kernels run, whoever looks. What can
+Marking values as outputs before optimization deletes the fusions under test. So ONNX Runtime writes the program that it
+would run, and that program is executed as it stands, optimization off: the same kernels run, whoever looks. What can
 be seen is what the program still computes. Values in blocked layout (NCHWc) are read through a ``ReorderOutput`` on a
 side branch, FP16 values that a CPU keeps in FP32 through an ``Identity``.
 """
@@ -31,11 +31,11 @@ _TOLERANCE = 0.05
 
 @dataclass(frozen=True)
 class Replacement:
-    """What computes one visible value of the optimised program, and what computed it in the original graph."""
+    """What computes one visible value of the optimized program, and what computed it in the original graph."""
 
     value: str
     optimized: tuple[str, ...]
-    """Names of the optimised program's nodes between the visible values before and this one."""
+    """Names of the optimized program's nodes between the visible values before and this one."""
     operators: tuple[str, ...]
     """Their operators: ``com.microsoft.nchwc.Conv``."""
     original: tuple[str, ...]
@@ -99,7 +99,7 @@ def build(
 
 
 def replacements(program: OptimizedProgram, original: Graph) -> list[Replacement]:
-    """For each visible value, the nodes that compute it from the visible values before it, optimised and original."""
+    """For each visible value, the nodes that compute it from the visible values before it, optimized and original."""
     visible = {*program.exposed, *program.renamed.values()}
     result = []
     for value in program.exposed:
@@ -113,7 +113,7 @@ def replacements(program: OptimizedProgram, original: Graph) -> list[Replacement
 
 @dataclass(frozen=True)
 class _Sample:
-    """Enough of a tensor to recognise it: its shape and up to ``_SAMPLE`` elements, evenly strided."""
+    """Enough of a tensor to recognize it: its shape and up to ``_SAMPLE`` elements, evenly strided."""
 
     shape: tuple[int, ...]
     elements: np.ndarray
@@ -133,7 +133,7 @@ class _Sample:
 
 
 def _guess_names(optimized: Graph, original: Graph) -> dict[str, str]:
-    """Value of the optimised program that has a new name → the original value that it should be."""
+    """Value of the optimized program that has a new name → the original value that it should be."""
     present = {*optimized.values, *optimized.initializers}
     guesses: dict[str, str] = {}
     blocked = _blocked_values(optimized)

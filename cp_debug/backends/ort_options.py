@@ -53,7 +53,7 @@ class Runtime:
     threads: int
     providers: Sequence[tuple[str, dict[str, str]]]
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """As an unoptimised session reports them."""
+    """As an unoptimized session reports them."""
 
     @classmethod
     def create(cls, spec: BackendSpec, threads: int | None = None) -> Runtime:

@@ -34,7 +34,7 @@ _DTYPES = {
 
 class TorchBackend:
     """``torch``, ``torch-fp64``, ``torch-bf16``, ``torch-fp16``, ``torch-tf32`` and, for modules with
-    fake quantisers, ``torch-int8``; on the CPU unless the spec says else.
+    fake quantizers, ``torch-int8``; on the CPU unless the spec says else.
 
     Raises BackendUnavailable for CUDA where there is none, and for TF32 on a CPU.
     """
@@ -58,7 +58,7 @@ class TorchBackend:
 
     def open(self, program: Program) -> Session:
         """A session on the program's module, else on its graph, which FP16, BF16 and INT8 cannot run:
-        BackendUnavailable. Raises InputError for ``torch-int8`` when nothing is quantised."""
+        BackendUnavailable. Raises InputError for ``torch-int8`` when nothing is quantized."""
         if self.precision == "int8":
             program.require_int8(self.spec)
         if program.module is not None:

@@ -72,7 +72,7 @@ def bisect(
     oracle: Annotated[Oracle, typer.Option(help="auto: FP64 for FP32 tests, FP32 below.")] = Oracle.auto,
     replay: Annotated[bool, typer.Option(help="Separate what a layer did from what it was given.")] = True,
     knobs: Annotated[
-        bool, typer.Option("--knobs", help="Find the optimisers of ort-basic or ort-all at fault.")
+        bool, typer.Option("--knobs", help="Find the optimizers of ort-basic or ort-all at fault.")
     ] = False,
     explain: Annotated[bool, typer.Option(help="Try the known causes on every guilty layer.")] = True,
     max_builds: Annotated[

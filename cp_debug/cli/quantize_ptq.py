@@ -48,7 +48,7 @@ def ptq(
 
     refuse(("method", "batches"), unless=cache is None, why="the scales are those of --cache")
     if checkpoint and is_quantized_checkpoint(checkpoint):
-        raise InputError(f"--checkpoint: {checkpoint} is quantised already; expected weights in FP32")
+        raise InputError(f"--checkpoint: {checkpoint} is quantized already; expected weights in FP32")
     with steps() as on_step:
         loaded = load_model(model, checkpoint=checkpoint)
         first = First(MEASURED)

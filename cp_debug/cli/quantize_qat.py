@@ -1,4 +1,4 @@
-"""``cpdebug quantize qat``: fine-tune a quantised model."""
+"""``cpdebug quantize qat``: fine-tune a quantized model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def qat(
     epochs: Annotated[
         int | None, typer.Option(min=1, max=MOST, help="Passes over the training scenes; else --steps.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, max=MOST, help="Optimiser steps, at most.")] = 300,
+    steps: Annotated[int, typer.Option(min=1, max=MOST, help="Optimizer steps, at most.")] = 300,
     batch: Annotated[int, typer.Option(min=1, max=MOST, help="Scenes a step.")] = 2,
     lr: Annotated[float, typer.Option(help="Learning rate of Adam, which falls to 0.")] = 5e-4,
     interval: Annotated[int, typer.Option(min=1, max=MOST, help="Steps between validations.")] = 50,

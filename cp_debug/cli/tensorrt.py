@@ -91,7 +91,7 @@ Cache = Annotated[
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Build every engine anew.", rich_help_panel=PANEL)]
 BuilderLevel = Annotated[
     int | None,
-    typer.Option("--builder-level", min=0, max=5, help="Builder optimisation level.", rich_help_panel=PANEL),
+    typer.Option("--builder-level", min=0, max=5, help="Builder optimization level.", rich_help_panel=PANEL),
 ]
 BuildTimeout = Annotated[
     float | None,

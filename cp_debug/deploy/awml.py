@@ -136,7 +136,7 @@ class _Verification(Section):
 
 
 class _Quantization(Section):
-    """What AWML quantises, by today's ``keep_fp16`` or by parts as before; ``mode`` says how the checkpoint came about.
+    """What AWML quantizes, by today's ``keep_fp16`` or by parts as before; ``mode`` says how the checkpoint came about.
     CenterPoint's SECOND has no residual sums and no linear layers, so ``quant_add``, ``quant_linear_backbone`` and
     ``disable_recipes`` change nothing here."""
 
@@ -157,7 +157,7 @@ class _Quantization(Section):
     disable_recipes: list[str] = Field(default=[])
 
     def skipped(self) -> list[str]:
-        """Module paths that stay unquantised."""
+        """Module paths that stay unquantized."""
         parts = {
             "pts_voxel_encoder": self.quant_voxel_encoder,
             "pts_backbone": self.quant_backbone,
@@ -166,7 +166,7 @@ class _Quantization(Section):
         }
         stages = sorted({*range(self.skip_backbone_first_stages), *self.skip_backbone_stages})
         return [
-            *(path for path, quantised in parts.items() if not quantised),
+            *(path for path, quantized in parts.items() if not quantized),
             *(f"pts_backbone.blocks.{stage}" for stage in stages),
             *self.sensitive_layers,
             *self.keep_fp16,

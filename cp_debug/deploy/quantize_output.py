@@ -1,4 +1,4 @@
-"""What post-training quantisation of a model leaves behind: a checkpoint, calibration caches and Q/DQ files."""
+"""What post-training quantization of a model leaves behind: a checkpoint, calibration caches and Q/DQ files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class PtqResult:
     files: Sequence[Path] = field(default_factory=list)
 
     def quantizers(self, component: str) -> list[QuantizerRow]:
-        """The quantisers of one component; empty for an ONNX file."""
+        """The quantizers of one component; empty for an ONNX file."""
         module = self.components[component].module
         return [] if module is None else quantizer_table(module)
 
@@ -85,7 +85,7 @@ def write_quantized(
     """``model.pt``, and for every component its calibration cache and its ONNX file with Q/DQ pairs; their paths.
 
     A torch component's file is exported from the FP32 module, BatchNorm folded, keeps its alignment manifest beside it
-    and is checked against the fake-quantised module on ``sample``. Raises InputError as ``export_model`` does.
+    and is checked against the fake-quantized module on ``sample``. Raises InputError as ``export_model`` does.
     """
     with complete_folder(folder) as scratch:
         for component, part in quantized.items():

@@ -1,4 +1,4 @@
-"""INT8 for deployment: the exported FP32 files get Q/DQ pairs, and are checked against the fake-quantised modules."""
+"""INT8 for deployment: the exported FP32 files get Q/DQ pairs, and are checked against the fake-quantized modules."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def quantize_exported(
 ) -> list[Exported]:
     """Put Q/DQ pairs into files that were exported from the ``folded`` modules of ``quantized``, in place.
 
-    ``error`` is then the relative L2 distance of the worst output from the fake-quantised module's. Two right ones
+    ``error`` is then the relative L2 distance of the worst output from the fake-quantized module's. Two right ones
     differ, as ties are rounded either way and the difference grows from layer to layer; a file that is further from its
     module than INT8 takes that module from FP32 computes something else: InputError.
     """
@@ -99,7 +99,7 @@ def _check(
     worst = max(errors, key=errors.__getitem__)
     if not sum(errors.values()) <= sum(limits.values()):
         raise InputError(
-            f"{exported.program.graph.path}: {worst} is {errors[worst]:.2g} (relative L2) from the quantised module of "
+            f"{exported.program.graph.path}: {worst} is {errors[worst]:.2g} (relative L2) from the quantized module of "
             f"{component.name}, which is itself {limits[worst]:.2g} from FP32; the graph computes something else"
         )
     return errors[worst]

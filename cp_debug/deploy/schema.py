@@ -131,7 +131,7 @@ class QuantizationConfig(Section):
     """INT8 by Q/DQ pairs, with FP16 for the rest in engines.
 
     ``checkpoint``: of `cpdebug quantize ptq` or `qat`, its folding and skips included; without one, the model is
-    calibrated on ``samples`` of ``data``. ``skip_layers``: globs over module paths that stay unquantised.
+    calibrated on ``samples`` of ``data``. ``skip_layers``: globs over module paths that stay unquantized.
     """
 
     checkpoint: Path | None = None

@@ -83,7 +83,7 @@ class Deployment:
             self._ranges(model.class_names)  # now, not after hours of building
         if self._trained == config.checkpoint:
             return model
-        # Only quantised weights are there: FP32 is what they are without INT8.
+        # Only quantized weights are there: FP32 is what they are without INT8.
         return with_modules(model, {name: part.folded for name, part in self.quantized.items() if part.folded})
 
     @cached_property
@@ -134,7 +134,7 @@ class Deployment:
 
     @property
     def _quantized_checkpoint(self) -> Path | None:
-        """``checkpoint`` itself may be a quantised one, as in AWML's files."""
+        """``checkpoint`` itself may be a quantized one, as in AWML's files."""
         config = self.config.quantization
         if config is None:
             return None

@@ -133,7 +133,7 @@ class Graph:
 
     @cached_property
     def precision(self) -> str:
-        """What the file asks for: ``int8`` when it quantises, ``fp16`` or ``bf16`` when it holds such tensors."""
+        """What the file asks for: ``int8`` when it quantizes, ``fp16`` or ``bf16`` when it holds such tensors."""
         if any("QuantizeLinear" in node.op or "QLinear" in node.op for node in self.nodes):
             return "int8"
         names = {onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.BFLOAT16: "bf16"}

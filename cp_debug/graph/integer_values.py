@@ -1,4 +1,4 @@
-"""Values that a quantised graph holds as levels: the scale and zero point behind them, and whose value they are."""
+"""Values that a quantized graph holds as levels: the scale and zero point behind them, and whose value they are."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class GridNames(NamedTuple):
 
 
 def is_quantized(graph: Graph) -> bool:
-    """Whether any node quantises, computes with levels, or makes floats of levels."""
+    """Whether any node quantizes, computes with levels, or makes floats of levels."""
     marks = ("uantizeLinear", "QLinear", "QGemm", "MatMulNBits", "Integer", "DynamicQuantize", "BlockQuantized")
     return any(mark in node.op for node in graph.nodes for mark in marks)
 
@@ -84,7 +84,7 @@ def produced_grid(graph: Graph, value: str) -> GridNames | None:
 
 
 def parent_values(plain: Graph, graph: Graph, names: Mapping[str, str]) -> dict[str, str]:
-    """Values of a quantised ``graph`` that stand for further values of its float parent ``plain``: own → parent's.
+    """Values of a quantized ``graph`` that stand for further values of its float parent ``plain``: own → parent's.
 
     ``names``: those known, own → parent's. Quantizers call levels after the value that they are of; where they left out
     an activation, because the range cuts off what it would, the levels are those of its result.

@@ -41,11 +41,11 @@ def insert_qdq(
 ) -> Path:
     """Write ``graph`` with Q/DQ pairs as ``target`` and return it.
 
-    ``layers`` are nodes by name, one of ``QUANTIZED`` each; consumers of a value that quantise it alike share one pair.
+    ``layers`` are nodes by name, one of ``QUANTIZED`` each; consumers of a value that quantize it alike share one pair.
     ``adds`` are residual additions, both operands of which get one scale. ``stored`` are values by name and their
     largest magnitude: all else that reads them has them in INT8, too. A graph below opset 13 is raised to it where
     none of its operators changed on the way. Raises InputError for a name that is no node, an operator that is not
-    quantised, a node that is quantised already, a weight that is computed from the inputs, scales that do not fit the
+    quantized, a node that is quantized already, a weight that is computed from the inputs, scales that do not fit the
     weight or are no numbers, and an opset that is too old.
     """
     save(_Surgery(graph, layers, adds, stored).model(), graph, target)
@@ -101,17 +101,17 @@ class _Surgery:
     def _check(self, name: str) -> None:
         node, where = self.nodes.get(name), f"{self.graph.path}: "
         if node is None:
-            raise InputError(f"{where}no node {name!r} to quantise")
+            raise InputError(f"{where}no node {name!r} to quantize")
         expected = QUANTIZED if name in self.layers else ("Add",)
         if node.op not in expected:
             raise InputError(f"{where}node {name!r} is of {node.op}; expected {' or '.join(expected)}")
         for value in node.proto.input[:2]:
             if value in self.graph.producer and self.graph.producer[value].op == "DequantizeLinear":
-                raise InputError(f"{where}node {name!r} is quantised already: {value!r} comes out of DequantizeLinear")
+                raise InputError(f"{where}node {name!r} is quantized already: {value!r} comes out of DequantizeLinear")
             if self._type(value)[0] not in (onnx.TensorProto.UNDEFINED, onnx.TensorProto.FLOAT):
-                raise InputError(f"{where}node {name!r} reads {value!r}, which is not FP32; quantise before casting")
+                raise InputError(f"{where}node {name!r} reads {value!r}, which is not FP32; quantize before casting")
         if name in self.layers and node.proto.input[1] in self.data:
-            raise InputError(f"{where}node {name!r} multiplies two values of the data; it has no weight to quantise")
+            raise InputError(f"{where}node {name!r} multiplies two values of the data; it has no weight to quantize")
 
     def _rewrite(self, node: Node) -> Iterator[onnx.NodeProto]:
         """The node, behind the pairs that it is the first to need."""
@@ -129,7 +129,7 @@ class _Surgery:
         elif node.name in self.adds:
             wanted |= dict.fromkeys((0, 1), (np.asarray(self.adds[node.name], np.float32), None))
         for slot, (amax, axis) in sorted(wanted.items()):
-            proto.input[slot], pair = self._quantised(node, proto.input[slot], amax, axis)
+            proto.input[slot], pair = self._quantized(node, proto.input[slot], amax, axis)
             yield from pair
         yield proto
 
@@ -156,7 +156,7 @@ class _Surgery:
         kind = self.graph.types.get(value, onnx.TypeProto()).tensor_type
         return kind.elem_type, tuple(d.dim_value for d in kind.shape.dim) if kind.HasField("shape") else None
 
-    def _quantised(
+    def _quantized(
         self, node: Node, value: str, amax: np.ndarray, axis: int | None
     ) -> tuple[str, list[onnx.NodeProto]]:
         """The name of ``value`` after INT8, and the pair of nodes that makes it unless they exist."""

@@ -1,4 +1,4 @@
-"""What a quantised network's scales are: the contract between calibration, checkpoints, Q/DQ graphs and backends."""
+"""What a quantized network's scales are: the contract between calibration, checkpoints, Q/DQ graphs and backends."""
 
 from __future__ import annotations
 

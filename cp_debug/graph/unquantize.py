@@ -30,7 +30,7 @@ def quantized_inputs(graph: Graph) -> dict[str, dict[str, str]]:
 def remove_qdq(graph: Graph, nodes: Collection[str], target: Path) -> Path:
     """Write ``graph`` as ``target``, without the pairs in front of ``nodes``, and return it.
 
-    What no node reads any more is left out; all names stay. Raises InputError for a node that reads nothing quantised.
+    What no node reads any more is left out; all names stay. Raises InputError for a node that reads nothing quantized.
     """
     pairs = quantized_inputs(graph)
     if unknown := sorted(set(nodes) - pairs.keys()):

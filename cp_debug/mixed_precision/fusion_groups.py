@@ -41,7 +41,7 @@ def nodes_of(units: Iterable[Unit], component: str) -> frozenset[str]:
 def units_of(program: Program, candidates: Collection[str]) -> list[Unit]:
     """The ``candidates`` (nodes by name) of a program in groups, in execution order.
 
-    An activation, a normalisation or arithmetic with constants joins the layer that it alone reads from.
+    An activation, a normalization or arithmetic with constants joins the layer that it alone reads from.
     """
     graph = program.graph
     groups: dict[int, list[Node]] = {}

@@ -73,7 +73,7 @@ class Trace:
     leaves: dict[str, list[TorchValue]] = field(default_factory=dict)
     """Calls of modules that called no other module → what they returned (for an identity, its input)."""
     calls: list[str] = field(default_factory=list)
-    """All calls of modules, in order; fake quantisers are left out."""
+    """All calls of modules, in order; fake quantizers are left out."""
     tensors: list[Tensor] = field(default_factory=list)
     """The flattened outputs themselves."""
 
@@ -117,7 +117,7 @@ class _Frame:
     scope: str
     """What was running when it was called."""
     is_quantizer: bool
-    """A fake quantiser is part of the layer that calls it: not shown, and no reason for that layer to be no leaf."""
+    """A fake quantizer is part of the layer that calls it: not shown, and no reason for that layer to be no leaf."""
     is_leaf: bool = True
 
 

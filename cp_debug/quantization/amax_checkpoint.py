@@ -1,4 +1,4 @@
-"""Quantised checkpoints of other tools: a state dict with ``_amax`` beside the weights, BatchNorm folded away.
+"""Quantized checkpoints of other tools: a state dict with ``_amax`` beside the weights, BatchNorm folded away.
 
 So write NVIDIA's pytorch-quantization, as AWML uses it, and nvidia-modelopt (``QATHook``'s checkpoints among them).
 """

@@ -36,7 +36,7 @@ class CalibrationManager:
     ``module`` is FP32, in eval mode, BatchNorm folded (``fuse_model_bn``); it is left as it was after every batch.
     ``skip_layers`` are globs over module paths, which ``prefix`` completes to those in the whole model; a path of a
     container stands for all in it. Raises InputError for an unknown method, a glob that matches nothing, and a module
-    that is quantised already.
+    that is quantized already.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class CalibrationManager:
     ) -> None:
         check_method(method)
         if is_quantized(module):
-            raise InputError(f"{type(module).__name__} is quantised already; calibrate the FP32 model")
+            raise InputError(f"{type(module).__name__} is quantized already; calibrate the FP32 model")
         self.module, self.method, self.prefix, self.percentile = module, method, prefix, percentile
         self.batches = 0
         chosen = select([self._full(path) for path in layers_of(module)], skip_layers)

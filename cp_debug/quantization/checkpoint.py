@@ -1,4 +1,4 @@
-"""Quantised models as files: plain tensors and lists, so that nothing is run when one is loaded."""
+"""Quantized models as files: plain tensors and lists, so that nothing is run when one is loaded."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FILE = "model.pt"
 def save_ptq_model(module: nn.Module | Mapping[str, nn.Module], path: Path) -> None:
     """Write what ``quantize_ptq`` returned, or several such components by name: weights, scales, folding and skips.
 
-    Raises InputError for a module that is not quantised, and when the file cannot be written.
+    Raises InputError for a module that is not quantized, and when the file cannot be written.
     """
     modules = module if isinstance(module, Mapping) else {"": module}
     components = {name: entry_of(part) for name, part in modules.items()}
@@ -39,11 +39,11 @@ def save_ptq_model(module: nn.Module | Mapping[str, nn.Module], path: Path) -> N
 
 
 def load_ptq_model(module: nn.Module, path: Path, component: str = "") -> nn.Module:
-    """The quantised model of a file, bit for bit as it was saved, on the device of ``module``.
+    """The quantized model of a file, bit for bit as it was saved, on the device of ``module``.
 
-    ``module`` is the FP32 model that was quantised, BatchNorm not folded; its weights are not used. ``component``
+    ``module`` is the FP32 model that was quantized, BatchNorm not folded; its weights are not used. ``component``
     chooses from a file of several. Raises InputError for a file that is no such checkpoint, for a module that is built
-    otherwise or quantised already, and a component that the file lacks.
+    otherwise or quantized already, and a component that the file lacks.
     """
     components = read_ptq_checkpoint(path)
     if component not in components:
@@ -52,9 +52,9 @@ def load_ptq_model(module: nn.Module, path: Path, component: str = "") -> nn.Mod
 
 
 def rebuild(module: nn.Module, entry: Mapping[str, Any], source: str) -> nn.Module:
-    """The quantised model that ``entry_of`` described, from the FP32 one; raises InputError as ``load_ptq_model``."""
+    """The quantized model that ``entry_of`` described, from the FP32 one; raises InputError as ``load_ptq_model``."""
     if is_quantized(module):
-        raise InputError(f"{source}: {type(module).__name__} is quantised already; expected the FP32 model")
+        raise InputError(f"{source}: {type(module).__name__} is quantized already; expected the FP32 model")
     plain = copy.deepcopy(module)
     try:
         about = Quantization(**(entry["about"] | {"folding": Folding(**entry["about"]["folding"])}))
@@ -80,7 +80,7 @@ def read_ptq_checkpoint(path: Path) -> dict[str, Any]:
     check_file(path, "checkpoint")
     found = read_torch(path)
     if not isinstance(found, dict) or found.get("format") != FORMAT or not isinstance(found.get("components"), dict):
-        raise InputError(f"{path}: not a checkpoint of a quantised model; expected what save_ptq_model wrote")
+        raise InputError(f"{path}: not a checkpoint of a quantized model; expected what save_ptq_model wrote")
     kept: dict[str, Entry] = typed(dict[str, Entry], found["components"], f"{path}: not a checkpoint of ours")
     for entry in kept.values():
         check_tensors(entry["state_dict"], str(path))
@@ -101,7 +101,7 @@ def file_of(checkpoint: Path) -> Path:
 
 
 def is_ptq_checkpoint(path: Path) -> bool:
-    """Whether a file is the checkpoint of a quantised model."""
+    """Whether a file is the checkpoint of a quantized model."""
     try:
         return bool(read_ptq_checkpoint(path))
     except InputError:
@@ -109,7 +109,7 @@ def is_ptq_checkpoint(path: Path) -> bool:
 
 
 def entry_of(module: nn.Module) -> dict[str, Any]:
-    """Weights, scales, folding and skips of a quantised module as plain tensors and containers."""
+    """Weights, scales, folding and skips of a quantized module as plain tensors and containers."""
     return {
         "about": dataclasses.asdict(quantization_of(module)),
         "switched_off": [

@@ -23,11 +23,11 @@ PERCENTILE = 99.99
 _BINS = 4096
 _CANDIDATES = 128
 _NONE = 1e-9
-"""Probability of what a quantised distribution cannot give."""
+"""Probability of what a quantized distribution cannot give."""
 _SPIKE = 7
 """What is narrower than so many bins is a spike: single values, such as zeros."""
 _TOO_SMALL = 2.0**-24
-"""Fake quantisation makes everything 0 where the largest magnitude is below this."""
+"""Fake quantization makes everything 0 where the largest magnitude is below this."""
 
 
 class Histogram:
@@ -105,7 +105,7 @@ def _least_squares(counts: NDArray[np.int64], centres: NDArray[np.float64], larg
 
 
 def _least_divergence(counts: NDArray[np.int64], edges: NDArray[np.float64]) -> float:
-    """The limit with the least Kullback–Leibler divergence of the clipped from the quantised histogram.
+    """The limit with the least Kullback–Leibler divergence of the clipped from the quantized histogram.
 
     As TensorRT calibrates (S. Migacz, 8-bit Inference with TensorRT, GTC 2017): what lies beyond the limit is counted
     in the last bin, and a level shares its counts out evenly among its bins that hold any. There only the bin of the
@@ -125,10 +125,10 @@ def _least_divergence(counts: NDArray[np.int64], edges: NDArray[np.float64]) -> 
             continue
         totals, used = np.add.reduceat(kept, starts), np.add.reduceat(held.astype(np.float64), starts)
         widths = np.diff(np.append(starts, stop))
-        quantised = np.repeat(np.divide(totals, used, out=np.zeros(levels), where=used > 0), widths) * held
+        quantized = np.repeat(np.divide(totals, used, out=np.zeros(levels), where=used > 0), widths) * held
         kept[-1] += bins[stop:].sum()
         held = kept > 0
-        p, q = kept[held] / kept.sum(), np.maximum(quantised[held] / quantised.sum(), _NONE)
+        p, q = kept[held] / kept.sum(), np.maximum(quantized[held] / quantized.sum(), _NONE)
         if (divergence := float((p * np.log(p / q)).sum())) < least:
             found, least = stop, divergence
     return float(edges[found])

@@ -1,4 +1,4 @@
-"""The one place that uses nvidia-modelopt: its fake quantisers, put where they belong and nowhere else."""
+"""The one place that uses nvidia-modelopt: its fake quantizers, put where they belong and nowhere else."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ BITS = 8
 
 
 def insert_quantizers(module: nn.Module, layers: Mapping[str, LayerScales]) -> None:
-    """Give these layers, by path, quantisers for input and weight, in place.
+    """Give these layers, by path, quantizers for input and weight, in place.
 
-    Of all other quantisers that the library puts in, none is on. Raises InputError for scales that do not fit a weight,
+    Of all other quantizers that the library puts in, none is on. Raises InputError for scales that do not fit a weight,
     MissingPackage without the library.
     """
     quantization = _library()
@@ -46,7 +46,7 @@ def insert_quantizers(module: nn.Module, layers: Mapping[str, LayerScales]) -> N
 
 
 def activation_quantizer(amax: float, device: torch.device) -> nn.Module:
-    """One quantiser for a whole tensor."""
+    """One quantizer for a whole tensor."""
     quantization = _library()
     made = quantization.nn.TensorQuantizer(quantization.config.QuantizerAttributeConfig(num_bits=BITS, axis=None))
     made.amax = torch.tensor(amax, device=device)

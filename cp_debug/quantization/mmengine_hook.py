@@ -1,4 +1,4 @@
-"""Quantisation-aware training in mmengine's runner, for models that are trained with mmdet3d.
+"""Quantization-aware training in mmengine's runner, for models that are trained with mmdet3d.
 
 In a configuration: ``custom_imports = dict(imports=["cp_debug.quantization.mmengine_hook"])`` and
 ``custom_hooks = [dict(type="QATHook", sensitive_layers=["pts_voxel_encoder"])]``.
@@ -29,12 +29,12 @@ from mmengine.model import is_model_wrapper  # noqa: E402
 from mmengine.registry import HOOKS  # noqa: E402
 
 KEY = "cpdebug_quantization"
-"""Of a checkpoint, beside ``state_dict``: what of the model is quantised and how."""
+"""Of a checkpoint, beside ``state_dict``: what of the model is quantized and how."""
 
 
 @HOOKS.register_module()
 class QATHook(Hook):
-    """Quantises the runner's model before training, calibrated on its own training data.
+    """Quantizes the runner's model before training, calibrated on its own training data.
 
     ``calibration_batches``: how many batches. ``freeze_bn``: fold BatchNorm where that is possible and keep the others
     in eval mode, always. ``sensitive_layers``: globs over module paths that stay in FP32. ``amax_method``: ``max``,
@@ -59,13 +59,13 @@ class QATHook(Hook):
         self.sensitive_layers, self.amax_method = list(sensitive_layers), amax_method
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Give the model the quantisers of the checkpoint, so that its weights fit."""
+        """Give the model the quantizers of the checkpoint, so that its weights fit."""
         if KEY in checkpoint and not is_quantized(model := _model(runner)):
             entry = {**checkpoint[KEY], "state_dict": checkpoint["state_dict"]}
             _become(runner, model, rebuild(model, entry, "QATHook: the checkpoint"))
 
     def before_train(self, runner: Any) -> None:
-        """Fold, calibrate and quantise, unless a checkpoint has brought it all."""
+        """Fold, calibrate and quantize, unless a checkpoint has brought it all."""
         model = _model(runner)
         if is_quantized(model):
             return
@@ -92,7 +92,7 @@ class QATHook(Hook):
             freeze_batchnorm(_model(runner))
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Say beside the weights what is quantised; scales are among the weights."""
+        """Say beside the weights what is quantized; scales are among the weights."""
         entry = entry_of(_model(runner))
         checkpoint[KEY] = {name: value for name, value in entry.items() if name != "state_dict"}
 
@@ -140,7 +140,7 @@ class _Forward:
 
 
 def _become(runner: Any, model: nn.Module, made: nn.Module) -> None:
-    """Let ``model``, which runner, loops and hooks hold, be ``made``, and the optimiser train its parameters."""
+    """Let ``model``, which runner, loops and hooks hold, be ``made``, and the optimizer train its parameters."""
     before = dict(model.named_parameters())
     vars(model).clear()
     vars(model).update(vars(made))

@@ -36,7 +36,7 @@ class QuantizedComponent:
     """One component in INT8."""
 
     module: nn.Module | None
-    """With fake quantisers; None for a component that is an ONNX file."""
+    """With fake quantizers; None for a component that is an ONNX file."""
     scales: Scales
     """By module paths in the whole model, or by the names of the ONNX file's nodes."""
     folded: nn.Module | None
@@ -103,7 +103,7 @@ def with_modules(model: Model, modules: Mapping[str, nn.Module]) -> Model:
 
 
 def output_sqnr(model: Model, tests: Mapping[str, nn.Module | Path], samples: Iterable[Sample]) -> dict[str, float]:
-    """``component/output`` → signal to quantisation noise over all samples in dB: 10·log10(Σ ref² ÷ Σ (test − ref)²).
+    """``component/output`` → signal to quantization noise over all samples in dB: 10·log10(Σ ref² ÷ Σ (test − ref)²).
 
     The reference is ``model``. In the test, components are other modules or ONNX files, and are fed each other's
     results, as deployed.

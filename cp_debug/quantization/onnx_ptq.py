@@ -39,13 +39,13 @@ class GraphCalibration:
 
     The layers are all convolutions, transposed convolutions and products with a weight; of additions those of two
     activations of one shape. ``skip`` are globs over the names of nodes. Raises InputError for an unknown method, a
-    glob that matches nothing, and a graph that is quantised already.
+    glob that matches nothing, and a graph that is quantized already.
     """
 
     def __init__(self, graph: Graph, method: str = "max", skip: Sequence[str] = ()) -> None:
         check_method(method)
         if graph.precision == "int8":
-            raise InputError(f"{graph.path}: this graph is quantised already; calibrate the FP32 model")
+            raise InputError(f"{graph.path}: this graph is quantized already; calibrate the FP32 model")
         self._graph, self._method = graph, method
         self._executor = Executor(graph, weight_cache=0)
         data = {*data_values(graph), *(v.name for v in graph.inputs)}

@@ -1,4 +1,4 @@
-"""The quantised model that a command means: from a checkpoint, or calibrated now."""
+"""The quantized model that a command means: from a checkpoint, or calibrated now."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def is_quantized_checkpoint(path: Path) -> bool:
 
 
 def modules_of(quantized: Mapping[str, QuantizedComponent]) -> dict[str, nn.Module]:
-    """The modules with fake quantisers. Raises InputError for a component that is an ONNX file."""
+    """The modules with fake quantizers. Raises InputError for a component that is an ONNX file."""
     modules = {name: part.module for name, part in quantized.items() if part.module is not None}
     if files := quantized.keys() - modules.keys():
         raise InputError(f"MODEL: {min(files)} is an ONNX file; expected a model of torch modules")
@@ -77,7 +77,7 @@ def calibration_samples(
 
 
 def unquantized(module: nn.Module, quantized: nn.Module) -> nn.Module:
-    """The FP32 module, BatchNorm folded, behind a quantised one: its weights without its quantisers.
+    """The FP32 module, BatchNorm folded, behind a quantized one: its weights without its quantizers.
 
     ``module`` is the FP32 one from which ``quantized`` was made; its weights are not used.
     """
@@ -101,7 +101,7 @@ def _load(component: Component, path: Path) -> QuantizedComponent:
 
 
 def _without(part: QuantizedComponent, prefix: str, globs: Sequence[str]) -> QuantizedComponent:
-    """The same with the quantisers off that a glob means."""
+    """The same with the quantizers off that a glob means."""
     assert part.module is not None
     about = quantization_of(part.module)
     names = {own: full_path(prefix, own) for own in (*about.layers, *about.adds)}

@@ -1,4 +1,4 @@
-"""Post-training quantisation: an FP32 module becomes one that computes as INT8 would, in FP32."""
+"""Post-training quantization: an FP32 module becomes one that computes as INT8 would, in FP32."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ NOT_RUN = "it did not run during calibration"
 
 @dataclass
 class Quantization:
-    """How a module was quantised; ``quantization`` on the module."""
+    """How a module was quantized; ``quantization`` on the module."""
 
     model: str
     """SHA-256 of the FP32 weights, BatchNorm folded."""
     method: str
     layers: Sequence[str]
-    """Paths in this module of what has quantisers."""
+    """Paths in this module of what has quantizers."""
     adds: Sequence[str] = ()
     skipped: dict[str, str] = field(default_factory=dict)
     """Layers that stay in FP32, and why."""
@@ -47,19 +47,19 @@ def quantize_ptq(
     fold: bool = True,
     bits: int = BITS,
 ) -> nn.Module:
-    """A copy of ``module`` with fake quantisers, calibrated on ``batches``, which are read once.
+    """A copy of ``module`` with fake quantizers, calibrated on ``batches``, which are read once.
 
     Weights get a scale for each output channel, inputs of layers one each, both operands of a residual addition one
     together; BatchNorm is folded first. ``method`` is ``max``, ``percentile`` (99.99), ``mse`` or ``entropy``;
     ``skip_layers`` are globs over the paths of modules in the whole model, to which ``prefix`` leads.
 
     Raises InputError for no batches, NaN or Inf in one, a glob that matches no layer, an unknown method, other than 8
-    bits, and a module that is quantised already; MissingPackage without nvidia-modelopt.
+    bits, and a module that is quantized already; MissingPackage without nvidia-modelopt.
     """
     if bits != BITS:
         raise InputError(f"bits: {bits} is not supported; expected {BITS}: engines have kernels for INT8")
     if is_quantized(module):
-        raise InputError(f"{type(module).__name__} is quantised already; expected the FP32 model")
+        raise InputError(f"{type(module).__name__} is quantized already; expected the FP32 model")
     stream = iter(batches)
     manager = CalibrationManager(module, method=method, skip_layers=skip_layers, prefix=prefix)
     first = next(stream, None)
@@ -72,20 +72,20 @@ def quantize_ptq(
 
 
 def quantized(manager: CalibrationManager) -> nn.Module:
-    """A quantised copy of the module that ``manager`` has calibrated."""
+    """A quantized copy of the module that ``manager`` has calibrated."""
     made = apply_scales(manager.module, manager.scales(), manager.prefix)
     quantization_of(made).skipped.update({path: f"skipped by {glob!r}" for path, glob in manager.skipped.items()})
     return made
 
 
 def apply_scales(module: nn.Module, scales: Scales, prefix: str = "") -> nn.Module:
-    """A quantised copy of ``module``, which is FP32 with BatchNorm folded, with scales that were found before.
+    """A quantized copy of ``module``, which is FP32 with BatchNorm folded, with scales that were found before.
 
     Layers and additions that ``scales`` does not name stay in FP32. Raises InputError when the scales were calibrated
-    on other weights, and for a module that is quantised already.
+    on other weights, and for a module that is quantized already.
     """
     if is_quantized(module):
-        raise InputError(f"{type(module).__name__} is quantised already; expected the FP32 model")
+        raise InputError(f"{type(module).__name__} is quantized already; expected the FP32 model")
     check_model(module, scales, "scales")
     layers = {own_path(prefix, path): found for path, found in scales.layers.items()}
     return install(
@@ -96,7 +96,7 @@ def apply_scales(module: nn.Module, scales: Scales, prefix: str = "") -> nn.Modu
 def install(
     module: nn.Module, model: str, method: str, layers: Mapping[str, LayerScales], adds: Mapping[str, float]
 ) -> nn.Module:
-    """A copy of ``module`` with these quantisers; layers and additions by their paths in the module.
+    """A copy of ``module`` with these quantizers; layers and additions by their paths in the module.
 
     Raises InputError for a name that the module does not have.
     """
@@ -119,15 +119,15 @@ def install(
 
 
 def quantization_of(module: nn.Module) -> Quantization:
-    """How a module was quantised. Raises InputError for one that was not, or not by ``quantize_ptq``."""
+    """How a module was quantized. Raises InputError for one that was not, or not by ``quantize_ptq``."""
     found = getattr(module, "quantization", None)
     if not isinstance(found, Quantization):
-        raise InputError(f"{type(module).__name__} is not quantised; expected what quantize_ptq returned")
+        raise InputError(f"{type(module).__name__} is not quantized; expected what quantize_ptq returned")
     return found
 
 
 def scales_of(module: nn.Module, prefix: str = "") -> Scales:
-    """The scales of the quantisers that are on; layers are named by their paths in the whole model."""
+    """The scales of the quantizers that are on; layers are named by their paths in the whole model."""
     found = quantization_of(module)
     layers: dict[str, LayerScales] = {}
     for path in found.layers:

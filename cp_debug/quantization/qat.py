@@ -1,7 +1,7 @@
-"""Quantisation-aware training: fine-tune a quantised module, so that its weights fit the grid that they are put on.
+"""Quantization-aware training: fine-tune a quantized module, so that its weights fit the grid that they are put on.
 
 The start is calibrated, the scales stay as they are, and so does BatchNorm: its running statistics belong to FP32, and
-updating them on fake-quantised activations destroys the network within a few steps.
+updating them on fake-quantized activations destroys the network within a few steps.
 """
 
 from __future__ import annotations
@@ -90,18 +90,18 @@ def finetune(
     resume: bool = False,
     on_step: OnStep = lambda text, done, total: None,
 ) -> QatResult:
-    """Train ``module``, which is quantised and calibrated, in place; it ends in eval mode with its best weights.
+    """Train ``module``, which is quantized and calibrated, in place; it ends in eval mode with its best weights.
 
     ``batch`` of a step's number gives that step's data, the same each time, so that a resumed run repeats nothing and
     skips nothing. ``validate`` is given the module in eval mode; lower is better, and the start counts. ``state`` is
     written at every validation; ``resume`` goes on from it with the same options. Ctrl-C ends training and keeps the
     best.
 
-    Raises InputError for a module that is not quantised, a loss that is not finite, and a state that is missing or of
+    Raises InputError for a module that is not quantized, a loss that is not finite, and a state that is missing or of
     another run.
     """
     if not is_quantized(module):
-        raise InputError(f"{type(module).__name__} is not quantised; expected one that `cpdebug quantize ptq` made")
+        raise InputError(f"{type(module).__name__} is not quantized; expected one that `cpdebug quantize ptq` made")
     parameters = _unfreeze(module)
     optimizer = torch.optim.Adam(parameters, lr=options.rate)
     now = _State()

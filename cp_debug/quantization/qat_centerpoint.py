@@ -1,4 +1,4 @@
-"""Fine-tune a quantised CenterPoint from clouds to head maps, on scenes with ground truth."""
+"""Fine-tune a quantized CenterPoint from clouds to head maps, on scenes with ground truth."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CRITERIA = ("loss", "map")
 
 
 def quantized_network(model: CenterPointModel, modules: Mapping[str, nn.Module]) -> CenterPoint:
-    """The whole network with the quantised components in place, whose weights it shares."""
+    """The whole network with the quantized components in place, whose weights it shares."""
     network = copy.copy(model.network)
     network._modules = dict(network._modules)
     network.pts_voxel_encoder = modules[ENCODER]  # type: ignore[assignment]
@@ -107,7 +107,7 @@ def finetune_centerpoint(
     resume: bool = False,
     on_step: OnStep = lambda text, done, total: None,
 ) -> QatResult:
-    """Fine-tune the quantised components of a CenterPoint in place.
+    """Fine-tune the quantized components of a CenterPoint in place.
 
     Order and augmentation are drawn from ``seed``. ``criterion`` is ``loss`` or ``map``, on ``held_out``. Raises
     InputError for another criterion, without scenes, and as ``finetune`` does.

@@ -1,4 +1,4 @@
-"""INT8 on the fly: where a backend asks for it and the model is not quantised, it is calibrated on its own samples."""
+"""INT8 on the fly: where a backend asks for it and the model is not quantized, it is calibrated on its own samples."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from cp_debug.recipes.registry import load_model
 
 @dataclass(frozen=True)
 class Calibration:
-    """How a model is quantised that nobody quantised before."""
+    """How a model is quantized that nobody quantized before."""
 
     data: Path | None = None
     """What to calibrate on; None: what is bisected, and more of its kind."""
@@ -99,9 +99,9 @@ def quantized_programs(
     folder: Path,
 ) -> list[Program]:
     """The programs in INT8: each has a Q/DQ graph in ``folder``, its calibration cache beside it, and a module with
-    fake quantisers where ``parts`` has one.
+    fake quantizers where ``parts`` has one.
 
-    ``sample`` is run once, to find the quantised layers in the graph. Raises InputError when one is not found.
+    ``sample`` is run once, to find the quantized layers in the graph. Raises InputError when one is not found.
     """
     made = []
     results: dict[str, Arrays] = {}
@@ -139,7 +139,7 @@ def already_quantized(programs: Sequence[Program]) -> list[Program] | None:
 
 
 def with_modules_beside(programs: list[Program], model: Model, folder: Path) -> list[Program]:
-    """The programs of Q/DQ files with the fake-quantised modules of the checkpoint that lies in their folder."""
+    """The programs of Q/DQ files with the fake-quantized modules of the checkpoint that lies in their folder."""
     if not is_ptq_checkpoint(folder / FILE):
         return programs
     parts = open_quantized(model, folder / FILE)

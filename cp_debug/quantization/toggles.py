@@ -1,4 +1,4 @@
-"""Quantisers switched off and on, and listed."""
+"""Quantizers switched off and on, and listed."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ def disable_quantization(module: nn.Module, *globs: str) -> AbstractContextManag
     """Let the layers and additions that a glob means compute in FP32 from now on, all of them without a glob.
 
     As a context manager (``with disable_quantization(module, "head.*"):``) only within it. Raises InputError, with the
-    nearest names, for a glob that means none, and for a module that is not quantised.
+    nearest names, for a glob that means none, and for a module that is not quantized.
     """
     return _Toggle(module, globs, on=False)
 
 
 def enable_quantization(module: nn.Module, *globs: str) -> AbstractContextManager[Any]:
-    """The opposite of ``disable_quantization``. Quantisers that have no scale stay off: outputs, BatchNorm, skips."""
+    """The opposite of ``disable_quantization``. Quantizers that have no scale stay off: outputs, BatchNorm, skips."""
     return _Toggle(module, globs, on=True)
 
 
 @dataclass(frozen=True)
 class QuantizerRow:
-    """One quantiser, or a layer that has none."""
+    """One quantizer, or a layer that has none."""
 
     name: str
     bits: int
@@ -66,13 +66,13 @@ class QuantizerRow:
 
 
 def quantizer_table(module: nn.Module) -> list[QuantizerRow]:
-    """Every quantiser of a module in the order of its layers."""
+    """Every quantizer of a module in the order of its layers."""
     found = quantization_of(module)
     return [_row(module, path, quantizer, found.skipped) for path, quantizer in quantizers(module)]
 
 
 def print_quantizer_status(module: nn.Module) -> None:
-    """Print the table of a module's quantisers."""
+    """Print the table of a module's quantizers."""
     from rich.console import Console
 
     for part in terminal(quantizer_table(module), QuantizerRow):
@@ -86,7 +86,7 @@ def _row(module: nn.Module, path: str, quantizer: Any, skipped: dict[str, str]) 
     if enabled:
         why = ""
     elif kind == "output_quantizer":
-        why = "what reads this output quantises it"
+        why = "what reads this output quantizes it"
     elif amax is not None:
         why = "switched off"
     else:

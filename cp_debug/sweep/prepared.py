@@ -94,7 +94,7 @@ def pick(model: Model, params: Parameters, options: DataOptions = DEFAULT_OPTION
 
 
 def parts_of(params: Parameters) -> Mapping[str, QuantizedComponent]:
-    """The components in INT8, where the checkpoint is of a quantised model."""
+    """The components in INT8, where the checkpoint is of a quantized model."""
     return _load(Subject.of(params))[1]
 
 

@@ -36,7 +36,7 @@ COLUMNS = {**dict.fromkeys(("label", "sample", "mode", "layer", "kind"), str), *
 
 
 def tasks(grid: Grid, quantized: Sequence[Path], *, by_layers: bool) -> Iterator[Task]:
-    """Each model × each quantised checkpoint × each sample, or × each share of the layers."""
+    """Each model × each quantized checkpoint × each sample, or × each share of the layers."""
     for subject in grid.subjects():
         for checkpoint in quantized or (None,):
             files = {**subject["files"], **digests([checkpoint] if checkpoint else [])}
@@ -99,7 +99,7 @@ class SensitiveLayer:
 
 @dataclass(frozen=True)
 class SensitivityGroup:
-    """One quantised model, each sample by itself; the layers by the median error that they bring alone."""
+    """One quantized model, each sample by itself; the layers by the median error that they bring alone."""
 
     label: str
     samples: list[str]
@@ -130,7 +130,7 @@ class SensitivityGroup:
 
 @dataclass(frozen=True)
 class ProfileGroup:
-    """One quantised model on all samples together: what ``cpdebug quantize sensitivity`` says."""
+    """One quantized model on all samples together: what ``cpdebug quantize sensitivity`` says."""
 
     label: str
     profile: SensitivityProfile
@@ -150,7 +150,7 @@ class ProfileGroup:
 
 
 def merge(records: Iterable[Record]) -> list[SensitivityGroup | ProfileGroup]:
-    """One group a quantised model, in the order of the grid; a profile where the layers were shared out, and none where
+    """One group a quantized model, in the order of the grid; a profile where the layers were shared out, and none where
     a share failed."""
     groups: dict[str, list[Record]] = defaultdict(list)
     for record in sorted(records, key=lambda each: each["place"]):
