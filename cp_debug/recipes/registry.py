@@ -1,4 +1,4 @@
-"""From what the user wrote to a model."""
+"""Finds the model that a user's text names."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ DEFAULT = "centerpoint:tiny"
 
 
 def load_model(text: str, *, checkpoint: Path | None = None, seed: int = 0) -> Model:
-    """Load a recipe (``centerpoint:tiny``, ``mmdet3d:CONFIG``), an ``.onnx`` file, or ``package.module:callable`` /
-    ``file.py:callable``.
+    """Load a recipe, an ``.onnx`` file, or a callable that returns a torch module.
 
-    ``checkpoint`` replaces a recipe's weights, or is strict-loaded into the callable's module.
+    ``text`` is ``centerpoint:tiny``, ``mmdet3d:CONFIG``, a file name, ``package.module:callable`` or
+    ``file.py:callable``. ``checkpoint`` replaces a recipe's weights, or is strict-loaded into the callable's module.
     Raises InputError when the name, the file or the checkpoint is unusable, MissingPackage without mmdet3d.
     """
     kind = kind_of(text)
@@ -41,18 +41,18 @@ def load_model(text: str, *, checkpoint: Path | None = None, seed: int = 0) -> M
 
 
 def kind_of(text: str) -> Literal["onnx", "centerpoint", "mmdet3d", "callable"]:
-    """What a user means, without loading it. Raises InputError for a text that names no model."""
+    """Kind of model that a text names, told without loading it. Raises InputError for a text that names none."""
     head, _, tail = text.partition(":")
-    known = [name for name, _ in known_models()]
+    names = [name for name, _ in known_models()]
     if text.endswith(".onnx"):
         return "onnx"
-    if text in known or text == "centerpoint":
+    if text in names or text == "centerpoint":
         return "centerpoint"
     if head == "mmdet3d" and tail:
         return "mmdet3d"
     if head != "centerpoint" and tail and (head.endswith(".py") or re.fullmatch(r"[A-Za-z_][\w.]*", head)):
         return "callable"
-    near = difflib.get_close_matches(text, known, n=1)
+    near = difflib.get_close_matches(text, names, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise InputError(f"MODEL: {text!r} is not a recipe, an .onnx file or module:callable{hint}")
 

@@ -32,7 +32,7 @@ class CenterPoint(nn.Module):
         return self.forward_pillars(voxelize_batch(clouds, self.config), batch_size=len(clouds))
 
     def forward_pillars(self, pillars: Voxels, batch_size: int = 1) -> dict[str, Tensor]:
-        """The same from voxelized clouds."""
+        """Voxelized clouds to ``config.output_names``; ``batch_size`` of them, by the column ``batch`` of ``coors``."""
         pillar_features = self.pts_voxel_encoder(decorate(pillars, self.config))
         canvas = scatter(pillar_features, pillars.coors, self.config.grid, batch_size)
         return self.pts_bbox_head(self.pts_neck(self.pts_backbone(canvas)))
