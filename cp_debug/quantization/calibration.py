@@ -23,7 +23,7 @@ from cp_debug.quantization.output_error import BATCHES, OutputErrors
 from cp_debug.quantization.residual_adds import attach, find_adds
 
 Batch: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
-"""Arguments of forward: one, several, or by name."""
+"""Arguments of a forward: one tensor, several, or several by name."""
 
 
 class CalibrationManager:
@@ -76,9 +76,9 @@ class CalibrationManager:
         args = self.arguments(batch)
         self._check(args)
         if self._adds is None:
-            found = find_adds(self.module, args)
-            skipped = {name for name in found if any(matches(self._full(name), glob) for glob in self._skip_layers)}
-            self._adds = [name for name in found if name not in skipped]
+            sums = find_adds(self.module, args)
+            skipped = {name for name in sums if any(matches(self._full(name), glob) for glob in self._skip_layers)}
+            self._adds = [name for name in sums if name not in skipped]
         errors = self._errors if self.batches < BATCHES else None
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(errors is not None))
@@ -95,18 +95,18 @@ class CalibrationManager:
         return {name: tensor.detach() for name, tensor in outputs.items()}
 
     def scales(self) -> Scales:
-        """From what was seen so far. Raises InputError when nothing was."""
+        """The scales from all batches so far. Raises InputError when there was none."""
         if not self.batches:
             raise InputError("there is no calibration data: expected at least one batch")
         layers = layers_of(self.module)
-        found, adds = {}, {}
+        scales_by_layer, adds = {}, {}
         for name in self._seen:
             if name in layers:
                 weight = weight_amax(layers[name].weight, weight_axis(layers[name]), self.method)
-                found[self._full(name)] = LayerScales(self._amax(name), weight.cpu().numpy())
+                scales_by_layer[self._full(name)] = LayerScales(self._amax(name), weight.cpu().numpy())
             else:
                 adds[self._full(name)] = self._amax(name)
-        return Scales(module_digest(self.module), self.method, found, adds)
+        return Scales(module_digest(self.module), self.method, scales_by_layer, adds)
 
     def save_cache(self, path: Path) -> None:
         """Write the scales as a calibration cache. Raises InputError when nothing was seen."""
@@ -151,7 +151,10 @@ class CalibrationManager:
         return hook
 
     def see(self, name: str, tensor: Tensor, errors: OutputErrors | None) -> Tensor:
-        """Count what a layer or an addition reads; gives what to hand to it."""
+        """Count a tensor that a layer or an addition reads; return the tensor to hand to it instead.
+
+        Raises InputError for NaN or Inf in it.
+        """
         with unwatched():
             try:
                 self._seen.setdefault(name, Histogram()).add(tensor)

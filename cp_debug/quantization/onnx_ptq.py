@@ -67,7 +67,7 @@ class GraphCalibration:
         return set(self._counts)
 
     def see(self, name: str, tensor: Tensor) -> None:
-        """Count one tensor of a run; others than the watched are let pass. Raises InputError for NaN or Inf in it."""
+        """Count one tensor of a run, if it is a watched one. Raises InputError for NaN or Inf in it."""
         for histogram in self._counts.get(name, ()):
             self._shapes[name] = tuple(tensor.shape)
             try:
@@ -76,7 +76,7 @@ class GraphCalibration:
                 raise InputError(f"{self._graph.path}: {name!r} holds {error} during calibration") from None
 
     def scales(self) -> Scales:
-        """From what was seen. Raises InputError when that was nothing."""
+        """The scales from all samples so far. Raises InputError when there was none."""
         if self._counts and not self._shapes:
             raise InputError(f"{self._graph.path}: there is no calibration data: expected at least one sample")
         adds = {

@@ -24,13 +24,13 @@ NOT_RUN = "it did not run during calibration"
 
 @dataclass
 class Quantization:
-    """How a module was quantized; ``quantization`` on the module."""
+    """Record of how a module was quantized; ``quantization`` on the module."""
 
     model: str
     """SHA-256 of the FP32 weights, BatchNorm folded."""
     method: str
     layers: Sequence[str]
-    """Paths in this module of what has quantizers."""
+    """Paths of layers with quantizers, in this module."""
     adds: Sequence[str] = ()
     skipped: dict[str, str] = field(default_factory=dict)
     """Layers that stay in FP32, and why."""
@@ -73,21 +73,24 @@ def quantize_ptq(
 
 def quantized(manager: CalibrationManager) -> nn.Module:
     """A quantized copy of the module that ``manager`` has calibrated."""
-    made = apply_scales(manager.module, manager.scales(), manager.prefix)
-    quantization_of(made).skipped.update({path: f"skipped by {glob!r}" for path, glob in manager.skipped.items()})
-    return made
+    quantized_copy = apply_scales(manager.module, manager.scales(), manager.prefix)
+    quantization_of(quantized_copy).skipped.update(
+        {path: f"skipped by {glob!r}" for path, glob in manager.skipped.items()}
+    )
+    return quantized_copy
 
 
 def apply_scales(module: nn.Module, scales: Scales, prefix: str = "") -> nn.Module:
-    """A quantized copy of ``module``, which is FP32 with BatchNorm folded, with scales that were found before.
+    """A quantized copy of ``module``, which is FP32 with BatchNorm folded, with scales that exist already.
 
-    Layers and additions that ``scales`` does not name stay in FP32. Raises InputError when the scales were calibrated
-    on other weights, and for a module that is quantized already.
+    ``prefix`` leads from the names of the scales to the module. Layers and additions that ``scales`` does not name stay
+    in FP32. Raises InputError when the scales were calibrated on other weights, and for a module that is quantized
+    already.
     """
     if is_quantized(module):
         raise InputError(f"{type(module).__name__} is quantized already; expected the FP32 model")
     check_model(module, scales, "scales")
-    layers = {own_path(prefix, path): found for path, found in scales.layers.items()}
+    layers = {own_path(prefix, path): layer_scales for path, layer_scales in scales.layers.items()}
     return install(
         module, scales.model, scales.method, layers, {own_path(prefix, n): a for n, a in scales.adds.items()}
     )
@@ -100,14 +103,14 @@ def install(
 
     Raises InputError for a name that the module does not have.
     """
-    made = copy.deepcopy(module).eval()
-    present = layers_of(made)
+    quantized_module = copy.deepcopy(module).eval()
+    present = layers_of(quantized_module)
     if unknown := sorted(layers.keys() - present.keys()):
         raise InputError(f"{type(module).__name__} has no layer {unknown[0]!r}")
-    insert_quantizers(made, layers)
-    device = next((p.device for p in made.parameters()), torch.device("cpu"))
-    attach(made, {name: activation_quantizer(amax, device) for name, amax in adds.items()})
-    made.quantization = Quantization(  # type: ignore[assignment]
+    insert_quantizers(quantized_module, layers)
+    device = next((p.device for p in quantized_module.parameters()), torch.device("cpu"))
+    attach(quantized_module, {name: activation_quantizer(amax, device) for name, amax in adds.items()})
+    quantized_module.quantization = Quantization(  # type: ignore[assignment]
         model=model,
         method=method,
         layers=list(layers),
@@ -115,25 +118,31 @@ def install(
         skipped={path: NOT_RUN for path in present if path not in layers},
         folding=getattr(module, "folding", Folding(())),
     )
-    return made
+    return quantized_module
 
 
 def quantization_of(module: nn.Module) -> Quantization:
-    """How a module was quantized. Raises InputError for one that was not, or not by ``quantize_ptq``."""
-    found = getattr(module, "quantization", None)
-    if not isinstance(found, Quantization):
+    """The record of how a module was quantized.
+
+    Raises InputError for a module that was not quantized, or not by ``quantize_ptq``.
+    """
+    record = getattr(module, "quantization", None)
+    if not isinstance(record, Quantization):
         raise InputError(f"{type(module).__name__} is not quantized; expected what quantize_ptq returned")
-    return found
+    return record
 
 
 def scales_of(module: nn.Module, prefix: str = "") -> Scales:
-    """The scales of the quantizers that are on; layers are named by their paths in the whole model."""
-    found = quantization_of(module)
+    """The scales of the quantizers that are on; layers are named by their paths in the whole model.
+
+    Raises InputError for a module that is not quantized.
+    """
+    record = quantization_of(module)
     layers: dict[str, LayerScales] = {}
-    for path in found.layers:
+    for path in record.layers:
         layer: Any = module.get_submodule(path)
         if layer.input_quantizer.is_enabled and layer.weight_quantizer.is_enabled:
             weight = layer.weight_quantizer.amax.flatten().cpu().numpy()
             layers[full_path(prefix, path)] = LayerScales(float(layer.input_quantizer.amax), weight)
     adds = {full_path(prefix, name): float(q.amax) for name, q in add_quantizers(module).items() if q.is_enabled}
-    return Scales(found.model, found.method, layers, adds)
+    return Scales(record.model, record.method, layers, adds)

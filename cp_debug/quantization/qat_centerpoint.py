@@ -25,7 +25,7 @@ from cp_debug.recipes.data.base import DataOptions, Truth, iterate
 from cp_debug.recipes.data.open_data import DEFAULT_OPTIONS
 
 KEPT = 256
-"""Training scenes in memory."""
+"""Number of training scenes in memory."""
 VALIDATION_FIRST = 2000
 """First held-out synthetic scene that is validated on: neither calibrated nor evaluated on."""
 CRITERIA = ("loss", "map")
@@ -73,7 +73,10 @@ class Scenes:
 def training_scenes(
     model: CenterPointModel, data: Path | None, count: int, options: DataOptions = DEFAULT_OPTIONS
 ) -> Scenes:
-    """At most ``count`` scenes of an info file, or of those that the tiny model was trained on."""
+    """At most ``count`` scenes of an info file, or of those that the tiny model was trained on.
+
+    Raises InputError for unusable files, and for a model whose classes are not those of the synthetic scenes.
+    """
     if data is None:
         _check_classes(model)
         return Scenes(count, lambda index: Example.of(generate_scene(index)))
@@ -125,14 +128,14 @@ def finetune_centerpoint(
         return [scenes[int(order[at])].augmented(rng) for order, (_, at) in zip(orders, passes, strict=True)]
 
     def loss(module: nn.Module, batch: Sequence[Example]) -> Tensor:
-        boxes, labels = [each.boxes for each in batch], [each.labels for each in batch]
+        boxes, labels = [example.boxes for example in batch], [example.labels for example in batch]
         targets = make_targets(boxes, labels, model.config)
-        return centerpoint_loss(module([each.points for each in batch]), targets).total
+        return centerpoint_loss(module([example.points for example in batch]), targets).total
 
     def validate(module: nn.Module) -> float:
         if criterion == "map":
             return -float(evaluate(module, held_out).mean())  # type: ignore[arg-type]
-        return float(np.mean([loss(module, [each]).item() for each in held_out]))
+        return float(np.mean([loss(module, [example]).item() for example in held_out]))
 
     result = finetune(network, examples, loss, validate, options, state=state, resume=resume, on_step=on_step)
     for component in model.components:

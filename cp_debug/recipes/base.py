@@ -48,7 +48,7 @@ class Component:
     dynamic_axes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     """Input name → axis → symbolic name, as ``torch.onnx.export`` takes it."""
     deployed_axes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
-    """``dynamic_axes`` of files that are deployed: axes that stay free there, though one debugged model has one size."""
+    """``dynamic_axes`` of files that are deployed: axes that stay free there, though a debugged model has one size."""
     stages: Sequence[Stage] = ()
 
 
