@@ -1,8 +1,8 @@
 """The program that ONNX Runtime makes of a model, as a graph that can be probed without changing it.
 
 Marking values as outputs before optimization deletes the fusions under test. So ONNX Runtime writes the program that it
-would run, and that program is executed as it stands, optimization off: the same kernels run, whoever looks. What can
-be seen is what the program still computes. Values in blocked layout (NCHWc) are read through a ``ReorderOutput`` on a
+would run, and that program is executed as it stands, optimization off: the same kernels run, whoever looks. Visible are
+the values that the program still computes. Values in blocked layout (NCHWc) are read through a ``ReorderOutput`` on a
 side branch, FP16 values that a CPU keeps in FP32 through an ``Identity``.
 """
 
@@ -31,7 +31,7 @@ _TOLERANCE = 0.05
 
 @dataclass(frozen=True)
 class Replacement:
-    """What computes one visible value of the optimized program, and what computed it in the original graph."""
+    """Nodes that compute one visible value, in the optimized program and in the original graph."""
 
     value: str
     optimized: tuple[str, ...]
@@ -50,15 +50,15 @@ class OptimizedProgram:
     observed: ChunkedGraph
     """``graph``, ready to run."""
     exposed: list[str]
-    """The original values that it shows."""
+    """Original values that it shows."""
     folded: list[str]
-    """The original values that it computed when it was written: they are its weights now."""
+    """Original values that were computed when the program was written: they are weights now."""
     renamed: dict[str, str]
     """Original value → the program's own name for it, where that differs."""
     unverified: list[str]
     """Values whose original name was guessed and whose numbers did not confirm it."""
     outputs: dict[str, np.ndarray] | None
-    """What the observed program returned on the inputs it was verified with."""
+    """Outputs of the observed program on the inputs that it was verified with."""
 
 
 def build(
@@ -120,11 +120,13 @@ class _Sample:
 
     @classmethod
     def of(cls, tensor: Tensor) -> _Sample:
+        """The sample of a tensor."""
         array = as_numpy(tensor)
         flat = array.reshape(-1)
         return cls(array.shape, flat[:: max(1, flat.size // _SAMPLE)].astype(np.float64))
 
     def agrees(self, other: _Sample) -> bool:
+        """Whether two samples may be of one tensor, up to rounding."""
         if self.shape != other.shape:
             return False
         finite = np.isfinite(self.elements) & np.isfinite(other.elements)

@@ -1,4 +1,4 @@
-"""Which of ONNX Runtime's graph optimizers change a model, by the names that ``disabled_optimizers`` takes."""
+"""Graph optimizers of ONNX Runtime that change a model, by the names that ``disabled_optimizers`` takes."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ KNOWN = {
 }
 
 TEST = ".test"
-"""Ends the spec of a test that runs on the same backend as its reference."""
+"""Suffix for the spec of a test that runs on the same backend as its reference."""
 
 _SPEC = re.compile(r"(?P<name>[a-z0-9]+(?:-[a-z0-9]+)*)(?:@(?P<device>cpu|cuda(?::\d+)?))?(?P<test>\.test)?")
 
@@ -62,7 +62,7 @@ class BackendSpec:
 
     @property
     def variant(self) -> str:
-        """What follows the family: ``fp16`` of ``trt-fp16``, empty for ``torch``."""
+        """The part behind the family: ``fp16`` of ``trt-fp16``, empty for ``torch``."""
         return self.name.partition("-")[2]
 
     def __str__(self) -> str:

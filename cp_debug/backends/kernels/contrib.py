@@ -1,7 +1,7 @@
 """Operators of ``com.microsoft`` that ONNX Runtime's optimizer writes and exporters use, all but attention.
 
 Formulas: ONNX Runtime's ``docs/ContribOperators.md`` (1.2x), checked against its CPU kernels. Where it fuses several
-operators, what an unfused implementation would store is rounded.
+operators, values that an unfused implementation would store are rounded.
 """
 
 from __future__ import annotations
