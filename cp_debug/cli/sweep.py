@@ -48,7 +48,7 @@ Models = Annotated[list[str] | None, typer.Argument(help="Recipes, .onnx files, 
 Backends = Annotated[str, typer.Option("--backends", "-b", help="Reference first, then the tests.")]
 Checkpoints = Annotated[list[Path] | None, typer.Option("--checkpoint", help="Weights; repeatable.")]
 Inputs = Annotated[Path | None, typer.Option(help="Info file (.pkl), .npz, point file, or a folder of such.")]
-Seed = Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Of made-up inputs; first synthetic scene.")]
+Seed = Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of made-up inputs; first synthetic scene.")]
 Exporters = Annotated[Exporter, typer.Option(help="For torch models; auto: what all backends read.")]
 Unfolded = Annotated[bool, typer.Option("--unfolded", help="Keep BatchNorm apart.")]
 
@@ -169,7 +169,7 @@ def sweep_eval(
         Path | None, typer.Option(help="An mmdet3d info file (.pkl); else the held-out synthetic scenes.")
     ] = None,
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, max=MOST, help="At most this many samples.")] = 50,
-    data_root: Annotated[Path | None, typer.Option(help="What the paths in the info file are relative to.")] = None,
+    data_root: Annotated[Path | None, typer.Option(help="Folder that paths in the info file are relative to.")] = None,
     sweeps: Annotated[int, typer.Option(min=0, max=MOST, help="Earlier sweeps to merge, at most.")] = 9,
     skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Leave out samples without a cloud.")] = False,
     min_points: Annotated[int, typer.Option(min=0, max=MOST, help="Points that an object must have to count.")] = 1,
@@ -216,7 +216,7 @@ def sweep_sensitivity(
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, max=MOST, help="At most this many samples.")] = 8,
     seed: Seed = 0,
     by: Annotated[
-        Axis, typer.Option(help="What a task is: one sample and all layers, or all samples and a share of the layers.")
+        Axis, typer.Option(help="Shape of a task: one sample and all layers, or all samples and a share of the layers.")
     ] = Axis.samples,
     draws: Annotated[int, typer.Option(min=0, max=MOST, help="Bootstrap draws for the intervals, by layers.")] = 200,
     *,
