@@ -56,7 +56,7 @@ def build_engines(
     backend = with_kept(backend, programs)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
-    built, settings_of_engines = [], []
+    built, build_infos = [], []
     for place, program in enumerate(programs):
         on_step(f"building {program.name}", place, len(programs))
         session: Any = backend.open(program)
@@ -68,10 +68,10 @@ def build_engines(
             settings = session.settings
         finally:
             session.close()
-        settings_of_engines.append(settings)
+        build_infos.append(settings)
         seconds, realised = engine.facts["seconds"], settings["realised_precision"]
         built.append(Built(program.name, target.name, file_hash(target), program.graph.digest, seconds, realised))
-    check_realised(backend, settings_of_engines)
+    check_realised(backend, build_infos)
     versions = backend.versions()
     manifest = {
         "schema": SCHEMA,

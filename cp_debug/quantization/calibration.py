@@ -99,14 +99,14 @@ class CalibrationManager:
         if not self.batches:
             raise InputError("there is no calibration data: expected at least one batch")
         layers = layers_of(self.module)
-        scales_by_layer, adds = {}, {}
+        scales_by_layer, residual_adds = {}, {}
         for name in self._seen:
             if name in layers:
                 weight = weight_amax(layers[name].weight, weight_axis(layers[name]), self.method)
                 scales_by_layer[self._full(name)] = LayerScales(self._amax(name), weight.cpu().numpy())
             else:
-                adds[self._full(name)] = self._amax(name)
-        return Scales(module_digest(self.module), self.method, scales_by_layer, adds)
+                residual_adds[self._full(name)] = self._amax(name)
+        return Scales(module_digest(self.module), self.method, scales_by_layer, residual_adds)
 
     def save_cache(self, path: Path) -> None:
         """Write the scales as a calibration cache. Raises InputError when nothing was seen."""

@@ -108,7 +108,7 @@ def _without(part: QuantizedComponent, prefix: str, globs: Sequence[str]) -> Qua
     """A copy of ``part`` with the quantizers off that a glob means."""
     assert part.module is not None
     about = quantization_of(part.module)
-    names = {path: full_path(prefix, path) for path in (*about.layers, *about.adds)}
+    names = {path: full_path(prefix, path) for path in (*about.layers, *about.residual_adds)}
     skipped = [path for path, name in names.items() if any(matches(name, glob) for glob in globs)]
     if skipped:
         disable_quantization(part.module, *skipped)
