@@ -1,7 +1,7 @@
 """Parts that other distributions add: recipes, backends and readers of deploy files, found by entry point.
 
-A distribution declares them in its ``pyproject.toml`` (``[project.entry-points."cpdebug.recipes"]``). What cpdebug
-brings itself stands in ``BUILT_IN``, so that a checkout that is not installed has it, too.
+A distribution declares them in its ``pyproject.toml`` (``[project.entry-points."cpdebug.recipes"]``). Parts that
+cpdebug brings itself stand in ``BUILT_IN``, so that a checkout that is not installed has them, too.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ BUILT_IN: dict[str, dict[str, str]] = {CONFIGS: {"awml": "cp_debug.deploy.awml:r
 @lru_cache
 def names(group: str) -> dict[str, str]:
     """Name → ``module:attribute`` of every plug-in of a group. A plug-in cannot take the name of a built-in one."""
-    found = {entry.name: entry.value for entry in entry_points(group=group)}
-    return found | BUILT_IN.get(group, {})
+    declared = {entry.name: entry.value for entry in entry_points(group=group)}
+    return declared | BUILT_IN.get(group, {})
 
 
 def load(group: str, name: str) -> Callable[..., Any]:
