@@ -99,8 +99,8 @@ class Executor:
         self._steps: dict[int, _Step] = {}
         self._place = ""
         self.decisions: dict[str, str | int] = {}
-        """Of the last run: control flow node, by its path as ``flatten`` writes it → the branch that an If took, or how
-        often a body ran."""
+        """Decisions of the last run: path of a control flow node, as ``flatten`` writes it → branch that an If took, or
+        how often a body ran."""
         self._definitions: dict[tuple[Any, ...], Body | None] = {}
         self.in_reference: dict[str, str] = {}
         """Node → operator of those that ONNX's reference implementation computed."""

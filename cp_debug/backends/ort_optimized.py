@@ -37,7 +37,7 @@ class Replacement:
     optimized: tuple[str, ...]
     """Names of the optimized program's nodes between the visible values before and this one."""
     operators: tuple[str, ...]
-    """Their operators: ``com.microsoft.nchwc.Conv``."""
+    """Operators of these nodes, such as ``com.microsoft.nchwc.Conv``."""
     original: tuple[str, ...]
     """Names of the original nodes between the same values."""
 

@@ -15,14 +15,14 @@ from cp_debug.cli.typed import refuse, refuse_export_flags
 
 
 class Level(str, Enum):
-    """How fine the tables are."""
+    """Fineness of the tables."""
 
     stages = "stages"
     layers = "layers"
 
 
 class Exporter(str, Enum):
-    """Which of torch's ONNX exporters makes the deployed graph."""
+    """Torch's ONNX exporters, one of which makes the deployed graph."""
 
     auto = "auto"
     dynamo = "dynamo"

@@ -37,7 +37,7 @@ app = typer.Typer(
 
 
 class Axis(str, Enum):
-    """What the tasks of a sensitivity sweep are."""
+    """Axis along which a sensitivity sweep is cut into tasks."""
 
     samples = "samples"
     layers = "layers"
@@ -55,7 +55,7 @@ Unfolded = Annotated[bool, typer.Option("--unfolded", help="Keep BatchNorm apart
 
 @dataclass(frozen=True)
 class Desk:
-    """Where tasks go and reports come out: the flags that all kinds share."""
+    """Flags that all kinds of sweeps share: where tasks go and reports come out."""
 
     workers: Annotated[
         int | None,
@@ -147,7 +147,7 @@ def sweep_bisect(
     int8: calibration.Flags,
     desk: Desk,
 ) -> None:
-    """Which layers are guilty on how many samples, how their errors spread, and which samples stand out.
+    """Count on how many samples each layer is guilty; tell how errors spread, and which samples stand out.
 
     A task is one test backend on one sample. Exit code 1 when a backend disagrees on some sample, 2 when a task failed.
     """
@@ -182,7 +182,7 @@ def sweep_eval(
     int8: calibration.Flags,
     desk: Desk,
 ) -> None:
-    """What `cpdebug eval` says, of many models at once: mAP, NDS, and in which samples boxes were lost or gained.
+    """Score many models at once as `cpdebug eval` does: mAP, NDS, and in which samples boxes were lost or gained.
 
     A task is one backend on one sample. Exit code 1 when a backend detects significantly less, 2 when a task failed.
     """
@@ -222,7 +222,7 @@ def sweep_sensitivity(
     *,
     desk: Desk,
 ) -> None:
-    """Which layers suffer from INT8: how their errors spread over samples, or what `quantize sensitivity` says.
+    """Find layers that suffer from INT8: their errors over samples, or the profile of `quantize sensitivity`.
 
     Exit code 2 when a task failed.
     """
@@ -263,7 +263,7 @@ def sweep_search(
     *,
     desk: Desk,
 ) -> None:
-    """Which layers must keep their precision on how many samples. A task is one `cpdebug search` on one sample.
+    """Count on how many samples each layer must keep its precision. A task is one `cpdebug search` on one sample.
 
     Exit code 1 when the goal was not reached on some sample, 2 when a task failed.
     """

@@ -61,7 +61,7 @@ def computed_low(graph: Graph, dtype: str, keep_fp32: Collection[str] = ()) -> f
 
 @dataclass
 class _Uses:
-    """How the nodes want a weight."""
+    """Precisions in which nodes read a weight."""
 
     low: bool = False
     high: bool = False
@@ -88,7 +88,7 @@ class _Surgery:
         self.weights = {name: _Uses() for name in (*graph.initializers, *constants) if name in self.floats}
         captured = {name for node in graph.nodes for name in set(node.inputs) - set(node.proto.input)}
         self.pinned = {v.name for v in graph.outputs} | captured
-        """What must be FP32 under its own name."""
+        """Values that must be FP32 under their own names."""
         for name in self.pinned & self.weights.keys():
             self.weights[name].high = True
         self._fresh = unused_names(graph)

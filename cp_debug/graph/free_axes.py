@@ -48,7 +48,7 @@ SIZES = (
     100,
     1024,
 )
-"""What a free axis may have to be instead: multiples of 32, the inputs of classifiers, small counts."""
+"""Other sizes that a free axis may need: multiples of 32, the inputs of classifiers, small counts."""
 
 _LONGEST = 80
 """Characters of a symbol that is taken for an expression."""

@@ -48,7 +48,7 @@ _LARGE = 16.0
 
 @dataclass(frozen=True)
 class Ways:
-    """How an input can be filled: the first way, then others."""
+    """Ways to fill an input: the first one to try, then others."""
 
     makers: tuple[Maker, ...]
     certain: bool
@@ -109,7 +109,7 @@ def _integers(graph: Graph, value: ValueInfo, uses: Sequence[tuple[Node, int]]) 
 
 
 def _index_limit(graph: Graph, node: Node, place: int) -> int | None:
-    """How many elements an index chooses from; None for what is no index."""
+    """Number of elements that an index chooses from; None for an input that is no index."""
     if node.op in ("Gather", "GatherElements", "GatherND", "ScatterND", "ScatterElements") and place == 1:
         dims = known_dims(graph, node.proto.input[0])
         axis = attribute(node, "axis", 0)

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     import onnxruntime
 
 TRIALS = 200
-"""How many inputs are tried at most."""
+"""Largest number of inputs that are tried."""
 SECONDS = 60.0
-"""How long they are tried at most."""
+"""Longest time for trials, in seconds."""
 FINITE_TRIALS = 12
-"""How many more are tried when one ran and gave NaN or Inf, which may be what the network gives."""
+"""Number of further trials when one ran and gave NaN or Inf, which may be what the network gives."""
 _WARNED = 4
 """ONNX Runtime's severity of what ends the process; a trial that fails is no error."""
 _FAILED_NODE = re.compile(r"Name:'([^']*)'")
@@ -41,8 +41,8 @@ class _Choice:
 
 @dataclass(frozen=True, order=True)
 class _Score:
-    """How far a trial came: the last node reached, one more than there are for a run to the end; then whether all
-    outputs were finite."""
+    """Reach of a trial: the last node (one more than there are for a run to the end), then whether all outputs were
+    finite."""
 
     reached: int
     finite: bool = False

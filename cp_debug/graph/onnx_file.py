@@ -65,7 +65,7 @@ _VALUE = {
 
 @dataclass(frozen=True)
 class External:
-    """Where a weight's bytes lie."""
+    """Place of a weight's bytes in an external file."""
 
     file: Path
     offset: int
@@ -94,7 +94,7 @@ def read_model(path: Path) -> onnx.ModelProto:
 
 
 def external_data(tensor: TensorProto, model: Path) -> External:
-    """Where a weight of the file ``model`` has its bytes. Raises InputError for places that cannot be."""
+    """Place of the bytes of a weight of the file ``model``. Raises InputError for places that cannot be."""
     where = f"{model}: external data of {_shown(tensor.name)}"
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")

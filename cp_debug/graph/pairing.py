@@ -1,4 +1,4 @@
-"""Which value of one graph is which of another: the same network exported again, simplified, fused, renamed.
+"""Pairing of the values of two graphs: one network exported twice, simplified, fused, renamed.
 
 Equal names are believed where the nodes behind them agree. Else what each value holds on the same inputs decides, and
 the dataflow decides among equal tensors (``programs/pairing_numbers.py``). Inputs and outputs are paired by name, else

@@ -29,7 +29,7 @@ QUANTIZED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 LEVELS = 127
 """A scale is the largest magnitude divided by this; QuantizeLinear itself clips at −128 and 127."""
 OPSET = 13
-"""From here on a scale may be one for each channel."""
+"""Oldest opset in which a scale may be one for each channel."""
 
 
 def insert_qdq(

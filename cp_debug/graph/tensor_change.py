@@ -1,4 +1,4 @@
-"""How one constant differs from another: scaled, in some channels only, permuted, transposed, stored in fewer bits."""
+"""Changes from one constant to another: scaled, in some channels only, permuted, transposed, stored in fewer bits."""
 
 from __future__ import annotations
 

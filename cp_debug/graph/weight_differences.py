@@ -46,7 +46,7 @@ class WeightDifferences:
     """Tensors of the reference without one of this name, or like it, in the test."""
     added: list[str] = field(default_factory=list)
     note: str = ""
-    """Why many may differ in a healthy model."""
+    """Reason why many may differ in a healthy model."""
 
     @property
     def says(self) -> str:

@@ -38,7 +38,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Coverage:
-    """How many of the deployed graph's values, and of the leaf modules' calls, are accounted for."""
+    """Numbers of values in the deployed graph, and of leaf modules' calls, that are accounted for."""
 
     values: int
     values_total: int

@@ -63,7 +63,7 @@ class Header(TypedDict, total=False):
     inputs: list[dict[str, str]]
     """One entry a sample: input name → ``array_hash``."""
     samples: list[str]
-    """Where each sample came from."""
+    """Source of each sample."""
 
 
 @dataclass(frozen=True)

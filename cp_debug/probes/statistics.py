@@ -1,4 +1,4 @@
-"""How far one tensor is from another: every statistic from one blocked pass, one pair in memory at a time.
+"""Statistics of two tensors: all from one blocked pass, one pair in memory at a time.
 
 NaN and Inf never vanish into a summary:
 

@@ -11,7 +11,7 @@ from cp_debug.recipes.base import Stage
 
 MOST_STAGES = 12
 _SCOPES = "pkg.torch.onnx.name_scopes"
-"""Where torch's dynamo exporter keeps the module path of a node; the older one puts it into the node's name."""
+"""Metadata key of a node's module path in torch's dynamo exporter; the older one puts it into the node's name."""
 
 
 def stages_of(graph: Graph) -> list[Stage]:

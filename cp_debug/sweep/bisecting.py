@@ -40,9 +40,9 @@ _KEPT = {
     "verdict": str,
     "why": str,
 }
-"""What is kept of a layer's row."""
+"""Entries of a layer's row that are kept."""
 COLUMNS = {"label": str, "reference": str, "backend": str, "sample": str, **_KEPT}
-"""Of the flat table: a row for each sample and layer."""
+"""Columns of the flat table: a row for each sample and layer."""
 
 
 def tasks(grid: Grid) -> Iterator[Task]:

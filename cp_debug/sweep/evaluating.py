@@ -26,7 +26,7 @@ from cp_debug.sweep.tasks import Parameters, Task
 
 _BOX = ("x", "y", "z", "length", "width", "height", "yaw", "vx", "vy")
 COLUMNS = {"label": str, "backend": str, "sample": str, "class": str, "score": float, **dict.fromkeys(_BOX, float)}
-"""Of the flat table: a row for each detection; z of the bottom centre."""
+"""Columns of the flat table: a row for each detection; z of the bottom centre."""
 
 
 def tasks(grid: Grid) -> Iterator[Task]:

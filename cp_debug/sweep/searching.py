@@ -23,7 +23,7 @@ from cp_debug.sweep.tasks import Parameters, Task
 
 _KEPT = ("component", "layer", "ops", "introduced", "effect")
 COLUMNS = {**dict.fromkeys(("label", "backend", "sample", "layer"), str), "introduced": float, "effect": float}
-"""Of the flat table: a row for each sample and layer to keep."""
+"""Columns of the flat table: a row for each sample and layer to keep."""
 
 
 def tasks(grid: Grid) -> Iterator[Task]:

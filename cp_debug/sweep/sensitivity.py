@@ -34,7 +34,7 @@ SHARES = 16
 """Number of tasks for a model when layers are shared out."""
 _FIGURES = ("introduced", "error")
 COLUMNS = {**dict.fromkeys(("label", "sample", "mode", "layer", "kind"), str), **dict.fromkeys(_FIGURES, float)}
-"""Of the flat table: a row for each trial."""
+"""Columns of the flat table: a row for each trial."""
 
 
 def tasks(grid: Grid, quantized: Sequence[Path], *, by_layers: bool) -> Iterator[Task]:

@@ -58,7 +58,7 @@ class Outlier:
 
 
 def robust_scores(values: ArrayLike) -> NDArray[np.float64]:
-    """How many robust standard deviations each value lies above the median, on a logarithmic scale: [N] → [N].
+    """Robust standard deviations by which each value lies above the median, on a logarithmic scale: [N] → [N].
 
     0.6745 (x − median) ÷ median absolute deviation, x = log10 of the value; where more than half are equal, the mean
     absolute deviation serves (÷ 1.2533), and infinity lies infinitely far. NaN stays NaN.

@@ -29,7 +29,7 @@ _LOCAL = {
     "distributed.admin.tick.interval": "500ms",
     "distributed.admin.system-monitor.interval": "5s",
 }
-"""How Dask watches itself takes a twentieth of two cores beside two workers, unless it does so more rarely."""
+"""Settings that let Dask watch itself more rarely: else that takes a twentieth of two cores beside two workers."""
 
 
 class ClusterLost(CpdebugError):

@@ -17,7 +17,7 @@ from cp_debug.recipes.centerpoint.voxelize import Voxels, voxelize_batch
 
 
 class CenterPoint(nn.Module):
-    """From point clouds to head maps. ``state_dict()`` has the names and shapes of mmdet3d 1.4.0."""
+    """CenterPoint from point clouds to head maps. ``state_dict()`` has the names and shapes of mmdet3d 1.4.0."""
 
     def __init__(self, config: CenterPointConfig) -> None:
         super().__init__()
