@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 
 from cp_debug.errors import BackendUnavailable, InputError
 
-FAMILIES = ("torch", "ort", "emu", "trt")
-
 KNOWN = {
     "torch": "PyTorch FP32, TF32 off, deterministic",
     "torch-fp64": "PyTorch FP64",

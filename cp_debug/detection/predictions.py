@@ -11,9 +11,7 @@ from numpy.typing import NDArray
 
 from cp_debug.detection.boxes import Boxes
 from cp_debug.detection.changes import Detected
-from cp_debug.errors import InputError
 from cp_debug.files import complete_path
-from cp_debug.reading import read_npz
 from cp_debug.recipes.data.attributes import attributes_of
 
 _FIELDS = ("boxes", "scores", "labels", "counts")
@@ -59,17 +57,3 @@ def save_predictions(path: Path, samples: Sequence[str], backends: Mapping[str, 
     arrays = {f"{spec}/{name}": getattr(found, name) for spec, found in backends.items() for name in _FIELDS}
     with complete_path(path) as partial, partial.open("wb") as stream:
         np.savez_compressed(stream, samples=np.array(samples, dtype=np.str_), **arrays)
-
-
-def load_predictions(path: Path) -> tuple[list[str], dict[str, Predictions]]:
-    """Sample names, and predictions by backend. Raises InputError for another kind of file."""
-    try:
-        archive = read_npz(path)
-    except InputError as error:
-        raise InputError(f"{path}: not a predictions file ({error})") from None
-    specs = [name.removesuffix("/counts") for name in archive if name.endswith("/counts")]
-    try:
-        found = {spec: Predictions(*(archive[f"{spec}/{name}"] for name in _FIELDS)) for spec in specs}
-        return archive["samples"].tolist(), found
-    except (KeyError, ValueError) as error:
-        raise InputError(f"{path}: not a predictions file ({error})") from None

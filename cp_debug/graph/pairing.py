@@ -43,15 +43,6 @@ class Pairing:
     added: Sequence[str] = ()
     """Values that only the test has."""
 
-    @property
-    def by_name(self) -> bool:
-        """Whether equal names say it all."""
-        return set(self.how) <= {"name"}
-
-    def reference_name(self, value: str) -> str:
-        """What to call a value of the test: as in the reference, or its own name where that is free."""
-        return self.names.get(value, value)
-
     def reference_outputs(self, outputs: Mapping[str, Any]) -> dict[str, Any]:
         """A run's outputs by the reference's names, in its order; those that only the test has are left out."""
         return {name: outputs[own] for name, own in self.outputs.items()}
