@@ -59,7 +59,7 @@ def faulty(seed: int, folder: Path) -> tuple[str, str, list[str], list[str]]:
     layer = scales.layers[name]
     weight = layer.weight.max(keepdims=True) if kind == "int8-per-tensor" else layer.weight
     bad = {**scales.layers, name: dataclasses.replace(layer, input=layer.input * FAULTS[kind], weight=weight)}
-    test = insert_qdq(graph, bad, folder / f"int8-{seed}.onnx", scales.adds)
+    test = insert_qdq(graph, bad, folder / f"int8-{seed}.onnx", scales.residual_adds)
     found = bisect(str(path), "ort,ort-int8", test_model=test).tests[0]
     guilty = {row.name: graph.producer[row.onnx].name for row in found.guilty}
     causes = [f.cause for f in found.findings if name in {guilty.get(layer) for layer in f.layers}]

@@ -14,20 +14,20 @@ from cp_debug.backends.ort_backend import OrtBackend
 from cp_debug.backends.ort_optimizers import RULE_BASED, active_optimizers
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.engine import Options, bisect
-from cp_debug.bisect.optimizer_blame import REST, Knobs, find_knobs
+from cp_debug.bisect.optimizer_blame import REST, OptimizerBlame, blame_optimizers
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.recipes.onnx_file import OnnxFileModel
 
 
-def knobs_of(path: Path, spec: str, *, floor: float = 0.0) -> Knobs:
+def knobs_of(path: Path, spec: str, *, floor: float = 0.0) -> OptimizerBlame:
     model = OnnxFileModel(path)
     program = Program(model.components[0].name, Graph(path))
     backend = OrtBackend(BackendSpec.parse(spec), threads=1)
-    return find_knobs(model, [program], backend, next(model.samples(1, 0, None)), floor)
+    return blame_optimizers(model, [program], backend, next(model.samples(1, 0, None)), floor)
 
 
-def names(knobs: Knobs) -> set[str]:
+def names(knobs: OptimizerBlame) -> set[str]:
     return {culprit.optimizer for culprit in knobs.responsible}
 
 
@@ -122,7 +122,7 @@ def test_the_log_names_the_optimisers_that_changed_something(tmp_path, capfd):
 
 def test_bisect_reports_knobs(tmp_path):
     path = second_like(tmp_path / "net.onnx", depth=1, size=16)
-    result = bisect(str(path), "ort-none,ort-basic", options=Options(knobs=True))
+    result = bisect(str(path), "ort-none,ort-basic", options=Options(optimizer_blame=True))
     found = result.to_dict()["knobs"]
     assert found["responsible"] == ["ConvBNFusion"]
     assert found["difference"]["with"] > found["difference"]["without"] == 0
@@ -134,4 +134,4 @@ def test_bisect_reports_knobs(tmp_path):
 def test_knobs_need_an_optimised_backend(tmp_path):
     path = residual(tmp_path / "net.onnx")
     with pytest.raises(InputError, match="--knobs: expected ort-basic or ort-all"):
-        bisect(str(path), "ort-all,ort-none", options=Options(knobs=True))
+        bisect(str(path), "ort-all,ort-none", options=Options(optimizer_blame=True))

@@ -150,7 +150,7 @@ def test_readers_with_one_scale_share_a_pair(tmp_path: Path, other: float, pairs
 
 
 def test_both_operands_of_an_add_get_one_scale(tmp_path: Path) -> None:
-    made = quantised(fork(tmp_path / "net.onnx"), layers={}, adds={"node_sum": 2.5})
+    made = quantised(fork(tmp_path / "net.onnx"), layers={}, residual_adds={"node_sum": 2.5})
     x = np.random.default_rng(0).standard_normal((1, 3, 8, 8)).astype(np.float32)
     seen = run(made, x=x)
     np.testing.assert_array_equal(seen["sum"], fake_quant(seen["a"], 2.5) + fake_quant(seen["b"], 2.5))
@@ -212,7 +212,7 @@ def test_what_cannot_be_quantised_is_refused_and_nothing_is_written(tmp_path: Pa
     good = scales_of(graph)[name]
     bad: list[tuple[dict[str, object], str]] = [
         ({"layers": {"node_z": good}}, "no node 'node_z'"),
-        ({"layers": {}, "adds": {name: 1.0}}, "is of Conv; expected Add"),
+        ({"layers": {}, "residual_adds": {name: 1.0}}, "is of Conv; expected Add"),
         ({"layers": {name: LayerScales(1.0, np.ones(4, np.float32))}}, "4 weight scales; expected 1 or 6"),
         ({"layers": {name: LayerScales(float("nan"), good.weight)}}, "nan"),
         ({"layers": {name: LayerScales(-1.0, good.weight)}}, "expected ≥ 0"),

@@ -98,7 +98,7 @@ def rounded(x: Tensor, amax: Tensor | float) -> Tensor:
 def test_what_is_quantised(quantized: nn.Module) -> None:
     scales = scales_of(quantized, "net")
     assert set(scales.layers) == {"net.stem", "net.up", *(f"net.layer.{i}.conv{j}" for i in (0, 1) for j in (1, 2))}
-    assert set(scales.adds) == {"net.layer.0/add", "net.layer.1/add"}
+    assert set(scales.residual_adds) == {"net.layer.0/add", "net.layer.1/add"}
     assert {path for path, q in quantizers(quantized) if q.is_enabled} == {
         *(f"{path.removeprefix('net.')}.{kind}_quantizer" for path in scales.layers for kind in ("input", "weight")),
         *(f"layer.{i}.add_quantizers.add" for i in (0, 1)),
@@ -166,7 +166,7 @@ def test_both_operands_of_an_addition_share_a_scale(how: str) -> None:
             y = module.conv(x)
             left = x + 1 + module.bias + (x + 1).mean((2, 3), keepdim=True)
         amax = torch.maximum(left.abs().max(), y.abs().max())
-        assert scales_of(each).adds == {name: pytest.approx(float(amax))}
+        assert scales_of(each).residual_adds == {name: pytest.approx(float(amax))}
         expected = rounded(left, amax) + rounded(y, amax)
         assert (run(each, x) - expected).abs().max() < 1e-5
         with disable_quantization(each, name):
@@ -193,7 +193,11 @@ def test_saved_and_restored_bit_for_bit(quantized: nn.Module, tmp_path: Path) ->
     assert torch.equal(run(restored), run(quantized))
     assert quantization_of(restored) == quantization_of(quantized)
     before, after = scales_of(quantized), scales_of(restored)
-    assert (before.model, before.adds, before.layers.keys()) == (after.model, after.adds, after.layers.keys())
+    assert (before.model, before.residual_adds, before.layers.keys()) == (
+        after.model,
+        after.residual_adds,
+        after.layers.keys(),
+    )
 
 
 def test_what_is_switched_off_stays_off(quantized: nn.Module, tmp_path: Path) -> None:
@@ -203,7 +207,7 @@ def test_what_is_switched_off_stays_off(quantized: nn.Module, tmp_path: Path) ->
     restored = load_ptq_model(resnet(), tmp_path / "model.pt", "part")
     assert torch.equal(run(restored), run(made))
     assert set(scales_of(restored).layers) == {"stem", "up", "layer.1.conv1", "layer.1.conv2"}
-    assert set(scales_of(restored).adds) == {"layer.1/add"}
+    assert set(scales_of(restored).residual_adds) == {"layer.1/add"}
 
 
 @pytest.mark.parametrize(

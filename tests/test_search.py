@@ -27,7 +27,7 @@ from cp_debug.graph.qdq import insert_qdq, quantizable
 from cp_debug.graph.scales import LayerScales
 from cp_debug.graph.unquantize import quantized_inputs, remove_qdq
 from cp_debug.mixed_precision.emit import arguments, deploy_fragment
-from cp_debug.mixed_precision.fusion_groups import fused, units_of
+from cp_debug.mixed_precision.fusion_groups import fused, fusion_groups_of
 from cp_debug.mixed_precision.goal import Goal
 from cp_debug.mixed_precision.judge import Measured
 from cp_debug.mixed_precision.log import Trial, TrialLog
@@ -101,41 +101,41 @@ def program_of(path: Path) -> Program:
 def test_activations_and_normalisations_belong_to_their_layer(tmp_path: Path) -> None:
     program = program_of(second_like(tmp_path / "net.onnx", depth=1))
     candidates = TrialPrecision("fp16").candidates(program.graph)
-    units = units_of(program, candidates)
+    groups = fusion_groups_of(program, candidates)
     ops = {n.name: n.op for n in program.graph.nodes}
-    kinds = [tuple(ops[n] for n in u.nodes) for u in units]
+    kinds = [tuple(ops[n] for n in u.nodes) for u in groups]
     whole = ("BatchNormalization", "Relu")
     assert kinds == [("Conv", *whole)] * 4 + [("ConvTranspose", *whole)] + [("Conv", *whole)] * 3 + [("Conv",)] + [
         ("Conv", *whole)
     ] + [("Conv",)]
-    assert sorted(n for u in units for n in u.nodes) == sorted(candidates)
+    assert sorted(n for u in groups for n in u.nodes) == sorted(candidates)
     assert not any(ops[n] == "Concat" for n in candidates), "what only moves numbers follows its input"
 
 
 def test_a_layer_ends_where_others_read_it(tmp_path: Path) -> None:
     program = program_of(residual(tmp_path / "net.onnx"))
-    units = units_of(program, TrialPrecision("fp16").candidates(program.graph))
+    groups = fusion_groups_of(program, TrialPrecision("fp16").candidates(program.graph))
     ops = {n.name: n.op for n in program.graph.nodes}
-    kinds = [tuple(ops[n] for n in u.nodes) for u in units]
+    kinds = [tuple(ops[n] for n in u.nodes) for u in groups]
     assert ("Add", "Relu") in kinds, "two branches meet: a layer of its own"
     assert ("Conv", "Relu") in kinds
 
 
 def test_engine_layers_regroup(tmp_path: Path) -> None:
     program = program_of(second_like(tmp_path / "net.onnx", depth=0))
-    units = units_of(program, TrialPrecision("fp16").candidates(program.graph))
-    first, second, *rest = units
-    everything = [n for u in units for n in u.nodes]
+    groups = fusion_groups_of(program, TrialPrecision("fp16").candidates(program.graph))
+    first, second, *rest = groups
+    everything = [n for u in groups for n in u.nodes]
     layers = [
         {"name": "a + b", "nodes": [*second.nodes, first.nodes[2]]},
         {"name": "foreign", "nodes": everything},
     ]
-    found = fused(units, [program], {program.name: [layers[0]]})
+    found = fused(groups, [program], {program.name: [layers[0]]})
     assert [u.nodes for u in found[:2]] == [first.nodes[:2], (first.nodes[2], *second.nodes)]
-    assert found[1].group == "a + b"
+    assert found[1].engine_layer == "a + b"
     assert found[2:] == rest
-    assert fused(units, [program], {program.name: [layers[1]]}) == units, "many convolutions in one say nothing"
-    assert fused(units, [program], {}) == units
+    assert fused(groups, [program], {program.name: [layers[1]]}) == groups, "many convolutions in one say nothing"
+    assert fused(groups, [program], {}) == groups
 
 
 def test_which_backends_can_be_searched() -> None:
@@ -153,13 +153,13 @@ def test_which_backends_can_be_searched() -> None:
 def test_mixed_runs_are_those_of_the_emulated_backend(tmp_path: Path, precision: str) -> None:
     program = program_of(second_like(tmp_path / "net.onnx", depth=1, size=16))
     graph, rules = program.graph, TrialPrecision(precision)
-    units = units_of(program, rules.candidates(graph))
+    groups = fusion_groups_of(program, rules.candidates(graph))
     inputs = MadeUp(graph).sample(3)
     mixed = MixedExecutor(graph, ARITHMETICS[precision], "cpu")
     rng = np.random.default_rng(0)
     known = [mixed.run(inputs, frozenset(n.name for n in graph.nodes))]
     for _ in range(4):
-        kept = [n for u in units if rng.random() < 0.5 for n in u.nodes]
+        kept = [n for u in groups if rng.random() < 0.5 for n in u.nodes]
         high = rules.high(graph, kept)
         known.append(mixed.run(inputs, high, known))
         backend = EmulatedBackend(BackendSpec.parse(f"emu-{precision}"), overrides=dict.fromkeys(high, "fp32"))

@@ -56,7 +56,7 @@ def run(path: Path, backends: str = "torch,emu-fp16", goal: str = GOAL, **option
 
 
 def names(result: SearchResult) -> list[str]:
-    return [layer.unit.name for layer in result.kept]
+    return [layer.fusion_group.name for layer in result.kept]
 
 
 @pytest.mark.parametrize("backend", ["emu-fp16", "emu-fp16acc"])
@@ -197,14 +197,14 @@ def test_real_builds_confirm_and_correct_the_emulation(
     log = tmp_path / "log.jsonl"
     result = run(save_net(tmp_path), "ort,trt-fp16", "rel_l2<1e-6", log=log)
     assert (result.reached, result.minimal, result.emulated) == (True, True, False)
-    assert [layer.unit.nodes for layer in result.kept] == needed
+    assert [layer.fusion_group.nodes for layer in result.kept] == needed
     assert sum(trial.emulated for trial in result.trials) >= 2
     assert result.builds == sum(not trial.emulated for trial in result.trials) <= 5
     assert result.best.latency is not None
     groups = {layer["name"] for layer in json.loads(log.read_text().splitlines()[2])["engine"]["net"]}
     assert "/c1/Conv + /r1/Relu" in groups
     again = run(save_net(tmp_path), "ort,trt-fp16", "rel_l2<1e-6", log=log)
-    assert (again.builds, [layer.unit.nodes for layer in again.kept]) == (0, needed)
+    assert (again.builds, [layer.fusion_group.nodes for layer in again.kept]) == (0, needed)
     stopped = run(save_net(tmp_path), "ort,trt-fp16", "rel_l2<1e-6", max_builds=2)
     assert (stopped.builds, stopped.minimal) == (2, False)
 

@@ -100,7 +100,7 @@ class Options:
     """How to quantise, where a backend is in INT8 and the model is not."""
     max_builds: int = BUILDS
     """Further engines for the search inside guilty regions of one run; 0 leaves it at emulated hypotheses."""
-    knobs: bool = False
+    optimizer_blame: bool = False
     """Find the graph optimisers that are responsible for the difference of optimised ONNX Runtime tests."""
     maps: Sequence[str] = ()
     """``REFERENCE=TEST`` each: values of two models that are to be compared."""
@@ -170,7 +170,7 @@ class Bisection:
             backends = [create(spec) for spec in parse_backends(backends, repeats=differs)]
         self._reference, *self._tests = backends
         self._export, note = choose_export(backends, options.exporter)
-        if options.knobs and not any(map(is_optimised, self._tests)):
+        if options.optimizer_blame and not any(map(is_optimised, self._tests)):
             names = ", ".join(str(test.spec) for test in self._tests)
             raise InputError(f"--knobs: expected ort-basic or ort-all among the test backends, which are {names}")
         self.model = model if not isinstance(model, str) else self._load(model, options.checkpoint)
@@ -205,7 +205,7 @@ class Bisection:
             for backend in (self._reference, *self._tests):
                 check_free(options.save / "sample-0" / str(backend.spec))  # before anything long
         self._steps = 2 + options.replay + options.samples * (1 + len(self._tests) * (3 if options.replay else 1))
-        self._steps += sum(map(is_optimised, self._tests)) if options.knobs else 0
+        self._steps += sum(map(is_optimised, self._tests)) if options.optimizer_blame else 0
         with tempfile.TemporaryDirectory(prefix="cpdebug-") as scratch, ExitStack() as stack:
             samples = iter(self._samples())
             first = next(samples)
@@ -247,8 +247,8 @@ class Bisection:
             for index, sample in enumerate((first, *samples)):
                 sources.append(sample.source)
                 self._sample(index, sample, reference, runs, collected, Path(scratch))
-            if options.knobs:
-                self._find_knobs(first, runs, collected)
+            if options.optimizer_blame:
+                self._blame_optimizers(first, runs, collected)
             return BisectResult(
                 model=self.model.name,
                 reference=reference.record(),
@@ -414,16 +414,18 @@ class Bisection:
         component = next(c for c in self.model.components if c.name == key.component)
         return self.model.feed(component, sample, results)[key.value]
 
-    def _find_knobs(self, sample: Sample, runs: list[CandidateRun], collected: list[Collected]) -> None:
+    def _blame_optimizers(self, sample: Sample, runs: list[CandidateRun], collected: list[Collected]) -> None:
         from cp_debug.backends.ort_backend import OrtBackend
-        from cp_debug.bisect.optimizer_blame import find_knobs
+        from cp_debug.bisect.optimizer_blame import blame_optimizers
 
         for run, found in zip(runs, collected, strict=True):
             pipeline, seen = run.pipeline, found.observation
             if isinstance(pipeline.backend, OrtBackend) and is_optimised(pipeline.backend):
                 self._step(f"{pipeline.backend.spec}: knobs")
                 floor = seen.noise_floor if seen else 0.0
-                found.knobs = find_knobs(pipeline.model, pipeline.programs, pipeline.backend, sample, floor)
+                found.optimizer_blame = blame_optimizers(
+                    pipeline.model, pipeline.programs, pipeline.backend, sample, floor
+                )
 
     def _writer(self, folder: Path, pipeline: Pipeline, sample: Sample) -> CaptureWriter:
         kept = self.options.save is not None
@@ -470,7 +472,7 @@ class Bisection:
                 *found.notes(str(run.pipeline.backend.spec)),
             ],
             programs={name: self._saved_name(graph) for name, graph in run.graphs.items()},
-            knobs=found.knobs,
+            optimizer_blame=found.optimizer_blame,
             remainder=found.remainder,
             findings=found.findings,
             detections=found.detections,

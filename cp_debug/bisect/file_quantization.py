@@ -45,18 +45,21 @@ class Levels:
     block: int = 0
     """Elements of the reduced axis that share a scale; 0: all."""
 
-    def applied(self, tensor: Tensor, axis: int | None, room: float = 1.0) -> Tensor:
-        """``tensor`` with the best scales of this kind for it, ``room`` times as large. ``axis`` is the channels'."""
+    def applied(self, tensor: Tensor, axis: int | None, scale_margin: float = 1.0) -> Tensor:
+        """``tensor`` with the best scales of this kind for it, ``scale_margin`` times as large.
+
+        ``axis`` is the channels'.
+        """
         if self.block and tensor.dim() > 1:
             rows = tensor.transpose(0, 1) if axis != 0 else tensor
             padded = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % self.block))
             blocks = padded.unflatten(-1, (-1, self.block))
-            made = self._on(blocks, [-1], room).flatten(-2)[..., : rows.shape[-1]]
+            made = self._on(blocks, [-1], scale_margin).flatten(-2)[..., : rows.shape[-1]]
             return made.transpose(0, 1) if axis != 0 else made
         rest = [d for d in range(tensor.dim()) if d != axis] if self.channels and axis is not None else None
-        return self._on(tensor, rest, room)
+        return self._on(tensor, rest, scale_margin)
 
-    def _on(self, tensor: Tensor, rest: list[int] | None, room: float) -> Tensor:
+    def _on(self, tensor: Tensor, rest: list[int] | None, scale_margin: float) -> Tensor:
         if not tensor.numel():
             return tensor
         dims = list(range(tensor.dim())) if rest is None else rest
@@ -64,7 +67,7 @@ class Levels:
         if self.symmetric:
             high = torch.maximum(low.abs(), high.abs())
             low = -high
-        low, high = low.clamp(max=0) * room, high.clamp(min=0) * room
+        low, high = low.clamp(max=0) * scale_margin, high.clamp(min=0) * scale_margin
         count = 2**self.bits - 1 - self.symmetric
         step = (high - low) / count
         step = torch.where(step > 0, step, torch.ones_like(step))
@@ -118,7 +121,7 @@ class FileQuantization:
         nodes: Sequence[Node],
         given: Mapping[str, AnyTensor],
         targets: Collection[str],
-        room: float = 1.0,
+        scale_margin: float = 1.0,
     ) -> EmulatedSegment:
         """A segment of ``plain`` with the best scales of the file's kind, and all else as ``executor`` does it."""
         scheme = self._of(nodes)
@@ -134,7 +137,7 @@ class FileQuantization:
                     if levels is None or (constant and tensor.dim() < 2):
                         continue
                     axis = weight_axis(node, tensor.dim()) if node.op in QUANTIZED and place == 1 else 0
-                    own[name] = levels.applied(tensor, axis if constant else None, room)
+                    own[name] = levels.applied(tensor, axis if constant else None, scale_margin)
                     if not constant and scheme.grid is not None and found.step is None:
                         found.step, found.clipped = float(scheme.grid.scale.flatten()[0]), scheme.grid.clipped(tensor)
             values |= executor.run_nodes([node], own, node.outputs)
@@ -142,7 +145,9 @@ class FileQuantization:
         for target in targets:
             result = torch.as_tensor(values[target])
             levels = self._schemes.get(target, Scheme()).result
-            results[target] = levels.applied(result, None, room) if levels and result.is_floating_point() else result
+            results[target] = (
+                levels.applied(result, None, scale_margin) if levels and result.is_floating_point() else result
+            )
         found.results = results
         return found
 

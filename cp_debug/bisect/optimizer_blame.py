@@ -47,7 +47,7 @@ class Culprit:
 
 
 @dataclass(frozen=True)
-class Knobs:
+class OptimizerBlame:
     """What the optimiser does to the final outputs. Differences are relative L2, against the unoptimised program."""
 
     level: str | None
@@ -81,7 +81,7 @@ class Knobs:
         }
 
     @classmethod
-    def from_dict(cls, document: Mapping[str, Any], source: str, path: str) -> Knobs:
+    def from_dict(cls, document: Mapping[str, Any], source: str, path: str) -> OptimizerBlame:
         """``to_dict`` undone. Raises InputError that names ``source`` and the field below ``path``."""
         difference = document.get("difference")
         sides = difference if isinstance(difference, dict) else {}
@@ -90,9 +90,9 @@ class Knobs:
         return decode(cls, own | found | {"responsible": document.get("culprits", [])}, source, path)
 
 
-def find_knobs(
+def blame_optimizers(
     model: Model, programs: Sequence[Program], backend: OrtBackend, sample: Sample, noise_floor: float = 0.0
-) -> Knobs:
+) -> OptimizerBlame:
     """Find the smallest set of optimisers whose disabling makes the outputs those of the unoptimised program.
 
     Without a difference above ``noise_floor`` nothing is searched. What remains afterwards is at most the noise floor,
@@ -110,17 +110,17 @@ class _Search:
         self._seen: dict[tuple[str, frozenset[str]], float] = {}
         self._unoptimised = self._outputs("none", frozenset())
 
-    def run(self) -> Knobs:
+    def run(self) -> OptimizerBlame:
         levels = list(LEVELS)[1 : list(LEVELS).index(self._backend.level) + 1]
         whole = self._difference(frozenset())
         first = next((level for level in levels if self._difference(frozenset(), level) > self._floor), None)
         active = self._active(())
         if whole <= self._floor:
-            return Knobs(first, whole, whole, active=active, runs=self._runs)
+            return OptimizerBlame(first, whole, whole, active=active, runs=self._runs)
         disabled = self._responsible(max(self._floor, REST * whole), active)
         culprits = [self._culprit(name, disabled) for name in disabled]
         culprits.sort(key=lambda culprit: culprit.difference, reverse=True)
-        return Knobs(first, whole, self._difference(frozenset(disabled)), culprits, active, self._runs)
+        return OptimizerBlame(first, whole, self._difference(frozenset(disabled)), culprits, active, self._runs)
 
     @property
     def _runs(self) -> int:

@@ -136,11 +136,11 @@ class Quantized:
         nodes: Sequence[Node],
         given: Mapping[str, AnyTensor],
         targets: Collection[str],
-        room: float = 1.0,
+        scale_margin: float = 1.0,
     ) -> EmulatedSegment:
         """Run a segment of ``plain`` in INT8 with the best symmetric scales, and all else as ``executor`` does it.
 
-        ``room`` makes the scales larger by this factor, so that other roundings come about.
+        ``scale_margin`` makes the scales larger by this factor, so that other roundings come about.
         """
         values: dict[str, AnyTensor] = dict(given)
         found = EmulatedSegment({})
@@ -154,9 +154,9 @@ class Quantized:
                 tensor = inputs[name]
                 if node.op in QUANTIZED and place == 1:
                     rest = [d for d in range(tensor.dim()) if d != weight_axis(node, tensor.dim())]
-                    own[name] = on_grid(tensor, room * tensor.abs().amax(rest, keepdim=True))
+                    own[name] = on_grid(tensor, scale_margin * tensor.abs().amax(rest, keepdim=True))
                     continue
-                own[name] = on_grid(tensor, torch.as_tensor(room * (together or float(tensor.abs().max()))))
+                own[name] = on_grid(tensor, torch.as_tensor(scale_margin * (together or float(tensor.abs().max()))))
                 if (grid := self.grid(node, place)) is not None and grid.scale.numel() == 1:
                     clipped = grid.clipped(tensor)
                     if found.step is None or clipped > found.clipped:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
     from cp_debug.bisect.causes.finding import Finding
-    from cp_debug.bisect.optimizer_blame import Knobs
+    from cp_debug.bisect.optimizer_blame import OptimizerBlame
     from cp_debug.detection.detection_change import DetectionChange
 
 SCHEMA = "cpdebug.bisect/1"
@@ -158,7 +158,7 @@ class TestResult:
     """Component → the graph that this backend ran, as ``BisectResult.programs``."""
     detections: DetectionChange | None = None
     """What became of the detections, over all samples; None where the model has none."""
-    knobs: Knobs | None = None
+    optimizer_blame: OptimizerBlame | None = field(default=None, metadata={"key": "knobs"})
     """What ONNX Runtime's optimiser is responsible for, where it was asked."""
     expected_outputs: list[str] = field(default_factory=list)
     """The final outputs of the reference; ``outputs`` are those that were compared."""
@@ -237,7 +237,7 @@ class TestResult:
             "test_programs": self.programs,
             "findings": encode(self.findings),
             "detections": encode(self.detections),
-            "knobs": json_safe(self.knobs.to_dict()) if self.knobs else None,
+            "knobs": json_safe(self.optimizer_blame.to_dict()) if self.optimizer_blame else None,
             "remainder": encode(self.remainder) | {"adds_up": self.remainder.adds_up} if self.remainder else None,
         }
 

@@ -138,7 +138,7 @@ def bisect(
         oracle=None if oracle is Oracle.auto else oracle.value,
         replay=replay,
         explain=explain,
-        knobs=knobs,
+        optimizer_blame=knobs,
         max_builds=max_builds,
         exporter=exporter.chosen,
         folded=not unfolded,

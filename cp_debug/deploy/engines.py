@@ -37,7 +37,7 @@ class Built:
     @property
     def types(self) -> str:
         """The same in words."""
-        return ", ".join(f"{t} {share:.0%}" for t, share in self.realised_precision.items()) or "types not told"
+        return ", ".join(f"{t} {share:.0%}" for t, share in self.realised_precision.items()) or "types not build_infos"
 
 
 def build_engines(
@@ -56,7 +56,7 @@ def build_engines(
     backend = with_kept(backend, programs)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
-    built, told = [], []
+    built, build_infos = [], []
     for place, program in enumerate(programs):
         on_step(f"building {program.name}", place, len(programs))
         session: Any = backend.open(program)
@@ -68,10 +68,10 @@ def build_engines(
             settings = session.settings
         finally:
             session.close()
-        told.append(settings)
+        build_infos.append(settings)
         seconds, realised = engine.facts["seconds"], settings["realised_precision"]
         built.append(Built(program.name, target.name, file_hash(target), program.graph.digest, seconds, realised))
-    check_realised(backend, told)
+    check_realised(backend, build_infos)
     versions = backend.versions()
     manifest = {
         "schema": SCHEMA,

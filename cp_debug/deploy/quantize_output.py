@@ -55,7 +55,7 @@ class PtqResult:
         components = {
             name: {
                 "layers": len(part.scales.layers),
-                "adds": len(part.scales.adds),
+                "adds": len(part.scales.residual_adds),
                 "quantizers": [row.to_dict() for row in self.quantizers(name)],
                 "notes": list(self.notes(name)),
             }
@@ -101,7 +101,7 @@ def write_quantized(
             for graph in model.components:
                 assert graph.onnx_path is not None
                 scales = quantized[graph.name].scales
-                insert_qdq(Graph(graph.onnx_path), scales.layers, scratch / f"{graph.name}.onnx", scales.adds)
+                insert_qdq(Graph(graph.onnx_path), scales.layers, scratch / f"{graph.name}.onnx", scales.residual_adds)
         written = sorted(folder / made.name for made in scratch.iterdir())
     return written
 

@@ -59,7 +59,7 @@ def quantize_exported(
         inputs = model.feed(component, sample, results)
         plain = _run(component, part.folded, inputs)
         results[component.name] = plain
-        if not part.scales.layers and not part.scales.adds:
+        if not part.scales.layers and not part.scales.residual_adds:
             made.append(each)
             continue
         expected = _run(component, part.module, inputs)
@@ -68,7 +68,7 @@ def quantize_exported(
         target = program.graph.path
         scales = scales_by_node(part.scales, program.alignment, program.graph)
         with complete_path(target) as partial:
-            insert_qdq(program.graph, scales.layers, partial, scales.adds)
+            insert_qdq(program.graph, scales.layers, partial, scales.residual_adds)
         graph = Graph(target)
         alignment = replace(program.alignment, graph_sha256=graph.digest)
         alignment.save(target.with_suffix(".alignment.json"))

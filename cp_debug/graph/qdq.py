@@ -36,19 +36,19 @@ def insert_qdq(
     graph: Graph,
     layers: Mapping[str, LayerScales],
     target: Path,
-    adds: Mapping[str, float] = MappingProxyType({}),
+    residual_adds: Mapping[str, float] = MappingProxyType({}),
     stored: Mapping[str, float] = MappingProxyType({}),
 ) -> Path:
     """Write ``graph`` with Q/DQ pairs as ``target`` and return it.
 
     ``layers`` are nodes by name, one of ``QUANTIZED`` each; consumers of a value that quantise it alike share one pair.
-    ``adds`` are residual additions, both operands of which get one scale. ``stored`` are values by name and their
-    largest magnitude: all else that reads them has them in INT8, too. A graph below opset 13 is raised to it where
-    none of its operators changed on the way. Raises InputError for a name that is no node, an operator that is not
-    quantised, a node that is quantised already, a weight that is computed from the inputs, scales that do not fit the
-    weight or are no numbers, and an opset that is too old.
+    ``residual_adds`` are additions by name, both operands of which get one scale. ``stored`` are values by name and
+    their largest magnitude: all else that reads them has them in INT8, too. A graph below opset 13 is raised to it
+    where none of its operators changed on the way. Raises InputError for a name that is no node, an operator that is
+    not quantised, a node that is quantised already, a weight that is computed from the inputs, scales that do not fit
+    the weight or are no numbers, and an opset that is too old.
     """
-    save(_Surgery(graph, layers, adds, stored).model(), graph, target)
+    save(_Surgery(graph, layers, residual_adds, stored).model(), graph, target)
     return target
 
 
@@ -75,7 +75,7 @@ def quantizable(graph: Graph) -> list[Node]:
 class _Surgery:
     graph: Graph
     layers: Mapping[str, LayerScales]
-    adds: Mapping[str, float]
+    residual_adds: Mapping[str, float]
     stored: Mapping[str, float]
     pairs: dict[tuple[str, bytes], str] = field(default_factory=dict)
     """(Value, its scale) → the value that went through INT8."""
@@ -90,7 +90,7 @@ class _Surgery:
         model = onnx.ModelProto()
         model.CopyFrom(self.graph.proto)
         _raise_opset(model, self.graph)
-        for name in (*self.layers, *self.adds):
+        for name in (*self.layers, *self.residual_adds):
             self._check(name)
         nodes = [proto for node in self.graph.nodes for proto in self._rewrite(node)]
         del model.graph.node[:]
@@ -126,8 +126,8 @@ class _Surgery:
         if node.name in self.layers:
             layer = self.layers[node.name]
             wanted |= {0: (np.asarray(layer.input, np.float32), None), 1: self._of_weight(node, layer.weight)}
-        elif node.name in self.adds:
-            wanted |= dict.fromkeys((0, 1), (np.asarray(self.adds[node.name], np.float32), None))
+        elif node.name in self.residual_adds:
+            wanted |= dict.fromkeys((0, 1), (np.asarray(self.residual_adds[node.name], np.float32), None))
         for slot, (amax, axis) in sorted(wanted.items()):
             proto.input[slot], pair = self._quantised(node, proto.input[slot], amax, axis)
             yield from pair

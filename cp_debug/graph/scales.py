@@ -38,7 +38,7 @@ class Scales:
     method: str
     """``max``, ``percentile``, ``mse`` or ``entropy``."""
     layers: Mapping[str, LayerScales]
-    adds: Mapping[str, float] = field(default_factory=dict)
+    residual_adds: Mapping[str, float] = field(default_factory=dict)
     """Residual additions whose two operands share one scale: their largest magnitude."""
 
     def save(self, path: Path) -> None:
@@ -47,7 +47,7 @@ class Scales:
 
         tensors = {f"{name}.input": np.array([layer.input], np.float32) for name, layer in self.layers.items()}
         tensors |= {f"{name}.weight": np.asarray(layer.weight, np.float32) for name, layer in self.layers.items()}
-        tensors |= {f"{name}.add": np.array([amax], np.float32) for name, amax in self.adds.items()}
+        tensors |= {f"{name}.add": np.array([amax], np.float32) for name, amax in self.residual_adds.items()}
         about = {"format": "cpdebug calibration cache 1", "model": self.model, "method": self.method}
         with complete_path(path) as partial:
             partial.write_bytes(save(tensors, metadata={"about": json.dumps(about)}))
@@ -78,5 +78,5 @@ class Scales:
             raise InputError(f"{source}: it has no scale of the weight of {missing[0][:-6]!r}")
         inputs = {name.removesuffix(".input"): float(t[0]) for name, t in tensors.items() if name.endswith(".input")}
         layers = {name: LayerScales(amax, tensors[f"{name}.weight"]) for name, amax in inputs.items()}
-        adds = {name.removesuffix(".add"): float(t[0]) for name, t in tensors.items() if name.endswith(".add")}
-        return cls(model, method, layers, adds)
+        residual_adds = {name.removesuffix(".add"): float(t[0]) for name, t in tensors.items() if name.endswith(".add")}
+        return cls(model, method, layers, residual_adds)

@@ -88,16 +88,16 @@ class Measured:
 
 def quantized_layers(component: Component, module: nn.Module) -> Iterator[Int8Layer]:
     """What is in INT8 in a quantised component; layers whose quantisers are off are none."""
-    adds = {id(quantizer): name for name, quantizer in add_quantizers(module).items()}
+    residual_adds = {id(quantizer): name for name, quantizer in add_quantizers(module).items()}
     found: dict[str, list[Any]] = {}
     for path, quantizer in quantizers(module):
         if quantizer.is_enabled:
-            found.setdefault(path if id(quantizer) in adds else path.rpartition(".")[0], []).append(quantizer)
+            found.setdefault(path if id(quantizer) in residual_adds else path.rpartition(".")[0], []).append(quantizer)
     for path, own in found.items():
-        name = full_path(component.prefix, adds.get(id(own[0]), path))
+        name = full_path(component.prefix, residual_adds.get(id(own[0]), path))
         part = module.get_submodule(path)
         weight = getattr(part, "weight", None)
-        kind = "add" if id(own[0]) in adds else type(part).__name__.removeprefix("Quant")
+        kind = "add" if id(own[0]) in residual_adds else type(part).__name__.removeprefix("Quant")
         yield Int8Layer(name, path, component.name, kind, 0 if weight is None else weight.numel(), own)
 
 

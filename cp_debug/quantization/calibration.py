@@ -98,14 +98,14 @@ class CalibrationManager:
         if not self.batches:
             raise InputError("there is no calibration data: expected at least one batch")
         layers = layers_of(self.module)
-        found, adds = {}, {}
+        found, residual_adds = {}, {}
         for name in self._seen:
             if name in layers:
                 weight = weight_amax(layers[name].weight, weight_axis(layers[name]), self.method)
                 found[self._full(name)] = LayerScales(self._amax(name), weight.cpu().numpy())
             else:
-                adds[self._full(name)] = self._amax(name)
-        return Scales(module_digest(self.module), self.method, found, adds)
+                residual_adds[self._full(name)] = self._amax(name)
+        return Scales(module_digest(self.module), self.method, found, residual_adds)
 
     def arguments(self, batch: Batch) -> tuple[Tensor, ...]:
         """A batch as positional arguments. Raises InputError when it does not fit the module's forward."""

@@ -57,11 +57,13 @@ def rebuild(module: nn.Module, entry: Mapping[str, Any], source: str) -> nn.Modu
         raise InputError(f"{source}: {type(module).__name__} is quantised already; expected the FP32 model")
     plain = copy.deepcopy(module)
     try:
-        about = Quantization(**(entry["about"] | {"folding": Folding(**entry["about"]["folding"])}))
+        written = dict(entry["about"])
+        written["residual_adds"] = written.pop("adds", ())
+        about = Quantization(**(written | {"folding": Folding(**written["folding"])}))
         apply_folding(plain, about.folding)
         layers = layers_of(plain)
         unit = {path: LayerScales(1.0, np.ones(channels(layers[path]), np.float32)) for path in about.layers}
-        made = install(plain, about.model, about.method, unit, dict.fromkeys(about.adds, 1.0))
+        made = install(plain, about.model, about.method, unit, dict.fromkeys(about.residual_adds, 1.0))
     except (InputError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
             f"{source}: this is the checkpoint of another model than {type(module).__name__} ({error})"
@@ -110,8 +112,10 @@ def is_ptq_checkpoint(path: Path) -> bool:
 
 def entry_of(module: nn.Module) -> dict[str, Any]:
     """Weights, scales, folding and skips of a quantised module as plain tensors and containers."""
+    about = dataclasses.asdict(quantization_of(module))
+    about["adds"] = about.pop("residual_adds")
     return {
-        "about": dataclasses.asdict(quantization_of(module)),
+        "about": about,
         "switched_off": [
             name for name, quantizer in quantizers(module) if quantizer.amax is not None and not quantizer.is_enabled
         ],

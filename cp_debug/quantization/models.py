@@ -197,9 +197,9 @@ def _globs_of(model: Model, globs: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _without(scales: Scales, globs: Sequence[str]) -> Scales:
-    skipped = {name for name in (*scales.layers, *scales.adds) if any(matches(name, glob) for glob in globs)}
+    skipped = {name for name in (*scales.layers, *scales.residual_adds) if any(matches(name, glob) for glob in globs)}
     return replace(
         scales,
         layers={name: layer for name, layer in scales.layers.items() if name not in skipped},
-        adds={name: amax for name, amax in scales.adds.items() if name not in skipped},
+        residual_adds={name: amax for name, amax in scales.residual_adds.items() if name not in skipped},
     )

@@ -19,20 +19,20 @@ def scales_by_node(scales: Scales, alignment: Alignment, graph: Graph) -> Scales
     out, as exporters do. Raises InputError naming the layers that have no node.
     """
     layers: dict[str, LayerScales] = {}
-    adds: dict[str, float] = {}
+    residual_adds: dict[str, float] = {}
     lost: list[str] = []
     finder = _Finder(alignment, graph)
     for path, layer in scales.layers.items():
         nodes = finder.nodes(path, QUANTIZED)
         layers |= dict.fromkeys(nodes, layer)
         lost += [] if nodes or path in alignment.unused else [path]
-    for path, amax in scales.adds.items():
+    for path, amax in scales.residual_adds.items():
         nodes = finder.nodes(path, ("Add",))
-        adds |= dict.fromkeys(nodes, amax)
+        residual_adds |= dict.fromkeys(nodes, amax)
         lost += [] if nodes else [path]
     if lost:
         raise InputError(f"{graph.path}: no {', '.join(QUANTIZED)} or Add computes {', '.join(lost)}; export it again")
-    return dataclasses.replace(scales, layers=layers, adds=adds)
+    return dataclasses.replace(scales, layers=layers, residual_adds=residual_adds)
 
 
 class _Finder:

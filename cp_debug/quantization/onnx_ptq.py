@@ -50,14 +50,16 @@ class GraphCalibration:
         self._executor = Executor(graph, weight_cache=0)
         data = {*data_values(graph), *(v.name for v in graph.inputs)}
         layers = quantizable(graph)
-        adds = [node for node in graph.nodes if node.op == "Add" and data.issuperset(node.inputs)]
-        skipped = select([node.name for node in (*layers, *adds)], skip)
-        self._layers, self._adds = ([n for n in nodes if n.name not in skipped] for nodes in (layers, adds))
+        residual_adds = [node for node in graph.nodes if node.op == "Add" and data.issuperset(node.inputs)]
+        skipped = select([node.name for node in (*layers, *residual_adds)], skip)
+        self._layers, self._residual_adds = (
+            [n for n in nodes if n.name not in skipped] for nodes in (layers, residual_adds)
+        )
         self._inputs = {node.proto.input[0]: Histogram() for node in self._layers}
-        self._operands = {node.name: Histogram() for node in self._adds}
+        self._operands = {node.name: Histogram() for node in self._residual_adds}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._counts: dict[str, list[Histogram]] = {name: [histogram] for name, histogram in self._inputs.items()}
-        for node in self._adds:
+        for node in self._residual_adds:
             for name in node.proto.input:
                 self._counts.setdefault(name, []).append(self._operands[node.name])
 
@@ -79,12 +81,12 @@ class GraphCalibration:
         """From what was seen. Raises InputError when that was nothing."""
         if self._counts and not self._shapes:
             raise InputError(f"{self._graph.path}: there is no calibration data: expected at least one sample")
-        adds = {
+        residual_adds = {
             node.name: self._operands[node.name].amax(self._method)
-            for node in self._adds
+            for node in self._residual_adds
             if len({self._shapes[name] for name in node.proto.input}) == 1
         }
-        return Scales(self._graph.digest, self._method, dict(self._of_layers()), adds)
+        return Scales(self._graph.digest, self._method, dict(self._of_layers()), residual_adds)
 
     def _of_layers(self) -> Iterator[tuple[str, LayerScales]]:
         for node in self._layers:

@@ -104,7 +104,7 @@ def _without(part: QuantizedComponent, prefix: str, globs: Sequence[str]) -> Qua
     """The same with the quantisers off that a glob means."""
     assert part.module is not None
     about = quantization_of(part.module)
-    names = {own: full_path(prefix, own) for own in (*about.layers, *about.adds)}
+    names = {own: full_path(prefix, own) for own in (*about.layers, *about.residual_adds)}
     skipped = [own for own, name in names.items() if any(matches(name, glob) for glob in globs)]
     if skipped:
         disable_quantization(part.module, *skipped)

@@ -31,7 +31,7 @@ class Quantization:
     method: str
     layers: Sequence[str]
     """Paths in this module of what has quantisers."""
-    adds: Sequence[str] = ()
+    residual_adds: Sequence[str] = ()
     skipped: dict[str, str] = field(default_factory=dict)
     """Layers that stay in FP32, and why."""
     folding: Folding = field(default_factory=lambda: Folding(()))
@@ -89,12 +89,12 @@ def apply_scales(module: nn.Module, scales: Scales, prefix: str = "") -> nn.Modu
     check_model(module, scales, "scales")
     layers = {own_path(prefix, path): found for path, found in scales.layers.items()}
     return install(
-        module, scales.model, scales.method, layers, {own_path(prefix, n): a for n, a in scales.adds.items()}
+        module, scales.model, scales.method, layers, {own_path(prefix, n): a for n, a in scales.residual_adds.items()}
     )
 
 
 def install(
-    module: nn.Module, model: str, method: str, layers: Mapping[str, LayerScales], adds: Mapping[str, float]
+    module: nn.Module, model: str, method: str, layers: Mapping[str, LayerScales], residual_adds: Mapping[str, float]
 ) -> nn.Module:
     """A copy of ``module`` with these quantisers; layers and additions by their paths in the module.
 
@@ -106,12 +106,12 @@ def install(
         raise InputError(f"{type(module).__name__} has no layer {unknown[0]!r}")
     insert_quantizers(made, layers)
     device = next((p.device for p in made.parameters()), torch.device("cpu"))
-    attach(made, {name: activation_quantizer(amax, device) for name, amax in adds.items()})
+    attach(made, {name: activation_quantizer(amax, device) for name, amax in residual_adds.items()})
     made.quantization = Quantization(  # type: ignore[assignment]
         model=model,
         method=method,
         layers=list(layers),
-        adds=list(adds),
+        residual_adds=list(residual_adds),
         skipped={path: NOT_RUN for path in present if path not in layers},
         folding=getattr(module, "folding", Folding(())),
     )
@@ -135,5 +135,7 @@ def scales_of(module: nn.Module, prefix: str = "") -> Scales:
         if layer.input_quantizer.is_enabled and layer.weight_quantizer.is_enabled:
             weight = layer.weight_quantizer.amax.flatten().cpu().numpy()
             layers[full_path(prefix, path)] = LayerScales(float(layer.input_quantizer.amax), weight)
-    adds = {full_path(prefix, name): float(q.amax) for name, q in add_quantizers(module).items() if q.is_enabled}
-    return Scales(found.model, found.method, layers, adds)
+    residual_adds = {
+        full_path(prefix, name): float(q.amax) for name, q in add_quantizers(module).items() if q.is_enabled
+    }
+    return Scales(found.model, found.method, layers, residual_adds)

@@ -155,7 +155,7 @@ def _of_graphs(model: Model, programs: Sequence[Program]) -> Model:
 
 
 def _with_pairs(program: Program, scales: Scales, folder: Path) -> Program:
-    graph = Graph(insert_qdq(program.graph, scales.layers, folder / f"{program.name}.int8.onnx", scales.adds))
+    graph = Graph(insert_qdq(program.graph, scales.layers, folder / f"{program.name}.int8.onnx", scales.residual_adds))
     scales.save(folder / f"{program.name}.scales.safetensors")
     alignment = program.alignment and replace(program.alignment, graph_sha256=graph.digest)
     return replace(program, graph=graph, alignment=alignment, scales=scales, plain=program.graph)

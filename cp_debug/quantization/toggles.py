@@ -20,10 +20,12 @@ class _Toggle(AbstractContextManager["_Toggle"]):
     def __init__(self, module: nn.Module, globs: tuple[str, ...], on: bool) -> None:
         found = quantization_of(module)
         self._before: list[tuple[Any, bool]] = []
-        adds = add_quantizers(module)
-        for path in select([*found.layers, *found.adds], globs or ("*",)):
-            layer: Any = None if path in adds else module.get_submodule(path)
-            for quantizer in [adds[path]] if layer is None else [layer.input_quantizer, layer.weight_quantizer]:
+        residual_adds = add_quantizers(module)
+        for path in select([*found.layers, *found.residual_adds], globs or ("*",)):
+            layer: Any = None if path in residual_adds else module.get_submodule(path)
+            for quantizer in (
+                [residual_adds[path]] if layer is None else [layer.input_quantizer, layer.weight_quantizer]
+            ):
                 self._before.append((quantizer, quantizer.is_enabled))
                 _switch(quantizer, on)
 

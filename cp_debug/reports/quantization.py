@@ -48,7 +48,9 @@ def render(result: PtqResult) -> Iterator[RenderableType]:
             for note in result.notes(name):
                 yield Text(note, style="yellow")
         else:
-            yield Text(f"{len(component.scales.layers)} layers, {len(component.scales.adds)} residual additions")
+            yield Text(
+                f"{len(component.scales.layers)} layers, {len(component.scales.residual_adds)} residual additions"
+            )
         yield Text()
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("output", no_wrap=True)

@@ -102,7 +102,7 @@ def run(inputs):
             np.save(feeds[value], array)
         build = dict(BUILD, command="build", onnx=str(HERE / "model.onnx"), engine=engine)
         run = {{"command": "run", "engine": engine, "inputs": feeds, "folder": name, "names": sorted(LIMITS)}}
-        result = trt_runner.execute({{"steps": [build, dict(run, listener=None)]}}, lambda event: None)
+        result = trt_runner.execute({{"steps": [build, run]}}, lambda event: None)
         if "error" in result:
             sys.exit(result["error"]["message"])
         return {{t["name"]: np.load(t["file"]) for t in result["results"][1]["tensors"]}}
