@@ -126,13 +126,14 @@ def repro(title: str, backend: Backend, limits: Mapping[str, float], build: Mapp
             disabled=list(backend.disabled_optimizers) or None,
         )
     else:
-        needs = "cpdebug, which emulates the backend"
+        emulated = backend.spec.family == "emu"
+        needs = "cpdebug, which emulates the backend" if emulated else f"cpdebug and its plug-in {backend.spec.family}"
         libraries = (
             "from cp_debug.backends.base import Program\nfrom cp_debug.backends.registry import create\n"
             "from cp_debug.backends.spec import BackendSpec\nfrom cp_debug.graph.graph import Graph\n"
         )
-        versions = f'"emulated:", {str(backend.spec)!r}'
-        run = _EMULATED.format(spec=str(backend.spec), options=_emulation(backend))
+        versions = f'"{"emulated" if emulated else "backend"}:", {str(backend.spec)!r}'
+        run = _EMULATED.format(spec=str(backend.spec), options=_emulation(backend) if emulated else "")
     return _SCRIPT.substitute(
         title=title, needs=needs, imports=imports, libraries=libraries, limits=_dict(limits), versions=versions, run=run
     ).replace("import sys\n\nfrom", "import sys\nfrom")
