@@ -23,8 +23,8 @@ from cp_debug.backends.base import Program
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.faults.edits import Editor, rescale
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.made_up import MadeUp
 from cp_debug.graph.qdq import insert_qdq, quantizable
-from cp_debug.graph.random_inputs import random_inputs
 from cp_debug.graph.scales import LayerScales
 from cp_debug.graph.unquantize import quantized_inputs, remove_qdq
 from cp_debug.mixed_precision.fusion_groups import Kept, Unit, units_of
@@ -208,7 +208,7 @@ def _network(rng: np.random.Generator, width: int) -> tuple[NetBuilder, list[tup
 
 def _largest(graph: Graph) -> dict[str, float]:
     """Largest magnitude of every value and input, in FP32, on the sample."""
-    inputs = random_inputs(graph.inputs, [0, 0])
+    inputs = MadeUp(graph).sample([0, 0])
     found = {name: float(np.abs(array).max()) for name, array in inputs.items()}
     Executor(graph).run(inputs, lambda name, tensor: found.update({name: float(np.abs(np.asarray(tensor)).max())}))
     return found

@@ -18,9 +18,9 @@ from cp_debug.backends.determinism import deterministic
 from cp_debug.backends.executor import Executor, unsupported
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import BackendUnavailable, InputError
+from cp_debug.graph.check_inputs import check_inputs
 from cp_debug.graph.declared import narrow_values
 from cp_debug.graph.graph import Graph
-from cp_debug.graph.random_inputs import check_inputs
 
 
 class EmulatedBackend:

@@ -301,12 +301,6 @@ def unsupported(graph: Graph) -> list[Node]:
     return [n for n in graph.nodes if n.op not in KERNELS and n.op != "Constant" and not reference.knows(n)]
 
 
-def with_bodies(graph: Graph) -> list[Node]:
-    """The nodes that hold graphs: If and Loop, whose inner values nobody sees, and Scan, left to ONNX's reference."""
-    kinds = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
-    return [n for n in graph.nodes if any(a.type in kinds for a in n.proto.attribute)]
-
-
 def _has_numbers(value: Any) -> bool:
     """Whether a value is a tensor of numbers: no sequence, empty optional or strings."""
     return isinstance(value, Tensor) or (hasattr(value, "dtype") and value.dtype.kind not in "OSU")

@@ -23,9 +23,9 @@ from cp_debug.backends.ort_options import LEVELS, Runtime, device_of, read_setti
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import InputError
 from cp_debug.graph.casts import cast_surgery
+from cp_debug.graph.check_inputs import check_inputs
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.made_up import MadeUp
-from cp_debug.graph.random_inputs import check_inputs
 
 if TYPE_CHECKING:
     import onnxruntime

@@ -6,9 +6,8 @@ import difflib
 import re
 from dataclasses import dataclass, replace
 
+from cp_debug import plugins
 from cp_debug.errors import BackendUnavailable, InputError
-
-FAMILIES = ("torch", "ort", "emu", "trt")
 
 KNOWN = {
     "torch": "PyTorch FP32, TF32 off, deterministic",
@@ -57,7 +56,7 @@ class BackendSpec:
 
     @property
     def family(self) -> str:
-        """``torch``, ``ort``, ``emu`` or ``trt``."""
+        """``torch``, ``ort``, ``emu``, ``trt``, or a plug-in's name."""
         return self.name.partition("-")[0]
 
     @property
@@ -70,14 +69,18 @@ class BackendSpec:
 
     @classmethod
     def parse(cls, text: str) -> BackendSpec:
-        """Parse one spec. Raises BackendUnavailable for a name nobody knows, InputError for a malformed one."""
+        """Parse one spec. Raises BackendUnavailable for a name nobody knows, InputError for a malformed one and for
+        a family that two distributions declare. Which variants a plug-in's family has, it says itself.
+        """
         match = _SPEC.fullmatch(text.strip())
         if match is None:
             raise InputError(f"--backends: {text!r} is not a backend; expected NAME or NAME@cpu or NAME@cuda:N")
         spec = cls(match["name"], match["device"], match["test"] is not None)
-        if spec.name not in KNOWN:
-            near = difflib.get_close_matches(spec.name, KNOWN, n=1, cutoff=0.0)
-            raise BackendUnavailable(text, f"no such backend; known are {', '.join(KNOWN)}", nearest=near[0])
+        plugin = plugins.find(plugins.BACKENDS, spec.family)
+        if spec.name not in KNOWN and (plugin is None or plugin.own):
+            known = [*KNOWN, *(each.name for each in plugins.others(plugins.BACKENDS))]
+            near = difflib.get_close_matches(spec.name, known, n=1, cutoff=0.0)
+            raise BackendUnavailable(text, f"no such backend; known are {', '.join(known)}", nearest=near[0])
         return spec
 
 

@@ -18,7 +18,7 @@ from cp_debug.backends.determinism import deterministic
 from cp_debug.backends.emulated import ExecutorSession
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import BackendUnavailable, InputError
-from cp_debug.graph.random_inputs import check_inputs
+from cp_debug.graph.check_inputs import check_inputs
 from cp_debug.probes.arrays import as_numpy, as_torch, dtype_name
 from cp_debug.probes.trace import TorchValue, trace
 

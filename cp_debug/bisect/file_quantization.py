@@ -28,7 +28,6 @@ from cp_debug.graph.qdq import QUANTIZED, weight_axis
 _BITS = {2: 8, 3: 8, 4: 16, 5: 16, 21: 4, 22: 4, 25: 2, 26: 2, 6: 32, 17: 5, 18: 5, 19: 4, 20: 4}
 """ONNX data type of levels → bits; for FP8 those of an integer grid with about its error."""
 _SIGNED = {3, 5, 6, 22, 26, 17, 18, 19, 20}
-_DYNAMIC = {"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "DynamicQuantizeLSTM"}
 _PASS = {
     *("Cast", "Clip", "Flatten", "HardSwish", "Identity", "LeakyRelu", "PRelu", "Pad", "Relu", "Reshape", "Slice"),
     *("Split", "Squeeze", "Transpose", "Unsqueeze"),

@@ -34,10 +34,18 @@ def load_config(path: Path) -> DeployConfig:
     """
     if path.suffix in _OWN:
         return validate(DeployConfig, _document(path), path)
-    for name in plugins.names(plugins.CONFIGS):
-        if (document := plugins.load(plugins.CONFIGS, name)(path)) is not None:
+    first: InputError | None = None
+    for plugin in plugins.names(plugins.CONFIGS).values():
+        try:
+            read = plugin.load()
+            with plugin.running():
+                document = read(path)
+        except InputError as error:  # another one may know what to do with the file
+            first = first or error
+            continue
+        if document is not None:
             return validate(DeployConfig, document, path)
-    raise InputError(f"{path}: expected a .yaml, .toml or .py file")
+    raise first or InputError(f"{path}: expected a .yaml, .toml or .py file")
 
 
 def _document(path: Path) -> Any:

@@ -11,9 +11,7 @@ from numpy.typing import NDArray
 
 from cp_debug.detection.boxes import Boxes
 from cp_debug.detection.changes import Detected
-from cp_debug.errors import InputError
 from cp_debug.files import complete_path
-from cp_debug.reading import read_npz
 from cp_debug.recipes.data.attributes import attributes_of
 
 _FIELDS = ("boxes", "scores", "labels", "counts")
@@ -61,17 +59,3 @@ def save_predictions(path: Path, samples: Sequence[str], backends: Mapping[str, 
     }
     with complete_path(path) as partial, partial.open("wb") as stream:
         np.savez_compressed(stream, samples=np.array(samples, dtype=np.str_), **arrays)
-
-
-def load_predictions(path: Path) -> tuple[list[str], dict[str, Predictions]]:
-    """Sample names, and predictions by backend. Raises InputError for a file that is no predictions file."""
-    try:
-        archive = read_npz(path)
-    except InputError as error:
-        raise InputError(f"{path}: not a predictions file ({error})") from None
-    specs = [name.removesuffix("/counts") for name in archive if name.endswith("/counts")]
-    try:
-        by_backend = {spec: Predictions(*(archive[f"{spec}/{name}"] for name in _FIELDS)) for spec in specs}
-        return archive["samples"].tolist(), by_backend
-    except (KeyError, ValueError) as error:
-        raise InputError(f"{path}: not a predictions file ({error})") from None

@@ -43,15 +43,6 @@ class Pairing:
     added: Sequence[str] = ()
     """Values that only the test has."""
 
-    @property
-    def by_name(self) -> bool:
-        """Whether every value was paired by its name."""
-        return set(self.how) <= {"name"}
-
-    def reference_name(self, value: str) -> str:
-        """Name for a value of the test: its partner's in the reference, or its own where that is free."""
-        return self.names.get(value, value)
-
     def reference_outputs(self, outputs: Mapping[str, Any]) -> dict[str, Any]:
         """A run's outputs under the reference's names, in the reference's order; unpaired ones are left out."""
         return {name: outputs[test_name] for name, test_name in self.outputs.items()}

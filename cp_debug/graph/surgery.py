@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,22 +22,6 @@ from cp_debug.graph.graph import Graph, Node, external_files
 
 INLINE_LIMIT = 1 << 30
 """Weights up to this many bytes go into the file itself; protobuf ends at 2 GiB."""
-
-
-def mark(graph: Graph, values: Iterable[str]) -> onnx.ModelProto:
-    """The whole model with ``values`` as further outputs, typed where the type is known.
-
-    Raises InputError for a name that is no value of the graph.
-    """
-    model = onnx.ModelProto()
-    model.CopyFrom(graph.proto)
-    present = {v.name for v in graph.outputs}
-    for name in dict.fromkeys(values):
-        if name not in graph.producer:
-            raise InputError(f"{graph.path}: no value {name!r} in this graph")
-        if name not in present:
-            model.graph.output.add(name=name, type=graph.types.get(name))
-    return model
 
 
 def extract(

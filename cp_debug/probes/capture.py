@@ -293,11 +293,15 @@ class Capture:
             return np.empty(shape, _dtype(entry.dtype))
         return np.frombuffer(mapped, _dtype(entry.dtype), math.prod(shape), start).reshape(shape)
 
-    def verify(self) -> None:
-        """Read every tensor and its checksum. Raises InputError for the first that changed since it was written."""
-        for entry in self.entries:
-            if f"{zlib.crc32(_raw(self.load(entry.name, entry.sample, entry.component))):08x}" != entry.crc32:
-                raise InputError(f"{self.folder / entry.file}: tensor {entry.name!r} changed since it was written")
+    def load_checked(self, name: str, sample: int = 0, component: str = "") -> np.ndarray:
+        """``load``, with the checksum of the manifest compared: for captures that came from elsewhere.
+
+        Raises InputError, also for a tensor that changed since it was written.
+        """
+        array, entry = self.load(name, sample, component), self._by_key[sample, component, name]
+        if f"{zlib.crc32(_raw(array)):08x}" != entry.crc32:
+            raise InputError(f"{self.folder / entry.file}: tensor {name!r} changed since it was written")
+        return array
 
     def differences(self, other: Capture) -> list[str]:
         """Reasons why two captures should not be compared, a sentence each; empty where they may be."""

@@ -15,8 +15,8 @@ for the numbers, not for ``equal``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -65,8 +65,6 @@ class TensorStats:
     """Same shape and every value equal, NaN equal to NaN, −0 to 0, whatever the dtypes."""
     finite_max_abs: float
     finite_rel_l2: float
-    channel_max: tuple[float, ...] | None = field(default=None, metadata={"omit": True})
-    """``max_abs`` of every channel, when asked for."""
 
     @property
     def shape_mismatch(self) -> bool:
@@ -88,20 +86,11 @@ class TensorStats:
         }
 
 
-def worst_of(samples: Iterable[TensorStats]) -> tuple[int, TensorStats]:
-    """The sample with the greatest ``severity`` and its position; the first of equals.
-
-    Statistics of samples are not averaged: the worst sample is kept whole, so its numbers belong together.
-    Raises ValueError when there is none.
-    """
-    return max(enumerate(samples), key=lambda item: item[1].severity)
-
-
-def compare(reference: Tensor, test: Tensor, channel_axis: int | None = None) -> TensorStats:
+def compare(reference: Tensor, test: Tensor) -> TensorStats:
     """Compare two tensors of any real or bool dtypes, numpy (memory-mapped too) or torch, in one pass.
 
     Two CUDA tensors are reduced on their device. Extra memory is a few blocks, whatever the size; arrays that are not
-    contiguous are read block by block too. ``channel_axis`` asks for ``channel_max``, at the cost of a second pass.
+    contiguous are read block by block too.
     Raises InputError for dtypes without real numbers.
     """
     for side, tensor in (("reference", reference), ("test", test)):
@@ -116,12 +105,7 @@ def compare(reference: Tensor, test: Tensor, channel_axis: int | None = None) ->
         reference, test = as_numpy(reference), as_numpy(test)
     if reference.shape != test.shape:
         return _different_shapes(reference, test, reduce(reference, reference).whole, reduce(test, test).whole)
-    channels = None
-    if channel_axis is not None:
-        before: Any = (slice(None),) * (channel_axis % reference.ndim)
-        count = reference.shape[channel_axis]
-        channels = tuple(reduce(reference[(*before, i)], test[(*before, i)]).max_abs for i in range(count))
-    return _finish(reference, test, reduce(reference, test), channels)
+    return _finish(reference, test, reduce(reference, test))
 
 
 def _is_real(tensor: Tensor) -> bool:
@@ -131,7 +115,7 @@ def _is_real(tensor: Tensor) -> bool:
     return dtype.kind in "biuf" or (dtype.kind == "V" and np.can_cast(dtype, np.float64))
 
 
-def _finish(reference: Tensor, test: Tensor, totals: Totals, channels: tuple[float, ...] | None) -> TensorStats:
+def _finish(reference: Tensor, test: Tensor, totals: Totals) -> TensorStats:
     """Statistics of two tensors of one shape, from their sums; formulas stand at the fields of ``TensorStats``."""
     whole, shape = totals.whole, tuple(reference.shape)
     agree = not whole.mismatched
@@ -155,7 +139,6 @@ def _finish(reference: Tensor, test: Tensor, totals: Totals, channels: tuple[flo
         equal=totals.max_abs == 0 and totals.same_integers,
         finite_max_abs=whole.max_abs,
         finite_rel_l2=rel_l2,
-        channel_max=channels,
     )
 
 

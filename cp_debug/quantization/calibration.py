@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -107,16 +106,6 @@ class CalibrationManager:
             else:
                 residual_adds[self._full(name)] = self._amax(name)
         return Scales(module_digest(self.module), self.method, scales_by_layer, residual_adds)
-
-    def save_cache(self, path: Path) -> None:
-        """Write the scales as a calibration cache. Raises InputError when nothing was seen."""
-        self.scales().save(path)
-
-    def load_cache(self, path: Path) -> Scales:
-        """Scales that were saved for this very model. Raises InputError for a cache of another one."""
-        scales = Scales.load(path)
-        check_model(self.module, scales, str(path))
-        return scales
 
     def arguments(self, batch: Batch) -> tuple[Tensor, ...]:
         """A batch as positional arguments. Raises InputError when it does not fit the module's forward."""

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from cp_debug.errors import InputError
+from cp_debug.graph.check_inputs import check_inputs
 from cp_debug.graph.graph import ValueInfo
-from cp_debug.graph.random_inputs import check_inputs
 from cp_debug.reading import read_npz
 from cp_debug.recipes.base import Sample
 

@@ -66,15 +66,3 @@ class DataSet(Protocol):
 def iterate(data: DataSet) -> Iterator[Sample]:
     """All samples in order."""
     return (data.sample(index) for index in range(len(data)))
-
-
-def points_in_boxes(points: np.ndarray, boxes: np.ndarray) -> NDArray[np.int64]:
-    """Count ``points`` [N, ≥ 3] in each box [M, 7] (gravity centre; the faces belong to it): int64 [M]."""
-    counts = np.zeros(len(boxes), dtype=np.int64)
-    for index, (x, y, z, *size, yaw) in enumerate(boxes[:, :7].astype(np.float64)):
-        offset = points[:, :3] - (x, y, z)
-        cos, sin = np.cos(yaw), np.sin(yaw)
-        along, across = offset[:, 0] * cos + offset[:, 1] * sin, offset[:, 1] * cos - offset[:, 0] * sin
-        local = np.stack((along, across, offset[:, 2]), axis=1)
-        counts[index] = (np.abs(local) <= np.divide(size, 2)).all(axis=1).sum()
-    return counts

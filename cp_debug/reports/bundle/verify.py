@@ -115,4 +115,6 @@ def backend_of(accused: Accused) -> Backend:
         return create(spec, disabled_optimizers=settings.get("disabled_optimizers", ()))
     if spec.family == "emu":
         return create(spec, overrides=settings.get("overrides", {}), tile=settings.get("tile"))
-    return create(spec, strongly_typed=settings.get("regime") == "strong")
+    if spec.family == "trt":
+        return create(spec, strongly_typed=settings.get("regime") == "strong")
+    return create(spec)

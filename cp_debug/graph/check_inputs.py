@@ -1,4 +1,4 @@
-"""The inputs of a graph: checked against what it declares, or made up."""
+"""Inputs checked against what a graph declares of them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from cp_debug.errors import InputError
-from cp_debug.graph.free_axes import FreeAxes
 from cp_debug.graph.graph import ValueInfo
-from cp_debug.graph.input_values import plain
 
 
 def check_inputs(expected: Sequence[ValueInfo], given: Mapping[str, np.ndarray], source: str) -> None:
@@ -37,24 +35,3 @@ def check_inputs(expected: Sequence[ValueInfo], given: Mapping[str, np.ndarray],
                     f"{source}: input {value.name!r} has shape {list(array.shape)}; {expectation}; "
                     f"{symbol} is {size} here and {first_use[0]} in {first_use[1]!r}"
                 )
-
-
-def random_inputs(expected: Sequence[ValueInfo], seed: int | Sequence[int]) -> dict[str, np.ndarray]:
-    """Seeded inputs by type and shape alone: floats from N(0, 1), integers of 8 and 16 bits over their range, others
-    0 or 1, booleans evenly.
-
-    A free first axis is one sample, whatever it is called, and so is one called ``N`` or ``batch``; any other free axis
-    has 64 elements, and the same symbol the same size everywhere. Raises InputError for an input that is no tensor of
-    numbers or has no shape.
-    """
-    for value in expected:
-        if value.dtype is None or value.dtype.kind in "OSUc" or value.shape is None:
-            raise InputError(f"input {value}: no random value can be made for this; give one with --inputs")
-    rng = np.random.default_rng(seed)
-    axes = FreeAxes(expected)
-    sizes = axes.first()
-    arrays = {}
-    for value in expected:
-        assert value.dtype is not None
-        arrays[value.name] = plain(value.dtype)(rng, axes.shape(value, sizes), 1).astype(value.dtype)
-    return arrays
