@@ -65,7 +65,7 @@ _HOME = {
     "predict": "prediction.predict",
     "search": "mixed_precision.search",
 }
-"""Where each name is defined. None is called as a folder of the package: importing that would hide it."""
+"""Module of each name. None is called as a folder of the package: importing that would hide it."""
 
 
 def __getattr__(name: str) -> Any:

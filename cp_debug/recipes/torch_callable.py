@@ -53,7 +53,10 @@ class TorchModel:
         ]
 
     def samples(self, count: int, seed: int, inputs: Path | None) -> Iterator[Sample]:
-        """The examples first, then seeded arrays of their shape, dtype, mean and spread."""
+        """The example inputs first, then seeded arrays of their shape, dtype, mean and spread.
+
+        With ``inputs`` the arrays of ``.npz`` files instead. Raises InputError for unusable files.
+        """
         if inputs is not None:
             expected = [ValueInfo(n, a.dtype, (None,) * a.ndim) for n, a in self._examples.items()]
             yield from npz_samples(inputs, expected, count)
@@ -65,16 +68,19 @@ class TorchModel:
             yield Sample({n: _like(a, rng) for n, a in self._examples.items()}, f"random like the example, seed {seed}")
 
     def feed(self, component: Component, sample: Sample, results: Mapping[str, Arrays]) -> dict[str, np.ndarray]:
-        """The sample's arrays, as they are."""
+        """The sample's arrays by input name, unchanged."""
         return sample.arrays
 
     def decode(self, sample: Sample, results: Mapping[str, Arrays]) -> None:
-        """A bare module has no decoder."""
+        """Nothing: a bare module has no decoder."""
         return None
 
 
 def load_callable(text: str, checkpoint: Path | None = None) -> TorchModel:
-    """``package.module:callable`` or ``file.py:callable``. Raises InputError when it cannot be imported or called."""
+    """Import and call ``package.module:callable`` or ``file.py:callable`` for its module and example inputs.
+
+    ``checkpoint`` is strict-loaded into the module. Raises InputError when importing, calling or loading fails.
+    """
     source, _, attribute = text.rpartition(":")
     target = getattr(_import(source), attribute, None)
     if not callable(target):
@@ -94,8 +100,8 @@ def load_callable(text: str, checkpoint: Path | None = None) -> TorchModel:
 def _import(source: str) -> ModuleType:
     try:
         if not source.endswith(".py"):
-            if (here := str(Path.cwd())) not in sys.path:
-                sys.path.insert(0, here)
+            if (working_folder := str(Path.cwd())) not in sys.path:
+                sys.path.insert(0, working_folder)
             return importlib.import_module(source)
         path = Path(source)
         if not path.is_file():
@@ -115,7 +121,7 @@ def _import(source: str) -> ModuleType:
 
 @contextmanager
 def own_code(what: str) -> Iterator[None]:
-    """Tells what the user's code raises. Raises InputError for everything but Ctrl-C."""
+    """Context that turns whatever the user's code raises into InputError; Ctrl-C passes."""
     try:
         yield
     except (KeyboardInterrupt, InputError):
@@ -139,6 +145,7 @@ def _check_values(name: str, module: torch.nn.Module) -> None:
 
 
 def _output_names(name: str, module: torch.nn.Module, tensors: Sequence[torch.Tensor]) -> list[str]:
+    """Names of the tensors that a forward on the examples returns. Raises ModuleFailed when it raises."""
     try:
         with torch.no_grad():
             names = list(flatten_outputs(module(*tensors)))
