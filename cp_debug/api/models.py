@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from cp_debug.errors import InputError
+from cp_debug.graph.check_inputs import check_inputs
 from cp_debug.graph.graph import Graph
-from cp_debug.graph.random_inputs import check_inputs
 from cp_debug.probes.arrays import as_numpy
 from cp_debug.recipes.abilities import with_samples
 from cp_debug.recipes.base import Model, Sample
