@@ -58,7 +58,7 @@ class Outcome:
     linear: int
     linear_found: int
     shrink: int
-    """Our minimiser without prediction, on everything."""
+    """Our minimizer without prediction, on everything."""
 
 
 def run_case(case: Case) -> Outcome:
@@ -69,7 +69,7 @@ def run_case(case: Case) -> Outcome:
     start = time.perf_counter()
     result = search(model, backends, goal, list(model.samples(1, 0, None)))
     seconds = time.perf_counter() - start
-    found = frozenset(layer.unit.nodes for layer in result.kept)
+    found = frozenset(layer.fusion_group.nodes for layer in result.kept)
     trials = Trials(case.path, case.backend)
     limit = goal.conditions[0].limit
 

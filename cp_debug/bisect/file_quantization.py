@@ -1,8 +1,8 @@
-"""What a quantised file must do to the layers of its float parent, whoever wrote it: Q/DQ pairs, integer operators,
+"""What a quantized file must do to the layers of its float parent, whoever wrote it: Q/DQ pairs, integer operators,
 dynamic scales, weights alone.
 
 Nothing is asked of the file's structure but which values are the parent's. Between two of those, its own nodes say what
-is quantised and how (levels, one scale or one a channel, with a zero point or without); a faithful layer then makes
+is quantized and how (levels, one scale or one a channel, with a zero point or without); a faithful layer then makes
 about the error that the best scales of that kind make on the same inputs.
 """
 
@@ -28,7 +28,6 @@ from cp_debug.graph.qdq import QUANTIZED, weight_axis
 _BITS = {2: 8, 3: 8, 4: 16, 5: 16, 21: 4, 22: 4, 25: 2, 26: 2, 6: 32, 17: 5, 18: 5, 19: 4, 20: 4}
 """ONNX data type of levels → bits; for FP8 those of an integer grid with about its error."""
 _SIGNED = {3, 5, 6, 22, 26, 17, 18, 19, 20}
-_DYNAMIC = {"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "DynamicQuantizeLSTM"}
 _PASS = {
     *("Cast", "Clip", "Flatten", "HardSwish", "Identity", "LeakyRelu", "PRelu", "Pad", "Relu", "Reshape", "Slice"),
     *("Split", "Squeeze", "Transpose", "Unsqueeze"),
@@ -53,21 +52,23 @@ class Levels:
     """Elements of the reduced axis that share a scale; 0: all."""
 
     def applied(
-        self, tensor: Tensor, axis: int | None, room: float = 1.0, least: tuple[float, float] = (0.0, 0.0)
+        self, tensor: Tensor, axis: int | None, scale_margin: float = 1.0, least: tuple[float, float] = (0.0, 0.0)
     ) -> Tensor:
-        """``tensor`` with the best scales of this kind for it, ``room`` times as large; ``least`` is a range that they
-        cover in any case. ``axis`` is the channels'."""
+        """``tensor`` with the best scales of this kind for it, ``scale_margin`` times as large.
+
+        ``least`` is a range that they cover in any case, ``axis`` the channels'.
+        """
         if self.block and tensor.dim() > 1:
             rows = tensor.transpose(0, 1) if axis != 0 else tensor
             padded = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % self.block))
             blocks = padded.unflatten(-1, (-1, self.block))
-            made = self._on(blocks, [-1], room).flatten(-2)[..., : rows.shape[-1]]
+            made = self._on(blocks, [-1], scale_margin).flatten(-2)[..., : rows.shape[-1]]
             return made.transpose(0, 1) if axis != 0 else made
         rest = [d for d in range(tensor.dim()) if d != axis] if self.channels and axis is not None else None
-        return self._on(tensor, rest, room, least)
+        return self._on(tensor, rest, scale_margin, least)
 
     def _on(
-        self, tensor: Tensor, rest: list[int] | None, room: float, least: tuple[float, float] = (0.0, 0.0)
+        self, tensor: Tensor, rest: list[int] | None, scale_margin: float, least: tuple[float, float] = (0.0, 0.0)
     ) -> Tensor:
         if not tensor.numel():
             return tensor
@@ -77,7 +78,7 @@ class Levels:
         if self.symmetric:
             high = torch.maximum(low.abs(), high.abs())
             low = -high
-        low, high = low.clamp(max=0) * room, high.clamp(min=0) * room
+        low, high = low.clamp(max=0) * scale_margin, high.clamp(min=0) * scale_margin
         count = 2**self.bits - 1 - self.symmetric
         step = (high - low) / count
         step = torch.where(step > 0, step, torch.ones_like(step))
@@ -88,7 +89,7 @@ class Levels:
 
 @dataclass(frozen=True)
 class Scheme:
-    """What the nodes between two of the parent's values quantise. None: not at all."""
+    """What the nodes between two of the parent's values quantize. None: not at all."""
 
     data: Levels | None = None
     weights: Levels | None = None
@@ -101,7 +102,7 @@ class Scheme:
 
 
 class FileQuantization:
-    """A quantised file beside its float parent, ``plain``. ``names``: value of ``plain`` → its name in ``graph``.
+    """A quantized file beside its float parent, ``plain``. ``names``: value of ``plain`` → its name in ``graph``.
 
     What is said to it and by it is in names of ``plain``.
     """
@@ -118,7 +119,7 @@ class FileQuantization:
                 self._schemes[name] = scheme
 
     def touches(self, nodes: Sequence[Node]) -> bool:
-        """Whether the file quantises anything of what these nodes of ``plain`` compute."""
+        """Whether the file quantizes anything of what these nodes of ``plain`` compute."""
         return bool(self._of(nodes))
 
     def grid(self, node: Node, place: int) -> QuantizerGrid | None:
@@ -131,7 +132,7 @@ class FileQuantization:
         nodes: Sequence[Node],
         given: Mapping[str, AnyTensor],
         targets: Collection[str],
-        room: float = 1.0,
+        scale_margin: float = 1.0,
         *,
         whole_range: bool = False,
     ) -> EmulatedSegment:
@@ -154,7 +155,7 @@ class FileQuantization:
                         continue
                     axis = weight_axis(node, tensor.dim()) if node.op in QUANTIZED and place == 1 else 0
                     least = _range(executor.graph, name) if whole_range else (0.0, 0.0)
-                    own[name] = levels.applied(tensor, axis if constant else None, room, least)
+                    own[name] = levels.applied(tensor, axis if constant else None, scale_margin, least)
                     if not constant and scheme.grid is not None and found.step is None:
                         found.step, found.clipped = float(scheme.grid.scale.flatten()[0]), scheme.grid.clipped(tensor)
             values |= executor.run_nodes([node], own, node.outputs)
@@ -164,7 +165,7 @@ class FileQuantization:
             levels = self._schemes.get(target, Scheme()).result
             least = _range(executor.graph, target) if whole_range else (0.0, 0.0)
             rounds = levels is not None and result.is_floating_point()
-            results[target] = levels.applied(result, None, room, least) if levels and rounds else result
+            results[target] = levels.applied(result, None, scale_margin, least) if levels and rounds else result
         found.results = results
         return found
 
@@ -189,10 +190,12 @@ class FileQuantization:
         return result
 
     def recalibrated(
-        self, target: str, known: Collection[str], given: Mapping[str, AnyTensor], room: float = 1.0
+        self, target: str, known: Collection[str], given: Mapping[str, AnyTensor], scale_margin: float = 1.0
     ) -> Tensor | None:
-        """What the file's own nodes make of ``given`` with the best scales for it, ``room`` times as large, in place of
-        those of its QuantizeLinear nodes. None where weights or levels take part, or as for ``declared``.
+        """What the file's own nodes make of ``given`` with the best scales for it in place of those of its
+        QuantizeLinear nodes, ``scale_margin`` times as large.
+
+        None where weights or levels take part, or as for ``declared``.
         """
         own = self._names.get(target, target)
         if own not in self._graph.producer or self._constant_grid(own) is not None:
@@ -212,7 +215,7 @@ class FileQuantization:
                 if levels is None:
                     return None
                 least = _range(self._graph, first)
-                rounded[node.outputs[0]] = levels.applied(torch.as_tensor(tensor), None, room, least)
+                rounded[node.outputs[0]] = levels.applied(torch.as_tensor(tensor), None, scale_margin, least)
             elif node.op == "DequantizeLinear" and first in rounded:
                 values[node.outputs[0]] = rounded[first]
             elif node.op in ("DequantizeLinear", "QuantizeLinear") or not rounded.keys().isdisjoint(node.inputs):
@@ -272,7 +275,7 @@ class FileQuantization:
                 yield place, name, tensor
 
     def _scheme(self, value: str, own: Collection[str]) -> Scheme:
-        """What the nodes quantise that compute one of the file's values from others that are the parent's."""
+        """What the nodes quantize that compute one of the file's values from others that are the parent's."""
         nodes, _ = self._graph.segment([value], set(own) - {value})
         data = weights = None
         grid = None

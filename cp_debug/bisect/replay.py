@@ -47,7 +47,7 @@ stay below 5, so what was inherited more likely was introduced by the reference.
 EXCESS = 4.0
 """A layer whose introduced error is this many times the expected one is guilty: ``docs/thresholds.md`` has the
 measurements."""
-ROOM = (1.02, 1.05, 1.1)
+SCALE_MARGINS = (1.02, 1.05, 1.1)
 """A layer in INT8 that raises a doubt is emulated again with scales larger by these factors: of few elements, one
 emulation may come out nearly exact by luck."""
 
@@ -303,12 +303,15 @@ class Replayer:
         self, quantized: AnyQuantized, side: int, nodes: list[Node], given: Mapping[str, AnyTensor], target: str
     ) -> Iterator[AnyTensor]:
         """What somewhat larger scales give, of a foreign file those of its own quantizers, too."""
-        for room in ROOM:
-            yield quantized.ideal(self._emulators[side], nodes, given, [target], room).results[target]
+        for scale_margin in SCALE_MARGINS:
+            yield quantized.ideal(self._emulators[side], nodes, given, [target], scale_margin).results[target]
         if isinstance(quantized, FileQuantization):
             emulator = self._emulators[side]
             yield quantized.ideal(emulator, nodes, given, [target], whole_range=True).results[target]
-            made = (quantized.recalibrated(target, self.known, given, room) for room in (1.0, *ROOM))
+            made = (
+                quantized.recalibrated(target, self.known, given, scale_margin)
+                for scale_margin in (1.0, *SCALE_MARGINS)
+            )
             yield from (m for m in made if m is not None)
 
     def _judge(

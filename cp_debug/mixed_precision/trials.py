@@ -18,7 +18,7 @@ from cp_debug.graph.casts import MOVERS, computed_low
 from cp_debug.graph.downstream import data_values
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.unquantize import quantized_inputs, remove_qdq
-from cp_debug.mixed_precision.fusion_groups import HEAVY, Kept, Unit, nodes_of
+from cp_debug.mixed_precision.fusion_groups import HEAVY, FusionGroup, Kept, nodes_of
 from cp_debug.mixed_precision.judge import Results
 from cp_debug.mixed_precision.mixed_graph import Computed, MixedExecutor
 from cp_debug.recipes.base import Arrays, Model, Sample
@@ -116,9 +116,9 @@ class EmulatedRunner:
         for i in range(len(self._samples)):
             self._pass(i, high, keep=self._exact)
 
-    def local_error(self, unit: Unit) -> float:
+    def local_error(self, group: FusionGroup) -> float:
         """What the layer introduces by itself, relative L2, on the first sample."""
-        return self._executors[unit.component].local_error(unit.nodes, self._exact[0, unit.component])
+        return self._executors[group.component].local_error(group.nodes, self._exact[0, group.component])
 
     @property
     def passes(self) -> float:

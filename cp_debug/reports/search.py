@@ -37,27 +37,27 @@ def render(result: SearchResult) -> Iterator[RenderableType]:
         trials += f" ({result.builds} builds in this run), {emulated} on the emulator"
     yield Text(f"{trials}; {result.seconds:.1f} s", style="dim")
     if result.reached:
-        yield from handover(result)
+        yield from tool_arguments(result)
 
 
 def kept_table(result: SearchResult) -> Table:
     """A row for each layer."""
     figure = next(iter(result.best.measured.figures), "rel_l2")
     table = _table("layer", "ONNX nodes", "operators", "introduces", "effect alone", f"{figure} without it")
-    grouped = any(layer.unit.group for layer in result.kept)
+    grouped = any(layer.fusion_group.engine_layer for layer in result.kept)
     if grouped:
         table.add_column("engine layer", overflow="fold")
     for layer in result.kept:
-        unit = layer.unit
+        group = layer.fusion_group
         cells = [
-            unit.name,
-            "\n".join(unit.nodes),
+            group.name,
+            "\n".join(group.nodes),
             "\n".join(layer.ops),
             number(layer.introduced),
             number(layer.effect),
             number(layer.without.get(figure)),
         ]
-        table.add_row(*cells, *([unit.group] if grouped else []))
+        table.add_row(*cells, *([group.engine_layer] if grouped else []))
     return table
 
 
@@ -75,7 +75,7 @@ def pareto_table(result: SearchResult) -> Table:
     return table
 
 
-def handover(result: SearchResult) -> Iterator[RenderableType]:
+def tool_arguments(result: SearchResult) -> Iterator[RenderableType]:
     """The set as other tools take it."""
     for component, tools in arguments(result.keep, result.precision).items():
         for tool, line in tools.items():

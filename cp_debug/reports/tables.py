@@ -24,7 +24,7 @@ from cp_debug.bisect.result import (
 from cp_debug.reports.causes import findings
 from cp_debug.reports.engines import engine_lines, kernel
 from cp_debug.reports.numbers import number, share, share_in_words
-from cp_debug.reports.optimizer_blame import render_knobs
+from cp_debug.reports.optimizer_blame import render_optimizer_blame
 from cp_debug.reports.safe_table import Table
 
 STYLES = {OK: "green", INHERITED: "yellow", DIVERGENT: "red", GUILTY: "bold red", SHAPE: "bold red"}
@@ -34,7 +34,7 @@ SETTINGS = {
     "backends.cudnn.benchmark": "cudnn benchmark",
     "deterministic_algorithms": "deterministic",
     "threads": "threads",
-    "graph_optimization_level": "optimisation",
+    "graph_optimization_level": "optimization",
     "use_deterministic_compute": "deterministic",
     "intra_op_num_threads": "threads",
     "use_tf32": "tf32",
@@ -74,9 +74,9 @@ def render(result: BisectResult, *, layers: bool = True, show_all: bool = False)
         for note in test.notes:
             yield Text(f"note: {note}", style="yellow")
         yield verdict_line(test)
-        if test.knobs is not None:
+        if test.optimizer_blame is not None:
             yield Text()
-            yield from render_knobs(test.knobs)
+            yield from render_optimizer_blame(test.optimizer_blame)
 
 
 def weight_lines(result: BisectResult) -> list[str]:

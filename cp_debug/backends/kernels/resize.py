@@ -108,7 +108,7 @@ def _gather(x: Tensor, axis: int, taps: list[tuple[np.ndarray, np.ndarray | None
 
 
 def _coordinates(length: int, size: int, factor: float, transform: str, *, nearest: bool, literal: bool) -> np.ndarray:
-    """Where each of ``length`` results lies on the source axis (ONNX Resize, coordinate_transformation_mode).
+    """Places of ``length`` results on the source axis (ONNX Resize, coordinate_transformation_mode).
 
     Aligned corners refer to the length of the result in ONNX Runtime and torch, to scale × size, which need not be
     whole, in ONNX's reference implementation (``literal``).

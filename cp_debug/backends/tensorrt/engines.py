@@ -17,7 +17,7 @@ from cp_debug.backends.tensorrt.inspector import (
     EngineLayer,
     changed_nodes,
     compare_engines,
-    materialised,
+    materialized,
     parse_layers,
     realised_precision,
 )
@@ -38,7 +38,7 @@ _WANTED = {"fp16": "Half", "bf16": "BF16", "int8": "Int8"}
 
 @dataclass(frozen=True)
 class Engine:
-    """A built engine file and what its build told."""
+    """A built engine file and what its build build_info."""
 
     path: Path
     layers: tuple[EngineLayer, ...]
@@ -121,13 +121,13 @@ def to_exclude(graph: Graph, *, calibrated: bool) -> str:
     ``calibrated``: by TensorRT, which chooses what runs in INT8, Q/DQ pairs or not.
     """
     upsampling = [node for node in graph.nodes if node.op == "ConvTranspose"]
-    quantised = [
+    quantized = [
         node.name
         for node in upsampling
         if any(graph.producer[i].op == "DequantizeLinear" for i in node.inputs if i in graph.producer)
     ]
-    if quantised:
-        return f"TensorRT 8.6 builds no ConvTranspose in INT8: leave {', '.join(quantised)} unquantized (--skip-layers)"
+    if quantized:
+        return f"TensorRT 8.6 builds no ConvTranspose in INT8: leave {', '.join(quantized)} unquantized (--skip-layers)"
     if calibrated and upsampling:
         kept = " ".join(f"--keep-fp32 {node.name}" for node in upsampling)
         return f"TensorRT 8.6 builds no ConvTranspose in INT8, and a calibrator asks for that: try {kept}"
@@ -186,8 +186,8 @@ class EngineSet:
         """Whether any layer runs in the precision asked for, as far as layers tell."""
         wanted = _WANTED.get(self._workshop.variant)
         if self._workshop.variant == "tf32":
-            told = {layer.tactic.multiplies for layer in self.plain.layers} - {None}
-            return not told or "tf32" in told
+            build_info = {layer.tactic.multiplies for layer in self.plain.layers} - {None}
+            return not build_info or "tf32" in build_info
         return wanted is None or not self.types or wanted in self.types
 
     @property
@@ -205,7 +205,7 @@ class EngineSet:
     def candidates(self) -> list[str]:
         """Floating-point values that the engine writes and does not put out, in execution order."""
         outputs = {v.name for v in self._workshop.graph.outputs}
-        tensors = materialised(self.plain.layers, self._workshop.values)
+        tensors = materialized(self.plain.layers, self._workshop.values)
         floats = {name for name, tensor in tensors.items() if tensor.dtype in PRECISIONS}
         return [name for name in self._marks if name in floats and name not in outputs]
 
@@ -272,7 +272,7 @@ class EngineSet:
     def describe(self) -> dict[str, Any]:
         """JSON-safe: what was built, what differs between the builds, which kernels ran."""
         facts = self.plain.facts
-        told: dict[str, Any] = {
+        build_info: dict[str, Any] = {
             "flags": sorted(name for name, on in facts["flags"].items() if on),
             "timing_cache": facts["timing_cache"],
             "realised": self.realised,
@@ -286,34 +286,34 @@ class EngineSet:
         for name, engine in (("rebuilt", self.rebuilt), ("probed", self.probed)):
             if engine is not None and engine is not self.plain:
                 difference = compare_engines(self.plain.layers, engine.layers)
-                told["build_seconds"][name] = engine.facts["seconds"]
-                told[name] = {
+                build_info["build_seconds"][name] = engine.facts["seconds"]
+                build_info[name] = {
                     "fusions_changed": list(difference.fusions),
                     "tactics_changed": list(difference.tactics),
                     "timing_cache": engine.facts["timing_cache"],
                 }
                 if not difference.same:
-                    told[name]["layers"] = [layer.to_dict() for layer in engine.layers]
+                    build_info[name]["layers"] = [layer.to_dict() for layer in engine.layers]
         if self.stopped:
-            told["stopped"] = self.stopped
+            build_info["stopped"] = self.stopped
         if facts.get("cached"):
-            told["cached"] = True
+            build_info["cached"] = True
         if self.unmarked:
-            told["unmarked"] = self.unmarked
+            build_info["unmarked"] = self.unmarked
         if self.search is not None:
-            told["search"] = self.search.describe()
-        return told
+            build_info["search"] = self.search.describe()
+        return build_info
 
     def _boundaries(self) -> dict[str, dict[str, str]]:
         """What to mark, and as what: outputs are linear, and FP32 where typing is weak, unless said otherwise, which
         could make TensorRT choose another kernel.
 
-        TensorRT 8 cannot put out what a quantiser made: what goes into it is marked instead. What its own calibrator
+        TensorRT 8 cannot put out what a quantizer made: what goes into it is marked instead. What its own calibrator
         keeps in INT8 is marked as FP32.
         """
         workshop = self._workshop
         marks: dict[str, dict[str, str]] = {}
-        for name, tensor in materialised(self.plain.layers, workshop.values).items():
+        for name, tensor in materialized(self.plain.layers, workshop.values).items():
             mark = {"format": (len(tensor.shape) == 4 and tensor.tensor_format) or ""}
             if workshop.config.regime == "weak":
                 producer = workshop.graph.producer[name]
