@@ -9,7 +9,7 @@ about the error that the best scales of that kind make on the same inputs.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,6 +25,10 @@ from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.integer_values import constant_type, is_constant, produced_grid
 from cp_debug.graph.qdq import QUANTIZED, weight_axis
 
+GOOD = 3.0
+"""A weight that is this many times further from its original than the best scales would leave it is a bad one."""
+SLIGHT = 1e-3
+"""The same for biases of 32 bits, relative to their size."""
 _BITS = {2: 8, 3: 8, 4: 16, 5: 16, 21: 4, 22: 4, 25: 2, 26: 2, 6: 32, 17: 5, 18: 5, 19: 4, 20: 4}
 """ONNX data type of levels → bits; for FP8 those of an integer grid with about its error."""
 _SIGNED = {3, 5, 6, 22, 26, 17, 18, 19, 20}
@@ -190,12 +194,20 @@ class FileQuantization:
         return result
 
     def recalibrated(
-        self, target: str, known: Collection[str], given: Mapping[str, AnyTensor], scale_margin: float = 1.0
+        self,
+        target: str,
+        known: Collection[str],
+        given: Mapping[str, AnyTensor],
+        constants: Collection[Tensor] = (),
+        scale_margin: float = 1.0,
+        bits: int | None = None,
     ) -> Tensor | None:
         """What the file's own nodes make of ``given`` with the best scales for it in place of those of its
         QuantizeLinear nodes, ``scale_margin`` times as large.
 
-        None where weights or levels take part, or as for ``declared``.
+        ``constants`` are those of the parent's segment: a weight counts as quantized well where it is about as near to
+        one of them as the best scales of its kind come. ``bits``: in place of those of the levels. None for other
+        weights, for levels that are captured, and as for ``declared``.
         """
         own = self._names.get(target, target)
         if own not in self._graph.producer or self._constant_grid(own) is not None:
@@ -214,10 +226,18 @@ class FileQuantization:
                 (tensor,) = self._executor.run_nodes([], values, [first]).values()
                 if levels is None:
                     return None
+                levels = levels if bits is None else replace(levels, bits=bits)
                 least = _range(self._graph, first)
+                grid = self._grid(*[*node.proto.input[1:3], ""][:2])
+                if grid is not None and grid.range[0] >= 0:  # does what a Relu would that was left out
+                    tensor = torch.as_tensor(tensor).clamp(min=0)
                 rounded[node.outputs[0]] = levels.applied(torch.as_tensor(tensor), None, scale_margin, least)
             elif node.op == "DequantizeLinear" and first in rounded:
                 values[node.outputs[0]] = rounded[first]
+            elif node.op == "DequantizeLinear" and is_constant(self._graph, first):
+                values |= self._executor.run_nodes([node], values, node.outputs)
+                if not self._good(node, torch.as_tensor(values[node.outputs[0]]), constants):
+                    return None
             elif node.op in ("DequantizeLinear", "QuantizeLinear") or not rounded.keys().isdisjoint(node.inputs):
                 return None
             else:
@@ -227,6 +247,20 @@ class FileQuantization:
                     return None
         result = values.get(own)
         return None if result is None else torch.as_tensor(result)
+
+    def _good(self, node: Node, stored: Tensor, constants: Collection[Tensor]) -> bool:
+        """Whether a weight as the file stores it is a good rounding of one of the ``constants``."""
+        first, scale, *zero = node.proto.input
+        levels = self._levels(scale, zero[0] if zero else "", first, node)
+        axis = next((a.i for a in node.proto.attribute if a.name == "axis"), 1)
+        for constant in constants:
+            if constant.shape != stored.shape:
+                continue
+            best = constant if levels is None else levels.applied(constant, axis)
+            allowed = GOOD * float((best - constant).norm()) + SLIGHT * float(constant.norm())
+            if float((stored - constant).norm()) <= allowed:
+                return True
+        return False
 
     def shown(self, own: str, tensor: AnyTensor) -> AnyTensor:
         """A value of the file as one of its parent: levels become the numbers that they stand for."""
@@ -316,7 +350,10 @@ class FileQuantization:
         if weights is not None and weights.bits == 32:
             weights = None
         last = self._graph.producer[value]
-        shown = last.op == "DequantizeLinear" or produced_grid(self._graph, value) is not None
+        made = produced_grid(self._graph, value)
+        if made is not None and weights is None and is_constant(self._graph, last.proto.input[0]):
+            weights = self._levels(made.scale, made.zero)
+        shown = last.op == "DequantizeLinear" or made is not None
         result = (data or Levels()) if shown and not is_constant(self._graph, last.proto.input[0]) else None
         return Scheme(data, weights, result, grid)
 

@@ -32,6 +32,7 @@ from cp_debug.bisect.range_loss import RangeLoss
 from cp_debug.bisect.whole_numbers import as_tensor, instead
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.integer_values import is_constant
 from cp_debug.graph.randomness import draws
 from cp_debug.probes.distance import distance, ratio
 from cp_debug.programs.precision import BESIDE_INT8, PRECISIONS, Precision, coarsest
@@ -54,6 +55,8 @@ emulation may come out nearly exact by luck."""
 TRIM_AFTER = 1 << 27
 """Bytes of oracle results after which freed memory goes back to the system."""
 
+ALIKE = 0.02
+"""Relative L2 within which a quantized file computes a layer, but for the rounding of its data."""
 FLOOR = 0.5
 """Unit roundoffs that every layer may introduce, whatever its emulation says."""
 
@@ -213,7 +216,7 @@ class Replayer:
                 declared = quantized.declared(target, self.known, given)
                 ideals = [expected.results[target]]
                 if isinstance(quantized, FileQuantization):
-                    ideals += filter(lambda t: t is not None, [quantized.recalibrated(target, self.known, given)])
+                    ideals += self._recalibrated(quantized, nodes, target, given)
                 _hold_against_scales(replay, captured[target], exact[target], ideals, declared)
                 if self._follows_its_scales(replay) and self._scales_fit(nodes, starts, target, reference):
                     replay.expected, replay.excess, replay.channel_excess = replay.introduced, 1.0, None
@@ -308,11 +311,8 @@ class Replayer:
         if isinstance(quantized, FileQuantization):
             emulator = self._emulators[side]
             yield quantized.ideal(emulator, nodes, given, [target], whole_range=True).results[target]
-            made = (
-                quantized.recalibrated(target, self.known, given, scale_margin)
-                for scale_margin in (1.0, *SCALE_MARGINS)
-            )
-            yield from (m for m in made if m is not None)
+            for scale_margin in (1.0, *SCALE_MARGINS):
+                yield from self._recalibrated(quantized, nodes, target, given, scale_margin)
 
     def _judge(
         self,
@@ -377,6 +377,27 @@ class Replayer:
         other = self._hold(captured).to(exact.dtype)
         return not matters(self.graph, self.oracle, self.known, test, (target, exact, other), 0.0)
 
+    def _recalibrated(
+        self,
+        quantized: FileQuantization,
+        nodes: list[Node],
+        target: str,
+        given: Mapping[str, AnyTensor],
+        scale_margin: float = 1.0,
+    ) -> list[AnyTensor]:
+        """What a file's own nodes give with better scales, in a list that is empty where nobody can tell."""
+        names = dict.fromkeys(i for n in nodes for i in n.inputs if is_constant(self.graph, i) and i not in given)
+        constants = [torch.as_tensor(t) for t in self.oracle.run_nodes([], {}, names).values()]
+        rounded = quantized.recalibrated(target, self.known, given, constants, scale_margin)
+        fine = quantized.recalibrated(target, self.known, given, constants, bits=24)
+        exact = as_tensor(self.oracle.run_nodes(nodes, given, [target])[target])
+        if rounded is None or fine is None or fine.shape != exact.shape:
+            return []
+        # Nodes that miss the result without any rounding compute something else: another value was paired with this.
+        off, scale, _ = distance(fine, exact)
+        faithful = off <= max(distance(rounded, exact).difference / 2, ALIKE * scale)
+        return [rounded] if faithful else []
+
     @staticmethod
     def _follows_its_scales(replay: Replay) -> bool:
         """Whether a layer in INT8 introduces more than it should, and just what the file's own scales say."""
@@ -399,7 +420,7 @@ class Replayer:
             quantized.ideal(self._emulators[1], nodes, given, [target], whole_range=w).results[target]
             for w in (False, True)
         ]
-        best += filter(lambda t: t is not None, [quantized.recalibrated(target, self.known, given)])
+        best += self._recalibrated(quantized, nodes, target, given)
         return (self._judge(declared, exact, best, BESIDE_INT8).excess or 0.0) <= EXCESS
 
     def _claim_of_node(self, side: int, node: Node) -> Precision:

@@ -25,8 +25,7 @@ class GridNames(NamedTuple):
 
 def is_quantized(graph: Graph) -> bool:
     """Whether any node quantizes, computes with levels, or turns levels into floats."""
-    marks = ("uantizeLinear", "QLinear", "QGemm", "MatMulNBits", "Integer", "DynamicQuantize", "BlockQuantized")
-    return any(mark in node.op for node in graph.nodes for mark in marks)
+    return graph.precision == "int8"
 
 
 def rounded_values(graph: Graph) -> set[str]:

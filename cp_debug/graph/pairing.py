@@ -202,8 +202,22 @@ def pair_by_names(
     used = {name for name, _ in pairs.values()}
     for value in test.values:
         if value in reference.producer and value not in pairs and value not in used:
-            pairs[value] = (value, "name")
+            pairs[_cut_off_by_range(reference, test, value)] = (value, "name")
     return pairs
+
+
+def _cut_off_by_range(reference: Graph, test: Graph, value: str) -> str:
+    """Where a quantizer left out the activation that computes ``value``, because the range of what follows does the
+    same: the floats behind that Q/DQ pair; else ``value``."""
+    if reference.producer[value].op not in ("Relu", "Clip") or test.producer[value].op in ("Relu", "Clip"):
+        return value
+    name = value
+    for op in ("QuantizeLinear", "DequantizeLinear"):
+        reader = next((n for n in test.consumers.get(name, ()) if n.op == op), None)
+        if reader is None:
+            return value
+        name = reader.outputs[0]
+    return name
 
 
 def finish(

@@ -129,12 +129,12 @@ def deform_conv(
 
 @kernel("Col2Im")
 def col2im(call: Call, x: Tensor, image: Tensor, block: Tensor) -> Tensor:
-    size, kernel_size = ([int(n) for n in t.tolist()] for t in (image, block))
+    size, kernel_size = (tuple(int(n) for n in t.tolist()) for t in (image, block))
     pads = tuple(call["pads"] or (0,) * 2 * len(size))
     if len(size) != 2:
         return NotImplemented
     begin, end = pads[:2], pads[2:]
-    padded = [n + b + e for n, b, e in zip(size, begin, end, strict=True)]
+    padded = tuple(n + b + e for n, b, e in zip(size, begin, end, strict=True))
     dilation, stride = call["dilations"] or (1, 1), call["strides"] or (1, 1)
     whole = functional.fold(x, padded, kernel_size, tuple(dilation), 0, tuple(stride))
     return whole[..., begin[0] : begin[0] + size[0], begin[1] : begin[1] + size[1]]
