@@ -54,6 +54,7 @@ from cp_debug.programs.pipeline import (
 from cp_debug.programs.precision import coarsest, oracle_for
 from cp_debug.programs.scene import decode, keep_scene
 from cp_debug.programs.unroll import Unroller
+from cp_debug.programs.walk import Walk
 from cp_debug.quantization.models import QuantizedComponent
 from cp_debug.quantization.open_quantized import calibration_samples
 from cp_debug.quantization.quantized_programs import (
@@ -411,8 +412,7 @@ class Bisection:
 
     def _exact_input(self, sample: Sample, results: Mapping[str, Arrays], key: Key) -> np.ndarray:
         """What the reference's glue makes of the test's upstream results."""
-        component = next(c for c in self.model.components if c.name == key.component)
-        return self.model.feed(component, sample, results)[key.value]
+        return Walk(self.model, sample, results).at(key.component).inputs[key.value]
 
     def _blame_optimizers(self, sample: Sample, runs: list[CandidateRun], collected: list[Collected]) -> None:
         from cp_debug.backends.ort_backend import OrtBackend
@@ -446,7 +446,7 @@ class Bisection:
             and (stage.last.component, stage.last.onnx) in by_key
         ]
         last = self.model.components[-1]
-        (program,) = (p for p in run.pipeline.programs if p.name == last.name)
+        program = run.pipeline.program(last.name)
         given = last.output_names if program.pairing is None else program.pairing.outputs
         outputs = [by_key[last.name, n] for n in last.output_names if n in given and (last.name, n) in by_key]
         if not outputs:
@@ -481,7 +481,7 @@ class Bisection:
 
 def nothing_compared(run: CandidateRun, component: str, expected: Sequence[str]) -> str:
     """Why there is no verdict: the outputs of both sides."""
-    (program,) = (p for p in run.pipeline.programs if p.name == component)
+    program = run.pipeline.program(component)
     theirs = ", ".join(map(str, program.graph.outputs))
     return (
         f"{run.pipeline.backend.spec}: no output was compared: the reference gives {', '.join(expected)}, "

@@ -16,7 +16,8 @@ from cp_debug.graph import surgery
 from cp_debug.graph.flatten import Decision, flatten, has_control_flow, needs_flattening
 from cp_debug.graph.graph import Graph
 from cp_debug.programs.pipeline import as_declared
-from cp_debug.recipes.base import Arrays, Model, Sample
+from cp_debug.programs.walk import tensors_as_arrays, walk
+from cp_debug.recipes.base import Arrays, Component, Model, Sample
 
 Decisions = dict[str, dict[str, Decision]]
 """Component → path → what every sample decides."""
@@ -59,14 +60,17 @@ def decide(programs: Sequence[Program], model: Model, samples: Iterable[Sample],
     executors = {p.name: Executor(p.graph, ARITHMETICS[arithmetic]) for p in programs}
     found: Decisions = {}
     for sample in samples:
-        results: dict[str, Arrays] = {}
-        for component in model.components:
-            executor = executors[component.name]
+        for executor in executors.values():
             executor.decisions.clear()
-            inputs = _as_called(executor.graph, model.feed(component, sample, results))
-            outputs = executor.run(as_declared(executor.graph, inputs), probes=())
-            results[component.name] = {n: v.numpy() for n, v in outputs.items() if hasattr(v, "numpy")}
-            earlier = found.setdefault(component.name, dict(executor.decisions))
+
+        def run(component: Component, given: Arrays) -> Arrays:
+            executor = executors[component.name]
+            inputs = as_declared(executor.graph, _as_called(executor.graph, given))
+            return tensors_as_arrays(executor.run(inputs, probes=()))
+
+        walk(model, sample, run)
+        for name, executor in executors.items():
+            earlier = found.setdefault(name, dict(executor.decisions))
             for path, decision in executor.decisions.items():
                 if earlier.setdefault(path, decision) != decision:
                     earlier[path] = UNDECIDED
