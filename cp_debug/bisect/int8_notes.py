@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from cp_debug.backends.base import Backend
+from cp_debug.backends.capabilities import integer_kernels_of
 from cp_debug.bisect.result import LayerRow
 from cp_debug.programs.pipeline import Pipeline, wants_int8
 
@@ -36,7 +37,7 @@ def int8_notes(
         largest, name = max(departures)
         noise = f"to {-20 * math.log10(largest):.0f} dB or better, the least at {name}" if largest else "bit for bit"
         yield f"{backend.spec}: every layer, given its own inputs, agrees with what its scales say {noise}"
-    counts = [session.settings.get("integer_kernels") for session in pipeline.sessions.values()]
+    counts = [integer_kernels_of(session) for session in pipeline.sessions.values()]
     if counts and all(count == 0 for count in counts):
         yield (
             f"{backend.spec}: no integer kernel ran; ONNX Runtime wants Q/DQ pairs behind a layer, too, and "

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.base import Backend, Program, Session
-from cp_debug.backends.capabilities import timer_of
+from cp_debug.backends.capabilities import build_info_of, timer_of
 from cp_debug.errors import InputError
 from cp_debug.graph.casts import MOVERS, computed_low
 from cp_debug.graph.downstream import data_values
@@ -163,7 +163,7 @@ class BackendRunner:
         self._seconds: dict[tuple[frozenset[str], ...], float | None] = {}
         self._latest: tuple[frozenset[str], ...] = ()
         self.builds = 0
-        self.layers: dict[str, list[Mapping[str, Any]]] = {}
+        self.layers: dict[str, Sequence[Mapping[str, Any]]] = {}
         """Component → layers of its latest engine (``name``, ``nodes``), where the backend tells."""
 
     def run(self, kept: Kept) -> list[Results]:
@@ -203,8 +203,8 @@ class BackendRunner:
             self.builds += len(shapes) if dynamic else 1
             with closing(backend.open(program)) as session:
                 outputs: list[Arrays] = [session.run(feed) for feed in feeds]
-                if "layers" in session.settings:
-                    self.layers[program.name] = session.settings["layers"]
+                if info := build_info_of(session):
+                    self.layers[program.name] = info.layers
                 return outputs, _seconds(session, feeds[0])
 
 

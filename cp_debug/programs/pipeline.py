@@ -15,7 +15,8 @@ import ml_dtypes
 import numpy as np
 
 from cp_debug.backends.base import Backend, Program, RunRecord, Session, Sink, Tensor
-from cp_debug.backends.capabilities import calibrates_itself, kept_in_fp32, largest_opset
+from cp_debug.backends.build_info import BuildInfo
+from cp_debug.backends.capabilities import build_info_of, calibrates_itself, kept_in_fp32, largest_opset
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.capture import array_hash
@@ -208,7 +209,7 @@ class Pipeline:
         """
         results = walk(self.model, sample, lambda component, given: self._run(component, given, sink))
         if not self._realised:
-            check_realised(self.backend, [session.settings for session in self.sessions.values()])
+            check_realised(self.backend, [build_info_of(session) for session in self.sessions.values()])
             self._realised = True
         return results
 
@@ -276,10 +277,10 @@ def by_reference(program: Program, outputs: Mapping[str, np.ndarray]) -> dict[st
     return program.pairing.reference_outputs(outputs) if program.pairing else dict(outputs)
 
 
-def check_realised(backend: Backend, told: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse engines, by their settings, of which none runs any layer in the precision that their name claims."""
-    if all(settings.get("realised") is False for settings in told):
-        types = sorted({f"{k} {v:.0%}" for settings in told for k, v in settings["realised_precision"].items()})
+def check_realised(backend: Backend, engines: Sequence[BuildInfo | None]) -> None:
+    """Refuse engines of which none runs any layer in the precision that their name claims; None is no engine."""
+    if all(info is not None and not info.realised for info in engines):
+        types = sorted({f"{k} {v:.0%}" for info in engines if info for k, v in info.realised_precision.items()})
         raise InputError(
             f"{backend.spec}: no layer of the built engine runs in {backend.precision} (layer inputs and outputs: "
             f"{', '.join(types)}); other kernels were faster, or the model has nothing to run in it"
