@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from cp_debug.backends.base import Backend
+from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.capabilities import integer_kernels_of
 from cp_debug.bisect.result import LayerRow
 from cp_debug.programs.pipeline import Pipeline, wants_int8
@@ -17,12 +17,12 @@ def both_int8(reference: Backend, test: Backend) -> bool:
 
 
 def int8_notes(
-    reference: Pipeline, pipeline: Pipeline, rows: Sequence[LayerRow], how: Mapping[int, str]
+    reference: Pipeline, pipeline: Pipeline, rows: Sequence[LayerRow], how: Mapping[tuple[Program, ...], str]
 ) -> Iterator[str]:
-    """What a reader must know of a backend in INT8: how it was quantised here (by identity of its programs), whether it
+    """What a reader must know of a backend in INT8: how it was quantised here (by its programs), whether it
     obeys the scales, and whether integers were computed."""
     backend = pipeline.backend
-    yield from dict.fromkeys(how[id(p.programs)] for p in (reference, pipeline) if id(p.programs) in how)
+    yield from dict.fromkeys(how[key] for p in (reference, pipeline) if (key := tuple(p.programs)) in how)
     if both_int8(reference.backend, backend):
         yield (
             "both sides are INT8, where roundings at ties tip over and grow from layer to layer: layers are judged by "

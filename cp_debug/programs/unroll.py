@@ -30,7 +30,7 @@ class Unroller:
     def __init__(self, folder: Path) -> None:
         """``folder`` keeps the files."""
         self._folder = folder
-        self._made: dict[tuple[int, str], list[Program]] = {}
+        self._made: dict[tuple[tuple[Program, ...], str], list[Program]] = {}
         self.notes: list[str] = []
 
     def unrolled(
@@ -46,7 +46,7 @@ class Unroller:
             except InputError as error:
                 note = f"nobody looked into If, Loop and Scan, for the model cannot be executed beforehand: {error}"
                 self.notes += [note] if note not in self.notes else []
-        key = id(programs), repr(decisions)
+        key = tuple(programs), repr(decisions)
         if key not in self._made:
             self._made[key] = unroll(programs, decisions, self._folder)
         return self._made[key]

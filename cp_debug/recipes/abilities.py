@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
@@ -67,10 +66,3 @@ class DetectsBoxes(Protocol):
     """``[N]``, 0 to 1."""
     labels: np.ndarray
     """``[N]``, integers."""
-
-
-def with_samples(model: M, samples: Sequence[Sample]) -> M:
-    """The same model whose samples are these, however many are asked for."""
-    chosen = copy.copy(model)
-    chosen.samples = lambda count, seed, inputs: iter(samples)  # type: ignore[method-assign]
-    return chosen
