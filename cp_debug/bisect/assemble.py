@@ -17,7 +17,7 @@ from cp_debug.programs.layers import Layer, stage_layers
 from cp_debug.recipes.base import Model
 
 
-def test_result(
+def result_of(
     model: Model, run: CandidateRun, found: Collected, layers: Sequence[Layer], notes: Iterable[str], save: Path | None
 ) -> TestResult:
     """The block of one test. ``model`` is the reference's, ``save`` the folder to which saved files are relative.

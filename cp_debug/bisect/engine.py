@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -11,22 +10,19 @@ from pathlib import Path
 from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import parse_backends
-from cp_debug.bisect.assemble import coverage_of, saved_name, test_result
+from cp_debug.bisect.assemble import coverage_of, result_of, saved_name
 from cp_debug.bisect.both_sides import BothSides, Preparation, Side
 from cp_debug.bisect.candidate_run import CandidateRun
-from cp_debug.bisect.int8_notes import both_int8, int8_notes
+from cp_debug.bisect.int8_notes import int8_notes
 from cp_debug.bisect.one_sample import SampleRuns
 from cp_debug.bisect.options import DEFAULT_OPTIONS, OnStep, Options, Progress, Rewrite, is_optimised
 from cp_debug.bisect.result import BisectResult, TestResult
+from cp_debug.bisect.standards import oracle, tolerance
 from cp_debug.bisect.worst_samples import observation_notes
 from cp_debug.errors import InputError
-from cp_debug.graph.declared import narrow_values
-from cp_debug.graph.integer_values import is_quantized
-from cp_debug.graph.qdq import has_own_pairs
 from cp_debug.probes.capture import check_free
 from cp_debug.programs.layers import Layer, all_layers
 from cp_debug.programs.pipeline import Pipeline, choose_export, is_exported
-from cp_debug.programs.precision import coarsest, oracle_for
 from cp_debug.recipes.abilities import HasNotes
 from cp_debug.recipes.base import Model, Sample
 
@@ -155,19 +151,10 @@ class Bisection:
         folder: Path,
     ) -> CandidateRun:
         """One test, its backend open, with the precision by which it is judged."""
-        options = self.options
-        declared = {kind for p in (*sides.programs, *tests) for kind in narrow_values(p.graph).values()}
-        if any(is_quantized(p.graph) and not has_own_pairs(p.graph) for p in (*sides.programs, *tests)):
-            declared.add("int8")
-        precision = coarsest(self._reference.precision, backend.precision, *declared)
-        rtol = precision.rtol if options.rtol is None else options.rtol
-        unjudged = math.inf if both_int8(self._reference, backend) else precision.atol
-        atol = unjudged if options.atol is None else options.atol
-        oracle = (
-            (options.oracle or oracle_for(self._reference.precision, backend.precision)) if options.replay else None
-        )
+        limits = tolerance(self._reference, backend, (*sides.programs, *tests), self.options)
+        judge = oracle(self._reference, backend, self.options)
         pipeline = stack.enter_context(Pipeline(self.test_model, tests, backend, unfold=sides.unfold))
-        return CandidateRun(pipeline, reference, sides.programs, layers, (rtol, atol), oracle, folder)
+        return CandidateRun(pipeline, reference, sides.programs, layers, limits, judge, folder)
 
     def _results(self, taken: SampleRuns, sides: BothSides, layers: list[Layer]) -> list[TestResult]:
         results = []
@@ -180,7 +167,7 @@ class Bisection:
                 *observation_notes(str(self._reference.spec), taken.observation),
                 *found.notes(str(run.pipeline.backend.spec)),
             ]
-            results.append(test_result(self.model, run, found, layers, notes, self.options.save))
+            results.append(result_of(self.model, run, found, layers, notes, self.options.save))
         return results
 
     def _blame_optimizers(self, sample: Sample, taken: SampleRuns) -> None:

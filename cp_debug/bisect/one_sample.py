@@ -18,7 +18,7 @@ from cp_debug.bisect.observe import Observation, observe
 from cp_debug.bisect.options import Options, Progress
 from cp_debug.bisect.regions.guilty import look_inside
 from cp_debug.bisect.remainder import remainder
-from cp_debug.bisect.replay import Replay
+from cp_debug.bisect.replayed import Replay
 from cp_debug.bisect.result import GUILTY
 from cp_debug.bisect.shares import Propagation, set_shares
 from cp_debug.bisect.worst_samples import Collected

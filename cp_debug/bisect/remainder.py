@@ -13,7 +13,7 @@ import numpy as np
 from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.candidate_run import CandidateRun
-from cp_debug.bisect.replay import Replay
+from cp_debug.bisect.replayed import Replay
 from cp_debug.bisect.result import Remainder
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph

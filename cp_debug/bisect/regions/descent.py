@@ -23,7 +23,7 @@ from cp_debug.bisect.regions.hypotheses import LARGEST, REPRODUCED, Hypothesis, 
 from cp_debug.bisect.regions.learnt import Descent, Step
 from cp_debug.bisect.regions.marks import choose, cuts
 from cp_debug.bisect.regions.region import HEAVY, MOVING, Region
-from cp_debug.bisect.replay import EXCESS
+from cp_debug.bisect.replayed import EXCESS
 from cp_debug.errors import CpdebugError, InputError
 from cp_debug.graph.graph import Node
 from cp_debug.probes.distance import distance, ratio
