@@ -23,8 +23,8 @@ from cp_debug.backends.base import Program
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.faults.edits import Editor, rescale
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.made_up import MadeUp
 from cp_debug.graph.qdq import insert_qdq, quantizable
-from cp_debug.graph.random_inputs import random_inputs
 from cp_debug.graph.scales import LayerScales
 from cp_debug.graph.unquantize import quantized_inputs, remove_qdq
 from cp_debug.mixed_precision.fusion_groups import Kept, Unit, units_of
@@ -183,7 +183,7 @@ BUILDERS: dict[str, Callable[[Path, np.random.Generator], set[str]]] = {
 def _network(rng: np.random.Generator, width: int) -> tuple[NetBuilder, list[tuple[str, str]], list[str]]:
     """A trunk of 12 to 30 layers (convolution, BatchNormalization, ReLU), a neck of two scales, one to five heads.
 
-    Returns the (convolution, normalisation) values of the trunk, each read by the next alone, and the outputs.
+    Returns the (convolution, normalization) values of the trunk, each read by the next alone, and the outputs.
     """
     net = NetBuilder(int(rng.integers(1 << 31)))
     chain: list[tuple[str, str]] = []
@@ -208,14 +208,14 @@ def _network(rng: np.random.Generator, width: int) -> tuple[NetBuilder, list[tup
 
 def _largest(graph: Graph) -> dict[str, float]:
     """Largest magnitude of every value and input, in FP32, on the sample."""
-    inputs = random_inputs(graph.inputs, [0, 0])
+    inputs = MadeUp(graph).sample([0, 0])
     found = {name: float(np.abs(array).max()) for name, array in inputs.items()}
     Executor(graph).run(inputs, lambda name, tensor: found.update({name: float(np.abs(np.asarray(tensor)).max())}))
     return found
 
 
 def ddmin(holds: Callable[[frozenset[Unit]], bool], units: Sequence[Unit]) -> list[Unit]:
-    """Zeller and Hildebrandt's minimising delta debugging: subsets, then complements, then finer parts."""
+    """Zeller and Hildebrandt's minimizing delta debugging: subsets, then complements, then finer parts."""
     current, parts = list(units), 2
     while len(current) >= 2:
         size = math.ceil(len(current) / parts)

@@ -148,7 +148,7 @@ def check(golden: Path, checks: Path, limit: float) -> int:
         for value, file in files.items():
             np.save(file, feeds[value])
         step = {"command": "run", "device": 0, "engine": str(Path("polygraphy_debug.engine").resolve()),
-                "inputs": files, "folder": str(folder / "run"), "names": sorted(expected), "listener": None,
+                "inputs": files, "folder": str(folder / "run"), "names": sorted(expected), "listen": False,
                 "repeat": 0}  # fmt: skip
         (ran,) = RunnerClient().execute([step])
         found = {entry["name"]: np.load(entry["file"]) for entry in ran["tensors"]}

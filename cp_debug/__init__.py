@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from cp_debug.detection.evaluate import evaluate
     from cp_debug.errors import BackendUnavailable, CpdebugError, InputError, MissingPackage
     from cp_debug.mixed_precision.search import search
+    from cp_debug.prediction.predict import PredictOptions, predict
+    from cp_debug.prediction.result import Prediction
     from cp_debug.probes.capture import Capture
     from cp_debug.probes.statistics import compare
     from cp_debug.reports.saved import open_result
@@ -29,11 +31,14 @@ __all__ = [
     "InputError",
     "MissingPackage",
     "Options",
+    "PredictOptions",
+    "Prediction",
     "__version__",
     "compare",
     "diagnose",
     "evaluate",
     "open_result",
+    "predict",
     "search",
 ]
 
@@ -45,13 +50,16 @@ _HOME = {
     "InputError": "errors",
     "MissingPackage": "errors",
     "Options": "bisect.engine",
+    "PredictOptions": "prediction.predict",
+    "Prediction": "prediction.result",
     "compare": "probes.statistics",
     "diagnose": "bisect.engine",
     "evaluate": "detection.evaluate",
     "open_result": "reports.saved",
+    "predict": "prediction.predict",
     "search": "mixed_precision.search",
 }
-"""Where each name is defined. None is called as a folder of the package: importing that would hide it."""
+"""Module of each name. None is called as a folder of the package: importing that would hide it."""
 
 
 def __getattr__(name: str) -> Any:

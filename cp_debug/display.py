@@ -1,4 +1,4 @@
-"""How results show themselves: a registry of faces, so that a result need not import what draws it.
+"""Faces of results: a registry of how each shows itself, so that a result need not import what draws it.
 
 ``FACES`` names the one module that registers them; it is imported when the first face is looked up.
 """

@@ -15,7 +15,7 @@ from cp_debug.bisect.both_sides import BothSides, Preparation, Side
 from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.bisect.int8_notes import int8_notes
 from cp_debug.bisect.one_sample import SampleRuns
-from cp_debug.bisect.options import DEFAULT_OPTIONS, OnStep, Options, Progress, Rewrite, is_optimised
+from cp_debug.bisect.options import DEFAULT_OPTIONS, OnStep, Options, Progress, Rewrite, is_optimized
 from cp_debug.bisect.result import BisectResult, TestResult
 from cp_debug.bisect.standards import oracle, tolerance
 from cp_debug.bisect.worst_samples import observation_notes
@@ -74,7 +74,7 @@ class Bisection:
             backends = [create(spec) for spec in parse_backends(backends, repeats=differs)]
         self._reference, *self._tests = backends
         self._export, note = choose_export(backends, options.exporter)
-        if options.optimizer_blame and not any(map(is_optimised, self._tests)):
+        if options.optimizer_blame and not any(map(is_optimized, self._tests)):
             names = ", ".join(str(test.spec) for test in self._tests)
             raise InputError(f"--knobs: expected ort-basic or ort-all among the test backends, which are {names}")
         side = Side(model) if not isinstance(model, str) else Side.load(model, options.checkpoint, options.seed)
@@ -98,7 +98,7 @@ class Bisection:
             for backend in (self._reference, *self._tests):
                 check_free(options.save / "sample-0" / str(backend.spec))  # before anything long
         progress.steps = 2 + options.replay + options.samples * (1 + len(self._tests) * (3 if options.replay else 1))
-        progress.steps += sum(map(is_optimised, self._tests)) if options.optimizer_blame else 0
+        progress.steps += sum(map(is_optimized, self._tests)) if options.optimizer_blame else 0
         with tempfile.TemporaryDirectory(prefix="cpdebug-") as scratch, ExitStack() as stack:
             samples = iter(self._samples())
             first = next(samples)
@@ -176,7 +176,7 @@ class Bisection:
 
         for run, found in zip(taken.runs, taken.collected, strict=True):
             pipeline, seen = run.pipeline, found.observation
-            if isinstance(pipeline.backend, OrtBackend) and is_optimised(pipeline.backend):
+            if isinstance(pipeline.backend, OrtBackend) and is_optimized(pipeline.backend):
                 self._progress.step(f"{pipeline.backend.spec}: knobs")
                 floor = seen.noise_floor if seen else 0.0
                 found.optimizer_blame = blame_optimizers(

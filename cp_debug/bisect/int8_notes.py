@@ -19,7 +19,7 @@ def both_int8(reference: Backend, test: Backend) -> bool:
 def int8_notes(
     reference: Pipeline, pipeline: Pipeline, rows: Sequence[LayerRow], how: Mapping[tuple[Program, ...], str]
 ) -> Iterator[str]:
-    """What a reader must know of a backend in INT8: how it was quantised here (by its programs), whether it
+    """What a reader must know of a backend in INT8: how it was quantized here (by its programs), whether it
     obeys the scales, and whether integers were computed."""
     backend = pipeline.backend
     yield from dict.fromkeys(how[key] for p in (reference, pipeline) if (key := tuple(p.programs)) in how)

@@ -39,11 +39,11 @@ class Options:
     """``dynamo`` or ``torchscript``; None takes one that every backend can read."""
     folded: bool = True
     calibration: Calibration = DEFAULT_CALIBRATION
-    """How to quantise, where a backend is in INT8 and the model is not."""
+    """How to quantize, where a backend is in INT8 and the model is not."""
     max_builds: int = BUILDS
     """Further engines for the search inside guilty regions of one run; 0 leaves it at emulated hypotheses."""
     optimizer_blame: bool = False
-    """Find the graph optimisers that are responsible for the difference of optimised ONNX Runtime tests."""
+    """Find the graph optimizers that are responsible for the difference of optimized ONNX Runtime tests."""
     maps: Sequence[str] = ()
     """``REFERENCE=TEST`` each: values of two models that are to be compared."""
     save: Path | None = None
@@ -58,8 +58,8 @@ class Options:
 DEFAULT_OPTIONS = Options()
 
 
-def is_optimised(backend: Backend) -> bool:
-    """Whether ONNX Runtime's graph optimiser works on what this backend runs."""
+def is_optimized(backend: Backend) -> bool:
+    """Whether ONNX Runtime's graph optimizer works on what this backend runs."""
     return backend.spec.name in ("ort-basic", "ort-all")
 
 

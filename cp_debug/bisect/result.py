@@ -159,7 +159,7 @@ class TestResult:
     detections: DetectionChange | None = None
     """What became of the detections, over all samples; None where the model has none."""
     optimizer_blame: OptimizerBlame | None = field(default=None, metadata={"key": "knobs"})
-    """What ONNX Runtime's optimiser is responsible for, where it was asked."""
+    """What ONNX Runtime's optimizer is responsible for, where it was asked."""
     expected_outputs: list[str] = field(default_factory=list)
     """The final outputs of the reference; ``outputs`` are those that were compared."""
     pairing: dict[str, Any] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""``cpdebug demo``: a fault that is known, and the tool finding it."""
+"""``cpdebug demo``: a known fault, and the tool finding it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def demo(
 
 
 def catalogue() -> Table:
-    """Every fault: name, what is wrong, what one would see."""
+    """Table of all faults: name, what is wrong, what one would see."""
     from rich.table import Table
 
     from cp_debug.bisect.faults.catalog import FAULTS

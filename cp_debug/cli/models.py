@@ -1,10 +1,10 @@
-"""``cpdebug models``: what can be named on the command line."""
+"""``cpdebug models``: the models that can be named on the command line."""
 
 from __future__ import annotations
 
 
 def models() -> None:
-    """List the built-in recipes and the other ways to name a model."""
+    """List the built-in recipes, those of plug-ins, and the other ways to name a model."""
     from rich.table import Table
 
     from cp_debug.cli.console import console

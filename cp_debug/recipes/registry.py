@@ -1,4 +1,4 @@
-"""From what the user wrote to a model."""
+"""Finds the model that a user's text names."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from cp_debug import plugins
 from cp_debug.errors import InputError
 from cp_debug.recipes.base import Model
 
 DEFAULT = "centerpoint:tiny"
+_FIELDS = ("name", "components", "samples", "feed", "decode")
+"""Attributes that a ``Model`` has."""
 
 
 def load_model(text: str, *, checkpoint: Path | None = None, seed: int = 0) -> Model:
-    """Load a recipe (``centerpoint:tiny``, ``mmdet3d:CONFIG``), an ``.onnx`` file, or ``package.module:callable`` /
-    ``file.py:callable``.
+    """Load a recipe, an ``.onnx`` file, or a callable that returns a torch module.
 
-    ``checkpoint`` replaces a recipe's weights, or is strict-loaded into the callable's module.
+    ``text`` is ``centerpoint:tiny``, ``mmdet3d:CONFIG``, a plug-in's name, a file name, ``package.module:callable`` or
+    ``file.py:callable``. ``checkpoint`` replaces a recipe's weights, or is strict-loaded into the callable's module.
     Raises InputError when the name, the file or the checkpoint is unusable, MissingPackage without mmdet3d.
     """
     kind = kind_of(text)
@@ -35,30 +38,48 @@ def load_model(text: str, *, checkpoint: Path | None = None, seed: int = 0) -> M
         from cp_debug.recipes.mmdet3d.recipe import load_detector
 
         return load_detector(text, checkpoint=checkpoint, seed=seed)
+    if kind == "plug-in":
+        return _from_plugin(text, checkpoint, seed)
     from cp_debug.recipes.torch_callable import load_callable
 
     return load_callable(text, checkpoint=checkpoint)
 
 
-def kind_of(text: str) -> Literal["onnx", "centerpoint", "mmdet3d", "callable"]:
-    """What a user means, without loading it. Raises InputError for a text that names no model."""
+def kind_of(text: str) -> Literal["onnx", "centerpoint", "mmdet3d", "plug-in", "callable"]:
+    """Kind of model that a text names, told without loading it. A plug-in goes before a module of its name.
+
+    Raises InputError for a text that names no model, and for a name that two distributions declare.
+    """
     head, _, tail = text.partition(":")
-    known = [name for name, _ in known_models()]
     if text.endswith(".onnx"):
         return "onnx"
-    if text in known or text == "centerpoint":
+    names = [name for name, _ in known_models()]
+    plugin = plugins.find(plugins.RECIPES, head)
+    if plugin is not None and not plugin.own:
+        return "plug-in"
+    if text in names or text == "centerpoint":
         return "centerpoint"
     if head == "mmdet3d" and tail:
         return "mmdet3d"
     if head != "centerpoint" and tail and (head.endswith(".py") or re.fullmatch(r"[A-Za-z_][\w.]*", head)):
         return "callable"
-    near = difflib.get_close_matches(text, known, n=1)
+    near = difflib.get_close_matches(text, names, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise InputError(f"MODEL: {text!r} is not a recipe, an .onnx file or module:callable{hint}")
 
 
 def known_models() -> list[tuple[str, str]]:
-    """(name, one line about it) of every named model."""
+    """(name, one line about it) of every named model. No plug-in is imported for that."""
     from cp_debug.recipes.centerpoint.config import CONFIGS
 
-    return [(f"centerpoint:{name}", config.summary) for name, config in CONFIGS.items()]
+    own = [(f"centerpoint:{name}", config.summary) for name, config in CONFIGS.items()]
+    return own + [(each.name, each.about) for each in plugins.others(plugins.RECIPES)]
+
+
+def _from_plugin(text: str, checkpoint: Path | None, seed: int) -> Model:
+    plugin = plugins.names(plugins.RECIPES)[text.partition(":")[0]]
+    load = plugin.load()
+    with plugin.running():
+        model = load(text, checkpoint=checkpoint, seed=seed)
+    plugin.require(model, _FIELDS, "model (cp_debug.recipes.base.Model)")
+    return model

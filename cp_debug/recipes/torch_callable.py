@@ -43,7 +43,10 @@ class TorchModel:
         ]
 
     def samples(self, count: int, seed: int, inputs: Path | None) -> Iterator[Sample]:
-        """The examples first, then seeded arrays of their shape, dtype, mean and spread."""
+        """The example inputs first, then seeded arrays of their shape, dtype, mean and spread.
+
+        With ``inputs`` the arrays of ``.npz`` files instead. Raises InputError for unusable files.
+        """
         if inputs is not None:
             expected = [ValueInfo(n, a.dtype, (None,) * a.ndim) for n, a in self._examples.items()]
             yield from npz_samples(inputs, expected, count)
@@ -55,16 +58,19 @@ class TorchModel:
             yield Sample({n: _like(a, rng) for n, a in self._examples.items()}, f"random like the example, seed {seed}")
 
     def feed(self, component: Component, sample: Sample, results: Mapping[str, Arrays]) -> dict[str, np.ndarray]:
-        """The sample's arrays, as they are."""
+        """The sample's arrays by input name, unchanged."""
         return sample.arrays
 
     def decode(self, sample: Sample, results: Mapping[str, Arrays]) -> None:
-        """A bare module has no decoder."""
+        """Nothing: a bare module has no decoder."""
         return None
 
 
 def load_callable(text: str, checkpoint: Path | None = None) -> TorchModel:
-    """``package.module:callable`` or ``file.py:callable``. Raises InputError when it cannot be imported or called."""
+    """Import and call ``package.module:callable`` or ``file.py:callable`` for its module and example inputs.
+
+    ``checkpoint`` is strict-loaded into the module. Raises InputError when importing, calling or loading fails.
+    """
     source, _, attribute = text.rpartition(":")
     target = getattr(_import(source), attribute, None)
     if not callable(target):
@@ -84,8 +90,8 @@ def load_callable(text: str, checkpoint: Path | None = None) -> TorchModel:
 def _import(source: str) -> ModuleType:
     try:
         if not source.endswith(".py"):
-            if (here := str(Path.cwd())) not in sys.path:
-                sys.path.insert(0, here)
+            if (working_folder := str(Path.cwd())) not in sys.path:
+                sys.path.insert(0, working_folder)
             return importlib.import_module(source)
         path = Path(source)
         if not path.is_file():
@@ -105,7 +111,7 @@ def _import(source: str) -> ModuleType:
 
 @contextmanager
 def _own_code(what: str) -> Iterator[None]:
-    """Tells what the user's code raises. Raises InputError for everything but Ctrl-C."""
+    """Context that turns whatever the user's code raises into InputError; Ctrl-C passes."""
     try:
         yield
     except (KeyboardInterrupt, InputError):
@@ -122,11 +128,12 @@ def _told(error: BaseException) -> str:
 
 
 def _named_inputs(name: str, module: torch.nn.Module, inputs: Any) -> tuple[list[str], list[torch.Tensor]]:
+    """Names and tensors of the example inputs. Raises InputError for what is no dense real tensor, or no parameter."""
     if isinstance(inputs, torch.Tensor):
         inputs = (inputs,)
     if not isinstance(inputs, list | tuple | Mapping):
-        told = f"the example inputs are {type(inputs).__name__}"
-        raise InputError(f"MODEL: {name}: {told}; expected tensors, in a tuple or by parameter")
+        problem = f"the example inputs are {type(inputs).__name__}"
+        raise InputError(f"MODEL: {name}: {problem}; expected tensors, in a tuple or by parameter")
     parameters = list(inspect.signature(module.forward).parameters)
     if isinstance(inputs, Mapping):
         unknown = [n for n in inputs if n not in parameters]
@@ -134,23 +141,26 @@ def _named_inputs(name: str, module: torch.nn.Module, inputs: Any) -> tuple[list
             raise InputError(
                 f"MODEL: {name}: example input {unknown[0]!r} is no parameter of forward({', '.join(parameters)})"
             )
-        named = [(p, inputs[p]) for p in parameters if p in inputs]
+        pairs = [(p, inputs[p]) for p in parameters if p in inputs]
     else:
         positional = [*parameters, *(f"input_{i}" for i in range(len(parameters), len(inputs)))]
-        named = list(zip(positional, inputs, strict=False))
-    for key, value in named:
+        pairs = list(zip(positional, inputs, strict=False))
+    for key, value in pairs:
         if not isinstance(value, torch.Tensor):
             raise InputError(f"MODEL: {name}: example input {key!r} is {type(value).__name__}; expected a tensor")
         if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_complex():
-            told = f"{value.layout} {value.dtype} on {value.device}"
-            raise InputError(f"MODEL: {name}: example input {key!r} is {told}; expected a dense tensor of real numbers")
+            problem = f"{value.layout} {value.dtype} on {value.device}"
+            raise InputError(
+                f"MODEL: {name}: example input {key!r} is {problem}; expected a dense tensor of real numbers"
+            )
     for kind, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.is_meta:
             raise InputError(f"MODEL: {name}: {kind} is on the device meta, where it has no values")
-    return [n for n, _ in named], [t for _, t in named]
+    return [n for n, _ in pairs], [t for _, t in pairs]
 
 
 def _output_names(name: str, module: torch.nn.Module, tensors: Sequence[torch.Tensor]) -> list[str]:
+    """Names of the tensors that a forward on the examples returns. Raises ModuleFailed when it raises."""
     try:
         with torch.no_grad():
             names = list(flatten_outputs(module(*tensors)))

@@ -1,4 +1,4 @@
-"""What the graph optimiser is responsible for, in a terminal."""
+"""What the graph optimizer is responsible for, in a terminal."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
     from cp_debug.bisect.optimizer_blame import OptimizerBlame, Rewrite
 
 SHOWN = 4
-"""Rewritten places shown for each optimiser; the JSON has all."""
+"""Rewritten places shown for each optimizer; the JSON has all."""
 
 
 def render_optimizer_blame(blame: OptimizerBlame) -> Iterator[RenderableType]:
-    """One line of verdict; with responsible optimisers, a table of what each does."""
+    """One line of verdict; with responsible optimizers, a table of what each does."""
     runs = f"{blame.runs} runs"
     if blame.level is None:
-        yield Text(f"optimiser: its final outputs are those of the unoptimised program ({runs})", "green")
+        yield Text(f"optimizer: its final outputs are those of the unoptimized program ({runs})", "green")
         return
     size = number(blame.difference_with)
     if not blame.responsible:
         yield Text(
-            f"optimiser: final outputs differ by {size} (rel. L2), whatever is disabled of "
+            f"optimizer: final outputs differ by {size} (rel. L2), whatever is disabled of "
             f"{', '.join(blame.active)} ({runs})",
             "yellow",
         )
@@ -35,11 +35,11 @@ def render_optimizer_blame(blame: OptimizerBlame) -> Iterator[RenderableType]:
     names = ", ".join(culprit.optimizer for culprit in blame.responsible)
     left = number(blame.difference_without)
     yield Text.assemble(
-        (f"optimiser: {names}", "bold yellow"),
-        f": final outputs differ by {size} (rel. L2) from the unoptimised program's, by {left} when disabled; "
+        (f"optimizer: {names}", "bold yellow"),
+        f": final outputs differ by {size} (rel. L2) from the unoptimized program's, by {left} when disabled; "
         f"the difference begins at level {blame.level} ({runs})",
     )
-    table = Table("optimiser", "rel. L2 alone", "rewrites", box=None, header_style="bold", pad_edge=False)
+    table = Table("optimizer", "rel. L2 alone", "rewrites", box=None, header_style="bold", pad_edge=False)
     for culprit in blame.responsible:
         places = [_place(rewrite) for rewrite in culprit.rewrites[:SHOWN]]
         if len(culprit.rewrites) > SHOWN:

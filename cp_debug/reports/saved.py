@@ -135,10 +135,6 @@ class Fields:
         except ValueError:
             self.fail(key, f"{value!r}; expected a number")
 
-    def optional(self, key: str) -> float | None:
-        """A number, or None where the field is absent or null."""
-        return None if self.value.get(key) is None else self.number(key)
-
     def objects(self, key: str, default: Any = _REQUIRED) -> list[Fields]:
         """A list of objects."""
         items = self.get(key, list, default)

@@ -34,7 +34,7 @@ SETTINGS = {
     "backends.cudnn.benchmark": "cudnn benchmark",
     "deterministic_algorithms": "deterministic",
     "threads": "threads",
-    "graph_optimization_level": "optimisation",
+    "graph_optimization_level": "optimization",
     "use_deterministic_compute": "deterministic",
     "intra_op_num_threads": "threads",
     "use_tf32": "tf32",

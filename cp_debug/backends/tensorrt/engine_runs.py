@@ -13,8 +13,8 @@ import numpy as np
 from cp_debug.backends.tensorrt.answers import Ran
 from cp_debug.backends.tensorrt.client import RunnerClient
 from cp_debug.errors import BackendUnavailable, InputError
+from cp_debug.graph.check_inputs import check_inputs
 from cp_debug.graph.graph import Graph
-from cp_debug.graph.random_inputs import check_inputs
 from cp_debug.reading import read_npy
 
 RUNS = 20
@@ -64,7 +64,7 @@ class EngineRuns:
                 "inputs": feeds,
                 "folder": str(folder / f"run-{i}"),
                 "names": names,
-                "listener": "unfused" if listen and i == 0 else None,
+                "listen": listen and i == 0,
                 "repeat": RUNS if i else repeat,
             }
             for i, engine in enumerate(engines)

@@ -25,9 +25,9 @@ from cp_debug.backends.tensorrt.options import TensorRTOptions
 from cp_debug.backends.tensorrt.probe_bisection import Expected, search
 from cp_debug.errors import InputError
 from cp_debug.graph.casts import cast_surgery
+from cp_debug.graph.check_inputs import check_inputs
 from cp_debug.graph.downstream import data_values
 from cp_debug.graph.graph import Graph
-from cp_debug.graph.random_inputs import check_inputs
 
 HEALTHY = "nothing diverges, so no engine was built to show values inside (--probes boundaries does)"
 
@@ -100,7 +100,7 @@ class EngineSession:
         """``file``: where the graph goes when its types must be written into it."""
         own, options, folder = self._own, self._options, Path(self._folder.name)
         if variant == "int8" and self._quantized and own.precision != "int8":
-            # No layer of this component is quantised, and TensorRT 8 builds nothing with the INT8 flag and no scale.
+            # No layer of this component is quantized, and TensorRT 8 builds nothing with the INT8 flag and no scale.
             variant = "fp16" if options.fp16_fallback else "fp32"
         calibrated = None
         if variant in ("int8", "best") and not self._quantized:
