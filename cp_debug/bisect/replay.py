@@ -32,6 +32,7 @@ from cp_debug.bisect.replayed import EXCESS, Replay
 from cp_debug.bisect.whole_numbers import as_tensor, instead
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.operators import PRODUCTS
 from cp_debug.graph.randomness import draws
 from cp_debug.probes.distance import distance, ratio
 from cp_debug.programs.precision import BESIDE_INT8, PRECISIONS, Precision, coarsest
@@ -334,7 +335,7 @@ class Replayer:
     def _reduction(self, node: Node) -> int:
         """How many products one element of the result sums, by the weight's shape; 1 where nothing is summed."""
         weights = [i for i in node.inputs if i in self.graph.initializers]
-        if node.op not in ("Conv", "ConvTranspose", "Gemm", "MatMul") or not weights:
+        if node.op not in PRODUCTS or not weights:
             return 1
         shape = tuple(self.graph.weight(weights[0]).dims)
         return max(shape) if node.op in ("Gemm", "MatMul") else math.prod(shape[1:])

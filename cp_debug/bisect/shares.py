@@ -12,6 +12,7 @@ from cp_debug.backends.executor import Executor
 from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.result import GUILTY, LayerRow
 from cp_debug.errors import in_one_line
+from cp_debug.graph.downstream import downstream
 from cp_debug.probes.arrays import as_numpy
 from cp_debug.probes.capture import Capture
 from cp_debug.probes.distance import ratio
@@ -99,10 +100,7 @@ class Propagation:
         value = as_numpy(load(key.value))
         added = np.nan_to_num(introduced.numpy(), posinf=0.0, neginf=0.0)
         changed = {key.value: (value + added).astype(value.dtype)}
-        reached = {key.value}
-        for node in graph.nodes:
-            if not reached.isdisjoint(node.inputs):
-                reached.update(node.outputs)
+        reached = {key.value, *downstream(graph.nodes, [key.value])}
         outputs = self._outputs(key.component)
         known = {n for n in self._reference.names(component=key.component) if n not in reached or n == key.value}
         inside = [n for n in outputs if n in reached and n != key.value]

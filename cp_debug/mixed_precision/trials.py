@@ -17,8 +17,9 @@ from cp_debug.errors import InputError
 from cp_debug.graph.casts import MOVERS, computed_low
 from cp_debug.graph.downstream import data_values
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.operators import CONTRACTIONS
 from cp_debug.graph.unquantize import quantized_inputs, remove_qdq
-from cp_debug.mixed_precision.fusion_groups import HEAVY, FusionGroup, Kept, nodes_of
+from cp_debug.mixed_precision.fusion_groups import FusionGroup, Kept, nodes_of
 from cp_debug.mixed_precision.judge import Results
 from cp_debug.mixed_precision.mixed_graph import Computed, MixedExecutor
 from cp_debug.programs.walk import Walk, walk
@@ -47,7 +48,7 @@ class TrialPrecision:
         data = set(data_values(graph))
         nodes = [n for n in graph.nodes if not data.isdisjoint(n.outputs) and n.op not in _CONTROL]
         if self.name == "tf32":
-            return frozenset(n.name for n in nodes if n.op in (*HEAVY, "Einsum"))
+            return frozenset(n.name for n in nodes if n.op in CONTRACTIONS)
         low = computed_low(graph, _CASTS[self.name])
         return frozenset(n.name for n in nodes if n.name in low and n.op not in MOVERS)
 
