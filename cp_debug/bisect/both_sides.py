@@ -34,9 +34,9 @@ class Side:
     """How ``parts`` became so, in words."""
 
     @classmethod
-    def load(cls, name: str, checkpoint: Path | None, seed: int) -> Side:
+    def load(cls, name: str, checkpoint: Path | None, options: Options) -> Side:
         """Raises InputError as ``load_quantized``."""
-        model, parts = load_quantized(name, checkpoint, seed)
+        model, parts = load_quantized(name, checkpoint, options.seed, options.inputs)
         return cls(model, parts, f"quantized as in {checkpoint}") if parts else cls(model)
 
 
@@ -69,15 +69,12 @@ class Preparation:
         export: Export,
         options: Options,
         samples: Callable[[], Iterable[Sample]],
-        calibration: Sequence[Sample] | None,
         progress: Progress,
     ) -> None:
-        """``sides``: the reference's and the tests'. ``samples`` begins anew at each call; ``calibration`` None takes
-        what ``options`` say.
-        """
+        """``sides``: the reference's and the tests'. ``samples`` begins anew at each call."""
         self._reference, self._test = sides
         self._test_model, self._export, self._options = test_model, export, options
-        self._samples, self._calibration, self._progress = samples, calibration, progress
+        self._samples, self._progress = samples, progress
         self._quantized: dict[tuple[Program, ...], list[Program]] = {}
         self._how: dict[tuple[Program, ...], str] = {}
 
@@ -155,7 +152,7 @@ class Preparation:
     def _quantize(self, side: Side, programs: list[Program], folder: Path) -> list[Program]:
         calibration, target = self._options.calibration, folder / ("test" if self._quantized else "")
         data = calibration.data or self._options.inputs
-        samples = self._calibration or calibration_samples(side.model, data, calibration.samples)
+        samples = calibration_samples(side.model, data, calibration.samples)
         self._progress.steps += 1
         self._progress.step("quantizing")
         made, how = quantize_programs(side.model, programs, target, samples, parts=side.parts, calibration=calibration)

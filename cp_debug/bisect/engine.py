@@ -33,7 +33,6 @@ def bisect(
     *,
     test_model: Path | Model | Rewrite | None = None,
     programs: Sequence[Program] | None = None,
-    samples: Sequence[Sample] | None = None,
     options: Options = DEFAULT_OPTIONS,
     on_step: OnStep | None = None,
     on_say: Callable[[str], None] = lambda text: None,
@@ -42,17 +41,12 @@ def bisect(
 
     ``backends`` is the reference and the tests, as on the command line or already made. ``test_model`` gives the tests
     another program: an ONNX file (a folder of them, for several components), another model, or a function that makes
-    their programs out of the reference's. ``programs`` None exports the model for this run. ``samples`` are run, and
-    calibrated on, instead of those that ``options`` name. ``on_say`` is told what is
+    their programs out of the reference's. ``programs`` None exports the model for this run. ``on_say`` is told what is
     known before anything runs: how the weights of two models differ.
     Raises BackendUnavailable, InputError and MissingPackage; never for a divergence.
     """
-    bisection = Bisection(model, backends, test_model, samples, options, on_step or (lambda text, done, total: None))
+    bisection = Bisection(model, backends, test_model, options, on_step or (lambda text, done, total: None))
     return bisection.run(programs, on_say)
-
-
-diagnose = bisect
-"""What ``import cp_debug`` calls it, where ``bisect`` is a folder."""
 
 
 class Bisection:
@@ -63,11 +57,10 @@ class Bisection:
         model: str | Model,
         backends: str | Sequence[Backend],
         test_model: Path | Model | Rewrite | None,
-        samples: Sequence[Sample] | None,
         options: Options,
         on_step: OnStep,
     ) -> None:
-        self.options, self._given, self._test_model = options, samples, test_model
+        self.options, self._test_model = options, test_model
         self._progress = Progress(on_step)
         if isinstance(backends, str):
             differs = test_model is not None or options.differs
@@ -77,7 +70,7 @@ class Bisection:
         if options.optimizer_blame and not any(map(is_optimized, self._tests)):
             names = ", ".join(str(test.spec) for test in self._tests)
             raise InputError(f"--knobs: expected ort-basic or ort-all among the test backends, which are {names}")
-        side = Side(model) if not isinstance(model, str) else Side.load(model, options.checkpoint, options.seed)
+        side = Side(model) if not isinstance(model, str) else Side.load(model, options.checkpoint, options)
         self.model = side.model
         exported = is_exported(self.model)
         self._notes = [note] if note and exported else []
@@ -87,7 +80,7 @@ class Bisection:
         given = test_model is not None and not isinstance(test_model, Path) and not callable(test_model)
         other = Side(test_model) if given else side  # type: ignore[arg-type]
         if options.test_checkpoint is not None:
-            other = Side.load(self.model.name, options.test_checkpoint, options.seed)
+            other = Side.load(self.model.name, options.test_checkpoint, options)
         self.test_model = other.model
         self._sides = side, other
 
@@ -103,9 +96,7 @@ class Bisection:
             samples = iter(self._samples())
             first = next(samples)
             progress.step("exporting and aligning")
-            preparation = Preparation(
-                self._sides, self._test_model, self._export, options, self._samples, self._given, progress
-            )
+            preparation = Preparation(self._sides, self._test_model, self._export, options, self._samples, progress)
             backends = [self._reference, *self._tests]
             sides = preparation.make(first, backends, Path(scratch), exported, on_say)
             layers = all_layers(sides.programs)
@@ -136,8 +127,6 @@ class Bisection:
 
     def _samples(self) -> Iterable[Sample]:
         """The samples, from the first one again."""
-        if self._given is not None:
-            return self._given
         return self.model.samples(self.options.samples, self.options.seed, self.options.inputs)
 
     def _candidate(

@@ -21,7 +21,7 @@ from cp_debug.detection.evaluate import Clock
 from cp_debug.probes.statistics import TensorStats, compare
 from cp_debug.programs.pipeline import Key, Pipeline
 from cp_debug.programs.scene import decode
-from cp_debug.recipes.abilities import DetectsBoxes
+from cp_debug.recipes.abilities import DetectsBoxes, with_samples
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.centerpoint.recipe import CenterPointModel
 from cp_debug.recipes.centerpoint.voxelize import Voxels
@@ -261,7 +261,7 @@ def _explain(
     options = Options(exporter=props.get("cpdebug.exporter"), folded=props.get("cpdebug.folded") != "false")
     builders = [builder_of(backend) for backend in backends]  # engine files have no probes
     return bisect(
-        model, builders, test_model=lambda exported, folder: list(programs), samples=[sample], options=options
+        with_samples(model, [sample]), builders, test_model=lambda exported, folder: list(programs), options=options
     )
 
 

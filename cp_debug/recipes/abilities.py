@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
@@ -66,3 +67,10 @@ class DetectsBoxes(Protocol):
     """``[N]``, 0 to 1."""
     labels: np.ndarray
     """``[N]``, integers."""
+
+
+def with_samples(model: M, samples: Sequence[Sample]) -> M:
+    """A copy of ``model`` that gives exactly these samples, however many are asked for."""
+    chosen = copy.copy(model)
+    chosen.samples = lambda count, seed, inputs: iter(samples)  # type: ignore[method-assign]
+    return chosen

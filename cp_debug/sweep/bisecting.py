@@ -13,6 +13,7 @@ from cp_debug.bisect.result import GUILTY
 from cp_debug.detection.detection_change import DetectionChange
 from cp_debug.errors import InputError
 from cp_debug.programs.pipeline import wants_int8
+from cp_debug.recipes.abilities import with_samples
 from cp_debug.serialize import json_safe
 from cp_debug.sweep.grid import Grid
 from cp_debug.sweep.log import Record
@@ -66,11 +67,10 @@ def task(params: Parameters) -> dict[str, Any]:
     )
     quantized = int8_programs_of(params, backends) if wants_int8(backends[1]) else None
     result = bisect(
-        model,
+        with_samples(model, [pick(model, params)]),
         backends,
         test_model=None if quantized is None else lambda programs, folder: quantized,
         programs=programs_of(params, backends),
-        samples=[pick(model, params)],
         options=options,
     )
     (test,) = result.tests
