@@ -23,6 +23,7 @@ import numpy as np
 
 from cp_debug.errors import InputError
 from cp_debug.probes.arrays import Tensor, as_numpy, dtype_name, is_torch
+from cp_debug.probes.distance import ratio
 from cp_debug.probes.statistics_reduce import reduce_device, reduce_host
 from cp_debug.probes.statistics_totals import Piece, Totals
 
@@ -120,7 +121,7 @@ def _finish(reference: Tensor, test: Tensor, totals: Totals) -> TensorStats:
     whole, shape = totals.whole, tuple(reference.shape)
     agree = not whole.mismatched
     norm_ref, norm_test, norm_diff = (math.sqrt(square) for square in (whole.sum_rr, whole.sum_tt, whole.sum_dd))
-    rel_l2 = norm_diff / norm_ref if norm_ref else math.inf if norm_diff else 0.0
+    rel_l2 = ratio(norm_diff, norm_ref)
     if norm_ref and norm_test:
         cosine = min(max(whole.sum_rt / norm_ref / norm_test, -1.0), 1.0)
     else:
