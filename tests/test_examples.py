@@ -37,8 +37,12 @@ def test_the_tests_of_an_export(tmp_path: Path) -> None:
     run(tmp_path, "-m", "pytest", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", str(EXAMPLES / "test_export.py"))
 
 
-def test_the_workflow_is_one() -> None:
+def test_the_workflow_is_one(tmp_path: Path) -> None:
     workflow = yaml.safe_load((EXAMPLES / "github-actions.yaml").read_text(encoding="utf-8"))
     steps = workflow["jobs"]["check"]["steps"]
     assert any("--cpdebug-report" in step.get("run", "") for step in steps)
-    assert any("cpdebug bisect" in step.get("run", "") for step in steps)
+    commands = [words for step in steps if (words := step.get("run", "").split())[:1] == ["cpdebug"]]
+    for words in commands:  # every flag of it is one of the command's
+        told = run(tmp_path, "-m", "cp_debug", words[1], "--help")
+        assert all(word in told for word in words if word.startswith("--"))
+    assert [words[1] for words in commands] == ["bisect", "report"]
