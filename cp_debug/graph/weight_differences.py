@@ -11,7 +11,7 @@ import numpy as np
 from cp_debug.graph.constants import TELLING, Constants
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.pairing import believable
-from cp_debug.graph.tensor_change import Change, describe
+from cp_debug.graph.tensor_change import TensorChange, describe
 
 SHOWN = 3
 """Differences in one line."""
@@ -28,7 +28,7 @@ class Difference:
 
     name: str
     test_name: str
-    change: Change
+    change: TensorChange
 
     @property
     def says(self) -> str:
@@ -186,7 +186,7 @@ def _same_reader(ours: Constants, theirs: Constants, a: str, b: str) -> bool:
     return readers(ours, a) == readers(theirs, b)
 
 
-def _of_another(ours: Constants, theirs: Constants, a: str, b: str) -> Change | None:
+def _of_another(ours: Constants, theirs: Constants, a: str, b: str) -> TensorChange | None:
     """The change "another", if the test's tensor ``b`` equals a constant of the reference other than ``a``."""
     if ours.size(a) < TELLING:
         return None
@@ -197,7 +197,7 @@ def _of_another(ours: Constants, theirs: Constants, a: str, b: str) -> Change | 
         return None
     x, y = (np.asarray(t).astype(np.float64).ravel() for t in (ours[a], theirs[b]))
     size = _relative(x, y) if x.shape == y.shape else float("inf")
-    return Change("another", f"holds {twin}", {"of": twin}, size)
+    return TensorChange("another", f"holds {twin}", {"of": twin}, size)
 
 
 def _relative(ours: np.ndarray, theirs: np.ndarray) -> float:

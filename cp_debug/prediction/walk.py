@@ -42,7 +42,7 @@ class Walked:
     """The result in FP32."""
 
 
-class Walk:
+class GraphWalk:
     """One component on one sample. ``inputs``: run (a kernel's name, or ``EXACT``) → what it is fed, by input.
 
     Every kernel is fed its own upstream results, as in a deployed pipeline. Values are freed after their last reader.
