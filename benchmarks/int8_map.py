@@ -1,4 +1,4 @@
-"""What quantised checkpoints of a model score beside FP32, on the same scenes.
+"""What quantized checkpoints of a model score beside FP32, on the same scenes.
 
     cpdebug quantize ptq centerpoint:tiny -o ptq
     python benchmarks/int8_map.py ptq/model.pt qat.pt -n 50 [--model centerpoint:tiny] [--first 0] [--json FILE]

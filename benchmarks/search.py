@@ -58,7 +58,7 @@ class Outcome:
     linear: int
     linear_found: int
     shrink: int
-    """Our minimiser without prediction, on everything."""
+    """Our minimizer without prediction, on everything."""
 
 
 def run_case(case: Case) -> Outcome:

@@ -183,7 +183,7 @@ BUILDERS: dict[str, Callable[[Path, np.random.Generator], set[str]]] = {
 def _network(rng: np.random.Generator, width: int) -> tuple[NetBuilder, list[tuple[str, str]], list[str]]:
     """A trunk of 12 to 30 layers (convolution, BatchNormalization, ReLU), a neck of two scales, one to five heads.
 
-    Returns the (convolution, normalisation) values of the trunk, each read by the next alone, and the outputs.
+    Returns the (convolution, normalization) values of the trunk, each read by the next alone, and the outputs.
     """
     net = NetBuilder(int(rng.integers(1 << 31)))
     chain: list[tuple[str, str]] = []
@@ -215,7 +215,7 @@ def _largest(graph: Graph) -> dict[str, float]:
 
 
 def ddmin(holds: Callable[[frozenset[Unit]], bool], units: Sequence[Unit]) -> list[Unit]:
-    """Zeller and Hildebrandt's minimising delta debugging: subsets, then complements, then finer parts."""
+    """Zeller and Hildebrandt's minimizing delta debugging: subsets, then complements, then finer parts."""
     current, parts = list(units), 2
     while len(current) >= 2:
         size = math.ceil(len(current) / parts)

@@ -1,8 +1,8 @@
 """Parts that other distributions add: recipes, backends and readers of deploy files, found by entry point.
 
-A distribution declares them in its ``pyproject.toml`` (``[project.entry-points."cpdebug.recipes"]``). What cpdebug
-brings itself stands in ``BUILT_IN``, so that a checkout that is not installed has it, too. Nothing is imported before
-it is used, and what other people's code raises becomes one sentence that names their distribution.
+A distribution declares them in its ``pyproject.toml`` (``[project.entry-points."cpdebug.recipes"]``). Parts that
+cpdebug brings itself stand in ``BUILT_IN``, so that a checkout that is not installed has them, too. Nothing is imported
+before it is used, and exceptions of other people's code become one sentence that names their distribution.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cp_debug.errors import CpdebugError, InputError, in_one_line
 
 RECIPES, BACKENDS, CONFIGS = "cpdebug.recipes", "cpdebug.backends", "cpdebug.configs"
 OWN = "cpdebug"
-"""This distribution."""
+"""Name of this distribution."""
 BUILT_IN: dict[str, dict[str, str]] = {
     RECIPES: {
         "centerpoint": "cp_debug.recipes.centerpoint.recipe:CenterPointModel",
@@ -42,11 +42,11 @@ class Plugin:
     group: str
     name: str
     target: str
-    """``module:attribute``."""
+    """The object, as ``module:attribute``."""
     distribution: str = OWN
-    """Name and version."""
+    """Name and version of the distribution that declares it."""
     summary: str = ""
-    """What the distribution says of itself, in a line."""
+    """The distribution's own summary, in a line."""
     rivals: Sequence[str] = ()
     """Other distributions that declare the same name: nobody may then use it."""
 

@@ -155,7 +155,7 @@ def test_a_wrongly_guessed_name_is_not_shown(tmp_path, monkeypatch):
 
 
 def test_naive_marking_does_change_the_program_and_this_does_not(tmp_path):
-    """DESIGN: marking deletes what is under test. BatchNormalization folding is the optimisation here."""
+    """DESIGN: marking deletes what is under test. BatchNormalization folding is the optimization here."""
     path = second_like(tmp_path / "net.onnx")
     feed = image(1, 16, 32, 32)
     session = open_session(path, "ort-all")
@@ -218,7 +218,7 @@ def test_half_precision_constants_are_opened(tmp_path, spec):
     session.close()
 
 
-def test_quantised_graphs_run_as_they_are(tmp_path):
+def test_quantized_graphs_run_as_they_are(tmp_path):
     net = NetBuilder()
     scale, zero = net.weight(np.array(0.05, np.float32)), net.weight(np.array(0, np.int8))
     q = net.op("QuantizeLinear", "x", scale, zero)

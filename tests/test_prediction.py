@@ -142,7 +142,7 @@ def test_every_precision(tmp_path: Path, precision: str, target: str) -> None:
     assert prediction.weak == (target != "trt-11")
 
 
-def test_int8_of_a_quantised_file(tmp_path: Path) -> None:
+def test_int8_of_a_quantized_file(tmp_path: Path) -> None:
     graph = Graph(residual(tmp_path / "plain.onnx"))
     scales = {}
     for node in quantizable(graph):

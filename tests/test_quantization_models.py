@@ -143,7 +143,7 @@ def test_cache_of_another_model_is_refused(written: tuple[Path, dict], tmp_path:
     assert not (tmp_path / "out").exists()
 
 
-def test_an_onnx_file_is_quantised_by_its_nodes(tmp_path: Path) -> None:
+def test_an_onnx_file_is_quantized_by_its_nodes(tmp_path: Path) -> None:
     path = nets.residual(tmp_path / "net.onnx")
     document = json.loads(run(path, "-o", tmp_path / "out", "--batches", 3, "--json", "-"))
     (name,) = document["components"]

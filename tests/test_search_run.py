@@ -153,7 +153,7 @@ def test_mixed_onnx_has_what_was_found_in_it(overflowing: Path, tmp_path: Path) 
     assert not bad.isfinite().all()
 
 
-def test_clipped_int8_layers_are_left_unquantised(tmp_path: Path) -> None:
+def test_clipped_int8_layers_are_left_unquantized(tmp_path: Path) -> None:
     graph = Graph(chain(tmp_path / "net.onnx"))
     layers = {}
     for node in quantizable(graph):
@@ -170,7 +170,7 @@ def test_clipped_int8_layers_are_left_unquantised(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", ["emu-int8", "ort-int8"])
-def test_what_is_not_quantised_is_quantised_first(tmp_path: Path, backend: str) -> None:
+def test_what_is_not_quantized_is_quantized_first(tmp_path: Path, backend: str) -> None:
     path = chain(tmp_path / "net.onnx")
     whole = run(path, f"torch,{backend}", "rel_l2<1")
     assert "quantized on the fly: mse on 8 sample(s)" in whole.notes

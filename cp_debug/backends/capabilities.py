@@ -1,4 +1,4 @@
-"""What only some backends and sessions can do, each as a protocol, and what holds for those that cannot."""
+"""Capabilities of only some backends and sessions, each as a protocol, and defaults for those without."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class KeepsFp32(Protocol):
     """A backend of lower precision that computes chosen nodes in FP32."""
 
     keep_fp32: Collection[str]
-    """Names of ONNX nodes."""
+    """Names of ONNX nodes that compute in FP32."""
 
 
 @runtime_checkable
@@ -33,7 +33,7 @@ class LimitsOpset(Protocol):
     """A backend that reads ONNX up to an opset."""
 
     largest_opset: int | None
-    """None where it is not known to end."""
+    """Newest opset that the backend reads; None where no limit is known."""
 
 
 @runtime_checkable
@@ -41,7 +41,7 @@ class ChangesThreads(Protocol):
     """A backend whose thread count can be chosen."""
 
     def with_threads(self, count: int | None) -> Backend:
-        """The same backend with this many threads; None leaves the number to the library."""
+        """A copy of the backend with this many threads; None leaves the number to the library."""
         ...
 
 
@@ -78,7 +78,7 @@ class TimesItself(Protocol):
 
 
 class BuiltVariation(Protocol):
-    """One more engine of a program, and what it gave on one input."""
+    """One more engine of a program, with its results on one input."""
 
     @property
     def outputs(self) -> Mapping[str, np.ndarray]:
@@ -121,7 +121,7 @@ class LooksInsideOnDemand(Protocol):
     """A session that shows values inside only where its outputs ask for it, as that costs an engine."""
 
     diverges: Callable[[Mapping[str, np.ndarray], Mapping[str, np.ndarray]], bool] | None
-    """Told inputs and outputs: whether they ask for it; None always looks."""
+    """Whether inputs and outputs of a run ask for a look inside; None always looks."""
 
 
 def kept_in_fp32(backend: Backend) -> frozenset[str]:

@@ -62,7 +62,7 @@ class _Step:
     kernel: Kernel | None
     """None: a body, or else ONNX's reference implementation."""
     bodies: Mapping[str, Body]
-    """By attribute name; a function's under the empty name."""
+    """Bodies by attribute name; a function's body under the empty name."""
     opsets: Mapping[str, int]
 
 
@@ -99,8 +99,8 @@ class Executor:
         self._steps: dict[int, _Step] = {}
         self._place = ""
         self.decisions: dict[str, str | int] = {}
-        """Of the last run: control flow node, by its path as ``flatten`` writes it → the branch that an If took, or how
-        often a body ran."""
+        """Decisions of the last run: path of a control flow node, as ``flatten`` writes it → branch that an If took, or
+        how often a body ran."""
         self._definitions: dict[tuple[Any, ...], Body | None] = {}
         self.in_reference: dict[str, str] = {}
         """Node → operator of those that ONNX's reference implementation computed."""
@@ -109,7 +109,7 @@ class Executor:
         dtype and rounded once. Nothing is missing in arithmetics that round nothing else."""
 
     def emulates(self, node: Node) -> bool:
-        """Whether ``node`` is computed with this arithmetic's own rounding, as far as that is known before it ran."""
+        """Whether ``node`` is computed with this arithmetic's own rounding, as far as that is known before a run."""
         if node.name in self.not_emulated:
             return False
         if (
@@ -148,7 +148,7 @@ class Executor:
         A value that is both given and computed is read as given and returned as computed: each layer is replayed on the
         captured inputs of exactly that layer. ``values`` may load lazily; only what the nodes read is asked for, once.
         Given values are rounded like graph inputs; one named like a weight takes its place. Raises InputError when a
-        value is neither given nor computed.
+        value is neither given nor computed, NodeFailed when an operator raises.
         """
         with torch.no_grad():
             return self._execute(nodes, values, wanted, sink)
@@ -217,9 +217,9 @@ class Executor:
         except NodeFailed:
             raise
         except Exception as error:
-            given = ", ".join(_describe(i) for i in inputs)
+            operand_texts = ", ".join(_describe(i) for i in inputs)
             raise NodeFailed(
-                f"{self.graph.path}: node {node.name!r} ({node.op}) failed on ({given}): {_first_line(error)}"
+                f"{self.graph.path}: node {node.name!r} ({node.op}) failed on ({operand_texts}): {_first_line(error)}"
             ) from error
         return [arithmetic.round(r) for r in results] if step.kernel is None or step.kernel.rounds else results
 
@@ -235,13 +235,13 @@ class Executor:
                 self._place = place
 
         def run_body(body: Body, arguments: Sequence[Any]) -> list[Any]:
-            own = body.constants | dict(zip(body.inputs, arguments, strict=False))
+            local_values = body.constants | dict(zip(body.inputs, arguments, strict=False))
             for child in body.nodes:
                 self._step(child, body.opsets)
-            known = ChainMap(own, dict(values))
-            made = {o for child in body.nodes for o in child.outputs}.union(known)
+            visible = ChainMap(local_values, dict(values))
+            produced = {o for child in body.nodes for o in child.outputs}.union(visible)
             # What ONNX defines by a function may leave out outputs that nobody asked for.
-            results = self._execute(body.nodes, known, [o for o in body.outputs if o in made])
+            results = self._execute(body.nodes, visible, [o for o in body.outputs if o in produced])
             return [results.get(o) for o in body.outputs]
 
         if "" in step.bodies:
@@ -252,9 +252,9 @@ class Executor:
         if node.op in _OPTIONAL and not any(isinstance(i, list) for i in inputs):
             return [_OPTIONAL[node.op](*inputs)]
         if node.op in ("Loop", "Scan"):
-            made = (run_loop if node.op == "Loop" else run_scan)(step.bodies, execute, step.call, *inputs)
+            produced = (run_loop if node.op == "Loop" else run_scan)(step.bodies, execute, step.call, *inputs)
             self.decisions[place + node.name] = next(runs)
-            return [self.arithmetic.hold(r, self.device) for r in made]
+            return [self.arithmetic.hold(r, self.device) for r in produced]
         if step.kernel is not None and all(i is None or isinstance(i, Tensor) for i in inputs):
             results = step.kernel.function(step.call, *inputs)
             if results is not NotImplemented:
@@ -307,14 +307,14 @@ def _has_numbers(value: Any) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    """What an error says, without the lists that ONNX's reference implementation adds."""
+    """Message of an error, without the lists that ONNX's reference implementation adds."""
     return (str(error).splitlines() or [type(error).__name__])[0].partition(", schema.has_function")[0]
 
 
 def _within(node: Node, bodies: Mapping[str, Body], body: Body, run: int) -> str:
-    """What a path says of the place in a node where ``body`` runs."""
+    """Part of a path for the place in a node where ``body`` runs."""
     if node.op == "If":
-        return f"{next(name for name, other in bodies.items() if other is body)}/"
+        return f"{next(name for name, candidate in bodies.items() if candidate is body)}/"
     return f"#{run}/" if node.op in ("Loop", "Scan") else ""
 
 

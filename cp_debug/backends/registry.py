@@ -1,4 +1,4 @@
-"""From a spec to a backend; the runtime is imported here and not before."""
+"""Makes the backend of a spec; the runtime is imported here and not before."""
 
 from __future__ import annotations
 

@@ -15,15 +15,15 @@ KNOWN = {
     "torch-tf32": "PyTorch FP32 with TF32 on (CUDA only)",
     "torch-bf16": "PyTorch, module and inputs in BF16",
     "torch-fp16": "PyTorch, module and inputs in FP16",
-    "torch-int8": "PyTorch with fake quantisation (nvidia-modelopt), FP32 between",
-    "ort": "ONNX Runtime, graph optimisation off (same as ort-none)",
-    "ort-none": "ONNX Runtime, graph optimisation off",
-    "ort-basic": "ONNX Runtime, basic graph optimisation",
-    "ort-all": "ONNX Runtime, all graph optimisations, the library's default",
+    "torch-int8": "PyTorch with fake quantization (nvidia-modelopt), FP32 between",
+    "ort": "ONNX Runtime, graph optimization off (same as ort-none)",
+    "ort-none": "ONNX Runtime, graph optimization off",
+    "ort-basic": "ONNX Runtime, basic graph optimization",
+    "ort-all": "ONNX Runtime, all graph optimizations, the library's default",
     "ort-tf32": "ONNX Runtime with TF32 on (CUDA only)",
     "ort-fp16": "ONNX Runtime, casts to FP16 put into the graph (CUDA only)",
-    "ort-int8": "ONNX Runtime, Q/DQ pairs as they stand and FP32 between them, graph optimisation off",
-    "ort-int8-qlinear": "ONNX Runtime, all graph optimisations, which put integer kernels where it has any",
+    "ort-int8": "ONNX Runtime, Q/DQ pairs as they stand and FP32 between them, graph optimization off",
+    "ort-int8-qlinear": "ONNX Runtime, all graph optimizations, which put integer kernels where it has any",
     "ort-trt": "ONNX Runtime's TensorRT provider, TF32 on as it cannot be turned off; final outputs only",
     "emu-fp32": "plain FP32 by the emulator: a second opinion on a graph",
     "emu-tf32": "emulated TF32: operands of conv and matmul rounded to 10 mantissa bits",
@@ -40,7 +40,7 @@ KNOWN = {
 }
 
 TEST = ".test"
-"""Ends the spec of a test that runs on the same backend as its reference."""
+"""Suffix for the spec of a test that runs on the same backend as its reference."""
 
 _SPEC = re.compile(r"(?P<name>[a-z0-9]+(?:-[a-z0-9]+)*)(?:@(?P<device>cpu|cuda(?::\d+)?))?(?P<test>\.test)?")
 
@@ -61,7 +61,7 @@ class BackendSpec:
 
     @property
     def variant(self) -> str:
-        """What follows the family: ``fp16`` of ``trt-fp16``, empty for ``torch``."""
+        """The part behind the family: ``fp16`` of ``trt-fp16``, empty for ``torch``."""
         return self.name.partition("-")[2]
 
     def __str__(self) -> str:

@@ -59,7 +59,7 @@ class CandidateRun:
         oracle: str | None,
         folder: Path,
     ) -> None:
-        """``programs`` are the reference's before anything was quantised: they say what a layer should compute. Graphs
+        """``programs`` are the reference's before anything was quantized: they say what a layer should compute. Graphs
         that only describe what an engine computes are written to ``folder``."""
         self.pipeline = pipeline
         self.precision: Precision = PRECISIONS[pipeline.backend.precision]
@@ -70,7 +70,7 @@ class CandidateRun:
         self.layers = {Key(layer.component, layer.onnx): layer for layer in layers}
         self._names = {p.name: value_map(self.programs[p.name], p) for p in pipeline.programs}
         self._files: dict[str, FileQuantization] = {}
-        """Component → what somebody else's quantised file does to it."""
+        """Component → what somebody else's quantized file does to it."""
         for program in pipeline.programs:
             plain, names = self.programs[program.name].graph, self._names[program.name]
             foreign = is_quantized(program.graph) and not has_own_pairs(program.graph)

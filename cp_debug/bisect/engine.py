@@ -97,11 +97,11 @@ class Options:
     """``dynamo`` or ``torchscript``; None takes one that every backend can read."""
     folded: bool = True
     calibration: Calibration = DEFAULT_CALIBRATION
-    """How to quantise, where a backend is in INT8 and the model is not."""
+    """How to quantize, where a backend is in INT8 and the model is not."""
     max_builds: int = BUILDS
     """Further engines for the search inside guilty regions of one run; 0 leaves it at emulated hypotheses."""
     optimizer_blame: bool = False
-    """Find the graph optimisers that are responsible for the difference of optimised ONNX Runtime tests."""
+    """Find the graph optimizers that are responsible for the difference of optimized ONNX Runtime tests."""
     maps: Sequence[str] = ()
     """``REFERENCE=TEST`` each: values of two models that are to be compared."""
     save: Path | None = None
@@ -135,10 +135,6 @@ def bisect(
     return bisection.run(programs)
 
 
-diagnose = bisect
-"""What ``import cp_debug`` calls it, where ``bisect`` is a folder."""
-
-
 class Bisection:
     """The state of one bisect, so that each step is a short method."""
 
@@ -160,17 +156,17 @@ class Bisection:
         """Whether side values that a backend folded away are computed: test and reference are different graphs."""
         self._reference_floors: dict[Key, float] = {}
         self._quantized: dict[int, list[Program]] = {}
-        """By identity of the list that was quantised."""
+        """By identity of the list that was quantized."""
         self._parts: dict[int, tuple[Mapping[str, QuantizedComponent], str]] = {}
         """By identity of the model: its components in INT8, and how they became so."""
         self._how: dict[int, str] = {}
-        """By identity of a list of quantised programs."""
+        """By identity of a list of quantized programs."""
         if isinstance(backends, str):
             differs = test_model is not None or options.differs
             backends = [create(spec) for spec in parse_backends(backends, repeats=differs)]
         self._reference, *self._tests = backends
         self._export, note = choose_export(backends, options.exporter)
-        if options.optimizer_blame and not any(map(is_optimised, self._tests)):
+        if options.optimizer_blame and not any(map(is_optimized, self._tests)):
             names = ", ".join(str(test.spec) for test in self._tests)
             raise InputError(f"--knobs: expected ort-basic or ort-all among the test backends, which are {names}")
         self.model = model if not isinstance(model, str) else self._load(model, options.checkpoint)
@@ -186,7 +182,7 @@ class Bisection:
             self.test_model = self._load(self.model.name, options.test_checkpoint)
 
     def _load(self, name: str, checkpoint: Path | None) -> Model:
-        model, parts = load_quantized(name, checkpoint, self.options.seed)
+        model, parts = load_quantized(name, checkpoint, self.options.seed, self.options.inputs)
         if parts:
             self._parts[id(model)] = parts, f"quantized as in {checkpoint}"
         return model
@@ -205,7 +201,7 @@ class Bisection:
             for backend in (self._reference, *self._tests):
                 check_free(options.save / "sample-0" / str(backend.spec))  # before anything long
         self._steps = 2 + options.replay + options.samples * (1 + len(self._tests) * (3 if options.replay else 1))
-        self._steps += sum(map(is_optimised, self._tests)) if options.optimizer_blame else 0
+        self._steps += sum(map(is_optimized, self._tests)) if options.optimizer_blame else 0
         with tempfile.TemporaryDirectory(prefix="cpdebug-") as scratch, ExitStack() as stack:
             samples = iter(self._samples())
             first = next(samples)
@@ -420,7 +416,7 @@ class Bisection:
 
         for run, found in zip(runs, collected, strict=True):
             pipeline, seen = run.pipeline, found.observation
-            if isinstance(pipeline.backend, OrtBackend) and is_optimised(pipeline.backend):
+            if isinstance(pipeline.backend, OrtBackend) and is_optimized(pipeline.backend):
                 self._step(f"{pipeline.backend.spec}: knobs")
                 floor = seen.noise_floor if seen else 0.0
                 found.optimizer_blame = blame_optimizers(
@@ -489,8 +485,8 @@ def nothing_compared(run: CandidateRun, component: str, expected: Sequence[str])
     )
 
 
-def is_optimised(backend: Backend) -> bool:
-    """Whether ONNX Runtime's graph optimiser works on what this backend runs."""
+def is_optimized(backend: Backend) -> bool:
+    """Whether ONNX Runtime's graph optimizer works on what this backend runs."""
     return backend.spec.name in ("ort-basic", "ort-all")
 
 

@@ -1,8 +1,8 @@
-"""What a quantised file must do to the layers of its float parent, whoever wrote it: Q/DQ pairs, integer operators,
+"""What a quantized file must do to the layers of its float parent, whoever wrote it: Q/DQ pairs, integer operators,
 dynamic scales, weights alone.
 
 Nothing is asked of the file's structure but which values are the parent's. Between two of those, its own nodes say what
-is quantised and how (levels, one scale or one a channel, with a zero point or without); a faithful layer then makes
+is quantized and how (levels, one scale or one a channel, with a zero point or without); a faithful layer then makes
 about the error that the best scales of that kind make on the same inputs.
 """
 
@@ -78,7 +78,7 @@ class Levels:
 
 @dataclass(frozen=True)
 class Scheme:
-    """What the nodes between two of the parent's values quantise. None: not at all."""
+    """What the nodes between two of the parent's values quantize. None: not at all."""
 
     data: Levels | None = None
     weights: Levels | None = None
@@ -91,7 +91,7 @@ class Scheme:
 
 
 class FileQuantization:
-    """A quantised file beside its float parent, ``plain``. ``names``: value of ``plain`` → its name in ``graph``.
+    """A quantized file beside its float parent, ``plain``. ``names``: value of ``plain`` → its name in ``graph``.
 
     What is said to it and by it is in names of ``plain``.
     """
@@ -108,7 +108,7 @@ class FileQuantization:
                 self._schemes[name] = scheme
 
     def touches(self, nodes: Sequence[Node]) -> bool:
-        """Whether the file quantises anything of what these nodes of ``plain`` compute."""
+        """Whether the file quantizes anything of what these nodes of ``plain`` compute."""
         return bool(self._of(nodes))
 
     def grid(self, node: Node, place: int) -> QuantizerGrid | None:
@@ -218,7 +218,7 @@ class FileQuantization:
                 yield place, name, tensor
 
     def _scheme(self, value: str, own: Collection[str]) -> Scheme:
-        """What the nodes quantise that compute one of the file's values from others that are the parent's."""
+        """What the nodes quantize that compute one of the file's values from others that are the parent's."""
         nodes, _ = self._graph.segment([value], set(own) - {value})
         data = weights = None
         grid = None

@@ -18,7 +18,7 @@ def both_int8(reference: Backend, test: Backend) -> bool:
 def int8_notes(
     reference: Pipeline, pipeline: Pipeline, rows: Sequence[LayerRow], how: Mapping[int, str]
 ) -> Iterator[str]:
-    """What a reader must know of a backend in INT8: how it was quantised here (by identity of its programs), whether it
+    """What a reader must know of a backend in INT8: how it was quantized here (by identity of its programs), whether it
     obeys the scales, and whether integers were computed."""
     backend = pipeline.backend
     yield from dict.fromkeys(how[id(p.programs)] for p in (reference, pipeline) if id(p.programs) in how)

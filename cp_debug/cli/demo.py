@@ -1,4 +1,4 @@
-"""``cpdebug demo``: a fault that is known, and the tool finding it."""
+"""``cpdebug demo``: a known fault, and the tool finding it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def demo(
 
 
 def catalogue() -> Sheet:
-    """Every fault: name, what is wrong, what one would see."""
+    """Table of all faults: name, what is wrong, what one would see."""
     from cp_debug.bisect.faults.catalog import FAULTS
     from cp_debug.reports.sheet import Column, Sheet
 

@@ -33,7 +33,9 @@ def deploy(
     from cp_debug.reports.sheet_terminal import Terminal
 
     settings = override(named_config(config, model), {"tensorrt.python": trt_python})
-    engines = settings.export.mode in ("trt", "both") or any("trt" in each.test for each in settings.scenarios())
+    engines = settings.export.mode in ("trt", "both") or any(
+        "trt" in scenario.test for scenario in settings.scenarios()
+    )
     refuse(("trt_python",), unless=engines, why=f"{config} builds no engine")
     with steps() as on_step:
         records = run(Deployment(settings, str(config), on_step, on_event=on_step.on_event), fresh=fresh)

@@ -1,4 +1,4 @@
-"""``cpdebug models``: what can be named on the command line."""
+"""``cpdebug models``: the models that can be named on the command line."""
 
 from __future__ import annotations
 

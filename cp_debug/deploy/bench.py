@@ -21,20 +21,20 @@ from cp_debug.recipes.base import Arrays, Model, Sample
 
 OnStep = Callable[[str, int, int], None]
 Timer = Callable[[Arrays], tuple[Arrays, float]]
-"""Inputs of a component → its outputs, and seconds."""
+"""Runs a component: inputs by name → outputs by name, and seconds."""
 WHOLE = "whole"
-"""The row of a complete pass, from the sample to its decoded result."""
+"""Name of the row for a complete pass, from the sample to its decoded result."""
 
 
 @dataclass
 class Latency:
-    """Seconds of one part in every pass."""
+    """Seconds that one part took in every pass."""
 
     part: str
     seconds: list[float] = field(default_factory=list)
 
     def figures(self) -> dict[str, float]:
-        """In milliseconds."""
+        """Mean and percentiles in milliseconds."""
         ms = np.array(self.seconds) * 1e3
         return {"mean": float(ms.mean()), **{f"p{q}": float(np.percentile(ms, q)) for q in (50, 95, 99)}}
 
@@ -46,7 +46,7 @@ class BackendBench:
     backend: RunRecord
     parts: list[Latency]
     memory_mib: float
-    """See ``Memory``; engines in a process of their own are not counted."""
+    """Peak as ``Memory`` measures it; engines in a process of their own are not counted."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe, latencies in ms."""
@@ -70,7 +70,7 @@ def bench(
     A part ends when its results are in host memory, so the device has finished. A session in another process
     (TensorRT) times the engine there instead, without the transfer between processes.
     """
-    found = []
+    benches = []
     for place, backend in enumerate(backends):
         on_step(f"timing {backend.spec}", place, len(backends))
         memory = Memory(backend.device)
@@ -84,20 +84,20 @@ def bench(
                 seconds[WHOLE] = sum(seconds.values())
                 for part, value in seconds.items():
                     timed.setdefault(part, Latency(part)).seconds.append(value)
-            found.append(BackendBench(pipeline.record(), list(timed.values()), memory.peak_mib()))
-    return found
+            benches.append(BackendBench(pipeline.record(), list(timed.values()), memory.peak_mib()))
+    return benches
 
 
 def timer_of(session: Session, passes: int) -> Timer:
-    """Runs a component and takes its time; ``passes`` is how often that will be asked."""
-    own = own_timer(session)
+    """A function that runs a component and takes its time; it will be called ``passes`` times."""
+    session_timer = own_timer(session)
 
     def here(inputs: Arrays) -> tuple[Arrays, float]:
         start = time.perf_counter()
         outputs = session.run(inputs)
         return outputs, time.perf_counter() - start
 
-    if own is None:
+    if session_timer is None:
         return here
     outputs: dict[str, np.ndarray] = {}
     seconds: list[float] = []
@@ -105,7 +105,7 @@ def timer_of(session: Session, passes: int) -> Timer:
     def elsewhere(inputs: Arrays) -> tuple[Arrays, float]:
         if not outputs:  # the same in every pass
             outputs.update(session.run(inputs))
-            seconds.extend(own(inputs, passes))
+            seconds.extend(session_timer(inputs, passes))
         return outputs, seconds.pop()
 
     return elsewhere
@@ -128,7 +128,7 @@ def _one_pass(model: Model, timers: Mapping[str, Timer], sample: Sample) -> dict
 
 
 class Memory:
-    """The peak of memory from now on, beyond what is held now."""
+    """Peak of memory from now on, beyond what is in use now."""
 
     def __init__(self, device: str) -> None:
         import torch
@@ -144,7 +144,7 @@ class Memory:
         self._before = _peak_bytes()
 
     def peak_mib(self) -> float:
-        """In MiB: on CUDA what torch allocated there, else of the process."""
+        """The peak in MiB: what torch allocated on CUDA, else what the process took."""
         if self._cuda is not None:
             import torch
 

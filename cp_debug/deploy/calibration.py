@@ -1,4 +1,4 @@
-"""Samples as TensorRT's calibrator reads them: every component's inputs, as they are before it."""
+"""Calibration data for TensorRT: inputs of every component, as they are in front of it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from cp_debug.recipes.base import Arrays, Model, Sample
 
 
 def write_calibration_data(model: Model, samples: Iterable[Sample], folder: Path) -> Path:
-    """``<component>/<number>.npz`` for every component and sample, one array an input; returns ``folder``.
+    """Write ``<component>/<number>.npz`` for every component and sample, one array an input; return ``folder``.
 
-    Components run as the model's FP32 modules on the CPU.
+    Components run as the model's FP32 modules on the CPU. Raises InputError as the model's samples do.
     """
     for index, sample in enumerate(samples):
         results: dict[str, Arrays] = {}

@@ -18,7 +18,7 @@ from cp_debug.reading import read_json, typed, within
 MANIFEST = "engines.json"
 SCHEMA = "cpdebug.engines/1"
 MACHINE = ("tensorrt", "gpu", "compute_capability")
-"""An engine runs only where these are as they were when it was built."""
+"""Facts of a machine that must be as they were when an engine was built."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,15 @@ class Built:
     file: str
     sha256: str
     onnx_sha256: str
-    """Of the graph that it was built from."""
+    """SHA-256 of the graph that it was built from."""
     seconds: float
     realised_precision: Mapping[str, float]
     """Data type → share of the layers' inputs and outputs; empty where TensorRT tells none, as for dynamic shapes."""
 
     @property
     def types(self) -> str:
-        """The same in words."""
-        return ", ".join(f"{t} {share:.0%}" for t, share in self.realised_precision.items()) or "types not build_infos"
+        """The realised precision in words, such as ``fp16 80%, fp32 20%``."""
+        return ", ".join(f"{t} {share:.0%}" for t, share in self.realised_precision.items()) or "types not told"
 
 
 def build_engines(
@@ -47,11 +47,11 @@ def build_engines(
     files: Mapping[str, str] | None = None,
     on_step: Callable[[str, int, int], None] = lambda text, done, total: None,
 ) -> list[Built]:
-    """``<component>.engine`` for every program, and their manifest, which appears last.
+    """Build ``<component>.engine`` for every program, and their manifest, which appears last.
 
-    ``backend`` is a TensorRT backend with a profile for every dynamic input. Raises InputError where one is missing, a
-    node to keep in FP32 is not there, TensorRT refuses a graph, or no layer of any engine runs in the precision asked
-    for; there is no manifest then.
+    ``backend`` is a TensorRT backend with a profile for every dynamic input; ``files``: component → another file name.
+    Raises InputError where a profile is missing, a node to keep in FP32 is not there, TensorRT refuses a graph, or no
+    layer of any engine runs in the precision asked for; there is no manifest then.
     """
     backend = with_kept(backend, programs)
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def build_engines(
         "schema": SCHEMA,
         "backend": str(backend.spec),
         **{key: versions[key] for key in MACHINE},
-        "engines": [asdict(each) for each in built],
+        "engines": [asdict(engine_entry) for engine_entry in built],
     }
     write_text(json.dumps(manifest, indent=1) + "\n", folder / MANIFEST)
     return built
@@ -97,14 +97,14 @@ def check_engines(folder: Path, programs: Sequence[Program], versions: Mapping[s
         raise InputError(f"{source} ({error})") from None
     manifest: dict[str, Any] = typed(dict[str, Any], document, source)
     built: list[Built] = typed(list[Built], manifest.get("engines"), source)
-    engines = {each.component: each for each in built}
+    engines = {entry.component: entry for entry in built}
     machine: dict[str, str] = typed(dict[str, str], {key: manifest.get(key) for key in MACHINE}, source)
-    for each in engines.values():
-        within(folder, each.file, str(file))
+    for entry in engines.values():
+        within(folder, entry.file, str(file))
     for key, value in machine.items():
         if value != versions[key]:
             raise InputError(f"{file}: {key} is {value!r}; here it is {versions[key]!r}: build the engines again")
-    found = {}
+    paths = {}
     for program in programs:
         engine = engines.get(program.name)
         if engine is None or not (folder / engine.file).is_file():
@@ -113,5 +113,5 @@ def check_engines(folder: Path, programs: Sequence[Program], versions: Mapping[s
             raise InputError(f"{folder / engine.file}: changed since it was built; build it again")
         if engine.onnx_sha256 != program.graph.digest:
             raise InputError(f"{folder / engine.file}: built from another graph than {program.graph.path}")
-        found[program.name] = folder / engine.file
-    return found
+        paths[program.name] = folder / engine.file
+    return paths

@@ -11,10 +11,11 @@ def data_values(graph: Graph) -> list[str]:
 
 
 def downstream(graph: Graph, cut: set[str]) -> list[str]:
+    """Values that are reached from the graph's inputs, in execution order, stopping at operators in ``cut``."""
     reached = {info.name for info in graph.inputs}
-    found: list[str] = []
+    values: list[str] = []
     for node in graph.nodes:
         if node.op not in cut and not reached.isdisjoint(node.inputs):
             reached.update(node.outputs)
-            found.extend(node.outputs)
-    return found
+            values.extend(node.outputs)
+    return values

@@ -1,5 +1,7 @@
-"""What differs between two pieces of two graphs that should compute one value: attributes, operators, operands,
-constants, nodes that only one of them has."""
+"""Differences between two pieces of two graphs that should compute one value.
+
+They are told as attributes, operators, operands and constants that differ, and as nodes that only one of both has.
+"""
 
 from __future__ import annotations
 
@@ -71,25 +73,27 @@ class Pieces:
             )
             if twin is not None and (twin.op == node.op or not moved):
                 pairs.append((twin, node))
-        left = [n for n in self._mine if not any(n is a for a, _ in pairs) and n.op != "Constant"]
-        free = [n for n in self._own if not any(n is b for _, b in pairs) and n.op != "Constant"]
-        matcher = difflib.SequenceMatcher(None, [n.op for n in left], [n.op for n in free], autojunk=False)
+        unmatched = [n for n in self._mine if not any(n is a for a, _ in pairs) and n.op != "Constant"]
+        unmatched_test = [n for n in self._own if not any(n is b for _, b in pairs) and n.op != "Constant"]
+        matcher = difflib.SequenceMatcher(
+            None, [n.op for n in unmatched], [n.op for n in unmatched_test], autojunk=False
+        )
         for tag, i, j, k, m in matcher.get_opcodes():
             if tag == "equal" or (tag == "replace" and j - i == m - k == 1):
-                pairs += zip(left[i:j], free[k:m], strict=True)
+                pairs += zip(unmatched[i:j], unmatched_test[k:m], strict=True)
         return pairs
 
     def differences(self) -> list[NodeDifference]:
         """Every difference, in execution order; nodes that only the test has come last."""
-        found = [d for a, b in self._pairs for d in self._of_pair(a, b)]
+        listed = [d for a, b in self._pairs for d in self._of_pair(a, b)]
         for node in self._missing:
             kind = "activation" if node.op in ACTIVATIONS else "operator"
-            found.append(NodeDifference(f"missing-{kind}", f"{node.op} is left out", node.name, {"op": node.op}))
+            listed.append(NodeDifference(f"missing-{kind}", f"{node.op} is left out", node.name, {"op": node.op}))
         for node in self._added:
             kind = "activation" if node.op in ACTIVATIONS else "operator"
             says = f"{node.op} is added: {node.name}"
-            found.append(NodeDifference(f"extra-{kind}", says, node.name, {"op": node.op}, added=True))
-        return found
+            listed.append(NodeDifference(f"extra-{kind}", says, node.name, {"op": node.op}, added=True))
+        return listed
 
     def _of_pair(self, ours: Node, theirs: Node) -> Iterator[NodeDifference]:
         if ours.op != theirs.op:
@@ -106,9 +110,9 @@ class Pieces:
         yield from self._constants(ours, theirs)
 
     def _attributes(self, ours: Node, theirs: Node) -> Iterator[NodeDifference]:
-        mine, own = (attributes(g, n) for g, n in ((self._reference, ours), (self._test, theirs)))
-        for name in sorted(mine.keys() & own.keys()):
-            a, b = mine[name], own[name]
+        our_values, their_values = (attributes(g, n) for g, n in ((self._reference, ours), (self._test, theirs)))
+        for name in sorted(our_values.keys() & their_values.keys()):
+            a, b = our_values[name], their_values[name]
             if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) or a == b:
                 continue
             says = f"{ours.op}: {name} is {_shown(b)} instead of {_shown(a)}"
@@ -141,9 +145,9 @@ class Pieces:
             yield NodeDifference("another-tensor", says, ours.name, {"of": pairs[0][1], "instead_of": pairs[0][0]})
 
     def _constants(self, ours: Node, theirs: Node) -> Iterator[NodeDifference]:
-        mine, own = list(ours.proto.input), list(theirs.proto.input)
-        for place in range(max(len(mine), len(own))):
-            a, b = (names[place] if place < len(names) else "" for names in (mine, own))
+        our_inputs, their_inputs = list(ours.proto.input), list(theirs.proto.input)
+        for place in range(max(len(our_inputs), len(their_inputs))):
+            a, b = (names[place] if place < len(names) else "" for names in (our_inputs, their_inputs))
             role = self._role(ours, place)
             if a in self._ours and not b:
                 name = "bias-dropped" if role == "bias" else "constant-differs"
@@ -152,22 +156,23 @@ class Pieces:
                 change = self._other(a, b) or describe(self._ours[a], self._theirs[b], GATES.get(ours.op, 0))
                 if change is not None:
                     name = named(change, role, ours.op)
-                    whole = "the weights" if role == "weights" else "the bias" if role == "bias" else a
-                    scaled = whole != a and change.kind in ("scaled", "channels-scaled")
-                    says = f"{'the scale of ' if scaled else ''}{whole} of {ours.op}: {change.says}"
+                    constant_name = "the weights" if role == "weights" else "the bias" if role == "bias" else a
+                    scaled = constant_name != a and change.kind in ("scaled", "channels-scaled")
+                    says = f"{'the scale of ' if scaled else ''}{constant_name} of {ours.op}: {change.says}"
                     evidence = {"constant": a, "change": change.kind, **change.evidence, "differs_by": change.size}
                     yield NodeDifference(name, says, ours.name, evidence)
 
     def _other(self, a: str, b: str) -> Change | None:
+        """The change "another", if the test's constant ``b`` equals a constant of the reference other than ``a``."""
         if self._ours.size(a) < TELLING:
             return None
         digest = self._theirs.digest(b)
         alike = (n for n in self._ours.names if n != a and self._ours.size(n) == self._theirs.size(b))
-        other = next((n for n in alike if self._ours.digest(n) == digest), None)
-        return Change("another", f"those of another layer ({other})", {"of": other}) if other else None
+        twin = next((n for n in alike if self._ours.digest(n) == digest), None)
+        return Change("another", f"those of another layer ({twin})", {"of": twin}) if twin else None
 
     def _role(self, node: Node, place: int) -> str:
-        """``weights``, ``bias``, ``statistics``, ``parameters``, ``scale``, ``zero``, ``index``, or empty."""
+        """Role of a node's input: weights, bias, statistics, parameters, scale, zero, index, or an empty string."""
         if node.op in MOVES and (place == 0 or node.op == "Concat"):
             readers = [n for o in node.outputs for n in self._reference.consumers.get(o, [])]
             if readers:
@@ -185,7 +190,7 @@ class Pieces:
 
 
 def named(change: Change, role: str, op: str) -> str:
-    """What a change of a constant is called as a cause."""
+    """Name of the cause (as in ``docs/causes.md``) for a change of a constant with this role in an operator."""
     if role in ("statistics", "parameters"):
         return f"batchnorm-{role}"
     if role in ("scale", "zero"):
@@ -215,20 +220,20 @@ def named(change: Change, role: str, op: str) -> str:
 
 
 def attributes(graph: Graph, node: Node) -> dict[str, Any]:
-    """The attributes of a node, absent ones with their defaults, texts as ``str``; bodies are left out."""
+    """Attribute → value of a node, absent ones with their defaults, texts as ``str``; bodies are left out."""
     kinds = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
     try:
         domain = "" if node.proto.domain == "ai.onnx" else node.proto.domain
         schema = onnx.defs.get_schema(node.proto.op_type, graph.opsets.get(domain, 1), domain)
-        found = {
+        values = {
             name: helper.get_attribute_value(a.default_value)
             for name, a in schema.attributes.items()
             if a.default_value.type not in (0, *kinds)
         }
     except onnx.defs.SchemaError:
-        found = {}
-    found |= {a.name: helper.get_attribute_value(a) for a in node.proto.attribute if a.type not in kinds}
-    return {name: _plain(value) for name, value in found.items()}
+        values = {}
+    values |= {a.name: helper.get_attribute_value(a) for a in node.proto.attribute if a.type not in kinds}
+    return {name: _plain(value) for name, value in values.items()}
 
 
 def _plain(value: Any) -> Any:

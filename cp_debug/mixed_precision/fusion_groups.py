@@ -41,7 +41,7 @@ def nodes_of(groups: Iterable[FusionGroup], component: str) -> frozenset[str]:
 def fusion_groups_of(program: Program, candidates: Collection[str]) -> list[FusionGroup]:
     """The ``candidates`` (nodes by name) of a program in groups, in execution order.
 
-    An activation, a normalisation or arithmetic with constants joins the layer that it alone reads from.
+    An activation, a normalization or arithmetic with constants joins the layer that it alone reads from.
     """
     graph = program.graph
     groups: dict[int, list[Node]] = {}

@@ -1,4 +1,4 @@
-"""A quantised model with some of its layers in INT8 and the others in FP32, measured on samples."""
+"""A quantized model with some of its layers in INT8 and the others in FP32, measured on samples."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ class Int8Trial(NamedTuple):
 
 @dataclass(frozen=True)
 class Int8Layer:
-    """What computes in INT8 while its quantisers are on: a module with weights, or a residual addition."""
+    """What computes in INT8 while its quantizers are on: a module with weights, or a residual addition."""
 
     name: str
     """As ``Scales`` calls it."""
     path: str
-    """In the component's module; of an addition, the quantiser of its operands."""
+    """In the component's module; of an addition, the quantizer of its operands."""
     component: str
     kind: str
-    """Class before it was quantised, such as ``Conv2d``, or ``add``."""
+    """Class before it was quantized, such as ``Conv2d``, or ``add``."""
     weights: int
     quantizers: Sequence[Any]
 
@@ -87,7 +87,7 @@ class Measured:
 
 
 def quantized_layers(component: Component, module: nn.Module) -> Iterator[Int8Layer]:
-    """What is in INT8 in a quantised component; layers whose quantisers are off are none."""
+    """What is in INT8 in a quantized component; layers whose quantizers are off are none."""
     residual_adds = {id(quantizer): name for name, quantizer in add_quantizers(module).items()}
     found: dict[str, list[Any]] = {}
     for path, quantizer in quantizers(module):
@@ -130,17 +130,17 @@ class _Totals:
 
 
 class Bench:
-    """A model and its quantised components, on which trials are run.
+    """A model and its quantized components, on which trials are run.
 
     Each sample runs once in FP32 and once in INT8; a trial computes only what its changed layers reach.
     """
 
     def __init__(self, model: Model, modules: Mapping[str, nn.Module]) -> None:
-        """``modules``: component → its quantised module. Raises InputError when no layer of them is quantised."""
+        """``modules``: component → its quantized module. Raises InputError when no layer of them is quantized."""
         self.model, self.modules = model, modules
         found = [layer for c in model.components for layer in quantized_layers(c, modules[c.name])]
         if not found:
-            raise InputError(f"MODEL: no layer of {model.name} is quantised")
+            raise InputError(f"MODEL: no layer of {model.name} is quantized")
         self.layers = {layer.name: layer for layer in found}
         self._reuse = {}
         for name, module in modules.items():
@@ -163,7 +163,7 @@ class Bench:
         """
         if unknown := {name for trial in trials for name in trial.changed} - self.layers.keys():
             near = difflib.get_close_matches(min(unknown), self.layers, n=1, cutoff=0.0)[0]
-            raise InputError(f"{self.model.name} has no quantised layer {min(unknown)!r}; nearest is {near}")
+            raise InputError(f"{self.model.name} has no quantized layer {min(unknown)!r}; nearest is {near}")
         totals = {trial: _Totals() for trial in trials}
         scored = all(isinstance(sample.truth, Truth) for sample in samples) and isinstance(self.model, HasClasses)
         with self._restored():

@@ -1,7 +1,7 @@
 """``search``: the smallest set of layers to keep in higher precision so that a goal holds.
 
-Nothing kept is tried first, and shows what an engine fuses. Then everything is predicted and minimised on the emulator,
-where a trial is a part of a forward pass; what comes out is confirmed, and minimised again, on the backend itself.
+Nothing kept is tried first, and shows what an engine fuses. Then everything is predicted and minimized on the emulator,
+where a trial is a part of a forward pass; what comes out is confirmed, and minimized again, on the backend itself.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class SearchOptions:
     test_model: Path | None = None
     """Another file for the test: a Q/DQ graph of the same model (a folder, for several components)."""
     inputs: Path | None = None
-    """What to calibrate on, for an INT8 backend and a model that is not quantised; None: the model's own samples."""
+    """What to calibrate on, for an INT8 backend and a model that is not quantized; None: the model's own samples."""
     quantized: Mapping[str, QuantizedComponent] = field(default_factory=dict)
     """The components in INT8 where a checkpoint gives them: see ``load_quantized``."""
     onnx: Path | None = None

@@ -1,4 +1,4 @@
-"""How far one tensor is from another: every statistic from one blocked pass, one pair in memory at a time.
+"""Statistics of two tensors: all from one blocked pass, one pair in memory at a time.
 
 NaN and Inf never vanish into a summary:
 
@@ -77,7 +77,7 @@ class TensorStats:
         return self.shape_mismatch, self.max_abs, self.mismatched, self.rel_l2
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, JSON-safe: JSON has no such numbers, so they are the strings "NaN", "Infinity", "-Infinity".
+        """Every field, JSON-safe: numbers that JSON does not have are "NaN", "Infinity" and "-Infinity".
 
         ``float()`` in Python, ``Number()`` in JavaScript read them back.
         """
@@ -116,6 +116,7 @@ def _is_real(tensor: Tensor) -> bool:
 
 
 def _finish(reference: Tensor, test: Tensor, totals: Totals) -> TensorStats:
+    """Statistics of two tensors of one shape, from their sums; formulas stand at the fields of ``TensorStats``."""
     whole, shape = totals.whole, tuple(reference.shape)
     agree = not whole.mismatched
     norm_ref, norm_test, norm_diff = (math.sqrt(square) for square in (whole.sum_rr, whole.sum_tt, whole.sum_dd))
@@ -142,6 +143,7 @@ def _finish(reference: Tensor, test: Tensor, totals: Totals) -> TensorStats:
 
 
 def _different_shapes(reference: Tensor, test: Tensor, of_ref: Piece, of_test: Piece) -> TensorStats:
+    """Statistics of two tensors whose shapes differ: every difference is infinite."""
     return TensorStats(
         **_sides(reference, test, of_ref, of_test),
         max_abs=math.inf,
@@ -160,7 +162,7 @@ def _different_shapes(reference: Tensor, test: Tensor, of_ref: Piece, of_test: P
 
 
 def _sides(reference: Tensor, test: Tensor, of_ref: Piece, of_test: Piece) -> dict[str, Any]:
-    """The fields that look at one side alone."""
+    """Fields that look at one side alone."""
     return {
         "shape": tuple(reference.shape),
         "shape_test": tuple(test.shape),
@@ -176,6 +178,7 @@ def _sides(reference: Tensor, test: Tensor, of_ref: Piece, of_test: Piece) -> di
 
 
 def _decibel(rel_l2: float) -> float:
+    """SQNR in dB of a relative L2 distance: −20·log10(rel_l2)."""
     return -20 * math.log10(rel_l2) if rel_l2 else math.inf
 
 

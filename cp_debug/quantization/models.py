@@ -1,4 +1,4 @@
-"""Whole models in INT8: every component calibrated on what it is fed in the model's own chain."""
+"""Whole models in INT8: every component calibrated on its inputs in the model's own chain."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class QuantizedComponent:
     """One component in INT8."""
 
     module: nn.Module | None
-    """With fake quantisers; None for a component that is an ONNX file."""
+    """The module with fake quantizers; None for a component that is an ONNX file."""
     scales: Scales
-    """By module paths in the whole model, or by the names of the ONNX file's nodes."""
+    """Scales by module paths in the whole model, or by the names of the ONNX file's nodes."""
     folded: nn.Module | None
-    """The FP32 module, BatchNorm folded: what is exported."""
+    """The FP32 module with BatchNorm folded, which is exported; None for a component that is an ONNX file."""
 
 
 def quantize_model(
@@ -73,60 +73,64 @@ def quantize_model(
 def reapply_scales(
     model: Model, sample: Sample, scales: Mapping[str, Scales], skip_layers: Sequence[str] = ()
 ) -> dict[str, QuantizedComponent]:
-    """Every component in INT8 by scales that were found before, without calibrating; ``sample`` is run once, to fold.
+    """Every component in INT8 by scales that were found before, without calibrating.
 
-    Raises InputError for scales of another model, and as ``quantize_ptq`` does for ``skip_layers``.
+    ``sample`` is run once, to fold. Raises InputError for scales of another model, and as ``quantize_ptq`` does for
+    ``skip_layers``.
     """
     globs = _globs_of(model, skip_layers)
     results: dict[str, Arrays] = {}
-    made = {}
+    in_int8 = {}
     for component in model.components:
-        kept = _without(scales[component.name], globs[component.name])
+        own_scales = _without(scales[component.name], globs[component.name])
         if component.module is None:
             assert component.onnx_path is not None
-            if kept.model != Graph(component.onnx_path).digest:
+            if own_scales.model != Graph(component.onnx_path).digest:
                 raise InputError(f"{component.onnx_path}: the scales were calibrated on another graph")
-            made[component.name] = QuantizedComponent(None, kept, None)
+            in_int8[component.name] = QuantizedComponent(None, own_scales, None)
             continue
         inputs = model.feed(component, sample, results)
         folded = fuse_model_bn(component.module, _tensors(component, inputs))
         results[component.name] = run_module(component, inputs)
-        made[component.name] = QuantizedComponent(apply_scales(folded, kept, component.prefix), kept, folded)
-    return made
+        in_int8[component.name] = QuantizedComponent(
+            apply_scales(folded, own_scales, component.prefix), own_scales, folded
+        )
+    return in_int8
 
 
 def with_modules(model: Model, modules: Mapping[str, nn.Module]) -> Model:
-    """The same model, other modules in its components."""
+    """A copy of ``model`` with other modules, by component name."""
     changed = copy.copy(model)
     changed.components = tuple(replace(c, module=modules[c.name]) if c.name in modules else c for c in model.components)
     return changed
 
 
 def output_sqnr(model: Model, tests: Mapping[str, nn.Module | Path], samples: Iterable[Sample]) -> dict[str, float]:
-    """``component/output`` → signal to quantisation noise over all samples in dB: 10·log10(Σ ref² ÷ Σ (test − ref)²).
+    """``component/output`` → signal to quantization noise over all samples in dB: 10·log10(Σ ref² ÷ Σ (test − ref)²).
 
     The reference is ``model``. In the test, components are other modules or ONNX files, and are fed each other's
-    results, as deployed.
+    results, as deployed. Infinite without noise.
     """
     reference = {c.name: _runner(c, c.module or c.onnx_path) for c in model.components}
     test = {c.name: _runner(c, tests[c.name]) for c in model.components}
     noise: dict[str, float] = defaultdict(float)
     signal: dict[str, float] = defaultdict(float)
     for sample in samples:
-        expected, found = _run(model, sample, reference), _run(model, sample, test)
+        expected, actual = _run(model, sample, reference), _run(model, sample, test)
         for component, outputs in expected.items():
             for name, array in outputs.items():
-                apart = distance(found[component][name], array)
+                apart = distance(actual[component][name], array)
                 noise[f"{component}/{name}"] += apart.difference**2
                 signal[f"{component}/{name}"] += apart.whole**2
     return {name: 10 * math.log10(signal[name] / noise[name]) if noise[name] else math.inf for name in noise}
 
 
-def _runner(component: Component, what: nn.Module | Path | None) -> Callable[[Mapping[str, np.ndarray]], Arrays]:
-    if isinstance(what, nn.Module):
-        return partial(run_module, replace(component, module=what))
-    assert what is not None
-    return partial(_run_graph, Executor(Graph(what)))
+def _runner(component: Component, program: nn.Module | Path | None) -> Callable[[Mapping[str, np.ndarray]], Arrays]:
+    """A function that runs a component's module or ONNX file on inputs by name."""
+    if isinstance(program, nn.Module):
+        return partial(run_module, replace(component, module=program))
+    assert program is not None
+    return partial(_run_graph, Executor(Graph(program)))
 
 
 def _run_graph(executor: Executor, inputs: Mapping[str, np.ndarray], *watch: Any) -> Arrays:

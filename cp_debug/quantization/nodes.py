@@ -1,4 +1,4 @@
-"""From the modules that were calibrated to the ONNX nodes that compute them."""
+"""The ONNX nodes that compute the modules that were calibrated."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ class _Finder:
 
     def nodes(self, path: str, operators: tuple[str, ...]) -> list[str]:
         """The nodes behind the calls of a module, or behind a function in one."""
-        found = []
+        names = []
         for call in self._calls.get(path, [path]):
             layer = self._alignment.absorbed.get(call, call)  # a Conv under the name of the BatchNorm folded into it
             values = self._alignment.onnx_for(layer)
             nodes = [node for value in values if (node := self._before(value, operators))]
-            found += [node.name for node in nodes[:1]]
-        return found
+            names += [node.name for node in nodes[:1]]
+        return names
 
     def _before(self, value: str, operators: tuple[str, ...]) -> Node | None:
         """The last node of ``operators`` before a value, with nothing but a chain of operators between."""

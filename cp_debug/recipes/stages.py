@@ -11,7 +11,7 @@ from cp_debug.recipes.base import Stage
 
 MOST_STAGES = 12
 _SCOPES = "pkg.torch.onnx.name_scopes"
-"""Where torch's dynamo exporter keeps the module path of a node; the older one puts it into the node's name."""
+"""Metadata key of a node's module path in torch's dynamo exporter; the older one puts it into the node's name."""
 
 
 def stages_of(graph: Graph) -> list[Stage]:
@@ -60,6 +60,7 @@ def _ends(graph: Graph, keys: dict[int, str]) -> dict[str, str]:
 
 
 def _cuts_and_outputs(graph: Graph) -> dict[str, str]:
+    """Cut points, thinned evenly to ``MOST_STAGES`` with the outputs, then the outputs: name → value."""
     outputs = [v.name for v in graph.outputs if v.name in graph.producer]
     cuts = [v for v in _cut_points(graph) if v not in outputs]
     room = min(len(cuts), max(0, MOST_STAGES - len(outputs)))

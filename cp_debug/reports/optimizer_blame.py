@@ -1,4 +1,4 @@
-"""What the graph optimiser is responsible for, in a terminal."""
+"""What the graph optimizer is responsible for, in a terminal."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
     from cp_debug.bisect.optimizer_blame import OptimizerBlame, Rewrite
 
 SHOWN = 4
-"""Rewritten places shown for each optimiser; the JSON has all."""
+"""Rewritten places shown for each optimizer; the JSON has all."""
 
 
 def render_optimizer_blame(blame: OptimizerBlame) -> Iterator[RenderableType]:
-    """One line of verdict; with responsible optimisers, a table of what each does."""
+    """One line of verdict; with responsible optimizers, a table of what each does."""
     runs = f"{blame.runs} runs"
     if blame.level is None:
-        yield Text(f"optimiser: its final outputs are those of the unoptimised program ({runs})", "green")
+        yield Text(f"optimizer: its final outputs are those of the unoptimized program ({runs})", "green")
         return
     size = number(blame.difference_with)
     if not blame.responsible:
         yield Text(
-            f"optimiser: final outputs differ by {size} (rel. L2), whatever is disabled of "
+            f"optimizer: final outputs differ by {size} (rel. L2), whatever is disabled of "
             f"{', '.join(blame.active)} ({runs})",
             "yellow",
         )
@@ -36,8 +36,8 @@ def render_optimizer_blame(blame: OptimizerBlame) -> Iterator[RenderableType]:
     names = ", ".join(culprit.optimizer for culprit in blame.responsible)
     left = number(blame.difference_without)
     yield Text.assemble(
-        (f"optimiser: {names}", "bold yellow"),
-        f": final outputs differ by {size} (rel. L2) from the unoptimised program's, by {left} when disabled; "
+        (f"optimizer: {names}", "bold yellow"),
+        f": final outputs differ by {size} (rel. L2) from the unoptimized program's, by {left} when disabled; "
         f"the difference begins at level {blame.level} ({runs})",
     )
     rows = []
@@ -46,7 +46,7 @@ def render_optimizer_blame(blame: OptimizerBlame) -> Iterator[RenderableType]:
         if len(culprit.rewrites) > SHOWN:
             places.append(f"… and {len(culprit.rewrites) - SHOWN} more")
         rows.append((culprit.optimizer, culprit.difference, tuple(places)))
-    columns = (Column("optimiser", "name"), Column("rel. L2 alone", "number"), Column("rewrites"))
+    columns = (Column("optimizer", "name"), Column("rel. L2 alone", "number"), Column("rewrites"))
     yield Terminal(Sheet(columns, rows))
     yield Text(f"fix: InferenceSession(…, disabled_optimizers={[c.optimizer for c in blame.responsible]})")
 

@@ -38,5 +38,5 @@ def render(result: QatResult, criterion: str, output: Path) -> Iterator[Renderab
 
 
 def _shown(value: float, criterion: str) -> float:
-    """mAP is minimised as its negative."""
+    """mAP is minimized as its negative."""
     return -value if criterion == "map" else value

@@ -1,4 +1,4 @@
-"""A quantised model in a terminal."""
+"""A quantized model in a terminal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LOW = 10.0
 
 
 def quantizers(rows: Iterable[QuantizerRow]) -> Iterator[RenderableType]:
-    """A row for each quantiser; those of outputs, which are never on, are counted below."""
+    """A row for each quantizer; those of outputs, which are never on, are counted below."""
     columns = (
         Column("quantizer", "name"),
         Column("bits", "number", leave_out=2, show=str),
@@ -38,11 +38,11 @@ def quantizers(rows: Iterable[QuantizerRow]) -> Iterator[RenderableType]:
         state = Cell("on", "good") if row.enabled else Cell(row.why, "quiet")
         shown.append((row.name, row.bits, row.axis, _amax(row), state))
     yield Terminal(Sheet(columns, shown, ruled=True))
-    yield Text(f"{on} quantizers on, {off} off; outputs ({outputs}) are quantised by what reads them", style="dim")
+    yield Text(f"{on} quantizers on, {off} off; outputs ({outputs}) are quantized by what reads them", style="dim")
 
 
 def render(result: PtqResult) -> Iterator[RenderableType]:
-    """Quantisers, what they cost at the outputs, and what was written."""
+    """Quantizers, what they cost at the outputs, and what was written."""
     for name, component in result.components.items():
         yield Text(name, style="bold")
         if component.module is not None:

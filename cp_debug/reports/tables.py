@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 from rich.console import RenderableType
@@ -36,7 +35,7 @@ SETTINGS = {
     "backends.cudnn.benchmark": "cudnn benchmark",
     "deterministic_algorithms": "deterministic",
     "threads": "threads",
-    "graph_optimization_level": "optimisation",
+    "graph_optimization_level": "optimization",
     "use_deterministic_compute": "deterministic",
     "intra_op_num_threads": "threads",
     "use_tf32": "tf32",
@@ -158,28 +157,30 @@ def layer_table(test: TestResult, *, show_all: bool = False) -> Sheet:
     if not any(row.tactic for row in test.rows):
         without.add("kernel")
     place = {row.index: position for position, row in enumerate(test.rows)}
-    names = [name for name in _LAYER_COLUMNS if name not in without]
-    sheet = _layers(test.rows if show_all else layers_shown(test), names)
-    rows: list[Row | Sequence[Any]] = []
+    shown = test.rows if show_all else layers_shown(test)
+    columns, cells = _layers(shown, [name for name in _LAYER_COLUMNS if name not in without])
+    rows: list[Row] = []
     previous: int | None = None
-    for row, cells in zip(test.rows if show_all else layers_shown(test), sheet.rows, strict=True):
+    for row, values in zip(shown, cells, strict=True):
         if previous is not None and place[row.index] - previous > 1 and test.first_divergent:
-            rows.append(Row(gap=True, tone="quiet"))
-        rows.append(cells)
+            rows.append(Row(gap=True))
+        rows.append(Row(values))
         previous = place[row.index]
-    return replace(sheet, rows=rows)
+    return Sheet(columns, rows)
 
 
 def short_layer_table(test: TestResult) -> Sheet:
     """The layers that a terminal shows, in fewer columns."""
-    sheet = _layers(layers_shown(test), _SHORT)
-    rows = [[*cells, row.verdict] for row, cells in zip(layers_shown(test), sheet.rows, strict=True)]
-    return Sheet([*sheet.columns, Column("verdict", "mark")], rows)
+    shown = layers_shown(test)
+    columns, cells = _layers(shown, _SHORT)
+    rows = [[*values, row.verdict] for row, values in zip(shown, cells, strict=True)]
+    return Sheet([*columns, Column("verdict", "mark")], rows)
 
 
-def _layers(rows: Sequence[LayerRow], names: Sequence[str]) -> Sheet:
+def _layers(rows: Sequence[LayerRow], names: Sequence[str]) -> tuple[list[Column], list[list[Any]]]:
+    """Columns by name, and their values for each layer."""
     chosen = [_LAYER_COLUMNS[name] for name in names]
-    return Sheet([column for column, _ in chosen], [[value(row) for _, value in chosen] for row in rows])
+    return [column for column, _ in chosen], [[value(row) for _, value in chosen] for row in rows]
 
 
 def _replayed(row: LayerRow, figure: str) -> Any:

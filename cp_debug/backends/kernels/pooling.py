@@ -47,7 +47,7 @@ def global_max_pool(call: Call, x: Tensor) -> Tensor:
 
 
 def _overhang(call: Call, window: Window, size: Sequence[int]) -> list[int]:
-    """How far ceil_mode lets the last window of each axis reach beyond the padded input."""
+    """Elements by which ceil_mode lets the last window of each axis reach beyond the padded input."""
     axes = zip(
         window.output_size(size, ceil=bool(call["ceil_mode"])), size, window.kernel, window.stride, window.dilation,
         window.begin, window.end, strict=True,

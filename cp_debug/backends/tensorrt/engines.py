@@ -17,7 +17,7 @@ from cp_debug.backends.tensorrt.inspector import (
     EngineLayer,
     changed_nodes,
     compare_engines,
-    materialised,
+    materialized,
     parse_layers,
     realised_precision,
 )
@@ -121,13 +121,13 @@ def to_exclude(graph: Graph, *, calibrated: bool) -> str:
     ``calibrated``: by TensorRT, which chooses what runs in INT8, Q/DQ pairs or not.
     """
     upsampling = [node for node in graph.nodes if node.op == "ConvTranspose"]
-    quantised = [
+    quantized = [
         node.name
         for node in upsampling
         if any(graph.producer[i].op == "DequantizeLinear" for i in node.inputs if i in graph.producer)
     ]
-    if quantised:
-        return f"TensorRT 8.6 builds no ConvTranspose in INT8: leave {', '.join(quantised)} unquantized (--skip-layers)"
+    if quantized:
+        return f"TensorRT 8.6 builds no ConvTranspose in INT8: leave {', '.join(quantized)} unquantized (--skip-layers)"
     if calibrated and upsampling:
         kept = " ".join(f"--keep-fp32 {node.name}" for node in upsampling)
         return f"TensorRT 8.6 builds no ConvTranspose in INT8, and a calibrator asks for that: try {kept}"
@@ -205,7 +205,7 @@ class EngineSet:
     def candidates(self) -> list[str]:
         """Floating-point values that the engine writes and does not put out, in execution order."""
         outputs = {v.name for v in self._workshop.graph.outputs}
-        tensors = materialised(self.plain.layers, self._workshop.values)
+        tensors = materialized(self.plain.layers, self._workshop.values)
         floats = {name for name, tensor in tensors.items() if tensor.dtype in PRECISIONS}
         return [name for name in self._marks if name in floats and name not in outputs]
 
@@ -308,12 +308,12 @@ class EngineSet:
         """What to mark, and as what: outputs are linear, and FP32 where typing is weak, unless said otherwise, which
         could make TensorRT choose another kernel.
 
-        TensorRT 8 cannot put out what a quantiser made: what goes into it is marked instead. What its own calibrator
+        TensorRT 8 cannot put out what a quantizer made: what goes into it is marked instead. What its own calibrator
         keeps in INT8 is marked as FP32.
         """
         workshop = self._workshop
         marks: dict[str, dict[str, str]] = {}
-        for name, tensor in materialised(self.plain.layers, workshop.values).items():
+        for name, tensor in materialized(self.plain.layers, workshop.values).items():
             mark = {"format": (len(tensor.shape) == 4 and tensor.tensor_format) or ""}
             if workshop.config.regime == "weak":
                 producer = workshop.graph.producer[name]

@@ -109,7 +109,7 @@ class EngineSession:
         """``file``: where the graph goes when its types must be written into it."""
         own, options, folder = self._own, self._options, Path(self._folder.name)
         if variant == "int8" and self._quantized and own.precision != "int8":
-            # No layer of this component is quantised, and TensorRT 8 builds nothing with the INT8 flag and no scale.
+            # No layer of this component is quantized, and TensorRT 8 builds nothing with the INT8 flag and no scale.
             variant = "fp16" if options.fp16_fallback else "fp32"
         calibrated = None
         if variant in ("int8", "best") and not self._quantized:

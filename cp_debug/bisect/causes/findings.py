@@ -239,7 +239,7 @@ class Explainer:
         """The cause's advice with the layers' names, and with flags where it is about INT8."""
         names = self._overflowing(rows) if cause.cause == "fp16-overflow" else [row.name for row in rows]
         fix = cause.fix.replace("{layers}", _some(names))
-        if "{unquantized}" not in fix:  # else no row is an input, which nothing quantises
+        if "{unquantized}" not in fix:  # else no row is an input, which nothing quantizes
             return fix
         calibrate = "--trt-calib-data" if self.run.implicit else "--calib-data"
         return fix.replace("{calibrate}", calibrate).replace("{unquantized}", self._unquantized(rows))
@@ -290,8 +290,8 @@ class Explainer:
         family = self.run.pipeline.backend.spec.family
         knobs = "cpdebug bisect MODEL --backends ort-none,ort-all --knobs"
         yield Finding(
-            "optimiser",
-            f"the outputs change by {seen.observer_gap:.2g} when probes forbid fusions: an optimisation or a fused "
+            "optimizer",
+            f"the outputs change by {seen.observer_gap:.2g} when probes forbid fusions: an optimization or a fused "
             "kernel is at fault, or values at its border are",
             [],
             [],

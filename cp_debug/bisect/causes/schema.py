@@ -109,7 +109,7 @@ def fitted_attribute(segment: Segment) -> Iterator[Candidate]:
 
 @cause(costly=True)
 def epsilon_of_a_composite(segment: Segment) -> Iterator[Candidate]:
-    """A normalisation written out: the small number that is added before the root."""
+    """A normalization written out: the small number that is added before the root."""
     for node in segment.nodes:
         roots = [n for n in segment.graph.consumers.get(node.outputs[0], []) if n.op in ("Sqrt", "Pow", "Reciprocal")]
         if node.op != "Add" or not roots:

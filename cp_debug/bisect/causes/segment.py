@@ -55,7 +55,7 @@ class BatchNorm:
         return BatchNorm(weight, bias, mean, variance, self.eps)
 
     def applied(self, x: Tensor, along: Callable[[Tensor], Tensor]) -> Tensor:
-        """The normalised ``x``; ``along`` shapes parameters to meet it."""
+        """The normalized ``x``; ``along`` shapes parameters to meet it."""
         return (x - along(self.mean)) * along(self.scale) + along(self.bias)
 
 

@@ -32,7 +32,7 @@ MARKS = 8
 """Values shown by one engine."""
 BUILDS = 6
 """Engines built for one region, unless said otherwise."""
-NORMALISING = (
+NORMALIZING = (
     "LayerNormalization",
     "InstanceNormalization",
     "ReduceMean",
@@ -267,7 +267,7 @@ class _Search:
             by.setdefault("products" if node.op in HEAVY else node.op, []).append(node)
 
         def order(op: str) -> tuple[int, int]:
-            known = NORMALISING.index(op) if op in NORMALISING else len(NORMALISING)
+            known = NORMALIZING.index(op) if op in NORMALIZING else len(NORMALIZING)
             return (op == "products", known)
 
         return [by[op] for op in sorted(by, key=order)]

@@ -102,7 +102,7 @@ class Verifier:
 def backend_of(accused: Accused) -> Backend:
     """The accused backend, made anew with the settings that its run recorded.
 
-    PyTorch runs no cut of a graph: in its place stands unoptimised ONNX Runtime, which has a fault in common with it
+    PyTorch runs no cut of a graph: in its place stands unoptimized ONNX Runtime, which has a fault in common with it
     when the fault is in the program. Raises BackendUnavailable when it cannot run here.
     """
     spec, settings = BackendSpec.parse(accused.backend.spec), dict(accused.backend.settings)
