@@ -45,7 +45,7 @@ def describe(ours: np.ndarray, theirs: np.ndarray, gates: int = 0, *, closely: b
     if ours.dtype.kind not in "fiubV" or theirs.dtype.kind not in "fiubV":
         return None if np.array_equal(ours, theirs) else Change("other", "they differ")
     a, b = (np.asarray(x).astype(np.float64) for x in (ours, theirs))
-    if a.shape != b.shape and a.size != 1 != b.size:
+    if a.shape != b.shape and not a.size == b.size == 1:
         return _reshaped(a, b)
     a, b = (a.reshape(-1), b.reshape(-1)) if a.size == b.size == 1 else (a, b)
     if np.array_equal(a, b, equal_nan=True) or not a.size:
@@ -54,9 +54,8 @@ def describe(ours: np.ndarray, theirs: np.ndarray, gates: int = 0, *, closely: b
     if size <= CLOSE and theirs.dtype.kind == "f":
         return None
     for kind, says, value, evidence in _ways(a, b, gates) if closely else ():
-        if _distance(b, value) <= max(EXACT, NARROW.get(str(theirs.dtype), 0.0)) or np.array_equal(
-            value.astype(theirs.dtype), theirs
-        ):
+        limit = max(min(EXACT, max(size / 4, CLOSE)), NARROW.get(str(theirs.dtype), 0.0))
+        if _distance(b, value) <= limit or np.array_equal(value.astype(theirs.dtype), theirs):
             return Change(kind, says, evidence, size)
     return Change("other", f"differs by {size:.3g} (rel. L2)", {}, size)
 
@@ -97,11 +96,11 @@ def _ways(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[_Way]:
     different = a != b
     count = int(different.sum())
     yield from _by_channel(a, b)
+    yield from _orders(a, b, gates)
     if 0 < count <= FEW and a.size > 2 * count:
         places = np.argwhere(different).tolist()
         changes = ", ".join(f"{p}: {a[tuple(p)]:.6g} → {b[tuple(p)]:.6g}" for p in places)
         yield "elements", f"{count} of {a.size} elements: {changes}", b, {"elements": places}
-    yield from _orders(a, b, gates)
     yield from _int8(a)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from cp_debug.backends.base import Program
 from cp_debug.backends.executor import Executor
 from cp_debug.errors import InputError
-from cp_debug.graph.pairing import Pairing, believable, finish, pair_by_names, pair_inputs, parse_map
+from cp_debug.graph.pairing import Pairing, believable, finish, moved_names, pair_by_names, pair_inputs, parse_map
 from cp_debug.graph.weight_differences import WeightDifferences, differences_of_states, weight_differences
 from cp_debug.probes.arrays import Sink, Tensor
 from cp_debug.probes.capture import Capture, CaptureWriter
@@ -90,7 +90,9 @@ def _needs_numbers(program: Program, test: Program, fixed: Mapping[str, str]) ->
     if test.alignment is not None and program.alignment is not None:  # torch values tell more
         return False
     found = pair_by_name_alone(program, test, fixed)
-    return not believable(program.graph, test.graph) or bool(found.missing and found.added)
+    if not believable(program.graph, test.graph) or (found.missing and found.added):
+        return True
+    return bool(moved_names(program.graph, test.graph))
 
 
 def pair_by_name_alone(program: Program, test: Program, fixed: Mapping[str, str]) -> Pairing:
@@ -116,9 +118,10 @@ def pair_by_numbers(
     """The pairing by what values hold, names where they can be believed; and the reference's outputs."""
     ends = _inputs(program, test, fixed)
     pairs = pair_by_names(program.graph, test.graph, fixed, ends)
-    if not believable(program.graph, test.graph):
-        final = {v.name for v in program.graph.outputs} & {v.name for v in test.graph.outputs}
-        pairs = {own: p for own, p in pairs.items() if p[1] == "map" or own in ends.values() or own in final}
+    final = {v.name for v in program.graph.outputs} & {v.name for v in test.graph.outputs}
+    kept = {own for own, pair in pairs.items() if pair[1] == "map"} | {*ends.values()} | final
+    doubted = moved_names(program.graph, test.graph) if believable(program.graph, test.graph) else set(pairs)
+    pairs = {own: pair for own, pair in pairs.items() if own in kept or own not in doubted}
     with tempfile.TemporaryDirectory(prefix="cpdebug-") as scratch:
         prints: dict[str, Fingerprint] = {}
         with CaptureWriter(Path(scratch) / "reference", {}, checksums=False) as writer:
