@@ -1,4 +1,4 @@
-"""Which layers suffer from INT8: each alone in it, and each alone left out of it.
+"""Sensitivity of layers to INT8: each alone in it, and each alone left out of it.
 
 A trial is a function of files and parameters alone, and what it gives is plain data: trials may run anywhere, in any
 order, and be merged.
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
 ALONE, LEFT_OUT = "alone", "left_out"
 DRAWS = 200
 METRIC = "mAP"
-"""What a budget is of, where the model detects; else it is of the outputs' relative L2 error."""
+"""Figure that a budget limits, where the model detects; else it is the outputs' relative L2 error."""
 
 
 @dataclass(frozen=True)
 class Int8Effect:
-    """What INT8 did to the model."""
+    """Effect of INT8 on the model."""
 
     error: float
-    """Relative L2 of the outputs against FP32, root mean square over them."""
+    """Relative L2 error of the outputs against FP32, root mean square over them."""
     scores: Mapping[str, Interval]
     """Change of mAP and NDS where the model detects: against FP32, or for a left-out layer against all in INT8."""
 
@@ -55,7 +55,7 @@ class Int8Effect:
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """One layer."""
+    """Sensitivity of one layer."""
 
     layer: str
     kind: str
@@ -81,7 +81,7 @@ class Choice:
     loss: Interval
     """mAP lost against FP32; the outputs' relative L2 error for a model that detects nothing."""
     tried: int
-    """How many sets of layers were run on all samples."""
+    """Number of sets of layers that were run on all samples."""
 
 
 @dataclass(frozen=True)
@@ -93,19 +93,19 @@ class SensitivityProfile:
     samples: int
     layers: list[LayerSensitivity]
     int8: Int8Effect
-    """All layers in INT8."""
+    """Effect of all layers in INT8."""
     scores: Mapping[str, float]
     """mAP and NDS in FP32; empty for a model that detects nothing."""
     choice: Choice | None = None
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe."""
+        """The profile as JSON-safe containers."""
         rows = [{**asdict(row), ALONE: row.alone.to_dict(), LEFT_OUT: row.left_out.to_dict()} for row in self.layers]
         choice = self.choice and {**asdict(self.choice), "loss": list(self.choice.loss)}
         parts = {"fp32": dict(self.scores), "int8": self.int8.to_dict(), "layers": rows, "auto": choice}
-        whole = {"model": self.model, "data": self.data, "samples": self.samples, **parts, "seconds": self.seconds}
-        return json_safe(whole)
+        document = {"model": self.model, "data": self.data, "samples": self.samples, **parts, "seconds": self.seconds}
+        return json_safe(document)
 
     def to_pandas(self) -> pd.DataFrame:
         """A row for each layer."""
@@ -144,8 +144,8 @@ def build_sensitivity_profile(
     unknown = [sample.source for sample in samples if sample.truth is None]
     if budget is not None and unknown and isinstance(model, HasClasses):
         raise InputError(f"--auto: {unknown[0]} has no ground truth, so mAP is unknown; expected an info file (.pkl)")
-    wanted = profile_trials(bench.layers)
-    profile = merge_trials(run_trials(bench, samples, wanted, data=data, draws=draws, on_step=on_step))
+    trials = profile_trials(bench.layers)
+    profile = merge_trials(run_trials(bench, samples, trials, data=data, draws=draws, on_step=on_step))
     if budget is not None:
         profile = replace(profile, choice=choose_layers(bench, samples, profile, budget, draws=draws, on_step=on_step))
     return replace(profile, seconds=time.perf_counter() - started)
@@ -160,8 +160,11 @@ def run_trials(
     draws: int = DRAWS,
     on_step: OnStep = lambda text, done, total: None,
 ) -> list[dict[str, Any]]:
-    """A plain row for each (mode, layer); modes are ``fp32``, ``int8``, ``alone`` and ``left_out``, the first two
-    without a layer."""
+    """A plain row for each (mode, layer) of ``wanted``.
+
+    Modes are ``fp32``, ``int8``, ``alone`` and ``left_out``, the first two without a layer. Raises InputError without a
+    sample, and for a mode or layer that does not exist.
+    """
     if not samples:
         raise InputError("--data: there is no sample; expected at least one")
     trials = {(mode, name): _trial(mode, name) for mode, name in wanted}
@@ -169,17 +172,17 @@ def run_trials(
     every = list(
         dict.fromkeys([Int8Trial(FLOAT), *(Int8Trial(INT8) for base in bases if base == INT8), *trials.values()])
     )
-    found = {each.trial: each for each in bench.measure(samples, every, draws=draws, on_step=on_step)}
+    by_trial = {measured.trial: measured for measured in bench.measure(samples, every, draws=draws, on_step=on_step)}
     rows = []
     for (mode, name), trial in trials.items():
-        each, before = found[trial], found[Int8Trial(INT8 if mode == LEFT_OUT else FLOAT)]
+        measured, before = by_trial[trial], by_trial[Int8Trial(INT8 if mode == LEFT_OUT else FLOAT)]
         row: dict[str, Any] = {"model": bench.model.name, "data": data, "samples": len(samples), "mode": mode}
         if name:
             layer = bench.layers[name]
-            row |= {"layer": name, "kind": layer.kind, "weights": layer.weights, "introduced": each.introduced}
-        row |= {"error": each.error, "outputs": each.outputs}
-        row["change"] = {score: list(each.change(score, before)) for score in each.draws}
-        row["scores"] = {score: float(values[0]) for score, values in each.draws.items()}
+            row |= {"layer": name, "kind": layer.kind, "weights": layer.weights, "introduced": measured.introduced}
+        row |= {"error": measured.error, "outputs": measured.outputs}
+        row["change"] = {score: list(measured.change(score, before)) for score in measured.draws}
+        row["scores"] = {score: float(values[0]) for score, values in measured.draws.items()}
         rows.append(row)
     return rows
 
@@ -193,7 +196,10 @@ def profile_trials(layers: Iterable[str]) -> list[tuple[str, str]]:
 def scored_samples(
     model: Model, data: Path | None, count: int, first: int = 0, options: DataOptions = DEFAULT_OPTIONS
 ) -> tuple[str, list[Sample]]:
-    """What the data are called, and at most ``count`` samples of them; with ground truth where there is some."""
+    """Name of the data, and at most ``count`` samples of them; with ground truth where there is some.
+
+    Raises InputError for unusable files.
+    """
     if isinstance(model, HasData):
         opened: DataSet = model.data(data, count, first, options)
         return opened.name, list(iterate(opened))
@@ -201,15 +207,15 @@ def scored_samples(
 
 
 def _trial(mode: str, layer: str) -> Int8Trial:
-    known = {
+    trials = {
         "fp32": Int8Trial(FLOAT),
         "int8": Int8Trial(INT8),
         ALONE: Int8Trial(FLOAT, (layer,)),
         LEFT_OUT: Int8Trial(INT8, (layer,)),
     }
-    if mode not in known or (mode in (ALONE, LEFT_OUT)) != bool(layer):
+    if mode not in trials or (mode in (ALONE, LEFT_OUT)) != bool(layer):
         raise InputError(f"a trial {mode!r} of layer {layer!r}; expected fp32 or int8 without one, alone or left_out")
-    return known[mode]
+    return trials[mode]
 
 
 def merge_trials(rows: Iterable[Mapping[str, Any]]) -> SensitivityProfile:
@@ -217,26 +223,26 @@ def merge_trials(rows: Iterable[Mapping[str, Any]]) -> SensitivityProfile:
 
     Raises InputError when they are of several models or data sets, or one is missing.
     """
-    found = {(row["mode"], row.get("layer", "")): row for row in rows}
-    about = {(row["model"], row["data"], row["samples"]) for row in found.values()}
+    by_key = {(row["mode"], row.get("layer", "")): row for row in rows}
+    about = {(row["model"], row["data"], row["samples"]) for row in by_key.values()}
     if len(about) != 1:
         raise InputError(f"trials of {len(about)} models or data sets; expected those of one")
-    names = dict.fromkeys(name for _, name in found if name)
-    if missing := [key for key in profile_trials(names) if key not in found]:
+    names = dict.fromkeys(name for _, name in by_key if name)
+    if missing := [key for key in profile_trials(names) if key not in by_key]:
         raise InputError(f"trial {missing[0][0]} {missing[0][1]}".rstrip() + " is missing")
     layers = [
         LayerSensitivity(
             name,
-            found[ALONE, name]["kind"],
-            found[ALONE, name]["weights"],
-            found[ALONE, name]["introduced"],
-            _effect(found[ALONE, name]),
-            _effect(found[LEFT_OUT, name]),
+            by_key[ALONE, name]["kind"],
+            by_key[ALONE, name]["weights"],
+            by_key[ALONE, name]["introduced"],
+            _effect(by_key[ALONE, name]),
+            _effect(by_key[LEFT_OUT, name]),
         )
         for name in names
     ]
     layers.sort(key=lambda row: row.severity, reverse=True)
-    return SensitivityProfile(*about.pop(), layers, _effect(found["int8", ""]), found["fp32", ""]["scores"])
+    return SensitivityProfile(*about.pop(), layers, _effect(by_key["int8", ""]), by_key["fp32", ""]["scores"])
 
 
 def _effect(row: Mapping[str, Any]) -> Int8Effect:
@@ -244,7 +250,7 @@ def _effect(row: Mapping[str, Any]) -> Int8Effect:
 
 
 def check_budget(budget: float) -> None:
-    """Raise InputError for one that nothing can keep."""
+    """Raise InputError for a budget that nothing can keep."""
     if not budget > 0:
         raise InputError(f"--auto is {budget:g}; expected a positive budget")
 
@@ -261,8 +267,8 @@ def choose_layers(
     """Few layers to leave in FP32 so that the rest loses at most ``budget`` mAP on ``samples``.
 
     The most sensitive are taken first, 1, 2, 4 … of them, until the budget is kept; then each that is not needed is
-    given back. Every set is run on all samples. Of a model that detects nothing ``budget`` is the relative L2 error
-    of the outputs.
+    given back. Every set is run on all samples. For a model that detects nothing, ``budget`` is the relative L2 error
+    of the outputs. Raises InputError for a budget that nothing can keep.
     """
     check_budget(budget)
     losses: dict[frozenset[str], Interval] = {}
@@ -293,15 +299,18 @@ def _loss(test: Measured, reference: Measured) -> Interval:
 
 
 def get_sensitive_layers(profile: SensitivityProfile, budget: float) -> list[str]:
-    """The layers to leave in FP32, as the profile alone predicts it: the most sensitive ones until the others, their
-    losses added up, are within ``budget`` (mAP, or the outputs' relative L2 error). ``choose_layers`` runs them."""
+    """Layers to leave in FP32, as the profile alone predicts it; ``choose_layers`` runs them.
+
+    These are the most sensitive ones until the others, their losses added up, are within ``budget`` (mAP, or the
+    outputs' relative L2 error).
+    """
     detects = METRIC in profile.int8.scores
-    left = -profile.int8.scores[METRIC].value if detects else profile.int8.error**2
+    remaining_loss = -profile.int8.scores[METRIC].value if detects else profile.int8.error**2
     limit = budget if detects else budget**2
     skipped = []
     for row in profile.layers:
-        if left <= limit:
+        if remaining_loss <= limit:
             break
-        left -= max(row.left_out.scores[METRIC].value, 0.0) if detects else row.alone.error**2
+        remaining_loss -= max(row.left_out.scores[METRIC].value, 0.0) if detects else row.alone.error**2
         skipped.append(row.layer)
     return skipped
