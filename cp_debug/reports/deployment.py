@@ -1,4 +1,4 @@
-"""What a deployment did, in a terminal and as one HTML page."""
+"""Results of a deployment, in a terminal and as one HTML page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cp_debug.version import __version__
 
 
 def export_lines(exported: Sequence[Exported]) -> Iterator[Text]:
-    """What was written, and what the check said."""
+    """Lines about each file written and its check."""
     for each in exported:
         graph, alignment = each.program.graph, each.program.alignment
         yield Text.assemble((str(graph.path), "bold"), f": {len(graph.nodes)} nodes, opset {graph.opsets['']}")
@@ -33,13 +33,13 @@ def stage_table(records: Sequence[StageRecord]) -> Table:
         table.add_column(header, justify="right" if header == "seconds" else "left", overflow="fold")
     for record in records:
         mark = Text("✓", style="green") if record.passed else Text("✗", style="bold red")
-        again = Text(" (done before)", style="dim") if record.resumed else Text()
-        table.add_row(record.name, mark, f"{record.seconds:.1f}", Text(record.line).append_text(again))
+        note = Text(" (done before)", style="dim") if record.resumed else Text()
+        table.add_row(record.name, mark, f"{record.seconds:.1f}", Text(record.line).append_text(note))
     return table
 
 
 def write_summary(records: Sequence[StageRecord], title: str, command: str, target: Path) -> None:
-    """The page: verdict, stages, files, tensors of each scenario with what the bisect found, metrics side by side."""
+    """Write the page: verdict, stages, files, tensors and findings of each scenario, metrics side by side."""
     documents = {record.name: record.document for record in records}
     page = (
         environment()

@@ -1,4 +1,4 @@
-"""What fine-tuning did, in a terminal."""
+"""Results of fine-tuning, in a terminal."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ ENDED = {
 
 
 def render(result: QatResult, criterion: str, output: Path) -> Iterator[RenderableType]:
-    """Every validation, the best one marked, and what was written."""
+    """Every validation, the best one marked, and the file written."""
     best, value = result.best
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for header in ("step", "training loss", f"held-out {criterion}"):
         table.add_column(header, justify="right")
     for step, loss, validation in result.history:
-        shown = "–" if math.isnan(loss) else f"{loss:.4f}"
-        table.add_row(str(step), shown, f"{_shown(validation, criterion):.4f}", style="bold" if step == best else None)
+        loss_text = "–" if math.isnan(loss) else f"{loss:.4f}"
+        table.add_row(
+            str(step), loss_text, f"{_shown(validation, criterion):.4f}", style="bold" if step == best else None
+        )
     yield table
     start = _shown(result.history[0][2], criterion)
     yield Text(

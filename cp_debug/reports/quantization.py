@@ -20,7 +20,7 @@ _LOW = 10.0
 
 
 def quantizers(rows: Iterable[QuantizerRow]) -> Iterator[RenderableType]:
-    """A row for each quantizer; those of outputs, which are never on, are counted below."""
+    """A row for each quantizer; quantizers of outputs, which are never on, are counted below."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("quantizer", no_wrap=True)
     for header in ("bits", "axis", "amax"):
@@ -40,7 +40,7 @@ def quantizers(rows: Iterable[QuantizerRow]) -> Iterator[RenderableType]:
 
 
 def render(result: PtqResult) -> Iterator[RenderableType]:
-    """Quantizers, what they cost at the outputs, and what was written."""
+    """Quantizers, their cost at the outputs, and the files written."""
     for name, component in result.components.items():
         yield Text(name, style="bold")
         if component.module is not None:

@@ -14,5 +14,5 @@ class Table(table.Table):
     """A table whose cells may come from anywhere, on every console."""
 
     def add_row(self, *cells: Any, **options: Any) -> None:
-        """As rich's; text stands in one line."""
+        """Add a row; text stands in one line, other cells are as for rich's table."""
         super().add_row(*(Text(one_line(cell)) if isinstance(cell, str) else cell for cell in cells), **options)
