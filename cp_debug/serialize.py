@@ -34,19 +34,24 @@ def json_safe(value: Any) -> Any:
     return value
 
 
-def encode(value: Any) -> Any:
-    """A dataclass as a JSON object (containers and their contents likewise), all its fields."""
+def encode(value: Any, *, json: bool = True) -> Any:
+    """A dataclass as a JSON object (containers and their contents likewise), all its fields.
+
+    ``json`` False leaves NaN and infinities numbers.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         document: dict[str, Any] = {}
         for field in dataclasses.fields(value):
             if field.metadata.get("omit"):
                 continue
-            part = encode(getattr(value, field.name))
+            part = encode(getattr(value, field.name), json=json)
             document |= part if field.metadata.get("inline") else {field.metadata.get("key", field.name): part}
         return document
     if isinstance(value, dict):
-        return {str(k): encode(v) for k, v in value.items()}
-    return [encode(v) for v in value] if isinstance(value, list | tuple) else json_safe(value)
+        return {str(k): encode(v, json=json) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [encode(v, json=json) for v in value]
+    return json_safe(value) if json else value
 
 
 def decode(kind: type[T], document: Any, source: str, path: str = "") -> T:

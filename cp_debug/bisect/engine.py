@@ -135,10 +135,6 @@ def bisect(
     return bisection.run(programs)
 
 
-diagnose = bisect
-"""What ``import cp_debug`` calls it, where ``bisect`` is a folder."""
-
-
 class Bisection:
     """The state of one bisect, so that each step is a short method."""
 
@@ -186,7 +182,7 @@ class Bisection:
             self.test_model = self._load(self.model.name, options.test_checkpoint)
 
     def _load(self, name: str, checkpoint: Path | None) -> Model:
-        model, parts = load_quantized(name, checkpoint, self.options.seed)
+        model, parts = load_quantized(name, checkpoint, self.options.seed, self.options.inputs)
         if parts:
             self._parts[id(model)] = parts, f"quantized as in {checkpoint}"
         return model

@@ -47,6 +47,9 @@ def bisect(
     model: Annotated[
         str, typer.Argument(help="A recipe (`cpdebug models`), an .onnx file, or module:callable / file.py:callable.")
     ] = "centerpoint:tiny",
+    other: Annotated[
+        Path | None, typer.Argument(metavar="[TEST_MODEL]", help="A second .onnx file, as --test-model.")
+    ] = None,
     backends: Annotated[str, typer.Option("--backends", "-b", help="Reference first, then the tests.")] = "torch,ort",
     test_model: Annotated[
         Path | None, typer.Option(help="Another .onnx for the tests (a folder, for several components).")
@@ -103,8 +106,16 @@ def bisect(
     from cp_debug.bisect.engine import Options
     from cp_debug.bisect.engine import bisect as run
     from cp_debug.cli.console import command_line, errors, show, steps
+    from cp_debug.errors import InputError
     from cp_debug.reports.files import write_json
 
+    if other is not None and test_model is not None:
+        raise InputError(
+            f"--test-model: {test_model}, while {other} is given as the second model; expected one of them"
+        )
+    test_model = test_model or other
+    if other is not None and backends == "torch,ort" and model.endswith(".onnx"):
+        backends = "ort,ort"  # two files: the question is what differs between them, not between runtimes
     differs = test_model is not None or test_checkpoint is not None or test_train_mode or test_out_of_place
     specs = parse_backends(backends, repeats=differs)
     tests = specs[1:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import io
 import logging
 import tempfile
@@ -134,6 +135,8 @@ def _flat_outputs(module: nn.Module) -> Iterator[None]:
     def flat(*args: Any) -> tuple[Tensor, ...]:
         return tuple(flatten_outputs(forward(*args)).values())
 
+    with contextlib.suppress(ValueError):  # of a bound function ``wraps`` copies what holds for the unbound one
+        flat.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
     module.forward = flat
     try:
         yield

@@ -41,15 +41,17 @@ class Calibration:
 DEFAULT_CALIBRATION = Calibration()
 
 
-def load_quantized(name: str, checkpoint: Path | None, seed: int) -> tuple[Model, Mapping[str, QuantizedComponent]]:
+def load_quantized(
+    name: str, checkpoint: Path | None, seed: int, inputs: Path | None = None
+) -> tuple[Model, Mapping[str, QuantizedComponent]]:
     """A model in FP32, and its components in INT8 if ``checkpoint`` is one that ``cpdebug quantize`` wrote.
 
-    The checkpoint is the file or its folder; the model is then the FP32 one behind it, BatchNorm folded. Raises
-    InputError as both loaders do.
+    The checkpoint is the file or its folder; the model is then the FP32 one behind it, BatchNorm folded. ``inputs``
+    are those of ``load_model``. Raises InputError as both loaders do.
     """
     file = None if checkpoint is None else file_of(checkpoint)
     if file is None or not is_ptq_checkpoint(file):
-        return load_model(name, checkpoint=file, seed=seed), {}
+        return load_model(name, checkpoint=file, seed=seed, inputs=inputs), {}
     model = load_model(name, seed=seed)
     parts = open_quantized(model, file)
     return with_modules(

@@ -26,6 +26,11 @@ def npz_samples(inputs: Path, expected: list[ValueInfo], count: int) -> Iterator
         yield Sample(arrays, str(file))
 
 
+def first_arrays(inputs: Path) -> dict[str, np.ndarray]:
+    """The arrays of the first file, unchecked. Raises InputError for what is no ``.npz`` of plain arrays."""
+    return _read(next(_files(inputs)))
+
+
 def _files(inputs: Path) -> Iterator[Path]:
     if inputs.is_dir():
         files = sorted(inputs.glob("*.npz"))

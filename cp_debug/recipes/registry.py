@@ -10,17 +10,22 @@ from typing import Literal
 from cp_debug import plugins
 from cp_debug.errors import InputError
 from cp_debug.recipes.base import Model
+from cp_debug.recipes.npz import first_arrays
 
 DEFAULT = "centerpoint:tiny"
+PROGRAMS = (".pt2", ".pt", ".pth", ".ts", ".torchscript")
+"""Suffixes of files that hold a program of torch."""
 _FIELDS = ("name", "components", "samples", "feed", "decode")
 """Attributes that a ``Model`` has."""
 
 
-def load_model(text: str, *, checkpoint: Path | None = None, seed: int = 0) -> Model:
-    """Load a recipe, an ``.onnx`` file, or a callable that returns a torch module.
+def load_model(text: str, *, checkpoint: Path | None = None, seed: int = 0, inputs: Path | None = None) -> Model:
+    """Load a recipe, an ``.onnx`` file, a saved program of torch, or a callable that returns a torch module.
 
-    ``text`` is ``centerpoint:tiny``, ``mmdet3d:CONFIG``, a plug-in's name, a file name, ``package.module:callable`` or
-    ``file.py:callable``. ``checkpoint`` replaces a recipe's weights, or is strict-loaded into the callable's module.
+    ``text`` is ``centerpoint:tiny``, ``mmdet3d:CONFIG``, a plug-in's name, a file name (``.onnx``, ``.pt2`` of
+    ``torch.export``, ``.pt`` of TorchScript), ``package.module:callable`` or ``file.py:callable``. ``checkpoint``
+    replaces a recipe's weights, or is strict-loaded into the callable's module. ``inputs`` gives TorchScript, which
+    names no shapes, its example.
     Raises InputError when the name, the file or the checkpoint is unusable, MissingPackage without mmdet3d.
     """
     kind = kind_of(text)
@@ -30,6 +35,12 @@ def load_model(text: str, *, checkpoint: Path | None = None, seed: int = 0) -> M
         from cp_debug.recipes.onnx_file import OnnxFileModel
 
         return OnnxFileModel(Path(text))
+    if kind == "program":
+        if checkpoint is not None:
+            raise InputError(f"--checkpoint: {text} already holds its weights")
+        from cp_debug.recipes.torch_programs import load_program
+
+        return load_program(Path(text), None if inputs is None else first_arrays(inputs))
     if kind == "centerpoint":
         from cp_debug.recipes.centerpoint.recipe import CenterPointModel
 
@@ -45,7 +56,7 @@ def load_model(text: str, *, checkpoint: Path | None = None, seed: int = 0) -> M
     return load_callable(text, checkpoint=checkpoint)
 
 
-def kind_of(text: str) -> Literal["onnx", "centerpoint", "mmdet3d", "plug-in", "callable"]:
+def kind_of(text: str) -> Literal["onnx", "program", "centerpoint", "mmdet3d", "plug-in", "callable"]:
     """Kind of model that a text names, told without loading it. A plug-in goes before a module of its name.
 
     Raises InputError for a text that names no model, and for a name that two distributions declare.
@@ -53,6 +64,13 @@ def kind_of(text: str) -> Literal["onnx", "centerpoint", "mmdet3d", "plug-in", "
     head, _, tail = text.partition(":")
     if text.endswith(".onnx"):
         return "onnx"
+    if Path(text).suffix in PROGRAMS:
+        return "program"
+    if text.endswith(".ort"):
+        raise InputError(
+            f"MODEL: {text} is in ONNX Runtime's own format, which only it reads; expected the .onnx file from which "
+            "onnxruntime.tools.convert_onnx_models_to_ort made it"
+        )
     names = [name for name, _ in known_models()]
     plugin = plugins.find(plugins.RECIPES, head)
     if plugin is not None and not plugin.own:
@@ -65,7 +83,7 @@ def kind_of(text: str) -> Literal["onnx", "centerpoint", "mmdet3d", "plug-in", "
         return "callable"
     near = difflib.get_close_matches(text, names, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise InputError(f"MODEL: {text!r} is not a recipe, an .onnx file or module:callable{hint}")
+    raise InputError(f"MODEL: {text!r} is not a recipe, an .onnx or .pt2 file or module:callable{hint}")
 
 
 def known_models() -> list[tuple[str, str]]:

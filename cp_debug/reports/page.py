@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from cp_debug.backends.base import RunRecord
-from cp_debug.bisect.result import TestResult
+from cp_debug.bisect.result import BisectResult, TestResult
 from cp_debug.files import write_text
 from cp_debug.reports.birdseye import View, birdseye
 from cp_debug.reports.causes import lines
@@ -51,6 +51,11 @@ class Part:
 def write_page(saved: SavedResult, target: Path) -> None:
     """Write the page as one file. Raises InputError when it cannot be written."""
     write_text(render_page(saved), target)
+
+
+def write_result(result: BisectResult, target: Path) -> None:
+    """Write the page of a result whose captures were not kept. Raises InputError when it cannot be written."""
+    write_page(SavedResult.of(result), target)
 
 
 def render_page(saved: SavedResult) -> str:
