@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from cp_debug.bisect.engine import OnStep
+from cp_debug.bisect.options import OnStep
 
 
 @contextmanager

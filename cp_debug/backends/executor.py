@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import ChainMap, Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -64,6 +64,8 @@ class _Step:
     bodies: Mapping[str, Body]
     """Bodies by attribute name; a function's body under the empty name."""
     opsets: Mapping[str, int]
+    definitions: dict[tuple[Any, ...], Body | None] = field(default_factory=dict)
+    """Types and ranks of inputs → the function body that ONNX gives for them."""
 
 
 class Executor:
@@ -96,12 +98,11 @@ class Executor:
         self._other_weights = {a: Weights(graph, a, self.device, weight_cache) for a in overrides.values()}
         self._reference = Reference(graph)
         self._functions = {(f.domain, f.name): f for f in graph.proto.functions}
-        self._steps: dict[int, _Step] = {}
+        self._steps: dict[Node, _Step] = {}
         self._place = ""
         self.decisions: dict[str, str | int] = {}
         """Decisions of the last run: path of a control flow node, as ``flatten`` writes it → branch that an If took, or
         how often a body ran."""
-        self._definitions: dict[tuple[Any, ...], Body | None] = {}
         self.in_reference: dict[str, str] = {}
         """Node → operator of those that ONNX's reference implementation computed."""
         self.not_emulated: dict[str, str] = {}
@@ -274,13 +275,13 @@ class Executor:
         node = step.call.node
         if any(isinstance(i, list) for i in inputs):
             return None
-        key = (id(node), *((getattr(i, "dtype", None), len(getattr(i, "shape", ()))) for i in inputs))
-        if key not in self._definitions:
-            self._definitions[key] = function_body(node, step.opsets, inputs, self.arithmetic.dtype)
-        return self._definitions[key]
+        key = tuple((getattr(i, "dtype", None), len(getattr(i, "shape", ()))) for i in inputs)
+        if key not in step.definitions:
+            step.definitions[key] = function_body(node, step.opsets, inputs, self.arithmetic.dtype)
+        return step.definitions[key]
 
     def _step(self, node: Node, opsets: Mapping[str, int]) -> _Step:
-        step = self._steps.get(id(node))
+        step = self._steps.get(node)
         if step is None:
             domain = "" if node.proto.domain == "ai.onnx" else node.proto.domain
             function = self._functions.get((node.proto.domain, node.proto.op_type))
@@ -291,7 +292,7 @@ class Executor:
                 bodies = {a.name: Body.of_graph(a.g, opsets) for a in graphs}
             arithmetic = self._overrides.get(node.name, self.arithmetic)
             call = Call.of(node, opsets.get(domain, 1), arithmetic, self.device)
-            step = self._steps[id(node)] = _Step(call, KERNELS.get(node.op), bodies, opsets)
+            step = self._steps[node] = _Step(call, KERNELS.get(node.op), bodies, opsets)
         return step
 
 

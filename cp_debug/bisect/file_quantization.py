@@ -23,7 +23,8 @@ from cp_debug.bisect.quantized_segment import EmulatedSegment, QuantizerGrid
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.integer_values import constant_type, is_constant, produced_grid
-from cp_debug.graph.qdq import QUANTIZED, weight_axis
+from cp_debug.graph.operators import PRODUCTS
+from cp_debug.graph.qdq import weight_axis
 
 _BITS = {2: 8, 3: 8, 4: 16, 5: 16, 21: 4, 22: 4, 25: 2, 26: 2, 6: 32, 17: 5, 18: 5, 19: 4, 20: 4}
 """ONNX data type of levels → bits; for FP8 those of an integer grid with about its error."""
@@ -136,7 +137,7 @@ class FileQuantization:
                     levels = scheme.weights if constant else scheme.data
                     if levels is None or (constant and tensor.dim() < 2):
                         continue
-                    axis = weight_axis(node, tensor.dim()) if node.op in QUANTIZED and place == 1 else 0
+                    axis = weight_axis(node, tensor.dim()) if node.op in PRODUCTS and place == 1 else 0
                     own[name] = levels.applied(tensor, axis if constant else None, scale_margin)
                     if not constant and scheme.grid is not None and found.step is None:
                         found.step, found.clipped = float(scheme.grid.scale.flatten()[0]), scheme.grid.clipped(tensor)
@@ -213,7 +214,7 @@ class FileQuantization:
         inputs = executor.run_nodes([], values, list(dict.fromkeys(filter(None, node.proto.input))))
         for place, name in enumerate(node.proto.input):
             tensor = inputs.get(name)
-            biased = node.op in QUANTIZED and place > 1
+            biased = node.op in PRODUCTS and place > 1
             if isinstance(tensor, Tensor) and tensor.is_floating_point() and not biased:
                 yield place, name, tensor
 

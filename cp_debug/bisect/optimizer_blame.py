@@ -19,7 +19,8 @@ from cp_debug.backends.ort_optimizers import RULE_BASED, RULES, active_optimizer
 from cp_debug.backends.ort_options import LEVELS
 from cp_debug.bisect.observe import gap
 from cp_debug.minimize import Minimizer
-from cp_debug.recipes.base import Arrays, Model, Sample
+from cp_debug.programs.walk import walk
+from cp_debug.recipes.base import Arrays, Component, Model, Sample
 from cp_debug.serialize import decode
 
 REST = 0.01
@@ -174,11 +175,11 @@ class _Search:
         return self._seen[key]
 
     def _outputs(self, level: str, disabled: frozenset[str]) -> dict[str, Arrays]:
-        results: dict[str, Arrays] = {}
-        for component, program in zip(self._model.components, self._programs, strict=True):
-            session = self._backend.runtime.session(
-                program.graph.path, level=level, disabled_optimizers=sorted(disabled)
-            )
-            inputs = self._model.feed(component, self._sample, results)
-            results[component.name] = run_whole(session, program.graph, inputs)
-        return results
+        graphs = {program.name: program.graph for program in self._programs}
+
+        def run(component: Component, inputs: Arrays) -> Arrays:
+            graph = graphs[component.name]
+            session = self._backend.runtime.session(graph.path, level=level, disabled_optimizers=sorted(disabled))
+            return run_whole(session, graph, inputs)
+
+        return walk(self._model, self._sample, run)

@@ -21,8 +21,9 @@ from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.compound_errors import compound
 from cp_debug.bisect.operator_errors import errors_of
-from cp_debug.bisect.summation import PRODUCTS, ROUNDING, U, squares, summation
+from cp_debug.bisect.summation import ROUNDING, U, squares, summation
 from cp_debug.graph.graph import Node
+from cp_debug.graph.operators import CONTRACTIONS
 
 DRAWS = 4
 """Number of draws of the noise of inner nodes; more for few elements, whose noise may be small by luck."""
@@ -148,7 +149,12 @@ def spread(
     """
     inputs = oracle.run_nodes([], values, node.inputs)
     error = summation(oracle, node, inputs, result)
-    if error is not None and node.op in PRODUCTS and claim is not None and (operand := claim.operand or claim.value):
+    if (
+        error is not None
+        and node.op in CONTRACTIONS
+        and claim is not None
+        and (operand := claim.operand or claim.value)
+    ):
         squared = oracle.run_nodes([node], squares(node, inputs), node.outputs)[node.outputs[0]]
         error = torch.hypot(error, ROUNDING * _roundoff(operand) / U * (2 * squared).sqrt())
     if error is None and (errors := errors_of(node, family)) is not None:

@@ -20,6 +20,7 @@ from cp_debug.backends.weights import Weights
 from cp_debug.bisect.causes.ranges import HALF, half_figures
 from cp_debug.bisect.verdict import RANGE
 from cp_debug.graph.graph import Node
+from cp_debug.graph.operators import PRODUCTS
 from cp_debug.programs.layers import layer_name
 from cp_debug.programs.pipeline import Key, Pipeline
 from cp_debug.programs.scene import decode
@@ -166,7 +167,7 @@ def _long_sums(program: Program, weights: Weights) -> Iterator[Concern]:
     lengths = {}
     for node in program.graph.nodes:
         constant = [i for i in node.inputs[1:2] if weights.holds(i)]
-        if node.op in ("Conv", "ConvTranspose", "Gemm", "MatMul") and constant:
+        if node.op in PRODUCTS and constant:
             shape = weights[constant[0]].shape
             long = (
                 shape[-2] if node.op == "MatMul" else shape[0] if node.op == "ConvTranspose" else math.prod(shape[1:])

@@ -19,7 +19,8 @@ from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.weights import Weights
 from cp_debug.graph.graph import Graph, Node
-from cp_debug.graph.qdq import LEVELS, QUANTIZED, weight_axis
+from cp_debug.graph.operators import PRODUCTS
+from cp_debug.graph.qdq import LEVELS, weight_axis
 
 FEW = 4
 """Number of elements that a channel must have on average before its error is held against it."""
@@ -110,7 +111,7 @@ class Quantized:
         for node in plain.nodes:
             twin = graph.producer.get(names.get(node.outputs[0], node.outputs[0])) if node.outputs else None
             if twin is not None and twin.op == node.op:
-                reads = [graph.producer.get(name) for name in twin.proto.input[: 2 if node.op in QUANTIZED else None]]
+                reads = [graph.producer.get(name) for name in twin.proto.input[: 2 if node.op in PRODUCTS else None]]
                 dequantizers = {i: n for i, n in enumerate(reads) if n is not None and n.op == "DequantizeLinear"}
                 if dequantizers:
                     self._quantizers[node.name] = dequantizers
@@ -152,7 +153,7 @@ class Quantized:
             for place in places:
                 name = node.proto.input[place]
                 tensor = inputs[name]
-                if node.op in QUANTIZED and place == 1:
+                if node.op in PRODUCTS and place == 1:
                     reduced = [d for d in range(tensor.dim()) if d != weight_axis(node, tensor.dim())]
                     rounded_values[name] = on_grid(tensor, scale_margin * tensor.abs().amax(reduced, keepdim=True))
                     continue

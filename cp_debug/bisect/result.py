@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cp_debug.backends.base import RunRecord
 from cp_debug.bisect.observe import Observation
 from cp_debug.bisect.regions.region import Region
-from cp_debug.bisect.replay import EXCESS, Replay
+from cp_debug.bisect.replayed import EXCESS, Replay
 from cp_debug.display import notebook, plain, terminal, write_page
 from cp_debug.probes.statistics import TensorStats
 from cp_debug.safe_text import one_line

@@ -19,6 +19,7 @@ from rich.table import Table
 from cp_debug.backends.base import Backend, Program, RunRecord, Session
 from cp_debug.backends.capabilities import timer_of as own_timer
 from cp_debug.programs.pipeline import Pipeline
+from cp_debug.programs.walk import Walk
 from cp_debug.recipes.base import Arrays, Model, Sample
 
 OnStep = Callable[[str, int, int], None]
@@ -116,15 +117,15 @@ def timer_of(session: Session, passes: int) -> Timer:
 def _one_pass(model: Model, timers: Mapping[str, Timer], sample: Sample) -> dict[str, float]:
     """Seconds of every part in one pass."""
     seconds: dict[str, float] = {}
-    results: dict[str, Arrays] = {}
     fresh = Sample(sample.arrays, sample.source)  # recipes keep what they made of a sample that they know
-    for component in model.components:
+    way = Walk(model, fresh)
+    for step in way:
         start = time.perf_counter()
-        inputs = model.feed(component, fresh, results)
-        seconds[f"before {component.name}"] = time.perf_counter() - start
-        results[component.name], seconds[component.name] = timers[component.name](inputs)
+        inputs = step.inputs
+        seconds[f"before {step.name}"] = time.perf_counter() - start
+        step.outputs, seconds[step.name] = timers[step.name](inputs)
     start = time.perf_counter()
-    model.decode(fresh, results)
+    model.decode(fresh, way.results)
     seconds["decode"] = time.perf_counter() - start
     return seconds
 

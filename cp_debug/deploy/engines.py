@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cp_debug.backends.base import Backend, Program
+from cp_debug.backends.build_info import BuildInfo
 from cp_debug.errors import InputError
 from cp_debug.files import complete_path, file_hash, write_text
 from cp_debug.programs.pipeline import check_realised, with_kept
@@ -56,7 +57,7 @@ def build_engines(
     backend = with_kept(backend, programs)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
-    built, build_infos = [], []
+    built, infos = [], []
     for place, program in enumerate(programs):
         on_step(f"building {program.name}", place, len(programs))
         session: Any = backend.open(program)
@@ -65,13 +66,13 @@ def build_engines(
             target = folder / (files or {}).get(program.name, f"{program.name}.engine")
             with complete_path(target) as partial:
                 shutil.copyfile(engine.path, partial)
-            settings = session.settings
+            info: BuildInfo = session.build_info
         finally:
             session.close()
-        build_infos.append(settings)
-        seconds, realised = engine.facts["seconds"], settings["realised_precision"]
+        infos.append(info)
+        seconds, realised = engine.facts["seconds"], info.realised_precision
         built.append(Built(program.name, target.name, file_hash(target), program.graph.digest, seconds, realised))
-    check_realised(backend, build_infos)
+    check_realised(backend, infos)
     versions = backend.versions()
     manifest = {
         "schema": SCHEMA,

@@ -18,9 +18,12 @@ _NAMELESS = {"", "?", "-1", "none", "null", "unk", "unknown", "dynamic", "any"}
 """Placeholders that stand for the name of a free axis; two such axes have nothing to do with each other."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Node:
-    """One ONNX node. ``op`` carries the domain unless it is ONNX's own: ``com.microsoft.FusedConv``."""
+    """One ONNX node, equal to itself alone.
+
+    ``op`` carries the domain unless it is ONNX's own: ``com.microsoft.FusedConv``.
+    """
 
     index: int
     name: str

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from cp_debug.graph.graph import Graph
-from cp_debug.graph.qdq import QUANTIZED
+from cp_debug.graph.operators import PRODUCTS
 
 _KEEP_LEVELS = {
     *("Concat", "Flatten", "Identity", "MaxPool", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"),
@@ -43,7 +43,7 @@ def rounded_values(graph: Graph) -> set[str]:
     for node in graph.nodes:
         inputs = list(node.proto.input)
         moves = node.op in _KEEP_LEVELS | _CUT_OFF
-        if (node.op in QUANTIZED and len(inputs) > 2 and is_constant(graph, inputs[2])) or (
+        if (node.op in PRODUCTS and len(inputs) > 2 and is_constant(graph, inputs[2])) or (
             inputs and inputs[0] in floats and moves
         ):
             floats.update(node.outputs)

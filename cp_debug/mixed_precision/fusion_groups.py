@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 
 from cp_debug.backends.base import Program
 from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.operators import PRODUCTS
 from cp_debug.programs.layers import layer_name
 
-HEAVY = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-"""Operators that no runtime fuses with each other."""
 _JOINING = frozenset(
     ("BatchNormalization", "Celu", "Clip", "Elu", "Erf", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish",
      "PRelu", "Relu", "Selu", "Sigmoid", "Softplus", "Softsign", "Tanh", "ThresholdedRelu", "Add", "Sub", "Mul", "Div")
@@ -76,7 +75,7 @@ def fused(
         new_groups: list[FusionGroup] = []
         for layer in layers.get(program.name, ()):
             inside = sorted(group_nodes.intersection(layer["nodes"]) - placed, key=lambda name: nodes[name].index)
-            if inside and sum(nodes[name].op in HEAVY for name in inside) <= 1:
+            if inside and sum(nodes[name].op in PRODUCTS for name in inside) <= 1:
                 placed.update(inside)
                 name = layer_name(program, nodes[inside[0]].outputs[0])
                 new_groups.append(FusionGroup(program.name, tuple(inside), name, layer["name"]))

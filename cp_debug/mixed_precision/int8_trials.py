@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from cp_debug.detection.bootstrap import Interval
@@ -24,6 +23,7 @@ from cp_debug.mixed_precision.activation_reuse import Reuse
 from cp_debug.probes.distance import distance
 from cp_debug.probes.outputs import flatten_outputs
 from cp_debug.programs.torch_layers import full_path, quantizers
+from cp_debug.programs.walk import Walk, example_args, named_outputs, walk
 from cp_debug.quantization.residual_adds import add_quantizers
 from cp_debug.recipes.abilities import HasClasses
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
@@ -199,38 +199,35 @@ class Bench:
                     sums.detected.append(self.model.decode(sample, results))  # type: ignore[arg-type]
 
     def _record(self, sample: Sample) -> _Recorded:
-        results: dict[str, Arrays] = {}
-        inputs = {}
-        for component in self.model.components:
-            inputs[component.name] = self._inputs(component, sample, results)
-            results[component.name] = _named(component, self._reuse[component.name].record(*inputs[component.name]))
-        return _Recorded(inputs, results)
+        inputs: dict[str, Sequence[Tensor]] = {}
+
+        def record(component: Component, arrays: Arrays) -> Arrays:
+            inputs[component.name] = example_args(component, arrays)
+            return _named(component, self._reuse[component.name].record(*inputs[component.name]))
+
+        return _Recorded(inputs, walk(self.model, sample, record))
 
     def _rerun(self, sample: Sample, trial: Int8Trial, recorded: _Recorded, sums: _Totals) -> dict[str, Arrays]:
         changed = [self.layers[name] for name in trial.changed]
         for layer in changed:
             layer.switch(trial.base == FLOAT)
-        results: dict[str, Arrays] = {}
-        for component in self.model.components:
-            here = [layer.path for layer in changed if layer.component == component.name]
-            as_before = all(results[name] is recorded.results[name] for name in results)
+        way = Walk(self.model, sample)
+        for step in way:
+            here = [layer.path for layer in changed if layer.component == step.name]
+            as_before = all(way.results[name] is recorded.results[name] for name in way.results)
             if as_before and not here:
-                results[component.name] = recorded.results[component.name]
+                step.outputs = recorded.results[step.name]
                 continue
-            reuse = self._reuse[component.name]
-            inputs = recorded.inputs[component.name] if as_before else self._inputs(component, sample, results)
+            reuse = self._reuse[step.name]
+            inputs = recorded.inputs[step.name] if as_before else example_args(step.component, step.inputs)
             outputs, given = reuse.rerun(here, *inputs)
-            results[component.name] = _named(component, outputs)
+            step.outputs = _named(step.component, outputs)
             if here and len(changed) == 1:
                 for test, reference in zip(given[here[0]], reuse.outputs(here[0]), strict=True):
                     sums.layer.add(test, reference)
         for layer in changed:
             layer.switch(trial.base == INT8)
-        return results
-
-    def _inputs(self, component: Component, sample: Sample, results: Mapping[str, Arrays]) -> list[Tensor]:
-        arrays = self.model.feed(component, sample, results)
-        return [torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in component.input_names]
+        return way.results
 
     def _score(self, detected: Sequence[Detected], samples: Sequence[Sample], draws: int) -> dict[str, np.ndarray]:
         model = as_detector(self.model)
@@ -252,10 +249,9 @@ class Bench:
 class _Recorded(NamedTuple):
     """One sample in ``base``: the inputs and outputs of each component."""
 
-    inputs: dict[str, list[Tensor]]
+    inputs: Mapping[str, Sequence[Tensor]]
     results: dict[str, Arrays]
 
 
 def _named(component: Component, outputs: Any) -> Arrays:
-    tensors = flatten_outputs(outputs).values()
-    return {name: tensor.numpy() for name, tensor in zip(component.output_names, tensors, strict=True)}
+    return named_outputs(component, flatten_outputs(outputs))

@@ -21,6 +21,7 @@ from cp_debug.bisect.causes.where import locate
 from cp_debug.bisect.observe import Observation
 from cp_debug.bisect.result import GUILTY, SHAPE, LayerRow
 from cp_debug.errors import in_one_line
+from cp_debug.graph.downstream import downstream
 from cp_debug.probes.arrays import Tensor
 from cp_debug.probes.capture import Capture
 from cp_debug.programs.pipeline import Key
@@ -176,10 +177,7 @@ class Explainer:
     def _later(self, key: Key, capture: Capture) -> set[tuple[str, str]]:
         """What hangs on the value ``key`` in its component, and what only this run has, its place unknown."""
         graph = self.run.programs[key.component].graph
-        reached = {key.value}
-        for node in graph.nodes:
-            if not reached.isdisjoint(node.inputs):
-                reached.update(node.outputs)
+        reached = {key.value, *downstream(graph.nodes, [key.value])}
         own = {(e.component, e.name) for e in capture.entries} - set(self.run.layers)
         return own | {(key.component, name) for name in reached}
 

@@ -148,7 +148,7 @@ class GraphReader:
         """The test's own graph, where it is another than the reference's for other reasons than its INT8 here."""
         if component not in self._others:
             ours = self._run.programs[component].graph
-            program = next(p for p in self._run.pipeline.programs if p.name == component)
+            program = self._run.pipeline.program(component)
             graph, made = program.graph, None
             if graph is not ours and program.plain is not ours:
                 oracle = self._run.replayer(component, self._test).oracle

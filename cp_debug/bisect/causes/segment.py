@@ -22,6 +22,7 @@ from cp_debug.bisect.causes.fits import halves
 from cp_debug.bisect.replay import FLOOR, AnyQuantized, Load
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Node
+from cp_debug.graph.operators import PRODUCTS
 from cp_debug.programs.precision import BESIDE_INT8, PRECISIONS, Precision
 
 _fresh = itertools.count(-1, -1)
@@ -285,7 +286,7 @@ class Segment:
     @cached_property
     def product(self) -> Node | None:
         """The segment's convolution or matrix product, where there is exactly one."""
-        products = [n for n in self.nodes if n.op in ("Conv", "ConvTranspose", "Gemm", "MatMul")]
+        products = [n for n in self.nodes if n.op in PRODUCTS]
         return products[0] if len(products) == 1 else None
 
     @cached_property

@@ -14,7 +14,8 @@ import numpy as np
 from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
-from cp_debug.bisect.replay import Replay, Replayer
+from cp_debug.bisect.replay import Replayer
+from cp_debug.bisect.replayed import Replay
 from cp_debug.bisect.result import GUILTY, SHAPE
 from cp_debug.bisect.verdict import Judgement, judge
 from cp_debug.errors import InputError
