@@ -43,12 +43,12 @@ class Int8Trial(NamedTuple):
 
 @dataclass(frozen=True)
 class Int8Layer:
-    """What computes in INT8 while its quantizers are on: a module with weights, or a residual addition."""
+    """A layer that computes in INT8 while its quantizers are on: a module with weights, or a residual addition."""
 
     name: str
-    """As ``Scales`` calls it."""
+    """Name of the layer in ``Scales``."""
     path: str
-    """In the component's module; of an addition, the quantizer of its operands."""
+    """Path in the component's module; for an addition, that of the quantizer of its operands."""
     component: str
     kind: str
     """Class before it was quantized, such as ``Conv2d``, or ``add``."""
@@ -66,13 +66,13 @@ class Int8Layer:
 
 @dataclass
 class Measured:
-    """What a trial gave over all samples, against the model in FP32."""
+    """Figures of a trial over all samples, against the model in FP32."""
 
     trial: Int8Trial
     outputs: dict[str, float]
     """Output → relative L2 error."""
     introduced: float | None
-    """Relative L2 change of the changed layer's own result, fed what it gets in ``trial.base``; None unless one is."""
+    """Relative L2 change of the changed layer's own result on its inputs in ``trial.base``; None unless one changed."""
     draws: dict[str, np.ndarray]
     """mAP and NDS in each draw of the samples [1 + draws]; empty for a model that detects nothing."""
 
@@ -82,23 +82,25 @@ class Measured:
         return math.sqrt(sum(value**2 for value in self.outputs.values()) / len(self.outputs))
 
     def change(self, name: str, before: Measured) -> Interval:
-        """How much higher a score is than ``before``, drawn on the same samples."""
+        """Rise of a score over ``before``, drawn on the same samples."""
         return Interval.of(self.draws[name] - before.draws[name])
 
 
 def quantized_layers(component: Component, module: nn.Module) -> Iterator[Int8Layer]:
-    """What is in INT8 in a quantized component; layers whose quantizers are off are none."""
+    """Layers in INT8 of a quantized component; those whose quantizers are off are left out."""
     residual_adds = {id(quantizer): name for name, quantizer in add_quantizers(module).items()}
-    found: dict[str, list[Any]] = {}
+    quantizers_by_path: dict[str, list[Any]] = {}
     for path, quantizer in quantizers(module):
         if quantizer.is_enabled:
-            found.setdefault(path if id(quantizer) in residual_adds else path.rpartition(".")[0], []).append(quantizer)
-    for path, own in found.items():
-        name = full_path(component.prefix, residual_adds.get(id(own[0]), path))
+            quantizers_by_path.setdefault(
+                path if id(quantizer) in residual_adds else path.rpartition(".")[0], []
+            ).append(quantizer)
+    for path, layer_quantizers in quantizers_by_path.items():
+        name = full_path(component.prefix, residual_adds.get(id(layer_quantizers[0]), path))
         part = module.get_submodule(path)
         weight = getattr(part, "weight", None)
-        kind = "add" if id(own[0]) in residual_adds else type(part).__name__.removeprefix("Quant")
-        yield Int8Layer(name, path, component.name, kind, 0 if weight is None else weight.numel(), own)
+        kind = "add" if id(layer_quantizers[0]) in residual_adds else type(part).__name__.removeprefix("Quant")
+        yield Int8Layer(name, path, component.name, kind, 0 if weight is None else weight.numel(), layer_quantizers)
 
 
 @dataclass
@@ -109,9 +111,9 @@ class _Error:
     whole: float = 0.0
 
     def add(self, test: Any, reference: Any) -> None:
-        found = distance(test, reference)
-        self.difference += math.inf if found.new_nonfinite else found.difference**2
-        self.whole += found.whole**2
+        norms = distance(test, reference)
+        self.difference += math.inf if norms.new_nonfinite else norms.difference**2
+        self.whole += norms.whole**2
 
     @property
     def relative(self) -> float:
@@ -138,16 +140,16 @@ class Bench:
     def __init__(self, model: Model, modules: Mapping[str, nn.Module]) -> None:
         """``modules``: component → its quantized module. Raises InputError when no layer of them is quantized."""
         self.model, self.modules = model, modules
-        found = [layer for c in model.components for layer in quantized_layers(c, modules[c.name])]
-        if not found:
+        found_layers = [layer for c in model.components for layer in quantized_layers(c, modules[c.name])]
+        if not found_layers:
             raise InputError(f"MODEL: no layer of {model.name} is quantized")
-        self.layers = {layer.name: layer for layer in found}
+        self.layers = {layer.name: layer for layer in found_layers}
         self._reuse = {}
         for name, module in modules.items():
             for child in module.modules():
                 if getattr(child, "inplace", False):
                     child.inplace = False  # type: ignore[assignment]  # so that what is recorded stays as it was
-            self._reuse[name] = Reuse(module.eval(), [layer.path for layer in found if layer.component == name])
+            self._reuse[name] = Reuse(module.eval(), [layer.path for layer in found_layers if layer.component == name])
 
     def measure(
         self,

@@ -19,19 +19,19 @@ SCHEMA = "cpdebug.search-log/1"
 
 @dataclass(frozen=True)
 class Trial:
-    """One set of kept layers and what came of it."""
+    """A set of kept layers with its figures."""
 
     nodes: frozenset[tuple[str, str]]
     """(Component, node) of everything that was kept."""
     layers: int
     emulated: bool
-    """Whether it ran on the emulator in place of the backend."""
+    """Whether it ran on the emulator instead of the backend."""
     measured: Measured
     seconds: float
     latency: float | None = None
-    """Seconds of a pass on the device, where the backend tells."""
+    """Duration of a pass on the device in seconds, where the backend tells."""
     error: str = ""
-    """Why it could not be built; then nothing was measured."""
+    """Reason why it could not be built; then nothing was measured."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe."""
@@ -50,7 +50,7 @@ class Trial:
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Trial:
-        """From ``to_dict``."""
+        """The trial in a document of ``to_dict``. Raises KeyError, TypeError or ValueError for another document."""
         figures, outputs = ({k: float(v) for k, v in document[part].items()} for part in ("figures", "outputs"))
         return cls(
             frozenset((component, node) for component, node in document["kept"]),
@@ -91,8 +91,11 @@ class TrialLog:
         self._write(trial.to_dict())
 
     def add_engine(self, layers: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-        """Keep what the engine fused."""
-        self.engine = {c: [{"name": e["name"], "nodes": list(e["nodes"])} for e in own] for c, own in layers.items()}
+        """Keep the layers that the engine fused."""
+        self.engine = {
+            c: [{"name": e["name"], "nodes": list(e["nodes"])} for e in layers_of_component]
+            for c, layers_of_component in layers.items()
+        }
         self._write({"engine": self.engine})
 
     def _write(self, document: Mapping[str, Any]) -> None:
@@ -107,8 +110,8 @@ class TrialLog:
 
     def _read(self, path: Path, header: Mapping[str, Any]) -> None:
         try:
-            whole, _, torn = read_bytes(path, what="log").rpartition(b"\n")
-            first, *documents = [unsealed(line, f"line {n}") for n, line in enumerate(whole.split(b"\n"), 1)]
+            complete, _, torn = read_bytes(path, what="log").rpartition(b"\n")
+            first, *documents = [unsealed(line, f"line {n}") for n, line in enumerate(complete.split(b"\n"), 1)]
             different = [key for key in header if first[key] != header[key]]
             for document in documents:
                 if "engine" in document:
@@ -122,4 +125,4 @@ class TrialLog:
             parts = ", ".join(f"{key} {first[key]!r}, now {header[key]!r}" for key in different)
             raise InputError(f"--log: {path} belongs to another search ({parts}); give another file")
         if torn:  # a line that was cut off when the search was killed
-            os.truncate(path, len(whole) + 1)
+            os.truncate(path, len(complete) + 1)

@@ -66,7 +66,7 @@ class Predictor:
         return self.effects[group].figures["rel_l2"]
 
     def _suffices(self, measured: Measured, more: Sequence[FusionGroup], unkept: Sequence[FusionGroup]) -> bool:
-        """Whether the goal should hold once ``more`` is kept, too, and of the known layers ``others`` are not."""
+        """Whether the goal should hold once ``more`` is kept, too, while the known layers ``unkept`` are not."""
         remaining_error = {}
         for name, error in measured.outputs.items():
             if math.isfinite(error):

@@ -26,9 +26,9 @@ from cp_debug.programs.walk import Walk, walk
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
 
 MEMORY = 4 << 30
-"""Bytes of values that are kept to continue from; samples beyond are computed from the start in every trial."""
+"""Size in bytes of values that are kept to continue from; further samples are computed anew in every trial."""
 RUNS = 20
-"""Timed runs of an engine."""
+"""Number of timed runs of an engine."""
 
 _CASTS = {"fp16": "fp16", "fp16acc": "fp16", "bf16": "bf16"}
 """Arithmetics that cast surgery puts into a graph → its name for them."""
@@ -36,7 +36,7 @@ _CONTROL = ("If", "Loop", "Scan")
 
 
 class TrialPrecision:
-    """What is low in a test, and which nodes go on in FP32 when some are kept. ``name``: an arithmetic."""
+    """Precision of a trial: what is low, and which nodes go on in FP32 when some are kept. ``name``: an arithmetic."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -53,14 +53,14 @@ class TrialPrecision:
         return frozenset(n.name for n in nodes if n.name in low and n.op not in MOVERS)
 
     def high(self, graph: Graph, kept: Collection[str]) -> frozenset[str]:
-        """The nodes in FP32 when those of ``kept`` are: what only moves numbers follows them."""
+        """Nodes in FP32 when those of ``kept`` are: operators that only move numbers follow them."""
         if self.name not in _CASTS:
             return frozenset(kept)
         everything = frozenset(node.name for node in graph.nodes)
         return everything - computed_low(graph, _CASTS[self.name], kept)
 
     def keep(self, graph: Graph, kept: Collection[str]) -> frozenset[str]:
-        """The nodes that a backend must be told to keep: those, and what moves numbers between them."""
+        """Nodes that a backend must be told to keep: those of ``kept``, and those that move numbers between them."""
         if self.name not in _CASTS or not kept:
             return frozenset(kept)
         followers = self.high(graph, kept) - self.high(graph, ())
@@ -71,7 +71,7 @@ class Runner(Protocol):
     """Runs trials of one model on its samples."""
 
     builds: int
-    """Engines, graphs or sessions made so far; 0 where a trial needs none."""
+    """Number of engines, graphs or sessions made so far; 0 where a trial needs none."""
 
     def run(self, kept: Kept) -> list[Results]:
         """The outputs for each sample. Raises InputError where the backend refuses to build this."""
@@ -110,16 +110,16 @@ class EmulatedRunner:
         return [self._pass(i, high) for i in range(len(self._samples))]
 
     def latency(self) -> None:
-        """An emulation tells nothing of it."""
+        """None: an emulation tells nothing of it."""
 
     def prepare(self) -> None:
-        """Run everything in FP32: what is the same behind a trial's layers need not be computed again."""
+        """Run everything in FP32: values that do not depend on a trial's layers need not be computed again."""
         high = {name: frozenset(n.name for n in e.graph.nodes) for name, e in self._executors.items()}
         for i in range(len(self._samples)):
             self._pass(i, high, keep=self._exact)
 
     def local_error(self, group: FusionGroup) -> float:
-        """What the layer introduces by itself, relative L2, on the first sample."""
+        """Error that the layer introduces by itself on the first sample, relative L2."""
         return self._executors[group.component].local_error(group.nodes, self._exact[0, group.component])
 
     @property
