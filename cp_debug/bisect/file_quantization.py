@@ -1,6 +1,6 @@
 """Quantized files of any tool: what they must do to the layers of their float parent.
 
-The file has Q/DQ pairs, integer operators, dynamic scales, or nothing but quantized weights. Nothing is asked of the file's
+The file has Q/DQ pairs, integer operators, dynamic scales, or nothing but quantized weights. Nothing is asked of its
 structure but which values are the parent's. Between two of those, its own nodes tell what is quantized and how (levels,
 one scale or one a channel, with a zero point or without); a faithful layer then makes about the error that the best
 scales of that kind make on the same inputs.
