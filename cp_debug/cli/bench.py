@@ -36,10 +36,11 @@ def bench(
 
     from cp_debug.backends.spec import BackendSpec
     from cp_debug.cli.console import show_document, steps
-    from cp_debug.deploy.bench import latency_table
     from cp_debug.deploy.config import override
     from cp_debug.deploy.stages import Deployment, configured
     from cp_debug.errors import InputError
+    from cp_debug.reports.bench import latency_table
+    from cp_debug.reports.sheet_terminal import Terminal
 
     with TemporaryDirectory(prefix="cpdebug-") as scratch, steps() as on_step:
         config, source = configured(model, recipe, Path(scratch))
@@ -59,7 +60,7 @@ def bench(
     document = {"model": config.model, "batch": batch, "warmup": warmup, "repeats": repeats}
     title = f"{config.model}, batch {batch}, {repeats} passes after {warmup}"
     show_document(
-        [latency_table(benches, title)],
+        [Terminal(latency_table(benches, title))],
         {**document, "backends": [backend_bench.to_dict() for backend_bench in benches]},
         json,
     )

@@ -12,7 +12,7 @@ import numpy as np
 from cp_debug.backends.base import Program
 from cp_debug.backends.executor import Executor
 from cp_debug.errors import InputError
-from cp_debug.graph.pairing import Pairing, believable, finish, pair_by_names, pair_inputs, parse_map
+from cp_debug.graph.pairing import Pairing, believable, finish, moved_names, pair_by_names, pair_inputs, parse_map
 from cp_debug.graph.weight_differences import WeightDifferences, differences_of_states, weight_differences
 from cp_debug.probes.arrays import Sink, Tensor
 from cp_debug.probes.capture import Capture, CaptureWriter
@@ -90,7 +90,9 @@ def _needs_numbers(program: Program, test: Program, fixed: Mapping[str, str]) ->
     if test.alignment is not None and program.alignment is not None:  # torch values tell more
         return False
     by_name = pair_by_name_alone(program, test, fixed)
-    return not believable(program.graph, test.graph) or bool(by_name.missing and by_name.added)
+    if not believable(program.graph, test.graph) or (by_name.missing and by_name.added):
+        return True
+    return bool(moved_names(program.graph, test.graph))
 
 
 def pair_by_name_alone(program: Program, test: Program, fixed: Mapping[str, str]) -> Pairing:
@@ -98,15 +100,8 @@ def pair_by_name_alone(program: Program, test: Program, fixed: Mapping[str, str]
     inputs = _inputs(program, test, fixed)
     pairs = pair_by_names(program.graph, test.graph, fixed, inputs)
     if test.alignment is not None and program.alignment is not None:
-        used = {name for name, _ in pairs.values()}
-        into = program.alignment.absorbed
-        folded = {layer: norm for norm, layer in test.alignment.absorbed.items() if into.get(layer) == norm}
-        for link in test.alignment.links:
-            names = (link.torch or "", folded.get(link.torch or "", ""))
-            twins = [v for name in names for v in program.alignment.onnx_for(name) if v not in used]
-            if link.onnx not in pairs and twins:
-                pairs[link.onnx] = (twins[0], "torch")
-                used.add(twins[0])
+        named = {own: name for own, (name, _) in pairs.items()}
+        pairs |= {own: (name, "torch") for own, name in program.alignment.twins(test.alignment, named).items()}
     return finish(program.graph, test.graph, pairs, inputs)
 
 
@@ -119,13 +114,10 @@ def pair_by_numbers(
     """
     ends = _inputs(program, test, fixed)
     pairs = pair_by_names(program.graph, test.graph, fixed, ends)
-    if not believable(program.graph, test.graph):
-        final = {v.name for v in program.graph.outputs} & {v.name for v in test.graph.outputs}
-        pairs = {
-            test_name: p
-            for test_name, p in pairs.items()
-            if p[1] == "map" or test_name in ends.values() or test_name in final
-        }
+    final = {v.name for v in program.graph.outputs} & {v.name for v in test.graph.outputs}
+    kept = {test_name for test_name, pair in pairs.items() if pair[1] == "map"} | {*ends.values()} | final
+    doubted = moved_names(program.graph, test.graph) if believable(program.graph, test.graph) else set(pairs)
+    pairs = {test_name: pair for test_name, pair in pairs.items() if test_name in kept or test_name not in doubted}
     with tempfile.TemporaryDirectory(prefix="cpdebug-") as scratch:
         prints: dict[str, Fingerprint] = {}
         with CaptureWriter(Path(scratch) / "reference", {}, checksums=False) as writer:

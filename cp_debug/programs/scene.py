@@ -34,7 +34,7 @@ class DecodedBoxes:
 
 
 @dataclass(frozen=True)
-class Scene:
+class SavedScene:
     """One sample as people see it."""
 
     source: str
@@ -45,7 +45,7 @@ class Scene:
     """Backend spec → detections."""
 
     @classmethod
-    def open(cls, folder: Path) -> Scene | None:
+    def open(cls, folder: Path) -> SavedScene | None:
         """The scene in a sample's folder; None where the model has no detections.
 
         Raises InputError for a broken one.

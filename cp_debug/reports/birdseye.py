@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cp_debug.detection.changes import GAINED, KEPT, LOST, MOVED_BOX, Change, changes
-from cp_debug.programs.scene import DecodedBoxes, Scene
+from cp_debug.detection.changes import GAINED, KEPT, LOST, MOVED_BOX, BoxChange, changes
+from cp_debug.programs.scene import DecodedBoxes, SavedScene
 from cp_debug.reports.png import opacity_png
 from cp_debug.reports.svg import Canvas, Scale
 
@@ -23,12 +23,12 @@ class View:
     source: str
     counts: dict[str, int]
     """Objects kept, moved, lost and gained."""
-    changed: list[tuple[Change, str]]
+    changed: list[tuple[BoxChange, str]]
     """(change, class name), the worst first, kept ones left out."""
     canvas: Canvas
 
 
-def birdseye(scene: Scene, reference: str, test: str) -> View | None:
+def birdseye(scene: SavedScene, reference: str, test: str) -> View | None:
     """The view of ``test`` against ``reference``, both backend specs; None when one of them kept no detections."""
     if reference not in scene.detections or test not in scene.detections:
         return None
@@ -43,14 +43,16 @@ def birdseye(scene: Scene, reference: str, test: str) -> View | None:
     )
 
 
-def _class(scene: Scene, reference_boxes: DecodedBoxes, test_boxes: DecodedBoxes, change: Change) -> str:
+def _class(scene: SavedScene, reference_boxes: DecodedBoxes, test_boxes: DecodedBoxes, change: BoxChange) -> str:
     if change.reference is not None:
         return scene.class_name(int(reference_boxes.labels[change.reference]))
     assert change.test is not None
     return scene.class_name(int(test_boxes.labels[change.test]))
 
 
-def _draw(scene: Scene, reference_boxes: DecodedBoxes, test_boxes: DecodedBoxes, all_changes: list[Change]) -> Canvas:
+def _draw(
+    scene: SavedScene, reference_boxes: DecodedBoxes, test_boxes: DecodedBoxes, all_changes: list[BoxChange]
+) -> Canvas:
     middle, reach = _extent(scene.points, reference_boxes, test_boxes)
     x = Scale(middle[0] - reach, middle[0] + reach, LEFT, SIZE)
     y = Scale(middle[1] - reach, middle[1] + reach, SIZE - BOTTOM, SIZE - BOTTOM - (SIZE - LEFT))
@@ -69,7 +71,7 @@ def _draw(scene: Scene, reference_boxes: DecodedBoxes, test_boxes: DecodedBoxes,
     return canvas
 
 
-def _box(canvas: Canvas, x: Scale, y: Scale, scene: Scene, side: DecodedBoxes, index: int, kind: str) -> None:
+def _box(canvas: Canvas, x: Scale, y: Scale, scene: SavedScene, side: DecodedBoxes, index: int, kind: str) -> None:
     """The outline of a box and a line to its front; a title for whoever points at it."""
     centre_x, centre_y, _, length, width, _, yaw = side.boxes[index, :7].astype(float)
     if not np.isfinite((centre_x, centre_y, length, width, yaw)).all():

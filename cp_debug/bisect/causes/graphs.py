@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.causes.base import Candidate, Cause
 from cp_debug.bisect.causes.search import Explanation, accepted, explain
 from cp_debug.bisect.causes.segment import Segment, as_double
 from cp_debug.errors import InputError
+from cp_debug.graph.added_nodes import what_is_added
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.node_differences import NodeDifference, Pieces
 from cp_debug.probes.capture import Capture
@@ -39,6 +41,15 @@ class OtherProgram:
     load: Callable[[str], Any]
     """A captured value by the reference's name."""
     executor: Executor
+    _claimed: dict[str, Executor] = field(default_factory=dict)
+
+    def executors(self, claim: str) -> list[Executor]:
+        """Of the oracle, and of the claimed precision, which rounds what the test's nodes hand on to each other."""
+        if claim not in ARITHMETICS or ARITHMETICS[claim] is self.executor.arithmetic:
+            return [self.executor]
+        if claim not in self._claimed:
+            self._claimed[claim] = Executor(self.graph, ARITHMETICS[claim])
+        return [self.executor, self._claimed[claim]]
 
     def piece(self, target: str, known: set[str]) -> tuple[str, list[Node], list[str]] | None:
         """(Name in the test, nodes, values they start from) of the part that computes ``target``; None without one."""
@@ -74,7 +85,7 @@ def difference(segment: Segment, other: OtherProgram, known: set[str]) -> tuple[
         return None, []
     value = _computed(segment, other, own, nodes, starts)
     telling = [d for d in node_differences if not d.added]
-    if value is None or value.shape != segment.test.shape or not telling:
+    if value is None or not telling:
         return None, node_differences
     first = telling[0]
     evidence = {"node": first.node, **first.evidence, "read_off": "the difference of the two graphs"}
@@ -88,12 +99,26 @@ def added(
 ) -> Candidate | None:
     """The candidate of nodes that only the test has, where nothing else explains the layer."""
     piece = other.piece(segment.target, known)
-    value = _computed(segment, other, *piece) if piece is not None and additions else None
-    if value is None or value.shape != segment.test.shape:
+    if piece is None or not additions or not all(d.added for d in additions) or segment.strange:
         return None
-    first = additions[0]
-    evidence = {"node": first.node, **first.evidence, "read_off": "the difference of the two graphs"}
-    return Candidate(first.cause, _says(additions), value, 0, evidence, _FIX + first.says)
+    own, nodes, starts = piece
+    pieces = Pieces(segment.graph, segment.nodes, other.graph, nodes, other.names)
+    named = what_is_added(other.graph, pieces.added, pieces.common)
+    value = _computed(segment, other, own, nodes, starts) if named is not None else None
+    if named is None or value is None:
+        return None
+    name, says = named
+    if name == "int8" and _clipped(segment, value):
+        name, says = "int8-clipped", f"{says}: their scale clips"
+    evidence = {"node": additions[0].node, **additions[0].evidence, "read_off": "the difference of the two graphs"}
+    return Candidate(name, says, value, 0, evidence, _FIX + says)
+
+
+def _clipped(segment: Segment, value: Tensor) -> bool:
+    """Whether most of what a quantizer does to the result is done at the ends of its range."""
+    error = (value - segment.exact).square()
+    ends = (value == value.max()) | (value == value.min())
+    return float(error[ends].sum()) > 0.5 * float(error.sum())
 
 
 def _says(differences: Sequence[NodeDifference]) -> str:
@@ -104,11 +129,15 @@ def _says(differences: Sequence[NodeDifference]) -> str:
 def _computed(
     segment: Segment, other: OtherProgram, test_name: str, nodes: Sequence[Node], starts: Sequence[str]
 ) -> Tensor | None:
-    try:
-        inputs = {s: other.load(other.names.get(s, s)) for s in starts}
-        return as_double(other.executor.run_nodes(nodes, inputs, [test_name])[test_name])
-    except InputError:  # an operator that nobody here can compute
-        return None
+    inputs = {s: other.load(other.names.get(s, s)) for s in starts}
+    found = []
+    for executor in other.executors(segment.context.claim.name):
+        try:
+            found.append(as_double(executor.run_nodes(nodes, inputs, [test_name])[test_name]))
+        except InputError:  # an operator that nobody here can compute
+            continue
+    fitting = [value for value in found if value.shape == segment.test.shape]
+    return max(fitting, key=lambda value: segment.explained(value)[0], default=None)
 
 
 class GraphReader:
@@ -142,11 +171,11 @@ class GraphReader:
                 return explanation, family
         if candidate is not None and (read_off := accepted(segment, candidate)) is not None:
             return read_off, None
+        candidate = added(segment, other, known, differences)
+        if candidate is not None and (read_off := accepted(segment, candidate)) is not None:
+            return read_off, None
         explanation, family = explain(segment, families, failed)
         if explanation.cause is None and differences:
-            candidate = added(segment, other, known, differences)
-            if candidate is not None and candidate.cause == "extra-activation" and len(differences) == 1:
-                return accepted(segment, candidate) or explanation, family
             # What an added node does has no name here: it is told, not called a cause.
             explanation.graphs_differ = tuple(d.says for d in differences[:SHOWN])
         elif differences and explanation.cause is not None:

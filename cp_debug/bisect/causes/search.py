@@ -16,6 +16,8 @@ ROUNDING = 2.0
 put behind a rounded result is rounded once more."""
 CLOSE = 1.6
 """Explanations whose residuals are within this factor of the best one are equally good: the simplest is taken."""
+FEW = 2
+"""Fitted numbers up to which an explanation is simple: only structural families are asked of the costly ones then."""
 
 
 @dataclass
@@ -63,10 +65,11 @@ def explain(
 
     results = all_of(first)
     if not any(t.accepted and not t.candidate.parameters for t, _ in results):
-        for costly in (False, True):
-            results += all_of([c for c in CAUSES if c.costly == costly and c not in first])
-            if any(t.accepted for t, _ in results):
-                break
+        results += all_of([c for c in CAUSES if not c.costly and c not in first])
+        fewest = min((t.candidate.parameters for t, _ in results if t.accepted), default=None)
+        if fewest != 0:
+            many = fewest is None or fewest > FEW
+            results += all_of([c for c in CAUSES if c.costly and (many or c.structural) and c not in first])
     if not results:
         return Explanation(None, 0.0, None, 0.0), None
     best = min(t.residual for t, _ in results)
