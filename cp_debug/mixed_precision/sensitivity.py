@@ -1,4 +1,4 @@
-"""Sensitivity of layers to INT8: each alone in it, and each alone left out of it.
+"""Which layers suffer from INT8: each alone in it, and each alone left out of it.
 
 A trial is a function of files and parameters alone, and what it gives is plain data: trials may run anywhere, in any
 order, and be merged.
@@ -17,8 +17,11 @@ from torch import nn
 
 from cp_debug.detection.bootstrap import Interval
 from cp_debug.errors import InputError
-from cp_debug.minimize import Minimizer
-from cp_debug.mixed_precision.int8_trials import FLOAT, INT8, Bench, Int8Trial, Measured, OnStep
+from cp_debug.mixed_precision.fake_quant_runner import FakeQuantRunner, KeptLayers, OnStep
+from cp_debug.mixed_precision.log import TrialLog
+from cp_debug.mixed_precision.predict import enough_of
+from cp_debug.mixed_precision.strategy import smallest
+from cp_debug.mixed_precision.trial import Measured, Trial
 from cp_debug.recipes.abilities import HasClasses, HasData
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.data.base import DataOptions, DataSet, iterate
@@ -31,15 +34,15 @@ if TYPE_CHECKING:
 ALONE, LEFT_OUT = "alone", "left_out"
 DRAWS = 200
 METRIC = "mAP"
-"""Figure that a budget limits, where the model detects; else it is the outputs' relative L2 error."""
+"""What a budget is of, where the model detects; else it is of the outputs' relative L2 error."""
 
 
 @dataclass(frozen=True)
 class Int8Effect:
-    """Effect of INT8 on the model."""
+    """What INT8 did to the model."""
 
     error: float
-    """Relative L2 error of the outputs against FP32, root mean square over them."""
+    """Relative L2 of the outputs against FP32, root mean square over them."""
     scores: Mapping[str, Interval]
     """Change of mAP and NDS where the model detects: against FP32, or for a left-out layer against all in INT8."""
 
@@ -55,7 +58,7 @@ class Int8Effect:
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """Sensitivity of one layer."""
+    """One layer."""
 
     layer: str
     kind: str
@@ -81,7 +84,7 @@ class Choice:
     loss: Interval
     """mAP lost against FP32; the outputs' relative L2 error for a model that detects nothing."""
     tried: int
-    """Number of sets of layers that were run on all samples."""
+    """How many sets of layers were run on all samples."""
 
 
 @dataclass(frozen=True)
@@ -93,19 +96,19 @@ class SensitivityProfile:
     samples: int
     layers: list[LayerSensitivity]
     int8: Int8Effect
-    """Effect of all layers in INT8."""
+    """All layers in INT8."""
     scores: Mapping[str, float]
     """mAP and NDS in FP32; empty for a model that detects nothing."""
     choice: Choice | None = None
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """The profile as JSON-safe containers."""
+        """JSON-safe."""
         rows = [{**asdict(row), ALONE: row.alone.to_dict(), LEFT_OUT: row.left_out.to_dict()} for row in self.layers]
         choice = self.choice and {**asdict(self.choice), "loss": list(self.choice.loss)}
         parts = {"fp32": dict(self.scores), "int8": self.int8.to_dict(), "layers": rows, "auto": choice}
-        document = {"model": self.model, "data": self.data, "samples": self.samples, **parts, "seconds": self.seconds}
-        return json_safe(document)
+        whole = {"model": self.model, "data": self.data, "samples": self.samples, **parts, "seconds": self.seconds}
+        return json_safe(whole)
 
     def to_pandas(self) -> pd.DataFrame:
         """A row for each layer."""
@@ -140,19 +143,19 @@ def build_sensitivity_profile(
     is no sample, or a budget of mAP meets samples without ground truth.
     """
     started = time.perf_counter()
-    bench = Bench(model, modules)
+    runner = FakeQuantRunner(model, modules)
     unknown = [sample.source for sample in samples if sample.truth is None]
     if budget is not None and unknown and isinstance(model, HasClasses):
         raise InputError(f"--auto: {unknown[0]} has no ground truth, so mAP is unknown; expected an info file (.pkl)")
-    trials = profile_trials(bench.layers)
-    profile = merge_trials(run_trials(bench, samples, trials, data=data, draws=draws, on_step=on_step))
+    wanted = profile_trials(runner.layers)
+    profile = merge_trials(run_trials(runner, samples, wanted, data=data, draws=draws, on_step=on_step))
     if budget is not None:
-        profile = replace(profile, choice=choose_layers(bench, samples, profile, budget, draws=draws, on_step=on_step))
+        profile = replace(profile, choice=choose_layers(runner, samples, profile, budget, draws=draws, on_step=on_step))
     return replace(profile, seconds=time.perf_counter() - started)
 
 
 def run_trials(
-    bench: Bench,
+    runner: FakeQuantRunner,
     samples: Sequence[Sample],
     wanted: Sequence[tuple[str, str]],
     *,
@@ -160,29 +163,23 @@ def run_trials(
     draws: int = DRAWS,
     on_step: OnStep = lambda text, done, total: None,
 ) -> list[dict[str, Any]]:
-    """A plain row for each (mode, layer) of ``wanted``.
-
-    Modes are ``fp32``, ``int8``, ``alone`` and ``left_out``, the first two without a layer. Raises InputError without a
-    sample, and for a mode or layer that does not exist.
-    """
+    """A plain row for each (mode, layer); modes are ``fp32``, ``int8``, ``alone`` and ``left_out``, the first two
+    without a layer."""
     if not samples:
         raise InputError("--data: there is no sample; expected at least one")
-    trials = {(mode, name): _trial(mode, name) for mode, name in wanted}
-    bases = {trial.base for trial in trials.values()}
-    every = list(
-        dict.fromkeys([Int8Trial(FLOAT), *(Int8Trial(INT8) for base in bases if base == INT8), *trials.values()])
-    )
-    by_trial = {measured.trial: measured for measured in bench.measure(samples, every, draws=draws, on_step=on_step)}
+    kept = {(mode, name): _kept(runner, mode, name) for mode, name in wanted}
+    bases = [runner.all, *(frozenset() for mode, _ in wanted if mode == LEFT_OUT)]
+    measured = runner.measure(samples, dict.fromkeys([*bases, *kept.values()]), draws=draws, on_step=on_step)
     rows = []
-    for (mode, name), trial in trials.items():
-        measured, before = by_trial[trial], by_trial[Int8Trial(INT8 if mode == LEFT_OUT else FLOAT)]
-        row: dict[str, Any] = {"model": bench.model.name, "data": data, "samples": len(samples), "mode": mode}
+    for (mode, name), layers in kept.items():
+        each, before = measured[layers], measured[frozenset() if mode == LEFT_OUT else runner.all]
+        row: dict[str, Any] = {"model": runner.model.name, "data": data, "samples": len(samples), "mode": mode}
         if name:
-            layer = bench.layers[name]
-            row |= {"layer": name, "kind": layer.kind, "weights": layer.weights, "introduced": measured.introduced}
-        row |= {"error": measured.error, "outputs": measured.outputs}
-        row["change"] = {score: list(measured.change(score, before)) for score in measured.draws}
-        row["scores"] = {score: float(values[0]) for score, values in measured.draws.items()}
+            layer = runner.layers[name]
+            row |= {"layer": name, "kind": layer.kind, "weights": layer.weights, "introduced": each.introduced}
+        row |= {"error": each.error, "outputs": each.outputs}
+        row["change"] = {score: list(each.change(score, before)) for score in each.draws}
+        row["scores"] = {score: float(values[0]) for score, values in each.draws.items()}
         rows.append(row)
     return rows
 
@@ -196,26 +193,19 @@ def profile_trials(layers: Iterable[str]) -> list[tuple[str, str]]:
 def scored_samples(
     model: Model, data: Path | None, count: int, first: int = 0, options: DataOptions = DEFAULT_OPTIONS
 ) -> tuple[str, list[Sample]]:
-    """Name of the data, and at most ``count`` samples of them; with ground truth where there is some.
-
-    Raises InputError for unusable files.
-    """
+    """What the data are called, and at most ``count`` samples of them; with ground truth where there is some."""
     if isinstance(model, HasData):
         opened: DataSet = model.data(data, count, first, options)
         return opened.name, list(iterate(opened))
     return data.name if data else f"seed {first}", list(model.samples(count, first, data))
 
 
-def _trial(mode: str, layer: str) -> Int8Trial:
-    trials = {
-        "fp32": Int8Trial(FLOAT),
-        "int8": Int8Trial(INT8),
-        ALONE: Int8Trial(FLOAT, (layer,)),
-        LEFT_OUT: Int8Trial(INT8, (layer,)),
-    }
-    if mode not in trials or (mode in (ALONE, LEFT_OUT)) != bool(layer):
+def _kept(runner: FakeQuantRunner, mode: str, layer: str) -> KeptLayers:
+    """The layers in FP32 in a trial."""
+    if mode not in ("fp32", "int8", ALONE, LEFT_OUT) or (mode in (ALONE, LEFT_OUT)) != bool(layer):
         raise InputError(f"a trial {mode!r} of layer {layer!r}; expected fp32 or int8 without one, alone or left_out")
-    return trials[mode]
+    own = frozenset([layer])
+    return {"fp32": runner.all, "int8": frozenset(), ALONE: runner.all - own, LEFT_OUT: own}[mode]
 
 
 def merge_trials(rows: Iterable[Mapping[str, Any]]) -> SensitivityProfile:
@@ -223,26 +213,26 @@ def merge_trials(rows: Iterable[Mapping[str, Any]]) -> SensitivityProfile:
 
     Raises InputError when they are of several models or data sets, or one is missing.
     """
-    by_key = {(row["mode"], row.get("layer", "")): row for row in rows}
-    about = {(row["model"], row["data"], row["samples"]) for row in by_key.values()}
+    found = {(row["mode"], row.get("layer", "")): row for row in rows}
+    about = {(row["model"], row["data"], row["samples"]) for row in found.values()}
     if len(about) != 1:
         raise InputError(f"trials of {len(about)} models or data sets; expected those of one")
-    names = dict.fromkeys(name for _, name in by_key if name)
-    if missing := [key for key in profile_trials(names) if key not in by_key]:
+    names = dict.fromkeys(name for _, name in found if name)
+    if missing := [key for key in profile_trials(names) if key not in found]:
         raise InputError(f"trial {missing[0][0]} {missing[0][1]}".rstrip() + " is missing")
     layers = [
         LayerSensitivity(
             name,
-            by_key[ALONE, name]["kind"],
-            by_key[ALONE, name]["weights"],
-            by_key[ALONE, name]["introduced"],
-            _effect(by_key[ALONE, name]),
-            _effect(by_key[LEFT_OUT, name]),
+            found[ALONE, name]["kind"],
+            found[ALONE, name]["weights"],
+            found[ALONE, name]["introduced"],
+            _effect(found[ALONE, name]),
+            _effect(found[LEFT_OUT, name]),
         )
         for name in names
     ]
     layers.sort(key=lambda row: row.severity, reverse=True)
-    return SensitivityProfile(*about.pop(), layers, _effect(by_key["int8", ""]), by_key["fp32", ""]["scores"])
+    return SensitivityProfile(*about.pop(), layers, _effect(found["int8", ""]), found["fp32", ""]["scores"])
 
 
 def _effect(row: Mapping[str, Any]) -> Int8Effect:
@@ -250,13 +240,13 @@ def _effect(row: Mapping[str, Any]) -> Int8Effect:
 
 
 def check_budget(budget: float) -> None:
-    """Raise InputError for a budget that nothing can keep."""
+    """Raise InputError for one that nothing can keep."""
     if not budget > 0:
         raise InputError(f"--auto is {budget:g}; expected a positive budget")
 
 
 def choose_layers(
-    bench: Bench,
+    runner: FakeQuantRunner,
     samples: Sequence[Sample],
     profile: SensitivityProfile,
     budget: float,
@@ -267,29 +257,35 @@ def choose_layers(
     """Few layers to leave in FP32 so that the rest loses at most ``budget`` mAP on ``samples``.
 
     The most sensitive are taken first, 1, 2, 4 … of them, until the budget is kept; then each that is not needed is
-    given back. Every set is run on all samples. For a model that detects nothing, ``budget`` is the relative L2 error
-    of the outputs. Raises InputError for a budget that nothing can keep.
+    given back. Every set is run on all samples. Of a model that detects nothing ``budget`` is the relative L2 error
+    of the outputs.
     """
     check_budget(budget)
-    losses: dict[frozenset[str], Interval] = {}
+    log = TrialLog()
 
-    def run(skipped: Sequence[frozenset[str]]) -> None:
-        trials = {each: Int8Trial(INT8, tuple(name for name in bench.layers if name in each)) for each in skipped}
-        every = list(dict.fromkeys([Int8Trial(FLOAT), *trials.values()]))
-        found = {each.trial: each for each in bench.measure(samples, every, draws=draws, on_step=on_step)}
-        losses.update({each: _loss(found[trial], found[Int8Trial(FLOAT)]) for each, trial in trials.items()})
+    def run(sets: Sequence[KeptLayers]) -> None:
+        started = time.perf_counter()
+        measured = runner.measure(samples, dict.fromkeys([runner.all, *sets]), draws=draws, on_step=on_step)
+        seconds = (time.perf_counter() - started) / len(sets)
+        for kept in sets:
+            log.add(Trial(runner.nodes_in(kept), len(kept), False, measured[kept], seconds))
+        reference.append(measured[runner.all])
 
-    def kept(skipped: frozenset[str]) -> bool:
-        if skipped not in losses:
-            run([skipped])
-        return losses[skipped].value <= budget
+    def loss(kept: KeptLayers) -> Interval:
+        if (False, runner.nodes_in(kept)) not in log.trials:
+            run([kept])
+        return _loss(log.trials[False, runner.nodes_in(kept)].measured, reference[0])
 
+    def extend(grown: Sequence[str]) -> list[str]:
+        return ranked[len(grown) : next((size for size in sizes if size > len(grown)), len(ranked))]
+
+    reference: list[Measured] = []
     ranked = [row.layer for row in profile.layers]
     sizes = [0, *(2**k for k in range(len(ranked).bit_length()) if 2**k < len(ranked)), len(ranked)]
     run([frozenset(ranked[:size]) for size in sizes])
-    enough = next(size for size in sizes if kept(frozenset(ranked[:size])))  # all in FP32 lose nothing
-    skipped = Minimizer(kept).minimize(reversed(ranked[:enough]))  # the least sensitive are given back first
-    return Choice(budget, skipped[::-1], losses[frozenset(skipped)], len(losses))
+    found = smallest(lambda kept: loss(kept).value <= budget, extend)  # all in FP32 lose nothing
+    chosen = ranked if found is None else found
+    return Choice(budget, chosen, loss(frozenset(chosen)), len(log.trials))
 
 
 def _loss(test: Measured, reference: Measured) -> Interval:
@@ -299,18 +295,10 @@ def _loss(test: Measured, reference: Measured) -> Interval:
 
 
 def get_sensitive_layers(profile: SensitivityProfile, budget: float) -> list[str]:
-    """Layers to leave in FP32, as the profile alone predicts it; ``choose_layers`` runs them.
-
-    These are the most sensitive ones until the others, their losses added up, are within ``budget`` (mAP, or the
-    outputs' relative L2 error).
-    """
-    detects = METRIC in profile.int8.scores
-    remaining_loss = -profile.int8.scores[METRIC].value if detects else profile.int8.error**2
-    limit = budget if detects else budget**2
-    skipped = []
-    for row in profile.layers:
-        if remaining_loss <= limit:
-            break
-        remaining_loss -= max(row.left_out.scores[METRIC].value, 0.0) if detects else row.alone.error**2
-        skipped.append(row.layer)
-    return skipped
+    """The layers to leave in FP32, as the profile alone predicts it: the most sensitive ones until the others, their
+    losses added up, are within ``budget`` (mAP, or the outputs' relative L2 error). ``choose_layers`` runs them."""
+    if METRIC not in profile.int8.scores:
+        return [row.layer for row in enough_of(profile.layers, profile.int8.error, lambda row: row.alone.error, budget)]
+    loss = -profile.int8.scores[METRIC].value
+    gains = {row.layer: max(row.left_out.scores[METRIC].value, 0.0) for row in profile.layers}
+    return enough_of([row.layer for row in profile.layers], loss, gains.__getitem__, budget, squares=False)
