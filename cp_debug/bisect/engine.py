@@ -31,6 +31,7 @@ from cp_debug.bisect.result import GUILTY, BisectResult, StageRow, TestResult
 from cp_debug.bisect.shares import Propagation, set_shares
 from cp_debug.bisect.worst_samples import Collected, observation_notes
 from cp_debug.errors import InputError, in_one_line
+from cp_debug.files import resolved
 from cp_debug.graph.declared import narrow_values
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.integer_values import is_quantized
@@ -64,8 +65,8 @@ from cp_debug.quantization.quantized_programs import (
     quantize_programs,
     with_modules_beside,
 )
-from cp_debug.recipes.abilities import HasNotes
-from cp_debug.recipes.base import Arrays, Model, Sample
+from cp_debug.recipes.abilities import HasNotes, RemarksOnSamples
+from cp_debug.recipes.base import Arrays, Model, Sample, check_samples
 from cp_debug.serialize import json_safe
 
 Rewrite = Callable[[list[Program], Path], list[Program]]
@@ -207,6 +208,7 @@ class Bisection:
         self._steps = 2 + options.replay + options.samples * (1 + len(self._tests) * (3 if options.replay else 1))
         self._steps += sum(map(is_optimised, self._tests)) if options.knobs else 0
         with tempfile.TemporaryDirectory(prefix="cpdebug-") as scratch, ExitStack() as stack:
+            check_samples(self.model, options.samples, options.inputs)
             samples = iter(self._samples())
             first = next(samples)
             self._step("exporting and aligning")
@@ -246,6 +248,8 @@ class Bisection:
             sources = []
             for index, sample in enumerate((first, *samples)):
                 sources.append(sample.source)
+                if isinstance(self.model, RemarksOnSamples):
+                    self._notes += self.model.remarks(sample)
                 self._sample(index, sample, reference, runs, collected, Path(scratch))
             if options.knobs:
                 self._find_knobs(first, runs, collected)
@@ -315,9 +319,9 @@ class Bisection:
         return made
 
     def _saved_name(self, graph: Graph) -> str:
-        path, folder = graph.path.resolve(), self.options.save
-        inside = folder is not None and path.is_relative_to(folder.resolve())
-        return path.relative_to(folder.resolve()).as_posix() if folder and inside else str(path)
+        path, folder = resolved(graph.path), self.options.save
+        inside = folder is not None and path.is_relative_to(resolved(folder))
+        return path.relative_to(resolved(folder)).as_posix() if folder and inside else str(path)
 
     def _test_run(
         self,

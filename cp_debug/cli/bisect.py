@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from cp_debug.cli import calibration, tensorrt
-from cp_debug.cli.flags import LAST_SEED, MOST, grouped
+from cp_debug.cli.flags import LAST_SEED, MOST, Atol, Rtol, check_made_up, grouped
+from cp_debug.cli.given import check_given
 from cp_debug.cli.saving import replacing
 from cp_debug.cli.typed import refuse, refuse_export_flags
 
@@ -67,8 +68,8 @@ def bisect(
     show_all: Annotated[
         bool, typer.Option("--all", help="Every layer, not only those around the first divergent.")
     ] = False,
-    rtol: Annotated[float | None, typer.Option(help="Tolerance on max |Δ|, relative to max |reference|.")] = None,
-    atol: Annotated[float | None, typer.Option(help="Absolute tolerance on max |Δ|.")] = None,
+    rtol: Rtol = None,
+    atol: Atol = None,
     oracle: Annotated[Oracle, typer.Option(help="auto: FP64 for FP32 tests, FP32 below.")] = Oracle.auto,
     replay: Annotated[bool, typer.Option(help="Separate what a layer did from what it was given.")] = True,
     knobs: Annotated[
@@ -100,10 +101,7 @@ def bisect(
     from tempfile import TemporaryDirectory
 
     from cp_debug.backends.spec import parse_backends
-    from cp_debug.bisect.engine import Options
-    from cp_debug.bisect.engine import bisect as run
     from cp_debug.cli.console import command_line, errors, show, steps
-    from cp_debug.reports.files import write_json
 
     differs = test_model is not None or test_checkpoint is not None or test_train_mode or test_out_of_place
     specs = parse_backends(backends, repeats=differs)
@@ -113,6 +111,9 @@ def bisect(
     refuse(("max_builds",), unless=built, why=f"none of {', '.join(map(str, specs))} is TensorRT")
     int8.check(specs, calibration.own_scales(specs, model, checkpoint, test_model))
     refuse_export_flags([model])
+    check_made_up(samples, inputs)
+    check_given(model, inputs=inputs, samples=samples, checkpoint=checkpoint, test_model=test_model)
+    calibration.check_calibration(model, int8.calib_data, int8.calib_samples)
     why = "two other models of the tests; expected one of --test-model and --test-checkpoint"
     refuse(("test_checkpoint",), unless=test_model is None, why=why)
     names = ", ".join(map(str, tests))
@@ -121,6 +122,10 @@ def bisect(
     refuse(("oracle", "explain"), unless=replay, why="--no-replay leaves nothing to judge or explain")
     refuse(("show_all",), unless=level is Level.layers, why="--level stages shows no layers")
     refuse(("overwrite",), unless=save is not None, why="without --save nothing is kept")
+    from cp_debug.bisect.engine import Options
+    from cp_debug.bisect.engine import bisect as run
+    from cp_debug.reports.files import write_json
+
     stack = ExitStack()
     kept = save and stack.enter_context(replacing("--save", save, overwrite))
     if html and save is None:  # the report shows tensors

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cp_debug.errors import InputError
+from cp_debug.files import resolved
 from cp_debug.reading import plain, read_text
 
 _ARITHMETIC: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
@@ -39,10 +40,10 @@ def read_literals(path: Path) -> dict[str, Any]:
 
 def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     """``children``: the files that inherit from this one."""
-    if path.resolve() in children:
+    if resolved(path) in children:
         raise InputError(f"{path}: inherits from itself")
     text = read_text(path, what="configuration")
-    reader = _Reader(path, (*children, path.resolve()))
+    reader = _Reader(path, (*children, resolved(path)))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the parser, about what the file says

@@ -8,13 +8,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from cp_debug.errors import InputError, system_reason
 from cp_debug.mixed_precision.fusion_groups import Kept
 from cp_debug.mixed_precision.judge import Measured
-from cp_debug.reading import check_file, read_bytes, sealed, unsealed
+from cp_debug.reading import check_file, read_bytes, sealed, typed, unsealed
 from cp_debug.serialize import json_safe
 
 SCHEMA = "cpdebug.search-log/1"
+
+
+class _TrialLine(TypedDict):
+    kept: list[tuple[str, str]]
+    layers: int
+    emulated: bool
+    figures: dict[str, float]
+    outputs: dict[str, float]
+    seconds: float
+    latency: float | None
+    error: str
+
+
+class _FusedLayer(TypedDict):
+    name: str
+    nodes: list[str]
 
 
 @dataclass(frozen=True)
@@ -50,16 +68,16 @@ class Trial:
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Trial:
-        """From ``to_dict``."""
-        figures, outputs = ({k: float(v) for k, v in document[part].items()} for part in ("figures", "outputs"))
+        """From ``to_dict``. Raises InputError for a document of another shape."""
+        line: _TrialLine = typed(_TrialLine, document, "trial")
         return cls(
-            frozenset((component, node) for component, node in document["kept"]),
-            document["layers"],
-            document["emulated"],
-            Measured(figures, outputs),
-            document["seconds"],
-            document["latency"],
-            document["error"],
+            frozenset(line["kept"]),
+            line["layers"],
+            line["emulated"],
+            Measured(line["figures"], line["outputs"]),
+            line["seconds"],
+            line["latency"],
+            line["error"],
         )
 
 
@@ -112,7 +130,7 @@ class TrialLog:
             different = [key for key in header if first[key] != header[key]]
             for document in documents:
                 if "engine" in document:
-                    self.engine = document["engine"]
+                    self.engine = typed(dict[str, list[_FusedLayer]], document["engine"], "engine")
                 else:
                     trial = Trial.of(document)
                     self.trials[trial.emulated, trial.nodes] = trial
