@@ -1,8 +1,8 @@
-"""INT8: are healthy layers explained, and bad scales found? Random networks, quantised on random inputs.
+"""INT8: are healthy layers explained, and bad scales found? Random networks, quantized on random inputs.
 
 Healthy cases are calibrated on 8 inputs, that which is bisected among them, by one of the methods in turn (not entropy,
 which clips too much at times: two layers in 20 networks): no layer may be guilty. In faulty ones the scale of one
-layer, drawn among those that are quantised, is divided by 8 (clips), multiplied by 16 (coarse), or its weights get one
+layer, drawn among those that are quantized, is divided by 8 (clips), multiplied by 16 (coarse), or its weights get one
 scale for all channels after they were spread over a factor of 100: exactly that layer must be guilty.
 
     python benchmarks/localise_int8.py              # 40 healthy and 40 faulty cases
@@ -59,7 +59,7 @@ def faulty(seed: int, folder: Path) -> tuple[str, str, list[str], list[str]]:
     layer = scales.layers[name]
     weight = layer.weight.max(keepdims=True) if kind == "int8-per-tensor" else layer.weight
     bad = {**scales.layers, name: dataclasses.replace(layer, input=layer.input * FAULTS[kind], weight=weight)}
-    test = insert_qdq(graph, bad, folder / f"int8-{seed}.onnx", scales.adds)
+    test = insert_qdq(graph, bad, folder / f"int8-{seed}.onnx", scales.residual_adds)
     found = bisect(str(path), "ort,ort-int8", test_model=test).tests[0]
     guilty = {row.name: graph.producer[row.onnx].name for row in found.guilty}
     causes = [f.cause for f in found.findings if name in {guilty.get(layer) for layer in f.layers}]

@@ -12,11 +12,15 @@ from typing import TYPE_CHECKING, Any
 from cp_debug.version import __version__
 
 if TYPE_CHECKING:
-    from cp_debug.bisect.engine import Options, diagnose
+    from cp_debug.api.diagnose import assert_agree, diagnose
+    from cp_debug.api.tensors import compare_tensors
+    from cp_debug.bisect.engine import Options
     from cp_debug.bisect.result import BisectResult
     from cp_debug.detection.evaluate import evaluate
     from cp_debug.errors import BackendUnavailable, CpdebugError, InputError, MissingPackage
     from cp_debug.mixed_precision.search import search
+    from cp_debug.prediction.predict import PredictOptions, predict
+    from cp_debug.prediction.result import Prediction
     from cp_debug.probes.capture import Capture
     from cp_debug.probes.statistics import compare
     from cp_debug.reports.saved import open_result
@@ -29,11 +33,16 @@ __all__ = [
     "InputError",
     "MissingPackage",
     "Options",
+    "PredictOptions",
+    "Prediction",
     "__version__",
+    "assert_agree",
     "compare",
+    "compare_tensors",
     "diagnose",
     "evaluate",
     "open_result",
+    "predict",
     "search",
 ]
 
@@ -45,13 +54,18 @@ _HOME = {
     "InputError": "errors",
     "MissingPackage": "errors",
     "Options": "bisect.engine",
+    "assert_agree": "api.diagnose",
+    "PredictOptions": "prediction.predict",
+    "Prediction": "prediction.result",
     "compare": "probes.statistics",
-    "diagnose": "bisect.engine",
+    "compare_tensors": "api.tensors",
+    "diagnose": "api.diagnose",
     "evaluate": "detection.evaluate",
     "open_result": "reports.saved",
+    "predict": "prediction.predict",
     "search": "mixed_precision.search",
 }
-"""Where each name is defined. None is called as a folder of the package: importing that would hide it."""
+"""Module of each name. None is called as a folder of the package: importing that would hide it."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Every quantised module is found again in the exported graph, whoever exported it, with and without BatchNorm."""
+"""Every quantized module is found again in the exported graph, whoever exported it, with and without BatchNorm."""
 
 from __future__ import annotations
 
@@ -71,4 +71,4 @@ def test_layers_that_no_node_computes_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"computes norm, nowhere, nowhere/add"):
         scales_by_node(Scales("m", "max", {"norm": layer, "nowhere": layer}, {"nowhere/add": 1.0}), alignment, graph)
     found = scales_by_node(Scales("m", "max", {}, {"/add": 1.0}), alignment, graph)
-    assert [node.op for node in graph.nodes if node.name in found.adds] == ["Add"]
+    assert [node.op for node in graph.nodes if node.name in found.residual_adds] == ["Add"]

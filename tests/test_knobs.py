@@ -1,4 +1,4 @@
-"""Optimiser bisection: which optimisers make the difference, and which nodes they rewrite."""
+"""Optimizer bisection: which optimizers make the difference, and which nodes they rewrite."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from cp_debug.backends.ort_backend import OrtBackend
 from cp_debug.backends.ort_optimizers import RULE_BASED, active_optimizers
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.engine import Options, bisect
-from cp_debug.bisect.optimizer_blame import REST, Knobs, find_knobs
+from cp_debug.bisect.optimizer_blame import REST, OptimizerBlame, blame_optimizers
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.recipes.onnx_file import OnnxFileModel
 
 
-def knobs_of(path: Path, spec: str, *, floor: float = 0.0) -> Knobs:
+def knobs_of(path: Path, spec: str, *, floor: float = 0.0) -> OptimizerBlame:
     model = OnnxFileModel(path)
     program = Program(model.components[0].name, Graph(path))
     backend = OrtBackend(BackendSpec.parse(spec), threads=1)
-    return find_knobs(model, [program], backend, next(model.samples(1, 0, None)), floor)
+    return blame_optimizers(model, [program], backend, next(model.samples(1, 0, None)), floor)
 
 
-def names(knobs: Knobs) -> set[str]:
+def names(knobs: OptimizerBlame) -> set[str]:
     return {culprit.optimizer for culprit in knobs.responsible}
 
 
-def quantised(path: Path) -> Path:
+def quantized(path: Path) -> Path:
     """Two convolutions with INT8 activations and weights and a float bias, as PTQ tools leave it: ``x`` to ``y``."""
     net = NetBuilder(0)
     zero = net.weight(np.array(0, np.int8))
@@ -90,8 +90,8 @@ def test_disabling_the_responsible_ones_helps_and_disabling_fewer_does_not(tmp_p
         assert outputs("ort-all", names(knobs) - {name}) != exact
 
 
-def test_quantised_bias(tmp_path):
-    knobs = knobs_of(quantised(tmp_path / "net.onnx"), "ort-basic")
+def test_quantized_bias(tmp_path):
+    knobs = knobs_of(quantized(tmp_path / "net.onnx"), "ort-basic")
     assert names(knobs) == {"WeightBiasQuantization"}
     assert knobs.level == "basic"
     assert {"node_first", "node_second"} <= set(knobs.nodes)
@@ -122,7 +122,7 @@ def test_the_log_names_the_optimisers_that_changed_something(tmp_path, capfd):
 
 def test_bisect_reports_knobs(tmp_path):
     path = second_like(tmp_path / "net.onnx", depth=1, size=16)
-    result = bisect(str(path), "ort-none,ort-basic", options=Options(knobs=True))
+    result = bisect(str(path), "ort-none,ort-basic", options=Options(optimizer_blame=True))
     found = result.to_dict()["knobs"]
     assert found["responsible"] == ["ConvBNFusion"]
     assert found["difference"]["with"] > found["difference"]["without"] == 0
@@ -134,4 +134,4 @@ def test_bisect_reports_knobs(tmp_path):
 def test_knobs_need_an_optimised_backend(tmp_path):
     path = residual(tmp_path / "net.onnx")
     with pytest.raises(InputError, match="--knobs: expected ort-basic or ort-all"):
-        bisect(str(path), "ort-all,ort-none", options=Options(knobs=True))
+        bisect(str(path), "ort-all,ort-none", options=Options(optimizer_blame=True))

@@ -46,15 +46,15 @@ def test_max_is_the_largest_magnitude_over_all_samples(graph: Graph) -> None:
         rest = tuple(d for d in range(weight.ndim) if d != weight_axis(node, weight.ndim))
         np.testing.assert_array_equal(scales.layers[name].weight, np.abs(weight).max(rest))
     nodes = {node.name: node for node in graph.nodes}
-    assert scales.adds
-    for name, amax in scales.adds.items():
+    assert scales.residual_adds
+    for name, amax in scales.residual_adds.items():
         assert amax == max(np.abs(run[value]).max() for run in runs for value in nodes[name].inputs)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_quantises_well(tmp_path: Path, graph: Graph, method: str) -> None:
+def test_every_method_quantizes_well(tmp_path: Path, graph: Graph, method: str) -> None:
     scales = calibrate_graph(graph, samples(4), method)
-    made = Graph(insert_qdq(graph, scales.layers, tmp_path / "int8.onnx", scales.adds))
+    made = Graph(insert_qdq(graph, scales.layers, tmp_path / "int8.onnx", scales.residual_adds))
     (other,) = samples(1, seed=9)
     exact, found = values(graph, other)["logits"], values(made, other)["logits"]
     assert 20 * np.log10(np.linalg.norm(exact) / np.linalg.norm(found - exact)) > 20
@@ -78,7 +78,7 @@ def test_what_cannot_be_calibrated_is_refused(tmp_path: Path, graph: Graph) -> N
     with pytest.raises(InputError, match="unknown"):
         calibrate_graph(graph, samples(1), "median")
     made = Graph(insert_qdq(graph, calibrate_graph(graph, samples(1)).layers, tmp_path / "int8.onnx"))
-    with pytest.raises(InputError, match="quantised already"):
+    with pytest.raises(InputError, match="quantized already"):
         calibrate_graph(made, samples(1))
 
 
@@ -86,4 +86,4 @@ def test_a_sum_of_two_shapes_is_left_alone(tmp_path: Path) -> None:
     net = NetBuilder()
     net.op("Add", net.conv("x", 3, 3), net.op("GlobalAveragePool", "x"), name="y")
     graph = Graph(net.save(tmp_path / "net.onnx", {"x": (onnx.TensorProto.FLOAT, [1, 3, 8, 8])}, ["y"]))
-    assert not calibrate_graph(graph, [{"x": np.ones((1, 3, 8, 8), np.float32)}]).adds
+    assert not calibrate_graph(graph, [{"x": np.ones((1, 3, 8, 8), np.float32)}]).residual_adds

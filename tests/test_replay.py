@@ -20,7 +20,8 @@ from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.faults import edits
 from cp_debug.bisect.faults.edits import Editor
 from cp_debug.bisect.perturbation import disturbed
-from cp_debug.bisect.replay import Replay, Replayer
+from cp_debug.bisect.replay import Replayer
+from cp_debug.bisect.replayed import Replay
 from cp_debug.bisect.result import TestResult
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.arrays import as_numpy

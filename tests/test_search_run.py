@@ -20,8 +20,8 @@ from cp_debug.cli.main import app
 from cp_debug.errors import InputError
 from cp_debug.graph.casts import cast_surgery
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.made_up import MadeUp
 from cp_debug.graph.qdq import insert_qdq, quantizable
-from cp_debug.graph.random_inputs import random_inputs
 from cp_debug.graph.scales import LayerScales
 from cp_debug.graph.unquantize import quantized_inputs
 from cp_debug.mixed_precision.goal import Goal
@@ -56,7 +56,7 @@ def run(path: Path, backends: str = "torch,emu-fp16", goal: str = GOAL, **option
 
 
 def names(result: SearchResult) -> list[str]:
-    return [layer.unit.name for layer in result.kept]
+    return [layer.fusion_group.name for layer in result.kept]
 
 
 @pytest.mark.parametrize("backend", ["emu-fp16", "emu-fp16acc"])
@@ -147,13 +147,13 @@ def test_mixed_onnx_has_what_was_found_in_it(overflowing: Path, tmp_path: Path) 
     target = tmp_path / "mixed.onnx"
     run(overflowing, onnx=target)
     half = cast_surgery(Graph(overflowing), "fp16", ["node_c2", "node_r2"], tmp_path / "half.onnx")
-    inputs = random_inputs(Graph(overflowing).inputs, [0, 0])
+    inputs = MadeUp(Graph(overflowing)).sample([0, 0])
     expected, good, bad = (Executor(Graph(path)).run(inputs)["y"] for path in (overflowing, target, half))
     assert (good - expected).norm() < 1e-2 * expected.norm()
     assert not bad.isfinite().all()
 
 
-def test_clipped_int8_layers_are_left_unquantised(tmp_path: Path) -> None:
+def test_clipped_int8_layers_are_left_unquantized(tmp_path: Path) -> None:
     graph = Graph(chain(tmp_path / "net.onnx"))
     layers = {}
     for node in quantizable(graph):
@@ -170,7 +170,7 @@ def test_clipped_int8_layers_are_left_unquantised(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", ["emu-int8", "ort-int8"])
-def test_what_is_not_quantised_is_quantised_first(tmp_path: Path, backend: str) -> None:
+def test_what_is_not_quantized_is_quantized_first(tmp_path: Path, backend: str) -> None:
     path = chain(tmp_path / "net.onnx")
     whole = run(path, f"torch,{backend}", "rel_l2<1")
     assert "quantized on the fly: mse on 8 sample(s)" in whole.notes
@@ -197,14 +197,14 @@ def test_real_builds_confirm_and_correct_the_emulation(
     log = tmp_path / "log.jsonl"
     result = run(save_net(tmp_path), "ort,trt-fp16", "rel_l2<1e-6", log=log)
     assert (result.reached, result.minimal, result.emulated) == (True, True, False)
-    assert [layer.unit.nodes for layer in result.kept] == needed
+    assert [layer.fusion_group.nodes for layer in result.kept] == needed
     assert sum(trial.emulated for trial in result.trials) >= 2
     assert result.builds == sum(not trial.emulated for trial in result.trials) <= 5
     assert result.best.latency is not None
     groups = {layer["name"] for layer in json.loads(log.read_text().splitlines()[2])["engine"]["net"]}
     assert "/c1/Conv + /r1/Relu" in groups
     again = run(save_net(tmp_path), "ort,trt-fp16", "rel_l2<1e-6", log=log)
-    assert (again.builds, [layer.unit.nodes for layer in again.kept]) == (0, needed)
+    assert (again.builds, [layer.fusion_group.nodes for layer in again.kept]) == (0, needed)
     stopped = run(save_net(tmp_path), "ort,trt-fp16", "rel_l2<1e-6", max_builds=2)
     assert (stopped.builds, stopped.minimal) == (2, False)
 

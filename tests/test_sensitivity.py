@@ -110,7 +110,7 @@ LAYERS = {"stem", "block.0", "block.2", "first", "second", "fragile"}
 def test_rerun_gives_the_same_bits_as_running_everything(bench: Bench, quantized: nn.Module, images: Tensor) -> None:
     layers = list(bench.layers.values())
     assert bench.layers.keys() > LAYERS
-    assert [layer.name for layer in layers if layer.kind == "add"], "the residual sum is quantised, too"
+    assert [layer.name for layer in layers if layer.kind == "add"], "the residual sum is quantized, too"
     reuse = Reuse(quantized, [layer.path for layer in layers])
     for base in (False, True):
         for layer in layers:
@@ -170,7 +170,7 @@ def test_the_fragile_layer_is_found_and_left_out(model: TorchModel, bench: Bench
 
 
 @needs("modelopt")
-def test_quantisers_are_on_again_afterwards(bench: Bench, quantized: nn.Module, samples: list[Sample]) -> None:
+def test_quantizers_are_on_again_afterwards(bench: Bench, quantized: nn.Module, samples: list[Sample]) -> None:
     x = torch.from_numpy(samples[0].arrays["x"])
     with torch.no_grad():
         before = quantized(x)["first"]
@@ -194,9 +194,9 @@ def test_trials_merge_in_any_order(model: TorchModel, bench: Bench, samples: lis
 
 @needs("modelopt")
 def test_bad_input(model: TorchModel, bench: Bench, net: Net, samples: list[Sample]) -> None:
-    with pytest.raises(InputError, match="no layer of net is quantised"):
+    with pytest.raises(InputError, match="no layer of net is quantized"):
         Bench(model, {"Net": net})
-    with pytest.raises(InputError, match="no quantised layer 'stemm'; nearest is stem"):
+    with pytest.raises(InputError, match="no quantized layer 'stemm'; nearest is stem"):
         bench.measure(samples, [Int8Trial(INT8, ("stemm",))])
     with pytest.raises(InputError, match="no sample"):
         build_sensitivity_profile(model, {"Net": bench.modules["Net"]}, [])

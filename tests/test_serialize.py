@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from cp_debug.backends.base import RunRecord
 from cp_debug.bisect.causes.finding import Element, Finding, Where
 from cp_debug.bisect.observe import Observation
-from cp_debug.bisect.optimizer_blame import Culprit, Knobs, Rewrite
+from cp_debug.bisect.optimizer_blame import Culprit, OptimizerBlame, Rewrite
 from cp_debug.bisect.regions.region import Region
-from cp_debug.bisect.replay import Replay
+from cp_debug.bisect.replayed import Replay
 from cp_debug.bisect.result import BisectResult, LayerRow, Remainder, StageRow, TestResult
 from cp_debug.detection.detection_change import DetectionChange
 from cp_debug.errors import InputError
@@ -26,7 +26,7 @@ from cp_debug.reports.saved import SavedResult
 from cp_debug.serialize import decode, encode
 
 PARTS = (RunRecord, Finding, Where, Element, Observation, Replay, Remainder, DetectionChange, TensorStats, LayerRow)
-NAMES = {kind.__name__: kind for kind in (*PARTS, Knobs)}
+NAMES = {kind.__name__: kind for kind in (*PARTS, OptimizerBlame)}
 """What some modules import for type checkers only."""
 PLAIN = st.dictionaries(st.text(max_size=4), st.integers() | st.booleans() | st.text(max_size=4), max_size=2)
 
@@ -53,7 +53,9 @@ _NAMES = st.lists(st.text(), min_size=1, max_size=3).map(tuple)
 st.register_type_strategy(Region, st.builds(Region, nodes=_NAMES))
 STATS = _made(TensorStats)
 ROWS = _made(LayerRow, stats=STATS, replay=_made(Replay))
-KNOBS = _made(Knobs, responsible=st.lists(_made(Culprit, rewrites=st.lists(_made(Rewrite)).map(tuple)), max_size=2))
+KNOBS = _made(
+    OptimizerBlame, responsible=st.lists(_made(Culprit, rewrites=st.lists(_made(Rewrite)).map(tuple)), max_size=2)
+)
 
 
 @pytest.mark.parametrize("kind", PARTS, ids=lambda kind: kind.__name__)
@@ -66,8 +68,8 @@ def test_every_field_of_a_part_survives(kind: type, data: st.DataObject) -> None
 
 @settings(max_examples=6, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(knobs=KNOBS)
-def test_the_blamed_optimizers_survive(knobs: Knobs) -> None:
-    again = Knobs.from_dict(json.loads(json.dumps(encode(knobs.to_dict()))), "result.json", "knobs")
+def test_the_blamed_optimizers_survive(knobs: OptimizerBlame) -> None:
+    again = OptimizerBlame.from_dict(json.loads(json.dumps(encode(knobs.to_dict()))), "result.json", "knobs")
     assert repr(again) == repr(knobs)
 
 
@@ -75,7 +77,13 @@ def test_the_blamed_optimizers_survive(knobs: Knobs) -> None:
 def _tests(draw: st.DrawFn) -> TestResult:
     rows = [dataclasses.replace(row, index=i, onnx=f"v{i}") for i, row in enumerate(draw(st.lists(ROWS, max_size=3)))]
     made = draw(
-        _made(TestResult, rows=st.just(rows), stages=st.just([]), outputs=st.just(rows[-1:]), knobs=st.none() | KNOBS)
+        _made(
+            TestResult,
+            rows=st.just(rows),
+            stages=st.just([]),
+            outputs=st.just(rows[-1:]),
+            optimizer_blame=st.none() | KNOBS,
+        )
     )
     return dataclasses.replace(made, stages=[StageRow("neck", row) for row in rows[:1]])
 

@@ -1,8 +1,8 @@
-"""What a quantised file must do to the layers of its float parent, whoever wrote it: Q/DQ pairs, integer operators,
+"""What a quantized file must do to the layers of its float parent, whoever wrote it: Q/DQ pairs, integer operators,
 dynamic scales, weights alone.
 
 Nothing is asked of the file's structure but which values are the parent's. Between two of those, its own nodes say what
-is quantised and how (levels, one scale or one a channel, with a zero point or without); a faithful layer then makes
+is quantized and how (levels, one scale or one a channel, with a zero point or without); a faithful layer then makes
 about the error that the best scales of that kind make on the same inputs.
 """
 
@@ -23,12 +23,12 @@ from cp_debug.bisect.quantized_segment import EmulatedSegment, QuantizerGrid
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.integer_values import constant_type, is_constant, produced_grid
-from cp_debug.graph.qdq import QUANTIZED, weight_axis
+from cp_debug.graph.operators import PRODUCTS
+from cp_debug.graph.qdq import weight_axis
 
 _BITS = {2: 8, 3: 8, 4: 16, 5: 16, 21: 4, 22: 4, 25: 2, 26: 2, 6: 32, 17: 5, 18: 5, 19: 4, 20: 4}
 """ONNX data type of levels → bits; for FP8 those of an integer grid with about its error."""
 _SIGNED = {3, 5, 6, 22, 26, 17, 18, 19, 20}
-_DYNAMIC = {"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "DynamicQuantizeLSTM"}
 _PASS = {
     *("Cast", "Clip", "Flatten", "HardSwish", "Identity", "LeakyRelu", "PRelu", "Pad", "Relu", "Reshape", "Slice"),
     *("Split", "Squeeze", "Transpose", "Unsqueeze"),
@@ -46,18 +46,21 @@ class Levels:
     block: int = 0
     """Elements of the reduced axis that share a scale; 0: all."""
 
-    def applied(self, tensor: Tensor, axis: int | None, room: float = 1.0) -> Tensor:
-        """``tensor`` with the best scales of this kind for it, ``room`` times as large. ``axis`` is the channels'."""
+    def applied(self, tensor: Tensor, axis: int | None, scale_margin: float = 1.0) -> Tensor:
+        """``tensor`` with the best scales of this kind for it, ``scale_margin`` times as large.
+
+        ``axis`` is the channels'.
+        """
         if self.block and tensor.dim() > 1:
             rows = tensor.transpose(0, 1) if axis != 0 else tensor
             padded = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % self.block))
             blocks = padded.unflatten(-1, (-1, self.block))
-            made = self._on(blocks, [-1], room).flatten(-2)[..., : rows.shape[-1]]
+            made = self._on(blocks, [-1], scale_margin).flatten(-2)[..., : rows.shape[-1]]
             return made.transpose(0, 1) if axis != 0 else made
         rest = [d for d in range(tensor.dim()) if d != axis] if self.channels and axis is not None else None
-        return self._on(tensor, rest, room)
+        return self._on(tensor, rest, scale_margin)
 
-    def _on(self, tensor: Tensor, rest: list[int] | None, room: float) -> Tensor:
+    def _on(self, tensor: Tensor, rest: list[int] | None, scale_margin: float) -> Tensor:
         if not tensor.numel():
             return tensor
         dims = list(range(tensor.dim())) if rest is None else rest
@@ -65,7 +68,7 @@ class Levels:
         if self.symmetric:
             high = torch.maximum(low.abs(), high.abs())
             low = -high
-        low, high = low.clamp(max=0) * room, high.clamp(min=0) * room
+        low, high = low.clamp(max=0) * scale_margin, high.clamp(min=0) * scale_margin
         count = 2**self.bits - 1 - self.symmetric
         step = (high - low) / count
         step = torch.where(step > 0, step, torch.ones_like(step))
@@ -76,7 +79,7 @@ class Levels:
 
 @dataclass(frozen=True)
 class Scheme:
-    """What the nodes between two of the parent's values quantise. None: not at all."""
+    """What the nodes between two of the parent's values quantize. None: not at all."""
 
     data: Levels | None = None
     weights: Levels | None = None
@@ -89,7 +92,7 @@ class Scheme:
 
 
 class FileQuantization:
-    """A quantised file beside its float parent, ``plain``. ``names``: value of ``plain`` → its name in ``graph``.
+    """A quantized file beside its float parent, ``plain``. ``names``: value of ``plain`` → its name in ``graph``.
 
     What is said to it and by it is in names of ``plain``.
     """
@@ -106,7 +109,7 @@ class FileQuantization:
                 self._schemes[name] = scheme
 
     def touches(self, nodes: Sequence[Node]) -> bool:
-        """Whether the file quantises anything of what these nodes of ``plain`` compute."""
+        """Whether the file quantizes anything of what these nodes of ``plain`` compute."""
         return bool(self._of(nodes))
 
     def grid(self, node: Node, place: int) -> QuantizerGrid | None:
@@ -119,7 +122,7 @@ class FileQuantization:
         nodes: Sequence[Node],
         given: Mapping[str, AnyTensor],
         targets: Collection[str],
-        room: float = 1.0,
+        scale_margin: float = 1.0,
     ) -> EmulatedSegment:
         """A segment of ``plain`` with the best scales of the file's kind, and all else as ``executor`` does it."""
         scheme = self._of(nodes)
@@ -134,8 +137,8 @@ class FileQuantization:
                     levels = scheme.weights if constant else scheme.data
                     if levels is None or (constant and tensor.dim() < 2):
                         continue
-                    axis = weight_axis(node, tensor.dim()) if node.op in QUANTIZED and place == 1 else 0
-                    own[name] = levels.applied(tensor, axis if constant else None, room)
+                    axis = weight_axis(node, tensor.dim()) if node.op in PRODUCTS and place == 1 else 0
+                    own[name] = levels.applied(tensor, axis if constant else None, scale_margin)
                     if not constant and scheme.grid is not None and found.step is None:
                         found.step, found.clipped = float(scheme.grid.scale.flatten()[0]), scheme.grid.clipped(tensor)
             values |= executor.run_nodes([node], own, node.outputs)
@@ -143,7 +146,9 @@ class FileQuantization:
         for target in targets:
             result = torch.as_tensor(values[target])
             levels = self._schemes.get(target, Scheme()).result
-            results[target] = levels.applied(result, None, room) if levels and result.is_floating_point() else result
+            results[target] = (
+                levels.applied(result, None, scale_margin) if levels and result.is_floating_point() else result
+            )
         found.results = results
         return found
 
@@ -209,12 +214,12 @@ class FileQuantization:
         inputs = executor.run_nodes([], values, list(dict.fromkeys(filter(None, node.proto.input))))
         for place, name in enumerate(node.proto.input):
             tensor = inputs.get(name)
-            biased = node.op in QUANTIZED and place > 1
+            biased = node.op in PRODUCTS and place > 1
             if isinstance(tensor, Tensor) and tensor.is_floating_point() and not biased:
                 yield place, name, tensor
 
     def _scheme(self, value: str, own: Collection[str]) -> Scheme:
-        """What the nodes quantise that compute one of the file's values from others that are the parent's."""
+        """What the nodes quantize that compute one of the file's values from others that are the parent's."""
         nodes, _ = self._graph.segment([value], set(own) - {value})
         data = weights = None
         grid = None

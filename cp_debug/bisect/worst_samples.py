@@ -8,8 +8,8 @@ from typing import Any
 
 from cp_debug.bisect.causes.finding import Finding
 from cp_debug.bisect.observe import Observation
-from cp_debug.bisect.optimizer_blame import Knobs
-from cp_debug.bisect.replay import EXCESS
+from cp_debug.bisect.optimizer_blame import OptimizerBlame
+from cp_debug.bisect.replayed import EXCESS
 from cp_debug.bisect.result import LayerRow, Remainder
 from cp_debug.detection.detection_change import DetectionChange, compare_detections
 from cp_debug.programs.pipeline import Key
@@ -22,7 +22,7 @@ class Collected:
     def __init__(self) -> None:
         self.rows: dict[Key, LayerRow] = {}
         self.observation: Observation | None = None
-        self.knobs: Knobs | None = None
+        self.optimizer_blame: OptimizerBlame | None = None
         self.findings: list[Finding] = []
         self.detections: DetectionChange | None = None
         self.ways: dict[str, None] = {}

@@ -1,4 +1,4 @@
-"""What a quantised network's scales are: the contract between calibration, checkpoints, Q/DQ graphs and backends."""
+"""Scales of a quantized network: the contract between calibration, checkpoints, Q/DQ graphs and backends."""
 
 from __future__ import annotations
 
@@ -23,22 +23,25 @@ class LayerScales:
     """One convolution, transposed convolution or matrix product in INT8. A scale is ``amax / 127``."""
 
     input: float
-    """Largest magnitude of the layer's input that is kept, one for the whole tensor."""
+    """Largest magnitude of the layer's input that is not clipped, one for the whole tensor."""
     weight: np.ndarray
-    """The same of its weight for each output channel: float32 ``[C_out]``."""
+    """Largest magnitude of the layer's weight for each output channel: float32 ``[C_out]``."""
 
 
 @dataclass(frozen=True)
 class Scales:
-    """The scales of one component. Layers are named as their owner names them: a module by its path in the whole
-    model (``pts_backbone.blocks.0.0``), a node of an ONNX file by its name."""
+    """The scales of one component, by layer.
+
+    Layers are named as their owner names them: a module by its path in the whole model (``pts_backbone.blocks.0.0``), a
+    node of an ONNX file by its name.
+    """
 
     model: str
     """SHA-256 of the weights that were calibrated, BatchNorm folded."""
     method: str
     """``max``, ``percentile``, ``mse`` or ``entropy``."""
     layers: Mapping[str, LayerScales]
-    adds: Mapping[str, float] = field(default_factory=dict)
+    residual_adds: Mapping[str, float] = field(default_factory=dict)
     """Residual additions whose two operands share one scale: their largest magnitude."""
 
     def save(self, path: Path) -> None:
@@ -47,14 +50,17 @@ class Scales:
 
         tensors = {f"{name}.input": np.array([layer.input], np.float32) for name, layer in self.layers.items()}
         tensors |= {f"{name}.weight": np.asarray(layer.weight, np.float32) for name, layer in self.layers.items()}
-        tensors |= {f"{name}.add": np.array([amax], np.float32) for name, amax in self.adds.items()}
+        tensors |= {f"{name}.add": np.array([amax], np.float32) for name, amax in self.residual_adds.items()}
         about = {"format": "cpdebug calibration cache 1", "model": self.model, "method": self.method}
         with complete_path(path) as partial:
             partial.write_bytes(save(tensors, metadata={"about": json.dumps(about)}))
 
     @classmethod
     def load(cls, path: Path) -> Scales:
-        """Read a calibration cache. Raises InputError for a file that is none."""
+        """Read a calibration cache.
+
+        Raises InputError for a file that is missing, no cache, or holds other than finite numbers.
+        """
         from safetensors import SafetensorError, safe_open
 
         check_file(path, "calibration cache")
@@ -67,9 +73,9 @@ class Scales:
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise InputError(f"{path}: not a calibration cache of cpdebug ({error})") from error
         source = f"{path}: not a calibration cache of cpdebug"
-        known: dict[str, Any] = typed(dict[str, Any], about, source)
-        model: str = typed(str, known.get("model"), f"{source}: model")
-        method: str = typed(str, known.get("method"), f"{source}: method")
+        header: dict[str, Any] = typed(dict[str, Any], about, source)
+        model: str = typed(str, header.get("model"), f"{source}: model")
+        method: str = typed(str, header.get("method"), f"{source}: method")
         for name, tensor in tensors.items():
             one = not name.endswith(".weight")
             if tensor.dtype.kind != "f" or (one and tensor.size != 1) or not np.isfinite(tensor).all():
@@ -78,5 +84,5 @@ class Scales:
             raise InputError(f"{source}: it has no scale of the weight of {missing[0][:-6]!r}")
         inputs = {name.removesuffix(".input"): float(t[0]) for name, t in tensors.items() if name.endswith(".input")}
         layers = {name: LayerScales(amax, tensors[f"{name}.weight"]) for name, amax in inputs.items()}
-        adds = {name.removesuffix(".add"): float(t[0]) for name, t in tensors.items() if name.endswith(".add")}
-        return cls(model, method, layers, adds)
+        residual_adds = {name.removesuffix(".add"): float(t[0]) for name, t in tensors.items() if name.endswith(".add")}
+        return cls(model, method, layers, residual_adds)

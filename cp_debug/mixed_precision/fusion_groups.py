@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 
 from cp_debug.backends.base import Program
 from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.operators import PRODUCTS
 from cp_debug.programs.layers import layer_name
 
-HEAVY = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-"""Operators that no runtime fuses with each other."""
 _JOINING = frozenset(
     ("BatchNormalization", "Celu", "Clip", "Elu", "Erf", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish",
      "PRelu", "Relu", "Selu", "Sigmoid", "Softplus", "Softsign", "Tanh", "ThresholdedRelu", "Add", "Sub", "Mul", "Div")
@@ -19,29 +18,29 @@ _JOINING = frozenset(
 
 
 @dataclass(frozen=True)
-class Unit:
+class FusionGroup:
     """Nodes of one component that keep their precision together."""
 
     component: str
     nodes: tuple[str, ...]
     name: str
     """The torch path of its first value, or the node's name."""
-    group: str = ""
+    engine_layer: str = ""
     """The engine's layer, where the backend tells."""
 
 
-Kept = frozenset[Unit]
+Kept = frozenset[FusionGroup]
 
 
-def nodes_of(units: Iterable[Unit], component: str) -> frozenset[str]:
-    """The nodes of a component that a set of units holds."""
-    return frozenset(node for unit in units if unit.component == component for node in unit.nodes)
+def nodes_of(groups: Iterable[FusionGroup], component: str) -> frozenset[str]:
+    """The nodes of a component that a set of groups holds."""
+    return frozenset(node for group in groups if group.component == component for node in group.nodes)
 
 
-def units_of(program: Program, candidates: Collection[str]) -> list[Unit]:
+def fusion_groups_of(program: Program, candidates: Collection[str]) -> list[FusionGroup]:
     """The ``candidates`` (nodes by name) of a program in groups, in execution order.
 
-    An activation, a normalisation or arithmetic with constants joins the layer that it alone reads from.
+    An activation, a normalization or arithmetic with constants joins the layer that it alone reads from.
     """
     graph = program.graph
     groups: dict[int, list[Node]] = {}
@@ -54,34 +53,36 @@ def units_of(program: Program, candidates: Collection[str]) -> list[Unit]:
         groups.setdefault(place, []).append(node)
         home[node.name] = place
     return [
-        Unit(program.name, tuple(n.name for n in nodes), layer_name(program, nodes[0].outputs[0]))
+        FusionGroup(program.name, tuple(n.name for n in nodes), layer_name(program, nodes[0].outputs[0]))
         for nodes in groups.values()
     ]
 
 
-def fused(units: Sequence[Unit], programs: Iterable[Program], layers: Mapping[str, Sequence[Mapping]]) -> list[Unit]:
-    """The units regrouped as an engine fused them. ``layers``: component → ``name`` and ``nodes`` of its layers.
+def fused(
+    groups: Sequence[FusionGroup], programs: Iterable[Program], layers: Mapping[str, Sequence[Mapping]]
+) -> list[FusionGroup]:
+    """The groups regrouped as an engine fused them. ``layers``: component → ``name`` and ``nodes`` of its layers.
 
     An engine layer of several convolutions or products (TensorRT's compiler for transformers makes such) says nothing
     of them, and what no layer holds stays as it is.
     """
-    regrouped: list[Unit] = []
+    regrouped: list[FusionGroup] = []
     for program in programs:
-        own = [unit for unit in units if unit.component == program.name]
+        own = [group for group in groups if group.component == program.name]
         nodes = {node.name: node for node in program.graph.nodes}
-        known = {node for unit in own for node in unit.nodes}
+        known = {node for group in own for node in group.nodes}
         taken: set[str] = set()
-        found: list[Unit] = []
+        found: list[FusionGroup] = []
         for layer in layers.get(program.name, ()):
             inside = sorted(known.intersection(layer["nodes"]) - taken, key=lambda name: nodes[name].index)
-            if inside and sum(nodes[name].op in HEAVY for name in inside) <= 1:
+            if inside and sum(nodes[name].op in PRODUCTS for name in inside) <= 1:
                 taken.update(inside)
                 name = layer_name(program, nodes[inside[0]].outputs[0])
-                found.append(Unit(program.name, tuple(inside), name, layer["name"]))
-        for unit in own:
-            if rest := tuple(node for node in unit.nodes if node not in taken):
-                found.append(replace(unit, nodes=rest, name=layer_name(program, nodes[rest[0]].outputs[0])))
-        regrouped += sorted(found, key=lambda unit: nodes[unit.nodes[0]].index)
+                found.append(FusionGroup(program.name, tuple(inside), name, layer["name"]))
+        for group in own:
+            if rest := tuple(node for node in group.nodes if node not in taken):
+                found.append(replace(group, nodes=rest, name=layer_name(program, nodes[rest[0]].outputs[0])))
+        regrouped += sorted(found, key=lambda group: nodes[group.nodes[0]].index)
     return regrouped
 
 

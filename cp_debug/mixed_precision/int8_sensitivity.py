@@ -45,7 +45,7 @@ class Int8Effect:
 
     @property
     def sqnr(self) -> float:
-        """Signal to quantisation noise of the outputs, in dB."""
+        """Signal to quantization noise of the outputs, in dB."""
         return -20 * math.log10(self.error) if self.error else math.inf
 
     def to_dict(self) -> dict[str, Any]:
@@ -133,10 +133,10 @@ def build_sensitivity_profile(
     draws: int = DRAWS,
     on_step: OnStep = lambda text, done, total: None,
 ) -> SensitivityProfile:
-    """Measure every quantised layer of ``modules`` (component → quantised module) on ``samples``.
+    """Measure every quantized layer of ``modules`` (component → quantized module) on ``samples``.
 
     Samples with ground truth are scored where the model detects. ``budget`` also chooses the layers to leave in FP32
-    (``choose_layers``). ``draws`` of the samples give the intervals. Raises InputError when nothing is quantised, there
+    (``choose_layers``). ``draws`` of the samples give the intervals. Raises InputError when nothing is quantized, there
     is no sample, or a budget of mAP meets samples without ground truth.
     """
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""A quantised model with some of its layers in INT8 and the others in FP32, measured on samples."""
+"""A quantized model with some of its layers in INT8 and the others in FP32, measured on samples."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from cp_debug.detection.bootstrap import Interval
@@ -24,6 +23,7 @@ from cp_debug.mixed_precision.activation_reuse import Reuse
 from cp_debug.probes.distance import distance
 from cp_debug.probes.outputs import flatten_outputs
 from cp_debug.programs.torch_layers import full_path, quantizers
+from cp_debug.programs.walk import Walk, example_args, named_outputs, walk
 from cp_debug.quantization.residual_adds import add_quantizers
 from cp_debug.recipes.abilities import HasClasses
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
@@ -43,15 +43,15 @@ class Int8Trial(NamedTuple):
 
 @dataclass(frozen=True)
 class Int8Layer:
-    """What computes in INT8 while its quantisers are on: a module with weights, or a residual addition."""
+    """What computes in INT8 while its quantizers are on: a module with weights, or a residual addition."""
 
     name: str
     """As ``Scales`` calls it."""
     path: str
-    """In the component's module; of an addition, the quantiser of its operands."""
+    """In the component's module; of an addition, the quantizer of its operands."""
     component: str
     kind: str
-    """Class before it was quantised, such as ``Conv2d``, or ``add``."""
+    """Class before it was quantized, such as ``Conv2d``, or ``add``."""
     weights: int
     quantizers: Sequence[Any]
 
@@ -87,17 +87,17 @@ class Measured:
 
 
 def quantized_layers(component: Component, module: nn.Module) -> Iterator[Int8Layer]:
-    """What is in INT8 in a quantised component; layers whose quantisers are off are none."""
-    adds = {id(quantizer): name for name, quantizer in add_quantizers(module).items()}
+    """What is in INT8 in a quantized component; layers whose quantizers are off are none."""
+    residual_adds = {id(quantizer): name for name, quantizer in add_quantizers(module).items()}
     found: dict[str, list[Any]] = {}
     for path, quantizer in quantizers(module):
         if quantizer.is_enabled:
-            found.setdefault(path if id(quantizer) in adds else path.rpartition(".")[0], []).append(quantizer)
+            found.setdefault(path if id(quantizer) in residual_adds else path.rpartition(".")[0], []).append(quantizer)
     for path, own in found.items():
-        name = full_path(component.prefix, adds.get(id(own[0]), path))
+        name = full_path(component.prefix, residual_adds.get(id(own[0]), path))
         part = module.get_submodule(path)
         weight = getattr(part, "weight", None)
-        kind = "add" if id(own[0]) in adds else type(part).__name__.removeprefix("Quant")
+        kind = "add" if id(own[0]) in residual_adds else type(part).__name__.removeprefix("Quant")
         yield Int8Layer(name, path, component.name, kind, 0 if weight is None else weight.numel(), own)
 
 
@@ -130,17 +130,17 @@ class _Totals:
 
 
 class Bench:
-    """A model and its quantised components, on which trials are run.
+    """A model and its quantized components, on which trials are run.
 
     Each sample runs once in FP32 and once in INT8; a trial computes only what its changed layers reach.
     """
 
     def __init__(self, model: Model, modules: Mapping[str, nn.Module]) -> None:
-        """``modules``: component → its quantised module. Raises InputError when no layer of them is quantised."""
+        """``modules``: component → its quantized module. Raises InputError when no layer of them is quantized."""
         self.model, self.modules = model, modules
         found = [layer for c in model.components for layer in quantized_layers(c, modules[c.name])]
         if not found:
-            raise InputError(f"MODEL: no layer of {model.name} is quantised")
+            raise InputError(f"MODEL: no layer of {model.name} is quantized")
         self.layers = {layer.name: layer for layer in found}
         self._reuse = {}
         for name, module in modules.items():
@@ -163,7 +163,7 @@ class Bench:
         """
         if unknown := {name for trial in trials for name in trial.changed} - self.layers.keys():
             near = difflib.get_close_matches(min(unknown), self.layers, n=1, cutoff=0.0)[0]
-            raise InputError(f"{self.model.name} has no quantised layer {min(unknown)!r}; nearest is {near}")
+            raise InputError(f"{self.model.name} has no quantized layer {min(unknown)!r}; nearest is {near}")
         totals = {trial: _Totals() for trial in trials}
         scored = all(isinstance(sample.truth, Truth) for sample in samples) and isinstance(self.model, HasClasses)
         with self._restored():
@@ -199,38 +199,35 @@ class Bench:
                     sums.detected.append(self.model.decode(sample, results))  # type: ignore[arg-type]
 
     def _record(self, sample: Sample) -> _Recorded:
-        results: dict[str, Arrays] = {}
-        inputs = {}
-        for component in self.model.components:
-            inputs[component.name] = self._inputs(component, sample, results)
-            results[component.name] = _named(component, self._reuse[component.name].record(*inputs[component.name]))
-        return _Recorded(inputs, results)
+        inputs: dict[str, Sequence[Tensor]] = {}
+
+        def record(component: Component, arrays: Arrays) -> Arrays:
+            inputs[component.name] = example_args(component, arrays)
+            return _named(component, self._reuse[component.name].record(*inputs[component.name]))
+
+        return _Recorded(inputs, walk(self.model, sample, record))
 
     def _rerun(self, sample: Sample, trial: Int8Trial, recorded: _Recorded, sums: _Totals) -> dict[str, Arrays]:
         changed = [self.layers[name] for name in trial.changed]
         for layer in changed:
             layer.switch(trial.base == FLOAT)
-        results: dict[str, Arrays] = {}
-        for component in self.model.components:
-            here = [layer.path for layer in changed if layer.component == component.name]
-            as_before = all(results[name] is recorded.results[name] for name in results)
+        way = Walk(self.model, sample)
+        for step in way:
+            here = [layer.path for layer in changed if layer.component == step.name]
+            as_before = all(way.results[name] is recorded.results[name] for name in way.results)
             if as_before and not here:
-                results[component.name] = recorded.results[component.name]
+                step.outputs = recorded.results[step.name]
                 continue
-            reuse = self._reuse[component.name]
-            inputs = recorded.inputs[component.name] if as_before else self._inputs(component, sample, results)
+            reuse = self._reuse[step.name]
+            inputs = recorded.inputs[step.name] if as_before else example_args(step.component, step.inputs)
             outputs, given = reuse.rerun(here, *inputs)
-            results[component.name] = _named(component, outputs)
+            step.outputs = _named(step.component, outputs)
             if here and len(changed) == 1:
                 for test, reference in zip(given[here[0]], reuse.outputs(here[0]), strict=True):
                     sums.layer.add(test, reference)
         for layer in changed:
             layer.switch(trial.base == INT8)
-        return results
-
-    def _inputs(self, component: Component, sample: Sample, results: Mapping[str, Arrays]) -> list[Tensor]:
-        arrays = self.model.feed(component, sample, results)
-        return [torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in component.input_names]
+        return way.results
 
     def _score(self, detected: Sequence[Detected], samples: Sequence[Sample], draws: int) -> dict[str, np.ndarray]:
         model = as_detector(self.model)
@@ -252,10 +249,9 @@ class Bench:
 class _Recorded(NamedTuple):
     """One sample in ``base``: the inputs and outputs of each component."""
 
-    inputs: dict[str, list[Tensor]]
+    inputs: Mapping[str, Sequence[Tensor]]
     results: dict[str, Arrays]
 
 
 def _named(component: Component, outputs: Any) -> Arrays:
-    tensors = flatten_outputs(outputs).values()
-    return {name: tensor.numpy() for name, tensor in zip(component.output_names, tensors, strict=True)}
+    return named_outputs(component, flatten_outputs(outputs))

@@ -83,7 +83,7 @@ class Trial:
 
 def nodes_in(kept: Kept) -> frozenset[tuple[str, str]]:
     """(Component, node) of a set of layers: its name in the log, however layers are grouped."""
-    return frozenset((unit.component, node) for unit in kept for node in unit.nodes)
+    return frozenset((group.component, node) for group in kept for node in group.nodes)
 
 
 class TrialLog:

@@ -14,8 +14,8 @@ import torch
 from cp_debug.backends.arithmetic import FP32, Arithmetic
 from cp_debug.backends.determinism import deterministic
 from cp_debug.backends.executor import Executor
+from cp_debug.graph.check_inputs import check_inputs
 from cp_debug.graph.graph import Graph, Node
-from cp_debug.graph.random_inputs import check_inputs
 from cp_debug.graph.unquantize import quantized_inputs
 from cp_debug.probes.distance import distance, ratio
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from cp_debug.mixed_precision.fusion_groups import Kept, Unit
+from cp_debug.mixed_precision.fusion_groups import FusionGroup, Kept
 from cp_debug.mixed_precision.goal import Goal
 from cp_debug.mixed_precision.judge import Measured
 
@@ -24,46 +24,46 @@ class Predictor:
 
     def __init__(
         self,
-        units: Sequence[Unit],
+        groups: Sequence[FusionGroup],
         goal: Goal,
-        local_error: Callable[[Unit], float],
+        local_error: Callable[[FusionGroup], float],
         alone: Callable[[Kept], Measured],
     ) -> None:
         """``alone`` measures a run in which these layers are kept; ``local_error`` is what a layer introduces."""
         self._goal, self._alone = goal, alone
-        self._everything = frozenset(units)
-        local = {unit: local_error(unit) for unit in units}
-        place = {unit: i for i, unit in enumerate(units)}
-        self.ranked = sorted(units, key=lambda unit: (-local[unit], place[unit]))
+        self._everything = frozenset(groups)
+        local = {group: local_error(group) for group in groups}
+        place = {group: i for i, group in enumerate(groups)}
+        self.ranked = sorted(groups, key=lambda group: (-local[group], place[group]))
         """By what they introduce by themselves."""
         self.local = local
-        self.effects: dict[Unit, Measured] = {}
+        self.effects: dict[FusionGroup, Measured] = {}
         """What the final outputs are when the layer alone is low, as far as measured."""
 
-    def extend(self, grown: Sequence[Unit], measured: Measured) -> list[Unit]:
+    def extend(self, grown: Sequence[FusionGroup], measured: Measured) -> list[FusionGroup]:
         """What to keep besides ``grown``, which gave ``measured``: as much as should reach the goal, at least one
         layer; nothing when all are kept."""
-        rest = [unit for unit in self.ranked if unit not in grown]
-        if broken := [unit for unit in rest if math.isinf(self.local[unit])]:
+        rest = [group for group in self.ranked if group not in grown]
+        if broken := [group for group in rest if math.isinf(self.local[group])]:
             return broken
-        known = [unit for unit in rest if unit in self.effects]
+        known = [group for group in rest if group in self.effects]
         while measured.outputs:
             known.sort(key=self._size, reverse=True)
             for count in range(1, len(known) + 1):
                 if self._suffices(measured, known[:count], known[count:]):
                     return known[:count]
-            new = [unit for unit in rest if unit not in self.effects][:AT_ONCE]
+            new = [group for group in rest if group not in self.effects][:AT_ONCE]
             if not new:
                 break
-            for unit in new:
-                self.effects[unit] = self._alone(self._everything - {unit})
+            for group in new:
+                self.effects[group] = self._alone(self._everything - {group})
             known += new
         return (known or rest)[: max(1, len(grown))]  # not as predicted: double it
 
-    def _size(self, unit: Unit) -> float:
-        return self.effects[unit].figures["rel_l2"]
+    def _size(self, group: FusionGroup) -> float:
+        return self.effects[group].figures["rel_l2"]
 
-    def _suffices(self, measured: Measured, more: Sequence[Unit], others: Sequence[Unit]) -> bool:
+    def _suffices(self, measured: Measured, more: Sequence[FusionGroup], others: Sequence[FusionGroup]) -> bool:
         """Whether the goal should hold once ``more`` is kept, too, and of the known layers ``others`` are not."""
         left = {}
         for name, error in measured.outputs.items():
@@ -77,5 +77,5 @@ class Predictor:
             return ratio <= SHARE
         return self._goal.holds({"rel_l2": after, "max_abs": measured.figures["max_abs"] * ratio})
 
-    def _squares(self, units: Sequence[Unit], output: str) -> float:
-        return sum(self.effects[unit].outputs[output] ** 2 for unit in units)
+    def _squares(self, groups: Sequence[FusionGroup], output: str) -> float:
+        return sum(self.effects[group].outputs[output] ** 2 for group in groups)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cp_debug.display import terminal
 from cp_debug.mixed_precision.emit import arguments, deploy_fragment
-from cp_debug.mixed_precision.fusion_groups import Unit
+from cp_debug.mixed_precision.fusion_groups import FusionGroup
 from cp_debug.mixed_precision.log import Trial
 from cp_debug.serialize import json_safe
 
@@ -22,7 +22,7 @@ SCHEMA = "cpdebug.search/1"
 class KeptLayer:
     """A layer of the set."""
 
-    unit: Unit
+    fusion_group: FusionGroup
     ops: tuple[str, ...]
     introduced: float | None
     """What it introduces by itself in the low precision, emulated: relative L2, infinite where it overflows."""
@@ -33,14 +33,14 @@ class KeptLayer:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe."""
-        unit = self.unit
+        group = self.fusion_group
         return json_safe(
             {
-                "component": unit.component,
-                "layer": unit.name,
-                "nodes": list(unit.nodes),
+                "component": group.component,
+                "layer": group.name,
+                "nodes": list(group.nodes),
                 "ops": list(self.ops),
-                "group": unit.group,
+                "group": group.engine_layer,
                 "introduced": self.introduced,
                 "effect": self.effect,
                 "without": self.without,

@@ -1,7 +1,7 @@
 """``search``: the smallest set of layers to keep in higher precision so that a goal holds.
 
-Nothing kept is tried first, and shows what an engine fuses. Then everything is predicted and minimised on the emulator,
-where a trial is a part of a forward pass; what comes out is confirmed, and minimised again, on the backend itself.
+Nothing kept is tried first, and shows what an engine fuses. Then everything is predicted and minimized on the emulator,
+where a trial is a part of a forward pass; what comes out is confirmed, and minimized again, on the backend itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cp_debug.files import key_of
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.unquantize import quantized_inputs, remove_qdq
 from cp_debug.mixed_precision.emit import write_onnx
-from cp_debug.mixed_precision.fusion_groups import Kept, Unit, fused, nodes_of, units_of
+from cp_debug.mixed_precision.fusion_groups import FusionGroup, Kept, fused, fusion_groups_of, nodes_of
 from cp_debug.mixed_precision.goal import Goal
 from cp_debug.mixed_precision.judge import Judge, Measured
 from cp_debug.mixed_precision.log import Trial, TrialLog, nodes_in
@@ -54,7 +54,7 @@ class SearchOptions:
     test_model: Path | None = None
     """Another file for the test: a Q/DQ graph of the same model (a folder, for several components)."""
     inputs: Path | None = None
-    """What to calibrate on, for an INT8 backend and a model that is not quantised; None: the model's own samples."""
+    """What to calibrate on, for an INT8 backend and a model that is not quantized; None: the model's own samples."""
     quantized: Mapping[str, QuantizedComponent] = field(default_factory=dict)
     """The components in INT8 where a checkpoint gives them: see ``load_quantized``."""
     onnx: Path | None = None
@@ -136,8 +136,8 @@ class _Search:
             self._judge = Judge(model, samples, [pipeline.run(sample) for sample in samples], goal)
         self._notes += self._judge.notes
         self.log = TrialLog(options.log, self._about())
-        self.units = [u for p in self._tests for u in units_of(p, self.precision.candidates(p.graph))]
-        if not self.units:
+        self.groups = [u for p in self._tests for u in fusion_groups_of(p, self.precision.candidates(p.graph))]
+        if not self.groups:
             raise InputError(
                 f"--backends: no layer of {model.name} computes in {self.precision.name} on {self._backend.spec}"
             )
@@ -154,7 +154,7 @@ class _Search:
         return made
 
     def run(self) -> SearchResult:
-        found: list[Unit] | None = None
+        found: list[FusionGroup] | None = None
         stopped = ""
         predictor: Predictor | None = None
         try:
@@ -162,7 +162,7 @@ class _Search:
                 self._regroup()
                 self._step("predicting")
                 self.emulator.prepare()
-                predictor = Predictor(self.units, self._goal, self.emulator.local_error, self._alone)
+                predictor = Predictor(self.groups, self._goal, self.emulator.local_error, self._alone)
                 found = self._find(predictor)
             else:
                 found = []
@@ -175,8 +175,8 @@ class _Search:
             write_onnx(self._tests, result.keep, self.precision.name, self._options.onnx)
         return result
 
-    def _find(self, predictor: Predictor) -> list[Unit] | None:
-        def extend(emulated: bool) -> Callable[[list[Unit]], list[Unit]]:
+    def _find(self, predictor: Predictor) -> list[FusionGroup] | None:
+        def extend(emulated: bool) -> Callable[[list[FusionGroup]], list[FusionGroup]]:
             return lambda grown: predictor.extend(grown, self._trial(frozenset(grown), emulated).measured)
 
         if self._backend.emulated:
@@ -199,7 +199,7 @@ class _Search:
         if not emulated:
             self._check_builds()
             self._tried += 1
-        self._step(f"{'emulated' if emulated else self._backend.spec}: {len(kept)} of {len(self.units)} layers kept")
+        self._step(f"{'emulated' if emulated else self._backend.spec}: {len(kept)} of {len(self.groups)} layers kept")
         begun = time.monotonic()
         measured, error = Measured(), ""
         try:
@@ -233,9 +233,9 @@ class _Search:
         """Take the layers as the engine fused them, where it told."""
         if isinstance(self.runner, BackendRunner) and self.runner.layers and not self.log.engine:
             self.log.add_engine(self.runner.layers)
-        self.units = fused(self.units, self._tests, self.log.engine)
+        self.groups = fused(self.groups, self._tests, self.log.engine)
 
-    def _result(self, found: list[Unit] | None, predictor: Predictor | None, stopped: str) -> SearchResult:
+    def _result(self, found: list[FusionGroup] | None, predictor: Predictor | None, stopped: str) -> SearchResult:
         trials = list(self.log.trials.values())
         own = [trial for trial in trials if not trial.emulated]
         excess = {t.nodes: math.inf if t.error else self._goal.excess(t.measured.figures) for t in own}
@@ -246,7 +246,7 @@ class _Search:
             best = min(holding, key=lambda trial: trial.layers)
         else:
             best = min(own, key=lambda trial: (excess[trial.nodes], trial.layers))
-        kept = [unit for unit in self.units if nodes_in(frozenset([unit])) <= best.nodes]
+        kept = [group for group in self.groups if nodes_in(frozenset([group])) <= best.nodes]
         return SearchResult(
             model=self._model.name,
             reference=self._reference,
@@ -254,9 +254,9 @@ class _Search:
             emulated=self._backend.emulated,
             precision=self.precision.name,
             goal=str(self._goal),
-            layers=len(self.units),
+            layers=len(self.groups),
             reached=bool(holding),
-            kept=[self._kept_layer(unit, kept, predictor) for unit in kept],
+            kept=[self._kept_layer(group, kept, predictor) for group in kept],
             minimal=found is not None,
             best=best,
             baseline=self.log.trials[False, frozenset()],
@@ -269,14 +269,14 @@ class _Search:
             notes=self._notes,
         )
 
-    def _kept_layer(self, unit: Unit, kept: Sequence[Unit], predictor: Predictor | None) -> KeptLayer:
-        graph = next(program.graph for program in self._tests if program.name == unit.component)
-        without = self.log.trials.get((False, nodes_in(frozenset(kept) - {unit})))
-        effect = predictor.effects.get(unit) if predictor else None
+    def _kept_layer(self, group: FusionGroup, kept: Sequence[FusionGroup], predictor: Predictor | None) -> KeptLayer:
+        graph = next(program.graph for program in self._tests if program.name == group.component)
+        without = self.log.trials.get((False, nodes_in(frozenset(kept) - {group})))
+        effect = predictor.effects.get(group) if predictor else None
         return KeptLayer(
-            unit,
-            tuple(node.op for node in graph.nodes if node.name in unit.nodes),
-            introduced=predictor.local[unit] if predictor else None,
+            group,
+            tuple(node.op for node in graph.nodes if node.name in group.nodes),
+            introduced=predictor.local[group] if predictor else None,
             effect=effect.figures["rel_l2"] if effect else None,
             without=without.measured.figures if without else {},
         )

@@ -12,16 +12,18 @@ from typing import Any, Protocol
 
 from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.base import Backend, Program, Session
-from cp_debug.backends.capabilities import timer_of
+from cp_debug.backends.capabilities import build_info_of, timer_of
 from cp_debug.errors import InputError
 from cp_debug.graph.casts import MOVERS, computed_low
 from cp_debug.graph.downstream import data_values
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.operators import CONTRACTIONS
 from cp_debug.graph.unquantize import quantized_inputs, remove_qdq
-from cp_debug.mixed_precision.fusion_groups import HEAVY, Kept, Unit, nodes_of
+from cp_debug.mixed_precision.fusion_groups import FusionGroup, Kept, nodes_of
 from cp_debug.mixed_precision.judge import Results
 from cp_debug.mixed_precision.mixed_graph import Computed, MixedExecutor
-from cp_debug.recipes.base import Arrays, Model, Sample
+from cp_debug.programs.walk import Walk, walk
+from cp_debug.recipes.base import Arrays, Component, Model, Sample
 
 MEMORY = 4 << 30
 """Bytes of values that are kept to continue from; samples beyond are computed from the start in every trial."""
@@ -46,7 +48,7 @@ class TrialPrecision:
         data = set(data_values(graph))
         nodes = [n for n in graph.nodes if not data.isdisjoint(n.outputs) and n.op not in _CONTROL]
         if self.name == "tf32":
-            return frozenset(n.name for n in nodes if n.op in (*HEAVY, "Einsum"))
+            return frozenset(n.name for n in nodes if n.op in CONTRACTIONS)
         low = computed_low(graph, _CASTS[self.name])
         return frozenset(n.name for n in nodes if n.name in low and n.op not in MOVERS)
 
@@ -116,9 +118,9 @@ class EmulatedRunner:
         for i in range(len(self._samples)):
             self._pass(i, high, keep=self._exact)
 
-    def local_error(self, unit: Unit) -> float:
+    def local_error(self, group: FusionGroup) -> float:
         """What the layer introduces by itself, relative L2, on the first sample."""
-        return self._executors[unit.component].local_error(unit.nodes, self._exact[0, unit.component])
+        return self._executors[group.component].local_error(group.nodes, self._exact[0, group.component])
 
     @property
     def passes(self) -> float:
@@ -129,18 +131,18 @@ class EmulatedRunner:
         self, i: int, high: Mapping[str, frozenset[str]], keep: dict[tuple[int, str], Computed] | None = None
     ) -> Results:
         keep = self._last if keep is None else keep
-        results: dict[str, Arrays] = {}
-        for component in self._model.components:
+
+        def run(component: Component, inputs: Arrays) -> Arrays:
             key, executor = (i, component.name), self._executors[component.name]
             known = [store[key] for store in (self._exact, self._last) if key in store]
-            inputs = self._model.feed(component, self._samples[i], results)
             computed = executor.run(inputs, high[component.name], known)
-            results[component.name] = executor.outputs(computed)
             if key not in keep and i:
                 self._room -= computed.nbytes
             if key in keep or self._room > 0:
                 keep[key] = computed
-        return results
+            return executor.outputs(computed)
+
+        return walk(self._model, self._samples[i], run)
 
 
 class BackendRunner:
@@ -162,24 +164,24 @@ class BackendRunner:
         self._seconds: dict[tuple[frozenset[str], ...], float | None] = {}
         self._latest: tuple[frozenset[str], ...] = ()
         self.builds = 0
-        self.layers: dict[str, list[Mapping[str, Any]]] = {}
+        self.layers: dict[str, Sequence[Mapping[str, Any]]] = {}
         """Component → layers of its latest engine (``name``, ``nodes``), where the backend tells."""
 
     def run(self, kept: Kept) -> list[Results]:
         """The outputs for each sample. Raises InputError where the backend refuses to build this."""
-        results: list[dict[str, Arrays]] = [{} for _ in self._samples]
+        walks = [Walk(self._model, sample) for sample in self._samples]
         chain: tuple[frozenset[str], ...] = ()
-        for component in self._model.components:
-            program = self._programs[component.name]
-            chain = (*chain, self._precision.keep(program.graph, nodes_of(kept, component.name)))
+        for steps in zip(*walks, strict=True):
+            program = self._programs[steps[0].name]
+            chain = (*chain, self._precision.keep(program.graph, nodes_of(kept, program.name)))
             if chain not in self._outputs:
-                feeds = [self._model.feed(component, *pair) for pair in zip(self._samples, results, strict=True)]
+                feeds = [step.inputs for step in steps]
                 self._outputs[chain], self._seconds[chain] = self._build(program, chain[-1], feeds)
-            for found, outputs in zip(results, self._outputs[chain], strict=True):
-                found[component.name] = outputs
+            for step, outputs in zip(steps, self._outputs[chain], strict=True):
+                step.outputs = outputs
         del self._outputs[chain]  # nobody asks for a whole trial twice
         self._latest = chain
-        return list(results)
+        return [each.results for each in walks]
 
     def latency(self) -> float | None:
         """Seconds of the last trial's engines, copies left out, on the first sample; None unless all tell."""
@@ -202,8 +204,8 @@ class BackendRunner:
             self.builds += len(shapes) if dynamic else 1
             with closing(backend.open(program)) as session:
                 outputs: list[Arrays] = [session.run(feed) for feed in feeds]
-                if "layers" in session.settings:
-                    self.layers[program.name] = session.settings["layers"]
+                if info := build_info_of(session):
+                    self.layers[program.name] = info.layers
                 return outputs, _seconds(session, feeds[0])
 
 

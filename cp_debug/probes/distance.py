@@ -31,7 +31,7 @@ class Distance(NamedTuple):
 
 
 def distance(ours: AnyTensor, theirs: AnyTensor) -> Distance:
-    """Compare two tensors of one shape, numpy (memory-mapped too) or torch."""
+    """Compare two tensors of one shape and real dtypes, numpy (memory-mapped too) or torch, in float64."""
     if fast := _finite(ours, theirs):
         return fast
     a, b = ours.reshape(-1), theirs.reshape(-1)
@@ -60,6 +60,7 @@ _TYPES = [types.Array(kind, 1, "C", readonly=True) for kind in (float32, float64
 
 @compiled(*itertools.product(_TYPES, _TYPES))
 def _squares(ours, theirs):  # type: ignore[no-untyped-def]
+    """Sums of (ours − theirs)² and theirs² over two flat arrays, in float64."""
     differing = whole = 0.0
     for i in range(theirs.size):
         y = np.float64(theirs[i])

@@ -1,6 +1,6 @@
 """The compiled inner loop of ``statistics.compare``: sums, maxima and a log histogram of |difference| in one pass.
 
-Two specialisations, float32 and float64, compiled once a machine (1.3 s on one core) and cached beside this file,
+Two specializations, float32 and float64, compiled once a machine (1.3 s on one core) and cached beside this file,
 or in the user's cache folder where the package is read-only. A block with NaN or Inf stops the pass: its caller cleans
 it.
 """
@@ -34,7 +34,7 @@ def _signature(real: Any, bits: Any) -> Any:
 
 def compiled(*signatures: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Compile a function for these signatures now, or from the cache."""
-    # Sums may be reordered so that they vectorise; NaN and Inf keep their meaning.
+    # Sums may be reordered so that they vectorize; NaN and Inf keep their meaning.
     options = {"nogil": True, "fastmath": {"reassoc", "nsz", "contract"}, "error_model": "numpy"}
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""What a comparison adds up: pieces of a tensor pair, and their total with its log histogram of |difference|."""
+"""Sums of a comparison: pieces of a tensor pair, and their total with its log histogram of |difference|."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Piece(NamedTuple):
     """Consecutive elements of a pair, reduced. Differences and sums are over the pairs with both sides finite."""
 
     finite: int
-    """How many such pairs."""
+    """Number of pairs with both sides finite."""
     max_abs: float
     argmax: int
     """First flat index, counted from the start of the piece, that has ``max_abs``."""

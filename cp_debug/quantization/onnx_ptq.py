@@ -39,25 +39,27 @@ class GraphCalibration:
 
     The layers are all convolutions, transposed convolutions and products with a weight; of additions those of two
     activations of one shape. ``skip`` are globs over the names of nodes. Raises InputError for an unknown method, a
-    glob that matches nothing, and a graph that is quantised already.
+    glob that matches nothing, and a graph that is quantized already.
     """
 
     def __init__(self, graph: Graph, method: str = "max", skip: Sequence[str] = ()) -> None:
         check_method(method)
         if graph.precision == "int8":
-            raise InputError(f"{graph.path}: this graph is quantised already; calibrate the FP32 model")
+            raise InputError(f"{graph.path}: this graph is quantized already; calibrate the FP32 model")
         self._graph, self._method = graph, method
         self._executor = Executor(graph, weight_cache=0)
         data = {*data_values(graph), *(v.name for v in graph.inputs)}
         layers = quantizable(graph)
-        adds = [node for node in graph.nodes if node.op == "Add" and data.issuperset(node.inputs)]
-        skipped = select([node.name for node in (*layers, *adds)], skip)
-        self._layers, self._adds = ([n for n in nodes if n.name not in skipped] for nodes in (layers, adds))
+        residual_adds = [node for node in graph.nodes if node.op == "Add" and data.issuperset(node.inputs)]
+        skipped = select([node.name for node in (*layers, *residual_adds)], skip)
+        self._layers, self._residual_adds = (
+            [n for n in nodes if n.name not in skipped] for nodes in (layers, residual_adds)
+        )
         self._inputs = {node.proto.input[0]: Histogram() for node in self._layers}
-        self._operands = {node.name: Histogram() for node in self._adds}
+        self._operands = {node.name: Histogram() for node in self._residual_adds}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._counts: dict[str, list[Histogram]] = {name: [histogram] for name, histogram in self._inputs.items()}
-        for node in self._adds:
+        for node in self._residual_adds:
             for name in node.proto.input:
                 self._counts.setdefault(name, []).append(self._operands[node.name])
 
@@ -67,7 +69,7 @@ class GraphCalibration:
         return set(self._counts)
 
     def see(self, name: str, tensor: Tensor) -> None:
-        """Count one tensor of a run; others than the watched are let pass. Raises InputError for NaN or Inf in it."""
+        """Count one tensor of a run, if it is a watched one. Raises InputError for NaN or Inf in it."""
         for histogram in self._counts.get(name, ()):
             self._shapes[name] = tuple(tensor.shape)
             try:
@@ -76,15 +78,15 @@ class GraphCalibration:
                 raise InputError(f"{self._graph.path}: {name!r} holds {error} during calibration") from None
 
     def scales(self) -> Scales:
-        """From what was seen. Raises InputError when that was nothing."""
+        """The scales from all samples so far. Raises InputError when there was none."""
         if self._counts and not self._shapes:
             raise InputError(f"{self._graph.path}: there is no calibration data: expected at least one sample")
-        adds = {
+        residual_adds = {
             node.name: self._operands[node.name].amax(self._method)
-            for node in self._adds
+            for node in self._residual_adds
             if len({self._shapes[name] for name in node.proto.input}) == 1
         }
-        return Scales(self._graph.digest, self._method, dict(self._of_layers()), adds)
+        return Scales(self._graph.digest, self._method, dict(self._of_layers()), residual_adds)
 
     def _of_layers(self) -> Iterator[tuple[str, LayerScales]]:
         for node in self._layers:

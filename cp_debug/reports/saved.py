@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 from cp_debug.backends.base import RunRecord
 from cp_debug.bisect.causes.finding import Finding
 from cp_debug.bisect.observe import Observation
-from cp_debug.bisect.optimizer_blame import Knobs
+from cp_debug.bisect.optimizer_blame import OptimizerBlame
 from cp_debug.bisect.result import SCHEMA, BisectResult, LayerRow, Remainder, StageRow, TestResult
 from cp_debug.detection.detection_change import DetectionChange
 from cp_debug.errors import InputError
@@ -135,10 +135,6 @@ class Fields:
         except ValueError:
             self.fail(key, f"{value!r}; expected a number")
 
-    def optional(self, key: str) -> float | None:
-        """A number, or None where the field is absent or null."""
-        return None if self.value.get(key) is None else self.number(key)
-
     def objects(self, key: str, default: Any = _REQUIRED) -> list[Fields]:
         """A list of objects."""
         items = self.get(key, list, default)
@@ -205,7 +201,7 @@ def _test(fields: Fields, record: RunRecord, programs: dict[str, str]) -> TestRe
         remainder=_optional(Remainder, fields, "remainder"),
         findings=[_finding(item) for item in fields.objects("findings", [])],
         detections=_optional(DetectionChange, fields, "detections"),
-        knobs=_knobs(fields),
+        optimizer_blame=_optimizer_blame(fields),
         expected_outputs=fields.object("compared", {}).get("outputs_expected", list, []),
         pairing=fields.get("pairing", dict, {}),
     )
@@ -217,7 +213,7 @@ def _finding(fields: Fields) -> Finding:
     return decode(Finding, least | fields.value, fields.file, fields.path)
 
 
-def _knobs(fields: Fields) -> Knobs | None:
+def _optimizer_blame(fields: Fields) -> OptimizerBlame | None:
     if fields.value.get("knobs") is None:
         return None
-    return Knobs.from_dict(fields.get("knobs", dict), fields.file, fields.where("knobs"))
+    return OptimizerBlame.from_dict(fields.get("knobs", dict), fields.file, fields.where("knobs"))

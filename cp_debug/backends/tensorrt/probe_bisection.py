@@ -24,7 +24,7 @@ _PAIRS: Mapping[str, tuple[Arithmetic, Arithmetic]] = {
     "bf16": (FP32, BF16),
     "fp16": (FP32, FP16),
     "best": (FP32, FP16),
-    "int8": (INT8, TF32),  # rounding flips some ticks of the graph's own quantisers
+    "int8": (INT8, TF32),  # rounding flips some ticks of the graph's own quantizers
 }
 """Variant → what is exact, and what the engine is expected to be."""
 

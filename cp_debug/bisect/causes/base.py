@@ -47,6 +47,11 @@ class Cause(Protocol):
         """Asked only when nothing cheap explains the layer."""
         ...
 
+    @property
+    def structural(self) -> bool:
+        """Fits nothing and is about what the graph says: asked, too, where all that explains the layer was fitted."""
+        ...
+
     def __call__(self, segment: Segment) -> Iterator[Candidate]:
         """Every candidate of this family that applies to the layer; none, where it makes no sense there."""
         ...
@@ -56,6 +61,7 @@ class Cause(Protocol):
 class _Family:
     emulate: Emulate
     costly: bool
+    structural: bool
 
     def __call__(self, segment: Segment) -> Iterator[Candidate]:
         return self.emulate(segment)
@@ -65,11 +71,11 @@ CAUSES: list[Cause] = []
 """In the order in which they are asked; of equally simple explanations the first is taken."""
 
 
-def cause(*, costly: bool = False) -> Callable[[Emulate], Emulate]:
+def cause(*, costly: bool = False, structural: bool = False) -> Callable[[Emulate], Emulate]:
     """Register a family of causes."""
 
     def register(emulate: Emulate) -> Emulate:
-        CAUSES.append(_Family(emulate, costly))
+        CAUSES.append(_Family(emulate, costly, structural))
         return emulate
 
     return register

@@ -22,17 +22,18 @@ from cp_debug.bisect.causes.segment import Segment
 from cp_debug.bisect.regions.hypotheses import LARGEST, REPRODUCED, Hypothesis, rank, survey
 from cp_debug.bisect.regions.learnt import Descent, Step
 from cp_debug.bisect.regions.marks import choose, cuts
-from cp_debug.bisect.regions.region import HEAVY, MOVING, Region
-from cp_debug.bisect.replay import EXCESS
+from cp_debug.bisect.regions.region import MOVING, Region
+from cp_debug.bisect.replayed import EXCESS
 from cp_debug.errors import CpdebugError, InputError
 from cp_debug.graph.graph import Node
+from cp_debug.graph.operators import PRODUCTS
 from cp_debug.probes.distance import distance, ratio
 
 MARKS = 8
 """Values shown by one engine."""
 BUILDS = 6
 """Engines built for one region, unless said otherwise."""
-NORMALISING = (
+NORMALIZING = (
     "LayerNormalization",
     "InstanceNormalization",
     "ReduceMean",
@@ -264,10 +265,10 @@ class _Search:
         """Nodes by operator, what suffers in FP16 first, products last."""
         by: dict[str, list[Node]] = {}
         for node in nodes:
-            by.setdefault("products" if node.op in HEAVY else node.op, []).append(node)
+            by.setdefault("products" if node.op in PRODUCTS else node.op, []).append(node)
 
         def order(op: str) -> tuple[int, int]:
-            known = NORMALISING.index(op) if op in NORMALISING else len(NORMALISING)
+            known = NORMALIZING.index(op) if op in NORMALIZING else len(NORMALIZING)
             return (op == "products", known)
 
         return [by[op] for op in sorted(by, key=order)]

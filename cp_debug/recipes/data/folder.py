@@ -28,6 +28,7 @@ class FolderData:
         return len(self._files)
 
     def sample(self, index: int) -> Sample:
+        """The cloud of file ``index``. Raises InputError for an unusable one."""
         file = self._files[index]
         ending = next((ending for ending in COLUMNS if file.name.endswith(ending)), None)
         points = read_points(file, self._features)

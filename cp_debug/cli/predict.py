@@ -1,0 +1,54 @@
+"""``cpdebug predict``: what a precision will do, before there is an engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cp_debug.cli.bisect import Exporter
+from cp_debug.cli.flags import LAST_SEED, MOST
+from cp_debug.cli.typed import refuse_export_flags
+
+
+def predict(
+    model: Annotated[
+        str, typer.Argument(help="A recipe (`cpdebug models`), an .onnx file, or module:callable / file.py:callable.")
+    ] = "centerpoint:tiny",
+    precision: Annotated[str, typer.Option(help="fp16, bf16, tf32; int8 of a file with Q/DQ pairs.")] = "fp16",
+    target: Annotated[str, typer.Option(help="The runtime: trt-8.6, trt-10, trt-11.")] = "trt-8.6",
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights for the recipe: .pt or .safetensors.")] = None,
+    inputs: Annotated[Path | None, typer.Option(help=".npz, .bin, .pcd.bin, or a folder of them.")] = None,
+    samples: Annotated[int, typer.Option("--samples", "-n", min=1, max=MOST, help="How many samples.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of made-up inputs.")] = 0,
+    goal: Annotated[
+        str | None, typer.Option(help="As for search: name what must stay in FP32 so that it holds, too.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to emulate: cpu, cuda, cuda:1.")] = "cpu",
+    show_all: Annotated[bool, typer.Option("--all", help="Every layer, not only those that introduce most.")] = False,
+    exporter: Annotated[Exporter, typer.Option(help="For torch models; auto: what the target reads.")] = Exporter.auto,
+    json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
+) -> None:
+    """Predict each layer's error with its interval, what leaves FP16's range, the effect on outputs and detections.
+
+    Nothing is built: the network is emulated in the ways in which the target's kernels may compute it. Exit code 1 when
+    some layer should stay in FP32.
+    """
+    from cp_debug.cli.console import show_document, steps
+    from cp_debug.mixed_precision.goal import Goal
+    from cp_debug.prediction.targets import kernels_of, target_of
+
+    kernels_of(target_of(target), precision)
+    if goal is not None:
+        Goal.parse(goal)
+    refuse_export_flags([model])
+    from cp_debug.prediction.predict import PredictOptions
+    from cp_debug.prediction.predict import predict as run
+    from cp_debug.reports.prediction import render
+
+    options = PredictOptions(checkpoint, inputs, samples, seed, exporter.chosen, device, goal)
+    with steps() as on_step:
+        result = run(model, precision, target, options=options, on_step=on_step)
+    show_document(render(result, show_all=show_all), result.to_dict(), json)
+    raise typer.Exit(int(any(layer.keep for layer in result.layers)))

@@ -1,0 +1,321 @@
+"""``predict``: what a precision will do on a target, from the model's own input, before there is an engine.
+
+The network is computed in every way in which the target's kernels may compute it, as far as those are known, and once
+in FP32. The spread of the ways is the interval.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cp_debug.backends.base import Program
+from cp_debug.backends.determinism import deterministic
+from cp_debug.backends.executor import unsupported
+from cp_debug.backends.registry import create
+from cp_debug.backends.spec import BackendSpec, parse_backends
+from cp_debug.bisect.causes.precision import OVERFLOWS as BEYOND
+from cp_debug.bisect.preflight import leaves_half
+from cp_debug.bisect.replay import EXCESS
+from cp_debug.detection.detection_change import DetectionChange, compare_detections
+from cp_debug.errors import InputError
+from cp_debug.graph.fold_batchnorm import fold_batchnorm
+from cp_debug.mixed_precision.goal import Goal
+from cp_debug.mixed_precision.search import SearchOptions, search
+from cp_debug.prediction.groups import Group
+from cp_debug.prediction.result import (
+    CLOSE,
+    OVERFLOWS,
+    VANISHES,
+    Interval,
+    PredictedLayer,
+    PredictedOutput,
+    Prediction,
+)
+from cp_debug.prediction.targets import Kernel, Target, kernels_of, target_of
+from cp_debug.prediction.walk import EXACT, Walk, Walked
+from cp_debug.programs.layers import layer_name
+from cp_debug.programs.pipeline import Export, Key, is_exported, prepare
+from cp_debug.programs.scene import decode
+from cp_debug.recipes.abilities import DetectsBoxes
+from cp_debug.recipes.base import Arrays, Model, Sample
+from cp_debug.recipes.registry import load_model
+
+SPREAD = 1.25
+"""Factor by which an interval is wider than the kernels' errors: engines know more orders of summation than these."""
+CLOSE_TO = 8.0
+"""Factor below FP16's largest number within which another input is likely to exceed it."""
+FEW = 4
+"""Channels of an input up to which TensorRT 8.6 computed the first convolution in FP32: in 3 of 4 networks."""
+EMULATED = {"fp16": "fp16acc", "bf16": "bf16", "tf32": "tf32", "int8": "int8"}
+"""Precision → the emulated backend on which a goal is searched for."""
+
+OnStep = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """What a prediction may be told. The defaults are those of the command line."""
+
+    checkpoint: Path | None = None
+    inputs: Path | None = None
+    samples: int = 1
+    seed: int = 0
+    exporter: str | None = None
+    device: str = "cpu"
+    goal: str | None = None
+    """Search on the emulator for the fewest layers to keep so that it holds, too."""
+
+
+def predict(
+    model: Model | str,
+    precision: str = "fp16",
+    target: str = "trt-8.6",
+    *,
+    options: PredictOptions = PredictOptions(),
+    on_step: OnStep = lambda text, done, total: None,
+) -> Prediction:
+    """What ``precision`` (fp16, bf16, tf32; int8 of a file with Q/DQ pairs) does to ``model`` on ``target``.
+
+    ``model`` as the command line takes it, or loaded. Raises InputError for an unknown target, precision or goal, a
+    graph with operators that nothing here executes, and ``int8`` without Q/DQ pairs.
+    """
+    begun = time.monotonic()
+    runtime = target_of(target)
+    kernels = kernels_of(runtime, precision)
+    goal = Goal.parse(options.goal) if options.goal else None
+    create(BackendSpec.parse(f"emu-fp32@{options.device}"))  # refuses a device that is not there
+    loaded = load_model(model, checkpoint=options.checkpoint, seed=options.seed) if isinstance(model, str) else model
+    samples = list(loaded.samples(options.samples, options.seed, options.inputs))
+    if not samples:
+        raise InputError("--inputs: there is no sample to predict with")
+    with tempfile.TemporaryDirectory(prefix="cpdebug-predict-") as scratch:
+        on_step("exporting and aligning", 0, len(samples))
+        how = Export(options.exporter or ("torchscript" if runtime.opset else "dynamo"), runtime.opset)
+        programs = prepare(loaded, samples[0], Path(scratch), how=how)
+        job = _Prediction(loaded, programs, runtime, precision, kernels, options.device, Path(scratch))
+        for i, sample in enumerate(samples):
+            job.add(sample, partial(_tell, on_step, i, len(samples)))
+        result = job.result([sample.source for sample in samples])
+        if goal is not None:
+            on_step(f"searching for {goal}", len(samples), len(samples))
+            _reach(goal, loaded, samples, result, options)
+    result.seconds = time.monotonic() - begun
+    return result
+
+
+class _Prediction:
+    """The figures of one model, sample after sample."""
+
+    def __init__(
+        self,
+        model: Model,
+        programs: Sequence[Program],
+        target: Target,
+        precision: str,
+        kernels: Sequence[Kernel],
+        device: str,
+        scratch: Path,
+    ) -> None:
+        self._model, self._target, self._precision, self._kernels = model, target, precision, kernels
+        self._programs = {program.name: program for program in programs}
+        self._layers: dict[Key, PredictedLayer] = {}
+        self._outputs: dict[Key, PredictedOutput] = {}
+        self._detections: dict[str, DetectionChange] = {}
+        self._notes: list[str] = []
+        self._walks: dict[str, Walk] = {}
+        for program in programs:
+            if unknown := unsupported(program.graph):
+                raise InputError(
+                    f"{program.graph.path}: no implementation of {unknown[0].op} (node {unknown[0].name!r})"
+                )
+            graph = program.graph
+            if precision != "int8":
+                graph = fold_batchnorm(graph, scratch / f"{program.name}.folded.onnx")
+            elif graph.precision != "int8":
+                raise InputError(
+                    f"--precision int8: {graph.path} has no QuantizeLinear nodes; `cpdebug quantize ptq` puts them in"
+                )
+            self._walks[program.name] = Walk(graph, kernels, device)
+        if is_exported(model) and target.opset:
+            self._notes.append(f"exported at opset {target.opset}, up to which {target.name} reads ONNX")
+        if not target.measured:
+            self._notes.append(f"kernels of {target.name} were never measured: those of TensorRT 8.6 are assumed")
+
+    def add(self, sample: Sample, tell: Callable[[str], None]) -> None:
+        """Compute one sample and take its figures in."""
+        runs = [EXACT, *(kernel.name for kernel in self._kernels)]
+        results: dict[str, dict[str, Arrays]] = {run: {} for run in runs}
+        for component in self._model.components:
+            walk = self._walks[component.name]
+            fed = {run: self._model.feed(component, sample, results[run]) for run in runs}
+            count = len(walk.groups)
+            with deterministic(), torch.no_grad():
+                for i, walked in enumerate(walk.run(fed)):
+                    tell(f"{component.name}: layer {i + 1} of about {count}")
+                    self._take(component.name, walked)
+            for run in runs:
+                results[run][component.name] = walk.outputs[run]
+            for name in component.output_names:
+                self._take_output(Key(component.name, name), walk.outputs)
+        self._take_detections(sample, results)
+
+    def _take(self, component: str, walked: Walked) -> None:
+        group, key = walked.group, Key(component, walked.value)
+        if all(node.op in ("QuantizeLinear", "DequantizeLinear") for node in group.nodes):
+            return
+        layer = PredictedLayer(
+            component,
+            layer_name(self._programs[component], walked.value) if self._knows(key) else walked.value,
+            walked.value,
+            [node.name for node in group.nodes],
+            [node.op for node in group.nodes],
+            walked.reads,
+            self._interval(walked.error),
+            self._interval(walked.introduced) if walked.introduced else None,
+            {v: self._interval(errors, partial=True) for v, errors in walked.inside.items()},
+        )
+        if walked.introduced and self._precision == "fp16":
+            rounding, high = walked.introduced["fp16"], max(walked.introduced.values())
+            layer.excess = high / rounding if rounding else 0.0
+        if layer.introduced is not None and self._target.weak and self._may_stay(key, group):
+            layer.may_stay = True
+            layer.introduced, layer.error = replace(layer.introduced, low=0.0), replace(layer.error, low=0.0)
+        assert walked.exact is not None
+        self._range(layer, group, walked.exact)
+        self._keep(layer)
+        self._layers[key] = layer if key not in self._layers else _worse(self._layers[key], layer)
+
+    def _may_stay(self, key: Key, group: Group) -> bool:
+        """Whether a convolution reads so few channels of a graph's input that tensor cores gain little."""
+        graph = self._walks[key.component].graph
+        shapes = {v.name: v.shape or () for v in graph.inputs}
+        first = group.nodes[0]
+        shape = shapes.get(first.inputs[0], ()) if first.op == "Conv" else ()
+        return len(shape) > 1 and isinstance(shape[1], int) and shape[1] <= FEW
+
+    def _knows(self, key: Key) -> bool:
+        return key.value in self._programs[key.component].graph.producer
+
+    def _interval(self, errors: Mapping[str, float], *, partial: bool = False) -> Interval:
+        expected = errors.get(self._kernels[0].name)
+        assert partial or expected is not None
+        return Interval.around(next(iter(errors.values())) if expected is None else expected, errors.values(), SPREAD)
+
+    def _range(self, layer: PredictedLayer, group: Group, exact: Tensor) -> None:
+        finite = exact[torch.isfinite(exact)].abs()
+        layer.largest = float(finite.max()) if finite.numel() else 0.0
+        if self._precision != "fp16" or not group.computes:
+            return
+        if layer.largest >= BEYOND:
+            layer.range = OVERFLOWS
+        elif layer.largest >= BEYOND / CLOSE_TO:
+            layer.range = CLOSE
+        elif finite.numel() and leaves_half(exact.cpu()):
+            layer.range = VANISHES
+
+    def _keep(self, layer: PredictedLayer) -> None:
+        if layer.range == OVERFLOWS:
+            layer.keep = f"results up to {layer.largest:.3g} are beyond FP16's 65504"
+        elif layer.introduced is not None and not np.isfinite(layer.introduced.high):
+            layer.keep = "NaN or Inf arises in it"
+        elif layer.excess > EXCESS:
+            layer.keep = f"sums in FP16 introduce up to {layer.excess:.1f} times what rounding its results does"
+
+    def _take_output(self, key: Key, outputs: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+        from cp_debug.probes.statistics import compare
+
+        exact = outputs[EXACT].get(key.value)
+        if exact is None or not np.issubdtype(exact.dtype, np.floating):
+            return
+        errors = {}
+        for kernel in self._kernels:
+            error = compare(exact, outputs[kernel.name][key.value]).rel_l2
+            errors[kernel.name] = error if np.isfinite(error) else float("inf")
+        found = PredictedOutput(key.component, key.value, self._interval(errors))
+        if key in self._outputs:
+            found.error = found.error.joined(self._outputs[key].error)
+        self._outputs[key] = found
+
+    def _take_detections(self, sample: Sample, results: Mapping[str, Mapping[str, Arrays]]) -> None:
+        reference: Any = decode(self._model, sample, results[EXACT])
+        if not isinstance(reference, DetectsBoxes):
+            return
+        for kernel in self._kernels:
+            test: Any = decode(self._model, sample, results[kernel.name])
+            if not isinstance(test, DetectsBoxes):
+                self._notes.append(f"the decoder cannot read what {kernel.name} gives")
+                continue
+            change = compare_detections(reference, test)
+            known = self._detections.get(kernel.name)
+            self._detections[kernel.name] = change if known is None else known + change
+
+    def result(self, sources: Sequence[str]) -> Prediction:
+        """What was found over all samples."""
+        keep: dict[str, list[str]] = {}
+        for layer in self._layers.values():
+            if layer.keep:
+                keep.setdefault(layer.component, []).extend(layer.nodes)
+        lost = {n: op for walk in self._walks.values() for n, op in walk.not_emulated.items()}
+        if lost:
+            some = ", ".join(f"{n} ({op})" for n, op in list(lost.items())[:3])
+            self._notes.append(f"{len(lost)} nodes are rounded at their result only, not inside: {some}")
+        last = self._model.components[-1].name
+        outputs = sorted(self._outputs.values(), key=lambda o: o.component != last)
+        return Prediction(
+            model=self._model.name,
+            target=self._target.name,
+            precision=self._precision,
+            kernels={kernel.name: kernel.says for kernel in self._kernels},
+            spread=SPREAD,
+            weak=self._target.weak,
+            samples=list(sources),
+            layers=list(self._layers.values()),
+            outputs=outputs,
+            detections=self._detections,
+            keep=keep,
+            notes=list(dict.fromkeys(self._notes)),
+        )
+
+
+def _tell(on_step: OnStep, done: int, total: int, text: str) -> None:
+    on_step(text, done, total)
+
+
+def _worse(known: PredictedLayer, other: PredictedLayer) -> PredictedLayer:
+    """One layer over two samples."""
+    worst = other if other.error.expected > known.error.expected else known
+    worst.error = known.error.joined(other.error)
+    if known.introduced is not None and other.introduced is not None:
+        worst.introduced = known.introduced.joined(other.introduced)
+    worst.inside = {v: i.joined(other.inside[v]) if v in other.inside else i for v, i in known.inside.items()}
+    worst.largest, worst.excess = max(known.largest, other.largest), max(known.excess, other.excess)
+    order = ("", VANISHES, CLOSE, OVERFLOWS)
+    worst.range = max(known.range, other.range, key=order.index)
+    worst.keep = known.keep or other.keep
+    return worst
+
+
+def _reach(goal: Goal, model: Model, samples: Sequence[Sample], result: Prediction, options: PredictOptions) -> None:
+    """Put the fewest layers that reach the goal on the emulator into ``result``."""
+    backends = [create(s) for s in parse_backends(f"emu-fp32,emu-{EMULATED[result.precision]}")]
+    found = search(model, backends, goal, samples, SearchOptions(exporter=options.exporter))
+    result.goal, result.reached = str(goal), found.reached
+    groups = [layer.fusion_group for layer in found.kept]
+    wanted = {(group.component, node) for group in groups for node in group.nodes}
+    for layer in result.layers:
+        if not layer.keep and any((layer.component, node) in wanted for node in layer.nodes):
+            layer.keep = f"for {goal}"
+    for component, nodes in found.keep.items():
+        known = result.keep.setdefault(component, [])
+        known += [node for node in nodes if node not in known]
+    result.keep = {component: nodes for component, nodes in result.keep.items() if nodes}

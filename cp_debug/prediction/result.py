@@ -1,0 +1,154 @@
+"""What a prediction returns: an interval for each layer and output, detections, and what to keep in FP32."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cp_debug.detection.detection_change import DetectionChange
+from cp_debug.display import terminal
+from cp_debug.errors import InputError
+from cp_debug.files import write_text
+from cp_debug.reading import read_json
+from cp_debug.serialize import decode, encode
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+SCHEMA = "cpdebug.prediction/1"
+
+OVERFLOWS, CLOSE, VANISHES = "overflows", "close", "vanishes"
+"""What FP16's range does to a layer: results beyond 65504; within a factor of 8 of that on this sample; results that
+lose more when stored than rounding explains."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Relative L2 errors over the plausible kernels, widened by the spread that was seen beyond them; infinite where a
+    result is not finite."""
+
+    low: float
+    expected: float
+    """With the most likely kernel."""
+    high: float
+
+    def holds(self, value: float) -> bool:
+        """Whether a measured error lies inside."""
+        return self.low <= value <= self.high
+
+    @classmethod
+    def around(cls, expected: float, all_of: Iterable[float], spread: float) -> Interval:
+        """From the kernels' errors, the most likely one's first; ``spread`` is a factor of at least 1."""
+        errors = [expected, *all_of]
+        return cls(min(errors) / spread, expected, max(errors) * spread)
+
+    def joined(self, other: Interval) -> Interval:
+        """Both samples' intervals together; the larger of the expected errors."""
+        return Interval(min(self.low, other.low), max(self.expected, other.expected), max(self.high, other.high))
+
+
+@dataclass
+class PredictedLayer:
+    """One group of nodes as the target is expected to compute it."""
+
+    component: str
+    name: str
+    """The torch path of its result, or the node's name."""
+    value: str
+    """Its result in the ONNX graph."""
+    nodes: list[str]
+    ops: list[str]
+    reads: list[str]
+    """The values that it reads and that depend on the model's input."""
+    error: Interval
+    """Of its result, from everything above it and itself, against FP32."""
+    introduced: Interval | None = None
+    """By itself, on what it is given; None where it only moves numbers."""
+    inside: dict[str, Interval] = field(default_factory=dict)
+    """Value inside the group → its error: a target that does not fuse the group shows it."""
+    largest: float = 0.0
+    """The largest magnitude of its result in FP32."""
+    range: str = ""
+    """``overflows``, ``close`` or ``vanishes`` where FP16's range is likely to be left."""
+    excess: float = 0.0
+    """The upper end of ``introduced`` ÷ what rounding each operator's result introduces."""
+    may_stay: bool = False
+    """Whether the target is likely to compute it in FP32, which its interval then includes: it reads few channels of
+    the model's own input."""
+    keep: str = ""
+    """Why it should stay in FP32; empty where it need not."""
+
+
+@dataclass
+class PredictedOutput:
+    """One final output, or an output of a component before the last."""
+
+    component: str
+    name: str
+    error: Interval
+
+
+@dataclass
+class Prediction:
+    """What a precision is expected to do on a target, for the worst of some samples."""
+
+    model: str
+    target: str
+    precision: str
+    kernels: dict[str, str]
+    """Name of each way that was emulated → what it does; the most likely first."""
+    spread: float
+    """Factor by which the intervals are wider than these kernels' errors."""
+    weak: bool
+    """Whether the target may leave any layer in FP32: its error is then below the interval."""
+    samples: list[str]
+    layers: list[PredictedLayer]
+    outputs: list[PredictedOutput]
+    detections: dict[str, DetectionChange] = field(default_factory=dict)
+    """Kernel → what becomes of the reference's boxes; empty for models without."""
+    keep: dict[str, list[str]] = field(default_factory=dict)
+    """Component → nodes to keep in FP32."""
+    goal: str = ""
+    """What keeping them must reach, where that was asked."""
+    reached: bool | None = None
+    """Whether the goal holds with them kept, on the emulator."""
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def verdict(self) -> str:
+        """The outcome in a sentence."""
+        computing = [layer for layer in self.layers if layer.introduced is not None]
+        worst = max(self.outputs, key=lambda o: o.error.expected, default=None)
+        parts = [f"{len(computing)} layers in {self.precision} on {self.target}"]
+        if worst is not None:
+            e = worst.error
+            parts.append(f"worst output {worst.name} off by about {e.expected:.2g} ({e.low:.2g} to {e.high:.2g})")
+        if out := [layer for layer in self.layers if layer.range == OVERFLOWS]:
+            parts.append(f"{len(out)} beyond FP16's range")
+        if kept := sum(bool(layer.keep) for layer in self.layers):
+            parts.append(f"{kept} to keep in FP32")
+        return ", ".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON document; numbers that JSON lacks are the strings "NaN", "Infinity", "-Infinity"."""
+        return {"schema": SCHEMA, "verdict": self.verdict, **encode(self)}
+
+    def save(self, path: Path) -> None:
+        """Write the JSON document, complete or not at all."""
+        write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", path)
+
+    @classmethod
+    def open(cls, path: Path | str) -> Prediction:
+        """Read what ``save`` or ``cpdebug predict --json`` wrote. Raises InputError naming the file and the field."""
+        document = read_json(Path(path), what="prediction")
+        schema = document.get("schema") if isinstance(document, dict) else None
+        if isinstance(document, dict) and schema != SCHEMA:
+            raise InputError(f"{path}: field 'schema' is {schema!r}; this version reads {SCHEMA!r}")
+        return decode(cls, document, str(path))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from terminal(self, Prediction)

@@ -1,0 +1,169 @@
+"""One component computed in all plausible ways side by side, layer after layer, and once in FP32 beside them."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import onnx
+from torch import Tensor
+
+from cp_debug.backends.arithmetic import FP32
+from cp_debug.backends.executor import Executor
+from cp_debug.backends.kernels.epilogue import BIAS, fused
+from cp_debug.graph.downstream import data_values
+from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.unquantize import quantized_inputs
+from cp_debug.prediction.groups import Group, groups_of
+from cp_debug.prediction.targets import Kernel
+from cp_debug.probes.distance import distance, ratio
+
+EXACT = ""
+"""The name of the FP32 run among those of the kernels."""
+
+
+@dataclass
+class Walked:
+    """One group as all kernels computed it. Errors: kernel → relative L2, infinite where a result is not finite."""
+
+    group: Group
+    value: str
+    reads: list[str]
+    """What the group reads of values that depend on the model's input, around Q/DQ pairs."""
+    error: dict[str, float] = field(default_factory=dict)
+    introduced: dict[str, float] = field(default_factory=dict)
+    inside: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Value inside the group → its errors, of kernels that compute it."""
+    exact: Tensor | None = None
+    """The result in FP32."""
+
+
+class Walk:
+    """One component on one sample. ``inputs``: run (a kernel's name, or ``EXACT``) → what it is fed, by input.
+
+    Every kernel is fed its own upstream results, as in a deployed pipeline. Values are freed after their last reader.
+    """
+
+    def __init__(self, graph: Graph, kernels: Sequence[Kernel], device: str) -> None:
+        self.graph, self._kernels = graph, kernels
+        self._device = device
+        self._executors = {kernel.name: Executor(graph, kernel.arithmetic, device) for kernel in kernels}
+        self._oracle = Executor(graph, FP32, device)
+        self._bypass = quantized_inputs(graph)
+        self.groups = groups_of(graph)
+        self._data = set(data_values(graph)) | {v.name for v in graph.inputs}
+        self.outputs: dict[str, dict[str, np.ndarray]] = {}
+        """Run → output → array, once walked."""
+
+    @property
+    def not_emulated(self) -> dict[str, str]:
+        """Node → operator of those that were only rounded at their result."""
+        return {n: op for executor in self._executors.values() for n, op in executor.not_emulated.items()}
+
+    def run(self, inputs: Mapping[str, Mapping[str, np.ndarray]]) -> Iterator[Walked]:
+        """The groups in execution order, each once it is computed; then ``outputs`` is known."""
+        wanted = [v.name for v in self.graph.outputs]
+        live: dict[str, dict[str, Any]] = {run: dict(given) for run, given in inputs.items()}
+        readers = Counter(name for group in self.groups for name in self._reads(group)) + Counter(wanted)
+        for group in self.groups:
+            results = self._exits(group, readers)
+            if group.side:
+                made = self._oracle.run_nodes(group.nodes, live[EXACT], results)
+                for values in live.values():
+                    values.update(made)
+            else:
+                yield from self._compute(group, results, live)
+            for name in self._reads(group):
+                readers[name] -= 1
+                if not readers[name]:
+                    for values in live.values():
+                        values.pop(name, None)
+        for run, values in live.items():
+            found = self._oracle.run_nodes([], values, wanted)
+            self.outputs[run] = {n: v.cpu().numpy() if isinstance(v, Tensor) else v for n, v in found.items()}
+
+    def _reads(self, group: Group) -> set[str]:
+        """What the nodes of a group read from outside, around Q/DQ pairs too."""
+        own = {output for node in group.nodes for output in node.outputs}
+        around = {source for node in group.nodes for source in self._bypass.get(node.name, {}).values()}
+        return ({name for node in group.nodes for name in node.inputs} | around) - own
+
+    @staticmethod
+    def _exits(group: Group, readers: Mapping[str, int]) -> list[str]:
+        return [o for node in group.nodes for o in node.outputs if readers.get(o)] or list(group.nodes[-1].outputs)
+
+    def _compute(self, group: Group, results: Sequence[str], live: Mapping[str, dict[str, Any]]) -> Iterator[Walked]:
+        plain = [self._unquantized(node) for node in group.nodes]
+        seen: dict[str, Any] = {}
+        exact = self._oracle.run_nodes(plain, live[EXACT], results, seen.__setitem__)
+        outer = self._data.difference(output for node in plain for output in node.outputs)
+        reads = [name for name in dict.fromkeys(i for n in plain for i in n.inputs) if name in outer]
+        walked = {
+            v: Walked(group, v, reads, exact=x)
+            for v in results
+            if isinstance(x := exact[v], Tensor) and x.is_floating_point()
+        }
+        made: dict[str, dict[str, Any]] = {EXACT: exact}
+        for kernel in self._kernels:
+            inside: dict[str, Any] = {}
+            own = made[kernel.name] = self._low(kernel, group, live[kernel.name], results, inside)
+            for name, value in walked.items():
+                value.error[kernel.name] = _error(own[name], exact[name])
+                value.inside |= {
+                    inner: {**value.inside.get(inner, {}), kernel.name: _error(x, seen[inner])}
+                    for inner, x in inside.items()
+                    if inner in seen and inner not in results and isinstance(x, Tensor) and x.is_floating_point()
+                }
+            if group.computes and walked:
+                right = self._oracle.run_nodes(plain, live[kernel.name], list(walked))
+                for name, value in walked.items():
+                    value.introduced[kernel.name] = _error(own[name], right[name])
+        for run, values in live.items():
+            values.update(made[run])
+        yield from walked.values()
+
+    def _low(
+        self,
+        kernel: Kernel,
+        group: Group,
+        given: Mapping[str, Any],
+        results: Sequence[str],
+        inside: dict[str, Any],
+    ) -> dict[str, Any]:
+        nodes, biases = fused(self.graph, group.nodes, given) if kernel.fused else (group.nodes, {})
+        executor, values = self._executors[kernel.name], {**given, **biases}
+        own = executor.run_nodes(nodes, values, results, inside.__setitem__ if kernel.stored is None else None)
+        for node in (n for n in group.nodes if n.name + BIAS in biases):
+            inside.pop(node.outputs[0], None)  # it lacks the bias
+        if kernel is self._kernels[0] and any(o not in inside for n in group.nodes for o in n.outputs):
+            executor.run_nodes(group.nodes, given, results, inside.setdefault)  # for an engine that splits the group
+        if kernel.stored is None or not group.computes:
+            return own
+        last = {v.name for v in self.graph.outputs}
+        return {n: x if n in last or not _floats(x) else kernel.stored.round(x) for n, x in own.items()}
+
+    def _unquantized(self, node: Node) -> Node:
+        """The node, reading what is in front of Q/DQ pairs."""
+        around = self._bypass.get(node.name)
+        if not around:
+            return node
+        proto = onnx.NodeProto()
+        proto.CopyFrom(node.proto)
+        proto.input[:] = [around.get(name, name) for name in proto.input]
+        return replace(Node.of(node.index, proto), name=node.name)
+
+
+def _floats(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _error(ours: Any, theirs: Any) -> float:
+    """Relative L2 distance; infinite where ours is not finite and theirs is."""
+    if not isinstance(ours, Tensor) or ours.shape != theirs.shape:
+        return math.inf
+    found = distance(ours, theirs)
+    return math.inf if found.new_nonfinite else ratio(found.difference, found.whole)

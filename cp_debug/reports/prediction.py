@@ -1,0 +1,83 @@
+"""A prediction in a terminal: the layers that suffer most, the outputs, the detections, and what to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from cp_debug.mixed_precision.emit import arguments
+from cp_debug.prediction.result import Interval, PredictedLayer, Prediction
+from cp_debug.reports.numbers import number
+from cp_debug.reports.search import TOOLS
+from cp_debug.reports.sheet import Column, Row, Sheet
+from cp_debug.reports.sheet_terminal import Terminal
+
+MOST = 20
+"""Layers shown unless all are asked for."""
+
+
+def render(result: Prediction, *, show_all: bool = False) -> Iterator[RenderableType]:
+    """The parts of a prediction, in the order in which they are read."""
+    yield Text.assemble((result.model, "bold"), f" · {result.precision} on {result.target}, predicted by emulation")
+    for i, (name, says) in enumerate(result.kernels.items()):
+        yield Text(f"  {name}: {says}{' (taken as the most likely)' if not i else ''}", "dim")
+    layers = [layer for layer in result.layers if layer.introduced is not None]
+    worst = sorted(layers, key=_severity, reverse=True)[:MOST]
+    yield Terminal(layer_table([layer for layer in layers if show_all or layer.keep or layer in worst]))
+    if not show_all and len(layers) > MOST:
+        yield Text(f"{len(layers)} layers; those that introduce most are shown, --all shows the rest", "dim")
+    yield Terminal(output_table(result))
+    for kernel, change in result.detections.items():
+        yield Text(f"detections, {kernel}: {change}")
+    if result.weak:
+        yield Text(f"{result.target} may leave any layer in FP32: then it introduces less than said here", "dim")
+    for note in result.notes:
+        yield Text(f"note: {note}", style="yellow")
+    kept = any(layer.keep for layer in result.layers)
+    yield Text(result.verdict, style="yellow" if kept else "green")
+    if result.goal:
+        says = f"{result.goal} holds on the emulator" if result.reached else f"{result.goal} was not reached"
+        yield Text(says, style="green" if result.reached else "red")
+    if kept and result.precision != "int8":
+        for component, tools in arguments(result.keep, result.precision).items():
+            for tool, line in tools.items():
+                yield Text(f"{TOOLS[tool]}, {component}:", style="bold")
+                yield Text(line, no_wrap=True, overflow="ignore")
+
+
+def layer_table(layers: list[PredictedLayer]) -> Sheet:
+    """A row for each layer."""
+    columns = (
+        Column("layer", "name"),
+        Column("operators", "mark", leave_out=5),
+        Column("introduces", "number"),
+        Column("from … to", "number", leave_out=3),
+        Column("error", "number"),
+        Column("from … to", "number", leave_out=2),
+        Column("largest", "number", leave_out=4),
+        Column("keep in FP32", leave_out=1),
+    )
+    rows = []
+    for layer in layers:
+        assert layer.introduced is not None
+        operators = "+".join(layer.ops[:4]) + ("…" if len(layer.ops) > 4 else "")
+        figures = (*_cells(layer.introduced), *_cells(layer.error), layer.largest)
+        keep = layer.keep or (layer.range and f"({layer.range} in FP16's range)")
+        rows.append(Row((layer.name, operators, *figures, keep), "worst" if layer.keep else ""))
+    return Sheet(columns, rows)
+
+
+def output_table(result: Prediction) -> Sheet:
+    """A row for each output."""
+    columns = (Column("output", "name"), Column("error", "number"), Column("from … to", "number"))
+    return Sheet(columns, [(f"{each.component}/{each.name}", *_cells(each.error)) for each in result.outputs])
+
+
+def _cells(interval: Interval) -> tuple[str, str]:
+    return number(interval.expected), f"{number(interval.low)} … {number(interval.high)}"
+
+
+def _severity(layer: PredictedLayer) -> float:
+    return layer.introduced.high if layer.introduced is not None else 0.0

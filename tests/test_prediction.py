@@ -1,0 +1,228 @@
+"""Predictions: the layers that are expected, intervals that hold what kernels do, range, goals, files and refusals."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from nets import NetBuilder
+from typer.testing import CliRunner
+
+import cp_debug
+from cp_debug.backends.registry import create
+from cp_debug.backends.spec import parse_backends
+from cp_debug.bisect.engine import Options, bisect
+from cp_debug.bisect.faults.edits import Editor, rescale
+from cp_debug.cli.main import app
+from cp_debug.errors import InputError
+from cp_debug.graph.fold_batchnorm import fold_batchnorm
+from cp_debug.graph.graph import Graph
+from cp_debug.graph.made_up import MadeUp
+from cp_debug.graph.qdq import insert_qdq, quantizable
+from cp_debug.graph.scales import LayerScales
+from cp_debug.prediction.groups import groups_of
+from cp_debug.prediction.predict import PredictOptions, predict
+from cp_debug.prediction.result import OVERFLOWS, Interval, Prediction
+from cp_debug.recipes.registry import load_model
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from predict_score import Score, summary
+
+
+def residual(path: Path, *, channels: int = 16, norm: bool = True) -> Path:
+    """Two convolutions, one with BatchNormalization, a residual addition, SiLU and a head: ``x`` to ``y``."""
+    net = NetBuilder()
+    a = net.conv("x", 8, channels, name="c0")
+    a = net.op("Relu", net.batch_norm(a, channels) if norm else a, name="r0")
+    b = net.op("Add", net.conv(a, channels, channels, name="c1"), a, name="sum")
+    c = net.op("Mul", b, net.op("Sigmoid", b, name="gate"), name="silu")
+    net.conv(c, channels, 4, k=1, name="y")
+    return net.save(path, {"x": (1, [1, 8, 12, 12])}, ["y"])
+
+
+def made(prediction: Prediction) -> dict[str, list[str]]:
+    return {layer.value: layer.ops for layer in prediction.layers}
+
+
+def test_layers_are_those_an_engine_fuses(tmp_path: Path) -> None:
+    prediction = predict(str(residual(tmp_path / "net.onnx")))
+    assert made(prediction) == {
+        "r0": ["Conv", "Relu"],
+        "silu": ["Conv", "Add", "Sigmoid", "Mul"],
+        "y": ["Conv"],
+    }
+
+
+def test_a_normalisation_in_parts_is_one_layer(tmp_path: Path) -> None:
+    net = NetBuilder()
+    mean = net.op("ReduceMean", "x", name="mean", axes=[-1], keepdims=1)
+    centred = net.op("Sub", "x", mean, name="centred")
+    two, eps = net.weight(np.array(2, np.float32)), net.weight(np.array(1e-5, np.float32))
+    variance = net.op("ReduceMean", net.op("Pow", centred, two), name="variance", axes=[-1], keepdims=1)
+    normal = net.op("Div", centred, net.op("Sqrt", net.op("Add", variance, eps)), name="normal")
+    net.op("Add", net.op("Mul", normal, net.weight(np.ones(8, np.float32))), "x", name="y")
+    graph = Graph(net.save(tmp_path / "norm.onnx", {"x": (1, [2, 8])}, ["y"]))
+    (group,) = groups_of(graph)
+    assert len(group.nodes) == 9
+
+
+def test_groups_hold_every_node_once_and_come_in_an_order_that_runs(tmp_path: Path) -> None:
+    net = NetBuilder()
+    short = net.conv("x", 8, 16, k=1, name="short")  # behind the main branch in the addition, before it in the file
+    main = net.conv(net.op("Relu", net.conv("x", 8, 16)), 16, 16)
+    both = net.op("Add", main, short, name="both")
+    left, right = net.op("Relu", both, name="left"), net.op("Tanh", both, name="right")
+    net.op("Concat", left, right, axis=1, name="y")
+    graph = Graph(net.save(tmp_path / "net.onnx", {"x": (1, [1, 8, 6, 6])}, ["y"]))
+    groups = groups_of(graph)
+    assert sorted(n.index for g in groups for n in g.nodes) == list(range(len(graph.nodes)))
+    known = {"x", *graph.initializers}
+    for group in groups:
+        own = {o for n in group.nodes for o in n.outputs}
+        assert all(name in known | own for node in group.nodes for name in node.inputs)
+        known |= own
+
+
+def test_intervals_hold_what_each_kernel_introduces(tmp_path: Path) -> None:
+    path = residual(tmp_path / "net.onnx", channels=32, norm=False)
+    prediction = predict(str(path))
+    for spec in ("emu-fp16", "emu-fp16acc"):
+        result = bisect(
+            load_model(str(path)),
+            [create(s) for s in parse_backends(f"ort-none,{spec}")],
+            options=Options(explain=False),
+        )
+        rows = json.loads(json.dumps(result.to_dict()))["tests"][0]["layers"]
+        told = summary(Score(prediction, rows).rows())
+        assert told["error"]["missing"] == 0
+        assert told["error"]["coverage"] == 1.0, told
+
+
+def test_a_wrong_engine_is_outside(tmp_path: Path) -> None:
+    """The scorer's own check: an engine that is 3 times as far off as any kernel is above every interval."""
+    path = residual(tmp_path / "net.onnx")
+    prediction = predict(str(path))
+    rows = [
+        {"component": layer.component, "onnx": layer.value, "op": layer.ops[-1], "rel_l2": 3 * layer.error.high,
+         "introduced": 3 * layer.introduced.high, "tactic": ""}
+        for layer in prediction.layers if layer.introduced is not None
+    ]  # fmt: skip
+    told = summary(Score(prediction, rows).rows())
+    assert told["error"]["above"] == told["introduced"]["above"] == len(rows)
+    unknown = [{"component": "net", "onnx": "other", "op": "Conv", "rel_l2": 1e-4, "introduced": 1e-4, "tactic": ""}]
+    assert summary(Score(prediction, unknown).rows())["error"]["missing"] == 1
+
+
+def test_what_leaves_the_range_stays_in_fp32(tmp_path: Path) -> None:
+    net, x = NetBuilder(), "x"
+    for i in range(4):
+        x = net.op("Relu", net.conv(x, 8, 8, name=f"c{i}"), name=f"r{i}")
+    editor = Editor(net.save(tmp_path / "net.onnx", {"x": (1, [1, 8, 8, 8])}, [x]))
+    rescale(editor, "c1", "c2", 2.0**18)
+    prediction = predict(str(editor.save(tmp_path / "net.onnx")))
+    beyond = {layer.value for layer in prediction.layers if layer.range == OVERFLOWS}
+    assert beyond == {"r1"}
+    assert next(layer for layer in prediction.layers if layer.value == "r1").error.high == np.inf
+    assert "node_c1" in prediction.keep[prediction.layers[0].component]
+    again = predict(str(tmp_path / "net.onnx"), options=PredictOptions(goal="rel_l2<1e-2"))
+    assert again.reached
+    assert {"node_c1", "node_c2"} <= set(again.keep[again.layers[0].component])
+
+
+@pytest.mark.parametrize(("precision", "target"), [("bf16", "trt-10"), ("tf32", "trt-8.6"), ("fp16", "trt-11")])
+def test_every_precision(tmp_path: Path, precision: str, target: str) -> None:
+    prediction = predict(str(residual(tmp_path / "net.onnx")), precision, target)
+    roundoff = {"bf16": 2.0**-9, "tf32": 2.0**-11, "fp16": 2.0**-11}[precision]
+    for layer in prediction.layers:
+        assert layer.introduced is not None
+        assert 0 < layer.introduced.low <= layer.introduced.expected <= layer.introduced.high < 8 * roundoff
+    assert prediction.weak == (target != "trt-11")
+
+
+def test_int8_of_a_quantized_file(tmp_path: Path) -> None:
+    graph = Graph(residual(tmp_path / "plain.onnx"))
+    scales = {}
+    for node in quantizable(graph):
+        largest = np.abs(graph.initializer(node.proto.input[1])).max((1, 2, 3))
+        scales[node.name] = LayerScales(4.0, largest)
+    path = insert_qdq(graph, scales, tmp_path / "net.onnx")
+    prediction = predict(str(path), "int8")
+    (output,) = prediction.outputs
+    real = cp_debug.diagnose(
+        str(tmp_path / "plain.onnx"), "ort-none,ort-int8", test_model=path, options=Options(explain=False)
+    )
+    measured = real.tests[0].outputs[0].stats.rel_l2
+    assert output.error.holds(measured)
+    with pytest.raises(InputError, match="has no QuantizeLinear nodes"):
+        predict(str(tmp_path / "plain.onnx"), "int8")
+
+
+def test_a_torch_module(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(
+        "import torch\n"
+        "def build():\n"
+        "    torch.manual_seed(0)\n"
+        "    net = torch.nn.Sequential(torch.nn.Conv2d(8, 16, 3), torch.nn.BatchNorm2d(16), torch.nn.ReLU())\n"
+        "    return net.eval(), (torch.randn(1, 8, 8, 8),)\n"
+    )
+    prediction = predict(f"{tmp_path / 'net.py'}:build")
+    assert [layer.ops for layer in prediction.layers] == [["Conv", "Relu"]]
+    assert any("opset 17" in note for note in prediction.notes)
+
+
+def test_two_samples_and_back_from_json(tmp_path: Path) -> None:
+    path = str(residual(tmp_path / "net.onnx"))
+    one, two = predict(path), predict(path, options=PredictOptions(samples=2))
+    for first, both in zip(one.layers, two.layers, strict=True):
+        assert both.error.low <= first.error.low
+        assert both.error.high >= first.error.high
+    two.save(tmp_path / "p.json")
+    assert Prediction.open(tmp_path / "p.json").to_dict() == two.to_dict()
+    (tmp_path / "p.json").write_text('{"schema": "cpdebug.search/1"}')
+    with pytest.raises(InputError, match="schema"):
+        Prediction.open(tmp_path / "p.json")
+
+
+def test_batchnorm_folds_without_changing_what_is_computed(tmp_path: Path) -> None:
+    graph = Graph(residual(tmp_path / "net.onnx"))
+    folded = fold_batchnorm(graph, tmp_path / "folded.onnx")
+    assert not any(node.op == "BatchNormalization" for node in folded.nodes)
+    from cp_debug.backends.executor import Executor
+
+    feed = MadeUp(graph).sample(np.random.default_rng(0))
+    before, after = Executor(graph).run(feed)["y"], Executor(folded).run(feed)["y"]
+    assert float((before - after).norm() / before.norm()) < 1e-6
+
+
+def test_interval() -> None:
+    interval = Interval.around(2.0, [1.0, 4.0], 1.25)
+    assert (interval.low, interval.high) == (0.8, 5.0)
+    assert interval.holds(0.8)
+    assert not interval.holds(5.1)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    path = str(residual(tmp_path / "net.onnx"))
+    found = CliRunner().invoke(app, ["predict", path, "--all", "--json", str(tmp_path / "p.json")])
+    assert found.exit_code == 0, found.output
+    assert "silu" in found.output
+    assert Prediction.open(tmp_path / "p.json").precision == "fp16"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--target", "trt-7"], "known are trt-8.6, trt-10, trt-11"),
+        (["--precision", "fp8"], "known are fp16, bf16, tf32, int8"),
+        (["--precision", "bf16"], "does not compute in bf16"),
+        (["--goal", "nonsense<1"], "no figure 'nonsense'"),
+        (["--exporter", "dynamo"], "is exported already"),
+    ],
+)
+def test_refusals_before_anything_runs(tmp_path: Path, arguments: list[str], said: str) -> None:
+    path = str(residual(tmp_path / "net.onnx"))
+    with pytest.raises(InputError, match=said):
+        CliRunner().invoke(app, ["predict", path, *arguments], catch_exceptions=False, standalone_mode=False)
