@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from cp_debug.bisect.result import LayerRow
+from cp_debug.probes.statistics import TensorStats
+
+
+class Row(Protocol):
+    """What is asked of a row of a result."""
+
+    index: int
+    name: str
+    op: str
+    stats: TensorStats
+
 
 SIDES = ("reference", "test")
 KINDS = ("nan", "inf")
 _WRITTEN = {"nan": "NaN", "inf": "Inf"}
 
 
-def count(row: LayerRow, kind: str, side: str) -> int:
+def count(row: Row, kind: str, side: str) -> int:
     """How many elements of a value are NaN (``nan``) or Inf (``inf``) on the ``reference`` or the ``test`` side."""
     stats = row.stats
     found = {
@@ -25,14 +34,14 @@ def count(row: LayerRow, kind: str, side: str) -> int:
     return found[kind, side]
 
 
-def undecided(row: LayerRow) -> bool:
+def undecided(row: Row) -> bool:
     """Whether nothing can be said of an output although both sides agree: NaN on a side, or no finite element."""
     if any(count(row, "nan", side) for side in SIDES):
         return True
     return bool(row.stats.count) and row.stats.inf_ref == row.stats.count
 
 
-def born(rows: Sequence[LayerRow]) -> Iterator[str]:
+def born(rows: Sequence[Row]) -> Iterator[str]:
     """A phrase for each kind and side, equal ones together: the first value, in execution order, that holds any."""
     for kind in KINDS:
         places: dict[str, list[str]] = {}
@@ -47,7 +56,7 @@ def born(rows: Sequence[LayerRow]) -> Iterator[str]:
             yield f"{_WRITTEN[kind]} {place} {on}"
 
 
-def outputs_say(outputs: Sequence[LayerRow]) -> str:
+def outputs_say(outputs: Sequence[Row]) -> str:
     """The outputs that hold NaN or Inf, the worst first; empty where all are finite."""
     strange = [(sum(count(row, k, side) for k in KINDS for side in SIDES), row) for row in outputs]
     found = sorted((item for item in strange if item[0]), key=lambda item: -item[0])
@@ -59,5 +68,5 @@ def outputs_say(outputs: Sequence[LayerRow]) -> str:
     return f"output {row.name} is not finite ({'; '.join(sides)}; of {row.stats.count} elements){more}"
 
 
-def _held(row: LayerRow, side: str) -> list[str]:
+def _held(row: Row, side: str) -> list[str]:
     return [f"{number} {_WRITTEN[kind]}" for kind in KINDS if (number := count(row, kind, side))]

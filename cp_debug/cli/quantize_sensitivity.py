@@ -65,7 +65,7 @@ def sensitivity(
     read = DataOptions(data_root)
     check_given(model, inputs=data, samples=samples, checkpoint=checkpoint, options=read, flag="--data")
     from cp_debug.files import complete_file
-    from cp_debug.mixed_precision.int8_sensitivity import build_sensitivity_profile, check_budget, scored_samples
+    from cp_debug.mixed_precision.sensitivity import build_sensitivity_profile, check_budget, scored_samples
     from cp_debug.quantization.open_quantized import modules_of, open_quantized
     from cp_debug.recipes.registry import load_model
     from cp_debug.reports.files import csv_text
