@@ -118,10 +118,10 @@ class EngineCache:
 
     def _trim(self) -> None:
         files = sorted(self.folder.glob("*.engine"), key=lambda path: path.stat().st_mtime, reverse=True)
-        held = 0
+        total = 0
         for path in files:
-            held += path.stat().st_size
-            if held > LARGEST:
+            total += path.stat().st_size
+            if total > LARGEST:
                 path.unlink(missing_ok=True)
                 path.with_suffix(".json").unlink(missing_ok=True)
 
