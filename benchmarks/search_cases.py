@@ -29,8 +29,9 @@ from cp_debug.graph.scales import LayerScales
 from cp_debug.graph.unquantize import quantized_inputs, remove_qdq
 from cp_debug.mixed_precision.fusion_groups import FusionGroup, Kept, fusion_groups_of
 from cp_debug.mixed_precision.goal import Goal
+from cp_debug.mixed_precision.graph_runners import EmulatedRunner
 from cp_debug.mixed_precision.judge import Judge
-from cp_debug.mixed_precision.trials import EmulatedRunner, TrialPrecision
+from cp_debug.mixed_precision.precision import TrialPrecision
 from cp_debug.recipes.registry import load_model
 from tests.nets import NetBuilder
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cp_debug.backends.base import Backend, Program
-from cp_debug.bisect.options import Options, Progress, Rewrite
+from cp_debug.bisect.options import Options, Rewrite, StepCounter
 from cp_debug.graph.randomness import drawing
 from cp_debug.graph.weight_differences import WeightDifferences
 from cp_debug.programs.paired import differing_weights, pair_programs
@@ -69,7 +69,7 @@ class Preparation:
         export: Export,
         options: Options,
         samples: Callable[[], Iterable[Sample]],
-        progress: Progress,
+        progress: StepCounter,
     ) -> None:
         """``sides``: the reference's and the tests'. ``samples`` begins anew at each call."""
         self._reference, self._test = sides

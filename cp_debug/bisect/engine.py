@@ -15,7 +15,7 @@ from cp_debug.bisect.both_sides import BothSides, Preparation, Side
 from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.bisect.int8_notes import int8_notes
 from cp_debug.bisect.one_sample import SampleRuns
-from cp_debug.bisect.options import DEFAULT_OPTIONS, OnStep, Options, Progress, Rewrite, is_optimized
+from cp_debug.bisect.options import DEFAULT_OPTIONS, OnStep, Options, Rewrite, StepCounter, is_optimized
 from cp_debug.bisect.result import BisectResult, TestResult
 from cp_debug.bisect.standards import oracle, tolerance
 from cp_debug.bisect.worst_samples import observation_notes
@@ -61,7 +61,7 @@ class Bisection:
         on_step: OnStep,
     ) -> None:
         self.options, self._test_model = options, test_model
-        self._progress = Progress(on_step)
+        self._progress = StepCounter(on_step)
         if isinstance(backends, str):
             differs = test_model is not None or options.differs
             backends = [create(spec) for spec in parse_backends(backends, repeats=differs)]

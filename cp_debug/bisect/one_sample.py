@@ -15,7 +15,7 @@ from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.bisect.causes.effects import Effects
 from cp_debug.bisect.causes.findings import Explainer
 from cp_debug.bisect.observe import Observation, observe
-from cp_debug.bisect.options import Options, Progress
+from cp_debug.bisect.options import Options, StepCounter
 from cp_debug.bisect.regions.guilty import look_inside
 from cp_debug.bisect.remainder import remainder
 from cp_debug.bisect.replayed import Replay
@@ -49,7 +49,7 @@ class SampleRuns:
         runs: Sequence[CandidateRun],
         options: Options,
         scratch: Path,
-        progress: Progress,
+        progress: StepCounter,
     ) -> None:
         """``model`` is the reference's; ``scratch`` takes captures that are not to be saved."""
         self._model, self._reference, self.runs = model, reference, runs

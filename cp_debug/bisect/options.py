@@ -63,7 +63,7 @@ def is_optimized(backend: Backend) -> bool:
     return backend.spec.name in ("ort-basic", "ort-all")
 
 
-class Progress:
+class StepCounter:
     """Counts the steps of one bisect and tells of each before it begins."""
 
     def __init__(self, on_step: OnStep, steps: int = 0) -> None:

@@ -58,18 +58,6 @@ def doubt(
     return math.hypot(own, math.sqrt(sum(m * m for m in moved) / draws))
 
 
-def disturbed(
-    oracle: Executor, nodes: Sequence[Node], given: Mapping[str, AnyTensor], targets: Sequence[str], family: str = ""
-) -> dict[str, Tensor]:
-    """The ``targets`` of a segment when every node's result is off by what correct implementations may differ.
-
-    The noise is the same in every call. Raises InputError as ``Executor.run_nodes`` does.
-    """
-    exact, spreads = _spreads(oracle, nodes, given, family, None)
-    values = _noisy(oracle, nodes, exact, spreads, torch.Generator().manual_seed(0))
-    return {t: torch.as_tensor(values[t]) for t in targets}
-
-
 def _spreads(
     oracle: Executor, nodes: Sequence[Node], given: Mapping[str, AnyTensor], family: str, claim: Arithmetic | None
 ) -> tuple[dict[str, AnyTensor], dict[str, Tensor]]:

@@ -17,7 +17,7 @@ from cp_debug.bisect.replayed import Replay
 from cp_debug.bisect.result import Remainder
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
-from cp_debug.probes.distance import distance, ratio
+from cp_debug.probes.distance import distance
 from cp_debug.programs.pipeline import Key
 from cp_debug.programs.walk import tensors_as_arrays, walk
 from cp_debug.recipes.base import Arrays, Component, Sample
@@ -81,6 +81,5 @@ def _apart(a: Arrays, b: Arrays) -> float:
     for name, theirs in b.items():
         if name not in a or a[name].shape != theirs.shape:
             continue
-        found = distance(np.asarray(a[name], np.float64), np.asarray(theirs, np.float64))
-        worst = max(worst, ratio(found.difference, found.whole))
+        worst = max(worst, distance(np.asarray(a[name], np.float64), np.asarray(theirs, np.float64)).relative)
     return worst

@@ -54,7 +54,7 @@ def sensitivity(
     """
     from cp_debug.cli.console import command_line, show_document, steps
     from cp_debug.files import complete_file
-    from cp_debug.mixed_precision.int8_sensitivity import build_sensitivity_profile, check_budget, scored_samples
+    from cp_debug.mixed_precision.sensitivity import build_sensitivity_profile, check_budget, scored_samples
     from cp_debug.quantization.open_quantized import modules_of, open_quantized
     from cp_debug.recipes.data.base import DataOptions
     from cp_debug.recipes.registry import load_model

@@ -23,7 +23,7 @@ MACHINE = ("tensorrt", "gpu", "compute_capability")
 
 
 @dataclass(frozen=True)
-class Built:
+class BuiltEngine:
     """One engine."""
 
     component: str
@@ -47,7 +47,7 @@ def build_engines(
     folder: Path,
     files: Mapping[str, str] | None = None,
     on_step: Callable[[str, int, int], None] = lambda text, done, total: None,
-) -> list[Built]:
+) -> list[BuiltEngine]:
     """Build ``<component>.engine`` for every program, and their manifest, which appears last.
 
     ``backend`` is a TensorRT backend with a profile for every dynamic input; ``files``: component → another file name.
@@ -71,7 +71,7 @@ def build_engines(
             session.close()
         infos.append(info)
         seconds, realised = engine.facts["seconds"], info.realised_precision
-        built.append(Built(program.name, target.name, file_hash(target), program.graph.digest, seconds, realised))
+        built.append(BuiltEngine(program.name, target.name, file_hash(target), program.graph.digest, seconds, realised))
     check_realised(backend, infos)
     versions = backend.versions()
     manifest = {
@@ -97,7 +97,7 @@ def check_engines(folder: Path, programs: Sequence[Program], versions: Mapping[s
     except InputError as error:
         raise InputError(f"{source} ({error})") from None
     manifest: dict[str, Any] = typed(dict[str, Any], document, source)
-    built: list[Built] = typed(list[Built], manifest.get("engines"), source)
+    built: list[BuiltEngine] = typed(list[BuiltEngine], manifest.get("engines"), source)
     engines = {entry.component: entry for entry in built}
     machine: dict[str, str] = typed(dict[str, str], {key: manifest.get(key) for key in MACHINE}, source)
     for entry in engines.values():

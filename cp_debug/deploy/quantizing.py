@@ -15,7 +15,7 @@ from cp_debug.errors import InputError
 from cp_debug.files import complete_path
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.qdq import insert_qdq
-from cp_debug.probes.distance import distance
+from cp_debug.probes.distance import relative_l2
 from cp_debug.programs.walk import Walk, run_module
 from cp_debug.quantization.models import QuantizedComponent, with_modules
 from cp_debug.quantization.nodes import scales_by_node
@@ -100,7 +100,7 @@ def _check(
     finally:
         session.close()
     errors, limits = (
-        {name: _relative(arrays[name], expected[name]) for name in expected} for arrays in (outputs, plain)
+        {name: relative_l2(arrays[name], expected[name]) for name in expected} for arrays in (outputs, plain)
     )
     worst = max(errors, key=errors.__getitem__)
     if not sum(errors.values()) <= sum(limits.values()):
@@ -109,13 +109,6 @@ def _check(
             f"{component.name}, which is itself {limits[worst]:.2g} from FP32; the graph computes something else"
         )
     return errors[worst]
-
-
-def _relative(test: np.ndarray, reference: np.ndarray) -> float:
-    apart = distance(test, reference)
-    if apart.new_nonfinite:
-        return np.inf
-    return apart.difference / apart.whole if apart.whole else apart.difference
 
 
 def in_int8(folder: Path, programs: Sequence[Program]) -> list[Program]:

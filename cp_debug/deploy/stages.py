@@ -13,7 +13,7 @@ from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.deploy.bench import BackendBench, bench
 from cp_debug.deploy.config import load_config
-from cp_debug.deploy.engines import MANIFEST, Built, build_engines, check_engines
+from cp_debug.deploy.engines import MANIFEST, BuiltEngine, build_engines, check_engines
 from cp_debug.deploy.exporting import Exported, ExportOptions, export_model, load_exported
 from cp_debug.deploy.interface_checks import checked
 from cp_debug.deploy.quantizing import export_quantized, in_int8
@@ -188,7 +188,7 @@ class Deployment:
         self._check_profiles(programs)
         return in_int8(folder or self.onnx_dir, programs) if self.config.int8 else programs
 
-    def build(self) -> list[Built]:
+    def build(self) -> list[BuiltEngine]:
         """Build an engine a component and write their manifest."""
         backend = self.backend(self.config.engine_backend)
         return build_engines(self.programs(), backend, self.engine_dir, self.engine_files, self.on_step)

@@ -17,7 +17,7 @@ from onnx import helper
 from cp_debug.graph.constants import TELLING, Constants
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.operators import PRODUCTS
-from cp_debug.graph.tensor_change import Change, describe
+from cp_debug.graph.tensor_change import TensorChange, describe
 from cp_debug.graph.weight_differences import GATES
 
 MOVES = {"Cast", "Transpose", "Reshape", "Slice", "Concat", "Identity", "Squeeze", "Unsqueeze", "Flatten", "Split"}
@@ -191,14 +191,14 @@ class Pieces:
                     evidence = {"constant": a, "change": change.kind, **change.evidence, "differs_by": change.size}
                     yield NodeDifference(name, says, ours.name, evidence)
 
-    def _other(self, a: str, b: str) -> Change | None:
+    def _other(self, a: str, b: str) -> TensorChange | None:
         """The change "another", if the test's constant ``b`` equals a constant of the reference other than ``a``."""
         if self._ours.size(a) < TELLING:
             return None
         digest = self._theirs.digest(b)
         alike = (n for n in self._ours.names if n != a and self._ours.size(n) == self._theirs.size(b))
         twin = next((n for n in alike if self._ours.digest(n) == digest), None)
-        return Change("another", f"those of another layer ({twin})", {"of": twin}) if twin else None
+        return TensorChange("another", f"those of another layer ({twin})", {"of": twin}) if twin else None
 
     def _role(self, node: Node, place: int) -> str:
         """Role of a node's input: weights, bias, statistics, parameters, scale, zero, index, or an empty string."""
@@ -218,7 +218,7 @@ class Pieces:
         return "index" if node.op in INDICES and place else ""
 
 
-def named(change: Change, role: str, op: str) -> str:
+def named(change: TensorChange, role: str, op: str) -> str:
     """Name of the cause (as in ``docs/causes.md``) for a change of a constant with this role in an operator."""
     if role in ("statistics", "parameters"):
         return f"batchnorm-{role}"

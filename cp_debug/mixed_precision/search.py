@@ -23,12 +23,14 @@ from cp_debug.graph.unquantize import quantized_inputs, remove_qdq
 from cp_debug.mixed_precision.emit import write_onnx
 from cp_debug.mixed_precision.fusion_groups import FusionGroup, Kept, fused, fusion_groups_of, nodes_of
 from cp_debug.mixed_precision.goal import Goal
-from cp_debug.mixed_precision.judge import Judge, Measured
-from cp_debug.mixed_precision.log import Trial, TrialLog, nodes_in
+from cp_debug.mixed_precision.graph_runners import BackendRunner, EmulatedRunner, Runner
+from cp_debug.mixed_precision.judge import Judge
+from cp_debug.mixed_precision.log import TrialLog
+from cp_debug.mixed_precision.precision import precision_of
 from cp_debug.mixed_precision.predict import Predictor
 from cp_debug.mixed_precision.result import KeptLayer, SearchResult
 from cp_debug.mixed_precision.strategy import smallest
-from cp_debug.mixed_precision.trials import BackendRunner, EmulatedRunner, Runner, precision_of
+from cp_debug.mixed_precision.trial import Measured, Trial, nodes_in
 from cp_debug.probes.capture import array_hash
 from cp_debug.programs.pipeline import Pipeline, choose_export, is_exported, load_test_programs, prepare, wants_int8
 from cp_debug.quantization.models import QuantizedComponent

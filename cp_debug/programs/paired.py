@@ -100,15 +100,8 @@ def pair_by_name_alone(program: Program, test: Program, fixed: Mapping[str, str]
     inputs = _inputs(program, test, fixed)
     pairs = pair_by_names(program.graph, test.graph, fixed, inputs)
     if test.alignment is not None and program.alignment is not None:
-        taken = {name for name, _ in pairs.values()}
-        into = program.alignment.absorbed
-        folded = {layer: norm for norm, layer in test.alignment.absorbed.items() if into.get(layer) == norm}
-        for link in test.alignment.links:
-            names = (link.torch or "", folded.get(link.torch or "", ""))
-            twins = [v for name in names for v in program.alignment.onnx_for(name) if v not in taken]
-            if link.onnx not in pairs and twins:
-                pairs[link.onnx] = (twins[0], "torch")
-                taken.add(twins[0])
+        named = {own: name for own, (name, _) in pairs.items()}
+        pairs |= {own: (name, "torch") for own, name in program.alignment.twins(test.alignment, named).items()}
     return finish(program.graph, test.graph, pairs, inputs)
 
 

@@ -161,15 +161,7 @@ def value_map(reference: Program, test: Program) -> dict[str, str]:
     known = set(reference.graph.producer)
     mapping = {v: v for v in test.graph.producer if v in known}
     if test.alignment is not None and reference.alignment is not None:
-        taken = set(mapping.values())
-        into = reference.alignment.absorbed
-        folded = {layer: norm for norm, layer in test.alignment.absorbed.items() if into.get(layer) == norm}
-        for link in test.alignment.links:
-            names = (link.torch or "", folded.get(link.torch or "", ""))
-            twins = [v for name in names for v in reference.alignment.onnx_for(name) if v not in taken]
-            if link.onnx not in mapping and twins:
-                mapping[link.onnx] = twins[0]
-                taken.add(twins[0])
+        mapping |= reference.alignment.twins(test.alignment, mapping)
     return mapping
 
 

@@ -33,16 +33,16 @@ class Walk:
         self.model, self.sample = model, sample
         self.results: dict[str, Arrays] = dict(results or {})
 
-    def __iter__(self) -> Iterator[Step]:
+    def __iter__(self) -> Iterator[ComponentStep]:
         for place in range(len(self.model.components)):
-            yield Step(self, place)
+            yield ComponentStep(self, place)
 
-    def at(self, component: str) -> Step:
+    def at(self, component: str) -> ComponentStep:
         """The step of one component by its name. Raises KeyError where the model has no such component."""
         return {step.name: step for step in self}[component]
 
 
-class Step:
+class ComponentStep:
     """One component on a walk."""
 
     def __init__(self, walk: Walk, place: int) -> None:

@@ -21,7 +21,7 @@ from cp_debug.detection.detection_change import DetectionChange
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.capture import Capture
-from cp_debug.programs.scene import Scene
+from cp_debug.programs.scene import SavedScene
 from cp_debug.reading import read_json
 from cp_debug.serialize import decode
 
@@ -91,9 +91,9 @@ class SavedResult:
         folder = self.folder and self.folder / f"sample-{sample}" / spec
         return Capture.open(folder) if folder and folder.is_dir() else None
 
-    def scene(self, sample: int) -> Scene | None:
+    def scene(self, sample: int) -> SavedScene | None:
         """Points and detections of one sample; None when there are none."""
-        return Scene.open(self.folder / f"sample-{sample}") if self.folder else None
+        return SavedScene.open(self.folder / f"sample-{sample}") if self.folder else None
 
 
 def open_result(path: str | Path) -> BisectResult:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from cp_debug.detection.bootstrap import Interval
 from cp_debug.files import write_text
-from cp_debug.mixed_precision.int8_sensitivity import METRIC, Int8Effect, SensitivityProfile
+from cp_debug.mixed_precision.sensitivity import METRIC, Int8Effect, SensitivityProfile
 from cp_debug.reports.numbers import number
 from cp_debug.reports.page import environment, page_parts
 from cp_debug.reports.sheet import Cell, Column, Sheet

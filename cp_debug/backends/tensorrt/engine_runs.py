@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from cp_debug.backends.tensorrt.client import RunnerClient
 from cp_debug.errors import BackendUnavailable, InputError
 from cp_debug.graph.check_inputs import check_inputs
 from cp_debug.graph.graph import Graph
+from cp_debug.probes.distance import relative_l2
 from cp_debug.reading import read_npy
 
 RUNS = 20
@@ -138,9 +140,8 @@ def output_distance(reference: Mapping[Any, np.ndarray], test: Mapping[Any, np.n
     """Largest ‖test − reference‖ ÷ ‖reference‖ of any output: 0 when all are equal, infinite when NaN comes in."""
     distances = [0.0]
     for name, array in reference.items():
-        if array.shape != test[name].shape:
-            return float("inf")
-        if not np.array_equal(array, test[name], equal_nan=True):
-            wide = array.astype(np.float64)
-            distances.append(float(np.linalg.norm(test[name] - wide) / max(float(np.linalg.norm(wide)), 1e-300)))
-    return max(np.nan_to_num(distances, nan=np.inf).tolist())
+        if array.shape == test[name].shape and np.array_equal(array, test[name], equal_nan=True):
+            continue
+        finite = all(np.isfinite(side[name]).all() for side in (reference, test))
+        distances.append(relative_l2(test[name], array) if finite else math.inf)
+    return max(distances)

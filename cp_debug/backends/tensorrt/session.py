@@ -33,7 +33,7 @@ HEALTHY = "nothing diverges, so no engine was built to show values inside (--pro
 
 
 @dataclass(frozen=True)
-class Trial:
+class EngineVariation:
     """One more engine of the same program, and what it gave on one input."""
 
     engine: Engine
@@ -308,7 +308,7 @@ class EngineSession:
         marks: Collection[str] = (),
         wide: Collection[str] = (),
         keep_fp32: Collection[str] = (),
-    ) -> Trial:
+    ) -> EngineVariation:
         """Build one more engine and run it once: with ``marks`` shown besides the outputs, or with further nodes kept
         in FP32.
 
@@ -327,7 +327,7 @@ class EngineSession:
             plain, ran = self._execute([engines.plain, engine], inputs, Path(folder), marks)
             outputs, reference = self._runs.outputs(ran.written), self._runs.outputs(plain.written)
             shown = {v: np.load(ran.written[v], allow_pickle=False) for v in marks if v in ran.written}
-        return Trial(engine, outputs, shown, output_distance(reference, outputs))
+        return EngineVariation(engine, outputs, shown, output_distance(reference, outputs))
 
     def timings(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
         """Seconds of ``repeats`` runs of the plain engine after a first one, on the device, transfers left out."""

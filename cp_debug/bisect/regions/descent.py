@@ -27,7 +27,7 @@ from cp_debug.bisect.replayed import EXCESS
 from cp_debug.errors import CpdebugError, InputError
 from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import PRODUCTS
-from cp_debug.probes.distance import distance, ratio
+from cp_debug.probes.distance import relative_l2
 
 MARKS = 8
 """Values shown by one engine."""
@@ -351,10 +351,7 @@ class _Search:
         return f"suspect are {len(found.suspects)} nodes ({', '.join(found.operators[:3])}); {found.steps[-1].learnt}"
 
     def _error(self, value: np.ndarray) -> float:
-        if np.shape(value) != np.shape(self._reference):
-            return math.inf
-        difference, whole, born = distance(np.asarray(value, np.float64), np.asarray(self._reference, np.float64))
-        return math.inf if born else ratio(difference, whole)
+        return relative_l2(np.asarray(value, np.float64), np.asarray(self._reference, np.float64))
 
     def _suspect(self, names: Collection[str]) -> None:
         wanted = set(names)
