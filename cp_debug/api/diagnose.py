@@ -1,4 +1,4 @@
-"""``diagnose`` and ``assert_agree``: a bisect of whatever a Python program holds."""
+"""``diagnose`` and ``assert_agree``: a bisect of any model that a Python program holds."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def diagnose(
     with modes_kept(model, test_model), shown_steps(progress, on_step) as step:
         prepared, path = to_model(model, inputs if inputs is not None else options.inputs)
         options = replace(options, inputs=path, samples=_samples(options, inputs))
-        other = None if test_model is None else _test_model(test_model, inputs)
-        return bisect(prepared, backends, test_model=other, options=options, on_step=step)
+        prepared_test = None if test_model is None else _test_model(test_model, inputs)
+        return bisect(prepared, backends, test_model=prepared_test, options=options, on_step=step)
 
 
 def assert_agree(
@@ -70,13 +70,13 @@ def assert_agree(
 
 
 def _samples(options: Options, inputs: Any) -> int:
-    """As many samples as were given: a list of mappings is one a sample."""
+    """Number of samples: a list of mappings is one for each, else that of ``options``."""
     several = isinstance(inputs, list) and inputs and all(isinstance(each, dict) for each in inputs)
     return max(options.samples, len(inputs)) if several else options.samples
 
 
 def _test_model(test_model: ModelLike, inputs: Any) -> Any:
-    """What the engine takes: the path of an ONNX file as it is, else a model."""
+    """The test model in a form that ``bisect`` takes: the path of an ONNX file as it is, else a model."""
     if isinstance(test_model, str | Path) and (str(test_model).endswith(".onnx") or Path(test_model).is_dir()):
         if not Path(test_model).exists():
             raise InputError(f"test_model: no such file {test_model}")

@@ -50,7 +50,7 @@ def bisect(
 
 
 class Bisection:
-    """The order of one bisect: what is opened, and who does what with it."""
+    """The order of one bisect: which parts it opens, and which of them does what."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class Bisection:
         self._sides = side, other
 
     def run(self, exported: Sequence[Program] | None, on_say: Callable[[str], None]) -> BisectResult:
-        """All samples, all tests."""
+        """Run and judge all samples on all tests."""
         options, progress = self.options, self._progress
         if options.save is not None:
             for backend in (self._reference, *self._tests):

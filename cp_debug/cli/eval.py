@@ -1,4 +1,4 @@
-"""``cpdebug eval``: do the differences matter for detections?"""
+"""``cpdebug eval``: scores the detections of several backends."""
 
 from __future__ import annotations
 

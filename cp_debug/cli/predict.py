@@ -1,4 +1,4 @@
-"""``cpdebug predict``: what a precision will do, before there is an engine."""
+"""``cpdebug predict``: effects of a precision, before there is an engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``cpdebug search``: which layers must keep their precision?"""
+"""``cpdebug search``: finds the layers that must keep their precision."""
 
 from __future__ import annotations
 
@@ -82,9 +82,9 @@ def search(
     )
     with steps() as on_step:
         loaded, parts = load_quantized(model, checkpoint, seed)
-        found = samples_for(loaded, parsed, inputs=inputs, data=data, count=samples, seed=seed)
-        made = tensorrt.make(specs, engines.options, on_step)
-        result = run(loaded, made, parsed, found, replace(options, quantized=parts), on_step)
+        loaded_samples = samples_for(loaded, parsed, inputs=inputs, data=data, count=samples, seed=seed)
+        created = tensorrt.make(specs, engines.options, on_step)
+        result = run(loaded, created, parsed, loaded_samples, replace(options, quantized=parts), on_step)
     show_document(render(result), result.to_dict(), json)
     if onnx and result.reached:
         errors.print(f"{onnx}: written", soft_wrap=True)

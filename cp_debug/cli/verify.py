@@ -1,4 +1,4 @@
-"""``cpdebug verify``: do the deployed files compute what the model computes?"""
+"""``cpdebug verify``: checks that the deployed files compute what the model computes."""
 
 from __future__ import annotations
 

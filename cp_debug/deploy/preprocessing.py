@@ -1,4 +1,4 @@
-"""Voxelization of both sides compared: the same pillars, in the same order, cut off at the same places?"""
+"""Voxelization of both sides compared: the pillars, their order, and the places where they are cut off."""
 
 from __future__ import annotations
 

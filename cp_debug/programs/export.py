@@ -49,7 +49,7 @@ def export(
     """
     if exporter not in EXPORTERS:
         raise InputError(f"--exporter: {exporter!r} is unknown; expected one of {', '.join(EXPORTERS)}")
-    axes = {name: dict(found) for name in input_names if (found := (dynamic_axes or {}).get(name))}
+    axes = {name: dict(input_axes) for name in input_names if (input_axes := (dynamic_axes or {}).get(name))}
     args = tuple(_example(arg, axes.get(name, {})) for name, arg in zip(input_names, args, strict=True))
     options: dict[str, Any] = {"input_names": list(input_names), "output_names": list(output_names)}
     options |= {} if opset is None else {"opset_version": opset}
@@ -72,14 +72,14 @@ def export(
             raise InputError(f"{type(module).__name__} cannot be exported by {exporter}: {_reason(error)}") from error
         _check(proto, output_names, exporter, opset)
         onnx.helper.set_model_props(proto, {"cpdebug.exporter": exporter, "cpdebug.folded": str(folded).lower()})
-        made = Path(folder) / path.name
+        complete = Path(folder) / path.name
         large = size > _PROTOBUF_LIMIT
         data = f"{path.name}.data"
-        onnx.save(proto, made, save_as_external_data=large, location=data if large else None)
+        onnx.save(proto, complete, save_as_external_data=large, location=data if large else None)
         if large:
-            (made.parent / data).chmod(0o644)  # onnx creates it for the owner alone
-            (made.parent / data).replace(path.with_name(data))
-        made.replace(path)
+            (complete.parent / data).chmod(0o644)  # onnx creates it for the owner alone
+            (complete.parent / data).replace(path.with_name(data))
+        complete.replace(path)
     return path
 
 
@@ -129,7 +129,7 @@ def _example(arg: Tensor, axes: Mapping[int, str]) -> Tensor:
 @contextlib.contextmanager
 def _flat_outputs(module: nn.Module) -> Iterator[None]:
     """Let forward return a plain tuple: the exporters order dataclasses and nested mappings differently, or refuse."""
-    forward, own = module.forward, "forward" in vars(module)
+    forward, is_instance_attribute = module.forward, "forward" in vars(module)
 
     @functools.wraps(forward)
     def flat(*args: Any) -> tuple[Tensor, ...]:
@@ -141,7 +141,7 @@ def _flat_outputs(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        if own:
+        if is_instance_attribute:
             module.forward = forward
         else:
             del module.forward
@@ -182,9 +182,9 @@ def _reason(error: BaseException) -> str:
 
 
 def _check(proto: onnx.ModelProto, output_names: Sequence[str], exporter: str, opset: int | None) -> None:
-    got = [output.name for output in proto.graph.output]
-    if got != list(output_names):
-        raise InputError(f"the module's outputs are {got}; expected {list(output_names)}")
+    names = [output.name for output in proto.graph.output]
+    if names != list(output_names):
+        raise InputError(f"the module's outputs are {names}; expected {list(output_names)}")
     version = next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
     if opset is not None and version != opset:
         raise InputError(

@@ -14,7 +14,7 @@ from cp_debug.errors import InputError
 from cp_debug.files import complete_path, file_hash, key_of, write_text
 
 LARGEST = 20 << 30
-"""Bytes of engines that are kept: beyond, those that were not used for longest are removed."""
+"""Bytes of engines that are kept; beyond it the least recently used are removed."""
 
 
 def default_folder() -> Path:
@@ -35,8 +35,10 @@ class EngineCache:
 
     @classmethod
     def open(cls, folder: Path, *, asked: bool) -> EngineCache | None:
-        """The cache in ``folder``, which is made. Where it cannot be written: InputError when a person ``asked`` for
-        that folder, else None."""
+        """The cache in ``folder``, which is made.
+
+        Where it cannot be written: InputError when a person ``asked`` for that folder, else None.
+        """
         try:
             folder.mkdir(parents=True, exist_ok=True)
             probe = folder / f".{os.getpid()}.probe"
@@ -58,10 +60,10 @@ class EngineCache:
         return self.folder / f"{self.key(parts)}.timings"
 
     def get(self, key: str) -> tuple[Path, dict[str, Any]] | None:
-        """The engine's file and what its build told; None where there is none, or it is not as it was written."""
-        engine, told = self.folder / f"{key}.engine", self.folder / f"{key}.json"
+        """The engine's file and what its build reported; None where there is none, or it is not as it was written."""
+        engine, facts_file = self.folder / f"{key}.engine", self.folder / f"{key}.json"
         try:
-            document = json.loads(told.read_text(encoding="utf-8"))
+            document = json.loads(facts_file.read_text(encoding="utf-8"))
             facts = dict(document["facts"])
             if document["sha256"] != file_hash(engine):
                 return None
@@ -84,9 +86,9 @@ class EngineCache:
 
     def _trim(self) -> None:
         files = sorted(self.folder.glob("*.engine"), key=lambda path: path.stat().st_mtime, reverse=True)
-        held = 0
+        total = 0
         for path in files:
-            held += path.stat().st_size
-            if held > LARGEST:
+            total += path.stat().st_size
+            if total > LARGEST:
                 path.unlink(missing_ok=True)
                 path.with_suffix(".json").unlink(missing_ok=True)
