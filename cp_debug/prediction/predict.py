@@ -46,6 +46,7 @@ from cp_debug.prediction.walk import EXACT, GraphWalk, Walked
 from cp_debug.programs.layers import layer_name
 from cp_debug.programs.pipeline import Export, Key, is_exported, prepare
 from cp_debug.programs.scene import decode
+from cp_debug.programs.walk import Walk
 from cp_debug.recipes.abilities import DetectsBoxes
 from cp_debug.recipes.base import Arrays, Model, Sample
 from cp_debug.recipes.registry import load_model
@@ -155,20 +156,21 @@ class _Prediction:
     def add(self, sample: Sample, tell: Callable[[str], None]) -> None:
         """Compute one sample and take its figures in."""
         runs = [EXACT, *(kernel.name for kernel in self._kernels)]
-        results: dict[str, dict[str, Arrays]] = {run: {} for run in runs}
-        for component in self._model.components:
+        ways = {run: Walk(self._model, sample) for run in runs}
+        for steps in zip(*ways.values(), strict=True):
+            component = steps[0].component
             walk = self._walks[component.name]
-            fed = {run: self._model.feed(component, sample, results[run]) for run in runs}
+            fed = {run: step.inputs for run, step in zip(ways, steps, strict=True)}
             count = len(walk.groups)
             with deterministic(), torch.no_grad():
                 for i, walked in enumerate(walk.run(fed)):
                     tell(f"{component.name}: layer {i + 1} of about {count}")
                     self._take(component.name, walked)
-            for run in runs:
-                results[run][component.name] = walk.outputs[run]
+            for run, step in zip(ways, steps, strict=True):
+                step.outputs = walk.outputs[run]
             for name in component.output_names:
                 self._take_output(Key(component.name, name), walk.outputs)
-        self._take_detections(sample, results)
+        self._take_detections(sample, {run: way.results for run, way in ways.items()})
 
     def _take(self, component: str, walked: Walked) -> None:
         group, key = walked.group, Key(component, walked.value)
