@@ -50,7 +50,6 @@ def diagnose(
     with modes_kept(model, test_model), shown_steps(progress, on_step) as step:
         prepared, path = to_model(model, inputs if inputs is not None else options.inputs)
         options = replace(options, inputs=path, samples=_samples(options, inputs))
-<<<<<<< HEAD
         if test_tensors is not None:
             if test_model is not None:
                 raise InputError("test_tensors: given beside test_model; expected one of them")
@@ -66,12 +65,8 @@ def diagnose(
                 channels_last=channels_last,
                 inputs_given=inputs is not None,
             )
-        other = None if test_model is None else _test_model(test_model, inputs)
-        return bisect(prepared, backends, test_model=other, options=options, on_step=step)
-=======
         prepared_test = None if test_model is None else _test_model(test_model, inputs)
         return bisect(prepared, backends, test_model=prepared_test, options=options, on_step=step)
->>>>>>> main
 
 
 def assert_agree(
