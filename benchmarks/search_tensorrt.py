@@ -32,7 +32,7 @@ from cp_debug.backends.executor import Executor
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import parse_backends
 from cp_debug.backends.tensorrt.client import RunnerClient
-from cp_debug.backends.tensorrt.session import output_distance
+from cp_debug.backends.tensorrt.engine_runs import output_distance
 from cp_debug.bisect.faults.edits import Editor, rescale
 from cp_debug.files import write_text
 from cp_debug.graph.graph import Graph, Node

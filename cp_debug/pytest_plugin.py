@@ -5,6 +5,7 @@ pytest loads this module wherever cpdebug is installed, so it imports nothing be
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from cp_debug.bisect.result import BisectResult
 
 _REPORTS = pytest.StashKey[list[Path]]()
+_ANNOTATIONS = pytest.StashKey[list[str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,8 +30,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Prepare the list of reports that were written."""
-    config.stash[_REPORTS] = []
+    """Prepare the lists of reports and of annotations."""
+    config.stash[_REPORTS], config.stash[_ANNOTATIONS] = [], []
 
 
 @pytest.fixture
@@ -46,6 +48,11 @@ def assert_agree(request: pytest.FixtureRequest) -> Callable[..., BisectResult]:
             return cp_debug.assert_agree(*args, **kwargs)
         except AssertionError as error:
             result = getattr(error, "result", None)
+            if result is not None and os.environ.get("GITHUB_ACTIONS") == "true":
+                from cp_debug.reports.gates import render_github
+                from cp_debug.reports.saved import SavedResult
+
+                config.stash[_ANNOTATIONS].append(render_github(SavedResult.of(result)))
             if folder and result is not None:
                 page = _free(Path(config.rootpath, folder), request.node.nodeid)
                 result.write_html(page)
@@ -57,11 +64,13 @@ def assert_agree(request: pytest.FixtureRequest) -> Callable[..., BisectResult]:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """List the reports that were written."""
+    """List the reports that were written; in a workflow of GitHub, annotate."""
     if pages := config.stash.get(_REPORTS, []):
         terminalreporter.section("cpdebug reports")
         for page in pages:
             terminalreporter.line(str(page))
+    for text in config.stash.get(_ANNOTATIONS, []):
+        terminalreporter.write("\n" + text)  # a workflow command stands at the beginning of a line
 
 
 def _free(folder: Path, node: str) -> Path:

@@ -41,7 +41,8 @@ from cp_debug.recipes.centerpoint.recipe import CenterPointModel
 from cp_debug.recipes.data.attributes import attributes_of
 from cp_debug.recipes.data.base import DataOptions, Truth
 from cp_debug.recipes.data.unpickle import load_plain_pickle
-from cp_debug.reports.evaluation import render
+from cp_debug.reports.evaluation import class_table, render, summary_table
+from cp_debug.reports.sheet_terminal import Terminal
 
 CLASSES = ("car", "cyclist")
 EMPTY = Detections(np.zeros((0, 9), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
@@ -240,6 +241,25 @@ def test_tables_and_figures_for_other_programs() -> None:
     read = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert read["worse"] == ["emu-fp16"]
     assert read["backends"][1]["difference"]["mAP"]["value"] == lost
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 200])
+def test_both_tables_fit_the_terminal(width: int) -> None:
+    rng = np.random.default_rng(3)
+    truths = [truth(rng, 10) for _ in range(4)]
+    found = [detections(rng, each) for each in truths]
+    result = scored({"torch": found, "emu-fp16": found}, truths)
+    out = Console(file=io.StringIO(), width=width)
+    for table in (summary_table(result), class_table(result)):
+        out.print(Terminal(table))
+    lines = out.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert max(map(len, lines)) <= width
+    for spec, scores in zip(("torch", "emu-fp16"), result.backends, strict=True):
+        for name in CLASSES:
+            figures = scores.classes[name]
+            share = f"{figures['found']}/{figures['objects']}"
+            assert any(spec in line and share in line and f"{figures['AP'].value:.3f}" in line for line in lines)
+    assert "…" not in "".join(lines)
 
 
 def test_predictions_come_back_from_their_file(tmp_path: Path) -> None:

@@ -21,13 +21,14 @@ def test_other(assert_agree):
 """
 
 
-def test_the_fixture_and_the_kept_report(pytester: pytest.Pytester) -> None:
+def test_the_fixture_and_the_kept_report(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
     second_like(pytester.path / "a.onnx", depth=1, size=8)
     scaled(second_like(pytester.path / "b.onnx", depth=1, size=8), 1.05)
     pytester.makepyfile(CASE)
     done = pytester.runpytest_subprocess("--cpdebug-report=pages", "-p", "no:cacheprovider")
     done.assert_outcomes(passed=1, failed=1)
-    done.stdout.fnmatch_lines(["*guilty*", "*fix:*", "*cpdebug reports*"])
+    done.stdout.fnmatch_lines(["*guilty*", "*fix:*", "*cpdebug reports*", "::error title=cpdebug*guilty*"])
     [page] = Path(pytester.path, "pages").iterdir()
     assert page.name.endswith("test_other.html")
     assert "guilty" in page.read_text(encoding="utf-8")

@@ -19,7 +19,7 @@ from cp_debug.deploy.quantize_output import FILE, cache_file, read_caches
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.programs.batchnorm_folding import fuse_model_bn
-from cp_debug.programs.pipeline import run_module
+from cp_debug.programs.walk import run_module
 from cp_debug.quantization.calibration import CalibrationManager
 from cp_debug.quantization.checkpoint import load_ptq_model
 from cp_debug.quantization.histogram import METHODS

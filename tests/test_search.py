@@ -29,11 +29,11 @@ from cp_debug.graph.unquantize import quantized_inputs, remove_qdq
 from cp_debug.mixed_precision.emit import arguments, deploy_fragment
 from cp_debug.mixed_precision.fusion_groups import fused, fusion_groups_of
 from cp_debug.mixed_precision.goal import Goal
-from cp_debug.mixed_precision.judge import Measured
-from cp_debug.mixed_precision.log import Trial, TrialLog
+from cp_debug.mixed_precision.log import TrialLog
 from cp_debug.mixed_precision.mixed_graph import MixedExecutor
+from cp_debug.mixed_precision.precision import TrialPrecision, precision_of
 from cp_debug.mixed_precision.strategy import smallest
-from cp_debug.mixed_precision.trials import TrialPrecision, precision_of
+from cp_debug.mixed_precision.trial import Measured, Trial
 
 # ---- goals
 

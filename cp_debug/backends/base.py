@@ -23,9 +23,12 @@ if TYPE_CHECKING:
     from cp_debug.probes.alignment import Alignment
 
 
-@dataclass
+@dataclass(eq=False)
 class Program:
-    """One component as it is debugged: the graph that is deployed, and the module it was exported from, if any."""
+    """One component as it is debugged: the graph that is deployed, and the module it was exported from, if any.
+
+    A program is equal to itself alone, so that caches can be keyed by it.
+    """
 
     name: str
     graph: Graph

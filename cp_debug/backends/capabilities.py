@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from cp_debug.backends.base import Backend, Session
+    from cp_debug.backends.build_info import BuildInfo
     from cp_debug.backends.tensorrt.calibration import Ranges
     from cp_debug.backends.tensorrt.inspector import EngineLayer
 
@@ -69,11 +70,27 @@ class KnowsRanges(Protocol):
 
 
 @runtime_checkable
+class BuildsEngines(Protocol):
+    """A session that runs an engine which was built for it."""
+
+    build_info: BuildInfo | None
+    """None before anything was built."""
+
+
+@runtime_checkable
+class CountsIntegerKernels(Protocol):
+    """A session that knows how many kernels compute with integers."""
+
+    integer_kernels: int | None
+    """None where the program is not asked to."""
+
+
+@runtime_checkable
 class TimesItself(Protocol):
     """A session that measures its own passes."""
 
     def timings(self, inputs: Mapping[str, np.ndarray], passes: int) -> list[float]:
-        """Milliseconds of each of ``passes`` runs on the device."""
+        """Seconds of each of ``passes`` runs on the device."""
         ...
 
 
@@ -157,6 +174,16 @@ def kernels_of(session: Session) -> Mapping[str, str]:
 def ranges_of_session(session: Session) -> Ranges | None:
     """The INT8 ranges that a session's own calibrator chose; None without one."""
     return session.ranges if isinstance(session, KnowsRanges) else None
+
+
+def build_info_of(session: Session) -> BuildInfo | None:
+    """What is known of the engine that a session built; None where it built none."""
+    return session.build_info if isinstance(session, BuildsEngines) else None
+
+
+def integer_kernels_of(session: Session) -> int | None:
+    """How many kernels of a session compute with integers; None where nobody counted."""
+    return session.integer_kernels if isinstance(session, CountsIntegerKernels) else None
 
 
 def timer_of(session: Session) -> Callable[[Mapping[str, Any], int], list[float]] | None:

@@ -162,7 +162,8 @@ class OrtSession:
         self.settings = read_settings(self._whole)
         self.settings["disabled_optimizers"] = list(backend.disabled_optimizers)
         if backend.precision == "int8":
-            self.settings["integer_kernels"] = sum("QLinear" in n.op or "Integer" in n.op for n in program.graph.nodes)
+            self.integer_kernels = sum("QLinear" in n.op or "Integer" in n.op for n in program.graph.nodes)
+            self.settings["integer_kernels"] = self.integer_kernels
         self.settings["observer_gap"] = None if program.outputs is None else _gap(untouched, program.outputs)
 
     def _run_whole(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

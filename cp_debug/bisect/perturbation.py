@@ -1,4 +1,4 @@
-"""How far correct implementations of the same layer lie apart: other orders of summation, other approximations.
+"""Perturbation of a layer: how far correct implementations lie apart, in other orders of summation and approximations.
 
 Emulation knows one implementation. Another one may sum one after the other where the emulation sums pairwise, or
 compute ``exp(x) − 1`` where it computes ``expm1(x)``. ``spread`` says of every element by how much such choices may
@@ -21,11 +21,12 @@ from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.compound_errors import compound
 from cp_debug.bisect.operator_errors import errors_of
-from cp_debug.bisect.summation import PRODUCTS, ROUNDING, U, squares, summation
+from cp_debug.bisect.summation import ROUNDING, U, squares, summation
 from cp_debug.graph.graph import Node
+from cp_debug.graph.operators import CONTRACTIONS
 
 DRAWS = 4
-"""Times that the noise of inner nodes is drawn; more often for few elements, whose noise may be small by luck."""
+"""Number of draws of the noise of inner nodes; more for few elements, whose noise may be small by luck."""
 FEW = 256
 
 
@@ -51,33 +52,21 @@ def doubt(
     """
     exact, spreads = _spreads(oracle, nodes, given, family, claim)
     last = spreads.pop(target, None)
-    whole = torch.as_tensor(exact[target])
-    own = 0.0 if last is None else _norm(U * last * torch.isfinite(whole))
-    if any(node.op in TO_LEVELS and target in node.outputs for node in nodes) and not whole.is_floating_point():
-        own = FLIPPED * math.sqrt(whole.numel())
+    exact_target = torch.as_tensor(exact[target])
+    own_norm = 0.0 if last is None else _norm(U * last * torch.isfinite(exact_target))
+    if any(node.op in TO_LEVELS and target in node.outputs for node in nodes) and not exact_target.is_floating_point():
+        own_norm = FLIPPED * math.sqrt(exact_target.numel())
     if not any(_is_some(s) for s in spreads.values()):
-        return own
-    draws = DRAWS if whole.numel() >= FEW else 4 * DRAWS
+        return own_norm
+    draws = DRAWS if exact_target.numel() >= FEW else 4 * DRAWS
     moved = [_norm(d) for d in _differences(oracle, nodes, exact, spreads, target, draws)]
-    return math.hypot(own, math.sqrt(sum(m * m for m in moved) / draws))
-
-
-def disturbed(
-    oracle: Executor, nodes: Sequence[Node], given: Mapping[str, AnyTensor], targets: Sequence[str], family: str = ""
-) -> dict[str, Tensor]:
-    """The ``targets`` of a segment when every node's result is off by what correct implementations may differ.
-
-    The noise is the same in every call. Raises InputError as ``Executor.run_nodes`` does.
-    """
-    exact, spreads = _spreads(oracle, nodes, given, family, None)
-    values = _noisy(oracle, nodes, exact, spreads, torch.Generator().manual_seed(0))
-    return {t: torch.as_tensor(values[t]) for t in targets}
+    return math.hypot(own_norm, math.sqrt(sum(m * m for m in moved) / draws))
 
 
 def _spreads(
     oracle: Executor, nodes: Sequence[Node], given: Mapping[str, AnyTensor], family: str, claim: Arithmetic | None
 ) -> tuple[dict[str, AnyTensor], dict[str, Tensor]]:
-    """Every value of a segment, and by how much each may be off, in FP32's unit roundoffs."""
+    """Every value of a segment, and how much each may be off, in FP32's unit roundoffs."""
     values: dict[str, AnyTensor] = dict(given)
     spreads: dict[str, Tensor] = {}
     for node in nodes:
@@ -156,19 +145,28 @@ def spread(
     family: str = "",
     claim: Arithmetic | None = None,
 ) -> Tensor:
-    """By how much each element of a node's result may be off, root mean square, in FP32's unit roundoffs."""
+    """Error of each element of a node's result that correct implementations may make.
+
+    Root mean square, in FP32's unit roundoffs, in the shape of ``result``. ``claim`` is the arithmetic that the backend
+    claims, FP32 where None.
+    """
     inputs = oracle.run_nodes([], values, node.inputs)
-    own = summation(oracle, node, inputs, result)
-    if own is not None and node.op in PRODUCTS and claim is not None and (operand := claim.operand or claim.value):
+    error = summation(oracle, node, inputs, result)
+    if (
+        error is not None
+        and node.op in CONTRACTIONS
+        and claim is not None
+        and (operand := claim.operand or claim.value)
+    ):
         squared = oracle.run_nodes([node], squares(node, inputs), node.outputs)[node.outputs[0]]
-        own = torch.hypot(own, ROUNDING * _roundoff(operand) / U * (2 * squared).sqrt())
-    if own is None and (errors := errors_of(node, family)) is not None:
-        own = errors.spread(node, [inputs[n] for n in node.proto.input if n], result)
-    if own is None:
-        own = compound(oracle, node, inputs, result, name, family)
+        error = torch.hypot(error, ROUNDING * _roundoff(operand) / U * (2 * squared).sqrt())
+    if error is None and (errors := errors_of(node, family)) is not None:
+        error = errors.spread(node, [inputs[n] for n in node.proto.input if n], result)
+    if error is None:
+        error = compound(oracle, node, inputs, result, name, family)
     if claim is not None and claim.value is not None:
-        own = torch.hypot(own, ROUNDING * _roundoff(claim.value) / U * result.abs())
-    return own.nan_to_num(0.0, 0.0, 0.0)
+        error = torch.hypot(error, ROUNDING * _roundoff(claim.value) / U * result.abs())
+    return error.nan_to_num(0.0, 0.0, 0.0)
 
 
 def _roundoff(rounding: Callable[[Tensor], Tensor]) -> float:

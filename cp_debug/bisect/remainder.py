@@ -1,4 +1,4 @@
-"""What is left to say where no layer is guilty and the outputs differ all the same: does the rounding add up to it?
+"""Divergence of outputs that no layer is guilty of: does the rounding add up to it?
 
 The divergence is what all layers introduced, carried to the end. That holds where every node was replayed; and it is
 rounding where the declared precision, emulated over the whole network, makes about as much.
@@ -13,13 +13,14 @@ import numpy as np
 from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.candidate_run import CandidateRun
-from cp_debug.bisect.replay import Replay
+from cp_debug.bisect.replayed import Replay
 from cp_debug.bisect.result import Remainder
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
-from cp_debug.probes.distance import distance, ratio
+from cp_debug.probes.distance import distance
 from cp_debug.programs.pipeline import Key
-from cp_debug.recipes.base import Arrays, Sample
+from cp_debug.programs.walk import tensors_as_arrays, walk
+from cp_debug.recipes.base import Arrays, Component, Sample
 
 
 def remainder(
@@ -29,20 +30,23 @@ def remainder(
     ours: Mapping[str, Arrays],
     replays: Mapping[Key, Replay],
 ) -> Remainder:
-    """``results`` and ``ours``: the outputs of the test and of the reference, by component."""
+    """The remaining divergence, with what rounding explains of it.
+
+    ``results`` and ``ours``: the outputs of the test and of the reference, by component.
+    """
     last = run.pipeline.model.components[-1].name
     missing: dict[str, str] = {}
     for component, program in run.programs.items():
-        own = {key.value: replay for key, replay in replays.items() if key.component == component}
-        missing |= not_replayed(program.graph, own)
-    found = Remainder(_apart(results[last], ours[last]), not_replayed=missing)
+        component_replays = {key.value: replay for key, replay in replays.items() if key.component == component}
+        missing |= not_replayed(program.graph, component_replays)
+    remaining = Remainder(_apart(results[last], ours[last]), not_replayed=missing)
     if not missing and not run.pipeline.backend.emulated:
-        found.rounding = _rounding(run, sample)
-    return found
+        remaining.rounding = _rounding(run, sample)
+    return remaining
 
 
 def not_replayed(graph: Graph, replays: Mapping[str, Replay]) -> dict[str, str]:
-    """The nodes that the outputs hang on and no replay covers, or none with a known expectation → why."""
+    """Node → reason, for nodes that the outputs depend on and that no replay with a known expectation covers."""
     covered = {name for r in replays.values() if r.introduced is not None for name in r.nodes}
     covered -= {name for r in replays.values() for name in r.not_emulated}
     reasons = {v: r.skipped for v, r in replays.items() if r.skipped}
@@ -61,19 +65,18 @@ def _rounding(run: CandidateRun, sample: Sample) -> float | None:
     if run.precision.name == "int8":
         return None
     model = run.pipeline.model
-    found: list[dict[str, Arrays]] = []
+    outputs: list[Arrays] = []
     for arithmetic in (run.precision.name, run.oracle):
-        results: dict[str, Arrays] = {}
-        for component in model.components:
+
+        def execute(component: Component, inputs: Arrays, arithmetic: str = arithmetic) -> Arrays:
             executor = Executor(run.programs[component.name].graph, ARITHMETICS[arithmetic])
-            try:
-                outputs = executor.run(model.feed(component, sample, results))
-            except InputError:
-                return None
-            results[component.name] = {n: t.numpy() for n, t in outputs.items() if hasattr(t, "numpy")}
-        found.append(results)
-    last = model.components[-1].name
-    return _apart(found[0][last], found[1][last])
+            return tensors_as_arrays(executor.run(inputs))
+
+        try:
+            outputs.append(walk(model, sample, execute)[model.components[-1].name])
+        except InputError:
+            return None
+    return _apart(*outputs)
 
 
 def _apart(a: Arrays, b: Arrays) -> float:
@@ -81,6 +84,5 @@ def _apart(a: Arrays, b: Arrays) -> float:
     for name, theirs in b.items():
         if name not in a or a[name].shape != theirs.shape:
             continue
-        found = distance(np.asarray(a[name], np.float64), np.asarray(theirs, np.float64))
-        worst = max(worst, ratio(found.difference, found.whole))
+        worst = max(worst, distance(np.asarray(a[name], np.float64), np.asarray(theirs, np.float64)).relative)
     return worst

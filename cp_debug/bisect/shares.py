@@ -1,4 +1,4 @@
-"""What a guilty layer does to the end: its introduced error, carried through the rest of the network by itself."""
+"""Shares of guilty layers in the final divergence: each introduced error, carried through the network by itself."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from cp_debug.backends.executor import Executor
 from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.result import GUILTY, LayerRow
 from cp_debug.errors import in_one_line
+from cp_debug.graph.downstream import downstream
 from cp_debug.probes.arrays import as_numpy
 from cp_debug.probes.capture import Capture
 from cp_debug.probes.distance import ratio
 from cp_debug.programs.pipeline import Key
-from cp_debug.recipes.base import Arrays, Sample
+from cp_debug.programs.walk import tensors_as_arrays, walk
+from cp_debug.recipes.base import Arrays, Component, Sample
 
 MOST = 8
-"""Guilty layers whose share is computed, the most excessive first: each costs part of a forward pass."""
+"""Number of guilty layers whose share is computed, the most excessive first: each costs part of a forward pass."""
 
 
 def set_shares(
@@ -74,7 +76,10 @@ class Propagation:
         return self._vector({n: self._test.load(n, component=component) for n in self._outputs(component)})
 
     def change(self, key: Key) -> np.ndarray:
-        """Δ: what the introduced error of the layer ``key`` does to the final outputs."""
+        """Δ: change of the final outputs by the introduced error of the layer ``key``, as one vector.
+
+        Raises InputError where its segment cannot be replayed.
+        """
         return self._vector(self.outputs(key))
 
     def outputs(self, key: Key) -> Arrays:
@@ -84,11 +89,11 @@ class Propagation:
             c: {n: self._reference.load(n, component=c) for n in self._outputs(c)} for c in self._components[:start]
         }
         results[key.component] = self._downstream(key)
-        for component in self._model.components[start + 1 :]:
-            graph = self._run.programs[component.name].graph
-            inputs = self._model.feed(component, self._sample, results)
-            results[component.name] = {n: t.numpy() for n, t in Executor(graph, FP32).run(inputs).items()}
-        return results[self._components[-1]]
+
+        def run(component: Component, inputs: Arrays) -> Arrays:
+            return tensors_as_arrays(Executor(self._run.programs[component.name].graph, FP32).run(inputs))
+
+        return walk(self._model, self._sample, run, results)[self._components[-1]]
 
     def _downstream(self, key: Key) -> dict[str, np.ndarray]:
         """The outputs of the layer's own component when its value alone is changed."""
@@ -98,18 +103,15 @@ class Propagation:
         value = as_numpy(load(key.value))
         added = np.nan_to_num(introduced.numpy(), posinf=0.0, neginf=0.0)
         changed = {key.value: (value + added).astype(value.dtype)}
-        reached = {key.value}
-        for node in graph.nodes:
-            if not reached.isdisjoint(node.inputs):
-                reached.update(node.outputs)
+        reached = {key.value, *downstream(graph.nodes, [key.value])}
         outputs = self._outputs(key.component)
-        known = {n for n in self._reference.names(component=key.component) if n not in reached or n == key.value}
+        captured = {n for n in self._reference.names(component=key.component) if n not in reached or n == key.value}
         inside = [n for n in outputs if n in reached and n != key.value]
         results = {n: as_numpy(changed[n] if n == key.value else load(n)) for n in outputs if n not in inside}
         if inside:
-            nodes, starts = graph.segment(inside, known)
-            given = {s: changed.get(s) if s in changed else load(s) for s in starts}
-            computed = Executor(graph, FP32).run_nodes(nodes, given, inside)
+            nodes, starts = graph.segment(inside, captured)
+            inputs = {s: changed.get(s) if s in changed else load(s) for s in starts}
+            computed = Executor(graph, FP32).run_nodes(nodes, inputs, inside)
             results.update({n: t.numpy() for n, t in computed.items()})
         return results
 

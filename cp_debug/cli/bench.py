@@ -9,6 +9,7 @@ import typer
 
 from cp_debug.cli import tensorrt
 from cp_debug.cli.flags import MOST
+from cp_debug.cli.given import check_configured
 from cp_debug.cli.typed import refuse
 
 
@@ -36,10 +37,11 @@ def bench(
 
     from cp_debug.backends.spec import BackendSpec
     from cp_debug.cli.console import show_document, steps
-    from cp_debug.deploy.bench import latency_table
     from cp_debug.deploy.config import override
     from cp_debug.deploy.stages import Deployment, configured
     from cp_debug.errors import InputError
+    from cp_debug.reports.bench import latency_table
+    from cp_debug.reports.sheet_terminal import Terminal
 
     with TemporaryDirectory(prefix="cpdebug-") as scratch, steps() as on_step:
         config, source = configured(model, recipe, Path(scratch))
@@ -54,12 +56,13 @@ def bench(
         on_the_fly = config.quantization is None and any("int8" in spec.name for spec in parsed)
         overrides = {"checkpoint": checkpoint, "data.path": inputs, "tensorrt.python": trt_python}
         config = override(config, {**overrides, "quantization": {"samples": 8} if on_the_fly else None})
+        check_configured(config, batch)
         deployment = Deployment(config, source, on_step, on_event=on_step.on_event)
         benches = deployment.bench(specs, onnx_dir, batch=batch, warmup=warmup, repeats=repeats)
     document = {"model": config.model, "batch": batch, "warmup": warmup, "repeats": repeats}
     title = f"{config.model}, batch {batch}, {repeats} passes after {warmup}"
     show_document(
-        [latency_table(benches, title)],
+        [Terminal(latency_table(benches, title))],
         {**document, "backends": [backend_bench.to_dict() for backend_bench in benches]},
         json,
     )

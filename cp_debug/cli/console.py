@@ -63,6 +63,12 @@ class SafeConsole(Console):
 
     def __init__(self, *, stderr: bool = False, width: int | None = None) -> None:
         super().__init__(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
+        self.pipe = width is not None
+        """Whether a pipe or a file is written to, whose lines may be as long as they need be."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As rich's; what goes into a pipe is not cut."""
+        super().print(*objects, **{"crop": not self.pipe} | options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Segments that rich makes, every control character in text as an escape; rich's own controls stay."""

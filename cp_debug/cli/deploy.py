@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cp_debug.cli import tensorrt
+from cp_debug.cli.given import check_configured
 from cp_debug.cli.typed import refuse
 
 
@@ -30,8 +31,13 @@ def deploy(
     from cp_debug.deploy.runner import deploy as run
     from cp_debug.deploy.stages import Deployment, named_config
     from cp_debug.reports.deployment import stage_table, write_summary
+    from cp_debug.reports.sheet_terminal import Terminal
 
     settings = override(named_config(config, model), {"tensorrt.python": trt_python})
+    if settings.verify.enabled:
+        check_configured(settings, settings.verify.samples, flag=f"{config}: data.path")
+    if settings.evaluate.enabled:
+        check_configured(settings, settings.evaluate.samples, truth=True, flag=f"{config}: data.path")
     engines = settings.export.mode in ("trt", "both") or any(
         "trt" in scenario.test for scenario in settings.scenarios()
     )
@@ -43,5 +49,5 @@ def deploy(
     write_summary(records, f"{settings.model}, {config.name}", command_line(), page)
     verdict = Text(f"{'✓' if passed else '✗'} {page}", style="green" if passed else "bold red")
     document = {"passed": passed, "stages": {record.name: record.document for record in records}}
-    show_document([stage_table(records), verdict], document, json)
+    show_document([Terminal(stage_table(records)), verdict], document, json)
     raise typer.Exit(0 if passed else 1)

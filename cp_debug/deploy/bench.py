@@ -6,19 +6,18 @@ import ctypes
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import box
-from rich.table import Table
 
 from cp_debug.backends.base import Backend, Program, RunRecord, Session
 from cp_debug.backends.capabilities import timer_of as own_timer
 from cp_debug.programs.pipeline import Pipeline
+from cp_debug.programs.walk import Walk
 from cp_debug.recipes.base import Arrays, Model, Sample
 
 OnStep = Callable[[str, int, int], None]
@@ -116,15 +115,15 @@ def timer_of(session: Session, passes: int) -> Timer:
 def _one_pass(model: Model, timers: Mapping[str, Timer], sample: Sample) -> dict[str, float]:
     """Seconds of every part in one pass."""
     seconds: dict[str, float] = {}
-    results: dict[str, Arrays] = {}
     fresh = Sample(sample.arrays, sample.source)  # recipes keep what they made of a sample that they know
-    for component in model.components:
+    way = Walk(model, fresh)
+    for step in way:
         start = time.perf_counter()
-        inputs = model.feed(component, fresh, results)
-        seconds[f"before {component.name}"] = time.perf_counter() - start
-        results[component.name], seconds[component.name] = timers[component.name](inputs)
+        inputs = step.inputs
+        seconds[f"before {step.name}"] = time.perf_counter() - start
+        step.outputs, seconds[step.name] = timers[step.name](inputs)
     start = time.perf_counter()
-    model.decode(fresh, results)
+    model.decode(fresh, way.results)
     seconds["decode"] = time.perf_counter() - start
     return seconds
 
@@ -161,25 +160,3 @@ def _peak_bytes() -> int:
         return int(line.split()[1]) * 1024
     except (OSError, StopIteration):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def latency_table(results: Sequence[BackendBench], title: str) -> Table:
-    """All backends in one table, a block each."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for index, header in enumerate(("backend", "part", "mean ms", "p50", "p95", "p99", "× reference", "memory MiB")):
-        table.add_column(header, justify="right" if index > 1 else "left", no_wrap=True)
-    reference = {latency.part: latency.figures()["mean"] for latency in results[0].parts}
-    for result in results:
-        for cells, last in _rows(result, reference):
-            table.add_row(*cells, style="bold" if last else None, end_section=last)
-    return table
-
-
-def _rows(result: BackendBench, reference: Mapping[str, float]) -> Iterator[tuple[list[str], bool]]:
-    name = f"{result.backend.spec} (emulated)" if result.backend.emulated else result.backend.spec
-    for place, latency in enumerate(result.parts):
-        figures, last = latency.figures(), latency.part == WHOLE
-        ratio = f"{figures['mean'] / reference[latency.part]:.2f}" if reference.get(latency.part) else ""
-        numbers = [f"{value:.2f}" for value in figures.values()]
-        memory = f"{result.memory_mib:.0f}" if last else ""
-        yield ["" if place else name, latency.part, *numbers, ratio, memory], last

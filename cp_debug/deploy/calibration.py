@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cp_debug.programs.pipeline import run_module
-from cp_debug.recipes.base import Arrays, Model, Sample
+from cp_debug.programs.walk import Walk, run_module
+from cp_debug.recipes.base import Model, Sample
 
 
 def write_calibration_data(model: Model, samples: Iterable[Sample], folder: Path) -> Path:
@@ -17,12 +17,10 @@ def write_calibration_data(model: Model, samples: Iterable[Sample], folder: Path
     Components run as the model's FP32 modules on the CPU. Raises InputError as the model's samples do.
     """
     for index, sample in enumerate(samples):
-        results: dict[str, Arrays] = {}
-        for place, component in enumerate(model.components, start=1):
-            inputs = model.feed(component, sample, results)
-            target = folder / component.name
+        for step in Walk(model, sample):
+            target = folder / step.name
             target.mkdir(parents=True, exist_ok=True)
-            np.savez(target / f"{index:05d}.npz", allow_pickle=False, **inputs)
-            if place < len(model.components):
-                results[component.name] = run_module(component, inputs)
+            np.savez(target / f"{index:05d}.npz", allow_pickle=False, **step.inputs)
+            if not step.last:
+                step.outputs = run_module(step.component, step.inputs)
     return folder

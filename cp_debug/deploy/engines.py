@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cp_debug.backends.base import Backend, Program
+from cp_debug.backends.build_info import BuildInfo
 from cp_debug.errors import InputError
 from cp_debug.files import complete_path, file_hash, write_text
 from cp_debug.programs.pipeline import check_realised, with_kept
@@ -22,7 +23,7 @@ MACHINE = ("tensorrt", "gpu", "compute_capability")
 
 
 @dataclass(frozen=True)
-class Built:
+class BuiltEngine:
     """One engine."""
 
     component: str
@@ -46,7 +47,7 @@ def build_engines(
     folder: Path,
     files: Mapping[str, str] | None = None,
     on_step: Callable[[str, int, int], None] = lambda text, done, total: None,
-) -> list[Built]:
+) -> list[BuiltEngine]:
     """Build ``<component>.engine`` for every program, and their manifest, which appears last.
 
     ``backend`` is a TensorRT backend with a profile for every dynamic input; ``files``: component → another file name.
@@ -56,7 +57,7 @@ def build_engines(
     backend = with_kept(backend, programs)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
-    built, build_infos = [], []
+    built, infos = [], []
     for place, program in enumerate(programs):
         on_step(f"building {program.name}", place, len(programs))
         session: Any = backend.open(program)
@@ -65,13 +66,13 @@ def build_engines(
             target = folder / (files or {}).get(program.name, f"{program.name}.engine")
             with complete_path(target) as partial:
                 shutil.copyfile(engine.path, partial)
-            settings = session.settings
+            info: BuildInfo = session.build_info
         finally:
             session.close()
-        build_infos.append(settings)
-        seconds, realised = engine.facts["seconds"], settings["realised_precision"]
-        built.append(Built(program.name, target.name, file_hash(target), program.graph.digest, seconds, realised))
-    check_realised(backend, build_infos)
+        infos.append(info)
+        seconds, realised = engine.facts["seconds"], info.realised_precision
+        built.append(BuiltEngine(program.name, target.name, file_hash(target), program.graph.digest, seconds, realised))
+    check_realised(backend, infos)
     versions = backend.versions()
     manifest = {
         "schema": SCHEMA,
@@ -96,7 +97,7 @@ def check_engines(folder: Path, programs: Sequence[Program], versions: Mapping[s
     except InputError as error:
         raise InputError(f"{source} ({error})") from None
     manifest: dict[str, Any] = typed(dict[str, Any], document, source)
-    built: list[Built] = typed(list[Built], manifest.get("engines"), source)
+    built: list[BuiltEngine] = typed(list[BuiltEngine], manifest.get("engines"), source)
     engines = {entry.component: entry for entry in built}
     machine: dict[str, str] = typed(dict[str, str], {key: manifest.get(key) for key in MACHINE}, source)
     for entry in engines.values():

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import torch
 
 from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.registry import create
@@ -20,7 +19,7 @@ from cp_debug.probes.alignment import Alignment
 from cp_debug.probes.statistics import compare
 from cp_debug.programs.align import TOLERANCE, align
 from cp_debug.programs.export import export
-from cp_debug.programs.pipeline import run_module
+from cp_debug.programs.walk import Walk, example_args, run_module
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
 
 OPSET = 17
@@ -97,17 +96,16 @@ def export_model(
     modules = [component.name for component in model.components if component.module is not None]
     if len(modules) < len(model.components):
         raise InputError(f"MODEL: {model.name} is an ONNX file already; expected a model of torch modules to export")
-    results: dict[str, Arrays] = {}
     exported = []
     with complete_folder(folder) as scratch:
         backend = checker()
-        for place, component in enumerate(model.components):
-            on_step(f"exporting {component.name}", place, len(modules))
-            inputs = model.feed(component, sample, results)
-            results[component.name] = run_module(component, inputs)
+        for step in Walk(model, sample):
+            component = step.component
+            on_step(f"exporting {step.name}", step.place, len(modules))
+            step.outputs = run_module(component, step.inputs)
             free = (axes or {}).get(component.name) or component.deployed_axes or component.dynamic_axes
             target = scratch / (files or {}).get(component.name, f"{component.name}.onnx")
-            exported.append(_export(component, inputs, results[component.name], target, free, options, backend))
+            exported.append(_export(component, step.inputs, step.outputs, target, free, options, backend))
     return [_moved(item, folder) for item in exported]
 
 
@@ -129,7 +127,7 @@ def _export(
     """Export, align and check one component. Raises InputError as ``export_model`` does."""
     module = component.module
     assert module is not None
-    args = tuple(torch.from_numpy(np.asarray(inputs[name], order="C")) for name in component.input_names)
+    args = example_args(component, inputs)
     path = export(
         module,
         args,
@@ -215,6 +213,14 @@ def _distance(
         session.close()
     compared = {name: compare(array, outputs[name]) for name, array in expected.items()}
     worst, stats = max(compared.items(), key=lambda item: item[1].severity)
+    if not stats.shape_mismatch and not stats.mismatched and stats.finite_rel_l2 <= TOLERANCE:
+        return stats.finite_rel_l2
+    if not stats.shape_mismatch and stats.nan_ref + stats.inf_ref:
+        ours, theirs = stats.nan_ref + stats.inf_ref, stats.nan_test + stats.inf_test
+        raise InputError(
+            f"{component.name}: on {_shapes(inputs)} the module itself gives {ours} NaN or Inf in {worst}, the "
+            f"exported graph {theirs}: that checks nothing; expected an input on which the module is finite"
+        )
     if stats.shape_mismatch or not stats.rel_l2 <= TOLERANCE:
         raise InputError(
             f"{component.name}: on {_shapes(inputs)} the exported graph gives another {worst} than its module: "

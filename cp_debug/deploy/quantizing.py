@@ -15,8 +15,8 @@ from cp_debug.errors import InputError
 from cp_debug.files import complete_path
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.qdq import insert_qdq
-from cp_debug.probes.distance import distance
-from cp_debug.programs.pipeline import run_module
+from cp_debug.probes.distance import relative_l2
+from cp_debug.programs.walk import Walk, run_module
 from cp_debug.quantization.models import QuantizedComponent, with_modules
 from cp_debug.quantization.nodes import scales_by_node
 from cp_debug.quantization.quantized_programs import already_quantized
@@ -53,15 +53,12 @@ def quantize_exported(
     module than INT8 takes that module from FP32 computes something else: InputError.
     """
     backend = checker("ort-int8", "emu-int8")
-    results: dict[str, Arrays] = {}
     updated = []
-    for component, item in zip(model.components, exported, strict=True):
-        part = quantized[component.name]
+    for step, item in zip(Walk(model, sample), exported, strict=True):
+        component, part, inputs = step.component, quantized[step.name], step.inputs
         assert part.module is not None
         assert part.folded is not None
-        inputs = model.feed(component, sample, results)
-        plain = _run(component, part.folded, inputs)
-        results[component.name] = plain
+        step.outputs = plain = _run(component, part.folded, inputs)
         if not part.scales.layers and not part.scales.residual_adds:
             updated.append(item)
             continue
@@ -103,7 +100,7 @@ def _check(
     finally:
         session.close()
     errors, limits = (
-        {name: _relative(arrays[name], expected[name]) for name in expected} for arrays in (outputs, plain)
+        {name: relative_l2(arrays[name], expected[name]) for name in expected} for arrays in (outputs, plain)
     )
     worst = max(errors, key=errors.__getitem__)
     if not sum(errors.values()) <= sum(limits.values()):
@@ -112,13 +109,6 @@ def _check(
             f"{component.name}, which is itself {limits[worst]:.2g} from FP32; the graph computes something else"
         )
     return errors[worst]
-
-
-def _relative(test: np.ndarray, reference: np.ndarray) -> float:
-    apart = distance(test, reference)
-    if apart.new_nonfinite:
-        return np.inf
-    return apart.difference / apart.whole if apart.whole else apart.difference
 
 
 def in_int8(folder: Path, programs: Sequence[Program]) -> list[Program]:

@@ -40,7 +40,7 @@ class Detected(Protocol):
 
 
 @dataclass(frozen=True)
-class Change:
+class BoxChange:
     """One object; ``reference`` and ``test`` are indices of its boxes, None on the side that lacks it."""
 
     kind: str
@@ -57,19 +57,19 @@ class Change:
         return self.kind in (LOST, GAINED), max(abs(self.score), self.distance)
 
 
-def changes(reference: Detected, test: Detected) -> list[Change]:
-    """Every object of either side once, as a ``Change``. Boxes match within their class, those of high score first."""
+def changes(reference: Detected, test: Detected) -> list[BoxChange]:
+    """Every object of either side once. Boxes match within their class, those of high score first."""
     first, second = (Objects(s.boxes[:, :2], s.labels, s.labels, s.scores) for s in (reference, test))
     matched = match_centers(second, first, [MATCHING])[0]
     listed = []
     for index, twin in enumerate(matched):
         score = float(test.scores[index])
         if twin < 0:
-            listed.append(Change(GAINED, None, index, score=score))
+            listed.append(BoxChange(GAINED, None, index, score=score))
             continue
         distance = float(np.linalg.norm(test.boxes[index, :2] - reference.boxes[twin, :2]))
         score -= float(reference.scores[twin])
         kind = MOVED_BOX if distance >= MOVED or abs(score) >= RESCORED else KEPT
-        listed.append(Change(kind, int(twin), index, distance, score))
+        listed.append(BoxChange(kind, int(twin), index, distance, score))
     lost = np.setdiff1d(np.arange(len(reference.scores)), matched)
-    return listed + [Change(LOST, int(i), None, score=-float(reference.scores[i])) for i in lost]
+    return listed + [BoxChange(LOST, int(i), None, score=-float(reference.scores[i])) for i in lost]

@@ -22,9 +22,12 @@ _QUANTIZING = ("uantizeLinear", "QLinear", "QGemm", "MatMulNBits", "Integer", "D
 """Parts of the names of operators that quantize, compute with levels, or make floats of levels."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Node:
-    """One ONNX node. ``op`` carries the domain unless it is ONNX's own: ``com.microsoft.FusedConv``."""
+    """One ONNX node, equal to itself alone.
+
+    ``op`` carries the domain unless it is ONNX's own: ``com.microsoft.FusedConv``.
+    """
 
     index: int
     name: str

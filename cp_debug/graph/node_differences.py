@@ -16,12 +16,12 @@ from onnx import helper
 
 from cp_debug.graph.constants import TELLING, Constants
 from cp_debug.graph.graph import Graph, Node
-from cp_debug.graph.tensor_change import Change, describe
+from cp_debug.graph.operators import PRODUCTS
+from cp_debug.graph.tensor_change import TensorChange, describe
 from cp_debug.graph.weight_differences import GATES
 
 MOVES = {"Cast", "Transpose", "Reshape", "Slice", "Concat", "Identity", "Squeeze", "Unsqueeze", "Flatten", "Split"}
 """Operators that prepare weights: what they read is named after what reads them."""
-PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 RECURRENT = {"LSTM", "GRU", "RNN"}
 ACTIVATIONS = {
     "Celu", "Clip", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "LogSoftmax", "Mish", "PRelu",
@@ -29,6 +29,10 @@ ACTIVATIONS = {
 }  # fmt: skip
 NAMES = {"auto_pad": "padding", "epsilon": "normalization-eps", "pads": "padding"}
 """Attribute → the name of the cause, where it has one of its own."""
+SHAPES = {"axes", "hidden_size", "kernel_shape", "num_outputs", "output_shape", "split"}
+"""Attributes that are inferred where they are absent: they differ only where both sides have them."""
+ACTIVATIONS_OF = {"GRU": ["Sigmoid", "Tanh"], "LSTM": ["Sigmoid", "Tanh", "Tanh"], "RNN": ["Tanh"]}
+"""What recurrent layers compute with where they name no activations."""
 INDICES = {"Gather", "GatherElements", "GatherND", "Slice", "ScatterND", "ScatterElements"}
 
 
@@ -72,7 +76,7 @@ class Pieces:
                 n.op == node.op for n in self._mine
             )
             if twin is not None and (twin.op == node.op or not moved):
-                pairs.append((twin, node))
+                pairs.append((twin, self._same_inputs(twin, node)))
         unmatched = [n for n in self._mine if not any(n is a for a, _ in pairs) and n.op != "Constant"]
         unmatched_test = [n for n in self._own if not any(n is b for _, b in pairs) and n.op != "Constant"]
         matcher = difflib.SequenceMatcher(
@@ -82,6 +86,29 @@ class Pieces:
             if tag == "equal" or (tag == "replace" and j - i == m - k == 1):
                 pairs += zip(unmatched[i:j], unmatched_test[k:m], strict=True)
         return pairs
+
+    def _same_inputs(self, ours: Node, theirs: Node) -> Node:
+        """``theirs``, or the node of its kind that reads what ``ours`` reads: another was put behind it, which took
+        over its result's name."""
+
+        def read(node: Node, names: Mapping[str, str], constants: Constants) -> list[str]:
+            return [names.get(n, n) for n in node.proto.input if n not in constants]
+
+        wanted = read(ours, {}, self._ours)
+        if read(theirs, self._names, self._theirs) == wanted:
+            return theirs
+        others = (n for n in self._own if n.op == ours.op and read(n, self._names, self._theirs) == wanted)
+        return next(others, theirs)
+
+    @property
+    def added(self) -> list[Node]:
+        """The nodes that only the test has, in execution order."""
+        return sorted(self._added, key=lambda n: n.index)
+
+    @property
+    def common(self) -> list[Node]:
+        """The test's nodes that the reference has, too."""
+        return [b for _, b in self._pairs]
 
     def differences(self) -> list[NodeDifference]:
         """Every difference, in execution order; nodes that only the test has come last."""
@@ -111,16 +138,18 @@ class Pieces:
 
     def _attributes(self, ours: Node, theirs: Node) -> Iterator[NodeDifference]:
         our_values, their_values = (attributes(g, n) for g, n in ((self._reference, ours), (self._test, theirs)))
-        for name in sorted(our_values.keys() & their_values.keys()):
-            a, b = our_values[name], their_values[name]
-            if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) or a == b:
+        # Of two opsets one may have as an input what is an attribute in the other.
+        alike = self._reference.opsets.get(ours.proto.domain) == self._test.opsets.get(theirs.proto.domain)
+        names = our_values.keys() | their_values.keys() if alike else our_values.keys() & their_values.keys()
+        for name in sorted(names, key=lambda n: (n in NAMES, n)):
+            a, b = our_values.get(name), their_values.get(name)
+            if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) or a == b or _says_nothing(ours.op, name, a, b):
                 continue
             says = f"{ours.op}: {name} is {_shown(b)} instead of {_shown(a)}"
-            if name == "epsilon":
+            evidence: dict[str, Any] = {name: b, "instead_of": a}
+            if name == "epsilon" and isinstance(a, float) and isinstance(b, float):
                 says = f"{ours.op}: eps is {b:.3g} instead of {a:.3g}"
                 evidence = {"eps": b, "instead_of": a}
-            else:
-                evidence = {name: b, "instead_of": a}
             yield NodeDifference(NAMES.get(name, "attribute"), says, ours.name, evidence)
 
     def _operands(self, ours: Node, theirs: Node) -> Iterator[NodeDifference]:
@@ -162,14 +191,14 @@ class Pieces:
                     evidence = {"constant": a, "change": change.kind, **change.evidence, "differs_by": change.size}
                     yield NodeDifference(name, says, ours.name, evidence)
 
-    def _other(self, a: str, b: str) -> Change | None:
+    def _other(self, a: str, b: str) -> TensorChange | None:
         """The change "another", if the test's constant ``b`` equals a constant of the reference other than ``a``."""
         if self._ours.size(a) < TELLING:
             return None
         digest = self._theirs.digest(b)
         alike = (n for n in self._ours.names if n != a and self._ours.size(n) == self._theirs.size(b))
         twin = next((n for n in alike if self._ours.digest(n) == digest), None)
-        return Change("another", f"those of another layer ({twin})", {"of": twin}) if twin else None
+        return TensorChange("another", f"those of another layer ({twin})", {"of": twin}) if twin else None
 
     def _role(self, node: Node, place: int) -> str:
         """Role of a node's input: weights, bias, statistics, parameters, scale, zero, index, or an empty string."""
@@ -189,7 +218,7 @@ class Pieces:
         return "index" if node.op in INDICES and place else ""
 
 
-def named(change: Change, role: str, op: str) -> str:
+def named(change: TensorChange, role: str, op: str) -> str:
     """Name of the cause (as in ``docs/causes.md``) for a change of a constant with this role in an operator."""
     if role in ("statistics", "parameters"):
         return f"batchnorm-{role}"
@@ -246,5 +275,24 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value]
 
 
+def _says_nothing(op: str, name: str, a: Any, b: Any) -> bool:
+    """Whether only one side has the attribute, and it says there what holds without it."""
+    if a is not None and b is not None:
+        return False
+    value = b if a is None else a
+    if name in ("pads", "output_padding"):
+        return not any(value)
+    if name in ("strides", "dilations"):
+        return all(v == 1 for v in value)
+    if name == "perm":
+        return list(value) == list(range(len(value)))[::-1]
+    if name == "activations":
+        usual = ACTIVATIONS_OF[op]
+        return [v.lower() for v in value] == [v.lower() for v in usual] * (len(value) // len(usual))
+    return name in SHAPES
+
+
 def _shown(value: Any) -> str:
+    if value is None:
+        return "not given"
     return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -165,6 +165,37 @@ def believable(reference: Graph, test: Graph) -> bool:
     return agreeing >= TRUST * len(common) and _misplaced(reference, test, common) <= MOST_MISPLACED
 
 
+def moved_names(reference: Graph, test: Graph) -> set[str]:
+    """Values of the test whose names both graphs have, but which are probably others: numbers in names that went on.
+
+    An exporter numbers what has no name of its own (``/Add_3_output_0``): one node more, and all later numbers mean
+    other values. Up to ``MOST_MISPLACED`` nodes that read other values are faults. Of more, those are named here, and
+    what is computed from them, unless its own weights say that it is the same layer.
+    """
+    data = set(data_values(reference)), set(data_values(test))
+    common = [v for v in test.values if v in reference.producer]
+    unlike = {v for v in common if _reads(reference, v) != _reads(test, v) or (v in data[0]) != (v in data[1])}
+    known = known_names([reference]), known_names([test])
+
+    def rewired(value: str) -> bool:
+        """Whether both nodes read other values that both graphs have: not what a node put in or left out does."""
+        ours, theirs = _reads(reference, value)[1], _reads(test, value)[1]
+        return ours != theirs and ours <= known[1] and theirs <= known[0]
+
+    if sum(rewired(v) for v in unlike if v in data[0] or v in data[1]) <= MOST_MISPLACED:
+        return set()
+    mine, theirs = Constants(reference), Constants(test)
+    moved: set[str] = set()
+    for value in common:  # in execution order
+        nodes = reference.producer[value], test.producer[value]
+        weights = mine.of(nodes[0])
+        if nodes[0].op == nodes[1].op and weights and weights == theirs.of(nodes[1]):
+            continue
+        if value in unlike or not moved.isdisjoint(nodes[1].inputs):
+            moved.add(value)
+    return moved
+
+
 def _reads(graph: Graph, value: str) -> tuple[str, set[str]]:
     """The operator behind a value, and what it reads that is computed, before any Q/DQ pair in between."""
     node = graph.producer[value]

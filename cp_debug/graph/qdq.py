@@ -18,14 +18,14 @@ import onnx
 from onnx import defs, helper, numpy_helper
 
 from cp_debug.errors import InputError
+from cp_debug.graph.downstream import from_inputs
 from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.operators import PRODUCTS
 from cp_debug.graph.surgery import save, unused_names
 
 if TYPE_CHECKING:
     from cp_debug.graph.scales import LayerScales
 
-QUANTIZED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-"""The operators that INT8 is for: they sum products."""
 LEVELS = 127
 """A scale is the largest magnitude divided by this; QuantizeLinear itself clips at −128 and 127."""
 OPSET = 13
@@ -41,7 +41,7 @@ def insert_qdq(
 ) -> Path:
     """Write ``graph`` with Q/DQ pairs as ``target`` and return it.
 
-    ``layers`` are nodes by name, one of ``QUANTIZED`` each; consumers of a value that quantize it alike share one pair.
+    ``layers`` are nodes by name, one of ``PRODUCTS`` each; consumers of a value that quantize it alike share one pair.
     ``residual_adds`` are additions by name, both operands of which get one scale. ``stored`` are values by name and
     their largest magnitude: all else that reads them has them in INT8, too. A graph below opset 13 is raised to it
     where none of its operators changed on the way. Raises InputError for a name that is no node, an operator that is
@@ -59,16 +59,16 @@ def has_own_pairs(graph: Graph) -> bool:
 
 
 def weight_axis(node: Node, rank: int) -> int:
-    """The axis of the output channels in the weight of a node of ``QUANTIZED``; ``rank`` is the weight's."""
+    """The axis of the output channels in the weight of a node of ``PRODUCTS``; ``rank`` is the weight's."""
     if node.op == "Gemm":
         return 1 - _attribute(node, "transB", 0)
     return {"Conv": 0, "ConvTranspose": 1, "MatMul": rank - 1}[node.op]
 
 
 def quantizable(graph: Graph) -> list[Node]:
-    """The nodes of ``QUANTIZED`` that multiply data by a weight, in execution order."""
-    data = _from_inputs(graph)
-    return [n for n in graph.nodes if n.op in QUANTIZED and n.proto.input[1] not in data]
+    """The nodes of ``PRODUCTS`` that multiply data by a weight, in execution order."""
+    data = _data(graph)
+    return [n for n in graph.nodes if n.op in PRODUCTS and n.proto.input[1] not in data]
 
 
 @dataclass
@@ -86,7 +86,7 @@ class _Surgery:
     def __post_init__(self) -> None:
         self.nodes = {node.name: node for node in self.graph.nodes}
         self.fresh = unused_names(self.graph)
-        self.data = _from_inputs(self.graph)
+        self.data = _data(self.graph)
 
     def model(self) -> onnx.ModelProto:
         """The rewritten model. Raises InputError as ``insert_qdq`` does."""
@@ -106,7 +106,7 @@ class _Surgery:
         node, where = self.nodes.get(name), f"{self.graph.path}: "
         if node is None:
             raise InputError(f"{where}no node {name!r} to quantize")
-        expected = QUANTIZED if name in self.layers else ("Add",)
+        expected = PRODUCTS if name in self.layers else ("Add",)
         if node.op not in expected:
             raise InputError(f"{where}node {name!r} is of {node.op}; expected {' or '.join(expected)}")
         for value in node.proto.input[:2]:
@@ -182,13 +182,9 @@ class _Surgery:
         ]
 
 
-def _from_inputs(graph: Graph) -> set[str]:
+def _data(graph: Graph) -> set[str]:
     """Every value that depends on an input of the graph, and the inputs."""
-    reached = {v.name for v in graph.inputs}
-    for node in graph.nodes:
-        if not reached.isdisjoint(node.inputs):
-            reached.update(node.outputs)
-    return reached
+    return {*from_inputs(graph), *(v.name for v in graph.inputs)}
 
 
 def _raise_opset(model: onnx.ModelProto, graph: Graph) -> None:

@@ -23,7 +23,7 @@ MOST_CHANNELS = 4096
 
 
 @dataclass(frozen=True)
-class Change:
+class TensorChange:
     """One change of a tensor, in words and numbers."""
 
     kind: str
@@ -36,16 +36,16 @@ class Change:
     """Relative L2 distance; infinite for another number of elements."""
 
 
-def describe(ours: np.ndarray, theirs: np.ndarray, gates: int = 0, *, closely: bool = True) -> Change | None:
+def describe(ours: np.ndarray, theirs: np.ndarray, gates: int = 0, *, closely: bool = True) -> TensorChange | None:
     """The change that makes ``theirs`` out of ``ours``; None where both are equal up to FP32's rounding.
 
     ``gates``: blocks along the second axis of a recurrent layer's weight, whose order may differ. ``closely`` False
     tells the distance alone.
     """
     if ours.dtype.kind not in "fiubV" or theirs.dtype.kind not in "fiubV":
-        return None if np.array_equal(ours, theirs) else Change("other", "they differ")
+        return None if np.array_equal(ours, theirs) else TensorChange("other", "they differ")
     a, b = (np.asarray(x).astype(np.float64) for x in (ours, theirs))
-    if a.shape != b.shape and a.size != 1 != b.size:
+    if a.shape != b.shape and not a.size == b.size == 1:
         return _reshaped(a, b)
     a, b = (a.reshape(-1), b.reshape(-1)) if a.size == b.size == 1 else (a, b)
     if np.array_equal(a, b, equal_nan=True) or not a.size:
@@ -54,11 +54,10 @@ def describe(ours: np.ndarray, theirs: np.ndarray, gates: int = 0, *, closely: b
     if size <= CLOSE and theirs.dtype.kind == "f":
         return None
     for kind, says, value, evidence in _ways(a, b, gates) if closely else ():
-        if _distance(b, value) <= max(EXACT, NARROW.get(str(theirs.dtype), 0.0)) or np.array_equal(
-            value.astype(theirs.dtype), theirs
-        ):
-            return Change(kind, says, evidence, size)
-    return Change("other", f"differs by {size:.3g} (rel. L2)", {}, size)
+        limit = max(min(EXACT, max(size / 4, CLOSE)), NARROW.get(str(theirs.dtype), 0.0))
+        if _distance(b, value) <= limit or np.array_equal(value.astype(theirs.dtype), theirs):
+            return TensorChange(kind, says, evidence, size)
+    return TensorChange("other", f"differs by {size:.3g} (rel. L2)", {}, size)
 
 
 def _distance(theirs: np.ndarray, ours: np.ndarray) -> float:
@@ -68,14 +67,14 @@ def _distance(theirs: np.ndarray, ours: np.ndarray) -> float:
     return difference / largest_norm if largest_norm else 0.0
 
 
-def _reshaped(a: np.ndarray, b: np.ndarray) -> Change:
+def _reshaped(a: np.ndarray, b: np.ndarray) -> TensorChange:
     for order in itertools.permutations(range(a.ndim)) if a.ndim <= 5 else ():
         moved = a.transpose(order)
         if moved.shape == b.shape and _distance(b, moved) <= EXACT:
-            return Change("transposed", f"axes in the order {list(order)}", {"axes": list(order)})
+            return TensorChange("transposed", f"axes in the order {list(order)}", {"axes": list(order)})
     if a.size == b.size and _distance(b.ravel(), a.ravel()) <= EXACT:
-        return Change("shape", f"the shape is {list(b.shape)} instead of {list(a.shape)}", {}, 0.0)
-    return Change("shape", f"the shape is {list(b.shape)} instead of {list(a.shape)}", {}, float("inf"))
+        return TensorChange("shape", f"the shape is {list(b.shape)} instead of {list(a.shape)}", {}, 0.0)
+    return TensorChange("shape", f"the shape is {list(b.shape)} instead of {list(a.shape)}", {}, float("inf"))
 
 
 _Way = tuple[str, str, np.ndarray, dict[str, Any]]
@@ -97,11 +96,11 @@ def _ways(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[_Way]:
     different = a != b
     count = int(different.sum())
     yield from _by_channel(a, b)
+    yield from _orders(a, b, gates)
     if 0 < count <= FEW and a.size > 2 * count:
         places = np.argwhere(different).tolist()
         changes = ", ".join(f"{p}: {a[tuple(p)]:.6g} → {b[tuple(p)]:.6g}" for p in places)
         yield "elements", f"{count} of {a.size} elements: {changes}", b, {"elements": places}
-    yield from _orders(a, b, gates)
     yield from _int8(a)
 
 

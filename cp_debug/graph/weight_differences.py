@@ -11,7 +11,7 @@ import numpy as np
 from cp_debug.graph.constants import TELLING, Constants
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.pairing import believable
-from cp_debug.graph.tensor_change import Change, describe
+from cp_debug.graph.tensor_change import TensorChange, describe
 
 SHOWN = 3
 """Differences in one line."""
@@ -28,7 +28,7 @@ class Difference:
 
     name: str
     test_name: str
-    change: Change
+    change: TensorChange
 
     @property
     def says(self) -> str:
@@ -162,8 +162,7 @@ def _by_contents(
     for a in (n for n in our_names if n not in used):
         x = ours[a].astype(np.float64)
         for b in (n for n in their_names if n not in used and theirs[n].shape == x.shape):
-            size = max(float(np.linalg.norm(x)), 1e-30)
-            distance = float(np.linalg.norm((theirs[b].astype(np.float64) - x).ravel())) / size
+            distance = _relative(x, theirs[b].astype(np.float64))
             if distance < NEAR:
                 distances.append((distance, a, b))
     paired: tuple[set[str], set[str]] = (set(), set())
@@ -187,7 +186,7 @@ def _same_reader(ours: Constants, theirs: Constants, a: str, b: str) -> bool:
     return readers(ours, a) == readers(theirs, b)
 
 
-def _of_another(ours: Constants, theirs: Constants, a: str, b: str) -> Change | None:
+def _of_another(ours: Constants, theirs: Constants, a: str, b: str) -> TensorChange | None:
     """The change "another", if the test's tensor ``b`` equals a constant of the reference other than ``a``."""
     if ours.size(a) < TELLING:
         return None
@@ -197,5 +196,10 @@ def _of_another(ours: Constants, theirs: Constants, a: str, b: str) -> Change | 
     if twin is None:
         return None
     x, y = (np.asarray(t).astype(np.float64).ravel() for t in (ours[a], theirs[b]))
-    size = float(np.linalg.norm(y - x) / max(float(np.linalg.norm(x)), 1e-30)) if x.shape == y.shape else float("inf")
-    return Change("another", f"holds {twin}", {"of": twin}, size)
+    size = _relative(x, y) if x.shape == y.shape else float("inf")
+    return TensorChange("another", f"holds {twin}", {"of": twin}, size)
+
+
+def _relative(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """‖theirs − ours‖ ÷ ‖ours‖ of two constants in float64."""
+    return float(np.linalg.norm((theirs - ours).ravel())) / max(float(np.linalg.norm(ours)), 1e-30)

@@ -4,74 +4,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from cp_debug.errors import InputError, system_reason
-from cp_debug.mixed_precision.fusion_groups import Kept
-from cp_debug.mixed_precision.judge import Measured
-from cp_debug.reading import check_file, read_bytes, sealed, unsealed
-from cp_debug.serialize import json_safe
+from cp_debug.mixed_precision.trial import Trial
+from cp_debug.reading import check_file, read_bytes, sealed, typed, unsealed
 
 SCHEMA = "cpdebug.search-log/1"
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One set of kept layers and what came of it."""
-
-    nodes: frozenset[tuple[str, str]]
-    """(Component, node) of everything that was kept."""
-    layers: int
-    emulated: bool
-    """Whether it ran on the emulator in place of the backend."""
-    measured: Measured
-    seconds: float
-    latency: float | None = None
-    """Seconds of a pass on the device, where the backend tells."""
-    error: str = ""
-    """Why it could not be built; then nothing was measured."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-safe."""
-        return json_safe(
-            {
-                "kept": sorted(map(list, self.nodes)),
-                "layers": self.layers,
-                "emulated": self.emulated,
-                "figures": self.measured.figures,
-                "outputs": self.measured.outputs,
-                "seconds": self.seconds,
-                "latency": self.latency,
-                "error": self.error,
-            }
-        )
-
-    @classmethod
-    def of(cls, document: Mapping[str, Any]) -> Trial:
-        """From ``to_dict``."""
-        figures, outputs = ({k: float(v) for k, v in document[part].items()} for part in ("figures", "outputs"))
-        return cls(
-            frozenset((component, node) for component, node in document["kept"]),
-            document["layers"],
-            document["emulated"],
-            Measured(figures, outputs),
-            document["seconds"],
-            document["latency"],
-            document["error"],
-        )
-
-
-def nodes_in(kept: Kept) -> frozenset[tuple[str, str]]:
-    """(Component, node) of a set of layers: its name in the log, however layers are grouped."""
-    return frozenset((group.component, node) for group in kept for node in group.nodes)
+class _FusedLayer(TypedDict):
+    name: str
+    nodes: list[str]
 
 
 class TrialLog:
     """The trials of one search; with a ``path`` each is on disk before the next begins."""
 
-    def __init__(self, path: Path | None, about: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path | None = None, about: Mapping[str, Any] = MappingProxyType({})) -> None:
         """``about``: what the search depends on, JSON-safe. Raises InputError for the log of another search."""
         self._path = path
         self.trials: dict[tuple[bool, frozenset[tuple[str, str]]], Trial] = {}
@@ -91,8 +45,11 @@ class TrialLog:
         self._write(trial.to_dict())
 
     def add_engine(self, layers: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-        """Keep what the engine fused."""
-        self.engine = {c: [{"name": e["name"], "nodes": list(e["nodes"])} for e in own] for c, own in layers.items()}
+        """Keep the layers that the engine fused."""
+        self.engine = {
+            c: [{"name": e["name"], "nodes": list(e["nodes"])} for e in layers_of_component]
+            for c, layers_of_component in layers.items()
+        }
         self._write({"engine": self.engine})
 
     def _write(self, document: Mapping[str, Any]) -> None:
@@ -107,12 +64,12 @@ class TrialLog:
 
     def _read(self, path: Path, header: Mapping[str, Any]) -> None:
         try:
-            whole, _, torn = read_bytes(path, what="log").rpartition(b"\n")
-            first, *documents = [unsealed(line, f"line {n}") for n, line in enumerate(whole.split(b"\n"), 1)]
+            complete, _, torn = read_bytes(path, what="log").rpartition(b"\n")
+            first, *documents = [unsealed(line, f"line {n}") for n, line in enumerate(complete.split(b"\n"), 1)]
             different = [key for key in header if first[key] != header[key]]
             for document in documents:
                 if "engine" in document:
-                    self.engine = document["engine"]
+                    self.engine = typed(dict[str, list[_FusedLayer]], document["engine"], "engine")
                 else:
                     trial = Trial.of(document)
                     self.trials[trial.emulated, trial.nodes] = trial
@@ -122,4 +79,4 @@ class TrialLog:
             parts = ", ".join(f"{key} {first[key]!r}, now {header[key]!r}" for key in different)
             raise InputError(f"--log: {path} belongs to another search ({parts}); give another file")
         if torn:  # a line that was cut off when the search was killed
-            os.truncate(path, len(whole) + 1)
+            os.truncate(path, len(complete) + 1)

@@ -86,6 +86,22 @@ class Alignment:
         """The ONNX values that equal a torch value."""
         return self._by_torch.get(torch_value, [])
 
+    def twins(self, test: Alignment, paired: Mapping[str, str]) -> dict[str, str]:
+        """Further values of a test's graph → the value of this graph that equals the same torch value.
+
+        ``paired`` are pairs that stand already; no value is paired twice. A layer whose BatchNorm was folded in torch
+        has the name of the layer, folded by the exporter that of the BatchNorm.
+        """
+        folded = {layer: norm for norm, layer in test.absorbed.items() if self.absorbed.get(norm) == layer}
+        taken, pairs = set(paired.values()), dict[str, str]()
+        for link in test.links:
+            names = (link.torch or "", folded.get(link.torch or "", ""))
+            free = [value for name in names for value in self.onnx_for(name) if value not in taken]
+            if link.onnx not in paired and link.onnx not in pairs and free:
+                pairs[link.onnx] = free[0]
+                taken.add(free[0])
+        return pairs
+
     def coverage(self) -> Coverage:
         """Counts of what is accounted for; complete where both ``unmatched`` lists are empty."""
         kinds = dict(Counter(link.kind for link in self.links))

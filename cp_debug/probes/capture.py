@@ -67,7 +67,7 @@ class Header(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """One tensor of a capture."""
 
     name: str
@@ -86,7 +86,7 @@ class Entry:
 class _Kept:
     """Entries of a manifest that must have the right type."""
 
-    tensors: list[Entry]
+    tensors: list[TensorEntry]
     backend: str = ""
     versions: dict[str, Any] = field(default_factory=dict)
     device: str = ""
@@ -128,7 +128,7 @@ class CaptureWriter:
         self._header = dict(header)
         self._checksums = checksums
         self._partial = self.folder
-        self._entries: dict[tuple[int, str, str], Entry] = {}
+        self._entries: dict[tuple[int, str, str], TensorEntry] = {}
         self._written: Counter[int] = Counter()
         self._writer = ThreadPoolExecutor(1, "capture")
         self._pending: Future[None] | None = None
@@ -167,7 +167,7 @@ class CaptureWriter:
         copy = memoryview(self._copy)[: len(raw)]
         copy[:] = raw
         self._pending = self._writer.submit(self._write, file, _file_header(array), copy)
-        self._entries[key] = Entry(
+        self._entries[key] = TensorEntry(
             name=name,
             component=component,
             sample=sample,
@@ -223,7 +223,7 @@ class CaptureWriter:
 class Capture:
     """A capture on disk. Tensors are mapped into memory when they are asked for."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], entries: Iterable[Entry]) -> None:
+    def __init__(self, folder: Path, manifest: dict[str, Any], entries: Iterable[TensorEntry]) -> None:
         self.folder, self.manifest = folder, manifest
         self.entries = tuple(entries)
         """Entries in the order in which they were written."""

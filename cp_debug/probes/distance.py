@@ -29,6 +29,11 @@ class Distance(NamedTuple):
     new_nonfinite: int
     """Elements that are NaN or Inf in ours and finite in theirs."""
 
+    @property
+    def relative(self) -> float:
+        """‖ours − theirs‖ ÷ ‖theirs‖, the relative L2 distance over those elements; see ``ratio``."""
+        return ratio(self.difference, self.whole)
+
 
 def distance(ours: AnyTensor, theirs: AnyTensor) -> Distance:
     """Compare two tensors of one shape and real dtypes, numpy (memory-mapped too) or torch, in float64."""
@@ -48,6 +53,14 @@ def distance(ours: AnyTensor, theirs: AnyTensor) -> Distance:
             size = float(torch.linalg.vector_norm(torch.where(finite, y, 0.0)))
         differing, whole = math.hypot(differing, difference), math.hypot(whole, size)
     return Distance(differing, whole, new_nonfinite)
+
+
+def relative_l2(ours: AnyTensor, theirs: AnyTensor) -> float:
+    """‖ours − theirs‖ ÷ ‖theirs‖; infinite where the shapes differ, or ours is NaN or Inf and theirs finite."""
+    if tuple(ours.shape) != tuple(theirs.shape):
+        return math.inf
+    apart = distance(ours, theirs)
+    return math.inf if apart.new_nonfinite else apart.relative
 
 
 def ratio(a: float, b: float) -> float:

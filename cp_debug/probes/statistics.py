@@ -23,8 +23,9 @@ import numpy as np
 
 from cp_debug.errors import InputError
 from cp_debug.probes.arrays import Tensor, as_numpy, dtype_name, is_torch
+from cp_debug.probes.distance import ratio
 from cp_debug.probes.statistics_reduce import reduce_device, reduce_host
-from cp_debug.probes.statistics_totals import Piece, Totals
+from cp_debug.probes.statistics_totals import PairPiece, Totals
 
 RESOLUTION = 2.0**-6
 """Largest relative error of ``p50_abs`` and ``p99_abs``, from 1.2e-38 to 3.4e38: half a bin of the histogram."""
@@ -120,7 +121,7 @@ def _finish(reference: Tensor, test: Tensor, totals: Totals) -> TensorStats:
     whole, shape = totals.whole, tuple(reference.shape)
     agree = not whole.mismatched
     norm_ref, norm_test, norm_diff = (math.sqrt(square) for square in (whole.sum_rr, whole.sum_tt, whole.sum_dd))
-    rel_l2 = norm_diff / norm_ref if norm_ref else math.inf if norm_diff else 0.0
+    rel_l2 = ratio(norm_diff, norm_ref)
     if norm_ref and norm_test:
         cosine = min(max(whole.sum_rt / norm_ref / norm_test, -1.0), 1.0)
     else:
@@ -142,7 +143,7 @@ def _finish(reference: Tensor, test: Tensor, totals: Totals) -> TensorStats:
     )
 
 
-def _different_shapes(reference: Tensor, test: Tensor, of_ref: Piece, of_test: Piece) -> TensorStats:
+def _different_shapes(reference: Tensor, test: Tensor, of_ref: PairPiece, of_test: PairPiece) -> TensorStats:
     """Statistics of two tensors whose shapes differ: every difference is infinite."""
     return TensorStats(
         **_sides(reference, test, of_ref, of_test),
@@ -161,7 +162,7 @@ def _different_shapes(reference: Tensor, test: Tensor, of_ref: Piece, of_test: P
     )
 
 
-def _sides(reference: Tensor, test: Tensor, of_ref: Piece, of_test: Piece) -> dict[str, Any]:
+def _sides(reference: Tensor, test: Tensor, of_ref: PairPiece, of_test: PairPiece) -> dict[str, Any]:
     """Fields that look at one side alone."""
     return {
         "shape": tuple(reference.shape),

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numba import float32, float64, njit, types, uint32, uint64
 
-from cp_debug.probes.statistics_totals import BIN_SHIFT, BINS, INFINITE_BIN, MANTISSA_BITS, Piece
+from cp_debug.probes.statistics_totals import BIN_SHIFT, BINS, INFINITE_BIN, MANTISSA_BITS, PairPiece
 
 BLOCK = 1024
 """Elements a turn: both inputs, the differences and their histogram stay in the first-level cache."""
@@ -114,7 +114,7 @@ class Accumulator:
         """(BINS,) int64: how many |differences| fell into each bin."""
         return self._lanes.sum(axis=0, dtype=np.int64)
 
-    def add(self, ref: np.ndarray, test: np.ndarray) -> Piece:
+    def add(self, ref: np.ndarray, test: np.ndarray) -> PairPiece:
         """Reduce two contiguous, aligned arrays (n,) of this dtype, up to the first block that is not finite."""
         bits, diff = ref.view(self._bits), self._diff
-        return Piece(*_accumulate(ref, test, bits, diff, diff.view(self._bits), self._lanes, *self._constants))
+        return PairPiece(*_accumulate(ref, test, bits, diff, diff.view(self._bits), self._lanes, *self._constants))

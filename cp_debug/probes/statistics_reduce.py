@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cp_debug.probes.statistics_totals import BIN_SHIFT, BINS, Piece, Totals
+from cp_debug.probes.statistics_totals import BIN_SHIFT, BINS, PairPiece, Totals
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +40,7 @@ def reduce_host(ref: np.ndarray, test: np.ndarray) -> Totals:
     dtype = np.dtype(np.float32 if single else np.float64)
     integers = all(array.dtype.kind in "iu" for array in (ref, test)) and not single
     starts = iter(range(0, ref.size, HOST_CHUNK))  # shared: next() on it is atomic
-    pieces: list[tuple[int, Piece]] = []
+    pieces: list[tuple[int, PairPiece]] = []
     unequal: list[int] = []
 
     def work(_: int) -> np.ndarray:
@@ -90,7 +90,7 @@ def _reader(array: np.ndarray, dtype: np.dtype) -> Callable[[int], np.ndarray]:
 
 
 def _set_aside(xp: ModuleType, ref: Any, test: Any) -> tuple[Any, Any, dict[str, Any]]:
-    """Put zeros where a pair (n,) of float64 is not finite, and say what was there as fields of a Piece.
+    """Put zeros where a pair (n,) of float64 is not finite, and say what was there as fields of a PairPiece.
 
     ``xp`` is numpy or torch, whichever the arrays belong to.
     """
@@ -131,7 +131,7 @@ def reduce_device(ref: torch.Tensor, test: torch.Tensor) -> Totals:
         max_ref = torch.linalg.vector_norm(r, math.inf)
         numbers = (max_abs, argmax, max_ref, d.sum(), d @ d, r @ r, t @ t, r @ t)
         largest, where, *sums = torch.stack([number.double() for number in numbers]).tolist()
-        pieces.append((start, Piece(d.numel(), largest, int(where), *sums)._replace(**special)))
+        pieces.append((start, PairPiece(d.numel(), largest, int(where), *sums)._replace(**special)))
     integers = not (ref.is_floating_point() or test.is_floating_point())
     same = not integers or bool((flat_ref == flat_test).all())
     return Totals.of(pieces, histogram.cpu().numpy(), same)

@@ -1,4 +1,4 @@
-"""Which torch module produced each value of the deployed graph, verified by numbers, and kept beside the ONNX file."""
+"""Torch modules that produced the values of the deployed graph: found by numbers, kept beside the ONNX file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cp_debug.backends.determinism import deterministic
 from cp_debug.errors import InputError
-from cp_debug.graph.downstream import data_values, downstream
+from cp_debug.graph.downstream import data_values, from_inputs
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.alignment import Alignment, Link
 from cp_debug.probes.arrays import Sink
@@ -40,8 +40,9 @@ def align(
 ) -> Alignment:
     """Run graph and module once each on ``args`` (FP32, CPU, in the graph's input order) and match their values.
 
-    Memory holds fingerprints, never both runs. ``run`` executes the graph, by default this project's executor in FP32.
-    Raises ModuleFailed when the module raises, InputError when the graph takes another number of inputs.
+    Memory holds fingerprints, never both runs. ``run`` executes the graph, by default this project's executor in FP32;
+    ``tolerance`` is a relative L2 distance. Raises ModuleFailed when the module raises, InputError when the graph takes
+    another number of inputs.
     """
     names = [info.name for info in graph.inputs]
     if len(names) != len(args):
@@ -90,7 +91,7 @@ def _executor(graph: Graph) -> Run:
 def _links(
     graph: Graph, data: Collection[str], matching: Matching, record: Trace, hints: Mapping[str, str]
 ) -> dict[str, Any]:
-    from_inputs = set(downstream(graph, set()))
+    fed = set(from_inputs(graph))
     leaf_outputs = {value for values in record.leaves.values() for value in values}
     # Where several ONNX values equal one torch value, its name goes to the one that finishes it.
     finished = {
@@ -102,7 +103,7 @@ def _links(
     unmatched = []
     for name in graph.values:
         if name not in data:
-            links.append(Link(name, "shape" if name in from_inputs else "constant", name))
+            links.append(Link(name, "shape" if name in fed else "constant", name))
         elif name in matching.pairs:
             value, error = matching.pairs[name]
             kind = "input" if value.op == "input" else "module" if value in leaf_outputs else "function"
@@ -134,15 +135,15 @@ def _modules(matching: Matching, record: Trace) -> dict[str, Any]:
         if matched:  # an identity
             absorbed[call] = matched[0].name
             continue
-        found, passed = set[TorchValue](), set[TorchValue]()
+        readers_matched, passed = set[TorchValue](), set[TorchValue]()
         for value in values:
             after, between = nearest(value, lambda v: readers.get(v, []), onnx_of.__contains__)
-            found.update(after)
+            readers_matched.update(after)
             passed.update([value, *between])
-        layers = sorted((v for v in found if matching.consistent(onnx_of[v])), key=lambda v: v.index)
+        layers = sorted((v for v in readers_matched if matching.consistent(onnx_of[v])), key=lambda v: v.index)
         if layers:
             absorbed[call] = layers[0].name
-        elif found or passed & outputs:
+        elif readers_matched or passed & outputs:
             unmatched.append(call)
         else:
             unused.append(call)

@@ -17,11 +17,11 @@ from cp_debug.errors import InputError
 from cp_debug.graph.scales import LayerScales, Scales
 from cp_debug.programs.align import module_digest
 from cp_debug.programs.batchnorm_folding import Folding, apply_folding, find_folding
-from cp_debug.programs.pipeline import example_args, run_module
 from cp_debug.programs.torch_layers import WeightedLayer, channels, full_path, layers_of
+from cp_debug.programs.walk import Walk, example_args, run_module
 from cp_debug.quantization.models import QuantizedComponent
 from cp_debug.quantization.ptq import apply_scales, quantization_of
-from cp_debug.recipes.base import Arrays, Component, Model, Sample
+from cp_debug.recipes.base import Component, Model, Sample
 from cp_debug.recipes.checkpoint import load_state, read_state_dict
 
 AMAX = "_quantizer._amax"
@@ -43,14 +43,13 @@ def load_amax_checkpoint(model: Model, path: Path, sample: Sample) -> dict[str, 
     FP32. Raises InputError for names and shapes that are not the model's, and for scales that are no layer's.
     """
     state = read_state_dict(path)
-    results: dict[str, Arrays] = {}
     quantized = {}
-    for component in model.components:
+    for step in Walk(model, sample):
+        component = step.component
         if component.module is None:
             raise InputError(f"{path}: {component.name} is an ONNX file; expected a model of torch modules")
-        inputs = model.feed(component, sample, results)
-        results[component.name] = run_module(component, inputs)
-        folding = find_folding(component.module, example_args(component, inputs))
+        step.outputs = run_module(component, step.inputs)
+        folding = find_folding(component.module, example_args(component, step.inputs))
         quantized[component.name] = _load(component, component.module, folding, state, path)
     scaled_layers = {name for part in quantized.values() for name in part.scales.layers}
     for name in state:

@@ -12,19 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cp_debug.backends.executor import Executor
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.qdq import quantizable
 from cp_debug.graph.scales import Scales
-from cp_debug.probes.arrays import as_numpy
 from cp_debug.probes.distance import distance
 from cp_debug.programs.batchnorm_folding import fuse_model_bn
-from cp_debug.programs.pipeline import run_module
 from cp_debug.programs.torch_layers import full_path, layers_of, matches, select
+from cp_debug.programs.walk import Walk, example_args, named_outputs, run_module, tensors_as_arrays, walk
 from cp_debug.quantization.calibration import CalibrationManager
 from cp_debug.quantization.onnx_ptq import GraphCalibration
 from cp_debug.quantization.ptq import apply_scales, quantized, scales_of
@@ -54,15 +52,13 @@ def quantize_model(
     globs = _globs_of(model, skip_layers)
     running: dict[str, _ModuleCalibration | _GraphCalibration] = {}
     for sample in samples:
-        results: dict[str, Arrays] = {}
-        for component in model.components:
-            name = component.name
-            inputs = model.feed(component, sample, results)
-            if name not in running:
-                kind = _GraphCalibration if component.module is None else _ModuleCalibration
-                running[name] = kind(component, inputs, method, globs[name])
+        for step in Walk(model, sample):
+            if step.name not in running:
+                kind = _GraphCalibration if step.component.module is None else _ModuleCalibration
+                running[step.name] = kind(step.component, step.inputs, method, globs[step.name])
+            inputs = step.inputs
             try:
-                results[name] = running[name].run(inputs)
+                step.outputs = running[step.name].run(inputs)
             except InputError as error:
                 raise InputError(f"{sample.source}: {error}") from error
     if not running:
@@ -79,9 +75,9 @@ def reapply_scales(
     ``skip_layers``.
     """
     globs = _globs_of(model, skip_layers)
-    results: dict[str, Arrays] = {}
     in_int8 = {}
-    for component in model.components:
+    for step in Walk(model, sample):
+        component = step.component
         own_scales = _without(scales[component.name], globs[component.name])
         if component.module is None:
             assert component.onnx_path is not None
@@ -89,9 +85,8 @@ def reapply_scales(
                 raise InputError(f"{component.onnx_path}: the scales were calibrated on another graph")
             in_int8[component.name] = QuantizedComponent(None, own_scales, None)
             continue
-        inputs = model.feed(component, sample, results)
-        folded = fuse_model_bn(component.module, _tensors(component, inputs))
-        results[component.name] = run_module(component, inputs)
+        folded = fuse_model_bn(component.module, example_args(component, step.inputs))
+        step.outputs = run_module(component, step.inputs)
         in_int8[component.name] = QuantizedComponent(
             apply_scales(folded, own_scales, component.prefix), own_scales, folded
         )
@@ -116,7 +111,8 @@ def output_sqnr(model: Model, tests: Mapping[str, nn.Module | Path], samples: It
     noise: dict[str, float] = defaultdict(float)
     signal: dict[str, float] = defaultdict(float)
     for sample in samples:
-        expected, actual = _run(model, sample, reference), _run(model, sample, test)
+        expected = walk(model, sample, lambda component, inputs: reference[component.name](inputs))
+        actual = walk(model, sample, lambda component, inputs: test[component.name](inputs))
         for component, outputs in expected.items():
             for name, array in outputs.items():
                 apart = distance(actual[component][name], array)
@@ -134,20 +130,7 @@ def _runner(component: Component, program: nn.Module | Path | None) -> Callable[
 
 
 def _run_graph(executor: Executor, inputs: Mapping[str, np.ndarray], *watch: Any) -> Arrays:
-    return {name: as_numpy(tensor) for name, tensor in executor.run(inputs, *watch).items()}
-
-
-def _run(
-    model: Model, sample: Sample, runners: Mapping[str, Callable[[Mapping[str, np.ndarray]], Arrays]]
-) -> dict[str, Arrays]:
-    results: dict[str, Arrays] = {}
-    for component in model.components:
-        results[component.name] = runners[component.name](model.feed(component, sample, results))
-    return results
-
-
-def _tensors(component: Component, inputs: Mapping[str, np.ndarray]) -> tuple[Tensor, ...]:
-    return tuple(torch.from_numpy(np.asarray(inputs[name], order="C")) for name in component.input_names)
+    return tensors_as_arrays(executor.run(inputs, *watch))
 
 
 class _ModuleCalibration:
@@ -156,12 +139,11 @@ class _ModuleCalibration:
     ) -> None:
         assert component.module is not None
         self._component = component
-        self._folded = fuse_model_bn(component.module, _tensors(component, inputs))
+        self._folded = fuse_model_bn(component.module, example_args(component, inputs))
         self._manager = CalibrationManager(self._folded, method=method, skip_layers=globs, prefix=component.prefix)
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
-        outputs = self._manager.run(_tensors(self._component, inputs))
-        return {n: t.numpy() for n, t in zip(self._component.output_names, outputs.values(), strict=True)}
+        return named_outputs(self._component, self._manager.run(example_args(self._component, inputs)))
 
     def finish(self) -> QuantizedComponent:
         module = quantized(self._manager)

@@ -7,7 +7,7 @@ import dataclasses
 from cp_debug.errors import InputError
 from cp_debug.graph.downstream import data_values
 from cp_debug.graph.graph import Graph, Node
-from cp_debug.graph.qdq import QUANTIZED
+from cp_debug.graph.operators import PRODUCTS
 from cp_debug.graph.scales import LayerScales, Scales
 from cp_debug.probes.alignment import Alignment
 
@@ -23,7 +23,7 @@ def scales_by_node(scales: Scales, alignment: Alignment, graph: Graph) -> Scales
     lost: list[str] = []
     finder = _Finder(alignment, graph)
     for path, layer in scales.layers.items():
-        nodes = finder.nodes(path, QUANTIZED)
+        nodes = finder.nodes(path, PRODUCTS)
         layers |= dict.fromkeys(nodes, layer)
         lost += [] if nodes or path in alignment.unused else [path]
     for path, amax in scales.residual_adds.items():
@@ -31,7 +31,7 @@ def scales_by_node(scales: Scales, alignment: Alignment, graph: Graph) -> Scales
         residual_adds |= dict.fromkeys(nodes, amax)
         lost += [] if nodes else [path]
     if lost:
-        raise InputError(f"{graph.path}: no {', '.join(QUANTIZED)} or Add computes {', '.join(lost)}; export it again")
+        raise InputError(f"{graph.path}: no {', '.join(PRODUCTS)} or Add computes {', '.join(lost)}; export it again")
     return dataclasses.replace(scales, layers=layers, residual_adds=residual_adds)
 
 

@@ -14,14 +14,14 @@ from cp_debug.graph.graph import Graph
 from cp_debug.graph.qdq import insert_qdq, quantizable, weight_axis
 from cp_debug.graph.scales import LayerScales, Scales
 from cp_debug.programs.align import align
-from cp_debug.programs.pipeline import example_args, run_module
+from cp_debug.programs.walk import Walk, example_args, run_module
 from cp_debug.quantization.checkpoint import FILE, file_of, is_ptq_checkpoint
 from cp_debug.quantization.histogram import weight_amax
 from cp_debug.quantization.models import QuantizedComponent, quantize_model, with_modules
 from cp_debug.quantization.nodes import scales_by_node
 from cp_debug.quantization.onnx_ptq import weight_of
 from cp_debug.quantization.open_quantized import open_quantized
-from cp_debug.recipes.base import Arrays, Model, Sample
+from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.registry import load_model
 
 
@@ -110,15 +110,13 @@ def quantized_programs(
     layers in the graph. Raises InputError when one is not found.
     """
     in_int8 = []
-    results: dict[str, Arrays] = {}
-    for component, program in zip(model.components, programs, strict=True):
-        part = parts[component.name]
+    for step, program in zip(Walk(model, sample), programs, strict=True):
+        component, part = step.component, parts[step.name]
         if part.folded is None:
             in_int8.append(_with_pairs(replace(program, module=None), part.scales, folder))
             continue
-        inputs = model.feed(component, sample, results)
-        results[component.name] = run_module(component, inputs)
-        alignment = align(program.graph, part.folded, example_args(component, inputs), prefix=component.prefix)
+        step.outputs = run_module(component, step.inputs)
+        alignment = align(program.graph, part.folded, example_args(component, step.inputs), prefix=component.prefix)
         scales = scales_by_node(part.scales, alignment, program.graph)
         in_int8.append(_with_pairs(replace(program, module=part.module, alignment=alignment), scales, folder))
     return in_int8

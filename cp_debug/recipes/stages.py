@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from itertools import pairwise
 
+from cp_debug.graph.downstream import from_inputs
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.recipes.base import Stage
 
@@ -82,9 +83,5 @@ def _cut_points(graph: Graph) -> Iterator[str]:
 
 def _data_nodes(graph: Graph) -> Iterator[Node]:
     """The nodes that depend on the graph's inputs."""
-    fed = {v.name for v in graph.inputs}
-    for node in graph.nodes:
-        if not fed.isdisjoint(node.inputs):
-            fed.update(node.outputs)
-            if node.outputs:
-                yield node
+    fed = set(from_inputs(graph))
+    return (node for node in graph.nodes if not fed.isdisjoint(node.outputs))

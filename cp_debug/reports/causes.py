@@ -1,4 +1,4 @@
-"""Findings in a terminal: cause, evidence, where, effect, fix: a few lines each."""
+"""Findings in a terminal: cause, evidence, place, effect and fix, a few lines each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from rich.text import Text
 from cp_debug.bisect.causes.finding import UNKNOWN, Finding, Where
 from cp_debug.bisect.result import TestResult
 from cp_debug.reports.numbers import number, share_in_words
-from cp_debug.reports.safe_table import Table
+from cp_debug.reports.sheet import Cell, Column, Sheet
+from cp_debug.reports.sheet_terminal import Terminal
 
 NAMED = 4
 """Layers and elements that are named; the JSON has all."""
@@ -23,15 +24,13 @@ SAID = {"magnitude_only", "why"}
 
 
 def findings(test: TestResult) -> Iterator[RenderableType]:
-    """One block a finding, then what became of the detections; nothing where there is neither."""
+    """One block for each finding, then the changes of the detections; nothing where there is neither."""
     for place, finding in enumerate(test.findings, 1):
         yield Text()
         style = "bold yellow" if finding.cause == UNKNOWN else "bold red"
         yield Text.assemble((f"{place}. {finding.headline}", style))
-        grid = Table.grid(padding=(0, 2))
-        for label, line in lines(finding):
-            grid.add_row(Text(f"   {label}", "dim"), Text(line))
-        yield grid
+        rows = [(Cell(f"   {label}", "quiet"), line) for label, line in lines(finding)]
+        yield Terminal(Sheet((Column("", "mark"), Column("")), rows))
     if test.detections is not None:
         yield Text()
         yield Text(f"detections: {test.detections}")
@@ -68,15 +67,15 @@ def _evidence(finding: Finding) -> Iterator[str]:
 
 
 def _inside(inside: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What the search inside a region tried: hypotheses, then engine by engine."""
+    """(Label, text) of the search inside a region: hypotheses, then engine by engine."""
     suspects = inside["suspects"]
     more = f" and {len(suspects) - NAMED} more" if len(suspects) > NAMED else ""
     yield "suspects", ", ".join(suspects[:NAMED]) + more
     for place, step in enumerate(inside["steps"], 1):
-        what = "showing" if step["kind"] == "marks" else "in FP32"
+        action = "showing" if step["kind"] == "marks" else "in FP32"
         names = step["names"][0] if len(step["names"]) == 1 else f"{len(step['names'])} {_KINDS[step['kind']]}"
         error = f"error {_show(step['error'])}, " if step["error"] is not None else ""
-        yield f"build {place}", f"{what} {names}: {error}{step['learnt']} ({step['seconds']:.0f} s)"
+        yield f"build {place}", f"{action} {names}: {error}{step['learnt']} ({step['seconds']:.0f} s)"
 
 
 _KINDS = {"marks": "values", "keep": "nodes"}

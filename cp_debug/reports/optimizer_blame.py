@@ -1,4 +1,4 @@
-"""What the graph optimizer is responsible for, in a terminal."""
+"""Responsibility of the graph optimizer, in a terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from cp_debug.reports.numbers import number
-from cp_debug.reports.safe_table import Table
+from cp_debug.reports.sheet import Column, Sheet
+from cp_debug.reports.sheet_terminal import Terminal
 
 if TYPE_CHECKING:
     from cp_debug.bisect.optimizer_blame import OptimizerBlame, Rewrite
@@ -19,7 +20,7 @@ SHOWN = 4
 
 
 def render_optimizer_blame(blame: OptimizerBlame) -> Iterator[RenderableType]:
-    """One line of verdict; with responsible optimizers, a table of what each does."""
+    """One line of verdict; with responsible optimizers, a table of their effects."""
     runs = f"{blame.runs} runs"
     if blame.level is None:
         yield Text(f"optimizer: its final outputs are those of the unoptimized program ({runs})", "green")
@@ -33,19 +34,20 @@ def render_optimizer_blame(blame: OptimizerBlame) -> Iterator[RenderableType]:
         )
         return
     names = ", ".join(culprit.optimizer for culprit in blame.responsible)
-    left = number(blame.difference_without)
+    remaining = number(blame.difference_without)
     yield Text.assemble(
         (f"optimizer: {names}", "bold yellow"),
-        f": final outputs differ by {size} (rel. L2) from the unoptimized program's, by {left} when disabled; "
+        f": final outputs differ by {size} (rel. L2) from the unoptimized program's, by {remaining} when disabled; "
         f"the difference begins at level {blame.level} ({runs})",
     )
-    table = Table("optimizer", "rel. L2 alone", "rewrites", box=None, header_style="bold", pad_edge=False)
+    rows = []
     for culprit in blame.responsible:
         places = [_place(rewrite) for rewrite in culprit.rewrites[:SHOWN]]
         if len(culprit.rewrites) > SHOWN:
             places.append(f"… and {len(culprit.rewrites) - SHOWN} more")
-        table.add_row(culprit.optimizer, number(culprit.difference), "\n".join(places))
-    yield table
+        rows.append((culprit.optimizer, culprit.difference, tuple(places)))
+    columns = (Column("optimizer", "name"), Column("rel. L2 alone", "number"), Column("rewrites"))
+    yield Terminal(Sheet(columns, rows))
     yield Text(f"fix: InferenceSession(…, disabled_optimizers={[c.optimizer for c in blame.responsible]})")
 
 

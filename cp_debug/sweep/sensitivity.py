@@ -12,7 +12,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from cp_debug.mixed_precision.int8_sensitivity import (
+from cp_debug.files import resolved
+from cp_debug.mixed_precision.fake_quant_runner import FakeQuantRunner
+from cp_debug.mixed_precision.sensitivity import (
     ALONE,
     LEFT_OUT,
     SensitivityProfile,
@@ -21,7 +23,6 @@ from cp_debug.mixed_precision.int8_sensitivity import (
     run_trials,
     scored_samples,
 )
-from cp_debug.mixed_precision.int8_trials import Bench
 from cp_debug.quantization.open_quantized import modules_of, open_quantized
 from cp_debug.serialize import json_safe
 from cp_debug.sweep.grid import Grid
@@ -46,9 +47,9 @@ def tasks(grid: Grid, quantized: Sequence[Path], *, by_layers: bool) -> Iterator
         for checkpoint in quantized or (None,):
             files = {**subject["files"], **digests([checkpoint] if checkpoint else [])}
             label = subject["label"] if checkpoint is None else f"{subject['label']} · {checkpoint}"
-            settings = {"label": label, "quantized": str(checkpoint.resolve()) if checkpoint else None, **grid.how}
+            settings = {"label": label, "quantized": str(resolved(checkpoint)) if checkpoint else None, **grid.how}
             if by_layers:
-                inputs = None if grid.inputs is None else str(grid.inputs.resolve())
+                inputs = None if grid.inputs is None else str(resolved(grid.inputs))
                 files |= digests([grid.inputs] if grid.inputs and grid.inputs.is_file() else [])
                 about: dict[str, Any] = {"inputs": inputs, "index": 0, "count": grid.samples, "shares": SHARES}
                 cells: list[dict[str, Any]] = [{**about, "share": share, "files": {}} for share in range(SHARES)]
@@ -77,11 +78,11 @@ def task(params: Parameters) -> dict[str, Any]:
 
 
 @lru_cache(1)
-def _bench(subject: Subject, quantized: str | None, digest: str | None, batches: int, method: str) -> Bench:
+def _bench(subject: Subject, quantized: str | None, digest: str | None, batches: int, method: str) -> FakeQuantRunner:
     """``digest`` is the checkpoint's: one that was written again is another."""
     model = load_subject(subject)
     path = None if quantized is None else Path(quantized)
-    return Bench(model, modules_of(open_quantized(model, path, None, batches, method=method)))
+    return FakeQuantRunner(model, modules_of(open_quantized(model, path, None, batches, method=method)))
 
 
 def rows(record: Record) -> list[dict[str, Any]]:

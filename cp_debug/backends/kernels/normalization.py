@@ -56,9 +56,10 @@ def lp_normalization(call: Call, x: Tensor) -> Tensor:
 @kernel("LRN")
 def local_response_normalization(call: Call, x: Tensor) -> Tensor:
     size = call["size"]
-    squares = functional.pad((x * x).movedim(1, -1), ((size - 1) // 2, size // 2))
-    sums = squares.unfold(-1, size, 1).sum(-1).movedim(-1, 1)
-    return x / (call["bias"] + call["alpha"] / size * sums) ** call["beta"]
+    before = (size - 1) // 2
+    squares = functional.pad(x.square().flatten(2), (0, 0, before, size - 1 - before))
+    total = squares.unfold(1, size, 1).sum(-1).reshape(x.shape)
+    return x / (call["bias"] + call["alpha"] / size * total) ** call["beta"]
 
 
 @kernel("MeanVarianceNormalization")

@@ -41,11 +41,6 @@ def lp_pool(call: Call, x: Tensor) -> Tensor:
     return _sum_pool(functional.pad(x.abs() ** call["p"], window.torch_pads(overhang)), window) ** (1 / call["p"])
 
 
-@kernel("GlobalLpPool")
-def global_lp_pool(call: Call, x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, call["p"], list(range(2, x.dim())), keepdim=True)
-
-
 @kernel("GlobalAveragePool")
 def global_average_pool(call: Call, x: Tensor) -> Tensor:
     return x.mean(list(range(2, x.dim())), keepdim=True)
@@ -54,6 +49,11 @@ def global_average_pool(call: Call, x: Tensor) -> Tensor:
 @kernel("GlobalMaxPool", rounds=False)
 def global_max_pool(call: Call, x: Tensor) -> Tensor:
     return x.amax(list(range(2, x.dim())), keepdim=True)
+
+
+@kernel("GlobalLpPool")
+def global_lp_pool(call: Call, x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, call["p"], dim=list(range(2, x.dim())), keepdim=True)
 
 
 def _overhang(call: Call, window: Window, size: Sequence[int]) -> list[int]:

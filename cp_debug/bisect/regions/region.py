@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from cp_debug.backends.tensorrt.inspector import EngineLayer
 from cp_debug.graph.downstream import data_values
 from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.operators import PRODUCTS
 
 MANY = 8
 """Nodes that compute, from which on a group is a region: Conv + BatchNorm + Add + activation is still a layer."""
-HEAVY = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
-"""Operators of which a layer holds one."""
 MOVING = frozenset(
     ("Cast", "Concat", "Constant", "ConstantOfShape", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Shape",
      "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
@@ -29,7 +28,7 @@ class Region:
     kind: str = ""
     """The engine's word for the layer (``Myelin``); empty where no layer is known to hold it."""
     layer: str = ""
-    """That layer's name."""
+    """Name of the engine's layer."""
 
     @property
     def label(self) -> str:
@@ -42,24 +41,24 @@ class Region:
 
 
 def region_of(nodes: Iterable[str], value: str, graph: Graph, layers: Sequence[EngineLayer] = ()) -> Region | None:
-    """The region that the ``nodes`` of the segment of ``value`` make on an engine of these ``layers``; None where they
-    are an ordinary layer.
+    """The region that the ``nodes`` of the segment of ``value`` make on an engine of these ``layers``.
 
-    The segment decides, not the engine's layer: what lies between two values that are seen is judged as one, whether
-    the engine fused it, its inspector tells no nodes, or marks on values inside were taken back.
+    None where they are an ordinary layer. The segment decides, not the engine's layer: the nodes between two values
+    that are seen are judged as one, whether the engine fused them, its inspector tells no nodes, or marks on values
+    inside were taken back.
     """
-    wanted, data = set(nodes), set(data_values(graph))
-    inside = [node for node in graph.nodes if node.name in wanted and not data.isdisjoint(node.outputs)]
+    node_names, data = set(nodes), set(data_values(graph))
+    inside = [node for node in graph.nodes if node.name in node_names and not data.isdisjoint(node.outputs)]
     if not is_many(inside):
         return None
     writers = [layer for layer in layers if layer.kind != "Reformat" and any(t.name == value for t in layer.outputs)]
     names = {node.name for node in inside}
-    told = [layer for layer in layers if 2 * len(names.intersection(layer.nodes)) > len(names)] or writers
-    kind, layer = (told[0].kind, told[0].name) if told else ("", "")
+    holders = [layer for layer in layers if 2 * len(names.intersection(layer.nodes)) > len(names)] or writers
+    kind, layer = (holders[0].kind, holders[0].name) if holders else ("", "")
     return Region(tuple(node.name for node in inside), kind, layer)
 
 
 def is_many(nodes: Sequence[Node]) -> bool:
     """Whether so many nodes compute that naming one of them would mislead."""
     computing = [node for node in nodes if node.op not in MOVING]
-    return len(computing) > MANY or sum(node.op in HEAVY for node in computing) > 1
+    return len(computing) > MANY or sum(node.op in PRODUCTS for node in computing) > 1

@@ -1,0 +1,56 @@
+"""Figures of the replay of one layer, as results hold them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+EXCESS = 4.0
+"""A layer whose introduced error is this many times the expected one is guilty: ``docs/thresholds.md`` has the
+measurements."""
+
+
+@dataclass
+class Replay:
+    """Figures of one layer, all relative L2 norms except where said.
+
+    None where a figure could not be computed, see ``skipped``.
+    """
+
+    nodes: tuple[str, ...] = ()
+    """The ONNX nodes of the segment, the fused ones included."""
+    introduced: float | None = None
+    inherited: float | None = None
+    amplification: float | None = None
+    expected: float | None = None
+    excess: float | None = None
+    oracle_error: float = 0.0
+    """Bound of the oracle's own rounding, relative."""
+    new_nonfinite: int = field(default=0, metadata={"key": "born_nonfinite"})
+    """Elements that are NaN or Inf here although the oracle, from the same inputs, says they are finite."""
+    wanted: int = 0
+    """Elements beyond the type's range that became Inf, or its largest number, and change nothing that reads them."""
+    unread: bool = False
+    """Neither a node nor the caller reads the value: a mask of Dropout, a state that is thrown away."""
+    range_loss: float = 0.0
+    """Relative error of merely storing the segment's weights and result in the test's precision: large where they
+    overflow or vanish; 0 where that changes nothing that is computed from them."""
+    reference_excess: float = 0.0
+    """Excess of the reference, for layers that amplify suspiciously."""
+    declared: float | None = None
+    """Error that the graph's own scales make of the same inputs, for a layer in INT8."""
+    deviation_from_scales: float | None = field(default=None, metadata={"key": "departs"})
+    """Distance of the captured result from the result by the graph's own scales."""
+    channel_excess: float | None = None
+    """Introduced ÷ expected in the worst channels of a layer in INT8, however small, see ``balanced``."""
+    clipped: float | None = None
+    """Share of the layer's input that lies beyond its scale."""
+    step: float | None = None
+    """Scale of the layer's input: the distance of two levels."""
+    precision: str | None = None
+    """Precision that the test claims here, where it is known: its backend's, or a coarser one that its program declares
+    for these nodes."""
+    instead: str = ""
+    """Whole numbers that agree neither with the inputs nor with emulation: both, in words."""
+    not_emulated: tuple[str, ...] = ()
+    """Nodes of the segment that have no kernel in the claimed arithmetic: ``expected`` says nothing of them."""
+    skipped: str | None = None
