@@ -54,7 +54,10 @@ def doubt(
     last = spreads.pop(target, None)
     exact_target = torch.as_tensor(exact[target])
     own_norm = 0.0 if last is None else _norm(U * last * torch.isfinite(exact_target))
-    if any(node.op in TO_LEVELS and target in node.outputs for node in nodes) and not exact_target.is_floating_point():
+    if (
+        any(node.op in TO_LEVELS | SIZED and target in node.outputs for node in nodes)
+        and not exact_target.is_floating_point()
+    ):
         own_norm = FLIPPED * math.sqrt(exact_target.numel())
     if not any(_is_some(s) for s in spreads.values()):
         return own_norm

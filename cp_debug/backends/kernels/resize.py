@@ -97,6 +97,8 @@ def _resample(
 
 def _gather(x: Tensor, axis: int, taps: list[tuple[np.ndarray, np.ndarray | None]]) -> Tensor:
     total: Tensor | None = None
+    levels = not x.is_floating_point() and taps[0][1] is not None
+    dtype, x = x.dtype, x.double() if levels else x
     for index, weight in taps:
         places = torch.from_numpy(np.clip(index, 0, x.shape[axis] - 1).astype(np.int64)).to(x.device)
         part = x.index_select(axis, places)
@@ -104,7 +106,7 @@ def _gather(x: Tensor, axis: int, taps: list[tuple[np.ndarray, np.ndarray | None
             part = part * torch.from_numpy(weight).to(part).reshape(-1, *(1,) * (x.dim() - 1 - axis))
         total = part if total is None else total + part
     assert total is not None
-    return total
+    return total.to(dtype) if levels else total  # cut off, as ONNX Runtime converts
 
 
 def _coordinates(length: int, size: int, factor: float, transform: str, *, nearest: bool, literal: bool) -> np.ndarray:
