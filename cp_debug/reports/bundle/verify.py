@@ -1,4 +1,4 @@
-"""Does a case fail? The accused backend runs the program, the oracle the reference; ``bisect``'s verdict decides."""
+"""Verification of a case: the backend runs the program, the oracle the reference, ``bisect``'s verdict decides."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Output:
 
     actual: np.ndarray
     exact: np.ndarray
-    """The oracle's."""
+    """Value that the oracle computed."""
     stats: TensorStats
     replay: Replay | None
     judgement: Judgement
@@ -44,14 +44,14 @@ class Output:
 
     @property
     def strength(self) -> float:
-        """How far beyond its precision: the excess, or infinite for NaN, Inf and wrong shapes."""
+        """Excess over the precision; infinite for NaN, Inf and wrong shapes."""
         if self.judgement.verdict == SHAPE or (self.replay and self.replay.new_nonfinite):
             return math.inf
         return self.replay.excess or 0.0 if self.replay else 0.0
 
 
 Measured = dict[str, Output]
-"""By the program's name of the output."""
+"""Output by its name in the program."""
 
 
 def fails(measured: Measured) -> bool:
@@ -60,7 +60,7 @@ def fails(measured: Measured) -> bool:
 
 
 def strength(measured: Measured) -> float:
-    """That of the worst output at fault; 0 without one."""
+    """Strength of the worst output at fault; 0 without one."""
     return max((output.strength for output in measured.values() if output.fails), default=0.0)
 
 
@@ -73,14 +73,17 @@ class Verifier:
         self.runs = 0
 
     def measure(self, case: Case) -> Measured:
-        """Run the case. Raises InputError when the backend or the oracle cannot."""
+        """Run the case; returns each output with its judgement.
+
+        Raises InputError when the backend or the oracle cannot.
+        """
         self.runs += 1
         with tempfile.TemporaryDirectory(prefix="cpdebug-case-") as name:
             program = case.program.save(Path(name) / "program.onnx")
             reference = program
             if case.reference is not case.program:
                 reference = case.reference.save(Path(name) / "reference.onnx")
-            names = {theirs: ours for ours, theirs in case.outputs.items()}
+            names = {reference_name: program_name for program_name, reference_name in case.outputs.items()}
             claim = self.backend.precision
             replayer = Replayer(reference, (claim, claim), self._accused.oracle, [*case.inputs, *names])
             inputs = {v.name: case.inputs[v.name] for v in reference.inputs}
@@ -88,10 +91,13 @@ class Verifier:
             exact = {name: as_numpy(tensor) for name, tensor in replayer.oracle.run(inputs).items()}
             with closing(self.backend.open(Program("case", program))) as session:
                 actual = session.run(case.inputs)
-            test = ChainMap({theirs: actual[ours] for theirs, ours in names.items()}, inputs)
+            test = ChainMap(
+                {reference_name: actual[program_name] for reference_name, program_name in names.items()}, inputs
+            )
             replays = dict(replayer.layers(ChainMap(exact, inputs).__getitem__, test.__getitem__))
             return {
-                ours: self._judge(actual[ours], exact[theirs], replays.get(theirs)) for theirs, ours in names.items()
+                program_name: self._judge(actual[program_name], exact[reference_name], replays.get(reference_name))
+                for reference_name, program_name in names.items()
             }
 
     def _judge(self, actual: np.ndarray, exact: np.ndarray, replay: Replay | None) -> Output:
