@@ -1,4 +1,4 @@
-"""A table as data: columns that say what they hold and how much they matter, and rows of values.
+"""A table as data: columns with a kind and an importance, and rows of values.
 
 ``sheet_terminal`` draws it in a terminal, ``sheet_markup`` in HTML, Markdown and notebooks.
 """
@@ -81,13 +81,13 @@ class Sheet:
     ruled: bool = False
     """Whether a line stands below the header in a terminal."""
     details: str = field(default="", kw_only=True)
-    """Where a reader finds the columns and rows that a terminal leaves out."""
+    """Hint where a reader finds the columns and rows that a terminal leaves out."""
 
     def lines(self) -> Iterable[tuple[Row, list[list[str]]]]:
         """Every row with the lines of text of each of its cells."""
         for row in self.rows:
-            whole = row if isinstance(row, Row) else Row(row)
-            yield whole, [_lines(c, v) for c, v in zip(self.columns, whole.values, strict=not whole.gap)]
+            full_row = row if isinstance(row, Row) else Row(row)
+            yield full_row, [_lines(c, v) for c, v in zip(self.columns, full_row.values, strict=not full_row.gap)]
 
 
 def tone_of(value: Any) -> Tone:

@@ -56,7 +56,7 @@ class EngineCache:
         return key_of(parts)
 
     def timing_cache(self, parts: Mapping[str, Any]) -> Path:
-        """Where kernels' timings of one graph on one machine are kept."""
+        """File of the kernels' timings of one graph on one machine."""
         return self.folder / f"{self.key(parts)}.timings"
 
     def get(self, key: str) -> tuple[Path, dict[str, Any]] | None:
