@@ -193,6 +193,8 @@ def _replayed(row: LayerRow, figure: str) -> Any:
 def verdict_line(test: TestResult) -> Text:
     """One line: the guilty layer, its excess, its share of the final divergence, and what was not emulated."""
     text = _verdict_line(test)
+    if strange := test.not_finite:
+        text.append(f"; {strange}", "yellow")
     if left_out := test.backend.settings.get("not_emulated"):
         text.append(f"; not emulated, but computed in FP32 and rounded once: {_setting(left_out)}", "yellow")
     return text
@@ -215,6 +217,8 @@ def _verdict_line(test: TestResult) -> Text:
         if test.first_beyond is not None and test.first_beyond.index != first.index:
             text.append(_why_views_differ(test, first, test.first_beyond))
         return text.append(_uncovered(test))
+    if not test.agrees and all(row.within for row in test.outputs) and test.not_finite:
+        return Text.assemble((f"✗ {spec}: nothing is decided", "bold yellow"), f", {test.coverage}{end}")
     if first is not None and not test.agrees:
         style = "bold yellow" if test.oracle else "bold red"
         text = Text.assemble(
@@ -224,7 +228,7 @@ def _verdict_line(test: TestResult) -> Text:
             says = f": {test.remainder}" if test.remainder else ""
             text.append(f"; no layer introduces more than its precision explains{says}")
         return text.append(_uncovered(test))
-    style = "bold yellow" if _uncovered(test) else "bold green"
+    style = "bold yellow" if _uncovered(test) or test.not_finite else "bold green"
     return Text.assemble((f"✓ {spec}: agrees", style), f" within {tolerance}, {test.coverage}{_unpaired(test)}{end}")
 
 
