@@ -12,6 +12,7 @@ from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.bisect.result import GUILTY, StageRow, TestResult
 from cp_debug.bisect.worst_samples import Collected
 from cp_debug.errors import InputError
+from cp_debug.files import resolved
 from cp_debug.graph.graph import Graph
 from cp_debug.programs.layers import Layer, stage_layers
 from cp_debug.recipes.base import Model
@@ -68,7 +69,7 @@ def result_of(
 
 def saved_name(graph: Graph, save: Path | None) -> str:
     """Path of a graph: relative to the saved folder if it lies there."""
-    path, folder = graph.path.resolve(), save and save.resolve()
+    path, folder = resolved(graph.path), save and resolved(save)
     return path.relative_to(folder).as_posix() if folder and path.is_relative_to(folder) else str(path)
 
 

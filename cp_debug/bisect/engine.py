@@ -23,8 +23,8 @@ from cp_debug.errors import InputError
 from cp_debug.probes.capture import check_free
 from cp_debug.programs.layers import Layer, all_layers
 from cp_debug.programs.pipeline import Pipeline, choose_export, is_exported
-from cp_debug.recipes.abilities import HasNotes
-from cp_debug.recipes.base import Model, Sample
+from cp_debug.recipes.abilities import HasNotes, RemarksOnSamples
+from cp_debug.recipes.base import Model, Sample, check_samples
 
 
 def bisect(
@@ -93,6 +93,7 @@ class Bisection:
         progress.steps = 2 + options.replay + options.samples * (1 + len(self._tests) * (3 if options.replay else 1))
         progress.steps += sum(map(is_optimized, self._tests)) if options.optimizer_blame else 0
         with tempfile.TemporaryDirectory(prefix="cpdebug-") as scratch, ExitStack() as stack:
+            check_samples(self.model, options.samples, options.inputs)
             samples = iter(self._samples())
             first = next(samples)
             progress.step("exporting and aligning")
@@ -111,6 +112,8 @@ class Bisection:
             sources = []
             for index, sample in enumerate((first, *samples)):
                 sources.append(sample.source)
+                if isinstance(self.model, RemarksOnSamples):
+                    self._notes += self.model.remarks(sample)
                 taken.take(index, sample)
             if options.optimizer_blame:
                 self._blame_optimizers(first, taken)

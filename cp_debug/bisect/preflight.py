@@ -169,9 +169,8 @@ def _long_sums(program: Program, weights: Weights) -> Iterator[Concern]:
         constant = [i for i in node.inputs[1:2] if weights.holds(i)]
         if node.op in PRODUCTS and constant:
             shape = weights[constant[0]].shape
-            long = (
-                shape[-2] if node.op == "MatMul" else shape[0] if node.op == "ConvTranspose" else math.prod(shape[1:])
-            )
+            summed = {"MatMul": shape[-2:-1] or shape[:1], "ConvTranspose": shape[:1]}.get(node.op, shape[1:])
+            long = math.prod(summed)
             if long >= LONG:
                 lengths[_layer(program, node)] = int(long)
     if lengths:

@@ -19,7 +19,7 @@ from cp_debug.probes.statistics import compare
 from cp_debug.programs.paired_captures import Tensor, pair_captures
 from cp_debug.programs.pipeline import Pipeline, choose_export, header, prepare
 from cp_debug.programs.precision import PRECISIONS, coarser
-from cp_debug.recipes.base import Model
+from cp_debug.recipes.base import Model, check_samples
 from cp_debug.serialize import json_safe
 
 
@@ -41,6 +41,7 @@ def record(
     """
     created = create(BackendSpec.parse(backend)) if isinstance(backend, str) else backend
     how, _ = choose_export([created], exporter)
+    check_samples(model, samples, inputs)
     sample_iterator = iter(model.samples(samples, seed, inputs))
     first = next(sample_iterator)
     on_step("exporting and aligning", 0, samples + 1)

@@ -11,6 +11,7 @@ from cp_debug.backends.base import RunRecord
 from cp_debug.bisect.observe import Observation
 from cp_debug.bisect.regions.region import Region
 from cp_debug.bisect.replayed import EXCESS, Replay
+from cp_debug.bisect.strange_numbers import born, outputs_say, undecided
 from cp_debug.display import notebook, plain, terminal, write_page
 from cp_debug.probes.statistics import TensorStats
 from cp_debug.safe_text import one_line
@@ -198,8 +199,16 @@ class TestResult:
 
     @property
     def agrees(self) -> bool:
-        """Whether no layer is guilty, and every compared final output is within the tolerance; never without one."""
-        return not self.guilty and bool(self.outputs) and all(row.within for row in self.outputs)
+        """No guilty layer, and every final output that was compared within the tolerance; never without one, nor where
+        an output is NaN: two of them are equal, and nothing is known."""
+        decided = bool(self.outputs) and not any(map(undecided, self.outputs))
+        return decided and not self.guilty and all(row.within for row in self.outputs)
+
+    @property
+    def not_finite(self) -> str:
+        """The final outputs that hold NaN or Inf on a side, and where these are born; empty where all are finite."""
+        said = outputs_say(self.outputs)
+        return "; ".join([said, *born(self.rows)]) if said else ""
 
     @property
     def layers(self) -> pd.DataFrame:
@@ -236,6 +245,7 @@ class TestResult:
             "repeats": observed.repeats if observed else None,
             "runs": observed.runs if observed else None,
             "agrees": self.agrees,
+            "not_finite": self.not_finite,
             "notes": self.notes,
             "test_programs": self.programs,
             "findings": encode(self.findings),

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cp_debug.cli import calibration, tensorrt
-from cp_debug.cli.flags import LAST_SEED, MOST, grouped
+from cp_debug.cli.flags import LAST_SEED, MOST, Atol, Rtol, check_made_up, grouped
+from cp_debug.cli.given import check_given
 from cp_debug.cli.saving import replacing
 from cp_debug.cli.typed import refuse, refuse_export_flags
 
@@ -88,8 +89,8 @@ def bisect(
     show_all: Annotated[
         bool, typer.Option("--all", help="Every layer, not only those around the first divergent.")
     ] = False,
-    rtol: Annotated[float | None, typer.Option(help="Tolerance on max |Δ|, relative to max |reference|.")] = None,
-    atol: Annotated[float | None, typer.Option(help="Absolute tolerance on max |Δ|.")] = None,
+    rtol: Rtol = None,
+    atol: Atol = None,
     oracle: Annotated[Oracle, typer.Option(help="auto: FP64 for FP32 tests, FP32 below.")] = Oracle.auto,
     replay: Annotated[bool, typer.Option(help="Separate what a layer did from what it was given.")] = True,
     knobs: Annotated[
@@ -120,14 +121,9 @@ def bisect(
     from contextlib import ExitStack
     from tempfile import TemporaryDirectory
 
-    from cp_debug.api.dumps import with_dump
     from cp_debug.backends.spec import BackendSpec, parse_backends
-    from cp_debug.bisect.engine import Options
-    from cp_debug.bisect.engine import bisect as run
     from cp_debug.cli.console import command_line, errors, show, steps
     from cp_debug.errors import InputError
-    from cp_debug.recipes.registry import load_model
-    from cp_debug.reports.files import write_json
 
     if other is not None and test_model is not None:
         raise InputError(
@@ -158,6 +154,15 @@ def bisect(
     refuse(("oracle", "explain"), unless=replay, why="--no-replay leaves nothing to judge or explain")
     refuse(("show_all",), unless=level is Level.layers, why="--level stages shows no layers")
     refuse(("overwrite",), unless=save is not None, why="without --save nothing is kept")
+    check_made_up(samples, inputs)
+    check_given(model, inputs=inputs, samples=samples, checkpoint=checkpoint, test_model=test_model)
+    calibration.check_calibration(model, int8.calib_data, int8.calib_samples)
+    from cp_debug.api.dumps import with_dump
+    from cp_debug.bisect.engine import Options
+    from cp_debug.bisect.engine import bisect as run
+    from cp_debug.recipes.registry import load_model
+    from cp_debug.reports.files import write_json
+
     stack = ExitStack()
     run_folder = save and stack.enter_context(replacing("--save", save, overwrite))
     if html and save is None:  # the report shows tensors

@@ -10,7 +10,8 @@ import typer
 
 from cp_debug.cli import tensorrt
 from cp_debug.cli.bisect import Exporter
-from cp_debug.cli.flags import LAST_SEED, MOST, grouped
+from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up, grouped
+from cp_debug.cli.given import check_given
 from cp_debug.cli.typed import refuse, refuse_export_flags
 from cp_debug.errors import InputError
 
@@ -70,6 +71,10 @@ def search(
     engines.check(specs)
     refuse_export_flags([model])
     refuse(("data",), unless="map_drop" in goal, why=f"the goal is {goal}; expected one with map_drop")
+    check_made_up(samples, inputs or data)
+    given, scored = inputs or data, data is not None
+    check_given(model, inputs=given, samples=samples, checkpoint=checkpoint, test_model=test_model, truth=scored)
+
     options = SearchOptions(
         max_builds=max_builds,
         budget=None if budget is None else parse_duration(budget),

@@ -8,11 +8,18 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from cp_debug.errors import InputError, system_reason
 from cp_debug.mixed_precision.trial import Trial
-from cp_debug.reading import check_file, read_bytes, sealed, unsealed
+from cp_debug.reading import check_file, read_bytes, sealed, typed, unsealed
 
 SCHEMA = "cpdebug.search-log/1"
+
+
+class _FusedLayer(TypedDict):
+    name: str
+    nodes: list[str]
 
 
 class TrialLog:
@@ -62,7 +69,7 @@ class TrialLog:
             different = [key for key in header if first[key] != header[key]]
             for document in documents:
                 if "engine" in document:
-                    self.engine = document["engine"]
+                    self.engine = typed(dict[str, list[_FusedLayer]], document["engine"], "engine")
                 else:
                     trial = Trial.of(document)
                     self.trials[trial.emulated, trial.nodes] = trial

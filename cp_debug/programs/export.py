@@ -7,11 +7,13 @@ import functools
 import inspect
 import io
 import logging
+import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import onnx
 import torch
@@ -147,13 +149,43 @@ def _flat_outputs(module: nn.Module) -> Iterator[None]:
             del module.forward
 
 
+class _OtherThreads(io.TextIOBase):
+    """A stream that takes what other threads write, such as a progress bar; what this thread writes is dropped."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._own = stream, threading.get_ident()
+
+    def write(self, text: str) -> int:
+        return len(text) if threading.get_ident() == self._own else self._stream.write(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silence the exporters, save the warning that a trace froze a decision of the user's own code."""
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
+    stream, show = sys.stderr, warnings.showwarning
+
+    def shown(*told: Any, **more: Any) -> None:
+        with contextlib.redirect_stderr(stream):
+            show(*told, **more)
+
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(_OtherThreads(stream)),  # torch prints graphs that it cannot export
+        ):
+            warnings.showwarning = shown
             warnings.simplefilter("ignore")
             warnings.simplefilter("default", torch.jit.TracerWarning)
             warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"torch\.")

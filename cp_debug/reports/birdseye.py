@@ -93,7 +93,7 @@ def _box(canvas: Canvas, x: Scale, y: Scale, scene: SavedScene, side: DecodedBox
 def _extent(points: np.ndarray | None, *sides: DecodedBoxes) -> tuple[np.ndarray, float]:
     """Centre and half width, metres, of a square around all boxes and all but the most remote points."""
     places = np.concatenate([side.boxes[:, :2] for side in sides])
-    if points is not None:
+    if points is not None and len(points):
         places = np.concatenate((places, np.percentile(points[:, :2], (0.2, 99.8), axis=0)))
     places = places[np.isfinite(places).all(axis=1)]
     if not len(places):

@@ -9,6 +9,7 @@ from pathlib import Path
 from cp_debug.backends.base import Program, RunRecord
 from cp_debug.bisect.result import LayerRow, TestResult
 from cp_debug.errors import InputError
+from cp_debug.files import resolved
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.alignment import Alignment
 from cp_debug.probes.capture import Capture
@@ -61,7 +62,7 @@ def find_accused(saved: SavedResult, layer: str | None = None, backend: str | No
             "expected a folder that `cpdebug bisect --save FOLDER` wrote"
         )
     reference, program = (found[row.component] for found in graphs.values())
-    if program.path.resolve() == reference.path.resolve():
+    if resolved(program.path) == resolved(reference.path):
         program = reference
     mapping = value_map(_program(row.component, reference), _program(row.component, program))
     inputs = {v.name: v.name for v in program.inputs}
