@@ -4,9 +4,9 @@
 
 What builds engines runs one after the other, as builders that time kernels on one GPU disturb each other; all else runs
 beside it, and what measures time alone at the end. A step is one command line. ``OUT`` takes ``STEP.json`` (what the
-command wrote), ``STEP.log`` (what it printed) and ``experiments.json`` (commands, exit statuses, seconds), rewritten after
-every step; captures and engines go to ``--work``. ``--only`` takes names of experiments or beginnings of steps;
-``--list`` shows all.
+command wrote), ``STEP.log`` (what it printed) and ``experiments.json`` (commands, exit statuses, seconds),
+rewritten after every step; captures and engines go to ``--work``. ``--only`` takes names of experiments or
+beginnings of steps; ``--list`` shows all.
 """
 
 from __future__ import annotations
