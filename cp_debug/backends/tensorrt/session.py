@@ -18,7 +18,7 @@ from cp_debug.backends.build_info import BuildInfo
 from cp_debug.backends.tensorrt.calibration import Ranges, calibration, ranges_of, read_cache
 from cp_debug.backends.tensorrt.client import BuildTimedOut, RunnerClient
 from cp_debug.backends.tensorrt.config import decide
-from cp_debug.backends.tensorrt.engine_runs import RUNS, EngineRuns, RanEngine, output_distance
+from cp_debug.backends.tensorrt.engine_runs import RUNS, EngineRuns, output_distance
 from cp_debug.backends.tensorrt.engines import Engine, EngineBuilder, EngineSet, Profile
 from cp_debug.backends.tensorrt.inspector import EngineLayer
 from cp_debug.backends.tensorrt.options import TensorRTOptions
@@ -226,7 +226,7 @@ class EngineSession:
         except BuildTimedOut as stopped:
             return self._plain_alone(engines, inputs, folder, str(stopped))
         others = [engines.plain, rebuilt] if engines.gap is None else []
-        ran, *plain = self._execute([probed, *others], inputs, folder, wanted, engines.unfused)
+        ran, *plain = self._runs.execute([e.path for e in (probed, *others)], inputs, folder, wanted, engines.unfused)
         if plain:
             reference, rebuilt_outputs = (self._runs.outputs(run.written) for run in plain)
             engines.floor = output_distance(reference, rebuilt_outputs)
@@ -234,7 +234,7 @@ class EngineSession:
             engines.gap = output_distance(reference, self._runs.outputs(ran.written))
             while engines.gap > engines.floor and engines.unmark_changed():
                 place = Path(tempfile.mkdtemp(dir=folder))
-                (ran,) = self._execute([engines.observed()[1]], inputs, place, wanted)
+                (ran,) = self._runs.execute([engines.observed()[1].path], inputs, place, wanted)
                 engines.gap = output_distance(reference, self._runs.outputs(ran.written))
         return ran.written
 
@@ -242,7 +242,7 @@ class EngineSession:
         self, engines: EngineSet, inputs: Mapping[str, np.ndarray], folder: Path, why: str
     ) -> dict[str, Path]:
         """Files of the plain engine's outputs; nothing inside is shown, for the reason ``why``."""
-        (ran,) = self._execute([engines.plain], inputs, folder, repeat=RUNS)
+        (ran,) = self._runs.execute([engines.plain.path], inputs, folder, repeat=RUNS)
         engines.stopped, engines.gap, engines.floor = why, 0.0, 0.0
         engines.run_seconds = median(ran.seconds[1:])
         return ran.written
@@ -255,7 +255,7 @@ class EngineSession:
         if engines.probed is not None or (engines.stopped and engines.stopped != HEALTHY):
             return self._plain_alone(engines, inputs, folder, engines.stopped) if engines.stopped else None
         place = Path(tempfile.mkdtemp(dir=folder))
-        (ran,) = self._execute([engines.plain], inputs, place, repeat=RUNS)
+        (ran,) = self._runs.execute([engines.plain.path], inputs, place, repeat=RUNS)
         outputs = self._runs.outputs(ran.written)
         if self.diverges is not None and not self.diverges(inputs, outputs):
             engines.stopped, engines.gap, engines.floor = HEALTHY, 0.0, 0.0
@@ -267,7 +267,7 @@ class EngineSession:
         except BuildTimedOut as stopped:
             return self._plain_alone(engines, inputs, folder, str(stopped))
         place = Path(tempfile.mkdtemp(dir=folder))
-        (shown,) = self._execute([probed], inputs, place, engines.exposed, engines.unfused)
+        (shown,) = self._runs.execute([probed.path], inputs, place, engines.exposed, engines.unfused)
         if output_distance(outputs, self._runs.outputs(shown.written)) > 0:
             return None  # whether marks or merely another build changed it takes one more engine to know
         engines.gap, engines.floor, engines.run_seconds = 0.0, 0.0, median(ran.seconds[1:])
@@ -278,13 +278,13 @@ class EngineSession:
         self, engines: EngineSet, inputs: Mapping[str, np.ndarray], folder: Path, wanted: Collection[str]
     ) -> dict[str, Path]:
         """Files of the plain engine's outputs, and of each value that the search for the first bad one showed."""
-        plain, rebuilt = self._execute([engines.plain, engines.rebuild()], inputs, folder)
+        plain, rebuilt = self._runs.execute([engines.plain.path, engines.rebuild().path], inputs, folder)
         outputs = self._runs.outputs(plain.written)
         written: dict[str, Path] = {}
 
         def look(value: str) -> tuple[np.ndarray, float]:
             place = Path(tempfile.mkdtemp(dir=folder))
-            (ran,) = self._execute([engines.probe(value)], inputs, place, [value])
+            (ran,) = self._runs.execute([engines.probe(value).path], inputs, place, [value])
             written[value] = ran.written[value]
             if value not in ran.written:
                 raise self._runs.nonsense(f"{value!r} is missing")
@@ -330,7 +330,7 @@ class EngineSession:
             builder = self._open(variant, version, self._options.keep_fp32 | set(keep_fp32), f"{name}.onnx")
         engine = engines.variation(builder, f"{name}.engine", marks, wide)
         with tempfile.TemporaryDirectory(dir=self._folder.name) as folder:
-            plain, ran = self._execute([engines.plain, engine], inputs, Path(folder), marks)
+            plain, ran = self._runs.execute([engines.plain.path, engine.path], inputs, Path(folder), marks)
             outputs, reference = self._runs.outputs(ran.written), self._runs.outputs(plain.written)
             shown = {v: np.load(ran.written[v], allow_pickle=False) for v in marks if v in ran.written}
         return EngineVariation(engine, outputs, shown, output_distance(reference, outputs))
@@ -361,17 +361,6 @@ class EngineSession:
             dynamic = {v.name: profiles[v.name] for v in self._own.inputs if not _is_static(v.shape)}
             self._sets[key] = EngineSet(self._builder, dynamic, f"shapes-{len(self._sets)}", self._options.probes)
         return self._sets[key]
-
-    def _execute(
-        self,
-        engines: Sequence[Engine],
-        inputs: Mapping[str, np.ndarray],
-        folder: Path,
-        values: Collection[str] = (),
-        listen: bool = False,
-        repeat: int = 0,
-    ) -> list[RanEngine]:
-        return self._runs.execute([engine.path for engine in engines], inputs, folder, values, listen, repeat)
 
 
 def _is_static(shape: tuple[int | str | None, ...] | None) -> bool:
