@@ -24,7 +24,7 @@ from cp_debug.bisect.causes.findings import Explainer
 from cp_debug.bisect.int8_notes import both_int8, int8_notes
 from cp_debug.bisect.observe import Observation, observe
 from cp_debug.bisect.regions.descent import BUILDS
-from cp_debug.bisect.regions.guilty import look_inside
+from cp_debug.bisect.regions.guilty import can_build, look_inside
 from cp_debug.bisect.remainder import remainder
 from cp_debug.bisect.replay import Replay
 from cp_debug.bisect.result import GUILTY, BisectResult, StageRow, TestResult
@@ -398,6 +398,7 @@ class Bisection:
                 effects = Effects(self.model, sample, Propagation(run, sample, captured, test), given)
                 explainer = Explainer(run, self._reference.precision, captured, test, feed, effects)
                 explainer.settled = settled
+                explainer.goes_inside = partial(can_build, run)
                 explainer.adds_up = found.remainder is None or found.remainder.adds_up
                 found.findings = explainer.findings(rows, seen)
                 found.findings = look_inside(explainer, rows, found.findings, self.options.max_builds, self._tell)

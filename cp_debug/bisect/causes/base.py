@@ -47,6 +47,12 @@ class Cause(Protocol):
         """Asked only when nothing cheap explains the layer."""
         ...
 
+    @property
+    def by_node(self) -> bool:
+        """Whether it changes one node after the other and computes the layer again each time, which a region of many
+        nodes is not asked: it has hypotheses of its own."""
+        ...
+
     def __call__(self, segment: Segment) -> Iterator[Candidate]:
         """Every candidate of this family that applies to the layer; none, where it makes no sense there."""
         ...
@@ -56,6 +62,7 @@ class Cause(Protocol):
 class _Family:
     emulate: Emulate
     costly: bool
+    by_node: bool
 
     def __call__(self, segment: Segment) -> Iterator[Candidate]:
         return self.emulate(segment)
@@ -65,11 +72,15 @@ CAUSES: list[Cause] = []
 """In the order in which they are asked; of equally simple explanations the first is taken."""
 
 
+BY_NODE = ("batchnorm", "operators", "quantized", "schema", "stored_weights", "weights")
+"""The modules whose families change one node after the other."""
+
+
 def cause(*, costly: bool = False) -> Callable[[Emulate], Emulate]:
     """Register a family of causes."""
 
     def register(emulate: Emulate) -> Emulate:
-        CAUSES.append(_Family(emulate, costly))
+        CAUSES.append(_Family(emulate, costly, emulate.__module__.rpartition(".")[2] in BY_NODE))
         return emulate
 
     return register

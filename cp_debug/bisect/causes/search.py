@@ -40,28 +40,32 @@ class _Tried:
 
 
 def explain(
-    segment: Segment, first: Collection[Cause] = (), on_failure: Callable[[Exception], None] = lambda error: None
+    segment: Segment,
+    first: Collection[Cause] = (),
+    on_failure: Callable[[Exception], None] = lambda error: None,
+    families: Collection[Cause] | None = None,
 ) -> tuple[Explanation, Cause | None]:
     """Try the causes on one layer; also returns the family that won.
 
     ``first``: families that explained worse layers of the run. When one of them explains this layer, too, without a
     fitted number, the others are not tried. The costly ones are tried only where nothing cheap explains it.
-    A family that raises is left at that, and ``on_failure`` is told.
+    A family that raises is left at that, and ``on_failure`` is told. ``families``: no others are tried.
     """
+    asked = CAUSES if families is None else families
 
-    def all_of(families: Collection[Cause]) -> list[tuple[_Tried, Cause]]:
+    def all_of(some: Collection[Cause]) -> list[tuple[_Tried, Cause]]:
         found = []
-        for family in families:
+        for family in some:
             try:
                 found += [(t, family) for t in _try(segment, family)]
             except Exception as error:
                 on_failure(error)
         return found
 
-    tried = all_of(first)
+    tried = all_of([c for c in first if c in asked])
     if not any(t.accepted and not t.candidate.parameters for t, _ in tried):
         for costly in (False, True):
-            tried += all_of([c for c in CAUSES if c.costly == costly and c not in first])
+            tried += all_of([c for c in asked if c.costly == costly and c not in first])
             if any(t.accepted for t, _ in tried):
                 break
     if not tried:

@@ -38,7 +38,7 @@ def look_inside(
     """
     named = {name for finding in findings if _unexplained(finding) for name in finding.layers}
     regions = [(k, r) for k, r in rows.items() if r.verdict == GUILTY and r.region and r.name in named]
-    regions = [(k, r) for k, r in regions if r.side == "test" and _can_build(explainer.run, k.component)]
+    regions = [(k, r) for k, r in regions if r.side == "test" and can_build(explainer.run, k.component)]
     regions.sort(key=lambda item: item[1].severity, reverse=True)
     made: list[Finding] = []
     for key, row in regions:
@@ -57,7 +57,7 @@ def _unexplained(finding: Finding) -> bool:
     return finding.cause == UNKNOWN or bool(finding.evidence.get("magnitude_only"))
 
 
-def _can_build(run: CandidateRun, component: str) -> bool:
+def can_build(run: CandidateRun, component: str) -> bool:
     """Whether the backend builds engines of the very graph that is judged."""
     graph = run.programs[component].graph
     same = any(p.graph is graph for p in run.pipeline.programs if p.name == component)
