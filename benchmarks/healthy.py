@@ -1,6 +1,6 @@
 """Healthy networks on real backends: how large is the excess of layers in which nothing is wrong?
 
-Every network runs on ONNX Runtime at three levels of optimisation with one thread and with two, and random torch
+Every network runs on ONNX Runtime at three levels of optimization with one thread and with two, and random torch
 networks on torch. Each backend is a test of its own: ``emu-fp32`` is the reference, but the excess does not depend on
 it. Emulated tests are not among them: what they are expected to introduce is what they introduced, so their excess is
 at most 1 whatever happens.

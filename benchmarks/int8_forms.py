@@ -2,9 +2,9 @@
 
     CPDEBUG_TRT_PYTHON=PATH python benchmarks/int8_forms.py OUT.json [--only WORD,...] [--spec trt-int8]
 
-Each form is a small net of its own: x → Q/DQ → the operator with a quantised weight → ReLU → Q/DQ → 3×3 convolution.
+Each form is a small net of its own: x → Q/DQ → the operator with a quantized weight → ReLU → Q/DQ → 3×3 convolution.
 They differ in how the weight is stored, where scales stand, what they are along, the operator, the opset. A form that
-kills TensorRT's process does not stop the others. For those that run: ‖engine − emu-int8‖ ÷ ‖engine − unquantised FP32‖
+kills TensorRT's process does not stop the others. For those that run: ‖engine − emu-int8‖ ÷ ‖engine − unquantized FP32‖
 (target: below 1e-3), which types the layers have, and the kernels.
 """
 
@@ -48,7 +48,7 @@ class Form:
     opset: int = 17
     kernel_shape: bool = True
     bias: bool = True
-    quantised_output: bool = True
+    quantized_output: bool = True
     """Q/DQ behind the ReLU too, so that the engine need not leave INT8."""
     residual: bool = False
     """Adds the input to the result, both through Q/DQ."""
@@ -64,12 +64,12 @@ FORMS = (
     Form("int8 weight, per tensor", stored="int8", axis=None),
     Form("float weight, no kernel_shape", kernel_shape=False),
     Form("float weight, no bias", bias=False),
-    Form("float weight, output not quantised", quantised_output=False),
+    Form("float weight, output not quantized", quantized_output=False),
     Form("residual", residual=True),
     Form("ConvTranspose, axis 1", op="ConvTranspose", axis=1),
     Form("ConvTranspose, axis 0", op="ConvTranspose", axis=0),
     Form("ConvTranspose, per tensor", op="ConvTranspose", axis=None),
-    Form("ConvTranspose, output not quantised", op="ConvTranspose", axis=1, quantised_output=False),
+    Form("ConvTranspose, output not quantized", op="ConvTranspose", axis=1, quantized_output=False),
     Form("MatMul, axis 1", op="MatMul", axis=1, bias=False),
     Form("MatMul, per tensor", op="MatMul", axis=None, bias=False),
     Form("Gemm, axis 0", op="Gemm", axis=0),
@@ -78,10 +78,10 @@ FORMS = (
 
 
 class Writer:
-    """Builds the graph of a form. ``quantised`` False leaves every Q/DQ out: the FP32 net that is approximated."""
+    """Builds the graph of a form. ``quantized`` False leaves every Q/DQ out: the FP32 net that is approximated."""
 
-    def __init__(self, form: Form, quantised: bool) -> None:
-        self.form, self.quantised = form, quantised
+    def __init__(self, form: Form, quantized: bool) -> None:
+        self.form, self.quantized = form, quantized
         self.rng = np.random.default_rng(0)
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
@@ -95,7 +95,7 @@ class Writer:
         if form.residual:
             y = self.node("Add", [self.activation(y, 6.0), x], "sum")
         y = self.node("Relu", [y], "relu")
-        if form.quantised_output:
+        if form.quantized_output:
             y = self.activation(y, 6.0)
         last, axis = (form.op, form.axis) if flat else ("Conv", None if form.axis is None else 0)
         self.product("last", last, y, axis)
@@ -128,7 +128,7 @@ class Writer:
     def weight(self, name: str, array: np.ndarray, axis: int | None) -> str:
         others = None if axis is None else tuple(i for i in range(array.ndim) if i != axis)
         scale = (np.abs(array).max(axis=others) / 127).astype(np.float32)
-        if not self.quantised:
+        if not self.quantized:
             return self.constant(name, array)
         attributes = {} if axis is None else {"axis": axis}
         if self.form.stored == "float":
@@ -139,7 +139,7 @@ class Writer:
         return self.node("DequantizeLinear", [self.constant(name, levels), *parameters], f"{name}.DQ", **attributes)
 
     def activation(self, value: str, amax: float) -> str:
-        return self.pair(value, np.float32(amax / 127), {}) if self.quantised else value
+        return self.pair(value, np.float32(amax / 127), {}) if self.quantized else value
 
     def pair(self, value: str, scale: Any, attributes: dict[str, Any]) -> str:
         parameters = self.parameters(value, scale)
@@ -165,8 +165,8 @@ class Writer:
         return f"{name}.out"
 
 
-def write(form: Form, quantised: bool, path: Path) -> Program:
-    onnx.save(Writer(form, quantised).model(), path)
+def write(form: Form, quantized: bool, path: Path) -> Program:
+    onnx.save(Writer(form, quantized).model(), path)
     return Program("net", Graph(path))
 
 

@@ -1,4 +1,4 @@
-"""What quantised checkpoints of a model score beside FP32, on the same scenes.
+"""What quantized checkpoints of a model score beside FP32, on the same scenes.
 
     cpdebug quantize ptq centerpoint:tiny -o ptq
     python benchmarks/int8_map.py ptq/model.pt qat.pt -n 50 [--model centerpoint:tiny] [--first 0] [--json FILE]
@@ -18,8 +18,8 @@ from cp_debug.detection.boxes import Floats
 from cp_debug.detection.evaluate import as_detector
 from cp_debug.detection.evaluation import EvaluationOptions, draws_of
 from cp_debug.detection.predictions import Predictions
-from cp_debug.mixed_precision.int8_sensitivity import scored_samples
-from cp_debug.programs.pipeline import run_module
+from cp_debug.mixed_precision.sensitivity import scored_samples
+from cp_debug.programs.walk import run_module
 from cp_debug.quantization.models import with_modules
 from cp_debug.quantization.open_quantized import modules_of, open_quantized
 from cp_debug.recipes.base import Arrays, Model, Sample

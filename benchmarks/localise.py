@@ -40,7 +40,7 @@ from cp_debug.programs.precision import PRECISIONS
 from cp_debug.recipes.torch_callable import TorchModel
 
 TESTS = ("ort-none", "ort-none", "emu-fp16", "emu-tf32", "emu-bf16")
-"""Backends of faulty cases, in turn; the reference is ONNX Runtime without optimisation."""
+"""Backends of faulty cases, in turn; the reference is ONNX Runtime without optimization."""
 HEALTHY = ("ort-none", "ort-basic", "ort-all", "emu-fp32", "emu-tf32", "emu-bf16", "emu-fp16", "emu-fp16acc")
 """Backends of healthy cases, in turn; every tenth case is a torch network on torch against ONNX Runtime."""
 

@@ -1,8 +1,8 @@
-"""INT8: are healthy layers explained, and bad scales found? Random networks, quantised on random inputs.
+"""INT8: are healthy layers explained, and bad scales found? Random networks, quantized on random inputs.
 
 Healthy cases are calibrated on 8 inputs, that which is bisected among them, by one of the methods in turn (not entropy,
 which clips too much at times: two layers in 20 networks): no layer may be guilty. In faulty ones the scale of one
-layer, drawn among those that are quantised, is divided by 8 (clips), multiplied by 16 (coarse), or its weights get one
+layer, drawn among those that are quantized, is divided by 8 (clips), multiplied by 16 (coarse), or its weights get one
 scale for all channels after they were spread over a factor of 100: exactly that layer must be guilty.
 
     python benchmarks/localise_int8.py              # 40 healthy and 40 faulty cases

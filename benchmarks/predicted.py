@@ -35,10 +35,10 @@ from cp_debug.backends.executor import Executor
 from cp_debug.backends.kernels.epilogue import fused
 from cp_debug.backends.tensorrt.tactics import Tactic, decode
 from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.operators import PRODUCTS
 from cp_debug.probes.capture import Capture
 from cp_debug.programs.pipeline import settings_by_component
 
-PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 TILES = (64, 32, 128, 16, 1 << 20)
 """Channels per tile to try; the last one is more than any layer has: kernel taps outermost."""
 FITS = 0.99

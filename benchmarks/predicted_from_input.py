@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from predicted import PRODUCTS
 
 from cp_debug.backends.arithmetic import FP32
 from cp_debug.backends.determinism import deterministic
 from cp_debug.backends.executor import Executor
 from cp_debug.files import write_text
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.operators import PRODUCTS
 from cp_debug.probes.capture import Capture
 
 WITHIN = (0.8, 1.25)

@@ -20,7 +20,7 @@ from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.faults import edits
 from cp_debug.bisect.faults.edits import Editor
 from cp_debug.graph.graph import Graph, Node
-from cp_debug.graph.random_inputs import random_inputs
+from cp_debug.graph.made_up import MadeUp
 from cp_debug.programs.precision import PRECISIONS
 
 SMALLEST = 10.0
@@ -81,7 +81,7 @@ def _results(graph: Graph) -> set[str]:
 
 def _layer(graph: Graph, node: Node, spoilt: Path, precision: str) -> Layer | None:
     """The layer with the inputs that it has in the spoilt network so far; None where it is zero or not finite."""
-    inputs = {n: torch.from_numpy(a) for n, a in random_inputs(graph.inputs, [0, 0]).items()}
+    inputs = {n: torch.from_numpy(a) for n, a in MadeUp(graph).sample([0, 0]).items()}
     values = dict(inputs)
     Executor(Graph(spoilt), ARITHMETICS[precision]).run(inputs, lambda name, tensor: values.update({name: tensor}))
     given = {n: values[n] for n in node.inputs if n in values}

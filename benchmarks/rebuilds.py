@@ -24,8 +24,8 @@ from tensorrt_visit import make_net, reference_values
 from cp_debug.backends.base import Program
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
+from cp_debug.backends.tensorrt.engine_runs import output_distance
 from cp_debug.backends.tensorrt.inspector import EngineLayer, parse_layers
-from cp_debug.backends.tensorrt.session import output_distance
 from cp_debug.files import write_text
 from cp_debug.programs.pipeline import Export, Key, prepare
 from cp_debug.recipes.registry import load_model

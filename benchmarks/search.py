@@ -29,7 +29,7 @@ from search_cases import Case, Trials, ddmin, make_case
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import parse_backends
 from cp_debug.minimize import Minimizer
-from cp_debug.mixed_precision.fusion_groups import Unit
+from cp_debug.mixed_precision.fusion_groups import FusionGroup
 from cp_debug.mixed_precision.goal import Goal
 from cp_debug.mixed_precision.search import search
 from cp_debug.recipes.registry import load_model
@@ -58,7 +58,7 @@ class Outcome:
     linear: int
     linear_found: int
     shrink: int
-    """Our minimiser without prediction, on everything."""
+    """Our minimizer without prediction, on everything."""
 
 
 def run_case(case: Case) -> Outcome:
@@ -73,19 +73,19 @@ def run_case(case: Case) -> Outcome:
     trials = Trials(case.path, case.backend)
     limit = goal.conditions[0].limit
 
-    def rival(look: Callable[[Minimizer[Unit]], list[Unit]]) -> tuple[int, int, float]:
-        minimizer = Minimizer[Unit](lambda kept: trials.error(kept) < limit)
+    def rival(look: Callable[[Minimizer[FusionGroup]], list[FusionGroup]]) -> tuple[int, int, float]:
+        minimizer = Minimizer[FusionGroup](lambda kept: trials.error(kept) < limit)
         begun = time.perf_counter()
         size = len(look(minimizer))
         return minimizer.asked, size, time.perf_counter() - begun
 
-    debugged = rival(lambda minimizer: ddmin(minimizer.holds, case.units))
-    scanned = rival(lambda minimizer: scan(minimizer, case.units))
-    shrunk = rival(lambda minimizer: minimizer.minimize(case.units))
+    debugged = rival(lambda minimizer: ddmin(minimizer.holds, case.groups))
+    scanned = rival(lambda minimizer: scan(minimizer, case.groups))
+    shrunk = rival(lambda minimizer: minimizer.minimize(case.groups))
     return Outcome(
         seed=case.seed,
         kind=case.kind,
-        layers=len(case.units),
+        layers=len(case.groups),
         known=len(case.truth),
         found=len(found),
         exact=found == case.truth,
@@ -105,13 +105,13 @@ def run_case(case: Case) -> Outcome:
     )
 
 
-def scan(minimizer: Minimizer[Unit], units: list[Unit]) -> list[Unit]:
+def scan(minimizer: Minimizer[FusionGroup], groups: list[FusionGroup]) -> list[FusionGroup]:
     """Keep everything; give up one layer after the other where the goal holds without it."""
-    kept = list(units)
+    kept = list(groups)
     assert minimizer.holds(kept)
-    for unit in units:
-        if minimizer.holds([other for other in kept if other is not unit]):
-            kept.remove(unit)
+    for group in groups:
+        if minimizer.holds([other for other in kept if other is not group]):
+            kept.remove(group)
     return kept
 
 

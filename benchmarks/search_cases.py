@@ -23,14 +23,15 @@ from cp_debug.backends.base import Program
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.faults.edits import Editor, rescale
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.made_up import MadeUp
 from cp_debug.graph.qdq import insert_qdq, quantizable
-from cp_debug.graph.random_inputs import random_inputs
 from cp_debug.graph.scales import LayerScales
 from cp_debug.graph.unquantize import quantized_inputs, remove_qdq
-from cp_debug.mixed_precision.fusion_groups import Kept, Unit, units_of
+from cp_debug.mixed_precision.fusion_groups import FusionGroup, Kept, fusion_groups_of
 from cp_debug.mixed_precision.goal import Goal
+from cp_debug.mixed_precision.graph_runners import EmulatedRunner
 from cp_debug.mixed_precision.judge import Judge
-from cp_debug.mixed_precision.trials import EmulatedRunner, TrialPrecision
+from cp_debug.mixed_precision.precision import TrialPrecision
 from cp_debug.recipes.registry import load_model
 from tests.nets import NetBuilder
 
@@ -53,7 +54,7 @@ class Case:
     goal: str
     truth: frozenset[tuple[str, ...]]
     """Layers by their nodes."""
-    units: list[Unit]
+    groups: list[FusionGroup]
     exhaustive: bool
     """Whether every smaller set was tried; always checked is that none can be left out, whatever else is kept."""
     drawn: int
@@ -71,9 +72,9 @@ class Trials:
             plain = Program(path.stem, Graph(remove_qdq(program.graph, quantized, path.with_suffix(".plain.onnx"))))
         precision = TrialPrecision(backend.removeprefix("emu-"))
         samples = list(model.samples(1, 0, None))
-        self.units = units_of(program, precision.candidates(program.graph))
+        self.groups = fusion_groups_of(program, precision.candidates(program.graph))
         exact = EmulatedRunner(model, [plain], samples, TrialPrecision("fp16"), "cpu")
-        everything = frozenset(units_of(plain, {node.name for node in plain.graph.nodes}))
+        everything = frozenset(fusion_groups_of(plain, {node.name for node in plain.graph.nodes}))
         self._judge = Judge(model, samples, exact.run(everything), Goal.parse("rel_l2<1"))
         self._runner = EmulatedRunner(model, [program], samples, precision, "cpu")
         self._runner.prepare()
@@ -98,19 +99,19 @@ def make_case(seed: int, folder: Path) -> Case:
 def _checked(seed: int, kind: str, path: Path, nodes: set[str], drawn: int) -> Case | None:
     """The case, if its set is clearly the smallest."""
     trials = Trials(path, KINDS[kind])
-    units = trials.units
-    truth = frozenset(unit for unit in units if nodes.intersection(unit.nodes))
+    groups = trials.groups
+    truth = frozenset(group for group in groups if nodes.intersection(group.nodes))
     kept = trials.error(truth)
-    missing = min(trials.error(truth - {unit}) for unit in truth)
-    least = min(missing, *(trials.error(frozenset(units) - {unit}) for unit in truth))
+    missing = min(trials.error(truth - {group}) for group in truth)
+    least = min(missing, *(trials.error(frozenset(groups) - {group}) for group in truth))
     if not least > CLEAR**2 * kept:
         return None
     goal = math.sqrt(kept * min(least, 1e3 * kept))
-    smaller = [s for size in range(len(truth)) for s in itertools.combinations(units, size)]
+    smaller = [s for size in range(len(truth)) for s in itertools.combinations(groups, size)]
     exhaustive = len(smaller) <= EXHAUSTIVE
     if exhaustive and any(trials.error(frozenset(s)) < goal for s in smaller):
         return None
-    return Case(seed, kind, path, KINDS[kind], f"rel_l2<{goal:.6g}", frozenset(u.nodes for u in truth), units,
+    return Case(seed, kind, path, KINDS[kind], f"rel_l2<{goal:.6g}", frozenset(u.nodes for u in truth), groups,
                 exhaustive, drawn)  # fmt: skip
 
 
@@ -183,7 +184,7 @@ BUILDERS: dict[str, Callable[[Path, np.random.Generator], set[str]]] = {
 def _network(rng: np.random.Generator, width: int) -> tuple[NetBuilder, list[tuple[str, str]], list[str]]:
     """A trunk of 12 to 30 layers (convolution, BatchNormalization, ReLU), a neck of two scales, one to five heads.
 
-    Returns the (convolution, normalisation) values of the trunk, each read by the next alone, and the outputs.
+    Returns the (convolution, normalization) values of the trunk, each read by the next alone, and the outputs.
     """
     net = NetBuilder(int(rng.integers(1 << 31)))
     chain: list[tuple[str, str]] = []
@@ -208,15 +209,15 @@ def _network(rng: np.random.Generator, width: int) -> tuple[NetBuilder, list[tup
 
 def _largest(graph: Graph) -> dict[str, float]:
     """Largest magnitude of every value and input, in FP32, on the sample."""
-    inputs = random_inputs(graph.inputs, [0, 0])
+    inputs = MadeUp(graph).sample([0, 0])
     found = {name: float(np.abs(array).max()) for name, array in inputs.items()}
     Executor(graph).run(inputs, lambda name, tensor: found.update({name: float(np.abs(np.asarray(tensor)).max())}))
     return found
 
 
-def ddmin(holds: Callable[[frozenset[Unit]], bool], units: Sequence[Unit]) -> list[Unit]:
-    """Zeller and Hildebrandt's minimising delta debugging: subsets, then complements, then finer parts."""
-    current, parts = list(units), 2
+def ddmin(holds: Callable[[frozenset[FusionGroup]], bool], groups: Sequence[FusionGroup]) -> list[FusionGroup]:
+    """Zeller and Hildebrandt's minimizing delta debugging: subsets, then complements, then finer parts."""
+    current, parts = list(groups), 2
     while len(current) >= 2:
         size = math.ceil(len(current) / parts)
         chunks = [current[i : i + size] for i in range(0, len(current), size)]
@@ -226,7 +227,7 @@ def ddmin(holds: Callable[[frozenset[Unit]], bool], units: Sequence[Unit]) -> li
                 break
         else:
             for chunk in chunks:
-                rest = [unit for unit in current if unit not in chunk]
+                rest = [group for group in current if group not in chunk]
                 if holds(frozenset(rest)):
                     current, parts = rest, max(parts - 1, 2)
                     break

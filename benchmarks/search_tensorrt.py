@@ -32,7 +32,7 @@ from cp_debug.backends.executor import Executor
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import parse_backends
 from cp_debug.backends.tensorrt.client import RunnerClient
-from cp_debug.backends.tensorrt.session import output_distance
+from cp_debug.backends.tensorrt.engine_runs import output_distance
 from cp_debug.bisect.faults.edits import Editor, rescale
 from cp_debug.files import write_text
 from cp_debug.graph.graph import Graph, Node
@@ -148,7 +148,7 @@ def check(golden: Path, checks: Path, limit: float) -> int:
         for value, file in files.items():
             np.save(file, feeds[value])
         step = {"command": "run", "device": 0, "engine": str(Path("polygraphy_debug.engine").resolve()),
-                "inputs": files, "folder": str(folder / "run"), "names": sorted(expected), "listener": None,
+                "inputs": files, "folder": str(folder / "run"), "names": sorted(expected), "listen": False,
                 "repeat": 0}  # fmt: skip
         (ran,) = RunnerClient().execute([step])
         found = {entry["name"]: np.load(entry["file"]) for entry in ran["tensors"]}

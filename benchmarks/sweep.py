@@ -50,7 +50,7 @@ def tiny_tasks(count: int) -> Iterator[Task]:
 
 
 def tasks_of(kind: str, model: str, quantized: Path | None, scenes: int) -> list[Task]:
-    """A sweep of one model; of a quantised checkpoint where there is one."""
+    """A sweep of one model; of a quantized checkpoint where there is one."""
     int8 = {"data": None, "samples": 8, "method": "mse", "skip_layers": []}
     how: dict[str, dict[str, Any]] = {
         "bisect": {"rtol": None, "atol": None, "explain": True, "calibration": int8},
@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=("sensitivity", "bisect", "eval"), default="sensitivity")
     parser.add_argument("-n", "--scenes", type=int, default=8)
     parser.add_argument("--model", default="centerpoint:tiny")
-    parser.add_argument("--from", dest="quantized", type=Path, help="Quantised checkpoint, for sensitivity.")
+    parser.add_argument("--from", dest="quantized", type=Path, help="Quantized checkpoint, for sensitivity.")
     parser.add_argument("--only", choices=("scaling", "start-up", "queue"))
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--address", help=argparse.SUPPRESS)

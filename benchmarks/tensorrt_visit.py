@@ -30,7 +30,7 @@ from onnx import TensorProto, helper, numpy_helper
 from cp_debug.backends.base import Program
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
-from cp_debug.backends.tensorrt.session import output_distance
+from cp_debug.backends.tensorrt.engine_runs import output_distance
 from cp_debug.errors import CpdebugError
 from cp_debug.graph.graph import Graph
 from cp_debug.programs.pipeline import Export, Key, Pipeline, prepare

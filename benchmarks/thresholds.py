@@ -1,6 +1,6 @@
 """Excess of healthy layers where it is largest: long sums, activations far from 1. ``docs/thresholds.md`` has a run.
 
-ONNX Runtime without optimisation against the FP64 oracle, one operator a network. ``expected`` is in unit roundoffs of
+ONNX Runtime without optimization against the FP64 oracle, one operator a network. ``expected`` is in unit roundoffs of
 FP32 (2⁻²⁴); where it goes beyond what the emulation introduces, other orders of summation were asked.
 """
 

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from cp_debug.version import __version__
 
 if TYPE_CHECKING:
-    from cp_debug.bisect.engine import Options, diagnose
+    from cp_debug.api.diagnose import assert_agree, diagnose
+    from cp_debug.api.tensors import compare_tensors
+    from cp_debug.bisect.engine import Options
     from cp_debug.bisect.result import BisectResult
     from cp_debug.detection.evaluate import evaluate
     from cp_debug.errors import BackendUnavailable, CpdebugError, InputError, MissingPackage
@@ -34,7 +36,9 @@ __all__ = [
     "PredictOptions",
     "Prediction",
     "__version__",
+    "assert_agree",
     "compare",
+    "compare_tensors",
     "diagnose",
     "evaluate",
     "open_result",
@@ -50,16 +54,18 @@ _HOME = {
     "InputError": "errors",
     "MissingPackage": "errors",
     "Options": "bisect.engine",
+    "assert_agree": "api.diagnose",
     "PredictOptions": "prediction.predict",
     "Prediction": "prediction.result",
     "compare": "probes.statistics",
-    "diagnose": "bisect.engine",
+    "compare_tensors": "api.tensors",
+    "diagnose": "api.diagnose",
     "evaluate": "detection.evaluate",
     "open_result": "reports.saved",
     "predict": "prediction.predict",
     "search": "mixed_precision.search",
 }
-"""Where each name is defined. None is called as a folder of the package: importing that would hide it."""
+"""Module of each name. None is called as a folder of the package: importing that would hide it."""
 
 
 def __getattr__(name: str) -> Any:

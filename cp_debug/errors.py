@@ -31,7 +31,7 @@ _REASONS = {
 
 
 def system_reason(error: OSError) -> str:
-    """What the operating system refused, in words."""
+    """The reason why the operating system refused something, in words."""
     if error.errno in _REASONS:
         return _REASONS[error.errno]
     return error.strerror or str(error) or type(error).__name__
@@ -73,6 +73,6 @@ class ModuleFailed(InputError):
 
 
 def in_one_line(error: Exception) -> str:
-    """What an error says, without line breaks; the kind of one that is not ours before it."""
-    said = " ".join(str(error).split())
-    return said if isinstance(error, CpdebugError) else f"{type(error).__name__}: {said}"
+    """An error's message without line breaks; with the error's type before it, unless it is one of cpdebug's."""
+    message = " ".join(str(error).split())
+    return message if isinstance(error, CpdebugError) else f"{type(error).__name__}: {message}"

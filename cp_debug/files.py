@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from cp_debug.errors import InputError, system_reason
 
 SHORTENED = 100
-"""Characters of a name that a temporary name repeats."""
+"""Number of characters of a name that a temporary name repeats."""
 
 
 @contextmanager
@@ -51,8 +51,8 @@ def complete_folder(path: Path) -> Iterator[Path]:
         partial.mkdir()
         yield partial
         make_folder(path)
-        for made in sorted(partial.iterdir()):
-            made.replace(path / made.name)
+        for file in sorted(partial.iterdir()):
+            file.replace(path / file.name)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({system_reason(error)})") from error
     finally:
@@ -60,8 +60,10 @@ def complete_folder(path: Path) -> Iterator[Path]:
 
 
 def partial_name(path: Path) -> Path:
-    """The temporary name beside ``path`` under which this process writes. What processes left that are gone is
-    removed."""
+    """The temporary name beside ``path`` under which this process writes.
+
+    Files that processes left which are gone are removed.
+    """
     stem = f".{path.name[:SHORTENED]}."
     with suppress(OSError):
         for entry in path.parent.iterdir():
@@ -101,7 +103,10 @@ def check_target(path: Path) -> None:
 
 
 def make_folder(path: Path, what: str = "folder") -> None:
-    """Make a folder and those around it, or find it there. Raises InputError when that cannot be."""
+    """Make a folder and those around it, or find it there.
+
+    ``what`` names the folder in messages. Raises InputError when it cannot be made.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
@@ -120,7 +125,7 @@ def complete_file(path: Path) -> Iterator[TextIO]:
 
 
 def write_text(text: str, target: Path | None) -> None:
-    """Write a report to a file, or to stdout without one."""
+    """Write a report to a file, or to stdout without one. Raises InputError when it cannot be written."""
     if target is None:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -130,12 +135,12 @@ def write_text(text: str, target: Path | None) -> None:
 
 
 def key_of(parts: Mapping[str, Any]) -> str:
-    """A hash of plain containers."""
+    """SHA-256 of plain containers, the same for equal ones."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def hashes(paths: Iterable[Path]) -> dict[str, str]:
-    """File → SHA-256."""
+    """Path → SHA-256 of each file."""
     return {str(path): file_hash(path) for path in sorted(paths)}
 
 

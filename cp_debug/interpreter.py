@@ -1,4 +1,4 @@
-"""Another Python that works on jobs, where a library lives that this one lacks.
+"""Another Python that works on jobs, for libraries that this one lacks.
 
 It is a process of its own: it can crash, hang or flood its output without harm, and is killed with all its children
 when the time is up or the user interrupts. It takes one job after the other, as starting costs seconds, until one
@@ -30,9 +30,9 @@ from cp_debug.reading import read_json
 from cp_debug.safe_text import without_traceback
 
 TAIL = 12
-"""Lines of output that an error message repeats."""
+"""Number of lines of output that an error message repeats."""
 LINE = 1 << 16
-"""Bytes of output taken at once, and about the longest line that is taken as one."""
+"""Number of bytes of output taken at once, and about the longest line that is taken as one."""
 OLDEST = (3, 8)
 
 _EVENTS: dict[str, dict[str, type | tuple[type, ...]]] = {
@@ -41,15 +41,17 @@ _EVENTS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "step": {"command": str},
     "done": {},
 }
-"""The fields that an event must have; a line that lacks one is output."""
+"""Event → fields that it must have; a line that lacks one is output."""
 
 OnEvent = Callable[[Mapping[str, Any]], None]
 """Takes ``{"event": "log" | "progress" | "step" | "output", …}`` as the script sends them."""
 
 
 class InterpreterFailed(Exception):
-    """Why there is no result. ``unusable``: it is not an interpreter that can run the script at all.
-    ``timed_out``: it was killed at its limit."""
+    """No result came from another Python, and the reason.
+
+    ``unusable``: it is not an interpreter that can run the script at all. ``timed_out``: it was killed at its limit.
+    """
 
     def __init__(self, reason: str, *, unusable: bool = False, timed_out: bool = False) -> None:
         super().__init__(reason)
@@ -77,7 +79,10 @@ class Interpreter:
         _check(python)
 
     def work(self, job: Mapping[str, Any]) -> dict[str, Any]:
-        """The content of ``result.json``. Raises InterpreterFailed when the process dies, hangs or leaves none."""
+        """Do a job; return the content of ``result.json``.
+
+        Raises InterpreterFailed when the process dies, hangs or leaves none.
+        """
         with tempfile.TemporaryDirectory(prefix="cpdebug-job-") as name:
             folder = Path(name)
             (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
@@ -156,14 +161,14 @@ class Interpreter:
 def _check(python: str) -> None:
     hello = "import sys; print('cpdebug', *sys.version_info[:2])"
     try:
-        done = subprocess.run([python, "-c", hello], capture_output=True, text=True, errors="replace", timeout=60)
+        answer = subprocess.run([python, "-c", hello], capture_output=True, text=True, errors="replace", timeout=60)
     except OSError as error:
         raise InterpreterFailed(f"{python} cannot be run ({system_reason(error)})", unusable=True) from None
     except ValueError:
         raise InterpreterFailed(f"{python!r} cannot be run (a null byte in its name)", unusable=True) from None
     except subprocess.TimeoutExpired:
         raise InterpreterFailed(f"{python} does not answer like a Python interpreter", unusable=True) from None
-    words = done.stdout.split()
+    words = answer.stdout.split()
     if words[:1] != ["cpdebug"] or len(words) != 3:
         raise InterpreterFailed(f"{python} is not a Python interpreter", unusable=True)
     if not (words[1].isdigit() and words[2].isdigit() and len(words[1] + words[2]) < 9):
@@ -188,15 +193,15 @@ def _lines(process: subprocess.Popen[bytes], end: float) -> Iterator[str]:
     """The process's output line by line; raises TimeoutError at ``end`` (monotonic seconds)."""
     assert process.stdout is not None
     file = process.stdout.fileno()
-    rest = b""
+    unfinished = b""
     while True:
-        left = end - time.monotonic()
-        if left <= 0 or not select.select([file], [], [], left)[0]:
+        remaining_time = end - time.monotonic()
+        if remaining_time <= 0 or not select.select([file], [], [], remaining_time)[0]:
             raise TimeoutError
         chunk = os.read(file, LINE)
-        *lines, rest = (rest + chunk).split(b"\n")
-        if rest and (not chunk or len(rest) > LINE):
-            lines, rest = [*lines, rest], b""
+        *lines, unfinished = (unfinished + chunk).split(b"\n")
+        if unfinished and (not chunk or len(unfinished) > LINE):
+            lines, unfinished = [*lines, unfinished], b""
         yield from (line.decode(errors="replace") for line in lines)
         if not chunk:
             return
@@ -206,8 +211,8 @@ def _event(line: str) -> dict[str, Any]:
     """A line of the protocol, or what a library printed."""
     try:
         event = json.loads(line)
-        known = _EVENTS[event["event"]]
-        if all(isinstance(event[field], kind) for field, kind in known.items()):
+        field_types = _EVENTS[event["event"]]
+        if all(isinstance(event[field], kind) for field, kind in field_types.items()):
             return event
     except (ValueError, TypeError, KeyError, RecursionError):
         pass

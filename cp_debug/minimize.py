@@ -1,4 +1,4 @@
-"""The smallest set for which something still holds: optimisers, nodes to keep in FP32, nodes of a failing subgraph.
+"""Minimization of sets for which something still holds: optimizers, nodes to keep in FP32, nodes of a failing subgraph.
 
 The shape is that of Hypothesis's shrinker: one cached predicate over frozen sets, and a pass that deletes runs of
 elements whose length it adapts, repeated until it can no longer progress.
@@ -13,7 +13,7 @@ T = TypeVar("T", bound=Hashable)
 
 
 class Minimizer(Generic[T]):
-    """Minimises sets under ``predicate``, which is never asked twice for the same set."""
+    """Minimizes sets under ``predicate``, which is never asked twice for the same set."""
 
     def __init__(self, predicate: Callable[[frozenset[T]], bool]) -> None:
         self._predicate = predicate
@@ -21,11 +21,11 @@ class Minimizer(Generic[T]):
 
     @property
     def asked(self) -> int:
-        """How often the predicate has run."""
+        """Number of times that the predicate has run."""
         return len(self._known)
 
     def holds(self, items: Iterable[T]) -> bool:
-        """The predicate of this set."""
+        """Whether the predicate holds for this set."""
         key = frozenset(items)
         if key not in self._known:
             self._known[key] = self._predicate(key)
@@ -43,16 +43,16 @@ class Minimizer(Generic[T]):
         before = None
         while current != before:
             before = current
-            kept = 0
-            while kept < len(current):
-                rest, start = current, kept
+            kept_count = 0
+            while kept_count < len(current):
+                remaining, start = current, kept_count
 
-                def deletes(count: int, rest: list[T] = rest, start: int = start) -> bool:
+                def deletes(count: int, rest: list[T] = remaining, start: int = start) -> bool:
                     return start + count <= len(rest) and self.holds(rest[:start] + rest[start + count :])
 
                 count = find_integer(deletes)
-                current = rest[:start] + rest[start + count :]
-                kept += 1  # the element that now stands at ``start`` has just been refused
+                current = remaining[:start] + remaining[start + count :]
+                kept_count += 1  # the element that now stands at ``start`` has just been refused
         return current
 
 

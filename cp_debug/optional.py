@@ -1,4 +1,4 @@
-"""Packages that are imported when used, and one sentence when they are missing."""
+"""Optional packages: imported when used, with one sentence when they are missing."""
 
 from __future__ import annotations
 

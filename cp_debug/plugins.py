@@ -1,35 +1,140 @@
 """Parts that other distributions add: recipes, backends and readers of deploy files, found by entry point.
 
-A distribution declares them in its ``pyproject.toml`` (``[project.entry-points."cpdebug.recipes"]``). What cpdebug
-brings itself stands in ``BUILT_IN``, so that a checkout that is not installed has it, too.
+A distribution declares them in its ``pyproject.toml`` (``[project.entry-points."cpdebug.recipes"]``). Parts that
+cpdebug brings itself stand in ``BUILT_IN``, so that a checkout that is not installed has them, too. Nothing is imported
+before it is used, and exceptions of other people's code become one sentence that names their distribution.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from cp_debug.errors import InputError
+from cp_debug.errors import CpdebugError, InputError, in_one_line
 
 RECIPES, BACKENDS, CONFIGS = "cpdebug.recipes", "cpdebug.backends", "cpdebug.configs"
-BUILT_IN: dict[str, dict[str, str]] = {CONFIGS: {"awml": "cp_debug.deploy.awml:read_awml"}}
+OWN = "cpdebug"
+"""Name of this distribution."""
+BUILT_IN: dict[str, dict[str, str]] = {
+    RECIPES: {
+        "centerpoint": "cp_debug.recipes.centerpoint.recipe:CenterPointModel",
+        "mmdet3d": "cp_debug.recipes.mmdet3d.recipe:load_detector",
+    },
+    BACKENDS: {
+        "torch": "cp_debug.backends.torch_backend:TorchBackend",
+        "ort": "cp_debug.backends.ort_backend:OrtBackend",
+        "emu": "cp_debug.backends.emulated:EmulatedBackend",
+        "trt": "cp_debug.backends.tensorrt.backend:TensorRTBackend",
+    },
+    CONFIGS: {"awml": "cp_debug.deploy.awml:read_awml"},
+}
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """One name in one group, and who declares it."""
+
+    group: str
+    name: str
+    target: str
+    """The object, as ``module:attribute``."""
+    distribution: str = OWN
+    """Name and version of the distribution that declares it."""
+    summary: str = ""
+    """The distribution's own summary, in a line."""
+    rivals: Sequence[str] = ()
+    """Other distributions that declare the same name: nobody may then use it."""
+
+    @property
+    def own(self) -> bool:
+        """Whether cpdebug brings it."""
+        return self.distribution == OWN
+
+    def __str__(self) -> str:
+        return f"plug-in {self.name!r} of {self.group} ({self.distribution})"
+
+    @property
+    def about(self) -> str:
+        """A line for lists."""
+        return f"{self.summary or 'a plug-in'} ({', '.join((self.distribution, *self.rivals))})"
+
+    def check(self) -> None:
+        """Raise InputError when the name is declared more than once."""
+        if self.rivals:
+            who = ", ".join((self.distribution, *self.rivals))
+            raise InputError(f"{self.name!r} of {self.group} is declared by {who}; uninstall all but one of them")
+
+    def load(self) -> Callable[..., Any]:
+        """The object that the plug-in names. Raises InputError when it cannot be imported or called."""
+        self.check()
+        module, _, attribute = self.target.partition(":")
+        try:
+            found = getattr(importlib.import_module(module), attribute)
+        except CpdebugError:
+            raise
+        except (Exception, SystemExit) as error:  # whatever other people's module raises while it is imported
+            raise InputError(f"{self}: {self.target} cannot be imported ({in_one_line(_plain(error))})") from error
+        if not callable(found):
+            raise InputError(f"{self}: {self.target} is {type(found).__name__}; expected a callable")
+        return found
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Tells what the plug-in raises. Raises InputError for everything but this project's errors and Ctrl-C."""
+        try:
+            yield
+        except (CpdebugError, KeyboardInterrupt):
+            raise
+        except (Exception, SystemExit) as error:
+            raise InputError(f"{self} raised {in_one_line(_plain(error))}") from error
+
+    def require(self, value: Any, fields: Sequence[str], what: str) -> None:
+        """Raise InputError when what the plug-in returned lacks a field of ``what``."""
+        if missing := [name for name in fields if not hasattr(value, name)]:
+            lacks = f"{type(value).__name__} without {', '.join(missing)}"
+            raise InputError(f"{self} returned {lacks}; expected a {what}")
 
 
 @lru_cache
-def names(group: str) -> dict[str, str]:
-    """Name → ``module:attribute`` of every plug-in of a group. A plug-in cannot take the name of a built-in one."""
-    found = {entry.name: entry.value for entry in entry_points(group=group)}
-    return found | BUILT_IN.get(group, {})
+def names(group: str) -> dict[str, Plugin]:
+    """Name → plug-in of a group, cpdebug's own first."""
+    declared: dict[str, list[Plugin]] = {}
+    for name, target in BUILT_IN.get(group, {}).items():
+        declared.setdefault(name, []).append(Plugin(group, name, target))
+    for entry in sorted(entry_points(group=group), key=lambda each: (each.name, _distribution(each))):
+        declared.setdefault(entry.name, []).append(_plugin(group, entry))
+    return {
+        name: Plugin(group, name, first.target, first.distribution, first.summary, [r.distribution for r in rivals])
+        for name, (first, *rivals) in declared.items()
+    }
 
 
-def load(group: str, name: str) -> Callable[..., Any]:
-    """The object that a plug-in names. Raises InputError when it cannot be imported."""
-    target = names(group)[name]
-    module, _, attribute = target.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"plug-in {name!r} of {group}: {target} cannot be imported ({error})") from error
+def find(group: str, name: str) -> Plugin | None:
+    """The plug-in of a name. Raises InputError when it is declared more than once."""
+    plugin = names(group).get(name)
+    if plugin is not None:
+        plugin.check()
+    return plugin
+
+
+def others(group: str) -> list[Plugin]:
+    """The plug-ins of a group that other distributions declare."""
+    return [plugin for plugin in names(group).values() if not plugin.own]
+
+
+def _plugin(group: str, entry: EntryPoint) -> Plugin:
+    summary = str(entry.dist.metadata["Summary"] or "") if entry.dist else ""
+    return Plugin(group, entry.name, entry.value, _distribution(entry), summary.partition("\n")[0])
+
+
+def _distribution(entry: EntryPoint) -> str:
+    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "a distribution without a name"
+
+
+def _plain(error: BaseException) -> Exception:
+    return error if isinstance(error, Exception) else RuntimeError(f"it ended the program with {error}")

@@ -1,5 +1,8 @@
-"""Files read within limits: no FIFO or device is waited for, nothing is allocated because a header claims it, and
-whatever is wrong is one sentence that names the file."""
+"""Files read within limits.
+
+No FIFO or device is waited for, nothing is allocated because a header claims it, and whatever is wrong is one sentence
+that names the file.
+"""
 
 from __future__ import annotations
 
@@ -23,23 +26,26 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SHOWN = 3
-"""Fields that a message names."""
+"""Largest number of fields that a message names."""
 DEPTH = 64
-"""Lists and objects in each other that a JSON document may have."""
+"""Largest depth of lists and objects in a JSON document."""
 MOST = 50_000
-"""Values of a document of settings."""
+"""Largest number of values in a document of settings."""
 LONGEST = 100_000
-"""Characters of a text in settings."""
+"""Largest number of characters of a text in settings."""
 LONGEST_NUMBER = 1024
-"""Bits of a number in settings."""
+"""Largest number of bits of a number in settings."""
 LARGEST_DOCUMENT = 1 << 30
-"""Bytes of a JSON document."""
+"""Largest size of a JSON document in bytes."""
 LARGEST_SETTINGS = 1 << 20
-"""Bytes of a file that a person writes: a configuration, settings."""
+"""Largest size in bytes of a file that a person writes: a configuration, settings."""
 
 
 def check_file(path: Path, what: str = "file") -> int:
-    """The size in bytes of a regular file. Raises InputError where there is none, or something that is no file."""
+    """The size in bytes of a regular file; ``what`` names it in messages.
+
+    Raises InputError where there is none, or something that is no file.
+    """
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -54,7 +60,10 @@ def check_file(path: Path, what: str = "file") -> int:
 
 
 def read_bytes(path: Path, *, what: str = "file", most: int = LARGEST_DOCUMENT) -> bytes:
-    """The content. Raises InputError for what is no regular file, cannot be read, or is larger than ``most`` bytes."""
+    """The content of a file; ``what`` names it in messages.
+
+    Raises InputError for what is no regular file, cannot be read, or is larger than ``most`` bytes.
+    """
     size = check_file(path, what)
     if size > most:
         raise InputError(f"{path}: {size} bytes; a {what} has at most {most}")
@@ -63,7 +72,10 @@ def read_bytes(path: Path, *, what: str = "file", most: int = LARGEST_DOCUMENT) 
 
 
 def read_text(path: Path, *, what: str = "file", most: int = LARGEST_SETTINGS) -> str:
-    """The content as UTF-8. Raises InputError as ``read_bytes`` does, and for other encodings and null bytes."""
+    """The content of a UTF-8 file; ``what`` names it in messages.
+
+    Raises InputError as ``read_bytes`` does, and for other encodings and null bytes.
+    """
     data = read_bytes(path, what=what, most=most)
     try:
         text = data.decode("utf-8-sig")
@@ -75,7 +87,10 @@ def read_text(path: Path, *, what: str = "file", most: int = LARGEST_SETTINGS) -
 
 
 def read_json(path: Path, *, what: str = "file", most: int = LARGEST_DOCUMENT) -> Any:
-    """The document. Raises InputError as ``read_bytes`` does, and as ``parse_json`` does."""
+    """The document in a JSON file; ``what`` names it in messages.
+
+    Raises InputError as ``read_bytes`` and ``parse_json`` do.
+    """
     return parse_json(read_bytes(path, what=what, most=most), str(path))
 
 
@@ -101,12 +116,15 @@ def sealed(document: Mapping[str, Any]) -> str:
 
 
 def unsealed(line: bytes, source: str) -> dict[str, Any]:
-    """What ``sealed`` wrote. Raises InputError, starting with ``source``, for a line that is none or was changed."""
+    """The document that ``sealed`` wrote as ``line``.
+
+    Raises InputError, starting with ``source``, for a line that is none or was changed.
+    """
     document = parse_json(line, source)
-    kept = line.strip().decode()
+    text = line.strip().decode()
     seal = len(_seal(""))
-    body = f"{kept[:-seal].removesuffix(', ')}}}"
-    if not isinstance(document, dict) or kept[-seal:] != _seal(body):
+    body = f"{text[:-seal].removesuffix(', ')}}}"
+    if not isinstance(document, dict) or text[-seal:] != _seal(body):
         raise InputError(f"{source}: changed since it was written, or written by an earlier version")
     del document["crc32"]
     return document
@@ -127,10 +145,10 @@ def typed(kind: type[T] | Any, document: Any, source: str) -> T:
     try:
         return TypeAdapter(kind).validate_python(document)
     except ValidationError as error:
-        found = error.errors(include_url=False, include_context=False)
-        told = [f"{_place(each['loc'])}: {_said(each)}" for each in found[:SHOWN]]
-        more = [f"and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
-        raise InputError(f"{source}: {'; '.join([*told, *more])}") from None
+        problems = error.errors(include_url=False, include_context=False)
+        phrases = [f"{_place(problem['loc'])}: {_said(problem)}" for problem in problems[:SHOWN]]
+        more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        raise InputError(f"{source}: {'; '.join([*phrases, *more])}") from None
 
 
 def plain(document: Any, source: str, *, nulls: bool = False) -> Any:
@@ -179,10 +197,10 @@ def read_npz(path: Path, names: frozenset[str] | None = None) -> dict[str, np.nd
     check_file(path, ".npz file")
     with _numpy_file(path, ".npz"), zipfile.ZipFile(path) as archive:
         members = {m.filename.removesuffix(".npy"): m for m in archive.infolist() if m.filename.endswith(".npy")}
-        wanted = {name: member for name, member in members.items() if names is None or name in names}
-        _check_room(path, sum(member.file_size for member in wanted.values()))
+        chosen = {name: member for name, member in members.items() if names is None or name in names}
+        _check_room(path, sum(member.file_size for member in chosen.values()))
         arrays = {}
-        for name, member in wanted.items():
+        for name, member in chosen.items():
             with archive.open(member) as stream:
                 arrays[name] = _array(stream, member.file_size, name)
         return arrays
@@ -214,7 +232,7 @@ def within(folder: Path, name: str, source: str) -> Path:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Tells what the operating system refuses while ``path`` is read."""
+    """Context that turns what the operating system refuses while ``path`` is read into InputError."""
     try:
         yield
     except OSError as error:
@@ -229,23 +247,23 @@ def _array(stream: IO[bytes], size: int, name: str) -> np.ndarray:
     from numpy.lib import format as npy
 
     version = npy.read_magic(stream)
-    read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
-    if read is None:
+    read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
+    if read_header is None:
         raise ValueError(f"{name} is in version {version} of the format; expected 1.0 or 2.0")
     shape: tuple[Any, ...]
-    shape, fortran, dtype = read(stream)
+    shape, fortran, dtype = read_header(stream)
     if dtype.hasobject:
         raise ValueError(f"{name} holds Python objects; expected numbers")
     if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in shape):
         raise ValueError(f"{name} has the shape {shape}")
     sizes: list[int] = list(shape)
     count = math.prod(sizes)
-    wanted, found = count * dtype.itemsize, size - stream.tell()
-    if wanted != found:
-        raise ValueError(f"{name} is {dtype}{list(shape)}, {wanted} bytes; {found} bytes follow")
-    if count and not wanted:
+    needed, available = count * dtype.itemsize, size - stream.tell()
+    if needed != available:
+        raise ValueError(f"{name} is {dtype}{list(shape)}, {needed} bytes; {available} bytes follow")
+    if count and not needed:
         raise ValueError(f"{name} has elements of no bytes")
-    values = np.frombuffer(bytearray(stream.read(wanted)), dtype, count) if wanted else np.empty(0, dtype)
+    values = np.frombuffer(bytearray(stream.read(needed)), dtype, count) if needed else np.empty(0, dtype)
     return values.reshape(sizes, order="F" if fortran else "C")
 
 
@@ -305,8 +323,9 @@ def _said(error: Any) -> str:
     """``"x"; Input should be a valid integer``."""
     if error["type"] == "missing":
         return "missing"
-    shown = repr(error["input"])
-    return f"{shown if len(shown) <= 60 else shown[:57] + '...'}; {error['msg'].replace('Input should be', 'expected')}"
+    excerpt = repr(error["input"])
+    excerpt = excerpt if len(excerpt) <= 60 else f"{excerpt[:57]}..."
+    return f"{excerpt}; {error['msg'].replace('Input should be', 'expected')}"
 
 
 def _kind(mode: int) -> str:

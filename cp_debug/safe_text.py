@@ -12,9 +12,9 @@ from html import escape
 from typing import Any
 
 LINES = 12
-"""Lines of an error message that are shown."""
+"""Largest number of lines of an error message."""
 WIDTH = 400
-"""Characters of a line of an error message that are shown."""
+"""Largest number of characters in a line of an error message."""
 
 _UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 """Unicode's categories of what is not seen, and of what turns or breaks lines: control and format characters (bidi
@@ -33,33 +33,35 @@ def visible(text: str, keep: str = "\n") -> str:
 
 
 def one_line(text: str) -> str:
-    """``visible``, and line feeds as ``\\n``: a name stays in its line."""
+    """The text ``visible``, with line feeds as ``\\n``: a name stays in its line."""
     return visible(text).replace("\n", "\\n")
 
 
 def message(text: str, lines: int = LINES, width: int = WIDTH) -> str:
     """An error message for a terminal: ``visible``, at most so many lines and so many characters a line."""
-    shown = [line if len(line) <= width else f"{line[: width - 1]}…" for line in visible(text).strip().split("\n")]
-    if len(shown) > lines:
-        shown = [*shown[: lines - 1], f"… ({len(shown) - lines + 1} more lines)"]
-    return "\n".join(shown)
+    shown_lines = [
+        line if len(line) <= width else f"{line[: width - 1]}…" for line in visible(text).strip().split("\n")
+    ]
+    if len(shown_lines) > lines:
+        shown_lines = [*shown_lines[: lines - 1], f"… ({len(shown_lines) - lines + 1} more lines)"]
+    return "\n".join(shown_lines)
 
 
 def without_traceback(text: str) -> str:
-    """What another program said, without the frames of Python's tracebacks: the errors that end them stay."""
-    kept: list[str] = []
+    """Output of another program without the frames of Python's tracebacks: the errors that end them stay."""
+    kept_lines: list[str] = []
     inside = False
     for line in text.split("\n"):
         if line.strip() == "Traceback (most recent call last):":
             inside = True
         elif not inside or not (line.startswith(" ") or not line.strip()):
             inside = False
-            kept.append(line)
-    return "\n".join(kept)
+            kept_lines.append(line)
+    return "\n".join(kept_lines)
 
 
 def markdown(text: str) -> str:
-    """One line in which nothing is Markdown or HTML."""
+    """The text in one line in which nothing is Markdown or HTML."""
     return escape(_MARKDOWN.sub(r"\\\1", one_line(text)), quote=False)
 
 
@@ -67,10 +69,10 @@ def csv_cell(value: Any) -> Any:
     """A cell that no spreadsheet takes for a formula: such text gets an apostrophe before it; numbers stay."""
     if not isinstance(value, str):
         return value
-    shown = one_line(value)
+    cell_text = one_line(value)
     if value.startswith(_FORMULA) and not _is_number(value):
-        return f"'{shown}"
-    return shown
+        return f"'{cell_text}"
+    return cell_text
 
 
 def annotation(text: str, *, name: bool = False) -> str:

@@ -34,19 +34,24 @@ def json_safe(value: Any) -> Any:
     return value
 
 
-def encode(value: Any) -> Any:
-    """A dataclass as a JSON object (containers and their contents likewise), all its fields."""
+def encode(value: Any, *, json: bool = True) -> Any:
+    """A dataclass as a JSON object (containers and their contents likewise), all its fields.
+
+    ``json`` False leaves NaN and infinities numbers.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         document: dict[str, Any] = {}
         for field in dataclasses.fields(value):
             if field.metadata.get("omit"):
                 continue
-            part = encode(getattr(value, field.name))
+            part = encode(getattr(value, field.name), json=json)
             document |= part if field.metadata.get("inline") else {field.metadata.get("key", field.name): part}
         return document
     if isinstance(value, dict):
-        return {str(k): encode(v) for k, v in value.items()}
-    return [encode(v) for v in value] if isinstance(value, list | tuple) else json_safe(value)
+        return {str(k): encode(v, json=json) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [encode(v, json=json) for v in value]
+    return json_safe(value) if json else value
 
 
 def decode(kind: type[T], document: Any, source: str, path: str = "") -> T:
@@ -80,24 +85,24 @@ def _converter() -> Converter:
 
 
 def _reader(converter: Converter, kind: Any) -> Any:
-    """How a dataclass is read: its own fields by cattrs, its inline parts from the same object."""
+    """A function that reads a dataclass: its own fields by cattrs, its inline parts from the same object."""
     from cattrs.gen import make_dict_structure_fn, override
 
     inline = [field.name for field in dataclasses.fields(kind) if field.metadata.get("inline")]
     if inline:
         hints = get_type_hints(kind)
-        own = [field for field in dataclasses.fields(kind) if field.name not in inline]
+        own_fields = [field for field in dataclasses.fields(kind) if field.name not in inline]
         core = dataclasses.make_dataclass(
             kind.__name__,
-            [(f.name, hints[f.name], dataclasses.field(**_default(f), metadata=f.metadata)) for f in own],
+            [(f.name, hints[f.name], dataclasses.field(**_default(f), metadata=f.metadata)) for f in own_fields],
             kw_only=True,
         )
         parts = {name: _only(hints[name]) for name in inline}
 
         def read(document: Any, _: Any) -> Any:
-            mine: Any = converter.structure(document, core)
-            made = {name: converter.structure(document, part) for name, part in parts.items()}
-            return kind(**{f.name: getattr(mine, f.name) for f in own}, **made)
+            core_part: Any = converter.structure(document, core)
+            inline_parts = {name: converter.structure(document, part) for name, part in parts.items()}
+            return kind(**{f.name: getattr(core_part, f.name) for f in own_fields}, **inline_parts)
 
         return read
     keys = {f.name: override(rename=f.metadata["key"]) for f in dataclasses.fields(kind) if "key" in f.metadata}
@@ -105,7 +110,7 @@ def _reader(converter: Converter, kind: Any) -> Any:
 
 
 def _by_number(hint: Any) -> bool:
-    """Whether a hint is of a dict with integer keys, which JSON makes text."""
+    """Whether a type hint is a dict with integer keys, which JSON turns into text."""
     return get_origin(hint) is dict and get_args(hint)[0] is int
 
 
@@ -115,8 +120,8 @@ def _numbered(converter: Converter, value: Any, hint: Any) -> dict[int, Any]:
 
 
 def _only(hint: Any) -> Any:
-    """The dataclass of ``Part`` or ``Part | None``."""
-    return next((each for each in get_args(hint) if dataclasses.is_dataclass(each)), hint)
+    """The dataclass in the hint ``Part`` or ``Part | None``."""
+    return next((argument for argument in get_args(hint) if dataclasses.is_dataclass(argument)), hint)
 
 
 def _default(field: dataclasses.Field[Any]) -> dict[str, Any]:

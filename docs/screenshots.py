@@ -23,6 +23,7 @@ from cp_debug.bisect.result import BisectResult
 from cp_debug.reports.causes import findings
 from cp_debug.reports.page import write_page
 from cp_debug.reports.saved import SavedResult
+from cp_debug.reports.sheet_terminal import Terminal
 from cp_debug.reports.tables import layer_table, verdict_line
 
 IMAGES = Path(__file__).parent / "images"
@@ -40,7 +41,7 @@ def terminal(result: BisectResult, target: Path) -> None:
     test = result.tests[0]
     console.print(Text.assemble(("$ ", "dim"), (f"cpdebug demo {FAULT}", "bold")))
     console.print(Text(f"injected: {FAULTS[FAULT].summary}\n", "dim"))
-    console.print(layer_table(test))
+    console.print(Terminal(layer_table(test)))
     for part in (*findings(test), Text(), verdict_line(test), Text()):
         console.print(part)
     template = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.S)

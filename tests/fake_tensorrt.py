@@ -144,7 +144,7 @@ class INetworkDefinition:
     def __init__(self, trt: ModuleType, flags: int) -> None:
         names = trt.NetworkDefinitionCreationFlag
         self._flags = {name.name for name in names if flags & 1 << int(name)}
-        self._trt, self._layers, self._inputs, self._unfused, self._debug = trt, [], [], False, []
+        self._trt, self._layers, self._inputs, self._unfused = trt, [], [], False
         self._path = ""
 
     num_layers = property(lambda self: len(self._layers))
@@ -159,10 +159,6 @@ class INetworkDefinition:
     def mark_output(self, tensor: ITensor) -> None:
         assert not tensor.is_network_output
         tensor.is_network_output = True
-
-    def mark_debug(self, tensor: ITensor) -> bool:
-        self._debug.append(tensor.name)
-        return True
 
     def mark_unfused_tensors_as_debug_tensors(self) -> bool:
         self._unfused = True
@@ -357,7 +353,7 @@ class Builder:
             "outputs": outputs,
             "inputs": {t.name: t.shape for t in network._inputs},
             "profiles": config._profiles[0]._shapes if config._profiles else {},
-            "debug": [g["writes"] for g in groups] if network._unfused else network._debug,
+            "debug": [g["writes"] for g in groups] if network._unfused else [],
             "tf32": "TF32" in flags,
             "scales": scales,
         }
@@ -492,7 +488,7 @@ class IExecutionContext:
     unfused_tensors_debug_state = False
 
     def __init__(self, trt: ModuleType, plan: dict[str, Any]) -> None:
-        self._trt, self._plan, self._shapes, self._addresses, self._listener, self._all = trt, plan, {}, {}, None, False
+        self._trt, self._plan, self._shapes, self._addresses, self._listener = trt, plan, {}, {}, None
         self._results = {}
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
@@ -511,16 +507,12 @@ class IExecutionContext:
         self._listener = listener
         return True
 
-    def set_all_tensors_debug_state(self, flag: bool) -> bool:
-        self._all = flag
-        return True
-
     def execute_async_v3(self, stream: int) -> bool:
         feeds = {
             name: FakeCuda().download(self._addresses[name], shape, np.float32) for name, shape in self._shapes.items()
         }
         results = self._compute(feeds)
-        for name in self._plan["debug"] if self._listener and (self._all or self.unfused_tensors_debug_state) else ():
+        for name in self._plan["debug"] if self._listener and self.unfused_tensors_debug_state else ():
             dtype = self._kernel_type(name)
             array = np.ascontiguousarray(results[name].astype(_TYPES[dtype]))
             member = getattr(self._trt.DataType, dtype)

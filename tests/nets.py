@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
+
+from cp_debug.graph.graph import Graph
 
 
 class NetBuilder:
@@ -88,6 +91,17 @@ def residual(path: Path) -> Path:
     w = net.weight(net.rng.standard_normal((64, 10)).astype(np.float32))
     net.op("Softmax", net.op("MatMul", pooled, w), name="logits")
     return net.save(path, {"x": (1, ["batch", 16, 16, 16])}, ["y", "logits"])
+
+
+def marked(graph: Graph, values: Iterable[str]) -> onnx.ModelProto:
+    """The whole model with ``values`` as further outputs, typed where the type is known."""
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.proto)
+    present = {v.name for v in graph.outputs}
+    for name in dict.fromkeys(values):
+        if name not in present:
+            model.graph.output.add(name=name, type=graph.types.get(name))
+    return model
 
 
 def random_dag(path: Path, recipe: list[tuple[int, int, int]], seed: int) -> Path:

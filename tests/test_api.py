@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 from nets import second_like
+from onnx import numpy_helper
 
 import cp_debug
 
@@ -32,3 +36,60 @@ def test_diagnose_and_open_result(tmp_path: Path) -> None:
 
 def test_the_package_is_typed() -> None:
     assert (Path(cp_debug.__file__).parent / "py.typed").exists()
+
+
+def small(tmp_path: Path, name: str = "net.onnx", factor: float = 1.0) -> Path:
+    path = second_like(tmp_path / name, depth=1, size=8)
+    scaled(path, factor)
+    return path
+
+
+def scaled(path: Path, factor: float) -> None:
+    """Multiply the first convolution's weight."""
+    proto = onnx.load(path)
+    weight = next(tensor for tensor in proto.graph.initializer if len(tensor.dims) == 4)
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(factor), weight.name))
+    onnx.save(proto, path)
+
+
+def test_a_result_prints_its_verdict_and_keeps_numbers(tmp_path: Path) -> None:
+    result = cp_debug.diagnose(small(tmp_path), "ort-none,ort-basic")
+    lines = str(result).splitlines()
+    assert len(lines) <= 4
+    assert lines[1].startswith("✓ ort-basic: agrees")
+    assert len(repr(result)) < 200
+    assert result.layers["sqnr_db"].dtype == float  # of equal layers infinite, which JSON writes as text
+    assert math.isinf(result.layers["sqnr_db"].max())
+
+
+def test_assert_agree_says_who_why_and_what_to_do(tmp_path: Path) -> None:
+    paths = [small(tmp_path), small(tmp_path, "other.onnx", 1.05)]
+    assert cp_debug.assert_agree(paths[0], "ort,ort", test_model=paths[0]).agrees
+    with pytest.raises(AssertionError) as caught:
+        cp_debug.assert_agree(paths[0], "ort,ort", test_model=paths[1])
+    said = str(caught.value)
+    assert len(said.splitlines()) <= 10
+    assert "guilty" in said
+    assert "fix:" in said
+    assert ".show()" in said
+
+
+def test_compare_tensors_by_name() -> None:
+    a = np.arange(4.0)
+    compared = cp_debug.compare_tensors({"a": a, "b": a, "only": a}, {"b": a + 1, "a": a, "more": a})
+    assert list(compared) == ["a", "b"]
+    assert compared.worst == "b"
+    assert compared["b"].max_abs == 1
+    assert (compared.missing, compared.extra) == (["only"], ["more"])
+    assert compared.frame["max_abs"].tolist() == [0, 1]
+    assert "only in the test: more" in str(compared)
+    with pytest.raises(cp_debug.InputError, match="no name in common: a against b"):
+        cp_debug.compare_tensors({"a": a}, {"b": a})
+
+
+def test_the_page_of_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    page = cp_debug.diagnose(small(tmp_path), "ort-none,ort-basic").show(tmp_path / "page.html")
+    assert opened == [page.as_uri()]
+    assert "<html" in page.read_text(encoding="utf-8")

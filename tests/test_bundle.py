@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import pytest
 from nets import NetBuilder, second_like
-from test_knobs import quantised
+from test_knobs import quantized
 from test_trt_runner import install
 from typer.testing import CliRunner
 
@@ -109,8 +109,8 @@ def test_polygraphy_sees_the_fault_with_the_command_of_the_page(bundled: Path) -
 
 
 def test_a_fault_that_isolation_hides_takes_its_neighbours_along(tmp_path: Path) -> None:
-    """The bias is quantised only where a QuantizeLinear follows the convolution, so the layer alone is innocent."""
-    saved = save(tmp_path / "saved", quantised(tmp_path / "net.onnx"), "ort-none,ort-all")
+    """The bias is quantized only where a QuantizeLinear follows the convolution, so the layer alone is innocent."""
+    saved = save(tmp_path / "saved", quantized(tmp_path / "net.onnx"), "ort-none,ort-all")
     bundle(SavedResult.open(saved), tmp_path / "out")
     operators = [node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx").graph.node]
     assert {"Conv", "QuantizeLinear"} <= set(operators)
@@ -135,7 +135,7 @@ def test_an_inserted_operator_is_cut_out_with_inputs_that_both_programs_know(tmp
 
 
 def test_redaction_keeps_the_fault_and_none_of_the_values(tmp_path: Path) -> None:
-    saved = save(tmp_path / "saved", quantised(tmp_path / "net.onnx"), "ort-none,ort-all")
+    saved = save(tmp_path / "saved", quantized(tmp_path / "net.onnx"), "ort-none,ort-all")
     bundle(SavedResult.open(saved), tmp_path / "out", redact=True)
     assert execute(tmp_path / "out").returncode == 1
     theirs = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / "net.onnx").graph.initializer}
@@ -272,3 +272,13 @@ def test_a_reference_at_fault_is_bundled_as_the_accused(tmp_path: Path) -> None:
     page = (tmp_path / "out" / "README.md").read_text()
     assert "# Conv gives a wrong result on emu-fp32" in page
     assert "found in a comparison with ort" in page
+
+
+def test_without_time_the_layer_is_bundled_as_it_is(scaled: Path, tmp_path: Path) -> None:
+    """Where a run is a build of minutes nothing is made smaller, but that it fails is verified, once, and shown."""
+    printed = bundle(SavedResult.open(scaled), tmp_path / "bundle", seconds=0.0)
+    assert "FAULT" in printed
+    page = (tmp_path / "bundle" / "README.md").read_text()
+    assert "stopped after 0 s" in page
+    assert "1 runs, each verified" in page
+    assert execute(tmp_path / "bundle").returncode == 1

@@ -324,7 +324,7 @@ ZERO = np.array(128, np.uint8)
 COARSE, DOUBLE = np.array(1.5, np.float32), np.array(0.1, np.float32)
 
 
-def test_quantised_products(tmp_path: Path) -> None:
+def test_quantized_products(tmp_path: Path) -> None:
     a, b = whole(0, 256, 4, 8), whole(0, 256, 8, 6)
     arrays = {"a": a, "as": SCALE, "az": ZERO, "b": b, "bs": SCALE, "bz": ZERO, "ys": COARSE, "yz": ZERO}
     check(tmp_path / "net.onnx", "QLinearMatMul", list(arrays), arrays, levels=1)
@@ -358,7 +358,7 @@ def test_quantised_products(tmp_path: Path) -> None:
         "QLinearSoftmax",
     ],
 )
-def test_quantised_elementwise_operators(tmp_path: Path, op: str) -> None:
+def test_quantized_elementwise_operators(tmp_path: Path, op: str) -> None:
     a, b = whole(0, 256, 1, 4, 6, 6), whole(0, 256, 1, 4, 6, 6)
     first = {"a": a, "as": SCALE, "az": ZERO}
     output = {"ys": np.array(0.1, np.float32), "yz": ZERO}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cp_debug.errors import InputError
-from cp_debug.recipes.data.base import DataOptions, DataSet, Truth, points_in_boxes
+from cp_debug.recipes.data.base import DataOptions, DataSet, Truth
 from cp_debug.recipes.data.open_data import open_data
 from cp_debug.recipes.data.unpickle import load_plain_pickle
 
@@ -250,6 +250,18 @@ def nuscenes(shared: Path, tmp_path: Path) -> Path:
     path = tmp_path / "infos.pkl"
     path.symlink_to(shared / "data/nuscenes_frame.pkl")
     return path
+
+
+def points_in_boxes(points: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """How many of ``points`` [N, ≥ 3] are in each box [M, 7] (gravity centre; the faces belong to it): [M]."""
+    counts = np.zeros(len(boxes), dtype=np.int64)
+    for index, (x, y, z, *size, yaw) in enumerate(boxes[:, :7].astype(np.float64)):
+        offset = points[:, :3] - (x, y, z)
+        cos, sin = np.cos(yaw), np.sin(yaw)
+        along, across = offset[:, 0] * cos + offset[:, 1] * sin, offset[:, 1] * cos - offset[:, 0] * sin
+        local = np.stack((along, across, offset[:, 2]), axis=1)
+        counts[index] = (np.abs(local) <= np.divide(size, 2)).all(axis=1).sum()
+    return counts
 
 
 NUSCENES = (

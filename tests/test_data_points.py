@@ -14,7 +14,7 @@ from cp_debug.errors import InputError
 from cp_debug.recipes.centerpoint.config import AWML_BASE, TINY
 from cp_debug.recipes.centerpoint.recipe import CenterPointModel
 from cp_debug.recipes.centerpoint.scenes import CLASSES, HELD_OUT_SEED, generate_scene
-from cp_debug.recipes.data.base import Truth, points_in_boxes
+from cp_debug.recipes.data.base import Truth
 from cp_debug.recipes.data.open_data import open_data
 from cp_debug.recipes.data.pcd import lzf_decompress, read_pcd
 from cp_debug.recipes.data.points import read_points
@@ -141,12 +141,3 @@ def test_the_default_data_are_the_held_out_scenes() -> None:
     (other,) = CenterPointModel("awml-base").samples(1, 8, None)
     assert other.truth is None
     assert other.arrays["points"].shape == (len(scene.points), 4)
-
-
-def test_points_are_counted_in_turned_boxes() -> None:
-    box = [10, 0, 0, 4, 2, 2, np.pi / 4]
-    along = np.array([np.cos(np.pi / 4), np.sin(np.pi / 4), 0])
-    points = np.array([10, 0, 0]) + np.outer([0, 1.99, 2.01, -1.99], along)
-    assert points_in_boxes(points, np.array([box, [0, 0, 0, 1, 1, 1, 0]])).tolist() == [3, 0]
-    assert points_in_boxes(np.zeros((0, 5)), np.array([box])).tolist() == [0]
-    assert points_in_boxes(points, np.zeros((0, 7))).tolist() == []

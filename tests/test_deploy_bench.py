@@ -15,6 +15,7 @@ from test_cli import run
 from test_trt_runner import install, save_net
 
 from cp_debug.backends.base import Program
+from cp_debug.backends.build_info import BuildInfo
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.backends.tensorrt.prebuilt import PrebuiltBackend
@@ -76,7 +77,7 @@ class FakeBackend:
         path = self._folder / "built"
         path.write_bytes(program.name.encode())
         plain = SimpleNamespace(path=path, facts={"seconds": 1.5})
-        return SimpleNamespace(plain=plain, settings={"realised_precision": {"Half": 1.0}}, close=lambda: None)
+        return SimpleNamespace(plain=plain, build_info=BuildInfo(realised_precision={"Half": 1.0}), close=lambda: None)
 
     def versions(self) -> dict[str, str]:
         return VERSIONS

@@ -50,7 +50,7 @@ def settings(folder: Path, **more: object) -> DeployConfig:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Quantised, and its weights trained since, as far as anybody can tell."""
+    """Quantized, and its weights trained since, as far as anybody can tell."""
     path = tmp_path_factory.mktemp("checkpoint") / "qat.pt"
     modules = modules_of(open_quantized(load_model("centerpoint:tiny"), None, count=2, method="max"))
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_calibrated_exported_verified_evaluated_and_resumed(tmp_path: Path) -> N
     assert pairs(tmp_path / "onnx" / "pts_backbone_neck_head.onnx") > 40
     (scenario,) = records[3].document["scenarios"]
     assert (scenario["reference"], scenario["test"]) == ("torch", "ort-int8")
-    # The files differ from FP32 by INT8, and from the fake-quantised modules by far less.
+    # The files differ from FP32 by INT8, and from the fake-quantized modules by far less.
     errors = [tensor["rel_l2"] for tensor in scenario["tensors"] if tensor["component"] == "pts_backbone_neck_head"]
     exported = {each["component"]: each["error"] for each in records[2].document["components"]}
     assert exported["pts_backbone_neck_head"] < min(errors)
@@ -101,7 +101,7 @@ def test_checkpoint_brings_its_weights_scales_and_skips(tmp_path: Path, checkpoi
 
 
 @needs("modelopt")
-def test_awmls_checkpoint_path_may_be_quantised(tmp_path: Path, checkpoint: Path) -> None:
+def test_awmls_checkpoint_path_may_be_quantized(tmp_path: Path, checkpoint: Path) -> None:
     config = settings(tmp_path, checkpoint=checkpoint, quantization={"skip_layers": ["pts_voxel_encoder"]})
     deployment = Deployment(config, "c.yaml")
     (own,) = [c.module for c in deployment.model.components if c.name == "pts_backbone_neck_head"]
@@ -186,7 +186,7 @@ def test_awml_block_that_cannot_be_followed(tmp_path: Path, text: str, says: str
         load_config(awml(tmp_path, text))
 
 
-def test_other_precisions_do_not_go_with_quantisation(tmp_path: Path) -> None:
+def test_other_precisions_do_not_go_with_quantization(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("work_dir: w\nquantization: {}\ntensorrt: {precision: bf16}\n")
     with pytest.raises(InputError, match="'bf16' beside quantization; expected int8, fp16 or auto"):
         load_config(tmp_path / "c.yaml")

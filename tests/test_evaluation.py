@@ -33,7 +33,7 @@ from cp_debug.detection.evaluation import (
 )
 from cp_debug.detection.matching import match_centers
 from cp_debug.detection.metrics import ERRORS, score
-from cp_debug.detection.predictions import Predictions, load_predictions, save_predictions
+from cp_debug.detection.predictions import Predictions, save_predictions
 from cp_debug.errors import InputError
 from cp_debug.recipes.base import Arrays, Component, Sample
 from cp_debug.recipes.centerpoint.decode import Detections, decode
@@ -41,7 +41,8 @@ from cp_debug.recipes.centerpoint.recipe import CenterPointModel
 from cp_debug.recipes.data.attributes import attributes_of
 from cp_debug.recipes.data.base import DataOptions, Truth
 from cp_debug.recipes.data.unpickle import load_plain_pickle
-from cp_debug.reports.evaluation import render
+from cp_debug.reports.evaluation import class_table, render, summary_table
+from cp_debug.reports.sheet_terminal import Terminal
 
 CLASSES = ("car", "cyclist")
 EMPTY = Detections(np.zeros((0, 9), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
@@ -242,23 +243,37 @@ def test_tables_and_figures_for_other_programs() -> None:
     assert read["backends"][1]["difference"]["mAP"]["value"] == lost
 
 
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 200])
+def test_both_tables_fit_the_terminal(width: int) -> None:
+    rng = np.random.default_rng(3)
+    truths = [truth(rng, 10) for _ in range(4)]
+    found = [detections(rng, each) for each in truths]
+    result = scored({"torch": found, "emu-fp16": found}, truths)
+    out = Console(file=io.StringIO(), width=width)
+    for table in (summary_table(result), class_table(result)):
+        out.print(Terminal(table))
+    lines = out.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert max(map(len, lines)) <= width
+    for spec, scores in zip(("torch", "emu-fp16"), result.backends, strict=True):
+        for name in CLASSES:
+            figures = scores.classes[name]
+            share = f"{figures['found']}/{figures['objects']}"
+            assert any(spec in line and share in line and f"{figures['AP'].value:.3f}" in line for line in lines)
+    assert "…" not in "".join(lines)
+
+
 def test_predictions_come_back_from_their_file(tmp_path: Path) -> None:
     rng = np.random.default_rng(4)
     found = [detections(rng, truth(rng)), EMPTY, detections(rng, truth(rng))]
     predictions = {"torch": Predictions.gather(found), "ort@cpu": Predictions.gather([EMPTY] * 3)}
     save_predictions(tmp_path / "p.npz", ["a", "b", "c"], predictions)
-    names, read = load_predictions(tmp_path / "p.npz")
-    assert names == ["a", "b", "c"]
-    assert list(read) == ["torch", "ort@cpu"]
+    read = np.load(tmp_path / "p.npz", allow_pickle=False)
+    assert read["samples"].tolist() == ["a", "b", "c"]
+    assert len(read.files) == 1 + 2 * 4
     for spec, expected in predictions.items():
         for field in ("boxes", "scores", "labels", "counts"):
-            np.testing.assert_array_equal(getattr(read[spec], field), getattr(expected, field))
+            np.testing.assert_array_equal(read[f"{spec}/{field}"], getattr(expected, field))
     assert [path.name for path in tmp_path.iterdir()] == ["p.npz"]
-    np.savez(tmp_path / "other.npz", x=1)
-    (tmp_path / "none.npz").write_text("x")
-    for name in ("other.npz", "none.npz"):
-        with pytest.raises(InputError, match=rf"{name}: not a predictions file"):
-            load_predictions(tmp_path / name)
 
 
 def test_ranges_on_the_command_line() -> None:
@@ -370,7 +385,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "as good as torch" in done.stdout
     assert json.loads(Path(files[0]).read_text())["backends"][0]["summary"]["mAP"]["value"] == pytest.approx(1)
     assert Path(files[1]).read_text().count("\n") == 5
-    assert load_predictions(Path(files[2]))[0] == ["picture 0", "picture 1", "picture 2"]
+    assert np.load(files[2])["samples"].tolist() == ["picture 0", "picture 1", "picture 2"]
 
     blind = PictureModel()
     blind.decode = lambda sample, results: (  # type: ignore[method-assign]

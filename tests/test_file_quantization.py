@@ -1,4 +1,4 @@
-"""Quantised files of other people beside their float parent: judged by what their own nodes quantise."""
+"""Quantized files of other people beside their float parent: judged by what their own nodes quantize."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Reader(CalibrationDataReader):
         return next(self.samples, None)
 
 
-def quantised(folder, kind):
+def quantized(folder, kind):
     source, target = str(parent(folder / "parent.onnx")), str(folder / f"{kind}.onnx")
     if kind == "dynamic":
         quantize_dynamic(source, target, weight_type=QuantType.QUInt8)
@@ -81,8 +81,8 @@ def accused(path, test, backends="ort,ort-none,ort-all"):
 
 
 @pytest.mark.parametrize("kind", ["static", "static-int8", "trt", "qoperator", "dynamic"])
-def test_a_well_quantised_file_accuses_nobody(tmp_path, kind):
-    path, test = quantised(tmp_path, kind)
+def test_a_well_quantized_file_accuses_nobody(tmp_path, kind):
+    path, test = quantized(tmp_path, kind)
     assert accused(path, test, "ort,ort-none,ort-all,ort-int8") == [[], [], []]
     assert accused(test, None, "ort-none,ort-all") == [[]]
 
@@ -91,7 +91,7 @@ def test_a_well_quantised_file_accuses_nobody(tmp_path, kind):
     ("kind", "scale", "factor"), [("static", "p0_scale", 12), ("static", "p0_scale", 0.1), ("trt", "w1_scale", 10)]
 )
 def test_a_bad_scale_of_a_file_is_found(tmp_path, kind, scale, factor):
-    path, test = quantised(tmp_path, kind)
+    path, test = quantized(tmp_path, kind)
     model = onnx.load(str(test))
     names = {t.name for t in model.graph.initializer}
     scale = scale if scale in names else next(n for n in sorted(names) if n.endswith("_scale") and n[0] in "rc")
@@ -106,7 +106,7 @@ def test_a_bad_scale_of_a_file_is_found(tmp_path, kind, scale, factor):
 def test_integer_operators_are_exact(tmp_path):
     """QLinearConv, ConvInteger, MatMulInteger and DynamicQuantizeLinear as ONNX Runtime computes them."""
     for kind in ("qoperator", "dynamic"):
-        _, test = quantised(tmp_path, kind)
+        _, test = quantized(tmp_path, kind)
         result = bisect(str(test), "ort,emu-fp32", options=Options(replay=False))
         last = result.tests[0].outputs[0].stats
         assert last.finite_rel_l2 < 0.02

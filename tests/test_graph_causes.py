@@ -84,6 +84,27 @@ def operator(value: str, op: str) -> Edit:
     return edit
 
 
+def behind(value: str, op: str, *constants: np.ndarray, **attributes: object) -> Edit:
+    """One more node behind a value, which takes over its name."""
+
+    def edit(graph: onnx.GraphProto) -> None:
+        own, names = node(graph, value), [f"{value}.{op}.{i}" for i in range(len(constants))]
+        own.output[list(own.output).index(value)] = f"{value}.before"
+        graph.initializer.extend(numpy_helper.from_array(c, n) for c, n in zip(constants, names, strict=True))
+        added = onnx.helper.make_node(op, [f"{value}.before", *names], [value], name=f"{value}.{op}", **attributes)
+        graph.node.insert(list(graph.node).index(own) + 1, added)
+
+    return edit
+
+
+def both(*edits: Edit) -> Edit:
+    return lambda graph: [edit(graph) for edit in edits] and None
+
+
+def rows_exchanged(array: np.ndarray) -> np.ndarray:
+    return array[[1, 0, *range(2, len(array))]]
+
+
 def gates(array: np.ndarray) -> np.ndarray:
     i, o, f, c = np.split(array, 4, axis=1)
     return np.concatenate([i, f, o, c], axis=1)
@@ -107,13 +128,28 @@ CASES: list[tuple[str, Edit, set[str]]] = [
     ("matmul", constant("matmul", 1, per_channel), {"int8-weights"}),
     ("matmul", constant("matmul", 1, np.transpose), {"weight-layout"}),
     ("conv", attribute("conv", pads=[0, 1, 2, 1]), {"padding"}),
+    ("conv", attribute("conv", dilations=[2, 2], pads=[2, 2, 2, 2]), {"attribute"}),
+    ("lstm", constant("lstm", 1, lambda a: a * 1.05), {"weights-scaled"}),
+    ("lstm", attribute("lstm", activations=["Sigmoid", "Relu", "Tanh"]), {"attribute"}),
+    ("leaky", behind("leaky", "Clip", np.float32(-0.1), np.float32(0.9)), {"saturated"}),
+    ("other", behind("other", "Mul", np.float32(1.03)), {"scaled"}),
+    ("other", behind("other", "Add", np.float32(0.03)), {"shifted"}),
+    ("slice", behind("slice", "Gather", np.roll(np.arange(24), 1), axis=1), {"permuted"}),
 ]
 KNOWN_ONLY: list[tuple[str, Edit, set[str]]] = [
     ("sigmoid", operator("sigmoid", "HardSigmoid"), {"other-operator"}),
     ("matmul", constant("matmul", 1, lambda a: a + 0.01 * np.sign(a)), {"other-weights"}),
     ("conv", constant("conv", 2, np.zeros_like), {"bias-dropped"}),
-    ("lstm", constant("lstm", 1, lambda a: a * 1.05), {"weights-scaled"}),
+    ("conv", constant("conv", 2, rows_exchanged), {"weight-layout"}),
+    (
+        "conv",
+        constant("conv", 0 + 1, lambda a: a * (1 + 6e-6 * (np.arange(16) == 5)[:, None, None, None])),
+        {"channels-scaled"},
+    ),
     ("lstm", attribute("lstm", direction="reverse"), {"attribute"}),
+    ("sum", behind("sum", "Neg"), {"extra-operator"}),
+    ("sum", behind("sum", "Add", np.float32(0.01)), {"shifted"}),
+    ("other", both(behind("other", "Cast", to=1), behind("other.before", "Cast", to=16)), {"bf16"}),
 ]
 
 

@@ -165,7 +165,7 @@ def test_what_nothing_reads_is_nobodys_fault(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("given", "innocent"), [([0, -1], True), ([-1, 8], True), ([4, 4], False)])
 def test_a_shape_counts_by_what_it_makes(tmp_path: Path, given: list[int], innocent: bool) -> None:
-    """ONNX Runtime's optimiser writes [0, -1] where the sizes multiply out to [2, 8]."""
+    """ONNX Runtime's optimizer writes [0, -1] where the sizes multiply out to [2, 8]."""
 
     def write_shape(file: str, sizes: list[int]) -> Path:
         net = NetBuilder()

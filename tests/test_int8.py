@@ -1,4 +1,4 @@
-"""INT8 in the main job: quantised on the fly, healthy layers explained, bad scales found and named."""
+"""INT8 in the main job: quantized on the fly, healthy layers explained, bad scales found and named."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Everything that is quantised: convolutions, one transposed, linear layers, a residual addition."""
+    """Everything that is quantized: convolutions, one transposed, linear layers, a residual addition."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ def test_healthy_layers_introduce_what_int8_must(result: BisectResult) -> None:
                 assert (row.replay.channel_excess or 0) < 2
 
 
-def test_quantised_layers_tell_step_and_clipping(result: BisectResult) -> None:
+def test_quantized_layers_tell_step_and_clipping(result: BisectResult) -> None:
     rows = {row.name: row for row in result.tests[0].rows}
     replay = rows["head"].replay
     assert replay is not None
@@ -135,7 +135,7 @@ def test_the_costliest_layer_is_named_with_the_option_that_spares_it(model: Torc
     assert steps[finding.layers[0]] is None
 
 
-def test_a_saved_result_keeps_the_quantised_files(result: BisectResult) -> None:
+def test_a_saved_result_keeps_the_quantized_files(result: BisectResult) -> None:
     folder = Path(result.programs["Net"])
     assert not folder.is_absolute()
     programs = {test.backend.spec: test.programs["Net"] for test in result.tests}
@@ -178,7 +178,7 @@ def test_torch_and_onnx_runtime_agree_when_fed_the_same_inputs(model: TorchModel
     assert min(levels.values()) > 60, levels
 
 
-def test_a_fake_quantised_layer_is_traced_as_one(model: TorchModel, tmp_path: Path) -> None:
+def test_a_fake_quantized_layer_is_traced_as_one(model: TorchModel, tmp_path: Path) -> None:
     plain, program = quantize(model, tmp_path)
     (sample,) = model.samples(1, 0, None)
     inputs = {name: torch.from_numpy(array) for name, array in sample.arrays.items()}
@@ -279,7 +279,7 @@ def test_a_backend_that_does_not_do_what_its_scales_say_is_told_apart(
     assert "as its scales say" in obeyed.guilty[0].why
 
 
-def test_an_onnx_file_is_quantised_by_itself(net: Path) -> None:
+def test_an_onnx_file_is_quantized_by_itself(net: Path) -> None:
     skip = next(iter(Graph(net).producer.values())).name
     options = Options(calibration=Calibration(method="max", samples=3, skip_layers=[skip]))
     result = bisect(str(net), "ort,ort-int8,emu-int8", options=options)
@@ -293,7 +293,7 @@ def test_an_onnx_file_is_quantised_by_itself(net: Path) -> None:
         bisect(str(net), "ort,torch-int8")
 
 
-def test_a_component_without_a_quantised_layer_still_runs(net: Path) -> None:
+def test_a_component_without_a_quantized_layer_still_runs(net: Path) -> None:
     result = bisect(str(net), "ort,emu-int8,ort-int8", options=Options(calibration=Calibration(skip_layers=["*"])))
     assert result.tests[0].agrees
     assert result.tests[1].agrees
@@ -304,7 +304,7 @@ def test_integer_kernels_are_missed(net: Path) -> None:
     assert any("no integer kernel ran" in note for note in test.notes)
 
 
-def test_a_quantised_checkpoint_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_a_quantized_checkpoint_is_taken_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(
         "import sys\nfrom pathlib import Path\nimport torch\n"
         f"sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_int8 import Net\n"
@@ -326,7 +326,7 @@ def test_a_quantised_checkpoint_is_taken_as_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("spec", ["ort-int8", "emu-int8", "torch-int8"])
-def test_a_model_that_is_not_quantised_is_refused(spec: str, net: Path) -> None:
+def test_a_model_that_is_not_quantized_is_refused(spec: str, net: Path) -> None:
     with pytest.raises((InputError, BackendUnavailable), match="quantize the model first"):
         create(BackendSpec.parse(spec)).open(Program("net", Graph(net)))
 

@@ -1,4 +1,4 @@
-"""Every quantised module is found again in the exported graph, whoever exported it, with and without BatchNorm."""
+"""Every quantized module is found again in the exported graph, whoever exported it, with and without BatchNorm."""
 
 from __future__ import annotations
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
@@ -183,3 +185,26 @@ def test_matrix_products(data: st.DataObject) -> None:
     )
     c = rng.standard_normal(data.draw(st.sampled_from([(m,), (n, 1), (1,), (n, m)]))).astype(np.float32)
     agree("Gemm", [a, b, c], 13, transA=int(turn_a), transB=int(turn_b), alpha=0.5, beta=2.0)
+
+
+@pytest.mark.parametrize(
+    ("op", "attributes"),
+    [
+        ("LRN", {"size": 3, "alpha": 0.05, "beta": 0.7, "bias": 1.2}),
+        ("LRN", {"size": 1}),
+        ("LRN", {"size": 9, "alpha": 0.3}),
+        ("GlobalLpPool", {"p": 3}),
+        ("GlobalLpPool", {}),
+    ],
+)
+def test_operators_that_the_reference_lacks_or_gets_wrong_agree_with_onnx_runtime(
+    tmp_path: Path, op: str, attributes: dict[str, Any]
+) -> None:
+    x = np.random.default_rng(0).standard_normal((2, 7, 5, 6)).astype(np.float32)
+    ends = [helper.make_tensor_value_info(name, 1, None) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node(op, ["x"], ["y"], **attributes)], "net", ends[:1], ends[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, str(tmp_path / "net.onnx"))
+    (expected,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})
+    made = Executor(Graph(tmp_path / "net.onnx"), FP64).run({"x": x})["y"].numpy()
+    np.testing.assert_allclose(made, expected, rtol=1e-6, atol=1e-6)

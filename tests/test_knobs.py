@@ -1,4 +1,4 @@
-"""Optimiser bisection: which optimisers make the difference, and which nodes they rewrite."""
+"""Optimizer bisection: which optimizers make the difference, and which nodes they rewrite."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def names(knobs: OptimizerBlame) -> set[str]:
     return {culprit.optimizer for culprit in knobs.responsible}
 
 
-def quantised(path: Path) -> Path:
+def quantized(path: Path) -> Path:
     """Two convolutions with INT8 activations and weights and a float bias, as PTQ tools leave it: ``x`` to ``y``."""
     net = NetBuilder(0)
     zero = net.weight(np.array(0, np.int8))
@@ -90,8 +90,8 @@ def test_disabling_the_responsible_ones_helps_and_disabling_fewer_does_not(tmp_p
         assert outputs("ort-all", names(knobs) - {name}) != exact
 
 
-def test_quantised_bias(tmp_path):
-    knobs = knobs_of(quantised(tmp_path / "net.onnx"), "ort-basic")
+def test_quantized_bias(tmp_path):
+    knobs = knobs_of(quantized(tmp_path / "net.onnx"), "ort-basic")
     assert names(knobs) == {"WeightBiasQuantization"}
     assert knobs.level == "basic"
     assert {"node_first", "node_second"} <= set(knobs.nodes)

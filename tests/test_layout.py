@@ -14,7 +14,7 @@ PACKAGE = REPO / "cp_debug"
 ORDER = (
     "version errors safe_text reading files optional plugins interpreter progress serialize minimize display "
     "graph probes recipes backends programs detection quantization bisect mixed_precision prediction deploy sweep "
-    "reports cli"
+    "reports api cli pytest_plugin"
 )
 ROOMS = ORDER.split()
 """A room imports from itself and from those before it in this list."""

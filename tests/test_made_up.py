@@ -10,9 +10,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.errors import InputError
+from cp_debug.graph.check_inputs import check_inputs
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.made_up import MadeUp
-from cp_debug.graph.random_inputs import check_inputs
 from cp_debug.recipes.registry import load_model
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64

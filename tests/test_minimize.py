@@ -1,4 +1,4 @@
-"""The minimiser: 1-minimal results, every set asked once, few questions."""
+"""The minimizer: 1-minimal results, every set asked once, few questions."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@ import pytest
 from nets import NetBuilder, residual, second_like
 
 from cp_debug.errors import InputError
+from cp_debug.graph.check_inputs import check_inputs
 from cp_debug.graph.graph import Graph, ValueInfo
-from cp_debug.graph.random_inputs import check_inputs, random_inputs
 from cp_debug.recipes.onnx_file import OnnxFileModel
 from cp_debug.recipes.registry import load_model
 from cp_debug.recipes.stages import MOST_STAGES, stages_of
@@ -46,33 +46,6 @@ def test_random_samples_are_seeded_and_differ(net):
     assert again.source == "random, seed 7, sample 0"
     assert model.feed(model.components[0], again, {}) is again.arrays
     assert model.decode(again, {}) is None
-
-
-def test_random_inputs_follow_dtype_and_free_dimensions():
-    expected = [
-        ValueInfo("image", np.dtype("float16"), ("batch", 3, "H", "W")),
-        ValueInfo("pixels", np.dtype("uint8"), (None, "H")),
-        ValueInfo("ids", np.dtype("int64"), ("N", "length")),
-        ValueInfo("mask", np.dtype("bool"), (200,)),
-        ValueInfo("scale", np.dtype("float32"), ()),
-    ]
-    arrays = random_inputs(expected, 0)
-    check_inputs(expected, arrays, "random")
-    assert {n: a.shape for n, a in arrays.items()} == {
-        "image": (1, 3, 64, 64),
-        "pixels": (1, 64),
-        "ids": (1, 64),
-        "mask": (200,),
-        "scale": (),
-    }
-    assert set(np.unique(arrays["ids"])) == {0, 1}
-    assert arrays["pixels"].max() > 200
-    assert set(np.unique(arrays["mask"])) == {False, True}
-
-
-def test_inputs_without_a_shape_cannot_be_made_up():
-    with pytest.raises(InputError, match="input x: float32: no random value can be made"):
-        random_inputs([ValueInfo("x", np.dtype("float32"), None)], 0)
 
 
 def test_a_symbol_has_one_size():

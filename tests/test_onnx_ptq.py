@@ -52,7 +52,7 @@ def test_max_is_the_largest_magnitude_over_all_samples(graph: Graph) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_quantises_well(tmp_path: Path, graph: Graph, method: str) -> None:
+def test_every_method_quantizes_well(tmp_path: Path, graph: Graph, method: str) -> None:
     scales = calibrate_graph(graph, samples(4), method)
     made = Graph(insert_qdq(graph, scales.layers, tmp_path / "int8.onnx", scales.residual_adds))
     (other,) = samples(1, seed=9)
@@ -78,7 +78,7 @@ def test_what_cannot_be_calibrated_is_refused(tmp_path: Path, graph: Graph) -> N
     with pytest.raises(InputError, match="unknown"):
         calibrate_graph(graph, samples(1), "median")
     made = Graph(insert_qdq(graph, calibrate_graph(graph, samples(1)).layers, tmp_path / "int8.onnx"))
-    with pytest.raises(InputError, match="quantised already"):
+    with pytest.raises(InputError, match="quantized already"):
         calibrate_graph(made, samples(1))
 
 

@@ -12,7 +12,7 @@ import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import NetBuilder, random_dag, residual, second_like
+from nets import NetBuilder, marked, random_dag, residual, second_like
 from onnx import helper, numpy_helper
 
 from cp_debug.backends import ort_chunks, ort_optimized, ort_options
@@ -20,7 +20,6 @@ from cp_debug.backends.base import Program
 from cp_debug.backends.ort_backend import OrtBackend, OrtSession
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import BackendUnavailable, InputError, MissingPackage
-from cp_debug.graph import surgery
 from cp_debug.graph.graph import Graph
 
 LEVELS = ["ort-none", "ort-basic", "ort-all"]
@@ -47,7 +46,7 @@ def whole_graph(path: Path, feed: dict[str, np.ndarray], level: str = "ORT_DISAB
     options = ort.SessionOptions()
     options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
     options.intra_op_num_threads, options.log_severity_level = 1, 3
-    model = surgery.mark(graph, graph.tensors).SerializeToString()
+    model = marked(graph, graph.tensors).SerializeToString()
     session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     names = [o.name for o in session.get_outputs()]
     return dict(zip(names, session.run(names, feed), strict=True))
@@ -156,7 +155,7 @@ def test_a_wrongly_guessed_name_is_not_shown(tmp_path, monkeypatch):
 
 
 def test_naive_marking_does_change_the_program_and_this_does_not(tmp_path):
-    """DESIGN: marking deletes what is under test. BatchNormalization folding is the optimisation here."""
+    """DESIGN: marking deletes what is under test. BatchNormalization folding is the optimization here."""
     path = second_like(tmp_path / "net.onnx")
     feed = image(1, 16, 32, 32)
     session = open_session(path, "ort-all")
@@ -219,7 +218,7 @@ def test_half_precision_constants_are_opened(tmp_path, spec):
     session.close()
 
 
-def test_quantised_graphs_run_as_they_are(tmp_path):
+def test_quantized_graphs_run_as_they_are(tmp_path):
     net = NetBuilder()
     scale, zero = net.weight(np.array(0.05, np.float32)), net.weight(np.array(0, np.int8))
     q = net.op("QuantizeLinear", "x", scale, zero)

@@ -72,6 +72,33 @@ def test_a_fault_does_not_hide_what_lies_behind_it(tmp_path: Path, value: str) -
     assert test.compared == test.total
 
 
+def test_numbers_in_names_that_went_on_are_not_believed(tmp_path: Path) -> None:
+    """In another export values without names of their own have those of their successors."""
+
+    def numbered(source: Path, target: Path) -> Path:
+        model = onnx.load(str(source))
+        made = [n.output[0] for n in model.graph.node if n.op_type == "Relu"][-4:]
+        new = dict(zip(made, [*made[1:], "one_more"], strict=True))
+        for node in model.graph.node:
+            node.input[:] = [new.get(i, i) for i in node.input]
+            node.output[:] = [new.get(o, o) for o in node.output]
+        del model.graph.value_info[:]
+        onnx.save(model, str(target))
+        return target
+
+    net = second_like(tmp_path / "net.onnx", depth=3)
+    other = numbered(net, tmp_path / "other.onnx")
+    healthy = run(net, other)
+    assert healthy.agrees
+    assert not [row.name for row in healthy.rows if row.verdict in ("guilty", "shape")]
+    assert healthy.compared == healthy.total
+    editor = Editor(other)
+    scale_weights(editor, "heatmap", 0.05)
+    faulty = run(net, editor.save(tmp_path / "faulty.onnx"))
+    assert [row.name for row in faulty.guilty] == ["node_heatmap"]
+    assert faulty.findings[0].cause == "weights-scaled"
+
+
 def test_outputs_in_another_order_are_paired_by_what_they_hold(tmp_path: Path) -> None:
     net = NetBuilder()
     for name in ("a", "b"):

@@ -20,8 +20,8 @@ from cp_debug.cli.main import app
 from cp_debug.errors import InputError
 from cp_debug.graph.fold_batchnorm import fold_batchnorm
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.made_up import MadeUp
 from cp_debug.graph.qdq import insert_qdq, quantizable
-from cp_debug.graph.random_inputs import random_inputs
 from cp_debug.graph.scales import LayerScales
 from cp_debug.prediction.groups import groups_of
 from cp_debug.prediction.predict import PredictOptions, predict
@@ -142,7 +142,7 @@ def test_every_precision(tmp_path: Path, precision: str, target: str) -> None:
     assert prediction.weak == (target != "trt-11")
 
 
-def test_int8_of_a_quantised_file(tmp_path: Path) -> None:
+def test_int8_of_a_quantized_file(tmp_path: Path) -> None:
     graph = Graph(residual(tmp_path / "plain.onnx"))
     scales = {}
     for node in quantizable(graph):
@@ -192,7 +192,7 @@ def test_batchnorm_folds_without_changing_what_is_computed(tmp_path: Path) -> No
     assert not any(node.op == "BatchNormalization" for node in folded.nodes)
     from cp_debug.backends.executor import Executor
 
-    feed = random_inputs(graph.inputs, np.random.default_rng(0))
+    feed = MadeUp(graph).sample(np.random.default_rng(0))
     before, after = Executor(graph).run(feed)["y"], Executor(folded).run(feed)["y"]
     assert float((before - after).norm() / before.norm()) < 1e-6
 

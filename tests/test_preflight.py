@@ -56,7 +56,7 @@ def test_long_sums_and_tiny_variances_are_risks(tmp_path: Path) -> None:
     assert list(found[1].figures["channels"].values()) == [1]
 
 
-def test_quantisers_that_disagree_clip_or_are_coarse(tmp_path: Path) -> None:
+def test_quantizers_that_disagree_clip_or_are_coarse(tmp_path: Path) -> None:
     net = NetBuilder()
     scales = [net.weight(np.float32(s)) for s in (0.001, 0.002, 10.0)]
     zero = net.weight(np.int8(0))

@@ -157,7 +157,7 @@ def test_a_state_that_does_not_fit(
 
 @needs("modelopt")
 def test_bad_input(net: nn.Module, quantized: nn.Module) -> None:
-    with pytest.raises(InputError, match="is not quantised"):
+    with pytest.raises(InputError, match="is not quantized"):
         run(net)
     with pytest.raises(InputError, match="steps is 0"):
         QatOptions(steps=0)

@@ -1,4 +1,4 @@
-"""QATHook in a real runner: quantised before the first step, trained, saved, resumed."""
+"""QATHook in a real runner: quantized before the first step, trained, saved, resumed."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def runner(folder: Path, net: Net, epochs: int = 2, watch: Watch | None = None, 
     )
 
 
-def test_quantised_before_the_first_step_and_trained(tmp_path: Path, net: Net) -> None:
+def test_quantized_before_the_first_step_and_trained(tmp_path: Path, net: Net) -> None:
     data = Images()
     batch = torch.stack([data[index]["inputs"] for index in range(8)])
     before = copy.deepcopy(net).eval()(batch, torch.zeros(1))

@@ -53,7 +53,7 @@ def scales_of(graph: Graph, amax: float = 3.0) -> dict[str, LayerScales]:
     return scales
 
 
-def quantised(graph: Graph, **changes: object) -> Graph:
+def quantized(graph: Graph, **changes: object) -> Graph:
     options = {"layers": scales_of(graph), **changes}
     return Graph(insert_qdq(graph, target=graph.path.with_name("int8.onnx"), **options))
 
@@ -97,7 +97,7 @@ def test_the_executed_graph_is_numpys_fake_quant(
     broad[axis] = -1
     own = np.abs(weight).max(tuple(d for d in range(weight.ndim) if d != axis))
     largest = (own if per_channel else own.max(keepdims=True)) * np.float32(share)
-    made = quantised(graph, layers={name: LayerScales(amax, largest)})
+    made = quantized(graph, layers={name: LayerScales(amax, largest)})
     x = np.random.default_rng(seed).standard_normal(graph.inputs[0].shape).astype(np.float32)
     seen = run(made, x=x)
     np.testing.assert_array_equal(seen["x__dequantized"], fake_quant(x, amax))
@@ -112,7 +112,7 @@ def test_the_executed_graph_is_numpys_fake_quant(
 def test_names_metadata_and_outputs_stay(tmp_path: Path, make) -> None:
     graph = Graph(make(tmp_path / "net.onnx"))
     before = graph.path.read_bytes()
-    made = quantised(graph)
+    made = quantized(graph)
     onnx.checker.check_model(str(made.path), full_check=True)
     kept = [n for n in made.nodes if n.op not in ("QuantizeLinear", "DequantizeLinear")]
     assert [n.name for n in kept] == [n.name for n in graph.nodes]
@@ -129,7 +129,7 @@ def test_a_node_without_a_name_keeps_what_it_is_called(tmp_path: Path) -> None:
     for node in net.nodes:
         node.name = ""
     graph = Graph(net.save(tmp_path / "net.onnx", {"x": (FLOAT, [1, 3, 8, 8])}, ["y"]))
-    assert [n.name for n in quantised(graph).nodes if n.op == "Conv"] == ["Conv_0", "Conv_1"]
+    assert [n.name for n in quantized(graph).nodes if n.op == "Conv"] == ["Conv_0", "Conv_1"]
 
 
 def fork(path: Path) -> Graph:
@@ -145,12 +145,12 @@ def test_readers_with_one_scale_share_a_pair(tmp_path: Path, other: float, pairs
     graph = fork(tmp_path / "net.onnx")
     layers = scales_of(graph)
     layers["node_b"] = LayerScales(other, layers["node_b"].weight)
-    made = quantised(graph, layers=layers)
+    made = quantized(graph, layers=layers)
     assert sum(n.op == "QuantizeLinear" and n.inputs[0] == "x" for n in made.nodes) == pairs
 
 
 def test_both_operands_of_an_add_get_one_scale(tmp_path: Path) -> None:
-    made = quantised(fork(tmp_path / "net.onnx"), layers={}, residual_adds={"node_sum": 2.5})
+    made = quantized(fork(tmp_path / "net.onnx"), layers={}, residual_adds={"node_sum": 2.5})
     x = np.random.default_rng(0).standard_normal((1, 3, 8, 8)).astype(np.float32)
     seen = run(made, x=x)
     np.testing.assert_array_equal(seen["sum"], fake_quant(seen["a"], 2.5) + fake_quant(seen["b"], 2.5))
@@ -159,7 +159,7 @@ def test_both_operands_of_an_add_get_one_scale(tmp_path: Path) -> None:
 def test_a_stored_value_is_int8_for_all_that_read_it(tmp_path: Path) -> None:
     graph = Graph(residual(tmp_path / "net.onnx"))
     (value, *_) = next(n for n in graph.nodes if n.op == "MaxPool").outputs  # a convolution and a Concat read it
-    made = quantised(graph, layers={}, stored={value: 2.0})
+    made = quantized(graph, layers={}, stored={value: 2.0})
     readers = [node for node in made.nodes if f"{value}__dequantized" in node.inputs]
     assert {node.op for node in readers} == {node.op for node in graph.consumers[value]} == {"Conv", "Concat"}
     x = np.random.default_rng(0).standard_normal((1, 16, 16, 16)).astype(np.float32)
@@ -170,7 +170,7 @@ def test_a_stored_value_is_int8_for_all_that_read_it(tmp_path: Path) -> None:
 
 def test_what_is_always_zero_stays_zero(tmp_path: Path) -> None:
     graph, name, _, _ = layer(tmp_path, "Conv")
-    made = quantised(graph, layers={name: LayerScales(0.0, np.zeros(6, np.float32))})
+    made = quantized(graph, layers={name: LayerScales(0.0, np.zeros(6, np.float32))})
     assert not run(made, x=np.zeros(graph.inputs[0].shape, np.float32))["y"].any()
 
 
@@ -181,7 +181,7 @@ def test_weights_beside_the_file_are_found_from_another_folder(tmp_path: Path) -
     onnx.save(onnx.load(graph.path), outside, save_as_external_data=True, location="w.data", size_threshold=0)
     made = Graph(insert_qdq(Graph(outside), scales_of(graph), tmp_path / "int8.onnx"))
     x = np.random.default_rng(0).standard_normal((2, 16, 16, 16)).astype(np.float32)
-    np.testing.assert_array_equal(run_ort(made, x=x)[0], run_ort(quantised(graph), x=x)[0])
+    np.testing.assert_array_equal(run_ort(made, x=x)[0], run_ort(quantized(graph), x=x)[0])
 
 
 @pytest.mark.parametrize("opset", [11, 12])
@@ -189,7 +189,7 @@ def test_an_old_opset_is_raised(tmp_path: Path, opset: int) -> None:
     net = NetBuilder()
     net.op("Relu", net.conv("x", 3, 3), name="y")
     graph = Graph(net.save(tmp_path / "net.onnx", {"x": (FLOAT, [1, 3, 8, 8])}, ["y"], opset=opset))
-    made = quantised(graph)
+    made = quantized(graph)
     assert made.opsets[""] == 13
     onnx.checker.check_model(str(made.path), full_check=True)
 
@@ -199,15 +199,15 @@ def test_an_opset_that_cannot_be_raised_is_refused(tmp_path: Path) -> None:
     net.op("Softmax", net.conv("x", 3, 3), name="y", axis=1)
     graph = Graph(net.save(tmp_path / "net.onnx", {"x": (FLOAT, [1, 3, 8, 8])}, ["y"], opset=12))
     with pytest.raises(InputError, match=r"opset 12.*needs 13.*Softmax.*node_y"):
-        quantised(graph)
+        quantized(graph)
     net = NetBuilder()
     net.conv("x", 3, 3, name="y")
     graph = Graph(net.save(tmp_path / "older.onnx", {"x": (FLOAT, [1, 3, 8, 8])}, ["y"], opset=10))
     with pytest.raises(InputError, match="opset 10"):
-        quantised(graph)
+        quantized(graph)
 
 
-def test_what_cannot_be_quantised_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+def test_what_cannot_be_quantized_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     graph, name, _, _ = layer(tmp_path, "Conv")
     good = scales_of(graph)[name]
     bad: list[tuple[dict[str, object], str]] = [
@@ -219,15 +219,15 @@ def test_what_cannot_be_quantised_is_refused_and_nothing_is_written(tmp_path: Pa
     ]
     for changes, message in bad:
         with pytest.raises(InputError, match=message):
-            quantised(graph, **changes)
+            quantized(graph, **changes)
     assert not graph.path.with_name("int8.onnx").exists()
 
 
-def test_a_graph_is_quantised_once(tmp_path: Path) -> None:
+def test_a_graph_is_quantized_once(tmp_path: Path) -> None:
     graph, name, _, _ = layer(tmp_path, "Gemm")
     scales = scales_of(graph)
-    made = quantised(graph)
-    with pytest.raises(InputError, match=f"{name!r} is quantised already"):
+    made = quantized(graph)
+    with pytest.raises(InputError, match=f"{name!r} is quantized already"):
         insert_qdq(made, scales, tmp_path / "twice.onnx")
 
 
@@ -237,7 +237,7 @@ def test_a_product_of_two_activations_has_no_weight(tmp_path: Path) -> None:
     graph = Graph(net.save(tmp_path / "net.onnx", {"x": (FLOAT, [4, 4])}, ["y"]))
     assert not quantizable(graph)
     with pytest.raises(InputError, match="no weight"):
-        quantised(graph, layers={"node_y": LayerScales(1.0, np.ones(4, np.float32))})
+        quantized(graph, layers={"node_y": LayerScales(1.0, np.ones(4, np.float32))})
 
 
 def test_a_grouped_transposed_convolution_takes_one_scale(tmp_path: Path) -> None:
@@ -246,8 +246,8 @@ def test_a_grouped_transposed_convolution_takes_one_scale(tmp_path: Path) -> Non
     net.op("ConvTranspose", "x", weight, name="y", group=2, strides=[2, 2])
     graph = Graph(net.save(tmp_path / "net.onnx", {"x": (FLOAT, [1, 4, 5, 5])}, ["y"]))
     with pytest.raises(InputError, match="grouped ConvTranspose"):
-        quantised(graph, layers={"node_y": LayerScales(1.0, np.ones(6, np.float32))})
-    made = quantised(graph, layers={"node_y": LayerScales(1.0, np.ones(1, np.float32))})
+        quantized(graph, layers={"node_y": LayerScales(1.0, np.ones(6, np.float32))})
+    made = quantized(graph, layers={"node_y": LayerScales(1.0, np.ones(1, np.float32))})
     run_ort(made, x=np.ones((1, 4, 5, 5), np.float32))
 
 
@@ -256,4 +256,4 @@ def test_half_precision_comes_after_int8(tmp_path: Path) -> None:
     net.op("Conv", "x", net.weight(np.ones((2, 2, 1, 1), np.float16)), name="y")
     graph = Graph(net.save(tmp_path / "net.onnx", {"x": (onnx.TensorProto.FLOAT16, [1, 2, 4, 4])}, ["y"]))
     with pytest.raises(InputError, match="not FP32"):
-        quantised(graph, layers={"node_y": LayerScales(1.0, np.ones(2, np.float32))})
+        quantized(graph, layers={"node_y": LayerScales(1.0, np.ones(2, np.float32))})

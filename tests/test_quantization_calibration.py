@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cp_debug.errors import InputError
 from cp_debug.graph.scales import QMAX, Scales
-from cp_debug.quantization.calibration import CalibrationManager
+from cp_debug.quantization.calibration import CalibrationManager, check_model
 from cp_debug.quantization.histogram import METHODS, Histogram, weight_amax
 
 
@@ -213,13 +213,13 @@ def test_a_cache_belongs_to_its_model(tmp_path: Path) -> None:
     module = Spread().eval()
     manager = CalibrationManager(module, method="percentile", prefix="part")
     scales = manager.calibrate([torch.randn(3, 8)])
-    manager.save_cache(tmp_path / "cache")
-    found = manager.load_cache(tmp_path / "cache")
-    assert isinstance(found, Scales)
+    scales.save(tmp_path / "cache")
+    found = Scales.load(tmp_path / "cache")
+    check_model(module, found, "cache")
     assert (found.model, found.method, found.layers.keys()) == (scales.model, "percentile", {"part.layer"})
     assert found.layers["part.layer"].input == pytest.approx(scales.layers["part.layer"].input)
     assert np.array_equal(found.layers["part.layer"].weight, scales.layers["part.layer"].weight)
     with torch.no_grad():
         module.layer.weight += 1
     with pytest.raises(InputError, match="cache: these scales were calibrated on other weights"):
-        manager.load_cache(tmp_path / "cache")
+        check_model(module, found, "cache")

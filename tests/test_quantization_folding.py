@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cp_debug.probes.outputs import flatten_outputs
 from cp_debug.programs.batchnorm_folding import fuse_model_bn
-from cp_debug.programs.pipeline import run_module
+from cp_debug.programs.walk import run_module
 from cp_debug.recipes.registry import load_model
 
 CONVOLUTIONS = {

@@ -19,7 +19,7 @@ from cp_debug.deploy.quantize_output import FILE, cache_file, read_caches
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.programs.batchnorm_folding import fuse_model_bn
-from cp_debug.programs.pipeline import run_module
+from cp_debug.programs.walk import run_module
 from cp_debug.quantization.calibration import CalibrationManager
 from cp_debug.quantization.checkpoint import load_ptq_model
 from cp_debug.quantization.histogram import METHODS
@@ -143,7 +143,7 @@ def test_cache_of_another_model_is_refused(written: tuple[Path, dict], tmp_path:
     assert not (tmp_path / "out").exists()
 
 
-def test_an_onnx_file_is_quantised_by_its_nodes(tmp_path: Path) -> None:
+def test_an_onnx_file_is_quantized_by_its_nodes(tmp_path: Path) -> None:
     path = nets.residual(tmp_path / "net.onnx")
     document = json.loads(run(path, "-o", tmp_path / "out", "--batches", 3, "--json", "-"))
     (name,) = document["components"]

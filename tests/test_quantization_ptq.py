@@ -1,4 +1,4 @@
-"""Quantised modules compute as INT8 would, are saved bit for bit, and can be switched off."""
+"""Quantized modules compute as INT8 would, are saved bit for bit, and can be switched off."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def rounded(x: Tensor, amax: Tensor | float) -> Tensor:
     return (x / scale).round().clamp(-QMAX - 1, QMAX) * scale
 
 
-def test_what_is_quantised(quantized: nn.Module) -> None:
+def test_what_is_quantized(quantized: nn.Module) -> None:
     scales = scales_of(quantized, "net")
     assert set(scales.layers) == {"net.stem", "net.up", *(f"net.layer.{i}.conv{j}" for i in (0, 1) for j in (1, 2))}
     assert set(scales.residual_adds) == {"net.layer.0/add", "net.layer.1/add"}
@@ -211,7 +211,7 @@ def test_what_is_switched_off_stays_off(quantized: nn.Module, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "found", ["missing", "text", "pickle", "state", "other model", "other shapes", "quantised", "part"]
+    "found", ["missing", "text", "pickle", "state", "other model", "other shapes", "quantized", "part"]
 )
 def test_what_cannot_be_restored_is_said(found: str, quantized: nn.Module, tmp_path: Path) -> None:
     path, module, component = tmp_path / "model.pt", resnet(), ""
@@ -220,10 +220,10 @@ def test_what_cannot_be_restored_is_said(found: str, quantized: nn.Module, tmp_p
         "missing": "no such checkpoint",
         "text": "not a readable torch checkpoint",
         "pickle": "would run code",
-        "state": "not a checkpoint of a quantised model",
+        "state": "not a checkpoint of a quantized model",
         "other model": "the checkpoint of another model",
         "other shapes": r"stem.*\(expected \[8, 4, 3, 3\]\)",
-        "quantised": "quantised already",
+        "quantized": "quantized already",
         "part": "holds the components ''; expected 'head'",
     }[found]
     if found == "missing":
@@ -238,7 +238,7 @@ def test_what_cannot_be_restored_is_said(found: str, quantized: nn.Module, tmp_p
         module = nn.Sequential(nn.Conv2d(3, 8, 3))
     elif found == "other shapes":
         module.stem = nn.Conv2d(4, 8, 3)
-    elif found == "quantised":
+    elif found == "quantized":
         module = quantized
     else:
         component = "head"
@@ -263,7 +263,7 @@ def test_switches(quantized: nn.Module) -> None:
     assert {path for path, q in quantizers(made) if q.is_enabled} == on
     with pytest.raises(InputError, match=r"no layer matches 'stern'; the nearest names are stem"):
         disable_quantization(made, "stern")
-    with pytest.raises(InputError, match="not quantised"):
+    with pytest.raises(InputError, match="not quantized"):
         disable_quantization(resnet())
 
 
@@ -282,7 +282,7 @@ def test_the_table_says_why(
     assert why["layer.1.conv2.input_quantizer"] == "switched off"
     assert why["fc.weight_quantizer"] == "skipped by 'net.fc'"
     assert why["last.input_quantizer"] == "BatchNorm2d stays in FP32"
-    assert why["stem.output_quantizer"] == "what reads this output quantises it"
+    assert why["stem.output_quantizer"] == "what reads this output quantizes it"
     monkeypatch.setenv("COLUMNS", "150")
     print_quantizer_status(made)
     assert "skipped by 'net.fc'" in capsys.readouterr().out
@@ -314,7 +314,7 @@ def test_folding_can_be_left_out() -> None:
 def test_bad_input(quantized: nn.Module) -> None:
     with pytest.raises(InputError, match="no calibration data"):
         quantize_ptq(resnet(), [])
-    with pytest.raises(InputError, match="quantised already"):
+    with pytest.raises(InputError, match="quantized already"):
         quantize_ptq(quantized, batches())
     with pytest.raises(InputError, match="bits: 4 is not supported; expected 8"):
         quantize_ptq(resnet(), batches(), bits=4)
@@ -326,7 +326,7 @@ def test_bad_input(quantized: nn.Module) -> None:
     wrong[2][0, 0, 0, 0] = float("nan")
     with pytest.raises(InputError, match="batch 2: the input 'x' holds NaN"):
         quantize_ptq(resnet(), wrong)
-    with pytest.raises(InputError, match="not quantised"):
+    with pytest.raises(InputError, match="not quantized"):
         scales_of(resnet())
 
 

@@ -79,7 +79,7 @@ def test_bad_input(options: tuple[str, ...], says: str) -> None:
 def test_quantizing_what_is_quantized(tmp_path: Path, checkpoint: Path) -> None:
     code, text = run("quantize", "ptq", "--checkpoint", checkpoint, "-o", tmp_path / "again")
     assert code == 2
-    assert "is quantised already; expected weights in FP32" in text
+    assert "is quantized already; expected weights in FP32" in text
     assert not (tmp_path / "again").exists()
 
 

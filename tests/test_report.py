@@ -30,7 +30,7 @@ from cp_debug.bisect.result import GUILTY, BisectResult
 from cp_debug.cli.main import app
 from cp_debug.detection.changes import GAINED, KEPT, LOST, MOVED_BOX, changes
 from cp_debug.errors import CpdebugError, InputError, MissingPackage
-from cp_debug.programs.scene import DecodedBoxes, Scene, keep_scene
+from cp_debug.programs.scene import DecodedBoxes, SavedScene, keep_scene
 from cp_debug.recipes.base import Sample
 from cp_debug.reports.evidence import charts, evidence, worst_elements
 from cp_debug.reports.files import write_json
@@ -251,7 +251,7 @@ def test_changes_of_detections() -> None:
 
 
 def test_a_scene_is_kept(saved_folder: Path) -> None:
-    scene = Scene.open(saved_folder / "sample-0")
+    scene = SavedScene.open(saved_folder / "sample-0")
     assert scene is not None
     assert scene.source == "made up"
     np.testing.assert_array_equal(scene.detections["ort-none@cpu"].boxes, TEST.boxes)

@@ -56,13 +56,13 @@ def test_frames_of_tracebacks_are_left_out() -> None:
 
 def test_a_console_shows_markup_and_escapes_as_text() -> None:
     from cp_debug.cli.console import SafeConsole
-    from cp_debug.reports.safe_table import Table
+    from cp_debug.reports.sheet import Column, Sheet
+    from cp_debug.reports.sheet_terminal import Terminal
 
     stream = io.StringIO()
     console = SafeConsole(width=80)
     console.file = stream
-    table = Table("name")
-    table.add_row("[red]a[/]\x1b[0m\nb")
+    table = Terminal(Sheet([Column("name", "name")], [["[red]a[/]\x1b[0m\nb"]]))
     console.print(table)
     console.print("[b]plain[/b] :warning: \u202e")
     shown = stream.getvalue()

@@ -22,18 +22,18 @@ from cp_debug.backends.spec import BackendSpec
 from cp_debug.cli.search import parse_duration
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.made_up import MadeUp
 from cp_debug.graph.qdq import insert_qdq, quantizable
-from cp_debug.graph.random_inputs import random_inputs
 from cp_debug.graph.scales import LayerScales
 from cp_debug.graph.unquantize import quantized_inputs, remove_qdq
 from cp_debug.mixed_precision.emit import arguments, deploy_fragment
 from cp_debug.mixed_precision.fusion_groups import fused, fusion_groups_of
 from cp_debug.mixed_precision.goal import Goal
-from cp_debug.mixed_precision.judge import Measured
-from cp_debug.mixed_precision.log import Trial, TrialLog
+from cp_debug.mixed_precision.log import TrialLog
 from cp_debug.mixed_precision.mixed_graph import MixedExecutor
+from cp_debug.mixed_precision.precision import TrialPrecision, precision_of
 from cp_debug.mixed_precision.strategy import smallest
-from cp_debug.mixed_precision.trials import TrialPrecision, precision_of
+from cp_debug.mixed_precision.trial import Measured, Trial
 
 # ---- goals
 
@@ -154,7 +154,7 @@ def test_mixed_runs_are_those_of_the_emulated_backend(tmp_path: Path, precision:
     program = program_of(second_like(tmp_path / "net.onnx", depth=1, size=16))
     graph, rules = program.graph, TrialPrecision(precision)
     groups = fusion_groups_of(program, rules.candidates(graph))
-    inputs = random_inputs(graph.inputs, 3)
+    inputs = MadeUp(graph).sample(3)
     mixed = MixedExecutor(graph, ARITHMETICS[precision], "cpu")
     rng = np.random.default_rng(0)
     known = [mixed.run(inputs, frozenset(n.name for n in graph.nodes))]
@@ -171,7 +171,7 @@ def test_mixed_runs_are_those_of_the_emulated_backend(tmp_path: Path, precision:
 
 def test_nothing_kept_is_the_plain_backend_and_everything_fp32(tmp_path: Path) -> None:
     program = program_of(second_like(tmp_path / "net.onnx", depth=0, size=16))
-    inputs = random_inputs(program.graph.inputs, 3)
+    inputs = MadeUp(program.graph).sample(3)
     mixed = MixedExecutor(program.graph, ARITHMETICS["fp16acc"], "cpu")
     for spec, high in (("emu-fp16acc", ()), ("emu-fp32", [n.name for n in program.graph.nodes])):
         found = mixed.outputs(mixed.run(inputs, frozenset(high)))
@@ -186,7 +186,7 @@ def test_an_overflow_is_introduced_by_the_layer_and_by_its_reader(tmp_path: Path
     net.op("Relu", net.conv(net.op("Mul", big, net.weight(np.array(1e-6, np.float32))), 4, 4), name="y")
     graph = Graph(net.save(tmp_path / "net.onnx", {"x": (1, [1, 4, 8, 8])}, ["y"]))
     mixed = MixedExecutor(graph, ARITHMETICS["fp16"], "cpu")
-    exact = mixed.run(random_inputs(graph.inputs, 0), frozenset(n.name for n in graph.nodes))
+    exact = mixed.run(MadeUp(graph).sample(0), frozenset(n.name for n in graph.nodes))
     errors = [mixed.local_error([node.name], exact) for node in graph.nodes]
     assert np.isinf(errors).tolist() == [False, True, True, False, False]
     assert 1e-5 < errors[0] < 1e-3
@@ -221,7 +221,7 @@ def test_removing_pairs_gives_what_never_had_them(tmp_path: Path) -> None:
 
 def test_kept_layers_run_as_without_their_pairs(tmp_path: Path) -> None:
     graph = quantized(tmp_path)
-    inputs = random_inputs(graph.inputs, 1)
+    inputs = MadeUp(graph).sample(1)
     mixed = MixedExecutor(graph, ARITHMETICS["int8"], "cpu")
     run = None
     for count in (0, 2, len(quantized_inputs(graph))):
@@ -354,7 +354,7 @@ def test_mixed_graphs_run_and_keep_every_name(tmp_path: Path) -> None:
     assert {n.name for n in program.graph.nodes} <= {n.name for n in mixed.nodes}
     assert set(program.graph.values) <= set(mixed.values)
     session = ort.InferenceSession(str(mixed.path), providers=["CPUExecutionProvider"])
-    inputs = random_inputs(program.graph.inputs, 0)
+    inputs = MadeUp(program.graph).sample(0)
     expected = create(BackendSpec.parse("emu-fp32")).open(program).run(inputs)
     for value, array in zip(session.get_outputs(), session.run(None, inputs), strict=True):
         np.testing.assert_allclose(array, expected[value.name], rtol=0.1, atol=0.05)

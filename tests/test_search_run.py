@@ -20,8 +20,8 @@ from cp_debug.cli.main import app
 from cp_debug.errors import InputError
 from cp_debug.graph.casts import cast_surgery
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.made_up import MadeUp
 from cp_debug.graph.qdq import insert_qdq, quantizable
-from cp_debug.graph.random_inputs import random_inputs
 from cp_debug.graph.scales import LayerScales
 from cp_debug.graph.unquantize import quantized_inputs
 from cp_debug.mixed_precision.goal import Goal
@@ -147,13 +147,13 @@ def test_mixed_onnx_has_what_was_found_in_it(overflowing: Path, tmp_path: Path) 
     target = tmp_path / "mixed.onnx"
     run(overflowing, onnx=target)
     half = cast_surgery(Graph(overflowing), "fp16", ["node_c2", "node_r2"], tmp_path / "half.onnx")
-    inputs = random_inputs(Graph(overflowing).inputs, [0, 0])
+    inputs = MadeUp(Graph(overflowing)).sample([0, 0])
     expected, good, bad = (Executor(Graph(path)).run(inputs)["y"] for path in (overflowing, target, half))
     assert (good - expected).norm() < 1e-2 * expected.norm()
     assert not bad.isfinite().all()
 
 
-def test_clipped_int8_layers_are_left_unquantised(tmp_path: Path) -> None:
+def test_clipped_int8_layers_are_left_unquantized(tmp_path: Path) -> None:
     graph = Graph(chain(tmp_path / "net.onnx"))
     layers = {}
     for node in quantizable(graph):
@@ -170,7 +170,7 @@ def test_clipped_int8_layers_are_left_unquantised(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", ["emu-int8", "ort-int8"])
-def test_what_is_not_quantised_is_quantised_first(tmp_path: Path, backend: str) -> None:
+def test_what_is_not_quantized_is_quantized_first(tmp_path: Path, backend: str) -> None:
     path = chain(tmp_path / "net.onnx")
     whole = run(path, f"torch,{backend}", "rel_l2<1")
     assert "quantized on the fly: mse on 8 sample(s)" in whole.notes

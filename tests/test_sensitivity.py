@@ -15,14 +15,14 @@ from torch.nn import functional as F
 
 from cp_debug.errors import InputError
 from cp_debug.mixed_precision.activation_reuse import Reuse
-from cp_debug.mixed_precision.int8_sensitivity import (
+from cp_debug.mixed_precision.fake_quant_runner import FakeQuantRunner
+from cp_debug.mixed_precision.sensitivity import (
     build_sensitivity_profile,
     choose_layers,
     get_sensitive_layers,
     merge_trials,
     run_trials,
 )
-from cp_debug.mixed_precision.int8_trials import FLOAT, INT8, Bench, Int8Trial
 from cp_debug.quantization.open_quantized import modules_of, open_quantized
 from cp_debug.quantization.ptq import quantize_ptq
 from cp_debug.recipes.base import Sample
@@ -94,8 +94,8 @@ def model(net: Net, images: Tensor) -> TorchModel:
 
 
 @pytest.fixture
-def bench(model: TorchModel, quantized: nn.Module) -> Bench:
-    return Bench(model, {"Net": quantized})
+def bench(model: TorchModel, quantized: nn.Module) -> FakeQuantRunner:
+    return FakeQuantRunner(model, {"Net": quantized})
 
 
 @pytest.fixture
@@ -107,10 +107,12 @@ LAYERS = {"stem", "block.0", "block.2", "first", "second", "fragile"}
 
 
 @needs("modelopt")
-def test_rerun_gives_the_same_bits_as_running_everything(bench: Bench, quantized: nn.Module, images: Tensor) -> None:
+def test_rerun_gives_the_same_bits_as_running_everything(
+    bench: FakeQuantRunner, quantized: nn.Module, images: Tensor
+) -> None:
     layers = list(bench.layers.values())
     assert bench.layers.keys() > LAYERS
-    assert [layer.name for layer in layers if layer.kind == "add"], "the residual sum is quantised, too"
+    assert [layer.name for layer in layers if layer.kind == "add"], "the residual sum is quantized, too"
     reuse = Reuse(quantized, [layer.path for layer in layers])
     for base in (False, True):
         for layer in layers:
@@ -142,8 +144,11 @@ def test_a_change_in_one_head_computes_that_head_alone(images: Tensor) -> None:
 
 
 @needs("modelopt")
-def test_errors_are_those_of_the_layers(bench: Bench, net: Net, quantized: nn.Module, samples: list[Sample]) -> None:
-    alone, all_, none = bench.measure(samples, [Int8Trial(FLOAT, ("second",)), Int8Trial(INT8), Int8Trial(FLOAT)])
+def test_errors_are_those_of_the_layers(
+    bench: FakeQuantRunner, net: Net, quantized: nn.Module, samples: list[Sample]
+) -> None:
+    measured = bench.measure(samples, [bench.all - {"second"}, frozenset(), bench.all])
+    alone, all_, none = measured.values()
     assert none.outputs == {"first": 0.0, "second": 0.0}
     assert none.error == 0
     assert alone.outputs["first"] == 0
@@ -156,7 +161,9 @@ def test_errors_are_those_of_the_layers(bench: Bench, net: Net, quantized: nn.Mo
 
 
 @needs("modelopt")
-def test_the_fragile_layer_is_found_and_left_out(model: TorchModel, bench: Bench, samples: list[Sample]) -> None:
+def test_the_fragile_layer_is_found_and_left_out(
+    model: TorchModel, bench: FakeQuantRunner, samples: list[Sample]
+) -> None:
     profile = build_sensitivity_profile(model, {"Net": bench.modules["Net"]}, samples, data="images", budget=0.05)
     assert profile.layers[0].layer == "fragile"
     assert profile.layers[0].left_out.error < profile.int8.error / 3
@@ -170,16 +177,18 @@ def test_the_fragile_layer_is_found_and_left_out(model: TorchModel, bench: Bench
 
 
 @needs("modelopt")
-def test_quantisers_are_on_again_afterwards(bench: Bench, quantized: nn.Module, samples: list[Sample]) -> None:
+def test_quantizers_are_on_again_afterwards(
+    bench: FakeQuantRunner, quantized: nn.Module, samples: list[Sample]
+) -> None:
     x = torch.from_numpy(samples[0].arrays["x"])
     with torch.no_grad():
         before = quantized(x)["first"]
-        bench.measure(samples[:1], [Int8Trial(FLOAT, ("fragile",)), Int8Trial(INT8, ("stem", "second"))])
+        bench.measure(samples[:1], [bench.all - {"fragile"}, frozenset({"stem", "second"})])
         assert torch.equal(quantized(x)["first"], before)
 
 
 @needs("modelopt")
-def test_trials_merge_in_any_order(model: TorchModel, bench: Bench, samples: list[Sample]) -> None:
+def test_trials_merge_in_any_order(model: TorchModel, bench: FakeQuantRunner, samples: list[Sample]) -> None:
     whole = build_sensitivity_profile(model, {"Net": bench.modules["Net"]}, samples)
     wanted = [("fp32", ""), ("int8", ""), *itertools.product(("alone", "left_out"), bench.layers)]
     rows = [row for each in wanted for row in run_trials(bench, samples, [each])]
@@ -193,11 +202,11 @@ def test_trials_merge_in_any_order(model: TorchModel, bench: Bench, samples: lis
 
 
 @needs("modelopt")
-def test_bad_input(model: TorchModel, bench: Bench, net: Net, samples: list[Sample]) -> None:
-    with pytest.raises(InputError, match="no layer of net is quantised"):
-        Bench(model, {"Net": net})
-    with pytest.raises(InputError, match="no quantised layer 'stemm'; nearest is stem"):
-        bench.measure(samples, [Int8Trial(INT8, ("stemm",))])
+def test_bad_input(model: TorchModel, bench: FakeQuantRunner, net: Net, samples: list[Sample]) -> None:
+    with pytest.raises(InputError, match="no layer of net is quantized"):
+        FakeQuantRunner(model, {"Net": net})
+    with pytest.raises(InputError, match="no quantized layer 'stemm'; nearest is stem"):
+        bench.measure(samples, [frozenset({"stemm"})])
     with pytest.raises(InputError, match="no sample"):
         build_sensitivity_profile(model, {"Net": bench.modules["Net"]}, [])
     with pytest.raises(InputError, match="expected fp32 or int8 without one"):
@@ -217,7 +226,7 @@ def test_a_budget_of_map_needs_ground_truth() -> None:
 
 
 @needs("modelopt")
-def test_faces(model: TorchModel, bench: Bench, samples: list[Sample], tmp_path: Path) -> None:
+def test_faces(model: TorchModel, bench: FakeQuantRunner, samples: list[Sample], tmp_path: Path) -> None:
     profile = build_sensitivity_profile(model, {"Net": bench.modules["Net"]}, samples, data="images", budget=0.05)
     text = "\n".join(_plain(part) for part in render(profile))
     assert "fragile" in text

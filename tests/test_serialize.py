@@ -17,7 +17,7 @@ from cp_debug.bisect.causes.finding import Element, Finding, Where
 from cp_debug.bisect.observe import Observation
 from cp_debug.bisect.optimizer_blame import Culprit, OptimizerBlame, Rewrite
 from cp_debug.bisect.regions.region import Region
-from cp_debug.bisect.replay import Replay
+from cp_debug.bisect.replayed import Replay
 from cp_debug.bisect.result import BisectResult, LayerRow, Remainder, StageRow, TestResult
 from cp_debug.detection.detection_change import DetectionChange
 from cp_debug.errors import InputError

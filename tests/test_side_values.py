@@ -99,7 +99,7 @@ def shapes(path: Path, index: int) -> Path:
 
 @pytest.mark.parametrize("backends", ["ort,ort-none", "ort,ort-all"])
 def test_a_size_that_a_reshape_may_leave_open_is_nobodys_fault(tmp_path: Path, backends: str) -> None:
-    """As ONNX Runtime's optimiser leaves it open; another number in its place is wrong all the same."""
+    """As ONNX Runtime's optimizer leaves it open; another number in its place is wrong all the same."""
     weights = {"index": np.array([1]), "two": np.array([2])}
     made = {n: save(tmp_path / f"{n}.onnx", SHAPES, weights | {"rest": np.array([n])}) for n in (4, -1)}
     healthy = compared(tmp_path, made[4], made[-1], backends, random(2, 6, 4))

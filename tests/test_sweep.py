@@ -280,7 +280,7 @@ def build():
 
 @needs("modelopt")
 def test_sensitivity_by_samples_and_by_layers(tmp_path: Path) -> None:
-    from cp_debug.mixed_precision.int8_sensitivity import build_sensitivity_profile
+    from cp_debug.mixed_precision.sensitivity import build_sensitivity_profile
     from cp_debug.quantization.open_quantized import modules_of, open_quantized
 
     (tmp_path / "net.py").write_text(NET)

@@ -85,7 +85,7 @@ def test_values_can_be_marked(trt11: str, tmp_path: Path) -> None:
     assert build(trt11, tmp_path, save_net(tmp_path), "fp16", probes=probes)[0].is_file()
 
 
-def test_a_graph_with_quantisers_is_built(trt11: str, tmp_path: Path) -> None:
+def test_a_graph_with_quantizers_is_built(trt11: str, tmp_path: Path) -> None:
     model = onnx.parser.parse_model("""
         <ir_version: 8, opset_import: ["" : 17]>
         net (float[1,4,8,8] x) => (float[1,4,8,8] y) {

@@ -281,7 +281,7 @@ def test_a_file_that_is_no_calibration_cache_is_refused(text: str, tmp_path: Pat
         read_cache(tmp_path / "c.cache")
 
 
-def test_a_component_without_pairs_of_a_quantised_model_is_built_without_int8(version: str, tmp_path: Path) -> None:
+def test_a_component_without_pairs_of_a_quantized_model_is_built_without_int8(version: str, tmp_path: Path) -> None:
     graph = Graph(save_net(tmp_path))
     for fallback, flag in ((True, "FP16"), (False, None)):
         backend = create(BackendSpec.parse("trt-int8"), fp16_fallback=fallback)

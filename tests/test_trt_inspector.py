@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cp_debug.backends.tensorrt.inspector import (
     compare_engines,
     fusions,
-    materialised,
+    materialized,
     parse_layers,
     realised_precision,
 )
@@ -84,7 +84,7 @@ def load(text: str):
 def test_layers_nodes_and_what_is_in_memory(text: str) -> None:
     layers = [layer for layer in load(text) if layer.nodes]
     assert [layer.nodes for layer in layers] == [tuple(NODES[:2]), tuple(NODES[2:])]
-    found = {name: tensor.dtype for name, tensor in materialised(load(text), VALUES).items()}
+    found = {name: tensor.dtype for name, tensor in materialized(load(text), VALUES).items()}
     assert found == {"/b0/b0.2/Relu_output_0": "Half", "y": "Float"}
     assert realised_precision(load(text)) == {"Float": 0.25, "Half": 0.75}
 

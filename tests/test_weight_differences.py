@@ -66,6 +66,21 @@ def test_how_a_tensor_differs(theirs: np.ndarray, kind: str, says: str) -> None:
     assert says in change.says
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs", "kind"),
+    [
+        (KERNEL[:1, 0, 0, 0], KERNEL[0, 0, 0], "shape"),
+        (KERNEL[0, 0, 0, 0], KERNEL[0, 0], "shape"),
+        (KERNEL[:, 0, 0, 0], KERNEL[[1, 0, *range(2, 16)], 0, 0, 0], "permuted"),
+        (KERNEL, in_channel(4, 1 + 3e-6), "channels-scaled"),
+    ],
+)
+def test_small_tensors_and_small_changes(ours: np.ndarray, theirs: np.ndarray, kind: str) -> None:
+    change = describe(ours, theirs)
+    assert change is not None
+    assert change.kind == kind
+
+
 def test_equal_tensors_and_the_order_of_gates() -> None:
     assert describe(KERNEL, KERNEL.copy()) is None
     i, o, f, c = np.split(GATES, 4, axis=1)

@@ -102,7 +102,7 @@ class Net:
         self.rename_input(source, result)
 
     def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """All values of the main graph for one sample, by ONNX Runtime without optimisation."""
+        """All values of the main graph for one sample, by ONNX Runtime without optimization."""
         import onnxruntime as ort
 
         model = copy.deepcopy(self.model)

@@ -17,7 +17,7 @@ HEALTHY_GROUPS = {
     "again": "the same network again",
     "torch": "torch against ONNX Runtime",
     "fp16": "FP16 files",
-    "int8": "quantised files",
+    "int8": "quantized files",
 }
 CAUSES = ("right", "near", "unknown", "none", "wrong")
 HALVES = ("tuning", "held-out")

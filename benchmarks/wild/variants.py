@@ -1,4 +1,4 @@
-"""The zoo's networks as other people's tools hand them over: FP16, quantised, simplified, renamed, of another opset.
+"""The zoo's networks as other people's tools hand them over: FP16, quantized, simplified, renamed, of another opset.
 
 Each variant is ``PARENT.VARIANT.onnx``; ``variants.json`` says of which network and which group. ModelOpt changes ONNX
 Runtime's quantizer in its own process, so it works in another one.
@@ -35,7 +35,7 @@ PARENTS = (
     "ppocr-cls",
     "ppocr-rec",
 )
-"""Networks that FP16 and quantised variants are made of."""
+"""Networks that FP16 and quantized variants are made of."""
 
 
 class _Reader:
@@ -160,8 +160,8 @@ def opset(source: Path, target: Path, sample: dict[str, np.ndarray]) -> None:
     onnx.save(model, target)
 
 
-def optimised(source: Path, target: Path, sample: dict[str, np.ndarray]) -> None:
-    """What ONNX Runtime writes after its extended optimisation: contrib operators."""
+def optimized(source: Path, target: Path, sample: dict[str, np.ndarray]) -> None:
+    """What ONNX Runtime writes after its extended optimization: contrib operators."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -184,7 +184,7 @@ VARIANTS: dict[str, tuple[str, Write]] = {
     "simplified": ("again", simplified),
     "renamed": ("again", renamed),
     "opset": ("again", opset),
-    "optimised": ("again", optimised),
+    "optimized": ("again", optimized),
 }
 ELSEWHERE = frozenset({"autocast", "modelopt"})
 

@@ -1,4 +1,4 @@
-"""How an operation is rounded: the arithmetics in which a graph can be executed."""
+"""Arithmetics in which a graph can be executed: how values are held, and how operations are rounded."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ class Arithmetic:
     name: str
     dtype: torch.dtype = torch.float32
     value: Rounding | None = None
-    """Applied to weights, to inputs and to the result of every operation."""
+    """Rounding of weights, of inputs and of the result of every operation."""
     operand: Rounding | None = None
-    """Applied to both operands of convolutions and matrix products."""
+    """Rounding of both operands of convolutions and matrix products."""
     weight: Rounding | None = None
-    """Applied to the second operand in place of ``operand``."""
+    """Rounding of the second operand, in place of ``operand``."""
     tile: int | None = None
     """Channels per tile where convolutions and products accumulate in FP16; None accumulates in ``dtype``."""
     slices: int = 1
-    """Partial sums that share a tile's channels; a divisor of ``tile`` ÷ 16."""
+    """Number of partial sums that share a tile's channels; a divisor of ``tile`` ÷ 16."""
 
     def held(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype that holds values which the graph declares as ``dtype``."""
         return self.dtype if dtype.is_floating_point and dtype != torch.float64 else dtype
 
     def hold(self, value: Any, device: torch.device | str) -> Any:
-        """A numpy array or tensor as kernels want it: a torch tensor of the held dtype on ``device``.
+        """A numpy array or tensor as kernels take it: a torch tensor of the held dtype on ``device``.
 
-        What torch cannot compute with (FP8, 4-bit and unsigned wide integers, strings, sequences) is returned as it
-        is; ONNX's reference implementation takes it from there.
+        Types that torch cannot compute with (FP8, 4-bit and unsigned wide integers, strings, sequences) are returned as
+        they are; ONNX's reference implementation takes them from there.
         """
         if isinstance(value, list) or value is None:
             return value
@@ -72,12 +72,12 @@ class Arithmetic:
         """The operands of a convolution or matrix product as the multiplier reads them."""
         if self.operand is None:
             return values
-        first, *others = values
-        return (self.operand(first), *map(self.weight or self.operand, others))
+        first, *second_operands = values
+        return (self.operand(first), *map(self.weight or self.operand, second_operands))
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What can change numbers, in words, JSON-safe."""
+        """Everything about this arithmetic that can change numbers, in words, JSON-safe."""
         order = f"channel tiles of {self.tile}, kernel taps row by row, blocks of 16 channels"
         return {
             "arithmetic": self.name,
@@ -101,9 +101,9 @@ FP64 = Arithmetic("fp64", torch.float64)
 FP32 = Arithmetic("fp32")
 TF32 = Arithmetic("tf32", operand=round_tf32)
 TF32_CUT = Arithmetic("tf32", operand=truncate_tf32)
-"""As TensorRT's kernels without shared memory do it: the tensor core takes no notice of the lower bits."""
+"""TF32 of TensorRT's kernels without shared memory: the tensor core takes no notice of the lower bits."""
 TF32_DECONV = Arithmetic("tf32", operand=round_tf32, weight=truncate_tf32)
-"""As TensorRT's kernels for transposed convolutions do it."""
+"""TF32 of TensorRT's kernels for transposed convolutions."""
 BF16 = Arithmetic("bf16", value=round_bf16)
 FP16 = Arithmetic("fp16", value=round_fp16)
 FP16ACC = Arithmetic("fp16acc", value=round_fp16, tile=64)
@@ -117,16 +117,19 @@ _KEEPS_BITS = {"fp64": 53, "fp32": 24, "tf32": 24, "int8": 24, "fp16": 11, "fp16
 
 
 def overrides_of(graph: Graph, narrow: Mapping[str, str], base: Arithmetic) -> dict[str, Arithmetic]:
-    """The nodes of ``graph`` that compute in less than ``base``, by name: each as the narrowest of its results that
-    ``narrow`` (value → ``fp16`` or ``bf16``) tells of. An exact arithmetic (FP64) has none."""
+    """Node → arithmetic, for the nodes of ``graph`` that compute in less than ``base``.
+
+    A node computes as the narrowest of its results in ``narrow`` (value → ``fp16`` or ``bf16``). An exact arithmetic
+    (FP64) has no overrides.
+    """
     if base.name == "fp64":
         return {}
-    made = {}
+    overrides = {}
     for node in graph.nodes:
-        own = min((ARITHMETICS[narrow[o]] for o in node.outputs if o in narrow), key=_bits, default=base)
-        if _bits(own) < _bits(base):
-            made[node.name] = own
-    return made
+        arithmetic = min((ARITHMETICS[narrow[o]] for o in node.outputs if o in narrow), key=_bits, default=base)
+        if _bits(arithmetic) < _bits(base):
+            overrides[node.name] = arithmetic
+    return overrides
 
 
 def _bits(arithmetic: Arithmetic) -> int:

@@ -1,4 +1,4 @@
-"""What a backend is: it opens a program and runs it, handing out the intermediate values that it can show."""
+"""The contract of a backend: it opens a program and runs it, handing out the intermediate values that it can show."""
 
 from __future__ import annotations
 
@@ -23,9 +23,12 @@ if TYPE_CHECKING:
     from cp_debug.probes.alignment import Alignment
 
 
-@dataclass
+@dataclass(eq=False)
 class Program:
-    """One component as it is debugged: the graph that is deployed, and the module it was exported from, if any."""
+    """One component as it is debugged: the graph that is deployed, and the module it was exported from, if any.
+
+    A program is equal to itself alone, so that caches can be keyed by it.
+    """
 
     name: str
     graph: Graph
@@ -33,21 +36,21 @@ class Program:
     alignment: Alignment | None = None
     """Torch value ↔ ONNX value; set when ``module`` is."""
     scales: Scales | None = None
-    """Of a program that was quantised here, by the names of the nodes."""
+    """Scales by node name, if cpdebug quantized the program."""
     plain: Graph | None = None
-    """Of such a program the graph before Q/DQ pairs were put in, if any: all else has the same names in both."""
+    """The graph before cpdebug put Q/DQ pairs in, if it did: everything else has the same names in both."""
     pairing: Pairing | None = None
-    """Of a test's program: its values by the names of the reference's. None: equal names are equal values."""
+    """Values of a test's program by the names of the reference's; None: equal names are equal values."""
     deployed: Graph | None = None
-    """Of a program whose bodies and functions were put flat, to look inside: the graph as it is deployed."""
+    """The graph as it is deployed, if bodies and functions were flattened to look inside."""
     branches: Sequence[Branch] = ()
-    """What was decided then: which branch each If takes, how often each loop runs."""
+    """Decisions of the flattening: which branch each If takes, how often each loop runs."""
 
     example: Mapping[str, np.ndarray] | None = None
-    """Inputs of the kind that it will be run with, where they are known when it is opened."""
+    """Inputs by name, like those that it will be run with, where they are known when it is opened."""
 
     def require_int8(self, spec: BackendSpec) -> None:
-        """Raise InputError unless it is said what is quantised."""
+        """Raise InputError unless the program tells what is quantized."""
         if self.graph.precision != "int8" and self.plain is None:
             raise InputError(f"{spec}: {self.graph.path} has no QuantizeLinear nodes; quantize the model first")
 
@@ -68,10 +71,11 @@ class Session(Protocol):
     def run(
         self, inputs: Mapping[str, np.ndarray], sink: Sink | None = None, probes: Collection[str] | None = None
     ) -> dict[str, np.ndarray]:
-        """Run once and return the graph's outputs by name.
+        """Run once and return the graph's outputs: name → array in the dtype that the graph declares.
 
         ``sink`` is given every exposed value (outputs included) in execution order; ``probes`` narrows it. With
-        ``sink=None`` the program runs untouched, as it would be deployed.
+        ``sink=None`` the program runs untouched, as it would be deployed. Raises InputError for inputs that do not fit
+        the graph.
         """
         ...
 
@@ -85,12 +89,12 @@ class Backend(Protocol):
 
     @property
     def spec(self) -> BackendSpec:
-        """What it was made from."""
+        """The spec that the backend was made from."""
         ...
 
     @property
     def precision(self) -> str:
-        """One of ``fp64 fp32 tf32 bf16 fp16 fp16acc int8``: what its arithmetic claims to be."""
+        """The arithmetic that it claims to compute in: one of ``fp64 fp32 tf32 bf16 fp16 fp16acc int8``."""
         ...
 
     @property
@@ -114,7 +118,7 @@ class Backend(Protocol):
 
 @dataclass
 class RunRecord:
-    """What is kept of a backend besides tensors: spec, versions, device and settings, for manifests and reports."""
+    """Record of a backend for manifests and reports: spec, versions, device and settings."""
 
     spec: str
     precision: str

@@ -1,4 +1,4 @@
-"""What only some backends and sessions can do, each as a protocol, and what holds for those that cannot."""
+"""Capabilities of only some backends and sessions, each as a protocol, and defaults for those without."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from cp_debug.backends.base import Backend, Session
+    from cp_debug.backends.build_info import BuildInfo
     from cp_debug.backends.tensorrt.calibration import Ranges
     from cp_debug.backends.tensorrt.inspector import EngineLayer
 
@@ -18,7 +19,7 @@ class KeepsFp32(Protocol):
     """A backend of lower precision that computes chosen nodes in FP32."""
 
     keep_fp32: Collection[str]
-    """Names of ONNX nodes."""
+    """Names of ONNX nodes that compute in FP32."""
 
 
 @runtime_checkable
@@ -33,7 +34,7 @@ class LimitsOpset(Protocol):
     """A backend that reads ONNX up to an opset."""
 
     largest_opset: int | None
-    """None where it is not known to end."""
+    """Newest opset that the backend reads; None where no limit is known."""
 
 
 @runtime_checkable
@@ -41,7 +42,7 @@ class ChangesThreads(Protocol):
     """A backend whose thread count can be chosen."""
 
     def with_threads(self, count: int | None) -> Backend:
-        """The same backend with this many threads; None leaves the number to the library."""
+        """A copy of the backend with this many threads; None leaves the number to the library."""
         ...
 
 
@@ -69,16 +70,32 @@ class KnowsRanges(Protocol):
 
 
 @runtime_checkable
+class BuildsEngines(Protocol):
+    """A session that runs an engine which was built for it."""
+
+    build_info: BuildInfo | None
+    """None before anything was built."""
+
+
+@runtime_checkable
+class CountsIntegerKernels(Protocol):
+    """A session that knows how many kernels compute with integers."""
+
+    integer_kernels: int | None
+    """None where the program is not asked to."""
+
+
+@runtime_checkable
 class TimesItself(Protocol):
     """A session that measures its own passes."""
 
     def timings(self, inputs: Mapping[str, np.ndarray], passes: int) -> list[float]:
-        """Milliseconds of each of ``passes`` runs on the device."""
+        """Seconds of each of ``passes`` runs on the device."""
         ...
 
 
 class BuiltVariation(Protocol):
-    """One more engine of a program, and what it gave on one input."""
+    """One more engine of a program, with its results on one input."""
 
     @property
     def outputs(self) -> Mapping[str, np.ndarray]:
@@ -121,7 +138,7 @@ class LooksInsideOnDemand(Protocol):
     """A session that shows values inside only where its outputs ask for it, as that costs an engine."""
 
     diverges: Callable[[Mapping[str, np.ndarray], Mapping[str, np.ndarray]], bool] | None
-    """Told inputs and outputs: whether they ask for it; None always looks."""
+    """Whether inputs and outputs of a run ask for a look inside; None always looks."""
 
 
 def kept_in_fp32(backend: Backend) -> frozenset[str]:
@@ -157,6 +174,16 @@ def kernels_of(session: Session) -> Mapping[str, str]:
 def ranges_of_session(session: Session) -> Ranges | None:
     """The INT8 ranges that a session's own calibrator chose; None without one."""
     return session.ranges if isinstance(session, KnowsRanges) else None
+
+
+def build_info_of(session: Session) -> BuildInfo | None:
+    """What is known of the engine that a session built; None where it built none."""
+    return session.build_info if isinstance(session, BuildsEngines) else None
+
+
+def integer_kernels_of(session: Session) -> int | None:
+    """How many kernels of a session compute with integers; None where nobody counted."""
+    return session.integer_kernels if isinstance(session, CountsIntegerKernels) else None
 
 
 def timer_of(session: Session) -> Callable[[Mapping[str, Any], int], list[float]] | None:

@@ -20,7 +20,7 @@ _FP32_PRECISION = (
     "backends.mkldnn.conv.fp32_precision",
     "backends.mkldnn.rnn.fp32_precision",
 )
-"""Only this API: reading ``allow_tf32`` after both were written raises in torch."""
+"""Settings by torch's new API alone: reading ``allow_tf32`` after both were written raises in torch."""
 
 _FLAGS = {
     "backends.cudnn.benchmark": False,
@@ -62,7 +62,7 @@ def deterministic(*, tf32: bool = False, seed: int = 0) -> Iterator[dict[str, An
 
 
 def read_settings() -> dict[str, Any]:
-    """The settings that ``deterministic`` is about, as torch reports them now."""
+    """The settings that ``deterministic`` is about, as torch reports them now; JSON-safe."""
     settings: dict[str, Any] = {name: attrgetter(name)(torch) for name in (*_FP32_PRECISION, *_FLAGS)}
     return settings | {
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
@@ -100,7 +100,7 @@ def _set(name: str, value: Any) -> None:
 
 @contextmanager
 def fp32_precision(tf32: bool) -> Iterator[None]:
-    """TF32 on or off for everything on CUDA, off for everything else; restored on leaving."""
+    """Context with TF32 on or off for everything on CUDA, off for everything else; restored on leaving."""
     # Most settings follow the general one until they are written, and cuDNN's initial state cannot be written back: so
     # the general one is set, then only what does not follow it, or must not.
     general, common = "backends.fp32_precision", "tf32" if tf32 else "ieee"
@@ -109,10 +109,10 @@ def fp32_precision(tf32: bool) -> Iterator[None]:
     try:
         _set(general, common)
         for name in _FP32_PRECISION:
-            wanted = common if ".mkldnn." not in name else "ieee"
-            if (found := attrgetter(name)(torch)) != wanted:
-                followers += [name] if found == common else []
-                _set(name, wanted)
+            setting = common if ".mkldnn." not in name else "ieee"
+            if (current := attrgetter(name)(torch)) != setting:
+                followers += [name] if current == common else []
+                _set(name, setting)
         yield
     finally:
         _set(general, before[general])

@@ -18,18 +18,18 @@ from cp_debug.backends.determinism import deterministic
 from cp_debug.backends.executor import Executor, unsupported
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import BackendUnavailable, InputError
+from cp_debug.graph.check_inputs import check_inputs
 from cp_debug.graph.declared import narrow_values
 from cp_debug.graph.graph import Graph
-from cp_debug.graph.random_inputs import check_inputs
 
 
 class EmulatedBackend:
-    """``emu-fp32``, ``emu-tf32``, ``emu-bf16``, ``emu-fp16``, ``emu-fp16acc`` and, for graphs with Q/DQ nodes,
-    ``emu-int8``, on the CPU or on CUDA; the same bits on each run.
+    """``emu-fp32``, ``emu-tf32``, ``emu-bf16``, ``emu-fp16``, ``emu-fp16acc``, ``emu-int8`` on the CPU or on CUDA.
 
-    ``tile`` is the number of channels per tile of FP16 accumulation, where the kernel to be emulated is known.
-    ``overrides`` computes some nodes in another arithmetic: node name → ``fp64 fp32 tf32 bf16 fp16 fp16acc``.
-    Raises BackendUnavailable when the spec names a device that is not there.
+    ``emu-int8`` is for graphs with Q/DQ nodes. Every run gives the same bits. ``tile`` is the number of channels per
+    tile of FP16 accumulation, where the kernel to be emulated is known. ``overrides`` computes some nodes in another
+    arithmetic: node name → ``fp64 fp32 tf32 bf16 fp16 fp16acc``. Raises BackendUnavailable when the spec names a device
+    that is not there.
     """
 
     emulated = True
@@ -52,19 +52,24 @@ class EmulatedBackend:
                 raise BackendUnavailable(str(spec), reason, nearest=f"{spec.name}@cpu")
 
     def keeping(self, nodes: Collection[str]) -> EmulatedBackend:
-        """The same backend with these ONNX nodes in FP32. Raises InputError for ``emu-fp32`` and ``emu-int8``, where
-        that changes nothing."""
+        """A copy of the backend with these ONNX nodes in FP32.
+
+        Raises InputError for ``emu-fp32`` and ``emu-int8``, where that changes nothing.
+        """
         if self.precision in ("fp32", "int8"):
             raise InputError(f"{self.spec}: no node can be kept in FP32; its nodes compute in it already")
         other = copy.copy(self)
         other.keep_fp32 = frozenset(nodes)
-        own = {node: name for node, name in self.overrides.items() if node not in self.keep_fp32}
-        other.overrides = own | dict.fromkeys(nodes, "fp32")
+        other_nodes = {node: name for node, name in self.overrides.items() if node not in self.keep_fp32}
+        other.overrides = other_nodes | dict.fromkeys(nodes, "fp32")
         return other
 
     def open(self, program: Program) -> Session:
-        """Make the program ready. Raises InputError when it holds operators that nothing here can execute, and for
-        ``emu-int8`` when the graph does not say what is quantised."""
+        """A session on the program's graph.
+
+        Raises InputError for operators that nothing here can execute, and for ``emu-int8`` when the graph does not tell
+        what is quantized.
+        """
         if self.precision == "int8":
             program.require_int8(self.spec)
         overrides = {node: ARITHMETICS[name] for node, name in self.overrides.items()}
@@ -79,9 +84,10 @@ class EmulatedBackend:
 
 
 class ExecutorSession:
-    """An ONNX graph that the executor runs in one arithmetic; every value is exposed. ``tf32``: CUDA's own, on.
+    """An ONNX graph that the executor runs in one arithmetic; every value is exposed.
 
-    What the graph itself declares in FP16 or BF16 is computed so, but in FP64.
+    ``tf32`` turns on CUDA's own TF32. Nodes that the graph itself declares in FP16 or BF16 are computed so, but in
+    FP64.
     """
 
     def __init__(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import ChainMap, Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -62,8 +62,10 @@ class _Step:
     kernel: Kernel | None
     """None: a body, or else ONNX's reference implementation."""
     bodies: Mapping[str, Body]
-    """By attribute name; a function's under the empty name."""
+    """Bodies by attribute name; a function's body under the empty name."""
     opsets: Mapping[str, int]
+    definitions: dict[tuple[Any, ...], Body | None] = field(default_factory=dict)
+    """Types and ranks of inputs → the function body that ONNX gives for them."""
 
 
 class Executor:
@@ -96,12 +98,11 @@ class Executor:
         self._other_weights = {a: Weights(graph, a, self.device, weight_cache) for a in overrides.values()}
         self._reference = Reference(graph)
         self._functions = {(f.domain, f.name): f for f in graph.proto.functions}
-        self._steps: dict[int, _Step] = {}
+        self._steps: dict[Node, _Step] = {}
         self._place = ""
         self.decisions: dict[str, str | int] = {}
-        """Of the last run: control flow node, by its path as ``flatten`` writes it → the branch that an If took, or how
-        often a body ran."""
-        self._definitions: dict[tuple[Any, ...], Body | None] = {}
+        """Decisions of the last run: path of a control flow node, as ``flatten`` writes it → branch that an If took, or
+        how often a body ran."""
         self.in_reference: dict[str, str] = {}
         """Node → operator of those that ONNX's reference implementation computed."""
         self.not_emulated: dict[str, str] = {}
@@ -109,7 +110,7 @@ class Executor:
         dtype and rounded once. Nothing is missing in arithmetics that round nothing else."""
 
     def emulates(self, node: Node) -> bool:
-        """Whether ``node`` is computed with this arithmetic's own rounding, as far as that is known before it ran."""
+        """Whether ``node`` is computed with this arithmetic's own rounding, as far as that is known before a run."""
         if node.name in self.not_emulated:
             return False
         if (
@@ -148,7 +149,7 @@ class Executor:
         A value that is both given and computed is read as given and returned as computed: each layer is replayed on the
         captured inputs of exactly that layer. ``values`` may load lazily; only what the nodes read is asked for, once.
         Given values are rounded like graph inputs; one named like a weight takes its place. Raises InputError when a
-        value is neither given nor computed.
+        value is neither given nor computed, NodeFailed when an operator raises.
         """
         with torch.no_grad():
             return self._execute(nodes, values, wanted, sink)
@@ -217,9 +218,9 @@ class Executor:
         except NodeFailed:
             raise
         except Exception as error:
-            given = ", ".join(_describe(i) for i in inputs)
+            operand_texts = ", ".join(_describe(i) for i in inputs)
             raise NodeFailed(
-                f"{self.graph.path}: node {node.name!r} ({node.op}) failed on ({given}): {_first_line(error)}"
+                f"{self.graph.path}: node {node.name!r} ({node.op}) failed on ({operand_texts}): {_first_line(error)}"
             ) from error
         return [arithmetic.round(r) for r in results] if step.kernel is None or step.kernel.rounds else results
 
@@ -235,13 +236,13 @@ class Executor:
                 self._place = place
 
         def run_body(body: Body, arguments: Sequence[Any]) -> list[Any]:
-            own = body.constants | dict(zip(body.inputs, arguments, strict=False))
+            local_values = body.constants | dict(zip(body.inputs, arguments, strict=False))
             for child in body.nodes:
                 self._step(child, body.opsets)
-            known = ChainMap(own, dict(values))
-            made = {o for child in body.nodes for o in child.outputs}.union(known)
+            visible = ChainMap(local_values, dict(values))
+            produced = {o for child in body.nodes for o in child.outputs}.union(visible)
             # What ONNX defines by a function may leave out outputs that nobody asked for.
-            results = self._execute(body.nodes, known, [o for o in body.outputs if o in made])
+            results = self._execute(body.nodes, visible, [o for o in body.outputs if o in produced])
             return [results.get(o) for o in body.outputs]
 
         if "" in step.bodies:
@@ -252,9 +253,9 @@ class Executor:
         if node.op in _OPTIONAL and not any(isinstance(i, list) for i in inputs):
             return [_OPTIONAL[node.op](*inputs)]
         if node.op in ("Loop", "Scan"):
-            made = (run_loop if node.op == "Loop" else run_scan)(step.bodies, execute, step.call, *inputs)
+            produced = (run_loop if node.op == "Loop" else run_scan)(step.bodies, execute, step.call, *inputs)
             self.decisions[place + node.name] = next(runs)
-            return [self.arithmetic.hold(r, self.device) for r in made]
+            return [self.arithmetic.hold(r, self.device) for r in produced]
         if step.kernel is not None and all(i is None or isinstance(i, Tensor) for i in inputs):
             results = step.kernel.function(step.call, *inputs)
             if results is not NotImplemented:
@@ -274,13 +275,13 @@ class Executor:
         node = step.call.node
         if any(isinstance(i, list) for i in inputs):
             return None
-        key = (id(node), *((getattr(i, "dtype", None), len(getattr(i, "shape", ()))) for i in inputs))
-        if key not in self._definitions:
-            self._definitions[key] = function_body(node, step.opsets, inputs, self.arithmetic.dtype)
-        return self._definitions[key]
+        key = tuple((getattr(i, "dtype", None), len(getattr(i, "shape", ()))) for i in inputs)
+        if key not in step.definitions:
+            step.definitions[key] = function_body(node, step.opsets, inputs, self.arithmetic.dtype)
+        return step.definitions[key]
 
     def _step(self, node: Node, opsets: Mapping[str, int]) -> _Step:
-        step = self._steps.get(id(node))
+        step = self._steps.get(node)
         if step is None:
             domain = "" if node.proto.domain == "ai.onnx" else node.proto.domain
             function = self._functions.get((node.proto.domain, node.proto.op_type))
@@ -291,7 +292,7 @@ class Executor:
                 bodies = {a.name: Body.of_graph(a.g, opsets) for a in graphs}
             arithmetic = self._overrides.get(node.name, self.arithmetic)
             call = Call.of(node, opsets.get(domain, 1), arithmetic, self.device)
-            step = self._steps[id(node)] = _Step(call, KERNELS.get(node.op), bodies, opsets)
+            step = self._steps[node] = _Step(call, KERNELS.get(node.op), bodies, opsets)
         return step
 
 
@@ -301,26 +302,20 @@ def unsupported(graph: Graph) -> list[Node]:
     return [n for n in graph.nodes if n.op not in KERNELS and n.op != "Constant" and not reference.knows(n)]
 
 
-def with_bodies(graph: Graph) -> list[Node]:
-    """The nodes that hold graphs: If and Loop, whose inner values nobody sees, and Scan, left to ONNX's reference."""
-    kinds = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
-    return [n for n in graph.nodes if any(a.type in kinds for a in n.proto.attribute)]
-
-
 def _has_numbers(value: Any) -> bool:
     """Whether a value is a tensor of numbers: no sequence, empty optional or strings."""
     return isinstance(value, Tensor) or (hasattr(value, "dtype") and value.dtype.kind not in "OSU")
 
 
 def _first_line(error: Exception) -> str:
-    """What an error says, without the lists that ONNX's reference implementation adds."""
+    """Message of an error, without the lists that ONNX's reference implementation adds."""
     return (str(error).splitlines() or [type(error).__name__])[0].partition(", schema.has_function")[0]
 
 
 def _within(node: Node, bodies: Mapping[str, Body], body: Body, run: int) -> str:
-    """What a path says of the place in a node where ``body`` runs."""
+    """Part of a path for the place in a node where ``body`` runs."""
     if node.op == "If":
-        return f"{next(name for name, other in bodies.items() if other is body)}/"
+        return f"{next(name for name, candidate in bodies.items() if candidate is body)}/"
     return f"#{run}/" if node.op in ("Loop", "Scan") else ""
 
 

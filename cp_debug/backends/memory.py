@@ -1,4 +1,4 @@
-"""Giving freed memory back: glibc keeps freed blocks of up to 32 MiB in its heap, where they fragment."""
+"""Freed memory given back to the system: glibc keeps freed blocks of up to 32 MiB in its heap, where they fragment."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Trimmer:
         self._after, self._freed = after, 0
 
     def freed(self, count: int) -> None:
-        """Tell that ``count`` bytes were freed."""
+        """Note that ``count`` bytes were freed."""
         self._freed += count
         if self._freed > self._after:
             self._freed = 0

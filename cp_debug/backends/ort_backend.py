@@ -1,6 +1,9 @@
-"""ONNX Runtime as a backend: unoptimised (``ort``, ``ort-none``) or optimised (``ort-basic``, ``ort-all``), for graphs
-with Q/DQ pairs ``ort-int8`` (simulated) and ``ort-int8-qlinear`` (integer kernels), and on CUDA ``ort-tf32``,
-``ort-fp16`` (casts put into the graph) and ``ort-trt`` (its TensorRT provider)."""
+"""ONNX Runtime as a backend, on the CPU or on CUDA.
+
+Unoptimized (``ort``, ``ort-none``) or optimized (``ort-basic``, ``ort-all``); for graphs with Q/DQ pairs ``ort-int8``
+(simulated) and ``ort-int8-qlinear`` (integer kernels); on CUDA ``ort-tf32``, ``ort-fp16`` (casts put into the graph)
+and ``ort-trt`` (its TensorRT provider).
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,9 @@ from cp_debug.backends.ort_options import LEVELS, Runtime, device_of, read_setti
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import InputError
 from cp_debug.graph.casts import cast_surgery
+from cp_debug.graph.check_inputs import check_inputs
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.made_up import MadeUp
-from cp_debug.graph.random_inputs import check_inputs
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -52,19 +55,22 @@ class OrtBackend:
         self.runtime = Runtime.create(spec, threads)
 
     def with_threads(self, count: int | None) -> OrtBackend:
-        """The same backend with another number of threads."""
-        other = OrtBackend(self.spec, disabled_optimizers=self.disabled_optimizers, threads=count)
-        return other.keeping(self.keep_fp32)
+        """A copy of the backend with another number of threads; None: the processors available."""
+        changed = OrtBackend(self.spec, disabled_optimizers=self.disabled_optimizers, threads=count)
+        return changed.keeping(self.keep_fp32)
 
     def keeping(self, nodes: Collection[str]) -> OrtBackend:
-        """The same backend with these nodes in FP32; for ``ort-fp16``, which puts the casts."""
-        other = copy.copy(self)
-        other.keep_fp32 = frozenset(nodes)
-        return other
+        """A copy of the backend with these nodes in FP32; for ``ort-fp16``, which puts the casts."""
+        changed = copy.copy(self)
+        changed.keep_fp32 = frozenset(nodes)
+        return changed
 
     def open(self, program: Program) -> OrtSession:
-        """Make the program ready. Raises InputError when ONNX Runtime refuses the model, a weight is beyond FP16, or
-        nothing is quantised for INT8."""
+        """A session on the program's graph.
+
+        Raises InputError when ONNX Runtime refuses the model, a weight is beyond FP16, or nothing is quantized for
+        INT8.
+        """
         if self.precision == "int8":
             program.require_int8(self.spec)
         return OrtSession(self, program.graph, program.example)
@@ -79,7 +85,7 @@ class OrtBackend:
 class OrtSession:
     """A graph ready to run, whole (as deployed) or observed.
 
-    Observed, it runs chunk after chunk, so that memory does not grow with the number of layers. Optimised levels, and
+    Observed, it runs chunk after chunk, so that memory does not grow with the number of layers. Optimized levels, and
     graphs with FP16 on a CPU, observe the program that ONNX Runtime wrote; its outputs are compared with the whole
     program's when the session opens, on ``example`` or made-up inputs: ``settings["observer_gap"]`` is the largest
     difference, 0 as far as measured, or None for a model for which no input can be made up.
@@ -89,7 +95,7 @@ class OrtSession:
         self._backend, self._example = backend, example
         self._whole: onnxruntime.InferenceSession | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        known = set(graph.values)  # casts are no layers
+        original_values = set(graph.values)  # casts are no layers
         if backend.precision == "fp16":
             self._folder = tempfile.TemporaryDirectory(prefix="cpdebug-ort-")
             graph = Graph(cast_surgery(graph, "fp16", backend.keep_fp32, Path(self._folder.name) / "fp16.onnx"))
@@ -97,7 +103,7 @@ class OrtSession:
         self._optimized: OptimizedProgram | None = None
         self._observed = ChunkedGraph(backend.runtime, graph)
         self.settings: dict[str, Any] = dict(backend.runtime.settings)
-        self.exposed: Collection[str] = [v for v in graph.tensors if v in known]
+        self.exposed: Collection[str] = [v for v in graph.tensors if v in original_values]
         if backend.spec.variant == "trt":
             self.exposed = [v.name for v in graph.outputs]
         elif backend.level != "none" or (backend.device == "cpu" and graph.element_types & _HALF):
@@ -117,19 +123,19 @@ class OrtSession:
         check_inputs(self._graph.inputs, inputs, str(self._graph.path))
         if sink is None:
             return self._run_whole(inputs)
-        wanted = set(self.exposed) if probes is None else set(probes).intersection(self.exposed)
+        shown = set(self.exposed) if probes is None else set(probes).intersection(self.exposed)
         if self._backend.spec.variant == "trt":  # pieces of the graph would be other engines
             outputs = self._run_whole(inputs)
-            for name in wanted.intersection(outputs):
+            for name in shown.intersection(outputs):
                 sink(name, outputs[name])
             return outputs
         if self._optimized is not None:
-            for name in wanted.intersection(self._optimized.folded):
+            for name in shown.intersection(self._optimized.folded):
                 sink(name, self._optimized.graph.initializer(name))
-        return self._observed.run(inputs, sink, wanted)
+        return self._observed.run(inputs, sink, shown)
 
     def optimized_nodes(self) -> list[Replacement]:
-        """What the optimiser made of the nodes between visible values; empty when the graph runs as it is."""
+        """Replacements of the nodes between visible values; empty when the graph runs as it is."""
         return replacements(self._optimized, self._graph) if self._optimized else []
 
     def close(self) -> None:
@@ -142,21 +148,22 @@ class OrtSession:
     def _observe_written_program(self) -> None:
         backend, graph = self._backend, self._graph
         self._folder = tempfile.TemporaryDirectory(prefix="cpdebug-ort-")
-        written = Path(self._folder.name) / "program.onnx"
+        program_file = Path(self._folder.name) / "program.onnx"
         self._whole = backend.runtime.session(
-            graph.path, level=backend.level, write=written, disabled_optimizers=backend.disabled_optimizers
+            graph.path, level=backend.level, write=program_file, disabled_optimizers=backend.disabled_optimizers
         )
         try:
             inputs = self._example or MadeUp(graph).sample(0)
             untouched = self._run_whole(inputs)
         except InputError:  # inputs that cannot be made up: names are then not verified, nor the gap measured
             inputs = None
-        self._optimized = program = build(backend.runtime, graph, written, inputs)
+        self._optimized = program = build(backend.runtime, graph, program_file, inputs)
         self._observed, self.exposed = program.observed, [*program.folded, *program.exposed]
         self.settings = read_settings(self._whole)
         self.settings["disabled_optimizers"] = list(backend.disabled_optimizers)
         if backend.precision == "int8":
-            self.settings["integer_kernels"] = sum("QLinear" in n.op or "Integer" in n.op for n in program.graph.nodes)
+            self.integer_kernels = sum("QLinear" in n.op or "Integer" in n.op for n in program.graph.nodes)
+            self.settings["integer_kernels"] = self.integer_kernels
         self.settings["observer_gap"] = None if program.outputs is None else _gap(untouched, program.outputs)
 
     def _run_whole(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -22,12 +22,14 @@ if TYPE_CHECKING:
 
 _NODES_PER_CHUNK = 8
 _KEEP_SESSIONS_BELOW = 1 << 28
-"""Bytes of weights up to which the chunks' sessions stay open for the next run; each keeps a copy of its weights."""
+"""Size of weights in bytes up to which the chunks' sessions stay open for the next run; each keeps its weights."""
 _TRIM_AFTER = 1 << 25
 
 
 @dataclass
 class _Chunk:
+    """Consecutive nodes that run in one session."""
+
     nodes: list[Node]
     outputs: list[str]
     dies: list[str]
@@ -36,9 +38,9 @@ class _Chunk:
 
 
 class ChunkedGraph:
-    """A graph executed as it stands, graph optimisation off, chunk after chunk.
+    """A graph executed as it stands, graph optimization off, chunk after chunk.
 
-    Bit for bit the same as the whole graph in one session: with optimisation off ONNX Runtime runs node by node
+    Bit for bit the same as the whole graph in one session: with optimization off ONNX Runtime runs node by node
     anyway. (Not for FP16 graphs on a CPU, where it adds casts; run what it wrote instead.) A value lives until its
     last reader ran.
     """
@@ -53,7 +55,10 @@ class ChunkedGraph:
     def run(
         self, inputs: Mapping[str, np.ndarray], sink: Sink | None = None, probes: Collection[str] = ()
     ) -> dict[str, np.ndarray]:
-        """The graph's outputs, as far as they are tensors; ``sink`` is given ``probes`` in execution order."""
+        """Run the graph; return its outputs, as far as they are tensors.
+
+        ``sink`` is given ``probes`` in execution order. Raises InputError when a node fails.
+        """
         live = to_ort(inputs)
         trimmer = Trimmer(_TRIM_AFTER)
         results: dict[str, np.ndarray] = {}
@@ -88,8 +93,8 @@ class ChunkedGraph:
     ) -> list[onnxruntime.OrtValue]:
         session = chunk.session
         if session is None:
-            known = {name: _type_proto(value.data_type()) for name, value in live.items()}
-            model = surgery.extract(self._graph, chunk.nodes, chunk.outputs, known)
+            types = {name: _type_proto(value.data_type()) for name, value in live.items()}
+            model = surgery.extract(self._graph, chunk.nodes, chunk.outputs, types)
             session = self._runtime.session(
                 model.SerializeToString(), level="none", weights=surgery.weights_folder(self._graph)
             )
@@ -138,8 +143,8 @@ def _plan(graph: Graph) -> list[_Chunk]:
     for nodes in _group(graph):
         end = nodes[-1].index
         outputs = [o for node in nodes for o in node.outputs]
-        seen = dict.fromkeys([*outputs, *(name for node in nodes for name in node.inputs)])
-        chunks.append(_Chunk(nodes, outputs, [name for name in seen if last_reader.get(name, -1) <= end]))
+        used_values = dict.fromkeys([*outputs, *(name for node in nodes for name in node.inputs)])
+        chunks.append(_Chunk(nodes, outputs, [name for name in used_values if last_reader.get(name, -1) <= end]))
     return chunks
 
 

@@ -1,8 +1,8 @@
 """The program that ONNX Runtime makes of a model, as a graph that can be probed without changing it.
 
-Marking values as outputs before optimisation deletes the fusions under test. So ONNX Runtime writes the program that it
-would run, and that program is executed as it stands, optimisation off: the same kernels run, whoever looks. What can
-be seen is what the program still computes. Values in blocked layout (NCHWc) are read through a ``ReorderOutput`` on a
+Marking values as outputs before optimization deletes the fusions under test. So ONNX Runtime writes the program that it
+would run, and that program is executed as it stands, optimization off: the same kernels run, whoever looks. Visible are
+the values that the program still computes. Values in blocked layout (NCHWc) are read through a ``ReorderOutput`` on a
 side branch, FP16 values that a CPU keeps in FP32 through an ``Identity``.
 """
 
@@ -31,13 +31,13 @@ _TOLERANCE = 0.05
 
 @dataclass(frozen=True)
 class Replacement:
-    """What computes one visible value of the optimised program, and what computed it in the original graph."""
+    """Nodes that compute one visible value, in the optimized program and in the original graph."""
 
     value: str
     optimized: tuple[str, ...]
-    """Names of the optimised program's nodes between the visible values before and this one."""
+    """Names of the optimized program's nodes between the visible values before and this one."""
     operators: tuple[str, ...]
-    """Their operators: ``com.microsoft.nchwc.Conv``."""
+    """Operators of these nodes, such as ``com.microsoft.nchwc.Conv``."""
     original: tuple[str, ...]
     """Names of the original nodes between the same values."""
 
@@ -50,15 +50,15 @@ class OptimizedProgram:
     observed: ChunkedGraph
     """``graph``, ready to run."""
     exposed: list[str]
-    """The original values that it shows."""
+    """Original values that it shows."""
     folded: list[str]
-    """The original values that it computed when it was written: they are its weights now."""
+    """Original values that were computed when the program was written: they are weights now."""
     renamed: dict[str, str]
     """Original value → the program's own name for it, where that differs."""
     unverified: list[str]
     """Values whose original name was guessed and whose numbers did not confirm it."""
     outputs: dict[str, np.ndarray] | None
-    """What the observed program returned on the inputs it was verified with."""
+    """Outputs of the observed program on the inputs that it was verified with."""
 
 
 def build(
@@ -99,7 +99,7 @@ def build(
 
 
 def replacements(program: OptimizedProgram, original: Graph) -> list[Replacement]:
-    """For each visible value, the nodes that compute it from the visible values before it, optimised and original."""
+    """For each visible value, the nodes that compute it from the visible values before it, optimized and original."""
     visible = {*program.exposed, *program.renamed.values()}
     result = []
     for value in program.exposed:
@@ -113,18 +113,20 @@ def replacements(program: OptimizedProgram, original: Graph) -> list[Replacement
 
 @dataclass(frozen=True)
 class _Sample:
-    """Enough of a tensor to recognise it: its shape and up to ``_SAMPLE`` elements, evenly strided."""
+    """Enough of a tensor to recognize it: its shape and up to ``_SAMPLE`` elements, evenly strided."""
 
     shape: tuple[int, ...]
     elements: np.ndarray
 
     @classmethod
     def of(cls, tensor: Tensor) -> _Sample:
+        """The sample of a tensor."""
         array = as_numpy(tensor)
         flat = array.reshape(-1)
         return cls(array.shape, flat[:: max(1, flat.size // _SAMPLE)].astype(np.float64))
 
     def agrees(self, other: _Sample) -> bool:
+        """Whether two samples may be of one tensor, up to rounding."""
         if self.shape != other.shape:
             return False
         finite = np.isfinite(self.elements) & np.isfinite(other.elements)
@@ -133,7 +135,7 @@ class _Sample:
 
 
 def _guess_names(optimized: Graph, original: Graph) -> dict[str, str]:
-    """Value of the optimised program that has a new name → the original value that it should be."""
+    """Value of the optimized program that has a new name → the original value that it should be."""
     present = {*optimized.values, *optimized.initializers}
     guesses: dict[str, str] = {}
     blocked = _blocked_values(optimized)

@@ -1,4 +1,4 @@
-"""Which of ONNX Runtime's graph optimisers change a model, by the names that ``disabled_optimizers`` takes."""
+"""Graph optimizers of ONNX Runtime that change a model, by the names that ``disabled_optimizers`` takes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _MODIFIED = re.compile(rb"GraphTransformer (\w+) modified: 1")
 
 
 def active_optimizers(runtime: Runtime, graph: Graph, level: str, disabled: Collection[str] = ()) -> list[str]:
-    """The optimisers that change ``graph`` when it is opened at ``level``, in the order in which they first do.
+    """The optimizers that change ``graph`` when it is opened at ``level``, in the order in which they first do.
 
     ONNX Runtime's own log tells. Raises InputError when ONNX Runtime refuses the model.
     """

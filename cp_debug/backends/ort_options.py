@@ -1,4 +1,4 @@
-"""ONNX Runtime under fixed settings: how every session of the debugger is made, and what it then reports."""
+"""ONNX Runtime under fixed settings: makes every session of the debugger, and reports what the session says."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LEVELS = {
     "layout": "ORT_ENABLE_LAYOUT",
     "all": "ORT_ENABLE_ALL",
 }
-"""Each does what those before it do, and more."""
+"""Optimization levels; each does what those before it do, and more."""
 
 CUDA_ONLY = {
     "tf32": "a CPU has no TF32",
@@ -40,24 +40,28 @@ _CUDA = {
 }
 
 _LOG_SEVERITY = 4
-"""Fatal: what goes wrong is raised besides, and its log is in colours."""
+"""Severity "fatal": errors are raised besides, and the log is in colours."""
 _OPTIONS = ("use_deterministic_compute", "intra_op_num_threads", "inter_op_num_threads", "log_severity_level")
 _CONFIG = {"session.intra_op.allow_spinning": "0", "session.set_denormal_as_zero": "0"}
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """What all sessions of one backend share."""
+    """Settings that all sessions of one backend share."""
 
     spec: BackendSpec
     threads: int
     providers: Sequence[tuple[str, dict[str, str]]]
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """As an unoptimised session reports them."""
+    """Settings as an unoptimized session reports them."""
 
     @classmethod
     def create(cls, spec: BackendSpec, threads: int | None = None) -> Runtime:
-        """Raises MissingPackage without onnxruntime, BackendUnavailable when it lacks the device."""
+        """The runtime for a spec, tried out with a tiny model.
+
+        ``threads`` None: the processors available. Raises MissingPackage without onnxruntime, BackendUnavailable when
+        it lacks the device.
+        """
         ort = require("onnxruntime", "cpu")
         providers = list(_providers(spec))
         first = providers[0][0]
@@ -137,7 +141,7 @@ def read_settings(session: onnxruntime.InferenceSession) -> dict[str, Any]:
 
 
 def device_of(spec: BackendSpec) -> str:
-    """Where a spec runs. Raises BackendUnavailable for a variant that a CPU would only pretend to run."""
+    """Device that a spec runs on. Raises BackendUnavailable for a variant that a CPU would only pretend to run."""
     device = spec.device or ("cuda:0" if spec.variant in CUDA_ONLY else "cpu")
     if device == "cpu" and spec.variant in CUDA_ONLY:
         raise BackendUnavailable(str(spec), CUDA_ONLY[spec.variant], nearest=_nearest(spec))

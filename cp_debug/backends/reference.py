@@ -22,7 +22,7 @@ class Reference:
         self._evaluators: dict[tuple[Any, ...], ReferenceEvaluator] = {}
 
     def knows(self, node: Node) -> bool:
-        """Whether ``node`` can be executed here."""
+        """Whether ONNX's reference implementation can execute ``node``."""
         try:
             self._evaluator(node, {})
         except Exception:  # the reference raises many kinds for an operator that it does not know

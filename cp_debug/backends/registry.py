@@ -1,11 +1,16 @@
-"""From a spec to a backend; the runtime is imported here and not before."""
+"""Makes the backend of a spec; the runtime is imported here and not before."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from cp_debug import plugins
 from cp_debug.backends.base import Backend
 from cp_debug.backends.spec import BackendSpec
+from cp_debug.errors import InputError
+
+_FIELDS = ("spec", "precision", "device", "emulated", "open", "versions")
+"""What a ``Backend`` has."""
 
 
 def create(spec: BackendSpec, **options: Any) -> Backend:
@@ -25,6 +30,22 @@ def create(spec: BackendSpec, **options: Any) -> Backend:
         from cp_debug.backends.emulated import EmulatedBackend
 
         return EmulatedBackend(spec, **options)
-    from cp_debug.backends.tensorrt.backend import TensorRTBackend
+    if spec.family == "trt":
+        from cp_debug.backends.tensorrt.backend import TensorRTBackend
 
-    return TensorRTBackend(spec, **options)
+        return TensorRTBackend(spec, **options)
+    return _from_plugin(spec, options)
+
+
+def _from_plugin(spec: BackendSpec, options: dict[str, Any]) -> Backend:
+    from cp_debug.backends.arithmetic import ARITHMETICS
+
+    plugin = plugins.names(plugins.BACKENDS)[spec.family]
+    make = plugin.load()
+    with plugin.running():
+        backend = make(spec, **options)
+    plugin.require(backend, _FIELDS, "backend (cp_debug.backends.base.Backend)")
+    if backend.precision not in ARITHMETICS:
+        expected = ", ".join(ARITHMETICS)
+        raise InputError(f"{plugin} returned a backend of precision {backend.precision!r}; expected one of {expected}")
+    return backend

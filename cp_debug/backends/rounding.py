@@ -1,4 +1,4 @@
-"""Rounding FP32 values to the types that tensor cores read, element by element and exact."""
+"""Rounding of FP32 values to the types that tensor cores read, element by element and exact."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def round_tf32(x: Tensor) -> Tensor:
-    """Round to TF32 (8 exponent bits, 10 mantissa bits), to nearest, ties away from zero: what ``cvt.rna.tf32`` does.
+    """Round a tensor to TF32 (8 exponent bits, 10 mantissa bits), to nearest, ties away from zero.
 
-    NaN and Inf stay; a finite value at least half a step above the largest TF32 value becomes Inf. The dtype stays;
-    float64 is rounded to float32 first. Integers are returned as they are.
+    This is PTX's ``cvt.rna.tf32``. NaN and Inf stay; a finite value at least half a step above the largest TF32 value
+    becomes Inf. The dtype stays; float64 is rounded to float32 first. Integers are returned as they are.
     """
     if not x.is_floating_point():
         return x

@@ -1,7 +1,7 @@
 """Operators that ONNX itself defines by other operators: the function bodies of its schemas.
 
-Attention, RotaryEmbedding, NegativeLogLikelihoodLoss, AffineGrid and their like are computed by their own definition,
-node by node, so that every arithmetic rounds where an unfused implementation would.
+Attention, RotaryEmbedding, NegativeLogLikelihoodLoss, AffineGrid and others are computed by their own definition, node
+by node, so that every arithmetic rounds where an unfused implementation would.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def function_body(node: Node, opsets: Mapping[str, int], inputs: Sequence[Any], 
     function = onnx.FunctionProto()
     function.ParseFromString(body)
     defaults = [a.default_value for a in schema.attributes.values() if a.default_value.type]
-    given = {a.name for a in function.attribute_proto}
-    function.attribute_proto.extend(a for a in defaults if a.name not in given)
+    present_attributes = {a.name for a in function.attribute_proto}
+    function.attribute_proto.extend(a for a in defaults if a.name not in present_attributes)
     if not any(o.domain in ("", "ai.onnx") for o in function.opset_import):
         function.opset_import.add(domain="", version=opsets.get("", version))
     return Body.of_function(function, node)

@@ -6,9 +6,8 @@ import difflib
 import re
 from dataclasses import dataclass, replace
 
+from cp_debug import plugins
 from cp_debug.errors import BackendUnavailable, InputError
-
-FAMILIES = ("torch", "ort", "emu", "trt")
 
 KNOWN = {
     "torch": "PyTorch FP32, TF32 off, deterministic",
@@ -16,15 +15,15 @@ KNOWN = {
     "torch-tf32": "PyTorch FP32 with TF32 on (CUDA only)",
     "torch-bf16": "PyTorch, module and inputs in BF16",
     "torch-fp16": "PyTorch, module and inputs in FP16",
-    "torch-int8": "PyTorch with fake quantisation (nvidia-modelopt), FP32 between",
-    "ort": "ONNX Runtime, graph optimisation off (same as ort-none)",
-    "ort-none": "ONNX Runtime, graph optimisation off",
-    "ort-basic": "ONNX Runtime, basic graph optimisation",
-    "ort-all": "ONNX Runtime, all graph optimisations, the library's default",
+    "torch-int8": "PyTorch with fake quantization (nvidia-modelopt), FP32 between",
+    "ort": "ONNX Runtime, graph optimization off (same as ort-none)",
+    "ort-none": "ONNX Runtime, graph optimization off",
+    "ort-basic": "ONNX Runtime, basic graph optimization",
+    "ort-all": "ONNX Runtime, all graph optimizations, the library's default",
     "ort-tf32": "ONNX Runtime with TF32 on (CUDA only)",
     "ort-fp16": "ONNX Runtime, casts to FP16 put into the graph (CUDA only)",
-    "ort-int8": "ONNX Runtime, Q/DQ pairs as they stand and FP32 between them, graph optimisation off",
-    "ort-int8-qlinear": "ONNX Runtime, all graph optimisations, which put integer kernels where it has any",
+    "ort-int8": "ONNX Runtime, Q/DQ pairs as they stand and FP32 between them, graph optimization off",
+    "ort-int8-qlinear": "ONNX Runtime, all graph optimizations, which put integer kernels where it has any",
     "ort-trt": "ONNX Runtime's TensorRT provider, TF32 on as it cannot be turned off; final outputs only",
     "emu-fp32": "plain FP32 by the emulator: a second opinion on a graph",
     "emu-tf32": "emulated TF32: operands of conv and matmul rounded to 10 mantissa bits",
@@ -41,7 +40,7 @@ KNOWN = {
 }
 
 TEST = ".test"
-"""Ends the spec of a test that runs on the same backend as its reference."""
+"""Suffix for the spec of a test that runs on the same backend as its reference."""
 
 _SPEC = re.compile(r"(?P<name>[a-z0-9]+(?:-[a-z0-9]+)*)(?:@(?P<device>cpu|cuda(?::\d+)?))?(?P<test>\.test)?")
 
@@ -57,12 +56,12 @@ class BackendSpec:
 
     @property
     def family(self) -> str:
-        """``torch``, ``ort``, ``emu`` or ``trt``."""
+        """``torch``, ``ort``, ``emu``, ``trt``, or a plug-in's name."""
         return self.name.partition("-")[0]
 
     @property
     def variant(self) -> str:
-        """What follows the family: ``fp16`` of ``trt-fp16``, empty for ``torch``."""
+        """The part behind the family: ``fp16`` of ``trt-fp16``, empty for ``torch``."""
         return self.name.partition("-")[2]
 
     def __str__(self) -> str:
@@ -70,14 +69,18 @@ class BackendSpec:
 
     @classmethod
     def parse(cls, text: str) -> BackendSpec:
-        """Parse one spec. Raises BackendUnavailable for a name nobody knows, InputError for a malformed one."""
+        """Parse one spec. Raises BackendUnavailable for a name nobody knows, InputError for a malformed one and for
+        a family that two distributions declare. Which variants a plug-in's family has, it says itself.
+        """
         match = _SPEC.fullmatch(text.strip())
         if match is None:
             raise InputError(f"--backends: {text!r} is not a backend; expected NAME or NAME@cpu or NAME@cuda:N")
         spec = cls(match["name"], match["device"], match["test"] is not None)
-        if spec.name not in KNOWN:
-            near = difflib.get_close_matches(spec.name, KNOWN, n=1, cutoff=0.0)
-            raise BackendUnavailable(text, f"no such backend; known are {', '.join(KNOWN)}", nearest=near[0])
+        plugin = plugins.find(plugins.BACKENDS, spec.family)
+        if spec.name not in KNOWN and (plugin is None or plugin.own):
+            known = [*KNOWN, *(each.name for each in plugins.others(plugins.BACKENDS))]
+            near = difflib.get_close_matches(spec.name, known, n=1, cutoff=0.0)
+            raise BackendUnavailable(text, f"no such backend; known are {', '.join(known)}", nearest=near[0])
         return spec
 
 

@@ -18,7 +18,7 @@ from cp_debug.backends.determinism import deterministic
 from cp_debug.backends.emulated import ExecutorSession
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import BackendUnavailable, InputError
-from cp_debug.graph.random_inputs import check_inputs
+from cp_debug.graph.check_inputs import check_inputs
 from cp_debug.probes.arrays import as_numpy, as_torch, dtype_name
 from cp_debug.probes.trace import TorchValue, trace
 
@@ -33,10 +33,10 @@ _DTYPES = {
 
 
 class TorchBackend:
-    """``torch``, ``torch-fp64``, ``torch-bf16``, ``torch-fp16``, ``torch-tf32`` and, for modules with
-    fake quantisers, ``torch-int8``; on the CPU unless the spec says else.
+    """PyTorch on the CPU, unless the spec names another device.
 
-    Raises BackendUnavailable for CUDA where there is none, and for TF32 on a CPU.
+    ``torch``, ``torch-fp64``, ``torch-bf16``, ``torch-fp16``, ``torch-tf32`` and, for modules with fake quantizers,
+    ``torch-int8``. Raises BackendUnavailable for CUDA where there is none, and for TF32 on a CPU.
     """
 
     emulated = False
@@ -57,8 +57,11 @@ class TorchBackend:
             )
 
     def open(self, program: Program) -> Session:
-        """A session on the program's module, else on its graph, which FP16, BF16 and INT8 cannot run:
-        BackendUnavailable. Raises InputError for ``torch-int8`` when nothing is quantised."""
+        """A session on the program's module, else on its graph.
+
+        Raises BackendUnavailable for a graph in FP16, BF16 or INT8, and InputError for ``torch-int8`` when nothing is
+        quantized.
+        """
         if self.precision == "int8":
             program.require_int8(self.spec)
         if program.module is not None:
@@ -73,13 +76,13 @@ class TorchBackend:
         return ExecutorSession(program.graph, arithmetic, self.device, tf32=self.precision == "tf32")
 
     def versions(self) -> dict[str, str]:
-        """torch, and with CUDA its libraries and the device's name."""
-        found = {"torch": str(torch.__version__)}
+        """Versions of torch and, with CUDA, of its libraries; the device's name."""
+        library_versions = {"torch": str(torch.__version__)}
         if self.device != "cpu":
-            found["cuda"] = str(torch.version.cuda)
-            found["cudnn"] = str(torch.backends.cudnn.version())
-            found["device"] = torch.cuda.get_device_name(self.device)
-        return found
+            library_versions["cuda"] = str(torch.version.cuda)
+            library_versions["cudnn"] = str(torch.backends.cudnn.version())
+            library_versions["device"] = torch.cuda.get_device_name(self.device)
+        return library_versions
 
 
 class _ModuleSession:
@@ -88,8 +91,8 @@ class _ModuleSession:
         self._program, self._module, self._alignment = program, program.module, program.alignment
         self._dtype, self._device, self._tf32 = dtype, torch.device(device), tf32
         if device != "cpu" or dtype != torch.float32:  # FP32 is what the module is in, FP16 where it was made so
-            other = None if dtype == torch.float32 else dtype
-            self._module = copy.deepcopy(program.module).to(self._device, other)
+            converted_dtype = None if dtype == torch.float32 else dtype
+            self._module = copy.deepcopy(program.module).to(self._device, converted_dtype)
         self._names = [v.name for v in program.graph.outputs]
         links = program.alignment.links if program.alignment else ()
         # Inside a function of torch, other devices and dtypes go other ways under the same names.
@@ -98,8 +101,8 @@ class _ModuleSession:
         for link in links:
             if link.torch is not None and (inner or ":" not in link.torch):
                 self._values.setdefault(link.torch, []).append(link.onnx)
-        given = {*chain(*self._values.values()), *self._names}
-        self.exposed: Collection[str] = tuple(name for name in program.graph.values if name in given)
+        exposed_names = {*chain(*self._values.values()), *self._names}
+        self.exposed: Collection[str] = tuple(name for name in program.graph.values if name in exposed_names)
         with deterministic(tf32=tf32) as settings:
             self.settings: Mapping[str, Any] = settings | {"dtype": dtype_name(torch.empty(0, dtype=dtype))}
 
@@ -115,11 +118,11 @@ class _ModuleSession:
         inputs = {n: _in_float_of(a, declared.get(n)) for n, a in inputs.items()}
         check_inputs(graph.inputs, inputs, self._program.name)
         tensors = {v.name: self._input(inputs[v.name]) for v in graph.inputs}
-        given: set[str] = set()
+        shown: set[str] = set()
 
         def give(name: str, tensor: Tensor) -> None:
-            if sink is not None and name not in given and (probes is None or name in probes):
-                given.add(name)
+            if sink is not None and name not in shown and (probes is None or name in probes):
+                shown.add(name)
                 sink(name, tensor)
 
         def translate(value: TorchValue, tensor: Tensor) -> None:
@@ -138,8 +141,8 @@ class _ModuleSession:
 
     def _input(self, array: np.ndarray) -> Tensor:
         tensor = as_torch(array)
-        other = tensor.is_floating_point() and self._dtype != torch.float32
-        return tensor.to(self._device, self._dtype if other else None)
+        converts = tensor.is_floating_point() and self._dtype != torch.float32
+        return tensor.to(self._device, self._dtype if converts else None)
 
     def close(self) -> None:
         """Free the copy of the module."""

@@ -25,7 +25,8 @@ from cp_debug.bisect.file_quantization import FileQuantization
 from cp_debug.bisect.observe import Observation, observe
 from cp_debug.bisect.quantized_segment import Quantized, QuantizerGrid
 from cp_debug.bisect.regions.region import Region, region_of
-from cp_debug.bisect.replay import AnyQuantized, Load, Replay, Replayer
+from cp_debug.bisect.replay import AnyQuantized, Load, Replayer
+from cp_debug.bisect.replayed import Replay
 from cp_debug.bisect.result import OK, LayerRow
 from cp_debug.bisect.sides import judged, trace_shapes, without_emulation
 from cp_debug.bisect.verdict import judge
@@ -40,6 +41,7 @@ from cp_debug.probes.statistics import TensorStats, compare
 from cp_debug.programs.layers import Layer, layer_name
 from cp_debug.programs.pipeline import Key, Pipeline, value_map, wants_int8
 from cp_debug.programs.precision import PRECISIONS, Precision, coarsest
+from cp_debug.programs.walk import Walk
 from cp_debug.quantization.quantized_programs import with_ranges
 from cp_debug.recipes.base import Arrays, Model, Sample
 
@@ -59,7 +61,7 @@ class CandidateRun:
         oracle: str | None,
         folder: Path,
     ) -> None:
-        """``programs`` are the reference's before anything was quantised: they say what a layer should compute. Graphs
+        """``programs`` are the reference's before anything was quantized: they say what a layer should compute. Graphs
         that only describe what an engine computes are written to ``folder``."""
         self.pipeline = pipeline
         self.precision: Precision = PRECISIONS[pipeline.backend.precision]
@@ -70,7 +72,7 @@ class CandidateRun:
         self.layers = {Key(layer.component, layer.onnx): layer for layer in layers}
         self._names = {p.name: value_map(self.programs[p.name], p) for p in pipeline.programs}
         self._files: dict[str, FileQuantization] = {}
-        """Component → what somebody else's quantised file does to it."""
+        """Component → what somebody else's quantized file does to it."""
         for program in pipeline.programs:
             plain, names = self.programs[program.name].graph, self._names[program.name]
             foreign = is_quantized(program.graph) and not has_own_pairs(program.graph)
@@ -150,11 +152,11 @@ class CandidateRun:
         """What the glue of a test model of its own introduced: its inputs against those that ``model``, the
         reference's, would have made of the same upstream results."""
         replays = {}
-        for component in model.components:
-            replayer = self.replayer(component.name, test)
-            ours, theirs = loader(reference, component.name), loader(test, component.name)
-            for value, exact in model.feed(component, sample, results).items():
-                replays[Key(component.name, value)] = replayer.given(value, exact, ours, theirs)
+        for step in Walk(model, sample, results):
+            replayer = self.replayer(step.name, test)
+            ours, theirs = loader(reference, step.name), loader(test, step.name)
+            for value, exact in step.inputs.items():
+                replays[Key(step.name, value)] = replayer.given(value, exact, ours, theirs)
         return replays
 
     def replayer(self, component: str, test: Capture) -> Replayer:
@@ -244,7 +246,7 @@ class CandidateRun:
     def quantized_names(self, row: LayerRow) -> list[str]:
         """What the layer that computes a value is called where layers are chosen for INT8: a module by its path, for an
         addition the one whose code adds; without a module, or by TensorRT's own calibrator, the nodes."""
-        (program,) = (p for p in self.pipeline.programs if p.name == row.component)
+        program = self.pipeline.program(row.component)
         if row.component in self._ranges and row.replay is not None:
             nodes, layers = row.replay.nodes, self._ranges[row.component].layers
             return [node for node in nodes if node in layers] or [*nodes]

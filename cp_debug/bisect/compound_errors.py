@@ -1,6 +1,6 @@
 """How far correct FP32 implementations of operators that do many things at once lie apart.
 
-Softmax and normalisations subtract, sum and divide: each step's error is carried to the result by its derivative.
+Softmax and normalizations subtract, sum and divide: each step's error is carried to the result by its derivative.
 Resize computes its coordinates in FP32. A Fourier transform is as good as its algorithm: measured by
 ``benchmarks/operator_errors.py``, ONNX Runtime 1.31's is off by 0.8·log₂N roundoffs for powers of two and 2·N for
 other lengths N, torch's by at most 0.2·log₂N. Everything else (recurrent layers, attention, grid sampling, what nobody
@@ -34,7 +34,7 @@ def compound(
     if node.op in ("Softmax", "LogSoftmax"):
         return _softmax(oracle, node, inputs, result)
     if node.op in ("LayerNormalization", "InstanceNormalization", "GroupNormalization") and name == node.outputs[0]:
-        return _normalised(node, inputs, result, family)
+        return _normalized(node, inputs, result, family)
     if node.op in ("Resize", "Upsample"):
         return _resized(inputs[node.inputs[0]], result)
     if node.op in ("DFT", "STFT"):
@@ -74,7 +74,7 @@ def _softmax(oracle: Executor, node: Node, inputs: Mapping[str, Tensor], result:
     return torch.hypot(torch.hypot(RESULT * result.abs(), (1.0 + summed) * size), moved)
 
 
-def _normalised(node: Node, inputs: Mapping[str, Tensor], result: Tensor, family: str) -> Tensor:
+def _normalized(node: Node, inputs: Mapping[str, Tensor], result: Tensor, family: str) -> Tensor:
     """(x − mean) ÷ √(variance + ε) · scale + bias: errors of the mean, of the variance and of the subtraction."""
     given = [inputs[n] if n else None for n in node.proto.input]
     attributes = {a.name: a for a in node.proto.attribute}

@@ -17,7 +17,7 @@ from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
-from cp_debug.probes.distance import distance, ratio
+from cp_debug.probes.distance import distance
 
 FURTHEST = 16
 """Nodes that a change is followed through before it counts as one that stays."""
@@ -71,8 +71,7 @@ def difference(exact: AnyTensor, other: AnyTensor) -> float:
         return math.inf
     if not torch.equal(torch.isfinite(exact), torch.isfinite(other)):
         return math.inf
-    found = distance(other, exact)
-    return ratio(found.difference, found.whole)
+    return distance(other, exact).relative
 
 
 def _computed(

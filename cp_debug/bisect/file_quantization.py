@@ -1,8 +1,8 @@
-"""What a quantised file must do to the layers of its float parent, whoever wrote it: Q/DQ pairs, integer operators,
+"""What a quantized file must do to the layers of its float parent, whoever wrote it: Q/DQ pairs, integer operators,
 dynamic scales, weights alone.
 
 Nothing is asked of the file's structure but which values are the parent's. Between two of those, its own nodes say what
-is quantised and how (levels, one scale or one a channel, with a zero point or without); a faithful layer then makes
+is quantized and how (levels, one scale or one a channel, with a zero point or without); a faithful layer then makes
 about the error that the best scales of that kind make on the same inputs.
 """
 
@@ -23,12 +23,12 @@ from cp_debug.bisect.quantized_segment import EmulatedSegment, QuantizerGrid
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.integer_values import constant_type, is_constant, produced_grid
-from cp_debug.graph.qdq import QUANTIZED, weight_axis
+from cp_debug.graph.operators import PRODUCTS
+from cp_debug.graph.qdq import weight_axis
 
 _BITS = {2: 8, 3: 8, 4: 16, 5: 16, 21: 4, 22: 4, 25: 2, 26: 2, 6: 32, 17: 5, 18: 5, 19: 4, 20: 4}
 """ONNX data type of levels → bits; for FP8 those of an integer grid with about its error."""
 _SIGNED = {3, 5, 6, 22, 26, 17, 18, 19, 20}
-_DYNAMIC = {"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "DynamicQuantizeLSTM"}
 _PASS = {
     *("Cast", "Clip", "Flatten", "HardSwish", "Identity", "LeakyRelu", "PRelu", "Pad", "Relu", "Reshape", "Slice"),
     *("Split", "Squeeze", "Transpose", "Unsqueeze"),
@@ -79,7 +79,7 @@ class Levels:
 
 @dataclass(frozen=True)
 class Scheme:
-    """What the nodes between two of the parent's values quantise. None: not at all."""
+    """What the nodes between two of the parent's values quantize. None: not at all."""
 
     data: Levels | None = None
     weights: Levels | None = None
@@ -92,7 +92,7 @@ class Scheme:
 
 
 class FileQuantization:
-    """A quantised file beside its float parent, ``plain``. ``names``: value of ``plain`` → its name in ``graph``.
+    """A quantized file beside its float parent, ``plain``. ``names``: value of ``plain`` → its name in ``graph``.
 
     What is said to it and by it is in names of ``plain``.
     """
@@ -109,7 +109,7 @@ class FileQuantization:
                 self._schemes[name] = scheme
 
     def touches(self, nodes: Sequence[Node]) -> bool:
-        """Whether the file quantises anything of what these nodes of ``plain`` compute."""
+        """Whether the file quantizes anything of what these nodes of ``plain`` compute."""
         return bool(self._of(nodes))
 
     def grid(self, node: Node, place: int) -> QuantizerGrid | None:
@@ -137,7 +137,7 @@ class FileQuantization:
                     levels = scheme.weights if constant else scheme.data
                     if levels is None or (constant and tensor.dim() < 2):
                         continue
-                    axis = weight_axis(node, tensor.dim()) if node.op in QUANTIZED and place == 1 else 0
+                    axis = weight_axis(node, tensor.dim()) if node.op in PRODUCTS and place == 1 else 0
                     own[name] = levels.applied(tensor, axis if constant else None, scale_margin)
                     if not constant and scheme.grid is not None and found.step is None:
                         found.step, found.clipped = float(scheme.grid.scale.flatten()[0]), scheme.grid.clipped(tensor)
@@ -214,12 +214,12 @@ class FileQuantization:
         inputs = executor.run_nodes([], values, list(dict.fromkeys(filter(None, node.proto.input))))
         for place, name in enumerate(node.proto.input):
             tensor = inputs.get(name)
-            biased = node.op in QUANTIZED and place > 1
+            biased = node.op in PRODUCTS and place > 1
             if isinstance(tensor, Tensor) and tensor.is_floating_point() and not biased:
                 yield place, name, tensor
 
     def _scheme(self, value: str, own: Collection[str]) -> Scheme:
-        """What the nodes quantise that compute one of the file's values from others that are the parent's."""
+        """What the nodes quantize that compute one of the file's values from others that are the parent's."""
         nodes, _ = self._graph.segment([value], set(own) - {value})
         data = weights = None
         grid = None

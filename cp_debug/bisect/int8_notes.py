@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from cp_debug.backends.base import Backend
+from cp_debug.backends.base import Backend, Program
+from cp_debug.backends.capabilities import integer_kernels_of
 from cp_debug.bisect.result import LayerRow
 from cp_debug.programs.pipeline import Pipeline, wants_int8
 
@@ -16,12 +17,12 @@ def both_int8(reference: Backend, test: Backend) -> bool:
 
 
 def int8_notes(
-    reference: Pipeline, pipeline: Pipeline, rows: Sequence[LayerRow], how: Mapping[int, str]
+    reference: Pipeline, pipeline: Pipeline, rows: Sequence[LayerRow], how: Mapping[tuple[Program, ...], str]
 ) -> Iterator[str]:
-    """What a reader must know of a backend in INT8: how it was quantised here (by identity of its programs), whether it
+    """What a reader must know of a backend in INT8: how it was quantized here (by its programs), whether it
     obeys the scales, and whether integers were computed."""
     backend = pipeline.backend
-    yield from dict.fromkeys(how[id(p.programs)] for p in (reference, pipeline) if id(p.programs) in how)
+    yield from dict.fromkeys(how[key] for p in (reference, pipeline) if (key := tuple(p.programs)) in how)
     if both_int8(reference.backend, backend):
         yield (
             "both sides are INT8, where roundings at ties tip over and grow from layer to layer: layers are judged by "
@@ -36,7 +37,7 @@ def int8_notes(
         largest, name = max(departures)
         noise = f"to {-20 * math.log10(largest):.0f} dB or better, the least at {name}" if largest else "bit for bit"
         yield f"{backend.spec}: every layer, given its own inputs, agrees with what its scales say {noise}"
-    counts = [session.settings.get("integer_kernels") for session in pipeline.sessions.values()]
+    counts = [integer_kernels_of(session) for session in pipeline.sessions.values()]
     if counts and all(count == 0 for count in counts):
         yield (
             f"{backend.spec}: no integer kernel ran; ONNX Runtime wants Q/DQ pairs behind a layer, too, and "

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from cp_debug.backends.base import Tensor
-from cp_debug.backends.capabilities import with_threads
+from cp_debug.backends.capabilities import build_info_of, with_threads
 from cp_debug.probes.capture import Capture
 from cp_debug.probes.statistics import compare
-from cp_debug.programs.pipeline import Key, Pipeline, settings_by_component
+from cp_debug.programs.pipeline import Key, Pipeline
 from cp_debug.recipes.base import Arrays, Sample
 
 Open = Callable[[int | None], AbstractContextManager[Pipeline]]
@@ -82,11 +82,13 @@ def observe(
 
 def _own_observation(pipeline: Pipeline) -> Observation | None:
     """What sessions that build engines measured themselves: building again costs more than all other runs."""
-    told = list(settings_by_component(pipeline.record().settings).values())
-    if any(component.get("rebuild_floor") is None for component in told):
-        return None
-    floor, gap = (max(component[k] for component in told) for k in ("rebuild_floor", "observer_gap"))
-    return Observation(noise_floor=floor, observer_gap=gap, runs=2)
+    floors, gaps = [], []
+    for info in map(build_info_of, pipeline.sessions.values()):
+        if info is None or info.rebuild_floor is None or info.observer_gap is None:
+            return None
+        floors.append(info.rebuild_floor)
+        gaps.append(info.observer_gap)
+    return Observation(noise_floor=max(floors), observer_gap=max(gaps), runs=2)
 
 
 def _observe_runs(

@@ -39,7 +39,7 @@ def _below_zero(node: Node, inputs: Sequence[Tensor], result: Tensor) -> Tensor:
     return (inputs[0] < 0).to(result.dtype)
 
 
-def _normaliser(node: Node, inputs: Sequence[Tensor], result: Tensor) -> Tensor:
+def _normalizer(node: Node, inputs: Sequence[Tensor], result: Tensor) -> Tensor:
     """1 + the logarithm of each row's sum, which is subtracted from the argument."""
     return 1 + (inputs[0] - result).abs().nan_to_num(0.0, 0.0, 0.0)
 
@@ -111,7 +111,7 @@ TORCH = {
     "Reciprocal": Errors(0.6),
     "Pow": Errors(0.8),
     "BatchNormalization": Errors(0.5, 0.5, _terms_of_batch_norm),
-    "LogSoftmax": Errors(1.0, 1.0, _normaliser),
+    "LogSoftmax": Errors(1.0, 1.0, _normalizer),
     "ReduceLogSumExp": Errors(1.0, 1.0, _logarithm_of_sum),
 }
 """Measured with torch 2.13 on the CPU (SLEEF); oneDNN's are no larger, but for Sigmoid below 1e-19."""
@@ -158,7 +158,7 @@ _CORRECTLY_ROUNDED = {
 def errors_of(node: Node, family: str) -> Errors | None:
     """The errors of an elementwise operator as the backends of a family compute it.
 
-    None for operators whose error depends on more than their own elements: sums, products, normalisations.
+    None for operators whose error depends on more than their own elements: sums, products, normalizations.
     """
     if measured := BY_FAMILY.get(family, ANY).get(node.op):
         return measured

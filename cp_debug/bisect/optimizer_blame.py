@@ -1,7 +1,7 @@
-"""Which of ONNX Runtime's graph optimisers a difference comes from, and which nodes they rewrote.
+"""Which of ONNX Runtime's graph optimizers a difference comes from, and which nodes they rewrote.
 
-Asked of the deployed program alone, without probes: optimisers are disabled until its final outputs are those of the
-unoptimised program, and as many as possible are enabled again.
+Asked of the deployed program alone, without probes: optimizers are disabled until its final outputs are those of the
+unoptimized program, and as many as possible are enabled again.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from cp_debug.backends.ort_optimizers import RULE_BASED, RULES, active_optimizer
 from cp_debug.backends.ort_options import LEVELS
 from cp_debug.bisect.observe import gap
 from cp_debug.minimize import Minimizer
-from cp_debug.recipes.base import Arrays, Model, Sample
+from cp_debug.programs.walk import walk
+from cp_debug.recipes.base import Arrays, Component, Model, Sample
 from cp_debug.serialize import decode
 
 REST = 0.01
-"""Share of the whole difference that may remain when the responsible optimisers are disabled: their fellows round, too,
+"""Share of the whole difference that may remain when the responsible optimizers are disabled: their fellows round, too,
 and usually a thousand times less."""
 
 
@@ -38,7 +39,7 @@ class Rewrite:
 
 @dataclass(frozen=True)
 class Culprit:
-    """One of the responsible optimisers."""
+    """One of the responsible optimizers."""
 
     optimizer: str
     difference: float
@@ -48,24 +49,24 @@ class Culprit:
 
 @dataclass(frozen=True)
 class OptimizerBlame:
-    """What the optimiser does to the final outputs. Differences are relative L2, against the unoptimised program."""
+    """What the optimizer does to the final outputs. Differences are relative L2, against the unoptimized program."""
 
     level: str | None
     """The first level at which they differ by more than the noise floor; None: at none up to the backend's."""
     difference_with: float
-    """All optimisers enabled."""
+    """All optimizers enabled."""
     difference_without: float
     """The responsible ones disabled."""
     responsible: list[Culprit] = field(default_factory=list)
     """The smallest set found: disabling fewer leaves a difference. Empty where disabling does not help."""
     active: list[str] = field(default_factory=list)
-    """The optimisers that changed the graph."""
+    """The optimizers that changed the graph."""
     runs: int = 0
     """How often the model was run."""
 
     @property
     def nodes(self) -> list[str]:
-        """The original nodes that the responsible optimisers rewrote."""
+        """The original nodes that the responsible optimizers rewrote."""
         return list(dict.fromkeys(n for c in self.responsible for r in c.rewrites for n in r.original))
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,7 +94,7 @@ class OptimizerBlame:
 def blame_optimizers(
     model: Model, programs: Sequence[Program], backend: OrtBackend, sample: Sample, noise_floor: float = 0.0
 ) -> OptimizerBlame:
-    """Find the smallest set of optimisers whose disabling makes the outputs those of the unoptimised program.
+    """Find the smallest set of optimizers whose disabling makes the outputs those of the unoptimized program.
 
     Without a difference above ``noise_floor`` nothing is searched. What remains afterwards is at most the noise floor,
     or ``REST`` of the whole difference; bit-equal outputs count as 0. Raises InputError when the model fails.
@@ -108,7 +109,7 @@ class _Search:
         self._model, self._programs, self._backend, self._sample = model, programs, backend, sample
         self._floor = noise_floor
         self._seen: dict[tuple[str, frozenset[str]], float] = {}
-        self._unoptimised = self._outputs("none", frozenset())
+        self._unoptimized = self._outputs("none", frozenset())
 
     def run(self) -> OptimizerBlame:
         levels = list(LEVELS)[1 : list(LEVELS).index(self._backend.level) + 1]
@@ -166,19 +167,19 @@ class _Search:
         return list(dict.fromkeys(names))
 
     def _difference(self, disabled: frozenset[str], level: str | None = None) -> float:
-        """Relative L2 from the unoptimised program; 0 where all outputs are equal bit for bit."""
+        """Relative L2 from the unoptimized program; 0 where all outputs are equal bit for bit."""
         key = (level or self._backend.level, disabled)
         if key not in self._seen:
-            difference = gap(self._unoptimised, self._outputs(*key))
+            difference = gap(self._unoptimized, self._outputs(*key))
             self._seen[key] = math.inf if math.isnan(difference) else difference
         return self._seen[key]
 
     def _outputs(self, level: str, disabled: frozenset[str]) -> dict[str, Arrays]:
-        results: dict[str, Arrays] = {}
-        for component, program in zip(self._model.components, self._programs, strict=True):
-            session = self._backend.runtime.session(
-                program.graph.path, level=level, disabled_optimizers=sorted(disabled)
-            )
-            inputs = self._model.feed(component, self._sample, results)
-            results[component.name] = run_whole(session, program.graph, inputs)
-        return results
+        graphs = {program.name: program.graph for program in self._programs}
+
+        def run(component: Component, inputs: Arrays) -> Arrays:
+            graph = graphs[component.name]
+            session = self._backend.runtime.session(graph.path, level=level, disabled_optimizers=sorted(disabled))
+            return run_whole(session, graph, inputs)
+
+        return walk(self._model, self._sample, run)

@@ -21,8 +21,9 @@ from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.compound_errors import compound
 from cp_debug.bisect.operator_errors import errors_of
-from cp_debug.bisect.summation import PRODUCTS, ROUNDING, U, squares, summation
+from cp_debug.bisect.summation import ROUNDING, U, squares, summation
 from cp_debug.graph.graph import Node
+from cp_debug.graph.operators import CONTRACTIONS
 
 DRAWS = 4
 """Times that the noise of inner nodes is drawn; more often for few elements, whose noise may be small by luck."""
@@ -55,18 +56,6 @@ def doubt(
     draws = DRAWS if whole.numel() >= FEW else 4 * DRAWS
     moved = [_norm(d) for d in _differences(oracle, nodes, exact, spreads, target, draws)]
     return math.hypot(own, math.sqrt(sum(m * m for m in moved) / draws))
-
-
-def disturbed(
-    oracle: Executor, nodes: Sequence[Node], given: Mapping[str, AnyTensor], targets: Sequence[str], family: str = ""
-) -> dict[str, Tensor]:
-    """The ``targets`` of a segment when every node's result is off by what correct implementations may differ.
-
-    The noise is the same in every call. Raises InputError as ``Executor.run_nodes`` does.
-    """
-    exact, spreads = _spreads(oracle, nodes, given, family, None)
-    values = _noisy(oracle, nodes, exact, spreads, torch.Generator().manual_seed(0))
-    return {t: torch.as_tensor(values[t]) for t in targets}
 
 
 def _spreads(
@@ -144,7 +133,7 @@ def spread(
     """By how much each element of a node's result may be off, root mean square, in FP32's unit roundoffs."""
     inputs = oracle.run_nodes([], values, node.inputs)
     own = summation(oracle, node, inputs, result)
-    if own is not None and node.op in PRODUCTS and claim is not None and (operand := claim.operand or claim.value):
+    if own is not None and node.op in CONTRACTIONS and claim is not None and (operand := claim.operand or claim.value):
         squared = oracle.run_nodes([node], squares(node, inputs), node.outputs)[node.outputs[0]]
         own = torch.hypot(own, ROUNDING * _roundoff(operand) / U * (2 * squared).sqrt())
     if own is None and (errors := errors_of(node, family)) is not None:

@@ -1,4 +1,4 @@
-"""What can be said of a model before any backend runs it: ranges, reduction lengths, normalisations, quantisers."""
+"""What can be said of a model before any backend runs it: ranges, reduction lengths, normalizations, quantizers."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from cp_debug.backends.weights import Weights
 from cp_debug.bisect.causes.ranges import HALF, half_figures
 from cp_debug.bisect.verdict import RANGE
 from cp_debug.graph.graph import Node
+from cp_debug.graph.operators import PRODUCTS
 from cp_debug.programs.layers import layer_name
 from cp_debug.programs.pipeline import Key, Pipeline
 from cp_debug.programs.scene import decode
@@ -166,7 +167,7 @@ def _long_sums(program: Program, weights: Weights) -> Iterator[Concern]:
     lengths = {}
     for node in program.graph.nodes:
         constant = [i for i in node.inputs[1:2] if weights.holds(i)]
-        if node.op in ("Conv", "ConvTranspose", "Gemm", "MatMul") and constant:
+        if node.op in PRODUCTS and constant:
             shape = weights[constant[0]].shape
             long = (
                 shape[-2] if node.op == "MatMul" else shape[0] if node.op == "ConvTranspose" else math.prod(shape[1:])
@@ -210,11 +211,11 @@ def _quantizers(program: Program, weights: Weights) -> Iterator[Concern]:
         layer, scale = _layer(program, node), weights[node.inputs[1]].double()
         if not bool(((scale > 0) & torch.isfinite(scale)).all()):
             says = f"a scale is {float(scale.min()):.3g}: it must be positive and finite"
-            yield Concern("quantisation", PROBLEM, says, [layer], "calibrate this tensor again")
+            yield Concern("quantization", PROBLEM, says, [layer], "calibrate this tensor again")
         for reader in program.graph.consumers.get(node.outputs[0], []) if node.op == "QuantizeLinear" else []:
             if reader.op == "DequantizeLinear" and not _same(node, reader, weights):
                 says = f"{node.name} and {reader.name} disagree in scale or zero point"
-                yield Concern("quantisation", PROBLEM, says, [layer], "give both the same parameters")
+                yield Concern("quantization", PROBLEM, says, [layer], "give both the same parameters")
         if node.op == "DequantizeLinear" and weights.holds(node.inputs[0]):
             yield from _quantized_weight(layer, weights[node.inputs[0]].double(), scale)
 
@@ -223,28 +224,28 @@ def _quantized_weight(layer: str, levels: Tensor, scale: Tensor) -> Iterator[Con
     """Weights at the end of the range, or with one scale for channels of very different range."""
     share = float((levels.abs() >= 127).double().mean())
     if share > 0.01:
-        says = f"{share:.1%} of the quantised weights are at the end of the range: the scale clips"
-        yield Concern("quantisation", RISK, says, [layer], "calibrate the weight by its maximum")
+        says = f"{share:.1%} of the quantized weights are at the end of the range: the scale clips"
+        yield Concern("quantization", RISK, says, [layer], "calibrate the weight by its maximum")
     if scale.numel() == 1 and levels.dim() > 1:
         ranges = levels.abs().flatten(1).amax(1)
         ranges = ranges[ranges > 0]
         if len(ranges) > 1 and float(ranges.max() / ranges.median()) > UNEVEN:
             ratio = float(ranges.max() / ranges.median())
             says = f"one scale for channels whose ranges differ {ratio:.0f} times"
-            yield Concern("quantisation", RISK, says, [layer], "quantise the weight per channel")
+            yield Concern("quantization", RISK, says, [layer], "quantize the weight per channel")
 
 
 def _clipped(clipped: Mapping[str, float]) -> Iterator[Concern]:
-    """Activations against the range of their quantisers."""
+    """Activations against the range of their quantizers."""
     over = {n: r for n, r in clipped.items() if r > 1.01}
     coarse = {n: r for n, r in clipped.items() if 0 < r < 0.25}
     if over:
         says = f"activations reach {max(over.values()):.2f} times what their INT8 scale holds"
-        yield Concern("quantisation", RISK, says, list(over), "calibrate again: a higher percentile", {"reach": over})
+        yield Concern("quantization", RISK, says, list(over), "calibrate again: a higher percentile", {"reach": over})
     if coarse:
         says = f"INT8 scales up to {1 / min(coarse.values()):.0f} times too coarse for their activations"
         yield Concern(
-            "quantisation", RISK, says, list(coarse), "calibrate again: a lower percentile", {"reach": coarse}
+            "quantization", RISK, says, list(coarse), "calibrate again: a lower percentile", {"reach": coarse}
         )
 
 

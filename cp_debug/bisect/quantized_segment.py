@@ -19,7 +19,8 @@ from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.weights import Weights
 from cp_debug.graph.graph import Graph, Node
-from cp_debug.graph.qdq import LEVELS, QUANTIZED, weight_axis
+from cp_debug.graph.operators import PRODUCTS
+from cp_debug.graph.qdq import LEVELS, weight_axis
 
 FEW = 4
 """Elements that a channel must have on average before its error is held against it."""
@@ -29,7 +30,7 @@ DEAD = 1e-3
 
 @dataclass(frozen=True)
 class QuantizerGrid:
-    """Which numbers a quantised input can be: ``scale`` × (level − ``zero``), levels from ``low`` to ``high``."""
+    """Which numbers a quantized input can be: ``scale`` × (level − ``zero``), levels from ``low`` to ``high``."""
 
     scale: Tensor
     """float64, one number, or [C] along ``axis``."""
@@ -84,7 +85,7 @@ class EmulatedSegment:
 
     results: Mapping[str, AnyTensor]
     clipped: float = 0.0
-    """Share of the elements of a quantised input that lie beyond its scale; of several inputs the largest."""
+    """Share of the elements of a quantized input that lie beyond its scale; of several inputs the largest."""
     step: float | None = None
     """The scale of that input: the distance of two levels."""
 
@@ -92,8 +93,8 @@ class EmulatedSegment:
 class Quantized:
     """A graph with Q/DQ pairs beside the one that it was made from, ``plain``.
 
-    ``names``: value of ``plain`` → the same in the quantised graph, where they differ. Which inputs of a node are
-    quantised is read off the quantised graph; what is said here is in names of ``plain``. ``rounded``: value → the
+    ``names``: value of ``plain`` → the same in the quantized graph, where they differ. Which inputs of a node are
+    quantized is read off the quantized graph; what is said here is in names of ``plain``. ``rounded``: value → the
     largest magnitude that it keeps, where what was captured lies on that grid itself.
     """
 
@@ -106,11 +107,11 @@ class Quantized:
         self._executor = Executor(graph, INT8)
         self._constants = Weights(graph, INT8, torch.device("cpu"), 0)
         self._quantizers: dict[str, dict[int, Node]] = {}
-        """Node of ``plain`` → place of a quantised input → the node that dequantises it."""
+        """Node of ``plain`` → place of a quantized input → the node that dequantizes it."""
         for node in plain.nodes:
             twin = graph.producer.get(names.get(node.outputs[0], node.outputs[0])) if node.outputs else None
             if twin is not None and twin.op == node.op:
-                reads = [graph.producer.get(name) for name in twin.proto.input[: 2 if node.op in QUANTIZED else None]]
+                reads = [graph.producer.get(name) for name in twin.proto.input[: 2 if node.op in PRODUCTS else None]]
                 found = {i: n for i, n in enumerate(reads) if n is not None and n.op == "DequantizeLinear"}
                 if found:
                     self._quantizers[node.name] = found
@@ -120,7 +121,7 @@ class Quantized:
         return any(n.name in self._quantizers or not self._rounded.keys().isdisjoint(n.outputs) for n in nodes)
 
     def grid(self, node: Node, place: int) -> QuantizerGrid | None:
-        """How the graph quantises one input of a node of ``plain``; None where it does not, or computes the scale."""
+        """How the graph quantizes one input of a node of ``plain``; None where it does not, or computes the scale."""
         dequantizer = self._quantizers.get(node.name, {}).get(place)
         if dequantizer is None or not all(map(self._constants.holds, dequantizer.proto.input[1:])):
             return None
@@ -152,7 +153,7 @@ class Quantized:
             for place in places:
                 name = node.proto.input[place]
                 tensor = inputs[name]
-                if node.op in QUANTIZED and place == 1:
+                if node.op in PRODUCTS and place == 1:
                     rest = [d for d in range(tensor.dim()) if d != weight_axis(node, tensor.dim())]
                     own[name] = on_grid(tensor, scale_margin * tensor.abs().amax(rest, keepdim=True))
                     continue

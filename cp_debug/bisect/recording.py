@@ -90,7 +90,7 @@ def compare_captures(
         if component is None or (entry.sample, component, name) not in present:
             continue
         ours_, theirs_ = (entry.name, entry.sample, entry.component), (name, entry.sample, component)
-        stats = compare(reference.load(*ours_), test.load(*theirs_))
+        stats = compare(reference.load_checked(*ours_), test.load_checked(*theirs_))
         key = (entry.component, entry.name)
         row = LayerRow(
             index=rows[key].index if key in rows else len(rows),

@@ -13,13 +13,14 @@ import numpy as np
 from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.candidate_run import CandidateRun
-from cp_debug.bisect.replay import Replay
+from cp_debug.bisect.replayed import Replay
 from cp_debug.bisect.result import Remainder
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
-from cp_debug.probes.distance import distance, ratio
+from cp_debug.probes.distance import distance
 from cp_debug.programs.pipeline import Key
-from cp_debug.recipes.base import Arrays, Sample
+from cp_debug.programs.walk import tensors_as_arrays, walk
+from cp_debug.recipes.base import Arrays, Component, Sample
 
 
 def remainder(
@@ -61,19 +62,18 @@ def _rounding(run: CandidateRun, sample: Sample) -> float | None:
     if run.precision.name == "int8":
         return None
     model = run.pipeline.model
-    found: list[dict[str, Arrays]] = []
+    outputs: list[Arrays] = []
     for arithmetic in (run.precision.name, run.oracle):
-        results: dict[str, Arrays] = {}
-        for component in model.components:
+
+        def execute(component: Component, inputs: Arrays, arithmetic: str = arithmetic) -> Arrays:
             executor = Executor(run.programs[component.name].graph, ARITHMETICS[arithmetic])
-            try:
-                outputs = executor.run(model.feed(component, sample, results))
-            except InputError:
-                return None
-            results[component.name] = {n: t.numpy() for n, t in outputs.items() if hasattr(t, "numpy")}
-        found.append(results)
-    last = model.components[-1].name
-    return _apart(found[0][last], found[1][last])
+            return tensors_as_arrays(executor.run(inputs))
+
+        try:
+            outputs.append(walk(model, sample, execute)[model.components[-1].name])
+        except InputError:
+            return None
+    return _apart(*outputs)
 
 
 def _apart(a: Arrays, b: Arrays) -> float:
@@ -81,6 +81,5 @@ def _apart(a: Arrays, b: Arrays) -> float:
     for name, theirs in b.items():
         if name not in a or a[name].shape != theirs.shape:
             continue
-        found = distance(np.asarray(a[name], np.float64), np.asarray(theirs, np.float64))
-        worst = max(worst, ratio(found.difference, found.whole))
+        worst = max(worst, distance(np.asarray(a[name], np.float64), np.asarray(theirs, np.float64)).relative)
     return worst

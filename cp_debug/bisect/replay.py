@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
 
@@ -29,9 +28,11 @@ from cp_debug.bisect.file_quantization import FileQuantization
 from cp_debug.bisect.perturbation import doubt
 from cp_debug.bisect.quantized_segment import EmulatedSegment, Quantized, balanced
 from cp_debug.bisect.range_loss import RangeLoss
+from cp_debug.bisect.replayed import EXCESS, Replay
 from cp_debug.bisect.whole_numbers import as_tensor, instead
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.operators import PRODUCTS
 from cp_debug.graph.randomness import draws
 from cp_debug.probes.distance import distance, ratio
 from cp_debug.programs.precision import BESIDE_INT8, PRECISIONS, Precision, coarsest
@@ -44,9 +45,6 @@ SUSPICIOUS = 30.0
 """A layer that amplifies the divergence of its inputs more than this is replayed for the reference, too: healthy layers
 stay below 5, so what was inherited more likely was introduced by the reference."""
 
-EXCESS = 4.0
-"""A layer whose introduced error is this many times the expected one is guilty: ``docs/thresholds.md`` has the
-measurements."""
 SCALE_MARGINS = (1.02, 1.05, 1.1)
 """A layer in INT8 that raises a doubt is emulated again with scales larger by these factors: of few elements, one
 emulation may come out nearly exact by luck."""
@@ -56,50 +54,6 @@ TRIM_AFTER = 1 << 27
 
 FLOOR = 0.5
 """Unit roundoffs that every layer may introduce, whatever its emulation says."""
-
-
-@dataclass
-class Replay:
-    """What one layer did, all relative L2 norms except where said. None: could not be computed, see ``skipped``."""
-
-    nodes: tuple[str, ...] = ()
-    """The ONNX nodes of the segment, the fused ones included."""
-    introduced: float | None = None
-    inherited: float | None = None
-    amplification: float | None = None
-    expected: float | None = None
-    excess: float | None = None
-    oracle_error: float = 0.0
-    """Bound of the oracle's own rounding, relative."""
-    new_nonfinite: int = field(default=0, metadata={"key": "born_nonfinite"})
-    """Elements that are NaN or Inf here although the oracle, from the same inputs, says they are finite."""
-    wanted: int = 0
-    """Elements beyond the type's range that became Inf, or its largest number, and change nothing that reads them."""
-    unread: bool = False
-    """Neither a node nor the caller reads the value: a mask of Dropout, a state that is thrown away."""
-    range_loss: float = 0.0
-    """Relative error of merely storing the segment's weights and result in the test's precision: large where they
-    overflow or vanish; 0 where that changes nothing that is computed from them."""
-    reference_excess: float = 0.0
-    """The same question asked of the reference, for layers that amplify suspiciously."""
-    declared: float | None = None
-    """Of a layer in INT8: the error that the graph's own scales make of the same inputs."""
-    deviation_from_scales: float | None = field(default=None, metadata={"key": "departs"})
-    """How far the captured result is from what those scales say."""
-    channel_excess: float | None = None
-    """Of a layer in INT8: introduced ÷ expected in its worst channels, however small, see ``balanced``."""
-    clipped: float | None = None
-    """Share of the layer's input that lies beyond its scale."""
-    step: float | None = None
-    """That scale: the distance of two levels."""
-    precision: str | None = None
-    """What the test claims to be here, where that is known: its backend's precision, or a coarser one that its program
-    declares for these nodes."""
-    instead: str = ""
-    """Of whole numbers that are not what the inputs make, nor what emulation makes of them: both, in words."""
-    not_emulated: tuple[str, ...] = ()
-    """Nodes of the segment that have no kernel in the claimed arithmetic: ``expected`` says nothing of them."""
-    skipped: str | None = None
 
 
 class Replayer:
@@ -381,7 +335,7 @@ class Replayer:
     def _reduction(self, node: Node) -> int:
         """How many products one element of the result sums, by the weight's shape; 1 where nothing is summed."""
         weights = [i for i in node.inputs if i in self.graph.initializers]
-        if node.op not in ("Conv", "ConvTranspose", "Gemm", "MatMul") or not weights:
+        if node.op not in PRODUCTS or not weights:
             return 1
         shape = tuple(self.graph.weight(weights[0]).dims)
         return max(shape) if node.op in ("Gemm", "MatMul") else math.prod(shape[1:])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cp_debug.backends.base import RunRecord
 from cp_debug.bisect.observe import Observation
 from cp_debug.bisect.regions.region import Region
-from cp_debug.bisect.replay import EXCESS, Replay
-from cp_debug.display import notebook, terminal
+from cp_debug.bisect.replayed import EXCESS, Replay
+from cp_debug.display import notebook, plain, terminal, write_page
 from cp_debug.probes.statistics import TensorStats
 from cp_debug.safe_text import one_line
 from cp_debug.serialize import encode, json_safe
@@ -71,11 +72,14 @@ class LayerRow:
         excess = self.replay.excess if self.replay and self.replay.excess is not None else 0.0
         return (rank, excess, *self.stats.severity)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The row of the JSON schema; numbers that JSON lacks are the strings "NaN", "Infinity", "-Infinity"."""
+    def to_dict(self, *, json: bool = True) -> dict[str, Any]:
+        """The row of the JSON schema; numbers that JSON lacks are the strings "NaN", "Infinity", "-Infinity".
+
+        ``json`` False leaves them numbers.
+        """
         row = replace(self, replay=self.replay or Replay(skipped="not replayed"))
         region = {"region": self.region.to_dict()} if self.region else {}  # with its label
-        return encode(row) | {"shape_mismatch": self.stats.shape_mismatch} | region
+        return encode(row, json=json) | {"shape_mismatch": self.stats.shape_mismatch} | region
 
 
 @dataclass
@@ -159,7 +163,7 @@ class TestResult:
     detections: DetectionChange | None = None
     """What became of the detections, over all samples; None where the model has none."""
     optimizer_blame: OptimizerBlame | None = field(default=None, metadata={"key": "knobs"})
-    """What ONNX Runtime's optimiser is responsible for, where it was asked."""
+    """What ONNX Runtime's optimizer is responsible for, where it was asked."""
     expected_outputs: list[str] = field(default_factory=list)
     """The final outputs of the reference; ``outputs`` are those that were compared."""
     pairing: dict[str, Any] = field(default_factory=dict)
@@ -200,10 +204,10 @@ class TestResult:
 
     @property
     def layers(self) -> pd.DataFrame:
-        """One row a layer, the columns of the JSON schema."""
+        """One row a layer, the columns of the JSON schema, with numbers where that has the text "NaN" or "Infinity"."""
         import pandas as pd
 
-        return pd.DataFrame([row.to_dict() for row in self.rows])
+        return pd.DataFrame([row.to_dict(json=False) for row in self.rows])
 
     def to_dict(self) -> dict[str, Any]:
         """The block of the JSON schema."""
@@ -298,6 +302,30 @@ class BisectResult:
 
     def _repr_html_(self) -> str:
         return notebook(self, BisectResult)
+
+    def __str__(self) -> str:
+        return plain(self, BisectResult)
+
+    def __repr__(self) -> str:
+        tests = ", ".join(f"{t.backend.spec}: {len(t.guilty)} guilty of {len(t.rows)} layers" for t in self.tests)
+        return f"<BisectResult of {self.model}: {tests}>"
+
+    def write_html(self, path: str | Path) -> None:
+        """Write the HTML report: one file that works offline. Raises InputError when it cannot be written."""
+        write_page(self, Path(path), BisectResult)
+
+    def show(self, path: str | Path | None = None) -> Path:
+        """Write the HTML report and open it in a browser, where there is one. Returns the file.
+
+        ``path`` None takes a file in the temporary folder, which stays. Raises InputError when it cannot be written.
+        """
+        import tempfile
+        import webbrowser
+
+        target = Path(path) if path is not None else Path(tempfile.mkdtemp(prefix="cpdebug-")) / "report.html"
+        self.write_html(target)
+        webbrowser.open(target.resolve().as_uri())
+        return target
 
     def __iter__(self) -> Iterator[TestResult]:
         return iter(self.tests)

@@ -12,11 +12,13 @@ from cp_debug.backends.executor import Executor
 from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.result import GUILTY, LayerRow
 from cp_debug.errors import in_one_line
+from cp_debug.graph.downstream import downstream
 from cp_debug.probes.arrays import as_numpy
 from cp_debug.probes.capture import Capture
 from cp_debug.probes.distance import ratio
 from cp_debug.programs.pipeline import Key
-from cp_debug.recipes.base import Arrays, Sample
+from cp_debug.programs.walk import tensors_as_arrays, walk
+from cp_debug.recipes.base import Arrays, Component, Sample
 
 MOST = 8
 """Guilty layers whose share is computed, the most excessive first: each costs part of a forward pass."""
@@ -84,11 +86,11 @@ class Propagation:
             c: {n: self._reference.load(n, component=c) for n in self._outputs(c)} for c in self._components[:start]
         }
         results[key.component] = self._downstream(key)
-        for component in self._model.components[start + 1 :]:
-            graph = self._run.programs[component.name].graph
-            inputs = self._model.feed(component, self._sample, results)
-            results[component.name] = {n: t.numpy() for n, t in Executor(graph, FP32).run(inputs).items()}
-        return results[self._components[-1]]
+
+        def run(component: Component, inputs: Arrays) -> Arrays:
+            return tensors_as_arrays(Executor(self._run.programs[component.name].graph, FP32).run(inputs))
+
+        return walk(self._model, self._sample, run, results)[self._components[-1]]
 
     def _downstream(self, key: Key) -> dict[str, np.ndarray]:
         """The outputs of the layer's own component when its value alone is changed."""
@@ -98,10 +100,7 @@ class Propagation:
         value = as_numpy(load(key.value))
         added = np.nan_to_num(introduced.numpy(), posinf=0.0, neginf=0.0)
         changed = {key.value: (value + added).astype(value.dtype)}
-        reached = {key.value}
-        for node in graph.nodes:
-            if not reached.isdisjoint(node.inputs):
-                reached.update(node.outputs)
+        reached = {key.value, *downstream(graph.nodes, [key.value])}
         outputs = self._outputs(key.component)
         known = {n for n in self._reference.names(component=key.component) if n not in reached or n == key.value}
         inside = [n for n in outputs if n in reached and n != key.value]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from cp_debug.backends.base import Program
-from cp_debug.bisect.replay import Replay
+from cp_debug.bisect.replayed import Replay
 from cp_debug.bisect.result import DIVERGENT, GUILTY, OK, SHAPE, LayerRow
 from cp_debug.bisect.verdict import Judgement
 from cp_debug.programs.pipeline import Key

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from cp_debug.backends.executor import Executor
 from cp_debug.graph.graph import Node
+from cp_debug.graph.operators import CONTRACTIONS
 
 U = 2.0**-24
 """Unit roundoff of FP32."""
@@ -33,7 +34,6 @@ LANES = 6
 PLACES = 24
 """Different last places that are looked at: further down, sums that nearly cancel are not one-sided."""
 
-PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum"}
 MEANS = {"GlobalAveragePool", "AveragePool", "ReduceMean"}
 SUMS = {"ReduceSum", "CumSum"} | MEANS
 Derivative = Callable[[Tensor, Tensor], Tensor]
@@ -54,7 +54,7 @@ def summation(oracle: Executor, node: Node, inputs: Mapping[str, Tensor], result
     """
     first = node.inputs[0] if node.inputs else ""
     adds_only = node.op in SUMS or (node.op == "Einsum" and len(node.inputs) == 1)
-    if node.op in PRODUCTS and not adds_only:
+    if node.op in CONTRACTIONS and not adds_only:
         squared = oracle.run_nodes([node], squares(node, inputs), node.outputs)[node.outputs[0]]
         return in_any_order(result, squared, _terms(node, inputs, result))
     if not adds_only and node.op not in OF_FUNCTIONS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from cp_debug.bisect.range_loss import RANGE
-from cp_debug.bisect.replay import EXCESS, Replay
+from cp_debug.bisect.replayed import EXCESS, Replay
 from cp_debug.bisect.result import DIVERGENT, GUILTY, INHERITED, OK, SHAPE
 from cp_debug.probes.statistics import TensorStats
 from cp_debug.programs.precision import Precision

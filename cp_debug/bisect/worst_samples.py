@@ -9,7 +9,7 @@ from typing import Any
 from cp_debug.bisect.causes.finding import Finding
 from cp_debug.bisect.observe import Observation
 from cp_debug.bisect.optimizer_blame import OptimizerBlame
-from cp_debug.bisect.replay import EXCESS
+from cp_debug.bisect.replayed import EXCESS
 from cp_debug.bisect.result import LayerRow, Remainder
 from cp_debug.detection.detection_change import DetectionChange, compare_detections
 from cp_debug.programs.pipeline import Key

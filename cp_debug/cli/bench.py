@@ -1,4 +1,4 @@
-"""``cpdebug bench``: how long does each part take?"""
+"""``cpdebug bench``: the time that each part takes."""
 
 from __future__ import annotations
 
@@ -36,10 +36,11 @@ def bench(
 
     from cp_debug.backends.spec import BackendSpec
     from cp_debug.cli.console import show_document, steps
-    from cp_debug.deploy.bench import latency_table
     from cp_debug.deploy.config import override
     from cp_debug.deploy.stages import Deployment, configured
     from cp_debug.errors import InputError
+    from cp_debug.reports.bench import latency_table
+    from cp_debug.reports.sheet_terminal import Terminal
 
     with TemporaryDirectory(prefix="cpdebug-") as scratch, steps() as on_step:
         config, source = configured(model, recipe, Path(scratch))
@@ -52,10 +53,14 @@ def bench(
         why = f"{source} is a model, not a configuration"
         refuse(("recipe",), unless=config.model != model, why=why)
         on_the_fly = config.quantization is None and any("int8" in spec.name for spec in parsed)
-        given = {"checkpoint": checkpoint, "data.path": inputs, "tensorrt.python": trt_python}
-        config = override(config, {**given, "quantization": {"samples": 8} if on_the_fly else None})
+        overrides = {"checkpoint": checkpoint, "data.path": inputs, "tensorrt.python": trt_python}
+        config = override(config, {**overrides, "quantization": {"samples": 8} if on_the_fly else None})
         deployment = Deployment(config, source, on_step, on_event=on_step.on_event)
-        found = deployment.bench(specs, onnx_dir, batch=batch, warmup=warmup, repeats=repeats)
+        benches = deployment.bench(specs, onnx_dir, batch=batch, warmup=warmup, repeats=repeats)
     document = {"model": config.model, "batch": batch, "warmup": warmup, "repeats": repeats}
     title = f"{config.model}, batch {batch}, {repeats} passes after {warmup}"
-    show_document([latency_table(found, title)], {**document, "backends": [each.to_dict() for each in found]}, json)
+    show_document(
+        [Terminal(latency_table(benches, title))],
+        {**document, "backends": [backend_bench.to_dict() for backend_bench in benches]},
+        json,
+    )

@@ -15,14 +15,14 @@ from cp_debug.cli.typed import refuse, refuse_export_flags
 
 
 class Level(str, Enum):
-    """How fine the tables are."""
+    """Fineness of the tables."""
 
     stages = "stages"
     layers = "layers"
 
 
 class Exporter(str, Enum):
-    """Which of torch's ONNX exporters makes the deployed graph."""
+    """Torch's ONNX exporters, one of which makes the deployed graph."""
 
     auto = "auto"
     dynamo = "dynamo"
@@ -30,7 +30,7 @@ class Exporter(str, Enum):
 
     @property
     def chosen(self) -> str | None:
-        """None: whoever exports chooses."""
+        """Name of the exporter; None leaves the choice to whoever exports."""
         return None if self is Exporter.auto else self.value
 
 
@@ -47,6 +47,9 @@ def bisect(
     model: Annotated[
         str, typer.Argument(help="A recipe (`cpdebug models`), an .onnx file, or module:callable / file.py:callable.")
     ] = "centerpoint:tiny",
+    other: Annotated[
+        Path | None, typer.Argument(metavar="[TEST_MODEL]", help="A second .onnx file, as --test-model.")
+    ] = None,
     backends: Annotated[str, typer.Option("--backends", "-b", help="Reference first, then the tests.")] = "torch,ort",
     test_model: Annotated[
         Path | None, typer.Option(help="Another .onnx for the tests (a folder, for several components).")
@@ -72,7 +75,7 @@ def bisect(
     oracle: Annotated[Oracle, typer.Option(help="auto: FP64 for FP32 tests, FP32 below.")] = Oracle.auto,
     replay: Annotated[bool, typer.Option(help="Separate what a layer did from what it was given.")] = True,
     knobs: Annotated[
-        bool, typer.Option("--knobs", help="Find the optimisers of ort-basic or ort-all at fault.")
+        bool, typer.Option("--knobs", help="Find the optimizers of ort-basic or ort-all at fault.")
     ] = False,
     explain: Annotated[bool, typer.Option(help="Try the known causes on every guilty layer.")] = True,
     max_builds: Annotated[
@@ -103,8 +106,16 @@ def bisect(
     from cp_debug.bisect.engine import Options
     from cp_debug.bisect.engine import bisect as run
     from cp_debug.cli.console import command_line, errors, show, steps
+    from cp_debug.errors import InputError
     from cp_debug.reports.files import write_json
 
+    if other is not None and test_model is not None:
+        raise InputError(
+            f"--test-model: {test_model}, while {other} is given as the second model; expected one of them"
+        )
+    test_model = test_model or other
+    if other is not None and backends == "torch,ort" and model.endswith(".onnx"):
+        backends = "ort,ort"  # two files: the question is what differs between them, not between runtimes
     differs = test_model is not None or test_checkpoint is not None or test_train_mode or test_out_of_place
     specs = parse_backends(backends, repeats=differs)
     tests = specs[1:]
@@ -122,9 +133,9 @@ def bisect(
     refuse(("show_all",), unless=level is Level.layers, why="--level stages shows no layers")
     refuse(("overwrite",), unless=save is not None, why="without --save nothing is kept")
     stack = ExitStack()
-    kept = save and stack.enter_context(replacing("--save", save, overwrite))
+    run_folder = save and stack.enter_context(replacing("--save", save, overwrite))
     if html and save is None:  # the report shows tensors
-        kept = Path(stack.enter_context(TemporaryDirectory(prefix="cpdebug-")))
+        run_folder = Path(stack.enter_context(TemporaryDirectory(prefix="cpdebug-")))
     options = Options(
         checkpoint=checkpoint,
         test_checkpoint=test_checkpoint,
@@ -144,20 +155,22 @@ def bisect(
         folded=not unfolded,
         calibration=int8.chosen,
         maps=maps or (),
-        save=kept,
+        save=run_folder,
     )
     with stack, steps() as on_step:
-        given = engines.calibrated(model, checkpoint, stack)
-        made = tensorrt.make(specs, given, on_step)
-        result = run(model, made, test_model=test_model, options=options, on_step=on_step, on_say=errors.print)
+        engine_options = engines.calibrated(model, checkpoint, stack)
+        opened_backends = tensorrt.make(specs, engine_options, on_step)
+        result = run(
+            model, opened_backends, test_model=test_model, options=options, on_step=on_step, on_say=errors.print
+        )
         result.command = command_line()
         if html:
             from cp_debug.reports.page import write_page
             from cp_debug.reports.saved import SavedResult
 
-            write_page(SavedResult.of(result, kept), html)
+            write_page(SavedResult.of(result, run_folder), html)
         if save:
-            assert kept is not None
-            write_json(result, kept / "result.json")
+            assert run_folder is not None
+            write_json(result, run_folder / "result.json")
     show(result, json=json, csv=csv, layers=level is Level.layers, show_all=show_all)
     raise typer.Exit(0 if result.agrees else 1)

@@ -13,7 +13,7 @@ from cp_debug.cli.typed import refuse
 
 
 class PrecisionPolicy(str, Enum):
-    """What TensorRT may compute in."""
+    """Precisions that TensorRT may compute in."""
 
     auto = "auto"
     fp32 = "fp32"
@@ -53,7 +53,7 @@ def build(
     with ExitStack() as stack, steps() as on_step:
         scratch = stack.enter_context(TemporaryDirectory(prefix="cpdebug-"))
         config, source = configured(model, None, Path(scratch))
-        given = {
+        overrides = {
             "checkpoint": checkpoint,
             "tensorrt.precision": precision and precision.value,
             "tensorrt.python": trt_python,
@@ -61,7 +61,7 @@ def build(
             "tensorrt.timing_cache": timing_cache,
             "tensorrt.keep_fp32": keep_fp32 or None,
         }
-        config = override(config, given)
+        config = override(config, overrides)
         profiles = dict(map(tensorrt.parse_profile, profile or ()))
         options: dict[str, Any] = {"on_event": on_step.on_event, "calibration_cache": calibration_cache}
         options |= {"profiles": profiles} if profiles else {}
@@ -75,5 +75,7 @@ def build(
         if onnx_dir is None and not deployment.onnx_dir.is_dir():
             deployment.export()
         built = build_engines(deployment.programs(onnx_dir), backend, output, deployment.engine_files, on_step)
-    for each in built:
-        console.print(f"{output / each.file}: built in {each.seconds:.1f} s; layer inputs and outputs: {each.types}")
+    for engine in built:
+        console.print(
+            f"{output / engine.file}: built in {engine.seconds:.1f} s; layer inputs and outputs: {engine.types}"
+        )

@@ -12,7 +12,7 @@ def bundle(
     result: Annotated[Path, typer.Argument(help="The folder that `cpdebug bisect --save` wrote.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder, or a .zip.")] = Path("bundle"),
     layer: Annotated[str | None, typer.Option(help="Layer, node or value; else the first guilty one.")] = None,
-    backend: Annotated[str | None, typer.Option(help="Which of several test backends.")] = None,
+    backend: Annotated[str | None, typer.Option(help="The test backend, where there are several.")] = None,
     redact: Annotated[
         bool, typer.Option("--redact", help="Random weights and inputs, if the fault survives them.")
     ] = False,

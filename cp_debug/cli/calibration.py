@@ -1,4 +1,4 @@
-"""What the command line can say about INT8 on the fly."""
+"""Options about INT8 on the fly."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PANEL = "INT8, where the model is not quantized"
 
 
 class Method(str, Enum):
-    """How scales are chosen."""
+    """Method of choosing scales."""
 
     max = "max"
     percentile = "percentile"
@@ -31,14 +31,16 @@ class Method(str, Enum):
 
 
 def own_scales(specs: Sequence[BackendSpec], model: str, checkpoint: Path | None, test_model: Path | None) -> str:
-    """What brings scales, in words, where all of those in INT8 among ``specs``, the reference first, have such; else
-    empty. Raises InputError for an ONNX file that cannot be read."""
+    """Phrase that names what brings scales, where every backend in INT8 among ``specs`` has such; else empty.
+
+    ``specs``: the reference first. Raises InputError for an ONNX file that cannot be read.
+    """
     if not typed(f.name for f in fields(Flags)):
         return ""
     reference = _scaled(model, checkpoint)
     sources = [reference, *[reference if test_model is None else _scaled(str(test_model), None)] * (len(specs) - 1)]
-    found = [source for spec, source in zip(specs, sources, strict=True) if spec.variant.startswith("int8")]
-    return f"the scales are those of {found[0]}" if found and all(found) else ""
+    int8_sources = [source for spec, source in zip(specs, sources, strict=True) if spec.variant.startswith("int8")]
+    return f"the scales are those of {int8_sources[0]}" if int8_sources and all(int8_sources) else ""
 
 
 def _scaled(model: str, checkpoint: Path | None) -> str:
@@ -54,7 +56,7 @@ def _scaled(model: str, checkpoint: Path | None) -> str:
 
 
 Data = Annotated[
-    Path | None, typer.Option("--calib-data", help="What to calibrate on, as --inputs.", rich_help_panel=PANEL)
+    Path | None, typer.Option("--calib-data", help="Data to calibrate on, as --inputs.", rich_help_panel=PANEL)
 ]
 Samples = Annotated[
     int, typer.Option("--calib-samples", min=1, max=MOST, help="At most this many samples.", rich_help_panel=PANEL)
@@ -68,7 +70,7 @@ SkipLayers = Annotated[
 
 @dataclass(frozen=True)
 class Flags:
-    """All of them."""
+    """All options about calibration."""
 
     calib_data: Data = None
     calib_samples: Samples = 8
@@ -85,7 +87,7 @@ class Flags:
 
     @property
     def chosen(self) -> Calibration:
-        """What they say."""
+        """The settings that the flags ask for."""
         from cp_debug.quantization.quantized_programs import Calibration
 
         skipped = tuple(self.skip_layers or ())

@@ -17,7 +17,7 @@ from cp_debug.cli.typed import refuse_export_flags
 @grouped
 def capture(
     model: Annotated[str, typer.Argument(help="A recipe, an .onnx file, or module:callable.")] = "centerpoint:tiny",
-    backend: Annotated[str, typer.Option("--backend", "-b", help="Which backend runs.")] = "torch",
+    backend: Annotated[str, typer.Option("--backend", "-b", help="The backend that runs.")] = "torch",
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the capture; new or empty.")] = Path(
         "capture"
     ),
@@ -44,11 +44,11 @@ def capture(
     refuse_export_flags([model])
     with ExitStack() as stack, steps() as on_step:
         target = stack.enter_context(replacing("--output", output, overwrite))
-        given = engines.calibrated(model, checkpoint, stack)
-        (made,) = tensorrt.make(specs, given, on_step)
-        written = record(
+        engine_options = engines.calibrated(model, checkpoint, stack)
+        (opened_backend,) = tensorrt.make(specs, engine_options, on_step)
+        recorded = record(
             load_model(model, checkpoint=checkpoint, seed=seed),
-            made,
+            opened_backend,
             target,
             inputs=inputs,
             samples=samples,
@@ -58,4 +58,4 @@ def capture(
             on_step=on_step,
         )
     size = sum(file.stat().st_size for file in output.iterdir()) / 2**20
-    console.print(f"{output}: {len(written.entries)} tensors of {len(written.samples)} sample(s), {size:.1f} MiB")
+    console.print(f"{output}: {len(recorded.entries)} tensors of {len(recorded.samples)} sample(s), {size:.1f} MiB")

@@ -1,4 +1,4 @@
-"""``cpdebug check``: what can be known before a backend runs."""
+"""``cpdebug check``: problems that can be known before a backend runs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from cp_debug.cli.flags import LAST_SEED
 
 
 def check(
-    model: Annotated[str, typer.Argument(help="As for bisect.")] = "centerpoint:tiny",
+    model: Annotated[str, typer.Argument(help="A model, as for bisect.")] = "centerpoint:tiny",
     checkpoint: Annotated[Path | None, typer.Option(help="Weights for the recipe: .pt or .safetensors.")] = None,
-    inputs: Annotated[Path | None, typer.Option(help="As for bisect.")] = None,
+    inputs: Annotated[Path | None, typer.Option(help="Inputs, as for bisect.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of made-up inputs.")] = 0,
     activations: Annotated[
         bool, typer.Option(help="Also look at the activations of one sample, in one FP32 pass.")

@@ -1,4 +1,4 @@
-"""Where commands print: results to stdout, progress and errors to stderr, so that pipes and ``--json -`` stay clean."""
+"""Output of commands: results to stdout, progress and errors to stderr, so that pipes and ``--json -`` stay clean."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ _ASCII = {
     "²": "^2",
     **dict.fromkeys("─━╸╺╶╴╌", "-"),
 }
-"""For terminals that know ASCII alone."""
+"""Replacements for terminals that know ASCII alone."""
 PIPE_WIDTH = 140
-"""Columns of a table that goes into a file or a pipe."""
+"""Width in columns of a table that goes into a file or a pipe."""
 
 
 def _width(stream_is_tty: bool) -> int | None:
@@ -55,7 +55,7 @@ def _width(stream_is_tty: bool) -> int | None:
 
 
 NO_READER = 141
-"""Exit code where whoever reads the output has gone, as shells have it; the library's is 1, here a divergence."""
+"""Exit code when the reader of the output has gone, as in shells; the library's is 1, here a divergence."""
 
 
 class SafeConsole(Console):
@@ -63,13 +63,20 @@ class SafeConsole(Console):
 
     def __init__(self, *, stderr: bool = False, width: int | None = None) -> None:
         super().__init__(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
+        self.pipe = width is not None
+        """Whether a pipe or a file is written to, whose lines may be as long as they need be."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As rich's; what goes into a pipe is not cut."""
+        super().print(*objects, **{"crop": not self.pipe} | options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """What rich makes of it, every control character as an escape; those that rich itself sends are no text."""
+        """Segments that rich makes, every control character in text as an escape; rich's own controls stay."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
     def on_broken_pipe(self) -> None:
+        """End the process with the code for a reader that has gone."""
         forget_output()
         raise SystemExit(NO_READER)
 
@@ -85,7 +92,7 @@ def show_error(text: str) -> None:
 
 
 def show_usage(error: Any) -> None:
-    """What the parser of the command line refuses: the reason, and where the help is."""
+    """Show why the command line was refused, and where the help is."""
     context = getattr(error, "ctx", None)
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()
@@ -95,7 +102,7 @@ def show_usage(error: Any) -> None:
 
 
 def show_anywhere() -> None:
-    """Let stdout and stderr take every character: what their encoding lacks is written in ASCII."""
+    """Let stdout and stderr take every character: those that their encoding lacks are written in ASCII."""
     codecs.register_error(_PLAIN, _plainly)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
@@ -103,7 +110,7 @@ def show_anywhere() -> None:
 
 
 def forget_output() -> None:
-    """Let what is left to be flushed to stdout go nowhere."""
+    """Send what is left to be flushed to stdout nowhere."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -116,7 +123,7 @@ def _plainly(error: UnicodeError) -> tuple[str, int]:
 
 
 def command_line() -> str:
-    """What the user typed, to be pasted into a shell again."""
+    """The command as the user typed it, to be pasted into a shell again."""
     return shlex.join(["cpdebug", *sys.argv[1:]])
 
 
@@ -161,7 +168,7 @@ class Steps:
             self._progress.remove_task(self._builds.popitem()[1])
 
     def on_event(self, event: Mapping[str, Any]) -> None:
-        """How far TensorRT's build is, where its version tells: a bar a phase."""
+        """Show the progress of TensorRT's build, where its version tells: a bar a phase."""
         if event["event"] != "progress":
             return
         phase, done, total = event["phase"], event["done"], event["steps"]

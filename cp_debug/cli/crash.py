@@ -1,4 +1,4 @@
-"""What the command line says of an error that nobody expected, and the log that it leaves."""
+"""Message and log of an error that nobody expected."""
 
 from __future__ import annotations
 
@@ -13,31 +13,34 @@ import traceback
 from pathlib import Path
 
 EXIT_CODE = 70
-"""None of those that a comparison ends with (0 to 3): EX_SOFTWARE of sysexits.h."""
+"""Exit code other than those of a comparison (0 to 3): EX_SOFTWARE of sysexits.h."""
 REPORT = "https://github.com/cpdebug/cpdebug/issues"
 KEPT = 20
-"""Logs of this many errors are kept; older ones are removed."""
+"""Number of logs that are kept; older ones are removed."""
 SHOWN = 300
-"""Characters of the error's own text that the message quotes; the log has all."""
+"""Number of characters of the error's own text that the message quotes; the log has all."""
 PACKAGES = ("cpdebug", "torch", "numpy", "onnx", "onnxruntime", "onnxscript", "tensorrt", "typer", "rich")
 
 
 def told(error: BaseException) -> str:
-    """Write the log, and return what the user reads: what happened, where the log lies, what to send."""
+    """Write the log, and return the message for the user: what happened, where the log lies, what to send."""
     text = " ".join(str(error).split())
-    shown = "".join(c if c.isprintable() else "?" for c in text[:SHOWN]) + ("…" if len(text) > SHOWN else "")
-    what = f"{type(error).__name__}: {shown}" if shown else type(error).__name__
+    excerpt = "".join(c if c.isprintable() else "?" for c in text[:SHOWN]) + ("…" if len(text) > SHOWN else "")
+    summary = f"{type(error).__name__}: {excerpt}" if excerpt else type(error).__name__
     try:
         where = str(write_log(error))
         send = f"please send that file, and the model if you may, to {REPORT}"
     except OSError as failure:
         where = f"could not be written ({failure.strerror or failure})"
         send = f"please send the command and the versions of `cpdebug doctor` to {REPORT}"
-    return f"an unexpected error, so nothing was decided: {what}\nlog: {where}\n{send}"
+    return f"an unexpected error, so nothing was decided: {summary}\nlog: {where}\n{send}"
 
 
 def write_log(error: BaseException) -> Path:
-    """The log of an error: when, the command, versions and the traceback. Raises OSError where none can be written."""
+    """Write the log of an error: time, command, versions and traceback; return its path.
+
+    Raises OSError where none can be written.
+    """
     folder = log_folder()
     folder.mkdir(parents=True, exist_ok=True)
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -58,13 +61,16 @@ def write_log(error: BaseException) -> Path:
 
 
 def log_folder() -> Path:
-    """``cpdebug`` in the user's folder for state (XDG), or in the one for temporary files where that is read-only."""
+    """Folder of the logs: ``cpdebug`` in the user's folder for state (XDG).
+
+    It is in the folder for temporary files where that one is read-only.
+    """
     state = os.environ.get("XDG_STATE_HOME")
     try:
         folder = Path(state) if state and Path(state).is_absolute() else Path.home() / ".local" / "state"
     except RuntimeError:  # no home
         return Path(tempfile.gettempdir()) / "cpdebug"
-    existing = next(each for each in (folder, *folder.parents) if each.exists())
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     return (folder if os.access(existing, os.W_OK) else Path(tempfile.gettempdir())) / "cpdebug"
 
 

@@ -1,4 +1,4 @@
-"""``cpdebug demo``: a fault that is known, and the tool finding it."""
+"""``cpdebug demo``: a known fault, and the tool finding it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from cp_debug.cli.typed import refuse
 from cp_debug.errors import InputError
 
 if TYPE_CHECKING:
-    from rich.table import Table
     from rich.text import Text
 
     from cp_debug.bisect.faults.base import Seeded
     from cp_debug.bisect.result import TestResult
+    from cp_debug.reports.sheet import Sheet
 
 
 def demo(
@@ -28,10 +28,11 @@ def demo(
     from cp_debug.bisect.engine import bisect
     from cp_debug.bisect.faults.catalog import FAULTS
     from cp_debug.cli.console import console, show, steps
+    from cp_debug.reports.sheet_terminal import Terminal
 
     if fault is None:
         refuse(("json",), unless=False, why="the list of faults is no result; name a FAULT")
-        console.print(catalogue())
+        console.print(Terminal(catalogue()))
         console.print("\nrun one:  cpdebug demo weight-scale")
         return
     if fault not in FAULTS:
@@ -50,16 +51,13 @@ def demo(
     raise typer.Exit(0 if result.agrees else 1)
 
 
-def catalogue() -> Table:
-    """Every fault: name, what is wrong, what one would see."""
-    from rich.table import Table
-
+def catalogue() -> Sheet:
+    """Table of all faults: name, what is wrong, what one would see."""
     from cp_debug.bisect.faults.catalog import FAULTS
+    from cp_debug.reports.sheet import Column, Sheet
 
-    table = Table("fault", "what is wrong", "in the field", box=None, header_style="bold", pad_edge=False)
-    for name, fault in FAULTS.items():
-        table.add_row(name, fault.summary, fault.symptom)
-    return table
+    rows = [(name, fault.summary, fault.symptom) for name, fault in FAULTS.items()]
+    return Sheet((Column("fault", "name"), Column("what is wrong"), Column("in the field")), rows)
 
 
 def verdict(seeded: Seeded, test: TestResult) -> Text:

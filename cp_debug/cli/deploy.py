@@ -30,9 +30,12 @@ def deploy(
     from cp_debug.deploy.runner import deploy as run
     from cp_debug.deploy.stages import Deployment, named_config
     from cp_debug.reports.deployment import stage_table, write_summary
+    from cp_debug.reports.sheet_terminal import Terminal
 
     settings = override(named_config(config, model), {"tensorrt.python": trt_python})
-    engines = settings.export.mode in ("trt", "both") or any("trt" in each.test for each in settings.scenarios())
+    engines = settings.export.mode in ("trt", "both") or any(
+        "trt" in scenario.test for scenario in settings.scenarios()
+    )
     refuse(("trt_python",), unless=engines, why=f"{config} builds no engine")
     with steps() as on_step:
         records = run(Deployment(settings, str(config), on_step, on_event=on_step.on_event), fresh=fresh)
@@ -41,5 +44,5 @@ def deploy(
     write_summary(records, f"{settings.model}, {config.name}", command_line(), page)
     verdict = Text(f"{'✓' if passed else '✗'} {page}", style="green" if passed else "bold red")
     document = {"passed": passed, "stages": {record.name: record.document for record in records}}
-    show_document([stage_table(records), verdict], document, json)
+    show_document([Terminal(stage_table(records)), verdict], document, json)
     raise typer.Exit(0 if passed else 1)

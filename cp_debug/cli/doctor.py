@@ -1,4 +1,4 @@
-"""``cpdebug doctor``: what is installed, on which devices, and every setting that can change a number."""
+"""``cpdebug doctor``: installed packages, devices, and every setting that can change a number."""
 
 from __future__ import annotations
 
@@ -12,35 +12,33 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Machine-readable, 
     from dataclasses import asdict
     from json import dumps
 
-    from rich.table import Table
     from rich.text import Text
 
     from cp_debug.cli.console import console
     from cp_debug.reports.environment import examine
+    from cp_debug.reports.sheet import Cell, Column, Sheet
+    from cp_debug.reports.sheet_terminal import Terminal
 
-    found = examine()
+    report = examine()
     if json:
-        print(dumps(asdict(found), indent=1))
+        print(dumps(asdict(report), indent=1))
         return
-    versions = Table(box=None, header_style="bold", pad_edge=False)
-    for header in ("package", "version", ""):
-        versions.add_column(header, overflow="fold")
-    for package in found.packages:
-        versions.add_row(package.name, package.version or Text("missing", "yellow"), Text(package.hint, "dim"))
-    console.print(versions)
+    packages = [
+        (each.name, each.version or Cell("missing", "note"), Cell(each.hint, "quiet")) for each in report.packages
+    ]
+    console.print(Terminal(Sheet((Column("package", "mark"), Column("version", "mark"), Column("")), packages)))
     console.print()
-    settings = Table(box=None, header_style="bold", pad_edge=False)
-    for header in ("setting", "here", "in a run", ""):
-        settings.add_column(header, overflow="fold")  # nothing is cut where the terminal is narrow
-    for setting in found.settings:
-        safe = Text("✓", "green") if setting.safe else Text("✗", "yellow")
-        settings.add_row(setting.name, setting.value, setting.in_a_run, safe)
-    console.print(settings)
-    for setting in found.settings:  # lines of their own, to be copied
+    settings = [
+        (each.name, each.value, each.in_a_run, Cell("✓", "good") if each.safe else Cell("✗", "note"))
+        for each in report.settings
+    ]
+    columns = (Column("setting"), Column("here"), Column("in a run"), Column("", "mark"))  # nothing is cut
+    console.print(Terminal(Sheet(columns, settings)))
+    for setting in report.settings:  # lines of their own, to be copied
         if not setting.safe:
             console.print(Text(f"✗ {setting.name}: {setting.advice}", "yellow"), soft_wrap=True)
     console.print()
-    for line in found.devices:
+    for line in report.devices:
         console.print(Text(line))
-    for warning in found.warnings:
+    for warning in report.warnings:
         console.print(Text(f"warning: {warning}", "bold yellow"))

@@ -28,7 +28,7 @@ def evaluate(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Weights: .pt, .safetensors, or what `cpdebug quantize` wrote.")
     ] = None,
-    data_root: Annotated[Path | None, typer.Option(help="What the paths in the info file are relative to.")] = None,
+    data_root: Annotated[Path | None, typer.Option(help="Folder that paths in the info file are relative to.")] = None,
     sweeps: Annotated[int, typer.Option(min=0, max=MOST, help="Earlier sweeps to merge, at most.")] = 9,
     skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Leave out samples without a cloud.")] = False,
     ranges: Annotated[
@@ -36,7 +36,7 @@ def evaluate(
     ] = "model",
     min_points: Annotated[int, typer.Option(min=0, max=MOST, help="Points that an object must have to count.")] = 1,
     draws: Annotated[int, typer.Option(min=0, max=MOST, help="Bootstrap draws for the intervals.")] = 1000,
-    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Of the bootstrap; first synthetic scene.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of the bootstrap; first synthetic scene.")] = 0,
     max_drop: Annotated[float, typer.Option(min=0, help="mAP that a backend may lose.")] = 0.01,
     exporter: Annotated[Exporter, typer.Option(help="For torch models.")] = Exporter.auto,
     unfolded: Annotated[bool, typer.Option("--unfolded", help="Keep BatchNorm apart.")] = False,
@@ -84,15 +84,19 @@ def evaluate(
 
     def quantize(programs: list[Program], folder: Path) -> tuple[list[Program], str]:
         how = int8.chosen
-        own = data is not None and how.data is None
-        clouds = islice(iterate(opened), how.samples) if own else calibration_samples(detector, how.data, how.samples)
+        uses_own_data = data is not None and how.data is None
+        clouds = (
+            islice(iterate(opened), how.samples)
+            if uses_own_data
+            else calibration_samples(detector, how.data, how.samples)
+        )
         return quantize_programs(detector, programs, folder, clouds, parts=quantized, calibration=how)
 
     with steps() as on_step:
-        made = tensorrt.make(specs, engines.options, on_step)
+        opened_backends = tensorrt.make(specs, engines.options, on_step)
         result = run(
             detector,
-            made,
+            opened_backends,
             opened,
             options,
             exporter=exporter.chosen,

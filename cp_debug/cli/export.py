@@ -20,7 +20,7 @@ def export(
         Exporter.auto
     ),
     unfolded: Annotated[bool, typer.Option("--unfolded", help="Keep BatchNorm and constants apart.")] = False,
-    simplify: Annotated[bool, typer.Option("--simplify", help="Run onnxscript's optimiser over the graph.")] = False,
+    simplify: Annotated[bool, typer.Option("--simplify", help="Run onnxscript's optimizer over the graph.")] = False,
     rot_y_axis_reference: Annotated[
         bool, typer.Option("--rot-y-axis-reference", help="CenterPoint: yaw from the y axis, as Autoware reads it.")
     ] = False,

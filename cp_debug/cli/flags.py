@@ -1,4 +1,4 @@
-"""Flags that several commands share, declared once: as the fields of a dataclass."""
+"""Flags that several commands share, declared once as the fields of a dataclass."""
 
 from __future__ import annotations
 
@@ -9,28 +9,31 @@ from functools import wraps
 from typing import Any, get_type_hints
 
 MOST = 100_000
-"""The largest count that a flag takes: of samples, passes, draws. What is larger is a slip, and would never end."""
+"""Largest count that a flag takes (samples, passes, draws): a larger one is a slip, and would never end."""
 LAST_SEED = (1 << 32) - 1
 
 Command = Callable[..., None]
 
 
 def grouped(command: Command) -> Command:
-    """The command as Typer shall see it: instead of a parameter that is a dataclass, a flag for each of its fields."""
+    """The command with a flag for each field of every parameter that is a dataclass, as Typer needs it."""
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
 
     @wraps(command)
     def ungrouped(**given: Any) -> None:
-        made = {name: group(**{f.name: given.pop(f.name) for f in fields(group)}) for name, group in groups.items()}
-        command(**given, **made)
+        arguments = {
+            name: group(**{f.name: given.pop(f.name) for f in fields(group)}) for name, group in groups.items()
+        }
+        command(**given, **arguments)
 
     parameters = []
     for name, parameter in inspect.signature(command).parameters.items():
         if name in groups:
-            own = get_type_hints(groups[name], include_extras=True)
+            field_types = get_type_hints(groups[name], include_extras=True)
             parameters += [
-                parameter.replace(name=f.name, default=f.default, annotation=own[f.name]) for f in fields(groups[name])
+                parameter.replace(name=f.name, default=f.default, annotation=field_types[f.name])
+                for f in fields(groups[name])
             ]
         else:
             parameters.append(parameter.replace(annotation=hints[name]))

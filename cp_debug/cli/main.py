@@ -1,7 +1,7 @@
 """The command line: one file a command, errors in words.
 
 Exit codes: 0 agree, 1 divergence found, 2 bad usage or input, 3 backend unavailable, 70 an unexpected error, 130
-interrupted, 141 whoever reads the output has gone.
+interrupted, 141 when the reader of the output has gone.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from cp_debug.cli.typed import INTERRUPTED, Command
 from cp_debug.errors import CpdebugError, InputError, system_reason
 
 ENDED = 143
-"""Exit code after SIGTERM, as shells have it."""
+"""Exit code after SIGTERM, as in shells."""
 
 app = typer.Typer(
     name="cpdebug",

@@ -30,7 +30,7 @@ def ptq(
     cache: Annotated[
         Path | None, typer.Option(help="Scales of an earlier run (its folder, or a file) instead of calibrating.")
     ] = None,
-    opset: Annotated[int, typer.Option(min=13, max=100, help="Of the ONNX files; TensorRT 8 reads up to 17.")] = 17,
+    opset: Annotated[int, typer.Option(min=13, max=100, help="Opset of the files; TensorRT 8 reads up to 17.")] = 17,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
 ) -> None:
     """Fold BatchNorm, calibrate, and write checkpoint, calibration caches and ONNX files with Q/DQ pairs.
@@ -48,7 +48,7 @@ def ptq(
 
     refuse(("method", "batches"), unless=cache is None, why="the scales are those of --cache")
     if checkpoint and is_quantized_checkpoint(checkpoint):
-        raise InputError(f"--checkpoint: {checkpoint} is quantised already; expected weights in FP32")
+        raise InputError(f"--checkpoint: {checkpoint} is quantized already; expected weights in FP32")
     with steps() as on_step:
         loaded = load_model(model, checkpoint=checkpoint)
         first = First(MEASURED)

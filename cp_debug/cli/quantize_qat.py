@@ -1,4 +1,4 @@
-"""``cpdebug quantize qat``: fine-tune a quantised model."""
+"""``cpdebug quantize qat``: fine-tune a quantized model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cp_debug.cli.typed import refuse
 
 
 class Criterion(str, Enum):
-    """What tells when to stop."""
+    """Figure that decides when to stop."""
 
     loss = "loss"
     map = "map"
@@ -26,27 +26,29 @@ def qat(
     start: Annotated[Path, typer.Option("--from", help="Checkpoint of `quantize ptq`.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The fine-tuned checkpoint.")],
     data: Annotated[
-        Path | None, typer.Option(help="To train on: an info file (.pkl); else synthetic training scenes.")
+        Path | None, typer.Option(help="Training data: an info file (.pkl); else synthetic training scenes.")
     ] = None,
     scenes: Annotated[int, typer.Option(min=1, max=MOST, help="Training scenes, at most.")] = 400,
     val_data: Annotated[
         Path | None, typer.Option(help="Held out: an info file (.pkl); else held-out synthetic scenes.")
     ] = None,
     val_scenes: Annotated[int, typer.Option(min=1, max=MOST, help="Held-out scenes, at most.")] = 12,
-    data_root: Annotated[Path | None, typer.Option(help="What the paths in the info files are relative to.")] = None,
+    data_root: Annotated[Path | None, typer.Option(help="Folder that paths in the info files are relative to.")] = None,
     epochs: Annotated[
         int | None, typer.Option(min=1, max=MOST, help="Passes over the training scenes; else --steps.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, max=MOST, help="Optimiser steps, at most.")] = 300,
+    steps: Annotated[int, typer.Option(min=1, max=MOST, help="Optimizer steps, at most.")] = 300,
     batch: Annotated[int, typer.Option(min=1, max=MOST, help="Scenes a step.")] = 2,
     lr: Annotated[float, typer.Option(help="Learning rate of Adam, which falls to 0.")] = 5e-4,
     interval: Annotated[int, typer.Option(min=1, max=MOST, help="Steps between validations.")] = 50,
     patience: Annotated[
         int, typer.Option(min=1, max=MOST, help="Validations without a better one, after which it ends.")
     ] = 4,
-    early_stop: Annotated[Criterion, typer.Option(help="What is validated on the held-out scenes.")] = Criterion.loss,
+    early_stop: Annotated[
+        Criterion, typer.Option(help="Figure on the held-out scenes that ends training.")
+    ] = Criterion.loss,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from OUTPUT.state, with the same options.")] = False,
-    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Of order and augmentation.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of order and augmentation.")] = 0,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
 ) -> None:
     """Fine-tune from the PTQ checkpoint: BatchNorm frozen, scales as calibrated, the best weights kept.

@@ -1,4 +1,4 @@
-"""``cpdebug quantize sensitivity``: which layers suffer from INT8, and which to leave in FP32?"""
+"""``cpdebug quantize sensitivity``: layers that suffer from INT8, and those to leave in FP32."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def sensitivity(
         list[str] | None, typer.Option(help="Layers that stay in FP32 anyway: globs; repeatable.")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="What to measure on: an info file (.pkl); else held-out synthetic scenes.")
+        Path | None, typer.Option(help="Data to measure on: an info file (.pkl); else held-out synthetic scenes.")
     ] = None,
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, max=MOST, help="At most this many samples.")] = 20,
-    data_root: Annotated[Path | None, typer.Option(help="What the paths in the info file are relative to.")] = None,
+    data_root: Annotated[Path | None, typer.Option(help="Folder that paths in the info file are relative to.")] = None,
     seed: Annotated[
-        int, typer.Option(min=0, max=LAST_SEED, help="Of made-up inputs; first synthetic scene to measure on.")
+        int, typer.Option(min=0, max=LAST_SEED, help="Seed of made-up inputs; first synthetic scene to measure on.")
     ] = 0,
     auto: Annotated[
         float | None,
@@ -54,7 +54,7 @@ def sensitivity(
     """
     from cp_debug.cli.console import command_line, show_document, steps
     from cp_debug.files import complete_file
-    from cp_debug.mixed_precision.int8_sensitivity import build_sensitivity_profile, check_budget, scored_samples
+    from cp_debug.mixed_precision.sensitivity import build_sensitivity_profile, check_budget, scored_samples
     from cp_debug.quantization.open_quantized import modules_of, open_quantized
     from cp_debug.recipes.data.base import DataOptions
     from cp_debug.recipes.registry import load_model
@@ -70,9 +70,9 @@ def sensitivity(
         opened = open_quantized(
             loaded, quantized, calib_data, batches, method=method.value, skip_layers=skip_layers or (), on_step=on_step
         )
-        source, found = scored_samples(loaded, data, samples, seed, DataOptions(data_root))
+        source, chosen_samples = scored_samples(loaded, data, samples, seed, DataOptions(data_root))
         profile = build_sensitivity_profile(
-            loaded, modules_of(opened), found, data=source, budget=auto, draws=draws, on_step=on_step
+            loaded, modules_of(opened), chosen_samples, data=source, budget=auto, draws=draws, on_step=on_step
         )
     if output:
         output.mkdir(parents=True, exist_ok=True)

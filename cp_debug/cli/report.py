@@ -10,7 +10,7 @@ import typer
 
 
 class Format(str, Enum):
-    """What to make of a result."""
+    """Formats of a report."""
 
     html = "html"
     markdown = "markdown"
@@ -37,19 +37,19 @@ def report(
     from cp_debug.reports.saved import SavedResult
 
     saved = SavedResult.open(result)
-    written = [output] if output else []
+    paths = [output] if output else []
     if kind is Format.html:
         from cp_debug.reports.page import write_page
 
-        written = [output or Path("report.html")]
-        write_page(saved, written[0])
+        paths = [output or Path("report.html")]
+        write_page(saved, paths[0])
     elif kind is Format.onnx:
         from cp_debug.reports.annotate import write_annotated
 
-        written = write_annotated(saved, output or Path("annotated" if len(saved.graphs) > 1 else "annotated.onnx"))
+        paths = write_annotated(saved, output or Path("annotated" if len(saved.graphs) > 1 else "annotated.onnx"))
     elif kind is Format.parquet:
-        written = [output or Path("layers.parquet")]
-        write_parquet(saved.result, written[0])
+        paths = [output or Path("layers.parquet")]
+        write_parquet(saved.result, paths[0])
     elif kind is Format.csv:
         write_csv(saved.result, output)
     elif kind is Format.markdown:
@@ -60,5 +60,5 @@ def report(
         from cp_debug.reports.gates import render_github, render_junit
 
         write_text(render_junit(saved) if kind is Format.junit else render_github(saved), output)
-    for path in written:
+    for path in paths:
         console.print(f"{path}: {path.stat().st_size / 1024:.0f} KiB")

@@ -1,4 +1,4 @@
-"""Where a command keeps what it made: a new folder, or, with --overwrite, that of an earlier run."""
+"""Output folders of commands: a new folder, or, with --overwrite, that of an earlier run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check_target(flag: str, folder: Path, overwrite: bool) -> None:
 def replacing(flag: str, folder: Path, overwrite: bool) -> Iterator[Path]:
     """A folder to write to, which takes the place of an earlier run's when the block succeeds; else that one stays.
 
-    A new or empty folder is given as it is. Raises InputError as ``check_target``.
+    A new or empty folder is given as it is. Raises InputError as ``check_target`` does.
     """
     check_target(flag, folder, overwrite)
     if not folder.exists() or not any(folder.iterdir()):

@@ -52,7 +52,7 @@ def search(
     *,
     engines: tensorrt.Flags,
 ) -> None:
-    """Find the smallest set of layers to keep in FP32 (of an INT8 graph: unquantised) so that a goal holds.
+    """Find the smallest set of layers to keep in FP32 (of an INT8 graph: unquantized) so that a goal holds.
 
     Exit code 1 when the goal was not reached.
     """

@@ -37,7 +37,7 @@ app = typer.Typer(
 
 
 class Axis(str, Enum):
-    """What the tasks of a sensitivity sweep are."""
+    """Axis along which a sensitivity sweep is cut into tasks."""
 
     samples = "samples"
     layers = "layers"
@@ -48,14 +48,14 @@ Models = Annotated[list[str] | None, typer.Argument(help="Recipes, .onnx files, 
 Backends = Annotated[str, typer.Option("--backends", "-b", help="Reference first, then the tests.")]
 Checkpoints = Annotated[list[Path] | None, typer.Option("--checkpoint", help="Weights; repeatable.")]
 Inputs = Annotated[Path | None, typer.Option(help="Info file (.pkl), .npz, point file, or a folder of such.")]
-Seed = Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Of made-up inputs; first synthetic scene.")]
+Seed = Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of made-up inputs; first synthetic scene.")]
 Exporters = Annotated[Exporter, typer.Option(help="For torch models; auto: what all backends read.")]
 Unfolded = Annotated[bool, typer.Option("--unfolded", help="Keep BatchNorm apart.")]
 
 
 @dataclass(frozen=True)
 class Desk:
-    """Where tasks go and reports come out: the flags that all kinds share."""
+    """Flags that all kinds of sweeps share: where tasks go and reports come out."""
 
     workers: Annotated[
         int | None,
@@ -147,7 +147,7 @@ def sweep_bisect(
     int8: calibration.Flags,
     desk: Desk,
 ) -> None:
-    """Which layers are guilty on how many samples, how their errors spread, and which samples stand out.
+    """Count on how many samples each layer is guilty; tell how errors spread, and which samples stand out.
 
     A task is one test backend on one sample. Exit code 1 when a backend disagrees on some sample, 2 when a task failed.
     """
@@ -169,7 +169,7 @@ def sweep_eval(
         Path | None, typer.Option(help="An mmdet3d info file (.pkl); else the held-out synthetic scenes.")
     ] = None,
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, max=MOST, help="At most this many samples.")] = 50,
-    data_root: Annotated[Path | None, typer.Option(help="What the paths in the info file are relative to.")] = None,
+    data_root: Annotated[Path | None, typer.Option(help="Folder that paths in the info file are relative to.")] = None,
     sweeps: Annotated[int, typer.Option(min=0, max=MOST, help="Earlier sweeps to merge, at most.")] = 9,
     skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Leave out samples without a cloud.")] = False,
     min_points: Annotated[int, typer.Option(min=0, max=MOST, help="Points that an object must have to count.")] = 1,
@@ -182,7 +182,7 @@ def sweep_eval(
     int8: calibration.Flags,
     desk: Desk,
 ) -> None:
-    """What `cpdebug eval` says, of many models at once: mAP, NDS, and in which samples boxes were lost or gained.
+    """Score many models at once as `cpdebug eval` does: mAP, NDS, and in which samples boxes were lost or gained.
 
     A task is one backend on one sample. Exit code 1 when a backend detects significantly less, 2 when a task failed.
     """
@@ -216,13 +216,13 @@ def sweep_sensitivity(
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, max=MOST, help="At most this many samples.")] = 8,
     seed: Seed = 0,
     by: Annotated[
-        Axis, typer.Option(help="What a task is: one sample and all layers, or all samples and a share of the layers.")
+        Axis, typer.Option(help="Shape of a task: one sample and all layers, or all samples and a share of the layers.")
     ] = Axis.samples,
     draws: Annotated[int, typer.Option(min=0, max=MOST, help="Bootstrap draws for the intervals, by layers.")] = 200,
     *,
     desk: Desk,
 ) -> None:
-    """Which layers suffer from INT8: how their errors spread over samples, or what `quantize sensitivity` says.
+    """Find layers that suffer from INT8: their errors over samples, or the profile of `quantize sensitivity`.
 
     Exit code 2 when a task failed.
     """
@@ -263,7 +263,7 @@ def sweep_search(
     *,
     desk: Desk,
 ) -> None:
-    """Which layers must keep their precision on how many samples. A task is one `cpdebug search` on one sample.
+    """Count on how many samples each layer must keep its precision. A task is one `cpdebug search` on one sample.
 
     Exit code 1 when the goal was not reached on some sample, 2 when a task failed.
     """

@@ -1,4 +1,4 @@
-"""The flags about TensorRT, the same for every command that runs backends."""
+"""Options about TensorRT, the same for every command that runs backends."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PANEL = "TensorRT"
 
 
 class Probes(str, Enum):
-    """What an engine is made to show."""
+    """Amount of values that an engine is made to show."""
 
     auto = "auto"
     boundaries = "boundaries"
@@ -33,7 +33,7 @@ class Probes(str, Enum):
 
 
 class Calibrator(str, Enum):
-    """How TensorRT's own calibrator finds ranges."""
+    """TensorRT's own calibrators."""
 
     entropy = "entropy"
     minmax = "minmax"
@@ -72,7 +72,7 @@ CalibrationCache = Annotated[
     Path | None,
     typer.Option(
         "--calibration-cache",
-        help="What TensorRT's calibrator found: read, or written.",
+        help="Ranges that TensorRT's calibrator found: read, or written.",
         rich_help_panel=PANEL,
     ),
 ]
@@ -91,21 +91,21 @@ Cache = Annotated[
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Build every engine anew.", rich_help_panel=PANEL)]
 BuilderLevel = Annotated[
     int | None,
-    typer.Option("--builder-level", min=0, max=5, help="Builder optimisation level.", rich_help_panel=PANEL),
+    typer.Option("--builder-level", min=0, max=5, help="Builder optimization level.", rich_help_panel=PANEL),
 ]
 BuildTimeout = Annotated[
     float | None,
     typer.Option("--build-timeout", min=1.0, help="Seconds for one build; it is stopped then.", rich_help_panel=PANEL),
 ]
 CALIBRATION_SAMPLES = 16
-"""At most so many."""
+"""Largest number of samples that TensorRT calibrates on."""
 CALIBRATED = ("trt-int8", "trt-best")
 """Backends for which TensorRT's own calibrator may find the ranges."""
 
 
 @dataclass(frozen=True)
 class Flags:
-    """Those of every command that builds engines and runs them."""
+    """Options of every command that builds engines and runs them."""
 
     trt_python: Python = None
     strongly_typed: StronglyTyped = False
@@ -121,10 +121,10 @@ class Flags:
         """Raise InputError for a flag that was typed where no backend reads it."""
         names = ", ".join(map(str, specs))
         engines = any(spec.family == "trt" for spec in specs)
-        own = [f.name for f in fields(self) if f.name != "keep_fp32"]
+        engine_flags = [f.name for f in fields(self) if f.name != "keep_fp32"]
         alone = typed(("trt_calib_data",)) and not typed(("trt_calibrator",))
         why = f"none of {names} is TensorRT" + ("; expected --trt-calibrator beside it" if alone else "")
-        refuse(own, unless=engines, why=why)
+        refuse(engine_flags, unless=engines, why=why)
         calibrated = any(spec.name in CALIBRATED for spec in specs)
         why = f"none of {names} is {' or '.join(CALIBRATED)}"
         refuse(("calibration_cache", "trt_calibrator", "trt_calib_data"), unless=calibrated, why=why)
@@ -135,7 +135,7 @@ class Flags:
 
     @property
     def options(self) -> dict[str, Any]:
-        """As fields of ``cp_debug.backends.tensorrt.options.Options``."""
+        """The options as fields of ``cp_debug.backends.tensorrt.options.Options``."""
         return {
             "python": self.trt_python,
             "strongly_typed": self.strongly_typed,
@@ -148,7 +148,7 @@ class Flags:
         }
 
     def _open_cache(self) -> EngineCache | None:
-        """Where engines are kept. Raises InputError for a folder that was named and cannot be written."""
+        """The cache of engines, or None. Raises InputError for a folder that was named and cannot be written."""
         from cp_debug.backends.tensorrt.engine_cache import EngineCache, default_folder
 
         if self.no_cache:
@@ -160,7 +160,7 @@ class Flags:
 
 @dataclass(frozen=True)
 class ProbeFlags(Flags):
-    """Those, and the ones about what an engine shows and where its types and ranges come from."""
+    """``Flags``, and options about what an engine shows and where its types and ranges come from."""
 
     probes: ProbeMode = Probes.auto
     keep_fp32: KeepFp32 = None
@@ -170,6 +170,7 @@ class ProbeFlags(Flags):
 
     @property
     def options(self) -> dict[str, Any]:
+        """The options as fields of ``cp_debug.backends.tensorrt.options.Options``."""
         return {
             **super().options,
             "probes": self.probes.value,
@@ -185,8 +186,10 @@ class ProbeFlags(Flags):
 def calibration_data(
     model: str, checkpoint: Path | None, calibrator: Calibrator | None, data: Path | None, stack: ExitStack
 ) -> dict[str, Any]:
-    """Options that let TensorRT calibrate ``model``; nothing without a calibrator. Samples are kept as long as
-    ``stack``. Raises InputError."""
+    """Options that let TensorRT calibrate ``model``; empty without a calibrator.
+
+    The samples are kept as long as ``stack``. Raises InputError for data without a calibrator, and for unusable data.
+    """
     if calibrator is None:
         if data is not None:
             raise InputError("--trt-calib-data: expected --trt-calibrator beside it, which reads them")
@@ -210,19 +213,24 @@ def keeps_fp32(spec: BackendSpec) -> bool:
 
 
 def make(specs: Sequence[BackendSpec], options: Mapping[str, Any], steps: Steps) -> list[Backend]:
-    """The backends; those on TensorRT with their options, telling ``steps`` how far a build is, and those that can with
-    the nodes that stay in FP32."""
+    """Backends for ``specs``.
+
+    Those on TensorRT get ``options`` and tell ``steps`` how far a build is; those that can keep nodes in FP32 get the
+    nodes.
+    """
     from cp_debug.backends.registry import create
 
-    given, kept = {**options, "on_event": steps.on_event}, options.get("keep_fp32", ())
-    open_cache = given.pop("cache", None)
+    engine_options, fp32_nodes = {**options, "on_event": steps.on_event}, options.get("keep_fp32", ())
+    open_cache = engine_options.pop("cache", None)
     if open_cache is not None and any(spec.family == "trt" for spec in specs):
-        given["cache"] = open_cache()
-    made = []
+        engine_options["cache"] = open_cache()
+    opened_backends = []
     for spec in specs:
-        backend: Any = create(spec, **given) if spec.family == "trt" else create(spec)
-        made.append(backend.keeping(kept) if kept and spec.family != "trt" and keeps_fp32(spec) else backend)
-    return made
+        backend: Any = create(spec, **engine_options) if spec.family == "trt" else create(spec)
+        opened_backends.append(
+            backend.keeping(fp32_nodes) if fp32_nodes and spec.family != "trt" and keeps_fp32(spec) else backend
+        )
+    return opened_backends
 
 
 def parse_profile(text: str) -> tuple[str, tuple[tuple[int, ...], ...]]:

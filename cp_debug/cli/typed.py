@@ -1,4 +1,4 @@
-"""Flags that a user typed, and the refusal of those that nothing would read."""
+"""Flags that a user typed, and the refusal of those that would do nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TYPED: ContextVar[Mapping[str, str] | None] = ContextVar("typed", default=None)
 
 
 INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
+"""Exit code after Ctrl-C, as in shells."""
 
 
 class Command(TyperCommand):
@@ -26,6 +26,7 @@ class Command(TyperCommand):
     """
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        """Run the command, with its typed flags remembered meanwhile."""
         token = _TYPED.set(_spelled(self, ctx))
         try:
             return super().invoke(ctx)
@@ -40,9 +41,9 @@ class Command(TyperCommand):
 
 
 def typed(parameters: Iterable[str]) -> list[str]:
-    """The flags, as they are spelled, of those of ``parameters`` that were typed; none outside of a command line."""
-    known = _TYPED.get() or {}
-    return [known[name] for name in parameters if name in known]
+    """Flags among ``parameters`` that were typed, as they are spelled; none outside of a command line."""
+    spelled = _TYPED.get() or {}
+    return [spelled[name] for name in parameters if name in spelled]
 
 
 def refuse(parameters: Iterable[str], *, unless: bool, why: str) -> None:

@@ -60,7 +60,7 @@ def verify(
 
     with TemporaryDirectory(prefix="cpdebug-") as scratch, steps() as on_step:
         config, source = configured(model, recipe, Path(scratch))
-        given = {
+        overrides = {
             "checkpoint": checkpoint,
             "data.path": inputs,
             "data.first": seed,
@@ -70,8 +70,10 @@ def verify(
             "verify.max_abs": max_abs,
             "verify.scenarios": parse_scenarios(scenario) if scenario else None,
         }
-        config = override(config, given)
-        specs = [spec for each in config.scenarios() for spec in (each.reference, each.test)]
+        config = override(config, overrides)
+        specs = [
+            spec for scenario_config in config.scenarios() for spec in (scenario_config.reference, scenario_config.test)
+        ]
         why = f"none of {', '.join(dict.fromkeys(specs))} is TensorRT"
         refuse(("trt_python",), unless=any(spec.startswith("trt") for spec in specs), why=why)
         refuse(("recipe",), unless=config.model != model, why=f"{source} is a model, not a configuration")
@@ -84,29 +86,29 @@ def verify(
 
 
 def parse_scenarios(texts: Sequence[str]) -> list[ScenarioConfig]:
-    """``torch@cpu,ort@cpu`` → a reference and a test. Raises InputError."""
+    """Parse ``torch@cpu,ort@cpu`` texts as references and tests. Raises InputError for a text that is none."""
     from cp_debug.backends.spec import parse_backends
     from cp_debug.deploy.schema import ScenarioConfig
     from cp_debug.errors import InputError
 
-    found = []
+    scenarios = []
     for text in texts:
         if (count := sum(bool(part.strip()) for part in text.split(","))) != 2:
             raise InputError(f"--scenario: {text!r} names {count} backend(s); expected REFERENCE,TEST")
         reference, test = parse_backends(text)
-        found.append(ScenarioConfig(reference=str(reference), test=str(test)))
-    return found
+        scenarios.append(ScenarioConfig(reference=str(reference), test=str(test)))
+    return scenarios
 
 
 def parse_tolerances(texts: Sequence[str]) -> dict[str, float]:
-    """``heatmap=1e-3`` → name and limit. Raises InputError."""
+    """Parse ``heatmap=1e-3`` texts as name → limit. Raises InputError for a text that is none."""
     from cp_debug.errors import InputError
 
-    found = {}
+    limits = {}
     for text in texts:
         name, _, value = text.partition("=")
         try:
-            found[name] = float(value)
+            limits[name] = float(value)
         except ValueError:
             raise InputError(f"--tolerance: {text!r}; expected NAME=NUMBER, such as heatmap=1e-3") from None
-    return found
+    return limits

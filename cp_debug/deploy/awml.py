@@ -1,7 +1,7 @@
 """AWML's ``deploy_config.py``, old and new forms, as this project's configuration.
 
 The keys are those of ``deployment/configs/schema.py`` in tier4/AWML, and of the earlier files with ``model_io`` and
-``backend_config``. What a file says about tensors of another pipeline (``voxels``, ``num_points``) is left alone.
+``backend_config``. Entries about tensors of another pipeline (``voxels``, ``num_points``) are left alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cp_debug.errors import InputError
 
 Framework = Literal["pytorch", "onnx", "tensorrt"]
 ALL = 1 << 31
-"""Samples, where AWML says -1."""
+"""Number of samples where AWML says -1."""
 BACKENDS = {"pytorch": "torch", "onnx": "ort"}
 
 
@@ -136,9 +136,11 @@ class _Verification(Section):
 
 
 class _Quantization(Section):
-    """What AWML quantises, by today's ``keep_fp16`` or by parts as before; ``mode`` says how the checkpoint came about.
-    CenterPoint's SECOND has no residual sums and no linear layers, so ``quant_add``, ``quant_linear_backbone`` and
-    ``disable_recipes`` change nothing here."""
+    """AWML's quantization settings: today's ``keep_fp16``, or parts of the model as before.
+
+    ``mode`` tells the checkpoint's origin. CenterPoint's SECOND has no residual sums and no linear layers, so
+    ``quant_add``, ``quant_linear_backbone`` and ``disable_recipes`` change nothing here.
+    """
 
     enabled: bool = False
     mode: Literal["ptq", "qat"] = "ptq"
@@ -157,7 +159,7 @@ class _Quantization(Section):
     disable_recipes: list[str] = Field(default=[])
 
     def skipped(self) -> list[str]:
-        """Module paths that stay unquantised."""
+        """Module paths that stay unquantized."""
         parts = {
             "pts_voxel_encoder": self.quant_voxel_encoder,
             "pts_backbone": self.quant_backbone,
@@ -166,7 +168,7 @@ class _Quantization(Section):
         }
         stages = sorted({*range(self.skip_backbone_first_stages), *self.skip_backbone_stages})
         return [
-            *(path for path, quantised in parts.items() if not quantised),
+            *(path for path, quantized in parts.items() if not quantized),
             *(f"pts_backbone.blocks.{stage}" for stage in stages),
             *self.sensitive_layers,
             *self.keep_fp16,
@@ -174,8 +176,11 @@ class _Quantization(Section):
 
 
 class AwmlConfig(Section):
-    """A whole file. ``model_io`` describes the pipeline that AWML had before components, ``model_cfg`` the model in
-    mmdet3d's terms; both are not used: the command line names the model."""
+    """A whole file of AWML.
+
+    ``model_io`` describes the pipeline that AWML had before components, ``model_cfg`` the model in mmdet3d's terms;
+    both are not used: the command line names the model.
+    """
 
     task_type: Literal["detection3d"] = "detection3d"
     checkpoint_path: str | None = None
@@ -266,14 +271,16 @@ def _document(awml: AwmlConfig, path: Path) -> dict[str, Any]:
 
 
 def _components(awml: AwmlConfig) -> dict[str, Any]:
-    """By the component's own name; profiles may stand with the component or, all together, with the backend."""
-    together = {
-        name: shapes for each in awml.backend_config.model_inputs or () for name, shapes in each.input_shapes.items()
+    """Component's own name → its entry; profiles may stand with the component or, all together, with the backend."""
+    shared_profiles = {
+        name: shapes
+        for model_input in awml.backend_config.model_inputs or ()
+        for name, shapes in model_input.input_shapes.items()
     }
-    found = {}
+    documents = {}
     for key, component in (awml.components or awml.onnx_config.components).items():
-        profiles = component.tensorrt_profile or together
-        found[component.name or key] = {
+        profiles = component.tensorrt_profile or shared_profiles
+        documents[component.name or key] = {
             "onnx_file": component.onnx_file,
             "engine_file": component.engine_file,
             "inputs": component.io and [t.name for t in component.io.inputs],
@@ -281,4 +288,4 @@ def _components(awml: AwmlConfig) -> dict[str, Any]:
             "dynamic_axes": component.io and component.io.dynamic_axes,
             "profile": {n: {"min": s.min_shape, "opt": s.opt_shape, "max": s.max_shape} for n, s in profiles.items()},
         }
-    return found
+    return documents

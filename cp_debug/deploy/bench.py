@@ -6,37 +6,36 @@ import ctypes
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import box
-from rich.table import Table
 
 from cp_debug.backends.base import Backend, Program, RunRecord, Session
 from cp_debug.backends.capabilities import timer_of as own_timer
 from cp_debug.programs.pipeline import Pipeline
+from cp_debug.programs.walk import Walk
 from cp_debug.recipes.base import Arrays, Model, Sample
 
 OnStep = Callable[[str, int, int], None]
 Timer = Callable[[Arrays], tuple[Arrays, float]]
-"""Inputs of a component → its outputs, and seconds."""
+"""Runs a component: inputs by name → outputs by name, and seconds."""
 WHOLE = "whole"
-"""The row of a complete pass, from the sample to its decoded result."""
+"""Name of the row for a complete pass, from the sample to its decoded result."""
 
 
 @dataclass
 class Latency:
-    """Seconds of one part in every pass."""
+    """Seconds that one part took in every pass."""
 
     part: str
     seconds: list[float] = field(default_factory=list)
 
     def figures(self) -> dict[str, float]:
-        """In milliseconds."""
+        """Mean and percentiles in milliseconds."""
         ms = np.array(self.seconds) * 1e3
         return {"mean": float(ms.mean()), **{f"p{q}": float(np.percentile(ms, q)) for q in (50, 95, 99)}}
 
@@ -48,7 +47,7 @@ class BackendBench:
     backend: RunRecord
     parts: list[Latency]
     memory_mib: float
-    """See ``Memory``; engines in a process of their own are not counted."""
+    """Peak as ``Memory`` measures it; engines in a process of their own are not counted."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe, latencies in ms."""
@@ -72,7 +71,7 @@ def bench(
     A part ends when its results are in host memory, so the device has finished. A session in another process
     (TensorRT) times the engine there instead, without the transfer between processes.
     """
-    found = []
+    benches = []
     for place, backend in enumerate(backends):
         on_step(f"timing {backend.spec}", place, len(backends))
         memory = Memory(backend.device)
@@ -86,20 +85,20 @@ def bench(
                 seconds[WHOLE] = sum(seconds.values())
                 for part, value in seconds.items():
                     timed.setdefault(part, Latency(part)).seconds.append(value)
-            found.append(BackendBench(pipeline.record(), list(timed.values()), memory.peak_mib()))
-    return found
+            benches.append(BackendBench(pipeline.record(), list(timed.values()), memory.peak_mib()))
+    return benches
 
 
 def timer_of(session: Session, passes: int) -> Timer:
-    """Runs a component and takes its time; ``passes`` is how often that will be asked."""
-    own = own_timer(session)
+    """A function that runs a component and takes its time; it will be called ``passes`` times."""
+    session_timer = own_timer(session)
 
     def here(inputs: Arrays) -> tuple[Arrays, float]:
         start = time.perf_counter()
         outputs = session.run(inputs)
         return outputs, time.perf_counter() - start
 
-    if own is None:
+    if session_timer is None:
         return here
     outputs: dict[str, np.ndarray] = {}
     seconds: list[float] = []
@@ -107,7 +106,7 @@ def timer_of(session: Session, passes: int) -> Timer:
     def elsewhere(inputs: Arrays) -> tuple[Arrays, float]:
         if not outputs:  # the same in every pass
             outputs.update(session.run(inputs))
-            seconds.extend(own(inputs, passes))
+            seconds.extend(session_timer(inputs, passes))
         return outputs, seconds.pop()
 
     return elsewhere
@@ -116,21 +115,21 @@ def timer_of(session: Session, passes: int) -> Timer:
 def _one_pass(model: Model, timers: Mapping[str, Timer], sample: Sample) -> dict[str, float]:
     """Seconds of every part in one pass."""
     seconds: dict[str, float] = {}
-    results: dict[str, Arrays] = {}
     fresh = Sample(sample.arrays, sample.source)  # recipes keep what they made of a sample that they know
-    for component in model.components:
+    way = Walk(model, fresh)
+    for step in way:
         start = time.perf_counter()
-        inputs = model.feed(component, fresh, results)
-        seconds[f"before {component.name}"] = time.perf_counter() - start
-        results[component.name], seconds[component.name] = timers[component.name](inputs)
+        inputs = step.inputs
+        seconds[f"before {step.name}"] = time.perf_counter() - start
+        step.outputs, seconds[step.name] = timers[step.name](inputs)
     start = time.perf_counter()
-    model.decode(fresh, results)
+    model.decode(fresh, way.results)
     seconds["decode"] = time.perf_counter() - start
     return seconds
 
 
 class Memory:
-    """The peak of memory from now on, beyond what is held now."""
+    """Peak of memory from now on, beyond what is in use now."""
 
     def __init__(self, device: str) -> None:
         import torch
@@ -146,7 +145,7 @@ class Memory:
         self._before = _peak_bytes()
 
     def peak_mib(self) -> float:
-        """In MiB: on CUDA what torch allocated there, else of the process."""
+        """The peak in MiB: what torch allocated on CUDA, else what the process took."""
         if self._cuda is not None:
             import torch
 
@@ -161,25 +160,3 @@ def _peak_bytes() -> int:
         return int(line.split()[1]) * 1024
     except (OSError, StopIteration):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def latency_table(results: Sequence[BackendBench], title: str) -> Table:
-    """All backends in one table, a block each."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for index, header in enumerate(("backend", "part", "mean ms", "p50", "p95", "p99", "× reference", "memory MiB")):
-        table.add_column(header, justify="right" if index > 1 else "left", no_wrap=True)
-    reference = {latency.part: latency.figures()["mean"] for latency in results[0].parts}
-    for result in results:
-        for cells, last in _rows(result, reference):
-            table.add_row(*cells, style="bold" if last else None, end_section=last)
-    return table
-
-
-def _rows(result: BackendBench, reference: Mapping[str, float]) -> Iterator[tuple[list[str], bool]]:
-    name = f"{result.backend.spec} (emulated)" if result.backend.emulated else result.backend.spec
-    for place, latency in enumerate(result.parts):
-        figures, last = latency.figures(), latency.part == WHOLE
-        ratio = f"{figures['mean'] / reference[latency.part]:.2f}" if reference.get(latency.part) else ""
-        numbers = [f"{value:.2f}" for value in figures.values()]
-        memory = f"{result.memory_mib:.0f}" if last else ""
-        yield ["" if place else name, latency.part, *numbers, ratio, memory], last

@@ -1,4 +1,4 @@
-"""What ``cpdebug deploy`` is told: one YAML or TOML file, or another team's configuration through a plug-in.
+"""Configuration of ``cpdebug deploy``: one YAML or TOML file, or another team's configuration through a plug-in.
 
 A plug-in of the group ``cpdebug.configs`` is a callable that takes the file's path and returns the document as the
 schema has it, or None for a file that is not its own. AWML's ``deploy_config.py`` is read by one.
@@ -28,16 +28,24 @@ _OWN = (".yaml", ".yml", ".toml")
 
 
 def load_config(path: Path) -> DeployConfig:
-    """Read ``.yaml``, ``.toml``, or what a plug-in reads.
+    """Read a configuration from ``.yaml``, ``.toml``, or a file that a plug-in reads.
 
-    Raises InputError: the file, the key and what was expected.
+    Raises InputError, which names the file, the key and what was expected.
     """
     if path.suffix in _OWN:
         return validate(DeployConfig, _document(path), path)
-    for name in plugins.names(plugins.CONFIGS):
-        if (document := plugins.load(plugins.CONFIGS, name)(path)) is not None:
+    first: InputError | None = None
+    for plugin in plugins.names(plugins.CONFIGS).values():
+        try:
+            read = plugin.load()
+            with plugin.running():
+                document = read(path)
+        except InputError as error:  # another one may know what to do with the file
+            first = first or error
+            continue
+        if document is not None:
             return validate(DeployConfig, document, path)
-    raise InputError(f"{path}: expected a .yaml, .toml or .py file")
+    raise first or InputError(f"{path}: expected a .yaml, .toml or .py file")
 
 
 def _document(path: Path) -> Any:
@@ -67,11 +75,13 @@ def _yaml(text: str) -> Any:
     return yaml.load(text, Loader)  # a SafeLoader
 
 
-def override(config: DeployConfig, given: Mapping[str, Any]) -> DeployConfig:
-    """What the command line gives (``verify.samples`` → value) over what the file says; None leaves that. Raises
-    InputError."""
+def override(config: DeployConfig, overrides: Mapping[str, Any]) -> DeployConfig:
+    """Put values of the command line (``verify.samples`` → value) over those of the file; None leaves the file's.
+
+    Raises InputError for a value that does not fit.
+    """
     document = config.model_dump()
-    for key, value in given.items():
+    for key, value in overrides.items():
         if value is not None:
             *sections, name = key.split(".")
             reduce(getitem, sections, document)[name] = value

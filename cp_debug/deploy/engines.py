@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cp_debug.backends.base import Backend, Program
+from cp_debug.backends.build_info import BuildInfo
 from cp_debug.errors import InputError
 from cp_debug.files import complete_path, file_hash, write_text
 from cp_debug.programs.pipeline import check_realised, with_kept
@@ -18,26 +19,26 @@ from cp_debug.reading import read_json, typed, within
 MANIFEST = "engines.json"
 SCHEMA = "cpdebug.engines/1"
 MACHINE = ("tensorrt", "gpu", "compute_capability")
-"""An engine runs only where these are as they were when it was built."""
+"""Facts of a machine that must be as they were when an engine was built."""
 
 
 @dataclass(frozen=True)
-class Built:
+class BuiltEngine:
     """One engine."""
 
     component: str
     file: str
     sha256: str
     onnx_sha256: str
-    """Of the graph that it was built from."""
+    """SHA-256 of the graph that it was built from."""
     seconds: float
     realised_precision: Mapping[str, float]
     """Data type → share of the layers' inputs and outputs; empty where TensorRT tells none, as for dynamic shapes."""
 
     @property
     def types(self) -> str:
-        """The same in words."""
-        return ", ".join(f"{t} {share:.0%}" for t, share in self.realised_precision.items()) or "types not build_infos"
+        """The realised precision in words, such as ``fp16 80%, fp32 20%``."""
+        return ", ".join(f"{t} {share:.0%}" for t, share in self.realised_precision.items()) or "types not told"
 
 
 def build_engines(
@@ -46,17 +47,17 @@ def build_engines(
     folder: Path,
     files: Mapping[str, str] | None = None,
     on_step: Callable[[str, int, int], None] = lambda text, done, total: None,
-) -> list[Built]:
-    """``<component>.engine`` for every program, and their manifest, which appears last.
+) -> list[BuiltEngine]:
+    """Build ``<component>.engine`` for every program, and their manifest, which appears last.
 
-    ``backend`` is a TensorRT backend with a profile for every dynamic input. Raises InputError where one is missing, a
-    node to keep in FP32 is not there, TensorRT refuses a graph, or no layer of any engine runs in the precision asked
-    for; there is no manifest then.
+    ``backend`` is a TensorRT backend with a profile for every dynamic input; ``files``: component → another file name.
+    Raises InputError where a profile is missing, a node to keep in FP32 is not there, TensorRT refuses a graph, or no
+    layer of any engine runs in the precision asked for; there is no manifest then.
     """
     backend = with_kept(backend, programs)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
-    built, build_infos = [], []
+    built, infos = [], []
     for place, program in enumerate(programs):
         on_step(f"building {program.name}", place, len(programs))
         session: Any = backend.open(program)
@@ -65,19 +66,19 @@ def build_engines(
             target = folder / (files or {}).get(program.name, f"{program.name}.engine")
             with complete_path(target) as partial:
                 shutil.copyfile(engine.path, partial)
-            settings = session.settings
+            info: BuildInfo = session.build_info
         finally:
             session.close()
-        build_infos.append(settings)
-        seconds, realised = engine.facts["seconds"], settings["realised_precision"]
-        built.append(Built(program.name, target.name, file_hash(target), program.graph.digest, seconds, realised))
-    check_realised(backend, build_infos)
+        infos.append(info)
+        seconds, realised = engine.facts["seconds"], info.realised_precision
+        built.append(BuiltEngine(program.name, target.name, file_hash(target), program.graph.digest, seconds, realised))
+    check_realised(backend, infos)
     versions = backend.versions()
     manifest = {
         "schema": SCHEMA,
         "backend": str(backend.spec),
         **{key: versions[key] for key in MACHINE},
-        "engines": [asdict(each) for each in built],
+        "engines": [asdict(engine_entry) for engine_entry in built],
     }
     write_text(json.dumps(manifest, indent=1) + "\n", folder / MANIFEST)
     return built
@@ -96,15 +97,15 @@ def check_engines(folder: Path, programs: Sequence[Program], versions: Mapping[s
     except InputError as error:
         raise InputError(f"{source} ({error})") from None
     manifest: dict[str, Any] = typed(dict[str, Any], document, source)
-    built: list[Built] = typed(list[Built], manifest.get("engines"), source)
-    engines = {each.component: each for each in built}
+    built: list[BuiltEngine] = typed(list[BuiltEngine], manifest.get("engines"), source)
+    engines = {entry.component: entry for entry in built}
     machine: dict[str, str] = typed(dict[str, str], {key: manifest.get(key) for key in MACHINE}, source)
-    for each in engines.values():
-        within(folder, each.file, str(file))
+    for entry in engines.values():
+        within(folder, entry.file, str(file))
     for key, value in machine.items():
         if value != versions[key]:
             raise InputError(f"{file}: {key} is {value!r}; here it is {versions[key]!r}: build the engines again")
-    found = {}
+    paths = {}
     for program in programs:
         engine = engines.get(program.name)
         if engine is None or not (folder / engine.file).is_file():
@@ -113,5 +114,5 @@ def check_engines(folder: Path, programs: Sequence[Program], versions: Mapping[s
             raise InputError(f"{folder / engine.file}: changed since it was built; build it again")
         if engine.onnx_sha256 != program.graph.digest:
             raise InputError(f"{folder / engine.file}: built from another graph than {program.graph.path}")
-        found[program.name] = folder / engine.file
-    return found
+        paths[program.name] = folder / engine.file
+    return paths

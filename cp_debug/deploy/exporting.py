@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import torch
 
 from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.registry import create
@@ -20,15 +19,15 @@ from cp_debug.probes.alignment import Alignment
 from cp_debug.probes.statistics import compare
 from cp_debug.programs.align import TOLERANCE, align
 from cp_debug.programs.export import export
-from cp_debug.programs.pipeline import run_module
+from cp_debug.programs.walk import Walk, example_args, run_module
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
 
 OPSET = 17
-"""TensorRT 8's parser reads ONNX up to this opset."""
+"""Newest opset that TensorRT 8's parser reads."""
 DYNAMO_OPSET = 18
-"""From this opset on torch's dynamo exporter writes every operator itself."""
+"""Oldest opset for which torch's dynamo exporter writes every operator itself."""
 _STRIDES = 8
-"""Free sizes of a canvas are divisible by a network's strides."""
+"""Divisor of a canvas's free sizes, for a network's strides."""
 
 Axes = Mapping[str, Mapping[int, str]]
 OnStep = Callable[[str, int, int], None]
@@ -36,7 +35,7 @@ OnStep = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """``exporter`` None: TorchScript below opset 18, dynamo from there."""
+    """Options of an export. ``exporter`` None: TorchScript below opset 18, dynamo from there."""
 
     opset: int = OPSET
     exporter: str | None = None
@@ -51,11 +50,11 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class Exported:
-    """A component's file, and what the check said."""
+    """A component's file and the outcome of its check."""
 
     program: Program
     sizes: tuple[str, str]
-    """The shapes of the inputs of both runs."""
+    """Shapes of the inputs of both runs."""
     error: float
     """Largest relative L2 distance of any output from the module's, over both runs."""
     checked_by: str
@@ -88,7 +87,7 @@ def export_model(
     files: Mapping[str, str] | None = None,
     on_step: OnStep = lambda text, done, total: None,
 ) -> list[Exported]:
-    """``<component>.onnx`` and its alignment manifest in ``folder``, for every component of ``model``.
+    """Write ``<component>.onnx`` and its alignment manifest into ``folder``, for every component of ``model``.
 
     ``axes`` and ``files`` replace a component's free axes and its file's name. Files of an earlier export are replaced
     once the new one agrees with the module on two inputs of different sizes. Raises InputError for a model that is ONNX
@@ -97,22 +96,21 @@ def export_model(
     modules = [component.name for component in model.components if component.module is not None]
     if len(modules) < len(model.components):
         raise InputError(f"MODEL: {model.name} is an ONNX file already; expected a model of torch modules to export")
-    results: dict[str, Arrays] = {}
     exported = []
     with complete_folder(folder) as scratch:
         backend = checker()
-        for place, component in enumerate(model.components):
-            on_step(f"exporting {component.name}", place, len(modules))
-            inputs = model.feed(component, sample, results)
-            results[component.name] = run_module(component, inputs)
+        for step in Walk(model, sample):
+            component = step.component
+            on_step(f"exporting {step.name}", step.place, len(modules))
+            step.outputs = run_module(component, step.inputs)
             free = (axes or {}).get(component.name) or component.deployed_axes or component.dynamic_axes
             target = scratch / (files or {}).get(component.name, f"{component.name}.onnx")
-            exported.append(_export(component, inputs, results[component.name], target, free, options, backend))
-    return [_moved(each, folder) for each in exported]
+            exported.append(_export(component, step.inputs, step.outputs, target, free, options, backend))
+    return [_moved(item, folder) for item in exported]
 
 
 def _moved(exported: Exported, folder: Path) -> Exported:
-    """The same, of the file where it lies now."""
+    """``exported`` with its file where it lies now, in ``folder``."""
     program = exported.program
     return replace(exported, program=replace(program, graph=Graph(folder / program.graph.path.name)))
 
@@ -126,9 +124,10 @@ def _export(
     options: ExportOptions,
     backend: Backend,
 ) -> Exported:
+    """Export, align and check one component. Raises InputError as ``export_model`` does."""
     module = component.module
     assert module is not None
-    args = tuple(torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in component.input_names)
+    args = example_args(component, inputs)
     path = export(
         module,
         args,
@@ -144,20 +143,21 @@ def _export(
     onnx.checker.check_model(path)
     graph = Graph(path)
     alignment = align(graph, module, args, prefix=component.prefix)
-    other = resized(inputs, axes)
+    second_inputs = resized(inputs, axes)
     error = max(
         _distance(backend, graph, component, inputs, outputs),
-        _distance(backend, graph, component, other, run_module(component, other)),
+        _distance(backend, graph, component, second_inputs, run_module(component, second_inputs)),
     )
     alignment.save(path.with_suffix(".alignment.json"))
     program = Program(component.name, graph, module, alignment)
-    return Exported(program, (_shapes(inputs), _shapes(other)), error, str(backend.spec))
+    return Exported(program, (_shapes(inputs), _shapes(second_inputs)), error, str(backend.spec))
 
 
 def load_exported(model: Model, folder: Path, files: Mapping[str, str] | None = None) -> list[Program]:
-    """The programs of a folder that ``export_model`` filled, or that another tool did.
+    """Open the programs of a folder that ``export_model`` filled, or that another tool did.
 
-    Raises InputError for a missing file, and for one whose inputs or outputs are not the model's.
+    ``files``: component → another file name. Raises InputError for a missing file, and for one whose inputs or outputs
+    are not the model's.
     """
     paths = {c.name: folder / (files or {}).get(c.name, f"{c.name}.onnx") for c in model.components}
     if missing := [path.name for path in paths.values() if not path.is_file()]:
@@ -167,12 +167,12 @@ def load_exported(model: Model, folder: Path, files: Mapping[str, str] | None = 
 
 def _load(component: Component, path: Path) -> Program:
     graph = Graph(path)
-    for what, found, expected in (
+    for kind, names, expected in (
         ("inputs", [v.name for v in graph.inputs], list(component.input_names)),
         ("outputs", [v.name for v in graph.outputs], list(component.output_names)),
     ):
-        if found != expected:
-            raise InputError(f"{path}: its {what} are {found}; expected those of {component.name}: {expected}")
+        if names != expected:
+            raise InputError(f"{path}: its {kind} are {names}; expected those of {component.name}: {expected}")
     manifest = path.with_suffix(".alignment.json")
     try:
         alignment = Alignment.load(manifest, graph)
@@ -182,20 +182,20 @@ def _load(component: Component, path: Path) -> Program:
 
 
 def resized(inputs: Mapping[str, np.ndarray], axes: Axes) -> dict[str, np.ndarray]:
-    """The inputs at about half the size along every free axis, of the same values; one entry becomes two."""
+    """Inputs of about half the size along every free axis, cut from the same values; a size of one becomes two."""
     sizes: dict[str, int] = {}
-    made = {}
+    arrays = {}
     for name, array in inputs.items():
         for axis, symbol in axes.get(name, {}).items():
             size = array.shape[axis]
-            wanted = sizes.setdefault(symbol, size // 2 // _STRIDES * _STRIDES or size + 1)
-            array = np.take(array, np.arange(wanted) % max(size, 1), axis) if size else array
-        made[name] = np.ascontiguousarray(array)
-    return made
+            new_size = sizes.setdefault(symbol, size // 2 // _STRIDES * _STRIDES or size + 1)
+            array = np.take(array, np.arange(new_size) % max(size, 1), axis) if size else array
+        arrays[name] = np.ascontiguousarray(array)
+    return arrays
 
 
 def checker(runtime: str = "ort", instead: str = "emu-fp32") -> Backend:
-    """ONNX Runtime, or where it is missing this project's own executor."""
+    """A backend that checks graphs: ONNX Runtime, or where it is missing this project's own executor."""
     try:
         return create(BackendSpec(runtime))
     except MissingPackage:
@@ -205,12 +205,13 @@ def checker(runtime: str = "ort", instead: str = "emu-fp32") -> Backend:
 def _distance(
     backend: Backend, graph: Graph, component: Component, inputs: Mapping[str, np.ndarray], expected: Arrays
 ) -> float:
+    """Relative L2 distance of the worst output of a graph. Raises InputError beyond ``TOLERANCE``."""
     session = backend.open(Program(component.name, graph))
     try:
-        found = session.run(inputs)
+        outputs = session.run(inputs)
     finally:
         session.close()
-    compared = {name: compare(array, found[name]) for name, array in expected.items()}
+    compared = {name: compare(array, outputs[name]) for name, array in expected.items()}
     worst, stats = max(compared.items(), key=lambda item: item[1].severity)
     if stats.shape_mismatch or not stats.rel_l2 <= TOLERANCE:
         raise InputError(

@@ -1,4 +1,4 @@
-"""What passes between the parts of a hybrid CenterPoint: voxels, scatter and decoding on torch, components anywhere.
+"""Checks between the parts of a hybrid CenterPoint: voxels, scatter and decoding on torch, components anywhere.
 
 Each hand-over is checked for shape, dtype, device and contiguity, and for the two mistakes that give numbers without an
 error: features that were not decorated as the encoder expects, and logits taken for probabilities or the reverse.
@@ -23,18 +23,18 @@ from cp_debug.recipes.centerpoint.decode import Detections
 from cp_debug.recipes.centerpoint.recipe import BACKBONE_NECK_HEAD, ENCODER, CenterPointModel
 
 MEAN_TOLERANCE = 1e-3
-"""How far the offsets to a pillar's mean may add up to something, relative to the sum of their magnitudes."""
+"""Largest sum of the offsets to a pillar's mean, relative to the sum of their magnitudes."""
 
 
 @dataclass(frozen=True)
 class Handovers:
-    """The checks of one CenterPoint. Tensors are torch's or numpy's; all raise InputError that says what to feed."""
+    """Checks of one CenterPoint's tensors, torch's or numpy's; each raises InputError that says what to feed."""
 
     config: CenterPointConfig
     device: str = "cpu"
 
     def points(self, points: AnyTensor) -> None:
-        """One cloud [M, C] float32, before voxelization."""
+        """Check one cloud [M, C] float32, before voxelization. Raises InputError."""
         columns = self.config.point_features
         feed = f"feed the raw cloud, {', '.join(columns)} of each point, as float32"
         if len(points.shape) == 2 and points.shape[1] == self.config.decorated_channels:
@@ -42,7 +42,7 @@ class Handovers:
         self._check("points", points, ("M", len(columns)), feed, dtypes=("float32",), any_layout=True)
 
     def input_features(self, features: AnyTensor, pillars: int | None = None) -> None:
-        """The encoder's input [N, P, C + 6] float32."""
+        """Check the encoder's input [N, P, C + 6] float32; ``pillars`` is N, where it is known. Raises InputError."""
         raw, decorated = len(self.config.point_features), self.config.decorated_channels
         feed = (
             f"feed decorate(voxelize(points)): {', '.join(self.config.point_features)}, then 3 offsets to the pillar's "
@@ -64,18 +64,18 @@ class Handovers:
             )
 
     def pillar_features(self, features: AnyTensor, pillars: int) -> None:
-        """The encoder's output [N, 1, C]; N pillars went in."""
+        """Check the encoder's output [N, 1, C], for N ``pillars``. Raises InputError."""
         shape = (pillars, 1, self.config.encoder_channels[-1])
         self._check("pillar_features", features, shape, "feed what the encoder gave for these very pillars")
 
     def spatial_features(self, canvas: AnyTensor, batch: int) -> None:
-        """The backbone's input [B, C, ny, nx]."""
+        """Check the backbone's input [B, C, ny, nx], for B = ``batch``. Raises InputError."""
         nx, ny, _ = self.config.grid
         feed = "feed scatter(pillar_features, coors): channels first, then y, then x"
         self._check("spatial_features", canvas, (batch, self.config.encoder_channels[-1], ny, nx), feed)
 
     def outputs(self, maps: Mapping[str, AnyTensor], batch: int) -> None:
-        """The head's maps [B, channels, H, W], heatmaps as logits."""
+        """Check the head's maps [B, channels, H, W], heatmaps as logits. Raises InputError."""
         expected = self.config.output_names
         if missing := [name for name in expected if name not in maps]:
             raise InputError(f"decode: there is no {', '.join(missing)}; feed the maps {', '.join(expected)}")
@@ -98,9 +98,10 @@ class Handovers:
         dtypes: Sequence[str] = ("float16", "bfloat16", "float32", "float64"),
         any_layout: bool = False,
     ) -> None:
-        found = list(tensor.shape)
-        if len(found) != len(shape) or any(isinstance(w, int) and n != w for n, w in zip(found, shape, strict=False)):
-            raise InputError(f"{name} has shape {found}; expected [{', '.join(map(str, shape))}]: {feed}")
+        """Raise InputError, ending with ``feed``, unless shape, dtype, device and layout of a tensor fit."""
+        actual = list(tensor.shape)
+        if len(actual) != len(shape) or any(isinstance(w, int) and n != w for n, w in zip(actual, shape, strict=False)):
+            raise InputError(f"{name} has shape {actual}; expected [{', '.join(map(str, shape))}]: {feed}")
         dtype = str(tensor.dtype).removeprefix("torch.")
         if dtype not in dtypes:
             raise InputError(f"{name} is {dtype}; expected {' or '.join(dtypes)}: {feed}")
@@ -139,7 +140,7 @@ def _range(tensor: AnyTensor) -> tuple[float, float]:
 
 
 class CheckedModel:
-    """A CenterPoint whose hand-overs are checked wherever it runs; for the rest it is the model.
+    """A CenterPoint whose hand-overs are checked wherever it runs; everything else is the model's.
 
     ``probabilities``: the head ends in a sigmoid, which decoding must undo.
     """
@@ -152,7 +153,7 @@ class CheckedModel:
         return getattr(self._model, name)
 
     def feed(self, component: Component, sample: Sample, results: Mapping[str, Arrays]) -> dict[str, np.ndarray]:
-        """As the model's. Raises InputError at the first hand-over that does not fit."""
+        """The model's ``feed``, checked. Raises InputError at the first hand-over that does not fit."""
         checks, batch = self._checks, batch_size(sample)
         if component.name == ENCODER:
             checks.points(sample.arrays["points"])
@@ -167,7 +168,7 @@ class CheckedModel:
         return inputs
 
     def decode(self, sample: Sample, results: Mapping[str, Arrays]) -> Detections | list[Detections]:
-        """As the model's, after the same checks of the head's maps."""
+        """The model's ``decode``, after a check of the head's maps. Raises InputError for maps that do not fit."""
         maps = dict(results[BACKBONE_NECK_HEAD])
         if self._probabilities:
             for name in (n for n in maps if n.rpartition(".")[2] == "heatmap"):
@@ -178,10 +179,10 @@ class CheckedModel:
 
 
 def checked(model: Model) -> Model:
-    """The model with its hand-overs checked, where this project knows what they are."""
+    """``model`` with its hand-overs checked, or ``model`` itself where this project does not know them."""
     return CheckedModel(model) if isinstance(model, CenterPointModel) else model
 
 
 def batch_size(sample: Sample) -> int:
-    """How many clouds a sample holds."""
+    """Number of clouds in a sample."""
     return len(sample.arrays.get("counts", (0,)))

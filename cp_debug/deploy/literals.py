@@ -1,6 +1,9 @@
-"""A Python file of settings, read without running it: assignments of literals, and the little arithmetic that settings
-use. Everything else is refused with its line. Files that it names in ``_base_`` are read the same way and merged as
-mmengine does (``mmengine.config.Config._merge_a_into_b``)."""
+"""A Python file of settings, read without running it.
+
+Assignments of literals are read, and the little arithmetic that settings use; everything else is refused with its line.
+Files that it names in ``_base_`` are read the same way and merged as mmengine does
+(``mmengine.config.Config._merge_a_into_b``).
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,10 @@ def read_literals(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
-    """``children``: the files that inherit from this one."""
+    """Settings of a file; ``children`` are the files that inherit from it.
+
+    Raises InputError for one that is its own heir.
+    """
     if path.resolve() in children:
         raise InputError(f"{path}: inherits from itself")
     text = read_text(path, what="configuration")
@@ -53,18 +59,21 @@ def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
         raise InputError(f"{path}: not Python ({error})") from None
     except (RecursionError, MemoryError):  # the parser says either
         raise InputError(f"{path}: nested too deep") from None
-    own = {name: value for name, value in reader.values.items() if not name.startswith("_")}
-    return merge(reader.base, own)
+    settings = {name: value for name, value in reader.values.items() if not name.startswith("_")}
+    return merge(reader.base, settings)
 
 
-def merge(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """``own`` over ``base``, dictionary by dictionary; one with ``_delete_=True`` replaces what is inherited."""
+def merge(base: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a file over those that it inherits, dictionary by dictionary.
+
+    A dictionary with ``_delete_=True`` replaces the inherited one.
+    """
     merged = dict(base)
-    for name, value in own.items():
+    for name, value in settings.items():
         if isinstance(value, dict):
             inherited = merged.get(name)
-            kept = inherited if isinstance(inherited, dict) and not value.get("_delete_", False) else {}
-            value = merge(kept, {k: v for k, v in value.items() if k != "_delete_"})
+            inherited_settings = inherited if isinstance(inherited, dict) and not value.get("_delete_", False) else {}
+            value = merge(inherited_settings, {k: v for k, v in value.items() if k != "_delete_"})
         merged[name] = value
     return merged
 
@@ -79,6 +88,7 @@ class _Reader:
         self.base: dict[str, Any] = {}
 
     def take(self, statement: ast.stmt) -> None:
+        """Execute one statement. Raises InputError for anything but an assignment to a name, or a docstring."""
         if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
             return  # a docstring
         if not (isinstance(statement, ast.Assign) and len(statement.targets) == 1):
@@ -190,14 +200,14 @@ class _Reader:
             case ast.Call(func=ast.Name(id="str"), args=[value], keywords=[]):
                 return str(self._value(value))
             case ast.Call(func=ast.Attribute(value=of, attr=name), args=args, keywords=[]) if name in _TEXT_METHODS:
-                text, given = self._value(of), [self._value(arg) for arg in args]
-                if isinstance(text, str) and all(isinstance(arg, str) for arg in given) and len(given) < 2:
-                    return getattr(text, name)(*given)
+                text, arguments = self._value(of), [self._value(arg) for arg in args]
+                if isinstance(text, str) and all(isinstance(arg, str) for arg in arguments) and len(arguments) < 2:
+                    return getattr(text, name)(*arguments)
         self._refuse(node)
 
     def _refuse(self, node: ast.AST, why: str = "") -> NoReturn:
         line = getattr(node, "lineno", 0)
-        what = ast.unparse(node).splitlines()[0]
-        shown = what if len(what) <= 60 else f"{what[:57]}..."
+        source = ast.unparse(node).splitlines()[0]
+        excerpt = source if len(source) <= 60 else f"{source[:57]}..."
         reason = why or "only literals are read from a configuration, nothing in it is executed"
-        raise InputError(f"{self._path}, line {line}: {shown!r}: {reason}")
+        raise InputError(f"{self._path}, line {line}: {excerpt!r}: {reason}")

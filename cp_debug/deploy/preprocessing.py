@@ -1,4 +1,4 @@
-"""Voxelization of both sides: the same pillars, in the same order, cut off at the same places?"""
+"""Voxelization of both sides compared: the same pillars, in the same order, cut off at the same places?"""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cp_debug.recipes.centerpoint.voxelize import Voxels, voxelize
 
 @dataclass(frozen=True)
 class VoxelChange:
-    """From the reference's pillars to the test's, of one cloud."""
+    """Changes from the reference's pillars to the test's, for one cloud."""
 
     reference: int
     """Pillars of the reference."""
@@ -29,7 +29,7 @@ class VoxelChange:
     changed: int
     """Pillars of both sides that hold other points, or the same in another order."""
     max_abs: float
-    """Largest difference of a kept point's value, infinite where NaN meets a number; 0 where no pillar of both sides
+    """Largest difference of a point's value, infinite where NaN meets a number; 0 where no pillar of both sides
     changed."""
     dropped_points: tuple[int, int]
     """Points in range that each side left out, as its pillar was full or one too many."""
@@ -44,31 +44,31 @@ class VoxelChange:
         dropped = f"{ours} points dropped" if ours == theirs else f"{ours} and {theirs} points dropped"
         if self.agrees:
             return f"{self.reference} pillars, equal in order and content; {dropped}"
-        said = [f"{self.reference} pillars against {self.test}"]
-        said += [f"{self.lost} lost"] * bool(self.lost) + [f"{self.gained} gained"] * bool(self.gained)
-        said += [f"{self.reordered} in another order"] * bool(self.reordered)
-        said += [f"{self.changed} with other points (up to {self.max_abs:.3g})"] * bool(self.changed)
-        return f"{', '.join(said)}; {dropped}"
+        phrases = [f"{self.reference} pillars against {self.test}"]
+        phrases += [f"{self.lost} lost"] * bool(self.lost) + [f"{self.gained} gained"] * bool(self.gained)
+        phrases += [f"{self.reordered} in another order"] * bool(self.reordered)
+        phrases += [f"{self.changed} with other points (up to {self.max_abs:.3g})"] * bool(self.changed)
+        return f"{', '.join(phrases)}; {dropped}"
 
 
 def compare_voxels(reference: Voxels, test: Voxels, points: np.ndarray, config: CenterPointConfig) -> VoxelChange:
     """Compare the pillars of one cloud ``points`` [M, C], as two implementations made them."""
     ours, theirs = _cells(reference, config), _cells(test, config)
-    common, mine, its = np.intersect1d(ours, theirs, return_indices=True)
-    a, b = reference.voxels.cpu().numpy()[mine], test.voxels.cpu().numpy()[its]
+    common, place_in_reference, place_in_test = np.intersect1d(ours, theirs, return_indices=True)
+    a, b = reference.voxels.cpu().numpy()[place_in_reference], test.voxels.cpu().numpy()[place_in_test]
     slots = max(a.shape[1], b.shape[1])
     a, b = _padded(a, slots), _padded(b, slots)
     equal = (a == b) | (np.isnan(a) & np.isnan(b))
     apart = np.where(equal, 0, np.nan_to_num(np.abs(a - b), nan=np.inf))
     gaps = apart.reshape(len(common), -1).max(axis=1, initial=0)
-    counts = reference.num_points.cpu().numpy()[mine] != test.num_points.cpu().numpy()[its]
+    counts = reference.num_points.cpu().numpy()[place_in_reference] != test.num_points.cpu().numpy()[place_in_test]
     inside = _in_range(points, config)
     return VoxelChange(
         reference=len(ours),
         test=len(theirs),
         lost=len(ours) - len(common),
         gained=len(theirs) - len(common),
-        reordered=int((np.argsort(np.argsort(mine)) != np.argsort(np.argsort(its))).sum()),
+        reordered=int((np.argsort(np.argsort(place_in_reference)) != np.argsort(np.argsort(place_in_test))).sum()),
         changed=int(((gaps > 0) | counts).sum()),
         max_abs=float(gaps.max(initial=0)),
         dropped_points=(inside - int(reference.num_points.sum()), inside - int(test.num_points.sum())),
@@ -76,15 +76,19 @@ def compare_voxels(reference: Voxels, test: Voxels, points: np.ndarray, config: 
 
 
 def voxelize_on(points: np.ndarray, config: CenterPointConfig, device: str) -> Voxels:
-    """Pillars of one cloud, made on a device and brought back; on the CPU where torch has no GPU, as beside TensorRT
-    in an environment of its own."""
-    made = voxelize(torch.from_numpy(points).to(device if torch.cuda.is_available() else "cpu"), config)
-    return Voxels(*(tensor.cpu() for tensor in made))
+    """Pillars of one cloud ``points`` [M, C], made on a device and brought back to the CPU.
+
+    They are made on the CPU where torch has no GPU, as beside TensorRT in an environment of its own.
+    """
+    pillars = voxelize(torch.from_numpy(points).to(device if torch.cuda.is_available() else "cpu"), config)
+    return Voxels(*(tensor.cpu() for tensor in pillars))
 
 
 def read_voxels(path: Path, config: CenterPointConfig) -> Voxels:
-    """What another implementation wrote: ``.npz`` with ``voxels`` [N, P, C], ``num_points`` [N], ``coors`` [N, 3 or 4]
-    (z, y, x last). Raises InputError that names file and array.
+    """Pillars that another implementation wrote into an ``.npz`` file.
+
+    It holds ``voxels`` [N, P, C] float, ``num_points`` [N] integers, ``coors`` [N, 3 or 4] integers (z, y, x last).
+    Raises InputError that names file and array.
     """
     archive = read_npz(path)
     if missing := [name for name in Voxels._fields if name not in archive]:

@@ -1,4 +1,4 @@
-"""What post-training quantisation of a model leaves behind: a checkpoint, calibration caches and Q/DQ files."""
+"""Output of a model's post-training quantization: a checkpoint, calibration caches and Q/DQ files."""
 
 from __future__ import annotations
 
@@ -24,34 +24,34 @@ from cp_debug.recipes.base import Model, Sample
 from cp_debug.serialize import json_safe
 
 MEASURED = 4
-"""Samples on which the outputs are compared with FP32."""
+"""Number of samples on which the outputs are compared with FP32."""
 
 
 @dataclass
 class PtqResult:
-    """A model in INT8, what it costs at the outputs, and where it was written."""
+    """A model in INT8, with its cost at the outputs and the files written."""
 
     model: str
     method: str
     calibrated_on: str
     components: Mapping[str, QuantizedComponent]
     sqnr: Mapping[str, float]
-    """``component/output`` → dB against FP32, chained as deployed."""
+    """``component/output`` → signal to quantization noise against FP32 in dB, chained as deployed."""
     measured_on: str
     files: Sequence[Path] = field(default_factory=list)
 
     def quantizers(self, component: str) -> list[QuantizerRow]:
-        """The quantisers of one component; empty for an ONNX file."""
+        """The quantizers of one component; empty for an ONNX file."""
         module = self.components[component].module
         return [] if module is None else quantizer_table(module)
 
     def notes(self, component: str) -> Sequence[str]:
-        """Why BatchNorms were not folded."""
+        """Reasons why BatchNorms were not folded."""
         module = self.components[component].module
         return () if module is None else quantization_of(module).folding.notes
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe."""
+        """The result as JSON-safe containers."""
         components = {
             name: {
                 "layers": len(part.scales.layers),
@@ -61,7 +61,7 @@ class PtqResult:
             }
             for name, part in self.components.items()
         }
-        found = {
+        document = {
             "model": self.model,
             "method": self.method,
             "calibrated_on": self.calibrated_on,
@@ -70,7 +70,7 @@ class PtqResult:
             "measured_on": self.measured_on,
             "files": [str(file) for file in self.files],
         }
-        return json_safe(found)
+        return json_safe(document)
 
 
 def write_quantized(
@@ -82,10 +82,11 @@ def write_quantized(
     *,
     on_step: OnStep = lambda text, done, total: None,
 ) -> list[Path]:
-    """``model.pt``, and for every component its calibration cache and its ONNX file with Q/DQ pairs; their paths.
+    """Write ``model.pt``, and for every component its calibration cache and its ONNX file with Q/DQ pairs.
 
     A torch component's file is exported from the FP32 module, BatchNorm folded, keeps its alignment manifest beside it
-    and is checked against the fake-quantised module on ``sample``. Raises InputError as ``export_model`` does.
+    and is checked against the fake-quantized module on ``sample``. Returns the files' paths. Raises InputError as
+    ``export_model`` does.
     """
     with complete_folder(folder) as scratch:
         for component, part in quantized.items():
@@ -102,12 +103,12 @@ def write_quantized(
                 assert graph.onnx_path is not None
                 scales = quantized[graph.name].scales
                 insert_qdq(Graph(graph.onnx_path), scales.layers, scratch / f"{graph.name}.onnx", scales.residual_adds)
-        written = sorted(folder / made.name for made in scratch.iterdir())
-    return written
+        paths = sorted(folder / file.name for file in scratch.iterdir())
+    return paths
 
 
 def cache_file(folder: Path, component: str) -> Path:
-    """Where the calibration cache of a component lies."""
+    """Path of a component's calibration cache."""
     return folder / f"{component}.calibration.safetensors"
 
 
@@ -125,7 +126,7 @@ def read_caches(model: Model, path: Path) -> dict[str, Scales]:
 def measure(
     model: Model, quantized: Mapping[str, QuantizedComponent], folder: Path, samples: Sequence[Sample]
 ) -> dict[str, float]:
-    """SQNR of every output; ONNX components run their Q/DQ files in ``folder``."""
+    """``component/output`` → SQNR against FP32 in dB; ONNX components run their Q/DQ files in ``folder``."""
     tests: dict[str, nn.Module | Path] = {
         name: folder / f"{name}.onnx" if part.module is None else part.module for name, part in quantized.items()
     }
@@ -139,7 +140,7 @@ class First:
         self._count, self.kept, self.passed = count, list[Sample](), 0
 
     def __call__(self, samples: Iterator[Sample]) -> Iterator[Sample]:
-        """The same samples."""
+        """The samples themselves, in order."""
         for sample in samples:
             self.passed += 1
             if len(self.kept) < self._count:

@@ -1,4 +1,4 @@
-"""INT8 for deployment: the exported FP32 files get Q/DQ pairs, and are checked against the fake-quantised modules."""
+"""INT8 for deployment: exported FP32 files get Q/DQ pairs, and are checked against the fake-quantized modules."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from cp_debug.errors import InputError
 from cp_debug.files import complete_path
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.qdq import insert_qdq
-from cp_debug.probes.distance import distance
-from cp_debug.programs.pipeline import run_module
+from cp_debug.probes.distance import relative_l2
+from cp_debug.programs.walk import Walk, run_module
 from cp_debug.quantization.models import QuantizedComponent, with_modules
 from cp_debug.quantization.nodes import scales_by_node
 from cp_debug.quantization.quantized_programs import already_quantized
@@ -34,7 +34,10 @@ def export_quantized(
     files: Mapping[str, str] | None = None,
     on_step: OnStep = lambda text, done, total: None,
 ) -> list[Exported]:
-    """As ``export_model``, with the Q/DQ pairs of ``quantized`` in the files."""
+    """``export_model`` with the Q/DQ pairs of ``quantized`` in the files.
+
+    Raises InputError as ``export_model`` and ``quantize_exported`` do.
+    """
     folded = with_modules(model, {name: part.folded for name, part in quantized.items() if part.folded})
     exported = export_model(folded, sample, folder, options, axes=axes, files=files, on_step=on_step)
     return quantize_exported(folded, exported, quantized, sample)
@@ -45,25 +48,22 @@ def quantize_exported(
 ) -> list[Exported]:
     """Put Q/DQ pairs into files that were exported from the ``folded`` modules of ``quantized``, in place.
 
-    ``error`` is then the relative L2 distance of the worst output from the fake-quantised module's. Two right ones
+    ``error`` is then the relative L2 distance of the worst output from the fake-quantized module's. Two right ones
     differ, as ties are rounded either way and the difference grows from layer to layer; a file that is further from its
     module than INT8 takes that module from FP32 computes something else: InputError.
     """
     backend = checker("ort-int8", "emu-int8")
-    results: dict[str, Arrays] = {}
-    made = []
-    for component, each in zip(model.components, exported, strict=True):
-        part = quantized[component.name]
+    updated = []
+    for step, item in zip(Walk(model, sample), exported, strict=True):
+        component, part, inputs = step.component, quantized[step.name], step.inputs
         assert part.module is not None
         assert part.folded is not None
-        inputs = model.feed(component, sample, results)
-        plain = _run(component, part.folded, inputs)
-        results[component.name] = plain
+        step.outputs = plain = _run(component, part.folded, inputs)
         if not part.scales.layers and not part.scales.residual_adds:
-            made.append(each)
+            updated.append(item)
             continue
         expected = _run(component, part.module, inputs)
-        program = each.program
+        program = item.program
         assert program.alignment is not None
         target = program.graph.path
         scales = scales_by_node(part.scales, program.alignment, program.graph)
@@ -73,9 +73,9 @@ def quantize_exported(
         alignment = replace(program.alignment, graph_sha256=graph.digest)
         alignment.save(target.with_suffix(".alignment.json"))
         program = replace(program, graph=graph, alignment=alignment)
-        error = _check(component, backend, replace(each, program=program), inputs, expected, plain)
-        made.append(replace(each, program=program, error=error, checked_by=str(backend.spec)))
-    return made
+        error = _check(component, backend, replace(item, program=program), inputs, expected, plain)
+        updated.append(replace(item, program=program, error=error, checked_by=str(backend.spec)))
+    return updated
 
 
 def _run(component: Component, module: nn.Module, inputs: Mapping[str, np.ndarray]) -> Arrays:
@@ -90,30 +90,29 @@ def _check(
     expected: Arrays,
     plain: Arrays,
 ) -> float:
+    """Relative L2 distance of the worst output from the quantized module's.
+
+    Raises InputError where the file is further from the module than the module is from FP32.
+    """
     session = backend.open(exported.program)
     try:
-        found = session.run(inputs)
+        outputs = session.run(inputs)
     finally:
         session.close()
-    errors, limits = ({name: _relative(arrays[name], expected[name]) for name in expected} for arrays in (found, plain))
+    errors, limits = (
+        {name: relative_l2(arrays[name], expected[name]) for name in expected} for arrays in (outputs, plain)
+    )
     worst = max(errors, key=errors.__getitem__)
     if not sum(errors.values()) <= sum(limits.values()):
         raise InputError(
-            f"{exported.program.graph.path}: {worst} is {errors[worst]:.2g} (relative L2) from the quantised module of "
+            f"{exported.program.graph.path}: {worst} is {errors[worst]:.2g} (relative L2) from the quantized module of "
             f"{component.name}, which is itself {limits[worst]:.2g} from FP32; the graph computes something else"
         )
     return errors[worst]
 
 
-def _relative(test: np.ndarray, reference: np.ndarray) -> float:
-    apart = distance(test, reference)
-    if apart.new_nonfinite:
-        return np.inf
-    return apart.difference / apart.whole if apart.whole else apart.difference
-
-
 def in_int8(folder: Path, programs: Sequence[Program]) -> list[Program]:
-    """The programs of a folder, of which some have Q/DQ pairs. Raises InputError where none has."""
+    """The programs of a folder, some of which have Q/DQ pairs. Raises InputError where none has."""
     quantized = already_quantized(programs)
     if quantized is None:
         raise InputError(f"{folder}: no file has Q/DQ pairs; export them with export.mode onnx or both")

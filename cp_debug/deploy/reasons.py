@@ -1,4 +1,4 @@
-"""Why a verification failed, in words."""
+"""Reasons in words why a verification failed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from cp_debug.deploy.verify import ScenarioResult
 
 
 def reasons(scenario: ScenarioResult) -> Iterator[str]:
-    """The worst tensor, the voxels, the guilty layer and its cause."""
+    """Phrases for the worst tensor, the voxels, the guilty layer and its cause."""
     if failures := scenario.failures:
         worst = max(failures, key=lambda check: check.severity)
         yield f"{len(failures)} of {len(scenario.checks)} outputs fail, the worst is {worst.name}: {worst.why}"
@@ -19,10 +19,10 @@ def reasons(scenario: ScenarioResult) -> Iterator[str]:
 
 
 def culprits(scenario: ScenarioResult) -> Iterator[str]:
-    """The guilty layer and the cause that explains most, for what was bisected."""
+    """Phrases for the guilty layer and the cause that explains most, where the failure was bisected."""
     for test in scenario.bisect.tests if scenario.bisect else ():
         if test.first_divergent is not None:
-            what = "guilty" if test.guilty else "first divergent"
-            yield f"{what} layer {test.first_divergent.name}"
+            verdict = "guilty" if test.guilty else "first divergent"
+            yield f"{verdict} layer {test.first_divergent.name}"
         if test.findings:
             yield f"cause: {test.findings[0].headline}"

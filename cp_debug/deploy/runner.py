@@ -1,4 +1,4 @@
-"""``deploy``: load, export, build, verify, evaluate, one after the other; what is done already is not done again."""
+"""``deploy``: load, export, build, verify, evaluate, one after the other; finished stages are not run again."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from cp_debug.files import file_hash, hashes, key_of
 from cp_debug.version import __version__
 
 PRODUCTIVE = ("load", "quantize", "export", "build")
-"""Stages whose outcome the later ones work on."""
+"""Stages whose files the later ones work on."""
 
 
 class Outcome(NamedTuple):
-    """What a stage gave."""
+    """Outcome of a stage."""
 
     passed: bool
     line: str
     document: dict[str, Any]
     folder: Path | None = None
-    """Its files lie here."""
+    """Folder of the files written, where there are some."""
 
 
 def deploy(deployment: Deployment, *, fresh: bool = False) -> list[StageRecord]:
@@ -36,7 +36,7 @@ def deploy(deployment: Deployment, *, fresh: bool = False) -> list[StageRecord]:
     before stay done.
     """
     state = State(deployment.config.work_dir)
-    done, depends = [], ""
+    records, depends = [], ""
     for name, needs, run in _stages(deployment):
         key = key_of({"stage": name, "after": depends, "version": __version__, **needs})
         record = None if fresh else state.finished(name, key)
@@ -47,14 +47,14 @@ def deploy(deployment: Deployment, *, fresh: bool = False) -> list[StageRecord]:
             seconds = time.perf_counter() - started
             record = StageRecord(name, key, outcome.passed, outcome.line, seconds, files, outcome.document)
             state.add(record)
-        done.append(record)
+        records.append(record)
         if name in PRODUCTIVE:
             depends = key_of({"key": key, "files": record.files})
-    return done
+    return records
 
 
 def _stages(deployment: Deployment) -> Iterator[tuple[str, dict[str, Any], Callable[[Deployment], Outcome]]]:
-    """(name, what it depends on besides the stages before, how it runs)."""
+    """Stages to run, each as (name, what it depends on besides the stages before, function that runs it)."""
     config = deployment.config
     if config.tensorrt.precision == "int8" and not config.int8 and config.export.mode in ("onnx", "both"):
         raise InputError(
@@ -72,13 +72,13 @@ def _stages(deployment: Deployment) -> Iterator[tuple[str, dict[str, Any], Calla
         deployment.use_quantized()
     if mode in ("onnx", "both"):
         yield "export", {"export": plain["export"], "components": plain["components"]}, _export
-    given = {} if mode in ("onnx", "both") else {"onnx": _found(deployment.onnx_dir)}
+    files = {} if mode in ("onnx", "both") else {"onnx": _found(deployment.onnx_dir)}
     if mode in ("trt", "both"):
-        yield "build", {**given, "tensorrt": plain["tensorrt"], "components": plain["components"]}, _build
+        yield "build", {**files, "tensorrt": plain["tensorrt"], "components": plain["components"]}, _build
     if config.verify.enabled and config.scenarios():
-        yield "verify", {**given, "verify": plain["verify"], "data": data, "tensorrt": plain["tensorrt"]}, _verify
+        yield "verify", {**files, "verify": plain["verify"], "data": data, "tensorrt": plain["tensorrt"]}, _verify
     if config.evaluate.enabled:
-        needs = {**given, "evaluate": plain["evaluate"], "data": data, "tensorrt": plain["tensorrt"]}
+        needs = {**files, "evaluate": plain["evaluate"], "data": data, "tensorrt": plain["tensorrt"]}
         yield "evaluate", needs, _evaluate
 
 
@@ -97,38 +97,38 @@ def _load(deployment: Deployment) -> Outcome:
 def _quantize(deployment: Deployment) -> Outcome:
     path = deployment.quantize()
     scales = [part.scales for part in deployment.quantized.values()]
-    count = sum(len(each.layers) for each in scales)
+    count = sum(len(component_scales.layers) for component_scales in scales)
     return Outcome(True, f"{count} layers in INT8, scales by {scales[0].method}", {"layers": count}, path.parent)
 
 
 def _export(deployment: Deployment) -> Outcome:
     exported = deployment.export()
-    worst = max(each.error for each in exported)
-    names = ", ".join(each.program.graph.path.name for each in exported)
+    worst = max(item.error for item in exported)
+    names = ", ".join(item.program.graph.path.name for item in exported)
     line = f"{names}; opset {deployment.config.export.opset}, within {worst:.1g} of the modules on two sizes"
-    return Outcome(True, line, {"components": [each.to_dict() for each in exported]}, deployment.onnx_dir)
+    return Outcome(True, line, {"components": [item.to_dict() for item in exported]}, deployment.onnx_dir)
 
 
 def _build(deployment: Deployment) -> Outcome:
     built = deployment.build()
-    said = [f"{b.file} ({b.types})" for b in built]
-    return Outcome(True, "; ".join(said), {"engines": [asdict(b) for b in built]}, deployment.engine_dir)
+    phrases = [f"{b.file} ({b.types})" for b in built]
+    return Outcome(True, "; ".join(phrases), {"engines": [asdict(b) for b in built]}, deployment.engine_dir)
 
 
 def _verify(deployment: Deployment) -> Outcome:
     result = deployment.verify()
-    said = [f"{s.name} {'passed' if s.passed else 'FAILED: ' + '; '.join(reasons(s))}" for s in result.scenarios]
+    phrases = [f"{s.name} {'passed' if s.passed else 'FAILED: ' + '; '.join(reasons(s))}" for s in result.scenarios]
     document = result.to_dict()
-    for scenario, found in zip(result.scenarios, document["scenarios"], strict=True):
-        found["reasons"] = list(reasons(scenario))
-    return Outcome(result.passed, "; ".join(said), document)
+    for scenario, document_of in zip(result.scenarios, document["scenarios"], strict=True):
+        document_of["reasons"] = list(reasons(scenario))
+    return Outcome(result.passed, "; ".join(phrases), document)
 
 
 def _evaluate(deployment: Deployment) -> Outcome:
     result = deployment.evaluate()
-    said = [
-        f"{each.backend.spec} mAP {each.summary['mAP'].value:.3f} NDS {each.summary['NDS'].value:.3f}"
-        for each in result.backends
+    phrases = [
+        f"{scores.backend.spec} mAP {scores.summary['mAP'].value:.3f} NDS {scores.summary['NDS'].value:.3f}"
+        for scores in result.backends
     ]
     worse = f"; worse: {', '.join(result.worse)}" if result.worse else ""
-    return Outcome(not result.worse, f"{len(result.samples)} samples: {', '.join(said)}{worse}", result.to_dict())
+    return Outcome(not result.worse, f"{len(result.samples)} samples: {', '.join(phrases)}{worse}", result.to_dict())

@@ -1,4 +1,4 @@
-"""What a deployment's configuration may say: its sections, their keys, and how a document is checked."""
+"""Schema of a deployment's configuration: its sections, their keys, and how a document is checked."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ and TensorRT then computes in TF32."""
 
 
 class Section(BaseModel):
-    """A part of the configuration that knows its keys."""
+    """A part of the configuration; unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -67,7 +67,7 @@ Backend = Annotated[str, AfterValidator(_backend)]
 FileName = Annotated[str, AfterValidator(_file_name)]
 Shape = list[Annotated[int, Field(gt=0, lt=1 << 31)]]
 Count = Annotated[int, Field(gt=0, le=MOST_SAMPLES)]
-"""Samples."""
+"""Number of samples."""
 
 
 class Profile(Section):
@@ -86,6 +86,7 @@ class Profile(Section):
 
     @property
     def shapes(self) -> tuple[Shape, Shape, Shape]:
+        """(Smallest, optimal, largest) shape."""
         return self.min, self.opt, self.max
 
 
@@ -101,7 +102,7 @@ class ComponentConfig(Section):
 
 
 class ExportConfig(Section):
-    """How modules become ONNX files. ``onnx_dir``: where modes ``trt`` and ``none`` find them."""
+    """Export of modules to ONNX files. ``onnx_dir``: folder where modes ``trt`` and ``none`` find them."""
 
     mode: Mode = "onnx"
     opset: Annotated[int, Field(ge=11, le=100)] = 17
@@ -113,7 +114,7 @@ class ExportConfig(Section):
 
 
 class TensorRTConfig(Section):
-    """How engines are built."""
+    """Building of engines."""
 
     precision: Policy = "auto"
     workspace_mib: Annotated[int, Field(gt=0, lt=1 << 32)] | None = None
@@ -123,15 +124,15 @@ class TensorRTConfig(Section):
 
     @property
     def variant(self) -> str:
-        """``fp16`` of the backend ``trt-fp16``."""
+        """Variant of the backend, such as ``fp16`` of ``trt-fp16``."""
         return VARIANTS.get(self.precision, self.precision)
 
 
 class QuantizationConfig(Section):
     """INT8 by Q/DQ pairs, with FP16 for the rest in engines.
 
-    ``checkpoint``: of `cpdebug quantize ptq` or `qat`, its folding and skips included; without one, the model is
-    calibrated on ``samples`` of ``data``. ``skip_layers``: globs over module paths that stay unquantised.
+    ``checkpoint``: one of `cpdebug quantize ptq` or `qat`, its folding and skips included; without one, the model is
+    calibrated on ``samples`` of ``data``. ``skip_layers``: globs over module paths that stay unquantized.
     """
 
     checkpoint: Path | None = None
@@ -159,8 +160,9 @@ class ScenarioConfig(Section):
 
 
 class VerifyConfig(Section):
-    """``tolerances``: relative L2 by tensor, precision or ``tensor@precision``; ``max_abs`` limits max |Δ| besides.
+    """Limits and scenarios of the verification.
 
+    ``tolerances``: relative L2 by tensor, precision or ``tensor@precision``; ``max_abs`` limits max |Δ| besides.
     ``scenarios`` None: what the export mode suggests.
     """
 
@@ -172,7 +174,7 @@ class VerifyConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """``backends``: the reference first; None: what the export mode suggests."""
+    """Settings of the evaluation. ``backends``: the reference first; None: what the export mode suggests."""
 
     enabled: bool = True
     samples: Annotated[int, Field(gt=0, le=1 << 31)] = 50
@@ -182,7 +184,7 @@ class EvaluateConfig(Section):
 
 
 class DeployConfig(Section):
-    """Everything. Paths are relative to where the command runs, as in AWML."""
+    """A whole configuration. Paths are relative to where the command runs, as in AWML."""
 
     model: str | None = None
     checkpoint: Path | None = None
@@ -196,7 +198,7 @@ class DeployConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
 
     def scenarios(self) -> list[ScenarioConfig]:
-        """Those asked for, or: torch against ONNX Runtime, and torch against the engines where there are some."""
+        """Scenarios asked for, else torch against ONNX Runtime, and torch against the engines where there are some."""
         if self.verify.scenarios is not None:
             return self.verify.scenarios
         file, engine = "ort-int8" if self.int8 else "ort", self.engine_backend
@@ -211,7 +213,7 @@ class DeployConfig(Section):
 
     @property
     def engine_backend(self) -> str:
-        """The TensorRT backend of the configured precision; with Q/DQ pairs FP16 is what the rest falls back to."""
+        """Spec of the TensorRT backend of the configured precision; beside Q/DQ pairs, FP16 is the fallback."""
         return "trt-int8" if self.int8 else f"trt-{self.tensorrt.variant}"
 
     @property
@@ -232,11 +234,14 @@ T = TypeVar("T", bound=BaseModel)
 
 
 def validate(schema: type[T], document: Any, source: Path | str) -> T:
-    """``document`` from ``source`` as ``schema``. Raises InputError with a line for everything that does not fit."""
+    """Check ``document`` from ``source`` against ``schema``.
+
+    Raises InputError with a line for everything that does not fit.
+    """
     try:
         return schema.model_validate(document)
     except ValidationError as error:
-        raise InputError("\n".join(f"{source}: {_said(each)}" for each in error.errors())) from None
+        raise InputError("\n".join(f"{source}: {_said(problem)}" for problem in error.errors())) from None
 
 
 def _said(error: ErrorDetails) -> str:

@@ -13,7 +13,7 @@ from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.deploy.bench import BackendBench, bench
 from cp_debug.deploy.config import load_config
-from cp_debug.deploy.engines import MANIFEST, Built, build_engines, check_engines
+from cp_debug.deploy.engines import MANIFEST, BuiltEngine, build_engines, check_engines
 from cp_debug.deploy.exporting import Exported, ExportOptions, export_model, load_exported
 from cp_debug.deploy.interface_checks import checked
 from cp_debug.deploy.quantizing import export_quantized, in_int8
@@ -35,8 +35,10 @@ SUFFIXES = (".yaml", ".yml", ".toml", ".py")
 
 
 def configured(text: str, recipe: str | None, scratch: Path) -> tuple[DeployConfig, str]:
-    """``named_config`` of a file, or the configuration of a model alone with ``scratch`` as its work folder; and where
-    it is from."""
+    """``named_config`` of a file, or the configuration of a model alone; and its source for messages.
+
+    A configuration made for a model has ``scratch`` as its work folder. Raises InputError for an unusable file.
+    """
     if not text.endswith(SUFFIXES):
         return DeployConfig(model=text, work_dir=scratch), "command line"
     return named_config(Path(text), recipe), text
@@ -53,7 +55,7 @@ def named_config(path: Path, recipe: str | None) -> DeployConfig:
 
 
 class Deployment:
-    """A configuration and what it leads to. ``source`` is the file's name in messages."""
+    """A configuration with the steps that it leads to. ``source`` is the file's name in messages."""
 
     def __init__(
         self,
@@ -71,7 +73,10 @@ class Deployment:
 
     @cached_property
     def model(self) -> Model:
-        """Loaded with its checkpoint, and found to be what the configuration is about."""
+        """The model, loaded with its checkpoint and checked against the configuration.
+
+        Raises InputError where it does not fit.
+        """
         config = self.config
         if config.checkpoint is not None and not config.checkpoint.is_file():
             raise InputError(
@@ -83,7 +88,7 @@ class Deployment:
             self._ranges(model.class_names)  # now, not after hours of building
         if self._trained == config.checkpoint:
             return model
-        # Only quantised weights are there: FP32 is what they are without INT8.
+        # Only quantized weights are there: FP32 is what they are without INT8.
         return with_modules(model, {name: part.folded for name, part in self.quantized.items() if part.folded})
 
     @cached_property
@@ -113,14 +118,14 @@ class Deployment:
         )
 
     def quantize(self) -> Path:
-        """Write ``quantized.pt`` into a folder of its own."""
+        """Write ``quantized.pt`` into a folder of its own; return its path."""
         target = self._quantized_file
         target.parent.mkdir(parents=True, exist_ok=True)
         save_ptq_model(modules_of(self.quantized), target)
         return target
 
     def use_quantized(self) -> None:
-        """Take what ``quantize`` wrote, in this run or an earlier one, instead of calibrating again."""
+        """Use the file that ``quantize`` wrote, in this run or an earlier one, instead of calibrating again."""
         self._written = True
 
     @property
@@ -134,17 +139,17 @@ class Deployment:
 
     @property
     def _quantized_checkpoint(self) -> Path | None:
-        """``checkpoint`` itself may be a quantised one, as in AWML's files."""
+        """The quantized checkpoint, which ``checkpoint`` itself may be, as in AWML's files."""
         config = self.config.quantization
         if config is None:
             return None
         if config.checkpoint is not None:
             return config.checkpoint
-        given = self.config.checkpoint
-        return given if given is not None and is_quantized_checkpoint(given) else None
+        own_checkpoint = self.config.checkpoint
+        return own_checkpoint if own_checkpoint is not None and is_quantized_checkpoint(own_checkpoint) else None
 
     def samples(self, count: int) -> list[Sample]:
-        """At most ``count`` samples of the configured data."""
+        """At most ``count`` samples of the configured data. Raises InputError for unusable files."""
         data = self.config.data
         if data.path is None or not isinstance(self.model, HasData):
             return list(self.model.samples(count, data.first, data.path))
@@ -153,16 +158,16 @@ class Deployment:
 
     @property
     def onnx_dir(self) -> Path:
-        """Where the ONNX files are."""
+        """Folder of the ONNX files."""
         return self.config.export.onnx_dir or self.config.work_dir / "onnx"
 
     @property
     def engine_dir(self) -> Path:
-        """Where the engines go."""
+        """Folder that engines are written into."""
         return self.config.work_dir / "tensorrt"
 
     def export(self) -> list[Exported]:
-        """Write the ONNX files."""
+        """Write the ONNX files. Raises InputError as ``export_model`` does, and for profiles that do not fit."""
         config = self.config.export
         options = ExportOptions(
             config.opset, None if config.exporter == "auto" else config.exporter, config.fold, config.simplify
@@ -174,7 +179,7 @@ class Deployment:
         exported = export(
             self.samples(1)[0], self.onnx_dir, options, axes=axes, files=self._files(), on_step=self.on_step
         )
-        self._check_profiles([each.program for each in exported])
+        self._check_profiles([item.program for item in exported])
         return exported
 
     def programs(self, folder: Path | None = None) -> list[Program]:
@@ -183,13 +188,17 @@ class Deployment:
         self._check_profiles(programs)
         return in_int8(folder or self.onnx_dir, programs) if self.config.int8 else programs
 
-    def build(self) -> list[Built]:
+    def build(self) -> list[BuiltEngine]:
         """Build an engine a component and write their manifest."""
         backend = self.backend(self.config.engine_backend)
         return build_engines(self.programs(), backend, self.engine_dir, self.engine_files, self.on_step)
 
     def verify(self, folder: Path | None = None, *, voxels: Path | None = None, explain: bool = True) -> VerifyResult:
-        """Run the scenarios on the ONNX files, which are exported first where there are none."""
+        """Run the scenarios on the ONNX files, which are exported first where there are none.
+
+        ``folder`` replaces the configured one, ``voxels`` is a file for ``read_voxels``, ``explain`` bisects what
+        fails. Raises InputError where there is no scenario, and as ``verify`` does.
+        """
         if folder is None and self.config.export.mode == "onnx" and not self.onnx_dir.is_dir():
             self.export()
         config = self.config.verify
@@ -236,7 +245,10 @@ class Deployment:
         )
 
     def backend(self, spec: str) -> Backend:
-        """A backend, made once; those on TensorRT as configured."""
+        """A backend for a spec, made once; those on TensorRT are made as configured.
+
+        Raises InputError for ``torch-int8`` and for a spec that is none.
+        """
         if spec not in self._backends:
             parsed, config = BackendSpec.parse(spec), self.config.tensorrt
             if parsed.name == "torch-int8":
@@ -281,20 +293,20 @@ class Deployment:
 
     def _check_components(self, components: Sequence[Component]) -> None:
         """Raise InputError where the configuration is about another model."""
-        known = {component.name: component for component in components}
+        by_name = {component.name: component for component in components}
         for name, config in self.config.components.items():
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            if name not in by_name:
+                near = difflib.get_close_matches(name, by_name, n=1, cutoff=0.0)[0]
                 raise InputError(
                     f"{self.source}: components.{name}: {self.config.model} has no such component; nearest is {near}"
                 )
-            for what, given, expected in (
-                ("inputs", config.inputs, known[name].input_names),
-                ("outputs", config.outputs, known[name].output_names),
+            for kind, names, expected in (
+                ("inputs", config.inputs, by_name[name].input_names),
+                ("outputs", config.outputs, by_name[name].output_names),
             ):
-                if given is not None and given != list(expected):
+                if names is not None and names != list(expected):
                     raise InputError(
-                        f"{self.source}: components.{name}.{what} is {given}; {self.config.model} has {list(expected)}"
+                        f"{self.source}: components.{name}.{kind} is {names}; {self.config.model} has {list(expected)}"
                     )
 
     def _check_profiles(self, programs: Sequence[Program]) -> None:

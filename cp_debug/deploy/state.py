@@ -1,4 +1,4 @@
-"""What a deployment has done, kept in its work folder, so that it goes on where it stopped."""
+"""State of a deployment, kept in its work folder, so that it goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ class State:
         return record
 
     def add(self, record: StageRecord) -> None:
-        """Keep a record, on disk at once."""
+        """Keep a record, on disk at once. Raises InputError when it cannot be written."""
         self.records[record.name] = record
         make_folder(self._path.parent)
-        stages = {name: {**asdict(each), "resumed": False} for name, each in self.records.items()}
+        stages = {name: {**asdict(kept_record), "resumed": False} for name, kept_record in self.records.items()}
         with complete_file(self._path) as stream:
             stream.write(sealed(json_safe({"schema": SCHEMA, "stages": stages})) + "\n")

@@ -1,4 +1,4 @@
-"""How far a tensor may be from the reference: in units of its own rounding noise, not one number for all.
+"""Tolerances in units of a tensor's own rounding noise, not one number for all.
 
 A network amplifies rounding differently at each output. The distance between FP32 and FP64 shows how much FP32 rounding
 arrives there; a precision of larger unit roundoff brings proportionally more. On the tiny CenterPoint the distance of
@@ -20,7 +20,7 @@ from cp_debug.programs.precision import PRECISIONS, coarser
 from cp_debug.recipes.base import Arrays, Model, Sample
 
 MARGIN = 8.0
-"""Times the predicted noise that is still let through."""
+"""Largest multiple of the predicted noise that is let through."""
 _FP32 = PRECISIONS["fp32"].roundoff
 
 
@@ -32,9 +32,9 @@ def noise_floors(
     ``single``: the results of an FP32 run on this sample, where there are some already.
     """
     exact = _run(model, programs, sample, "torch-fp64")
-    found = single or _run(model, programs, sample, "torch")
+    fp32_results = single or _run(model, programs, sample, "torch")
     return {
-        Key(component, name): max(compare(array, found[component][name]).finite_rel_l2, _FP32)
+        Key(component, name): max(compare(array, fp32_results[component][name]).finite_rel_l2, _FP32)
         for component, outputs in exact.items()
         for name, array in outputs.items()
     }
@@ -46,7 +46,7 @@ def _run(model: Model, programs: Sequence[Program], sample: Sample, spec: str) -
 
 
 class Tolerances:
-    """Relative L2 limits: what the user set, else ``MARGIN`` times the noise predicted from the floor.
+    """Relative L2 limits: the user's, else ``MARGIN`` times the noise predicted from the floor.
 
     ``given``: by tensor (``heatmap``), by precision (``fp16``) or both (``heatmap@fp16``). Raises InputError for a name
     that is neither a tensor of ``names`` nor a precision.

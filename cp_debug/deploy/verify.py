@@ -29,13 +29,16 @@ from cp_debug.serialize import json_safe
 
 OnStep = Callable[[str, int, int], None]
 Sides = tuple[Pipeline, Pipeline]
-"""A reference and a test."""
+"""Pipelines of a reference and a test."""
 
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """``tolerances``: see ``Tolerances``. ``max_abs``: limit of max |Δ| besides. ``voxels``: pillars of the first
-    sample by the test's own pre-processing (``read_voxels``). ``explain``: bisect what fails."""
+    """Options of a verification.
+
+    ``tolerances``: see ``Tolerances``. ``max_abs``: limit of max |Δ| besides. ``voxels``: pillars of the first sample
+    by the test's own pre-processing (``read_voxels``). ``explain``: bisect what fails.
+    """
 
     tolerances: Mapping[str, float] = field(default_factory=dict)
     max_abs: float | None = None
@@ -51,12 +54,12 @@ class TensorCheck:
     name: str
     stats: TensorStats
     floor: float
-    """Its noise in FP32, relative L2."""
+    """Noise of this output in FP32, relative L2."""
     limit: float
     """Largest relative L2 distance allowed."""
     source: str
     why: str
-    """What is wrong; empty when nothing is."""
+    """Reason why it is beyond the limit; empty when it is not."""
 
     @property
     def severity(self) -> tuple[float, ...]:
@@ -64,11 +67,11 @@ class TensorCheck:
         return bool(self.why), *self.stats.severity
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe."""
+        """The check as JSON-safe containers."""
         stats = self.stats.to_dict()
         names = ("shape", "max_abs", "mean_abs", "rel_l2", "cosine", "nan_test", "inf_test")
-        own = {k: v for k, v in asdict(self).items() if k != "stats"}
-        return json_safe({**own, **{name: stats[name] for name in names}})
+        fields = {k: v for k, v in asdict(self).items() if k != "stats"}
+        return json_safe({**fields, **{name: stats[name] for name in names}})
 
 
 @dataclass
@@ -79,11 +82,11 @@ class ScenarioResult:
     test: RunRecord
     checks: list[TensorCheck]
     preprocessing: dict[str, VoxelChange]
-    """Sample → what became of its pillars; empty for models without."""
+    """Sample → change of its pillars; empty for models without any."""
     detections: DetectionChange | None
     seconds: dict[str, float]
     bisect: BisectResult | None = None
-    """Why it failed, on the worst sample."""
+    """Bisection of the worst sample, where the scenario failed."""
 
     @property
     def passed(self) -> bool:
@@ -101,7 +104,7 @@ class ScenarioResult:
         return f"{self.reference.spec} → {self.test.spec}"
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe; of the bisect what it says of the test."""
+        """The result as JSON-safe containers, with what the bisection says of the test."""
         return {
             "reference": self.reference.spec,
             "test": self.test.spec,
@@ -149,11 +152,11 @@ def verify(
     *,
     on_step: OnStep = lambda text, done, total: None,
 ) -> VerifyResult:
-    """Run ``programs`` on both backends of every scenario and compare all outputs of all components. A backend runs a
-    sample once, in however many scenarios it is.
+    """Run ``programs`` on both backends of every scenario and compare all outputs of all components.
 
-    ``programs`` are the deployed files with the modules they came from (``load_exported``). What fails is bisected
-    against a fresh export of the modules. Raises BackendUnavailable and InputError; never for a divergence.
+    A backend runs a sample once, in however many scenarios it is. ``programs`` are the deployed files with the modules
+    they came from (``load_exported``). What fails is bisected against a fresh export of the modules. Raises
+    BackendUnavailable and InputError; never for a divergence.
     """
     names = [name for component in model.components for name in component.output_names]
     limits = Tolerances(options.tolerances, names)
@@ -174,11 +177,11 @@ def verify(
                         single = expected if scenario.sides[0].backend.precision == "fp32" else None
                         floors = noise_floors(handed, programs, sample, single)
                     scenario.add(passes, floors)
-        found = [scenario.result() for scenario in running]
-    for result, pair in zip(found, scenarios, strict=True):
+        results = [scenario.result() for scenario in running]
+    for result, pair in zip(results, scenarios, strict=True):
         if result.failures and options.explain:
             result.bisect = _explain(model, programs, samples, result, pair)
-    return VerifyResult(model.name, [sample.source for sample in samples], found)
+    return VerifyResult(model.name, [sample.source for sample in samples], results)
 
 
 class _Passes:
@@ -192,14 +195,14 @@ class _Passes:
         self._pillars: dict[str, Voxels] = {}
 
     def detections(self, sides: Sides) -> DetectionChange | None:
-        """From the reference's to the test's; None for models that detect nothing."""
+        """Change from the reference's detections to the test's; None for models that detect nothing."""
         pair = [self._decoded(pipeline) for pipeline in sides]
-        if not all(isinstance(each, DetectsBoxes) for each in pair):
+        if not all(isinstance(decoded, DetectsBoxes) for decoded in pair):
             return None
         return compare_detections(*pair)  # type: ignore[arg-type]
 
     def preprocessing(self, sides: Sides) -> dict[str, VoxelChange]:
-        """The test voxelizes where it runs, or elsewhere altogether."""
+        """Sample → change of its pillars; the test voxelizes where it runs, or elsewhere altogether."""
         if not isinstance(self._model, CenterPointModel):
             return {}
         config, points = self._model.config, self.sample.arrays["points"]
@@ -211,7 +214,7 @@ class _Passes:
 
 
 class _Scenario:
-    """What becomes of a reference and a test over the samples."""
+    """A reference and a test, with their comparison over the samples so far."""
 
     def __init__(self, reference: Pipeline, test: Pipeline, limits: Tolerances, max_abs: float | None) -> None:
         self.sides = reference, test
@@ -239,7 +242,7 @@ class _Scenario:
         return TensorCheck(key.component, key.value, stats, floor, limit, passes.sample.source, why)
 
     def result(self) -> ScenarioResult:
-        """All samples together."""
+        """Result over all samples."""
         reference, test = (pipeline.record() for pipeline in self.sides)
         checks = list(self._worst.values())
         return ScenarioResult(reference, test, checks, self._preprocessing, self._detections, self.clock.seconds)
@@ -263,8 +266,10 @@ def _explain(
 
 
 def what_is_wrong(stats: TensorStats, limit: float, max_abs: float | None) -> str:
-    """In words; empty when the tensor is within its limits. NaN and Inf of the test always fail, even where the
-    reference has them too."""
+    """The reason in words why a tensor is beyond its limits; empty when it is within them.
+
+    NaN and Inf of the test always fail, even where the reference has them too.
+    """
     if stats.shape_mismatch:
         return f"the shape is {list(stats.shape_test)}; expected {list(stats.shape)}"
     if strange := stats.nan_test + stats.inf_test:

@@ -20,14 +20,16 @@ class Interval(NamedTuple):
 
     @classmethod
     def of(cls, draws: Floats) -> Interval:
-        """From the figure in each draw [1 + B]; the first is that of the samples themselves."""
+        """The interval of a figure from its value in each draw [1 + B]; the first is that of the samples themselves."""
         tail = 50 * (1 - CONFIDENCE)
         low, high = np.percentile(draws[1:], (tail, 100 - tail)) if len(draws) > 1 else (draws[0], draws[0])
         return cls(float(draws[0]), float(low), float(high))
 
 
 def draw_samples(samples: int, draws: int, seed: int) -> Floats:
-    """Weights [1 + draws, samples]: ones, then how often each sample was drawn. Equal for equal arguments, so that
-    the difference of two backends is taken draw by draw."""
-    drawn = np.random.default_rng(seed).multinomial(samples, np.full(samples, 1 / samples), size=draws)
-    return np.concatenate((np.ones((1, samples)), drawn))
+    """Weights [1 + draws, samples]: a row of ones, then how often each sample was drawn (multinomial).
+
+    Equal for equal arguments, so that the difference of two backends is taken draw by draw. Efron's bootstrap.
+    """
+    times_drawn = np.random.default_rng(seed).multinomial(samples, np.full(samples, 1 / samples), size=draws)
+    return np.concatenate((np.ones((1, samples)), times_drawn))

@@ -31,7 +31,7 @@ class Objects:
 
     @classmethod
     def gather(cls, samples: Sequence[tuple[Floats, Ints, Floats]]) -> Objects:
-        """From (centers [n, 2], labels [n], scores [n]) of each sample."""
+        """Objects of several samples, from (centers [n, 2], labels [n], scores [n]) of each."""
         return Objects(
             centers=np.concatenate([np.reshape(centers, (-1, 2)) for centers, _, _ in samples]).astype(np.float64),
             samples=np.repeat(np.arange(len(samples)), [len(labels) for _, labels, _ in samples]),
@@ -47,12 +47,13 @@ class Objects:
         return type(self)(*(getattr(self, field.name)[chosen] for field in fields(self)))
 
     def of_class(self, label: int) -> Self:
+        """The objects with a label."""
         return self.take(self.labels == label)
 
 
 @dataclass(frozen=True)
 class Boxes(Objects):
-    """Objects with all that a box says.
+    """Objects with everything that a box tells.
 
     heights: [N] z of the gravity centre (m). sizes: [N, 3] length, width, height (m). yaws: [N] rad, counter-clockwise
     from x. velocities: [N, 2] m/s, NaN where unknown. attributes: [N] names, "" where unknown.
@@ -68,13 +69,13 @@ class Boxes(Objects):
     def of(
         cls, boxes: ArrayLike, samples: Ints, labels: ArrayLike, scores: ArrayLike, attributes: NDArray[np.str_]
     ) -> Boxes:
-        """From boxes [N, 9]: x, y, z of the gravity centre, length, width, height, yaw, velocity."""
+        """Boxes from rows [N, 9]: x, y, z of the gravity centre, length, width, height, yaw, velocity."""
         x = np.asarray(boxes, dtype=np.float64).reshape(-1, 9)
         kinds, confidence = np.asarray(labels, dtype=np.int64), np.asarray(scores, dtype=np.float64)
         return cls(x[:, :2], samples, kinds, confidence, x[:, 2], x[:, 3:6], x[:, 6], x[:, 7:], attributes)
 
     @property
     def finite(self) -> NDArray[np.bool_]:
-        """Which have neither NaN nor Inf in their seven numbers; the others match nothing."""
+        """Mask [N] of boxes whose seven numbers hold neither NaN nor Inf; the others match nothing."""
         numbers = np.column_stack((self.centers, self.heights, self.sizes, self.yaws))
         return np.logical_and.reduce(np.isfinite(numbers), axis=1)

@@ -49,6 +49,7 @@ class Example:
 
     @classmethod
     def of(cls, scene: Scene, device: str = "cpu") -> Example:
+        """A scene's arrays as float32 and int64 tensors on a device."""
         boxes = np.concatenate((scene.boxes, scene.velocities), axis=1)
         return cls(*(torch.from_numpy(array).to(device) for array in (scene.points, boxes, scene.labels)))
 
@@ -84,7 +85,11 @@ def train(
     seed: int,
     console: Console,
 ) -> None:
-    """Train in place, on the device of both: AdamW, one-cycle schedule, order and augmentation drawn from ``seed``."""
+    """Train ``model`` in place, on the device of both; it ends in eval mode.
+
+    AdamW with a one-cycle schedule whose highest learning rate is ``rate``; order and augmentation are drawn from
+    ``seed``.
+    """
     model.train()
     steps = math.ceil(len(examples) / batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
@@ -112,14 +117,15 @@ def evaluate(model: CenterPoint, examples: Sequence[Example]) -> np.ndarray:
     """AP of every class at every threshold of nuScenes [C, 4]; the mean is the mAP."""
     predicted, truth = [], []
     for example in examples:
-        (found,) = decode(model([example.points]), model.config)
-        predicted.append((found.boxes[:, :2], found.labels, found.scores))
+        (detections,) = decode(model([example.points]), model.config)
+        predicted.append((detections.boxes[:, :2], detections.labels, detections.scores))
         labels = example.labels.cpu().numpy()
         truth.append((example.boxes[:, :2].cpu().numpy(), labels, np.ones(len(labels))))
     return class_average_precisions(Objects.gather(predicted), Objects.gather(truth), len(model.config.class_names))
 
 
 def score_table(precisions: np.ndarray, config: CenterPointConfig, scenes: int) -> Table:
+    """Table of AP by class and threshold, from ``precisions`` [C, 4]."""
     table = Table("class", *(f"AP {threshold} m" for threshold in THRESHOLDS), "mean")
     table.title = f"{scenes} held-out scenes: mAP {precisions.mean():.3f}"
     for name, row in zip(config.class_names, precisions, strict=True):

@@ -1,4 +1,4 @@
-"""What became of each detection when another backend computed it: kept, moved, lost or gained."""
+"""Fates of detections when another backend computed them: kept, moved, lost or gained."""
 
 from __future__ import annotations
 
@@ -21,18 +21,26 @@ KEPT, MOVED_BOX, LOST, GAINED = "kept", "moved", "lost", "gained"
 
 
 class Detected(Protocol):
-    """boxes: [N, 2 or more] x, y, … in metres; scores: [N]; labels: [N]."""
+    """Detections of one sample: boxes [N, 2 or more] (x, y, … in metres), scores [N], labels [N]."""
 
     @property
-    def boxes(self) -> np.ndarray: ...
+    def boxes(self) -> np.ndarray:
+        """[N, 2 or more]: x, y, … in metres."""
+        ...
+
     @property
-    def scores(self) -> np.ndarray: ...
+    def scores(self) -> np.ndarray:
+        """[N], 0 to 1."""
+        ...
+
     @property
-    def labels(self) -> np.ndarray: ...
+    def labels(self) -> np.ndarray:
+        """[N], integers."""
+        ...
 
 
 @dataclass(frozen=True)
-class Change:
+class BoxChange:
     """One object; ``reference`` and ``test`` are indices of its boxes, None on the side that lacks it."""
 
     kind: str
@@ -49,19 +57,19 @@ class Change:
         return self.kind in (LOST, GAINED), max(abs(self.score), self.distance)
 
 
-def changes(reference: Detected, test: Detected) -> list[Change]:
+def changes(reference: Detected, test: Detected) -> list[BoxChange]:
     """Every object of either side once. Boxes match within their class, those of high score first."""
     first, second = (Objects(s.boxes[:, :2], s.labels, s.labels, s.scores) for s in (reference, test))
     matched = match_centers(second, first, [MATCHING])[0]
-    found = []
+    listed = []
     for index, twin in enumerate(matched):
         score = float(test.scores[index])
         if twin < 0:
-            found.append(Change(GAINED, None, index, score=score))
+            listed.append(BoxChange(GAINED, None, index, score=score))
             continue
         distance = float(np.linalg.norm(test.boxes[index, :2] - reference.boxes[twin, :2]))
         score -= float(reference.scores[twin])
         kind = MOVED_BOX if distance >= MOVED or abs(score) >= RESCORED else KEPT
-        found.append(Change(kind, int(twin), index, distance, score))
+        listed.append(BoxChange(kind, int(twin), index, distance, score))
     lost = np.setdiff1d(np.arange(len(reference.scores)), matched)
-    return found + [Change(LOST, int(i), None, score=-float(reference.scores[i])) for i in lost]
+    return listed + [BoxChange(LOST, int(i), None, score=-float(reference.scores[i])) for i in lost]

@@ -18,9 +18,9 @@ from cp_debug.detection.matching import confidence_order
 MIN_RECALL = 0.1
 MIN_PRECISION = 0.1
 RECALLS = np.linspace(0, 1, 101)[round(100 * MIN_RECALL) + 1 :]
-"""Where nuScenes samples a curve: R recalls."""
+"""The R recalls at which nuScenes samples a curve."""
 OVERLAP_RECALLS = np.arange(1, 41) / 40
-"""Where KITTI (R40) does."""
+"""The 40 recalls at which KITTI (R40) samples a curve."""
 
 T = TypeVar("T", bound=np.generic)
 
@@ -29,9 +29,9 @@ class Hits(NamedTuple):
     """Predictions that found an object: H of falling confidence, or some of them for each draw [B, R]."""
 
     places: Ints
-    """[H] or [B, R] among all predictions."""
+    """[H] or [B, R] places among all predictions."""
     weights: Floats
-    """[B, H] or [B, R]."""
+    """[B, H] or [B, R]: how often a draw has each hit."""
     found: Floats
     """[B, H] or [B, R] weights of all hits so far, this one included."""
 
@@ -51,28 +51,33 @@ class Curves:
         self._positives = np.maximum(weights[:, truth.samples].sum(axis=1, keepdims=True), 1)
 
     def average_precision(self, matched: Ints) -> Floats:
-        """nuScenes' AP [B]: the mean precision beyond ``MIN_RECALL``, less ``MIN_PRECISION`` and not below 0, scaled to
-        reach 1."""
+        """nuScenes' AP [B]: mean precision beyond ``MIN_RECALL``, less ``MIN_PRECISION``, scaled to reach 1.
+
+        Precisions below ``MIN_PRECISION`` count as 0. Caesar et al., nuScenes (2020), section 3.1, as its devkit
+        computes it.
+        """
         hits = self._hits(matched)
         if not len(hits.places):
             return np.zeros(len(hits.weights))
-        place, weights, found = reaching = self._reaching(hits)
-        seen = _take(self._seen, place)
-        upon = found / np.maximum(seen, 1)
-        before = np.where(seen > weights, (found - weights) / np.maximum(seen - weights, 1), upon)
+        place, weights, hit_weight = reaching = self._reaching(hits)
+        drawn_weight = _take(self._seen, place)
+        upon = hit_weight / np.maximum(drawn_weight, 1)
+        before = np.where(drawn_weight > weights, (hit_weight - weights) / np.maximum(drawn_weight - weights, 1), upon)
         end = hits.found[:, -1:] / np.maximum(self._seen[:, -1:], 1)
         beyond = self._at_recalls(reaching, before, upon, end)
         return np.maximum(beyond - MIN_PRECISION, 0).mean(axis=1) / (1 - MIN_PRECISION)
 
     def interpolated_precision(self, matched: Ints) -> Floats:
-        """KITTI's AP [B]: over 40 recalls the mean of the best precision at that recall or a higher one."""
-        places, weights, found = self._hits(matched)
-        precision = np.column_stack((found / np.maximum(self._seen.take(places, axis=1), 1), np.zeros(len(weights))))
+        """KITTI's AP (R40) [B]: over 40 recalls, the mean of the best precision at that recall or a higher one."""
+        places, weights, hit_weight = self._hits(matched)
+        precision = np.column_stack(
+            (hit_weight / np.maximum(self._seen.take(places, axis=1), 1), np.zeros(len(weights)))
+        )
         best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-        return _take(best, _search(found / self._positives, OVERLAP_RECALLS, "left")).mean(axis=1)
+        return _take(best, _search(hit_weight / self._positives, OVERLAP_RECALLS, "left")).mean(axis=1)
 
     def mean_errors(self, matched: Ints, errors: Floats) -> Floats:
-        """Of each kind of error [E, N] the mean over the recalls from ``MIN_RECALL`` to the highest reached: [B, E].
+        """Means [B, E] of each kind of error [E, N] over the recalls from ``MIN_RECALL`` to the highest reached.
 
         At a recall it is the running mean of the hits so far, NaN left out. 1 where that recall is not reached, and
         where all are NaN.
@@ -109,7 +114,7 @@ class Curves:
         return self._at_recalls(reaching, before, upon, lowest[:, -1:])
 
     def _reaching(self, hits: Hits) -> Hits:
-        """Of each recall [B, R] the hit with which it is exceeded, or the last one."""
+        """For each recall [B, R] the hit with which it is exceeded, or the last one."""
         number = np.minimum(_search(hits.found / self._positives, RECALLS, "right"), len(hits.places) - 1)
         return Hits(hits.places[number], _take(hits.weights, number), _take(hits.found, number))
 
@@ -123,21 +128,23 @@ class Curves:
 
 def _running_means(errors: Floats, hits: Hits) -> Floats:
     """Weighted means [B, H] of the first 1 … H errors, NaN left out: 0 before the first, 1 without any."""
-    known = ~np.isnan(errors)
-    sums = (np.where(known, errors, 0) * hits.weights).cumsum(axis=1)
-    counts = hits.found if known.all() else (known * hits.weights).cumsum(axis=1)
+    is_known = ~np.isnan(errors)
+    sums = (np.where(is_known, errors, 0) * hits.weights).cumsum(axis=1)
+    counts = hits.found if is_known.all() else (is_known * hits.weights).cumsum(axis=1)
     means = np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0)
     means[counts[:, -1] == 0] = 1
     return means
 
 
-def _drawn_neighbours(drawn: NDArray[np.bool_]) -> tuple[Ints, Ints]:
-    """For each gap between H hits the drawn ones after it and before it [B, H + 1]; where there is none on one side,
-    twice that of the other."""
-    rows, hits = drawn.shape
+def _drawn_neighbours(is_drawn: NDArray[np.bool_]) -> tuple[Ints, Ints]:
+    """Drawn hits after and before each gap between H hits: two arrays [B, H + 1].
+
+    Where there is none on one side, both are the one of the other side.
+    """
+    rows, hits = is_drawn.shape
     after, before = np.full((rows, hits + 1), hits), np.full((rows, hits + 1), -1)
-    after[:, :-1] = np.where(drawn, np.arange(hits), hits)
-    before[:, 1:] = np.where(drawn, np.arange(hits), -1)
+    after[:, :-1] = np.where(is_drawn, np.arange(hits), hits)
+    before[:, 1:] = np.where(is_drawn, np.arange(hits), -1)
     after = np.minimum.accumulate(after[:, ::-1], axis=1)[:, ::-1]
     before = np.maximum.accumulate(before, axis=1)
     first, last = after[:, :1], before[:, -1:]
@@ -155,5 +162,5 @@ def _take(rows: NDArray[T], places: Ints) -> NDArray[T]:
 
 
 def _line(x: Floats, x0: Floats, y0: Floats, x1: Floats, y1: Floats) -> Floats:
-    """On the line through both points, as ``numpy.interp`` computes it; ``y0`` where they are one."""
+    """Values on the line through two points, as ``numpy.interp`` computes them; ``y0`` where the points are one."""
     return np.divide(y1 - y0, x1 - x0, out=np.zeros_like(y0), where=x1 != x0) * (x - x0) + y0

@@ -12,7 +12,7 @@ from cp_debug.detection.changes import GAINED, LOST, MOVED_BOX, Detected, change
 
 @dataclass
 class DetectionChange:
-    """From the reference's detections to the test's. Metres and radians; 0 where no box is matched."""
+    """Changes from the reference's detections to the test's, in metres and radians; 0 where no box is matched."""
 
     reference: int = 0
     """Boxes of the reference."""
@@ -37,8 +37,8 @@ class DetectionChange:
         )
 
     def __add__(self, other: DetectionChange) -> DetectionChange:
-        """Both samples together: counts add up, the largest differences stay."""
-        mine, its = self.reference - self.lost, other.reference - other.lost
+        """The changes of both together: counts add up, the largest differences stay."""
+        matched, other_matched = self.reference - self.lost, other.reference - other.lost
         return DetectionChange(
             self.reference + other.reference,
             self.lost + other.lost,
@@ -48,16 +48,19 @@ class DetectionChange:
             max(self.max_size, other.max_size),
             max(self.max_yaw, other.max_yaw),
             max(self.max_score, other.max_score),
-            (self.mean_score * mine + other.mean_score * its) / max(mine + its, 1),
+            (self.mean_score * matched + other.mean_score * other_matched) / max(matched + other_matched, 1),
         )
 
 
 def compare_detections(reference: Detected, test: Detected) -> DetectionChange:
-    """Match and count. ``boxes`` [N, 7 or more] are x, y, z, length, width, height, yaw."""
-    found = changes(reference, test)
-    kinds = Counter(change.kind for change in found)
+    """Match two sets of detections and sum up their differences.
+
+    ``boxes`` [N, 7 or more] are x, y, z, length, width, height in metres, yaw in radians.
+    """
+    listed = changes(reference, test)
+    kinds = Counter(change.kind for change in listed)
     summary = DetectionChange(len(reference.scores), kinds[LOST], kinds[GAINED], kinds[MOVED_BOX])
-    pairs = [(c.reference, c.test) for c in found if c.reference is not None and c.test is not None]
+    pairs = [(c.reference, c.test) for c in listed if c.reference is not None and c.test is not None]
     if pairs:
         ours, theirs = (np.array(side) for side in zip(*pairs, strict=True))
         gap = test.boxes[theirs].astype(np.float64) - reference.boxes[ours]

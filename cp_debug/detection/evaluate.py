@@ -29,12 +29,12 @@ class Detector(Model, Protocol):
 
     @property
     def class_names(self) -> Sequence[str]:
-        """In label order."""
+        """Names of the classes, in label order."""
         ...
 
     @property
     def region(self) -> tuple[float, float, float, float]:
-        """What the model sees, from above: x0, y0, x1, y1 in m."""
+        """The region that the model sees, from above: x0, y0, x1, y1 in m."""
         ...
 
     def data(self, inputs: Path | None, count: int, seed: int, options: DataOptions) -> DataSet:
@@ -74,9 +74,10 @@ def evaluate(
     quantize: Quantize = lambda programs, folder: (programs, ""),
     on_step: Callable[[str, int, int], None] = lambda text, done, total: None,
 ) -> EvaluationResult:
-    """Every backend on every sample, each sample read once. ``options.region`` None is the model's own.
+    """Run every backend on every sample, each sample read once, and score the detections.
 
-    ``programs`` None exports the model for this run, and has ``quantize`` make the programs of backends in INT8.
+    ``options.region`` None is the model's own. ``programs`` None exports the model for this run, and has ``quantize``
+    make the programs of backends in INT8. The first backend is the reference.
 
     Raises InputError for data without ground truth.
     """
@@ -88,11 +89,13 @@ def evaluate(
         on_step("exporting", 0, steps)
         with clock("export"):
             if programs is not None:
-                own, how = [list(programs)] * len(backends), ""
+                programs_by_backend, how = [list(programs)] * len(backends), ""
             else:
                 export, _ = choose_export(backends, exporter)
-                own, how = _prepare(model, backends, Path(scratch), export, folded, quantize)
-            pipelines = [stack.enter_context(Pipeline(model, *pair)) for pair in zip(own, backends, strict=True)]
+                programs_by_backend, how = _prepare(model, backends, Path(scratch), export, folded, quantize)
+            pipelines = [
+                stack.enter_context(Pipeline(model, *pair)) for pair in zip(programs_by_backend, backends, strict=True)
+            ]
         samples = iterate(data)
         for index in range(len(data)):
             with clock("load"):
@@ -111,7 +114,7 @@ def evaluate(
     on_step("scoring", steps, steps)
     options = options if options.region else replace(options, region=model.region)
     with clock("score"):
-        predictions = [Predictions.gather(found) for found in detected]
+        predictions = [Predictions.gather(detections) for detections in detected]
         runs = {record.spec: pair for record, pair in zip(records, zip(records, predictions, strict=True), strict=True)}
         scores, notes = score_backends(runs, truths, model.class_names, options)
     return EvaluationResult(
@@ -120,7 +123,7 @@ def evaluate(
         samples=names,
         options=options,
         backends=scores,
-        predictions={spec: found for spec, (_, found) in runs.items()},
+        predictions={spec: detections for spec, (_, detections) in runs.items()},
         notes=[*data.notes, *notes, *([how] if how else [])],
         seconds=clock.seconds,
     )

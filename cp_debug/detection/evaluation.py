@@ -1,4 +1,4 @@
-"""Detection metrics of several backends side by side, with confidence intervals: what is computed, and the result."""
+"""Detection metrics of several backends side by side, with confidence intervals: computation and result."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ NUSCENES_RANGES = {
 }
 """Metres within which nuScenes evaluates a class. The devkit takes them from the car's centre, this from the sensor."""
 FEW = 20
-"""Samples below which an interval says little."""
+"""Number of samples below which an interval says little."""
 
 
 def parse_ranges(text: str, class_names: Sequence[str], source: str = "--range") -> Mapping[str, float]:
-    """Class → metres of ``model`` (none: the model's own), ``nuscenes``, metres, or ``CLASS=METRES,…``.
+    """Parse ``--range`` as class → metres; an empty mapping for ``model``, which means the model's own region.
 
-    Raises InputError, which names ``source``, for anything else.
+    ``text`` is ``model``, ``nuscenes``, metres for all classes, or ``CLASS=METRES,…``. Raises InputError, which names
+    ``source``, for anything else.
     """
     if text == "model":
         return {}
@@ -45,15 +46,15 @@ def parse_ranges(text: str, class_names: Sequence[str], source: str = "--range")
     if unknown:
         raise InputError(f"{source}: the model has no class {unknown[0]!r}; its classes are {', '.join(class_names)}")
     try:
-        given = [(name, float(metres)) for name, _, metres in entries]
+        named_ranges = [(name, float(metres)) for name, _, metres in entries]
     except ValueError:
         raise InputError(f"{source}: {text!r}; expected model, nuscenes, metres, or CLASS=METRES,…") from None
-    return {each: metres for name, metres in given for each in ([name] if name else class_names)}
+    return {class_name: metres for name, metres in named_ranges for class_name in ([name] if name else class_names)}
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """Which boxes count, and how the backends are compared.
+    """Boxes that count, and how the backends are compared.
 
     ranges: class → metres from the sensor, for predictions and truth; of other classes those in ``region`` (x0, y0, x1,
     y1; None: everywhere) count. min_points: objects with fewer points do not. draws, seed: of the bootstrap. max_drop:
@@ -68,7 +69,7 @@ class EvaluationOptions:
     max_drop: float = 0.01
 
     def counts(self, boxes: Boxes, class_names: Sequence[str]) -> NDArray[np.bool_]:
-        """Which boxes are in range: [N]. One that is nowhere (NaN) is left in, so that it is not forgiven."""
+        """Mask [N] of boxes in range. One that is nowhere (NaN) counts, so that it is not forgiven."""
         x, y = boxes.centers.T
         x0, y0, x1, y1 = self.region or (-np.inf, -np.inf, np.inf, np.inf)
         inside = (x >= x0) & (x <= x1) & (y >= y0) & (y <= y1)
@@ -111,11 +112,11 @@ class EvaluationResult:
 
     @property
     def worse(self) -> list[str]:
-        """The backends that detect significantly less than the reference."""
-        return [each.backend.spec for each in self.backends if each.worse(self.options.max_drop)]
+        """Specs of the backends that detect significantly less than the reference."""
+        return [scores.backend.spec for scores in self.backends if scores.worse(self.options.max_drop)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain containers; an interval is value, low, high; an undefined figure is None."""
+        """The result in plain containers: an interval is value, low, high; an undefined figure is None."""
         return {
             "model": self.model,
             "data": self.data,
@@ -132,15 +133,15 @@ class EvaluationResult:
             "seconds": self.seconds,
             "backends": [
                 {
-                    "backend": each.backend.spec,
-                    "precision": str(each.backend.precision),
-                    "emulated": each.backend.emulated,
-                    "detections": each.detections,
-                    "summary": _plain(each.summary),
-                    "difference": _plain(each.difference),
-                    "classes": _plain(each.classes),
+                    "backend": scores.backend.spec,
+                    "precision": str(scores.backend.precision),
+                    "emulated": scores.backend.emulated,
+                    "detections": scores.detections,
+                    "summary": _plain(scores.summary),
+                    "difference": _plain(scores.difference),
+                    "classes": _plain(scores.classes),
                 }
-                for each in self.backends
+                for scores in self.backends
             ],
         }
 
@@ -149,11 +150,11 @@ class EvaluationResult:
         import pandas as pd
 
         rows = []
-        for each in self.backends:
-            for name, figures in each.classes.items():
-                rows.append({"backend": each.backend.spec, "class": name, **_columns(figures)})
-            difference = {f"Δ {name}": value for name, value in (each.difference or {}).items()}
-            rows.append({"backend": each.backend.spec, "class": "all", **_columns({**each.summary, **difference})})
+        for scores in self.backends:
+            for name, figures in scores.classes.items():
+                rows.append({"backend": scores.backend.spec, "class": name, **_columns(figures)})
+            difference = {f"Δ {name}": value for name, value in (scores.difference or {}).items()}
+            rows.append({"backend": scores.backend.spec, "class": "all", **_columns({**scores.summary, **difference})})
         return pd.DataFrame(rows)
 
 
@@ -161,7 +162,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Interval):
         return {name: _plain(number) for name, number in value._asdict().items()}
     if isinstance(value, dict):
-        return {name: _plain(each) for name, each in value.items()}
+        return {name: _plain(item) for name, item in value.items()}
     return None if isinstance(value, float) and np.isnan(value) else value
 
 
@@ -191,10 +192,10 @@ def score_backends(
     class_names: Sequence[str],
     options: EvaluationOptions,
 ) -> tuple[list[BackendScores], list[str]]:
-    """The figures of all backends, the reference first, and notes on what they rest on."""
+    """Figures of all backends, the reference first, and notes on what they rest on."""
     truth, notes = _objects(truths, class_names, options)
     weights = draw_samples(len(truths), options.draws, options.seed)
-    found: list[BackendScores] = []
+    listed: list[BackendScores] = []
     reference: dict[str, Floats] = {}
     for record, predicted in predictions.values():
         boxes = predicted.as_boxes(class_names)
@@ -207,7 +208,7 @@ def score_backends(
         draws = scores.summary()
         difference = {name: Interval.of(draws[name] - reference[name]) for name in reference}
         reference = reference or draws
-        found.append(
+        listed.append(
             BackendScores(
                 record,
                 len(boxes),
@@ -216,18 +217,20 @@ def score_backends(
                 _class_figures(scores, boxes, truth, class_names),
             )
         )
-    return found, notes
+    return listed, notes
 
 
 def _objects(
     truths: Sequence[Truth], class_names: Sequence[str], options: EvaluationOptions
 ) -> tuple[Boxes, list[str]]:
-    """The objects that count."""
-    boxes = np.concatenate([np.column_stack((each.boxes, each.velocities)) for each in truths])
-    labels = np.concatenate([each.labels for each in truths])
-    points = np.concatenate([each.num_points for each in truths])
-    attributes = np.concatenate([each.attributes for each in truths])
-    samples = np.repeat(np.arange(len(truths)), [len(each.labels) for each in truths])
+    """Objects of the ground truth that count, and notes about the others."""
+    boxes = np.concatenate(
+        [np.column_stack((truth_of_sample.boxes, truth_of_sample.velocities)) for truth_of_sample in truths]
+    )
+    labels = np.concatenate([truth_of_sample.labels for truth_of_sample in truths])
+    points = np.concatenate([truth_of_sample.num_points for truth_of_sample in truths])
+    attributes = np.concatenate([truth_of_sample.attributes for truth_of_sample in truths])
+    samples = np.repeat(np.arange(len(truths)), [len(truth_of_sample.labels) for truth_of_sample in truths])
     truth = Boxes.of(boxes, samples, labels, np.ones(len(labels)), attributes)
     notes = []
     if not truth.finite.all():

@@ -12,12 +12,12 @@ _CORNERS = np.array([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]])
 def overlaps(a: Boxes, b: Boxes, of_a: Ints, of_b: Ints, *, bev: bool) -> Floats:
     """Intersection over union of the pairs ``of_a``, ``of_b`` (indices of one shape); NaN where a box is not finite.
 
-    ``bev``: of the rectangles seen from above, else of the boxes, which stand upright.
+    ``bev`` takes the rectangles seen from above, else the boxes, which stand upright.
     """
     gap = np.linalg.norm(a.centers[of_a] - b.centers[of_b], axis=-1)
     reach = np.linalg.norm(a.sizes[:, :2], axis=1)[of_a] + np.linalg.norm(b.sizes[:, :2], axis=1)[of_b]
-    found = np.where(a.finite[of_a] & b.finite[of_b], 0.0, np.nan)
-    near = (gap < reach / 2) & (found == 0)
+    result = np.where(a.finite[of_a] & b.finite[of_b], 0.0, np.nan)
+    near = (gap < reach / 2) & (result == 0)
     first, second = a.take(of_a[near]), b.take(of_b[near])
     common = intersection_areas(_rectangles(first), _rectangles(second))
     volumes = [np.abs(boxes.sizes[:, :2]).prod(axis=1) for boxes in (first, second)]
@@ -27,8 +27,8 @@ def overlaps(a: Boxes, b: Boxes, of_a: Ints, of_b: Ints, *, bev: bool) -> Floats
         common = common * np.maximum(top - bottom, 0)
         volumes = [area * boxes.sizes[:, 2] for area, boxes in zip(volumes, (first, second), strict=True)]
     union = volumes[0] + volumes[1] - common
-    found[near] = np.divide(common, union, out=np.zeros_like(union), where=union > 0)
-    return found
+    result[near] = np.divide(common, union, out=np.zeros_like(union), where=union > 0)
+    return result
 
 
 def _rectangles(boxes: Boxes) -> Floats:

@@ -1,4 +1,4 @@
-"""Which prediction finds which object: greedily by falling confidence, as the nuScenes devkit does."""
+"""Matching of predictions to objects: greedily by falling confidence, as the nuScenes devkit does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ THRESHOLDS = (0.5, 1.0, 2.0, 4.0)
 """Distances in metres within which a detection may match an object."""
 
 Cost = Callable[[Ints, Ints], Floats]
-"""(predictions [n], candidate objects of each [n, P]) → how far apart [n, P]; NaN for what cannot match."""
+"""Distances [n, P] from predictions [n] to the candidate objects of each [n, P]; NaN for what cannot match."""
 
 
 def confidence_order(scores: Floats) -> Ints:
@@ -22,7 +22,7 @@ def confidence_order(scores: Floats) -> Ints:
 
 
 def match_centers(predicted: Objects, truth: Objects, thresholds: Sequence[float] = THRESHOLDS) -> Ints:
-    """For each threshold and prediction the index of the matched object, -1 for none: [T, N].
+    """Index of the object that each prediction matches at each threshold in metres, -1 for none: [T, N].
 
     In order of falling confidence each prediction takes the nearest object of its sample that is still free, if it is
     nearer than the threshold. Labels are ignored.
@@ -35,8 +35,10 @@ def match_centers(predicted: Objects, truth: Objects, thresholds: Sequence[float
 
 
 def match_overlaps(predicted: Boxes, truth: Boxes, thresholds: Sequence[float], *, bev: bool) -> Ints:
-    """The same by intersection over union, which must be above the threshold; of the rectangles seen from above, or of
-    the boxes."""
+    """``match_centers`` by intersection over union, which must be above the threshold: [T, N].
+
+    ``bev`` takes the rectangles seen from above, else the boxes.
+    """
 
     def distance(ours: Ints, theirs: Ints) -> Floats:
         return 1 - overlaps(predicted, truth, np.broadcast_to(ours[:, None], theirs.shape), theirs, bev=bev)
@@ -45,7 +47,10 @@ def match_overlaps(predicted: Boxes, truth: Boxes, thresholds: Sequence[float], 
 
 
 def _match(predicted: Objects, truth: Objects, limits: Sequence[float], cost: Cost) -> Ints:
-    """The k-th predictions of all samples are matched in one step."""
+    """Index of the matched object for each limit and prediction [T, N], -1 for none.
+
+    The k-th predictions of all samples are matched in one step.
+    """
     levels = np.asarray(limits, dtype=np.float64)[:, None]
     matched = np.full((len(levels), len(predicted)), -1, dtype=np.int64)
     if not len(truth) or not len(predicted):
@@ -60,19 +65,19 @@ def _match(predicted: Objects, truth: Objects, limits: Sequence[float], cost: Co
     turn = np.empty_like(order)
     turn[order] = _position_in_group(rows[order])
     free = np.repeat((table >= 0)[None], len(levels), axis=0)
-    for now in np.split(np.argsort(turn, kind="stable"), np.cumsum(np.bincount(turn))[:-1]):
-        distance = cost(now, table[rows[now]])
-        distance = np.where(free[:, rows[now]] & ~np.isnan(distance), distance, np.inf)
+    for step in np.split(np.argsort(turn, kind="stable"), np.cumsum(np.bincount(turn))[:-1]):
+        distance = cost(step, table[rows[step]])
+        distance = np.where(free[:, rows[step]] & ~np.isnan(distance), distance, np.inf)
         nearest = distance.argmin(axis=-1)
         level, hit = np.nonzero(np.take_along_axis(distance, nearest[..., None], axis=-1)[..., 0] < levels)
-        taken = nearest[level, hit]
-        free[level, rows[now][hit], taken] = False
-        matched[level, now[hit]] = table[rows[now][hit], taken]
+        partners = nearest[level, hit]
+        free[level, rows[step][hit], partners] = False
+        matched[level, step[hit]] = table[rows[step][hit], partners]
     return matched
 
 
 def _position_in_group(groups: Ints) -> Ints:
-    """How many earlier elements are in the same group: [0, 0, 1, 2] for groups [7, 3, 7, 7]."""
+    """Number of earlier elements in the same group: [0, 0, 1, 2] for groups [7, 3, 7, 7]."""
     order = np.argsort(groups, kind="stable")
     ordered = groups[order]
     position = np.empty_like(order)

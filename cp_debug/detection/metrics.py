@@ -18,7 +18,7 @@ from cp_debug.detection.curves import Curves
 from cp_debug.detection.matching import THRESHOLDS, match_centers, match_overlaps
 
 TP_THRESHOLD = 2.0
-"""Metres within which a detection's errors are taken."""
+"""Distance in metres within which a detection's errors are taken."""
 
 ERRORS = ("ATE", "ASE", "AOE", "AVE", "AAE")
 """Errors of true positives: translation (m), scale (1 − IoU of the aligned boxes), orientation (rad), velocity (m/s),
@@ -28,7 +28,7 @@ UNDEFINED = {"traffic_cone": ("AOE", "AVE", "AAE"), "barrier": ("AVE", "AAE")}
 HALF_TURN = ("barrier",)
 """Classes whose front is like their back."""
 MAP_WEIGHT = 5
-"""Of mAP in NDS; each error has weight 1."""
+"""Weight of mAP in NDS; each error has weight 1."""
 BLOCK = 2**15
 """Draws × predictions worked on at once: such arrays stay in the cache."""
 
@@ -51,14 +51,16 @@ def class_average_precisions(
 
 
 def _equal_weights(*objects: Objects) -> Floats:
-    return np.ones((1, max(int(each.samples.max(initial=-1)) for each in objects) + 1))
+    return np.ones((1, max(int(group.samples.max(initial=-1)) for group in objects) + 1))
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Of C classes in B draws: precisions [B, C, 4] by centre distance, errors [B, C, 5], NaN where not asked, AP by
-    overlap (0.5, 0.7) seen from above and of the boxes, bev [B, C, 2] and volume [B, C, 2], and the number of objects
-    found within 2 m [B, C]."""
+    """Figures of C classes in B draws.
+
+    precisions: [B, C, 4] AP by centre distance. errors: [B, C, 5], NaN where not asked. bev, volume: [B, C, 2] AP by
+    overlap (0.5, 0.7) seen from above and of the boxes. found: [B, C] number of objects found within 2 m.
+    """
 
     precisions: Floats
     errors: Floats
@@ -67,16 +69,19 @@ class Scores:
     found: Floats
 
     def summary(self) -> dict[str, Floats]:
-        """Name → [B]: mAP, NDS, the mean errors over the classes for which they are defined, and mAP by overlap."""
+        """Name → figure [B]: mAP, NDS, the mean errors over the classes that have them, and mAP by overlap.
+
+        NDS = (5 mAP + Σ max(1 − error, 0)) / 10: Caesar et al., nuScenes (2020), equation 3.
+        """
         mean_ap = self.precisions.mean(axis=(1, 2))
-        asked = ~np.isnan(self.errors)
-        errors = np.where(asked, self.errors, 0).sum(axis=1) / np.maximum(asked.sum(axis=1), 1)
+        is_defined = ~np.isnan(self.errors)
+        errors = np.where(is_defined, self.errors, 0).sum(axis=1) / np.maximum(is_defined.sum(axis=1), 1)
         good = np.maximum(1 - errors, 0).sum(axis=1)
-        named = {"mAP": mean_ap, "NDS": (MAP_WEIGHT * mean_ap + good) / (MAP_WEIGHT + len(ERRORS))}
-        named |= {f"m{name}": errors[:, index] for index, name in enumerate(ERRORS)}
+        figures = {"mAP": mean_ap, "NDS": (MAP_WEIGHT * mean_ap + good) / (MAP_WEIGHT + len(ERRORS))}
+        figures |= {f"m{name}": errors[:, index] for index, name in enumerate(ERRORS)}
         for kind, values in (("BEV", self.bev), ("3D", self.volume)):
-            named |= {f"{kind} AP@{limit}": values[..., index].mean(axis=1) for index, limit in enumerate(OVERLAPS)}
-        return named
+            figures |= {f"{kind} AP@{limit}": values[..., index].mean(axis=1) for index, limit in enumerate(OVERLAPS)}
+        return figures
 
 
 def score(predicted: Boxes, truth: Boxes, class_names: Sequence[str], weights: Floats) -> Scores:
@@ -89,7 +94,7 @@ def score(predicted: Boxes, truth: Boxes, class_names: Sequence[str], weights: F
 
 
 def _score_class(predicted: Boxes, truth: Boxes, name: str, weights: Floats) -> tuple[Floats, ...]:
-    """The fields of ``Scores`` for one class, without the axis of the classes."""
+    """Fields of ``Scores`` for one class, without the axis of the classes."""
     matches = match_centers(predicted, truth)
     overlapping = [match_overlaps(predicted, truth, OVERLAPS, bev=bev) for bev in (True, False)]
     near = matches[THRESHOLDS.index(TP_THRESHOLD)]
@@ -107,11 +112,11 @@ def _score_class(predicted: Boxes, truth: Boxes, name: str, weights: Floats) -> 
         )
 
     blocks = np.array_split(weights, math.ceil(len(weights) * max(len(predicted), 1) / BLOCK))
-    return tuple(np.concatenate(each) for each in zip(*map(figures, blocks), strict=True))
+    return tuple(np.concatenate(blockwise) for blockwise in zip(*map(figures, blocks), strict=True))
 
 
 def box_errors(predicted: Boxes, truth: Boxes, matched: Ints, *, half_turn: bool = False) -> Floats:
-    """``ERRORS`` of each prediction against the object that it found [5, N]; NaN where it found none, or unknown."""
+    """``ERRORS`` [5, N] of each prediction against the object that it found; NaN where it found none, or unknown."""
     errors = np.full((len(ERRORS), len(predicted)), np.nan)
     hits = np.flatnonzero(matched >= 0)
     ours, theirs = predicted.take(hits), truth.take(matched[hits])

@@ -1,4 +1,4 @@
-"""What a backend detected in each sample, in flat arrays and in a file."""
+"""Detections of a backend in every sample, in flat arrays and in a file."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from numpy.typing import NDArray
 
 from cp_debug.detection.boxes import Boxes
 from cp_debug.detection.changes import Detected
-from cp_debug.errors import InputError
 from cp_debug.files import complete_path
-from cp_debug.reading import read_npz
 from cp_debug.recipes.data.attributes import attributes_of
 
 _FIELDS = ("boxes", "scores", "labels", "counts")
@@ -21,10 +19,10 @@ _FIELDS = ("boxes", "scores", "labels", "counts")
 
 @dataclass(frozen=True)
 class Predictions:
-    """Of S samples, one after the other: ``counts`` [S] boxes each.
+    """Detections of S samples, one after the other: ``counts`` [S] boxes each.
 
-    boxes: [N, 9] float32, z of the gravity centre, as in ``Truth``, then the velocity. scores: [N] float32.
-    labels: [N] int16.
+    boxes: [N, 9] float32, z of the gravity centre, as in ``Truth``, then the velocity. scores: [N] float32. labels: [N]
+    int16.
     """
 
     boxes: NDArray[np.float32]
@@ -34,42 +32,30 @@ class Predictions:
 
     @classmethod
     def gather(cls, samples: Sequence[Detected]) -> Predictions:
-        """From detections with z of the *bottom* centre, as mmdet3d predicts."""
-        boxes = np.concatenate([np.zeros((0, 9), np.float32), *(each.boxes for each in samples)])
+        """Predictions from detections with z of the *bottom* centre, as mmdet3d predicts."""
+        boxes = np.concatenate([np.zeros((0, 9), np.float32), *(detected.boxes for detected in samples)])
         boxes[:, 2] += boxes[:, 5] / 2
         return cls(
             boxes.astype(np.float32),
-            np.concatenate([np.zeros(0), *(each.scores for each in samples)]).astype(np.float32),
-            np.concatenate([np.zeros(0), *(each.labels for each in samples)]).astype(np.int16),
-            np.array([len(each.scores) for each in samples], dtype=np.int64),
+            np.concatenate([np.zeros(0), *(detected.scores for detected in samples)]).astype(np.float32),
+            np.concatenate([np.zeros(0), *(detected.labels for detected in samples)]).astype(np.int16),
+            np.array([len(detected.scores) for detected in samples], dtype=np.int64),
         )
 
     def as_boxes(self, class_names: Sequence[str]) -> Boxes:
-        """For scoring: with the attributes that classes and velocities suggest; a score of NaN is the lowest."""
+        """Boxes to score, with the attributes that classes and velocities suggest; a score of NaN is the lowest."""
         attributes = attributes_of(np.array(class_names)[self.labels], self.boxes[:, 7:])
         samples = np.repeat(np.arange(len(self.counts)), self.counts)
         return Boxes.of(self.boxes, samples, self.labels, np.nan_to_num(self.scores), attributes)
 
 
 def save_predictions(path: Path, samples: Sequence[str], backends: Mapping[str, Predictions]) -> None:
-    """One ``.npz``: ``samples``, and ``<backend>/boxes``, ``/scores``, ``/labels``, ``/counts``.
+    """Write an ``.npz`` with ``samples``, and ``<backend>/boxes``, ``/scores``, ``/labels``, ``/counts``.
 
     It appears whole or not at all. Raises InputError when it cannot be written.
     """
-    arrays = {f"{spec}/{name}": getattr(found, name) for spec, found in backends.items() for name in _FIELDS}
+    arrays = {
+        f"{spec}/{name}": getattr(predictions, name) for spec, predictions in backends.items() for name in _FIELDS
+    }
     with complete_path(path) as partial, partial.open("wb") as stream:
         np.savez_compressed(stream, samples=np.array(samples, dtype=np.str_), **arrays)
-
-
-def load_predictions(path: Path) -> tuple[list[str], dict[str, Predictions]]:
-    """Sample names, and predictions by backend. Raises InputError for another kind of file."""
-    try:
-        archive = read_npz(path)
-    except InputError as error:
-        raise InputError(f"{path}: not a predictions file ({error})") from None
-    specs = [name.removesuffix("/counts") for name in archive if name.endswith("/counts")]
-    try:
-        found = {spec: Predictions(*(archive[f"{spec}/{name}"] for name in _FIELDS)) for spec in specs}
-        return archive["samples"].tolist(), found
-    except (KeyError, ValueError) as error:
-        raise InputError(f"{path}: not a predictions file ({error})") from None

@@ -25,7 +25,7 @@ class Body:
 
     @classmethod
     def of_graph(cls, graph: onnx.GraphProto, opsets: Mapping[str, int]) -> Body:
-        """A branch or loop body."""
+        """A branch or loop body as a ``Body``; ``opsets``: domain → version of the graph around it."""
         return cls(
             [Node.of(i, n) for i, n in enumerate(graph.node)],
             [v.name for v in graph.input],
@@ -47,9 +47,9 @@ class Body:
                 if not attribute.ref_attr_name:
                     proto.attribute.append(attribute)
                 elif attribute.ref_attr_name in attributes:
-                    given = proto.attribute.add()
-                    given.CopyFrom(attributes[attribute.ref_attr_name])
-                    given.name = attribute.name
+                    substituted = proto.attribute.add()
+                    substituted.CopyFrom(attributes[attribute.ref_attr_name])
+                    substituted.name = attribute.name
             nodes.append(Node.of(i, proto))
         opsets = {o.domain: o.version for o in function.opset_import}
         return cls(nodes, function.input, function.output, opsets, {})
@@ -73,7 +73,11 @@ def run_loop(
     condition: Any = None,
     *carried: Any,
 ) -> list[Any]:
-    """ONNX Loop; a scan output of a loop that never ran is an empty vector."""
+    """Execute an ONNX Loop and return its outputs: the carried values, then the scan outputs.
+
+    ``trips`` (int64 scalar) and ``condition`` (bool scalar) may be None, as in ONNX. A scan output of a loop that never
+    ran is an empty vector. Raises ValueError where iterations give results of different shapes.
+    """
     body, state, go_on = bodies["body"], list(carried), condition is None or bool(condition)
     scans: list[list[Any]] = [[] for _ in body.outputs[1 + len(state) :]]
     trip = 0
@@ -87,7 +91,11 @@ def run_loop(
 
 
 def run_scan(bodies: Mapping[str, Body], execute: Execute, attributes: Attributes, *inputs: Any) -> list[Any]:
-    """ONNX Scan; up to opset 8, where its first input is sequence lengths, over each entry of the batch by itself."""
+    """Execute an ONNX Scan and return its outputs: the final states, then the scan outputs.
+
+    Up to opset 8, where the first input is sequence lengths, every entry of the batch is scanned by itself. Raises
+    ValueError where iterations give results of different shapes.
+    """
     body, count = bodies["body"], attributes["num_scan_inputs"]
     if len(inputs) == len(body.inputs) + 1 or attributes["directions"] is not None:  # opset 8
         return _scan_batch(body, execute, attributes, inputs[0], inputs[1:])
@@ -98,12 +106,12 @@ def run_scan(bodies: Mapping[str, Body], execute: Execute, attributes: Attribute
         x.movedim(axis, 0).flip(0) if backward else x.movedim(axis, 0)
         for x, axis, backward in zip(scanned, axes, backwards, strict=True)
     ]
-    kept = len(state)
-    scans: list[list[Any]] = [[] for _ in body.outputs[kept:]]
+    state_count = len(state)
+    scans: list[list[Any]] = [[] for _ in body.outputs[state_count:]]
     for t in range(len(columns[0])):
         results = execute(body, [*state, *(x[t] for x in columns)])
-        state = results[:kept]
-        for scan, value in zip(scans, results[kept:], strict=True):
+        state = results[:state_count]
+        for scan, value in zip(scans, results[state_count:], strict=True):
             scan.append(value)
     axes = attributes["scan_output_axes"] or [0] * len(scans)
     backwards = attributes["scan_output_directions"] or [0] * len(scans)
@@ -112,22 +120,23 @@ def run_scan(bodies: Mapping[str, Body], execute: Execute, attributes: Attribute
 
 
 def _scan_batch(body: Body, execute: Execute, attributes: Attributes, lengths: Any, inputs: Sequence[Any]) -> list[Any]:
+    """Scan of opset 8: axis 0 is the batch, axis 1 the sequence; results behind a sequence's length are zeros."""
     count = attributes["num_scan_inputs"]
-    kept, size = len(inputs) - count, inputs[-1].shape[1]
+    state_count, size = len(inputs) - count, inputs[-1].shape[1]
     backwards = attributes["directions"] or [0] * count
     entries = []
     for entry in range(inputs[0].shape[0]):
         length = size if lengths is None else int(lengths[entry])
-        state = [x[entry] for x in inputs[:kept]]
+        state = [x[entry] for x in inputs[:state_count]]
         columns = [
             x[entry][:length].flip(0) if backward else x[entry]
-            for x, backward in zip(inputs[kept:], backwards, strict=True)
+            for x, backward in zip(inputs[state_count:], backwards, strict=True)
         ]
-        scans: list[list[Any]] = [[] for _ in body.outputs[kept:]]
+        scans: list[list[Any]] = [[] for _ in body.outputs[state_count:]]
         for t in range(length):
             results = execute(body, [*state, *(x[t] for x in columns)])
-            state = results[:kept]
-            for scan, value in zip(scans, results[kept:], strict=True):
+            state = results[:state_count]
+            for scan, value in zip(scans, results[state_count:], strict=True):
                 scan.append(value)
         padded = [_stacked([*scan, *(torch.zeros_like(scan[0]) for _ in range(size - length))]) for scan in scans]
         entries.append([*state, *padded])
@@ -135,7 +144,10 @@ def _scan_batch(body: Body, execute: Execute, attributes: Attributes, lengths: A
 
 
 def _stacked(scan: Sequence[Any]) -> Any:
-    """What a loop collected, along a new first axis. Raises ValueError for iterations of different shapes."""
+    """The results that a loop collected, stacked along a new first axis; an empty vector for none.
+
+    Raises ValueError for iterations of different shapes.
+    """
     if not scan:
         return torch.empty(0)
     shapes = {tuple(value.shape) for value in scan}

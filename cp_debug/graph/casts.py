@@ -61,7 +61,7 @@ def computed_low(graph: Graph, dtype: str, keep_fp32: Collection[str] = ()) -> f
 
 @dataclass
 class _Uses:
-    """How the nodes want a weight."""
+    """Precisions in which nodes read a weight."""
 
     low: bool = False
     high: bool = False
@@ -69,6 +69,8 @@ class _Uses:
 
 @dataclass
 class _Surgery:
+    """One rewriting of ``graph`` into ``dtype``: decides node by node, then writes nodes, casts and weights."""
+
     graph: Graph
     dtype: str
     keep: frozenset[str]
@@ -86,13 +88,14 @@ class _Surgery:
         self.weights = {name: _Uses() for name in (*graph.initializers, *constants) if name in self.floats}
         captured = {name for node in graph.nodes for name in set(node.inputs) - set(node.proto.input)}
         self.pinned = {v.name for v in graph.outputs} | captured
-        """What must be FP32 under its own name."""
+        """Values that must be FP32 under their own names."""
         for name in self.pinned & self.weights.keys():
             self.weights[name].high = True
         self._fresh = unused_names(graph)
         self.low_nodes = {node.index for node in graph.nodes if self._decide(node)}
 
     def model(self) -> onnx.ModelProto:
+        """The rewritten model; weights that are read in low precision only are converted in place."""
         model = onnx.ModelProto()
         model.CopyFrom(self.graph.proto)
         for name, uses in self.weights.items():
@@ -146,8 +149,8 @@ class _Surgery:
 
     def _read(self, name: str, low: bool) -> tuple[str, onnx.NodeProto | None]:
         """The name under which a value is read in the wanted precision, and the cast that makes it, if it is new."""
-        own = name in self.low_values and name not in self.pinned
-        if own == low:
+        stored_low = name in self.low_values and name not in self.pinned
+        if stored_low == low:
             return name, None
         if (name, low) in self.casts:
             return self.casts[name, low], None
@@ -160,6 +163,7 @@ class _Surgery:
         return helper.make_node("Cast", [source], [target], name=self._fresh(f"{target}_Cast"), to=to)
 
     def _convert_weights(self, model: onnx.ModelProto) -> None:
+        """Convert weights that are only read in low precision; add a converted copy where both are read."""
         weights = list(model.graph.initializer)
         for weight in weights:
             alias = self.casts.get((weight.name, True))
@@ -171,6 +175,7 @@ class _Surgery:
                 model.graph.initializer.append(copy)
 
     def _narrow(self, name: str, array: np.ndarray) -> onnx.TensorProto:
+        """A weight in the low precision. Raises InputError when a finite value becomes infinite."""
         with np.errstate(over="ignore"):
             narrow = array.astype(self.numpy_type)
         if np.isinf(narrow.astype(np.float32)).sum() > np.isinf(array).sum():

@@ -23,8 +23,8 @@ def narrow_values(graph: Graph) -> dict[str, str]:
     floats = {*_NARROW, TensorProto.FLOAT, TensorProto.DOUBLE}
     for node in graph.nodes:
         unknown = [name for name in node.outputs if not types.get(name)]
-        if unknown and (read := next((types[i] for i in node.inputs if types.get(i) in floats), None)):
-            types |= dict.fromkeys(unknown, read)
+        if unknown and (input_type := next((types[i] for i in node.inputs if types.get(i) in floats), None)):
+            types |= dict.fromkeys(unknown, input_type)
 
     def is_narrow(name: str) -> bool:
         return types.get(name) in _NARROW
@@ -33,5 +33,5 @@ def narrow_values(graph: Graph) -> dict[str, str]:
     computing = (n for n in graph.nodes if n.op not in ("Cast", "CastLike", "Constant"))
     if not any(map(is_narrow, ends)) and not any(is_narrow(v) for n in computing for v in (*n.inputs, *n.outputs)):
         return {}
-    named = [*(v.name for v in graph.inputs), *graph.values]
-    return {name: _NARROW[types[name]] for name in named if types.get(name) in _NARROW}
+    names = [*(v.name for v in graph.inputs), *graph.values]
+    return {name: _NARROW[types[name]] for name in names if types.get(name) in _NARROW}

@@ -1,20 +1,31 @@
-"""Values that depend on a graph's inputs."""
+"""Values that depend on others: the walk along a graph, from values to all that is computed from them."""
 
 from __future__ import annotations
 
-from cp_debug.graph.graph import Graph
+from collections.abc import Collection, Iterable
+
+from cp_debug.graph.graph import Graph, Node
 
 
 def data_values(graph: Graph) -> list[str]:
     """The values that depend on an input's elements: no constants, no arithmetic on shapes."""
-    return downstream(graph, {"Shape", "Size"})
+    return from_inputs(graph, {"Shape", "Size"})
 
 
-def downstream(graph: Graph, cut: set[str]) -> list[str]:
-    reached = {info.name for info in graph.inputs}
-    found: list[str] = []
-    for node in graph.nodes:
+def from_inputs(graph: Graph, cut: Collection[str] = ()) -> list[str]:
+    """Values that are reached from the graph's inputs, in execution order, stopping at operators in ``cut``."""
+    return downstream(graph.nodes, (info.name for info in graph.inputs), cut)
+
+
+def downstream(nodes: Iterable[Node], sources: Iterable[str], cut: Collection[str] = ()) -> list[str]:
+    """Values that are computed from ``sources``, in execution order, stopping at operators in ``cut``.
+
+    ``nodes`` stand in execution order. The sources themselves are left out unless one is computed from another.
+    """
+    reached = set(sources)
+    values: list[str] = []
+    for node in nodes:
         if node.op not in cut and not reached.isdisjoint(node.inputs):
             reached.update(node.outputs)
-            found.extend(node.outputs)
-    return found
+            values.extend(node.outputs)
+    return values

@@ -32,7 +32,7 @@ class Branch:
     op: str
     decision: Decision
     decided_by: tuple[str, ...]
-    """The values that it decides by: the condition, and of a Loop the trip count."""
+    """The values that decide: the condition, and the trip count of a Loop."""
     outputs: tuple[str, ...]
 
 
@@ -61,13 +61,15 @@ def flatten(graph: Graph, decisions: Mapping[str, Decision]) -> tuple[onnx.Model
     model.graph.node.extend(flat.nodes)
     model.graph.initializer.extend(flat.weights.values())
     used = {(n.domain, n.op_type) for n in _all_nodes(flat.nodes)}
-    kept = [f for f in model.functions if (f.domain, f.name) in used]
+    called = [f for f in model.functions if (f.domain, f.name) in used]
     del model.functions[:]
-    model.functions.extend(kept)
+    model.functions.extend(called)
     return model, flat.branches
 
 
 class _Flattener:
+    """Copies nodes into one flat list, with names that tell the body and iteration they come from."""
+
     def __init__(self, graph: Graph, decisions: Mapping[str, Decision]) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.weights: dict[str, onnx.TensorProto] = {}
@@ -114,6 +116,7 @@ class _Flattener:
         )
 
     def _unrolls(self, node: Node, count: int) -> bool:
+        """Whether ``count`` iterations of a loop are few enough nodes to be written out."""
         (graph,) = (a.g for a in node.proto.attribute if a.name == "body")
         old_scan = node.op == "Scan" and self._opsets.get("", 1) < 9
         return count > 0 and count * len(graph.node) <= MOST_NODES and not old_scan
@@ -127,11 +130,11 @@ class _Flattener:
         arguments: Sequence[str] | None = None,
     ) -> None:
         """The nodes of a branch or function in place of ``caller``, whose names are those of the outside already."""
-        given = caller.input if arguments is None else arguments
-        results = self._body(body, path, outer, given, dict(zip(body.outputs, caller.output, strict=False)))
-        for made, wanted in zip(results, caller.output, strict=False):
-            if wanted and made != wanted:
-                self._add("Identity", [made], [wanted], f"{path}{wanted}")
+        argument_names = caller.input if arguments is None else arguments
+        results = self._body(body, path, outer, argument_names, dict(zip(body.outputs, caller.output, strict=False)))
+        for result, outside in zip(results, caller.output, strict=False):
+            if outside and result != outside:
+                self._add("Identity", [result], [outside], f"{path}{outside}")
 
     def _body(
         self,
@@ -142,54 +145,57 @@ class _Flattener:
         wanted: Mapping[str, str],
         weights_path: str | None = None,
     ) -> list[str]:
-        """The nodes of ``body``; returns what its outputs are called. ``wanted``: names for outputs, where possible."""
+        """Append the nodes of ``body``; return the names that its outputs have outside.
+
+        ``wanted``: body output → name it should get, where possible.
+        """
         scope = dict(outer) | dict.fromkeys(body.inputs, "")
         scope |= dict(zip(body.inputs, arguments, strict=False))
         for name, array in body.constants.items():
             scope[name] = f"{path if weights_path is None else weights_path}{name}"
             if scope[name] not in self.weights:
                 self.weights[scope[name]] = numpy_helper.from_array(array, scope[name])
-        own = {o for n in body.nodes for o in n.outputs}
-        taken: set[str] = set()
+        computed = {o for n in body.nodes for o in n.outputs}
+        used_names: set[str] = set()
         for name, outside in wanted.items():
-            if name in own and outside and outside not in taken:
+            if name in computed and outside and outside not in used_names:
                 scope[name] = outside
-                taken.add(outside)
+                used_names.add(outside)
         self.copy(body.nodes, path, scope)
-        return [scope.get(o) or (f"{path}{o}" if o in own else o) for o in body.outputs]
+        return [scope.get(o) or (f"{path}{o}" if o in computed else o) for o in body.outputs]
 
     def _loop(
         self, node: Node, body: Body, caller: onnx.NodeProto, place: str, outer: Mapping[str, str], count: int
     ) -> None:
         state = list(caller.input[2:])
-        kept = len(state)
-        scans: list[list[str]] = [[] for _ in body.outputs[1 + kept :]]
+        state_count = len(state)
+        scans: list[list[str]] = [[] for _ in body.outputs[1 + state_count :]]
         for k in range(count):
             path = f"{place}/#{k}/"
             arguments = [
                 self._constant(f"{path}iteration", np.int64(k)),
                 self._constant(f"{place}/true", np.bool_(True)),
             ]
-            last = dict(zip(body.outputs[1 : 1 + kept], caller.output, strict=False)) if k == count - 1 else {}
+            last = dict(zip(body.outputs[1 : 1 + state_count], caller.output, strict=False)) if k == count - 1 else {}
             results = self._body(body, path, outer, [*arguments, *state], last, f"{place}/")
-            state = results[1 : 1 + kept]
-            for scan, value in zip(scans, results[1 + kept :], strict=True):
+            state = results[1 : 1 + state_count]
+            for scan, value in zip(scans, results[1 + state_count :], strict=True):
                 scan.append(value)
-        for made, wanted in zip(state, caller.output, strict=False):
-            if wanted and made != wanted:
-                self._add("Identity", [made], [wanted], f"{place}/{wanted}")
-        for values, wanted in zip(scans, caller.output[kept:], strict=False):
-            self._stack(values, wanted, place, 0)
+        for result, outside in zip(state, caller.output, strict=False):
+            if outside and result != outside:
+                self._add("Identity", [result], [outside], f"{place}/{outside}")
+        for values, outside in zip(scans, caller.output[state_count:], strict=False):
+            self._stack(values, outside, place, 0)
 
     def _scan(
         self, node: Node, body: Body, caller: onnx.NodeProto, place: str, outer: Mapping[str, str], count: int
     ) -> None:
-        given = {a.name: helper.get_attribute_value(a) for a in node.proto.attribute}
-        scanned = given["num_scan_inputs"]
-        kept = len(caller.input) - scanned
-        state, columns = list(caller.input[:kept]), caller.input[kept:]
-        axes, backwards = (given.get(f"scan_input_{n}") or [0] * scanned for n in ("axes", "directions"))
-        scans: list[list[str]] = [[] for _ in body.outputs[kept:]]
+        attributes = {a.name: helper.get_attribute_value(a) for a in node.proto.attribute}
+        scanned = attributes["num_scan_inputs"]
+        state_count = len(caller.input) - scanned
+        state, columns = list(caller.input[:state_count]), caller.input[state_count:]
+        axes, backwards = (attributes.get(f"scan_input_{n}") or [0] * scanned for n in ("axes", "directions"))
+        scans: list[list[str]] = [[] for _ in body.outputs[state_count:]]
         for k in range(count):
             path = f"{place}/#{k}/"
             arguments = []
@@ -198,19 +204,20 @@ class _Flattener:
                 index = self._constant(f"{place}/{row}", np.int64(row))
                 arguments.append(f"{path}{column}")
                 self._add("Gather", [column, index], [arguments[-1]], arguments[-1], axis=axis)
-            last = dict(zip(body.outputs[:kept], caller.output, strict=False)) if k == count - 1 else {}
+            last = dict(zip(body.outputs[:state_count], caller.output, strict=False)) if k == count - 1 else {}
             results = self._body(body, path, outer, [*state, *arguments], last, f"{place}/")
-            state = results[:kept]
-            for scan, value in zip(scans, results[kept:], strict=True):
+            state = results[:state_count]
+            for scan, value in zip(scans, results[state_count:], strict=True):
                 scan.append(value)
-        for made, wanted in zip(state, caller.output, strict=False):
-            if wanted and made != wanted:
-                self._add("Identity", [made], [wanted], f"{place}/{wanted}")
-        axes, backwards = (given.get(f"scan_output_{n}") or [0] * len(scans) for n in ("axes", "directions"))
-        for values, wanted, axis, backward in zip(scans, caller.output[kept:], axes, backwards, strict=False):
-            self._stack(values[::-1] if backward else values, wanted, place, axis)
+        for result, outside in zip(state, caller.output, strict=False):
+            if outside and result != outside:
+                self._add("Identity", [result], [outside], f"{place}/{outside}")
+        axes, backwards = (attributes.get(f"scan_output_{n}") or [0] * len(scans) for n in ("axes", "directions"))
+        for values, outside, axis, backward in zip(scans, caller.output[state_count:], axes, backwards, strict=False):
+            self._stack(values[::-1] if backward else values, outside, place, axis)
 
     def _stack(self, values: Sequence[str], wanted: str, place: str, axis: int) -> None:
+        """Stack one scan output's values along ``axis`` under the name ``wanted``; nothing for an unused output."""
         if not wanted:
             return
         rows = [f"{place}/{wanted}/#{k}" for k in range(len(values))]
@@ -238,9 +245,9 @@ def _renamed(proto: onnx.NodeProto, names: Mapping[str, str]) -> onnx.NodeProto:
         del field[:]
         field.extend(renamed)
     for graph in _bodies(node):
-        own = {v.name for v in graph.input} | {t.name for t in graph.initializer}
-        own |= {o for n in graph.node for o in n.output}
-        outer = {k: v for k, v in names.items() if k not in own}
+        inner_names = {v.name for v in graph.input} | {t.name for t in graph.initializer}
+        inner_names |= {o for n in graph.node for o in n.output}
+        outer = {k: v for k, v in names.items() if k not in inner_names}
         children = [_renamed(n, outer) for n in graph.node]
         del graph.node[:]
         graph.node.extend(children)

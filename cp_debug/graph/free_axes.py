@@ -48,7 +48,7 @@ SIZES = (
     100,
     1024,
 )
-"""What a free axis may have to be instead: multiples of 32, the inputs of classifiers, small counts."""
+"""Other sizes that a free axis may need: multiples of 32, the inputs of classifiers, small counts."""
 
 _LONGEST = 80
 """Characters of a symbol that is taken for an expression."""
@@ -75,7 +75,7 @@ class FreeAxes:
 
     @classmethod
     def of(cls, graph: Graph) -> FreeAxes:
-        """The inputs of ``graph``, and what the weights of their readers say about them."""
+        """The free axes of the inputs of ``graph``, and what the weights of their readers say about them."""
         ranks: dict[str, int] = {}
         fixed: dict[tuple[str, int], int] = {}
         for value in graph.inputs:
@@ -85,14 +85,14 @@ class FreeAxes:
         return cls(graph.inputs, ranks, fixed)
 
     def first(self) -> Choice:
-        """What is tried first: one sample, sizes that weights ask for, else ``FREE_SIZE``; a symbol has one size."""
+        """The choice tried first: one sample, sizes that weights ask for, else ``FREE_SIZE``; a symbol has one size."""
         chosen: Choice = {}
         certain: set[str] = set()
         for value, axis, symbol in self._places():
             key = _key(value, axis, symbol)
-            known = self.fixed.get((value.name, axis))
-            if known is not None:
-                chosen[key] = known
+            fixed_size = self.fixed.get((value.name, axis))
+            if fixed_size is not None:
+                chosen[key] = fixed_size
                 certain.add(key)
             elif key not in certain:
                 size = self._size(value, axis, symbol)
@@ -109,12 +109,12 @@ class FreeAxes:
             for size in {chosen[a] + chosen[b] for a, b in combinations(long, 2) if key not in (a, b)}:
                 if size != chosen[key]:
                     yield chosen | {key: size}
-        known = (d for value in self.inputs for d in self._dimensions(value) if isinstance(d, int) and d > 1)
-        sizes = tuple(dict.fromkeys((FREE_SIZE, *known, *SIZES)))
+        declared = (d for value in self.inputs for d in self._dimensions(value) if isinstance(d, int) and d > 1)
+        sizes = tuple(dict.fromkeys((FREE_SIZE, *declared, *SIZES)))
         groups: list[tuple[str, ...]] = [tuple(long)]
         for value in self.inputs:
-            own = [_key(v, axis, symbol) for v, axis, symbol in self._places() if v is value]
-            groups.append(tuple(key for key in dict.fromkeys(own) if key in long))
+            keys = [_key(v, axis, symbol) for v, axis, symbol in self._places() if v is value]
+            groups.append(tuple(key for key in dict.fromkeys(keys) if key in long))
         groups += [(key,) for key in (*long, *(k for k in first if k not in long))]
         for group in dict.fromkeys(g for g in groups if g):
             for size in sizes:
@@ -122,7 +122,10 @@ class FreeAxes:
                     yield chosen | dict.fromkeys(group, size)
 
     def shape(self, value: ValueInfo, chosen: Choice) -> list[int]:
-        """The shape of an input. An expression of other symbols (``past + 1``) is computed."""
+        """The shape of an input under the sizes ``chosen``; an expression of other symbols (``past + 1``) is computed.
+
+        Raises InputError when the values would take more than a quarter of the machine's memory.
+        """
         expressions = self._expressions()
         sizes = []
         for axis, dimension in enumerate(self._dimensions(value)):
@@ -138,6 +141,7 @@ class FreeAxes:
         return sizes
 
     def _size(self, value: ValueInfo, axis: int, symbol: str | None) -> int:
+        """Size of one free axis without a known one: 1 for what is taken for a batch, else ``FREE_SIZE``."""
         dimensions = self._dimensions(value)
         first = dimensions[0]
         if axis == 0:
@@ -146,8 +150,8 @@ class FreeAxes:
             lone = len(dimensions) == 1
             return FREE_SIZE if symbol and (time_major or lone) and _TIME.fullmatch(symbol) else 1
         if symbol and _BATCH.fullmatch(symbol):  # [batch, 3, N]: N points
-            named = isinstance(first, str) and first != symbol and _BATCH.fullmatch(first) is not None
-            return FREE_SIZE if named else 1
+            is_batch_first = isinstance(first, str) and first != symbol and _BATCH.fullmatch(first) is not None
+            return FREE_SIZE if is_batch_first else 1
         time_major = axis == 1 and len(dimensions) > 2 and isinstance(first, str) and bool(_TIME.fullmatch(first))
         return 1 if time_major and not (symbol and _TIME.fullmatch(symbol)) else FREE_SIZE
 
@@ -163,7 +167,7 @@ class FreeAxes:
     def _expressions(self) -> dict[str, ast.expr]:
         """Symbols that are sums or products of others, which occur by themselves."""
         symbols = {symbol for _, _, symbol in self._places() if symbol}
-        found: dict[str, ast.expr] = {}
+        expressions: dict[str, ast.expr] = {}
         for symbol in symbols:
             if len(symbol) > _LONGEST:
                 continue
@@ -175,8 +179,8 @@ class FreeAxes:
                 continue
             names = set(_names(parsed))
             if isinstance(parsed, ast.BinOp) and _computable(parsed) and names & (symbols - {symbol}):
-                found[symbol] = parsed
-        return found
+                expressions[symbol] = parsed
+        return expressions
 
 
 def _key(value: ValueInfo, axis: int, symbol: str | None) -> str:
@@ -205,16 +209,19 @@ def _evaluate(node: ast.expr, chosen: Choice) -> int:
 
 
 def _wanted(graph: Graph, value: ValueInfo) -> Iterator[tuple[int, dict[int, int]]]:
-    """(Rank, axis → size) as each operator wants it that reads ``value``, through operators that keep its shape."""
+    """Ranks and sizes that operators want of ``value``, seen through operators that keep its shape.
+
+    Each item is (rank, axis → size).
+    """
     rank = None if value.shape is None else len(value.shape)
     stack: list[tuple[str, tuple[int, ...] | None]] = [(value.name, None if rank is None else tuple(range(rank)))]
-    seen = set()
+    visited = set()
     while stack:
         name, axes = stack.pop()
         for node in graph.consumers.get(name, ()):
-            if name not in node.proto.input or (name, node.index) in seen:
+            if name not in node.proto.input or (name, node.index) in visited:
                 continue
-            seen.add((name, node.index))
+            visited.add((name, node.index))
             if node.op in _KEEP_SHAPE:
                 stack.append((node.outputs[0], axes))
                 if axes is not None and len(node.proto.input) == 2:
@@ -223,8 +230,8 @@ def _wanted(graph: Graph, value: ValueInfo) -> Iterator[tuple[int, dict[int, int
                 order = attribute(node, "perm", list(reversed(range(len(axes)))))
                 if len(order) == len(axes):
                     stack.append((node.outputs[0], tuple(axes[i] for i in order)))
-            elif (found := _by_weight(graph, node, name, axes)) is not None:
-                wanted_rank, sizes = found
+            elif (weight_wants := _by_weight(graph, node, name, axes)) is not None:
+                wanted_rank, sizes = weight_wants
                 if axes is None:
                     yield wanted_rank, {axis % wanted_rank: size for axis, size in sizes.items()}
                 elif len(axes) == wanted_rank or all(axis < 0 for axis in sizes):
@@ -236,17 +243,20 @@ def _wanted(graph: Graph, value: ValueInfo) -> Iterator[tuple[int, dict[int, int
 
 def _beside_constant(graph: Graph, node: Node, name: str, axes: tuple[int, ...]) -> dict[int, int]:
     """The axes of ``name`` that an elementwise operator lines up with those of a constant, and their sizes there."""
-    other = constant_dims(graph, node.proto.input[1 - list(node.proto.input).index(name)])
-    if other is None or len(other) > len(axes):
+    constant_shape = constant_dims(graph, node.proto.input[1 - list(node.proto.input).index(name)])
+    if constant_shape is None or len(constant_shape) > len(axes):
         return {}
-    return {axes[i - len(other)]: size for i, size in enumerate(other) if size > 1}
+    return {axes[i - len(constant_shape)]: size for i, size in enumerate(constant_shape) if size > 1}
 
 
 def _by_weight(graph: Graph, node: Node, name: str, axes: tuple[int, ...] | None) -> tuple[int, dict[int, int]] | None:
-    """What one operator wants of its data ``name``, by the shape of its weight: (rank, axis → size)."""
+    """Rank and sizes (axis → size) that one operator wants of its data ``name``, from the shape of its weight.
+
+    None for an operator whose weight says nothing about its data.
+    """
     place = list(node.proto.input).index(name)
-    weight = [known_dims(graph, other) for other in node.proto.input]
-    second = weight[1] if len(weight) > 1 else None
+    operand_dims = [known_dims(graph, operand) for operand in node.proto.input]
+    second = operand_dims[1] if len(operand_dims) > 1 else None
     if place == 0 and second is not None:
         if node.op == "Conv" and len(second) > 2:
             return len(second), {1: second[1] * attribute(node, "group", 1)}
@@ -262,8 +272,8 @@ def _by_weight(graph: Graph, node: Node, name: str, axes: tuple[int, ...] | None
             return len(axes) if axes else 4, {1: second[0]}
         if node.op == "LayerNormalization" and len(second) == 1 and attribute(node, "axis", -1) == -1:
             return len(axes) if axes else 3, {-1: second[0]}
-    if place == 1 and weight[0] is not None and node.op == "MatMul" and len(weight[0]) > 1:
-        return len(axes) if axes else 2, {-2: weight[0][-1]}
+    if place == 1 and operand_dims[0] is not None and node.op == "MatMul" and len(operand_dims[0]) > 1:
+        return len(axes) if axes else 2, {-2: operand_dims[0][-1]}
     return None
 
 
@@ -278,7 +288,7 @@ def constant_dims(graph: Graph, name: str) -> tuple[int, ...] | None:
 
 
 def known_dims(graph: Graph, name: str) -> tuple[int, ...] | None:
-    """The shape of any value or weight where all of it is known."""
+    """The shape of any value or weight; None unless every dimension is known."""
     if (dims := constant_dims(graph, name)) is not None or name not in graph.types:
         return dims
     tensor = graph.types[name].tensor_type
@@ -292,10 +302,14 @@ def scalar(graph: Graph, name: str) -> float | None:
     if name in graph.initializers and graph.weight(name).data_type in _NUMBERS:
         array = graph.initializer(name) if constant_dims(graph, name) in ((), (1,), (1, 1, 1, 1)) else None
     elif node is not None and node.op == "Constant":
-        given = node.proto.attribute[0]
-        if given.name in ("value_int", "value_float"):
-            return float(helper.get_attribute_value(given))
-        array = numpy_helper.to_array(given.t) if given.name == "value" and given.t.data_type in _NUMBERS else None
+        value_attribute = node.proto.attribute[0]
+        if value_attribute.name in ("value_int", "value_float"):
+            return float(helper.get_attribute_value(value_attribute))
+        array = (
+            numpy_helper.to_array(value_attribute.t)
+            if value_attribute.name == "value" and value_attribute.t.data_type in _NUMBERS
+            else None
+        )
     else:
         return None
     return float(array.reshape(-1)[0]) if array is not None and array.size == 1 else None
@@ -306,5 +320,5 @@ _NUMBERS = {1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13}
 
 
 def attribute(node: Node, name: str, default: Any) -> Any:
-    """An attribute of a node, or ``default`` where it has none."""
+    """The value of a node's attribute, as ``onnx.helper`` gives it, or ``default`` where the node has none."""
     return next((helper.get_attribute_value(a) for a in node.proto.attribute if a.name == name), default)

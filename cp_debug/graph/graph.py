@@ -15,12 +15,15 @@ from onnx import external_data_helper
 from cp_debug.graph.onnx_file import array_of, external_data, read_model, reads
 
 _NAMELESS = {"", "?", "-1", "none", "null", "unk", "unknown", "dynamic", "any"}
-"""What stands in place of a name for a free axis; two such axes have nothing to do with each other."""
+"""Placeholders that stand for the name of a free axis; two such axes have nothing to do with each other."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Node:
-    """One ONNX node. ``op`` carries the domain unless it is ONNX's own: ``com.microsoft.FusedConv``."""
+    """One ONNX node, equal to itself alone.
+
+    ``op`` carries the domain unless it is ONNX's own: ``com.microsoft.FusedConv``.
+    """
 
     index: int
     name: str
@@ -32,7 +35,7 @@ class Node:
 
     @classmethod
     def of(cls, index: int, proto: onnx.NodeProto) -> Node:
-        """The node at place ``index`` of its graph; without a name it is called after its operator and place."""
+        """A node from its protobuf, at place ``index`` of its graph; a nameless one is called ``{op_type}_{index}``."""
         return cls(
             index=index,
             name=proto.name or f"{proto.op_type}_{index}",
@@ -88,11 +91,17 @@ class Graph:
         return self._initializers.keys()
 
     def initializer(self, name: str) -> np.ndarray:
-        """One weight, read from the file (or its external data) now. Raises KeyError for an unknown name."""
+        """One weight as an array, read from the file (or its external data) now.
+
+        Raises KeyError for an unknown name.
+        """
         return array_of(self._initializers[name], self.path)
 
     def weight(self, name: str) -> onnx.TensorProto:
-        """One weight as it stands in the file: inside, or a reference to external data."""
+        """One weight's protobuf as it stands in the file: its bytes, or a reference to external data.
+
+        Raises KeyError for an unknown name.
+        """
         return self._initializers[name]
 
     @cached_property
@@ -116,9 +125,13 @@ class Graph:
 
     @cached_property
     def types(self) -> dict[str, onnx.TypeProto]:
-        """The types of inputs, outputs and values, where the file states them or ONNX's shape inference finds them."""
-        known = _infer(self.proto)
-        return {v.name: v.type for v in (*known.value_info, *known.input, *known.output) if v.type.WhichOneof("value")}
+        """Value → ONNX type, for inputs, outputs and values where the file or ONNX's shape inference states it."""
+        inferred = _infer(self.proto)
+        return {
+            v.name: v.type
+            for v in (*inferred.value_info, *inferred.input, *inferred.output)
+            if v.type.WhichOneof("value")
+        }
 
     @cached_property
     def tensors(self) -> list[str]:
@@ -133,7 +146,7 @@ class Graph:
 
     @cached_property
     def precision(self) -> str:
-        """What the file asks for: ``int8`` when it quantises, ``fp16`` or ``bf16`` when it holds such tensors."""
+        """``int8`` for a file that quantizes, ``fp16`` or ``bf16`` for one that holds such tensors, else ``fp32``."""
         if any("QuantizeLinear" in node.op or "QLinear" in node.op for node in self.nodes):
             return "int8"
         names = {onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.BFLOAT16: "bf16"}
@@ -145,7 +158,7 @@ class Graph:
         Graph inputs and weights count as known. The targets are computed even where they are known themselves.
         Raises KeyError when a target is not a value of the graph.
         """
-        given = set(known) | {v.name for v in self.inputs}
+        starting_points = set(known) | {v.name for v in self.inputs}
         chosen: dict[int, Node] = {}
         starts: dict[str, None] = {}
         stack = [self.producer[t] for t in targets]
@@ -155,7 +168,7 @@ class Graph:
                 continue
             chosen[node.index] = node
             for name in node.inputs:
-                if name in given:
+                if name in starting_points:
                     starts[name] = None
                 elif name in self.producer:
                     stack.append(self.producer[name])
@@ -193,7 +206,10 @@ def _sort(graph: onnx.GraphProto) -> None:
 
 
 def external_files(model: onnx.ModelProto, folder: Path) -> dict[Path, int]:
-    """The external data files of a model that lies in ``folder``, and how many bytes each must have at least."""
+    """External data file → the bytes that it must have at least, for a model that lies in ``folder``.
+
+    Raises InputError, naming the weight, for a place that cannot be.
+    """
     files: dict[Path, int] = {}
     for tensor in model.graph.initializer:
         if external_data_helper.uses_external_data(tensor):
@@ -203,7 +219,7 @@ def external_files(model: onnx.ModelProto, folder: Path) -> dict[Path, int]:
 
 
 def _infer(model: onnx.ModelProto) -> onnx.GraphProto:
-    """The graph with inferred types; big weights, which inference does not read, are left out of the copy."""
+    """The graph with inferred types; weights of 4 KiB and more, which inference does not read, are left out."""
     skeleton = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
     graph, source = skeleton.graph, model.graph
     graph.name = source.name
@@ -233,7 +249,7 @@ def _value_info(value: onnx.ValueInfoProto) -> ValueInfo:
 
 
 def _symbol(name: str) -> str | None:
-    """The name of a free axis; None for what exporters write that have no name for it, or the same for all."""
+    """The name of a free axis; None for placeholders that exporters write instead of a name (``?``, ``dynamic``)."""
     return None if name.strip().lower() in _NAMELESS else name
 
 

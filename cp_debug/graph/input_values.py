@@ -1,7 +1,7 @@
-"""What a graph's inputs may hold: indices below the axis that they choose from, masks, lengths, positive numbers.
+"""Values that a graph's inputs may hold: indices below the axis that they choose from, masks, lengths, positives.
 
-Read off the operators that read an input, through those that only move numbers; each way to fill an input is followed
-by others, to be tried where the first does not run.
+They are told from the operators that read an input, through those that only move numbers; each way to fill an input is
+followed by others, to be tried where the first does not run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MOVERS = {
     "Cast", "Concat", "Expand", "Flatten", "Identity", "Pad", "Reshape", "Slice", "Split", "Squeeze", "Tile",
     "Transpose", "Unsqueeze",
 }
-# Of what is positive they make what is positive.
+# Positive inputs give positive outputs.
 _KEEP_SIGN = _MOVERS | {
     "AveragePool", "GlobalAveragePool", "MaxPool", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "Sqrt",
 }
@@ -48,7 +48,7 @@ _LARGE = 16.0
 
 @dataclass(frozen=True)
 class Ways:
-    """How an input can be filled: the first way, then others."""
+    """Ways to fill an input: the first one to try, then others."""
 
     makers: tuple[Maker, ...]
     certain: bool
@@ -56,24 +56,24 @@ class Ways:
 
 
 def ways(graph: Graph, value: ValueInfo) -> Ways:
-    """What is tried for one input, best first."""
+    """Makers of values for one input, best first, and whether any values of its dtype would do."""
     assert value.dtype is not None
     kind = _kind(value.dtype)
-    found = list(_uses(graph, value.name))
+    uses = list(_uses(graph, value.name))
     if kind == "b":
         return Ways((_booleans, _filled(True), _filled(False)), certain=False)
     if kind == "i":
-        first = list(_integers(graph, value, found))
+        first = list(_integers(graph, value, uses))
         if not first and value.dtype.itemsize <= 2:
             return Ways((_whole_range(value.dtype), _bits), certain=True)
         fallback = (_bits, _filled(1), _filled(0), _counted, _longest, _below(10))
         return Ways((*first, *fallback), certain=False)
-    special = list(_floats(graph, value, found))
+    special = list(_floats(graph, value, uses))
     return Ways((*special, _normal, _positive, _uniform(0, 1), _filled(1), _filled(0)), certain=not special)
 
 
 def plain(dtype: np.dtype) -> Maker:
-    """What fills an input of which only the dtype is known."""
+    """The maker for an input of which only the dtype is known."""
     if _kind(dtype) == "b":
         return _booleans
     if _kind(dtype) == "i":
@@ -86,15 +86,16 @@ def _kind(dtype: np.dtype) -> str:
     return {"b": "b", "i": "i", "u": "i"}.get(dtype.kind, "i" if "int" in dtype.name else "f")
 
 
-def _integers(graph: Graph, value: ValueInfo, found: Sequence[tuple[Node, int]]) -> Iterator[Maker]:
-    limits = [limit for node, place in found if (limit := _index_limit(graph, node, place)) is not None]
+def _integers(graph: Graph, value: ValueInfo, uses: Sequence[tuple[Node, int]]) -> Iterator[Maker]:
+    """Makers for an integer input, from the operators that read it (``uses``) and from its name."""
+    limits = [limit for node, place in uses if (limit := _index_limit(graph, node, place)) is not None]
     name = value.name.lower()
     if limits:
         yield _counted_below(min(limits)) if "position" in name else _below(min(limits))
-    for node, place in found:
+    for node, place in uses:
         compared = node.op == "Equal" and not limits and "mask" not in name
-        if compared and (other := scalar(graph, node.proto.input[1 - place])):  # a sample rate, a mode
-            yield _filled(other)
+        if compared and (compared_with := scalar(graph, node.proto.input[1 - place])):  # a sample rate, a mode
+            yield _filled(compared_with)
         if (node.op, place) in _LENGTHS:
             yield _longest
         if (node.op, place) in _ARGUMENTS:
@@ -108,7 +109,7 @@ def _integers(graph: Graph, value: ValueInfo, found: Sequence[tuple[Node, int]])
 
 
 def _index_limit(graph: Graph, node: Node, place: int) -> int | None:
-    """How many elements an index chooses from; None for what is no index."""
+    """Number of elements that an index chooses from; None for an input that is no index."""
     if node.op in ("Gather", "GatherElements", "GatherND", "ScatterND", "ScatterElements") and place == 1:
         dims = known_dims(graph, node.proto.input[0])
         axis = attribute(node, "axis", 0)
@@ -143,9 +144,9 @@ def _arguments(op: str, place: int) -> Iterator[Maker]:
     yield _filled(1)
 
 
-def _floats(graph: Graph, value: ValueInfo, found: Sequence[tuple[Node, int]]) -> Iterator[Maker]:
+def _floats(graph: Graph, value: ValueInfo, reads: Sequence[tuple[Node, int]]) -> Iterator[Maker]:
     direct = {(node.op, place) for node, place in _uses(graph, value.name, _KEEP_SIGN)}
-    uses = {(node.op, place) for node, place in found}
+    uses = {(node.op, place) for node, place in reads}
     name = value.name.lower()
     for op, place in sorted(uses & _ARGUMENTS):
         yield from _arguments(op, place)
@@ -155,7 +156,7 @@ def _floats(graph: Graph, value: ValueInfo, found: Sequence[tuple[Node, int]]) -
         yield _above_one if ("Acosh", 0) in direct else _positive
     elif ("Div", 1) in direct:
         yield _positive
-    if any(_unscaled(graph, node, place) for node, place in found) and value.shape is not None and len(value.shape) > 2:
+    if any(_unscaled(graph, node, place) for node, place in reads) and value.shape is not None and len(value.shape) > 2:
         yield _uniform(0, 255)
     if {("LSTM", 5), ("GRU", 5), ("RNN", 5)} & uses:
         yield _squeezed
@@ -178,16 +179,16 @@ def _unscaled(graph: Graph, node: Node, place: int) -> bool:
 
 
 def _uses(graph: Graph, name: str, through: set[str] = _MOVERS) -> Iterator[tuple[Node, int]]:
-    """The operators that read ``name``, as it is or moved, and the place at which they do."""
-    stack, seen = [name], {name}
+    """(Node, input place) of every operator that reads ``name``, as it is or moved by operators of ``through``."""
+    stack, visited = [name], {name}
     while stack:
         name = stack.pop()
         for node in graph.consumers.get(name, ()):
-            places = [i for i, read in enumerate(node.proto.input) if read == name]
+            places = [i for i, operand in enumerate(node.proto.input) if operand == name]
             yield from ((node, place) for place in places)
             if node.op in through and 0 in places + [0] * (node.op == "Concat"):
-                stack += [o for o in node.outputs if o not in seen]
-                seen.update(node.outputs)
+                stack += [o for o in node.outputs if o not in visited]
+                visited.update(node.outputs)
 
 
 def _normal(rng: np.random.Generator, shape: Sequence[int], longest: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Values that a quantised graph holds as levels: the scale and zero point behind them, and whose value they are."""
+"""Values that a quantized graph holds as levels: the scale and zero point behind them, and whose value they are."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from cp_debug.graph.graph import Graph
-from cp_debug.graph.qdq import QUANTIZED
+from cp_debug.graph.operators import PRODUCTS
 
 _KEEP_LEVELS = {
     *("Concat", "Flatten", "Identity", "MaxPool", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"),
@@ -18,33 +18,32 @@ _SUFFIXES = ("_quantized", "_QuantizeLinear_Output", "_DequantizeLinear_Output")
 
 
 class GridNames(NamedTuple):
-    """The names of a scale and of its zero point, empty where it has none."""
+    """Names of a scale and of its zero point in a graph; the zero point's is empty where there is none."""
 
     scale: str
     zero: str
 
 
 def is_quantized(graph: Graph) -> bool:
-    """Whether any node quantises, computes with levels, or makes floats of levels."""
+    """Whether any node quantizes, computes with levels, or turns levels into floats."""
     marks = ("uantizeLinear", "QLinear", "QGemm", "MatMulNBits", "Integer", "DynamicQuantize", "BlockQuantized")
     return any(mark in node.op for node in graph.nodes for mark in marks)
 
 
 def rounded_values(graph: Graph) -> set[str]:
-    """What comes out of an operator that rounds to levels, or that computes with what was: ONNX Runtime does those in
-    integers.
+    """Values that ONNX Runtime rounds to levels: outputs of operators that round, or that compute with levels.
 
-    Not where a bias is a float: the file says nothing of its levels, and a runtime that rounds it all the same (to
-    scale of data × scale of weights) does what was not asked for.
+    Left out are those of an operator whose bias is a float: the file says nothing of its levels, and a runtime that
+    rounds it all the same (to scale of data × scale of weights) does what was not asked for.
     """
     marks = ("QLinear", "QGemm", "DynamicQuantize")
     dequantized = {name for node in graph.nodes if node.op == "DequantizeLinear" for name in node.outputs}
-    found: set[str] = set()
+    rounded: set[str] = set()
     floats: set[str] = set()
     for node in graph.nodes:
         inputs = list(node.proto.input)
         moves = node.op in _KEEP_LEVELS | _CUT_OFF
-        if (node.op in QUANTIZED and len(inputs) > 2 and is_constant(graph, inputs[2])) or (
+        if (node.op in PRODUCTS and len(inputs) > 2 and is_constant(graph, inputs[2])) or (
             inputs and inputs[0] in floats and moves
         ):
             floats.update(node.outputs)
@@ -53,12 +52,12 @@ def rounded_values(graph: Graph) -> set[str]:
             or (node.op == "QuantizeLinear" and inputs[0] not in floats)
             or (node.op != "QuantizeLinear" and not moves and not dequantized.isdisjoint(node.inputs))
         ):
-            found.update(node.outputs)
-    return found
+            rounded.update(node.outputs)
+    return rounded
 
 
 def produced_grid(graph: Graph, value: str) -> GridNames | None:
-    """The scale behind the levels that a node computes; None for what holds no levels."""
+    """Names of the scale and zero point of the levels that a node computes; None for a value without levels."""
     for _ in range(len(graph.nodes)):
         node = graph.producer.get(value)
         if node is None:
@@ -84,19 +83,19 @@ def produced_grid(graph: Graph, value: str) -> GridNames | None:
 
 
 def parent_values(plain: Graph, graph: Graph, names: Mapping[str, str]) -> dict[str, str]:
-    """Values of a quantised ``graph`` that stand for further values of its float parent ``plain``: own → parent's.
+    """Value of a quantized ``graph`` → value of its float parent ``plain`` that it stands for, beyond ``names``.
 
-    ``names``: those known, own → parent's. Quantizers call levels after the value that they are of; where they left out
-    an activation, because the range cuts off what it would, the levels are those of its result.
+    ``names``: the pairs known so far, in the same direction. Quantizers call levels after the value that they hold;
+    where they left out an activation, because the range cuts off what it would, the levels are those of its result.
     """
-    taken = set(names.values())
-    found: dict[str, str] = {}
+    used = set(names.values())
+    parents: dict[str, str] = {}
     for value in graph.values:
         if names.get(value) in plain.producer:
             continue
-        if value in plain.producer and value not in taken:  # another operator makes it, out of levels
-            found[value] = value
-            taken.add(value)
+        if value in plain.producer and value not in used:  # another operator makes it, out of levels
+            parents[value] = value
+            used.add(value)
             continue
         node = graph.producer[value]
         base = next((value.removesuffix(s) for s in _SUFFIXES if value.endswith(s)), None)
@@ -107,17 +106,18 @@ def parent_values(plain: Graph, graph: Graph, names: Mapping[str, str]) -> dict[
         if source not in plain.producer:
             continue
         source = _behind_activation(plain, graph, source)
-        if source not in taken:
-            found[value] = source
-            taken.add(source)
-    return found
+        if source not in used:
+            parents[value] = source
+            used.add(source)
+    return parents
 
 
 def _behind_activation(plain: Graph, graph: Graph, value: str) -> str:
+    """The parent's value behind activations that the quantized ``graph`` leaves to the range."""
     readers = plain.consumers.get(value, [])
     while len(readers) == 1 and readers[0].op in _CUT_OFF:
-        kept = graph.producer.get(readers[0].outputs[0])
-        if kept is not None and kept.op != "DequantizeLinear":
+        remaining = graph.producer.get(readers[0].outputs[0])
+        if remaining is not None and remaining.op != "DequantizeLinear":
             break
         value = readers[0].outputs[0]
         readers = plain.consumers.get(value, [])
@@ -130,7 +130,7 @@ def is_constant(graph: Graph, name: str) -> bool:
 
 
 def constant_type(graph: Graph, name: str) -> int | None:
-    """The ONNX data type of a constant; None for what is none."""
+    """The ONNX data type (``TensorProto.DataType``) of a constant; None for a value that is computed."""
     if name in graph.initializers:
         return int(graph.weight(name).data_type)
     node = graph.producer.get(name)

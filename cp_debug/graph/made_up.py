@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     import onnxruntime
 
 TRIALS = 200
-"""How many inputs are tried at most."""
+"""Largest number of inputs that are tried."""
 SECONDS = 60.0
-"""How long they are tried at most."""
+"""Longest time for trials, in seconds."""
 FINITE_TRIALS = 12
-"""How many more are tried when one ran and gave NaN or Inf, which may be what the network gives."""
+"""Number of further trials when one ran and gave NaN or Inf, which may be what the network gives."""
 _WARNED = 4
 """ONNX Runtime's severity of what ends the process; a trial that fails is no error."""
 _FAILED_NODE = re.compile(r"Name:'([^']*)'")
@@ -41,21 +41,21 @@ class _Choice:
 
 @dataclass(frozen=True, order=True)
 class _Score:
-    """How far a trial came: the last node reached, one more than there are for a run to the end; then whether all
-    outputs were finite."""
+    """Reach of a trial: the last node (one more than there are for a run to the end), then whether all outputs were
+    finite."""
 
     reached: int
     finite: bool = False
 
 
 class MadeUp:
-    """Made-up inputs of one graph. What runs is found once, for all seeds.
+    """Made-up inputs of one graph. Sizes and ways that run are searched once, for all seeds.
 
     Sizes: one sample; what the weights of the readers want; else 64; one size for a symbol. Values: indices below the
     size of the axis that they choose from, lengths, masks of ones, positive arguments of logarithms and roots, pixels
-    where they are scaled in the graph; else N(0, 1), integers of 8 and 16 bits over their range, others 0 or 1.
-    Where an axis is free, or an input is read by what does not take every number, inputs are tried on ONNX Runtime and
-    changed until they run to the end.
+    where they are scaled in the graph; else N(0, 1), integers of 8 and 16 bits over their range, others 0 or 1. Where
+    an axis is free, or an input is read by what does not take every number, inputs are tried on ONNX Runtime and
+    changed until they run to the end. Raises InputError for an input that is no tensor of numbers.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -67,7 +67,10 @@ class MadeUp:
         self._ways: list[Ways] = [ways(graph, value) for value in graph.inputs]
 
     def sample(self, seed: int | Sequence[int]) -> dict[str, np.ndarray]:
-        """The inputs, by name. Raises InputError when none was found that runs, with ONNX Runtime's reason."""
+        """Input name → array in the declared dtype and the chosen shape, the same for the same seed.
+
+        Raises InputError, with ONNX Runtime's reason, when no input was found that runs.
+        """
         return self._make(self._found, seed)
 
     @cached_property
@@ -77,24 +80,24 @@ class MadeUp:
         if session is None:
             return first
         trial = _Trial(self, session)
-        found = trial.search(first)
+        best = trial.search(first)
         if not trial.ran:
             raise InputError(
                 f"{self.graph.path}: none of {trial.count} made-up inputs ran ({trial.reason}); {self._wish()}"
             )
-        return found
+        return best
 
     def others(self, choice: _Choice) -> Iterator[_Choice]:
         """Choices that differ from ``choice`` in one respect."""
-        for place, own in enumerate(self._ways):
-            for way in range(len(own.makers)):
+        for place, input_ways in enumerate(self._ways):
+            for way in range(len(input_ways.makers)):
                 if way != choice.ways[place]:
                     yield replace(choice, ways=(*choice.ways[:place], way, *choice.ways[place + 1 :]))
         for sizes in self._axes.others(choice.sizes):
             yield replace(choice, sizes=sizes)
 
     def make(self, choice: _Choice) -> dict[str, np.ndarray]:
-        """The inputs of a trial."""
+        """The inputs of a trial, by name, made with seed 0."""
         return self._make(choice, 0)
 
     def _make(self, choice: _Choice, seed: int | Sequence[int]) -> dict[str, np.ndarray]:
@@ -102,16 +105,16 @@ class MadeUp:
         shapes = [self._axes.shape(value, choice.sizes) for value in self.graph.inputs]
         longest = max(choice.sizes.values(), default=1)
         arrays = {}
-        for value, shape, own, way in zip(self.graph.inputs, shapes, self._ways, choice.ways, strict=True):
+        for value, shape, input_ways, way in zip(self.graph.inputs, shapes, self._ways, choice.ways, strict=True):
             assert value.dtype is not None
-            arrays[value.name] = own.makers[way](rng, shape, longest).astype(value.dtype)
+            arrays[value.name] = input_ways.makers[way](rng, shape, longest).astype(value.dtype)
         return arrays
 
     def _uncertain(self, first: _Choice) -> bool:
         """Whether the first choice may not run."""
         return (
             bool(first.sizes)
-            or not all(own.certain for own in self._ways)
+            or not all(input_ways.certain for input_ways in self._ways)
             or any(n.op in DOMAINS for n in self.graph.nodes)
         )
 
@@ -155,13 +158,13 @@ class _Trial:
         """Go from ``choice`` to what comes further, one change at a time."""
         best = self._score(choice)
         while best < _Score(self._end, True):
-            for other in self._made.others(choice):
-                if str(other) in self._tried or (self.ran and other.sizes != choice.sizes):
+            for candidate in self._made.others(choice):
+                if str(candidate) in self._tried or (self.ran and candidate.sizes != choice.sizes):
                     continue
                 if self.count >= self._limit or time.monotonic() > self._deadline:
                     return choice
-                if (score := self._score(other)) > best:
-                    choice, best = other, score
+                if (score := self._score(candidate)) > best:
+                    choice, best = candidate, score
                     break
             else:
                 return choice

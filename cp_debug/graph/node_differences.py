@@ -1,5 +1,7 @@
-"""What differs between two pieces of two graphs that should compute one value: attributes, operators, operands,
-constants, nodes that only one of them has."""
+"""Differences between two pieces of two graphs that should compute one value.
+
+They are told as attributes, operators, operands and constants that differ, and as nodes that only one of both has.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,12 @@ from onnx import helper
 
 from cp_debug.graph.constants import TELLING, Constants
 from cp_debug.graph.graph import Graph, Node
-from cp_debug.graph.tensor_change import Change, describe
+from cp_debug.graph.operators import PRODUCTS
+from cp_debug.graph.tensor_change import TensorChange, describe
 from cp_debug.graph.weight_differences import GATES
 
 MOVES = {"Cast", "Transpose", "Reshape", "Slice", "Concat", "Identity", "Squeeze", "Unsqueeze", "Flatten", "Split"}
 """Operators that prepare weights: what they read is named after what reads them."""
-PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 RECURRENT = {"LSTM", "GRU", "RNN"}
 ACTIVATIONS = {
     "Celu", "Clip", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "LogSoftmax", "Mish", "PRelu",
@@ -27,6 +29,10 @@ ACTIVATIONS = {
 }  # fmt: skip
 NAMES = {"auto_pad": "padding", "epsilon": "normalization-eps", "pads": "padding"}
 """Attribute → the name of the cause, where it has one of its own."""
+SHAPES = {"axes", "hidden_size", "kernel_shape", "num_outputs", "output_shape", "split"}
+"""Attributes that are inferred where they are absent: they differ only where both sides have them."""
+ACTIVATIONS_OF = {"GRU": ["Sigmoid", "Tanh"], "LSTM": ["Sigmoid", "Tanh", "Tanh"], "RNN": ["Tanh"]}
+"""What recurrent layers compute with where they name no activations."""
 INDICES = {"Gather", "GatherElements", "GatherND", "Slice", "ScatterND", "ScatterElements"}
 
 
@@ -70,26 +76,51 @@ class Pieces:
                 n.op == node.op for n in self._mine
             )
             if twin is not None and (twin.op == node.op or not moved):
-                pairs.append((twin, node))
-        left = [n for n in self._mine if not any(n is a for a, _ in pairs) and n.op != "Constant"]
-        free = [n for n in self._own if not any(n is b for _, b in pairs) and n.op != "Constant"]
-        matcher = difflib.SequenceMatcher(None, [n.op for n in left], [n.op for n in free], autojunk=False)
+                pairs.append((twin, self._same_inputs(twin, node)))
+        unmatched = [n for n in self._mine if not any(n is a for a, _ in pairs) and n.op != "Constant"]
+        unmatched_test = [n for n in self._own if not any(n is b for _, b in pairs) and n.op != "Constant"]
+        matcher = difflib.SequenceMatcher(
+            None, [n.op for n in unmatched], [n.op for n in unmatched_test], autojunk=False
+        )
         for tag, i, j, k, m in matcher.get_opcodes():
             if tag == "equal" or (tag == "replace" and j - i == m - k == 1):
-                pairs += zip(left[i:j], free[k:m], strict=True)
+                pairs += zip(unmatched[i:j], unmatched_test[k:m], strict=True)
         return pairs
+
+    def _same_inputs(self, ours: Node, theirs: Node) -> Node:
+        """``theirs``, or the node of its kind that reads what ``ours`` reads: another was put behind it, which took
+        over its result's name."""
+
+        def read(node: Node, names: Mapping[str, str], constants: Constants) -> list[str]:
+            return [names.get(n, n) for n in node.proto.input if n not in constants]
+
+        wanted = read(ours, {}, self._ours)
+        if read(theirs, self._names, self._theirs) == wanted:
+            return theirs
+        others = (n for n in self._own if n.op == ours.op and read(n, self._names, self._theirs) == wanted)
+        return next(others, theirs)
+
+    @property
+    def added(self) -> list[Node]:
+        """The nodes that only the test has, in execution order."""
+        return sorted(self._added, key=lambda n: n.index)
+
+    @property
+    def common(self) -> list[Node]:
+        """The test's nodes that the reference has, too."""
+        return [b for _, b in self._pairs]
 
     def differences(self) -> list[NodeDifference]:
         """Every difference, in execution order; nodes that only the test has come last."""
-        found = [d for a, b in self._pairs for d in self._of_pair(a, b)]
+        listed = [d for a, b in self._pairs for d in self._of_pair(a, b)]
         for node in self._missing:
             kind = "activation" if node.op in ACTIVATIONS else "operator"
-            found.append(NodeDifference(f"missing-{kind}", f"{node.op} is left out", node.name, {"op": node.op}))
+            listed.append(NodeDifference(f"missing-{kind}", f"{node.op} is left out", node.name, {"op": node.op}))
         for node in self._added:
             kind = "activation" if node.op in ACTIVATIONS else "operator"
             says = f"{node.op} is added: {node.name}"
-            found.append(NodeDifference(f"extra-{kind}", says, node.name, {"op": node.op}, added=True))
-        return found
+            listed.append(NodeDifference(f"extra-{kind}", says, node.name, {"op": node.op}, added=True))
+        return listed
 
     def _of_pair(self, ours: Node, theirs: Node) -> Iterator[NodeDifference]:
         if ours.op != theirs.op:
@@ -106,17 +137,19 @@ class Pieces:
         yield from self._constants(ours, theirs)
 
     def _attributes(self, ours: Node, theirs: Node) -> Iterator[NodeDifference]:
-        mine, own = (attributes(g, n) for g, n in ((self._reference, ours), (self._test, theirs)))
-        for name in sorted(mine.keys() & own.keys()):
-            a, b = mine[name], own[name]
-            if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) or a == b:
+        our_values, their_values = (attributes(g, n) for g, n in ((self._reference, ours), (self._test, theirs)))
+        # Of two opsets one may have as an input what is an attribute in the other.
+        alike = self._reference.opsets.get(ours.proto.domain) == self._test.opsets.get(theirs.proto.domain)
+        names = our_values.keys() | their_values.keys() if alike else our_values.keys() & their_values.keys()
+        for name in sorted(names, key=lambda n: (n in NAMES, n)):
+            a, b = our_values.get(name), their_values.get(name)
+            if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) or a == b or _says_nothing(ours.op, name, a, b):
                 continue
             says = f"{ours.op}: {name} is {_shown(b)} instead of {_shown(a)}"
-            if name == "epsilon":
+            evidence: dict[str, Any] = {name: b, "instead_of": a}
+            if name == "epsilon" and isinstance(a, float) and isinstance(b, float):
                 says = f"{ours.op}: eps is {b:.3g} instead of {a:.3g}"
                 evidence = {"eps": b, "instead_of": a}
-            else:
-                evidence = {name: b, "instead_of": a}
             yield NodeDifference(NAMES.get(name, "attribute"), says, ours.name, evidence)
 
     def _operands(self, ours: Node, theirs: Node) -> Iterator[NodeDifference]:
@@ -141,9 +174,9 @@ class Pieces:
             yield NodeDifference("another-tensor", says, ours.name, {"of": pairs[0][1], "instead_of": pairs[0][0]})
 
     def _constants(self, ours: Node, theirs: Node) -> Iterator[NodeDifference]:
-        mine, own = list(ours.proto.input), list(theirs.proto.input)
-        for place in range(max(len(mine), len(own))):
-            a, b = (names[place] if place < len(names) else "" for names in (mine, own))
+        our_inputs, their_inputs = list(ours.proto.input), list(theirs.proto.input)
+        for place in range(max(len(our_inputs), len(their_inputs))):
+            a, b = (names[place] if place < len(names) else "" for names in (our_inputs, their_inputs))
             role = self._role(ours, place)
             if a in self._ours and not b:
                 name = "bias-dropped" if role == "bias" else "constant-differs"
@@ -152,22 +185,23 @@ class Pieces:
                 change = self._other(a, b) or describe(self._ours[a], self._theirs[b], GATES.get(ours.op, 0))
                 if change is not None:
                     name = named(change, role, ours.op)
-                    whole = "the weights" if role == "weights" else "the bias" if role == "bias" else a
-                    scaled = whole != a and change.kind in ("scaled", "channels-scaled")
-                    says = f"{'the scale of ' if scaled else ''}{whole} of {ours.op}: {change.says}"
+                    constant_name = "the weights" if role == "weights" else "the bias" if role == "bias" else a
+                    scaled = constant_name != a and change.kind in ("scaled", "channels-scaled")
+                    says = f"{'the scale of ' if scaled else ''}{constant_name} of {ours.op}: {change.says}"
                     evidence = {"constant": a, "change": change.kind, **change.evidence, "differs_by": change.size}
                     yield NodeDifference(name, says, ours.name, evidence)
 
-    def _other(self, a: str, b: str) -> Change | None:
+    def _other(self, a: str, b: str) -> TensorChange | None:
+        """The change "another", if the test's constant ``b`` equals a constant of the reference other than ``a``."""
         if self._ours.size(a) < TELLING:
             return None
         digest = self._theirs.digest(b)
         alike = (n for n in self._ours.names if n != a and self._ours.size(n) == self._theirs.size(b))
-        other = next((n for n in alike if self._ours.digest(n) == digest), None)
-        return Change("another", f"those of another layer ({other})", {"of": other}) if other else None
+        twin = next((n for n in alike if self._ours.digest(n) == digest), None)
+        return TensorChange("another", f"those of another layer ({twin})", {"of": twin}) if twin else None
 
     def _role(self, node: Node, place: int) -> str:
-        """``weights``, ``bias``, ``statistics``, ``parameters``, ``scale``, ``zero``, ``index``, or empty."""
+        """Role of a node's input: weights, bias, statistics, parameters, scale, zero, index, or an empty string."""
         if node.op in MOVES and (place == 0 or node.op == "Concat"):
             readers = [n for o in node.outputs for n in self._reference.consumers.get(o, [])]
             if readers:
@@ -184,8 +218,8 @@ class Pieces:
         return "index" if node.op in INDICES and place else ""
 
 
-def named(change: Change, role: str, op: str) -> str:
-    """What a change of a constant is called as a cause."""
+def named(change: TensorChange, role: str, op: str) -> str:
+    """Name of the cause (as in ``docs/causes.md``) for a change of a constant with this role in an operator."""
     if role in ("statistics", "parameters"):
         return f"batchnorm-{role}"
     if role in ("scale", "zero"):
@@ -215,20 +249,20 @@ def named(change: Change, role: str, op: str) -> str:
 
 
 def attributes(graph: Graph, node: Node) -> dict[str, Any]:
-    """The attributes of a node, absent ones with their defaults, texts as ``str``; bodies are left out."""
+    """Attribute → value of a node, absent ones with their defaults, texts as ``str``; bodies are left out."""
     kinds = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
     try:
         domain = "" if node.proto.domain == "ai.onnx" else node.proto.domain
         schema = onnx.defs.get_schema(node.proto.op_type, graph.opsets.get(domain, 1), domain)
-        found = {
+        values = {
             name: helper.get_attribute_value(a.default_value)
             for name, a in schema.attributes.items()
             if a.default_value.type not in (0, *kinds)
         }
     except onnx.defs.SchemaError:
-        found = {}
-    found |= {a.name: helper.get_attribute_value(a) for a in node.proto.attribute if a.type not in kinds}
-    return {name: _plain(value) for name, value in found.items()}
+        values = {}
+    values |= {a.name: helper.get_attribute_value(a) for a in node.proto.attribute if a.type not in kinds}
+    return {name: _plain(value) for name, value in values.items()}
 
 
 def _plain(value: Any) -> Any:
@@ -241,5 +275,24 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value]
 
 
+def _says_nothing(op: str, name: str, a: Any, b: Any) -> bool:
+    """Whether only one side has the attribute, and it says there what holds without it."""
+    if a is not None and b is not None:
+        return False
+    value = b if a is None else a
+    if name in ("pads", "output_padding"):
+        return not any(value)
+    if name in ("strides", "dilations"):
+        return all(v == 1 for v in value)
+    if name == "perm":
+        return list(value) == list(range(len(value)))[::-1]
+    if name == "activations":
+        usual = ACTIVATIONS_OF[op]
+        return [v.lower() for v in value] == [v.lower() for v in usual] * (len(value) // len(usual))
+    return name in SHAPES
+
+
 def _shown(value: Any) -> str:
+    if value is None:
+        return "not given"
     return f"{value:.6g}" if isinstance(value, float) else str(value)

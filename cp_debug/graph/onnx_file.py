@@ -65,7 +65,7 @@ _VALUE = {
 
 @dataclass(frozen=True)
 class External:
-    """Where a weight's bytes lie."""
+    """Place of a weight's bytes in an external file."""
 
     file: Path
     offset: int
@@ -73,7 +73,7 @@ class External:
 
 
 def read_model(path: Path) -> onnx.ModelProto:
-    """The checked model; external data stay on disk.
+    """Read and check an ONNX file; external data stay on disk.
 
     Raises InputError for what is no regular file, no ONNX, cut short, or contradicts itself; the message names the
     value, node or weight.
@@ -94,7 +94,7 @@ def read_model(path: Path) -> onnx.ModelProto:
 
 
 def external_data(tensor: TensorProto, model: Path) -> External:
-    """Where a weight of the file ``model`` has its bytes. Raises InputError for places that cannot be."""
+    """Place of the bytes of a weight of the file ``model``. Raises InputError for places that cannot be."""
     where = f"{model}: external data of {_shown(tensor.name)}"
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
@@ -114,12 +114,15 @@ def external_data(tensor: TensorProto, model: Path) -> External:
 
 
 def byte_count(tensor: TensorProto, source: str) -> int:
-    """Bytes that type and shape of a weight ask for. Raises InputError for types and shapes that cannot be."""
+    """Bytes that the type and shape of a weight ask for; ``source`` starts the message of an error.
+
+    Raises InputError for types and shapes that cannot be, or that the machine's memory cannot hold.
+    """
     name = _shown(tensor.name)
     kinds = TensorProto.DataType.keys()
     if not 0 < tensor.data_type < len(kinds) or (kind := TensorProto.DataType.Name(tensor.data_type)) == "STRING":
-        told = "text" if tensor.data_type == TensorProto.STRING else f"of the data type {tensor.data_type}"
-        raise InputError(f"{source}: weight {name} is {told}; expected numbers")
+        type_text = "text" if tensor.data_type == TensorProto.STRING else f"of the data type {tensor.data_type}"
+        raise InputError(f"{source}: weight {name} is {type_text}; expected numbers")
     if kind not in _BITS:
         raise InputError(f"{source}: weight {name} is {kind}, which this version does not read")
     if len(tensor.dims) > _RANK or any(size < 0 for size in tensor.dims):
@@ -131,7 +134,7 @@ def byte_count(tensor: TensorProto, source: str) -> int:
 
 
 def array_of(tensor: TensorProto, model: Path) -> np.ndarray:
-    """A checked weight of the file ``model``, read from there or from its external data now."""
+    """A checked weight of the file ``model`` as an array, read now from there or from its external data."""
     if tensor.data_location != TensorProto.EXTERNAL:
         return numpy_helper.to_array(tensor)
     place = external_data(tensor, model)
@@ -143,13 +146,14 @@ def array_of(tensor: TensorProto, model: Path) -> np.ndarray:
 
 
 class _Check:
-    """Everything that must hold in a file. Raises InputError, or UnicodeDecodeError where text is read."""
+    """Checks everything that must hold in a file. Raises InputError, or UnicodeDecodeError where text is read."""
 
     def __init__(self, path: Path, model: onnx.ModelProto) -> None:
         self.path, self.model = path, model
         self._sizes: dict[Path, int] = {}
 
     def all(self) -> None:
+        """Run every check."""
         self._opsets()
         graph = self.model.graph
         if graph.sparse_initializer:
@@ -164,9 +168,9 @@ class _Check:
                 self._declared(value, kind)
         for value in graph.value_info:
             self._name(value.name, "a described value")
-        made = self._graph(graph, set())
+        computed = self._graph(graph, set())
         for value in graph.output:
-            if value.name not in made:
+            if value.name not in computed:
                 raise self._error(f"nothing makes the output {_shown(value.name)}")
         for function in self.model.functions:
             self._name(function.name, "a function")
@@ -188,29 +192,32 @@ class _Check:
         for entry in self.model.opset_import:
             domain = self._name(entry.domain, "the domain of an opset")
             versions["" if domain == "ai.onnx" else domain] = entry.version
-        known = onnx.defs.onnx_opset_version()
+        newest = onnx.defs.onnx_opset_version()
         if not versions:
             raise self._error("names no opset; expected one of ONNX's own")
-        if "" in versions and not 1 <= versions[""] <= known:
-            raise self._error(f"is in opset {versions['']}; the installed onnx package knows 1 to {known}")
+        if "" in versions and not 1 <= versions[""] <= newest:
+            raise self._error(f"is in opset {versions['']}; the installed onnx package knows 1 to {newest}")
 
     def _graph(self, graph: onnx.GraphProto, outer: Collection[str]) -> set[str]:
-        """The values that there are behind the last node. ``outer``: those around a subgraph."""
+        """Check a graph or body; return the values that exist behind its last node.
+
+        ``outer``: values around a subgraph.
+        """
         weights = [self._name(weight.name, "a weight", empty=False) for weight in graph.initializer]
         if twice := _twice(weights):
             raise self._error(f"two weights are called {_shown(twice)}")
         for weight in graph.initializer:
             self._tensor(weight)
         inputs = {self._name(value.name, "an input", empty=False) for value in graph.input}
-        made = {*inputs, *weights}
+        computed = {*inputs, *weights}
         for node in graph.node:
             self._node(node)
             for output in node.output:
-                if output and output in made:
+                if output and output in computed:
                     raise self._error(f"{_shown(output)} is made twice, the second time by {_title(node)}")
                 if output:
-                    made.add(output)
-        around = {*outer, *made}
+                    computed.add(output)
+        around = {*outer, *computed}
         for node in graph.node:
             for name in node.input:
                 if name and name not in around:
@@ -223,26 +230,26 @@ class _Check:
                             f"a subgraph of {_title(node)} puts out {_shown(value.name)}, which nothing makes"
                         )
         self._order(graph)
-        return made
+        return computed
 
     def _order(self, graph: onnx.GraphProto) -> None:
-        """Raises InputError for a cycle."""
+        """Raise InputError if the graph has a cycle."""
         maker = {output: i for i, node in enumerate(graph.node) for output in node.output if output}
         needs = [{maker[name] for name in reads(node) if name in maker} for node in graph.node]
-        waiting = [len(each) for each in needs]
+        waiting = [len(sources) for sources in needs]
         readers: dict[int, list[int]] = {}
-        for index, each in enumerate(needs):
-            for source in each:
+        for index, sources in enumerate(needs):
+            for source in sources:
                 readers.setdefault(source, []).append(index)
         ready = [index for index, count in enumerate(waiting) if not count]
-        done = 0
+        ordered_count = 0
         while ready:
-            done += 1
+            ordered_count += 1
             for reader in readers.get(ready.pop(), ()):
                 waiting[reader] -= 1
                 if not waiting[reader]:
                     ready.append(reader)
-        if done < len(graph.node):
+        if ordered_count < len(graph.node):
             stuck = next(node for node, count in zip(graph.node, waiting, strict=True) if count)
             raise self._error(f"{_title(stuck)} reads, over other nodes, what it makes itself")
 
@@ -269,8 +276,8 @@ class _Check:
         field = _VALUE.get(attribute.type)
         single = field in ("f", "i", "s", "t", "g", "sparse_tensor", "tp")
         if field is None or (single and not attribute.HasField(field)):
-            told = f"is of the type {attribute.type}" if field is None else f"has no value in its field {field!r}"
-            raise self._error(f"attribute {_shown(attribute.name)} of {_title(node)} {told}")
+            problem = f"is of the type {attribute.type}" if field is None else f"has no value in its field {field!r}"
+            raise self._error(f"attribute {_shown(attribute.name)} of {_title(node)} {problem}")
         for tensor in [attribute.t] if field == "t" else attribute.tensors if field == "tensors" else ():
             self._tensor(tensor, f"attribute {_shown(attribute.name)} of {_title(node)}")
 
@@ -284,9 +291,9 @@ class _Check:
             self._sizes[place.file] = max(self._sizes.get(place.file, 0), place.offset + place.length)
             return
         if tensor.HasField("raw_data"):
-            found = len(tensor.raw_data)
-            if found != needed:
-                raise self._error(f"{what} is {_type(tensor)}, {needed} bytes; the file has {found}")
+            actual = len(tensor.raw_data)
+            if actual != needed:
+                raise self._error(f"{what} is {_type(tensor)}, {needed} bytes; the file has {actual}")
             return
         kind = TensorProto.DataType.Name(tensor.data_type)
         count = math.prod(tensor.dims)
@@ -294,9 +301,9 @@ class _Check:
             count = needed
         if kind.startswith("COMPLEX"):
             count *= 2
-        found = len(getattr(tensor, _FIELD.get(kind, "int32_data")))
-        if found != count:
-            raise self._error(f"{what} is {_type(tensor)}, {count} elements; the file has {found}")
+        actual = len(getattr(tensor, _FIELD.get(kind, "int32_data")))
+        if actual != count:
+            raise self._error(f"{what} is {_type(tensor)}, {count} elements; the file has {actual}")
 
     def _declared(self, value: onnx.ValueInfoProto, kind: str) -> None:
         element = value.type.tensor_type.elem_type
@@ -311,14 +318,14 @@ class _Check:
     def _external(self) -> None:
         for file, size in self._sizes.items():
             try:
-                found = check_file(file, "file")
+                actual = check_file(file, "file")
             except InputError as error:
                 if file.exists():
                     raise InputError(f"{self.path}: its external data: {error}") from None
                 message = f"its external data file {one_line(file.name)} is missing (expected at {one_line(str(file))})"
                 raise self._error(message) from None
-            if found < size:
-                raise InputError(f"{file}: {found} bytes, but {self.path} reads {size}: it is cut short")
+            if actual < size:
+                raise InputError(f"{file}: {actual} bytes, but {self.path} reads {size}: it is cut short")
 
     def _name(self, name: str, what: str, *, empty: bool = True) -> str:
         if len(name) > LONGEST:
@@ -370,6 +377,7 @@ def _decode(message: Any) -> None:
 
 
 def _twice(names: Iterable[str]) -> str | None:
+    """The first name that occurs a second time, or None."""
     seen: set[str] = set()
     for name in names:
         if name in seen:

@@ -1,4 +1,4 @@
-"""Which value of one graph is which of another: the same network exported again, simplified, fused, renamed.
+"""Pairing of the values of two graphs: one network exported twice, simplified, fused, renamed.
 
 Equal names are believed where the nodes behind them agree. Else what each value holds on the same inputs decides, and
 the dataflow decides among equal tensors (``programs/pairing_numbers.py``). Inputs and outputs are paired by name, else
@@ -19,7 +19,7 @@ from cp_debug.graph.downstream import data_values
 from cp_debug.graph.graph import Graph, ValueInfo
 
 UNPAIRED = " (test)"
-"""Follows the name of a test's value that is none of the reference's, where the reference has another one so called."""
+"""Suffix for the name of a test's value without a partner, where the reference has another value of that name."""
 TRUST = 0.6
 """Share of equal names whose nodes must agree (operator, inputs) before names alone are believed."""
 MOST_MISPLACED = 2
@@ -43,18 +43,9 @@ class Pairing:
     added: Sequence[str] = ()
     """Values that only the test has."""
 
-    @property
-    def by_name(self) -> bool:
-        """Whether equal names say it all."""
-        return set(self.how) <= {"name"}
-
-    def reference_name(self, value: str) -> str:
-        """What to call a value of the test: as in the reference, or its own name where that is free."""
-        return self.names.get(value, value)
-
     def reference_outputs(self, outputs: Mapping[str, Any]) -> dict[str, Any]:
-        """A run's outputs by the reference's names, in its order; those that only the test has are left out."""
-        return {name: outputs[own] for name, own in self.outputs.items()}
+        """A run's outputs under the reference's names, in the reference's order; unpaired ones are left out."""
+        return {name: outputs[test_name] for name, test_name in self.outputs.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """The entry of ``pairing`` in the JSON, by component."""
@@ -64,7 +55,7 @@ class Pairing:
             "added": list(self.added),
             "inputs": dict(self.inputs),
             "outputs": dict(self.outputs),
-            "renamed": {own: name for own, name in self.names.items() if own != name},
+            "renamed": {test_name: name for test_name, name in self.names.items() if test_name != name},
         }
 
 
@@ -77,27 +68,30 @@ def parse_map(texts: Iterable[str], reference: Iterable[Graph], test: Iterable[G
 
 
 def parse_map_of(texts: Iterable[str], ours: Collection[str], theirs: Collection[str]) -> dict[str, str]:
-    """``parse_map`` of the names of both sides."""
-    found: dict[str, str] = {}
+    """Parse ``--map REFERENCE=TEST`` texts against the names of both sides, as test value → reference value.
+
+    Raises InputError for a text without ``=``, for a name that its side does not have, and for a value paired twice.
+    """
+    pairs: dict[str, str] = {}
     for text in texts:
         places = [i for i, c in enumerate(text) if c == "="]
         splits = [(text[:i], text[i + 1 :]) for i in places]
         if not splits:
             raise InputError(f"--map: {text!r}; expected REFERENCE=TEST, the names of two values")
         pair = next((s for s in splits if s[0] in ours and s[1] in theirs), splits[0])
-        for name, known, side in ((pair[0], ours, "reference"), (pair[1], theirs, "test")):
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+        for name, names, side in ((pair[0], ours, "reference"), (pair[1], theirs, "test")):
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
                 hint = f"; nearest is {near[0]!r}" if near else ""
                 raise InputError(f"--map: the {side} has no value {name!r}{hint}")
-        if (pair[1] in found and found[pair[1]] != pair[0]) or pair[0] in set(found.values()) - {found.get(pair[1])}:
+        if (pair[1] in pairs and pairs[pair[1]] != pair[0]) or pair[0] in set(pairs.values()) - {pairs.get(pair[1])}:
             raise InputError(f"--map: {text!r} pairs a value that is paired already")
-        found[pair[1]] = pair[0]
-    return found
+        pairs[pair[1]] = pair[0]
+    return pairs
 
 
 def known_names(graphs: Iterable[Graph]) -> set[str]:
-    """The inputs and values of some graphs."""
+    """Names of all inputs and computed values of some graphs."""
     return {name for g in graphs for name in (*(v.name for v in g.inputs), *g.producer)}
 
 
@@ -133,17 +127,18 @@ def pair_outputs(
 def _pair_ends(
     ours: Sequence[ValueInfo], theirs: Sequence[ValueInfo], fixed: Mapping[str, str], taken: Mapping[str, str]
 ) -> dict[str, str]:
+    """Our input or output → theirs: by ``fixed``, by name, else the next free one that may be the same."""
     paired = {fixed[v.name]: v.name for v in theirs if v.name in fixed and fixed[v.name] in {o.name for o in ours}}
-    own = {v.name for v in theirs} - set(paired.values()) - set(taken)
+    unpaired = {v.name for v in theirs} - set(paired.values()) - set(taken)
     for info in ours:
-        if info.name in own and info.name not in paired:
+        if info.name in unpaired and info.name not in paired:
             paired[info.name] = info.name
-            own.discard(info.name)
-    free = [v for v in theirs if v.name in own]
+            unpaired.discard(info.name)
+    free = [v for v in theirs if v.name in unpaired]
     for info in ours:
-        if info.name not in paired and (found := next((v for v in free if _alike(info, v)), None)):
-            paired[info.name] = found.name
-            free.remove(found)
+        if info.name not in paired and (twin := next((v for v in free if _alike(info, v)), None)):
+            paired[info.name] = twin.name
+            free.remove(twin)
     return paired
 
 
@@ -170,6 +165,37 @@ def believable(reference: Graph, test: Graph) -> bool:
     return agreeing >= TRUST * len(common) and _misplaced(reference, test, common) <= MOST_MISPLACED
 
 
+def moved_names(reference: Graph, test: Graph) -> set[str]:
+    """Values of the test whose names both graphs have, but which are probably others: numbers in names that went on.
+
+    An exporter numbers what has no name of its own (``/Add_3_output_0``): one node more, and all later numbers mean
+    other values. Up to ``MOST_MISPLACED`` nodes that read other values are faults. Of more, those are named here, and
+    what is computed from them, unless its own weights say that it is the same layer.
+    """
+    data = set(data_values(reference)), set(data_values(test))
+    common = [v for v in test.values if v in reference.producer]
+    unlike = {v for v in common if _reads(reference, v) != _reads(test, v) or (v in data[0]) != (v in data[1])}
+    known = known_names([reference]), known_names([test])
+
+    def rewired(value: str) -> bool:
+        """Whether both nodes read other values that both graphs have: not what a node put in or left out does."""
+        ours, theirs = _reads(reference, value)[1], _reads(test, value)[1]
+        return ours != theirs and ours <= known[1] and theirs <= known[0]
+
+    if sum(rewired(v) for v in unlike if v in data[0] or v in data[1]) <= MOST_MISPLACED:
+        return set()
+    mine, theirs = Constants(reference), Constants(test)
+    moved: set[str] = set()
+    for value in common:  # in execution order
+        nodes = reference.producer[value], test.producer[value]
+        weights = mine.of(nodes[0])
+        if nodes[0].op == nodes[1].op and weights and weights == theirs.of(nodes[1]):
+            continue
+        if value in unlike or not moved.isdisjoint(nodes[1].inputs):
+            moved.add(value)
+    return moved
+
+
 def _reads(graph: Graph, value: str) -> tuple[str, set[str]]:
     """The operator behind a value, and what it reads that is computed."""
     node = graph.producer[value]
@@ -179,12 +205,12 @@ def _reads(graph: Graph, value: str) -> tuple[str, set[str]]:
 def _misplaced(reference: Graph, test: Graph, common: Sequence[str]) -> int:
     """Layers of the test whose weights the reference has under another name, and not the other way round."""
     ours, theirs = Constants(reference), Constants(test)
-    own = {v: ours.of(reference.producer[v]) for v in data_values(reference)}
-    home = {digests: v for v, digests in own.items() if digests}
+    our_digests = {v: ours.of(reference.producer[v]) for v in data_values(reference)}
+    home = {digests: v for v, digests in our_digests.items() if digests}
     count = 0
     for value in common:
         digests = theirs.of(test.producer[value])
-        elsewhere = home.get(digests) if digests and digests != own[value] else None
+        elsewhere = home.get(digests) if digests and digests != our_digests[value] else None
         if elsewhere is not None:
             twin = test.producer.get(elsewhere)
             count += twin is None or theirs.of(twin) != digests
@@ -194,12 +220,12 @@ def _misplaced(reference: Graph, test: Graph, common: Sequence[str]) -> int:
 def pair_by_names(
     reference: Graph, test: Graph, fixed: Mapping[str, str], inputs: Mapping[str, str]
 ) -> dict[str, tuple[str, str]]:
-    """Test value → (reference value, how) by what the user said and by equal names; inputs as given."""
-    pairs = {own: (name, "name" if own == name else "position") for name, own in inputs.items()}
-    pairs |= {own: (name, "map") for own, name in fixed.items() if own in known_names([test])}
-    taken = {name for name, _ in pairs.values()}
+    """Test value → (reference value, how) by what the user said and by equal names; inputs are taken as given."""
+    pairs = {test_name: (name, "name" if test_name == name else "position") for name, test_name in inputs.items()}
+    pairs |= {test_name: (name, "map") for test_name, name in fixed.items() if test_name in known_names([test])}
+    used = {name for name, _ in pairs.values()}
     for value in test.values:
-        if value in reference.producer and value not in pairs and value not in taken:
+        if value in reference.producer and value not in pairs and value not in used:
             pairs[value] = (value, "name")
     return pairs
 
@@ -211,18 +237,18 @@ def finish(
     inputs: Mapping[str, str],
     shapes: tuple[Mapping[str, tuple[int, ...]], Mapping[str, tuple[int, ...]]] = ({}, {}),
 ) -> Pairing:
-    """The pairing with outputs that only position and shape tell, and names for what is left."""
-    names = {own: name for own, (name, _) in pairs.items()}
+    """A whole ``Pairing`` from ``pairs``: outputs by position and shape where names do not tell, names for the rest."""
+    names = {test_name: name for test_name, (name, _) in pairs.items()}
     outputs = pair_outputs(ours, theirs, names, shapes)
-    how = Counter(kind for own, (_, kind) in pairs.items() if own in theirs.producer)
-    for name, own in outputs.items():
-        if names.get(own) != name:
-            names = {o: n for o, n in names.items() if n != name} | {own: name}
+    how = Counter(kind for test_name, (_, kind) in pairs.items() if test_name in theirs.producer)
+    for name, test_name in outputs.items():
+        if names.get(test_name) != name:
+            names = {o: n for o, n in names.items() if n != name} | {test_name: name}
             how["position"] += 1
-    known, taken = known_names([ours]), set(names.values())
-    data, own_data = data_values(ours), set(data_values(theirs))
-    added = [v for v in theirs.values if v not in names and v in own_data]
+    our_names, used = known_names([ours]), set(names.values())
+    data, test_data = data_values(ours), set(data_values(theirs))
+    added = [v for v in theirs.values if v not in names and v in test_data]
     for value in theirs.values:
-        if value not in names and value in known:
+        if value not in names and value in our_names:
             names[value] = value + UNPAIRED
-    return Pairing(names, inputs, outputs, how, [v for v in data if v not in taken], added)
+    return Pairing(names, inputs, outputs, how, [v for v in data if v not in used], added)

@@ -18,18 +18,18 @@ import onnx
 from onnx import defs, helper, numpy_helper
 
 from cp_debug.errors import InputError
+from cp_debug.graph.downstream import from_inputs
 from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.operators import PRODUCTS
 from cp_debug.graph.surgery import save, unused_names
 
 if TYPE_CHECKING:
     from cp_debug.graph.scales import LayerScales
 
-QUANTIZED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-"""The operators that INT8 is for: they sum products."""
 LEVELS = 127
 """A scale is the largest magnitude divided by this; QuantizeLinear itself clips at −128 and 127."""
 OPSET = 13
-"""From here on a scale may be one for each channel."""
+"""Oldest opset in which a scale may be one for each channel."""
 
 
 def insert_qdq(
@@ -41,11 +41,11 @@ def insert_qdq(
 ) -> Path:
     """Write ``graph`` with Q/DQ pairs as ``target`` and return it.
 
-    ``layers`` are nodes by name, one of ``QUANTIZED`` each; consumers of a value that quantise it alike share one pair.
+    ``layers`` are nodes by name, one of ``PRODUCTS`` each; consumers of a value that quantize it alike share one pair.
     ``residual_adds`` are additions by name, both operands of which get one scale. ``stored`` are values by name and
     their largest magnitude: all else that reads them has them in INT8, too. A graph below opset 13 is raised to it
     where none of its operators changed on the way. Raises InputError for a name that is no node, an operator that is
-    not quantised, a node that is quantised already, a weight that is computed from the inputs, scales that do not fit
+    not quantized, a node that is quantized already, a weight that is computed from the inputs, scales that do not fit
     the weight or are no numbers, and an opset that is too old.
     """
     save(_Surgery(graph, layers, residual_adds, stored).model(), graph, target)
@@ -54,25 +54,27 @@ def insert_qdq(
 
 def has_own_pairs(graph: Graph) -> bool:
     """Whether the Q/DQ pairs of a graph are those that ``insert_qdq`` writes: in front of layers, and no others."""
-    made = [name for node in graph.nodes if node.op == "DequantizeLinear" for name in node.outputs]
-    return bool(made) and all(name.rstrip("_").endswith("__dequantized") for name in made)
+    dequantized = [name for node in graph.nodes if node.op == "DequantizeLinear" for name in node.outputs]
+    return bool(dequantized) and all(name.rstrip("_").endswith("__dequantized") for name in dequantized)
 
 
 def weight_axis(node: Node, rank: int) -> int:
-    """The axis of the output channels in the weight of a node of ``QUANTIZED``; ``rank`` is the weight's."""
+    """The axis of the output channels in the weight of a node of ``PRODUCTS``; ``rank`` is the weight's."""
     if node.op == "Gemm":
         return 1 - _attribute(node, "transB", 0)
     return {"Conv": 0, "ConvTranspose": 1, "MatMul": rank - 1}[node.op]
 
 
 def quantizable(graph: Graph) -> list[Node]:
-    """The nodes of ``QUANTIZED`` that multiply data by a weight, in execution order."""
-    data = _from_inputs(graph)
-    return [n for n in graph.nodes if n.op in QUANTIZED and n.proto.input[1] not in data]
+    """The nodes of ``PRODUCTS`` that multiply data by a weight, in execution order."""
+    data = _data(graph)
+    return [n for n in graph.nodes if n.op in PRODUCTS and n.proto.input[1] not in data]
 
 
 @dataclass
 class _Surgery:
+    """One rewriting of ``graph`` with Q/DQ pairs; each value and scale gets one pair."""
+
     graph: Graph
     layers: Mapping[str, LayerScales]
     residual_adds: Mapping[str, float]
@@ -84,9 +86,10 @@ class _Surgery:
     def __post_init__(self) -> None:
         self.nodes = {node.name: node for node in self.graph.nodes}
         self.fresh = unused_names(self.graph)
-        self.data = _from_inputs(self.graph)
+        self.data = _data(self.graph)
 
     def model(self) -> onnx.ModelProto:
+        """The rewritten model. Raises InputError as ``insert_qdq`` does."""
         model = onnx.ModelProto()
         model.CopyFrom(self.graph.proto)
         _raise_opset(model, self.graph)
@@ -99,42 +102,43 @@ class _Surgery:
         return model
 
     def _check(self, name: str) -> None:
+        """Raise InputError unless the node exists, has an operator for INT8, and reads unquantized FP32."""
         node, where = self.nodes.get(name), f"{self.graph.path}: "
         if node is None:
-            raise InputError(f"{where}no node {name!r} to quantise")
-        expected = QUANTIZED if name in self.layers else ("Add",)
+            raise InputError(f"{where}no node {name!r} to quantize")
+        expected = PRODUCTS if name in self.layers else ("Add",)
         if node.op not in expected:
             raise InputError(f"{where}node {name!r} is of {node.op}; expected {' or '.join(expected)}")
         for value in node.proto.input[:2]:
             if value in self.graph.producer and self.graph.producer[value].op == "DequantizeLinear":
-                raise InputError(f"{where}node {name!r} is quantised already: {value!r} comes out of DequantizeLinear")
+                raise InputError(f"{where}node {name!r} is quantized already: {value!r} comes out of DequantizeLinear")
             if self._type(value)[0] not in (onnx.TensorProto.UNDEFINED, onnx.TensorProto.FLOAT):
-                raise InputError(f"{where}node {name!r} reads {value!r}, which is not FP32; quantise before casting")
+                raise InputError(f"{where}node {name!r} reads {value!r}, which is not FP32; quantize before casting")
         if name in self.layers and node.proto.input[1] in self.data:
-            raise InputError(f"{where}node {name!r} multiplies two values of the data; it has no weight to quantise")
+            raise InputError(f"{where}node {name!r} multiplies two values of the data; it has no weight to quantize")
 
     def _rewrite(self, node: Node) -> Iterator[onnx.NodeProto]:
         """The node, behind the pairs that it is the first to need."""
         proto = onnx.NodeProto()
         proto.CopyFrom(node.proto)
         proto.name = node.name  # one without a name is called after its place, which changes
-        wanted: dict[int, tuple[np.ndarray, int | None]] = {
+        ranges: dict[int, tuple[np.ndarray, int | None]] = {
             slot: (np.asarray(self.stored[value], np.float32), None)
             for slot, value in enumerate(proto.input)
             if value in self.stored
         }
         if node.name in self.layers:
             layer = self.layers[node.name]
-            wanted |= {0: (np.asarray(layer.input, np.float32), None), 1: self._of_weight(node, layer.weight)}
+            ranges |= {0: (np.asarray(layer.input, np.float32), None), 1: self._of_weight(node, layer.weight)}
         elif node.name in self.residual_adds:
-            wanted |= dict.fromkeys((0, 1), (np.asarray(self.residual_adds[node.name], np.float32), None))
-        for slot, (amax, axis) in sorted(wanted.items()):
-            proto.input[slot], pair = self._quantised(node, proto.input[slot], amax, axis)
+            ranges |= dict.fromkeys((0, 1), (np.asarray(self.residual_adds[node.name], np.float32), None))
+        for slot, (amax, axis) in sorted(ranges.items()):
+            proto.input[slot], pair = self._quantized(node, proto.input[slot], amax, axis)
             yield from pair
         yield proto
 
     def _of_weight(self, node: Node, amax: np.ndarray) -> tuple[np.ndarray, int | None]:
-        """The weight's largest magnitudes and their axis; of one scale for the whole weight no axis."""
+        """The weight's largest magnitudes (float32 ``[C_out]``) and their axis; a scalar and None for one scale."""
         amax, (_, shape) = np.asarray(amax, np.float32).reshape(-1), self._type(node.proto.input[1])
         if len(amax) == 1:
             return amax[0], None
@@ -156,7 +160,7 @@ class _Surgery:
         kind = self.graph.types.get(value, onnx.TypeProto()).tensor_type
         return kind.elem_type, tuple(d.dim_value for d in kind.shape.dim) if kind.HasField("shape") else None
 
-    def _quantised(
+    def _quantized(
         self, node: Node, value: str, amax: np.ndarray, axis: int | None
     ) -> tuple[str, list[onnx.NodeProto]]:
         """The name of ``value`` after INT8, and the pair of nodes that makes it unless they exist."""
@@ -173,27 +177,26 @@ class _Surgery:
         self.pairs[key] = result
         along = {} if axis is None else {"axis": axis}
         return result, [
-            helper.make_node(op, [source, *parameters], [made], name=self.fresh(f"{made}_{op}"), **along)
-            for op, source, made in (("QuantizeLinear", value, levels), ("DequantizeLinear", levels, result))
+            helper.make_node(op, [source, *parameters], [name_out], name=self.fresh(f"{name_out}_{op}"), **along)
+            for op, source, name_out in (("QuantizeLinear", value, levels), ("DequantizeLinear", levels, result))
         ]
 
 
-def _from_inputs(graph: Graph) -> set[str]:
+def _data(graph: Graph) -> set[str]:
     """Every value that depends on an input of the graph, and the inputs."""
-    reached = {v.name for v in graph.inputs}
-    for node in graph.nodes:
-        if not reached.isdisjoint(node.inputs):
-            reached.update(node.outputs)
-    return reached
+    return {*from_inputs(graph), *(v.name for v in graph.inputs)}
 
 
 def _raise_opset(model: onnx.ModelProto, graph: Graph) -> None:
-    """To opset 13, where that means the same: each operator has the same inputs and attributes in both."""
+    """Raise the model to opset 13, where that means the same: each operator has equal inputs and attributes in both.
+
+    Raises InputError for an opset below 11, and for an operator that changed.
+    """
     old = graph.opsets.get("", 1)
     if old >= OPSET:
         return
-    own = [node for node in graph.nodes if node.proto.domain in ("", "ai.onnx")]
-    changed = [n for n in own if n.op in ("If", "Loop", "Scan") or _signature(n, old) != _signature(n, OPSET)]
+    onnx_nodes = [node for node in graph.nodes if node.proto.domain in ("", "ai.onnx")]
+    changed = [n for n in onnx_nodes if n.op in ("If", "Loop", "Scan") or _signature(n, old) != _signature(n, OPSET)]
     if old < 11 or changed:
         why = f", and {changed[0].op} (node {changed[0].name!r}) cannot be raised to it" if changed else ""
         raise InputError(f"{graph.path}: opset {old}, but INT8 needs {OPSET}{why}; export the model again")

@@ -28,5 +28,5 @@ def draws(node: Node, graph: Graph) -> bool:
 
 
 def drawing(graph: Graph) -> list[Node]:
-    """The nodes of the main graph that draw."""
+    """The nodes of the main graph that draw random numbers."""
     return [node for node in graph.nodes if draws(node, graph)]

@@ -1,4 +1,4 @@
-"""What a quantised network's scales are: the contract between calibration, checkpoints, Q/DQ graphs and backends."""
+"""Scales of a quantized network: the contract between calibration, checkpoints, Q/DQ graphs and backends."""
 
 from __future__ import annotations
 
@@ -23,15 +23,18 @@ class LayerScales:
     """One convolution, transposed convolution or matrix product in INT8. A scale is ``amax / 127``."""
 
     input: float
-    """Largest magnitude of the layer's input that is kept, one for the whole tensor."""
+    """Largest magnitude of the layer's input that is not clipped, one for the whole tensor."""
     weight: np.ndarray
-    """The same of its weight for each output channel: float32 ``[C_out]``."""
+    """Largest magnitude of the layer's weight for each output channel: float32 ``[C_out]``."""
 
 
 @dataclass(frozen=True)
 class Scales:
-    """The scales of one component. Layers are named as their owner names them: a module by its path in the whole
-    model (``pts_backbone.blocks.0.0``), a node of an ONNX file by its name."""
+    """The scales of one component, by layer.
+
+    Layers are named as their owner names them: a module by its path in the whole model (``pts_backbone.blocks.0.0``), a
+    node of an ONNX file by its name.
+    """
 
     model: str
     """SHA-256 of the weights that were calibrated, BatchNorm folded."""
@@ -54,7 +57,10 @@ class Scales:
 
     @classmethod
     def load(cls, path: Path) -> Scales:
-        """Read a calibration cache. Raises InputError for a file that is none."""
+        """Read a calibration cache.
+
+        Raises InputError for a file that is missing, no cache, or holds other than finite numbers.
+        """
         from safetensors import SafetensorError, safe_open
 
         check_file(path, "calibration cache")
@@ -67,9 +73,9 @@ class Scales:
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise InputError(f"{path}: not a calibration cache of cpdebug ({error})") from error
         source = f"{path}: not a calibration cache of cpdebug"
-        known: dict[str, Any] = typed(dict[str, Any], about, source)
-        model: str = typed(str, known.get("model"), f"{source}: model")
-        method: str = typed(str, known.get("method"), f"{source}: method")
+        header: dict[str, Any] = typed(dict[str, Any], about, source)
+        model: str = typed(str, header.get("model"), f"{source}: model")
+        method: str = typed(str, header.get("method"), f"{source}: method")
         for name, tensor in tensors.items():
             one = not name.endswith(".weight")
             if tensor.dtype.kind != "f" or (one and tensor.size != 1) or not np.isfinite(tensor).all():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,22 +24,6 @@ INLINE_LIMIT = 1 << 30
 """Weights up to this many bytes go into the file itself; protobuf ends at 2 GiB."""
 
 
-def mark(graph: Graph, values: Iterable[str]) -> onnx.ModelProto:
-    """The whole model with ``values`` as further outputs, typed where the type is known.
-
-    Raises InputError for a name that is no value of the graph.
-    """
-    model = onnx.ModelProto()
-    model.CopyFrom(graph.proto)
-    present = {v.name for v in graph.outputs}
-    for name in dict.fromkeys(values):
-        if name not in graph.producer:
-            raise InputError(f"{graph.path}: no value {name!r} in this graph")
-        if name not in present:
-            model.graph.output.add(name=name, type=graph.types.get(name))
-    return model
-
-
 def extract(
     graph: Graph, nodes: Sequence[Node], outputs: Sequence[str], types: Mapping[str, onnx.TypeProto] | None = None
 ) -> onnx.ModelProto:
@@ -49,7 +33,7 @@ def extract(
     ``types`` goes before the graph's own knowledge of types. An input of unknown type is left untyped, which ONNX
     Runtime refuses. Raises InputError when an output is not computed by the nodes.
     """
-    known = {**graph.types, **(types or {})}
+    types_by_value = {**graph.types, **(types or {})}
     computed = {o for node in nodes for o in node.outputs}
     if stray := next((o for o in outputs if o not in computed), None):
         raise InputError(f"{graph.path}: the segment does not compute {stray!r}")
@@ -68,21 +52,23 @@ def extract(
     part.initializer.extend(graph.weight(name) for name in reads if name in graph.initializers)
     for name in reads:
         if name not in graph.initializers:
-            part.input.add(name=name, type=known.get(name))
+            part.input.add(name=name, type=types_by_value.get(name))
     for name in dict.fromkeys(outputs):
-        part.output.add(name=name, type=known.get(name))
-    part.value_info.extend(onnx.ValueInfoProto(name=o, type=known[o]) for o in computed - set(outputs) if o in known)
+        part.output.add(name=name, type=types_by_value.get(name))
+    part.value_info.extend(
+        onnx.ValueInfoProto(name=o, type=types_by_value[o]) for o in computed - set(outputs) if o in types_by_value
+    )
     return model
 
 
 def unused_names(graph: Graph) -> Callable[[str], str]:
-    """Makes a name for a new node or value: the wished one, with underscores behind it until nothing is called so."""
-    taken = {*graph.values, *graph.initializers, *(v.name for v in graph.inputs), *(n.name for n in graph.nodes)}
+    """A function that makes a name for a new node or value: the wish, with underscores appended until it is free."""
+    used = {*graph.values, *graph.initializers, *(v.name for v in graph.inputs), *(n.name for n in graph.nodes)}
 
     def fresh(name: str) -> str:
-        while name in taken:
+        while name in used:
             name += "_"
-        taken.add(name)
+        used.add(name)
         return name
 
     return fresh
@@ -94,7 +80,7 @@ def tensor_type(dtype: np.dtype | type, shape: Sequence[int | str | None] | None
 
 
 def weights_folder(graph: Graph) -> Path:
-    """Where the external data of models made from ``graph`` lies."""
+    """Folder of the external data of models made from ``graph``."""
     return graph.path.resolve().parent
 
 
@@ -108,10 +94,10 @@ def save(model: onnx.ModelProto, graph: Graph, path: Path) -> None:
     files = external_files(model, home)
     if files and path.resolve().parent != home:
         if sum(map(tensor_bytes, model.graph.initializer)) <= INLINE_LIMIT:
-            own = onnx.ModelProto()
-            own.CopyFrom(model)
-            external_data_helper.load_external_data_for_model(own, str(home))
-            model = own
+            inline = onnx.ModelProto()
+            inline.CopyFrom(model)
+            external_data_helper.load_external_data_for_model(inline, str(home))
+            model = inline
         else:
             _bring(files, home, path.parent)
     with complete_path(path) as partial:
@@ -119,12 +105,13 @@ def save(model: onnx.ModelProto, graph: Graph, path: Path) -> None:
 
 
 def tensor_bytes(tensor: onnx.TensorProto) -> int:
-    """Size of a weight in memory, wherever it is stored."""
+    """Bytes of a weight in memory, wherever it is stored."""
     size = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
     return size * math.prod(tensor.dims)
 
 
 def _bring(files: Collection[Path], home: Path, folder: Path) -> None:
+    """Hard-link or copy external data files into ``folder``. Raises InputError where another file is in the way."""
     for file in files:
         target = folder / file.relative_to(home)
         if target.exists():

@@ -1,4 +1,4 @@
-"""How one constant differs from another: scaled, in some channels only, permuted, transposed, stored in fewer bits."""
+"""Changes from one constant to another: scaled, in some channels only, permuted, transposed, stored in fewer bits."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import numpy as np
 EXACT = 2e-6
 """Relative L2 distance up to which a description reproduces a tensor in FP32: some roundings."""
 NARROW = {"float16": 5e-4, "bfloat16": 4e-3}
-"""The same of tensors in a narrow type."""
+"""Relative L2 distance up to which a description reproduces a tensor of a narrow type."""
 CLOSE = 1e-7
-"""The same up to which two tensors count as equal."""
+"""Relative L2 distance up to which two tensors count as equal."""
 FEW = 3
 """Elements that are named one by one."""
 MOST_CHANNELS = 4096
@@ -23,8 +23,8 @@ MOST_CHANNELS = 4096
 
 
 @dataclass(frozen=True)
-class Change:
-    """What was done to a tensor."""
+class TensorChange:
+    """One change of a tensor, in words and numbers."""
 
     kind: str
     """``scaled``, ``channels-scaled``, ``channels-zero``, ``shifted``, ``negated``, ``elements``, ``permuted``,
@@ -36,16 +36,16 @@ class Change:
     """Relative L2 distance; infinite for another number of elements."""
 
 
-def describe(ours: np.ndarray, theirs: np.ndarray, gates: int = 0, *, closely: bool = True) -> Change | None:
-    """What makes ``theirs`` of ``ours``; None where both are equal up to FP32's rounding.
+def describe(ours: np.ndarray, theirs: np.ndarray, gates: int = 0, *, closely: bool = True) -> TensorChange | None:
+    """The change that makes ``theirs`` out of ``ours``; None where both are equal up to FP32's rounding.
 
     ``gates``: blocks along the second axis of a recurrent layer's weight, whose order may differ. ``closely`` False
     tells the distance alone.
     """
     if ours.dtype.kind not in "fiubV" or theirs.dtype.kind not in "fiubV":
-        return None if np.array_equal(ours, theirs) else Change("other", "they differ")
+        return None if np.array_equal(ours, theirs) else TensorChange("other", "they differ")
     a, b = (np.asarray(x).astype(np.float64) for x in (ours, theirs))
-    if a.shape != b.shape and a.size != 1 != b.size:
+    if a.shape != b.shape and not a.size == b.size == 1:
         return _reshaped(a, b)
     a, b = (a.reshape(-1), b.reshape(-1)) if a.size == b.size == 1 else (a, b)
     if np.array_equal(a, b, equal_nan=True) or not a.size:
@@ -54,27 +54,27 @@ def describe(ours: np.ndarray, theirs: np.ndarray, gates: int = 0, *, closely: b
     if size <= CLOSE and theirs.dtype.kind == "f":
         return None
     for kind, says, value, evidence in _ways(a, b, gates) if closely else ():
-        if _distance(b, value) <= max(EXACT, NARROW.get(str(theirs.dtype), 0.0)) or np.array_equal(
-            value.astype(theirs.dtype), theirs
-        ):
-            return Change(kind, says, evidence, size)
-    return Change("other", f"differs by {size:.3g} (rel. L2)", {}, size)
+        limit = max(min(EXACT, max(size / 4, CLOSE)), NARROW.get(str(theirs.dtype), 0.0))
+        if _distance(b, value) <= limit or np.array_equal(value.astype(theirs.dtype), theirs):
+            return TensorChange(kind, says, evidence, size)
+    return TensorChange("other", f"differs by {size:.3g} (rel. L2)", {}, size)
 
 
 def _distance(theirs: np.ndarray, ours: np.ndarray) -> float:
+    """L2 norm of the difference, relative to the larger of both norms."""
     difference = float(np.linalg.norm((theirs - ours).ravel()))
-    whole = max(float(np.linalg.norm(theirs.ravel())), float(np.linalg.norm(ours.ravel())))
-    return difference / whole if whole else 0.0
+    largest_norm = max(float(np.linalg.norm(theirs.ravel())), float(np.linalg.norm(ours.ravel())))
+    return difference / largest_norm if largest_norm else 0.0
 
 
-def _reshaped(a: np.ndarray, b: np.ndarray) -> Change:
+def _reshaped(a: np.ndarray, b: np.ndarray) -> TensorChange:
     for order in itertools.permutations(range(a.ndim)) if a.ndim <= 5 else ():
         moved = a.transpose(order)
         if moved.shape == b.shape and _distance(b, moved) <= EXACT:
-            return Change("transposed", f"axes in the order {list(order)}", {"axes": list(order)})
+            return TensorChange("transposed", f"axes in the order {list(order)}", {"axes": list(order)})
     if a.size == b.size and _distance(b.ravel(), a.ravel()) <= EXACT:
-        return Change("shape", f"the shape is {list(b.shape)} instead of {list(a.shape)}", {}, 0.0)
-    return Change("shape", f"the shape is {list(b.shape)} instead of {list(a.shape)}", {}, float("inf"))
+        return TensorChange("shape", f"the shape is {list(b.shape)} instead of {list(a.shape)}", {}, 0.0)
+    return TensorChange("shape", f"the shape is {list(b.shape)} instead of {list(a.shape)}", {}, float("inf"))
 
 
 _Way = tuple[str, str, np.ndarray, dict[str, Any]]
@@ -96,11 +96,11 @@ def _ways(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[_Way]:
     different = a != b
     count = int(different.sum())
     yield from _by_channel(a, b)
+    yield from _orders(a, b, gates)
     if 0 < count <= FEW and a.size > 2 * count:
         places = np.argwhere(different).tolist()
-        what = ", ".join(f"{p}: {a[tuple(p)]:.6g} → {b[tuple(p)]:.6g}" for p in places)
-        yield "elements", f"{count} of {a.size} elements: {what}", b, {"elements": places}
-    yield from _orders(a, b, gates)
+        changes = ", ".join(f"{p}: {a[tuple(p)]:.6g} → {b[tuple(p)]:.6g}" for p in places)
+        yield "elements", f"{count} of {a.size} elements: {changes}", b, {"elements": places}
     yield from _int8(a)
 
 
@@ -118,16 +118,20 @@ def _by_channel(a: np.ndarray, b: np.ndarray) -> Iterator[_Way]:
         rows = rows_a.copy()
         rows[changed] = rows_a[changed] * factors[:, None]
         value = np.moveaxis(rows.reshape(np.moveaxis(a, axis, 0).shape), 0, axis)
-        named = ", ".join(map(str, changed[:4])) + (", …" if len(changed) > 4 else "")
-        whole = _axis_name(axis, a.ndim)
+        channel_names = ", ".join(map(str, changed[:4])) + (", …" if len(changed) > 4 else "")
+        axis_name = _axis_name(axis, a.ndim)
         if not factors.any():
-            text = f"{whole} {named} {'is' if len(changed) == 1 else 'are'} zero"
+            text = f"{axis_name} {channel_names} {'is' if len(changed) == 1 else 'are'} zero"
             text = "all zero" if not b.any() else text
             yield "channels-zero", text, value, {"axis": axis, "channels": changed[:32].tolist()}
         if a.ndim > 1:
             spread = f"{factors.min():.6g} … {factors.max():.6g}" if np.ptp(factors) > 1e-6 else f"{factors[0]:.6g}"
             single = len(changed) == 1
-            text = f"{whole} {named} × {spread}" if single else f"{len(changed)} of {len(rows)} {whole}s × {spread}"
+            text = (
+                f"{axis_name} {channel_names} × {spread}"
+                if single
+                else f"{len(changed)} of {len(rows)} {axis_name}s × {spread}"
+            )
             evidence = {"axis": axis, "channels": changed[:32].tolist(), "factors": factors[:32].tolist()}
             yield "channels-scaled", text, value, evidence
 
@@ -164,8 +168,8 @@ def _orders(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[_Way]:
         value = np.flip(a, tuple(range(2, a.ndim)))
         yield "flipped", "the kernel runs backwards", value, {"axis": list(range(2, a.ndim))}
     for axis in range(a.ndim):
-        if 1 < a.shape[axis] <= MOST_CHANNELS and (found := _permuted(a, b, axis)) is not None:
-            value, places = found
+        if 1 < a.shape[axis] <= MOST_CHANNELS and (permutation := _permuted(a, b, axis)) is not None:
+            value, places = permutation
             moved = [i for i, j in enumerate(places) if i != j]
             pairs = ", ".join(f"{i}←{places[i]}" for i in moved[:6]) + (", …" if len(moved) > 6 else "")
             text = f"{_axis_name(axis, a.ndim)}s in another order: {pairs}"
@@ -183,16 +187,17 @@ def _shifted_in(a: np.ndarray, b: np.ndarray, axis: int, step: int) -> np.ndarra
 
 
 def _permuted(a: np.ndarray, b: np.ndarray, axis: int) -> tuple[np.ndarray, list[int]] | None:
+    """``a`` with the slices along ``axis`` in the order that ``b`` has them, and that order; None if there is none."""
     places: dict[bytes, list[int]] = {}
     rows_a, rows_b = (np.ascontiguousarray(np.moveaxis(x, axis, 0)) for x in (a, b))
     for index, row in enumerate(rows_a):
         places.setdefault(row.tobytes(), []).append(index)
     order = []
     for index, row in enumerate(rows_b):
-        found = places.get(row.tobytes())
-        if not found:
+        candidates = places.get(row.tobytes())
+        if not candidates:
             return None
-        order.append(found.pop(found.index(index) if index in found else 0))
+        order.append(candidates.pop(candidates.index(index) if index in candidates else 0))
     return np.take(a, order, axis), order
 
 
@@ -202,7 +207,7 @@ def _int8(a: np.ndarray) -> Iterator[_Way]:
 
 
 def int8_forms(a: np.ndarray) -> Iterator[tuple[str, str, np.ndarray, int]]:
-    """A tensor in INT8 in the usual ways: (in words, kind, values, number of scales)."""
+    """A tensor rounded to INT8 in the usual ways: (in words, kind, values, number of scales)."""
 
     def symmetric(largest: np.ndarray) -> np.ndarray:
         step = np.maximum(largest, 1e-30) / 127
@@ -228,7 +233,7 @@ def int8_forms(a: np.ndarray) -> Iterator[tuple[str, str, np.ndarray, int]]:
     for name, form in forms:
         yield f"one scale for all, {name}", "int8-per-tensor", form(everything), 1
     for axis in range(min(a.ndim, 2)) if a.ndim > 1 else ():
-        rest = tuple(d for d in everything if d != axis)
+        axes = tuple(d for d in everything if d != axis)
         for name, form in forms:
             text = f"a scale for each slice of axis {axis}, {name}"
-            yield text, "int8-per-channel", form(rest), a.shape[axis]
+            yield text, "int8-per-channel", form(axes), a.shape[axis]

@@ -13,7 +13,7 @@ from cp_debug.graph.surgery import save
 
 
 def quantized_inputs(graph: Graph) -> dict[str, dict[str, str]]:
-    """Node → (value that comes out of a Q/DQ pair → value that goes in), for every node that reads such values.
+    """Node → (output of a Q/DQ pair → value that goes into the pair), for every node that reads such outputs.
 
     A weight that is stored in INT8 went through no pair, and stays what it is.
     """
@@ -23,35 +23,35 @@ def quantized_inputs(graph: Graph) -> dict[str, dict[str, str]]:
         if quantizer is not None and quantizer.op == "QuantizeLinear":
             source = quantizer.inputs[0]
             around[node.outputs[0]] = around.get(source, source)
-    found = {n.name: {i: around[i] for i in n.inputs if i in around} for n in graph.nodes if n.op != "QuantizeLinear"}
-    return {name: pairs for name, pairs in found.items() if pairs}
+    by_node = {n.name: {i: around[i] for i in n.inputs if i in around} for n in graph.nodes if n.op != "QuantizeLinear"}
+    return {name: pairs for name, pairs in by_node.items() if pairs}
 
 
 def remove_qdq(graph: Graph, nodes: Collection[str], target: Path) -> Path:
     """Write ``graph`` as ``target``, without the pairs in front of ``nodes``, and return it.
 
-    What no node reads any more is left out; all names stay. Raises InputError for a node that reads nothing quantised.
+    What no node reads any more is left out; all names stay. Raises InputError for a node that reads nothing quantized.
     """
     pairs = quantized_inputs(graph)
     if unknown := sorted(set(nodes) - pairs.keys()):
         raise InputError(f"{graph.path}: no node {unknown[0]!r} that reads from DequantizeLinear")
     model = onnx.ModelProto()
     model.CopyFrom(graph.proto)
-    read = {v.name for v in graph.outputs}
-    kept: list[onnx.NodeProto] = []
+    needed = {v.name for v in graph.outputs}
+    remaining: list[onnx.NodeProto] = []
     for node in reversed(graph.nodes):
-        if node.op in ("QuantizeLinear", "DequantizeLinear") and read.isdisjoint(node.outputs):
+        if node.op in ("QuantizeLinear", "DequantizeLinear") and needed.isdisjoint(node.outputs):
             continue
         bypass = pairs[node.name] if node.name in nodes else {}
         proto = onnx.NodeProto()
         proto.CopyFrom(node.proto)
         proto.name = node.name  # one without a name is called after its place, which changes
         proto.input[:] = [bypass.get(name, name) for name in proto.input]
-        kept.append(proto)
-        read.update(bypass.get(name, name) for name in node.inputs)
-    weights = [t for t in model.graph.initializer if t.name in read]
+        remaining.append(proto)
+        needed.update(bypass.get(name, name) for name in node.inputs)
+    weights = [t for t in model.graph.initializer if t.name in needed]
     del model.graph.node[:], model.graph.initializer[:]
-    model.graph.node.extend(reversed(kept))
+    model.graph.node.extend(reversed(remaining))
     model.graph.initializer.extend(weights)
     save(model, graph, target)
     return target

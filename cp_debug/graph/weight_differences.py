@@ -11,7 +11,7 @@ import numpy as np
 from cp_debug.graph.constants import TELLING, Constants
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.pairing import believable
-from cp_debug.graph.tensor_change import Change, describe
+from cp_debug.graph.tensor_change import TensorChange, describe
 
 SHOWN = 3
 """Differences in one line."""
@@ -28,11 +28,11 @@ class Difference:
 
     name: str
     test_name: str
-    change: Change
+    change: TensorChange
 
     @property
     def says(self) -> str:
-        """``layer3.conv2.weight, channel 7 × 1.05``."""
+        """The difference in words, such as ``layer3.conv2.weight, channel 7 × 1.05``."""
         return f"{self.name}, {self.change.says}"
 
 
@@ -43,14 +43,14 @@ class WeightDifferences:
     compared: int
     differing: list[Difference] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
-    """Of the reference: the test has no tensor of this name, nor one like it."""
+    """Tensors of the reference without one of this name, or like it, in the test."""
     added: list[str] = field(default_factory=list)
     note: str = ""
-    """Why many may differ in a healthy model."""
+    """Reason why many may differ in a healthy model."""
 
     @property
     def says(self) -> str:
-        """``12 of 40 tensors differ: layer3.conv2.weight, channel 7 × 1.05; …``."""
+        """The result in one line: ``12 of 40 tensors differ: layer3.conv2.weight, channel 7 × 1.05; …``."""
         if not self.differing:
             text = f"all {self.compared} tensors that both have are equal"
         else:
@@ -74,51 +74,54 @@ class WeightDifferences:
 
 
 def weight_differences(reference: Graph, test: Graph, names: Mapping[str, str] | None = None) -> WeightDifferences:
-    """Compare the constants of two graphs: those of one name, those of equal nodes, those of equal contents, and what
-    is left by shape and nearness.
+    """Compare the constants of two graphs.
 
-    ``names``: test value → reference value, where they are known; equal names else.
+    They are paired by name, by equal nodes, by equal contents, and what is left by shape and nearness. ``names``: test
+    value → reference value, where they are known; equal names else.
     """
     ours, theirs = Constants(reference), Constants(test)
     gates = {name: GATES[n.op] for n in reference.nodes if n.op in GATES for name in n.proto.input[1:4]}
     if names is None and not believable(reference, test):
         names = {}
     pairs = _paired(ours, theirs, names)
-    taken, free = {a for a, _ in pairs}, [n for n in theirs.names if n not in {b for _, b in pairs}]
-    left = [n for n in ours.names if n not in taken]
-    for a, b in _by_contents(ours, theirs, left, free):
+    matched, unmatched_test = {a for a, _ in pairs}, [n for n in theirs.names if n not in {b for _, b in pairs}]
+    unmatched = [n for n in ours.names if n not in matched]
+    for a, b in _by_contents(ours, theirs, unmatched, unmatched_test):
         pairs.append((a, b))
-        left.remove(a)
-        free.remove(b)
+        unmatched.remove(a)
+        unmatched_test.remove(b)
     order = {name: i for i, name in enumerate(ours.names)}
-    found, room = [], DESCRIBED
+    differences, budget = [], DESCRIBED
     for a, b in sorted(pairs, key=lambda pair: order[pair[0]]):
         if ours.digest(a) == theirs.digest(b):
             continue
-        room -= ours.size(a)
-        change = describe(ours[a], theirs[b], gates.get(a, 0), closely=room > 0)
+        budget -= ours.size(a)
+        change = describe(ours[a], theirs[b], gates.get(a, 0), closely=budget > 0)
         if change is None:
             continue
         if change.kind in ("transposed", "shape") and not change.size and not _same_reader(ours, theirs, a, b):
             continue
-        found.append(Difference(a, b, _of_another(ours, theirs, a, b) or change))
-    missing, added = ([n for n in rest if c.size(n) >= TELLING] for c, rest in ((ours, left), (theirs, free)))
+        differences.append(Difference(a, b, _of_another(ours, theirs, a, b) or change))
+    missing, added = (
+        [n for n in names_left if c.size(n) >= TELLING]
+        for c, names_left in ((ours, unmatched), (theirs, unmatched_test))
+    )
     counts = [sum(n.op == "BatchNormalization" for n in g.nodes) for g in (reference, test)]
-    note = "BatchNorm is folded into weights on one side only" if found and counts[0] != counts[1] else ""
-    return WeightDifferences(len(pairs), found, missing, added, note)
+    note = "BatchNorm is folded into weights on one side only" if differences and counts[0] != counts[1] else ""
+    return WeightDifferences(len(pairs), differences, missing, added, note)
 
 
 def differences_of_states(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> WeightDifferences:
-    """The same for two checkpoints, tensor by tensor of one name."""
+    """Compare two checkpoints (tensor name → array), tensor by tensor of one name."""
     common = [name for name in ours if name in theirs]
     changes = ((name, describe(ours[name], theirs[name])) for name in common)
-    found = [Difference(name, name, change) for name, change in changes if change is not None]
+    differences = [Difference(name, name, change) for name, change in changes if change is not None]
     missing, added = [n for n in ours if n not in theirs], [n for n in theirs if n not in ours]
-    return WeightDifferences(len(common), found, missing, added)
+    return WeightDifferences(len(common), differences, missing, added)
 
 
 def _paired(ours: Constants, theirs: Constants, names: Mapping[str, str] | None) -> list[tuple[str, str]]:
-    """Of one name and shape, or at one place of nodes that make the same value."""
+    """(Reference, test) names of constants with one name, or at one input of nodes that make the same value."""
     pairs: dict[str, str] = {}
     for node in theirs.graph.nodes:
         value = node.outputs[0] if node.outputs else ""
@@ -128,9 +131,9 @@ def _paired(ours: Constants, theirs: Constants, names: Mapping[str, str] | None)
         for a, b in zip(twin.proto.input, node.proto.input, strict=False):
             if a in ours and b in theirs:
                 pairs.setdefault(b, a)
-    taken = set(pairs.values())
+    used = set(pairs.values())
     for name in theirs.names:
-        if name in ours and name not in pairs and name not in taken and names is None:
+        if name in ours and name not in pairs and name not in used and names is None:
             pairs[name] = name
     unique: dict[str, str] = {}
     for b, a in pairs.items():
@@ -142,37 +145,36 @@ def _by_contents(
     ours: Constants, theirs: Constants, left: Sequence[str], free: Sequence[str]
 ) -> Iterator[tuple[str, str]]:
     """Equal tensors first, then stored transposed, then the nearest of one shape."""
-    mine = [n for n in left if ours.size(n) >= TELLING and ours[n].dtype.kind == "f"]
-    own = [n for n in free if theirs.size(n) >= TELLING and theirs[n].dtype.kind == "f"]
+    our_names = [n for n in left if ours.size(n) >= TELLING and ours[n].dtype.kind == "f"]
+    their_names = [n for n in free if theirs.size(n) >= TELLING and theirs[n].dtype.kind == "f"]
     by_digest: dict[str, list[str]] = {}
-    for name in own:
+    for name in their_names:
         by_digest.setdefault(theirs.digest(name), []).append(name)
         if theirs[name].ndim == 2:
             by_digest.setdefault(theirs.digest_transposed(name), []).append(name)
     used: set[str] = set()
-    for name in mine:
+    for name in our_names:
         twin = next((n for n in by_digest.get(ours.digest(name), []) if n not in used), None)
         if twin is not None:
             used.update((twin, name))
             yield name, twin
     distances = []
-    for a in (n for n in mine if n not in used):
+    for a in (n for n in our_names if n not in used):
         x = ours[a].astype(np.float64)
-        for b in (n for n in own if n not in used and theirs[n].shape == x.shape):
-            size = max(float(np.linalg.norm(x)), 1e-30)
-            distance = float(np.linalg.norm((theirs[b].astype(np.float64) - x).ravel())) / size
+        for b in (n for n in their_names if n not in used and theirs[n].shape == x.shape):
+            distance = _relative(x, theirs[b].astype(np.float64))
             if distance < NEAR:
                 distances.append((distance, a, b))
-    done: tuple[set[str], set[str]] = (set(), set())
+    paired: tuple[set[str], set[str]] = (set(), set())
     for _, a, b in sorted(distances):
-        if a not in done[0] and b not in done[1]:
-            done[0].add(a)
-            done[1].add(b)
+        if a not in paired[0] and b not in paired[1]:
+            paired[0].add(a)
+            paired[1].add(b)
             yield a, b
 
 
 def _same_reader(ours: Constants, theirs: Constants, a: str, b: str) -> bool:
-    """Whether a tensor is read by the same operator in the same way on both sides, so that its layout matters."""
+    """Whether the same operators read a tensor in the same way on both sides, so that its layout matters."""
 
     def readers(constants: Constants, name: str) -> set[tuple[str, str]]:
         layout = ("transA", "transB")
@@ -184,15 +186,20 @@ def _same_reader(ours: Constants, theirs: Constants, a: str, b: str) -> bool:
     return readers(ours, a) == readers(theirs, b)
 
 
-def _of_another(ours: Constants, theirs: Constants, a: str, b: str) -> Change | None:
-    """Whether a tensor of the test is that of another place of the reference."""
+def _of_another(ours: Constants, theirs: Constants, a: str, b: str) -> TensorChange | None:
+    """The change "another", if the test's tensor ``b`` equals a constant of the reference other than ``a``."""
     if ours.size(a) < TELLING:
         return None
     digest = theirs.digest(b)
     alike = (n for n in ours.names if n != a and ours.size(n) == theirs.size(b))
-    other = next((n for n in alike if ours.digest(n) == digest), None)
-    if other is None:
+    twin = next((n for n in alike if ours.digest(n) == digest), None)
+    if twin is None:
         return None
     x, y = (np.asarray(t).astype(np.float64).ravel() for t in (ours[a], theirs[b]))
-    size = float(np.linalg.norm(y - x) / max(float(np.linalg.norm(x)), 1e-30)) if x.shape == y.shape else float("inf")
-    return Change("another", f"holds {other}", {"of": other}, size)
+    size = _relative(x, y) if x.shape == y.shape else float("inf")
+    return TensorChange("another", f"holds {twin}", {"of": twin}, size)
+
+
+def _relative(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """‖theirs − ours‖ ÷ ‖ours‖ of two constants in float64."""
+    return float(np.linalg.norm((theirs - ours).ravel())) / max(float(np.linalg.norm(ours)), 1e-30)

@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 
 from cp_debug.backends.base import Program
 from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.operators import PRODUCTS
 from cp_debug.programs.layers import layer_name
 
-HEAVY = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-"""Operators that no runtime fuses with each other."""
 _JOINING = frozenset(
     ("BatchNormalization", "Celu", "Clip", "Elu", "Erf", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish",
      "PRelu", "Relu", "Selu", "Sigmoid", "Softplus", "Softsign", "Tanh", "ThresholdedRelu", "Add", "Sub", "Mul", "Div")
@@ -41,7 +40,7 @@ def nodes_of(groups: Iterable[FusionGroup], component: str) -> frozenset[str]:
 def fusion_groups_of(program: Program, candidates: Collection[str]) -> list[FusionGroup]:
     """The ``candidates`` (nodes by name) of a program in groups, in execution order.
 
-    An activation, a normalisation or arithmetic with constants joins the layer that it alone reads from.
+    An activation, a normalization or arithmetic with constants joins the layer that it alone reads from.
     """
     graph = program.graph
     groups: dict[int, list[Node]] = {}
@@ -76,7 +75,7 @@ def fused(
         found: list[FusionGroup] = []
         for layer in layers.get(program.name, ()):
             inside = sorted(known.intersection(layer["nodes"]) - taken, key=lambda name: nodes[name].index)
-            if inside and sum(nodes[name].op in HEAVY for name in inside) <= 1:
+            if inside and sum(nodes[name].op in PRODUCTS for name in inside) <= 1:
                 taken.update(inside)
                 name = layer_name(program, nodes[inside[0]].outputs[0])
                 found.append(FusionGroup(program.name, tuple(inside), name, layer["name"]))

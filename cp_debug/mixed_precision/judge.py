@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from cp_debug.backends.base import RunRecord
@@ -13,6 +12,7 @@ from cp_debug.detection.evaluation import EvaluationOptions, score_backends
 from cp_debug.detection.predictions import Predictions
 from cp_debug.errors import InputError
 from cp_debug.mixed_precision.goal import DETECTIONS, Goal
+from cp_debug.mixed_precision.trial import Measured
 from cp_debug.probes.statistics import compare
 from cp_debug.programs.scene import decode
 from cp_debug.recipes.abilities import DetectsBoxes
@@ -20,16 +20,6 @@ from cp_debug.recipes.base import Arrays, Model, Sample
 
 Results = Mapping[str, Arrays]
 """The outputs of every component, by its name."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What one set of kept layers gives."""
-
-    figures: dict[str, float] = field(default_factory=dict)
-    """``rel_l2`` and ``max_abs``, and of detections what the goal asks for."""
-    outputs: dict[str, float] = field(default_factory=dict)
-    """Final output → relative L2 distance, of the worst sample; infinite where it is not finite."""
 
 
 class Judge:

@@ -4,74 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from cp_debug.errors import InputError, system_reason
-from cp_debug.mixed_precision.fusion_groups import Kept
-from cp_debug.mixed_precision.judge import Measured
+from cp_debug.mixed_precision.trial import Trial
 from cp_debug.reading import check_file, read_bytes, sealed, unsealed
-from cp_debug.serialize import json_safe
 
 SCHEMA = "cpdebug.search-log/1"
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One set of kept layers and what came of it."""
-
-    nodes: frozenset[tuple[str, str]]
-    """(Component, node) of everything that was kept."""
-    layers: int
-    emulated: bool
-    """Whether it ran on the emulator in place of the backend."""
-    measured: Measured
-    seconds: float
-    latency: float | None = None
-    """Seconds of a pass on the device, where the backend tells."""
-    error: str = ""
-    """Why it could not be built; then nothing was measured."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-safe."""
-        return json_safe(
-            {
-                "kept": sorted(map(list, self.nodes)),
-                "layers": self.layers,
-                "emulated": self.emulated,
-                "figures": self.measured.figures,
-                "outputs": self.measured.outputs,
-                "seconds": self.seconds,
-                "latency": self.latency,
-                "error": self.error,
-            }
-        )
-
-    @classmethod
-    def of(cls, document: Mapping[str, Any]) -> Trial:
-        """From ``to_dict``."""
-        figures, outputs = ({k: float(v) for k, v in document[part].items()} for part in ("figures", "outputs"))
-        return cls(
-            frozenset((component, node) for component, node in document["kept"]),
-            document["layers"],
-            document["emulated"],
-            Measured(figures, outputs),
-            document["seconds"],
-            document["latency"],
-            document["error"],
-        )
-
-
-def nodes_in(kept: Kept) -> frozenset[tuple[str, str]]:
-    """(Component, node) of a set of layers: its name in the log, however layers are grouped."""
-    return frozenset((group.component, node) for group in kept for node in group.nodes)
 
 
 class TrialLog:
     """The trials of one search; with a ``path`` each is on disk before the next begins."""
 
-    def __init__(self, path: Path | None, about: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path | None = None, about: Mapping[str, Any] = MappingProxyType({})) -> None:
         """``about``: what the search depends on, JSON-safe. Raises InputError for the log of another search."""
         self._path = path
         self.trials: dict[tuple[bool, frozenset[tuple[str, str]]], Trial] = {}

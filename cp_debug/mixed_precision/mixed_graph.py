@@ -14,10 +14,10 @@ import torch
 from cp_debug.backends.arithmetic import FP32, Arithmetic
 from cp_debug.backends.determinism import deterministic
 from cp_debug.backends.executor import Executor
+from cp_debug.graph.check_inputs import check_inputs
 from cp_debug.graph.graph import Graph, Node
-from cp_debug.graph.random_inputs import check_inputs
 from cp_debug.graph.unquantize import quantized_inputs
-from cp_debug.probes.distance import distance, ratio
+from cp_debug.probes.distance import relative_l2
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,7 @@ class MixedExecutor:
         inner = {name for node in own for name in node.inputs}
         worst = 0.0
         for name in computed.keys() - (inner - {v.name for v in self.graph.outputs}):
-            found = distance(computed[name], exact.values[name])
-            worst = max(worst, float("inf") if found.new_nonfinite else ratio(found.difference, found.whole))
+            worst = max(worst, relative_l2(computed[name], exact.values[name]))
         return worst
 
     def _reads(self, node: Node, high: Collection[str]) -> dict[str, str]:

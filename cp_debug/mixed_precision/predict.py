@@ -7,12 +7,14 @@ the part of a pass behind it. Effects of different layers are taken as independe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 from cp_debug.mixed_precision.fusion_groups import FusionGroup, Kept
 from cp_debug.mixed_precision.goal import Goal
-from cp_debug.mixed_precision.judge import Measured
+from cp_debug.mixed_precision.trial import Measured
 
+T = TypeVar("T")
 AT_ONCE = 8
 """Layers whose effect is measured at a time, those that introduce most first."""
 SHARE = 0.3
@@ -68,14 +70,35 @@ class Predictor:
         left = {}
         for name, error in measured.outputs.items():
             if math.isfinite(error):
-                left[name] = math.sqrt(max(error**2 - self._squares(more, name), 0.0))
+                left[name] = left_of(error, self._errors(more, name))
             else:
-                left[name] = math.sqrt(self._squares(others, name))
+                left[name] = math.sqrt(sum(e**2 for e in self._errors(others, name)))
         before, after = measured.figures["rel_l2"], max(left.values())
         ratio = after / before if math.isfinite(before) and before else float(math.isinf(after))
         if not {"rel_l2", "max_abs"}.issuperset(self._goal.figures):
             return ratio <= SHARE
         return self._goal.holds({"rel_l2": after, "max_abs": measured.figures["max_abs"] * ratio})
 
-    def _squares(self, groups: Sequence[FusionGroup], output: str) -> float:
-        return sum(self.effects[group].outputs[output] ** 2 for group in groups)
+    def _errors(self, groups: Sequence[FusionGroup], output: str) -> list[float]:
+        return [self.effects[group].outputs[output] for group in groups]
+
+
+def left_of(error: float, alone: Iterable[float]) -> float:
+    """What should be left of a relative L2 error once layers are kept that bring ``alone`` by themselves."""
+    return math.sqrt(max(error**2 - sum(each**2 for each in alone), 0.0))
+
+
+def enough_of(
+    ranked: Sequence[T], error: float, alone: Callable[[T], float], limit: float, *, squares: bool = True
+) -> list[T]:
+    """As many of the ``ranked`` layers as should bring ``error`` down to ``limit`` when they are kept.
+
+    ``squares``: errors are relative L2, whose squares add up; else they are losses of a score, which add up themselves.
+    """
+    kept: list[T] = []
+    for layer in ranked:
+        removed = [alone(each) for each in kept]
+        if (left_of(error, removed) if squares else error - sum(removed)) <= limit:
+            break
+        kept.append(layer)
+    return kept

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cp_debug.display import terminal
 from cp_debug.mixed_precision.emit import arguments, deploy_fragment
 from cp_debug.mixed_precision.fusion_groups import FusionGroup
-from cp_debug.mixed_precision.log import Trial
+from cp_debug.mixed_precision.trial import Trial
 from cp_debug.serialize import json_safe
 
 if TYPE_CHECKING:

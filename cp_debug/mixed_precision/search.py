@@ -1,7 +1,7 @@
 """``search``: the smallest set of layers to keep in higher precision so that a goal holds.
 
-Nothing kept is tried first, and shows what an engine fuses. Then everything is predicted and minimised on the emulator,
-where a trial is a part of a forward pass; what comes out is confirmed, and minimised again, on the backend itself.
+Nothing kept is tried first, and shows what an engine fuses. Then everything is predicted and minimized on the emulator,
+where a trial is a part of a forward pass; what comes out is confirmed, and minimized again, on the backend itself.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from cp_debug.graph.unquantize import quantized_inputs, remove_qdq
 from cp_debug.mixed_precision.emit import write_onnx
 from cp_debug.mixed_precision.fusion_groups import FusionGroup, Kept, fused, fusion_groups_of, nodes_of
 from cp_debug.mixed_precision.goal import Goal
-from cp_debug.mixed_precision.judge import Judge, Measured
-from cp_debug.mixed_precision.log import Trial, TrialLog, nodes_in
+from cp_debug.mixed_precision.graph_runners import BackendRunner, EmulatedRunner, Runner
+from cp_debug.mixed_precision.judge import Judge
+from cp_debug.mixed_precision.log import TrialLog
+from cp_debug.mixed_precision.precision import precision_of
 from cp_debug.mixed_precision.predict import Predictor
 from cp_debug.mixed_precision.result import KeptLayer, SearchResult
 from cp_debug.mixed_precision.strategy import smallest
-from cp_debug.mixed_precision.trials import BackendRunner, EmulatedRunner, Runner, precision_of
+from cp_debug.mixed_precision.trial import Measured, Trial, nodes_in
 from cp_debug.probes.capture import array_hash
 from cp_debug.programs.pipeline import Pipeline, choose_export, is_exported, load_test_programs, prepare, wants_int8
 from cp_debug.quantization.models import QuantizedComponent
@@ -54,7 +56,7 @@ class SearchOptions:
     test_model: Path | None = None
     """Another file for the test: a Q/DQ graph of the same model (a folder, for several components)."""
     inputs: Path | None = None
-    """What to calibrate on, for an INT8 backend and a model that is not quantised; None: the model's own samples."""
+    """What to calibrate on, for an INT8 backend and a model that is not quantized; None: the model's own samples."""
     quantized: Mapping[str, QuantizedComponent] = field(default_factory=dict)
     """The components in INT8 where a checkpoint gives them: see ``load_quantized``."""
     onnx: Path | None = None

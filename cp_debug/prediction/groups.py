@@ -16,7 +16,7 @@ POINTWISE = frozenset(
 )  # fmt: skip
 """Operators that engines compute together with what they read."""
 REDUCING = frozenset(("ReduceMean", "ReduceSum", "ReduceMax", "ReduceL2", "ReduceSumSquare"))
-"""Operators that begin a normalisation which was exported in parts."""
+"""Operators that begin a normalization which was exported in parts."""
 MOVING = frozenset(
     ("Cast", "Concat", "Constant", "ConstantOfShape", "DepthToSpace", "DequantizeLinear", "Expand", "Flatten", "Gather",
      "Identity", "Pad", "QuantizeLinear", "Reshape", "Shape", "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile",
@@ -46,7 +46,7 @@ def groups_of(graph: Graph) -> list[Group]:
 
     Behind a product, a convolution or any operator that computes come the elementwise operators that read nothing else
     but what is there already, as long as one value leaves the group; additions of earlier values count. A reduction
-    starts a normalisation, which ends where one value is left.
+    starts a normalization, which ends where one value is left.
     """
     data = set(data_values(graph))
     grouped = _Grouped(graph, data)

@@ -42,7 +42,7 @@ from cp_debug.prediction.result import (
     Prediction,
 )
 from cp_debug.prediction.targets import Kernel, Target, kernels_of, target_of
-from cp_debug.prediction.walk import EXACT, Walk, Walked
+from cp_debug.prediction.walk import EXACT, GraphWalk, Walked
 from cp_debug.programs.layers import layer_name
 from cp_debug.programs.pipeline import Export, Key, is_exported, prepare
 from cp_debug.programs.scene import decode
@@ -132,7 +132,7 @@ class _Prediction:
         self._outputs: dict[Key, PredictedOutput] = {}
         self._detections: dict[str, DetectionChange] = {}
         self._notes: list[str] = []
-        self._walks: dict[str, Walk] = {}
+        self._walks: dict[str, GraphWalk] = {}
         for program in programs:
             if unknown := unsupported(program.graph):
                 raise InputError(
@@ -145,7 +145,7 @@ class _Prediction:
                 raise InputError(
                     f"--precision int8: {graph.path} has no QuantizeLinear nodes; `cpdebug quantize ptq` puts them in"
                 )
-            self._walks[program.name] = Walk(graph, kernels, device)
+            self._walks[program.name] = GraphWalk(graph, kernels, device)
         if is_exported(model) and target.opset:
             self._notes.append(f"exported at opset {target.opset}, up to which {target.name} reads ONNX")
         if not target.measured:

@@ -20,7 +20,7 @@ from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.unquantize import quantized_inputs
 from cp_debug.prediction.groups import Group, groups_of
 from cp_debug.prediction.targets import Kernel
-from cp_debug.probes.distance import distance, ratio
+from cp_debug.probes.distance import relative_l2
 
 EXACT = ""
 """The name of the FP32 run among those of the kernels."""
@@ -42,7 +42,7 @@ class Walked:
     """The result in FP32."""
 
 
-class Walk:
+class GraphWalk:
     """One component on one sample. ``inputs``: run (a kernel's name, or ``EXACT``) → what it is fed, by input.
 
     Every kernel is fed its own upstream results, as in a deployed pipeline. Values are freed after their last reader.
@@ -163,7 +163,4 @@ def _floats(value: Any) -> bool:
 
 def _error(ours: Any, theirs: Any) -> float:
     """Relative L2 distance; infinite where ours is not finite and theirs is."""
-    if not isinstance(ours, Tensor) or ours.shape != theirs.shape:
-        return math.inf
-    found = distance(ours, theirs)
-    return math.inf if found.new_nonfinite else ratio(found.difference, found.whole)
+    return relative_l2(ours, theirs) if isinstance(ours, Tensor) else math.inf

@@ -19,15 +19,15 @@ SCHEMA = "cpdebug.alignment/1"
 
 @dataclass(frozen=True)
 class Link:
-    """What one ONNX value is."""
+    """One ONNX value and what it is on the torch side."""
 
     onnx: str
     kind: str
     """``module``: a leaf module's output. ``function``: an operation in a module. ``step``: an intermediate result of
     one that torch computes in other steps. ``input``: an input passed through. ``shape``, ``constant``: no data."""
     layer: str
-    """What to call it: the torch value's name; ``<name>/<ONNX operator>`` for a step towards it, and for all but one
-    where several equal it; the ONNX name for shapes and constants."""
+    """Name to show: the torch value's; ``<name>/<ONNX operator>`` for a step towards it, and for all but one where
+    several equal it; the ONNX name for shapes and constants."""
     torch: str | None = None
     """Name of the torch value that it equals; None for steps, shapes and constants."""
     path: str | None = None
@@ -38,7 +38,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Coverage:
-    """How many of the deployed graph's values, and of the leaf modules' calls, are accounted for."""
+    """Numbers of values in the deployed graph, and of leaf modules' calls, that are accounted for."""
 
     values: int
     values_total: int
@@ -63,13 +63,13 @@ class Alignment:
     module_sha256: str
     links: Sequence[Link]
     prefix: str
-    """What completes the module's own paths to those used here."""
+    """Prefix that completes the module's own paths to those used here."""
     modules: Sequence[str]
     """Calls of leaf modules in execution order; a repeated one is ``path@2``."""
     absorbed: Mapping[str, str]
     """Module call whose output does not exist in the graph → the layer that it became part of."""
     unused: Sequence[str] = ()
-    """Module calls of which nothing reaches an output: exporters drop them."""
+    """Module calls whose results reach no output: exporters drop them."""
     unmatched_values: Sequence[str] = ()
     unmatched_modules: Sequence[str] = ()
     exporter: str | None = None
@@ -78,7 +78,7 @@ class Alignment:
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def layer_name(self, onnx_value: str) -> str | None:
-        """``pts_backbone.blocks.0.4``, ``pts_neck/cat``; None for a value that nothing accounts for."""
+        """Layer of an ONNX value: ``pts_backbone.blocks.0.4``, ``pts_neck/cat``; None if unaccounted for."""
         link = self._by_onnx.get(onnx_value)
         return link.layer if link else None
 
@@ -86,8 +86,24 @@ class Alignment:
         """The ONNX values that equal a torch value."""
         return self._by_torch.get(torch_value, [])
 
+    def twins(self, test: Alignment, paired: Mapping[str, str]) -> dict[str, str]:
+        """Further values of a test's graph → the value of this graph that equals the same torch value.
+
+        ``paired`` are pairs that stand already; no value is paired twice. A layer whose BatchNorm was folded in torch
+        has the name of the layer, folded by the exporter that of the BatchNorm.
+        """
+        folded = {layer: norm for norm, layer in test.absorbed.items() if self.absorbed.get(norm) == layer}
+        taken, pairs = set(paired.values()), dict[str, str]()
+        for link in test.links:
+            names = (link.torch or "", folded.get(link.torch or "", ""))
+            free = [value for name in names for value in self.onnx_for(name) if value not in taken]
+            if link.onnx not in paired and link.onnx not in pairs and free:
+                pairs[link.onnx] = free[0]
+                taken.add(free[0])
+        return pairs
+
     def coverage(self) -> Coverage:
-        """Counts; complete where ``unmatched_values`` and ``unmatched_modules`` are empty."""
+        """Counts of what is accounted for; complete where both ``unmatched`` lists are empty."""
         kinds = dict(Counter(link.kind for link in self.links))
         total = len(self.links) + len(self.unmatched_values)
         modules = len(self.modules)
@@ -106,7 +122,7 @@ class Alignment:
         return table
 
     def save(self, path: Path) -> None:
-        """Write the manifest, whole or not at all."""
+        """Write the manifest (JSON), whole or not at all. Raises InputError when it cannot be written."""
         with complete_file(path) as stream:
             stream.write(json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, ensure_ascii=False))
 
@@ -114,13 +130,13 @@ class Alignment:
     def load(cls, path: Path, graph: Graph) -> Alignment:
         """Read the manifest of ``graph``. Raises InputError when it is unreadable or belongs to another graph."""
         try:
-            found = read_json(path, what="alignment manifest")
+            document = read_json(path, what="alignment manifest")
         except InputError as error:
             raise InputError(f"{path}: not an alignment manifest ({error})") from None
-        schema = found.get("schema") if isinstance(found, dict) else None
+        schema = document.get("schema") if isinstance(document, dict) else None
         if schema != SCHEMA:
             raise InputError(f"{path}: schema is {schema!r}; expected {SCHEMA!r}")
-        alignment: Alignment = typed(cls, found, f"{path}: not an alignment manifest")
+        alignment: Alignment = typed(cls, document, f"{path}: not an alignment manifest")
         if alignment.graph_sha256 != graph.digest:
             raise InputError(f"{path}: this alignment belongs to another graph than {graph.path}; export it again")
         return alignment

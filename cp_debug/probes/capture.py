@@ -50,7 +50,7 @@ _WRITE = 1 << 20
 
 
 class Header(TypedDict, total=False):
-    """What a manifest says of its run, besides the tensors. Every entry may be left out; others may be added."""
+    """Facts of a run in its manifest, besides the tensors. Every entry may be left out; others may be added."""
 
     backend: str
     """The spec, as in ``--backends``."""
@@ -63,11 +63,11 @@ class Header(TypedDict, total=False):
     inputs: list[dict[str, str]]
     """One entry a sample: input name → ``array_hash``."""
     samples: list[str]
-    """Where each sample came from."""
+    """Source of each sample."""
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """One tensor of a capture."""
 
     name: str
@@ -79,14 +79,14 @@ class Entry:
     dtype: str
     file: str
     crc32: str
-    """Of the raw little-endian bytes, eight hexadecimal digits; empty in a capture without checksums."""
+    """CRC-32 of the raw little-endian bytes, eight hexadecimal digits; empty in a capture without checksums."""
 
 
 @dataclass
 class _Kept:
-    """What must be right in a manifest."""
+    """Entries of a manifest that must have the right type."""
 
-    tensors: list[Entry]
+    tensors: list[TensorEntry]
     backend: str = ""
     versions: dict[str, Any] = field(default_factory=dict)
     device: str = ""
@@ -109,7 +109,7 @@ def array_hash(array: np.ndarray) -> str:
 
 
 def check_free(folder: Path) -> None:
-    """Raises InputError where no capture can be written: something is there already."""
+    """Raise InputError where no capture can be written: something is there already, or the name is no file name."""
     if not folder.name or "\0" in str(folder):
         raise InputError(f"{str(folder)!r}: expected the name of a new or empty folder for the capture")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -120,13 +120,15 @@ class CaptureWriter:
     """Context manager that writes one capture; an exception in its block, Ctrl-C too, leaves nothing behind."""
 
     def __init__(self, folder: Path, header: Header | Mapping[str, Any], *, checksums: bool = True) -> None:
-        """``header`` is JSON-safe; ``checksums`` are for captures that are kept. Entering raises InputError when
-        ``folder`` exists and is not empty."""
+        """``header`` is JSON-safe; ``checksums`` are for captures that are kept.
+
+        Entering raises InputError when ``folder`` exists and is not empty.
+        """
         self.folder = Path(folder)
         self._header = dict(header)
         self._checksums = checksums
         self._partial = self.folder
-        self._entries: dict[tuple[int, str, str], Entry] = {}
+        self._entries: dict[tuple[int, str, str], TensorEntry] = {}
         self._written: Counter[int] = Counter()
         self._writer = ThreadPoolExecutor(1, "capture")
         self._pending: Future[None] | None = None
@@ -134,8 +136,8 @@ class CaptureWriter:
 
     def __enter__(self) -> CaptureWriter:
         check_free(self.folder)
-        made = partial_name(self.folder)
-        self._partial = made.with_name(f"{made.stem}-{uuid.uuid4().hex[:8]}.partial")
+        partial = partial_name(self.folder)
+        self._partial = partial.with_name(f"{partial.stem}-{uuid.uuid4().hex[:8]}.partial")
         with self._disk():
             self._partial.mkdir(parents=True)
         return self
@@ -145,7 +147,7 @@ class CaptureWriter:
         self._header.update(header)
 
     def put(self, name: str, tensor: Tensor, sample: int = 0, component: str = "") -> None:
-        """Write one tensor; what was given may change afterwards. Call in execution order.
+        """Write one tensor; the caller may change it afterwards. Call in execution order.
 
         It is copied and written while the caller goes on, one tensor at a time. Raises InputError for a second tensor
         of that name, a dtype that safetensors does not know, or, here or at the end, a full disk.
@@ -165,7 +167,7 @@ class CaptureWriter:
         copy = memoryview(self._copy)[: len(raw)]
         copy[:] = raw
         self._pending = self._writer.submit(self._write, file, _file_header(array), copy)
-        self._entries[key] = Entry(
+        self._entries[key] = TensorEntry(
             name=name,
             component=component,
             sample=sample,
@@ -184,7 +186,7 @@ class CaptureWriter:
                 stream.write(raw[start : start + _WRITE])
 
     def _wait(self) -> None:
-        """Raises what writing the tensor before has raised."""
+        """Wait for the tensor before; raise what writing it has raised."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -207,7 +209,7 @@ class CaptureWriter:
 
     @contextmanager
     def _disk(self) -> Iterator[None]:
-        """Tell what the operating system refused, and how much room there is."""
+        """Turn an OSError into an InputError that tells the reason and how much room the disk has."""
         try:
             yield
         except OSError as error:
@@ -221,10 +223,10 @@ class CaptureWriter:
 class Capture:
     """A capture on disk. Tensors are mapped into memory when they are asked for."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], entries: Iterable[Entry]) -> None:
+    def __init__(self, folder: Path, manifest: dict[str, Any], entries: Iterable[TensorEntry]) -> None:
         self.folder, self.manifest = folder, manifest
         self.entries = tuple(entries)
-        """In the order in which they were written."""
+        """Entries in the order in which they were written."""
         self._by_key = {(entry.sample, entry.component, entry.name): entry for entry in self.entries}
 
     @classmethod
@@ -240,16 +242,16 @@ class Capture:
         schema = manifest.get("schema") if isinstance(manifest, dict) else None
         if schema != SCHEMA:
             raise InputError(f"{path}: schema is {schema!r}; this version reads {SCHEMA!r}")
-        kept: _Kept = typed(_Kept, manifest, f"{path}: not as {SCHEMA} has it")
-        for entry in kept.tensors:
+        contents: _Kept = typed(_Kept, manifest, f"{path}: not as {SCHEMA} has it")
+        for entry in contents.tensors:
             if entry.dtype not in _SAFETENSORS:
                 raise InputError(f"{path}: tensor {entry.name!r} is {entry.dtype!r}, which no capture holds")
             if any(size < 0 for size in entry.shape):
                 raise InputError(f"{path}: tensor {entry.name!r} has the shape {list(entry.shape)}")
             within(folder, entry.file, f"{path}: tensor {entry.name!r}")
-        if len({(each.sample, each.component, each.name) for each in kept.tensors}) < len(kept.tensors):
+        if len({(each.sample, each.component, each.name) for each in contents.tensors}) < len(contents.tensors):
             raise InputError(f"{path}: lists a tensor twice")
-        return cls(folder, manifest, kept.tensors)
+        return cls(folder, manifest, contents.tensors)
 
     @property
     def samples(self) -> list[int]:
@@ -291,28 +293,36 @@ class Capture:
             return np.empty(shape, _dtype(entry.dtype))
         return np.frombuffer(mapped, _dtype(entry.dtype), math.prod(shape), start).reshape(shape)
 
-    def verify(self) -> None:
-        """Read every tensor and its checksum. Raises InputError for the first that changed since it was written."""
-        for entry in self.entries:
-            if f"{zlib.crc32(_raw(self.load(entry.name, entry.sample, entry.component))):08x}" != entry.crc32:
-                raise InputError(f"{self.folder / entry.file}: tensor {entry.name!r} changed since it was written")
+    def load_checked(self, name: str, sample: int = 0, component: str = "") -> np.ndarray:
+        """``load``, with the checksum of the manifest compared: for captures that came from elsewhere.
+
+        Raises InputError, also for a tensor that changed since it was written.
+        """
+        array, entry = self.load(name, sample, component), self._by_key[sample, component, name]
+        if f"{zlib.crc32(_raw(array)):08x}" != entry.crc32:
+            raise InputError(f"{self.folder / entry.file}: tensor {name!r} changed since it was written")
+        return array
 
     def differences(self, other: Capture) -> list[str]:
-        """Why these two should not be compared, each a sentence: another model, other inputs. Empty when they may."""
-        found = []
+        """Reasons why two captures should not be compared, a sentence each; empty where they may be."""
+        reasons = []
         ours, theirs = (capture.manifest.get("model", {}).get("sha256") for capture in (self, other))
         if ours != theirs:
-            found.append(f"the model differs: sha256 {ours} in {self.folder}, {theirs} in {other.folder}")
-        inputs, others = self.manifest.get("inputs", []), other.manifest.get("inputs", [])
-        if len(inputs) != len(others):
-            found.append(
-                f"the number of samples differs: {len(inputs)} in {self.folder}, {len(others)} in {other.folder}"
+            reasons.append(f"the model differs: sha256 {ours} in {self.folder}, {theirs} in {other.folder}")
+        inputs, other_inputs = self.manifest.get("inputs", []), other.manifest.get("inputs", [])
+        if len(inputs) != len(other_inputs):
+            reasons.append(
+                f"the number of samples differs: {len(inputs)} in {self.folder}, {len(other_inputs)} in {other.folder}"
             )
-        for sample, (mine, its) in enumerate(zip(inputs, others, strict=False)):
-            names = sorted(name for name in {*mine, *its} if mine.get(name) != its.get(name))
-            if names and (mine.keys() == its.keys() or sorted(mine.values()) != sorted(its.values())):
-                found.append(f"sample {sample}: input {', '.join(names)} differs")
-        return found
+        for sample, (our_hashes, other_hashes) in enumerate(zip(inputs, other_inputs, strict=False)):
+            names = sorted(
+                name for name in {*our_hashes, *other_hashes} if our_hashes.get(name) != other_hashes.get(name)
+            )
+            if names and (
+                our_hashes.keys() == other_hashes.keys() or sorted(our_hashes.values()) != sorted(other_hashes.values())
+            ):
+                reasons.append(f"sample {sample}: input {', '.join(names)} differs")
+        return reasons
 
 
 def _raw(array: np.ndarray) -> memoryview:
@@ -326,7 +336,7 @@ def _dtype(name: str) -> np.dtype:
 
 
 def _file_header(array: np.ndarray) -> bytes:
-    """What stands before the bytes in a safetensors file: length of the JSON, JSON padded to a multiple of 8 bytes."""
+    """The bytes before the data in a safetensors file: length of the JSON, JSON padded to a multiple of 8 bytes."""
     fields = {"dtype": _SAFETENSORS[array.dtype.name], "shape": array.shape, "data_offsets": [0, array.nbytes]}
     text = json.dumps({"tensor": fields}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -334,9 +344,9 @@ def _file_header(array: np.ndarray) -> bytes:
 
 
 def _parse_header(data: mmap.mmap) -> tuple[str, tuple[int, ...], int, int]:
-    """dtype, shape, first byte and the byte after the last of a file's ``tensor``.
+    """Dtype, shape, first byte and byte after the last of the one ``tensor`` in a safetensors file.
 
-    Raises ValueError, KeyError, TypeError for what is no such file.
+    Raises ValueError, KeyError or TypeError for other files.
     """
     length = int.from_bytes(data[:8], "little")
     fields = json.loads(data[8 : 8 + length])["tensor"]

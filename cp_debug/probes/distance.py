@@ -29,9 +29,14 @@ class Distance(NamedTuple):
     new_nonfinite: int
     """Elements that are NaN or Inf in ours and finite in theirs."""
 
+    @property
+    def relative(self) -> float:
+        """‖ours − theirs‖ ÷ ‖theirs‖, the relative L2 distance over those elements; see ``ratio``."""
+        return ratio(self.difference, self.whole)
+
 
 def distance(ours: AnyTensor, theirs: AnyTensor) -> Distance:
-    """Compare two tensors of one shape, numpy (memory-mapped too) or torch."""
+    """Compare two tensors of one shape and real dtypes, numpy (memory-mapped too) or torch, in float64."""
     if fast := _finite(ours, theirs):
         return fast
     a, b = ours.reshape(-1), theirs.reshape(-1)
@@ -50,6 +55,14 @@ def distance(ours: AnyTensor, theirs: AnyTensor) -> Distance:
     return Distance(differing, whole, new_nonfinite)
 
 
+def relative_l2(ours: AnyTensor, theirs: AnyTensor) -> float:
+    """‖ours − theirs‖ ÷ ‖theirs‖; infinite where the shapes differ, or ours is NaN or Inf and theirs finite."""
+    if tuple(ours.shape) != tuple(theirs.shape):
+        return math.inf
+    apart = distance(ours, theirs)
+    return math.inf if apart.new_nonfinite else apart.relative
+
+
 def ratio(a: float, b: float) -> float:
     """a ÷ b; 0 when both are 0, infinite when only b is."""
     return a / b if b else (math.inf if a else 0.0)
@@ -60,6 +73,7 @@ _TYPES = [types.Array(kind, 1, "C", readonly=True) for kind in (float32, float64
 
 @compiled(*itertools.product(_TYPES, _TYPES))
 def _squares(ours, theirs):  # type: ignore[no-untyped-def]
+    """Sums of (ours − theirs)² and theirs² over two flat arrays, in float64."""
     differing = whole = 0.0
     for i in range(theirs.size):
         y = np.float64(theirs[i])

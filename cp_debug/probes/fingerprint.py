@@ -39,7 +39,7 @@ class Fingerprint:
 
 
 def fingerprint(tensor: Tensor | np.ndarray) -> Fingerprint:
-    """Of a real or boolean tensor on any device, read once in row-major order."""
+    """Fingerprint of a real or boolean tensor of any shape, on any device, read once in row-major order."""
     if isinstance(tensor, np.ndarray):
         tensor = torch.from_numpy(np.ascontiguousarray(tensor))
     flat = tensor.detach().reshape(-1)

@@ -1,4 +1,4 @@
-"""What a module returned, as named tensors in one fixed order: that of the exported graph's outputs."""
+"""Outputs of a module as named tensors in one fixed order: that of the exported graph's outputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far one tensor is from another: every statistic from one blocked pass, one pair in memory at a time.
+"""Statistics of two tensors: all from one blocked pass, one pair in memory at a time.
 
 NaN and Inf never vanish into a summary:
 
@@ -15,16 +15,17 @@ for the numbers, not for ``equal``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from cp_debug.errors import InputError
 from cp_debug.probes.arrays import Tensor, as_numpy, dtype_name, is_torch
+from cp_debug.probes.distance import ratio
 from cp_debug.probes.statistics_reduce import reduce_device, reduce_host
-from cp_debug.probes.statistics_totals import Piece, Totals
+from cp_debug.probes.statistics_totals import PairPiece, Totals
 
 RESOLUTION = 2.0**-6
 """Largest relative error of ``p50_abs`` and ``p99_abs``, from 1.2e-38 to 3.4e38: half a bin of the histogram."""
@@ -65,8 +66,6 @@ class TensorStats:
     """Same shape and every value equal, NaN equal to NaN, −0 to 0, whatever the dtypes."""
     finite_max_abs: float
     finite_rel_l2: float
-    channel_max: tuple[float, ...] | None = field(default=None, metadata={"omit": True})
-    """``max_abs`` of every channel, when asked for."""
 
     @property
     def shape_mismatch(self) -> bool:
@@ -79,7 +78,7 @@ class TensorStats:
         return self.shape_mismatch, self.max_abs, self.mismatched, self.rel_l2
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, JSON-safe: JSON has no such numbers, so they are the strings "NaN", "Infinity", "-Infinity".
+        """Every field, JSON-safe: numbers that JSON does not have are "NaN", "Infinity" and "-Infinity".
 
         ``float()`` in Python, ``Number()`` in JavaScript read them back.
         """
@@ -88,20 +87,11 @@ class TensorStats:
         }
 
 
-def worst_of(samples: Iterable[TensorStats]) -> tuple[int, TensorStats]:
-    """The sample with the greatest ``severity`` and its position; the first of equals.
-
-    Statistics of samples are not averaged: the worst sample is kept whole, so its numbers belong together.
-    Raises ValueError when there is none.
-    """
-    return max(enumerate(samples), key=lambda item: item[1].severity)
-
-
-def compare(reference: Tensor, test: Tensor, channel_axis: int | None = None) -> TensorStats:
+def compare(reference: Tensor, test: Tensor) -> TensorStats:
     """Compare two tensors of any real or bool dtypes, numpy (memory-mapped too) or torch, in one pass.
 
     Two CUDA tensors are reduced on their device. Extra memory is a few blocks, whatever the size; arrays that are not
-    contiguous are read block by block too. ``channel_axis`` asks for ``channel_max``, at the cost of a second pass.
+    contiguous are read block by block too.
     Raises InputError for dtypes without real numbers.
     """
     for side, tensor in (("reference", reference), ("test", test)):
@@ -116,12 +106,7 @@ def compare(reference: Tensor, test: Tensor, channel_axis: int | None = None) ->
         reference, test = as_numpy(reference), as_numpy(test)
     if reference.shape != test.shape:
         return _different_shapes(reference, test, reduce(reference, reference).whole, reduce(test, test).whole)
-    channels = None
-    if channel_axis is not None:
-        before: Any = (slice(None),) * (channel_axis % reference.ndim)
-        count = reference.shape[channel_axis]
-        channels = tuple(reduce(reference[(*before, i)], test[(*before, i)]).max_abs for i in range(count))
-    return _finish(reference, test, reduce(reference, test), channels)
+    return _finish(reference, test, reduce(reference, test))
 
 
 def _is_real(tensor: Tensor) -> bool:
@@ -131,11 +116,12 @@ def _is_real(tensor: Tensor) -> bool:
     return dtype.kind in "biuf" or (dtype.kind == "V" and np.can_cast(dtype, np.float64))
 
 
-def _finish(reference: Tensor, test: Tensor, totals: Totals, channels: tuple[float, ...] | None) -> TensorStats:
+def _finish(reference: Tensor, test: Tensor, totals: Totals) -> TensorStats:
+    """Statistics of two tensors of one shape, from their sums; formulas stand at the fields of ``TensorStats``."""
     whole, shape = totals.whole, tuple(reference.shape)
     agree = not whole.mismatched
     norm_ref, norm_test, norm_diff = (math.sqrt(square) for square in (whole.sum_rr, whole.sum_tt, whole.sum_dd))
-    rel_l2 = norm_diff / norm_ref if norm_ref else math.inf if norm_diff else 0.0
+    rel_l2 = ratio(norm_diff, norm_ref)
     if norm_ref and norm_test:
         cosine = min(max(whole.sum_rt / norm_ref / norm_test, -1.0), 1.0)
     else:
@@ -154,11 +140,11 @@ def _finish(reference: Tensor, test: Tensor, totals: Totals, channels: tuple[flo
         equal=totals.max_abs == 0 and totals.same_integers,
         finite_max_abs=whole.max_abs,
         finite_rel_l2=rel_l2,
-        channel_max=channels,
     )
 
 
-def _different_shapes(reference: Tensor, test: Tensor, of_ref: Piece, of_test: Piece) -> TensorStats:
+def _different_shapes(reference: Tensor, test: Tensor, of_ref: PairPiece, of_test: PairPiece) -> TensorStats:
+    """Statistics of two tensors whose shapes differ: every difference is infinite."""
     return TensorStats(
         **_sides(reference, test, of_ref, of_test),
         max_abs=math.inf,
@@ -176,8 +162,8 @@ def _different_shapes(reference: Tensor, test: Tensor, of_ref: Piece, of_test: P
     )
 
 
-def _sides(reference: Tensor, test: Tensor, of_ref: Piece, of_test: Piece) -> dict[str, Any]:
-    """The fields that look at one side alone."""
+def _sides(reference: Tensor, test: Tensor, of_ref: PairPiece, of_test: PairPiece) -> dict[str, Any]:
+    """Fields that look at one side alone."""
     return {
         "shape": tuple(reference.shape),
         "shape_test": tuple(test.shape),
@@ -193,6 +179,7 @@ def _sides(reference: Tensor, test: Tensor, of_ref: Piece, of_test: Piece) -> di
 
 
 def _decibel(rel_l2: float) -> float:
+    """SQNR in dB of a relative L2 distance: −20·log10(rel_l2)."""
     return -20 * math.log10(rel_l2) if rel_l2 else math.inf
 
 

@@ -1,6 +1,6 @@
 """The compiled inner loop of ``statistics.compare``: sums, maxima and a log histogram of |difference| in one pass.
 
-Two specialisations, float32 and float64, compiled once a machine (1.3 s on one core) and cached beside this file,
+Two specializations, float32 and float64, compiled once a machine (1.3 s on one core) and cached beside this file,
 or in the user's cache folder where the package is read-only. A block with NaN or Inf stops the pass: its caller cleans
 it.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numba import float32, float64, njit, types, uint32, uint64
 
-from cp_debug.probes.statistics_totals import BIN_SHIFT, BINS, INFINITE_BIN, MANTISSA_BITS, Piece
+from cp_debug.probes.statistics_totals import BIN_SHIFT, BINS, INFINITE_BIN, MANTISSA_BITS, PairPiece
 
 BLOCK = 1024
 """Elements a turn: both inputs, the differences and their histogram stay in the first-level cache."""
@@ -34,7 +34,7 @@ def _signature(real: Any, bits: Any) -> Any:
 
 def compiled(*signatures: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Compile a function for these signatures now, or from the cache."""
-    # Sums may be reordered so that they vectorise; NaN and Inf keep their meaning.
+    # Sums may be reordered so that they vectorize; NaN and Inf keep their meaning.
     options = {"nogil": True, "fastmath": {"reassoc", "nsz", "contract"}, "error_model": "numpy"}
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,7 +114,7 @@ class Accumulator:
         """(BINS,) int64: how many |differences| fell into each bin."""
         return self._lanes.sum(axis=0, dtype=np.int64)
 
-    def add(self, ref: np.ndarray, test: np.ndarray) -> Piece:
+    def add(self, ref: np.ndarray, test: np.ndarray) -> PairPiece:
         """Reduce two contiguous, aligned arrays (n,) of this dtype, up to the first block that is not finite."""
         bits, diff = ref.view(self._bits), self._diff
-        return Piece(*_accumulate(ref, test, bits, diff, diff.view(self._bits), self._lanes, *self._constants))
+        return PairPiece(*_accumulate(ref, test, bits, diff, diff.view(self._bits), self._lanes, *self._constants))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cp_debug.probes.statistics_totals import BIN_SHIFT, BINS, Piece, Totals
+from cp_debug.probes.statistics_totals import BIN_SHIFT, BINS, PairPiece, Totals
 
 if TYPE_CHECKING:
     import torch
@@ -24,11 +24,14 @@ DEVICE_CHUNK = 1 << 24
 MAX_THREADS = 8
 
 _LARGEST = np.finfo(np.float64).max / 2
-"""So that a difference of two such numbers is finite."""
+"""Limit of magnitudes, so that a difference of two such numbers is finite."""
 
 
 def reduce_host(ref: np.ndarray, test: np.ndarray) -> Totals:
-    """Reduce two arrays of one shape and any real dtypes. The result does not depend on the number of threads."""
+    """Reduce two arrays of one shape and any real dtypes, on the host.
+
+    The result does not depend on the number of threads.
+    """
     import numba
 
     from cp_debug.probes.statistics_kernel import Accumulator
@@ -37,7 +40,7 @@ def reduce_host(ref: np.ndarray, test: np.ndarray) -> Totals:
     dtype = np.dtype(np.float32 if single else np.float64)
     integers = all(array.dtype.kind in "iu" for array in (ref, test)) and not single
     starts = iter(range(0, ref.size, HOST_CHUNK))  # shared: next() on it is atomic
-    pieces: list[tuple[int, Piece]] = []
+    pieces: list[tuple[int, PairPiece]] = []
     unequal: list[int] = []
 
     def work(_: int) -> np.ndarray:
@@ -48,8 +51,8 @@ def reduce_host(ref: np.ndarray, test: np.ndarray) -> Totals:
             piece = accumulator.add(a, b)
             pieces.append((start, piece))
             if piece.finite < a.size:
-                rest = (side[piece.finite :].astype(np.float64) for side in (a, b))
-                clean_ref, clean_test, special = _set_aside(np, *rest)
+                unreduced = (side[piece.finite :].astype(np.float64) for side in (a, b))
+                clean_ref, clean_test, special = _set_aside(np, *unreduced)
                 pieces.append((start + piece.finite, exact.add(clean_ref, clean_test)._replace(**special)))
             if integers and not np.array_equal(ref.flat[start : start + a.size], test.flat[start : start + a.size]):
                 unequal.append(start)
@@ -63,7 +66,7 @@ def reduce_host(ref: np.ndarray, test: np.ndarray) -> Totals:
 
 @lru_cache(maxsize=1)
 def _pool() -> ThreadPoolExecutor:
-    """Kept: starting threads takes as long as comparing 4 MiB."""
+    """Threads that are kept: starting them takes as long as comparing 4 MiB."""
     return ThreadPoolExecutor(MAX_THREADS, "compare")
 
 
@@ -87,7 +90,7 @@ def _reader(array: np.ndarray, dtype: np.dtype) -> Callable[[int], np.ndarray]:
 
 
 def _set_aside(xp: ModuleType, ref: Any, test: Any) -> tuple[Any, Any, dict[str, Any]]:
-    """Put zeros where a pair (n,) of float64 is not finite, and say what was there as fields of a Piece.
+    """Put zeros where a pair (n,) of float64 is not finite, and say what was there as fields of a PairPiece.
 
     ``xp`` is numpy or torch, whichever the arrays belong to.
     """
@@ -127,13 +130,13 @@ def reduce_device(ref: torch.Tensor, test: torch.Tensor) -> Totals:
         max_abs, argmax = d.max(dim=0)
         max_ref = torch.linalg.vector_norm(r, math.inf)
         numbers = (max_abs, argmax, max_ref, d.sum(), d @ d, r @ r, t @ t, r @ t)
-        largest, where, *rest = torch.stack([number.double() for number in numbers]).tolist()
-        pieces.append((start, Piece(d.numel(), largest, int(where), *rest)._replace(**special)))
+        largest, where, *sums = torch.stack([number.double() for number in numbers]).tolist()
+        pieces.append((start, PairPiece(d.numel(), largest, int(where), *sums)._replace(**special)))
     integers = not (ref.is_floating_point() or test.is_floating_point())
     same = not integers or bool((flat_ref == flat_test).all())
     return Totals.of(pieces, histogram.cpu().numpy(), same)
 
 
 def _count(keys: torch.Tensor) -> torch.Tensor:
-    """How often each bin occurs. ``histc`` of integers exists on CUDA only, and is 20 times faster there."""
+    """Count how often each bin occurs. ``histc`` of integers exists on CUDA only, and is 20 times faster there."""
     return keys.histc(BINS, 0, BINS) if keys.is_cuda else keys.bincount(minlength=BINS)

@@ -1,4 +1,4 @@
-"""What a comparison adds up: pieces of a tensor pair, and their total with its log histogram of |difference|."""
+"""Sums of a comparison: pieces of a tensor pair, and their total with its log histogram of |difference|."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ INFINITE_BIN = 255 << MANTISSA_BITS
 BINS = INFINITE_BIN + 1
 
 
-class Piece(NamedTuple):
+class PairPiece(NamedTuple):
     """Consecutive elements of a pair, reduced. Differences and sums are over the pairs with both sides finite."""
 
     finite: int
-    """How many such pairs."""
+    """Number of pairs with both sides finite."""
     max_abs: float
     argmax: int
     """First flat index, counted from the start of the piece, that has ``max_abs``."""
@@ -43,29 +43,29 @@ class Piece(NamedTuple):
 class Totals:
     """A whole tensor pair, reduced."""
 
-    whole: Piece
+    whole: PairPiece
     histogram: np.ndarray
     """(BINS,) int64: |difference| of the finite pairs; mismatched pairs in the last bin."""
     same_integers: bool = True
     """False when 64-bit integers differ, though perhaps not as float64."""
 
     @classmethod
-    def of(cls, pieces: Iterable[tuple[int, Piece]], histogram: np.ndarray, same_integers: bool = True) -> Totals:
+    def of(cls, pieces: Iterable[tuple[int, PairPiece]], histogram: np.ndarray, same_integers: bool = True) -> Totals:
         """Add up pieces, each with the flat index where it starts, in any order.
 
         ``histogram`` holds all pairs, those that are not finite as zeros; it is corrected here.
         """
         ordered = sorted(pieces, key=lambda item: item[0])
         if not ordered:
-            return cls(Piece(0, 0.0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0), histogram, same_integers)
-        columns = dict(zip(Piece._fields, zip(*(piece for _, piece in ordered), strict=True), strict=True))
+            return cls(PairPiece(0, 0.0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0), histogram, same_integers)
+        columns = dict(zip(PairPiece._fields, zip(*(piece for _, piece in ordered), strict=True), strict=True))
         sums: dict[str, Any] = {name: sum(column) for name, column in columns.items()}
         start, worst = max(ordered, key=lambda item: item[1].max_abs)
         mismatch = next((start + piece.first_mismatch for start, piece in ordered if piece.mismatched), 0)
         extremes = {"max_abs": worst.max_abs, "argmax": start + worst.argmax, "max_ref": max(columns["max_ref"])}
         histogram[0] -= histogram.sum() - sums["finite"]
         histogram[-1] += sums["mismatched"]
-        return cls(Piece(**(sums | extremes | {"first_mismatch": mismatch})), histogram, same_integers)
+        return cls(PairPiece(**(sums | extremes | {"first_mismatch": mismatch})), histogram, same_integers)
 
     @property
     def max_abs(self) -> float:

@@ -44,7 +44,7 @@ class TorchValue:
     path: str
     """Path of the innermost module that was running."""
     call: str
-    """The same with the count of the call: ``shared@2``."""
+    """``path`` with the count of the call: ``shared@2``."""
     op: str
     """ATen's name, ``input`` for an input, ``mutated`` for a tensor changed through another view of its memory."""
     index: int
@@ -64,16 +64,16 @@ The same value comes again whenever it gets a better name: as the output of a fu
 
 @dataclass
 class Trace:
-    """What one forward did. Tensors are not kept, save the outputs."""
+    """Record of one forward. Tensors are not kept, except for the outputs."""
 
     values: list[TorchValue] = field(default_factory=list)
     """In execution order, inputs included."""
     outputs: list[TorchValue | None] = field(default_factory=list)
-    """By position of the flattened outputs; None for one that no operation made (a parameter)."""
+    """Values of the flattened outputs, in order; None for one that no operation made (a parameter)."""
     leaves: dict[str, list[TorchValue]] = field(default_factory=dict)
-    """Calls of modules that called no other module → what they returned (for an identity, its input)."""
+    """Call of a module that called no other module → values that it returned (for an identity, its input)."""
     calls: list[str] = field(default_factory=list)
-    """All calls of modules, in order; fake quantisers are left out."""
+    """All calls of modules, in order; fake quantizers are left out."""
     tensors: list[Tensor] = field(default_factory=list)
     """The flattened outputs themselves."""
 
@@ -115,14 +115,14 @@ class _Frame:
     call: str
     start: int
     scope: str
-    """What was running when it was called."""
+    """Scope that was running when it was called."""
     is_quantizer: bool
-    """A fake quantiser is part of the layer that calls it: not shown, and no reason for that layer to be no leaf."""
+    """A fake quantizer is part of the layer that calls it: not shown, and no reason for that layer to be no leaf."""
     is_leaf: bool = True
 
 
 class _Functions(TorchFunctionMode):
-    """Tells the tracer which of torch's functions the module's code called; those that functions call stay inside."""
+    """Tells the tracer which of torch's functions the module's code calls; calls inside these stay hidden."""
 
     def __init__(self, tracer: _Tracer) -> None:
         super().__init__()
@@ -141,6 +141,8 @@ class _Functions(TorchFunctionMode):
 
 
 class _Tracer(TorchDispatchMode):
+    """Watches every ATen operation of a forward and records its results as values."""
+
     def __init__(self, module: nn.Module, sink: TorchSink | None, prefix: str) -> None:
         super().__init__()
         self.module, self.sink, self.prefix = module, sink, prefix
@@ -172,8 +174,10 @@ class _Tracer(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func._schema.name.partition("::")[2]
         inputs = () if _SHAPE_ONLY.fullmatch(name) else tuple(self._values([args, kwargs]))
-        given = dict(zip((spec.name for spec in func._schema.arguments), args, strict=False)) | kwargs
-        written = [t for spec in func._schema.arguments if spec.is_write for t in _tensors(given.get(spec.name))]
+        arguments_by_name = dict(zip((spec.name for spec in func._schema.arguments), args, strict=False)) | kwargs
+        written = [
+            t for spec in func._schema.arguments if spec.is_write for t in _tensors(arguments_by_name.get(spec.name))
+        ]
         result = func(*args, **kwargs)
         made = {id(t): t for t in [*_tensors(result), *written]}
         from_data = any(value.from_data for value in inputs)
@@ -191,7 +195,7 @@ class _Tracer(TorchDispatchMode):
     def add(
         self, tensor: Tensor, name: str, op: str, inputs: tuple[TorchValue, ...], from_data: bool, version: int
     ) -> TorchValue:
-        """A new value; the sink gets its tensor now."""
+        """Record a new value and hand its tensor to the sink now."""
         path = self.stack[-1].path if self.stack else self.prefix
         index, shape = len(self.record.values), tuple(tensor.shape)
         value = TorchValue(name, path, self._call, op, index, shape, tensor.dtype, inputs, from_data)
@@ -225,6 +229,7 @@ class _Tracer(TorchDispatchMode):
                 yield value
 
     def _emit(self, value: TorchValue, tensor: Tensor) -> None:
+        """Hand a value's tensor to the sink, unless it is a weight or made inside a fake quantizer."""
         if self.sink is None or not value.from_data or (self.stack and self.stack[-1].is_quantizer):
             return
         try:
@@ -236,7 +241,7 @@ class _Tracer(TorchDispatchMode):
 
     @contextmanager
     def function(self, name: str) -> Iterator[int]:
-        """While a function of torch runs; yields the index of the first value that is made in it."""
+        """Scope of a call of one of torch's functions; yields the index of the first value that is made in it."""
         outer, self.scope = self.scope, self._unique(f"{self._call}/{name}", "#")
         try:
             yield len(self.record.values)
@@ -244,16 +249,16 @@ class _Tracer(TorchDispatchMode):
             self.scope = outer
 
     def rename(self, tensors: Sequence[Tensor], start: int, name: str) -> list[TorchValue]:
-        """The values of ``tensors``; those made since ``start`` get ``name``, and are handed out under it.
+        """Values of ``tensors``; those made since ``start`` get ``name``, and are handed out under it.
 
         The others are passed through by an identity and keep the name of their maker.
         """
-        made = [(value, tensor) for tensor in tensors if (value := self.value_of(tensor)) is not None]
-        for position, (value, tensor) in enumerate(made):
+        named = [(value, tensor) for tensor in tensors if (value := self.value_of(tensor)) is not None]
+        for position, (value, tensor) in enumerate(named):
             if value.index >= start:
-                value.name = name if len(made) == 1 else f"{name}.{position}"
+                value.name = name if len(named) == 1 else f"{name}.{position}"
                 self._emit(value, tensor)
-        return [value for value, _ in made]
+        return [value for value, _ in named]
 
     def _enter(self, path: str, module: nn.Module) -> None:
         call = self._unique(path, "@")
@@ -283,7 +288,7 @@ class _Tracer(TorchDispatchMode):
 
 @contextmanager
 def unwatched() -> Iterator[None]:
-    """What is done with tensors here is no part of the forward that is traced."""
+    """Context in which operations on tensors are no part of the forward that is traced."""
     with _disable_current_modes(), torch._C.DisableTorchFunction():
         yield
 

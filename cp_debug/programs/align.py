@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cp_debug.backends.determinism import deterministic
 from cp_debug.errors import InputError
-from cp_debug.graph.downstream import data_values, downstream
+from cp_debug.graph.downstream import data_values, from_inputs
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.alignment import Alignment, Link
 from cp_debug.probes.arrays import Sink
@@ -90,7 +90,7 @@ def _executor(graph: Graph) -> Run:
 def _links(
     graph: Graph, data: Collection[str], matching: Matching, record: Trace, hints: Mapping[str, str]
 ) -> dict[str, Any]:
-    from_inputs = set(downstream(graph, set()))
+    fed = set(from_inputs(graph))
     leaf_outputs = {value for values in record.leaves.values() for value in values}
     # Where several ONNX values equal one torch value, its name goes to the one that finishes it.
     finished = {
@@ -102,7 +102,7 @@ def _links(
     unmatched = []
     for name in graph.values:
         if name not in data:
-            links.append(Link(name, "shape" if name in from_inputs else "constant", name))
+            links.append(Link(name, "shape" if name in fed else "constant", name))
         elif name in matching.pairs:
             value, error = matching.pairs[name]
             kind = "input" if value.op == "input" else "module" if value in leaf_outputs else "function"

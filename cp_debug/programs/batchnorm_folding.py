@@ -34,7 +34,7 @@ def fuse_model_bn(module: nn.Module, example_args: tuple[Tensor, ...]) -> nn.Mod
 
     The two are found by running the copy once on ``example_args``; between them may lie what only moves elements, such
     as PFN's permute. A folded BatchNorm becomes an Identity, so module paths stay. ``folding`` on the copy says what
-    was done. Raises InputError for a module that is quantised, ModuleFailed when it raises in forward.
+    was done. Raises InputError for a module that is quantized, ModuleFailed when it raises in forward.
     """
     folded = copy.deepcopy(module).eval()
     apply_folding(folded, find_folding(folded, example_args))
@@ -58,7 +58,7 @@ def find_folding(module: nn.Module, example_args: tuple[Tensor, ...]) -> Folding
 def apply_folding(module: nn.Module, folding: Folding) -> None:
     """Fold these pairs of ``module``, in place. Raises InputError when the module does not have them."""
     if is_quantized(module):
-        raise InputError(f"{type(module).__name__} is quantised already; BatchNorm is folded before that")
+        raise InputError(f"{type(module).__name__} is quantized already; BatchNorm is folded before that")
     for layer_path, norm_path in folding.pairs:
         try:
             layer, norm = module.get_submodule(layer_path), module.get_submodule(norm_path)

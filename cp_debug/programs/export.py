@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import io
 import logging
 import tempfile
@@ -41,7 +42,7 @@ def export(
 
     ``args`` are example inputs, ``output_names`` name the flattened outputs in order. ``folded`` folds BatchNorm as
     deployment does (dynamo into Conv and ConvTranspose, TorchScript into Conv only); without it every module stays
-    visible. ``simplify`` runs onnxscript's optimiser over the result. Weights go to ``<path>.data`` when one file
+    visible. ``simplify`` runs onnxscript's optimizer over the result. Weights go to ``<path>.data`` when one file
     cannot hold them. ``opset`` None is the exporter's default.
 
     Raises InputError when the module cannot be exported, or not at that opset.
@@ -97,7 +98,7 @@ def _dynamo(
     )
     assert program is not None
     if not folded:
-        # Constants and shape arithmetic go, modules stay: the optimiser proper would fuse BatchNorm.
+        # Constants and shape arithmetic go, modules stay: the optimizer proper would fuse BatchNorm.
         from onnxscript import optimizer
 
         optimizer.fold_constants(program.model)
@@ -134,6 +135,8 @@ def _flat_outputs(module: nn.Module) -> Iterator[None]:
     def flat(*args: Any) -> tuple[Tensor, ...]:
         return tuple(flatten_outputs(forward(*args)).values())
 
+    with contextlib.suppress(ValueError):  # of a bound function ``wraps`` copies what holds for the unbound one
+        flat.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
     module.forward = flat
     try:
         yield

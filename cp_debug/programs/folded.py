@@ -1,6 +1,6 @@
 """Side values that a backend folded away, computed again from the graph it was given.
 
-An optimiser computes what hangs on weights alone, and on shapes, before the first run: no probe shows it. Where test
+An optimizer computes what hangs on weights alone, and on shapes, before the first run: no probe shows it. Where test
 and reference are different graphs, such a branch may hold the difference, so it is computed from each side's own graph
 and judged like any layer.
 """

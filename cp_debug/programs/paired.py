@@ -6,20 +6,20 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from cp_debug.backends.base import Program
 from cp_debug.backends.executor import Executor
 from cp_debug.errors import InputError
-from cp_debug.graph.pairing import Pairing, believable, finish, pair_by_names, pair_inputs, parse_map
+from cp_debug.graph.pairing import Pairing, believable, finish, moved_names, pair_by_names, pair_inputs, parse_map
 from cp_debug.graph.weight_differences import WeightDifferences, differences_of_states, weight_differences
 from cp_debug.probes.arrays import Sink, Tensor
 from cp_debug.probes.capture import Capture, CaptureWriter
 from cp_debug.probes.fingerprint import Fingerprint, fingerprint
 from cp_debug.programs.pairing_numbers import NumericPairing
-from cp_debug.recipes.base import Arrays, Model, Sample
+from cp_debug.programs.walk import Walk, tensors_as_arrays
+from cp_debug.recipes.base import Model, Sample
 
 
 def pair_programs(
@@ -38,26 +38,23 @@ def pair_programs(
     fixed = parse_map(maps, [p.graph for p, _ in changed], [t.graph for _, t in changed]) if changed else {}
     if maps and not changed:
         raise InputError("--map pairs values of two models; here both sides run one: --test-model gives another")
-    results: dict[str, Arrays] = {}
     made = []
     last = max((i for i, (p, t) in enumerate(zip(programs, tests, strict=True)) if t.graph is not p.graph), default=-1)
     needed = [_needs_numbers(p, t, fixed) for p, t in zip(programs, tests, strict=True)]
-    for index, (component, program, test) in enumerate(zip(model.components, programs, tests, strict=True)):
-        if index > last:
+    for step, program, test in zip(Walk(model, sample), programs, tests, strict=True):
+        if step.place > last:
             made.append(test)
             continue
         if test.graph is program.graph:
             made.append(test)
-            if any(needed[index + 1 :]):
-                inputs = model.feed(component, sample, results)
-                results[component.name] = {n: t.numpy() for n, t in Executor(program.graph).run(inputs).items()}
+            if any(needed[step.place + 1 :]):
+                step.outputs = tensors_as_arrays(Executor(program.graph).run(step.inputs))
             continue
-        if not any(needed[index:]):
+        if not any(needed[step.place :]):
             made.append(_with(test, pair_by_name_alone(program, test, fixed)))
             continue
         on_step(f"pairing the values of {test.graph.path.name}")
-        inputs = model.feed(component, sample, results)
-        pairing, results[component.name] = pair_by_numbers(program, test, inputs, fixed)
+        pairing, step.outputs = pair_by_numbers(program, test, step.inputs, fixed)
         made.append(_with(test, pairing))
     return made
 
@@ -93,7 +90,9 @@ def _needs_numbers(program: Program, test: Program, fixed: Mapping[str, str]) ->
     if test.alignment is not None and program.alignment is not None:  # torch values tell more
         return False
     found = pair_by_name_alone(program, test, fixed)
-    return not believable(program.graph, test.graph) or bool(found.missing and found.added)
+    if not believable(program.graph, test.graph) or (found.missing and found.added):
+        return True
+    return bool(moved_names(program.graph, test.graph))
 
 
 def pair_by_name_alone(program: Program, test: Program, fixed: Mapping[str, str]) -> Pairing:
@@ -101,15 +100,8 @@ def pair_by_name_alone(program: Program, test: Program, fixed: Mapping[str, str]
     inputs = _inputs(program, test, fixed)
     pairs = pair_by_names(program.graph, test.graph, fixed, inputs)
     if test.alignment is not None and program.alignment is not None:
-        taken = {name for name, _ in pairs.values()}
-        into = program.alignment.absorbed
-        folded = {layer: norm for norm, layer in test.alignment.absorbed.items() if into.get(layer) == norm}
-        for link in test.alignment.links:
-            names = (link.torch or "", folded.get(link.torch or "", ""))
-            twins = [v for name in names for v in program.alignment.onnx_for(name) if v not in taken]
-            if link.onnx not in pairs and twins:
-                pairs[link.onnx] = (twins[0], "torch")
-                taken.add(twins[0])
+        named = {own: name for own, (name, _) in pairs.items()}
+        pairs |= {own: (name, "torch") for own, name in program.alignment.twins(test.alignment, named).items()}
     return finish(program.graph, test.graph, pairs, inputs)
 
 
@@ -119,9 +111,10 @@ def pair_by_numbers(
     """The pairing by what values hold, names where they can be believed; and the reference's outputs."""
     ends = _inputs(program, test, fixed)
     pairs = pair_by_names(program.graph, test.graph, fixed, ends)
-    if not believable(program.graph, test.graph):
-        final = {v.name for v in program.graph.outputs} & {v.name for v in test.graph.outputs}
-        pairs = {own: p for own, p in pairs.items() if p[1] == "map" or own in ends.values() or own in final}
+    final = {v.name for v in program.graph.outputs} & {v.name for v in test.graph.outputs}
+    kept = {own for own, pair in pairs.items() if pair[1] == "map"} | {*ends.values()} | final
+    doubted = moved_names(program.graph, test.graph) if believable(program.graph, test.graph) else set(pairs)
+    pairs = {own: pair for own, pair in pairs.items() if own in kept or own not in doubted}
     with tempfile.TemporaryDirectory(prefix="cpdebug-") as scratch:
         prints: dict[str, Fingerprint] = {}
         with CaptureWriter(Path(scratch) / "reference", {}, checksums=False) as writer:
@@ -153,8 +146,7 @@ def _run(program: Program, inputs: Mapping[str, np.ndarray], keep: Sink) -> dict
     try:
         session = create(BackendSpec("ort")).open(plain)
     except (BackendUnavailable, InputError):
-        made: dict[str, Any] = Executor(program.graph).run(inputs, keep)
-        return {n: t.numpy() for n, t in made.items()}
+        return tensors_as_arrays(Executor(program.graph).run(inputs, keep))
     try:
         return session.run(inputs, keep)
     finally:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from cp_debug.graph.pairing import parse_map_of
-from cp_debug.probes.capture import Capture, Entry
+from cp_debug.probes.capture import Capture, TensorEntry
 from cp_debug.probes.fingerprint import Fingerprint, fingerprint
 from cp_debug.programs.align import TOLERANCE
 
@@ -43,7 +43,7 @@ def pair_captures(reference: Capture, test: Capture, maps: Sequence[str] = ()) -
     return pairs
 
 
-def _first(capture: Capture) -> Iterator[Entry]:
+def _first(capture: Capture) -> Iterator[TensorEntry]:
     sample = min(capture.samples, default=0)
     return (e for e in capture.entries if e.sample == sample)
 

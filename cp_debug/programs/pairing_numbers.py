@@ -33,7 +33,7 @@ Load = Callable[[str], Any]
 LOOSER = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Relative L2 distance up to which a value in a narrow type equals one in FP32: some roundings of one layer."""
 QUANTIZED = 0.3
-"""The same behind quantisers."""
+"""The same behind quantizers."""
 FEW = 16
 """Elements below which contents alone pair nothing: so few are equal by chance."""
 AHEAD = 4

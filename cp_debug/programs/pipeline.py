@@ -13,20 +13,19 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-import torch
 
 from cp_debug.backends.base import Backend, Program, RunRecord, Session, Sink, Tensor
-from cp_debug.backends.capabilities import calibrates_itself, kept_in_fp32, largest_opset
+from cp_debug.backends.build_info import BuildInfo
+from cp_debug.backends.capabilities import build_info_of, calibrates_itself, kept_in_fp32, largest_opset
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
-from cp_debug.probes.arrays import as_numpy, as_torch
 from cp_debug.probes.capture import array_hash
-from cp_debug.probes.outputs import flatten_outputs
 from cp_debug.programs.align import Alignment, align
 from cp_debug.programs.batchnorm_folding import fuse_model_bn
 from cp_debug.programs.export import export
 from cp_debug.programs.folded import Folded
 from cp_debug.programs.layers import layers_of
+from cp_debug.programs.walk import Walk, example_args, run_module, walk
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
 from cp_debug.serialize import json_safe
 
@@ -59,17 +58,15 @@ def prepare(
     ``sample`` gives the example inputs; ``folder`` keeps the ONNX files and their alignment manifests.
     """
     programs: list[Program] = []
-    results: dict[str, Arrays] = {}
-    for component in model.components:
+    for step in Walk(model, sample):
+        component = step.component
         if component.module is None:
             assert component.onnx_path is not None
-            known = component is model.components[0] or len(results) == len(programs)
-            example = model.feed(component, sample, results) if known else None
+            example = step.inputs if step.fed else None
             programs.append(Program(component.name, Graph(component.onnx_path), example=example))
             continue
-        inputs = model.feed(component, sample, results)
-        results[component.name] = run_module(component, inputs)
-        programs.append(_export(component, inputs, folder, how, folded))
+        step.outputs = run_module(component, step.inputs)
+        programs.append(_export(component, step.inputs, folder, how, folded))
     return programs
 
 
@@ -92,19 +89,6 @@ def _export(component: Component, inputs: Mapping[str, np.ndarray], folder: Path
     alignment = align(graph, module, args, prefix=component.prefix)
     alignment.save(path.with_suffix(".alignment.json"))
     return Program(component.name, graph, module, alignment, example=inputs)
-
-
-def example_args(component: Component, inputs: Mapping[str, np.ndarray]) -> tuple[torch.Tensor, ...]:
-    """The inputs of a component's module as it takes them."""
-    return tuple(as_torch(inputs[name]) for name in component.input_names)
-
-
-def run_module(component: Component, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The outputs of a component's module by their names."""
-    assert component.module is not None
-    with torch.no_grad():
-        outputs = flatten_outputs(component.module(*example_args(component, inputs)))
-    return {n: as_numpy(t) for n, t in zip(component.output_names, outputs.values(), strict=True)}
 
 
 def load_test_programs(programs: Sequence[Program], path: Path) -> list[Program]:
@@ -177,15 +161,7 @@ def value_map(reference: Program, test: Program) -> dict[str, str]:
     known = set(reference.graph.producer)
     mapping = {v: v for v in test.graph.producer if v in known}
     if test.alignment is not None and reference.alignment is not None:
-        taken = set(mapping.values())
-        into = reference.alignment.absorbed
-        folded = {layer: norm for norm, layer in test.alignment.absorbed.items() if into.get(layer) == norm}
-        for link in test.alignment.links:
-            names = (link.torch or "", folded.get(link.torch or "", ""))
-            twins = [v for name in names for v in reference.alignment.onnx_for(name) if v not in taken]
-            if link.onnx not in mapping and twins:
-                mapping[link.onnx] = twins[0]
-                taken.add(twins[0])
+        mapping |= reference.alignment.twins(test.alignment, mapping)
     return mapping
 
 
@@ -223,28 +199,31 @@ class Pipeline:
         ``sink`` is given every component's inputs, then its exposed values in execution order; what Q/DQ pairs compute
         that were put in here stays inside.
         """
-        results: dict[str, Arrays] = {}
-        programs = {program.name: program for program in self.programs}
-        for component in self.model.components:
-            program, session = programs[component.name], self.sessions[component.name]
-            own = program.pairing.inputs if program.pairing else {}
-            given = {own.get(n, n): a for n, a in self.model.feed(component, sample, results).items()}
-            inputs = as_declared(program.graph, given)
-            shown = program.plain.producer.keys() if program.plain else None
-            if sink is None:
-                results[component.name] = by_reference(program, self._untouched(program).run(inputs, None, shown))
-                continue
-            forward = _under(component.name, sink)
-            folded = Folded(program.plain or program.graph, session.exposed) if self._unfold else None
-            see = forward if folded is None else _seen_by(folded, forward)
-            for name, array in inputs.items():
-                see(name, array)
-            results[component.name] = by_reference(program, session.run(inputs, see, shown))
-            for name, value in folded.values() if folded is not None else ():
-                forward(name, value)
+        results = walk(self.model, sample, lambda component, given: self._run(component, given, sink))
         if not self._realised:
-            check_realised(self.backend, [session.settings for session in self.sessions.values()])
+            check_realised(self.backend, [build_info_of(session) for session in self.sessions.values()])
             self._realised = True
+        return results
+
+    def program(self, component: str) -> Program:
+        """The program of a component by its name. Raises KeyError where there is none."""
+        return {program.name: program for program in self.programs}[component]
+
+    def _run(self, component: Component, given: Arrays, sink: Callable[[Key, Tensor], None] | None) -> Arrays:
+        program, session = self.program(component.name), self.sessions[component.name]
+        own = program.pairing.inputs if program.pairing else {}
+        inputs = as_declared(program.graph, {own.get(n, n): a for n, a in given.items()})
+        shown = program.plain.producer.keys() if program.plain else None
+        if sink is None:
+            return by_reference(program, self._untouched(program).run(inputs, None, shown))
+        forward = _under(component.name, sink)
+        folded = Folded(program.plain or program.graph, session.exposed) if self._unfold else None
+        see = forward if folded is None else _seen_by(folded, forward)
+        for name, array in inputs.items():
+            see(name, array)
+        results = by_reference(program, session.run(inputs, see, shown))
+        for name, value in folded.values() if folded is not None else ():
+            forward(name, value)
         return results
 
     def _untouched(self, program: Program) -> Session:
@@ -290,10 +269,10 @@ def by_reference(program: Program, outputs: Mapping[str, np.ndarray]) -> dict[st
     return program.pairing.reference_outputs(outputs) if program.pairing else dict(outputs)
 
 
-def check_realised(backend: Backend, told: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse engines, by their settings, of which none runs any layer in the precision that their name claims."""
-    if all(settings.get("realised") is False for settings in told):
-        types = sorted({f"{k} {v:.0%}" for settings in told for k, v in settings["realised_precision"].items()})
+def check_realised(backend: Backend, engines: Sequence[BuildInfo | None]) -> None:
+    """Refuse engines of which none runs any layer in the precision that their name claims; None is no engine."""
+    if all(info is not None and not info.realised for info in engines):
+        types = sorted({f"{k} {v:.0%}" for info in engines if info for k, v in info.realised_precision.items()})
         raise InputError(
             f"{backend.spec}: no layer of the built engine runs in {backend.precision} (layer inputs and outputs: "
             f"{', '.join(types)}); other kernels were faster, or the model has nothing to run in it"

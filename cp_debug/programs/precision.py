@@ -33,7 +33,7 @@ PRECISIONS = {
 }
 
 BESIDE_INT8 = replace(PRECISIONS["int8"], roundoff=PRECISIONS["fp16"].roundoff)
-"""INT8 where it is known which inputs are quantised: all else may be rounded to FP16."""
+"""INT8 where it is known which inputs are quantized: all else may be rounded to FP16."""
 
 
 def coarser(a: str, b: str) -> Precision:

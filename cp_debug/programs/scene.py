@@ -29,7 +29,7 @@ class DecodedBoxes:
 
 
 @dataclass(frozen=True)
-class Scene:
+class SavedScene:
     """One sample as people see it."""
 
     source: str
@@ -40,7 +40,7 @@ class Scene:
     """By backend spec."""
 
     @classmethod
-    def open(cls, folder: Path) -> Scene | None:
+    def open(cls, folder: Path) -> SavedScene | None:
         """The scene in a sample's folder; None where the model has no detections."""
         if not (folder / FOLDER).is_dir():
             return None

@@ -66,12 +66,12 @@ def no_match(glob: str, paths: Sequence[str]) -> str:
 
 
 def quantizers(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Every quantiser in a module by its path, on or off."""
+    """Every quantizer in a module by its path, on or off."""
     for path, part in module.named_modules():
         if type(part).__name__ == "TensorQuantizer":
             yield path, part
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether there is any quantiser; answers without the library."""
+    """Whether there is any quantizer; answers without the library."""
     return next(quantizers(module), None) is not None

@@ -16,7 +16,8 @@ from cp_debug.graph import surgery
 from cp_debug.graph.flatten import Decision, flatten, has_control_flow, needs_flattening
 from cp_debug.graph.graph import Graph
 from cp_debug.programs.pipeline import as_declared
-from cp_debug.recipes.base import Arrays, Model, Sample
+from cp_debug.programs.walk import tensors_as_arrays, walk
+from cp_debug.recipes.base import Arrays, Component, Model, Sample
 
 Decisions = dict[str, dict[str, Decision]]
 """Component → path → what every sample decides."""
@@ -29,7 +30,7 @@ class Unroller:
     def __init__(self, folder: Path) -> None:
         """``folder`` keeps the files."""
         self._folder = folder
-        self._made: dict[tuple[int, str], list[Program]] = {}
+        self._made: dict[tuple[tuple[Program, ...], str], list[Program]] = {}
         self.notes: list[str] = []
 
     def unrolled(
@@ -45,7 +46,7 @@ class Unroller:
             except InputError as error:
                 note = f"nobody looked into If, Loop and Scan, for the model cannot be executed beforehand: {error}"
                 self.notes += [note] if note not in self.notes else []
-        key = id(programs), repr(decisions)
+        key = tuple(programs), repr(decisions)
         if key not in self._made:
             self._made[key] = unroll(programs, decisions, self._folder)
         return self._made[key]
@@ -59,14 +60,17 @@ def decide(programs: Sequence[Program], model: Model, samples: Iterable[Sample],
     executors = {p.name: Executor(p.graph, ARITHMETICS[arithmetic]) for p in programs}
     found: Decisions = {}
     for sample in samples:
-        results: dict[str, Arrays] = {}
-        for component in model.components:
-            executor = executors[component.name]
+        for executor in executors.values():
             executor.decisions.clear()
-            inputs = _as_called(executor.graph, model.feed(component, sample, results))
-            outputs = executor.run(as_declared(executor.graph, inputs), probes=())
-            results[component.name] = {n: v.numpy() for n, v in outputs.items() if hasattr(v, "numpy")}
-            earlier = found.setdefault(component.name, dict(executor.decisions))
+
+        def run(component: Component, given: Arrays) -> Arrays:
+            executor = executors[component.name]
+            inputs = as_declared(executor.graph, _as_called(executor.graph, given))
+            return tensors_as_arrays(executor.run(inputs, probes=()))
+
+        walk(model, sample, run)
+        for name, executor in executors.items():
+            earlier = found.setdefault(name, dict(executor.decisions))
             for path, decision in executor.decisions.items():
                 if earlier.setdefault(path, decision) != decision:
                     earlier[path] = UNDECIDED

@@ -1,4 +1,4 @@
-"""INT8: calibration, fake quantisation, checkpoints, and Q/DQ graphs. Names are imported when they are used."""
+"""INT8: calibration, fake quantization, checkpoints, and Q/DQ graphs. Names are imported when they are used."""
 
 from __future__ import annotations
 

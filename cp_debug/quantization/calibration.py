@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -23,7 +22,7 @@ from cp_debug.quantization.output_error import BATCHES, OutputErrors
 from cp_debug.quantization.residual_adds import attach, find_adds
 
 Batch: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
-"""Arguments of forward: one, several, or by name."""
+"""Arguments of a forward: one tensor, several, or several by name."""
 
 
 class CalibrationManager:
@@ -36,7 +35,7 @@ class CalibrationManager:
     ``module`` is FP32, in eval mode, BatchNorm folded (``fuse_model_bn``); it is left as it was after every batch.
     ``skip_layers`` are globs over module paths, which ``prefix`` completes to those in the whole model; a path of a
     container stands for all in it. Raises InputError for an unknown method, a glob that matches nothing, and a module
-    that is quantised already.
+    that is quantized already.
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class CalibrationManager:
     ) -> None:
         check_method(method)
         if is_quantized(module):
-            raise InputError(f"{type(module).__name__} is quantised already; calibrate the FP32 model")
+            raise InputError(f"{type(module).__name__} is quantized already; calibrate the FP32 model")
         self.module, self.method, self.prefix, self.percentile = module, method, prefix, percentile
         self.batches = 0
         chosen = select([self._full(path) for path in layers_of(module)], skip_layers)
@@ -76,9 +75,9 @@ class CalibrationManager:
         args = self.arguments(batch)
         self._check(args)
         if self._adds is None:
-            found = find_adds(self.module, args)
-            skipped = {name for name in found if any(matches(self._full(name), glob) for glob in self._skip_layers)}
-            self._adds = [name for name in found if name not in skipped]
+            sums = find_adds(self.module, args)
+            skipped = {name for name in sums if any(matches(self._full(name), glob) for glob in self._skip_layers)}
+            self._adds = [name for name in sums if name not in skipped]
         errors = self._errors if self.batches < BATCHES else None
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(errors is not None))
@@ -95,28 +94,18 @@ class CalibrationManager:
         return {name: tensor.detach() for name, tensor in outputs.items()}
 
     def scales(self) -> Scales:
-        """From what was seen so far. Raises InputError when nothing was."""
+        """The scales from all batches so far. Raises InputError when there was none."""
         if not self.batches:
             raise InputError("there is no calibration data: expected at least one batch")
         layers = layers_of(self.module)
-        found, residual_adds = {}, {}
+        scales_by_layer, residual_adds = {}, {}
         for name in self._seen:
             if name in layers:
                 weight = weight_amax(layers[name].weight, weight_axis(layers[name]), self.method)
-                found[self._full(name)] = LayerScales(self._amax(name), weight.cpu().numpy())
+                scales_by_layer[self._full(name)] = LayerScales(self._amax(name), weight.cpu().numpy())
             else:
                 residual_adds[self._full(name)] = self._amax(name)
-        return Scales(module_digest(self.module), self.method, found, residual_adds)
-
-    def save_cache(self, path: Path) -> None:
-        """Write the scales as a calibration cache. Raises InputError when nothing was seen."""
-        self.scales().save(path)
-
-    def load_cache(self, path: Path) -> Scales:
-        """Scales that were saved for this very model. Raises InputError for a cache of another one."""
-        scales = Scales.load(path)
-        check_model(self.module, scales, str(path))
-        return scales
+        return Scales(module_digest(self.module), self.method, scales_by_layer, residual_adds)
 
     def arguments(self, batch: Batch) -> tuple[Tensor, ...]:
         """A batch as positional arguments. Raises InputError when it does not fit the module's forward."""
@@ -151,7 +140,10 @@ class CalibrationManager:
         return hook
 
     def see(self, name: str, tensor: Tensor, errors: OutputErrors | None) -> Tensor:
-        """Count what a layer or an addition reads; gives what to hand to it."""
+        """Count a tensor that a layer or an addition reads; return the tensor to hand to it instead.
+
+        Raises InputError for NaN or Inf in it.
+        """
         with unwatched():
             try:
                 self._seen.setdefault(name, Histogram()).add(tensor)

@@ -1,4 +1,4 @@
-"""Quantised models as files: plain tensors and lists, so that nothing is run when one is loaded."""
+"""Quantized models as files: plain tensors and lists, so that nothing is run when one is loaded."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from cp_debug.recipes.checkpoint import check_tensors, load_state, read_torch
 
 FORMAT = "cpdebug quantized model 1"
 FILE = "model.pt"
-"""What it is called in the folder that ``cpdebug quantize ptq`` writes."""
+"""Name of the checkpoint in the folder that ``cpdebug quantize ptq`` writes."""
 
 
 def save_ptq_model(module: nn.Module | Mapping[str, nn.Module], path: Path) -> None:
     """Write what ``quantize_ptq`` returned, or several such components by name: weights, scales, folding and skips.
 
-    Raises InputError for a module that is not quantised, and when the file cannot be written.
+    Raises InputError for a module that is not quantized, and when the file cannot be written.
     """
     modules = module if isinstance(module, Mapping) else {"": module}
     components = {name: entry_of(part) for name, part in modules.items()}
@@ -39,11 +39,11 @@ def save_ptq_model(module: nn.Module | Mapping[str, nn.Module], path: Path) -> N
 
 
 def load_ptq_model(module: nn.Module, path: Path, component: str = "") -> nn.Module:
-    """The quantised model of a file, bit for bit as it was saved, on the device of ``module``.
+    """The quantized model of a file, bit for bit as it was saved, on the device of ``module``.
 
-    ``module`` is the FP32 model that was quantised, BatchNorm not folded; its weights are not used. ``component``
+    ``module`` is the FP32 model that was quantized, BatchNorm not folded; its weights are not used. ``component``
     chooses from a file of several. Raises InputError for a file that is no such checkpoint, for a module that is built
-    otherwise or quantised already, and a component that the file lacks.
+    otherwise or quantized already, and a component that the file lacks.
     """
     components = read_ptq_checkpoint(path)
     if component not in components:
@@ -52,9 +52,12 @@ def load_ptq_model(module: nn.Module, path: Path, component: str = "") -> nn.Mod
 
 
 def rebuild(module: nn.Module, entry: Mapping[str, Any], source: str) -> nn.Module:
-    """The quantised model that ``entry_of`` described, from the FP32 one; raises InputError as ``load_ptq_model``."""
+    """The quantized model that ``entry_of`` described, from the FP32 one.
+
+    ``source`` names the file in messages. Raises InputError as ``load_ptq_model`` does.
+    """
     if is_quantized(module):
-        raise InputError(f"{source}: {type(module).__name__} is quantised already; expected the FP32 model")
+        raise InputError(f"{source}: {type(module).__name__} is quantized already; expected the FP32 model")
     plain = copy.deepcopy(module)
     try:
         written = dict(entry["about"])
@@ -63,34 +66,41 @@ def rebuild(module: nn.Module, entry: Mapping[str, Any], source: str) -> nn.Modu
         apply_folding(plain, about.folding)
         layers = layers_of(plain)
         unit = {path: LayerScales(1.0, np.ones(channels(layers[path]), np.float32)) for path in about.layers}
-        made = install(plain, about.model, about.method, unit, dict.fromkeys(about.residual_adds, 1.0))
+        rebuilt = install(plain, about.model, about.method, unit, dict.fromkeys(about.residual_adds, 1.0))
     except (InputError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
             f"{source}: this is the checkpoint of another model than {type(module).__name__} ({error})"
         ) from None
-    load_state(made, entry["state_dict"], source)
-    made.quantization = about  # type: ignore[assignment]
+    load_state(rebuilt, entry["state_dict"], source)
+    rebuilt.quantization = about  # type: ignore[assignment]
     switched_off = set(entry["switched_off"])
-    for name, quantizer in quantizers(made):
+    for name, quantizer in quantizers(rebuilt):
         if name in switched_off:
             quantizer.disable()
-    return made
+    return rebuilt
 
 
 def read_ptq_checkpoint(path: Path) -> dict[str, Any]:
-    """What the file holds for every component. Raises InputError for a file that is no checkpoint of ours."""
+    """Component → entry of a checkpoint file, as ``entry_of`` made it.
+
+    Raises InputError for a file that is no checkpoint of cpdebug.
+    """
     check_file(path, "checkpoint")
-    found = read_torch(path)
-    if not isinstance(found, dict) or found.get("format") != FORMAT or not isinstance(found.get("components"), dict):
-        raise InputError(f"{path}: not a checkpoint of a quantised model; expected what save_ptq_model wrote")
-    kept: dict[str, Entry] = typed(dict[str, Entry], found["components"], f"{path}: not a checkpoint of ours")
-    for entry in kept.values():
+    document = read_torch(path)
+    if (
+        not isinstance(document, dict)
+        or document.get("format") != FORMAT
+        or not isinstance(document.get("components"), dict)
+    ):
+        raise InputError(f"{path}: not a checkpoint of a quantized model; expected what save_ptq_model wrote")
+    components: dict[str, Entry] = typed(dict[str, Entry], document["components"], f"{path}: not a checkpoint of ours")
+    for entry in components.values():
         check_tensors(entry["state_dict"], str(path))
-    return dict(kept)
+    return dict(components)
 
 
 class Entry(TypedDict):
-    """One component."""
+    """One component in a checkpoint."""
 
     about: dict[str, Any]
     switched_off: list[str]
@@ -103,7 +113,7 @@ def file_of(checkpoint: Path) -> Path:
 
 
 def is_ptq_checkpoint(path: Path) -> bool:
-    """Whether a file is the checkpoint of a quantised model."""
+    """Whether a file is the checkpoint of a quantized model; False for one that cannot be read."""
     try:
         return bool(read_ptq_checkpoint(path))
     except InputError:
@@ -111,7 +121,7 @@ def is_ptq_checkpoint(path: Path) -> bool:
 
 
 def entry_of(module: nn.Module) -> dict[str, Any]:
-    """Weights, scales, folding and skips of a quantised module as plain tensors and containers."""
+    """Weights, scales, folding and skips of a quantized module as plain tensors and containers."""
     about = dataclasses.asdict(quantization_of(module))
     about["adds"] = about.pop("residual_adds")
     return {

@@ -1,4 +1,4 @@
-"""The magnitudes that a tensor took on, and from them the largest one that INT8 should still represent.
+"""Histograms of the magnitudes that a tensor took on, and the largest one that INT8 should still represent.
 
 The library's calibrators do not serve: their histogram counts in FP32, which stops at 2²⁴ zeros; it fails on a first
 batch of zeros and takes memory without bound after one of small values; its search for the least squared error passes
@@ -23,15 +23,15 @@ PERCENTILE = 99.99
 _BINS = 4096
 _CANDIDATES = 128
 _NONE = 1e-9
-"""Probability of what a quantised distribution cannot give."""
+"""Probability given to what a quantized distribution cannot represent."""
 _SPIKE = 7
-"""What is narrower than so many bins is a spike: single values, such as zeros."""
+"""Width in bins below which a peak is a spike: single values, such as zeros."""
 _TOO_SMALL = 2.0**-24
-"""Fake quantisation makes everything 0 where the largest magnitude is below this."""
+"""Fake quantization makes everything 0 where the largest magnitude is below this."""
 
 
 class Histogram:
-    """How often every magnitude occurred, in 4096 bins from 0 to a limit that doubles when it is exceeded."""
+    """Counts of magnitudes, in 4096 bins from 0 to a limit that doubles when it is exceeded."""
 
     def __init__(self) -> None:
         self.counts = torch.zeros(_BINS, dtype=torch.int64)
@@ -55,7 +55,10 @@ class Histogram:
         self.counts += torch.bincount(magnitudes.int(), minlength=_BINS).cpu()
 
     def amax(self, method: str, percentile: float = PERCENTILE) -> float:
-        """Where to clip, by one of ``METHODS``; 1 for a tensor of zeros. Raises InputError for another method."""
+        """The magnitude to clip at, by one of ``METHODS``; 1 for a tensor of zeros.
+
+        ``percentile`` is in percent. Raises InputError for another method.
+        """
         check_method(method)
         if self.largest <= _TOO_SMALL:
             return 1.0
@@ -63,12 +66,12 @@ class Histogram:
         if method == "max":
             return self.largest
         if method == "percentile":
-            found = edges[1 + np.searchsorted(counts.cumsum(), counts.sum() * percentile / 100)]
+            clip = edges[1 + np.searchsorted(counts.cumsum(), counts.sum() * percentile / 100)]
         elif method == "mse":
-            found = _least_squares(counts, (edges[1:] + edges[:-1]) / 2, self.largest)
+            clip = _least_squares(counts, (edges[1:] + edges[:-1]) / 2, self.largest)
         else:
-            found = _least_divergence(counts, edges)
-        return min(float(found), self.largest)
+            clip = _least_divergence(counts, edges)
+        return min(float(clip), self.largest)
 
 
 def check_method(method: str) -> None:
@@ -78,10 +81,10 @@ def check_method(method: str) -> None:
 
 
 def weight_amax(weight: Tensor, axis: int, method: str) -> Tensor:
-    """The same for every output channel of a weight: float32 [C].
+    """Largest magnitude to represent, for each output channel of a weight: float32 [C].
 
-    ``mse`` and ``entropy`` search for the least squared error among its own values; the others clip nothing. A channel
-    of zeros gets the scale of the largest.
+    ``axis`` is that of the channels. ``mse`` and ``entropy`` search for the least squared error among its own values;
+    the others clip nothing. A channel of zeros gets the scale of the largest.
     """
     rows = weight.detach().float().movedim(axis, 0).flatten(1)
     largest = rows.abs().amax(dim=1)
@@ -90,9 +93,9 @@ def weight_amax(weight: Tensor, axis: int, method: str) -> Tensor:
         error = torch.full_like(largest, math.inf)
         for share in torch.linspace(0.3, 1, _CANDIDATES).tolist():
             scale = (largest * (share / QMAX)).clamp(min=_TOO_SMALL)[:, None]
-            found = ((rows / scale).round().clamp(-QMAX - 1, QMAX) * scale - rows).square().sum(dim=1)
-            best = torch.where(found < error, largest * share, best)
-            error = torch.minimum(found, error)
+            squared_error = ((rows / scale).round().clamp(-QMAX - 1, QMAX) * scale - rows).square().sum(dim=1)
+            best = torch.where(squared_error < error, largest * share, best)
+            error = torch.minimum(squared_error, error)
     return torch.where(best > _TOO_SMALL, best, largest.max().item() if largest.max() > _TOO_SMALL else 1.0)
 
 
@@ -105,9 +108,9 @@ def _least_squares(counts: NDArray[np.int64], centres: NDArray[np.float64], larg
 
 
 def _least_divergence(counts: NDArray[np.int64], edges: NDArray[np.float64]) -> float:
-    """The limit with the least Kullback–Leibler divergence of the clipped from the quantised histogram.
+    """The limit with the least Kullback–Leibler divergence of the clipped from the quantized histogram.
 
-    As TensorRT calibrates (S. Migacz, 8-bit Inference with TensorRT, GTC 2017): what lies beyond the limit is counted
+    TensorRT's calibration (S. Migacz, 8-bit Inference with TensorRT, GTC 2017): what lies beyond the limit is counted
     in the last bin, and a level shares its counts out evenly among its bins that hold any. There only the bin of the
     zeros is cut down to its neighbour; here every spike is. Smearing one out costs so much divergence that the limit
     would be drawn to where a level is a bin, however much that clips: on the empty part of a bird's-eye canvas, which
@@ -116,22 +119,22 @@ def _least_divergence(counts: NDArray[np.int64], edges: NDArray[np.float64]) -> 
     bins = _without_spikes(counts.astype(np.float64))
     levels = QMAX + 1
     last = int(np.flatnonzero(bins)[-1]) + 1 if bins.any() else len(bins)
-    found, least = last, math.inf
+    best_stop, least = last, math.inf
     for stop in range(levels, last + 1, _BINS // 512):
-        kept = bins[:stop].copy()
+        clipped = bins[:stop].copy()
         starts = np.arange(levels) * stop // levels
-        held = kept > 0
-        if not held.any():
+        occupied = clipped > 0
+        if not occupied.any():
             continue
-        totals, used = np.add.reduceat(kept, starts), np.add.reduceat(held.astype(np.float64), starts)
+        totals, used = np.add.reduceat(clipped, starts), np.add.reduceat(occupied.astype(np.float64), starts)
         widths = np.diff(np.append(starts, stop))
-        quantised = np.repeat(np.divide(totals, used, out=np.zeros(levels), where=used > 0), widths) * held
-        kept[-1] += bins[stop:].sum()
-        held = kept > 0
-        p, q = kept[held] / kept.sum(), np.maximum(quantised[held] / quantised.sum(), _NONE)
+        quantized = np.repeat(np.divide(totals, used, out=np.zeros(levels), where=used > 0), widths) * occupied
+        clipped[-1] += bins[stop:].sum()
+        occupied = clipped > 0
+        p, q = clipped[occupied] / clipped.sum(), np.maximum(quantized[occupied] / quantized.sum(), _NONE)
         if (divergence := float((p * np.log(p / q)).sum())) < least:
-            found, least = stop, divergence
-    return float(edges[found])
+            best_stop, least = stop, divergence
+    return float(edges[best_stop])
 
 
 def _without_spikes(bins: NDArray[np.float64]) -> NDArray[np.float64]:

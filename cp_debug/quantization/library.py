@@ -1,4 +1,4 @@
-"""The one place that uses nvidia-modelopt: its fake quantisers, put where they belong and nowhere else."""
+"""The one place that uses nvidia-modelopt: its fake quantizers, put where they belong and nowhere else."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ BITS = 8
 
 
 def insert_quantizers(module: nn.Module, layers: Mapping[str, LayerScales]) -> None:
-    """Give these layers, by path, quantisers for input and weight, in place.
+    """Give these layers, by path, quantizers for input and weight, in place.
 
-    Of all other quantisers that the library puts in, none is on. Raises InputError for scales that do not fit a weight,
+    Every other quantizer that the library puts in is off. Raises InputError for scales that do not fit a weight,
     MissingPackage without the library.
     """
     quantization = _library()
-    found = layers_of(module)
+    layer_at = layers_of(module)
     for path, scales in layers.items():
-        if len(scales.weight) != channels(found[path]):
-            raise InputError(f"{path}: {len(scales.weight)} scales for a weight of {channels(found[path])} channels")
+        if len(scales.weight) != channels(layer_at[path]):
+            raise InputError(f"{path}: {len(scales.weight)} scales for a weight of {channels(layer_at[path])} channels")
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     for path in layers:
-        for kind, axis in (("input", None), ("weight", weight_axis(found[path]))):
+        for kind, axis in (("input", None), ("weight", weight_axis(layer_at[path]))):
             name = f"{path}.{kind}_quantizer" if path else f"{kind}_quantizer"
             entries.append({"quantizer_name": name, "cfg": {"num_bits": BITS, "axis": axis}})
     with _quiet():
         quantization.quantize(module, {"quant_cfg": entries, "algorithm": None})
     for path, scales in layers.items():
-        layer: Any = found[path]
+        layer: Any = layer_at[path]
         weight = layer.weight
         shape = [-1 if axis == weight_axis(layer) else 1 for axis in range(weight.dim())]
         layer.input_quantizer.amax = torch.tensor(scales.input, device=weight.device)
@@ -46,11 +46,11 @@ def insert_quantizers(module: nn.Module, layers: Mapping[str, LayerScales]) -> N
 
 
 def activation_quantizer(amax: float, device: torch.device) -> nn.Module:
-    """One quantiser for a whole tensor."""
+    """A fake quantizer with one scale for a whole tensor. Raises MissingPackage without the library."""
     quantization = _library()
-    made = quantization.nn.TensorQuantizer(quantization.config.QuantizerAttributeConfig(num_bits=BITS, axis=None))
-    made.amax = torch.tensor(amax, device=device)
-    return made
+    quantizer = quantization.nn.TensorQuantizer(quantization.config.QuantizerAttributeConfig(num_bits=BITS, axis=None))
+    quantizer.amax = torch.tensor(amax, device=device)
+    return quantizer
 
 
 def _library() -> Any:

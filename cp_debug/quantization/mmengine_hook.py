@@ -1,4 +1,4 @@
-"""Quantisation-aware training in mmengine's runner, for models that are trained with mmdet3d.
+"""Quantization-aware training in mmengine's runner, for models that are trained with mmdet3d.
 
 In a configuration: ``custom_imports = dict(imports=["cp_debug.quantization.mmengine_hook"])`` and
 ``custom_hooks = [dict(type="QATHook", sensitive_layers=["pts_voxel_encoder"])]``.
@@ -29,12 +29,12 @@ from mmengine.model import is_model_wrapper  # noqa: E402
 from mmengine.registry import HOOKS  # noqa: E402
 
 KEY = "cpdebug_quantization"
-"""Of a checkpoint, beside ``state_dict``: what of the model is quantised and how."""
+"""Key of a checkpoint, beside ``state_dict``, that tells what of the model is quantized and how."""
 
 
 @HOOKS.register_module()
 class QATHook(Hook):
-    """Quantises the runner's model before training, calibrated on its own training data.
+    """Quantizes the runner's model before training, calibrated on its own training data.
 
     ``calibration_batches``: how many batches. ``freeze_bn``: fold BatchNorm where that is possible and keep the others
     in eval mode, always. ``sensitive_layers``: globs over module paths that stay in FP32. ``amax_method``: ``max``,
@@ -59,20 +59,20 @@ class QATHook(Hook):
         self.sensitive_layers, self.amax_method = list(sensitive_layers), amax_method
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Give the model the quantisers of the checkpoint, so that its weights fit."""
+        """Give the model the quantizers of the checkpoint, so that its weights fit."""
         if KEY in checkpoint and not is_quantized(model := _model(runner)):
             entry = {**checkpoint[KEY], "state_dict": checkpoint["state_dict"]}
             _become(runner, model, rebuild(model, entry, "QATHook: the checkpoint"))
 
     def before_train(self, runner: Any) -> None:
-        """Fold, calibrate and quantise, unless a checkpoint has brought it all."""
+        """Fold, calibrate and quantize, unless a checkpoint has brought it all."""
         model = _model(runner)
         if is_quantized(model):
             return
         model.eval()
         forward = _Forward(model)
         try:
-            made = quantize_ptq(
+            quantized = quantize_ptq(
                 model,
                 forward.batches(islice(runner.train_dataloader, self.calibration_batches)),
                 method=self.amax_method,
@@ -81,18 +81,18 @@ class QATHook(Hook):
             )
         finally:
             forward.restore(model)
-        forward.restore(made)
-        _become(runner, model, made)
+        forward.restore(quantized)
+        _become(runner, model, quantized)
         about = quantization_of(model)
         runner.logger.info(f"QATHook: {len(about.layers)} layers in INT8, {len(about.skipped)} in FP32")
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
-        """Keep what BatchNorm is left in eval mode: the loop has put the whole model into train mode."""
+        """Put the remaining BatchNorm into eval mode: the loop has put the whole model into train mode."""
         if self.freeze_bn:
             freeze_batchnorm(_model(runner))
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Say beside the weights what is quantised; scales are among the weights."""
+        """Write beside the weights what is quantized; scales are among the weights."""
         entry = entry_of(_model(runner))
         checkpoint[KEY] = {name: value for name, value in entry.items() if name != "state_dict"}
 
@@ -119,8 +119,8 @@ class _Forward:
         self._spec: Any = None
 
         def forward(module: nn.Module, *tensors: Tensor) -> Any:
-            rest = iter(tensors)
-            leaves = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+            remaining = iter(tensors)
+            leaves = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
             data = pytree.tree_unflatten(leaves, self._spec)
             return self._class.forward(module, *data[0], **data[1], mode="loss")
 
@@ -130,20 +130,21 @@ class _Forward:
         """The tensors of each batch, which is the current one until the next is asked for."""
         for batch in data:
             with torch.no_grad():
-                found: Any = self._model.data_preprocessor(batch, True)  # type: ignore[operator]
-            arguments = ((), found) if isinstance(found, Mapping) else (tuple(found), {})
+                processed: Any = self._model.data_preprocessor(batch, True)  # type: ignore[operator]
+            arguments = ((), processed) if isinstance(processed, Mapping) else (tuple(processed), {})
             self._leaves, self._spec = pytree.tree_flatten(arguments)
             yield tuple(leaf for leaf in self._leaves if isinstance(leaf, Tensor))
 
     def restore(self, model: nn.Module) -> None:
+        """Give a model its own class back."""
         model.__class__ = self._class
 
 
-def _become(runner: Any, model: nn.Module, made: nn.Module) -> None:
-    """Let ``model``, which runner, loops and hooks hold, be ``made``, and the optimiser train its parameters."""
+def _become(runner: Any, model: nn.Module, replacement: nn.Module) -> None:
+    """Let ``model``, which runner, loops and hooks hold, be ``replacement``, and the optimizer train its parameters."""
     before = dict(model.named_parameters())
     vars(model).clear()
-    vars(model).update(vars(made))
+    vars(model).update(vars(replacement))
     after = dict(model.named_parameters())
     wrapper = getattr(runner, "optim_wrapper", None)
     if hasattr(wrapper, "param_groups"):
@@ -151,13 +152,15 @@ def _become(runner: Any, model: nn.Module, made: nn.Module) -> None:
 
 
 def _follow(wrapper: Any, before: Mapping[str, Tensor], after: Mapping[str, nn.Parameter]) -> None:
-    """Every group keeps what it had, under the same names; a bias that folding made goes where its weight is."""
+    """Give every group the parameters of the same names; a bias that folding made goes where its weight is."""
     names = {id(parameter): name for name, parameter in before.items()}
-    made = after.keys() - before.keys()
-    optimizers = [each.optimizer for _, each in wrapper.items()] if hasattr(wrapper, "items") else [wrapper.optimizer]
+    new_names = after.keys() - before.keys()
+    optimizers = (
+        [wrapped.optimizer for _, wrapped in wrapper.items()] if hasattr(wrapper, "items") else [wrapper.optimizer]
+    )
     for optimizer in optimizers:
         optimizer.state.clear()
         for group in optimizer.param_groups:
-            kept = [name for p in group["params"] if (name := names.get(id(p), "")) in after]
-            added = [name for name in made if f"{name.rpartition('.')[0]}.weight" in kept]
-            group["params"] = [after[name] for name in [*kept, *sorted(added)]]
+            remaining = [name for p in group["params"] if (name := names.get(id(p), "")) in after]
+            added = [name for name in new_names if f"{name.rpartition('.')[0]}.weight" in remaining]
+            group["params"] = [after[name] for name in [*remaining, *sorted(added)]]

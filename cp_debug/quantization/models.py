@@ -1,4 +1,4 @@
-"""Whole models in INT8: every component calibrated on what it is fed in the model's own chain."""
+"""Whole models in INT8: every component calibrated on its inputs in the model's own chain."""
 
 from __future__ import annotations
 
@@ -12,19 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cp_debug.backends.executor import Executor
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.qdq import quantizable
 from cp_debug.graph.scales import Scales
-from cp_debug.probes.arrays import as_numpy
 from cp_debug.probes.distance import distance
 from cp_debug.programs.batchnorm_folding import fuse_model_bn
-from cp_debug.programs.pipeline import run_module
 from cp_debug.programs.torch_layers import full_path, layers_of, matches, select
+from cp_debug.programs.walk import Walk, example_args, named_outputs, run_module, tensors_as_arrays, walk
 from cp_debug.quantization.calibration import CalibrationManager
 from cp_debug.quantization.onnx_ptq import GraphCalibration
 from cp_debug.quantization.ptq import apply_scales, quantized, scales_of
@@ -36,11 +34,11 @@ class QuantizedComponent:
     """One component in INT8."""
 
     module: nn.Module | None
-    """With fake quantisers; None for a component that is an ONNX file."""
+    """The module with fake quantizers; None for a component that is an ONNX file."""
     scales: Scales
-    """By module paths in the whole model, or by the names of the ONNX file's nodes."""
+    """Scales by module paths in the whole model, or by the names of the ONNX file's nodes."""
     folded: nn.Module | None
-    """The FP32 module, BatchNorm folded: what is exported."""
+    """The FP32 module with BatchNorm folded, which is exported; None for a component that is an ONNX file."""
 
 
 def quantize_model(
@@ -54,15 +52,13 @@ def quantize_model(
     globs = _globs_of(model, skip_layers)
     running: dict[str, _ModuleCalibration | _GraphCalibration] = {}
     for sample in samples:
-        results: dict[str, Arrays] = {}
-        for component in model.components:
-            name = component.name
-            inputs = model.feed(component, sample, results)
-            if name not in running:
-                kind = _GraphCalibration if component.module is None else _ModuleCalibration
-                running[name] = kind(component, inputs, method, globs[name])
+        for step in Walk(model, sample):
+            if step.name not in running:
+                kind = _GraphCalibration if step.component.module is None else _ModuleCalibration
+                running[step.name] = kind(step.component, step.inputs, method, globs[step.name])
+            inputs = step.inputs
             try:
-                results[name] = running[name].run(inputs)
+                step.outputs = running[step.name].run(inputs)
             except InputError as error:
                 raise InputError(f"{sample.source}: {error}") from error
     if not running:
@@ -73,77 +69,68 @@ def quantize_model(
 def reapply_scales(
     model: Model, sample: Sample, scales: Mapping[str, Scales], skip_layers: Sequence[str] = ()
 ) -> dict[str, QuantizedComponent]:
-    """Every component in INT8 by scales that were found before, without calibrating; ``sample`` is run once, to fold.
+    """Every component in INT8 by scales that were found before, without calibrating.
 
-    Raises InputError for scales of another model, and as ``quantize_ptq`` does for ``skip_layers``.
+    ``sample`` is run once, to fold. Raises InputError for scales of another model, and as ``quantize_ptq`` does for
+    ``skip_layers``.
     """
     globs = _globs_of(model, skip_layers)
-    results: dict[str, Arrays] = {}
-    made = {}
-    for component in model.components:
-        kept = _without(scales[component.name], globs[component.name])
+    in_int8 = {}
+    for step in Walk(model, sample):
+        component = step.component
+        own_scales = _without(scales[component.name], globs[component.name])
         if component.module is None:
             assert component.onnx_path is not None
-            if kept.model != Graph(component.onnx_path).digest:
+            if own_scales.model != Graph(component.onnx_path).digest:
                 raise InputError(f"{component.onnx_path}: the scales were calibrated on another graph")
-            made[component.name] = QuantizedComponent(None, kept, None)
+            in_int8[component.name] = QuantizedComponent(None, own_scales, None)
             continue
-        inputs = model.feed(component, sample, results)
-        folded = fuse_model_bn(component.module, _tensors(component, inputs))
-        results[component.name] = run_module(component, inputs)
-        made[component.name] = QuantizedComponent(apply_scales(folded, kept, component.prefix), kept, folded)
-    return made
+        folded = fuse_model_bn(component.module, example_args(component, step.inputs))
+        step.outputs = run_module(component, step.inputs)
+        in_int8[component.name] = QuantizedComponent(
+            apply_scales(folded, own_scales, component.prefix), own_scales, folded
+        )
+    return in_int8
 
 
 def with_modules(model: Model, modules: Mapping[str, nn.Module]) -> Model:
-    """The same model, other modules in its components."""
+    """A copy of ``model`` with other modules, by component name."""
     changed = copy.copy(model)
     changed.components = tuple(replace(c, module=modules[c.name]) if c.name in modules else c for c in model.components)
     return changed
 
 
 def output_sqnr(model: Model, tests: Mapping[str, nn.Module | Path], samples: Iterable[Sample]) -> dict[str, float]:
-    """``component/output`` → signal to quantisation noise over all samples in dB: 10·log10(Σ ref² ÷ Σ (test − ref)²).
+    """``component/output`` → signal to quantization noise over all samples in dB: 10·log10(Σ ref² ÷ Σ (test − ref)²).
 
     The reference is ``model``. In the test, components are other modules or ONNX files, and are fed each other's
-    results, as deployed.
+    results, as deployed. Infinite without noise.
     """
     reference = {c.name: _runner(c, c.module or c.onnx_path) for c in model.components}
     test = {c.name: _runner(c, tests[c.name]) for c in model.components}
     noise: dict[str, float] = defaultdict(float)
     signal: dict[str, float] = defaultdict(float)
     for sample in samples:
-        expected, found = _run(model, sample, reference), _run(model, sample, test)
+        expected = walk(model, sample, lambda component, inputs: reference[component.name](inputs))
+        actual = walk(model, sample, lambda component, inputs: test[component.name](inputs))
         for component, outputs in expected.items():
             for name, array in outputs.items():
-                apart = distance(found[component][name], array)
+                apart = distance(actual[component][name], array)
                 noise[f"{component}/{name}"] += apart.difference**2
                 signal[f"{component}/{name}"] += apart.whole**2
     return {name: 10 * math.log10(signal[name] / noise[name]) if noise[name] else math.inf for name in noise}
 
 
-def _runner(component: Component, what: nn.Module | Path | None) -> Callable[[Mapping[str, np.ndarray]], Arrays]:
-    if isinstance(what, nn.Module):
-        return partial(run_module, replace(component, module=what))
-    assert what is not None
-    return partial(_run_graph, Executor(Graph(what)))
+def _runner(component: Component, program: nn.Module | Path | None) -> Callable[[Mapping[str, np.ndarray]], Arrays]:
+    """A function that runs a component's module or ONNX file on inputs by name."""
+    if isinstance(program, nn.Module):
+        return partial(run_module, replace(component, module=program))
+    assert program is not None
+    return partial(_run_graph, Executor(Graph(program)))
 
 
 def _run_graph(executor: Executor, inputs: Mapping[str, np.ndarray], *watch: Any) -> Arrays:
-    return {name: as_numpy(tensor) for name, tensor in executor.run(inputs, *watch).items()}
-
-
-def _run(
-    model: Model, sample: Sample, runners: Mapping[str, Callable[[Mapping[str, np.ndarray]], Arrays]]
-) -> dict[str, Arrays]:
-    results: dict[str, Arrays] = {}
-    for component in model.components:
-        results[component.name] = runners[component.name](model.feed(component, sample, results))
-    return results
-
-
-def _tensors(component: Component, inputs: Mapping[str, np.ndarray]) -> tuple[Tensor, ...]:
-    return tuple(torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in component.input_names)
+    return tensors_as_arrays(executor.run(inputs, *watch))
 
 
 class _ModuleCalibration:
@@ -152,12 +139,11 @@ class _ModuleCalibration:
     ) -> None:
         assert component.module is not None
         self._component = component
-        self._folded = fuse_model_bn(component.module, _tensors(component, inputs))
+        self._folded = fuse_model_bn(component.module, example_args(component, inputs))
         self._manager = CalibrationManager(self._folded, method=method, skip_layers=globs, prefix=component.prefix)
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
-        outputs = self._manager.run(_tensors(self._component, inputs))
-        return {n: t.numpy() for n, t in zip(self._component.output_names, outputs.values(), strict=True)}
+        return named_outputs(self._component, self._manager.run(example_args(self._component, inputs)))
 
     def finish(self) -> QuantizedComponent:
         module = quantized(self._manager)

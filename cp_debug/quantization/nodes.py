@@ -1,4 +1,4 @@
-"""From the modules that were calibrated to the ONNX nodes that compute them."""
+"""The ONNX nodes that compute the modules that were calibrated."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 from cp_debug.errors import InputError
 from cp_debug.graph.downstream import data_values
 from cp_debug.graph.graph import Graph, Node
-from cp_debug.graph.qdq import QUANTIZED
+from cp_debug.graph.operators import PRODUCTS
 from cp_debug.graph.scales import LayerScales, Scales
 from cp_debug.probes.alignment import Alignment
 
@@ -23,7 +23,7 @@ def scales_by_node(scales: Scales, alignment: Alignment, graph: Graph) -> Scales
     lost: list[str] = []
     finder = _Finder(alignment, graph)
     for path, layer in scales.layers.items():
-        nodes = finder.nodes(path, QUANTIZED)
+        nodes = finder.nodes(path, PRODUCTS)
         layers |= dict.fromkeys(nodes, layer)
         lost += [] if nodes or path in alignment.unused else [path]
     for path, amax in scales.residual_adds.items():
@@ -31,7 +31,7 @@ def scales_by_node(scales: Scales, alignment: Alignment, graph: Graph) -> Scales
         residual_adds |= dict.fromkeys(nodes, amax)
         lost += [] if nodes else [path]
     if lost:
-        raise InputError(f"{graph.path}: no {', '.join(QUANTIZED)} or Add computes {', '.join(lost)}; export it again")
+        raise InputError(f"{graph.path}: no {', '.join(PRODUCTS)} or Add computes {', '.join(lost)}; export it again")
     return dataclasses.replace(scales, layers=layers, residual_adds=residual_adds)
 
 
@@ -45,13 +45,13 @@ class _Finder:
 
     def nodes(self, path: str, operators: tuple[str, ...]) -> list[str]:
         """The nodes behind the calls of a module, or behind a function in one."""
-        found = []
+        names = []
         for call in self._calls.get(path, [path]):
             layer = self._alignment.absorbed.get(call, call)  # a Conv under the name of the BatchNorm folded into it
             values = self._alignment.onnx_for(layer)
             nodes = [node for value in values if (node := self._before(value, operators))]
-            found += [node.name for node in nodes[:1]]
-        return found
+            names += [node.name for node in nodes[:1]]
+        return names
 
     def _before(self, value: str, operators: tuple[str, ...]) -> Node | None:
         """The last node of ``operators`` before a value, with nothing but a chain of operators between."""

@@ -39,13 +39,13 @@ class GraphCalibration:
 
     The layers are all convolutions, transposed convolutions and products with a weight; of additions those of two
     activations of one shape. ``skip`` are globs over the names of nodes. Raises InputError for an unknown method, a
-    glob that matches nothing, and a graph that is quantised already.
+    glob that matches nothing, and a graph that is quantized already.
     """
 
     def __init__(self, graph: Graph, method: str = "max", skip: Sequence[str] = ()) -> None:
         check_method(method)
         if graph.precision == "int8":
-            raise InputError(f"{graph.path}: this graph is quantised already; calibrate the FP32 model")
+            raise InputError(f"{graph.path}: this graph is quantized already; calibrate the FP32 model")
         self._graph, self._method = graph, method
         self._executor = Executor(graph, weight_cache=0)
         data = {*data_values(graph), *(v.name for v in graph.inputs)}
@@ -69,7 +69,7 @@ class GraphCalibration:
         return set(self._counts)
 
     def see(self, name: str, tensor: Tensor) -> None:
-        """Count one tensor of a run; others than the watched are let pass. Raises InputError for NaN or Inf in it."""
+        """Count one tensor of a run, if it is a watched one. Raises InputError for NaN or Inf in it."""
         for histogram in self._counts.get(name, ()):
             self._shapes[name] = tuple(tensor.shape)
             try:
@@ -78,7 +78,7 @@ class GraphCalibration:
                 raise InputError(f"{self._graph.path}: {name!r} holds {error} during calibration") from None
 
     def scales(self) -> Scales:
-        """From what was seen. Raises InputError when that was nothing."""
+        """The scales from all samples so far. Raises InputError when there was none."""
         if self._counts and not self._shapes:
             raise InputError(f"{self._graph.path}: there is no calibration data: expected at least one sample")
         residual_adds = {

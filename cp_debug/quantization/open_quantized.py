@@ -1,4 +1,4 @@
-"""The quantised model that a command means: from a checkpoint, or calibrated now."""
+"""Opens the quantized model that a command means: from a checkpoint, or calibrated now."""
 
 from __future__ import annotations
 
@@ -35,11 +35,12 @@ def open_quantized(
     skip_layers: Sequence[str] = (),
     on_step: OnStep = lambda text, done, total: None,
 ) -> dict[str, QuantizedComponent]:
-    """Every component in INT8; without ``checkpoint`` (a file, or the folder of `cpdebug quantize ptq`) calibrated on
-    ``count`` samples of ``data``.
+    """Every component in INT8, from a checkpoint or calibrated now.
 
-    ``skip_layers`` are globs over what stays in FP32, for a checkpoint beyond what it skips itself; it may be another
-    tool's (``load_amax_checkpoint``). Raises InputError as ``quantize_model`` and the readers of checkpoints do.
+    ``checkpoint`` is a file, or the folder of `cpdebug quantize ptq`; without one, ``count`` samples of ``data`` are
+    calibrated on. ``skip_layers`` are globs over what stays in FP32, for a checkpoint beyond what it skips itself; it
+    may be another tool's (``load_amax_checkpoint``). Raises InputError as ``quantize_model`` and the readers of
+    checkpoints do.
     """
     if checkpoint is None:
         samples = calibration_samples(model, data, count, on_step)
@@ -60,7 +61,7 @@ def is_quantized_checkpoint(path: Path) -> bool:
 
 
 def modules_of(quantized: Mapping[str, QuantizedComponent]) -> dict[str, nn.Module]:
-    """The modules with fake quantisers. Raises InputError for a component that is an ONNX file."""
+    """The modules with fake quantizers. Raises InputError for a component that is an ONNX file."""
     modules = {name: part.module for name, part in quantized.items() if part.module is not None}
     if files := quantized.keys() - modules.keys():
         raise InputError(f"MODEL: {min(files)} is an ONNX file; expected a model of torch modules")
@@ -70,14 +71,17 @@ def modules_of(quantized: Mapping[str, QuantizedComponent]) -> dict[str, nn.Modu
 def calibration_samples(
     model: Model, data: Path | None, count: int, on_step: OnStep = lambda text, done, total: None
 ) -> Iterator[Sample]:
-    """At most ``count`` samples to calibrate on, by default ones that evaluations do not use."""
+    """At most ``count`` samples to calibrate on, by default ones that evaluations do not use.
+
+    Raises InputError for unusable files.
+    """
     for number, sample in enumerate(model.samples(count, 0 if data else CALIBRATION_FIRST, data)):
         on_step("calibrating", number, count)
         yield sample
 
 
 def unquantized(module: nn.Module, quantized: nn.Module) -> nn.Module:
-    """The FP32 module, BatchNorm folded, behind a quantised one: its weights without its quantisers.
+    """The FP32 module, BatchNorm folded, behind a quantized one: its weights without its quantizers.
 
     ``module`` is the FP32 one from which ``quantized`` was made; its weights are not used.
     """
@@ -101,11 +105,11 @@ def _load(component: Component, path: Path) -> QuantizedComponent:
 
 
 def _without(part: QuantizedComponent, prefix: str, globs: Sequence[str]) -> QuantizedComponent:
-    """The same with the quantisers off that a glob means."""
+    """A copy of ``part`` with the quantizers off that a glob means."""
     assert part.module is not None
     about = quantization_of(part.module)
-    names = {own: full_path(prefix, own) for own in (*about.layers, *about.residual_adds)}
-    skipped = [own for own, name in names.items() if any(matches(name, glob) for glob in globs)]
+    names = {path: full_path(prefix, path) for path in (*about.layers, *about.residual_adds)}
+    skipped = [path for path, name in names.items() if any(matches(name, glob) for glob in globs)]
     if skipped:
         disable_quantization(part.module, *skipped)
     return replace(part, scales=scales_of(part.module, prefix))

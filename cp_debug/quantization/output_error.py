@@ -18,9 +18,9 @@ from torch import Tensor
 from cp_debug.graph.scales import QMAX
 
 BATCHES = 16
-"""Of so many batches the gradients are taken."""
+"""Number of batches whose gradients are taken."""
 _VECTORS = 4
-"""Backward passes a batch."""
+"""Number of backward passes a batch."""
 _HALF = 8192
 """Bins on each side of 0; the range is 2 to 4 times what the first batch holds."""
 _CANDIDATES = 200
@@ -29,7 +29,7 @@ _LEAST = 0.01
 
 
 class OutputErrors:
-    """The gradients of a network's outputs by what its layers read."""
+    """The gradients of a network's outputs, by the tensors that its layers read."""
 
     def __init__(self) -> None:
         self._generator = torch.Generator().manual_seed(0)
@@ -38,27 +38,27 @@ class OutputErrors:
         self._leaves: list[Tensor] = []
 
     def watch(self, name: str, tensor: Tensor) -> Tensor:
-        """What to hand to the layer in place of ``tensor``: the same, and only that layer's share of the gradient."""
+        """The tensor to hand to the layer: ``tensor`` itself, with only that layer's share of the gradient."""
         values = tensor.detach().flatten().float()
         largest = float(values.abs().amax()) if len(values) else 0.0
         if not largest:
             return tensor
         limit = self._limits.setdefault(name, 2.0 ** (math.ceil(math.log2(largest)) + 1))
         bins = (values * (_HALF / limit)).floor_().clamp_(-_HALF, _HALF - 1).int() + _HALF
-        given = tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
-        if given.is_leaf:
-            self._leaves.append(given)
+        handed = tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
+        if handed.is_leaf:
+            self._leaves.append(handed)
 
         def keep(gradient: Tensor) -> None:
             weights = gradient.flatten().double()
             self._rows[name][-1] += torch.bincount(bins, weights, minlength=2 * _HALF).cpu()
 
         self._rows.setdefault(name, [])
-        given.register_hook(keep)
-        return given
+        handed.register_hook(keep)
+        return handed
 
     def differentiate(self, outputs: Sequence[Tensor]) -> bool:
-        """Go back from the outputs of a forward that was watched, each counting alike; False where torch cannot."""
+        """Go back from the outputs of a watched forward, each counting alike; False where torch cannot."""
         ends = [output for output in outputs if output.requires_grad]
         leaves, self._leaves = self._leaves, []
         for _ in range(_VECTORS if ends else 0):
@@ -74,15 +74,18 @@ class OutputErrors:
         return bool(ends)
 
     def amax(self, name: str, largest: float) -> float | None:
-        """The limit with the least error at the outputs, up to ``largest``; None where no gradient came."""
+        """The clip limit with the least error at the outputs, up to ``largest``; None where no gradient came.
+
+        Hutchinson's estimate of ‖J·δ‖² decides; see the module's text.
+        """
         rows = torch.stack(self._rows[name]) if self._rows.get(name) else torch.zeros(1, 2 * _HALF)
-        held = rows.any(dim=0)
-        held[_HALF] = False  # zeros are exact
-        if not held.any():
+        occupied = rows.any(dim=0)
+        occupied[_HALF] = False  # zeros are exact
+        if not occupied.any():
             return None
-        values = ((torch.arange(-_HALF, _HALF) + 0.5) * (self._limits[name] / _HALF)).double()[held]
+        values = ((torch.arange(-_HALF, _HALF) + 0.5) * (self._limits[name] / _HALF)).double()[occupied]
         candidates = torch.logspace(math.log10(_LEAST), 0, _CANDIDATES, dtype=torch.float64) * largest
         steps = (candidates / QMAX)[:, None]
         changes = (values / steps).round_().clamp_(-QMAX - 1, QMAX).mul_(steps).sub_(values)
-        errors = (rows[:, held] @ changes.T).square_().mean(dim=0)
+        errors = (rows[:, occupied] @ changes.T).square_().mean(dim=0)
         return float(candidates[errors.argmin()])

@@ -1,4 +1,4 @@
-"""Post-training quantisation: an FP32 module becomes one that computes as INT8 would, in FP32."""
+"""Post-training quantization: an FP32 module becomes one that computes as INT8 would, in FP32."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ NOT_RUN = "it did not run during calibration"
 
 @dataclass
 class Quantization:
-    """How a module was quantised; ``quantization`` on the module."""
+    """Record of how a module was quantized; ``quantization`` on the module."""
 
     model: str
     """SHA-256 of the FP32 weights, BatchNorm folded."""
     method: str
     layers: Sequence[str]
-    """Paths in this module of what has quantisers."""
+    """Paths of layers with quantizers, in this module."""
     residual_adds: Sequence[str] = ()
     skipped: dict[str, str] = field(default_factory=dict)
     """Layers that stay in FP32, and why."""
@@ -47,19 +47,19 @@ def quantize_ptq(
     fold: bool = True,
     bits: int = BITS,
 ) -> nn.Module:
-    """A copy of ``module`` with fake quantisers, calibrated on ``batches``, which are read once.
+    """A copy of ``module`` with fake quantizers, calibrated on ``batches``, which are read once.
 
     Weights get a scale for each output channel, inputs of layers one each, both operands of a residual addition one
     together; BatchNorm is folded first. ``method`` is ``max``, ``percentile`` (99.99), ``mse`` or ``entropy``;
     ``skip_layers`` are globs over the paths of modules in the whole model, to which ``prefix`` leads.
 
     Raises InputError for no batches, NaN or Inf in one, a glob that matches no layer, an unknown method, other than 8
-    bits, and a module that is quantised already; MissingPackage without nvidia-modelopt.
+    bits, and a module that is quantized already; MissingPackage without nvidia-modelopt.
     """
     if bits != BITS:
         raise InputError(f"bits: {bits} is not supported; expected {BITS}: engines have kernels for INT8")
     if is_quantized(module):
-        raise InputError(f"{type(module).__name__} is quantised already; expected the FP32 model")
+        raise InputError(f"{type(module).__name__} is quantized already; expected the FP32 model")
     stream = iter(batches)
     manager = CalibrationManager(module, method=method, skip_layers=skip_layers, prefix=prefix)
     first = next(stream, None)
@@ -72,22 +72,25 @@ def quantize_ptq(
 
 
 def quantized(manager: CalibrationManager) -> nn.Module:
-    """A quantised copy of the module that ``manager`` has calibrated."""
-    made = apply_scales(manager.module, manager.scales(), manager.prefix)
-    quantization_of(made).skipped.update({path: f"skipped by {glob!r}" for path, glob in manager.skipped.items()})
-    return made
+    """A quantized copy of the module that ``manager`` has calibrated."""
+    quantized_copy = apply_scales(manager.module, manager.scales(), manager.prefix)
+    quantization_of(quantized_copy).skipped.update(
+        {path: f"skipped by {glob!r}" for path, glob in manager.skipped.items()}
+    )
+    return quantized_copy
 
 
 def apply_scales(module: nn.Module, scales: Scales, prefix: str = "") -> nn.Module:
-    """A quantised copy of ``module``, which is FP32 with BatchNorm folded, with scales that were found before.
+    """A quantized copy of ``module``, which is FP32 with BatchNorm folded, with scales that exist already.
 
-    Layers and additions that ``scales`` does not name stay in FP32. Raises InputError when the scales were calibrated
-    on other weights, and for a module that is quantised already.
+    ``prefix`` leads from the names of the scales to the module. Layers and additions that ``scales`` does not name stay
+    in FP32. Raises InputError when the scales were calibrated on other weights, and for a module that is quantized
+    already.
     """
     if is_quantized(module):
-        raise InputError(f"{type(module).__name__} is quantised already; expected the FP32 model")
+        raise InputError(f"{type(module).__name__} is quantized already; expected the FP32 model")
     check_model(module, scales, "scales")
-    layers = {own_path(prefix, path): found for path, found in scales.layers.items()}
+    layers = {own_path(prefix, path): layer_scales for path, layer_scales in scales.layers.items()}
     return install(
         module, scales.model, scales.method, layers, {own_path(prefix, n): a for n, a in scales.residual_adds.items()}
     )
@@ -96,18 +99,18 @@ def apply_scales(module: nn.Module, scales: Scales, prefix: str = "") -> nn.Modu
 def install(
     module: nn.Module, model: str, method: str, layers: Mapping[str, LayerScales], residual_adds: Mapping[str, float]
 ) -> nn.Module:
-    """A copy of ``module`` with these quantisers; layers and additions by their paths in the module.
+    """A copy of ``module`` with these quantizers; layers and additions by their paths in the module.
 
     Raises InputError for a name that the module does not have.
     """
-    made = copy.deepcopy(module).eval()
-    present = layers_of(made)
+    quantized_module = copy.deepcopy(module).eval()
+    present = layers_of(quantized_module)
     if unknown := sorted(layers.keys() - present.keys()):
         raise InputError(f"{type(module).__name__} has no layer {unknown[0]!r}")
-    insert_quantizers(made, layers)
-    device = next((p.device for p in made.parameters()), torch.device("cpu"))
-    attach(made, {name: activation_quantizer(amax, device) for name, amax in residual_adds.items()})
-    made.quantization = Quantization(  # type: ignore[assignment]
+    insert_quantizers(quantized_module, layers)
+    device = next((p.device for p in quantized_module.parameters()), torch.device("cpu"))
+    attach(quantized_module, {name: activation_quantizer(amax, device) for name, amax in residual_adds.items()})
+    quantized_module.quantization = Quantization(  # type: ignore[assignment]
         model=model,
         method=method,
         layers=list(layers),
@@ -115,22 +118,28 @@ def install(
         skipped={path: NOT_RUN for path in present if path not in layers},
         folding=getattr(module, "folding", Folding(())),
     )
-    return made
+    return quantized_module
 
 
 def quantization_of(module: nn.Module) -> Quantization:
-    """How a module was quantised. Raises InputError for one that was not, or not by ``quantize_ptq``."""
-    found = getattr(module, "quantization", None)
-    if not isinstance(found, Quantization):
-        raise InputError(f"{type(module).__name__} is not quantised; expected what quantize_ptq returned")
-    return found
+    """The record of how a module was quantized.
+
+    Raises InputError for a module that was not quantized, or not by ``quantize_ptq``.
+    """
+    record = getattr(module, "quantization", None)
+    if not isinstance(record, Quantization):
+        raise InputError(f"{type(module).__name__} is not quantized; expected what quantize_ptq returned")
+    return record
 
 
 def scales_of(module: nn.Module, prefix: str = "") -> Scales:
-    """The scales of the quantisers that are on; layers are named by their paths in the whole model."""
-    found = quantization_of(module)
+    """The scales of the quantizers that are on; layers are named by their paths in the whole model.
+
+    Raises InputError for a module that is not quantized.
+    """
+    record = quantization_of(module)
     layers: dict[str, LayerScales] = {}
-    for path in found.layers:
+    for path in record.layers:
         layer: Any = module.get_submodule(path)
         if layer.input_quantizer.is_enabled and layer.weight_quantizer.is_enabled:
             weight = layer.weight_quantizer.amax.flatten().cpu().numpy()
@@ -138,4 +147,4 @@ def scales_of(module: nn.Module, prefix: str = "") -> Scales:
     residual_adds = {
         full_path(prefix, name): float(q.amax) for name, q in add_quantizers(module).items() if q.is_enabled
     }
-    return Scales(found.model, found.method, layers, residual_adds)
+    return Scales(record.model, record.method, layers, residual_adds)

@@ -1,7 +1,7 @@
-"""Quantisation-aware training: fine-tune a quantised module, so that its weights fit the grid that they are put on.
+"""Quantization-aware training: fine-tune a quantized module, so that its weights fit the grid that they are put on.
 
 The start is calibrated, the scales stay as they are, and so does BatchNorm: its running statistics belong to FP32, and
-updating them on fake-quantised activations destroys the network within a few steps.
+updating them on fake-quantized activations destroys the network within a few steps.
 """
 
 from __future__ import annotations
@@ -31,8 +31,11 @@ OnStep = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class QatOptions:
-    """``steps`` of Adam, whose ``rate`` falls to 0 along a cosine; every ``interval`` steps the module is validated,
-    and training ends when ``patience`` validations brought nothing better."""
+    """Options of fine-tuning: ``steps`` of Adam, whose ``rate`` falls to 0 along a cosine.
+
+    Every ``interval`` steps the module is validated; training ends when ``patience`` validations brought nothing
+    better.
+    """
 
     steps: int = 300
     rate: float = 5e-4
@@ -49,7 +52,7 @@ class QatOptions:
 
 @dataclass
 class QatResult:
-    """What fine-tuning did. The module holds the best weights."""
+    """Record of a fine-tuning. The module holds the best weights."""
 
     history: list[tuple[int, float, float]]
     """(steps done, mean training loss since the one before, validation) of each validation; step 0 is the start."""
@@ -72,7 +75,7 @@ class QatResult:
 
 @dataclass
 class _State:
-    """All that training goes on from."""
+    """The state that training goes on from."""
 
     step: int = 0
     best: dict[str, Tensor] = field(default_factory=dict)
@@ -90,50 +93,50 @@ def finetune(
     resume: bool = False,
     on_step: OnStep = lambda text, done, total: None,
 ) -> QatResult:
-    """Train ``module``, which is quantised and calibrated, in place; it ends in eval mode with its best weights.
+    """Train ``module``, which is quantized and calibrated, in place; it ends in eval mode with its best weights.
 
     ``batch`` of a step's number gives that step's data, the same each time, so that a resumed run repeats nothing and
     skips nothing. ``validate`` is given the module in eval mode; lower is better, and the start counts. ``state`` is
     written at every validation; ``resume`` goes on from it with the same options. Ctrl-C ends training and keeps the
     best.
 
-    Raises InputError for a module that is not quantised, a loss that is not finite, and a state that is missing or of
+    Raises InputError for a module that is not quantized, a loss that is not finite, and a state that is missing or of
     another run.
     """
     if not is_quantized(module):
-        raise InputError(f"{type(module).__name__} is not quantised; expected one that `cpdebug quantize ptq` made")
+        raise InputError(f"{type(module).__name__} is not quantized; expected one that `cpdebug quantize ptq` made")
     parameters = _unfreeze(module)
     optimizer = torch.optim.Adam(parameters, lr=options.rate)
-    now = _State()
+    progress = _State()
     if resume:
-        now = _load(module, optimizer, options, state)
+        progress = _load(module, optimizer, options, state)
     ended = "steps"
     try:
-        if not now.history:
-            _validate(module, validate, now, math.nan)
+        if not progress.history:
+            _validate(module, validate, progress, math.nan)
         total = 0.0
-        while now.step < options.steps:
-            if _stale(now.history) >= options.patience:
+        while progress.step < options.steps:
+            if _stale(progress.history) >= options.patience:
                 ended = "patience"
                 break
-            done, lowest = now.step, min(value for *_, value in now.history)
-            on_step(f"fine-tuning, validation {lowest:.4g} at best", done, options.steps)
+            done_steps, lowest = progress.step, min(value for *_, value in progress.history)
+            on_step(f"fine-tuning, validation {lowest:.4g} at best", done_steps, options.steps)
             for group in optimizer.param_groups:
-                group["lr"] = options.rate * (1 + math.cos(math.pi * done / options.steps)) / 2
-            total += _train(module, optimizer, parameters, loss, batch(done), done)
-            now.step += 1
-            if now.step % options.interval == 0 or now.step == options.steps:
-                _validate(module, validate, now, total / (now.step - now.history[-1][0]))
+                group["lr"] = options.rate * (1 + math.cos(math.pi * done_steps / options.steps)) / 2
+            total += _train(module, optimizer, parameters, loss, batch(done_steps), done_steps)
+            progress.step += 1
+            if progress.step % options.interval == 0 or progress.step == options.steps:
+                _validate(module, validate, progress, total / (progress.step - progress.history[-1][0]))
                 total = 0.0
                 if state:
-                    _save(module, optimizer, options, now, state)
+                    _save(module, optimizer, options, progress, state)
     except KeyboardInterrupt:
-        if not now.history:
+        if not progress.history:
             raise
         ended = "interrupted"
-    module.load_state_dict(now.best)
+    module.load_state_dict(progress.best)
     module.eval().requires_grad_(False)
-    return QatResult(now.history, ended)
+    return QatResult(progress.history, ended)
 
 
 def freeze_batchnorm(module: nn.Module) -> None:
@@ -169,13 +172,13 @@ def _train(
     return value.item()
 
 
-def _validate(module: nn.Module, validate: Callable[[nn.Module], float], now: _State, trained: float) -> None:
+def _validate(module: nn.Module, validate: Callable[[nn.Module], float], progress: _State, trained: float) -> None:
     module.eval()
     with torch.no_grad():
         value = validate(module)
-    if not now.history or value < min(lowest for *_, lowest in now.history):
-        now.best = copy.deepcopy(module.state_dict())
-    now.history.append((now.step, trained, value))
+    if not progress.history or value < min(lowest for *_, lowest in progress.history):
+        progress.best = copy.deepcopy(module.state_dict())
+    progress.history.append((progress.step, trained, value))
 
 
 def _stale(history: list[tuple[int, float, float]]) -> int:
@@ -184,7 +187,9 @@ def _stale(history: list[tuple[int, float, float]]) -> int:
     return len(values) - 1 - values.index(min(values))
 
 
-def _save(module: nn.Module, optimizer: torch.optim.Optimizer, options: QatOptions, now: _State, path: Path) -> None:
+def _save(
+    module: nn.Module, optimizer: torch.optim.Optimizer, options: QatOptions, progress: _State, path: Path
+) -> None:
     with complete_path(path) as partial:
         torch.save(
             {
@@ -192,7 +197,7 @@ def _save(module: nn.Module, optimizer: torch.optim.Optimizer, options: QatOptio
                 "options": asdict(options),
                 "module": module.state_dict(),
                 "optimizer": optimizer.state_dict(),
-                **vars(now),
+                **vars(progress),
             },
             partial,
         )

@@ -1,4 +1,4 @@
-"""Fine-tune a quantised CenterPoint from clouds to head maps, on scenes with ground truth."""
+"""Fine-tune a quantized CenterPoint from clouds to head maps, on scenes with ground truth."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from cp_debug.recipes.data.base import DataOptions, Truth, iterate
 from cp_debug.recipes.data.open_data import DEFAULT_OPTIONS
 
 KEPT = 256
-"""Training scenes in memory."""
+"""Number of training scenes in memory."""
 VALIDATION_FIRST = 2000
 """First held-out synthetic scene that is validated on: neither calibrated nor evaluated on."""
 CRITERIA = ("loss", "map")
 
 
 def quantized_network(model: CenterPointModel, modules: Mapping[str, nn.Module]) -> CenterPoint:
-    """The whole network with the quantised components in place, whose weights it shares."""
+    """The whole network with the quantized components in place, whose weights it shares."""
     network = copy.copy(model.network)
     network._modules = dict(network._modules)
     network.pts_voxel_encoder = modules[ENCODER]  # type: ignore[assignment]
@@ -73,7 +73,10 @@ class Scenes:
 def training_scenes(
     model: CenterPointModel, data: Path | None, count: int, options: DataOptions = DEFAULT_OPTIONS
 ) -> Scenes:
-    """At most ``count`` scenes of an info file, or of those that the tiny model was trained on."""
+    """At most ``count`` scenes of an info file, or of those that the tiny model was trained on.
+
+    Raises InputError for unusable files, and for a model whose classes are not those of the synthetic scenes.
+    """
     if data is None:
         _check_classes(model)
         return Scenes(count, lambda index: Example.of(generate_scene(index)))
@@ -107,7 +110,7 @@ def finetune_centerpoint(
     resume: bool = False,
     on_step: OnStep = lambda text, done, total: None,
 ) -> QatResult:
-    """Fine-tune the quantised components of a CenterPoint in place.
+    """Fine-tune the quantized components of a CenterPoint in place.
 
     Order and augmentation are drawn from ``seed``. ``criterion`` is ``loss`` or ``map``, on ``held_out``. Raises
     InputError for another criterion, without scenes, and as ``finetune`` does.
@@ -125,14 +128,14 @@ def finetune_centerpoint(
         return [scenes[int(order[at])].augmented(rng) for order, (_, at) in zip(orders, passes, strict=True)]
 
     def loss(module: nn.Module, batch: Sequence[Example]) -> Tensor:
-        boxes, labels = [each.boxes for each in batch], [each.labels for each in batch]
+        boxes, labels = [example.boxes for example in batch], [example.labels for example in batch]
         targets = make_targets(boxes, labels, model.config)
-        return centerpoint_loss(module([each.points for each in batch]), targets).total
+        return centerpoint_loss(module([example.points for example in batch]), targets).total
 
     def validate(module: nn.Module) -> float:
         if criterion == "map":
             return -float(evaluate(module, held_out).mean())  # type: ignore[arg-type]
-        return float(np.mean([loss(module, [each]).item() for each in held_out]))
+        return float(np.mean([loss(module, [example]).item() for example in held_out]))
 
     result = finetune(network, examples, loss, validate, options, state=state, resume=resume, on_step=on_step)
     for component in model.components:

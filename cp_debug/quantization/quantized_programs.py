@@ -1,4 +1,4 @@
-"""INT8 on the fly: where a backend asks for it and the model is not quantised, it is calibrated on its own samples."""
+"""INT8 on the fly: calibrates a model on its own samples, where a backend asks for INT8 and it is not quantized yet."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from cp_debug.graph.graph import Graph
 from cp_debug.graph.qdq import insert_qdq, quantizable, weight_axis
 from cp_debug.graph.scales import LayerScales, Scales
 from cp_debug.programs.align import align
-from cp_debug.programs.pipeline import example_args, run_module
+from cp_debug.programs.walk import Walk, example_args, run_module
 from cp_debug.quantization.checkpoint import FILE, file_of, is_ptq_checkpoint
 from cp_debug.quantization.histogram import weight_amax
 from cp_debug.quantization.models import QuantizedComponent, quantize_model, with_modules
 from cp_debug.quantization.nodes import scales_by_node
 from cp_debug.quantization.onnx_ptq import weight_of
 from cp_debug.quantization.open_quantized import open_quantized
-from cp_debug.recipes.base import Arrays, Model, Sample
+from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.registry import load_model
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """How a model is quantised that nobody quantised before."""
+    """Settings for quantizing a model that comes in FP32."""
 
     data: Path | None = None
-    """What to calibrate on; None: what is bisected, and more of its kind."""
+    """Data to calibrate on; None: what is bisected, and more of its kind."""
     samples: int = 8
     method: str = "mse"
     """``max``, ``percentile``, ``mse`` or ``entropy``."""
@@ -41,22 +41,28 @@ class Calibration:
 DEFAULT_CALIBRATION = Calibration()
 
 
-def load_quantized(name: str, checkpoint: Path | None, seed: int) -> tuple[Model, Mapping[str, QuantizedComponent]]:
-    """A model, and its components in INT8 when ``checkpoint`` is what ``cpdebug quantize`` wrote (the file or its
-    folder): the model is then the FP32 one behind it, BatchNorm folded. Raises InputError as both loaders do.
+def load_quantized(
+    name: str, checkpoint: Path | None, seed: int, inputs: Path | None = None
+) -> tuple[Model, Mapping[str, QuantizedComponent]]:
+    """A model in FP32, and its components in INT8 if ``checkpoint`` is one that ``cpdebug quantize`` wrote.
+
+    The checkpoint is the file or its folder; the model is then the FP32 one behind it, BatchNorm folded. ``inputs``
+    are those of ``load_model``. Raises InputError as both loaders do.
     """
     file = None if checkpoint is None else file_of(checkpoint)
     if file is None or not is_ptq_checkpoint(file):
-        return load_model(name, checkpoint=file, seed=seed), {}
+        return load_model(name, checkpoint=file, seed=seed, inputs=inputs), {}
     model = load_model(name, seed=seed)
     parts = open_quantized(model, file)
-    return with_modules(model, {part: found.folded for part, found in parts.items() if found.folded}), parts
+    return with_modules(
+        model, {component: quantized.folded for component, quantized in parts.items() if quantized.folded}
+    ), parts
 
 
 def calibrate(
     model: Model, programs: Sequence[Program], samples: Iterable[Sample], calibration: Calibration
 ) -> dict[str, QuantizedComponent]:
-    """The components in INT8: the model's modules, or the graphs where they were made from something else.
+    """The components in INT8: the model's modules, or the graphs of programs that were not exported from them.
 
     Raises InputError as ``quantize_model`` does.
     """
@@ -78,10 +84,10 @@ def quantize_programs(
     parts: Mapping[str, QuantizedComponent] | None = None,
     calibration: Calibration = DEFAULT_CALIBRATION,
 ) -> tuple[list[Program], str]:
-    """``quantized_programs`` of programs without Q/DQ pairs: as ``parts`` says where they were exported from its model,
-    else calibrated now, on ``samples``; and how, in words, where it was now.
+    """Programs with Q/DQ pairs, and how they were made, in words, if they were calibrated now.
 
-    ``folder`` is made where it is missing. Raises InputError as ``quantize_model`` does.
+    ``parts`` are used where programs were exported from their model; else ``samples`` are calibrated on. ``folder`` is
+    made where it is missing. Raises InputError as ``quantize_model`` does.
     """
     samples, how = list(samples), ""
     if not parts or not of_modules(model, programs):
@@ -98,28 +104,26 @@ def quantized_programs(
     sample: Sample,
     folder: Path,
 ) -> list[Program]:
-    """The programs in INT8: each has a Q/DQ graph in ``folder``, its calibration cache beside it, and a module with
-    fake quantisers where ``parts`` has one.
+    """The programs in INT8: each has a Q/DQ graph in ``folder``, with its calibration cache beside it.
 
-    ``sample`` is run once, to find the quantised layers in the graph. Raises InputError when one is not found.
+    A program gets a module with fake quantizers where ``parts`` has one. ``sample`` is run once, to find the quantized
+    layers in the graph. Raises InputError when one is not found.
     """
-    made = []
-    results: dict[str, Arrays] = {}
-    for component, program in zip(model.components, programs, strict=True):
-        part = parts[component.name]
+    in_int8 = []
+    for step, program in zip(Walk(model, sample), programs, strict=True):
+        component, part = step.component, parts[step.name]
         if part.folded is None:
-            made.append(_with_pairs(replace(program, module=None), part.scales, folder))
+            in_int8.append(_with_pairs(replace(program, module=None), part.scales, folder))
             continue
-        inputs = model.feed(component, sample, results)
-        results[component.name] = run_module(component, inputs)
-        alignment = align(program.graph, part.folded, example_args(component, inputs), prefix=component.prefix)
+        step.outputs = run_module(component, step.inputs)
+        alignment = align(program.graph, part.folded, example_args(component, step.inputs), prefix=component.prefix)
         scales = scales_by_node(part.scales, alignment, program.graph)
-        made.append(_with_pairs(replace(program, module=part.module, alignment=alignment), scales, folder))
-    return made
+        in_int8.append(_with_pairs(replace(program, module=part.module, alignment=alignment), scales, folder))
+    return in_int8
 
 
 def with_ranges(graph: Graph, ranges: Ranges, target: Path) -> Graph:
-    """``graph`` as an engine computes it for which TensorRT's own calibrator chose the scales, written as ``target``.
+    """``graph`` with the scales that TensorRT's own calibrator chose, written with Q/DQ pairs as ``target``.
 
     Weights have one scale for each output channel.
     """
@@ -139,7 +143,7 @@ def already_quantized(programs: Sequence[Program]) -> list[Program] | None:
 
 
 def with_modules_beside(programs: list[Program], model: Model, folder: Path) -> list[Program]:
-    """The programs of Q/DQ files with the fake-quantised modules of the checkpoint that lies in their folder."""
+    """The programs of Q/DQ files with the fake-quantized modules of the checkpoint that lies in their folder."""
     if not is_ptq_checkpoint(folder / FILE):
         return programs
     parts = open_quantized(model, folder / FILE)

@@ -30,7 +30,7 @@ def find_adds(module: nn.Module, args: tuple[Tensor, ...]) -> list[str]:
 
     record = trace(module, {str(i): arg for i, arg in enumerate(args)}, keep)
     repeated = {call.partition("@")[0] for call in record.calls if "@" in call}
-    found = []
+    names = []
     for value, name in functions.items():
         operands = value.inputs
         if (
@@ -39,14 +39,15 @@ def find_adds(module: nn.Module, args: tuple[Tensor, ...]) -> list[str]:
             and all(o.from_data and o.shape == value.shape and o.dtype.is_floating_point for o in operands)
             and value.path not in repeated
         ):
-            found.append(value.name)
-    return found
+            names.append(value.name)
+    return names
 
 
 def attach(module: nn.Module, operands: Mapping[str, nn.Module]) -> Callable[[], None]:
     """Hand both operands of every named addition through its module from now on, also in copies of ``module``.
 
-    They are children of the module whose code adds, so they move, save and train with it. Returns what undoes this.
+    They are children of the module whose code adds, so they move, save and train with it. Returns a function that
+    undoes this.
     """
     owners: dict[str, nn.ModuleDict] = {}
     for name, part in operands.items():
@@ -71,12 +72,12 @@ def attach(module: nn.Module, operands: Mapping[str, nn.Module]) -> Callable[[],
 
 
 def add_quantizers(module: nn.Module) -> dict[str, Any]:
-    """What stands in front of the additions of a module, by their names."""
-    found = {}
+    """Modules in front of the additions of a module, by the additions' names."""
+    by_name = {}
     for path, part in module.named_modules():
         for key, quantizer in getattr(part, "add_quantizers", nn.ModuleDict()).items():
-            found[path if key == _WHOLE else f"{path}/{key}"] = quantizer
-    return found
+            by_name[path if key == _WHOLE else f"{path}/{key}"] = quantizer
+    return by_name
 
 
 class _Call(TorchFunctionMode):

@@ -1,4 +1,4 @@
-"""Quantisers switched off and on, and listed."""
+"""Quantizers switched off and on, and listed."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from cp_debug.quantization.residual_adds import add_quantizers
 
 
 class _Toggle(AbstractContextManager["_Toggle"]):
-    """Works at once; leaving it as a context manager puts back what was before."""
+    """Switches quantizers at once; leaving it as a context manager puts back what was before."""
 
     def __init__(self, module: nn.Module, globs: tuple[str, ...], on: bool) -> None:
-        found = quantization_of(module)
+        record = quantization_of(module)
         self._before: list[tuple[Any, bool]] = []
         residual_adds = add_quantizers(module)
-        for path in select([*found.layers, *found.residual_adds], globs or ("*",)):
+        for path in select([*record.layers, *record.residual_adds], globs or ("*",)):
             layer: Any = None if path in residual_adds else module.get_submodule(path)
             for quantizer in (
                 [residual_adds[path]] if layer is None else [layer.input_quantizer, layer.weight_quantizer]
@@ -35,32 +35,33 @@ class _Toggle(AbstractContextManager["_Toggle"]):
 
 
 def disable_quantization(module: nn.Module, *globs: str) -> AbstractContextManager[Any]:
-    """Let the layers and additions that a glob means compute in FP32 from now on, all of them without a glob.
+    """Let the layers and additions that a glob means compute in FP32, all of them without a glob.
 
-    As a context manager (``with disable_quantization(module, "head.*"):``) only within it. Raises InputError, with the
-    nearest names, for a glob that means none, and for a module that is not quantised.
+    The effect lasts, or ends with the block where this is used as a context manager (``with
+    disable_quantization(module, "head.*"):``). Raises InputError, with the nearest names, for a glob that means none,
+    and for a module that is not quantized.
     """
     return _Toggle(module, globs, on=False)
 
 
 def enable_quantization(module: nn.Module, *globs: str) -> AbstractContextManager[Any]:
-    """The opposite of ``disable_quantization``. Quantisers that have no scale stay off: outputs, BatchNorm, skips."""
+    """The opposite of ``disable_quantization``. Quantizers that have no scale stay off: outputs, BatchNorm, skips."""
     return _Toggle(module, globs, on=True)
 
 
 @dataclass(frozen=True)
 class QuantizerRow:
-    """One quantiser, or a layer that has none."""
+    """One quantizer, or a layer that has none."""
 
     name: str
     bits: int
     axis: int | None
-    """Along which there is one scale each; None: one for the whole tensor."""
+    """Axis with one scale for each slice; None: one scale for the whole tensor."""
     amax: float | tuple[float, float] | None
-    """Largest magnitude that is kept, or the least and greatest of the channels'; None without a scale."""
+    """Largest magnitude that is not clipped, or the least and greatest of the channels'; None without a scale."""
     enabled: bool
     why: str = ""
-    """Why it is not enabled."""
+    """Reason why it is not enabled."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe."""
@@ -68,13 +69,13 @@ class QuantizerRow:
 
 
 def quantizer_table(module: nn.Module) -> list[QuantizerRow]:
-    """Every quantiser of a module in the order of its layers."""
-    found = quantization_of(module)
-    return [_row(module, path, quantizer, found.skipped) for path, quantizer in quantizers(module)]
+    """Every quantizer of a module, in the order of its layers. Raises InputError for one that is not quantized."""
+    record = quantization_of(module)
+    return [_row(module, path, quantizer, record.skipped) for path, quantizer in quantizers(module)]
 
 
 def print_quantizer_status(module: nn.Module) -> None:
-    """Print the table of a module's quantisers."""
+    """Print the table of a module's quantizers."""
     from rich.console import Console
 
     for part in terminal(quantizer_table(module), QuantizerRow):
@@ -84,16 +85,16 @@ def print_quantizer_status(module: nn.Module) -> None:
 def _row(module: nn.Module, path: str, quantizer: Any, skipped: dict[str, str]) -> QuantizerRow:
     layer, _, kind = path.rpartition(".")
     amax, enabled = quantizer.amax, bool(quantizer.is_enabled)
-    shown = None if amax is None else float(amax) if amax.numel() == 1 else (float(amax.min()), float(amax.max()))
+    amax_range = None if amax is None else float(amax) if amax.numel() == 1 else (float(amax.min()), float(amax.max()))
     if enabled:
         why = ""
     elif kind == "output_quantizer":
-        why = "what reads this output quantises it"
+        why = "what reads this output quantizes it"
     elif amax is not None:
         why = "switched off"
     else:
         why = skipped.get(layer, f"{type(module.get_submodule(layer)).__name__.removeprefix('Quant')} stays in FP32")
-    return QuantizerRow(path, quantizer.num_bits, quantizer.axis, shown, enabled, why)
+    return QuantizerRow(path, quantizer.num_bits, quantizer.axis, amax_range, enabled, why)
 
 
 def _switch(quantizer: Any, on: bool) -> None:

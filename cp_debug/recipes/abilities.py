@@ -1,4 +1,4 @@
-"""What only some models can do, each as a protocol to ask with ``isinstance``."""
+"""Abilities that only some models have, each as a protocol to ask with ``isinstance``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class HasClasses(Protocol):
     """A model that detects objects of named classes."""
 
     class_names: Sequence[str]
-    """By label."""
+    """Names of the classes, by label."""
 
 
 @runtime_checkable
@@ -37,7 +37,7 @@ class Batches(Protocol):
     """A model that takes several samples in one pass."""
 
     def batch(self, samples: Sequence[Sample]) -> Sample:
-        """The samples as one."""
+        """Join samples into one, with the batch along the first axis as the model takes it."""
         ...
 
 
@@ -52,14 +52,14 @@ class TurnsYaw(Protocol):
 
 @runtime_checkable
 class HasNotes(Protocol):
-    """A model of whose loading a reader must know something."""
+    """A model with remarks about its loading that a reader must know."""
 
     notes: Sequence[str]
 
 
 @runtime_checkable
 class DetectsBoxes(Protocol):
-    """A decoded result that is detections."""
+    """A decoded result that consists of detections."""
 
     boxes: np.ndarray
     """``[N, 7 or more]``: x, y, z, length, width, height in metres, yaw in radians."""
@@ -70,7 +70,7 @@ class DetectsBoxes(Protocol):
 
 
 def with_samples(model: M, samples: Sequence[Sample]) -> M:
-    """The same model whose samples are these, however many are asked for."""
+    """A copy of ``model`` that gives exactly these samples, however many are asked for."""
     chosen = copy.copy(model)
     chosen.samples = lambda count, seed, inputs: iter(samples)  # type: ignore[method-assign]
     return chosen

@@ -1,7 +1,7 @@
-"""What a model is to the debugger: components, how to feed them, how to read their outputs.
+"""A model as the debugger sees it: components, how to feed them, how to read their outputs.
 
-A model is a chain of components. Each is exported, built and compared by itself; glue code (voxelization, scatter)
-runs between them on the torch side and is the same for every backend. A backend under test is fed its *own* upstream
+A model is a chain of components. Each is exported, built and compared by itself; glue code (voxelization, scatter) runs
+between them on the torch side and is the same for every backend. A backend under test is fed its *own* upstream
 outputs, as in a deployed pipeline, so an error in the first component reaches the second.
 """
 
@@ -40,15 +40,15 @@ class Component:
     input_names: Sequence[str]
     output_names: Sequence[str]
     module: torch.nn.Module | None = None
-    """In eval mode, on the CPU, FP32. ``prefix`` completes its module paths."""
+    """The torch module in eval mode, on the CPU, in FP32. ``prefix`` completes its module paths."""
     onnx_path: Path | None = None
     """Set for models that come as ONNX; else the debugger exports ``module``."""
     prefix: str = ""
-    """What to put before the module paths of ``module``: ``pts_voxel_encoder`` when that submodule is the component."""
+    """Prefix of the module paths of ``module``: ``pts_voxel_encoder`` when that submodule is the component."""
     dynamic_axes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     """Input name → axis → symbolic name, as ``torch.onnx.export`` takes it."""
     deployed_axes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
-    """The same for files that are deployed: axes that stay free there, though one debugged model has one size."""
+    """``dynamic_axes`` of files that are deployed: axes that stay free there, though a debugged model has one size."""
     stages: Sequence[Stage] = ()
 
 
@@ -64,10 +64,10 @@ class Sample:
 
 
 class Model(Protocol):
-    """How to get a model, feed it and read it. Recipes implement this."""
+    """A model with the way to feed and read it. Recipes implement this."""
 
     name: str
-    """As the user wrote it: ``centerpoint:tiny``, ``net.onnx``, ``nets.py:build``."""
+    """Name as the user wrote it: ``centerpoint:tiny``, ``net.onnx``, ``nets.py:build``."""
     components: Sequence[Component]
 
     def samples(self, count: int, seed: int, inputs: Path | None) -> Iterator[Sample]:
@@ -75,9 +75,15 @@ class Model(Protocol):
         ...
 
     def feed(self, component: Component, sample: Sample, results: Mapping[str, Arrays]) -> dict[str, np.ndarray]:
-        """The inputs of ``component``; ``results`` holds the outputs of the components before it, by component name."""
+        """Arrays for the inputs of ``component``, by name.
+
+        ``results``: component name → output name → array, for the components before it.
+        """
         ...
 
     def decode(self, sample: Sample, results: Mapping[str, Arrays]) -> Any | None:
-        """Final, human-readable result (detections), or None when the model has none."""
+        """The final, human-readable result (detections) of a sample; None when the model has none.
+
+        ``results``: component name → output name → array, for all components.
+        """
         ...

@@ -23,7 +23,7 @@ _LOG_OF_TRAINING = (
     "numpy.ndarray",
     *(f"{module}.multiarray.{name}" for module in ("numpy.core", "numpy._core") for name in ("_reconstruct", "scalar")),
 )
-"""What mmengine's checkpoints ask for besides tensors."""
+"""Globals that mmengine's checkpoints ask for besides tensors."""
 
 
 class _LeftOut:
@@ -70,7 +70,7 @@ def check_fit(expected: Mapping[str, Sequence[int]], state: Mapping[str, Tensor]
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name, on the CPU. Raises InputError as ``load_checkpoint`` does."""
+    """Tensor name → tensor of a checkpoint, on the CPU. Raises InputError as ``load_checkpoint`` does."""
     check_file(path, "checkpoint")
     state = _read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
     if isinstance(state, dict) and str(kind := state.get("format")).startswith("cpdebug quantized"):
@@ -108,9 +108,10 @@ def _read_safetensors(path: Path) -> object:
 
 
 def read_torch(path: Path) -> object:
-    """What a file of ``torch.save`` holds, on the CPU. Raises InputError for one that would run code, or is broken.
+    """The object that a file of ``torch.save`` holds, on the CPU.
 
-    The log of a training run, which mmengine saves beside the weights, comes as empty objects.
+    The log of a training run, which mmengine saves beside the weights, comes as empty objects. Raises InputError for a
+    file that would run code, or is broken.
     """
     try:
         with torch.serialization.safe_globals([(_LeftOut, name) for name in _LOG_OF_TRAINING]):
@@ -127,7 +128,7 @@ def read_torch(path: Path) -> object:
 
 
 def _some(names: Iterable[str]) -> str:
-    """The first five, and how many more."""
+    """The first five names, and how many more there are."""
     names = sorted(names)
-    rest = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+    unnamed_count = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {unnamed_count} more" if unnamed_count > 0 else "")

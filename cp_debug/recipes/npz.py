@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from cp_debug.errors import InputError
+from cp_debug.graph.check_inputs import check_inputs
 from cp_debug.graph.graph import ValueInfo
-from cp_debug.graph.random_inputs import check_inputs
 from cp_debug.reading import read_npz
 from cp_debug.recipes.base import Sample
 
@@ -24,6 +24,11 @@ def npz_samples(inputs: Path, expected: list[ValueInfo], count: int) -> Iterator
         arrays = _typed(_read(file), expected)
         check_inputs(expected, arrays, str(file))
         yield Sample(arrays, str(file))
+
+
+def first_arrays(inputs: Path) -> dict[str, np.ndarray]:
+    """The arrays of the first file, unchecked. Raises InputError for what is no ``.npz`` of plain arrays."""
+    return _read(next(_files(inputs)))
 
 
 def _files(inputs: Path) -> Iterator[Path]:
@@ -42,12 +47,14 @@ def _files(inputs: Path) -> Iterator[Path]:
 
 
 def _typed(arrays: dict[str, np.ndarray], expected: list[ValueInfo]) -> dict[str, np.ndarray]:
-    """The arrays with the types that numpy has not and therefore neither ``.npz`` files (bfloat16, FP8, 4 bits): bits
-    without a type are taken for them, float32 is rounded to them."""
-    wanted = {v.name: v.dtype for v in expected if v.dtype is not None and v.dtype.isbuiltin != 1}
+    """The arrays in the types of the graph, where numpy, and so an ``.npz`` file, lacks them (bfloat16, FP8, 4 bits).
+
+    Bits without a type are taken for them; float32 is rounded to them.
+    """
+    extension_types = {v.name: v.dtype for v in expected if v.dtype is not None and v.dtype.isbuiltin != 1}
 
     def typed(name: str, array: np.ndarray) -> np.ndarray:
-        dtype = wanted.get(name)
+        dtype = extension_types.get(name)
         if dtype is None or array.dtype == dtype:
             return array
         if array.dtype.kind == "V" and array.dtype.itemsize == dtype.itemsize:

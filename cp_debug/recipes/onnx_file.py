@@ -38,16 +38,16 @@ class OnnxFileModel:
         Raises InputError for files with a wrong name, dtype or shape in them, and where no input can be made up.
         """
         if inputs is None:
-            made = MadeUp(Graph(self._path))
+            made_up = MadeUp(Graph(self._path))
             for index in range(count):
-                yield Sample(made.sample([seed, index]), f"random, seed {seed}, sample {index}")
+                yield Sample(made_up.sample([seed, index]), f"random, seed {seed}, sample {index}")
             return
         yield from npz_samples(inputs, self._inputs, count)
 
     def feed(self, component: Component, sample: Sample, results: Mapping[str, Arrays]) -> dict[str, np.ndarray]:
-        """The sample's arrays, as they are."""
+        """The sample's arrays by input name, unchanged."""
         return sample.arrays
 
     def decode(self, sample: Sample, results: Mapping[str, Arrays]) -> None:
-        """An ONNX file has no decoder."""
+        """Nothing: an ONNX file has no decoder."""
         return None

@@ -1,4 +1,4 @@
-"""From what the user wrote to a model."""
+"""Finds the model that a user's text names."""
 
 from __future__ import annotations
 
@@ -7,17 +7,25 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from cp_debug import plugins
 from cp_debug.errors import InputError
 from cp_debug.recipes.base import Model
+from cp_debug.recipes.npz import first_arrays
 
 DEFAULT = "centerpoint:tiny"
+PROGRAMS = (".pt2", ".pt", ".pth", ".ts", ".torchscript")
+"""Suffixes of files that hold a program of torch."""
+_FIELDS = ("name", "components", "samples", "feed", "decode")
+"""Attributes that a ``Model`` has."""
 
 
-def load_model(text: str, *, checkpoint: Path | None = None, seed: int = 0) -> Model:
-    """Load a recipe (``centerpoint:tiny``, ``mmdet3d:CONFIG``), an ``.onnx`` file, or ``package.module:callable`` /
-    ``file.py:callable``.
+def load_model(text: str, *, checkpoint: Path | None = None, seed: int = 0, inputs: Path | None = None) -> Model:
+    """Load a recipe, an ``.onnx`` file, a saved program of torch, or a callable that returns a torch module.
 
-    ``checkpoint`` replaces a recipe's weights, or is strict-loaded into the callable's module.
+    ``text`` is ``centerpoint:tiny``, ``mmdet3d:CONFIG``, a plug-in's name, a file name (``.onnx``, ``.pt2`` of
+    ``torch.export``, ``.pt`` of TorchScript), ``package.module:callable`` or ``file.py:callable``. ``checkpoint``
+    replaces a recipe's weights, or is strict-loaded into the callable's module. ``inputs`` gives TorchScript, which
+    names no shapes, its example.
     Raises InputError when the name, the file or the checkpoint is unusable, MissingPackage without mmdet3d.
     """
     kind = kind_of(text)
@@ -27,6 +35,12 @@ def load_model(text: str, *, checkpoint: Path | None = None, seed: int = 0) -> M
         from cp_debug.recipes.onnx_file import OnnxFileModel
 
         return OnnxFileModel(Path(text))
+    if kind == "program":
+        if checkpoint is not None:
+            raise InputError(f"--checkpoint: {text} already holds its weights")
+        from cp_debug.recipes.torch_programs import load_program
+
+        return load_program(Path(text), None if inputs is None else first_arrays(inputs))
     if kind == "centerpoint":
         from cp_debug.recipes.centerpoint.recipe import CenterPointModel
 
@@ -35,30 +49,55 @@ def load_model(text: str, *, checkpoint: Path | None = None, seed: int = 0) -> M
         from cp_debug.recipes.mmdet3d.recipe import load_detector
 
         return load_detector(text, checkpoint=checkpoint, seed=seed)
+    if kind == "plug-in":
+        return _from_plugin(text, checkpoint, seed)
     from cp_debug.recipes.torch_callable import load_callable
 
     return load_callable(text, checkpoint=checkpoint)
 
 
-def kind_of(text: str) -> Literal["onnx", "centerpoint", "mmdet3d", "callable"]:
-    """What a user means, without loading it. Raises InputError for a text that names no model."""
+def kind_of(text: str) -> Literal["onnx", "program", "centerpoint", "mmdet3d", "plug-in", "callable"]:
+    """Kind of model that a text names, told without loading it. A plug-in goes before a module of its name.
+
+    Raises InputError for a text that names no model, and for a name that two distributions declare.
+    """
     head, _, tail = text.partition(":")
-    known = [name for name, _ in known_models()]
     if text.endswith(".onnx"):
         return "onnx"
-    if text in known or text == "centerpoint":
+    if Path(text).suffix in PROGRAMS:
+        return "program"
+    if text.endswith(".ort"):
+        raise InputError(
+            f"MODEL: {text} is in ONNX Runtime's own format, which only it reads; expected the .onnx file from which "
+            "onnxruntime.tools.convert_onnx_models_to_ort made it"
+        )
+    names = [name for name, _ in known_models()]
+    plugin = plugins.find(plugins.RECIPES, head)
+    if plugin is not None and not plugin.own:
+        return "plug-in"
+    if text in names or text == "centerpoint":
         return "centerpoint"
     if head == "mmdet3d" and tail:
         return "mmdet3d"
     if head != "centerpoint" and tail and (head.endswith(".py") or re.fullmatch(r"[A-Za-z_][\w.]*", head)):
         return "callable"
-    near = difflib.get_close_matches(text, known, n=1)
+    near = difflib.get_close_matches(text, names, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise InputError(f"MODEL: {text!r} is not a recipe, an .onnx file or module:callable{hint}")
+    raise InputError(f"MODEL: {text!r} is not a recipe, an .onnx or .pt2 file or module:callable{hint}")
 
 
 def known_models() -> list[tuple[str, str]]:
-    """(name, one line about it) of every named model."""
+    """(name, one line about it) of every named model. No plug-in is imported for that."""
     from cp_debug.recipes.centerpoint.config import CONFIGS
 
-    return [(f"centerpoint:{name}", config.summary) for name, config in CONFIGS.items()]
+    own = [(f"centerpoint:{name}", config.summary) for name, config in CONFIGS.items()]
+    return own + [(each.name, each.about) for each in plugins.others(plugins.RECIPES)]
+
+
+def _from_plugin(text: str, checkpoint: Path | None, seed: int) -> Model:
+    plugin = plugins.names(plugins.RECIPES)[text.partition(":")[0]]
+    load = plugin.load()
+    with plugin.running():
+        model = load(text, checkpoint=checkpoint, seed=seed)
+    plugin.require(model, _FIELDS, "model (cp_debug.recipes.base.Model)")
+    return model

@@ -6,12 +6,13 @@ import re
 from collections.abc import Iterator
 from itertools import pairwise
 
+from cp_debug.graph.downstream import from_inputs
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.recipes.base import Stage
 
 MOST_STAGES = 12
 _SCOPES = "pkg.torch.onnx.name_scopes"
-"""Where torch's dynamo exporter keeps the module path of a node; the older one puts it into the node's name."""
+"""Metadata key of a node's module path in torch's dynamo exporter; the older one puts it into the node's name."""
 
 
 def stages_of(graph: Graph) -> list[Stage]:
@@ -60,6 +61,7 @@ def _ends(graph: Graph, keys: dict[int, str]) -> dict[str, str]:
 
 
 def _cuts_and_outputs(graph: Graph) -> dict[str, str]:
+    """Cut points, thinned evenly to ``MOST_STAGES`` with the outputs, then the outputs: name → value."""
     outputs = [v.name for v in graph.outputs if v.name in graph.producer]
     cuts = [v for v in _cut_points(graph) if v not in outputs]
     room = min(len(cuts), max(0, MOST_STAGES - len(outputs)))
@@ -81,9 +83,5 @@ def _cut_points(graph: Graph) -> Iterator[str]:
 
 def _data_nodes(graph: Graph) -> Iterator[Node]:
     """The nodes that depend on the graph's inputs."""
-    fed = {v.name for v in graph.inputs}
-    for node in graph.nodes:
-        if not fed.isdisjoint(node.inputs):
-            fed.update(node.outputs)
-            if node.outputs:
-                yield node
+    fed = set(from_inputs(graph))
+    return (node for node in graph.nodes if not fed.isdisjoint(node.outputs))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,15 +21,26 @@ from cp_debug.probes.outputs import flatten_outputs
 from cp_debug.probes.trace import trace
 from cp_debug.recipes.base import Arrays, Component, Sample, Stage
 from cp_debug.recipes.npz import npz_samples
+from cp_debug.recipes.torch_inputs import flat_inputs
 
 
 class TorchModel:
     """A torch module with example inputs: one component, fed with the examples or with arrays like them."""
 
-    def __init__(self, name: str, module: torch.nn.Module, example_inputs: Any) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: torch.nn.Module,
+        example_inputs: Any,
+        parameters: Sequence[str] | None = None,
+        keywords: Sequence[str] = (),
+    ) -> None:
+        """``flat_inputs`` says what the arguments are and which are refused."""
         self.name = name
-        self.module = module.eval()
-        names, tensors = _named_inputs(name, module, example_inputs)
+        _check_values(name, module)
+        flat = flat_inputs(name, module.eval(), example_inputs, parameters, keywords)
+        self.module = module = flat.module
+        names, tensors = flat.names, flat.tensors
         self._examples = {n: as_numpy(t) for n, t in zip(names, tensors, strict=True)}
         self.components: Sequence[Component] = [
             Component(
@@ -43,7 +53,10 @@ class TorchModel:
         ]
 
     def samples(self, count: int, seed: int, inputs: Path | None) -> Iterator[Sample]:
-        """The examples first, then seeded arrays of their shape, dtype, mean and spread."""
+        """The example inputs first, then seeded arrays of their shape, dtype, mean and spread.
+
+        With ``inputs`` the arrays of ``.npz`` files instead. Raises InputError for unusable files.
+        """
         if inputs is not None:
             expected = [ValueInfo(n, a.dtype, (None,) * a.ndim) for n, a in self._examples.items()]
             yield from npz_samples(inputs, expected, count)
@@ -55,21 +68,24 @@ class TorchModel:
             yield Sample({n: _like(a, rng) for n, a in self._examples.items()}, f"random like the example, seed {seed}")
 
     def feed(self, component: Component, sample: Sample, results: Mapping[str, Arrays]) -> dict[str, np.ndarray]:
-        """The sample's arrays, as they are."""
+        """The sample's arrays by input name, unchanged."""
         return sample.arrays
 
     def decode(self, sample: Sample, results: Mapping[str, Arrays]) -> None:
-        """A bare module has no decoder."""
+        """Nothing: a bare module has no decoder."""
         return None
 
 
 def load_callable(text: str, checkpoint: Path | None = None) -> TorchModel:
-    """``package.module:callable`` or ``file.py:callable``. Raises InputError when it cannot be imported or called."""
+    """Import and call ``package.module:callable`` or ``file.py:callable`` for its module and example inputs.
+
+    ``checkpoint`` is strict-loaded into the module. Raises InputError when importing, calling or loading fails.
+    """
     source, _, attribute = text.rpartition(":")
     target = getattr(_import(source), attribute, None)
     if not callable(target):
         raise InputError(f"MODEL: {source} has no callable {attribute!r}")
-    with _own_code(f"MODEL: {text}()"):
+    with own_code(f"MODEL: {text}()"):
         built = target()
     if not (isinstance(built, tuple) and len(built) == 2 and isinstance(built[0], torch.nn.Module)):
         raise InputError(f"MODEL: {text}() returned {type(built).__name__}; expected (module, example_inputs)")
@@ -84,8 +100,8 @@ def load_callable(text: str, checkpoint: Path | None = None) -> TorchModel:
 def _import(source: str) -> ModuleType:
     try:
         if not source.endswith(".py"):
-            if (here := str(Path.cwd())) not in sys.path:
-                sys.path.insert(0, here)
+            if (working_folder := str(Path.cwd())) not in sys.path:
+                sys.path.insert(0, working_folder)
             return importlib.import_module(source)
         path = Path(source)
         if not path.is_file():
@@ -104,8 +120,8 @@ def _import(source: str) -> ModuleType:
 
 
 @contextmanager
-def _own_code(what: str) -> Iterator[None]:
-    """Tells what the user's code raises. Raises InputError for everything but Ctrl-C."""
+def own_code(what: str) -> Iterator[None]:
+    """Context that turns whatever the user's code raises into InputError; Ctrl-C passes."""
     try:
         yield
     except (KeyboardInterrupt, InputError):
@@ -116,48 +132,27 @@ def _own_code(what: str) -> Iterator[None]:
 
 def _told(error: BaseException) -> str:
     try:
-        return f"{type(error).__name__}: {error}"
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        return f"{type(error).__name__}: {first}"
     except Exception:  # its own ``__str__`` fails
         return type(error).__name__
 
 
-def _named_inputs(name: str, module: torch.nn.Module, inputs: Any) -> tuple[list[str], list[torch.Tensor]]:
-    if isinstance(inputs, torch.Tensor):
-        inputs = (inputs,)
-    if not isinstance(inputs, list | tuple | Mapping):
-        told = f"the example inputs are {type(inputs).__name__}"
-        raise InputError(f"MODEL: {name}: {told}; expected tensors, in a tuple or by parameter")
-    parameters = list(inspect.signature(module.forward).parameters)
-    if isinstance(inputs, Mapping):
-        unknown = [n for n in inputs if n not in parameters]
-        if unknown:
-            raise InputError(
-                f"MODEL: {name}: example input {unknown[0]!r} is no parameter of forward({', '.join(parameters)})"
-            )
-        named = [(p, inputs[p]) for p in parameters if p in inputs]
-    else:
-        positional = [*parameters, *(f"input_{i}" for i in range(len(parameters), len(inputs)))]
-        named = list(zip(positional, inputs, strict=False))
-    for key, value in named:
-        if not isinstance(value, torch.Tensor):
-            raise InputError(f"MODEL: {name}: example input {key!r} is {type(value).__name__}; expected a tensor")
-        if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_complex():
-            told = f"{value.layout} {value.dtype} on {value.device}"
-            raise InputError(f"MODEL: {name}: example input {key!r} is {told}; expected a dense tensor of real numbers")
+def _check_values(name: str, module: torch.nn.Module) -> None:
     for kind, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.is_meta:
             raise InputError(f"MODEL: {name}: {kind} is on the device meta, where it has no values")
-    return [n for n, _ in named], [t for _, t in named]
 
 
 def _output_names(name: str, module: torch.nn.Module, tensors: Sequence[torch.Tensor]) -> list[str]:
+    """Names of the tensors that a forward on the examples returns. Raises ModuleFailed when it raises."""
     try:
         with torch.no_grad():
             names = list(flatten_outputs(module(*tensors)))
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # the user's forward may raise anything; a trace knows in which module
-        with _own_code(f"MODEL: {name}: forward"):
+        with own_code(f"MODEL: {name}: forward"):
             trace(module, {str(i): tensor for i, tensor in enumerate(tensors)})
         raise ModuleFailed(f"MODEL: {name}: forward raised {_told(error)}") from error
     if not names:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cp_debug.detection.changes import GAINED, KEPT, LOST, MOVED_BOX, Change, changes
-from cp_debug.programs.scene import DecodedBoxes, Scene
+from cp_debug.detection.changes import GAINED, KEPT, LOST, MOVED_BOX, BoxChange, changes
+from cp_debug.programs.scene import DecodedBoxes, SavedScene
 from cp_debug.reports.png import opacity_png
 from cp_debug.reports.svg import Canvas, Scale
 
@@ -23,12 +23,12 @@ class View:
     source: str
     counts: dict[str, int]
     """Objects kept, moved, lost and gained."""
-    changed: list[tuple[Change, str]]
+    changed: list[tuple[BoxChange, str]]
     """(change, class name), the worst first, kept ones left out."""
     canvas: Canvas
 
 
-def birdseye(scene: Scene, reference: str, test: str) -> View | None:
+def birdseye(scene: SavedScene, reference: str, test: str) -> View | None:
     """The view of ``test`` against ``reference``, both backend specs; None when one of them has no detections kept."""
     if reference not in scene.detections or test not in scene.detections:
         return None
@@ -43,14 +43,14 @@ def birdseye(scene: Scene, reference: str, test: str) -> View | None:
     )
 
 
-def _class(scene: Scene, ours: DecodedBoxes, theirs: DecodedBoxes, change: Change) -> str:
+def _class(scene: SavedScene, ours: DecodedBoxes, theirs: DecodedBoxes, change: BoxChange) -> str:
     if change.reference is not None:
         return scene.class_name(int(ours.labels[change.reference]))
     assert change.test is not None
     return scene.class_name(int(theirs.labels[change.test]))
 
 
-def _draw(scene: Scene, ours: DecodedBoxes, theirs: DecodedBoxes, found: list[Change]) -> Canvas:
+def _draw(scene: SavedScene, ours: DecodedBoxes, theirs: DecodedBoxes, found: list[BoxChange]) -> Canvas:
     middle, reach = _extent(scene.points, ours, theirs)
     x = Scale(middle[0] - reach, middle[0] + reach, LEFT, SIZE)
     y = Scale(middle[1] - reach, middle[1] + reach, SIZE - BOTTOM, SIZE - BOTTOM - (SIZE - LEFT))
@@ -67,7 +67,7 @@ def _draw(scene: Scene, ours: DecodedBoxes, theirs: DecodedBoxes, found: list[Ch
     return canvas
 
 
-def _box(canvas: Canvas, x: Scale, y: Scale, scene: Scene, side: DecodedBoxes, index: int, kind: str) -> None:
+def _box(canvas: Canvas, x: Scale, y: Scale, scene: SavedScene, side: DecodedBoxes, index: int, kind: str) -> None:
     """The outline of a box and a line to its front; a title for whoever points at it."""
     centre_x, centre_y, _, length, width, _, yaw = side.boxes[index, :7].astype(float)
     if not np.isfinite((centre_x, centre_y, length, width, yaw)).all():

@@ -11,7 +11,8 @@ from rich.text import Text
 from cp_debug.bisect.causes.finding import UNKNOWN, Finding, Where
 from cp_debug.bisect.result import TestResult
 from cp_debug.reports.numbers import number, share_in_words
-from cp_debug.reports.safe_table import Table
+from cp_debug.reports.sheet import Cell, Column, Sheet
+from cp_debug.reports.sheet_terminal import Terminal
 
 NAMED = 4
 """Layers and elements that are named; the JSON has all."""
@@ -28,10 +29,8 @@ def findings(test: TestResult) -> Iterator[RenderableType]:
         yield Text()
         style = "bold yellow" if finding.cause == UNKNOWN else "bold red"
         yield Text.assemble((f"{place}. {finding.headline}", style))
-        grid = Table.grid(padding=(0, 2))
-        for label, line in lines(finding):
-            grid.add_row(Text(f"   {label}", "dim"), Text(line))
-        yield grid
+        rows = [(Cell(f"   {label}", "quiet"), line) for label, line in lines(finding)]
+        yield Terminal(Sheet((Column("", "mark"), Column("")), rows))
     if test.detections is not None:
         yield Text()
         yield Text(f"detections: {test.detections}")

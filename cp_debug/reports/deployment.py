@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from rich import box
 from rich.text import Text
 
 from cp_debug.deploy.exporting import Exported
 from cp_debug.deploy.state import StageRecord
 from cp_debug.files import write_text
+from cp_debug.reports.numbers import number
 from cp_debug.reports.page import environment, page_parts
-from cp_debug.reports.safe_table import Table
+from cp_debug.reports.sheet import Cell, Column, Row, Sheet
 from cp_debug.version import __version__
 
 
@@ -26,16 +27,91 @@ def export_lines(exported: Sequence[Exported]) -> Iterator[Text]:
         yield Text(f"  {each.checked_by} on {' and '.join(each.sizes)}: relative L2 at most {each.error:.2g}")
 
 
-def stage_table(records: Sequence[StageRecord]) -> Table:
+def stage_table(records: Sequence[StageRecord]) -> Sheet:
     """A row for each stage."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for header in ("stage", "", "seconds", "outcome"):
-        table.add_column(header, justify="right" if header == "seconds" else "left", overflow="fold")
-    for record in records:
-        mark = Text("✓", style="green") if record.passed else Text("✗", style="bold red")
-        again = Text(" (done before)", style="dim") if record.resumed else Text()
-        table.add_row(record.name, mark, f"{record.seconds:.1f}", Text(record.line).append_text(again))
-    return table
+    rows = [
+        (
+            record.name,
+            Cell("✓", "good") if record.passed else Cell("✗", "worst"),
+            record.seconds,
+            record.line + (" (done before)" if record.resumed else ""),
+        )
+        for record in records
+    ]
+    columns = (
+        Column("stage", "mark"),
+        Column("", "mark"),
+        Column("seconds", "number", leave_out=1, show=lambda seconds: f"{seconds:.1f}"),
+        Column("outcome"),
+    )
+    return Sheet(columns, rows, ruled=True)
+
+
+def files_table(components: Sequence[Mapping[str, Any]]) -> Sheet:
+    """A row for each exported file, from the document of the stage ``export``."""
+    columns = (
+        Column("file", "name"),
+        Column("opset", "mark"),
+        Column("nodes", "mark"),
+        Column("inputs"),
+        Column("checked on"),
+        Column("relative L2", "number"),
+        Column("SHA-256", "mark"),
+    )
+    rows = [
+        (
+            each["file"],
+            each["opset"],
+            each["nodes"],
+            ", ".join(map(str, each["inputs"])),
+            f"{' and '.join(each['checked_on'])}, by {each['checked_by']}",
+            each["error"],
+            each["sha256"][:12],
+        )
+        for each in components
+    ]
+    return Sheet(columns, rows, "Files")
+
+
+def output_table(scenario: Mapping[str, Any]) -> Sheet:
+    """A row for each output of a scenario, from the document of the stage ``verify``."""
+    columns = (
+        Column("tensor", "name"),
+        Column("max |Δ|", "number"),
+        Column("relative L2", "number"),
+        Column("limit", "number"),
+        Column("sample"),
+    )
+    rows = [
+        Row(
+            (
+                tuple(text for text in (f"{each['component']}/{each['name']}", each["why"]) if text),
+                float(each["max_abs"]),
+                float(each["rel_l2"]),
+                each["limit"],
+                each["source"],
+            ),
+            "worst" if each["why"] else "",
+        )
+        for each in scenario["tensors"]
+    ]
+    title = (
+        "Each output on the sample where it is worst; the limit is a multiple of the noise that rounding makes there"
+    )
+    return Sheet(columns, rows, title)
+
+
+def metric_table(backends: Sequence[Mapping[str, Any]]) -> Sheet:
+    """A row for each metric, a column for each backend, from the document of the stage ``evaluate``."""
+    columns = [Column(each["backend"] + (" (emulated)" if each["emulated"] else ""), "number") for each in backends]
+    rows = []
+    for metric in backends[0]["summary"] if backends else ():
+        cells = []
+        for each in backends:
+            change = f" ({each['difference'][metric]['value'] or 0:+.4f})" if each["difference"] else ""
+            cells.append(number(each["summary"][metric]["value"]) + change)
+        rows.append([metric, *cells])
+    return Sheet([Column("metric", "mark"), *columns], rows, "Evaluation")
 
 
 def write_summary(records: Sequence[StageRecord], title: str, command: str, target: Path) -> None:
@@ -48,9 +124,9 @@ def write_summary(records: Sequence[StageRecord], title: str, command: str, targ
             title=title,
             records=records,
             passed=all(record.passed for record in records),
-            components=documents.get("export", {}).get("components", []),
-            scenarios=documents.get("verify", {}).get("scenarios", []),
-            backends=documents.get("evaluate", {}).get("backends", []),
+            files=files_table(documents.get("export", {}).get("components", [])),
+            scenarios=[(each, output_table(each)) for each in documents.get("verify", {}).get("scenarios", [])],
+            metrics=metric_table(documents.get("evaluate", {}).get("backends", [])),
             command=command,
             version=__version__,
             **page_parts(),

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from rich.text import Text
 
 from cp_debug.backends.base import RunRecord
+from cp_debug.backends.build_info import BuildInfo
 from cp_debug.backends.tensorrt.tactics import decode
 from cp_debug.programs.pipeline import settings_by_component
 from cp_debug.reports.numbers import number
@@ -14,25 +15,25 @@ from cp_debug.reports.numbers import number
 
 def engine_lines(record: RunRecord) -> Iterator[Text]:
     """One line for each component that ran as a TensorRT engine."""
-    for component, info in settings_by_component(record.settings).items():
-        if "realised_precision" not in info:
+    for component, settings in settings_by_component(record.settings).items():
+        if (info := BuildInfo.of_settings(settings)) is None:
             continue
-        shares = ", ".join(f"{dtype} {share:.0%}" for dtype, share in info["realised_precision"].items())
-        parts = [f"{info['regime']}ly typed", shares, f"built in {info['build_seconds']['plain']:.1f} s"]
-        if not info["realised"]:
+        shares = ", ".join(f"{dtype} {share:.0%}" for dtype, share in info.realised_precision.items())
+        parts = [f"{info.regime}ly typed", shares, f"built in {info.build_seconds['plain']:.1f} s"]
+        if not info.realised:
             parts.insert(1, f"no layer runs in {record.precision}")
-        if info["observer_gap"] is not None:
-            parts.append(f"runs in {1e3 * info['run_seconds']:.3g} ms")
-            parts.append(f"observer gap {number(info['observer_gap'])}, rebuild floor {number(info['rebuild_floor'])}")
-        if info.get("cached"):
+        if info.run_seconds is not None and info.observer_gap is not None and info.rebuild_floor is not None:
+            parts.append(f"runs in {1e3 * info.run_seconds:.3g} ms")
+            parts.append(f"observer gap {number(info.observer_gap)}, rebuild floor {number(info.rebuild_floor)}")
+        if info.cached:
             parts.append("engine taken from the cache")
-        if stopped := info.get("stopped"):
-            parts.append(stopped)
-        if unmarked := info.get("unmarked"):
-            parts.append(f"{len(unmarked)} values not looked at, which would have changed it")
-        if search := info.get("search"):
-            found = f"first value that departs: {search['first'] or 'none'}"
-            parts.append(f"{found}, found with {search['builds']} builds of one probe each")
+        if info.stopped:
+            parts.append(info.stopped)
+        if info.unmarked:
+            parts.append(f"{len(info.unmarked)} values not looked at, which would have changed it")
+        if info.search:
+            found = f"first value that departs: {info.search['first'] or 'none'}"
+            parts.append(f"{found}, found with {info.search['builds']} builds of one probe each")
         yield Text(f"engine{f' of {component}' if component else ''}: {'; '.join(parts)}", style="dim")
 
 

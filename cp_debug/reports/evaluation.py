@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
-from rich import box
 from rich.console import RenderableType
 from rich.text import Text
 
@@ -13,52 +13,68 @@ from cp_debug.detection.bootstrap import CONFIDENCE, Interval
 from cp_debug.detection.evaluation import BackendScores, EvaluationResult
 from cp_debug.detection.matching import THRESHOLDS
 from cp_debug.detection.metrics import ERRORS, OVERLAPS, TP_THRESHOLD
-from cp_debug.reports.safe_table import Table
+from cp_debug.reports.sheet import Column, Row, Sheet
+from cp_debug.reports.sheet_terminal import Terminal
 
 
 def render(result: EvaluationResult) -> Iterator[RenderableType]:
     """The parts of a result, in the order in which they are read."""
     yield Text.assemble((result.model, "bold"), f" · {result.data} · {len(result.samples)} samples")
-    yield summary_table(result)
-    yield class_table(result)
+    yield Text()
+    yield Terminal(summary_table(result))
+    yield Text()
+    yield Terminal(class_table(result))
+    yield Text()
     for note in result.notes:
         yield Text(f"note: {note}", style="yellow")
     yield from verdict(result)
 
 
-def summary_table(result: EvaluationResult) -> Table:
+def summary_table(result: EvaluationResult) -> Sheet:
     """A row for each metric; of each test backend its value and the difference to the reference."""
-    table = _table("metric", result.backends[0].backend.spec)
-    table.title = f"{CONFIDENCE:.0%} intervals from {result.options.draws} draws of the samples"
-    for each in result.backends[1:]:
-        table.add_column(_name(each), justify="right")
-        table.add_column("Δ", justify="right")
-    for metric in result.backends[0].summary:
-        cells = [_interval(result.backends[0].summary[metric])]
-        for each in result.backends[1:]:
+    reference, *tests = result.backends
+    columns = [Column("metric", "mark"), Column(reference.backend.spec, "number", show=_interval)]
+    for each in tests:
+        columns += [Column(_name(each), "number", show=_number), Column("Δ", "number", show=_difference)]
+    rows = []
+    for metric in reference.summary:
+        values: list[Any] = [metric, reference.summary[metric]]
+        for each in tests:
             assert each.difference is not None
-            cells += [_number(each.summary[metric].value), _difference(each.difference[metric])]
-        table.add_row(metric, *cells, style="bold" if metric in ("mAP", "NDS") else None)
-    return table
+            values += [each.summary[metric].value, each.difference[metric]]
+        rows.append(Row(values, "strong" if metric in ("mAP", "NDS") else ""))
+    title = f"{CONFIDENCE:.0%} intervals from {result.options.draws} draws of the samples"
+    return Sheet(columns, rows, title, ruled=True)
 
 
-def class_table(result: EvaluationResult) -> Table:
+def class_table(result: EvaluationResult) -> Sheet:
     """A row for each class and backend."""
-    distances = [f"AP@{limit}" for limit in THRESHOLDS]
-    volumes = [f"{kind} AP@{limit}" for kind in ("BEV", "3D") for limit in OVERLAPS]
-    headers = [*(f"{limit} m" for limit in THRESHOLDS), *ERRORS, *(name.replace(" AP@", " ") for name in volumes)]
-    table = _table("class", "backend", "found", "AP", *headers)
-    table.columns[1].justify = "left"
-    table.title = f"found: objects with a detection within {TP_THRESHOLD:g} m"
-    for name in result.backends[0].classes:
-        for position, each in enumerate(result.backends):
-            figures = each.classes[name]
-            numbers = (_number(figures[key]) for key in (*distances, *ERRORS, *volumes))
-            found = f"{figures['found']}/{figures['objects']}"
-            last = position == len(result.backends) - 1
-            label = "" if position else name
-            table.add_row(label, each.backend.spec, found, _number(figures["AP"].value), *numbers, end_section=last)
-    return table
+    distances = {f"AP@{limit}": Column(f"{limit} m", "number", 3, show=_number) for limit in THRESHOLDS}
+    errors = {name: Column(name, "number", 2, show=_number) for name in ERRORS}
+    volumes = {
+        f"{kind} AP@{limit}": Column(f"{kind} {limit}", "number", 4, show=_number)
+        for kind in ("BEV", "3D")
+        for limit in OVERLAPS
+    }
+    figures = {**distances, **errors, **volumes}
+    fixed = (Column("class", "name"), Column("backend", "name"), Column("found", "number"))
+    rows = [
+        Row(
+            (
+                "" if position else name,
+                each.backend.spec,
+                f"{each.classes[name]['found']}/{each.classes[name]['objects']}",
+                each.classes[name]["AP"].value,
+                *(each.classes[name][key] for key in figures),
+            ),
+            ends=position == len(result.backends) - 1,
+        )
+        for name in result.backends[0].classes
+        for position, each in enumerate(result.backends)
+    ]
+    columns = (*fixed, Column("AP", "number", show=_number), *figures.values())
+    title = f"found: objects with a detection within {TP_THRESHOLD:g} m"
+    return Sheet(columns, rows, title, ruled=True, details="--json and --csv have all")
 
 
 def verdict(result: EvaluationResult) -> Iterator[Text]:
@@ -72,13 +88,6 @@ def verdict(result: EvaluationResult) -> Iterator[Text]:
             yield Text(f"{_name(each)}: {change}: {reason}", style="bold red")
         else:
             yield Text(f"{_name(each)}: {change}: as good as {result.backends[0].backend.spec}", style="green")
-
-
-def _table(*headers: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title_justify="left", title_style="italic", pad_edge=False, padding=(0, 1, 0, 0))
-    for index, header in enumerate(headers):
-        table.add_column(header, justify="right" if index else "left", no_wrap=True)
-    return table
 
 
 def _name(each: BackendScores) -> str:

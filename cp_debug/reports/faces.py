@@ -7,9 +7,9 @@ from cp_debug.display import register
 from cp_debug.mixed_precision.result import SearchResult
 from cp_debug.prediction.result import Prediction
 from cp_debug.quantization.toggles import QuantizerRow
-from cp_debug.reports import notebook, prediction, quantization, search, tables
+from cp_debug.reports import notebook, page, prediction, quantization, search, summary, tables
 
-register(BisectResult, tables.render, notebook.render_notebook)
+register(BisectResult, tables.render, notebook.render_notebook, summary.summary, page.write_result)
 register(SearchResult, search.render)
 register(Prediction, prediction.render)
 register(QuantizerRow, quantization.quantizers)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 
 from cp_debug.bisect.causes.finding import Finding
 from cp_debug.bisect.result import TestResult
 from cp_debug.reports.causes import lines
-from cp_debug.reports.rows import COLUMNS, cells
 from cp_debug.reports.saved import SavedResult
-from cp_debug.reports.tables import SETTINGS, layers_shown, verdict_line, weight_lines
+from cp_debug.reports.sheet import Column, Sheet
+from cp_debug.reports.sheet_markup import table_markdown
+from cp_debug.reports.tables import SETTINGS, short_layer_table, verdict_line, weight_lines
 from cp_debug.safe_text import markdown, visible
 
 
@@ -58,33 +59,26 @@ def _finding(finding: Finding) -> Iterator[str]:
 
 
 def _layers(test: TestResult) -> Iterator[str]:
-    shown = layers_shown(test)
-    yield from _table(COLUMNS, map(cells, shown))
-    if len(shown) < len(test.rows):
-        yield f"\n{len(shown)} of {len(test.rows)} layers."
+    sheet = short_layer_table(test)
+    yield from table_markdown(sheet)
+    if len(sheet.rows) < len(test.rows):
+        yield f"\n{len(sheet.rows)} of {len(test.rows)} layers."
 
 
 def _backends(saved: SavedResult) -> Iterator[str]:
     records = (saved.result.reference, *(test.backend for test in saved.result.tests))
     yield from ("<details><summary>Versions and settings</summary>", "")
-    yield from _table(
-        ("backend", "precision", "device", "versions", "settings"),
+    rows = [
         (
-            (
-                record.spec, record.precision, record.device,
-                ", ".join(f"{name} {version}" for name, version in record.versions.items()),
-                ", ".join(f"{SETTINGS[name]} {value}" for name, value in record.settings.items() if name in SETTINGS),
-            )
-            for record in records
-        ),
-    )  # fmt: skip
+            record.spec, record.precision, record.device,
+            ", ".join(f"{name} {version}" for name, version in record.versions.items()),
+            ", ".join(f"{SETTINGS[name]} {value}" for name, value in record.settings.items() if name in SETTINGS),
+        )
+        for record in records
+    ]  # fmt: skip
+    columns = [Column(title) for title in ("backend", "precision", "device", "versions", "settings")]
+    yield from table_markdown(Sheet(columns, rows))
     yield from ("", "</details>")
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    yield f"| {' | '.join(map(markdown, head))} |"
-    yield "|" + "---|" * len(head)
-    yield from (f"| {' | '.join(markdown(cell) for cell in row)} |" for row in rows)
 
 
 def _fenced(text: str) -> list[str]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from markupsafe import Markup
 
 from cp_debug.bisect.result import BisectResult, TestResult
-from cp_debug.reports.rows import COLUMNS, cells
-from cp_debug.reports.tables import layers_shown, verdict_line
+from cp_debug.reports.sheet_markup import table_notebook
+from cp_debug.reports.tables import short_layer_table, verdict_line
 
 
 def render_notebook(result: BisectResult) -> str:
@@ -18,11 +16,4 @@ def render_notebook(result: BisectResult) -> str:
 
 
 def _test(test: TestResult) -> Markup:
-    rows = Markup("").join(_row("td", cells(row)) for row in layers_shown(test))
-    table = Markup("<p>{}</p><table><thead>{}</thead><tbody>{}</tbody></table>")
-    return table.format(verdict_line(test).plain, _row("th", COLUMNS), rows)
-
-
-def _row(tag: str, texts: Iterable[str]) -> Markup:
-    cell = Markup(f"<{tag}>{{}}</{tag}>")
-    return Markup("<tr>{}</tr>").format(Markup("").join(cell.format(text) for text in texts))
+    return Markup("<p>{}</p>{}").format(verdict_line(test).plain, table_notebook(short_layer_table(test)))

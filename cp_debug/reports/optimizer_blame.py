@@ -1,4 +1,4 @@
-"""What the graph optimiser is responsible for, in a terminal."""
+"""What the graph optimizer is responsible for, in a terminal."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from cp_debug.reports.numbers import number
-from cp_debug.reports.safe_table import Table
+from cp_debug.reports.sheet import Column, Sheet
+from cp_debug.reports.sheet_terminal import Terminal
 
 if TYPE_CHECKING:
     from cp_debug.bisect.optimizer_blame import OptimizerBlame, Rewrite
 
 SHOWN = 4
-"""Rewritten places shown for each optimiser; the JSON has all."""
+"""Rewritten places shown for each optimizer; the JSON has all."""
 
 
 def render_optimizer_blame(blame: OptimizerBlame) -> Iterator[RenderableType]:
-    """One line of verdict; with responsible optimisers, a table of what each does."""
+    """One line of verdict; with responsible optimizers, a table of what each does."""
     runs = f"{blame.runs} runs"
     if blame.level is None:
-        yield Text(f"optimiser: its final outputs are those of the unoptimised program ({runs})", "green")
+        yield Text(f"optimizer: its final outputs are those of the unoptimized program ({runs})", "green")
         return
     size = number(blame.difference_with)
     if not blame.responsible:
         yield Text(
-            f"optimiser: final outputs differ by {size} (rel. L2), whatever is disabled of "
+            f"optimizer: final outputs differ by {size} (rel. L2), whatever is disabled of "
             f"{', '.join(blame.active)} ({runs})",
             "yellow",
         )
@@ -35,17 +36,18 @@ def render_optimizer_blame(blame: OptimizerBlame) -> Iterator[RenderableType]:
     names = ", ".join(culprit.optimizer for culprit in blame.responsible)
     left = number(blame.difference_without)
     yield Text.assemble(
-        (f"optimiser: {names}", "bold yellow"),
-        f": final outputs differ by {size} (rel. L2) from the unoptimised program's, by {left} when disabled; "
+        (f"optimizer: {names}", "bold yellow"),
+        f": final outputs differ by {size} (rel. L2) from the unoptimized program's, by {left} when disabled; "
         f"the difference begins at level {blame.level} ({runs})",
     )
-    table = Table("optimiser", "rel. L2 alone", "rewrites", box=None, header_style="bold", pad_edge=False)
+    rows = []
     for culprit in blame.responsible:
         places = [_place(rewrite) for rewrite in culprit.rewrites[:SHOWN]]
         if len(culprit.rewrites) > SHOWN:
             places.append(f"… and {len(culprit.rewrites) - SHOWN} more")
-        table.add_row(culprit.optimizer, number(culprit.difference), "\n".join(places))
-    yield table
+        rows.append((culprit.optimizer, culprit.difference, tuple(places)))
+    columns = (Column("optimizer", "name"), Column("rel. L2 alone", "number"), Column("rewrites"))
+    yield Terminal(Sheet(columns, rows))
     yield Text(f"fix: InferenceSession(…, disabled_optimizers={[c.optimizer for c in blame.responsible]})")
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from cp_debug.backends.base import RunRecord
-from cp_debug.bisect.result import TestResult
+from cp_debug.bisect.result import BisectResult, TestResult
 from cp_debug.files import write_text
 from cp_debug.reports.birdseye import View, birdseye
 from cp_debug.reports.causes import lines
@@ -20,6 +19,7 @@ from cp_debug.reports.evidence import Evidence, evidence
 from cp_debug.reports.growth import growth_chart
 from cp_debug.reports.numbers import number, share
 from cp_debug.reports.saved import SavedResult
+from cp_debug.reports.sheet_markup import breakable, table_html
 from cp_debug.reports.svg import Canvas
 from cp_debug.reports.tables import verdict_line, weight_lines
 from cp_debug.safe_text import page
@@ -53,6 +53,11 @@ def write_page(saved: SavedResult, target: Path) -> None:
     write_text(render_page(saved), target)
 
 
+def write_result(result: BisectResult, target: Path) -> None:
+    """Write the page of a result whose captures were not kept. Raises InputError when it cannot be written."""
+    write_page(SavedResult.of(result), target)
+
+
 def render_page(saved: SavedResult) -> str:
     """The whole page."""
     result = saved.result
@@ -82,7 +87,7 @@ def environment() -> Environment:
         lstrip_blocks=True,
         finalize=_seen,
     )
-    made.filters |= {"number": number, "share": share, "breakable": breakable, "said": lines}
+    made.filters |= {"number": number, "share": share, "breakable": breakable, "said": lines, "table": table_html}
     return made
 
 
@@ -125,8 +130,3 @@ def setting_rows(records: Sequence[RunRecord]) -> list[tuple[str, list[Any], boo
         rows.extend((name, [getattr(record, table).get(name) for record in records]) for name in names)
     marked = [(n, values, len({str(v) for v in values if v is not None}) > 1) for n, values in rows]
     return sorted(marked, key=lambda row: not row[2])
-
-
-def breakable(name: str) -> Markup:
-    """The name, which may go on in a new line behind a dot, a slash or an underscore."""
-    return Markup(re.sub(r"([./_])(?=.)", r"\1<wbr>", str(escape(name))))

@@ -1,4 +1,4 @@
-"""Small pictures of quantised data: one colour, its opacity is the value: for light and dark pages."""
+"""Small pictures of quantized data: one colour, its opacity is the value: for light and dark pages."""
 
 from __future__ import annotations
 

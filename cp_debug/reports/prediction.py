@@ -10,8 +10,9 @@ from rich.text import Text
 from cp_debug.mixed_precision.emit import arguments
 from cp_debug.prediction.result import Interval, PredictedLayer, Prediction
 from cp_debug.reports.numbers import number
-from cp_debug.reports.safe_table import Table
 from cp_debug.reports.search import TOOLS
+from cp_debug.reports.sheet import Column, Row, Sheet
+from cp_debug.reports.sheet_terminal import Terminal
 
 MOST = 20
 """Layers shown unless all are asked for."""
@@ -24,10 +25,10 @@ def render(result: Prediction, *, show_all: bool = False) -> Iterator[Renderable
         yield Text(f"  {name}: {says}{' (taken as the most likely)' if not i else ''}", "dim")
     layers = [layer for layer in result.layers if layer.introduced is not None]
     worst = sorted(layers, key=_severity, reverse=True)[:MOST]
-    yield layer_table([layer for layer in layers if show_all or layer.keep or layer in worst])
+    yield Terminal(layer_table([layer for layer in layers if show_all or layer.keep or layer in worst]))
     if not show_all and len(layers) > MOST:
         yield Text(f"{len(layers)} layers; those that introduce most are shown, --all shows the rest", "dim")
-    yield output_table(result)
+    yield Terminal(output_table(result))
     for kernel, change in result.detections.items():
         yield Text(f"detections, {kernel}: {change}")
     if result.weak:
@@ -46,34 +47,32 @@ def render(result: Prediction, *, show_all: bool = False) -> Iterator[Renderable
                 yield Text(line, no_wrap=True, overflow="ignore")
 
 
-def layer_table(layers: list[PredictedLayer]) -> Table:
+def layer_table(layers: list[PredictedLayer]) -> Sheet:
     """A row for each layer."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for header in ("layer", "operators", "introduces", "from … to", "error", "from … to", "largest", "keep in FP32"):
-        numeric = header not in ("layer", "operators", "keep in FP32")
-        table.add_column(header, justify="right" if numeric else "left", overflow="fold")
+    columns = (
+        Column("layer", "name"),
+        Column("operators", "mark", leave_out=5),
+        Column("introduces", "number"),
+        Column("from … to", "number", leave_out=3),
+        Column("error", "number"),
+        Column("from … to", "number", leave_out=2),
+        Column("largest", "number", leave_out=4),
+        Column("keep in FP32", leave_out=1),
+    )
+    rows = []
     for layer in layers:
         assert layer.introduced is not None
-        table.add_row(
-            layer.name,
-            "+".join(layer.ops[:4]) + ("…" if len(layer.ops) > 4 else ""),
-            *_cells(layer.introduced),
-            *_cells(layer.error),
-            number(layer.largest),
-            layer.keep or (layer.range and f"({layer.range} in FP16's range)"),
-            style="bold red" if layer.keep else None,
-        )
-    return table
+        operators = "+".join(layer.ops[:4]) + ("…" if len(layer.ops) > 4 else "")
+        figures = (*_cells(layer.introduced), *_cells(layer.error), layer.largest)
+        keep = layer.keep or (layer.range and f"({layer.range} in FP16's range)")
+        rows.append(Row((layer.name, operators, *figures, keep), "worst" if layer.keep else ""))
+    return Sheet(columns, rows)
 
 
-def output_table(result: Prediction) -> Table:
+def output_table(result: Prediction) -> Sheet:
     """A row for each output."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for header in ("output", "error", "from … to"):
-        table.add_column(header, justify="left" if header == "output" else "right", overflow="fold")
-    for output in result.outputs:
-        table.add_row(f"{output.component}/{output.name}", *_cells(output.error))
-    return table
+    columns = (Column("output", "name"), Column("error", "number"), Column("from … to", "number"))
+    return Sheet(columns, [(f"{each.component}/{each.name}", *_cells(each.error)) for each in result.outputs])
 
 
 def _cells(interval: Interval) -> tuple[str, str]:

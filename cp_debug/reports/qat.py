@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from rich import box
 from rich.console import RenderableType
 from rich.text import Text
 
 from cp_debug.quantization.qat import QatResult
-from cp_debug.reports.safe_table import Table
+from cp_debug.reports.sheet import Column, Row, Sheet
+from cp_debug.reports.sheet_terminal import Terminal
 
 ENDED = {
     "steps": "all steps done",
@@ -23,13 +23,13 @@ ENDED = {
 def render(result: QatResult, criterion: str, output: Path) -> Iterator[RenderableType]:
     """Every validation, the best one marked, and what was written."""
     best, value = result.best
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for header in ("step", "training loss", f"held-out {criterion}"):
-        table.add_column(header, justify="right")
-    for step, loss, validation in result.history:
-        shown = "–" if math.isnan(loss) else f"{loss:.4f}"
-        table.add_row(str(step), shown, f"{_shown(validation, criterion):.4f}", style="bold" if step == best else None)
-    yield table
+    columns = (
+        Column("step", "number", show=str),
+        Column("training loss", "number", show=lambda loss: "–" if math.isnan(loss) else f"{loss:.4f}"),
+        Column(f"held-out {criterion}", "number", show=lambda value: f"{_shown(value, criterion):.4f}"),
+    )
+    rows = [Row(values, "strong" if values[0] == best else "") for values in result.history]
+    yield Terminal(Sheet(columns, rows, ruled=True))
     start = _shown(result.history[0][2], criterion)
     yield Text(
         f"{ENDED[result.ended]}; held-out {criterion} {start:.4f} → {_shown(value, criterion):.4f} at step {best}"
@@ -38,5 +38,5 @@ def render(result: QatResult, criterion: str, output: Path) -> Iterator[Renderab
 
 
 def _shown(value: float, criterion: str) -> float:
-    """mAP is minimised as its negative."""
+    """mAP is minimized as its negative."""
     return -value if criterion == "map" else value

@@ -1,10 +1,9 @@
-"""A quantised model in a terminal."""
+"""A quantized model in a terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from rich import box
 from rich.console import RenderableType
 from rich.text import Text
 
@@ -12,7 +11,8 @@ from cp_debug.deploy.quantize_output import PtqResult
 from cp_debug.quantization.checkpoint import FILE
 from cp_debug.quantization.toggles import QuantizerRow
 from cp_debug.reports.numbers import number
-from cp_debug.reports.safe_table import Table
+from cp_debug.reports.sheet import Cell, Column, Sheet
+from cp_debug.reports.sheet_terminal import Terminal
 
 _OUTPUT = ".output_quantizer"
 _LOW = 10.0
@@ -20,27 +20,29 @@ _LOW = 10.0
 
 
 def quantizers(rows: Iterable[QuantizerRow]) -> Iterator[RenderableType]:
-    """A row for each quantiser; those of outputs, which are never on, are counted below."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("quantizer", no_wrap=True)
-    for header in ("bits", "axis", "amax"):
-        table.add_column(header, justify="right")
-    table.add_column("")
+    """A row for each quantizer; those of outputs, which are never on, are counted below."""
+    columns = (
+        Column("quantizer", "name"),
+        Column("bits", "number", leave_out=2, show=str),
+        Column("axis", "number", leave_out=3, show=str),
+        Column("amax", "number", leave_out=1),
+        Column(""),
+    )
+    shown = []
     on = off = outputs = 0
     for row in rows:
         if row.name.endswith(_OUTPUT) and not row.enabled:
             outputs += 1
             continue
         on, off = on + row.enabled, off + (not row.enabled)
-        axis = "–" if row.axis is None else str(row.axis)
-        state = Text("on", "green") if row.enabled else Text(row.why, "dim")
-        table.add_row(row.name, str(row.bits), axis, _amax(row), state)
-    yield table
-    yield Text(f"{on} quantizers on, {off} off; outputs ({outputs}) are quantised by what reads them", style="dim")
+        state = Cell("on", "good") if row.enabled else Cell(row.why, "quiet")
+        shown.append((row.name, row.bits, row.axis, _amax(row), state))
+    yield Terminal(Sheet(columns, shown, ruled=True))
+    yield Text(f"{on} quantizers on, {off} off; outputs ({outputs}) are quantized by what reads them", style="dim")
 
 
 def render(result: PtqResult) -> Iterator[RenderableType]:
-    """Quantisers, what they cost at the outputs, and what was written."""
+    """Quantizers, what they cost at the outputs, and what was written."""
     for name, component in result.components.items():
         yield Text(name, style="bold")
         if component.module is not None:
@@ -52,12 +54,8 @@ def render(result: PtqResult) -> Iterator[RenderableType]:
                 f"{len(component.scales.layers)} layers, {len(component.scales.residual_adds)} residual additions"
             )
         yield Text()
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("output", no_wrap=True)
-    table.add_column("SQNR, dB", justify="right")
-    for output, value in result.sqnr.items():
-        table.add_row(output, f"{value:.1f}")
-    yield table
+    columns = (Column("output", "name"), Column("SQNR", "number", unit="dB", show=lambda value: f"{value:.1f}"))
+    yield Terminal(Sheet(columns, list(result.sqnr.items()), ruled=True))
     yield Text(
         f"{result.method}, calibrated on {result.calibrated_on}; SQNR: INT8 against FP32 on {result.measured_on}"
     )

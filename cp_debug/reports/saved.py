@@ -21,7 +21,7 @@ from cp_debug.detection.detection_change import DetectionChange
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.capture import Capture
-from cp_debug.programs.scene import Scene
+from cp_debug.programs.scene import SavedScene
 from cp_debug.reading import read_json
 from cp_debug.serialize import decode
 
@@ -91,9 +91,9 @@ class SavedResult:
         folder = self.folder and self.folder / f"sample-{sample}" / spec
         return Capture.open(folder) if folder and folder.is_dir() else None
 
-    def scene(self, sample: int) -> Scene | None:
+    def scene(self, sample: int) -> SavedScene | None:
         """Points and detections of one sample; None when there are none."""
-        return Scene.open(self.folder / f"sample-{sample}") if self.folder else None
+        return SavedScene.open(self.folder / f"sample-{sample}") if self.folder else None
 
 
 def open_result(path: str | Path) -> BisectResult:
@@ -134,10 +134,6 @@ class Fields:
             return float(value)
         except ValueError:
             self.fail(key, f"{value!r}; expected a number")
-
-    def optional(self, key: str) -> float | None:
-        """A number, or None where the field is absent or null."""
-        return None if self.value.get(key) is None else self.number(key)
 
     def objects(self, key: str, default: Any = _REQUIRED) -> list[Fields]:
         """A list of objects."""

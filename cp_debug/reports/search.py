@@ -9,8 +9,8 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from cp_debug.mixed_precision.emit import arguments, deploy_fragment
-from cp_debug.reports.numbers import number
-from cp_debug.reports.safe_table import Table
+from cp_debug.reports.sheet import Column, Row, Sheet
+from cp_debug.reports.sheet_terminal import Terminal
 
 if TYPE_CHECKING:
     from cp_debug.mixed_precision.result import SearchResult
@@ -24,9 +24,9 @@ def render(result: SearchResult) -> Iterator[RenderableType]:
     backend = f"{result.backend} (emulated)" if result.emulated else result.backend
     yield Text.assemble((result.model, "bold"), f" · {result.reference} → {backend} · goal {result.goal}")
     if result.kept:
-        yield kept_table(result)
+        yield Terminal(kept_table(result))
     yield Text("fewer layers or a smaller error: no trial beats these in both", style="italic")
-    yield pareto_table(result)
+    yield Terminal(pareto_table(result))
     for note in result.notes:
         yield Text(f"note: {note}", style="yellow")
     style = "bold red" if not result.reached else ("green" if result.minimal or not result.kept else "yellow")
@@ -40,39 +40,42 @@ def render(result: SearchResult) -> Iterator[RenderableType]:
         yield from tool_arguments(result)
 
 
-def kept_table(result: SearchResult) -> Table:
+def kept_table(result: SearchResult) -> Sheet:
     """A row for each layer."""
     figure = next(iter(result.best.measured.figures), "rel_l2")
-    table = _table("layer", "ONNX nodes", "operators", "introduces", "effect alone", f"{figure} without it")
+    columns = [
+        Column("layer", "name"),
+        Column("ONNX nodes", "name", leave_out=2),
+        Column("operators", "mark", leave_out=3),
+        Column("introduces", "number"),
+        Column("effect alone", "number"),
+        Column(f"{figure} without it", "number", leave_out=1),
+    ]
     grouped = any(layer.fusion_group.engine_layer for layer in result.kept)
     if grouped:
-        table.add_column("engine layer", overflow="fold")
+        columns.append(Column("engine layer", leave_out=4))
+    rows = []
     for layer in result.kept:
         group = layer.fusion_group
-        cells = [
-            group.name,
-            "\n".join(group.nodes),
-            "\n".join(layer.ops),
-            number(layer.introduced),
-            number(layer.effect),
-            number(layer.without.get(figure)),
-        ]
-        table.add_row(*cells, *([group.engine_layer] if grouped else []))
-    return table
+        values = [group.name, tuple(group.nodes), tuple(layer.ops), layer.introduced, layer.effect]
+        rows.append([*values, layer.without.get(figure), *([group.engine_layer] if grouped else [])])
+    return Sheet(columns, rows)
 
 
-def pareto_table(result: SearchResult) -> Table:
+def pareto_table(result: SearchResult) -> Sheet:
     """The trials that no other beats in both, layers and error."""
     figures = list(result.baseline.measured.figures or result.best.measured.figures)
     timed = any(trial.latency is not None for trial in result.pareto)
-    table = _table("layers kept", *figures, *(["latency"] if timed else []), "")
+    columns = [Column("layers kept", "mark"), *(Column(name, "number") for name in figures)]
+    if timed:
+        columns.append(Column("latency", "number", show=lambda seconds: f"{seconds * 1e3:.2f} ms"))
+    rows = []
     for trial in result.pareto:
-        values = [number(trial.measured.figures[name]) for name in figures]
-        latency = ["–" if trial.latency is None else f"{trial.latency * 1e3:.2f} ms"] if timed else []
         chosen = trial.nodes == result.best.nodes
         mark = ("← smallest that was found" if result.reached else "← closest") if chosen else ""
-        table.add_row(f"{trial.layers} of {result.layers}", *values, *latency, mark, style="bold" if chosen else None)
-    return table
+        values = [f"{trial.layers} of {result.layers}", *(trial.measured.figures[name] for name in figures)]
+        rows.append(Row([*values, *([trial.latency] if timed else []), mark], "strong" if chosen else ""))
+    return Sheet([*columns, Column("")], rows)
 
 
 def tool_arguments(result: SearchResult) -> Iterator[RenderableType]:
@@ -84,11 +87,3 @@ def tool_arguments(result: SearchResult) -> Iterator[RenderableType]:
     if fragment := deploy_fragment(result.keep, result.precision):
         yield Text("configuration of cpdebug deploy:", style="bold")
         yield Text(fragment.rstrip(), no_wrap=True, overflow="ignore")
-
-
-def _table(*headers: str) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for header in headers:
-        numeric = header.startswith(("introduces", "effect", "rel_l2", "max_abs", "boxes", "map", "latency"))
-        table.add_column(header, justify="right" if numeric else "left", overflow="fold")
-    return table

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from rich import box
 from rich.console import RenderableType
 from rich.text import Text
 
 from cp_debug.detection.bootstrap import Interval
 from cp_debug.files import write_text
-from cp_debug.mixed_precision.int8_sensitivity import METRIC, Int8Effect, SensitivityProfile
+from cp_debug.mixed_precision.sensitivity import METRIC, Int8Effect, SensitivityProfile
 from cp_debug.reports.numbers import number
 from cp_debug.reports.page import environment, page_parts
-from cp_debug.reports.safe_table import Table
+from cp_debug.reports.sheet import Cell, Column, Sheet
+from cp_debug.reports.sheet_terminal import Terminal
 from cp_debug.reports.svg import Canvas, Scale, decades, standalone
 from cp_debug.safe_text import page as page_text
 from cp_debug.version import __version__
 
 SHOWN = 20
 """Layers that a terminal shows unless all are asked for."""
+ORDER = "Most sensitive first: mAP that it surely costs alone, then error; “without” is all in INT8 but this layer"
 WIDTH, ROW, TOP, BOTTOM, NAMES, GAP = 1040, 17, 12, 46, 330, 34
 """Of the chart, in its own units: a row a layer, the names to the left."""
 
@@ -29,29 +31,40 @@ def render(profile: SensitivityProfile, *, show_all: bool = False) -> Iterator[R
     """The parts of a profile, in the order in which they are read."""
     yield Text.assemble((profile.model, "bold"), f" · {profile.data} · {profile.samples} samples")
     shown = profile.layers if show_all else profile.layers[:SHOWN]
-    yield layer_table(profile, len(shown))
+    yield Terminal(layer_table(profile, len(shown)))
     if rest := len(profile.layers) - len(shown):
         yield Text(f"{rest} less sensitive layers are not shown; --all shows them", style="dim")
     yield Text(whole_line(profile))
     yield from choice_lines(profile)
 
 
-def layer_table(profile: SensitivityProfile, count: int) -> Table:
-    """A row for each of the first ``count`` layers."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left", title_style="italic")
-    table.title = "error: relative L2 of the outputs against FP32; introduced: of the layer's own result"
-    table.add_column("layer", overflow="fold")
-    headers = ["introduced", "error alone", "dB"]
-    headers += [f"Δ {name} alone" for name in profile.scores] + ["error without"]
-    headers += [f"Δ {name} without" for name in profile.scores]
-    for header in headers:
-        table.add_column(header, justify="right", no_wrap=True)
-    for row in profile.layers[:count]:
-        alone = [_change(row.alone.scores[name]) for name in profile.scores]
-        without = [_change(row.left_out.scores[name]) for name in profile.scores]
-        figures = [number(row.introduced), number(row.alone.error), f"{row.alone.sqnr:.1f}"]
-        table.add_row(row.layer, *figures, *alone, number(row.left_out.error), *without)
-    return table
+def layer_table(profile: SensitivityProfile, count: int, *, sizes: bool = False) -> Sheet:
+    """A row for each of the first ``count`` layers; ``sizes``: with their kind and number of weights."""
+    columns = [
+        Column("layer", "name"),
+        *([Column("kind", "mark"), Column("weights", "number", show=str)] if sizes else []),
+        Column("introduced", "number", leave_out=2),
+        Column("error alone", "number"),
+        Column("dB", "number", leave_out=4, show=lambda value: f"{value:.1f}"),
+        *(Column(f"Δ {name} alone", "number", leave_out=1) for name in profile.scores),
+        Column("error without", "number", leave_out=3),
+        *(Column(f"Δ {name} without", "number", leave_out=5) for name in profile.scores),
+    ]
+    rows = [
+        (
+            row.layer,
+            *((row.kind, row.weights) if sizes else ()),
+            row.introduced,
+            row.alone.error,
+            row.alone.sqnr,
+            *(_change(row.alone.scores[name]) for name in profile.scores),
+            row.left_out.error,
+            *(_change(row.left_out.scores[name]) for name in profile.scores),
+        )
+        for row in profile.layers[:count]
+    ]
+    title = "error: relative L2 of the outputs against FP32; introduced: of the layer's own result"
+    return Sheet(columns, rows, title, ruled=True)
 
 
 def whole_line(profile: SensitivityProfile) -> str:
@@ -75,9 +88,9 @@ def choice_lines(profile: SensitivityProfile) -> Iterator[Text]:
         yield Text("  " + " ".join(f"--skip-layers {name}" for name in choice.skipped))
 
 
-def _change(change: Interval) -> Text:
+def _change(change: Interval) -> Cell:
     sure = change.low > 0 or change.high < 0
-    return Text(f"{change.value:+.4f}", style="" if not sure else "red" if change.value < 0 else "green")
+    return Cell(f"{change.value:+.4f}", "" if not sure else "bad" if change.value < 0 else "good")
 
 
 def chart(profile: SensitivityProfile) -> Canvas:
@@ -131,6 +144,7 @@ def write_page(profile: SensitivityProfile, command: str, target: Path) -> None:
         page.render(
             profile=profile,
             chart=chart(profile),
+            layers=replace(layer_table(profile, len(profile.layers), sizes=True), title=ORDER),
             whole=whole_line(profile),
             choice=[line.plain for line in choice_lines(profile)],
             command=command,

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import singledispatch
 from pathlib import Path
+from typing import Any
 
-from rich import box
 from rich.console import RenderableType
 from rich.text import Text
 
@@ -16,8 +16,9 @@ from cp_debug.files import write_text
 from cp_debug.reports.files import csv_text
 from cp_debug.reports.numbers import number
 from cp_debug.reports.page import environment, page_parts
-from cp_debug.reports.safe_table import Table
 from cp_debug.reports.sensitivity import whole_line
+from cp_debug.reports.sheet import Column, Sheet
+from cp_debug.reports.sheet_terminal import Terminal
 from cp_debug.sweep.bisecting import BisectGroup, LayerSpread
 from cp_debug.sweep.evaluating import EvalGroup
 from cp_debug.sweep.result import Group, SweepResult
@@ -29,17 +30,6 @@ from cp_debug.version import __version__
 MOST_LAYERS = 12
 """Layers that a terminal shows; the page has all."""
 MOST_FAILURES = 10
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """A table: headers, of which those that begin with ``>`` are of numbers, and rows of text."""
-
-    title: str
-    headers: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    most: int = 0
-    """Rows that a terminal shows; 0: all."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +67,8 @@ def _(group: BisectGroup) -> Section:
         (
             row.name,
             f"{row.guilty}/{row.samples}",
-            *(number(value) for value in _percentiles(row.figures["excess"])),
-            *(number(_percentiles(row.figures[name])[0]) for name in ("introduced", "rel_l2")),
+            *_percentiles(row.figures["excess"]),
+            *(_percentiles(row.figures[name])[0] for name in ("introduced", "rel_l2")),
             group.samples[row.figures["excess"].sample] if row.figures["excess"] else "",
         )
         for row in ranked
@@ -89,7 +79,7 @@ def _(group: BisectGroup) -> Section:
     if group.detections:
         notes.insert(0, f"detections: {group.detections}")
     sheets = [
-        Sheet("Layers over the samples; introduced and rel. L2 are medians", headers, rows, MOST_LAYERS),
+        _sheet("Layers over the samples; introduced and rel. L2 are medians", headers, rows, MOST_LAYERS),
         *_outliers(group.outliers, "final rel. L2"),
     ]
     return Section(title, group.passed, sentence, sheets, notes)
@@ -117,7 +107,7 @@ def _(group: EvalGroup) -> Section:
     title = f"Metrics, {CONFIDENCE:.0%} intervals from {result.options.draws} draws of the samples"
     notes = [f"{spec}: {change}" for spec, change in group.changes.items()] + list(result.notes)
     outliers = [g for spec, found in group.outliers.items() for g in _outliers(found, f"{spec}: boxes lost or gained")]
-    return Section(group.label, group.passed, sentence, [Sheet(title, headers, rows), *outliers], notes)
+    return Section(group.label, group.passed, sentence, [_sheet(title, headers, rows), *outliers], notes)
 
 
 @section.register
@@ -126,8 +116,8 @@ def _(group: SensitivityGroup) -> Section:
     rows = [
         (
             row.layer,
-            *(number(value) for value in _percentiles(row.alone)),
-            *(number(_percentiles(spread)[0]) for spread in (row.introduced, row.left_out)),
+            *_percentiles(row.alone),
+            *(_percentiles(spread)[0] for spread in (row.introduced, row.left_out)),
             group.samples[row.alone.sample] if row.alone else "",
         )
         for row in group.layers
@@ -139,7 +129,7 @@ def _(group: SensitivityGroup) -> Section:
     if group.int8:
         sentence += f", at most {number(worst)} on {group.samples[group.int8.sample]}"
     title = "Layers over the samples, relative L2 of the outputs; introduced: of the layer's own result (median)"
-    sheets = [Sheet(title, headers, rows, MOST_LAYERS), *_outliers(group.outliers, "error in INT8")]
+    sheets = [_sheet(title, headers, rows, MOST_LAYERS), *_outliers(group.outliers, "error in INT8")]
     return Section(group.label, group.passed, sentence, sheets)
 
 
@@ -151,13 +141,15 @@ def _(group: ProfileGroup) -> Section:
     rows = [
         (
             row.layer,
-            *(number(value) for value in (row.introduced, row.alone.error, row.left_out.error)),
+            row.introduced,
+            row.alone.error,
+            row.left_out.error,
             *(_change(effect.scores[name]) for effect in (row.alone, row.left_out) for name in profile.scores),
         )
         for row in profile.layers
     ]
     title = f"Layers on {profile.samples} samples together, relative L2 of the outputs"
-    return Section(group.label, group.passed, whole_line(profile), [Sheet(title, headers, rows, MOST_LAYERS)])
+    return Section(group.label, group.passed, whole_line(profile), [_sheet(title, headers, rows, MOST_LAYERS)])
 
 
 @section.register
@@ -173,16 +165,16 @@ def _(group: SearchGroup) -> Section:
         (
             row.layer,
             f"{row.needed}/{samples}",
-            *(number(value) for value in _percentiles(row.effect)[::2]),
+            *_percentiles(row.effect)[::2],
             group.samples[row.effect.sample] if row.effect else "",
         )
         for row in group.layers
     ]
-    sheets = [Sheet("Layers that keep their precision", headers, rows, MOST_LAYERS)] if rows else []
+    sheets = [_sheet("Layers that keep their precision", headers, rows, MOST_LAYERS)] if rows else []
     missed = [each for each in zip(group.samples, map(str, group.kept), group.reached, strict=True) if not each[-1]]
     if missed:
         cells = [each[:-1] for each in missed]
-        sheets.append(Sheet("Goal not reached", ("sample", ">layers kept"), cells, MOST_LAYERS))
+        sheets.append(_sheet("Goal not reached", ("sample", ">layers kept"), cells, MOST_LAYERS))
     return Section(title, group.passed, sentence, sheets)
 
 
@@ -194,9 +186,9 @@ def render(result: SweepResult) -> Iterator[RenderableType]:
         yield Text()
         yield Text(part.title, style="bold")
         for sheet in part.sheets:
-            yield _table(sheet)
-            if 0 < sheet.most < len(sheet.rows):
-                yield Text(f"{sheet.most} of {len(sheet.rows)} rows; --html, --json and --csv have all", style="dim")
+            yield Text()
+            yield Terminal(sheet)
+            yield Text()
         for note in part.notes:
             yield Text(f"note: {note}", style="yellow")
         mark, style = ("✓", "green") if part.passed else ("✗", "bold red")
@@ -241,14 +233,14 @@ def write_csv(result: SweepResult, target: Path) -> None:
 
 def _failures(result: SweepResult) -> Sheet:
     rows = [(each.label, ", ".join(each.backends), each.sample, each.error) for each in result.failures]
-    return Sheet("Failed tasks", ("model", "backends", "sample", "why"), rows, 0)
+    return _sheet("Failed tasks", ("model", "backends", "sample", "why"), rows, 0)
 
 
 def _outliers(found: Sequence[Outlier], figure: str) -> list[Sheet]:
     if not found:
         return []
-    rows = [(each.sample, number(each.value), number(each.score), _names(each.layers)) for each in found]
-    return [Sheet("Samples that stand out", ("sample", f">{figure}", ">robust z", "in layers"), rows, MOST_LAYERS)]
+    rows = [(each.sample, each.value, each.score, _names(each.layers)) for each in found]
+    return [_sheet("Samples that stand out", ("sample", f">{figure}", ">robust z", "in layers"), rows, MOST_LAYERS)]
 
 
 def _names(layers: Sequence[str]) -> str:
@@ -268,12 +260,15 @@ def _change(figure: Interval) -> str:
     return f"{figure.value:+.4f} [{figure.low:+.4f}, {figure.high:+.4f}]"
 
 
-def _table(sheet: Sheet) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=sheet.title, title_justify="left", title_style="italic", pad_edge=False)
-    for header in sheet.headers:
-        justify = "right" if header.startswith(">") else "left"
-        # The last column takes what is left of the width.
-        table.add_column(header.removeprefix(">"), justify=justify, no_wrap=header != sheet.headers[-1])  # type: ignore[arg-type]
-    for row in sheet.rows[: sheet.most or None]:
-        table.add_row(*row)
-    return table
+def _columns(headers: Sequence[str]) -> list[Column]:
+    """The first is a name, those that begin with ``>`` are numbers, which are left out from the right."""
+    return [
+        Column(header[1:], "number", leave_out=place if place > 2 else 0)
+        if header.startswith(">")
+        else Column(header, "text" if place else "name", leave_out=place)
+        for place, header in enumerate(headers)
+    ]
+
+
+def _sheet(title: str, headers: Sequence[str], rows: Sequence[Sequence[Any]], most: int = 0) -> Sheet:
+    return Sheet(_columns(headers), rows, title, most, ruled=True, details="--html, --json and --csv have all")

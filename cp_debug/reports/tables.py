@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.console import RenderableType
@@ -25,16 +25,17 @@ from cp_debug.reports.causes import findings
 from cp_debug.reports.engines import engine_lines, kernel
 from cp_debug.reports.numbers import number, share, share_in_words
 from cp_debug.reports.optimizer_blame import render_optimizer_blame
-from cp_debug.reports.safe_table import Table
+from cp_debug.reports.sheet import Cell, Column, Row, Sheet, Tone
+from cp_debug.reports.sheet_terminal import Terminal
 
-STYLES = {OK: "green", INHERITED: "yellow", DIVERGENT: "red", GUILTY: "bold red", SHAPE: "bold red"}
+TONES: dict[str, Tone] = {OK: "good", INHERITED: "note", DIVERGENT: "bad", GUILTY: "worst", SHAPE: "worst"}
 SETTINGS = {
     "backends.cudnn.conv.fp32_precision": "cudnn conv",
     "backends.cuda.matmul.fp32_precision": "cuda matmul",
     "backends.cudnn.benchmark": "cudnn benchmark",
     "deterministic_algorithms": "deterministic",
     "threads": "threads",
-    "graph_optimization_level": "optimisation",
+    "graph_optimization_level": "optimization",
     "use_deterministic_compute": "deterministic",
     "intra_op_num_threads": "threads",
     "use_tf32": "tf32",
@@ -55,7 +56,7 @@ MOST_NAMES = 5
 def render(result: BisectResult, *, layers: bool = True, show_all: bool = False) -> Iterator[RenderableType]:
     """The parts of a result, in the order in which they are read."""
     yield Text.assemble((result.model, "bold"), f" · {_samples(result.samples)}")
-    yield backends_table([result.reference, *(t.backend for t in result.tests)])
+    yield Terminal(backends_table([result.reference, *(t.backend for t in result.tests)]))
     yield from _coverage(result.coverage)
     for line in weight_lines(result):
         yield Text(line)
@@ -64,10 +65,10 @@ def render(result: BisectResult, *, layers: bool = True, show_all: bool = False)
         title = Text.assemble((result.reference.spec, "bold"), " → ", (test.backend.spec, "bold"))
         yield title.append(" (emulated)" if test.backend.emulated else "")
         yield from engine_lines(test.backend)
-        yield stage_table(test)
+        yield Terminal(stage_table(test))
         if layers:
             yield Text()
-            yield layer_table(test, show_all=show_all)
+            yield Terminal(layer_table(test, show_all=show_all))
             if not show_all:
                 yield Text(_selection(test), style="dim")
         yield from findings(test)
@@ -84,65 +85,107 @@ def weight_lines(result: BisectResult) -> list[str]:
     return [f"weights of {component}: {found.get('says', '')}" for component, found in result.weights.items()]
 
 
-def backends_table(records: Sequence[RunRecord]) -> Table:
+def backends_table(records: Sequence[RunRecord]) -> Sheet:
     """Spec, precision, device, versions and the settings that can change numbers."""
-    table = _table("", "backend", "precision", "device", "settings")
+    rows = []
     for index, record in enumerate(records):
         versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
         chosen = {short: record.settings.get(name) for name, short in SETTINGS.items()}
         settings = ", ".join(f"{short} {_setting(v)}" for short, v in chosen.items() if v is not None)
         precision = record.precision + (", emulated" if record.emulated else "")
         role = "test" if index else "reference"
-        table.add_row(role, record.spec, precision, record.device, Text(f"{versions}; {settings}", style="dim"))
-    return table
+        rows.append((role, record.spec, precision, record.device, Cell(f"{versions}; {settings}", "quiet")))
+    columns = (
+        Column("", "mark"),
+        Column("backend", "name"),
+        Column("precision", "mark", leave_out=1),
+        Column("device", "mark", leave_out=2),
+        Column("settings"),
+    )
+    return Sheet(columns, rows)
 
 
-def stage_table(test: TestResult) -> Table:
+def stage_table(test: TestResult) -> Sheet:
     """Coarse view: each stage at its last tensor, as engineers report it, and whether it holds a guilty layer."""
-    table = _table("stage", ">shape", ">max |Δ|", ">mean |Δ|", ">rel. L2", "verdict")
-    for name, stage in _few_stages(test):
-        row = stage.layer
-        table.add_row(
+    rows = [
+        (
             name,
-            _shape(row),
-            number(row.stats.max_abs),
-            number(row.stats.mean_abs),
-            number(row.stats.rel_l2),
-            Text(stage.verdict, STYLES[stage.verdict]),
+            _shape(stage.layer),
+            stage.layer.stats.max_abs,
+            stage.layer.stats.mean_abs,
+            stage.layer.stats.rel_l2,
+            Cell(stage.verdict, TONES[stage.verdict]),
         )
-    return table
+        for name, stage in _few_stages(test)
+    ]
+    columns = (
+        Column("stage", "name"),
+        Column("shape", "number", leave_out=3),
+        Column("max |Δ|", "number", leave_out=1),
+        Column("mean |Δ|", "number", leave_out=2),
+        Column("rel. L2", "number"),
+        Column("verdict", "mark"),
+    )
+    return Sheet(columns, rows)
 
 
-def layer_table(test: TestResult, *, show_all: bool = False) -> Table:
+_LAYER_COLUMNS: dict[str, tuple[Column, Callable[[LayerRow], Any]]] = {
+    "#": (Column("#", "number", leave_out=4, show=str), lambda row: row.index),
+    "layer": (Column("layer", "name"), lambda row: row.name),
+    "op": (Column("op", "mark", leave_out=5), lambda row: row.op),
+    "shape": (Column("shape", "number", leave_out=7), lambda row: _shape(row)),
+    "max |Δ|": (Column("max |Δ|", "number", leave_out=6), lambda row: row.stats.max_abs),
+    "rel. L2": (Column("rel. L2", "number", leave_out=2), lambda row: row.stats.rel_l2),
+    "introduced": (Column("introduced", "number"), lambda row: _replayed(row, "introduced")),
+    "expected": (Column("expected", "number", leave_out=3), lambda row: _replayed(row, "expected")),
+    "excess": (Column("excess", "number"), lambda row: _replayed(row, "excess")),
+    "step": (Column("step", "number", leave_out=8), lambda row: _scale(row)[0]),
+    "clipped": (Column("clipped", "number", leave_out=9), lambda row: _scale(row)[1]),
+    "kernel": (Column("kernel", "text", leave_out=10), lambda row: kernel(row.tactic)),
+    "verdict": (Column("verdict", "mark"), lambda row: _verdict(row)),
+}
+"""What is known of a layer, in the order in which it is shown."""
+_SHORT = ("#", "layer", "op", "max |Δ|", "rel. L2", "introduced", "expected", "excess")
+"""What is shown where figures are few: in an issue tracker and in a notebook."""
+
+
+def layer_table(test: TestResult, *, show_all: bool = False) -> Sheet:
     """The layers in execution order: all of them, or those around the first divergent one and every guilty one."""
-    replayed = test.oracle is not None
-    extra: tuple[str, ...] = (">introduced", ">expected", ">excess") if replayed else ()
-    quantized = any(row.replay and row.replay.step is not None for row in test.rows)
-    extra += (">step", ">clipped") if quantized else ()
-    extra += ("kernel",) if any(row.tactic for row in test.rows) else ()
-    table = _table(">#", "layer", "op", ">shape", ">max |Δ|", ">rel. L2", *extra, "verdict")
-    rows = test.rows if show_all else layers_shown(test)
+    without = set() if test.oracle is not None else {"introduced", "expected", "excess"}
+    if not any(row.replay and row.replay.step is not None for row in test.rows):
+        without |= {"step", "clipped"}
+    if not any(row.tactic for row in test.rows):
+        without.add("kernel")
     place = {row.index: position for position, row in enumerate(test.rows)}
-    previous: LayerRow | None = None
-    for row in rows:
-        if previous is not None and place[row.index] - place[previous.index] > 1 and test.first_divergent:
-            table.add_row("⋮", style="dim")
-        replay = row.replay
-        figures = [number(getattr(replay, k)) if replay else "" for k in ("introduced", "expected", "excess")]
-        table.add_row(
-            str(row.index),
-            row.name,
-            row.op,
-            _shape(row),
-            number(row.stats.max_abs),
-            number(row.stats.rel_l2),
-            *(figures if replayed else ()),
-            *(_scale(row) if quantized else ()),
-            *((kernel(row.tactic),) if "kernel" in extra else ()),
-            _verdict(row),
-        )
-        previous = row
-    return table
+    shown = test.rows if show_all else layers_shown(test)
+    columns, cells = _layers(shown, [name for name in _LAYER_COLUMNS if name not in without])
+    rows: list[Row] = []
+    previous: int | None = None
+    for row, values in zip(shown, cells, strict=True):
+        if previous is not None and place[row.index] - previous > 1 and test.first_divergent:
+            rows.append(Row(gap=True))
+        rows.append(Row(values))
+        previous = place[row.index]
+    return Sheet(columns, rows)
+
+
+def short_layer_table(test: TestResult) -> Sheet:
+    """The layers that a terminal shows, in fewer columns."""
+    shown = layers_shown(test)
+    columns, cells = _layers(shown, _SHORT)
+    rows = [[*values, row.verdict] for row, values in zip(shown, cells, strict=True)]
+    return Sheet([*columns, Column("verdict", "mark")], rows)
+
+
+def _layers(rows: Sequence[LayerRow], names: Sequence[str]) -> tuple[list[Column], list[list[Any]]]:
+    """Columns by name, and their values for each layer."""
+    chosen = [_LAYER_COLUMNS[name] for name in names]
+    return [column for column, _ in chosen], [[value(row) for _, value in chosen] for row in rows]
+
+
+def _replayed(row: LayerRow, figure: str) -> Any:
+    """A figure of the replay; empty for a layer that was not replayed."""
+    return getattr(row.replay, figure) if row.replay else ""
 
 
 def verdict_line(test: TestResult) -> Text:
@@ -210,9 +253,9 @@ def _scale(row: LayerRow) -> tuple[str, str]:
     return number(row.replay.step), f"{100 * (row.replay.clipped or 0.0):.2g}%"
 
 
-def _verdict(row: LayerRow) -> Text:
+def _verdict(row: LayerRow) -> Cell:
     of_end = f" {share(row.share)}" if row.share is not None else ""
-    return Text(row.verdict + of_end, STYLES[row.verdict])
+    return Cell(row.verdict + of_end, TONES[row.verdict])
 
 
 def layers_shown(test: TestResult) -> list[LayerRow]:
@@ -271,13 +314,3 @@ def _setting(value: Any) -> str:
 
 def _shape(row: LayerRow) -> str:
     return "×".join(map(str, row.stats.shape)) or "scalar"
-
-
-def _table(*columns: str) -> Table:
-    """A plain table; a leading ``>`` aligns a column to the right."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in columns:
-        name = column.removeprefix(">")
-        free = name in ("layer", "settings", "stage")
-        table.add_column(name, justify="right" if column != name else "left", no_wrap=not free, overflow="fold")
-    return table

@@ -5,7 +5,6 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 
-from rich import box
 from rich.console import RenderableType
 from rich.text import Text
 
@@ -13,8 +12,8 @@ from cp_debug.deploy.reasons import culprits, reasons
 from cp_debug.deploy.verify import ScenarioResult, VerifyResult
 from cp_debug.reports.causes import findings
 from cp_debug.reports.gates import document, fail
-from cp_debug.reports.numbers import number
-from cp_debug.reports.safe_table import Table
+from cp_debug.reports.sheet import Column, Row, Sheet
+from cp_debug.reports.sheet_terminal import Terminal
 from cp_debug.reports.tables import verdict_line
 
 
@@ -24,7 +23,7 @@ def render(result: VerifyResult) -> Iterator[RenderableType]:
     for scenario in result.scenarios:
         yield Text()
         yield Text(scenario.name, style="bold")
-        yield tensor_table(scenario)
+        yield Terminal(tensor_table(scenario))
         for source, change in scenario.preprocessing.items():
             if not change.agrees or source == result.samples[0]:
                 yield Text(f"voxels of {source}: {change}", style="dim" if change.agrees else "bold red")
@@ -36,16 +35,21 @@ def render(result: VerifyResult) -> Iterator[RenderableType]:
         yield verdict(scenario)
 
 
-def tensor_table(scenario: ScenarioResult) -> Table:
+def tensor_table(scenario: ScenarioResult) -> Sheet:
     """A row for each output, of the sample on which it is worst."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for index, header in enumerate(("tensor", "max |Δ|", "rel. L2", "FP32 noise", "limit", "of the limit")):
-        table.add_column(header, justify="right" if index else "left", no_wrap=True)
+    columns = (
+        Column("tensor", "name"),
+        Column("max |Δ|", "number", leave_out=2),
+        Column("rel. L2", "number"),
+        Column("FP32 noise", "number", leave_out=1),
+        Column("limit", "number"),
+        Column("of the limit", "number", show=lambda used: f"{used:.0%}"),
+    )
+    rows = []
     for check in scenario.checks:
-        used = check.stats.rel_l2 / check.limit
-        numbers = (number(v) for v in (check.stats.max_abs, check.stats.rel_l2, check.floor, check.limit))
-        table.add_row(f"{check.component}/{check.name}", *numbers, f"{used:.0%}", style="red" if check.why else None)
-    return table
+        values = (check.stats.max_abs, check.stats.rel_l2, check.floor, check.limit, check.stats.rel_l2 / check.limit)
+        rows.append(Row((f"{check.component}/{check.name}", *values), "bad" if check.why else ""))
+    return Sheet(columns, rows, ruled=True)
 
 
 def verdict(scenario: ScenarioResult) -> Text:

@@ -1,4 +1,4 @@
-"""``sweep bisect``: one task bisects one test backend on one sample; merged, each layer's figures over the samples."""
+"""``sweep bisect``: one task bisects one test backend on one sample; merged, figures of each layer over the samples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cp_debug.sweep.spread import Outlier, Spread, columns, numeric, outliers
 from cp_debug.sweep.tasks import Parameters, Task
 
 FIGURES = ("rel_l2", "introduced", "excess")
-"""Of a layer, whose spread is reported."""
+"""Figures of a layer whose spread over the samples is reported."""
 _KEPT = {
     "index": int,
     "component": str,
@@ -40,13 +40,13 @@ _KEPT = {
     "verdict": str,
     "why": str,
 }
-"""What is kept of a layer's row."""
+"""Entries of a layer's row that are kept."""
 COLUMNS = {"label": str, "reference": str, "backend": str, "sample": str, **_KEPT}
-"""Of the flat table: a row for each sample and layer."""
+"""Columns of the flat table: a row for each sample and layer."""
 
 
 def tasks(grid: Grid) -> Iterator[Task]:
-    """Each model × each test backend × each sample. Raises InputError."""
+    """Tasks for each model × each test backend × each sample. Raises InputError for unusable files."""
     reference, *tests = grid.backends
     if reference.variant.startswith("int8"):
         raise InputError(f"--backends: the reference of a sweep cannot be in INT8, as {reference} is; make it a test")
@@ -54,7 +54,7 @@ def tasks(grid: Grid) -> Iterator[Task]:
 
 
 def task(params: Parameters) -> dict[str, Any]:
-    """Bisect one test backend on one sample; JSON-safe."""
+    """Bisect one test backend on one sample; the result is JSON-safe."""
     backends = make_backends(params["backends"])
     model = load(params)
     options = Options(
@@ -109,7 +109,7 @@ class LayerSpread:
     onnx: str
     op: str
     guilty: int
-    """On how many samples."""
+    """Number of samples on which it is guilty."""
     samples: int
     figures: dict[str, Spread | None]
 
@@ -130,7 +130,7 @@ class BisectGroup:
     layers: list[LayerSpread]
     outliers: list[Outlier]
     causes: dict[str, int]
-    """Cause → on how many samples it was found."""
+    """Cause → number of samples on which it was found."""
     detections: DetectionChange | None
     notes: dict[str, int]
 
@@ -145,24 +145,24 @@ class BisectGroup:
         return sorted((row for row in self.layers if row.guilty), key=lambda row: (-row.guilty, row.index))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe; samples are named."""
+        """The group as JSON-safe containers; samples are named."""
         return json_safe({**asdict(self), "passed": self.passed, "guilty": [row.name for row in self.guilty]})
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each layer."""
-        found = []
+        flat_rows = []
         for row in self.layers:
             flat: dict[str, Any] = {"model": self.label, "reference": self.reference, "backend": self.backend}
             flat |= {k: getattr(row, k) for k in ("index", "component", "name", "op", "guilty", "samples")}
             for name, spread in row.figures.items():
                 flat |= columns(name, spread, self.samples)
-            found.append(flat)
-        return found
+            flat_rows.append(flat)
+        return flat_rows
 
 
 @dataclass
 class _Tally:
-    """A layer so far: figures by sample."""
+    """Figures of a layer so far, by sample."""
 
     row: Mapping[str, Any]
     guilty: int = 0
@@ -171,7 +171,10 @@ class _Tally:
 
 @dataclass
 class _Group:
-    """A group so far. Places are positions in the grid, so that the order of arrival does not matter."""
+    """A group so far.
+
+    Places are positions in the grid, so that the order of arrival does not matter.
+    """
 
     label: str
     result: Mapping[str, Any]
@@ -184,6 +187,7 @@ class _Group:
     agreeing: int = 0
 
     def add(self, place: int, result: Mapping[str, Any]) -> None:
+        """Add the result of the task at ``place``."""
         self.sources[place], self.final[place] = result["sample"], numeric(result["final"])
         self.agreeing += result["agrees"]
         self.causes.update(result["causes"])
@@ -198,13 +202,17 @@ class _Group:
                 values[place] = numeric(row[name])
 
     def finish(self) -> BisectGroup:
+        """The group over all samples that were added."""
         places = sorted(self.sources)
         tallies = sorted(self.layers.values(), key=lambda tally: (tally.row["index"], tally.row["onnx"]))
         figures = [{n: [v.get(p, math.nan) for p in places] for n, v in tally.figures.items()} for tally in tallies]
         final = [self.final[place] for place in places]
         change = [self.detections[place] for place in sorted(self.detections)]
         names = [self.sources[place] for place in places]
-        introduced = {tally.row["name"]: found["introduced"] for tally, found in zip(tallies, figures, strict=True)}
+        introduced = {
+            tally.row["name"]: layer_figures["introduced"]
+            for tally, layer_figures in zip(tallies, figures, strict=True)
+        }
         return BisectGroup(
             label=self.label,
             reference=self.result["reference"],
@@ -218,9 +226,9 @@ class _Group:
                     **{name: tally.row[name] for name in ("index", "component", "name", "onnx", "op")},
                     guilty=tally.guilty,
                     samples=len(tally.figures["rel_l2"]),
-                    figures={name: Spread.of(values) for name, values in found.items()},
+                    figures={name: Spread.of(values) for name, values in layer_figures.items()},
                 )
-                for tally, found in zip(tallies, figures, strict=True)
+                for tally, layer_figures in zip(tallies, figures, strict=True)
             ],
             outliers=outliers(names, final, introduced),
             causes=dict(sorted(self.causes.items(), key=lambda item: (-item[1], item[0]))),
@@ -230,7 +238,7 @@ class _Group:
 
 
 def merge(records: Iterable[Record]) -> list[BisectGroup]:
-    """One group a model and test backend, in the order of the grid."""
+    """One group for each model and test backend, in the order of the grid."""
     groups: dict[tuple[str, ...], _Group] = {}
     first: dict[tuple[str, ...], int] = {}
     for record in records:

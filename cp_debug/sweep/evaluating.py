@@ -1,4 +1,4 @@
-"""``sweep eval``: one task is what one backend detects in one sample; merged, scored as ``cpdebug eval`` scores."""
+"""``sweep eval``: one task runs one backend on one sample; merged, scored as ``cpdebug eval`` scores."""
 
 from __future__ import annotations
 
@@ -26,27 +26,30 @@ from cp_debug.sweep.tasks import Parameters, Task
 
 _BOX = ("x", "y", "z", "length", "width", "height", "yaw", "vx", "vy")
 COLUMNS = {"label": str, "backend": str, "sample": str, "class": str, "score": float, **dict.fromkeys(_BOX, float)}
-"""Of the flat table: a row for each detection; z of the bottom centre."""
+"""Columns of the flat table: a row for each detection; z of the bottom centre."""
 
 
 def tasks(grid: Grid) -> Iterator[Task]:
-    """Each model × each backend, the reference too × each sample."""
+    """Tasks for each model × each backend, the reference too × each sample. Raises InputError for unusable files."""
     return grid.tasks("eval", [(spec,) for spec in grid.backends])
 
 
 def task(params: Parameters) -> dict[str, Any]:
-    """Run one backend on one sample with ground truth; JSON-safe."""
+    """Run one backend on one sample with ground truth; the result is JSON-safe.
+
+    Raises InputError for a sample without ground truth.
+    """
     model = as_detector(load(params))
     (backend,) = make_backends(params["backends"])
     root = params["data_root"] and Path(params["data_root"])
     sample = pick(model, params, DataOptions(root, params["sweeps"], params["skip_missing"]))
     if sample.truth is None:
         raise InputError(f"{sample.source}: has no ground truth; expected an info file (.pkl)")
-    made = (int8_programs_of if wants_int8(backend) else programs_of)(params, [backend])
-    with Pipeline(model, made, backend) as pipeline:
-        found = model.decode(sample, pipeline.run(sample))
+    programs = (int8_programs_of if wants_int8(backend) else programs_of)(params, [backend])
+    with Pipeline(model, programs, backend) as pipeline:
+        detections = model.decode(sample, pipeline.run(sample))
         record = pipeline.record()
-    detected: Any = found
+    detected: Any = detections
     return json_safe(
         {
             "sample": sample.source,
@@ -54,7 +57,9 @@ def task(params: Parameters) -> dict[str, Any]:
             "classes": list(model.class_names),
             "region": list(model.region),
             "detected": {name: np.asarray(getattr(detected, name)).tolist() for name in _Detected.__annotations__},
-            "truth": {each.name: getattr(sample.truth, each.name).tolist() for each in fields(Truth)},
+            "truth": {
+                truth_field.name: getattr(sample.truth, truth_field.name).tolist() for truth_field in fields(Truth)
+            },
         }
     )
 
@@ -62,11 +67,13 @@ def task(params: Parameters) -> dict[str, Any]:
 def rows(record: Record) -> list[dict[str, Any]]:
     """A record as rows of ``COLUMNS``."""
     result = record["result"]
-    found = _Detected.read(result["detected"])
+    detections = _Detected.read(result["detected"])
     about = {"label": record["params"]["label"], "backend": result["record"]["spec"], "sample": result["sample"]}
     return [
         about | {"class": result["classes"][label], "score": score} | dict(zip(_BOX, box, strict=True))
-        for box, score, label in zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True)
+        for box, score, label in zip(
+            detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(), strict=True
+        )
     ]
 
 
@@ -77,7 +84,7 @@ class EvalGroup:
     label: str
     result: EvaluationResult
     changes: dict[str, DetectionChange]
-    """Test backend → what became of the reference's detections, over all samples."""
+    """Test backend → change of the reference's detections, over all samples."""
     outliers: dict[str, list[Outlier]]
     """Test backend → samples in which unusually many boxes were lost or gained."""
 
@@ -87,8 +94,10 @@ class EvalGroup:
         return not self.result.worse
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe."""
-        plain = {spec: [vars(each) for each in found] for spec, found in self.outliers.items()}
+        """The group as JSON-safe containers."""
+        plain = {
+            spec: [vars(outlier) for outlier in outliers_of_test] for spec, outliers_of_test in self.outliers.items()
+        }
         changes = {spec: vars(change) for spec, change in self.changes.items()}
         about = {"label": self.label, "passed": self.passed, "changes": changes, "outliers": plain}
         return json_safe({**self.result.to_dict(), **about})
@@ -100,7 +109,7 @@ class EvalGroup:
 
 @dataclass(frozen=True)
 class _Detected:
-    """boxes: [N, 9]; scores, labels: [N]."""
+    """Detections of one sample: boxes [N, 9], scores and labels [N]."""
 
     boxes: np.ndarray
     scores: np.ndarray
@@ -108,18 +117,19 @@ class _Detected:
 
     @classmethod
     def read(cls, plain: Mapping[str, Any]) -> _Detected:
+        """Detections from the lists in a record."""
         boxes = np.array(plain["boxes"], dtype=np.float32).reshape(-1, len(_BOX))
         return cls(boxes, np.array(plain["scores"], dtype=np.float32), np.array(plain["labels"], dtype=np.int64))
 
 
 def merge(records: Iterable[Record], options: EvaluationOptions) -> list[EvalGroup]:
-    """One group a model, in the order of the grid. The reference is the first backend of the grid."""
+    """One group for each model, in the order of the grid, whose first backend is the reference."""
     groups: dict[str, dict[str, dict[Any, Any]]] = {}
     for record in sorted(records, key=lambda each: each["place"]):
         params = record["params"]
         sample = (params["inputs"] or "", params["index"])
-        found = groups.setdefault(params["label"], {})
-        found.setdefault(params["backends"][0], {})[sample] = record["result"]
+        of_model = groups.setdefault(params["label"], {})
+        of_model.setdefault(params["backends"][0], {})[sample] = record["result"]
     merged = (_merge(label, backends, options) for label, backends in groups.items())
     return [group for group in merged if group is not None]
 
@@ -129,20 +139,26 @@ def _merge(label: str, backends: Mapping[str, Mapping[Any, Any]], options: Evalu
     shared = [sample for sample in backends[reference] if all(sample in backends[test] for test in tests)]
     if not shared or not tests:  # the tasks that failed say why
         return None
-    results = {spec: [found[sample] for sample in shared] for spec, found in backends.items()}
-    detected = {spec: [_Detected.read(each["detected"]) for each in found] for spec, found in results.items()}
+    results = {spec: [by_backend[sample] for sample in shared] for spec, by_backend in backends.items()}
+    detected = {
+        spec: [_Detected.read(sample_result["detected"]) for sample_result in by_backend]
+        for spec, by_backend in results.items()
+    }
     first = results[reference]
-    names = [each["sample"] for each in first]
+    names = [sample_result["sample"] for sample_result in first]
     runs = {
-        spec: (RunRecord(**found[0]["record"]), Predictions.gather(detected[spec])) for spec, found in results.items()
+        spec: (RunRecord(**by_backend[0]["record"]), Predictions.gather(detected[spec]))
+        for spec, by_backend in results.items()
     }
     options = replace(options, region=tuple(first[0]["region"]))
-    scores, notes = score_backends(runs, [_truth(each["truth"]) for each in first], first[0]["classes"], options)
+    scores, notes = score_backends(
+        runs, [_truth(sample_result["truth"]) for sample_result in first], first[0]["classes"], options
+    )
     left_out = max(map(len, backends.values())) - len(shared)
     if left_out:
         notes.append(f"{left_out} samples are left out: some backend did not finish them")
     pairs = {test: list(map(compare_detections, detected[reference], detected[test])) for test in tests}
-    moved = {test: [float(change.lost + change.gained) for change in found] for test, found in pairs.items()}
+    moved = {test: [float(change.lost + change.gained) for change in by_backend] for test, by_backend in pairs.items()}
     return EvalGroup(
         label=label,
         result=EvaluationResult(
@@ -151,11 +167,11 @@ def _merge(label: str, backends: Mapping[str, Mapping[Any, Any]], options: Evalu
             samples=names,
             options=options,
             backends=scores,
-            predictions={spec: found for spec, (_, found) in runs.items()},
+            predictions={spec: by_backend for spec, (_, by_backend) in runs.items()},
             notes=notes,
         ),
-        changes={test: sum(found[1:], found[0]) for test, found in pairs.items()},
-        outliers={test: outliers(names, found, {}) for test, found in moved.items()},
+        changes={test: sum(by_backend[1:], by_backend[0]) for test, by_backend in pairs.items()},
+        outliers={test: outliers(names, by_backend, {}) for test, by_backend in moved.items()},
     )
 
 

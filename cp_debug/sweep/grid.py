@@ -22,14 +22,14 @@ from cp_debug.sweep.tasks import Task, digests
 
 @dataclass(frozen=True)
 class Grid:
-    """What to sweep over. Every model is paired with every checkpoint.
+    """Axes of a sweep. Every model is paired with every checkpoint.
 
     samples: at most so many of ``inputs`` (a file, or a folder whose files are samples), else made from ``seed``.
     """
 
     models: Sequence[str]
     backends: Sequence[BackendSpec]
-    """The reference first."""
+    """Backends, the reference first."""
     checkpoints: Sequence[Path] = ()
     samples: int = 8
     seed: int = 0
@@ -43,36 +43,42 @@ class Grid:
     """Further files of every task."""
 
     def tasks(self, kind: str, pairs: Sequence[Sequence[BackendSpec]]) -> Iterator[Task]:
-        """A task for each model, each of ``pairs`` of backends, and each sample. Raises InputError."""
+        """A task for each model, each of ``pairs`` of backends, and each sample.
+
+        Raises InputError for unusable files.
+        """
         for subject in self.subjects():
             gpu = {pair: any(map(needs_gpu, pair)) for pair in map(tuple, pairs)}
             for pair, sample in product(gpu, self.picked(subject)):
                 files = {**subject["files"], **sample["files"]}
-                named = {"backends": [str(spec) for spec in pair], "exporter": self.exporter, "folded": self.folded}
-                yield Task(kind, {**subject, **sample, **named, **self.how, "files": files}, gpu[pair])
+                settings = {"backends": [str(spec) for spec in pair], "exporter": self.exporter, "folded": self.folded}
+                yield Task(kind, {**subject, **sample, **settings, **self.how, "files": files}, gpu[pair])
 
     def subjects(self) -> Iterator[dict[str, Any]]:
-        """The parameters that say what the model is; paths are absolute, as workers run elsewhere."""
+        """Parameters of each model; paths are absolute, as workers run elsewhere.
+
+        Raises InputError for a text that names no model.
+        """
         for model, checkpoint in product(self.models, self.checkpoints or (None,)):
             kind_of(model)  # a slip of the pen is told before a hundred tasks fail of it
             file, colon, name = (model, "", "") if model.endswith(".onnx") else model.rpartition(":")
-            named = model
-            read = list(self.reads)
+            absolute_name = model
+            files_read = list(self.reads)
             if checkpoint is not None:
-                read.append(checkpoint / FILE if checkpoint.is_dir() else checkpoint)
+                files_read.append(checkpoint / FILE if checkpoint.is_dir() else checkpoint)
             if file.endswith((".onnx", ".py")):
-                read.append(Path(file))
-                named = f"{Path(file).resolve()}{colon}{name}"
+                files_read.append(Path(file))
+                absolute_name = f"{Path(file).resolve()}{colon}{name}"
             yield {
                 "label": model if checkpoint is None else f"{model} · {checkpoint}",
-                "model": named,
+                "model": absolute_name,
                 "checkpoint": None if checkpoint is None else str(checkpoint.resolve()),
                 "seed": self.seed,
-                "files": digests(read),
+                "files": digests(files_read),
             }
 
     def picked(self, subject: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """The parameters that say which sample it is."""
+        """Parameters of each sample. Raises InputError for files that hold none."""
         if self.inputs is None:
             for index in range(self.samples):
                 yield {"inputs": None, "index": index, "files": {}}
@@ -80,9 +86,9 @@ class Grid:
             model = load(subject)
             if not isinstance(model, HasData):
                 raise InputError(f"{self.inputs}: {model.name} reads no info files; expected .npz files of its inputs")
-            known = digests([self.inputs])
+            info_digest = digests([self.inputs])
             for index in range(len(model.data(self.inputs, self.samples, self.seed, self.data))):
-                yield {"inputs": str(self.inputs.resolve()), "index": index, "files": known}
+                yield {"inputs": str(self.inputs.resolve()), "index": index, "files": info_digest}
         else:
             for file in sample_files(self.inputs)[: self.samples]:
                 yield {"inputs": str(file.resolve()), "index": 0, "files": digests([file])}
@@ -92,8 +98,8 @@ def sample_files(inputs: Path) -> list[Path]:
     """The file itself, or the files of a folder that hold samples, by name. Raises InputError for none."""
     if not inputs.is_dir():
         return [inputs]
-    if found := sorted(file for file in inputs.iterdir() if file.name.endswith(ENDINGS)):
-        return found
+    if files := sorted(file for file in inputs.iterdir() if file.name.endswith(ENDINGS)):
+        return files
     raise InputError(f"{inputs}: holds no sample (a file whose name ends in {' '.join(ENDINGS)})")
 
 

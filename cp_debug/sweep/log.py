@@ -18,19 +18,20 @@ from cp_debug.reading import check_file, sealed, unsealed
 SCHEMA = "cpdebug.sweep/1"
 _HEADER = (json.dumps({"schema": SCHEMA}) + "\n").encode()
 _BATCH = 256
-"""Records of a Parquet row group."""
+"""Number of records in a Parquet row group."""
 
 Record = dict[str, Any]
 """``key``, ``kind``, ``params``, ``seconds``, ``worker``, and ``result`` or ``error``."""
 Flatten = Callable[[Record], list[dict[str, Any]]]
-"""A record as rows of a table."""
+"""Turns a record into rows of a table."""
 
 
 class Log:
-    """Append-only. Every record is one write at the end of the file, so that whatever dies leaves whole lines but for
-    the last, which is then dropped. The first record with a result counts; later ones with its key are left alone.
+    """The append-only log of a sweep.
 
-    Raises InputError for a file that is not a log, and for a broken line within one.
+    Every record is one write at the end of the file, so that whatever dies leaves whole lines but for the last, which
+    is then dropped. The first record with a result counts; later ones with its key are left alone. Raises InputError
+    for a file that is not a log, and for a broken line within one.
     """
 
     def __init__(self, path: Path) -> None:
@@ -87,15 +88,15 @@ class Log:
     def records(self, keys: Collection[str]) -> Iterator[Record]:
         """One record for each of ``keys`` that has any: the first with a result, else the last error."""
         failed: dict[str, Record] = {}
-        done: set[str] = set()
+        yielded: set[str] = set()
         for record in self:
             key = record["key"]
-            if key not in keys or key in done:
+            if key not in keys or key in yielded:
                 continue
             if "error" in record:
                 failed[key] = record
                 continue
-            done.add(key)
+            yielded.add(key)
             failed.pop(key, None)
             yield record
         yield from failed.values()

@@ -1,4 +1,4 @@
-"""What tasks on one worker share: loaded models, their exported programs, and one sample picked out of many."""
+"""Parts that tasks on one worker share: loaded models, their exported programs, and one sample picked out of many."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from cp_debug.recipes.data.open_data import DEFAULT_OPTIONS
 from cp_debug.sweep.tasks import Parameters
 
 _KEPT = 2
-"""Models that a worker holds: at the border between two models of a grid, tasks of both come in turn."""
+"""Number of models that a worker holds: at the border between two models of a grid, tasks of both come in turn."""
 
 
 class Subject(NamedTuple):
-    """Which model: equal while its files have the same contents, so that a worker may keep what it made of it."""
+    """Identity of a model: equal while its files have the same contents, so that a worker may keep results."""
 
     model: str
     checkpoint: str | None
@@ -40,10 +40,10 @@ class Subject(NamedTuple):
 
     @classmethod
     def of(cls, params: Parameters) -> Subject:
-        """Of the parameters of a task; files of its sample do not matter."""
+        """The subject of a task, from its parameters; files of its sample do not matter."""
         model, checkpoint = params["model"], params["checkpoint"]
-        own = {model, model.rpartition(":")[0], checkpoint, checkpoint and str(Path(checkpoint) / FILE)}
-        files = tuple((path, digest) for path, digest in params["files"].items() if path in own)
+        model_files = {model, model.rpartition(":")[0], checkpoint, checkpoint and str(Path(checkpoint) / FILE)}
+        files = tuple((path, digest) for path, digest in params["files"].items() if path in model_files)
         return cls(model, checkpoint, params["seed"], files)
 
 
@@ -55,7 +55,7 @@ class Prepared(NamedTuple):
 
 
 def load(params: Parameters) -> Model:
-    """``params["model"]`` with ``params["checkpoint"]``, loaded once while their files stay the same."""
+    """The model ``params["model"]`` with ``params["checkpoint"]``, loaded once while their files stay the same."""
     return load_subject(Subject.of(params))
 
 
@@ -65,10 +65,10 @@ def programs_of(params: Parameters, backends: Sequence[Backend]) -> list[Program
 
 
 def int8_programs_of(params: Parameters, backends: Sequence[Backend]) -> list[Program]:
-    """The same with Q/DQ pairs: as the checkpoint has them, else calibrated once, on ``params["calibration"]``."""
-    given = params["calibration"]
-    data = None if given["data"] is None else Path(given["data"])
-    calibration = Calibration(data, given["samples"], given["method"], tuple(given["skip_layers"]))
+    """Programs with Q/DQ pairs: as the checkpoint has them, else calibrated once, on ``params["calibration"]``."""
+    settings = params["calibration"]
+    data = None if settings["data"] is None else Path(settings["data"])
+    calibration = Calibration(data, settings["samples"], settings["method"], tuple(settings["skip_layers"]))
     how, _ = choose_export(backends, params["exporter"])
     return _quantize(Subject.of(params), how, params["folded"], calibration).programs
 
@@ -81,20 +81,23 @@ def make_backends(specs: Sequence[str]) -> list[Backend]:
 
 
 def pick(model: Model, params: Parameters, options: DataOptions = DEFAULT_OPTIONS) -> Sample:
-    """Sample ``params["index"]`` of ``inputs``, or of those made from ``seed``. Raises InputError."""
+    """Sample ``params["index"]`` of ``inputs``, or of those made from ``seed``.
+
+    Raises InputError where there is none.
+    """
     index, seed = params["index"], params["seed"]
     inputs = None if params["inputs"] is None else Path(params["inputs"])
     if isinstance(model, HasData):
         data = model.data(inputs, index + 1, seed, options)
         if index < len(data):
             return data.sample(index)
-    elif found := list(islice(model.samples(index + 1, seed, inputs), index, None)):
-        return found[0]
+    elif picked := list(islice(model.samples(index + 1, seed, inputs), index, None)):
+        return picked[0]
     raise InputError(f"{inputs}: has no sample {index}")
 
 
 def parts_of(params: Parameters) -> Mapping[str, QuantizedComponent]:
-    """The components in INT8, where the checkpoint is of a quantised model."""
+    """The components in INT8, where the checkpoint is of a quantized model."""
     return _load(Subject.of(params))[1]
 
 
@@ -120,11 +123,11 @@ def _export(subject: Subject, how: Export, folded: bool) -> Prepared:
 @lru_cache(_KEPT)
 def _quantize(subject: Subject, how: Export, folded: bool, calibration: Calibration) -> Prepared:
     exported, (model, parts) = _export(subject, how, folded), _load(subject)
-    if made := already_quantized(exported.programs):
-        return Prepared(made, exported.folder)
+    if int8_programs := already_quantized(exported.programs):
+        return Prepared(int8_programs, exported.folder)
     folder = TemporaryDirectory(prefix="cpdebug-")
     samples = calibration_samples(model, calibration.data, calibration.samples)
-    made, _ = quantize_programs(
+    int8_programs, _ = quantize_programs(
         model, exported.programs, Path(folder.name), samples, parts=parts, calibration=calibration
     )
-    return Prepared(made, folder)
+    return Prepared(int8_programs, folder)

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from distributed import Client, Future, as_completed
 
 TRIES = 3
-"""Workers that a task may kill."""
+"""Number of workers that a task may kill."""
 LEAST = 16
-"""Tasks in flight at least, so that new workers find work."""
+"""Smallest number of tasks in flight, so that new workers find work."""
 _LOOK = 2.0
 """Seconds after which the number of workers is asked for again."""
 PATIENCE = 60.0
@@ -36,11 +36,11 @@ _POLL, _LONGEST_POLL = 0.005, 0.1
 
 @dataclass
 class Progress:
-    """How far a sweep is."""
+    """State of a running sweep."""
 
     total: int
     done: int = 0
-    """With a result, those of an earlier run included."""
+    """Tasks with a result, those of an earlier run included."""
     failed: int = 0
     running: int = 0
     waiting_for_gpu: bool = False
@@ -59,7 +59,7 @@ class Progress:
 
 
 class _Flight(NamedTuple):
-    """A task with Dask. ``alone``: with no other."""
+    """A task that Dask has. ``alone``: no other is in flight."""
 
     task: Task
     alone: bool
@@ -80,7 +80,7 @@ class Queue:
         self._manned = time.monotonic()
 
     def run(self, tasks: Iterator[Task]) -> None:
-        """Until every task is in the log. Raises ClusterLost when the scheduler, or all workers here, stay away."""
+        """Run tasks until each is in the log. Raises ClusterLost when the scheduler, or all workers here, stay away."""
         from distributed import as_completed
 
         landed, pause = as_completed(loop=self._client.loop), _POLL
@@ -172,11 +172,11 @@ class Queue:
             raise self._lost(f"the scheduler at {self._address} went away and did not come back")
 
     def _lost(self, why: str) -> ClusterLost:
-        done = f"{self.progress.done} of {self.progress.total} tasks are in {self._log.path}"
-        return ClusterLost(f"{why}; {done}: the same command goes on from there")
+        finished = f"{self.progress.done} of {self.progress.total} tasks are in {self._log.path}"
+        return ClusterLost(f"{why}; {finished}: the same command goes on from there")
 
     def _look(self) -> None:
-        """How many tasks can run at once, now and then: clusters grow and shrink."""
+        """Ask now and then how many tasks can run at once: clusters grow and shrink."""
         if time.monotonic() - self._looked < _LOOK:
             return
         self._connected()

@@ -1,4 +1,4 @@
-"""What a sweep comes to: a group a model and backend, the tasks that failed, and the whole as plain data."""
+"""Result of a sweep: a group for each model and backend, the tasks that failed, and the whole as plain data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cp_debug.sweep.run import Finished
 
 
 class Group(Protocol):
-    """What belongs together in the report: one model, and one test backend or all."""
+    """Results that belong together in the report: one model, and one test backend or all."""
 
     @property
     def label(self) -> str:
@@ -28,7 +28,7 @@ class Group(Protocol):
         ...
 
     def rows(self) -> list[dict[str, Any]]:
-        """For CSV."""
+        """Flat rows for CSV."""
         ...
 
 
@@ -43,7 +43,7 @@ class FailedTasks:
 
     @classmethod
     def of(cls, record: Record) -> FailedTasks:
-        """From a record with an error."""
+        """The failure in a record with an error."""
         params = record["params"]
         file = params.get("inputs")
         sample = f"{file}, sample {params['index']}" if file else f"sample {params.get('index', 0)}"
@@ -59,7 +59,7 @@ class SweepResult:
     ran: int
     """Tasks of this run; the others were in the log."""
     seconds: float
-    """Of this run."""
+    """Duration of this run."""
     groups: Sequence[Group]
     failures: Sequence[FailedTasks]
     log: str
@@ -78,7 +78,7 @@ class SweepResult:
         return not self.failures and all(group.passed for group in self.groups)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe."""
+        """The result as JSON-safe containers."""
         return {
             "schema": SCHEMA,
             "kind": self.kind,

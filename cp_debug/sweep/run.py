@@ -1,4 +1,4 @@
-"""A whole sweep: what is left to do is done, then everything that the log has of this grid is given back."""
+"""A whole sweep: runs the tasks that are left, then returns everything that the log has of this grid."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from distributed import Client
 
 Connect = Callable[[bool], AbstractContextManager["Client"]]
-"""Opens the workers; told whether some task needs a GPU."""
+"""Opens the workers; its argument tells whether some task needs a GPU."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Finished:
     places: dict[str, int]
     """Key → place in the grid."""
     seconds: float
-    """Of this run."""
+    """Duration of this run."""
     ran: int
     """Tasks of this run; the others were in the log."""
 
@@ -75,10 +75,10 @@ def run(
         else:
             progress.failed += 1
         finished.add(record["key"])
-    left = len(places) - len(finished)
+    left_count = len(places) - len(finished)
     on_progress(progress)
-    if left:
+    if left_count:
         with connect(gpu) as client:
             progress.started = time.monotonic()
             Queue(client, log, progress, on_progress).run(task for task in tasks() if task.key not in finished)
-    return Finished(log, places, time.monotonic() - started, left)
+    return Finished(log, places, time.monotonic() - started, left_count)

@@ -1,5 +1,7 @@
-"""``sweep search``: which layers must keep their precision, searched for on each sample by itself; merged, how often
-each is needed."""
+"""``sweep search``: one task searches one sample for the layers that must keep their precision.
+
+Merged, the results tell how often each layer is needed.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +23,14 @@ from cp_debug.sweep.tasks import Parameters, Task
 
 _KEPT = ("component", "layer", "ops", "introduced", "effect")
 COLUMNS = {**dict.fromkeys(("label", "backend", "sample", "layer"), str), "introduced": float, "effect": float}
-"""Of the flat table: a row for each sample and layer to keep."""
+"""Columns of the flat table: a row for each sample and layer to keep."""
 
 
 def tasks(grid: Grid) -> Iterator[Task]:
-    """Each model × each test backend × each sample. Raises InputError for a goal that needs many samples at once."""
+    """Tasks for each model × each test backend × each sample.
+
+    Raises InputError for a goal that needs many samples at once, and for unusable files.
+    """
     if "map_drop" in Goal.parse(grid.how["goal"]).figures:
         raise InputError("--goal: map_drop needs many samples at once; expected figures of a single one")
     reference, *tests = grid.backends
@@ -33,7 +38,7 @@ def tasks(grid: Grid) -> Iterator[Task]:
 
 
 def task(params: Parameters) -> dict[str, Any]:
-    """One whole search on one sample; JSON-safe."""
+    """One whole search on one sample; the result is JSON-safe."""
     model = load(params)
     sample = pick(model, params)
     options = SearchOptions(
@@ -75,7 +80,7 @@ class NeededLayer:
     component: str
     layer: str
     needed: int
-    """On how many samples."""
+    """Number of samples that need it."""
     effect: Spread | None
     """The worst final output with this layer alone low: relative L2, over all samples, NaN where it is not needed."""
 
@@ -93,7 +98,7 @@ class SearchGroup:
     reached: list[bool]
     """Whether the goal was reached, by sample."""
     kept: list[int]
-    """Layers kept, by sample."""
+    """Number of layers kept, by sample."""
     total: int
     layers: list[NeededLayer]
     keep: dict[str, list[str]]
@@ -105,7 +110,7 @@ class SearchGroup:
         return all(self.reached)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe; ``sample`` of a spread is a place in ``samples``."""
+        """The group as JSON-safe containers; ``sample`` of a spread is a place in ``samples``."""
         return json_safe({**asdict(self), "passed": self.passed})
 
     def rows(self) -> list[dict[str, Any]]:
@@ -119,11 +124,11 @@ class SearchGroup:
 
 
 def merge(records: Iterable[Record]) -> list[SearchGroup]:
-    """One group a model and test backend, in the order of the grid."""
+    """One group for each model and test backend, in the order of the grid."""
     groups: dict[tuple[str, ...], list[Record]] = defaultdict(list)
     for record in sorted(records, key=lambda each: each["place"]):
         groups[(record["params"]["label"], *record["params"]["backends"])].append(record)
-    return [_merge(key[0], [record["result"] for record in found]) for key, found in groups.items()]
+    return [_merge(key[0], [record["result"] for record in group_records]) for key, group_records in groups.items()]
 
 
 def _merge(label: str, results: Sequence[Mapping[str, Any]]) -> SearchGroup:
@@ -135,8 +140,12 @@ def _merge(label: str, results: Sequence[Mapping[str, Any]]) -> SearchGroup:
         for component, nodes in result["keep"].items():
             keep[component] |= dict.fromkeys(nodes)
     layers = [
-        NeededLayer(*key, len(found), Spread.of([found.get(place, float("nan")) for place in range(len(results))]))
-        for key, found in effects.items()
+        NeededLayer(
+            *key,
+            len(effect_by_sample),
+            Spread.of([effect_by_sample.get(place, float("nan")) for place in range(len(results))]),
+        )
+        for key, effect_by_sample in effects.items()
     ]
     first = results[0]
     return SearchGroup(

@@ -1,5 +1,7 @@
-"""``sweep sensitivity``: which layers suffer from INT8. One task measures all layers on one sample, or a share of the
-layers on all samples."""
+"""``sweep sensitivity``: layers that suffer from INT8.
+
+One task measures all layers on one sample, or a share of the layers on all samples.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from cp_debug.mixed_precision.int8_sensitivity import (
+from cp_debug.mixed_precision.fake_quant_runner import FakeQuantRunner
+from cp_debug.mixed_precision.sensitivity import (
     ALONE,
     LEFT_OUT,
     SensitivityProfile,
@@ -19,7 +22,6 @@ from cp_debug.mixed_precision.int8_sensitivity import (
     run_trials,
     scored_samples,
 )
-from cp_debug.mixed_precision.int8_trials import Bench
 from cp_debug.quantization.open_quantized import modules_of, open_quantized
 from cp_debug.serialize import json_safe
 from cp_debug.sweep.grid import Grid
@@ -29,19 +31,22 @@ from cp_debug.sweep.spread import Outlier, Spread, columns, numeric, outliers
 from cp_debug.sweep.tasks import Parameters, Task, digests
 
 SHARES = 16
-"""Tasks a model when layers are shared out."""
+"""Number of tasks for a model when layers are shared out."""
 _FIGURES = ("introduced", "error")
 COLUMNS = {**dict.fromkeys(("label", "sample", "mode", "layer", "kind"), str), **dict.fromkeys(_FIGURES, float)}
-"""Of the flat table: a row for each trial."""
+"""Columns of the flat table: a row for each trial."""
 
 
 def tasks(grid: Grid, quantized: Sequence[Path], *, by_layers: bool) -> Iterator[Task]:
-    """Each model × each quantised checkpoint × each sample, or × each share of the layers."""
+    """Tasks for each model × each quantized checkpoint × each sample, or × each share of the layers.
+
+    Raises InputError for unusable files.
+    """
     for subject in grid.subjects():
         for checkpoint in quantized or (None,):
             files = {**subject["files"], **digests([checkpoint] if checkpoint else [])}
             label = subject["label"] if checkpoint is None else f"{subject['label']} · {checkpoint}"
-            named = {"label": label, "quantized": str(checkpoint.resolve()) if checkpoint else None, **grid.how}
+            settings = {"label": label, "quantized": str(checkpoint.resolve()) if checkpoint else None, **grid.how}
             if by_layers:
                 inputs = None if grid.inputs is None else str(grid.inputs.resolve())
                 files |= digests([grid.inputs] if grid.inputs and grid.inputs.is_file() else [])
@@ -50,30 +55,33 @@ def tasks(grid: Grid, quantized: Sequence[Path], *, by_layers: bool) -> Iterator
             else:
                 cells = [{**cell, "count": 1, "shares": 1, "share": 0} for cell in grid.picked(subject)]
             for cell in cells:
-                yield Task("sensitivity", {**subject, **named, **cell, "files": {**files, **cell["files"]}})
+                yield Task("sensitivity", {**subject, **settings, **cell, "files": {**files, **cell["files"]}})
 
 
 def task(params: Parameters) -> dict[str, Any]:
-    """Run the trials of the task; JSON-safe. Shares of the layers are scored too, where the model detects."""
+    """Run the trials of one task; the result is JSON-safe.
+
+    Shares of the layers are scored too, where the model detects.
+    """
     quantized = params["quantized"]
     digest = quantized and params["files"][quantized]
     bench = _bench(Subject.of(params), quantized, digest, params["batches"], params["method"])
-    wanted = profile_trials(bench.layers)[params["share"] :: params["shares"]]
+    trials = profile_trials(bench.layers)[params["share"] :: params["shares"]]
     if params["shares"] == 1:
         sample = replace(pick(bench.model, params), truth=None)  # mAP of a single sample says nothing
         source, samples = sample.source, [sample]
     else:
         inputs = None if params["inputs"] is None else Path(params["inputs"])
         source, samples = scored_samples(bench.model, inputs, params["count"], params["seed"])
-    return json_safe({"sample": source, "rows": run_trials(bench, samples, wanted, data=source, draws=params["draws"])})
+    return json_safe({"sample": source, "rows": run_trials(bench, samples, trials, data=source, draws=params["draws"])})
 
 
 @lru_cache(1)
-def _bench(subject: Subject, quantized: str | None, digest: str | None, batches: int, method: str) -> Bench:
+def _bench(subject: Subject, quantized: str | None, digest: str | None, batches: int, method: str) -> FakeQuantRunner:
     """``digest`` is the checkpoint's: one that was written again is another."""
     model = load_subject(subject)
     path = None if quantized is None else Path(quantized)
-    return Bench(model, modules_of(open_quantized(model, path, None, batches, method=method)))
+    return FakeQuantRunner(model, modules_of(open_quantized(model, path, None, batches, method=method)))
 
 
 def rows(record: Record) -> list[dict[str, Any]]:
@@ -87,8 +95,11 @@ def rows(record: Record) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class SensitiveLayer:
-    """One layer over the samples, relative L2: its own result in INT8, the outputs with it alone in INT8, and with it
-    alone in FP32."""
+    """One layer's errors over the samples, relative L2.
+
+    introduced: its own result in INT8. alone: the outputs with it alone in INT8. left_out: the outputs with it alone in
+    FP32.
+    """
 
     layer: str
     kind: str
@@ -99,7 +110,7 @@ class SensitiveLayer:
 
 @dataclass(frozen=True)
 class SensitivityGroup:
-    """One quantised model, each sample by itself; the layers by the median error that they bring alone."""
+    """One quantized model, each sample by itself; layers are sorted by the median error that they bring alone."""
 
     label: str
     samples: list[str]
@@ -110,7 +121,7 @@ class SensitivityGroup:
 
     @property
     def passed(self) -> bool:
-        """Nothing is judged here."""
+        """True: nothing is judged here."""
         return True
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,14 +141,14 @@ class SensitivityGroup:
 
 @dataclass(frozen=True)
 class ProfileGroup:
-    """One quantised model on all samples together: what ``cpdebug quantize sensitivity`` says."""
+    """One quantized model on all samples together, as ``cpdebug quantize sensitivity`` measures it."""
 
     label: str
     profile: SensitivityProfile
 
     @property
     def passed(self) -> bool:
-        """Nothing is judged here."""
+        """True: nothing is judged here."""
         return True
 
     def to_dict(self) -> dict[str, Any]:
@@ -150,15 +161,19 @@ class ProfileGroup:
 
 
 def merge(records: Iterable[Record]) -> list[SensitivityGroup | ProfileGroup]:
-    """One group a quantised model, in the order of the grid; a profile where the layers were shared out, and none where
-    a share failed."""
+    """One group for each quantized model, in the order of the grid.
+
+    It is a profile where the layers were shared out, and left out where a share failed.
+    """
     groups: dict[str, list[Record]] = defaultdict(list)
     for record in sorted(records, key=lambda each: each["place"]):
         groups[record["params"]["label"]].append(record)
     return [
-        _over_samples(label, found) if found[0]["params"]["shares"] == 1 else ProfileGroup(label, _together(found))
-        for label, found in groups.items()
-        if found[0]["params"]["shares"] in (1, len(found))
+        _over_samples(label, group_records)
+        if group_records[0]["params"]["shares"] == 1
+        else ProfileGroup(label, _together(group_records))
+        for label, group_records in groups.items()
+        if group_records[0]["params"]["shares"] in (1, len(group_records))
     ]
 
 
@@ -169,12 +184,12 @@ def _together(records: Sequence[Record]) -> SensitivityProfile:
 
 def _over_samples(label: str, records: Sequence[Record]) -> SensitivityGroup:
     names = [record["result"]["sample"] for record in records]
-    found = [{(row["mode"], row.get("layer")): row for row in record["result"]["rows"]} for record in records]
+    rows_by_sample = [{(row["mode"], row.get("layer")): row for row in record["result"]["rows"]} for record in records]
 
     def figures(mode: str, layer: str | None, figure: str = "error") -> list[float]:
-        return [numeric(rows[mode, layer][figure]) for rows in found]
+        return [numeric(rows[mode, layer][figure]) for rows in rows_by_sample]
 
-    kinds = {row["layer"]: row["kind"] for row in found[0].values() if row["mode"] == ALONE}
+    kinds = {row["layer"]: row["kind"] for row in rows_by_sample[0].values() if row["mode"] == ALONE}
     layers = [
         SensitiveLayer(
             name,
@@ -186,7 +201,11 @@ def _over_samples(label: str, records: Sequence[Record]) -> SensitivityGroup:
         for name, kind in kinds.items()
     ]
     layers.sort(key=lambda row: -row.alone.median if row.alone else 0.0)
-    whole = figures("int8", None)
+    int8_errors = figures("int8", None)
     return SensitivityGroup(
-        label, names, Spread.of(whole), layers, outliers(names, whole, {name: figures(ALONE, name) for name in kinds})
+        label,
+        names,
+        Spread.of(int8_errors),
+        layers,
+        outliers(names, int8_errors, {name: figures(ALONE, name) for name in kinds}),
     )

@@ -11,44 +11,44 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 FEWEST = 5
-"""Samples below which none is called an outlier."""
+"""Number of samples below which none is called an outlier."""
 OUTLYING = 3.5
-"""Robust z from which a sample is one (Iglewicz and Hoaglin, How to Detect and Handle Outliers, 1993)."""
+"""Robust z from which a sample is an outlier (Iglewicz and Hoaglin, How to Detect and Handle Outliers, 1993)."""
 TWICE = 2.0
 """An outlier is also this many times the median: in a tight bunch every last digit stands out."""
 TINY = 1e-12
-"""Figures below are the same: a relative error of nothing."""
+"""Figures below this count as equal: a relative error of nothing."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """One figure over ``count`` samples that have it. NaN counts as infinite. Percentiles are those of a sample."""
+    """One figure over ``count`` samples that have it. NaN counts as infinite. Percentiles are values of a sample."""
 
     count: int
     median: float
     p95: float
     worst: float
     sample: int
-    """Where it is worst: a place in the sequence."""
+    """Place of the worst value in the sequence."""
 
     @classmethod
     def of(cls, values: ArrayLike) -> Spread | None:
-        """None when no sample has the figure; those without it hold NaN in ``values``, broken ones infinity."""
+        """The spread of ``values``, in which NaN marks a sample without the figure; None when no sample has it."""
         array = np.asarray(values, dtype=float)
-        known = np.flatnonzero(~np.isnan(array))
-        if not len(known):
+        present = np.flatnonzero(~np.isnan(array))
+        if not len(present):
             return None
-        found = array[known]
+        values_present = array[present]
         with np.errstate(invalid="ignore"):
-            p95 = np.quantile(found, 0.95, method="inverted_cdf")
-            median = np.median(found)
-        worst = known[found.argmax()]
-        return cls(len(found), float(median), float(p95), float(array[worst]), int(worst))
+            p95 = np.quantile(values_present, 0.95, method="inverted_cdf")
+            median = np.median(values_present)
+        worst = present[values_present.argmax()]
+        return cls(len(values_present), float(median), float(p95), float(array[worst]), int(worst))
 
 
 @dataclass(frozen=True)
 class Outlier:
-    """A sample that stands out: how far by its own figure, and in which layers."""
+    """A sample that stands out, by its own figure or in some layers."""
 
     sample: str
     value: float
@@ -58,7 +58,7 @@ class Outlier:
 
 
 def robust_scores(values: ArrayLike) -> NDArray[np.float64]:
-    """How many robust standard deviations each value lies above the median, on a logarithmic scale: [N] → [N].
+    """Robust standard deviations by which each value lies above the median, on a logarithmic scale: [N] → [N].
 
     0.6745 (x − median) ÷ median absolute deviation, x = log10 of the value; where more than half are equal, the mean
     absolute deviation serves (÷ 1.2533), and infinity lies infinitely far. NaN stays NaN.
@@ -77,12 +77,12 @@ def robust_scores(values: ArrayLike) -> NDArray[np.float64]:
 def outlying(values: Sequence[float]) -> dict[int, float]:
     """Place → robust z of the values that stand out upwards; none of fewer than ``FEWEST``."""
     array = np.asarray(values, dtype=float)
-    known = array[~np.isnan(array)]
-    if len(known) < FEWEST:
+    present = array[~np.isnan(array)]
+    if len(present) < FEWEST:
         return {}
     scores = robust_scores(array)
-    found = np.flatnonzero((scores > OUTLYING) & (array >= TWICE * np.median(known)))
-    return {int(place): float(scores[place]) for place in found}
+    standing_out = np.flatnonzero((scores > OUTLYING) & (array >= TWICE * np.median(present)))
+    return {int(place): float(scores[place]) for place in standing_out}
 
 
 def outliers(names: Sequence[str], whole: Sequence[float], layers: Mapping[str, Sequence[float]]) -> list[Outlier]:
@@ -92,8 +92,8 @@ def outliers(names: Sequence[str], whole: Sequence[float], layers: Mapping[str, 
     for layer, values in layers.items():
         for place in outlying(values):
             where.setdefault(place, []).append(layer)
-    found = [Outlier(names[place], whole[place], scores.get(place), layers) for place, layers in where.items()]
-    return sorted(found, key=lambda each: (-(each.score or 0.0), -len(each.layers), each.sample))
+    listed = [Outlier(names[place], whole[place], scores.get(place), layers) for place, layers in where.items()]
+    return sorted(listed, key=lambda each: (-(each.score or 0.0), -len(each.layers), each.sample))
 
 
 def columns(name: str, spread: Spread | None, samples: Sequence[str]) -> dict[str, Any]:

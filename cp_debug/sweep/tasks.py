@@ -1,4 +1,4 @@
-"""What is queued: the name of a pure function, its parameters, and the files that it reads."""
+"""Queued tasks: the name of a pure function, its parameters, and the files that it reads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KINDS = {
     "sensitivity": "cp_debug.sweep.sensitivity:task",
     "search": "cp_debug.sweep.searching:task",
 }
-"""Kind → ``module:function``; the function maps parameters to a JSON-safe result. Its module says how results of the
+"""Kind → ``module:function``; the function maps parameters to a JSON-safe result. Its module tells how results of the
 kind are merged (``merge``), and how one becomes rows of a table (``rows``, ``COLUMNS``)."""
 
 Parameters = Mapping[str, Any]
@@ -32,10 +32,13 @@ Parameters = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Task:
-    """One call. ``kind`` is one of ``KINDS``, or ``module:function`` of anything that the workers can import.
+    """One call of a pure function.
+
+    ``kind`` is one of ``KINDS``, or ``module:function`` of anything that workers can import.
 
     params: JSON-safe. ``files``, where there is one, is path → digest of every file that the task reads; ``label`` is
     what the user calls it, and does not matter to the result.
+
     gpu: whether it needs a worker with the resource ``GPU``.
     """
 
@@ -45,12 +48,12 @@ class Task:
 
     @cached_property
     def key(self) -> str:
-        """A hash of the parameters, the files' names and contents (not where they lie) and this project's version."""
+        """Hash of the parameters, the files' names and contents (not where they lie) and this project's version."""
         files = self.params.get("files", {})
-        named = json.dumps({name: value for name, value in self.params.items() if name != "label"}, sort_keys=True)
+        text = json.dumps({name: value for name, value in self.params.items() if name != "label"}, sort_keys=True)
         for path in sorted(files, key=len, reverse=True):
-            named = named.replace(json.dumps(path)[1:-1], f"{Path(path).name} {files[path]}")
-        return hashlib.sha256(f"{__version__} {self.kind} {named}".encode()).hexdigest()[:32]
+            text = text.replace(json.dumps(path)[1:-1], f"{Path(path).name} {files[path]}")
+        return hashlib.sha256(f"{__version__} {self.kind} {text}".encode()).hexdigest()[:32]
 
 
 def function_of(kind: str) -> Callable[[Parameters], dict[str, Any]]:
@@ -63,7 +66,7 @@ def function_of(kind: str) -> Callable[[Parameters], dict[str, Any]]:
 
 
 def run_task(kind: str, params: Parameters) -> dict[str, Any]:
-    """Run one task, on a worker: ``result`` or ``error``, ``seconds``, and which ``worker`` it was.
+    """Run one task, on a worker: ``result`` or ``error``, ``seconds``, and ``worker``.
 
     An exception becomes text here, because not every exception survives the way back.
     """
@@ -79,7 +82,7 @@ def run_task(kind: str, params: Parameters) -> dict[str, Any]:
 
 
 def worker_name() -> str:
-    """This worker as Dask calls it, else the machine's name."""
+    """Address of this worker as Dask knows it, else the machine's name."""
     try:
         from distributed import get_worker
 
@@ -102,10 +105,10 @@ def check_files(files: Mapping[str, str]) -> None:
 
 def _digest_now(path: Path) -> str:
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError as error:
         raise InputError(f"{path}: cannot be read here ({error.strerror}); every worker must see it") from None
-    return _digest(path, found.st_mtime_ns, found.st_size)
+    return _digest(path, status.st_mtime_ns, status.st_size)
 
 
 @lru_cache(maxsize=4096)

@@ -1,4 +1,4 @@
-"""Who works: processes on this machine, or a Dask cluster by its address."""
+"""Workers of a sweep: processes on this machine, or a Dask cluster by its address."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _LOCAL = {
     "distributed.admin.tick.interval": "500ms",
     "distributed.admin.system-monitor.interval": "5s",
 }
-"""How Dask watches itself takes a twentieth of two cores beside two workers, unless it does so more rarely."""
+"""Settings that let Dask watch itself more rarely: else that takes a twentieth of two cores beside two workers."""
 
 
 class ClusterLost(CpdebugError):
@@ -40,11 +40,11 @@ class ClusterLost(CpdebugError):
 
 @contextmanager
 def local_workers(count: int | None, *, gpu: bool = False) -> Iterator[Client]:
-    """``count`` processes here, by default as many as there are cores; one task and one thread each, so that results do
-    not depend on how many they are.
+    """Start ``count`` worker processes here, by default as many as there are cores.
 
-    gpu: one process a GPU at most, each seeing its own, with the resource ``GPU=1``. Raises BackendUnavailable where
-    there is no GPU, MissingPackage without Dask, ClusterLost when a process dies while it starts.
+    Each takes one task at a time on one thread, so that results do not depend on how many they are. gpu: one process a
+    GPU at most, each seeing its own, with the resource ``GPU=1``. Raises BackendUnavailable where there is no GPU,
+    MissingPackage without Dask, ClusterLost when a process dies while it starts.
     """
     require("distributed", "dask")
     import dask
@@ -96,7 +96,10 @@ def _devices() -> int:
 
 @contextmanager
 def remote_workers(address: str) -> Iterator[Client]:
-    """The workers of a scheduler, ``tcp://host:8786``. Raises InputError when nothing answers there, MissingPackage."""
+    """The workers of a scheduler, ``tcp://host:8786``.
+
+    Raises InputError when nothing answers there, MissingPackage without Dask.
+    """
     require("distributed", "dask")
     import dask
     from distributed import Client

@@ -457,7 +457,7 @@ def metadata(model: onnx.ModelProto, rng: random.Random) -> None:
     )
 
 
-def quantised(model: onnx.ModelProto, rng: random.Random) -> None:
+def quantized(model: onnx.ModelProto, rng: random.Random) -> None:
     """Q/DQ pairs with scales and zero points that make no sense."""
     graph = model.graph
     scale = rng.choice((0.0, -1.0, float("nan"), float("inf"), 1e-45, 0.1))
@@ -474,5 +474,5 @@ def quantised(model: onnx.ModelProto, rng: random.Random) -> None:
 EDITS: tuple[Edit, ...] = (
     *(weight_dims, weight_type, weight_data, weight_external, weight_external, weight_sparse, names_odd, not_utf8),
     *(dataflow, dataflow, opsets, io_types, io_types, attributes, attributes, constants, other_kinds, subgraphs),
-    *(metadata, quantised),
+    *(metadata, quantized),
 )

@@ -17,7 +17,7 @@ from cp_debug.backends.kernels.matmul import matmul
 from cp_debug.backends.kernels.registry import Call, kernel
 
 MASKED = -10000.0
-"""What ONNX Runtime adds to a masked score, unless ``mask_filter_value`` says otherwise."""
+"""Number that ONNX Runtime adds to a masked score, unless ``mask_filter_value`` says otherwise."""
 
 
 @kernel(MS + "Attention", multiplies=True)
@@ -118,12 +118,12 @@ def group_query_attention(
         places = starts[:, None] + torch.arange(length, device=q.device)
         interleaved = bool(call["rotary_interleaved"])
         q, k = (call.arithmetic.round(_rotated(t, cos, sin, places, interleaved)) for t in (q, k))
-    kept = 0 if past_key is None else past_key.shape[2]
-    size_of_all = max(kept, int(total.reshape(-1)[0]), length)
+    past_length = 0 if past_key is None else past_key.shape[2]
+    size_of_all = max(past_length, int(total.reshape(-1)[0]), length)
     keys, values = (t.new_zeros(batch, groups, size_of_all, t.shape[-1]) for t in (k, v))
     for entry, start in enumerate(starts.tolist()):
         if past_key is not None and past_value is not None:
-            keys[entry, :, :kept], values[entry, :, :kept] = past_key[entry], past_value[entry]
+            keys[entry, :, :past_length], values[entry, :, :past_length] = past_key[entry], past_value[entry]
         room = min(length, size_of_all - start)
         keys[entry, :, start : start + room] = k[entry, :, :room]
         values[entry, :, start : start + room] = v[entry, :, :room]
@@ -132,10 +132,10 @@ def group_query_attention(
     visible = places <= rows
     if (window := call["local_window_size"]) not in (None, -1):
         visible = visible & (places > rows - window)
-    seen = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill(~visible, -math.inf)
+    window_mask = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill(~visible, -math.inf)
     repeats = heads // groups
     wide_keys, wide_values = (t.repeat_interleave(repeats, 1) for t in (keys, values))
-    result = _attend(call, q, wide_keys, wide_values, seen, None, causal=False, cap=call["softcap"] or 0.0)
+    result = _attend(call, q, wide_keys, wide_values, window_mask, None, causal=False, cap=call["softcap"] or 0.0)
     return [result, keys, values][: max(call.outputs, 1)]
 
 
@@ -195,7 +195,7 @@ def _attend(
 
 
 def _masks(call: Call, mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    """What a mask adds to the scores [B, N, S, T]: 0 or the filter value."""
+    """Summand of the scores [B, N, S, T] for a mask: 0 or the filter value."""
     if mask is None:
         return None
     filled = MASKED if call["mask_filter_value"] is None else call["mask_filter_value"]

@@ -15,7 +15,7 @@ from torch.nn import functional
 from cp_debug.backends.kernels.windows import Window
 
 BLOCK = 1 << 22
-"""Bytes of the buffer: about what the second and third cache levels of one core hold."""
+"""Size of the buffer in bytes: about what the second and third cache levels of one core hold."""
 
 
 def conv(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
@@ -39,7 +39,7 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tens
 
 
 def _taps(x: Tensor, window: Window, size: tuple[int, ...], start: int) -> Tensor:
-    """(C, *kernel, *size): what each tap reads of x (C, *spatial) for results of ``size`` from row ``start`` on."""
+    """Elements of x that each tap reads, (C, *kernel, *size), for results of ``size`` from row ``start`` on."""
     length = (size[0] - 1) * window.stride[0] + (window.kernel[0] - 1) * window.dilation[0] + 1
     first = start * window.stride[0] - window.begin[0]
     low = min(max(first, 0), x.shape[1])
@@ -48,5 +48,5 @@ def _taps(x: Tensor, window: Window, size: tuple[int, ...], start: int) -> Tenso
     pads = [*window.torch_pads()[:-2], before, length - before - (high - low)]
     part = functional.pad(x[:, low:high], pads).contiguous()
     channel, *steps = part.stride()
-    strides = [n * each for factors in (window.dilation, window.stride) for n, each in zip(steps, factors, strict=True)]
+    strides = [n * step for factors in (window.dilation, window.stride) for n, step in zip(steps, factors, strict=True)]
     return part.as_strided((len(part), *window.kernel, *size), (channel, *strides))

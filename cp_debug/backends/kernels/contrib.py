@@ -1,7 +1,7 @@
-"""Operators of ``com.microsoft`` that ONNX Runtime's optimiser writes and exporters use, all but attention.
+"""Operators of ``com.microsoft`` that ONNX Runtime's optimizer writes and exporters use, all but attention.
 
 Formulas: ONNX Runtime's ``docs/ContribOperators.md`` (1.2x), checked against its CPU kernels. Where it fuses several
-operators, what an unfused implementation would store is rounded.
+operators, values that an unfused implementation would store are rounded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cp_debug.backends.kernels.registry import Call, kernel
 
 MS = "com.microsoft."
 EPSILON = 1e-12
-"""Default of the normalisations that ONNX Runtime fuses with a residual."""
+"""Default of the normalizations that ONNX Runtime fuses with a residual."""
 
 
 @kernel(MS + "Gelu")
@@ -141,7 +141,7 @@ def simplified_layer_normalization(call: Call, x: Tensor, scale: Tensor) -> Tens
 def skip_layer_normalization(
     call: Call, x: Tensor, skip: Tensor, gamma: Tensor, *shifts: Tensor | None
 ) -> list[Tensor]:
-    """x + skip (+ bias), normalised over the last axis; outputs: result, mean, 1 ÷ deviation, the sum itself."""
+    """x + skip (+ bias), normalized over the last axis; outputs: result, mean, 1 ÷ deviation, the sum itself."""
     simplified = call.node.op.endswith("SkipSimplifiedLayerNormalization")
     beta, bias = [*([None] if simplified else []), *shifts, None, None][:2]
     total = x + skip
@@ -166,7 +166,7 @@ def embed_layer_normalization(
     mask: Tensor | None = None,
     position_ids: Tensor | None = None,
 ) -> list[Tensor]:
-    """Word + position (+ segment) embedding, normalised; the number of unmasked words; the sum itself."""
+    """Word + position (+ segment) embedding, normalized; the number of unmasked words; the sum itself."""
     places = torch.arange(ids.shape[1], device=ids.device)[None] if position_ids is None else position_ids
     total = call.arithmetic.round(words[ids.long()] + positions[places.long()])
     if segments is not None and segment_embedding is not None:

@@ -57,7 +57,7 @@ def conv_transpose(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = 
     transposed = _TRANSPOSED[rank]
     if window.symmetric and min(window.begin) >= 0:
         return transposed(x, weight, bias, window.stride, window.begin, extra, call["group"], window.dilation)
-    whole = transposed(x, weight, None, window.stride, 0, 0, call["group"], window.dilation)
+    uncropped = transposed(x, weight, None, window.stride, 0, 0, call["group"], window.dilation)
     crop = [p for b, n, f in zip(window.begin, size, full, strict=True) for p in (n + b - f, -b)][::-1]
-    whole = functional.pad(whole, crop)
-    return whole if bias is None else whole + bias.reshape(-1, *(1,) * rank)
+    uncropped = functional.pad(uncropped, crop)
+    return uncropped if bias is None else uncropped + bias.reshape(-1, *(1,) * rank)

@@ -42,10 +42,10 @@ def range_(call: Call, start: Tensor, limit: Tensor, delta: Tensor) -> Tensor:
 
 @kernel("ConstantOfShape")
 def constant_of_shape(call: Call, sizes: Tensor) -> Tensor:
-    given = call["value"]
-    if given is None:
+    fill = call["value"]
+    if fill is None:
         return torch.zeros(sizes.tolist(), dtype=call.arithmetic.dtype, device=call.device)
-    value = call.arithmetic.hold(numpy_helper.to_array(given), call.device)
+    value = call.arithmetic.hold(numpy_helper.to_array(fill), call.device)
     return value.expand(sizes.tolist()) if isinstance(value, Tensor) else NotImplemented
 
 

@@ -142,7 +142,7 @@ def dropout(call: Call, x: Tensor, ratio: Tensor | None = None, training: Tensor
 
 
 def _aligned(call: Call, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Before opset 7 a second operand could be lined up with an inner axis of the first."""
+    """Both operands, the second lined up with an inner axis of the first where opset 6 and older ask for it."""
     if call.opset < 7 and call["broadcast"] and b.dim() and call["axis"] is not None:
         b = b.reshape(*b.shape, *(1,) * (a.dim() - call["axis"] % a.dim() - b.dim()))
     return a, b

@@ -1,4 +1,4 @@
-"""What TensorRT's FP16 kernels do behind the sum of a convolution, as a change of the nodes that are executed.
+"""Epilogue of TensorRT's FP16 convolution kernels, as a change of the nodes that are executed.
 
 Fitted on TensorRT 8.6 and an H100, element by element (``docs/gpu/h100.md``): a residual is added to the accumulated
 sum *before* the bias, each addition rounded to FP16, and ``x · sigmoid(x)`` behind it is rounded once, not twice.
@@ -15,20 +15,20 @@ import onnx
 from cp_debug.graph.graph import Graph, Node
 
 BIAS = "\x1fbias"
-"""Behind a convolution's name: its bias as a value of its own."""
+"""Suffix of a convolution's name for its bias as a value of its own."""
 
 
 def fused(graph: Graph, nodes: Sequence[Node], starts: Collection[str]) -> tuple[list[Node], Mapping[str, np.ndarray]]:
     """The nodes in the order of such a kernel, and the biases as further values, [C, 1, …] float32.
 
-    Of a Conv whose result is added to one of ``starts``, the bias comes behind the addition. What is another pattern
-    stays as it is.
+    The bias of a Conv whose result is added to one of ``starts`` comes behind the addition. Other patterns stay as they
+    are.
     """
     readers: dict[str, list[Node]] = {}
     for node in nodes:
         for name in node.inputs:
             readers.setdefault(name, []).append(node)
-    made: list[Node] = []
+    reordered: list[Node] = []
     values: dict[str, np.ndarray] = {}
     behind: dict[str, str] = {}
     for node in nodes:
@@ -40,29 +40,29 @@ def fused(graph: Graph, nodes: Sequence[Node], starts: Collection[str]) -> tuple
             dims = len(graph.weight(node.proto.input[1]).dims) - 2
             values[node.name + BIAS] = bias.reshape(-1, *(1,) * dims)
             behind[follower.name] = node.name + BIAS
-            made.append(_changed(node, inputs=node.proto.input[:2]))
+            reordered.append(_changed(node, inputs=node.proto.input[:2]))
         elif node.name in behind:
             between = f"{node.outputs[0]}\x1fsum"
-            made.append(_changed(node, output=between))
+            reordered.append(_changed(node, output=between))
             proto = onnx.helper.make_node("Add", [between, behind[node.name]], [node.outputs[0]], f"{node.name}{BIAS}")
-            made.append(Node.of(-1 - len(made), proto))
+            reordered.append(Node.of(-1 - len(reordered), proto))
         else:
-            made.append(node)
-    return _once_rounded(made), values
+            reordered.append(node)
+    return _once_rounded(reordered), values
 
 
 def _once_rounded(nodes: Sequence[Node]) -> list[Node]:
-    """Sigmoid and the Mul by its own input as one operator."""
+    """The nodes with Sigmoid and the Mul by its own input as one operator."""
     sigmoids = {node.outputs[0]: node for node in nodes if node.op == "Sigmoid"}
-    found: dict[str, Node] = {}
-    gone: set[str] = set()
+    replaced: dict[str, Node] = {}
+    absorbed: set[str] = set()
     for node in nodes:
         for gate, sigmoid in sigmoids.items():
             if node.op == "Mul" and set(node.inputs) == {gate, sigmoid.inputs[0]}:
                 proto = onnx.helper.make_node("Swish", [sigmoid.inputs[0]], [node.outputs[0]], node.name)
-                found[node.name] = Node.of(node.index, proto)
-                gone.add(sigmoid.name)
-    return [found.get(node.name, node) for node in nodes if node.name not in gone]
+                replaced[node.name] = Node.of(node.index, proto)
+                absorbed.add(sigmoid.name)
+    return [replaced.get(node.name, node) for node in nodes if node.name not in absorbed]
 
 
 def _changed(node: Node, *, inputs: Sequence[str] | None = None, output: str | None = None) -> Node:

@@ -20,7 +20,7 @@ from cp_debug.backends.rounding import round_fp16
 
 BLOCK = 16
 _AT_A_TIME = {"cpu": 1 << 17, "cuda": 1 << 26}
-"""Partial sums worked on at a time: on a CPU as many as stay in its cache through all steps of K."""
+"""Number of partial sums worked on at a time: on a CPU as many as stay in its cache through all steps of K."""
 
 Tap = tuple[Tensor, tuple[int, ...]]
 """Weights (groups, outputs per group, channels per group) and where the tap starts on each spatial axis."""
@@ -29,7 +29,10 @@ Tap = tuple[Tensor, tuple[int, ...]]
 def accumulate(
     x: Tensor, taps: Sequence[Tap], stride: Sequence[int], size: Sequence[int], tile: int, slices: int = 1
 ) -> Tensor:
-    """Sum the taps over ``x`` (groups, channels per group, *spatial) → (groups, outputs per group, *size)."""
+    """Sum the taps over ``x`` (groups, channels per group, *spatial) → (groups, outputs per group, *size).
+
+    All operands hold FP16 values in float32; ``tile`` is channels per tile, ``slices`` the partial sums of a tile.
+    """
     groups, channels = x.shape[:2]
     outputs = taps[0][0].shape[1]
     result = x.new_empty(groups, outputs, *size)
@@ -51,11 +54,11 @@ def accumulate(
                 matrix = columns[:, : part.shape[1]].copy_(part).flatten(2)
                 for k in range(0, matrix.shape[1], BLOCK):
                     block = weight[:, :, channel + k : channel + min(k + BLOCK, matrix.shape[1])]
-                    own = sums[k * slices // tile]
-                    own.baddbmm_(block, matrix[:, k : k + BLOCK])
-                    own.copy_(half.copy_(own))
-        for other in sums[1:]:
-            sums[0].copy_(half.copy_(sums[0].add_(other)))
+                    partial_sum = sums[k * slices // tile]
+                    partial_sum.baddbmm_(block, matrix[:, k : k + BLOCK])
+                    partial_sum.copy_(half.copy_(partial_sum))
+        for slice_sum in sums[1:]:
+            sums[0].copy_(half.copy_(sums[0].add_(slice_sum)))
         result[:, :, first : first + count] = sums[0].unflatten(2, extent)
     return result
 
@@ -116,7 +119,7 @@ def conv_transpose(
 
 
 def matmul(a: Tensor, b: Tensor, tile: int, slices: int = 1) -> Tensor:
-    """``numpy.matmul`` of operands that hold FP16 values."""
+    """``numpy.matmul`` of operands that hold FP16 values, accumulated in FP16."""
     left, right = a[None] if a.dim() == 1 else a, b[:, None] if b.dim() == 1 else b
     batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
     left, right = (m.expand(*batch, *m.shape[-2:]).reshape(batch.numel(), *m.shape[-2:]) for m in (left, right))

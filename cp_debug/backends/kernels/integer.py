@@ -1,4 +1,4 @@
-"""Integer arithmetic of ONNX Runtime's quantised graphs: its QLinear operators and packed weights.
+"""Integer arithmetic of ONNX Runtime's quantized graphs: its QLinear operators and packed weights.
 
 Formulas: ONNX's operator specification and ONNX Runtime's ``docs/ContribOperators.md`` (1.2x). Integers and their sums
 are exact in every arithmetic: sums are formed in float64, which holds each of them. Scales are read as they are.
@@ -18,7 +18,7 @@ from cp_debug.backends.kernels.registry import Call, kernel
 
 
 def _real(x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-    """Dequantised, by one scale and one zero point."""
+    """Dequantized, by one scale and one zero point."""
     levels = x.to(scale.dtype)
     return (levels if zero is None else levels - zero.reshape(())) * scale.reshape(())
 

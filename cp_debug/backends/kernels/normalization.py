@@ -1,4 +1,4 @@
-"""Normalisations."""
+"""Normalizations."""
 
 from __future__ import annotations
 
@@ -51,3 +51,12 @@ def rms_normalization(call: Call, x: Tensor, scale: Tensor) -> Tensor:
 def lp_normalization(call: Call, x: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(x, call["p"], dim=call["axis"], keepdim=True)
     return torch.where(norm == 0, 0, x / norm)
+
+
+@kernel("LRN")
+def local_response_normalization(call: Call, x: Tensor) -> Tensor:
+    size = call["size"]
+    before = (size - 1) // 2
+    squares = functional.pad(x.square().flatten(2), (0, 0, before, size - 1 - before))
+    total = squares.unfold(1, size, 1).sum(-1).reshape(x.shape)
+    return x / (call["bias"] + call["alpha"] / size * total) ** call["beta"]

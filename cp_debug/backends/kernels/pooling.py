@@ -46,8 +46,13 @@ def global_max_pool(call: Call, x: Tensor) -> Tensor:
     return x.amax(list(range(2, x.dim())), keepdim=True)
 
 
+@kernel("GlobalLpPool")
+def global_lp_pool(call: Call, x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, call["p"], dim=list(range(2, x.dim())), keepdim=True)
+
+
 def _overhang(call: Call, window: Window, size: Sequence[int]) -> list[int]:
-    """How far ceil_mode lets the last window of each axis reach beyond the padded input."""
+    """Elements by which ceil_mode lets the last window of each axis reach beyond the padded input."""
     axes = zip(
         window.output_size(size, ceil=bool(call["ceil_mode"])), size, window.kernel, window.stride, window.dilation,
         window.begin, window.end, strict=True,

@@ -1,5 +1,7 @@
-"""QuantizeLinear and DequantizeLinear to 8 and 16 bits (narrower and FP8 types go to ONNX's reference), and ONNX's own
-integer operators: products of levels without their zero points, summed exactly."""
+"""QuantizeLinear and DequantizeLinear to 8 and 16 bits, and ONNX's own integer operators.
+
+Narrower and FP8 types go to ONNX's reference. Products of levels without their zero points are summed exactly.
+"""
 
 from __future__ import annotations
 

@@ -54,11 +54,11 @@ class _Cell:
     """Three [H], or none."""
 
     def given(self, x: Tensor) -> Tensor:
-        """What the gates get from the inputs x [T, B, I]: [T, B, gates × H]."""
+        """Share of the gates that comes from the inputs x [T, B, I]: [T, B, gates × H]."""
         return self._product(x, self.weight, self.bias)
 
     def recurrent(self, h: Tensor, rows: slice = slice(None)) -> Tensor:
-        """What the gates (``rows`` of them) get from the state h [B, H]."""
+        """Share of the gates (``rows`` of them) that comes from the state h [B, H]."""
         return self._product(h, self.recurrence[rows], self.recurrent_bias[rows])
 
     def activate(self, which: int, gate: Tensor) -> Tensor:
@@ -73,31 +73,31 @@ class _Cell:
 
 
 State = tuple[Tensor, ...]
-"""h, and c of an LSTM, each [B, H]."""
+"""State of a layer: h, and c of an LSTM, each [B, H]."""
 Step = Callable[[_Cell, Tensor, State], State]
-"""One time step: (cell, what the gates get from the input [B, gates × H], state) → the next state."""
+"""One time step: (cell, share of the gates from the input [B, gates × H], state) → the next state."""
 
 
-def _rnn(cell: _Cell, given: Tensor, state: State) -> State:
-    return (cell.activate(0, given + cell.recurrent(state[0])),)
+def _rnn(cell: _Cell, from_input: Tensor, state: State) -> State:
+    return (cell.activate(0, from_input + cell.recurrent(state[0])),)
 
 
-def _gru(cell: _Cell, given: Tensor, state: State) -> State:
+def _gru(cell: _Cell, from_input: Tensor, state: State) -> State:
     (h,) = state
     size = h.shape[-1]
     gates, hidden = slice(0, 2 * size), slice(2 * size, None)
-    z, r = (cell.activate(0, gate) for gate in (given[:, gates] + cell.recurrent(h, gates)).split(size, -1))
+    z, r = (cell.activate(0, gate) for gate in (from_input[:, gates] + cell.recurrent(h, gates)).split(size, -1))
     if cell.call["linear_before_reset"]:
         from_state = r * cell.recurrent(h, hidden)
     else:
         from_state = cell.recurrent(cell.call.arithmetic.round(r * h), hidden)
-    candidate = cell.activate(1, given[:, hidden] + from_state)
+    candidate = cell.activate(1, from_input[:, hidden] + from_state)
     return ((1 - z) * candidate + z * h,)
 
 
-def _lstm(cell: _Cell, given: Tensor, state: State) -> State:
+def _lstm(cell: _Cell, from_input: Tensor, state: State) -> State:
     h, c = state
-    i, o, f, g = (given + cell.recurrent(h)).split(h.shape[-1], -1)
+    i, o, f, g = (from_input + cell.recurrent(h)).split(h.shape[-1], -1)
     if cell.peepholes:
         i, f = i + cell.peepholes[0] * c, f + cell.peepholes[2] * c
     i = cell.activate(0, i)
@@ -128,8 +128,10 @@ def recurrent(
     c: Tensor | None = None,
     peepholes: Tensor | None = None,
 ) -> list[Tensor]:
-    """x [T, B, I], W [D, gates × H, I], R [D, gates × H, H], B [D, 2 gates × H], lengths [B], h and c [D, B, H],
-    P [D, 3 H] → Y [T, D, B, H], the last h and, of an LSTM, c [D, B, H]; with ``layout`` 1 the batch comes first.
+    """RNN, GRU or LSTM: outputs Y [T, D, B, H], the last h and, of an LSTM, c [D, B, H].
+
+    x [T, B, I], W [D, gates × H, I], R [D, gates × H, H], B [D, 2 gates × H], lengths [B], h and c [D, B, H], P [D, 3
+    H]; with ``layout`` 1 the batch comes first.
     """
     step, gates, default = _STEPS[call.node.op]
     if call["layout"]:
@@ -142,10 +144,10 @@ def recurrent(
     backwards = [call["direction"] == "reverse"] if directions == 1 else [False, True]
     results = []
     for d, backward in enumerate(backwards):
-        own = functions[d * len(default) : (d + 1) * len(default)]
+        direction_functions = functions[d * len(default) : (d + 1) * len(default)]
         for_input, for_state = bias[d].split(gates * size)
         diagonal = () if peepholes is None else peepholes[d].split(size)
-        cell = _Cell(call, own, weight[d], recurrence[d], for_input, for_state, diagonal)
+        cell = _Cell(call, direction_functions, weight[d], recurrence[d], for_input, for_state, diagonal)
         start = tuple(x.new_zeros(x.shape[1], size) if s is None else s[d] for s in (h, c)[: 1 + (gates == 4)])
         results.append(_unroll(step, cell, x, start, lengths, backward))
     y, *last = (torch.stack(parts, axis) for parts, axis in zip(zip(*results, strict=True), (1, 0, 0), strict=False))
@@ -165,10 +167,10 @@ def _unroll(
     # Backwards, each sequence starts at its own end.
     places = torch.where(inside, ends - 1 - steps, steps) if backward else steps
     columns = torch.arange(batch, device=x.device)
-    given = cell.given(x[places, columns] if backward else x)
+    from_input = cell.given(x[places, columns] if backward else x)
     rows = [x.new_empty(0, *state[0].shape)]
     for t in range(time):
-        after = tuple(cell.call.arithmetic.round(s) for s in step(cell, given[t], state))
+        after = tuple(cell.call.arithmetic.round(s) for s in step(cell, from_input[t], state))
         if lengths is not None:
             after = tuple(torch.where(inside[t][:, None], n, old) for n, old in zip(after, state, strict=True))
         state = after

@@ -16,7 +16,7 @@ from cp_debug.graph.graph import Node
 
 @dataclass(frozen=True)
 class Call:
-    """What a kernel may know besides its inputs. ``call["axis"]`` is an attribute, the operator's default filled in."""
+    """A kernel's view of its node, besides the inputs. ``call["axis"]`` is an attribute, or the operator's default."""
 
     node: Node
     attributes: Mapping[str, Any]
@@ -39,7 +39,7 @@ class Call:
 
     @property
     def outputs(self) -> int:
-        """How many outputs the node has; trailing unused ones are not counted."""
+        """Number of outputs of the node; trailing unused ones are not counted."""
         return max((i for i, name in enumerate(self.node.proto.output, 1) if name), default=0)
 
     def ints(self, name: str, tensor: Tensor | None = None) -> list[int] | None:
@@ -55,8 +55,8 @@ _EXTENDED = {"FusedConv": "Conv", "FusedGemm": "Gemm", "QGemm": "Gemm", "QLinear
 
 
 def _schema(proto: onnx.NodeProto, opset: int) -> onnx.defs.OpSchema | None:
-    """Where the defaults of the attributes stand; before an operator's first opset, which ONNX Runtime allows for some,
-    in its newest."""
+    """Schema with the defaults of the attributes; the newest one for opsets before an operator's first, which ONNX
+    Runtime allows for some."""
     name, domain = proto.op_type, proto.domain
     if domain == "com.microsoft" and name in _EXTENDED:
         return onnx.defs.get_schema(_EXTENDED[name])
@@ -92,7 +92,7 @@ class Kernel:
     exact: bool
     """Weights are parameters (scales, sizes), read without rounding."""
     multiplies: bool
-    """It reads its operands as the multiplier does (``Arithmetic.operands``)."""
+    """Whether it reads its operands as the multiplier does (``Arithmetic.operands``)."""
 
 
 KERNELS: dict[str, Kernel] = {}

@@ -95,7 +95,7 @@ def _gather(x: Tensor, axis: int, taps: list[tuple[np.ndarray, np.ndarray | None
 
 
 def _coordinates(length: int, size: int, factor: float, transform: str) -> np.ndarray:
-    """Where each of ``length`` results lies on the source axis (ONNX Resize, coordinate_transformation_mode)."""
+    """Places of ``length`` results on the source axis (ONNX Resize, coordinate_transformation_mode)."""
     i = np.arange(length, dtype=np.float64)
     if transform == "align_corners":
         return i * (size - 1) / (factor * size - 1) if length > 1 else i

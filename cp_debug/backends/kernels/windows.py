@@ -33,7 +33,7 @@ class Window:
 
     @property
     def symmetric(self) -> bool:
-        """The same padding at both ends of every axis."""
+        """Whether the padding is the same at both ends of every axis."""
         return self.begin == self.end
 
     def torch_pads(self, extra_end: Sequence[int] | None = None) -> list[int]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cp_debug.backends.tensorrt.inspector import EngineLayer, materialised
+from cp_debug.backends.tensorrt.inspector import EngineLayer, materialized
 from cp_debug.backends.tensorrt.options import TensorRTOptions
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
@@ -68,7 +68,7 @@ def ranges_of(layers: Sequence[EngineLayer], graph: Graph, scales: Mapping[str, 
     """The INT8 part of an engine of ``graph``, by the types in its inspector's ``layers`` and a cache's ``scales``."""
     reading = {node for layer in layers for node in layer.nodes if any(t.dtype == "Int8" for t in layer.inputs)}
     products = {n.name: n.proto.input[0] for n in quantizable(graph) if n.name in reading}
-    held = [name for name, tensor in materialised(layers, graph.values).items() if tensor.dtype == "Int8"]
+    held = [name for name, tensor in materialized(layers, graph.values).items() if tensor.dtype == "Int8"]
     return Ranges(
         {node: LEVELS * scales[value] for node, value in products.items() if value in scales},
         {value: LEVELS * scales[value] for value in held if value in scales},

@@ -69,7 +69,7 @@ def decide(
     """The build configuration of ``trt-<variant>`` on a TensorRT version (``8.6.0``, ``10.12.0.36`` …).
 
     ``quantized``: the graph has Q/DQ nodes. ``calibrated``: TensorRT's calibrator has a cache or data for it.
-    ``keep_fp32``: ONNX nodes that stay FP32. ``fp16_fallback``: of INT8, what is not quantised may run in FP16, where
+    ``keep_fp32``: ONNX nodes that stay FP32. ``fp16_fallback``: of INT8, what is not quantized may run in FP16, where
     the network is weakly typed. Raises InputError or BackendUnavailable where the version has no way to do it.
     """
     release = _release(version)

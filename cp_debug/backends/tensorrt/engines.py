@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cp_debug.backends.build_info import BuildInfo
 from cp_debug.backends.tensorrt import runner
 from cp_debug.backends.tensorrt.answers import Built
 from cp_debug.backends.tensorrt.client import BuildFailed, ParseFailed, RunnerClient
@@ -17,7 +18,7 @@ from cp_debug.backends.tensorrt.inspector import (
     EngineLayer,
     changed_nodes,
     compare_engines,
-    materialised,
+    materialized,
     parse_layers,
     realised_precision,
 )
@@ -38,7 +39,7 @@ _WANTED = {"fp16": "Half", "bf16": "BF16", "int8": "Int8"}
 
 @dataclass(frozen=True)
 class Engine:
-    """A built engine file and what its build build_info."""
+    """A built engine file and what its build told."""
 
     path: Path
     layers: tuple[EngineLayer, ...]
@@ -121,13 +122,13 @@ def to_exclude(graph: Graph, *, calibrated: bool) -> str:
     ``calibrated``: by TensorRT, which chooses what runs in INT8, Q/DQ pairs or not.
     """
     upsampling = [node for node in graph.nodes if node.op == "ConvTranspose"]
-    quantised = [
+    quantized = [
         node.name
         for node in upsampling
         if any(graph.producer[i].op == "DequantizeLinear" for i in node.inputs if i in graph.producer)
     ]
-    if quantised:
-        return f"TensorRT 8.6 builds no ConvTranspose in INT8: leave {', '.join(quantised)} unquantized (--skip-layers)"
+    if quantized:
+        return f"TensorRT 8.6 builds no ConvTranspose in INT8: leave {', '.join(quantized)} unquantized (--skip-layers)"
     if calibrated and upsampling:
         kept = " ".join(f"--keep-fp32 {node.name}" for node in upsampling)
         return f"TensorRT 8.6 builds no ConvTranspose in INT8, and a calibrator asks for that: try {kept}"
@@ -155,15 +156,15 @@ class EngineSet:
     ``probes``: see ``Options``.
     """
 
-    def __init__(self, workshop: EngineBuilder, profiles: Mapping[str, Profile], name: str, probes: str) -> None:
-        self._workshop, self._profiles, self._name = workshop, profiles, name
-        (self.plain,) = workshop.build([(f"{name}.engine", {})], profiles)
+    def __init__(self, builder: EngineBuilder, profiles: Mapping[str, Profile], name: str, probes: str) -> None:
+        self._builder, self._profiles, self._name = builder, profiles, name
+        (self.plain,) = builder.build([(f"{name}.engine", {})], profiles)
         self.types = realised_precision(self.plain.layers)
         self._show_all = probes == "all"
-        self.unfused = workshop.config.unfused_debug_tensors and probes in ("auto", "boundaries")
+        self.unfused = builder.config.unfused_debug_tensors and probes in ("auto", "boundaries")
         """Whether TensorRT itself hands out what it did not fuse, instead of marked outputs."""
         self._marks: dict[str, dict[str, str]] = (
-            {v: {} for v in workshop.values} if self._show_all else self._boundaries()
+            {v: {} for v in builder.values} if self._show_all else self._boundaries()
         )
         self.rebuilt: Engine | None = None
         self.probed: Engine | None = None
@@ -184,10 +185,10 @@ class EngineSet:
     @property
     def realised(self) -> bool:
         """Whether any layer runs in the precision asked for, as far as layers tell."""
-        wanted = _WANTED.get(self._workshop.variant)
-        if self._workshop.variant == "tf32":
-            build_info = {layer.tactic.multiplies for layer in self.plain.layers} - {None}
-            return not build_info or "tf32" in build_info
+        wanted = _WANTED.get(self._builder.variant)
+        if self._builder.variant == "tf32":
+            multiplied = {layer.tactic.multiplies for layer in self.plain.layers} - {None}
+            return not multiplied or "tf32" in multiplied
         return wanted is None or not self.types or wanted in self.types
 
     @property
@@ -204,8 +205,8 @@ class EngineSet:
     @property
     def candidates(self) -> list[str]:
         """Floating-point values that the engine writes and does not put out, in execution order."""
-        outputs = {v.name for v in self._workshop.graph.outputs}
-        tensors = materialised(self.plain.layers, self._workshop.values)
+        outputs = {v.name for v in self._builder.graph.outputs}
+        tensors = materialized(self.plain.layers, self._builder.values)
         floats = {name for name, tensor in tensors.items() if tensor.dtype in PRECISIONS}
         return [name for name in self._marks if name in floats and name not in outputs]
 
@@ -214,28 +215,28 @@ class EngineSet:
         if value not in self._probes:
             probes = {"method": "outputs", "tensors": {value: self._marks[value]}}
             request = (f"{self._name}-probe-{len(self._probes)}.engine", probes)
-            (self._probes[value],) = self._workshop.build([request], self._profiles)
+            (self._probes[value],) = self._builder.build([request], self._profiles)
         if self._probes[value].facts["missing"]:
-            raise InputError(f"{self._workshop.graph.path}: TensorRT cannot put out {value!r}; try --probes boundaries")
+            raise InputError(f"{self._builder.graph.path}: TensorRT cannot put out {value!r}; try --probes boundaries")
         return self._probes[value]
 
     def rebuild(self) -> Engine:
         """The plain engine built again."""
         if self.rebuilt is None:
-            (self.rebuilt,) = self._workshop.build([(f"{self._name}{AGAIN}", {})], self._profiles)
+            (self.rebuilt,) = self._builder.build([(f"{self._name}{AGAIN}", {})], self._profiles)
         return self.rebuilt
 
     def observed(self) -> tuple[Engine, Engine]:
         """The plain engine built again, and the one that shows values."""
         if self.rebuilt is None or self.probed is None:
             requests = [(f"{self._name}{AGAIN}", {}), self._probed_request()]
-            self.rebuilt, self.probed = self._workshop.build(requests, self._profiles)
+            self.rebuilt, self.probed = self._builder.build(requests, self._profiles)
         return self.rebuilt, self.probed
 
     def showing(self) -> Engine:
         """The engine that shows values, without another plain one."""
         if self.probed is None:
-            (self.probed,) = self._workshop.build([self._probed_request()], self._profiles)
+            (self.probed,) = self._builder.build([self._probed_request()], self._profiles)
         return self.probed
 
     def variation(self, builder: EngineBuilder, file: str, marks: Collection[str], wide: Collection[str]) -> Engine:
@@ -258,71 +259,68 @@ class EngineSet:
         if self.unfused or self._show_all or self.probed is None:
             return False
         changed = changed_nodes(self.plain.layers, self.probed.layers)
-        nodes = [node for node in self._workshop.graph.nodes if node.name in changed]
+        nodes = [node for node in self._builder.graph.nodes if node.name in changed]
         written, read = {v for n in nodes for v in n.outputs}, {v for n in nodes for v in n.inputs}
-        outputs = {v.name for v in self._workshop.graph.outputs}
+        outputs = {v.name for v in self._builder.graph.outputs}
         for near in (written, read):
             if drop := [name for name in self._marks if name in near and name not in outputs]:
                 self.unmarked += drop
                 self._marks = {name: mark for name, mark in self._marks.items() if name not in near or name in outputs}
-                (self.probed,) = self._workshop.build([self._probed_request()], self._profiles)
+                (self.probed,) = self._builder.build([self._probed_request()], self._profiles)
                 return True
         return False
 
-    def describe(self) -> dict[str, Any]:
-        """JSON-safe: what was built, what differs between the builds, which kernels ran."""
-        facts = self.plain.facts
-        build_info: dict[str, Any] = {
-            "flags": sorted(name for name, on in facts["flags"].items() if on),
-            "timing_cache": facts["timing_cache"],
-            "realised": self.realised,
-            "realised_precision": self.types,
-            "build_seconds": {"plain": facts["seconds"]},
-            "run_seconds": self.run_seconds,
-            "observer_gap": self.gap,
-            "rebuild_floor": self.floor,
-            "layers": [layer.to_dict() for layer in self.plain.layers],
-        }
+    def build_info(self) -> BuildInfo:
+        """What was built, what differs between the builds, which kernels ran."""
+        facts, seconds, differences = self.plain.facts, {"plain": self.plain.facts["seconds"]}, {}
         for name, engine in (("rebuilt", self.rebuilt), ("probed", self.probed)):
             if engine is not None and engine is not self.plain:
                 difference = compare_engines(self.plain.layers, engine.layers)
-                build_info["build_seconds"][name] = engine.facts["seconds"]
-                build_info[name] = {
+                seconds[name] = engine.facts["seconds"]
+                differences[name] = {
                     "fusions_changed": list(difference.fusions),
                     "tactics_changed": list(difference.tactics),
                     "timing_cache": engine.facts["timing_cache"],
                 }
                 if not difference.same:
-                    build_info[name]["layers"] = [layer.to_dict() for layer in engine.layers]
-        if self.stopped:
-            build_info["stopped"] = self.stopped
-        if facts.get("cached"):
-            build_info["cached"] = True
-        if self.unmarked:
-            build_info["unmarked"] = self.unmarked
-        if self.search is not None:
-            build_info["search"] = self.search.describe()
-        return build_info
+                    differences[name]["layers"] = [layer.to_dict() for layer in engine.layers]
+        return BuildInfo(
+            regime=self._builder.config.regime,
+            flags=sorted(name for name, on in facts["flags"].items() if on),
+            timing_cache=facts["timing_cache"],
+            realised=self.realised,
+            realised_precision=self.types,
+            build_seconds=seconds,
+            run_seconds=self.run_seconds,
+            observer_gap=self.gap,
+            rebuild_floor=self.floor,
+            layers=[layer.to_dict() for layer in self.plain.layers],
+            stopped=self.stopped,
+            cached=bool(facts.get("cached")),
+            unmarked=self.unmarked,
+            search=self.search.describe() if self.search is not None else {},
+            **differences,
+        )
 
     def _boundaries(self) -> dict[str, dict[str, str]]:
         """What to mark, and as what: outputs are linear, and FP32 where typing is weak, unless said otherwise, which
         could make TensorRT choose another kernel.
 
-        TensorRT 8 cannot put out what a quantiser made: what goes into it is marked instead. What its own calibrator
+        TensorRT 8 cannot put out what a quantizer made: what goes into it is marked instead. What its own calibrator
         keeps in INT8 is marked as FP32.
         """
-        workshop = self._workshop
+        builder = self._builder
         marks: dict[str, dict[str, str]] = {}
-        for name, tensor in materialised(self.plain.layers, workshop.values).items():
+        for name, tensor in materialized(self.plain.layers, builder.values).items():
             mark = {"format": (len(tensor.shape) == 4 and tensor.tensor_format) or ""}
-            if workshop.config.regime == "weak":
-                producer = workshop.graph.producer[name]
+            if builder.config.regime == "weak":
+                producer = builder.graph.producer[name]
                 if tensor.dtype == "Int8":
                     if producer.op == "QuantizeLinear":
                         marks[producer.inputs[0]] = {}
-                    elif workshop.step["calibration"]:
+                    elif builder.step["calibration"]:
                         marks[name] = {}
                     continue
                 mark["dtype"] = _NETWORK_TYPES.get(tensor.dtype, "")
             marks[name] = mark
-        return {name: marks[name] for name in workshop.values if name in marks}
+        return {name: marks[name] for name in builder.values if name in marks}

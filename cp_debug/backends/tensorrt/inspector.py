@@ -96,14 +96,14 @@ def parse_layers(layers: Sequence[Any], nodes: Collection[str]) -> list[EngineLa
     return [_layer({"Name": entry} if isinstance(entry, str) else entry, known) for entry in layers]
 
 
-def materialised(layers: Iterable[EngineLayer], values: Collection[str]) -> dict[str, EngineTensor]:
+def materialized(layers: Iterable[EngineLayer], values: Collection[str]) -> dict[str, EngineTensor]:
     """The graph ``values`` that layers write to memory, as they are there, in the layers' order."""
     known = frozenset(values)
     return {t.name: t for layer in layers for t in layer.outputs if t.name in known}
 
 
 def realised_precision(layers: Iterable[EngineLayer]) -> dict[str, float]:
-    """Share of each floating-point or quantised type among the inputs and outputs of layers that hold ONNX nodes.
+    """Share of each floating-point or quantized type among the inputs and outputs of layers that hold ONNX nodes.
 
     Reformats are left out: they carry a type from where it is to where it is wanted, and compute nothing.
     """

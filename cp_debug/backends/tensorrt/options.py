@@ -40,7 +40,7 @@ class TensorRTOptions:
     cache: EngineCache | None = None
     """Where built engines and their timings are kept; None builds each anew."""
     builder_level: int | None = None
-    """How hard the builder optimises, 0 to 5; None leaves it to TensorRT."""
+    """How hard the builder optimizes, 0 to 5; None leaves it to TensorRT."""
     build_timeout: float | None = None
     """Seconds for one build; None has no limit of its own."""
     time_limit: float = 3600.0

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,9 +11,7 @@ import numpy as np
 from cp_debug.backends.base import Program, Sink
 from cp_debug.backends.tensorrt.backend import TensorRTBackend
 from cp_debug.backends.tensorrt.client import RunnerClient
-from cp_debug.backends.tensorrt.engines import Engine
-from cp_debug.backends.tensorrt.options import TensorRTOptions
-from cp_debug.backends.tensorrt.session import EngineSession
+from cp_debug.backends.tensorrt.engine_runs import EngineRuns
 
 
 class PrebuiltBackend:
@@ -29,25 +25,24 @@ class PrebuiltBackend:
 
     def open(self, program: Program) -> PrebuiltSession:
         """The component's engine."""
-        return PrebuiltSession(self.builder.client, program, self._files[program.name], self.builder.options)
+        return PrebuiltSession(self.builder.client, program, self._files[program.name], self.builder.options.device)
 
     def versions(self) -> dict[str, str]:
         """Those of the backend."""
         return self.builder.versions()
 
 
-class PrebuiltSession(EngineSession):
+class PrebuiltSession:
     """One engine file; it shows its outputs."""
 
-    def __init__(self, client: RunnerClient, program: Program, file: Path, options: TensorRTOptions) -> None:
-        self._client, self._own, self._options = client, program.graph, options
-        self._folder = tempfile.TemporaryDirectory(prefix="cpdebug-engine-")
-        self._file = file
+    def __init__(self, client: RunnerClient, program: Program, file: Path, device: int) -> None:
+        self._graph, self._file = program.graph, file
+        self._runs = EngineRuns(client, program.graph, device)
 
     @property
     def exposed(self) -> Collection[str]:
         """The graph's outputs."""
-        return [v.name for v in self._own.outputs]
+        return [v.name for v in self._graph.outputs]
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -58,11 +53,15 @@ class PrebuiltSession(EngineSession):
         self, inputs: Mapping[str, np.ndarray], sink: Sink | None = None, probes: Collection[str] | None = None
     ) -> dict[str, np.ndarray]:
         """Run once. Raises InputError for inputs that do not fit the graph or the engine's profile."""
-        outputs = super().run(inputs)
+        outputs = self._runs.once(self._file, inputs)
         for name, array in outputs.items():
             if sink is not None and (probes is None or name in probes):
                 sink(name, array)
         return outputs
 
-    def _engines(self, inputs: Mapping[str, np.ndarray]) -> Any:
-        return SimpleNamespace(plain=Engine(self._file, (), {}))
+    def timings(self, inputs: Mapping[str, np.ndarray], passes: int) -> list[float]:
+        """Seconds of ``passes`` runs after a first one, on the device, transfers left out."""
+        return self._runs.timings(self._file, inputs, passes)
+
+    def close(self) -> None:
+        """The file stays."""

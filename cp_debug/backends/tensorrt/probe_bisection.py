@@ -13,6 +13,7 @@ from cp_debug.backends.arithmetic import BF16, FP16, FP32, FP64, INT8, TF32, Ari
 from cp_debug.backends.emulated import ExecutorSession
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.arrays import Tensor, as_numpy
+from cp_debug.probes.distance import relative_l2
 
 FACTOR = 4.0
 """How many times further than its emulation a value may be from the exact one."""
@@ -24,7 +25,7 @@ _PAIRS: Mapping[str, tuple[Arithmetic, Arithmetic]] = {
     "bf16": (FP32, BF16),
     "fp16": (FP32, FP16),
     "best": (FP32, FP16),
-    "int8": (INT8, TF32),  # rounding flips some ticks of the graph's own quantisers
+    "int8": (INT8, TF32),  # rounding flips some ticks of the graph's own quantizers
 }
 """Variant → what is exact, and what the engine is expected to be."""
 
@@ -72,9 +73,8 @@ class Expected:
         self._run(graph, rounded, inputs, values, self._limit)
 
     def distance(self, value: str, array: np.ndarray) -> float:
-        """Relative L2, of an array of that name."""
-        exact = self._exact[value].astype(np.float64)
-        return float(np.linalg.norm(array - exact) / max(float(np.linalg.norm(exact)), 1e-300))
+        """Relative L2 of an array of that name; infinite for NaN and Inf that are not in the exact one."""
+        return relative_l2(array, self._exact[value])
 
     def limit(self, value: str) -> float:
         """The largest distance that rounding explains."""

@@ -1,7 +1,7 @@
 """Builds, inspects and runs TensorRT engines for cpdebug: ``python runner.py JOB_FOLDER``, wherever TensorRT is.
 
 One file, Python 3.8, only the standard library, numpy and tensorrt: the model lives in one environment and the engine
-in another. ``JOB_FOLDER/job.json`` holds ``{"steps": [{"command": "probe" | "build" | "inspect" | "run", ...}]}``;
+in another. ``JOB_FOLDER/job.json`` holds ``{"steps": [{"command": "probe" | "build" | "run", ...}]}``;
 ``JOB_FOLDER/result.json`` takes ``{"results": [...]}`` and, if a step failed, ``"error"``. Arrays travel as ``.npy``
 files, never pickled. Log and progress go to stdout, one JSON object with an ``"event"`` key a line. Enum members travel
 by name: TensorRT 11 renumbered them.
@@ -158,9 +158,9 @@ class Job:
 
     _logger: Any = None  # TensorRT keeps the first logger of a process for good, so there is one
 
-    def __init__(self, emit: Emit, deadline: float | None = None, verbose: bool = False) -> None:
+    def __init__(self, emit: Emit, deadline: float | None = None) -> None:
         self.trt = trt = _import_tensorrt()
-        self.emit, self.deadline, self.verbose = emit, deadline, verbose
+        self.emit, self.deadline = emit, deadline
         self.errors: list[str] = []
         self.count_tactics, self.tactics, self.told = False, 0, 0.0
         self.kept: list[Any] = []
@@ -175,7 +175,7 @@ class Job:
             self.errors.append(text)
         if level == "VERBOSE" and self.count_tactics:
             self._count(text)
-        if level != "VERBOSE" or self.verbose:
+        if level != "VERBOSE":
             self.emit({"event": "log", "level": level, "text": text})
 
     def _count(self, text: str) -> None:
@@ -375,22 +375,8 @@ def build(job: Job, step: Step) -> dict[str, Any]:
         "timing_cache": cache,
         "marked": marked,
         "missing": missing,
-        "layers": inspect(job, step)["layers"],
+        "layers": _inspect(job, step),
     }
-
-
-def inspect(job: Job, step: Step) -> dict[str, Any]:
-    """What the inspector says of the file ``engine``, layer by layer."""
-    trt, engine = job.trt, _load_engine(job, step["engine"])
-    inspector = engine.create_engine_inspector()
-    profiles = step.get("profiles") or {}
-    context = engine.create_execution_context() if profiles else None
-    if context is not None:  # with dynamic shapes, formats and types are told only for shapes that are set
-        for name, (_, optimal, _) in profiles.items():
-            context.set_input_shape(name, tuple(optimal))
-        inspector.execution_context = context
-    text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
-    return {"layers": json.loads(text, strict=False)["Layers"]}  # 8.6 leaves control characters in it
 
 
 def run(job: Job, step: Step) -> dict[str, Any]:
@@ -405,7 +391,6 @@ def run(job: Job, step: Step) -> dict[str, Any]:
 COMMANDS: dict[str, Callable[[Job, Step], dict[str, Any]]] = {
     "probe": probe,
     "build": build,
-    "inspect": inspect,
     "run": run,
 }
 
@@ -560,7 +545,7 @@ def _mark(job: Job, network: Any, probes: dict[str, Any]) -> tuple[list[str], li
     """Mark what is to be seen; returns (names marked, names that cannot be).
 
     ``method``: ``outputs`` marks ``tensors`` (name → ``{"dtype": …, "format": …}``, both may be empty) as network
-    outputs, ``debug`` as debug tensors, ``unfused`` leaves the choice to TensorRT, which then changes no fusion.
+    outputs, ``unfused`` leaves the choice to TensorRT, which then changes no fusion.
     """
     method, wanted = probes.get("method"), probes.get("tensors") or {}
     if method == "unfused":
@@ -573,9 +558,7 @@ def _mark(job: Job, network: Any, probes: dict[str, Any]) -> tuple[list[str], li
         tensor = tensors.get(name)
         if tensor is None or tensor.is_shape_tensor:
             continue
-        if method == "debug":
-            network.mark_debug(tensor)
-        elif not tensor.is_network_output:
+        if not tensor.is_network_output:
             network.mark_output(tensor)
             if mark.get("dtype"):
                 tensor.dtype = job.member("DataType", mark["dtype"])
@@ -593,6 +576,20 @@ def _build_failure(job: Job) -> RunnerFailure:
         return RunnerFailure("memory", text)
     nodes = re.findall(r"Could not find any implementation for node (.+?)(?:\.(?=\s|$)| due to)", text)
     return RunnerFailure("kernel" if nodes else "build", text, dict.fromkeys(nodes))
+
+
+def _inspect(job: Job, step: Step) -> list[dict[str, Any]]:
+    """What the inspector says of the file ``engine``, layer by layer."""
+    trt, engine = job.trt, _load_engine(job, step["engine"])
+    inspector = engine.create_engine_inspector()
+    profiles = step.get("profiles") or {}
+    context = engine.create_execution_context() if profiles else None
+    if context is not None:  # with dynamic shapes, formats and types are told only for shapes that are set
+        for name, (_, optimal, _) in profiles.items():
+            context.set_input_shape(name, tuple(optimal))
+        inspector.execution_context = context
+    text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+    return json.loads(text, strict=False)["Layers"]  # 8.6 leaves control characters in it
 
 
 def _write(path: Path, data: Any) -> None:
@@ -635,8 +632,8 @@ def _run(job: Job, cuda: Cuda, step: Step) -> dict[str, Any]:
         outputs[name] = (cuda.allocate(nbytes), layout, dtype)
         context.set_tensor_address(name, outputs[name][0])
     written = _Written(Path(step["folder"]), step.get("names"))
-    if step.get("listener"):
-        _listen(job, cuda, context, step["listener"], written, outputs)
+    if step.get("listen"):
+        _listen(job, cuda, context, written, outputs)
     seconds = []
     for _ in range(1 + step.get("repeat", 0)):
         started = time.perf_counter()
@@ -720,8 +717,8 @@ class _Written:
         self.entries.append({"name": name, "file": str(path), "dtype": dtype})
 
 
-def _listen(job: Job, cuda: Cuda, context: Any, kind: str, written: _Written, outputs: dict[str, Any]) -> None:
-    """Have the debug tensors written while the engine runs. Outputs are left for later, in the type they have then."""
+def _listen(job: Job, cuda: Cuda, context: Any, written: _Written, outputs: dict[str, Any]) -> None:
+    """Have the unfused tensors written while the engine runs. Outputs are written later, in the type they have then."""
     trt = job.trt
 
     class Listener(trt.IDebugListener):  # type: ignore[name-defined]
@@ -741,10 +738,7 @@ def _listen(job: Job, cuda: Cuda, context: Any, kind: str, written: _Written, ou
 
     job.kept.append(Listener())
     context.set_debug_listener(job.kept[-1])
-    if kind == "unfused":
-        context.unfused_tensors_debug_state = True
-    else:
-        context.set_all_tensors_debug_state(True)
+    context.unfused_tensors_debug_state = True
 
 
 def _address(capsule: Any) -> int:
@@ -780,7 +774,7 @@ def execute(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
     try:
         for index, step in enumerate(job["steps"]):
             emit({"event": "step", "index": index, "of": len(job["steps"]), "command": step["command"]})
-            results.append(COMMANDS[step["command"]](Job(emit, deadline, job.get("verbose", False)), step))
+            results.append(COMMANDS[step["command"]](Job(emit, deadline), step))
     except RunnerFailure as error:
         failure = error
     except MemoryError:

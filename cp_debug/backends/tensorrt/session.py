@@ -14,36 +14,26 @@ from typing import Any
 import numpy as np
 
 from cp_debug.backends.base import Program, Sink
-from cp_debug.backends.tensorrt.answers import Ran
+from cp_debug.backends.build_info import BuildInfo
 from cp_debug.backends.tensorrt.calibration import Ranges, calibration, ranges_of, read_cache
 from cp_debug.backends.tensorrt.client import BuildTimedOut, RunnerClient
 from cp_debug.backends.tensorrt.config import decide
+from cp_debug.backends.tensorrt.engine_runs import RUNS, EngineRuns, RanEngine, output_distance
 from cp_debug.backends.tensorrt.engines import Engine, EngineBuilder, EngineSet, Profile
 from cp_debug.backends.tensorrt.inspector import EngineLayer
 from cp_debug.backends.tensorrt.options import TensorRTOptions
 from cp_debug.backends.tensorrt.probe_bisection import Expected, search
-from cp_debug.errors import BackendUnavailable, InputError
+from cp_debug.errors import InputError
 from cp_debug.graph.casts import cast_surgery
+from cp_debug.graph.check_inputs import check_inputs
 from cp_debug.graph.downstream import data_values
 from cp_debug.graph.graph import Graph
-from cp_debug.graph.random_inputs import check_inputs
-from cp_debug.reading import read_npy
 
 HEALTHY = "nothing diverges, so no engine was built to show values inside (--probes boundaries does)"
-RUNS = 20
-"""Further runs of the plain engine, for its time."""
 
 
 @dataclass(frozen=True)
-class _Ran:
-    written: dict[str, Path]
-    """Value → file."""
-    seconds: list[float]
-    """Of every run."""
-
-
-@dataclass(frozen=True)
-class Trial:
+class EngineVariation:
     """One more engine of the same program, and what it gave on one input."""
 
     engine: Engine
@@ -88,6 +78,7 @@ class EngineSession:
         self.diverges: Callable[[Mapping[str, np.ndarray], Mapping[str, np.ndarray]], bool] | None = None
         """Told inputs and outputs: whether values inside are worth an engine; for ``auto`` probes."""
         self._client, self._own, self._options = client, program.graph, options
+        self._runs = EngineRuns(client, program.graph, options.device)
         self._component = program.name
         self._quantized = program.plain is not None or program.graph.precision == "int8"
         self._folder = tempfile.TemporaryDirectory(prefix="cpdebug-engine-")
@@ -95,7 +86,7 @@ class EngineSession:
         self._trials = 0
         self._asked = variant, version
         try:
-            self._workshop = self._open(variant, version, options.keep_fp32)
+            self._builder = self._open(variant, version, options.keep_fp32)
             names = [v.name for v in self._own.inputs if not _is_static(v.shape)]
             self._profiles = {name: options.profiles[name] for name in names if name in options.profiles}
             self._per_shape = len(self._profiles) < len(names)
@@ -109,7 +100,7 @@ class EngineSession:
         """``file``: where the graph goes when its types must be written into it."""
         own, options, folder = self._own, self._options, Path(self._folder.name)
         if variant == "int8" and self._quantized and own.precision != "int8":
-            # No layer of this component is quantised, and TensorRT 8 builds nothing with the INT8 flag and no scale.
+            # No layer of this component is quantized, and TensorRT 8 builds nothing with the INT8 flag and no scale.
             variant = "fp16" if options.fp16_fallback else "fp32"
         calibrated = None
         if variant in ("int8", "best") and not self._quantized:
@@ -175,17 +166,22 @@ class EngineSession:
     @property
     def ranges(self) -> Ranges | None:
         """What TensorRT's own calibrator made of the engine last used; None where it was not asked."""
-        calibrated = self._workshop.step["calibration"]
+        calibrated = self._builder.step["calibration"]
         if calibrated is None or not self._sets:
             return None
-        return ranges_of(self._latest.plain.layers, self._workshop.graph, read_cache(Path(calibrated["cache"])))
+        return ranges_of(self._latest.plain.layers, self._builder.graph, read_cache(Path(calibrated["cache"])))
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """Regime and flags as read back, caches, and all that ``EngineSet.describe`` tells of the engine last used."""
-        config = self._workshop.config
-        told = {"regime": config.regime, "network_flags": list(config.network_flags), "probes": self._options.probes}
-        return {**told, **(self._latest.describe() if self._sets else {})}
+        """Regime and flags as read back, caches, and all that ``build_info`` has."""
+        config = self._builder.config
+        own = {"regime": config.regime, "network_flags": list(config.network_flags), "probes": self._options.probes}
+        return {**own, **(self.build_info.to_settings() if self.build_info else {})}
+
+    @property
+    def build_info(self) -> BuildInfo | None:
+        """Of the engine last used; None before the first run of a dynamic graph without a profile."""
+        return self._latest.build_info() if self._sets else None
 
     def run(
         self, inputs: Mapping[str, np.ndarray], sink: Sink | None = None, probes: Collection[str] | None = None
@@ -196,19 +192,18 @@ class EngineSession:
         """
         check_inputs(self._own.inputs, inputs, str(self._own.path))
         engines = self._latest = self._engines(inputs)
+        if sink is None:
+            return self._runs.once(engines.plain.path, inputs)
         with tempfile.TemporaryDirectory(dir=self._folder.name) as name:
             folder = Path(name)
-            if sink is None:
-                (ran,) = self._execute([engines.plain], inputs, folder)
-                return self._outputs(ran.written)
             show = self._search if self._options.probes == "bisect" else self._show
             wanted = engines.exposed if probes is None else engines.exposed.intersection(probes)
             written = show(engines, inputs, folder, wanted)
-            outputs = self._outputs(written)
+            outputs = self._runs.outputs(written)
             wanted = {*wanted, *(v.name for v in self._own.outputs if probes is None or v.name in probes)}
             for value in self._own.tensors:
                 if value in written and value in wanted:
-                    sink(value, self._load(value, written[value]))
+                    sink(value, self._runs.load(value, written[value]))
             return outputs
 
     def _show(
@@ -228,14 +223,14 @@ class EngineSession:
         others = [engines.plain, rebuilt] if engines.gap is None else []
         ran, *plain = self._execute([probed, *others], inputs, folder, wanted, engines.unfused)
         if plain:
-            reference, again = (self._outputs(run.written) for run in plain)
+            reference, again = (self._runs.outputs(run.written) for run in plain)
             engines.floor = output_distance(reference, again)
             engines.run_seconds = median(plain[0].seconds)
-            engines.gap = output_distance(reference, self._outputs(ran.written))
+            engines.gap = output_distance(reference, self._runs.outputs(ran.written))
             while engines.gap > engines.floor and engines.unmark_changed():
                 place = Path(tempfile.mkdtemp(dir=folder))
                 (ran,) = self._execute([engines.observed()[1]], inputs, place, wanted)
-                engines.gap = output_distance(reference, self._outputs(ran.written))
+                engines.gap = output_distance(reference, self._runs.outputs(ran.written))
         return ran.written
 
     def _plain_alone(
@@ -254,7 +249,7 @@ class EngineSession:
             return self._plain_alone(engines, inputs, folder, engines.stopped) if engines.stopped else None
         place = Path(tempfile.mkdtemp(dir=folder))
         (ran,) = self._execute([engines.plain], inputs, place, repeat=RUNS)
-        outputs = self._outputs(ran.written)
+        outputs = self._runs.outputs(ran.written)
         if self.diverges is not None and not self.diverges(inputs, outputs):
             engines.stopped, engines.gap, engines.floor = HEALTHY, 0.0, 0.0
             engines.run_seconds = median(ran.seconds[1:])
@@ -266,7 +261,7 @@ class EngineSession:
             return self._plain_alone(engines, inputs, folder, str(stopped))
         place = Path(tempfile.mkdtemp(dir=folder))
         (shown,) = self._execute([probed], inputs, place, engines.exposed, engines.unfused)
-        if output_distance(outputs, self._outputs(shown.written)) > 0:
+        if output_distance(outputs, self._runs.outputs(shown.written)) > 0:
             return None  # whether marks or merely another build changed it takes one more engine to know
         engines.gap, engines.floor, engines.run_seconds = 0.0, 0.0, median(ran.seconds[1:])
         engines.rebuilt = engines.plain
@@ -277,7 +272,7 @@ class EngineSession:
     ) -> dict[str, Path]:
         """Files of the plain engine's outputs, and of each value that the search for the first bad one came across."""
         plain, again = self._execute([engines.plain, engines.rebuild()], inputs, folder)
-        outputs = self._outputs(plain.written)
+        outputs = self._runs.outputs(plain.written)
         written: dict[str, Path] = {}
 
         def look(value: str) -> tuple[np.ndarray, float]:
@@ -285,14 +280,14 @@ class EngineSession:
             (ran,) = self._execute([engines.probe(value)], inputs, place, [value])
             written[value] = ran.written[value]
             if value not in ran.written:
-                raise self._nonsense(f"{value!r} is missing")
-            return self._load(value, ran.written[value]), output_distance(outputs, self._outputs(ran.written))
+                raise self._runs.nonsense(f"{value!r} is missing")
+            return self._runs.load(value, ran.written[value]), output_distance(outputs, self._runs.outputs(ran.written))
 
         if engines.search is None:
-            expected = Expected(self._own, self._workshop.variant, inputs, engines.candidates)
+            expected = Expected(self._own, self._builder.variant, inputs, engines.candidates)
             engines.search = search(engines.candidates, expected, look)
             engines.gap = max((visited.gap for visited in engines.search.visited), default=0.0)
-            engines.floor = output_distance(outputs, self._outputs(again.written))
+            engines.floor = output_distance(outputs, self._runs.outputs(again.written))
             engines.run_seconds = median(again.seconds)
         else:
             for visited in engines.search.visited:
@@ -313,7 +308,7 @@ class EngineSession:
         marks: Collection[str] = (),
         wide: Collection[str] = (),
         keep_fp32: Collection[str] = (),
-    ) -> Trial:
+    ) -> EngineVariation:
         """Build one more engine and run it once: with ``marks`` shown besides the outputs, or with further nodes kept
         in FP32.
 
@@ -322,32 +317,30 @@ class EngineSession:
         """
         check_inputs(self._own.inputs, inputs, str(self._own.path))
         engines = self._latest = self._engines(inputs)
-        name, workshop = f"trial-{self._trials}", self._workshop
+        name, builder = f"trial-{self._trials}", self._builder
         self._trials += 1
         if keep_fp32:
             variant, version = self._asked
-            workshop = self._open(variant, version, self._options.keep_fp32 | set(keep_fp32), f"{name}.onnx")
-        engine = engines.variation(workshop, f"{name}.engine", marks, wide)
+            builder = self._open(variant, version, self._options.keep_fp32 | set(keep_fp32), f"{name}.onnx")
+        engine = engines.variation(builder, f"{name}.engine", marks, wide)
         with tempfile.TemporaryDirectory(dir=self._folder.name) as folder:
             plain, ran = self._execute([engines.plain, engine], inputs, Path(folder), marks)
-            outputs, reference = self._outputs(ran.written), self._outputs(plain.written)
+            outputs, reference = self._runs.outputs(ran.written), self._runs.outputs(plain.written)
             shown = {v: np.load(ran.written[v], allow_pickle=False) for v in marks if v in ran.written}
-        return Trial(engine, outputs, shown, output_distance(reference, outputs))
+        return EngineVariation(engine, outputs, shown, output_distance(reference, outputs))
 
     def timings(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
         """Seconds of ``repeats`` runs of the plain engine after a first one, on the device, transfers left out."""
         check_inputs(self._own.inputs, inputs, str(self._own.path))
         engines = self._latest = self._engines(inputs)
-        with tempfile.TemporaryDirectory(dir=self._folder.name) as name:
-            (ran,) = self._execute([engines.plain], inputs, Path(name), repeat=repeats)
-        return ran.seconds[1:]
+        return self._runs.timings(engines.plain.path, inputs, repeats)
 
     def plain_build(self) -> tuple[Graph, dict[str, Any]]:
         """What TensorRT is given, and the runner's step that builds the plain engine of it; caches are left out.
 
         For graphs of static shapes; the caller adds ``command``, ``onnx`` and ``engine``.
         """
-        return self._workshop.graph, {**self._workshop.settings(), "timing_cache": None, "profiles": {}}
+        return self._builder.graph, {**self._builder.settings(), "timing_cache": None, "profiles": {}}
 
     def close(self) -> None:
         """Remove the engines."""
@@ -360,98 +353,20 @@ class EngineSession:
         key = repr(sorted((name, tuple(shapes[1])) for name, shapes in profiles.items()))
         if key not in self._sets:
             dynamic = {v.name: profiles[v.name] for v in self._own.inputs if not _is_static(v.shape)}
-            self._sets[key] = EngineSet(self._workshop, dynamic, f"shapes-{len(self._sets)}", self._options.probes)
+            self._sets[key] = EngineSet(self._builder, dynamic, f"shapes-{len(self._sets)}", self._options.probes)
         return self._sets[key]
 
     def _execute(
         self,
-        engines: list[Engine],
+        engines: Sequence[Engine],
         inputs: Mapping[str, np.ndarray],
         folder: Path,
         values: Collection[str] = (),
         listen: bool = False,
         repeat: int = 0,
-    ) -> list[_Ran]:
-        """Run engines one after the other in one process.
-
-        ``listen`` is for the first one, which runs ``repeat`` more times; the others run repeatedly.
-        """
-        feeds = {}
-        for i, value in enumerate(self._own.inputs):
-            feeds[value.name] = str(folder / f"input-{i}.npy")
-            np.save(feeds[value.name], inputs[value.name], allow_pickle=False)
-        names = sorted({*values, *(v.name for v in self._own.outputs)})
-        steps = [
-            {
-                "command": "run",
-                "device": self._options.device,
-                "engine": str(engine.path),
-                "inputs": feeds,
-                "folder": str(folder / f"run-{i}"),
-                "names": names,
-                "listener": "unfused" if listen and i == 0 else None,
-                "repeat": RUNS if i else repeat,
-            }
-            for i, engine in enumerate(engines)
-        ]
-        return [
-            _Ran(self._written(result["tensors"], Path(str(step["folder"]))), result["seconds"])
-            for step, result in zip(steps, self._client.checked(Ran, self._client.execute(steps)), strict=True)
-        ]
-
-    def _written(self, entries: Sequence[Mapping[str, str]], folder: Path) -> dict[str, Path]:
-        """Value → file. Raises BackendUnavailable for files elsewhere, and where an output is missing."""
-        written = {entry["name"]: Path(entry["file"]) for entry in entries}
-        for name, file in written.items():
-            if file.parent != folder or file.name in ("", ".", ".."):
-                raise self._nonsense(f"{name!r} is in {str(file)!r}; expected a file in the run's folder")
-        if missing := [v.name for v in self._own.outputs if v.name not in written]:
-            raise self._nonsense(f"the output {missing[0]!r} is missing")
-        return written
-
-    def _load(self, name: str, file: Path) -> np.ndarray:
-        """A tensor that was written. Raises BackendUnavailable for a file that is none."""
-        try:
-            array = read_npy(file)
-        except InputError as error:
-            raise self._nonsense(f"{name!r}: {error}") from None
-        if array.dtype.kind not in "fiub":
-            raise self._nonsense(f"{name!r} is {array.dtype}; expected numbers")
-        return array
-
-    def _nonsense(self, problem: str) -> BackendUnavailable:
-        return BackendUnavailable(self._client.spec, f"its runner gave an answer that cannot be used: {problem}")
-
-    def _outputs(self, written: Mapping[str, Path]) -> dict[str, np.ndarray]:
-        """The graph's outputs in the graph's own types: TensorRT 8.6 has INT32 where ONNX says INT64."""
-        outputs = {}
-        for value in self._own.outputs:
-            array = self._load(value.name, written[value.name])
-            if not fits_shape(array.shape, value.shape):
-                raise self._nonsense(f"the output {value} has the shape {list(array.shape)}")
-            outputs[value.name] = array.astype(value.dtype, copy=False)
-        return outputs
-
-
-def fits_shape(found: tuple[int, ...], declared: tuple[int | str | None, ...] | None) -> bool:
-    """Whether an array may have this shape, as far as a graph says."""
-    if declared is None:
-        return True
-    sizes = zip(declared, found, strict=False)
-    return len(found) == len(declared) and all(not isinstance(size, int) or size == real for size, real in sizes)
+    ) -> list[RanEngine]:
+        return self._runs.execute([engine.path for engine in engines], inputs, folder, values, listen, repeat)
 
 
 def _is_static(shape: tuple[int | str | None, ...] | None) -> bool:
     return shape is not None and all(isinstance(size, int) for size in shape)
-
-
-def output_distance(reference: Mapping[Any, np.ndarray], test: Mapping[Any, np.ndarray]) -> float:
-    """Largest ‖test − reference‖ ÷ ‖reference‖ of any output: 0 when all are equal, infinite when NaN comes in."""
-    distances = [0.0]
-    for name, array in reference.items():
-        if array.shape != test[name].shape:
-            return float("inf")
-        if not np.array_equal(array, test[name], equal_nan=True):
-            wide = array.astype(np.float64)
-            distances.append(float(np.linalg.norm(test[name] - wide) / max(float(np.linalg.norm(wide)), 1e-300)))
-    return max(np.nan_to_num(distances, nan=np.inf).tolist())

@@ -11,6 +11,7 @@ from cp_debug.bisect.causes import (
     ranges,
     scales,
     schema,
+    single_numbers,
     stored_weights,
     weights,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "ranges",
     "scales",
     "schema",
+    "single_numbers",
     "stored_weights",
     "weights",
 ]

@@ -11,7 +11,7 @@ from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.fits import cross_fit
 from cp_debug.bisect.causes.segment import Segment
 
-_FIX = "compare the parameters of {layers} in both programs (checkpoint, folding, quantisation scales)"
+_FIX = "compare the parameters of {layers} in both programs (checkpoint, folding, quantization scales)"
 
 
 def _bases(segment: Segment) -> Iterator[tuple[str, str, list[Tensor]]]:

@@ -53,6 +53,11 @@ class Cause(Protocol):
         nodes is not asked: it has hypotheses of its own."""
         ...
 
+    @property
+    def structural(self) -> bool:
+        """Fits nothing and is about what the graph says: asked, too, where all that explains the layer was fitted."""
+        ...
+
     def __call__(self, segment: Segment) -> Iterator[Candidate]:
         """Every candidate of this family that applies to the layer; none, where it makes no sense there."""
         ...
@@ -62,6 +67,7 @@ class Cause(Protocol):
 class _Family:
     emulate: Emulate
     costly: bool
+    structural: bool
     by_node: bool
 
     def __call__(self, segment: Segment) -> Iterator[Candidate]:
@@ -76,11 +82,12 @@ BY_NODE = ("batchnorm", "operators", "quantized", "schema", "stored_weights", "w
 """The modules whose families change one node after the other."""
 
 
-def cause(*, costly: bool = False) -> Callable[[Emulate], Emulate]:
+def cause(*, costly: bool = False, structural: bool = False) -> Callable[[Emulate], Emulate]:
     """Register a family of causes."""
 
     def register(emulate: Emulate) -> Emulate:
-        CAUSES.append(_Family(emulate, costly, emulate.__module__.rpartition(".")[2] in BY_NODE))
+        by_node = emulate.__module__.rpartition(".")[2] in BY_NODE
+        CAUSES.append(_Family(emulate, costly, structural, by_node))
         return emulate
 
     return register

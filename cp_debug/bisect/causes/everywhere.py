@@ -10,11 +10,11 @@ from cp_debug.backends.tensorrt.tactics import decode
 from cp_debug.bisect.result import LayerRow
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.operators import PRODUCTS
 from cp_debug.programs.pipeline import Key
 
 ARITHMETIC = {"fp16-accumulation": "fp16acc", "tf32": "tf32"}
 """Cause → what kernels that have it are called by ``decode``."""
-PRODUCTS = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
 SECONDS = 20.0
 """Time for the shares of the final divergence: each costs part of a pass. Without all of them no sum is told."""
 ASKED = 16

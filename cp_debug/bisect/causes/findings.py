@@ -21,6 +21,7 @@ from cp_debug.bisect.causes.where import locate
 from cp_debug.bisect.observe import Observation
 from cp_debug.bisect.result import GUILTY, SHAPE, LayerRow
 from cp_debug.errors import in_one_line
+from cp_debug.graph.downstream import downstream
 from cp_debug.probes.arrays import Tensor
 from cp_debug.probes.capture import Capture
 from cp_debug.programs.pipeline import Key
@@ -180,10 +181,7 @@ class Explainer:
     def _later(self, key: Key, capture: Capture) -> set[tuple[str, str]]:
         """What hangs on the value ``key`` in its component, and what only this run has, its place unknown."""
         graph = self.run.programs[key.component].graph
-        reached = {key.value}
-        for node in graph.nodes:
-            if not reached.isdisjoint(node.inputs):
-                reached.update(node.outputs)
+        reached = {key.value, *downstream(graph.nodes, [key.value])}
         own = {(e.component, e.name) for e in capture.entries} - set(self.run.layers)
         return own | {(key.component, name) for name in reached}
 
@@ -243,7 +241,7 @@ class Explainer:
         """The cause's advice with the layers' names, and with flags where it is about INT8."""
         names = self._overflowing(rows) if cause.cause == "fp16-overflow" else [row.name for row in rows]
         fix = cause.fix.replace("{layers}", _some(names))
-        if "{unquantized}" not in fix:  # else no row is an input, which nothing quantises
+        if "{unquantized}" not in fix:  # else no row is an input, which nothing quantizes
             return fix
         calibrate = "--trt-calib-data" if self.run.implicit else "--calib-data"
         return fix.replace("{calibrate}", calibrate).replace("{unquantized}", self._unquantized(rows))
@@ -294,8 +292,8 @@ class Explainer:
         family = self.run.pipeline.backend.spec.family
         knobs = "cpdebug bisect MODEL --backends ort-none,ort-all --knobs"
         yield Finding(
-            "optimiser",
-            f"the outputs change by {seen.observer_gap:.2g} when probes forbid fusions: an optimisation or a fused "
+            "optimizer",
+            f"the outputs change by {seen.observer_gap:.2g} when probes forbid fusions: an optimization or a fused "
             "kernel is at fault, or values at its border are",
             [],
             [],

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.causes.base import Candidate, Cause
 from cp_debug.bisect.causes.search import Explanation, accepted, explain
 from cp_debug.bisect.causes.segment import Segment, as_double
 from cp_debug.errors import InputError
+from cp_debug.graph.added_nodes import what_is_added
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.node_differences import NodeDifference, Pieces
 from cp_debug.probes.capture import Capture
@@ -39,6 +41,15 @@ class OtherProgram:
     load: Callable[[str], Any]
     """A captured value by the reference's name."""
     executor: Executor
+    _claimed: dict[str, Executor] = field(default_factory=dict)
+
+    def executors(self, claim: str) -> list[Executor]:
+        """Of the oracle, and of the claimed precision, which rounds what the test's nodes hand on to each other."""
+        if claim not in ARITHMETICS or ARITHMETICS[claim] is self.executor.arithmetic:
+            return [self.executor]
+        if claim not in self._claimed:
+            self._claimed[claim] = Executor(self.graph, ARITHMETICS[claim])
+        return [self.executor, self._claimed[claim]]
 
     def piece(self, target: str, known: set[str]) -> tuple[str, list[Node], list[str]] | None:
         """(own name, nodes, values they start from) of what makes ``target``; None where it has no such value."""
@@ -67,7 +78,7 @@ def difference(segment: Segment, other: OtherProgram, known: set[str]) -> tuple[
         return None, []
     value = _computed(segment, other, own, nodes, starts)
     telling = [d for d in found if not d.added]
-    if value is None or value.shape != segment.test.shape or not telling:
+    if value is None or not telling:
         return None, found
     first = telling[0]
     evidence = {"node": first.node, **first.evidence, "read_off": "the difference of the two graphs"}
@@ -77,14 +88,28 @@ def difference(segment: Segment, other: OtherProgram, known: set[str]) -> tuple[
 
 
 def added(segment: Segment, other: OtherProgram, known: set[str], found: Sequence[NodeDifference]) -> Candidate | None:
-    """The nodes that the test has besides, where nothing else explains the layer."""
+    """The nodes that the test has besides, where they are all that differs and what they do has a name."""
     piece = other.piece(segment.target, known)
-    value = _computed(segment, other, *piece) if piece is not None and found else None
-    if value is None or value.shape != segment.test.shape:
+    if piece is None or not found or not all(d.added for d in found) or segment.strange:
         return None
-    first = found[0]
-    evidence = {"node": first.node, **first.evidence, "read_off": "the difference of the two graphs"}
-    return Candidate(first.cause, _says(found), value, 0, evidence, _FIX + first.says)
+    own, nodes, starts = piece
+    pieces = Pieces(segment.graph, segment.nodes, other.graph, nodes, other.names)
+    named = what_is_added(other.graph, pieces.added, pieces.common)
+    value = _computed(segment, other, own, nodes, starts) if named is not None else None
+    if named is None or value is None:
+        return None
+    name, says = named
+    if name == "int8" and _clipped(segment, value):
+        name, says = "int8-clipped", f"{says}: their scale clips"
+    evidence = {"node": found[0].node, **found[0].evidence, "read_off": "the difference of the two graphs"}
+    return Candidate(name, says, value, 0, evidence, _FIX + says)
+
+
+def _clipped(segment: Segment, value: Tensor) -> bool:
+    """Whether most of what a quantizer does to the result is done at the ends of its range."""
+    error = (value - segment.exact).square()
+    ends = (value == value.max()) | (value == value.min())
+    return float(error[ends].sum()) > 0.5 * float(error.sum())
 
 
 def _says(found: Sequence[NodeDifference]) -> str:
@@ -95,11 +120,15 @@ def _says(found: Sequence[NodeDifference]) -> str:
 def _computed(
     segment: Segment, other: OtherProgram, own: str, nodes: Sequence[Node], starts: Sequence[str]
 ) -> Tensor | None:
-    try:
-        given = {s: other.load(other.names.get(s, s)) for s in starts}
-        return as_double(other.executor.run_nodes(nodes, given, [own])[own])
-    except InputError:  # an operator that nobody here can compute
-        return None
+    given = {s: other.load(other.names.get(s, s)) for s in starts}
+    found = []
+    for executor in other.executors(segment.context.claim.name):
+        try:
+            found.append(as_double(executor.run_nodes(nodes, given, [own])[own]))
+        except InputError:  # an operator that nobody here can compute
+            continue
+    fitting = [value for value in found if value.shape == segment.test.shape]
+    return max(fitting, key=lambda value: segment.explained(value)[0], default=None)
 
 
 class GraphReader:
@@ -133,11 +162,11 @@ class GraphReader:
                 return explanation, family
         if candidate is not None and (read_off := accepted(segment, candidate)) is not None:
             return read_off, None
+        candidate = added(segment, other, known, found)
+        if candidate is not None and (read_off := accepted(segment, candidate)) is not None:
+            return read_off, None
         explanation, family = explain(segment, families, failed)
         if explanation.cause is None and found:
-            candidate = added(segment, other, known, found)
-            if candidate is not None and candidate.cause == "extra-activation" and len(found) == 1:
-                return accepted(segment, candidate) or explanation, family
             # What an added node does has no name here: it is told, not called a cause.
             explanation.graphs_differ = tuple(d.says for d in found[:SHOWN])
         elif found and explanation.cause is not None:
@@ -148,7 +177,7 @@ class GraphReader:
         """The test's own graph, where it is another than the reference's for other reasons than its INT8 here."""
         if component not in self._others:
             ours = self._run.programs[component].graph
-            program = next(p for p in self._run.pipeline.programs if p.name == component)
+            program = self._run.pipeline.program(component)
             graph, made = program.graph, None
             if graph is not ours and program.plain is not ours:
                 oracle = self._run.replayer(component, self._test).oracle

@@ -101,7 +101,7 @@ def attributes(segment: Segment) -> Iterator[Candidate]:
 
 @cause()
 def epsilon(segment: Segment) -> Iterator[Candidate]:
-    """A normalisation with the ε of another framework."""
+    """A normalization with the ε of another framework."""
     for node in segment.nodes:
         if node.op in NORMALIZATIONS:
             for eps in EPSILONS:

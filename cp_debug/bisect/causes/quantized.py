@@ -47,10 +47,10 @@ def on_a_grid(segment: Segment) -> Iterator[Candidate]:
             )
         elif _uneven(segment):
             name, says = "int8-per-tensor", f"one INT8 scale ({step:.3g}) for channels of very different range"
-            fix = "quantise {layers} per channel, or leave it unquantised"
+            fix = "quantize {layers} per channel, or leave it unquantized"
         else:
-            name, says = "int8", f"the result is quantised to INT8 with scale {step:.3g}"
-            fix = "leave {layers} unquantised, or accept it: its scale is right"
+            name, says = "int8", f"the result is quantized to INT8 with scale {step:.3g}"
+            fix = "leave {layers} unquantized, or accept it: its scale is right"
         yield Candidate(name, says, value, parameters, evidence, fix)
 
 
@@ -96,7 +96,7 @@ def weights(segment: Segment) -> Iterator[Candidate]:
         value = segment.edited(node, inputs={1: (weight / step).round().clamp(-127, 127) * step})
         if value is not None:
             fix = (
-                "quantise the weights of {layers} per channel" if name == "int8-per-tensor" else "keep {layers} in FP32"
+                "quantize the weights of {layers} per channel" if name == "int8-per-tensor" else "keep {layers} in FP32"
             )
             yield Candidate(name, says, value, fix=fix)
 

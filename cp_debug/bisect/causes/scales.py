@@ -60,17 +60,17 @@ def _of_input(worst: str, step: float, needed: float, clipped: float) -> tuple[s
             f"the INT8 scale {step:.3g} of its input is {step / needed:.1f} times too coarse",
             _CALIBRATE,
         )
-    return "int8", f"its input is quantised to INT8 with scale {step:.3g}", _CALIBRATE
+    return "int8", f"its input is quantized to INT8 with scale {step:.3g}", _CALIBRATE
 
 
 def _of_weight(node: Node, weight: Tensor, grid: QuantizerGrid | None) -> tuple[str, str, str]:
     axis = weight_axis(node, weight.dim())
     if grid is not None and grid.scale.numel() == 1:
-        return "int8-per-tensor", "its weights have one INT8 scale for all channels", "quantise {layers} per channel"
+        return "int8-per-tensor", "its weights have one INT8 scale for all channels", "quantize {layers} per channel"
     if grid is not None and grid.axis != axis:
         says = f"the INT8 scales of its weights lie along axis {grid.axis}; the output channels are axis {axis}"
-        return "int8-axis", says, f"quantise the weights of {{layers}} along axis {axis}"
-    return "int8-weights", "the INT8 scales of its weights do not fit them", "quantise {layers} again"
+        return "int8-axis", says, f"quantize the weights of {{layers}} along axis {axis}"
+    return "int8-weights", "the INT8 scales of its weights do not fit them", "quantize {layers} again"
 
 
 def _input(segment: Segment, node: Node) -> Tensor:
@@ -81,7 +81,7 @@ def _input(segment: Segment, node: Node) -> Tensor:
 
 
 def _error(segment: Segment, node: Node, inputs: dict[int, Tensor]) -> float:
-    """The relative error that one part of the quantisation makes by itself, in the whole or in its worst channels."""
+    """The relative error that one part of the quantization makes by itself, in the whole or in its worst channels."""
     value = segment.edited(node, inputs=inputs)
     if value is None:
         return 0.0

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import onnx
 import torch
 from onnx import helper
 from torch import Tensor
@@ -16,7 +17,7 @@ from cp_debug.bisect.causes.fits import cross_fit, halves
 from cp_debug.bisect.causes.operators import EPSILONS
 from cp_debug.bisect.causes.segment import Segment, as_double
 from cp_debug.graph.graph import Node
-from cp_debug.graph.node_differences import NAMES, attributes
+from cp_debug.graph.node_differences import ACTIVATIONS_OF, NAMES, attributes
 from cp_debug.graph.weight_differences import GATES
 
 TEXTS = {
@@ -30,6 +31,10 @@ TEXTS = {
     "reduction": ("none", "add", "mul", "max", "min", "sum", "mean"),
 }
 """Attribute → what operators know for it; what an operator does not know gives no candidate."""
+CELLS = ("Tanh", "Sigmoid", "Relu", "HardSigmoid", "Softsign")
+"""Activations of recurrent layers."""
+COUNTS = {"p", "blocksize", "sampling_ratio", "size"}
+"""Attributes that may be 0 or 1 without being flags."""
 FLOATS = {"alpha": (0.0, 0.01, 0.1, 0.2, 0.3, 1.0, 1.67326), "beta": (0.0, 0.5, 1.0), "gamma": (1.0, 1.0507)}
 SKIPPED = {"pads", "epsilon", "kernel_shape", "to", "dtype", "group", "hidden_size", "num_outputs", "num_groups"}
 """Attributes with causes of their own, or that change what is computed altogether."""
@@ -53,26 +58,70 @@ MOST_OTHERS = 48
 """Values of an operand's shape that are tried in its place."""
 
 
-@cause(costly=True)
+@cause(costly=True, structural=True)
 def by_schema(segment: Segment) -> Iterator[Candidate]:
     """Every attribute of every operator, with every value that its schema allows."""
     for node in segment.nodes:
         own = attributes(segment.graph, node)
+        if node.op in ACTIVATIONS_OF and "activations" not in own:
+            own["activations"] = ACTIVATIONS_OF[node.op] * (2 if own.get("direction") == "bidirectional" else 1)
         for name, value in own.items():
             for other in _values(name, value):
                 if (result := segment.edited(node, **{name: other})) is not None:
                     yield _attribute(node, name, other, value, result, 0)
+        yield from _apart(segment, node, own)
+        yield from _declared_by_inputs(segment, node)
+
+
+def _apart(segment: Segment, node: Node, own: dict[str, Any]) -> Iterator[Candidate]:
+    """Windows whose elements lie further apart or closer together, padded so that the result keeps its size."""
+    kernel, pads = own.get("kernel_shape"), own.get("pads")
+    if not kernel or not pads:
+        return
+    before = own.get("dilations") or [1] * len(kernel)
+    for apart in (1, 2, 3):
+        more = [(k - 1) * (apart - b) for k, b in zip(kernel, before, strict=True)]
+        begins = [p + m // 2 for p, m in zip(pads, more, strict=False)]
+        ends = [p + m - m // 2 for p, m in zip(pads[len(more) :], more, strict=True)]
+        if not any(more) or min(begins + ends) < 0:
+            continue
+        other = [apart] * len(kernel)
+        if (value := segment.edited(node, dilations=other, pads=begins + ends)) is not None:
+            yield _attribute(node, "dilations", other, before, value, 0)
+
+
+def _declared_by_inputs(segment: Segment, node: Node) -> Iterator[Candidate]:
+    """Axes and counts that newer opsets take as inputs."""
+    schema = onnx.defs.get_schema(node.op) if onnx.defs.has(node.op) and not node.proto.domain else None
+    for place, declared in enumerate(schema.inputs if schema is not None else ()):
+        name = node.proto.input[place] if place < len(node.proto.input) else ""
+        if declared.name not in ("axes", "axis", "k") or not name or not segment.context.constants.holds(name):
+            continue
+        own = segment.context.constants[name]
+        value = own.flatten().tolist() if declared.name == "axes" else int(own.flatten()[0])
+        others = (own.item() - 1, own.item() + 1) if declared.name == "k" else _values(declared.name, value)
+        for other in others:
+            made = torch.tensor(other, dtype=own.dtype).reshape(own.shape)
+            if (result := segment.edited(node, inputs={place: made})) is not None:
+                yield _attribute(node, declared.name, other, value, result, 0)
 
 
 def _values(name: str, value: Any) -> Iterator[Any]:
     if name in SKIPPED:
+        return
+    if name == "activations":
+        for own, other in itertools.product(sorted(set(value)), CELLS):
+            if own.lower() != other.lower():
+                yield [other if v == own else v for v in value]
+        yield from ([*value[:i], other, *value[i + 1 :]] for i in range(len(value)) for other in CELLS)
         return
     if isinstance(value, str):
         yield from (t for t in TEXTS.get(name, ()) if t != value)
     elif isinstance(value, float):
         yield from (v for v in FLOATS.get(name, ()) if abs(v - value) > 1e-6)
     elif isinstance(value, int):
-        others = range(-1, 5) if "axis" in name else (1 - value,) if value in (0, 1) else (value - 1, value + 1)
+        flag = value in (0, 1) and name not in COUNTS
+        others = range(-1, 5) if "axis" in name else (1 - value,) if flag else (value - 1, value + 1)
         yield from (v for v in others if v != value)
     elif isinstance(value, list) and all(isinstance(v, int) for v in value):
         if name == "perm" and len(value) <= 5:
@@ -109,7 +158,7 @@ def fitted_attribute(segment: Segment) -> Iterator[Candidate]:
 
 @cause(costly=True)
 def epsilon_of_a_composite(segment: Segment) -> Iterator[Candidate]:
-    """A normalisation written out: the small number that is added before the root."""
+    """A normalization written out: the small number that is added before the root."""
     for node in segment.nodes:
         roots = [n for n in segment.graph.consumers.get(node.outputs[0], []) if n.op in ("Sqrt", "Pow", "Reciprocal")]
         if node.op != "Add" or not roots:
@@ -126,7 +175,7 @@ def epsilon_of_a_composite(segment: Segment) -> Iterator[Candidate]:
                     yield Candidate("normalization-eps", says, value, 0, evidence, "set eps in {layers} as declared")
 
 
-@cause(costly=True)
+@cause(costly=True, structural=True)
 def off_by_one(segment: Segment) -> Iterator[Candidate]:
     """Slices, gathers and paddings that begin one element too early or too late."""
     for node in segment.nodes:

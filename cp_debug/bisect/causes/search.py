@@ -16,6 +16,8 @@ ROUNDING = 2.0
 put behind a rounded result is rounded once more."""
 CLOSE = 1.6
 """Explanations whose residuals are within this factor of the best one are equally good: the simplest is taken."""
+FEW = 2
+"""Fitted numbers up to which an explanation is simple: only structural families are asked of the costly ones then."""
 
 
 @dataclass
@@ -64,10 +66,11 @@ def explain(
 
     tried = all_of([c for c in first if c in asked])
     if not any(t.accepted and not t.candidate.parameters for t, _ in tried):
-        for costly in (False, True):
-            tried += all_of([c for c in asked if c.costly == costly and c not in first])
-            if any(t.accepted for t, _ in tried):
-                break
+        tried += all_of([c for c in asked if not c.costly and c not in first])
+        fewest = min((t.candidate.parameters for t, _ in tried if t.accepted), default=None)
+        if fewest != 0:
+            many = fewest is None or fewest > FEW
+            tried += all_of([c for c in asked if c.costly and (many or c.structural) and c not in first])
     if not tried:
         return Explanation(None, 0.0, None, 0.0), None
     best = min(t.residual for t, _ in tried)

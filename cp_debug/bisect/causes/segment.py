@@ -22,6 +22,7 @@ from cp_debug.bisect.causes.fits import halves
 from cp_debug.bisect.replay import FLOOR, AnyQuantized, Load
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Node
+from cp_debug.graph.operators import PRODUCTS
 from cp_debug.programs.precision import BESIDE_INT8, PRECISIONS, Precision
 
 _fresh = itertools.count(-1, -1)
@@ -55,7 +56,7 @@ class BatchNorm:
         return BatchNorm(weight, bias, mean, variance, self.eps)
 
     def applied(self, x: Tensor, along: Callable[[Tensor], Tensor]) -> Tensor:
-        """The normalised ``x``; ``along`` shapes parameters to meet it."""
+        """The normalized ``x``; ``along`` shapes parameters to meet it."""
         return (x - along(self.mean)) * along(self.scale) + along(self.bias)
 
 
@@ -282,7 +283,7 @@ class Segment:
     @cached_property
     def product(self) -> Node | None:
         """The segment's convolution or matrix product, where there is exactly one."""
-        found = [n for n in self.nodes if n.op in ("Conv", "ConvTranspose", "Gemm", "MatMul")]
+        found = [n for n in self.nodes if n.op in PRODUCTS]
         return found[0] if len(found) == 1 else None
 
     @cached_property

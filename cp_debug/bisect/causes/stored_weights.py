@@ -18,7 +18,6 @@ FEWEST = 16
 """Elements of a constant from which its storage is looked at."""
 MOST_LAYERS = 32
 """Other constants of one shape that are tried."""
-_COMPARE = "compare both checkpoints: {layers}"
 _KEEP = "keep the weights of {layers} in FP32, or accept it"
 
 

@@ -10,9 +10,8 @@ from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.faults.base import Fault, Seeded
 from cp_debug.bisect.faults.seeding import layers
+from cp_debug.graph.operators import PRODUCTS
 from cp_debug.recipes.centerpoint.recipe import CenterPointModel
-
-PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 class LoweredBackend(EmulatedBackend):

@@ -22,17 +22,18 @@ from cp_debug.bisect.causes.segment import Segment
 from cp_debug.bisect.regions.hypotheses import LARGEST, REPRODUCED, Hypothesis, rank, survey
 from cp_debug.bisect.regions.learnt import Descent, Step
 from cp_debug.bisect.regions.marks import choose, cuts
-from cp_debug.bisect.regions.region import HEAVY, MOVING, Region
-from cp_debug.bisect.replay import EXCESS
+from cp_debug.bisect.regions.region import MOVING, Region
+from cp_debug.bisect.replayed import EXCESS
 from cp_debug.errors import CpdebugError, InputError
 from cp_debug.graph.graph import Node
-from cp_debug.probes.distance import distance, ratio
+from cp_debug.graph.operators import PRODUCTS
+from cp_debug.probes.distance import relative_l2
 
 MARKS = 8
 """Values shown by one engine."""
 BUILDS = 6
 """Engines built for one region, unless said otherwise."""
-NORMALISING = (
+NORMALIZING = (
     "LayerNormalization",
     "InstanceNormalization",
     "ReduceMean",
@@ -264,10 +265,10 @@ class _Search:
         """Nodes by operator, what suffers in FP16 first, products last."""
         by: dict[str, list[Node]] = {}
         for node in nodes:
-            by.setdefault("products" if node.op in HEAVY else node.op, []).append(node)
+            by.setdefault("products" if node.op in PRODUCTS else node.op, []).append(node)
 
         def order(op: str) -> tuple[int, int]:
-            known = NORMALISING.index(op) if op in NORMALISING else len(NORMALISING)
+            known = NORMALIZING.index(op) if op in NORMALIZING else len(NORMALIZING)
             return (op == "products", known)
 
         return [by[op] for op in sorted(by, key=order)]
@@ -350,10 +351,7 @@ class _Search:
         return f"suspect are {len(found.suspects)} nodes ({', '.join(found.operators[:3])}); {found.steps[-1].learnt}"
 
     def _error(self, value: np.ndarray) -> float:
-        if np.shape(value) != np.shape(self._reference):
-            return math.inf
-        difference, whole, born = distance(np.asarray(value, np.float64), np.asarray(self._reference, np.float64))
-        return math.inf if born else ratio(difference, whole)
+        return relative_l2(np.asarray(value, np.float64), np.asarray(self._reference, np.float64))
 
     def _suspect(self, names: Collection[str]) -> None:
         wanted = set(names)

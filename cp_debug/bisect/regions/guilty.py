@@ -60,7 +60,7 @@ def _unexplained(finding: Finding) -> bool:
 def can_build(run: CandidateRun, component: str) -> bool:
     """Whether the backend builds engines of the very graph that is judged."""
     graph = run.programs[component].graph
-    same = any(p.graph is graph for p in run.pipeline.programs if p.name == component)
+    same = run.pipeline.program(component).graph is graph
     return same and isinstance(run.pipeline.sessions[component], BuildsVariations)
 
 

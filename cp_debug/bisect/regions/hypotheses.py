@@ -19,9 +19,10 @@ from cp_debug.backends.executor import Executor
 from cp_debug.backends.kernels import Call
 from cp_debug.backends.rounding import round_fp16
 from cp_debug.bisect.causes.segment import Segment, as_double
-from cp_debug.bisect.regions.region import HEAVY, MOVING
+from cp_debug.bisect.regions.region import MOVING
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Node
+from cp_debug.graph.operators import PRODUCTS
 
 SECONDS = 60.0
 """Time that is spent on emulations of one region."""
@@ -88,7 +89,7 @@ def _hypotheses(segment: Segment) -> Iterator[Proposed]:
     if claim.name == "fp16":
         yield from _in_fp16(segment, seen)
     for node in nodes:
-        if node.op in HEAVY or node.op in MOVING:
+        if node.op in PRODUCTS or node.op in MOVING:
             continue
         for source in node.inputs:
             if not segment.context.constants.holds(source):
@@ -100,7 +101,7 @@ def _in_fp16(segment: Segment, seen: Mapping[str, Seen]) -> Iterator[Proposed]:
     of: dict[str, list[Node]] = {}
     for node in segment.nodes:
         of.setdefault(node.op, []).append(node)
-    if products := [n for op in HEAVY for n in of.get(op, ())]:
+    if products := [n for op in PRODUCTS for n in of.get(op, ())]:
         yield "fp16-accumulation", "products accumulate in FP16", products, lambda: segment.run(FP16ACC)
     if out := [n for n in segment.nodes if any(o in seen and seen[o].largest > LARGEST for o in n.outputs)]:
         saturated = replace(FP16, value=_saturate)

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from cp_debug.backends.tensorrt.inspector import EngineLayer
 from cp_debug.graph.downstream import data_values
 from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.operators import PRODUCTS
 
 MANY = 8
 """Nodes that compute, from which on a group is a region: Conv + BatchNorm + Add + activation is still a layer."""
-HEAVY = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
-"""Operators of which a layer holds one."""
 MOVING = frozenset(
     ("Cast", "Concat", "Constant", "ConstantOfShape", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Shape",
      "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
@@ -62,4 +61,4 @@ def region_of(nodes: Iterable[str], value: str, graph: Graph, layers: Sequence[E
 def is_many(nodes: Sequence[Node]) -> bool:
     """Whether so many nodes compute that naming one of them would mislead."""
     computing = [node for node in nodes if node.op not in MOVING]
-    return len(computing) > MANY or sum(node.op in HEAVY for node in computing) > 1
+    return len(computing) > MANY or sum(node.op in PRODUCTS for node in computing) > 1

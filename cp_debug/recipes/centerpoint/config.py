@@ -1,4 +1,4 @@
-"""What a CenterPoint is built from, and the configurations that are known by name.
+"""Configurations of CenterPoint: what one is built from, and those that are known by name.
 
 ``nus-pillar02`` is ``centerpoint_pillar02_second_secfpn_head-circlenms_8xb4-cyclic-20e_nus-3d`` of mmdet3d 1.4.0;
 ``awml-base`` is ``second_secfpn_4xb16_121m_base_amp`` of TIER IV's AWML, ``awml-j6gen2`` its
@@ -36,7 +36,7 @@ class CenterPointConfig:
     neck_strides: tuple[float, ...]
     tasks: tuple[tuple[str, ...], ...]
     nms_min_radius: tuple[float, ...]
-    """One a task, in m²: mmdet3d compares the *squared* centre distance with it."""
+    """Circle NMS's threshold of each task, in m²: mmdet3d compares the *squared* centre distance with it."""
     post_center_range: tuple[float, float, float, float, float, float]
     point_features: tuple[str, ...] = ("x", "y", "z", "intensity", "dt")
     head_channels: int = 64
@@ -48,7 +48,7 @@ class CenterPointConfig:
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """Voxels along x, y and z."""
+        """Numbers of voxels along x, y and z."""
         low, high = self.point_cloud_range[:3], self.point_cloud_range[3:]
         nx, ny, nz = (round((b - a) / size) for a, b, size in zip(low, high, self.voxel_size, strict=True))
         return nx, ny, nz
@@ -167,7 +167,7 @@ CONFIGS = {config.name: config for config in (TINY, NUS_PILLAR02, AWML_BASE, AWM
 
 
 def get_config(name: str) -> CenterPointConfig:
-    """The configuration of that name, e.g. ``nus-pillar02``. Raises InputError that lists the known ones."""
+    """The configuration of a name, e.g. ``nus-pillar02``. Raises InputError, which lists the known ones."""
     if name not in CONFIGS:
         raise InputError(f"CenterPoint has no configuration {name!r}; known: {', '.join(CONFIGS)}")
     return CONFIGS[name]

@@ -26,7 +26,7 @@ class Detections:
 
 
 def decode(outputs: Mapping[str, Tensor], config: CenterPointConfig, *, nms: bool = True) -> list[Detections]:
-    """One ``Detections`` a sample.
+    """Decode head maps into one ``Detections`` a sample.
 
     ``outputs`` has ``config.output_names``, each [B, channels, H, W], heatmaps as logits. ``nms=False`` leaves out the
     suppression; z is the bottom in both cases.
@@ -40,8 +40,8 @@ def decode(outputs: Mapping[str, Tensor], config: CenterPointConfig, *, nms: boo
         for task, task_maps in enumerate(maps):
             boxes, scores, labels = decode_task({head: tensor[sample] for head, tensor in task_maps.items()}, config)
             if nms:
-                kept = circle_nms(boxes[:, :2], scores, config.nms_min_radius[task])[: config.post_max_size]
-                boxes, scores, labels = boxes[kept], scores[kept], labels[kept]
+                survivors = circle_nms(boxes[:, :2], scores, config.nms_min_radius[task])[: config.post_max_size]
+                boxes, scores, labels = boxes[survivors], scores[survivors], labels[survivors]
             boxes[:, 2] -= boxes[:, 5] * np.float32(0.5)
             parts.append((boxes, scores, labels + np.int32(first_label)))
             first_label += len(config.tasks[task])
@@ -72,21 +72,21 @@ def decode_task(maps: Mapping[str, Tensor], config: CenterPointConfig) -> tuple[
 
     limits = boxes.new_tensor(config.post_center_range)
     inside = ((boxes[:, :3] >= limits[:3]) & (boxes[:, :3] <= limits[3:])).all(dim=1)
-    kept = inside & (scores > config.score_threshold)
-    boxes, scores, labels = boxes[kept], scores[kept], labels[kept].int()
+    passing = inside & (scores > config.score_threshold)
+    boxes, scores, labels = boxes[passing], scores[passing], labels[passing].int()
     return boxes.detach().cpu().numpy(), scores.detach().cpu().numpy(), labels.cpu().numpy()
 
 
 def circle_nms(centres: np.ndarray, scores: np.ndarray, min_radius: float) -> np.ndarray:
-    """Indices [K] kept, best first: a box goes when a kept one lies within a *squared* distance of ``min_radius``.
+    """Indices [K] that survive, best first: a box within a *squared* distance of ``min_radius`` of a better one goes.
 
-    ``centres`` [N, 2] in metres, ``scores`` [N].
+    ``centres`` [N, 2] in metres, ``scores`` [N], ``min_radius`` in m².
     """
     remaining = np.argsort(-scores, kind="stable")
-    kept = []
+    survivors = []
     while remaining.size:
         best, remaining = remaining[0], remaining[1:]
-        kept.append(best)
+        survivors.append(best)
         distance = ((centres[remaining] - centres[best]) ** 2).sum(axis=1)
         remaining = remaining[distance > min_radius]
-    return np.array(kept, dtype=np.int64)
+    return np.array(survivors, dtype=np.int64)

@@ -17,6 +17,7 @@ class ConvModule(nn.Module):
         self.activate = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, in_channels, H, W] to [B, out_channels, H, W]."""
         return self.activate(self.bn(self.conv(x)))
 
 

@@ -16,18 +16,22 @@ BOX_WEIGHT = 0.25
 
 
 class Loss(NamedTuple):
-    """Sums over the tasks."""
+    """CenterPoint's two losses, each a scalar summed over the tasks."""
 
     heatmap: Tensor
     box: Tensor
 
     @property
     def total(self) -> Tensor:
+        """The loss that training minimizes."""
         return self.heatmap + self.box
 
 
 def gaussian_focal_loss(logits: Tensor, target: Tensor, alpha: float = 2.0, gamma: float = 4.0) -> Tensor:
-    """CornerNet's focal loss on a Gaussian heatmap, divided by the number of peaks (``target == 1``)."""
+    """CornerNet's focal loss of a Gaussian heatmap, divided by the number of peaks (``target == 1``).
+
+    ``logits`` and ``target`` [B, classes, H, W]; returns a scalar. Law and Deng, CornerNet (2018), equation 1.
+    """
     score = logits.sigmoid().clamp(1e-4, 1 - 1e-4)
     peak = target == 1
     positive = -score.log() * (1 - score) ** alpha

@@ -17,7 +17,7 @@ from cp_debug.recipes.centerpoint.voxelize import Voxels, voxelize_batch
 
 
 class CenterPoint(nn.Module):
-    """From point clouds to head maps. ``state_dict()`` has the names and shapes of mmdet3d 1.4.0."""
+    """CenterPoint from point clouds to head maps. ``state_dict()`` has the names and shapes of mmdet3d 1.4.0."""
 
     def __init__(self, config: CenterPointConfig) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class CenterPoint(nn.Module):
         return self.forward_pillars(voxelize_batch(clouds, self.config), batch_size=len(clouds))
 
     def forward_pillars(self, pillars: Voxels, batch_size: int = 1) -> dict[str, Tensor]:
-        """The same from voxelized clouds."""
+        """Voxelized clouds to ``config.output_names``; ``batch_size`` of them, by the column ``batch`` of ``coors``."""
         pillar_features = self.pts_voxel_encoder(decorate(pillars, self.config))
         canvas = scatter(pillar_features, pillars.coors, self.config.grid, batch_size)
         return self.pts_bbox_head(self.pts_neck(self.pts_backbone(canvas)))

@@ -15,7 +15,7 @@ from cp_debug.recipes.centerpoint.voxelize import Voxels
 def decorate(pillars: Voxels, config: CenterPointConfig) -> Tensor:
     """``input_features`` [N, P, C + 6] of pillars [N, P, C]: raw, offset to the points' mean, offset to the centre.
 
-    As mmdet3d's PillarFeatureNet with ``legacy=False``; empty slots are zeroed after the concatenation.
+    Computed as by mmdet3d's PillarFeatureNet with ``legacy=False``; empty slots are zeroed after the concatenation.
     """
     voxels, num_points, coors = pillars
     xyz = voxels[:, :, :3]

@@ -26,9 +26,10 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 class CenterPointModel:
-    """A configuration with weights: from ``checkpoint``, else as shipped with it, else random ones from ``seed``.
+    """A CenterPoint with weights: from ``checkpoint``, else those shipped with it, else random ones from ``seed``.
 
-    ``config`` is for one that is not known by its name.
+    ``config`` replaces the configuration that ``name`` stands for. Raises InputError for an unknown name, and a
+    checkpoint that does not fit.
     """
 
     def __init__(
@@ -66,18 +67,18 @@ class CenterPointModel:
         )
 
     def use_rot_y_axis_reference(self) -> None:
-        """Give ``dim`` and ``rot`` as AWML's ``--rot-y-axis-reference`` does; ``decode`` knows."""
+        """Switch ``dim`` and ``rot`` to AWML's ``--rot-y-axis-reference``, for export and ``decode``."""
         self._turned = True
         self.components[1].module = TurnedBackboneNeckHead(self.network).eval()
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """In label order."""
+        """Names of the classes, in label order."""
         return self.config.class_names
 
     @property
     def region(self) -> tuple[float, float, float, float]:
-        """What the model sees, from above: x0, y0, x1, y1 in m."""
+        """The region that the model sees, from above: x0, y0, x1, y1 in m."""
         x0, y0, _, x1, y1, _ = self.config.point_cloud_range
         return x0, y0, x1, y1
 
@@ -86,9 +87,10 @@ class CenterPointModel:
         return iterate(self.data(inputs, count, seed))
 
     def data(self, inputs: Path | None, count: int, seed: int = 0, options: DataOptions = DEFAULT_OPTIONS) -> DataSet:
-        """An info file (``.pkl``), a point file, a folder of them, or held-out synthetic scenes from ``seed`` on.
+        """A data set: an info file (``.pkl``), point files, or held-out synthetic scenes from ``seed`` on.
 
-        ``truth`` is a ``Truth`` where the classes are known. Raises InputError for unusable files.
+        ``inputs`` is the info file, one point file, a folder of them, or None. A sample's ``truth`` is a ``Truth``
+        where the classes are known. Raises InputError for unusable files.
         """
         config = self.config
         return open_data(
@@ -101,7 +103,10 @@ class CenterPointModel:
         )
 
     def batch(self, samples: Sequence[Sample]) -> Sample:
-        """One sample of several clouds: ``points`` [ΣN, C] one after the other, ``counts`` [B] points of each."""
+        """Join several clouds into one sample.
+
+        ``points`` [ΣN, C] holds them one after the other, ``counts`` [B] the points of each.
+        """
         clouds = [sample.arrays["points"] for sample in samples]
         arrays = {"points": np.concatenate(clouds), "counts": np.array([len(cloud) for cloud in clouds])}
         return Sample(arrays, " + ".join(sample.source for sample in samples))
@@ -115,13 +120,13 @@ class CenterPointModel:
         return {"spatial_features": self._scatter(pillar_features, pillars, sample).numpy()}
 
     def decode(self, sample: Sample, results: Mapping[str, Arrays]) -> Detections | list[Detections]:
-        """Boxes after circle NMS; one ``Detections`` a cloud for a batch."""
+        """Boxes after circle NMS: one ``Detections``, or a list of them, one a cloud, for a batch."""
         outputs = {name: _tensor(array) for name, array in results[BACKBONE_NECK_HEAD].items()}
-        found = decode(turn(outputs) if self._turned else outputs, self.config)
-        return found if "counts" in sample.arrays else found[0]
+        detections = decode(turn(outputs) if self._turned else outputs, self.config)
+        return detections if "counts" in sample.arrays else detections[0]
 
     def voxelize(self, sample: Sample) -> Voxels:
-        """Every backend and both components ask for the same pillars, one sample after the other."""
+        """Pillars of a sample; the last one's are kept, as every backend and both components ask for them."""
         if self._last is None or self._last[0] is not sample:
             points = torch.from_numpy(sample.arrays["points"])
             self._last = sample, voxelize_batch(points.split(_counts(sample)), self.config)
@@ -132,13 +137,13 @@ class CenterPointModel:
 
 
 def _counts(sample: Sample) -> list[int]:
-    """Points of each cloud."""
+    """Numbers of points of each cloud in a sample."""
     counts = sample.arrays.get("counts")
     return [len(sample.arrays["points"])] if counts is None else counts.tolist()
 
 
 def _stages(config: CenterPointConfig) -> tuple[Stage, ...]:
-    """One a backbone block, the neck, the shared convolution, and one an output."""
+    """Stages: each backbone block, the neck, the shared convolution, and each output."""
     blocks = range(len(config.backbone_channels))
     heads = [f"task_heads.{task}.{head}" for task in range(len(config.tasks)) for head in OUTPUT_ORDER]
     return (

@@ -12,8 +12,9 @@ _ORDER = {"dim": [1, 0, 2], "rot": [1, 0]}
 
 
 def turn(maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Head maps [B, channels, H, W] in the other convention: (length, width, height) becomes (width, length, height),
-    (sin, cos) becomes (−cos, −sin). Doing it twice changes nothing.
+    """Head maps [B, channels, H, W] in the other convention; doing it twice changes nothing.
+
+    (length, width, height) becomes (width, length, height), (sin, cos) becomes (−cos, −sin).
     """
     turned = dict(maps)
     for name, tensor in maps.items():
@@ -25,10 +26,10 @@ def turn(maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class TurnedBackboneNeckHead(BackboneNeckHead):
-    """The component with its outputs in that convention."""
+    """``BackboneNeckHead`` with yaw counted from the y axis in its outputs."""
 
     def forward(self, spatial_features: Tensor) -> tuple[Tensor, ...]:
-        """As ``BackboneNeckHead.forward``."""
+        """``spatial_features`` [B, C, ny, nx] to the turned maps, in the order of ``config.output_names``."""
         maps = super().forward(spatial_features)
         names = self.pts_bbox_head.output_names
         return tuple(turn(dict(zip(names, maps, strict=True))).values())

@@ -37,9 +37,10 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Kind:
-    """What objects of a class look like: how many a scene, mean size (l, w, h) in m and its relative spread, the
-    share that stands still, the speed of the others in m/s, reflectivity, and the cuboids that the sensor sees.
+    """Objects of one class: how many a scene, how large, how fast, how bright.
 
+    count: fewest and most a scene. size: mean (l, w, h) in m, spread: its relative deviation. still: share that stands
+    still, speed: that of the others in m/s. reflectivity: range, 0 to 1. parts: the cuboids that the sensor sees.
     Several parts make the heading visible: a car's cabin sits behind its middle, a truck's cab in front.
     """
 
@@ -114,6 +115,7 @@ class Ground:
         self.phase = self.rng.uniform(0, 2 * np.pi, 3)
 
     def height(self, xy: Floats) -> Floats:
+        """Height [...] of the ground at places [..., 2], in m in the sensor's frame."""
         return -SENSOR_HEIGHT + 0.04 * np.sin(xy @ self.waves + self.phase).sum(-1)
 
     def cast(self, rays: Floats, max_range: float) -> Floats:
@@ -175,7 +177,7 @@ def _place(rng: np.random.Generator, ground: Ground, extent: float) -> _Objects:
 
 
 def part_boxes(box: Floats, parts: tuple[Part, ...]) -> Floats:
-    """The cuboids [P, 7] of an object whose box is [7]."""
+    """The cuboids [P, 7] that an object with the box [7] consists of."""
     shape = np.array(parts)
     length, height, yaw = box[3], box[5], box[6]
     out = np.empty((len(parts), 7))
@@ -244,7 +246,10 @@ def _sweep(rng: np.random.Generator, lidar: Lidar, ground: Ground, objects: _Obj
 
 
 def generate_scene(seed: int, *, extent: float = 25.6, min_points: int = 5, lidar: Lidar | None = None) -> Scene:
-    """A scene that depends on nothing but its arguments: objects stand within ±``extent`` m in x and y."""
+    """Make the scene of a seed, the same for the same arguments: objects stand within ±``extent`` m in x and y.
+
+    Objects with fewer than ``min_points`` points at ``dt = 0`` are left out of the ground truth.
+    """
     lidar = lidar or Lidar()
     rng = np.random.default_rng(seed)
     ground = Ground(rng)
@@ -255,15 +260,15 @@ def generate_scene(seed: int, *, extent: float = 25.6, min_points: int = 5, lida
     order = rng.permutation(len(points))  # a pillar that keeps the first points must not keep one sweep's alone
     points, source = points[order], source[order]
 
-    seen = np.bincount(source[(source >= 0) & (points[:, 4] == 0)], minlength=len(objects.labels))
-    kept = np.flatnonzero((objects.labels >= 0) & (seen >= min_points))
+    hits = np.bincount(source[(source >= 0) & (points[:, 4] == 0)], minlength=len(objects.labels))
+    labelled = np.flatnonzero((objects.labels >= 0) & (hits >= min_points))
     renumber = np.full(len(objects.labels) + 1, -1)
-    renumber[kept] = np.arange(len(kept))
+    renumber[labelled] = np.arange(len(labelled))
     return Scene(
         points=points.astype(np.float32),
-        boxes=objects.boxes[kept].astype(np.float32),
-        labels=objects.labels[kept],
-        velocities=objects.velocities[kept].astype(np.float32),
-        num_points=seen[kept],
+        boxes=objects.boxes[labelled].astype(np.float32),
+        labels=objects.labels[labelled],
+        velocities=objects.velocities[labelled].astype(np.float32),
+        num_points=hits[labelled],
         source=renumber[source],
     )

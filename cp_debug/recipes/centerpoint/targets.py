@@ -1,4 +1,4 @@
-"""What CenterPoint's head is trained to output, as mmdet3d 1.4.0's ``CenterHead.get_targets`` defines it."""
+"""Targets that CenterPoint's head is trained on, as mmdet3d 1.4.0's ``CenterHead.get_targets`` defines them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ class TaskTargets(NamedTuple):
 def gaussian_radius(length: Tensor, width: Tensor, min_overlap: float = MIN_OVERLAP) -> Tensor:
     """CornerNet's radius in cells: boxes shifted by less than it still overlap by ``min_overlap`` (IoU).
 
-    The minimum over its three cases, with the roots as CornerNet published them and mmdet3d kept them.
+    ``length`` and ``width`` [K] in cells give [K]. The minimum over its three cases, with the roots as CornerNet
+    published them and mmdet3d kept them.
     """
     total, area = length + width, length * width
     roots = (
@@ -48,7 +49,7 @@ def make_targets(boxes: Sequence[Tensor], labels: Sequence[Tensor], config: Cent
 
     Labels index ``config.class_names``. Objects whose centre is out of range are left out.
     """
-    sample = torch.cat([torch.full_like(each, index) for index, each in enumerate(labels)])
+    sample = torch.cat([torch.full_like(sample_labels, index) for index, sample_labels in enumerate(labels)])
     box, label = torch.cat(list(boxes)), torch.cat(list(labels))
     cell = box.new_tensor(config.voxel_size[:2]) * config.out_size_factor
     centre = (box[:, :2] - box.new_tensor(config.point_cloud_range[:2])) / cell

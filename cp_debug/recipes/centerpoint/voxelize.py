@@ -39,19 +39,19 @@ def voxelize(points: Tensor, config: CenterPointConfig) -> Voxels:
     sorted_keys, order = torch.sort(keys, stable=True)
     run_keys, run_lengths = torch.unique_consecutive(sorted_keys, return_counts=True)
     run_starts = run_lengths.cumsum(0) - run_lengths
-    kept = torch.argsort(order[run_starts])[: config.max_voxels]
+    ranked = torch.argsort(order[run_starts])[: config.max_voxels]
     rank = torch.full_like(run_keys, -1)
-    rank[kept] = torch.arange(len(kept), device=points.device)
+    rank[ranked] = torch.arange(len(ranked), device=points.device)
 
     slot = torch.arange(len(order), device=points.device) - run_starts.repeat_interleave(run_lengths)
     pillar = rank.repeat_interleave(run_lengths)
     used = (pillar >= 0) & (slot < config.max_num_points)
-    voxels = points.new_zeros(len(kept), config.max_num_points, points.shape[1])
+    voxels = points.new_zeros(len(ranked), config.max_num_points, points.shape[1])
     voxels[pillar[used], slot[used]] = points[order[used]]
 
-    keys = run_keys[kept]
+    keys = run_keys[ranked]
     coors = torch.stack((torch.zeros_like(keys), keys // (nx * ny), keys // nx % ny, keys % nx), dim=1)
-    return Voxels(voxels, run_lengths[kept].clamp(max=config.max_num_points).int(), coors.int())
+    return Voxels(voxels, run_lengths[ranked].clamp(max=config.max_num_points).int(), coors.int())
 
 
 def voxelize_batch(clouds: Sequence[Tensor], config: CenterPointConfig) -> Voxels:

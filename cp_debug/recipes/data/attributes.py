@@ -16,10 +16,10 @@ NAMES = (
     "vehicle.stopped",
     "",
 )
-"""By ``attr_label`` of mmdet3d's infos."""
+"""Names of the attributes, by ``attr_label`` of mmdet3d's infos."""
 
 MOVING_SPEED = 0.2
-"""m/s, as mmdet3d's NuScenesMetric has it."""
+"""Speed in m/s from which an object counts as moving, as in mmdet3d's NuScenesMetric."""
 
 _VEHICLES = ("car", "construction_vehicle", "bus", "truck", "trailer")
 _MOVING_AND_NOT = {
@@ -32,7 +32,7 @@ _MOVING_AND_NOT = {
 
 
 def attributes_of(class_names: ArrayLike, velocities: ArrayLike) -> NDArray[np.str_]:
-    """What mmdet3d's NuScenesMetric says of boxes of these classes [N] and velocities [N, 2]: [N] names.
+    """Attributes [N] that mmdet3d's NuScenesMetric gives to boxes of these classes [N] and velocities [N, 2] in m/s.
 
     CenterPoint predicts no attribute. A class that nuScenes does not have is ``moving`` or ``still``.
     """

@@ -1,4 +1,4 @@
-"""What a data set gives: clouds in the model's columns, and the ground truth in the model's labels."""
+"""Data sets: clouds in the model's columns, and the ground truth in the model's labels."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Truth:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """How to read a data set.
+    """Options for reading a data set.
 
-    root: what the paths in an info file are relative to; None: the file's folder, then the folders above it.
-    sweeps: earlier sweeps to merge, at most, where the model takes ``dt``. skip_missing: leave samples out whose
-    clouds are missing, instead of an error.
+    root: folder that paths in an info file are relative to; None: the file's folder, then the folders above it. sweeps:
+    earlier sweeps to merge, at most, where the model takes ``dt``. skip_missing: leave samples out whose clouds are
+    missing, instead of an error.
     """
 
     root: Path | None = None
@@ -47,11 +47,13 @@ class DataSet(Protocol):
     """Samples by number, read when asked for. A ``Sample`` has ``points`` and, where it is known, a ``Truth``."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Name of the data set for people."""
+        ...
 
     @property
     def notes(self) -> Sequence[str]:
-        """What a reader of the results must know: classes and samples that were left out."""
+        """Remarks that a reader of the results must know: classes and samples that were left out."""
         ...
 
     def __len__(self) -> int: ...
@@ -64,15 +66,3 @@ class DataSet(Protocol):
 def iterate(data: DataSet) -> Iterator[Sample]:
     """All samples in order."""
     return (data.sample(index) for index in range(len(data)))
-
-
-def points_in_boxes(points: np.ndarray, boxes: np.ndarray) -> NDArray[np.int64]:
-    """How many of ``points`` [N, ≥ 3] are in each box [M, 7] (gravity centre; the faces belong to it): [M]."""
-    counts = np.zeros(len(boxes), dtype=np.int64)
-    for index, (x, y, z, *size, yaw) in enumerate(boxes[:, :7].astype(np.float64)):
-        offset = points[:, :3] - (x, y, z)
-        cos, sin = np.cos(yaw), np.sin(yaw)
-        along, across = offset[:, 0] * cos + offset[:, 1] * sin, offset[:, 1] * cos - offset[:, 0] * sin
-        local = np.stack((along, across, offset[:, 2]), axis=1)
-        counts[index] = (np.abs(local) <= np.divide(size, 2)).all(axis=1).sum()
-    return counts

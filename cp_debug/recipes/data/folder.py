@@ -28,5 +28,6 @@ class FolderData:
         return len(self._files)
 
     def sample(self, index: int) -> Sample:
+        """The cloud of file ``index``. Raises InputError for an unusable one."""
         file = self._files[index]
         return Sample({"points": read_points(file, self._features)}, str(file))

@@ -1,4 +1,4 @@
-"""From one coordinate frame to another, bit for bit as mmdet3d 1.4 does it."""
+"""Changes of coordinate frames, bit for bit as mmdet3d 1.4 computes them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ def camera_boxes_to_lidar(boxes: ArrayLike, lidar2cam: ArrayLike) -> NDArray[np.
     """Boxes of a camera's frame [M, 7] in the LiDAR's frame [M, 7], z of the *bottom* centre in both.
 
     In: x, y, z (right, down, forward), length, height, width, rotation about y; out: x, y, z (forward, left, up),
-    length, width, height, yaw. As ``Box3DMode.convert``: the sensors' small relative tilt does not enter the yaw.
+    length, width, height, yaw; metres and radians. Formula of mmdet3d's ``Box3DMode.convert``: the sensors' small
+    relative tilt does not enter the yaw.
     """
     camera = np.array(boxes, dtype=np.float64).reshape(-1, 7)
     centres = np.concatenate((camera[:, :3], np.ones((len(camera), 1))), axis=1)
@@ -25,14 +26,14 @@ def camera_boxes_to_lidar(boxes: ArrayLike, lidar2cam: ArrayLike) -> NDArray[np.
 
 
 def bottom_to_centre(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Boxes [M, ≥ 7] with z of the bottom centre, with z of the gravity centre."""
+    """Boxes [M, ≥ 7] with z moved from the bottom centre to the gravity centre."""
     moved = boxes.copy()
     moved[:, 2] += moved[:, 5] / 2
     return moved
 
 
 def without_close(points: np.ndarray, radius: float = CLOSE) -> np.ndarray:
-    """The points [N, C] of a sweep that are not on the car itself."""
+    """The points [N, C] of a sweep that are farther than ``radius`` m from the sensor in x or y."""
     return points[(np.abs(points[:, :2]) >= radius).any(axis=1)]
 
 

@@ -1,4 +1,4 @@
-"""What is read from an entry of mmdet3d's info files, and of which type it has to be; all else is left out."""
+"""Entries of mmdet3d's info files that are read, and the type that each must have; all else is left out."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ class Cloud(TypedDict, total=False):
 
 
 class Sweep(TypedDict, total=False):
-    """One of ``lidar_sweeps``."""
+    """An earlier sweep: an entry of ``lidar_sweeps``."""
 
     timestamp: Number
     lidar_points: Cloud
 
 
 class Instance(TypedDict, total=False):
-    """One of ``instances``."""
+    """An object: an entry of ``instances``."""
 
     bbox_3d: Box
     bbox_label_3d: Annotated[Whole, Field(ge=-1)]
@@ -65,13 +65,13 @@ class Instance(TypedDict, total=False):
 
 
 class Camera(TypedDict, total=False):
-    """One of ``images``."""
+    """A camera: an entry of ``images``."""
 
     lidar2cam: Matrix
 
 
 class Seen(TypedDict, total=False):
-    """One of a camera's ``cam_instances``."""
+    """An object in a camera's frame: an entry of ``cam_instances``."""
 
     bbox_3d: Annotated[list[float], BeforeValidator(_plain), Field(min_length=3, max_length=9)]
     attr_label: Annotated[Whole, Field(ge=0, lt=len(NAMES))]
@@ -88,7 +88,7 @@ class Info(TypedDict, total=False):
     lidar_sweeps: list[Sweep] | None
     instances: list[Instance] | None
     images: dict[str, Any]
-    """By camera, and in KITTI's infos matrices between."""
+    """Camera → ``Camera``; KITTI's infos have matrices among them."""
     cam_instances: dict[str, list[Seen]] | None
 
 

@@ -23,12 +23,12 @@ from cp_debug.recipes.data.points import Points, read_points
 from cp_debug.recipes.data.unpickle import load_plain_pickle
 
 KITTI_CLASSES = ("Pedestrian", "Cyclist", "Car", "Van", "Truck", "Person_sitting", "Tram", "Misc")
-"""In label order; KITTI's infos do not say."""
+"""KITTI's classes in label order, which its infos do not tell."""
 PREFIXES = ("", "samples/LIDAR_TOP", "sweeps/LIDAR_TOP", "training/velodyne_reduced", "training/velodyne")
-"""Where mmdet3d's configurations look below the data root for the files that an info names."""
+"""Folders below the data root where mmdet3d's configurations look for the files that an info names."""
 COLUMNS = ("x", "y", "z", "intensity", "ring")
 LISTED = 5
-"""Names in a message; the others are counted."""
+"""Largest number of names in a message; the others are counted."""
 
 Info = Mapping[str, Any]
 """An entry of ``data_list``, one of its sweeps, or ``metainfo``, as ``info_schema`` has them."""
@@ -63,6 +63,7 @@ class InfoData:
         return len(self._infos)
 
     def sample(self, index: int) -> Sample:
+        """The merged cloud and the truth of sample ``index``. Raises InputError for an unusable cloud or field."""
         info = self._infos[index]
         clouds = [self._read(info)]
         for sweep in self._sweeps(info):
@@ -84,27 +85,31 @@ class InfoData:
         return read_points(path, self._features, COLUMNS[:width] if width in (4, 5) else None)
 
     def _truth(self, info: Info) -> Truth:
-        found = info["instances"]
-        boxes = np.array([self._field(each, "bbox_3d") for each in found], dtype=np.float64).reshape(-1, 7)
+        instances = info["instances"]
+        boxes = np.array([self._field(instance, "bbox_3d") for instance in instances], dtype=np.float64).reshape(-1, 7)
         if self._kitti and len(boxes):
             images = self._field(info, "images")
             camera = "CAM2" if "CAM2" in images else next(iter(images), "CAM2")
-            seen: Camera = typed(Camera, self._field(info, "images", camera), f"{self._path}: images.{camera}")
-            boxes = bottom_to_centre(camera_boxes_to_lidar(boxes, self._field(seen, "lidar2cam")))
-        labels = self._labels[np.array([self._field(each, "bbox_label_3d") for each in found], dtype=np.int64)]
-        counts = [each.get("num_lidar_pts", -1) + (each.get("num_radar_pts") or 0) for each in found]
-        velocities = np.array([each.get("velocity", (np.nan, np.nan)) for each in found], np.float32).reshape(-1, 2)
-        attributes, known = _attributes(info, boxes), labels >= 0
+            camera_entry: Camera = typed(Camera, self._field(info, "images", camera), f"{self._path}: images.{camera}")
+            boxes = bottom_to_centre(camera_boxes_to_lidar(boxes, self._field(camera_entry, "lidar2cam")))
+        labels = self._labels[
+            np.array([self._field(instance, "bbox_label_3d") for instance in instances], dtype=np.int64)
+        ]
+        counts = [instance.get("num_lidar_pts", -1) + (instance.get("num_radar_pts") or 0) for instance in instances]
+        velocities = np.array(
+            [instance.get("velocity", (np.nan, np.nan)) for instance in instances], np.float32
+        ).reshape(-1, 2)
+        attributes, has_label = _attributes(info, boxes), labels >= 0
         return Truth(
-            boxes.astype(np.float32)[known],
-            labels[known],
-            velocities[known],
-            np.array(counts, dtype=np.int64)[known],
-            attributes[known],
+            boxes.astype(np.float32)[has_label],
+            labels[has_label],
+            velocities[has_label],
+            np.array(counts, dtype=np.int64)[has_label],
+            attributes[has_label],
         )
 
     def _present(self, infos: Sequence[Any], count: int) -> list[InfoEntry]:
-        """Those whose clouds are all there; notes what is not."""
+        """Entries of samples whose clouds all exist; notes the others, or raises InputError."""
         present: list[InfoEntry] = []
         missing: list[str] = []
         without = 0
@@ -113,10 +118,10 @@ class InfoData:
                 break
             info: InfoEntry = typed(InfoEntry, entry, f"{self._path}: data_list[{index}]")
             names = [self._field(record, "lidar_points", "lidar_path") for record in (info, *self._sweeps(info))]
-            gone = [name for name in names if self._files.find(name) is None]
-            missing += gone
-            without += bool(gone)
-            if not gone:
+            absent = [name for name in names if self._files.find(name) is None]
+            missing += absent
+            without += bool(absent)
+            if not absent:
                 present.append(info)
         if missing:
             text = f"{without} of {without + len(present)} samples lack point clouds: {_listed(missing)}"
@@ -130,7 +135,7 @@ class InfoData:
         return present
 
     def _class_names(self, meta: Info) -> Sequence[str]:
-        """In label order: ``categories`` of mmdet3d, ``classes`` of AWML, or KITTI's."""
+        """Classes in label order: ``categories`` of mmdet3d, ``classes`` of AWML, or KITTI's."""
         categories = meta.get("categories")
         if isinstance(categories, Mapping):
             return sorted(categories, key=categories.__getitem__)
@@ -140,7 +145,7 @@ class InfoData:
         return list(names)
 
     def _class_notes(self, class_names: Sequence[str]) -> Iterable[str]:
-        labels = [each.get("bbox_label_3d", -1) for info in self._infos for each in info.get("instances") or ()]
+        labels = [instance.get("bbox_label_3d", -1) for info in self._infos for instance in info.get("instances") or ()]
         if max(labels, default=-1) >= len(self._data_classes):
             classes = ", ".join(self._data_classes)
             raise InputError(f"{self._path}: bbox_label_3d {max(labels)} is none of metainfo's classes ({classes})")
@@ -162,13 +167,14 @@ class InfoData:
 
 
 class _Finder:
-    """Finds the files that an info names, where the last one was first."""
+    """Finds the files that an info names, looking first where the last one was."""
 
     def __init__(self, roots: Sequence[Path]) -> None:
         self.roots = ", ".join(str(root) for root in roots)
         self._places = [root / prefix for root in roots for prefix in PREFIXES]
 
     def find(self, name: str) -> Path | None:
+        """The file of that name in the first folder that has it, or None."""
         for index, place in enumerate(self._places):
             if (place / name).is_file():
                 self._places.insert(0, self._places.pop(index))
@@ -178,8 +184,8 @@ class _Finder:
 
 def _mapping(data: Sequence[str], model: Sequence[str]) -> NDArray[np.int64]:
     """Data label → model label, -1 for none; the last entry is that of the label -1."""
-    known = {_plain(name): label for label, name in enumerate(model)}
-    return np.array([*(known.get(_plain(name), -1) for name in data), -1])
+    model_labels = {_plain(name): label for label, name in enumerate(model)}
+    return np.array([*(model_labels.get(_plain(name), -1) for name in data), -1])
 
 
 def _plain(name: str) -> str:
@@ -187,20 +193,20 @@ def _plain(name: str) -> str:
 
 
 def _attributes(info: Info, boxes: NDArray[np.float64]) -> NDArray[np.str_]:
-    """Of each box [M, 7]; nuScenes' infos have them with the boxes in the cameras' frames."""
+    """Attribute [M] of each box [M, 7]; nuScenes' infos have them with the boxes in the cameras' frames."""
     names = np.full(len(boxes), "", dtype="<U32")
     corners = np.concatenate((boxes[:, :3], np.ones((len(boxes), 1))), axis=1)
     for camera, instances in (info.get("cam_instances") or {}).items():
-        labelled = [each for each in instances if "attr_label" in each]
+        labelled = [instance for instance in instances if "attr_label" in instance]
         if labelled and len(boxes):
-            seen: Camera = typed(Camera, info.get("images", {}).get(camera, {}), f"images.{camera}")
-            if (matrix := seen.get("lidar2cam")) is None:
+            camera_entry: Camera = typed(Camera, info.get("images", {}).get(camera, {}), f"images.{camera}")
+            if (matrix := camera_entry.get("lidar2cam")) is None:
                 continue
             centres = (corners @ np.transpose(matrix))[:, :3]
-            for each in (each for each in labelled if "bbox_3d" in each):
-                distance = np.linalg.norm(centres - each["bbox_3d"][:3], axis=1)
+            for instance in (instance for instance in labelled if "bbox_3d" in instance):
+                distance = np.linalg.norm(centres - instance["bbox_3d"][:3], axis=1)
                 if distance.min() < 1e-3:
-                    names[distance.argmin()] = NAMES[each["attr_label"]]
+                    names[distance.argmin()] = NAMES[instance["attr_label"]]
     return names
 
 

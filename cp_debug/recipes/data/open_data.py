@@ -1,4 +1,4 @@
-"""From what the user gave as data to a data set."""
+"""Opens what the user gave as data."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def open_data(
     first: int = 0,
     options: DataOptions = DEFAULT_OPTIONS,
 ) -> DataSet:
-    """At most ``count`` samples: an mmdet3d info file (``.pkl``), a point file, a folder of them, or (None) the
-    held-out synthetic scenes from ``first`` on.
+    """Open an info file, point files or the synthetic scenes as a data set of at most ``count`` samples.
 
-    ``features`` are the columns of the model's points, ``class_names`` its classes. Raises InputError for what is none
-    of these.
+    ``path`` is mmdet3d's info file (``.pkl``), a point file, a folder of them, or None for the held-out synthetic
+    scenes from ``first`` on. ``features`` are the columns of the model's points, ``class_names`` its classes. Raises
+    InputError for any other file.
     """
     if path is None:
         from cp_debug.recipes.data.synthetic import SyntheticData

@@ -12,9 +12,9 @@ from cp_debug.errors import InputError
 from cp_debug.reading import read_bytes
 
 LARGEST = 1 << 31
-"""Bytes of a file, and of its points."""
+"""Largest size of a file, and of its points, in bytes."""
 LONGEST_COPY = 264
-"""Bytes that three packed ones can stand for."""
+"""Largest number of bytes that three packed ones can stand for."""
 _KEYS = ("VERSION", "FIELDS", "SIZE", "TYPE", "COUNT", "WIDTH", "HEIGHT", "VIEWPOINT", "POINTS", "DATA")
 
 
@@ -37,7 +37,7 @@ def read_pcd(path: Path) -> dict[str, np.ndarray]:
 
 
 def _header(content: bytes) -> tuple[dict[str, list[str]], int]:
-    """Its entries, and where the body starts."""
+    """Entries of the header, and where the body starts."""
     header: dict[str, list[str]] = {}
     start = 0
     while "DATA" not in header:
@@ -64,6 +64,7 @@ def _fields(header: dict[str, list[str]]) -> tuple[list[str], np.dtype]:
 
 
 def _body(body: bytes, encoding: str, dtype: np.dtype, count: int) -> np.ndarray:
+    """Rows [N] of the structured type ``dtype``. Raises ValueError for a body that does not fit the header."""
     if encoding == "ascii":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that there are no rows
@@ -85,9 +86,9 @@ def _body(body: bytes, encoding: str, dtype: np.dtype, count: int) -> np.ndarray
 
 
 def lzf_decompress(packed: bytes, size: int) -> bytes:
-    """Marc Lehmann's LZF: literal runs, and copies of what came out up to 8 KiB before. ``size`` is that of the result.
+    """Decompress Marc Lehmann's LZF: literal runs, and copies of output up to 8 KiB before.
 
-    Raises ValueError when the data do not unpack to that.
+    ``size`` is the length of the result. Raises ValueError when the data do not unpack to it.
     """
     plain = bytearray()
     at = 0

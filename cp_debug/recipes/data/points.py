@@ -15,9 +15,9 @@ from cp_debug.recipes.data.pcd import read_pcd
 Points = NDArray[np.float32]
 
 COLUMNS = {".pcd.bin": ("x", "y", "z", "intensity", "ring"), ".bin": ("x", "y", "z", "intensity")}
-"""What a file holds by its ending: nuScenes and T4 datasets, KITTI."""
+"""Columns of a file by its ending: nuScenes and T4 datasets, KITTI."""
 LARGEST = 1 << 31
-"""Bytes of a cloud: a hundred million points."""
+"""Largest size of a cloud in bytes: a hundred million points."""
 ENDINGS = (*COLUMNS, ".npy", ".npz", ".pcd")
 _PCD_NAMES = {"intensity": ("i", "reflectivity"), "dt": ("time_lag", "time")}
 
@@ -42,9 +42,10 @@ def read_points(path: Path, features: Sequence[str], columns: Sequence[str] | No
 
 
 def _read_raw(path: Path, columns: Sequence[str]) -> Points:
+    """Rows [N, len(columns)] of a headerless file. Raises InputError for a size that does not fit."""
     size = check_file(path, "point file")
     if size % (4 * len(columns)):
-        fits = [other for other, names in COLUMNS.items() if size % (4 * len(names)) == 0]
+        fits = [ending for ending, names in COLUMNS.items() if size % (4 * len(names)) == 0]
         hint = f"; its size fits the {len(COLUMNS[fits[0]])} columns of *{fits[0]}" if fits else ""
         raise InputError(
             f"{path}: {size} bytes is not a multiple of {len(columns)} float32 columns ({', '.join(columns)}){hint}"
@@ -53,16 +54,16 @@ def _read_raw(path: Path, columns: Sequence[str]) -> Points:
     return np.frombuffer(data, dtype=np.float32).reshape(-1, len(columns))
 
 
-def _select(path: Path, found: Mapping[str, np.ndarray], features: Sequence[str]) -> Points:
+def _select(path: Path, fields: Mapping[str, np.ndarray], features: Sequence[str]) -> Points:
     """The features among named columns; 0 for those that a cloud can do without."""
-    missing = {"x", "y", "z"} - found.keys()
+    missing = {"x", "y", "z"} - fields.keys()
     if missing:
-        raise InputError(f"{path}: has no field {', '.join(sorted(missing))}; it has {', '.join(found)}")
-    points = np.zeros((len(found["x"]), len(features)), dtype=np.float32)
+        raise InputError(f"{path}: has no field {', '.join(sorted(missing))}; it has {', '.join(fields)}")
+    points = np.zeros((len(fields["x"]), len(features)), dtype=np.float32)
     for index, feature in enumerate(features):
-        name = next((name for name in (feature, *_PCD_NAMES.get(feature, ())) if name in found), None)
+        name = next((name for name in (feature, *_PCD_NAMES.get(feature, ())) if name in fields), None)
         if name is not None:
-            points[:, index] = found[name]
+            points[:, index] = fields[name]
     return points
 
 

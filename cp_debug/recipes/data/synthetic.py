@@ -28,6 +28,7 @@ class SyntheticData:
         return self._count
 
     def sample(self, index: int) -> Sample:
+        """Scene ``index``: ``points`` [N, C] in the model's columns; its truth where the classes are the model's."""
         number = self._first + index
         scene = generate_scene(HELD_OUT_SEED + number)
         truth = None

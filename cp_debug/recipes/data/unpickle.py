@@ -15,14 +15,14 @@ from cp_debug.errors import InputError
 from cp_debug.reading import read_bytes
 
 LARGEST = 1 << 32
-"""Bytes."""
+"""Largest size of a file in bytes."""
 
 _NUMPY_MODULES = {"numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric"}
 _NUMPY_FUNCTIONS = {"_reconstruct", "scalar", "_frombuffer"}
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """How protocol 2 stores bytes."""
+    """Bytes from text, as protocol 2 stores them."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"bytes in the encoding {encoding!r}; expected latin1")
     return text.encode("latin1")
@@ -38,10 +38,12 @@ _PLAIN: dict[tuple[str, str], Callable[..., Any]] = {
 
 
 class _Refused(Exception):
-    """The file asks for this name."""
+    """A name that the file asks for and does not get."""
 
 
 class _PlainUnpickler(pickle.Unpickler):
+    """Unpickler that builds plain containers and numpy arrays, and refuses every other name."""
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _PLAIN:
             return _PLAIN[module, name]
@@ -54,7 +56,10 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def load_plain_pickle(path: Path) -> Any:
-    """What is pickled in ``path``. Raises InputError for a missing or broken file, and names what it refuses."""
+    """The object pickled in ``path``.
+
+    Raises InputError for a missing or broken file, and for a name that is refused, which the message tells.
+    """
     data = read_bytes(path, what="file", most=LARGEST)
     try:
         return _PlainUnpickler(io.BytesIO(data)).load()

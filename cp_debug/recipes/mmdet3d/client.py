@@ -1,4 +1,4 @@
-"""Where mmdet3d runs: in this Python when it imports here, else in that of ``CPDEBUG_MMDET3D_PYTHON``."""
+"""The client of ``runner.py``: in this Python when mmdet3d imports here, else in that of ``CPDEBUG_MMDET3D_PYTHON``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TIME_LIMIT = 3600.0
 
 
 class Answer(NamedTuple):
-    """What a command gave."""
+    """A command's result and arrays."""
 
     result: Mapping[str, Any]
     arrays: Arrays
@@ -37,7 +37,10 @@ class ProgramFailed(InputError):
 
 
 class DetectorClient:
-    """Runs commands of ``runner.py``. Raises MissingPackage when there is no mmdet3d, with both ways to get it."""
+    """Runs commands of ``runner.py``.
+
+    Raises MissingPackage when there is no mmdet3d, with both ways to get it.
+    """
 
     def __init__(self) -> None:
         self._detectors: list[runner.Detector] = []
@@ -54,7 +57,7 @@ class DetectorClient:
 
     @property
     def where(self) -> str:
-        """The interpreter's name."""
+        """The interpreter in which mmdet3d runs, for people."""
         return "this Python" if self._interpreter is None else self._interpreter.python
 
     def module(self, branch: str) -> nn.Module | None:
@@ -63,19 +66,19 @@ class DetectorClient:
 
     @property
     def encoder(self) -> nn.Module | None:
-        """The pillar encoder behind the decoration, likewise."""
+        """The pillar encoder behind the decoration; None where it lives in another process."""
         return runner.Encoder(self._detectors[0].model.pts_voxel_encoder).eval() if self._detectors else None
 
     def call(self, command: str, arrays: Arrays | None = None, **arguments: Any) -> Answer:
-        """Run one command. Raises MissingPackage for what its interpreter lacks, InputError for all that else fails."""
+        """Run one command. Raises MissingPackage for what its interpreter lacks, InputError for every other failure."""
         with tempfile.TemporaryDirectory(prefix="cpdebug-mmdet3d-") as folder:
-            given, made = Path(folder) / "given.npz", Path(folder) / "made.npz"
-            np.savez(given, **(arrays or {}))  # type: ignore[arg-type]
-            step = {"command": command, **arguments, "arrays": str(given), "made": str(made)}
+            sent, received = Path(folder) / "given.npz", Path(folder) / "made.npz"
+            np.savez(sent, **(arrays or {}))  # type: ignore[arg-type]
+            step = {"command": command, **arguments, "arrays": str(sent), "made": str(received)}
             result = self._execute({"steps": [step]})
             if error := result.get("error"):
                 raise self._to_exception(command, error)
-            return Answer(result["results"][0], read_npz(made))
+            return Answer(result["results"][0], read_npz(received))
 
     def _execute(self, job: dict[str, Any]) -> dict[str, Any]:
         if self._interpreter is None:
@@ -105,7 +108,7 @@ def _install() -> str:
 
 
 def _missing() -> str | None:
-    """Why mmdet3d cannot be used in this Python."""
+    """The reason why mmdet3d cannot be used in this Python; None where it can."""
     spec = importlib.util.find_spec("mmdet3d")
     if spec is None or spec.origin is None:  # a folder of that name is no package
         return "this Python has no mmdet3d"

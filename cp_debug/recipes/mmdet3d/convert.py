@@ -24,14 +24,15 @@ class Unlike(Exception):
 def center_point_config(name: str, model: Mapping[str, Any], columns: Sequence[int] | None) -> CenterPointConfig:
     """The sizes in ``model``, a resolved config; ``columns`` of a stored cloud are fed to it.
 
-    Whether the parts compute the same is not looked at here: weights and tensors tell. Raises Unlike.
+    Whether the parts compute the same is not looked at here: weights and tensors tell. Raises Unlike for a config that
+    is no such CenterPoint.
     """
     for part, kind in PARTS.items():
-        found = model.get(part, {}).get("type")
-        if found is None:
+        part_type = model.get(part, {}).get("type")
+        if part_type is None:
             raise Unlike(f"{model.get('type')} has no {part}")
-        if found.rpartition(".")[2] != kind:
-            raise Unlike(f"{part} is {found}, not {kind}")
+        if part_type.rpartition(".")[2] != kind:
+            raise Unlike(f"{part} is {part_type}, not {kind}")
     try:
         return _converted(name, model, columns)
     except (KeyError, TypeError, IndexError) as error:

@@ -44,7 +44,7 @@ class DetectorLayers:
         self._reason = result["reason"]
         self._noise = {branch: _shape(c) for branch, c in result["channels"].items() if branch not in examples and c}
         self.notes: list[str] = []
-        """What a reader of the results must know."""
+        """Remarks that a reader of the results must know."""
         self.components: Sequence[Component] = [
             self._component(branch, array) for branch, array in {**examples, **self._made_up(seed)}.items()
         ]
@@ -58,18 +58,18 @@ class DetectorLayers:
         with tempfile.TemporaryDirectory(prefix="cpdebug-") as folder:
             file = Path(folder) / "branch.pt2"
             try:
-                made = self._client.call("program", {"features": features}, branch=branch, file=str(file)).result
+                exported = self._client.call("program", {"features": features}, branch=branch, file=str(file)).result
                 module = self._client.module(branch) or _read_program(file)
             except ProgramFailed as error:
                 raise InputError(
                     f"{self.name}: torch {self._torch} in {self._client.where} cannot export {branch} for torch "
                     f"{torch.__version__} here: {error}"
                 ) from error
-        self.notes += [f"without {part}, which torch cannot export: {why}" for part, why in made["dropped"].items()]
+        self.notes += [f"without {part}, which torch cannot export: {why}" for part, why in exported["dropped"].items()]
         result, outputs = self._client.call("run", {"features": features}, branch=branch)
         self._check(branch, module, features, [outputs[name] for name in result["outputs"]])
         return Component(
-            name=made["name"],
+            name=exported["name"],
             input_names=(_input(branch),),
             output_names=result["outputs"],
             module=module,
@@ -79,14 +79,18 @@ class DetectorLayers:
     def _check(self, branch: str, module: nn.Module, features: np.ndarray, expected: Sequence[np.ndarray]) -> None:
         """Raise InputError where the module computes something else than the detector did."""
         with torch.no_grad():
-            given = module(torch.from_numpy(features))
-        for ours, real in zip(given, expected, strict=True):
+            outputs = module(torch.from_numpy(features))
+        for ours, real in zip(outputs, expected, strict=True):
             difference = np.abs(ours.numpy() - real).max(initial=0)
             if not difference <= TOLERANCE * np.abs(real).max(initial=0):
                 raise InputError(f"{self.name}: the exported program of {branch} differs from it by {difference:.3g}")
 
     def samples(self, count: int, seed: int, inputs: Path | None) -> Iterator[Sample]:
-        """``.npz`` files of the branches' tensors, point files, or (None) synthetic scenes from ``seed`` on."""
+        """At most ``count`` samples, noise included for branches that no cloud reaches.
+
+        ``inputs``: ``.npz`` files of the branches' tensors, point files, or None for synthetic scenes from ``seed`` on.
+        Raises InputError for unusable files.
+        """
         if inputs is not None and (inputs.suffix == ".npz" or (inputs.is_dir() and any(inputs.glob("*.npz")))):
             yield from npz_samples(inputs, self._expected, count)
             return
@@ -95,20 +99,22 @@ class DetectorLayers:
             cloud = clouds.sample(index)
             arrays = self._client.call("inputs", cloud.arrays).arrays
             noise = self._made_up([seed, index])
-            said = f"; noise for {', '.join(noise)}, which no cloud reaches ({self._reason})" if noise else ""
-            yield Sample({_input(branch): array for branch, array in {**arrays, **noise}.items()}, cloud.source + said)
+            noise_note = f"; noise for {', '.join(noise)}, which no cloud reaches ({self._reason})" if noise else ""
+            yield Sample(
+                {_input(branch): array for branch, array in {**arrays, **noise}.items()}, cloud.source + noise_note
+            )
 
     def _made_up(self, seed: int | Sequence[int]) -> dict[str, np.ndarray]:
         rng = np.random.default_rng(seed)
         return {branch: rng.standard_normal(shape, np.float32) for branch, shape in self._noise.items()}
 
     def feed(self, component: Component, sample: Sample, results: Mapping[str, Arrays]) -> dict[str, np.ndarray]:
-        """The component's own tensor."""
+        """The tensor of the component's branch, by the input's name."""
         (name,) = component.input_names
         return {name: sample.arrays[name]}
 
     def decode(self, sample: Sample, results: Mapping[str, Arrays]) -> None:
-        """Boxes need the detector's own code, with what it asks of cameras and data."""
+        """Nothing: boxes need the detector's own code, with what it asks of cameras and data."""
         return None
 
 
@@ -130,5 +136,5 @@ def _input(branch: str) -> str:
 
 
 def _shape(channels: int) -> tuple[int, int, int, int]:
-    """Of noise for a backbone whose first convolution takes so many channels: an image's, or a canvas's."""
+    """Shape of noise for a backbone whose first convolution takes ``channels``: an image's, or a canvas's."""
     return (1, channels, *(IMAGE if channels == 3 else CANVAS))

@@ -74,10 +74,10 @@ class Mmdet3dCenterPoint(CenterPointModel):
         self.name, self.weights = name, weights
         nms = about["model"]["test_cfg"]["pts"].get("nms_type")
         self.verified = self._verify(client, boxes=nms == "circle")
-        """Stage → max |Δ| from the real detector on one synthetic scene."""
-        encoder, rest = self.components
+        """Stage → largest absolute difference from the real detector on one synthetic scene."""
+        encoder, dense_part = self.components
         encoder.module = client.encoder or encoder.module
-        rest.module = client.module(rest.name) or rest.module
+        dense_part.module = client.module(dense_part.name) or dense_part.module
         self.notes = [
             f"mmdet3d {about['versions']['mmdet3d']} in {client.where}: {len(self.verified)} stages of one synthetic "
             f"scene equal up to {max(self.verified.values()):.2g} (max |Δ|)"
@@ -106,8 +106,8 @@ def stage_differences(
     ours = {name: tensor.numpy() for name, tensor in _stages(model, torch.from_numpy(points)).items()}
     if boxes:
         maps = {name: torch.from_numpy(real[name]) for name in model.config.output_names}
-        (found,) = decode(maps, model.config)
-        ours |= {"boxes": found.boxes, "scores": found.scores, "labels": found.labels}
+        (detections,) = decode(maps, model.config)
+        ours |= {"boxes": detections.boxes, "scores": detections.scores, "labels": detections.labels}
     return {name: _difference(array, real[name]) for name, array in ours.items()}
 
 
@@ -139,7 +139,7 @@ def _difference(ours: np.ndarray, real: np.ndarray) -> float:
 
 
 def _find(client: DetectorClient, text: str) -> Path:
-    """The config file that ``text`` names."""
+    """The config file that ``text`` names. Raises InputError for one that does not exist."""
     if text.endswith(".py"):
         if not (path := Path(text)).is_file():
             raise InputError(f"{PREFIX}{text}: no such config file")

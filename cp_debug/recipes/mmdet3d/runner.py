@@ -28,13 +28,13 @@ if TYPE_CHECKING:  # evaluated by no interpreter, so newer than Python 3.8
     Emit = Callable[[dict[str, Any]], None]
 
 OUTPUT_ORDER = ("heatmap", "reg", "height", "dim", "rot", "vel")
-"""In which order cpdebug and AWML keep the outputs of a CenterHead's task."""
+"""Order of the outputs of a CenterHead's task in cpdebug and AWML."""
 PREFIXES = ("pts_", "img_", "")
 PARTS = ("backbone", "neck", "bbox_head", "rpn_head")
 
 
 class DetectorFailure(Exception):
-    """What went wrong, for people. ``kind`` is one of import, config, program, internal."""
+    """A failure with a message for people. ``kind`` is one of import, config, program, internal."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -74,7 +74,7 @@ class Branch(nn.Module):
 
     @property
     def name(self) -> str:
-        """``pts_backbone_neck_head``, of the parts that it has."""
+        """Name made of its parts, such as ``pts_backbone_neck_head``."""
         return self.prefix + "_".join(n[len(self.prefix) :].rpartition("_")[2] for n, _ in self.named_children())
 
     def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -82,7 +82,7 @@ class Branch(nn.Module):
         return tuple(self.outputs(features).values())
 
     def outputs(self, features: Any) -> dict[str, torch.Tensor]:
-        """The same by name."""
+        """Tensors that the head returns for ``features``, by name."""
         for module in self.children():
             features = module(features)
         return dict(_named(features))
@@ -93,8 +93,8 @@ def _named(structure: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, to
     if isinstance(structure, torch.Tensor):
         yield ".".join(path) or "output", structure
     elif isinstance(structure, dict):
-        known = [key for key in OUTPUT_ORDER if key in structure]
-        for key in [*known, *(key for key in structure if key not in known)]:
+        ordered = [key for key in OUTPUT_ORDER if key in structure]
+        for key in [*ordered, *(key for key in structure if key not in ordered)]:
             yield from _named(structure[key], (*path, str(key)))
     elif isinstance(structure, (list, tuple)):
         for index, item in enumerate(structure):
@@ -128,7 +128,7 @@ class Detector:
                 self.branches[branch.name] = branch
 
     def about(self) -> dict[str, Any]:
-        """What it is: its resolved model config, columns of its points, shapes of its weights, versions."""
+        """Facts of the detector: its resolved model config, columns of its points, shapes of its weights, versions."""
         packages = {name: _import(name).__version__ for name in ("mmdet3d", "mmengine")}
         shapes = {name: list(tensor.shape) for name, tensor in self.model.state_dict().items()}
         return {
@@ -139,17 +139,17 @@ class Detector:
         }
 
     def _columns(self) -> list[int] | None:
-        """Which columns of a stored cloud the detector is fed, as its test pipeline says."""
+        """Columns of a stored cloud that the detector is fed, as its test pipeline says; None where it does not."""
         loading = {step["type"]: step for step in self.config.get("test_pipeline") or ()}
-        found = None
+        columns = None
         if step := loading.get("LoadPointsFromFile"):
-            found = step.get("use_dim", [0, 1, 2])
+            columns = step.get("use_dim", [0, 1, 2])
         if step := loading.get("LoadPointsFromMultiSweeps"):
-            found = step.get("use_dim", [0, 1, 2, 4])
-        return list(range(found)) if isinstance(found, int) else found
+            columns = step.get("use_dim", [0, 1, 2, 4])
+        return list(range(columns)) if isinstance(columns, int) else columns
 
     def predict(self, points: np.ndarray) -> tuple[Any, Any]:
-        """(what the data preprocessor made of one cloud, the predicted data sample)."""
+        """One cloud [N, C] through the detector: (what the data preprocessor made of it, the predicted data sample)."""
         structures = _import("mmdet3d.structures")
         meta = {"box_type_3d": structures.LiDARInstance3DBoxes, "box_mode_3d": structures.Box3DMode.LIDAR}
         data = {
@@ -161,12 +161,12 @@ class Detector:
             return data["inputs"], self.model(data["inputs"], data["data_samples"], mode="predict")[0]
 
     def inputs(self, points: np.ndarray) -> tuple[Arrays, str]:
-        """(the tensor that each branch is fed, by the branch's name; why others are fed none, from such clouds)."""
-        found: Arrays = {}
+        """Tensors that the branches are fed for one cloud, by branch; and why the others are fed none."""
+        inputs_by_branch: Arrays = {}
 
         def keep(name: str, args: Any) -> None:
-            found[name] = args[0].numpy().copy()
-            if len(found) == len(self.branches):
+            inputs_by_branch[name] = args[0].numpy().copy()
+            if len(inputs_by_branch) == len(self.branches):
                 raise _Reached
 
         firsts = {name: next(branch.children()) for name, branch in self.branches.items()}
@@ -174,42 +174,42 @@ class Detector:
         try:
             self.predict(points)
         except _Reached:
-            return found, ""
+            return inputs_by_branch, ""
         except Exception as error:  # the parts before a branch may need what this machine or this cloud has not
-            return found, f"{type(error).__name__}: {error}"
+            return inputs_by_branch, f"{type(error).__name__}: {error}"
         finally:
             for handle in handles:
                 handle.remove()
-        return found, "the detector did not call it"
+        return inputs_by_branch, "the detector did not call it"
 
     def stages(self, points: np.ndarray) -> Arrays:
         """Every stage of a pillar CenterPoint for one cloud, by cpdebug's names, with the final boxes."""
-        kept: dict[str, Any] = {}
+        outputs: dict[str, Any] = {}
         model = self.model
         handles = [
-            getattr(model, name).register_forward_hook(lambda _, __, out, name=name: kept.__setitem__(name, out))
+            getattr(model, name).register_forward_hook(lambda _, __, out, name=name: outputs.__setitem__(name, out))
             for name in ("pts_voxel_encoder", "pts_middle_encoder", "pts_backbone", "pts_neck", "pts_bbox_head")
         ]
         first = model.pts_voxel_encoder.pfn_layers[0]
-        handles.append(first.register_forward_pre_hook(lambda _, args: kept.setdefault("features", args[0].clone())))
+        handles.append(first.register_forward_pre_hook(lambda _, args: outputs.setdefault("features", args[0].clone())))
         try:
-            inputs, found = self.predict(points)
+            inputs, prediction = self.predict(points)
         finally:
             for handle in handles:
                 handle.remove()
-        heads = [task[0] for task in kept["pts_bbox_head"]]
+        heads = [task[0] for task in outputs["pts_bbox_head"]]
         prefixes = [f"task{index}." if len(heads) > 1 else "" for index in range(len(heads))]
         tensors = {
             **{name: inputs["voxels"][name] for name in ("voxels", "num_points", "coors")},
-            "input_features": kept["features"],
-            "pillar_features": kept["pts_voxel_encoder"].unsqueeze(1),
-            "spatial_features": kept["pts_middle_encoder"],
-            **{f"backbone.{index}": out for index, out in enumerate(kept["pts_backbone"])},
-            "neck": kept["pts_neck"][0],
+            "input_features": outputs["features"],
+            "pillar_features": outputs["pts_voxel_encoder"].unsqueeze(1),
+            "spatial_features": outputs["pts_middle_encoder"],
+            **{f"backbone.{index}": out for index, out in enumerate(outputs["pts_backbone"])},
+            "neck": outputs["pts_neck"][0],
             **{p + name: head[name] for p, head in zip(prefixes, heads) for name in OUTPUT_ORDER},  # noqa: B905
-            "boxes": found.pred_instances_3d.bboxes_3d.tensor,
-            "scores": found.pred_instances_3d.scores_3d,
-            "labels": found.pred_instances_3d.labels_3d,
+            "boxes": prediction.pred_instances_3d.bboxes_3d.tensor,
+            "scores": prediction.pred_instances_3d.scores_3d,
+            "labels": prediction.pred_instances_3d.labels_3d,
         }
         return {name: tensor.numpy() for name, tensor in tensors.items()}
 
@@ -228,10 +228,10 @@ def configs(detectors: list[Detector], step: Step, arrays: Arrays) -> tuple[dict
     """The configurations that mmdet3d ships, name → file."""
     package = Path(_import("mmdet3d").__file__).parent
     folders = [package / ".mim" / "configs", package.parent / "configs"]  # installed; a checkout
-    found = [
+    paths = [
         path for folder in folders if folder.is_dir() for path in folder.rglob("*.py") if "_base_" not in path.parts
     ]
-    return {"configs": {path.stem: str(path) for path in reversed(found)}}, {}
+    return {"configs": {path.stem: str(path) for path in reversed(paths)}}, {}
 
 
 def open_detector(detectors: list[Detector], step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
@@ -258,10 +258,10 @@ def stages(detectors: list[Detector], step: Step, arrays: Arrays) -> tuple[dict[
 
 
 def inputs(detectors: list[Detector], step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
-    """``Detector.inputs`` of ``points``; which branches there are; channels of the images that a branch may take."""
-    found, reason = detectors[0].inputs(arrays["points"])
+    """``Detector.inputs`` of ``points``; for each branch, the channels of the images that it may take."""
+    tensors, reason = detectors[0].inputs(arrays["points"])
     channels = {name: _image_channels(branch) for name, branch in detectors[0].branches.items()}
-    return {"reason": reason, "channels": channels}, found
+    return {"reason": reason, "channels": channels}, tensors
 
 
 def _image_channels(branch: Branch) -> int | None:
@@ -321,9 +321,9 @@ def execute(job: dict[str, Any], emit: Emit, detectors: list[Detector]) -> dict[
             arrays = dict(np.load(step["arrays"], allow_pickle=False)) if "arrays" in step else {}
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # mmdet3d's own code and that of the packages it needs
-                result, made = COMMANDS[step["command"]](detectors, step, arrays)
+                result, output_arrays = COMMANDS[step["command"]](detectors, step, arrays)
             if "made" in step:
-                np.savez(step["made"], **made)  # type: ignore[arg-type]
+                np.savez(step["made"], **output_arrays)  # type: ignore[arg-type]
             results.append(result)
     except DetectorFailure as failure:
         error = {"kind": failure.kind, "message": failure.message}

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import onnx
 
-from cp_debug.bisect.replay import Replay
+from cp_debug.bisect.replayed import Replay
 from cp_debug.reports.bundle.accused import Accused
 from cp_debug.reports.bundle.case import Case
 from cp_debug.reports.bundle.verify import Measured

@@ -21,7 +21,7 @@ TRIES = 5
 def redact(case: Case, shrinker: Shrinker) -> Case:
     """The case with every tensor of more than one number replaced by random ones of its mean, deviation and range.
 
-    Shapes, names, attributes, integers that are no quantised weights, and single numbers stay; metadata goes, as it
+    Shapes, names, attributes, integers that are no quantized weights, and single numbers stay; metadata goes, as it
     quotes source code and its paths. Raises InputError when the fault does not survive it.
     """
     if len(case.pieces) > 1 and _weights(case.program) != _weights(case.reference):

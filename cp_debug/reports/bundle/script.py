@@ -102,7 +102,7 @@ def run(inputs):
             np.save(feeds[value], array)
         build = dict(BUILD, command="build", onnx=str(HERE / "model.onnx"), engine=engine)
         run = {{"command": "run", "engine": engine, "inputs": feeds, "folder": name, "names": sorted(LIMITS)}}
-        result = trt_runner.execute({{"steps": [build, dict(run, listener=None)]}}, lambda event: None)
+        result = trt_runner.execute({{"steps": [build, run]}}, lambda event: None)
         if "error" in result:
             sys.exit(result["error"]["message"])
         return {{t["name"]: np.load(t["file"]) for t in result["results"][1]["tensors"]}}
@@ -126,13 +126,14 @@ def repro(title: str, backend: Backend, limits: Mapping[str, float], build: Mapp
             disabled=list(backend.disabled_optimizers) or None,
         )
     else:
-        needs = "cpdebug, which emulates the backend"
+        emulated = backend.spec.family == "emu"
+        needs = "cpdebug, which emulates the backend" if emulated else f"cpdebug and its plug-in {backend.spec.family}"
         libraries = (
             "from cp_debug.backends.base import Program\nfrom cp_debug.backends.registry import create\n"
             "from cp_debug.backends.spec import BackendSpec\nfrom cp_debug.graph.graph import Graph\n"
         )
-        versions = f'"emulated:", {str(backend.spec)!r}'
-        run = _EMULATED.format(spec=str(backend.spec), options=_emulation(backend))
+        versions = f'"{"emulated" if emulated else "backend"}:", {str(backend.spec)!r}'
+        run = _EMULATED.format(spec=str(backend.spec), options=_emulation(backend) if emulated else "")
     return _SCRIPT.substitute(
         title=title, needs=needs, imports=imports, libraries=libraries, limits=_dict(limits), versions=versions, run=run
     ).replace("import sys\n\nfrom", "import sys\nfrom")

@@ -15,7 +15,8 @@ import numpy as np
 from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
-from cp_debug.bisect.replay import Replay, Replayer
+from cp_debug.bisect.replay import Replayer
+from cp_debug.bisect.replayed import Replay
 from cp_debug.bisect.result import GUILTY, SHAPE
 from cp_debug.bisect.verdict import Judgement, judge
 from cp_debug.errors import InputError
@@ -121,7 +122,7 @@ def _digest(case: Case) -> bytes:
 def backend_of(accused: Accused) -> Backend:
     """The accused backend, made anew with the settings that its run recorded.
 
-    PyTorch runs no cut of a graph: in its place stands unoptimised ONNX Runtime, which has a fault in common with it
+    PyTorch runs no cut of a graph: in its place stands unoptimized ONNX Runtime, which has a fault in common with it
     when the fault is in the program. Raises BackendUnavailable when it cannot run here.
     """
     spec, settings = BackendSpec.parse(accused.backend.spec), dict(accused.backend.settings)
@@ -134,4 +135,6 @@ def backend_of(accused: Accused) -> Backend:
         return create(spec, disabled_optimizers=settings.get("disabled_optimizers", ()))
     if spec.family == "emu":
         return create(spec, overrides=settings.get("overrides", {}), tile=settings.get("tile"))
-    return create(spec, strongly_typed=settings.get("regime") == "strong")
+    if spec.family == "trt":
+        return create(spec, strongly_typed=settings.get("regime") == "strong")
+    return create(spec)

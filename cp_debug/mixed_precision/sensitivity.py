@@ -17,8 +17,11 @@ from torch import nn
 
 from cp_debug.detection.bootstrap import Interval
 from cp_debug.errors import InputError
-from cp_debug.minimize import Minimizer
-from cp_debug.mixed_precision.int8_trials import FLOAT, INT8, Bench, Int8Trial, Measured, OnStep
+from cp_debug.mixed_precision.fake_quant_runner import FakeQuantRunner, KeptLayers, OnStep
+from cp_debug.mixed_precision.log import TrialLog
+from cp_debug.mixed_precision.predict import enough_of
+from cp_debug.mixed_precision.strategy import smallest
+from cp_debug.mixed_precision.trial import Measured, Trial
 from cp_debug.recipes.abilities import HasClasses, HasData
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.data.base import DataOptions, DataSet, iterate
@@ -45,7 +48,7 @@ class Int8Effect:
 
     @property
     def sqnr(self) -> float:
-        """Signal to quantisation noise of the outputs, in dB."""
+        """Signal to quantization noise of the outputs, in dB."""
         return -20 * math.log10(self.error) if self.error else math.inf
 
     def to_dict(self) -> dict[str, Any]:
@@ -133,26 +136,26 @@ def build_sensitivity_profile(
     draws: int = DRAWS,
     on_step: OnStep = lambda text, done, total: None,
 ) -> SensitivityProfile:
-    """Measure every quantised layer of ``modules`` (component → quantised module) on ``samples``.
+    """Measure every quantized layer of ``modules`` (component → quantized module) on ``samples``.
 
     Samples with ground truth are scored where the model detects. ``budget`` also chooses the layers to leave in FP32
-    (``choose_layers``). ``draws`` of the samples give the intervals. Raises InputError when nothing is quantised, there
+    (``choose_layers``). ``draws`` of the samples give the intervals. Raises InputError when nothing is quantized, there
     is no sample, or a budget of mAP meets samples without ground truth.
     """
     started = time.perf_counter()
-    bench = Bench(model, modules)
+    runner = FakeQuantRunner(model, modules)
     unknown = [sample.source for sample in samples if sample.truth is None]
     if budget is not None and unknown and isinstance(model, HasClasses):
         raise InputError(f"--auto: {unknown[0]} has no ground truth, so mAP is unknown; expected an info file (.pkl)")
-    wanted = profile_trials(bench.layers)
-    profile = merge_trials(run_trials(bench, samples, wanted, data=data, draws=draws, on_step=on_step))
+    wanted = profile_trials(runner.layers)
+    profile = merge_trials(run_trials(runner, samples, wanted, data=data, draws=draws, on_step=on_step))
     if budget is not None:
-        profile = replace(profile, choice=choose_layers(bench, samples, profile, budget, draws=draws, on_step=on_step))
+        profile = replace(profile, choice=choose_layers(runner, samples, profile, budget, draws=draws, on_step=on_step))
     return replace(profile, seconds=time.perf_counter() - started)
 
 
 def run_trials(
-    bench: Bench,
+    runner: FakeQuantRunner,
     samples: Sequence[Sample],
     wanted: Sequence[tuple[str, str]],
     *,
@@ -164,18 +167,15 @@ def run_trials(
     without a layer."""
     if not samples:
         raise InputError("--data: there is no sample; expected at least one")
-    trials = {(mode, name): _trial(mode, name) for mode, name in wanted}
-    bases = {trial.base for trial in trials.values()}
-    every = list(
-        dict.fromkeys([Int8Trial(FLOAT), *(Int8Trial(INT8) for base in bases if base == INT8), *trials.values()])
-    )
-    found = {each.trial: each for each in bench.measure(samples, every, draws=draws, on_step=on_step)}
+    kept = {(mode, name): _kept(runner, mode, name) for mode, name in wanted}
+    bases = [runner.all, *(frozenset() for mode, _ in wanted if mode == LEFT_OUT)]
+    measured = runner.measure(samples, dict.fromkeys([*bases, *kept.values()]), draws=draws, on_step=on_step)
     rows = []
-    for (mode, name), trial in trials.items():
-        each, before = found[trial], found[Int8Trial(INT8 if mode == LEFT_OUT else FLOAT)]
-        row: dict[str, Any] = {"model": bench.model.name, "data": data, "samples": len(samples), "mode": mode}
+    for (mode, name), layers in kept.items():
+        each, before = measured[layers], measured[frozenset() if mode == LEFT_OUT else runner.all]
+        row: dict[str, Any] = {"model": runner.model.name, "data": data, "samples": len(samples), "mode": mode}
         if name:
-            layer = bench.layers[name]
+            layer = runner.layers[name]
             row |= {"layer": name, "kind": layer.kind, "weights": layer.weights, "introduced": each.introduced}
         row |= {"error": each.error, "outputs": each.outputs}
         row["change"] = {score: list(each.change(score, before)) for score in each.draws}
@@ -200,16 +200,12 @@ def scored_samples(
     return data.name if data else f"seed {first}", list(model.samples(count, first, data))
 
 
-def _trial(mode: str, layer: str) -> Int8Trial:
-    known = {
-        "fp32": Int8Trial(FLOAT),
-        "int8": Int8Trial(INT8),
-        ALONE: Int8Trial(FLOAT, (layer,)),
-        LEFT_OUT: Int8Trial(INT8, (layer,)),
-    }
-    if mode not in known or (mode in (ALONE, LEFT_OUT)) != bool(layer):
+def _kept(runner: FakeQuantRunner, mode: str, layer: str) -> KeptLayers:
+    """The layers in FP32 in a trial."""
+    if mode not in ("fp32", "int8", ALONE, LEFT_OUT) or (mode in (ALONE, LEFT_OUT)) != bool(layer):
         raise InputError(f"a trial {mode!r} of layer {layer!r}; expected fp32 or int8 without one, alone or left_out")
-    return known[mode]
+    own = frozenset([layer])
+    return {"fp32": runner.all, "int8": frozenset(), ALONE: runner.all - own, LEFT_OUT: own}[mode]
 
 
 def merge_trials(rows: Iterable[Mapping[str, Any]]) -> SensitivityProfile:
@@ -250,7 +246,7 @@ def check_budget(budget: float) -> None:
 
 
 def choose_layers(
-    bench: Bench,
+    runner: FakeQuantRunner,
     samples: Sequence[Sample],
     profile: SensitivityProfile,
     budget: float,
@@ -265,25 +261,31 @@ def choose_layers(
     of the outputs.
     """
     check_budget(budget)
-    losses: dict[frozenset[str], Interval] = {}
+    log = TrialLog()
 
-    def run(skipped: Sequence[frozenset[str]]) -> None:
-        trials = {each: Int8Trial(INT8, tuple(name for name in bench.layers if name in each)) for each in skipped}
-        every = list(dict.fromkeys([Int8Trial(FLOAT), *trials.values()]))
-        found = {each.trial: each for each in bench.measure(samples, every, draws=draws, on_step=on_step)}
-        losses.update({each: _loss(found[trial], found[Int8Trial(FLOAT)]) for each, trial in trials.items()})
+    def run(sets: Sequence[KeptLayers]) -> None:
+        started = time.perf_counter()
+        measured = runner.measure(samples, dict.fromkeys([runner.all, *sets]), draws=draws, on_step=on_step)
+        seconds = (time.perf_counter() - started) / len(sets)
+        for kept in sets:
+            log.add(Trial(runner.nodes_in(kept), len(kept), False, measured[kept], seconds))
+        reference.append(measured[runner.all])
 
-    def kept(skipped: frozenset[str]) -> bool:
-        if skipped not in losses:
-            run([skipped])
-        return losses[skipped].value <= budget
+    def loss(kept: KeptLayers) -> Interval:
+        if (False, runner.nodes_in(kept)) not in log.trials:
+            run([kept])
+        return _loss(log.trials[False, runner.nodes_in(kept)].measured, reference[0])
 
+    def extend(grown: Sequence[str]) -> list[str]:
+        return ranked[len(grown) : next((size for size in sizes if size > len(grown)), len(ranked))]
+
+    reference: list[Measured] = []
     ranked = [row.layer for row in profile.layers]
     sizes = [0, *(2**k for k in range(len(ranked).bit_length()) if 2**k < len(ranked)), len(ranked)]
     run([frozenset(ranked[:size]) for size in sizes])
-    enough = next(size for size in sizes if kept(frozenset(ranked[:size])))  # all in FP32 lose nothing
-    skipped = Minimizer(kept).minimize(reversed(ranked[:enough]))  # the least sensitive are given back first
-    return Choice(budget, skipped[::-1], losses[frozenset(skipped)], len(losses))
+    found = smallest(lambda kept: loss(kept).value <= budget, extend)  # all in FP32 lose nothing
+    chosen = ranked if found is None else found
+    return Choice(budget, chosen, loss(frozenset(chosen)), len(log.trials))
 
 
 def _loss(test: Measured, reference: Measured) -> Interval:
@@ -295,13 +297,8 @@ def _loss(test: Measured, reference: Measured) -> Interval:
 def get_sensitive_layers(profile: SensitivityProfile, budget: float) -> list[str]:
     """The layers to leave in FP32, as the profile alone predicts it: the most sensitive ones until the others, their
     losses added up, are within ``budget`` (mAP, or the outputs' relative L2 error). ``choose_layers`` runs them."""
-    detects = METRIC in profile.int8.scores
-    left = -profile.int8.scores[METRIC].value if detects else profile.int8.error**2
-    limit = budget if detects else budget**2
-    skipped = []
-    for row in profile.layers:
-        if left <= limit:
-            break
-        left -= max(row.left_out.scores[METRIC].value, 0.0) if detects else row.alone.error**2
-        skipped.append(row.layer)
-    return skipped
+    if METRIC not in profile.int8.scores:
+        return [row.layer for row in enough_of(profile.layers, profile.int8.error, lambda row: row.alone.error, budget)]
+    loss = -profile.int8.scores[METRIC].value
+    gains = {row.layer: max(row.left_out.scores[METRIC].value, 0.0) for row in profile.layers}
+    return enough_of([row.layer for row in profile.layers], loss, gains.__getitem__, budget, squares=False)

@@ -1,57 +1,51 @@
-"""A quantised model with some of its layers in INT8 and the others in FP32, measured on samples."""
+"""Trials under fake quantizers: a quantized model with some of its layers in INT8 and the others in FP32."""
 
 from __future__ import annotations
 
 import difflib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from cp_debug.detection.bootstrap import Interval
 from cp_debug.detection.changes import Detected
 from cp_debug.detection.evaluate import as_detector
 from cp_debug.detection.evaluation import EvaluationOptions, draws_of
 from cp_debug.detection.predictions import Predictions
 from cp_debug.errors import InputError
 from cp_debug.mixed_precision.activation_reuse import Reuse
+from cp_debug.mixed_precision.trial import Measured
 from cp_debug.probes.distance import distance
 from cp_debug.probes.outputs import flatten_outputs
 from cp_debug.programs.torch_layers import full_path, quantizers
+from cp_debug.programs.walk import Walk, example_args, named_outputs, walk
 from cp_debug.quantization.residual_adds import add_quantizers
 from cp_debug.recipes.abilities import HasClasses
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
 from cp_debug.recipes.data.base import Truth
 
-FLOAT, INT8 = "fp32", "int8"
 SCORES = ("mAP", "NDS")
 OnStep = Callable[[str, int, int], None]
-
-
-class Int8Trial(NamedTuple):
-    """All layers in FP32, or all in INT8, but for those in ``changed``, which are the other way round."""
-
-    base: str
-    changed: tuple[str, ...] = ()
+KeptLayers = frozenset[str]
+"""Names of the layers that stay in FP32."""
 
 
 @dataclass(frozen=True)
 class Int8Layer:
-    """What computes in INT8 while its quantisers are on: a module with weights, or a residual addition."""
+    """What computes in INT8 while its quantizers are on: a module with weights, or a residual addition."""
 
     name: str
     """As ``Scales`` calls it."""
     path: str
-    """In the component's module; of an addition, the quantiser of its operands."""
+    """In the component's module; of an addition, the quantizer of its operands."""
     component: str
     kind: str
-    """Class before it was quantised, such as ``Conv2d``, or ``add``."""
+    """Class before it was quantized, such as ``Conv2d``, or ``add``."""
     weights: int
     quantizers: Sequence[Any]
 
@@ -64,30 +58,8 @@ class Int8Layer:
                 quantizer.disable()
 
 
-@dataclass
-class Measured:
-    """What a trial gave over all samples, against the model in FP32."""
-
-    trial: Int8Trial
-    outputs: dict[str, float]
-    """Output → relative L2 error."""
-    introduced: float | None
-    """Relative L2 change of the changed layer's own result, fed what it gets in ``trial.base``; None unless one is."""
-    draws: dict[str, np.ndarray]
-    """mAP and NDS in each draw of the samples [1 + draws]; empty for a model that detects nothing."""
-
-    @property
-    def error(self) -> float:
-        """Root mean square over the outputs, so that each counts alike whatever its unit."""
-        return math.sqrt(sum(value**2 for value in self.outputs.values()) / len(self.outputs))
-
-    def change(self, name: str, before: Measured) -> Interval:
-        """How much higher a score is than ``before``, drawn on the same samples."""
-        return Interval.of(self.draws[name] - before.draws[name])
-
-
 def quantized_layers(component: Component, module: nn.Module) -> Iterator[Int8Layer]:
-    """What is in INT8 in a quantised component; layers whose quantisers are off are none."""
+    """What is in INT8 in a quantized component; layers whose quantizers are off are none."""
     residual_adds = {id(quantizer): name for name, quantizer in add_quantizers(module).items()}
     found: dict[str, list[Any]] = {}
     for path, quantizer in quantizers(module):
@@ -120,28 +92,39 @@ class _Error:
         return math.sqrt(self.difference / self.whole)
 
 
+class _Changes(NamedTuple):
+    """A set of kept layers as what differs from all in INT8 (``from_int8``), or from all in FP32."""
+
+    from_int8: bool
+    layers: tuple[str, ...]
+
+
 @dataclass
 class _Totals:
     """A trial so far."""
 
+    changes: _Changes
     outputs: dict[str, _Error] = field(default_factory=lambda: defaultdict(_Error))
     layer: _Error = field(default_factory=_Error)
     detected: list[Detected] = field(default_factory=list)
 
 
-class Bench:
-    """A model and its quantised components, on which trials are run.
+class FakeQuantRunner:
+    """A model and its quantized components, on which trials are run.
 
-    Each sample runs once in FP32 and once in INT8; a trial computes only what its changed layers reach.
+    Each sample runs once in FP32 and once in INT8; a trial computes only what the layers reach in which it differs from
+    the nearer of these.
     """
 
     def __init__(self, model: Model, modules: Mapping[str, nn.Module]) -> None:
-        """``modules``: component → its quantised module. Raises InputError when no layer of them is quantised."""
+        """``modules``: component → its quantized module. Raises InputError when no layer of them is quantized."""
         self.model, self.modules = model, modules
         found = [layer for c in model.components for layer in quantized_layers(c, modules[c.name])]
         if not found:
-            raise InputError(f"MODEL: no layer of {model.name} is quantised")
+            raise InputError(f"MODEL: no layer of {model.name} is quantized")
         self.layers = {layer.name: layer for layer in found}
+        self.all: KeptLayers = frozenset(self.layers)
+        """Everything in FP32."""
         self._reuse = {}
         for name, module in modules.items():
             for child in module.modules():
@@ -152,85 +135,92 @@ class Bench:
     def measure(
         self,
         samples: Sequence[Sample],
-        trials: Sequence[Int8Trial],
+        trials: Iterable[KeptLayers],
         *,
         draws: int = 200,
         on_step: OnStep = lambda text, done, total: None,
-    ) -> list[Measured]:
-        """Run the trials on the samples; those with ground truth are scored where the model detects.
+    ) -> dict[KeptLayers, Measured]:
+        """Run each set of kept layers on the samples; those with ground truth are scored where the model detects.
 
         Raises InputError for a layer that the model does not have.
         """
-        if unknown := {name for trial in trials for name in trial.changed} - self.layers.keys():
+        totals = {kept: _Totals(self._changes(kept)) for kept in trials}
+        if unknown := frozenset().union(*totals) - self.all:
             near = difflib.get_close_matches(min(unknown), self.layers, n=1, cutoff=0.0)[0]
-            raise InputError(f"{self.model.name} has no quantised layer {min(unknown)!r}; nearest is {near}")
-        totals = {trial: _Totals() for trial in trials}
+            raise InputError(f"{self.model.name} has no quantized layer {min(unknown)!r}; nearest is {near}")
         scored = all(isinstance(sample.truth, Truth) for sample in samples) and isinstance(self.model, HasClasses)
         with self._restored():
             for number, sample in enumerate(samples):
                 on_step(sample.source, number, len(samples))
-                self._sample(sample, totals, scored)
+                self._sample(sample, list(totals.values()), scored)
         on_step("scoring", len(samples), len(samples))
-        return [
-            Measured(
-                trial,
-                {name: error.relative for name, error in sums.outputs.items()},
-                sums.layer.relative if len(trial.changed) == 1 else None,
-                self._score(sums.detected, samples, draws) if scored else {},
-            )
-            for trial, sums in totals.items()
-        ]
+        return {kept: self._measured(sums, samples, draws if scored else None) for kept, sums in totals.items()}
 
-    def _sample(self, sample: Sample, totals: Mapping[Int8Trial, _Totals], scored: bool) -> None:
+    def nodes_in(self, kept: KeptLayers) -> frozenset[tuple[str, str]]:
+        """(Component, layer) of a set: its name in a log."""
+        return frozenset((self.layers[name].component, name) for name in kept)
+
+    def _changes(self, kept: KeptLayers) -> _Changes:
+        """Where a set is computed from: all in FP32 where few layers are low, else all in INT8."""
+        low = self.all - kept
+        from_int8 = len(low) > 1 and len(low) >= len(kept)
+        return _Changes(from_int8, tuple(name for name in self.layers if name in (kept if from_int8 else low)))
+
+    def _measured(self, sums: _Totals, samples: Sequence[Sample], draws: int | None) -> Measured:
+        outputs = {name: error.relative for name, error in sums.outputs.items()}
+        return Measured(
+            {"rel_l2": max(outputs.values())},
+            outputs,
+            sums.layer.relative if len(sums.changes.layers) == 1 else None,
+            {} if draws is None else self._score(sums.detected, samples, draws),
+        )
+
+    def _sample(self, sample: Sample, totals: Sequence[_Totals], scored: bool) -> None:
         expected: Arrays = {}
-        for base in (FLOAT, INT8):
-            if base == INT8 and not any(trial.base == INT8 for trial in totals):
+        for in_int8 in (False, True):
+            if in_int8 and not any(sums.changes.from_int8 for sums in totals):
                 break
             for layer in self.layers.values():
-                layer.switch(base == INT8)
+                layer.switch(in_int8)
             recorded = self._record(sample)
             expected = expected or recorded.results[self.model.components[-1].name]
-            for trial in (t for t in totals if t.base == base):
-                sums = totals[trial]
-                results = self._rerun(sample, trial, recorded, sums) if trial.changed else recorded.results
+            for sums in (each for each in totals if each.changes.from_int8 == in_int8):
+                results = self._rerun(sample, recorded, sums) if sums.changes.layers else recorded.results
                 for name, array in results[self.model.components[-1].name].items():
                     sums.outputs[name].add(array, expected[name])
                 if scored:
                     sums.detected.append(self.model.decode(sample, results))  # type: ignore[arg-type]
 
     def _record(self, sample: Sample) -> _Recorded:
-        results: dict[str, Arrays] = {}
-        inputs = {}
-        for component in self.model.components:
-            inputs[component.name] = self._inputs(component, sample, results)
-            results[component.name] = _named(component, self._reuse[component.name].record(*inputs[component.name]))
-        return _Recorded(inputs, results)
+        inputs: dict[str, Sequence[Tensor]] = {}
 
-    def _rerun(self, sample: Sample, trial: Int8Trial, recorded: _Recorded, sums: _Totals) -> dict[str, Arrays]:
-        changed = [self.layers[name] for name in trial.changed]
+        def record(component: Component, arrays: Arrays) -> Arrays:
+            inputs[component.name] = example_args(component, arrays)
+            return _named(component, self._reuse[component.name].record(*inputs[component.name]))
+
+        return _Recorded(inputs, walk(self.model, sample, record))
+
+    def _rerun(self, sample: Sample, recorded: _Recorded, sums: _Totals) -> dict[str, Arrays]:
+        changed = [self.layers[name] for name in sums.changes.layers]
         for layer in changed:
-            layer.switch(trial.base == FLOAT)
-        results: dict[str, Arrays] = {}
-        for component in self.model.components:
-            here = [layer.path for layer in changed if layer.component == component.name]
-            as_before = all(results[name] is recorded.results[name] for name in results)
+            layer.switch(not sums.changes.from_int8)
+        way = Walk(self.model, sample)
+        for step in way:
+            here = [layer.path for layer in changed if layer.component == step.name]
+            as_before = all(way.results[name] is recorded.results[name] for name in way.results)
             if as_before and not here:
-                results[component.name] = recorded.results[component.name]
+                step.outputs = recorded.results[step.name]
                 continue
-            reuse = self._reuse[component.name]
-            inputs = recorded.inputs[component.name] if as_before else self._inputs(component, sample, results)
+            reuse = self._reuse[step.name]
+            inputs = recorded.inputs[step.name] if as_before else example_args(step.component, step.inputs)
             outputs, given = reuse.rerun(here, *inputs)
-            results[component.name] = _named(component, outputs)
+            step.outputs = _named(step.component, outputs)
             if here and len(changed) == 1:
                 for test, reference in zip(given[here[0]], reuse.outputs(here[0]), strict=True):
                     sums.layer.add(test, reference)
         for layer in changed:
-            layer.switch(trial.base == INT8)
-        return results
-
-    def _inputs(self, component: Component, sample: Sample, results: Mapping[str, Arrays]) -> list[Tensor]:
-        arrays = self.model.feed(component, sample, results)
-        return [torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in component.input_names]
+            layer.switch(sums.changes.from_int8)
+        return way.results
 
     def _score(self, detected: Sequence[Detected], samples: Sequence[Sample], draws: int) -> dict[str, np.ndarray]:
         model = as_detector(self.model)
@@ -250,12 +240,11 @@ class Bench:
 
 
 class _Recorded(NamedTuple):
-    """One sample in ``base``: the inputs and outputs of each component."""
+    """One sample, all in FP32 or all in INT8: the inputs and outputs of each component."""
 
-    inputs: dict[str, list[Tensor]]
+    inputs: Mapping[str, Sequence[Tensor]]
     results: dict[str, Arrays]
 
 
 def _named(component: Component, outputs: Any) -> Arrays:
-    tensors = flatten_outputs(outputs).values()
-    return {name: tensor.numpy() for name, tensor in zip(component.output_names, tensors, strict=True)}
+    return named_outputs(component, flatten_outputs(outputs))

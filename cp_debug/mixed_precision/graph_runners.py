@@ -1,9 +1,9 @@
-"""Trials: the model with some layers kept in higher precision, run on the emulator or on the backend itself."""
+"""Trials on graphs: on the emulator, or on the backend itself."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -12,57 +12,20 @@ from typing import Any, Protocol
 
 from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.base import Backend, Program, Session
-from cp_debug.backends.capabilities import timer_of
-from cp_debug.errors import InputError
-from cp_debug.graph.casts import MOVERS, computed_low
-from cp_debug.graph.downstream import data_values
+from cp_debug.backends.capabilities import build_info_of, timer_of
 from cp_debug.graph.graph import Graph
-from cp_debug.graph.unquantize import quantized_inputs, remove_qdq
-from cp_debug.mixed_precision.fusion_groups import HEAVY, FusionGroup, Kept, nodes_of
+from cp_debug.graph.unquantize import remove_qdq
+from cp_debug.mixed_precision.fusion_groups import FusionGroup, Kept, nodes_of
 from cp_debug.mixed_precision.judge import Results
 from cp_debug.mixed_precision.mixed_graph import Computed, MixedExecutor
-from cp_debug.recipes.base import Arrays, Model, Sample
+from cp_debug.mixed_precision.precision import TrialPrecision
+from cp_debug.programs.walk import Walk, walk
+from cp_debug.recipes.base import Arrays, Component, Model, Sample
 
 MEMORY = 4 << 30
 """Bytes of values that are kept to continue from; samples beyond are computed from the start in every trial."""
 RUNS = 20
 """Timed runs of an engine."""
-
-_CASTS = {"fp16": "fp16", "fp16acc": "fp16", "bf16": "bf16"}
-"""Arithmetics that cast surgery puts into a graph → its name for them."""
-_CONTROL = ("If", "Loop", "Scan")
-
-
-class TrialPrecision:
-    """What is low in a test, and which nodes go on in FP32 when some are kept. ``name``: an arithmetic."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def candidates(self, graph: Graph) -> frozenset[str]:
-        """The nodes whose precision makes a difference."""
-        if self.name == "int8":
-            return frozenset(quantized_inputs(graph))
-        data = set(data_values(graph))
-        nodes = [n for n in graph.nodes if not data.isdisjoint(n.outputs) and n.op not in _CONTROL]
-        if self.name == "tf32":
-            return frozenset(n.name for n in nodes if n.op in (*HEAVY, "Einsum"))
-        low = computed_low(graph, _CASTS[self.name])
-        return frozenset(n.name for n in nodes if n.name in low and n.op not in MOVERS)
-
-    def high(self, graph: Graph, kept: Collection[str]) -> frozenset[str]:
-        """The nodes in FP32 when those of ``kept`` are: what only moves numbers follows them."""
-        if self.name not in _CASTS:
-            return frozenset(kept)
-        everything = frozenset(node.name for node in graph.nodes)
-        return everything - computed_low(graph, _CASTS[self.name], kept)
-
-    def keep(self, graph: Graph, kept: Collection[str]) -> frozenset[str]:
-        """The nodes that a backend must be told to keep: those, and what moves numbers between them."""
-        if self.name not in _CASTS or not kept:
-            return frozenset(kept)
-        followers = self.high(graph, kept) - self.high(graph, ())
-        return frozenset(kept) | {n.name for n in graph.nodes if n.name in followers and n.op in MOVERS}
 
 
 class Runner(Protocol):
@@ -129,18 +92,18 @@ class EmulatedRunner:
         self, i: int, high: Mapping[str, frozenset[str]], keep: dict[tuple[int, str], Computed] | None = None
     ) -> Results:
         keep = self._last if keep is None else keep
-        results: dict[str, Arrays] = {}
-        for component in self._model.components:
+
+        def run(component: Component, inputs: Arrays) -> Arrays:
             key, executor = (i, component.name), self._executors[component.name]
             known = [store[key] for store in (self._exact, self._last) if key in store]
-            inputs = self._model.feed(component, self._samples[i], results)
             computed = executor.run(inputs, high[component.name], known)
-            results[component.name] = executor.outputs(computed)
             if key not in keep and i:
                 self._room -= computed.nbytes
             if key in keep or self._room > 0:
                 keep[key] = computed
-        return results
+            return executor.outputs(computed)
+
+        return walk(self._model, self._samples[i], run)
 
 
 class BackendRunner:
@@ -162,24 +125,24 @@ class BackendRunner:
         self._seconds: dict[tuple[frozenset[str], ...], float | None] = {}
         self._latest: tuple[frozenset[str], ...] = ()
         self.builds = 0
-        self.layers: dict[str, list[Mapping[str, Any]]] = {}
+        self.layers: dict[str, Sequence[Mapping[str, Any]]] = {}
         """Component → layers of its latest engine (``name``, ``nodes``), where the backend tells."""
 
     def run(self, kept: Kept) -> list[Results]:
         """The outputs for each sample. Raises InputError where the backend refuses to build this."""
-        results: list[dict[str, Arrays]] = [{} for _ in self._samples]
+        walks = [Walk(self._model, sample) for sample in self._samples]
         chain: tuple[frozenset[str], ...] = ()
-        for component in self._model.components:
-            program = self._programs[component.name]
-            chain = (*chain, self._precision.keep(program.graph, nodes_of(kept, component.name)))
+        for steps in zip(*walks, strict=True):
+            program = self._programs[steps[0].name]
+            chain = (*chain, self._precision.keep(program.graph, nodes_of(kept, program.name)))
             if chain not in self._outputs:
-                feeds = [self._model.feed(component, *pair) for pair in zip(self._samples, results, strict=True)]
+                feeds = [step.inputs for step in steps]
                 self._outputs[chain], self._seconds[chain] = self._build(program, chain[-1], feeds)
-            for found, outputs in zip(results, self._outputs[chain], strict=True):
-                found[component.name] = outputs
+            for step, outputs in zip(steps, self._outputs[chain], strict=True):
+                step.outputs = outputs
         del self._outputs[chain]  # nobody asks for a whole trial twice
         self._latest = chain
-        return list(results)
+        return [each.results for each in walks]
 
     def latency(self) -> float | None:
         """Seconds of the last trial's engines, copies left out, on the first sample; None unless all tell."""
@@ -202,33 +165,11 @@ class BackendRunner:
             self.builds += len(shapes) if dynamic else 1
             with closing(backend.open(program)) as session:
                 outputs: list[Arrays] = [session.run(feed) for feed in feeds]
-                if "layers" in session.settings:
-                    self.layers[program.name] = session.settings["layers"]
+                if info := build_info_of(session):
+                    self.layers[program.name] = info.layers
                 return outputs, _seconds(session, feeds[0])
 
 
 def _seconds(session: Session, feed: Arrays) -> float | None:
     timings = timer_of(session)
     return None if timings is None else median(timings(feed, RUNS))
-
-
-def precision_of(backend: Backend, quantized: bool) -> TrialPrecision:
-    """What a test backend has that layers can be kept from. ``quantized``: its graphs have Q/DQ nodes.
-
-    Raises InputError for a backend whose layers cannot be told apart, or that has nothing but FP32.
-    """
-    name, family = str(backend.spec), backend.spec.family
-    if family != "torch" and (backend.precision == "int8" or (quantized and family == "ort")):
-        return TrialPrecision("int8")
-    if family == "emu" and backend.precision in ("tf32", *_CASTS):
-        return TrialPrecision(backend.precision)
-    if family == "trt" and backend.precision in ("fp16", "bf16") and backend.spec.variant != "best":
-        return TrialPrecision("fp16acc" if backend.precision == "fp16" else "bf16")
-    if backend.spec.name == "ort-fp16":
-        return TrialPrecision("fp16")
-    why = {
-        "tf32": "TF32 is on or off for a whole engine or session; emu-tf32 tells which layers it hurts",
-        "fp32": "it computes in FP32 already",
-        "fp64": "it computes in FP64",
-    }.get(backend.precision, "its layers cannot be kept one by one; try emu-fp16acc, emu-int8 or trt-fp16")
-    raise InputError(f"--backends: {name}: {why}")

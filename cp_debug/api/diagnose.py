@@ -1,0 +1,84 @@
+"""``diagnose`` and ``assert_agree``: a bisect of whatever a Python program holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cp_debug.api.models import ModelLike, modes_kept, to_model
+from cp_debug.api.progress import shown_steps
+from cp_debug.backends.base import Backend
+from cp_debug.bisect.engine import OnStep, Options, bisect
+from cp_debug.bisect.result import BisectResult
+from cp_debug.errors import InputError
+
+DEFAULTS = Options()
+
+
+def diagnose(
+    model: ModelLike,
+    backends: str | Sequence[Backend] = "torch,ort",
+    *,
+    inputs: Any = None,
+    test_model: ModelLike | None = None,
+    options: Options = DEFAULTS,
+    progress: bool | None = None,
+    on_step: OnStep | None = None,
+) -> BisectResult:
+    """Run a model on several backends, compare them layer by layer, and name the layers that introduce an error.
+
+    ``model`` and ``test_model`` (another model for the tests): the path of an ``.onnx``, ``.pt2`` or TorchScript file,
+    an ``onnx.ModelProto``, a ``torch.nn.Module``, ``ScriptModule`` or ``ExportedProgram``, a function of tensors, a
+    recipe's name (``centerpoint:tiny``) or ``file.py:callable``. ``backends``: the reference and the tests, as on the
+    command line. ``inputs``: tensors or arrays (a tuple, or a mapping by name; for ONNX files also a list of
+    mappings, one a sample), or the path of a file of them; None has an ONNX file's made up from ``options.seed``.
+    ``progress`` None shows what is being done in a terminal or notebook; ``on_step`` is told it instead.
+
+    Raises InputError for unusable models, inputs and options, BackendUnavailable and MissingPackage for what is not
+    here; never for a divergence.
+    """
+    with modes_kept(model, test_model), shown_steps(progress, on_step) as step:
+        prepared, path = to_model(model, inputs if inputs is not None else options.inputs)
+        options = replace(options, inputs=path, samples=_samples(options, inputs))
+        other = None if test_model is None else _test_model(test_model, inputs)
+        return bisect(prepared, backends, test_model=other, options=options, on_step=step)
+
+
+def assert_agree(
+    model: ModelLike,
+    backends: str | Sequence[Backend] = "torch,ort",
+    *,
+    inputs: Any = None,
+    test_model: ModelLike | None = None,
+    options: Options = DEFAULTS,
+) -> BisectResult:
+    """Check that every test backend agrees with the reference: no guilty layer, every output within the tolerance.
+
+    The arguments are those of ``diagnose``. Returns its result.
+    Raises AssertionError, which names the first guilty layer, the cause, the fix and how to see more, when they do not
+    agree, and the errors of ``diagnose``.
+    """
+    __tracebackhide__ = True  # in pytest the test's own line is what matters
+    result = diagnose(model, backends, inputs=inputs, test_model=test_model, options=options, progress=False)
+    if not result.agrees:
+        error = AssertionError(f"{result}\nsee more: cp_debug.diagnose(…).show(), or `cpdebug bisect … --html`")
+        error.result = result  # type: ignore[attr-defined]
+        raise error
+    return result
+
+
+def _samples(options: Options, inputs: Any) -> int:
+    """As many samples as were given: a list of mappings is one a sample."""
+    several = isinstance(inputs, list) and inputs and all(isinstance(each, dict) for each in inputs)
+    return max(options.samples, len(inputs)) if several else options.samples
+
+
+def _test_model(test_model: ModelLike, inputs: Any) -> Any:
+    """What the engine takes: the path of an ONNX file as it is, else a model."""
+    if isinstance(test_model, str | Path) and (str(test_model).endswith(".onnx") or Path(test_model).is_dir()):
+        if not Path(test_model).exists():
+            raise InputError(f"test_model: no such file {test_model}")
+        return Path(test_model)
+    return to_model(test_model, inputs, what="test_model")[0]

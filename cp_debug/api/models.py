@@ -1,0 +1,198 @@
+"""From whatever a Python program holds to a model: a path, a proto, a module, a function, an exported program."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from cp_debug.errors import InputError
+from cp_debug.graph.check_inputs import check_inputs
+from cp_debug.graph.graph import Graph
+from cp_debug.probes.arrays import as_numpy
+from cp_debug.recipes.abilities import with_samples
+from cp_debug.recipes.base import Model, Sample
+from cp_debug.recipes.registry import kind_of, load_model
+
+ModelLike: TypeAlias = Any
+"""A recipe's name or ``file.py:callable``; the path of an ``.onnx``, ``.pt2`` or TorchScript file; an
+``onnx.ModelProto``; a ``torch.nn.Module``, ``ScriptModule`` or ``ExportedProgram``; a function of tensors, or one
+without arguments that returns ``(module, example_inputs)``; an object with the methods of a recipe."""
+
+
+def to_model(model: ModelLike, inputs: Any = None, *, what: str = "model") -> tuple[Model, Path | None]:
+    """A model, and the path of inputs that it still has to read.
+
+    ``inputs`` are the example inputs of a module or function (a tensor, a tuple, a mapping by parameter), the arrays
+    of an ONNX graph by input name (a mapping, or a list of them: one a sample), or the path of such a file, which is
+    also what recipes take. ``what`` names the argument in errors.
+    Raises InputError for what is no model, and for inputs that do not fit it.
+    """
+    path = Path(inputs) if isinstance(inputs, str | Path) else None
+    if isinstance(model, str | Path):
+        return _of_text(str(model), inputs, path)
+    kind = type(model)
+    if kind.__module__.startswith("onnx.") and kind.__name__ == "ModelProto":
+        return _with_arrays(_of_proto(model), inputs, path)
+    if _is_recipe(model):
+        if inputs is not None and path is None:
+            raise InputError(f"inputs: {model.name} reads files; expected a path, not {type(inputs).__name__}")
+        return model, path
+    return _of_torch(model, inputs, path, what)
+
+
+def _of_text(text: str, inputs: Any, path: Path | None) -> tuple[Model, Path | None]:
+    kind = kind_of(text)
+    if kind == "program" and inputs is not None and path is None:
+        from cp_debug.recipes.torch_programs import load_program
+
+        return load_program(Path(text), inputs), None
+    if kind == "onnx":
+        return _with_arrays(load_model(text), inputs, path)
+    if inputs is not None and path is None:
+        raise InputError(f"inputs: {text} reads files; expected a path, not {type(inputs).__name__}")
+    return load_model(text, inputs=path), path
+
+
+def _of_torch(model: Any, inputs: Any, path: Path | None, what: str) -> tuple[Model, Path | None]:
+    import torch
+
+    from cp_debug.recipes.torch_callable import TorchModel
+
+    if isinstance(model, torch.export.ExportedProgram):
+        from cp_debug.recipes.torch_programs import exported_model
+
+        return exported_model(what, model, None if path else inputs), path
+    if not isinstance(model, torch.nn.Module):
+        if not callable(model):
+            given = type(model).__name__
+            raise InputError(f"{what}: {given} is no model; expected a path, a module, a program or an ONNX proto")
+        name = getattr(model, "__name__", type(model).__name__)
+        if inputs is None:
+            return _of_factory(model, name, what), None
+        model = _function_module(model, what)
+    else:
+        name = type(model).__name__
+    if path is not None:
+        raise InputError(f"inputs: a module needs example tensors; expected them instead of the path {path}")
+    if inputs is None:
+        raise InputError(f"inputs: {name} needs example inputs; expected a tensor, a tuple or a mapping by parameter")
+    if isinstance(model, torch.jit.ScriptModule):
+        from cp_debug.recipes.torch_programs import scripted_model
+
+        return scripted_model(name, model, inputs), None
+    return TorchModel(name, model, inputs), None
+
+
+@contextmanager
+def modes_kept(*models: Any) -> Iterator[None]:
+    """Puts the modules among ``models`` back into the mode, train or eval, that each of their parts was in."""
+    import torch
+
+    parts = [part for model in models if isinstance(model, torch.nn.Module) for part in model.modules()]
+    before = [(part, part.training) for part in parts]
+    try:
+        yield
+    finally:
+        for part, training in before:
+            if part.training != training:
+                part.training = training
+
+
+def _of_factory(model: Any, name: str, what: str) -> Model:
+    import torch
+
+    from cp_debug.recipes.torch_callable import TorchModel, own_code
+
+    needed = [p for p in inspect.signature(model).parameters.values() if p.default is p.empty and p.kind < 2]
+    if needed:
+        raise InputError(f"inputs: {name}() takes {needed[0].name!r}; expected example inputs for it")
+    with own_code(f"{what}: {name}()"):
+        built = model()
+    if not (isinstance(built, tuple) and len(built) == 2 and isinstance(built[0], torch.nn.Module)):
+        raise InputError(f"{what}: {name}() returned {type(built).__name__}; expected (module, example_inputs)")
+    return TorchModel(name, *built)
+
+
+def _with_arrays(model: Model, inputs: Any, path: Path | None) -> tuple[Model, Path | None]:
+    """An ONNX model that is fed with arrays, where ``inputs`` are arrays."""
+    if inputs is None or path is not None:
+        return model, path
+    [component] = model.components
+    names = list(component.input_names)
+    if not isinstance(inputs, Mapping) and _is_array(inputs):
+        inputs = (inputs,)
+    several = isinstance(inputs, list) and all(isinstance(each, Mapping) for each in inputs) and inputs
+    graph = Graph(component.onnx_path) if component.onnx_path else None
+    samples = []
+    for index, each in enumerate(inputs if several else [inputs]):
+        if not isinstance(each, Mapping):
+            if len(each) != len(names):
+                raise InputError(f"inputs: {len(each)} arrays; expected {len(names)}: {', '.join(names)}")
+            each = dict(zip(names, each, strict=True))
+        arrays = {str(name): _as_array(value, str(name)) for name, value in each.items()}
+        if graph is not None:
+            check_inputs(graph.inputs, arrays, f"inputs[{index}]" if several else "inputs")
+        samples.append(Sample(arrays, f"inputs[{index}]" if several else "inputs"))
+    return with_samples(model, samples), None
+
+
+def _of_proto(proto: Any) -> Model:
+    """The proto as a file in a temporary folder that lives as long as the model."""
+    import onnx
+
+    from cp_debug.recipes.onnx_file import OnnxFileModel
+
+    folder = tempfile.TemporaryDirectory(prefix="cpdebug-")
+    path = Path(folder.name) / "model.onnx"
+    large = proto.ByteSize() > _PROTOBUF_LIMIT
+    onnx.save(proto, path, save_as_external_data=large, location="model.onnx.data" if large else None)
+    model = OnnxFileModel(path)
+    model.name = proto.graph.name or "model"
+    model.folder = folder  # type: ignore[attr-defined]  # removed with the last copy of the model
+    return model
+
+
+_PROTOBUF_LIMIT = 2_000_000_000
+
+
+def _is_recipe(model: Any) -> bool:
+    return all(hasattr(model, name) for name in ("name", "components", "samples", "feed", "decode"))
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "__array__") and hasattr(value, "shape")
+
+
+def _as_array(value: Any, name: str) -> np.ndarray:
+    if hasattr(value, "detach"):
+        return as_numpy(value.detach().cpu())
+    array = np.asarray(value)
+    if array.dtype == object:
+        raise InputError(f"inputs: {name!r} is no array of numbers")
+    return array
+
+
+def _function_module(function: Any, what: str) -> Any:
+    """A module whose ``forward`` is the function. Raises InputError for one that calls modules of its surroundings.
+
+    Such modules would stay behind when the function is copied into another precision or to another device.
+    """
+    import torch
+
+    around = inspect.getclosurevars(function) if inspect.isfunction(function) else None
+    for name, value in ({**around.globals, **around.nonlocals} if around else {}).items():
+        if isinstance(value, torch.nn.Module):
+            raise InputError(f"{what}: the function calls the module {name!r}; expected a module that holds it")
+    name = getattr(function, "__name__", type(function).__name__)
+    forward = functools.wraps(function)(lambda self, *args, **kwargs: function(*args, **kwargs))
+    signature = inspect.signature(function)
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    forward.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])  # type: ignore[attr-defined]
+    return type(name if name.isidentifier() else "Function", (torch.nn.Module,), {"forward": forward})()

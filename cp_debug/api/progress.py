@@ -1,0 +1,32 @@
+"""Progress of a call: one line in a terminal or a notebook that says what is being done, and goes when it is done."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cp_debug.bisect.options import OnStep
+
+
+@contextmanager
+def shown_steps(progress: bool | None, on_step: OnStep | None) -> Iterator[OnStep]:
+    """Gives the function that is told of each step. ``progress`` None shows them only where somebody looks."""
+    if on_step is not None:
+        yield on_step
+        return
+    if not (_somebody_looks() if progress is None else progress):
+        yield lambda text, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True, markup=False), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda text, done, total: bar.update(task, description=text, completed=done, total=total or None)
+
+
+def _somebody_looks() -> bool:
+    kernel = sys.modules.get("ipykernel")
+    return sys.stderr.isatty() or kernel is not None

@@ -1,0 +1,147 @@
+"""Engines run in the runner's process, and what they wrote read back."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cp_debug.backends.tensorrt.answers import Ran
+from cp_debug.backends.tensorrt.client import RunnerClient
+from cp_debug.errors import BackendUnavailable, InputError
+from cp_debug.graph.check_inputs import check_inputs
+from cp_debug.graph.graph import Graph
+from cp_debug.probes.distance import relative_l2
+from cp_debug.reading import read_npy
+
+RUNS = 20
+"""Further runs of the plain engine, for its time."""
+
+
+@dataclass(frozen=True)
+class RanEngine:
+    """One engine after its runs."""
+
+    written: dict[str, Path]
+    """Value → file."""
+    seconds: list[float]
+    """Of every run."""
+
+
+class EngineRuns:
+    """Runs engines of one graph on one device."""
+
+    def __init__(self, client: RunnerClient, graph: Graph, device: int) -> None:
+        self._client, self._graph, self._device = client, graph, device
+
+    def execute(
+        self,
+        engines: Sequence[Path],
+        inputs: Mapping[str, np.ndarray],
+        folder: Path,
+        values: Collection[str] = (),
+        listen: bool = False,
+        repeat: int = 0,
+    ) -> list[RanEngine]:
+        """Run engine files one after the other in one process; ``folder`` takes what goes in and out.
+
+        ``values`` are put out besides the graph's outputs, where an engine has them. ``listen`` is for the first one,
+        which runs ``repeat`` more times; the others run repeatedly.
+        """
+        feeds = {}
+        for i, value in enumerate(self._graph.inputs):
+            feeds[value.name] = str(folder / f"input-{i}.npy")
+            np.save(feeds[value.name], inputs[value.name], allow_pickle=False)
+        names = sorted({*values, *(v.name for v in self._graph.outputs)})
+        steps = [
+            {
+                "command": "run",
+                "device": self._device,
+                "engine": str(engine),
+                "inputs": feeds,
+                "folder": str(folder / f"run-{i}"),
+                "names": names,
+                "listen": listen and i == 0,
+                "repeat": RUNS if i else repeat,
+            }
+            for i, engine in enumerate(engines)
+        ]
+        return [
+            RanEngine(self._written(result["tensors"], Path(str(step["folder"]))), result["seconds"])
+            for step, result in zip(steps, self._client.checked(Ran, self._client.execute(steps)), strict=True)
+        ]
+
+    def once(self, engine: Path, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The outputs of one run. Raises InputError for inputs that do not fit the graph."""
+        check_inputs(self._graph.inputs, inputs, str(self._graph.path))
+        with tempfile.TemporaryDirectory(prefix="cpdebug-engine-") as folder:
+            (ran,) = self.execute([engine], inputs, Path(folder))
+            return self.outputs(ran.written)
+
+    def timings(self, engine: Path, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
+        """Seconds of ``repeats`` runs after a first one, on the device, transfers left out.
+
+        Raises InputError for inputs that do not fit the graph.
+        """
+        check_inputs(self._graph.inputs, inputs, str(self._graph.path))
+        with tempfile.TemporaryDirectory(prefix="cpdebug-engine-") as folder:
+            (ran,) = self.execute([engine], inputs, Path(folder), repeat=repeats)
+        return ran.seconds[1:]
+
+    def _written(self, entries: Sequence[Mapping[str, str]], folder: Path) -> dict[str, Path]:
+        """Value → file. Raises BackendUnavailable for files elsewhere, and where an output is missing."""
+        written = {entry["name"]: Path(entry["file"]) for entry in entries}
+        for name, file in written.items():
+            if file.parent != folder or file.name in ("", ".", ".."):
+                raise self.nonsense(f"{name!r} is in {str(file)!r}; expected a file in the run's folder")
+        if missing := [v.name for v in self._graph.outputs if v.name not in written]:
+            raise self.nonsense(f"the output {missing[0]!r} is missing")
+        return written
+
+    def load(self, name: str, file: Path) -> np.ndarray:
+        """A tensor that was written. Raises BackendUnavailable for a file that is none."""
+        try:
+            array = read_npy(file)
+        except InputError as error:
+            raise self.nonsense(f"{name!r}: {error}") from None
+        if array.dtype.kind not in "fiub":
+            raise self.nonsense(f"{name!r} is {array.dtype}; expected numbers")
+        return array
+
+    def nonsense(self, problem: str) -> BackendUnavailable:
+        """The error for an answer that cannot be used."""
+        return BackendUnavailable(self._client.spec, f"its runner gave an answer that cannot be used: {problem}")
+
+    def outputs(self, written: Mapping[str, Path]) -> dict[str, np.ndarray]:
+        """The graph's outputs in the graph's own types: TensorRT 8.6 has INT32 where ONNX says INT64."""
+        outputs = {}
+        for value in self._graph.outputs:
+            array = self.load(value.name, written[value.name])
+            if not fits_shape(array.shape, value.shape):
+                raise self.nonsense(f"the output {value} has the shape {list(array.shape)}")
+            outputs[value.name] = array.astype(value.dtype, copy=False)
+        return outputs
+
+
+def fits_shape(found: tuple[int, ...], declared: tuple[int | str | None, ...] | None) -> bool:
+    """Whether an array may have this shape, as far as a graph says."""
+    if declared is None:
+        return True
+    sizes = zip(declared, found, strict=False)
+    return len(found) == len(declared) and all(not isinstance(size, int) or size == real for size, real in sizes)
+
+
+def output_distance(reference: Mapping[Any, np.ndarray], test: Mapping[Any, np.ndarray]) -> float:
+    """Largest ‖test − reference‖ ÷ ‖reference‖ of any output: 0 when all are equal, infinite when NaN comes in."""
+    distances = [0.0]
+    for name, array in reference.items():
+        if array.shape == test[name].shape and np.array_equal(array, test[name], equal_nan=True):
+            continue
+        finite = all(np.isfinite(side[name]).all() for side in (reference, test))
+        distances.append(relative_l2(test[name], array) if finite else math.inf)
+    return max(distances)

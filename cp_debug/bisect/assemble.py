@@ -1,0 +1,95 @@
+"""What comes back of a bisect, put together from what the tests gave."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cp_debug.backends.base import Program
+from cp_debug.bisect.candidate_run import CandidateRun
+from cp_debug.bisect.result import GUILTY, StageRow, TestResult
+from cp_debug.bisect.worst_samples import Collected
+from cp_debug.errors import InputError
+from cp_debug.graph.graph import Graph
+from cp_debug.programs.layers import Layer, stage_layers
+from cp_debug.recipes.base import Model
+
+
+def result_of(
+    model: Model, run: CandidateRun, found: Collected, layers: Sequence[Layer], notes: Iterable[str], save: Path | None
+) -> TestResult:
+    """The block of one test. ``model`` is the reference's, ``save`` the folder to which saved files are relative.
+
+    Raises InputError where no output was compared.
+    """
+    rows = [found.rows[key] for key in sorted(found.rows, key=lambda k: found.rows[k].index)]
+    by_key = {(row.component, row.onnx): row for row in rows}
+    stages = [
+        StageRow(
+            stage.name,
+            by_key[stage.last.component, stage.last.onnx],
+            [r.name for r in rows if r.verdict == GUILTY and (r.component, r.onnx) in held],
+        )
+        for stage in stage_layers(model.components, layers)
+        if (held := {(layer.component, layer.onnx) for layer in stage.layers})
+        and (stage.last.component, stage.last.onnx) in by_key
+    ]
+    last = model.components[-1]
+    program = run.pipeline.program(last.name)
+    given = last.output_names if program.pairing is None else program.pairing.outputs
+    outputs = [by_key[last.name, n] for n in last.output_names if n in given and (last.name, n) in by_key]
+    if not outputs:
+        raise InputError(nothing_compared(run, last.name, last.output_names))
+    rtol, atol = run.tolerance
+    return TestResult(
+        backend=run.pipeline.record(),
+        rows=rows,
+        stages=stages,
+        outputs=outputs,
+        expected_outputs=list(last.output_names),
+        pairing={p.name: p.pairing.to_dict() for p in run.pipeline.programs if p.pairing is not None},
+        compared=sum(row.kind == "data" for row in rows),
+        total=sum(layer.kind == "data" for layer in layers),
+        rtol=rtol,
+        atol=atol,
+        oracle=run.oracle,
+        observation=found.observation,
+        notes=list(notes),
+        programs={name: saved_name(graph, save) for name, graph in run.graphs.items()},
+        optimizer_blame=found.optimizer_blame,
+        remainder=found.remainder,
+        findings=found.findings,
+        detections=found.detections,
+    )
+
+
+def saved_name(graph: Graph, save: Path | None) -> str:
+    """Where a graph lies: relative to the saved folder if it lies there."""
+    path, folder = graph.path.resolve(), save and save.resolve()
+    return path.relative_to(folder).as_posix() if folder and path.is_relative_to(folder) else str(path)
+
+
+def nothing_compared(run: CandidateRun, component: str, expected: Sequence[str]) -> str:
+    """Why there is no verdict: the outputs of both sides."""
+    program = run.pipeline.program(component)
+    theirs = ", ".join(map(str, program.graph.outputs))
+    return (
+        f"{run.pipeline.backend.spec}: no output was compared: the reference gives {', '.join(expected)}, "
+        f"{program.graph.path} gives {theirs}; --map REFERENCE=TEST pairs two of them"
+    )
+
+
+def coverage_of(programs: Sequence[Program]) -> dict[str, Any]:
+    """How much of the torch modules and of the deployed graphs is accounted for, by component."""
+    return {
+        p.name: asdict(p.alignment.coverage())
+        | {
+            "absorbed": dict(p.alignment.absorbed),
+            "unmatched_values": list(p.alignment.unmatched_values),
+            "unmatched_modules": list(p.alignment.unmatched_modules),
+        }
+        for p in programs
+        if p.alignment is not None
+    }

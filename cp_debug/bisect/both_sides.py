@@ -1,0 +1,160 @@
+"""What each side of a bisect runs: programs exported, put flat, paired, and in INT8 where a backend wants it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cp_debug.backends.base import Backend, Program
+from cp_debug.bisect.options import Options, Rewrite, StepCounter
+from cp_debug.graph.randomness import drawing
+from cp_debug.graph.weight_differences import WeightDifferences
+from cp_debug.programs.paired import differing_weights, pair_programs
+from cp_debug.programs.pipeline import Export, changed_state, load_test_programs, prepare, wants_int8
+from cp_debug.programs.unroll import Unroller
+from cp_debug.quantization.models import QuantizedComponent
+from cp_debug.quantization.open_quantized import calibration_samples
+from cp_debug.quantization.quantized_programs import (
+    already_quantized,
+    load_quantized,
+    quantize_programs,
+    with_modules_beside,
+)
+from cp_debug.recipes.base import Model, Sample
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """The model of one side, and its components in INT8 where a checkpoint has them."""
+
+    model: Model
+    parts: Mapping[str, QuantizedComponent] | None = None
+    how: str = ""
+    """How ``parts`` became so, in words."""
+
+    @classmethod
+    def load(cls, name: str, checkpoint: Path | None, options: Options) -> Side:
+        """Raises InputError as ``load_quantized``."""
+        model, parts = load_quantized(name, checkpoint, options.seed, options.inputs)
+        return cls(model, parts, f"quantized as in {checkpoint}") if parts else cls(model)
+
+
+@dataclass(frozen=True)
+class BothSides:
+    """The programs of one bisect."""
+
+    programs: list[Program]
+    """The reference's before INT8: what values are called, and what is replayed."""
+    reference: list[Program]
+    """As the reference's backend runs them."""
+    tests: list[list[Program]]
+    """As each test backend runs them."""
+    weights: dict[str, WeightDifferences]
+    """Component → how the weights of the two sides differ."""
+    notes: list[str]
+    unfold: bool
+    """Whether side values that a backend folded away are computed: test and reference are different graphs."""
+    quantized_how: Mapping[tuple[Program, ...], str]
+    """Programs that were quantized here → how, in words."""
+
+
+class Preparation:
+    """Makes the programs of both sides, each once for all backends that run the same."""
+
+    def __init__(
+        self,
+        sides: tuple[Side, Side],
+        test_model: Path | Model | Rewrite | None,
+        export: Export,
+        options: Options,
+        samples: Callable[[], Iterable[Sample]],
+        progress: StepCounter,
+    ) -> None:
+        """``sides``: the reference's and the tests'. ``samples`` begins anew at each call."""
+        self._reference, self._test = sides
+        self._test_model, self._export, self._options = test_model, export, options
+        self._samples, self._progress = samples, progress
+        self._quantized: dict[tuple[Program, ...], list[Program]] = {}
+        self._how: dict[tuple[Program, ...], str] = {}
+
+    def make(
+        self,
+        first: Sample,
+        backends: Sequence[Backend],
+        scratch: Path,
+        exported: Sequence[Program] | None,
+        say: Callable[[str], None],
+    ) -> BothSides:
+        """The programs for ``backends``, the reference's first. ``exported`` None exports the model.
+
+        ``say`` is told how weights differ, as soon as that is known. Raises InputError.
+        """
+        reference, *tests = backends
+        folder = self._options.save or scratch
+        originals, changed = self._programs(first, folder, exported)
+        weights = differing_weights(originals, changed)
+        for component, found in weights.items():
+            say(f"weights of {component}: {found.says}")
+        unroller = Unroller(folder)
+        programs = unroller.unrolled(originals, self._reference.model, self._samples, reference.precision)
+        ours = self._for(reference, self._reference, programs, folder)
+        theirs = [unroller.unrolled(changed, self._test.model, self._samples, b.precision) for b in tests]
+        notes = unroller.notes + [
+            f"{node.name} ({node.op}) draws random numbers: what hangs on it differs from run to run"
+            for program in programs
+            for node in drawing(program.graph)
+        ]
+        step, maps = self._progress.step, self._options.maps
+        paired = {tuple(own): pair_programs(self._reference.model, first, programs, own, maps, step) for own in theirs}
+        theirs = [paired[tuple(own)] for own in theirs]
+        unfold = any(t.graph is not p.graph for own in theirs for t, p in zip(own, programs, strict=True))
+        theirs = [self._for(b, self._test, own, folder) for b, own in zip(tests, theirs, strict=True)]
+        return BothSides(programs, ours, theirs, weights, notes, unfold, self._how)
+
+    def _programs(
+        self, sample: Sample, folder: Path, exported: Sequence[Program] | None
+    ) -> tuple[list[Program], list[Program]]:
+        """The reference's programs and those of the tests."""
+        options = self._options
+        programs, tests = self._exported(sample, folder, exported)
+        if options.test_train_mode or options.test_out_of_place:
+            tests = [
+                changed_state(p, train=options.test_train_mode, out_of_place=options.test_out_of_place) for p in tests
+            ]
+        return programs, tests
+
+    def _exported(
+        self, sample: Sample, folder: Path, exported: Sequence[Program] | None
+    ) -> tuple[list[Program], list[Program]]:
+        folder.mkdir(parents=True, exist_ok=True)
+        model, other, how, folded = self._reference.model, self._test.model, self._export, self._options.folded
+        programs = list(exported or prepare(model, sample, folder, how=how, folded=folded))
+        if isinstance(self._test_model, Path):
+            changed = load_test_programs(programs, self._test_model)
+            return programs, with_modules_beside(changed, model, self._test_model)
+        if callable(self._test_model):
+            return programs, self._test_model(programs, folder)
+        if other.components is not model.components:
+            (folder / "test").mkdir(exist_ok=True)
+            return programs, prepare(other, sample, folder / "test", how=how, folded=folded)
+        return programs, programs
+
+    def _for(self, backend: Backend, side: Side, programs: list[Program], folder: Path) -> list[Program]:
+        """The programs as this backend runs them: with Q/DQ pairs for one in INT8."""
+        if not wants_int8(backend):
+            return programs
+        key = tuple(programs)
+        if key not in self._quantized:
+            self._quantized[key] = already_quantized(programs) or self._quantize(side, programs, folder)
+        return self._quantized[key]
+
+    def _quantize(self, side: Side, programs: list[Program], folder: Path) -> list[Program]:
+        calibration, target = self._options.calibration, folder / ("test" if self._quantized else "")
+        data = calibration.data or self._options.inputs
+        samples = calibration_samples(side.model, data, calibration.samples)
+        self._progress.steps += 1
+        self._progress.step("quantizing")
+        made, how = quantize_programs(side.model, programs, target, samples, parts=side.parts, calibration=calibration)
+        self._how[tuple(made)] = how or side.how
+        return made

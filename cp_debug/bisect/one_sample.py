@@ -1,0 +1,139 @@
+"""One sample through the reference and every test: run, compared, replayed, judged, explained."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cp_debug.bisect.branches import judge_ways, other_ways
+from cp_debug.bisect.candidate_run import CandidateRun
+from cp_debug.bisect.causes.effects import Effects
+from cp_debug.bisect.causes.findings import Explainer
+from cp_debug.bisect.observe import Observation, observe
+from cp_debug.bisect.options import Options, StepCounter
+from cp_debug.bisect.regions.guilty import can_build, look_inside
+from cp_debug.bisect.remainder import remainder
+from cp_debug.bisect.replayed import Replay
+from cp_debug.bisect.result import GUILTY
+from cp_debug.bisect.shares import Propagation, set_shares
+from cp_debug.bisect.worst_samples import Collected
+from cp_debug.errors import in_one_line
+from cp_debug.probes.capture import Capture, CaptureWriter
+from cp_debug.programs.pipeline import Key, Pipeline, header
+from cp_debug.programs.scene import decode, keep_scene
+from cp_debug.programs.walk import Walk
+from cp_debug.recipes.base import Arrays, Model, Sample
+from cp_debug.serialize import json_safe
+
+
+class ReferenceRun(NamedTuple):
+    """What the reference gave on one sample."""
+
+    outputs: dict[str, Arrays]
+    captured: Capture
+    decoded: Any | None
+
+
+class SampleRuns:
+    """Takes samples one after the other; what the tests gave is added to a ``Collected`` each."""
+
+    def __init__(
+        self,
+        model: Model,
+        reference: Pipeline,
+        runs: Sequence[CandidateRun],
+        options: Options,
+        scratch: Path,
+        progress: StepCounter,
+    ) -> None:
+        """``model`` is the reference's; ``scratch`` takes captures that are not to be saved."""
+        self._model, self._reference, self.runs = model, reference, runs
+        self._options, self._scratch, self._progress = options, scratch, progress
+        self.collected = [Collected() for _ in runs]
+        self.observation: Observation | None = None
+        """The reference against itself, on the first sample."""
+        self._reference_floors: dict[Key, float] = {}
+
+    def take(self, index: int, sample: Sample) -> None:
+        """Run and judge one sample; ``index`` is its place."""
+        folder = (self._options.save or self._scratch) / f"sample-{index}"
+        spec = str(self._reference.backend.spec)
+        self._progress.step(f"{spec}, sample {index}")
+        with self._writer(folder, self._reference, sample) as writer:
+            given = self._reference.run(sample, lambda k, tensor: writer.put(k.value, tensor, component=k.component))
+        decoded = {spec: decode(self._model, sample, given)}
+        captured = Capture.open(writer.folder)
+        if index == 0 and self._options.replay:
+            self._progress.step(f"{spec}: noise floor")
+            self.observation, self._reference_floors = observe(self._reference, sample, given, captured)
+        side = ReferenceRun(given, captured, decoded[spec])
+        for run, found in zip(self.runs, self.collected, strict=True):
+            decoded[str(run.pipeline.backend.spec)] = self._test(run, found, index, sample, side)
+        if self._options.save is None:
+            shutil.rmtree(folder)
+        else:
+            keep_scene(folder, sample, decoded)
+
+    def _test(self, run: CandidateRun, found: Collected, index: int, sample: Sample, side: ReferenceRun) -> Any | None:
+        """One test on the sample; what it gave is added to ``found``. Returns what the model decodes of it."""
+        spec, model = str(run.pipeline.backend.spec), run.pipeline.model
+        self._progress.step(f"{spec}, sample {index}")
+        with self._writer(side.captured.folder.parent, run.pipeline, sample) as writer:
+            stats, results = run.run(sample, side.captured, writer)
+            settings = run.pipeline.record().settings  # engines know more once they ran
+            writer.update({"settings": json_safe(settings)})
+        decoded = decode(model, sample, results)
+        test = Capture.open(writer.folder)
+        replays: dict[Key, Replay] = {}
+        floors: dict[Key, float] = {}
+        seen: Observation | None = None
+        if run.oracle is not None:
+            self._progress.step(f"{spec}, sample {index}: replay")
+            replays = run.replay(side.captured, test, stats)
+            if model is not self._model:
+                replays |= run.replay_inputs(self._model, sample, results, side.captured, test)
+            self._progress.step(f"{spec}, sample {index}: noise floor")
+            seen, floors = run.observe(sample, results, test)
+            found.observe(seen)
+            floors = {key: max(floors.get(key, 0.0), self._reference_floors.get(key, 0.0)) for key in stats}
+        rows = run.rows(stats, replays, floors, index)
+        ways = list(other_ways(run, (side.captured, test)))
+        found.ways |= dict.fromkeys(map(str, ways))
+        settled = judge_ways(ways, run.programs, rows)
+        failures = set_shares(run, rows, sample, side.captured, test)
+        found.detect(side.decoded, decoded)
+        if run.oracle is not None and found.is_worst(rows):
+            unexplained = not any(row.verdict == GUILTY for row in rows.values())
+            differs = unexplained and not all(row.within for row in rows.values())
+            try:
+                found.remainder = remainder(run, sample, results, side.outputs, replays) if differs else None
+            except Exception as error:
+                failures.append(f"whether rounding adds up to the divergence is not known: {in_one_line(error)}")
+            if self._options.explain:
+                feed = partial(self._exact_input, sample, results)
+                effects = Effects(self._model, sample, Propagation(run, sample, side.captured, test), side.outputs)
+                precision = self._reference.backend.precision
+                explainer = Explainer(run, precision, side.captured, test, feed, effects, settled)
+                explainer.goes_inside = partial(can_build, run)
+                explainer.adds_up = found.remainder is None or found.remainder.adds_up
+                found.findings = explainer.findings(rows, seen)
+                builds, tell = self._options.max_builds, self._progress.tell
+                found.findings = look_inside(explainer, rows, found.findings, builds, tell)
+                failures += explainer.notes
+        found.explained(failures)
+        found.add(rows)
+        return decoded
+
+    def _exact_input(self, sample: Sample, results: Mapping[str, Arrays], key: Key) -> np.ndarray:
+        """What the reference's glue makes of the test's upstream results."""
+        return Walk(self._model, sample, results).at(key.component).inputs[key.value]
+
+    def _writer(self, folder: Path, pipeline: Pipeline, sample: Sample) -> CaptureWriter:
+        kept = self._options.save is not None
+        target = folder / str(pipeline.backend.spec)
+        return CaptureWriter(target, header(pipeline, [sample]) if kept else {}, checksums=kept)

@@ -1,0 +1,81 @@
+"""What a bisect may be told besides its model and backends, and how it tells what it is doing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cp_debug.backends.base import Backend, Program
+from cp_debug.bisect.regions.descent import BUILDS
+from cp_debug.quantization.quantized_programs import DEFAULT_CALIBRATION, Calibration
+
+Rewrite = Callable[[list[Program], Path], list[Program]]
+"""Makes the programs of the tests from the reference's and a folder for new files; value names should stay."""
+OnStep = Callable[[str, int, int], None]
+"""Told (what is being done, steps done, steps in all)."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a bisect may be told besides its model and backends. The defaults are those of the command line."""
+
+    checkpoint: Path | None = None
+    test_checkpoint: Path | None = None
+    """Other weights for the test backends."""
+    test_train_mode: bool = False
+    test_out_of_place: bool = False
+    inputs: Path | None = None
+    samples: int = 1
+    seed: int = 0
+    rtol: float | None = None
+    atol: float | None = None
+    oracle: str | None = None
+    """``fp32`` or ``fp64``; None leaves it to the precisions under test."""
+    replay: bool = True
+    explain: bool = True
+    """Try to say why a layer is guilty; needs the replay."""
+    exporter: str | None = None
+    """``dynamo`` or ``torchscript``; None takes one that every backend can read."""
+    folded: bool = True
+    calibration: Calibration = DEFAULT_CALIBRATION
+    """How to quantize, where a backend is in INT8 and the model is not."""
+    max_builds: int = BUILDS
+    """Further engines for the search inside guilty regions of one run; 0 leaves it at emulated hypotheses."""
+    optimizer_blame: bool = False
+    """Find the graph optimizers that are responsible for the difference of optimized ONNX Runtime tests."""
+    maps: Sequence[str] = ()
+    """``REFERENCE=TEST`` each: values of two models that are to be compared."""
+    save: Path | None = None
+    """Folder for the captures: ``sample-0/torch``, ``sample-0/ort`` …"""
+
+    @property
+    def differs(self) -> bool:
+        """Whether the tests run something else than the reference, a test model apart."""
+        return self.test_checkpoint is not None or self.test_train_mode or self.test_out_of_place
+
+
+DEFAULT_OPTIONS = Options()
+
+
+def is_optimized(backend: Backend) -> bool:
+    """Whether ONNX Runtime's graph optimizer works on what this backend runs."""
+    return backend.spec.name in ("ort-basic", "ort-all")
+
+
+class StepCounter:
+    """Counts the steps of one bisect and tells of each before it begins."""
+
+    def __init__(self, on_step: OnStep, steps: int = 0) -> None:
+        self._on_step, self._done = on_step, 0
+        self.steps = steps
+        """Steps in all, as far as they are known."""
+
+    def tell(self, text: str) -> None:
+        """Say what is being done within the present step."""
+        self._on_step(text, self._done, self.steps)
+
+    def step(self, text: str) -> None:
+        """Begin the next step."""
+        self.tell(text)
+        self._done += 1

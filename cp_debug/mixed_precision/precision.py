@@ -1,0 +1,71 @@
+"""What is low in a test, and which nodes go on in FP32 when some layers are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from cp_debug.backends.base import Backend
+from cp_debug.errors import InputError
+from cp_debug.graph.casts import MOVERS, computed_low
+from cp_debug.graph.downstream import data_values
+from cp_debug.graph.graph import Graph
+from cp_debug.graph.operators import CONTRACTIONS
+from cp_debug.graph.unquantize import quantized_inputs
+
+_CASTS = {"fp16": "fp16", "fp16acc": "fp16", "bf16": "bf16"}
+"""Arithmetics that cast surgery puts into a graph → its name for them."""
+_CONTROL = ("If", "Loop", "Scan")
+
+
+class TrialPrecision:
+    """What is low in a test, and which nodes go on in FP32 when some are kept. ``name``: an arithmetic."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def candidates(self, graph: Graph) -> frozenset[str]:
+        """The nodes whose precision makes a difference."""
+        if self.name == "int8":
+            return frozenset(quantized_inputs(graph))
+        data = set(data_values(graph))
+        nodes = [n for n in graph.nodes if not data.isdisjoint(n.outputs) and n.op not in _CONTROL]
+        if self.name == "tf32":
+            return frozenset(n.name for n in nodes if n.op in CONTRACTIONS)
+        low = computed_low(graph, _CASTS[self.name])
+        return frozenset(n.name for n in nodes if n.name in low and n.op not in MOVERS)
+
+    def high(self, graph: Graph, kept: Collection[str]) -> frozenset[str]:
+        """The nodes in FP32 when those of ``kept`` are: what only moves numbers follows them."""
+        if self.name not in _CASTS:
+            return frozenset(kept)
+        everything = frozenset(node.name for node in graph.nodes)
+        return everything - computed_low(graph, _CASTS[self.name], kept)
+
+    def keep(self, graph: Graph, kept: Collection[str]) -> frozenset[str]:
+        """The nodes that a backend must be told to keep: those, and what moves numbers between them."""
+        if self.name not in _CASTS or not kept:
+            return frozenset(kept)
+        followers = self.high(graph, kept) - self.high(graph, ())
+        return frozenset(kept) | {n.name for n in graph.nodes if n.name in followers and n.op in MOVERS}
+
+
+def precision_of(backend: Backend, quantized: bool) -> TrialPrecision:
+    """What a test backend has that layers can be kept from. ``quantized``: its graphs have Q/DQ nodes.
+
+    Raises InputError for a backend whose layers cannot be told apart, or that has nothing but FP32.
+    """
+    name, family = str(backend.spec), backend.spec.family
+    if family != "torch" and (backend.precision == "int8" or (quantized and family == "ort")):
+        return TrialPrecision("int8")
+    if family == "emu" and backend.precision in ("tf32", *_CASTS):
+        return TrialPrecision(backend.precision)
+    if family == "trt" and backend.precision in ("fp16", "bf16") and backend.spec.variant != "best":
+        return TrialPrecision("fp16acc" if backend.precision == "fp16" else "bf16")
+    if backend.spec.name == "ort-fp16":
+        return TrialPrecision("fp16")
+    why = {
+        "tf32": "TF32 is on or off for a whole engine or session; emu-tf32 tells which layers it hurts",
+        "fp32": "it computes in FP32 already",
+        "fp64": "it computes in FP64",
+    }.get(backend.precision, "its layers cannot be kept one by one; try emu-fp16acc, emu-int8 or trt-fp16")
+    raise InputError(f"--backends: {name}: {why}")

@@ -1,0 +1,94 @@
+"""A trial: a model with some layers kept in higher precision, and what came of it.
+
+Every runner gives trials: on graphs (``graph_runners``) layers are groups of ONNX nodes, under fake quantizers
+(``fake_quant_runner``) they are modules.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from cp_debug.detection.bootstrap import Interval
+from cp_debug.mixed_precision.fusion_groups import Kept
+from cp_debug.serialize import json_safe
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one set of kept layers gives, against the reference."""
+
+    figures: dict[str, float] = field(default_factory=dict)
+    """``rel_l2`` of the worst output; of graphs ``max_abs``, too, and of detections what the goal asks for."""
+    outputs: dict[str, float] = field(default_factory=dict)
+    """Final output → relative L2 distance, infinite where it is not finite: on graphs of the worst sample, under fake
+    quantizers over all samples."""
+    introduced: float | None = None
+    """Relative L2 change of a layer's own result, where it alone is low, or it alone is kept, and the runner tells."""
+    draws: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False)
+    """mAP and NDS in each draw of the samples [1 + draws], where the runner scores them."""
+
+    @property
+    def error(self) -> float:
+        """Root mean square over the outputs, so that each counts alike whatever its unit."""
+        return math.sqrt(sum(value**2 for value in self.outputs.values()) / len(self.outputs))
+
+    def change(self, name: str, before: Measured) -> Interval:
+        """How much higher a score is than ``before``, drawn on the same samples."""
+        return Interval.of(self.draws[name] - before.draws[name])
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One set of kept layers and what came of it."""
+
+    nodes: frozenset[tuple[str, str]]
+    """(Component, node) of everything that was kept; under fake quantizers (component, layer)."""
+    layers: int
+    emulated: bool
+    """Whether it ran on the emulator in place of the backend."""
+    measured: Measured
+    seconds: float
+    latency: float | None = None
+    """Seconds of a pass on the device, where the backend tells."""
+    error: str = ""
+    """Why it could not be built; then nothing was measured."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe."""
+        return json_safe(
+            {
+                "kept": sorted(map(list, self.nodes)),
+                "layers": self.layers,
+                "emulated": self.emulated,
+                "figures": self.measured.figures,
+                "outputs": self.measured.outputs,
+                "seconds": self.seconds,
+                "latency": self.latency,
+                "error": self.error,
+            }
+        )
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> Trial:
+        """From ``to_dict``."""
+        figures, outputs = ({k: float(v) for k, v in document[part].items()} for part in ("figures", "outputs"))
+        return cls(
+            frozenset((component, node) for component, node in document["kept"]),
+            document["layers"],
+            document["emulated"],
+            Measured(figures, outputs),
+            document["seconds"],
+            document["latency"],
+            document["error"],
+        )
+
+
+def nodes_in(kept: Kept) -> frozenset[tuple[str, str]]:
+    """(Component, node) of a set of layers: its name in the log, however layers are grouped."""
+    return frozenset((group.component, node) for group in kept for node in group.nodes)

@@ -1,0 +1,114 @@
+"""The walk over a model's components: each is fed by the model's own glue with what the ones before it gave.
+
+Whoever runs a model part by part (exports it, calibrates it, times it, replays it) walks here and says only what is
+done with one component. ``walk`` is for those who run every component; ``Walk`` for those who skip some, stop early, or
+start in the middle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from cp_debug.probes.arrays import as_numpy, as_torch
+from cp_debug.probes.outputs import flatten_outputs
+from cp_debug.recipes.base import Arrays, Component, Model, Sample
+
+Run = Callable[[Component, Arrays], Arrays]
+"""Runs a component on its inputs; both by the names that the component has for them."""
+
+
+class Walk:
+    """One sample on its way through a model, in execution order: ``for step in Walk(model, sample): …``.
+
+    ``results`` are outputs by component name. Those given at the start are known before the walk reaches them; a step
+    that sets ``step.outputs`` adds its own.
+    """
+
+    def __init__(self, model: Model, sample: Sample, results: Mapping[str, Arrays] | None = None) -> None:
+        self.model, self.sample = model, sample
+        self.results: dict[str, Arrays] = dict(results or {})
+
+    def __iter__(self) -> Iterator[ComponentStep]:
+        for place in range(len(self.model.components)):
+            yield ComponentStep(self, place)
+
+    def at(self, component: str) -> ComponentStep:
+        """The step of one component by its name. Raises KeyError where the model has no such component."""
+        return {step.name: step for step in self}[component]
+
+
+class ComponentStep:
+    """One component on a walk."""
+
+    def __init__(self, walk: Walk, place: int) -> None:
+        self._walk = walk
+        self.place = place
+        """How many components lie before it."""
+        self.component: Component = walk.model.components[place]
+        self.name: str = self.component.name
+
+    @cached_property
+    def inputs(self) -> dict[str, np.ndarray]:
+        """What the glue makes of the sample and of the outputs so far; computed when first asked for."""
+        return self._walk.model.feed(self.component, self._walk.sample, self._walk.results)
+
+    @property
+    def fed(self) -> bool:
+        """Whether every component before this one has outputs, so that its inputs can be known."""
+        return all(c.name in self._walk.results for c in self._walk.model.components[: self.place])
+
+    @property
+    def last(self) -> bool:
+        """Whether this component gives the model's outputs."""
+        return self.place == len(self._walk.model.components) - 1
+
+    @property
+    def known(self) -> bool:
+        """Whether it has outputs already."""
+        return self.name in self._walk.results
+
+    @property
+    def outputs(self) -> Arrays:
+        """What it gave; KeyError before that."""
+        return self._walk.results[self.name]
+
+    @outputs.setter
+    def outputs(self, outputs: Arrays) -> None:
+        self._walk.results[self.name] = outputs
+
+
+def walk(model: Model, sample: Sample, run: Run, results: Mapping[str, Arrays] | None = None) -> dict[str, Arrays]:
+    """The outputs of all components by component name; each that is not in ``results`` already is run once."""
+    way = Walk(model, sample, results)
+    for step in way:
+        if not step.known:
+            step.outputs = run(step.component, step.inputs)
+    return way.results
+
+
+def example_args(component: Component, inputs: Mapping[str, np.ndarray]) -> tuple[torch.Tensor, ...]:
+    """The inputs of a component's module as it takes them."""
+    return tuple(as_torch(inputs[name]) for name in component.input_names)
+
+
+def run_module(component: Component, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The outputs of a component's module by their names."""
+    assert component.module is not None
+    with torch.no_grad():
+        outputs = flatten_outputs(component.module(*example_args(component, inputs)))
+    return named_outputs(component, outputs)
+
+
+def named_outputs(component: Component, outputs: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """What ``flatten_outputs`` gave for a component's module, as arrays by the names of the component's outputs."""
+    return {n: as_numpy(t) for n, t in zip(component.output_names, outputs.values(), strict=True)}
+
+
+def tensors_as_arrays(outputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """What an ``Executor`` gave, as arrays; sequences of tensors, which no glue reads, are left out."""
+    return {n: as_numpy(t) for n, t in outputs.items() if isinstance(t, torch.Tensor)}

@@ -1,0 +1,163 @@
+"""Example inputs of any shape for a torch module: nested containers become flat, named tensors."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cp_debug.errors import InputError
+
+Build = Callable[[Iterator[Tensor]], Any]
+"""Makes a value again out of its tensors, which it takes from the iterator in their order."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FlatInputs:
+    """The tensors of a call, by name, and the module that takes them by position."""
+
+    names: list[str]
+    """Of the parameter (``image``), and below it of the key or index (``batch.image``, ``levels.0``)."""
+    tensors: list[Tensor]
+    module: nn.Module
+    """The module itself where it takes the tensors as they stand; else a shallow copy of it, with the same submodules,
+    parameters and paths, whose ``forward`` puts the containers together again."""
+
+
+def flat_inputs(
+    name: str,
+    module: nn.Module,
+    inputs: Any,
+    parameters: Sequence[str] | None = None,
+    keywords: Sequence[str] = (),
+) -> FlatInputs:
+    """Flatten the example inputs of ``module``: a tensor, a tuple or list of arguments, or a mapping by parameter.
+
+    An argument is a tensor or an array, or a mapping, list, tuple or dataclass of them, nested at will. Numbers, text
+    and None in it are constants of the call. ``parameters`` names the positional arguments and ``keywords`` those
+    that are passed by name, where the signature of ``forward`` does not say so.
+    Raises InputError, with ``name``, for arguments that ``forward`` lacks and for tensors that are not dense.
+    """
+    if isinstance(inputs, Tensor | np.ndarray):
+        inputs = (inputs,)
+    if not isinstance(inputs, list | tuple | Mapping):
+        told = f"the example inputs are {type(inputs).__name__}"
+        raise InputError(f"MODEL: {name}: {told}; expected tensors, in a tuple or by parameter")
+    signature = _parameters(module) if parameters is None else []
+    known = [p.name for p in signature if p.kind not in _STARS] if parameters is None else [*parameters, *keywords]
+    by_name = {*keywords, *(p.name for p in signature if p.kind is inspect.Parameter.KEYWORD_ONLY)}
+    if isinstance(inputs, Mapping):
+        unknown = [key for key in inputs if key not in known]
+        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature)
+        if unknown and not takes_any:
+            raise InputError(
+                f"MODEL: {name}: example input {unknown[0]!r} is no parameter of forward({', '.join(known)})"
+            )
+        order = [key for key in known if key in inputs] + unknown
+        arguments = [(key, inputs[key]) for key in order]
+        by_name |= {key for index, key in enumerate(order) if index >= len(known) or known[index] != key}
+    else:
+        positional = [*known, *(f"input_{i}" for i in range(len(known), len(inputs)))]
+        arguments = list(zip(positional, inputs, strict=False))
+    tensors: dict[str, Tensor] = {}
+    builds = [_flatten(name, key, value, tensors) for key, value in arguments]
+    if not tensors:
+        raise InputError(f"MODEL: {name}: the example inputs hold no tensor")
+    if any(key in by_name or not isinstance(value, Tensor | np.ndarray) for key, value in arguments):
+        module = _taking_flat(
+            module, [((key, key in by_name), build) for (key, _), build in zip(arguments, builds, strict=True)]
+        )
+    return FlatInputs(list(tensors), list(tensors.values()), module)
+
+
+_STARS = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def _parameters(module: nn.Module) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(module.forward).parameters.values())
+    except ValueError:  # of compiled code
+        return []
+
+
+def _flatten(name: str, path: str, value: Any, tensors: dict[str, Tensor]) -> Build:
+    """Add the tensors of one argument under their paths; returns what builds the argument again."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = _tensor(name, path, value)
+    if isinstance(value, Tensor):
+        _check_dense(name, path, value)
+        tensors[path] = value
+        return next
+    if isinstance(value, Mapping):
+        parts = {key: _flatten(name, f"{path}.{key}", part, tensors) for key, part in value.items()}
+        return lambda flat: _mapping_like(value, {key: build(flat) for key, build in parts.items()})
+    if isinstance(value, list | tuple):
+        keys = getattr(value, "_fields", range(len(value)))
+        items = [_flatten(name, f"{path}.{key}", part, tensors) for key, part in zip(keys, value, strict=True)]
+        return lambda flat: _sequence_like(value, [build(flat) for build in items])
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {
+            f.name: _flatten(name, f"{path}.{f.name}", getattr(value, f.name), tensors)
+            for f in dataclasses.fields(value)
+            if f.init
+        }
+        return lambda flat: dataclasses.replace(value, **{key: build(flat) for key, build in fields.items()})
+    if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
+        return lambda flat: value
+    told = f"example input {path!r} is {type(value).__name__}"
+    raise InputError(f"MODEL: {name}: {told}; expected a tensor, or a container of tensors")
+
+
+def _tensor(name: str, path: str, array: Any) -> Tensor:
+    try:
+        return torch.from_numpy(np.ascontiguousarray(array))
+    except TypeError:
+        raise InputError(
+            f"MODEL: {name}: example input {path!r} is of dtype {array.dtype}, which torch lacks"
+        ) from None
+
+
+def _mapping_like(like: Mapping[Any, Any], parts: dict[Any, Any]) -> Any:
+    """The parts in a mapping of the same class, where that is made from a dict (``BatchEncoding``, ``OrderedDict``)."""
+    if type(like) is dict:
+        return parts
+    try:
+        return type(like)(parts)  # type: ignore[call-arg]
+    except TypeError:
+        return parts
+
+
+def _sequence_like(like: Any, parts: list[Any]) -> Any:
+    if isinstance(like, tuple):
+        return type(like)(*parts) if hasattr(like, "_fields") else tuple(parts)
+    return parts
+
+
+def _check_dense(name: str, key: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_complex():
+        told = f"{tensor.layout} {tensor.dtype} on {tensor.device}"
+        raise InputError(f"MODEL: {name}: example input {key!r} is {told}; expected a dense tensor of real numbers")
+
+
+def _taking_flat(module: nn.Module, arguments: Sequence[tuple[tuple[str, bool], Build]]) -> nn.Module:
+    """A shallow copy of ``module`` that takes tensors by position.
+
+    The class changes, not the instance: a deep copy of the result, in another precision, still calls itself.
+    """
+    base = type(module)
+
+    def forward(self: Any, *flat: Tensor) -> Any:
+        left = iter(flat)
+        built = [(key, by_keyword, build(left)) for (key, by_keyword), build in arguments]
+        args = [value for _, by_keyword, value in built if not by_keyword]
+        return base.forward(self, *args, **{key: value for key, by_keyword, value in built if by_keyword})
+
+    flat_module = copy.copy(module)
+    flat_module.__class__ = type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
+    return flat_module

@@ -1,0 +1,99 @@
+"""Programs that torch saved: ``torch.export``'s ``.pt2`` files and TorchScript, as modules with their own hierarchy."""
+
+from __future__ import annotations
+
+import io
+import warnings
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_unflatten
+
+from cp_debug.errors import InputError
+from cp_debug.recipes.torch_callable import TorchModel, own_code
+
+
+def exported_model(
+    name: str, program: torch.export.ExportedProgram, inputs: Any = None, parameters: Sequence[str] | None = None
+) -> TorchModel:
+    """An exported program as a model; ``inputs`` None takes the example inputs that the program was saved with.
+
+    ``parameters`` names the positional arguments, where the program has other names for them.
+
+    Raises InputError where it has none, or cannot be made a module.
+    """
+    args, kwargs = program.example_inputs or ((), {})
+    if inputs is None and not args and not kwargs:
+        raise InputError(f"MODEL: {name} holds no example inputs; expected --inputs, or inputs= in Python")
+    positional, keywords = _arguments(program)
+    positional = positional if parameters is None else list(parameters)
+    given = inputs
+    if given is None:
+        given = {**dict(zip(positional, args, strict=True)), **kwargs}
+    with own_code(f"MODEL: {name}: torch.export.unflatten"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = torch.export.unflatten(program)
+    return TorchModel(name, module, given, parameters=positional, keywords=keywords)
+
+
+def scripted_model(name: str, module: torch.jit.ScriptModule, inputs: Any) -> TorchModel:
+    """A TorchScript module as a model: converted to an exported program, since no exporter reads TorchScript's own.
+
+    ``inputs`` are its example arguments. Raises InputError where torch cannot convert it: custom operators, control
+    flow on the data, modules that refuse example inputs of these shapes.
+    """
+    from torch._export.converter import TS2EPConverter
+
+    from cp_debug.recipes.torch_inputs import flat_inputs
+
+    arguments = [argument.name for argument in module.forward.schema.arguments[1:]]  # type: ignore[attr-defined]
+    flat = flat_inputs(name, module, inputs, arguments)
+    if flat.module is not module:
+        raise InputError(f"MODEL: {name}: TorchScript takes tensors by position; expected a tuple of tensors")
+    with own_code(f"MODEL: {name}: converting TorchScript"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = TS2EPConverter(module.eval(), tuple(flat.tensors), {}).convert()
+    return exported_model(name, program, tuple(flat.tensors), flat.names)
+
+
+def load_program(path: Path, inputs: Any = None) -> TorchModel:
+    """A ``.pt2`` file, or a TorchScript archive; ``inputs`` are example inputs, as tensors or arrays.
+
+    Raises InputError when the file is missing or neither, and for TorchScript without inputs.
+    """
+    if not path.is_file():
+        raise InputError(f"MODEL: no such file {path}")
+    if not zipfile.is_zipfile(path):
+        raise InputError(f"MODEL: {path} is no archive of torch.export or torch.jit")
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    content = path.read_bytes()
+    if path.suffix == ".pt2":
+        with own_code(f"MODEL: {path}: torch.export.load"):
+            return exported_model(str(path), torch.export.load(io.BytesIO(content)), inputs)
+    if not any("/code/" in f"/{name}" for name in names):
+        raise InputError(
+            f"MODEL: {path} holds weights or a pickled module, no TorchScript: it cannot be run without its class; "
+            "expected file.py:callable with --checkpoint"
+        )
+    with own_code(f"MODEL: {path}: torch.jit.load"):
+        module = torch.jit.load(io.BytesIO(content), map_location="cpu")
+    if inputs is None:
+        raise InputError(f"MODEL: {path} is TorchScript, which names no shapes; expected --inputs with one .npz file")
+    return scripted_model(str(path), module, inputs)
+
+
+def _arguments(program: torch.export.ExportedProgram) -> tuple[list[str], list[str]]:
+    """The names of the positional and of the keyword arguments of the module that was exported.
+
+    A positional argument is called as its placeholder where it is a tensor, else ``input_0``, ``input_1`` …
+    """
+    flat = [str(name) for name in program.graph_signature.user_inputs]
+    spec = program.call_spec.in_spec
+    if spec is None:
+        return flat, []
+    args, kwargs = tree_unflatten(flat, spec)
+    return [arg if isinstance(arg, str) else f"input_{i}" for i, arg in enumerate(args)], list(kwargs)

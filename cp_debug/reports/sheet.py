@@ -1,0 +1,100 @@
+"""A table as data: columns that say what they hold and how much they matter, and rows of values.
+
+``sheet_terminal`` draws it in a terminal, ``sheet_markup`` in HTML, Markdown and notebooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from cp_debug.reports.numbers import number
+from cp_debug.safe_text import one_line
+
+Kind = Literal["name", "text", "number", "mark"]
+"""``name``: of a layer, a file, a backend; where there is no room it is shortened in the middle. ``text``: goes on in
+further lines. ``number`` (to the right) and ``mark`` (a verdict, an operator): never shortened, never broken."""
+Tone = Literal["", "good", "note", "bad", "worst", "quiet", "strong"]
+ALWAYS = 0
+"""Importance of a column that is never left out."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column."""
+
+    title: str
+    kind: Kind = "text"
+    leave_out: int = ALWAYS
+    """In a narrow terminal columns are left out, those with the largest number first; never those with 0."""
+    unit: str = ""
+    show: Callable[[Any], str] | None = None
+    """A value as text; without it numbers have three digits."""
+
+    @property
+    def header(self) -> str:
+        """Title and unit."""
+        return f"{self.title}, {self.unit}" if self.unit else self.title
+
+    def text(self, value: Any) -> str:
+        """One value as one line. Text stands as it is; None is a dash in a column of numbers, else empty."""
+        if isinstance(value, str):
+            return one_line(value)
+        if value is None and self.kind != "number":
+            return ""
+        if self.show is not None and value is not None:
+            return one_line(self.show(value))
+        return number(value) if self.kind == "number" else one_line(str(value))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A value with a tone."""
+
+    value: Any
+    tone: Tone = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row that is more than its values."""
+
+    values: Sequence[Any] = ()
+    """A value, a ``Cell``, or a tuple of values that stand one below the other, for each column."""
+    tone: Tone = ""
+    ends: bool = False
+    """Whether a group of rows ends here."""
+    gap: bool = False
+    """Whether it only says that rows are left out here."""
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table."""
+
+    columns: Sequence[Column]
+    rows: Sequence[Row | Sequence[Any]]
+    title: str = ""
+    most: int = 0
+    """Rows that a terminal shows; 0: all."""
+    ruled: bool = False
+    """Whether a line stands below the header in a terminal."""
+    details: str = field(default="", kw_only=True)
+    """Where a reader finds the columns and rows that a terminal leaves out."""
+
+    def lines(self) -> Iterable[tuple[Row, list[list[str]]]]:
+        """Every row with the lines of text of each of its cells."""
+        for row in self.rows:
+            whole = row if isinstance(row, Row) else Row(row)
+            yield whole, [_lines(c, v) for c, v in zip(self.columns, whole.values, strict=not whole.gap)]
+
+
+def tone_of(value: Any) -> Tone:
+    """The tone of a cell; none for a bare value."""
+    return value.tone if isinstance(value, Cell) else ""
+
+
+def _lines(column: Column, value: Any) -> list[str]:
+    inner = value.value if isinstance(value, Cell) else value
+    return [column.text(each) for each in inner] if type(inner) is tuple else [column.text(inner)]

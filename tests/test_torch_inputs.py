@@ -1,0 +1,193 @@
+"""Models and example inputs of every kind that a Python program holds."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from nets import second_like
+from torch import Tensor, nn
+
+import cp_debug
+from cp_debug.api.models import to_model
+from cp_debug.recipes.registry import load_model
+from cp_debug.recipes.torch_inputs import flat_inputs
+
+
+class Pair(NamedTuple):
+    left: Tensor
+    right: Tensor
+
+
+@dataclasses.dataclass
+class Batch:
+    image: Tensor
+    levels: list[Tensor]
+    scale: float = 2.0
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 8)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, batch: Any, pair: Pair | None = None, *, gain: Tensor) -> dict[str, Tensor]:
+        image, extra = (batch.image, batch.levels[0]) if isinstance(batch, Batch) else (batch["image"], 0)
+        hidden = torch.relu(self.body(image)) + extra
+        if pair is not None:
+            hidden = hidden * pair.left - pair.right
+        return {"scores": self.head(hidden) * gain}
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.drop, self.head = nn.Linear(4, 8), nn.Dropout(), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        y = self.head(self.drop(torch.relu(self.body(x))))
+        return y if shift is None else y + shift
+
+
+def seeded(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+IMAGE = seeded(3, 4)
+CALLS = {
+    "mapping": ({"batch": {"image": IMAGE}, "gain": seeded(1)}, ["batch.image", "gain"]),
+    "dataclass": (
+        {"batch": Batch(IMAGE, [seeded(8)]), "gain": seeded(1)},
+        ["batch.image", "batch.levels.0", "gain"],
+    ),
+    "named tuple": (
+        {"gain": seeded(1), "pair": Pair(seeded(8), seeded(3, 8)), "batch": {"image": IMAGE}},
+        ["batch.image", "pair.left", "pair.right", "gain"],
+    ),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_containers_become_flat_tensors(call: str) -> None:
+    given, names = CALLS[call]
+    net = Net().eval()
+    flat = flat_inputs("net", net, given)
+    assert flat.names == names
+    torch.testing.assert_close(flat.module(*flat.tensors), net(**given), rtol=0, atol=0)
+    assert type(net) is Net  # the caller's module is as it was
+    assert [*flat.module.state_dict()] == [*net.state_dict()]
+
+
+def test_a_deep_copy_of_a_flat_module_runs_its_own_weights() -> None:
+    """A method bound to the first copy would go on with the FP32 weights of the original."""
+    given, _ = CALLS["dataclass"]
+    flat = flat_inputs("net", Net().eval(), given)
+    half = copy.deepcopy(flat.module).to(torch.float64)
+    assert half(*(tensor.double() for tensor in flat.tensors))["scores"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_module_with_containers_is_diagnosed(call: str) -> None:
+    given, names = CALLS[call]
+    result = cp_debug.diagnose(Net().eval(), "torch,ort,torch-bf16", inputs=given)
+    assert result.agrees
+    assert all(test.compared == test.total for test in result.tests)
+    assert {"body", "head"} <= {row.name for row in result.tests[0].rows}
+    assert [row.name for row in result.tests[0].rows if row.op == "input"] == names
+
+
+def test_example_inputs_that_do_not_fit_are_refused() -> None:
+    net = Net()
+    for given, says in (
+        ({"image": IMAGE}, "'image' is no parameter of forward.batch, pair, gain"),
+        ({"batch": {"image": "x.png"}, "gain": 1.0}, "hold no tensor"),
+        ({"batch": object()}, "'batch' is object; expected a tensor"),
+        ((torch.randn(2, 2).to_sparse(),), "expected a dense tensor"),
+        (3, "the example inputs are int"),
+    ):
+        with pytest.raises(cp_debug.InputError, match=says):
+            flat_inputs("net", net, given)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_exported_and_scripted_programs_keep_their_layers(tmp_path: Path) -> None:
+    net = Plain().eval()
+    program = torch.export.export(net, (IMAGE,), {"shift": seeded(2)})
+    torch.export.save(program, tmp_path / "net.pt2")
+    for model in (to_model(program)[0], load_model(str(tmp_path / "net.pt2"))):
+        assert list(model.components[0].input_names) == ["x", "shift"]
+        result = cp_debug.diagnose(model)
+        assert result.agrees
+        assert {"body", "head"} <= {row.name for row in result.tests[0].rows}
+    scripted = cp_debug.diagnose(torch.jit.trace(net, IMAGE), inputs=IMAGE)
+    assert scripted.agrees
+    assert scripted.tests[0].compared == scripted.tests[0].total == 4
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_torchscript_file_is_fed_with_arrays(tmp_path: Path) -> None:
+    path = tmp_path / "net.pt"
+    torch.jit.save(torch.jit.trace(Plain().eval(), (IMAGE, seeded(2))), path)
+    np.savez(tmp_path / "x.npz", x=IMAGE.numpy(), shift=seeded(2).numpy())
+    assert cp_debug.diagnose(str(path), inputs=tmp_path / "x.npz").agrees
+    with pytest.raises(cp_debug.InputError, match="which names no shapes; expected --inputs"):
+        cp_debug.diagnose(str(path))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchscript_that_cannot_be_converted_is_refused_in_a_line() -> None:
+    with pytest.raises(cp_debug.InputError, match="converting TorchScript raised") as caught:
+        cp_debug.diagnose(torch.jit.script(Plain().eval()), inputs={"x": IMAGE, "shift": seeded(2)})
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_files_that_hold_no_program_are_refused(tmp_path: Path) -> None:
+    torch.save(Plain().state_dict(), tmp_path / "weights.pt")
+    (tmp_path / "text.pt2").write_text("nothing")
+    (tmp_path / "net.ort").write_text("ORTM")
+    for name, says in (
+        ("weights.pt", "holds weights or a pickled module"),
+        ("text.pt2", "no archive of torch.export"),
+        ("net.ort", "in ONNX Runtime's own format"),
+        ("gone.pt2", "no such file"),
+    ):
+        with pytest.raises(cp_debug.InputError, match=says):
+            cp_debug.diagnose(str(tmp_path / name))
+
+
+def test_a_proto_and_arrays(tmp_path: Path) -> None:
+    path = second_like(tmp_path / "net.onnx", depth=1, size=8)
+    proto = onnx.load(path)
+    made = to_model(str(path))[0]
+    arrays = [next(iter(made.samples(1, seed, None))).arrays for seed in (0, 1)]
+    result = cp_debug.diagnose(proto, "ort-none,ort-basic", inputs=arrays)
+    assert result.samples == ["inputs[0]", "inputs[1]"]
+    assert result.agrees
+    name = made.components[0].input_names[0]
+    with pytest.raises(cp_debug.InputError, match="inputs: unknown input 'nothing'"):
+        cp_debug.diagnose(proto, "ort", inputs={"nothing": arrays[0][name]}, test_model=path)
+
+
+def test_a_function_is_a_model_unless_it_hides_a_module() -> None:
+    result = cp_debug.diagnose(lambda a, b: torch.softmax(a @ b, -1), inputs=(IMAGE, seeded(4, 4)))
+    assert result.agrees
+    assert result.tests[0].total == 4
+    net = Plain().eval()
+    with pytest.raises(cp_debug.InputError, match="calls the module 'net'"):
+        cp_debug.diagnose(lambda x: net(x), inputs=IMAGE)
+
+
+def test_the_mode_of_the_callers_module_is_kept() -> None:
+    net = Plain().train()
+    net.body.eval()
+    assert cp_debug.diagnose(net, inputs=IMAGE).agrees
+    assert net.training
+    assert net.drop.training
+    assert not net.body.training
