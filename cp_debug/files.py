@@ -86,6 +86,17 @@ def _is_gone(owner: str) -> bool:
     return False
 
 
+def resolved(path: Path) -> Path:
+    """The absolute path without symbolic links; where links go round in a circle, as far as they lead.
+
+    Raises InputError for a null byte in the name.
+    """
+    try:
+        return Path(os.path.realpath(path))
+    except ValueError:
+        raise InputError(f"{str(path)!r}: no such file (a null byte in its name)") from None
+
+
 def check_target(path: Path) -> None:
     """Raise InputError where no file can be written: an empty or impossible name, a folder, no folder around it."""
     if "\0" in str(path):

@@ -202,7 +202,7 @@ def read_npz(path: Path, names: frozenset[str] | None = None) -> dict[str, np.nd
         arrays = {}
         for name, member in chosen.items():
             with archive.open(member) as stream:
-                arrays[name] = _array(stream, member.file_size, name)
+                arrays[name] = array_of(stream, member.file_size, name)
         return arrays
 
 
@@ -211,7 +211,7 @@ def read_npy(path: Path) -> np.ndarray:
     size = check_file(path, ".npy file")
     _check_room(path, size)
     with _numpy_file(path, ".npy"), path.open("rb") as stream:
-        return _array(stream, size, "the array")
+        return array_of(stream, size, "the array")
 
 
 def physical_memory() -> int:
@@ -239,7 +239,7 @@ def reading(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: cannot be read ({system_reason(error)})") from None
 
 
-def _array(stream: IO[bytes], size: int, name: str) -> np.ndarray:
+def array_of(stream: IO[bytes], size: int, name: str) -> np.ndarray:
     """An array whose header says what follows it, in ``size`` bytes. Raises ValueError and more for any other."""
     import math
 

@@ -23,6 +23,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cp_debug.bisect.recording import compare_captures
 from cp_debug.errors import InputError
 from cp_debug.probes.capture import Capture, CaptureWriter, array_hash
 from cp_debug.probes.statistics import compare
@@ -227,6 +228,17 @@ def test_a_damaged_tensor_is_named(tmp_path: Path) -> None:
         capture.load("x")
     with pytest.raises(InputError, match="has no tensor 'z' of sample 0"):
         capture.load("z")
+
+
+def test_a_comparison_refuses_a_tensor_that_changed_on_its_way(tmp_path: Path) -> None:
+    about = {"precision": "fp32", "device": "cpu", "emulated": False, "versions": {}, "settings": {}, "outputs": []}
+    ours, theirs = (write(tmp_path / name, {"x": np.arange(9.0)}, **about) for name in ("a", "b"))
+    assert compare_captures(ours, theirs).tests[0].rows[0].stats.equal
+    file = theirs.folder / theirs.entries[0].file
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(InputError, match=r"b/00000-x\.safetensors: tensor 'x' changed since it was written"):
+        compare_captures(ours, theirs)
 
 
 def test_captures_of_other_models_or_inputs_say_so(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,80 @@ def test_a_damaged_engine_is_built_again(tmp_path: Path, tensorrt: list[str]) ->
         file.write_text("{")
     shown(tmp_path, cache=cache)
     assert len(tensorrt) == 6
+
+
+def entries(folder: Path) -> list[tuple[Path, Path]]:
+    return [(path, path.with_suffix(".json")) for path in sorted(folder.glob("*.engine"))]
+
+
+def truncated(engine: Path, told: Path) -> None:
+    engine.write_bytes(engine.read_bytes()[:3])
+
+
+def empty(engine: Path, told: Path) -> None:
+    told.write_text("")
+
+
+def nested(engine: Path, told: Path) -> None:
+    told.write_text("[" * 5000)
+
+
+def without_facts(engine: Path, told: Path) -> None:
+    document = json.loads(told.read_text())
+    told.write_text(json.dumps({**document, "facts": {}}))
+
+
+def with_other_facts(engine: Path, told: Path) -> None:
+    document = json.loads(told.read_text())
+    document["facts"]["layers"] = 5
+    told.write_text(json.dumps(document))
+
+
+def of_another_key(engine: Path, told: Path) -> None:
+    document = json.loads(told.read_text())
+    told.write_text(json.dumps({**document, "key": "0" * 64}))
+
+
+def linked(engine: Path, told: Path) -> None:
+    engine.rename(engine.parent.parent / "elsewhere")
+    engine.symlink_to(engine.parent.parent / "elsewhere")
+
+
+def looping(engine: Path, told: Path) -> None:
+    told.unlink()
+    told.symlink_to(told.name)
+
+
+def a_fifo(engine: Path, told: Path) -> None:
+    told.unlink()
+    os.mkfifo(told)
+
+
+def a_folder(engine: Path, told: Path) -> None:
+    engine.unlink()
+    engine.mkdir()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "spoil",
+    [truncated, empty, nested, without_facts, with_other_facts, of_another_key, linked, looping, a_fifo, a_folder],
+)
+def test_an_entry_that_is_not_as_it_was_written_is_built_anew_and_told(
+    tmp_path: Path, tensorrt: list[str], spoil: Callable[[Path, Path], None]
+) -> None:
+    said: list[str] = []
+    cache = EngineCache.open(tmp_path / "cache", asked=True, on_say=said.append)
+    first = shown(tmp_path, cache=cache)
+    kept = entries(tmp_path / "cache")
+    for engine, told in kept:
+        spoil(engine, told)
+    again = shown(tmp_path, cache=cache)
+    assert len(tensorrt) == 6
+    assert len(said) == len(kept)
+    assert all(line.startswith("engine cache: built anew: ") and "\n" not in line for line in said)
+    for name, array in first.items():
+        np.testing.assert_array_equal(again[name], array)
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -299,3 +299,40 @@ def test_empty_tensors(tmp_path: Path) -> None:
     )
     for arithmetic in ARITHMETICS.values():
         assert Executor(net, arithmetic).run({"x": random(0, 4)})["y"].shape == (0, 2)
+
+
+@pytest.mark.parametrize(("count", "shape"), [(0, ()), (1, (0,)), (2, (2, 3)), (3, (1, 2, 1, 3))])
+def test_whatever_a_kernel_raises_names_node_and_operator(tmp_path: Path, shape: tuple[int, ...], count: int) -> None:
+    """Every operator with inputs, shapes and attributes that make no sense to most of them."""
+    failed = 0
+    for op in sorted(KERNELS):
+        for attributes in (
+            {},
+            {"axis": 9, "axes": [7, -9], "group": 0, "perm": [4], "strides": [0], "kernel_shape": [0]},
+        ):
+            inputs = [f"x{i}" for i in range(count)]
+            node = onnx.helper.make_node(op, inputs, ["y"], name="the node", **attributes)
+            values = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, shape) for n in inputs]
+            proto = onnx.helper.make_graph([node], "net", values, [onnx.ValueInfoProto(name="y")])
+            proto.node[0].domain = "" if onnx.defs.has(op) else "com.microsoft"
+            opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
+            onnx.save(onnx.helper.make_model(proto, opset_imports=opsets, ir_version=10), tmp_path / "model.onnx")
+            said = ""
+            try:
+                Executor(Graph(tmp_path / "model.onnx"), FP16).run({n: np.ones(shape, np.float32) for n in inputs})
+            except NodeFailed as error:
+                said = str(error)
+            except InputError:
+                continue  # the reader refuses the file
+            if said:
+                assert "node 'the node' (" in said
+                assert f"{op}) " in said
+                failed += 1
+    assert failed
+
+
+def test_a_node_whose_attributes_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = graph(tmp_path, "net (float[2] x) => (float[2] y) { y = Relu(x) }")
+    monkeypatch.setattr("cp_debug.backends.executor.Call.of", lambda *given: [][5])
+    with pytest.raises(NodeFailed, match=r"\(Relu\) cannot be read: IndexError"):
+        Executor(net).run({"x": np.ones(2, np.float32)})

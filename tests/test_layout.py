@@ -41,21 +41,11 @@ def test_every_room_has_its_place() -> None:
 
 def test_imports_run_one_way() -> None:
     """All imports count: those in functions and under TYPE_CHECKING, too."""
-    wrong = [
-        f"{module} imports {other}"
-        for module, others in _graph().items()
-        for other in others
-        if (here := _room(module)) in ROOMS and ROOMS.index(_room(other)) > ROOMS.index(here)
-    ]
-    assert not wrong
+    assert not _upward(_graph())
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
-    graph = {module: set(others) for module, others in _graph().items()}
-    while leaves := [module for module, others in graph.items() if not others & graph.keys()]:
-        for module in leaves:
-            del graph[module]
-    assert not graph
+    assert not _in_circles(_graph())
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -65,6 +55,37 @@ def test_help_imports_nothing_heavy() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True)
+
+
+def _upward(graph: dict[str, set[str]]) -> list[str]:
+    """Imports from a room that stands after the module's own."""
+    return [
+        f"{module} imports {other}"
+        for module, others in graph.items()
+        for other in others
+        if (here := _room(module)) in ROOMS and ROOMS.index(_room(other)) > ROOMS.index(here)
+    ]
+
+
+def _in_circles(graph: dict[str, set[str]]) -> set[str]:
+    """Modules that import themselves by way of others, and modules that import such."""
+    left = {module: set(others) for module, others in graph.items()}
+    while leaves := [module for module, others in left.items() if not others & left.keys()]:
+        for module in leaves:
+            del left[module]
+    return set(left)
+
+
+def _show(graph: dict[str, set[str]]) -> None:
+    """Every room with the rooms that it imports from and by how many imports, then the sums."""
+    for room in ROOMS:
+        own = [_room(other) for module, others in graph.items() if _room(module) == room for other in others]
+        if modules := sum(_room(module) == room for module in graph):
+            counts = ", ".join(f"{other} {own.count(other)}" for other in ROOMS if other in own and other != room)
+            print(f"{room:16} {modules:4} modules  ←  {counts or 'nothing'}")
+    print(f"{len(graph)} modules, {sum(map(len, graph.values()))} imports of each other")
+    print("\n".join(["upward arrows: 0"] if not (found := _upward(graph)) else ["upward arrows:", *found]))
+    print("\n".join(["modules in circles: 0"] if not (left := _in_circles(graph)) else ["in circles:", *sorted(left)]))
 
 
 def _room(module: str) -> str:
@@ -90,3 +111,7 @@ def _graph() -> dict[str, set[str]]:
 def _module(path: Path) -> str:
     name = ".".join(path.relative_to(REPO).with_suffix("").parts)
     return name.removesuffix(".__init__")
+
+
+if __name__ == "__main__":
+    _show(_graph())

@@ -16,6 +16,8 @@ import pytest
 from test_trt_runner import install, save_net
 
 from cp_debug.backends.base import Program
+from cp_debug.backends.build_info import BuildInfo
+from cp_debug.backends.capabilities import build_info_of
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.backends.tensorrt.calibration import read_cache
@@ -93,6 +95,16 @@ def test_marks_that_change_the_engine_are_taken_back(monkeypatch: pytest.MonkeyP
         assert list(seen) == ["r1", "y"]
     told = session.settings
     assert (told["unmarked"], told["observer_gap"], told["probed"]["tactics_changed"]) == (["c2"], 0.0, [])
+    info = BuildInfo.of_settings(json.loads(json.dumps(told)))
+    assert info == session.build_info
+    assert info is not None
+    assert {**told, **info.to_settings()} == told
+
+
+def test_settings_of_other_backends_tell_of_no_engine(tmp_path: Path) -> None:
+    session = create(BackendSpec.parse("ort")).open(Program("net", Graph(save_net(tmp_path, "1,3,8,8"))))
+    assert BuildInfo.of_settings(session.settings) is None
+    assert build_info_of(session) is None
 
 
 def test_all_probes_undo_fusions_and_it_is_told(version: str, tmp_path: Path) -> None:

@@ -1,1 +1,4 @@
-"""What a Python program calls: every kind of model in one calling shape. The root of the package exports it flat."""
+"""Functions for Python programs: every kind of model in one calling shape.
+
+The root of the package exports them flat.
+"""

@@ -1,12 +1,13 @@
-"""``diagnose`` and ``assert_agree``: a bisect of whatever a Python program holds."""
+"""``diagnose`` and ``assert_agree``: a bisect of any model that a Python program holds."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cp_debug.api.dumps import DEFAULT_REFERENCE, with_dump
 from cp_debug.api.models import ModelLike, modes_kept, to_model
 from cp_debug.api.progress import shown_steps
 from cp_debug.backends.base import Backend
@@ -23,6 +24,9 @@ def diagnose(
     *,
     inputs: Any = None,
     test_model: ModelLike | None = None,
+    test_tensors: str | Path | Mapping[str, Any] | None = None,
+    tensors_precision: str = "fp32",
+    channels_last: bool = False,
     options: Options = DEFAULTS,
     progress: bool | None = None,
     on_step: OnStep | None = None,
@@ -34,6 +38,10 @@ def diagnose(
     recipe's name (``centerpoint:tiny``) or ``file.py:callable``. ``backends``: the reference and the tests, as on the
     command line. ``inputs``: tensors or arrays (a tuple, or a mapping by name; for ONNX files also a list of
     mappings, one a sample), or the path of a file of them; None has an ONNX file's made up from ``options.seed``.
+    ``test_tensors`` are the test's values instead of a run: a mapping by the names of an ONNX file's values, or the
+    path of a dump (``.npy`` files in a folder, ``.npz``, safetensors, Polygraphy's JSON, ``.pb``). They were computed
+    elsewhere in ``tensors_precision``, from ``inputs`` or from the inputs that the dump holds; ``channels_last``: as
+    NHWC. ``backends`` is then the reference alone.
     ``progress`` None shows what is being done in a terminal or notebook; ``on_step`` is told it instead.
 
     Raises InputError for unusable models, inputs and options, BackendUnavailable and MissingPackage for what is not
@@ -42,8 +50,23 @@ def diagnose(
     with modes_kept(model, test_model), shown_steps(progress, on_step) as step:
         prepared, path = to_model(model, inputs if inputs is not None else options.inputs)
         options = replace(options, inputs=path, samples=_samples(options, inputs))
-        other = None if test_model is None else _test_model(test_model, inputs)
-        return bisect(prepared, backends, test_model=other, options=options, on_step=step)
+        if test_tensors is not None:
+            if test_model is not None:
+                raise InputError("test_tensors: given beside test_model; expected one of them")
+            reference = DEFAULT_REFERENCE if backends == "torch,ort" else backends
+            if not isinstance(reference, str):
+                raise InputError("backends: with test_tensors expected the reference's name")
+            tensors = Path(test_tensors) if isinstance(test_tensors, str) else test_tensors
+            prepared, backends = with_dump(
+                prepared,
+                reference,
+                tensors,
+                tensors_precision,
+                channels_last=channels_last,
+                inputs_given=inputs is not None,
+            )
+        prepared_test = None if test_model is None else _test_model(test_model, inputs)
+        return bisect(prepared, backends, test_model=prepared_test, options=options, on_step=step)
 
 
 def assert_agree(
@@ -70,13 +93,13 @@ def assert_agree(
 
 
 def _samples(options: Options, inputs: Any) -> int:
-    """As many samples as were given: a list of mappings is one a sample."""
+    """Number of samples: a list of mappings is one for each, else that of ``options``."""
     several = isinstance(inputs, list) and inputs and all(isinstance(each, dict) for each in inputs)
     return max(options.samples, len(inputs)) if several else options.samples
 
 
 def _test_model(test_model: ModelLike, inputs: Any) -> Any:
-    """What the engine takes: the path of an ONNX file as it is, else a model."""
+    """The test model in a form that ``bisect`` takes: the path of an ONNX file as it is, else a model."""
     if isinstance(test_model, str | Path) and (str(test_model).endswith(".onnx") or Path(test_model).is_dir()):
         if not Path(test_model).exists():
             raise InputError(f"test_model: no such file {test_model}")

@@ -1,4 +1,4 @@
-"""From whatever a Python program holds to a model: a path, a proto, a module, a function, an exported program."""
+"""Models made from the objects of a Python program: a path, a proto, a module, a function, an exported program."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def _of_torch(model: Any, inputs: Any, path: Path | None, what: str) -> tuple[Mo
         return exported_model(what, model, None if path else inputs), path
     if not isinstance(model, torch.nn.Module):
         if not callable(model):
-            given = type(model).__name__
-            raise InputError(f"{what}: {given} is no model; expected a path, a module, a program or an ONNX proto")
+            type_name = type(model).__name__
+            raise InputError(f"{what}: {type_name} is no model; expected a path, a module, a program or an ONNX proto")
         name = getattr(model, "__name__", type(model).__name__)
         if inputs is None:
             return _of_factory(model, name, what), None
@@ -193,6 +193,6 @@ def _function_module(function: Any, what: str) -> Any:
     name = getattr(function, "__name__", type(function).__name__)
     forward = functools.wraps(function)(lambda self, *args, **kwargs: function(*args, **kwargs))
     signature = inspect.signature(function)
-    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    forward.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])  # type: ignore[attr-defined]
+    self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    forward.__signature__ = signature.replace(parameters=[self_parameter, *signature.parameters.values()])  # type: ignore[attr-defined]
     return type(name if name.isidentifier() else "Function", (torch.nn.Module,), {"forward": forward})()

@@ -11,7 +11,10 @@ from cp_debug.bisect.options import OnStep
 
 @contextmanager
 def shown_steps(progress: bool | None, on_step: OnStep | None) -> Iterator[OnStep]:
-    """Gives the function that is told of each step. ``progress`` None shows them only where somebody looks."""
+    """Context that gives the function called at each step.
+
+    ``progress`` None shows the steps only in a terminal or a notebook.
+    """
     if on_step is not None:
         yield on_step
         return

@@ -27,23 +27,23 @@ class TensorComparison(dict[str, TensorStats]):
 
     @property
     def frame(self) -> pd.DataFrame:
-        """One row a tensor."""
+        """A pandas DataFrame with one row for each tensor."""
         import pandas as pd
 
         from cp_debug.serialize import encode
 
-        return pd.DataFrame({name: encode(found, json=False) for name, found in self.items()}).T.infer_objects()
+        return pd.DataFrame({name: encode(stats, json=False) for name, stats in self.items()}).T.infer_objects()
 
     def __str__(self) -> str:
         width = max(map(len, self))
         lines = [
             f"{name:{width}}  "
             + (
-                f"shapes differ: {found.shape}, {found.shape_test}"
-                if found.shape_mismatch
-                else f"max |Δ| {found.max_abs:.3g}, rel. L2 {found.rel_l2:.3g}"
+                f"shapes differ: {stats.shape}, {stats.shape_test}"
+                if stats.shape_mismatch
+                else f"max |Δ| {stats.max_abs:.3g}, rel. L2 {stats.rel_l2:.3g}"
             )
-            for name, found in self.items()
+            for name, stats in self.items()
         ]
         lines += [f"only in the reference: {', '.join(self.missing)}"] if self.missing else []
         lines += [f"only in the test: {', '.join(self.extra)}"] if self.extra else []

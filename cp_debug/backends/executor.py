@@ -19,7 +19,7 @@ from cp_debug.backends.kernels import KERNELS, Call, Kernel
 from cp_debug.backends.reference import Reference
 from cp_debug.backends.schema_functions import function_body, is_defined
 from cp_debug.backends.weights import Weights
-from cp_debug.errors import InputError
+from cp_debug.errors import CpdebugError, InputError
 from cp_debug.graph.bodies import Body, run_loop, run_scan
 from cp_debug.graph.constants import constant
 from cp_debug.graph.graph import Graph, Node
@@ -201,6 +201,20 @@ class Executor:
         return held if self._overrides else self.arithmetic.round(held)
 
     def _run_node(self, node: Node, live: Mapping[str, Any]) -> list[Any]:
+        """What a node computes. Whatever its attributes, constants or kernel raise becomes NodeFailed."""
+        inputs: list[Any] = []
+        try:
+            return self._computed(node, live, inputs)
+        except NodeFailed:
+            raise
+        except Exception as error:
+            given = f" on ({', '.join(_describe(i) for i in inputs)})" if inputs else ""
+            raise NodeFailed(
+                f"{self.graph.path}: node {node.name!r} ({node.op}) failed{given}: {_first_line(error)}"
+            ) from error
+
+    def _computed(self, node: Node, live: Mapping[str, Any], inputs: list[Any]) -> list[Any]:
+        """``inputs`` is filled with what the node is given."""
         step = self._step(node, self.graph.opsets)
         arithmetic = step.call.arithmetic
         if node.op == "Constant":
@@ -212,16 +226,8 @@ class Executor:
             values = {
                 n: arithmetic.round(arithmetic.hold(v, self.device)) if n in live else v for n, v in values.items()
             }
-        inputs = [values[name] if name else None for name in node.proto.input]
-        try:
-            results = self._compute(step, inputs, values)
-        except NodeFailed:
-            raise
-        except Exception as error:
-            operand_texts = ", ".join(_describe(i) for i in inputs)
-            raise NodeFailed(
-                f"{self.graph.path}: node {node.name!r} ({node.op}) failed on ({operand_texts}): {_first_line(error)}"
-            ) from error
+        inputs += [values[name] if name else None for name in node.proto.input]
+        results = self._compute(step, inputs, values)
         return [arithmetic.round(r) for r in results] if step.kernel is None or step.kernel.rounds else results
 
     def _compute(self, step: _Step, inputs: list[Any], values: Mapping[str, Any]) -> list[Any]:
@@ -281,19 +287,28 @@ class Executor:
         return step.definitions[key]
 
     def _step(self, node: Node, opsets: Mapping[str, int]) -> _Step:
-        step = self._steps.get(node)
-        if step is None:
-            domain = "" if node.proto.domain == "ai.onnx" else node.proto.domain
-            function = self._functions.get((node.proto.domain, node.proto.op_type))
-            if function is not None:
-                bodies = {"": Body.of_function(function, node)}
-            else:
-                graphs = [a for a in node.proto.attribute if a.HasField("g")]
-                bodies = {a.name: Body.of_graph(a.g, opsets) for a in graphs}
-            arithmetic = self._overrides.get(node.name, self.arithmetic)
-            call = Call.of(node, opsets.get(domain, 1), arithmetic, self.device)
-            step = self._steps[node] = _Step(call, KERNELS.get(node.op), bodies, opsets)
+        if (step := self._steps.get(node)) is None:
+            try:
+                step = self._steps[node] = self._prepared(node, opsets)
+            except NodeFailed:
+                raise
+            except Exception as error:
+                raise NodeFailed(
+                    f"{self.graph.path}: node {node.name!r} ({node.op}) cannot be read: {_first_line(error)}"
+                ) from error
         return step
+
+    def _prepared(self, node: Node, opsets: Mapping[str, int]) -> _Step:
+        domain = "" if node.proto.domain == "ai.onnx" else node.proto.domain
+        function = self._functions.get((node.proto.domain, node.proto.op_type))
+        if function is not None:
+            bodies = {"": Body.of_function(function, node)}
+        else:
+            graphs = [a for a in node.proto.attribute if a.HasField("g")]
+            bodies = {a.name: Body.of_graph(a.g, opsets) for a in graphs}
+        arithmetic = self._overrides.get(node.name, self.arithmetic)
+        call = Call.of(node, opsets.get(domain, 1), arithmetic, self.device)
+        return _Step(call, KERNELS.get(node.op), bodies, opsets)
 
 
 def unsupported(graph: Graph) -> list[Node]:
@@ -309,7 +324,8 @@ def _has_numbers(value: Any) -> bool:
 
 def _first_line(error: Exception) -> str:
     """Message of an error, without the lists that ONNX's reference implementation adds."""
-    return (str(error).splitlines() or [type(error).__name__])[0].partition(", schema.has_function")[0]
+    line = next(iter(str(error).splitlines()), "").partition(", schema.has_function")[0]
+    return line if isinstance(error, CpdebugError) else f"{type(error).__name__}: {line}".removesuffix(": ")
 
 
 def _within(node: Node, bodies: Mapping[str, Body], body: Body, run: int) -> str:

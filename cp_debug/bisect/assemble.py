@@ -1,4 +1,4 @@
-"""What comes back of a bisect, put together from what the tests gave."""
+"""The result of a bisect, put together from the results of its tests."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.bisect.result import GUILTY, StageRow, TestResult
 from cp_debug.bisect.worst_samples import Collected
 from cp_debug.errors import InputError
+from cp_debug.files import resolved
 from cp_debug.graph.graph import Graph
 from cp_debug.programs.layers import Layer, stage_layers
 from cp_debug.recipes.base import Model
@@ -20,9 +21,10 @@ from cp_debug.recipes.base import Model
 def result_of(
     model: Model, run: CandidateRun, found: Collected, layers: Sequence[Layer], notes: Iterable[str], save: Path | None
 ) -> TestResult:
-    """The block of one test. ``model`` is the reference's, ``save`` the folder to which saved files are relative.
+    """The block of one test in the result.
 
-    Raises InputError where no output was compared.
+    ``model`` is the reference's, ``save`` the folder to which saved files are relative. Raises InputError where no
+    output was compared.
     """
     rows = [found.rows[key] for key in sorted(found.rows, key=lambda k: found.rows[k].index)]
     by_key = {(row.component, row.onnx): row for row in rows}
@@ -38,8 +40,8 @@ def result_of(
     ]
     last = model.components[-1]
     program = run.pipeline.program(last.name)
-    given = last.output_names if program.pairing is None else program.pairing.outputs
-    outputs = [by_key[last.name, n] for n in last.output_names if n in given and (last.name, n) in by_key]
+    names_given = last.output_names if program.pairing is None else program.pairing.outputs
+    outputs = [by_key[last.name, n] for n in last.output_names if n in names_given and (last.name, n) in by_key]
     if not outputs:
         raise InputError(nothing_compared(run, last.name, last.output_names))
     rtol, atol = run.tolerance
@@ -66,23 +68,23 @@ def result_of(
 
 
 def saved_name(graph: Graph, save: Path | None) -> str:
-    """Where a graph lies: relative to the saved folder if it lies there."""
-    path, folder = graph.path.resolve(), save and save.resolve()
+    """Path of a graph: relative to the saved folder if it lies there."""
+    path, folder = resolved(graph.path), save and resolved(save)
     return path.relative_to(folder).as_posix() if folder and path.is_relative_to(folder) else str(path)
 
 
 def nothing_compared(run: CandidateRun, component: str, expected: Sequence[str]) -> str:
-    """Why there is no verdict: the outputs of both sides."""
+    """Message that explains why there is no verdict, with the outputs of both sides."""
     program = run.pipeline.program(component)
-    theirs = ", ".join(map(str, program.graph.outputs))
+    test_outputs = ", ".join(map(str, program.graph.outputs))
     return (
         f"{run.pipeline.backend.spec}: no output was compared: the reference gives {', '.join(expected)}, "
-        f"{program.graph.path} gives {theirs}; --map REFERENCE=TEST pairs two of them"
+        f"{program.graph.path} gives {test_outputs}; --map REFERENCE=TEST pairs two of them"
     )
 
 
 def coverage_of(programs: Sequence[Program]) -> dict[str, Any]:
-    """How much of the torch modules and of the deployed graphs is accounted for, by component."""
+    """Shares of the torch modules and of the deployed graphs that are accounted for, by component."""
     return {
         p.name: asdict(p.alignment.coverage())
         | {

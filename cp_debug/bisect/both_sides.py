@@ -1,4 +1,4 @@
-"""What each side of a bisect runs: programs exported, put flat, paired, and in INT8 where a backend wants it."""
+"""Programs that each side of a bisect runs: exported, flattened, paired, and in INT8 where a backend wants it."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Side:
     model: Model
     parts: Mapping[str, QuantizedComponent] | None = None
     how: str = ""
-    """How ``parts`` became so, in words."""
+    """Origin of ``parts``, in words."""
 
     @classmethod
     def load(cls, name: str, checkpoint: Path | None, options: Options) -> Side:
-        """Raises InputError as ``load_quantized``."""
+        """The model of one side and its checkpoint. Raises InputError as ``load_quantized``."""
         model, parts = load_quantized(name, checkpoint, options.seed, options.inputs)
         return cls(model, parts, f"quantized as in {checkpoint}") if parts else cls(model)
 
@@ -45,11 +45,11 @@ class BothSides:
     """The programs of one bisect."""
 
     programs: list[Program]
-    """The reference's before INT8: what values are called, and what is replayed."""
+    """Programs of the reference before INT8: they name the values and are replayed."""
     reference: list[Program]
-    """As the reference's backend runs them."""
+    """Programs that the reference's backend runs."""
     tests: list[list[Program]]
-    """As each test backend runs them."""
+    """Programs that each test backend runs."""
     weights: dict[str, WeightDifferences]
     """Component → how the weights of the two sides differ."""
     notes: list[str]
@@ -128,16 +128,16 @@ class Preparation:
         self, sample: Sample, folder: Path, exported: Sequence[Program] | None
     ) -> tuple[list[Program], list[Program]]:
         folder.mkdir(parents=True, exist_ok=True)
-        model, other, how, folded = self._reference.model, self._test.model, self._export, self._options.folded
+        model, test_model, how, folded = self._reference.model, self._test.model, self._export, self._options.folded
         programs = list(exported or prepare(model, sample, folder, how=how, folded=folded))
         if isinstance(self._test_model, Path):
             changed = load_test_programs(programs, self._test_model)
             return programs, with_modules_beside(changed, model, self._test_model)
         if callable(self._test_model):
             return programs, self._test_model(programs, folder)
-        if other.components is not model.components:
+        if test_model.components is not model.components:
             (folder / "test").mkdir(exist_ok=True)
-            return programs, prepare(other, sample, folder / "test", how=how, folded=folded)
+            return programs, prepare(test_model, sample, folder / "test", how=how, folded=folded)
         return programs, programs
 
     def _for(self, backend: Backend, side: Side, programs: list[Program], folder: Path) -> list[Program]:
@@ -155,6 +155,8 @@ class Preparation:
         samples = calibration_samples(side.model, data, calibration.samples)
         self._progress.steps += 1
         self._progress.step("quantizing")
-        made, how = quantize_programs(side.model, programs, target, samples, parts=side.parts, calibration=calibration)
-        self._how[tuple(made)] = how or side.how
-        return made
+        quantized, how = quantize_programs(
+            side.model, programs, target, samples, parts=side.parts, calibration=calibration
+        )
+        self._how[tuple(quantized)] = how or side.how
+        return quantized

@@ -17,11 +17,11 @@ from cp_debug.programs.pipeline import Key
 
 @dataclass(frozen=True)
 class OtherWay:
-    """One control flow node that decides differently."""
+    """A control flow node that decides differently on both sides."""
 
     component: str
     branch: Branch
-    """The reference's."""
+    """The node in the reference's program."""
     ours: Decision
     theirs: Decision
 
@@ -33,18 +33,20 @@ class OtherWay:
 
 
 def other_ways(run: CandidateRun, captures: tuple[Capture, Capture]) -> Iterator[OtherWay]:
-    """The control flow that the test does not do as the reference. What a capture shows of an If's condition goes
-    before what was decided when the bodies were put in their place."""
+    """Control flow nodes that decide differently in the test than in the reference.
+
+    A captured condition of an If goes before the decision that was taken when the bodies were flattened.
+    """
     test = {p.name: p for p in run.pipeline.programs}
     for component, program in run.programs.items():
         theirs = {b.path: b for b in test[component].branches}
         for branch in program.branches:
             if branch.path not in theirs:
                 continue
-            own = theirs[branch.path]
-            condition = run.name(Key(component, own.decided_by[0])).value
+            test_branch = theirs[branch.path]
+            condition = run.name(Key(component, test_branch.decided_by[0])).value
             ours = _seen(branch, branch.decided_by[0], captures[0], component)
-            way = OtherWay(component, branch, ours, _seen(own, condition, captures[1], component))
+            way = OtherWay(component, branch, ours, _seen(test_branch, condition, captures[1], component))
             if way.ours != way.theirs:
                 yield way
 
@@ -60,9 +62,9 @@ def _seen(branch: Branch, condition: str, capture: Capture, component: str) -> D
 
 
 def judge_ways(ways: list[OtherWay], programs: Mapping[str, Program], rows: Mapping[Key, LayerRow]) -> dict[Key, str]:
-    """Give the results of such control flow their verdict: guilty, where nothing that it decides by is.
+    """Give the results of such control flow their verdict: guilty, unless a value that it decides by is.
 
-    Returns those that are guilty now, and of what.
+    Returns the values that are guilty now → of what.
     """
     settled = {}
     for way in ways:

@@ -61,8 +61,10 @@ class CandidateRun:
         oracle: str | None,
         folder: Path,
     ) -> None:
-        """``programs`` are the reference's before anything was quantized: they say what a layer should compute. Graphs
-        that only describe what an engine computes are written to ``folder``."""
+        """``programs`` are the reference's before anything was quantized: they say what a layer should compute.
+
+        Graphs that only describe what an engine computes are written to ``folder``.
+        """
         self.pipeline = pipeline
         self.precision: Precision = PRECISIONS[pipeline.backend.precision]
         self.tolerance = tolerance
@@ -72,22 +74,22 @@ class CandidateRun:
         self.layers = {Key(layer.component, layer.onnx): layer for layer in layers}
         self._names = {p.name: value_map(self.programs[p.name], p) for p in pipeline.programs}
         self._files: dict[str, FileQuantization] = {}
-        """Component → what somebody else's quantized file does to it."""
+        """Component → the quantization of a file that another tool wrote."""
         for program in pipeline.programs:
             plain, names = self.programs[program.name].graph, self._names[program.name]
             foreign = is_quantized(program.graph) and not has_own_pairs(program.graph)
             if program.plain is None and program.graph is not plain and foreign:
                 names |= parent_values(plain, program.graph, names)
-                own = {name: value for value, name in names.items()}
-                self._files[program.name] = FileQuantization(plain, program.graph, own)
+                file_names = {name: value for value, name in names.items()}
+                self._files[program.name] = FileQuantization(plain, program.graph, file_names)
         self.graphs = {p.name: p.graph for p in pipeline.programs}
-        """Component → what the backend computes; after a replay with Q/DQ pairs as TensorRT's calibrator chose."""
+        """Component → graph that the backend computes; once replayed, with the calibrator's Q/DQ pairs."""
         self._ranges: dict[str, Ranges] = {}
-        """The same components → what that calibrator chose."""
+        """Component → ranges that TensorRT's calibrator chose."""
         self._folder = folder
         self._replayers: dict[str, Replayer] = {}
         self._seen: set[Key] = set()
-        """What the reference shows."""
+        """Values that the reference shows."""
 
     def run(
         self, sample: Sample, reference: Capture, writer: CaptureWriter
@@ -149,8 +151,10 @@ class CandidateRun:
     def replay_inputs(
         self, model: Model, sample: Sample, results: Mapping[str, Arrays], reference: Capture, test: Capture
     ) -> dict[Key, Replay]:
-        """What the glue of a test model of its own introduced: its inputs against those that ``model``, the
-        reference's, would have made of the same upstream results."""
+        """Replays of the inputs that a test model's own glue made.
+
+        Each is held against the input that ``model``, the reference's, would have made of the same upstream results.
+        """
         replays = {}
         for step in Walk(model, sample, results):
             replayer = self.replayer(step.name, test)
@@ -165,12 +169,12 @@ class CandidateRun:
             assert self.oracle is not None
             sides = self.reference, self.pipeline
             graph = self.programs[component].graph
-            known = [name for name in test.names(component=component) if Key(component, name) in self._seen]
+            captured = [name for name in test.names(component=component) if Key(component, name) in self._seen]
             self._replayers[component] = Replayer(
                 graph,
                 (sides[0].backend.precision, sides[1].backend.precision),
                 self.oracle,
-                known,
+                captured,
                 emulated=self._emulates(graph),
                 narrow=(self._narrow(component, sides[0]), self._narrow(component, sides[1])),
                 quantized=(self._quantized(component, sides[0]), self._quantized(component, sides[1], test)),
@@ -179,7 +183,7 @@ class CandidateRun:
         return self._replayers[component]
 
     def _quantized(self, component: str, side: Pipeline, capture: Capture | None = None) -> AnyQuantized | None:
-        """What one side does in INT8 to a component; None where it claims none, or where nothing else is known.
+        """The quantization of a component on one side; None where it claims none, or where nothing else is known.
 
         ``capture`` is the test's: it tells which of the values that an engine keeps in INT8 are shown rounded.
         """
@@ -192,33 +196,39 @@ class CandidateRun:
             return self._files[component]
         if not (ranges or wants_int8(side.backend)):
             return None
-        names = {name: own for own, name in value_map(plain, program).items()}
+        names = {name: own_name for own_name, name in value_map(plain, program).items()}
         if ranges is None:
             return Quantized(plain.graph, program.graph, names)
         graph = with_ranges(program.graph, ranges, self._folder / f"{component}.{side.backend.spec}.onnx")
         if capture is None:
             return Quantized(plain.graph, graph, names)
         self.graphs[component], self._ranges[component] = graph, ranges
-        kept = {name: ranges.stored[own] for name, own in names.items() if own in ranges.stored}
-        load, shown = loader(capture, component), kept.keys() & capture.names(component=component)
-        rounded = {n: kept[n] for n in shown if QuantizerGrid.symmetric(kept[n]).holds(torch.tensor(load(n)))}
+        largest_kept = {name: ranges.stored[own_name] for name, own_name in names.items() if own_name in ranges.stored}
+        load, shown_names = loader(capture, component), largest_kept.keys() & capture.names(component=component)
+        rounded = {
+            n: largest_kept[n]
+            for n in shown_names
+            if QuantizerGrid.symmetric(largest_kept[n]).holds(torch.tensor(load(n)))
+        }
         return Quantized(plain.graph, graph, names, rounded)
 
     def _narrow(self, component: str, side: Pipeline) -> dict[str, str]:
-        """The values of a component, by the reference's names, that one side's program holds in less than FP32, or
-        computes through such values, which the reference has not."""
+        """Value → narrow precision, for values that one side's program holds, or computes through, in less than FP32.
+
+        They have the reference's names.
+        """
         (program,) = (p for p in side.programs if p.name == component)
         narrow = dict.fromkeys(rounded_values(program.graph), "int8") | narrow_values(program.graph)
         names = value_map(self.programs[component], program) if narrow else {}
-        found = {names.get(v.name, v.name): narrow[v.name] for v in program.graph.inputs if v.name in narrow}
-        for own, name in names.items():
-            if own not in program.graph.producer:
+        narrow_by_name = {names.get(v.name, v.name): narrow[v.name] for v in program.graph.inputs if v.name in narrow}
+        for own_name, name in names.items():
+            if own_name not in program.graph.producer:
                 continue
-            between, _ = program.graph.segment([own], names)
-            held = {narrow[o] for node in between for o in node.outputs if o in narrow}
-            if held:
-                found[name] = coarsest(*held).name
-        return found
+            between, _ = program.graph.segment([own_name], names)
+            precisions = {narrow[o] for node in between for o in node.outputs if o in narrow}
+            if precisions:
+                narrow_by_name[name] = coarsest(*precisions).name
+        return narrow_by_name
 
     def _emulates(self, graph: Graph) -> bool:
         """Whether the backend computed ``graph`` itself as a replayer would emulate it."""
@@ -232,7 +242,7 @@ class CandidateRun:
         )
 
     def _region(self, key: Key, replay: Replay | None) -> Region | None:
-        """What a value stands for on an engine, where that is too much for one name."""
+        """The region that a value stands for on an engine, where that is too much for one name."""
         session = self.pipeline.sessions[key.component]
         if replay is None or not isinstance(session, BuildsVariations):
             return None
@@ -244,13 +254,16 @@ class CandidateRun:
         return calibrates_itself(self.pipeline.backend)
 
     def quantized_names(self, row: LayerRow) -> list[str]:
-        """What the layer that computes a value is called where layers are chosen for INT8: a module by its path, for an
-        addition the one whose code adds; without a module, or by TensorRT's own calibrator, the nodes."""
+        """Names of the layer that computes a value, where layers are chosen for INT8.
+
+        A module is named by its path, an addition by the module whose code adds; without a module, or by TensorRT's own
+        calibrator, the nodes are named.
+        """
         program = self.pipeline.program(row.component)
         if row.component in self._ranges and row.replay is not None:
             nodes, layers = row.replay.nodes, self._ranges[row.component].layers
             return [node for node in nodes if node in layers] or [*nodes]
-        names = {name: own for own, name in self._names[row.component].items()}
+        names = {name: test_name for test_name, name in self._names[row.component].items()}
         name = layer_name(program, names.get(row.onnx, row.onnx))
         return [name if program.module is None else name.partition("/")[0]]
 
@@ -269,8 +282,10 @@ class CandidateRun:
     ) -> dict[Key, LayerRow]:
         """The judged layers, in execution order."""
         rows: dict[Key, LayerRow] = {}
-        told = {name: kernels_of(session) for name, session in self.pipeline.sessions.items()}
-        tactics = {self.name(Key(n, value)): tactic for n, own in told.items() for value, tactic in own.items()}
+        kernels = {name: kernels_of(session) for name, session in self.pipeline.sessions.items()}
+        tactics = {
+            self.name(Key(n, value)): tactic for n, kernel_of in kernels.items() for value, tactic in kernel_of.items()
+        }
         for key, layer in self.layers.items():
             if key not in stats:
                 continue
@@ -284,8 +299,8 @@ class CandidateRun:
                     continue
             region = self._region(key, replay)
             if region is not None:
-                taken = any(row.name == region.label for row in rows.values())
-                layer = replace(layer, name=region.label + f" → {key.value}" * taken, op=region.kind or "region")
+                is_taken = any(row.name == region.label for row in rows.values())
+                layer = replace(layer, name=region.label + f" → {key.value}" * is_taken, op=region.kind or "region")
             rows[key] = LayerRow(
                 **asdict(layer),
                 **judgement._asdict(),
@@ -301,5 +316,5 @@ class CandidateRun:
 
 
 def loader(capture: Capture, component: str) -> Load:
-    """How a replayer reads the values of one component."""
+    """A function by which a replayer reads the values of one component."""
     return lambda name: capture.load(name, component=component)

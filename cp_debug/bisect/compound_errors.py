@@ -1,11 +1,11 @@
-"""How far correct FP32 implementations of operators that do many things at once lie apart.
+"""Errors of operators that do many things at once: how far correct FP32 implementations lie apart.
 
 Softmax and normalizations subtract, sum and divide: each step's error is carried to the result by its derivative.
 Resize computes its coordinates in FP32. A Fourier transform is as good as its algorithm: measured by
-``benchmarks/operator_errors.py``, ONNX Runtime 1.31's is off by 0.8·log₂N roundoffs for powers of two and 2·N for
-other lengths N, torch's by at most 0.2·log₂N. Everything else (recurrent layers, attention, grid sampling, what nobody
-has measured): a good implementation gives the exact result of slightly wrong inputs, so the inputs are moved by as
-much as summing them would.
+``benchmarks/operator_errors.py``, ONNX Runtime 1.31's is off by 0.8·log₂N roundoffs for powers of two and 2·N for other
+lengths N, torch's by at most 0.2·log₂N. Everything else (recurrent layers, attention, grid sampling, operators that
+nobody has measured): a good implementation gives the exact result of slightly wrong inputs, so the inputs are moved by
+as much as summing them would.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ from cp_debug.bisect.summation import ROUNDING, U, in_any_order, one_sided
 from cp_debug.graph.graph import Node
 
 RESULT = 1.5
-"""Unit roundoffs of its result by which an operator may be off besides the effect of its inputs."""
+"""Number of unit roundoffs of its result by which an operator may be off besides the effect of its inputs."""
 DRAWS = 4
-"""Times that inputs are moved; more often for few elements, which may move little by luck."""
+"""Number of times that inputs are moved; more often for few elements, which may move little by luck."""
 FEW = 256
 
 
 def compound(
     oracle: Executor, node: Node, inputs: Mapping[str, Tensor], result: Tensor, name: str, family: str
 ) -> Tensor:
-    """By how much each element of the result ``name`` of a node may be off, in FP32's unit roundoffs."""
+    """Possible error of a correct implementation in each element of ``name``, in FP32's unit roundoffs.
+
+    ``family`` names the backend; ``result`` is the oracle's, and gives the shape.
+    """
     if node.op in ("Softmax", "LogSoftmax"):
         return _softmax(oracle, node, inputs, result)
     if node.op in ("LayerNormalization", "InstanceNormalization", "GroupNormalization") and name == node.outputs[0]:
@@ -48,7 +51,7 @@ def compound(
 def _moved(
     oracle: Executor, node: Node, inputs: Mapping[str, Tensor], result: Tensor, name: str, step: float
 ) -> Tensor:
-    """How far the result moves, in unit roundoffs, when every input is off by ``step`` of them."""
+    """Move of the result, in unit roundoffs, when every input is off by ``step`` of them."""
     generator = torch.Generator().manual_seed(0)
     moved = torch.zeros_like(result)
     draws = DRAWS if result.numel() >= FEW else 4 * DRAWS
@@ -59,9 +62,9 @@ def _moved(
                 noise = torch.randn(value.shape, generator=generator, dtype=value.dtype).to(value.device)
                 # Coordinates are moved by a part of the image, however near its centre.
                 wrong[n] = value + step * U * noise * (torch.ones_like(value) if node.op == "GridSample" else value)
-        there = torch.as_tensor(oracle.run_nodes([node], wrong, [name])[name])
-        if there.shape == result.shape:
-            moved += (there - result).nan_to_num(0.0, 0.0, 0.0).square()
+        moved_result = torch.as_tensor(oracle.run_nodes([node], wrong, [name])[name])
+        if moved_result.shape == result.shape:
+            moved += (moved_result - result).nan_to_num(0.0, 0.0, 0.0).square()
     return (moved / draws).sqrt() / U
 
 
@@ -76,12 +79,12 @@ def _softmax(oracle: Executor, node: Node, inputs: Mapping[str, Tensor], result:
 
 def _normalized(node: Node, inputs: Mapping[str, Tensor], result: Tensor, family: str) -> Tensor:
     """(x − mean) ÷ √(variance + ε) · scale + bias: errors of the mean, of the variance and of the subtraction."""
-    given = [inputs[n] if n else None for n in node.proto.input]
+    operands = [inputs[n] if n else None for n in node.proto.input]
     attributes = {a.name: a for a in node.proto.attribute}
-    x, scale = given[0], given[1]
+    x, scale = operands[0], operands[1]
     assert x is not None
     assert scale is not None
-    bias = given[2] if len(given) > 2 and given[2] is not None else torch.zeros_like(scale)
+    bias = operands[2] if len(operands) > 2 and operands[2] is not None else torch.zeros_like(scale)
     rows, along = 1, [1, -1, *[1] * (x.dim() - 2)]
     if node.op == "LayerNormalization":
         axis = attributes["axis"].i if "axis" in attributes else -1
@@ -129,9 +132,9 @@ def _resized(x: Tensor, result: Tensor) -> Tensor:
 def _fourier(node: Node, inputs: Mapping[str, Tensor], family: str) -> float:
     """Unit roundoffs by which a Fourier transform is off, relative to its root mean square."""
     signal = inputs[node.inputs[0]]
-    given = [inputs[n] for n in node.proto.input[1:] if n and isinstance(inputs[n], Tensor)]
-    lengths = [int(t) for t in given if t.numel() == 1 and not t.is_floating_point()]
-    length = max([*lengths, *(t.numel() for t in given)]) if lengths else max(signal.shape[1:], default=1)
+    arguments = [inputs[n] for n in node.proto.input[1:] if n and isinstance(inputs[n], Tensor)]
+    lengths = [int(t) for t in arguments if t.numel() == 1 and not t.is_floating_point()]
+    length = max([*lengths, *(t.numel() for t in arguments)]) if lengths else max(signal.shape[1:], default=1)
     if family in ("torch", "emu"):
         return 0.5 + 0.2 * math.log2(max(length, 2))
     return 1.5 + math.log2(max(length, 2)) if length & (length - 1) == 0 else 2.2 * length

@@ -1,8 +1,8 @@
-"""Does it matter? A change of one value, followed through its readers until it is gone or reaches an output.
+"""Consequences of a change of one value, followed through its readers until it is gone or reaches an output.
 
 Numbers that leave a type's range need not be a defect: a mask of −3.4e38 becomes −Inf in FP16, and the Softmax behind
-it gives the same zeros; an ε of 1e-6 loses digits, and vanishes beside a variance of 1; a product of 1e-9 is flushed
-to zero, and is added to 1. What counts is what becomes of them.
+it gives the same zeros; an ε of 1e-6 loses digits, and vanishes beside a variance of 1; a product of 1e-9 is flushed to
+zero, and is added to 1. A change counts only if it reaches an output.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cp_debug.graph.graph import Graph, Node
 from cp_debug.probes.distance import distance
 
 FURTHEST = 16
-"""Nodes that a change is followed through before it counts as one that stays."""
+"""Number of nodes that a change is followed through before it counts as one that stays."""
 
 Load = Callable[[str], AnyTensor]
 
@@ -39,11 +39,11 @@ def matters(
     will go away: at an output of the graph, after ``FURTHEST`` nodes, where nothing can be computed. NaN or Inf that
     only one of both has is never negligible. ``load`` gives the values that are ``known``.
     """
-    name, exact, other = change
+    name, exact, changed = change
     before: dict[str, AnyTensor] = {name: exact}
-    after: dict[str, AnyTensor] = {name: other}
+    after: dict[str, AnyTensor] = {name: changed}
     outputs = {v.name for v in graph.outputs}
-    if name in outputs and difference(exact, other) > negligible:
+    if name in outputs and difference(exact, changed) > negligible:
         return True
     followed = 0
     for node in graph.nodes:
@@ -55,13 +55,13 @@ def matters(
         except InputError:
             return True
         for value in node.outputs:
-            was, now = (side[value] for side in sides)
-            size = difference(was, now)
+            value_before, value_after = (side[value] for side in sides)
+            size = difference(value_before, value_after)
             if size <= negligible:
                 continue
             if value in outputs or followed >= FURTHEST or not graph.consumers.get(value):
                 return True
-            before[value], after[value] = was, now
+            before[value], after[value] = value_before, value_after
     return False
 
 
@@ -82,12 +82,12 @@ def _computed(
     node: Node,
     changed: Mapping[str, AnyTensor],
 ) -> dict[str, Tensor]:
-    """The outputs of ``node`` when some values are changed and all else is as captured, or computed from that."""
+    """Outputs of ``node`` when some values are changed and all others are as captured, or computed from those."""
     missing = [n for n in node.inputs if n in graph.producer and n not in known and n not in changed]
     nodes: Sequence[Node] = []
     starts: Sequence[str] = []
     if missing:
         nodes, starts = graph.segment(missing, {*known, *changed})
     inputs = {v.name for v in graph.inputs}
-    read = [n for n in (*starts, *node.inputs) if n not in changed and (n in known or n in inputs)]
-    return oracle.run_nodes([*nodes, node], {**{n: load(n) for n in read}, **changed}, node.outputs)
+    to_load = [n for n in (*starts, *node.inputs) if n not in changed and (n in known or n in inputs)]
+    return oracle.run_nodes([*nodes, node], {**{n: load(n) for n in to_load}, **changed}, node.outputs)

@@ -23,8 +23,8 @@ from cp_debug.errors import InputError
 from cp_debug.probes.capture import check_free
 from cp_debug.programs.layers import Layer, all_layers
 from cp_debug.programs.pipeline import Pipeline, choose_export, is_exported
-from cp_debug.recipes.abilities import HasNotes
-from cp_debug.recipes.base import Model, Sample
+from cp_debug.recipes.abilities import HasNotes, RemarksOnSamples
+from cp_debug.recipes.base import Model, Sample, check_samples
 
 
 def bisect(
@@ -50,7 +50,7 @@ def bisect(
 
 
 class Bisection:
-    """The order of one bisect: what is opened, and who does what with it."""
+    """The order of one bisect: which parts it opens, and which of them does what."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class Bisection:
         self._sides = side, other
 
     def run(self, exported: Sequence[Program] | None, on_say: Callable[[str], None]) -> BisectResult:
-        """All samples, all tests."""
+        """Run and judge all samples on all tests."""
         options, progress = self.options, self._progress
         if options.save is not None:
             for backend in (self._reference, *self._tests):
@@ -93,6 +93,7 @@ class Bisection:
         progress.steps = 2 + options.replay + options.samples * (1 + len(self._tests) * (3 if options.replay else 1))
         progress.steps += sum(map(is_optimized, self._tests)) if options.optimizer_blame else 0
         with tempfile.TemporaryDirectory(prefix="cpdebug-") as scratch, ExitStack() as stack:
+            check_samples(self.model, options.samples, options.inputs)
             samples = iter(self._samples())
             first = next(samples)
             progress.step("exporting and aligning")
@@ -111,6 +112,8 @@ class Bisection:
             sources = []
             for index, sample in enumerate((first, *samples)):
                 sources.append(sample.source)
+                if isinstance(self.model, RemarksOnSamples):
+                    self._notes += self.model.remarks(sample)
                 taken.take(index, sample)
             if options.optimizer_blame:
                 self._blame_optimizers(first, taken)

@@ -1,9 +1,9 @@
-"""What a quantized file must do to the layers of its float parent, whoever wrote it: Q/DQ pairs, integer operators,
-dynamic scales, weights alone.
+"""Quantized files of any tool: what they must do to the layers of their float parent.
 
-Nothing is asked of the file's structure but which values are the parent's. Between two of those, its own nodes say what
-is quantized and how (levels, one scale or one a channel, with a zero point or without); a faithful layer then makes
-about the error that the best scales of that kind make on the same inputs.
+The file has Q/DQ pairs, integer operators, dynamic scales, or nothing but quantized weights. Nothing is asked of its
+structure but which values are the parent's. Between two of those, its own nodes tell what is quantized and how (levels,
+one scale or one a channel, with a zero point or without); a faithful layer then makes about the error that the best
+scales of that kind make on the same inputs.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _PASS = {
 
 @dataclass(frozen=True)
 class Levels:
-    """How numbers are put on a grid: how many levels, whether zero is in the middle, one scale or one a channel."""
+    """Kind of a grid for numbers: how many levels, whether zero is in the middle, one scale or one a channel."""
 
     bits: int = 8
     symmetric: bool = False
     channels: bool = False
     block: int = 0
-    """Elements of the reduced axis that share a scale; 0: all."""
+    """Number of elements of the reduced axis that share a scale; 0: all."""
 
     def applied(self, tensor: Tensor, axis: int | None, scale_margin: float = 1.0) -> Tensor:
         """``tensor`` with the best scales of this kind for it, ``scale_margin`` times as large.
@@ -55,15 +55,15 @@ class Levels:
             rows = tensor.transpose(0, 1) if axis != 0 else tensor
             padded = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % self.block))
             blocks = padded.unflatten(-1, (-1, self.block))
-            made = self._on(blocks, [-1], scale_margin).flatten(-2)[..., : rows.shape[-1]]
-            return made.transpose(0, 1) if axis != 0 else made
-        rest = [d for d in range(tensor.dim()) if d != axis] if self.channels and axis is not None else None
-        return self._on(tensor, rest, scale_margin)
+            rounded = self._on(blocks, [-1], scale_margin).flatten(-2)[..., : rows.shape[-1]]
+            return rounded.transpose(0, 1) if axis != 0 else rounded
+        reduced = [d for d in range(tensor.dim()) if d != axis] if self.channels and axis is not None else None
+        return self._on(tensor, reduced, scale_margin)
 
-    def _on(self, tensor: Tensor, rest: list[int] | None, scale_margin: float) -> Tensor:
+    def _on(self, tensor: Tensor, reduced: list[int] | None, scale_margin: float) -> Tensor:
         if not tensor.numel():
             return tensor
-        dims = list(range(tensor.dim())) if rest is None else rest
+        dims = list(range(tensor.dim())) if reduced is None else reduced
         low, high = (tensor.amin(dims, keepdim=True), tensor.amax(dims, keepdim=True)) if dims else (tensor, tensor)
         if self.symmetric:
             high = torch.maximum(low.abs(), high.abs())
@@ -79,13 +79,13 @@ class Levels:
 
 @dataclass(frozen=True)
 class Scheme:
-    """What the nodes between two of the parent's values quantize. None: not at all."""
+    """Quantization by the nodes between two of the parent's values. None: not at all."""
 
     data: Levels | None = None
     weights: Levels | None = None
     result: Levels | None = None
     grid: QuantizerGrid | None = None
-    """Of the data, where there is one of a constant scale."""
+    """Grid of the data, where its scale is constant."""
 
     def __bool__(self) -> bool:
         return any((self.data, self.weights, self.result))
@@ -94,7 +94,7 @@ class Scheme:
 class FileQuantization:
     """A quantized file beside its float parent, ``plain``. ``names``: value of ``plain`` → its name in ``graph``.
 
-    What is said to it and by it is in names of ``plain``.
+    Arguments and results are in names of ``plain``.
     """
 
     def __init__(self, plain: Graph, graph: Graph, names: Mapping[str, str]) -> None:
@@ -102,14 +102,14 @@ class FileQuantization:
         self._constants = Weights(graph, INT8, torch.device("cpu"), 0)
         self._executor = Executor(graph, INT8)
         self._schemes: dict[str, Scheme] = {}
-        known = {*plain.producer, *(v.name for v in plain.inputs)}
-        own = self._own = frozenset(value for name, value in names.items() if name in known)
+        parent_values = {*plain.producer, *(v.name for v in plain.inputs)}
+        file_values = self._own = frozenset(value for name, value in names.items() if name in parent_values)
         for name, value in names.items():
-            if value in graph.producer and (scheme := self._scheme(value, own)):
+            if value in graph.producer and (scheme := self._scheme(value, file_values)):
                 self._schemes[name] = scheme
 
     def touches(self, nodes: Sequence[Node]) -> bool:
-        """Whether the file quantizes anything of what these nodes of ``plain`` compute."""
+        """Whether the file quantizes anything that these nodes of ``plain`` compute."""
         return bool(self._of(nodes))
 
     def grid(self, node: Node, place: int) -> QuantizerGrid | None:
@@ -124,13 +124,13 @@ class FileQuantization:
         targets: Collection[str],
         scale_margin: float = 1.0,
     ) -> EmulatedSegment:
-        """A segment of ``plain`` with the best scales of the file's kind, and all else as ``executor`` does it."""
+        """Run a segment of ``plain`` with the best scales of the file's kind, the rest as ``executor`` does it."""
         scheme = self._of(nodes)
         values: dict[str, AnyTensor] = dict(given)
-        found = EmulatedSegment({})
+        segment = EmulatedSegment({})
         for node in nodes:
-            own = dict(values)
-            passes = node.op in _PASS and any(other.op not in _PASS for other in nodes)
+            rounded_values = dict(values)
+            passes = node.op in _PASS and any(neighbour.op not in _PASS for neighbour in nodes)
             if not passes and node.op != "Constant":
                 for place, name, tensor in self._floats(executor, node, values):
                     constant = name not in values and is_constant(executor.graph, name)
@@ -138,10 +138,13 @@ class FileQuantization:
                     if levels is None or (constant and tensor.dim() < 2):
                         continue
                     axis = weight_axis(node, tensor.dim()) if node.op in PRODUCTS and place == 1 else 0
-                    own[name] = levels.applied(tensor, axis if constant else None, scale_margin)
-                    if not constant and scheme.grid is not None and found.step is None:
-                        found.step, found.clipped = float(scheme.grid.scale.flatten()[0]), scheme.grid.clipped(tensor)
-            values |= executor.run_nodes([node], own, node.outputs)
+                    rounded_values[name] = levels.applied(tensor, axis if constant else None, scale_margin)
+                    if not constant and scheme.grid is not None and segment.step is None:
+                        segment.step, segment.clipped = (
+                            float(scheme.grid.scale.flatten()[0]),
+                            scheme.grid.clipped(tensor),
+                        )
+            values |= executor.run_nodes([node], rounded_values, node.outputs)
         results = {}
         for target in targets:
             result = torch.as_tensor(values[target])
@@ -149,26 +152,28 @@ class FileQuantization:
             results[target] = (
                 levels.applied(result, None, scale_margin) if levels and result.is_floating_point() else result
             )
-        found.results = results
-        return found
+        segment.results = results
+        return segment
 
     def declared(self, target: str, known: Collection[str], given: Mapping[str, AnyTensor]) -> Tensor | None:
-        """What the file's own nodes make of ``given``; None where its segment starts from other values, or holds an
-        operator that cannot be executed here."""
-        own = self._names.get(target, target)
-        if own not in self._graph.producer:
+        """Result ``target`` by the file's own nodes; None where it cannot be computed from ``given``.
+
+        That is where its segment starts from other values, or holds an operator that cannot be executed here.
+        """
+        file_name = self._names.get(target, target)
+        if file_name not in self._graph.producer:
             return None
         plain_names = {self._names.get(name, name): name for name in known}
-        nodes, starts = self._graph.segment([own], plain_names.keys())
+        nodes, starts = self._graph.segment([file_name], plain_names.keys())
         values = {start: given.get(plain_names.get(start, start)) for start in starts}
         if any(value is None for value in values.values()):
             return None
         fed = {start: self._levels_of(start, value) for start, value in values.items()}
         try:
-            result = torch.as_tensor(self._executor.run_nodes(nodes, fed, [own])[own])
+            result = torch.as_tensor(self._executor.run_nodes(nodes, fed, [file_name])[file_name])
         except InputError:
             return None
-        if (grid := self._constant_grid(own)) is not None and not result.is_floating_point():
+        if (grid := self._constant_grid(file_name)) is not None and not result.is_floating_point():
             return grid.value(result.double())
         return result
 
@@ -189,10 +194,10 @@ class FileQuantization:
 
     def _constant_grid(self, own: str) -> QuantizerGrid | None:
         """The grid of a value that the file holds as levels, where its scale is a constant."""
-        found = produced_grid(self._graph, own)
-        if found is None or not self._constants.holds(found.scale):
+        names = produced_grid(self._graph, own)
+        if names is None or not self._constants.holds(names.scale):
             return None
-        return self._grid(found.scale, found.zero)
+        return self._grid(names.scale, names.zero)
 
     def _grid(self, scale: str, zero: str) -> QuantizerGrid | None:
         if not self._constants.holds(scale) or (zero and not self._constants.holds(zero)):
@@ -204,8 +209,8 @@ class FileQuantization:
         return QuantizerGrid(self._constants[scale].double(), offset.double(), low, high, 1)
 
     def _of(self, nodes: Sequence[Node]) -> Scheme:
-        found = [self._schemes[o] for node in nodes for o in node.outputs if o in self._schemes]
-        pick = lambda part: next((value for s in found if (value := getattr(s, part)) is not None), None)  # noqa: E731
+        schemes = [self._schemes[o] for node in nodes for o in node.outputs if o in self._schemes]
+        pick = lambda part: next((value for s in schemes if (value := getattr(s, part)) is not None), None)  # noqa: E731
         return Scheme(pick("data"), pick("weights"), pick("result"), pick("grid"))
 
     def _floats(
@@ -219,7 +224,7 @@ class FileQuantization:
                 yield place, name, tensor
 
     def _scheme(self, value: str, own: Collection[str]) -> Scheme:
-        """What the nodes quantize that compute one of the file's values from others that are the parent's."""
+        """Quantization by the nodes that compute one of the file's values from others that are the parent's."""
         nodes, _ = self._graph.segment([value], set(own) - {value})
         data = weights = None
         grid = None
@@ -233,10 +238,10 @@ class FileQuantization:
                 else:
                     data, grid = levels, self._grid(inputs[1], inputs[2])
             elif op == "DequantizeLinear":
-                made = produced_grid(self._graph, inputs[0])
+                grid_of_levels = produced_grid(self._graph, inputs[0])
                 if is_constant(self._graph, inputs[0]):
                     weights = self._levels(inputs[1], inputs[2], inputs[0], node) or weights
-                elif made is not None and data is None:  # a value of the parent that is held as levels
+                elif grid_of_levels is not None and data is None:  # a value of the parent that is held as levels
                     data, grid = self._levels(inputs[1], inputs[2]), self._grid(inputs[1], inputs[2])
             elif op in (
                 "DynamicQuantizeLinear",
@@ -260,8 +265,8 @@ class FileQuantization:
         if weights is not None and weights.bits == 32:
             weights = None
         last = self._graph.producer[value]
-        shown = last.op == "DequantizeLinear" or produced_grid(self._graph, value) is not None
-        result = (data or Levels()) if shown and not is_constant(self._graph, last.proto.input[0]) else None
+        holds_levels = last.op == "DequantizeLinear" or produced_grid(self._graph, value) is not None
+        result = (data or Levels()) if holds_levels and not is_constant(self._graph, last.proto.input[0]) else None
         return Scheme(data, weights, result, grid)
 
     def _levels(self, scale: str, zero: str, levels: str = "", node: Node | None = None) -> Levels | None:
@@ -276,5 +281,5 @@ class FileQuantization:
         return Levels(_BITS[kind], symmetric=signed and centred, channels=bool(many), block=block)
 
     def _many(self, node: Node) -> bool:
-        held = [name for name in node.inputs if self._constants.holds(name)]
-        return any(np.asarray(self._constants[name]).size > 1 for name in held)
+        constants = [name for name in node.inputs if self._constants.holds(name)]
+        return any(np.asarray(self._constants[name]).size > 1 for name in constants)

@@ -1,4 +1,4 @@
-"""What a reader must know of a backend in INT8."""
+"""Notes that a reader must know about a backend in INT8."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ def both_int8(reference: Backend, test: Backend) -> bool:
 def int8_notes(
     reference: Pipeline, pipeline: Pipeline, rows: Sequence[LayerRow], how: Mapping[tuple[Program, ...], str]
 ) -> Iterator[str]:
-    """What a reader must know of a backend in INT8: how it was quantized here (by its programs), whether it
-    obeys the scales, and whether integers were computed."""
+    """Notes about a backend in INT8, for readers of the result.
+
+    They tell how it was quantized here (``how``: its programs → words), whether it obeys the scales, and
+    whether integers were computed.
+    """
     backend = pipeline.backend
     yield from dict.fromkeys(how[key] for p in (reference, pipeline) if (key := tuple(p.programs)) in how)
     if both_int8(reference.backend, backend):

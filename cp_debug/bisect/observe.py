@@ -1,4 +1,4 @@
-"""Did looking change the program, and does the backend agree with itself?
+"""Observation of a backend: did looking change the program, and does the backend agree with itself?
 
 One further run answers both in the usual case: a fresh session without probes, with another thread count. When its
 outputs equal the probed ones bit for bit, noise floor and observer gap are 0. Only otherwise more runs take them apart.
@@ -27,14 +27,14 @@ Open = Callable[[int | None], AbstractContextManager[Pipeline]]
 
 @dataclass
 class Observation:
-    """What a second, untouched run told about the probed one. Relative L2 over the final outputs."""
+    """Comparison of a second, untouched run with the probed one; relative L2 over the final outputs."""
 
     noise_floor: float
-    """The backend against itself: run to run and over thread counts."""
+    """Distance of the backend from itself: run to run and over thread counts."""
     observer_gap: float
-    """With probes against without."""
+    """Distance of the run with probes from the one without."""
     runs: int
-    """How many further runs it took to know."""
+    """Number of further runs that it took to know."""
     first_unsteady: str | None = None
     """The first layer where two runs of the same backend part."""
     repeats: bool = True
@@ -68,8 +68,8 @@ def observe(
 
     ``probed`` are the outputs of the run that ``capture`` holds; ``name`` gives the captured name of a value.
     """
-    if own := _own_observation(pipeline):
-        return own, {}
+    if own_observation := _own_observation(pipeline):
+        return own_observation, {}
     if pipeline.backend.emulated:  # runs the same code with probes and without, in one order of summation
         return Observation(noise_floor=0.0, observer_gap=0.0, runs=0), {}
 
@@ -81,7 +81,7 @@ def observe(
 
 
 def _own_observation(pipeline: Pipeline) -> Observation | None:
-    """What sessions that build engines measured themselves: building again costs more than all other runs."""
+    """The observation by sessions that build engines: building again costs more than all other runs."""
     floors, gaps = [], []
     for info in map(build_info_of, pipeline.sessions.values()):
         if info is None or info.rebuild_floor is None or info.observer_gap is None:
@@ -99,18 +99,18 @@ def _observe_runs(
     name: Callable[[Key], Key],
 ) -> tuple[Observation, dict[Key, float]]:
     """``observe`` for a backend that ``open_pipeline`` opens."""
-    other = other_thread_count()
-    threaded = _plain(open_pipeline, other, sample)
+    other_threads = other_thread_count()
+    threaded = _plain(open_pipeline, other_threads, sample)
     if gap(probed, threaded) == 0:
         return Observation(noise_floor=0.0, observer_gap=0.0, runs=1), {}
     plain = _plain(open_pipeline, None, sample)
     repeats = gap(probed, plain) == 0  # then only the thread count matters, and probes change nothing
-    again = plain if repeats else _plain(open_pipeline, None, sample)
-    run_to_run = gap(plain, again)
+    repeated = plain if repeats else _plain(open_pipeline, None, sample)
+    run_to_run = gap(plain, repeated)
     noise = max(run_to_run, gap(plain, threaded))
-    seen = Observation(noise, gap(plain, probed), runs=2 if repeats else 3, repeats=run_to_run == 0)
+    observation = Observation(noise, gap(plain, probed), runs=2 if repeats else 3, repeats=run_to_run == 0)
     if noise == 0:
-        return seen, {}
+        return observation, {}
     floors: dict[Key, float] = {}
 
     def sink(key: Key, tensor: Tensor) -> None:
@@ -119,12 +119,12 @@ def _observe_runs(
         if not stats.equal:
             floors[key] = max(floors.get(key, 0.0), stats.finite_rel_l2)
 
-    for threads in (other,) if repeats else (None, other):
+    for threads in (other_threads,) if repeats else (None, other_threads):
         with threads_of_torch(threads), open_pipeline(threads) as pipeline:
             pipeline.run(sample, sink)
-        seen.runs += 1
-    seen.first_unsteady = next((key.value for key in floors), None)
-    return seen, floors
+        observation.runs += 1
+    observation.first_unsteady = next((key.value for key in floors), None)
+    return observation, floors
 
 
 def _plain(open_pipeline: Open, threads: int | None, sample: Sample) -> dict[str, Arrays]:

@@ -32,7 +32,7 @@ from cp_debug.serialize import json_safe
 
 
 class ReferenceRun(NamedTuple):
-    """What the reference gave on one sample."""
+    """Outputs, captured values and decoded outputs of the reference on one sample."""
 
     outputs: dict[str, Arrays]
     captured: Capture
@@ -40,7 +40,7 @@ class ReferenceRun(NamedTuple):
 
 
 class SampleRuns:
-    """Takes samples one after the other; what the tests gave is added to a ``Collected`` each."""
+    """Takes samples one after the other; the results of each test are added to its ``Collected``."""
 
     def __init__(
         self,
@@ -72,15 +72,15 @@ class SampleRuns:
             self._progress.step(f"{spec}: noise floor")
             self.observation, self._reference_floors = observe(self._reference, sample, given, captured)
         side = ReferenceRun(given, captured, decoded[spec])
-        for run, found in zip(self.runs, self.collected, strict=True):
-            decoded[str(run.pipeline.backend.spec)] = self._test(run, found, index, sample, side)
+        for run, test_collected in zip(self.runs, self.collected, strict=True):
+            decoded[str(run.pipeline.backend.spec)] = self._test(run, test_collected, index, sample, side)
         if self._options.save is None:
             shutil.rmtree(folder)
         else:
             keep_scene(folder, sample, decoded)
 
     def _test(self, run: CandidateRun, found: Collected, index: int, sample: Sample, side: ReferenceRun) -> Any | None:
-        """One test on the sample; what it gave is added to ``found``. Returns what the model decodes of it."""
+        """Run one test on the sample and add its results to ``found``; returns what the model decodes of them."""
         spec, model = str(run.pipeline.backend.spec), run.pipeline.model
         self._progress.step(f"{spec}, sample {index}")
         with self._writer(side.captured.folder.parent, run.pipeline, sample) as writer:
@@ -91,15 +91,15 @@ class SampleRuns:
         test = Capture.open(writer.folder)
         replays: dict[Key, Replay] = {}
         floors: dict[Key, float] = {}
-        seen: Observation | None = None
+        observation: Observation | None = None
         if run.oracle is not None:
             self._progress.step(f"{spec}, sample {index}: replay")
             replays = run.replay(side.captured, test, stats)
             if model is not self._model:
                 replays |= run.replay_inputs(self._model, sample, results, side.captured, test)
             self._progress.step(f"{spec}, sample {index}: noise floor")
-            seen, floors = run.observe(sample, results, test)
-            found.observe(seen)
+            observation, floors = run.observe(sample, results, test)
+            found.observe(observation)
             floors = {key: max(floors.get(key, 0.0), self._reference_floors.get(key, 0.0)) for key in stats}
         rows = run.rows(stats, replays, floors, index)
         ways = list(other_ways(run, (side.captured, test)))
@@ -121,7 +121,7 @@ class SampleRuns:
                 explainer = Explainer(run, precision, side.captured, test, feed, effects, settled)
                 explainer.goes_inside = partial(can_build, run)
                 explainer.adds_up = found.remainder is None or found.remainder.adds_up
-                found.findings = explainer.findings(rows, seen)
+                found.findings = explainer.findings(rows, observation)
                 builds, tell = self._options.max_builds, self._progress.tell
                 found.findings = look_inside(explainer, rows, found.findings, builds, tell)
                 failures += explainer.notes
@@ -130,10 +130,10 @@ class SampleRuns:
         return decoded
 
     def _exact_input(self, sample: Sample, results: Mapping[str, Arrays], key: Key) -> np.ndarray:
-        """What the reference's glue makes of the test's upstream results."""
+        """The input that the reference's glue makes of the test's upstream results."""
         return Walk(self._model, sample, results).at(key.component).inputs[key.value]
 
     def _writer(self, folder: Path, pipeline: Pipeline, sample: Sample) -> CaptureWriter:
-        kept = self._options.save is not None
+        is_saved = self._options.save is not None
         target = folder / str(pipeline.backend.spec)
-        return CaptureWriter(target, header(pipeline, [sample]) if kept else {}, checksums=kept)
+        return CaptureWriter(target, header(pipeline, [sample]) if is_saved else {}, checksums=is_saved)

@@ -1,4 +1,4 @@
-"""What an operator may do: errors of correct FP32 implementations, by operator and by who implements it.
+"""Errors that an operator may make: those of correct FP32 implementations, by operator and by who implements it.
 
 A result ``y`` is off by at most about ``u·√((absolute·s)² + (relative·|y|)²)``, root mean square over neighbouring
 arguments, u = 2⁻²⁴ and ``s`` the size that the absolute part refers to. Correct rounding has ``relative`` 0.3 to 0.4
@@ -24,7 +24,7 @@ from cp_debug.backends.kernels import KERNELS
 from cp_debug.graph.graph import Node
 
 Size = Callable[[Node, Sequence[Tensor], Tensor], Tensor]
-"""Of a node, its inputs and its result: the size that an absolute error refers to, for every element."""
+"""Size that an absolute error refers to, for every element, from a node, its inputs and its result."""
 
 
 def _one(node: Node, inputs: Sequence[Tensor], result: Tensor) -> Tensor:
@@ -75,11 +75,11 @@ class Errors:
 
 
 ROUNDED = Errors(0.5)
-"""Add, Mul, Div, Sqrt …: rounded once or twice, correctly."""
+"""Errors of Add, Mul, Div, Sqrt …: rounded once or twice, correctly."""
 EXACT = Errors(0.0)
-"""What moves data, chooses or compares."""
+"""Errors of operators that move data, choose or compare."""
 APPROXIMATED = Errors(1.5)
-"""An elementary function nobody has measured: 3 to 4 units in the last place at most, as libraries promise."""
+"""Errors of elementary functions that nobody has measured: 3 to 4 units in the last place, as libraries promise."""
 
 TORCH = {
     "Sigmoid": Errors(0.9),
@@ -114,7 +114,7 @@ TORCH = {
     "LogSoftmax": Errors(1.0, 1.0, _normalizer),
     "ReduceLogSumExp": Errors(1.0, 1.0, _logarithm_of_sum),
 }
-"""Measured with torch 2.13 on the CPU (SLEEF); oneDNN's are no larger, but for Sigmoid below 1e-19."""
+"""Errors measured with torch 2.13 on the CPU (SLEEF); oneDNN's are no larger, but for Sigmoid below 1e-19."""
 
 ONNX_RUNTIME = TORCH | {
     "Sigmoid": Errors(0.9, 0.8),
@@ -137,7 +137,7 @@ ONNX_RUNTIME = TORCH | {
     "Asin": Errors(2.6),
     "Acos": Errors(2.6),
 }
-"""Measured with ONNX Runtime 1.31 on the CPU (MLAS, Eigen)."""
+"""Errors measured with ONNX Runtime 1.31 on the CPU (MLAS, Eigen)."""
 
 
 def _wider(a: Errors, b: Errors) -> Errors:
@@ -145,9 +145,9 @@ def _wider(a: Errors, b: Errors) -> Errors:
 
 
 ANY = {op: _wider(TORCH.get(op, ROUNDED), errors) for op, errors in ONNX_RUNTIME.items()}
-"""For implementations that nobody has measured: the wider of those that were."""
+"""Errors for implementations that nobody has measured: the wider of those that were."""
 BY_FAMILY = {"ort": ONNX_RUNTIME, "torch": TORCH, "emu": TORCH}
-"""By the family of the backend's spec; ``emu-*`` computes with torch."""
+"""Family of the backend's spec → operator → errors; ``emu-*`` computes with torch."""
 
 _CORRECTLY_ROUNDED = {
     "Add", "Sub", "Mul", "Div", "Sum", "Mean", "Mod", "Neg", "Abs", "PRelu", "LeakyRelu", "Relu",

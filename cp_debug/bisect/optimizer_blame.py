@@ -1,6 +1,6 @@
-"""Which of ONNX Runtime's graph optimizers a difference comes from, and which nodes they rewrote.
+"""Blame of ONNX Runtime's graph optimizers: which of them make a difference, and which nodes they rewrote.
 
-Asked of the deployed program alone, without probes: optimizers are disabled until its final outputs are those of the
+The deployed program alone is asked, without probes: optimizers are disabled until its final outputs are those of the
 unoptimized program, and as many as possible are enabled again.
 """
 
@@ -43,26 +43,26 @@ class Culprit:
 
     optimizer: str
     difference: float
-    """What it makes by itself: the other responsible ones are disabled."""
+    """Difference that it makes by itself, with the other responsible ones disabled."""
     rewrites: tuple[Rewrite, ...]
 
 
 @dataclass(frozen=True)
 class OptimizerBlame:
-    """What the optimizer does to the final outputs. Differences are relative L2, against the unoptimized program."""
+    """Effect of the optimizer on the final outputs; relative L2 against the unoptimized program."""
 
     level: str | None
     """The first level at which they differ by more than the noise floor; None: at none up to the backend's."""
     difference_with: float
-    """All optimizers enabled."""
+    """Difference with all optimizers enabled."""
     difference_without: float
-    """The responsible ones disabled."""
+    """Difference with the responsible ones disabled."""
     responsible: list[Culprit] = field(default_factory=list)
     """The smallest set found: disabling fewer leaves a difference. Empty where disabling does not help."""
     active: list[str] = field(default_factory=list)
     """The optimizers that changed the graph."""
     runs: int = 0
-    """How often the model was run."""
+    """Number of times that the model was run."""
 
     @property
     def nodes(self) -> list[str]:
@@ -83,12 +83,12 @@ class OptimizerBlame:
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any], source: str, path: str) -> OptimizerBlame:
-        """``to_dict`` undone. Raises InputError that names ``source`` and the field below ``path``."""
+        """The object that ``to_dict`` wrote. Raises InputError that names ``source`` and the field below ``path``."""
         difference = document.get("difference")
         sides = difference if isinstance(difference, dict) else {}
-        own = {key: document[key] for key in ("level", "active", "runs") if key in document}
-        found = {f"difference_{side}": sides[side] for side in ("with", "without") if side in sides}
-        return decode(cls, own | found | {"responsible": document.get("culprits", [])}, source, path)
+        fields = {key: document[key] for key in ("level", "active", "runs") if key in document}
+        differences = {f"difference_{side}": sides[side] for side in ("with", "without") if side in sides}
+        return decode(cls, fields | differences | {"responsible": document.get("culprits", [])}, source, path)
 
 
 def blame_optimizers(
@@ -127,9 +127,9 @@ class _Search:
     def _runs(self) -> int:
         return 1 + len(self._seen)
 
-    def _responsible(self, rest: float, active: list[str]) -> list[str]:
+    def _responsible(self, allowed: float, active: list[str]) -> list[str]:
         """The smallest set to disable; empty when the difference stays whatever is disabled."""
-        minimizer = Minimizer[str](lambda disabled: self._difference(disabled) <= rest)
+        minimizer = Minimizer[str](lambda disabled: self._difference(disabled) <= allowed)
         candidates: list[str] = []
         while new := [name for name in active if name not in candidates]:
             candidates += new
@@ -138,12 +138,12 @@ class _Search:
             active = self._active(candidates)  # what had nothing left to do before
         if not minimizer.holds(candidates):
             return []
-        found = minimizer.minimize(candidates)
-        if RULE_BASED in found:
-            rules = [*RULES, *(name for name in found if name != RULE_BASED)]
+        smallest = minimizer.minimize(candidates)
+        if RULE_BASED in smallest:
+            rules = [*RULES, *(name for name in smallest if name != RULE_BASED)]
             if minimizer.holds(rules):  # else a rule that is not in the list
-                found = minimizer.minimize(rules)
-        return found
+                smallest = minimizer.minimize(rules)
+        return smallest
 
     def _culprit(self, name: str, disabled: Collection[str]) -> Culprit:
         others = [other for other in disabled if other != name]

@@ -1,4 +1,4 @@
-"""What a bisect may be told besides its model and backends, and how it tells what it is doing."""
+"""Settings of a bisect besides its model and backends, and its progress."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from cp_debug.quantization.quantized_programs import DEFAULT_CALIBRATION, Calibr
 Rewrite = Callable[[list[Program], Path], list[Program]]
 """Makes the programs of the tests from the reference's and a folder for new files; value names should stay."""
 OnStep = Callable[[str, int, int], None]
-"""Told (what is being done, steps done, steps in all)."""
+"""Function called with (what is being done, steps done, steps in all)."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a bisect may be told besides its model and backends. The defaults are those of the command line."""
+    """Settings of a bisect besides its model and backends; the defaults are those of the command line."""
 
     checkpoint: Path | None = None
     test_checkpoint: Path | None = None
-    """Other weights for the test backends."""
+    """Checkpoint with other weights for the test backends."""
     test_train_mode: bool = False
     test_out_of_place: bool = False
     inputs: Path | None = None
@@ -39,7 +39,7 @@ class Options:
     """``dynamo`` or ``torchscript``; None takes one that every backend can read."""
     folded: bool = True
     calibration: Calibration = DEFAULT_CALIBRATION
-    """How to quantize, where a backend is in INT8 and the model is not."""
+    """Calibration of the quantizer, where a backend is in INT8 and the model is not."""
     max_builds: int = BUILDS
     """Further engines for the search inside guilty regions of one run; 0 leaves it at emulated hypotheses."""
     optimizer_blame: bool = False
@@ -64,7 +64,7 @@ def is_optimized(backend: Backend) -> bool:
 
 
 class StepCounter:
-    """Counts the steps of one bisect and tells of each before it begins."""
+    """Counts the steps of one bisect and announces each before it begins."""
 
     def __init__(self, on_step: OnStep, steps: int = 0) -> None:
         self._on_step, self._done = on_step, 0
@@ -72,7 +72,7 @@ class StepCounter:
         """Steps in all, as far as they are known."""
 
     def tell(self, text: str) -> None:
-        """Say what is being done within the present step."""
+        """Announce what is being done within the present step."""
         self._on_step(text, self._done, self.steps)
 
     def step(self, text: str) -> None:

@@ -1,4 +1,4 @@
-"""How far correct implementations of the same layer lie apart: other orders of summation, other approximations.
+"""Perturbation of a layer: how far correct implementations lie apart, in other orders of summation and approximations.
 
 Emulation knows one implementation. Another one may sum one after the other where the emulation sums pairwise, or
 compute ``exp(x) − 1`` where it computes ``expm1(x)``. ``spread`` says of every element by how much such choices may
@@ -26,7 +26,7 @@ from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import CONTRACTIONS
 
 DRAWS = 4
-"""Times that the noise of inner nodes is drawn; more often for few elements, whose noise may be small by luck."""
+"""Number of draws of the noise of inner nodes; more for few elements, whose noise may be small by luck."""
 FEW = 256
 
 
@@ -49,19 +49,19 @@ def doubt(
     """
     exact, spreads = _spreads(oracle, nodes, given, family, claim)
     last = spreads.pop(target, None)
-    whole = torch.as_tensor(exact[target])
-    own = 0.0 if last is None else _norm(U * last * torch.isfinite(whole))
+    exact_target = torch.as_tensor(exact[target])
+    own_norm = 0.0 if last is None else _norm(U * last * torch.isfinite(exact_target))
     if not any(_is_some(s) for s in spreads.values()):
-        return own
-    draws = DRAWS if whole.numel() >= FEW else 4 * DRAWS
+        return own_norm
+    draws = DRAWS if exact_target.numel() >= FEW else 4 * DRAWS
     moved = [_norm(d) for d in _differences(oracle, nodes, exact, spreads, target, draws)]
-    return math.hypot(own, math.sqrt(sum(m * m for m in moved) / draws))
+    return math.hypot(own_norm, math.sqrt(sum(m * m for m in moved) / draws))
 
 
 def _spreads(
     oracle: Executor, nodes: Sequence[Node], given: Mapping[str, AnyTensor], family: str, claim: Arithmetic | None
 ) -> tuple[dict[str, AnyTensor], dict[str, Tensor]]:
-    """Every value of a segment, and by how much each may be off, in FP32's unit roundoffs."""
+    """Every value of a segment, and how much each may be off, in FP32's unit roundoffs."""
     values: dict[str, AnyTensor] = dict(given)
     spreads: dict[str, Tensor] = {}
     for node in nodes:
@@ -130,19 +130,28 @@ def spread(
     family: str = "",
     claim: Arithmetic | None = None,
 ) -> Tensor:
-    """By how much each element of a node's result may be off, root mean square, in FP32's unit roundoffs."""
+    """Error of each element of a node's result that correct implementations may make.
+
+    Root mean square, in FP32's unit roundoffs, in the shape of ``result``. ``claim`` is the arithmetic that the backend
+    claims, FP32 where None.
+    """
     inputs = oracle.run_nodes([], values, node.inputs)
-    own = summation(oracle, node, inputs, result)
-    if own is not None and node.op in CONTRACTIONS and claim is not None and (operand := claim.operand or claim.value):
+    error = summation(oracle, node, inputs, result)
+    if (
+        error is not None
+        and node.op in CONTRACTIONS
+        and claim is not None
+        and (operand := claim.operand or claim.value)
+    ):
         squared = oracle.run_nodes([node], squares(node, inputs), node.outputs)[node.outputs[0]]
-        own = torch.hypot(own, ROUNDING * _roundoff(operand) / U * (2 * squared).sqrt())
-    if own is None and (errors := errors_of(node, family)) is not None:
-        own = errors.spread(node, [inputs[n] for n in node.proto.input if n], result)
-    if own is None:
-        own = compound(oracle, node, inputs, result, name, family)
+        error = torch.hypot(error, ROUNDING * _roundoff(operand) / U * (2 * squared).sqrt())
+    if error is None and (errors := errors_of(node, family)) is not None:
+        error = errors.spread(node, [inputs[n] for n in node.proto.input if n], result)
+    if error is None:
+        error = compound(oracle, node, inputs, result, name, family)
     if claim is not None and claim.value is not None:
-        own = torch.hypot(own, ROUNDING * _roundoff(claim.value) / U * result.abs())
-    return own.nan_to_num(0.0, 0.0, 0.0)
+        error = torch.hypot(error, ROUNDING * _roundoff(claim.value) / U * result.abs())
+    return error.nan_to_num(0.0, 0.0, 0.0)
 
 
 def _roundoff(rounding: Callable[[Tensor], Tensor]) -> float:

@@ -1,4 +1,4 @@
-"""What can be said of a model before any backend runs it: ranges, reduction lengths, normalizations, quantizers."""
+"""Preflight checks of a model, before any backend runs it: ranges, reduction lengths, normalizations, quantizers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LONG = 1152
 """Reduction length from which FP16 accumulation is a risk: measured on TensorRT 8.6 it introduces 4.4 times what FP32
 accumulation would, more than rounding explains (3.3 times at 576, 6.1 at 2304)."""
 GROWTH = 0.13
-"""That excess divided by the square root of the reduction length."""
+"""Excess of FP16 accumulation divided by the square root of the reduction length."""
 UNEVEN = 8.0
 """Ratio of the largest to the median channel range from which one INT8 scale is too few."""
 
@@ -39,7 +39,7 @@ PROBLEM, RISK = "problem", "risk"
 
 @dataclass
 class Concern:
-    """One thing to look at. A ``problem`` is wrong or will be in some precision; a ``risk`` may be."""
+    """A finding to look at. A ``problem`` is wrong or will be in some precision; a ``risk`` may be."""
 
     check: str
     severity: str
@@ -57,17 +57,17 @@ class Preflight:
         self._names = {Key(p.name, v): layer_name(p, v) for p in programs for v in p.graph.producer}
 
     def concerns(self) -> list[Concern]:
-        """All of them, problems first."""
-        found: list[Concern] = []
+        """All concerns, problems first. Raises InputError where the activations cannot be computed."""
+        listed: list[Concern] = []
         for program in self.programs:
             weights = Weights(program.graph, FP64, torch.device("cpu"), 0)
-            found += _ranges_of_weights(program, weights)
-            found += _long_sums(program, weights)
-            found += _normalizations(program, weights)
-            found += _quantizers(program, weights)
+            listed += _ranges_of_weights(program, weights)
+            listed += _long_sums(program, weights)
+            listed += _normalizations(program, weights)
+            listed += _quantizers(program, weights)
         if self.sample is not None:
-            found += self._activations(self.sample)
-        return sorted(found, key=lambda c: c.severity != PROBLEM)
+            listed += self._activations(self.sample)
+        return sorted(listed, key=lambda c: c.severity != PROBLEM)
 
     def _activations(self, sample: Sample) -> Iterator[Concern]:
         """One FP32 pass over the whole chain."""
@@ -125,13 +125,13 @@ class Preflight:
 
 
 def leaves_half(exact: Tensor) -> dict[str, float] | None:
-    """What FP16 loses of a tensor, where that is more than its rounding: overflows, or a large storage loss."""
+    """Figures of what FP16 loses of a tensor; None where that is no more than its rounding."""
     figures = half_figures(exact)
     finite = exact[torch.isfinite(exact)]
     stored = round_fp16(finite.float()).double()
-    kept = torch.isfinite(stored)
-    norm = float(torch.linalg.vector_norm(finite[kept])) or 1.0
-    figures["storage_loss"] = float(torch.linalg.vector_norm(stored[kept] - finite[kept])) / norm
+    is_stored = torch.isfinite(stored)
+    norm = float(torch.linalg.vector_norm(finite[is_stored])) or 1.0
+    figures["storage_loss"] = float(torch.linalg.vector_norm(stored[is_stored] - finite[is_stored])) / norm
     return figures if figures["overflows"] or figures["storage_loss"] > RANGE * HALF.roundoff else None
 
 
@@ -140,10 +140,10 @@ def _beyond_half(check: str, lost: Mapping[str, Mapping[str, float]]) -> Iterato
         ("overflow FP16 (beyond 65504)", {n: f for n, f in lost.items() if f["overflows"]}),
         ("vanish or lose bits in FP16 (below 6.1e-5)", {n: f for n, f in lost.items() if not f["overflows"]}),
     )
-    for what, layers in ways:
+    for loss, layers in ways:
         if layers:
             worst = max(layers.values(), key=lambda f: (f["overflows"], f["storage_loss"]))
-            says = f"{check} {what}: largest {worst['largest']:.3g}, storage loses {worst['storage_loss']:.2g}"
+            says = f"{check} {loss}: largest {worst['largest']:.3g}, storage loses {worst['storage_loss']:.2g}"
             fix = "rescale these layers and their readers, or keep them in FP32 or BF16"
             yield Concern(check, PROBLEM, says, list(layers), fix, dict(worst))
 
@@ -169,9 +169,8 @@ def _long_sums(program: Program, weights: Weights) -> Iterator[Concern]:
         constant = [i for i in node.inputs[1:2] if weights.holds(i)]
         if node.op in PRODUCTS and constant:
             shape = weights[constant[0]].shape
-            long = (
-                shape[-2] if node.op == "MatMul" else shape[0] if node.op == "ConvTranspose" else math.prod(shape[1:])
-            )
+            summed = {"MatMul": shape[-2:-1] or shape[:1], "ConvTranspose": shape[:1]}.get(node.op, shape[1:])
+            long = math.prod(summed)
             if long >= LONG:
                 lengths[_layer(program, node)] = int(long)
     if lengths:

@@ -1,4 +1,4 @@
-"""What INT8 must do to a layer: its inputs on a grid with the best scales for what they hold, its weights likewise.
+"""INT8 as a layer must do it: its inputs on a grid with the best scales for what they hold, its weights likewise.
 
 A faithful INT8 layer introduces about this much, whatever calibration chose for the data that it saw. A scale that
 clips, that is too coarse, or one scale for channels of different range introduces more, and so does a backend that does
@@ -23,14 +23,14 @@ from cp_debug.graph.operators import PRODUCTS
 from cp_debug.graph.qdq import LEVELS, weight_axis
 
 FEW = 4
-"""Elements that a channel must have on average before its error is held against it."""
+"""Number of elements that a channel must have on average before its error is held against it."""
 DEAD = 1e-3
-"""A channel of this size beside the largest is left out."""
+"""Size relative to the largest channel below which a channel is left out."""
 
 
 @dataclass(frozen=True)
 class QuantizerGrid:
-    """Which numbers a quantized input can be: ``scale`` × (level − ``zero``), levels from ``low`` to ``high``."""
+    """Numbers that a quantized input can be: ``scale`` × (level − ``zero``), levels from ``low`` to ``high``."""
 
     scale: Tensor
     """float64, one number, or [C] along ``axis``."""
@@ -41,17 +41,17 @@ class QuantizerGrid:
 
     @classmethod
     def symmetric(cls, amax: float) -> QuantizerGrid:
-        """One scale for a whole tensor; ``amax`` is the largest magnitude that it keeps."""
+        """A grid with one scale for a whole tensor; ``amax`` is the largest magnitude that is not clipped."""
         return cls(torch.tensor(amax / LEVELS, dtype=torch.float64), torch.zeros(()), -LEVELS - 1, LEVELS, 0)
 
     @property
     def range(self) -> tuple[float, float]:
-        """The smallest and the largest number; of several scales those of the first."""
+        """The smallest and the largest number of the grid; with several scales, those of the first."""
         scale, zero = float(self.scale.flatten()[0]), float(self.zero.flatten()[0])
         return (self.low - zero) * scale, (self.high - zero) * scale
 
     def levels(self, tensor: Tensor) -> Tensor:
-        """What the elements are rounded to before the range cuts them off."""
+        """Levels that the elements are rounded to before the range cuts them off."""
         return torch.round(tensor / self._along(self.scale, tensor)) + self._along(self.zero, tensor)
 
     def value(self, levels: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class QuantizerGrid:
         return self.value(self.levels(tensor).clamp(self.low, self.high))
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether every element is one of its numbers, but for the rounding of FP32."""
+        """Whether every element is a number of the grid, up to the rounding of FP32."""
         exact = tensor.double()
         return bool(torch.isclose(self.quantized(exact), exact, rtol=1e-6, atol=0).all())
 
@@ -93,9 +93,9 @@ class EmulatedSegment:
 class Quantized:
     """A graph with Q/DQ pairs beside the one that it was made from, ``plain``.
 
-    ``names``: value of ``plain`` → the same in the quantized graph, where they differ. Which inputs of a node are
-    quantized is read off the quantized graph; what is said here is in names of ``plain``. ``rounded``: value → the
-    largest magnitude that it keeps, where what was captured lies on that grid itself.
+    ``names``: value of ``plain`` → its name in the quantized graph, where they differ. Which inputs of a node are
+    quantized is read off the quantized graph; arguments and results are in names of ``plain``. ``rounded``: value → the
+    largest magnitude that is not clipped, where the captured value lies on that grid itself.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Quantized:
     ) -> None:
         self._graph, self._names = graph, names
         self._rounded = {name: QuantizerGrid.symmetric(amax) for name, amax in rounded.items()}
-        self._plain_names = {own: name for name, own in names.items()}
+        self._plain_names = {quantized_name: name for name, quantized_name in names.items()}
         self._executor = Executor(graph, INT8)
         self._constants = Weights(graph, INT8, torch.device("cpu"), 0)
         self._quantizers: dict[str, dict[int, Node]] = {}
@@ -112,16 +112,16 @@ class Quantized:
             twin = graph.producer.get(names.get(node.outputs[0], node.outputs[0])) if node.outputs else None
             if twin is not None and twin.op == node.op:
                 reads = [graph.producer.get(name) for name in twin.proto.input[: 2 if node.op in PRODUCTS else None]]
-                found = {i: n for i, n in enumerate(reads) if n is not None and n.op == "DequantizeLinear"}
-                if found:
-                    self._quantizers[node.name] = found
+                dequantizers = {i: n for i, n in enumerate(reads) if n is not None and n.op == "DequantizeLinear"}
+                if dequantizers:
+                    self._quantizers[node.name] = dequantizers
 
     def touches(self, nodes: Sequence[Node]) -> bool:
-        """Whether any of these nodes of ``plain`` computes in INT8, or gives what is shown rounded to it."""
+        """Whether any of these nodes of ``plain`` computes in INT8, or has a result that is shown rounded to it."""
         return any(n.name in self._quantizers or not self._rounded.keys().isdisjoint(n.outputs) for n in nodes)
 
     def grid(self, node: Node, place: int) -> QuantizerGrid | None:
-        """How the graph quantizes one input of a node of ``plain``; None where it does not, or computes the scale."""
+        """The grid of one input of a node of ``plain``; None where it is not quantized, or its scale is computed."""
         dequantizer = self._quantizers.get(node.name, {}).get(place)
         if dequantizer is None or not all(map(self._constants.holds, dequantizer.proto.input[1:])):
             return None
@@ -144,9 +144,9 @@ class Quantized:
         ``scale_margin`` makes the scales larger by this factor, so that other roundings come about.
         """
         values: dict[str, AnyTensor] = dict(given)
-        found = EmulatedSegment({})
+        segment = EmulatedSegment({})
         for node in nodes:
-            own = dict(values)
+            rounded_values = dict(values)
             places = self._quantizers.get(node.name, {})
             inputs = executor.run_nodes([], values, [node.proto.input[place] for place in places])
             together = max((float(t.abs().max()) for t in inputs.values()), default=0.0) if node.op == "Add" else None
@@ -154,29 +154,31 @@ class Quantized:
                 name = node.proto.input[place]
                 tensor = inputs[name]
                 if node.op in PRODUCTS and place == 1:
-                    rest = [d for d in range(tensor.dim()) if d != weight_axis(node, tensor.dim())]
-                    own[name] = on_grid(tensor, scale_margin * tensor.abs().amax(rest, keepdim=True))
+                    reduced = [d for d in range(tensor.dim()) if d != weight_axis(node, tensor.dim())]
+                    rounded_values[name] = on_grid(tensor, scale_margin * tensor.abs().amax(reduced, keepdim=True))
                     continue
-                own[name] = on_grid(tensor, torch.as_tensor(scale_margin * (together or float(tensor.abs().max()))))
+                rounded_values[name] = on_grid(
+                    tensor, torch.as_tensor(scale_margin * (together or float(tensor.abs().max())))
+                )
                 if (grid := self.grid(node, place)) is not None and grid.scale.numel() == 1:
                     clipped = grid.clipped(tensor)
-                    if found.step is None or clipped > found.clipped:
-                        found.step, found.clipped = float(grid.scale), clipped
-            values |= executor.run_nodes([node], own, node.outputs)
-        found.results = {target: self._as_shown(target, torch.as_tensor(values[target])) for target in targets}
-        return found
+                    if segment.step is None or clipped > segment.clipped:
+                        segment.step, segment.clipped = float(grid.scale), clipped
+            values |= executor.run_nodes([node], rounded_values, node.outputs)
+        segment.results = {target: self._as_shown(target, torch.as_tensor(values[target])) for target in targets}
+        return segment
 
     def declared(self, target: str, known: Collection[str], given: Mapping[str, AnyTensor]) -> Tensor | None:
-        """What the graph's own scales make of ``given``; None where its segment starts from other values."""
-        own = self._names.get(target, target)
-        if own not in self._graph.producer:
+        """Result ``target`` of ``given`` by the graph's own scales; None where its segment starts from other values."""
+        quantized_name = self._names.get(target, target)
+        if quantized_name not in self._graph.producer:
             return None
-        nodes, starts = self._graph.segment([own], {self._names.get(name, name) for name in known})
+        nodes, starts = self._graph.segment([quantized_name], {self._names.get(name, name) for name in known})
         values = {start: self._plain_names.get(start, start) for start in starts}
         if not given.keys() >= set(values.values()):
             return None
-        results = self._executor.run_nodes(nodes, {s: given[name] for s, name in values.items()}, [own])
-        return self._as_shown(target, torch.as_tensor(results[own]))
+        results = self._executor.run_nodes(nodes, {s: given[name] for s, name in values.items()}, [quantized_name])
+        return self._as_shown(target, torch.as_tensor(results[quantized_name]))
 
     def _as_shown(self, name: str, tensor: Tensor) -> Tensor:
         return self._rounded[name].quantized(tensor) if name in self._rounded else tensor
@@ -190,14 +192,14 @@ def balanced(error: Tensor, exact: Tensor, axis: int) -> float:
     """
     if exact.numel() < FEW * exact.shape[axis]:
         return 0.0
-    rest = [d for d in range(exact.dim()) if d != axis]
-    wrong, size = (torch.linalg.vector_norm(t.double(), dim=rest) for t in (error, exact))
+    reduced = [d for d in range(exact.dim()) if d != axis]
+    wrong, size = (torch.linalg.vector_norm(t.double(), dim=reduced) for t in (error, exact))
     alive = size > DEAD * size.max()
     relative = (wrong[alive] / size[alive]).sort(descending=True).values
     return float(relative[: -(-len(relative) // 4)].square().mean().sqrt()) if len(relative) else 0.0
 
 
 def on_grid(tensor: Tensor, amax: Tensor) -> Tensor:
-    """The nearest of 255 levels between ±``amax``."""
+    """The nearest of 255 levels between ±``amax`` for each element; ``amax`` broadcasts to ``tensor``."""
     step = torch.where(amax > 0, amax, 1.0).to(tensor) / LEVELS
     return (tensor / step).round().clamp(-LEVELS, LEVELS) * step

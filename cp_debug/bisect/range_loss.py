@@ -1,5 +1,7 @@
-"""What a type cannot hold: results and weights that overflow, vanish or lose digits among the subnormals, and whether
-that changes anything that is computed from them."""
+"""Range loss: results and weights that overflow, vanish or lose digits among the subnormals of a type.
+
+A loss counts only where it changes something that is computed from them.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ BOUNDED = {"Sigmoid", "HardSigmoid", "Softmax"}
 
 
 class RangeLoss:
-    """Asks of the layers of one graph what storing them loses. ``known`` are the values that the capture holds."""
+    """Losses of storing the values of a graph's layers. ``known`` are the values that the capture holds."""
 
     def __init__(self, graph: Graph, oracle: Executor, known: Collection[str]) -> None:
         self.graph, self.oracle, self.known = graph, oracle, known
@@ -53,11 +55,11 @@ class RangeLoss:
         """
         maker = self.graph.producer[target]
         loss = storage_loss(exact, precision(maker), bounded=maker.op in BOUNDED)
-        gone = NEGLIGIBLE * precision(maker).roundoff
+        negligible = NEGLIGIBLE * precision(maker).roundoff
         if loss > RANGE * precision(maker).roundoff:
             stored = _stored(exact, precision(maker))
             assert stored is not None
-            loss = loss if self._matters(target, exact, stored.to(exact.dtype), gone, load) else 0.0
+            loss = loss if self._matters(target, exact, stored.to(exact.dtype), negligible, load) else 0.0
         for node in nodes:
             if node.op in KERNELS and KERNELS[node.op].exact:
                 continue
@@ -67,22 +69,24 @@ class RangeLoss:
                     loss = max(loss, lost)
                     continue
                 rounded = _stored(self.oracle.run_nodes([], {}, [name])[name], precision(node))
-                other = self.oracle.run_nodes(nodes, {**given, name: rounded}, [target])[target]
-                if self._matters(target, exact, other, gone, load):
+                changed_result = self.oracle.run_nodes(nodes, {**given, name: rounded}, [target])[target]
+                if self._matters(target, exact, changed_result, negligible, load):
                     loss = lost
         return loss
 
     def beyond(self, target: str, captured: Tensor, exact: Tensor, precision: Precision, load: Load) -> Tensor | None:
-        """Where ``exact`` lies beyond the type's range, ``captured`` is Inf or the largest number instead, and nothing
-        that reads it notices; None where that is nowhere so."""
+        """Mask of elements where ``exact`` lies beyond the type's range, and nothing that reads them notices.
+
+        ``captured`` is Inf or the largest number there. None where there is no such element.
+        """
         largest = precision.largest * (1 - 2 * precision.roundoff)
         beyond = torch.isfinite(exact) & (exact.abs() >= largest)
         if not bool(beyond.any()):
             return None
         cut = (torch.sign(captured) == torch.sign(exact)) & (captured.abs() >= largest)
-        other = torch.where(beyond, captured.to(exact.dtype), exact)
-        wanted = bool(cut[beyond].all())
-        if not wanted or self._matters(target, exact, other, NEGLIGIBLE * precision.roundoff, load):
+        cut_off = torch.where(beyond, captured.to(exact.dtype), exact)
+        is_cut_off = bool(cut[beyond].all())
+        if not is_cut_off or self._matters(target, exact, cut_off, NEGLIGIBLE * precision.roundoff, load):
             return None
         return beyond
 
@@ -108,7 +112,7 @@ def storage_loss(exact: Tensor, precision: Precision, *, bounded: bool = False) 
 
 
 def _stored(exact: AnyTensor, precision: Precision) -> Tensor | None:
-    """As the precision stores it, in FP32; None where it stores everything that FP32 does."""
+    """The tensor as the precision stores it, in FP32; None where it stores everything that FP32 does."""
     value = ARITHMETICS[precision.name].value
     if value is None or not isinstance(exact, Tensor) or not exact.is_floating_point():
         return None

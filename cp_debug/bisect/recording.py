@@ -1,4 +1,4 @@
-"""One backend's run as a capture, and two captures compared: the two halves of a bisect, for two machines."""
+"""Recording of one backend's run, and comparison of two recordings: a bisect in two halves, for two machines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cp_debug.probes.statistics import compare
 from cp_debug.programs.paired_captures import Tensor, pair_captures
 from cp_debug.programs.pipeline import Pipeline, choose_export, header, prepare
 from cp_debug.programs.precision import PRECISIONS, coarser
-from cp_debug.recipes.base import Model
+from cp_debug.recipes.base import Model, check_samples
 from cp_debug.serialize import json_safe
 
 
@@ -35,18 +35,22 @@ def record(
     folded: bool,
     on_step: Callable[[str, int, int], None],
 ) -> Capture:
-    """Run ``backend`` on the samples with every probe; the capture appears under ``folder`` when complete."""
+    """Run ``backend`` on the samples with every probe; the capture appears under ``folder`` when complete.
+
+    Raises BackendUnavailable and InputError.
+    """
     created = create(BackendSpec.parse(backend)) if isinstance(backend, str) else backend
     how, _ = choose_export([created], exporter)
-    found = iter(model.samples(samples, seed, inputs))
-    first = next(found)
+    check_samples(model, samples, inputs)
+    sample_iterator = iter(model.samples(samples, seed, inputs))
+    first = next(sample_iterator)
     on_step("exporting and aligning", 0, samples + 1)
     with tempfile.TemporaryDirectory(prefix="cpdebug-") as scratch:
         programs = prepare(model, first, Path(scratch), how=how, folded=folded)
         with Pipeline(model, programs, created) as pipeline:
             manifest = header(pipeline, [])  # the samples are added as they come; it is written at the end
             with CaptureWriter(folder, manifest) as writer:
-                for index, sample in enumerate(itertools.chain([first], found)):
+                for index, sample in enumerate(itertools.chain([first], sample_iterator)):
                     on_step(f"{created.spec}, sample {index}", index + 1, samples + 1)
                     manifest["inputs"].append({name: array_hash(array) for name, array in sample.arrays.items()})
                     manifest["samples"].append(sample.source)
@@ -65,11 +69,11 @@ def compare_captures(
     force: bool = False,
     maps: Sequence[str] = (),
 ) -> BisectResult:
-    """Compare what two captures have in common, in the reference's execution order; the worst sample of each tensor.
+    """Compare the tensors that two captures have in common, in the reference's execution order.
 
-    Tensors are paired as ``maps`` says (``REFERENCE=TEST`` each), by name, else by what they hold; final outputs also
-    by position and shape. Raises InputError with the reason when models or inputs differ, unless ``force``; for a wrong
-    map; and when no final output, or nothing at all, is in common.
+    Each row is the worst sample of a tensor. Tensors are paired as ``maps`` says (``REFERENCE=TEST`` each), by name,
+    else by what they hold; final outputs also by position and shape. Raises InputError with the reason when models or
+    inputs differ, unless ``force``; for a wrong map; and when no final output, or nothing at all, is in common.
     """
     reasons = reference.differences(test)
     if reasons and not force:
@@ -134,7 +138,7 @@ def compare_captures(
 
 
 def _pairing(reference: Capture, pairs: Mapping[Tensor, Tensor]) -> dict[str, Any]:
-    """What could not be paired, by component; nothing where all could."""
+    """Component → tensors that could not be paired; empty where all could."""
     missing: dict[str, list[str]] = {}
     for key in dict.fromkeys((e.component, e.name) for e in reference.entries):
         if key not in pairs:

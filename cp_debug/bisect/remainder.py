@@ -1,4 +1,4 @@
-"""What is left to say where no layer is guilty and the outputs differ all the same: does the rounding add up to it?
+"""Divergence of outputs that no layer is guilty of: does the rounding add up to it?
 
 The divergence is what all layers introduced, carried to the end. That holds where every node was replayed; and it is
 rounding where the declared precision, emulated over the whole network, makes about as much.
@@ -30,20 +30,23 @@ def remainder(
     ours: Mapping[str, Arrays],
     replays: Mapping[Key, Replay],
 ) -> Remainder:
-    """``results`` and ``ours``: the outputs of the test and of the reference, by component."""
+    """The remaining divergence, with what rounding explains of it.
+
+    ``results`` and ``ours``: the outputs of the test and of the reference, by component.
+    """
     last = run.pipeline.model.components[-1].name
     missing: dict[str, str] = {}
     for component, program in run.programs.items():
-        own = {key.value: replay for key, replay in replays.items() if key.component == component}
-        missing |= not_replayed(program.graph, own)
-    found = Remainder(_apart(results[last], ours[last]), not_replayed=missing)
+        component_replays = {key.value: replay for key, replay in replays.items() if key.component == component}
+        missing |= not_replayed(program.graph, component_replays)
+    remaining = Remainder(_apart(results[last], ours[last]), not_replayed=missing)
     if not missing and not run.pipeline.backend.emulated:
-        found.rounding = _rounding(run, sample)
-    return found
+        remaining.rounding = _rounding(run, sample)
+    return remaining
 
 
 def not_replayed(graph: Graph, replays: Mapping[str, Replay]) -> dict[str, str]:
-    """The nodes that the outputs hang on and no replay covers, or none with a known expectation → why."""
+    """Node → reason, for nodes that the outputs depend on and that no replay with a known expectation covers."""
     covered = {name for r in replays.values() if r.introduced is not None for name in r.nodes}
     covered -= {name for r in replays.values() for name in r.not_emulated}
     reasons = {v: r.skipped for v, r in replays.items() if r.skipped}

@@ -1,9 +1,9 @@
-"""Replay: run one segment on the oracle with the test's own captured inputs, so that what the layer did is separated
-from what it was given.
+"""Replay of a segment on the oracle with the test's own captured inputs.
 
-For a value ``t`` of the test, ``o`` the oracle's result from the test's inputs of that segment and ``r`` the reference:
+It separates what the layer did from what it was given. For a value ``t`` of the test, ``o`` the oracle's result from
+the test's inputs of that segment and ``r`` the reference:
 
-    divergence = t − r = (t − o) + (o − r) = introduced + inherited
+- divergence = t − r = (t − o) + (o − r) = introduced + inherited
 
 ``expected`` is what the declared precision must introduce, by emulating it on the same inputs.
 """
@@ -50,10 +50,10 @@ SCALE_MARGINS = (1.02, 1.05, 1.1)
 emulation may come out nearly exact by luck."""
 
 TRIM_AFTER = 1 << 27
-"""Bytes of oracle results after which freed memory goes back to the system."""
+"""Size of oracle results in bytes after which freed memory goes back to the system."""
 
 FLOOR = 0.5
-"""Unit roundoffs that every layer may introduce, whatever its emulation says."""
+"""Number of unit roundoffs that every layer may introduce, whatever its emulation says."""
 
 
 class Replayer:
@@ -72,8 +72,10 @@ class Replayer:
         quantized: tuple[AnyQuantized | None, AnyQuantized | None] = (None, None),
         families: tuple[str, str] = ("", ""),
     ) -> None:
-        """``precisions`` are those that the reference and the test claim to have; ``quantized`` what each of them does
-        in INT8, where that is known; ``narrow`` the values (by their names in ``graph``) that each holds in ``fp16`` or
+        """Prepare the oracle and the emulation of both sides' claims.
+
+        ``precisions`` are those that the reference and the test claim to have; ``quantized`` what each of them does in
+        INT8, where that is known; ``narrow`` the values (by their names in ``graph``) that each holds in ``fp16`` or
         ``bf16`` because its own program says so; ``families`` those of their backends. ``emulated``: the test is the
         emulation of its claim, of this very graph, so that emulating its layers again would give what was captured.
         """
@@ -98,7 +100,7 @@ class Replayer:
         self._range_loss = RangeLoss(graph, self.oracle, self.known)
 
     def _emulator(self, side: int, oracle: str) -> Executor:
-        """What computes as the reference (0) or the test (1) claims to."""
+        """The executor that computes as the reference (0) or the test (1) claims to."""
         arithmetic = ARITHMETICS[self._claims[side]]
         overrides = overrides_of(self.graph, self._narrow[side], arithmetic)
         if arithmetic.name == oracle and not overrides:
@@ -106,10 +108,12 @@ class Replayer:
         return Executor(self.graph, arithmetic, self._device, overrides=overrides)
 
     def claim(self, side: int, nodes: Iterable[Node]) -> Precision:
-        """The precision that the reference (0) or the test (1) claims for a segment: its backend's, or the coarser one
-        in which its program holds a result of these nodes."""
-        own = (self._narrow[side].get(name) for node in nodes for name in node.outputs)
-        return coarsest(self._claims[side], *filter(None, own))
+        """The precision that the reference (0) or the test (1) claims for a segment.
+
+        It is the backend's, or the coarser one in which its program holds a result of these nodes.
+        """
+        declared = (self._narrow[side].get(name) for node in nodes for name in node.outputs)
+        return coarsest(self._claims[side], *filter(None, declared))
 
     def layers(
         self, reference: Load, test: Load, divergences: Mapping[str, float] = MappingProxyType({})
@@ -128,24 +132,32 @@ class Replayer:
                 yield from ((t, Replay(skipped=str(error))) for t in targets)
 
     def introduced(self, target: str, test: Load) -> tuple[Tensor, Tensor]:
-        """(introduced error, oracle's result) of one value, in the oracle's dtype. Raises as ``layers`` would skip."""
+        """(Introduced error, oracle's result) of one value, in the oracle's dtype and the value's shape.
+
+        Raises InputError where ``layers`` would skip it.
+        """
         nodes, starts = self.graph.segment([target], self.known)
         exact = as_tensor(self.oracle.run_nodes(nodes, {s: test(s) for s in starts}, [target])[target])
         return self._hold(test(target)) - exact, exact
 
     def given(self, value: str, exact: AnyTensor, reference: Load, test: Load) -> Replay:
         """The replay of a graph input, whose exact value the caller knows: glue copies and is not rounded."""
-        held = self._hold(exact)
-        replay = self._judge(test(value), held, [held], coarsest(self._claims[1], self._narrow[1].get(value)))
-        self._trace_back(replay, held, reference(value), 0.0)
+        exact_tensor = self._hold(exact)
+        replay = self._judge(
+            test(value), exact_tensor, [exact_tensor], coarsest(self._claims[1], self._narrow[1].get(value))
+        )
+        self._trace_back(replay, exact_tensor, reference(value), 0.0)
         return replay
 
     def _segment(
         self, targets: list[str], reference: Load, test: Load, divergences: Mapping[str, float]
     ) -> dict[str, Replay]:
         nodes, starts = self.graph.segment(targets, self.known)
-        if drawn := [n for n in nodes if draws(n, self.graph)]:
-            return {t: Replay(skipped=f"{drawn[0].name} ({drawn[0].op}) draws random numbers") for t in targets}
+        if random_nodes := [n for n in nodes if draws(n, self.graph)]:
+            return {
+                t: Replay(skipped=f"{random_nodes[0].name} ({random_nodes[0].op}) draws random numbers")
+                for t in targets
+            }
         given = {s: test(s) for s in starts}
         captured = {t: test(t) for t in targets}
         if self._emulated and self._exact(nodes):
@@ -153,10 +165,12 @@ class Replayer:
         else:
             exact = {t: as_tensor(v) for t, v in self.oracle.run_nodes(nodes, given, targets).items()}
         captured |= {t: exact[t] for t in targets if self._as_good(t, captured[t], exact[t], test)}
-        own = self.claim(1, nodes)
-        expected, claim = (EmulatedSegment(captured), own) if self._emulated else self._expect(1, nodes, given, exact)
-        known = divergences.get(starts[0]) if len(starts) == 1 else None
-        divergence = self._divergence(given, reference) if known is None else known
+        claimed = self.claim(1, nodes)
+        expected, claim = (
+            (EmulatedSegment(captured), claimed) if self._emulated else self._expect(1, nodes, given, exact)
+        )
+        known_divergence = divergences.get(starts[0]) if len(starts) == 1 else None
+        divergence = self._divergence(given, reference) if known_divergence is None else known_divergence
         results = {}
         for target in targets:
             replay = self._asked(1, nodes, given, target, captured[target], exact[target], expected, claim)
@@ -166,7 +180,7 @@ class Replayer:
                 replay.clipped, replay.step = expected.clipped, expected.step
                 declared = quantized.declared(target, self.known, given)
                 _hold_against_scales(replay, captured[target], exact[target], expected.results[target], declared)
-            replay.nodes, replay.precision = tuple(n.name for n in nodes), own.name
+            replay.nodes, replay.precision = tuple(n.name for n in nodes), claimed.name
             replay.unread = target not in self.graph.consumers and target not in self._outputs
             replay.not_emulated = self._not_emulated(nodes)
             replay.instead = instead(captured[target], exact[target], expected.results[target])
@@ -196,8 +210,8 @@ class Replayer:
             if kernel is None or kernel.multiplies:
                 return False
             # What only chooses among values of the same run, which are rounded already, rounds nothing.
-            made = (self.graph.producer.get(name) for name in node.inputs)
-            chooses = not kernel.rounds and all(maker and maker.op != "Constant" for maker in made)
+            makers = (self.graph.producer.get(name) for name in node.inputs)
+            chooses = not kernel.rounds and all(maker and maker.op != "Constant" for maker in makers)
             return claim.value is None or chooses
 
         return oracle.dtype == claim.dtype and oracle.value is None and all(map(alike, nodes))
@@ -205,8 +219,10 @@ class Replayer:
     def _expect(
         self, side: int, nodes: list[Node], given: Mapping[str, AnyTensor], exact: Mapping[str, Tensor]
     ) -> tuple[EmulatedSegment, Precision]:
-        """What the reference (0) or the test (1) must make of ``given`` in place of ``exact``, and the precision that
-        allows for what emulation does not know."""
+        """Results that the reference (0) or the test (1) must make of ``given`` in place of ``exact``.
+
+        Also returns the precision that allows for what emulation does not know.
+        """
         emulator, quantized = self._emulators[side], self.quantized[side]
         precision = self.claim(side, nodes) if quantized is None else BESIDE_INT8
         if quantized is not None and quantized.touches(nodes):
@@ -224,15 +240,17 @@ class Replayer:
         expected: EmulatedSegment,
         claim: Precision,
     ) -> Replay:
-        """The replay of one value of the reference (0) or the test (1): where emulating one correct implementation has
-        raised a doubt, others are asked."""
+        """The replay of one value of the reference (0) or the test (1).
+
+        Where emulating one correct implementation has raised a doubt, others are asked.
+        """
         replay = self._judge(captured, exact, [expected.results[target]], claim)
         if (replay.excess or 0.0) <= EXCESS:
             return replay
         quantized = self.quantized[side]
         if quantized is not None and quantized.touches(nodes):
-            others = self._rooms(quantized, side, nodes, given, target)
-            return self._judge(captured, exact, [expected.results[target], *others], claim)
+            larger_scales = self._rooms(quantized, side, nodes, given, target)
+            return self._judge(captured, exact, [expected.results[target], *larger_scales], claim)
         oracle = self._oracle_of(claim)
         if oracle is not self.oracle:
             exact = as_tensor(oracle.run_nodes(nodes, given, [target])[target])
@@ -251,7 +269,7 @@ class Replayer:
     def _rooms(
         self, quantized: AnyQuantized, side: int, nodes: list[Node], given: Mapping[str, AnyTensor], target: str
     ) -> Iterator[AnyTensor]:
-        """What somewhat larger scales give."""
+        """Results of somewhat larger scales."""
         for scale_margin in SCALE_MARGINS:
             yield quantized.ideal(self._emulators[side], nodes, given, [target], scale_margin).results[target]
 
@@ -306,8 +324,8 @@ class Replayer:
         beyond = self._range_loss.beyond(target, self._hold(captured), exact, claim, test)
         if beyond is None:
             return replay
-        rest = [torch.where(beyond, 0.0, self._hold(t)) for t in (captured, exact, expected.results[target])]
-        replay = self._judge(rest[0], rest[1], [rest[2]], claim)
+        in_range = [torch.where(beyond, 0.0, self._hold(t)) for t in (captured, exact, expected.results[target])]
+        replay = self._judge(in_range[0], in_range[1], [in_range[2]], claim)
         replay.wanted = int(beyond.sum())
         return replay
 
@@ -315,25 +333,25 @@ class Replayer:
         """Whether whole numbers differ and make no difference: [0, −1] is as good as [1, 189] to a Reshape."""
         if not instead(captured, exact, exact):
             return False
-        other = self._hold(captured).to(exact.dtype)
-        return not matters(self.graph, self.oracle, self.known, test, (target, exact, other), 0.0)
+        captured_tensor = self._hold(captured).to(exact.dtype)
+        return not matters(self.graph, self.oracle, self.known, test, (target, exact, captured_tensor), 0.0)
 
     def _claim_of_node(self, side: int, node: Node) -> Precision:
         return self.claim(side, [node])
 
     def _divergence(self, given: Mapping[str, AnyTensor], reference: Load) -> float:
         """Relative L2 divergence of a segment's inputs, all of them taken as one vector."""
-        differing, whole = 0.0, 0.0
+        differing, reference_norm = 0.0, 0.0
         for name, ours in given.items():
             theirs = reference(name)
             if tuple(ours.shape) != tuple(theirs.shape):
                 return math.inf
-            found = distance(ours, theirs)
-            differing, whole = math.hypot(differing, found.difference), math.hypot(whole, found.whole)
-        return ratio(differing, whole)
+            norms = distance(ours, theirs)
+            differing, reference_norm = math.hypot(differing, norms.difference), math.hypot(reference_norm, norms.whole)
+        return ratio(differing, reference_norm)
 
     def _reduction(self, node: Node) -> int:
-        """How many products one element of the result sums, by the weight's shape; 1 where nothing is summed."""
+        """Number of products that one element of the result sums, by the weight's shape; 1 where nothing is summed."""
         weights = [i for i in node.inputs if i in self.graph.initializers]
         if node.op not in PRODUCTS or not weights:
             return 1

@@ -1,4 +1,4 @@
-"""What the replay of one layer found: plain figures, as results hold them."""
+"""Figures of the replay of one layer, as results hold them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ measurements."""
 
 @dataclass
 class Replay:
-    """What one layer did, all relative L2 norms except where said. None: could not be computed, see ``skipped``."""
+    """Figures of one layer, all relative L2 norms except where said.
+
+    None where a figure could not be computed, see ``skipped``.
+    """
 
     nodes: tuple[str, ...] = ()
     """The ONNX nodes of the segment, the fused ones included."""
@@ -32,22 +35,22 @@ class Replay:
     """Relative error of merely storing the segment's weights and result in the test's precision: large where they
     overflow or vanish; 0 where that changes nothing that is computed from them."""
     reference_excess: float = 0.0
-    """The same question asked of the reference, for layers that amplify suspiciously."""
+    """Excess of the reference, for layers that amplify suspiciously."""
     declared: float | None = None
-    """Of a layer in INT8: the error that the graph's own scales make of the same inputs."""
+    """Error that the graph's own scales make of the same inputs, for a layer in INT8."""
     deviation_from_scales: float | None = field(default=None, metadata={"key": "departs"})
-    """How far the captured result is from what those scales say."""
+    """Distance of the captured result from the result by the graph's own scales."""
     channel_excess: float | None = None
-    """Of a layer in INT8: introduced ÷ expected in its worst channels, however small, see ``balanced``."""
+    """Introduced ÷ expected in the worst channels of a layer in INT8, however small, see ``balanced``."""
     clipped: float | None = None
     """Share of the layer's input that lies beyond its scale."""
     step: float | None = None
-    """That scale: the distance of two levels."""
+    """Scale of the layer's input: the distance of two levels."""
     precision: str | None = None
-    """What the test claims to be here, where that is known: its backend's precision, or a coarser one that its program
-    declares for these nodes."""
+    """Precision that the test claims here, where it is known: its backend's, or a coarser one that its program declares
+    for these nodes."""
     instead: str = ""
-    """Of whole numbers that are not what the inputs make, nor what emulation makes of them: both, in words."""
+    """Whole numbers that agree neither with the inputs nor with emulation: both, in words."""
     not_emulated: tuple[str, ...] = ()
     """Nodes of the segment that have no kernel in the claimed arithmetic: ``expected`` says nothing of them."""
     skipped: str | None = None

@@ -1,4 +1,4 @@
-"""What a bisect returns: rows for the layers, one block for each test backend, and the faces of both."""
+"""Result of a bisect: rows for the layers, one block for each test backend, and the faces of both."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from cp_debug.backends.base import RunRecord
 from cp_debug.bisect.observe import Observation
 from cp_debug.bisect.regions.region import Region
 from cp_debug.bisect.replayed import EXCESS, Replay
+from cp_debug.bisect.strange_numbers import born, outputs_say, undecided
 from cp_debug.display import notebook, plain, terminal, write_page
 from cp_debug.probes.statistics import TensorStats
 from cp_debug.safe_text import one_line
@@ -47,7 +48,7 @@ class LayerRow:
     """Whether max |Δ| is within the tolerance."""
     replay: Replay | None = field(default=None, metadata={"inline": True})
     why: str = ""
-    """Why the layer is guilty, in words."""
+    """Reason why the layer is guilty, in words."""
     side: str = "test"
     """Whose result is at fault: ``test``, or ``reference`` when the reference deviates from the oracle."""
     share: float | None = None
@@ -57,10 +58,9 @@ class LayerRow:
     tactic: str = ""
     """Name of the kernel that wrote the value, where the backend tells."""
     region: Region | None = None
-    """What the row stands for where that is more than a layer; then ``name`` is its label."""
+    """Region that the row stands for, where that is more than a layer; then ``name`` is its label."""
     kind: str = "data"
-    """``data``; or, of a side value, ``constant`` or ``shape``: see ``Layer``. Side values have a row where they
-    differ."""
+    """``data``; ``constant`` or ``shape`` for a side value: see ``Layer``. Side values have a row where they differ."""
 
     def __post_init__(self) -> None:
         self.name, self.op, self.tactic = one_line(self.name), one_line(self.op), one_line(self.tactic)
@@ -93,7 +93,7 @@ class StageRow:
 
     @property
     def verdict(self) -> str:
-        """``guilty`` where the stage holds a guilty layer, else what is said of its last tensor."""
+        """``guilty`` where the stage holds a guilty layer, else the verdict on its last tensor."""
         return GUILTY if self.guilty else self.layer.verdict
 
     @property
@@ -114,13 +114,13 @@ class StageRow:
 
 @dataclass
 class Remainder:
-    """Why outputs differ that no layer is guilty of. Relative L2 of the worst final output."""
+    """Divergence of outputs that no layer is guilty of; relative L2 of the worst final output."""
 
     divergence: float
     rounding: float | None = None
-    """What the emulated precision makes of the same inputs; None where it is the test, or cannot be emulated."""
+    """Divergence of the emulated precision on the same inputs; None where it is the test, or cannot be emulated."""
     not_replayed: dict[str, str] = field(default_factory=dict)
-    """Node → why it was not replayed, or why nobody knows what it may introduce."""
+    """Node → reason why it was not replayed, or why nobody knows what it may introduce."""
 
     @property
     def adds_up(self) -> bool:
@@ -148,28 +148,28 @@ class TestResult:
     stages: list[StageRow]
     outputs: list[LayerRow]
     compared: int
-    """Values compared, of ``total`` that the reference's deployed graph computes."""
+    """Number of values compared, of ``total`` that the reference's deployed graph computes."""
     total: int
     rtol: float
     atol: float
     oracle: str | None
     observation: Observation | None = None
     notes: list[str] = field(default_factory=list)
-    """What a reader must know: settings that do not match, layers nobody could replay, probes that lie."""
+    """Remarks that a reader must know: settings that do not match, layers nobody could replay, probes that lie."""
     findings: list[Finding] = field(default_factory=list)
-    """Why, with evidence: the largest effect first; of the worst sample."""
+    """Causes with their evidence, on the worst sample: the largest effect first."""
     programs: dict[str, str] = field(default_factory=dict)
     """Component → the graph that this backend ran, as ``BisectResult.programs``."""
     detections: DetectionChange | None = None
-    """What became of the detections, over all samples; None where the model has none."""
+    """Change of the detections, over all samples; None where the model has none."""
     optimizer_blame: OptimizerBlame | None = field(default=None, metadata={"key": "knobs"})
-    """What ONNX Runtime's optimizer is responsible for, where it was asked."""
+    """Differences that ONNX Runtime's optimizer is responsible for, where it was asked."""
     expected_outputs: list[str] = field(default_factory=list)
     """The final outputs of the reference; ``outputs`` are those that were compared."""
     pairing: dict[str, Any] = field(default_factory=dict)
     """Component → how its values were paired with the reference's, where the test runs another graph."""
     remainder: Remainder | None = None
-    """Of a run with replay in which no layer is guilty and outputs differ: whether rounding adds up to it."""
+    """Whether rounding adds up to the divergence, after a replay in which no layer is guilty and outputs differ."""
 
     @property
     def missing_outputs(self) -> list[str]:
@@ -178,7 +178,7 @@ class TestResult:
 
     @property
     def coverage(self) -> str:
-        """What was compared: ``3 of 3 outputs, 27 of 27 values``."""
+        """Coverage in words, such as ``3 of 3 outputs, 27 of 27 values``."""
         expected = max(len(self.expected_outputs), len(self.outputs))
         return f"{len(self.outputs)} of {expected} outputs, {self.compared} of {self.total} values"
 
@@ -199,19 +199,27 @@ class TestResult:
 
     @property
     def agrees(self) -> bool:
-        """No guilty layer, and every final output that was compared within the tolerance; never without one."""
-        return not self.guilty and bool(self.outputs) and all(row.within for row in self.outputs)
+        """No guilty layer, and every final output that was compared within the tolerance; never without one, nor where
+        an output is NaN: two of them are equal, and nothing is known."""
+        decided = bool(self.outputs) and not any(map(undecided, self.outputs))
+        return decided and not self.guilty and all(row.within for row in self.outputs)
+
+    @property
+    def not_finite(self) -> str:
+        """The final outputs that hold NaN or Inf on a side, and where these are born; empty where all are finite."""
+        said = outputs_say(self.outputs)
+        return "; ".join([said, *born(self.rows)]) if said else ""
 
     @property
     def layers(self) -> pd.DataFrame:
-        """One row a layer, the columns of the JSON schema, with numbers where that has the text "NaN" or "Infinity"."""
+        """One row a layer, with the columns of the JSON schema."""
         import pandas as pd
 
         return pd.DataFrame([row.to_dict(json=False) for row in self.rows])
 
     def to_dict(self) -> dict[str, Any]:
         """The block of the JSON schema."""
-        first, seen = self.first_divergent, self.observation
+        first, observed = self.first_divergent, self.observation
         return {
             "backend": self.backend.spec,
             "alignment": {"aligned": self.compared, "total": self.total},
@@ -231,12 +239,13 @@ class TestResult:
             "first_beyond_tolerance": self.first_beyond.name if self.first_beyond else None,
             "guilty": [row.name for row in self.guilty],
             "oracle": self.oracle,
-            "noise_floor": seen.noise_floor if seen else None,
-            "observer_gap": seen.observer_gap if seen else None,
-            "first_unsteady": seen.first_unsteady if seen else None,
-            "repeats": seen.repeats if seen else None,
-            "runs": seen.runs if seen else None,
+            "noise_floor": observed.noise_floor if observed else None,
+            "observer_gap": observed.observer_gap if observed else None,
+            "first_unsteady": observed.first_unsteady if observed else None,
+            "repeats": observed.repeats if observed else None,
+            "runs": observed.runs if observed else None,
             "agrees": self.agrees,
+            "not_finite": self.not_finite,
             "notes": self.notes,
             "test_programs": self.programs,
             "findings": encode(self.findings),
@@ -254,7 +263,7 @@ class BisectResult:
     reference: RunRecord
     tests: list[TestResult]
     samples: list[str]
-    """Where each sample came from."""
+    """Source of each sample."""
     coverage: dict[str, Any]
     """Alignment of torch and ONNX: values and leaf modules accounted for, modules that folding absorbed."""
     programs: dict[str, str] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What a guilty layer does to the end: its introduced error, carried through the rest of the network by itself."""
+"""Shares of guilty layers in the final divergence: each introduced error, carried through the network by itself."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cp_debug.programs.walk import tensors_as_arrays, walk
 from cp_debug.recipes.base import Arrays, Component, Sample
 
 MOST = 8
-"""Guilty layers whose share is computed, the most excessive first: each costs part of a forward pass."""
+"""Number of guilty layers whose share is computed, the most excessive first: each costs part of a forward pass."""
 
 
 def set_shares(
@@ -76,7 +76,10 @@ class Propagation:
         return self._vector({n: self._test.load(n, component=component) for n in self._outputs(component)})
 
     def change(self, key: Key) -> np.ndarray:
-        """Δ: what the introduced error of the layer ``key`` does to the final outputs."""
+        """Δ: change of the final outputs by the introduced error of the layer ``key``, as one vector.
+
+        Raises InputError where its segment cannot be replayed.
+        """
         return self._vector(self.outputs(key))
 
     def outputs(self, key: Key) -> Arrays:
@@ -102,13 +105,13 @@ class Propagation:
         changed = {key.value: (value + added).astype(value.dtype)}
         reached = {key.value, *downstream(graph.nodes, [key.value])}
         outputs = self._outputs(key.component)
-        known = {n for n in self._reference.names(component=key.component) if n not in reached or n == key.value}
+        captured = {n for n in self._reference.names(component=key.component) if n not in reached or n == key.value}
         inside = [n for n in outputs if n in reached and n != key.value]
         results = {n: as_numpy(changed[n] if n == key.value else load(n)) for n in outputs if n not in inside}
         if inside:
-            nodes, starts = graph.segment(inside, known)
-            given = {s: changed.get(s) if s in changed else load(s) for s in starts}
-            computed = Executor(graph, FP32).run_nodes(nodes, given, inside)
+            nodes, starts = graph.segment(inside, captured)
+            inputs = {s: changed.get(s) if s in changed else load(s) for s in starts}
+            computed = Executor(graph, FP32).run_nodes(nodes, inputs, inside)
             results.update({n: t.numpy() for n, t in computed.items()})
         return results
 

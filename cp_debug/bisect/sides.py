@@ -1,4 +1,4 @@
-"""What is said about side values (see ``Layer``), and about shapes: which node computed them."""
+"""Verdicts and notes on side values (see ``Layer``) and on shapes: which node computed them."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ def trace_shapes(programs: Mapping[str, Program], rows: Mapping[Key, LayerRow]) 
 def _origin(program: Program, key: Key, rows: Mapping[Key, LayerRow]) -> LayerRow:
     """The first row in execution order that the shape of ``key`` hangs on, guilty ones before others."""
     producer = program.graph.producer
-    found, stack, seen = [rows[key]], [key.value], {key.value}
+    candidates, stack, visited = [rows[key]], [key.value], {key.value}
     while stack:
         node = producer.get(stack.pop())
         for name in node.inputs if node is not None else ():
             row = rows.get(Key(key.component, name))
             hidden = row is None and name in producer and Key(key.component, name) not in rows
-            if name in seen or not (hidden or (row is not None and (row.verdict == SHAPE or row.kind != "data"))):
+            if name in visited or not (hidden or (row is not None and (row.verdict == SHAPE or row.kind != "data"))):
                 continue
-            seen.add(name)
+            visited.add(name)
             stack.append(name)
             if row is not None:
-                found.append(row)
-    return min(found, key=lambda row: (row.verdict != GUILTY, row.index))
+                candidates.append(row)
+    return min(candidates, key=lambda row: (row.verdict != GUILTY, row.index))

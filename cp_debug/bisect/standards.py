@@ -1,4 +1,4 @@
-"""By what a test is judged: its tolerances and its oracle, from what both sides declare to compute in."""
+"""Standards by which a test is judged, its tolerances and its oracle, from the precisions that both sides declare."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cp_debug.programs.precision import coarsest, oracle_for
 
 
 def tolerance(reference: Backend, test: Backend, programs: Iterable[Program], options: Options) -> tuple[float, float]:
-    """rtol and atol: of ``options``, else of the coarsest precision of both backends and of what their files declare.
+    """(rtol, atol) from ``options``, else of the coarsest precision that a backend or a file declares.
 
     Infinite where both sides are in INT8: their roundings at ties tip over.
     """

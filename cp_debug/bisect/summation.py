@@ -1,15 +1,15 @@
-"""How far sums in another order may lie: products, pools, reductions.
+"""Errors of sums in another order: products, pools, reductions.
 
-A sum of K terms in FP32, one after the other, rounds K partial sums, each by 0.4 u of its size (root mean square of
-the rounding error of a number whose mantissa is evenly spread). With S the whole sum and Q the sum of squares, the
-partial sums of terms in random order grow like k/K·S with a deviation of variance Q·k(K − k)/K², so that the error is
-0.4 u √(K·(S²/3 + Q/6)): √K/2 times larger for terms of one sign than for terms that cancel. Q needs one more pass,
-with squared operands.
+A sum of K terms in FP32, one after the other, rounds K partial sums, each by 0.4 u of its size (root mean square of the
+rounding error of a number whose mantissa is evenly spread). With S the whole sum and Q the sum of squares, the partial
+sums of terms in random order grow like k/K·S with a deviation of variance Q·k(K − k)/K², so that the error is 0.4 u
+√(K·(S²/3 + Q/6)): √K/2 times larger for terms of one sign than for terms that cancel. Q needs one more pass, with
+squared operands.
 
-That takes the roundings to be independent. Equal terms are not: added to a partial sum whose last place is worth h,
-the term a is off by δ(a) = h·round(a/h) − a each time, so that a flat map is off by K·δ, up to the bound K·u·S. So the
-mean of δ over the terms is computed from the terms themselves, for every h between the last place of S and that of
-S/32 (a sum in up to 32 lanes), and the largest counts.
+That takes the roundings to be independent. Equal terms are not: added to a partial sum whose last place is worth h, the
+term a is off by δ(a) = h·round(a/h) − a each time, so that a flat map is off by K·δ, up to the bound K·u·S. So the mean
+of δ over the terms is computed from the terms themselves, for every h between the last place of S and that of S/32 (a
+sum in up to 32 lanes), and the largest counts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ROUNDING = 0.4
 LANES = 6
 """Partial sums in up to 2⁵ lanes are rounded at last places up to 2⁵ times smaller than that of the whole sum."""
 PLACES = 24
-"""Different last places that are looked at: further down, sums that nearly cancel are not one-sided."""
+"""Number of last places that are looked at: further down, sums that nearly cancel are not one-sided."""
 
 MEANS = {"GlobalAveragePool", "AveragePool", "ReduceMean"}
 SUMS = {"ReduceSum", "CumSum"} | MEANS
@@ -48,7 +48,7 @@ result."""
 
 
 def summation(oracle: Executor, node: Node, inputs: Mapping[str, Tensor], result: Tensor) -> Tensor | None:
-    """By how much each element of a sum may be off, root mean square, in FP32's unit roundoffs; None for other nodes.
+    """Error of each element of a sum, root mean square, in FP32's unit roundoffs; None for other nodes.
 
     ``inputs`` are the node's, as ``oracle`` holds them.
     """
@@ -70,8 +70,8 @@ def summation(oracle: Executor, node: Node, inputs: Mapping[str, Tensor], result
 
     terms = function(inputs[first])
     total, squared = add(terms), add(terms.square())
-    own = torch.hypot(in_any_order(total, squared, count), one_sided(terms, add, total, squared))
-    return torch.hypot(own / factor * derivative(total, result).abs(), ROUNDING * result.abs())
+    error = torch.hypot(in_any_order(total, squared, count), one_sided(terms, add, total, squared))
+    return torch.hypot(error / factor * derivative(total, result).abs(), ROUNDING * result.abs())
 
 
 def in_any_order(total: Tensor, squared: Tensor, count: float) -> Tensor:
@@ -83,15 +83,15 @@ def in_any_order(total: Tensor, squared: Tensor, count: float) -> Tensor:
 
 
 def one_sided(terms: Tensor, add: Callable[[Tensor], Tensor], total: Tensor, squared: Tensor) -> Tensor:
-    """How far sums are off, in FP32's unit roundoffs, when all their terms are rounded at the same last place.
+    """Error of sums, in FP32's unit roundoffs, when all their terms are rounded at the same last place.
 
     ``add`` sums any tensor of the shape of ``terms`` as the operator does.
     """
-    found = torch.zeros_like(total)
+    worst = torch.zeros_like(total)
     largest = torch.maximum(total.abs(), squared.sqrt())
     present = torch.isfinite(largest) & (largest > 0)
     if not bool(present.any()):
-        return found
+        return worst
     # A number between 2^p and 2^(p+1) has the last place 2^(p−23).
     places = torch.where(present, torch.floor(torch.log2(largest)), -torch.inf) - 23
     top = int(places[present].max())
@@ -99,9 +99,9 @@ def one_sided(terms: Tensor, add: Callable[[Tensor], Tensor], total: Tensor, squ
     for place in range(top, max(lowest, -149), -1):
         step = 2.0**place
         lost = torch.round(terms.double() / step) * step - terms
-        here = (places >= place) & (places < place + LANES)
-        found = torch.where(here, torch.maximum(found, add(lost).abs()), found)
-    return found / U
+        in_reach = (places >= place) & (places < place + LANES)
+        worst = torch.where(in_reach, torch.maximum(worst, add(lost).abs()), worst)
+    return worst / U
 
 
 def squares(node: Node, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -119,7 +119,7 @@ def _adding(node: Node) -> Node:
 
 
 def _terms(node: Node, inputs: Mapping[str, Tensor], result: Tensor) -> float:
-    """How many terms one element of the result sums, on average."""
+    """Number of terms that one element of the result sums, on average."""
     first = inputs[node.inputs[0]]
     elements = max(result.numel(), 1)
     if node.op == "Conv":
@@ -149,5 +149,5 @@ def _contracted(node: Node, inputs: Mapping[str, Tensor]) -> float:
         shape = inputs[name].shape
         sizes |= dict(zip(before, shape, strict=False))
         sizes |= dict(zip(reversed(after), reversed(shape), strict=False))
-    kept = right if "->" in equation else {i for i in sizes if left.count(i) == 1}
-    return math.prod(size for index, size in sizes.items() if index not in kept)
+    free_indices = right if "->" in equation else {i for i in sizes if left.count(i) == 1}
+    return math.prod(size for index, size in sizes.items() if index not in free_indices)

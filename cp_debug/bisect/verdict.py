@@ -1,4 +1,4 @@
-"""When a layer is guilty, and what is said about it."""
+"""Verdicts: when a layer is guilty, and the reason in words."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Judgement(NamedTuple):
 def judge(
     stats: TensorStats, replay: Replay | None, precision: Precision, rtol: float, atol: float, floor: float
 ) -> Judgement:
-    """Judge one layer. ``floor`` is its noise floor, relative L2."""
+    """Judge one layer. ``floor`` is its noise floor, relative L2; ``rtol`` and ``atol`` limit max |Δ|."""
     within = not stats.shape_mismatch and stats.max_abs <= atol + rtol * stats.max_ref
     if stats.shape_mismatch:
         return Judgement(SHAPE, False, f"the shape is {list(stats.shape_test)}, the reference's {list(stats.shape)}")
@@ -53,7 +53,7 @@ def judge(
 
 
 def _scales(replay: Replay) -> str:
-    """Whether a layer in INT8 does what its scales say."""
+    """Phrase about whether a layer in INT8 does what its scales say."""
     if replay.deviation_from_scales is None or replay.introduced is None:
         return ""
     return (

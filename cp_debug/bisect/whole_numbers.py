@@ -13,7 +13,7 @@ from cp_debug.backends.base import Tensor as AnyTensor
 
 
 def instead(captured: AnyTensor, exact: Tensor, expected: AnyTensor) -> str:
-    """What whole numbers were computed where the inputs make others; empty where they agree with either."""
+    """Phrase for whole numbers that are not what the inputs make; empty where they agree with either."""
     if exact.is_floating_point() or tuple(captured.shape) != tuple(exact.shape):
         return ""
     ours, right, emulated = (as_tensor(FP64.hold(t, "cpu")) for t in (captured, exact, expected))
@@ -25,8 +25,10 @@ def instead(captured: AnyTensor, exact: Tensor, expected: AnyTensor) -> str:
 
 
 def as_tensor(value: Any) -> Tensor:
-    """What the executor leaves in numpy because torch does not compute with it (wide unsigned integers, FP8, 4 bits),
-    as a tensor that holds the same numbers; uint64 to 53 bits."""
+    """A value of the executor as a tensor that holds the same numbers; uint64 to 53 bits.
+
+    The executor leaves in numpy what torch does not compute with: wide unsigned integers, FP8, 4 bits.
+    """
     if isinstance(value, Tensor):
         return value
     array = np.asarray(value)

@@ -1,4 +1,4 @@
-"""What one test backend gave over all samples, and what a reader must know of it."""
+"""Results of one test backend over all samples, and the notes that a reader must know."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cp_debug.recipes.abilities import DetectsBoxes
 
 
 class Collected:
-    """What one test backend gave over all samples: of every layer its worst one, so memory does not grow."""
+    """Results of one test backend over all samples: the worst one of every layer, so memory does not grow."""
 
     def __init__(self) -> None:
         self.rows: dict[Key, LayerRow] = {}
@@ -29,15 +29,15 @@ class Collected:
         """Control flow that went another way than the reference's, in words."""
         self._unexplained: dict[str, None] = {}
         self.remainder: Remainder | None = None
-        """Of the worst sample, where no layer is guilty of its divergence."""
+        """Remainder of the worst sample, where no layer is guilty of its divergence."""
 
     def is_worst(self, rows: Mapping[Key, LayerRow]) -> bool:
-        """Whether no sample before has a row that is as severe as the worst of these."""
+        """Whether no sample before has a row as severe as the worst of these."""
         worst = max((row.severity for row in rows.values()), default=())
         return all(row.severity < worst for row in self.rows.values())
 
     def detect(self, reference: Any, test: Any) -> None:
-        """Add what became of one sample's detections, where both sides have some in boxes."""
+        """Add the change of one sample's detections, where both sides have some in boxes."""
         if isinstance(reference, DetectsBoxes) and isinstance(test, DetectsBoxes):
             change = compare_detections(reference, test)
             self.detections = change if self.detections is None else self.detections + change
@@ -54,11 +54,11 @@ class Collected:
             self.observation = seen
 
     def explained(self, notes: Iterable[str]) -> None:
-        """Add what could not be explained in one sample."""
+        """Add notes about what could not be explained in one sample."""
         self._unexplained.update(dict.fromkeys(notes))
 
     def notes(self, spec: str) -> list[str]:
-        """What a reader must know besides the rows."""
+        """Notes that a reader must know besides the rows."""
         notes = observation_notes(spec, self.observation)
         notes += self.ways
         rows = self.rows.values()
@@ -66,8 +66,10 @@ class Collected:
         notes.extend(self._unexplained)
         notes.extend(both_inexact(rows))
         if unknown := [row.name for row in rows if row.replay and row.replay.not_emulated]:
-            what = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-            notes.append(f"{len(unknown)} layer(s) not emulated, so nobody knows what they may introduce: {what}")
+            layer_names = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+            notes.append(
+                f"{len(unknown)} layer(s) not emulated, so nobody knows what they may introduce: {layer_names}"
+            )
         notes.extend(f"{count} layer(s) not replayed: {reason}" for reason, count in skipped.items())
         return notes
 
@@ -92,8 +94,8 @@ def observation_notes(spec: str, seen: Observation | None) -> list[str]:
     """Sentences for a backend that does not agree with itself, or that probes change."""
     notes = []
     if seen is not None and seen.first_unsteady:
-        what = "another thread count changes its sums" if seen.repeats else "it is not deterministic: two runs part"
-        notes.append(f"{spec}: {what}, first at {seen.first_unsteady} (noise floor {seen.noise_floor:.2g})")
+        reason = "another thread count changes its sums" if seen.repeats else "it is not deterministic: two runs part"
+        notes.append(f"{spec}: {reason}, first at {seen.first_unsteady} (noise floor {seen.noise_floor:.2g})")
     if seen is not None and seen.observer_gap > seen.noise_floor:
         notes.append(
             f"observer gap {seen.observer_gap:.2g}: with probes {spec} runs a different program, "

@@ -9,6 +9,7 @@ import typer
 
 from cp_debug.cli import tensorrt
 from cp_debug.cli.flags import MOST
+from cp_debug.cli.given import check_configured
 from cp_debug.cli.typed import refuse
 
 
@@ -55,6 +56,7 @@ def bench(
         on_the_fly = config.quantization is None and any("int8" in spec.name for spec in parsed)
         overrides = {"checkpoint": checkpoint, "data.path": inputs, "tensorrt.python": trt_python}
         config = override(config, {**overrides, "quantization": {"samples": 8} if on_the_fly else None})
+        check_configured(config, batch)
         deployment = Deployment(config, source, on_step, on_event=on_step.on_event)
         benches = deployment.bench(specs, onnx_dir, batch=batch, warmup=warmup, repeats=repeats)
     document = {"model": config.model, "batch": batch, "warmup": warmup, "repeats": repeats}

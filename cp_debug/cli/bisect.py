@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cp_debug.cli import calibration, tensorrt
-from cp_debug.cli.flags import LAST_SEED, MOST, grouped
+from cp_debug.cli.flags import LAST_SEED, MOST, Atol, Rtol, check_made_up, grouped
+from cp_debug.cli.given import check_given
 from cp_debug.cli.saving import replacing
 from cp_debug.cli.typed import refuse, refuse_export_flags
+
+if TYPE_CHECKING:
+    from cp_debug.backends.base import Backend
+    from cp_debug.recipes.base import Model
 
 
 class Level(str, Enum):
@@ -34,6 +40,13 @@ class Exporter(str, Enum):
         return None if self is Exporter.auto else self.value
 
 
+class Layout(str, Enum):
+    """Where the channels of dumped tensors are."""
+
+    nchw = "nchw"
+    nhwc = "nhwc"
+
+
 class Oracle(str, Enum):
     """The arithmetic that judges."""
 
@@ -54,6 +67,12 @@ def bisect(
     test_model: Annotated[
         Path | None, typer.Option(help="Another .onnx for the tests (a folder, for several components).")
     ] = None,
+    test_tensors: Annotated[
+        Path | None,
+        typer.Option(help="The test's values, computed elsewhere: .npy folder, .npz, safetensors, Polygraphy, .pb."),
+    ] = None,
+    tensors_precision: Annotated[str, typer.Option(help="Precision in which --test-tensors were computed.")] = "fp32",
+    tensors_layout: Annotated[Layout, typer.Option(help="Layout in which --test-tensors were dumped.")] = Layout.nchw,
     maps: Annotated[
         list[str] | None, typer.Option("--map", help="REFERENCE=TEST: compare these two values; repeatable.")
     ] = None,
@@ -70,8 +89,8 @@ def bisect(
     show_all: Annotated[
         bool, typer.Option("--all", help="Every layer, not only those around the first divergent.")
     ] = False,
-    rtol: Annotated[float | None, typer.Option(help="Tolerance on max |Δ|, relative to max |reference|.")] = None,
-    atol: Annotated[float | None, typer.Option(help="Absolute tolerance on max |Δ|.")] = None,
+    rtol: Rtol = None,
+    atol: Atol = None,
     oracle: Annotated[Oracle, typer.Option(help="auto: FP64 for FP32 tests, FP32 below.")] = Oracle.auto,
     replay: Annotated[bool, typer.Option(help="Separate what a layer did from what it was given.")] = True,
     knobs: Annotated[
@@ -102,12 +121,9 @@ def bisect(
     from contextlib import ExitStack
     from tempfile import TemporaryDirectory
 
-    from cp_debug.backends.spec import parse_backends
-    from cp_debug.bisect.engine import Options
-    from cp_debug.bisect.engine import bisect as run
+    from cp_debug.backends.spec import BackendSpec, parse_backends
     from cp_debug.cli.console import command_line, errors, show, steps
     from cp_debug.errors import InputError
-    from cp_debug.reports.files import write_json
 
     if other is not None and test_model is not None:
         raise InputError(
@@ -117,7 +133,13 @@ def bisect(
     if other is not None and backends == "torch,ort" and model.endswith(".onnx"):
         backends = "ort,ort"  # two files: the question is what differs between them, not between runtimes
     differs = test_model is not None or test_checkpoint is not None or test_train_mode or test_out_of_place
-    specs = parse_backends(backends, repeats=differs)
+    dumped = test_tensors is not None
+    refuse(("tensors_precision", "tensors_layout"), unless=dumped, why="it says how to read --test-tensors")
+    why = "the test's values are those of --test-tensors"
+    refuse(("test_model", "other", "test_checkpoint", "samples", "knobs", "maps"), unless=not dumped, why=why)
+    if dumped and backends == "torch,ort":
+        backends = "ort"
+    specs = [BackendSpec.parse(backends)] if dumped else parse_backends(backends, repeats=differs)
     tests = specs[1:]
     engines.check(specs)
     built = any(spec.family == "trt" for spec in specs)
@@ -132,6 +154,15 @@ def bisect(
     refuse(("oracle", "explain"), unless=replay, why="--no-replay leaves nothing to judge or explain")
     refuse(("show_all",), unless=level is Level.layers, why="--level stages shows no layers")
     refuse(("overwrite",), unless=save is not None, why="without --save nothing is kept")
+    check_made_up(samples, inputs)
+    check_given(model, inputs=inputs, samples=samples, checkpoint=checkpoint, test_model=test_model)
+    calibration.check_calibration(model, int8.calib_data, int8.calib_samples)
+    from cp_debug.api.dumps import with_dump
+    from cp_debug.bisect.engine import Options
+    from cp_debug.bisect.engine import bisect as run
+    from cp_debug.recipes.registry import load_model
+    from cp_debug.reports.files import write_json
+
     stack = ExitStack()
     run_folder = save and stack.enter_context(replacing("--save", save, overwrite))
     if html and save is None:  # the report shows tensors
@@ -159,9 +190,19 @@ def bisect(
     )
     with stack, steps() as on_step:
         engine_options = engines.calibrated(model, checkpoint, stack)
-        opened_backends = tensorrt.make(specs, engine_options, on_step)
+        opened_backends: Sequence[Backend] = tensorrt.make(specs, engine_options, on_step)
+        subject: str | Model = model
+        if test_tensors is not None:
+            subject, [_, dump] = with_dump(
+                load_model(model, inputs=inputs),
+                backends,
+                test_tensors,
+                tensors_precision,
+                inputs_given=inputs is not None,
+            )
+            opened_backends = [*opened_backends, dump]
         result = run(
-            model, opened_backends, test_model=test_model, options=options, on_step=on_step, on_say=errors.print
+            subject, opened_backends, test_model=test_model, options=options, on_step=on_step, on_say=errors.print
         )
         result.command = command_line()
         if html:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cp_debug.cli.flags import MOST
+from cp_debug.cli.flags import MOST, check_made_up
+from cp_debug.cli.given import check_given
 from cp_debug.cli.typed import refuse, typed
 
 if TYPE_CHECKING:
@@ -53,6 +54,13 @@ def _scaled(model: str, checkpoint: Path | None) -> str:
     path = Path(model)
     files = sorted(path.glob("*.onnx")) if path.is_dir() else [path] if path.suffix == ".onnx" else []
     return next((str(file) for file in files if Graph(file).precision == "int8"), "")
+
+
+def check_calibration(model: str, data: Path | None, samples: int, flag: str = "--calib-samples") -> None:
+    """Read what is calibrated on, before anything slow. Raises InputError for a file that cannot be used."""
+    check_made_up(samples, data, flag=flag, given_by="--calib-data")
+    if data is not None:
+        check_given(model, inputs=data, samples=samples, flag="--calib-data")
 
 
 Data = Annotated[

@@ -9,7 +9,8 @@ import typer
 
 from cp_debug.cli import tensorrt
 from cp_debug.cli.bisect import Exporter
-from cp_debug.cli.flags import LAST_SEED, MOST, grouped
+from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up, grouped
+from cp_debug.cli.given import check_given
 from cp_debug.cli.saving import replacing
 from cp_debug.cli.typed import refuse_export_flags
 
@@ -35,13 +36,16 @@ def capture(
     from contextlib import ExitStack
 
     from cp_debug.backends.spec import BackendSpec
-    from cp_debug.bisect.recording import record
     from cp_debug.cli.console import console, steps
-    from cp_debug.recipes.registry import load_model
 
     specs = [BackendSpec.parse(backend)]
     engines.check(specs)
     refuse_export_flags([model])
+    check_made_up(samples, inputs)
+    check_given(model, inputs=inputs, samples=samples, checkpoint=checkpoint)
+    from cp_debug.bisect.recording import record
+    from cp_debug.recipes.registry import load_model
+
     with ExitStack() as stack, steps() as on_step:
         target = stack.enter_context(replacing("--output", output, overwrite))
         engine_options = engines.calibrated(model, checkpoint, stack)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cp_debug.cli.flags import LAST_SEED
+from cp_debug.cli.given import check_given
 
 
 def check(
@@ -30,11 +31,13 @@ def check(
 
     from rich.text import Text
 
-    from cp_debug.bisect.preflight import PROBLEM, Preflight
     from cp_debug.cli.console import console
+    from cp_debug.serialize import json_safe
+
+    check_given(model, inputs=inputs, checkpoint=checkpoint)
+    from cp_debug.bisect.preflight import PROBLEM, Preflight
     from cp_debug.programs.pipeline import prepare
     from cp_debug.recipes.registry import load_model
-    from cp_debug.serialize import json_safe
 
     loaded = load_model(model, checkpoint=checkpoint, seed=seed)
     sample = next(iter(loaded.samples(1, seed, inputs)))

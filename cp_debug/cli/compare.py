@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
+from cp_debug.cli.flags import Atol, Rtol
+
 
 def compare(
     reference: Annotated[Path, typer.Argument(help="A capture.")],
     test: Annotated[Path, typer.Argument(help="A capture of the same model and inputs.")],
-    rtol: Annotated[float | None, typer.Option(help="Tolerance on max |Δ|, relative to max |reference|.")] = None,
-    atol: Annotated[float | None, typer.Option(help="Absolute tolerance on max |Δ|.")] = None,
+    rtol: Rtol = None,
+    atol: Atol = None,
     force: Annotated[bool, typer.Option("--force", help="Compare although models or inputs differ.")] = False,
     maps: Annotated[
         list[str] | None, typer.Option("--map", help="REFERENCE=TEST: compare these two tensors; repeatable.")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cp_debug.cli import tensorrt
+from cp_debug.cli.given import check_configured
 from cp_debug.cli.typed import refuse
 
 
@@ -33,6 +34,10 @@ def deploy(
     from cp_debug.reports.sheet_terminal import Terminal
 
     settings = override(named_config(config, model), {"tensorrt.python": trt_python})
+    if settings.verify.enabled:
+        check_configured(settings, settings.verify.samples, flag=f"{config}: data.path")
+    if settings.evaluate.enabled:
+        check_configured(settings, settings.evaluate.samples, truth=True, flag=f"{config}: data.path")
     engines = settings.export.mode in ("trt", "both") or any(
         "trt" in scenario.test for scenario in settings.scenarios()
     )

@@ -23,10 +23,11 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Machine-readable, 
     if json:
         print(dumps(asdict(report), indent=1))
         return
-    packages = [
-        (each.name, each.version or Cell("missing", "note"), Cell(each.hint, "quiet")) for each in report.packages
-    ]
-    console.print(Terminal(Sheet((Column("package", "mark"), Column("version", "mark"), Column("")), packages)))
+    packages = [(each.name, each.version or Cell("missing", "note")) for each in report.packages]
+    console.print(Terminal(Sheet((Column("package", "mark"), Column("version", "mark")), packages)))
+    for package in report.packages:  # lines of their own, to be copied
+        if package.hint:
+            console.print(Text.assemble((f"{package.name}: ", "yellow"), package.hint), soft_wrap=True)
     console.print()
     settings = [
         (each.name, each.value, each.in_a_run, Cell("✓", "good") if each.safe else Cell("✗", "note"))
@@ -34,7 +35,7 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Machine-readable, 
     ]
     columns = (Column("setting"), Column("here"), Column("in a run"), Column("", "mark"))  # nothing is cut
     console.print(Terminal(Sheet(columns, settings)))
-    for setting in report.settings:  # lines of their own, to be copied
+    for setting in report.settings:
         if not setting.safe:
             console.print(Text(f"✗ {setting.name}: {setting.advice}", "yellow"), soft_wrap=True)
     console.print()

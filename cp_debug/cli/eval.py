@@ -1,4 +1,4 @@
-"""``cpdebug eval``: do the differences matter for detections?"""
+"""``cpdebug eval``: scores the detections of several backends."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import typer
 
 from cp_debug.cli import calibration, tensorrt
 from cp_debug.cli.bisect import Exporter
-from cp_debug.cli.flags import LAST_SEED, MOST, grouped
+from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up, grouped
+from cp_debug.cli.given import check_given
 from cp_debug.cli.typed import refuse_data_flags, refuse_export_flags
 
 if TYPE_CHECKING:
@@ -54,6 +55,17 @@ def evaluate(
     """
     from cp_debug.backends.spec import parse_backends
     from cp_debug.cli.console import show_document, steps
+    from cp_debug.recipes.data.base import DataOptions, iterate
+
+    specs = parse_backends(backends)
+    engines.check(specs)
+    int8.check(specs)
+    refuse_data_flags(data)
+    refuse_export_flags([model])
+    check_made_up(samples, data, given_by="--data")
+    read = DataOptions(data_root, sweeps, skip_missing)
+    check_given(model, inputs=data, samples=samples, checkpoint=checkpoint, options=read, truth=True, flag="--data")
+    calibration.check_calibration(model, int8.calib_data, int8.calib_samples)
     from cp_debug.detection.evaluate import as_detector
     from cp_debug.detection.evaluate import evaluate as run
     from cp_debug.detection.evaluation import EvaluationOptions, parse_ranges
@@ -61,15 +73,9 @@ def evaluate(
     from cp_debug.files import complete_file
     from cp_debug.quantization.open_quantized import calibration_samples
     from cp_debug.quantization.quantized_programs import load_quantized, quantize_programs
-    from cp_debug.recipes.data.base import DataOptions, iterate
     from cp_debug.reports.evaluation import render
     from cp_debug.reports.files import csv_text
 
-    specs = parse_backends(backends)
-    engines.check(specs)
-    int8.check(specs)
-    refuse_data_flags(data)
-    refuse_export_flags([model])
     loaded, quantized = load_quantized(model, checkpoint, seed)
     int8.check(specs, f"the scales are those of {checkpoint}" if quantized else "")
     detector = as_detector(loaded)
@@ -80,7 +86,7 @@ def evaluate(
         seed=seed,
         max_drop=max_drop,
     )
-    opened = detector.data(data, samples, seed, DataOptions(data_root, sweeps, skip_missing))
+    opened = detector.data(data, samples, seed, read)
 
     def quantize(programs: list[Program], folder: Path) -> tuple[list[Program], str]:
         how = int8.chosen

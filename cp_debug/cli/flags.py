@@ -6,11 +6,22 @@ import inspect
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from functools import wraps
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from cp_debug.errors import InputError
 
 MOST = 100_000
 """Largest count that a flag takes (samples, passes, draws): a larger one is a slip, and would never end."""
+MOST_MADE_UP = 1000
+"""Largest number of samples that nobody gave: each is made up, run on every backend and replayed."""
+LONGEST_BUILD = 30 * 24 * 3600.0
+"""Seconds."""
 LAST_SEED = (1 << 32) - 1
+
+Rtol = Annotated[float | None, typer.Option(min=0.0, help="Tolerance on max |Δ|, relative to max |reference|.")]
+Atol = Annotated[float | None, typer.Option(min=0.0, help="Absolute tolerance on max |Δ|.")]
 
 Command = Callable[..., None]
 
@@ -40,3 +51,9 @@ def grouped(command: Command) -> Command:
     ungrouped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     ungrouped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return ungrouped
+
+
+def check_made_up(samples: int, data: object, *, flag: str = "--samples", given_by: str = "--inputs") -> None:
+    """Raise InputError for more samples than are made up, where no ``data`` gives them."""
+    if data is None and samples > MOST_MADE_UP:
+        raise InputError(f"{flag}: {samples} made-up samples; expected at most {MOST_MADE_UP} without {given_by}")

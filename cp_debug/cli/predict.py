@@ -1,4 +1,4 @@
-"""``cpdebug predict``: what a precision will do, before there is an engine."""
+"""``cpdebug predict``: effects of a precision, before there is an engine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from cp_debug.cli.bisect import Exporter
-from cp_debug.cli.flags import LAST_SEED, MOST
+from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up
+from cp_debug.cli.given import check_given
 from cp_debug.cli.typed import refuse_export_flags
 
 
@@ -43,6 +44,8 @@ def predict(
     if goal is not None:
         Goal.parse(goal)
     refuse_export_flags([model])
+    check_made_up(samples, inputs)
+    check_given(model, inputs=inputs, samples=samples, checkpoint=checkpoint)
     from cp_debug.prediction.predict import PredictOptions
     from cp_debug.prediction.predict import predict as run
     from cp_debug.reports.prediction import render

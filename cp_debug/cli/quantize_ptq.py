@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cp_debug.cli.calibration import Method
+from cp_debug.cli.calibration import Method, check_calibration
 from cp_debug.cli.flags import MOST
 from cp_debug.cli.typed import refuse
 
@@ -38,15 +38,17 @@ def ptq(
     Weights get a scale a channel, inputs of layers one each, both operands of a residual addition one together.
     """
     from cp_debug.cli.console import show_document, steps
+    from cp_debug.errors import InputError
+
+    refuse(("method", "batches"), unless=cache is None, why="the scales are those of --cache")
+    check_calibration(model, calib_data, batches, "--batches")
     from cp_debug.deploy.exporting import ExportOptions
     from cp_debug.deploy.quantize_output import MEASURED, First, PtqResult, measure, read_caches, write_quantized
-    from cp_debug.errors import InputError
     from cp_debug.quantization.models import quantize_model, reapply_scales
     from cp_debug.quantization.open_quantized import calibration_samples, is_quantized_checkpoint
     from cp_debug.recipes.registry import load_model
     from cp_debug.reports.quantization import render
 
-    refuse(("method", "batches"), unless=cache is None, why="the scales are those of --cache")
     if checkpoint and is_quantized_checkpoint(checkpoint):
         raise InputError(f"--checkpoint: {checkpoint} is quantized already; expected weights in FP32")
     with steps() as on_step:

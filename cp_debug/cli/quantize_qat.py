@@ -39,7 +39,7 @@ def qat(
     ] = None,
     steps: Annotated[int, typer.Option(min=1, max=MOST, help="Optimizer steps, at most.")] = 300,
     batch: Annotated[int, typer.Option(min=1, max=MOST, help="Scenes a step.")] = 2,
-    lr: Annotated[float, typer.Option(help="Learning rate of Adam, which falls to 0.")] = 5e-4,
+    lr: Annotated[float, typer.Option(min=1e-12, max=1.0, help="Learning rate of Adam, which falls to 0.")] = 5e-4,
     interval: Annotated[int, typer.Option(min=1, max=MOST, help="Steps between validations.")] = 50,
     patience: Annotated[
         int, typer.Option(min=1, max=MOST, help="Validations without a better one, after which it ends.")

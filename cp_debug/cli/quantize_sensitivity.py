@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from cp_debug.cli.calibration import Method
-from cp_debug.cli.flags import LAST_SEED, MOST
+from cp_debug.cli.calibration import Method, check_calibration
+from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up
+from cp_debug.cli.given import check_given
 from cp_debug.cli.typed import refuse
 
 
@@ -36,7 +37,9 @@ def sensitivity(
     ] = 0,
     auto: Annotated[
         float | None,
-        typer.Option(help="Choose what stays in FP32 so that at most this mAP is lost (no detector: output error)."),
+        typer.Option(
+            min=0.0, help="Choose what stays in FP32 so that at most this mAP is lost (no detector: output error)."
+        ),
     ] = None,
     draws: Annotated[int, typer.Option(min=0, max=MOST, help="Bootstrap draws for the intervals.")] = 200,
     show_all: Annotated[bool, typer.Option("--all", help="Show every layer.")] = False,
@@ -53,16 +56,21 @@ def sensitivity(
     A trial computes only what its layer reaches. Exit code 1 when all in INT8 loses more than --auto.
     """
     from cp_debug.cli.console import command_line, show_document, steps
+    from cp_debug.recipes.data.base import DataOptions
+
+    refuse(("calib_data", "batches", "method"), unless=quantized is None, why="the scales are those of --from")
+    refuse(("data_root",), unless=data is not None, why="without --data the samples are synthetic scenes")
+    check_made_up(samples, data, given_by="--data")
+    check_calibration(model, calib_data, batches, "--batches")
+    read = DataOptions(data_root)
+    check_given(model, inputs=data, samples=samples, checkpoint=checkpoint, options=read, flag="--data")
     from cp_debug.files import complete_file
     from cp_debug.mixed_precision.sensitivity import build_sensitivity_profile, check_budget, scored_samples
     from cp_debug.quantization.open_quantized import modules_of, open_quantized
-    from cp_debug.recipes.data.base import DataOptions
     from cp_debug.recipes.registry import load_model
     from cp_debug.reports.files import csv_text
     from cp_debug.reports.sensitivity import render, write_chart, write_page
 
-    refuse(("calib_data", "batches", "method"), unless=quantized is None, why="the scales are those of --from")
-    refuse(("data_root",), unless=data is not None, why="without --data the samples are synthetic scenes")
     if auto is not None:
         check_budget(auto)
     with steps() as on_step:
@@ -70,7 +78,7 @@ def sensitivity(
         opened = open_quantized(
             loaded, quantized, calib_data, batches, method=method.value, skip_layers=skip_layers or (), on_step=on_step
         )
-        source, chosen_samples = scored_samples(loaded, data, samples, seed, DataOptions(data_root))
+        source, chosen_samples = scored_samples(loaded, data, samples, seed, read)
         profile = build_sensitivity_profile(
             loaded, modules_of(opened), chosen_samples, data=source, budget=auto, draws=draws, on_step=on_step
         )

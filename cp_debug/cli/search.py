@@ -1,4 +1,4 @@
-"""``cpdebug search``: which layers must keep their precision?"""
+"""``cpdebug search``: finds the layers that must keep their precision."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import typer
 
 from cp_debug.cli import tensorrt
 from cp_debug.cli.bisect import Exporter
-from cp_debug.cli.flags import LAST_SEED, MOST, grouped
+from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up, grouped
+from cp_debug.cli.given import check_given
 from cp_debug.cli.typed import refuse, refuse_export_flags
 from cp_debug.errors import InputError
 
@@ -70,6 +71,10 @@ def search(
     engines.check(specs)
     refuse_export_flags([model])
     refuse(("data",), unless="map_drop" in goal, why=f"the goal is {goal}; expected one with map_drop")
+    check_made_up(samples, inputs or data)
+    given, scored = inputs or data, data is not None
+    check_given(model, inputs=given, samples=samples, checkpoint=checkpoint, test_model=test_model, truth=scored)
+
     options = SearchOptions(
         max_builds=max_builds,
         budget=None if budget is None else parse_duration(budget),
@@ -82,9 +87,9 @@ def search(
     )
     with steps() as on_step:
         loaded, parts = load_quantized(model, checkpoint, seed)
-        found = samples_for(loaded, parsed, inputs=inputs, data=data, count=samples, seed=seed)
-        made = tensorrt.make(specs, engines.options, on_step)
-        result = run(loaded, made, parsed, found, replace(options, quantized=parts), on_step)
+        loaded_samples = samples_for(loaded, parsed, inputs=inputs, data=data, count=samples, seed=seed)
+        created = tensorrt.make(specs, engines.options, on_step)
+        result = run(loaded, created, parsed, loaded_samples, replace(options, quantized=parts), on_step)
     show_document(render(result), result.to_dict(), json)
     if onnx and result.reached:
         errors.print(f"{onnx}: written", soft_wrap=True)

@@ -15,9 +15,10 @@ import typer
 from cp_debug.backends.spec import parse_backends
 from cp_debug.cli import calibration
 from cp_debug.cli.bisect import Exporter
-from cp_debug.cli.flags import LAST_SEED, MOST, grouped
+from cp_debug.cli.flags import LAST_SEED, MOST, Atol, Rtol, check_made_up, grouped
 from cp_debug.cli.typed import Command, refuse, refuse_data_flags, refuse_export_flags
-from cp_debug.errors import InputError
+from cp_debug.errors import InputError, in_one_line
+from cp_debug.files import resolved
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -111,9 +112,15 @@ class Desk:
         with Log(target.with_suffix(".jsonl")) as log:
             with view(f"sweep {kind}") as on_progress:
                 finished = run(tasks, log, connect, retry_failed=self.retry_failed, on_progress=on_progress)
-            result = SweepResult.of(kind, finished, merge(finished.results()), command_line())
-            if target.suffix == ".parquet":
-                write_parquet(finished.results(), *flat, target)
+            try:
+                result = SweepResult.of(kind, finished, merge(finished.results()), command_line())
+                if target.suffix == ".parquet":
+                    write_parquet(finished.results(), *flat, target)
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+                if not finished.reread:
+                    raise
+                told = f"{log.path}: what was read from it is no result of this version ({in_one_line(error)})"
+                raise InputError(f"{told}; give another --log") from error
         json, csv, html = self.json, self.csv, self.html
         if self.output:
             json, csv, html = (
@@ -138,8 +145,8 @@ def sweep_bisect(
     inputs: Inputs = None,
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, max=MOST, help="At most this many samples.")] = 8,
     seed: Seed = 0,
-    rtol: Annotated[float | None, typer.Option(help="Tolerance on max |Δ|, relative to max |reference|.")] = None,
-    atol: Annotated[float | None, typer.Option(help="Absolute tolerance on max |Δ|.")] = None,
+    rtol: Rtol = None,
+    atol: Atol = None,
     explain: Annotated[bool, typer.Option(help="Try the known causes on every guilty layer.")] = True,
     exporter: Exporters = Exporter.auto,
     unfolded: Unfolded = False,
@@ -192,7 +199,7 @@ def sweep_eval(
 
     int8.check(parse_backends(backends))
     refuse_data_flags(data)
-    read = DataOptions(data_root and data_root.resolve(), sweeps, skip_missing)
+    read = DataOptions(data_root and resolved(data_root), sweeps, skip_missing)
     how: dict[str, Any] = {"data_root": read.root and str(read.root), "sweeps": sweeps, "skip_missing": skip_missing}
     how["calibration"] = _calibration(int8)
     grid = replace(_grid(models, backends, checkpoint, samples, seed, data, exporter, unfolded, how), data=read)
@@ -269,7 +276,7 @@ def sweep_search(
     """
     from cp_debug.sweep import searching
 
-    how = {"goal": goal, "max_builds": max_builds, "test_model": test_model and str(test_model.resolve())}
+    how = {"goal": goal, "max_builds": max_builds, "test_model": test_model and str(resolved(test_model))}
     grid = _grid(models, backends, checkpoint, samples, seed, inputs, exporter, unfolded, how)
     if test_model is not None:
         grid = replace(grid, reads=sorted(test_model.glob("*.onnx")) if test_model.is_dir() else [test_model])
@@ -279,7 +286,7 @@ def sweep_search(
 def _calibration(flags: calibration.Flags, inputs: Path | None = None) -> dict[str, Any]:
     data = flags.calib_data or inputs
     return {
-        "data": None if data is None else str(data.resolve()),
+        "data": None if data is None else str(resolved(data)),
         "samples": flags.calib_samples,
         "method": flags.calib_method.value,
         "skip_layers": flags.skip_layers or [],
@@ -301,6 +308,7 @@ def _grid(
     from cp_debug.sweep.grid import Grid
 
     refuse_export_flags(models or [DEFAULT])
+    check_made_up(samples, inputs, given_by="--inputs or --data")
     return Grid(
         models=models or [DEFAULT],
         backends=parse_backends(backends),

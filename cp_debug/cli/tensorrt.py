@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cp_debug.cli.flags import LONGEST_BUILD
 from cp_debug.cli.typed import refuse, typed
 from cp_debug.errors import InputError
 
@@ -95,7 +96,13 @@ BuilderLevel = Annotated[
 ]
 BuildTimeout = Annotated[
     float | None,
-    typer.Option("--build-timeout", min=1.0, help="Seconds for one build; it is stopped then.", rich_help_panel=PANEL),
+    typer.Option(
+        "--build-timeout",
+        min=1.0,
+        max=LONGEST_BUILD,
+        help="Seconds for one build; it is stopped then.",
+        rich_help_panel=PANEL,
+    ),
 ]
 CALIBRATION_SAMPLES = 16
 """Largest number of samples that TensorRT calibrates on."""
@@ -150,12 +157,13 @@ class Flags:
     def _open_cache(self) -> EngineCache | None:
         """The cache of engines, or None. Raises InputError for a folder that was named and cannot be written."""
         from cp_debug.backends.tensorrt.engine_cache import EngineCache, default_folder
+        from cp_debug.cli.console import errors
 
         if self.no_cache:
             if self.cache is not None:
                 raise InputError("--no-cache: expected it without --cache, which names a folder")
             return None
-        return EngineCache.open(self.cache or default_folder(), asked=self.cache is not None)
+        return EngineCache.open(self.cache or default_folder(), asked=self.cache is not None, on_say=errors.print)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from typing import Any
@@ -26,7 +27,8 @@ class Command(TyperCommand):
     """
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
-        """Run the command, with its typed flags remembered meanwhile."""
+        """Run the command, with its typed flags remembered meanwhile. Raises InputError for numbers without end."""
+        check_numbers(self, ctx.params)
         token = _TYPED.set(_spelled(self, ctx))
         try:
             return super().invoke(ctx)
@@ -38,6 +40,14 @@ class Command(TyperCommand):
             raise typer.Exit(NO_READER) from None
         finally:
             _TYPED.reset(token)
+
+
+def check_numbers(command: TyperCommand, given: Mapping[str, Any]) -> None:
+    """Raise InputError for a number that is none or has no end: a comparison with either is always, or never, true."""
+    for parameter in command.params:
+        value = given.get(parameter.name or "")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{max(parameter.opts, key=len)}: {value:g}; expected a finite number")
 
 
 def typed(parameters: Iterable[str]) -> list[str]:

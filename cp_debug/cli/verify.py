@@ -1,7 +1,8 @@
-"""``cpdebug verify``: do the deployed files compute what the model computes?"""
+"""``cpdebug verify``: checks that the deployed files compute what the model computes."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cp_debug.cli import tensorrt
-from cp_debug.cli.flags import LAST_SEED, MOST
+from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up
+from cp_debug.cli.given import check_configured
 from cp_debug.cli.typed import refuse
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ def verify(
         list[str] | None,
         typer.Option(help="TENSOR=X, PRECISION=X or TENSOR@PRECISION=X: relative L2; else limits come from the noise."),
     ] = None,
-    max_abs: Annotated[float | None, typer.Option(help="Limit of max |Δ| besides.")] = None,
+    max_abs: Annotated[float | None, typer.Option(min=0.0, help="Limit of max |Δ| besides.")] = None,
     voxels: Annotated[
         Path | None, typer.Option(help="First sample's voxels, num_points, coors (.npz), by the test's own code.")
     ] = None,
@@ -77,6 +79,8 @@ def verify(
         why = f"none of {', '.join(dict.fromkeys(specs))} is TensorRT"
         refuse(("trt_python",), unless=any(spec.startswith("trt") for spec in specs), why=why)
         refuse(("recipe",), unless=config.model != model, why=f"{source} is a model, not a configuration")
+        check_made_up(config.verify.samples, config.data.path)
+        check_configured(config, config.verify.samples)
         deployment = Deployment(config, source, on_step, on_event=on_step.on_event)
         result = deployment.verify(onnx_dir, voxels=voxels, explain=explain)
     show_document(render(result), result.to_dict(), json)
@@ -109,6 +113,8 @@ def parse_tolerances(texts: Sequence[str]) -> dict[str, float]:
         name, _, value = text.partition("=")
         try:
             limits[name] = float(value)
+            if not name or not math.isfinite(limits[name]):
+                raise ValueError
         except ValueError:
             raise InputError(f"--tolerance: {text!r}; expected NAME=NUMBER, such as heatmap=1e-3") from None
     return limits

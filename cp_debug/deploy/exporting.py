@@ -213,6 +213,14 @@ def _distance(
         session.close()
     compared = {name: compare(array, outputs[name]) for name, array in expected.items()}
     worst, stats = max(compared.items(), key=lambda item: item[1].severity)
+    if not stats.shape_mismatch and not stats.mismatched and stats.finite_rel_l2 <= TOLERANCE:
+        return stats.finite_rel_l2
+    if not stats.shape_mismatch and stats.nan_ref + stats.inf_ref:
+        ours, theirs = stats.nan_ref + stats.inf_ref, stats.nan_test + stats.inf_test
+        raise InputError(
+            f"{component.name}: on {_shapes(inputs)} the module itself gives {ours} NaN or Inf in {worst}, the "
+            f"exported graph {theirs}: that checks nothing; expected an input on which the module is finite"
+        )
     if stats.shape_mismatch or not stats.rel_l2 <= TOLERANCE:
         raise InputError(
             f"{component.name}: on {_shapes(inputs)} the exported graph gives another {worst} than its module: "

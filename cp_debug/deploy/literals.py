@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cp_debug.errors import InputError
+from cp_debug.files import resolved
 from cp_debug.reading import plain, read_text
 
 _ARITHMETIC: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
@@ -45,10 +46,10 @@ def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
 
     Raises InputError for one that is its own heir.
     """
-    if path.resolve() in children:
+    if resolved(path) in children:
         raise InputError(f"{path}: inherits from itself")
     text = read_text(path, what="configuration")
-    reader = _Reader(path, (*children, path.resolve()))
+    reader = _Reader(path, (*children, resolved(path)))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the parser, about what the file says

@@ -1,7 +1,8 @@
-"""Voxelization of both sides compared: the same pillars, in the same order, cut off at the same places?"""
+"""Voxelization of both sides compared: the pillars, their order, and the places where they are cut off."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +43,8 @@ class VoxelChange:
     def __str__(self) -> str:
         ours, theirs = self.dropped_points
         dropped = f"{ours} points dropped" if ours == theirs else f"{ours} and {theirs} points dropped"
+        if self.agrees and not self.reference:
+            return f"no pillar on either side: the cloud is empty, or none of its points is in range; {dropped}"
         if self.agrees:
             return f"{self.reference} pillars, equal in order and content; {dropped}"
         phrases = [f"{self.reference} pillars against {self.test}"]
@@ -60,7 +63,7 @@ def compare_voxels(reference: Voxels, test: Voxels, points: np.ndarray, config: 
     a, b = _padded(a, slots), _padded(b, slots)
     equal = (a == b) | (np.isnan(a) & np.isnan(b))
     apart = np.where(equal, 0, np.nan_to_num(np.abs(a - b), nan=np.inf))
-    gaps = apart.reshape(len(common), -1).max(axis=1, initial=0)
+    gaps = apart.reshape(len(common), math.prod(apart.shape[1:])).max(axis=1, initial=0)
     counts = reference.num_points.cpu().numpy()[place_in_reference] != test.num_points.cpu().numpy()[place_in_test]
     inside = _in_range(points, config)
     return VoxelChange(

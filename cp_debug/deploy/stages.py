@@ -199,14 +199,15 @@ class Deployment:
         ``folder`` replaces the configured one, ``voxels`` is a file for ``read_voxels``, ``explain`` bisects what
         fails. Raises InputError where there is no scenario, and as ``verify`` does.
         """
+        config = self.config.verify
+        samples = self.samples(config.samples)
         if folder is None and self.config.export.mode == "onnx" and not self.onnx_dir.is_dir():
             self.export()
-        config = self.config.verify
         pairs = [(self.backend(s.reference), self.backend(s.test)) for s in self.config.scenarios()]
         if not pairs:
             raise InputError(f"{self.source}: verify.scenarios is empty for export.mode {self.config.export.mode!r}")
         options = VerifyOptions(config.tolerances, config.max_abs, voxels, explain)
-        samples, programs = self.samples(config.samples), self.programs(folder)
+        programs = self.programs(folder)
         pairs = [(self._prebuilt(a, programs), self._prebuilt(b, programs)) for a, b in pairs]
         return verify(self.model, programs, pairs, samples, options, on_step=self.on_step)
 
@@ -230,15 +231,15 @@ class Deployment:
 
         Raises InputError for a batch of a model that has none.
         """
-        if folder is None and not self.onnx_dir.is_dir():
-            self.export()
-        backends = [self.backend(spec) for spec in specs]
         samples = self.samples(batch)
         sample = samples[0]
         if batch > 1:
             if not isinstance(self.model, Batches):
                 raise InputError(f"--batch: {self.model.name} takes one sample at a time; expected a CenterPoint")
             sample = self.model.batch([samples[i % len(samples)] for i in range(batch)])
+        backends = [self.backend(spec) for spec in specs]
+        if folder is None and not self.onnx_dir.is_dir():
+            self.export()
         programs = self.programs(folder)
         return bench(
             checked(self.model), programs, backends, sample, warmup=warmup, repeats=repeats, on_step=self.on_step

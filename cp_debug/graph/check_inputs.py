@@ -1,4 +1,4 @@
-"""Inputs checked against what a graph declares of them."""
+"""Check of inputs against a graph's declarations."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from cp_debug.graph.surgery import save
 
 def foldable(graph: Graph) -> list[tuple[Node, Node]]:
     """Each Conv or ConvTranspose with the BatchNormalization that alone reads it; all their constants are weights."""
-    found = []
+    pairs = []
     for norm in (node for node in graph.nodes if node.op == "BatchNormalization" and len(node.outputs) == 1):
         product = graph.producer.get(norm.inputs[0])
         if product is None or product.op not in ("Conv", "ConvTranspose") or len(graph.consumers[norm.inputs[0]]) > 1:
@@ -22,16 +22,18 @@ def foldable(graph: Graph) -> list[tuple[Node, Node]]:
         groups = next((a.i for a in product.proto.attribute if a.name == "group"), 1)
         constants = (*norm.proto.input[1:5], *product.proto.input[1:])
         single = all(len(graph.consumers[name]) == 1 for name in product.proto.input[1:])
-        shown = any(v.name == norm.inputs[0] for v in graph.outputs)
+        is_output = any(v.name == norm.inputs[0] for v in graph.outputs)
         plain = all(name in graph.initializers for name in constants) and (product.op == "Conv" or groups == 1)
-        if plain and single and not shown:
-            found.append((product, norm))
-    return found
+        if plain and single and not is_output:
+            pairs.append((product, norm))
+    return pairs
 
 
 def fold_batchnorm(graph: Graph, path: Path) -> Graph:
-    """The graph, written to ``path``, with such pairs as one node, which has the BatchNormalization's output; the graph
-    itself where it has none."""
+    """The graph with each such pair as one node, written to ``path``; the graph itself where it has none.
+
+    The folded node has the BatchNormalization's output.
+    """
     pairs = foldable(graph)
     if not pairs:
         return graph
@@ -47,7 +49,7 @@ def fold_batchnorm(graph: Graph, path: Path) -> Graph:
         channels = 1 if product.op == "ConvTranspose" else 0
         folded = weight.astype(np.float64) * np.expand_dims(scale, [a for a in range(weight.ndim) if a != channels])
         bias = graph.initializer(product.proto.input[2]).astype(np.float64) if len(product.proto.input) > 2 else 0.0
-        node, gone = by_output[product.outputs[0]], by_output[norm.outputs[0]]
+        node, norm_node = by_output[product.outputs[0]], by_output[norm.outputs[0]]
         names = [node.input[1], node.input[2] if len(node.input) > 2 else f"{node.input[1]}.bias"]
         node.input[:] = [node.input[0], *names]
         node.output[0] = norm.outputs[0]
@@ -55,6 +57,6 @@ def fold_batchnorm(graph: Graph, path: Path) -> Graph:
             if name not in weights:
                 weights[name] = model.graph.initializer.add()
             weights[name].CopyFrom(numpy_helper.from_array(array.astype(weight.dtype), name))
-        model.graph.node.remove(gone)
+        model.graph.node.remove(norm_node)
     save(model, graph, path)
     return Graph(path)

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 
 from cp_debug.errors import InputError
+from cp_debug.files import resolved
 from cp_debug.graph.free_axes import FreeAxes
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.input_values import DOMAINS, Ways, ways
@@ -132,7 +133,7 @@ class MadeUp:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = _WARNED
         options.enable_cpu_mem_arena = False
-        folder = str(self.graph.path.resolve().parent)
+        folder = str(resolved(self.graph.path).parent)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         try:
             return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -17,7 +17,7 @@ import onnx
 from onnx import external_data_helper
 
 from cp_debug.errors import InputError
-from cp_debug.files import complete_path
+from cp_debug.files import complete_path, resolved
 from cp_debug.graph.graph import Graph, Node, external_files
 
 INLINE_LIMIT = 1 << 30
@@ -81,7 +81,7 @@ def tensor_type(dtype: np.dtype | type, shape: Sequence[int | str | None] | None
 
 def weights_folder(graph: Graph) -> Path:
     """Folder of the external data of models made from ``graph``."""
-    return graph.path.resolve().parent
+    return resolved(graph.path).parent
 
 
 def save(model: onnx.ModelProto, graph: Graph, path: Path) -> None:
@@ -92,7 +92,7 @@ def save(model: onnx.ModelProto, graph: Graph, path: Path) -> None:
     """
     home = weights_folder(graph)
     files = external_files(model, home)
-    if files and path.resolve().parent != home:
+    if files and resolved(path).parent != home:
         if sum(map(tensor_bytes, model.graph.initializer)) <= INLINE_LIMIT:
             inline = onnx.ModelProto()
             inline.CopyFrom(model)

@@ -1,4 +1,4 @@
-"""Forward passes that differ in some layers: what lies beside or above those is not computed again."""
+"""Forward passes that differ in some layers: layers beside or above those are not computed again."""
 
 from __future__ import annotations
 
@@ -37,40 +37,40 @@ class Reuse:
         self._calls: dict[nn.Module, list[_Recorded]] = {}
 
     def record(self, *inputs: Tensor) -> Any:
-        """The module's outputs; every call in it is kept."""
+        """Run the module and return its outputs; every call in it is kept."""
         self._calls = {}
 
         def keep(module: nn.Module, forward: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            given = pytree.tree_leaves((args, kwargs))
+            call_inputs = pytree.tree_leaves((args, kwargs))
             output = forward(module, *args, **kwargs)
-            self._calls.setdefault(module, []).append(_Recorded(given, output, _versions(output)))
+            self._calls.setdefault(module, []).append(_Recorded(call_inputs, output, _versions(output)))
             return output
 
         with torch.no_grad(), self._around_calls(keep):
             return self.module(*inputs)
 
     def rerun(self, changed: Collection[str], *inputs: Tensor) -> tuple[Any, dict[str, list[Any]]]:
-        """The outputs now that some layers have changed, and what each call of these gave."""
-        given: dict[str, list[Any]] = {path: [] for path in changed}
+        """Outputs now that some layers have changed, and the results of each call of these layers."""
+        results: dict[str, list[Any]] = {path: [] for path in changed}
         names = [path.split(".") for path in changed]
         stale = {".".join(parts[:end]) for parts in names for end in range(len(parts) + 1)}  # they and what holds them
 
         def look_up(module: nn.Module, forward: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             path = self._paths[module]
             if path not in stale:
-                found = self._find(module, pytree.tree_leaves((args, kwargs)))
-                if found is not None:
-                    return found.output
+                recorded_call = self._find(module, pytree.tree_leaves((args, kwargs)))
+                if recorded_call is not None:
+                    return recorded_call.output
             output = forward(module, *args, **kwargs)
-            if path in given:
-                given[path].append(output)
+            if path in results:
+                results[path].append(output)
             return output
 
         with torch.no_grad(), self._around_calls(look_up):
-            return self.module(*inputs), given
+            return self.module(*inputs), results
 
     def outputs(self, layer: str) -> list[Any]:
-        """What each recorded call of ``layer`` gave; valid until an in-place operation changed it."""
+        """Results of each recorded call of ``layer``; valid until an in-place operation changes them."""
         return [call.output for call in self._calls.get(self.module.get_submodule(layer), ())]
 
     def _find(self, module: nn.Module, inputs: list[Any]) -> _Recorded | None:

@@ -1,4 +1,4 @@
-"""A set of kept layers as others take it: a mixed-precision ONNX file, arguments of tools, a piece of configuration."""
+"""Forms of a set of kept layers for other tools: a mixed-precision ONNX file, arguments, a piece of configuration."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from cp_debug.graph.casts import cast_surgery
 from cp_debug.graph.unquantize import remove_qdq
 
 FLAGS = {"fp16": "fp16", "fp16acc": "fp16", "bf16": "bf16"}
-"""Low precision → what cast surgery, TensorRT's flag and AutoCast call it. TF32 is in no graph and of no layer."""
+"""Low precision → its name in cast surgery, TensorRT's flag and AutoCast. TF32 is in no graph and of no layer."""
 
 
 def write_onnx(programs: Sequence[Program], keep: Mapping[str, Sequence[str]], precision: str, target: Path) -> None:
-    """Write the mixed-precision graph as ``target``; of several components, one file each into that folder.
+    """Write the mixed-precision graph as ``target``; with several components, one file each into that folder.
 
     FP16 and BF16 by casts, INT8 by leaving Q/DQ pairs out. Raises InputError where a weight that is not kept is beyond
     the low precision.
@@ -34,21 +34,21 @@ def write_onnx(programs: Sequence[Program], keep: Mapping[str, Sequence[str]], p
 
 def arguments(keep: Mapping[str, Sequence[str]], precision: str) -> dict[str, dict[str, str]]:
     """Component → tool → command line that keeps these nodes in FP32; components with nothing to keep are left out."""
-    found: dict[str, dict[str, str]] = {}
+    commands: dict[str, dict[str, str]] = {}
     for component, nodes in keep.items():
         if not nodes:
             continue
         excluded = shlex.join(f"^{re.escape(node)}$" for node in nodes)
         file = f"{component}.onnx"
         if precision == "int8":
-            found[component] = {
+            commands[component] = {
                 "modelopt": f"python -m modelopt.onnx.quantization --onnx_path {file} --nodes_to_exclude {excluded}"
             }
         elif precision in FLAGS:
             flag = FLAGS[precision]
             listed = ",".join(f"{node}:fp32" for node in nodes)
             layers = shlex.join(f"{node}:float32" for node in nodes)
-            found[component] = {
+            commands[component] = {
                 "polygraphy": f"polygraphy run {file} --trt --{flag} --precision-constraints obey "
                 f"--layer-precisions {layers}",
                 "trtexec": f"trtexec --onnx={file} --{flag} --precisionConstraints=obey "
@@ -56,12 +56,14 @@ def arguments(keep: Mapping[str, Sequence[str]], precision: str) -> dict[str, di
                 "autocast": f"python -m modelopt.onnx.autocast --onnx_path {file} --low_precision_type {flag} "
                 f"--nodes_to_exclude {excluded}",
             }
-    return found
+    return commands
 
 
 def deploy_fragment(keep: Mapping[str, Sequence[str]], precision: str) -> str:
     """The part of a configuration of ``cpdebug deploy`` (YAML) that keeps the nodes; empty where it has no such key."""
     if precision not in FLAGS or not any(keep.values()):
         return ""
-    listed = "".join(f"  - {json.dumps(node)}\n" for own in keep.values() for node in own)  # JSON strings are YAML
+    listed = "".join(
+        f"  - {json.dumps(node)}\n" for component_nodes in keep.values() for node in component_nodes
+    )  # JSON strings are YAML
     return f"tensorrt:\n  precision: {FLAGS[precision]}\n  keep_fp32:\n{listed}"

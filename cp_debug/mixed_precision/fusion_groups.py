@@ -1,4 +1,4 @@
-"""The layers that are kept in higher precision or not, each as a whole: an operator and what is fused into it."""
+"""Fusion groups: layers that keep their precision as a whole, an operator and what is fused into it."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class FusionGroup:
     component: str
     nodes: tuple[str, ...]
     name: str
-    """The torch path of its first value, or the node's name."""
+    """Torch path of its first value, or the node's name."""
     engine_layer: str = ""
-    """The engine's layer, where the backend tells."""
+    """Name of the engine's layer, where the backend tells."""
 
 
 Kept = frozenset[FusionGroup]
@@ -64,25 +64,27 @@ def fused(
     """The groups regrouped as an engine fused them. ``layers``: component → ``name`` and ``nodes`` of its layers.
 
     An engine layer of several convolutions or products (TensorRT's compiler for transformers makes such) says nothing
-    of them, and what no layer holds stays as it is.
+    of them, and nodes that no layer holds stay as they are.
     """
     regrouped: list[FusionGroup] = []
     for program in programs:
-        own = [group for group in groups if group.component == program.name]
+        component_groups = [group for group in groups if group.component == program.name]
         nodes = {node.name: node for node in program.graph.nodes}
-        known = {node for group in own for node in group.nodes}
-        taken: set[str] = set()
-        found: list[FusionGroup] = []
+        group_nodes = {node for group in component_groups for node in group.nodes}
+        placed: set[str] = set()
+        new_groups: list[FusionGroup] = []
         for layer in layers.get(program.name, ()):
-            inside = sorted(known.intersection(layer["nodes"]) - taken, key=lambda name: nodes[name].index)
+            inside = sorted(group_nodes.intersection(layer["nodes"]) - placed, key=lambda name: nodes[name].index)
             if inside and sum(nodes[name].op in PRODUCTS for name in inside) <= 1:
-                taken.update(inside)
+                placed.update(inside)
                 name = layer_name(program, nodes[inside[0]].outputs[0])
-                found.append(FusionGroup(program.name, tuple(inside), name, layer["name"]))
-        for group in own:
-            if rest := tuple(node for node in group.nodes if node not in taken):
-                found.append(replace(group, nodes=rest, name=layer_name(program, nodes[rest[0]].outputs[0])))
-        regrouped += sorted(found, key=lambda group: nodes[group.nodes[0]].index)
+                new_groups.append(FusionGroup(program.name, tuple(inside), name, layer["name"]))
+        for group in component_groups:
+            if remaining := tuple(node for node in group.nodes if node not in placed):
+                new_groups.append(
+                    replace(group, nodes=remaining, name=layer_name(program, nodes[remaining[0]].outputs[0]))
+                )
+        regrouped += sorted(new_groups, key=lambda group: nodes[group.nodes[0]].index)
     return regrouped
 
 

@@ -1,4 +1,4 @@
-"""What a repaired model must reach: ``rel_l2<1e-3 and boxes_lost==0``."""
+"""Goal of a search, such as ``rel_l2<1e-3 and boxes_lost==0``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FIGURES = {
     "boxes_moved": "boxes whose place or score changed visibly",
     "map_drop": "mAP lost, in points of 100: 0.2 is from 0.600 to 0.598",
 }
-"""What a goal can limit; the worst sample counts, of boxes the sum over samples."""
+"""Figures that a goal can limit; the worst sample counts, for boxes the sum over samples."""
 DETECTIONS = ("boxes_lost", "boxes_gained", "boxes_moved")
 
 _OPERATORS = {"<": operator.lt, "<=": operator.le, "==": operator.eq}
@@ -67,7 +67,7 @@ class Goal:
         return all(condition.holds(figures) for condition in self.conditions)
 
     def excess(self, figures: Mapping[str, float]) -> float:
-        """How far the worst figure is beyond its limit: their ratio, infinite for a limit of 0 that is not kept."""
+        """Ratio of the worst figure to its limit, infinite for a limit of 0 that is not kept."""
         return max((_excess(figures[c.figure], c.limit) for c in self.conditions), default=0.0)
 
 

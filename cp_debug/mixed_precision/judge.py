@@ -19,7 +19,7 @@ from cp_debug.recipes.abilities import DetectsBoxes
 from cp_debug.recipes.base import Arrays, Model, Sample
 
 Results = Mapping[str, Arrays]
-"""The outputs of every component, by its name."""
+"""Component → output name → array."""
 
 
 class Judge:
@@ -36,27 +36,27 @@ class Judge:
         self._decoded: list[Any] = []
         if self._counts or self._scored:
             self._decoded = [decode(model, *pair) for pair in zip(samples, reference, strict=True)]
-            if not all(isinstance(found, DetectsBoxes) for found in self._decoded):
+            if not all(isinstance(decoded, DetectsBoxes) for decoded in self._decoded):
                 raise InputError(f"--goal: {model.name} decodes no boxes; limit rel_l2 or max_abs")
         if self._scored and any(sample.truth is None for sample in samples):
             raise InputError("--goal: map_drop needs samples with ground truth; give an info file with --data")
 
     @property
     def notes(self) -> list[str]:
-        """What a reader must know of the figures."""
-        empty = self._decoded and not any(len(found.scores) for found in self._decoded)
+        """Remarks that a reader of the figures must know."""
+        empty = self._decoded and not any(len(decoded.scores) for decoded in self._decoded)
         return ["the reference detects nothing on these samples, so there is nothing to lose"] if empty else []
 
     def measure(self, results: Sequence[Results]) -> Measured:
-        """The figures of one run over all samples."""
+        """Figures of one run over all samples. Raises InputError for a run that lacks an output."""
         outputs: dict[str, float] = {}
         largest = 0.0
-        for reference, found in zip(self._outputs, results, strict=True):
-            if missing := sorted(reference.keys() - found[self._last].keys()):
-                there = ", ".join(found[self._last])
-                raise InputError(f"{self._last}: the test gives no output {missing[0]!r}; its outputs are {there}")
+        for reference, test in zip(self._outputs, results, strict=True):
+            if missing := sorted(reference.keys() - test[self._last].keys()):
+                present = ", ".join(test[self._last])
+                raise InputError(f"{self._last}: the test gives no output {missing[0]!r}; its outputs are {present}")
             for name, array in reference.items():
-                stats = compare(array, found[self._last][name])
+                stats = compare(array, test[self._last][name])
                 outputs[name] = max(outputs.get(name, 0.0), _or_infinite(stats.rel_l2))
                 largest = max(largest, _or_infinite(stats.max_abs))
         figures = {"rel_l2": max(outputs.values(), default=0.0), "max_abs": largest}
@@ -67,7 +67,7 @@ class Judge:
         return Measured(figures, outputs)
 
     def _detections(self, decoded: Sequence[Any]) -> dict[str, float]:
-        if any(found is None for found in decoded):  # outputs that the decoder cannot read
+        if any(detections is None for detections in decoded):  # outputs that the decoder cannot read
             return dict.fromkeys((*self._counts, *(("map_drop",) if self._scored else ())), math.inf)
         changes = [compare_detections(a, b) for a, b in zip(self._decoded, decoded, strict=True)]
         figures = {name: float(sum(getattr(c, name.removeprefix("boxes_")) for c in changes)) for name in self._counts}
@@ -79,8 +79,8 @@ class Judge:
         model: Any = self._model
         names = ("reference", "test")
         runs = {
-            name: (RunRecord(name, "", "", False), Predictions.gather(found))
-            for name, found in zip(names, (self._decoded, decoded), strict=True)
+            name: (RunRecord(name, "", "", False), Predictions.gather(detections))
+            for name, detections in zip(names, (self._decoded, decoded), strict=True)
         }
         options = EvaluationOptions(region=model.region, draws=0)
         scores, _ = score_backends(runs, [sample.truth for sample in self._samples], model.class_names, options)

@@ -8,11 +8,18 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from cp_debug.errors import InputError, system_reason
 from cp_debug.mixed_precision.trial import Trial
-from cp_debug.reading import check_file, read_bytes, sealed, unsealed
+from cp_debug.reading import check_file, read_bytes, sealed, typed, unsealed
 
 SCHEMA = "cpdebug.search-log/1"
+
+
+class _FusedLayer(TypedDict):
+    name: str
+    nodes: list[str]
 
 
 class TrialLog:
@@ -38,8 +45,11 @@ class TrialLog:
         self._write(trial.to_dict())
 
     def add_engine(self, layers: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-        """Keep what the engine fused."""
-        self.engine = {c: [{"name": e["name"], "nodes": list(e["nodes"])} for e in own] for c, own in layers.items()}
+        """Keep the layers that the engine fused."""
+        self.engine = {
+            c: [{"name": e["name"], "nodes": list(e["nodes"])} for e in layers_of_component]
+            for c, layers_of_component in layers.items()
+        }
         self._write({"engine": self.engine})
 
     def _write(self, document: Mapping[str, Any]) -> None:
@@ -54,12 +64,12 @@ class TrialLog:
 
     def _read(self, path: Path, header: Mapping[str, Any]) -> None:
         try:
-            whole, _, torn = read_bytes(path, what="log").rpartition(b"\n")
-            first, *documents = [unsealed(line, f"line {n}") for n, line in enumerate(whole.split(b"\n"), 1)]
+            complete, _, torn = read_bytes(path, what="log").rpartition(b"\n")
+            first, *documents = [unsealed(line, f"line {n}") for n, line in enumerate(complete.split(b"\n"), 1)]
             different = [key for key in header if first[key] != header[key]]
             for document in documents:
                 if "engine" in document:
-                    self.engine = document["engine"]
+                    self.engine = typed(dict[str, list[_FusedLayer]], document["engine"], "engine")
                 else:
                     trial = Trial.of(document)
                     self.trials[trial.emulated, trial.nodes] = trial
@@ -69,4 +79,4 @@ class TrialLog:
             parts = ", ".join(f"{key} {first[key]!r}, now {header[key]!r}" for key in different)
             raise InputError(f"--log: {path} belongs to another search ({parts}); give another file")
         if torn:  # a line that was cut off when the search was killed
-            os.truncate(path, len(whole) + 1)
+            os.truncate(path, len(complete) + 1)

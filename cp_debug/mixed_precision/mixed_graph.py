@@ -1,5 +1,8 @@
-"""A graph of which some layers compute in FP32 and the rest in the arithmetic under test, computed anew only from where
-two runs part: a trial costs the part of the network behind the first layer that changed."""
+"""A graph some layers of which compute in FP32 and the rest in the arithmetic under test.
+
+It is computed anew only from where two runs part: a trial costs the part of the network behind the first layer that
+changed.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ class Computed:
 class MixedExecutor:
     """Runs one graph. Nodes in FP32 read what is in front of a Q/DQ pair, not what comes out of it.
 
-    Bit for bit what ``EmulatedBackend`` gives with the same nodes as its ``overrides``.
+    Results equal, bit for bit, those of ``EmulatedBackend`` with the same nodes as its ``overrides``.
     """
 
     def __init__(self, graph: Graph, arithmetic: Arithmetic, device: str) -> None:
@@ -67,20 +70,22 @@ class MixedExecutor:
         return Computed(high, values)
 
     def outputs(self, computed: Computed) -> dict[str, np.ndarray]:
-        """The graph's outputs of a run."""
-        found = self._high.run_nodes([], computed.values, [v.name for v in self.graph.outputs])
-        return {name: value.cpu().numpy() for name, value in found.items() if isinstance(value, torch.Tensor)}
+        """The graph's outputs of a run: name → array."""
+        results = self._high.run_nodes([], computed.values, [v.name for v in self.graph.outputs])
+        return {name: value.cpu().numpy() for name, value in results.items() if isinstance(value, torch.Tensor)}
 
     def local_error(self, nodes: Collection[str], exact: Computed) -> float:
-        """What ``nodes`` introduce by computing in the low arithmetic from the values of an FP32 run, relative L2 of
-        the worst value that others read; infinite where it is not finite, though the FP32 run's is."""
-        own = [node for node in self._nodes if node.name in nodes]
+        """Error that ``nodes`` introduce by computing in the low arithmetic from the values of an FP32 run.
+
+        Relative L2 of the worst value that others read; infinite where it is not finite, though the FP32 run's is.
+        """
+        chosen = [node for node in self._nodes if node.name in nodes]
         computed: dict[str, Any] = {}
         with deterministic():
-            for node in own:
-                given = ChainMap(computed, dict(exact.values))
-                computed |= self._compute(node, frozenset(), self._reads(node, frozenset()), given)
-        inner = {name for node in own for name in node.inputs}
+            for node in chosen:
+                node_inputs = ChainMap(computed, dict(exact.values))
+                computed |= self._compute(node, frozenset(), self._reads(node, frozenset()), node_inputs)
+        inner = {name for node in chosen for name in node.inputs}
         worst = 0.0
         for name in computed.keys() - (inner - {v.name for v in self.graph.outputs}):
             worst = max(worst, relative_l2(computed[name], exact.values[name]))
@@ -96,11 +101,11 @@ class MixedExecutor:
     ) -> dict[str, Any]:
         self.executed += 1
         executor = self._high if node.name in high else self._low
-        given = {name: values[source] for name, source in reads.items() if source in values}
+        inputs = {name: values[source] for name, source in reads.items() if source in values}
         for name, source in reads.items():
-            if source != name and name not in given:  # a weight in front of its pair
-                given[name] = executor.run_nodes([], {}, [source])[source]
-        return executor.run_nodes([node], given, node.outputs)
+            if source != name and name not in inputs:  # a weight in front of its pair
+                inputs[name] = executor.run_nodes([], {}, [source])[source]
+        return executor.run_nodes([node], inputs, node.outputs)
 
 
 def _unless_equal(before: Any, value: Any) -> Any:

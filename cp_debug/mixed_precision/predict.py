@@ -1,4 +1,4 @@
-"""Which layers to keep, before anything is tried: what each introduces, and what that does to the final outputs.
+"""Prediction of the layers to keep: what each introduces, and what that does to the final outputs.
 
 A layer's effect is measured, not assumed: it alone computes in the low precision, everything else in FP32, which costs
 the part of a pass behind it. Effects of different layers are taken as independent, so their squares add up.
@@ -16,9 +16,9 @@ from cp_debug.mixed_precision.trial import Measured
 
 T = TypeVar("T")
 AT_ONCE = 8
-"""Layers whose effect is measured at a time, those that introduce most first."""
+"""Number of layers whose effect is measured at a time, those that introduce most first."""
 SHARE = 0.3
-"""Of an error that is to be explained for goals that say nothing of its size: boxes, mAP."""
+"""Share of an error that may remain, for goals that say nothing of its size: boxes, mAP."""
 
 
 class Predictor:
@@ -43,37 +43,39 @@ class Predictor:
         """What the final outputs are when the layer alone is low, as far as measured."""
 
     def extend(self, grown: Sequence[FusionGroup], measured: Measured) -> list[FusionGroup]:
-        """What to keep besides ``grown``, which gave ``measured``: as much as should reach the goal, at least one
-        layer; nothing when all are kept."""
-        rest = [group for group in self.ranked if group not in grown]
-        if broken := [group for group in rest if math.isinf(self.local[group])]:
+        """Layers to keep besides ``grown``, whose figures are ``measured``.
+
+        As many as should reach the goal, at least one; none when all are kept.
+        """
+        unkept = [group for group in self.ranked if group not in grown]
+        if broken := [group for group in unkept if math.isinf(self.local[group])]:
             return broken
-        known = [group for group in rest if group in self.effects]
+        with_effect = [group for group in unkept if group in self.effects]
         while measured.outputs:
-            known.sort(key=self._size, reverse=True)
-            for count in range(1, len(known) + 1):
-                if self._suffices(measured, known[:count], known[count:]):
-                    return known[:count]
-            new = [group for group in rest if group not in self.effects][:AT_ONCE]
+            with_effect.sort(key=self._size, reverse=True)
+            for count in range(1, len(with_effect) + 1):
+                if self._suffices(measured, with_effect[:count], with_effect[count:]):
+                    return with_effect[:count]
+            new = [group for group in unkept if group not in self.effects][:AT_ONCE]
             if not new:
                 break
             for group in new:
                 self.effects[group] = self._alone(self._everything - {group})
-            known += new
-        return (known or rest)[: max(1, len(grown))]  # not as predicted: double it
+            with_effect += new
+        return (with_effect or unkept)[: max(1, len(grown))]  # not as predicted: double it
 
     def _size(self, group: FusionGroup) -> float:
         return self.effects[group].figures["rel_l2"]
 
-    def _suffices(self, measured: Measured, more: Sequence[FusionGroup], others: Sequence[FusionGroup]) -> bool:
-        """Whether the goal should hold once ``more`` is kept, too, and of the known layers ``others`` are not."""
-        left = {}
+    def _suffices(self, measured: Measured, more: Sequence[FusionGroup], unkept: Sequence[FusionGroup]) -> bool:
+        """Whether the goal should hold once ``more`` is kept, too, while the known layers ``unkept`` are not."""
+        remaining_error = {}
         for name, error in measured.outputs.items():
             if math.isfinite(error):
-                left[name] = left_of(error, self._errors(more, name))
+                remaining_error[name] = left_of(error, self._errors(more, name))
             else:
-                left[name] = math.sqrt(sum(e**2 for e in self._errors(others, name)))
-        before, after = measured.figures["rel_l2"], max(left.values())
+                remaining_error[name] = math.sqrt(sum(e**2 for e in self._errors(unkept, name)))
+        before, after = measured.figures["rel_l2"], max(remaining_error.values())
         ratio = after / before if math.isfinite(before) and before else float(math.isinf(after))
         if not {"rel_l2", "max_abs"}.issuperset(self._goal.figures):
             return ratio <= SHARE

@@ -1,4 +1,4 @@
-"""What a search returns: the set, how it is known, and every trial."""
+"""Result of a search: the set, how it is known, and every trial."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class KeptLayer:
     fusion_group: FusionGroup
     ops: tuple[str, ...]
     introduced: float | None
-    """What it introduces by itself in the low precision, emulated: relative L2, infinite where it overflows."""
+    """Error that it introduces by itself in the low precision, emulated: relative L2, infinite where it overflows."""
     effect: float | None
-    """The worst final output when this layer alone is low, emulated: relative L2; None where nobody asked."""
+    """Error of the worst final output when this layer alone is low, emulated: relative L2; None where nobody asked."""
     without: dict[str, float]
     """The figures of the set without this layer, where that was tried on the backend."""
 
@@ -60,7 +60,7 @@ class SearchResult:
     precision: str
     goal: str
     layers: int
-    """Layers that could be kept."""
+    """Number of layers that could be kept."""
     reached: bool
     kept: list[KeptLayer]
     """The best set that was verified on the backend: the smallest that reaches the goal, else the one that comes
@@ -68,17 +68,17 @@ class SearchResult:
     minimal: bool
     """Whether leaving out any single layer of it was tried on the backend and misses the goal."""
     best: Trial
-    """The trial of that set."""
+    """Trial of the best set."""
     baseline: Trial
-    """The trial of the empty one."""
+    """Trial of the empty set."""
     trials: Sequence[Trial]
-    """Those of this search and, before them, of its log."""
+    """Trials of this search and, before them, of its log."""
     keep: dict[str, list[str]]
     """Component → nodes that its runtime must be told to keep: the layers', and what moves numbers between them."""
     stopped: str = ""
-    """Why the search ended early."""
+    """Reason why the search ended early."""
     builds: int = 0
-    """Engines or sessions made for this search, those of its log not counted."""
+    """Number of engines or sessions made for this search, those of its log not counted."""
     passes: float = 0.0
     """Work of the emulator, prediction included, in passes over all samples."""
     seconds: float = 0.0
@@ -88,8 +88,8 @@ class SearchResult:
     def pareto(self) -> list[Trial]:
         """The trials on the backend that no other beats in both, layers kept and error; fewest layers first."""
         front: list[Trial] = []
-        own = [t for t in self.trials if not t.emulated and not t.error]
-        for trial in sorted(own, key=lambda t: (t.layers, t.measured.figures["rel_l2"])):
+        on_backend = [t for t in self.trials if not t.emulated and not t.error]
+        for trial in sorted(on_backend, key=lambda t: (t.layers, t.measured.figures["rel_l2"])):
             if not front or trial.measured.figures["rel_l2"] < front[-1].measured.figures["rel_l2"]:
                 front.append(trial)
         return front

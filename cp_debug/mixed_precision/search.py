@@ -44,23 +44,23 @@ OnStep = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """What a search may be told. The defaults are those of the command line."""
+    """Options of a search. The defaults are those of the command line."""
 
     max_builds: int | None = None
-    """Engines and sessions made; of an emulated backend trials."""
+    """Largest number of engines and sessions made; of trials for an emulated backend."""
     budget: float | None = None
-    """Seconds after which no further trial begins."""
+    """Time in seconds after which no further trial begins."""
     log: Path | None = None
     exporter: str | None = None
     folded: bool = True
     test_model: Path | None = None
     """Another file for the test: a Q/DQ graph of the same model (a folder, for several components)."""
     inputs: Path | None = None
-    """What to calibrate on, for an INT8 backend and a model that is not quantized; None: the model's own samples."""
+    """Data to calibrate on, for an INT8 backend and a model that is not quantized; None: the model's own samples."""
     quantized: Mapping[str, QuantizedComponent] = field(default_factory=dict)
     """The components in INT8 where a checkpoint gives them: see ``load_quantized``."""
     onnx: Path | None = None
-    """Where the mixed-precision graph goes when the goal is reached; a folder, for several components."""
+    """File for the mixed-precision graph when the goal is reached; a folder, for several components."""
 
 
 def samples_for(
@@ -91,7 +91,7 @@ def search(
     options: SearchOptions = SearchOptions(),
     on_step: OnStep = lambda text, done, total: None,
 ) -> SearchResult:
-    """Find the set. ``backends``: the reference and one test.
+    """Find the smallest set of layers to keep so that the goal holds. ``backends``: the reference and one test.
 
     Raises InputError for backends whose layers cannot be kept one by one, a goal that this model cannot be asked for,
     samples that are none, and a log of another search; never for a goal that is not reached.
@@ -151,12 +151,12 @@ class _Search:
     def _quantized(self, folder: Path) -> list[Program]:
         self._step("quantizing")
         samples = calibration_samples(self._model, self._options.inputs, DEFAULT_CALIBRATION.samples)
-        made, how = quantize_programs(self._model, self._tests, folder, samples, parts=self._options.quantized)
+        in_int8, how = quantize_programs(self._model, self._tests, folder, samples, parts=self._options.quantized)
         self._notes += [how] if how else []
-        return made
+        return in_int8
 
     def run(self) -> SearchResult:
-        found: list[FusionGroup] | None = None
+        smallest_set: list[FusionGroup] | None = None
         stopped = ""
         predictor: Predictor | None = None
         try:
@@ -165,14 +165,14 @@ class _Search:
                 self._step("predicting")
                 self.emulator.prepare()
                 predictor = Predictor(self.groups, self._goal, self.emulator.local_error, self._alone)
-                found = self._find(predictor)
+                smallest_set = self._find(predictor)
             else:
-                found = []
-            if found is None:
+                smallest_set = []
+            if smallest_set is None:
                 stopped = "keeping every layer does not reach it"
         except OutOfBudget as reason:
             stopped = str(reason)
-        result = self._result(found, predictor, stopped)
+        result = self._result(smallest_set, predictor, stopped)
         if self._options.onnx is not None and result.reached:
             write_onnx(self._tests, result.keep, self.precision.name, self._options.onnx)
         return result
@@ -193,8 +193,8 @@ class _Search:
     def _trial(self, kept: Kept, emulated: bool) -> Trial:
         """The trial of a set, from the log where it is there. Raises OutOfBudget before one that may not begin."""
         nodes = nodes_in(kept)
-        if (known := self.log.trials.get((emulated, nodes))) is not None:
-            return known
+        if (logged := self.log.trials.get((emulated, nodes))) is not None:
+            return logged
         runner = self.emulator if emulated else self.runner
         if kept:  # nothing kept is always tried: it is what the rest is compared with
             self._check_time()
@@ -227,9 +227,9 @@ class _Search:
             raise OutOfBudget(f"stopped after {budget:g} s")
 
     def _check_builds(self) -> None:
-        limit, made = self._options.max_builds, self._tried if self._backend.emulated else self.runner.builds
-        if limit is not None and made >= limit:
-            raise OutOfBudget(f"stopped after {made} {'trials' if self._backend.emulated else 'builds'}")
+        limit, count = self._options.max_builds, self._tried if self._backend.emulated else self.runner.builds
+        if limit is not None and count >= limit:
+            raise OutOfBudget(f"stopped after {count} {'trials' if self._backend.emulated else 'builds'}")
 
     def _regroup(self) -> None:
         """Take the layers as the engine fused them, where it told."""
@@ -239,15 +239,15 @@ class _Search:
 
     def _result(self, found: list[FusionGroup] | None, predictor: Predictor | None, stopped: str) -> SearchResult:
         trials = list(self.log.trials.values())
-        own = [trial for trial in trials if not trial.emulated]
-        excess = {t.nodes: math.inf if t.error else self._goal.excess(t.measured.figures) for t in own}
-        holding = [t for t in own if not t.error and self._goal.holds(t.measured.figures)]
+        on_backend = [trial for trial in trials if not trial.emulated]
+        excess = {t.nodes: math.inf if t.error else self._goal.excess(t.measured.figures) for t in on_backend}
+        holding = [t for t in on_backend if not t.error and self._goal.holds(t.measured.figures)]
         if found is not None:
             best = self.log.trials[False, nodes_in(frozenset(found))]
         elif holding:
             best = min(holding, key=lambda trial: trial.layers)
         else:
-            best = min(own, key=lambda trial: (excess[trial.nodes], trial.layers))
+            best = min(on_backend, key=lambda trial: (excess[trial.nodes], trial.layers))
         kept = [group for group in self.groups if nodes_in(frozenset([group])) <= best.nodes]
         return SearchResult(
             model=self._model.name,
@@ -284,11 +284,11 @@ class _Search:
         )
 
     def _told(self, program: Program, kept: frozenset[str]) -> list[str]:
-        told = self.precision.keep(program.graph, kept)
-        return [node.name for node in program.graph.nodes if node.name in told]
+        fp32_nodes = self.precision.keep(program.graph, kept)
+        return [node.name for node in program.graph.nodes if node.name in fp32_nodes]
 
     def _about(self) -> dict[str, Any]:
-        """What the trials depend on, for the log."""
+        """Facts that the trials depend on, for the log."""
         inputs = [{name: array_hash(array) for name, array in sample.arrays.items()} for sample in self._samples]
         return {
             "model": {program.name: program.graph.digest for program in self._tests},
@@ -313,7 +313,7 @@ def _plain(program: Program, folder: Path) -> Program:
 
 
 def _device(backend: Backend) -> str:
-    """Where to emulate: on the emulation's own device, else on the GPU that the backend has, if torch has it."""
+    """Device to emulate on: the emulation's own, else the GPU that the backend has, if torch has it."""
     import torch
 
     on_cuda = backend.device.startswith("cuda") and torch.cuda.is_available()

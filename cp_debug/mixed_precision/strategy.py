@@ -1,4 +1,4 @@
-"""How the smallest set is looked for: grow it by prediction until the goal holds, then take away what is not needed."""
+"""Strategy for the smallest set: grow it by prediction until the goal holds, then take away what is not needed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ T = TypeVar("T")
 def smallest(
     holds: Callable[[frozenset[T]], bool], extend: Callable[[list[T]], Sequence[T]], seed: Iterable[T] = ()
 ) -> list[T] | None:
-    """A set for which ``holds``, of which no element can be left out; None where nothing holds that was grown.
+    """A set for which ``holds``, from which no element can be left out; None where nothing that was grown holds.
 
-    ``extend`` is given a set that does not hold, in the order in which it grew, and returns what to add, the most
-    promising first, or nothing. ``seed`` is what to try first after the empty set. Every set is asked at most once.
+    ``extend`` is given a set that does not hold, in the order in which it grew, and returns elements to add, the most
+    promising first, or nothing. ``seed`` is tried first after the empty set. Every set is asked at most once.
     """
     minimizer = Minimizer(holds)
     grown: list[T] = []

@@ -11,8 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import TypedDict
+
 from cp_debug.detection.bootstrap import Interval
 from cp_debug.mixed_precision.fusion_groups import Kept
+from cp_debug.reading import typed
 from cp_debug.serialize import json_safe
 
 if TYPE_CHECKING:
@@ -41,6 +44,19 @@ class Measured:
     def change(self, name: str, before: Measured) -> Interval:
         """How much higher a score is than ``before``, drawn on the same samples."""
         return Interval.of(self.draws[name] - before.draws[name])
+
+
+class _Line(TypedDict):
+    """A trial as JSON."""
+
+    kept: list[tuple[str, str]]
+    layers: int
+    emulated: bool
+    figures: dict[str, float]
+    outputs: dict[str, float]
+    seconds: float
+    latency: float | None
+    error: str
 
 
 @dataclass(frozen=True)
@@ -76,16 +92,16 @@ class Trial:
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Trial:
-        """From ``to_dict``."""
-        figures, outputs = ({k: float(v) for k, v in document[part].items()} for part in ("figures", "outputs"))
+        """From ``to_dict``. Raises InputError for a document of another shape."""
+        line: _Line = typed(_Line, document, "trial")
         return cls(
-            frozenset((component, node) for component, node in document["kept"]),
-            document["layers"],
-            document["emulated"],
-            Measured(figures, outputs),
-            document["seconds"],
-            document["latency"],
-            document["error"],
+            frozenset(line["kept"]),
+            line["layers"],
+            line["emulated"],
+            Measured(line["figures"], line["outputs"]),
+            line["seconds"],
+            line["latency"],
+            line["error"],
         )
 
 

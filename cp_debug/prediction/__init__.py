@@ -1,1 +1,1 @@
-"""What a precision will do to a network, before there is an engine."""
+"""Prediction of the effects of a precision on a network, before there is an engine."""

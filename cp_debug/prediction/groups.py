@@ -37,7 +37,7 @@ class Group:
 
     @property
     def computes(self) -> bool:
-        """Whether anything in it rounds."""
+        """Whether any node of the group rounds."""
         return not self.side and any(node.op not in MOVING for node in self.nodes)
 
 
@@ -50,7 +50,7 @@ def groups_of(graph: Graph) -> list[Group]:
     """
     data = set(data_values(graph))
     grouped = _Grouped(graph, data)
-    found: list[Group] = []
+    groups: list[Group] = []
     for node in graph.nodes:
         if node.index in grouped.taken or node.op == "Constant":
             grouped.taken.add(node.index)
@@ -58,8 +58,8 @@ def groups_of(graph: Graph) -> list[Group]:
         side = data.isdisjoint(node.outputs)
         nodes = [node] if side or node.op in MOVING or len(node.outputs) != 1 else grouped.behind(node)
         grouped.taken.update(n.index for n in nodes)
-        found.append(Group(tuple(nodes), side))
-    return sorted(found, key=lambda group: group.nodes[-1].index)
+        groups.append(Group(tuple(nodes), side))
+    return sorted(groups, key=lambda group: group.nodes[-1].index)
 
 
 class _Grouped:
@@ -102,8 +102,8 @@ class _Grouped:
         """Whether all that the node reads is in the group, computed by another group before, a weight or an input."""
         if len(node.outputs) != 1 or node.index in self.taken:
             return False
-        others = [name for name in node.inputs if name in self._data and name not in inside]
-        return all(self.graph.producer[name].index in self.taken for name in others)
+        earlier = [name for name in node.inputs if name in self._data and name not in inside]
+        return all(self.graph.producer[name].index in self.taken for name in earlier)
 
     def _leaves(self, value: str, nodes: list[Node]) -> bool:
         inside = {node.index for node in nodes}

@@ -1,4 +1,4 @@
-"""``predict``: what a precision will do on a target, from the model's own input, before there is an engine.
+"""``predict``: effects of a precision on a target, from the model's own input, before there is an engine.
 
 The network is computed in every way in which the target's kernels may compute it, as far as those are known, and once
 in FP32. The spread of the ways is the interval.
@@ -46,6 +46,7 @@ from cp_debug.prediction.walk import EXACT, GraphWalk, Walked
 from cp_debug.programs.layers import layer_name
 from cp_debug.programs.pipeline import Export, Key, is_exported, prepare
 from cp_debug.programs.scene import decode
+from cp_debug.programs.walk import Walk
 from cp_debug.recipes.abilities import DetectsBoxes
 from cp_debug.recipes.base import Arrays, Model, Sample
 from cp_debug.recipes.registry import load_model
@@ -64,7 +65,7 @@ OnStep = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """What a prediction may be told. The defaults are those of the command line."""
+    """Settings of a prediction; the defaults are those of the command line."""
 
     checkpoint: Path | None = None
     inputs: Path | None = None
@@ -84,10 +85,11 @@ def predict(
     options: PredictOptions = PredictOptions(),
     on_step: OnStep = lambda text, done, total: None,
 ) -> Prediction:
-    """What ``precision`` (fp16, bf16, tf32; int8 of a file with Q/DQ pairs) does to ``model`` on ``target``.
+    """Predict the effects of ``precision`` on ``model`` when it runs on ``target``.
 
-    ``model`` as the command line takes it, or loaded. Raises InputError for an unknown target, precision or goal, a
-    graph with operators that nothing here executes, and ``int8`` without Q/DQ pairs.
+    ``precision`` is fp16, bf16, tf32, or int8 for a file with Q/DQ pairs; ``model`` is as the command line takes it, or
+    loaded. Raises InputError for an unknown target, precision or goal, a graph with operators that nothing here
+    executes, and ``int8`` without Q/DQ pairs.
     """
     begun = time.monotonic()
     runtime = target_of(target)
@@ -154,20 +156,21 @@ class _Prediction:
     def add(self, sample: Sample, tell: Callable[[str], None]) -> None:
         """Compute one sample and take its figures in."""
         runs = [EXACT, *(kernel.name for kernel in self._kernels)]
-        results: dict[str, dict[str, Arrays]] = {run: {} for run in runs}
-        for component in self._model.components:
+        ways = {run: Walk(self._model, sample) for run in runs}
+        for steps in zip(*ways.values(), strict=True):
+            component = steps[0].component
             walk = self._walks[component.name]
-            fed = {run: self._model.feed(component, sample, results[run]) for run in runs}
+            fed = {run: step.inputs for run, step in zip(ways, steps, strict=True)}
             count = len(walk.groups)
             with deterministic(), torch.no_grad():
                 for i, walked in enumerate(walk.run(fed)):
                     tell(f"{component.name}: layer {i + 1} of about {count}")
                     self._take(component.name, walked)
-            for run in runs:
-                results[run][component.name] = walk.outputs[run]
+            for run, step in zip(ways, steps, strict=True):
+                step.outputs = walk.outputs[run]
             for name in component.output_names:
                 self._take_output(Key(component.name, name), walk.outputs)
-        self._take_detections(sample, results)
+        self._take_detections(sample, {run: way.results for run, way in ways.items()})
 
     def _take(self, component: str, walked: Walked) -> None:
         group, key = walked.group, Key(component, walked.value)
@@ -241,10 +244,10 @@ class _Prediction:
         for kernel in self._kernels:
             error = compare(exact, outputs[kernel.name][key.value]).rel_l2
             errors[kernel.name] = error if np.isfinite(error) else float("inf")
-        found = PredictedOutput(key.component, key.value, self._interval(errors))
+        output = PredictedOutput(key.component, key.value, self._interval(errors))
         if key in self._outputs:
-            found.error = found.error.joined(self._outputs[key].error)
-        self._outputs[key] = found
+            output.error = output.error.joined(self._outputs[key].error)
+        self._outputs[key] = output
 
     def _take_detections(self, sample: Sample, results: Mapping[str, Mapping[str, Arrays]]) -> None:
         reference: Any = decode(self._model, sample, results[EXACT])
@@ -256,11 +259,11 @@ class _Prediction:
                 self._notes.append(f"the decoder cannot read what {kernel.name} gives")
                 continue
             change = compare_detections(reference, test)
-            known = self._detections.get(kernel.name)
-            self._detections[kernel.name] = change if known is None else known + change
+            earlier = self._detections.get(kernel.name)
+            self._detections[kernel.name] = change if earlier is None else earlier + change
 
     def result(self, sources: Sequence[str]) -> Prediction:
-        """What was found over all samples."""
+        """The prediction over all samples."""
         keep: dict[str, list[str]] = {}
         for layer in self._layers.values():
             if layer.keep:
@@ -292,7 +295,7 @@ def _tell(on_step: OnStep, done: int, total: int, text: str) -> None:
 
 
 def _worse(known: PredictedLayer, other: PredictedLayer) -> PredictedLayer:
-    """One layer over two samples."""
+    """One layer's figures over two samples, the worse of each."""
     worst = other if other.error.expected > known.error.expected else known
     worst.error = known.error.joined(other.error)
     if known.introduced is not None and other.introduced is not None:
@@ -308,14 +311,14 @@ def _worse(known: PredictedLayer, other: PredictedLayer) -> PredictedLayer:
 def _reach(goal: Goal, model: Model, samples: Sequence[Sample], result: Prediction, options: PredictOptions) -> None:
     """Put the fewest layers that reach the goal on the emulator into ``result``."""
     backends = [create(s) for s in parse_backends(f"emu-fp32,emu-{EMULATED[result.precision]}")]
-    found = search(model, backends, goal, samples, SearchOptions(exporter=options.exporter))
-    result.goal, result.reached = str(goal), found.reached
-    groups = [layer.fusion_group for layer in found.kept]
+    search_result = search(model, backends, goal, samples, SearchOptions(exporter=options.exporter))
+    result.goal, result.reached = str(goal), search_result.reached
+    groups = [layer.fusion_group for layer in search_result.kept]
     wanted = {(group.component, node) for group in groups for node in group.nodes}
     for layer in result.layers:
         if not layer.keep and any((layer.component, node) in wanted for node in layer.nodes):
             layer.keep = f"for {goal}"
-    for component, nodes in found.keep.items():
+    for component, nodes in search_result.keep.items():
         known = result.keep.setdefault(component, [])
         known += [node for node in nodes if node not in known]
     result.keep = {component: nodes for component, nodes in result.keep.items() if nodes}

@@ -1,4 +1,4 @@
-"""What a prediction returns: an interval for each layer and output, detections, and what to keep in FP32."""
+"""Result of a prediction: an interval for each layer and output, detections, and layers to keep in FP32."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SCHEMA = "cpdebug.prediction/1"
 
 OVERFLOWS, CLOSE, VANISHES = "overflows", "close", "vanishes"
-"""What FP16's range does to a layer: results beyond 65504; within a factor of 8 of that on this sample; results that
+"""Effects of FP16's range on a layer: results beyond 65504; within a factor of 8 of that on this sample; results that
 lose more when stored than rounding explains."""
 
 
@@ -32,7 +32,7 @@ class Interval:
 
     low: float
     expected: float
-    """With the most likely kernel."""
+    """Error with the most likely kernel."""
     high: float
 
     def holds(self, value: float) -> bool:
@@ -41,12 +41,12 @@ class Interval:
 
     @classmethod
     def around(cls, expected: float, all_of: Iterable[float], spread: float) -> Interval:
-        """From the kernels' errors, the most likely one's first; ``spread`` is a factor of at least 1."""
+        """The interval of the kernels' errors, the most likely one's first; ``spread`` is a factor of at least 1."""
         errors = [expected, *all_of]
         return cls(min(errors) / spread, expected, max(errors) * spread)
 
     def joined(self, other: Interval) -> Interval:
-        """Both samples' intervals together; the larger of the expected errors."""
+        """The smallest interval that holds both, with the larger of the expected errors."""
         return Interval(min(self.low, other.low), max(self.expected, other.expected), max(self.high, other.high))
 
 
@@ -58,15 +58,15 @@ class PredictedLayer:
     name: str
     """The torch path of its result, or the node's name."""
     value: str
-    """Its result in the ONNX graph."""
+    """Name of its result in the ONNX graph."""
     nodes: list[str]
     ops: list[str]
     reads: list[str]
     """The values that it reads and that depend on the model's input."""
     error: Interval
-    """Of its result, from everything above it and itself, against FP32."""
+    """Error of its result against FP32, from everything above it and itself."""
     introduced: Interval | None = None
-    """By itself, on what it is given; None where it only moves numbers."""
+    """Error that it introduces by itself, on its own inputs; None where it only moves numbers."""
     inside: dict[str, Interval] = field(default_factory=dict)
     """Value inside the group → its error: a target that does not fuse the group shows it."""
     largest: float = 0.0
@@ -79,7 +79,7 @@ class PredictedLayer:
     """Whether the target is likely to compute it in FP32, which its interval then includes: it reads few channels of
     the model's own input."""
     keep: str = ""
-    """Why it should stay in FP32; empty where it need not."""
+    """Reason to keep it in FP32; empty where there is none."""
 
 
 @dataclass
@@ -93,7 +93,7 @@ class PredictedOutput:
 
 @dataclass
 class Prediction:
-    """What a precision is expected to do on a target, for the worst of some samples."""
+    """Expected effects of a precision on a target, for the worst of some samples."""
 
     model: str
     target: str
@@ -108,11 +108,11 @@ class Prediction:
     layers: list[PredictedLayer]
     outputs: list[PredictedOutput]
     detections: dict[str, DetectionChange] = field(default_factory=dict)
-    """Kernel → what becomes of the reference's boxes; empty for models without."""
+    """Kernel → changes of the reference's boxes; empty for models without boxes."""
     keep: dict[str, list[str]] = field(default_factory=dict)
     """Component → nodes to keep in FP32."""
     goal: str = ""
-    """What keeping them must reach, where that was asked."""
+    """Goal that keeping them must reach, where one was asked for."""
     reached: bool | None = None
     """Whether the goal holds with them kept, on the emulator."""
     notes: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What is known of the runtimes that a prediction can be made for: their kernels, their fusions, what they read."""
+"""Runtimes that a prediction can be made for: their kernels, their fusions, the opsets that they read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Kernel:
     says: str
     arithmetic: Arithmetic
     stored: Arithmetic | None = None
-    """How the result of a fused group is rounded where ``arithmetic`` rounds no results."""
+    """Rounding of a fused group's result where ``arithmetic`` rounds no results."""
     fused: bool = False
     """Whether additions behind a convolution come in the order of ``epilogue.fused``."""
 
@@ -39,7 +39,7 @@ class Target:
     weak: bool
     """Whether it may leave any layer in FP32 because that is faster."""
     measured: str = ""
-    """Where its kernels were measured; empty where those of another version are assumed."""
+    """Place where its kernels were measured; empty where those of another version are assumed."""
 
 
 TARGETS = {

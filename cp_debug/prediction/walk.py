@@ -33,7 +33,7 @@ class Walked:
     group: Group
     value: str
     reads: list[str]
-    """What the group reads of values that depend on the model's input, around Q/DQ pairs."""
+    """Values that the group reads and that depend on the model's input, around Q/DQ pairs."""
     error: dict[str, float] = field(default_factory=dict)
     introduced: dict[str, float] = field(default_factory=dict)
     inside: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -61,20 +61,20 @@ class GraphWalk:
 
     @property
     def not_emulated(self) -> dict[str, str]:
-        """Node → operator of those that were only rounded at their result."""
+        """Node → operator of the nodes that were only rounded at their result."""
         return {n: op for executor in self._executors.values() for n, op in executor.not_emulated.items()}
 
     def run(self, inputs: Mapping[str, Mapping[str, np.ndarray]]) -> Iterator[Walked]:
         """The groups in execution order, each once it is computed; then ``outputs`` is known."""
-        wanted = [v.name for v in self.graph.outputs]
+        output_names = [v.name for v in self.graph.outputs]
         live: dict[str, dict[str, Any]] = {run: dict(given) for run, given in inputs.items()}
-        readers = Counter(name for group in self.groups for name in self._reads(group)) + Counter(wanted)
+        readers = Counter(name for group in self.groups for name in self._reads(group)) + Counter(output_names)
         for group in self.groups:
             results = self._exits(group, readers)
             if group.side:
-                made = self._oracle.run_nodes(group.nodes, live[EXACT], results)
+                side_values = self._oracle.run_nodes(group.nodes, live[EXACT], results)
                 for values in live.values():
-                    values.update(made)
+                    values.update(side_values)
             else:
                 yield from self._compute(group, results, live)
             for name in self._reads(group):
@@ -83,14 +83,14 @@ class GraphWalk:
                     for values in live.values():
                         values.pop(name, None)
         for run, values in live.items():
-            found = self._oracle.run_nodes([], values, wanted)
-            self.outputs[run] = {n: v.cpu().numpy() if isinstance(v, Tensor) else v for n, v in found.items()}
+            tensors = self._oracle.run_nodes([], values, output_names)
+            self.outputs[run] = {n: v.cpu().numpy() if isinstance(v, Tensor) else v for n, v in tensors.items()}
 
     def _reads(self, group: Group) -> set[str]:
-        """What the nodes of a group read from outside, around Q/DQ pairs too."""
-        own = {output for node in group.nodes for output in node.outputs}
+        """Values that the nodes of a group read from outside, around Q/DQ pairs too."""
+        written = {output for node in group.nodes for output in node.outputs}
         around = {source for node in group.nodes for source in self._bypass.get(node.name, {}).values()}
-        return ({name for node in group.nodes for name in node.inputs} | around) - own
+        return ({name for node in group.nodes for name in node.inputs} | around) - written
 
     @staticmethod
     def _exits(group: Group, readers: Mapping[str, int]) -> list[str]:
@@ -98,8 +98,8 @@ class GraphWalk:
 
     def _compute(self, group: Group, results: Sequence[str], live: Mapping[str, dict[str, Any]]) -> Iterator[Walked]:
         plain = [self._unquantized(node) for node in group.nodes]
-        seen: dict[str, Any] = {}
-        exact = self._oracle.run_nodes(plain, live[EXACT], results, seen.__setitem__)
+        exact_inside: dict[str, Any] = {}
+        exact = self._oracle.run_nodes(plain, live[EXACT], results, exact_inside.__setitem__)
         outer = self._data.difference(output for node in plain for output in node.outputs)
         reads = [name for name in dict.fromkeys(i for n in plain for i in n.inputs) if name in outer]
         walked = {
@@ -107,23 +107,26 @@ class GraphWalk:
             for v in results
             if isinstance(x := exact[v], Tensor) and x.is_floating_point()
         }
-        made: dict[str, dict[str, Any]] = {EXACT: exact}
+        results_by_run: dict[str, dict[str, Any]] = {EXACT: exact}
         for kernel in self._kernels:
             inside: dict[str, Any] = {}
-            own = made[kernel.name] = self._low(kernel, group, live[kernel.name], results, inside)
+            kernel_results = results_by_run[kernel.name] = self._low(kernel, group, live[kernel.name], results, inside)
             for name, value in walked.items():
-                value.error[kernel.name] = _error(own[name], exact[name])
+                value.error[kernel.name] = _error(kernel_results[name], exact[name])
                 value.inside |= {
-                    inner: {**value.inside.get(inner, {}), kernel.name: _error(x, seen[inner])}
+                    inner: {**value.inside.get(inner, {}), kernel.name: _error(x, exact_inside[inner])}
                     for inner, x in inside.items()
-                    if inner in seen and inner not in results and isinstance(x, Tensor) and x.is_floating_point()
+                    if inner in exact_inside
+                    and inner not in results
+                    and isinstance(x, Tensor)
+                    and x.is_floating_point()
                 }
             if group.computes and walked:
                 right = self._oracle.run_nodes(plain, live[kernel.name], list(walked))
                 for name, value in walked.items():
-                    value.introduced[kernel.name] = _error(own[name], right[name])
+                    value.introduced[kernel.name] = _error(kernel_results[name], right[name])
         for run, values in live.items():
-            values.update(made[run])
+            values.update(results_by_run[run])
         yield from walked.values()
 
     def _low(
@@ -136,15 +139,15 @@ class GraphWalk:
     ) -> dict[str, Any]:
         nodes, biases = fused(self.graph, group.nodes, given) if kernel.fused else (group.nodes, {})
         executor, values = self._executors[kernel.name], {**given, **biases}
-        own = executor.run_nodes(nodes, values, results, inside.__setitem__ if kernel.stored is None else None)
+        results_low = executor.run_nodes(nodes, values, results, inside.__setitem__ if kernel.stored is None else None)
         for node in (n for n in group.nodes if n.name + BIAS in biases):
             inside.pop(node.outputs[0], None)  # it lacks the bias
         if kernel is self._kernels[0] and any(o not in inside for n in group.nodes for o in n.outputs):
             executor.run_nodes(group.nodes, given, results, inside.setdefault)  # for an engine that splits the group
         if kernel.stored is None or not group.computes:
-            return own
+            return results_low
         last = {v.name for v in self.graph.outputs}
-        return {n: x if n in last or not _floats(x) else kernel.stored.round(x) for n, x in own.items()}
+        return {n: x if n in last or not _floats(x) else kernel.stored.round(x) for n, x in results_low.items()}
 
     def _unquantized(self, node: Node) -> Node:
         """The node, reading what is in front of Q/DQ pairs."""
@@ -162,5 +165,5 @@ def _floats(value: Any) -> bool:
 
 
 def _error(ours: Any, theirs: Any) -> float:
-    """Relative L2 distance; infinite where ours is not finite and theirs is."""
+    """Relative L2 distance of ``ours`` from ``theirs``; infinite where only ``ours`` is not finite."""
     return relative_l2(ours, theirs) if isinstance(ours, Tensor) else math.inf

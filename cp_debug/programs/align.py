@@ -1,4 +1,4 @@
-"""Which torch module produced each value of the deployed graph, verified by numbers, and kept beside the ONNX file."""
+"""Torch modules that produced the values of the deployed graph: found by numbers, kept beside the ONNX file."""
 
 from __future__ import annotations
 
@@ -40,8 +40,9 @@ def align(
 ) -> Alignment:
     """Run graph and module once each on ``args`` (FP32, CPU, in the graph's input order) and match their values.
 
-    Memory holds fingerprints, never both runs. ``run`` executes the graph, by default this project's executor in FP32.
-    Raises ModuleFailed when the module raises, InputError when the graph takes another number of inputs.
+    Memory holds fingerprints, never both runs. ``run`` executes the graph, by default this project's executor in FP32;
+    ``tolerance`` is a relative L2 distance. Raises ModuleFailed when the module raises, InputError when the graph takes
+    another number of inputs.
     """
     names = [info.name for info in graph.inputs]
     if len(names) != len(args):
@@ -134,15 +135,15 @@ def _modules(matching: Matching, record: Trace) -> dict[str, Any]:
         if matched:  # an identity
             absorbed[call] = matched[0].name
             continue
-        found, passed = set[TorchValue](), set[TorchValue]()
+        readers_matched, passed = set[TorchValue](), set[TorchValue]()
         for value in values:
             after, between = nearest(value, lambda v: readers.get(v, []), onnx_of.__contains__)
-            found.update(after)
+            readers_matched.update(after)
             passed.update([value, *between])
-        layers = sorted((v for v in found if matching.consistent(onnx_of[v])), key=lambda v: v.index)
+        layers = sorted((v for v in readers_matched if matching.consistent(onnx_of[v])), key=lambda v: v.index)
         if layers:
             absorbed[call] = layers[0].name
-        elif found or passed & outputs:
+        elif readers_matched or passed & outputs:
             unmatched.append(call)
         else:
             unused.append(call)

@@ -22,10 +22,10 @@ _SAME_ELEMENTS = {"permute", "transpose", "t", "clone", "view", "_unsafe_view", 
 
 @dataclass(frozen=True)
 class Folding:
-    """What was folded into what, by module paths, and why other BatchNorms were not."""
+    """Record of what was folded into what, by module paths, and why other BatchNorms were not."""
 
     pairs: Sequence[tuple[str, str]]
-    """(convolution or linear layer, its BatchNorm)."""
+    """Pairs of a convolution or linear layer and its BatchNorm, by module path."""
     notes: Sequence[str] = ()
 
 
@@ -42,7 +42,10 @@ def fuse_model_bn(module: nn.Module, example_args: tuple[Tensor, ...]) -> nn.Mod
 
 
 def find_folding(module: nn.Module, example_args: tuple[Tensor, ...]) -> Folding:
-    """The pairs of a module in eval mode, from one forward on ``example_args``."""
+    """The pairs of a module in eval mode that can be folded, told from one forward on ``example_args``.
+
+    Raises ModuleFailed when the module raises in forward.
+    """
     flow = _Flow(module, example_args)
     pairs, notes = [], []
     for path, norm in module.named_modules():
@@ -75,19 +78,22 @@ def apply_folding(module: nn.Module, folding: Folding) -> None:
 
 
 def _fold(layer: WeightedLayer, norm: _BatchNorm) -> None:
-    """In FP64, so that folding adds one rounding. The formula is that of convolutions for linear layers, too."""
+    """Fold a BatchNorm into a layer in FP64, so that folding adds one rounding.
+
+    The formula is torch's ``fuse_conv_bn_weights``, that of convolutions for linear layers, too.
+    """
     assert norm.running_mean is not None
     assert norm.running_var is not None
     bias, scale, shift = (None if t is None else t.detach().double() for t in (layer.bias, norm.weight, norm.bias))
     weight, mean, var = (t.detach().double() for t in (layer.weight, norm.running_mean, norm.running_var))
     transposed = isinstance(layer, Transposed)
-    made = fuse_conv_bn_weights(weight, bias, mean, var, norm.eps, scale, shift, transposed)
+    folded = fuse_conv_bn_weights(weight, bias, mean, var, norm.eps, scale, shift, transposed)
     dtype, trained = layer.weight.dtype, layer.weight.requires_grad
-    layer.weight, layer.bias = (nn.Parameter(tensor.detach().to(dtype), trained) for tensor in made)
+    layer.weight, layer.bias = (nn.Parameter(tensor.detach().to(dtype), trained) for tensor in folded)
 
 
 class _Flow:
-    """Which value came from which in one forward, and the range of every channel before and behind a BatchNorm."""
+    """Data flow of one forward, and the range of every channel before and behind a BatchNorm."""
 
     def __init__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         self._modules = dict(module.named_modules())
@@ -109,7 +115,7 @@ class _Flow:
         self._readers = _readers(record)
 
     def layer_before(self, path: str, norm: _BatchNorm) -> tuple[str | None, str]:
-        """The layer that ``norm`` can be folded into, or None and why there is none."""
+        """Path of the layer that ``norm`` can be folded into, or None and the reason why there is none."""
         if path not in self._record.leaves:
             return None, "it did not run"
         if f"{path}@2" in self._record.leaves:
@@ -124,20 +130,20 @@ class _Flow:
             # BatchNorm itself is one operation of several results, or several operations.
             if value in self._outputs or any(r is not reader and r.call != path for r in self._readers[value]):
                 return None, f"something else reads {value.name} too"
-        found = self._maker[value]
-        layer = self._modules.get(found)
+        layer_call = self._maker[value]
+        layer = self._modules.get(layer_call)
         if layer is None:
-            return None, f"{found.partition('@')[0]} runs more than once"
+            return None, f"{layer_call.partition('@')[0]} runs more than once"
         if not isinstance(layer, WeightedLayer):
-            return None, f"it reads {found}, a {type(layer).__name__}"
-        if f"{found}@2" in self._record.leaves:
-            return None, f"{found} runs more than once"
+            return None, f"it reads {layer_call}, a {type(layer).__name__}"
+        if f"{layer_call}@2" in self._record.leaves:
+            return None, f"{layer_call} runs more than once"
         if isinstance(layer, Transposed) and layer.groups > 1:
-            return None, f"{found} is a transposed convolution in groups"
-        before, behind = self._ranges[found], self._ranges[path]
+            return None, f"{layer_call} is a transposed convolution in groups"
+        before, behind = self._ranges[layer_call], self._ranges[path]
         if before.shape != behind.shape or not torch.equal(before, behind):
-            return None, f"the channels of {found} do not lie on its channel axis"
-        return found, ""
+            return None, f"the channels of {layer_call} do not lie on its channel axis"
+        return layer_call, ""
 
     def _keep(self, path: str, axis: int, *, of_input: bool = False) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -149,8 +155,8 @@ class _Flow:
 
 
 def _readers(record: Trace) -> dict[TorchValue, list[TorchValue]]:
-    found: dict[TorchValue, list[TorchValue]] = {}
+    readers: dict[TorchValue, list[TorchValue]] = {}
     for value in record.values:
         for source in value.inputs:
-            found.setdefault(source, []).append(value)
-    return found
+            readers.setdefault(source, []).append(value)
+    return readers

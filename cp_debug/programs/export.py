@@ -7,11 +7,13 @@ import functools
 import inspect
 import io
 import logging
+import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import onnx
 import torch
@@ -49,7 +51,7 @@ def export(
     """
     if exporter not in EXPORTERS:
         raise InputError(f"--exporter: {exporter!r} is unknown; expected one of {', '.join(EXPORTERS)}")
-    axes = {name: dict(found) for name in input_names if (found := (dynamic_axes or {}).get(name))}
+    axes = {name: dict(input_axes) for name in input_names if (input_axes := (dynamic_axes or {}).get(name))}
     args = tuple(_example(arg, axes.get(name, {})) for name, arg in zip(input_names, args, strict=True))
     options: dict[str, Any] = {"input_names": list(input_names), "output_names": list(output_names)}
     options |= {} if opset is None else {"opset_version": opset}
@@ -72,14 +74,14 @@ def export(
             raise InputError(f"{type(module).__name__} cannot be exported by {exporter}: {_reason(error)}") from error
         _check(proto, output_names, exporter, opset)
         onnx.helper.set_model_props(proto, {"cpdebug.exporter": exporter, "cpdebug.folded": str(folded).lower()})
-        made = Path(folder) / path.name
+        complete = Path(folder) / path.name
         large = size > _PROTOBUF_LIMIT
         data = f"{path.name}.data"
-        onnx.save(proto, made, save_as_external_data=large, location=data if large else None)
+        onnx.save(proto, complete, save_as_external_data=large, location=data if large else None)
         if large:
-            (made.parent / data).chmod(0o644)  # onnx creates it for the owner alone
-            (made.parent / data).replace(path.with_name(data))
-        made.replace(path)
+            (complete.parent / data).chmod(0o644)  # onnx creates it for the owner alone
+            (complete.parent / data).replace(path.with_name(data))
+        complete.replace(path)
     return path
 
 
@@ -129,7 +131,7 @@ def _example(arg: Tensor, axes: Mapping[int, str]) -> Tensor:
 @contextlib.contextmanager
 def _flat_outputs(module: nn.Module) -> Iterator[None]:
     """Let forward return a plain tuple: the exporters order dataclasses and nested mappings differently, or refuse."""
-    forward, own = module.forward, "forward" in vars(module)
+    forward, is_instance_attribute = module.forward, "forward" in vars(module)
 
     @functools.wraps(forward)
     def flat(*args: Any) -> tuple[Tensor, ...]:
@@ -141,10 +143,29 @@ def _flat_outputs(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        if own:
+        if is_instance_attribute:
             module.forward = forward
         else:
             del module.forward
+
+
+class _OtherThreads(io.TextIOBase):
+    """A stream that takes what other threads write, such as a progress bar; what this thread writes is dropped."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._own = stream, threading.get_ident()
+
+    def write(self, text: str) -> int:
+        return len(text) if threading.get_ident() == self._own else self._stream.write(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
 
 
 @contextlib.contextmanager
@@ -152,8 +173,19 @@ def _quiet() -> Iterator[None]:
     """Silence the exporters, save the warning that a trace froze a decision of the user's own code."""
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
+    stream, show = sys.stderr, warnings.showwarning
+
+    def shown(*told: Any, **more: Any) -> None:
+        with contextlib.redirect_stderr(stream):
+            show(*told, **more)
+
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(_OtherThreads(stream)),  # torch prints graphs that it cannot export
+        ):
+            warnings.showwarning = shown
             warnings.simplefilter("ignore")
             warnings.simplefilter("default", torch.jit.TracerWarning)
             warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"torch\.")
@@ -182,9 +214,9 @@ def _reason(error: BaseException) -> str:
 
 
 def _check(proto: onnx.ModelProto, output_names: Sequence[str], exporter: str, opset: int | None) -> None:
-    got = [output.name for output in proto.graph.output]
-    if got != list(output_names):
-        raise InputError(f"the module's outputs are {got}; expected {list(output_names)}")
+    names = [output.name for output in proto.graph.output]
+    if names != list(output_names):
+        raise InputError(f"the module's outputs are {names}; expected {list(output_names)}")
     version = next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
     if opset is not None and version != opset:
         raise InputError(

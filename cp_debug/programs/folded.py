@@ -22,8 +22,10 @@ from cp_debug.programs.layers import side_values
 
 
 class Folded:
-    """The side values of ``graph`` that are not ``exposed``. Every value of a run goes through ``see``; then ``values``
-    gives what was not seen."""
+    """Side values of ``graph`` that are not ``exposed``, computed again.
+
+    Every value of a run goes through ``see``; then ``values`` gives those that were not seen.
+    """
 
     def __init__(self, graph: Graph, exposed: Collection[str]) -> None:
         self._graph = graph
@@ -40,24 +42,24 @@ class Folded:
 
     def values(self) -> Iterator[tuple[str, np.ndarray]]:
         """Each folded value with its name, in execution order; what cannot be computed is left out."""
-        known: dict[str, Any] = {}
+        computed: dict[str, Any] = {}
         for node in self._graph.nodes:
             if not (node.op == "Constant" or set(node.outputs) & set(self.names)):
                 continue
             try:
-                found = self._compute(node, known)
+                results = self._compute(node, computed)
             except InputError:  # an operator that nothing here can execute, or a shape that no probe showed
                 continue
-            known |= found
-            for name, value in found.items():
+            computed |= results
+            for name, value in results.items():
                 if name in self.names:
                     yield name, value.cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
 
-    def _compute(self, node: Node, known: dict[str, Any]) -> dict[str, Any]:
+    def _compute(self, node: Node, computed: dict[str, Any]) -> dict[str, Any]:
         if node.op in ("Shape", "Size") and node.inputs[0] in self._shapes:
             shape = self._shapes[node.inputs[0]]
             if node.op == "Size":
                 return {node.outputs[0]: np.asarray(np.prod(shape, dtype=np.int64))}
             ends = {a.name: a.i for a in node.proto.attribute}
             return {node.outputs[0]: np.array(shape[slice(ends.get("start"), ends.get("end"))], np.int64)}
-        return self._executor.run_nodes([node], known, node.outputs)
+        return self._executor.run_nodes([node], computed, node.outputs)

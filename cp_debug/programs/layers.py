@@ -1,4 +1,4 @@
-"""Which values of a program are layers, what they are called, and where a stage ends."""
+"""Layers of a program: the values to compare, their names, and where a stage ends."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ class Layer:
 
 
 def layers_of(programs: Sequence[Program]) -> list[Layer]:
-    """The inputs of every component, and every value that its graph computes from their elements, in execution
-    order."""
+    """Inputs of every component, and every value that its graph computes from their elements, in execution order."""
     return [layer for layer in all_layers(programs) if layer.kind == "data"]
 
 
@@ -55,7 +54,7 @@ def _values(programs: Sequence[Program]) -> Iterator[tuple[Program, str, str, st
 
 
 def side_values(graph: Graph) -> dict[str, str]:
-    """The values of nodes that read no element of an input, in execution order: ``constant`` or ``shape``."""
+    """Value → ``constant`` or ``shape``, for nodes that read no element of an input, in execution order."""
     data = set(data_values(graph))
     constant = {v for v in graph.values if v not in data}
     shaped: set[str] = set()
@@ -78,7 +77,7 @@ def layer_name(program: Program, value: str) -> str:
 
 
 class StageLayers(NamedTuple):
-    """A stage, its last layer, and all that it holds."""
+    """A stage with its last layer and all layers that it holds."""
 
     name: str
     last: Layer
@@ -92,24 +91,24 @@ def stage_layers(components: Sequence[Component], layers: Sequence[Layer]) -> li
     """
     stages = []
     for component in components:
-        own = [layer for layer in layers if layer.component == component.name]
-        found: list[StageLayers] = []
+        component_layers = [layer for layer in layers if layer.component == component.name]
+        listed: list[StageLayers] = []
         placed: set[int] = set()
         for stage in component.stages:
             inside = [
                 layer
-                for layer in own
+                for layer in component_layers
                 if layer.op != "input" and (_under(stage.path, layer.name) or _under(stage.path, layer.onnx))
             ]
             if inside:
-                found.append(StageLayers(stage.name, inside[-1], inside))
+                listed.append(StageLayers(stage.name, inside[-1], inside))
                 placed.update(layer.index for layer in inside)
-        found.sort(key=lambda stage: stage.last.index)
-        for layer in own:
-            later = next((stage for stage in found if stage.last.index > layer.index), None)
+        listed.sort(key=lambda stage: stage.last.index)
+        for layer in component_layers:
+            later = next((stage for stage in listed if stage.last.index > layer.index), None)
             if layer.index not in placed and later is not None:
                 later.layers.append(layer)
-        stages += found
+        stages += listed
     return sorted(stages, key=lambda stage: stage.last.index)
 
 

@@ -73,30 +73,30 @@ class Matching:
         self._taken.add(chosen)
 
     def _rank(self, value: TorchValue, source: Source, hint: str | None) -> tuple[int, bool, bool, bool, int, int]:
-        found, steps = self._torch_source(value)
+        torch_source, steps = self._torch_source(value)
         passed_through = source == {self._content[value]}
-        agreement = 0 if found == source or passed_through else 1 if found & source else 2
+        agreement = 0 if torch_source == source or passed_through else 1 if torch_source & source else 2
         return agreement, value.path != hint, value in self._taken, ":" in value.name, steps, value.index
 
     def _onnx_source(self, name: str) -> Source:
         producer = self._graph.producer
-        found, _ = nearest(
+        sources, _ = nearest(
             name,
             lambda n: [i for i in producer[n].inputs if i in self._data or i in self.pairs] if n in producer else [],
             self.pairs.__contains__,
         )
-        return frozenset(self._content[self.pairs[n][0]] for n in found)
+        return frozenset(self._content[self.pairs[n][0]] for n in sources)
 
     def _torch_source(self, value: TorchValue) -> tuple[Source, int]:
         # Another tensor with a matched content will do, as exporters merge equal computations; not one that equals
         # this value, as they also leave out the first of two operations in a row that give the same.
-        others = self._matched - {self._content[value]}
-        found, passed = nearest(
+        other_contents = self._matched - {self._content[value]}
+        sources, passed = nearest(
             value,
             lambda v: [i for i in v.inputs if i.from_data],
-            lambda v: v in self._taken or self._content.get(v) in others,
+            lambda v: v in self._taken or self._content.get(v) in other_contents,
         )
-        return frozenset(self._content[v] for v in found), len(passed)
+        return frozenset(self._content[v] for v in sources), len(passed)
 
     def consistent(self, name: str) -> bool:
         """Whether a matched value is computed from the same matched values on both sides.
@@ -108,26 +108,26 @@ class Matching:
     def next_matched(self, name: str) -> list[str]:
         """The nearest matched values downstream of an unmatched one."""
         consumers = self._graph.consumers
-        found, _ = nearest(
+        downstream, _ = nearest(
             name, lambda n: [o for node in consumers.get(n, []) for o in node.outputs], self.pairs.__contains__
         )
-        return found
+        return downstream
 
 
 def nearest(
     start: _T, neighbours: Callable[[_T], Iterable[_T]], stop: Callable[[_T], bool]
 ) -> tuple[list[_T], list[_T]]:
-    """Walk from ``start`` to the nearest values where ``stop`` holds: those, and the ones passed on the way."""
-    found: dict[_T, None] = {}
+    """Walk from ``start`` to the nearest values where ``stop`` holds; return those, and the ones passed on the way."""
+    reached: dict[_T, None] = {}
     passed: dict[_T, None] = {}
     stack = list(neighbours(start))
     while stack:
         value = stack.pop()
-        if value in found or value in passed:
+        if value in reached or value in passed:
             continue
         if stop(value):
-            found[value] = None
+            reached[value] = None
         else:
             passed[value] = None
             stack.extend(neighbours(value))
-    return list(found), list(passed)
+    return list(reached), list(passed)

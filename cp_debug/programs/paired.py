@@ -38,25 +38,25 @@ def pair_programs(
     fixed = parse_map(maps, [p.graph for p, _ in changed], [t.graph for _, t in changed]) if changed else {}
     if maps and not changed:
         raise InputError("--map pairs values of two models; here both sides run one: --test-model gives another")
-    made = []
+    paired_tests = []
     last = max((i for i, (p, t) in enumerate(zip(programs, tests, strict=True)) if t.graph is not p.graph), default=-1)
     needed = [_needs_numbers(p, t, fixed) for p, t in zip(programs, tests, strict=True)]
     for step, program, test in zip(Walk(model, sample), programs, tests, strict=True):
         if step.place > last:
-            made.append(test)
+            paired_tests.append(test)
             continue
         if test.graph is program.graph:
-            made.append(test)
+            paired_tests.append(test)
             if any(needed[step.place + 1 :]):
                 step.outputs = tensors_as_arrays(Executor(program.graph).run(step.inputs))
             continue
         if not any(needed[step.place :]):
-            made.append(_with(test, pair_by_name_alone(program, test, fixed)))
+            paired_tests.append(_with(test, pair_by_name_alone(program, test, fixed)))
             continue
         on_step(f"pairing the values of {test.graph.path.name}")
         pairing, step.outputs = pair_by_numbers(program, test, step.inputs, fixed)
-        made.append(_with(test, pairing))
-    return made
+        paired_tests.append(_with(test, pairing))
+    return paired_tests
 
 
 def _with(test: Program, pairing: Pairing) -> Program:
@@ -65,18 +65,18 @@ def _with(test: Program, pairing: Pairing) -> Program:
 
 
 def differing_weights(programs: Sequence[Program], tests: Sequence[Program]) -> dict[str, WeightDifferences]:
-    """Component → how its weights differ, of those that a test runs from another file or checkpoint."""
-    found = {}
+    """Component → differences of its weights, for components that a test runs from another file or checkpoint."""
+    by_component = {}
     for program, test in zip(programs, tests, strict=True):
         ours, theirs = program.module, test.module
         if test.graph is program.graph:
             continue
         if ours is not None and theirs is not None and ours is not theirs:
             states = [{n: t.detach().cpu().numpy() for n, t in m.state_dict().items()} for m in (ours, theirs)]
-            found[program.name] = differences_of_states(states[0], states[1])
+            by_component[program.name] = differences_of_states(states[0], states[1])
         else:
-            found[program.name] = weight_differences(program.graph, test.graph)
-    return found
+            by_component[program.name] = weight_differences(program.graph, test.graph)
+    return by_component
 
 
 def _inputs(program: Program, test: Program, fixed: Mapping[str, str]) -> dict[str, str]:
@@ -89,14 +89,14 @@ def _needs_numbers(program: Program, test: Program, fixed: Mapping[str, str]) ->
         return False
     if test.alignment is not None and program.alignment is not None:  # torch values tell more
         return False
-    found = pair_by_name_alone(program, test, fixed)
-    if not believable(program.graph, test.graph) or (found.missing and found.added):
+    by_name = pair_by_name_alone(program, test, fixed)
+    if not believable(program.graph, test.graph) or (by_name.missing and by_name.added):
         return True
     return bool(moved_names(program.graph, test.graph))
 
 
 def pair_by_name_alone(program: Program, test: Program, fixed: Mapping[str, str]) -> Pairing:
-    """The pairing by equal names and what the user said, without a run."""
+    """The pairing by equal names and what the user said, without a run. Raises InputError as ``pair_inputs`` does."""
     inputs = _inputs(program, test, fixed)
     pairs = pair_by_names(program.graph, test.graph, fixed, inputs)
     if test.alignment is not None and program.alignment is not None:
@@ -108,13 +108,16 @@ def pair_by_name_alone(program: Program, test: Program, fixed: Mapping[str, str]
 def pair_by_numbers(
     program: Program, test: Program, inputs: Mapping[str, np.ndarray], fixed: Mapping[str, str]
 ) -> tuple[Pairing, dict[str, np.ndarray]]:
-    """The pairing by what values hold, names where they can be believed; and the reference's outputs."""
+    """The pairing by contents, and by names where they can be believed; and the reference's outputs.
+
+    ``inputs``: the reference's, name → array. Raises InputError as ``pair_inputs`` does.
+    """
     ends = _inputs(program, test, fixed)
     pairs = pair_by_names(program.graph, test.graph, fixed, ends)
     final = {v.name for v in program.graph.outputs} & {v.name for v in test.graph.outputs}
-    kept = {own for own, pair in pairs.items() if pair[1] == "map"} | {*ends.values()} | final
+    kept = {test_name for test_name, pair in pairs.items() if pair[1] == "map"} | {*ends.values()} | final
     doubted = moved_names(program.graph, test.graph) if believable(program.graph, test.graph) else set(pairs)
-    pairs = {own: pair for own, pair in pairs.items() if own in kept or own not in doubted}
+    pairs = {test_name: pair for test_name, pair in pairs.items() if test_name in kept or test_name not in doubted}
     with tempfile.TemporaryDirectory(prefix="cpdebug-") as scratch:
         prints: dict[str, Fingerprint] = {}
         with CaptureWriter(Path(scratch) / "reference", {}, checksums=False) as writer:
@@ -131,13 +134,13 @@ def pair_by_numbers(
             outputs = _run(program, inputs, keep)
         capture = Capture.open(Path(scratch) / "reference")
         matcher = NumericPairing(program.graph, test.graph, pairs, prints, capture.load)
-        found = matcher.run()
+        matched = matcher.run()
         shapes = {name: p.shape for name, p in prints.items()}
-        return finish(program.graph, test.graph, found, ends, (shapes, matcher.shapes)), outputs
+        return finish(program.graph, test.graph, matched, ends, (shapes, matcher.shapes)), outputs
 
 
 def _run(program: Program, inputs: Mapping[str, np.ndarray], keep: Sink) -> dict[str, np.ndarray]:
-    """The reference's graph once, every value given to ``keep``: in ONNX Runtime, which knows most operators."""
+    """Run the reference's graph once, every value given to ``keep``: in ONNX Runtime, which knows most operators."""
     from cp_debug.backends.registry import create
     from cp_debug.backends.spec import BackendSpec
     from cp_debug.errors import BackendUnavailable

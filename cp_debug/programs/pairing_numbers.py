@@ -33,11 +33,11 @@ Load = Callable[[str], Any]
 LOOSER = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Relative L2 distance up to which a value in a narrow type equals one in FP32: some roundings of one layer."""
 QUANTIZED = 0.3
-"""The same behind quantizers."""
+"""Relative L2 distance up to which a value behind quantizers equals one of the reference."""
 FEW = 16
-"""Elements below which contents alone pair nothing: so few are equal by chance."""
+"""Number of elements below which contents alone pair nothing: so few are equal by chance."""
 AHEAD = 4
-"""Nodes in a row that another operator, or several, may stand for."""
+"""Number of nodes in a row that another operator, or several, may stand for."""
 
 
 class NumericPairing:
@@ -54,7 +54,7 @@ class NumericPairing:
         """``prints`` and ``load`` give what the reference's values (inputs included) hold in one run."""
         self.pairs = dict(pairs)
         self.shapes: dict[str, tuple[int, ...]] = {}
-        """What the test's values had, as far as they could be computed."""
+        """Shapes of the test's values, as far as they could be computed."""
         self._reference, self._test, self._prints, self._load = reference, test, prints, load
         self._ours, self._theirs = Constants(reference), Constants(test)
         self._data, self._own_data = set(data_values(reference)), set(data_values(test))
@@ -81,15 +81,15 @@ class NumericPairing:
         self._loose = QUANTIZED if test.precision == "int8" and reference.precision != "int8" else 0.0
 
     def run(self) -> dict[str, tuple[str, str]]:
-        """All pairs, the given ones included."""
+        """Every pair, the given ones included: test value → (reference value, how)."""
         with torch.no_grad():
             for node in self._test.nodes:
                 self._numbers(node)
             while (value := self._open()) is not None:
-                found = self._resolve(value)
+                resolved = self._resolve(value)
                 self._given_up.add(value)
-                if found is not None:
-                    self._again(found)
+                if resolved is not None:
+                    self._again(resolved)
         return self.pairs
 
     def _open(self) -> str | None:
@@ -108,8 +108,8 @@ class NumericPairing:
 
     def _numbers(self, node: Node) -> None:
         """Compute a node's outputs, and pair those that equal a value of the reference."""
-        wanted = [o for o in node.outputs if o not in self.pairs or self.pairs[o][0] not in self._prints]
-        for name, value in self._compute(node, wanted).items():
+        unpaired = [o for o in node.outputs if o not in self.pairs or self.pairs[o][0] not in self._prints]
+        for name, value in self._compute(node, unpaired).items():
             self._values[name] = value
             if isinstance(value, list):
                 continue
@@ -127,13 +127,13 @@ class NumericPairing:
         """Some outputs of a node, ``instead`` replacing values that it reads; empty where it cannot be computed."""
         try:
             names = [n for n in node.inputs if n not in self._theirs]
-            given = {n: instead[n] if n in instead else self._value(n) for n in names}
+            operands = {n: instead[n] if n in instead else self._value(n) for n in names}
         except KeyError:
             return {}
         try:
-            return self._executor.run_nodes([node], given, wanted) if wanted else {}
+            return self._executor.run_nodes([node], operands, wanted) if wanted else {}
         except InputError:
-            return run_in_ort(self._test, self._theirs, node, given, wanted)
+            return run_in_ort(self._test, self._theirs, node, operands, wanted)
 
     def _match(self, node: Node, name: str, own: Fingerprint, tolerance: float) -> None:
         free = [v for v in self._by_shape.get(own.shape, []) if v not in self._claimed]
@@ -154,8 +154,8 @@ class NumericPairing:
 
     def _rank(self, value: str, node: Node, name: str, source: frozenset[str]) -> tuple[int, bool, bool, int]:
         maker = self._reference.producer[value]
-        found = self._reference_sources(value)
-        agreement = 0 if found == source else 1 if found & source else 2
+        reference_source = self._reference_sources(value)
+        agreement = 0 if reference_source == source else 1 if reference_source & source else 2
         return agreement, maker.op != node.op, value != name, self._order[value]
 
     def _sources(self, node: Node) -> frozenset[str]:
@@ -165,8 +165,8 @@ class NumericPairing:
         def inputs(name: str) -> list[str]:
             return self._data_inputs(self._test, producer[name]) if name in producer else []
 
-        found, _ = nearest(node.outputs[0], inputs, self.pairs.__contains__)
-        return frozenset(self.pairs[n][0] for n in found)
+        upstream, _ = nearest(node.outputs[0], inputs, self.pairs.__contains__)
+        return frozenset(self.pairs[n][0] for n in upstream)
 
     def _reference_sources(self, value: str) -> frozenset[str]:
         producer = self._reference.producer
@@ -174,11 +174,11 @@ class NumericPairing:
         def inputs(name: str) -> list[str]:
             return self._data_inputs(self._reference, producer[name]) if name in producer else []
 
-        found, _ = nearest(value, inputs, self._claimed.__contains__)
-        return frozenset(found)
+        upstream, _ = nearest(value, inputs, self._claimed.__contains__)
+        return frozenset(upstream)
 
     def _resolve(self, value: str) -> str | None:
-        """Pair a value that equals nothing, or one soon behind it, with what the reference has in its place."""
+        """Pair a value that equals nothing, or one soon behind it, with the reference's value in its place."""
         node = self._test.producer[value]
         tiers = self._candidates(node)
         behind = self._behind(value)
@@ -197,18 +197,18 @@ class NumericPairing:
 
     def _behind(self, value: str) -> list[str]:
         """A value, and those that are computed from it alone."""
-        found = [value]
-        while len(found) < AHEAD:
-            readers = [n for n in self._test.consumers.get(found[-1], []) if n.outputs]
+        chain = [value]
+        while len(chain) < AHEAD:
+            readers = [n for n in self._test.consumers.get(chain[-1], []) if n.outputs]
             if len(readers) != 1 or readers[0].outputs[0] in self.pairs:
                 break
             if len(self._data_inputs(self._test, readers[0])) > 1:
                 break
-            found.append(readers[0].outputs[0])
-        return found
+            chain.append(readers[0].outputs[0])
+        return chain
 
     def _verified(self, own: str, name: str) -> bool:
-        """Whether a reader of the test's value, given the reference's tensor, gives what one of the reference's has."""
+        """Whether the reference's tensor, fed to a reader of the test's value, gives a reference reader's result."""
         instead = {own: self._load(name)}
         expected = [o for n in self._readers.get(name, []) for o in n.outputs if o in self._prints]
         for reader in self._test.consumers.get(own, []):
@@ -244,13 +244,13 @@ class NumericPairing:
 
     def _by_likeness(self, node: Node, twins: Sequence[Node]) -> list[str]:
         """The unclaimed values of some nodes, the likeliest first: by name, equal constants, contents, place."""
-        own = self._values.get(node.outputs[0])
-        mine = None if own is None or isinstance(own, list) else fingerprint(own)
+        value = self._values.get(node.outputs[0])
+        own_print = None if value is None or isinstance(value, list) else fingerprint(value)
         weights = set(self._theirs.of(node))
 
         def key(twin: Node) -> tuple[bool, int, float, int]:
             name = twin.outputs[0]
-            near = self._prints[name].distance(mine) if mine and name in self._prints else math.inf
+            near = self._prints[name].distance(own_print) if own_print and name in self._prints else math.inf
             return name != node.outputs[0], -len(weights & set(self._ours.of(twin))), near, twin.index
 
         free = {n.index: n for n in twins if n.outputs and n.outputs[0] in self._data - self._claimed}
@@ -258,13 +258,13 @@ class NumericPairing:
 
     def _chain(self, node: Node) -> list[Node]:
         """A node and those behind it that alone read it: a fused operator may stand for any beginning of them."""
-        found = [node]
-        while len(found) < AHEAD and found[-1].outputs:
-            readers = self._readers.get(found[-1].outputs[0], [])
+        chain = [node]
+        while len(chain) < AHEAD and chain[-1].outputs:
+            readers = self._readers.get(chain[-1].outputs[0], [])
             if len(readers) != 1 or len(self._data_inputs(self._reference, readers[0])) > 1:
                 break
-            found.append(readers[0])
-        return found
+            chain.append(readers[0])
+        return chain
 
     def _fits(self, own: str, name: str) -> bool:
         if own in self.pairs or name in self._claimed:
@@ -289,7 +289,11 @@ def _tolerance(value: Any) -> float:
 def run_in_ort(
     graph: Graph, constants: Constants, node: Node, given: Mapping[str, Any], wanted: Sequence[str]
 ) -> dict[str, Any]:
-    """One node by ONNX Runtime, for operators of its own that nothing else knows; empty where it fails, too."""
+    """The outputs ``wanted`` of one node by ONNX Runtime; empty where that fails, too.
+
+    ONNX Runtime has operators of its own that nothing else knows. ``given``: value → array or tensor that the node
+    reads.
+    """
     import onnxruntime as ort
 
     arrays = {n: np.asarray(v) for n, v in given.items() if not isinstance(v, list)}

@@ -38,11 +38,11 @@ class Key(NamedTuple):
 
 
 class Export(NamedTuple):
-    """How modules become graphs."""
+    """Settings of an export from modules to graphs."""
 
     exporter: str = "dynamo"
     opset: int | None = None
-    """None is the exporter's default."""
+    """Opset of the graph; None: the exporter's default."""
     fused: bool = False
     """Fold BatchNorm in torch, in front of linear layers too: INT8 scales belong to folded weights."""
 
@@ -53,9 +53,10 @@ DEFAULT_EXPORT = Export()
 def prepare(
     model: Model, sample: Sample, folder: Path, *, how: Export = DEFAULT_EXPORT, folded: bool = True
 ) -> list[Program]:
-    """Export what comes as a module, align it, and open what comes as ONNX.
+    """Export the components that come as modules, align them, and open those that come as ONNX.
 
-    ``sample`` gives the example inputs; ``folder`` keeps the ONNX files and their alignment manifests.
+    ``sample`` gives the example inputs; ``folder`` keeps the ONNX files and their alignment manifests. Raises
+    InputError for what cannot be exported or opened.
     """
     programs: list[Program] = []
     for step in Walk(model, sample):
@@ -94,7 +95,8 @@ def _export(component: Component, inputs: Mapping[str, np.ndarray], folder: Path
 def load_test_programs(programs: Sequence[Program], path: Path) -> list[Program]:
     """The programs of the test backends when ``--test-model`` gives them another file.
 
-    A model of several components takes a folder that holds ``<component>.onnx`` for those that differ.
+    A model of several components takes a folder that holds ``<component>.onnx`` for those that differ. Raises
+    InputError for a folder without any of them, and for files whose graphs do not fit.
     """
     if path.is_dir():
         files = {p.name: path / f"{p.name}.onnx" for p in programs}
@@ -119,7 +121,7 @@ def _replace(program: Program, path: Path) -> Program:
 
 
 def as_declared(graph: Graph, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The inputs in the float type in which ``graph`` takes each: a file in FP16 beside one in FP32."""
+    """The inputs, each in the float type in which ``graph`` takes it: a file in FP16 beside one in FP32."""
     declared = {v.name: v.dtype for v in graph.inputs if v.dtype is not None}
 
     def converted(name: str, array: np.ndarray) -> np.ndarray:
@@ -134,7 +136,7 @@ _FLOATS = {np.dtype(t) for t in (np.float16, np.float32, np.float64, ml_dtypes.b
 
 
 def changed_state(program: Program, *, train: bool, out_of_place: bool) -> Program:
-    """The same program with its module in another state: what people try by hand first.
+    """A copy of the program with its module in another state: changes that people try by hand first.
 
     Raises InputError for a program without a module.
     """
@@ -149,8 +151,7 @@ def changed_state(program: Program, *, train: bool, out_of_place: bool) -> Progr
 
 
 def value_map(reference: Program, test: Program) -> dict[str, str]:
-    """Test value → reference value: as they were paired, else equal names first, then the same torch value in both
-    alignments.
+    """Test value → reference value: as paired, else by equal names, then by the same torch value in both alignments.
 
     A layer with its BatchNorm folded in torch has the name of the layer, folded by the exporter that of the BatchNorm.
     """
@@ -158,8 +159,8 @@ def value_map(reference: Program, test: Program) -> dict[str, str]:
         return {v: v for v in reference.graph.producer}
     if test.pairing is not None:
         return dict(test.pairing.names)
-    known = set(reference.graph.producer)
-    mapping = {v: v for v in test.graph.producer if v in known}
+    reference_values = set(reference.graph.producer)
+    mapping = {v: v for v in test.graph.producer if v in reference_values}
     if test.alignment is not None and reference.alignment is not None:
         mapping |= reference.alignment.twins(test.alignment, mapping)
     return mapping
@@ -194,10 +195,10 @@ class Pipeline:
         self._stack.close()
 
     def run(self, sample: Sample, sink: Callable[[Key, Tensor], None] | None = None) -> dict[str, Arrays]:
-        """Run the chain; each component is fed this backend's own upstream outputs. Returns all components' outputs.
+        """Run the chain; each component is fed this backend's own upstream outputs.
 
-        ``sink`` is given every component's inputs, then its exposed values in execution order; what Q/DQ pairs compute
-        that were put in here stays inside.
+        Returns component → output name → array. ``sink`` is given every component's inputs, then its exposed values in
+        execution order; values inside Q/DQ pairs that were put in here are left out.
         """
         results = walk(self.model, sample, lambda component, given: self._run(component, given, sink))
         if not self._realised:
@@ -237,7 +238,7 @@ class Pipeline:
         return self._deployed[program.name]
 
     def record(self) -> RunRecord:
-        """Spec, versions, device and settings as read back."""
+        """Record of the backend: spec, versions, device and settings as read back."""
         backend, settings = self.backend, merge_settings({n: s.settings for n, s in self.sessions.items()})
         return RunRecord(
             str(backend.spec), backend.precision, backend.device, backend.emulated, backend.versions(), settings
@@ -245,32 +246,32 @@ class Pipeline:
 
 
 def with_kept(backend: Backend, programs: Sequence[Program]) -> Backend:
-    """The backend with the ONNX nodes for what it shall keep in FP32: nodes, or layers as tables call them.
+    """The backend with ONNX nodes in place of the names that it shall keep in FP32, which may be layers' names.
 
     Raises InputError for a name that no program has.
     """
-    wanted = kept_in_fp32(backend)
-    if not wanted:
+    requested = kept_in_fp32(backend)
+    if not requested:
         return backend
     graphs = {program.name: program.graph for program in programs}
     computed = [layer for layer in layers_of(programs) if layer.op != "input"]
     nodes = {layer.name: graphs[layer.component].producer[layer.onnx].name for layer in computed}
     nodes |= {node.name: node.name for graph in graphs.values() for node in graph.nodes}
-    if unknown := sorted(wanted - nodes.keys()):
+    if unknown := sorted(requested - nodes.keys()):
         near = difflib.get_close_matches(unknown[0], nodes, n=1, cutoff=0.0)
         hint = f"; nearest is {near[0]!r}" if near else ""
         raise InputError(f"--keep-fp32: no layer and no ONNX node is called {unknown[0]!r}{hint}")
-    kept = frozenset(nodes[name] for name in wanted)
-    return backend if kept == wanted else backend.keeping(kept)  # type: ignore[attr-defined]
+    fp32_nodes = frozenset(nodes[name] for name in requested)
+    return backend if fp32_nodes == requested else backend.keeping(fp32_nodes)  # type: ignore[attr-defined]
 
 
 def by_reference(program: Program, outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A run's outputs by the names of the reference's."""
+    """A run's outputs under the reference's names."""
     return program.pairing.reference_outputs(outputs) if program.pairing else dict(outputs)
 
 
 def check_realised(backend: Backend, engines: Sequence[BuildInfo | None]) -> None:
-    """Refuse engines of which none runs any layer in the precision that their name claims; None is no engine."""
+    """Raise InputError for engines none of which runs any layer in the precision that their name claims."""
     if all(info is not None and not info.realised for info in engines):
         types = sorted({f"{k} {v:.0%}" for info in engines if info for k, v in info.realised_precision.items()})
         raise InputError(
@@ -280,17 +281,25 @@ def check_realised(backend: Backend, engines: Sequence[BuildInfo | None]) -> Non
 
 
 def merge_settings(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What all components' sessions have in common and, under ``components``, what differs."""
-    first, *others = settings.values()
-    common = {k: v for k, v in first.items() if all(k in other and other[k] == v for other in others)}
-    rest = {name: {k: v for k, v in own.items() if k not in common} for name, own in settings.items()}
-    return common | ({"components": rest} if any(rest.values()) else {})
+    """Settings that all components' sessions have in common and, under ``components``, those that differ."""
+    first, *other_settings = settings.values()
+    common = {
+        k: v for k, v in first.items() if all(k in candidate and candidate[k] == v for candidate in other_settings)
+    }
+    differing = {
+        name: {k: v for k, v in component_settings.items() if k not in common}
+        for name, component_settings in settings.items()
+    }
+    return common | ({"components": differing} if any(differing.values()) else {})
 
 
 def settings_by_component(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """``merge_settings`` undone; what all components share goes under the empty name where nothing differs."""
+    """Component → settings, the inverse of ``merge_settings``.
+
+    Settings that all components share stand under the empty name where nothing differs.
+    """
     common = {k: v for k, v in settings.items() if k != "components"}
-    return {name: common | rest for name, rest in settings.get("components", {"": {}}).items()}
+    return {name: common | differing for name, differing in settings.get("components", {"": {}}).items()}
 
 
 def wants_int8(backend: Backend) -> bool:
@@ -299,7 +308,10 @@ def wants_int8(backend: Backend) -> bool:
 
 
 def choose_export(backends: Sequence[Backend], exporter: str | None) -> tuple[Export, str | None]:
-    """What every backend can read, and a note where that is not the default; ``exporter`` None leaves the choice."""
+    """Export that every backend can read, and a note where it is not the default.
+
+    ``exporter`` None leaves the choice.
+    """
     fused = any(map(wants_int8, backends))
     limits = {str(b.spec): limit for b in backends if (limit := largest_opset(b)) is not None}
     if not limits:
@@ -316,7 +328,7 @@ def is_exported(model: Model) -> bool:
 
 
 def header(pipeline: Pipeline, samples: Sequence[Sample]) -> dict[str, Any]:
-    """The manifest of a capture of this run: what ran, on what, in which settings, and what its layers are called."""
+    """Manifest of a capture of this run: what ran, on what, in which settings, and the names of its layers."""
     record = pipeline.record()
     digests = "".join(program.graph.digest for program in pipeline.programs)
     last = pipeline.model.components[-1]

@@ -1,4 +1,4 @@
-"""What each precision promises: unit roundoff, range, default tolerances, and which oracle judges it."""
+"""Promises of each precision: unit roundoff, range, default tolerances, and the oracle that judges it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Precision:
-    """``roundoff`` is half the spacing of numbers at 1; ``largest`` the largest finite number, ``tiniest`` the smallest
-    normal one. ``rtol`` is the default tolerance of a layer's max |Δ|, relative to its max |reference|."""
+    """Limits of one precision.
+
+    ``roundoff`` is half the spacing of numbers at 1; ``largest`` the largest finite number, ``tiniest`` the smallest
+    normal one. ``rtol`` is the default tolerance of a layer's max |Δ|, relative to its max |reference|.
+    """
 
     name: str
     roundoff: float

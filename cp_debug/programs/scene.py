@@ -1,5 +1,7 @@
-"""What a model's decoder made of each backend's outputs, kept beside the captures: a report then shows the detections
-without the model, its weights or the input files."""
+"""Decoded detections of each backend, kept beside the captures.
+
+A report then shows the detections without the model, its weights or the input files.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,16 @@ from cp_debug.recipes.abilities import DetectsBoxes
 from cp_debug.recipes.base import Arrays, Model, Sample
 
 FOLDER = "scene"
-"""Beside the captures of the backends, none of which is called so."""
+"""Folder beside the captures of the backends, none of which has this name."""
 _FIELDS = ("boxes", "scores", "labels")
 
 
 @dataclass(frozen=True)
 class DecodedBoxes:
-    """The detections of one backend. boxes: [N, 7 or more] x, y, z, length, width, height, yaw; scores, labels: [N]."""
+    """Detections of one backend.
+
+    boxes: [N, 7 or more] x, y, z, length, width, height in metres, yaw in radians. scores, labels: [N].
+    """
 
     boxes: np.ndarray
     scores: np.ndarray
@@ -37,20 +42,23 @@ class SavedScene:
     points: np.ndarray | None
     """[N, 2 or more]: x, y, … in metres."""
     detections: Mapping[str, DecodedBoxes]
-    """By backend spec."""
+    """Backend spec → detections."""
 
     @classmethod
     def open(cls, folder: Path) -> SavedScene | None:
-        """The scene in a sample's folder; None where the model has no detections."""
+        """The scene in a sample's folder; None where the model has no detections.
+
+        Raises InputError for a broken one.
+        """
         if not (folder / FOLDER).is_dir():
             return None
-        kept = Capture.open(folder / FOLDER)
-        specs = dict.fromkeys(e.component for e in kept.entries if e.component)
+        capture = Capture.open(folder / FOLDER)
+        specs = dict.fromkeys(e.component for e in capture.entries if e.component)
         return cls(
-            source=next(iter(kept.manifest.get("samples", [])), ""),
-            class_names=tuple(kept.manifest.get("class_names", ())),
-            points=kept.load("points") if "points" in kept.names() else None,
-            detections={s: DecodedBoxes(*(kept.load(f, component=s) for f in _FIELDS)) for s in specs},
+            source=next(iter(capture.manifest.get("samples", [])), ""),
+            class_names=tuple(capture.manifest.get("class_names", ())),
+            points=capture.load("points") if "points" in capture.names() else None,
+            detections={s: DecodedBoxes(*(capture.load(f, component=s) for f in _FIELDS)) for s in specs},
         )
 
     def class_name(self, label: int) -> str:
@@ -68,14 +76,14 @@ def decode(model: Model, sample: Sample, results: Mapping[str, Arrays]) -> Any |
 
 def keep_scene(folder: Path, sample: Sample, decoded: Mapping[str, Any]) -> None:
     """Write points and detections (backend spec → decoded result) of a sample, if they are detections in boxes."""
-    found = {spec: d for spec, d in decoded.items() if isinstance(d, DetectsBoxes)}
-    if not found:
+    boxes_by_backend = {spec: d for spec, d in decoded.items() if isinstance(d, DetectsBoxes)}
+    if not boxes_by_backend:
         return
-    names = next(iter(getattr(d, "class_names", ()) for d in found.values()))
+    names = next(iter(getattr(d, "class_names", ()) for d in boxes_by_backend.values()))
     header: dict[str, Any] = {**Header(samples=[sample.source]), "class_names": list(names)}
     with CaptureWriter(folder / FOLDER, header) as writer:
         if "points" in sample.arrays:
             writer.put("points", sample.arrays["points"])
-        for spec, detections in found.items():
+        for spec, detections in boxes_by_backend.items():
             for field in _FIELDS:
                 writer.put(field, getattr(detections, field), component=spec)

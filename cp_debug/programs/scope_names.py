@@ -1,4 +1,4 @@
-"""Which torch module the exporter says that an ONNX node comes from: a proposal, which numbers then verify."""
+"""Torch modules that the exporter names for ONNX nodes: a proposal, which numbers then verify."""
 
 from __future__ import annotations
 

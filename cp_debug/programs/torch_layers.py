@@ -1,4 +1,4 @@
-"""What INT8 is for in a torch module, and how a user names it."""
+"""Layers of a torch module that INT8 is for, and how a user names them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from cp_debug.errors import InputError
 
 Transposed: TypeAlias = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 WeightedLayer: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | Transposed
-"""What sums products: INT8 is for these, and BatchNorm is folded into these."""
+"""Layers that sum products: INT8 is for these, and BatchNorm is folded into these."""
 
 
 def layers_of(module: nn.Module) -> dict[str, WeightedLayer]:
-    """The layers that INT8 is for, by path."""
+    """Path → layer, for the layers that INT8 is for."""
     return {path: part for path, part in module.named_modules() if isinstance(part, WeightedLayer)}
 
 
 def channels(layer: WeightedLayer) -> int:
-    """How many output channels a layer has."""
+    """Number of output channels of a layer."""
     return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
 
 
@@ -37,7 +37,7 @@ def full_path(prefix: str, path: str) -> str:
 
 
 def own_path(prefix: str, path: str) -> str:
-    """The opposite of ``full_path``."""
+    """A path in the whole model as one in a component: the opposite of ``full_path``."""
     return path.removeprefix(prefix).removeprefix(".") if prefix else path
 
 
@@ -47,19 +47,19 @@ def matches(path: str, glob: str) -> bool:
 
 
 def select(paths: Iterable[str], globs: Sequence[str]) -> dict[str, str]:
-    """Every path that a glob means → that glob. Raises InputError, with the nearest names, for one that means none."""
+    """Path → the glob that means it. Raises InputError, with the nearest names, for a glob that means none."""
     paths = list(paths)
-    found: dict[str, str] = {}
+    glob_of: dict[str, str] = {}
     for glob in globs:
         hits = [path for path in paths if matches(path, glob)]
         if not hits:
             raise InputError(no_match(glob, paths))
-        found.update(dict.fromkeys(hits, glob))
-    return found
+        glob_of.update(dict.fromkeys(hits, glob))
+    return glob_of
 
 
 def no_match(glob: str, paths: Sequence[str]) -> str:
-    """What to tell the user whose glob means none of ``paths``."""
+    """Message for a glob that means none of ``paths``."""
     containers = {path.rsplit(".", depth)[0] for path in paths for depth in range(1, path.count(".") + 1)}
     near = get_close_matches(glob, [*paths, *sorted(containers)], n=3, cutoff=0.3)
     return f"no layer matches {glob!r}" + (f"; the nearest names are {', '.join(near)}" if near else "")

@@ -1,4 +1,4 @@
-"""The walk over a model's components: each is fed by the model's own glue with what the ones before it gave.
+"""The walk over a model's components: the model's own glue feeds each with the outputs of the earlier ones.
 
 Whoever runs a model part by part (exports it, calibrates it, times it, replays it) walks here and says only what is
 done with one component. ``walk`` is for those who run every component; ``Walk`` for those who skip some, stop early, or
@@ -54,7 +54,7 @@ class ComponentStep:
 
     @cached_property
     def inputs(self) -> dict[str, np.ndarray]:
-        """What the glue makes of the sample and of the outputs so far; computed when first asked for."""
+        """Inputs that the glue makes of the sample and of the outputs so far; computed when first asked for."""
         return self._walk.model.feed(self.component, self._walk.sample, self._walk.results)
 
     @property
@@ -69,12 +69,12 @@ class ComponentStep:
 
     @property
     def known(self) -> bool:
-        """Whether it has outputs already."""
+        """Whether the component has outputs already."""
         return self.name in self._walk.results
 
     @property
     def outputs(self) -> Arrays:
-        """What it gave; KeyError before that."""
+        """Outputs of the component. Raises KeyError before it has any."""
         return self._walk.results[self.name]
 
     @outputs.setter
@@ -92,7 +92,7 @@ def walk(model: Model, sample: Sample, run: Run, results: Mapping[str, Arrays] |
 
 
 def example_args(component: Component, inputs: Mapping[str, np.ndarray]) -> tuple[torch.Tensor, ...]:
-    """The inputs of a component's module as it takes them."""
+    """The inputs of a component's module as positional arguments."""
     return tuple(as_torch(inputs[name]) for name in component.input_names)
 
 
@@ -105,10 +105,10 @@ def run_module(component: Component, inputs: Mapping[str, np.ndarray]) -> dict[s
 
 
 def named_outputs(component: Component, outputs: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """What ``flatten_outputs`` gave for a component's module, as arrays by the names of the component's outputs."""
+    """Outputs of a component's module, flat as by ``flatten_outputs``, as arrays by output name."""
     return {n: as_numpy(t) for n, t in zip(component.output_names, outputs.values(), strict=True)}
 
 
 def tensors_as_arrays(outputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """What an ``Executor`` gave, as arrays; sequences of tensors, which no glue reads, are left out."""
+    """Results of an ``Executor`` as arrays, without sequences of tensors, which no glue reads."""
     return {n: as_numpy(t) for n, t in outputs.items() if isinstance(t, torch.Tensor)}

@@ -58,6 +58,15 @@ class HasNotes(Protocol):
 
 
 @runtime_checkable
+class RemarksOnSamples(Protocol):
+    """A model that sees what is odd about a sample."""
+
+    def remarks(self, sample: Sample) -> Sequence[str]:
+        """Sentences that a reader of the result must know; none for an ordinary sample."""
+        ...
+
+
+@runtime_checkable
 class DetectsBoxes(Protocol):
     """A decoded result that consists of detections."""
 

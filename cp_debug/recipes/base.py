@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from cp_debug.errors import InputError
+
 if TYPE_CHECKING:
     import torch
 
@@ -87,3 +89,12 @@ class Model(Protocol):
         ``results``: component name → output name → array, for all components.
         """
         ...
+
+
+def check_samples(model: Model, count: int, inputs: Path | None) -> None:
+    """Read the samples that files give, one after the other, so that a bad one is told before anything slow.
+
+    Raises InputError as ``Model.samples`` does, and where the files give none.
+    """
+    if inputs is not None and not sum(1 for _ in model.samples(count, 0, inputs)):
+        raise InputError(f"--inputs: {inputs} gives no sample")

@@ -47,8 +47,8 @@ def flat_inputs(
     if isinstance(inputs, Tensor | np.ndarray):
         inputs = (inputs,)
     if not isinstance(inputs, list | tuple | Mapping):
-        told = f"the example inputs are {type(inputs).__name__}"
-        raise InputError(f"MODEL: {name}: {told}; expected tensors, in a tuple or by parameter")
+        type_text = f"the example inputs are {type(inputs).__name__}"
+        raise InputError(f"MODEL: {name}: {type_text}; expected tensors, in a tuple or by parameter")
     signature = _parameters(module) if parameters is None else []
     known = [p.name for p in signature if p.kind not in _STARS] if parameters is None else [*parameters, *keywords]
     by_name = {*keywords, *(p.name for p in signature if p.kind is inspect.Parameter.KEYWORD_ONLY)}
@@ -87,7 +87,7 @@ def _parameters(module: nn.Module) -> list[inspect.Parameter]:
 
 
 def _flatten(name: str, path: str, value: Any, tensors: dict[str, Tensor]) -> Build:
-    """Add the tensors of one argument under their paths; returns what builds the argument again."""
+    """Add the tensors of one argument under their paths; returns the function that builds the argument again."""
     if isinstance(value, np.ndarray | np.generic):
         value = _tensor(name, path, value)
     if isinstance(value, Tensor):
@@ -110,8 +110,8 @@ def _flatten(name: str, path: str, value: Any, tensors: dict[str, Tensor]) -> Bu
         return lambda flat: dataclasses.replace(value, **{key: build(flat) for key, build in fields.items()})
     if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
         return lambda flat: value
-    told = f"example input {path!r} is {type(value).__name__}"
-    raise InputError(f"MODEL: {name}: {told}; expected a tensor, or a container of tensors")
+    type_text = f"example input {path!r} is {type(value).__name__}"
+    raise InputError(f"MODEL: {name}: {type_text}; expected a tensor, or a container of tensors")
 
 
 def _tensor(name: str, path: str, array: Any) -> Tensor:
@@ -141,8 +141,10 @@ def _sequence_like(like: Any, parts: list[Any]) -> Any:
 
 def _check_dense(name: str, key: str, tensor: Tensor) -> None:
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_complex():
-        told = f"{tensor.layout} {tensor.dtype} on {tensor.device}"
-        raise InputError(f"MODEL: {name}: example input {key!r} is {told}; expected a dense tensor of real numbers")
+        tensor_text = f"{tensor.layout} {tensor.dtype} on {tensor.device}"
+        raise InputError(
+            f"MODEL: {name}: example input {key!r} is {tensor_text}; expected a dense tensor of real numbers"
+        )
 
 
 def _taking_flat(module: nn.Module, arguments: Sequence[tuple[tuple[str, bool], Build]]) -> nn.Module:
@@ -153,8 +155,8 @@ def _taking_flat(module: nn.Module, arguments: Sequence[tuple[tuple[str, bool], 
     base = type(module)
 
     def forward(self: Any, *flat: Tensor) -> Any:
-        left = iter(flat)
-        built = [(key, by_keyword, build(left)) for (key, by_keyword), build in arguments]
+        remaining = iter(flat)
+        built = [(key, by_keyword, build(remaining)) for (key, by_keyword), build in arguments]
         args = [value for _, by_keyword, value in built if not by_keyword]
         return base.forward(self, *args, **{key: value for key, by_keyword, value in built if by_keyword})
 

@@ -29,41 +29,45 @@ class View:
 
 
 def birdseye(scene: SavedScene, reference: str, test: str) -> View | None:
-    """The view of ``test`` against ``reference``, both backend specs; None when one of them has no detections kept."""
+    """The view of ``test`` against ``reference``, both backend specs; None when one of them kept no detections."""
     if reference not in scene.detections or test not in scene.detections:
         return None
-    ours, theirs = scene.detections[reference], scene.detections[test]
-    found = changes(ours, theirs)
-    changed = sorted((c for c in found if c.kind != KEPT), key=lambda c: c.severity, reverse=True)
+    reference_boxes, test_boxes = scene.detections[reference], scene.detections[test]
+    all_changes = changes(reference_boxes, test_boxes)
+    changed = sorted((c for c in all_changes if c.kind != KEPT), key=lambda c: c.severity, reverse=True)
     return View(
         source=scene.source,
-        counts={kind: sum(c.kind == kind for c in found) for kind in (KEPT, MOVED_BOX, LOST, GAINED)},
-        changed=[(c, _class(scene, ours, theirs, c)) for c in changed],
-        canvas=_draw(scene, ours, theirs, found),
+        counts={kind: sum(c.kind == kind for c in all_changes) for kind in (KEPT, MOVED_BOX, LOST, GAINED)},
+        changed=[(c, _class(scene, reference_boxes, test_boxes, c)) for c in changed],
+        canvas=_draw(scene, reference_boxes, test_boxes, all_changes),
     )
 
 
-def _class(scene: SavedScene, ours: DecodedBoxes, theirs: DecodedBoxes, change: BoxChange) -> str:
+def _class(scene: SavedScene, reference_boxes: DecodedBoxes, test_boxes: DecodedBoxes, change: BoxChange) -> str:
     if change.reference is not None:
-        return scene.class_name(int(ours.labels[change.reference]))
+        return scene.class_name(int(reference_boxes.labels[change.reference]))
     assert change.test is not None
-    return scene.class_name(int(theirs.labels[change.test]))
+    return scene.class_name(int(test_boxes.labels[change.test]))
 
 
-def _draw(scene: SavedScene, ours: DecodedBoxes, theirs: DecodedBoxes, found: list[BoxChange]) -> Canvas:
-    middle, reach = _extent(scene.points, ours, theirs)
+def _draw(
+    scene: SavedScene, reference_boxes: DecodedBoxes, test_boxes: DecodedBoxes, all_changes: list[BoxChange]
+) -> Canvas:
+    middle, reach = _extent(scene.points, reference_boxes, test_boxes)
     x = Scale(middle[0] - reach, middle[0] + reach, LEFT, SIZE)
     y = Scale(middle[1] - reach, middle[1] + reach, SIZE - BOTTOM, SIZE - BOTTOM - (SIZE - LEFT))
-    canvas = Canvas(SIZE + 8, SIZE, f"{len(ours.scores)} and {len(theirs.scores)} boxes over the points", "birdseye")
+    canvas = Canvas(
+        SIZE + 8, SIZE, f"{len(reference_boxes.scores)} and {len(test_boxes.scores)} boxes over the points", "birdseye"
+    )
     if scene.points is not None:
         canvas.image(_density(scene.points, x, y), x.start, y.end, x.end - x.start, y.start - y.end)
     canvas.axes(x, y, "x, metres", "y, metres")
-    for change in found:
+    for change in all_changes:
         if change.reference is not None:
             kind = {KEPT: "kept", MOVED_BOX: "before"}.get(change.kind, change.kind)
-            _box(canvas, x, y, scene, ours, change.reference, kind)
+            _box(canvas, x, y, scene, reference_boxes, change.reference, kind)
         if change.test is not None and change.kind != KEPT:
-            _box(canvas, x, y, scene, theirs, change.test, change.kind)
+            _box(canvas, x, y, scene, test_boxes, change.test, change.kind)
     return canvas
 
 
@@ -89,7 +93,7 @@ def _box(canvas: Canvas, x: Scale, y: Scale, scene: SavedScene, side: DecodedBox
 def _extent(points: np.ndarray | None, *sides: DecodedBoxes) -> tuple[np.ndarray, float]:
     """Centre and half width, metres, of a square around all boxes and all but the most remote points."""
     places = np.concatenate([side.boxes[:, :2] for side in sides])
-    if points is not None:
+    if points is not None and len(points):
         places = np.concatenate((places, np.percentile(points[:, :2], (0.2, 99.8), axis=0)))
     places = places[np.isfinite(places).all(axis=1)]
     if not len(places):
@@ -99,7 +103,7 @@ def _extent(points: np.ndarray | None, *sides: DecodedBoxes) -> tuple[np.ndarray
 
 
 def _density(points: np.ndarray, x: Scale, y: Scale) -> str:
-    """How many points lie in each pixel, as a picture; row 0 is the top."""
+    """Number of points in each pixel as a data URI; row 0 is the top."""
     limits = ((y.low, y.high), (x.low, x.high))
     counts = np.histogram2d(points[:, 1], points[:, 0], PIXELS, limits)[0][::-1]
     return opacity_png(np.minimum(np.sqrt(counts) / 3, 1) * 0.9, GREY)

@@ -1,4 +1,4 @@
-"""Findings in a terminal: cause, evidence, where, effect, fix: a few lines each."""
+"""Findings in a terminal: cause, evidence, place, effect and fix, a few lines each."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SAID = {"magnitude_only", "why"}
 
 
 def findings(test: TestResult) -> Iterator[RenderableType]:
-    """One block a finding, then what became of the detections; nothing where there is neither."""
+    """One block for each finding, then the changes of the detections; nothing where there is neither."""
     for place, finding in enumerate(test.findings, 1):
         yield Text()
         style = "bold yellow" if finding.cause == UNKNOWN else "bold red"
@@ -67,15 +67,15 @@ def _evidence(finding: Finding) -> Iterator[str]:
 
 
 def _inside(inside: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What the search inside a region tried: hypotheses, then engine by engine."""
+    """(Label, text) of the search inside a region: hypotheses, then engine by engine."""
     suspects = inside["suspects"]
     more = f" and {len(suspects) - NAMED} more" if len(suspects) > NAMED else ""
     yield "suspects", ", ".join(suspects[:NAMED]) + more
     for place, step in enumerate(inside["steps"], 1):
-        what = "showing" if step["kind"] == "marks" else "in FP32"
+        action = "showing" if step["kind"] == "marks" else "in FP32"
         names = step["names"][0] if len(step["names"]) == 1 else f"{len(step['names'])} {_KINDS[step['kind']]}"
         error = f"error {_show(step['error'])}, " if step["error"] is not None else ""
-        yield f"build {place}", f"{what} {names}: {error}{step['learnt']} ({step['seconds']:.0f} s)"
+        yield f"build {place}", f"{action} {names}: {error}{step['learnt']} ({step['seconds']:.0f} s)"
 
 
 _KINDS = {"marks": "values", "keep": "nodes"}

@@ -1,4 +1,4 @@
-"""What a deployment did, in a terminal and as one HTML page."""
+"""Results of a deployment, in a terminal and as one HTML page."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cp_debug.version import __version__
 
 
 def export_lines(exported: Sequence[Exported]) -> Iterator[Text]:
-    """What was written, and what the check said."""
+    """Lines about each file written and its check."""
     for each in exported:
         graph, alignment = each.program.graph, each.program.alignment
         yield Text.assemble((str(graph.path), "bold"), f": {len(graph.nodes)} nodes, opset {graph.opsets['']}")
@@ -115,7 +115,7 @@ def metric_table(backends: Sequence[Mapping[str, Any]]) -> Sheet:
 
 
 def write_summary(records: Sequence[StageRecord], title: str, command: str, target: Path) -> None:
-    """The page: verdict, stages, files, tensors of each scenario with what the bisect found, metrics side by side."""
+    """Write the page: verdict, stages, files, tensors and findings of each scenario, metrics side by side."""
     documents = {record.name: record.document for record in records}
     page = (
         environment()

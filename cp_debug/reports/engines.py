@@ -1,4 +1,4 @@
-"""What an engine is, in a line: typing regime, types that its layers really run in, and what looking at it changed."""
+"""One line about an engine: typing regime, types that its layers really run in, and effects of looking at it."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def kernel(tactic: str) -> str:
 
     ``fp16acc/64÷2`` shares each tile between two partial sums.
     """
-    found = decode(tactic)
-    text = found.arithmetic or ""
-    if found.arithmetic == "fp16acc" and found.tile:
-        text += f"/{found.tile[2]}" + (f"÷{found.slices}" if found.slices > 1 else "")
-    return f"{text} winograd".strip() if found.winograd else text
+    tactic_parts = decode(tactic)
+    text = tactic_parts.arithmetic or ""
+    if tactic_parts.arithmetic == "fp16acc" and tactic_parts.tile:
+        text += f"/{tactic_parts.tile[2]}" + (f"÷{tactic_parts.slices}" if tactic_parts.slices > 1 else "")
+    return f"{text} winograd".strip() if tactic_parts.winograd else text

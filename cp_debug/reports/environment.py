@@ -1,4 +1,4 @@
-"""What this machine runs: packages, devices, and the settings that decide about numbers."""
+"""Facts about this machine: packages, devices, and the settings that decide about numbers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ELSEWHERE = {
     "mmdet3d": ", then pip install --no-deps mmdet==3.3.0 mmdet3d==1.4.0; or CPDEBUG_MMDET3D_PYTHON=/path/to/a/python "
     "that has it",
 }
-"""Distribution → what else gets it."""
+"""Distribution → another way to get it."""
 
 ADVICE = {
     "backends.cudnn.conv.fp32_precision": 'torch.backends.cudnn.conv.fp32_precision = "ieee"',
@@ -89,10 +89,10 @@ class Environment:
 
 
 def examine() -> Environment:
-    """Look at this process and machine; nothing is changed."""
-    found = Environment(packages=list(_packages()), settings=[*_torch_settings(), *_other_settings()])
-    _devices(found)
-    return found
+    """Facts about this process and machine; nothing is changed."""
+    environment = Environment(packages=list(_packages()), settings=[*_torch_settings(), *_other_settings()])
+    _devices(environment)
+    return environment
 
 
 def _packages() -> Iterator[Package]:
@@ -105,12 +105,12 @@ def _packages() -> Iterator[Package]:
 
 
 def _torch_settings() -> Iterator[Setting]:
-    here = read_settings()
+    current = read_settings()
     with deterministic() as in_a_run:
         for name, advice in ADVICE.items():
-            value, wanted = here[name], in_a_run[name]
-            safe = value == wanted or {str(value), str(wanted)} <= _UNSET_IS_SAFE
-            yield Setting(f"torch {name}", _word(value), _word(wanted), safe, "" if safe else advice)
+            value, value_in_run = current[name], in_a_run[name]
+            safe = value == value_in_run or {str(value), str(value_in_run)} <= _UNSET_IS_SAFE
+            yield Setting(f"torch {name}", _word(value), _word(value_in_run), safe, "" if safe else advice)
 
 
 def _other_settings() -> Iterator[Setting]:
@@ -129,20 +129,24 @@ def _other_settings() -> Iterator[Setting]:
     )  # fmt: skip
 
 
-def _devices(found: Environment) -> None:
+def _devices(environment: Environment) -> None:
     import torch
 
     capability = torch.backends.cpu.get_cpu_capability()
-    found.devices.append(f"cpu: {platform.machine()}, {capability}, {torch.get_num_threads()} threads")
+    environment.devices.append(f"cpu: {platform.machine()}, {capability}, {torch.get_num_threads()} threads")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    found.devices += [f"cuda:{i}: {name}" for i, name in enumerate(gpus)] or ["cuda: no device that torch can use"]
+    environment.devices += [f"cuda:{i}: {name}" for i, name in enumerate(gpus)] or [
+        "cuda: no device that torch can use"
+    ]
     providers = _ort_providers()
-    found.devices.append(f"ONNX Runtime providers: {', '.join(providers) or 'none, it is not installed'}")
+    environment.devices.append(f"ONNX Runtime providers: {', '.join(providers) or 'none, it is not installed'}")
     ort_cuda = "CUDAExecutionProvider" in providers
     if providers and bool(gpus) != ort_cuda:
         able, unable = ("torch", "ONNX Runtime") if gpus else ("ONNX Runtime", "torch")
-        found.warnings.append(f"device mismatch: {able} can use CUDA, {unable} cannot; compare on the CPU or mend it")
-    found.devices.append(_tensorrt())
+        environment.warnings.append(
+            f"device mismatch: {able} can use CUDA, {unable} cannot; compare on the CPU or mend it"
+        )
+    environment.devices.append(_tensorrt())
 
 
 def _ort_providers() -> list[str]:

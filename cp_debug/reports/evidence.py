@@ -1,4 +1,4 @@
-"""What one layer's tensors look like on both sides, and where its error sits: figures first, charts from them."""
+"""One layer's tensors on both sides and the place of its error: figures first, charts from them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Evidence:
 
     row: LayerRow
     error: str
-    """Which error the charts show: introduced, or the whole divergence where the layer cannot be replayed."""
+    """Error that the charts show: introduced, or the whole divergence where the layer cannot be replayed."""
     worst: list[Worst] = field(default_factory=list)
     charts: list[tuple[str, Canvas]] = field(default_factory=list)
     """(caption, chart)"""
@@ -57,32 +57,34 @@ def chosen_rows(test: TestResult) -> list[LayerRow]:
 
 def evidence(saved: SavedResult, test: TestResult) -> list[Evidence]:
     """The evidence for each chosen row whose tensors were kept and have the same shape on both sides."""
-    found = []
+    collected = []
     for row in chosen_rows(test):
         reference = saved.capture(row.sample, saved.result.reference.spec)
         captured = saved.capture(row.sample, test.backend.spec)
         if reference is None or captured is None or row.stats.shape_mismatch or row.stats.count == 0:
             continue
         where = row.onnx, 0, row.component
-        found.append(_layer(saved, test, row, reference.load(*where), captured))
-    return found
+        collected.append(_layer(saved, test, row, reference.load(*where), captured))
+    return collected
 
 
 def _layer(saved: SavedResult, test: TestResult, row: LayerRow, reference: np.ndarray, captured: Capture) -> Evidence:
-    ours, theirs = _real(reference), _real(captured.load(row.onnx, 0, row.component))
+    reference_values, test_values = _real(reference), _real(captured.load(row.onnx, 0, row.component))
     exact = _oracle(saved, test, row, captured)
     name = "divergence (test − reference)" if exact is None else "introduced error (test − oracle)"
     # Rows of a BEV map count from its lowest y: they are shown upwards, as the detections are.
     upwards = saved.scene(row.sample) is not None
-    drawn = charts(ours, theirs, exact, test.backend.precision, upwards=upwards)
-    return Evidence(row, name, worst_elements(ours, theirs, exact), drawn)
+    layer_charts = charts(reference_values, test_values, exact, test.backend.precision, upwards=upwards)
+    return Evidence(row, name, worst_elements(reference_values, test_values, exact), layer_charts)
 
 
 def charts(
     ours: np.ndarray, theirs: np.ndarray, exact: np.ndarray | None, precision: str, *, upwards: bool
 ) -> list[tuple[str, Canvas]]:
-    """(caption, chart) of two tensors of one shape, those that make sense. ``exact`` is the oracle's value, if known;
-    ``upwards`` puts row 0 of a map at the bottom."""
+    """(Caption, chart) of two tensors of one shape, without charts that make no sense for them.
+
+    ``exact`` is the oracle's value, if known; ``upwards`` puts row 0 of a map at the bottom.
+    """
     error = _error(ours, theirs, exact)
     drawn = (
         ("Values on both sides", _histogram(ours, theirs)),
@@ -98,17 +100,19 @@ def worst_elements(ours: np.ndarray, theirs: np.ndarray, exact: np.ndarray | Non
     error = _error(ours, theirs, exact)
     most = min(WORST, error.size)
     top = np.argpartition(error, error.size - most, axis=None)[error.size - most :]
-    found = []
+    elements = []
     for place in top[np.argsort(error.flat[top])[::-1]]:
         index = np.unravel_index(place, error.shape)
         value = None if exact is None else float(exact[index])
-        found.append(Worst(tuple(int(i) for i in index), float(ours[index]), float(theirs[index]), value))
-    return found
+        elements.append(Worst(tuple(int(i) for i in index), float(ours[index]), float(theirs[index]), value))
+    return elements
 
 
 def _error(ours: np.ndarray, theirs: np.ndarray, exact: np.ndarray | None) -> np.ndarray:
-    """|test − oracle|, or |test − reference| without one; float64. What is not finite counts as the largest that is,
-    or as 1 where nothing is."""
+    """|test − oracle|, or |test − reference| without an oracle; float64.
+
+    An element that is not finite counts as the largest finite one, or as 1 where none is finite.
+    """
     with np.errstate(invalid="ignore", over="ignore"):
         error = np.abs(theirs.astype(np.float64) - (ours if exact is None else exact))
     finite = np.isfinite(error)
@@ -150,8 +154,8 @@ def _plot() -> tuple[float, float, float, float]:
     return LEFT, WIDTH - 12, HEIGHT - BOTTOM, 12
 
 
-def _histogram(ours: np.ndarray, theirs: np.ndarray) -> Canvas | None:
-    sides = [values[np.isfinite(values)] for values in (_some(ours), _some(theirs))]
+def _histogram(reference_values: np.ndarray, test_values: np.ndarray) -> Canvas | None:
+    sides = [values[np.isfinite(values)] for values in (_some(reference_values), _some(test_values))]
     together = np.concatenate(sides)
     if not together.size:
         return None
@@ -201,8 +205,8 @@ def _channels(error: np.ndarray) -> Canvas | None:
     axis = 1 if error.ndim >= 4 else error.ndim - 1
     if error.ndim < 2 or error.shape[axis] < 2:
         return None
-    others = tuple(a for a in range(error.ndim) if a != axis)
-    heights = np.sqrt(np.mean(np.square(error, dtype=np.float64), axis=others))
+    other_axes = tuple(a for a in range(error.ndim) if a != axis)
+    heights = np.sqrt(np.mean(np.square(error, dtype=np.float64), axis=other_axes))
     count = len(heights)
     left, right, bottom, top = _plot()
     x, y = Scale(-0.5, count - 0.5, left, right), Scale(0, float(heights.max()) or 1.0, bottom, top)

@@ -1,4 +1,4 @@
-"""A result for machines that gate a build: JUnit XML, and annotations of GitHub's workflow log."""
+"""A result for build gates: JUnit XML, and annotations of GitHub's workflow log."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cp_debug.safe_text import annotation, visible
 
 
 def render_junit(saved: SavedResult) -> str:
-    """One suite a test backend: a test case for the verdict, and one a layer, which fails when the layer is guilty."""
+    """One suite for each test backend, with a test case for the verdict and one for each layer, failed if guilty."""
     result = saved.result
     root = ET.Element("testsuites", name=f"cpdebug {result.model}")
     for test in result.tests:
@@ -33,7 +33,7 @@ def render_junit(saved: SavedResult) -> str:
 
 
 def document(root: ET.Element) -> str:
-    """The whole file. What XML cannot hold, and what is not seen, stands in it as escapes."""
+    """The whole file; characters that XML cannot hold, and invisible ones, stand in it as escapes."""
     for element in root.iter():
         element.text = element.text and visible(element.text)
         for name, value in element.items():
@@ -43,7 +43,10 @@ def document(root: ET.Element) -> str:
 
 
 def render_github(saved: SavedResult) -> str:
-    """One line a test backend: ``::error``, ``::warning`` where only rounding adds up, ``::notice`` when it agrees."""
+    """One line for each test backend.
+
+    ``::error``; ``::warning`` where only rounding adds up; ``::notice`` when it agrees.
+    """
     return "".join(_annotation(test, saved.result.model) for test in saved.result.tests)
 
 
@@ -55,7 +58,7 @@ def _annotation(test: TestResult, model: str) -> str:
 
 
 def fail(case: ET.Element, kind: str, message: str) -> None:
-    """Let a test case fail with a message."""
+    """Mark a test case as failed, with a message."""
     ET.SubElement(case, "failure", type=kind, message=message).text = message
 
 

@@ -1,4 +1,4 @@
-"""How the error grows along the network: what each layer introduced, what it inherited, what its precision must add."""
+"""Growth of the error along the network: introduced and inherited by each layer, and expected of its precision."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from cp_debug.reports.svg import Canvas, Scale, decades
 WIDTH, HEIGHT = 1040, 440
 LEFT, RIGHT, TOP, BOTTOM = 62, 12, 104, 46
 NAME_HEIGHT, NAME_LENGTH = 12, 16
-"""Width that a stage needs so that its name, turned upright, does not run into the next; and letters of it shown."""
+"""Width that a stage needs so that its upright name does not run into the next one, and letters of it shown."""
 SERIES = ("expected", "inherited", "introduced")
-"""Drawn in this order; each is a field of ``Replay`` and a CSS class."""
+"""Series in drawing order; each is a field of ``Replay`` and a CSS class."""
 STEMS = ("introduced", "divergence")
-"""Drawn as a stem for each layer: what it did does not go on to the next one. ``expected`` is a mark on that stem."""
+"""Series drawn as a stem for each layer, since they do not go on to the next one; ``expected`` marks that stem."""
 
 
 def growth_chart(test: TestResult, anchor: str) -> Canvas | None:

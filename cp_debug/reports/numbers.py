@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Numbers in the form in which people read them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 
 def percent(share: float) -> str:
-    """``62%``, and ``0%`` for what is negative by less than half of one."""
+    """``62%``; ``0%`` also for negative shares that round to zero."""
     return f"{round(share, 2) + 0.0:.0%}"
 
 
@@ -16,7 +16,7 @@ def share(value: float) -> str:
 
 
 def share_in_words(share: float) -> str:
-    """What errors that cancel each other make of a share: one of them may be larger than the sum, or against it."""
+    """A share of the final divergence in words; errors that cancel each other make it large or negative."""
     if share > 1.05:
         return f"{share:.3g} times the final divergence, most of which other errors cancel"
     if share < -0.05:
@@ -25,7 +25,7 @@ def share_in_words(share: float) -> str:
 
 
 def number(value: float | None) -> str:
-    """Three digits are enough to read: ``1.23e-04``, ``0``, ``inf``, and a dash for None."""
+    """Three digits: ``1.23e-04``, ``0``, ``inf``, and a dash for None."""
     if value is None:
         return "–"
     if value == 0:

@@ -1,4 +1,4 @@
-"""What the graph optimizer is responsible for, in a terminal."""
+"""Responsibility of the graph optimizer, in a terminal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHOWN = 4
 
 
 def render_optimizer_blame(blame: OptimizerBlame) -> Iterator[RenderableType]:
-    """One line of verdict; with responsible optimizers, a table of what each does."""
+    """One line of verdict; with responsible optimizers, a table of their effects."""
     runs = f"{blame.runs} runs"
     if blame.level is None:
         yield Text(f"optimizer: its final outputs are those of the unoptimized program ({runs})", "green")
@@ -34,10 +34,10 @@ def render_optimizer_blame(blame: OptimizerBlame) -> Iterator[RenderableType]:
         )
         return
     names = ", ".join(culprit.optimizer for culprit in blame.responsible)
-    left = number(blame.difference_without)
+    remaining = number(blame.difference_without)
     yield Text.assemble(
         (f"optimizer: {names}", "bold yellow"),
-        f": final outputs differ by {size} (rel. L2) from the unoptimized program's, by {left} when disabled; "
+        f": final outputs differ by {size} (rel. L2) from the unoptimized program's, by {remaining} when disabled; "
         f"the difference begins at level {blame.level} ({runs})",
     )
     rows = []

@@ -1,4 +1,4 @@
-"""Small pictures of quantized data: one colour, its opacity is the value: for light and dark pages."""
+"""Small PNG pictures of quantized data: one color whose opacity is the value, for light and dark pages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What fine-tuning did, in a terminal."""
+"""Results of fine-tuning, in a terminal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ENDED = {
 
 
 def render(result: QatResult, criterion: str, output: Path) -> Iterator[RenderableType]:
-    """Every validation, the best one marked, and what was written."""
+    """Every validation, the best one marked, and the file written."""
     best, value = result.best
     columns = (
         Column("step", "number", show=str),

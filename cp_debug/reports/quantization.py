@@ -20,7 +20,7 @@ _LOW = 10.0
 
 
 def quantizers(rows: Iterable[QuantizerRow]) -> Iterator[RenderableType]:
-    """A row for each quantizer; those of outputs, which are never on, are counted below."""
+    """A row for each quantizer; quantizers of outputs, which are never on, are counted below."""
     columns = (
         Column("quantizer", "name"),
         Column("bits", "number", leave_out=2, show=str),
@@ -42,7 +42,7 @@ def quantizers(rows: Iterable[QuantizerRow]) -> Iterator[RenderableType]:
 
 
 def render(result: PtqResult) -> Iterator[RenderableType]:
-    """Quantizers, what they cost at the outputs, and what was written."""
+    """Quantizers, their cost at the outputs, and the files written."""
     for name, component in result.components.items():
         yield Text(name, style="bold")
         if component.module is not None:

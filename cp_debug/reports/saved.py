@@ -34,7 +34,7 @@ class SavedResult:
 
     result: BisectResult
     folder: Path | None = None
-    """Where the captures and graphs lie; None when only the JSON was given."""
+    """Folder of the captures and graphs; None when only the JSON was given."""
 
     @classmethod
     def open(cls, path: Path) -> SavedResult:
@@ -48,7 +48,7 @@ class SavedResult:
 
     @classmethod
     def of(cls, result: BisectResult, folder: Path | None = None) -> SavedResult:
-        """A result as it comes out of ``bisect``; ``folder`` is where that saved its captures."""
+        """A result as ``bisect`` returns it; ``folder`` holds its captures."""
         return cls._of(Fields(json.loads(json.dumps(result.to_dict())), "result", ""), folder)
 
     @classmethod
@@ -79,7 +79,7 @@ class SavedResult:
         return self._open(self.result.programs)
 
     def test_graphs(self, test: TestResult) -> dict[str, Graph]:
-        """The same for what a test ran."""
+        """Component → graph that a test ran, for those whose file is still there."""
         return self._open(test.programs)
 
     def _open(self, programs: Mapping[str, str]) -> dict[str, Graph]:
@@ -114,7 +114,7 @@ class Fields:
             raise InputError(f"{file}: {path or 'the document'} is not a JSON object")
 
     def get(self, key: str, kind: type | tuple[type, ...], default: Any = _REQUIRED) -> Any:
-        """The field, which is of type ``kind``; absent fields give ``default``."""
+        """The field, which must be of type ``kind``; an absent field gives ``default``."""
         if key not in self.value:
             if default is _REQUIRED:
                 self.fail(key, "missing")
@@ -156,8 +156,8 @@ class Fields:
 def _observation(fields: Fields) -> Observation | None:
     if fields.value.get("noise_floor") is None:
         return None
-    known = {k: v for k, v in fields.value.items() if v is not None}
-    return decode(Observation, {"runs": 0} | known, fields.file, fields.path)
+    present = {k: v for k, v in fields.value.items() if v is not None}
+    return decode(Observation, {"runs": 0} | present, fields.file, fields.path)
 
 
 def _optional(kind: type[T], fields: Fields, key: str) -> T | None:
@@ -175,11 +175,11 @@ def _test(fields: Fields, record: RunRecord, programs: dict[str, str]) -> TestRe
     by_key = {(row.component, row.onnx): row for row in rows}
 
     def known(key: str) -> list[tuple[Fields, LayerRow]]:
-        found = [(item, (item.get("component", str), item.get("onnx", str))) for item in fields.objects(key)]
-        for item, place in found:
+        items = [(item, (item.get("component", str), item.get("onnx", str))) for item in fields.objects(key)]
+        for item, place in items:
             if place not in by_key:
                 item.fail("onnx", f"{place[1]!r}, which is none of the layers")
-        return [(item, by_key[place]) for item, place in found]
+        return [(item, by_key[place]) for item, place in items]
 
     alignment, tolerance = fields.object("alignment"), fields.object("tolerance")
     return TestResult(

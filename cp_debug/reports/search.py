@@ -1,4 +1,4 @@
-"""A search in a terminal: the verdict, the layers, the curve of what more layers buy, and what to do with them."""
+"""A search in a terminal: the verdict, the layers, the curve of error against layers kept, and arguments for tools."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def pareto_table(result: SearchResult) -> Sheet:
 
 
 def tool_arguments(result: SearchResult) -> Iterator[RenderableType]:
-    """The set as other tools take it."""
+    """The set of kept layers as arguments of other tools."""
     for component, tools in arguments(result.keep, result.precision).items():
         for tool, line in tools.items():
             yield Text(f"{TOOLS[tool]}, {component}:", style="bold")

@@ -1,4 +1,4 @@
-"""Which layers suffer from INT8: in a terminal, as a chart, as one HTML page."""
+"""Sensitivity of layers to INT8: in a terminal, as a chart, as one HTML page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHOWN = 20
 """Layers that a terminal shows unless all are asked for."""
 ORDER = "Most sensitive first: mAP that it surely costs alone, then error; “without” is all in INT8 but this layer"
 WIDTH, ROW, TOP, BOTTOM, NAMES, GAP = 1040, 17, 12, 46, 330, 34
-"""Of the chart, in its own units: a row a layer, the names to the left."""
+"""Sizes of the chart, in its own units: one row for each layer, the names to the left."""
 
 
 def render(profile: SensitivityProfile, *, show_all: bool = False) -> Iterator[RenderableType]:
@@ -32,8 +32,8 @@ def render(profile: SensitivityProfile, *, show_all: bool = False) -> Iterator[R
     yield Text.assemble((profile.model, "bold"), f" · {profile.data} · {profile.samples} samples")
     shown = profile.layers if show_all else profile.layers[:SHOWN]
     yield Terminal(layer_table(profile, len(shown)))
-    if rest := len(profile.layers) - len(shown):
-        yield Text(f"{rest} less sensitive layers are not shown; --all shows them", style="dim")
+    if count_left := len(profile.layers) - len(shown):
+        yield Text(f"{count_left} less sensitive layers are not shown; --all shows them", style="dim")
     yield Text(whole_line(profile))
     yield from choice_lines(profile)
 
@@ -68,7 +68,7 @@ def layer_table(profile: SensitivityProfile, count: int, *, sizes: bool = False)
 
 
 def whole_line(profile: SensitivityProfile) -> str:
-    """All layers in INT8, in a sentence."""
+    """A sentence about all layers in INT8."""
     effect: Int8Effect = profile.int8
     scores = [f"{n} {profile.scores[n]:.4f} → {profile.scores[n] + c.value:.4f}" for n, c in effect.scores.items()]
     parts = [f"error {number(effect.error)} ({effect.sqnr:.1f} dB)", *scores]
@@ -76,14 +76,14 @@ def whole_line(profile: SensitivityProfile) -> str:
 
 
 def choice_lines(profile: SensitivityProfile) -> Iterator[Text]:
-    """What ``--auto`` chose, and the options that apply it."""
+    """Lines about the choice of ``--auto``, and the options that apply it."""
     choice = profile.choice
     if choice is None:
         return
     metric = METRIC if profile.scores else "output error"
     loss = f"{metric} loss {choice.loss.value:.4f} [{choice.loss.low:+.4f}, {choice.loss.high:+.4f}]"
-    left = f"{len(choice.skipped)} of {len(profile.layers)} layers stay in FP32"
-    yield Text(f"budget {choice.budget:g}: {left}: {loss}, {choice.tried} sets run", style="green")
+    kept_layers = f"{len(choice.skipped)} of {len(profile.layers)} layers stay in FP32"
+    yield Text(f"budget {choice.budget:g}: {kept_layers}: {loss}, {choice.tried} sets run", style="green")
     if choice.skipped:
         yield Text("  " + " ".join(f"--skip-layers {name}" for name in choice.skipped))
 
@@ -94,10 +94,10 @@ def _change(change: Interval) -> Cell:
 
 
 def chart(profile: SensitivityProfile) -> Canvas:
-    """A row for each layer: the error that it alone brings to the outputs and, where known, what that costs in mAP."""
+    """A row for each layer: the error that it alone brings to the outputs and, where known, its cost in mAP."""
     height = TOP + ROW * len(profile.layers) + BOTTOM
-    what = f"{profile.model}: output error of {len(profile.layers)} layers, each alone in INT8"
-    canvas = Canvas(WIDTH, height, what, "sensitivity")
+    description = f"{profile.model}: output error of {len(profile.layers)} layers, each alone in INT8"
+    canvas = Canvas(WIDTH, height, description, "sensitivity")
     middle = (NAMES + WIDTH - GAP) / 2 if profile.scores else WIDTH - GAP
     bottom = height - BOTTOM
     low, high = decades(row.alone.error for row in profile.layers)
@@ -133,12 +133,12 @@ def _shortened(name: str) -> str:
 
 
 def write_chart(profile: SensitivityProfile, target: Path) -> None:
-    """The chart as an SVG file of its own."""
+    """Write the chart as an SVG file of its own."""
     write_text(page_text(standalone(chart(profile), page_parts()["css"])), target)
 
 
 def write_page(profile: SensitivityProfile, command: str, target: Path) -> None:
-    """Chart, table and choice as one HTML page."""
+    """Write chart, table and choice as one HTML page."""
     page = environment().get_template("sensitivity.html.j2")
     write_text(
         page.render(

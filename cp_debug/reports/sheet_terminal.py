@@ -6,6 +6,7 @@ takes several lines. A pipe or a file has room for every name.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -34,6 +35,7 @@ STYLES: dict[Tone, str] = {
     "worst": "bold red",
     "quiet": "dim",
     "strong": "bold",
+    "differs": "",
 }
 
 
@@ -58,11 +60,11 @@ def lines(sheet: Sheet, width: int, console: Console, *, unlimited: bool = False
     if sheet.title:
         yield Text(sheet.title, style="italic")
     if unlimited:
-        yield from _drawn(sheet, shown, list(range(len(natural))), _in_a_pipe(sheet.columns, natural, width), console)
+        yield from _drawn(sheet, shown, list(range(len(natural))), _in_a_pipe(sheet.columns, natural, width))
     else:
         places, widths = _fitted(sheet.columns, natural, width)
         if widths:
-            yield from _drawn(sheet, shown, places, widths, console)
+            yield from _drawn(sheet, shown, places, widths)
         else:
             yield from _stacked(sheet, shown, places, width, console)
         if len(places) < len(natural):
@@ -166,9 +168,7 @@ def _in_a_pipe(columns: Sequence[Column], natural: Sequence[int], width: int) ->
 _Shown = Sequence[tuple[Row, list[list[str]]]]
 
 
-def _drawn(
-    sheet: Sheet, shown: _Shown, places: Sequence[int], widths: Sequence[int], console: Console
-) -> Iterator[Text]:
+def _drawn(sheet: Sheet, shown: _Shown, places: Sequence[int], widths: Sequence[int]) -> Iterator[Text]:
     """Header and rows with columns of the given widths."""
     columns = [sheet.columns[i] for i in places]
     if any(column.header for column in columns):
@@ -186,7 +186,7 @@ def _drawn(
             if i in names:
                 parts.append([names[i][text] for text in cells[i]])
             elif sheet.columns[i].kind == "text":
-                parts.append([line for text in cells[i] for line in _wrapped(text, width, console)])
+                parts.append([line for text in cells[i] for line in _wrapped(text, width)])
             else:
                 parts.append(cells[i])
         styles = [STYLES[tone_of(row.values[i])] for i in places]
@@ -226,8 +226,34 @@ def _by_name(shown: _Shown, place: int, width: int) -> dict[str, str]:
     return dict(zip(names, shortened(names, width), strict=True))
 
 
-def _wrapped(text: str, width: int, console: Console) -> list[str]:
-    return [line.plain.rstrip() for line in Text(text).wrap(console, max(width, 2), overflow="fold")] or [""]
+def _wrapped(text: str, width: int) -> list[str]:
+    """The text in lines; a word that is too long goes on below behind a dot, a slash or the like, if it has any."""
+    width = max(width, 2)
+    done: list[str] = []
+    line: str | None = None
+    for word in text.split(" "):
+        if line is not None and cell_len(f"{line} {word}") <= width:
+            line = f"{line} {word}"
+            continue
+        if line is not None:
+            done.append(line)
+        *full, line = _broken(word, width)
+        done += full
+    return [*done, line or ""]
+
+
+def _broken(word: str, width: int) -> list[str]:
+    """A word in pieces of at most ``width`` cells."""
+    pieces = [""]
+    for part in re.findall(r"[^./_=,]*[./_=,]+|[^./_=,]+", word):
+        if pieces[-1] and cell_len(pieces[-1] + part) > width:
+            pieces.append("")
+        while cell_len(part) > width:
+            start = _start(part, width) or part[0]
+            pieces[-1:] = [start, ""]
+            part = part[len(start) :]
+        pieces[-1] += part
+    return pieces
 
 
 def _line(

@@ -66,18 +66,20 @@ class Canvas:
         self.width, self.height = width, height
 
     def add(self, template: str, *values: object) -> None:
-        """Any element; ``values`` are escaped into ``template``."""
+        """Add any element; ``values`` are escaped into ``template``."""
         self._parts.append(Markup(template).format(*values))
 
     def line(self, x1: float, y1: float, x2: float, y2: float, kind: str) -> None:
+        """Add a straight line of the CSS class ``kind``."""
         self.add('<line x1="{}" y1="{}" x2="{}" y2="{}" class="{}"/>', x1, y1, x2, y2, kind)
 
     def text(self, x: float, y: float, text: object, kind: str = "", turn: int = 0) -> None:
-        """``turn`` rotates clockwise around the text's anchor, in degrees."""
+        """Add text; ``turn`` rotates it clockwise around its anchor, in degrees."""
         rotate = Markup(' transform="rotate({} {} {})"').format(turn, x, y) if turn else ""
         self.add('<text x="{}" y="{}" class="{}"{}>{}</text>', x, y, kind, rotate, text)
 
     def rect(self, x: float, y: float, width: float, height: float, kind: str, title: str = "") -> None:
+        """Add a rectangle of the CSS class ``kind``, with a tooltip where ``title`` is given."""
         shape = '<rect x="{}" y="{}" width="{}" height="{}" class="{}"'
         place = x, y, round(max(width, 0), 1), round(max(height, 0), 1), kind
         if title:
@@ -86,18 +88,18 @@ class Canvas:
             self.add(shape + "/>", *place)
 
     def path(self, points: Sequence[tuple[float, float]], kind: str, *, closed: bool = False) -> None:
-        """A polyline."""
+        """Add a polyline."""
         if points:
             route = "M" + "L".join(f"{x:g} {y:g}" for x, y in points) + ("Z" if closed else "")
             self.add('<path d="{}" class="{}"/>', route, kind)
 
     def image(self, source: str, x: float, y: float, width: float, height: float) -> None:
-        """An image given as a data URI, its pixels left sharp."""
+        """Add an image given as a data URI, its pixels left sharp."""
         place = '<image href="{}" x="{}" y="{}" width="{}" height="{}" preserveAspectRatio="none" class="pixels"/>'
         self.add(place, source, x, y, width, height)
 
     def axes(self, x: Scale, y: Scale, x_label: str, y_label: str, *, x_ticks: bool = True) -> None:
-        """Ticks, grid lines and names of both axes; ``y`` runs upwards."""
+        """Add ticks, grid lines and names of both axes; ``y`` runs upwards."""
         for value in y.ticks():
             self.line(x.start, y(value), x.end, y(value), "grid")
             self.text(x.start - 6, y(value) + 4, tick_label(value, y.log), "tick end")
@@ -105,7 +107,7 @@ class Canvas:
         self.text(x.start - 44, (y.start + y.end) / 2, y_label, "name middle", turn=-90)
 
     def x_axis(self, x: Scale, bottom: float, label: str, *, ticks: bool = True) -> None:
-        """A horizontal axis with its ticks and name."""
+        """Add a horizontal axis with its ticks and name."""
         for value in x.ticks() if ticks else ():
             self.line(x(value), bottom, x(value), bottom + 4, "axis")
             self.text(x(value), bottom + 17, tick_label(value, x.log), "tick middle")
@@ -118,6 +120,6 @@ class Canvas:
 
 def standalone(canvas: Canvas, css: Markup) -> str:
     """The picture as a file of its own, with the style of the pages inside."""
-    head, _, rest = canvas.__html__().partition(">")
+    head, _, body = canvas.__html__().partition(">")
     head = head.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
-    return str(Markup("{}><style>{}</style>{}").format(Markup(head), css, Markup(rest)))
+    return str(Markup("{}><style>{}</style>{}").format(Markup(head), css, Markup(body)))

@@ -1,4 +1,4 @@
-"""A sweep in a terminal, as a page, and as a table: every kind says what it found as sections of tables."""
+"""A sweep in a terminal, as a page, and as a table: the findings of every kind as sections of tables."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Section:
 
 @singledispatch
 def section(group: Group) -> Section:
-    """A group as people read it."""
+    """The section about a group, dispatched by the kind of the group."""
     raise TypeError(type(group).__name__)
 
 
@@ -201,14 +201,14 @@ def render(result: SweepResult) -> Iterator[RenderableType]:
 
 
 def summary(result: SweepResult) -> str:
-    """One line: what was done when."""
+    """One line about the number of tasks and the time."""
     earlier = result.tasks - result.ran
-    known = f", {earlier} of them in {result.log} already" if earlier else ""
-    return f"{result.kind}: {result.tasks} tasks{known}; {result.seconds:.1f} s"
+    in_log = f", {earlier} of them in {result.log} already" if earlier else ""
+    return f"{result.kind}: {result.tasks} tasks{in_log}; {result.seconds:.1f} s"
 
 
 def render_page(result: SweepResult) -> str:
-    """One HTML file that asks for nothing from a network."""
+    """The page: one HTML file that asks for nothing from a network."""
     template = environment().get_template("sweep.html.j2")
     sections = [section(group) for group in result.groups]
     if result.failures:

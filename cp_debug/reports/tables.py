@@ -105,8 +105,11 @@ def backends_table(records: Sequence[RunRecord]) -> Sheet:
     return Sheet(columns, rows)
 
 
-def stage_table(test: TestResult) -> Sheet:
-    """Coarse view: each stage at its last tensor, as engineers report it, and whether it holds a guilty layer."""
+def stage_table(test: TestResult, *, show_all: bool = False) -> Sheet:
+    """Coarse view: each stage at its last tensor, as engineers report it, and whether it holds a guilty layer.
+
+    Of a model with very many outputs the worst one of each group, unless ``show_all``.
+    """
     rows = [
         (
             name,
@@ -114,9 +117,9 @@ def stage_table(test: TestResult) -> Sheet:
             stage.layer.stats.max_abs,
             stage.layer.stats.mean_abs,
             stage.layer.stats.rel_l2,
-            Cell(stage.verdict, TONES[stage.verdict]),
+            Cell(stage.verdict, TONES[stage.verdict], stage.verdict),
         )
-        for name, stage in _few_stages(test)
+        for name, stage in (((s.name, s) for s in test.stages) if show_all else _few_stages(test))
     ]
     columns = (
         Column("stage", "name"),
@@ -191,6 +194,8 @@ def _replayed(row: LayerRow, figure: str) -> Any:
 def verdict_line(test: TestResult) -> Text:
     """One line: who is guilty, by how much, what of the final divergence that explains; what was not emulated."""
     text = _verdict_line(test)
+    if strange := test.not_finite:
+        text.append(f"; {strange}", "yellow")
     if left_out := test.backend.settings.get("not_emulated"):
         text.append(f"; not emulated, but computed in FP32 and rounded once: {_setting(left_out)}", "yellow")
     return text
@@ -213,6 +218,8 @@ def _verdict_line(test: TestResult) -> Text:
         if test.first_beyond is not None and test.first_beyond.index != first.index:
             text.append(_why_views_differ(test, first, test.first_beyond))
         return text.append(_uncovered(test))
+    if not test.agrees and all(row.within for row in test.outputs) and test.not_finite:
+        return Text.assemble((f"✗ {spec}: nothing is decided", "bold yellow"), f", {test.coverage}{end}")
     if first is not None and not test.agrees:
         style = "bold yellow" if test.oracle else "bold red"
         text = Text.assemble(
@@ -222,7 +229,7 @@ def _verdict_line(test: TestResult) -> Text:
             says = f": {test.remainder}" if test.remainder else ""
             text.append(f"; no layer introduces more than its precision explains{says}")
         return text.append(_uncovered(test))
-    style = "bold yellow" if _uncovered(test) else "bold green"
+    style = "bold yellow" if _uncovered(test) or test.not_finite else "bold green"
     return Text.assemble((f"✓ {spec}: agrees", style), f" within {tolerance}, {test.coverage}{_unpaired(test)}{end}")
 
 

@@ -60,7 +60,7 @@ def verdict(scenario: ScenarioResult) -> Text:
 
 
 def render_junit(result: VerifyResult) -> str:
-    """One suite a scenario: a test case an output, one for the pre-processing."""
+    """One suite for each scenario, with a test case for each output and one for the pre-processing."""
     root = ET.Element("testsuites", name=f"cpdebug verify {result.model}")
     for scenario in result.scenarios:
         why = "; ".join(culprits(scenario))

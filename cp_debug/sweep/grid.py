@@ -10,6 +10,7 @@ from typing import Any
 
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import InputError
+from cp_debug.files import resolved
 from cp_debug.quantization.checkpoint import FILE
 from cp_debug.recipes.abilities import HasData
 from cp_debug.recipes.data.base import DataOptions
@@ -68,11 +69,11 @@ class Grid:
                 files_read.append(checkpoint / FILE if checkpoint.is_dir() else checkpoint)
             if file.endswith((".onnx", ".py")):
                 files_read.append(Path(file))
-                absolute_name = f"{Path(file).resolve()}{colon}{name}"
+                absolute_name = f"{resolved(Path(file))}{colon}{name}"
             yield {
                 "label": model if checkpoint is None else f"{model} · {checkpoint}",
                 "model": absolute_name,
-                "checkpoint": None if checkpoint is None else str(checkpoint.resolve()),
+                "checkpoint": None if checkpoint is None else str(resolved(checkpoint)),
                 "seed": self.seed,
                 "files": digests(files_read),
             }
@@ -88,10 +89,10 @@ class Grid:
                 raise InputError(f"{self.inputs}: {model.name} reads no info files; expected .npz files of its inputs")
             info_digest = digests([self.inputs])
             for index in range(len(model.data(self.inputs, self.samples, self.seed, self.data))):
-                yield {"inputs": str(self.inputs.resolve()), "index": index, "files": info_digest}
+                yield {"inputs": str(resolved(self.inputs)), "index": index, "files": info_digest}
         else:
             for file in sample_files(self.inputs)[: self.samples]:
-                yield {"inputs": str(file.resolve()), "index": 0, "files": digests([file])}
+                yield {"inputs": str(resolved(file)), "index": 0, "files": digests([file])}
 
 
 def sample_files(inputs: Path) -> list[Path]:

@@ -81,7 +81,10 @@ class Log:
                 if not line.endswith(b"\n"):
                     return  # being written
                 try:
-                    yield unsealed(line, "record")
+                    record = unsealed(line, "record")
+                    if not isinstance(record.get("key"), str):
+                        raise InputError("it has no key")
+                    yield record
                 except InputError as error:
                     raise InputError(f"{self.path}: line {number} is no JSON that this sweep wrote ({error})") from None
 

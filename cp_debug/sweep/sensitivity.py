@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from cp_debug.files import resolved
 from cp_debug.mixed_precision.fake_quant_runner import FakeQuantRunner
 from cp_debug.mixed_precision.sensitivity import (
     ALONE,
@@ -46,9 +47,9 @@ def tasks(grid: Grid, quantized: Sequence[Path], *, by_layers: bool) -> Iterator
         for checkpoint in quantized or (None,):
             files = {**subject["files"], **digests([checkpoint] if checkpoint else [])}
             label = subject["label"] if checkpoint is None else f"{subject['label']} · {checkpoint}"
-            settings = {"label": label, "quantized": str(checkpoint.resolve()) if checkpoint else None, **grid.how}
+            settings = {"label": label, "quantized": str(resolved(checkpoint)) if checkpoint else None, **grid.how}
             if by_layers:
-                inputs = None if grid.inputs is None else str(grid.inputs.resolve())
+                inputs = None if grid.inputs is None else str(resolved(grid.inputs))
                 files |= digests([grid.inputs] if grid.inputs and grid.inputs.is_file() else [])
                 about: dict[str, Any] = {"inputs": inputs, "index": 0, "count": grid.samples, "shares": SHARES}
                 cells: list[dict[str, Any]] = [{**about, "share": share, "files": {}} for share in range(SHARES)]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cp_debug.errors import CpdebugError, InputError
-from cp_debug.files import file_hash
+from cp_debug.files import file_hash, resolved
 from cp_debug.version import __version__
 
 KINDS = {
@@ -93,7 +93,7 @@ def worker_name() -> str:
 
 def digests(paths: Iterable[str | Path]) -> dict[str, str]:
     """Absolute path → digest, for the parameters of a task. Raises InputError for a file that is not there."""
-    return {str(path): _digest_now(path) for path in sorted({Path(path).resolve() for path in paths})}
+    return {str(path): _digest_now(path) for path in sorted({resolved(Path(path)) for path in paths})}
 
 
 def check_files(files: Mapping[str, str]) -> None:

@@ -23,6 +23,7 @@ import fuzz_arguments
 import fuzz_deploy
 import fuzz_files
 import fuzz_harness
+import fuzz_more
 import fuzz_onnx
 import fuzz_records
 from fuzz_base import Case, Make
@@ -45,10 +46,18 @@ KINDS: dict[str, tuple[Make, int]] = {
     "outputs": (fuzz_arguments.outputs, 8),
     "callables": (fuzz_arguments.callables, 4),
     "runners": (fuzz_arguments.runners, 3),
+    "onnx-reflected": (fuzz_more.onnx_reflected, 16),
+    "test-models": (fuzz_more.test_models, 8),
+    "numbers": (fuzz_more.numbers, 8),
+    "grammar": (fuzz_more.grammar, 8),
+    "sealed-logs": (fuzz_more.sealed_logs, 5),
+    "caches": (fuzz_more.caches, 5),
+    "strange-values": (fuzz_more.strange_values, 8),
+    "environments": (fuzz_more.environments, 2),
 }
 """Name → (generator, how often)."""
 
-DEAR = {"runners", "infos", "states", "logs"}
+DEAR = {"runners", "infos", "states", "logs", "sealed-logs", "caches", "strange-values"}
 """Kinds of which a case takes seconds: left out of the quick run."""
 
 

@@ -1,4 +1,4 @@
-"""What the runner answers, of which types: its process may be another TensorRT, an older file, or broken."""
+"""Types of the runner's answers, checked because its process may be another TensorRT, an older file, or broken."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Device(TypedDict):
 
 
 class Facts(TypedDict):
-    """Of ``probe``."""
+    """Answer to ``probe``: versions, device and abilities."""
 
     __pydantic_config__ = _OPEN  # type: ignore[misc]
 
@@ -59,7 +59,7 @@ class Layer(TypedDict):
 
 
 class Built(TypedDict):
-    """Of ``build``."""
+    """Answer to ``build``: time, flags, marks and layers of the engine."""
 
     __pydantic_config__ = _OPEN  # type: ignore[misc]
 
@@ -80,7 +80,7 @@ class Written(TypedDict):
 
 
 class Ran(TypedDict):
-    """Of ``run``."""
+    """Answer to ``run``: the tensors written, and the seconds of each run."""
 
     __pydantic_config__ = _OPEN  # type: ignore[misc]
 
@@ -89,7 +89,7 @@ class Ran(TypedDict):
 
 
 class Failure(TypedDict):
-    """Why a step failed."""
+    """Error of a step that failed."""
 
     kind: str
     message: str

@@ -42,10 +42,10 @@ class TensorRTBackend:
         self._facts = self.client.probe(index)
 
     def keeping(self, nodes: Collection[str]) -> TensorRTBackend:
-        """The same backend with these ONNX nodes in FP32."""
-        other = copy.copy(self)
-        other.options = replace(self.options, keep_fp32=frozenset(nodes))
-        return other
+        """A copy of the backend that keeps these ONNX nodes in FP32."""
+        copied = copy.copy(self)
+        copied.options = replace(self.options, keep_fp32=frozenset(nodes))
+        return copied
 
     @property
     def keep_fp32(self) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""TensorRT's own calibrator, for INT8 engines of graphs without Q/DQ nodes: what it is given, and what it chose."""
+"""TensorRT's own calibrator, for INT8 engines of graphs without Q/DQ nodes: its input data and its scales."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def calibration(options: TensorRTOptions, component: str, scratch: Path) -> dict
 
 
 class Ranges(NamedTuple):
-    """What an engine keeps in INT8, and up to which magnitude."""
+    """Values that an engine keeps in INT8, with the magnitudes that they keep."""
 
     layers: Mapping[str, float]
     """ONNX node that multiplies INT8 → the largest magnitude that its input keeps."""
@@ -45,7 +45,7 @@ class Ranges(NamedTuple):
 
 
 LARGEST_CACHE = 64 << 20
-"""Bytes."""
+"""Largest size of a calibration cache, in bytes."""
 
 
 def read_cache(path: Path) -> dict[str, float]:
@@ -68,8 +68,8 @@ def ranges_of(layers: Sequence[EngineLayer], graph: Graph, scales: Mapping[str, 
     """The INT8 part of an engine of ``graph``, by the types in its inspector's ``layers`` and a cache's ``scales``."""
     reading = {node for layer in layers for node in layer.nodes if any(t.dtype == "Int8" for t in layer.inputs)}
     products = {n.name: n.proto.input[0] for n in quantizable(graph) if n.name in reading}
-    held = [name for name, tensor in materialized(layers, graph.values).items() if tensor.dtype == "Int8"]
+    stored_values = [name for name, tensor in materialized(layers, graph.values).items() if tensor.dtype == "Int8"]
     return Ranges(
         {node: LEVELS * scales[value] for node, value in products.items() if value in scales},
-        {value: LEVELS * scales[value] for value in held if value in scales},
+        {value: LEVELS * scales[value] for value in stored_values if value in scales},
     )

@@ -26,11 +26,11 @@ class BuildFailed(InputError):
 
 
 class BuildTimedOut(InputError):
-    """A build took longer than a person allowed."""
+    """A build took longer than ``--build-timeout`` allows."""
 
 
 class ParseFailed(InputError):
-    """TensorRT's parser does not know an operator, or not like this; ``nodes`` are the ONNX nodes it is about."""
+    """TensorRT's parser cannot read an operator, or one of its forms; ``nodes`` are the ONNX nodes concerned."""
 
     def __init__(self, message: str, nodes: Sequence[str]) -> None:
         super().__init__(message)
@@ -55,7 +55,7 @@ class RunnerClient:
         self.spec, self.time_limit = spec, time_limit
         self.on_event: OnEvent = on_event or (lambda event: None)
         self._progress: Mapping[str, Any] = {}
-        """How far the last build was when it told."""
+        """Last progress event of the build: phase, steps done, steps in all."""
         self.python = python or os.environ.get(ENVIRONMENT) or None
         self._interpreter: Interpreter | None = None
         if self.python is not None:
@@ -105,7 +105,7 @@ class RunnerClient:
                 raise self._timed_out(steps[0], limit) from None
             raise self._unavailable(problem) from None
         try:
-            failure, found = _read(result, steps)
+            failure, results = _read(result, steps)
         except InputError as problem:
             self.close()
             reason = f"its runner gave an answer that cannot be read: {problem}"
@@ -114,11 +114,11 @@ class RunnerClient:
             self.close()
             if failure["kind"] == "time" and build_timeout is not None:
                 raise self._timed_out(steps[0], limit)
-            raise _to_exception(self.spec, failure, steps[len(found)])
-        return found
+            raise _to_exception(self.spec, failure, steps[len(results)])
+        return results
 
     def checked(self, kind: Any, results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Results as a type of ``answers``. Raises BackendUnavailable for what is not of it."""
+        """Results as a type of ``answers``. Raises BackendUnavailable for results of another type."""
         try:
             return typed(list[kind], list(results), "")
         except InputError as problem:
@@ -149,7 +149,10 @@ class RunnerClient:
 
 
 def _read(result: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> tuple[Failure | None, list[dict[str, Any]]]:
-    """What went wrong, if anything, and the results up to there. Raises InputError for other answers."""
+    """The failure, if there is one, and the results up to it.
+
+    Raises InputError for answers that do not fit the steps.
+    """
     commands = [step["command"] for step in steps]
     failure: Failure | None = None
     if result.get("error") is not None:
@@ -158,7 +161,7 @@ def _read(result: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> tupl
     if len(result["results"]) != len(commands):
         raise InputError(f"{len(result['results'])} results for {len(commands)} steps")
     answers = zip(commands, result["results"], strict=True)
-    return failure, [typed(dict[str, Any], found, f"result of {c}") for c, found in answers]
+    return failure, [typed(dict[str, Any], answer, f"result of {c}") for c, answer in answers]
 
 
 def _install() -> str:
@@ -201,6 +204,6 @@ def _to_exception(spec: str, error: Failure, step: Mapping[str, Any]) -> Cpdebug
 
 
 def _innermost(traceback: str) -> str:
-    """Where an error was raised: the last frame of Python's traceback."""
+    """Place where an error was raised: the last frame of a Python traceback."""
     frames = [line.strip() for line in traceback.splitlines() if line.startswith("  File ")]
     return frames[-1] if frames else ""

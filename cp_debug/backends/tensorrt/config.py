@@ -1,4 +1,4 @@
-"""How an engine is built, as data: decided from what is asked for and the version, before any library is loaded.
+"""Build settings of an engine as data, decided from the request and the version before any library is loaded.
 
 Two typing regimes exist. *Weakly typed* (8.6 to 10): the graph is FP32, flags allow lower precisions, constraints pin
 layers. *Strongly typed* (on request from 10, always from 11): every type comes from the ONNX graph, which cast surgery
@@ -14,12 +14,12 @@ from typing import Any
 from cp_debug.errors import BackendUnavailable, InputError
 
 STRONG_ONLY = (11,)
-"""From this version on, precision flags, layer precisions and calibrators are gone."""
+"""First version without precision flags, layer precisions and calibrators."""
 STRONG_POSSIBLE = (10,)
 BF16_FLAG = (10,)
 UNFUSED_DEBUG_TENSORS = (10, 12)
 OPSET_17 = (8,)
-"""Up to this version the ONNX parser was written for opset 17."""
+"""Last version whose ONNX parser was written for opset 17."""
 
 _WEAK_FLAGS: dict[str, tuple[str, ...]] = {
     "fp32": (),
@@ -44,7 +44,7 @@ class BuildConfig:
     layer_precisions: Mapping[str, str] = field(default_factory=dict)
     """ONNX node → ``FLOAT``: layers pinned to FP32 while flags allow less."""
     unfused_debug_tensors: bool = False
-    """This version can show what it did not fuse without changing the engine."""
+    """Whether this version can show unfused tensors without changing the engine."""
 
     def step(self) -> dict[str, Any]:
         """The part of the runner's ``build`` step that this decides."""
@@ -69,8 +69,9 @@ def decide(
     """The build configuration of ``trt-<variant>`` on a TensorRT version (``8.6.0``, ``10.12.0.36`` …).
 
     ``quantized``: the graph has Q/DQ nodes. ``calibrated``: TensorRT's calibrator has a cache or data for it.
-    ``keep_fp32``: ONNX nodes that stay FP32. ``fp16_fallback``: of INT8, what is not quantized may run in FP16, where
-    the network is weakly typed. Raises InputError or BackendUnavailable where the version has no way to do it.
+    ``keep_fp32``: ONNX nodes that stay FP32. ``fp16_fallback``: layers of an INT8 engine that are not quantized
+    may run in FP16, where the network is weakly typed. Raises InputError or BackendUnavailable where the version has no
+    way to do it.
     """
     release = _release(version)
     strong = strongly_typed or release >= STRONG_ONLY

@@ -5,16 +5,30 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cp_debug.errors import InputError
+from typing_extensions import TypedDict
+
+from cp_debug.backends.tensorrt.answers import Built
+from cp_debug.errors import InputError, in_one_line
 from cp_debug.files import complete_path, file_hash, key_of, write_text
+from cp_debug.reading import check_file, read_json, typed
 
 LARGEST = 20 << 30
 """Bytes of engines that are kept: beyond, those that were not used for longest are removed."""
+LARGEST_ENTRY = 256 << 20
+"""Bytes of what the build of one engine told."""
+
+
+class Entry(TypedDict):
+    """What lies beside an engine."""
+
+    key: str
+    sha256: str
+    facts: Built
 
 
 def default_folder() -> Path:
@@ -32,9 +46,13 @@ class EngineCache:
     """
 
     folder: Path
+    on_say: Callable[[str], None] = field(default=lambda text: None, compare=False, repr=False)
+    """Told of entries that cannot be used."""
 
     @classmethod
-    def open(cls, folder: Path, *, asked: bool) -> EngineCache | None:
+    def open(
+        cls, folder: Path, *, asked: bool, on_say: Callable[[str], None] = lambda text: None
+    ) -> EngineCache | None:
         """The cache in ``folder``, which is made. Where it cannot be written: InputError when a person ``asked`` for
         that folder, else None."""
         try:
@@ -46,7 +64,7 @@ class EngineCache:
             if not asked:
                 return None
             raise InputError(f"--cache: {folder} cannot be written ({error.strerror or error})") from None
-        return cls(folder)
+        return cls(folder, on_say)
 
     @staticmethod
     def key(parts: Mapping[str, Any]) -> str:
@@ -58,35 +76,59 @@ class EngineCache:
         return self.folder / f"{self.key(parts)}.timings"
 
     def get(self, key: str) -> tuple[Path, dict[str, Any]] | None:
-        """The engine's file and what its build told; None where there is none, or it is not as it was written."""
+        """The engine's file and what its build told; None where there is none.
+
+        An entry that is not as this class writes one is none either, and is told: cut off, changed, written for other
+        settings, a link or anything else that is no file.
+        """
         engine, told = self.folder / f"{key}.engine", self.folder / f"{key}.json"
-        try:
-            document = json.loads(told.read_text(encoding="utf-8"))
-            facts = dict(document["facts"])
-            if document["sha256"] != file_hash(engine):
-                return None
-            os.utime(engine)
-        except (OSError, ValueError, KeyError, TypeError):
+        if not (os.path.lexists(engine) and os.path.lexists(told)):
             return None
-        return engine, facts
+        try:
+            for path in (engine, told):
+                if path.is_symlink():
+                    raise InputError(f"{path}: is a symbolic link; expected a file")
+            entry: Entry = typed(
+                Entry, read_json(told, what="entry of the engine cache", most=LARGEST_ENTRY), str(told)
+            )
+            if entry["key"] != key:
+                raise InputError(f"{told}: written for other settings, or another GPU")
+            check_file(engine, "engine")
+            if entry["sha256"] != file_hash(engine):
+                raise InputError(f"{engine}: not the engine that was written here: cut off, or changed since")
+            os.utime(engine)
+        except (InputError, OSError) as error:
+            self.on_say(f"engine cache: built anew: {in_one_line(error)}")
+            return None
+        return engine, dict(entry["facts"])
 
     def put(self, key: str, engine: Path, facts: Mapping[str, Any]) -> None:
         """Keep a copy of an engine. A full disk is no reason to stop: then it is not kept."""
         target = self.folder / f"{key}.engine"
         try:
+            for path in (target, target.with_suffix(".json")):
+                _make_room(path)
             with complete_path(target) as partial:
                 shutil.copyfile(engine, partial)
-            document = {"sha256": file_hash(target), "facts": dict(facts)}
+            document = {"key": key, "sha256": file_hash(target), "facts": dict(facts)}
             write_text(json.dumps(document) + "\n", self.folder / f"{key}.json")
-        except InputError:
+        except (InputError, OSError):
             return
         self._trim()
 
     def _trim(self) -> None:
         files = sorted(self.folder.glob("*.engine"), key=lambda path: path.stat().st_mtime, reverse=True)
-        held = 0
+        total = 0
         for path in files:
-            held += path.stat().st_size
-            if held > LARGEST:
+            total += path.stat().st_size
+            if total > LARGEST:
                 path.unlink(missing_ok=True)
                 path.with_suffix(".json").unlink(missing_ok=True)
+
+
+def _make_room(path: Path) -> None:
+    """Remove what is no file, so that a file can take its place."""
+    if path.is_symlink() or (path.exists() and not path.is_file() and not path.is_dir()):
+        path.unlink()
+    elif path.is_dir():
+        shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""Engines run in the runner's process, and what they wrote read back."""
+"""Runs of engines in the runner's process, and reading of the results that they wrote."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cp_debug.probes.distance import relative_l2
 from cp_debug.reading import read_npy
 
 RUNS = 20
-"""Further runs of the plain engine, for its time."""
+"""Further runs of the plain engine that measure its time."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class RanEngine:
     written: dict[str, Path]
     """Value → file."""
     seconds: list[float]
-    """Of every run."""
+    """Seconds of every run."""
 
 
 class EngineRuns:
@@ -128,12 +128,12 @@ class EngineRuns:
         return outputs
 
 
-def fits_shape(found: tuple[int, ...], declared: tuple[int | str | None, ...] | None) -> bool:
+def fits_shape(actual: tuple[int, ...], declared: tuple[int | str | None, ...] | None) -> bool:
     """Whether an array may have this shape, as far as a graph says."""
     if declared is None:
         return True
-    sizes = zip(declared, found, strict=False)
-    return len(found) == len(declared) and all(not isinstance(size, int) or size == real for size, real in sizes)
+    sizes = zip(declared, actual, strict=False)
+    return len(actual) == len(declared) and all(not isinstance(size, int) or size == real for size, real in sizes)
 
 
 def output_distance(reference: Mapping[Any, np.ndarray], test: Mapping[Any, np.ndarray]) -> float:

@@ -32,14 +32,14 @@ Profile = tuple[Sequence[int], Sequence[int], Sequence[int]]
 
 _NETWORK_TYPES = {"Half": "HALF", "BF16": "BF16"}
 AGAIN = "-rebuilt.engine"
-"""How the file of an engine ends that is built a second time."""
+"""End of the file name of an engine that is built a second time."""
 _LOW = {"fp16": "HALF", "bf16": "BF16", "best": "HALF"}
 _WANTED = {"fp16": "Half", "bf16": "BF16", "int8": "Int8"}
 
 
 @dataclass(frozen=True)
 class Engine:
-    """A built engine file and what its build told."""
+    """A built engine file and the report of its build."""
 
     path: Path
     layers: tuple[EngineLayer, ...]
@@ -55,7 +55,7 @@ class EngineBuilder:
     config: BuildConfig
     variant: str
     graph: Graph
-    """What TensorRT is given: after cast surgery, where the precision comes from the graph."""
+    """Graph that TensorRT reads: after cast surgery, where the precision comes from the graph."""
     values: tuple[str, ...]
     """The values of the program's own graph that may be probed."""
     folder: Path
@@ -90,15 +90,17 @@ class EngineBuilder:
         return Engine(engine, tuple(parse_layers(facts.pop("layers"), nodes)), facts)
 
     def _key(self, name: str, probes: Mapping[str, Any], profiles: Mapping[str, Profile]) -> str | None:
-        """What the engine depends on; None where that is more than can be known. An engine that is built to see whether
-        building again gives the same has a key of its own."""
+        """Cache key of all that the engine depends on; None where that is more than can be known.
+
+        An engine that is built to see whether building again gives the same has a key of its own.
+        """
         if self.cache is None or self.step.get("calibration"):
             return None
         step = {k: v for k, v in self.step.items() if k != "timing_cache"}
         parts = {"graph": self.graph.digest, "step": {**self.config.step(), **step}, "probes": probes}
-        again = name.endswith(AGAIN)
+        is_rebuild = name.endswith(AGAIN)
         more = {"profiles": profiles, "machine": self.machine, "runner": file_hash(Path(runner.__file__))}
-        return self.cache.key({**parts, **more, "again": again})
+        return self.cache.key({**parts, **more, "again": is_rebuild})
 
     def _built(
         self, name: str, probes: Mapping[str, Any], profiles: Mapping[str, Profile]
@@ -117,9 +119,9 @@ class EngineBuilder:
 
 
 def to_exclude(graph: Graph, *, calibrated: bool) -> str:
-    """What to leave out of INT8 when a build failed: transposed convolutions, which some versions cannot build.
+    """Advice on a failed build: which transposed convolutions to leave out of INT8; empty where that is not the cause.
 
-    ``calibrated``: by TensorRT, which chooses what runs in INT8, Q/DQ pairs or not.
+    Some versions cannot build them. ``calibrated``: TensorRT's calibrator chooses what runs in INT8, Q/DQ pairs or not.
     """
     upsampling = [node for node in graph.nodes if node.op == "ConvTranspose"]
     quantized = [
@@ -130,8 +132,8 @@ def to_exclude(graph: Graph, *, calibrated: bool) -> str:
     if quantized:
         return f"TensorRT 8.6 builds no ConvTranspose in INT8: leave {', '.join(quantized)} unquantized (--skip-layers)"
     if calibrated and upsampling:
-        kept = " ".join(f"--keep-fp32 {node.name}" for node in upsampling)
-        return f"TensorRT 8.6 builds no ConvTranspose in INT8, and a calibrator asks for that: try {kept}"
+        flags = " ".join(f"--keep-fp32 {node.name}" for node in upsampling)
+        return f"TensorRT 8.6 builds no ConvTranspose in INT8, and a calibrator asks for that: try {flags}"
     return ""
 
 
@@ -185,11 +187,11 @@ class EngineSet:
     @property
     def realised(self) -> bool:
         """Whether any layer runs in the precision asked for, as far as layers tell."""
-        wanted = _WANTED.get(self._builder.variant)
+        wanted_type = _WANTED.get(self._builder.variant)
         if self._builder.variant == "tf32":
             multiplied = {layer.tactic.multiplies for layer in self.plain.layers} - {None}
             return not multiplied or "tf32" in multiplied
-        return wanted is None or not self.types or wanted in self.types
+        return wanted_type is None or not self.types or wanted_type in self.types
 
     @property
     def exposed(self) -> set[str]:
@@ -240,10 +242,10 @@ class EngineSet:
         return self.probed
 
     def variation(self, builder: EngineBuilder, file: str, marks: Collection[str], wide: Collection[str]) -> Engine:
-        """An engine of the same shapes by another builder, showing ``marks``; those of ``wide`` in FP32."""
+        """An engine of the same shapes by another builder that shows ``marks``, those of ``wide`` in FP32."""
         low = _LOW.get(builder.variant, "") if builder.config.regime == "weak" else ""
-        known = self._boundaries()
-        tensors = {name: known.get(name) or {"dtype": "" if name in wide else low, "format": ""} for name in marks}
+        boundaries = self._boundaries()
+        tensors = {name: boundaries.get(name) or {"dtype": "" if name in wide else low, "format": ""} for name in marks}
         probes = {"method": "outputs", "tensors": tensors} if tensors else {}
         (engine,) = builder.build([(file, probes)], self._profiles)
         return engine
@@ -253,8 +255,10 @@ class EngineSet:
         return f"{self._name}-probed.engine", probes
 
     def unmark_changed(self) -> bool:
-        """Build the probed engine anew, without marks on what the layers that marking changed put out, the second time
-        also on what they read. False where that helps no more.
+        """Build the probed engine anew with fewer marks; False where that helps no more.
+
+        The outputs of the layers that marking changed are no longer marked, and the second time neither are their
+        inputs.
         """
         if self.unfused or self._show_all or self.probed is None:
             return False
@@ -303,11 +307,11 @@ class EngineSet:
         )
 
     def _boundaries(self) -> dict[str, dict[str, str]]:
-        """What to mark, and as what: outputs are linear, and FP32 where typing is weak, unless said otherwise, which
-        could make TensorRT choose another kernel.
+        """Value → the type and format as which it is marked.
 
-        TensorRT 8 cannot put out what a quantizer made: what goes into it is marked instead. What its own calibrator
-        keeps in INT8 is marked as FP32.
+        Outputs are linear, and FP32 where typing is weak, unless said otherwise, which could make TensorRT choose
+        another kernel. TensorRT 8 cannot put out the result of a quantizer: its input is marked instead. Values that
+        its own calibrator keeps in INT8 are marked as FP32.
         """
         builder = self._builder
         marks: dict[str, dict[str, str]] = {}

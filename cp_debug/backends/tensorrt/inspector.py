@@ -68,7 +68,7 @@ class EngineLayer:
 
     @property
     def program(self) -> str:
-        """What it runs: kernels without a name, such as pointwise ones, are told apart by their types."""
+        """Tactic with its types: kernels without a name, such as pointwise ones, are told apart by types."""
         types = (tensor.dtype for tensor in (*self.inputs, *self.outputs))
         return " ".join((self.tactic.name, self.tactic_id, *types))
 
@@ -87,19 +87,19 @@ class EngineLayer:
 
 
 def parse_layers(layers: Sequence[Any], nodes: Collection[str]) -> list[EngineLayer]:
-    """The ``"Layers"`` list of the inspector's JSON. ``nodes``: the ONNX graph's node names.
+    r"""The layers in the ``"Layers"`` list of the inspector's JSON. ``nodes``: the ONNX graph's node names.
 
     Layers are joined to nodes by metadata (``[ONNX Layer: a]\\x1f[ONNX Layer: b]``), and by the parts of their name
     where there is none. An engine built without detailed verbosity gives bare names, which are kept as such.
     """
-    known = frozenset(nodes)
-    return [_layer({"Name": entry} if isinstance(entry, str) else entry, known) for entry in layers]
+    node_names = frozenset(nodes)
+    return [_layer({"Name": entry} if isinstance(entry, str) else entry, node_names) for entry in layers]
 
 
 def materialized(layers: Iterable[EngineLayer], values: Collection[str]) -> dict[str, EngineTensor]:
     """The graph ``values`` that layers write to memory, as they are there, in the layers' order."""
-    known = frozenset(values)
-    return {t.name: t for layer in layers for t in layer.outputs if t.name in known}
+    value_names = frozenset(values)
+    return {t.name: t for layer in layers for t in layer.outputs if t.name in value_names}
 
 
 def realised_precision(layers: Iterable[EngineLayer]) -> dict[str, float]:
@@ -124,7 +124,7 @@ def fusions(layers: Iterable[EngineLayer]) -> dict[frozenset[str], str]:
 
 @dataclass(frozen=True)
 class EngineDifference:
-    """How a second build differs from the first."""
+    """Differences of a second build from the first."""
 
     fusions: tuple[str, ...]
     """Groups of nodes, joined by `` + ``, that the first build fuses and the second does not."""
@@ -133,6 +133,7 @@ class EngineDifference:
 
     @property
     def same(self) -> bool:
+        """Whether both builds fuse alike and have the same kernels."""
         return not self.fusions and not self.tactics
 
 
@@ -153,13 +154,13 @@ def changed_nodes(first: Iterable[EngineLayer], second: Iterable[EngineLayer]) -
 
 def _layer(entry: Mapping[str, Any], known: frozenset[str]) -> EngineLayer:
     name, kind = entry["Name"], entry.get("LayerType", "")
-    found = _ONNX_LAYER.findall(entry.get("Metadata") or "") or _parts(name)
+    layer_nodes = _ONNX_LAYER.findall(entry.get("Metadata") or "") or _parts(name)
     if kind in ("Reformat", "NoOp"):
-        found = []  # their name quotes the layer that they serve
+        layer_nodes = []  # their name quotes the layer that they serve
     return EngineLayer(
         name=name,
         kind=kind,
-        nodes=tuple(dict.fromkeys(node for node in found if node in known)),
+        nodes=tuple(dict.fromkeys(node for node in layer_nodes if node in known)),
         inputs=tuple(_tensor(t) for t in entry.get("Inputs") or ()),
         outputs=tuple(_tensor(t) for t in entry.get("Outputs") or ()),
         tactic=decode(entry.get("TacticName") or ""),

@@ -1,4 +1,4 @@
-"""What the command line can say about TensorRT."""
+"""Settings of the TensorRT backends, as the command line sets them."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class TensorRTOptions:
     """Dynamic input → smallest, optimal, largest shape; names that a component does not have are ignored."""
     workspace_mib: int | None = None
     timing_cache: Path | None = None
-    """Kept and reused; None takes one that lives as long as this process."""
+    """File of kernel timings, kept and reused; None takes one that lives as long as this process."""
     calibration_cache: Path | None = None
-    """What TensorRT's calibrator found, read where it exists and else written: a file, or, without a suffix, a folder
-    of ``<component>.cache``. None keeps it as long as the session."""
+    """Scales that TensorRT's calibrator found, read where they exist and else written: a file, or, without a suffix, a
+    folder of ``<component>.cache``. None keeps them as long as the session."""
     calibration_data: Path | None = None
     """Folder of ``<component>/*.npz``, one array an input, for the calibrator of INT8 where there is no cache."""
     calibrator: Literal["entropy", "minmax"] = "entropy"
     cache: EngineCache | None = None
-    """Where built engines and their timings are kept; None builds each anew."""
+    """Cache of built engines and their timings; None builds each engine anew."""
     builder_level: int | None = None
-    """How hard the builder optimizes, 0 to 5; None leaves it to TensorRT."""
+    """Optimization level of the builder, 0 to 5; None leaves it to TensorRT."""
     build_timeout: float | None = None
     """Seconds for one build; None has no limit of its own."""
     time_limit: float = 3600.0

@@ -28,7 +28,7 @@ class PrebuiltBackend:
         return PrebuiltSession(self.builder.client, program, self._files[program.name], self.builder.options.device)
 
     def versions(self) -> dict[str, str]:
-        """Those of the backend."""
+        """Versions of TensorRT, its Python and numpy, the GPU and its driver's CUDA version."""
         return self.builder.versions()
 
 
@@ -46,7 +46,7 @@ class PrebuiltSession:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """Which file it is; what it was built with stands in the manifest beside it."""
+        """Path of the engine file; the manifest beside it has the settings of its build."""
         return {"engine": str(self._file)}
 
     def run(

@@ -16,9 +16,9 @@ from cp_debug.probes.arrays import Tensor, as_numpy
 from cp_debug.probes.distance import relative_l2
 
 FACTOR = 4.0
-"""How many times further than its emulation a value may be from the exact one."""
+"""Factor by which a value may be further from the exact one than its emulation is."""
 NOISE = 1e-6
-"""Another order of summation in FP32, where the emulation rounds nothing."""
+"""Distance that another order of summation in FP32 explains, where the emulation rounds nothing."""
 _PAIRS: Mapping[str, tuple[Arithmetic, Arithmetic]] = {
     "fp32": (FP64, FP32),
     "tf32": (FP32, TF32),
@@ -27,7 +27,7 @@ _PAIRS: Mapping[str, tuple[Arithmetic, Arithmetic]] = {
     "best": (FP32, FP16),
     "int8": (INT8, TF32),  # rounding flips some ticks of the graph's own quantizers
 }
-"""Variant → what is exact, and what the engine is expected to be."""
+"""Variant → exact arithmetic, and the arithmetic expected of the engine."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Visited:
 
     value: str
     distance: float
-    """From the exact value."""
+    """Distance from the exact value."""
     limit: float
-    """What rounding explains."""
+    """Distance that rounding explains."""
     gap: float
-    """Of this engine's outputs from the plain one's."""
+    """Distance of this engine's outputs from the plain one's."""
 
     @property
     def departs(self) -> bool:
@@ -50,7 +50,7 @@ class Visited:
 
 @dataclass
 class Search:
-    """What was looked at, in that order, and what came of it."""
+    """Values that were looked at, in that order, and the first one that departs."""
 
     first: str | None = None
     """The first value found that departs."""
@@ -63,7 +63,7 @@ class Search:
 
 
 class Expected:
-    """How far each of ``values`` may be from the exact one when the whole graph is rounded as the variant says."""
+    """Distances up to which each of ``values`` may be from the exact one when the whole graph is rounded."""
 
     def __init__(self, graph: Graph, variant: str, inputs: Mapping[str, np.ndarray], values: Collection[str]) -> None:
         exact, rounded = _PAIRS[variant]
@@ -73,7 +73,7 @@ class Expected:
         self._run(graph, rounded, inputs, values, self._limit)
 
     def distance(self, value: str, array: np.ndarray) -> float:
-        """Relative L2 of an array of that name; infinite for NaN and Inf that are not in the exact one."""
+        """Relative L2 distance from the exact value; infinite for NaN and Inf that are not in the exact one."""
         return relative_l2(array, self._exact[value])
 
     def limit(self, value: str) -> float:
@@ -104,14 +104,14 @@ def search(values: Sequence[str], expected: Expected, look: Callable[[str], tupl
     and the distance of the outputs from the plain engine's. What departs is taken to stay departed downstream: where
     that fails, the value found departs all the same, and the one before it in the order does not.
     """
-    found = Search()
+    result = Search()
 
     def departs(value: str) -> bool:
         array, gap = look(value)
-        seen = Visited(value, expected.distance(value, array), expected.limit(value), gap)
-        found.visited.append(seen)
-        return seen.departs
+        looked_at = Visited(value, expected.distance(value, array), expected.limit(value), gap)
+        result.visited.append(looked_at)
+        return looked_at.departs
 
     place = bisect_left(values, True, key=departs)
-    found.first = values[place] if place < len(values) else None
-    return found
+    result.first = values[place] if place < len(values) else None
+    return result

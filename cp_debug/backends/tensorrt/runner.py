@@ -41,10 +41,10 @@ NUMPY_TYPES = {
 
 
 class RunnerFailure(Exception):
-    """What went wrong, for people.
+    """A failed step, with a message for people.
 
     ``kind`` is one of import, unsupported, parse, build, kernel, memory, engine, input, device, time, internal;
-    ``nodes`` are the ONNX nodes it is about.
+    ``nodes`` are the ONNX nodes concerned.
     """
 
     def __init__(self, kind: str, message: str, nodes: Iterable[str] = ()) -> None:
@@ -52,6 +52,7 @@ class RunnerFailure(Exception):
         self.kind, self.message, self.nodes = kind, message, list(nodes)
 
     def to_dict(self) -> dict[str, Any]:
+        """JSON-safe, for ``result.json``."""
         return {"kind": self.kind, "message": self.message, "nodes": self.nodes}
 
 
@@ -126,18 +127,21 @@ class Cuda:
         return address
 
     def upload(self, array: np.ndarray) -> int:
+        """Copy an array to new device memory; returns its address."""
         pointer = self.allocate(array.nbytes)
         source = ctypes.c_void_p(array.ctypes.data)
         self._call("cudaMemcpy", ctypes.c_void_p(pointer), source, ctypes.c_size_t(array.nbytes), self.HOST_TO_DEVICE)
         return pointer
 
     def download(self, pointer: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """Copy device memory at ``pointer`` into a new array."""
         array = np.empty(shape, dtype)
         target = ctypes.c_void_p(array.ctypes.data)
         self._call("cudaMemcpy", target, ctypes.c_void_p(pointer), ctypes.c_size_t(array.nbytes), self.DEVICE_TO_HOST)
         return array
 
     def synchronize(self, stream: int | None = None) -> None:
+        """Wait for a CUDA stream, by default the job's own."""
         self._call("cudaStreamSynchronize", ctypes.c_void_p(self.stream if stream is None else stream))
 
     def free(self) -> None:
@@ -146,6 +150,7 @@ class Cuda:
             self.lib.cudaFree(ctypes.c_void_p(self.pointers.pop()))
 
     def close(self) -> None:
+        """Free all memory and the stream."""
         self.free()
         self.lib.cudaStreamDestroy(ctypes.c_void_p(self.stream))
 
@@ -171,6 +176,7 @@ class Job:
         trt.init_libnvinfer_plugins(self.logger, "")
 
     def log(self, level: str, text: str) -> None:
+        """Take one of TensorRT's log messages: keep errors, count tactics, pass the others on."""
         if level in ("ERROR", "INTERNAL_ERROR"):
             self.errors.append(text)
         if level == "VERBOSE" and self.count_tactics:
@@ -180,16 +186,17 @@ class Job:
 
     def _count(self, text: str) -> None:
         """Progress of builders that report none: their log names each kernel that they time."""
-        found = re.search(r"Timing Runner: (.+?) \(", text)
-        if found is None:
+        match = re.search(r"Timing Runner: (.+?) \(", text)
+        if match is None:
             return
         self.tactics += 1
         now = time.monotonic()
         if now - self.told >= 0.5:
             self.told = now
-            self.emit({"event": "progress", "phase": "timing " + found.group(1)[:80], "done": self.tactics, "steps": 0})
+            self.emit({"event": "progress", "phase": "timing " + match.group(1)[:80], "done": self.tactics, "steps": 0})
 
     def out_of_time(self) -> bool:
+        """Whether the job's time is up."""
         return self.deadline is not None and time.monotonic() > self.deadline
 
     def member(self, enum: str, name: str) -> Any:
@@ -579,7 +586,7 @@ def _build_failure(job: Job) -> RunnerFailure:
 
 
 def _inspect(job: Job, step: Step) -> list[dict[str, Any]]:
-    """What the inspector says of the file ``engine``, layer by layer."""
+    """The inspector's description of the file ``engine``, layer by layer."""
     trt, engine = job.trt, _load_engine(job, step["engine"])
     inspector = engine.create_engine_inspector()
     profiles = step.get("profiles") or {}
@@ -673,7 +680,7 @@ def _feed(job: Job, cuda: Cuda, engine: Any, context: Any, name: str, files: dic
 
 
 class Layout:
-    """How a tensor (N, C, H, W) of a ``TensorFormat`` lies in memory. Channels come last, or in vectors, padded."""
+    """Memory layout of a tensor (N, C, H, W) in a ``TensorFormat``: channels last, or in vectors, padded."""
 
     def __init__(self, name: str, shape: tuple[int, ...]) -> None:
         match = re.match(r"(HWC|CHW)(\d*)$", name) if len(shape) == 4 else None
@@ -687,6 +694,7 @@ class Layout:
             self.memory = (n, h, w, blocks * vector) if self.order == "HWC" else (n, blocks, h, w, vector)
 
     def to_linear(self, memory: np.ndarray) -> np.ndarray:
+        """The tensor (N, C, H, W), contiguous and without padding, from an array in this layout."""
         if self.order == "HWC":
             memory = np.moveaxis(memory, 3, 1)
         elif self.order == "CHW":

@@ -18,7 +18,7 @@ from cp_debug.backends.build_info import BuildInfo
 from cp_debug.backends.tensorrt.calibration import Ranges, calibration, ranges_of, read_cache
 from cp_debug.backends.tensorrt.client import BuildTimedOut, RunnerClient
 from cp_debug.backends.tensorrt.config import decide
-from cp_debug.backends.tensorrt.engine_runs import RUNS, EngineRuns, RanEngine, output_distance
+from cp_debug.backends.tensorrt.engine_runs import RUNS, EngineRuns, output_distance
 from cp_debug.backends.tensorrt.engines import Engine, EngineBuilder, EngineSet, Profile
 from cp_debug.backends.tensorrt.inspector import EngineLayer
 from cp_debug.backends.tensorrt.options import TensorRTOptions
@@ -98,26 +98,27 @@ class EngineSession:
 
     def _open(self, variant: str, version: str, keep_fp32: Collection[str], file: str = "typed.onnx") -> EngineBuilder:
         """``file``: where the graph goes when its types must be written into it."""
-        own, options, folder = self._own, self._options, Path(self._folder.name)
-        if variant == "int8" and self._quantized and own.precision != "int8":
+        source_graph, options, folder = self._own, self._options, Path(self._folder.name)
+        if variant == "int8" and self._quantized and source_graph.precision != "int8":
             # No layer of this component is quantized, and TensorRT 8 builds nothing with the INT8 flag and no scale.
             variant = "fp16" if options.fp16_fallback else "fp32"
         calibrated = None
         if variant in ("int8", "best") and not self._quantized:
             calibrated = calibration(options, self._component, folder)
-        kept = frozenset(keep_fp32) & {node.name for node in own.nodes}  # the others are of other components
+        # Names that are not in this graph belong to other components.
+        kept_nodes = frozenset(keep_fp32) & {node.name for node in source_graph.nodes}
         config = decide(
             variant,
             version,
             strongly_typed=options.strongly_typed,
             quantized=self._quantized,
             calibrated=calibrated is not None,
-            keep_fp32=kept,
+            keep_fp32=kept_nodes,
             fp16_fallback=options.fp16_fallback,
         )
-        graph = own
+        graph = source_graph
         if config.graph_precision is not None:
-            graph = Graph(cast_surgery(own, config.graph_precision, kept, folder / file))
+            graph = Graph(cast_surgery(source_graph, config.graph_precision, kept_nodes, folder / file))
         step = {
             "device": options.device,
             "workspace_mib": options.workspace_mib,
@@ -125,7 +126,7 @@ class EngineSession:
             "calibration": calibrated,
             "builder_level": options.builder_level,
         }
-        values = tuple(data_values(own))
+        values = tuple(data_values(source_graph))
         cache, limit = options.cache, options.build_timeout
         return EngineBuilder(
             self._client, config, variant, graph, values, folder, step, dict(self._machine), cache, limit
@@ -145,7 +146,7 @@ class EngineSession:
 
     @property
     def exposed(self) -> Collection[str]:
-        """What the engine writes to memory; before a dynamic graph's first run, every value of the graph."""
+        """Values that the engine writes to memory; before a dynamic graph's first run, every value of the graph."""
         if not self._sets:
             return self._own.tensors
         return self._latest.exposed | {v.name for v in self._own.outputs}
@@ -165,7 +166,7 @@ class EngineSession:
 
     @property
     def ranges(self) -> Ranges | None:
-        """What TensorRT's own calibrator made of the engine last used; None where it was not asked."""
+        """INT8 ranges of the engine last used, by TensorRT's own calibrator; None where it was not asked."""
         calibrated = self._builder.step["calibration"]
         if calibrated is None or not self._sets:
             return None
@@ -173,14 +174,18 @@ class EngineSession:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """Regime and flags as read back, caches, and all that ``build_info`` has."""
+        """Regime and flags as read back, caches, and all fields of ``build_info``."""
         config = self._builder.config
-        own = {"regime": config.regime, "network_flags": list(config.network_flags), "probes": self._options.probes}
-        return {**own, **(self.build_info.to_settings() if self.build_info else {})}
+        session_settings = {
+            "regime": config.regime,
+            "network_flags": list(config.network_flags),
+            "probes": self._options.probes,
+        }
+        return {**session_settings, **(self.build_info.to_settings() if self.build_info else {})}
 
     @property
     def build_info(self) -> BuildInfo | None:
-        """Of the engine last used; None before the first run of a dynamic graph without a profile."""
+        """Facts about the engine last used; None before the first run of a dynamic graph without a profile."""
         return self._latest.build_info() if self._sets else None
 
     def run(
@@ -221,15 +226,15 @@ class EngineSession:
         except BuildTimedOut as stopped:
             return self._plain_alone(engines, inputs, folder, str(stopped))
         others = [engines.plain, rebuilt] if engines.gap is None else []
-        ran, *plain = self._execute([probed, *others], inputs, folder, wanted, engines.unfused)
+        ran, *plain = self._runs.execute([e.path for e in (probed, *others)], inputs, folder, wanted, engines.unfused)
         if plain:
-            reference, again = (self._runs.outputs(run.written) for run in plain)
-            engines.floor = output_distance(reference, again)
+            reference, rebuilt_outputs = (self._runs.outputs(run.written) for run in plain)
+            engines.floor = output_distance(reference, rebuilt_outputs)
             engines.run_seconds = median(plain[0].seconds)
             engines.gap = output_distance(reference, self._runs.outputs(ran.written))
             while engines.gap > engines.floor and engines.unmark_changed():
                 place = Path(tempfile.mkdtemp(dir=folder))
-                (ran,) = self._execute([engines.observed()[1]], inputs, place, wanted)
+                (ran,) = self._runs.execute([engines.observed()[1].path], inputs, place, wanted)
                 engines.gap = output_distance(reference, self._runs.outputs(ran.written))
         return ran.written
 
@@ -237,18 +242,20 @@ class EngineSession:
         self, engines: EngineSet, inputs: Mapping[str, np.ndarray], folder: Path, why: str
     ) -> dict[str, Path]:
         """Files of the plain engine's outputs; nothing inside is shown, for the reason ``why``."""
-        (ran,) = self._execute([engines.plain], inputs, folder, repeat=RUNS)
+        (ran,) = self._runs.execute([engines.plain.path], inputs, folder, repeat=RUNS)
         engines.stopped, engines.gap, engines.floor = why, 0.0, 0.0
         engines.run_seconds = median(ran.seconds[1:])
         return ran.written
 
     def _if_healthy(self, engines: EngineSet, inputs: Mapping[str, np.ndarray], folder: Path) -> dict[str, Path] | None:
-        """Files of the plain engine's outputs where no value inside need be shown; else None, and where marks change
-        nothing no third engine is built."""
+        """Files of the plain engine's outputs where no value inside need be shown; else None.
+
+        Where marks change nothing, no third engine is built.
+        """
         if engines.probed is not None or (engines.stopped and engines.stopped != HEALTHY):
             return self._plain_alone(engines, inputs, folder, engines.stopped) if engines.stopped else None
         place = Path(tempfile.mkdtemp(dir=folder))
-        (ran,) = self._execute([engines.plain], inputs, place, repeat=RUNS)
+        (ran,) = self._runs.execute([engines.plain.path], inputs, place, repeat=RUNS)
         outputs = self._runs.outputs(ran.written)
         if self.diverges is not None and not self.diverges(inputs, outputs):
             engines.stopped, engines.gap, engines.floor = HEALTHY, 0.0, 0.0
@@ -260,7 +267,7 @@ class EngineSession:
         except BuildTimedOut as stopped:
             return self._plain_alone(engines, inputs, folder, str(stopped))
         place = Path(tempfile.mkdtemp(dir=folder))
-        (shown,) = self._execute([probed], inputs, place, engines.exposed, engines.unfused)
+        (shown,) = self._runs.execute([probed.path], inputs, place, engines.exposed, engines.unfused)
         if output_distance(outputs, self._runs.outputs(shown.written)) > 0:
             return None  # whether marks or merely another build changed it takes one more engine to know
         engines.gap, engines.floor, engines.run_seconds = 0.0, 0.0, median(ran.seconds[1:])
@@ -270,14 +277,14 @@ class EngineSession:
     def _search(
         self, engines: EngineSet, inputs: Mapping[str, np.ndarray], folder: Path, wanted: Collection[str]
     ) -> dict[str, Path]:
-        """Files of the plain engine's outputs, and of each value that the search for the first bad one came across."""
-        plain, again = self._execute([engines.plain, engines.rebuild()], inputs, folder)
+        """Files of the plain engine's outputs, and of each value that the search for the first bad one showed."""
+        plain, rebuilt = self._runs.execute([engines.plain.path, engines.rebuild().path], inputs, folder)
         outputs = self._runs.outputs(plain.written)
         written: dict[str, Path] = {}
 
         def look(value: str) -> tuple[np.ndarray, float]:
             place = Path(tempfile.mkdtemp(dir=folder))
-            (ran,) = self._execute([engines.probe(value)], inputs, place, [value])
+            (ran,) = self._runs.execute([engines.probe(value).path], inputs, place, [value])
             written[value] = ran.written[value]
             if value not in ran.written:
                 raise self._runs.nonsense(f"{value!r} is missing")
@@ -287,8 +294,8 @@ class EngineSession:
             expected = Expected(self._own, self._builder.variant, inputs, engines.candidates)
             engines.search = search(engines.candidates, expected, look)
             engines.gap = max((visited.gap for visited in engines.search.visited), default=0.0)
-            engines.floor = output_distance(outputs, self._runs.outputs(again.written))
-            engines.run_seconds = median(again.seconds)
+            engines.floor = output_distance(outputs, self._runs.outputs(rebuilt.written))
+            engines.run_seconds = median(rebuilt.seconds)
         else:
             for visited in engines.search.visited:
                 if visited.value in wanted:
@@ -309,8 +316,7 @@ class EngineSession:
         wide: Collection[str] = (),
         keep_fp32: Collection[str] = (),
     ) -> EngineVariation:
-        """Build one more engine and run it once: with ``marks`` shown besides the outputs, or with further nodes kept
-        in FP32.
+        """Build one more engine and run it once, with ``marks`` shown or with further nodes kept in FP32.
 
         Marks are put out in the type that the engine has them in, or else in the one asked for; those of ``wide`` in
         FP32, because they would leave its range. Raises InputError for a build that fails.
@@ -324,7 +330,7 @@ class EngineSession:
             builder = self._open(variant, version, self._options.keep_fp32 | set(keep_fp32), f"{name}.onnx")
         engine = engines.variation(builder, f"{name}.engine", marks, wide)
         with tempfile.TemporaryDirectory(dir=self._folder.name) as folder:
-            plain, ran = self._execute([engines.plain, engine], inputs, Path(folder), marks)
+            plain, ran = self._runs.execute([engines.plain.path, engine.path], inputs, Path(folder), marks)
             outputs, reference = self._runs.outputs(ran.written), self._runs.outputs(plain.written)
             shown = {v: np.load(ran.written[v], allow_pickle=False) for v in marks if v in ran.written}
         return EngineVariation(engine, outputs, shown, output_distance(reference, outputs))
@@ -336,14 +342,14 @@ class EngineSession:
         return self._runs.timings(engines.plain.path, inputs, repeats)
 
     def plain_build(self) -> tuple[Graph, dict[str, Any]]:
-        """What TensorRT is given, and the runner's step that builds the plain engine of it; caches are left out.
+        """The graph that TensorRT reads, and the runner's step that builds the plain engine of it, without caches.
 
         For graphs of static shapes; the caller adds ``command``, ``onnx`` and ``engine``.
         """
         return self._builder.graph, {**self._builder.settings(), "timing_cache": None, "profiles": {}}
 
     def close(self) -> None:
-        """Remove the engines."""
+        """Remove the engine files."""
         self._folder.cleanup()
 
     def _engines(self, inputs: Mapping[str, np.ndarray]) -> EngineSet:
@@ -355,17 +361,6 @@ class EngineSession:
             dynamic = {v.name: profiles[v.name] for v in self._own.inputs if not _is_static(v.shape)}
             self._sets[key] = EngineSet(self._builder, dynamic, f"shapes-{len(self._sets)}", self._options.probes)
         return self._sets[key]
-
-    def _execute(
-        self,
-        engines: Sequence[Engine],
-        inputs: Mapping[str, np.ndarray],
-        folder: Path,
-        values: Collection[str] = (),
-        listen: bool = False,
-        repeat: int = 0,
-    ) -> list[RanEngine]:
-        return self._runs.execute([engine.path for engine in engines], inputs, folder, values, listen, repeat)
 
 
 def _is_static(shape: tuple[int | str | None, ...] | None) -> bool:

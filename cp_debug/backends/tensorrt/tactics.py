@@ -1,10 +1,10 @@
-"""What a tactic's name says about its arithmetic.
+"""Arithmetic of a kernel, read from its tactic name.
 
 The newer kernels carry their types in the name as ``<in><out>_<multiplied as><accumulated in>_<scale>``:
 ``f16f16_f16f16_f16`` multiplies FP16 and accumulates in FP16, ``f16f16_f16f32_f32`` accumulates in FP32,
-``f32f32_tf32f32_f32`` multiplies TF32, ``i8f32_i8i32_f32`` reads INT8 and writes FP32. Winograd kernels leave the
-third out (``wngd_f32f32_f32_f32``). Older kernels say ``h884``/``h1688``/``h16816`` (FP16 accumulation) or ``s…``
-(FP32), those without tensor cores ``…_fused_conv_act_fp32_…_Accfloat`` and ``…_FP32FP32FP32NCHW_…``.
+``f32f32_tf32f32_f32`` multiplies TF32, ``i8f32_i8i32_f32`` reads INT8 and writes FP32. Winograd kernels leave the third
+out (``wngd_f32f32_f32_f32``). Older kernels say ``h884``/``h1688``/``h16816`` (FP16 accumulation) or ``s…`` (FP32),
+those without tensor cores ``…_fused_conv_act_fp32_…_Accfloat`` and ``…_FP32FP32FP32NCHW_…``.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _LONG["s32"] = "int32"
 
 @dataclass(frozen=True)
 class Tactic:
-    """One kernel as its name describes it. None where the name does not tell."""
+    """One kernel as its name describes it; fields are None where the name does not tell."""
 
     name: str
     reads: str | None = None
     writes: str | None = None
     multiplies: str | None = None
     accumulates: str | None = None
-    """``fp16``, ``fp32``, ``int32`` …: what partial sums are held in."""
+    """Type of partial sums: ``fp16``, ``fp32``, ``int32`` …"""
     tile: tuple[int, int, int] | None = None
     """Rows × columns × depth of one block's tile; the depth is the channel tile of the accumulation order."""
     slices: int = 1
@@ -44,7 +44,7 @@ class Tactic:
 
     @property
     def arithmetic(self) -> str | None:
-        """The project's name for it: ``fp32 tf32 bf16 fp16 fp16acc int8``, None where the name does not tell."""
+        """Arithmetic in the project's words: ``fp32 tf32 bf16 fp16 fp16acc int8``; None where unknown."""
         if self.multiplies == "fp16" and self.accumulates == "fp16":
             return "fp16acc"
         return self.multiplies

@@ -1,4 +1,4 @@
-"""Why a layer is guilty: each candidate cause is emulated on the layer's captured inputs, and the evidence decides."""
+"""Causes of a layer's error: each candidate is emulated on the layer's captured inputs, and the evidence decides."""
 
 from cp_debug.bisect.causes import (
     affine,

@@ -1,4 +1,4 @@
-"""The result is the right one times a number, plus a number: everywhere, or channel by channel."""
+"""Affine causes: the result is the right one times a number plus a number, everywhere or channel by channel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FIX = "compare the parameters of {layers} in both programs (checkpoint, folding
 
 
 def _bases(segment: Segment) -> Iterator[tuple[str, str, list[Tensor]]]:
-    """(cause, what it does, what is added to the exact result in unknown amounts)."""
+    """(Cause, what it changes, tensors that are added to the exact result in unknown amounts)."""
     exact, one = segment.before, torch.ones((), dtype=torch.float64)
     yield "scaled", "the result", [exact]
     if segment.bias is not None:
@@ -26,30 +26,32 @@ def _bases(segment: Segment) -> Iterator[tuple[str, str, list[Tensor]]]:
 
 
 DEQUANTIZED = {"scaled": "int8-scale", "shifted": "int8-zero-point"}
-"""What it is called behind integers."""
+"""Affine cause → name of the cause in the result of a DequantizeLinear."""
 
 
 def _name(segment: Segment, name: str) -> str:
     return DEQUANTIZED.get(name, name) if segment.op == "DequantizeLinear" else name
 
 
-def _text(name: str, what: str, theta: Tensor) -> str:
+def _text(name: str, subject: str, theta: Tensor) -> str:
     if name == "shifted":
         return f"{theta[0, 0]:+.4g} is added to the result"
-    return f"{what} {'is' if what != 'the weights' else 'are'} multiplied by {1 + theta[0, 0]:.6g}"
+    return f"{subject} {'is' if subject != 'the weights' else 'are'} multiplied by {1 + theta[0, 0]:.6g}"
 
 
 @cause()
 def everywhere(segment: Segment) -> Iterator[Candidate]:
-    """One factor or summand for the whole tensor."""
+    """Candidates: one factor or one summand for the whole tensor, fitted."""
     if segment.op == "QuantizeLinear":  # integers: its own causes say more
         return
-    rest = segment.test - segment.before
-    for name, what, basis in (*_bases(segment), ("affine", "", [segment.before, torch.ones(())])):
-        fit = cross_fit(rest, basis, segment.folds)
+    error = segment.test - segment.before
+    for name, subject, basis in (*_bases(segment), ("affine", "", [segment.before, torch.ones(())])):
+        fit = cross_fit(error, basis, segment.folds)
         if fit is not None:
             change, theta = fit
-            text = _text(name, what, theta) if what else f"the result is × {1 + theta[0, 0]:.6g} {theta[0, 1]:+.4g}"
+            text = (
+                _text(name, subject, theta) if subject else f"the result is × {1 + theta[0, 0]:.6g} {theta[0, 1]:+.4g}"
+            )
             factors = {"factor": 1 + float(theta[0, 0])} if name != "shifted" else {"summand": float(theta[0, 0])}
             value = segment.activate(segment.before + change)
             yield Candidate(_name(segment, name), text, value, len(basis), factors, _FIX)
@@ -65,18 +67,18 @@ OFF = {
 
 @cause()
 def channel_by_channel(segment: Segment) -> Iterator[Candidate]:
-    """Channels with factors and summands of their own: all of them, or only those that are off."""
+    """Candidates: a factor and a summand for each channel, for all channels or only for those that are off."""
     if segment.test.dim() < 2 or segment.test.shape[segment.axis] < 2:
         return
     axis = segment.axis
-    rest = segment.test - segment.before
+    error = segment.test - segment.before
     off = off_channels(segment)
     count = int(off.sum())
     chosen = segment.along(off)
     affine = [segment.before, torch.ones((), dtype=torch.float64)]
     bases = [b for b in _bases(segment) if b[0] != "bias-scaled"]
     for name, _, basis in (*bases, ("affine", "", affine)):
-        fit = cross_fit(rest, basis, segment.folds, axis)
+        fit = cross_fit(error, basis, segment.folds, axis)
         if fit is None:
             continue
         change, theta = fit
@@ -91,7 +93,7 @@ def channel_by_channel(segment: Segment) -> Iterator[Candidate]:
 
 
 def off_channels(segment: Segment) -> Tensor:
-    """[C] which channels are off by more than the claimed rounding, spread evenly, and are not merely a trace."""
+    """[C] bool: channels that are off by more than the claimed rounding, evenly, and not merely by a trace."""
     dims = [d for d in range(segment.error.dim()) if d != segment.axis]
     error = segment.error.square().sum(dims)
     rounding = 16 * segment.expected**2 / len(error)

@@ -1,4 +1,4 @@
-"""What a candidate cause is, and the registry of those who propose them."""
+"""Candidate causes, and the registry of the families that propose them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Candidate:
     """One possible cause, and what the layer would give if it were the only thing wrong."""
 
     cause: str
-    """Its name: the same for every layer with the same cause, and in the JSON."""
+    """Name of the cause: the same for every layer with it, and in the JSON."""
     says: str
     """One line for people."""
     value: Tensor
-    """What the layer would give, of the captured result's shape, float64."""
+    """Result that the layer would give, of the captured result's shape, float64."""
     parameters: int = 0
-    """How many numbers were fitted to the captured result: the simpler of two equal explanations is preferred."""
+    """Count of numbers fitted to the captured result: of two equal explanations the simpler is preferred."""
     evidence: dict[str, Any] = field(default_factory=dict)
     """Further figures, JSON-safe."""
     fix: str = ""
@@ -33,7 +33,7 @@ class Candidate:
     heard: bool = False
     """Whether the verdict itself says so (numbers leave a range): it goes before what explains the layer as well."""
     observed: bool = False
-    """The captured result itself, told: nothing was emulated, so nothing is said to be explained."""
+    """Whether this only describes the captured result: nothing was emulated, so nothing is said to be explained."""
 
 
 Emulate = Callable[["Segment"], Iterator[Candidate]]
@@ -75,7 +75,7 @@ class _Family:
 
 
 CAUSES: list[Cause] = []
-"""In the order in which they are asked; of equally simple explanations the first is taken."""
+"""Families in the order in which they are asked; of equally simple explanations the first is taken."""
 
 
 BY_NODE = ("batchnorm", "operators", "quantized", "schema", "stored_weights", "weights")
@@ -83,7 +83,7 @@ BY_NODE = ("batchnorm", "operators", "quantized", "schema", "stored_weights", "w
 
 
 def cause(*, costly: bool = False, structural: bool = False) -> Callable[[Emulate], Emulate]:
-    """Register a family of causes."""
+    """Decorator that registers a family of causes; ``costly`` ones are tried where nothing cheap explains a layer."""
 
     def register(emulate: Emulate) -> Emulate:
         by_node = emulate.__module__.rpartition(".")[2] in BY_NODE

@@ -24,7 +24,7 @@ _CHECKPOINT = "load running_mean and running_var into {layers}, call eval() befo
 
 @cause()
 def wrong_parameters(segment: Segment) -> Iterator[Candidate]:
-    """Hypotheses without a fitted number: defaults that were never replaced, the batch's statistics, folding."""
+    """Candidates without a fitted number: defaults that were never replaced, the batch's statistics, folding."""
     norm = segment.batch_norm
     if norm is None or not bool((norm.weight != 0).all()):
         return
@@ -33,7 +33,7 @@ def wrong_parameters(segment: Segment) -> Iterator[Candidate]:
     dims = [d for d in range(x.dim()) if d != segment.axis]
     variance, mean = torch.var_mean(x, dims, correction=0)
     statistics = "batchnorm-statistics"
-    for name, says, other in (
+    for name, says, parameters in (
         (
             statistics,
             "the running statistics were never loaded (mean 0, variance 1)",
@@ -45,7 +45,7 @@ def wrong_parameters(segment: Segment) -> Iterator[Candidate]:
         ("batchnorm-parameters", "weight was never loaded (1)", replace(norm, weight=one)),
         ("batchnorm-parameters", "bias was never loaded (0)", replace(norm, bias=zero)),
     ):
-        yield Candidate(name, f"BatchNorm: {says}", _apply(segment, other, x), fix=_CHECKPOINT)
+        yield Candidate(name, f"BatchNorm: {says}", _apply(segment, parameters, x), fix=_CHECKPOINT)
     fold = "fold γ/√(σ² + ε) into output channels and β − μ·γ/√(σ² + ε) into the bias of {layers}"
     along = segment.along
     for says, result in (
@@ -61,7 +61,7 @@ def wrong_parameters(segment: Segment) -> Iterator[Candidate]:
 
 @cause()
 def epsilon(segment: Segment) -> Iterator[Candidate]:
-    """The ε of another framework, or any other: fitted as one number."""
+    """Candidates: the ε of another framework, or any other, fitted as one number."""
     norm = segment.batch_norm
     if norm is None or not bool((norm.weight != 0).all()):
         return
@@ -77,16 +77,19 @@ def epsilon(segment: Segment) -> Iterator[Candidate]:
 
 @cause()
 def unknown_statistics(segment: Segment) -> Iterator[Candidate]:
-    """Any mean and variance: a scale and an offset for each channel that is off, and what they imply about both; or,
-    simpler, all means off by the same share of their deviations, and all variances by one factor."""
+    """Candidates with fitted statistics: a scale and an offset for each channel that is off.
+
+    The mean and variance that they imply are evidence. A simpler candidate has all means off by the same share of their
+    deviations and all variances by one factor.
+    """
     norm = segment.batch_norm
     if norm is None or segment.test.dim() < 2:
         return
-    rest, one = segment.test - segment.before, torch.ones((), dtype=torch.float64)
+    error, one = segment.test - segment.before, torch.ones((), dtype=torch.float64)
     slope = segment.before - segment.along(norm.bias)
     off = off_channels(segment)
     for basis, axis in (([slope, one], segment.axis), ([slope, segment.along(norm.weight)], None)):
-        fit = cross_fit(rest, basis, segment.folds, axis)
+        fit = cross_fit(error, basis, segment.folds, axis)
         if fit is None or not bool((fit[1][:, 0] > -1).all()):
             continue
         change, theta = fit

@@ -1,4 +1,4 @@
-"""What the layers of a finding do to the end: to the final divergence, and to the detections."""
+"""Effects of the layers of a finding on the final divergence and on the detections."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cp_debug.recipes.base import Arrays, Model, Sample
 
 @dataclass
 class Effects:
-    """The effect of layers by themselves: ``shares.set_shares`` has computed the shares before."""
+    """Computes the effect of layers by themselves; ``shares.set_shares`` has computed the shares before."""
 
     model: Model
     sample: Sample
@@ -31,7 +31,10 @@ class Effects:
     _outputs: dict[Key, Arrays] = field(default_factory=dict)
 
     def of(self, rows: Sequence[LayerRow]) -> Effect:
-        """Shares add up; so, to first order, do the changes of the outputs that are decoded."""
+        """The effect of the layers of ``rows`` together.
+
+        Their shares add up; so, to first order, do the changes of the outputs that are decoded.
+        """
         shares = [row.share for row in rows if row.share is not None]
         effect = Effect(sum(shares) if shares else None)
         detected: Any = decode(self.model, self.sample, self.results)

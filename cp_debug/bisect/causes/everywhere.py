@@ -1,4 +1,4 @@
-"""A fact of the whole engine: in how many layers it holds, the guilty ones among them, and what all do together."""
+"""Facts about a whole engine: how many layers they hold in, the guilty ones among them, and their joint effect."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cp_debug.graph.operators import PRODUCTS
 from cp_debug.programs.pipeline import Key
 
 ARITHMETIC = {"fp16-accumulation": "fp16acc", "tf32": "tf32"}
-"""Cause → what kernels that have it are called by ``decode``."""
+"""Cause → arithmetic of the kernels that have it, as ``decode`` names it."""
 SECONDS = 20.0
 """Time for the shares of the final divergence: each costs part of a pass. Without all of them no sum is told."""
 ASKED = 16
@@ -33,19 +33,19 @@ def counted(
     A kernel's name says so, where it is known; else ``holds`` is asked, which emulates. ``share`` is a layer's share of
     the final divergence.
     """
-    wanted = ARITHMETIC.get(cause)
-    if wanted is None:
+    arithmetic_name = ARITHMETIC.get(cause)
+    if arithmetic_name is None:
         return {}
     products = [(key, row) for key, row in rows.items() if _has_product(row, graphs[key.component])]
-    told = {key: decode(row.tactic).arithmetic for key, row in products}
+    arithmetic_of = {key: decode(row.tactic).arithmetic for key, row in products}
     products.sort(key=lambda item: (item[1].replay and item[1].replay.excess) or 0.0, reverse=True)
-    asked = [key for key, _ in products if told[key] is None][:ASKED]
-    having = [(k, r) for k, r in products if told[k] == wanted or (k in asked and holds(k, r))]
-    excesses = [row.replay.excess for _, row in having if row.replay and row.replay.excess is not None]
+    unnamed = [key for key, _ in products if arithmetic_of[key] is None][:ASKED]
+    affected = [(k, r) for k, r in products if arithmetic_of[k] == arithmetic_name or (k in unnamed and holds(k, r))]
+    excesses = [row.replay.excess for _, row in affected if row.replay and row.replay.excess is not None]
     if not excesses:
         return {}
     shares, end = [], time.monotonic() + SECONDS
-    for key, row in having:
+    for key, row in affected:
         if time.monotonic() > end:
             break
         try:
@@ -53,16 +53,16 @@ def counted(
         except InputError:  # the replay of this layer says why
             continue
     return {
-        "layers_in_all": len(having),
+        "layers_in_all": len(affected),
         "of_products": len(products),
         "excess_least": min(excesses),
         "excess_most": max(excesses),
-        "share_in_all": sum(shares) if len(shares) == len(having) else None,
+        "share_in_all": sum(shares) if len(shares) == len(affected) else None,
     }
 
 
 def in_words(says: str, figures: Mapping[str, Any]) -> str:
-    """``says``, in how many layers, with what excess, and what they do together."""
+    """``says`` with the number of layers, their excess, and the effect of all of them together."""
     if not figures:
         return says
     least, most = figures["excess_least"], figures["excess_most"]

@@ -1,4 +1,4 @@
-"""What is said of one cause: where it struck, on what evidence, what it does to the result, and how to undo it."""
+"""Findings: a cause, where it struck, on what evidence, what it does to the result, and how to undo it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Element:
 
 @dataclass
 class Where:
-    """Where in a layer the error sits."""
+    """Place of the error within a layer."""
 
     layer: str
     channels: dict[int, float] = field(default_factory=dict)
@@ -36,17 +36,17 @@ class Where:
 
 @dataclass
 class Effect:
-    """What the layers of a finding do to the final result, by themselves."""
+    """Effect of a finding's layers on the final result, by themselves."""
 
     share: float | None = None
-    """Of the final divergence."""
+    """Share of the final divergence."""
     detections: DetectionChange | None = None
     """The reference's detections against those with only this error added to its outputs; None where not computed."""
 
 
 @dataclass
 class Finding:
-    """One cause and the layers it explains. ``cause`` is ``unknown`` where nothing explains them."""
+    """One cause and the layers that it explains; ``cause`` is ``unknown`` where nothing explains them."""
 
     cause: str
     says: str
@@ -54,7 +54,7 @@ class Finding:
     layers: list[str]
     ops: list[str]
     side: str = "test"
-    """Whose result is at fault: ``test`` or ``reference``."""
+    """Side whose result is at fault: ``test`` or ``reference``."""
     explained: float | None = None
     """Share of the introduced error that the cause explains, over all its layers; None for observations."""
     runner_up: str | None = None
@@ -65,7 +65,7 @@ class Finding:
     effect: Effect = field(default_factory=Effect)
     fix: str = ""
     inside: dict[str, Any] | None = None
-    """Of a region: what its inside was found to do (``cp_debug.bisect.regions.descent.Descent``)."""
+    """For a region: the findings about its inside (``cp_debug.bisect.regions.learnt.Descent``)."""
 
     @property
     def headline(self) -> str:

@@ -58,12 +58,12 @@ class Explainer:
     reference: Capture
     test: Capture
     exact_input: Callable[[Key], Tensor]
-    """What glue should have made for an input of a component."""
+    """Function that gives the value that glue should have made for an input of a component."""
     effects: Effects
     settled: Mapping[Key, str] = field(default_factory=dict)
     """Guilty rows whose cause is known before anything is tried → that cause in words: other control flow."""
     notes: list[str] = field(default_factory=list)
-    """What could not be explained and why not, one sentence each, the layer named: explaining never ends a run."""
+    """Layers that could not be explained and why not, one sentence each: explaining never ends a run."""
     adds_up: bool = True
     """Whether rounding may be named as the cause where no layer is guilty: see ``Remainder``."""
     goes_inside: Callable[[str], bool] = lambda component: False
@@ -77,7 +77,7 @@ class Explainer:
     def _graphs(self) -> GraphReader:
         return GraphReader(self.run, self.test)
 
-    def findings(self, rows: Mapping[Key, LayerRow], seen: Observation | None) -> list[Finding]:
+    def findings(self, rows: Mapping[Key, LayerRow], observation: Observation | None) -> list[Finding]:
         """The findings, those with the largest effect first. What fails on the way is in ``notes``."""
         self._rows = rows
         unsteady = list(self._unsteady(rows))
@@ -95,18 +95,18 @@ class Explainer:
             explained, family = self._explained(key, row, families)
             if family is not None and family not in families:
                 families.append(family)
-            found = explained.explanation.cause
-            name = (UNKNOWN,) if found is None else (found.cause, found.says if found.parameters else "")
+            best = explained.explanation.cause
+            name = (UNKNOWN,) if best is None else (best.cause, best.says if best.parameters else "")
             groups.setdefault((row.side, *name), []).append(explained)
         for key_of_group, group in groups.items():
             self._layers_of.setdefault(key_of_group[1], set()).update(e.row.name for e in group)
         findings = [self._finding(group) for group in groups.values()]
         for says in dict.fromkeys(self.settled.values()):
-            own = [rows[key] for key, other in self.settled.items() if other == says]
-            names = [row.name for row in own]
+            settled_rows = [rows[key] for key, reason in self.settled.items() if reason == says]
+            names = [row.name for row in settled_rows]
             fix = "compare what the condition is computed from in both programs, and its threshold"
-            findings.append(Finding("control-flow", says, names, [row.op for row in own], fix=fix))
-        findings += [*unsteady, *self._program(seen)]
+            findings.append(Finding("control-flow", says, names, [row.op for row in settled_rows], fix=fix))
+        findings += [*unsteady, *self._program(observation)]
         if not all(row.within for row in rows.values()):
             try:
                 findings += self._costliest(rows)
@@ -116,7 +116,7 @@ class Explainer:
         return sorted(findings, key=lambda f: -(abs(f.effect.share) if f.effect.share is not None else 0.0))
 
     def _explained(self, key: Key, row: LayerRow, families: Sequence[Cause]) -> tuple[Explained, Cause | None]:
-        """One layer with its cause and the family that knows it; without them where anything fails on the way."""
+        """The layer with its cause, and the family that proposed it; without both where anything fails on the way."""
         explanation, family, where = Explanation(None, 0.0, None, 0.0), None, Where(row.name)
         try:
             segment = self.segment(key, row)
@@ -168,22 +168,22 @@ class Explainer:
         return segment
 
     def _views(self, key: Key) -> set[tuple[str, str]]:
-        """What holds the same numbers as the value ``key`` in another shape, on either side: up and down the graph."""
-        graph, found = self.run.programs[key.component].graph, {key.value}
+        """Values, on either side, that hold the same numbers as ``key`` in another shape, upstream and downstream."""
+        graph, names = self.run.programs[key.component].graph, {key.value}
         size = 0
-        while size != len(found):
-            size = len(found)
+        while size != len(names):
+            size = len(names)
             for node in graph.nodes:
-                if node.op in VIEWS and node.inputs and not found.isdisjoint({node.inputs[0], *node.outputs}):
-                    found.update((node.inputs[0], *node.outputs))
-        return {(key.component, name) for name in found}
+                if node.op in VIEWS and node.inputs and not names.isdisjoint({node.inputs[0], *node.outputs}):
+                    names.update((node.inputs[0], *node.outputs))
+        return {(key.component, name) for name in names}
 
     def _later(self, key: Key, capture: Capture) -> set[tuple[str, str]]:
-        """What hangs on the value ``key`` in its component, and what only this run has, its place unknown."""
+        """Values that depend on ``key`` in its component, and values that only this run has, whose place is unknown."""
         graph = self.run.programs[key.component].graph
         reached = {key.value, *downstream(graph.nodes, [key.value])}
-        own = {(e.component, e.name) for e in capture.entries} - set(self.run.layers)
-        return own | {(key.component, name) for name in reached}
+        only_here = {(e.component, e.name) for e in capture.entries} - set(self.run.layers)
+        return only_here | {(key.component, name) for name in reached}
 
     def _finding(self, group: Sequence[Explained]) -> Finding:
         worst = max(group, key=lambda e: e.row.severity)
@@ -225,9 +225,9 @@ class Explainer:
             replay = row.replay
             if replay is None or (replay.excess or 0.0) < NOTICEABLE:
                 return False
-            found, _ = self._explained(key, row, [])
-            other = found.explanation.cause
-            return other is not None and other.cause == cause
+            explained_layer, _ = self._explained(key, row, [])
+            best = explained_layer.explanation.cause
+            return best is not None and best.cause == cause
 
         explained = self._layers_of.get(cause, set())
         graphs = {name: program.graph for name, program in self.run.programs.items()}
@@ -247,19 +247,22 @@ class Explainer:
         return fix.replace("{calibrate}", calibrate).replace("{unquantized}", self._unquantized(rows))
 
     def _overflowing(self, rows: Sequence[LayerRow]) -> list[str]:
-        """These layers and those behind them that read what FP16 cannot hold: all of them must stay in FP32."""
-        found = {(row.component, row.onnx): row.name for row in rows}
+        """Names of the layers of ``rows`` and of those behind them that read values beyond FP16.
+
+        All of them must stay in FP32.
+        """
+        names = {(row.component, row.onnx): row.name for row in rows}
         for row in rows:
             graph, values = self.run.programs[row.component].graph, [row.onnx]
             for value in values:  # grows
                 for output in (name for node in graph.consumers.get(value, ()) for name in node.outputs):
                     reader = self._rows.get(Key(row.component, output))
-                    if reader is None or (row.component, output) in found:
+                    if reader is None or (row.component, output) in names:
                         continue
-                    found[row.component, output] = reader.name
+                    names[row.component, output] = reader.name
                     if reader.stats.max_ref >= OVERFLOWS:
                         values.append(output)
-        return list(found.values())
+        return list(names.values())
 
     def _unquantized(self, rows: Sequence[LayerRow]) -> str:
         """The flag that leaves these layers out of INT8."""
@@ -285,24 +288,26 @@ class Explainer:
                 fix="compute-sanitizer --tool initcheck (and racecheck) on the kernel or plugin of " + row.name,
             )
 
-    def _program(self, seen: Observation | None) -> Iterator[Finding]:
-        """Probes change the result: what is deployed is another program than what was probed."""
-        if seen is None or seen.observer_gap <= max(UNSTEADY * seen.noise_floor, self.run.tolerance[0]):
+    def _program(self, observation: Observation | None) -> Iterator[Finding]:
+        """A finding where probes change the result: the deployed program is another one than the probed one."""
+        if observation is None or observation.observer_gap <= max(
+            UNSTEADY * observation.noise_floor, self.run.tolerance[0]
+        ):
             return
         family = self.run.pipeline.backend.spec.family
         knobs = "cpdebug bisect MODEL --backends ort-none,ort-all --knobs"
         yield Finding(
             "optimizer",
-            f"the outputs change by {seen.observer_gap:.2g} when probes forbid fusions: an optimization or a fused "
-            "kernel is at fault, or values at its border are",
+            f"the outputs change by {observation.observer_gap:.2g} when probes forbid fusions: an optimization or a "
+            "fused kernel is at fault, or values at its border are",
             [],
             [],
-            evidence={"observer_gap": seen.observer_gap, "noise_floor": seen.noise_floor},
+            evidence={"observer_gap": observation.observer_gap, "noise_floor": observation.noise_floor},
             fix=knobs if family == "ort" else "build with fewer fusions, or mark one tensor at a time",
         )
 
     def _costliest(self, rows: Mapping[Key, LayerRow]) -> Iterator[Finding]:
-        """Of the layers that do in INT8 what they must: the one whose error reaches the outputs most."""
+        """A finding about the layer whose correct INT8 rounding reaches the outputs most."""
         quantized = [(k, r) for k, r in rows.items() if r.verdict != GUILTY and r.replay and r.replay.step is not None]
         quantized.sort(key=lambda item: item[1].replay.introduced or 0.0, reverse=True)  # type: ignore[union-attr]
         shares = {key: self.effects.propagation.share(key) for key, _ in quantized[:COSTLY]}

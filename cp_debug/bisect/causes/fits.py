@@ -1,4 +1,4 @@
-"""Linear fits whose every prediction is out of sample, so that a fit can explain no more than it has found."""
+"""Linear fits whose predictions are all out of sample, so that a fit explains no more than it has learnt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""With the programs of both sides at hand: what differs between the two graphs at the layer, proved by computing it."""
+"""Differences between the two graphs at a layer, where both programs are at hand, proved by computing them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from cp_debug.graph.node_differences import NodeDifference, Pieces
 from cp_debug.probes.capture import Capture
 
 FOLDED = {"channels-scaled", "other-weights", "weights-scaled", "bias-scaled"}
-"""What differs in the weights when another BatchNorm was folded into them."""
+"""Causes that a weight comparison finds when another BatchNorm was folded into the weights."""
 SHOWN = 3
 """Differences in one line."""
 _FIX = "make {layers} equal in both programs: "
 
 
 Failed = Callable[[Exception], None]
-"""Told what could not be tried."""
+"""Receives the error of a cause that could not be tried."""
 
 
 @dataclass
@@ -37,7 +37,7 @@ class OtherProgram:
 
     graph: Graph
     names: Mapping[str, str]
-    """Its values → the reference's."""
+    """Value of the test's graph → value of the reference's graph."""
     load: Callable[[str], Any]
     """A captured value by the reference's name."""
     executor: Executor
@@ -52,45 +52,54 @@ class OtherProgram:
         return [self.executor, self._claimed[claim]]
 
     def piece(self, target: str, known: set[str]) -> tuple[str, list[Node], list[str]] | None:
-        """(own name, nodes, values they start from) of what makes ``target``; None where it has no such value."""
-        own = next((own for own, name in self.names.items() if name == target and own in self.graph.producer), None)
-        if own is None:
-            own = target if target in self.graph.producer and target not in self.names else None
-        if own is None:
+        """(Name in the test, nodes, values they start from) of the part that computes ``target``; None without one."""
+        test_name = next(
+            (
+                test_name
+                for test_name, name in self.names.items()
+                if name == target and test_name in self.graph.producer
+            ),
+            None,
+        )
+        if test_name is None:
+            test_name = target if target in self.graph.producer and target not in self.names else None
+        if test_name is None:
             return None
         inside = {o for o in self.graph.values if self.names.get(o, o) in known}
-        nodes, starts = self.graph.segment([own], inside)
-        return own, nodes, starts
+        nodes, starts = self.graph.segment([test_name], inside)
+        return test_name, nodes, starts
 
 
 def difference(segment: Segment, other: OtherProgram, known: set[str]) -> tuple[Candidate | None, list[NodeDifference]]:
-    """What the two graphs have different at a layer, and the test's own nodes computed on the oracle as its proof.
+    """The differences of the two graphs at a layer, and a candidate: the test's own nodes computed on the oracle.
 
-    No candidate where they are equal, where the test's cannot be computed, or where it only adds nodes: what those do
-    has better names.
+    No candidate where the graphs are equal, where the test's nodes cannot be computed, or where the test only adds
+    nodes, which have better names as causes.
     """
     piece = other.piece(segment.target, known)
     if piece is None or not segment.nodes:
         return None, []
     own, nodes, starts = piece
-    found = Pieces(segment.graph, segment.nodes, other.graph, nodes, other.names).differences()
-    if not found:
+    node_differences = Pieces(segment.graph, segment.nodes, other.graph, nodes, other.names).differences()
+    if not node_differences:
         return None, []
     value = _computed(segment, other, own, nodes, starts)
-    telling = [d for d in found if not d.added]
+    telling = [d for d in node_differences if not d.added]
     if value is None or not telling:
-        return None, found
+        return None, node_differences
     first = telling[0]
     evidence = {"node": first.node, **first.evidence, "read_off": "the difference of the two graphs"}
-    if len(found) > 1:
-        evidence["differences"] = [d.says for d in found[:8]]
-    return Candidate(first.cause, _says(found), value, 0, evidence, _FIX + first.says), found
+    if len(node_differences) > 1:
+        evidence["differences"] = [d.says for d in node_differences[:8]]
+    return Candidate(first.cause, _says(node_differences), value, 0, evidence, _FIX + first.says), node_differences
 
 
-def added(segment: Segment, other: OtherProgram, known: set[str], found: Sequence[NodeDifference]) -> Candidate | None:
-    """The nodes that the test has besides, where they are all that differs and what they do has a name."""
+def added(
+    segment: Segment, other: OtherProgram, known: set[str], additions: Sequence[NodeDifference]
+) -> Candidate | None:
+    """The candidate of nodes that only the test has, where nothing else explains the layer."""
     piece = other.piece(segment.target, known)
-    if piece is None or not found or not all(d.added for d in found) or segment.strange:
+    if piece is None or not additions or not all(d.added for d in additions) or segment.strange:
         return None
     own, nodes, starts = piece
     pieces = Pieces(segment.graph, segment.nodes, other.graph, nodes, other.names)
@@ -101,7 +110,7 @@ def added(segment: Segment, other: OtherProgram, known: set[str], found: Sequenc
     name, says = named
     if name == "int8" and _clipped(segment, value):
         name, says = "int8-clipped", f"{says}: their scale clips"
-    evidence = {"node": found[0].node, **found[0].evidence, "read_off": "the difference of the two graphs"}
+    evidence = {"node": additions[0].node, **additions[0].evidence, "read_off": "the difference of the two graphs"}
     return Candidate(name, says, value, 0, evidence, _FIX + says)
 
 
@@ -112,19 +121,19 @@ def _clipped(segment: Segment, value: Tensor) -> bool:
     return float(error[ends].sum()) > 0.5 * float(error.sum())
 
 
-def _says(found: Sequence[NodeDifference]) -> str:
-    more = f"; and {len(found) - SHOWN} more differences" if len(found) > SHOWN else ""
-    return "; ".join(d.says for d in found[:SHOWN]) + more
+def _says(differences: Sequence[NodeDifference]) -> str:
+    more = f"; and {len(differences) - SHOWN} more differences" if len(differences) > SHOWN else ""
+    return "; ".join(d.says for d in differences[:SHOWN]) + more
 
 
 def _computed(
-    segment: Segment, other: OtherProgram, own: str, nodes: Sequence[Node], starts: Sequence[str]
+    segment: Segment, other: OtherProgram, test_name: str, nodes: Sequence[Node], starts: Sequence[str]
 ) -> Tensor | None:
-    given = {s: other.load(other.names.get(s, s)) for s in starts}
+    inputs = {s: other.load(other.names.get(s, s)) for s in starts}
     found = []
     for executor in other.executors(segment.context.claim.name):
         try:
-            found.append(as_double(executor.run_nodes(nodes, given, [own])[own]))
+            found.append(as_double(executor.run_nodes(nodes, inputs, [test_name])[test_name]))
         except InputError:  # an operator that nobody here can compute
             continue
     fitting = [value for value in found if value.shape == segment.test.shape]
@@ -141,7 +150,7 @@ class GraphReader:
     def explain(
         self, component: str, segment: Segment, families: Sequence[Cause], failed: Failed
     ) -> tuple[Explanation, Cause | None]:
-        """What the two graphs have different at a layer, where that is it; else what the causes say (``search``)."""
+        """The explanation of a layer by a difference of the two graphs, else by the causes (``search``)."""
         try:
             return self._explain(component, segment, families, failed)
         except Exception as error:  # explaining never ends a run: another explanation may do
@@ -155,33 +164,33 @@ class GraphReader:
         if other is None:
             return explain(segment, families, failed)
         known = {*self._run.replayer(component, self._test).known, *(v.name for v in segment.graph.inputs)}
-        candidate, found = difference(segment, other, known)
+        candidate, differences = difference(segment, other, known)
         if candidate is not None and candidate.cause in FOLDED and segment.batch_norm is not None:
             explanation, family = explain(segment, families, failed)  # what was folded in tells more than weights do
             if explanation.cause is not None and explanation.cause.cause.startswith(("batchnorm", "normalization")):
                 return explanation, family
         if candidate is not None and (read_off := accepted(segment, candidate)) is not None:
             return read_off, None
-        candidate = added(segment, other, known, found)
+        candidate = added(segment, other, known, differences)
         if candidate is not None and (read_off := accepted(segment, candidate)) is not None:
             return read_off, None
         explanation, family = explain(segment, families, failed)
-        if explanation.cause is None and found:
+        if explanation.cause is None and differences:
             # What an added node does has no name here: it is told, not called a cause.
-            explanation.graphs_differ = tuple(d.says for d in found[:SHOWN])
-        elif found and explanation.cause is not None:
-            explanation.cause.evidence.setdefault("graphs_differ", [d.says for d in found[:4]])
+            explanation.graphs_differ = tuple(d.says for d in differences[:SHOWN])
+        elif differences and explanation.cause is not None:
+            explanation.cause.evidence.setdefault("graphs_differ", [d.says for d in differences[:4]])
         return explanation, family
 
     def _other(self, component: str) -> OtherProgram | None:
-        """The test's own graph, where it is another than the reference's for other reasons than its INT8 here."""
+        """The test's graph, where it differs from the reference's for other reasons than quantization by cpdebug."""
         if component not in self._others:
             ours = self._run.programs[component].graph
             program = self._run.pipeline.program(component)
-            graph, made = program.graph, None
+            graph, other = program.graph, None
             if graph is not ours and program.plain is not ours:
                 oracle = self._run.replayer(component, self._test).oracle
                 names = self._run.names(component)
-                made = OtherProgram(graph, names, loader(self._test, component), Executor(graph, oracle.arithmetic))
-            self._others[component] = made
+                other = OtherProgram(graph, names, loader(self._test, component), Executor(graph, oracle.arithmetic))
+            self._others[component] = other
         return self._others[component]

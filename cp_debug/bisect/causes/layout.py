@@ -1,4 +1,4 @@
-"""The right numbers in the wrong places: permuted, transposed, flipped, shifted, cut off, or another tensor."""
+"""The right numbers in the wrong places: permuted, transposed, flipped, shifted, cut off, or another tensor's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ REACH = 2
 
 @cause()
 def transposed(segment: Segment) -> Iterator[Candidate]:
-    """Axes exchanged and the buffer read in the old shape."""
+    """Candidates: axes exchanged and the buffer read in the old shape."""
     exact, shape = segment.exact, segment.test.shape
     if exact.numel() != segment.test.numel() or exact.dim() > 5:
         return
@@ -41,13 +41,13 @@ def transposed(segment: Segment) -> Iterator[Candidate]:
 
 
 def _inverse(exact: Tensor, order: list[int]) -> Tensor:
-    back = [order.index(d) for d in range(len(order))]
-    return exact.reshape([exact.shape[d] for d in order]).permute(back)
+    inverse = [order.index(d) for d in range(len(order))]
+    return exact.reshape([exact.shape[d] for d in order]).permute(inverse)
 
 
 @cause()
 def flipped(segment: Segment) -> Iterator[Candidate]:
-    """Axes running backwards."""
+    """Candidates: axes that run backwards."""
     if segment.exact.shape != segment.test.shape:
         return
     axes = [d for d in range(segment.exact.dim()) if segment.exact.shape[d] > 1]
@@ -59,7 +59,7 @@ def flipped(segment: Segment) -> Iterator[Candidate]:
 
 @cause()
 def permuted(segment: Segment) -> Iterator[Candidate]:
-    """Slices along one axis in another order (channels, voxels): each is matched with the exact one nearest to it."""
+    """Candidates: slices along one axis in another order (channels, voxels), each matched with the nearest one."""
     exact, test = segment.exact, segment.test
     if exact.shape != test.shape or not bool(segment.finite.all()):
         return
@@ -67,8 +67,8 @@ def permuted(segment: Segment) -> Iterator[Candidate]:
         count = exact.shape[axis]
         if count < 2:
             continue
-        ours, theirs = (t.movedim(axis, 0).reshape(count, -1) for t in (exact, test))
-        order = _nearest(ours, theirs) if count <= MOST_SLICES else _same_rows(ours, theirs)
+        exact_slices, test_slices = (t.movedim(axis, 0).reshape(count, -1) for t in (exact, test))
+        order = _nearest(exact_slices, test_slices) if count <= MOST_SLICES else _same_rows(exact_slices, test_slices)
         if order is None:
             continue
         moved = (order != torch.arange(count)).nonzero().flatten()
@@ -76,9 +76,11 @@ def permuted(segment: Segment) -> Iterator[Candidate]:
             continue
         bijective = len(order.unique()) == count
         tolerance = max(1e-3, 4 * segment.context.claim.roundoff)
-        if ours.shape[1] < FEW and not (bijective and torch.allclose(ours[order], theirs, rtol=tolerance)):
+        if exact_slices.shape[1] < FEW and not (
+            bijective and torch.allclose(exact_slices[order], test_slices, rtol=tolerance)
+        ):
             continue  # so few elements find a near partner by chance
-        value = ours[order].reshape(exact.movedim(axis, 0).shape).movedim(0, axis)
+        value = exact_slices[order].reshape(exact.movedim(axis, 0).shape).movedim(0, axis)
         pairs = ", ".join(f"{int(i)}←{int(order[i])}" for i in moved[:6])
         says = f"axis {axis} is permuted: {pairs}" + (", …" if len(moved) > 6 else "")
         evidence = {"axis": axis, "moved": len(moved), "order": order[:64].tolist(), "bijective": bijective}
@@ -88,29 +90,29 @@ def permuted(segment: Segment) -> Iterator[Candidate]:
         yield Candidate("permuted", says, value, parameters, evidence, fix)
 
 
-def _nearest(ours: Tensor, theirs: Tensor) -> Tensor:
-    distance = ours.square().sum(1) - 2 * theirs @ ours.T
+def _nearest(exact_slices: Tensor, test_slices: Tensor) -> Tensor:
+    distance = exact_slices.square().sum(1) - 2 * test_slices @ exact_slices.T
     nearest = distance.argmin(1)
-    unmoved = distance.diagonal() <= distance.min(1).values + 1e-9 * theirs.square().sum(1)
+    unmoved = distance.diagonal() <= distance.min(1).values + 1e-9 * test_slices.square().sum(1)
     return torch.where(unmoved, torch.arange(len(nearest)), nearest)
 
 
-def _same_rows(ours: Tensor, theirs: Tensor) -> Tensor | None:
+def _same_rows(exact_slices: Tensor, test_slices: Tensor) -> Tensor | None:
     places: dict[bytes, list[int]] = {}
-    for index, row in enumerate(ours.numpy()):
+    for index, row in enumerate(exact_slices.numpy()):
         places.setdefault(row.tobytes(), []).append(index)
     order = []
-    for row in theirs.numpy():
-        found = places.get(row.tobytes())
-        if not found:
+    for row in test_slices.numpy():
+        candidates = places.get(row.tobytes())
+        if not candidates:
             return None
-        order.append(found.pop(0))
+        order.append(candidates.pop(0))
     return torch.tensor(order)
 
 
 @cause()
 def shifted(segment: Segment) -> Iterator[Candidate]:
-    """A map off by some cells; the border that the shift lays bare is not judged."""
+    """Candidates: a map moved by some cells; the border that the shift lays bare is not judged."""
     exact, test = segment.exact, segment.test
     if exact.shape != test.shape or exact.dim() < 3:
         return
@@ -134,7 +136,7 @@ def shifted(segment: Segment) -> Iterator[Candidate]:
 
 @cause()
 def cut_off(segment: Segment) -> Iterator[Candidate]:
-    """Zeros from some place of an axis on: never written, or truncated; at 0 nothing was written at all."""
+    """Candidates: zeros from some place of an axis on (truncated), or everywhere (never written)."""
     exact, test = segment.exact, segment.test
     if exact.shape != test.shape or not test.dim():
         return
@@ -145,30 +147,30 @@ def cut_off(segment: Segment) -> Iterator[Candidate]:
     for axis in range(test.dim()):
         dims = [d for d in range(test.dim()) if d != axis]
         used = test.abs().sum(dims) if dims else test.abs()
-        kept = int(used.nonzero().max()) + 1
-        if kept < test.shape[axis]:
+        length = int(used.nonzero().max()) + 1
+        if length < test.shape[axis]:
             value = exact.clone()
-            value.narrow(axis, kept, test.shape[axis] - kept).zero_()
-            says = f"axis {axis} is cut off after {kept} of {test.shape[axis]}"
-            yield Candidate("truncated", says, value, 1, {"axis": axis, "kept": kept}, fix)
+            value.narrow(axis, length, test.shape[axis] - length).zero_()
+            says = f"axis {axis} is cut off after {length} of {test.shape[axis]}"
+            yield Candidate("truncated", says, value, 1, {"axis": axis, "kept": length}, fix)
 
 
 @cause()
 def another_tensor(segment: Segment) -> Iterator[Candidate]:
-    """The contents of another value of the same run, read in this shape and repeated to its size."""
-    wanted = segment.test.flatten()
-    head = wanted[:64]
+    """Candidates: the contents of another value of the same run, read in this shape and repeated to its size."""
+    captured = segment.test.flatten()
+    head = captured[:64]
     if len(head) < 8 or not bool(head.any()):
         return
     inside = {n for node in segment.nodes for n in (*node.inputs, *node.outputs)}
     for name, load in segment.others:
         if name.removesuffix(" of the reference") in inside:
             continue  # then a node is left out, which says more
-        other = as_double(load()).flatten()
-        first = other[: len(head)]
+        contents = as_double(load()).flatten()
+        first = contents[: len(head)]
         if len(first) < len(head) or not torch.allclose(first, head, rtol=1e-3, atol=1e-6):
             continue
-        value = other.repeat(math.ceil(len(wanted) / len(other)))[: len(wanted)].reshape(segment.test.shape)
+        value = contents.repeat(math.ceil(len(captured) / len(contents)))[: len(captured)].reshape(segment.test.shape)
         if value.shape == segment.exact.shape and _same(value, segment):
             continue  # the right result under another name
         fix = f"feed {{layers}} its own tensor instead of {name}"
@@ -178,14 +180,14 @@ def another_tensor(segment: Segment) -> Iterator[Candidate]:
 
 
 def _same(value: Tensor, segment: Segment) -> bool:
-    """Whether another value is, but for the error in question, what the layer should give."""
+    """Whether ``value`` equals what the layer should give, but for the error in question."""
     size = float(torch.linalg.vector_norm(segment.exact)) or 1.0
     return float(torch.linalg.vector_norm(value - segment.exact)) < SAME * size
 
 
 @cause()
 def isolated(segment: Segment) -> Iterator[Candidate]:
-    """A handful of elements are wrong and all others are not: a bit flip, a race, an index out of bounds."""
+    """Candidates: a handful of wrong elements among right ones: a bit flip, a race, an index out of bounds."""
     if not segment.introduced or segment.exact.numel() < 64:
         return
     size = segment.error.abs().flatten()

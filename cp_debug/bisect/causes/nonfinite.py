@@ -1,4 +1,4 @@
-"""NaN and Inf that are born in a layer: what made them, and from which operands."""
+"""NaN and Inf that arise in a layer: their cause, and the operands that they come from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cp_debug.bisect.causes.segment import Segment
 
 @cause()
 def times_infinity(segment: Segment) -> Iterator[Candidate]:
-    """A factor that overflowed: 0·Inf is NaN, all else Inf."""
+    """Candidate: a factor that overflowed, so that 0·Inf is NaN and all else Inf."""
     if bool(segment.new_nonfinite.any()):
         for sign in (1, -1):
             says = "the result is multiplied by Inf: its zeros become NaN"
@@ -25,7 +25,7 @@ def times_infinity(segment: Segment) -> Iterator[Candidate]:
 
 @cause()
 def nan_for_zero_or_all(segment: Segment) -> Iterator[Candidate]:
-    """0/0 where the exact value is 0, or NaN throughout."""
+    """Candidates: NaN where the exact value is 0 (0/0), or NaN throughout."""
     if not bool(segment.new_nonfinite.any()):
         return
     nan = torch.full((), torch.nan, dtype=torch.float64)
@@ -41,7 +41,7 @@ def nan_for_zero_or_all(segment: Segment) -> Iterator[Candidate]:
 
 @cause(costly=True)
 def born_here(segment: Segment) -> Iterator[Candidate]:
-    """Nothing simpler fits: say where the first one is, and what it was made of."""
+    """Candidate of last resort: the place of the first NaN or Inf, and its operands."""
     if bool(segment.new_nonfinite.any()):
         says = f"{int(segment.new_nonfinite.sum())} NaN or Inf are born here from finite operands"
         yield Candidate(
@@ -56,9 +56,9 @@ def born_here(segment: Segment) -> Iterator[Candidate]:
 
 
 def operands(segment: Segment) -> dict[str, Any]:
-    """The first NaN or Inf, what it should be, and the operands: at its place where shapes agree, else their range."""
+    """JSON entry of the first NaN or Inf: exact value, operands at its place where shapes agree, else their range."""
     first = tuple(int(i) for i in segment.new_nonfinite.nonzero()[0])
-    found: dict[str, Any] = {
+    entry: dict[str, Any] = {
         "born": int(segment.new_nonfinite.sum()),
         "first": list(first),
         "value": float(segment.test[first]),
@@ -67,7 +67,7 @@ def operands(segment: Segment) -> dict[str, Any]:
     for name in segment.given:
         tensor = segment.input(name)
         if tensor.shape == segment.test.shape:
-            found[f"operand {name}"] = float(tensor[first])
+            entry[f"operand {name}"] = float(tensor[first])
         elif tensor.numel():
-            found[f"range of {name}"] = [float(tensor.min()), float(tensor.max())]
-    return found
+            entry[f"range of {name}"] = [float(tensor.min()), float(tensor.max())]
+    return entry

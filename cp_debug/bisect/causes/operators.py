@@ -1,4 +1,4 @@
-"""The operator is another one: left out, done twice, or with another attribute (eps, padding, slope, mode)."""
+"""Another operator: one left out, done twice, or with another attribute (eps, padding, slope, mode)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ACTIVATIONS = {
     "Silu": functional.silu,
 }
 EPSILONS = (1e-3, 1e-5, 1e-6, 1e-12, 1e-8, 1e-4, 1e-2, 0.0)
-"""The defaults of frameworks first."""
+"""Values of ε that are tried, the defaults of frameworks first."""
 
 _RESIZE = ("half_pixel", "asymmetric", "align_corners", "pytorch_half_pixel")
 _ROUND = ("round_prefer_floor", "round_prefer_ceil", "floor", "ceil")
@@ -55,7 +55,7 @@ ATTRIBUTES: Mapping[str, Sequence[Mapping[str, Any]]] = {
 
 @cause()
 def left_out(segment: Segment) -> Iterator[Candidate]:
-    """The value passes one of the nodes unchanged."""
+    """Candidates: the value passes one of the nodes unchanged."""
     for node in segment.nodes:
         for source in node.inputs:
             if not segment.context.constants.holds(source):
@@ -73,7 +73,7 @@ def left_out(segment: Segment) -> Iterator[Candidate]:
 
 @cause()
 def done_twice(segment: Segment) -> Iterator[Candidate]:
-    """An activation too many, or the operator itself applied to its own result."""
+    """Candidates: an activation too many, or the operator applied to its own result."""
     for name, function in ACTIVATIONS.items():
         value = function(segment.exact)
         if not torch.equal(value, segment.exact):
@@ -89,7 +89,7 @@ def done_twice(segment: Segment) -> Iterator[Candidate]:
 
 @cause()
 def attributes(segment: Segment) -> Iterator[Candidate]:
-    """The same node with another attribute."""
+    """Candidates: the same node with another value of one attribute."""
     for node in segment.nodes:
         for change in ATTRIBUTES.get(node.op, ()):
             if (value := segment.edited(node, **change)) is not None:
@@ -101,7 +101,7 @@ def attributes(segment: Segment) -> Iterator[Candidate]:
 
 @cause()
 def epsilon(segment: Segment) -> Iterator[Candidate]:
-    """A normalization with the ε of another framework."""
+    """Candidates: a normalization with the ε of another framework."""
     for node in segment.nodes:
         if node.op in NORMALIZATIONS:
             for eps in EPSILONS:
@@ -111,7 +111,7 @@ def epsilon(segment: Segment) -> Iterator[Candidate]:
 
 @cause(costly=True)
 def fitted_epsilon(segment: Segment) -> Iterator[Candidate]:
-    """Any other ε, found by ever finer grids."""
+    """Candidate: any other ε, found by ever finer grids."""
     for node in segment.nodes:
         if node.op not in NORMALIZATIONS:
             continue
@@ -127,15 +127,15 @@ def fitted_epsilon(segment: Segment) -> Iterator[Candidate]:
 
 
 def _with_epsilon(node: Node, value: Tensor, eps: float, parameters: int) -> Candidate:
-    own = next((a.f for a in node.proto.attribute if a.name == "epsilon"), 1e-5)
-    says = f"{node.op}: eps is {eps:.3g} instead of {own:.3g}"
-    fix = f"set eps={own:g} in {{layers}}, and export again"
-    return Candidate("normalization-eps", says, value, parameters, {"eps": eps, "instead_of": own}, fix)
+    declared_eps = next((a.f for a in node.proto.attribute if a.name == "epsilon"), 1e-5)
+    says = f"{node.op}: eps is {eps:.3g} instead of {declared_eps:.3g}"
+    fix = f"set eps={declared_eps:g} in {{layers}}, and export again"
+    return Candidate("normalization-eps", says, value, parameters, {"eps": eps, "instead_of": declared_eps}, fix)
 
 
 @cause()
 def padding(segment: Segment) -> Iterator[Candidate]:
-    """A window operator that pads elsewhere, or with other values than zeros."""
+    """Candidates: a window operator that pads elsewhere, or with other values than zeros."""
     for node in segment.nodes:
         pads = next((list(a.ints) for a in node.proto.attribute if a.name == "pads"), [])
         if node.op not in ("Conv", "ConvTranspose", "MaxPool", "AveragePool") or not any(pads):
@@ -143,9 +143,11 @@ def padding(segment: Segment) -> Iterator[Candidate]:
         rank = len(pads) // 2
         totals = [pads[i] + pads[i + rank] for i in range(rank)]
         for begins in itertools.product(*(range(t + 1) for t in totals)):
-            other = [*begins, *(t - b for t, b in zip(totals, begins, strict=True))]
-            if other != pads and (value := segment.edited(node, pads=other)) is not None:
-                yield _padded(f"{node.op} pads {other} instead of {pads}", value, {"pads": other, "instead_of": pads})
+            moved_pads = [*begins, *(t - b for t, b in zip(totals, begins, strict=True))]
+            if moved_pads != pads and (value := segment.edited(node, pads=moved_pads)) is not None:
+                yield _padded(
+                    f"{node.op} pads {moved_pads} instead of {pads}", value, {"pads": moved_pads, "instead_of": pads}
+                )
         for mode in ("replicate", "reflect", "circular"):
             if (value := _filled(segment, node, pads, mode)) is not None:
                 yield _padded(f"{node.op} pads with {mode} values instead of zeros", value, {"mode": mode})
@@ -156,10 +158,10 @@ def _filled(segment: Segment, node: Node, pads: list[int], mode: str) -> Tensor 
     source = node.proto.input[0]
     if node.op != "Conv" or source not in segment.given or rank > 2:
         return None
-    given = segment.input(source)
+    unpadded = segment.input(source)
     order = [p for axis in reversed(range(rank)) for p in (pads[axis], pads[axis + rank])]
     try:
-        return segment.edited(node, inputs={0: functional.pad(given, order, mode=mode)}, pads=[0] * len(pads))
+        return segment.edited(node, inputs={0: functional.pad(unpadded, order, mode=mode)}, pads=[0] * len(pads))
     except RuntimeError:  # more padding than there is to reflect
         return None
 

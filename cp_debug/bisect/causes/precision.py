@@ -35,7 +35,7 @@ PROMOTED = {
 
 @cause()
 def storage(segment: Segment) -> Iterator[Candidate]:
-    """Only the result is narrow: a cast that nobody asked for."""
+    """Candidates: only the result is narrow, through a cast that nobody asked for."""
     overflows = bool((segment.exact.abs() >= OVERFLOWS).any())
     for name, function in (("fp16", round_fp16), ("bf16", round_bf16)):
         if name == "fp16" and overflows:
@@ -47,7 +47,7 @@ def storage(segment: Segment) -> Iterator[Candidate]:
 
 @cause()
 def arithmetic(segment: Segment) -> Iterator[Candidate]:
-    """The whole layer in another precision, accumulating in FP32."""
+    """Candidates: the whole layer in another precision, accumulating in FP32."""
     says = {
         TF32: "TF32: operands are rounded to 10 mantissa bits",
         FP16: "FP16 weights, inputs and result, accumulated in FP32",
@@ -71,18 +71,21 @@ def arithmetic(segment: Segment) -> Iterator[Candidate]:
 
 @cause(costly=True)
 def tf32_cut_off(segment: Segment) -> Iterator[Candidate]:
-    """TF32 in kernels that do not round what they read."""
+    """Candidates: TF32 in kernels that cut off what they read instead of rounding it."""
     if segment.product is None or segment.context.claim.name == "tf32":
         return
-    for way, what in ((TF32_CUT, "operands"), (TF32_DECONV, "weights")):
-        says = f"TF32: {what} are cut off after 10 mantissa bits"
+    for way, operands in ((TF32_CUT, "operands"), (TF32_DECONV, "weights")):
+        says = f"TF32: {operands} are cut off after 10 mantissa bits"
         yield Candidate("tf32", says, segment.run(way), fix=PROMOTED["tf32"])
 
 
 @cause(costly=True)
 def fp16_accumulation(segment: Segment) -> Iterator[Candidate]:
-    """Partial sums in FP16, in the order of known kernels: in the right order it fits bit by bit, in another one the
-    error has the right size and a part of its direction."""
+    """Candidates: partial sums in FP16, in the order of known kernels.
+
+    In the right order the emulation fits bit by bit; in another one the error has the right size and a part of its
+    direction.
+    """
     size = segment.introduced / (float(torch.linalg.vector_norm(segment.exact)) or 1.0)
     if segment.product is None or not LIKE_FP16[0] < size < LIKE_FP16[1] or segment.context.claim.name == "fp16acc":
         return

@@ -1,4 +1,4 @@
-"""INT8: what a quantizer's grid, its range, its zero point, its granularity or its rounding of ties does."""
+"""INT8: effects of a quantizer's grid, its range, its zero point, its granularity and its rounding of ties."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PERCENTILE = "calibrate {layers} again: entropy or a higher percentile"
 
 @cause()
 def on_a_grid(segment: Segment) -> Iterator[Candidate]:
-    """The result has at most 256 equally spaced values: it passed an INT8 quantizer."""
+    """Candidates: the result has at most 256 equally spaced values, so it passed an INT8 quantizer."""
     grid = _grid(segment.test[segment.finite])
     if grid is None or segment.op in ("QuantizeLinear", "DequantizeLinear"):
         return
@@ -55,15 +55,15 @@ def on_a_grid(segment: Segment) -> Iterator[Candidate]:
 
 
 def _grid(values: Tensor) -> tuple[float, int, int] | None:
-    """(step, lowest and highest level) of values that are multiples of one step."""
-    found = torch.unique(values)
-    if not 3 <= len(found) <= LEVELS:
+    """(Step, lowest and highest level) of values that are multiples of one step; None where they are not."""
+    distinct = torch.unique(values)
+    if not 3 <= len(distinct) <= LEVELS:
         return None
-    rough = float(found.diff().min())
+    rough = float(distinct.diff().min())
     if rough <= 0:
         return None
-    step = float(found.abs().max()) / round(float(found.abs().max()) / rough)
-    levels = found / step
+    step = float(distinct.abs().max()) / round(float(distinct.abs().max()) / rough)
+    levels = distinct / step
     if float((levels - levels.round()).abs().max()) > 0.01 or float(levels.abs().max()) > LEVELS:
         return None
     return step, int(levels.min().round()), int(levels.max().round())
@@ -80,16 +80,16 @@ def _uneven(segment: Segment) -> bool:
 
 @cause()
 def weights(segment: Segment) -> Iterator[Candidate]:
-    """INT8 weights, symmetric: one scale for all or one a channel."""
+    """Candidates: INT8 weights, symmetric, with one scale for all channels or one for each."""
     node = segment.product
     weight = segment.weight(node, 1) if node is not None else None
     if node is None or weight is None or weight.dim() < 2:
         return
     output = 1 if node.op in ("ConvTranspose", "MatMul") else 0
-    rest = [d for d in range(weight.dim()) if d != output]
+    other_axes = [d for d in range(weight.dim()) if d != output]
     ways = (
         ("int8-per-tensor", "INT8 weights with one scale for all channels", weight.abs().max()),
-        ("int8-weights", "INT8 weights with a scale for each channel", weight.abs().amax(rest, keepdim=True)),
+        ("int8-weights", "INT8 weights with a scale for each channel", weight.abs().amax(other_axes, keepdim=True)),
     )
     for name, says, largest in ways:
         step = largest.clamp(min=1e-30) / 127
@@ -103,7 +103,7 @@ def weights(segment: Segment) -> Iterator[Candidate]:
 
 @cause()
 def quantizer(segment: Segment) -> Iterator[Candidate]:
-    """A QuantizeLinear with another scale or zero point, or that rounds ties another way."""
+    """Candidates: a QuantizeLinear with another scale or zero point, or that rounds ties another way."""
     node = segment.nodes[-1] if segment.nodes else None
     if (
         node is None
@@ -135,10 +135,15 @@ def quantizer(segment: Segment) -> Iterator[Candidate]:
     slope, zero_point = torch.linalg.lstsq(a, segment.test[inside][:, None]).solution.flatten().tolist()
     if slope <= 0:
         return
-    found, shift = 1 / slope, round(zero_point)
+    fitted_scale, shift = 1 / slope, round(zero_point)
     for name, says, s, z in (
         ("int8-zero-point", f"the zero point is {shift}", float(scale.flatten()[0]), shift),
-        ("int8-scale", f"the scale is {found:.4g} instead of {float(scale.flatten()[0]):.4g}", found, shift),
+        (
+            "int8-scale",
+            f"the scale is {fitted_scale:.4g} instead of {float(scale.flatten()[0]):.4g}",
+            fitted_scale,
+            shift,
+        ),
     ):
         if name == "int8-zero-point" and scale.numel() > 1:
             continue

@@ -26,7 +26,7 @@ _RESCALE = "scale the layer down and its reader up, or keep these nodes in FP32:
 
 
 def half_figures(exact: Tensor) -> dict[str, float]:
-    """What FP16 does to a tensor: its largest magnitude, and the shares that overflow, vanish or are subnormal."""
+    """Range of a tensor against FP16: its largest magnitude, and the shares that overflow, vanish or are subnormal."""
     size = exact.abs()
     present = size[torch.isfinite(size) & (size > 0)]
     count = max(present.numel(), 1)
@@ -40,7 +40,7 @@ def half_figures(exact: Tensor) -> dict[str, float]:
 
 @cause()
 def overflow(segment: Segment) -> Iterator[Candidate]:
-    """The exact result is finite, FP16 has no such number."""
+    """Candidates: the exact result is finite, but beyond FP16."""
     figures = half_figures(segment.exact)
     if figures["overflows"]:
         says = f"FP16 overflow: values up to {figures['largest']:.3g}, the largest FP16 number is 65504"
@@ -56,25 +56,25 @@ def overflow(segment: Segment) -> Iterator[Candidate]:
 
 @cause()
 def underflow(segment: Segment) -> Iterator[Candidate]:
-    """Numbers below FP16's normal ones lose their bits or vanish: in the result, or in the weights."""
+    """Candidates: numbers below FP16's normal ones lose bits or vanish, in the result or in the weights."""
     value = ARITHMETICS[segment.context.claim.name].value if segment.context.claim.name in ARITHMETICS else None
     if value is None or not segment.context.claim.name.startswith("fp16"):
         return
-    for what, exact in (("result", segment.exact), *_weights(segment)):
+    for tensor_name, exact in (("result", segment.exact), *_weights(segment)):
         lost = value(exact.float()).double() - exact
         finite = torch.isfinite(lost)
         loss = float(torch.linalg.vector_norm(lost[finite]) / (torch.linalg.vector_norm(exact[finite]) or 1.0))
         figures = half_figures(exact)
         small = figures["vanishes"] + figures["subnormal"]
         if loss > RANGE * HALF.roundoff and small > 0.01:
-            says = f"FP16 underflow: {small:.0%} of the {what} lie below the smallest normal FP16 number"
-            evidence = {**figures, "of": what, "storage_loss": loss}
+            says = f"FP16 underflow: {small:.0%} of the {tensor_name} lie below the smallest normal FP16 number"
+            evidence = {**figures, "of": tensor_name, "storage_loss": loss}
             yield Candidate("fp16-underflow", says, segment.claimed, evidence=evidence, fix=_RESCALE, heard=True)
 
 
 @cause()
 def flushed(segment: Segment) -> Iterator[Candidate]:
-    """The hardware writes 0 for subnormals."""
+    """Candidates: the hardware writes 0 for subnormal numbers."""
     half = round_fp16(segment.exact.float()).double()
     small = half.abs() < HALF.tiniest
     if bool((small & (half != 0)).any()):
@@ -86,11 +86,11 @@ def flushed(segment: Segment) -> Iterator[Candidate]:
 
 @cause()
 def saturated(segment: Segment) -> Iterator[Candidate]:
-    """The result stops at a bound that the exact one passes, on one side or both."""
-    seen = segment.test[segment.finite]
-    if not seen.numel():
+    """Candidates: the result stops at a bound that the exact one passes, on one side or both."""
+    captured = segment.test[segment.finite]
+    if not captured.numel():
         return
-    low, high = float(seen.min()), float(seen.max())
+    low, high = float(captured.min()), float(captured.max())
     largest = max(abs(low), abs(high))
     bounds = ((-largest, largest, 1), (-torch.inf, high, 1), (low, torch.inf, 1), (low, high, 2))
     for lower, upper, parameters in bounds:

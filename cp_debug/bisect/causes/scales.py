@@ -1,4 +1,4 @@
-"""INT8 with Q/DQ pairs: the layer does what its scales say, and one of them is wrong."""
+"""INT8 with Q/DQ pairs: a layer that does what its scales say, while one of the scales is wrong."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from cp_debug.graph.graph import Node
 from cp_debug.graph.qdq import LEVELS, weight_axis
 
 _COARSE = 2.0
-"""How many times coarser than needed a scale is called too coarse."""
+"""Factor above the needed scale from which a scale is called too coarse."""
 _CALIBRATE = "calibrate on data like this ({calibrate}), or leave it unquantized: {unquantized}"
 
 
 @cause()
 def declared(segment: Segment) -> Iterator[Candidate]:
-    """The layer as its own scales say; it is called after what makes most of the error."""
+    """Candidate: the layer as its own scales say, named after the part that makes most of the error."""
     node, quantized = segment.product, segment.context.quantized
     weight = segment.weight(node, 1) if node is not None else None
     if node is None or quantized is None or weight is None:
         return
     x, (of_input, of_weight) = _input(segment, node), (quantized.grid(node, place) for place in (0, 1))
-    made, parts = {}, {}
+    quantized_inputs, parts = {}, {}
     if of_input is not None:
-        made[0] = of_input.quantized(x)
+        quantized_inputs[0] = of_input.quantized(x)
         parts["clipped"] = {0: x.clamp(*of_input.range)}
         parts["rounded"] = {0: of_input.value(of_input.levels(x))}
     if of_weight is not None:
-        made[1] = of_weight.quantized(weight)
-        parts["weights"] = {1: made[1]}
-    value = segment.edited(node, inputs=made)
-    if not made or value is None:
+        quantized_inputs[1] = of_weight.quantized(weight)
+        parts["weights"] = {1: quantized_inputs[1]}
+    value = segment.edited(node, inputs=quantized_inputs)
+    if not quantized_inputs or value is None:
         return
     errors = {part: _error(segment, node, inputs) for part, inputs in parts.items()}
     worst = max(errors, key=errors.__getitem__)
@@ -74,17 +74,17 @@ def _of_weight(node: Node, weight: Tensor, grid: QuantizerGrid | None) -> tuple[
 
 
 def _input(segment: Segment, node: Node) -> Tensor:
-    """What the node reads, captured or computed on the way."""
+    """The captured or computed value that the node reads first, float64."""
     name = node.proto.input[0]
     nodes = () if name in segment.given else segment.nodes
     return as_double(segment.context.oracle.run_nodes(nodes, segment.given, [name])[name])
 
 
 def _error(segment: Segment, node: Node, inputs: dict[int, Tensor]) -> float:
-    """The relative error that one part of the quantization makes by itself, in the whole or in its worst channels."""
+    """The relative error that one part of the quantization makes by itself, over all or in the worst channels."""
     value = segment.edited(node, inputs=inputs)
     if value is None:
         return 0.0
     error, exact = value - segment.exact, segment.exact
-    whole = float(torch.linalg.vector_norm(error) / torch.linalg.vector_norm(exact))
-    return max(whole, balanced(error, exact, segment.axis))
+    relative = float(torch.linalg.vector_norm(error) / torch.linalg.vector_norm(exact))
+    return max(relative, balanced(error, exact, segment.axis))

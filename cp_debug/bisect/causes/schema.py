@@ -1,5 +1,4 @@
-"""The same operator told something else: any attribute by its schema, indices off by one, operands in another order or
-of another value, gates of a recurrent layer in another order."""
+"""One operator with other arguments: attributes, indices off by one, operands or gates in another order."""
 
 from __future__ import annotations
 
@@ -60,16 +59,18 @@ MOST_OTHERS = 48
 
 @cause(costly=True, structural=True)
 def by_schema(segment: Segment) -> Iterator[Candidate]:
-    """Every attribute of every operator, with every value that its schema allows."""
+    """Candidates: every attribute of every operator, with every value that its schema allows."""
     for node in segment.nodes:
-        own = attributes(segment.graph, node)
-        if node.op in ACTIVATIONS_OF and "activations" not in own:
-            own["activations"] = ACTIVATIONS_OF[node.op] * (2 if own.get("direction") == "bidirectional" else 1)
-        for name, value in own.items():
-            for other in _values(name, value):
-                if (result := segment.edited(node, **{name: other})) is not None:
-                    yield _attribute(node, name, other, value, result, 0)
-        yield from _apart(segment, node, own)
+        declared = attributes(segment.graph, node)
+        if node.op in ACTIVATIONS_OF and "activations" not in declared:
+            declared["activations"] = ACTIVATIONS_OF[node.op] * (
+                2 if declared.get("direction") == "bidirectional" else 1
+            )
+        for name, value in declared.items():
+            for tried in _values(name, value):
+                if (result := segment.edited(node, **{name: tried})) is not None:
+                    yield _attribute(node, name, tried, value, result, 0)
+        yield from _apart(segment, node, declared)
         yield from _declared_by_inputs(segment, node)
 
 
@@ -121,8 +122,8 @@ def _values(name: str, value: Any) -> Iterator[Any]:
         yield from (v for v in FLOATS.get(name, ()) if abs(v - value) > 1e-6)
     elif isinstance(value, int):
         flag = value in (0, 1) and name not in COUNTS
-        others = range(-1, 5) if "axis" in name else (1 - value,) if flag else (value - 1, value + 1)
-        yield from (v for v in others if v != value)
+        neighbors = range(-1, 5) if "axis" in name else (1 - value,) if flag else (value - 1, value + 1)
+        yield from (v for v in neighbors if v != value)
     elif isinstance(value, list) and all(isinstance(v, int) for v in value):
         if name == "perm" and len(value) <= 5:
             yield from (list(p) for p in itertools.permutations(range(len(value))) if list(p) != value)
@@ -132,20 +133,20 @@ def _values(name: str, value: Any) -> Iterator[Any]:
             yield from ([v] * len(value) for v in (1, 2, 3) if [v] * len(value) != value)
 
 
-def _attribute(node: Node, name: str, other: Any, value: Any, result: Tensor, parameters: int) -> Candidate:
-    shown = f"{other:.4g} instead of {value:.4g}" if isinstance(value, float) else f"{other} instead of {value}"
-    says = f"{node.op}: {name} is {shown}"
-    evidence = {name: other, "instead_of": value}
+def _attribute(node: Node, name: str, tried: Any, value: Any, result: Tensor, parameters: int) -> Candidate:
+    comparison = f"{tried:.4g} instead of {value:.4g}" if isinstance(value, float) else f"{tried} instead of {value}"
+    says = f"{node.op}: {name} is {comparison}"
+    evidence = {name: tried, "instead_of": value}
     return Candidate(NAMES.get(name, "attribute"), says, result, parameters, evidence, f"set it as declared: {says}")
 
 
 @cause(costly=True)
 def fitted_attribute(segment: Segment) -> Iterator[Candidate]:
-    """A number in which the result is affine, by least squares, learnt on one half and tried on the other."""
+    """Candidates: an attribute in which the result is affine, by least squares on one half, tried on the other."""
     for node in segment.nodes:
-        own = attributes(segment.graph, node)
+        declared = attributes(segment.graph, node)
         for name in FITTED.get(node.op, ()):
-            value = own[name]
+            value = declared[name]
             moved = segment.edited(node, **{name: value + 1.0})
             if moved is None or not segment.introduced:
                 continue
@@ -158,30 +159,30 @@ def fitted_attribute(segment: Segment) -> Iterator[Candidate]:
 
 @cause(costly=True)
 def epsilon_of_a_composite(segment: Segment) -> Iterator[Candidate]:
-    """A normalization written out: the small number that is added before the root."""
+    """Candidates: a normalization written out, with another number added before the root."""
     for node in segment.nodes:
         roots = [n for n in segment.graph.consumers.get(node.outputs[0], []) if n.op in ("Sqrt", "Pow", "Reciprocal")]
         if node.op != "Add" or not roots:
             continue
         for place in (0, 1):
-            own = segment.weight(node, place)
-            if own is None or own.numel() != 1 or not 0 < float(own) <= max(EPSILONS):
+            declared = segment.weight(node, place)
+            if declared is None or declared.numel() != 1 or not 0 < float(declared) <= max(EPSILONS):
                 continue
             for eps in EPSILONS:
-                value = segment.edited(node, inputs={place: torch.full_like(own, eps)})
-                if value is not None and eps != float(own):
-                    says = f"eps is {eps:.3g} instead of {float(own):.3g}"
-                    evidence = {"eps": eps, "instead_of": float(own)}
+                value = segment.edited(node, inputs={place: torch.full_like(declared, eps)})
+                if value is not None and eps != float(declared):
+                    says = f"eps is {eps:.3g} instead of {float(declared):.3g}"
+                    evidence = {"eps": eps, "instead_of": float(declared)}
                     yield Candidate("normalization-eps", says, value, 0, evidence, "set eps in {layers} as declared")
 
 
 @cause(costly=True, structural=True)
 def off_by_one(segment: Segment) -> Iterator[Candidate]:
-    """Slices, gathers and paddings that begin one element too early or too late."""
+    """Candidates: slices, gathers and paddings that begin one element too early or too late."""
     for node in segment.nodes:
-        for inputs, what in _shifted(segment, node):
+        for inputs, shift in _shifted(segment, node):
             if (value := segment.edited(node, inputs=inputs)) is not None:
-                says = f"{node.op} is off by one: {what}"
+                says = f"{node.op} is off by one: {shift}"
                 yield Candidate("index-shifted", says, value, 0, {"node": node.name}, "check the indices of {layers}")
 
 
@@ -194,26 +195,26 @@ def _shifted(segment: Segment, node: Node) -> Iterator[tuple[dict[int, Tensor], 
     steps = ((1, "one later"), (-1, "one earlier"))
     if node.op == "Slice" and (starts := constant(1)) is not None:
         ends = constant(2)
-        for step, what in steps:
-            yield {1: starts + step} | ({} if ends is None else {2: ends + step}), what
-            yield {1: starts + step}, f"begins {what}"
+        for step, shift in steps:
+            yield {1: starts + step} | ({} if ends is None else {2: ends + step}), shift
+            yield {1: starts + step}, f"begins {shift}"
             if ends is not None:
-                yield {2: ends + step}, f"ends {what}"
+                yield {2: ends + step}, f"ends {shift}"
     elif node.op in ("Gather", "GatherElements", "GatherND") and (indices := constant(1)) is not None:
-        for step, what in steps:
-            yield {1: indices + step}, what
+        for step, shift in steps:
+            yield {1: indices + step}, shift
     elif node.op == "Pad" and (pads := constant(1)) is not None:
         rank = pads.numel() // 2
-        for axis, (step, what) in itertools.product(range(rank), steps):
+        for axis, (step, shift) in itertools.product(range(rank), steps):
             moved = pads.clone()
             moved[axis] += step
             moved[axis + rank] -= step
-            yield {1: moved}, f"axis {axis}, {what}"
+            yield {1: moved}, f"axis {axis}, {shift}"
 
 
 @cause()
 def operand_order(segment: Segment) -> Iterator[Candidate]:
-    """Operands that have changed places."""
+    """Candidates: operands that have changed places."""
     for node in segment.nodes:
         reads = list(node.proto.input)
         for order in _orders(node, len(reads)):
@@ -239,21 +240,21 @@ def _orders(node: Node, count: int) -> Iterator[tuple[int, ...]]:
 
 @cause(costly=True)
 def another_operand(segment: Segment) -> Iterator[Candidate]:
-    """An operand that holds another value of the run: read too late, after it was overwritten in place, or mixed up."""
+    """Candidates: an operand with another value of the run: read too late, overwritten in place, or mixed up."""
     for node in segment.nodes:
         for place, name in enumerate(node.proto.input):
             if name not in segment.given or node.op in ("Conv", "ConvTranspose"):
                 continue
-            own = segment.input(name)
-            if own.numel() < 8:
+            captured = segment.input(name)
+            if captured.numel() < 8:
                 continue
-            tried = 0
+            count = 0
             for other, load in segment.others:
-                if tried == MOST_OTHERS:
+                if count == MOST_OTHERS:
                     break
-                if other == name or not _of_shape(load, own):
+                if other == name or not _of_shape(load, captured):
                     continue
-                tried += 1
+                count += 1
                 value = segment.edited(node, inputs={place: as_double(load())})
                 if value is not None:
                     says = f"{node.op} reads {other} instead of {name}: mixed up, or overwritten in place"
@@ -261,13 +262,13 @@ def another_operand(segment: Segment) -> Iterator[Candidate]:
                     yield Candidate("another-operand", says, value, 0, evidence, f"feed {{layers}} {name} unchanged")
 
 
-def _of_shape(load: Any, own: Tensor) -> bool:
-    return tuple(load().shape) == tuple(own.shape)
+def _of_shape(load: Any, value: Tensor) -> bool:
+    return tuple(load().shape) == tuple(value.shape)
 
 
 @cause(costly=True)
 def gate_order(segment: Segment) -> Iterator[Candidate]:
-    """A recurrent layer whose weights have their gates in another framework's order."""
+    """Candidates: a recurrent layer whose weights have their gates in another framework's order."""
     for node in segment.nodes:
         gates = GATES.get(node.op, 0)
         weights = {place: w for place in (1, 2, 3) if gates and (w := segment.weight(node, place)) is not None}
@@ -288,12 +289,12 @@ def _regated(weight: Tensor, order: tuple[int, ...], parts: int) -> Tensor:
 
 @cause(costly=True)
 def another_operator(segment: Segment) -> Iterator[Candidate]:
-    """An operator of the same kind in the place of another: activations, reductions, pooling, arithmetic."""
+    """Candidates: another operator of the same kind: activations, reductions, pooling, arithmetic."""
     for node in segment.nodes:
         family = next((f for f in EXCHANGED if node.op in f), ())
-        own = {a.name: helper.get_attribute_value(a) for a in node.proto.attribute}
+        declared = {a.name: helper.get_attribute_value(a) for a in node.proto.attribute}
         for op in family:
-            attributes = {} if op in EXCHANGED[0] else own
+            attributes = {} if op in EXCHANGED[0] else declared
             if op != node.op and (value := segment.edited(node, op=op, **attributes)) is not None:
                 says = f"{node.op} is computed as {op}"
                 fix = f"compare both programs at {{layers}}: {says}"

@@ -1,4 +1,4 @@
-"""Which candidate explains a layer: evidence first, and of equal evidence the simplest."""
+"""Choice of the candidate that explains a layer: evidence first, and of equal evidence the simplest."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ FEW = 2
 
 @dataclass
 class Explanation:
-    """A cause with its evidence. ``cause`` None: nothing explains the layer; ``runner_up`` is what came nearest."""
+    """A cause with its evidence.
+
+    ``cause`` is None where nothing explains the layer; ``runner_up`` came nearest then.
+    """
 
     cause: Candidate | None
     explained: float
     runner_up: Candidate | None
     runner_up_explained: float
     graphs_differ: tuple[str, ...] = ()
-    """What the test's graph has different at the layer, in words, where no cause was found."""
+    """Differences of the test's graph at the layer, in words, where no cause was found."""
 
 
 @dataclass
@@ -55,15 +58,22 @@ def explain(
     """
     asked = CAUSES if families is None else families
 
+<<<<<<< HEAD
     def all_of(some: Collection[Cause]) -> list[tuple[_Tried, Cause]]:
         found = []
         for family in some:
+=======
+    def all_of(families: Collection[Cause]) -> list[tuple[_Tried, Cause]]:
+        judged = []
+        for family in families:
+>>>>>>> main
             try:
-                found += [(t, family) for t in _try(segment, family)]
+                judged += [(t, family) for t in _try(segment, family)]
             except Exception as error:
                 on_failure(error)
-        return found
+        return judged
 
+<<<<<<< HEAD
     tried = all_of([c for c in first if c in asked])
     if not any(t.accepted and not t.candidate.parameters for t, _ in tried):
         tried += all_of([c for c in asked if not c.costly and c not in first])
@@ -72,22 +82,32 @@ def explain(
             many = fewest is None or fewest > FEW
             tried += all_of([c for c in asked if c.costly and (many or c.structural) and c not in first])
     if not tried:
+=======
+    results = all_of(first)
+    if not any(t.accepted and not t.candidate.parameters for t, _ in results):
+        results += all_of([c for c in CAUSES if not c.costly and c not in first])
+        fewest = min((t.candidate.parameters for t, _ in results if t.accepted), default=None)
+        if fewest != 0:
+            many = fewest is None or fewest > FEW
+            results += all_of([c for c in CAUSES if c.costly and (many or c.structural) and c not in first])
+    if not results:
+>>>>>>> main
         return Explanation(None, 0.0, None, 0.0), None
-    best = min(t.residual for t, _ in tried)
-    equal = [(t, family) for t, family in tried if t.residual <= CLOSE * best]
+    best = min(t.residual for t, _ in results)
+    equal = [(t, family) for t, family in results if t.residual <= CLOSE * best]
     chosen, family = min(equal, key=lambda p: _rank(p[0]))
     if chosen.accepted:
-        others = [t for t, _ in tried if t.candidate.cause != chosen.candidate.cause and t.residual > CLOSE * best]
+        others = [t for t, _ in results if t.candidate.cause != chosen.candidate.cause and t.residual > CLOSE * best]
         second = max(others, key=lambda t: t.explained, default=None)
         return _explanation(chosen, second), family
-    if likely := max((p for p in tried if p[0].candidate.by_magnitude), key=lambda p: p[0].explained, default=None):
+    if likely := max((p for p in results if p[0].candidate.by_magnitude), key=lambda p: p[0].explained, default=None):
         return _explanation(likely[0], chosen), likely[1]
     return Explanation(None, 0.0, chosen.candidate, chosen.explained), None
 
 
-def _rank(tried: _Tried) -> tuple[bool, bool, int, float]:
-    candidate = tried.candidate
-    return not tried.accepted, not candidate.heard, candidate.parameters, tried.residual
+def _rank(judged: _Tried) -> tuple[bool, bool, int, float]:
+    candidate = judged.candidate
+    return not judged.accepted, not candidate.heard, candidate.parameters, judged.residual
 
 
 def _explanation(chosen: _Tried, second: _Tried | None) -> Explanation:
@@ -103,8 +123,8 @@ def _try(segment: Segment, family: Cause) -> Iterator[_Tried]:
 
 def accepted(segment: Segment, candidate: Candidate) -> Explanation | None:
     """The explanation of a layer by one candidate that is known beforehand; None where it does not reproduce it."""
-    tried = _judged(segment, candidate)
-    return _explanation(tried, None) if tried.accepted else None
+    judged = _judged(segment, candidate)
+    return _explanation(judged, None) if judged.accepted else None
 
 
 def _judged(segment: Segment, candidate: Candidate) -> _Tried:

@@ -1,4 +1,4 @@
-"""One layer under suspicion: what it was given, what it made of it, and what the oracle makes of the same."""
+"""One layer under suspicion: its captured inputs and result, and the oracle's result for the same inputs."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ class BatchNorm:
 
     @classmethod
     def of(cls, parameters: Sequence[Tensor | None], eps: float) -> BatchNorm | None:
-        """From weight, bias, mean and variance; None where one is missing."""
-        given = [p.detach().double().cpu() for p in parameters if p is not None]
-        return cls(given[0], given[1], given[2], given[3], eps) if len(given) == 4 else None
+        """The BatchNormalization with weight, bias, mean and variance, each [C]; None where one of them is missing."""
+        present = [p.detach().double().cpu() for p in parameters if p is not None]
+        return cls(present[0], present[1], present[2], present[3], eps) if len(present) == 4 else None
 
     @property
     def scale(self) -> Tensor:
-        """What it multiplies each channel with."""
+        """[C] factor of each channel: weight ÷ √(variance + eps)."""
         return self.weight / torch.sqrt(self.variance + self.eps)
 
     def rounded(self, rounding: Callable[[Tensor], Tensor]) -> BatchNorm:
-        """With every parameter rounded by itself."""
+        """The BatchNormalization with every parameter rounded by itself."""
         weight, bias, mean, variance = map(rounding, (self.weight, self.bias, self.mean, self.variance))
         return BatchNorm(weight, bias, mean, variance, self.eps)
 
@@ -62,8 +62,8 @@ class BatchNorm:
 
 def as_double(value: Any) -> Tensor:
     """Any array or tensor in float64 on the CPU, integers too."""
-    held: Tensor = FP64.hold(value, "cpu")
-    return held.double()
+    tensor: Tensor = FP64.hold(value, "cpu")
+    return tensor.double()
 
 
 class SegmentContext:
@@ -86,7 +86,7 @@ class SegmentContext:
 
 
 class Segment:
-    """The nodes that make ``target`` from ``given``, all tensors on the CPU; the results are float64."""
+    """The nodes that compute ``target`` from ``given``, all tensors on the CPU; results are float64."""
 
     def __init__(
         self, context: SegmentContext, nodes: Sequence[Node], target: str, given: Mapping[str, Any], test: Any
@@ -106,7 +106,10 @@ class Segment:
 
     @classmethod
     def of(cls, context: SegmentContext, target: str, known: Collection[str], load: Load) -> Segment:
-        """Cut the segment of ``target`` out. Raises InputError where the oracle cannot compute it."""
+        """The segment that computes ``target`` from values that are ``known``.
+
+        Raises InputError where the oracle cannot compute it.
+        """
         nodes, starts = context.graph.segment([target], known)
         return cls(context, nodes, target, {s: load(s) for s in starts}, load(target))
 
@@ -123,9 +126,9 @@ class Segment:
     ) -> Tensor:
         """The target in one arithmetic; ``nodes`` and further ``values`` replace the segment's own."""
         executor = self.context.executor(arithmetic)
-        wanted = self.target
-        given = {**self.given, **(values or {})}
-        return as_double(executor.run_nodes(self.nodes if nodes is None else nodes, given, [wanted])[wanted])
+        target_name = self.target
+        known = {**self.given, **(values or {})}
+        return as_double(executor.run_nodes(self.nodes if nodes is None else nodes, known, [target_name])[target_name])
 
     def edited(
         self,
@@ -147,15 +150,15 @@ class Segment:
             del proto.attribute[:]
         if reads is not None:
             proto.input[:] = reads
-        kept = [a for a in proto.attribute if a.name not in attributes]
+        attributes_kept = [a for a in proto.attribute if a.name not in attributes]
         del proto.attribute[:]
-        proto.attribute.extend(kept)
+        proto.attribute.extend(attributes_kept)
         proto.attribute.extend(onnx.helper.make_attribute(k, v) for k, v in attributes.items() if v is not None)
         index, values = next(_fresh), {}
         for place, value in (inputs or {}).items():
             proto.input[place] = f"{node.proto.input[place]}\x1f{index}"
-            held = value.to(self.context.oracle.arithmetic.dtype) if value.is_floating_point() else value
-            values[proto.input[place]] = held
+            tensor = value.to(self.context.oracle.arithmetic.dtype) if value.is_floating_point() else value
+            values[proto.input[place]] = tensor
         nodes = [replace(Node.of(index, proto), name=n.name) if n is node else n for n in self.nodes]
         try:
             result = self.run(self.context.oracle.arithmetic, nodes, values)
@@ -207,26 +210,26 @@ class Segment:
 
     @cached_property
     def claimed(self) -> Tensor:
-        """What the claimed precision makes of the same inputs."""
+        """The target in the claimed precision, from the same inputs."""
         if self.context.quantized is not None:
-            made = self.context.quantized.ideal(self.context.oracle, self.nodes, self.given, [self.target])
-            return as_double(made.results[self.target])
+            emulated = self.context.quantized.ideal(self.context.oracle, self.nodes, self.given, [self.target])
+            return as_double(emulated.results[self.target])
         arithmetic = ARITHMETICS.get(self.context.claim.name, self.context.oracle.arithmetic)
         return self.run(arithmetic) if self.nodes else self.exact
 
     @cached_property
     def finite(self) -> Tensor:
-        """Where both the captured and the exact value are finite."""
+        """Mask of the elements whose captured and exact values are both finite."""
         return torch.isfinite(self.test) & torch.isfinite(self.exact)
 
     @cached_property
     def new_nonfinite(self) -> Tensor:
-        """Where the captured value is NaN or Inf and the exact one is finite."""
+        """Mask of the elements that are NaN or Inf in the captured result and finite in the exact one."""
         return ~torch.isfinite(self.test) & torch.isfinite(self.exact)
 
     @cached_property
     def error(self) -> Tensor:
-        """What the layer introduced; 0 where either value is not finite."""
+        """The error that the layer introduced, captured − exact; 0 where either value is not finite."""
         return torch.where(self.finite, self.test - self.exact, 0.0)
 
     @cached_property
@@ -236,7 +239,7 @@ class Segment:
 
     @cached_property
     def expected(self) -> float:
-        """L2 norm of what the claimed precision must introduce."""
+        """L2 norm of the error that the claimed precision must introduce."""
         rounding = torch.where(self.finite & torch.isfinite(self.claimed), self.claimed - self.exact, 0.0)
         scale = max(float(torch.linalg.vector_norm(torch.where(self.finite, v, 0.0))) for v in (self.exact, self.test))
         return max(float(torch.linalg.vector_norm(rounding)), FLOOR * self.context.claim.roundoff * scale)
@@ -244,17 +247,17 @@ class Segment:
     @cached_property
     def contrast(self) -> float:
         """L2 norm of the captured result less its mean."""
-        seen = self.test[self.finite]
-        return float(torch.linalg.vector_norm(seen - seen.mean())) if seen.numel() else 0.0
+        captured = self.test[self.finite]
+        return float(torch.linalg.vector_norm(captured - captured.mean())) if captured.numel() else 0.0
 
     @cached_property
     def axis(self) -> int:
-        """The channel axis: the second of images, the last of what matrix products make."""
+        """Index of the channel axis: the second of images, the last of matrix products."""
         images = any(n.op in ("Conv", "ConvTranspose", "BatchNormalization") for n in self.nodes)
         return 1 if images or self.test.dim() == 4 else max(self.test.dim() - 1, 0)
 
     def along(self, parameter: Tensor) -> Tensor:
-        """A parameter [C], shaped to meet the target."""
+        """A parameter [C], reshaped to broadcast against the target."""
         return parameter.reshape(-1, *(1,) * (self.test.dim() - self.axis - 1))
 
     @cached_property
@@ -267,12 +270,12 @@ class Segment:
 
     @cached_property
     def activate(self) -> Callable[[Tensor], Tensor]:
-        """What follows ``before``."""
+        """The function that leads from ``before`` to the result: ReLU, or nothing."""
         return torch.relu if self.before is not self.exact else lambda x: x
 
     @cached_property
     def revealing(self) -> Tensor:
-        """Where the captured result tells the value before the activation."""
+        """Mask of the elements whose captured result tells the value before the activation."""
         return self.finite & (self.test > 0) if self.before is not self.exact else self.finite
 
     @cached_property
@@ -283,12 +286,12 @@ class Segment:
     @cached_property
     def product(self) -> Node | None:
         """The segment's convolution or matrix product, where there is exactly one."""
-        found = [n for n in self.nodes if n.op in PRODUCTS]
-        return found[0] if len(found) == 1 else None
+        products = [n for n in self.nodes if n.op in PRODUCTS]
+        return products[0] if len(products) == 1 else None
 
     @cached_property
     def bias(self) -> Tensor | None:
-        """The bias that the segment's convolution, product or BatchNormalization adds, shaped to meet the target."""
+        """The bias that the convolution, product or BatchNormalization adds, shaped to broadcast against the target."""
         if self.batch_norm is not None and self.product is None:
             return self.along(self.batch_norm.bias)
         node = self.product
@@ -321,8 +324,8 @@ class Segment:
             return None
         if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
             return None
-        found = BatchNorm.of((norm.weight, norm.bias, norm.running_mean, norm.running_var), norm.eps)
-        return found if found is not None and len(found.mean) == self.test.shape[self.axis] else None
+        folded = BatchNorm.of((norm.weight, norm.bias, norm.running_mean, norm.running_var), norm.eps)
+        return folded if folded is not None and len(folded.mean) == self.test.shape[self.axis] else None
 
     @cached_property
     def strange(self) -> bool:
@@ -330,24 +333,24 @@ class Segment:
         return bool(self.new_nonfinite.any())
 
     def explained(self, value: Tensor) -> tuple[float, float]:
-        """(the share of the introduced error that ``value`` explains, what it leaves: an L2 norm).
+        """(Share of the introduced error that ``value`` explains, L2 norm of the error that it leaves).
 
         The share is 1 − ‖test − value‖ ÷ ‖test − exact‖ over the finite elements; −∞ where ``value`` is not finite.
-        Where NaN or Inf are born the question is whether ``value`` has the same ones in the same places: the share of
-        places where they agree among those where either has one.
+        Where NaN or Inf arise, the share is that of the places where ``value`` has the same ones, among the places
+        where either has one.
         """
         if self.strange:
             either = self.new_nonfinite | (~torch.isfinite(value) & torch.isfinite(self.exact))
             same = torch.where(torch.isnan(self.test), torch.isnan(value), self.test == value)
             share = float((same & either).sum() / either.sum())
             return share, 1 - share
-        rest = self.test - value
+        remaining = self.test - value
         if not self._all_finite:
-            rest = torch.where(self.finite, rest, 0.0)
-        left = float(torch.linalg.vector_norm(rest))
-        if not math.isfinite(left):
+            remaining = torch.where(self.finite, remaining, 0.0)
+        distance = float(torch.linalg.vector_norm(remaining))
+        if not math.isfinite(distance):
             return -math.inf, math.inf
-        return (1 - left / self.introduced if self.introduced else 0.0), left
+        return (1 - distance / self.introduced if self.introduced else 0.0), distance
 
     @cached_property
     def _all_finite(self) -> bool:

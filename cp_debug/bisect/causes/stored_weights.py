@@ -31,7 +31,7 @@ def _weights(segment: Segment) -> Iterator[tuple[Node, int, Tensor]]:
 
 @cause(costly=True)
 def narrow(segment: Segment) -> Iterator[Candidate]:
-    """Weights in FP16 or BF16, everything else as declared."""
+    """Candidates: weights in FP16 or BF16, everything else as declared."""
     for node, place, weight in _weights(segment):
         for name, function in (("fp16", round_fp16), ("bf16", round_bf16)):
             rounded = function(weight.float()).double()
@@ -44,7 +44,7 @@ def narrow(segment: Segment) -> Iterator[Candidate]:
 
 @cause(costly=True)
 def integers(segment: Segment) -> Iterator[Candidate]:
-    """Weights in INT8, with one scale or one a slice of either axis, symmetric or not."""
+    """Candidates: weights in INT8, with one scale or one for each slice of either axis, symmetric or not."""
     for node, place, weight in _weights(segment):
         if weight.dim() < 2:
             continue
@@ -57,16 +57,16 @@ def integers(segment: Segment) -> Iterator[Candidate]:
 
 @cause(costly=True)
 def of_another_layer(segment: Segment) -> Iterator[Candidate]:
-    """The weights of another layer, which have the same shape."""
+    """Candidates: the weights of another layer that have the same shape."""
     constants, graph = segment.context.constants, segment.graph
     for node, place, weight in _weights(segment):
         name = node.proto.input[place]
         alike = [n for n in graph.initializers if n != name and tuple(graph.weight(n).dims) == tuple(weight.shape)]
-        for other in alike[:MOST_LAYERS]:
-            held = as_double(constants[other])
-            if not torch.equal(held, weight) and (value := segment.edited(node, inputs={place: held})) is not None:
-                says = f"{node.op} has the weights of another layer ({other} instead of {name})"
-                evidence = {"of": other, "instead_of": name}
+        for other_name in alike[:MOST_LAYERS]:
+            stored = as_double(constants[other_name])
+            if not torch.equal(stored, weight) and (value := segment.edited(node, inputs={place: stored})) is not None:
+                says = f"{node.op} has the weights of another layer ({other_name} instead of {name})"
+                evidence = {"of": other_name, "instead_of": name}
                 yield Candidate(
                     "weights-of-another-layer", says, value, 0, evidence, "compare both checkpoints: {layers}"
                 )
@@ -74,7 +74,7 @@ def of_another_layer(segment: Segment) -> Iterator[Candidate]:
 
 @cause(costly=True)
 def exchanged_channels(segment: Segment) -> Iterator[Candidate]:
-    """Output channels of the weight in another order, the bias as it was: read off which slice is nearest to which."""
+    """Candidate: output channels of the weight in another order, the bias as it was, by the nearest slices."""
     node = segment.product
     weight = segment.weight(node, 1) if node is not None else None
     if node is None or weight is None or weight.dim() < 2 or segment.test.shape != segment.exact.shape:
@@ -86,8 +86,10 @@ def exchanged_channels(segment: Segment) -> Iterator[Candidate]:
     axis = next((a for a in _output_axes(node) if a < weight.dim() and weight.shape[a] == count), None)
     if axis is None or count > 1024:
         return
-    ours, theirs = ((t - bias).movedim(segment.axis, 0).reshape(count, -1) for t in (segment.before, segment.test))
-    distance = ours.square().sum(1) - 2 * theirs @ ours.T
+    exact_slices, test_slices = (
+        (t - bias).movedim(segment.axis, 0).reshape(count, -1) for t in (segment.before, segment.test)
+    )
+    distance = exact_slices.square().sum(1) - 2 * test_slices @ exact_slices.T
     order = torch.where(distance.diagonal() <= distance.min(1).values, torch.arange(count), distance.argmin(1))
     moved = (order != torch.arange(count)).nonzero().flatten()
     if not len(moved) or len(order.unique()) != count:

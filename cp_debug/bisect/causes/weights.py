@@ -12,13 +12,13 @@ from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.segment import Segment
 
 MOST_UNKNOWNS = 1200
-"""Weights of one output channel up to which they are fitted."""
+"""Number of weights of an output channel up to which they are fitted."""
 _FIX = "compare the weights of {layers} in both programs: layout, checkpoint, folding"
 
 
 @cause()
 def other_layout(segment: Segment) -> Iterator[Candidate]:
-    """The same weights in another layout."""
+    """Candidates: the declared weights in another layout, flipped or transposed."""
     node = segment.product
     weight = segment.weight(node, 1) if node is not None else None
     if node is None or weight is None or weight.dim() < 2:
@@ -31,14 +31,14 @@ def other_layout(segment: Segment) -> Iterator[Candidate]:
         ways.append(("rows and columns of the kernel are exchanged", weight.transpose(2, 3)))
     if weight.shape[0] == weight.shape[1]:
         ways.append(("input and output channels of the weight are exchanged", weight.transpose(0, 1)))
-    for says, other in ways:
-        if not torch.equal(other, weight) and (value := segment.edited(node, inputs={1: other})) is not None:
+    for says, rearranged in ways:
+        if not torch.equal(rearranged, weight) and (value := segment.edited(node, inputs={1: rearranged})) is not None:
             yield Candidate("weight-layout", says, value, fix=_FIX)
 
 
 @cause(costly=True)
 def fitted(segment: Segment) -> Iterator[Candidate]:
-    """Any other weights and bias: the result is linear in the layer's input, learnt on one half, tried on the other."""
+    """Candidate: any other weights and bias, fitted on one half of the result and tried on the other."""
     node = segment.product
     if node is None or node.op != "Conv" or segment.before is not segment.exact or len(segment.nodes) > 1:
         return
@@ -48,23 +48,23 @@ def fitted(segment: Segment) -> Iterator[Candidate]:
     pads = attributes.get("pads", [0] * 4)
     if weight is None or weight.dim() != 4 or groups != 1 or weight[0].numel() > MOST_UNKNOWNS or pads[:2] != pads[2:]:
         return
-    given = segment.input(node.proto.input[0])
+    layer_input = segment.input(node.proto.input[0])
     dilation, stride = (tuple(attributes.get(name, (1, 1))) for name in ("dilations", "strides"))
-    columns = functional.unfold(given, tuple(weight.shape[2:]), dilation, tuple(pads[:2]), stride)
+    columns = functional.unfold(layer_input, tuple(weight.shape[2:]), dilation, tuple(pads[:2]), stride)
     columns = columns.transpose(1, 2).flatten(0, 1)
     columns = torch.cat([columns, torch.ones(len(columns), 1, dtype=torch.float64)], 1)
-    wanted = segment.test.flatten(2).transpose(1, 2).flatten(0, 1)
+    captured = segment.test.flatten(2).transpose(1, 2).flatten(0, 1)
     coin = torch.rand(len(columns), generator=torch.Generator().manual_seed(0)) < 0.5
     unknowns = columns.shape[1]
     if min(int(coin.sum()), int((~coin).sum())) < 2 * unknowns or not bool(segment.finite.all()):
         return
-    prediction = torch.empty_like(wanted)
+    prediction = torch.empty_like(captured)
     for fold in (coin, ~coin):
-        solution = _least_squares(columns[fold], wanted[fold])
+        solution = _least_squares(columns[fold], captured[fold])
         prediction[~fold] = columns[~fold] @ solution
-    found = solution[:-1].T.reshape(weight.shape)
-    difference = float(torch.linalg.vector_norm(found - weight) / torch.linalg.vector_norm(weight))
-    shape = (given.shape[0], -1, weight.shape[0])
+    fitted_weight = solution[:-1].T.reshape(weight.shape)
+    difference = float(torch.linalg.vector_norm(fitted_weight - weight) / torch.linalg.vector_norm(weight))
+    shape = (layer_input.shape[0], -1, weight.shape[0])
     value = prediction.reshape(shape).transpose(1, 2).reshape(segment.test.shape)
     says = f"the weights are others: they differ by {difference:.2g} (rel. L2)"
     evidence = {"weights_differ_by": difference, "unknowns_per_channel": unknowns}

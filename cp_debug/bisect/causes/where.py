@@ -1,4 +1,4 @@
-"""Where the error of a layer sits: channels, region, the worst elements."""
+"""Location of a layer's error: channels, region, the worst elements."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ def locate(segment: Segment, layer: str) -> Where:
         return Where(layer)
     strange = bool(segment.new_nonfinite.any())
     weight = segment.new_nonfinite.double() if strange else error.square()
-    found = Where(layer, worst=[])
+    location = Where(layer, worst=[])
     if error.dim() > 1 and error.shape[segment.axis] > 1:
         shares = weight.sum([d for d in range(error.dim()) if d != segment.axis]) / (weight.sum() or 1.0)
         top = shares.topk(min(MOST, len(shares)))
-        found.channels = {int(i): float(s) for s, i in zip(*top, strict=True) if s > 0}
+        location.channels = {int(i): float(s) for s, i in zip(*top, strict=True) if s > 0}
     high = (segment.new_nonfinite if strange else error > error.max() / 10).nonzero()
     if len(high):
-        found.region = [[int(a), int(b)] for a, b in zip(high.amin(0), high.amax(0), strict=True)]
-        covered = math.prod(b - a + 1 for a, b in found.region)
-        found.concentrated = covered / error.numel()
+        location.region = [[int(a), int(b)] for a, b in zip(high.amin(0), high.amax(0), strict=True)]
+        covered = math.prod(b - a + 1 for a, b in location.region)
+        location.concentrated = covered / error.numel()
     for flat in error.flatten().topk(min(MOST, error.numel())).indices:
         index = [int(i) for i in torch.unravel_index(flat, error.shape)]
         place = tuple(index)
         if error[place] > 0:
-            found.worst.append(Element(index, float(segment.test[place]), float(segment.exact[place])))
-    return found
+            location.worst.append(Element(index, float(segment.test[place]), float(segment.exact[place])))
+    return location

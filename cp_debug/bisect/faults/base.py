@@ -1,4 +1,4 @@
-"""What a seeded fault is."""
+"""Seeded faults: their description and their place in a model."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Seeded:
     """A fault put into a model, ready for ``bisect``."""
 
     model: Model
-    """The reference's; what runs under both backends when the fault needs the precision under test to show."""
+    """Reference model; runs under both backends when the fault needs the precision under test to show."""
     where: str
-    """What was injected and where, in words."""
+    """Fault and its place, in words."""
     layers: Sequence[str] = ()
     """The names of the layers at fault, as the tables print them."""
     ops: Sequence[str] = ()
@@ -42,8 +42,8 @@ class Fault:
 
     name: str
     summary: str
-    """What is wrong."""
+    """Fault in a few words."""
     symptom: str
-    """What one would see in the field."""
+    """Symptom in the field."""
     seed: Callable[[], Seeded] = field(repr=False)
-    """Puts it into a fresh model."""
+    """Function that puts the fault into a fresh model."""

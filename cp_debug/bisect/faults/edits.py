@@ -1,6 +1,6 @@
 """Faults in an ONNX file: one layer is spoilt, and every value keeps its name.
 
-Each function strikes the layer that makes ``value``. ``size`` is a relative size where a fault has one.
+Each function spoils the layer that makes ``value``. ``size`` is a relative size where a fault has one.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Editor:
 
     def node(self, value: str) -> onnx.NodeProto:
         """The node that makes ``value``. Raises InputError for a name that is no value of the graph."""
-        found = next((n for n in self.graph.node if value in n.output), None)
-        if found is None:
+        maker = next((n for n in self.graph.node if value in n.output), None)
+        if maker is None:
             raise InputError(f"no value {value!r} in this graph")
-        return found
+        return maker
 
     def weight(self, value: str, place: int = 1) -> np.ndarray | None:
         """The constant input number ``place`` of the node that makes ``value``; None where it has none."""
@@ -42,30 +42,32 @@ class Editor:
         return next((numpy_helper.to_array(t).copy() for t in self.graph.initializer if t.name == name), None)
 
     def set_weight(self, value: str, array: np.ndarray, place: int = 1) -> None:
-        """Give this node a constant of its own; others that shared the old one keep it."""
+        """Give the node that makes ``value`` a constant of its own; others that shared the old one keep it."""
         self.node(value).input[place] = self.constant(f"{value}.{place}.spoilt", array)
 
     def constant(self, name: str, array: np.ndarray) -> str:
-        """A new initializer, under a free name."""
-        taken = {t.name for t in self.graph.initializer}
-        while name in taken:
+        """Add an initializer; returns its name, ``name`` or a free one."""
+        names_in_use = {t.name for t in self.graph.initializer}
+        while name in names_in_use:
             name += "'"
         self.graph.initializer.append(numpy_helper.from_array(array, name))
         return name
 
     def after(self, value: str, *steps: Step) -> None:
-        """Let some operators change ``value`` where it is made, for all readers."""
+        """Change ``value`` by some operators right where it is made, for all readers."""
         node = self.node(value)
         place = next(i for i, n in enumerate(self.graph.node) if n is node or n.output == node.output)
         current = f"{value}.unspoilt"
         node.output[list(node.output).index(value)] = current
         for number, (op, constants, attributes) in enumerate(steps):
-            made = value if number == len(steps) - 1 else f"{value}.spoilt.{number}"
-            given = [self.constant(f"{made}.{op}.{i}", c) for i, c in enumerate(constants)]
-            added = helper.make_node(op, [current, *given], [made], name=f"{made}.{op}", **attributes)
+            output_name = value if number == len(steps) - 1 else f"{value}.spoilt.{number}"
+            constant_names = [self.constant(f"{output_name}.{op}.{i}", c) for i, c in enumerate(constants)]
+            added = helper.make_node(
+                op, [current, *constant_names], [output_name], name=f"{output_name}.{op}", **attributes
+            )
             place += 1
             self.graph.node.insert(place, added)
-            current = made
+            current = output_name
 
     def save(self, path: Path) -> Path:
         """Write the spoilt model, weights inside."""
@@ -74,14 +76,14 @@ class Editor:
 
 
 def scale_weights(editor: Editor, value: str, size: float) -> None:
-    """Every weight × (1 + size)."""
+    """Multiply every weight by 1 + size."""
     weight = editor.weight(value)
     assert weight is not None
     editor.set_weight(value, (weight * (1 + size)).astype(weight.dtype))
 
 
 def scale_channel(editor: Editor, value: str, size: float, channel: int = 0) -> None:
-    """One output channel of a convolution × (1 + size)."""
+    """Multiply one output channel of a convolution by 1 + size."""
     weight = editor.weight(value)
     assert weight is not None
     weight[channel] *= 1 + size
@@ -89,22 +91,22 @@ def scale_channel(editor: Editor, value: str, size: float, channel: int = 0) -> 
 
 
 def scale_bias(editor: Editor, value: str, size: float, place: int = 2) -> None:
-    """The bias × (1 + size)."""
+    """Multiply the bias by 1 + size."""
     bias = editor.weight(value, place)
     assert bias is not None
     editor.set_weight(value, (bias * (1 + size)).astype(bias.dtype), place)
 
 
 def epsilon(editor: Editor, value: str, eps: float) -> None:
-    """BatchNormalization or LayerNormalization with another epsilon."""
+    """Give a BatchNormalization or LayerNormalization another epsilon."""
     node = editor.node(value)
-    kept = [a for a in node.attribute if a.name != "epsilon"]
+    other_attributes = [a for a in node.attribute if a.name != "epsilon"]
     del node.attribute[:]
-    node.attribute.extend([*kept, helper.make_attribute("epsilon", eps)])
+    node.attribute.extend([*other_attributes, helper.make_attribute("epsilon", eps)])
 
 
 def stale_statistics(editor: Editor, value: str, size: float) -> None:
-    """BatchNormalization with a running mean and variance that lag behind: mean + size·σ, variance × (1 + size)."""
+    """Let a BatchNormalization's statistics lag behind: mean + size·σ, variance × (1 + size)."""
     mean, variance = editor.weight(value, 3), editor.weight(value, 4)
     assert mean is not None
     assert variance is not None
@@ -113,22 +115,22 @@ def stale_statistics(editor: Editor, value: str, size: float) -> None:
 
 
 def scale(editor: Editor, value: str, size: float) -> None:
-    """The result × (1 + size)."""
+    """Multiply the result by 1 + size."""
     editor.after(value, ("Mul", [np.array(1 + size, np.float32)], {}))
 
 
 def add(editor: Editor, value: str, error: np.ndarray | float) -> None:
-    """The result + ``error``, a number or one for each element."""
+    """Add ``error`` to the result, a number or one for each element."""
     editor.after(value, ("Add", [np.array(error, np.float32)], {}))
 
 
 def clip(editor: Editor, value: str, limit: float) -> None:
-    """The result saturates at ±limit."""
+    """Saturate the result at ±limit."""
     editor.after(value, ("Clip", [np.array(-limit, np.float32), np.array(limit, np.float32)], {}))
 
 
 def shift_padding(editor: Editor, value: str) -> None:
-    """A convolution or pooling that pads all on the low side: the map moves by the padding."""
+    """Let a convolution or pooling pad all on the low side: the map moves by the padding."""
     node = editor.node(value)
     pads = next(a for a in node.attribute if a.name == "pads")
     low, high = np.split(np.array(pads.ints), 2)
@@ -136,42 +138,45 @@ def shift_padding(editor: Editor, value: str) -> None:
 
 
 def drop(editor: Editor, value: str) -> None:
-    """The operator is left out: its first input passes unchanged."""
+    """Leave the operator out: its first input passes unchanged."""
     node = editor.node(value)
     del node.input[1:], node.attribute[:]
     node.op_type, node.domain = "Identity", ""
 
 
 def swap_channels(editor: Editor, value: str, order: Sequence[int], axis: int = 1) -> None:
-    """The result's channels in another order."""
+    """Put the result's channels in another order."""
     editor.after(value, ("Gather", [np.array(order, np.int64)], {"axis": axis}))
 
 
 def scramble(editor: Editor, value: str, shape: Sequence[int]) -> None:
-    """The last two axes transposed, then reshaped to what the reader expects."""
+    """Transpose the last two axes, then reshape to the shape that the reader expects."""
     axes = [*range(len(shape) - 2), len(shape) - 1, len(shape) - 2]
     editor.after(value, ("Transpose", [], {"perm": axes}), ("Reshape", [np.array(shape, np.int64)], {}))
 
 
 def store_as(editor: Editor, value: str, precision: str) -> None:
-    """The result is stored in FP16 or BF16 (``HALF``) and read back."""
+    """Store the result in FP16 or BF16 (``HALF``) and read it back."""
     editor.after(value, ("Cast", [], {"to": HALF[precision]}), ("Cast", [], {"to": TensorProto.FLOAT}))
 
 
 def quantize(editor: Editor, value: str, largest: float) -> None:
-    """The result passes an INT8 quantizer that saturates at ±largest."""
+    """Pass the result through an INT8 quantizer that saturates at ±largest."""
     parameters: list[np.ndarray] = [np.array(largest / 127, np.float32), np.array(0, np.int8)]
     editor.after(value, ("QuantizeLinear", parameters, {}), ("DequantizeLinear", parameters, {}))
 
 
 def zero_times_infinity(editor: Editor, value: str) -> None:
-    """A scale that overflowed to Inf: zeros of the result become NaN, the rest Inf."""
+    """Multiply the result by an Inf: zeros become NaN, the rest Inf."""
     editor.after(value, ("Mul", [np.array(np.inf, np.float32)], {}))
 
 
 def rescale(editor: Editor, value: str, reader: str, factor: float) -> None:
-    """This layer × factor and the layer that makes ``reader`` ÷ factor: with a power of two the function stays the
-    same in FP32, bit for bit, when everything between is homogeneous (ReLU, pooling)."""
+    """Multiply one layer by ``factor`` and divide the layer that makes ``reader`` by it.
+
+    With a power of two the function stays the same in FP32, bit for bit, when everything between is homogeneous (ReLU,
+    pooling).
+    """
     scale_weights(editor, value, factor - 1)
     if editor.weight(value, 2) is not None:
         scale_bias(editor, value, factor - 1)

@@ -16,7 +16,7 @@ _CHAIN = tuple(
 )
 """Convolution and BatchNorm of successive layers of the backbone, each read by the next one …"""
 _ALSO = {"pts_backbone.blocks.1.7": "pts_neck.deblocks.1.0"}
-"""… and, where a block ends, by the neck: BatchNorm → convolution."""
+"""BatchNorm that ends a block of the backbone → convolution of the neck that reads it."""
 
 
 def _rescaled(scales: tuple[float, ...], where: str, layer: str) -> Seeded:

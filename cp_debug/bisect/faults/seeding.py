@@ -16,14 +16,14 @@ Edit = Callable[[Editor, str], None]
 
 
 def changed(change: Callable[[CenterPoint], None], where: str, *layers: str) -> Seeded:
-    """The test is the same model after ``change``, exported anew."""
+    """The fault of a model changed by ``change`` and exported anew."""
     test = CenterPointModel("tiny")
     change(test.network)
     return Seeded(CenterPointModel("tiny"), where, layers, test_model=test)
 
 
 def edited(where: str, edits: dict[str, Edit]) -> Seeded:
-    """The test is the reference's graph after ``edits``, by layer name."""
+    """The fault of a graph changed by ``edits``, by layer name."""
 
     def rewrite(programs: list[Program], folder: Path) -> list[Program]:
         return [_edit(program, edits, folder) for program in programs]
@@ -32,11 +32,11 @@ def edited(where: str, edits: dict[str, Edit]) -> Seeded:
 
 
 def _edit(program: Program, edits: dict[str, Edit], folder: Path) -> Program:
-    own = {value: edits[name] for name, value in layers(program).items() if name in edits}
-    if not own:
+    edits_by_value = {value: edits[name] for name, value in layers(program).items() if name in edits}
+    if not edits_by_value:
         return program
     editor = Editor(program.graph.path)
-    for value, edit in own.items():
+    for value, edit in edits_by_value.items():
         edit(editor, value)
     return Program(program.name, Graph(editor.save(folder / f"{program.name}.spoilt.onnx")))
 

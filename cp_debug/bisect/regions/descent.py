@@ -1,4 +1,4 @@
-"""Descend into a guilty region: a few more engines, each chosen by what is known, until a node or an operator is named.
+"""Descent into a guilty region: a few more engines, each chosen by what is known, until a node or an operator is named.
 
 First hypotheses are emulated, which costs no engine. Where none gives the region's result, values inside are shown.
 Where the error stays, each stretch between two of them is judged by itself, and the first one at fault is looked at
@@ -98,13 +98,13 @@ class _Search:
         self._max, self._lower, self._tell = max_builds, lower, tell
         names = set(region.nodes)
         self._nodes = [n for n in segment.nodes if n.name in names and n.op not in MOVING]
-        whole = max(float(np.linalg.norm(np.nan_to_num(np.asarray(reference, np.float64)))), 1e-300)
-        healthy = segment.expected / whole + inherited
+        size = max(float(np.linalg.norm(np.nan_to_num(np.asarray(reference, np.float64)))), 1e-300)
+        healthy = segment.expected / size + inherited
         error = self._error(segment.test.numpy())
         finite = error if math.isfinite(error) else 1.0
         self.found = Descent(region, error, max(min(EXCESS * healthy, math.sqrt(finite * healthy)), 1e-300))
         self._suspect([n.name for n in self._nodes])
-        self._top = {name: seen.largest for name, seen in survey(segment).items()}
+        self._top = {name: tensor.largest for name, tensor in survey(segment).items()}
 
     def run(self) -> None:
         found = self.found
@@ -119,8 +119,7 @@ class _Search:
         self._by_precision()
 
     def _named(self) -> bool:
-        """Whether the best hypothesis reproduces the region's error; its nodes are the suspects then, and what keeping
-        them in FP32 does is tried."""
+        """Whether the best hypothesis reproduces the region's error; if so, suspect its nodes and try them in FP32."""
         best = self.found.reproduced
         if best is None or best.name == self._segment.context.claim.name:
             return False
@@ -130,9 +129,9 @@ class _Search:
         return True
 
     def _beside(self, names: Collection[str]) -> list[Node]:
-        """These nodes, and those that they read from or that read them, through what only moves numbers."""
+        """Nodes of ``names`` and their neighbours up and down, across nodes that only move numbers, in order."""
         graph, inside = self._segment.graph, {n.name: n for n in self._segment.nodes}
-        found = {name: inside[name] for name in names if name in inside}
+        neighbours = {name: inside[name] for name in names if name in inside}
 
         def walk(node: Node, down: bool) -> None:
             if down:
@@ -140,16 +139,16 @@ class _Search:
             else:
                 near = [graph.producer[i] for i in node.inputs if i in graph.producer]
             for other in near:
-                if other.name in inside and other.name not in found and other.op != "Constant":
+                if other.name in inside and other.name not in neighbours and other.op != "Constant":
                     if other.op in MOVING:
                         walk(other, down)
                     else:
-                        found[other.name] = other
+                        neighbours[other.name] = other
 
-        for node in list(found.values()):
+        for node in list(neighbours.values()):
             walk(node, True)
             walk(node, False)
-        return sorted(found.values(), key=lambda n: n.index)
+        return sorted(neighbours.values(), key=lambda n: n.index)
 
     # ------------------------------------------------------------ showing values
 
@@ -157,11 +156,11 @@ class _Search:
         """Narrow the suspects by showing values; True when that ended it, False when the fault hides from marks."""
         segment = self._segment
         width = cuts(segment.graph, segment.nodes, segment.given, segment.target)
-        shown: dict[str, np.ndarray] = {}
+        shown_values: dict[str, np.ndarray] = {}
         count = MARKS
         while len(self.found.suspects) > 1:
             marks = choose(
-                {v: w for v, w in width.items() if v not in shown}, segment.nodes, self.found.suspects, count
+                {v: w for v, w in width.items() if v not in shown_values}, segment.nodes, self.found.suspects, count
             )
             if not marks:
                 break
@@ -175,8 +174,8 @@ class _Search:
             if step.error is not None and step.error <= self.found.limit:
                 step.learnt = "showing these values mends it: the fault needs them fused away"
                 return False
-            shown |= {v: built.shown[v] for v in marks if v in built.shown}
-            guilty = self._judge(shown, built)
+            shown_values |= {v: built.shown[v] for v in marks if v in built.shown}
+            guilty = self._judge(shown_values, built)
             if not guilty:
                 step.learnt = "no stretch between these values is at fault by itself"
                 return False
@@ -190,7 +189,7 @@ class _Search:
         return self._name()
 
     def _widened(self, best: Hypothesis) -> Hypothesis:
-        """What explains one stretch, said of all nodes of the region that have the same role as those it is about."""
+        """The hypothesis about one stretch, widened to all nodes of the region with the same roles as its own."""
         roles = {self._role(n) for n in self._segment.nodes if n.name in best.nodes}
         names = tuple(n.name for n in self._segment.nodes if self._role(n) in roles)
         return replace(best, nodes=names)
@@ -225,12 +224,12 @@ class _Search:
         found, everything = self.found, [n.name for n in self._nodes]
         self._suspect(everything)
         self._control()
-        for what, groups in (("operators", self._groups), ("roles", self._roles), ("nodes", self._single)):
+        for kind, groups in (("operators", self._groups), ("roles", self._roles), ("nodes", self._single)):
             suspects = [n for n in self._nodes if n.name in found.suspects]
             parts = groups(suspects)
             if len(parts) < 2:
                 continue
-            group = self._halve(parts, what)
+            group = self._halve(parts, kind)
             self._suspect([n.name for n in group])
             if set(found.suspects) != set(found.kept) and not self._verify(found.suspects):
                 self._suspect(found.kept or everything)
@@ -239,15 +238,15 @@ class _Search:
                 )
 
     def _role(self, node: Node) -> tuple[Any, ...]:
-        """What a node is to its neighbours: blocks of one kind repeat it."""
+        """Operators of a node and of its neighbours: blocks of one kind repeat them."""
         graph = self._segment.graph
 
         def near(node: Node, down: bool) -> list[str]:
             if down:
-                others = [r for o in node.outputs for r in graph.consumers.get(o, ())]
+                neighbours = [r for o in node.outputs for r in graph.consumers.get(o, ())]
             else:
-                others = [graph.producer[i] for i in node.inputs if i in graph.producer]
-            return sorted(name for o in others for name in (near(o, down) if o.op in MOVING else [o.op]))
+                neighbours = [graph.producer[i] for i in node.inputs if i in graph.producer]
+            return sorted(name for o in neighbours for name in (near(o, down) if o.op in MOVING else [o.op]))
 
         return (node.op, *near(node, False), "→", *near(node, True))
 
@@ -262,19 +261,19 @@ class _Search:
         return [[node] for node in nodes]
 
     def _groups(self, nodes: Sequence[Node]) -> list[list[Node]]:
-        """Nodes by operator, what suffers in FP16 first, products last."""
+        """Nodes by operator: those that suffer in FP16 first, products last."""
         by: dict[str, list[Node]] = {}
         for node in nodes:
             by.setdefault("products" if node.op in PRODUCTS else node.op, []).append(node)
 
         def order(op: str) -> tuple[int, int]:
-            known = NORMALIZING.index(op) if op in NORMALIZING else len(NORMALIZING)
-            return (op == "products", known)
+            place = NORMALIZING.index(op) if op in NORMALIZING else len(NORMALIZING)
+            return (op == "products", place)
 
         return [by[op] for op in sorted(by, key=order)]
 
-    def _halve(self, groups: list[list[Node]], what: str) -> list[Node]:
-        """The one of ``groups`` that must be kept, as far as builds allow; what is certain goes into ``found``."""
+    def _halve(self, groups: list[list[Node]], kind: str) -> list[Node]:
+        """The one of ``groups`` that must be kept in FP32, as far as builds allow; certain nodes go into ``found``."""
         while len(groups) > 1:
             half = groups[: (len(groups) + 1) // 2]
             names = [n.name for group in half for n in group]
@@ -285,13 +284,13 @@ class _Search:
             if mends:
                 self._prove(names, step)
             groups = half if mends else groups[len(half) :]
-            rest = [n for group in groups for n in group]
-            step.learnt = f"{'mended' if mends else 'not mended'}: {len(rest)} nodes are left, by {what}"
-            self._suspect([n.name for n in rest])
+            remaining = [n for group in groups for n in group]
+            step.learnt = f"{'mended' if mends else 'not mended'}: {len(remaining)} nodes are left, by {kind}"
+            self._suspect([n.name for n in remaining])
         return groups[0]
 
     def _name(self) -> bool:
-        """Whether keeping the cornered nodes mends the region; else all of the region with the same operators."""
+        """Whether keeping the cornered nodes in FP32 mends the region; else try all nodes with the same role."""
         if not self._lower:
             return True
         names = list(self.found.suspects)
@@ -305,7 +304,7 @@ class _Search:
         return True
 
     def _control(self) -> None:
-        """Whether rounding is to blame: the region with all of it in FP32, which must be right then."""
+        """Build the region with all of it in FP32: it must be right then, if rounding is to blame."""
         everything = [n.name for n in self._nodes]
         self._verify(everything)
         self.found.in_fp32 = self.found.steps[-1].error
@@ -354,7 +353,7 @@ class _Search:
         return relative_l2(np.asarray(value, np.float64), np.asarray(self._reference, np.float64))
 
     def _suspect(self, names: Collection[str]) -> None:
-        wanted = set(names)
-        nodes = [n for n in self._segment.nodes if n.name in wanted]
+        suspect_names = set(names)
+        nodes = [n for n in self._segment.nodes if n.name in suspect_names]
         self.found.suspects = [n.name for n in nodes]
         self.found.operators = list(dict.fromkeys(n.op for n in nodes))

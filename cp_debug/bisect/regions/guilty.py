@@ -32,25 +32,35 @@ def look_inside(
     max_builds: int,
     tell: Callable[[str], None],
 ) -> list[Finding]:
-    """The findings, with those about guilty regions that nothing explained replaced by what is inside them.
+    """The findings, with those about unexplained guilty regions replaced by findings about their inside.
 
     At most ``max_builds`` engines are built for all regions together, the worst one first.
     """
+<<<<<<< HEAD
     named = {name for finding in findings if _unexplained(finding) for name in finding.layers}
     regions = [(k, r) for k, r in rows.items() if r.verdict == GUILTY and r.region and r.name in named]
     regions = [(k, r) for k, r in regions if r.side == "test" and can_build(explainer.run, k.component)]
+=======
+    unexplained = {name for finding in findings if _unexplained(finding) for name in finding.layers}
+    regions = [(k, r) for k, r in rows.items() if r.verdict == GUILTY and r.region and r.name in unexplained]
+    regions = [(k, r) for k, r in regions if r.side == "test" and _can_build(explainer.run, k.component)]
+>>>>>>> main
     regions.sort(key=lambda item: item[1].severity, reverse=True)
-    made: list[Finding] = []
+    new_findings: list[Finding] = []
     for key, row in regions:
         try:
-            found = _descend(explainer, key, row, max_builds, tell)
+            descent = _descend(explainer, key, row, max_builds, tell)
         except InputError:  # the replay of this region says why it cannot be computed
             continue
-        max_builds -= len(found.steps)
-        made.append(_finding(explainer, key, row, found))
-    done = {name for finding in made for name in finding.layers}
-    kept = [rest for finding in findings if (rest := _without(finding, done)) is not None]
-    return sorted([*made, *kept], key=lambda f: -(abs(f.effect.share) if f.effect.share is not None else 0.0))
+        max_builds -= len(descent.steps)
+        new_findings.append(_finding(explainer, key, row, descent))
+    explained_names = {name for finding in new_findings for name in finding.layers}
+    other_findings = [
+        remaining for finding in findings if (remaining := _without(finding, explained_names)) is not None
+    ]
+    return sorted(
+        [*new_findings, *other_findings], key=lambda f: -(abs(f.effect.share) if f.effect.share is not None else 0.0)
+    )
 
 
 def _unexplained(finding: Finding) -> bool:
@@ -82,19 +92,19 @@ def _descend(explainer: Explainer, key: Key, row: LayerRow, max_builds: int, tel
     )
 
 
-def _finding(explainer: Explainer, key: Key, row: LayerRow, found: Descent) -> Finding:
-    best = found.reproduced
-    others = [h for h in found.hypotheses if best is None or h.name != best.name]
+def _finding(explainer: Explainer, key: Key, row: LayerRow, descent: Descent) -> Finding:
+    best = descent.reproduced
+    others = [h for h in descent.hypotheses if best is None or h.name != best.name]
     evidence = {
         "why": row.why,
-        "error": found.error,
-        "error_in_fp32": found.in_fp32,
-        "builds": len(found.steps),
-        "nodes_named": len(found.suspects),
+        "error": descent.error,
+        "error_in_fp32": descent.in_fp32,
+        "builds": len(descent.steps),
+        "nodes_named": len(descent.suspects),
     }
     return Finding(
         cause=best.name if best else FUSED,
-        says=found.says,
+        says=descent.says,
         layers=[row.name],
         ops=[row.op],
         side=row.side,
@@ -103,15 +113,15 @@ def _finding(explainer: Explainer, key: Key, row: LayerRow, found: Descent) -> F
         runner_up_explained=max(others[0].explained, 0.0) if others else None,
         evidence={name: value for name, value in evidence.items() if value is not None},
         effect=explainer.effects.of([row]),
-        fix=_fix(found, row),
-        inside=json_safe(found.to_dict()),
+        fix=_fix(descent, row),
+        inside=json_safe(descent.to_dict()),
     )
 
 
-def _fix(found: Descent, row: LayerRow) -> str:
-    if found.kept:
-        more = f" (and {len(found.kept) - NAMED} more: the JSON has all)" if len(found.kept) > NAMED else ""
-        return " ".join(f"--keep-fp32 {name}" for name in found.kept[:NAMED]) + more
+def _fix(descent: Descent, row: LayerRow) -> str:
+    if descent.kept:
+        more = f" (and {len(descent.kept) - NAMED} more: the JSON has all)" if len(descent.kept) > NAMED else ""
+        return " ".join(f"--keep-fp32 {name}" for name in descent.kept[:NAMED]) + more
     return f"cpdebug bundle RESULT --layer {row.onnx}"
 
 

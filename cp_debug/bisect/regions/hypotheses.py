@@ -1,4 +1,4 @@
-"""What may go on inside a region, emulated before anything is built: which of it gives what the engine gave."""
+"""Hypotheses about the inside of a region, emulated before anything is built, and ranked by the engine's result."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Hypothesis:
     name: str
     says: str
     nodes: tuple[str, ...]
-    """Those that it is about."""
+    """Nodes that the hypothesis is about."""
     explained: float
     """1 − ‖captured − emulated‖ ÷ ‖captured − exact‖; minus infinity where the emulation is not finite."""
 
@@ -60,10 +60,10 @@ def rank(segment: Segment) -> list[Hypothesis]:
 
     Those that need the longest come last and are left out when ``SECONDS`` are spent.
     """
-    found: list[Hypothesis] = []
+    hypotheses: list[Hypothesis] = []
     end = time.monotonic() + SECONDS
     for name, says, nodes, emulate in _hypotheses(segment):
-        if name == "left-out" and any(h.explained >= REPRODUCED and h.nodes != found[0].nodes for h in found):
+        if name == "left-out" and any(h.explained >= REPRODUCED and h.nodes != hypotheses[0].nodes for h in hypotheses):
             break  # one pass a node, for what is explained already
         if any(h.explained >= CERTAIN and h.name != name for h in found[1:]):
             break  # what is left is slower, and cannot explain more
@@ -72,10 +72,10 @@ def rank(segment: Segment) -> list[Hypothesis]:
         except (InputError, RuntimeError):  # an operator that nothing here executes, or shapes that do not fit
             continue
         if value.shape == segment.test.shape:
-            found.append(Hypothesis(name, says, tuple(n.name for n in nodes), segment.explained(value)[0]))
+            hypotheses.append(Hypothesis(name, says, tuple(n.name for n in nodes), segment.explained(value)[0]))
         if time.monotonic() > end:
             break
-    return sorted(found, key=lambda h: -h.explained)
+    return sorted(hypotheses, key=lambda h: -h.explained)
 
 
 Proposed = tuple[str, str, Sequence[Node], Callable[[], Tensor]]
@@ -83,11 +83,11 @@ Proposed = tuple[str, str, Sequence[Node], Callable[[], Tensor]]
 
 def _hypotheses(segment: Segment) -> Iterator[Proposed]:
     nodes, claim = segment.nodes, ARITHMETICS.get(segment.context.claim.name, FP16)
-    seen = survey(segment)
+    ranges = survey(segment)
     yield claim.name, f"{claim.name.upper()} as declared, every result rounded", nodes, lambda: segment.claimed
-    yield from crossed(segment, seen, claim)
+    yield from crossed(segment, ranges, claim)
     if claim.name == "fp16":
-        yield from _in_fp16(segment, seen)
+        yield from _in_fp16(segment, ranges)
     for node in nodes:
         if node.op in PRODUCTS or node.op in MOVING:
             continue
@@ -97,13 +97,13 @@ def _hypotheses(segment: Segment) -> Iterator[Proposed]:
                 break
 
 
-def _in_fp16(segment: Segment, seen: Mapping[str, Seen]) -> Iterator[Proposed]:
+def _in_fp16(segment: Segment, ranges: Mapping[str, Seen]) -> Iterator[Proposed]:
     of: dict[str, list[Node]] = {}
     for node in segment.nodes:
         of.setdefault(node.op, []).append(node)
     if products := [n for op in PRODUCTS for n in of.get(op, ())]:
         yield "fp16-accumulation", "products accumulate in FP16", products, lambda: segment.run(FP16ACC)
-    if out := [n for n in segment.nodes if any(o in seen and seen[o].largest > LARGEST for o in n.outputs)]:
+    if out := [n for n in segment.nodes if any(o in ranges and ranges[o].largest > LARGEST for o in n.outputs)]:
         saturated = replace(FP16, value=_saturate)
         yield "overflow", "results beyond 65504 become infinite", out, lambda: segment.claimed
         yield "saturation", "results beyond 65504 are cut to it", out, lambda: segment.run(saturated)
@@ -126,28 +126,31 @@ def _left_out(segment: Segment, node: Node, source: str) -> Tensor:
 
 
 class Seen(NamedTuple):
-    """What is kept of one exact value."""
+    """Shape and magnitude of one exact value."""
 
     shape: tuple[int, ...]
     largest: float
-    """Its largest magnitude."""
+    """Largest magnitude."""
 
 
 def survey(segment: Segment) -> dict[str, Seen]:
     """Value → shape and magnitude, for all floating-point values that the segment computes, by the oracle."""
-    found: dict[str, Seen] = {}
+    ranges: dict[str, Seen] = {}
 
     def keep(name: str, value: Any) -> None:
         if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
-            found[name] = Seen(tuple(value.shape), float(value.abs().max()))
+            ranges[name] = Seen(tuple(value.shape), float(value.abs().max()))
 
     segment.context.oracle.run_nodes(segment.nodes, segment.given, [segment.target], keep)
-    return found
+    return ranges
 
 
-def crossed(segment: Segment, seen: Mapping[str, Seen], claim: Arithmetic) -> Iterator[Proposed]:
-    """Results of one shape that are made of one value (by Split, by slices of it, by several products) taken for each
-    other: queries, keys and values of an attention, for one. All groups of a kind at once, as a fusion rule would."""
+def crossed(segment: Segment, ranges: Mapping[str, Seen], claim: Arithmetic) -> Iterator[Proposed]:
+    """Hypotheses: results of one shape and one source (Split, slices, several products) taken for each other.
+
+    Queries, keys and values of an attention are such results. All groups of a kind are exchanged at once, as a fusion
+    rule would.
+    """
     groups: dict[tuple[str, int], list[list[str]]] = {}
     makers: dict[tuple[str, int], list[Node]] = {}
     reads: dict[tuple[str, str, tuple[int, ...]], list[Node]] = {}
@@ -158,13 +161,13 @@ def crossed(segment: Segment, seen: Mapping[str, Seen], claim: Arithmetic) -> It
             makers.setdefault((op, len(names)), []).extend(nodes)
 
     for node in segment.nodes:
-        shapes = {seen[o].shape for o in node.outputs if o in seen}
-        if len(node.outputs) > 1 and len(shapes) == 1 and all(o in seen for o in node.outputs):
+        shapes = {ranges[o].shape for o in node.outputs if o in ranges}
+        if len(node.outputs) > 1 and len(shapes) == 1 and all(o in ranges for o in node.outputs):
             add(node.op, list(node.outputs), [node])
-        elif len(node.outputs) == 1 and node.outputs[0] in seen:
+        elif len(node.outputs) == 1 and node.outputs[0] in ranges:
             for source in node.inputs:
-                if source in seen or source in segment.given:
-                    reads.setdefault((node.op, source, seen[node.outputs[0]].shape), []).append(node)
+                if source in ranges or source in segment.given:
+                    reads.setdefault((node.op, source, ranges[node.outputs[0]].shape), []).append(node)
     for (op, _, _), nodes in reads.items():
         add(op, [n.outputs[0] for n in nodes], nodes)
     for (op, count), names in groups.items():
@@ -189,32 +192,32 @@ def _renamed(segment: Segment, names: Mapping[str, str], claim: Arithmetic) -> T
 
 
 def _ordered(nodes: Sequence[Node]) -> list[Node]:
-    """The nodes so that each comes behind those whose results it reads."""
+    """The nodes, each behind those whose results it reads."""
     maker = {o: n for n in nodes for o in n.outputs}
-    done: dict[int, Node] = {}
+    ordered: dict[int, Node] = {}
 
     def visit(node: Node) -> None:
-        if node.index not in done:
+        if node.index not in ordered:
             for name in node.inputs:
                 if name in maker and maker[name].index > node.index:
                     visit(maker[name])
-            done[node.index] = node
+            ordered[node.index] = node
 
     for node in nodes:
         visit(node)
-    return list(done.values())
+    return list(ordered.values())
 
 
 def _constants(segment: Segment) -> list[Node]:
     """Readers of constants that FP16 cannot hold: too large, or all zero once stored."""
-    found = []
+    readers = []
     for node in segment.nodes:
         for place, name in enumerate(node.proto.input):
             if name and node.op not in MOVING and (value := segment.weight(node, place)) is not None and value.numel():
                 top = float(value.abs().max())
                 if math.isfinite(top) and (top > LARGEST or 0 < top <= SMALLEST):
-                    found.append(node)
-    return found
+                    readers.append(node)
+    return readers
 
 
 def walk(segment: Segment, deviations: Mapping[str, Deviation], arithmetic: Arithmetic = FP16) -> Tensor:
@@ -225,8 +228,8 @@ def walk(segment: Segment, deviations: Mapping[str, Deviation], arithmetic: Arit
     pending: list[Node] = []
 
     def flush() -> None:
-        wanted = [o for node in pending for o in node.outputs if o in later]
-        values.update(executor.run_nodes(pending, values, wanted))
+        names = [o for node in pending for o in node.outputs if o in later]
+        values.update(executor.run_nodes(pending, values, names))
         pending.clear()
 
     for node in segment.nodes:
@@ -234,9 +237,9 @@ def walk(segment: Segment, deviations: Mapping[str, Deviation], arithmetic: Arit
             pending.append(node)
             continue
         flush()
-        given = executor.run_nodes([], values, node.inputs)
+        values_read = executor.run_nodes([], values, node.inputs)
         call = Call.of(node, segment.graph.opsets.get("", 1), arithmetic, torch.device("cpu"))
-        inputs = [given[name] if name else None for name in node.proto.input]
+        inputs = [values_read[name] if name else None for name in node.proto.input]
         values[node.outputs[0]] = deviations[node.op](call, inputs)
     flush()
     return as_double(values[segment.target])
@@ -284,8 +287,8 @@ def _reduce(divide: bool) -> Deviation:
         axes = call.ints("axes", inputs[1] if len(inputs) > 1 else None) or list(range(x.dim()))
         total = _sum(x, axes)
         total = round_fp16(total / math.prod(x.shape[a] for a in axes)) if divide else total
-        kept = call["keepdims"] is None or bool(call["keepdims"])
-        return total if kept else total.squeeze(tuple(a % x.dim() for a in axes))
+        keepdims = call["keepdims"] is None or bool(call["keepdims"])
+        return total if keepdims else total.squeeze(tuple(a % x.dim() for a in axes))
 
     return compute
 

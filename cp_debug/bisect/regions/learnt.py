@@ -1,4 +1,4 @@
-"""What is learnt of the inside of a region, engine by engine."""
+"""Knowledge about the inside of a region, gained engine by engine."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ class Step:
     kind: str
     """``marks``: values were shown; ``keep``: nodes were kept in FP32."""
     names: list[str]
-    """Those values, or nodes."""
+    """Names of the values shown, or of the nodes kept."""
     seconds: float
     error: float | None = None
     """Relative L2 distance of the region's value from the reference's; None where the build failed."""
     gap: float | None = None
-    """The same distance of the final outputs from the plain engine's."""
+    """Relative L2 distance of the final outputs from the plain engine's."""
     learnt: str = ""
 
 
 @dataclass
 class Descent:
-    """What is known of the inside of a region."""
+    """Knowledge about the inside of a region."""
 
     region: Region
     error: float
     """Relative L2 distance of its value from the reference's, on the plain engine."""
     limit: float
-    """Up to which it counts as mended."""
+    """Distance up to which the region counts as mended."""
     hypotheses: list[Hypothesis] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     suspects: list[str] = field(default_factory=list)
     """Nodes that are still suspect, in execution order."""
     operators: list[str] = field(default_factory=list)
-    """Their operators."""
+    """Operators of the suspects."""
     kept: list[str] = field(default_factory=list)
     """Nodes of which it is proven that keeping them in FP32 mends the region."""
     mended: float | None = None
-    """The error that is left then."""
+    """Error that is left with the kept nodes in FP32."""
     in_fp32: float | None = None
     """The error with the whole region kept in FP32, where that was tried: large says that rounding is not to blame."""
     ended: str = ""
-    """Why nothing more was built."""
+    """Reason why nothing more was built."""
 
     @property
     def reproduced(self) -> Hypothesis | None:
@@ -57,7 +57,7 @@ class Descent:
 
     @property
     def says(self) -> str:
-        """What is known now, in a line."""
+        """One line about the present state of knowledge."""
         ops = f"{', '.join(self.operators[:4])}{' …' if len(self.operators) > 4 else ''}"
         who = self.suspects[0] if len(self.suspects) == 1 else f"{len(self.suspects)} of its nodes ({ops})"
         parts = []
@@ -66,9 +66,9 @@ class Descent:
         elif self.mended is None:
             parts.append(f"its error of {self.error:.2g} arises in {who}")
         if self.mended is not None:
-            kept = self.kept[0] if len(self.kept) == 1 else f"{len(self.kept)} nodes"
+            kept_nodes = self.kept[0] if len(self.kept) == 1 else f"{len(self.kept)} nodes"
             at = "" if best is not None or set(self.kept) != set(self.suspects) else f" ({ops})"
-            parts.append(f"{kept}{at} in FP32 brings its error from {self.error:.2g} to {self.mended:.2g}")
+            parts.append(f"{kept_nodes}{at} in FP32 brings its error from {self.error:.2g} to {self.mended:.2g}")
         if self.in_fp32 is not None and self.in_fp32 > self.limit:
             parts.append("all of it in FP32 is wrong as well, so it is the fusion and not the rounding")
         if self.ended:
@@ -77,5 +77,5 @@ class Descent:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe but for infinities."""
-        told = {k: v for k, v in asdict(self).items() if k not in ("region", "hypotheses")}
-        return {**told, "region": self.region.to_dict(), "hypotheses": [h.to_dict() for h in self.hypotheses[:8]]}
+        fields = {k: v for k, v in asdict(self).items() if k not in ("region", "hypotheses")}
+        return {**fields, "region": self.region.to_dict(), "hypotheses": [h.to_dict() for h in self.hypotheses[:8]]}

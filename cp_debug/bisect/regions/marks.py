@@ -1,4 +1,4 @@
-"""Which values inside a region to show next: few, where few others cross, so that they part what is suspect."""
+"""Choice of the values inside a region to show next: few, where few others cross, that part the suspect nodes."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def cuts(graph: Graph, nodes: Sequence[Node], starts: Collection[str], target: s
     last: dict[str, int] = {}
     for node in nodes:
         last.update(dict.fromkeys(node.inputs, node.index))
-    made: dict[str, int] = dict.fromkeys(starts, -1)
+    maker_of: dict[str, int] = dict.fromkeys(starts, -1)
     width: dict[str, int] = {}
     for node in nodes:
-        if not any(name in made for name in node.inputs):
+        if not any(name in maker_of for name in node.inputs):
             continue
-        made.update(dict.fromkeys(node.outputs, node.index))
-        alive = [v for v in made if v == target or any(r.index in inside for r in graph.consumers.get(v, ()))]
+        maker_of.update(dict.fromkeys(node.outputs, node.index))
+        alive = [v for v in maker_of if v == target or any(r.index in inside for r in graph.consumers.get(v, ()))]
         alive = [v for v in alive if v == target or last.get(v, -1) > node.index]
         for value in node.outputs:
             if value in alive and value != target and node.op not in MOVING:
@@ -47,9 +47,9 @@ def choose(width: dict[str, int], nodes: Sequence[Node], suspects: Collection[st
     usable = {v: weight[v] for v in width if 0 < weight[v] < passed and width[v] <= WIDE}
     chosen: list[str] = []
     for place in range(1, count + 1):
-        wanted, reach = passed * place / (count + 1), passed / (2 * (count + 1))
-        near = {v: w for v, w in usable.items() if abs(w - wanted) <= max(reach, 1.0)}
+        target, reach = passed * place / (count + 1), passed / (2 * (count + 1))
+        near = {v: w for v, w in usable.items() if abs(w - target) <= max(reach, 1.0)}
         if near:
-            chosen.append(min(near, key=lambda v: (width[v], abs(near[v] - wanted))))
+            chosen.append(min(near, key=lambda v: (width[v], abs(near[v] - target))))
     order = {v: i for i, v in enumerate(width)}
     return sorted(set(chosen), key=order.__getitem__)

@@ -28,7 +28,7 @@ class Region:
     kind: str = ""
     """The engine's word for the layer (``Myelin``); empty where no layer is known to hold it."""
     layer: str = ""
-    """That layer's name."""
+    """Name of the engine's layer."""
 
     @property
     def label(self) -> str:
@@ -41,20 +41,20 @@ class Region:
 
 
 def region_of(nodes: Iterable[str], value: str, graph: Graph, layers: Sequence[EngineLayer] = ()) -> Region | None:
-    """The region that the ``nodes`` of the segment of ``value`` make on an engine of these ``layers``; None where they
-    are an ordinary layer.
+    """The region that the ``nodes`` of the segment of ``value`` make on an engine of these ``layers``.
 
-    The segment decides, not the engine's layer: what lies between two values that are seen is judged as one, whether
-    the engine fused it, its inspector tells no nodes, or marks on values inside were taken back.
+    None where they are an ordinary layer. The segment decides, not the engine's layer: the nodes between two values
+    that are seen are judged as one, whether the engine fused them, its inspector tells no nodes, or marks on values
+    inside were taken back.
     """
-    wanted, data = set(nodes), set(data_values(graph))
-    inside = [node for node in graph.nodes if node.name in wanted and not data.isdisjoint(node.outputs)]
+    node_names, data = set(nodes), set(data_values(graph))
+    inside = [node for node in graph.nodes if node.name in node_names and not data.isdisjoint(node.outputs)]
     if not is_many(inside):
         return None
     writers = [layer for layer in layers if layer.kind != "Reformat" and any(t.name == value for t in layer.outputs)]
     names = {node.name for node in inside}
-    told = [layer for layer in layers if 2 * len(names.intersection(layer.nodes)) > len(names)] or writers
-    kind, layer = (told[0].kind, told[0].name) if told else ("", "")
+    holders = [layer for layer in layers if 2 * len(names.intersection(layer.nodes)) > len(names)] or writers
+    kind, layer = (holders[0].kind, holders[0].name) if holders else ("", "")
     return Region(tuple(node.name for node in inside), kind, layer)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cp_debug.errors import InputError
 from cp_debug.recipes.base import Sample
-from cp_debug.recipes.data.points import ENDINGS, read_points
+from cp_debug.recipes.data.points import COLUMNS, ENDINGS, columns_of, read_points
 
 
 class FolderData:
@@ -30,4 +30,8 @@ class FolderData:
     def sample(self, index: int) -> Sample:
         """The cloud of file ``index``. Raises InputError for an unusable one."""
         file = self._files[index]
-        return Sample({"points": read_points(file, self._features)}, str(file))
+        ending = next((ending for ending in COLUMNS if file.name.endswith(ending)), None)
+        points = read_points(file, self._features)
+        width = 0 if ending is None else len(columns_of(file, ending))
+        said = f" ({width} columns, by its content)" if ending and width != len(COLUMNS[ending]) else ""
+        return Sample({"points": points}, f"{file}{said}")

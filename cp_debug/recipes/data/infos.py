@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cp_debug.errors import InputError
+from cp_debug.files import resolved
 from cp_debug.reading import typed
 from cp_debug.recipes.base import Sample
 from cp_debug.recipes.data.attributes import NAMES
@@ -54,7 +55,7 @@ class InfoData:
         self._kitti = "kitti" in str(meta.get("dataset", meta.get("DATASET"))).lower()
         self._data_classes = self._class_names(meta)
         self._labels = _mapping(self._data_classes, class_names)
-        self._files = _Finder((options.root,) if options.root else (path.parent, *path.parent.resolve().parents[:3]))
+        self._files = _Finder((options.root,) if options.root else (path.parent, *resolved(path.parent).parents[:3]))
         self.notes: list[str] = []
         self._infos = self._present(content["data_list"], count)
         self.notes += self._class_notes(class_names)

@@ -18,6 +18,7 @@ COLUMNS = {".pcd.bin": ("x", "y", "z", "intensity", "ring"), ".bin": ("x", "y", 
 """Columns of a file by its ending: nuScenes and T4 datasets, KITTI."""
 LARGEST = 1 << 31
 """Largest size of a cloud in bytes: a hundred million points."""
+LAST_RING = 255
 ENDINGS = (*COLUMNS, ".npy", ".npz", ".pcd")
 _PCD_NAMES = {"intensity": ("i", "reflectivity"), "dt": ("time_lag", "time")}
 
@@ -37,8 +38,27 @@ def read_points(path: Path, features: Sequence[str], columns: Sequence[str] | No
     ending = next((ending for ending in COLUMNS if path.name.endswith(ending)), None)
     if ending is None:
         raise InputError(f"{path}: not a point file; expected a name ending in {' '.join(ENDINGS)}")
-    names = columns or COLUMNS[ending]
+    names = columns or columns_of(path, ending)
     return _select(path, dict(zip(names, _read_raw(path, names).T, strict=True)), features)
+
+
+def columns_of(path: Path, ending: str) -> tuple[str, ...]:
+    """The columns of a ``.bin`` file: those of its ending, unless its size fits five, too, and its content five only.
+
+    Intensity is never negative, and rings are small whole numbers: rows cut at another width hold coordinates there.
+    """
+    usual, wide = COLUMNS[ending], COLUMNS[".pcd.bin"]
+    size = check_file(path, "point file")
+    if usual == wide or not size or any(size % (4 * len(names)) for names in (usual, wide)):
+        return usual
+    return wide if not _plausible(_read_raw(path, usual)) and _plausible(_read_raw(path, wide)) else usual
+
+
+def _plausible(points: Points) -> bool:
+    """Whether rows of x, y, z, intensity and maybe a ring can be such."""
+    told = points[:, 3:]
+    rings = told[:, 1:]
+    return bool((told >= 0).all() and (rings == np.round(rings)).all() and (rings <= LAST_RING).all())
 
 
 def _read_raw(path: Path, columns: Sequence[str]) -> Points:

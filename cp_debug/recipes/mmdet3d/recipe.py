@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from cp_debug.errors import InputError
+from cp_debug.files import resolved
 from cp_debug.recipes.base import Arrays, Model
 from cp_debug.recipes.centerpoint.config import CenterPointConfig
 from cp_debug.recipes.centerpoint.decode import decode
@@ -143,7 +144,7 @@ def _find(client: DetectorClient, text: str) -> Path:
     if text.endswith(".py"):
         if not (path := Path(text)).is_file():
             raise InputError(f"{PREFIX}{text}: no such config file")
-        return path.resolve()
+        return resolved(path)
     shipped = client.call("configs").result["configs"]
     if text not in shipped:
         near = difflib.get_close_matches(text, shipped, n=3, cutoff=0.4)

@@ -1,4 +1,4 @@
-"""The layer that a bundle is about, and everything that a saved result knows of it."""
+"""The layer that a bundle is about, with everything that a saved result holds about it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from cp_debug.backends.base import Program, RunRecord
 from cp_debug.bisect.result import LayerRow, TestResult
 from cp_debug.errors import InputError
+from cp_debug.files import resolved
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.alignment import Alignment
 from cp_debug.probes.capture import Capture
@@ -19,7 +20,10 @@ from cp_debug.reports.saved import SavedResult
 
 @dataclass(frozen=True)
 class Accused:
-    """One layer of one backend. ``reference`` says what it should compute, ``program`` is what that backend ran."""
+    """One layer of one backend.
+
+    ``reference`` is the graph that it should compute, ``program`` the graph that the backend ran.
+    """
 
     row: LayerRow
     test: TestResult
@@ -28,7 +32,7 @@ class Accused:
     reference: Graph
     program: Graph
     names: dict[str, str]
-    """Value of ``program``, inputs included → the same in ``reference``, under which it was captured."""
+    """Value of ``program``, inputs included → its name in ``reference``, under which it was captured."""
     capture: Capture
     model: str
 
@@ -39,8 +43,10 @@ class Accused:
 
 
 def find_accused(saved: SavedResult, layer: str | None = None, backend: str | None = None) -> Accused:
-    """The layer of that name (torch path, node or value), or the first guilty one; of ``backend``, or of the first
-    test that has it. Raises InputError when there is none, or when the result was saved without its captures.
+    """The layer of that name (torch path, node or value), or the first guilty one.
+
+    It is taken from ``backend``, or from the first test that has it. Raises InputError when there is none, or when the
+    result was saved without its captures.
     """
     test, row = _row(saved.result.tests, layer, backend)
     record = saved.result.reference if row.side == "reference" else test.backend
@@ -56,14 +62,14 @@ def find_accused(saved: SavedResult, layer: str | None = None, backend: str | No
             "expected a folder that `cpdebug bisect --save FOLDER` wrote"
         )
     reference, program = (found[row.component] for found in graphs.values())
-    if program.path.resolve() == reference.path.resolve():
+    if resolved(program.path) == resolved(reference.path):
         program = reference
     mapping = value_map(_program(row.component, reference), _program(row.component, program))
     inputs = {v.name: v.name for v in program.inputs}
     if renamed := test.pairing.get(row.component, {}).get("renamed"):
         known = {*reference.producer, *(v.name for v in reference.inputs)}
-        own = {name: renamed.get(name, name) for name in (*inputs, *program.producer)}
-        inputs, mapping = {}, {name: found for name, found in own.items() if found in known}
+        reference_name_of = {name: renamed.get(name, name) for name in (*inputs, *program.producer)}
+        inputs, mapping = {}, {name: found for name, found in reference_name_of.items() if found in known}
     precision = coarser(saved.result.reference.precision, test.backend.precision).name
     return Accused(
         row=row,

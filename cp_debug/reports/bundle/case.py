@@ -1,4 +1,4 @@
-"""A case: a piece of the program, what it should compute, and inputs; cut out of a captured run."""
+"""A case: a piece of the program, the piece that it should equal, and inputs; cut out of a captured run."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Piece:
     home: Graph
 
     def save(self, path: Path) -> Graph:
-        """Write it as ``path``."""
+        """Write the piece to ``path``; returns its graph."""
         surgery.save(self.model, self.home, path)
         return Graph(path)
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is shown to fail: ``program`` run by the accused backend against ``reference`` run by the oracle."""
+    """A failing piece: ``program`` run by the accused backend against ``reference`` run by the oracle."""
 
     program: Piece
     reference: Piece
@@ -41,9 +41,9 @@ class Case:
     outputs: Mapping[str, str]
     """Output of the program → its name in the reference. Inputs have the program's names on both sides."""
     computed: tuple[str, ...] = ()
-    """Inputs that the capture lacks: computed in FP32 from those that it has."""
+    """Inputs that the capture lacks, computed in FP32 from those that it has."""
     notes: tuple[str, ...] = field(default=())
-    """What was changed besides the cut."""
+    """Changes besides the cut."""
 
     @property
     def pieces(self) -> list[Piece]:
@@ -63,7 +63,7 @@ class Cutter:
         self._values: dict[str, np.ndarray] = {}
 
     def layer(self) -> list[int]:
-        """The accused layer's nodes, by index: what lies between its value and the captured ones before it.
+        """Indices of the accused layer's nodes: those between its value and the captured ones before it.
 
         Raises InputError when the program does not compute it.
         """
@@ -74,7 +74,7 @@ class Cutter:
         return [node.index for node in nodes]
 
     def grow(self, nodes: Iterable[int], hops: int) -> list[int]:
-        """The nodes with all that are at most ``hops`` edges away, upstream and downstream."""
+        """Indices of the nodes and of all that are at most ``hops`` edges away, upstream and downstream."""
         grown = set(nodes)
         for _ in range(hops):
             for node in [self.graph.nodes[i] for i in grown]:
@@ -83,19 +83,21 @@ class Cutter:
         return sorted(grown)
 
     def case(self, indices: Iterable[int]) -> Case:
-        """The nodes as a case; what they compute and do not read themselves is compared.
+        """The nodes as a case; values that they compute and do not read themselves are compared.
 
-        Raises InputError when that cannot be compared with the reference, or an input is neither captured nor can be
+        Raises InputError when nothing can be compared with the reference, or an input is neither captured nor can be
         computed.
         """
         nodes = [self.graph.nodes[i] for i in sorted(indices)]
         computed = [o for node in nodes for o in node.outputs]
-        read = {name for node in nodes for name in node.inputs}
+        values_read = {name for node in nodes for name in node.inputs}
         names = self._accused.names
-        outputs = {o: names[o] for o in computed if o not in read and names.get(o) in self._accused.reference.producer}
+        outputs = {
+            o: names[o] for o in computed if o not in values_read and names.get(o) in self._accused.reference.producer
+        }
         if not outputs:
             raise InputError("the nodes compute nothing that the reference computes, too")
-        ends = read - set(computed) - set(self.graph.initializers)
+        ends = values_read - set(computed) - set(self.graph.initializers)
         if strange := sorted(ends - names.keys()):
             raise InputError(f"the reference knows no {strange[0]!r} to start from")
         inputs = {name: self._value(name) for name in sorted(ends)}
@@ -107,11 +109,11 @@ class Cutter:
     def _reference(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, str]) -> Piece:
         names, graph = self._accused.names, self._accused.reference
         nodes, starts = graph.segment(outputs.values(), {names[name] for name in inputs})
-        back = {names[name]: name for name in inputs}
-        if missing := [name for name in starts if name not in back]:
+        program_name_of = {names[name]: name for name in inputs}
+        if missing := [name for name in starts if name not in program_name_of]:
             raise InputError(f"the reference also needs {missing[0]!r} here")
-        piece = self._piece(graph, nodes, list(outputs.values()), {n: inputs[back[n]] for n in starts})
-        renamed = {name: own for name, own in back.items() if name != own}
+        piece = self._piece(graph, nodes, list(outputs.values()), {n: inputs[program_name_of[n]] for n in starts})
+        renamed = {name: own for name, own in program_name_of.items() if name != own}
         if renamed:
             _rename(piece.model.graph, renamed)
         return piece
@@ -130,8 +132,8 @@ class Cutter:
                 self._values[name] = self._load(name)
             else:
                 nodes, starts = self.graph.segment([name], self._known)
-                given = {s: self._load(s) for s in starts}
-                self._values[name] = as_numpy(self._executor.run_nodes(nodes, given, [name])[name])
+                captured = {s: self._load(s) for s in starts}
+                self._values[name] = as_numpy(self._executor.run_nodes(nodes, captured, [name])[name])
         return self._values[name]
 
     def _load(self, name: str) -> np.ndarray:

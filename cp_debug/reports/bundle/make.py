@@ -1,4 +1,4 @@
-"""From a saved result to a bundle."""
+"""Bundles made from saved results."""
 
 from __future__ import annotations
 
@@ -35,16 +35,22 @@ def bundle(
     """
     accused = find_accused(saved, layer, backend)
     cutter, verifier = Cutter(accused), Verifier(accused)
+<<<<<<< HEAD
     shrinker = Shrinker(cutter, verifier, told, seconds=seconds)
     found = shrinker.find(cutter.layer())
     case = shrinker.nodes(found)
+=======
+    shrinker = Shrinker(cutter, verifier, told)
+    failing_nodes = shrinker.find(cutter.layer())
+    case = shrinker.nodes(failing_nodes)
+>>>>>>> main
     history = [f"{len(case.program.model.graph.node)} of the component's {len(cutter.graph.nodes)} nodes"]
     if str(verifier.backend.spec) != accused.backend.spec:
         history.append(
             f"found on {accused.backend.spec}, repeated on {verifier.backend.spec}, which runs the same graph"
         )
-    if len(found) > len(cutter.layer()):
-        history.append(f"the layer alone does not fail: {len(found)} nodes around it do")
+    if len(failing_nodes) > len(cutter.layer()):
+        history.append(f"the layer alone does not fail: {len(failing_nodes)} nodes around it do")
     if redact:
         told("replacing weights and inputs")
         case = redacted(case, shrinker)
@@ -57,12 +63,12 @@ def bundle(
 
 
 def _changes(before: Case, after: Case) -> list[str]:
-    """What was done to the inputs, in words."""
-    told = []
+    """Changes that were made to the inputs, in words."""
+    lines = []
     for name, array in after.inputs.items():
         old = before.inputs[name]
         if old.shape != array.shape:
-            told.append(f"`{name}`: cut from {list(old.shape)} to {list(array.shape)}")
+            lines.append(f"`{name}`: cut from {list(old.shape)} to {list(array.shape)}")
         elif old.tobytes() != array.tobytes():
-            told.append(f"`{name}`: elements set to zero or rounded")
-    return told
+            lines.append(f"`{name}`: elements set to zero or rounded")
+    return lines

@@ -1,4 +1,4 @@
-"""``README.md`` of a bundle: what fails, how to see it, what was measured."""
+"""``README.md`` of a bundle: the fault, the command that shows it, the measurements."""
 
 from __future__ import annotations
 
@@ -38,8 +38,11 @@ def readme(
     polygraphy: str,
     history: Sequence[str],
 ) -> str:
-    """The page. ``runtime``: versions of what runs the model here; ``printed``: what repro.py said in a fresh process;
-    ``history``: how the case became as small as it is."""
+    """The page as Markdown.
+
+    ``runtime``: versions of the packages that run the model here; ``printed``: output of repro.py in a fresh process;
+    ``history``: steps that made the case as small as it is.
+    """
     row = accused.row
     worst = max(measured.values(), key=lambda o: (o.fails, o.strength))
     lines = [
@@ -87,9 +90,9 @@ def readme(
         for n, a in case.inputs.items()
     ])]  # fmt: skip
     lines += ["", *(f"- {step}" for step in (*history, *case.notes)), ""]
-    found = {"found with": accused.backend.versions, "repeated with": runtime}
+    versions_by_run = {"found with": accused.backend.versions, "repeated with": runtime}
     lines += ["## Environment", "", *_table(("", ""), [
-        *((kind, ", ".join(f"{k} {v}" for k, v in versions.items())) for kind, versions in found.items()),
+        *((kind, ", ".join(f"{k} {v}" for k, v in versions.items())) for kind, versions in versions_by_run.items()),
         ("here", f"Python {platform.python_version()}, numpy {np.__version__}, {platform.platform()}"),
         ("settings", _settings(accused.backend.settings)),
     ])]  # fmt: skip
@@ -106,7 +109,7 @@ def title(accused: Accused, case: Case) -> str:
 
 
 def polygraphy_command(arguments: Iterable[str], atol: Mapping[str, float]) -> str:
-    """The command line. ``atol``: what each output may differ by; where it fails, some element differs by more."""
+    """The command line. ``atol``: output → absolute tolerance; where it fails, some element differs by more."""
     limits = [f"{limit:.6g}" if len(atol) == 1 else f"{name}:{limit:.6g}" for name, limit in atol.items()]
     command = ["polygraphy", "run", "model.onnx", *arguments, "--data-loader-script", "repro.py:load_data"]
     return shlex.join([*command, "--load-outputs", "expected.json", "--rtol", "0", "--atol", *limits])
@@ -130,12 +133,12 @@ def _shape(array: np.ndarray) -> str:
 
 
 def _attributes(node: onnx.NodeProto) -> str:
-    found = []
+    texts = []
     for attribute in node.attribute:
         value = onnx.helper.get_attribute_value(attribute)
         text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
-        found.append(f"{attribute.name} {text if len(text) < 60 else '…'}")
-    return ", ".join(found)
+        texts.append(f"{attribute.name} {text if len(text) < 60 else '…'}")
+    return ", ".join(texts)
 
 
 def _settings(settings: Mapping[str, object]) -> str:

@@ -10,6 +10,7 @@ import onnx
 from onnx import numpy_helper
 
 from cp_debug.errors import InputError
+from cp_debug.files import resolved
 from cp_debug.graph.graph import Graph
 from cp_debug.reports.bundle.case import Case, Piece
 from cp_debug.reports.bundle.shrink import Shrinker
@@ -78,7 +79,7 @@ def _weights(piece: Piece) -> dict[str, bytes]:
 
 
 def _array(tensor: onnx.TensorProto, home: Graph) -> np.ndarray:
-    return numpy_helper.to_array(tensor, str(home.path.resolve().parent))
+    return numpy_helper.to_array(tensor, str(resolved(home.path).parent))
 
 
 def _strip(model: onnx.ModelProto) -> None:

@@ -63,8 +63,8 @@ class Shrinker:
                 reasons.append(f"{len(nodes)} node(s): {error}")
             grown = self.cutter.grow(nodes, hops)
             if grown == nodes:
-                told = [*reasons[:2], "…", reasons[-1]] if len(reasons) > 3 else reasons
-                raise InputError("no cut around the layer fails by itself:\n" + "\n".join(told))
+                lines = [*reasons[:2], "…", reasons[-1]] if len(reasons) > 3 else reasons
+                raise InputError("no cut around the layer fails by itself:\n" + "\n".join(lines))
             nodes, hops = grown, 2 * hops
 
     def nodes(self, nodes: list[int]) -> Case:
@@ -175,12 +175,12 @@ class Shrinker:
 
 
 def _innocent(measured: Measured) -> str:
-    found = [
+    lines = [
         f"{name} {output.judgement.why or output.judgement.verdict}"
         + (f", excess {output.replay.excess:.3g}" if output.replay and output.replay.excess is not None else "")
         for name, output in measured.items()
     ]
-    return "; ".join(found[:3])
+    return "; ".join(lines[:3])
 
 
 def _axes(inputs: Mapping[str, np.ndarray]) -> list[list[tuple[str, int]]]:
@@ -194,7 +194,7 @@ def _axes(inputs: Mapping[str, np.ndarray]) -> list[list[tuple[str, int]]]:
 
 
 def _start(worst: tuple[float, ...], axis: int, size: int, length: int) -> int:
-    """Where a window of ``length`` begins that has the worst place in its middle, as far as that is possible."""
+    """Place where a window of ``length`` begins so that the worst element lies in its middle, as far as possible."""
     middle = worst[axis] * size if axis < len(worst) else 0.0
     return min(max(round(middle - length / 2), 0), size - length)
 

@@ -1,4 +1,4 @@
-"""Does a case fail? The accused backend runs the program, the oracle the reference; ``bisect``'s verdict decides."""
+"""Verification of a case: the backend runs the program, the oracle the reference, ``bisect``'s verdict decides."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Output:
 
     actual: np.ndarray
     exact: np.ndarray
-    """The oracle's."""
+    """Value that the oracle computed."""
     stats: TensorStats
     replay: Replay | None
     judgement: Judgement
@@ -45,14 +45,14 @@ class Output:
 
     @property
     def strength(self) -> float:
-        """How far beyond its precision: the excess, or infinite for NaN, Inf and wrong shapes."""
+        """Excess over the precision; infinite for NaN, Inf and wrong shapes."""
         if self.judgement.verdict == SHAPE or (self.replay and self.replay.new_nonfinite):
             return math.inf
         return self.replay.excess or 0.0 if self.replay else 0.0
 
 
 Measured = dict[str, Output]
-"""By the program's name of the output."""
+"""Output by its name in the program."""
 
 
 def fails(measured: Measured) -> bool:
@@ -61,7 +61,7 @@ def fails(measured: Measured) -> bool:
 
 
 def strength(measured: Measured) -> float:
-    """That of the worst output at fault; 0 without one."""
+    """Strength of the worst output at fault; 0 without one."""
     return max((output.strength for output in measured.values() if output.fails), default=0.0)
 
 
@@ -75,8 +75,10 @@ class Verifier:
         self._last: tuple[bytes, Measured] | None = None
 
     def measure(self, case: Case) -> Measured:
-        """Run the case, unless it is the one that was run last. Raises InputError when the backend or the oracle
-        cannot."""
+        """Run the case, unless it is the one that was run last; returns each output with its judgement.
+
+        Raises InputError when the backend or the oracle cannot.
+        """
         key = _digest(case)
         if self._last is None or self._last[0] != key:
             self._last = (key, self._run(case))
@@ -89,7 +91,7 @@ class Verifier:
             reference = program
             if case.reference is not case.program:
                 reference = case.reference.save(Path(name) / "reference.onnx")
-            names = {theirs: ours for ours, theirs in case.outputs.items()}
+            names = {reference_name: program_name for program_name, reference_name in case.outputs.items()}
             claim = self.backend.precision
             replayer = Replayer(reference, (claim, claim), self._accused.oracle, [*case.inputs, *names])
             inputs = {v.name: case.inputs[v.name] for v in reference.inputs}
@@ -97,10 +99,13 @@ class Verifier:
             exact = {name: as_numpy(tensor) for name, tensor in replayer.oracle.run(inputs).items()}
             with closing(self.backend.open(Program("case", program))) as session:
                 actual = session.run(case.inputs)
-            test = ChainMap({theirs: actual[ours] for theirs, ours in names.items()}, inputs)
+            test = ChainMap(
+                {reference_name: actual[program_name] for reference_name, program_name in names.items()}, inputs
+            )
             replays = dict(replayer.layers(ChainMap(exact, inputs).__getitem__, test.__getitem__))
             return {
-                ours: self._judge(actual[ours], exact[theirs], replays.get(theirs)) for theirs, ours in names.items()
+                program_name: self._judge(actual[program_name], exact[reference_name], replays.get(reference_name))
+                for reference_name, program_name in names.items()
             }
 
     def _judge(self, actual: np.ndarray, exact: np.ndarray, replay: Replay | None) -> Output:

@@ -1,4 +1,4 @@
-"""Writes a bundle: files first, then the script is run in a fresh process, then the page that says what it printed."""
+"""Writing of a bundle: files first, then the script is run in a fresh process, then the page quotes its output."""
 
 from __future__ import annotations
 
@@ -83,16 +83,18 @@ def run_script(folder: Path, backend: Backend) -> str:
     else:
         environment["PYTHONPATH"] = str(Path(__file__).parents[3])
     try:
-        done = subprocess.run(
+        finished = subprocess.run(
             command, cwd=folder, env=environment, capture_output=True, text=True, errors="replace", timeout=TIME_LIMIT
         )
     except subprocess.TimeoutExpired:
         raise InputError(f"repro.py did not end within {TIME_LIMIT} s; nothing was written") from None
     shutil.rmtree(folder / "__pycache__", ignore_errors=True)
-    if done.returncode != 1 or "FAULT" not in done.stdout:
-        said = (done.stdout + done.stderr).strip()
-        raise InputError(f"repro.py does not show the fault in a fresh process; nothing was written. It said:\n{said}")
-    return done.stdout
+    if finished.returncode != 1 or "FAULT" not in finished.stdout:
+        output = (finished.stdout + finished.stderr).strip()
+        raise InputError(
+            f"repro.py does not show the fault in a fresh process; nothing was written. It said:\n{output}"
+        )
+    return finished.stdout
 
 
 def _fill(folder: Path, case: Case, measured: Measured, backend: Backend) -> dict[str, Any] | None:
@@ -108,14 +110,14 @@ def _fill(folder: Path, case: Case, measured: Measured, backend: Backend) -> dic
     _save_arrays(folder / "inputs.npz", case.inputs)
     _save_arrays(folder / "expected.npz", {name: output.exact for name, output in measured.items()})
     if not backend.emulated:
-        held = {name: output.exact.astype(output.actual.dtype) for name, output in measured.items()}
-        (folder / "expected.json").write_text(json.dumps(_polygraphy_results(held)), encoding="utf-8")
+        expected = {name: output.exact.astype(output.actual.dtype) for name, output in measured.items()}
+        (folder / "expected.json").write_text(json.dumps(_polygraphy_results(expected)), encoding="utf-8")
     if not isinstance(backend, TensorRTBackend):
         return None
     with closing(backend.open(Program("model", graph))) as session:
-        given, step = session.plain_build()
-        if given is not graph:  # what TensorRT is given has its precision written into it
-            shutil.copyfile(given.path, folder / "model.onnx")
+        built_graph, step = session.plain_build()
+        if built_graph is not graph:  # what TensorRT is given has its precision written into it
+            shutil.copyfile(built_graph.path, folder / "model.onnx")
     shutil.copyfile(runner.__file__, folder / "trt_runner.py")
     return step
 
@@ -147,7 +149,7 @@ def _npy(array: np.ndarray) -> bytes:
 
 
 def _polygraphy_results(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """What ``polygraphy run --load-outputs`` reads, as its ``RunResults.save`` of 0.30 and newer writes it."""
+    """The document that ``polygraphy run --load-outputs`` reads, as ``RunResults.save`` of 0.30 and newer writes it."""
     outputs = {
         name: {
             "values": {"array": base64.b64encode(_npy(array)).decode(), "polygraphy_class": "ndarray"},
@@ -174,7 +176,7 @@ def _polygraphy(
 
 
 def _atol(output: Output, limit: float) -> float:
-    """What no element exceeds in an output whose relative L2 error is below ``limit``, were the error even."""
+    """Bound on every element of an output whose relative L2 error is below ``limit``, if the error is even."""
     exact = output.exact.astype(np.float64)
     return limit * float(np.sqrt(np.mean(np.square(exact[np.isfinite(exact)])))) if exact.size else 0.0
 

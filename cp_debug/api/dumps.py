@@ -1,0 +1,66 @@
+"""A bisect whose test ran elsewhere: tensors that somebody dumped, against a reference that runs here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cp_debug.backends.arithmetic import ARITHMETICS
+from cp_debug.backends.base import Backend
+from cp_debug.backends.dumped import DumpedBackend, channels_first, dumped_inputs
+from cp_debug.backends.registry import create
+from cp_debug.backends.spec import BackendSpec
+from cp_debug.errors import InputError
+from cp_debug.graph.graph import Graph, ValueInfo
+from cp_debug.probes.dumps import read_dump
+from cp_debug.recipes.abilities import with_samples
+from cp_debug.recipes.base import Model, Sample
+
+DEFAULT_REFERENCE = "ort"
+
+
+def with_dump(
+    model: Model,
+    reference: str,
+    tensors: Path | Mapping[str, Any],
+    precision: str,
+    *,
+    channels_last: bool = False,
+    inputs_given: bool,
+) -> tuple[Model, Sequence[Backend]]:
+    """The model fed with what the dump was fed with, and the two backends: ``reference``, and the dump.
+
+    ``tensors`` is the path of a dump (see ``read_dump``) or a mapping of arrays by value name; ``channels_last``: those
+    of rank 4 and 5 were dumped as NHWC. ``inputs_given``: the model's samples are those that the dump was computed
+    from; else the dump must hold the graph's inputs.
+    Raises InputError for a model that is no ONNX file, and for dumps without a usable input or output.
+    """
+    source = str(tensors) if isinstance(tensors, Path) else "test_tensors"
+    path = model.components[0].onnx_path if len(model.components) == 1 else None
+    if path is None:
+        raise InputError(f"{source}: tensors are known by the names of an ONNX file; {model.name} is none")
+    if precision not in ARITHMETICS:
+        raise InputError(f"precision of {source}: {precision!r}; expected one of {', '.join(ARITHMETICS)}")
+    names = [part for part in reference.split(",") if part.strip()]
+    if len(names) != 1:
+        raise InputError(f"--backends: {reference!r}; with tensors as the test expected the reference alone")
+    arrays = read_dump(tensors) if isinstance(tensors, Path) else {n: np.asarray(a) for n, a in tensors.items()}
+    graph = Graph(path)
+    arrays = channels_first(graph, arrays, source, last=channels_last)
+    if not inputs_given:
+        inputs = dumped_inputs(graph, arrays)
+        if inputs is None:
+            missing = [value.name for value in graph.inputs if value.name not in arrays]
+            raise InputError(f"{source}: lacks the input {missing[0]!r}, from which it was computed; give --inputs")
+        sample = Sample({value.name: _in_dtype(inputs[value.name], value) for value in graph.inputs}, source)
+        model = with_samples(model, [sample])
+    return model, [create(BackendSpec.parse(names[0])), DumpedBackend(arrays, source, precision)]
+
+
+def _in_dtype(array: np.ndarray, value: ValueInfo) -> np.ndarray:
+    """The array as the graph declares it: a runtime of lower precision dumps its inputs in that."""
+    same_kind = value.dtype is not None and array.dtype.kind == "f" and value.dtype.kind == "f"
+    return array.astype(value.dtype) if same_kind else array

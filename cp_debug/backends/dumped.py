@@ -1,0 +1,118 @@
+"""Tensors that were computed elsewhere, as a backend: what a C++ runtime wrote is judged like any other test."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+
+from cp_debug.backends.base import Program, Session, Sink
+from cp_debug.backends.spec import BackendSpec
+from cp_debug.errors import InputError
+from cp_debug.graph.graph import Graph
+
+
+class DumpedBackend:
+    """Gives back the tensors of a dump, by the names of the graph's values, whatever it is fed with.
+
+    ``precision`` is what the program that wrote them claims to compute in.
+    """
+
+    emulated = False
+    device = "elsewhere"
+
+    def __init__(self, tensors: Mapping[str, np.ndarray], source: str, precision: str = "fp32") -> None:
+        self.spec, self.precision = BackendSpec("dump"), precision
+        self._tensors, self._source = tensors, source
+
+    def open(self, program: Program) -> Session:
+        """The dump against one program. Raises InputError where it has none of the graph's outputs."""
+        return _DumpedSession(named_values(program.graph, self._tensors), program.graph, self._source)
+
+    def versions(self) -> dict[str, str]:
+        """Nothing is known of the libraries that computed it."""
+        return {"dump": self._source}
+
+
+class _DumpedSession:
+    def __init__(self, values: dict[str, np.ndarray], graph: Graph, source: str) -> None:
+        self._values, self._outputs = values, [output.name for output in graph.outputs]
+        missing = [name for name in self._outputs if name not in values]
+        if missing:
+            some = ", ".join(list(values)[:5]) or "none of the graph's values"
+            raise InputError(f"{source}: lacks the output {missing[0]!r}; it has {some}")
+        self.exposed: Collection[str] = [name for name in graph.values if name in values]
+        self.settings: Mapping[str, Any] = {"tensors": len(self.exposed)}
+
+    def run(
+        self, inputs: Mapping[str, np.ndarray], sink: Sink | None = None, probes: Collection[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        """The tensors, in the order in which the graph computes them."""
+        if sink is not None:
+            for name in self.exposed:
+                if probes is None or name in probes:
+                    sink(name, self._values[name])
+        return {name: self._values[name] for name in self._outputs}
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def named_values(graph: Graph, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors by the names of the graph's values and inputs; a file system's ``_`` stands for any sign."""
+    names = [*(value.name for value in graph.inputs), *graph.values]
+    plain: dict[str, list[str]] = {}
+    for name in names:
+        plain.setdefault(_as_file(name), []).append(name)
+    found = {name: tensors[name] for name in names if name in tensors}
+    for given, tensor in tensors.items():
+        candidates = plain.get(_as_file(given), [])
+        if given not in found and len(candidates) == 1 and candidates[0] not in found:
+            found[candidates[0]] = tensor
+    return found
+
+
+def channels_first(
+    graph: Graph, tensors: Mapping[str, np.ndarray], source: str, *, last: bool
+) -> dict[str, np.ndarray]:
+    """The tensors by the names of the graph's values, those of rank 4 and 5 with channels at axis 1.
+
+    ``last``: they were dumped with channels at the last axis. Without it a tensor whose shape fits the graph's only so
+    raises InputError, which says how to read it.
+    """
+    values = named_values(graph, tensors)
+    for name, tensor in values.items():
+        shape = _shape(graph, name)
+        if tensor.ndim not in (4, 5) or (shape is not None and shape == tensor.shape):
+            continue
+        moved = np.moveaxis(tensor, -1, 1)
+        if last and (shape is None or shape == moved.shape):
+            values[name] = moved
+        elif not last and shape == moved.shape:
+            raise InputError(
+                f"{source}: {name!r} has shape {list(tensor.shape)}, the graph's is {list(shape)}: it seems to be "
+                "dumped with channels last; read it so with --tensors-layout nhwc"
+            )
+    return values
+
+
+def _shape(graph: Graph, name: str) -> tuple[int, ...] | None:
+    """The shape that the file states or ONNX infers, where every size is known."""
+    kind = graph.types.get(name)
+    if kind is None or not kind.HasField("tensor_type") or not kind.tensor_type.HasField("shape"):
+        return None
+    sizes = kind.tensor_type.shape.dim
+    return tuple(size.dim_value for size in sizes) if all(size.HasField("dim_value") for size in sizes) else None
+
+
+def dumped_inputs(graph: Graph, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
+    """The graph's inputs, where the dump has them all."""
+    values = named_values(graph, tensors)
+    names = [value.name for value in graph.inputs]
+    return {name: values[name] for name in names} if all(name in values for name in names) else None
+
+
+def _as_file(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_").lower()

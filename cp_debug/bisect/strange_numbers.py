@@ -1,0 +1,72 @@
+"""NaN and Inf in the values that a run compared: where they are born on each side, and whether an output holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from cp_debug.probes.statistics import TensorStats
+
+
+class Row(Protocol):
+    """What is asked of a row of a result."""
+
+    index: int
+    name: str
+    op: str
+    stats: TensorStats
+
+
+SIDES = ("reference", "test")
+KINDS = ("nan", "inf")
+_WRITTEN = {"nan": "NaN", "inf": "Inf"}
+
+
+def count(row: Row, kind: str, side: str) -> int:
+    """How many elements of a value are NaN (``nan``) or Inf (``inf``) on the ``reference`` or the ``test`` side."""
+    stats = row.stats
+    found = {
+        ("nan", "reference"): stats.nan_ref,
+        ("nan", "test"): stats.nan_test,
+        ("inf", "reference"): stats.inf_ref,
+        ("inf", "test"): stats.inf_test,
+    }
+    return found[kind, side]
+
+
+def undecided(row: Row) -> bool:
+    """Whether nothing can be said of an output although both sides agree: NaN on a side, or no finite element."""
+    if any(count(row, "nan", side) for side in SIDES):
+        return True
+    return bool(row.stats.count) and row.stats.inf_ref == row.stats.count
+
+
+def born(rows: Sequence[Row]) -> Iterator[str]:
+    """A phrase for each kind and side, equal ones together: the first value, in execution order, that holds any."""
+    for kind in KINDS:
+        places: dict[str, list[str]] = {}
+        for side in SIDES:
+            first = next((row for row in sorted(rows, key=lambda r: r.index) if count(row, kind, side)), None)
+            if first is not None:
+                verb = "comes in with the input" if first.op == "input" else "is born at"
+                op = "" if first.op == "input" else f" ({first.op})"
+                places.setdefault(f"{verb} {first.name}{op}", []).append(side)
+        for place, sides in places.items():
+            on = "on both sides" if len(sides) == len(SIDES) else f"in the {sides[0]}"
+            yield f"{_WRITTEN[kind]} {place} {on}"
+
+
+def outputs_say(outputs: Sequence[Row]) -> str:
+    """The outputs that hold NaN or Inf, the worst first; empty where all are finite."""
+    strange = [(sum(count(row, k, side) for k in KINDS for side in SIDES), row) for row in outputs]
+    found = sorted((item for item in strange if item[0]), key=lambda item: -item[0])
+    if not found:
+        return ""
+    row = found[0][1]
+    sides = [f"{side} {', '.join(_held(row, side)) or 'none'}" for side in SIDES]
+    more = f", and {len(found) - 1} more outputs" if len(found) > 1 else ""
+    return f"output {row.name} is not finite ({'; '.join(sides)}; of {row.stats.count} elements){more}"
+
+
+def _held(row: Row, side: str) -> list[str]:
+    return [f"{number} {_WRITTEN[kind]}" for kind in KINDS if (number := count(row, kind, side))]

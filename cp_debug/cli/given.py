@@ -1,0 +1,109 @@
+"""The files that a command line names, read and checked before anything slow is imported or done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cp_debug.errors import InputError
+from cp_debug.reading import check_file, read_npz
+
+if TYPE_CHECKING:
+    from cp_debug.deploy.schema import DeployConfig
+    from cp_debug.graph.graph import Graph, ValueInfo
+    from cp_debug.recipes.data.base import DataOptions
+
+
+def check_given(
+    model: str,
+    *,
+    inputs: Path | None = None,
+    samples: int = 1,
+    checkpoint: Path | None = None,
+    test_model: Path | None = None,
+    options: DataOptions | None = None,
+    truth: bool = False,
+    flag: str = "--inputs",
+) -> None:
+    """Read a model's files as far as that needs no torch: the graph, the weights' file, the first ``samples`` inputs.
+
+    ``truth``: whether every sample must have ground truth. Raises InputError for the first file that cannot be used;
+    where it is one of the inputs, starting with ``flag``, which named them.
+    """
+    if checkpoint is not None and not checkpoint.is_dir():
+        check_file(checkpoint, "checkpoint")
+    opened: list[Graph] = []
+    graphs = [Path(model)] if model.endswith(".onnx") else []
+    if test_model is not None:
+        graphs += sorted(test_model.glob("*.onnx")) if test_model.is_dir() else [test_model]
+    if graphs:
+        from cp_debug.graph.graph import Graph
+
+        opened += [Graph(path) for path in graphs]
+    if inputs is None:
+        return
+    try:
+        _check_inputs(model, opened[0].inputs if opened else [], inputs, samples, options, truth)
+    except InputError as error:
+        raise InputError(f"{flag}: {str(error).removeprefix('--inputs: ')}") from None
+
+
+def _check_inputs(
+    model: str,
+    expected: list[ValueInfo],
+    inputs: Path,
+    samples: int,
+    options: DataOptions | None,
+    truth: bool,
+) -> None:
+    from cp_debug.recipes.registry import kind_of
+
+    kind = kind_of(model)
+    if kind == "onnx" and not truth:
+        from cp_debug.recipes.npz import npz_samples
+
+        for _ in npz_samples(inputs, expected, samples):
+            pass
+    elif kind == "centerpoint":
+        _check_clouds(model.partition(":")[2] or "tiny", inputs, samples, options, truth)
+    else:
+        _check_files(inputs, samples)
+
+
+def _check_clouds(name: str, path: Path, count: int, options: DataOptions | None, truth: bool) -> None:
+    from cp_debug.recipes.centerpoint.config import CONFIGS
+    from cp_debug.recipes.data.base import iterate
+    from cp_debug.recipes.data.open_data import DEFAULT_OPTIONS, open_data
+
+    config = CONFIGS[name]
+    opened = open_data(
+        path,
+        features=config.point_features,
+        class_names=config.class_names,
+        count=count,
+        options=options or DEFAULT_OPTIONS,
+    )
+    for sample in iterate(opened):
+        if truth and sample.truth is None:
+            raise InputError(f"{sample.source}: has no ground truth; expected an info file (.pkl)")
+
+
+def _check_files(path: Path, count: int) -> None:
+    """Files for a model whose inputs are known once it is loaded: they are there, and what they seem to be."""
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    for file in sorted(path.glob("*.npz"))[:count] if path.is_dir() else [path]:
+        check_file(file, "input file")
+        if file.suffix == ".npz":
+            read_npz(file)
+
+
+def check_configured(config: DeployConfig, samples: int, *, truth: bool = False, flag: str = "--inputs") -> None:
+    """``check_given`` for what a deployment's configuration names. The checkpoint has its own check."""
+    from cp_debug.recipes.data.base import DataOptions
+
+    data = config.data
+    if config.model is not None and data.path is not None:
+        options = DataOptions(data.root, data.sweeps, data.skip_missing)
+        count = data.first + samples
+        check_given(config.model, inputs=data.path, samples=count, options=options, truth=truth, flag=flag)

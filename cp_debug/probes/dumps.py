@@ -1,0 +1,105 @@
+"""Tensors that another program wrote: a folder of ``.npy`` files, ``.npz``, safetensors, Polygraphy's JSON, ONNX's
+``test_data_set`` folders."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cp_debug.errors import InputError
+from cp_debug.reading import LARGEST_DOCUMENT, array_of, check_file, read_bytes, read_json, read_npy, read_npz
+
+
+def read_dump(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a dump, name → array: of a file, or of all files in a folder.
+
+    A ``.npy`` file is called as it is without its suffix; in ``.pb`` files (``onnx.TensorProto``) each tensor has its
+    name in it. Of a Polygraphy file (``--save-inputs``, ``--save-outputs``) the first runner's first iteration counts.
+    Raises InputError, with the file, for what is none of these, for pickled objects, and for a name that comes twice.
+    """
+    if not path.is_dir():
+        return dict(_file(path))
+    arrays: dict[str, np.ndarray] = {}
+    files = [file for file in sorted(path.iterdir()) if file.suffix in _READERS]
+    for file in files:
+        for name, array in _file(file):
+            if name in arrays:
+                raise InputError(f"{file}: holds {name!r}, as another file of {path} does")
+            arrays[name] = array
+    if not arrays:
+        raise InputError(f"{path}: holds no tensors; expected files that end in {', '.join(_READERS)}")
+    return arrays
+
+
+def _file(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    read = _READERS.get(path.suffix)
+    if read is None:
+        check_file(path, "file of tensors")
+        raise InputError(f"{path}: expected a folder, or a file that ends in {', '.join(_READERS)}")
+    for name, array in read(path).items():
+        if array.dtype.kind not in "biufV":
+            raise InputError(f"{path}: {name!r} has dtype {array.dtype}; expected numbers")
+        yield name, array
+
+
+def _safetensors(path: Path) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError, safe_open
+
+    from cp_debug.probes.arrays import as_numpy
+
+    check_file(path, "safetensors file")
+    try:
+        with safe_open(path, "pt") as tensors:  # as torch: numpy lacks bfloat16
+            return {name: as_numpy(tensors.get_tensor(name)) for name in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path}: not a readable safetensors file: {error}") from None
+
+
+def _proto(path: Path) -> dict[str, np.ndarray]:
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from onnx import numpy_helper
+
+    tensor = onnx.TensorProto()
+    try:
+        tensor.ParseFromString(read_bytes(path, what="tensor", most=LARGEST_TENSOR))
+        return {tensor.name or path.stem: numpy_helper.to_array(tensor)}
+    except (DecodeError, ValueError, TypeError, KeyError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"{path}: not an onnx.TensorProto with its data inside: {reason}") from None
+
+
+def _polygraphy(path: Path) -> dict[str, np.ndarray]:
+    document = read_json(path, what="Polygraphy file", most=LARGEST_TENSOR)
+    try:
+        # RunResults hold [runner, [iteration, …]] …; --save-inputs writes one mapping an iteration.
+        values = document["lst"][0][1][0]["outputs"] if isinstance(document, Mapping) else document[0]
+        return {str(name): _encoded(value, f"{path}: {name!r}") for name, value in values.items()}
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise InputError(f"{path}: expected what Polygraphy's --save-inputs or --save-outputs writes") from None
+
+
+def _encoded(value: Any, source: str) -> np.ndarray:
+    array = value.get("values", value)["array"]  # a LazyArray holds the array proper
+    try:
+        data = base64.b64decode(array, validate=True)
+        return array_of(io.BytesIO(data), len(data), "the array")
+    except (binascii.Error, ValueError, TypeError) as error:
+        raise InputError(f"{source}: {error}") from None
+
+
+LARGEST_TENSOR = max(LARGEST_DOCUMENT, 1 << 31)
+"""Bytes of a file that holds tensors as text or in a message."""
+_READERS: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {
+    ".npy": lambda path: {path.stem: read_npy(path)},
+    ".npz": read_npz,
+    ".safetensors": _safetensors,
+    ".pb": _proto,
+    ".json": _polygraphy,
+}

@@ -1,0 +1,99 @@
+"""What the package imports, it declares: as a dependency, or as an extra that messages name."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "cp_debug"
+DISTRIBUTIONS = {
+    "google": "protobuf",
+    "ml_dtypes": "ml-dtypes",
+    "pydantic_core": "pydantic-core",
+    "modelopt": "nvidia-modelopt",
+    "typing_extensions": "typing-extensions",
+    "yaml": "pyyaml",
+}
+"""Top-level module → distribution, where their names differ."""
+ELSEWHERE = {"tensorrt/runner.py", "mmdet3d/runner.py"}
+"""Run by another Python, with what is installed there."""
+WITH_MMENGINE = {"addict", "mmcv", "mmdet", "mmdet3d", "mmengine"}
+"""The mmdet3d extra: mmengine's own packages, and those that its Python has."""
+
+ONLY_WITH = {"quantization/mmengine_hook.py"}
+"""What an extra completes: imported by those who have it."""
+
+
+def imported() -> dict[str, set[str]]:
+    """Top-level module of a third party → the files that import it, anywhere in their text."""
+    found: dict[str, set[str]] = {}
+    for file in sorted(PACKAGE.rglob("*.py")):
+        name = file.relative_to(PACKAGE).as_posix()
+        if name.endswith(tuple(ELSEWHERE)):
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            modules = []
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                modules = [node.module or ""]
+            for module in modules:
+                top = module.partition(".")[0]
+                if top not in sys.stdlib_module_names and top != "cp_debug":
+                    found.setdefault(top, set()).add(name)
+    return found
+
+
+def declared() -> tuple[set[str], set[str]]:
+    """The distributions that every installation has, and those of the extras that users install."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+    def names(requirements: list[str]) -> set[str]:
+        return {re.split(r"[\s<>=!~;\[]", requirement, maxsplit=1)[0].lower() for requirement in requirements}
+
+    extras = {k: v for k, v in project["optional-dependencies"].items() if k != "dev"}
+    return names(project["dependencies"]), set().union(*map(names, extras.values()))
+
+
+def test_every_import_is_declared() -> None:
+    always, extras = declared()
+    unknown = {}
+    for module, files in imported().items():
+        distribution = DISTRIBUTIONS.get(module, module).lower()
+        if distribution not in always | extras and module not in WITH_MMENGINE:
+            unknown[module] = sorted(files)
+    assert not unknown
+
+
+def test_what_an_extra_brings_is_imported_where_it_is_used() -> None:
+    """A module of an extra alone, imported at the top of a file, is one that every command needs."""
+    always, _ = declared()
+    wrong = []
+    for file in sorted(PACKAGE.rglob("*.py")):
+        name = file.relative_to(PACKAGE).as_posix()
+        if name.endswith((*ELSEWHERE, *ONLY_WITH)):
+            continue
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                modules = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+                for module in modules:
+                    top = module.partition(".")[0]
+                    known = top in sys.stdlib_module_names or top in ("cp_debug", "__future__")
+                    if not known and DISTRIBUTIONS.get(top, top).lower() not in always:
+                        wrong.append(f"{name}: {module}")
+    assert not wrong
+
+
+@pytest.mark.parametrize("module", ["typing_extensions", "numpy", "torch"])
+def test_the_check_sees_what_is_imported(module: str) -> None:
+    assert module in imported()

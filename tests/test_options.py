@@ -1,0 +1,173 @@
+"""Options that take numbers: each is refused in a sentence that names it, or bounded, before anything slow."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from nets import second_like
+from test_cli import run
+from typer.main import get_command
+
+from cp_debug.cli.main import app
+
+NOWHERE = "nowhere.onnx"
+REFUSED = ("nan", "inf", "-inf", "1e400", "-1", "1e999", "9" * 400, "x", "")
+POSITIVE = {"--batches", "--samples", "--calib-samples", "--scenes", "--val-scenes", "--steps", "--epochs", "--batch"}
+POSITIVE |= {"--repeats", "--interval", "--patience", "--workers", "--workspace", "--build-timeout", "--opset"}
+MANY = {"--samples", "--batches", "--calib-samples"}
+"""Counts of samples that would be made up."""
+BASES = {
+    ("compare",): ["a", "b"],
+    ("quantize", "ptq"): [NOWHERE, "-o", "out"],
+    ("quantize", "qat"): ["centerpoint:tiny", "--from", NOWHERE, "-o", "out"],
+    ("export",): [NOWHERE, "-o", "out"],
+    ("build",): [NOWHERE, "-o", "out"],
+}
+
+
+def numeric_options() -> list[tuple[tuple[str, ...], str, type]]:
+    """(words of a command, option, int or float), from the parser itself."""
+    found: list[tuple[tuple[str, ...], str, type]] = []
+
+    def collect(command: object, words: tuple[str, ...]) -> None:
+        for name, child in getattr(command, "commands", {}).items():
+            collect(child, (*words, name))
+        for option in getattr(command, "params", []):
+            kind = str(option.type_descriptor.annotation) if hasattr(option, "type_descriptor") else option.type.name
+            if option.param_type_name == "option" and ("int" in kind or "float" in kind):
+                found.append((words, max(option.opts, key=len), float if "float" in kind else int))
+
+    collect(get_command(app), ())
+    return found
+
+
+OPTIONS = numeric_options()
+
+
+def test_the_options_are_found() -> None:
+    assert len(OPTIONS) > 70
+    assert (("bisect",), "--rtol", float) in OPTIONS
+    assert (("quantize", "qat"), "--lr", float) in OPTIONS
+    assert (("sweep", "search"), "--workers", int) in OPTIONS
+
+
+@pytest.mark.parametrize(("words", "option", "kind"), OPTIONS, ids=lambda value: str(value))
+def test_numbers_that_are_none_are_refused(
+    words: tuple[str, ...], option: str, kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = BASES.get(words, [NOWHERE])
+    given = [*REFUSED, *(["0", "-0"] if option in POSITIVE else []), *(["1e30", "0.5"] if kind is int else [])]
+    for value in given:
+        code, text = run(*words, *base, option, value)
+        assert code == 2, (value, text)
+        message = text.strip()
+        assert option in message, (value, message)
+        assert len(message.splitlines()) <= 12, message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "option"), [(words, option) for words, option, _ in OPTIONS if option in MANY], ids=str
+)
+def test_what_would_be_made_up_for_hours_is_refused(words: tuple[str, ...], option: str) -> None:
+    if words in {("quantize", "qat")} or option == "--calib-samples":
+        pytest.skip("asked for where samples are given, or needs an INT8 backend")
+    code, text = run(*words, *BASES.get(words, [NOWHERE]), option, "100000")
+    assert code == 2
+    assert "--samples: 100000 made-up samples; expected at most 1000" in text or (
+        "--batches: 100000 made-up samples; expected at most 1000" in text
+    )
+
+
+@pytest.mark.parametrize("text", ["y=nan", "y=inf", "=1", "y=", "y"])
+def test_a_tolerance_is_a_finite_number(text: str) -> None:
+    code, told = run("verify", "centerpoint:tiny", "--tolerance", text)
+    assert code == 2
+    assert told.startswith(f"--tolerance: {text!r}; expected NAME=NUMBER")
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return second_like(tmp_path_factory.mktemp("net") / "net.onnx", depth=1, size=16)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--rtol", "0"), ("--atol", "0"), ("--rtol", "1e308"), ("--atol", "1e308"), ("--rtol", "1e-320"), ("--seed", "0")],
+)
+def test_extreme_numbers_that_are_some_work(net: Path, option: str, value: str) -> None:
+    code, text = run("bisect", net, "-b", "ort,emu-fp16", "--json", "-", option, value)
+    assert code in (0, 1)
+    assert json.loads(text)["schema"]
+
+
+# Files that a command line names are read before torch is imported, and before anything is exported.
+
+
+def bad_files(folder: Path) -> dict[str, tuple[str, str]]:
+    """File → (model, what is said of it)."""
+    (folder / "short.bin").write_bytes(b"123")
+    (folder / "text.npz").write_text("none")
+    (folder / "info.pkl").write_bytes(b"\x80\x04.")
+    np.savez(folder / "other.npz", nothing=np.zeros(3, np.float32))
+    return {
+        "short.bin": ("centerpoint:tiny", "3 bytes is not a multiple of"),
+        "text.npz": ("nets.py:make", "not a readable .npz file"),
+        "info.pkl": ("centerpoint:tiny", "info.pkl"),
+        "other.npz": ("net", "other.npz"),
+        "missing.bin": ("centerpoint:tiny", "missing.bin: no such file"),
+    }
+
+
+@pytest.mark.parametrize("file", ["short.bin", "text.npz", "info.pkl", "other.npz", "missing.bin"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["bisect", "MODEL", "-b", "ort,emu-fp16", "--inputs", "FILE"],
+        ["capture", "MODEL", "-b", "ort", "--inputs", "FILE"],
+        ["check", "MODEL", "--inputs", "FILE"],
+        ["search", "MODEL", "-b", "ort,emu-fp16", "--inputs", "FILE"],
+        ["quantize", "ptq", "MODEL", "-o", "out", "--calib-data", "FILE"],
+        ["bisect", "MODEL", "-b", "ort,ort-int8", "--calib-data", "FILE"],
+    ],
+    ids=lambda command: " ".join(command[:2]),
+)
+def test_bad_inputs_are_told_before_torch_is_imported(
+    tmp_path: Path, net: Path, monkeypatch: pytest.MonkeyPatch, file: str, command: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, said = bad_files(tmp_path)[file]
+    before = sorted(tmp_path.iterdir())
+    for heavy in ("torch", "pandas"):
+        monkeypatch.setitem(sys.modules, heavy, None)  # importing it raises
+    argv = [{"MODEL": str(net) if model == "net" else model, "FILE": file}.get(part, part) for part in command]
+    code, text = run(*argv)
+    assert code == 2, text
+    assert said in text
+    assert next(part for part in command if part.startswith("--") and part.endswith(("inputs", "data"))) in text
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_bad_test_model_is_told_before_torch_is_imported(
+    tmp_path: Path, net: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bad.onnx").write_bytes(b"none")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    for path in (tmp_path / "bad.onnx", tmp_path / "missing.onnx"):
+        code, text = run("bisect", net, "-b", "ort,ort", "--test-model", path)
+        assert code == 2
+        assert path.name in text
+
+
+def test_the_second_of_two_inputs_is_read_before_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.zeros((50, 4), np.float32).tofile(tmp_path / "a.bin")
+    (tmp_path / "b.bin").write_bytes(b"short")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    code, text = run("bisect", "centerpoint:tiny", "--inputs", tmp_path, "--samples", "2")
+    assert code == 2
+    assert "b.bin: 5 bytes is not a multiple" in text

@@ -1,0 +1,152 @@
+"""NaN and Inf on both sides, empty clouds, clouds out of range, columns of point files: never a plain pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+from test_cli import run
+
+from cp_debug.backends.base import RunRecord
+from cp_debug.bisect.engine import Options, bisect
+from cp_debug.bisect.result import TestResult
+from cp_debug.deploy.preprocessing import compare_voxels, voxelize_on
+from cp_debug.deploy.reasons import reasons
+from cp_debug.deploy.verify import ScenarioResult, TensorCheck, what_is_wrong
+from cp_debug.probes.statistics import compare
+from cp_debug.recipes.centerpoint.config import CONFIGS
+from cp_debug.recipes.centerpoint.recipe import CenterPointModel
+from cp_debug.recipes.data.folder import FolderData
+from cp_debug.recipes.data.points import read_points
+from cp_debug.reports.tables import verdict_line
+
+FEATURES = ("x", "y", "z", "intensity", "dt")
+
+
+def net(folder: Path, ops: list[tuple[str, list[str], str]], outputs: list[str]) -> Path:
+    """``x`` [1, 4] through operators (type, inputs, result); the constants ``hundred`` and ``zero`` are known."""
+    nodes = [helper.make_node(op, inputs, [made], name=f"node_{made}") for op, inputs, made in ops]
+    given = [helper.make_tensor_value_info("x", 1, [1, 4])]
+    shown = [helper.make_tensor_value_info(name, 1, [1, 4]) for name in outputs]
+    constants = [
+        numpy_helper.from_array(np.full(1, value, np.float32), n) for n, value in (("hundred", 100), ("zero", 0))
+    ]
+    graph = helper.make_graph(nodes, "net", given, shown, constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), folder / "net.onnx")
+    return folder / "net.onnx"
+
+
+def judged(path: Path, x: list[float], backends: str = "ort,ort-all") -> TestResult:
+    np.savez(path.with_name("x.npz"), x=np.array([x], np.float32))
+    return bisect(str(path), backends, options=Options(inputs=path.with_name("x.npz"))).tests[0]
+
+
+def test_nan_on_both_sides_is_no_pass_and_is_traced_to_its_birth(tmp_path: Path) -> None:
+    path = net(tmp_path, [("Sub", ["x", "hundred"], "s"), ("Log", ["s"], "l"), ("Add", ["l", "x"], "y")], ["y"])
+    test = judged(path, [1, 2, 3, 4])
+    assert not test.agrees
+    assert not test.guilty
+    text = verdict_line(test).plain
+    assert text.startswith("✗ ort-all: nothing is decided")
+    assert "output node_y is not finite (reference 4 NaN; test 4 NaN; of 4 elements)" in text
+    assert "NaN is born at node_l (Log) on both sides" in text
+    assert test.to_dict()["not_finite"] == test.not_finite
+
+
+def test_nan_of_the_input_is_said_to_come_in(tmp_path: Path) -> None:
+    path = net(tmp_path, [("Add", ["x", "hundred"], "y")], ["y"])
+    test = judged(path, [1, float("nan"), 3, 4])
+    assert not test.agrees
+    assert "NaN comes in with the input x on both sides" in test.not_finite
+
+
+def test_inf_at_the_same_places_is_told_beside_the_pass(tmp_path: Path) -> None:
+    path = net(tmp_path, [("Div", ["x", "zero"], "d"), ("Max", ["d", "x"], "y")], ["y"])
+    test = judged(path, [1, -2, 3, -4])
+    assert test.agrees
+    text = verdict_line(test)
+    assert "Inf is born at node_d (Div) on both sides" in text.plain
+    assert "green" not in str(text.spans[0].style)
+    assert not judged(path, [1, 2, 3, 4]).agrees, "nothing of the output is finite"
+
+
+def test_what_is_finite_says_nothing(tmp_path: Path) -> None:
+    test = judged(net(tmp_path, [("Relu", ["x"], "y")], ["y"]), [1, -2, 3, 4])
+    assert test.agrees
+    assert not test.not_finite
+
+
+def test_the_command_ends_with_1(tmp_path: Path) -> None:
+    path = net(tmp_path, [("Sub", ["x", "hundred"], "s"), ("Sqrt", ["s"], "y")], ["y"])
+    np.savez(tmp_path / "x.npz", x=np.ones((1, 4), np.float32))
+    code, text = run("bisect", path, "-b", "ort,emu-fp32", "--inputs", tmp_path / "x.npz")
+    assert code == 1
+    assert "nothing is decided" in text
+
+
+def test_verification_does_not_blame_the_export_for_the_models_own_nan() -> None:
+    record = RunRecord("ort", "fp32", "cpu", False, {}, {})
+
+    def said(reference: np.ndarray, test: np.ndarray) -> str:
+        stats = compare(reference, test)
+        check = TensorCheck("net", "y", stats, 0.0, 1.0, "x.npz", what_is_wrong(stats, 1.0, None))
+        return "; ".join(reasons(ScenarioResult(record, record, [check], {}, None, {})))
+
+    nan, ones = np.array([np.nan, 1], np.float32), np.ones(2, np.float32)
+    assert "1 NaN or Inf; the reference has the same 1 NaN or Inf: they are the model's or its input's" in said(
+        nan, nan
+    )
+    assert "the reference has" not in said(ones, nan)
+
+
+@pytest.mark.parametrize(
+    ("points", "said"),
+    [
+        (np.zeros((0, 5)), ["the cloud is empty"]),
+        (np.full((7, 5), 1e4), ["none of the 7 points is in the model's range"]),
+        (np.array([[1, 1, 0, np.nan, 0], [2, 2, 0, 1, 0]]), ["1 of 2 points hold NaN or Inf"]),
+        (np.ones((3, 5)), []),
+    ],
+)
+def test_odd_clouds_get_a_remark(tmp_path: Path, points: np.ndarray, said: list[str]) -> None:
+    np.save(tmp_path / "cloud.npy", points.astype(np.float32))
+    model = CenterPointModel("tiny")
+    (sample,) = model.samples(1, 0, tmp_path / "cloud.npy")
+    remarks = model.remarks(sample)
+    assert len(remarks) == len(said)
+    assert all(text in remark for text, remark in zip(said, remarks, strict=True))
+
+
+def test_no_pillars_are_compared_without_a_traceback() -> None:
+    config, points = CONFIGS["tiny"], np.zeros((0, 5), np.float32)
+    voxels = voxelize_on(points, config, "cpu")
+    change = compare_voxels(voxels, voxels, points, config)
+    assert change.agrees
+    assert str(change).startswith("no pillar on either side: the cloud is empty, or none of its points is in range")
+
+
+def cloud(columns: int, rows: int = 40) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    made = rng.uniform(-50, 50, (rows, columns)).astype(np.float32)
+    made[:, 3] = rng.integers(0, 256, rows)
+    if columns == 5:
+        made[:, 4] = rng.integers(0, 32, rows)
+    return made
+
+
+@pytest.mark.parametrize(("name", "columns"), [("cloud.bin", 4), ("cloud.bin", 5), ("cloud.pcd.bin", 5)])
+def test_a_size_that_fits_both_widths_is_decided_by_content(tmp_path: Path, name: str, columns: int) -> None:
+    made = cloud(columns)
+    made.tofile(tmp_path / name)
+    np.testing.assert_array_equal(read_points(tmp_path / name, FEATURES)[:, :4], made[:, :4])
+    source = FolderData(tmp_path, FEATURES, 1).sample(0).source
+    unusual = columns != (5 if ".pcd" in name else 4)
+    assert source.endswith(f" ({columns} columns, by its content)") == unusual
+
+
+def test_a_cloud_that_could_be_either_is_read_by_its_ending(tmp_path: Path) -> None:
+    np.zeros((20, 4), np.float32).tofile(tmp_path / "zeros.bin")
+    assert read_points(tmp_path / "zeros.bin", FEATURES).shape == (20, 5)
