@@ -58,40 +58,23 @@ def explain(
     """
     asked = CAUSES if families is None else families
 
-<<<<<<< HEAD
     def all_of(some: Collection[Cause]) -> list[tuple[_Tried, Cause]]:
-        found = []
-        for family in some:
-=======
-    def all_of(families: Collection[Cause]) -> list[tuple[_Tried, Cause]]:
         judged = []
-        for family in families:
->>>>>>> main
+        for family in some:
             try:
                 judged += [(t, family) for t in _try(segment, family)]
             except Exception as error:
                 on_failure(error)
         return judged
 
-<<<<<<< HEAD
-    tried = all_of([c for c in first if c in asked])
-    if not any(t.accepted and not t.candidate.parameters for t, _ in tried):
-        tried += all_of([c for c in asked if not c.costly and c not in first])
-        fewest = min((t.candidate.parameters for t, _ in tried if t.accepted), default=None)
-        if fewest != 0:
-            many = fewest is None or fewest > FEW
-            tried += all_of([c for c in asked if c.costly and (many or c.structural) and c not in first])
-    if not tried:
-=======
-    results = all_of(first)
+    results = all_of([c for c in first if c in asked])
     if not any(t.accepted and not t.candidate.parameters for t, _ in results):
-        results += all_of([c for c in CAUSES if not c.costly and c not in first])
+        results += all_of([c for c in asked if not c.costly and c not in first])
         fewest = min((t.candidate.parameters for t, _ in results if t.accepted), default=None)
         if fewest != 0:
             many = fewest is None or fewest > FEW
-            results += all_of([c for c in CAUSES if c.costly and (many or c.structural) and c not in first])
+            results += all_of([c for c in asked if c.costly and (many or c.structural) and c not in first])
     if not results:
->>>>>>> main
         return Explanation(None, 0.0, None, 0.0), None
     best = min(t.residual for t, _ in results)
     equal = [(t, family) for t, family in results if t.residual <= CLOSE * best]

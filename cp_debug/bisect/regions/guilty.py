@@ -36,15 +36,9 @@ def look_inside(
 
     At most ``max_builds`` engines are built for all regions together, the worst one first.
     """
-<<<<<<< HEAD
-    named = {name for finding in findings if _unexplained(finding) for name in finding.layers}
-    regions = [(k, r) for k, r in rows.items() if r.verdict == GUILTY and r.region and r.name in named]
-    regions = [(k, r) for k, r in regions if r.side == "test" and can_build(explainer.run, k.component)]
-=======
     unexplained = {name for finding in findings if _unexplained(finding) for name in finding.layers}
     regions = [(k, r) for k, r in rows.items() if r.verdict == GUILTY and r.region and r.name in unexplained]
-    regions = [(k, r) for k, r in regions if r.side == "test" and _can_build(explainer.run, k.component)]
->>>>>>> main
+    regions = [(k, r) for k, r in regions if r.side == "test" and can_build(explainer.run, k.component)]
     regions.sort(key=lambda item: item[1].severity, reverse=True)
     new_findings: list[Finding] = []
     for key, row in regions:

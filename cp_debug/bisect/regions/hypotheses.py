@@ -65,7 +65,7 @@ def rank(segment: Segment) -> list[Hypothesis]:
     for name, says, nodes, emulate in _hypotheses(segment):
         if name == "left-out" and any(h.explained >= REPRODUCED and h.nodes != hypotheses[0].nodes for h in hypotheses):
             break  # one pass a node, for what is explained already
-        if any(h.explained >= CERTAIN and h.name != name for h in found[1:]):
+        if any(h.explained >= CERTAIN and h.name != name for h in hypotheses[1:]):
             break  # what is left is slower, and cannot explain more
         try:
             value = emulate()

@@ -35,15 +35,9 @@ def bundle(
     """
     accused = find_accused(saved, layer, backend)
     cutter, verifier = Cutter(accused), Verifier(accused)
-<<<<<<< HEAD
     shrinker = Shrinker(cutter, verifier, told, seconds=seconds)
-    found = shrinker.find(cutter.layer())
-    case = shrinker.nodes(found)
-=======
-    shrinker = Shrinker(cutter, verifier, told)
     failing_nodes = shrinker.find(cutter.layer())
     case = shrinker.nodes(failing_nodes)
->>>>>>> main
     history = [f"{len(case.program.model.graph.node)} of the component's {len(cutter.graph.nodes)} nodes"]
     if str(verifier.backend.spec) != accused.backend.spec:
         history.append(
