@@ -9,7 +9,7 @@ from cp_debug.probes.statistics import TensorStats
 
 
 class Row(Protocol):
-    """What is asked of a row of a result."""
+    """Part of a result's row that is read here."""
 
     index: int
     name: str
@@ -23,15 +23,15 @@ _WRITTEN = {"nan": "NaN", "inf": "Inf"}
 
 
 def count(row: Row, kind: str, side: str) -> int:
-    """How many elements of a value are NaN (``nan``) or Inf (``inf``) on the ``reference`` or the ``test`` side."""
+    """Number of elements that are NaN (``nan``) or Inf (``inf``) on the ``reference`` or the ``test`` side."""
     stats = row.stats
-    found = {
+    counts = {
         ("nan", "reference"): stats.nan_ref,
         ("nan", "test"): stats.nan_test,
         ("inf", "reference"): stats.inf_ref,
         ("inf", "test"): stats.inf_test,
     }
-    return found[kind, side]
+    return counts[kind, side]
 
 
 def undecided(row: Row) -> bool:

@@ -32,7 +32,7 @@ NAMES = {"auto_pad": "padding", "epsilon": "normalization-eps", "pads": "padding
 SHAPES = {"axes", "hidden_size", "kernel_shape", "num_outputs", "output_shape", "split"}
 """Attributes that are inferred where they are absent: they differ only where both sides have them."""
 ACTIVATIONS_OF = {"GRU": ["Sigmoid", "Tanh"], "LSTM": ["Sigmoid", "Tanh", "Tanh"], "RNN": ["Tanh"]}
-"""What recurrent layers compute with where they name no activations."""
+"""Activations of recurrent layers that name none."""
 INDICES = {"Gather", "GatherElements", "GatherND", "Slice", "ScatterND", "ScatterElements"}
 
 

@@ -44,7 +44,7 @@ class OtherProgram:
     _claimed: dict[str, Executor] = field(default_factory=dict)
 
     def executors(self, claim: str) -> list[Executor]:
-        """Of the oracle, and of the claimed precision, which rounds what the test's nodes hand on to each other."""
+        """Executors of the oracle, and of the claimed precision, which rounds the values between the test's nodes."""
         if claim not in ARITHMETICS or ARITHMETICS[claim] is self.executor.arithmetic:
             return [self.executor]
         if claim not in self._claimed:
