@@ -130,13 +130,13 @@ def _computed(
     segment: Segment, other: OtherProgram, test_name: str, nodes: Sequence[Node], starts: Sequence[str]
 ) -> Tensor | None:
     inputs = {s: other.load(other.names.get(s, s)) for s in starts}
-    found = []
+    results = []
     for executor in other.executors(segment.context.claim.name):
         try:
-            found.append(as_double(executor.run_nodes(nodes, inputs, [test_name])[test_name]))
+            results.append(as_double(executor.run_nodes(nodes, inputs, [test_name])[test_name]))
         except InputError:  # an operator that nobody here can compute
             continue
-    fitting = [value for value in found if value.shape == segment.test.shape]
+    fitting = [value for value in results if value.shape == segment.test.shape]
     return max(fitting, key=lambda value: segment.explained(value)[0], default=None)
 
 
