@@ -1,6 +1,6 @@
-"""A visit to a machine with a GPU: predictions scored against engines, and what a region costs. See ``gpu_visit.py``.
+"""Experiments for a machine with a GPU: predictions scored against engines, and what a region costs. See ``gpu_experiments.py``.
 
-    CPDEBUG_TRT_PYTHON=PATH python benchmarks/predict_visit.py OUT --networks FOLDER [--shared FOLDER] [--only WORDS]
+    CPDEBUG_TRT_PYTHON=PATH python benchmarks/predict_experiments.py OUT --networks FOLDER [--shared FOLDER] [--only WORDS]
 
 ``FOLDER`` holds ``vit.onnx`` and ``products.onnx`` with their ``.npz`` (``engine_networks.py`` makes them) and the
 networks that are scored. Predictions run on the CPU beside the engines, before which they know nothing of. Steps are in
@@ -15,7 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from gpu_visit import REPO, Step, Visit, bundled, cpdebug, script
+from gpu_experiments import REPO, Step, Visit, bundled, cpdebug, script
 
 SCORED = ("resnet.torchscript", "unet.torchscript", "detr.torchscript", "ppocr-det")
 """A residual network, a U-Net, a transformer and a trained text detector: none was used to build the predictions."""
