@@ -1,10 +1,11 @@
-"""Experiments for a machine with a GPU: predictions scored against engines, and what a region costs. See ``gpu_experiments.py``.
+"""Experiments for a machine with a GPU: predictions scored against engines, and what a region costs.
 
-    CPDEBUG_TRT_PYTHON=PATH python benchmarks/predict_experiments.py OUT --networks FOLDER [--shared FOLDER] [--only WORDS]
+    CPDEBUG_TRT_PYTHON=PATH python benchmarks/predict_experiments.py OUT --networks FOLDER [--shared FOLDER]
 
 ``FOLDER`` holds ``vit.onnx`` and ``products.onnx`` with their ``.npz`` (``engine_networks.py`` makes them) and the
-networks that are scored. Predictions run on the CPU beside the engines, before which they know nothing of. Steps are in
-order of priority: what comes after ``--budget`` is left out, and ``visit.json`` says so.
+networks that are scored. Predictions run on the CPU beside the engines, of which they know nothing. Steps are in order
+of priority: what comes after ``--budget`` is left out. ``OUT`` is written as ``gpu_experiments.py`` does it; ``--only``
+takes beginnings of steps.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from gpu_experiments import REPO, Step, Visit, bundled, cpdebug, script
+from gpu_experiments import REPO, Series, Step, bundled, cpdebug, script
 
 SCORED = ("resnet.torchscript", "unet.torchscript", "detr.torchscript", "ppocr-det")
 """A residual network, a U-Net, a transformer and a trained text detector: none was used to build the predictions."""
@@ -85,10 +86,10 @@ def main() -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         work = (args.work or Path(scratch)).resolve()
         queues = steps(args.out.resolve(), work, args.networks.resolve(), args.shared.resolve())
-        visit = Visit(args.out, time.monotonic() + args.budget)
+        series = Series(args.out, time.monotonic() + args.budget)
         chosen = [[step for step in queue if not words or step.name.startswith(words)] for queue in queues]
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(visit.experiment, chosen))
+            list(pool.map(series.experiment, chosen))
 
 
 if __name__ == "__main__":
