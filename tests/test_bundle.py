@@ -97,6 +97,7 @@ def test_the_page_tells_what_was_printed_and_measured(bundled: Path) -> None:
     assert str(bundled) not in page
 
 
+@pytest.mark.slow
 def test_polygraphy_sees_the_fault_with_the_command_of_the_page(bundled: Path) -> None:
     command = next(line for line in (bundled / "README.md").read_text().splitlines() if line.startswith("polygraphy "))
     arguments = command.split()[1:]

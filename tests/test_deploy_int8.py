@@ -63,6 +63,7 @@ def pairs(path: Path) -> int:
     return sum(node.op == "DequantizeLinear" for node in Graph(path).nodes)
 
 
+@pytest.mark.slow
 @needs("modelopt")
 def test_calibrated_exported_verified_evaluated_and_resumed(tmp_path: Path) -> None:
     config = settings(tmp_path)

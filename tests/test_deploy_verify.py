@@ -70,6 +70,7 @@ def broken(deployed: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_second_run_repeats_nothing_and_a_changed_file_is_noticed(deployed: Path) -> None:
     again = deploy(deployment(deployed))
     assert all(r.resumed for r in again)

@@ -121,6 +121,7 @@ def test_quantized_layers_tell_step_and_clipping(result: BisectResult) -> None:
     assert (block["step"], block["clipped"]) == (replay.step, replay.clipped)
 
 
+@pytest.mark.slow
 def test_the_costliest_layer_is_named_with_the_option_that_spares_it(model: TorchModel) -> None:
     (test,) = bisect(model, "torch,ort-int8", options=Options(rtol=1e-4)).tests
     (finding,) = test.findings

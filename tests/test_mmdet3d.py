@@ -67,6 +67,7 @@ def test_weights_are_random_from_the_seed(python: Path, tmp_path: Path) -> None:
     assert not torch.equal(found[0], found[2])
 
 
+@pytest.mark.slow
 def test_a_config_file_with_something_of_its_own_is_compared_by_layers(python: Path, tmp_path: Path) -> None:
     config = tmp_path / "mine.py"
     config.write_text(CONFIG + "model['eps'] = 0.1\n")

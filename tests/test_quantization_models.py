@@ -59,6 +59,7 @@ def test_every_component_is_calibrated_on_what_it_is_fed(model: Model, samples: 
     assert not any("task_heads.1" in name or name.startswith("pts_neck") for name in layers)
 
 
+@pytest.mark.slow
 def test_mse_beats_percentiles_at_the_outputs(model: Model, samples: list[Sample]) -> None:
     component = model.components[1]
     encoder = {component.name: component.module for component in model.components[:1]}

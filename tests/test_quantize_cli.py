@@ -83,6 +83,7 @@ def test_quantizing_what_is_quantized(tmp_path: Path, checkpoint: Path) -> None:
     assert not (tmp_path / "again").exists()
 
 
+@pytest.mark.slow
 @needs("modelopt")
 def test_int8_is_scored_and_timed_like_any_backend(checkpoint: Path, tmp_path: Path) -> None:
     target = tmp_path / "found.json"

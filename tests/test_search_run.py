@@ -244,6 +244,7 @@ def test_samples_fit_the_goal(tmp_path: Path) -> None:
         samples_for(model, Goal.parse(GOAL), **{**everything, "data": tmp_path})
 
 
+@pytest.mark.slow
 def test_detections_and_map_are_measured() -> None:
     model = load_model("centerpoint:tiny")
     goal = Goal.parse("boxes_lost==0 and boxes_gained==0 and map_drop<0.2")

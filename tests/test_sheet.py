@@ -120,7 +120,7 @@ def test_foreign_text_steers_no_terminal() -> None:
 
 ODD = Sheet(
     (Column("layer", "name"), Column("error", "number", unit="dB"), Column("nodes")),
-    [("a|b<i>.c", None, ("x", "y")), Row(("d", 1.5, Cell("z", "worst")), "bad"), Row(gap=True)],
+    [("a|b<i>.c", None, ("x", "y")), Row(("d", 1.5, Cell("z", badge="lost")), "bad"), Row(gap=True)],
     "Title",
 )
 
@@ -129,7 +129,7 @@ def test_pages_notebooks_and_markdown_show_the_same_values() -> None:
     page, notebook, markdown = table_html(ODD), table_notebook(ODD), "\n".join(table_markdown(ODD))
     assert '<th scope="col" class="n">error, dB</th>' in page
     assert "<td>a|b&lt;i&gt;.<wbr>c</td>" in page
-    assert '<tr class="guilty"><td>d</td><td class="n">1.5</td><td class="guilty">z</td></tr>' in page
+    assert '<tr class="guilty"><td>d</td><td class="n">1.5</td><td><span class="badge lost">z</span></td></tr>' in page
     assert 'aria-label="Title"' in page
     assert "<td>a|b&lt;i&gt;.c</td><td>–</td><td>x y</td>" in notebook
     assert markdown.splitlines() == [

@@ -177,6 +177,7 @@ def test_which_backends_need_a_gpu(spec: str, gpu: bool) -> None:
     assert needs_gpu(BackendSpec.parse(spec)) is gpu
 
 
+@pytest.mark.slow
 def test_the_command_on_two_workers_says_what_the_serial_run_says(net: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     flags = ["-b", "ort,emu-fp16,emu-bf16", "-n", "4", "--no-explain", "--workers", "2", "-o", out]

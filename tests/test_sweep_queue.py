@@ -159,6 +159,7 @@ def test_failures_are_kept_and_tried_again_when_asked(tmp_path: Path, client: Cl
     assert len(finished.failures()) == 3
 
 
+@pytest.mark.slow
 def test_poison_is_tried_three_times_and_the_rest_completes(tmp_path: Path) -> None:
     tasks = grid("deadly", 30, folder=str(tmp_path), poison=[3, 4])
     failures = sweep(tasks, tmp_path / "log.jsonl").failures()
@@ -167,6 +168,7 @@ def test_poison_is_tried_three_times_and_the_rest_completes(tmp_path: Path) -> N
     assert all((tmp_path / f"{i}.tries").read_text() == "xxx" for i in (3, 4))
 
 
+@pytest.mark.slow
 def test_a_scheduler_with_its_own_number_of_tries(tmp_path: Path, cluster: Cluster) -> None:
     """Four deaths are Dask's default; the task is then asked once more, alone."""
     from distributed import Client
@@ -197,6 +199,7 @@ def test_a_worker_killed_in_mid_task(tmp_path: Path, cluster: Cluster) -> None:
         assert not finished.failures()
 
 
+@pytest.mark.slow
 def test_a_scheduler_restarted_in_mid_sweep(tmp_path: Path, cluster: Cluster) -> None:
     cluster.start_worker()
     tasks = grid("slow", 12, folder=str(tmp_path), seconds=0.3)

@@ -10,7 +10,6 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from cp_debug.backends.base import RunRecord
 from cp_debug.bisect.result import BisectResult, TestResult
 from cp_debug.files import write_text
 from cp_debug.reports.birdseye import View, birdseye
@@ -18,10 +17,11 @@ from cp_debug.reports.causes import lines
 from cp_debug.reports.evidence import Evidence, evidence
 from cp_debug.reports.growth import growth_chart
 from cp_debug.reports.numbers import number, share
+from cp_debug.reports.page_tables import changes_table, settings_table, worst_table
 from cp_debug.reports.saved import SavedResult
 from cp_debug.reports.sheet_markup import breakable, table_html
 from cp_debug.reports.svg import Canvas
-from cp_debug.reports.tables import verdict_line, weight_lines
+from cp_debug.reports.tables import stage_table, verdict_line, weight_lines
 from cp_debug.safe_text import page
 from cp_debug.version import __version__
 
@@ -61,6 +61,7 @@ def write_result(result: BisectResult, target: Path) -> None:
 def render_page(saved: SavedResult) -> str:
     """The whole page."""
     result = saved.result
+    records = [result.reference, *(test.backend for test in result.tests)]
     parts = [_part(saved, f"t{index}", test) for index, test in enumerate(result.tests)]
     return (
         environment()
@@ -69,7 +70,8 @@ def render_page(saved: SavedResult) -> str:
             result=result,
             parts=parts,
             weights=weight_lines(result),
-            settings=setting_rows([result.reference, *(t.backend for t in result.tests)]),
+            settings=settings_table(records),
+            differing=settings_table(records, differing=True),
             kept=saved.folder is not None,
             version=__version__,
             **page_parts(),
@@ -88,6 +90,7 @@ def environment() -> Environment:
         finalize=_seen,
     )
     made.filters |= {"number": number, "share": share, "breakable": breakable, "said": lines, "table": table_html}
+    made.globals |= {"changes_table": changes_table, "stage_table": stage_table, "worst_table": worst_table}
     return made
 
 
@@ -118,15 +121,3 @@ def _part(saved: SavedResult, anchor: str, test: TestResult) -> Part:
         evidence=evidence(saved, test),
         views=[view for view in views if view],
     )
-
-
-def setting_rows(records: Sequence[RunRecord]) -> list[tuple[str, list[Any], bool]]:
-    """(name, value on each backend or None, whether two backends that have it differ), those that differ first."""
-    rows = []
-    for field in ("precision", "device"):
-        rows.append((field, [getattr(record, field) for record in records]))
-    for table in ("versions", "settings"):
-        names = dict.fromkeys(name for record in records for name in getattr(record, table))
-        rows.extend((name, [getattr(record, table).get(name) for record in records]) for name in names)
-    marked = [(n, values, len({str(v) for v in values if v is not None}) > 1) for n, values in rows]
-    return sorted(marked, key=lambda row: not row[2])

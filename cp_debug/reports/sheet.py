@@ -15,7 +15,8 @@ from cp_debug.safe_text import one_line
 Kind = Literal["name", "text", "number", "mark"]
 """``name``: of a layer, a file, a backend; where there is no room it is shortened in the middle. ``text``: goes on in
 further lines. ``number`` (to the right) and ``mark`` (a verdict, an operator): never shortened, never broken."""
-Tone = Literal["", "good", "note", "bad", "worst", "quiet", "strong"]
+Tone = Literal["", "good", "note", "bad", "worst", "quiet", "strong", "differs"]
+"""What a cell or a row is to a reader; ``differs`` is marked on pages alone."""
 ALWAYS = 0
 """Importance of a column that is never left out."""
 
@@ -54,6 +55,8 @@ class Cell:
 
     value: Any
     tone: Tone = ""
+    badge: str = ""
+    """What kind of verdict it is, for pages, which show it as a badge of that kind's colour."""
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from markupsafe import Markup, escape
 
-from cp_debug.reports.sheet import Column, Sheet, Tone, tone_of
+from cp_debug.reports.sheet import Cell, Column, Sheet, Tone, tone_of
 from cp_debug.safe_text import markdown
 
 TALL = 30
 """Rows above which a table on a page scrolls by itself."""
-_CLASSES: dict[Tone, str] = {"bad": "guilty", "worst": "guilty", "good": "ok", "quiet": "muted"}
+_CLASSES: dict[Tone, str] = {"bad": "guilty", "worst": "guilty", "good": "ok", "quiet": "muted", "differs": "differs"}
 
 
 def breakable(name: str) -> Markup:
@@ -45,14 +46,15 @@ def _rows(sheet: Sheet) -> Iterator[Markup]:
         if row.gap:
             yield Markup('<tr><td colspan="{}">⋮</td></tr>').format(len(sheet.columns))
             continue
-        line = Markup("").join(
-            Markup("<td{}>{}</td>").format(
-                _class(_numeric(column), _CLASSES.get(tone_of(value), "")),
-                Markup("<br>").join(breakable(t) if column.kind in ("name", "text") else t for t in texts),
-            )
-            for column, value, texts in zip(sheet.columns, row.values, cells, strict=True)
-        )
+        line = Markup("").join(map(_cell, sheet.columns, row.values, cells))
         yield Markup("<tr{}>{}</tr>").format(_class(_CLASSES.get(row.tone, "")), line)
+
+
+def _cell(column: Column, value: Any, texts: Sequence[str]) -> Markup:
+    shown = Markup("<br>").join(breakable(text) if column.kind in ("name", "text") else text for text in texts)
+    if isinstance(value, Cell) and value.badge:
+        return Markup('<td><span class="badge {}">{}</span></td>').format(value.badge, shown)
+    return Markup("<td{}>{}</td>").format(_class(_numeric(column), _CLASSES.get(tone_of(value), "")), shown)
 
 
 def table_notebook(sheet: Sheet) -> Markup:

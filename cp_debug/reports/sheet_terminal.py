@@ -35,6 +35,7 @@ STYLES: dict[Tone, str] = {
     "worst": "bold red",
     "quiet": "dim",
     "strong": "bold",
+    "differs": "",
 }
 
 

@@ -105,8 +105,11 @@ def backends_table(records: Sequence[RunRecord]) -> Sheet:
     return Sheet(columns, rows)
 
 
-def stage_table(test: TestResult) -> Sheet:
-    """Coarse view: each stage at its last tensor, as engineers report it, and whether it holds a guilty layer."""
+def stage_table(test: TestResult, *, show_all: bool = False) -> Sheet:
+    """Coarse view: each stage at its last tensor, as engineers report it, and whether it holds a guilty layer.
+
+    Of a model with very many outputs the worst one of each group, unless ``show_all``.
+    """
     rows = [
         (
             name,
@@ -114,9 +117,9 @@ def stage_table(test: TestResult) -> Sheet:
             stage.layer.stats.max_abs,
             stage.layer.stats.mean_abs,
             stage.layer.stats.rel_l2,
-            Cell(stage.verdict, TONES[stage.verdict]),
+            Cell(stage.verdict, TONES[stage.verdict], stage.verdict),
         )
-        for name, stage in _few_stages(test)
+        for name, stage in (((s.name, s) for s in test.stages) if show_all else _few_stages(test))
     ]
     columns = (
         Column("stage", "name"),
