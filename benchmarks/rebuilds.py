@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorrt_visit import make_net, reference_values
+from tensorrt_backends import make_net, reference_values
 
 from cp_debug.backends.base import Program
 from cp_debug.backends.registry import create

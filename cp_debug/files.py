@@ -46,7 +46,7 @@ def complete_folder(path: Path) -> Iterator[Path]:
     make_folder(path.parent)
     if path.exists() and not path.is_dir():
         raise InputError(f"{path}: exists and is no folder")
-    partial = partial_name(path)
+    partial = partial_name(path if path.name else path / "output")  # the current folder has no name
     try:
         partial.mkdir()
         yield partial

@@ -74,14 +74,14 @@ class Plugin:
         self.check()
         module, _, attribute = self.target.partition(":")
         try:
-            found = getattr(importlib.import_module(module), attribute)
+            factory = getattr(importlib.import_module(module), attribute)
         except CpdebugError:
             raise
         except (Exception, SystemExit) as error:  # whatever other people's module raises while it is imported
             raise InputError(f"{self}: {self.target} cannot be imported ({in_one_line(_plain(error))})") from error
-        if not callable(found):
-            raise InputError(f"{self}: {self.target} is {type(found).__name__}; expected a callable")
-        return found
+        if not callable(factory):
+            raise InputError(f"{self}: {self.target} is {type(factory).__name__}; expected a callable")
+        return factory
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -60,7 +60,7 @@ def test_few_questions_for_few_of_many(culprits):
     assert len(asked) <= 25 * (len(culprits) + 1)
 
 
-def test_what_was_answered_is_never_asked_again_by_later_minimisations():
+def test_what_was_answered_is_never_asked_again_by_later_minimizations():
     ask, asked = counted({3}.issubset)
     minimizer = Minimizer(ask)
     minimizer.minimize(range(8))

@@ -198,3 +198,12 @@ def test_reasons_of_the_system_are_words(tmp_path: Path) -> None:
     assert system_reason(OSError(9999, "odd")) == "odd"
     with pytest.raises(InputError, match="the disk is full"), complete_path(tmp_path / "a"):
         raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_folder_without_a_name_can_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cp_debug.files import complete_folder
+
+    monkeypatch.chdir(tmp_path)
+    with complete_folder(Path()) as partial:
+        (partial / "a").write_text("x")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]

@@ -177,12 +177,12 @@ def ranges_of_session(session: Session) -> Ranges | None:
 
 
 def build_info_of(session: Session) -> BuildInfo | None:
-    """What is known of the engine that a session built; None where it built none."""
+    """Facts about the engine that a session built; None where it built none."""
     return session.build_info if isinstance(session, BuildsEngines) else None
 
 
 def integer_kernels_of(session: Session) -> int | None:
-    """How many kernels of a session compute with integers; None where nobody counted."""
+    """Number of a session's kernels that compute with integers; None where nobody counted."""
     return session.integer_kernels if isinstance(session, CountsIntegerKernels) else None
 
 

@@ -66,12 +66,12 @@ def named_values(graph: Graph, tensors: Mapping[str, np.ndarray]) -> dict[str, n
     plain: dict[str, list[str]] = {}
     for name in names:
         plain.setdefault(_as_file(name), []).append(name)
-    found = {name: tensors[name] for name in names if name in tensors}
-    for given, tensor in tensors.items():
-        candidates = plain.get(_as_file(given), [])
-        if given not in found and len(candidates) == 1 and candidates[0] not in found:
-            found[candidates[0]] = tensor
-    return found
+    tensor_of = {name: tensors[name] for name in names if name in tensors}
+    for file_name, tensor in tensors.items():
+        candidates = plain.get(_as_file(file_name), [])
+        if file_name not in tensor_of and len(candidates) == 1 and candidates[0] not in tensor_of:
+            tensor_of[candidates[0]] = tensor
+    return tensor_of
 
 
 def channels_first(

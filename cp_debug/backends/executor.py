@@ -201,7 +201,7 @@ class Executor:
         return held if self._overrides else self.arithmetic.round(held)
 
     def _run_node(self, node: Node, live: Mapping[str, Any]) -> list[Any]:
-        """What a node computes. Whatever its attributes, constants or kernel raise becomes NodeFailed."""
+        """Results of a node. Whatever its attributes, constants or kernel raise becomes NodeFailed."""
         inputs: list[Any] = []
         try:
             return self._computed(node, live, inputs)

@@ -10,7 +10,7 @@ from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import InputError
 
 _FIELDS = ("spec", "precision", "device", "emulated", "open", "versions")
-"""What a ``Backend`` has."""
+"""Attributes that a ``Backend`` has."""
 
 
 def create(spec: BackendSpec, **options: Any) -> Backend:

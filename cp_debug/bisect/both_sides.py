@@ -94,8 +94,8 @@ class Preparation:
         folder = self._options.save or scratch
         originals, changed = self._programs(first, folder, exported)
         weights = differing_weights(originals, changed)
-        for component, found in weights.items():
-            say(f"weights of {component}: {found.says}")
+        for component, differences in weights.items():
+            say(f"weights of {component}: {differences.says}")
         unroller = Unroller(folder)
         programs = unroller.unrolled(originals, self._reference.model, self._samples, reference.precision)
         ours = self._for(reference, self._reference, programs, folder)

@@ -77,8 +77,8 @@ class Bisection:
         if self._export.fused and exported and not options.folded:
             self._notes.append("BatchNorm is folded all the same: INT8 scales belong to folded weights")
         self._notes += self.model.notes if isinstance(self.model, HasNotes) else ()
-        given = test_model is not None and not isinstance(test_model, Path) and not callable(test_model)
-        other = Side(test_model) if given else side  # type: ignore[arg-type]
+        is_model = test_model is not None and not isinstance(test_model, Path) and not callable(test_model)
+        other = Side(test_model) if is_model else side  # type: ignore[arg-type]
         if options.test_checkpoint is not None:
             other = Side.load(self.model.name, options.test_checkpoint, options)
         self.test_model = other.model
@@ -125,7 +125,7 @@ class Bisection:
                 coverage=coverage_of(sides.programs),
                 programs={p.name: saved_name(p.graph, options.save) for p in sides.programs},
                 reference_observation=taken.observation,
-                weights={component: found.to_dict() for component, found in sides.weights.items()},
+                weights={component: differences.to_dict() for component, differences in sides.weights.items()},
             )
 
     def _samples(self) -> Iterable[Sample]:
@@ -150,16 +150,16 @@ class Bisection:
 
     def _results(self, taken: SampleRuns, sides: BothSides, layers: list[Layer]) -> list[TestResult]:
         results = []
-        for run, found in zip(taken.runs, taken.collected, strict=True):
-            rows = sorted(found.rows.values(), key=lambda row: row.index)
+        for run, collected_run in zip(taken.runs, taken.collected, strict=True):
+            rows = sorted(collected_run.rows.values(), key=lambda row: row.index)
             notes = [
                 *self._notes,
                 *sides.notes,
                 *int8_notes(run.reference, run.pipeline, rows, sides.quantized_how),
                 *observation_notes(str(self._reference.spec), taken.observation),
-                *found.notes(str(run.pipeline.backend.spec)),
+                *collected_run.notes(str(run.pipeline.backend.spec)),
             ]
-            results.append(result_of(self.model, run, found, layers, notes, self.options.save))
+            results.append(result_of(self.model, run, collected_run, layers, notes, self.options.save))
         return results
 
     def _blame_optimizers(self, sample: Sample, taken: SampleRuns) -> None:

@@ -207,8 +207,8 @@ class TestResult:
     @property
     def not_finite(self) -> str:
         """The final outputs that hold NaN or Inf on a side, and where these are born; empty where all are finite."""
-        said = outputs_say(self.outputs)
-        return "; ".join([said, *born(self.rows)]) if said else ""
+        sentence = outputs_say(self.outputs)
+        return "; ".join([sentence, *born(self.rows)]) if sentence else ""
 
     @property
     def layers(self) -> pd.DataFrame:

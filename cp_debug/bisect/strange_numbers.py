@@ -9,7 +9,7 @@ from cp_debug.probes.statistics import TensorStats
 
 
 class Row(Protocol):
-    """What is asked of a row of a result."""
+    """Part of a result's row that is read here."""
 
     index: int
     name: str
@@ -23,15 +23,15 @@ _WRITTEN = {"nan": "NaN", "inf": "Inf"}
 
 
 def count(row: Row, kind: str, side: str) -> int:
-    """How many elements of a value are NaN (``nan``) or Inf (``inf``) on the ``reference`` or the ``test`` side."""
+    """Number of elements that are NaN (``nan``) or Inf (``inf``) on the ``reference`` or the ``test`` side."""
     stats = row.stats
-    found = {
+    counts = {
         ("nan", "reference"): stats.nan_ref,
         ("nan", "test"): stats.nan_test,
         ("inf", "reference"): stats.inf_ref,
         ("inf", "test"): stats.inf_test,
     }
-    return found[kind, side]
+    return counts[kind, side]
 
 
 def undecided(row: Row) -> bool:
@@ -59,12 +59,12 @@ def born(rows: Sequence[Row]) -> Iterator[str]:
 def outputs_say(outputs: Sequence[Row]) -> str:
     """The outputs that hold NaN or Inf, the worst first; empty where all are finite."""
     strange = [(sum(count(row, k, side) for k in KINDS for side in SIDES), row) for row in outputs]
-    found = sorted((item for item in strange if item[0]), key=lambda item: -item[0])
-    if not found:
+    ranked = sorted((item for item in strange if item[0]), key=lambda item: -item[0])
+    if not ranked:
         return ""
-    row = found[0][1]
+    row = ranked[0][1]
     sides = [f"{side} {', '.join(_held(row, side)) or 'none'}" for side in SIDES]
-    more = f", and {len(found) - 1} more outputs" if len(found) > 1 else ""
+    more = f", and {len(ranked) - 1} more outputs" if len(ranked) > 1 else ""
     return f"output {row.name} is not finite ({'; '.join(sides)}; of {row.stats.count} elements){more}"
 
 

@@ -41,7 +41,7 @@ class Exporter(str, Enum):
 
 
 class Layout(str, Enum):
-    """Where the channels of dumped tensors are."""
+    """Place of the channels of dumped tensors."""
 
     nchw = "nchw"
     nhwc = "nhwc"

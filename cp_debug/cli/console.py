@@ -67,11 +67,11 @@ class SafeConsole(Console):
         """Whether a pipe or a file is written to, whose lines may be as long as they need be."""
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """As rich's; what goes into a pipe is not cut."""
+        """Print as rich does, but without cutting lines that go into a pipe."""
         super().print(*objects, **{"crop": not self.pipe} | options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Segments that rich makes, every control character in text as an escape; rich's own controls stay."""
+        """Segments that rich makes, with control characters of texts as escapes; rich's own controls stay."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
@@ -92,7 +92,7 @@ def show_error(text: str) -> None:
 
 
 def show_usage(error: Any) -> None:
-    """Show why the command line was refused, and where the help is."""
+    """Print why the command line was refused, and where the help is."""
     context = getattr(error, "ctx", None)
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()

@@ -34,7 +34,14 @@ def replacing(flag: str, folder: Path, overwrite: bool) -> Iterator[Path]:
     """
     check_target(flag, folder, overwrite)
     if not folder.exists() or not any(folder.iterdir()):
-        yield folder
+        there = folder.exists()
+        try:
+            yield folder
+        except Exception:
+            _empty(folder)
+            if not there:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         return
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
@@ -46,3 +53,12 @@ def replacing(flag: str, folder: Path, overwrite: bool) -> Iterator[Path]:
             raise InputError(f"{flag}: {folder} cannot be replaced ({error.strerror or error})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _empty(folder: Path) -> None:
+    """Remove what was written into a folder that was new or empty, by a command that failed."""
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)

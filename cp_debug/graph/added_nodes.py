@@ -1,4 +1,4 @@
-"""What nodes do that only one of two graphs has, told from their operators and constants alone."""
+"""Causes for nodes that only one of two graphs has, read from their operators and constants alone."""
 
 from __future__ import annotations
 

@@ -131,6 +131,7 @@ class MadeUp:
             proto.name = f"{node.index}"
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        ort.set_default_logger_severity(_WARNED)  # of what is logged outside a session
         options.log_severity_level = _WARNED
         options.enable_cpu_mem_arena = False
         folder = str(resolved(self.graph.path).parent)

@@ -37,12 +37,12 @@ KeptLayers = frozenset[str]
 
 @dataclass(frozen=True)
 class Int8Layer:
-    """What computes in INT8 while its quantizers are on: a module with weights, or a residual addition."""
+    """A layer that computes in INT8 while its quantizers are on: a module with weights, or a residual addition."""
 
     name: str
-    """As ``Scales`` calls it."""
+    """Name of the layer, as in ``Scales``."""
     path: str
-    """In the component's module; of an addition, the quantizer of its operands."""
+    """Path of the module in the component's module; of an addition, of the quantizer of its operands."""
     component: str
     kind: str
     """Class before it was quantized, such as ``Conv2d``, or ``add``."""
@@ -59,18 +59,20 @@ class Int8Layer:
 
 
 def quantized_layers(component: Component, module: nn.Module) -> Iterator[Int8Layer]:
-    """What is in INT8 in a quantized component; layers whose quantizers are off are none."""
+    """Layers in INT8 of a quantized component; those whose quantizers are off are left out."""
     residual_adds = {id(quantizer): name for name, quantizer in add_quantizers(module).items()}
-    found: dict[str, list[Any]] = {}
+    quantizers_by_path: dict[str, list[Any]] = {}
     for path, quantizer in quantizers(module):
         if quantizer.is_enabled:
-            found.setdefault(path if id(quantizer) in residual_adds else path.rpartition(".")[0], []).append(quantizer)
-    for path, own in found.items():
-        name = full_path(component.prefix, residual_adds.get(id(own[0]), path))
+            quantizers_by_path.setdefault(
+                path if id(quantizer) in residual_adds else path.rpartition(".")[0], []
+            ).append(quantizer)
+    for path, layer_quantizers in quantizers_by_path.items():
+        name = full_path(component.prefix, residual_adds.get(id(layer_quantizers[0]), path))
         part = module.get_submodule(path)
         weight = getattr(part, "weight", None)
-        kind = "add" if id(own[0]) in residual_adds else type(part).__name__.removeprefix("Quant")
-        yield Int8Layer(name, path, component.name, kind, 0 if weight is None else weight.numel(), own)
+        kind = "add" if id(layer_quantizers[0]) in residual_adds else type(part).__name__.removeprefix("Quant")
+        yield Int8Layer(name, path, component.name, kind, 0 if weight is None else weight.numel(), layer_quantizers)
 
 
 @dataclass
@@ -81,9 +83,9 @@ class _Error:
     whole: float = 0.0
 
     def add(self, test: Any, reference: Any) -> None:
-        found = distance(test, reference)
-        self.difference += math.inf if found.new_nonfinite else found.difference**2
-        self.whole += found.whole**2
+        norms = distance(test, reference)
+        self.difference += math.inf if norms.new_nonfinite else norms.difference**2
+        self.whole += norms.whole**2
 
     @property
     def relative(self) -> float:
@@ -93,7 +95,7 @@ class _Error:
 
 
 class _Changes(NamedTuple):
-    """A set of kept layers as what differs from all in INT8 (``from_int8``), or from all in FP32."""
+    """A set of kept layers as its difference from all in INT8 (``from_int8``), or from all in FP32."""
 
     from_int8: bool
     layers: tuple[str, ...]
@@ -119,10 +121,10 @@ class FakeQuantRunner:
     def __init__(self, model: Model, modules: Mapping[str, nn.Module]) -> None:
         """``modules``: component → its quantized module. Raises InputError when no layer of them is quantized."""
         self.model, self.modules = model, modules
-        found = [layer for c in model.components for layer in quantized_layers(c, modules[c.name])]
-        if not found:
+        quantized = [layer for c in model.components for layer in quantized_layers(c, modules[c.name])]
+        if not quantized:
             raise InputError(f"MODEL: no layer of {model.name} is quantized")
-        self.layers = {layer.name: layer for layer in found}
+        self.layers = {layer.name: layer for layer in quantized}
         self.all: KeptLayers = frozenset(self.layers)
         """Everything in FP32."""
         self._reuse = {}
@@ -130,7 +132,7 @@ class FakeQuantRunner:
             for child in module.modules():
                 if getattr(child, "inplace", False):
                     child.inplace = False  # type: ignore[assignment]  # so that what is recorded stays as it was
-            self._reuse[name] = Reuse(module.eval(), [layer.path for layer in found if layer.component == name])
+            self._reuse[name] = Reuse(module.eval(), [layer.path for layer in quantized if layer.component == name])
 
     def measure(
         self,
@@ -161,7 +163,7 @@ class FakeQuantRunner:
         return frozenset((self.layers[name].component, name) for name in kept)
 
     def _changes(self, kept: KeptLayers) -> _Changes:
-        """Where a set is computed from: all in FP32 where few layers are low, else all in INT8."""
+        """The set as changes of all in FP32 where few layers are low, else of all in INT8."""
         low = self.all - kept
         from_int8 = len(low) > 1 and len(low) >= len(kept)
         return _Changes(from_int8, tuple(name for name in self.layers if name in (kept if from_int8 else low)))
@@ -206,17 +208,17 @@ class FakeQuantRunner:
             layer.switch(not sums.changes.from_int8)
         way = Walk(self.model, sample)
         for step in way:
-            here = [layer.path for layer in changed if layer.component == step.name]
+            paths = [layer.path for layer in changed if layer.component == step.name]
             as_before = all(way.results[name] is recorded.results[name] for name in way.results)
-            if as_before and not here:
+            if as_before and not paths:
                 step.outputs = recorded.results[step.name]
                 continue
             reuse = self._reuse[step.name]
             inputs = recorded.inputs[step.name] if as_before else example_args(step.component, step.inputs)
-            outputs, given = reuse.rerun(here, *inputs)
+            outputs, layer_results = reuse.rerun(paths, *inputs)
             step.outputs = _named(step.component, outputs)
-            if here and len(changed) == 1:
-                for test, reference in zip(given[here[0]], reuse.outputs(here[0]), strict=True):
+            if paths and len(changed) == 1:
+                for test, reference in zip(layer_results[paths[0]], reuse.outputs(paths[0]), strict=True):
                     sums.layer.add(test, reference)
         for layer in changed:
             layer.switch(sums.changes.from_int8)
@@ -226,8 +228,8 @@ class FakeQuantRunner:
         model = as_detector(self.model)
         options = EvaluationOptions(region=model.region, draws=draws)
         truths = [sample.truth for sample in samples]
-        found = draws_of(Predictions.gather(detected), truths, model.class_names, options)
-        return {name: found[name] for name in SCORES}
+        scores = draws_of(Predictions.gather(detected), truths, model.class_names, options)
+        return {name: scores[name] for name in SCORES}
 
     @contextmanager
     def _restored(self) -> Iterator[None]:

@@ -71,16 +71,16 @@ class EmulatedRunner:
         return [self._pass(i, high) for i in range(len(self._samples))]
 
     def latency(self) -> None:
-        """An emulation tells nothing of it."""
+        """None: an emulation has no time on a device."""
 
     def prepare(self) -> None:
-        """Run everything in FP32: what is the same behind a trial's layers need not be computed again."""
+        """Run everything in FP32: values that do not depend on a trial's layers need not be computed again."""
         high = {name: frozenset(n.name for n in e.graph.nodes) for name, e in self._executors.items()}
         for i in range(len(self._samples)):
             self._pass(i, high, keep=self._exact)
 
     def local_error(self, group: FusionGroup) -> float:
-        """What the layer introduces by itself, relative L2, on the first sample."""
+        """Relative L2 error that the layer introduces by itself, on the first sample."""
         return self._executors[group.component].local_error(group.nodes, self._exact[0, group.component])
 
     @property

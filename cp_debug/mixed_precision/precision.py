@@ -1,4 +1,4 @@
-"""What is low in a test, and which nodes go on in FP32 when some layers are kept."""
+"""Precision of a trial: which nodes are low, and which go on in FP32 when some layers are kept."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CONTROL = ("If", "Loop", "Scan")
 
 
 class TrialPrecision:
-    """What is low in a test, and which nodes go on in FP32 when some are kept. ``name``: an arithmetic."""
+    """Precision of a trial by the name of its arithmetic: which nodes are low, and which go on in FP32."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -35,14 +35,14 @@ class TrialPrecision:
         return frozenset(n.name for n in nodes if n.name in low and n.op not in MOVERS)
 
     def high(self, graph: Graph, kept: Collection[str]) -> frozenset[str]:
-        """The nodes in FP32 when those of ``kept`` are: what only moves numbers follows them."""
+        """The nodes in FP32 when those of ``kept`` are: operators that only move numbers follow them."""
         if self.name not in _CASTS:
             return frozenset(kept)
         everything = frozenset(node.name for node in graph.nodes)
         return everything - computed_low(graph, _CASTS[self.name], kept)
 
     def keep(self, graph: Graph, kept: Collection[str]) -> frozenset[str]:
-        """The nodes that a backend must be told to keep: those, and what moves numbers between them."""
+        """The nodes that a backend must be told to keep: ``kept``, and operators that move numbers between them."""
         if self.name not in _CASTS or not kept:
             return frozenset(kept)
         followers = self.high(graph, kept) - self.high(graph, ())
@@ -50,7 +50,7 @@ class TrialPrecision:
 
 
 def precision_of(backend: Backend, quantized: bool) -> TrialPrecision:
-    """What a test backend has that layers can be kept from. ``quantized``: its graphs have Q/DQ nodes.
+    """The precision of a test backend from which layers can be kept. ``quantized``: its graphs have Q/DQ nodes.
 
     Raises InputError for a backend whose layers cannot be told apart, or that has nothing but FP32.
     """

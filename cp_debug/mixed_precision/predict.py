@@ -37,10 +37,10 @@ class Predictor:
         local = {group: local_error(group) for group in groups}
         place = {group: i for i, group in enumerate(groups)}
         self.ranked = sorted(groups, key=lambda group: (-local[group], place[group]))
-        """By what they introduce by themselves."""
+        """Layers, those that introduce most by themselves first."""
         self.local = local
         self.effects: dict[FusionGroup, Measured] = {}
-        """What the final outputs are when the layer alone is low, as far as measured."""
+        """Layer → figures of the final outputs when it alone is low, as far as measured."""
 
     def extend(self, grown: Sequence[FusionGroup], measured: Measured) -> list[FusionGroup]:
         """Layers to keep besides ``grown``, whose figures are ``measured``.
@@ -86,14 +86,14 @@ class Predictor:
 
 
 def left_of(error: float, alone: Iterable[float]) -> float:
-    """What should be left of a relative L2 error once layers are kept that bring ``alone`` by themselves."""
+    """Relative L2 error that should be left once layers are kept that bring ``alone`` by themselves."""
     return math.sqrt(max(error**2 - sum(each**2 for each in alone), 0.0))
 
 
 def enough_of(
     ranked: Sequence[T], error: float, alone: Callable[[T], float], limit: float, *, squares: bool = True
 ) -> list[T]:
-    """As many of the ``ranked`` layers as should bring ``error`` down to ``limit`` when they are kept.
+    """The first of the ``ranked`` layers, as many as should bring ``error`` down to ``limit`` when they are kept.
 
     ``squares``: errors are relative L2, whose squares add up; else they are losses of a score, which add up themselves.
     """

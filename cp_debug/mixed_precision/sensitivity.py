@@ -1,6 +1,6 @@
-"""Which layers suffer from INT8: each alone in it, and each alone left out of it.
+"""Sensitivity of layers to INT8: each alone in it, and each alone left out of it.
 
-A trial is a function of files and parameters alone, and what it gives is plain data: trials may run anywhere, in any
+A trial is a function of files and parameters alone, and its result is plain data: trials may run anywhere, in any
 order, and be merged.
 """
 
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 ALONE, LEFT_OUT = "alone", "left_out"
 DRAWS = 200
 METRIC = "mAP"
-"""What a budget is of, where the model detects; else it is of the outputs' relative L2 error."""
+"""Score that a budget limits the loss of, where the model detects; else it limits the outputs' relative L2 error."""
 
 
 @dataclass(frozen=True)
 class Int8Effect:
-    """What INT8 did to the model."""
+    """Effect of INT8 on the model."""
 
     error: float
     """Relative L2 of the outputs against FP32, root mean square over them."""
@@ -84,7 +84,7 @@ class Choice:
     loss: Interval
     """mAP lost against FP32; the outputs' relative L2 error for a model that detects nothing."""
     tried: int
-    """How many sets of layers were run on all samples."""
+    """Number of sets of layers that were run on all samples."""
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,11 @@ class SensitivityProfile:
         rows = [{**asdict(row), ALONE: row.alone.to_dict(), LEFT_OUT: row.left_out.to_dict()} for row in self.layers]
         choice = self.choice and {**asdict(self.choice), "loss": list(self.choice.loss)}
         parts = {"fp32": dict(self.scores), "int8": self.int8.to_dict(), "layers": rows, "auto": choice}
-        whole = {"model": self.model, "data": self.data, "samples": self.samples, **parts, "seconds": self.seconds}
-        return json_safe(whole)
+        document = {"model": self.model, "data": self.data, "samples": self.samples, **parts, "seconds": self.seconds}
+        return json_safe(document)
 
     def to_pandas(self) -> pd.DataFrame:
-        """A row for each layer."""
+        """A pandas DataFrame with a row for each layer."""
         import pandas as pd
 
         rows = []
@@ -147,8 +147,8 @@ def build_sensitivity_profile(
     unknown = [sample.source for sample in samples if sample.truth is None]
     if budget is not None and unknown and isinstance(model, HasClasses):
         raise InputError(f"--auto: {unknown[0]} has no ground truth, so mAP is unknown; expected an info file (.pkl)")
-    wanted = profile_trials(runner.layers)
-    profile = merge_trials(run_trials(runner, samples, wanted, data=data, draws=draws, on_step=on_step))
+    trials = profile_trials(runner.layers)
+    profile = merge_trials(run_trials(runner, samples, trials, data=data, draws=draws, on_step=on_step))
     if budget is not None:
         profile = replace(profile, choice=choose_layers(runner, samples, profile, budget, draws=draws, on_step=on_step))
     return replace(profile, seconds=time.perf_counter() - started)
@@ -163,23 +163,26 @@ def run_trials(
     draws: int = DRAWS,
     on_step: OnStep = lambda text, done, total: None,
 ) -> list[dict[str, Any]]:
-    """A plain row for each (mode, layer); modes are ``fp32``, ``int8``, ``alone`` and ``left_out``, the first two
-    without a layer."""
+    """A plain row for each (mode, layer) of ``wanted``.
+
+    Modes are ``fp32``, ``int8``, ``alone`` and ``left_out``, the first two without a layer. Raises InputError without a
+    sample, and for a mode or layer that does not exist.
+    """
     if not samples:
         raise InputError("--data: there is no sample; expected at least one")
-    kept = {(mode, name): _kept(runner, mode, name) for mode, name in wanted}
+    sets = {(mode, name): _kept(runner, mode, name) for mode, name in wanted}
     bases = [runner.all, *(frozenset() for mode, _ in wanted if mode == LEFT_OUT)]
-    measured = runner.measure(samples, dict.fromkeys([*bases, *kept.values()]), draws=draws, on_step=on_step)
+    measured = runner.measure(samples, dict.fromkeys([*bases, *sets.values()]), draws=draws, on_step=on_step)
     rows = []
-    for (mode, name), layers in kept.items():
-        each, before = measured[layers], measured[frozenset() if mode == LEFT_OUT else runner.all]
+    for (mode, name), layers in sets.items():
+        figures, before = measured[layers], measured[frozenset() if mode == LEFT_OUT else runner.all]
         row: dict[str, Any] = {"model": runner.model.name, "data": data, "samples": len(samples), "mode": mode}
         if name:
             layer = runner.layers[name]
-            row |= {"layer": name, "kind": layer.kind, "weights": layer.weights, "introduced": each.introduced}
-        row |= {"error": each.error, "outputs": each.outputs}
-        row["change"] = {score: list(each.change(score, before)) for score in each.draws}
-        row["scores"] = {score: float(values[0]) for score, values in each.draws.items()}
+            row |= {"layer": name, "kind": layer.kind, "weights": layer.weights, "introduced": figures.introduced}
+        row |= {"error": figures.error, "outputs": figures.outputs}
+        row["change"] = {score: list(figures.change(score, before)) for score in figures.draws}
+        row["scores"] = {score: float(values[0]) for score, values in figures.draws.items()}
         rows.append(row)
     return rows
 
@@ -193,7 +196,7 @@ def profile_trials(layers: Iterable[str]) -> list[tuple[str, str]]:
 def scored_samples(
     model: Model, data: Path | None, count: int, first: int = 0, options: DataOptions = DEFAULT_OPTIONS
 ) -> tuple[str, list[Sample]]:
-    """What the data are called, and at most ``count`` samples of them; with ground truth where there is some."""
+    """(Name of the data, at most ``count`` samples of them); samples have ground truth where the data have it."""
     if isinstance(model, HasData):
         opened: DataSet = model.data(data, count, first, options)
         return opened.name, list(iterate(opened))
@@ -213,26 +216,26 @@ def merge_trials(rows: Iterable[Mapping[str, Any]]) -> SensitivityProfile:
 
     Raises InputError when they are of several models or data sets, or one is missing.
     """
-    found = {(row["mode"], row.get("layer", "")): row for row in rows}
-    about = {(row["model"], row["data"], row["samples"]) for row in found.values()}
+    by_key = {(row["mode"], row.get("layer", "")): row for row in rows}
+    about = {(row["model"], row["data"], row["samples"]) for row in by_key.values()}
     if len(about) != 1:
         raise InputError(f"trials of {len(about)} models or data sets; expected those of one")
-    names = dict.fromkeys(name for _, name in found if name)
-    if missing := [key for key in profile_trials(names) if key not in found]:
+    names = dict.fromkeys(name for _, name in by_key if name)
+    if missing := [key for key in profile_trials(names) if key not in by_key]:
         raise InputError(f"trial {missing[0][0]} {missing[0][1]}".rstrip() + " is missing")
     layers = [
         LayerSensitivity(
             name,
-            found[ALONE, name]["kind"],
-            found[ALONE, name]["weights"],
-            found[ALONE, name]["introduced"],
-            _effect(found[ALONE, name]),
-            _effect(found[LEFT_OUT, name]),
+            by_key[ALONE, name]["kind"],
+            by_key[ALONE, name]["weights"],
+            by_key[ALONE, name]["introduced"],
+            _effect(by_key[ALONE, name]),
+            _effect(by_key[LEFT_OUT, name]),
         )
         for name in names
     ]
     layers.sort(key=lambda row: row.severity, reverse=True)
-    return SensitivityProfile(*about.pop(), layers, _effect(found["int8", ""]), found["fp32", ""]["scores"])
+    return SensitivityProfile(*about.pop(), layers, _effect(by_key["int8", ""]), by_key["fp32", ""]["scores"])
 
 
 def _effect(row: Mapping[str, Any]) -> Int8Effect:
@@ -240,7 +243,7 @@ def _effect(row: Mapping[str, Any]) -> Int8Effect:
 
 
 def check_budget(budget: float) -> None:
-    """Raise InputError for one that nothing can keep."""
+    """Raise InputError for a budget that nothing can keep."""
     if not budget > 0:
         raise InputError(f"--auto is {budget:g}; expected a positive budget")
 
@@ -257,8 +260,8 @@ def choose_layers(
     """Few layers to leave in FP32 so that the rest loses at most ``budget`` mAP on ``samples``.
 
     The most sensitive are taken first, 1, 2, 4 … of them, until the budget is kept; then each that is not needed is
-    given back. Every set is run on all samples. Of a model that detects nothing ``budget`` is the relative L2 error
-    of the outputs.
+    given back. Every set is run on all samples. For a model that detects nothing, ``budget`` is the relative L2 error
+    of the outputs. Raises InputError for a budget that nothing can keep.
     """
     check_budget(budget)
     log = TrialLog()
@@ -283,8 +286,8 @@ def choose_layers(
     ranked = [row.layer for row in profile.layers]
     sizes = [0, *(2**k for k in range(len(ranked).bit_length()) if 2**k < len(ranked)), len(ranked)]
     run([frozenset(ranked[:size]) for size in sizes])
-    found = smallest(lambda kept: loss(kept).value <= budget, extend)  # all in FP32 lose nothing
-    chosen = ranked if found is None else found
+    smallest_set = smallest(lambda kept: loss(kept).value <= budget, extend)  # all in FP32 lose nothing
+    chosen = ranked if smallest_set is None else smallest_set
     return Choice(budget, chosen, loss(frozenset(chosen)), len(log.trials))
 
 
@@ -295,8 +298,11 @@ def _loss(test: Measured, reference: Measured) -> Interval:
 
 
 def get_sensitive_layers(profile: SensitivityProfile, budget: float) -> list[str]:
-    """The layers to leave in FP32, as the profile alone predicts it: the most sensitive ones until the others, their
-    losses added up, are within ``budget`` (mAP, or the outputs' relative L2 error). ``choose_layers`` runs them."""
+    """The layers to leave in FP32, as the profile alone predicts it; ``choose_layers`` runs them.
+
+    These are the most sensitive ones until the others, their losses added up, are within ``budget`` (mAP, or the
+    outputs' relative L2 error).
+    """
     if METRIC not in profile.int8.scores:
         return [row.layer for row in enough_of(profile.layers, profile.int8.error, lambda row: row.alone.error, budget)]
     loss = -profile.int8.scores[METRIC].value

@@ -1,4 +1,4 @@
-"""A trial: a model with some layers kept in higher precision, and what came of it.
+"""A trial: a model with some layers kept in higher precision, and the figures measured with it.
 
 Every runner gives trials: on graphs (``graph_runners``) layers are groups of ONNX nodes, under fake quantizers
 (``fake_quant_runner``) they are modules.
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one set of kept layers gives, against the reference."""
+    """Figures of one set of kept layers, against the reference."""
 
     figures: dict[str, float] = field(default_factory=dict)
-    """``rel_l2`` of the worst output; of graphs ``max_abs``, too, and of detections what the goal asks for."""
+    """``rel_l2`` of the worst output; on graphs also ``max_abs`` and figures of detections that the goal asks for."""
     outputs: dict[str, float] = field(default_factory=dict)
     """Final output → relative L2 distance, infinite where it is not finite: on graphs of the worst sample, under fake
     quantizers over all samples."""
@@ -42,7 +42,7 @@ class Measured:
         return math.sqrt(sum(value**2 for value in self.outputs.values()) / len(self.outputs))
 
     def change(self, name: str, before: Measured) -> Interval:
-        """How much higher a score is than ``before``, drawn on the same samples."""
+        """Rise of a score over ``before``, drawn on the same samples."""
         return Interval.of(self.draws[name] - before.draws[name])
 
 
@@ -61,7 +61,7 @@ class _Line(TypedDict):
 
 @dataclass(frozen=True)
 class Trial:
-    """One set of kept layers and what came of it."""
+    """One set of kept layers and its figures."""
 
     nodes: frozenset[tuple[str, str]]
     """(Component, node) of everything that was kept; under fake quantizers (component, layer)."""
@@ -71,9 +71,9 @@ class Trial:
     measured: Measured
     seconds: float
     latency: float | None = None
-    """Seconds of a pass on the device, where the backend tells."""
+    """Duration of a pass on the device in seconds, where the backend tells."""
     error: str = ""
-    """Why it could not be built; then nothing was measured."""
+    """Reason why it could not be built; then nothing was measured."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe."""
@@ -92,7 +92,7 @@ class Trial:
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Trial:
-        """From ``to_dict``. Raises InputError for a document of another shape."""
+        """The trial in a document of ``to_dict``. Raises InputError for a document of another shape."""
         line: _Line = typed(_Line, document, "trial")
         return cls(
             frozenset(line["kept"]),

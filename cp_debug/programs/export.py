@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import inspect
 import io
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from cp_debug.backends.determinism import fp32_precision
-from cp_debug.errors import InputError
+from cp_debug.errors import InputError, system_reason
 from cp_debug.probes.outputs import flatten_outputs
 
 EXPORTERS = ("dynamo", "torchscript")
@@ -71,6 +72,8 @@ def export(
 
                 proto = optimizer.optimize(proto)
         except Exception as error:  # the exporters raise nearly everything
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise InputError(f"{path}: cannot be written ({system_reason(error)})") from error
             raise InputError(f"{type(module).__name__} cannot be exported by {exporter}: {_reason(error)}") from error
         _check(proto, output_names, exporter, opset)
         onnx.helper.set_model_props(proto, {"cpdebug.exporter": exporter, "cpdebug.folded": str(folded).lower()})

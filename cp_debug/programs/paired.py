@@ -115,9 +115,9 @@ def pair_by_numbers(
     ends = _inputs(program, test, fixed)
     pairs = pair_by_names(program.graph, test.graph, fixed, ends)
     final = {v.name for v in program.graph.outputs} & {v.name for v in test.graph.outputs}
-    kept = {test_name for test_name, pair in pairs.items() if pair[1] == "map"} | {*ends.values()} | final
+    certain = {test_name for test_name, pair in pairs.items() if pair[1] == "map"} | {*ends.values()} | final
     doubted = moved_names(program.graph, test.graph) if believable(program.graph, test.graph) else set(pairs)
-    pairs = {test_name: pair for test_name, pair in pairs.items() if test_name in kept or test_name not in doubted}
+    pairs = {test_name: pair for test_name, pair in pairs.items() if test_name in certain or test_name not in doubted}
     with tempfile.TemporaryDirectory(prefix="cpdebug-") as scratch:
         prints: dict[str, Fingerprint] = {}
         with CaptureWriter(Path(scratch) / "reference", {}, checksums=False) as writer:

@@ -311,6 +311,7 @@ def run_in_ort(
             opsets.append(helper.make_opsetid(node.proto.domain, 1))
         model = helper.make_model(body, opset_imports=opsets, ir_version=source.ir_version)
         options = ort.SessionOptions()
+        ort.set_default_logger_severity(4)  # of what is logged outside a session
         options.log_severity_level, options.intra_op_num_threads = 4, 1
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -53,12 +53,12 @@ class Unroller:
 
 
 def decide(programs: Sequence[Program], model: Model, samples: Iterable[Sample], arithmetic: str) -> Decisions:
-    """What the control flow of ``programs`` does on ``samples``, executed in an arithmetic by its name.
+    """Decisions of the control flow of ``programs`` on ``samples``, executed in an arithmetic by its name.
 
     Where samples differ, nothing is decided. Raises InputError for a program that the executor cannot run.
     """
     executors = {p.name: Executor(p.graph, ARITHMETICS[arithmetic]) for p in programs}
-    found: Decisions = {}
+    decided: Decisions = {}
     for sample in samples:
         for executor in executors.values():
             executor.decisions.clear()
@@ -70,11 +70,11 @@ def decide(programs: Sequence[Program], model: Model, samples: Iterable[Sample],
 
         walk(model, sample, run)
         for name, executor in executors.items():
-            earlier = found.setdefault(name, dict(executor.decisions))
+            earlier = decided.setdefault(name, dict(executor.decisions))
             for path, decision in executor.decisions.items():
                 if earlier.setdefault(path, decision) != decision:
                     earlier[path] = UNDECIDED
-    return {name: {p: d for p, d in own.items() if d != UNDECIDED} for name, own in found.items()}
+    return {name: {p: d for p, d in own.items() if d != UNDECIDED} for name, own in decided.items()}
 
 
 def _as_called(graph: Graph, inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:

@@ -48,7 +48,7 @@ class ComponentStep:
     def __init__(self, walk: Walk, place: int) -> None:
         self._walk = walk
         self.place = place
-        """How many components lie before it."""
+        """Number of components before this one."""
         self.component: Component = walk.model.components[place]
         self.name: str = self.component.name
 

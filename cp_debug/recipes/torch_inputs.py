@@ -23,7 +23,7 @@ class FlatInputs:
     """The tensors of a call, by name, and the module that takes them by position."""
 
     names: list[str]
-    """Of the parameter (``image``), and below it of the key or index (``batch.image``, ``levels.0``)."""
+    """Names of the parameters (``image``), and below them of keys or indices (``batch.image``, ``levels.0``)."""
     tensors: list[Tensor]
     module: nn.Module
     """The module itself where it takes the tensors as they stand; else a shallow copy of it, with the same submodules,

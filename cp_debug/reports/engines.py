@@ -32,8 +32,8 @@ def engine_lines(record: RunRecord) -> Iterator[Text]:
         if info.unmarked:
             parts.append(f"{len(info.unmarked)} values not looked at, which would have changed it")
         if info.search:
-            found = f"first value that departs: {info.search['first'] or 'none'}"
-            parts.append(f"{found}, found with {info.search['builds']} builds of one probe each")
+            first_value = f"first value that departs: {info.search['first'] or 'none'}"
+            parts.append(f"{first_value}, found with {info.search['builds']} builds of one probe each")
         yield Text(f"engine{f' of {component}' if component else ''}: {'; '.join(parts)}", style="dim")
 
 

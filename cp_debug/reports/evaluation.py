@@ -31,7 +31,7 @@ def render(result: EvaluationResult) -> Iterator[RenderableType]:
 
 
 def summary_table(result: EvaluationResult) -> Sheet:
-    """A row for each metric; of each test backend its value and the difference to the reference."""
+    """A row for each metric: for each test backend its value and the difference from the reference."""
     reference, *tests = result.backends
     columns = [Column("metric", "mark"), Column(reference.backend.spec, "number", show=_interval)]
     for each in tests:

@@ -31,7 +31,7 @@ MOST_SCENES = 3
 
 @dataclass(frozen=True)
 class Part:
-    """What the page shows of one test backend."""
+    """Part of the page about one test backend."""
 
     anchor: str
     test: TestResult
@@ -80,8 +80,8 @@ def render_page(saved: SavedResult) -> str:
 
 
 def environment() -> Environment:
-    """The templates and their filters."""
-    made = Environment(
+    """The Jinja environment with the templates and their filters."""
+    jinja = Environment(
         loader=FileSystemLoader(HTML),
         autoescape=True,
         undefined=StrictUndefined,
@@ -89,13 +89,13 @@ def environment() -> Environment:
         lstrip_blocks=True,
         finalize=_seen,
     )
-    made.filters |= {"number": number, "share": share, "breakable": breakable, "said": lines, "table": table_html}
-    made.globals |= {"changes_table": changes_table, "stage_table": stage_table, "worst_table": worst_table}
-    return made
+    jinja.filters |= {"number": number, "share": share, "breakable": breakable, "said": lines, "table": table_html}
+    jinja.globals |= {"changes_table": changes_table, "stage_table": stage_table, "worst_table": worst_table}
+    return jinja
 
 
 def _seen(value: Any) -> Any:
-    """What a template puts out, without characters that are not seen."""
+    """The value without invisible characters, as templates put it out."""
     if isinstance(value, str):
         return type(value)(page(value))
     return value

@@ -1,4 +1,4 @@
-"""A table as data: columns that say what they hold and how much they matter, and rows of values.
+"""A table as data: columns with a kind and an importance, and rows of values.
 
 ``sheet_terminal`` draws it in a terminal, ``sheet_markup`` in HTML, Markdown and notebooks.
 """
@@ -16,7 +16,7 @@ Kind = Literal["name", "text", "number", "mark"]
 """``name``: of a layer, a file, a backend; where there is no room it is shortened in the middle. ``text``: goes on in
 further lines. ``number`` (to the right) and ``mark`` (a verdict, an operator): never shortened, never broken."""
 Tone = Literal["", "good", "note", "bad", "worst", "quiet", "strong", "differs"]
-"""What a cell or a row is to a reader; ``differs`` is marked on pages alone."""
+"""Meaning of a cell or a row to a reader; ``differs`` is marked on pages alone."""
 ALWAYS = 0
 """Importance of a column that is never left out."""
 
@@ -56,7 +56,7 @@ class Cell:
     value: Any
     tone: Tone = ""
     badge: str = ""
-    """What kind of verdict it is, for pages, which show it as a badge of that kind's colour."""
+    """Kind of verdict, for pages, which show it as a badge of that kind's colour."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,13 @@ class Sheet:
     ruled: bool = False
     """Whether a line stands below the header in a terminal."""
     details: str = field(default="", kw_only=True)
-    """Where a reader finds the columns and rows that a terminal leaves out."""
+    """Hint where a reader finds the columns and rows that a terminal leaves out."""
 
     def lines(self) -> Iterable[tuple[Row, list[list[str]]]]:
         """Every row with the lines of text of each of its cells."""
         for row in self.rows:
-            whole = row if isinstance(row, Row) else Row(row)
-            yield whole, [_lines(c, v) for c, v in zip(self.columns, whole.values, strict=not whole.gap)]
+            full_row = row if isinstance(row, Row) else Row(row)
+            yield full_row, [_lines(c, v) for c, v in zip(self.columns, full_row.values, strict=not full_row.gap)]
 
 
 def tone_of(value: Any) -> Tone:

@@ -82,5 +82,5 @@ def _numeric(column: Column) -> str:
 
 
 def _class(*names: str) -> Markup:
-    kept = " ".join(name for name in names if name)
-    return Markup(' class="{}"').format(kept) if kept else Markup("")
+    joined = " ".join(name for name in names if name)
+    return Markup(' class="{}"').format(joined) if joined else Markup("")

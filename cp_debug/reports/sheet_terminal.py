@@ -78,14 +78,14 @@ def lines(sheet: Sheet, width: int, console: Console, *, unlimited: bool = False
 def shortened(names: Sequence[str], width: int) -> list[str]:
     """Names in at most ``width`` cells, cut in the middle; different ones stay different where that is possible."""
     room = max(width - 1, 0)
-    made = {name: name if cell_len(name) <= width else _cut(name, room // 3, room - room // 3) for name in names}
+    short_names = {name: name if cell_len(name) <= width else _cut(name, room // 3, room - room // 3) for name in names}
     alike: dict[str, list[str]] = {}
-    for name in made:
-        alike.setdefault(made[name], []).append(name)
+    for name in short_names:
+        alike.setdefault(short_names[name], []).append(name)
     for group in alike.values():
         if len(group) > 1:
-            made |= _apart(group, room)
-    return [made[name] for name in names]
+            short_names |= _apart(group, room)
+    return [short_names[name] for name in names]
 
 
 def _apart(names: Sequence[str], room: int) -> dict[str, str]:
@@ -103,22 +103,22 @@ def _cut(name: str, head: int, tail: int) -> str:
 
 
 def _around(name: str, place: int, room: int) -> str:
-    """The start of a name and what stands from ``place`` on, which is where names part."""
+    """The start of a name and its part from ``place`` on, which is where names differ."""
     head = _start(name, min(HEAD, room // 3))
     rest = name[max(place, len(head)) :]
-    left = room - cell_len(head)
-    return f"{head}…{rest if cell_len(rest) <= left else _start(rest, left - 1) + '…'}"
+    room_left = room - cell_len(head)
+    return f"{head}…{rest if cell_len(rest) <= room_left else _start(rest, room_left - 1) + '…'}"
 
 
 def _start(text: str, width: int) -> str:
-    """As many characters as fit into ``width`` cells."""
-    taken, used = [], 0
+    """The longest start of ``text`` that fits into ``width`` cells."""
+    fitting, used = [], 0
     for character in text:
         used += cell_len(character)
         if used > width:
             break
-        taken.append(character)
-    return "".join(taken)
+        fitting.append(character)
+    return "".join(fitting)
 
 
 def _total(widths: Sequence[int]) -> int:
@@ -206,13 +206,13 @@ def _stacked(sheet: Sheet, shown: _Shown, places: Sequence[int], width: int, con
             continue
         for text in cells[first]:
             yield Text(names[text], style=STYLES[tone_of(row.values[first])] or "bold", no_wrap=True, overflow="ignore")
-        rest = [
+        parts = [
             Text(f"{sheet.columns[i].header} {' '.join(cells[i])}".strip(), STYLES[tone_of(row.values[i])])
             for i in places
             if i != first and any(cells[i])
         ]
         line = Text()
-        for part in rest:
+        for part in parts:
             if line and line.cell_len + GAP + part.cell_len > width:
                 yield from line.wrap(console, width)
                 line = Text()
@@ -261,10 +261,10 @@ def _line(
 ) -> Text:
     """One line, without spaces at its end."""
     line = Text(style=style, no_wrap=True, overflow="ignore")
-    for i, (text, column, width, own) in enumerate(zip(texts, columns, widths, styles, strict=True)):
+    for i, (text, column, width, own_style) in enumerate(zip(texts, columns, widths, styles, strict=True)):
         space = " " * (width - cell_len(text))
         line.append(" " * GAP if i else "")
-        line.append(space if column.kind == "number" else "").append(text, own or None)
+        line.append(space if column.kind == "number" else "").append(text, own_style or None)
         line.append("" if column.kind == "number" else space)
     line.rstrip()
     return line

@@ -45,7 +45,7 @@ SETTINGS = {
     "accumulation": "accumulation",
     "not_emulated": "not emulated",
 }
-"""Settings that the table shows, and what it calls them; the JSON has all."""
+"""Setting → its short name in the table; the JSON has all settings."""
 AROUND = 5
 """Layers shown before and after the first divergent one."""
 MOST_STAGES = 24
@@ -81,8 +81,10 @@ def render(result: BisectResult, *, layers: bool = True, show_all: bool = False)
 
 
 def weight_lines(result: BisectResult) -> list[str]:
-    """How the weights of two models differ, a line a component."""
-    return [f"weights of {component}: {found.get('says', '')}" for component, found in result.weights.items()]
+    """One line for each component about the differences of the two models' weights."""
+    return [
+        f"weights of {component}: {differences.get('says', '')}" for component, differences in result.weights.items()
+    ]
 
 
 def backends_table(records: Sequence[RunRecord]) -> Sheet:
@@ -106,7 +108,7 @@ def backends_table(records: Sequence[RunRecord]) -> Sheet:
 
 
 def stage_table(test: TestResult, *, show_all: bool = False) -> Sheet:
-    """Coarse view: each stage at its last tensor, as engineers report it, and whether it holds a guilty layer.
+    """Coarse view: a row for each stage, with its last tensor and whether it holds a guilty layer.
 
     Of a model with very many outputs the worst one of each group, unless ``show_all``.
     """
@@ -147,9 +149,9 @@ _LAYER_COLUMNS: dict[str, tuple[Column, Callable[[LayerRow], Any]]] = {
     "kernel": (Column("kernel", "text", leave_out=10), lambda row: kernel(row.tactic)),
     "verdict": (Column("verdict", "mark"), lambda row: _verdict(row)),
 }
-"""What is known of a layer, in the order in which it is shown."""
+"""Column → (how it is shown, its value) for a layer, in the order in which columns are shown."""
 _SHORT = ("#", "layer", "op", "max |Δ|", "rel. L2", "introduced", "expected", "excess")
-"""What is shown where figures are few: in an issue tracker and in a notebook."""
+"""Columns shown where figures are few: in an issue tracker and in a notebook."""
 
 
 def layer_table(test: TestResult, *, show_all: bool = False) -> Sheet:
@@ -192,7 +194,7 @@ def _replayed(row: LayerRow, figure: str) -> Any:
 
 
 def verdict_line(test: TestResult) -> Text:
-    """One line: who is guilty, by how much, what of the final divergence that explains; what was not emulated."""
+    """One line: the guilty layer, its excess, its share of the final divergence, and what was not emulated."""
     text = _verdict_line(test)
     if strange := test.not_finite:
         text.append(f"; {strange}", "yellow")
@@ -234,9 +236,9 @@ def _verdict_line(test: TestResult) -> Text:
 
 
 def _uncovered(test: TestResult) -> str:
-    """What was left out of a comparison of two models; empty where nothing was."""
-    whole = not test.missing_outputs and not any(p.get("missing") for p in test.pairing.values())
-    return "" if whole else f"; compared: {test.coverage}{_unpaired(test)}"
+    """Phrase about values left out of a comparison of two models; empty where nothing was left out."""
+    is_complete = not test.missing_outputs and not any(p.get("missing") for p in test.pairing.values())
+    return "" if is_complete else f"; compared: {test.coverage}{_unpaired(test)}"
 
 
 def _unpaired(test: TestResult) -> str:
@@ -254,7 +256,7 @@ def _why_views_differ(test: TestResult, guilty: LayerRow, beyond: LayerRow) -> s
 
 
 def _scale(row: LayerRow) -> tuple[str, str]:
-    """What the INT8 scale of the layer's input is, and how much of that it clips."""
+    """(INT8 scale of the layer's input, percentage of the input that it clips)."""
     if row.replay is None or row.replay.step is None:
         return "", ""
     return number(row.replay.step), f"{100 * (row.replay.clipped or 0.0):.2g}%"
@@ -266,7 +268,7 @@ def _verdict(row: LayerRow) -> Cell:
 
 
 def layers_shown(test: TestResult) -> list[LayerRow]:
-    """Around the first divergent layer, and every guilty one; without one those that concern most."""
+    """The layers around the first divergent one, and every guilty one; else those that concern most."""
     first = test.first_divergent
     if first is None:
         worst = sorted(test.rows, key=lambda row: row.severity)[-2 * AROUND :]
@@ -281,8 +283,8 @@ def _selection(test: TestResult) -> str:
     if shown == total:
         return f"all {total} layers"
     if test.first_divergent is None:
-        what = "the largest excess" if test.oracle else "the largest divergence"
-        return f"{shown} of {total} layers, those with {what}; --all shows the rest"
+        criterion = "the largest excess" if test.oracle else "the largest divergence"
+        return f"{shown} of {total} layers, those with {criterion}; --all shows the rest"
     return f"{shown} of {total} layers, around {test.first_divergent.name}; --all shows the rest"
 
 
@@ -299,11 +301,11 @@ def _few_stages(test: TestResult) -> Iterator[tuple[str, StageRow]]:
 
 
 def _coverage(coverage: dict[str, Any]) -> Iterator[Text]:
-    for component, found in coverage.items():
-        missing = [*found["unmatched_values"], *found["unmatched_modules"]]
+    for component, counts in coverage.items():
+        missing = [*counts["unmatched_values"], *counts["unmatched_modules"]]
         yield Text(
-            f"alignment of {component}: {found['values']} of {found['values_total']} values of the graph, "
-            f"{found['modules']} of {found['modules_total']} leaf modules, {len(found['absorbed'])} of them folded"
+            f"alignment of {component}: {counts['values']} of {counts['values_total']} values of the graph, "
+            f"{counts['modules']} of {counts['modules_total']} leaf modules, {len(counts['absorbed'])} of them folded"
             + (f"; not accounted for: {', '.join(missing[:5])}" if missing else ""),
             style="yellow" if missing else "dim",
         )

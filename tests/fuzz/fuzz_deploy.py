@@ -155,7 +155,7 @@ AWML = (
     "# -*- coding: nothing -*-\na = 1",
     "a = '\\ud800'",
     "a = '\\x1b[31m'\nexport = dict(mode=a)",
-    "export = dict(mode='onnx', work_dir='../outside')",
+    "export = dict(mode='onnx', work_dir='elsewhere')",
     "export = dict(mode='onnx', work_dir='\\x00')",
     "checkpoint_path = 2 ** 70",
     "a = {'x': 1}['y']",

@@ -172,7 +172,7 @@ def reflect(message: Any, rng: random.Random, room: list[Any] | None = None) -> 
                 added = values.add()
                 others = [p for p in places if p.DESCRIPTOR is added.DESCRIPTOR and p is not added]
                 if others and rng.random() < 0.7:
-                    added.CopyFrom(rng.choice(others))
+                    added.CopyFrom(_own(rng.choice(others)))
             else:
                 values.append(_scalar(field, rng))
         elif what == 1:
@@ -180,7 +180,8 @@ def reflect(message: Any, rng: random.Random, room: list[Any] | None = None) -> 
         elif what == 2 and kind != field.CPPTYPE_MESSAGE:
             values[rng.randrange(len(values))] = _scalar(field, rng)
         elif kind == field.CPPTYPE_MESSAGE:
-            values.add().CopyFrom(rng.choice(values))
+            copied = _own(rng.choice(values))
+            values.add().CopyFrom(copied)
         else:
             values.extend([_scalar(field, rng)] * rng.choice((1, 3, 100)))
     elif kind == field.CPPTYPE_MESSAGE:
@@ -189,13 +190,21 @@ def reflect(message: Any, rng: random.Random, room: list[Any] | None = None) -> 
         if rng.random() < 0.5 and holder.HasField(field.name):
             holder.ClearField(field.name)
         elif others:
-            own.CopyFrom(rng.choice(others))
+            copied = _own(rng.choice(others))
+            own.CopyFrom(copied)
         else:
             own.SetInParent()
     elif rng.random() < 0.15:
         holder.ClearField(field.name)
     else:
         setattr(holder, field.name, _scalar(field, rng))
+
+
+def _own(message: Any) -> Any:
+    """A copy: protobuf must not read a message while it writes into one inside it."""
+    copied = type(message)()
+    copied.CopyFrom(message)
+    return copied
 
 
 def collect(message: Any, places: list[Any], depth: int) -> None:

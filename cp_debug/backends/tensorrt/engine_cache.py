@@ -18,13 +18,13 @@ from cp_debug.files import complete_path, file_hash, key_of, write_text
 from cp_debug.reading import check_file, read_json, typed
 
 LARGEST = 20 << 30
-"""Bytes of engines that are kept: beyond, those that were not used for longest are removed."""
+"""Bytes of engines that are kept; beyond it the least recently used are removed."""
 LARGEST_ENTRY = 256 << 20
-"""Bytes of what the build of one engine told."""
+"""Largest size of the JSON file beside an engine, in bytes."""
 
 
 class Entry(TypedDict):
-    """What lies beside an engine."""
+    """Content of the JSON file beside an engine."""
 
     key: str
     sha256: str
@@ -72,7 +72,7 @@ class EngineCache:
         return key_of(parts)
 
     def timing_cache(self, parts: Mapping[str, Any]) -> Path:
-        """Where kernels' timings of one graph on one machine are kept."""
+        """File of the kernels' timings of one graph on one machine."""
         return self.folder / f"{self.key(parts)}.timings"
 
     def get(self, key: str) -> tuple[Path, dict[str, Any]] | None:

@@ -174,13 +174,13 @@ class EngineSet:
         """Values whose marks were taken back, as they changed the engine."""
         self._probes: dict[str, Engine] = {}
         self.stopped = ""
-        """Why values inside are not shown, where a build was stopped or was not worth it."""
+        """Reason why values inside are not shown, where a build was stopped or was not worth it."""
         self.search: Search | None = None
         self.gap: float | None = None
         """Relative L2 distance of the probed engine's outputs from the plain one's, once both ran on one input; the
         largest one, where each probe has an engine of its own."""
         self.floor: float | None = None
-        """The same distance of the rebuilt engine's."""
+        """Relative L2 distance of the rebuilt engine's outputs from the plain one's."""
         self.run_seconds: float | None = None
         """Median time of the plain engine on that input, copies to and from the device left out."""
 
@@ -275,7 +275,7 @@ class EngineSet:
         return False
 
     def build_info(self) -> BuildInfo:
-        """What was built, what differs between the builds, which kernels ran."""
+        """Facts about the builds, their differences, and the kernels that ran."""
         facts, seconds, differences = self.plain.facts, {"plain": self.plain.facts["seconds"]}, {}
         for name, engine in (("rebuilt", self.rebuilt), ("probed", self.probed)):
             if engine is not None and engine is not self.plain:

@@ -1,4 +1,4 @@
-"""One number of the layer is another: an attribute, a scalar constant, or a factor on a constant, found by search."""
+"""Another number in a layer: an attribute, a scalar constant, or a factor on a constant, found by search."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from cp_debug.graph.graph import Node
 from cp_debug.graph.node_differences import PRODUCTS, RECURRENT, attributes
 
 FACTORS = (-2.0, -1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)
-"""Where the search for a number begins, times what it is declared to be."""
+"""Starts of the search for a number, as multiples of the declared one."""
 SUMMANDS = (-3.0, -1.0, -0.3, -0.1, -0.01, 0.0, 0.01, 0.1, 0.3, 1.0, 3.0)
-"""The same where it is declared to be 0."""
+"""Starts of the search where the declared number is 0."""
 STEPS = 24
-"""Golden sections of the interval around the best of them: to 1e-5 of it."""
+"""Golden sections of the interval around the best start: to 1e-5 of it."""
 FEWEST = 8
 """Elements of a result from which one number can be told."""
 FEWEST_WRONG = 3
@@ -37,7 +37,7 @@ Emulate = Callable[[float], Tensor | None]
 
 @cause(costly=True)
 def searched(segment: Segment) -> Iterator[Candidate]:
-    """Every number that is no part of a sum or product by itself, for which least squares are enough."""
+    """Candidates: every number that is no part of a sum or product by itself, for which least squares are enough."""
     wrong = int((segment.error != 0).sum())
     if not FEWEST <= segment.test.numel() <= MOST or wrong < FEWEST_WRONG or segment.test.shape != segment.exact.shape:
         return
@@ -48,15 +48,15 @@ def searched(segment: Segment) -> Iterator[Candidate]:
 
 
 def _attributes(segment: Segment, node: Node) -> Iterator[Candidate]:
-    for name, own in attributes(segment.graph, node).items():
-        if not isinstance(own, float) or name == "epsilon" or name in FITTED.get(node.op, ()):
+    for name, declared in attributes(segment.graph, node).items():
+        if not isinstance(declared, float) or name == "epsilon" or name in FITTED.get(node.op, ()):
             continue
-        found = _search(segment, own, lambda number, name=name: segment.edited(node, **{name: number}))  # type: ignore[misc]
-        if found is not None:
-            number, value = found
-            says = f"{node.op}: {name} is {number:.4g} instead of {own:.4g}"
+        fit = _search(segment, declared, lambda number, name=name: segment.edited(node, **{name: number}))  # type: ignore[misc]
+        if fit is not None:
+            number, value = fit
+            says = f"{node.op}: {name} is {number:.4g} instead of {declared:.4g}"
             yield Candidate(
-                "attribute", says, value, 1, {name: number, "instead_of": own}, f"set it as declared: {says}"
+                "attribute", says, value, 1, {name: number, "instead_of": declared}, f"set it as declared: {says}"
             )
 
 
@@ -65,20 +65,20 @@ def _scalars(segment: Segment, node: Node) -> Iterator[Candidate]:
         weight = segment.weight(node, place)
         if weight is None or weight.numel() != 1 or not segment.context.constants[name].is_floating_point():
             continue
-        own = float(weight)
+        declared = float(weight)
 
         def with_number(number: float, place: int = place, weight: Tensor = weight) -> Tensor | None:
             return segment.edited(node, inputs={place: torch.full_like(weight, number)})
 
-        if (found := _search(segment, own, with_number)) is not None:
-            number, value = found
-            says = f"the constant {name} of {node.op} is {number:.4g} instead of {own:.4g}"
-            evidence = {"constant": name, "value": number, "instead_of": own}
+        if (fit := _search(segment, declared, with_number)) is not None:
+            number, value = fit
+            says = f"the constant {name} of {node.op} is {number:.4g} instead of {declared:.4g}"
+            evidence = {"constant": name, "value": number, "instead_of": declared}
             yield Candidate("constant-differs", says, value, 1, evidence, "compare the constants of {layers}")
 
 
 def _factors(segment: Segment, node: Node) -> Iterator[Candidate]:
-    """One factor on a constant; what a recurrent layer multiplies with its input and with its state, also together."""
+    """Candidates: one factor on a constant; on a recurrent layer's weights of input and state, also together."""
     if node.op in PRODUCTS:
         return
     constants = segment.context.constants
@@ -97,9 +97,9 @@ def _factors(segment: Segment, node: Node) -> Iterator[Candidate]:
         def scaled(number: float, places: list[int] = places) -> Tensor | None:
             return segment.edited(node, inputs={place: weights[place] * number for place in places})
 
-        if (found := _search(segment, 1.0, scaled)) is None:
+        if (fit := _search(segment, 1.0, scaled)) is None:
             continue
-        factor, value = found
+        factor, value = fit
         names = " and ".join(node.proto.input[place] for place in places)
         cause_name = "constant-differs"
         if node.op in RECURRENT:

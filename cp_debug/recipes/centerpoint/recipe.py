@@ -107,16 +107,16 @@ class CenterPointModel:
         points, limits = sample.arrays["points"], np.array(self.config.point_cloud_range, np.float32)
         if not len(points):
             return [f"{sample.source}: the cloud is empty: what is compared is what the model makes of nothing"]
-        found = []
+        lines = []
         inside = ((points[:, :3] >= limits[:3]) & (points[:, :3] < limits[3:])).all(axis=1)
         if not inside.any():
             where = ", ".join(f"{low:g} to {high:g}" for low, high in zip(limits[:3], limits[3:], strict=True))
-            found.append(
+            lines.append(
                 f"{sample.source}: none of the {len(points)} points is in the model's range (x, y, z: {where})"
             )
         if strange := int((~np.isfinite(points).all(axis=1)).sum()):
-            found.append(f"{sample.source}: {strange} of {len(points)} points hold NaN or Inf")
-        return found
+            lines.append(f"{sample.source}: {strange} of {len(points)} points hold NaN or Inf")
+        return lines
 
     def batch(self, samples: Sequence[Sample]) -> Sample:
         """Join several clouds into one sample.

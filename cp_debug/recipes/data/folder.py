@@ -33,5 +33,5 @@ class FolderData:
         ending = next((ending for ending in COLUMNS if file.name.endswith(ending)), None)
         points = read_points(file, self._features)
         width = 0 if ending is None else len(columns_of(file, ending))
-        said = f" ({width} columns, by its content)" if ending and width != len(COLUMNS[ending]) else ""
-        return Sample({"points": points}, f"{file}{said}")
+        width_note = f" ({width} columns, by its content)" if ending and width != len(COLUMNS[ending]) else ""
+        return Sample({"points": points}, f"{file}{width_note}")

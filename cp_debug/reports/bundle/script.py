@@ -73,6 +73,7 @@ def run(inputs):
     options.graph_optimization_level = ort.GraphOptimizationLevel.{level}
     options.intra_op_num_threads = {threads}
     options.use_deterministic_compute = True
+    options.log_severity_level = 4  # what fails is raised
     session = ort.InferenceSession(
         str(HERE / "model.onnx"), options, providers={providers}, disabled_optimizers={disabled}
     )

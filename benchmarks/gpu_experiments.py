@@ -1,12 +1,12 @@
-"""A visit to a machine with a GPU: named experiments, each step under a time limit of its own, failures noted.
+"""Experiments on a machine with a GPU, by name, each step under a time limit of its own, failures noted.
 
-    CPDEBUG_TRT_PYTHON=PATH python benchmarks/gpu_visit.py OUT --shared ../shared [--only WORD,...]
+    CPDEBUG_TRT_PYTHON=PATH python benchmarks/gpu_experiments.py OUT --shared ../shared [--only WORD,...]
 
 What builds engines runs one after the other, as builders that time kernels on one GPU disturb each other; all else runs
 beside it, and what measures time alone at the end. A step is one command line. ``OUT`` takes ``STEP.json`` (what the
-command wrote), ``STEP.log`` (what it printed) and ``visit.json`` (commands, exit statuses, seconds), rewritten after
-every step; captures and engines go to ``--work``. ``--only`` takes names of experiments or beginnings of steps;
-``--list`` shows all.
+command wrote), ``STEP.log`` (what it printed) and ``experiments.json`` (commands, exit statuses, seconds),
+rewritten after every step; captures and engines go to ``--work``. ``--only`` takes names of experiments or
+beginnings of steps; ``--list`` shows all.
 """
 
 from __future__ import annotations
@@ -98,7 +98,9 @@ def experiments(out: Path, work: Path, shared: Path) -> Experiments:
         "int8": [
             Step("int8-forms", script("int8_forms", out / "int8-forms.json"), 240),
             Step(
-                "int8-tiny", script("tensorrt_visit", out / "int8-tiny", "--models", *tiny, "--specs", "trt-int8"), 150
+                "int8-tiny",
+                script("tensorrt_backends", out / "int8-tiny", "--models", *tiny, "--specs", "trt-int8"),
+                150,
             ),
         ],
         "net": [
@@ -157,7 +159,7 @@ MAKE_NETS = """
 import sys
 sys.path.insert(0, {benchmarks!r})
 from pathlib import Path
-from tensorrt_visit import LAYERS, make_net
+from tensorrt_backends import LAYERS, make_net
 make_net(Path({net!r}))
 make_net(Path({conv!r}), [layer for layer in LAYERS if layer[0] == "Conv"])
 """
@@ -215,7 +217,7 @@ def deployed(out: Path, work: Path) -> list[Step]:
     ]
 
 
-class Visit:
+class Series:
     """Runs experiments until the time is up, and notes how each step went."""
 
     def __init__(self, out: Path, deadline: float) -> None:
@@ -229,7 +231,7 @@ class Visit:
             self._note(self.step(step))
 
     def step(self, step: Step) -> dict[str, Any]:
-        """Run the command; a row for ``visit.json``."""
+        """Run the command; a row for ``experiments.json``."""
         started = time.monotonic()
         limit = min(step.limit, self.deadline - started)
         row: dict[str, Any] = {"step": step.name, "command": list(step.command), "limit": round(limit, 1)}
@@ -247,7 +249,7 @@ class Visit:
     def _note(self, row: dict[str, Any]) -> None:
         with self._lock:
             self.rows.append(row)
-            write_text(json.dumps(self.rows, indent=1), self.out / "visit.json")
+            write_text(json.dumps(self.rows, indent=1), self.out / "experiments.json")
             print(f"{row['step']}: {row['status']}, {row.get('seconds', 0)} s", flush=True)
             for line in digest(self.out / f"{row['step']}.json"):
                 print(f"    {line}", flush=True)
@@ -315,7 +317,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="show the experiments and their commands")
     args = parser.parse_args()
     deadline = time.monotonic() + args.budget
-    with tempfile.TemporaryDirectory(prefix="visit-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="experiments-") as scratch:
         work = (args.work or Path(scratch)).resolve()
         args.out.mkdir(parents=True, exist_ok=True)
         found = experiments(args.out.resolve(), work, args.shared.resolve())
@@ -324,12 +326,12 @@ def main() -> None:
             for name, steps in found.items():
                 print(name, *(f"\n  {step.name} ({step.limit:.0f} s): {' '.join(step.command)}" for step in steps))
             return
-        visit = Visit(args.out, deadline)
+        series = Series(args.out, deadline)
         beside = [step for name in BESIDE for step in found.pop(name, [])]
         alone = [step for name in ALONE for step in found.pop(name, [])]
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(visit.experiment, [[step for steps in found.values() for step in steps], beside]))
-        visit.experiment(alone)
+            list(pool.map(series.experiment, [[step for steps in found.values() for step in steps], beside]))
+        series.experiment(alone)
 
 
 if __name__ == "__main__":

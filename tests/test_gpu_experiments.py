@@ -1,4 +1,4 @@
-"""The visit's bookkeeping, on commands that end, fail, hang and come too late."""
+"""The bookkeeping of a series, on commands that end, fail, hang and come too late."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from gpu_visit import Step, Visit, chosen, experiments
+from gpu_experiments import Series, Step, chosen, experiments
 
 
 def python(name: str, code: str, limit: float = 20.0) -> Step:
@@ -18,24 +18,24 @@ def python(name: str, code: str, limit: float = 20.0) -> Step:
 def test_a_failed_step_is_noted_and_the_next_one_runs(tmp_path: Path) -> None:
     hanging = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('interrupted')"
     steps = [python("fails", "raise SystemExit('no such thing')"), python("hangs", hanging, 5.0), python("runs", "1")]
-    visit = Visit(tmp_path, time.monotonic() + 60)
-    visit.experiment(steps)
-    rows = json.loads((tmp_path / "visit.json").read_text())
+    series = Series(tmp_path, time.monotonic() + 60)
+    series.experiment(steps)
+    rows = json.loads((tmp_path / "experiments.json").read_text())
     assert [row["status"] for row in rows] == [1, "stopped at its limit", 0]
     assert "no such thing" in rows[0]["said"]
     assert (tmp_path / "hangs.log").read_text() == "interrupted\n"
 
 
 def test_nothing_starts_when_the_time_is_up(tmp_path: Path) -> None:
-    visit = Visit(tmp_path, time.monotonic())
-    visit.experiment([python("late", "1")])
-    assert visit.rows[0]["status"] == "no time left"
+    series = Series(tmp_path, time.monotonic())
+    series.experiment([python("late", "1")])
+    assert series.rows[0]["status"] == "no time left"
 
 
 def test_a_step_is_left_out_without_what_it_needs(tmp_path: Path) -> None:
-    visit = Visit(tmp_path, time.monotonic() + 60)
-    visit.experiment([Step("reads", [sys.executable, "-c", "1"], needs=tmp_path / "nothing")])
-    assert visit.rows[0]["status"].startswith("left out")
+    series = Series(tmp_path, time.monotonic() + 60)
+    series.experiment([Step("reads", [sys.executable, "-c", "1"], needs=tmp_path / "nothing")])
+    assert series.rows[0]["status"].startswith("left out")
 
 
 def test_experiments_and_steps_are_chosen_by_name(tmp_path: Path) -> None:

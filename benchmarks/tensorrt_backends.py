@@ -148,7 +148,7 @@ def run_component(program: Program, feed: Mapping[str, np.ndarray], spec: str, l
         session.close()
 
 
-def visit(name: str, args: argparse.Namespace, deadline: float) -> Iterator[dict[str, Any]]:
+def rows_of(name: str, args: argparse.Namespace, deadline: float) -> Iterator[dict[str, Any]]:
     """A row for each component and backend; a failure is a row with its words.
 
     Components are fed the reference's values, so that each is judged, and fails, by itself.
@@ -173,7 +173,7 @@ def visit(name: str, args: argparse.Namespace, deadline: float) -> Iterator[dict
             except CpdebugError as error:
                 yield {**row, "error": str(error)}
                 continue
-            except Exception:  # a visit to a machine is dear: note it, go on with the next backend
+            except Exception:  # note it, go on with the next backend
                 yield {**row, "error": traceback.format_exc()}
                 continue
             values = row.pop("values")
@@ -218,7 +218,7 @@ def main() -> None:
     deadline = time.monotonic() + args.budget
     rows: list[dict[str, Any]] = []
     for name in args.models.split(","):
-        for row in visit(name, args, deadline):
+        for row in rows_of(name, args, deadline):
             rows.append(row)
             partial = args.out / "results.json.part"
             partial.write_text(json.dumps(rows, indent=1))
