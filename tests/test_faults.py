@@ -103,13 +103,15 @@ def test_an_unknown_layer_is_refused(files: dict[str, Path]) -> None:
         edits.scale(Editor(files["second"]), "nowhere", 0.1)
 
 
-def test_demo_lists_runs_and_refuses() -> None:
+def test_demo_lists_runs_and_refuses(tmp_path: Path) -> None:
     runner = CliRunner()
     listed = runner.invoke(app, ["demo"])
     assert listed.exit_code == 0
     assert all(name in listed.output for name in FAULTS)
-    shown = runner.invoke(app, ["demo", "swapped-dimensions"])
+    page = tmp_path / "demo.html"
+    shown = runner.invoke(app, ["demo", "swapped-dimensions", "--html", str(page)])
     assert shown.exit_code == 1
+    assert "Values on both sides" in page.read_text(encoding="utf-8")  # with the tensors, not the tables alone
     assert "injected: length and width" in shown.output
     assert "found: yes, exactly the 1 injected layer" in shown.output
     refused = runner.invoke(app, ["demo", "swaped-dimensions"])

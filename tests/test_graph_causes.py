@@ -8,6 +8,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from nets import NetBuilder
 from onnx import numpy_helper
@@ -191,3 +192,65 @@ def test_gates_in_another_order(net: Path, tmp_path: Path, monkeypatch: pytest.M
     assert explained(net, tmp_path, edit, "lstm").cause == "gate-order"
     monkeypatch.setattr(GraphReader, "_other", lambda self, component: None)
     assert explained(net, tmp_path, edit, "lstm").cause == "gate-order"
+
+
+def product(path: Path) -> Path:
+    """``x`` [3, 4, 16]: a product with its bias as exporters of PyTorch write it, and one as a Gemm."""
+    made = NetBuilder(5)
+
+    def weight(*shape: int) -> str:
+        return made.weight((made.rng.standard_normal(shape) * 0.3).astype(np.float32))
+
+    x = made.op("Relu", made.op("Add", made.op("MatMul", "x", weight(16, 24), name="product"), weight(24), name="sum"))
+    x = made.op("Reshape", x, made.weight(np.array([12, 24]), "rows"), name="rows_of_all")
+    made.op("Tanh", made.op("Gemm", x, weight(24, 24), weight(24), name="gemm", beta=1.0), name="tanh")
+    return made.save(path, {"x": (1, [3, 4, 16])}, ["tanh"])
+
+
+@pytest.mark.parametrize("level", ["ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED"])
+@pytest.mark.parametrize(
+    ("value", "edit", "guilty", "causes"),
+    [
+        (
+            "product",
+            constant("product", 1, lambda a: a * (1 + 0.1 * (np.arange(24) == 7))),
+            "product",
+            {"channels-scaled"},
+        ),
+        ("sum", constant("sum", 1, lambda a: a * 0.5), "sum", {"bias-scaled"}),
+        ("gemm", constant("gemm", 1, lambda a: a.astype(np.float16)), "gemm", {"fp16-weights"}),
+        ("gemm", attribute("gemm", beta=2.0), "gemm", {"attribute"}),
+    ],
+)
+def test_the_cause_is_not_how_an_optimizer_writes_the_layer(
+    tmp_path: Path, level: str, value: str, edit: Edit, guilty: str, causes: set[str]
+) -> None:
+    net = product(tmp_path / "net.onnx")
+    model = onnx.load(str(net))
+    edit(model.graph)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+    options.optimized_model_filepath = str(tmp_path / "test.onnx")
+    onnxruntime.InferenceSession(model.SerializeToString(), options)
+    (test,) = bisect(str(net), "ort,ort", test_model=tmp_path / "test.onnx").tests
+    (row,) = test.guilty
+    assert row.replay is not None
+    assert f"node_{guilty}" in row.replay.nodes
+    assert {finding.cause for finding in test.findings} <= causes
+
+
+def test_a_pair_of_quantizers_does_not_make_a_quantized_network(net: Path, tmp_path: Path) -> None:
+    scale, zero = np.float32(0.01), np.int8(0)
+    edits = [
+        behind("other", "Cast", to=onnx.TensorProto.FLOAT),
+        behind("other.before", "Cast", to=onnx.TensorProto.BFLOAT16),
+        behind("gather", "DequantizeLinear", scale, zero),
+        behind("gather.before", "QuantizeLinear", scale, zero),
+    ]
+    model = onnx.load(str(net))
+    for edit in edits:
+        edit(model.graph)
+    onnx.save(model, str(tmp_path / "test.onnx"))
+    (test,) = bisect(str(net), "ort,ort", test_model=tmp_path / "test.onnx").tests
+    assert {row.onnx for row in test.guilty} == {"other", "gather"}
+    assert {finding.cause for finding in test.findings} >= {"bf16"}

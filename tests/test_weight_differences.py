@@ -73,6 +73,7 @@ def test_how_a_tensor_differs(theirs: np.ndarray, kind: str, says: str) -> None:
         (KERNEL[0, 0, 0, 0], KERNEL[0, 0], "shape"),
         (KERNEL[:, 0, 0, 0], KERNEL[[1, 0, *range(2, 16)], 0, 0, 0], "permuted"),
         (KERNEL, in_channel(4, 1 + 3e-6), "channels-scaled"),
+        (KERNEL[:1, :, 0, 0], KERNEL[1:2, :, 0, 0], "other"),
     ],
 )
 def test_small_tensors_and_small_changes(ours: np.ndarray, theirs: np.ndarray, kind: str) -> None:

@@ -25,6 +25,7 @@ from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.integer_values import constant_type, is_constant, produced_grid
 from cp_debug.graph.operators import PRODUCTS
 from cp_debug.graph.qdq import weight_axis
+from cp_debug.probes.arrays import as_numpy, as_torch
 
 _BITS = {2: 8, 3: 8, 4: 16, 5: 16, 21: 4, 22: 4, 25: 2, 26: 2, 6: 32, 17: 5, 18: 5, 19: 4, 20: 4}
 """ONNX data type of levels → bits; for FP8 those of an integer grid with about its error."""
@@ -180,8 +181,10 @@ class FileQuantization:
     def shown(self, own: str, tensor: AnyTensor) -> AnyTensor:
         """A value of the file as one of its parent: levels become the numbers that they stand for."""
         grid = self._constant_grid(own) if own in self._own else None
-        levels = torch.as_tensor(np.asarray(tensor)) if not isinstance(tensor, Tensor) else tensor
-        if grid is None or levels.is_floating_point():
+        if grid is None:
+            return tensor
+        levels = as_torch(as_numpy(tensor))
+        if levels.is_floating_point():
             return tensor
         return grid.value(levels.double()).float()
 
@@ -189,7 +192,7 @@ class FileQuantization:
         grid = self._constant_grid(own)
         if grid is None or value is None:
             return value
-        levels = grid.levels(torch.as_tensor(np.asarray(value)).double()).clamp(grid.low, grid.high)
+        levels = grid.levels(as_torch(as_numpy(value)).double()).clamp(grid.low, grid.high)
         return levels.to(torch.uint8 if grid.low == 0 and grid.high == 255 else torch.int8)
 
     def _constant_grid(self, own: str) -> QuantizerGrid | None:

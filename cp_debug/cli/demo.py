@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,17 +23,20 @@ if TYPE_CHECKING:
 def demo(
     fault: Annotated[str | None, typer.Argument(help="A fault to inject; without one, they are listed.")] = None,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the HTML report: one file, works offline.")] = None,
 ) -> None:
     """Put a known fault into the built-in model and watch it being found: the tutorial in one command."""
     from rich.text import Text
 
-    from cp_debug.bisect.engine import bisect
+    from cp_debug.bisect.engine import Options, bisect
     from cp_debug.bisect.faults.catalog import FAULTS
     from cp_debug.cli.console import console, show, steps
+    from cp_debug.reports.page import write_page
+    from cp_debug.reports.saved import SavedResult
     from cp_debug.reports.sheet_terminal import Terminal
 
     if fault is None:
-        refuse(("json",), unless=False, why="the list of faults is no result; name a FAULT")
+        refuse(("json", "html"), unless=False, why="the list of faults is no result; name a FAULT")
         console.print(Terminal(catalogue()))
         console.print("\nrun one:  cpdebug demo weight-scale")
         return
@@ -40,8 +45,17 @@ def demo(
         hint = f"; did you mean {near[0]}?" if near else f"; expected one of {', '.join(FAULTS)}"
         raise InputError(f"FAULT: there is no fault {fault!r}{hint}")
     seeded = FAULTS[fault].seed()
-    with steps() as on_step:
-        result = bisect(seeded.model, seeded.backends, test_model=seeded.test_model, on_step=on_step)
+    with TemporaryDirectory(prefix="cpdebug-") as folder, steps() as on_step:
+        captures = Path(folder, "kept") if html else None  # the report shows tensors
+        result = bisect(
+            seeded.model,
+            seeded.backends,
+            test_model=seeded.test_model,
+            options=Options(save=captures),
+            on_step=on_step,
+        )
+        if html:
+            write_page(SavedResult.of(result, captures), html)
     if json != "-":
         console.print(Text.assemble(("injected:", "bold"), f" {FAULTS[fault].summary} ({seeded.where})"))
         console.print(Text.assemble(("in the field:", "bold"), f" {FAULTS[fault].symptom}\n"))

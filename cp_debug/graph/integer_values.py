@@ -25,9 +25,20 @@ class GridNames(NamedTuple):
 
 
 def is_quantized(graph: Graph) -> bool:
-    """Whether any node quantizes, computes with levels, or turns levels into floats."""
-    marks = ("uantizeLinear", "QLinear", "QGemm", "MatMulNBits", "Integer", "DynamicQuantize", "BlockQuantized")
-    return any(mark in node.op for node in graph.nodes for mark in marks)
+    """Whether this is a quantized network: nodes compute with levels, weights are stored or rounded to them, or most
+    products read what was quantized. A pair of quantizers by itself makes none: it is something put in.
+    """
+    marks = ("QLinear", "QGemm", "MatMulNBits", "Integer", "DynamicQuantize", "BlockQuantized")
+    if any(mark in node.op for node in graph.nodes for mark in marks):
+        return True
+    quantizers = [n for n in graph.nodes if n.op in ("QuantizeLinear", "DequantizeLinear")]
+    if any(is_constant(graph, n.inputs[0]) for n in quantizers if n.inputs):
+        return True
+    levels = {name for n in quantizers if n.op == "DequantizeLinear" for name in n.outputs}
+    products = [n for n in graph.nodes if n.op in PRODUCTS]
+    return 2 * sum(not levels.isdisjoint(n.inputs) for n in products) > len(products) > 0 or bool(
+        levels and not products
+    )
 
 
 def rounded_values(graph: Graph) -> set[str]:

@@ -29,6 +29,10 @@ ACTIVATIONS = {
 }  # fmt: skip
 NAMES = {"auto_pad": "padding", "epsilon": "normalization-eps", "pads": "padding"}
 """Attribute → the name of the cause, where it has one of its own."""
+FUSED = {"FusedConv": "Conv", "FusedGemm": "Gemm", "FusedMatMul": "MatMul"}
+"""Operators of ONNX Runtime that are one of ONNX's and an activation or scale behind it."""
+MOST_EXCHANGED = 2
+"""Operators that are exchanged, left out or added, up to which that is a fault and not another way to write it."""
 SHAPES = {"axes", "hidden_size", "kernel_shape", "num_outputs", "output_shape", "split"}
 """Attributes that are inferred where they are absent: they differ only where both sides have them."""
 ACTIVATIONS_OF = {"GRU": ["Sigmoid", "Tanh"], "LSTM": ["Sigmoid", "Tanh", "Tanh"], "RNN": ["Tanh"]}
@@ -46,6 +50,8 @@ class NodeDifference:
     evidence: dict[str, Any] = field(default_factory=dict)
     added: bool = False
     """Whether it is a node that only the test has: what that node does may have a better name."""
+    structural: bool = False
+    """Whether it is about which operators there are, and not about what one of them is told."""
 
 
 class Pieces:
@@ -62,7 +68,9 @@ class Pieces:
         self._pairs = self._matched()
         for a, b in self._pairs:
             self._names.update(zip(b.outputs, a.outputs, strict=False))
-        self._missing = [n for n in self._mine if not any(n is a for a, _ in self._pairs) and n.op != "Constant"]
+        fused = {activation for _, b in self._pairs if (activation := attributes(test, b).get("activation"))}
+        present = {id(a) for a, _ in self._pairs}
+        self._missing = [n for n in self._mine if id(n) not in present and n.op not in {"Constant", *fused}]
         self._added = [n for n in self._own if not any(n is b for _, b in self._pairs) and n.op != "Constant"]
 
     def _matched(self) -> list[tuple[Node, Node]]:
@@ -73,14 +81,14 @@ class Pieces:
             # Another operator under the same name, the old one before it: the name went on to what was added, or back
             # to what stood before what was left out.
             moved = twin is not None and any(n.op == twin.op for n in self._own) | any(
-                n.op == node.op for n in self._mine
+                n.op == _plain(node) for n in self._mine
             )
-            if twin is not None and (twin.op == node.op or not moved):
+            if twin is not None and (twin.op == _plain(node) or not moved):
                 pairs.append((twin, self._same_inputs(twin, node)))
         unmatched = [n for n in self._mine if not any(n is a for a, _ in pairs) and n.op != "Constant"]
         unmatched_test = [n for n in self._own if not any(n is b for _, b in pairs) and n.op != "Constant"]
         matcher = difflib.SequenceMatcher(
-            None, [n.op for n in unmatched], [n.op for n in unmatched_test], autojunk=False
+            None, [n.op for n in unmatched], [_plain(n) for n in unmatched_test], autojunk=False
         )
         for tag, i, j, k, m in matcher.get_opcodes():
             if tag == "equal" or (tag == "replace" and j - i == m - k == 1):
@@ -110,26 +118,43 @@ class Pieces:
         """The test's nodes that the reference has, too."""
         return [b for _, b in self._pairs]
 
+    @property
+    def is_rewritten(self) -> bool:
+        """Whether one side computes the value with other operators (fused, folded, as another exporter writes it): then
+        that operators differ is no fault by itself."""
+        exchanged = sum(a.op != _plain(b) for a, b in self._pairs)
+        both = bool(self._missing) and bool(self._added)
+        foreign = any(b.op != a.op and b.proto.domain not in ("", a.proto.domain) for a, b in self._pairs)
+        return both or foreign or exchanged + len(self._missing) + len(self._added) > MOST_EXCHANGED
+
     def differences(self) -> list[NodeDifference]:
         """Every difference, in execution order; nodes that only the test has come last."""
         listed = [d for a, b in self._pairs for d in self._of_pair(a, b)]
         for node in self._missing:
             kind = "activation" if node.op in ACTIVATIONS else "operator"
-            listed.append(NodeDifference(f"missing-{kind}", f"{node.op} is left out", node.name, {"op": node.op}))
+            listed.append(
+                NodeDifference(f"missing-{kind}", f"{node.op} is left out", node.name, {"op": node.op}, structural=True)
+            )
         for node in self._added:
             kind = "activation" if node.op in ACTIVATIONS else "operator"
             says = f"{node.op} is added: {node.name}"
-            listed.append(NodeDifference(f"extra-{kind}", says, node.name, {"op": node.op}, added=True))
+            listed.append(
+                NodeDifference(f"extra-{kind}", says, node.name, {"op": node.op}, added=True, structural=True)
+            )
         return listed
 
     def _of_pair(self, ours: Node, theirs: Node) -> Iterator[NodeDifference]:
-        if ours.op != theirs.op:
+        if ours.op != _plain(theirs):
             if theirs.op == "Identity":
                 kind = "activation" if ours.op in ACTIVATIONS else "operator"
-                yield NodeDifference(f"missing-{kind}", f"{ours.op} is left out", ours.name, {"op": ours.op})
+                yield NodeDifference(
+                    f"missing-{kind}", f"{ours.op} is left out", ours.name, {"op": ours.op}, structural=True
+                )
             else:
                 says = f"{ours.op} is {theirs.op} in the test"
-                yield NodeDifference("other-operator", says, ours.name, {"op": ours.op, "test_op": theirs.op})
+                yield NodeDifference(
+                    "other-operator", says, ours.name, {"op": ours.op, "test_op": theirs.op}, structural=True
+                )
             return
         yield from self._attributes(ours, theirs)
         if not self._missing and not self._added:
@@ -184,12 +209,7 @@ class Pieces:
             elif a in self._ours and b in self._theirs and self._ours.digest(a) != self._theirs.digest(b):
                 change = self._other(a, b) or describe(self._ours[a], self._theirs[b], GATES.get(ours.op, 0))
                 if change is not None:
-                    name = named(change, role, ours.op)
-                    constant_name = "the weights" if role == "weights" else "the bias" if role == "bias" else a
-                    scaled = constant_name != a and change.kind in ("scaled", "channels-scaled")
-                    says = f"{'the scale of ' if scaled else ''}{constant_name} of {ours.op}: {change.says}"
-                    evidence = {"constant": a, "change": change.kind, **change.evidence, "differs_by": change.size}
-                    yield NodeDifference(name, says, ours.name, evidence)
+                    yield _of_constant(ours, a, role, change)
 
     def _other(self, a: str, b: str) -> TensorChange | None:
         """The change "another", if the test's constant ``b`` equals a constant of the reference other than ``a``."""
@@ -200,6 +220,10 @@ class Pieces:
         twin = next((n for n in alike if self._ours.digest(n) == digest), None)
         return TensorChange("another", f"those of another layer ({twin})", {"of": twin}) if twin else None
 
+    def of_constant(self, node: Node, place: int, change: TensorChange) -> NodeDifference:
+        """One constant of a node of the reference, which the test holds changed."""
+        return _of_constant(node, node.proto.input[place], self._role(node, place), change)
+
     def _role(self, node: Node, place: int) -> str:
         """Role of a node's input: weights, bias, statistics, parameters, scale, zero, index, or an empty string."""
         if node.op in MOVES and (place == 0 or node.op == "Concat"):
@@ -207,6 +231,9 @@ class Pieces:
             if readers:
                 value = next(o for o in node.outputs if o in readers[0].inputs)
                 return self._role(readers[0], list(readers[0].proto.input).index(value))
+        if node.op in ("Add", "Sub"):
+            makers = [self._reference.producer[n].op for n in node.inputs if n in self._reference.producer]
+            return "bias" if set(PRODUCTS).intersection(makers) else ""
         if node.op in PRODUCTS:
             return "bias" if place == 2 else "weights"
         if node.op in RECURRENT:
@@ -216,6 +243,19 @@ class Pieces:
         if node.op in ("QuantizeLinear", "DequantizeLinear"):
             return {0: "weights", 1: "scale", 2: "zero"}.get(place, "")
         return "index" if node.op in INDICES and place else ""
+
+
+def _of_constant(node: Node, constant: str, role: str, change: TensorChange) -> NodeDifference:
+    constant_name = "the weights" if role == "weights" else "the bias" if role == "bias" else constant
+    scaled = constant_name != constant and change.kind in ("scaled", "channels-scaled")
+    says = f"{'the scale of ' if scaled else ''}{constant_name} of {node.op}: {change.says}"
+    evidence = {"constant": constant, "change": change.kind, **change.evidence, "differs_by": change.size}
+    return NodeDifference(named(change, role, node.op), says, node.name, evidence)
+
+
+def _plain(node: Node) -> str:
+    """The operator that a node stands for: ONNX Runtime fuses what follows a product into it."""
+    return FUSED.get(node.op.rpartition(".")[2], node.op)
 
 
 def named(change: TensorChange, role: str, op: str) -> str:
@@ -262,17 +302,17 @@ def attributes(graph: Graph, node: Node) -> dict[str, Any]:
     except onnx.defs.SchemaError:
         values = {}
     values |= {a.name: helper.get_attribute_value(a) for a in node.proto.attribute if a.type not in kinds}
-    return {name: _plain(value) for name, value in values.items()}
+    return {name: _plain_value(value) for name, value in values.items()}
 
 
-def _plain(value: Any) -> Any:
+def _plain_value(value: Any) -> Any:
     if isinstance(value, bytes):
         return value.decode(errors="replace")
     if isinstance(value, onnx.TensorProto):
         return onnx.numpy_helper.to_array(value)
     if isinstance(value, float | int | str):
         return value
-    return [_plain(v) for v in value]
+    return [_plain_value(v) for v in value]
 
 
 def _says_nothing(op: str, name: str, a: Any, b: Any) -> bool:

@@ -124,7 +124,7 @@ def _by_channel(a: np.ndarray, b: np.ndarray) -> Iterator[_Way]:
             text = f"{axis_name} {channel_names} {'is' if len(changed) == 1 else 'are'} zero"
             text = "all zero" if not b.any() else text
             yield "channels-zero", text, value, {"axis": axis, "channels": changed[:32].tolist()}
-        if a.ndim > 1:
+        if rows_a.shape[1] > 1:  # a row of one element is any other one times something
             spread = f"{factors.min():.6g} … {factors.max():.6g}" if np.ptp(factors) > 1e-6 else f"{factors[0]:.6g}"
             single = len(changed) == 1
             text = (

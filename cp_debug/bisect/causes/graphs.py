@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from cp_debug.backends.arithmetic import ARITHMETICS
@@ -16,8 +18,10 @@ from cp_debug.bisect.causes.search import Explanation, accepted, explain
 from cp_debug.bisect.causes.segment import Segment, as_double
 from cp_debug.errors import InputError
 from cp_debug.graph.added_nodes import what_is_added
+from cp_debug.graph.constants import Constants
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.node_differences import NodeDifference, Pieces
+from cp_debug.graph.weight_differences import WeightDifferences, weight_differences
 from cp_debug.probes.capture import Capture
 
 FOLDED = {"channels-scaled", "other-weights", "weights-scaled", "bias-scaled"}
@@ -42,6 +46,13 @@ class OtherProgram:
     """A captured value by the reference's name."""
     executor: Executor
     _claimed: dict[str, Executor] = field(default_factory=dict)
+    _weights: WeightDifferences | None = None
+
+    def weights(self, reference: Graph) -> WeightDifferences:
+        """How its weights differ from the reference's."""
+        if self._weights is None:
+            self._weights = weight_differences(reference, self.graph)
+        return self._weights
 
     def executors(self, claim: str) -> list[Executor]:
         """Executors of the oracle, and of the claimed precision, which rounds the values between the test's nodes."""
@@ -80,11 +91,16 @@ def difference(segment: Segment, other: OtherProgram, known: set[str]) -> tuple[
     if piece is None or not segment.nodes:
         return None, []
     own, nodes, starts = piece
-    node_differences = Pieces(segment.graph, segment.nodes, other.graph, nodes, other.names).differences()
+    pieces = Pieces(segment.graph, segment.nodes, other.graph, nodes, other.names)
+    node_differences = pieces.differences()
     if not node_differences:
         return None, []
+    if pieces.is_rewritten:
+        candidate = _of_constants(segment, other, pieces)
+        if candidate is not None:
+            return candidate, node_differences
     value = _computed(segment, other, own, nodes, starts)
-    telling = [d for d in node_differences if not d.added]
+    telling = [d for d in node_differences if not d.added and not (d.structural and pieces.is_rewritten)]
     if value is None or not telling:
         return None, node_differences
     first = telling[0]
@@ -94,10 +110,35 @@ def difference(segment: Segment, other: OtherProgram, known: set[str]) -> tuple[
     return Candidate(first.cause, _says(node_differences), value, 0, evidence, _FIX + first.says), node_differences
 
 
+def _of_constants(segment: Segment, other: OtherProgram, pieces: Pieces) -> Candidate | None:
+    """The constants of one node that the test holds changed, put into the reference's own nodes: which other operators
+    the test has for them does not matter."""
+    theirs = Constants(other.graph)
+    changed = {d.name: d for d in other.weights(segment.graph).differing}
+    found: list[tuple[Node, NodeDifference]] = []
+    tensors: dict[int, Tensor] = {}
+    for node in segment.nodes:
+        for place, name in enumerate(node.proto.input):
+            weight = segment.weight(node, place) if name in changed else None
+            array = theirs[changed[name].test_name] if weight is not None else None
+            if weight is None or array is None or array.dtype.kind != "f" or array.shape != tuple(weight.shape):
+                continue
+            found.append((node, pieces.of_constant(node, place, changed[name].change)))
+            tensors[place] = torch.from_numpy(array.astype(np.float64))
+    if not found or any(node is not found[0][0] for node, _ in found):
+        return None
+    node, first = found[0]
+    value = segment.edited(node, inputs=tensors)
+    if value is None:
+        return None
+    evidence = {"node": node.name, **first.evidence, "read_off": "the weights of the two graphs"}
+    return Candidate(first.cause, _says([d for _, d in found]), value, 0, evidence, _FIX + first.says)
+
+
 def added(
     segment: Segment, other: OtherProgram, known: set[str], additions: Sequence[NodeDifference]
 ) -> Candidate | None:
-    """The candidate of nodes that only the test has, where nothing else explains the layer."""
+    """The candidate of nodes that only the test has, where they are all that differs and what they do has a name."""
     piece = other.piece(segment.target, known)
     if piece is None or not additions or not all(d.added for d in additions) or segment.strange:
         return None
