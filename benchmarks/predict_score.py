@@ -134,6 +134,7 @@ def summary(rows: Sequence[Scored]) -> dict[str, Any]:
             "as_fp32": len(fp32),
             "coverage": round(counts[INSIDE] / len(own), 4) if own else None,
             "coverage_with_fp32": round((counts[INSIDE] + len(fp32)) / len(own), 4) if own else None,
+            "not_above": round((counts[INSIDE] + counts[BELOW]) / len(own), 4) if own else None,
             "median_width": round(median(widths), 2) if widths else None,
             "median_measured_to_expected": round(median(ratios), 3) if ratios else None,
         }

@@ -273,3 +273,13 @@ def test_a_reference_at_fault_is_bundled_as_the_accused(tmp_path: Path) -> None:
     page = (tmp_path / "out" / "README.md").read_text()
     assert "# Conv gives a wrong result on emu-fp32" in page
     assert "found in a comparison with ort" in page
+
+
+def test_without_time_the_layer_is_bundled_as_it_is(scaled: Path, tmp_path: Path) -> None:
+    """Where a run is a build of minutes nothing is made smaller, but that it fails is verified, once, and shown."""
+    printed = bundle(SavedResult.open(scaled), tmp_path / "bundle", seconds=0.0)
+    assert "FAULT" in printed
+    page = (tmp_path / "bundle" / "README.md").read_text()
+    assert "stopped after 0 s" in page
+    assert "1 runs, each verified" in page
+    assert execute(tmp_path / "bundle").returncode == 1

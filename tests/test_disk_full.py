@@ -18,7 +18,7 @@ from onnx import numpy_helper
 COMMAND = [sys.executable, "-m", "cp_debug"]
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting a file system needs root"),
+    pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root may mount"),
 ]
 
 
@@ -57,7 +57,7 @@ def full(files: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(folder)], capture_output=True, check=False)
     if done.returncode:
         folder.rmdir()
-        pytest.skip("no file system can be mounted here")
+        pytest.skip("mounting is not allowed here")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
     folder.rmdir()

@@ -13,6 +13,8 @@ from test_trt_runner import install
 
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import parse_backends
+from cp_debug.bisect.causes.base import CAUSES
+from cp_debug.bisect.causes.segment import Segment
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.regions.marks import choose, cuts
 from cp_debug.bisect.result import BisectResult, TestResult
@@ -254,3 +256,24 @@ def test_a_fact_of_the_engine_is_told_of_all_its_layers(monkeypatch: pytest.Monk
     assert finding.evidence["excess_least"] < 4 < finding.evidence["excess_most"]
     assert finding.says.startswith("sums are accumulated in FP16, in ")
     assert "of the final divergence" in finding.says
+
+
+def test_a_region_is_not_asked_for_every_cause_of_a_layer(region: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What changes one node after the other took minutes on a region of many, and its hypotheses say more."""
+    asked: list[bool] = []
+    watching = []
+    for family in CAUSES:
+
+        def watched(segment: Segment, family: Any = family) -> Any:
+            asked.append(family.by_node)
+            return family(segment)
+
+        watching.append(type(family)(watched, family.costly, family.structural, family.by_node))
+    for module in ("search", "findings"):
+        region.setattr(f"cp_debug.bisect.causes.{module}.CAUSES", watching)
+    region.setattr("fake_tensorrt.CROSSED", {f"/q{i}/Split" for i in range(BLOCKS)})
+    (finding,) = first(run(tmp_path, max_builds=0)).findings
+    assert finding.cause == "crossed"
+    assert asked
+    assert not any(asked)
+    assert any(family.by_node for family in CAUSES)

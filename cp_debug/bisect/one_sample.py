@@ -16,7 +16,7 @@ from cp_debug.bisect.causes.effects import Effects
 from cp_debug.bisect.causes.findings import Explainer
 from cp_debug.bisect.observe import Observation, observe
 from cp_debug.bisect.options import Options, StepCounter
-from cp_debug.bisect.regions.guilty import look_inside
+from cp_debug.bisect.regions.guilty import can_build, look_inside
 from cp_debug.bisect.remainder import remainder
 from cp_debug.bisect.replayed import Replay
 from cp_debug.bisect.result import GUILTY
@@ -119,6 +119,7 @@ class SampleRuns:
                 effects = Effects(self._model, sample, Propagation(run, sample, side.captured, test), side.outputs)
                 precision = self._reference.backend.precision
                 explainer = Explainer(run, precision, side.captured, test, feed, effects, settled)
+                explainer.goes_inside = partial(can_build, run)
                 explainer.adds_up = found.remainder is None or found.remainder.adds_up
                 found.findings = explainer.findings(rows, observation)
                 builds, tell = self._options.max_builds, self._progress.tell

@@ -16,6 +16,9 @@ def bundle(
     redact: Annotated[
         bool, typer.Option("--redact", help="Random weights and inputs, if the fault survives them.")
     ] = False,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="Time for making it smaller; 0: the layer or region as it is.")
+    ] = 120.0,
 ) -> None:
     """Cut out the guilty layer with its captured inputs, make it as small as it gets, and prove that it still fails."""
     from cp_debug.cli.console import console, steps
@@ -29,6 +32,7 @@ def bundle(
             layer=layer,
             backend=backend,
             redact=redact,
+            seconds=seconds,
             told=lambda text: on_step(text, 0, 1),
         )
     console.print(printed.strip())

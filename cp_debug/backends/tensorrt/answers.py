@@ -44,7 +44,7 @@ class LayerTensor(TypedDict):
     Dimensions: NotRequired[list[int] | None]
 
 
-class Layer(TypedDict):
+class LayerAnswer(TypedDict):
     """A layer in the inspector's JSON."""
 
     __pydantic_config__ = _OPEN  # type: ignore[misc]
@@ -68,7 +68,7 @@ class Built(TypedDict):
     timing_cache: Any
     marked: list[str]
     missing: list[str]
-    layers: list[str | Layer]
+    layers: list[str | LayerAnswer]
 
 
 class Written(TypedDict):

@@ -48,6 +48,12 @@ class Cause(Protocol):
         ...
 
     @property
+    def by_node(self) -> bool:
+        """Whether it changes one node after the other and computes the layer again each time, which a region of many
+        nodes is not asked: it has hypotheses of its own."""
+        ...
+
+    @property
     def structural(self) -> bool:
         """Fits nothing and is about what the graph says: asked, too, where all that explains the layer was fitted."""
         ...
@@ -62,6 +68,7 @@ class _Family:
     emulate: Emulate
     costly: bool
     structural: bool
+    by_node: bool
 
     def __call__(self, segment: Segment) -> Iterator[Candidate]:
         return self.emulate(segment)
@@ -71,11 +78,16 @@ CAUSES: list[Cause] = []
 """Families in the order in which they are asked; of equally simple explanations the first is taken."""
 
 
+BY_NODE = ("batchnorm", "operators", "quantized", "schema", "stored_weights", "weights")
+"""The modules whose families change one node after the other."""
+
+
 def cause(*, costly: bool = False, structural: bool = False) -> Callable[[Emulate], Emulate]:
     """Decorator that registers a family of causes; ``costly`` ones are tried where nothing cheap explains a layer."""
 
     def register(emulate: Emulate) -> Emulate:
-        CAUSES.append(_Family(emulate, costly, structural))
+        by_node = emulate.__module__.rpartition(".")[2] in BY_NODE
+        CAUSES.append(_Family(emulate, costly, structural, by_node))
         return emulate
 
     return register

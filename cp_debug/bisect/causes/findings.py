@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from cp_debug.bisect.candidate_run import CandidateRun, loader
-from cp_debug.bisect.causes.base import Candidate, Cause
+from cp_debug.bisect.causes.base import CAUSES, Candidate, Cause
 from cp_debug.bisect.causes.effects import Effects
 from cp_debug.bisect.causes.everywhere import counted, in_words
 from cp_debug.bisect.causes.finding import UNKNOWN, Effect, Finding, Where
@@ -66,6 +66,8 @@ class Explainer:
     """Layers that could not be explained and why not, one sentence each: explaining never ends a run."""
     adds_up: bool = True
     """Whether rounding may be named as the cause where no layer is guilty: see ``Remainder``."""
+    goes_inside: Callable[[str], bool] = lambda component: False
+    """Whether the guilty regions of a component are looked into afterwards, with hypotheses of their own."""
     _contexts: dict[tuple[str, str, str], SegmentContext] = field(default_factory=dict)
     _rows: Mapping[Key, LayerRow] = field(default_factory=dict)
     _layers_of: dict[str, set[str]] = field(default_factory=dict)
@@ -120,7 +122,9 @@ class Explainer:
             segment = self.segment(key, row)
             where = locate(segment, row.name)
             failed = partial(self._failed, row)
-            if row.side == "test":
+            if row.region is not None and self.goes_inside(key.component):
+                explanation, family = explain(segment, families, failed, [c for c in CAUSES if not c.by_node])
+            elif row.side == "test":
                 explanation, family = self._graphs.explain(key.component, segment, families, failed)
             else:
                 explanation, family = explain(segment, families, failed)

@@ -45,31 +45,35 @@ class _Tried:
 
 
 def explain(
-    segment: Segment, first: Collection[Cause] = (), on_failure: Callable[[Exception], None] = lambda error: None
+    segment: Segment,
+    first: Collection[Cause] = (),
+    on_failure: Callable[[Exception], None] = lambda error: None,
+    families: Collection[Cause] | None = None,
 ) -> tuple[Explanation, Cause | None]:
     """Try the causes on one layer; also returns the family that won.
 
     ``first``: families that explained worse layers of the run. When one of them explains this layer, too, without a
     fitted number, the others are not tried. The costly ones are tried only where nothing cheap explains it.
-    A family that raises is left at that, and ``on_failure`` is told.
+    A family that raises is left at that, and ``on_failure`` is told. ``families``: no others are tried.
     """
+    asked = CAUSES if families is None else families
 
-    def all_of(families: Collection[Cause]) -> list[tuple[_Tried, Cause]]:
+    def all_of(some: Collection[Cause]) -> list[tuple[_Tried, Cause]]:
         judged = []
-        for family in families:
+        for family in some:
             try:
                 judged += [(t, family) for t in _try(segment, family)]
             except Exception as error:
                 on_failure(error)
         return judged
 
-    results = all_of(first)
+    results = all_of([c for c in first if c in asked])
     if not any(t.accepted and not t.candidate.parameters for t, _ in results):
-        results += all_of([c for c in CAUSES if not c.costly and c not in first])
+        results += all_of([c for c in asked if not c.costly and c not in first])
         fewest = min((t.candidate.parameters for t, _ in results if t.accepted), default=None)
         if fewest != 0:
             many = fewest is None or fewest > FEW
-            results += all_of([c for c in CAUSES if c.costly and (many or c.structural) and c not in first])
+            results += all_of([c for c in asked if c.costly and (many or c.structural) and c not in first])
     if not results:
         return Explanation(None, 0.0, None, 0.0), None
     best = min(t.residual for t, _ in results)

@@ -38,7 +38,7 @@ def look_inside(
     """
     unexplained = {name for finding in findings if _unexplained(finding) for name in finding.layers}
     regions = [(k, r) for k, r in rows.items() if r.verdict == GUILTY and r.region and r.name in unexplained]
-    regions = [(k, r) for k, r in regions if r.side == "test" and _can_build(explainer.run, k.component)]
+    regions = [(k, r) for k, r in regions if r.side == "test" and can_build(explainer.run, k.component)]
     regions.sort(key=lambda item: item[1].severity, reverse=True)
     new_findings: list[Finding] = []
     for key, row in regions:
@@ -61,7 +61,7 @@ def _unexplained(finding: Finding) -> bool:
     return finding.cause == UNKNOWN or bool(finding.evidence.get("magnitude_only"))
 
 
-def _can_build(run: CandidateRun, component: str) -> bool:
+def can_build(run: CandidateRun, component: str) -> bool:
     """Whether the backend builds engines of the very graph that is judged."""
     graph = run.programs[component].graph
     same = run.pipeline.program(component).graph is graph

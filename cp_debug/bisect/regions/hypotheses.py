@@ -32,6 +32,8 @@ LARGEST, SMALLEST = 65504.0, 2.0**-25
 """FP16's largest number, and the magnitude up to which a number becomes zero."""
 REPRODUCED = 0.9
 """Share of the region's error from which on a hypothesis reproduces it."""
+CERTAIN = 0.99
+"""Share from which on a hypothesis other than the declared precision leaves nothing to look for."""
 
 Deviation = Callable[[Call, Sequence[Any]], Tensor]
 """Computes a node another way, from inputs held in FP32 that are FP16 numbers."""
@@ -63,6 +65,8 @@ def rank(segment: Segment) -> list[Hypothesis]:
     for name, says, nodes, emulate in _hypotheses(segment):
         if name == "left-out" and any(h.explained >= REPRODUCED and h.nodes != hypotheses[0].nodes for h in hypotheses):
             break  # one pass a node, for what is explained already
+        if any(h.explained >= CERTAIN and h.name != name for h in hypotheses[1:]):
+            break  # what is left is slower, and cannot explain more
         try:
             value = emulate()
         except (InputError, RuntimeError):  # an operator that nothing here executes, or shapes that do not fit

@@ -12,6 +12,9 @@ from cp_debug.reports.bundle.verify import Verifier
 from cp_debug.reports.bundle.write import write_bundle
 from cp_debug.reports.saved import SavedResult
 
+SHRINKING = 120.0
+"""Seconds for making a case smaller. A run on TensorRT is a build: of a region of many nodes there are few, or none."""
+
 
 def bundle(
     saved: SavedResult,
@@ -20,17 +23,19 @@ def bundle(
     layer: str | None = None,
     backend: str | None = None,
     redact: bool = False,
+    seconds: float = SHRINKING,
     told: Told = lambda text: None,
 ) -> str:
     """Write the bundle of a guilty layer to the folder, or ``.zip``, ``target``; returns what its repro.py printed.
 
     ``layer`` (torch path, node or value) and ``backend`` choose; without them it is the first guilty layer. ``told``
-    hears what is being done. Raises InputError when no cut around the layer fails by itself, when ``redact`` hides the
-    fault, and when repro.py does not show it; BackendUnavailable when the backend at fault cannot run here.
+    hears what is being done. ``seconds`` limits how long it is made smaller; that it fails is verified all the same.
+    Raises InputError when no cut around the layer fails by itself, when ``redact`` hides the fault, and when repro.py
+    does not show it; BackendUnavailable when the backend at fault cannot run here.
     """
     accused = find_accused(saved, layer, backend)
     cutter, verifier = Cutter(accused), Verifier(accused)
-    shrinker = Shrinker(cutter, verifier, told)
+    shrinker = Shrinker(cutter, verifier, told, seconds=seconds)
     failing_nodes = shrinker.find(cutter.layer())
     case = shrinker.nodes(failing_nodes)
     history = [f"{len(case.program.model.graph.node)} of the component's {len(cutter.graph.nodes)} nodes"]
@@ -44,6 +49,8 @@ def bundle(
         told("replacing weights and inputs")
         case = redacted(case, shrinker)
     small = shrinker.values(shrinker.shapes(case))
+    if shrinker.stopped:
+        history.append(f"stopped after {seconds:.0f} s: it may not be as small as it could be")
     history += [*_changes(case, small), f"{verifier.runs} runs, each verified against the oracle"]
     told("running repro.py")
     return write_bundle(target, accused, small, verifier.measure(small), verifier.backend, history)

@@ -6,6 +6,8 @@ reducer that accepts any failure wanders off to another one.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -35,6 +37,10 @@ class Shrinker:
     told: Told = lambda text: None
     needed: float = 0.0
     """The strength that a case must have."""
+    seconds: float = math.inf
+    """Time for making the case smaller, once it is known to fail: what would not fit into it is not tried."""
+    _end: float = math.inf
+    _longest: float = 0.0
 
     def find(self, layer: list[int]) -> list[int]:
         """The first cut around ``layer`` that fails: the layer alone, then with neighbours 1, 3, 7, … edges away.
@@ -44,10 +50,13 @@ class Shrinker:
         nodes, hops, reasons = layer, 1, []
         while True:
             self.told(f"does it fail with {len(nodes)} node(s)?")
+            begun = time.monotonic()
             try:
                 measured = self.verifier.measure(self.cutter.case(nodes))
+                self._longest = time.monotonic() - begun
                 if fails(measured):
                     self.needed = MARGIN * strength(measured)
+                    self._end = time.monotonic() + self.seconds
                     return nodes
                 reasons.append(f"{len(nodes)} node(s): {_innocent(measured)}")
             except InputError as error:
@@ -61,10 +70,17 @@ class Shrinker:
     def nodes(self, nodes: list[int]) -> Case:
         """The case of as few of ``nodes`` as still fail."""
         self.told("leaving out nodes")
-        return self.cutter.case(Minimizer[int](lambda kept: bool(kept) and self._cut_fails(kept)).minimize(nodes))
+        everything = frozenset(nodes)
+
+        def fails(kept: frozenset[int]) -> bool:
+            return kept == everything or (bool(kept) and self._cut_fails(kept))
+
+        return self.cutter.case(Minimizer[int](fails).minimize(nodes))
 
     def shapes(self, case: Case) -> Case:
         """The case with every axis of its inputs as short as it can be, cut out around the worst element."""
+        if self.stopped:
+            return case
         worst, changed = self._worst(case), True
         while changed:
             changed = False
@@ -79,21 +95,33 @@ class Shrinker:
     def values(self, case: Case) -> Case:
         """The case with inputs of zeros, else with few values that are not zero, of few bits."""
         for name, array in case.inputs.items():
-            if array.dtype.kind == "f":
+            if array.dtype.kind == "f" and not self.stopped:
                 self.told(f"simplifying {name}")
                 case = self._sparse(case, name)
                 case = self._short(case, name)
         return case
 
     def accepts(self, case: Case) -> bool:
-        """Whether the case fails about as strongly as the first one."""
+        """Whether the case fails about as strongly as the first one; False where there is no time left to try."""
+        if self.stopped:
+            return False
+        begun = time.monotonic()
         try:
             measured = self.verifier.measure(case)
         except InputError:
             return False
+        finally:
+            self._longest = max(self._longest, time.monotonic() - begun)
         return fails(measured) and strength(measured) >= self.needed
 
+    @property
+    def stopped(self) -> bool:
+        """Whether another run would take longer than the time that is left."""
+        return time.monotonic() + self._longest > self._end
+
     def _cut_fails(self, nodes: frozenset[int]) -> bool:
+        if self.stopped:
+            return False
         try:
             return self.accepts(self.cutter.case(nodes))
         except InputError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import tempfile
 from collections import ChainMap
@@ -71,12 +72,19 @@ class Verifier:
         self.backend = backend or backend_of(accused)
         self._accused = accused
         self.runs = 0
+        self._last: tuple[bytes, Measured] | None = None
 
     def measure(self, case: Case) -> Measured:
-        """Run the case; returns each output with its judgement.
+        """Run the case, unless it is the one that was run last; returns each output with its judgement.
 
         Raises InputError when the backend or the oracle cannot.
         """
+        key = _digest(case)
+        if self._last is None or self._last[0] != key:
+            self._last = (key, self._run(case))
+        return self._last[1]
+
+    def _run(self, case: Case) -> Measured:
         self.runs += 1
         with tempfile.TemporaryDirectory(prefix="cpdebug-case-") as name:
             program = case.program.save(Path(name) / "program.onnx")
@@ -104,6 +112,16 @@ class Verifier:
         test, stats = self._accused.test, compare(exact, actual)
         judgement = judge(stats, replay, PRECISIONS[self.backend.precision], test.rtol, test.atol, 0.0)
         return Output(actual, exact, stats, replay, judgement)
+
+
+def _digest(case: Case) -> bytes:
+    sha = hashlib.sha256()
+    for piece in case.pieces:
+        sha.update(piece.model.SerializeToString(deterministic=True))
+    for name, array in case.inputs.items():
+        sha.update(f"{name} {array.dtype} {array.shape}".encode())
+        sha.update(np.ascontiguousarray(array).tobytes())
+    return sha.digest()
 
 
 def backend_of(accused: Accused) -> Backend:
