@@ -312,7 +312,7 @@ class Executor:
             graphs = [a for a in node.proto.attribute if a.HasField("g")]
             bodies = {a.name: Body.of_graph(a.g, opsets) for a in graphs}
         arithmetic = self._overrides.get(node.name, self.arithmetic)
-        call = Call.of(node, opsets.get(domain, 1), arithmetic, self.device, literal=self._literal)
+        call = Call.of(node, opsets.get(domain, 1), arithmetic, self.device, self._literal)
         return _Step(call, KERNELS.get(node.op), bodies, opsets)
 
 

@@ -27,7 +27,7 @@ class Call:
     """Where runtimes agree with each other and not with ONNX's reference implementation: compute as the latter."""
 
     @classmethod
-    def of(cls, node: Node, opset: int, arithmetic: Arithmetic, device: torch.device, *, literal: bool = False) -> Call:
+    def of(cls, node: Node, opset: int, arithmetic: Arithmetic, device: torch.device, literal: bool = False) -> Call:
         """Parse the attributes of ``node`` once."""
         proto = node.proto
         attributes: dict[str, Any] = {}
