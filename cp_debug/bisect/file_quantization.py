@@ -30,7 +30,7 @@ from cp_debug.probes.arrays import as_numpy, as_torch
 GOOD = 3.0
 """A weight that is this many times further from its original than the best scales would leave it is a bad one."""
 SLIGHT = 1e-3
-"""The same for biases of 32 bits, relative to their size."""
+"""Further distance that is allowed, as a share of the size, for biases of 32 bits."""
 _BITS = {2: 8, 3: 8, 4: 16, 5: 16, 21: 4, 22: 4, 25: 2, 26: 2, 6: 32, 17: 5, 18: 5, 19: 4, 20: 4}
 """ONNX data type of levels → bits; for FP8 those of an integer grid with about its error."""
 _SIGNED = {3, 5, 6, 22, 26, 17, 18, 19, 20}
@@ -209,7 +209,7 @@ class FileQuantization:
         scale_margin: float = 1.0,
         bits: int | None = None,
     ) -> Tensor | None:
-        """What the file's own nodes make of ``given`` with the best scales for it in place of those of its
+        """Result of the file's own nodes for ``given``, with the best scales for it in place of those of its
         QuantizeLinear nodes, ``scale_margin`` times as large.
 
         ``constants`` are those of the parent's segment: a weight counts as quantized well where it is about as near to
@@ -383,7 +383,7 @@ class FileQuantization:
 
 
 def _range(graph: Graph, name: str) -> tuple[float, float]:
-    """What a value can be at most, where the operator behind it says so; else (0, 0)."""
+    """(Least, largest) value that the operator behind a value allows; (0, 0) where it does not say."""
     while (maker := graph.producer.get(name)) is not None and maker.op in _PASS - {"Cast", "Clip", "Relu"}:
         name = maker.proto.input[0]
     return _RANGES.get(maker.op, (0.0, 0.0)) if maker is not None else (0.0, 0.0)

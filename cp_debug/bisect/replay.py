@@ -277,7 +277,7 @@ class Replayer:
     def _rooms(
         self, quantized: AnyQuantized, side: int, nodes: list[Node], given: Mapping[str, AnyTensor], target: str
     ) -> Iterator[AnyTensor]:
-        """What somewhat larger scales give, of a foreign file those of its own quantizers, too."""
+        """Results with somewhat larger scales; for a foreign file also with larger ones of its own quantizers."""
         for scale_margin in SCALE_MARGINS:
             yield quantized.ideal(self._emulators[side], nodes, given, [target], scale_margin).results[target]
         if isinstance(quantized, FileQuantization):
@@ -357,7 +357,7 @@ class Replayer:
         given: Mapping[str, AnyTensor],
         scale_margin: float = 1.0,
     ) -> list[AnyTensor]:
-        """What a file's own nodes give with better scales, in a list that is empty where nobody can tell."""
+        """Results of a file's own nodes with better scales; empty where nobody can tell."""
         names = dict.fromkeys(i for n in nodes for i in n.inputs if is_constant(self.graph, i) and i not in given)
         constants = [torch.as_tensor(t) for t in self.oracle.run_nodes([], {}, names).values()]
         rounded = quantized.recalibrated(target, self.known, given, constants, scale_margin)

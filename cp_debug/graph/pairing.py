@@ -238,8 +238,7 @@ def pair_by_names(
 
 
 def _cut_off_by_range(reference: Graph, test: Graph, value: str) -> str:
-    """Where a quantizer left out the activation that computes ``value``, because the range of what follows does the
-    same: the floats behind that Q/DQ pair; else ``value``."""
+    """The floats behind a Q/DQ pair whose range does what the activation left out at ``value`` does; else ``value``."""
     if reference.producer[value].op not in ("Relu", "Clip") or test.producer[value].op in ("Relu", "Clip"):
         return value
     name = value

@@ -166,7 +166,7 @@ def non_max_suppression(
 
 
 def _corners(boxes: Tensor) -> Tensor:
-    """From centre x, centre y, width, height to opposite corners."""
+    """Opposite corners of boxes given by centre x, centre y, width and height."""
     centre, half = boxes[..., :2], boxes[..., 2:] / 2
     return torch.cat([centre - half, centre + half], -1)
 

@@ -24,7 +24,7 @@ class Call:
     arithmetic: Arithmetic
     device: torch.device
     literal: bool = False
-    """Where runtimes agree with each other and not with ONNX's reference implementation: compute as the latter."""
+    """Whether to compute as ONNX's reference implementation where runtimes agree with each other and not with it."""
 
     @classmethod
     def of(cls, node: Node, opset: int, arithmetic: Arithmetic, device: torch.device, literal: bool = False) -> Call:
