@@ -75,7 +75,7 @@ def _outcome(graph: Graph, case: Any) -> tuple[str, str]:
     drawn = bool(RANDOM & {n.op_type for n in _all_nodes(graph.proto.graph.node)})
     for inputs, expected in case.data_sets:
         values = dict(zip([v.name for v in graph.proto.graph.input], map(_value, inputs), strict=False))
-        executor = Executor(graph, FP32)
+        executor = Executor(graph, FP32, literal=True)
         try:
             got = executor.run(values)
             for have, want in zip(got.values(), map(_value, expected), strict=False):

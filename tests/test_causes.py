@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cp_debug.backends.arithmetic import BF16, FP16, FP16ACC, FP32, FP64, TF32, TF32_CUT, TF32_DECONV, Arithmetic
 from cp_debug.backends.base import Program, Session
 from cp_debug.backends.executor import Executor
+from cp_debug.backends.kernels.epilogue import fused
 from cp_debug.backends.registry import create
 from cp_debug.backends.rounding import round_tf32
 from cp_debug.backends.spec import BackendSpec
@@ -212,6 +213,23 @@ def test_another_order_of_fp16_sums_is_named_by_its_magnitude(tmp_path: Path) ->
     assert exact_order.explained == 1.0
     assert (another_order.cause.cause, another_order.cause.by_magnitude) == ("fp16-accumulation", True)
     assert another_order.explained < 0.5
+
+
+def test_a_residual_added_before_the_bias_is_fp16_accumulation_bit_by_bit(tmp_path: Path) -> None:
+    """The order behind the sum is that of the engines' kernels, as the benchmarks and predictions have it."""
+    net = NetBuilder(7)
+    net.op("Relu", net.op("Add", net.conv("x", 128, 8, name="conv"), "r"), name="y")
+    graph = Graph(net.save(tmp_path / "net.onnx", {"x": (1, [1, 128, 20, 20]), "r": (1, [1, 8, 20, 20])}, ["y"]))
+    made = torch.Generator().manual_seed(0)
+    given = {n: torch.randn(1, c, 20, 20, generator=made).half().float() for n, c in (("x", 128), ("r", 8))}
+    context = SegmentContext(Program("net", graph), Executor(graph, FP32), "fp16")
+    found = Segment(context, graph.nodes, "y", given, context.oracle.run(given)["y"])
+    nodes, biases = fused(graph, graph.nodes, given)
+    explanation = named(spoilt(found, found.run(FP16ACC, nodes, biases)))
+    assert explanation.cause is not None
+    assert explanation.cause.cause == "fp16-accumulation"
+    assert explanation.cause.evidence["bit_identical"] == 1.0
+    assert explanation.cause.evidence["epilogue"] == "a residual before the bias"
 
 
 @pytest.mark.parametrize(("size", "cause"), [(2e-6, "fp16-underflow"), (4e-5, "fp16-flush")])

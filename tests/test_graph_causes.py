@@ -30,7 +30,7 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return made.weight((rng.standard_normal(shape) * 0.3).astype(np.float32))
 
     x = made.op("LeakyRelu", made.conv("x", 8, 16, name="conv"), alpha=0.1, name="leaky")
-    y = made.op("Sigmoid", made.conv(x, 16, 16, name="other"), name="sigmoid")
+    y = made.op("Sigmoid", made.op("Elu", made.conv(x, 16, 16, name="other"), name="elu"), name="sigmoid")
     z = made.op("Div", y, made.op("Add", made.op("Sigmoid", x), y, name="sum"), name="div")
     c = made.op("Concat", z, x, axis=1, name="concat")
     ends = [made.weight(np.array(v), n) for n, v in (("starts", [2]), ("ends", [26]), ("axes", [1]))]
@@ -133,6 +133,7 @@ CASES: list[tuple[str, Edit, set[str]]] = [
     ("lstm", constant("lstm", 1, lambda a: a * 1.05), {"weights-scaled"}),
     ("lstm", attribute("lstm", activations=["Sigmoid", "Relu", "Tanh"]), {"attribute"}),
     ("leaky", behind("leaky", "Clip", np.float32(-0.1), np.float32(0.9)), {"saturated"}),
+    ("elu", behind("elu", "Elu"), {"doubled-activation"}),
     ("other", behind("other", "Mul", np.float32(1.03)), {"scaled"}),
     ("other", behind("other", "Add", np.float32(0.03)), {"shifted"}),
     ("slice", behind("slice", "Gather", np.roll(np.arange(24), 1), axis=1), {"permuted"}),

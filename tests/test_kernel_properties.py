@@ -195,6 +195,9 @@ def test_matrix_products(data: st.DataObject) -> None:
         ("LRN", {"size": 9, "alpha": 0.3}),
         ("GlobalLpPool", {"p": 3}),
         ("GlobalLpPool", {}),
+        ("LpPool", {"kernel_shape": [3, 2], "strides": [2, 1], "p": 3}),
+        ("AveragePool", {"kernel_shape": [2, 2], "pads": [1, 0, 0, 1], "count_include_pad": 1}),
+        ("MeanVarianceNormalization", {}),
     ],
 )
 def test_operators_that_the_reference_lacks_or_gets_wrong_agree_with_onnx_runtime(
@@ -208,3 +211,20 @@ def test_operators_that_the_reference_lacks_or_gets_wrong_agree_with_onnx_runtim
     (expected,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})
     made = Executor(Graph(tmp_path / "net.onnx"), FP64).run({"x": x})["y"].numpy()
     np.testing.assert_allclose(made, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("transform", ["align_corners", "half_pixel", "asymmetric", "pytorch_half_pixel"])
+@pytest.mark.parametrize(("mode", "scale"), [("linear", 1.7), ("cubic", 0.6), ("nearest", 1.1)])
+def test_resize_by_a_fraction_agrees_with_onnx_runtime(tmp_path: Path, transform: str, mode: str, scale: float) -> None:
+    x = np.random.default_rng(0).standard_normal((1, 2, 10, 30)).astype(np.float32)
+    ends = [helper.make_tensor_value_info(name, 1, None) for name in ("x", "y")]
+    node = helper.make_node(
+        "Resize", ["x", "", "s"], ["y"], mode=mode, coordinate_transformation_mode=transform, nearest_mode="floor"
+    )
+    scales = numpy_helper.from_array(np.array([1, 1, scale, 1.1], np.float32), "s")
+    graph = helper.make_graph([node], "net", ends[:1], ends[1:], [scales])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=8)
+    onnx.save(model, str(tmp_path / "net.onnx"))
+    (expected,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})
+    made = Executor(Graph(tmp_path / "net.onnx"), FP64).run({"x": x})["y"].numpy()
+    np.testing.assert_allclose(made, expected, rtol=1e-4, atol=1e-4)

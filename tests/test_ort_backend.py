@@ -462,3 +462,9 @@ def test_without_onnxruntime_the_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingPackage, match=r"onnxruntime.*pip install '\.\[cpu\]'"):
         OrtBackend(BackendSpec.parse("ort"))
+
+
+def test_an_input_without_axes_stays_one():
+    from cp_debug.backends.ort_chunks import to_ort
+
+    assert to_ort({"rate": np.array(16000)})["rate"].numpy().shape == ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from test_trt_runner import install
 
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import parse_backends
+from cp_debug.backends.tensorrt import engines
 from cp_debug.bisect.causes.base import CAUSES
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.bisect.engine import Options, bisect
@@ -277,3 +279,33 @@ def test_a_region_is_not_asked_for_every_cause_of_a_layer(region: pytest.MonkeyP
     assert asked
     assert not any(asked)
     assert any(family.by_node for family in CAUSES)
+
+
+def test_control_flow_inside_a_region(region: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = save_transformer(tmp_path)
+    model = onnx.load(path)
+    relu = next(node for node in model.graph.node if node.output[0] == "e1")
+    bodies = {}
+    for name, op in (("then_branch", "Relu"), ("else_branch", "Neg")):
+        result = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+        bodies[name] = onnx.helper.make_graph([onnx.helper.make_node(op, ["h1"], [name])], name, [], [result])
+    model.graph.node[list(model.graph.node).index(relu)].CopyFrom(
+        onnx.helper.make_node("If", ["wanted"], ["e1"], "/e1/If", **bodies)
+    )
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(True), "wanted"))
+    onnx.save(model, path)
+    region.setattr("fake_tensorrt.FAULTY", softmaxes())
+    options = Options(inputs=tmp_path / "x.npz")
+    (finding,) = first(bisect(str(path), "ort-none,trt-fp16", options=options)).findings
+    assert finding.inside is not None
+    assert set(finding.inside["kept"]) == set(softmaxes())
+
+
+def test_an_engine_whose_inspector_tells_no_nodes(region: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told = engines.parse_layers
+    region.setattr(engines, "parse_layers", lambda *a: [replace(layer, nodes=(), name="layer") for layer in told(*a)])
+    region.setattr("fake_tensorrt.FAULTY", softmaxes())
+    test = first(run(tmp_path, max_builds=2))
+    assert [row.name for row in test.guilty] == [f"fused region of 28 nodes (/n0/LayerNormalization … /x{BLOCKS}/Add)"]
+    (finding,) = test.findings
+    assert "2 builds were allowed" in finding.says

@@ -85,15 +85,19 @@ class Executor:
         *,
         overrides: Mapping[str, Arithmetic] = MappingProxyType({}),
         weight_cache: int = 4 << 30,
+        literal: bool = False,
     ) -> None:
         """``overrides``: other arithmetics for some nodes of the main graph, by node name. Then every node rounds what
         it reads, inputs and constants included, which are held as they are given.
         ``weight_cache``: bytes of converted weights that are kept; what does not fit is read at each use.
+        ``literal``: where runtimes agree with each other and not with ONNX's reference implementation, compute as the
+        latter does.
         """
         self.graph = graph
         self.arithmetic = arithmetic
         self.device = torch.device(device)
         self._overrides = overrides
+        self._literal = literal
         self._weights = Weights(graph, arithmetic, self.device, weight_cache)
         self._other_weights = {a: Weights(graph, a, self.device, weight_cache) for a in overrides.values()}
         self._reference = Reference(graph)
@@ -272,7 +276,8 @@ class Executor:
         outputs = [self.arithmetic.hold(r, self.device) for r in self._reference.run(node, values)]
         arithmetic = step.call.arithmetic
         computes = any(isinstance(o, Tensor) and o.is_floating_point() for o in outputs) and node.op not in MOVES
-        if computes and (arithmetic.value or arithmetic.operand):
+        chooses = step.kernel is not None and not step.kernel.rounds
+        if computes and not chooses and (arithmetic.value or arithmetic.operand):
             self.not_emulated[node.name] = node.op
         return outputs
 
@@ -307,7 +312,7 @@ class Executor:
             graphs = [a for a in node.proto.attribute if a.HasField("g")]
             bodies = {a.name: Body.of_graph(a.g, opsets) for a in graphs}
         arithmetic = self._overrides.get(node.name, self.arithmetic)
-        call = Call.of(node, opsets.get(domain, 1), arithmetic, self.device)
+        call = Call.of(node, opsets.get(domain, 1), arithmetic, self.device, literal=self._literal)
         return _Step(call, KERNELS.get(node.op), bodies, opsets)
 
 

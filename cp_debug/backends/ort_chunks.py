@@ -114,9 +114,9 @@ def to_ort(arrays: Mapping[str, np.ndarray]) -> dict[str, onnxruntime.OrtValue]:
     values = {}
     for name, array in arrays.items():
         if array.dtype.isbuiltin == 1:
-            values[name] = OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+            values[name] = OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"))
         else:
-            bits = np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
+            bits = np.asarray(array, order="C").view(f"u{array.dtype.itemsize}")
             element = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
             values[name] = OrtValue.ortvalue_from_numpy_with_onnx_type(bits, element)
     return values

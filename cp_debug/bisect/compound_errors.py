@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cp_debug.backends.executor import Executor
+from cp_debug.backends.kernels import KERNELS, Call
 from cp_debug.bisect.summation import ROUNDING, U, in_any_order, one_sided
 from cp_debug.graph.graph import Node
 
@@ -25,6 +26,8 @@ RESULT = 1.5
 DRAWS = 4
 """Number of times that inputs are moved; more often for few elements, which may move little by luck."""
 FEW = 256
+NEAR = 1e-5
+"""Pixels by which a coordinate may be off in FP32, in images of some hundred pixels."""
 
 
 def compound(
@@ -39,7 +42,7 @@ def compound(
     if node.op in ("LayerNormalization", "InstanceNormalization", "GroupNormalization") and name == node.outputs[0]:
         return _normalized(node, inputs, result, family)
     if node.op in ("Resize", "Upsample"):
-        return _resized(inputs[node.inputs[0]], result)
+        return _resized(oracle, node, inputs, result)
     if node.op in ("DFT", "STFT"):
         return torch.full_like(result, _fourier(node, inputs, family) * float(result.square().mean().sqrt()))
     floats = [n for n, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point()]
@@ -115,8 +118,10 @@ def _normalized(node: Node, inputs: Mapping[str, Tensor], result: Tensor, family
     return torch.hypot(torch.hypot(shifted, scaled), ROUNDING * result.reshape(rows, -1).abs()).reshape(result.shape)
 
 
-def _resized(x: Tensor, result: Tensor) -> Tensor:
-    """Interpolation at coordinates that are off by a roundoff of their size."""
+def _resized(oracle: Executor, node: Node, inputs: Mapping[str, Tensor], result: Tensor) -> Tensor:
+    """Interpolation at coordinates that are off by a roundoff of their size. The nearest neighbour of a place in the
+    middle between two is either of them."""
+    x = inputs[node.inputs[0]]
     off = RESULT * result.abs()
     for axis, (before, after) in enumerate(zip(x.shape, result.shape, strict=True)):
         if before == after or after < 2:
@@ -126,6 +131,13 @@ def _resized(x: Tensor, result: Tensor) -> Tensor:
         slope = torch.maximum(torch.cat([first, steps], axis), torch.cat([steps, last], axis)) * max(after / before, 1)
         place = torch.arange(after, dtype=result.dtype, device=result.device) * (before / after)
         off = torch.hypot(off, slope * place.reshape([-1 if d == axis else 1 for d in range(result.dim())]))
+    if next((a.s for a in node.proto.attribute if a.name == "mode"), b"nearest") == b"nearest":
+        call = Call.of(node, oracle.graph.opsets.get("", 1), oracle.arithmetic, oracle.device)
+        given = [inputs[n] if n else None for n in node.proto.input]
+        there = [KERNELS[node.op].function(call, *given, shift=by) for by in (-NEAR, NEAR)]
+        for moved in there:
+            if isinstance(moved, Tensor) and moved.shape == result.shape:
+                off = torch.maximum(off, (moved - result).abs() / U)
     return off
 
 

@@ -9,7 +9,7 @@ scales of that kind make on the same inputs.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,6 +27,10 @@ from cp_debug.graph.operators import PRODUCTS
 from cp_debug.graph.qdq import weight_axis
 from cp_debug.probes.arrays import as_numpy, as_torch
 
+GOOD = 3.0
+"""A weight that is this many times further from its original than the best scales would leave it is a bad one."""
+SLIGHT = 1e-3
+"""Further distance that is allowed, as a share of the size, for biases of 32 bits."""
 _BITS = {2: 8, 3: 8, 4: 16, 5: 16, 21: 4, 22: 4, 25: 2, 26: 2, 6: 32, 17: 5, 18: 5, 19: 4, 20: 4}
 """ONNX data type of levels → bits; for FP8 those of an integer grid with about its error."""
 _SIGNED = {3, 5, 6, 22, 26, 17, 18, 19, 20}
@@ -35,6 +39,12 @@ _PASS = {
     *("Split", "Squeeze", "Transpose", "Unsqueeze"),
 }
 """Operators in front of which nothing is rounded: quantizers take them together with what they follow."""
+_NO_DATA = {"Constant", "ConstantOfShape", "Shape", "Size"}
+"""Operators that only say how large or where something is."""
+_RANGES = {"Sigmoid": (0.0, 1.0), "HardSigmoid": (0.0, 1.0), "Softmax": (0.0, 1.0), "Tanh": (-1.0, 1.0)}
+"""Operators whose results quantizers put on a grid over all that they can be, whatever the data."""
+_ONE_OPERAND = {"Resize", "Upsample", "Pad", "Clip", "BatchNormalization", "InstanceNormalization", "OneHot", "Dropout"}
+"""Operators whose other inputs (scales, bounds, statistics) stay as they are."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +57,12 @@ class Levels:
     block: int = 0
     """Number of elements of the reduced axis that share a scale; 0: all."""
 
-    def applied(self, tensor: Tensor, axis: int | None, scale_margin: float = 1.0) -> Tensor:
+    def applied(
+        self, tensor: Tensor, axis: int | None, scale_margin: float = 1.0, least: tuple[float, float] = (0.0, 0.0)
+    ) -> Tensor:
         """``tensor`` with the best scales of this kind for it, ``scale_margin`` times as large.
 
-        ``axis`` is the channels'.
+        ``least`` is a range that they cover in any case, ``axis`` the channels'.
         """
         if self.block and tensor.dim() > 1:
             rows = tensor.transpose(0, 1) if axis != 0 else tensor
@@ -59,13 +71,16 @@ class Levels:
             rounded = self._on(blocks, [-1], scale_margin).flatten(-2)[..., : rows.shape[-1]]
             return rounded.transpose(0, 1) if axis != 0 else rounded
         reduced = [d for d in range(tensor.dim()) if d != axis] if self.channels and axis is not None else None
-        return self._on(tensor, reduced, scale_margin)
+        return self._on(tensor, reduced, scale_margin, least)
 
-    def _on(self, tensor: Tensor, reduced: list[int] | None, scale_margin: float) -> Tensor:
+    def _on(
+        self, tensor: Tensor, reduced: list[int] | None, scale_margin: float, least: tuple[float, float] = (0.0, 0.0)
+    ) -> Tensor:
         if not tensor.numel():
             return tensor
         dims = list(range(tensor.dim())) if reduced is None else reduced
         low, high = (tensor.amin(dims, keepdim=True), tensor.amax(dims, keepdim=True)) if dims else (tensor, tensor)
+        low, high = low.clamp(max=least[0]), high.clamp(min=least[1])
         if self.symmetric:
             high = torch.maximum(low.abs(), high.abs())
             low = -high
@@ -124,14 +139,20 @@ class FileQuantization:
         given: Mapping[str, AnyTensor],
         targets: Collection[str],
         scale_margin: float = 1.0,
+        *,
+        whole_range: bool = False,
     ) -> EmulatedSegment:
-        """Run a segment of ``plain`` with the best scales of the file's kind, the rest as ``executor`` does it."""
+        """Run a segment of ``plain`` with the best scales of the file's kind, and all else as ``executor`` does it.
+
+        ``whole_range``: those of Softmax, Sigmoid and their like cover all that these can give.
+        """
         scheme = self._of(nodes)
         values: dict[str, AnyTensor] = dict(given)
         segment = EmulatedSegment({})
+        computing = any(node.op not in _PASS | _NO_DATA for node in nodes)
         for node in nodes:
             rounded_values = dict(values)
-            passes = node.op in _PASS and any(neighbour.op not in _PASS for neighbour in nodes)
+            passes = node.op in _PASS and computing
             if not passes and node.op != "Constant":
                 for place, name, tensor in self._floats(executor, node, values):
                     constant = name not in values and is_constant(executor.graph, name)
@@ -139,7 +160,8 @@ class FileQuantization:
                     if levels is None or (constant and tensor.dim() < 2):
                         continue
                     axis = weight_axis(node, tensor.dim()) if node.op in PRODUCTS and place == 1 else 0
-                    rounded_values[name] = levels.applied(tensor, axis if constant else None, scale_margin)
+                    least = _range(executor.graph, name) if whole_range else (0.0, 0.0)
+                    rounded_values[name] = levels.applied(tensor, axis if constant else None, scale_margin, least)
                     if not constant and scheme.grid is not None and segment.step is None:
                         segment.step, segment.clipped = (
                             float(scheme.grid.scale.flatten()[0]),
@@ -150,9 +172,9 @@ class FileQuantization:
         for target in targets:
             result = torch.as_tensor(values[target])
             levels = self._schemes.get(target, Scheme()).result
-            results[target] = (
-                levels.applied(result, None, scale_margin) if levels and result.is_floating_point() else result
-            )
+            least = _range(executor.graph, target) if whole_range else (0.0, 0.0)
+            rounds = levels is not None and result.is_floating_point()
+            results[target] = levels.applied(result, None, scale_margin, least) if levels and rounds else result
         segment.results = results
         return segment
 
@@ -177,6 +199,75 @@ class FileQuantization:
         if (grid := self._constant_grid(file_name)) is not None and not result.is_floating_point():
             return grid.value(result.double())
         return result
+
+    def recalibrated(
+        self,
+        target: str,
+        known: Collection[str],
+        given: Mapping[str, AnyTensor],
+        constants: Collection[Tensor] = (),
+        scale_margin: float = 1.0,
+        bits: int | None = None,
+    ) -> Tensor | None:
+        """Result of the file's own nodes for ``given``, with the best scales for it in place of those of its
+        QuantizeLinear nodes, ``scale_margin`` times as large.
+
+        ``constants`` are those of the parent's segment: a weight counts as quantized well where it is about as near to
+        one of them as the best scales of its kind come. ``bits``: in place of those of the levels. None for other
+        weights, for levels that are captured, and as for ``declared``.
+        """
+        own = self._names.get(target, target)
+        if own not in self._graph.producer or self._constant_grid(own) is not None:
+            return None
+        plain_names = {self._names.get(name, name): name for name in known}
+        nodes, starts = self._graph.segment([own], plain_names.keys())
+        values = {start: given.get(plain_names.get(start, start)) for start in starts}
+        if any(v is None for v in values.values()) or any(self._constant_grid(s) is not None for s in starts):
+            return None
+        rounded: dict[str, Tensor] = {}
+        """Levels → the numbers behind them."""
+        for node in nodes:
+            first = node.proto.input[0] if node.proto.input else ""
+            if node.op == "QuantizeLinear" and not is_constant(self._graph, first):
+                levels = self._levels(*[*node.proto.input[1:3], ""][:2])
+                (tensor,) = self._executor.run_nodes([], values, [first]).values()
+                if levels is None:
+                    return None
+                levels = levels if bits is None else replace(levels, bits=bits)
+                least = _range(self._graph, first)
+                grid = self._grid(*[*node.proto.input[1:3], ""][:2])
+                if grid is not None and grid.range[0] >= 0:  # does what a Relu would that was left out
+                    tensor = torch.as_tensor(tensor).clamp(min=0)
+                rounded[node.outputs[0]] = levels.applied(torch.as_tensor(tensor), None, scale_margin, least)
+            elif node.op == "DequantizeLinear" and first in rounded:
+                values[node.outputs[0]] = rounded[first]
+            elif node.op == "DequantizeLinear" and is_constant(self._graph, first):
+                values |= self._executor.run_nodes([node], values, node.outputs)
+                if not self._good(node, torch.as_tensor(values[node.outputs[0]]), constants):
+                    return None
+            elif node.op in ("DequantizeLinear", "QuantizeLinear") or not rounded.keys().isdisjoint(node.inputs):
+                return None
+            else:
+                try:
+                    values |= self._executor.run_nodes([node], values, node.outputs)
+                except InputError:
+                    return None
+        result = values.get(own)
+        return None if result is None else torch.as_tensor(result)
+
+    def _good(self, node: Node, stored: Tensor, constants: Collection[Tensor]) -> bool:
+        """Whether a weight as the file stores it is a good rounding of one of the ``constants``."""
+        first, scale, *zero = node.proto.input
+        levels = self._levels(scale, zero[0] if zero else "", first, node)
+        axis = next((a.i for a in node.proto.attribute if a.name == "axis"), 1)
+        for constant in constants:
+            if constant.shape != stored.shape:
+                continue
+            best = constant if levels is None else levels.applied(constant, axis)
+            allowed = GOOD * float((best - constant).norm()) + SLIGHT * float(constant.norm())
+            if float((stored - constant).norm()) <= allowed:
+                return True
+        return False
 
     def shown(self, own: str, tensor: AnyTensor) -> AnyTensor:
         """A value of the file as one of its parent: levels become the numbers that they stand for."""
@@ -222,7 +313,7 @@ class FileQuantization:
         inputs = executor.run_nodes([], values, list(dict.fromkeys(filter(None, node.proto.input))))
         for place, name in enumerate(node.proto.input):
             tensor = inputs.get(name)
-            biased = node.op in PRODUCTS and place > 1
+            biased = (node.op in PRODUCTS and place > 1) or (node.op in _ONE_OPERAND and place > 0)
             if isinstance(tensor, Tensor) and tensor.is_floating_point() and not biased:
                 yield place, name, tensor
 
@@ -268,7 +359,10 @@ class FileQuantization:
         if weights is not None and weights.bits == 32:
             weights = None
         last = self._graph.producer[value]
-        holds_levels = last.op == "DequantizeLinear" or produced_grid(self._graph, value) is not None
+        made = produced_grid(self._graph, value)
+        if made is not None and weights is None and is_constant(self._graph, last.proto.input[0]):
+            weights = self._levels(made.scale, made.zero)
+        holds_levels = last.op == "DequantizeLinear" or made is not None
         result = (data or Levels()) if holds_levels and not is_constant(self._graph, last.proto.input[0]) else None
         return Scheme(data, weights, result, grid)
 
@@ -286,3 +380,10 @@ class FileQuantization:
     def _many(self, node: Node) -> bool:
         constants = [name for name in node.inputs if self._constants.holds(name)]
         return any(np.asarray(self._constants[name]).size > 1 for name in constants)
+
+
+def _range(graph: Graph, name: str) -> tuple[float, float]:
+    """(Least, largest) value that the operator behind a value allows; (0, 0) where it does not say."""
+    while (maker := graph.producer.get(name)) is not None and maker.op in _PASS - {"Cast", "Clip", "Relu"}:
+        name = maker.proto.input[0]
+    return _RANGES.get(maker.op, (0.0, 0.0)) if maker is not None else (0.0, 0.0)

@@ -30,6 +30,9 @@ DRAWS = 4
 FEW = 256
 
 
+TO_LEVELS = frozenset({"QuantizeLinear", "com.microsoft.QuantizeLinear", "QLinearConv", "QLinearMatMul"})
+FLIPPED = 0.3
+"""Levels, root mean square, by which integer kernels may be off: what lies between two levels becomes either."""
 SIZED = frozenset({"Resize", "Upsample"})
 """Operators whose inputs but the first say how large the result is: a factor of 1.9999999 makes another shape."""
 
@@ -51,6 +54,11 @@ def doubt(
     last = spreads.pop(target, None)
     exact_target = torch.as_tensor(exact[target])
     own_norm = 0.0 if last is None else _norm(U * last * torch.isfinite(exact_target))
+    if (
+        any(node.op in TO_LEVELS | SIZED and target in node.outputs for node in nodes)
+        and not exact_target.is_floating_point()
+    ):
+        own_norm = FLIPPED * math.sqrt(exact_target.numel())
     if not any(_is_some(s) for s in spreads.values()):
         return own_norm
     draws = DRAWS if exact_target.numel() >= FEW else 4 * DRAWS
@@ -69,8 +77,18 @@ def _spreads(
         for name, value in results.items():
             if isinstance(value, Tensor) and value.is_floating_point():
                 spreads[name] = spread(oracle, node, values, value, name, family, claim)
+                if node.op == "DequantizeLinear" and _rounded_here(node, nodes, given):
+                    (scale,) = oracle.run_nodes([], values, [node.proto.input[1]]).values()
+                    step = float(torch.as_tensor(scale).abs().max())
+                    spreads[name] = torch.hypot(spreads[name], torch.full_like(value, FLIPPED * step / U))
         values.update(results)
     return values, spreads
+
+
+def _rounded_here(node: Node, nodes: Sequence[Node], given: Mapping[str, AnyTensor]) -> bool:
+    """Whether the levels that a node makes floats of were rounded within the segment."""
+    levels = node.proto.input[0]
+    return levels not in given and any(levels in other.outputs for other in nodes)
 
 
 def _differences(

@@ -32,6 +32,7 @@ from cp_debug.bisect.replayed import EXCESS, Replay
 from cp_debug.bisect.whole_numbers import as_tensor, instead
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.integer_values import is_constant
 from cp_debug.graph.operators import PRODUCTS
 from cp_debug.graph.randomness import draws
 from cp_debug.probes.distance import distance, ratio
@@ -52,6 +53,8 @@ emulation may come out nearly exact by luck."""
 TRIM_AFTER = 1 << 27
 """Size of oracle results in bytes after which freed memory goes back to the system."""
 
+ALIKE = 0.02
+"""Relative L2 within which a quantized file computes a layer, but for the rounding of its data."""
 FLOOR = 0.5
 """Number of unit roundoffs that every layer may introduce, whatever its emulation says."""
 
@@ -179,7 +182,12 @@ class Replayer:
             if (quantized := self.quantized[1]) is not None and quantized.touches(nodes):
                 replay.clipped, replay.step = expected.clipped, expected.step
                 declared = quantized.declared(target, self.known, given)
-                _hold_against_scales(replay, captured[target], exact[target], expected.results[target], declared)
+                ideals = [expected.results[target]]
+                if isinstance(quantized, FileQuantization):
+                    ideals += self._recalibrated(quantized, nodes, target, given)
+                _hold_against_scales(replay, captured[target], exact[target], ideals, declared)
+                if self._follows_its_scales(replay) and self._scales_fit(nodes, starts, target, reference):
+                    replay.expected, replay.excess, replay.channel_excess = replay.introduced, 1.0, None
             replay.nodes, replay.precision = tuple(n.name for n in nodes), claimed.name
             replay.unread = target not in self.graph.consumers and target not in self._outputs
             replay.not_emulated = self._not_emulated(nodes)
@@ -269,9 +277,14 @@ class Replayer:
     def _rooms(
         self, quantized: AnyQuantized, side: int, nodes: list[Node], given: Mapping[str, AnyTensor], target: str
     ) -> Iterator[AnyTensor]:
-        """Results of somewhat larger scales."""
+        """Results with somewhat larger scales; for a foreign file also with larger ones of its own quantizers."""
         for scale_margin in SCALE_MARGINS:
             yield quantized.ideal(self._emulators[side], nodes, given, [target], scale_margin).results[target]
+        if isinstance(quantized, FileQuantization):
+            emulator = self._emulators[side]
+            yield quantized.ideal(emulator, nodes, given, [target], whole_range=True).results[target]
+            for scale_margin in (1.0, *SCALE_MARGINS):
+                yield from self._recalibrated(quantized, nodes, target, given, scale_margin)
 
     def _judge(
         self,
@@ -336,6 +349,52 @@ class Replayer:
         captured_tensor = self._hold(captured).to(exact.dtype)
         return not matters(self.graph, self.oracle, self.known, test, (target, exact, captured_tensor), 0.0)
 
+    def _recalibrated(
+        self,
+        quantized: FileQuantization,
+        nodes: list[Node],
+        target: str,
+        given: Mapping[str, AnyTensor],
+        scale_margin: float = 1.0,
+    ) -> list[AnyTensor]:
+        """Results of a file's own nodes with better scales; empty where nobody can tell."""
+        names = dict.fromkeys(i for n in nodes for i in n.inputs if is_constant(self.graph, i) and i not in given)
+        constants = [torch.as_tensor(t) for t in self.oracle.run_nodes([], {}, names).values()]
+        rounded = quantized.recalibrated(target, self.known, given, constants, scale_margin)
+        fine = quantized.recalibrated(target, self.known, given, constants, bits=24)
+        exact = as_tensor(self.oracle.run_nodes(nodes, given, [target])[target])
+        if rounded is None or fine is None or fine.shape != exact.shape:
+            return []
+        # Nodes that miss the result without any rounding compute something else: another value was paired with this.
+        off, scale, _ = distance(fine, exact)
+        faithful = off <= max(distance(rounded, exact).difference / 2, ALIKE * scale)
+        return [rounded] if faithful else []
+
+    @staticmethod
+    def _follows_its_scales(replay: Replay) -> bool:
+        """Whether a layer in INT8 introduces more than it should, and just what the file's own scales say."""
+        beyond = max(replay.excess or 0.0, replay.channel_excess or 0.0) > EXCESS
+        deviation = replay.deviation_from_scales
+        return beyond and deviation is not None and deviation < (replay.introduced or 0.0) / 2
+
+    def _scales_fit(self, nodes: list[Node], starts: list[str], target: str, reference: Load) -> bool:
+        """Whether another tool's scales are as good as any for what the reference gives the layer, which is what they
+        were calibrated on: that they do not fit the test's inputs was inherited."""
+        quantized = self.quantized[1]
+        if not isinstance(quantized, FileQuantization):
+            return False
+        given = {s: reference(s) for s in starts}
+        declared = quantized.declared(target, self.known, given)
+        exact = as_tensor(self.oracle.run_nodes(nodes, given, [target])[target])
+        if declared is None or declared.shape != exact.shape:
+            return False
+        best = [
+            quantized.ideal(self._emulators[1], nodes, given, [target], whole_range=w).results[target]
+            for w in (False, True)
+        ]
+        best += self._recalibrated(quantized, nodes, target, given)
+        return (self._judge(declared, exact, best, BESIDE_INT8).excess or 0.0) <= EXCESS
+
     def _claim_of_node(self, side: int, node: Node) -> Precision:
         return self.claim(side, [node])
 
@@ -363,7 +422,7 @@ class Replayer:
 
 
 def _hold_against_scales(
-    replay: Replay, captured: AnyTensor, exact: Tensor, ideal: AnyTensor, declared: Tensor | None
+    replay: Replay, captured: AnyTensor, exact: Tensor, ideals: Iterable[AnyTensor], declared: Tensor | None
 ) -> None:
     """Compare a layer in INT8 with its own scales (``declared``), and channel by channel with the best ones."""
     if tuple(captured.shape) != tuple(exact.shape):
@@ -373,5 +432,6 @@ def _hold_against_scales(
         replay.declared = ratio(distance(declared, exact).difference, scale)
         replay.deviation_from_scales = ratio(distance(captured, declared).difference, scale)
     axis = 1 if exact.dim() == 4 else exact.dim() - 1
-    ours, best = (balanced(torch.as_tensor(t) - exact, exact, axis) for t in (captured, ideal))
+    ours = balanced(torch.as_tensor(captured) - exact, exact, axis)
+    best = max(balanced(torch.as_tensor(t) - exact, exact, axis) for t in ideals)
     replay.channel_excess = ratio(ours, max(best, FLOOR * BESIDE_INT8.roundoff))

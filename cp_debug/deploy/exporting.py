@@ -190,7 +190,7 @@ def resized(inputs: Mapping[str, np.ndarray], axes: Axes) -> dict[str, np.ndarra
             size = array.shape[axis]
             new_size = sizes.setdefault(symbol, size // 2 // _STRIDES * _STRIDES or size + 1)
             array = np.take(array, np.arange(new_size) % max(size, 1), axis) if size else array
-        arrays[name] = np.ascontiguousarray(array)
+        arrays[name] = np.asarray(array, order="C")
     return arrays
 
 

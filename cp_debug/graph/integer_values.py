@@ -44,24 +44,17 @@ def is_quantized(graph: Graph) -> bool:
 def rounded_values(graph: Graph) -> set[str]:
     """Values that ONNX Runtime rounds to levels: outputs of operators that round, or that compute with levels.
 
-    Left out are those of an operator whose bias is a float: the file says nothing of its levels, and a runtime that
-    rounds it all the same (to scale of data × scale of weights) does what was not asked for.
+    A bias that the file left in FP32 is rounded, too, to the scale of data × scale of weights.
     """
     marks = ("QLinear", "QGemm", "DynamicQuantize")
     dequantized = {name for node in graph.nodes if node.op == "DequantizeLinear" for name in node.outputs}
     rounded: set[str] = set()
-    floats: set[str] = set()
     for node in graph.nodes:
-        inputs = list(node.proto.input)
         moves = node.op in _KEEP_LEVELS | _CUT_OFF
-        if (node.op in PRODUCTS and len(inputs) > 2 and is_constant(graph, inputs[2])) or (
-            inputs and inputs[0] in floats and moves
-        ):
-            floats.update(node.outputs)
-        elif (
+        if (
             any(mark in node.op for mark in marks)
-            or (node.op == "QuantizeLinear" and inputs[0] not in floats)
-            or (node.op != "QuantizeLinear" and not moves and not dequantized.isdisjoint(node.inputs))
+            or node.op == "QuantizeLinear"
+            or (not moves and not dequantized.isdisjoint(node.inputs))
         ):
             rounded.update(node.outputs)
     return rounded
@@ -69,10 +62,11 @@ def rounded_values(graph: Graph) -> set[str]:
 
 def produced_grid(graph: Graph, value: str) -> GridNames | None:
     """Names of the scale and zero point of the levels that a node computes; None for a value without levels."""
+    asked = value
     for _ in range(len(graph.nodes)):
         node = graph.producer.get(value)
-        if node is None:
-            return None
+        if node is None:  # chosen from constant levels: who makes floats of them knows their scale
+            return _read_as(graph, asked) if value != asked else None
         inputs = [*node.proto.input, "", ""]
         op = node.op.removeprefix("com.microsoft.")
         if op == "QuantizeLinear":
@@ -90,6 +84,19 @@ def produced_grid(graph: Graph, value: str) -> GridNames | None:
         if node.op not in _KEEP_LEVELS:
             return None
         value = node.proto.input[0]
+    return None
+
+
+def _read_as(graph: Graph, levels: str) -> GridNames | None:
+    """The scale by which whoever makes floats of these levels does so."""
+    names, seen = [levels], {levels}
+    while names:
+        for node in graph.consumers.get(names.pop(), []):
+            if node.op == "DequantizeLinear":
+                return GridNames(node.proto.input[1], node.proto.input[2] if len(node.proto.input) > 2 else "")
+            if node.op in _KEEP_LEVELS and node.proto.input[0] in seen:
+                names += [name for name in node.outputs if name not in seen]
+                seen.update(node.outputs)
     return None
 
 

@@ -201,7 +201,7 @@ def _values(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
 
     values = {}
     for name, array in arrays.items():
-        array = np.ascontiguousarray(array)
+        array = np.asarray(array, order="C")
         if array.dtype.isbuiltin == 1:
             values[name] = OrtValue.ortvalue_from_numpy(array)
         else:

@@ -197,9 +197,16 @@ def moved_names(reference: Graph, test: Graph) -> set[str]:
 
 
 def _reads(graph: Graph, value: str) -> tuple[str, set[str]]:
-    """The operator behind a value, and what it reads that is computed."""
+    """The operator behind a value, and what it reads that is computed, before any Q/DQ pair in between."""
     node = graph.producer[value]
-    return node.op, {name for name in node.inputs if name not in graph.initializers}
+    read = (_unquantized(graph, name) for name in node.inputs if name not in graph.initializers)
+    return node.op, {name for name in read if name not in graph.initializers}
+
+
+def _unquantized(graph: Graph, name: str) -> str:
+    while (maker := graph.producer.get(name)) is not None and maker.op in ("DequantizeLinear", "QuantizeLinear"):
+        name = maker.proto.input[0]
+    return name
 
 
 def _misplaced(reference: Graph, test: Graph, common: Sequence[str]) -> int:
@@ -226,8 +233,21 @@ def pair_by_names(
     used = {name for name, _ in pairs.values()}
     for value in test.values:
         if value in reference.producer and value not in pairs and value not in used:
-            pairs[value] = (value, "name")
+            pairs[_cut_off_by_range(reference, test, value)] = (value, "name")
     return pairs
+
+
+def _cut_off_by_range(reference: Graph, test: Graph, value: str) -> str:
+    """The floats behind a Q/DQ pair whose range does what the activation left out at ``value`` does; else ``value``."""
+    if reference.producer[value].op not in ("Relu", "Clip") or test.producer[value].op in ("Relu", "Clip"):
+        return value
+    name = value
+    for op in ("QuantizeLinear", "DequantizeLinear"):
+        reader = next((n for n in test.consumers.get(name, ()) if n.op == op), None)
+        if reader is None:
+            return value
+        name = reader.outputs[0]
+    return name
 
 
 def finish(

@@ -1,4 +1,4 @@
-"""Trials on disk, a line each, so that a search goes on where it was stopped."""
+"""Trials of one search: in memory, or on disk a line each, so that the search goes on where it was stopped."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class MixedExecutor:
         before: Mapping[str, Any] = near.values if near else {}
         values: dict[str, Any] = {}
         for name, array in inputs.items():
-            values[name] = _unless_equal(before.get(name), torch.from_numpy(np.ascontiguousarray(array)))
+            values[name] = _unless_equal(before.get(name), torch.from_numpy(np.asarray(array, order="C")))
         with deterministic():
             for node in self._nodes:
                 reads = self._reads(node, high)

@@ -41,7 +41,7 @@ class Fingerprint:
 def fingerprint(tensor: Tensor | np.ndarray) -> Fingerprint:
     """Fingerprint of a real or boolean tensor of any shape, on any device, read once in row-major order."""
     if isinstance(tensor, np.ndarray):
-        tensor = torch.from_numpy(np.ascontiguousarray(tensor))
+        tensor = torch.from_numpy(np.asarray(tensor, order="C"))
     flat = tensor.detach().reshape(-1)
     sums, square, special = torch.zeros(PROJECTIONS, dtype=torch.float64), 0.0, torch.zeros(3, dtype=torch.int64)
     for index, start in enumerate(range(0, flat.numel(), _CHUNK)):

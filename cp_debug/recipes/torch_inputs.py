@@ -116,7 +116,7 @@ def _flatten(name: str, path: str, value: Any, tensors: dict[str, Tensor]) -> Bu
 
 def _tensor(name: str, path: str, array: Any) -> Tensor:
     try:
-        return torch.from_numpy(np.ascontiguousarray(array))
+        return torch.from_numpy(np.asarray(array, order="C"))
     except TypeError:
         raise InputError(
             f"MODEL: {name}: example input {path!r} is of dtype {array.dtype}, which torch lacks"

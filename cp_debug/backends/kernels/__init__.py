@@ -15,8 +15,10 @@ from cp_debug.backends.kernels import (
     quantization,
     recurrent,
     reduction,
+    regions,
     resize,
     shaping,
+    signal,
 )
 from cp_debug.backends.kernels.registry import KERNELS, Call, Kernel, kernel
 
@@ -39,6 +41,8 @@ __all__ = [
     "quantization",
     "recurrent",
     "reduction",
+    "regions",
     "resize",
     "shaping",
+    "signal",
 ]

@@ -60,3 +60,10 @@ def local_response_normalization(call: Call, x: Tensor) -> Tensor:
     squares = functional.pad(x.square().flatten(2), (0, 0, before, size - 1 - before))
     total = squares.unfold(1, size, 1).sum(-1).reshape(x.shape)
     return x / (call["bias"] + call["alpha"] / size * total) ** call["beta"]
+
+
+@kernel("MeanVarianceNormalization")
+def mean_variance_normalization(call: Call, x: Tensor) -> Tensor:
+    axes = [a % x.dim() for a in call["axes"] or (0, 2, 3)]
+    variance, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
+    return (x - mean) / (variance.sqrt() + 1e-9)

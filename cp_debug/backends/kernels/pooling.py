@@ -26,14 +26,19 @@ def max_pool(call: Call, x: Tensor) -> Tensor:
 @kernel("AveragePool")
 def average_pool(call: Call, x: Tensor) -> Tensor:
     window = Window.of(call, call["kernel_shape"], x.shape[2:])
-    if max(window.dilation) > 1:
-        return NotImplemented
     overhang = _overhang(call, window, x.shape[2:])
     sums = _sum_pool(functional.pad(x, window.torch_pads(overhang)), window)
     # Each window's divisor: the elements it covers, the declared padding counted or not, the overhang never.
     covered = functional.pad(x.new_ones(1, 1, *x.shape[2:]), window.torch_pads(), value=call["count_include_pad"] or 0)
     beyond = [p for extra in reversed(overhang) for p in (0, extra)]
     return sums / _sum_pool(functional.pad(covered, beyond), window)
+
+
+@kernel("LpPool")
+def lp_pool(call: Call, x: Tensor) -> Tensor:
+    window = Window.of(call, call["kernel_shape"], x.shape[2:])
+    overhang = _overhang(call, window, x.shape[2:]) if call["ceil_mode"] else None
+    return _sum_pool(functional.pad(x.abs() ** call["p"], window.torch_pads(overhang)), window) ** (1 / call["p"])
 
 
 @kernel("GlobalAveragePool")
@@ -61,6 +66,10 @@ def _overhang(call: Call, window: Window, size: Sequence[int]) -> list[int]:
 
 
 def _sum_pool(x: Tensor, window: Window) -> Tensor:
+    if max(window.dilation) > 1:
+        for axis, (size, step, apart) in enumerate(zip(window.kernel, window.stride, window.dilation, strict=True), 2):
+            x = x.unfold(axis, (size - 1) * apart + 1, step)[..., ::apart].sum(-1)
+        return x
     if len(window.kernel) == 1:
         return functional.avg_pool2d(x[..., None], (*window.kernel, 1), (*window.stride, 1), divisor_override=1)[..., 0]
     pool = torch.nn.functional.avg_pool2d if len(window.kernel) == 2 else torch.nn.functional.avg_pool3d

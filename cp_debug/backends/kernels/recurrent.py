@@ -2,7 +2,7 @@
 
 Formulas, gate orders and defaults: ONNX's operator specification (``docs/Operators.md``). Where it is silent, ONNX
 Runtime's CPU kernels were measured: an activation takes the next ``activation_alpha`` only if it has such a parameter,
-those of Affine and ScaledTanh are 0 by default, and ``clip`` bounds the gates but not the cell.
+those of Affine, ScaledTanh and ThresholdedRelu are 0 by default, and ``clip`` bounds the gates but not the cell.
 In FP16 and BF16 what the matrix products write and the states h and c are rounded at each step, the gates between them
 are not, as in the fused cells of PyTorch and cuDNN.
 """
@@ -31,7 +31,7 @@ _PLAIN: dict[str, Activation] = {
 _WITH_ALPHA: dict[str, tuple[float, Callable[[Tensor, float], Tensor]]] = {
     "elu": (1.0, functional.elu),
     "leakyrelu": (0.01, functional.leaky_relu),
-    "thresholdedrelu": (1.0, lambda x, alpha: torch.where(x > alpha, x, torch.zeros_like(x))),
+    "thresholdedrelu": (0.0, lambda x, alpha: torch.where(x > alpha, x, torch.zeros_like(x))),
 }
 _WITH_BOTH: dict[str, tuple[float, float, Callable[[Tensor, float, float], Tensor]]] = {
     "affine": (0.0, 0.0, lambda x, alpha, beta: alpha * x + beta),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from cp_debug.backends.kernels.registry import Call, kernel
 
@@ -105,3 +107,29 @@ def cumulative_sum(call: Call, x: Tensor, axis: Tensor) -> Tensor:
     if call["exclusive"]:
         sums = torch.cat([torch.zeros_like(sums.narrow(dim, 0, 1)), sums.narrow(dim, 0, x.shape[dim] - 1)], dim)
     return sums.flip(dim) if call["reverse"] else sums
+
+
+@kernel("CumProd")
+def cumulative_product(call: Call, x: Tensor, axis: Tensor) -> Tensor:
+    dim = int(axis)
+    flipped = x.flip(dim) if call["reverse"] else x
+    products = flipped.cumprod(dim, dtype=x.dtype)
+    if call["exclusive"]:
+        products = torch.cat(
+            [torch.ones_like(products.narrow(dim, 0, 1)), products.narrow(dim, 0, x.shape[dim] - 1)], dim
+        )
+    return products.flip(dim) if call["reverse"] else products
+
+
+@kernel("Hardmax", rounds=False)
+def hardmax(call: Call, x: Tensor) -> Tensor:
+    axis = call["axis"] % x.dim() if x.dim() else 0
+    if call.opset < 13:  # all axes from this one on are one
+        flat = x.reshape(math.prod(x.shape[:axis]), -1)
+        return functional.one_hot(flat.argmax(1), flat.shape[1]).to(x.dtype).reshape(x.shape)
+    return functional.one_hot(x.argmax(axis), x.shape[axis]).movedim(-1, axis).to(x.dtype)
+
+
+@kernel("Det")
+def determinant(call: Call, x: Tensor) -> Tensor:
+    return torch.linalg.det(x)

@@ -23,16 +23,18 @@ class Call:
     opset: int
     arithmetic: Arithmetic
     device: torch.device
+    literal: bool = False
+    """Whether to compute as ONNX's reference implementation where runtimes agree with each other and not with it."""
 
     @classmethod
-    def of(cls, node: Node, opset: int, arithmetic: Arithmetic, device: torch.device) -> Call:
+    def of(cls, node: Node, opset: int, arithmetic: Arithmetic, device: torch.device, *, literal: bool = False) -> Call:
         """Parse the attributes of ``node`` once."""
         proto = node.proto
         attributes: dict[str, Any] = {}
         if (schema := _schema(proto, opset)) is not None:
             attributes = {n: _value(a.default_value) for n, a in schema.attributes.items() if a.default_value.type}
         attributes |= {a.name: _value(a) for a in proto.attribute}
-        return cls(node, attributes, opset, arithmetic, device)
+        return cls(node, attributes, opset, arithmetic, device, literal)
 
     def __getitem__(self, name: str) -> Any:
         return self.attributes.get(name)

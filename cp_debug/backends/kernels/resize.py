@@ -12,10 +12,17 @@ from cp_debug.backends.kernels.registry import Call, kernel
 
 @kernel("Resize", exact=True)
 def resize(
-    call: Call, x: Tensor, roi: Tensor | None = None, scales: Tensor | None = None, sizes: Tensor | None = None
+    call: Call,
+    x: Tensor,
+    roi: Tensor | None = None,
+    scales: Tensor | None = None,
+    sizes: Tensor | None = None,
+    shift: float = 0.0,
 ) -> Tensor:
+    """``shift`` moves every place on the source axis by so many pixels: to see what its rounding may change."""
     if call.opset < 11:  # Resize-10: (x, scales)
-        return _resample(x, dict(enumerate(_floats(roi))), None, call["mode"], "asymmetric", "floor", -0.75, False)
+        factors = dict(enumerate(_floats(roi)))
+        return _resample(x, factors, None, call["mode"], "asymmetric", "floor", -0.75, False, shift=shift)
     transform, policy = call["coordinate_transformation_mode"], call["keep_aspect_ratio_policy"] or "stretch"
     if call["antialias"] or transform == "tf_crop_and_resize" or policy != "stretch":
         return NotImplemented
@@ -27,13 +34,15 @@ def resize(
     else:
         factors = dict(zip(axes, _floats(scales), strict=True))
     exclude = bool(call["exclude_outside"])
-    return _resample(x, factors, target, call["mode"], transform, call["nearest_mode"], call["cubic_coeff_a"], exclude)
+    how = transform, call["nearest_mode"], call["cubic_coeff_a"], exclude
+    return _resample(x, factors, target, call["mode"], *how, literal=call.literal, shift=shift)
 
 
 @kernel("Upsample", exact=True)
-def upsample(call: Call, x: Tensor, scales: Tensor | None = None) -> Tensor:
+def upsample(call: Call, x: Tensor, scales: Tensor | None = None, shift: float = 0.0) -> Tensor:
+    """``shift``: as of ``resize``."""
     factors = _floats(scales) if scales is not None else call["scales"]
-    return _resample(x, dict(enumerate(factors)), None, call["mode"], "asymmetric", "floor", -0.75, False)
+    return _resample(x, dict(enumerate(factors)), None, call["mode"], "asymmetric", "floor", -0.75, False, shift=shift)
 
 
 @kernel("GridSample")
@@ -57,14 +66,18 @@ def _resample(
     nearest: str,
     cubic: float,
     exclude: bool,
+    *,
+    literal: bool = False,
+    shift: float = 0.0,
 ) -> Tensor:
     """Resample axis by axis: every result element is a weighted sum of one, two or four source elements."""
     for axis, factor in factors.items():
         size = x.shape[axis]
-        length = target[axis] if target is not None else int(np.floor(size * factor))
+        # In FP32, as runtimes multiply: 300 × 1.1 is 330.
+        length = target[axis] if target is not None else int(np.floor(np.float32(size) * np.float32(factor)))
         if factor == 1 and length == size:
             continue
-        at = _coordinates(length, size, factor, transform)
+        at = _coordinates(length, size, factor, transform, nearest=mode == "nearest", literal=literal) + shift
         taps: list[tuple[np.ndarray, np.ndarray | None]]
         if mode == "nearest":
             taps = [(_nearest(at, nearest), None)]
@@ -84,6 +97,8 @@ def _resample(
 
 def _gather(x: Tensor, axis: int, taps: list[tuple[np.ndarray, np.ndarray | None]]) -> Tensor:
     total: Tensor | None = None
+    levels = not x.is_floating_point() and taps[0][1] is not None
+    dtype, x = x.dtype, x.double() if levels else x
     for index, weight in taps:
         places = torch.from_numpy(np.clip(index, 0, x.shape[axis] - 1).astype(np.int64)).to(x.device)
         part = x.index_select(axis, places)
@@ -91,22 +106,29 @@ def _gather(x: Tensor, axis: int, taps: list[tuple[np.ndarray, np.ndarray | None
             part = part * torch.from_numpy(weight).to(part).reshape(-1, *(1,) * (x.dim() - 1 - axis))
         total = part if total is None else total + part
     assert total is not None
-    return total
+    return total.to(dtype) if levels else total  # cut off, as ONNX Runtime converts
 
 
-def _coordinates(length: int, size: int, factor: float, transform: str) -> np.ndarray:
-    """Places of ``length`` results on the source axis (ONNX Resize, coordinate_transformation_mode)."""
-    i = np.arange(length, dtype=np.float64)
+def _coordinates(length: int, size: int, factor: float, transform: str, *, nearest: bool, literal: bool) -> np.ndarray:
+    """Places of ``length`` results on the source axis (ONNX Resize, coordinate_transformation_mode).
+
+    Aligned corners refer to the length of the result in ONNX Runtime and torch, to scale × size, which need not be
+    whole, in ONNX's reference implementation (``literal``).
+    """
+    # Where the nearest neighbour is chosen, the rounding of the place decides: in FP32, as ONNX Runtime computes it.
+    real: type[np.floating] = np.float32 if nearest and not literal else np.float64
+    i, factor_, half = np.arange(length, dtype=real), real(factor), real(0.5)
     if transform == "align_corners":
-        return i * (size - 1) / (factor * size - 1) if length > 1 else i
+        whole = factor * size if literal else length
+        return i * real(size - 1) / real(whole - 1) if length > 1 else i
     if transform == "asymmetric":
-        return i / factor
+        return i / factor_
     if transform == "pytorch_half_pixel" and length == 1:
         return np.zeros(1)
     if transform == "half_pixel_symmetric":
-        middle = size / 2
-        return middle - length / factor / 2 + (i + 0.5) / factor - 0.5
-    return (i + 0.5) / factor - 0.5
+        middle = real(size / 2)
+        return middle * (1 - real(length) / (factor_ * real(size))) + (i + half) / factor_ - half
+    return (i + half) / factor_ - half
 
 
 def _nearest(at: np.ndarray, mode: str) -> np.ndarray:

@@ -317,7 +317,7 @@ def _fitted(file: str, name: str, array: np.ndarray, shape: tuple[int, ...]) -> 
         )
     for axis, size in enumerate(shape):
         array = np.take(array, np.arange(size) % array.shape[axis], axis)
-    return np.ascontiguousarray(array, np.float32 if array.dtype.kind == "f" else array.dtype)
+    return np.asarray(array, np.float32 if array.dtype.kind == "f" else array.dtype, order="C")
 
 
 # ---------------------------------------------------------------- commands
@@ -669,7 +669,7 @@ def _feed(job: Job, cuda: Cuda, engine: Any, context: Any, name: str, files: dic
     type_name = _member_name(engine.get_tensor_dtype(name))
     if type_name == "BF16":
         raise RunnerFailure("unsupported", f"input {name!r} is BF16; keep the graph's inputs FP32")
-    converted = np.ascontiguousarray(array, _numpy_type(name, type_name))
+    converted = np.asarray(array, _numpy_type(name, type_name), order="C")
     if array.dtype.kind in "iu" and not np.array_equal(converted, array):
         raise RunnerFailure("input", f"input {name!r} has values that do not fit the engine's {type_name}")
     if engine.get_tensor_location(name) == job.trt.TensorLocation.HOST:

@@ -49,7 +49,7 @@ class OtherProgram:
     _weights: WeightDifferences | None = None
 
     def weights(self, reference: Graph) -> WeightDifferences:
-        """How its weights differ from the reference's."""
+        """Differences of its weights from the reference's."""
         if self._weights is None:
             self._weights = weight_differences(reference, self.graph)
         return self._weights

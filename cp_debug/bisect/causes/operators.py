@@ -14,6 +14,7 @@ from torch.nn import functional
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.graph.graph import Node
+from cp_debug.graph.node_differences import ACTIVATIONS as DOUBLED
 
 ACTIVATIONS = {
     "Relu": torch.relu,
@@ -85,6 +86,13 @@ def done_twice(segment: Segment) -> Iterator[Candidate]:
                 evidence={"op": name},
                 fix=f"remove one {name} behind {{layers}}",
             )
+    if segment.op in DOUBLED - ACTIVATIONS.keys() and segment.exact.shape == segment.test.shape:
+        # With its own attributes and slopes, which the table of functions does not have.
+        again = segment.edited(segment.nodes[-1], inputs={0: segment.exact})
+        if again is not None and not torch.equal(again, segment.exact):
+            says = f"{segment.op} is applied twice"
+            fix = f"remove one {segment.op} behind {{layers}}"
+            yield Candidate("doubled-activation", says, again, evidence={"op": segment.op}, fix=fix)
 
 
 @cause()

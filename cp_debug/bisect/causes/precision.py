@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
-from cp_debug.backends.arithmetic import BF16, FP16, FP16ACC, TF32, TF32_CUT, TF32_DECONV
+from cp_debug.backends.arithmetic import BF16, FP16, FP16ACC, TF32, TF32_CUT, TF32_DECONV, Arithmetic
+from cp_debug.backends.kernels.epilogue import fused
 from cp_debug.backends.rounding import round_bf16, round_fp16
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.segment import Segment
+from cp_debug.graph.graph import Node
 
 OVERFLOWS = 65520.0
 """The smallest magnitude that FP16 rounds to Inf: then it is an overflow that must be told."""
@@ -89,10 +92,11 @@ def fp16_accumulation(segment: Segment) -> Iterator[Candidate]:
     size = segment.introduced / (float(torch.linalg.vector_norm(segment.exact)) or 1.0)
     if segment.product is None or not LIKE_FP16[0] < size < LIKE_FP16[1] or segment.context.claim.name == "fp16acc":
         return
-    for tile, slices in ORDERS:
-        value = segment.run(replace(FP16ACC, tile=tile, slices=slices))
+    for arithmetic, nodes, biases, epilogue in _kernels(segment):
+        value = segment.run(arithmetic, nodes, biases)
         same = float((value == segment.test).double().mean())
-        figures = {"tile": tile, "slices": slices, "bit_identical": same, "reduction_length": _reduction(segment)}
+        figures: dict[str, Any] = {"tile": arithmetic.tile, "slices": arithmetic.slices, "bit_identical": same}
+        figures |= {"reduction_length": _reduction(segment)} | ({"epilogue": epilogue} if epilogue else {})
         by_magnitude, says = False, "sums are accumulated in FP16"
         if bool(torch.isfinite(value[segment.finite]).all()):
             change = torch.where(segment.finite, value - segment.exact, 0.0)
@@ -104,6 +108,19 @@ def fp16_accumulation(segment: Segment) -> Iterator[Candidate]:
         yield Candidate("fp16-accumulation", says, value, 0, figures, fix, by_magnitude)
         if same > 0.9:
             return
+
+
+def _kernels(segment: Segment) -> Iterator[tuple[Arithmetic, Sequence[Node], Mapping[str, Any], str]]:
+    """Ways to compute the segment with partial sums in FP16: arithmetic, nodes, further values, and what comes in the
+    order of TensorRT's kernels behind the sum, where that changes anything (``epilogue.fused``); that order first."""
+    orders = [replace(FP16ACC, tile=tile, slices=slices) for tile, slices in ORDERS]
+    nodes, biases = fused(segment.graph, segment.nodes, segment.given)
+    if biases or len(nodes) != len(segment.nodes):
+        for arithmetic in orders:
+            yield arithmetic, nodes, biases, "a residual before the bias" if biases else "x·sigmoid(x) rounded once"
+        orders = orders[:1]
+    for arithmetic in orders:
+        yield arithmetic, segment.nodes, {}, ""
 
 
 def _reduction(segment: Segment) -> int:

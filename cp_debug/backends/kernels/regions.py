@@ -1,0 +1,186 @@
+"""Boxes and samples at fractional places: RoiAlign, MaxRoiPool, NonMaxSuppression, DeformConv, AffineGrid; and Col2Im,
+which adds patches up."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cp_debug.backends.kernels.registry import Call, kernel
+from cp_debug.backends.kernels.windows import Window
+
+
+@kernel("AffineGrid", exact=True)
+def affine_grid(call: Call, theta: Tensor, size: Tensor) -> Tensor:
+    return functional.affine_grid(theta, [int(n) for n in size.tolist()], bool(call["align_corners"]))
+
+
+@kernel("RoiAlign")
+def roi_align(call: Call, x: Tensor, rois: Tensor, batch: Tensor) -> Tensor:
+    """x [N, C, H, W], rois [R, 4] as x1, y1, x2, y2, batch [R] → [R, C, output height, output width]."""
+    half = call.opset >= 16 and call["coordinate_transformation_mode"] == "half_pixel"
+    rows, columns, ratio = call["output_height"], call["output_width"], call["sampling_ratio"]
+    results = []
+    for roi, image in zip((rois * call["spatial_scale"] - 0.5 * half), batch.tolist(), strict=True):
+        left, top, right, bottom = roi.unbind()
+        width, height = right - left, bottom - top
+        if not half:
+            width, height = width.clamp(min=1.0), height.clamp(min=1.0)
+        counts = [int(ratio) or math.ceil(float(span) / n) for span, n in ((height, rows), (width, columns))]
+        if min(counts) < 1:
+            results.append(x.new_zeros(x.shape[1], rows, columns))
+            continue
+        y, ix = (
+            start + (torch.arange(n * count, dtype=x.dtype, device=x.device) + 0.5) * (span / (n * count))
+            for start, span, n, count in ((top, height, rows, counts[0]), (left, width, columns, counts[1]))
+        )
+        # [C, 4 neighbours, output rows × samples, output columns × samples]
+        parts = torch.stack(_neighbours(x[image], y[:, None], ix[None]), 1)
+        parts = parts.unflatten(-1, (columns, counts[1])).unflatten(-3, (rows, counts[0]))
+        if call["mode"] == "max":
+            results.append(parts.amax((1, 3, 5)))  # of the weighted neighbours, as ONNX Runtime takes it
+        else:
+            results.append(parts.sum(1).mean((2, 4)))
+    return torch.stack(results) if results else x.new_zeros(0, x.shape[1], rows, columns)
+
+
+def _neighbours(image: Tensor, y: Tensor, x: Tensor) -> list[Tensor]:
+    """The four neighbours of every place of an image [C, H, W], times their weights: [C, places] each.
+
+    Places are clamped to the image; beyond a pixel around it there is nothing.
+    """
+    y, x = torch.broadcast_tensors(y, x)
+    height, width = image.shape[-2:]
+    inside = (y >= -1) & (y <= height) & (x >= -1) & (x <= width)
+    y, x = y.clamp(0, height - 1), x.clamp(0, width - 1)
+    low_y, low_x = y.floor(), x.floor()
+    parts = []
+    for down in (0, 1):
+        for right in (0, 1):
+            weight = ((y - low_y) if down else 1 - (y - low_y)) * ((x - low_x) if right else 1 - (x - low_x))
+            row, column = (
+                (low + step).clamp(max=n - 1) for low, step, n in ((low_y, down, height), (low_x, right, width))
+            )
+            parts.append(image[:, row.long(), column.long()] * (weight * inside))
+    return parts
+
+
+@kernel("MaxRoiPool", rounds=False)
+def max_roi_pool(call: Call, x: Tensor, rois: Tensor) -> Tensor:
+    """rois [R, 5]: image, x1, y1, x2, y2, rounded to whole pixels, both ends within."""
+    rows, columns = call["pooled_shape"]
+    result = x.new_zeros(rois.shape[0], x.shape[1], rows, columns)
+    for r, roi in enumerate(rois.tolist()):
+        scaled = [math.floor(abs(v) * call["spatial_scale"] + 0.5) * (1 if v >= 0 else -1) for v in roi[1:]]
+        left, top, right, bottom = scaled
+        bins = (
+            (top, max(bottom - top + 1, 1) / rows, x.shape[2]),
+            (left, max(right - left + 1, 1) / columns, x.shape[3]),
+        )
+        for i in range(rows):
+            for j in range(columns):
+                ends = [
+                    (min(max(math.floor(k * step) + start, 0), n), min(max(math.ceil((k + 1) * step) + start, 0), n))
+                    for k, (start, step, n) in zip((i, j), bins, strict=True)
+                ]
+                part = x[int(roi[0]), :, slice(*ends[0]), slice(*ends[1])]
+                if part.numel():
+                    result[r, :, i, j] = part.amax((1, 2))
+    return result
+
+
+@kernel("DeformConv", multiplies=True)
+def deform_conv(
+    call: Call, x: Tensor, weight: Tensor, offset: Tensor, bias: Tensor | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """x [N, C, H, W], weight [M, C/group, kh, kw], offset [N, G·kh·kw·2, oh, ow], mask [N, G·kh·kw, oh, ow]."""
+    if x.dim() != 4 or min(x.shape[2:]) < 2:
+        return NotImplemented
+    window = Window.of(call, weight.shape[2:], x.shape[2:])
+    groups, parts = call["offset_group"], call["group"]
+    (kh, kw), (oh, ow) = weight.shape[2:], offset.shape[2:]
+    count = kh * kw
+    offset = offset.reshape(x.shape[0], groups, count, 2, oh, ow)
+    steps = [torch.arange(n, dtype=x.dtype, device=x.device) for n in (oh, ow, kh, kw)]
+    base_y = steps[0] * window.stride[0] - window.begin[0]
+    base_x = steps[1] * window.stride[1] - window.begin[1]
+    tap_y = (steps[2] * window.dilation[0])[:, None].expand(kh, kw).reshape(count, 1, 1)
+    tap_x = (steps[3] * window.dilation[1])[None].expand(kh, kw).reshape(count, 1, 1)
+    y = base_y[:, None] + tap_y + offset[:, :, :, 0]  # [N, G, taps, oh, ow]
+    ix = base_x + tap_x + offset[:, :, :, 1]
+    scale = torch.tensor([max(x.shape[3] - 1, 1), max(x.shape[2] - 1, 1)], dtype=x.dtype, device=x.device) / 2
+    grid = torch.stack([ix, y], -1) / scale - 1
+    channels = x.shape[1] // groups
+    images = x.reshape(x.shape[0] * groups, channels, *x.shape[2:])
+    grid = grid.reshape(x.shape[0] * groups, count * oh, ow, 2)
+    columns = functional.grid_sample(images, grid, "bilinear", "zeros", align_corners=True)
+    columns = columns.reshape(x.shape[0], groups, channels, count, oh, ow)
+    if mask is not None:
+        columns = columns * mask.reshape(x.shape[0], groups, 1, count, oh, ow)
+    columns, weight = call.arithmetic.operands(columns, weight)
+    columns = columns.reshape(x.shape[0], parts, x.shape[1] // parts * count, oh * ow)
+    result = weight.reshape(parts, weight.shape[0] // parts, -1) @ columns
+    result = result.reshape(x.shape[0], weight.shape[0], oh, ow)
+    return result if bias is None else result + bias.reshape(-1, 1, 1)
+
+
+@kernel("Col2Im")
+def col2im(call: Call, x: Tensor, image: Tensor, block: Tensor) -> Tensor:
+    size, kernel_size = (tuple(int(n) for n in t.tolist()) for t in (image, block))
+    pads = tuple(call["pads"] or (0,) * 2 * len(size))
+    if len(size) != 2:
+        return NotImplemented
+    begin, end = pads[:2], pads[2:]
+    padded = tuple(n + b + e for n, b, e in zip(size, begin, end, strict=True))
+    dilation, stride = call["dilations"] or (1, 1), call["strides"] or (1, 1)
+    whole = functional.fold(x, padded, kernel_size, tuple(dilation), 0, tuple(stride))
+    return whole[..., begin[0] : begin[0] + size[0], begin[1] : begin[1] + size[1]]
+
+
+@kernel("NonMaxSuppression", rounds=False, exact=True)
+def non_max_suppression(
+    call: Call,
+    boxes: Tensor,
+    scores: Tensor,
+    most: Tensor | None = None,
+    overlap: Tensor | None = None,
+    least: Tensor | None = None,
+) -> Tensor:
+    """boxes [N, B, 4], scores [N, C, B] → [selected, 3]: image, class, box; by falling score within a class."""
+    count = 0 if most is None else int(most)
+    threshold = 0.0 if overlap is None else float(overlap)
+    corners = _corners(boxes) if call["center_point_box"] else boxes
+    low, high = (choose(corners[..., :2], corners[..., 2:]) for choose in (torch.minimum, torch.maximum))
+    found = []
+    for n in range(boxes.shape[0] if count > 0 else 0):
+        for c in range(scores.shape[1]):
+            order = torch.sort(scores[n, c], descending=True, stable=True).indices
+            if least is not None:
+                order = order[scores[n, c][order] > least.reshape(())]
+            kept = _suppressed(low[n][order], high[n][order], threshold, count)
+            found += [(n, c, int(order[k])) for k in kept]
+    return torch.tensor(found, dtype=torch.int64, device=call.device).reshape(-1, 3)
+
+
+def _corners(boxes: Tensor) -> Tensor:
+    """Opposite corners of boxes given by centre x, centre y, width and height."""
+    centre, half = boxes[..., :2], boxes[..., 2:] / 2
+    return torch.cat([centre - half, centre + half], -1)
+
+
+def _suppressed(low: Tensor, high: Tensor, threshold: float, most: int) -> list[int]:
+    """The boxes, best first, that overlap no better one that is kept by more than ``threshold``."""
+    area = (high - low).prod(-1)
+    left = torch.ones(len(low), dtype=torch.bool, device=low.device)
+    kept: list[int] = []
+    while len(kept) < most and bool(left.any()):
+        best = int(left.to(torch.uint8).argmax())
+        kept.append(best)
+        common = (torch.minimum(high, high[best]) - torch.maximum(low, low[best])).clamp(min=0).prod(-1)
+        union = area + area[best] - common
+        left &= ~((common > 0) & (union > 0) & (area > 0) & (area[best] > 0) & (common / union > threshold))
+        left[best] = False
+    return kept
