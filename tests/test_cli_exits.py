@@ -203,3 +203,9 @@ def test_doctor_cuts_no_advice_where_the_terminal_is_narrow() -> None:
     assert "…" not in narrow
     assert '✗ ONNX Runtime CUDA use_tf32: providers=[("CUDAExecutionProvider", {"use_tf32": "0"})]' in narrow
     assert "config.clear_flag(trt.BuilderFlag.TF32)" in narrow
+
+
+def test_memory_that_torch_cannot_get_is_told_in_words() -> None:
+    done = failing('RuntimeError("DefaultCPUAllocator: can\'t allocate memory: you tried to allocate 9 bytes")')
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: out of memory: this asks for more than the machine has"

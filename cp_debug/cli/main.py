@@ -43,6 +43,9 @@ from cp_debug.errors import CpdebugError, InputError, system_reason
 ENDED = 143
 """Exit code after SIGTERM, as in shells."""
 
+_NO_MEMORY = ("can't allocate memory", "out of memory")
+"""Ways in which torch says so, on the CPU and on a GPU, by errors that are no MemoryError."""
+
 app = typer.Typer(
     name="cpdebug",
     no_args_is_help=True,
@@ -121,6 +124,9 @@ def main() -> None:
     except Exception as error:
         if hasattr(error, "format_message"):  # what the parser raises
             show_usage(error)
+            sys.exit(InputError.exit_code)
+        if isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY):
+            show_error("out of memory: this asks for more than the machine has")
             sys.exit(InputError.exit_code)
         message = crash.told(error)
         try:
