@@ -160,6 +160,8 @@ def test_every_literal_is_read_as_python_reads_it(tmp_path_factory: pytest.TempP
         ("a.yaml", "work_dir: w\nexport: {opsett: 3}", "a.yaml: export: unknown key 'opsett'; the nearest known one"),
         ("a.toml", "work_dir = 'w'\n[export]\nmode = 'onyx'", "a.toml: export.mode is \"onyx\"; expected 'onnx'"),
         ("a.yaml", "model: x", "a.yaml: work_dir is missing"),
+        ("a.yaml", "work_dir: w/../../x", "a.yaml: work_dir: leaves the folder where the command runs"),
+        ("a.py", "export = dict(work_dir='../outside')", "a.py: work_dir: leaves the folder where the command runs"),
         ("a.yaml", "work_dir: w\nverify: {scenarios: [{reference: torch, test: orp}]}", "the nearest known one is ort"),
         ("a.yaml", "work_dir: w\nverify: {samples: 0}", "verify.samples is 0; expected greater than 0"),
         (

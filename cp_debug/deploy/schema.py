@@ -56,6 +56,13 @@ def _backend(text: str) -> str:
         raise ValueError(str(error).removeprefix("--backends: ")) from None
 
 
+def _work_folder(path: Path) -> Path:
+    """A folder that is written to: with a relative path one below the folder where the command runs."""
+    if not path.is_absolute() and ".." in path.parts:
+        raise ValueError(f"leaves the folder where the command runs: {str(path)!r}; expected an absolute path for that")
+    return path
+
+
 def _file_name(text: str) -> str:
     path = PurePath(text)
     if len(path.parts) != 1 or path.parts[0] in ("/", ".."):
@@ -188,7 +195,7 @@ class DeployConfig(Section):
 
     model: str | None = None
     checkpoint: Path | None = None
-    work_dir: Path
+    work_dir: Annotated[Path, AfterValidator(_work_folder)]
     export: ExportConfig = ExportConfig()
     components: dict[str, ComponentConfig] = {}
     tensorrt: TensorRTConfig = TensorRTConfig()
