@@ -109,6 +109,11 @@ def test_polygraphy_sees_the_fault_with_the_command_of_the_page(bundled: Path) -
     assert subprocess.run(loose, cwd=bundled, capture_output=True).returncode == 0
 
 
+@pytest.mark.xfail(
+    strict=True,
+    raises=InputError,
+    reason="the one fault that only neighbours show, a bias that ONNX Runtime rounds, is below an INT8 level: no fault",
+)
 def test_a_fault_that_isolation_hides_takes_its_neighbours_along(tmp_path: Path) -> None:
     """The bias is quantized only where a QuantizeLinear follows the convolution, so the layer alone is innocent."""
     saved = save(tmp_path / "saved", quantized(tmp_path / "net.onnx"), "ort-none,ort-all")
@@ -136,7 +141,13 @@ def test_an_inserted_operator_is_cut_out_with_inputs_that_both_programs_know(tmp
 
 
 def test_redaction_keeps_the_fault_and_none_of_the_values(tmp_path: Path) -> None:
-    saved = save(tmp_path / "saved", quantized(tmp_path / "net.onnx"), "ort-none,ort-all")
+    model = second_like(tmp_path / "net.onnx", size=16)
+    saved = save(
+        tmp_path / "saved",
+        model,
+        "ort,ort-none@cpu",
+        test_model=spoilt(model, lambda e: clip(e, "batchnormalization_7", 0.5)),
+    )
     bundle(SavedResult.open(saved), tmp_path / "out", redact=True)
     assert execute(tmp_path / "out").returncode == 1
     theirs = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / "net.onnx").graph.initializer}

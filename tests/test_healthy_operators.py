@@ -113,6 +113,8 @@ def test_a_failure_while_explaining_is_a_note_on_its_layer(
     fails.costly = False  # type: ignore[attr-defined]
     if where == "family":
         monkeypatch.setattr("cp_debug.bisect.causes.search.CAUSES", [fails, *CAUSES])
+        # Where the graphs tell the cause, no family is asked.
+        monkeypatch.setattr("cp_debug.bisect.causes.graphs.GraphReader._other", lambda self, component: None)
     else:
         place = {
             "segment": "cp_debug.bisect.causes.findings.Segment.of",

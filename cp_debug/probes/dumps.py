@@ -63,14 +63,14 @@ def _safetensors(path: Path) -> dict[str, np.ndarray]:
 
 def _proto(path: Path) -> dict[str, np.ndarray]:
     import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from onnx import numpy_helper
 
+    data = read_bytes(path, what="tensor", most=LARGEST_TENSOR)
     tensor = onnx.TensorProto()
     try:
-        tensor.ParseFromString(read_bytes(path, what="tensor", most=LARGEST_TENSOR))
+        tensor.ParseFromString(data)
         return {tensor.name or path.stem: numpy_helper.to_array(tensor)}
-    except (DecodeError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # protobuf's own errors, and whatever onnx raises on what is none
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(f"{path}: not an onnx.TensorProto with its data inside: {reason}") from None
 

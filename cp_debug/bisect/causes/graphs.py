@@ -213,6 +213,13 @@ class GraphReader:
         if candidate is not None and (read_off := accepted(segment, candidate)) is not None:
             return read_off, None
         candidate = added(segment, other, known, differences)
+        if candidate is not None and candidate.cause.startswith("int8") and segment.context.quantized is not None:
+            explanation, family = explain(
+                segment, families, failed
+            )  # which scale is wrong tells more than that there are
+            if explanation.cause is not None:
+                explanation.cause.evidence.setdefault("graphs_differ", [d.says for d in differences[:4]])
+                return explanation, family
         if candidate is not None and (read_off := accepted(segment, candidate)) is not None:
             return read_off, None
         explanation, family = explain(segment, families, failed)
