@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
+from nets import second_like
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import (
     CalibrationDataReader,
@@ -110,3 +113,27 @@ def test_integer_operators_are_exact(tmp_path):
         result = bisect(str(test), "ort,emu-fp32", options=Options(replay=False))
         last = result.tests[0].outputs[0].stats
         assert last.finite_rel_l2 < 0.02
+
+
+def test_a_pair_put_into_a_float_network_is_a_fault_however_fine(tmp_path: Path) -> None:
+    """One pair makes no network of INT8, whose rounding would excuse it."""
+    model = second_like(tmp_path / "net.onnx", depth=1, size=16)
+    proto = onnx.load(model)
+    scale, zero = (
+        numpy_helper.from_array(a, n) for a, n in ((np.array(0.05, np.float32), "qs"), (np.array(0, np.int8), "qz"))
+    )
+    proto.graph.initializer.extend([scale, zero])
+    place, relu = [(i, n) for i, n in enumerate(proto.graph.node) if n.op_type == "Relu"][2]
+    reader = next(n for n in proto.graph.node if relu.output[0] in n.input)
+    for node in proto.graph.node:
+        node.input[:] = ["dequantized" if name == relu.output[0] else name for name in node.input]
+    pair = [
+        helper.make_node("QuantizeLinear", [relu.output[0], "qs", "qz"], ["levels"], name="put_in"),
+        helper.make_node("DequantizeLinear", ["levels", "qs", "qz"], ["dequantized"], name="taken_out"),
+    ]
+    for offset, node in enumerate(pair, 1):
+        proto.graph.node.insert(place + offset, node)
+    onnx.save(proto, tmp_path / "pair.onnx")
+    (test,) = bisect(str(model), "ort,ort", test_model=tmp_path / "pair.onnx").tests
+    assert [row.onnx for row in test.guilty] == [reader.output[0]]
+    assert test.guilty[0].replay.excess > 1000  # against what FP32 explains, not INT8

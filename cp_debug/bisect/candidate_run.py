@@ -218,7 +218,9 @@ class CandidateRun:
         They have the reference's names.
         """
         (program,) = (p for p in side.programs if p.name == component)
-        narrow = dict.fromkeys(rounded_values(program.graph), "int8") | narrow_values(program.graph)
+        # A pair of quantizers that somebody put into a network makes no levels that it must have.
+        levels = rounded_values(program.graph) if is_quantized(program.graph) else set()
+        narrow = dict.fromkeys(levels, "int8") | narrow_values(program.graph)
         names = value_map(self.programs[component], program) if narrow else {}
         narrow_by_name = {names.get(v.name, v.name): narrow[v.name] for v in program.graph.inputs if v.name in narrow}
         for own_name, name in names.items():
