@@ -72,6 +72,17 @@ class ModuleFailed(InputError):
     """A torch module raised in forward; the message names the module's path."""
 
 
+def raise_if_interrupted(error: BaseException) -> None:
+    """Raise KeyboardInterrupt where one led to ``error``: code that catches everything fails in its own way then."""
+    seen: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in seen:
+        if isinstance(cause, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        seen.append(cause)
+        cause = cause.__cause__ or cause.__context__
+
+
 def in_one_line(error: Exception) -> str:
     """An error's message without line breaks; with the error's type before it, unless it is one of cpdebug's."""
     message = " ".join(str(error).split())

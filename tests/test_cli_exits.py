@@ -92,7 +92,7 @@ def test_ctrl_c_says_so_and_is_no_verdict() -> None:
     time.sleep(4)
     started.send_signal(signal.SIGINT)
     _, said = started.communicate(timeout=60)
-    assert started.returncode == 130
+    assert started.returncode in (130, -signal.SIGINT)  # Python ends so inside exec(); a shell calls both 130
     assert said.strip().splitlines()[-1] == "interrupted"
     assert "Traceback" not in said
 

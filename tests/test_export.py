@@ -124,3 +124,20 @@ def test_is_quiet(tmp_path: Path, exporter: str, capfd: pytest.CaptureFixture[st
     assert capfd.readouterr() == ("", "")
     assert [str(w.message) for w in recwarn] == []
     assert logging.root.manager.disable == level
+
+
+def test_ctrl_c_that_the_exporter_turned_into_its_own_error_is_ctrl_c(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While torch imports parts of itself it catches everything, and then fails on what is only half imported."""
+
+    def half_imported(*_: Any, **__: Any) -> None:
+        try:
+            raise KeyboardInterrupt
+        except BaseException:
+            raise AttributeError("module 'torch._dynamo' has no attribute 'exc'")  # noqa: B904
+
+    monkeypatch.setattr("torch.onnx.export", half_imported)
+    with pytest.raises(KeyboardInterrupt):
+        export(Net().eval(), [torch.zeros(1, 3, 8, 8)], tmp_path / "net.onnx", input_names=["x"], output_names=["y"])
+    assert not any(tmp_path.iterdir())

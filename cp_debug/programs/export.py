@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from cp_debug.backends.determinism import fp32_precision
-from cp_debug.errors import InputError, system_reason
+from cp_debug.errors import InputError, raise_if_interrupted, system_reason
 from cp_debug.probes.outputs import flatten_outputs
 
 EXPORTERS = ("dynamo", "torchscript")
@@ -72,6 +72,7 @@ def export(
 
                 proto = optimizer.optimize(proto)
         except Exception as error:  # the exporters raise nearly everything
+            raise_if_interrupted(error)
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise InputError(f"{path}: cannot be written ({system_reason(error)})") from error
             raise InputError(f"{type(module).__name__} cannot be exported by {exporter}: {_reason(error)}") from error
