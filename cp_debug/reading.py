@@ -121,7 +121,7 @@ def unsealed(line: bytes, source: str) -> dict[str, Any]:
     Raises InputError, starting with ``source``, for a line that is none or was changed.
     """
     document = parse_json(line, source)
-    text = line.strip().decode()
+    text = line.strip().decode(errors="replace")  # JSON may be in UTF-16: not what ``sealed`` writes
     seal = len(_seal(""))
     body = f"{text[:-seal].removesuffix(', ')}}}"
     if not isinstance(document, dict) or text[-seal:] != _seal(body):

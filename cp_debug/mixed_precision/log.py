@@ -72,6 +72,8 @@ class TrialLog:
                     self.engine = typed(dict[str, list[_FusedLayer]], document["engine"], "engine")
                 else:
                     trial = Trial.of(document)
+                    if trial.measured.figures and "rel_l2" not in trial.measured.figures:
+                        raise ValueError("a trial lacks the figure rel_l2")
                     self.trials[trial.emulated, trial.nodes] = trial
         except (InputError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"--log: {path} is not the log of a search ({error}); give another file") from None

@@ -79,7 +79,7 @@ class Predictor:
         ratio = after / before if math.isfinite(before) and before else float(math.isinf(after))
         if not {"rel_l2", "max_abs"}.issuperset(self._goal.figures):
             return ratio <= SHARE
-        return self._goal.holds({"rel_l2": after, "max_abs": measured.figures["max_abs"] * ratio})
+        return self._goal.holds({"rel_l2": after, "max_abs": measured.figures.get("max_abs", math.inf) * ratio})
 
     def _errors(self, groups: Sequence[FusionGroup], output: str) -> list[float]:
         return [self.effects[group].outputs[output] for group in groups]

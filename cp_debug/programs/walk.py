@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cp_debug.errors import ModuleFailed, in_one_line
 from cp_debug.probes.arrays import as_numpy, as_torch
 from cp_debug.probes.outputs import flatten_outputs
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
@@ -97,10 +98,13 @@ def example_args(component: Component, inputs: Mapping[str, np.ndarray]) -> tupl
 
 
 def run_module(component: Component, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The outputs of a component's module by their names."""
+    """The outputs of a component's module by their names. Raises ModuleFailed when it raises in forward."""
     assert component.module is not None
-    with torch.no_grad():
-        outputs = flatten_outputs(component.module(*example_args(component, inputs)))
+    try:
+        with torch.no_grad():
+            outputs = flatten_outputs(component.module(*example_args(component, inputs)))
+    except Exception as error:
+        raise ModuleFailed(f"{component.name} raised in forward: {in_one_line(error)}") from error
     return named_outputs(component, outputs)
 
 

@@ -162,7 +162,10 @@ def _histogram(reference_values: np.ndarray, test_values: np.ndarray) -> Canvas 
     low, high = float(together.min()), float(together.max())
     if low == high:
         low, high = low - 0.5, high + 0.5
-    counts = [np.histogram(side, BINS, (low, high))[0] for side in sides]
+    try:
+        counts = [np.histogram(side, BINS, (low, high))[0] for side in sides]
+    except ValueError:  # too few numbers lie between the ends for as many bins, or the range is infinite
+        return None
     left, right, bottom, top = _plot()
     x = Scale(low, high, left, right)
     y = Scale(0.5, 10 ** np.ceil(np.log10(max(c.max() for c in counts) + 1)), bottom, top, log=True)

@@ -33,7 +33,8 @@ class Entry(TypedDict):
 
 def default_folder() -> Path:
     """The user's cache folder: ``$XDG_CACHE_HOME/cpdebug/engines``, else under ``~/.cache``."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    chosen = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    home = chosen if chosen.is_absolute() else Path.home() / ".cache"  # the specification ignores relative ones
     return Path(home) / "cpdebug" / "engines"
 
 
