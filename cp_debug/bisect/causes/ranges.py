@@ -21,6 +21,8 @@ SMALLEST = 2.0**-24
 
 TINY = 64
 """Elements up to which a single one at a bound is no evidence for the bound."""
+FEWEST_CUT = 3
+"""Elements that must be at a bound there."""
 
 _RESCALE = "scale the layer down and its reader up, or keep these nodes in FP32: {layers}"
 
@@ -95,8 +97,9 @@ def saturated(segment: Segment) -> Iterator[Candidate]:
     bounds = ((-largest, largest, 1), (-torch.inf, high, 1), (low, torch.inf, 1), (low, high, 2))
     for lower, upper, parameters in bounds:
         cut = (segment.exact < lower) | (segment.exact > upper)
-        if int(cut.sum()) < (1 if cut.numel() > TINY else 2):
-            continue
+        count = int((cut & segment.finite).sum())
+        if count < (1 if cut.numel() > TINY else FEWEST_CUT) or count == int(segment.finite.sum()):
+            continue  # a result that is cut off everywhere is a constant, of whatever origin
         evidence = {"low": lower, "high": upper, "share": float(cut.double().mean())}
         yield Candidate(
             "saturated",
