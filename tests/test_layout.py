@@ -48,6 +48,16 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     assert not _in_circles(_graph())
 
 
+def test_no_two_classes_have_one_name() -> None:
+    """One name, one thing: an underscore in front does not make it another name."""
+    places: dict[str, list[str]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name.lstrip("_"), []).append(f"{path.relative_to(REPO)}:{node.lineno}")
+    assert not {name: where for name, where in places.items() if len(where) > 1}
+
+
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys; from cp_debug.cli.main import app; "

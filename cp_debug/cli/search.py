@@ -51,7 +51,7 @@ def search(
     unfolded: Annotated[bool, typer.Option("--unfolded", help="Keep BatchNorm apart.")] = False,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
     *,
-    engines: tensorrt.Flags,
+    engines: tensorrt.TensorRTFlags,
 ) -> None:
     """Find the smallest set of layers to keep in FP32 (of an INT8 graph: unquantized) so that a goal holds.
 

@@ -102,10 +102,10 @@ def search(
     if not samples:
         raise InputError("--inputs: there is no sample to measure on")
     with tempfile.TemporaryDirectory(prefix="cpdebug-search-") as scratch:
-        return _Search(model, backends, goal, samples, options, on_step, Path(scratch)).run()
+        return _LayerSearch(model, backends, goal, samples, options, on_step, Path(scratch)).run()
 
 
-class _Search:
+class _LayerSearch:
     def __init__(
         self,
         model: Model,

@@ -104,7 +104,7 @@ def predict(
         on_step("exporting and aligning", 0, len(samples))
         how = Export(options.exporter or ("torchscript" if runtime.opset else "dynamo"), runtime.opset)
         programs = prepare(loaded, samples[0], Path(scratch), how=how)
-        job = _Prediction(loaded, programs, runtime, precision, kernels, options.device, Path(scratch))
+        job = _ModelPrediction(loaded, programs, runtime, precision, kernels, options.device, Path(scratch))
         for i, sample in enumerate(samples):
             job.add(sample, partial(_tell, on_step, i, len(samples)))
         result = job.result([sample.source for sample in samples])
@@ -115,7 +115,7 @@ def predict(
     return result
 
 
-class _Prediction:
+class _ModelPrediction:
     """The figures of one model, sample after sample."""
 
     def __init__(
