@@ -53,7 +53,7 @@ def search(
     *,
     engines: tensorrt.TensorRTFlags,
 ) -> None:
-    """Find the smallest set of layers to keep in FP32 (of an INT8 graph: unquantized) so that a goal holds.
+    """Mixed-precision search: the fewest layers to keep in FP32 (of an INT8 graph: unquantized) so that a goal holds.
 
     Exit code 1 when the goal was not reached.
     """
@@ -62,10 +62,10 @@ def search(
     from cp_debug.backends.spec import parse_backends
     from cp_debug.cli.console import errors, show_document, steps
     from cp_debug.mixed_precision.goal import Goal
-    from cp_debug.mixed_precision.search import SearchOptions, samples_for
+    from cp_debug.mixed_precision.search import MixedPrecisionOptions, samples_for
     from cp_debug.mixed_precision.search import search as run
     from cp_debug.quantization.quantized_programs import load_quantized
-    from cp_debug.reports.search import render
+    from cp_debug.reports.mixed_precision import render
 
     parsed, specs = Goal.parse(goal), parse_backends(backends)
     engines.check(specs)
@@ -75,7 +75,7 @@ def search(
     given, scored = inputs or data, data is not None
     check_given(model, inputs=given, samples=samples, checkpoint=checkpoint, test_model=test_model, truth=scored)
 
-    options = SearchOptions(
+    options = MixedPrecisionOptions(
         max_builds=max_builds,
         budget=None if budget is None else parse_duration(budget),
         log=log,

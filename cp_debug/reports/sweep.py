@@ -22,7 +22,7 @@ from cp_debug.reports.sheet_terminal import Terminal
 from cp_debug.sweep.bisecting import BisectGroup, LayerSpread
 from cp_debug.sweep.evaluating import EvalGroup
 from cp_debug.sweep.result import ResultGroup, SweepResult
-from cp_debug.sweep.searching import SearchGroup
+from cp_debug.sweep.searching import MixedPrecisionGroup
 from cp_debug.sweep.sensitivity import ProfileGroup, SensitivityGroup
 from cp_debug.sweep.spread import Outlier, Spread
 from cp_debug.version import __version__
@@ -153,7 +153,7 @@ def _(group: ProfileGroup) -> GroupSection:
 
 
 @section.register
-def _(group: SearchGroup) -> GroupSection:
+def _(group: MixedPrecisionGroup) -> GroupSection:
     samples, most = len(group.samples), max(group.kept)
     title = f"{group.label}: {group.reference} → {group.backend}{' (emulated)' if group.emulated else ''}"
     sentence = (
