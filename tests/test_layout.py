@@ -114,8 +114,15 @@ def _graph() -> dict[str, set[str]]:
                 imported |= (below & paths.keys()) or {node.module}
             elif isinstance(node, ast.Import):
                 imported |= {alias.name for alias in node.names}
-        graph[module] = {name for name in imported if name.startswith("cp_debug.")} - {module}
+        imported |= {package for name in imported for package in _packages(name)} - set(_packages(module))
+        graph[module] = {name for name in imported if name.startswith("cp_debug.") and name in paths} - {module}
     return graph
+
+
+def _packages(module: str) -> list[str]:
+    """The packages that a module lies in: to import it imports their ``__init__``, too."""
+    parts = module.split(".")
+    return [".".join(parts[:i]) for i in range(2, len(parts))]
 
 
 def _module(path: Path) -> str:

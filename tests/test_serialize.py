@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cp_debug.backends.base import RunRecord
-from cp_debug.bisect.causes.finding import Element, Finding, Where
+from cp_debug.bisect.finding import Element, Finding, Where
 from cp_debug.bisect.observe import Observation
 from cp_debug.bisect.optimizer_blame import Culprit, OptimizerBlame, Rewrite
 from cp_debug.bisect.regions.region import Region

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cp_debug.backends.base import RunRecord
-from cp_debug.bisect.causes.finding import Finding
+from cp_debug.bisect.finding import Finding
 from cp_debug.bisect.observe import Observation
 from cp_debug.bisect.optimizer_blame import OptimizerBlame
 from cp_debug.bisect.regions.region import Region
