@@ -9,7 +9,6 @@ from torch.nn import functional
 
 from cp_debug.backends.kernels.registry import Call, kernel
 
-
 _FEW_BITS = 4096
 """Places that are multiples of 1 ÷ this, and less than this, are exact in FP32 with bits to spare."""
 
@@ -140,10 +139,7 @@ def _coordinates(length: int, size: int, factor: float, transform: str, *, neare
 
 def _is_exact(length: int, size: int, factor: float, transform: str) -> bool:
     """Whether the places of the results need so few bits that FP32 holds them, whatever formula is used."""
-    if transform == "align_corners":
-        step = (size - 1) / (length - 1) if length > 1 else 0.0
-    else:
-        step = 1 / factor
+    step = (size - 1) / max(length - 1, 1) if transform == "align_corners" else 1 / factor
     return (step * _FEW_BITS).is_integer() and max(length, size) < _FEW_BITS
 
 
