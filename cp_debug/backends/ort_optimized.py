@@ -121,10 +121,14 @@ def _readable(written: Path) -> Path:
 
 
 def replacements(program: OptimizedProgram, original: Graph) -> list[Replacement]:
-    """For each visible value, the nodes that compute it from the visible values before it, optimized and original."""
+    """For each visible value, the nodes that compute it from the visible values before it, optimized and original.
+
+    In the original's order: ONNX Runtime writes its nodes in another one each time.
+    """
     visible = {*program.exposed, *program.renamed.values()}
+    place = {value: i for i, value in enumerate(original.producer)}
     result = []
-    for value in program.exposed:
+    for value in sorted(program.exposed, key=lambda value: place.get(value, -1)):
         after, _ = program.graph.segment([program.renamed.get(value, value)], visible)
         before, _ = original.segment([value], program.exposed)
         result.append(

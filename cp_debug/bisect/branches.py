@@ -45,13 +45,13 @@ def other_ways(run: CandidateRun, captures: tuple[Capture, Capture]) -> Iterator
                 continue
             test_branch = theirs[branch.path]
             condition = run.name(Key(component, test_branch.decided_by[0])).value
-            ours = _seen(branch, branch.decided_by[0], captures[0], component)
-            way = OtherWay(component, branch, ours, _seen(test_branch, condition, captures[1], component))
+            ours = _flattened(branch, branch.decided_by[0], captures[0], component)
+            way = OtherWay(component, branch, ours, _flattened(test_branch, condition, captures[1], component))
             if way.ours != way.theirs:
                 yield way
 
 
-def _seen(branch: Branch, condition: str, capture: Capture, component: str) -> Decision:
+def _flattened(branch: Branch, condition: str, capture: Capture, component: str) -> Decision:
     if branch.op != "If":
         return branch.decision
     try:

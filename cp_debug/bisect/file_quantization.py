@@ -363,10 +363,10 @@ class FileQuantization:
         if weights is not None and weights.bits == 32:
             weights = None
         last = self._graph.producer[value]
-        made = produced_grid(self._graph, value)
-        if made is not None and weights is None and is_constant(self._graph, last.proto.input[0]):
-            weights = self._levels(made.scale, made.zero)
-        holds_levels = last.op == "DequantizeLinear" or made is not None
+        producer_grid = produced_grid(self._graph, value)
+        if producer_grid is not None and weights is None and is_constant(self._graph, last.proto.input[0]):
+            weights = self._levels(producer_grid.scale, producer_grid.zero)
+        holds_levels = last.op == "DequantizeLinear" or producer_grid is not None
         result = (data or Levels()) if holds_levels and not is_constant(self._graph, last.proto.input[0]) else None
         return Scheme(data, weights, result, grid)
 

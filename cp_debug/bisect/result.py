@@ -13,7 +13,7 @@ from cp_debug.bisect.observe import Observation
 from cp_debug.bisect.optimizer_blame import OptimizerBlame
 from cp_debug.bisect.regions.region import Region
 from cp_debug.bisect.replayed import EXCESS, Replay
-from cp_debug.bisect.strange_numbers import born, outputs_say, undecided
+from cp_debug.bisect.strange_numbers import nonfinite_origins, outputs_say, undecided
 from cp_debug.detection.detection_change import DetectionChange
 from cp_debug.display import notebook, plain, terminal, write_page
 from cp_debug.probes.statistics import TensorStats
@@ -211,7 +211,7 @@ class TestResult(JsonForm):
     def not_finite(self) -> str:
         """The final outputs that hold NaN or Inf on a side, and where these are born; empty where all are finite."""
         sentence = outputs_say(self.outputs)
-        return "; ".join([sentence, *born(self.rows)]) if sentence else ""
+        return "; ".join([sentence, *nonfinite_origins(self.rows)]) if sentence else ""
 
     @property
     def layers(self) -> pd.DataFrame:

@@ -41,7 +41,7 @@ def undecided(row: ComparedRow) -> bool:
     return bool(row.stats.count) and row.stats.inf_ref == row.stats.count
 
 
-def born(rows: Sequence[ComparedRow]) -> Iterator[str]:
+def nonfinite_origins(rows: Sequence[ComparedRow]) -> Iterator[str]:
     """A phrase for each kind and side, equal ones together: the first value, in execution order, that holds any."""
     for kind in KINDS:
         places: dict[str, list[str]] = {}

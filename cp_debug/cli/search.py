@@ -72,8 +72,8 @@ def search(
     refuse_export_flags([model])
     refuse(("data",), unless="map_drop" in goal, why=f"the goal is {goal}; expected one with map_drop")
     check_made_up(samples, inputs or data)
-    given, scored = inputs or data, data is not None
-    check_given(model, inputs=given, samples=samples, checkpoint=checkpoint, test_model=test_model, truth=scored)
+    source, scored = inputs or data, data is not None
+    check_given(model, inputs=source, samples=samples, checkpoint=checkpoint, test_model=test_model, truth=scored)
 
     options = MixedPrecisionOptions(
         max_builds=max_builds,

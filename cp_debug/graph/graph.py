@@ -12,7 +12,8 @@ import numpy as np
 import onnx
 from onnx import external_data_helper
 
-from cp_debug.graph.onnx_file import array_of, external_data, read_model, reads
+from cp_debug.graph.onnx_file import read_model, reads
+from cp_debug.graph.onnx_tensors import array_of, external_data
 
 _NAMELESS = {"", "?", "-1", "none", "null", "unk", "unknown", "dynamic", "any"}
 """Placeholders that stand for the name of a free axis; two such axes have nothing to do with each other."""

@@ -72,10 +72,10 @@ class MadeUp:
 
         Raises InputError, with ONNX Runtime's reason, when no input was found that runs.
         """
-        return self._make(self._found, seed)
+        return self._make(self._chosen, seed)
 
     @cached_property
-    def _found(self) -> _InputChoice:
+    def _chosen(self) -> _InputChoice:
         first = _InputChoice(self._axes.first(), (0,) * len(self._ways))
         session = self._session() if self._uncertain(first) else None
         if session is None:
@@ -148,10 +148,10 @@ class MadeUp:
 class _InputTrials:
     """Tries choices until one runs and gives finite numbers; of those tried the best is kept."""
 
-    def __init__(self, made: MadeUp, session: onnxruntime.InferenceSession) -> None:
-        self._made, self._session = made, session
-        self._finite = [v.name for v in made.graph.outputs if v.dtype is not None and v.dtype.kind == "f"]
-        self._end = len(made.graph.nodes)
+    def __init__(self, inputs: MadeUp, session: onnxruntime.InferenceSession) -> None:
+        self._made, self._session = inputs, session
+        self._finite = [v.name for v in inputs.graph.outputs if v.dtype is not None and v.dtype.kind == "f"]
+        self._end = len(inputs.graph.nodes)
         self.count, self.ran, self.reason = 0, False, ""
         self._tried: set[str] = set()
         self._limit, self._deadline = TRIALS, time.monotonic() + SECONDS

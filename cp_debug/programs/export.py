@@ -179,9 +179,9 @@ def _quiet() -> Iterator[None]:
     logging.disable(logging.ERROR)
     stream, show = sys.stderr, warnings.showwarning
 
-    def shown(*told: Any, **more: Any) -> None:
+    def shown(*parts: Any, **more: Any) -> None:
         with contextlib.redirect_stderr(stream):
-            show(*told, **more)
+            show(*parts, **more)
 
     try:
         with (

@@ -360,7 +360,7 @@ def build(job: Job, step: Step) -> dict[str, Any]:
         if node and not layer.metadata:  # the parser of 8.6 writes none; the inspector hands back what is set here
             layer.metadata = f"[ONNX Layer: {node}]"
     config = builder.create_builder_config()
-    cache, kept = _configure(job, config, owners, step)
+    cache, timing_cache = _configure(job, config, owners, step)
     profile = _add_profile(builder, network, config, step.get("profiles") or {})
     calibrator = _calibrate(job, network, config, profile, step)
     marked, missing = _mark(job, network, step.get("probes") or {})
@@ -372,8 +372,8 @@ def build(job: Job, step: Step) -> dict[str, Any]:
     if plan is None:
         raise _build_failure(job)
     _write(Path(step["engine"]), plan)
-    if kept is not None:
-        _keep_timing_cache(kept, step["timing_cache"])
+    if timing_cache is not None:
+        _keep_timing_cache(timing_cache, step["timing_cache"])
     seconds = time.monotonic() - started
     return {
         "bytes": plan.nbytes,
