@@ -36,7 +36,7 @@ def own_scales(specs: Sequence[BackendSpec], model: str, checkpoint: Path | None
 
     ``specs``: the reference first. Raises InputError for an ONNX file that cannot be read.
     """
-    if not typed(f.name for f in fields(Flags)):
+    if not typed(f.name for f in fields(CalibrationFlags)):
         return ""
     reference = _scaled(model, checkpoint)
     sources = [reference, *[reference if test_model is None else _scaled(str(test_model), None)] * (len(specs) - 1)]
@@ -78,7 +78,7 @@ SkipLayers = Annotated[
 
 
 @dataclass(frozen=True)
-class Flags:
+class CalibrationFlags:
     """All options about calibration."""
 
     calib_data: Data = None

@@ -45,8 +45,8 @@ def evaluate(
     csv: Annotated[Path | None, typer.Option(help="Write the figures of every backend and class as CSV.")] = None,
     predictions: Annotated[Path | None, typer.Option(help="Write every detection, as .npz.")] = None,
     *,
-    int8: calibration.Flags,
-    engines: tensorrt.Flags,
+    int8: calibration.CalibrationFlags,
+    engines: tensorrt.TensorRTFlags,
 ) -> None:
     """Score backends on a data set: mAP, NDS and errors as nuScenes defines them, AP by overlap, with intervals.
 

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import torch
 
-from cp_debug.bisect.causes.finding import Element, Where
 from cp_debug.bisect.causes.segment import Segment
+from cp_debug.bisect.finding import Element, Where
 
 MOST = 5
 """Channels and elements that are named."""
