@@ -158,6 +158,7 @@ def bisect(
     refuse(("overwrite",), unless=save is not None, why="without --save nothing is kept")
     check_made_up(samples, inputs)
     check_given(model, inputs=inputs, samples=samples, checkpoint=checkpoint, test_model=test_model)
+    engines.check_installed(specs)
     calibration.check_calibration(model, int8.calib_data, int8.calib_samples)
     from cp_debug.api.dumps import with_dump
     from cp_debug.bisect.engine import Options

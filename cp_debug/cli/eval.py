@@ -65,6 +65,7 @@ def evaluate(
     check_made_up(samples, data, given_by="--data")
     read = DataOptions(data_root, sweeps, skip_missing)
     check_given(model, inputs=data, samples=samples, checkpoint=checkpoint, options=read, truth=True, flag="--data")
+    engines.check_installed(specs)
     calibration.check_calibration(model, int8.calib_data, int8.calib_samples)
     from cp_debug.detection.evaluate import as_detector
     from cp_debug.detection.evaluate import evaluate as run

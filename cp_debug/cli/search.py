@@ -62,10 +62,6 @@ def search(
     from cp_debug.backends.spec import parse_backends
     from cp_debug.cli.console import errors, show_document, steps
     from cp_debug.mixed_precision.goal import Goal
-    from cp_debug.mixed_precision.search import MixedPrecisionOptions, samples_for
-    from cp_debug.mixed_precision.search import search as run
-    from cp_debug.quantization.quantized_programs import load_quantized
-    from cp_debug.reports.mixed_precision import render
 
     parsed, specs = Goal.parse(goal), parse_backends(backends)
     engines.check(specs)
@@ -74,6 +70,11 @@ def search(
     check_made_up(samples, inputs or data)
     source, scored = inputs or data, data is not None
     check_given(model, inputs=source, samples=samples, checkpoint=checkpoint, test_model=test_model, truth=scored)
+    engines.check_installed(specs)
+    from cp_debug.mixed_precision.search import MixedPrecisionOptions, samples_for
+    from cp_debug.mixed_precision.search import search as run
+    from cp_debug.quantization.quantized_programs import load_quantized
+    from cp_debug.reports.mixed_precision import render
 
     options = MixedPrecisionOptions(
         max_builds=max_builds,

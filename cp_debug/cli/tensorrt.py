@@ -140,6 +140,12 @@ class TensorRTFlags:
             why += "; --skip-layers leaves layers out of INT8"
         refuse(("keep_fp32",), unless=any(map(keeps_fp32, specs)), why=why)
 
+    def check_installed(self, specs: Sequence[BackendSpec]) -> None:
+        """Raise BackendUnavailable or MissingPackage for a runtime that is not there, before torch is imported."""
+        from cp_debug.backends.registry import check_installed
+
+        check_installed(specs, self.trt_python)
+
     @property
     def options(self) -> dict[str, Any]:
         """The options as fields of ``cp_debug.backends.tensorrt.options.Options``."""

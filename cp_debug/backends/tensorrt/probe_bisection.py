@@ -107,7 +107,7 @@ def search(values: Sequence[str], expected: Expected, look: Callable[[str], tupl
 
     ``values`` are in execution order. ``look`` builds an engine that shows one value and runs it; it returns the value
     and the distance of the outputs from the plain engine's. All values behind such a one are taken to be
-    beyond theirs, too: where that fails, the value found is beyond its limit all the same, and the one before it is not.
+    beyond theirs: where that fails, the value found is beyond its limit all the same, and the one before it is not.
     """
     result = ProbeSearch()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 
 from cp_debug.bisect.causes.segment import Segment
@@ -31,7 +32,7 @@ def locate(segment: Segment, layer: str) -> Where:
         covered = math.prod(b - a + 1 for a, b in location.region)
         location.concentrated = covered / error.numel()
     for flat in error.flatten().topk(min(MOST, error.numel())).indices:
-        index = [int(i) for i in torch.unravel_index(flat, error.shape)]
+        index = [int(i) for i in np.unravel_index(int(flat), error.shape)]  # torch imports sympy for this
         place = tuple(index)
         if error[place] > 0:
             location.worst.append(Element(index, float(segment.test[place]), float(segment.exact[place])))
