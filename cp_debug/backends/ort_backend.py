@@ -118,6 +118,7 @@ class OrtSession:
     ) -> dict[str, np.ndarray]:
         """Run once. Without a sink the whole model runs in one session, as deployed.
 
+        Takes and returns name → array in the dtype that the graph declares.
         Raises InputError for inputs that do not fit the graph, and when a node fails.
         """
         check_inputs(self._graph.inputs, inputs, str(self._graph.path))
@@ -174,7 +175,10 @@ class OrtSession:
 def run_whole(
     session: onnxruntime.InferenceSession, graph: Graph, inputs: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """The outputs of ``graph``, open in ``session``, as far as they are tensors. Raises InputError when it fails."""
+    """The outputs of ``graph``, open in ``session``, as far as they are tensors. Raises InputError when it fails.
+
+    Takes and returns name → array in the dtype that the graph declares.
+    """
     names = [v.name for v in graph.outputs]
     try:
         values = session.run_with_ort_values(names, to_ort(inputs))

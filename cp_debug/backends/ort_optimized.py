@@ -69,7 +69,8 @@ def build(
     """Make the program that ONNX Runtime has ``written`` observable under the names of the ``original`` graph.
 
     Names that ONNX Runtime changed are guessed from the nodes' names and verified: on ``inputs``, both programs must
-    give the same tensor. Without inputs no guess is used.
+    give the same tensor. Without inputs no guess is used. ``inputs``: name → array in the dtype and shape that the
+    graph declares.
     """
     bare = Graph(_readable(written))
     guessed = _guess_names(bare, original)

@@ -238,7 +238,10 @@ class TestResult(JsonForm):
 
     @classmethod
     def fields_from(cls, document: dict[str, Any]) -> dict[str, Any]:
-        """The block with its stages and outputs as rows of the layers, where these stand in full."""
+        """The block with its stages and outputs as rows of the layers, where these stand in full.
+
+        Raises BadField for a row that is none of the layers.
+        """
         rows = part(list[LayerRow], document, "layers")
         by_place = {(row.component, row.onnx): row for row in rows}
 
@@ -298,7 +301,10 @@ class BisectResult(JsonForm):
 
     @classmethod
     def fields_from(cls, document: dict[str, Any]) -> dict[str, Any]:
-        """The document with every record at its test, and with the programs of files that do not name each test's."""
+        """The document with every record at its test, and with the programs of files that do not name each test's.
+
+        Raises BadField for another schema, and for records that do not match the tests.
+        """
         if (schema := part(str, document, "schema")) != SCHEMA:
             raise BadField("schema", f"{schema!r}; this version reads {SCHEMA!r}")
         records = part(list[RunRecord], document, "backends")

@@ -98,6 +98,7 @@ class Graph:
     def initializer(self, name: str) -> np.ndarray:
         """One weight as an array, read from the file (or its external data) now.
 
+        Dtype and shape are those that the file declares; types that numpy lacks come as ml_dtypes has them.
         Raises KeyError for an unknown name.
         """
         return array_of(self._initializers[name], self.path)

@@ -98,7 +98,10 @@ class MadeUp:
             yield replace(choice, sizes=sizes)
 
     def make(self, choice: _InputChoice) -> dict[str, np.ndarray]:
-        """The inputs of a trial, by name, made with seed 0."""
+        """The inputs of a trial, by name, made with seed 0.
+
+        Name → array in the dtype that the graph declares and the shape of the choice.
+        """
         return self._make(choice, 0)
 
     def _make(self, choice: _InputChoice, seed: int | Sequence[int]) -> dict[str, np.ndarray]:

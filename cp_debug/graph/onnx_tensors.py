@@ -85,7 +85,10 @@ def byte_count(tensor: TensorProto, source: str) -> int:
 
 
 def array_of(tensor: TensorProto, model: Path) -> np.ndarray:
-    """A checked weight of the file ``model`` as an array, read now from there or from its external data."""
+    """A checked weight of the file ``model`` as an array, read now from there or from its external data.
+
+    Dtype and shape are those that the file declares; types that numpy lacks come as ml_dtypes has them.
+    """
     if tensor.data_location != TensorProto.EXTERNAL:
         return numpy_helper.to_array(tensor)
     place = external_data(tensor, model)

@@ -82,7 +82,8 @@ def trace(module: nn.Module, inputs: Mapping[str, Tensor], sink: TorchSink | Non
     """Run ``module`` once on ``inputs``, in this order as positional arguments, without gradients.
 
     ``prefix`` completes the module paths. The inputs are copied, so an in-place operation leaves the caller's alone.
-    Without a sink no operation is watched: the record then holds the calls and the output tensors only.
+    Without a sink no operation is watched: the record then holds the calls and the output tensors only. Inputs may have
+    any shape and dtype that the module takes.
     Raises ModuleFailed, with the path, when a module raises in forward; what the sink raises comes through as it is.
     """
     tracer = _Tracer(module, sink, prefix)

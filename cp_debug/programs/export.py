@@ -48,6 +48,8 @@ def export(
     visible. ``simplify`` runs onnxscript's optimizer over the result. Weights go to ``<path>.data`` when one file
     cannot hold them. ``opset`` None is the exporter's default.
 
+    Shapes and dtypes of ``args`` become the graph's.
+
     Raises InputError when the module cannot be exported, or not at that opset.
     """
     if exporter not in EXPORTERS:

@@ -110,7 +110,8 @@ def pair_by_numbers(
 ) -> tuple[Pairing, dict[str, np.ndarray]]:
     """The pairing by contents, and by names where they can be believed; and the reference's outputs.
 
-    ``inputs``: the reference's, name → array. Raises InputError as ``pair_inputs`` does.
+    ``inputs``: the reference's, name → array. Arrays have the dtype that the graph declares.
+    Raises InputError as ``pair_inputs`` does.
     """
     ends = _inputs(program, test, fixed)
     pairs = pair_by_names(program.graph, test.graph, fixed, ends)

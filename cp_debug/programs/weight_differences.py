@@ -113,7 +113,10 @@ def weight_differences(reference: Graph, test: Graph, names: Mapping[str, str] |
 
 
 def differences_of_states(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> WeightDifferences:
-    """Compare two checkpoints (tensor name → array), tensor by tensor of one name."""
+    """Compare two checkpoints (tensor name → array), tensor by tensor of one name.
+
+    Arrays may have any shape and dtype, also others on each side.
+    """
     common = [name for name in ours if name in theirs]
     changes = ((name, describe(ours[name], theirs[name])) for name in common)
     differences = [Difference(name, name, change) for name, change in changes if change is not None]

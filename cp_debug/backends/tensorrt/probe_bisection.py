@@ -78,7 +78,10 @@ class Expected:
         self._run(graph, rounded, inputs, values, self._limit)
 
     def distance(self, value: str, array: np.ndarray) -> float:
-        """Relative L2 distance from the exact value; infinite for NaN and Inf that are not in the exact one."""
+        """Relative L2 distance from the exact value; infinite for NaN and Inf that are not in the exact one.
+
+        ``array`` has the shape of the value, and any real dtype.
+        """
         return relative_l2(array, self._exact[value])
 
     def limit(self, value: str) -> float:
@@ -106,8 +109,9 @@ def search(values: Sequence[str], expected: Expected, look: Callable[[str], tupl
     """Find the first of ``values`` that is beyond its limit, in ⌈log₂(n + 1)⌉ looks.
 
     ``values`` are in execution order. ``look`` builds an engine that shows one value and runs it; it returns the value
-    and the distance of the outputs from the plain engine's. All values behind such a one are taken to be
-    beyond theirs: where that fails, the value found is beyond its limit all the same, and the one before it is not.
+    and the distance of the outputs from the plain engine's. All values behind such a one are taken to be beyond theirs:
+    where that fails, the value found is beyond its limit all the same, and the one before it is not. Values have the
+    shapes of the graph's, and any real dtype.
     """
     result = ProbeSearch()
 

@@ -127,14 +127,20 @@ class Cuda:
         return address
 
     def upload(self, array: np.ndarray) -> int:
-        """Copy an array to new device memory; returns its address."""
+        """Copy an array to new device memory; returns its address.
+
+        The array must be contiguous; any shape and dtype.
+        """
         pointer = self.allocate(array.nbytes)
         source = ctypes.c_void_p(array.ctypes.data)
         self._call("cudaMemcpy", ctypes.c_void_p(pointer), source, ctypes.c_size_t(array.nbytes), self.HOST_TO_DEVICE)
         return pointer
 
     def download(self, pointer: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        """Copy device memory at ``pointer`` into a new array."""
+        """Copy device memory at ``pointer`` into a new array.
+
+        The array is contiguous, of this ``shape`` and ``dtype``.
+        """
         array = np.empty(shape, dtype)
         target = ctypes.c_void_p(array.ctypes.data)
         self._call("cudaMemcpy", target, ctypes.c_void_p(pointer), ctypes.c_size_t(array.nbytes), self.DEVICE_TO_HOST)
@@ -694,7 +700,10 @@ class Layout:
             self.memory = (n, h, w, blocks * vector) if self.order == "HWC" else (n, blocks, h, w, vector)
 
     def to_linear(self, memory: np.ndarray) -> np.ndarray:
-        """The tensor (N, C, H, W), contiguous and without padding, from an array in this layout."""
+        """The tensor (N, C, H, W), contiguous and without padding, from an array in this layout.
+
+        ``memory`` is [N, H, W, C padded] for HWC, [N, blocks, H, W, vector] for CHW; the dtype stays.
+        """
         if self.order == "HWC":
             memory = np.moveaxis(memory, 3, 1)
         elif self.order == "CHW":
