@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -63,14 +64,52 @@ def test_nan_of_the_input_is_said_to_come_in(tmp_path: Path) -> None:
     assert "NaN comes in with the input x on both sides" in test.not_finite
 
 
-def test_inf_at_the_same_places_is_told_beside_the_pass(tmp_path: Path) -> None:
+@pytest.mark.parametrize("x", [[1, -2, 3, -4], [1, 2, 3, 4], [-1, -2, -3, 4]])
+def test_inf_at_the_same_places_is_no_pass(tmp_path: Path, x: list[float]) -> None:
     path = net(tmp_path, [("Div", ["x", "zero"], "d"), ("Max", ["d", "x"], "y")], ["y"])
-    test = judged(path, [1, -2, 3, -4])
-    assert test.agrees
+    test = judged(path, x)
+    assert not test.agrees
     text = verdict_line(test)
+    assert text.plain.startswith("✗ ort-all: nothing is decided")
     assert "Inf is born at node_d (Div) on both sides" in text.plain
     assert "green" not in str(text.spans[0].style)
-    assert not judged(path, [1, 2, 3, 4]).agrees, "nothing of the output is finite"
+
+
+def test_minus_inf_that_masks_inside_the_network_is_fine(tmp_path: Path) -> None:
+    ops = [("Div", ["x", "zero"], "mask"), ("Min", ["mask", "zero"], "m"), ("Add", ["m", "x"], "s")]
+    test = judged(net(tmp_path, [*ops, ("Softmax", ["s"], "y")], ["y"]), [1, -2, 3, -4])
+    assert test.agrees
+    assert not test.not_finite
+    assert verdict_line(test).plain.startswith("✓")
+
+
+@pytest.mark.parametrize("op", ["Div", "Log"])
+def test_every_face_says_that_an_output_is_not_finite(tmp_path: Path, op: str) -> None:
+    inputs = ["x", "zero"] if op == "Div" else ["x"]
+    path = net(tmp_path, [(op, inputs, "d"), ("Relu", ["x"], "z")], ["d", "z"])
+    np.savez(tmp_path / "x.npz", x=np.array([[1, -2, 3, -4]], np.float32))
+    kept, page = tmp_path / "kept", tmp_path / "page.html"
+    argv = ["bisect", path, "-b", "ort,ort-all", "--inputs", tmp_path / "x.npz", "--save", kept, "--html", page]
+    code, text = run(*argv)
+    assert code == 1
+    assert "nothing is decided" in text
+    document = json.loads((kept / "result.json").read_text())
+    assert document["agrees"] is False
+    assert "is not finite" in document["not_finite"]
+    shown = page.read_text(encoding="utf-8")
+    assert "✗ not finite" in shown
+    assert "✓ agrees" not in shown
+    for kind, part in (("markdown", "nothing is decided"), ("junit", 'failures="1"'), ("github", "::error")):
+        code, text = run("report", kept, "-f", kind)
+        assert part in text, kind
+
+
+def test_a_search_by_outputs_that_are_not_finite_is_refused(tmp_path: Path) -> None:
+    path = net(tmp_path, [("Div", ["x", "zero"], "y")], ["y"])
+    np.savez(tmp_path / "x.npz", x=np.ones((1, 4), np.float32))
+    code, text = run("search", path, "-b", "ort,emu-fp16", "--goal", "rel_l2<0.1", "--inputs", tmp_path / "x.npz")
+    assert code == 2
+    assert "the reference's output y holds 4 NaN or Inf of 4 elements" in text
 
 
 def test_what_is_finite_says_nothing(tmp_path: Path) -> None:
@@ -100,6 +139,8 @@ def test_verification_does_not_blame_the_export_for_the_models_own_nan() -> None
         nan, nan
     )
     assert "the reference has" not in said(ones, nan)
+    assert "the reference holds 1 NaN or Inf, the test none" in said(nan, ones)
+    assert "NaN or Inf" in said(np.array([np.inf, 1], np.float32), np.array([np.inf, 1], np.float32))
 
 
 @pytest.mark.parametrize(

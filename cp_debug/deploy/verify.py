@@ -268,12 +268,14 @@ def _explain(
 def what_is_wrong(stats: TensorStats, limit: float, max_abs: float | None) -> str:
     """The reason in words why a tensor is beyond its limits; empty when it is within them.
 
-    NaN and Inf of the test always fail, even where the reference has them too.
+    NaN and Inf always fail, even where both sides have the same.
     """
     if stats.shape_mismatch:
         return f"the shape is {list(stats.shape_test)}; expected {list(stats.shape)}"
     if strange := stats.nan_test + stats.inf_test:
         return f"{strange} NaN or Inf"
+    if strange := stats.nan_ref + stats.inf_ref:
+        return f"the reference holds {strange} NaN or Inf, the test none"
     if stats.rel_l2 > limit:
         return f"relative L2 {stats.rel_l2:.2g}; expected at most {limit:.2g}"
     if max_abs is not None and stats.max_abs > max_abs:
