@@ -8,16 +8,22 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import helper, numpy_helper
 from test_cli import run
 
 from cp_debug.backends.base import RunRecord
+from cp_debug.backends.registry import create
+from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.result import TestResult
 from cp_debug.deploy.preprocessing import compare_voxels, voxelize_on
 from cp_debug.deploy.reasons import reasons
 from cp_debug.deploy.verify import ScenarioResult, TensorCheck, what_is_wrong
+from cp_debug.detection.evaluate import evaluate
+from cp_debug.detection.evaluation import EvaluationOptions
 from cp_debug.probes.statistics import compare
+from cp_debug.recipes.base import Sample
 from cp_debug.recipes.centerpoint.config import CONFIGS
 from cp_debug.recipes.centerpoint.recipe import CenterPointModel
 from cp_debug.recipes.data.folder import FolderData
@@ -159,6 +165,45 @@ def test_odd_clouds_get_a_remark(tmp_path: Path, points: np.ndarray, said: list[
     remarks = model.remarks(sample)
     assert len(remarks) == len(said)
     assert all(text in remark for text, remark in zip(said, remarks, strict=True))
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["check"], ["predict", "--precision", "fp16"], ["verify", "--no-explain", "--scenario", "torch,ort"]],
+)
+def test_every_command_remarks_on_an_empty_cloud(tmp_path: Path, argv: list[str]) -> None:
+    np.save(tmp_path / "cloud.npy", np.zeros((0, 5), np.float32))
+    command, *options = argv
+    given = ["centerpoint:tiny", "--inputs", tmp_path / "cloud.npy"]
+    _, text = run(command, *given, *options)
+    assert "the cloud is empty" in " ".join(text.split())
+
+
+def test_an_evaluation_remarks_on_empty_clouds_and_on_outputs_that_are_not_finite() -> None:
+    model = CenterPointModel("tiny")
+    (scene,) = model.samples(1, 0, None)
+    empty = [Sample({"points": np.zeros((0, 5), np.float32)}, f"{i}.npy", scene.truth) for i in range(10)]
+
+    class Clouds:
+        name = "clouds"
+        notes: tuple[str, ...] = ()
+
+        def __len__(self) -> int:
+            return len(empty)
+
+        def sample(self, index: int) -> Sample:
+            return empty[index]
+
+    module = model.components[-1].module
+    assert module is not None
+    *_, (_, last) = module.named_parameters()
+    with torch.no_grad():
+        last[:] = torch.nan
+    backends = [create(BackendSpec.parse(spec)) for spec in ("torch", "ort")]
+    result = evaluate(model, backends, Clouds(), EvaluationOptions(draws=0))
+    assert sum("the cloud is empty" in note for note in result.notes) == 8
+    assert "and 2 more remarks of this kind on other samples" in result.notes
+    assert f"{backends[1].spec}: the outputs hold NaN or Inf on 10 of 10 samples" in result.notes
 
 
 def test_no_pillars_are_compared_without_a_traceback() -> None:

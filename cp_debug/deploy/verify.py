@@ -21,7 +21,7 @@ from cp_debug.detection.evaluate import Clock
 from cp_debug.probes.statistics import TensorStats, compare
 from cp_debug.programs.pipeline import Key, Pipeline
 from cp_debug.programs.scene import decode
-from cp_debug.recipes.abilities import DetectsBoxes, with_samples
+from cp_debug.recipes.abilities import DetectsBoxes, Remarks, with_samples
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.centerpoint.recipe import CenterPointModel
 from cp_debug.recipes.centerpoint.voxelize import Voxels
@@ -127,6 +127,8 @@ class VerifyResult:
     model: str
     samples: list[str]
     scenarios: list[ScenarioResult]
+    notes: list[str] = field(default_factory=list)
+    """Remarks on the samples."""
 
     @property
     def passed(self) -> bool:
@@ -139,6 +141,7 @@ class VerifyResult:
             "model": self.model,
             "samples": self.samples,
             "passed": self.passed,
+            "notes": self.notes,
             "scenarios": [scenario.to_dict() for scenario in self.scenarios],
         }
 
@@ -166,7 +169,9 @@ def verify(
         backends = dict.fromkeys(backend for pair in scenarios for backend in pair)
         opened = {backend: stack.enter_context(Pipeline(handed, programs, backend)) for backend in backends}
         running = [_Scenario(opened[reference], opened[test], limits, options.max_abs) for reference, test in scenarios]
+        remarks = Remarks(model)
         for place, sample in enumerate(samples):
+            remarks.see(sample)
             passes = _Passes(model, sample, options.voxels if place == 0 else None)
             for number, scenario in enumerate(running):
                 on_step(f"verifying {scenario.name}", place * len(running) + number, len(samples) * len(running))
@@ -181,7 +186,7 @@ def verify(
     for result, pair in zip(results, scenarios, strict=True):
         if result.failures and options.explain:
             result.bisect = _explain(model, programs, samples, result, pair)
-    return VerifyResult(model.name, [sample.source for sample in samples], results)
+    return VerifyResult(model.name, [sample.source for sample in samples], results, remarks.told)
 
 
 class _Passes:
