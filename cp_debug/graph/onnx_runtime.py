@@ -37,7 +37,7 @@ LOOP_SECONDS = 10.0
 MOST_PASSES = 100_000
 """Passes of a Loop that are executed; a trip count up to this one is an end that will be reached."""
 PATIENCE = 10
-"""How many times longer a Loop may take whose trip count is computed: most such counts are sizes of tensors."""
+"""Factor on the time of a Loop whose trip count is computed: most such counts are sizes of tensors."""
 MOST_NESTED = 50
 """Depth to which bodies in bodies are searched for loops."""
 
@@ -174,7 +174,7 @@ class _Watch:
         for end in (self.listening, self.speaking):
             os.set_blocking(end, False)
         self.others = -1
-        """Where signals were told before, as asyncio wants it."""
+        """File descriptor to which signals were told before, as asyncio wants it; -1: none."""
         threading.Thread(target=self._wait, daemon=True, name="cpdebug-watch").start()
 
     def wake(self) -> None:

@@ -71,7 +71,7 @@ MOST_REMARKS = 8
 
 
 class Remarks:
-    """What a model remarks on the samples of one job."""
+    """Remarks of a model on the samples of one job."""
 
     def __init__(self, model: Model) -> None:
         self._model, self._lines = model, list[str]()
