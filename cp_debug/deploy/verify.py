@@ -168,7 +168,9 @@ def verify(
     with ExitStack() as stack:
         backends = dict.fromkeys(backend for pair in scenarios for backend in pair)
         opened = {backend: stack.enter_context(Pipeline(handed, programs, backend)) for backend in backends}
-        running = [_Scenario(opened[reference], opened[test], limits, options.max_abs) for reference, test in scenarios]
+        running = [
+            _RunningScenario(opened[reference], opened[test], limits, options.max_abs) for reference, test in scenarios
+        ]
         remarks = Remarks(model)
         for place, sample in enumerate(samples):
             remarks.see(sample)
@@ -218,7 +220,7 @@ class _Passes:
         return {self.sample.source: compare_voxels(self._pillars[reference], theirs, points, config)}
 
 
-class _Scenario:
+class _RunningScenario:
     """A reference and a test, with their comparison over the samples so far."""
 
     def __init__(self, reference: Pipeline, test: Pipeline, limits: Tolerances, max_abs: float | None) -> None:

@@ -155,7 +155,7 @@ def run(
 
 
 @dataclass(eq=False)
-class _Call:
+class _RunningCall:
     """One run that can be ended."""
 
     options: onnxruntime.RunOptions
@@ -168,7 +168,7 @@ class _Watch:
 
     def __init__(self) -> None:
         self.process = os.getpid()
-        self.calls: set[_Call] = set()
+        self.calls: set[_RunningCall] = set()
         self.lock = threading.Lock()
         self.listening, self.speaking = os.pipe()
         for end in (self.listening, self.speaking):
@@ -211,14 +211,14 @@ _making = threading.Lock()
 
 
 @contextmanager
-def _ending(options: onnxruntime.RunOptions, limit: float | None) -> Iterator[_Call]:
+def _ending(options: onnxruntime.RunOptions, limit: float | None) -> Iterator[_RunningCall]:
     """Have the block's run ended by Ctrl-C and SIGTERM (in the main thread), and after ``limit`` seconds."""
     global _watch
     with _making:
         if _watch is None or _watch.process != os.getpid():  # threads do not survive a fork
             _watch = _Watch()
     watch = _watch
-    call = _Call(options, None if limit is None else time.monotonic() + limit)
+    call = _RunningCall(options, None if limit is None else time.monotonic() + limit)
     main = threading.current_thread() is threading.main_thread()
     with watch.lock:
         watch.calls.add(call)
