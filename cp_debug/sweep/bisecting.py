@@ -91,7 +91,7 @@ def task(params: Parameters) -> dict[str, Any]:
 
 
 def _not_finite(test: TestResult) -> Iterator[str]:
-    """Remarks on final outputs that are not finite: the places where NaN and Inf are nonfinite_origins, without their number."""
+    """Remarks on final outputs that are not finite: the places where NaN and Inf are born, without their number."""
     if test.not_finite:
         yield "; ".join(["a final output is not finite", *nonfinite_origins(test.rows)])
 
