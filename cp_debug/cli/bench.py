@@ -9,7 +9,7 @@ import typer
 
 from cp_debug.cli import tensorrt
 from cp_debug.cli.flags import MOST
-from cp_debug.cli.given import check_configured
+from cp_debug.cli.given import check_configured, check_given
 from cp_debug.cli.typed import refuse
 
 
@@ -37,6 +37,10 @@ def bench(
 
     from cp_debug.backends.spec import BackendSpec
     from cp_debug.cli.console import show_document, steps
+    from cp_debug.deploy.schema import SUFFIXES
+
+    if not model.endswith(SUFFIXES):
+        check_given(model, checkpoint=checkpoint)
     from cp_debug.deploy.config import override
     from cp_debug.deploy.stages import Deployment, configured
     from cp_debug.errors import InputError

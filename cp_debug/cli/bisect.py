@@ -40,7 +40,7 @@ class Exporter(str, Enum):
         return None if self is Exporter.auto else self.value
 
 
-class Layout(str, Enum):
+class DumpLayout(str, Enum):
     """Place of the channels of dumped tensors."""
 
     nchw = "nchw"
@@ -72,7 +72,9 @@ def bisect(
         typer.Option(help="The test's values, computed elsewhere: .npy folder, .npz, safetensors, Polygraphy, .pb."),
     ] = None,
     tensors_precision: Annotated[str, typer.Option(help="Precision in which --test-tensors were computed.")] = "fp32",
-    tensors_layout: Annotated[Layout, typer.Option(help="Layout in which --test-tensors were dumped.")] = Layout.nchw,
+    tensors_layout: Annotated[
+        DumpLayout, typer.Option(help="Layout in which --test-tensors were dumped.")
+    ] = DumpLayout.nchw,
     maps: Annotated[
         list[str] | None, typer.Option("--map", help="REFERENCE=TEST: compare these two values; repeatable.")
     ] = None,
@@ -114,7 +116,7 @@ def bisect(
     save: Annotated[Path | None, typer.Option(help="Keep result, graphs and captures in this folder.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="--save replaces an earlier run's folder.")] = False,
     *,
-    int8: calibration.Flags,
+    int8: calibration.CalibrationFlags,
     engines: tensorrt.ProbeFlags,
 ) -> None:
     """Run backends side by side and name the first layer whose result its precision cannot explain."""
@@ -156,6 +158,7 @@ def bisect(
     refuse(("overwrite",), unless=save is not None, why="without --save nothing is kept")
     check_made_up(samples, inputs)
     check_given(model, inputs=inputs, samples=samples, checkpoint=checkpoint, test_model=test_model)
+    engines.check_installed(specs)
     calibration.check_calibration(model, int8.calib_data, int8.calib_samples)
     from cp_debug.api.dumps import with_dump
     from cp_debug.bisect.engine import Options

@@ -43,6 +43,7 @@ def capture(
     refuse_export_flags([model])
     check_made_up(samples, inputs)
     check_given(model, inputs=inputs, samples=samples, checkpoint=checkpoint)
+    engines.check_installed(specs)
     from cp_debug.bisect.recording import record
     from cp_debug.recipes.registry import load_model
 

@@ -38,14 +38,15 @@ def predict(
     """
     from cp_debug.cli.console import show_document, steps
     from cp_debug.mixed_precision.goal import Goal
-    from cp_debug.prediction.targets import kernels_of, target_of
 
-    kernels_of(target_of(target), precision)
     if goal is not None:
         Goal.parse(goal)
     refuse_export_flags([model])
     check_made_up(samples, inputs)
     check_given(model, inputs=inputs, samples=samples, checkpoint=checkpoint)
+    from cp_debug.prediction.targets import kernels_of, target_of
+
+    kernels_of(target_of(target), precision)
     from cp_debug.prediction.predict import PredictOptions
     from cp_debug.prediction.predict import predict as run
     from cp_debug.reports.prediction import render

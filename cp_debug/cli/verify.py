@@ -11,7 +11,7 @@ import typer
 
 from cp_debug.cli import tensorrt
 from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up
-from cp_debug.cli.given import check_configured
+from cp_debug.cli.given import check_configured, check_given
 from cp_debug.cli.typed import refuse
 
 if TYPE_CHECKING:
@@ -55,6 +55,11 @@ def verify(
     from tempfile import TemporaryDirectory
 
     from cp_debug.cli.console import show_document, steps
+    from cp_debug.deploy.schema import SUFFIXES
+
+    if not model.endswith(SUFFIXES):
+        check_made_up(samples or 1, inputs)
+        check_given(model, checkpoint=checkpoint)
     from cp_debug.deploy.config import override
     from cp_debug.deploy.stages import Deployment, configured
     from cp_debug.files import write_text

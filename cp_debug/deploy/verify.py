@@ -165,7 +165,9 @@ def verify(
     with ExitStack() as stack:
         backends = dict.fromkeys(backend for pair in scenarios for backend in pair)
         opened = {backend: stack.enter_context(Pipeline(handed, programs, backend)) for backend in backends}
-        running = [_Scenario(opened[reference], opened[test], limits, options.max_abs) for reference, test in scenarios]
+        running = [
+            _RunningScenario(opened[reference], opened[test], limits, options.max_abs) for reference, test in scenarios
+        ]
         for place, sample in enumerate(samples):
             passes = _Passes(model, sample, options.voxels if place == 0 else None)
             for number, scenario in enumerate(running):
@@ -213,7 +215,7 @@ class _Passes:
         return {self.sample.source: compare_voxels(self._pillars[reference], theirs, points, config)}
 
 
-class _Scenario:
+class _RunningScenario:
     """A reference and a test, with their comparison over the samples so far."""
 
     def __init__(self, reference: Pipeline, test: Pipeline, limits: Tolerances, max_abs: float | None) -> None:

@@ -1,4 +1,4 @@
-"""Result of a search: the set, how it is known, and every trial."""
+"""Result of a mixed-precision search: the set, how it is known, and every trial."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class KeptLayer:
 
 
 @dataclass(frozen=True)
-class SearchResult:
+class MixedPrecisionResult:
     """The smallest set of layers to keep in higher precision, as far as it was found."""
 
     model: str
@@ -138,7 +138,7 @@ class SearchResult:
         )
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield from terminal(self, SearchResult)
+        yield from terminal(self, MixedPrecisionResult)
 
 
 def _figures(trial: Trial) -> str:

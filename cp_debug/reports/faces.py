@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from cp_debug.bisect.result import BisectResult
 from cp_debug.display import register
-from cp_debug.mixed_precision.result import SearchResult
+from cp_debug.mixed_precision.result import MixedPrecisionResult
 from cp_debug.prediction.result import Prediction
 from cp_debug.quantization.toggles import QuantizerRow
-from cp_debug.reports import notebook, page, prediction, quantization, search, summary, tables
+from cp_debug.reports import mixed_precision, notebook, page, prediction, quantization, summary, tables
 
 register(BisectResult, tables.render, notebook.render_notebook, summary.summary, page.write_result)
-register(SearchResult, search.render)
+register(MixedPrecisionResult, mixed_precision.render)
 register(Prediction, prediction.render)
 register(QuantizerRow, quantization.quantizers)
