@@ -97,8 +97,8 @@ def judge_ways(ways: list[OtherWay], programs: Mapping[str, Program], rows: Mapp
         above = _above(programs[way.component].graph, way.branch)
         keys = [Key(way.component, value) for value in above]
         accused = [rows[k] for k in keys if k in rows and rows[k].verdict == GUILTY and k not in settled]
-        for row in accused:
-            row.why = f"{row.why}; so {way}"
+        for culprit in accused:
+            culprit.why = f"{culprit.why}; so {way}"
         for name in way.branch.outputs:
             row_key = Key(way.component, name)
             if (row := rows.get(row_key)) is not None:
