@@ -23,6 +23,7 @@ from cp_debug.errors import CpdebugError, InputError
 from cp_debug.graph.bodies import Body, run_loop, run_scan
 from cp_debug.graph.constants import constant
 from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.onnx_runtime import Endless
 
 MOVES = {
     "BitCast", "CenterCropPad", "Compress", "ConcatFromSequence", "Identity", "MaxUnpool", "Optional",
@@ -213,6 +214,9 @@ class Executor:
             return self._computed(node, live, inputs)
         except NodeFailed:
             raise
+        except Endless as error:
+            place = f"{self.graph.path}: node {node.name!r} ({node.op}): "
+            raise Endless(f"{place}{str(error).removeprefix(f'{self.graph.path}: ')}") from error
         except Exception as error:
             given = f" on ({', '.join(_describe(i) for i in inputs)})" if inputs else ""
             raise NodeFailed(
