@@ -190,7 +190,9 @@ class Executor:
                     sink(name, value)
                 if name in wanted:
                     results[name] = value
-                constant_of_graph = node.op == "Constant" and self._weights.holds(name)  # may be wanted unrounded
+                constant_of_graph = (  # may be wanted unrounded
+                    node.op == "Constant" and self._weights.holds(name) and self.graph.producer.get(name) is node
+                )
                 if readers[name] and name not in given and not constant_of_graph:
                     live[name] = value
             outputs, value = [], None
@@ -256,8 +258,11 @@ class Executor:
             local_values = body.constants | dict(zip(body.inputs, arguments, strict=False))
             for child in body.nodes:
                 self._step(child, body.opsets)
-            visible = ChainMap(local_values, dict(values))
-            produced = {o for child in body.nodes for o in child.outputs}.union(visible)
+            produced = {o for child in body.nodes for o in child.outputs}
+            # A function knows nothing of its caller's values; the bodies of If, Loop and Scan do.
+            outer = {} if body is step.bodies.get("") else {n: v for n, v in values.items() if n not in produced}
+            visible = ChainMap(local_values, outer)
+            produced |= visible.keys()
             # What ONNX defines by a function may leave out outputs that nobody asked for.
             results = self._execute(body.nodes, visible, [o for o in body.outputs if o in produced])
             return [results.get(o) for o in body.outputs]
