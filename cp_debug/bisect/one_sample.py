@@ -107,16 +107,10 @@ class SampleRuns:
         ways = list(other_ways(run, (side.captured, test)))
         collected.ways |= dict.fromkeys(map(str, ways))
         settled = judge_ways(ways, run.programs, rows)
-<<<<<<< HEAD
-        failures = set_shares(run, rows, sample, side.captured, test)
-        collected.detect(side.decoded, decoded)
-        if run.oracle is not None and collected.is_worst(rows):
-=======
         # Behind control flow that goes another way, no error is carried to the outputs: there are other nodes.
         failures = [] if ways else set_shares(run, rows, sample, side.captured, test)
-        found.detect(side.decoded, decoded)
-        if run.oracle is not None and found.is_worst(rows):
->>>>>>> main
+        collected.detect(side.decoded, decoded)
+        if run.oracle is not None and collected.is_worst(rows):
             unexplained = not any(row.verdict == GUILTY for row in rows.values())
             differs = unexplained and not all(row.within for row in rows.values())
             try:
