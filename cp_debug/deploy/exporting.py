@@ -61,7 +61,7 @@ class Exported:
     """The backend that ran the graph."""
 
     def to_dict(self) -> dict[str, object]:
-        """JSON-safe."""
+        """The file and its check as JSON-safe containers."""
         graph = self.program.graph
         return {
             "component": self.program.name,

@@ -122,7 +122,7 @@ class ScenarioResult:
 
 @dataclass
 class VerifyResult:
-    """All scenarios."""
+    """Result of a verification: every scenario, a reference against a test."""
 
     model: str
     samples: list[str]
@@ -136,7 +136,7 @@ class VerifyResult:
         return all(scenario.passed for scenario in self.scenarios)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe."""
+        """The result as JSON-safe containers."""
         return {
             "model": self.model,
             "samples": self.samples,
