@@ -98,12 +98,29 @@ def _check_files(path: Path, count: int) -> None:
             read_npz(file)
 
 
-def check_configured(config: DeployConfig, samples: int, *, truth: bool = False, flag: str = "--inputs") -> None:
+def check_configured(
+    config: DeployConfig,
+    samples: int,
+    *,
+    test_model: Path | None = None,
+    truth: bool = False,
+    flag: str = "--inputs",
+) -> None:
     """``check_given`` for what a deployment's configuration names. The checkpoint has its own check."""
     from cp_debug.recipes.data.base import DataOptions
 
     data = config.data
+    if config.model is not None and data.path is None and (test_model is not None or config.model.endswith(".onnx")):
+        check_given(config.model, test_model=test_model)
     if config.model is not None and data.path is not None:
         options = DataOptions(data.root, data.sweeps, data.skip_missing)
         count = data.first + samples
-        check_given(config.model, inputs=data.path, samples=count, options=options, truth=truth, flag=flag)
+        check_given(
+            config.model,
+            inputs=data.path,
+            samples=count,
+            test_model=test_model,
+            options=options,
+            truth=truth,
+            flag=flag,
+        )

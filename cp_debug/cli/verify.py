@@ -26,6 +26,12 @@ def verify(
     onnx_dir: Annotated[
         Path | None, typer.Option(help="Folder of `cpdebug export`; without one the model is exported for this run.")
     ] = None,
+    test_model: Annotated[
+        Path | None, typer.Option(help="Another .onnx for the tests (a folder, for several components).")
+    ] = None,
+    maps: Annotated[
+        list[str] | None, typer.Option("--map", help="REFERENCE=TEST: these two are one value; repeatable.")
+    ] = None,
     recipe: Annotated[str | None, typer.Option("--model", help="For a configuration that names no model.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Weights: .pt or .safetensors.")] = None,
     inputs: Annotated[Path | None, typer.Option(help="Point files, a folder of them, or an info file.")] = None,
@@ -79,10 +85,11 @@ def verify(
         why = f"none of {', '.join(dict.fromkeys(specs))} is TensorRT"
         refuse(("trt_python",), unless=any(spec.startswith("trt") for spec in specs), why=why)
         refuse(("recipe",), unless=config.model != model, why=f"{source} is a model, not a configuration")
+        refuse(("maps",), unless=test_model is not None, why="without --test-model both sides run one file")
         check_made_up(config.verify.samples, config.data.path)
-        check_configured(config, config.verify.samples)
+        check_configured(config, config.verify.samples, test_model=test_model)
         deployment = Deployment(config, source, on_step, on_event=on_step.on_event)
-        result = deployment.verify(onnx_dir, voxels=voxels, explain=explain)
+        result = deployment.verify(onnx_dir, test_model=test_model, maps=maps or (), voxels=voxels, explain=explain)
     show_document(render(result), result.to_dict(), json)
     if junit:
         write_text(render_junit(result), junit)
