@@ -18,6 +18,7 @@ from cp_debug.deploy.preprocessing import VoxelChange, compare_voxels, read_voxe
 from cp_debug.deploy.tolerance import Tolerances, noise_floors
 from cp_debug.detection.detection_change import DetectionChange, compare_detections
 from cp_debug.detection.evaluate import Clock
+from cp_debug.display import Shown
 from cp_debug.errors import InputError
 from cp_debug.probes.statistics import TensorStats, compare
 from cp_debug.programs.pipeline import Key, Pipeline
@@ -121,8 +122,8 @@ class ScenarioResult:
         }
 
 
-@dataclass
-class VerifyResult:
+@dataclass(repr=False)
+class VerifyResult(Shown):
     """All scenarios."""
 
     model: str
