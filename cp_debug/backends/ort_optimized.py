@@ -24,6 +24,8 @@ from cp_debug.probes.arrays import Tensor, as_numpy
 _NCHWC = "com.microsoft.nchwc."
 _CAST = "InsertedPrecisionFreeCast_"
 _SUFFIX = re.compile(r"_nchwc(_token_\d+)?$")
+_AXIS_SINCE = 13
+"""Opset in which QuantizeLinear and DequantizeLinear got attributes."""
 _SAMPLE = 4096
 _TOLERANCE = 0.05
 """Relative L2 distance up to which a guessed name is right: a wrong one is off by its own size, rounding by less."""
@@ -69,7 +71,7 @@ def build(
     Names that ONNX Runtime changed are guessed from the nodes' names and verified: on ``inputs``, both programs must
     give the same tensor. Without inputs no guess is used.
     """
-    bare = Graph(written)
+    bare = Graph(_readable(written))
     guessed = _guess_names(bare, original)
     samples: dict[str, _Sample] = {}
     verified: set[str] = set()
@@ -96,6 +98,26 @@ def build(
         unverified=sorted(set(guessed.values()) - verified),
         outputs=outputs,
     )
+
+
+def _readable(written: Path) -> Path:
+    """``written``, mended where ONNX Runtime would not read it again.
+
+    Its optimizer gives copies of QuantizeLinear and DequantizeLinear an ``axis``, which these have from opset 13 on.
+    Below it, all their scales are for a whole tensor.
+    """
+    model = onnx.load(written, load_external_data=False)
+    opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=_AXIS_SINCE)
+    pairs = [
+        n
+        for n in model.graph.node
+        if n.op_type in ("QuantizeLinear", "DequantizeLinear") and n.domain in ("", "ai.onnx")
+    ]
+    if opset < _AXIS_SINCE and any(node.attribute for node in pairs):
+        for node in pairs:
+            del node.attribute[:]
+        onnx.save(model, written)
+    return written
 
 
 def replacements(program: OptimizedProgram, original: Graph) -> list[Replacement]:

@@ -23,6 +23,7 @@ from cp_debug.backends.executor import Executor
 from cp_debug.backends.tensorrt.calibration import Ranges
 from cp_debug.bisect.file_quantization import FileQuantization
 from cp_debug.bisect.observe import Observation, observe
+from cp_debug.bisect.options import is_optimized
 from cp_debug.bisect.quantized_segment import Quantized, QuantizerGrid
 from cp_debug.bisect.regions.region import Region, region_of
 from cp_debug.bisect.replay import AnyQuantized, Load, Replayer
@@ -81,7 +82,9 @@ class CandidateRun:
             if program.plain is None and program.graph is not plain and foreign:
                 names |= parent_values(plain, program.graph, names)
                 file_names = {name: value for value, name in names.items()}
-                self._files[program.name] = FileQuantization(plain, program.graph, file_names)
+                self._files[program.name] = FileQuantization(
+                    plain, program.graph, file_names, rounds_weights=is_optimized(pipeline.backend)
+                )
         self.graphs = {p.name: p.graph for p in pipeline.programs}
         """Component → graph that the backend computes; once replayed, with the calibrator's Q/DQ pairs."""
         self._ranges: dict[str, Ranges] = {}

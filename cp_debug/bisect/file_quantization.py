@@ -113,8 +113,10 @@ class FileQuantization:
     Arguments and results are in names of ``plain``.
     """
 
-    def __init__(self, plain: Graph, graph: Graph, names: Mapping[str, str]) -> None:
-        self._graph, self._names = graph, names
+    def __init__(self, plain: Graph, graph: Graph, names: Mapping[str, str], *, rounds_weights: bool = False) -> None:
+        """``rounds_weights``: the backend puts weights that the file left in FP32 on levels, too, where data and result
+        of their layer are, as ONNX Runtime's optimizer WeightBiasQuantization does."""
+        self._graph, self._names, self._rounds_weights = graph, names, rounds_weights
         self._constants = Weights(graph, INT8, torch.device("cpu"), 0)
         self._executor = Executor(graph, INT8)
         self._schemes: dict[str, Scheme] = {}
@@ -353,6 +355,8 @@ class FileQuantization:
                 weights = self._levels(inputs[4], inputs[5], inputs[3])
             elif op.startswith("QLinear"):
                 data = data or Levels()
+            elif op in PRODUCTS and self._rounds_weights and weights is None and self._between_levels(node):
+                weights = Levels()
             elif op in ("MatMulNBits", "GatherBlockQuantized"):
                 attributes = {a.name: a.i for a in node.proto.attribute}
                 weights = Levels(attributes.get("bits", 4), block=attributes.get("block_size", 32))
@@ -365,6 +369,15 @@ class FileQuantization:
         holds_levels = last.op == "DequantizeLinear" or made is not None
         result = (data or Levels()) if holds_levels and not is_constant(self._graph, last.proto.input[0]) else None
         return Scheme(data, weights, result, grid)
+
+    def _between_levels(self, node: Node) -> bool:
+        """Whether a layer with a constant weight in floats reads dequantized data, or only quantizers read it."""
+        data, weight = node.proto.input[:2]
+        maker, readers = self._graph.producer.get(data), self._graph.consumers.get(node.outputs[0], [])
+        dequantized = maker is not None and maker.op == "DequantizeLinear"
+        return is_constant(self._graph, weight) and (
+            dequantized or (bool(readers) and all(n.op == "QuantizeLinear" for n in readers))
+        )
 
     def _levels(self, scale: str, zero: str, levels: str = "", node: Node | None = None) -> Levels | None:
         kind = constant_type(self._graph, zero) or constant_type(self._graph, levels) or 2

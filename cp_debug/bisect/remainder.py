@@ -6,6 +6,7 @@ rounding where the declared precision, emulated over the whole network, makes ab
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -80,9 +81,12 @@ def _rounding(run: CandidateRun, sample: Sample) -> float | None:
 
 
 def _apart(a: Arrays, b: Arrays) -> float:
+    """The worst output's relative L2 distance; infinite where one has another shape."""
     worst = 0.0
     for name, theirs in b.items():
-        if name not in a or a[name].shape != theirs.shape:
+        if name not in a:
             continue
+        if a[name].shape != theirs.shape:
+            return math.inf
         worst = max(worst, distance(np.asarray(a[name], np.float64), np.asarray(theirs, np.float64)).relative)
     return worst

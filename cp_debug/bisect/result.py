@@ -48,7 +48,7 @@ class LayerRow:
     """Whether max |Δ| is within the tolerance."""
     replay: Replay | None = field(default=None, metadata={"inline": True})
     why: str = ""
-    """Reason why the layer is guilty, in words."""
+    """Reason why the layer is guilty, or of another shape, in words."""
     side: str = "test"
     """Whose result is at fault: ``test``, or ``reference`` when the reference deviates from the oracle."""
     share: float | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from cp_debug.bisect.causes.finding import Finding
@@ -11,6 +11,7 @@ from cp_debug.bisect.observe import Observation
 from cp_debug.bisect.optimizer_blame import OptimizerBlame
 from cp_debug.bisect.replayed import EXCESS
 from cp_debug.bisect.result import LayerRow, Remainder
+from cp_debug.bisect.verdict import oracle_is_alone
 from cp_debug.detection.detection_change import DetectionChange, compare_detections
 from cp_debug.programs.pipeline import Key
 from cp_debug.recipes.abilities import DetectsBoxes
@@ -75,19 +76,28 @@ class Collected:
 
 
 def both_inexact(rows: Collection[LayerRow]) -> list[str]:
-    """A sentence about layers that are equal on both sides, and farther from the oracle than precision explains."""
-    inexact = [
-        r for r in rows if r.stats.equal and r.replay and (r.replay.new_nonfinite or (r.replay.excess or 0.0) > EXCESS)
-    ]
+    """Sentences about layers on whose results both sides agree, and which are farther from the oracle than precision
+    explains: with the same bits, and within the precision."""
+    off = [r for r in rows if r.replay and (r.replay.new_nonfinite or (r.replay.excess or 0.0) > EXCESS)]
+    alike = [r for r in off if not r.stats.equal and r.replay and oracle_is_alone(r.stats, r.replay)]
+    doubts = [
+        f"{len(alike)} layer(s) agree on both sides as closely as their precision can, and not with the oracle, so the "
+        f"doubt is of the oracle: {_names(alike)}"
+    ] * bool(alike)
+    inexact = [r for r in off if r.stats.equal]
     if not inexact:
-        return []
+        return doubts
     worst = max(inexact, key=lambda r: r.replay.excess or 0.0 if r.replay else 0.0)
-    names = ", ".join(row.name for row in inexact[:4]) + (" …" if len(inexact) > 4 else "")
     excess = worst.replay.excess if worst.replay else None
     return [
+        *doubts,
         f"{len(inexact)} layer(s) have the same bits on both sides, and both are inexact, up to "
-        f"{excess or 0.0:.3g}× what their precision explains ({worst.name}): {names}"
+        f"{excess or 0.0:.3g}× what their precision explains ({worst.name}): {_names(inexact)}",
     ]
+
+
+def _names(rows: Sequence[LayerRow]) -> str:
+    return ", ".join(row.name for row in rows[:4]) + (" …" if len(rows) > 4 else "")
 
 
 def observation_notes(spec: str, seen: Observation | None) -> list[str]:

@@ -225,7 +225,8 @@ def _verdict_line(test: TestResult) -> Text:
     if first is not None and not test.agrees:
         style = "bold yellow" if test.oracle else "bold red"
         text = Text.assemble(
-            (f"✗ {spec}: first divergent layer: {first.name}", style), f" ({first.op}), {tolerance}{end}"
+            (f"✗ {spec}: first divergent layer: {first.name}", style),
+            f" ({first.op}){f': {first.why}' if first.why else ''}, {tolerance}{end}",
         )
         if test.oracle:
             says = f": {test.remainder}" if test.remainder else ""
