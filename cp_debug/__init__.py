@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from cp_debug.prediction.result import Prediction
     from cp_debug.probes.capture import Capture
     from cp_debug.probes.statistics import compare
+    from cp_debug.recipes.input_files import Reading
     from cp_debug.reports.saved import open_result
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "PredictOptions",
     "Prediction",
     "PtqResult",
+    "Reading",
     "SearchOptions",
     "SearchResult",
     "VerifyOptions",
@@ -75,6 +77,7 @@ _HOME = {
     "PredictOptions": "prediction.predict",
     "Prediction": "prediction.result",
     "PtqResult": "deploy.quantize_output",
+    "Reading": "recipes.input_files",
     "SearchOptions": "mixed_precision.search",
     "SearchResult": "mixed_precision.result",
     "VerifyOptions": "deploy.verify",

@@ -89,7 +89,7 @@ def plain(result: Any, kind: type | None = None) -> str:
 
 
 def _as_text(parts: Iterable[RenderableType]) -> str:
-    """What a terminal of ``WIDTH`` columns shows, without colours."""
+    """Text that a terminal of ``WIDTH`` columns shows, without colours."""
     from rich.console import Console
 
     from cp_debug.safe_text import visible

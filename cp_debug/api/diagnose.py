@@ -48,7 +48,7 @@ def diagnose(
     here; never for a divergence.
     """
     with modes_kept(model, test_model), shown_steps(progress, on_step) as step:
-        prepared, path = to_model(model, inputs if inputs is not None else options.inputs)
+        prepared, path = to_model(model, inputs if inputs is not None else options.inputs, reading=options.reading)
         options = replace(options, inputs=path, samples=samples_in(inputs, options.samples))
         if test_tensors is not None:
             if test_model is not None:

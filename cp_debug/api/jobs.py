@@ -64,7 +64,9 @@ def predict(
     """
     with modes_kept(model), shown_steps(progress, on_step) as step:
         given = inputs if inputs is not None else options.inputs
-        prepared, path = to_model(model, given, checkpoint=options.checkpoint, seed=options.seed)
+        prepared, path = to_model(
+            model, given, checkpoint=options.checkpoint, seed=options.seed, reading=options.reading
+        )
         options = replace(options, inputs=path, samples=samples_in(inputs, options.samples))
         return run_predict(prepared, precision, target, options=options, on_step=step)
 

@@ -18,6 +18,7 @@ from cp_debug.graph.graph import Graph
 from cp_debug.probes.arrays import as_numpy
 from cp_debug.recipes.abilities import with_samples
 from cp_debug.recipes.base import Model, Sample
+from cp_debug.recipes.input_files import DEFAULT_READING, Reading
 from cp_debug.recipes.registry import kind_of, load_model
 
 ModelLike: TypeAlias = Any
@@ -33,13 +34,15 @@ def to_model(
     what: str = "model",
     checkpoint: str | Path | None = None,
     seed: int = 0,
+    reading: Reading = DEFAULT_READING,
 ) -> tuple[Model, Path | None]:
     """A model, and the path of inputs that it still has to read.
 
     ``inputs`` are the example inputs of a module or function (a tensor, a tuple, a mapping by parameter), the arrays
     of an ONNX graph by input name (a mapping, or a list of them: one a sample), or the path of such a file, which is
     also what recipes take. ``what`` names the argument in errors. ``checkpoint`` holds the weights of a recipe or of a
-    callable that text names; ``seed`` is that of a recipe's own weights.
+    callable that text names; ``seed`` is that of a recipe's own weights,
+    ``reading`` says how files and made-up values become inputs.
     Raises InputError for what is no model, for inputs that do not fit it, and for a checkpoint beside an object.
     """
     weights = None if checkpoint is None else Path(checkpoint)
@@ -49,7 +52,7 @@ def to_model(
         )
     path = Path(inputs) if isinstance(inputs, str | Path) else None
     if isinstance(model, str | Path):
-        return _of_text(str(model), inputs, path, weights, seed)
+        return _of_text(str(model), inputs, path, weights, seed, reading)
     kind = type(model)
     if kind.__module__.startswith("onnx.") and kind.__name__ == "ModelProto":
         return _with_arrays(_of_proto(model), inputs, path)
@@ -69,7 +72,7 @@ def samples_in(inputs: Any, count: int) -> int:
 
 
 def _of_text(
-    text: str, inputs: Any, path: Path | None, checkpoint: Path | None, seed: int
+    text: str, inputs: Any, path: Path | None, checkpoint: Path | None, seed: int, reading: Reading
 ) -> tuple[Model, Path | None]:
     kind = kind_of(text)
     if kind == "program" and inputs is not None and path is None and checkpoint is None:
@@ -77,10 +80,10 @@ def _of_text(
 
         return load_program(Path(text), inputs), None
     if kind == "onnx":
-        return _with_arrays(load_model(text, checkpoint=checkpoint), inputs, path)
+        return _with_arrays(load_model(text, checkpoint=checkpoint, reading=reading), inputs, path)
     if inputs is not None and path is None:
         raise InputError(f"inputs: {text} reads files; expected a path, not {type(inputs).__name__}")
-    return load_model(text, checkpoint=checkpoint, seed=seed, inputs=path), path
+    return load_model(text, checkpoint=checkpoint, seed=seed, inputs=path, reading=reading), path
 
 
 def _of_torch(model: Any, inputs: Any, path: Path | None, what: str) -> tuple[Model, Path | None]:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from cp_debug.deploy.schema import DeployConfig
     from cp_debug.graph.graph import Graph, ValueInfo
     from cp_debug.recipes.data.base import DataOptions
+    from cp_debug.recipes.input_files import Reading
 
 
 def check_given(
@@ -24,6 +25,7 @@ def check_given(
     options: DataOptions | None = None,
     truth: bool = False,
     flag: str = "--inputs",
+    reading: Reading | None = None,
 ) -> None:
     """Read a model's files as far as that needs no torch: the graph, the weights' file, the first ``samples`` inputs.
 
@@ -43,7 +45,7 @@ def check_given(
     if inputs is None:
         return
     try:
-        _check_inputs(model, opened[0].inputs if opened else [], inputs, samples, options, truth)
+        _check_inputs(model, opened[0].inputs if opened else [], inputs, samples, options, truth, reading)
     except InputError as error:
         raise InputError(f"{flag}: {str(error).removeprefix('--inputs: ')}") from None
 
@@ -55,14 +57,15 @@ def _check_inputs(
     samples: int,
     options: DataOptions | None,
     truth: bool,
+    reading: Reading | None,
 ) -> None:
     from cp_debug.recipes.registry import kind_of
 
     kind = kind_of(model)
     if kind == "onnx" and not truth:
-        from cp_debug.recipes.npz import npz_samples
+        from cp_debug.recipes.input_files import DEFAULT_READING, file_samples
 
-        for _ in npz_samples(inputs, expected, samples):
+        for _ in file_samples(inputs, expected, samples, reading or DEFAULT_READING):
             pass
     elif kind == "centerpoint":
         _check_clouds(model.partition(":")[2] or "tiny", inputs, samples, options, truth)
@@ -105,6 +108,7 @@ def check_configured(
     test_model: Path | None = None,
     truth: bool = False,
     flag: str = "--inputs",
+    reading: Reading | None = None,
 ) -> None:
     """``check_given`` for what a deployment's configuration names. The checkpoint has its own check."""
     from cp_debug.recipes.data.base import DataOptions
@@ -123,4 +127,5 @@ def check_configured(
             options=options,
             truth=truth,
             flag=flag,
+            reading=reading,
         )

@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
+from cp_debug.cli import reading
 from cp_debug.cli.calibration import Method, check_calibration
-from cp_debug.cli.flags import MOST
+from cp_debug.cli.flags import MOST, grouped
 from cp_debug.cli.typed import refuse
 
 
+@grouped
 def ptq(
     model: Annotated[
         str, typer.Argument(help="A recipe (`cpdebug models`), an .onnx file, or module:callable / file.py:callable.")
@@ -32,6 +34,7 @@ def ptq(
     ] = None,
     opset: Annotated[int, typer.Option(min=13, max=100, help="Opset of the files; TensorRT 8 reads up to 17.")] = 17,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
+    files: reading.Flags,
 ) -> None:
     """Fold BatchNorm, calibrate, and write checkpoint, calibration caches and ONNX files with Q/DQ pairs.
 
@@ -41,7 +44,8 @@ def ptq(
     from cp_debug.errors import InputError
 
     refuse(("method", "batches"), unless=cache is None, why="the scales are those of --cache")
-    check_calibration(model, calib_data, batches, "--batches")
+    how = files.chosen(model)
+    check_calibration(model, calib_data, batches, "--batches", how)
     from cp_debug.deploy.exporting import ExportOptions
     from cp_debug.deploy.quantize_output import quantize_ptq
     from cp_debug.quantization.open_quantized import is_quantized_checkpoint
@@ -52,7 +56,7 @@ def ptq(
         raise InputError(f"--checkpoint: {checkpoint} is quantized already; expected weights in FP32")
     with steps() as on_step:
         result = quantize_ptq(
-            load_model(model, checkpoint=checkpoint),
+            load_model(model, checkpoint=checkpoint, reading=how),
             output,
             inputs=calib_data,
             batches=batches,

@@ -30,6 +30,7 @@ from cp_debug.quantization.open_quantized import is_quantized_checkpoint, module
 from cp_debug.recipes.abilities import Batches, HasClasses, HasData, TurnsYaw
 from cp_debug.recipes.base import Component, Model, Sample
 from cp_debug.recipes.data.base import DataOptions, iterate
+from cp_debug.recipes.input_files import DEFAULT_READING, Reading
 from cp_debug.recipes.registry import load_model
 
 OnStep = Callable[[str, int, int], None]
@@ -57,19 +58,21 @@ def named_config(path: Path, recipe: str | None) -> DeployConfig:
 
 
 class Deployment:
-    """A configuration with the steps that it leads to. ``source`` is the file's name in messages."""
+    """A configuration with the steps that it leads to. ``source`` is the file's name in messages, ``reading`` that of
+    ``load_model``."""
 
     def __init__(
         self,
         config: DeployConfig,
         source: str,
         on_step: OnStep = lambda text, done, total: None,
+        reading: Reading = DEFAULT_READING,
         **engine_options: object,
     ) -> None:
         if config.checkpoint is not None:
             config = config.model_copy(update={"checkpoint": file_of(config.checkpoint)})
         self.config, self.source, self.on_step = config, source, on_step
-        self._engine_options = engine_options
+        self._reading, self._engine_options = reading, engine_options
         self._backends: dict[str, Backend] = {}
         self._written = False
 
@@ -102,7 +105,7 @@ class Deployment:
     def _loaded(self) -> Model:
         config = self.config
         assert config.model is not None
-        model = load_model(config.model, checkpoint=self._trained)
+        model = load_model(config.model, checkpoint=self._trained, reading=self._reading)
         if config.export.rot_y_axis_reference:
             turn_outputs(model)
         return model
