@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from cp_debug.deploy.verify import VerifyOptions, VerifyResult
     from cp_debug.detection.evaluation import EvaluationOptions, EvaluationResult
     from cp_debug.errors import BackendUnavailable, CpdebugError, InputError, MissingPackage
-    from cp_debug.mixed_precision.result import SearchResult
-    from cp_debug.mixed_precision.search import SearchOptions
+    from cp_debug.mixed_precision.result import MixedPrecisionResult
+    from cp_debug.mixed_precision.search import MixedPrecisionOptions
     from cp_debug.prediction.predict import PredictOptions
     from cp_debug.prediction.result import Prediction
     from cp_debug.probes.capture import Capture
@@ -41,13 +41,13 @@ __all__ = [
     "ExportOptions",
     "InputError",
     "MissingPackage",
+    "MixedPrecisionOptions",
+    "MixedPrecisionResult",
     "Options",
     "PredictOptions",
     "Prediction",
     "PtqResult",
     "Reading",
-    "SearchOptions",
-    "SearchResult",
     "VerifyOptions",
     "VerifyResult",
     "__version__",
@@ -78,8 +78,8 @@ _HOME = {
     "Prediction": "prediction.result",
     "PtqResult": "deploy.quantize_output",
     "Reading": "recipes.input_files",
-    "SearchOptions": "mixed_precision.search",
-    "SearchResult": "mixed_precision.result",
+    "MixedPrecisionOptions": "mixed_precision.search",
+    "MixedPrecisionResult": "mixed_precision.result",
     "VerifyOptions": "deploy.verify",
     "VerifyResult": "deploy.verify",
     "assert_agree": "api.diagnose",

@@ -26,8 +26,8 @@ from cp_debug.detection.evaluate import evaluate as run_evaluate
 from cp_debug.detection.evaluation import EvaluationOptions, EvaluationResult
 from cp_debug.errors import InputError
 from cp_debug.mixed_precision.goal import Goal
-from cp_debug.mixed_precision.result import SearchResult
-from cp_debug.mixed_precision.search import SearchOptions, samples_for
+from cp_debug.mixed_precision.result import MixedPrecisionResult
+from cp_debug.mixed_precision.search import MixedPrecisionOptions, samples_for
 from cp_debug.mixed_precision.search import search as run_search
 from cp_debug.prediction.predict import PredictOptions
 from cp_debug.prediction.predict import predict as run_predict
@@ -40,7 +40,7 @@ from cp_debug.recipes.data.base import DataOptions
 
 PREDICT, SEARCH, EVALUATE, VERIFY, EXPORT = (
     PredictOptions(),
-    SearchOptions(),
+    MixedPrecisionOptions(),
     EvaluationOptions(),
     VerifyOptions(),
     ExportOptions(),
@@ -81,10 +81,10 @@ def search(
     samples: int = 1,
     seed: int = 0,
     checkpoint: str | Path | None = None,
-    options: SearchOptions = SEARCH,
+    options: MixedPrecisionOptions = SEARCH,
     progress: bool | None = None,
     on_step: OnStep | None = None,
-) -> SearchResult:
+) -> MixedPrecisionResult:
     """Find the fewest layers to keep in FP32 (of an INT8 graph: unquantized) so that a goal holds.
 
     ``backends``: the reference and one test. ``goal``: ``rel_l2<1e-3``, ``max_abs``, ``boxes_lost`` …, joined by

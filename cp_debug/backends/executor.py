@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cp_debug.backends.arithmetic import FP32, Arithmetic
 from cp_debug.backends.base import Sink
-from cp_debug.backends.kernels import KERNELS, Call, Kernel
+from cp_debug.backends.kernels import KERNELS, Call, OperatorKernel
 from cp_debug.backends.reference import Reference
 from cp_debug.backends.schema_functions import function_body, is_defined
 from cp_debug.backends.weights import Weights
@@ -57,9 +57,9 @@ class NodeFailed(InputError):
 
 
 @dataclass(frozen=True)
-class _Step:
+class _ExecutionStep:
     call: Call
-    kernel: Kernel | None
+    kernel: OperatorKernel | None
     """None: a body, or else ONNX's reference implementation."""
     bodies: Mapping[str, Body]
     """Bodies by attribute name; a function's body under the empty name."""
@@ -102,7 +102,7 @@ class Executor:
         self._other_weights = {a: Weights(graph, a, self.device, weight_cache) for a in overrides.values()}
         self._reference = Reference(graph)
         self._functions = {(f.domain, f.name): f for f in graph.proto.functions}
-        self._steps: dict[Node, _Step] = {}
+        self._steps: dict[Node, _ExecutionStep] = {}
         self._place = ""
         self.decisions: dict[str, str | int] = {}
         """Decisions of the last run: path of a control flow node, as ``flatten`` writes it → branch that an If took, or
@@ -234,7 +234,7 @@ class Executor:
         results = self._compute(step, inputs, values)
         return [arithmetic.round(r) for r in results] if step.kernel is None or step.kernel.rounds else results
 
-    def _compute(self, step: _Step, inputs: list[Any], values: Mapping[str, Any]) -> list[Any]:
+    def _compute(self, step: _ExecutionStep, inputs: list[Any], values: Mapping[str, Any]) -> list[Any]:
         node, place = step.call.node, self._place
         runs = itertools.count()
 
@@ -281,7 +281,7 @@ class Executor:
             self.not_emulated[node.name] = node.op
         return outputs
 
-    def _by_definition(self, step: _Step, inputs: Sequence[Any]) -> Body | None:
+    def _by_definition(self, step: _ExecutionStep, inputs: Sequence[Any]) -> Body | None:
         """The function body that ONNX gives for the operator and these inputs, if it can be executed here."""
         node = step.call.node
         if any(isinstance(i, list) for i in inputs):
@@ -291,7 +291,7 @@ class Executor:
             step.definitions[key] = function_body(node, step.opsets, inputs, self.arithmetic.dtype)
         return step.definitions[key]
 
-    def _step(self, node: Node, opsets: Mapping[str, int]) -> _Step:
+    def _step(self, node: Node, opsets: Mapping[str, int]) -> _ExecutionStep:
         if (step := self._steps.get(node)) is None:
             try:
                 step = self._steps[node] = self._prepared(node, opsets)
@@ -303,7 +303,7 @@ class Executor:
                 ) from error
         return step
 
-    def _prepared(self, node: Node, opsets: Mapping[str, int]) -> _Step:
+    def _prepared(self, node: Node, opsets: Mapping[str, int]) -> _ExecutionStep:
         domain = "" if node.proto.domain == "ai.onnx" else node.proto.domain
         function = self._functions.get((node.proto.domain, node.proto.op_type))
         if function is not None:
@@ -313,7 +313,7 @@ class Executor:
             bodies = {a.name: Body.of_graph(a.g, opsets) for a in graphs}
         arithmetic = self._overrides.get(node.name, self.arithmetic)
         call = Call.of(node, opsets.get(domain, 1), arithmetic, self.device, self._literal)
-        return _Step(call, KERNELS.get(node.op), bodies, opsets)
+        return _ExecutionStep(call, KERNELS.get(node.op), bodies, opsets)
 
 
 def unsupported(graph: Graph) -> list[Node]:

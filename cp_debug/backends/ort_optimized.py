@@ -73,14 +73,14 @@ def build(
     """
     bare = Graph(_readable(written))
     guessed = _guess_names(bare, original)
-    samples: dict[str, _Sample] = {}
+    samples: dict[str, _TensorSample] = {}
     verified: set[str] = set()
 
     def remember(name: str, tensor: Tensor) -> None:
-        samples[name] = _Sample.of(tensor)
+        samples[name] = _TensorSample.of(tensor)
 
     def verify(name: str, tensor: Tensor) -> None:
-        if samples[name].agrees(_Sample.of(tensor)):
+        if samples[name].agrees(_TensorSample.of(tensor)):
             verified.add(name)
 
     if guessed and inputs is not None:
@@ -134,20 +134,20 @@ def replacements(program: OptimizedProgram, original: Graph) -> list[Replacement
 
 
 @dataclass(frozen=True)
-class _Sample:
+class _TensorSample:
     """Enough of a tensor to recognize it: its shape and up to ``_SAMPLE`` elements, evenly strided."""
 
     shape: tuple[int, ...]
     elements: np.ndarray
 
     @classmethod
-    def of(cls, tensor: Tensor) -> _Sample:
+    def of(cls, tensor: Tensor) -> _TensorSample:
         """The sample of a tensor."""
         array = as_numpy(tensor)
         flat = array.reshape(-1)
         return cls(array.shape, flat[:: max(1, flat.size // _SAMPLE)].astype(np.float64))
 
-    def agrees(self, other: _Sample) -> bool:
+    def agrees(self, other: _TensorSample) -> bool:
         """Whether two samples may be of one tensor, up to rounding."""
         if self.shape != other.shape:
             return False
@@ -212,7 +212,7 @@ def _after_fusion(value: str | None, node: Node, original: Graph) -> str | None:
     return value
 
 
-def _with_side_branches(bare: Graph, names: Mapping[str, str], samples: Mapping[str, _Sample]) -> Graph:
+def _with_side_branches(bare: Graph, names: Mapping[str, str], samples: Mapping[str, _TensorSample]) -> Graph:
     """The graph with a node behind each of ``names`` that makes the value readable under its original name."""
     blocked = _blocked_values(bare)
 

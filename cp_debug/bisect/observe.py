@@ -33,7 +33,7 @@ class Observation:
     """Distance of the backend from itself: run to run and over thread counts."""
     observer_gap: float
     """Distance of the run with probes from the one without."""
-    runs: int
+    runs: int = 0
     """Number of further runs that it took to know."""
     first_unsteady: str | None = None
     """The first layer where two runs of the same backend part."""

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from cp_debug.bisect.causes.finding import Finding
+from cp_debug.bisect.finding import Finding
 from cp_debug.bisect.observe import Observation
 from cp_debug.bisect.optimizer_blame import OptimizerBlame
 from cp_debug.bisect.replayed import EXCESS

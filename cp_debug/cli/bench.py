@@ -9,7 +9,7 @@ import typer
 
 from cp_debug.cli import reading, tensorrt
 from cp_debug.cli.flags import MOST, grouped
-from cp_debug.cli.given import check_configured
+from cp_debug.cli.given import check_configured, check_given
 from cp_debug.cli.typed import refuse
 
 
@@ -33,13 +33,17 @@ def bench(
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
     trt_python: tensorrt.Python = None,
     *,
-    files: reading.Flags,
+    files: reading.ReadingFlags,
 ) -> None:
     """Time every component, the glue before it, decoding and the whole on each backend, with percentiles and memory."""
     from tempfile import TemporaryDirectory
 
     from cp_debug.backends.spec import BackendSpec
     from cp_debug.cli.console import show_document, steps
+    from cp_debug.deploy.schema import SUFFIXES
+
+    if not model.endswith(SUFFIXES):
+        check_given(model, checkpoint=checkpoint)
     from cp_debug.deploy.config import override
     from cp_debug.deploy.stages import Deployment, configured
     from cp_debug.errors import InputError

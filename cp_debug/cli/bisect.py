@@ -40,7 +40,7 @@ class Exporter(str, Enum):
         return None if self is Exporter.auto else self.value
 
 
-class Layout(str, Enum):
+class DumpLayout(str, Enum):
     """Place of the channels of dumped tensors."""
 
     nchw = "nchw"
@@ -72,7 +72,9 @@ def bisect(
         typer.Option(help="The test's values, computed elsewhere: .npy folder, .npz, safetensors, Polygraphy, .pb."),
     ] = None,
     tensors_precision: Annotated[str, typer.Option(help="Precision in which --test-tensors were computed.")] = "fp32",
-    tensors_layout: Annotated[Layout, typer.Option(help="Layout in which --test-tensors were dumped.")] = Layout.nchw,
+    tensors_layout: Annotated[
+        DumpLayout, typer.Option(help="Layout in which --test-tensors were dumped.")
+    ] = DumpLayout.nchw,
     maps: Annotated[
         list[str] | None, typer.Option("--map", help="REFERENCE=TEST: compare these two values; repeatable.")
     ] = None,
@@ -114,9 +116,9 @@ def bisect(
     save: Annotated[Path | None, typer.Option(help="Keep result, graphs and captures in this folder.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="--save replaces an earlier run's folder.")] = False,
     *,
-    int8: calibration.Flags,
+    int8: calibration.CalibrationFlags,
     engines: tensorrt.ProbeFlags,
-    files: reading.Flags,
+    files: reading.ReadingFlags,
 ) -> None:
     """Run backends side by side and name the first layer whose result its precision cannot explain."""
     from contextlib import ExitStack
@@ -158,6 +160,7 @@ def bisect(
     check_made_up(samples, inputs)
     how = files.chosen(model)
     check_given(model, inputs=inputs, samples=samples, checkpoint=checkpoint, test_model=test_model, reading=how)
+    engines.check_installed(specs)
     calibration.check_calibration(model, int8.calib_data, int8.calib_samples, reading=how)
     from cp_debug.api.dumps import with_dump
     from cp_debug.bisect.engine import Options

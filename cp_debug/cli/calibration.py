@@ -37,7 +37,7 @@ def own_scales(specs: Sequence[BackendSpec], model: str, checkpoint: Path | None
 
     ``specs``: the reference first. Raises InputError for an ONNX file that cannot be read.
     """
-    if not typed(f.name for f in fields(Flags)):
+    if not typed(f.name for f in fields(CalibrationFlags)):
         return ""
     reference = _scaled(model, checkpoint)
     sources = [reference, *[reference if test_model is None else _scaled(str(test_model), None)] * (len(specs) - 1)]
@@ -48,9 +48,10 @@ def own_scales(specs: Sequence[BackendSpec], model: str, checkpoint: Path | None
 def _scaled(model: str, checkpoint: Path | None) -> str:
     """The file with scales that a model has: a checkpoint of ``cpdebug quantize``, or a graph with Q/DQ pairs."""
     from cp_debug.graph.graph import Graph
-    from cp_debug.quantization.checkpoint import file_of, is_ptq_checkpoint
 
     if checkpoint is not None:
+        from cp_debug.quantization.checkpoint import file_of, is_ptq_checkpoint
+
         return str(checkpoint) if is_ptq_checkpoint(file_of(checkpoint)) else ""
     path = Path(model)
     files = sorted(path.glob("*.onnx")) if path.is_dir() else [path] if path.suffix == ".onnx" else []
@@ -80,7 +81,7 @@ SkipLayers = Annotated[
 
 
 @dataclass(frozen=True)
-class Flags:
+class CalibrationFlags:
     """All options about calibration."""
 
     calib_data: Data = None

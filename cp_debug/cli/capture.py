@@ -31,7 +31,7 @@ def capture(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier capture in --output.")] = False,
     *,
     engines: tensorrt.ProbeFlags,
-    files: reading.Flags,
+    files: reading.ReadingFlags,
 ) -> None:
     """Run one backend with every probe and write a capture."""
     from contextlib import ExitStack
@@ -45,6 +45,7 @@ def capture(
     check_made_up(samples, inputs)
     how = files.chosen(model)
     check_given(model, inputs=inputs, samples=samples, checkpoint=checkpoint, reading=how)
+    engines.check_installed(specs)
     from cp_debug.bisect.recording import record
     from cp_debug.recipes.registry import load_model
 

@@ -23,7 +23,7 @@ def check(
     ] = True,
     json: Annotated[bool, typer.Option("--json", help="Machine-readable, on stdout.")] = False,
     *,
-    files: reading.Flags,
+    files: reading.ReadingFlags,
 ) -> None:
     """Look for what will go wrong: ranges of FP16, long sums, tiny variances, INT8 scales, logits read as scores.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,8 +31,12 @@ def check_given(
     """Read a model's files as far as that needs no torch: the graph, the weights' file, the first ``samples`` inputs.
 
     ``truth``: whether every sample must have ground truth. Raises InputError for the first file that cannot be used;
-    where it is one of the inputs, starting with ``flag``, which named them.
+    where it is one of the inputs, starting with ``flag``, which named them; and for a text that names no model.
     """
+    from cp_debug.recipes.registry import kind_of
+
+    if kind_of(model) == "callable":
+        _check_source(model.rpartition(":")[0])
     if checkpoint is not None and not checkpoint.is_dir():
         check_file(checkpoint, "checkpoint")
     opened: list[Graph] = []
@@ -48,6 +53,35 @@ def check_given(
         _check_inputs(model, opened[0].inputs if opened else [], inputs, samples, options, truth, reading)
     except InputError as error:
         raise InputError(f"{flag}: {str(error).removeprefix('--inputs: ')}") from None
+
+
+def check_installed(*backends: str, trt_python: str | None = None) -> None:
+    """Raise BackendUnavailable or MissingPackage for a runtime that is not there, before torch is imported."""
+    from cp_debug.backends.registry import check_installed
+    from cp_debug.backends.spec import BackendSpec
+
+    check_installed(map(BackendSpec.parse, backends), trt_python)
+
+
+def check_saved(path: Path) -> None:
+    """Raise InputError for what is no saved result at all: no such file, or one that holds no JSON."""
+    from cp_debug.reading import read_json
+
+    file = path / "result.json" if path.is_dir() else path
+    if not file.exists():
+        raise InputError(f"{file}: no such file; expected what `cpdebug bisect --save FOLDER` writes")
+    read_json(file, what="saved result")
+
+
+def _check_source(source: str) -> None:
+    """Raise InputError where the file or module of ``source:callable`` is not there. Nothing of it is run."""
+    if source.endswith(".py"):
+        if not Path(source).is_file():
+            raise InputError(f"MODEL: no such file {source}")
+        return
+    top = source.partition(".")[0]
+    if not (Path(top).is_dir() or Path(f"{top}.py").is_file() or find_spec(top)):
+        raise InputError(f"MODEL: cannot import {source}: there is no module {top!r} here")
 
 
 def _check_inputs(

@@ -33,7 +33,7 @@ def predict(
     exporter: Annotated[Exporter, typer.Option(help="For torch models; auto: what the target reads.")] = Exporter.auto,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
     *,
-    files: reading.Flags,
+    files: reading.ReadingFlags,
 ) -> None:
     """Predict each layer's error with its interval, what leaves FP16's range, the effect on outputs and detections.
 
@@ -42,15 +42,16 @@ def predict(
     """
     from cp_debug.cli.console import show_document, steps
     from cp_debug.mixed_precision.goal import Goal
-    from cp_debug.prediction.targets import kernels_of, target_of
 
-    kernels_of(target_of(target), precision)
     if goal is not None:
         Goal.parse(goal)
     refuse_export_flags([model])
     check_made_up(samples, inputs)
     how = files.chosen(model)
     check_given(model, inputs=inputs, samples=samples, checkpoint=checkpoint, reading=how)
+    from cp_debug.prediction.targets import kernels_of, target_of
+
+    kernels_of(target_of(target), precision)
     from cp_debug.prediction.predict import PredictOptions
     from cp_debug.prediction.predict import predict as run
     from cp_debug.reports.prediction import render

@@ -34,7 +34,7 @@ def ptq(
     ] = None,
     opset: Annotated[int, typer.Option(min=13, max=100, help="Opset of the files; TensorRT 8 reads up to 17.")] = 17,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
-    files: reading.Flags,
+    files: reading.ReadingFlags,
 ) -> None:
     """Fold BatchNorm, calibrate, and write checkpoint, calibration caches and ONNX files with Q/DQ pairs.
 

@@ -20,7 +20,7 @@ PANEL = "Inputs from files, and their sizes"
 INPUTS_HELP = ".npz, .npy, Polygraphy JSON, test_data_set folder, image, point cloud, or a folder of them."
 
 
-class ImageLayout(str, Enum):
+class ImageLayoutFlag(str, Enum):
     """Place of the channels of an input that is an image."""
 
     auto = "auto"
@@ -29,7 +29,7 @@ class ImageLayout(str, Enum):
 
 
 @dataclass(frozen=True)
-class Flags:
+class ReadingFlags:
     """All options about the reading of inputs."""
 
     shape: Annotated[
@@ -50,9 +50,9 @@ class Flags:
         str | None, typer.Option(help="Divisor then: one number, or one a channel.", rich_help_panel=PANEL)
     ] = None
     image_layout: Annotated[
-        ImageLayout,
+        ImageLayoutFlag,
         typer.Option(help="Place of the channels; auto: where 1, 3 or 4 are.", rich_help_panel=PANEL),
-    ] = ImageLayout.auto
+    ] = ImageLayoutFlag.auto
     image_bgr: Annotated[
         bool, typer.Option("--image-bgr", help="Blue first, as OpenCV reads images.", rich_help_panel=PANEL)
     ] = False

@@ -51,10 +51,10 @@ def search(
     unfolded: Annotated[bool, typer.Option("--unfolded", help="Keep BatchNorm apart.")] = False,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
     *,
-    engines: tensorrt.Flags,
-    files: reading.Flags,
+    engines: tensorrt.TensorRTFlags,
+    files: reading.ReadingFlags,
 ) -> None:
-    """Find the smallest set of layers to keep in FP32 (of an INT8 graph: unquantized) so that a goal holds.
+    """Mixed-precision search: the fewest layers to keep in FP32 (of an INT8 graph: unquantized) so that a goal holds.
 
     Exit code 1 when the goal was not reached.
     """
@@ -63,10 +63,6 @@ def search(
     from cp_debug.backends.spec import parse_backends
     from cp_debug.cli.console import errors, show_document, steps
     from cp_debug.mixed_precision.goal import Goal
-    from cp_debug.mixed_precision.search import SearchOptions, samples_for
-    from cp_debug.mixed_precision.search import search as run
-    from cp_debug.quantization.quantized_programs import load_quantized
-    from cp_debug.reports.search import render
 
     parsed, specs = Goal.parse(goal), parse_backends(backends)
     engines.check(specs)
@@ -84,8 +80,13 @@ def search(
         truth=scored,
         reading=how,
     )
+    engines.check_installed(specs)
+    from cp_debug.mixed_precision.search import MixedPrecisionOptions, samples_for
+    from cp_debug.mixed_precision.search import search as run
+    from cp_debug.quantization.quantized_programs import load_quantized
+    from cp_debug.reports.mixed_precision import render
 
-    options = SearchOptions(
+    options = MixedPrecisionOptions(
         max_builds=max_builds,
         budget=None if budget is None else parse_duration(budget),
         log=log,

@@ -11,7 +11,7 @@ import typer
 
 from cp_debug.cli import reading, tensorrt
 from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up, grouped
-from cp_debug.cli.given import check_configured
+from cp_debug.cli.given import check_configured, check_given
 from cp_debug.cli.typed import refuse
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def verify(
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
     trt_python: tensorrt.Python = None,
     *,
-    files: reading.Flags,
+    files: reading.ReadingFlags,
 ) -> None:
     """Compare every output of every component with the reference, over several samples; exit code 1 if one is off.
 
@@ -64,6 +64,11 @@ def verify(
     from tempfile import TemporaryDirectory
 
     from cp_debug.cli.console import show_document, steps
+    from cp_debug.deploy.schema import SUFFIXES
+
+    if not model.endswith(SUFFIXES):
+        check_made_up(samples or 1, inputs)
+        check_given(model, checkpoint=checkpoint)
     from cp_debug.deploy.config import override
     from cp_debug.deploy.stages import Deployment, configured
     from cp_debug.files import write_text

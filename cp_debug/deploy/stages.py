@@ -17,7 +17,7 @@ from cp_debug.deploy.engines import MANIFEST, BuiltEngine, build_engines, check_
 from cp_debug.deploy.exporting import Exported, ExportOptions, export_model, load_exported, own_files, take_files
 from cp_debug.deploy.interface_checks import checked
 from cp_debug.deploy.quantizing import export_quantized, in_int8
-from cp_debug.deploy.schema import DeployConfig
+from cp_debug.deploy.schema import SUFFIXES, DeployConfig
 from cp_debug.deploy.verify import VerifyOptions, VerifyResult, verify
 from cp_debug.detection.evaluate import as_detector, evaluate
 from cp_debug.detection.evaluation import EvaluationOptions, EvaluationResult, parse_ranges
@@ -34,7 +34,6 @@ from cp_debug.recipes.input_files import DEFAULT_READING, Reading
 from cp_debug.recipes.registry import load_model
 
 OnStep = Callable[[str, int, int], None]
-SUFFIXES = (".yaml", ".yml", ".toml", ".py")
 
 
 def configured(text: str, recipe: str | None, scratch: Path) -> tuple[DeployConfig, str]:

@@ -178,7 +178,7 @@ def verify(
             return opened[key]
 
         running = [
-            _Scenario(pipeline_of(reference, test=False), pipeline_of(test, test=True), limits, options.max_abs)
+            _RunningScenario(pipeline_of(reference, test=False), pipeline_of(test, test=True), limits, options.max_abs)
             for reference, test in scenarios
         ]
         for place, sample in enumerate(samples):
@@ -240,7 +240,7 @@ class _Passes:
         return {self.sample.source: compare_voxels(self._pillars[reference], theirs, points, config)}
 
 
-class _Scenario:
+class _RunningScenario:
     """A reference and a test, with their comparison over the samples so far."""
 
     def __init__(self, reference: Pipeline, test: Pipeline, limits: Tolerances, max_abs: float | None) -> None:

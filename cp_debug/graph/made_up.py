@@ -34,7 +34,7 @@ _FAILED_NODE = re.compile(r"Name:'([^']*)'")
 
 
 @dataclass(frozen=True)
-class _Choice:
+class _InputChoice:
     """Sizes of the free axes, and which of its ways fills each input."""
 
     sizes: dict[str, int]
@@ -78,12 +78,12 @@ class MadeUp:
         return self._make(self._found, seed)
 
     @cached_property
-    def _found(self) -> _Choice:
-        first = _Choice(self._axes.first(), (0,) * len(self._ways))
+    def _found(self) -> _InputChoice:
+        first = _InputChoice(self._axes.first(), (0,) * len(self._ways))
         session = self._session() if self._uncertain(first) else None
         if session is None:
             return first
-        trial = _Trial(self, session)
+        trial = _InputTrials(self, session)
         best = trial.search(first)
         if not trial.ran:
             raise InputError(
@@ -91,7 +91,7 @@ class MadeUp:
             )
         return best
 
-    def others(self, choice: _Choice) -> Iterator[_Choice]:
+    def others(self, choice: _InputChoice) -> Iterator[_InputChoice]:
         """Choices that differ from ``choice`` in one respect."""
         for place, input_ways in enumerate(self._ways):
             for way in range(len(input_ways.makers)):
@@ -100,11 +100,11 @@ class MadeUp:
         for sizes in self._axes.others(choice.sizes):
             yield replace(choice, sizes=sizes)
 
-    def make(self, choice: _Choice) -> dict[str, np.ndarray]:
+    def make(self, choice: _InputChoice) -> dict[str, np.ndarray]:
         """The inputs of a trial, by name, made with seed 0."""
         return self._make(choice, 0)
 
-    def _make(self, choice: _Choice, seed: int | Sequence[int]) -> dict[str, np.ndarray]:
+    def _make(self, choice: _InputChoice, seed: int | Sequence[int]) -> dict[str, np.ndarray]:
         rng = np.random.default_rng(seed)
         shapes = [self._axes.shape(value, choice.sizes) for value in self._inputs]
         longest = max(choice.sizes.values(), default=1)
@@ -114,7 +114,7 @@ class MadeUp:
             arrays[value.name] = input_ways.makers[way](rng, shape, longest).astype(value.dtype)
         return arrays
 
-    def _uncertain(self, first: _Choice) -> bool:
+    def _uncertain(self, first: _InputChoice) -> bool:
         """Whether the first choice may not run."""
         return (
             bool(first.sizes)
@@ -148,7 +148,7 @@ class MadeUp:
         return f"give one with --inputs: an .npz file with {', '.join(map(str, self.graph.inputs))}"
 
 
-class _Trial:
+class _InputTrials:
     """Tries choices until one runs and gives finite numbers; of those tried the best is kept."""
 
     def __init__(self, made: MadeUp, session: onnxruntime.InferenceSession) -> None:
@@ -159,7 +159,7 @@ class _Trial:
         self._tried: set[str] = set()
         self._limit, self._deadline = TRIALS, time.monotonic() + SECONDS
 
-    def search(self, choice: _Choice) -> _Choice:
+    def search(self, choice: _InputChoice) -> _InputChoice:
         """Go from ``choice`` to what comes further, one change at a time."""
         best = self._score(choice)
         while best < _Score(self._end, True):
@@ -175,7 +175,7 @@ class _Trial:
                 return choice
         return choice
 
-    def _score(self, choice: _Choice) -> _Score:
+    def _score(self, choice: _InputChoice) -> _Score:
         self.count += 1
         self._tried.add(str(choice))
         try:

@@ -1,4 +1,4 @@
-"""Result of a search: the set, how it is known, and every trial."""
+"""Result of a mixed-precision search: the set, how it is known, and every trial."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class KeptLayer:
 
 
 @dataclass(frozen=True, repr=False)
-class SearchResult(Shown):
+class MixedPrecisionResult(Shown):
     """The smallest set of layers to keep in higher precision, as far as it was found."""
 
     model: str

@@ -1,4 +1,4 @@
-"""``search``: the smallest set of layers to keep in higher precision so that a goal holds.
+"""Mixed-precision search: the smallest set of layers to keep in higher precision so that a goal holds.
 
 Nothing kept is tried first, and shows what an engine fuses. Then everything is predicted and minimized on the emulator,
 where a trial is a part of a forward pass; what comes out is confirmed, and minimized again, on the backend itself.
@@ -28,7 +28,7 @@ from cp_debug.mixed_precision.judge import Judge
 from cp_debug.mixed_precision.log import TrialLog
 from cp_debug.mixed_precision.precision import precision_of
 from cp_debug.mixed_precision.predict import Predictor
-from cp_debug.mixed_precision.result import KeptLayer, SearchResult
+from cp_debug.mixed_precision.result import KeptLayer, MixedPrecisionResult
 from cp_debug.mixed_precision.strategy import smallest
 from cp_debug.mixed_precision.trial import Measured, Trial, nodes_in
 from cp_debug.probes.capture import array_hash
@@ -43,8 +43,8 @@ OnStep = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class SearchOptions:
-    """Options of a search. The defaults are those of the command line."""
+class MixedPrecisionOptions:
+    """Options of a mixed-precision search. The defaults are those of the command line."""
 
     max_builds: int | None = None
     """Largest number of engines and sessions made; of trials for an emulated backend."""
@@ -88,10 +88,12 @@ def search(
     backends: Sequence[Backend],
     goal: Goal,
     samples: Sequence[Sample],
-    options: SearchOptions = SearchOptions(),
+    options: MixedPrecisionOptions = MixedPrecisionOptions(),
     on_step: OnStep = lambda text, done, total: None,
-) -> SearchResult:
-    """Find the smallest set of layers to keep so that the goal holds. ``backends``: the reference and one test.
+) -> MixedPrecisionResult:
+    """Mixed-precision search: the smallest set of layers to keep so that the goal holds.
+
+    ``backends`` are the reference and one test.
 
     Raises InputError for backends whose layers cannot be kept one by one, a goal that this model cannot be asked for,
     samples that are none, and a log of another search; never for a goal that is not reached.
@@ -102,17 +104,17 @@ def search(
     if not samples:
         raise InputError("--inputs: there is no sample to measure on")
     with tempfile.TemporaryDirectory(prefix="cpdebug-search-") as scratch:
-        return _Search(model, backends, goal, samples, options, on_step, Path(scratch)).run()
+        return _MixedPrecisionSearch(model, backends, goal, samples, options, on_step, Path(scratch)).run()
 
 
-class _Search:
+class _MixedPrecisionSearch:
     def __init__(
         self,
         model: Model,
         backends: Sequence[Backend],
         goal: Goal,
         samples: Sequence[Sample],
-        options: SearchOptions,
+        options: MixedPrecisionOptions,
         on_step: OnStep,
         scratch: Path,
     ) -> None:
@@ -155,7 +157,7 @@ class _Search:
         self._notes += [how] if how else []
         return in_int8
 
-    def run(self) -> SearchResult:
+    def run(self) -> MixedPrecisionResult:
         smallest_set: list[FusionGroup] | None = None
         stopped = ""
         predictor: Predictor | None = None
@@ -237,7 +239,9 @@ class _Search:
             self.log.add_engine(self.runner.layers)
         self.groups = fused(self.groups, self._tests, self.log.engine)
 
-    def _result(self, found: list[FusionGroup] | None, predictor: Predictor | None, stopped: str) -> SearchResult:
+    def _result(
+        self, found: list[FusionGroup] | None, predictor: Predictor | None, stopped: str
+    ) -> MixedPrecisionResult:
         trials = list(self.log.trials.values())
         on_backend = [trial for trial in trials if not trial.emulated]
         excess = {t.nodes: math.inf if t.error else self._goal.excess(t.measured.figures) for t in on_backend}
@@ -249,7 +253,7 @@ class _Search:
         else:
             best = min(on_backend, key=lambda trial: (excess[trial.nodes], trial.layers))
         kept = [group for group in self.groups if nodes_in(frozenset([group])) <= best.nodes]
-        return SearchResult(
+        return MixedPrecisionResult(
             model=self._model.name,
             reference=self._reference,
             backend=str(self._backend.spec),

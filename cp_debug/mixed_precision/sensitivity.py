@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from cp_debug.detection.bootstrap import Interval
+from cp_debug.detection.bootstrap import ConfidenceInterval
 from cp_debug.errors import InputError
 from cp_debug.mixed_precision.fake_quant_runner import FakeQuantRunner, KeptLayers, OnStep
 from cp_debug.mixed_precision.log import TrialLog
@@ -43,7 +43,7 @@ class Int8Effect:
 
     error: float
     """Relative L2 of the outputs against FP32, root mean square over them."""
-    scores: Mapping[str, Interval]
+    scores: Mapping[str, ConfidenceInterval]
     """Change of mAP and NDS where the model detects: against FP32, or for a left-out layer against all in INT8."""
 
     @property
@@ -81,7 +81,7 @@ class Choice:
 
     budget: float
     skipped: list[str]
-    loss: Interval
+    loss: ConfidenceInterval
     """mAP lost against FP32; the outputs' relative L2 error for a model that detects nothing."""
     tried: int
     """Number of sets of layers that were run on all samples."""
@@ -239,7 +239,7 @@ def merge_trials(rows: Iterable[Mapping[str, Any]]) -> SensitivityProfile:
 
 
 def _effect(row: Mapping[str, Any]) -> Int8Effect:
-    return Int8Effect(row["error"], {name: Interval(*change) for name, change in row["change"].items()})
+    return Int8Effect(row["error"], {name: ConfidenceInterval(*change) for name, change in row["change"].items()})
 
 
 def check_budget(budget: float) -> None:
@@ -274,7 +274,7 @@ def choose_layers(
             log.add(Trial(runner.nodes_in(kept), len(kept), False, measured[kept], seconds))
         reference.append(measured[runner.all])
 
-    def loss(kept: KeptLayers) -> Interval:
+    def loss(kept: KeptLayers) -> ConfidenceInterval:
         if (False, runner.nodes_in(kept)) not in log.trials:
             run([kept])
         return _loss(log.trials[False, runner.nodes_in(kept)].measured, reference[0])
@@ -291,10 +291,10 @@ def choose_layers(
     return Choice(budget, chosen, loss(frozenset(chosen)), len(log.trials))
 
 
-def _loss(test: Measured, reference: Measured) -> Interval:
+def _loss(test: Measured, reference: Measured) -> ConfidenceInterval:
     if METRIC not in test.draws:
-        return Interval(test.error, test.error, test.error)
-    return Interval.of(reference.draws[METRIC] - test.draws[METRIC])
+        return ConfidenceInterval(test.error, test.error, test.error)
+    return ConfidenceInterval.of(reference.draws[METRIC] - test.draws[METRIC])
 
 
 def get_sensitive_layers(profile: SensitivityProfile, budget: float) -> list[str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import TypedDict
 
-from cp_debug.detection.bootstrap import Interval
+from cp_debug.detection.bootstrap import ConfidenceInterval
 from cp_debug.mixed_precision.fusion_groups import Kept
 from cp_debug.reading import typed
 from cp_debug.serialize import json_safe
@@ -41,9 +41,9 @@ class Measured:
         """Root mean square over the outputs, so that each counts alike whatever its unit."""
         return math.sqrt(sum(value**2 for value in self.outputs.values()) / len(self.outputs))
 
-    def change(self, name: str, before: Measured) -> Interval:
+    def change(self, name: str, before: Measured) -> ConfidenceInterval:
         """Rise of a score over ``before``, drawn on the same samples."""
-        return Interval.of(self.draws[name] - before.draws[name])
+        return ConfidenceInterval.of(self.draws[name] - before.draws[name])
 
 
 class _Line(TypedDict):

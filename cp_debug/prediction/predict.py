@@ -30,7 +30,7 @@ from cp_debug.detection.detection_change import DetectionChange, compare_detecti
 from cp_debug.errors import InputError
 from cp_debug.graph.fold_batchnorm import fold_batchnorm
 from cp_debug.mixed_precision.goal import Goal
-from cp_debug.mixed_precision.search import SearchOptions, search
+from cp_debug.mixed_precision.search import MixedPrecisionOptions, search
 from cp_debug.prediction.groups import Group
 from cp_debug.prediction.result import (
     CLOSE,
@@ -109,7 +109,7 @@ def predict(
         on_step("exporting and aligning", 0, len(samples))
         how = Export(options.exporter or ("torchscript" if runtime.opset else "dynamo"), runtime.opset)
         programs = prepare(loaded, samples[0], Path(scratch), how=how)
-        job = _Prediction(loaded, programs, runtime, precision, kernels, options.device, Path(scratch))
+        job = _ModelPrediction(loaded, programs, runtime, precision, kernels, options.device, Path(scratch))
         for i, sample in enumerate(samples):
             job.add(sample, partial(_tell, on_step, i, len(samples)))
         result = job.result([sample.source for sample in samples])
@@ -120,7 +120,7 @@ def predict(
     return result
 
 
-class _Prediction:
+class _ModelPrediction:
     """The figures of one model, sample after sample."""
 
     def __init__(
@@ -316,7 +316,7 @@ def _worse(known: PredictedLayer, other: PredictedLayer) -> PredictedLayer:
 def _reach(goal: Goal, model: Model, samples: Sequence[Sample], result: Prediction, options: PredictOptions) -> None:
     """Put the fewest layers that reach the goal on the emulator into ``result``."""
     backends = [create(s) for s in parse_backends(f"emu-fp32,emu-{EMULATED[result.precision]}")]
-    search_result = search(model, backends, goal, samples, SearchOptions(exporter=options.exporter))
+    search_result = search(model, backends, goal, samples, MixedPrecisionOptions(exporter=options.exporter))
     result.goal, result.reached = str(goal), search_result.reached
     groups = [layer.fusion_group for layer in search_result.kept]
     wanted = {(group.component, node) for group in groups for node in group.nodes}

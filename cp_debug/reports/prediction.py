@@ -9,8 +9,8 @@ from rich.text import Text
 
 from cp_debug.mixed_precision.emit import arguments
 from cp_debug.prediction.result import Interval, PredictedLayer, Prediction
+from cp_debug.reports.mixed_precision import TOOLS
 from cp_debug.reports.numbers import number
-from cp_debug.reports.search import TOOLS
 from cp_debug.reports.sheet import Column, Row, Sheet
 from cp_debug.reports.sheet_terminal import Terminal
 

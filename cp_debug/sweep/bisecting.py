@@ -170,7 +170,7 @@ class _Tally:
 
 
 @dataclass
-class _Group:
+class _OpenGroup:
     """A group so far.
 
     Places are positions in the grid, so that the order of arrival does not matter.
@@ -239,11 +239,11 @@ class _Group:
 
 def merge(records: Iterable[Record]) -> list[BisectGroup]:
     """One group for each model and test backend, in the order of the grid."""
-    groups: dict[tuple[str, ...], _Group] = {}
+    groups: dict[tuple[str, ...], _OpenGroup] = {}
     first: dict[tuple[str, ...], int] = {}
     for record in records:
         params, result, place = record["params"], record["result"], record["place"]
         key = (params["label"], *params["backends"])
         first[key] = min(first.get(key, place), place)
-        groups.setdefault(key, _Group(params["label"], result)).add(place, result)
+        groups.setdefault(key, _OpenGroup(params["label"], result)).add(place, result)
     return [groups[key].finish() for key in sorted(groups, key=first.__getitem__)]

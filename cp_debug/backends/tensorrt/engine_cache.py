@@ -23,7 +23,7 @@ LARGEST_ENTRY = 256 << 20
 """Largest size of the JSON file beside an engine, in bytes."""
 
 
-class Entry(TypedDict):
+class CachedEngine(TypedDict):
     """Content of the JSON file beside an engine."""
 
     key: str
@@ -89,8 +89,8 @@ class EngineCache:
             for path in (engine, told):
                 if path.is_symlink():
                     raise InputError(f"{path}: is a symbolic link; expected a file")
-            entry: Entry = typed(
-                Entry, read_json(told, what="entry of the engine cache", most=LARGEST_ENTRY), str(told)
+            entry: CachedEngine = typed(
+                CachedEngine, read_json(told, what="entry of the engine cache", most=LARGEST_ENTRY), str(told)
             )
             if entry["key"] != key:
                 raise InputError(f"{told}: written for other settings, or another GPU")

@@ -49,7 +49,7 @@ class Visited:
 
 
 @dataclass
-class Search:
+class ProbeSearch:
     """Values that were looked at, in that order, and the first one that departs."""
 
     first: str | None = None
@@ -97,14 +97,14 @@ class Expected:
         ExecutorSession(graph, arithmetic, "cpu").run(inputs, sink, values)
 
 
-def search(values: Sequence[str], expected: Expected, look: Callable[[str], tuple[np.ndarray, float]]) -> Search:
+def search(values: Sequence[str], expected: Expected, look: Callable[[str], tuple[np.ndarray, float]]) -> ProbeSearch:
     """Find the first of ``values`` that departs, in ⌈log₂(n + 1)⌉ looks.
 
     ``values`` are in execution order. ``look`` builds an engine that shows one value and runs it; it returns the value
     and the distance of the outputs from the plain engine's. What departs is taken to stay departed downstream: where
     that fails, the value found departs all the same, and the one before it in the order does not.
     """
-    result = Search()
+    result = ProbeSearch()
 
     def departs(value: str) -> bool:
         array, gap = look(value)

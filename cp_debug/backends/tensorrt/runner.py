@@ -638,7 +638,7 @@ def _run(job: Job, cuda: Cuda, step: Step) -> dict[str, Any]:
         nbytes = int(np.prod(layout.memory, dtype=np.int64)) * np.dtype(_numpy_type(name, dtype)).itemsize
         outputs[name] = (cuda.allocate(nbytes), layout, dtype)
         context.set_tensor_address(name, outputs[name][0])
-    written = _Written(Path(step["folder"]), step.get("names"))
+    written = _TensorWriter(Path(step["folder"]), step.get("names"))
     if step.get("listen"):
         _listen(job, cuda, context, written, outputs)
     seconds = []
@@ -703,7 +703,7 @@ class Layout:
         return np.ascontiguousarray(memory[:, : self.shape[1]]) if self.order else memory
 
 
-class _Written:
+class _TensorWriter:
     """The tensors that a run handed out: one file each, listed in the order in which they came."""
 
     def __init__(self, folder: Path, names: list[str] | None) -> None:
@@ -725,7 +725,7 @@ class _Written:
         self.entries.append({"name": name, "file": str(path), "dtype": dtype})
 
 
-def _listen(job: Job, cuda: Cuda, context: Any, written: _Written, outputs: dict[str, Any]) -> None:
+def _listen(job: Job, cuda: Cuda, context: Any, written: _TensorWriter, outputs: dict[str, Any]) -> None:
     """Have the unfused tensors written while the engine runs. Outputs are written later, in the type they have then."""
     trt = job.trt
 

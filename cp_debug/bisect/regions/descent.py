@@ -68,7 +68,7 @@ def descend(
     lower precision than FP32, so that nodes can be kept. ``tell`` is told what is known before each build. Ctrl-C and
     failing builds end the search, what was learnt is kept.
     """
-    search = _Search(region, segment, reference, build, inherited, max_builds, lower, tell)
+    search = _RegionSearch(region, segment, reference, build, inherited, max_builds, lower, tell)
     try:
         search.run()
     except KeyboardInterrupt:
@@ -82,7 +82,7 @@ class _Spent(Exception):
     """No build is left, or none works."""
 
 
-class _Search:
+class _RegionSearch:
     def __init__(
         self,
         region: Region,

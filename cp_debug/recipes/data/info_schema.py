@@ -70,7 +70,7 @@ class Camera(TypedDict, total=False):
     lidar2cam: Matrix
 
 
-class Seen(TypedDict, total=False):
+class CameraObject(TypedDict, total=False):
     """An object in a camera's frame: an entry of ``cam_instances``."""
 
     bbox_3d: Annotated[list[float], BeforeValidator(_plain), Field(min_length=3, max_length=9)]
@@ -89,7 +89,7 @@ class Info(TypedDict, total=False):
     instances: list[Instance] | None
     images: dict[str, Any]
     """Camera → ``Camera``; KITTI's infos have matrices among them."""
-    cam_instances: dict[str, list[Seen]] | None
+    cam_instances: dict[str, list[CameraObject]] | None
 
 
 class Meta(TypedDict, total=False):
