@@ -30,7 +30,7 @@ class Options:
     samples: int = 1
     seed: int = 0
     reading: Reading = DEFAULT_READING
-    """How ``inputs`` are read, and which sizes made-up ones have."""
+    """Settings for reading ``inputs``, and sizes of made-up ones."""
     rtol: float | None = None
     atol: float | None = None
     oracle: str | None = None

@@ -77,7 +77,7 @@ class PredictOptions:
     goal: str | None = None
     """Search on the emulator for the fewest layers to keep so that it holds, too."""
     reading: Reading = DEFAULT_READING
-    """How ``inputs`` are read, and which sizes made-up ones have."""
+    """Settings for reading ``inputs``, and sizes of made-up ones."""
 
 
 def predict(

@@ -25,7 +25,7 @@ ImageLayout = Literal["auto", "nchw", "nhwc"]
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """What a network wants of its images: value = (pixel × ``scale`` − ``mean``) ÷ ``std``, channel by channel.
+    """Format in which a network takes images: value = (pixel × ``scale`` − ``mean``) ÷ ``std``, channel by channel.
 
     ``scale`` None is 1/255 for inputs in floating point, and 1 for integers, which take pixels as they are. ``mean``
     and ``std`` have one number, or one a channel. ``layout`` auto looks where the input has 1, 3 or 4 channels.

@@ -28,7 +28,7 @@ Shapes = Mapping[str, Sequence[int]]
 
 @dataclass(frozen=True)
 class Reading:
-    """How inputs are read from files and made up. The defaults are those of the command line."""
+    """Settings for reading inputs from files and making them up. The defaults are those of the command line."""
 
     shapes: Shapes = field(default_factory=dict)
     """Input → shape of made-up values, and of images, where the model leaves axes free."""
