@@ -40,7 +40,9 @@ class ReadingFlags:
     ] = None
     image_scale: Annotated[
         float | None,
-        typer.Option(help="Factor on pixels of 0 to 255.  [default: 1/255; 1 for integers]", rich_help_panel=PANEL),
+        typer.Option(
+            min=0.0, help="Factor on pixels of 0 to 255.  [default: 1/255; 1 for integers]", rich_help_panel=PANEL
+        ),
     ] = None
     image_mean: Annotated[
         str | None,
