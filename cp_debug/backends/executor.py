@@ -23,6 +23,7 @@ from cp_debug.errors import CpdebugError, InputError
 from cp_debug.graph.bodies import Body, run_loop, run_scan
 from cp_debug.graph.constants import constant
 from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.onnx_runtime import Endless
 
 MOVES = {
     "BitCast", "CenterCropPad", "Compress", "ConcatFromSequence", "Identity", "MaxUnpool", "Optional",
@@ -186,7 +187,9 @@ class Executor:
                     sink(name, value)
                 if name in wanted:
                     results[name] = value
-                constant_of_graph = node.op == "Constant" and self._weights.holds(name)  # may be wanted unrounded
+                constant_of_graph = (  # may be wanted unrounded
+                    node.op == "Constant" and self._weights.holds(name) and self.graph.producer.get(name) is node
+                )
                 if readers[name] and name not in given and not constant_of_graph:
                     live[name] = value
             outputs, value = [], None
@@ -211,6 +214,9 @@ class Executor:
             return self._computed(node, live, inputs)
         except NodeFailed:
             raise
+        except Endless as error:
+            place = f"{self.graph.path}: node {node.name!r} ({node.op}): "
+            raise Endless(f"{place}{str(error).removeprefix(f'{self.graph.path}: ')}") from error
         except Exception as error:
             given = f" on ({', '.join(_describe(i) for i in inputs)})" if inputs else ""
             raise NodeFailed(
@@ -249,8 +255,11 @@ class Executor:
             local_values = body.constants | dict(zip(body.inputs, arguments, strict=False))
             for child in body.nodes:
                 self._step(child, body.opsets)
-            visible = ChainMap(local_values, dict(values))
-            produced = {o for child in body.nodes for o in child.outputs}.union(visible)
+            produced = {o for child in body.nodes for o in child.outputs}
+            # A function knows nothing of its caller's values; the bodies of If, Loop and Scan do.
+            outer = {} if body is step.bodies.get("") else {n: v for n, v in values.items() if n not in produced}
+            visible = ChainMap(local_values, outer)
+            produced |= visible.keys()
             # What ONNX defines by a function may leave out outputs that nobody asked for.
             results = self._execute(body.nodes, visible, [o for o in body.outputs if o in produced])
             return [results.get(o) for o in body.outputs]

@@ -105,7 +105,8 @@ class SampleRuns:
         ways = list(other_ways(run, (side.captured, test)))
         found.ways |= dict.fromkeys(map(str, ways))
         settled = judge_ways(ways, run.programs, rows)
-        failures = set_shares(run, rows, sample, side.captured, test)
+        # Behind control flow that goes another way, no error is carried to the outputs: there are other nodes.
+        failures = [] if ways else set_shares(run, rows, sample, side.captured, test)
         found.detect(side.decoded, decoded)
         if run.oracle is not None and found.is_worst(rows):
             unexplained = not any(row.verdict == GUILTY for row in rows.values())

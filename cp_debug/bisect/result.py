@@ -203,9 +203,15 @@ class TestResult(JsonForm):
     @property
     def agrees(self) -> bool:
         """No guilty layer, and every final output that was compared within the tolerance; never without one, nor where
-        an output is NaN: two of them are equal, and nothing is known."""
+        an output holds NaN or Inf: two of them are equal, and nothing is known."""
         decided = bool(self.outputs) and not any(map(undecided, self.outputs))
         return decided and not self.guilty and all(row.within for row in self.outputs)
+
+    @property
+    def undecided(self) -> bool:
+        """Whether NaN or Inf in a final output is all that keeps the test from agreeing."""
+        within = not self.guilty and all(row.within for row in self.outputs)
+        return within and any(map(undecided, self.outputs))
 
     @property
     def not_finite(self) -> str:

@@ -55,7 +55,8 @@ def check(
         style = "bold red" if concern.severity == PROBLEM else "bold yellow"
         console.print(Text.assemble((f"{concern.severity}: {concern.check}", style), f": {concern.says}"))
         more = f" and {len(concern.layers) - 6} more" if len(concern.layers) > 6 else ""
-        console.print(Text(f"   layers   {', '.join(concern.layers[:6])}{more}", "dim"))
+        if concern.layers:
+            console.print(Text(f"   layers   {', '.join(concern.layers[:6])}{more}", "dim"))
         console.print(Text(f"   fix      {concern.fix}"))
     if not concerns and not json:
         console.print(Text("✓ nothing to worry about", "bold green"))

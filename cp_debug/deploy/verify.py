@@ -23,7 +23,7 @@ from cp_debug.errors import InputError
 from cp_debug.probes.statistics import TensorStats, compare
 from cp_debug.programs.pipeline import Key, Pipeline
 from cp_debug.programs.scene import decode
-from cp_debug.recipes.abilities import DetectsBoxes, with_samples
+from cp_debug.recipes.abilities import DetectsBoxes, Remarks, with_samples
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.centerpoint.recipe import CenterPointModel
 from cp_debug.recipes.centerpoint.voxelize import Voxels
@@ -129,6 +129,8 @@ class VerifyResult(Shown):
     model: str
     samples: list[str]
     scenarios: list[ScenarioResult]
+    notes: list[str] = field(default_factory=list)
+    """Remarks on the samples."""
 
     @property
     def passed(self) -> bool:
@@ -141,6 +143,7 @@ class VerifyResult(Shown):
             "model": self.model,
             "samples": self.samples,
             "passed": self.passed,
+            "notes": self.notes,
             "scenarios": [scenario.to_dict() for scenario in self.scenarios],
         }
 
@@ -181,7 +184,9 @@ def verify(
             _RunningScenario(pipeline_of(reference, test=False), pipeline_of(test, test=True), limits, options.max_abs)
             for reference, test in scenarios
         ]
+        remarks = Remarks(model)
         for place, sample in enumerate(samples):
+            remarks.see(sample)
             passes = _Passes(model, sample, options.voxels if place == 0 else None)
             for number, scenario in enumerate(running):
                 on_step(f"verifying {scenario.name}", place * len(running) + number, len(samples) * len(running))
@@ -196,7 +201,7 @@ def verify(
     for result, pair in zip(results, scenarios, strict=True):
         if result.failures and options.explain:
             result.bisect = _explain(model, tests, samples, result, pair)
-    return VerifyResult(model.name, [sample.source for sample in samples], results)
+    return VerifyResult(model.name, [sample.source for sample in samples], results, remarks.told)
 
 
 def _check_outputs(programs: Sequence[Program], tests: Sequence[Program]) -> None:
@@ -295,12 +300,14 @@ def _explain(
 def what_is_wrong(stats: TensorStats, limit: float, max_abs: float | None) -> str:
     """The reason in words why a tensor is beyond its limits; empty when it is within them.
 
-    NaN and Inf of the test always fail, even where the reference has them too.
+    NaN and Inf always fail, even where both sides have the same.
     """
     if stats.shape_mismatch:
         return f"the shape is {list(stats.shape_test)}; expected {list(stats.shape)}"
     if strange := stats.nan_test + stats.inf_test:
         return f"{strange} NaN or Inf"
+    if strange := stats.nan_ref + stats.inf_ref:
+        return f"the reference holds {strange} NaN or Inf, the test none"
     if stats.rel_l2 > limit:
         return f"relative L2 {stats.rel_l2:.2g}; expected at most {limit:.2g}"
     if max_abs is not None and stats.max_abs > max_abs:

@@ -14,6 +14,7 @@ import onnx
 
 from cp_debug.errors import InputError
 from cp_debug.files import resolved
+from cp_debug.graph import onnx_runtime
 from cp_debug.graph.check_inputs import with_shapes
 from cp_debug.graph.free_axes import FreeAxes
 from cp_debug.graph.graph import Graph
@@ -28,8 +29,6 @@ SECONDS = 60.0
 """Longest time for trials, in seconds."""
 FINITE_TRIALS = 12
 """Number of further trials when one ran and gave NaN or Inf, which may be what the network gives."""
-_WARNED = 4
-"""ONNX Runtime's severity of what ends the process; a trial that fails is no error."""
 _FAILED_NODE = re.compile(r"Name:'([^']*)'")
 
 
@@ -132,10 +131,8 @@ class MadeUp:
         model.CopyFrom(self.graph.proto)
         for node, proto in zip(self.graph.nodes, model.graph.node, strict=True):
             proto.name = f"{node.index}"
-        options = ort.SessionOptions()
+        options = onnx_runtime.session_options()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        ort.set_default_logger_severity(_WARNED)  # of what is logged outside a session
-        options.log_severity_level = _WARNED
         options.enable_cpu_mem_arena = False
         folder = str(resolved(self.graph.path).parent)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
@@ -155,6 +152,7 @@ class _InputTrials:
         self._made, self._session = made, session
         self._finite = [v.name for v in made.graph.outputs if v.dtype is not None and v.dtype.kind == "f"]
         self._end = len(made.graph.nodes)
+        self._time_limit = onnx_runtime.time_limit(made.graph)
         self.count, self.ran, self.reason = 0, False, ""
         self._tried: set[str] = set()
         self._limit, self._deadline = TRIALS, time.monotonic() + SECONDS
@@ -180,7 +178,10 @@ class _InputTrials:
         self._tried.add(str(choice))
         try:
             arrays = self._made.make(choice)
-            outputs = self._session.run_with_ort_values([o.name for o in self._session.get_outputs()], _values(arrays))
+            names = [o.name for o in self._session.get_outputs()]
+            outputs = onnx_runtime.run(self._session, names, _values(arrays), self._time_limit)
+        except onnx_runtime.Endless as error:
+            raise onnx_runtime.Endless(f"{self._made.graph.path}: with made-up inputs {error}") from error
         except Exception as error:  # each status of ONNX Runtime is a class of its own, directly below Exception
             place = _FAILED_NODE.search(str(error))
             if not self.ran:
@@ -188,7 +189,6 @@ class _InputTrials:
             return _Score(int(place[1]) if place and place[1].isdigit() else -1)
         if not self.ran:
             self.ran, self._limit = True, self.count + FINITE_TRIALS
-        names = [o.name for o in self._session.get_outputs()]
         return _Score(self._end, all(_is_finite(v) for n, v in zip(names, outputs, strict=True) if n in self._finite))
 
     def _in_words(self, message: str, place: re.Match[str] | None) -> str:

@@ -36,6 +36,7 @@ from cp_debug.programs.pipeline import Pipeline, choose_export, is_exported, loa
 from cp_debug.quantization.models import QuantizedComponent
 from cp_debug.quantization.open_quantized import calibration_samples
 from cp_debug.quantization.quantized_programs import DEFAULT_CALIBRATION, already_quantized, quantize_programs
+from cp_debug.recipes.abilities import Remarks
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.data.base import DataOptions, iterate
 
@@ -138,7 +139,10 @@ class _MixedPrecisionSearch:
             programs = [_plain(program, scratch) for program in programs]
         with Pipeline(model, programs, reference) as pipeline:
             self._judge = Judge(model, samples, [pipeline.run(sample) for sample in samples], goal)
-        self._notes += self._judge.notes
+        remarks = Remarks(model)
+        for sample in samples:
+            remarks.see(sample)
+        self._notes += [*remarks.told, *self._judge.notes]
         self.log = TrialLog(options.log, self._about())
         self.groups = [u for p in self._tests for u in fusion_groups_of(p, self.precision.candidates(p.graph))]
         if not self.groups:

@@ -47,7 +47,7 @@ from cp_debug.programs.layers import layer_name
 from cp_debug.programs.pipeline import Export, Key, is_exported, prepare
 from cp_debug.programs.scene import decode
 from cp_debug.programs.walk import Walk
-from cp_debug.recipes.abilities import DetectsBoxes
+from cp_debug.recipes.abilities import DetectsBoxes, Remarks
 from cp_debug.recipes.base import Arrays, Model, Sample
 from cp_debug.recipes.input_files import DEFAULT_READING, Reading
 from cp_debug.recipes.registry import load_model
@@ -139,6 +139,7 @@ class _ModelPrediction:
         self._outputs: dict[Key, PredictedOutput] = {}
         self._detections: dict[str, DetectionChange] = {}
         self._notes: list[str] = []
+        self._remarks = Remarks(model)
         self._walks: dict[str, GraphWalk] = {}
         for program in programs:
             if unknown := unsupported(program.graph):
@@ -160,6 +161,7 @@ class _ModelPrediction:
 
     def add(self, sample: Sample, tell: Callable[[str], None]) -> None:
         """Compute one sample and take its figures in."""
+        self._remarks.see(sample)
         runs = [EXACT, *(kernel.name for kernel in self._kernels)]
         ways = {run: Walk(self._model, sample) for run in runs}
         for steps in zip(*ways.values(), strict=True):
@@ -291,7 +293,7 @@ class _ModelPrediction:
             outputs=outputs,
             detections=self._detections,
             keep=keep,
-            notes=list(dict.fromkeys(self._notes)),
+            notes=list(dict.fromkeys([*self._notes, *self._remarks.told])),
         )
 
 

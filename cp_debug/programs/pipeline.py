@@ -7,7 +7,7 @@ import difflib
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -330,7 +330,7 @@ def is_exported(model: Model) -> bool:
 def header(pipeline: Pipeline, samples: Sequence[Sample]) -> dict[str, Any]:
     """Manifest of a capture of this run: what ran, on what, in which settings, and the names of its layers."""
     record = pipeline.record()
-    digests = "".join(program.graph.digest for program in pipeline.programs)
+    digests = "".join((program.deployed or program.graph).digest for program in pipeline.programs)
     last = pipeline.model.components[-1]
     return {
         "backend": record.spec,
@@ -344,6 +344,7 @@ def header(pipeline: Pipeline, samples: Sequence[Sample]) -> dict[str, Any]:
         "samples": [sample.source for sample in samples],
         "layers": {p.name: {layer.onnx: layer.name for layer in layers_of([p])} for p in pipeline.programs},
         "outputs": [[last.name, name] for name in last.output_names],
+        "control_flow": {p.name: [asdict(branch) for branch in p.branches] for p in pipeline.programs if p.branches},
     }
 
 
