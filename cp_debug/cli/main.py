@@ -140,7 +140,7 @@ def main() -> None:
         if isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY):
             show_error("out of memory: this asks for more than the machine has")
             sys.exit(InputError.exit_code)
-        message = crash.told(error)
+        message = crash.log_crash(error)
         try:
             show_error(message)
         finally:

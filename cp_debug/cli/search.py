@@ -69,11 +69,11 @@ def search(
     refuse_export_flags([model])
     refuse(("data",), unless="map_drop" in goal, why=f"the goal is {goal}; expected one with map_drop")
     check_made_up(samples, inputs or data)
-    given, scored = inputs or data, data is not None
+    source, scored = inputs or data, data is not None
     how = files.chosen(model)
     check_given(
         model,
-        inputs=given,
+        inputs=source,
         samples=samples,
         checkpoint=checkpoint,
         test_model=test_model,

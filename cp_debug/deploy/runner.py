@@ -75,7 +75,7 @@ def _stages(deployment: Deployment) -> Iterator[tuple[str, dict[str, Any], Calla
         deployment.use_quantized()
     if mode in ("onnx", "both"):
         yield "export", {"export": plain["export"], "components": plain["components"]}, _export
-    files = {} if mode in ("onnx", "both") else {"onnx": _found(deployment.onnx_dir)}
+    files = {} if mode in ("onnx", "both") else {"onnx": _graph_hashes(deployment.onnx_dir)}
     if mode in ("trt", "both"):
         yield "build", {**files, "tensorrt": plain["tensorrt"], "components": plain["components"]}, _build
     if config.verify.enabled and config.scenarios():
@@ -93,7 +93,7 @@ def _own_files(model: str) -> dict[str, str] | None:
     return hashes([graph.path, *external_files(graph.proto, weights_folder(graph))])
 
 
-def _found(folder: Path) -> dict[str, str]:
+def _graph_hashes(folder: Path) -> dict[str, str]:
     return hashes(folder.glob("*.onnx*"))
 
 

@@ -74,10 +74,10 @@ class MadeUp:
 
         Raises InputError, with ONNX Runtime's reason, when no input was found that runs.
         """
-        return self._make(self._found, seed)
+        return self._make(self._chosen, seed)
 
     @cached_property
-    def _found(self) -> _InputChoice:
+    def _chosen(self) -> _InputChoice:
         first = _InputChoice(self._axes.first(), (0,) * len(self._ways))
         session = self._session() if self._uncertain(first) else None
         if session is None:
@@ -100,7 +100,10 @@ class MadeUp:
             yield replace(choice, sizes=sizes)
 
     def make(self, choice: _InputChoice) -> dict[str, np.ndarray]:
-        """The inputs of a trial, by name, made with seed 0."""
+        """The inputs of a trial, by name, made with seed 0.
+
+        Name → array in the dtype that the graph declares and the shape of the choice.
+        """
         return self._make(choice, 0)
 
     def _make(self, choice: _InputChoice, seed: int | Sequence[int]) -> dict[str, np.ndarray]:
@@ -148,11 +151,11 @@ class MadeUp:
 class _InputTrials:
     """Tries choices until one runs and gives finite numbers; of those tried the best is kept."""
 
-    def __init__(self, made: MadeUp, session: onnxruntime.InferenceSession) -> None:
-        self._made, self._session = made, session
-        self._finite = [v.name for v in made.graph.outputs if v.dtype is not None and v.dtype.kind == "f"]
-        self._end = len(made.graph.nodes)
-        self._time_limit = onnx_runtime.time_limit(made.graph)
+    def __init__(self, inputs: MadeUp, session: onnxruntime.InferenceSession) -> None:
+        self._made, self._session = inputs, session
+        self._finite = [v.name for v in inputs.graph.outputs if v.dtype is not None and v.dtype.kind == "f"]
+        self._end = len(inputs.graph.nodes)
+        self._time_limit = onnx_runtime.time_limit(inputs.graph)
         self.count, self.ran, self.reason = 0, False, ""
         self._tried: set[str] = set()
         self._limit, self._deadline = TRIALS, time.monotonic() + SECONDS

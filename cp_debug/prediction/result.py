@@ -126,8 +126,8 @@ class Prediction(Shown):
             parts.append(f"worst output {worst.name} off by about {e.expected:.2g} ({e.low:.2g} to {e.high:.2g})")
         if out := [layer for layer in self.layers if layer.range == OVERFLOWS]:
             parts.append(f"{len(out)} beyond FP16's range")
-        if kept := sum(bool(layer.keep) for layer in self.layers):
-            parts.append(f"{kept} to keep in FP32")
+        if keep_count := sum(bool(layer.keep) for layer in self.layers):
+            parts.append(f"{keep_count} to keep in FP32")
         return ", ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:

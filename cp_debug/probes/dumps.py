@@ -21,6 +21,7 @@ def read_dump(path: Path) -> dict[str, np.ndarray]:
 
     A ``.npy`` file is called as it is without its suffix; in ``.pb`` files (``onnx.TensorProto``) each tensor has its
     name in it. Of a Polygraphy file (``--save-inputs``, ``--save-outputs``) the first runner's first iteration counts.
+    Shapes and dtypes are those that the files hold.
     Raises InputError, with the file, for what is none of these, for pickled objects, and for a name that comes twice.
     """
     if not path.is_dir():
