@@ -36,7 +36,7 @@ class Side:
     @classmethod
     def load(cls, name: str, checkpoint: Path | None, options: Options) -> Side:
         """The model of one side and its checkpoint. Raises InputError as ``load_quantized``."""
-        model, parts = load_quantized(name, checkpoint, options.seed, options.inputs)
+        model, parts = load_quantized(name, checkpoint, options.seed, options.inputs, options.reading)
         return cls(model, parts, f"quantized as in {checkpoint}") if parts else cls(model)
 
 

@@ -49,6 +49,7 @@ from cp_debug.programs.scene import decode
 from cp_debug.programs.walk import Walk
 from cp_debug.recipes.abilities import DetectsBoxes, Remarks
 from cp_debug.recipes.base import Arrays, Model, Sample
+from cp_debug.recipes.input_files import DEFAULT_READING, Reading
 from cp_debug.recipes.registry import load_model
 
 SPREAD = 1.25
@@ -75,6 +76,8 @@ class PredictOptions:
     device: str = "cpu"
     goal: str | None = None
     """Search on the emulator for the fewest layers to keep so that it holds, too."""
+    reading: Reading = DEFAULT_READING
+    """Settings for reading ``inputs``, and sizes of made-up ones."""
 
 
 def predict(
@@ -96,7 +99,9 @@ def predict(
     kernels = kernels_of(runtime, precision)
     goal = Goal.parse(options.goal) if options.goal else None
     create(BackendSpec.parse(f"emu-fp32@{options.device}"))  # refuses a device that is not there
-    loaded = load_model(model, checkpoint=options.checkpoint, seed=options.seed) if isinstance(model, str) else model
+    loaded = model
+    if isinstance(loaded, str):
+        loaded = load_model(loaded, checkpoint=options.checkpoint, seed=options.seed, reading=options.reading)
     samples = list(loaded.samples(options.samples, options.seed, options.inputs))
     if not samples:
         raise InputError("--inputs: there is no sample to predict with")
