@@ -194,7 +194,7 @@ def test_rms_norm_under_its_old_name(tmp_path: Path) -> None:
     check(tmp_path / "net.onnx", "LayerNormalization", ["x", "s"], arrays, version=14)
 
 
-def test_sums_of_a_skip_normalisation(tmp_path: Path) -> None:
+def test_sums_of_a_skip_normalization(tmp_path: Path) -> None:
     arrays = {n: normal(2, 3, 8) for n in ("x", "skip")} | {n: normal(8) for n in ("g", "b", "bias")}
     op = MS + "SkipLayerNormalization"
     check(tmp_path / "net.onnx", op, list(arrays), arrays, ["y", "", "", "sum"], epsilon=1e-5)
@@ -344,6 +344,44 @@ def test_quantized_products(tmp_path: Path) -> None:
     gemm = {"a": a, "as": SCALE, "az": ZERO, "b": b, "bs": SCALE, "bz": ZERO}
     gemm |= {"c": whole(-900, 900, 6, dtype=np.int32), "ys": COARSE, "yz": ZERO}
     check(tmp_path / "net.onnx", MS + "QGemm", list(gemm), gemm, levels=1)
+
+
+@pytest.mark.parametrize(
+    ("directions", "by_channel", "lengths"), [(1, False, False), (2, True, False), (1, True, True)]
+)
+def test_dynamic_quantized_lstm(tmp_path: Path, directions: int, by_channel: bool, lengths: bool) -> None:
+    size, given, steps = 5, 7, 6
+    grid = (directions, 4 * size) if by_channel else (directions,)
+    arrays = {
+        "x": normal(steps, 1, given),
+        "w": whole(-127, 128, directions, given, 4 * size, dtype=np.int8),
+        "r": whole(-127, 128, directions, size, 4 * size, dtype=np.int8),
+        "b": normal(directions, 8 * size),
+        "ws": (0.002 + 0.004 * np.abs(normal(*grid))).astype(np.float32),
+        "wz": np.zeros(grid, np.int8),
+        "rs": (0.002 + 0.004 * np.abs(normal(*grid))).astype(np.float32),
+        "rz": np.zeros(grid, np.int8),
+    }
+    if lengths:
+        arrays["l"] = np.array([4], np.int32)
+    inputs = ["x", "w", "r", "b", "l" if lengths else "", "", "", "", "ws", "wz", "rs", "rz"]
+    direction = "bidirectional" if directions == 2 else "forward"
+    attributes = {"hidden_size": size, "direction": direction}
+    constants = {n: a for n, a in arrays.items() if n not in ("x", "l")}
+    path = tmp_path / "net.onnx"
+    one_node(path, MS + "DynamicQuantizeLSTM", inputs, arrays, ["y", "h", "c"], **attributes)
+    model = onnx.load(path)
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(a, n) for n, a in constants.items())
+    free = [v for v in model.graph.input if v.name not in constants]
+    del model.graph.input[:]
+    model.graph.input.extend(free)
+    onnx.save(model, path)
+    fed = {n: a for n, a in arrays.items() if n not in constants}
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    for arithmetic in (FP32, FP64):
+        got = Executor(Graph(path), arithmetic).run(fed)
+        for name, want in zip("yhc", session.run(list("yhc"), fed), strict=True):
+            np.testing.assert_allclose(np.asarray(got[name]), want, atol=1e-6)
 
 
 @pytest.mark.parametrize(

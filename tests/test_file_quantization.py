@@ -22,7 +22,7 @@ from cp_debug.bisect.engine import Options, bisect
 node = helper.make_node
 
 
-def parent(path):
+def parent(path, opset=17):
     """Conv, Relu, MaxPool, a residual Add, pooling, Gemm."""
     rng = np.random.default_rng(2)
 
@@ -44,7 +44,7 @@ def parent(path):
     ]
     inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 16, 16])]
     graph = helper.make_graph(nodes, "g", inputs, [helper.make_tensor_value_info("y", 1, [1, 10])], weights)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9)
     onnx.save(onnx.shape_inference.infer_shapes(model), str(path))
     return path
 
@@ -58,8 +58,8 @@ class Reader(CalibrationDataReader):
         return next(self.samples, None)
 
 
-def quantized(folder, kind):
-    source, target = str(parent(folder / "parent.onnx")), str(folder / f"{kind}.onnx")
+def quantized(folder, kind, opset=17):
+    source, target = str(parent(folder / "parent.onnx", opset)), str(folder / f"{kind}.onnx")
     if kind == "dynamic":
         quantize_dynamic(source, target, weight_type=QuantType.QUInt8)
     else:
@@ -104,6 +104,46 @@ def test_a_bad_scale_of_a_file_is_found(tmp_path, kind, scale, factor):
     onnx.save(model, str(test))
     (guilty,) = accused(path, test, "ort,ort-none")
     assert guilty
+
+
+def test_weights_that_the_optimizer_puts_on_levels_are_int8(tmp_path: Path) -> None:
+    """ONNX Runtime quantizes the float weight of a layer between levels from its basic level on, and only there."""
+    rng = np.random.default_rng(0)
+    weights = {
+        "w": rng.standard_normal((8, 6, 2, 2)).astype(np.float32),
+        "scale": np.array(0.04, np.float32),
+        "wide": np.array(0.1, np.float32),
+        "zero": np.array(128, np.uint8),
+    }
+
+    def save(name: str, nodes: list[onnx.NodeProto]) -> Path:
+        values = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 8, 6, 6])]
+        outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
+        read = {i for n in nodes for i in n.input}
+        constants = [numpy_helper.from_array(a, n) for n, a in weights.items() if n in read]
+        graph = helper.make_graph(nodes, "g", values, outputs, constants)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+        onnx.save(model, tmp_path / name)
+        return tmp_path / name
+
+    plain = save("plain.onnx", [node("ConvTranspose", ["x", "w"], ["c"], name="up"), node("Relu", ["c"], ["y"])])
+    file_nodes = [
+        node("QuantizeLinear", ["x", "scale", "zero"], ["xq"], name="q"),
+        node("DequantizeLinear", ["xq", "scale", "zero"], ["xd"], name="d"),
+        node("ConvTranspose", ["xd", "w"], ["c"], name="up"),
+        node("QuantizeLinear", ["c", "wide", "zero"], ["cq"], name="cq"),
+        node("DequantizeLinear", ["cq", "wide", "zero"], ["cd"], name="cd"),
+        node("Relu", ["cd"], ["y"]),
+    ]
+    file = save("file.onnx", file_nodes)
+    assert accused(plain, file, "ort,ort-none,ort-basic,ort-all") == [[], [], []]
+
+
+def test_a_quantized_file_of_an_old_opset_is_read_again(tmp_path: Path) -> None:
+    """The optimizer writes axes that DequantizeLinear of opset 11 does not have."""
+    path, test = quantized(tmp_path, "static", opset=11)
+    assert accused(path, test, "ort,ort-none,ort-basic,ort-all") == [[], [], []]
+    assert accused(test, None, "ort-none,ort-all") == [[]]
 
 
 def test_integer_operators_are_exact(tmp_path):

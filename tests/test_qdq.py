@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -194,16 +195,41 @@ def test_an_old_opset_is_raised(tmp_path: Path, opset: int) -> None:
     onnx.checker.check_model(str(made.path), full_check=True)
 
 
+@pytest.mark.parametrize(
+    ("op", "opset", "attributes"),
+    [
+        ("Softmax", 12, {"axis": 1}),
+        ("ReduceSum", 11, {"axes": [1]}),
+        ("Clip", 10, {"min": -0.2, "max": 0.3}),
+        ("Resize", 10, {"mode": "nearest"}),
+    ],
+)
+def test_operators_that_have_changed_since_compute_the_same(
+    tmp_path: Path, op: str, opset: int, attributes: dict[str, Any]
+) -> None:
+    net = NetBuilder()
+    sizes = [net.weight(np.array([1, 1, 1.5, 2], np.float32))] if op == "Resize" else []
+    net.op(op, net.conv("x", 3, 3), *sizes, name="y", **attributes)
+    graph = Graph(net.save(tmp_path / "net.onnx", {"x": (FLOAT, [1, 3, 8, 8])}, ["y"], opset=opset))
+    made = quantized(graph)
+    assert made.opsets[""] == 13
+    assert {node.name for node in made.nodes} > {node.name for node in graph.nodes}
+    x = np.random.default_rng(0).standard_normal((1, 3, 8, 8)).astype(np.float32)
+    before, after = run_ort(graph, x=x)[0], run_ort(made, x=x)[0]
+    assert np.linalg.norm(after - before) < 0.05 * np.linalg.norm(before)
+
+
 def test_an_opset_that_cannot_be_raised_is_refused(tmp_path: Path) -> None:
     net = NetBuilder()
-    net.op("Softmax", net.conv("x", 3, 3), name="y", axis=1)
-    graph = Graph(net.save(tmp_path / "net.onnx", {"x": (FLOAT, [1, 3, 8, 8])}, ["y"], opset=12))
-    with pytest.raises(InputError, match=r"opset 12.*needs 13.*Softmax.*node_y"):
-        quantized(graph)
-    net = NetBuilder()
-    net.conv("x", 3, 3, name="y")
-    graph = Graph(net.save(tmp_path / "older.onnx", {"x": (FLOAT, [1, 3, 8, 8])}, ["y"], opset=10))
-    with pytest.raises(InputError, match="opset 10"):
+    net.op(
+        "BatchNormalization",
+        net.conv("x", 3, 3),
+        *(net.weight(np.ones(3, np.float32)) for _ in range(4)),
+        name="y",
+        spatial=0,
+    )
+    graph = Graph(net.save(tmp_path / "net.onnx", {"x": (FLOAT, [1, 3, 8, 8])}, ["y"], opset=8))
+    with pytest.raises(InputError, match=r"opset 8.*needs 13.*BatchNormalization.*node_y.*cannot be raised"):
         quantized(graph)
 
 

@@ -21,10 +21,13 @@ from cp_debug.bisect.faults import edits
 from cp_debug.bisect.faults.edits import Editor
 from cp_debug.bisect.perturbation import doubt
 from cp_debug.bisect.replay import Replayer
-from cp_debug.bisect.replayed import Replay
+from cp_debug.bisect.replayed import EXCESS, Replay
 from cp_debug.bisect.result import TestResult
+from cp_debug.bisect.verdict import judge
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.arrays import as_numpy
+from cp_debug.probes.statistics import compare
+from cp_debug.programs.precision import PRECISIONS
 
 Values = dict[str, np.ndarray]
 
@@ -159,25 +162,30 @@ def test_a_missing_probe_joins_its_layer_to_the_next(net: Path) -> None:
     assert replays[third].nodes == tuple(node.name for node in graph.nodes[1:3])
 
 
-def serial_sum(tmp_path: Path, terms: int, *, positive: bool) -> tuple[Graph, Values, np.ndarray]:
-    """A ReduceSum, its inputs, and its result when summed one after the other in FP32."""
+def serial_sum(tmp_path: Path, terms: int, *, positive: bool, seed: int = 0) -> tuple[Graph, Values, np.ndarray]:
+    """A ReduceMean, its inputs, and its result when summed one after the other in FP32."""
     net = NetBuilder()
     path = net.save(tmp_path / "sum.onnx", {"x": (1, [64, terms])}, [net.op("ReduceMean", "x", axes=[1])])
-    x = np.random.default_rng(0).standard_normal((64, terms)).astype(np.float32)
+    x = np.random.default_rng(seed).standard_normal((64, terms)).astype(np.float32)
     x = np.abs(x) if positive else x
     return Graph(path), {"x": x}, (np.add.accumulate(x, axis=1)[:, -1:] / np.float32(terms)).astype(np.float32)
 
 
 @pytest.mark.parametrize("positive", [False, True])
-@pytest.mark.parametrize("terms", [256, 4096, 65536])
-def test_another_order_of_summation_is_innocent(tmp_path: Path, terms: int, positive: bool) -> None:
-    graph, inputs, serial = serial_sum(tmp_path, terms, positive=positive)
-    (name,) = graph.values
-    values = run(graph, inputs)
-    assert excess(replayed(graph, values, inputs | {name: serial})[name]) < 2
-    mean = inputs["x"].astype(np.float64).mean(axis=1, keepdims=True)
-    wrong = (mean + 10 * (serial - mean)).astype(np.float32)
-    assert excess(replayed(graph, values, inputs | {name: wrong})[name]) > 4
+@pytest.mark.parametrize(("terms", "seeds"), [(256, 40), (4096, 20), (65536, 1)])
+def test_another_order_of_summation_is_innocent(tmp_path: Path, terms: int, seeds: int, positive: bool) -> None:
+    """For 60 seeds each (20 of 65536 terms) the largest was 0.8, but where one emulation alone stays below 4: there the
+    other orders are not asked, and 4 is the largest that can come out.
+    """
+    for seed in range(seeds):
+        graph, inputs, serial = serial_sum(tmp_path, terms, positive=positive, seed=seed)
+        (name,) = graph.values
+        values = run(graph, inputs)
+        innocent = excess(replayed(graph, values, inputs | {name: serial})[name])
+        assert innocent <= (EXCESS if terms == 256 else 0.8)
+        mean = inputs["x"].astype(np.float64).mean(axis=1, keepdims=True)
+        wrong = (mean + 20 * (serial - mean)).astype(np.float32)
+        assert excess(replayed(graph, values, inputs | {name: wrong})[name]) > EXCESS
 
 
 @pytest.mark.parametrize("positive", [False, True])
@@ -212,3 +220,39 @@ def test_values_may_take_the_place_of_weights(net: Path) -> None:
     without = {"x": x, weight: torch.zeros(32, 16, 3, 3), bias: torch.full((32,), 2.0)}
     assert torch.all(executor.run_nodes([node], without, node.outputs)[node.outputs[0]] == 2)
     assert not torch.all(executor.run_nodes([node], {"x": x}, node.outputs)[node.outputs[0]] == 2)
+
+
+@pytest.mark.parametrize("apart", [0.0, 1e-7, 1e-5])
+def test_an_oracle_that_agrees_with_nobody_is_doubted(apart: float) -> None:
+    """A layer that both sides compute alike, and the oracle otherwise, is nobody's; beyond the precision it is."""
+    exact = np.linspace(1, 2, 64)
+    ours = np.float64(1.01) * exact
+    theirs = ours * (1 + apart)
+    precision = PRECISIONS["fp32"]
+    replay = Replay(introduced=0.01, inherited=0.01, expected=6e-8, excess=0.01 / 6e-8)
+    judgement = judge(compare(ours, theirs), replay, precision, 1e-3, 1e-5, 0.0)
+    assert judgement.verdict == ("ok" if apart < 1e-6 else "guilty")
+
+
+def test_a_layer_that_makes_up_for_what_it_was_given_is_guilty() -> None:
+    """What it introduced is about what its inputs lacked: no agreement of two programs, and no doubt of the oracle."""
+    exact = np.linspace(1, 2, 64)
+    replay = Replay(introduced=3e-7, inherited=3e-7, expected=6e-8, excess=5.0)
+    judgement = judge(compare(exact, exact * (1 + 1e-7)), replay, PRECISIONS["fp32"], 1e-3, 1e-5, 0.0)
+    assert judgement.verdict == "guilty"
+
+
+@pytest.mark.parametrize("backends", ["ort,ort-none", "ort,ort-all"])
+def test_places_that_are_exact_leave_no_doubt_about_the_nearest_neighbour(tmp_path: Path, backends: str) -> None:
+    """Twice the size: FP32 holds every place, so that another mode is not excused by ties."""
+
+    def save(mode: str) -> Path:
+        net = NetBuilder()
+        sizes = net.weight(np.array([1, 1, 2, 2], np.float32))
+        how = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+        net.op("Relu", net.op("Resize", net.conv("x", 3, 4), "", sizes, name="large", mode=mode, **how), name="y")
+        return net.save(tmp_path / f"{mode}.onnx", {"x": (1, [1, 3, 8, 8])}, ["y"])
+
+    x = np.random.default_rng(0).standard_normal((1, 3, 8, 8)).astype(np.float32)
+    assert [row.onnx for row in compared(save("nearest"), save("linear"), {"x": x}, backends).guilty] == ["large"]
+    assert not compared(save("nearest"), None, {"x": x}, "ort-none,ort-all").guilty

@@ -69,6 +69,20 @@ def test_another_number_of_results_is_a_finding(tmp_path: Path, backends: str) -
     assert [row.onnx for row in test.rows if row.verdict == SHAPE] == ["i", "r", "y"]
 
 
+def test_another_number_of_results_is_nobodys_fault_where_the_inputs_differ_by_rounding(tmp_path: Path) -> None:
+    body = "a = Mul (x, c) \n b = Greater (a, z) \n i = NonZero (b) \n r = Transpose (i) \n y = GatherND (a, r)"
+    path = save(tmp_path / "net.onnx", body, "(float[4,8] x) => (float[N] y)", c=np.float32(1 / 3), z=np.float32(1))
+    near = np.linspace(2.99, 3.01, 32).reshape(4, 8).astype(np.float32)
+    test = compared(path, "ort,emu-bf16", x=near)
+    assert not test.agrees
+    assert not test.guilty
+    row = next(row for row in test.rows if row.onnx == "i")
+    assert row.stats.shape_mismatch
+    assert row.verdict == "inherited"
+    assert row.why.endswith("what its own inputs make")
+    assert all("it comes from i (NonZero)" in row.why for row in test.rows if row.onnx in ("r", "y"))
+
+
 @pytest.mark.parametrize("backends", BACKENDS)
 @pytest.mark.parametrize(
     "body",

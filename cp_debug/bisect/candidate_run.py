@@ -23,6 +23,7 @@ from cp_debug.backends.executor import Executor
 from cp_debug.backends.tensorrt.calibration import Ranges
 from cp_debug.bisect.file_quantization import FileQuantization
 from cp_debug.bisect.observe import Observation, observe
+from cp_debug.bisect.options import is_optimized
 from cp_debug.bisect.quantized_segment import Quantized, QuantizerGrid
 from cp_debug.bisect.regions.region import Region, region_of
 from cp_debug.bisect.replay import AnyQuantized, Load, Replayer
@@ -81,7 +82,9 @@ class CandidateRun:
             if program.plain is None and program.graph is not plain and foreign:
                 names |= parent_values(plain, program.graph, names)
                 file_names = {name: value for value, name in names.items()}
-                self._files[program.name] = FileQuantization(plain, program.graph, file_names)
+                self._files[program.name] = FileQuantization(
+                    plain, program.graph, file_names, rounds_weights=is_optimized(pipeline.backend)
+                )
         self.graphs = {p.name: p.graph for p in pipeline.programs}
         """Component → graph that the backend computes; once replayed, with the calibrator's Q/DQ pairs."""
         self._ranges: dict[str, Ranges] = {}
@@ -94,7 +97,10 @@ class CandidateRun:
     def run(
         self, sample: Sample, reference: Capture, writer: CaptureWriter
     ) -> tuple[dict[Key, TensorStats], dict[str, Arrays]]:
-        """Run with probes; every value is compared with the reference's, and captured under the reference's name."""
+        """Run with probes; every value is compared with the reference's, and captured under the reference's name.
+
+        Returns the statistics by layer, and component → output name → array in the dtype that the graph declares.
+        """
         for name, session in self.pipeline.sessions.items():
             if isinstance(session, LooksInsideOnDemand):
                 session.diverges = partial(self._diverges, name, reference)
@@ -154,6 +160,7 @@ class CandidateRun:
         """Replays of the inputs that a test model's own glue made.
 
         Each is held against the input that ``model``, the reference's, would have made of the same upstream results.
+        ``results``: component → output name → array, of the test. Arrays have the dtype that the graph declares.
         """
         replays = {}
         for step in Walk(model, sample, results):
@@ -272,7 +279,11 @@ class CandidateRun:
     def observe(
         self, sample: Sample, probed: Mapping[str, Arrays], test: Capture
     ) -> tuple[Observation, dict[Key, float]]:
-        """The backend against itself, and without probes."""
+        """The backend against itself, and without probes.
+
+        ``probed``: component → output name → array, of the run that ``test`` holds. Arrays have the dtype that the
+        graph declares.
+        """
         return observe(self.pipeline, sample, probed, test, self.name)
 
     def rows(

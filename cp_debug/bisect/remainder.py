@@ -6,6 +6,7 @@ rounding where the declared precision, emulated over the whole network, makes ab
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -32,7 +33,8 @@ def remainder(
 ) -> Remainder:
     """The remaining divergence, with what rounding explains of it.
 
-    ``results`` and ``ours``: the outputs of the test and of the reference, by component.
+    ``results`` and ``ours``: the outputs of the test and of the reference, by component. Each is component → output
+    name → array. Arrays have the dtype that the graph declares.
     """
     last = run.pipeline.model.components[-1].name
     missing: dict[str, str] = {}
@@ -80,9 +82,12 @@ def _rounding(run: CandidateRun, sample: Sample) -> float | None:
 
 
 def _apart(a: Arrays, b: Arrays) -> float:
+    """The worst output's relative L2 distance; infinite where one has another shape."""
     worst = 0.0
     for name, theirs in b.items():
-        if name not in a or a[name].shape != theirs.shape:
+        if name not in a:
             continue
+        if a[name].shape != theirs.shape:
+            return math.inf
         worst = max(worst, distance(np.asarray(a[name], np.float64), np.asarray(theirs, np.float64)).relative)
     return worst

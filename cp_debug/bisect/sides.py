@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from cp_debug.backends.base import Program
-from cp_debug.bisect.replayed import Replay
-from cp_debug.bisect.result import DIVERGENT, GUILTY, OK, SHAPE, LayerRow
+from cp_debug.bisect.replayed import EXCESS, Replay
+from cp_debug.bisect.result import DIVERGENT, GUILTY, INHERITED, OK, SHAPE, LayerRow
 from cp_debug.bisect.verdict import Judgement
 from cp_debug.programs.pipeline import Key
 
@@ -26,20 +26,39 @@ def without_emulation(judgement: Judgement, replay: Replay | None) -> Judgement:
 
 
 def trace_shapes(programs: Mapping[str, Program], rows: Mapping[Key, LayerRow]) -> None:
-    """Let every row of another shape say where that began, by component → the reference's program.
+    """Give every row of another shape the place where the other shape begins.
 
-    Only values that differ are followed backwards: side values with a row, and data of another shape.
+    Only values that differ are followed backwards: side values with a row, and data of another shape. Where that began
+    with a layer that gives what its own inputs make, and nobody above it is guilty, the inputs differ by what they may:
+    another number of boxes or indices is inherited, and nobody's fault. ``programs`` are the reference's, by component.
+    Only values that differ are followed backwards: side values with a row, and data of another shape. The row is not at
+    fault where the layer at that place gives what its own inputs make and no layer above it is guilty: another number
+    of boxes or indices is then inherited.
     """
-    for key, row in rows.items():
-        if row.verdict != SHAPE or row.op == "input":
-            continue
-        origin = _origin(programs[key.component], key, rows)
-        if origin is not row and origin.kind != "data":
+    wrong = [(key, row) for key, row in rows.items() if row.verdict == SHAPE and row.op != "input"]
+    origins = [(row, _origin(programs[key.component], key, rows)) for key, row in wrong]
+    for row, origin in origins:
+        if origin.verdict != GUILTY and _inherits(programs, origin, rows):
+            row.verdict = INHERITED
+            row.why += ": what its own inputs make" if origin is row else f"; it comes from {origin.name} ({origin.op})"
+        elif origin is not row and origin.kind != "data":
             row.why += f"; {origin.name} ({origin.op}) computes it: {origin.why}"
         elif origin is not row:
             row.why += f"; it comes from {origin.name} ({origin.op})"
         elif row.replay is not None and row.replay.skipped:
             row.why += "; its own inputs make the reference's"
+
+
+def _inherits(programs: Mapping[str, Program], origin: LayerRow, rows: Mapping[Key, LayerRow]) -> bool:
+    """Whether a layer gives the shape and the numbers of its own inputs, and no layer above it is guilty."""
+    replay = origin.replay
+    if replay is None or replay.excess is None or replay.excess > EXCESS or replay.new_nonfinite or replay.instead:
+        return False
+    graph = programs[origin.component].graph
+    nodes, _ = graph.segment([origin.onnx] if origin.onnx in graph.producer else [], ())
+    above = {Key(origin.component, name) for node in nodes for name in node.outputs}
+    earlier = [row for key, row in rows.items() if key in above or key.component != origin.component]
+    return not any(row.verdict == GUILTY for row in earlier)
 
 
 def _origin(program: Program, key: Key, rows: Mapping[Key, LayerRow]) -> LayerRow:

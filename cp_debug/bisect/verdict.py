@@ -33,6 +33,8 @@ def judge(
         return Judgement(OK if within else DIVERGENT, within)
     if stats.equal:  # there is no divergence to be guilty of, however inexact both are
         return Judgement(OK, within)
+    if oracle_is_alone(stats, replay):  # whoever else computed this came to the same result
+        return Judgement(OK, within)
     if replay.unread:  # runtimes need not even write it
         return Judgement(OK if within else INHERITED, within)
     if replay.new_nonfinite:
@@ -50,6 +52,21 @@ def judge(
         why = f"the reference introduces {replay.reference_excess:.3g}× what its precision explains"
         return Judgement(GUILTY, within, why, "reference")
     return Judgement(OK if within else INHERITED, within)
+
+
+def oracle_is_alone(stats: TensorStats, replay: Replay) -> bool:
+    """Whether reference and test agree as closely as their precision can, and the oracle with neither of them.
+
+    Two programs that share nothing but their inputs rarely make the same mistake: the doubt is of the oracle. No layer
+    hides so, because what it introduced would be part of the divergence. Two programs that share nothing but their
+    inputs rarely make the same mistake, so it is the oracle that is doubted. No guilty layer is overlooked by this:
+    what it introduced would be part of the divergence.
+    """
+    if stats.mismatched or replay.expected is None or replay.introduced is None:
+        return False
+    near = stats.finite_rel_l2 <= EXCESS * replay.expected
+    beyond = stats.finite_rel_l2 * EXCESS < replay.introduced and replay.introduced > EXCESS * replay.expected
+    return near and (beyond or replay.new_nonfinite > 0)
 
 
 def _scales(replay: Replay) -> str:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from cp_debug.bisect.causes.finding import Finding
+from cp_debug.bisect.finding import Finding
 from cp_debug.bisect.observe import Observation
 from cp_debug.bisect.optimizer_blame import OptimizerBlame
 from cp_debug.bisect.replayed import EXCESS
 from cp_debug.bisect.result import LayerRow, Remainder
+from cp_debug.bisect.verdict import oracle_is_alone
 from cp_debug.detection.detection_change import DetectionChange, compare_detections
 from cp_debug.programs.pipeline import Key
 from cp_debug.recipes.abilities import DetectsBoxes
@@ -48,10 +49,10 @@ class Collected:
             if key not in self.rows or row.severity > self.rows[key].severity:
                 self.rows[key] = row
 
-    def observe(self, seen: Observation) -> None:
+    def observe(self, observation: Observation) -> None:
         """Keep the observation with the largest gap."""
-        if self.observation is None or seen.observer_gap > self.observation.observer_gap:
-            self.observation = seen
+        if self.observation is None or observation.observer_gap > self.observation.observer_gap:
+            self.observation = observation
 
     def explained(self, notes: Iterable[str]) -> None:
         """Add notes about what could not be explained in one sample."""
@@ -75,30 +76,43 @@ class Collected:
 
 
 def both_inexact(rows: Collection[LayerRow]) -> list[str]:
-    """A sentence about layers that are equal on both sides, and farther from the oracle than precision explains."""
-    inexact = [
-        r for r in rows if r.stats.equal and r.replay and (r.replay.new_nonfinite or (r.replay.excess or 0.0) > EXCESS)
-    ]
+    """Sentences about layers on whose results both sides agree, and which are farther from the oracle than precision
+    explains: with the same bits, and within the precision."""
+    off = [r for r in rows if r.replay and (r.replay.new_nonfinite or (r.replay.excess or 0.0) > EXCESS)]
+    alike = [r for r in off if not r.stats.equal and r.replay and oracle_is_alone(r.stats, r.replay)]
+    doubts = [
+        f"{len(alike)} layer(s) agree on both sides as closely as their precision can, and not with the oracle, so the "
+        f"doubt is of the oracle: {_names(alike)}"
+    ] * bool(alike)
+    inexact = [r for r in off if r.stats.equal]
     if not inexact:
-        return []
+        return doubts
     worst = max(inexact, key=lambda r: r.replay.excess or 0.0 if r.replay else 0.0)
-    names = ", ".join(row.name for row in inexact[:4]) + (" …" if len(inexact) > 4 else "")
     excess = worst.replay.excess if worst.replay else None
     return [
+        *doubts,
         f"{len(inexact)} layer(s) have the same bits on both sides, and both are inexact, up to "
-        f"{excess or 0.0:.3g}× what their precision explains ({worst.name}): {names}"
+        f"{excess or 0.0:.3g}× what their precision explains ({worst.name}): {_names(inexact)}",
     ]
 
 
-def observation_notes(spec: str, seen: Observation | None) -> list[str]:
+def _names(rows: Sequence[LayerRow]) -> str:
+    return ", ".join(row.name for row in rows[:4]) + (" …" if len(rows) > 4 else "")
+
+
+def observation_notes(spec: str, observation: Observation | None) -> list[str]:
     """Sentences for a backend that does not agree with itself, or that probes change."""
     notes = []
-    if seen is not None and seen.first_unsteady:
-        reason = "another thread count changes its sums" if seen.repeats else "it is not deterministic: two runs part"
-        notes.append(f"{spec}: {reason}, first at {seen.first_unsteady} (noise floor {seen.noise_floor:.2g})")
-    if seen is not None and seen.observer_gap > seen.noise_floor:
+    if observation is not None and observation.first_unsteady:
+        reason = (
+            "another thread count changes its sums" if observation.repeats else "it is not deterministic: two runs part"
+        )
         notes.append(
-            f"observer gap {seen.observer_gap:.2g}: with probes {spec} runs a different program, "
+            f"{spec}: {reason}, first at {observation.first_unsteady} (noise floor {observation.noise_floor:.2g})"
+        )
+    if observation is not None and observation.observer_gap > observation.noise_floor:
+        notes.append(
+            f"observer gap {observation.observer_gap:.2g}: with probes {spec} runs a different program, "
             "so the layer values do not belong to the one that is deployed"
         )
     return notes

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
-from onnx import defs, helper, numpy_helper
+from onnx import defs, external_data_helper, helper, numpy_helper, version_converter
 
-from cp_debug.errors import InputError
+from cp_debug.errors import InputError, in_one_line
 from cp_debug.graph.downstream import from_inputs
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.operators import PRODUCTS
@@ -44,11 +44,11 @@ def insert_qdq(
     ``layers`` are nodes by name, one of ``PRODUCTS`` each; consumers of a value that quantize it alike share one pair.
     ``residual_adds`` are additions by name, both operands of which get one scale. ``stored`` are values by name and
     their largest magnitude: all else that reads them has them in INT8, too. A graph below opset 13 is raised to it
-    where none of its operators changed on the way. Raises InputError for a name that is no node, an operator that is
+    where ONNX can convert it. Raises InputError for a name that is no node, an operator that is
     not quantized, a node that is quantized already, a weight that is computed from the inputs, scales that do not fit
     the weight or are no numbers, and an opset that is too old.
     """
-    save(_Surgery(graph, layers, residual_adds, stored).model(), graph, target)
+    save(_QdqSurgery(graph, layers, residual_adds, stored).model(), graph, target)
     return target
 
 
@@ -72,7 +72,7 @@ def quantizable(graph: Graph) -> list[Node]:
 
 
 @dataclass
-class _Surgery:
+class _QdqSurgery:
     """One rewriting of ``graph`` with Q/DQ pairs; each value and scale gets one pair."""
 
     graph: Graph
@@ -92,10 +92,12 @@ class _Surgery:
         """The rewritten model. Raises InputError as ``insert_qdq`` does."""
         model = onnx.ModelProto()
         model.CopyFrom(self.graph.proto)
-        _raise_opset(model, self.graph)
         for name in (*self.layers, *self.residual_adds):
             self._check(name)
-        nodes = [proto for node in self.graph.nodes for proto in self._rewrite(node)]
+        del model.graph.node[:]
+        model.graph.node.extend(map(_named, self.graph.nodes))
+        model = _raised(model, self.graph)
+        nodes = [new for proto in model.graph.node for new in self._rewrite(proto)]
         del model.graph.node[:]
         model.graph.node.extend(nodes)
         model.graph.initializer.extend(self.weights)
@@ -117,23 +119,22 @@ class _Surgery:
         if name in self.layers and node.proto.input[1] in self.data:
             raise InputError(f"{where}node {name!r} multiplies two values of the data; it has no weight to quantize")
 
-    def _rewrite(self, node: Node) -> Iterator[onnx.NodeProto]:
+    def _rewrite(self, proto: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
         """The node, behind the pairs that it is the first to need."""
-        proto = onnx.NodeProto()
-        proto.CopyFrom(node.proto)
-        proto.name = node.name  # one without a name is called after its place, which changes
+        name = proto.name
         ranges: dict[int, tuple[np.ndarray, int | None]] = {
             slot: (np.asarray(self.stored[value], np.float32), None)
             for slot, value in enumerate(proto.input)
             if value in self.stored
         }
-        if node.name in self.layers:
-            layer = self.layers[node.name]
-            ranges |= {0: (np.asarray(layer.input, np.float32), None), 1: self._of_weight(node, layer.weight)}
-        elif node.name in self.residual_adds:
-            ranges |= dict.fromkeys((0, 1), (np.asarray(self.residual_adds[node.name], np.float32), None))
+        if name in self.layers:
+            layer = self.layers[name]
+            weight = self._of_weight(self.nodes[name], layer.weight)
+            ranges |= {0: (np.asarray(layer.input, np.float32), None), 1: weight}
+        elif name in self.residual_adds:
+            ranges |= dict.fromkeys((0, 1), (np.asarray(self.residual_adds[name], np.float32), None))
         for slot, (amax, axis) in sorted(ranges.items()):
-            proto.input[slot], pair = self._quantized(node, proto.input[slot], amax, axis)
+            proto.input[slot], pair = self._quantized(name, proto.input[slot], amax, axis)
             yield from pair
         yield proto
 
@@ -160,12 +161,10 @@ class _Surgery:
         kind = self.graph.types.get(value, onnx.TypeProto()).tensor_type
         return kind.elem_type, tuple(d.dim_value for d in kind.shape.dim) if kind.HasField("shape") else None
 
-    def _quantized(
-        self, node: Node, value: str, amax: np.ndarray, axis: int | None
-    ) -> tuple[str, list[onnx.NodeProto]]:
+    def _quantized(self, node: str, value: str, amax: np.ndarray, axis: int | None) -> tuple[str, list[onnx.NodeProto]]:
         """The name of ``value`` after INT8, and the pair of nodes that makes it unless they exist."""
         if not np.isfinite(amax).all() or (amax < 0).any():
-            raise InputError(f"{self.graph.path}: node {node.name!r}: the range of {value!r} is {amax}; expected ≥ 0")
+            raise InputError(f"{self.graph.path}: node {node!r}: the range of {value!r} is {amax}; expected ≥ 0")
         scale = np.where(amax > 0, amax / np.float32(LEVELS), np.float32(1))  # what is all zero stays zero
         key = (value, scale.tobytes())
         if key in self.pairs:
@@ -187,28 +186,51 @@ def _data(graph: Graph) -> set[str]:
     return {*from_inputs(graph), *(v.name for v in graph.inputs)}
 
 
-def _raise_opset(model: onnx.ModelProto, graph: Graph) -> None:
-    """Raise the model to opset 13, where that means the same: each operator has equal inputs and attributes in both.
+def _named(node: Node) -> onnx.NodeProto:
+    """A copy of the node with a name of its own: one without is called after its place, which changes."""
+    proto = onnx.NodeProto()
+    proto.CopyFrom(node.proto)
+    proto.name = node.name
+    return proto
 
-    Raises InputError for an opset below 11, and for an operator that changed.
+
+def _raised(model: onnx.ModelProto, graph: Graph) -> onnx.ModelProto:
+    """The model in opset 13: as it is where that means the same, else converted by ONNX, which puts nodes beside it.
+
+    Raises InputError where ONNX does not convert one of its operators, or would lose one of its values.
     """
     old = graph.opsets.get("", 1)
     if old >= OPSET:
-        return
+        return model
     onnx_nodes = [node for node in graph.nodes if node.proto.domain in ("", "ai.onnx")]
     changed = [n for n in onnx_nodes if n.op in ("If", "Loop", "Scan") or _signature(n, old) != _signature(n, OPSET)]
-    if old < 11 or changed:
-        why = f", and {changed[0].op} (node {changed[0].name!r}) cannot be raised to it" if changed else ""
-        raise InputError(f"{graph.path}: opset {old}, but INT8 needs {OPSET}{why}; export the model again")
+    if changed:
+        where = f"{graph.path}: opset {old}, but INT8 needs {OPSET}, and"
+        first = f"{changed[0].op} (node {changed[0].name!r})"
+        if any(external_data_helper.uses_external_data(weight) for weight in model.graph.initializer):
+            raise InputError(f"{where} {first} cannot be raised to it beside external weights; export the model again")
+        try:
+            model = version_converter.convert_version(model, OPSET)
+        except Exception as error:  # the converter raises whatever its adapters do
+            says = f"{where} {first} cannot be raised to it: {in_one_line(error)}"
+            raise InputError(f"{says}; export the model again") from error
+        made = {name for proto in model.graph.node for name in proto.output}
+        if lost := [value for value in graph.producer if value not in made]:
+            raise InputError(f"{where} ONNX's conversion loses {lost[0]!r}; export the model again")
     for entry in model.opset_import:
         if entry.domain in ("", "ai.onnx"):
             entry.version = OPSET
     model.ir_version = max(model.ir_version, 7)
+    return model
 
 
 def _signature(node: Node, opset: int) -> object:
-    schema = defs.get_schema(node.proto.op_type, opset)
-    defaults = {name: a.default_value.SerializeToString() for name, a in schema.attributes.items()}
+    """Inputs and defaults of a node's operator; None for one that is not in the schemas of ``opset``."""
+    try:
+        schema = defs.get_schema(node.proto.op_type, opset)
+    except defs.SchemaError:
+        return None
+    defaults = {n: a.default_value.SerializeToString() for n, a in schema.attributes.items() if a.default_value.type}
     return [formal.name for formal in schema.inputs], defaults
 
 

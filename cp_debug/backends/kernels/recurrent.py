@@ -17,9 +17,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from cp_debug.backends.kernels.matmul import matmul
+from cp_debug.backends.kernels.quantization import dynamic_quantize_linear
 from cp_debug.backends.kernels.registry import Call, kernel
 
 Activation = Callable[[Tensor], Tensor]
+Multiply = Callable[[Call, Tensor, Tensor], Tensor]
+"""x [.., I] times the transpose of a weight [gates × H, I]."""
 
 _PLAIN: dict[str, Activation] = {
     "relu": torch.relu,
@@ -40,8 +43,21 @@ _WITH_BOTH: dict[str, tuple[float, float, Callable[[Tensor, float, float], Tenso
 }
 
 
+def _in_floats(call: Call, x: Tensor, weight: Tensor) -> Tensor:
+    result = matmul(call, x, weight.mT)
+    assert isinstance(result, Tensor)
+    return result
+
+
+def _in_integers(call: Call, x: Tensor, weight: Tensor) -> Tensor:
+    """The product with x on levels of its own range, as DynamicQuantizeLinear has them; their sums are exact."""
+    levels, scale, zero = dynamic_quantize_linear(call, x)
+    sums = torch.matmul(levels.double() - zero.double(), weight.double().mT)
+    return (sums * scale.double()).to(call.arithmetic.dtype)
+
+
 @dataclass(frozen=True)
-class _Cell:
+class _Direction:
     """One direction of a recurrent layer: weights [gates × H, I or H], biases [gates × H], in ONNX's gate order."""
 
     call: Call
@@ -52,6 +68,7 @@ class _Cell:
     recurrent_bias: Tensor
     peepholes: Sequence[Tensor]
     """Three [H], or none."""
+    multiply: Multiply
 
     def given(self, x: Tensor) -> Tensor:
         """Share of the gates that comes from the inputs x [T, B, I]: [T, B, gates × H]."""
@@ -67,22 +84,21 @@ class _Cell:
         return self.activations[which](gate.clamp(-bound, bound) if bound else gate)
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        result = matmul(self.call, x, weight.mT)
-        assert isinstance(result, Tensor)
+        result = self.multiply(self.call, x, weight)
         return self.call.arithmetic.round(result + bias)
 
 
 State = tuple[Tensor, ...]
 """State of a layer: h, and c of an LSTM, each [B, H]."""
-Step = Callable[[_Cell, Tensor, State], State]
+Step = Callable[[_Direction, Tensor, State], State]
 """One time step: (cell, share of the gates from the input [B, gates × H], state) → the next state."""
 
 
-def _rnn(cell: _Cell, from_input: Tensor, state: State) -> State:
+def _rnn(cell: _Direction, from_input: Tensor, state: State) -> State:
     return (cell.activate(0, from_input + cell.recurrent(state[0])),)
 
 
-def _gru(cell: _Cell, from_input: Tensor, state: State) -> State:
+def _gru(cell: _Direction, from_input: Tensor, state: State) -> State:
     (h,) = state
     size = h.shape[-1]
     gates, hidden = slice(0, 2 * size), slice(2 * size, None)
@@ -95,7 +111,7 @@ def _gru(cell: _Cell, from_input: Tensor, state: State) -> State:
     return ((1 - z) * candidate + z * h,)
 
 
-def _lstm(cell: _Cell, from_input: Tensor, state: State) -> State:
+def _lstm(cell: _Direction, from_input: Tensor, state: State) -> State:
     h, c = state
     i, o, f, g = (from_input + cell.recurrent(h)).split(h.shape[-1], -1)
     if cell.peepholes:
@@ -127,27 +143,29 @@ def recurrent(
     h: Tensor | None = None,
     c: Tensor | None = None,
     peepholes: Tensor | None = None,
+    *,
+    multiply: Multiply = _in_floats,
 ) -> list[Tensor]:
     """RNN, GRU or LSTM: outputs Y [T, D, B, H], the last h and, of an LSTM, c [D, B, H].
 
     x [T, B, I], W [D, gates × H, I], R [D, gates × H, H], B [D, 2 gates × H], lengths [B], h and c [D, B, H], P [D, 3
     H]; with ``layout`` 1 the batch comes first.
     """
-    step, gates, default = _STEPS[call.node.op]
+    step, gates, default = _STEPS[call.node.proto.op_type.removeprefix("DynamicQuantize")]
     if call["layout"]:
         x, h, c = x.transpose(0, 1), *(s if s is None else s.transpose(0, 1) for s in (h, c))
     directions, size = weight.shape[0], weight.shape[1] // gates
     names = call["activations"] or default * directions
     functions = list(_activations(names, call["activation_alpha"] or (), call["activation_beta"] or ()))
     if bias is None:
-        bias = weight.new_zeros(directions, 2 * gates * size)
+        bias = x.new_zeros(directions, 2 * gates * size)
     backwards = [call["direction"] == "reverse"] if directions == 1 else [False, True]
     results = []
     for d, backward in enumerate(backwards):
         direction_functions = functions[d * len(default) : (d + 1) * len(default)]
         for_input, for_state = bias[d].split(gates * size)
         diagonal = () if peepholes is None else peepholes[d].split(size)
-        cell = _Cell(call, direction_functions, weight[d], recurrence[d], for_input, for_state, diagonal)
+        cell = _Direction(call, direction_functions, weight[d], recurrence[d], for_input, for_state, diagonal, multiply)
         start = tuple(x.new_zeros(x.shape[1], size) if s is None else s[d] for s in (h, c)[: 1 + (gates == 4)])
         results.append(_unroll(step, cell, x, start, lengths, backward))
     y, *last = (torch.stack(parts, axis) for parts, axis in zip(zip(*results, strict=True), (1, 0, 0), strict=False))
@@ -156,8 +174,36 @@ def recurrent(
     return [y, *last]
 
 
+@kernel("com.microsoft.DynamicQuantizeLSTM", exact=True)
+def dynamic_quantize_lstm(
+    call: Call,
+    x: Tensor,
+    weight: Tensor,
+    recurrence: Tensor,
+    bias: Tensor | None = None,
+    lengths: Tensor | None = None,
+    h: Tensor | None = None,
+    c: Tensor | None = None,
+    peepholes: Tensor | None = None,
+    *grids: Tensor,
+) -> list[Tensor]:
+    """LSTM whose weights are levels, W [D, I, 4 H] and R [D, H, 4 H]; x, and h at each step, are put on levels, too.
+
+    ``grids``: scale and zero point of W, then of R, each [D] or [D, 4 H].
+    """
+    w, r = (_real(levels, *grid) for levels, grid in ((weight, grids[:2]), (recurrence, grids[2:])))
+    return list(recurrent(call, x, w, r, bias, lengths, h, c, peepholes, multiply=_in_integers))
+
+
+def _real(levels: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Weights [D, gates × H, I] of levels [D, I, gates × H], in FP64: exact products of levels and scales."""
+    directions = levels.shape[0]
+    scale, zero = (t.double().reshape(directions, 1, -1) for t in (scale, zero))
+    return ((levels.double() - zero) * scale).mT
+
+
 def _unroll(
-    step: Step, cell: _Cell, x: Tensor, state: State, lengths: Tensor | None, backward: bool
+    step: Step, cell: _Direction, x: Tensor, state: State, lengths: Tensor | None, backward: bool
 ) -> tuple[Tensor, ...]:
     """All h [T, B, H] of one direction, zero behind the end of a sequence, and the last state."""
     time, batch = x.shape[:2]

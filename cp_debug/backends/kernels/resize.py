@@ -9,6 +9,9 @@ from torch.nn import functional
 
 from cp_debug.backends.kernels.registry import Call, kernel
 
+_FEW_BITS = 4096
+"""Places that are multiples of 1 ÷ this, and less than this, are exact in FP32 with bits to spare."""
+
 
 @kernel("Resize", exact=True)
 def resize(
@@ -19,7 +22,8 @@ def resize(
     sizes: Tensor | None = None,
     shift: float = 0.0,
 ) -> Tensor:
-    """``shift`` moves every place on the source axis by so many pixels: to see what its rounding may change."""
+    """``shift`` moves every place on a source axis that is not exact by so many pixels: to see what its rounding may
+    change."""
     if call.opset < 11:  # Resize-10: (x, scales)
         factors = dict(enumerate(_floats(roi)))
         return _resample(x, factors, None, call["mode"], "asymmetric", "floor", -0.75, False, shift=shift)
@@ -77,7 +81,9 @@ def _resample(
         length = target[axis] if target is not None else int(np.floor(np.float32(size) * np.float32(factor)))
         if factor == 1 and length == size:
             continue
-        at = _coordinates(length, size, factor, transform, nearest=mode == "nearest", literal=literal) + shift
+        at = _coordinates(length, size, factor, transform, nearest=mode == "nearest", literal=literal)
+        if shift and not _is_exact(length, size, factor, transform):
+            at = at + shift
         taps: list[tuple[np.ndarray, np.ndarray | None]]
         if mode == "nearest":
             taps = [(_nearest(at, nearest), None)]
@@ -129,6 +135,12 @@ def _coordinates(length: int, size: int, factor: float, transform: str, *, neare
         middle = real(size / 2)
         return middle * (1 - real(length) / (factor_ * real(size))) + (i + half) / factor_ - half
     return (i + half) / factor_ - half
+
+
+def _is_exact(length: int, size: int, factor: float, transform: str) -> bool:
+    """Whether the places of the results need so few bits that FP32 holds them, whatever formula is used."""
+    step = (size - 1) / max(length - 1, 1) if transform == "align_corners" else 1 / factor
+    return (step * _FEW_BITS).is_integer() and max(length, size) < _FEW_BITS
 
 
 def _nearest(at: np.ndarray, mode: str) -> np.ndarray:
