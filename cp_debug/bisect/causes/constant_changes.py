@@ -1,4 +1,4 @@
-"""What may have become of a constant: rearranged, zero, negated, other slices; and the names of such causes."""
+"""Changes that may have happened to a constant (rearranged, zero, negated, other slices) and the causes they are."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Change:
     """One thing that may have happened to a constant, and the constant that it gives."""
 
     kind: str
-    """As in ``TensorChange``."""
+    """Name of the change, as in ``TensorChange``."""
     says: str
     value: Tensor
     parameters: int = 0
@@ -38,7 +38,7 @@ class Change:
 
 
 def rearranged(own: Tensor) -> Iterator[Change]:
-    """Everything that may happen to a constant as a whole, with nothing to fit."""
+    """Everything that may happen to a constant of any shape as a whole, with nothing to fit."""
     if bool(own.any()):
         yield Change("channels-zero", "all zero", torch.zeros_like(own))
         yield Change("negated", "the sign is the other one", -own)
@@ -59,7 +59,7 @@ def rearranged(own: Tensor) -> Iterator[Change]:
 
 
 def of_slices(own: Tensor, fitted: Tensor, deviation: Tensor) -> Iterator[Change]:
-    """Slices of a constant that are zero, scaled or in another order, as a fit of it tells."""
+    """Slices of a constant that are zero, scaled or in another order, as a fit tells; all of one shape, float64."""
     for axis in range(own.dim()):
         count = own.shape[axis]
         if not 1 < count <= MOST_SLICES:
@@ -145,7 +145,7 @@ def cause_of(change: Change, node: Node, place: int) -> tuple[str, str, dict[str
 
 
 def constants_of(segment: Segment, node: Node, fewest: int = 2) -> dict[int, Tensor]:
-    """Place → float constant of at least ``fewest`` elements that a node reads."""
+    """Place → constant of at least ``fewest`` elements that a node reads, any shape, float64."""
     constants = segment.context.constants
     return {
         place: weight

@@ -81,7 +81,7 @@ def _product(segment: Segment, node: Node) -> FittedConstants | None:
     weight = segment.weight(node, place)
     if weight is None or weight.dim() < 2 or (place == 0 and node.op != "MatMul"):
         return None
-    layout = _Layout.of(segment, node, place, weight)
+    layout = _ProductLayout.of(segment, node, place, weight)
     if layout is None or layout.unknowns > MOST_UNKNOWNS:
         return None
     rows = segment.test.numel() // (layout.groups * layout.outputs)
@@ -138,8 +138,8 @@ def _cross_fit(columns: Tensor, captured: Tensor) -> tuple[tuple[Tensor, Tensor,
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """Where the weights of a product lie, and how its result is laid out."""
+class _ProductLayout:
+    """Layout of a product's weights and of its result."""
 
     node: Node
     place: int
@@ -151,7 +151,7 @@ class _Layout:
     """Output channels of one group."""
 
     @classmethod
-    def of(cls, segment: Segment, node: Node, place: int, weight: Tensor) -> _Layout | None:
+    def of(cls, segment: Segment, node: Node, place: int, weight: Tensor) -> _ProductLayout | None:
         shape, declared = tuple(weight.shape), attributes(segment.graph, node)
         if node.op in ("Conv", "ConvTranspose"):
             groups = int(declared.get("group", 1))

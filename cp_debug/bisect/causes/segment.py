@@ -163,7 +163,7 @@ class Segment:
         reads: Sequence[str] | None = None,
         **attributes: Any,
     ) -> Tensor | None:
-        """The same as ``edited``, of whatever shape; None where it cannot be computed."""
+        """The target as ``edited`` makes it, of whatever shape; None where it cannot be computed."""
         proto = onnx.NodeProto()
         proto.CopyFrom(node.proto)
         if op is not None:

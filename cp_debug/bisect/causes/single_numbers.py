@@ -114,7 +114,8 @@ def _factors(segment: Segment, node: Node) -> Iterator[Candidate]:
 
 
 def search(segment: Segment, own: float, emulate: Emulate) -> tuple[float, Tensor] | None:
-    """The number that leaves least, and the result with it; None where none is better than the declared one."""
+    """The number that leaves least, and the result with it, of the captured shape; None where none is better than the
+    declared one."""
 
     def left(number: float) -> float:
         value = emulate(number)
