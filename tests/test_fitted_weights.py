@@ -18,6 +18,7 @@ from cp_debug.bisect.causes.constant_changes import constants_of
 from cp_debug.bisect.causes.linear_parts import fit
 from cp_debug.bisect.causes.search import Explanation, explain
 from cp_debug.bisect.causes.segment import Segment, SegmentContext
+from cp_debug.bisect.causes.truncated_sums import cut_off
 from cp_debug.graph.graph import Graph
 
 Layer = tuple[str, list[int], Callable[[NetBuilder], str]]
@@ -194,3 +195,72 @@ def test_two_wrong_elements_are_not_explained_by_two_fitted_numbers(tmp_path: Pa
     test[0, 9] -= 0.2
     explanation = explain(Segment(found.context, found.nodes, "y", found.given, test.float()))[0]
     assert explanation.cause is None
+
+
+def _alone(folder: Path, x: np.ndarray, make: Callable[[NetBuilder], str]) -> Segment:
+    """One layer on the given input, with the exact result as the captured one."""
+    net = NetBuilder(5)
+    make(net)
+    graph = Graph(net.save(folder / "net.onnx", {"x": (1, list(x.shape))}, ["y"], opset=17))
+    given = {"x": torch.from_numpy(x.astype(np.float32))}
+    context = SegmentContext(Program("net", graph), Executor(graph, FP64), "fp32")
+    return Segment(context, graph.nodes, "y", given, context.oracle.run(given)["y"])
+
+
+@pytest.mark.parametrize(
+    ("size", "cause"), [(1e-9, "fp16-underflow"), (1e-39, "fp32-flush"), (0.1, "never-written"), (30.0, "integer-cast")]
+)
+def test_a_result_that_vanishes_is_told_by_its_size(tmp_path: Path, size: float, cause: str) -> None:
+    x = np.random.default_rng(0).uniform(-1, 1, (1, 64))
+    found = _alone(tmp_path, x, lambda net: net.op("Mul", "x", net.weight(np.float32(1.0)), name="y"))
+    tiny = Segment(found.context, found.nodes, "y", {"x": size * found.given["x"].double()}, found.test)
+    lost = tiny.exact.trunc() if cause == "integer-cast" else 0 * tiny.exact
+    explanation = explain(Segment(found.context, found.nodes, "y", tiny.given, lost))[0]
+    assert explanation.cause is not None
+    assert explanation.cause.cause == cause
+    if cause == "never-written":
+        assert "integer-cast" in [c.cause for c in explanation.equals]
+
+
+def test_a_constant_that_fp16_makes_zero_is_no_operator_left_out(tmp_path: Path) -> None:
+    x = 1e-8 * np.random.default_rng(0).uniform(0, 1, (1, 64))
+    found = _alone(tmp_path, x, lambda net: net.op("Add", "x", net.weight(np.float32(1e-8)), name="y"))
+    explanation = explain(Segment(found.context, found.nodes, "y", found.given, found.input("x").float()))[0]
+    assert explanation.cause is not None
+    assert explanation.cause.cause == "fp16-underflow"
+    assert "missing-operator" in [c.cause for c in explanation.equals]
+
+
+def test_a_sign_is_one_thing_that_is_wrong_and_not_two(tmp_path: Path) -> None:
+    found = _segment(tmp_path, "LayerNormalization")
+    explanation = explain(Segment(found.context, found.nodes, "y", found.given, -found.exact.float()))[0]
+    assert explanation.cause is not None
+    assert explanation.cause.cause == "scaled"
+
+
+def test_a_result_that_is_one_constant_is_not_cut_off(tmp_path: Path) -> None:
+    found = _segment(tmp_path, "MatMul")
+    explanation = explain(Segment(found.context, found.nodes, "y", found.given, torch.full_like(found.exact, -9.0)))[0]
+    assert explanation.cause is None or explanation.cause.cause != "saturated"
+
+
+@pytest.mark.parametrize("op", ["MatMul", "Conv"])
+@pytest.mark.parametrize("cuts", [True, False], ids=["cut off", "rounded"])
+def test_sums_that_are_cut_off_are_named_in_any_order(tmp_path: Path, op: str, cuts: bool) -> None:
+    rng = np.random.default_rng(0)
+    if op == "MatMul":
+        x = rng.uniform(0, 1, (6, 700))
+        found = _alone(tmp_path, x, lambda net: net.op("MatMul", "x", _weights(net, 700, 8), name="y"))
+        terms = found.input("x")[:, :, None] * constants_of(found, found.nodes[-1])[1]
+    else:
+        x = rng.uniform(0, 1, (1, 700, 2, 3))
+        found = _alone(tmp_path, x, lambda net: net.op("Conv", "x", _weights(net, 8, 700, 1, 1), name="y"))
+        weight = constants_of(found, found.nodes[-1])[1]
+        terms = (found.input("x")[:, None] * weight[None]).movedim(2, 1)
+    total = torch.zeros(found.exact.shape, dtype=torch.float64)
+    for term in reversed(range(700)):  # the emulation begins at the other end
+        total = total + terms[:, term]
+        total = cut_off(total) if cuts else total.float().double()
+    explanation = explain(Segment(found.context, found.nodes, "y", found.given, total))[0]
+    cause = explanation.cause.cause if explanation.cause is not None else None
+    assert (cause == "truncated-accumulation") == cuts

@@ -15,6 +15,7 @@ from cp_debug.bisect.causes import (
     schema,
     single_numbers,
     stored_weights,
+    truncated_sums,
     weights,
 )
 from cp_debug.bisect.causes.base import CAUSES, Candidate, Cause, cause
@@ -38,5 +39,6 @@ __all__ = [
     "schema",
     "single_numbers",
     "stored_weights",
+    "truncated_sums",
     "weights",
 ]

@@ -31,7 +31,7 @@ class Candidate:
     by_magnitude: bool = False
     """Only the size of the error speaks for it: taken where nothing else explains the layer, and said so."""
     heard: bool = False
-    """Whether the verdict itself says so (numbers leave a range): it goes before what explains the layer as well."""
+    """Whether numbers leave a range, by the verdict or altogether: it goes before what explains the layer as well."""
     observed: bool = False
     """Whether this only describes the captured result: nothing was emulated, so nothing is said to be explained."""
     located: bool = False
@@ -77,7 +77,7 @@ class _Family:
     costly: bool
     structural: bool
     by_node: bool
-    approximate: bool
+    approximate: bool = False
 
     def __call__(self, segment: Segment) -> Iterator[Candidate]:
         return self.emulate(segment)
@@ -98,7 +98,7 @@ BY_NODE = (
     "weights",
 )
 """The modules whose families change one node after the other."""
-APPROXIMATE = ("precision", "quantized", "ranges", "scales")
+APPROXIMATE = ("precision", "quantized", "ranges", "scales", "truncated_sums")
 """The modules whose families emulate arithmetic that differs from kernel to kernel."""
 
 

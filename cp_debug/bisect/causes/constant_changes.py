@@ -20,6 +20,8 @@ SIGNIFICANT = 5.0
 """Multiple of its deviation from which a fitted slice counts as another one than the declared one."""
 TRACE = 1e-3
 """Share of the largest change below which a slice is not changed."""
+SIZED = {"Range", "Resize", "Upsample"}
+"""Operators whose float constants say how large the result is: another one makes another shape, at any cost."""
 MOST_SLICES = 2048
 """Slices along an axis up to which each is compared with each."""
 
@@ -147,6 +149,8 @@ def cause_of(change: Change, node: Node, place: int) -> tuple[str, str, dict[str
 def constants_of(segment: Segment, node: Node, fewest: int = 2) -> dict[int, Tensor]:
     """Place → constant of at least ``fewest`` elements that a node reads, any shape, float64."""
     constants = segment.context.constants
+    if node.op in SIZED:
+        return {}
     return {
         place: weight
         for place, name in enumerate(node.proto.input)

@@ -81,7 +81,7 @@ def _product(segment: Segment, node: Node) -> FittedConstants | None:
     weight = segment.weight(node, place)
     if weight is None or weight.dim() < 2 or (place == 0 and node.op != "MatMul"):
         return None
-    layout = _ProductLayout.of(segment, node, place, weight)
+    layout = ProductLayout.of(segment, node, place, weight)
     if layout is None or layout.unknowns > MOST_UNKNOWNS:
         return None
     rows = segment.test.numel() // (layout.groups * layout.outputs)
@@ -138,7 +138,7 @@ def _cross_fit(columns: Tensor, captured: Tensor) -> tuple[tuple[Tensor, Tensor,
 
 
 @dataclass(frozen=True)
-class _ProductLayout:
+class ProductLayout:
     """Layout of a product's weights and of its result."""
 
     node: Node
@@ -151,7 +151,7 @@ class _ProductLayout:
     """Output channels of one group."""
 
     @classmethod
-    def of(cls, segment: Segment, node: Node, place: int, weight: Tensor) -> _ProductLayout | None:
+    def of(cls, segment: Segment, node: Node, place: int, weight: Tensor) -> ProductLayout | None:
         shape, declared = tuple(weight.shape), attributes(segment.graph, node)
         if node.op in ("Conv", "ConvTranspose"):
             groups = int(declared.get("group", 1))
@@ -167,6 +167,10 @@ class _ProductLayout:
     def by_row(self) -> bool:
         """Whether a matrix holds the weights of one output in a row."""
         return self.place == 0 or any(a.name == "transB" and a.i for a in self.node.proto.attribute)
+
+    def fits(self, segment: Segment) -> bool:
+        """Whether the columns for a segment's result are few enough to hold."""
+        return segment.test.numel() // self.outputs * self.unknowns <= MOST_COLUMNS
 
     def columns(self, segment: Segment) -> Tensor | None:
         """[groups, rows, unknowns]: the results with unit vectors for weights, without bias."""
@@ -208,6 +212,16 @@ class _ProductLayout:
         axis = -2 if self.place == 0 else 1 if len(self.shape) > 2 or "Conv" in self.node.op else -1
         moved = like.movedim(axis, -1).shape
         return rows.movedim(0, 1).reshape(moved).movedim(-1, axis)
+
+    def theta_of(self, weight: Tensor) -> Tensor:
+        """[groups, unknowns, outputs] from the weight in the node's layout, float64."""
+        if self.node.op == "Conv":
+            return weight.reshape(self.groups, self.outputs, self.unknowns).mT
+        if self.node.op == "ConvTranspose":
+            inputs = self.shape[0] // self.groups
+            parts = weight.reshape(self.groups, inputs, self.outputs, -1).mT
+            return parts.reshape(self.groups, self.unknowns, self.outputs)
+        return (weight.T if self.by_row else weight)[None]
 
     def weight_of(self, theta: Tensor) -> Tensor:
         """The weight in the node's layout from [groups, unknowns, outputs]."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cp_debug.bisect.causes.base import Candidate, cause
+from cp_debug.bisect.causes.constant_changes import SIZED
 from cp_debug.bisect.causes.schema import FITTED
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.graph.graph import Node
@@ -64,7 +65,7 @@ def _attributes(segment: Segment, node: Node) -> Iterator[Candidate]:
 
 
 def _scalars(segment: Segment, node: Node) -> Iterator[Candidate]:
-    for place, name in enumerate(node.proto.input):
+    for place, name in enumerate(node.proto.input if node.op not in SIZED else ()):
         weight = segment.weight(node, place)
         if weight is None or weight.numel() != 1 or not segment.context.constants[name].is_floating_point():
             continue
@@ -83,7 +84,7 @@ def _scalars(segment: Segment, node: Node) -> Iterator[Candidate]:
 
 def _factors(segment: Segment, node: Node) -> Iterator[Candidate]:
     """Candidates: one factor on a constant; on a recurrent layer's weights of input and state, also together."""
-    if node.op in PRODUCTS:
+    if node.op in PRODUCTS or node.op in SIZED:
         return
     constants = segment.context.constants
     weights = {
