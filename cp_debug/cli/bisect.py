@@ -13,7 +13,7 @@ from cp_debug.cli import calibration, tensorrt
 from cp_debug.cli.flags import LAST_SEED, MOST, Atol, Rtol, check_made_up, grouped
 from cp_debug.cli.given import check_given
 from cp_debug.cli.saving import replacing
-from cp_debug.cli.typed import refuse, refuse_export_flags
+from cp_debug.cli.typed import refuse, refuse_export_flags, refuse_seed
 
 if TYPE_CHECKING:
     from cp_debug.backends.base import Backend
@@ -157,6 +157,7 @@ def bisect(
     refuse(("show_all",), unless=level is Level.layers, why="--level stages shows no layers")
     refuse(("overwrite",), unless=save is not None, why="without --save nothing is kept")
     check_made_up(samples, inputs)
+    refuse_seed([model], inputs)
     check_given(model, inputs=inputs, samples=samples, checkpoint=checkpoint, test_model=test_model)
     engines.check_installed(specs)
     calibration.check_calibration(model, int8.calib_data, int8.calib_samples)

@@ -9,6 +9,7 @@ import typer
 
 from cp_debug.cli.flags import LAST_SEED
 from cp_debug.cli.given import check_given
+from cp_debug.cli.typed import refuse, refuse_seed
 
 
 def check(
@@ -34,6 +35,9 @@ def check(
     from cp_debug.cli.console import console
     from cp_debug.serialize import json_safe
 
+    why = "--no-activations runs nothing"
+    refuse(("inputs", "seed"), unless=activations, why=why)
+    refuse_seed([model], inputs)
     check_given(model, inputs=inputs, checkpoint=checkpoint)
     from cp_debug.bisect.preflight import PROBLEM, Preflight
     from cp_debug.programs.pipeline import prepare

@@ -10,7 +10,7 @@ import typer
 from cp_debug.cli.bisect import Exporter
 from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up
 from cp_debug.cli.given import check_given
-from cp_debug.cli.typed import refuse_export_flags
+from cp_debug.cli.typed import refuse_export_flags, refuse_seed
 
 
 def predict(
@@ -43,6 +43,7 @@ def predict(
         Goal.parse(goal)
     refuse_export_flags([model])
     check_made_up(samples, inputs)
+    refuse_seed([model], inputs)
     check_given(model, inputs=inputs, samples=samples, checkpoint=checkpoint)
     from cp_debug.prediction.targets import kernels_of, target_of
 

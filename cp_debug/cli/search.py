@@ -12,7 +12,7 @@ from cp_debug.cli import tensorrt
 from cp_debug.cli.bisect import Exporter
 from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up, grouped
 from cp_debug.cli.given import check_given
-from cp_debug.cli.typed import refuse, refuse_export_flags
+from cp_debug.cli.typed import refuse, refuse_export_flags, refuse_seed
 from cp_debug.errors import InputError
 
 _DURATION = re.compile(r"(?P<number>\d+(?:\.\d+)?)(?P<unit>[smh]?)")
@@ -69,6 +69,7 @@ def search(
     refuse(("data",), unless="map_drop" in goal, why=f"the goal is {goal}; expected one with map_drop")
     check_made_up(samples, inputs or data)
     given, scored = inputs or data, data is not None
+    refuse_seed([model], inputs)
     check_given(model, inputs=given, samples=samples, checkpoint=checkpoint, test_model=test_model, truth=scored)
     engines.check_installed(specs)
     from cp_debug.mixed_precision.search import MixedPrecisionOptions, samples_for

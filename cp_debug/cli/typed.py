@@ -83,6 +83,16 @@ def refuse_export_flags(models: Iterable[str]) -> None:
     refuse(("exporter", "unfolded"), unless=not onnx, why=f"{', '.join(names)} is exported already")
 
 
+def refuse_seed(models: Iterable[str], inputs: object) -> None:
+    """Refuse --seed where nothing is made up: ``inputs`` are given, and each model has weights of its own."""
+    if inputs is None or not typed(("seed",)):
+        return
+    from cp_debug.recipes.registry import kind_of
+
+    own = all(kind_of(model) in ("onnx", "program", "callable") for model in models)
+    refuse(("seed",), unless=inputs is None or not own, why=f"the inputs are those of {inputs}")
+
+
 def refuse_data_flags(data: object) -> None:
     """Refuse the flags about an info file where there is none."""
     why = "without --data the samples are synthetic scenes"
