@@ -42,7 +42,7 @@ def capture(
     engines.check(specs)
     refuse_export_flags([model])
     check_made_up(samples, inputs)
-    refuse_seed([model], inputs)
+    refuse_seed([model], inputs, samples)
     check_given(model, inputs=inputs, samples=samples, checkpoint=checkpoint)
     engines.check_installed(specs)
     from cp_debug.bisect.recording import record

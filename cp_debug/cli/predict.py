@@ -43,7 +43,7 @@ def predict(
         Goal.parse(goal)
     refuse_export_flags([model])
     check_made_up(samples, inputs)
-    refuse_seed([model], inputs)
+    refuse_seed([model], inputs, samples)
     check_given(model, inputs=inputs, samples=samples, checkpoint=checkpoint)
     from cp_debug.prediction.targets import kernels_of, target_of
 

@@ -41,6 +41,7 @@ def ptq(
     from cp_debug.errors import InputError
 
     refuse(("method", "batches"), unless=cache is None, why="the scales are those of --cache")
+    refuse(("opset",), unless=not model.endswith(".onnx"), why=f"{model} has an opset, which its copy keeps")
     check_calibration(model, calib_data, batches, "--batches")
     from cp_debug.deploy.exporting import ExportOptions
     from cp_debug.deploy.quantize_output import MEASURED, First, PtqResult, measure, read_caches, write_quantized

@@ -69,7 +69,7 @@ def search(
     refuse(("data",), unless="map_drop" in goal, why=f"the goal is {goal}; expected one with map_drop")
     check_made_up(samples, inputs or data)
     given, scored = inputs or data, data is not None
-    refuse_seed([model], inputs)
+    refuse_seed([model], inputs, samples)
     check_given(model, inputs=given, samples=samples, checkpoint=checkpoint, test_model=test_model, truth=scored)
     engines.check_installed(specs)
     from cp_debug.mixed_precision.search import MixedPrecisionOptions, samples_for

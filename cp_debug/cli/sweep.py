@@ -308,7 +308,7 @@ def _grid(
     from cp_debug.sweep.grid import Grid
 
     refuse_export_flags(models or [DEFAULT])
-    refuse_seed(models or [DEFAULT], inputs)
+    refuse_seed(models or [DEFAULT], inputs, samples)
     check_made_up(samples, inputs, given_by="--inputs or --data")
     return Grid(
         models=models or [DEFAULT],
