@@ -367,7 +367,10 @@ class FileQuantization:
         if made is not None and weights is None and is_constant(self._graph, last.proto.input[0]):
             weights = self._levels(made.scale, made.zero)
         holds_levels = last.op == "DequantizeLinear" or made is not None
-        result = (data or Levels()) if holds_levels and not is_constant(self._graph, last.proto.input[0]) else None
+        folded = holds_levels and is_constant(
+            self._graph, last.proto.input[0]
+        )  # what the parent computes from constants alone
+        result = None if not holds_levels else weights if folded else data or Levels()
         return Scheme(data, weights, result, grid)
 
     def _between_levels(self, node: Node) -> bool:

@@ -190,7 +190,7 @@ def balanced(error: Tensor, exact: Tensor, axis: int) -> float:
     Unlike the norm over all channels it sees small ones whose weights share the scale of large ones. 0 where channels
     have too few elements to tell (``FEW``), or none has any size.
     """
-    if exact.numel() < FEW * exact.shape[axis]:
+    if not exact.dim() or exact.numel() < FEW * exact.shape[axis]:
         return 0.0
     reduced = [d for d in range(exact.dim()) if d != axis]
     wrong, size = (torch.linalg.vector_norm(t.double(), dim=reduced) for t in (error, exact))
