@@ -34,10 +34,10 @@ from rich.table import Table
 from cp_debug.backends.kernels.fp16_accumulation import BLOCK
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
-from cp_debug.bisect.causes.finding import UNKNOWN
 from cp_debug.bisect.engine import bisect
 from cp_debug.bisect.faults.catalog import FAULTS
 from cp_debug.bisect.faults.precision import LoweredBackend
+from cp_debug.bisect.finding import UNKNOWN
 from cp_debug.bisect.result import TestResult
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.operators import PRODUCTS

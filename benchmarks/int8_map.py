@@ -13,7 +13,7 @@ import json
 import time
 from pathlib import Path
 
-from cp_debug.detection.bootstrap import Interval
+from cp_debug.detection.bootstrap import ConfidenceInterval
 from cp_debug.detection.boxes import Floats
 from cp_debug.detection.evaluate import as_detector
 from cp_debug.detection.evaluation import EvaluationOptions, draws_of
@@ -60,7 +60,7 @@ def main() -> None:
         opened = open_quantized(model, path)
         layers = sum(len(part.scales.layers) for part in opened.values())
         scored = draws(with_modules(model, modules_of(opened)), samples)
-        changes = {name: Interval.of(scored[name] - reference[name]) for name in ("mAP", "NDS")}
+        changes = {name: ConfidenceInterval.of(scored[name] - reference[name]) for name in ("mAP", "NDS")}
         said = ", ".join(
             f"{n} {scored[n][0]:.4f} ({c.value:+.4f} [{c.low:+.4f}, {c.high:+.4f}])" for n, c in changes.items()
         )

@@ -37,7 +37,7 @@ from cp_debug.bisect.faults.edits import Editor, rescale
 from cp_debug.files import write_text
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.mixed_precision.goal import Goal
-from cp_debug.mixed_precision.search import SearchOptions, search
+from cp_debug.mixed_precision.search import MixedPrecisionOptions, search
 from cp_debug.programs.pipeline import Export, prepare
 from cp_debug.recipes.registry import load_model
 
@@ -95,7 +95,7 @@ def run_search(path: Path, feed: Path, args: argparse.Namespace) -> dict[str, An
     started = time.monotonic()
     backends = [create(spec) for spec in parse_backends(f"torch,{args.backend}")]
     samples = list(model.samples(1, 0, feed))
-    result = search(model, backends, goal, samples, SearchOptions(log=args.out / "search.jsonl"))
+    result = search(model, backends, goal, samples, MixedPrecisionOptions(log=args.out / "search.jsonl"))
     document = result.to_dict()
     return {"wall_seconds": time.monotonic() - started, **document}
 

@@ -30,7 +30,7 @@ from rich.table import Table
 from cp_debug.backends.spec import parse_backends
 from cp_debug.sweep import bisecting, evaluating, sensitivity
 from cp_debug.sweep.grid import Grid
-from cp_debug.sweep.log import Log
+from cp_debug.sweep.log import SweepLog
 from cp_debug.sweep.run import run
 from cp_debug.sweep.tasks import Task, run_task
 from cp_debug.sweep.workers import local_workers, remote_workers
@@ -66,7 +66,7 @@ def tasks_of(kind: str, model: str, quantized: Path | None, scenes: int) -> list
 def measured(tasks: list[Task], workers: int, warm: Task | None = None) -> tuple[float, str, list[float]]:
     """Seconds, the results as text, seconds of each task; after ``warm`` on every worker, else with their start."""
     with ExitStack() as stack:
-        log = stack.enter_context(Log(Path(stack.enter_context(tempfile.TemporaryDirectory())) / "log.jsonl"))
+        log = stack.enter_context(SweepLog(Path(stack.enter_context(tempfile.TemporaryDirectory())) / "log.jsonl"))
         if warm is None:
             finished = run(lambda: tasks, log, lambda gpu: local_workers(workers, gpu=gpu))
         else:
@@ -122,7 +122,7 @@ def queue(count: int, address: str | None) -> dict[str, float]:
         nonlocal highest
         highest = max(highest, process.memory_info().rss)
 
-    with tempfile.TemporaryDirectory() as folder, Log(Path(folder) / "log.jsonl") as log:
+    with tempfile.TemporaryDirectory() as folder, SweepLog(Path(folder) / "log.jsonl") as log:
         with remote_workers(address) if address else local_workers(2) as client:
             warm = [Task("sweep:tiny", {"i": -i - 1, "label": "warm"}) for i in range(200)]
             run(lambda: warm, log, lambda gpu: nullcontext(client))

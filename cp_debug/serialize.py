@@ -1,9 +1,11 @@
 """Results as JSON and back: one encoder and one decoder for every dataclass that a result is made of.
 
-A field stands under its own name, or under ``metadata={"key": …}``; the fields of a part with
-``metadata={"inline": True}`` stand beside those of its owner; ``metadata={"omit": True}`` keeps a field out. NaN and
-infinities, which JSON lacks, are the strings "NaN", "Infinity", "-Infinity". Keys that a class does not know are left
-alone, so files of later versions of a schema can be read.
+A field stands under its own name, or under ``metadata={"key": …}``, where dots lead into objects (``"a.b"``).
+Further metadata: ``"inline": True`` puts the fields of a part beside those of its owner; ``"absent": …`` is written in
+place of None, and read as None; ``"written": False`` leaves a field out of what is written, ``JsonForm`` supplies it to
+the reader; ``"omit": True`` keeps it out of both. Figures that follow from the fields are written, never read:
+``JsonForm.derived``. NaN and infinities, which JSON lacks, are the strings "NaN", "Infinity", "-Infinity". Keys that a
+class does not know are left alone, so files of later versions of a schema can be read.
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
+from collections.abc import Iterator, Mapping
 from functools import lru_cache, partial
+from types import NoneType
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from cp_debug.errors import InputError
@@ -21,6 +24,30 @@ if TYPE_CHECKING:
     from cattrs import Converter
 
 T = TypeVar("T")
+
+
+class JsonForm:
+    """Base of dataclasses whose JSON is not their fields alone."""
+
+    def derived(self) -> dict[str, Any]:
+        """Key → figure that follows from the fields, for readers of the file. A key may have dots, as in metadata."""
+        return {}
+
+    @classmethod
+    def fields_from(cls, document: dict[str, Any]) -> dict[str, Any]:
+        """The document with everything under the keys of the fields: what other parts of it hold, and older forms.
+
+        Values may be objects already. Raises BadField.
+        """
+        return document
+
+
+class BadField(Exception):
+    """A field of a document that does not fit: its path, and what it is instead."""
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(path, problem)
+        self.path, self.problem = path, problem
 
 
 def json_safe(value: Any) -> Any:
@@ -35,19 +62,19 @@ def json_safe(value: Any) -> Any:
 
 
 def encode(value: Any, *, json: bool = True) -> Any:
-    """A dataclass as a JSON object (containers and their contents likewise), all its fields.
+    """A dataclass as a JSON object (containers and their contents likewise): all its fields, then what follows of them.
 
     ``json`` False leaves NaN and infinities numbers.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         document: dict[str, Any] = {}
-        for field in dataclasses.fields(value):
-            if field.metadata.get("omit"):
-                continue
-            part = encode(getattr(value, field.name), json=json)
-            document |= part if field.metadata.get("inline") else {field.metadata.get("key", field.name): part}
+        derived: dict[str, Any] = {}
+        for key, figure in _entries(value, derived, json):
+            _put(document, key, figure)
+        for key, figure in derived.items():
+            _put(document, key, figure)
         return document
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {str(k): encode(v, json=json) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [encode(v, json=json) for v in value]
@@ -59,16 +86,79 @@ def decode(kind: type[T], document: Any, source: str, path: str = "") -> T:
 
     Raises InputError for what does not fit, with ``source`` and the field's path below ``path``.
     """
-    from cattrs import transform_error
-
     if not isinstance(document, dict):
         raise InputError(f"{source}: {f'field {path!r}' if path else 'the document'} is not a JSON object")
     try:
+        return _structure(kind, document, path)
+    except BadField as bad:
+        raise InputError(f"{source}: field {bad.path!r} is {bad.problem}") from None
+
+
+def part(kind: type[T], document: Mapping[str, Any], key: str) -> T:
+    """One field of a document, of any type that a field may have. Raises BadField, also where it is missing."""
+    if key not in document:
+        raise BadField(key, "missing")
+    return _structure(kind, document[key], key)
+
+
+def _entries(value: Any, derived: dict[str, Any], json: bool) -> Iterator[tuple[str, Any]]:
+    """Key and value of every field that is written, those of inline parts included; ``derived`` gets the rest."""
+    for field in dataclasses.fields(value):
+        if field.metadata.get("omit") or not field.metadata.get("written", True):
+            continue
+        content = getattr(value, field.name)
+        if content is None:
+            content = field.metadata.get("absent")
+        if not field.metadata.get("inline"):
+            yield _key(field), encode(content, json=json)
+        elif content is not None:
+            yield from _entries(content, derived, json)
+        else:
+            yield from (
+                (_key(each), None) for each in dataclasses.fields(_only(get_type_hints(type(value))[field.name]))
+            )
+    if isinstance(value, JsonForm):
+        derived |= {key: encode(figure, json=json) for key, figure in value.derived().items()}
+
+
+def _put(document: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        document = document.setdefault(section, {})
+    document[last] = value
+
+
+def _key(field: dataclasses.Field[Any]) -> str:
+    key: str = field.metadata.get("key", field.name)
+    return key
+
+
+def _structure(kind: Any, document: Any, path: str) -> Any:
+    try:
         return _converter().structure(document, kind)
     except Exception as error:  # cattrs gives groups of whatever was raised inside
-        message, _, where = transform_error(error, path="$", format_exception=_said)[0].partition(" @ ")
-        steps = [path, re.sub(r"\['(\w+)'\]", r".\1", where.removeprefix("$")).removeprefix(".")]
-        raise InputError(f"{source}: field {'.'.join(s for s in steps if s)!r} is {message}") from None
+        raise _bad_field(error, path) from None
+
+
+def _bad_field(error: BaseException, path: str) -> BadField:
+    """The first field that does not fit, in what cattrs raised."""
+    from cattrs import BaseValidationError, ClassValidationError
+
+    if isinstance(error, BadField):
+        return BadField(_join(path, error.path), error.problem)
+    if not isinstance(error, BaseValidationError):
+        return BadField(path, _problem(error))
+    cause = error.exceptions[0]
+    step = ""
+    if isinstance(error, ClassValidationError):
+        keys = {field.name: _key(field) for field in dataclasses.fields(error.cl)}
+        noted = [(inner, keys[note.name]) for inner, note in error.group_exceptions()[0]]
+        cause, step = noted[0] if noted else (cause, "")
+    return _bad_field(cause, _join(path, step))
+
+
+def _join(path: str, step: str) -> str:
+    return f"{path}{step}" if step.startswith("[") or not path or not step else f"{path}.{step}"
 
 
 @lru_cache
@@ -79,7 +169,8 @@ def _converter() -> Converter:
     converter.register_structure_hook(float, _number)
     for kind in (int, str, bool):
         converter.register_structure_hook(kind, _strict)
-    converter.register_structure_hook_func(_by_number, partial(_numbered, converter))
+    converter.register_structure_hook_func(lambda hint: _origin(hint) in (list, tuple), partial(_items, converter))
+    converter.register_structure_hook_func(lambda hint: _origin(hint) is dict, partial(_mapping, converter))
     converter.register_structure_hook_factory(dataclasses.is_dataclass, partial(_reader, converter))
     return converter
 
@@ -88,35 +179,92 @@ def _reader(converter: Converter, kind: Any) -> Any:
     """A function that reads a dataclass: its own fields by cattrs, its inline parts from the same object."""
     from cattrs.gen import make_dict_structure_fn, override
 
-    inline = [field.name for field in dataclasses.fields(kind) if field.metadata.get("inline")]
-    if inline:
-        hints = get_type_hints(kind)
-        own_fields = [field for field in dataclasses.fields(kind) if field.name not in inline]
-        core = dataclasses.make_dataclass(
-            kind.__name__,
-            [(f.name, hints[f.name], dataclasses.field(**_default(f), metadata=f.metadata)) for f in own_fields],
-            kw_only=True,
-        )
-        parts = {name: _only(hints[name]) for name in inline}
+    hints = get_type_hints(kind)
+    fields = [field for field in dataclasses.fields(kind) if not field.metadata.get("omit")]
+    own = [field for field in fields if not field.metadata.get("inline")]
+    inline = [field for field in fields if field.metadata.get("inline")]
+    core = dataclasses.make_dataclass(
+        kind.__name__,
+        [(f.name, hints[f.name], dataclasses.field(**_default(f), metadata=f.metadata)) for f in own],
+        kw_only=True,
+    )
+    renamed = {f.name: override(rename=f.metadata["key"]) for f in own if "key" in f.metadata}
+    read_core: Any = make_dict_structure_fn(core, converter, **renamed)  # type: ignore[arg-type]
+    nested = [f.metadata["key"] for f in own if "." in f.metadata.get("key", "")]
+    absent = {_key(f): encode(f.metadata["absent"]) for f in own if "absent" in f.metadata}
 
-        def read(document: Any, _: Any) -> Any:
-            core_part: Any = converter.structure(document, core)
-            inline_parts = {name: converter.structure(document, part) for name, part in parts.items()}
-            return kind(**{f.name: getattr(core_part, f.name) for f in own_fields}, **inline_parts)
+    def read(document: Any, _: Any) -> Any:
+        if isinstance(document, kind):
+            return document
+        if not isinstance(document, dict):
+            raise TypeError(f"{json.dumps(document, default=str)[:40]}; expected a JSON object")
+        if issubclass(kind, JsonForm):
+            document = kind.fields_from(document)
+        document = document | {key: value for key in nested for value in _inside(document, key)}
+        document |= {key: None for key, value in absent.items() if document.get(key) == value}
+        values = vars(read_core(document, core))
+        for field in inline:
+            hint = hints[field.name]
+            absent_part = NoneType in get_args(hint) and _is_absent(document, field, _only(hint))
+            values[field.name] = None if absent_part else converter.structure(document, _only(hint))
+        return kind(**values)
 
-        return read
-    keys = {f.name: override(rename=f.metadata["key"]) for f in dataclasses.fields(kind) if "key" in f.metadata}
-    return make_dict_structure_fn(kind, converter, **keys)  # type: ignore[arg-type]
+    return read
 
 
-def _by_number(hint: Any) -> bool:
-    """Whether a type hint is a dict with integer keys, which JSON turns into text."""
-    return get_origin(hint) is dict and get_args(hint)[0] is int
+def _inside(document: dict[str, Any], key: str) -> list[Any]:
+    """The value that a key with dots leads to, in a list; empty where it is missing."""
+    *sections, last = key.split(".")
+    for i, section in enumerate(sections):
+        if section not in document:
+            return []
+        document = document[section]
+        if not isinstance(document, dict):
+            problem = f"{json.dumps(document, default=str)[:40]}; expected a JSON object"
+            raise BadField(".".join(sections[: i + 1]), problem)
+    return [document[last]] if last in document else []
 
 
-def _numbered(converter: Converter, value: Any, hint: Any) -> dict[int, Any]:
-    kind: Any = dict[str, get_args(hint)[1]]  # type: ignore[misc]
-    return {int(k): v for k, v in converter.structure(value, kind).items()}
+def _is_absent(document: dict[str, Any], field: dataclasses.Field[Any], kind: Any) -> bool:
+    """Whether an inline part is None: what is written for None is there, or nothing but null."""
+    if (written := field.metadata.get("absent")) is not None:
+        return all(document.get(key) == value for key, value in encode(written).items())
+    return all(document.get(_key(each)) is None for each in dataclasses.fields(kind))
+
+
+def _origin(hint: Any) -> Any:
+    return get_origin(hint) or hint
+
+
+def _items(converter: Converter, value: Any, hint: Any) -> Any:
+    """A list or a tuple of anything."""
+    origin, kinds = _origin(hint), get_args(hint)
+    if not isinstance(value, list | tuple):
+        raise TypeError(f"{json.dumps(value, default=str)[:40]}; expected list")
+    if origin is tuple and kinds and kinds[-1] is not Ellipsis:
+        if len(value) != len(kinds):
+            raise TypeError(f"{json.dumps(value, default=str)[:40]}; expected {len(kinds)} entries")
+    else:
+        kinds = (kinds[0] if kinds else Any,) * len(value)
+    return origin(
+        _entry(converter, item, kind, f"[{i}]") for i, (item, kind) in enumerate(zip(value, kinds, strict=True))
+    )
+
+
+def _mapping(converter: Converter, value: Any, hint: Any) -> Any:
+    """A dict of anything, whose keys may be whole numbers, which JSON turns into text."""
+    key_kind, kind = get_args(hint) or (str, Any)
+    if not isinstance(value, dict):
+        raise TypeError(f"{json.dumps(value, default=str)[:40]}; expected a JSON object")
+    entries = {k: _entry(converter, v, kind, str(k)) for k, v in value.items()}
+    return {int(k): v for k, v in entries.items()} if key_kind is int else entries
+
+
+def _entry(converter: Converter, value: Any, kind: Any, step: str) -> Any:
+    try:
+        return converter.structure(value, kind)
+    except Exception as error:  # see ``_structure``
+        raise _bad_field(error, step) from None
 
 
 def _only(hint: Any) -> Any:
@@ -145,7 +293,7 @@ def _strict(value: Any, kind: type) -> Any:
     return value
 
 
-def _said(error: BaseException, kind: type | None) -> str:
+def _problem(error: BaseException) -> str:
     if isinstance(error, KeyError):
         return "missing"
     if isinstance(error, TypeError) and "; expected" in str(error):

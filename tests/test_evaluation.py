@@ -21,7 +21,7 @@ from cp_debug.backends.base import RunRecord
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import parse_backends
 from cp_debug.cli.main import app
-from cp_debug.detection.bootstrap import Interval, draw_samples
+from cp_debug.detection.bootstrap import ConfidenceInterval, draw_samples
 from cp_debug.detection.boxes import Boxes
 from cp_debug.detection.evaluate import as_detector, evaluate
 from cp_debug.detection.evaluation import (
@@ -125,8 +125,8 @@ def test_draws_depend_on_the_seed_alone_and_keep_the_number_of_samples() -> None
     assert (weights.sum(axis=1) == 7).all()
     np.testing.assert_array_equal(weights, draw_samples(7, 50, 3))
     assert (weights != draw_samples(7, 50, 4)).any()
-    assert Interval.of(np.array([0.5, *range(101)])) == pytest.approx((0.5, 2.5, 97.5))
-    assert Interval.of(np.array([0.5])) == (0.5, 0.5, 0.5)
+    assert ConfidenceInterval.of(np.array([0.5, *range(101)])) == pytest.approx((0.5, 2.5, 97.5))
+    assert ConfidenceInterval.of(np.array([0.5])) == (0.5, 0.5, 0.5)
 
 
 def test_perfect_detections_score_one() -> None:

@@ -13,9 +13,9 @@ import pytest
 from nets import NetBuilder
 from onnx import numpy_helper
 
-from cp_debug.bisect.causes.finding import Finding
 from cp_debug.bisect.causes.graphs import GraphReader
 from cp_debug.bisect.engine import bisect
+from cp_debug.bisect.finding import Finding
 
 Edit = Callable[[onnx.GraphProto], None]
 

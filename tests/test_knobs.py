@@ -31,19 +31,8 @@ def names(knobs: OptimizerBlame) -> set[str]:
     return {culprit.optimizer for culprit in knobs.responsible}
 
 
-def quantized(
-    path: Path,
-    *,
-    largest: int = 127,
-    weight: float = 0.003,
-    data: float = 3 / 127,
-    bias: float = 0.1,
-    y: float = 8 / 127,
-) -> Path:
-    """Two convolutions with INT8 activations and weights and a float bias, as PTQ tools leave it: ``x`` to ``y``.
-
-    ``largest`` is the largest level of a weight; ``weight``, ``data``, ``y`` are scales; ``bias`` is the biases' size.
-    """
+def quantized(path: Path) -> Path:
+    """Two convolutions with INT8 activations and weights and a float bias, as PTQ tools leave it: ``x`` to ``y``."""
     net = NetBuilder(0)
     zero = net.weight(np.array(0, np.int8))
 
@@ -52,12 +41,12 @@ def quantized(
         return net.op("DequantizeLinear", net.op("QuantizeLinear", x, s, zero), s, zero)
 
     def conv(x: str, name: str) -> str:
-        w = net.weight(net.rng.integers(-largest, largest + 1, (8, 8, 3, 3), dtype=np.int8))
-        weights = net.op("DequantizeLinear", w, net.weight(np.array(weight, np.float32)), zero)
-        biases = net.weight((net.rng.standard_normal(8) * bias).astype(np.float32))
-        return net.op("Conv", pair(x, data), weights, biases, kernel_shape=[3, 3], pads=[1] * 4, name=name)
+        w = net.weight(net.rng.integers(-127, 128, (8, 8, 3, 3), dtype=np.int8))
+        weight = net.op("DequantizeLinear", w, net.weight(np.array(0.003, np.float32)), zero)
+        bias = net.weight((net.rng.standard_normal(8) * 0.1).astype(np.float32))
+        return net.op("Conv", pair(x, 3 / 127), weight, bias, kernel_shape=[3, 3], pads=[1] * 4, name=name)
 
-    net.op("Identity", pair(conv(net.op("Relu", conv("x", "first")), "second"), y), name="y")
+    net.op("Identity", pair(conv(net.op("Relu", conv("x", "first")), "second"), 8 / 127), name="y")
     return net.save(path, {"x": (1, [1, 8, 16, 16])}, ["y"])
 
 
@@ -122,7 +111,7 @@ def test_a_difference_below_the_noise_floor_is_none(tmp_path):
     assert not knobs.responsible
 
 
-def test_the_log_names_the_optimisers_that_changed_something(tmp_path, capfd):
+def test_the_log_names_the_optimizers_that_changed_something(tmp_path, capfd):
     graph = Graph(second_like(tmp_path / "net.onnx"))
     runtime = OrtBackend(BackendSpec.parse("ort-all"), threads=1).runtime
     assert active_optimizers(runtime, graph, "basic") == [RULE_BASED]
@@ -142,7 +131,7 @@ def test_bisect_reports_knobs(tmp_path):
     json.dumps(found, allow_nan=False)
 
 
-def test_knobs_need_an_optimised_backend(tmp_path):
+def test_knobs_need_an_optimized_backend(tmp_path):
     path = residual(tmp_path / "net.onnx")
     with pytest.raises(InputError, match="--knobs: expected ort-basic or ort-all"):
         bisect(str(path), "ort-all,ort-none", options=Options(optimizer_blame=True))

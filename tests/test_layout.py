@@ -48,6 +48,16 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     assert not _in_circles(_graph())
 
 
+def test_no_two_classes_have_one_name() -> None:
+    """One name, one thing: an underscore in front does not make it another name."""
+    places: dict[str, list[str]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name.lstrip("_"), []).append(f"{path.relative_to(REPO)}:{node.lineno}")
+    assert not {name: where for name, where in places.items() if len(where) > 1}
+
+
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys; from cp_debug.cli.main import app; "
@@ -104,8 +114,15 @@ def _graph() -> dict[str, set[str]]:
                 imported |= (below & paths.keys()) or {node.module}
             elif isinstance(node, ast.Import):
                 imported |= {alias.name for alias in node.names}
-        graph[module] = {name for name in imported if name.startswith("cp_debug.")} - {module}
+        imported |= {package for name in imported for package in _packages(name)} - set(_packages(module))
+        graph[module] = {name for name in imported if name.startswith("cp_debug.") and name in paths} - {module}
     return graph
+
+
+def _packages(module: str) -> list[str]:
+    """The packages that a module lies in: to import it imports their ``__init__``, too."""
+    parts = module.split(".")
+    return [".".join(parts[:i]) for i in range(2, len(parts))]
 
 
 def _module(path: Path) -> str:

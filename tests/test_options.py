@@ -110,6 +110,7 @@ def test_extreme_numbers_that_are_some_work(net: Path, option: str, value: str) 
 def bad_files(folder: Path) -> dict[str, tuple[str, str]]:
     """File → (model, what is said of it)."""
     (folder / "short.bin").write_bytes(b"123")
+    (folder / "nets.py").write_text("def make(): ...")
     (folder / "text.npz").write_text("none")
     (folder / "info.pkl").write_bytes(b"\x80\x04.")
     np.savez(folder / "other.npz", nothing=np.zeros(3, np.float32))
@@ -169,3 +170,43 @@ def test_the_second_of_two_inputs_is_read_before_the_export(tmp_path: Path, monk
     code, text = run("bisect", "centerpoint:tiny", "--inputs", tmp_path, "--samples", "2")
     assert code == 2
     assert "b.bin: 5 bytes is not a multiple" in text
+
+
+EARLY = {
+    ("bisect", "missing.onnx"): (2, "missing.onnx"),
+    ("bisect", "centerpoint:tini"): (2, "did you mean centerpoint:tiny?"),
+    ("bisect", "missing.py:net"): (2, "no such file missing.py"),
+    ("bisect", "no_such_module:net"): (2, "there is no module 'no_such_module' here"),
+    ("bisect", "NET", "-b", "ort,foo"): (3, "no such backend"),
+    ("bisect", "NET", "-b", "ort,trt-fp16"): (3, "there is no TensorRT in this Python"),
+    ("bisect", "NET", "-b", "ort,ort-all", "--workspace", "9"): (2, "--workspace"),
+    ("bisect", "NET", "-b", "ort,ort-all", "--checkpoint", "missing.pt"): (2, "missing.pt"),
+    ("capture", "NET", "-b", "trt-fp16", "-o", "out"): (3, "there is no TensorRT in this Python"),
+    ("eval", "centerpoint:tiny", "-b", "torch,trt-fp16"): (3, "there is no TensorRT in this Python"),
+    ("search", "NET", "-b", "ort,trt-fp16"): (3, "there is no TensorRT in this Python"),
+    ("build", "centerpoint:tiny", "-o", "out"): (3, "there is no TensorRT in this Python"),
+    ("build", "centerpoint:tini", "-o", "out"): (2, "did you mean centerpoint:tiny?"),
+    ("export", "missing.py:net", "-o", "out"): (2, "no such file missing.py"),
+    ("verify", "centerpoint:tini"): (2, "did you mean centerpoint:tiny?"),
+    ("bench", "centerpoint:tini"): (2, "did you mean centerpoint:tiny?"),
+    ("check", "missing.onnx"): (2, "missing.onnx"),
+    ("predict", "missing.onnx", "--precision", "fp16"): (2, "missing.onnx"),
+    ("compare", "missing-a", "missing-b"): (2, "missing-a: no such folder"),
+    ("report", "missing.json"): (2, "missing.json: no such file"),
+    ("bundle", "missing"): (2, "no such file"),
+}
+"""Command line → exit code, and what is said. A wrong word must not cost the seconds in which torch is imported."""
+
+
+@pytest.mark.parametrize("command", EARLY, ids=" ".join)
+def test_a_wrong_name_is_told_before_torch_is_imported(
+    tmp_path: Path, net: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CPDEBUG_TRT_PYTHON", raising=False)
+    for heavy in ("torch", "pandas", "numba"):
+        monkeypatch.setitem(sys.modules, heavy, None)  # importing it raises
+    expected, said = EARLY[command]
+    code, text = run(*(str(net) if part == "NET" else part for part in command))
+    assert (code, said in text) == (expected, True), text
+    assert not list(tmp_path.iterdir())

@@ -228,7 +228,7 @@ def test_a_fact_of_the_engine_is_told_of_all_its_layers(monkeypatch: pytest.Monk
     from nets import NetBuilder
 
     from cp_debug.backends.spec import BackendSpec
-    from cp_debug.bisect.causes.finding import Finding
+    from cp_debug.bisect.finding import Finding
 
     builder = NetBuilder()
     x = "x"

@@ -25,8 +25,8 @@ from cp_debug.graph.qdq import insert_qdq, quantizable
 from cp_debug.graph.scales import LayerScales
 from cp_debug.graph.unquantize import quantized_inputs
 from cp_debug.mixed_precision.goal import Goal
-from cp_debug.mixed_precision.result import SearchResult
-from cp_debug.mixed_precision.search import SearchOptions, samples_for, search
+from cp_debug.mixed_precision.result import MixedPrecisionResult
+from cp_debug.mixed_precision.search import MixedPrecisionOptions, samples_for, search
 from cp_debug.recipes.registry import load_model
 
 GOAL = "rel_l2<1e-2"
@@ -49,13 +49,13 @@ def overflowing(tmp_path: Path) -> Path:
     return editor.save(tmp_path / "net.onnx")
 
 
-def run(path: Path, backends: str = "torch,emu-fp16", goal: str = GOAL, **options: Any) -> SearchResult:
+def run(path: Path, backends: str = "torch,emu-fp16", goal: str = GOAL, **options: Any) -> MixedPrecisionResult:
     model = load_model(str(path))
     made = [create(spec) for spec in parse_backends(backends)]
-    return search(model, made, Goal.parse(goal), list(model.samples(1, 0, None)), SearchOptions(**options))
+    return search(model, made, Goal.parse(goal), list(model.samples(1, 0, None)), MixedPrecisionOptions(**options))
 
 
-def names(result: SearchResult) -> list[str]:
+def names(result: MixedPrecisionResult) -> list[str]:
     return [layer.fusion_group.name for layer in result.kept]
 
 

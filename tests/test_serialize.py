@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cp_debug.backends.base import RunRecord
-from cp_debug.bisect.causes.finding import Element, Finding, Where
+from cp_debug.bisect.finding import Element, Finding, Where
 from cp_debug.bisect.observe import Observation
 from cp_debug.bisect.optimizer_blame import Culprit, OptimizerBlame, Rewrite
 from cp_debug.bisect.regions.region import Region
@@ -52,7 +52,7 @@ for _kind in (RunRecord, Where, Finding):  # they hold what hypothesis cannot dr
 _NAMES = st.lists(st.text(), min_size=1, max_size=3).map(tuple)
 st.register_type_strategy(Region, st.builds(Region, nodes=_NAMES))
 STATS = _made(TensorStats)
-ROWS = _made(LayerRow, stats=STATS, replay=_made(Replay))
+ROWS = _made(LayerRow, stats=STATS, replay=st.none() | _made(Replay))
 KNOBS = _made(
     OptimizerBlame, responsible=st.lists(_made(Culprit, rewrites=st.lists(_made(Rewrite)).map(tuple)), max_size=2)
 )
@@ -69,7 +69,7 @@ def test_every_field_of_a_part_survives(kind: type, data: st.DataObject) -> None
 @settings(max_examples=6, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(knobs=KNOBS)
 def test_the_blamed_optimizers_survive(knobs: OptimizerBlame) -> None:
-    again = OptimizerBlame.from_dict(json.loads(json.dumps(encode(knobs.to_dict()))), "result.json", "knobs")
+    again = decode(OptimizerBlame, json.loads(json.dumps(encode(knobs))), "result.json", "knobs")
     assert repr(again) == repr(knobs)
 
 
@@ -85,7 +85,7 @@ def _tests(draw: st.DrawFn) -> TestResult:
             optimizer_blame=st.none() | KNOBS,
         )
     )
-    return dataclasses.replace(made, stages=[StageRow("neck", row) for row in rows[:1]])
+    return dataclasses.replace(made, stages=[StageRow("neck", row, draw(st.lists(st.text()))) for row in rows[:1]])
 
 
 @settings(max_examples=6, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], deadline=None)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cp_debug.errors import InputError
-from cp_debug.sweep.log import Log, write_parquet
+from cp_debug.sweep.log import SweepLog, write_parquet
 
 
 def record(key: str, **outcome: object) -> dict[str, object]:
@@ -19,9 +19,9 @@ def record(key: str, **outcome: object) -> dict[str, object]:
 
 
 def test_records_come_back(tmp_path: Path) -> None:
-    with Log(tmp_path / "sub" / "log.jsonl") as log:
+    with SweepLog(tmp_path / "sub" / "log.jsonl") as log:
         log.append(record("a", result={"x": 0.1 + 0.2}))
-    with Log(tmp_path / "sub" / "log.jsonl") as log:
+    with SweepLog(tmp_path / "sub" / "log.jsonl") as log:
         assert [(r["key"], r["result"]["x"]) for r in log] == [("a", 0.1 + 0.2)]
 
 
@@ -31,20 +31,20 @@ def test_cut_anywhere_it_keeps_the_whole_lines_and_goes_on(
     tmp_path_factory: pytest.TempPathFactory, cut: int, results: list[str]
 ) -> None:
     path = tmp_path_factory.mktemp("log") / "log.jsonl"
-    with Log(path) as log:
+    with SweepLog(path) as log:
         for index, text in enumerate(results):
             log.append(record(str(index), result={"text": text}))
     whole = path.read_bytes()[:cut]
     path.write_bytes(whole)
     kept = max(whole.count(b"\n") - 1, 0)
-    with Log(path) as log:
+    with SweepLog(path) as log:
         assert [r["result"]["text"] for r in log] == results[:kept]
         log.append(record("next", result={}))
         assert [r["key"] for r in log] == [*map(str, range(kept)), "next"]
 
 
 def test_one_record_a_key_the_first_result_else_the_last_error(tmp_path: Path) -> None:
-    with Log(tmp_path / "log.jsonl") as log:
+    with SweepLog(tmp_path / "log.jsonl") as log:
         log.append(record("a", error="first"))
         log.append(record("b", error="first"))
         log.append(record("a", result=1))
@@ -60,23 +60,23 @@ def test_another_file_is_refused_and_left_as_it_is(tmp_path: Path, content: byte
     path = tmp_path / "table.csv"
     path.write_bytes(content)
     with pytest.raises(InputError, match="not the log of a sweep"):
-        Log(path)
+        SweepLog(path)
     assert path.read_bytes() == content
 
 
 def test_a_broken_line_within_is_told_by_its_number(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
-    with Log(path) as log:
+    with SweepLog(path) as log:
         log.append(record("a", result=1))
     with path.open("ab") as stream:
         stream.write(b"garbage\n")
-    with Log(path) as log, pytest.raises(InputError, match="line 3 is no JSON"):
+    with SweepLog(path) as log, pytest.raises(InputError, match="line 3 is no JSON"):
         list(log)
 
 
 def test_a_folder_is_no_log(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be written"):
-        Log(tmp_path)
+        SweepLog(tmp_path)
 
 
 def test_parquet_has_a_row_for_each_row_of_each_record(tmp_path: Path) -> None:

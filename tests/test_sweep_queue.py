@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cp_debug.errors import BackendUnavailable, InputError, MissingPackage
-from cp_debug.sweep.log import Log
+from cp_debug.sweep.log import SweepLog
 from cp_debug.sweep.queue import Progress
 from cp_debug.sweep.run import Finished, run
 from cp_debug.sweep.tasks import Task
@@ -38,7 +38,7 @@ def grid(kind: str, count: int, **params: Any) -> list[Task]:
 
 def sweep(tasks: list[Task], path: Path, client: Client | None = None, **options: Any) -> Finished:
     """On the workers of ``client``, else on two of its own."""
-    with Log(path) as log:
+    with SweepLog(path) as log:
         finished = run(lambda: tasks, log, lambda gpu: nullcontext(client) if client else local_workers(2), **options)
         _whole(tasks, finished)
         return finished
@@ -178,7 +178,7 @@ def test_a_scheduler_with_its_own_number_of_tries(tmp_path: Path, cluster: Clust
         client.wait_for_workers(1)
     time.sleep(1)  # a nanny whose worker dies while it starts gives up
     tasks = grid("deadly", 8, folder=str(tmp_path), poison=[2])
-    with Log(tmp_path / "log.jsonl") as log:
+    with SweepLog(tmp_path / "log.jsonl") as log:
         finished = run(lambda: tasks, log, lambda gpu: remote_workers(cluster.address))
         _whole(tasks, finished)
         assert [f["params"]["i"] for f in finished.failures()] == [2]
@@ -193,7 +193,7 @@ def test_a_worker_killed_in_mid_task(tmp_path: Path, cluster: Cluster) -> None:
         wait_for((tmp_path / "4.pid").is_file)
         os.kill(int((tmp_path / "4.pid").read_text()), signal.SIGKILL)
 
-    with Log(tmp_path / "log.jsonl") as log, meanwhile(kill):
+    with SweepLog(tmp_path / "log.jsonl") as log, meanwhile(kill):
         finished = run(lambda: tasks, log, lambda gpu: remote_workers(cluster.address))
         _whole(tasks, finished)
         assert not finished.failures()
@@ -211,7 +211,7 @@ def test_a_scheduler_restarted_in_mid_sweep(tmp_path: Path, cluster: Cluster) ->
         cluster.start_scheduler(int(cluster.address.rpartition(":")[2]))
         cluster.start_worker()
 
-    with Log(tmp_path / "log.jsonl") as log, meanwhile(restart):
+    with SweepLog(tmp_path / "log.jsonl") as log, meanwhile(restart):
         finished = run(lambda: tasks, log, lambda gpu: remote_workers(cluster.address))
         _whole(tasks, finished)
         assert not finished.failures()
@@ -229,7 +229,7 @@ def test_a_scheduler_that_stays_away_and_the_same_command_again(
         wait_for((tmp_path / "3.pid").is_file)
         cluster.scheduler.kill()
 
-    with Log(path) as log, meanwhile(kill), dask.config.set({"distributed.comm.timeouts.connect": "1s"}):
+    with SweepLog(path) as log, meanwhile(kill), dask.config.set({"distributed.comm.timeouts.connect": "1s"}):
         with pytest.raises(ClusterLost, match="the same command goes on"):
             run(lambda: tasks, log, lambda gpu: remote_workers(cluster.address))
         done = sum("result" in record for record in log)
@@ -254,7 +254,7 @@ def test_interrupted_as_by_the_keyboard(tmp_path: Path, client: Client) -> None:
     said = process.communicate(timeout=30)[1].decode()
     assert "KeyboardInterrupt" in said
     tasks = grid("slow", 30, folder=str(tmp_path), seconds=0.2)
-    with Log(tmp_path / "log.jsonl") as log:
+    with SweepLog(tmp_path / "log.jsonl") as log:
         done = len(list(log))
     assert 0 < done < 30
     assert sweep(tasks, tmp_path / "log.jsonl", client).ran == 30 - done
@@ -274,7 +274,7 @@ def test_tasks_that_need_a_gpu_go_to_workers_that_have_one(tmp_path: Path, clust
         wait_for(lambda: True in waited)
         cluster.start_worker("--no-nanny", "--resources", "GPU=1", "--name", "gpu")
 
-    with Log(tmp_path / "log.jsonl") as log, meanwhile(add):
+    with SweepLog(tmp_path / "log.jsonl") as log, meanwhile(add):
         finished = run(lambda: tasks, log, lambda gpu: remote_workers(cluster.address), on_progress=look)
         _whole(tasks, finished)
         ran_by = {r["params"]["i"]: r["worker"] for r in finished.results()}
@@ -305,7 +305,7 @@ def test_workers_here_that_are_gone_are_not_waited_for(tmp_path: Path, monkeypat
     monkeypatch.setattr("cp_debug.sweep.queue.PATIENCE", 0.5)
     monkeypatch.setattr("cp_debug.sweep.queue._LOOK", 0.1)
     tasks = grid("slow", 8, folder=str(tmp_path), seconds=0.2)
-    with Log(tmp_path / "log.jsonl") as log, local_workers(1) as client:
+    with SweepLog(tmp_path / "log.jsonl") as log, local_workers(1) as client:
 
         def look(progress: Progress) -> None:
             if progress.done == 2 and client.cluster.workers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class Arithmetic:
     """Number of partial sums that share a tile's channels; a divisor of ``tile`` ÷ 16."""
 
     def held(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype that holds values which the graph declares as ``dtype``."""
+        """Dtype in which values are held that the graph declares as ``dtype``."""
         return self.dtype if dtype.is_floating_point and dtype != torch.float64 else dtype
 
     def hold(self, value: Any, device: torch.device | str) -> Any:
@@ -68,8 +69,32 @@ class Arithmetic:
         """``value`` as this arithmetic stores it between operations."""
         return self.value(value) if self.value is not None and isinstance(value, Tensor) else value
 
+    def round_constant(self, value: Any) -> Any:
+        """``value`` as a weight or another constant of the graph.
+
+        What is finite stays so: TensorRT's builder and the FP16 converters of ONNX Runtime and ModelOpt take the
+        closest finite number for one that is out of range, such as a mask of −3.4e38.
+        """
+        rounded = self.round(value)
+        if self.value is None or not isinstance(value, Tensor) or not value.is_floating_point():
+            return rounded
+        overflown = torch.isinf(rounded) & torch.isfinite(value)
+        if not bool(overflown.any()):
+            return rounded
+        return torch.where(overflown, torch.sign(value) * self.largest, rounded)
+
+    @property
+    def largest(self) -> float:
+        """The largest finite number that ``value`` keeps finite."""
+        numbers = [torch.finfo(kind).max for kind in (torch.float16, torch.bfloat16)]
+        kept = [n for n in numbers if self.value is None or math.isfinite(float(self.value(torch.tensor(n))))]
+        return max(kept)
+
     def operands(self, *values: Tensor) -> tuple[Tensor, ...]:
-        """The operands of a convolution or matrix product as the multiplier reads them."""
+        """The operands of a convolution or matrix product as the multiplier reads them.
+
+        Shapes and dtypes stay; the values are those that the operand's type can hold.
+        """
         if self.operand is None:
             return values
         first, *second_operands = values

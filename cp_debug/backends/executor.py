@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cp_debug.backends.arithmetic import FP32, Arithmetic
 from cp_debug.backends.base import Sink
-from cp_debug.backends.kernels import KERNELS, Call, Kernel
+from cp_debug.backends.kernels import KERNELS, Call, OperatorKernel
 from cp_debug.backends.reference import Reference
 from cp_debug.backends.schema_functions import function_body, is_defined
 from cp_debug.backends.weights import Weights
@@ -23,6 +23,7 @@ from cp_debug.errors import CpdebugError, InputError
 from cp_debug.graph.bodies import Body, run_loop, run_scan
 from cp_debug.graph.constants import constant
 from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.onnx_runtime import Endless
 
 MOVES = {
     "BitCast", "CenterCropPad", "Compress", "ConcatFromSequence", "Identity", "MaxUnpool", "Optional",
@@ -57,9 +58,9 @@ class NodeFailed(InputError):
 
 
 @dataclass(frozen=True)
-class _Step:
+class _ExecutionStep:
     call: Call
-    kernel: Kernel | None
+    kernel: OperatorKernel | None
     """None: a body, or else ONNX's reference implementation."""
     bodies: Mapping[str, Body]
     """Bodies by attribute name; a function's body under the empty name."""
@@ -102,7 +103,7 @@ class Executor:
         self._other_weights = {a: Weights(graph, a, self.device, weight_cache) for a in overrides.values()}
         self._reference = Reference(graph)
         self._functions = {(f.domain, f.name): f for f in graph.proto.functions}
-        self._steps: dict[Node, _Step] = {}
+        self._steps: dict[Node, _ExecutionStep] = {}
         self._place = ""
         self.decisions: dict[str, str | int] = {}
         """Decisions of the last run: path of a control flow node, as ``flatten`` writes it → branch that an If took, or
@@ -135,7 +136,9 @@ class Executor:
         """Run the whole graph; a value is freed after its last reader.
 
         ``sink`` is given every value that a node computes (or only ``probes``), in execution order. Returns the graph's
-        outputs by name. Raises InputError for a missing input, NodeFailed when an operator raises.
+        outputs by name. Inputs are in the dtypes that the graph declares; outputs in those in which the arithmetic
+        holds values.
+        Raises InputError for a missing input, NodeFailed when an operator raises.
         """
         missing = [v.name for v in self.graph.inputs if v.name not in inputs]
         if missing:
@@ -152,8 +155,9 @@ class Executor:
 
         A value that is both given and computed is read as given and returned as computed: each layer is replayed on the
         captured inputs of exactly that layer. ``values`` may load lazily; only what the nodes read is asked for, once.
-        Given values are rounded like graph inputs; one named like a weight takes its place. Raises InputError when a
-        value is neither given nor computed, NodeFailed when an operator raises.
+        Given values are rounded like graph inputs; one named like a weight takes its place. Results are tensors on the
+        executor's device, in the dtype in which its arithmetic holds them; shapes are those of the run.
+        Raises InputError when a value is neither given nor computed, NodeFailed when an operator raises.
         """
         with torch.no_grad():
             return self._execute(nodes, values, wanted, sink)
@@ -186,7 +190,9 @@ class Executor:
                     sink(name, value)
                 if name in wanted:
                     results[name] = value
-                constant_of_graph = node.op == "Constant" and self._weights.holds(name)  # may be wanted unrounded
+                constant_of_graph = (  # may be wanted unrounded
+                    node.op == "Constant" and self._weights.holds(name) and self.graph.producer.get(name) is node
+                )
                 if readers[name] and name not in given and not constant_of_graph:
                     live[name] = value
             outputs, value = [], None
@@ -211,6 +217,9 @@ class Executor:
             return self._computed(node, live, inputs)
         except NodeFailed:
             raise
+        except Endless as error:
+            place = f"{self.graph.path}: node {node.name!r} ({node.op}): "
+            raise Endless(f"{place}{str(error).removeprefix(f'{self.graph.path}: ')}") from error
         except Exception as error:
             given = f" on ({', '.join(_describe(i) for i in inputs)})" if inputs else ""
             raise NodeFailed(
@@ -234,7 +243,7 @@ class Executor:
         results = self._compute(step, inputs, values)
         return [arithmetic.round(r) for r in results] if step.kernel is None or step.kernel.rounds else results
 
-    def _compute(self, step: _Step, inputs: list[Any], values: Mapping[str, Any]) -> list[Any]:
+    def _compute(self, step: _ExecutionStep, inputs: list[Any], values: Mapping[str, Any]) -> list[Any]:
         node, place = step.call.node, self._place
         runs = itertools.count()
 
@@ -249,8 +258,11 @@ class Executor:
             local_values = body.constants | dict(zip(body.inputs, arguments, strict=False))
             for child in body.nodes:
                 self._step(child, body.opsets)
-            visible = ChainMap(local_values, dict(values))
-            produced = {o for child in body.nodes for o in child.outputs}.union(visible)
+            produced = {o for child in body.nodes for o in child.outputs}
+            # A function knows nothing of its caller's values; the bodies of If, Loop and Scan do.
+            outer = {} if body is step.bodies.get("") else {n: v for n, v in values.items() if n not in produced}
+            visible = ChainMap(local_values, outer)
+            produced |= visible.keys()
             # What ONNX defines by a function may leave out outputs that nobody asked for.
             results = self._execute(body.nodes, visible, [o for o in body.outputs if o in produced])
             return [results.get(o) for o in body.outputs]
@@ -281,7 +293,7 @@ class Executor:
             self.not_emulated[node.name] = node.op
         return outputs
 
-    def _by_definition(self, step: _Step, inputs: Sequence[Any]) -> Body | None:
+    def _by_definition(self, step: _ExecutionStep, inputs: Sequence[Any]) -> Body | None:
         """The function body that ONNX gives for the operator and these inputs, if it can be executed here."""
         node = step.call.node
         if any(isinstance(i, list) for i in inputs):
@@ -291,7 +303,7 @@ class Executor:
             step.definitions[key] = function_body(node, step.opsets, inputs, self.arithmetic.dtype)
         return step.definitions[key]
 
-    def _step(self, node: Node, opsets: Mapping[str, int]) -> _Step:
+    def _step(self, node: Node, opsets: Mapping[str, int]) -> _ExecutionStep:
         if (step := self._steps.get(node)) is None:
             try:
                 step = self._steps[node] = self._prepared(node, opsets)
@@ -303,7 +315,7 @@ class Executor:
                 ) from error
         return step
 
-    def _prepared(self, node: Node, opsets: Mapping[str, int]) -> _Step:
+    def _prepared(self, node: Node, opsets: Mapping[str, int]) -> _ExecutionStep:
         domain = "" if node.proto.domain == "ai.onnx" else node.proto.domain
         function = self._functions.get((node.proto.domain, node.proto.op_type))
         if function is not None:
@@ -313,7 +325,7 @@ class Executor:
             bodies = {a.name: Body.of_graph(a.g, opsets) for a in graphs}
         arithmetic = self._overrides.get(node.name, self.arithmetic)
         call = Call.of(node, opsets.get(domain, 1), arithmetic, self.device, self._literal)
-        return _Step(call, KERNELS.get(node.op), bodies, opsets)
+        return _ExecutionStep(call, KERNELS.get(node.op), bodies, opsets)
 
 
 def unsupported(graph: Graph) -> list[Node]:

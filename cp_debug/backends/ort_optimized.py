@@ -69,18 +69,19 @@ def build(
     """Make the program that ONNX Runtime has ``written`` observable under the names of the ``original`` graph.
 
     Names that ONNX Runtime changed are guessed from the nodes' names and verified: on ``inputs``, both programs must
-    give the same tensor. Without inputs no guess is used.
+    give the same tensor. Without inputs no guess is used. ``inputs``: name → array in the dtype and shape that the
+    graph declares.
     """
     bare = Graph(_readable(written))
     guessed = _guess_names(bare, original)
-    samples: dict[str, _Sample] = {}
+    samples: dict[str, _TensorSample] = {}
     verified: set[str] = set()
 
     def remember(name: str, tensor: Tensor) -> None:
-        samples[name] = _Sample.of(tensor)
+        samples[name] = _TensorSample.of(tensor)
 
     def verify(name: str, tensor: Tensor) -> None:
-        if samples[name].agrees(_Sample.of(tensor)):
+        if samples[name].agrees(_TensorSample.of(tensor)):
             verified.add(name)
 
     if guessed and inputs is not None:
@@ -121,10 +122,14 @@ def _readable(written: Path) -> Path:
 
 
 def replacements(program: OptimizedProgram, original: Graph) -> list[Replacement]:
-    """For each visible value, the nodes that compute it from the visible values before it, optimized and original."""
+    """For each visible value, the nodes that compute it from the visible values before it, optimized and original.
+
+    In the original's order: ONNX Runtime writes its nodes in another one each time.
+    """
     visible = {*program.exposed, *program.renamed.values()}
+    place = {value: i for i, value in enumerate(original.producer)}
     result = []
-    for value in program.exposed:
+    for value in sorted(program.exposed, key=lambda value: place.get(value, -1)):
         after, _ = program.graph.segment([program.renamed.get(value, value)], visible)
         before, _ = original.segment([value], program.exposed)
         result.append(
@@ -134,20 +139,20 @@ def replacements(program: OptimizedProgram, original: Graph) -> list[Replacement
 
 
 @dataclass(frozen=True)
-class _Sample:
+class _TensorSample:
     """Enough of a tensor to recognize it: its shape and up to ``_SAMPLE`` elements, evenly strided."""
 
     shape: tuple[int, ...]
     elements: np.ndarray
 
     @classmethod
-    def of(cls, tensor: Tensor) -> _Sample:
+    def of(cls, tensor: Tensor) -> _TensorSample:
         """The sample of a tensor."""
         array = as_numpy(tensor)
         flat = array.reshape(-1)
         return cls(array.shape, flat[:: max(1, flat.size // _SAMPLE)].astype(np.float64))
 
-    def agrees(self, other: _Sample) -> bool:
+    def agrees(self, other: _TensorSample) -> bool:
         """Whether two samples may be of one tensor, up to rounding."""
         if self.shape != other.shape:
             return False
@@ -212,7 +217,7 @@ def _after_fusion(value: str | None, node: Node, original: Graph) -> str | None:
     return value
 
 
-def _with_side_branches(bare: Graph, names: Mapping[str, str], samples: Mapping[str, _Sample]) -> Graph:
+def _with_side_branches(bare: Graph, names: Mapping[str, str], samples: Mapping[str, _TensorSample]) -> Graph:
     """The graph with a node behind each of ``names`` that makes the value readable under its original name."""
     blocked = _blocked_values(bare)
 

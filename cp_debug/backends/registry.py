@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from importlib.util import find_spec
 from typing import Any
 
 from cp_debug import plugins
 from cp_debug.backends.base import Backend
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import InputError
+from cp_debug.optional import require
 
 _FIELDS = ("spec", "precision", "device", "emulated", "open", "versions")
 """Attributes that a ``Backend`` has."""
@@ -35,6 +38,21 @@ def create(spec: BackendSpec, **options: Any) -> Backend:
 
         return TensorRTBackend(spec, **options)
     return _from_plugin(spec, options)
+
+
+def check_installed(specs: Iterable[BackendSpec], trt_python: str | None = None) -> None:
+    """Whether the runtimes of some specs are there, as far as that can be told without importing them or torch.
+
+    ``trt_python``: the interpreter that a command line names for TensorRT. Raises BackendUnavailable or MissingPackage
+    for the first one that is missing; whether what is there works, ``create`` finds out.
+    """
+    for spec in specs:
+        if spec.family == "ort" and find_spec("onnxruntime") is None:
+            require("onnxruntime", "cpu")
+        if spec.family == "trt":
+            from cp_debug.backends.tensorrt.client import check_named
+
+            check_named(trt_python, str(spec))
 
 
 def _from_plugin(spec: BackendSpec, options: dict[str, Any]) -> Backend:

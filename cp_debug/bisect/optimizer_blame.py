@@ -7,9 +7,9 @@ unoptimized program, and as many as possible are enabled again.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from cp_debug.backends.base import Program
@@ -21,7 +21,7 @@ from cp_debug.bisect.observe import gap
 from cp_debug.minimize import Minimizer
 from cp_debug.programs.walk import walk
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
-from cp_debug.serialize import decode
+from cp_debug.serialize import JsonForm
 
 REST = 0.01
 """Share of the whole difference that may remain when the responsible optimizers are disabled: their fellows round, too,
@@ -48,16 +48,16 @@ class Culprit:
 
 
 @dataclass(frozen=True)
-class OptimizerBlame:
+class OptimizerBlame(JsonForm):
     """Effect of the optimizer on the final outputs; relative L2 against the unoptimized program."""
 
     level: str | None
     """The first level at which they differ by more than the noise floor; None: at none up to the backend's."""
-    difference_with: float
+    difference_with: float = field(metadata={"key": "difference.with"})
     """Difference with all optimizers enabled."""
-    difference_without: float
+    difference_without: float = field(metadata={"key": "difference.without"})
     """Difference with the responsible ones disabled."""
-    responsible: list[Culprit] = field(default_factory=list)
+    responsible: list[Culprit] = field(default_factory=list, metadata={"key": "culprits"})
     """The smallest set found: disabling fewer leaves a difference. Empty where disabling does not help."""
     active: list[str] = field(default_factory=list)
     """The optimizers that changed the graph."""
@@ -69,26 +69,9 @@ class OptimizerBlame:
         """The original nodes that the responsible optimizers rewrote."""
         return list(dict.fromkeys(n for c in self.responsible for r in c.rewrites for n in r.original))
 
-    def to_dict(self) -> dict[str, Any]:
-        """The ``knobs`` field of the JSON schema."""
-        return {
-            "responsible": [culprit.optimizer for culprit in self.responsible],
-            "nodes": self.nodes,
-            "runs": self.runs,
-            "difference": {"with": self.difference_with, "without": self.difference_without},
-            "level": self.level,
-            "active": self.active,
-            "culprits": [asdict(culprit) for culprit in self.responsible],
-        }
-
-    @classmethod
-    def from_dict(cls, document: Mapping[str, Any], source: str, path: str) -> OptimizerBlame:
-        """The object that ``to_dict`` wrote. Raises InputError that names ``source`` and the field below ``path``."""
-        difference = document.get("difference")
-        sides = difference if isinstance(difference, dict) else {}
-        fields = {key: document[key] for key in ("level", "active", "runs") if key in document}
-        differences = {f"difference_{side}": sides[side] for side in ("with", "without") if side in sides}
-        return decode(cls, fields | differences | {"responsible": document.get("culprits", [])}, source, path)
+    def derived(self) -> dict[str, Any]:
+        """The optimizers by name, and the nodes that they rewrote."""
+        return {"responsible": [culprit.optimizer for culprit in self.responsible], "nodes": self.nodes}
 
 
 def blame_optimizers(
@@ -99,10 +82,10 @@ def blame_optimizers(
     Without a difference above ``noise_floor`` nothing is searched. What remains afterwards is at most the noise floor,
     or ``REST`` of the whole difference; bit-equal outputs count as 0. Raises InputError when the model fails.
     """
-    return _Search(model, programs, backend, sample, noise_floor).run()
+    return _OptimizerSearch(model, programs, backend, sample, noise_floor).run()
 
 
-class _Search:
+class _OptimizerSearch:
     def __init__(
         self, model: Model, programs: Sequence[Program], backend: OrtBackend, sample: Sample, noise_floor: float
     ) -> None:

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cp_debug.backends.base import RunRecord
+from cp_debug.bisect.finding import Finding
 from cp_debug.bisect.observe import Observation
+from cp_debug.bisect.optimizer_blame import OptimizerBlame
 from cp_debug.bisect.regions.region import Region
 from cp_debug.bisect.replayed import EXCESS, Replay
-from cp_debug.bisect.strange_numbers import born, outputs_say, undecided
+from cp_debug.bisect.strange_numbers import nonfinite_origins, outputs_say, undecided
+from cp_debug.detection.detection_change import DetectionChange
 from cp_debug.display import notebook, plain, terminal, write_page
 from cp_debug.probes.statistics import TensorStats
 from cp_debug.safe_text import one_line
-from cp_debug.serialize import encode, json_safe
+from cp_debug.serialize import BadField, JsonForm, encode, part
 
 if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console, ConsoleOptions, RenderResult
 
-    from cp_debug.bisect.causes.finding import Finding
-    from cp_debug.bisect.optimizer_blame import OptimizerBlame
-    from cp_debug.detection.detection_change import DetectionChange
 
 SCHEMA = "cpdebug.bisect/1"
 
@@ -46,7 +46,7 @@ class LayerRow:
     verdict: str
     within: bool = field(metadata={"key": "within_tolerance"})
     """Whether max |Δ| is within the tolerance."""
-    replay: Replay | None = field(default=None, metadata={"inline": True})
+    replay: Replay | None = field(default=None, metadata={"inline": True, "absent": Replay(skipped="not replayed")})
     why: str = ""
     """Reason why the layer is guilty, or of another shape, in words."""
     side: str = "test"
@@ -77,17 +77,16 @@ class LayerRow:
 
         ``json`` False leaves them numbers.
         """
-        row = replace(self, replay=self.replay or Replay(skipped="not replayed"))
-        region = {"region": self.region.to_dict()} if self.region else {}  # with its label
-        return encode(row, json=json) | {"shape_mismatch": self.stats.shape_mismatch} | region
+        document: dict[str, Any] = encode(self, json=json)
+        return document
 
 
 @dataclass
-class StageRow:
+class StageRow(JsonForm):
     """A stage, seen at its last tensor."""
 
-    name: str
-    layer: LayerRow
+    name: str = field(metadata={"key": "stage"})
+    layer: LayerRow = field(metadata={"written": False})
     guilty: list[str] = field(default_factory=list)
     """The guilty layers that the stage holds, by name."""
 
@@ -104,16 +103,15 @@ class StageRow:
     def __post_init__(self) -> None:
         self.name = one_line(self.name)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Name, the figures of the stage's last tensor, and the verdict on the stage with its guilty layers."""
-        row = self.layer.to_dict()
-        keys = ("component", "onnx", "shape", "max_abs", "mean_abs", "rel_l2", "cosine")
-        figures = {k: row[k] for k in keys}
-        return {"stage": self.name, "layer": row["name"], **figures, "verdict": self.verdict, "guilty": self.guilty}
+    def derived(self) -> dict[str, Any]:
+        """The verdict, and the name, place and figures of the stage's last tensor."""
+        row = self.layer
+        figures = {key: getattr(row.stats, key) for key in ("shape", "max_abs", "mean_abs", "rel_l2", "cosine")}
+        return {"layer": row.name, "component": row.component, "onnx": row.onnx, **figures, "verdict": self.verdict}
 
 
 @dataclass
-class Remainder:
+class Remainder(JsonForm):
     """Divergence of outputs that no layer is guilty of; relative L2 of the worst final output."""
 
     divergence: float
@@ -121,6 +119,10 @@ class Remainder:
     """Divergence of the emulated precision on the same inputs; None where it is the test, or cannot be emulated."""
     not_replayed: dict[str, str] = field(default_factory=dict)
     """Node → reason why it was not replayed, or why nobody knows what it may introduce."""
+
+    def derived(self) -> dict[str, Any]:
+        """Whether rounding adds up to it."""
+        return {"adds_up": self.adds_up}
 
     @property
     def adds_up(self) -> bool:
@@ -138,33 +140,34 @@ class Remainder:
 
 
 @dataclass
-class TestResult:
+class TestResult(JsonForm):
     """One test backend against the reference."""
 
     __test__ = False  # not a test, whatever its name tells pytest
 
-    backend: RunRecord
-    rows: list[LayerRow]
+    backend: RunRecord = field(metadata={"written": False})
+    """The file has it among the ``backends`` of the whole result."""
+    rows: list[LayerRow] = field(metadata={"key": "layers"})
     stages: list[StageRow]
     outputs: list[LayerRow]
-    compared: int
+    compared: int = field(metadata={"key": "alignment.aligned"})
     """Number of values compared, of ``total`` that the reference's deployed graph computes."""
-    total: int
-    rtol: float
-    atol: float
+    total: int = field(metadata={"key": "alignment.total"})
+    rtol: float = field(metadata={"key": "tolerance.rtol"})
+    atol: float = field(metadata={"key": "tolerance.atol"})
     oracle: str | None
-    observation: Observation | None = None
+    observation: Observation | None = field(default=None, metadata={"inline": True})
     notes: list[str] = field(default_factory=list)
     """Remarks that a reader must know: settings that do not match, layers nobody could replay, probes that lie."""
     findings: list[Finding] = field(default_factory=list)
     """Causes with their evidence, on the worst sample: the largest effect first."""
-    programs: dict[str, str] = field(default_factory=dict)
+    programs: dict[str, str] = field(default_factory=dict, metadata={"key": "test_programs"})
     """Component → the graph that this backend ran, as ``BisectResult.programs``."""
     detections: DetectionChange | None = None
     """Change of the detections, over all samples; None where the model has none."""
     optimizer_blame: OptimizerBlame | None = field(default=None, metadata={"key": "knobs"})
     """Differences that ONNX Runtime's optimizer is responsible for, where it was asked."""
-    expected_outputs: list[str] = field(default_factory=list)
+    expected_outputs: list[str] = field(default_factory=list, metadata={"key": "compared.outputs_expected"})
     """The final outputs of the reference; ``outputs`` are those that were compared."""
     pairing: dict[str, Any] = field(default_factory=dict)
     """Component → how its values were paired with the reference's, where the test runs another graph."""
@@ -200,15 +203,21 @@ class TestResult:
     @property
     def agrees(self) -> bool:
         """No guilty layer, and every final output that was compared within the tolerance; never without one, nor where
-        an output is NaN: two of them are equal, and nothing is known."""
+        an output holds NaN or Inf: two of them are equal, and nothing is known."""
         decided = bool(self.outputs) and not any(map(undecided, self.outputs))
         return decided and not self.guilty and all(row.within for row in self.outputs)
+
+    @property
+    def undecided(self) -> bool:
+        """Whether NaN or Inf in a final output is all that keeps the test from agreeing."""
+        within = not self.guilty and all(row.within for row in self.outputs)
+        return within and any(map(undecided, self.outputs))
 
     @property
     def not_finite(self) -> str:
         """The final outputs that hold NaN or Inf on a side, and where these are born; empty where all are finite."""
         sentence = outputs_say(self.outputs)
-        return "; ".join([sentence, *born(self.rows)]) if sentence else ""
+        return "; ".join([sentence, *nonfinite_origins(self.rows)]) if sentence else ""
 
     @property
     def layers(self) -> pd.DataFrame:
@@ -217,58 +226,61 @@ class TestResult:
 
         return pd.DataFrame([row.to_dict(json=False) for row in self.rows])
 
-    def to_dict(self) -> dict[str, Any]:
-        """The block of the JSON schema."""
-        first, observed = self.first_divergent, self.observation
+    def derived(self) -> dict[str, Any]:
+        """The backend's spec, verdicts, and the rows that they are about, by name."""
+        first, beyond = self.first_divergent, self.first_beyond
         return {
             "backend": self.backend.spec,
-            "alignment": {"aligned": self.compared, "total": self.total},
-            "compared": {
-                "says": self.coverage,
-                "outputs": len(self.outputs),
-                "outputs_expected": self.expected_outputs,
-                "values": self.compared,
-                "values_expected": self.total,
-            },
-            "pairing": self.pairing,
-            "tolerance": json_safe({"rtol": self.rtol, "atol": self.atol}),
-            "stages": [stage.to_dict() for stage in self.stages],
-            "layers": [row.to_dict() for row in self.rows],
-            "outputs": [row.to_dict() for row in self.outputs],
+            "compared.says": self.coverage,
+            "compared.outputs": len(self.outputs),
+            "compared.values": self.compared,
+            "compared.values_expected": self.total,
             "first_divergent": first.name if first else None,
-            "first_beyond_tolerance": self.first_beyond.name if self.first_beyond else None,
+            "first_beyond_tolerance": beyond.name if beyond else None,
             "guilty": [row.name for row in self.guilty],
-            "oracle": self.oracle,
-            "noise_floor": observed.noise_floor if observed else None,
-            "observer_gap": observed.observer_gap if observed else None,
-            "first_unsteady": observed.first_unsteady if observed else None,
-            "repeats": observed.repeats if observed else None,
-            "runs": observed.runs if observed else None,
             "agrees": self.agrees,
             "not_finite": self.not_finite,
-            "notes": self.notes,
-            "test_programs": self.programs,
-            "findings": encode(self.findings),
-            "detections": encode(self.detections),
-            "knobs": json_safe(self.optimizer_blame.to_dict()) if self.optimizer_blame else None,
-            "remainder": encode(self.remainder) | {"adds_up": self.remainder.adds_up} if self.remainder else None,
         }
+
+    @classmethod
+    def fields_from(cls, document: dict[str, Any]) -> dict[str, Any]:
+        """The block with its stages and outputs as rows of the layers, where these stand in full.
+
+        Raises BadField for a row that is none of the layers.
+        """
+        rows = part(list[LayerRow], document, "layers")
+        by_place = {(row.component, row.onnx): row for row in rows}
+
+        def listed(key: str) -> Iterator[tuple[dict[str, Any], LayerRow]]:
+            for i, item in enumerate(part(list[dict[str, Any]], document, key)):
+                row = by_place.get((str(item.get("component")), str(item.get("onnx"))))
+                if row is None:
+                    raise BadField(f"{key}[{i}].onnx", f"{item.get('onnx')!r}, which is none of the layers")
+                yield item, row
+
+        stages = [item | {"layer": row} for item, row in listed("stages")]
+        return document | {"layers": rows, "stages": stages, "outputs": [row for _, row in listed("outputs")]}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The block of the JSON schema."""
+        document: dict[str, Any] = encode(self)
+        return document
 
 
 @dataclass
-class BisectResult:
+class BisectResult(JsonForm):
     """The reference against every test backend. Shows itself in a rich console."""
 
     model: str
-    reference: RunRecord
+    reference: RunRecord = field(metadata={"written": False})
     tests: list[TestResult]
     samples: list[str]
     """Source of each sample."""
-    coverage: dict[str, Any]
+    coverage: dict[str, Any] = field(default_factory=dict)
     """Alignment of torch and ONNX: values and leaf modules accounted for, modules that folding absorbed."""
     programs: dict[str, str] = field(default_factory=dict)
     """Component → its deployed graph: an ONNX file, relative to the saved folder where it lies there."""
-    reference_observation: Observation | None = None
+    reference_observation: Observation | None = field(default=None, metadata={"absent": {}})
     """The reference against itself, on the first sample."""
     command: str = ""
     weights: dict[str, Any] = field(default_factory=dict)
@@ -289,22 +301,30 @@ class BisectResult:
         """Whether every test backend agrees with the reference."""
         return all(test.agrees for test in self.tests)
 
+    def derived(self) -> dict[str, Any]:
+        """The schema, and the run records of all backends, the reference first."""
+        return {"schema": SCHEMA, "backends": [self.reference, *(test.backend for test in self.tests)]}
+
+    @classmethod
+    def fields_from(cls, document: dict[str, Any]) -> dict[str, Any]:
+        """The document with every record at its test, and with the programs of files that do not name each test's.
+
+        Raises BadField for another schema, and for records that do not match the tests.
+        """
+        if (schema := part(str, document, "schema")) != SCHEMA:
+            raise BadField("schema", f"{schema!r}; this version reads {SCHEMA!r}")
+        records = part(list[RunRecord], document, "backends")
+        blocks = part(list[dict[str, Any]], document, "tests")
+        if not blocks or len(records) != len(blocks) + 1:
+            raise BadField("tests", f"{len(blocks)} entries; expected one for each backend after the reference")
+        shared = {"test_programs": document.get("test_programs", {})}
+        tests = [shared | block | {"backend": record} for block, record in zip(blocks, records[1:], strict=True)]
+        return document | {"reference": records[0], "tests": tests}
+
     def to_dict(self) -> dict[str, Any]:
         """The whole result, JSON-safe. The first test backend's block also lies at the top level."""
-        blocks = [test.to_dict() for test in self.tests]
-        return {
-            "schema": SCHEMA,
-            "model": self.model,
-            "command": self.command,
-            "backends": [encode(r) for r in (self.reference, *(t.backend for t in self.tests))],
-            "samples": self.samples,
-            "coverage": self.coverage,
-            "reference_observation": encode(self.reference_observation) if self.reference_observation else {},
-            "programs": self.programs,
-            "weights": json_safe(self.weights),
-            **blocks[0],
-            "tests": blocks,
-        }
+        document: dict[str, Any] = encode(self)
+        return document["tests"][0] | document
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield from terminal(self, BisectResult)

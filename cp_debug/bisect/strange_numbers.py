@@ -8,7 +8,7 @@ from typing import Protocol
 from cp_debug.probes.statistics import TensorStats
 
 
-class Row(Protocol):
+class ComparedRow(Protocol):
     """Part of a result's row that is read here."""
 
     index: int
@@ -22,7 +22,7 @@ KINDS = ("nan", "inf")
 _WRITTEN = {"nan": "NaN", "inf": "Inf"}
 
 
-def count(row: Row, kind: str, side: str) -> int:
+def count(row: ComparedRow, kind: str, side: str) -> int:
     """Number of elements that are NaN (``nan``) or Inf (``inf``) on the ``reference`` or the ``test`` side."""
     stats = row.stats
     counts = {
@@ -34,14 +34,12 @@ def count(row: Row, kind: str, side: str) -> int:
     return counts[kind, side]
 
 
-def undecided(row: Row) -> bool:
-    """Whether nothing can be said of an output although both sides agree: NaN on a side, or no finite element."""
-    if any(count(row, "nan", side) for side in SIDES):
-        return True
-    return bool(row.stats.count) and row.stats.inf_ref == row.stats.count
+def undecided(row: ComparedRow) -> bool:
+    """Whether nothing can be said of an output although both sides agree: it holds NaN or Inf on a side."""
+    return any(count(row, kind, side) for kind in KINDS for side in SIDES)
 
 
-def born(rows: Sequence[Row]) -> Iterator[str]:
+def nonfinite_origins(rows: Sequence[ComparedRow]) -> Iterator[str]:
     """A phrase for each kind and side, equal ones together: the first value, in execution order, that holds any."""
     for kind in KINDS:
         places: dict[str, list[str]] = {}
@@ -56,7 +54,7 @@ def born(rows: Sequence[Row]) -> Iterator[str]:
             yield f"{_WRITTEN[kind]} {place} {on}"
 
 
-def outputs_say(outputs: Sequence[Row]) -> str:
+def outputs_say(outputs: Sequence[ComparedRow]) -> str:
     """The outputs that hold NaN or Inf, the worst first; empty where all are finite."""
     strange = [(sum(count(row, k, side) for k in KINDS for side in SIDES), row) for row in outputs]
     ranked = sorted((item for item in strange if item[0]), key=lambda item: -item[0])
@@ -68,5 +66,5 @@ def outputs_say(outputs: Sequence[Row]) -> str:
     return f"output {row.name} is not finite ({'; '.join(sides)}; of {row.stats.count} elements){more}"
 
 
-def _held(row: Row, side: str) -> list[str]:
+def _held(row: ComparedRow, side: str) -> list[str]:
     return [f"{number} {_WRITTEN[kind]}" for kind in KINDS if (number := count(row, kind, side))]

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from cp_debug.cli import tensorrt
+from cp_debug.cli.given import check_given, check_installed
 from cp_debug.cli.typed import refuse
 
 
@@ -46,6 +47,12 @@ def build(
     from tempfile import TemporaryDirectory
 
     from cp_debug.cli.console import console, steps
+    from cp_debug.deploy.schema import SUFFIXES, VARIANTS
+
+    if not model.endswith(SUFFIXES):  # a configuration may name another interpreter
+        check_given(model, checkpoint=checkpoint)
+        policy = precision.value if precision else "auto"
+        check_installed(f"trt-{VARIANTS.get(policy, policy)}", trt_python=trt_python)
     from cp_debug.deploy.config import override
     from cp_debug.deploy.engines import build_engines
     from cp_debug.deploy.stages import Deployment, configured
@@ -72,8 +79,8 @@ def build(
         options |= tensorrt.calibration_data(config.model, config.checkpoint, trt_calibrator, trt_calib_data, stack)
         deployment = Deployment(config, source, on_step, **options)
         backend = deployment.backend(config.engine_backend)  # before the export: it may be missing here
-        if onnx_dir is None and not deployment.onnx_dir.is_dir():
-            deployment.export()
+        if onnx_dir is None:
+            deployment.ensure_files()
         built = build_engines(deployment.programs(onnx_dir), backend, output, deployment.engine_files, on_step)
     for engine in built:
         console.print(

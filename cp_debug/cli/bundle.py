@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from cp_debug.cli.given import check_saved
+
 
 def bundle(
     result: Annotated[Path, typer.Argument(help="The folder that `cpdebug bisect --save` wrote.")],
@@ -22,6 +24,8 @@ def bundle(
 ) -> None:
     """Cut out the guilty layer with its captured inputs, make it as small as it gets, and prove that it still fails."""
     from cp_debug.cli.console import console, steps
+
+    check_saved(result)
     from cp_debug.reports.bundle.make import bundle as make
     from cp_debug.reports.saved import SavedResult
 

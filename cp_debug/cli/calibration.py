@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from cp_debug.backends.spec import BackendSpec
     from cp_debug.quantization.quantized_programs import Calibration
+    from cp_debug.recipes.input_files import Reading
 
 PANEL = "INT8, where the model is not quantized"
 
@@ -36,7 +37,7 @@ def own_scales(specs: Sequence[BackendSpec], model: str, checkpoint: Path | None
 
     ``specs``: the reference first. Raises InputError for an ONNX file that cannot be read.
     """
-    if not typed(f.name for f in fields(Flags)):
+    if not typed(f.name for f in fields(CalibrationFlags)):
         return ""
     reference = _scaled(model, checkpoint)
     sources = [reference, *[reference if test_model is None else _scaled(str(test_model), None)] * (len(specs) - 1)]
@@ -47,20 +48,23 @@ def own_scales(specs: Sequence[BackendSpec], model: str, checkpoint: Path | None
 def _scaled(model: str, checkpoint: Path | None) -> str:
     """The file with scales that a model has: a checkpoint of ``cpdebug quantize``, or a graph with Q/DQ pairs."""
     from cp_debug.graph.graph import Graph
-    from cp_debug.quantization.checkpoint import file_of, is_ptq_checkpoint
 
     if checkpoint is not None:
+        from cp_debug.quantization.checkpoint import file_of, is_ptq_checkpoint
+
         return str(checkpoint) if is_ptq_checkpoint(file_of(checkpoint)) else ""
     path = Path(model)
     files = sorted(path.glob("*.onnx")) if path.is_dir() else [path] if path.suffix == ".onnx" else []
     return next((str(file) for file in files if Graph(file).precision == "int8"), "")
 
 
-def check_calibration(model: str, data: Path | None, samples: int, flag: str = "--calib-samples") -> None:
+def check_calibration(
+    model: str, data: Path | None, samples: int, flag: str = "--calib-samples", reading: Reading | None = None
+) -> None:
     """Read what is calibrated on, before anything slow. Raises InputError for a file that cannot be used."""
     check_made_up(samples, data, flag=flag, given_by="--calib-data")
     if data is not None:
-        check_given(model, inputs=data, samples=samples, flag="--calib-data")
+        check_given(model, inputs=data, samples=samples, flag="--calib-data", reading=reading)
 
 
 Data = Annotated[
@@ -77,7 +81,7 @@ SkipLayers = Annotated[
 
 
 @dataclass(frozen=True)
-class Flags:
+class CalibrationFlags:
     """All options about calibration."""
 
     calib_data: Data = None

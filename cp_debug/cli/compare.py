@@ -24,12 +24,12 @@ def compare(
     csv: Annotated[Path | None, typer.Option(help="Write the table as CSV.")] = None,
 ) -> None:
     """Compare two captures tensor by tensor."""
-    from cp_debug.bisect.recording import compare_captures
-    from cp_debug.cli.console import show
     from cp_debug.probes.capture import Capture
 
-    result = compare_captures(
-        Capture.open(reference), Capture.open(test), rtol=rtol, atol=atol, force=force, maps=maps or ()
-    )
+    captures = Capture.open(reference), Capture.open(test)
+    from cp_debug.bisect.recording import compare_captures
+    from cp_debug.cli.console import show
+
+    result = compare_captures(*captures, rtol=rtol, atol=atol, force=force, maps=maps or ())
     show(result, json=json, csv=csv, show_all=show_all)
     raise typer.Exit(0 if result.agrees else 1)

@@ -45,8 +45,8 @@ def evaluate(
     csv: Annotated[Path | None, typer.Option(help="Write the figures of every backend and class as CSV.")] = None,
     predictions: Annotated[Path | None, typer.Option(help="Write every detection, as .npz.")] = None,
     *,
-    int8: calibration.Flags,
-    engines: tensorrt.Flags,
+    int8: calibration.CalibrationFlags,
+    engines: tensorrt.TensorRTFlags,
 ) -> None:
     """Score backends on a data set: mAP, NDS and errors as nuScenes defines them, AP by overlap, with intervals.
 
@@ -65,6 +65,7 @@ def evaluate(
     check_made_up(samples, data, given_by="--data")
     read = DataOptions(data_root, sweeps, skip_missing)
     check_given(model, inputs=data, samples=samples, checkpoint=checkpoint, options=read, truth=True, flag="--data")
+    engines.check_installed(specs)
     calibration.check_calibration(model, int8.calib_data, int8.calib_samples)
     from cp_debug.detection.evaluate import as_detector
     from cp_debug.detection.evaluate import evaluate as run

@@ -9,6 +9,7 @@ import typer
 
 from cp_debug.cli.bisect import Exporter
 from cp_debug.cli.flags import LAST_SEED
+from cp_debug.cli.given import check_given
 
 
 def export(
@@ -32,6 +33,8 @@ def export(
 ) -> None:
     """Export every component with free axes, align it with its module, check it on two inputs of different sizes."""
     from cp_debug.cli.console import console, steps
+
+    check_given(model, inputs=inputs, checkpoint=checkpoint)
     from cp_debug.deploy.exporting import ExportOptions, export_model
     from cp_debug.deploy.quantizing import export_quantized
     from cp_debug.deploy.stages import turn_outputs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from cp_debug.deploy.schema import DeployConfig
     from cp_debug.graph.graph import Graph, ValueInfo
     from cp_debug.recipes.data.base import DataOptions
+    from cp_debug.recipes.input_files import Reading
 
 
 def check_given(
@@ -24,12 +26,17 @@ def check_given(
     options: DataOptions | None = None,
     truth: bool = False,
     flag: str = "--inputs",
+    reading: Reading | None = None,
 ) -> None:
     """Read a model's files as far as that needs no torch: the graph, the weights' file, the first ``samples`` inputs.
 
     ``truth``: whether every sample must have ground truth. Raises InputError for the first file that cannot be used;
-    where it is one of the inputs, starting with ``flag``, which named them.
+    where it is one of the inputs, starting with ``flag``, which named them; and for a text that names no model.
     """
+    from cp_debug.recipes.registry import kind_of
+
+    if kind_of(model) == "callable":
+        _check_source(model.rpartition(":")[0])
     if checkpoint is not None and not checkpoint.is_dir():
         check_file(checkpoint, "checkpoint")
     opened: list[Graph] = []
@@ -43,9 +50,38 @@ def check_given(
     if inputs is None:
         return
     try:
-        _check_inputs(model, opened[0].inputs if opened else [], inputs, samples, options, truth)
+        _check_inputs(model, opened[0].inputs if opened else [], inputs, samples, options, truth, reading)
     except InputError as error:
         raise InputError(f"{flag}: {str(error).removeprefix('--inputs: ')}") from None
+
+
+def check_installed(*backends: str, trt_python: str | None = None) -> None:
+    """Raise BackendUnavailable or MissingPackage for a runtime that is not there, before torch is imported."""
+    from cp_debug.backends.registry import check_installed
+    from cp_debug.backends.spec import BackendSpec
+
+    check_installed(map(BackendSpec.parse, backends), trt_python)
+
+
+def check_saved(path: Path) -> None:
+    """Raise InputError for what is no saved result at all: no such file, or one that holds no JSON."""
+    from cp_debug.reading import read_json
+
+    file = path / "result.json" if path.is_dir() else path
+    if not file.exists():
+        raise InputError(f"{file}: no such file; expected what `cpdebug bisect --save FOLDER` writes")
+    read_json(file, what="saved result")
+
+
+def _check_source(source: str) -> None:
+    """Raise InputError where the file or module of ``source:callable`` is not there. Nothing of it is run."""
+    if source.endswith(".py"):
+        if not Path(source).is_file():
+            raise InputError(f"MODEL: no such file {source}")
+        return
+    top = source.partition(".")[0]
+    if not (Path(top).is_dir() or Path(f"{top}.py").is_file() or find_spec(top)):
+        raise InputError(f"MODEL: cannot import {source}: there is no module {top!r} here")
 
 
 def _check_inputs(
@@ -55,14 +91,15 @@ def _check_inputs(
     samples: int,
     options: DataOptions | None,
     truth: bool,
+    reading: Reading | None,
 ) -> None:
     from cp_debug.recipes.registry import kind_of
 
     kind = kind_of(model)
     if kind == "onnx" and not truth:
-        from cp_debug.recipes.npz import npz_samples
+        from cp_debug.recipes.input_files import DEFAULT_READING, file_samples
 
-        for _ in npz_samples(inputs, expected, samples):
+        for _ in file_samples(inputs, expected, samples, reading or DEFAULT_READING):
             pass
     elif kind == "centerpoint":
         _check_clouds(model.partition(":")[2] or "tiny", inputs, samples, options, truth)
@@ -98,12 +135,31 @@ def _check_files(path: Path, count: int) -> None:
             read_npz(file)
 
 
-def check_configured(config: DeployConfig, samples: int, *, truth: bool = False, flag: str = "--inputs") -> None:
+def check_configured(
+    config: DeployConfig,
+    samples: int,
+    *,
+    test_model: Path | None = None,
+    truth: bool = False,
+    flag: str = "--inputs",
+    reading: Reading | None = None,
+) -> None:
     """``check_given`` for what a deployment's configuration names. The checkpoint has its own check."""
     from cp_debug.recipes.data.base import DataOptions
 
     data = config.data
+    if config.model is not None and data.path is None and (test_model is not None or config.model.endswith(".onnx")):
+        check_given(config.model, test_model=test_model)
     if config.model is not None and data.path is not None:
         options = DataOptions(data.root, data.sweeps, data.skip_missing)
         count = data.first + samples
-        check_given(config.model, inputs=data.path, samples=count, options=options, truth=truth, flag=flag)
+        check_given(
+            config.model,
+            inputs=data.path,
+            samples=count,
+            test_model=test_model,
+            options=options,
+            truth=truth,
+            flag=flag,
+            reading=reading,
+        )

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from cp_debug.cli.given import check_saved
+
 
 class Format(str, Enum):
     """Formats of a report."""
@@ -33,6 +35,8 @@ def report(
     """Show a saved result: one HTML page, Markdown, CI annotations, tables, or an annotated ONNX file."""
     from cp_debug.cli.console import console
     from cp_debug.files import write_text
+
+    check_saved(result)
     from cp_debug.reports.files import write_csv, write_parquet
     from cp_debug.reports.saved import SavedResult
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from cp_debug.sweep.grid import Grid
     from cp_debug.sweep.log import Flatten, Record
-    from cp_debug.sweep.result import Group
+    from cp_debug.sweep.result import ResultGroup
     from cp_debug.sweep.tasks import Task
 
 app = typer.Typer(
@@ -86,14 +86,14 @@ class Desk:
         self,
         kind: str,
         tasks: Callable[[], Iterable[Task]],
-        merge: Callable[[Iterable[Record]], Sequence[Group]],
+        merge: Callable[[Iterable[Record]], Sequence[ResultGroup]],
         flat: tuple[Flatten, Mapping[str, type]],
     ) -> None:
         """Run what is left, merge what there is, show it, and exit. ``flat``: how records become rows of a table."""
         from cp_debug.cli.console import command_line, show_document
         from cp_debug.cli.sweep_view import view
         from cp_debug.reports.sweep import render, write_csv, write_page
-        from cp_debug.sweep.log import Log, write_parquet
+        from cp_debug.sweep.log import SweepLog, write_parquet
         from cp_debug.sweep.result import SweepResult
         from cp_debug.sweep.run import run
         from cp_debug.sweep.workers import local_workers, remote_workers
@@ -109,7 +109,7 @@ class Desk:
         target = self.log or (self.output / "log.jsonl" if self.output else Path("sweep.jsonl"))
         if target.suffix not in (".jsonl", ".parquet"):
             raise InputError(f"--log: {target}; expected FILE.jsonl or FILE.parquet")
-        with Log(target.with_suffix(".jsonl")) as log:
+        with SweepLog(target.with_suffix(".jsonl")) as log:
             with view(f"sweep {kind}") as on_progress:
                 finished = run(tasks, log, connect, retry_failed=self.retry_failed, on_progress=on_progress)
             try:
@@ -119,8 +119,8 @@ class Desk:
             except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
                 if not finished.reread:
                     raise
-                told = f"{log.path}: what was read from it is no result of this version ({in_one_line(error)})"
-                raise InputError(f"{told}; give another --log") from error
+                not_readable = f"{log.path}: what was read from it is no result of this version ({in_one_line(error)})"
+                raise InputError(f"{not_readable}; give another --log") from error
         json, csv, html = self.json, self.csv, self.html
         if self.output:
             json, csv, html = (
@@ -151,7 +151,7 @@ def sweep_bisect(
     exporter: Exporters = Exporter.auto,
     unfolded: Unfolded = False,
     *,
-    int8: calibration.Flags,
+    int8: calibration.CalibrationFlags,
     desk: Desk,
 ) -> None:
     """Count on how many samples each layer is guilty; tell how errors spread, and which samples stand out.
@@ -186,7 +186,7 @@ def sweep_eval(
     exporter: Exporters = Exporter.auto,
     unfolded: Unfolded = False,
     *,
-    int8: calibration.Flags,
+    int8: calibration.CalibrationFlags,
     desk: Desk,
 ) -> None:
     """Score many models at once as `cpdebug eval` does: mAP, NDS, and in which samples boxes were lost or gained.
@@ -283,7 +283,7 @@ def sweep_search(
     desk.run("search", lambda: searching.tasks(grid), searching.merge, (searching.rows, searching.COLUMNS))
 
 
-def _calibration(flags: calibration.Flags, inputs: Path | None = None) -> dict[str, Any]:
+def _calibration(flags: calibration.CalibrationFlags, inputs: Path | None = None) -> dict[str, Any]:
     data = flags.calib_data or inputs
     return {
         "data": None if data is None else str(resolved(data)),

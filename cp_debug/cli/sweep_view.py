@@ -28,7 +28,7 @@ MOST = 8
 """Workers that are shown one by one."""
 
 
-class View:
+class QueueView:
     """Draws what a queue tells."""
 
     def __init__(self, live: Live, kind: str) -> None:
@@ -54,7 +54,7 @@ class View:
 
 
 @contextmanager
-def view(kind: str) -> Iterator[View]:
+def view(kind: str) -> Iterator[QueueView]:
     """A view while the block runs; nothing is drawn when stderr is not a terminal."""
     with Live(console=errors, transient=True, refresh_per_second=4) as live:
-        yield View(live, kind)
+        yield QueueView(live, kind)

@@ -33,7 +33,7 @@ class Probes(str, Enum):
     bisect = "bisect"
 
 
-class Calibrator(str, Enum):
+class CalibratorChoice(str, Enum):
     """TensorRT's own calibrators."""
 
     entropy = "entropy"
@@ -78,7 +78,7 @@ CalibrationCache = Annotated[
     ),
 ]
 CalibratorKind = Annotated[
-    Calibrator | None,
+    CalibratorChoice | None,
     typer.Option("--trt-calibrator", help="INT8 of a graph without Q/DQ, by TensorRT (to 10).", rich_help_panel=PANEL),
 ]
 CalibrationData = Annotated[
@@ -111,7 +111,7 @@ CALIBRATED = ("trt-int8", "trt-best")
 
 
 @dataclass(frozen=True)
-class Flags:
+class TensorRTFlags:
     """Options of every command that builds engines and runs them."""
 
     trt_python: Python = None
@@ -140,6 +140,12 @@ class Flags:
             why += "; --skip-layers leaves layers out of INT8"
         refuse(("keep_fp32",), unless=any(map(keeps_fp32, specs)), why=why)
 
+    def check_installed(self, specs: Sequence[BackendSpec]) -> None:
+        """Raise BackendUnavailable or MissingPackage for a runtime that is not there, before torch is imported."""
+        from cp_debug.backends.registry import check_installed
+
+        check_installed(specs, self.trt_python)
+
     @property
     def options(self) -> dict[str, Any]:
         """The options as fields of ``cp_debug.backends.tensorrt.options.Options``."""
@@ -167,8 +173,8 @@ class Flags:
 
 
 @dataclass(frozen=True)
-class ProbeFlags(Flags):
-    """``Flags``, and options about what an engine shows and where its types and ranges come from."""
+class ProbeFlags(TensorRTFlags):
+    """``TensorRTFlags``, and options about what an engine shows and where its types and ranges come from."""
 
     probes: ProbeMode = Probes.auto
     keep_fp32: KeepFp32 = None
@@ -192,7 +198,7 @@ class ProbeFlags(Flags):
 
 
 def calibration_data(
-    model: str, checkpoint: Path | None, calibrator: Calibrator | None, data: Path | None, stack: ExitStack
+    model: str, checkpoint: Path | None, calibrator: CalibratorChoice | None, data: Path | None, stack: ExitStack
 ) -> dict[str, Any]:
     """Options that let TensorRT calibrate ``model``; empty without a calibrator.
 

@@ -39,7 +39,7 @@ class _IO(Section):
     dynamic_axes: dict[str, dict[int, str]] | None = None
 
 
-class _Component(Section):
+class _AwmlComponent(Section):
     name: str | None = None
     onnx_file: str
     engine_file: str
@@ -52,7 +52,7 @@ class _Devices(Section):
     cuda: str | None = "cuda:0"
 
 
-class _Export(Section):
+class _AwmlExport(Section):
     mode: Mode = "both"
     work_dir: str = "work_dirs"
     onnx_path: str | None = None
@@ -61,7 +61,7 @@ class _Export(Section):
     sample_idx: int | None = None
 
 
-class _Runtime(Section):
+class _AwmlRuntime(Section):
     info_file: str | None = None
     sample_idx: int = 0
     onnx_file: str | None = None
@@ -79,7 +79,7 @@ class _Onnx(Section):
     input_names: list[str] | None = None
     output_names: list[str] | None = None
     dynamic_axes: dict[str, dict[int, str]] | None = None
-    components: dict[str, _Component] = Field(default={})
+    components: dict[str, _AwmlComponent] = Field(default={})
 
 
 class _TensorRT(Section):
@@ -120,7 +120,7 @@ class _Evaluation(Section):
     devices: dict[str, str] = Field(default={})
 
 
-class _Scenario(Section):
+class _AwmlScenario(Section):
     ref_backend: Framework
     ref_device: str
     test_backend: Framework
@@ -132,10 +132,10 @@ class _Verification(Section):
     num_verify_samples: int = 3
     tolerance: float = 0.1
     devices: _Devices = _Devices()
-    scenarios: dict[Mode, list[_Scenario] | None] | None = None
+    scenarios: dict[Mode, list[_AwmlScenario] | None] | None = None
 
 
-class _Quantization(Section):
+class _AwmlQuantization(Section):
     """AWML's quantization settings: today's ``keep_fp16``, or parts of the model as before.
 
     ``mode`` tells the checkpoint's origin. CenterPoint's SECOND has no residual sums and no linear layers, so
@@ -187,16 +187,16 @@ class AwmlConfig(Section):
     deploy_log_path: str | None = None
     model_cfg: str | None = None
     devices: _Devices = _Devices()
-    export: _Export = _Export()
-    components: dict[str, _Component] = Field(default={})
-    runtime_io: _Runtime = _Runtime()
+    export: _AwmlExport = _AwmlExport()
+    components: dict[str, _AwmlComponent] = Field(default={})
+    runtime_io: _AwmlRuntime = _AwmlRuntime()
     model_io: dict[str, Any] = Field(default={})
     onnx_config: _Onnx = _Onnx()
     tensorrt_config: _TensorRT | None = None
     backend_config: _BackendConfig = _BackendConfig()
     evaluation: _Evaluation = _Evaluation()
     verification: _Verification = _Verification()
-    quantization: _Quantization = _Quantization()
+    quantization: _AwmlQuantization = _AwmlQuantization()
 
 
 def read_awml(path: Path) -> dict[str, Any] | None:

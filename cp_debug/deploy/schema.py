@@ -22,6 +22,8 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import BackendUnavailable, InputError
 
+SUFFIXES = (".yaml", ".yml", ".toml", ".py")
+"""Suffixes of configurations; any other text names a model."""
 MOST_SAMPLES = 1_000_000
 Mode = Literal["onnx", "trt", "both", "none"]
 Policy = Literal["auto", "fp32", "fp32_tf32", "fp16", "bf16", "int8", "strongly_typed"]

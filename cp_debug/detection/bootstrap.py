@@ -11,7 +11,7 @@ from cp_debug.detection.boxes import Floats
 CONFIDENCE = 0.95
 
 
-class Interval(NamedTuple):
+class ConfidenceInterval(NamedTuple):
     """A figure and the range in which it falls for ``CONFIDENCE`` of the draws."""
 
     value: float
@@ -19,7 +19,7 @@ class Interval(NamedTuple):
     high: float
 
     @classmethod
-    def of(cls, draws: Floats) -> Interval:
+    def of(cls, draws: Floats) -> ConfidenceInterval:
         """The interval of a figure from its value in each draw [1 + B]; the first is that of the samples themselves."""
         tail = 50 * (1 - CONFIDENCE)
         low, high = np.percentile(draws[1:], (tail, 100 - tail)) if len(draws) > 1 else (draws[0], draws[0])

@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cp_debug.backends.base import RunRecord
-from cp_debug.detection.bootstrap import CONFIDENCE, Interval, draw_samples
+from cp_debug.detection.bootstrap import CONFIDENCE, ConfidenceInterval, draw_samples
 from cp_debug.detection.boxes import Boxes, Floats
 from cp_debug.detection.matching import THRESHOLDS
 from cp_debug.detection.metrics import ERRORS, OVERLAPS, Scores, score
 from cp_debug.detection.predictions import Predictions
+from cp_debug.display import Shown
 from cp_debug.errors import InputError
 from cp_debug.recipes.data.base import Truth
 
@@ -84,8 +85,8 @@ class BackendScores:
 
     backend: RunRecord
     detections: int
-    summary: dict[str, Interval]
-    difference: dict[str, Interval] | None
+    summary: dict[str, ConfidenceInterval]
+    difference: dict[str, ConfidenceInterval] | None
     classes: dict[str, dict[str, Any]]
     """Class → figure → value; ``AP`` is an Interval."""
 
@@ -97,8 +98,8 @@ class BackendScores:
         return change.value < -max_drop and change.high < 0
 
 
-@dataclass(frozen=True)
-class EvaluationResult:
+@dataclass(frozen=True, repr=False)
+class EvaluationResult(Shown):
     """Everything that ``cpdebug eval`` shows. The first backend is the reference."""
 
     model: str
@@ -159,7 +160,7 @@ class EvaluationResult:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Interval):
+    if isinstance(value, ConfidenceInterval):
         return {name: _plain(number) for name, number in value._asdict().items()}
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
@@ -169,7 +170,7 @@ def _plain(value: Any) -> Any:
 def _columns(figures: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in figures.items():
-        if isinstance(value, Interval):
+        if isinstance(value, ConfidenceInterval):
             flat |= {name: value.value, f"{name} low": value.low, f"{name} high": value.high}
         else:
             flat[name] = value
@@ -192,7 +193,7 @@ def score_backends(
     class_names: Sequence[str],
     options: EvaluationOptions,
 ) -> tuple[list[BackendScores], list[str]]:
-    """Figures of all backends, the reference first, and notes on what they rest on."""
+    """Figures of all backends, the reference first, and notes on the ground truth that they were scored on."""
     truth, notes = _objects(truths, class_names, options)
     weights = draw_samples(len(truths), options.draws, options.seed)
     listed: list[BackendScores] = []
@@ -206,13 +207,13 @@ def score_backends(
             notes.append(f"{record.spec}: nothing detected where it counts")
         scores = score(boxes, truth, class_names, weights)
         draws = scores.summary()
-        difference = {name: Interval.of(draws[name] - reference[name]) for name in reference}
+        difference = {name: ConfidenceInterval.of(draws[name] - reference[name]) for name in reference}
         reference = reference or draws
         listed.append(
             BackendScores(
                 record,
                 len(boxes),
-                {name: Interval.of(values) for name, values in draws.items()},
+                {name: ConfidenceInterval.of(values) for name, values in draws.items()},
                 difference or None,
                 _class_figures(scores, boxes, truth, class_names),
             )
@@ -254,7 +255,7 @@ def _class_figures(scores: Scores, boxes: Boxes, truth: Boxes, class_names: Sequ
             "objects": int((truth.labels == label).sum()),
             "detections": int((boxes.labels == label).sum()),
             "found": int(scores.found[0, label]),
-            "AP": Interval.of(scores.precisions[:, label].mean(axis=1)),
+            "AP": ConfidenceInterval.of(scores.precisions[:, label].mean(axis=1)),
             **{
                 f"AP@{limit}": float(value)
                 for limit, value in zip(THRESHOLDS, scores.precisions[0, label], strict=True)

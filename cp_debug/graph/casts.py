@@ -49,13 +49,13 @@ def cast_surgery(graph: Graph, dtype: str, keep_fp32: Collection[str], target: P
     """
     if unknown := sorted(set(keep_fp32) - {node.name for node in graph.nodes}):
         raise InputError(f"{graph.path}: no node {unknown[0]!r} to keep in FP32")
-    save(_Surgery(graph, dtype, frozenset(keep_fp32)).model(), graph, target)
+    save(_CastSurgery(graph, dtype, frozenset(keep_fp32)).model(), graph, target)
     return target
 
 
 def computed_low(graph: Graph, dtype: str, keep_fp32: Collection[str] = ()) -> frozenset[str]:
     """The nodes that compute in the low precision in the graph that ``cast_surgery`` writes."""
-    chosen = _Surgery(graph, dtype, frozenset(keep_fp32)).low_nodes
+    chosen = _CastSurgery(graph, dtype, frozenset(keep_fp32)).low_nodes
     return frozenset(graph.nodes[index].name for index in chosen)
 
 
@@ -68,7 +68,7 @@ class _Uses:
 
 
 @dataclass
-class _Surgery:
+class _CastSurgery:
     """One rewriting of ``graph`` into ``dtype``: decides node by node, then writes nodes, casts and weights."""
 
     graph: Graph

@@ -48,7 +48,7 @@ def insert_qdq(
     not quantized, a node that is quantized already, a weight that is computed from the inputs, scales that do not fit
     the weight or are no numbers, and an opset that is too old.
     """
-    save(_Surgery(graph, layers, residual_adds, stored).model(), graph, target)
+    save(_QdqSurgery(graph, layers, residual_adds, stored).model(), graph, target)
     return target
 
 
@@ -72,7 +72,7 @@ def quantizable(graph: Graph) -> list[Node]:
 
 
 @dataclass
-class _Surgery:
+class _QdqSurgery:
     """One rewriting of ``graph`` with Q/DQ pairs; each value and scale gets one pair."""
 
     graph: Graph

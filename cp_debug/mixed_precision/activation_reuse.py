@@ -14,7 +14,7 @@ Call = Callable[..., Any]
 Around = Callable[[nn.Module, Call, tuple[Any, ...], dict[str, Any]], Any]
 
 
-class _Recorded(NamedTuple):
+class _RecordedCall(NamedTuple):
     """One call of a module. ``versions`` tell whether an in-place operation has changed its result since."""
 
     inputs: list[Any]
@@ -34,7 +34,7 @@ class Reuse:
         self.module = module
         inside = tuple(f"{layer}." for layer in layers)
         self._paths = {child: path for path, child in module.named_modules() if not path.startswith(inside)}
-        self._calls: dict[nn.Module, list[_Recorded]] = {}
+        self._calls: dict[nn.Module, list[_RecordedCall]] = {}
 
     def record(self, *inputs: Tensor) -> Any:
         """Run the module and return its outputs; every call in it is kept."""
@@ -43,7 +43,7 @@ class Reuse:
         def keep(module: nn.Module, forward: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             call_inputs = pytree.tree_leaves((args, kwargs))
             output = forward(module, *args, **kwargs)
-            self._calls.setdefault(module, []).append(_Recorded(call_inputs, output, _versions(output)))
+            self._calls.setdefault(module, []).append(_RecordedCall(call_inputs, output, _versions(output)))
             return output
 
         with torch.no_grad(), self._around_calls(keep):
@@ -73,7 +73,7 @@ class Reuse:
         """Results of each recorded call of ``layer``; valid until an in-place operation changes them."""
         return [call.output for call in self._calls.get(self.module.get_submodule(layer), ())]
 
-    def _find(self, module: nn.Module, inputs: list[Any]) -> _Recorded | None:
+    def _find(self, module: nn.Module, inputs: list[Any]) -> _RecordedCall | None:
         for call in self._calls.get(module, ()):
             same = len(call.inputs) == len(inputs) and all(map(_same, call.inputs, inputs))
             if same and call.versions == _versions(call.output):

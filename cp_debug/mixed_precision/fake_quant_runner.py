@@ -102,7 +102,7 @@ class _Changes(NamedTuple):
 
 
 @dataclass
-class _Totals:
+class _TrialSums:
     """A trial so far."""
 
     changes: _Changes
@@ -146,7 +146,7 @@ class FakeQuantRunner:
 
         Raises InputError for a layer that the model does not have.
         """
-        totals = {kept: _Totals(self._changes(kept)) for kept in trials}
+        totals = {kept_layers: _TrialSums(self._changes(kept_layers)) for kept_layers in trials}
         if unknown := frozenset().union(*totals) - self.all:
             near = difflib.get_close_matches(min(unknown), self.layers, n=1, cutoff=0.0)[0]
             raise InputError(f"{self.model.name} has no quantized layer {min(unknown)!r}; nearest is {near}")
@@ -156,19 +156,22 @@ class FakeQuantRunner:
                 on_step(sample.source, number, len(samples))
                 self._sample(sample, list(totals.values()), scored)
         on_step("scoring", len(samples), len(samples))
-        return {kept: self._measured(sums, samples, draws if scored else None) for kept, sums in totals.items()}
+        return {
+            kept_layers: self._measured(sums, samples, draws if scored else None)
+            for kept_layers, sums in totals.items()
+        }
 
-    def nodes_in(self, kept: KeptLayers) -> frozenset[tuple[str, str]]:
+    def nodes_in(self, kept_layers: KeptLayers) -> frozenset[tuple[str, str]]:
         """(Component, layer) of a set: its name in a log."""
-        return frozenset((self.layers[name].component, name) for name in kept)
+        return frozenset((self.layers[name].component, name) for name in kept_layers)
 
-    def _changes(self, kept: KeptLayers) -> _Changes:
+    def _changes(self, kept_layers: KeptLayers) -> _Changes:
         """The set as changes of all in FP32 where few layers are low, else of all in INT8."""
-        low = self.all - kept
-        from_int8 = len(low) > 1 and len(low) >= len(kept)
-        return _Changes(from_int8, tuple(name for name in self.layers if name in (kept if from_int8 else low)))
+        low = self.all - kept_layers
+        from_int8 = len(low) > 1 and len(low) >= len(kept_layers)
+        return _Changes(from_int8, tuple(name for name in self.layers if name in (kept_layers if from_int8 else low)))
 
-    def _measured(self, sums: _Totals, samples: Sequence[Sample], draws: int | None) -> Measured:
+    def _measured(self, sums: _TrialSums, samples: Sequence[Sample], draws: int | None) -> Measured:
         outputs = {name: error.relative for name, error in sums.outputs.items()}
         return Measured(
             {"rel_l2": max(outputs.values())},
@@ -177,7 +180,7 @@ class FakeQuantRunner:
             {} if draws is None else self._score(sums.detected, samples, draws),
         )
 
-    def _sample(self, sample: Sample, totals: Sequence[_Totals], scored: bool) -> None:
+    def _sample(self, sample: Sample, totals: Sequence[_TrialSums], scored: bool) -> None:
         expected: Arrays = {}
         for in_int8 in (False, True):
             if in_int8 and not any(sums.changes.from_int8 for sums in totals):
@@ -193,16 +196,16 @@ class FakeQuantRunner:
                 if scored:
                     sums.detected.append(self.model.decode(sample, results))  # type: ignore[arg-type]
 
-    def _record(self, sample: Sample) -> _Recorded:
+    def _record(self, sample: Sample) -> _RecordedSample:
         inputs: dict[str, Sequence[Tensor]] = {}
 
         def record(component: Component, arrays: Arrays) -> Arrays:
             inputs[component.name] = example_args(component, arrays)
             return _named(component, self._reuse[component.name].record(*inputs[component.name]))
 
-        return _Recorded(inputs, walk(self.model, sample, record))
+        return _RecordedSample(inputs, walk(self.model, sample, record))
 
-    def _rerun(self, sample: Sample, recorded: _Recorded, sums: _Totals) -> dict[str, Arrays]:
+    def _rerun(self, sample: Sample, recorded: _RecordedSample, sums: _TrialSums) -> dict[str, Arrays]:
         changed = [self.layers[name] for name in sums.changes.layers]
         for layer in changed:
             layer.switch(not sums.changes.from_int8)
@@ -241,7 +244,7 @@ class FakeQuantRunner:
                 layer.switch(True)
 
 
-class _Recorded(NamedTuple):
+class _RecordedSample(NamedTuple):
     """One sample, all in FP32 or all in INT8: the inputs and outputs of each component."""
 
     inputs: Mapping[str, Sequence[Tensor]]

@@ -1,4 +1,4 @@
-"""Goal of a search, such as ``rel_l2<1e-3 and boxes_lost==0``."""
+"""Goal of a mixed-precision search, such as ``rel_l2<1e-3 and boxes_lost==0``."""
 
 from __future__ import annotations
 

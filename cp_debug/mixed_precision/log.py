@@ -1,4 +1,4 @@
-"""Trials of one search: in memory, or on disk a line each, so that the search goes on where it was stopped."""
+"""Trials of one mixed-precision search: in memory, or a line each on disk, so that it goes on where it was stopped."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import TypedDict
 
-from cp_debug.detection.bootstrap import Interval
+from cp_debug.detection.bootstrap import ConfidenceInterval
 from cp_debug.mixed_precision.fusion_groups import Kept
 from cp_debug.reading import typed
 from cp_debug.serialize import json_safe
@@ -41,9 +41,9 @@ class Measured:
         """Root mean square over the outputs, so that each counts alike whatever its unit."""
         return math.sqrt(sum(value**2 for value in self.outputs.values()) / len(self.outputs))
 
-    def change(self, name: str, before: Measured) -> Interval:
+    def change(self, name: str, before: Measured) -> ConfidenceInterval:
         """Rise of a score over ``before``, drawn on the same samples."""
-        return Interval.of(self.draws[name] - before.draws[name])
+        return ConfidenceInterval.of(self.draws[name] - before.draws[name])
 
 
 class _Line(TypedDict):
@@ -76,7 +76,7 @@ class Trial:
     """Reason why it could not be built; then nothing was measured."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe."""
+        """The trial as JSON-safe containers."""
         return json_safe(
             {
                 "kept": sorted(map(list, self.nodes)),
@@ -105,6 +105,6 @@ class Trial:
         )
 
 
-def nodes_in(kept: Kept) -> frozenset[tuple[str, str]]:
+def nodes_in(kept_groups: Kept) -> frozenset[tuple[str, str]]:
     """(Component, node) of a set of layers: its name in the log, however layers are grouped."""
-    return frozenset((group.component, node) for group in kept for node in group.nodes)
+    return frozenset((group.component, node) for group in kept_groups for node in group.nodes)

@@ -30,7 +30,7 @@ from cp_debug.detection.detection_change import DetectionChange, compare_detecti
 from cp_debug.errors import InputError
 from cp_debug.graph.fold_batchnorm import fold_batchnorm
 from cp_debug.mixed_precision.goal import Goal
-from cp_debug.mixed_precision.search import SearchOptions, search
+from cp_debug.mixed_precision.search import MixedPrecisionOptions, search
 from cp_debug.prediction.groups import Group
 from cp_debug.prediction.result import (
     CLOSE,
@@ -47,8 +47,9 @@ from cp_debug.programs.layers import layer_name
 from cp_debug.programs.pipeline import Export, Key, is_exported, prepare
 from cp_debug.programs.scene import decode
 from cp_debug.programs.walk import Walk
-from cp_debug.recipes.abilities import DetectsBoxes
+from cp_debug.recipes.abilities import DetectsBoxes, Remarks
 from cp_debug.recipes.base import Arrays, Model, Sample
+from cp_debug.recipes.input_files import DEFAULT_READING, Reading
 from cp_debug.recipes.registry import load_model
 
 SPREAD = 1.25
@@ -75,6 +76,8 @@ class PredictOptions:
     device: str = "cpu"
     goal: str | None = None
     """Search on the emulator for the fewest layers to keep so that it holds, too."""
+    reading: Reading = DEFAULT_READING
+    """Settings for reading ``inputs``, and sizes of made-up ones."""
 
 
 def predict(
@@ -96,7 +99,9 @@ def predict(
     kernels = kernels_of(runtime, precision)
     goal = Goal.parse(options.goal) if options.goal else None
     create(BackendSpec.parse(f"emu-fp32@{options.device}"))  # refuses a device that is not there
-    loaded = load_model(model, checkpoint=options.checkpoint, seed=options.seed) if isinstance(model, str) else model
+    loaded = model
+    if isinstance(loaded, str):
+        loaded = load_model(loaded, checkpoint=options.checkpoint, seed=options.seed, reading=options.reading)
     samples = list(loaded.samples(options.samples, options.seed, options.inputs))
     if not samples:
         raise InputError("--inputs: there is no sample to predict with")
@@ -104,7 +109,7 @@ def predict(
         on_step("exporting and aligning", 0, len(samples))
         how = Export(options.exporter or ("torchscript" if runtime.opset else "dynamo"), runtime.opset)
         programs = prepare(loaded, samples[0], Path(scratch), how=how)
-        job = _Prediction(loaded, programs, runtime, precision, kernels, options.device, Path(scratch))
+        job = _ModelPrediction(loaded, programs, runtime, precision, kernels, options.device, Path(scratch))
         for i, sample in enumerate(samples):
             job.add(sample, partial(_tell, on_step, i, len(samples)))
         result = job.result([sample.source for sample in samples])
@@ -115,7 +120,7 @@ def predict(
     return result
 
 
-class _Prediction:
+class _ModelPrediction:
     """The figures of one model, sample after sample."""
 
     def __init__(
@@ -134,6 +139,7 @@ class _Prediction:
         self._outputs: dict[Key, PredictedOutput] = {}
         self._detections: dict[str, DetectionChange] = {}
         self._notes: list[str] = []
+        self._remarks = Remarks(model)
         self._walks: dict[str, GraphWalk] = {}
         for program in programs:
             if unknown := unsupported(program.graph):
@@ -155,6 +161,7 @@ class _Prediction:
 
     def add(self, sample: Sample, tell: Callable[[str], None]) -> None:
         """Compute one sample and take its figures in."""
+        self._remarks.see(sample)
         runs = [EXACT, *(kernel.name for kernel in self._kernels)]
         ways = {run: Walk(self._model, sample) for run in runs}
         for steps in zip(*ways.values(), strict=True):
@@ -286,7 +293,7 @@ class _Prediction:
             outputs=outputs,
             detections=self._detections,
             keep=keep,
-            notes=list(dict.fromkeys(self._notes)),
+            notes=list(dict.fromkeys([*self._notes, *self._remarks.told])),
         )
 
 
@@ -311,7 +318,7 @@ def _worse(known: PredictedLayer, other: PredictedLayer) -> PredictedLayer:
 def _reach(goal: Goal, model: Model, samples: Sequence[Sample], result: Prediction, options: PredictOptions) -> None:
     """Put the fewest layers that reach the goal on the emulator into ``result``."""
     backends = [create(s) for s in parse_backends(f"emu-fp32,emu-{EMULATED[result.precision]}")]
-    search_result = search(model, backends, goal, samples, SearchOptions(exporter=options.exporter))
+    search_result = search(model, backends, goal, samples, MixedPrecisionOptions(exporter=options.exporter))
     result.goal, result.reached = str(goal), search_result.reached
     groups = [layer.fusion_group for layer in search_result.kept]
     wanted = {(group.component, node) for group in groups for node in group.nodes}

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,13 +26,14 @@ from cp_debug.probes.arrays import Tensor, as_numpy, dtype_name, is_torch
 from cp_debug.probes.distance import ratio
 from cp_debug.probes.statistics_reduce import reduce_device, reduce_host
 from cp_debug.probes.statistics_totals import PairPiece, Totals
+from cp_debug.serialize import JsonForm, encode
 
 RESOLUTION = 2.0**-6
 """Largest relative error of ``p50_abs`` and ``p99_abs``, from 1.2e-38 to 3.4e38: half a bin of the histogram."""
 
 
 @dataclass(frozen=True)
-class TensorStats:
+class TensorStats(JsonForm):
     """test − reference, in numbers. Units are those of the tensors, except where a name says otherwise."""
 
     shape: tuple[int, ...]
@@ -77,14 +78,17 @@ class TensorStats:
         """Sort key, larger is worse: other shape, then ``max_abs``, then how many mismatched, then ``rel_l2``."""
         return self.shape_mismatch, self.max_abs, self.mismatched, self.rel_l2
 
+    def derived(self) -> dict[str, Any]:
+        """Whether the shapes differ."""
+        return {"shape_mismatch": self.shape_mismatch}
+
     def to_dict(self) -> dict[str, Any]:
         """Every field, JSON-safe: numbers that JSON does not have are "NaN", "Infinity" and "-Infinity".
 
         ``float()`` in Python, ``Number()`` in JavaScript read them back.
         """
-        return {
-            name: _json_safe(value) for name, value in {**asdict(self), "shape_mismatch": self.shape_mismatch}.items()
-        }
+        document: dict[str, Any] = encode(self)
+        return document
 
 
 def compare(reference: Tensor, test: Tensor) -> TensorStats:
@@ -181,9 +185,3 @@ def _sides(reference: Tensor, test: Tensor, of_ref: PairPiece, of_test: PairPiec
 def _decibel(rel_l2: float) -> float:
     """SQNR in dB of a relative L2 distance: −20·log10(rel_l2)."""
     return -20 * math.log10(rel_l2) if rel_l2 else math.inf
-
-
-def _json_safe(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return [_json_safe(item) for item in value] if isinstance(value, tuple) else value

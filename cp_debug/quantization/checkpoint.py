@@ -93,13 +93,15 @@ def read_ptq_checkpoint(path: Path) -> dict[str, Any]:
         or not isinstance(document.get("components"), dict)
     ):
         raise InputError(f"{path}: not a checkpoint of a quantized model; expected what save_ptq_model wrote")
-    components: dict[str, Entry] = typed(dict[str, Entry], document["components"], f"{path}: not a checkpoint of ours")
+    components: dict[str, ComponentEntry] = typed(
+        dict[str, ComponentEntry], document["components"], f"{path}: not a checkpoint of ours"
+    )
     for entry in components.values():
         check_tensors(entry["state_dict"], str(path))
     return dict(components)
 
 
-class Entry(TypedDict):
+class ComponentEntry(TypedDict):
     """One component in a checkpoint."""
 
     about: dict[str, Any]

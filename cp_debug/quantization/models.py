@@ -31,7 +31,7 @@ from cp_debug.recipes.base import Arrays, Component, Model, Sample
 
 @dataclass(frozen=True)
 class QuantizedComponent:
-    """One component in INT8."""
+    """A component of a model in INT8: its module with fake quantizers, its scales, and what is exported."""
 
     module: nn.Module | None
     """The module with fake quantizers; None for a component that is an ONNX file."""
@@ -50,11 +50,11 @@ def quantize_model(
     Raises InputError as ``quantize_ptq`` does, naming the sample where one is at fault.
     """
     globs = _globs_of(model, skip_layers)
-    running: dict[str, _ModuleCalibration | _GraphCalibration] = {}
+    running: dict[str, _ModuleCalibration | _GraphRunCalibration] = {}
     for sample in samples:
         for step in Walk(model, sample):
             if step.name not in running:
-                kind = _GraphCalibration if step.component.module is None else _ModuleCalibration
+                kind = _GraphRunCalibration if step.component.module is None else _ModuleCalibration
                 running[step.name] = kind(step.component, step.inputs, method, globs[step.name])
             inputs = step.inputs
             try:
@@ -150,7 +150,7 @@ class _ModuleCalibration:
         return QuantizedComponent(module, scales_of(module, self._component.prefix), self._folded)
 
 
-class _GraphCalibration:
+class _GraphRunCalibration:
     def __init__(
         self, component: Component, inputs: Mapping[str, np.ndarray], method: str, globs: Sequence[str]
     ) -> None:

@@ -21,7 +21,7 @@ def scales_by_node(scales: Scales, alignment: Alignment, graph: Graph) -> Scales
     layers: dict[str, LayerScales] = {}
     residual_adds: dict[str, float] = {}
     lost: list[str] = []
-    finder = _Finder(alignment, graph)
+    finder = _NodeFinder(alignment, graph)
     for path, layer in scales.layers.items():
         nodes = finder.nodes(path, PRODUCTS)
         layers |= dict.fromkeys(nodes, layer)
@@ -35,7 +35,7 @@ def scales_by_node(scales: Scales, alignment: Alignment, graph: Graph) -> Scales
     return dataclasses.replace(scales, layers=layers, residual_adds=residual_adds)
 
 
-class _Finder:
+class _NodeFinder:
     def __init__(self, alignment: Alignment, graph: Graph) -> None:
         self._alignment, self._graph = alignment, graph
         self._data = set(data_values(graph))

@@ -66,7 +66,7 @@ class QatResult:
         return step, value
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe."""
+        """The record as JSON-safe containers."""
         step, value = self.best
         names = ("step", "training_loss", "validation")
         history = [json_safe(dict(zip(names, entry, strict=True))) for entry in self.history]
@@ -74,7 +74,7 @@ class QatResult:
 
 
 @dataclass
-class _State:
+class _TrainingState:
     """The state that training goes on from."""
 
     step: int = 0
@@ -100,6 +100,8 @@ def finetune(
     written at every validation; ``resume`` goes on from it with the same options. Ctrl-C ends training and keeps the
     best.
 
+    ``loss`` gives a scalar that torch can differentiate.
+
     Raises InputError for a module that is not quantized, a loss that is not finite, and a state that is missing or of
     another run.
     """
@@ -107,7 +109,7 @@ def finetune(
         raise InputError(f"{type(module).__name__} is not quantized; expected one that `cpdebug quantize ptq` made")
     parameters = _unfreeze(module)
     optimizer = torch.optim.Adam(parameters, lr=options.rate)
-    progress = _State()
+    progress = _TrainingState()
     if resume:
         progress = _load(module, optimizer, options, state)
     ended = "steps"
@@ -172,7 +174,9 @@ def _train(
     return value.item()
 
 
-def _validate(module: nn.Module, validate: Callable[[nn.Module], float], progress: _State, trained: float) -> None:
+def _validate(
+    module: nn.Module, validate: Callable[[nn.Module], float], progress: _TrainingState, trained: float
+) -> None:
     module.eval()
     with torch.no_grad():
         value = validate(module)
@@ -188,7 +192,7 @@ def _stale(history: list[tuple[int, float, float]]) -> int:
 
 
 def _save(
-    module: nn.Module, optimizer: torch.optim.Optimizer, options: QatOptions, progress: _State, path: Path
+    module: nn.Module, optimizer: torch.optim.Optimizer, options: QatOptions, progress: _TrainingState, path: Path
 ) -> None:
     with complete_path(path) as partial:
         torch.save(
@@ -203,7 +207,9 @@ def _save(
         )
 
 
-def _load(module: nn.Module, optimizer: torch.optim.Optimizer, options: QatOptions, path: Path | None) -> _State:
+def _load(
+    module: nn.Module, optimizer: torch.optim.Optimizer, options: QatOptions, path: Path | None
+) -> _TrainingState:
     if path is None or not path.is_file():
         raise InputError(f"--resume: there is no state {path or ''}".rstrip() + "; start without it")
     try:
@@ -217,7 +223,7 @@ def _load(module: nn.Module, optimizer: torch.optim.Optimizer, options: QatOptio
                 )
         module.load_state_dict(saved["module"])
         optimizer.load_state_dict(saved["optimizer"])
-        return _State(saved["step"], saved["best"], [tuple(entry) for entry in saved["history"]])
+        return _TrainingState(saved["step"], saved["best"], [tuple(entry) for entry in saved["history"]])
     except InputError:
         raise
     except Exception as error:  # torch.load raises nearly anything on a broken file

@@ -80,7 +80,7 @@ def add_quantizers(module: nn.Module) -> dict[str, Any]:
     return by_name
 
 
-class _Call(TorchFunctionMode):
+class _AddingCall(TorchFunctionMode):
     """One call of a module that adds; counts its own functions as a trace does, not those of the modules it calls."""
 
     def __init__(self, parts: nn.ModuleDict) -> None:
@@ -105,7 +105,7 @@ def _enter(module: nn.Module, args: Any) -> None:
     if not hasattr(_running, "calls"):
         _running.calls = []
     parts = getattr(module, "add_quantizers", None)
-    call = None if parts is None else _Call(parts)
+    call = None if parts is None else _AddingCall(parts)
     _running.calls.append(call)
     if call is not None:
         call.__enter__()

@@ -17,7 +17,7 @@ GREY = (120, 128, 140)
 
 
 @dataclass(frozen=True)
-class View:
+class SceneView:
     """One test backend on one sample."""
 
     source: str
@@ -28,14 +28,14 @@ class View:
     canvas: Canvas
 
 
-def birdseye(scene: SavedScene, reference: str, test: str) -> View | None:
+def birdseye(scene: SavedScene, reference: str, test: str) -> SceneView | None:
     """The view of ``test`` against ``reference``, both backend specs; None when one of them kept no detections."""
     if reference not in scene.detections or test not in scene.detections:
         return None
     reference_boxes, test_boxes = scene.detections[reference], scene.detections[test]
     all_changes = changes(reference_boxes, test_boxes)
     changed = sorted((c for c in all_changes if c.kind != KEPT), key=lambda c: c.severity, reverse=True)
-    return View(
+    return SceneView(
         source=scene.source,
         counts={kind: sum(c.kind == kind for c in all_changes) for kind in (KEPT, MOVED_BOX, LOST, GAINED)},
         changed=[(c, _class(scene, reference_boxes, test_boxes, c)) for c in changed],

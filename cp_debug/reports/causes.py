@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from cp_debug.bisect.causes.finding import UNKNOWN, Finding, Where
+from cp_debug.bisect.finding import UNKNOWN, Finding, Where
 from cp_debug.bisect.result import TestResult
 from cp_debug.reports.numbers import number, share_in_words
 from cp_debug.reports.sheet import Cell, Column, Sheet

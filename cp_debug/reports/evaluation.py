@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from cp_debug.detection.bootstrap import CONFIDENCE, Interval
+from cp_debug.detection.bootstrap import CONFIDENCE, ConfidenceInterval
 from cp_debug.detection.evaluation import BackendScores, EvaluationResult
 from cp_debug.detection.matching import THRESHOLDS
 from cp_debug.detection.metrics import ERRORS, OVERLAPS, TP_THRESHOLD
@@ -98,9 +98,9 @@ def _number(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.3f}"
 
 
-def _interval(figure: Interval) -> str:
+def _interval(figure: ConfidenceInterval) -> str:
     return f"{figure.value:.4f} [{figure.low:.3f}, {figure.high:.3f}]"
 
 
-def _difference(figure: Interval) -> str:
+def _difference(figure: ConfidenceInterval) -> str:
     return f"{figure.value:+.4f} [{figure.low:+.4f}, {figure.high:+.4f}]"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from cp_debug.bisect.causes.finding import Finding
+from cp_debug.bisect.finding import Finding
 from cp_debug.bisect.result import TestResult
 from cp_debug.reports.causes import lines
 from cp_debug.reports.saved import SavedResult

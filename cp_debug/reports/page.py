@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from cp_debug.bisect.result import BisectResult, TestResult
 from cp_debug.files import write_text
-from cp_debug.reports.birdseye import View, birdseye
+from cp_debug.reports.birdseye import SceneView, birdseye
 from cp_debug.reports.causes import lines
 from cp_debug.reports.evidence import Evidence, evidence
 from cp_debug.reports.growth import growth_chart
@@ -30,7 +30,7 @@ MOST_SCENES = 3
 
 
 @dataclass(frozen=True)
-class Part:
+class BackendSection:
     """Part of the page about one test backend."""
 
     anchor: str
@@ -40,7 +40,7 @@ class Part:
     sentence: str
     growth: Canvas | None
     evidence: Sequence[Evidence]
-    views: Sequence[View]
+    views: Sequence[SceneView]
 
     @property
     def final(self) -> float | None:
@@ -109,13 +109,13 @@ def page_parts() -> dict[str, Markup]:
     }
 
 
-def _part(saved: SavedResult, anchor: str, test: TestResult) -> Part:
+def _part(saved: SavedResult, anchor: str, test: TestResult) -> BackendSection:
     scenes = [saved.scene(sample) for sample in range(min(len(saved.result.samples), MOST_SCENES))]
     views = [birdseye(scene, saved.result.reference.spec, test.backend.spec) for scene in scenes if scene]
-    return Part(
+    return BackendSection(
         anchor=anchor,
         test=test,
-        verdict="guilty" if test.guilty else "ok" if test.agrees else "rounding",
+        verdict="guilty" if test.guilty else "ok" if test.agrees else "undecided" if test.undecided else "rounding",
         sentence=verdict_line(test).plain.partition(": ")[2].removeprefix("guilty: "),
         growth=growth_chart(test, f"{anchor}-layer-"),
         evidence=evidence(saved, test),

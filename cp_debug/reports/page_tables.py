@@ -7,7 +7,7 @@ from typing import Any
 
 from cp_debug.backends.base import RunRecord
 from cp_debug.detection.changes import MOVED_BOX
-from cp_debug.reports.birdseye import View
+from cp_debug.reports.birdseye import SceneView
 from cp_debug.reports.evidence import Evidence
 from cp_debug.reports.sheet import Cell, Column, Row, Sheet
 
@@ -21,7 +21,7 @@ def worst_table(item: Evidence, reference: str, test: str) -> Sheet:
     return Sheet([Column("index", "mark"), *columns], rows, "Worst elements")
 
 
-def changes_table(view: View) -> Sheet:
+def changes_table(view: SceneView) -> Sheet:
     """Detections that changed most between two backends."""
     columns = (
         Column("object", "mark"),

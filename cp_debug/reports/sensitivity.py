@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import RenderableType
 from rich.text import Text
 
-from cp_debug.detection.bootstrap import Interval
+from cp_debug.detection.bootstrap import ConfidenceInterval
 from cp_debug.files import write_text
 from cp_debug.mixed_precision.sensitivity import METRIC, Int8Effect, SensitivityProfile
 from cp_debug.reports.numbers import number
@@ -88,7 +88,7 @@ def choice_lines(profile: SensitivityProfile) -> Iterator[Text]:
         yield Text("  " + " ".join(f"--skip-layers {name}" for name in choice.skipped))
 
 
-def _change(change: Interval) -> Cell:
+def _change(change: ConfidenceInterval) -> Cell:
     sure = change.low > 0 or change.high < 0
     return Cell(f"{change.value:+.4f}", "" if not sure else "bad" if change.value < 0 else "good")
 

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from cp_debug.detection.bootstrap import CONFIDENCE, Interval
+from cp_debug.detection.bootstrap import CONFIDENCE, ConfidenceInterval
 from cp_debug.files import write_text
 from cp_debug.reports.files import csv_text
 from cp_debug.reports.numbers import number
@@ -21,8 +21,8 @@ from cp_debug.reports.sheet import Column, Sheet
 from cp_debug.reports.sheet_terminal import Terminal
 from cp_debug.sweep.bisecting import BisectGroup, LayerSpread
 from cp_debug.sweep.evaluating import EvalGroup
-from cp_debug.sweep.result import Group, SweepResult
-from cp_debug.sweep.searching import SearchGroup
+from cp_debug.sweep.result import ResultGroup, SweepResult
+from cp_debug.sweep.searching import MixedPrecisionGroup
 from cp_debug.sweep.sensitivity import ProfileGroup, SensitivityGroup
 from cp_debug.sweep.spread import Outlier, Spread
 from cp_debug.version import __version__
@@ -33,7 +33,7 @@ MOST_FAILURES = 10
 
 
 @dataclass(frozen=True)
-class Section:
+class GroupSection:
     """One group, in words and tables."""
 
     title: str
@@ -44,13 +44,13 @@ class Section:
 
 
 @singledispatch
-def section(group: Group) -> Section:
+def section(group: ResultGroup) -> GroupSection:
     """The section about a group, dispatched by the kind of the group."""
     raise TypeError(type(group).__name__)
 
 
 @section.register
-def _(group: BisectGroup) -> Section:
+def _(group: BisectGroup) -> GroupSection:
     samples, guilty = len(group.samples), group.guilty
     title = f"{group.label}: {group.reference} → {group.backend}{' (emulated)' if group.emulated else ''}"
     sentence = f"agrees on {group.agreeing} of {samples} samples"
@@ -82,11 +82,11 @@ def _(group: BisectGroup) -> Section:
         _sheet("Layers over the samples; introduced and rel. L2 are medians", headers, rows, MOST_LAYERS),
         *_outliers(group.outliers, "final rel. L2"),
     ]
-    return Section(title, group.passed, sentence, sheets, notes)
+    return GroupSection(title, group.passed, sentence, sheets, notes)
 
 
 @section.register
-def _(group: EvalGroup) -> Section:
+def _(group: EvalGroup) -> GroupSection:
     result = group.result
     reference, *tests = result.backends
     sentence = f"{len(result.samples)} samples; " + "; ".join(
@@ -106,12 +106,16 @@ def _(group: EvalGroup) -> Section:
         rows.append(cells)
     title = f"Metrics, {CONFIDENCE:.0%} intervals from {result.options.draws} draws of the samples"
     notes = [f"{spec}: {change}" for spec, change in group.changes.items()] + list(result.notes)
-    outliers = [g for spec, found in group.outliers.items() for g in _outliers(found, f"{spec}: boxes lost or gained")]
-    return Section(group.label, group.passed, sentence, [_sheet(title, headers, rows), *outliers], notes)
+    outliers = [
+        sheet
+        for spec, samples in group.outliers.items()
+        for sheet in _outliers(samples, f"{spec}: boxes lost or gained")
+    ]
+    return GroupSection(group.label, group.passed, sentence, [_sheet(title, headers, rows), *outliers], notes)
 
 
 @section.register
-def _(group: SensitivityGroup) -> Section:
+def _(group: SensitivityGroup) -> GroupSection:
     headers = ("layer", ">error alone: median", ">p95", ">worst", ">introduced", ">left out", "worst on")
     rows = [
         (
@@ -130,11 +134,11 @@ def _(group: SensitivityGroup) -> Section:
         sentence += f", at most {number(worst)} on {group.samples[group.int8.sample]}"
     title = "Layers over the samples, relative L2 of the outputs; introduced: of the layer's own result (median)"
     sheets = [_sheet(title, headers, rows, MOST_LAYERS), *_outliers(group.outliers, "error in INT8")]
-    return Section(group.label, group.passed, sentence, sheets)
+    return GroupSection(group.label, group.passed, sentence, sheets)
 
 
 @section.register
-def _(group: ProfileGroup) -> Section:
+def _(group: ProfileGroup) -> GroupSection:
     profile = group.profile
     scores = [f">Δ {name} {mode}" for mode in ("alone", "left out") for name in profile.scores]
     headers = ("layer", ">introduced", ">error alone", ">error left out", *scores)
@@ -149,11 +153,11 @@ def _(group: ProfileGroup) -> Section:
         for row in profile.layers
     ]
     title = f"Layers on {profile.samples} samples together, relative L2 of the outputs"
-    return Section(group.label, group.passed, whole_line(profile), [_sheet(title, headers, rows, MOST_LAYERS)])
+    return GroupSection(group.label, group.passed, whole_line(profile), [_sheet(title, headers, rows, MOST_LAYERS)])
 
 
 @section.register
-def _(group: SearchGroup) -> Section:
+def _(group: MixedPrecisionGroup) -> GroupSection:
     samples, most = len(group.samples), max(group.kept)
     title = f"{group.label}: {group.reference} → {group.backend}{' (emulated)' if group.emulated else ''}"
     sentence = (
@@ -175,7 +179,7 @@ def _(group: SearchGroup) -> Section:
     if missed:
         cells = [each[:-1] for each in missed]
         sheets.append(_sheet("Goal not reached", ("sample", ">layers kept"), cells, MOST_LAYERS))
-    return Section(title, group.passed, sentence, sheets)
+    return GroupSection(title, group.passed, sentence, sheets)
 
 
 def render(result: SweepResult) -> Iterator[RenderableType]:
@@ -213,7 +217,7 @@ def render_page(result: SweepResult) -> str:
     sections = [section(group) for group in result.groups]
     if result.failures:
         failed = f"{len(result.failures)} of {result.tasks} tasks failed"
-        sections.append(Section("Failed tasks", False, failed, [_failures(result)]))
+        sections.append(GroupSection("Failed tasks", False, failed, [_failures(result)]))
     about = {"result": result, "summary": summary(result), "sections": sections, "version": __version__}
     return template.render(**about, **page_parts())
 
@@ -236,10 +240,10 @@ def _failures(result: SweepResult) -> Sheet:
     return _sheet("Failed tasks", ("model", "backends", "sample", "why"), rows, 0)
 
 
-def _outliers(found: Sequence[Outlier], figure: str) -> list[Sheet]:
-    if not found:
+def _outliers(outliers: Sequence[Outlier], figure: str) -> list[Sheet]:
+    if not outliers:
         return []
-    rows = [(each.sample, each.value, each.score, _names(each.layers)) for each in found]
+    rows = [(each.sample, each.value, each.score, _names(each.layers)) for each in outliers]
     return [_sheet("Samples that stand out", ("sample", f">{figure}", ">robust z", "in layers"), rows, MOST_LAYERS)]
 
 
@@ -256,7 +260,7 @@ def _percentiles(spread: Spread | None) -> tuple[float | None, ...]:
     return (spread.median, spread.p95, spread.worst) if spread else (None, None, None)
 
 
-def _change(figure: Interval) -> str:
+def _change(figure: ConfidenceInterval) -> str:
     return f"{figure.value:+.4f} [{figure.low:+.4f}, {figure.high:+.4f}]"
 
 

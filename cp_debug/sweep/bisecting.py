@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from cp_debug.bisect.engine import Options, bisect
-from cp_debug.bisect.result import GUILTY
+from cp_debug.bisect.result import GUILTY, TestResult
+from cp_debug.bisect.strange_numbers import nonfinite_origins
 from cp_debug.detection.detection_change import DetectionChange
 from cp_debug.errors import InputError
 from cp_debug.programs.pipeline import wants_int8
@@ -84,9 +85,15 @@ def task(params: Parameters) -> dict[str, Any]:
         "final": json_safe(max((row.stats.rel_l2 for row in test.outputs), default=0.0)),
         "detections": json_safe(asdict(test.detections)) if test.detections else None,
         "causes": sorted({finding.cause for finding in test.findings}),
-        "notes": test.notes,
+        "notes": [*test.notes, *_not_finite(test)],
         "layers": [{name: row[name] for name in _KEPT} for row in rows],
     }
+
+
+def _not_finite(test: TestResult) -> Iterator[str]:
+    """Remarks on final outputs that are not finite: the places where NaN and Inf are born, without their number."""
+    if test.not_finite:
+        yield "; ".join(["a final output is not finite", *nonfinite_origins(test.rows)])
 
 
 def rows(record: Record) -> list[dict[str, Any]]:
@@ -170,7 +177,7 @@ class _Tally:
 
 
 @dataclass
-class _Group:
+class _OpenGroup:
     """A group so far.
 
     Places are positions in the grid, so that the order of arrival does not matter.
@@ -239,11 +246,11 @@ class _Group:
 
 def merge(records: Iterable[Record]) -> list[BisectGroup]:
     """One group for each model and test backend, in the order of the grid."""
-    groups: dict[tuple[str, ...], _Group] = {}
+    groups: dict[tuple[str, ...], _OpenGroup] = {}
     first: dict[tuple[str, ...], int] = {}
     for record in records:
         params, result, place = record["params"], record["result"], record["place"]
         key = (params["label"], *params["backends"])
         first[key] = min(first.get(key, place), place)
-        groups.setdefault(key, _Group(params["label"], result)).add(place, result)
+        groups.setdefault(key, _OpenGroup(params["label"], result)).add(place, result)
     return [groups[key].finish() for key in sorted(groups, key=first.__getitem__)]

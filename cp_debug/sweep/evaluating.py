@@ -56,7 +56,9 @@ def task(params: Parameters) -> dict[str, Any]:
             "record": {name: getattr(record, name) for name in ("spec", "precision", "device", "emulated", "versions")},
             "classes": list(model.class_names),
             "region": list(model.region),
-            "detected": {name: np.asarray(getattr(detected, name)).tolist() for name in _Detected.__annotations__},
+            "detected": {
+                name: np.asarray(getattr(detected, name)).tolist() for name in _SampleDetections.__annotations__
+            },
             "truth": {
                 truth_field.name: getattr(sample.truth, truth_field.name).tolist() for truth_field in fields(Truth)
             },
@@ -67,7 +69,7 @@ def task(params: Parameters) -> dict[str, Any]:
 def rows(record: Record) -> list[dict[str, Any]]:
     """A record as rows of ``COLUMNS``."""
     result = record["result"]
-    detections = _Detected.read(result["detected"])
+    detections = _SampleDetections.read(result["detected"])
     about = {"label": record["params"]["label"], "backend": result["record"]["spec"], "sample": result["sample"]}
     return [
         about | {"class": result["classes"][label], "score": score} | dict(zip(_BOX, box, strict=True))
@@ -108,7 +110,7 @@ class EvalGroup:
 
 
 @dataclass(frozen=True)
-class _Detected:
+class _SampleDetections:
     """Detections of one sample: boxes [N, 9], scores and labels [N]."""
 
     boxes: np.ndarray
@@ -116,7 +118,7 @@ class _Detected:
     labels: np.ndarray
 
     @classmethod
-    def read(cls, plain: Mapping[str, Any]) -> _Detected:
+    def read(cls, plain: Mapping[str, Any]) -> _SampleDetections:
         """Detections from the lists in a record."""
         boxes = np.array(plain["boxes"], dtype=np.float32).reshape(-1, len(_BOX))
         return cls(boxes, np.array(plain["scores"], dtype=np.float32), np.array(plain["labels"], dtype=np.int64))
@@ -141,7 +143,7 @@ def _merge(label: str, backends: Mapping[str, Mapping[Any, Any]], options: Evalu
         return None
     results = {spec: [by_backend[sample] for sample in shared] for spec, by_backend in backends.items()}
     detected = {
-        spec: [_Detected.read(sample_result["detected"]) for sample_result in by_backend]
+        spec: [_SampleDetections.read(sample_result["detected"]) for sample_result in by_backend]
         for spec, by_backend in results.items()
     }
     first = results[reference]

@@ -26,7 +26,7 @@ Flatten = Callable[[Record], list[dict[str, Any]]]
 """Turns a record into rows of a table."""
 
 
-class Log:
+class SweepLog:
     """The append-only log of a sweep.
 
     Every record is one write at the end of the file, so that whatever dies leaves whole lines but for the last, which
@@ -108,7 +108,7 @@ class Log:
         """Close the file."""
         os.close(self._file)
 
-    def __enter__(self) -> Log:
+    def __enter__(self) -> SweepLog:
         return self
 
     def __exit__(self, *exc: object) -> None:

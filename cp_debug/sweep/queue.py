@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cp_debug.sweep.log import Log
+from cp_debug.sweep.log import SweepLog
 from cp_debug.sweep.tasks import Task, run_task
 from cp_debug.sweep.workers import ClusterLost
 
@@ -68,7 +68,9 @@ class _Flight(NamedTuple):
 class Queue:
     """Runs tasks on a client's workers and writes what they give into a log."""
 
-    def __init__(self, client: Client, log: Log, progress: Progress, on_progress: Callable[[Progress], None]) -> None:
+    def __init__(
+        self, client: Client, log: SweepLog, progress: Progress, on_progress: Callable[[Progress], None]
+    ) -> None:
         self._client, self._log, self.progress, self._on_progress = client, log, progress, on_progress
         self._address = client.scheduler.address
         self._flying: dict[Any, _Flight] = {}

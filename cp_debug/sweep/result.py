@@ -10,7 +10,7 @@ from cp_debug.sweep.log import SCHEMA, Record
 from cp_debug.sweep.run import Finished
 
 
-class Group(Protocol):
+class ResultGroup(Protocol):
     """Results that belong together in the report: one model, and one test backend or all."""
 
     @property
@@ -60,13 +60,13 @@ class SweepResult:
     """Tasks of this run; the others were in the log."""
     seconds: float
     """Duration of this run."""
-    groups: Sequence[Group]
+    groups: Sequence[ResultGroup]
     failures: Sequence[FailedTasks]
     log: str
     command: str = ""
 
     @classmethod
-    def of(cls, kind: str, finished: Finished, groups: Sequence[Group], command: str = "") -> SweepResult:
+    def of(cls, kind: str, finished: Finished, groups: Sequence[ResultGroup], command: str = "") -> SweepResult:
         """``groups`` are what the results of ``finished`` were merged to."""
         failures = [FailedTasks.of(record) for record in finished.failures()]
         count, log = len(finished.places), str(finished.log.path)
@@ -78,7 +78,7 @@ class SweepResult:
         return not self.failures and all(group.passed for group in self.groups)
 
     def to_dict(self) -> dict[str, Any]:
-        """The result as JSON-safe containers."""
+        """The sweep as JSON-safe containers."""
         return {
             "schema": SCHEMA,
             "kind": self.kind,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cp_debug.errors import InputError
-from cp_debug.sweep.log import Log, Record
+from cp_debug.sweep.log import Record, SweepLog
 from cp_debug.sweep.queue import Progress, Queue
 from cp_debug.sweep.tasks import Task
 
@@ -24,7 +24,7 @@ Connect = Callable[[bool], AbstractContextManager["Client"]]
 class Finished:
     """A sweep that is done, as far as it can be."""
 
-    log: Log
+    log: SweepLog
     places: dict[str, int]
     """Key → place in the grid."""
     seconds: float
@@ -51,7 +51,7 @@ class Finished:
 
 def run(
     tasks: Callable[[], Iterable[Task]],
-    log: Log,
+    log: SweepLog,
     connect: Connect,
     *,
     retry_failed: bool = False,

@@ -1,4 +1,4 @@
-"""``sweep search``: one task searches one sample for the layers that must keep their precision.
+"""``sweep search``: one task is the mixed-precision search of one sample.
 
 Merged, the results tell how often each layer is needed.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 from cp_debug.errors import InputError
 from cp_debug.mixed_precision.goal import Goal
-from cp_debug.mixed_precision.search import SearchOptions, search
+from cp_debug.mixed_precision.search import MixedPrecisionOptions, search
 from cp_debug.serialize import json_safe
 from cp_debug.sweep.grid import Grid
 from cp_debug.sweep.log import Record
@@ -41,7 +41,7 @@ def task(params: Parameters) -> dict[str, Any]:
     """One whole search on one sample; the result is JSON-safe."""
     model = load(params)
     sample = pick(model, params)
-    options = SearchOptions(
+    options = MixedPrecisionOptions(
         max_builds=params["max_builds"],
         exporter=params["exporter"],
         folded=params["folded"],
@@ -86,7 +86,7 @@ class NeededLayer:
 
 
 @dataclass(frozen=True)
-class SearchGroup:
+class MixedPrecisionGroup:
     """One model on one test backend."""
 
     label: str
@@ -123,7 +123,7 @@ class SearchGroup:
         ]
 
 
-def merge(records: Iterable[Record]) -> list[SearchGroup]:
+def merge(records: Iterable[Record]) -> list[MixedPrecisionGroup]:
     """One group for each model and test backend, in the order of the grid."""
     groups: dict[tuple[str, ...], list[Record]] = defaultdict(list)
     for record in sorted(records, key=lambda each: each["place"]):
@@ -131,7 +131,7 @@ def merge(records: Iterable[Record]) -> list[SearchGroup]:
     return [_merge(key[0], [record["result"] for record in group_records]) for key, group_records in groups.items()]
 
 
-def _merge(label: str, results: Sequence[Mapping[str, Any]]) -> SearchGroup:
+def _merge(label: str, results: Sequence[Mapping[str, Any]]) -> MixedPrecisionGroup:
     effects: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
     keep: dict[str, dict[str, None]] = defaultdict(dict)
     for place, result in enumerate(results):
@@ -148,7 +148,7 @@ def _merge(label: str, results: Sequence[Mapping[str, Any]]) -> SearchGroup:
         for key, effect_by_sample in effects.items()
     ]
     first = results[0]
-    return SearchGroup(
+    return MixedPrecisionGroup(
         label=label,
         **{name: first[name] for name in ("reference", "backend", "emulated", "goal")},
         samples=[result["sample"] for result in results],

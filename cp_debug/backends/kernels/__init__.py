@@ -20,12 +20,12 @@ from cp_debug.backends.kernels import (
     shaping,
     signal,
 )
-from cp_debug.backends.kernels.registry import KERNELS, Call, Kernel, kernel
+from cp_debug.backends.kernels.registry import KERNELS, Call, OperatorKernel, kernel
 
 __all__ = [
     "KERNELS",
     "Call",
-    "Kernel",
+    "OperatorKernel",
     "activation",
     "attention",
     "contrib",

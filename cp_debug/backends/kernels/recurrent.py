@@ -57,7 +57,7 @@ def _in_integers(call: Call, x: Tensor, weight: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Cell:
+class _Direction:
     """One direction of a recurrent layer: weights [gates × H, I or H], biases [gates × H], in ONNX's gate order."""
 
     call: Call
@@ -90,15 +90,15 @@ class _Cell:
 
 State = tuple[Tensor, ...]
 """State of a layer: h, and c of an LSTM, each [B, H]."""
-Step = Callable[[_Cell, Tensor, State], State]
+Step = Callable[[_Direction, Tensor, State], State]
 """One time step: (cell, share of the gates from the input [B, gates × H], state) → the next state."""
 
 
-def _rnn(cell: _Cell, from_input: Tensor, state: State) -> State:
+def _rnn(cell: _Direction, from_input: Tensor, state: State) -> State:
     return (cell.activate(0, from_input + cell.recurrent(state[0])),)
 
 
-def _gru(cell: _Cell, from_input: Tensor, state: State) -> State:
+def _gru(cell: _Direction, from_input: Tensor, state: State) -> State:
     (h,) = state
     size = h.shape[-1]
     gates, hidden = slice(0, 2 * size), slice(2 * size, None)
@@ -111,7 +111,7 @@ def _gru(cell: _Cell, from_input: Tensor, state: State) -> State:
     return ((1 - z) * candidate + z * h,)
 
 
-def _lstm(cell: _Cell, from_input: Tensor, state: State) -> State:
+def _lstm(cell: _Direction, from_input: Tensor, state: State) -> State:
     h, c = state
     i, o, f, g = (from_input + cell.recurrent(h)).split(h.shape[-1], -1)
     if cell.peepholes:
@@ -165,7 +165,7 @@ def recurrent(
         direction_functions = functions[d * len(default) : (d + 1) * len(default)]
         for_input, for_state = bias[d].split(gates * size)
         diagonal = () if peepholes is None else peepholes[d].split(size)
-        cell = _Cell(call, direction_functions, weight[d], recurrence[d], for_input, for_state, diagonal, multiply)
+        cell = _Direction(call, direction_functions, weight[d], recurrence[d], for_input, for_state, diagonal, multiply)
         start = tuple(x.new_zeros(x.shape[1], size) if s is None else s[d] for s in (h, c)[: 1 + (gates == 4)])
         results.append(_unroll(step, cell, x, start, lengths, backward))
     y, *last = (torch.stack(parts, axis) for parts, axis in zip(zip(*results, strict=True), (1, 0, 0), strict=False))
@@ -203,7 +203,7 @@ def _real(levels: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 
 def _unroll(
-    step: Step, cell: _Cell, x: Tensor, state: State, lengths: Tensor | None, backward: bool
+    step: Step, cell: _Direction, x: Tensor, state: State, lengths: Tensor | None, backward: bool
 ) -> tuple[Tensor, ...]:
     """All h [T, B, H] of one direction, zero behind the end of a sequence, and the last state."""
     time, batch = x.shape[:2]

@@ -81,7 +81,7 @@ Function = Callable[..., "Tensor | Sequence[Tensor]"]
 
 
 @dataclass(frozen=True)
-class Kernel:
+class OperatorKernel:
     """A torch implementation of an operator: ``function(call, *inputs)``, absent optional inputs None.
 
     It never writes to its inputs, and returns one tensor, a sequence of tensors, or NotImplemented to leave the case
@@ -97,7 +97,7 @@ class Kernel:
     """Whether it reads its operands as the multiplier does (``Arithmetic.operands``)."""
 
 
-KERNELS: dict[str, Kernel] = {}
+KERNELS: dict[str, OperatorKernel] = {}
 
 
 def kernel(
@@ -108,7 +108,7 @@ def kernel(
     def register(function: Function) -> Function:
         if twice := KERNELS.keys() & ops:
             raise ValueError(f"two kernels of {', '.join(sorted(twice))}; the second is {function.__qualname__}")
-        KERNELS.update(dict.fromkeys(ops, Kernel(function, rounds, exact, multiplies)))
+        KERNELS.update(dict.fromkeys(ops, OperatorKernel(function, rounds, exact, multiplies)))
         return function
 
     return register

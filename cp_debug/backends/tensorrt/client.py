@@ -69,13 +69,8 @@ class RunnerClient:
                 )
             except InterpreterFailed as error:
                 raise self._unavailable(error) from None
-        elif importlib.util.find_spec("tensorrt") is None:
-            raise BackendUnavailable(
-                spec,
-                "there is no TensorRT in this Python and no other one is named",
-                install=_install(),
-                nearest=_nearest(spec),
-            )
+        else:
+            check_named(None, spec)
 
     def probe(self, device: int = 0) -> dict[str, Any]:
         """Versions, device and abilities, as ``runner.probe`` tells them; another interpreter is asked once."""
@@ -146,6 +141,17 @@ class RunnerClient:
     def _unavailable(self, error: InterpreterFailed) -> BackendUnavailable:
         how = _install() if error.unusable else None
         return BackendUnavailable(self.spec, str(error), install=how, nearest=_nearest(self.spec))
+
+
+def check_named(python: str | None, spec: str) -> None:
+    """Raise BackendUnavailable when this Python has no TensorRT and nothing names one that has."""
+    if not python and not os.environ.get(ENVIRONMENT) and importlib.util.find_spec("tensorrt") is None:
+        raise BackendUnavailable(
+            spec,
+            "there is no TensorRT in this Python and no other one is named",
+            install=_install(),
+            nearest=_nearest(spec),
+        )
 
 
 def _read(result: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> tuple[Failure | None, list[dict[str, Any]]]:

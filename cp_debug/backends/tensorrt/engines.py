@@ -22,7 +22,7 @@ from cp_debug.backends.tensorrt.inspector import (
     parse_layers,
     realised_precision,
 )
-from cp_debug.backends.tensorrt.probe_bisection import Search
+from cp_debug.backends.tensorrt.probe_bisection import ProbeSearch
 from cp_debug.errors import InputError
 from cp_debug.files import file_hash
 from cp_debug.graph.graph import Graph
@@ -81,8 +81,8 @@ class EngineBuilder:
     def _build(self, name: str, probes: Mapping[str, Any], profiles: Mapping[str, Profile]) -> Engine:
         nodes = [node.name for node in self.graph.nodes]
         key = self._key(name, probes, profiles)
-        if self.cache is not None and key is not None and (found := self.cache.get(key)) is not None:
-            path, facts = found
+        if self.cache is not None and key is not None and (cached := self.cache.get(key)) is not None:
+            path, facts = cached
             return Engine(path, tuple(parse_layers(facts.pop("layers"), nodes)), {**facts, "cached": True})
         engine, facts = self._built(name, probes, profiles)
         if self.cache is not None and key is not None:
@@ -175,7 +175,7 @@ class EngineSet:
         self._probes: dict[str, Engine] = {}
         self.stopped = ""
         """Reason why values inside are not shown, where a build was stopped or was not worth it."""
-        self.search: Search | None = None
+        self.search: ProbeSearch | None = None
         self.gap: float | None = None
         """Relative L2 distance of the probed engine's outputs from the plain one's, once both ran on one input; the
         largest one, where each probe has an engine of its own."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cp_debug.bisect.causes.finding import Effect
+from cp_debug.bisect.finding import Effect
 from cp_debug.bisect.result import LayerRow
 from cp_debug.bisect.shares import Propagation
 from cp_debug.detection.detection_change import compare_detections

@@ -12,12 +12,12 @@ from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.causes.base import CAUSES, Candidate, Cause
 from cp_debug.bisect.causes.effects import Effects
 from cp_debug.bisect.causes.everywhere import counted, in_words
-from cp_debug.bisect.causes.finding import UNKNOWN, Effect, Finding, Where
 from cp_debug.bisect.causes.graphs import GraphReader
 from cp_debug.bisect.causes.precision import OVERFLOWS, PROMOTED
 from cp_debug.bisect.causes.search import ENOUGH, Explanation, explain
 from cp_debug.bisect.causes.segment import Segment, SegmentContext
 from cp_debug.bisect.causes.where import locate
+from cp_debug.bisect.finding import UNKNOWN, Effect, Finding, Where
 from cp_debug.bisect.observe import Observation
 from cp_debug.bisect.result import GUILTY, SHAPE, LayerRow
 from cp_debug.errors import in_one_line

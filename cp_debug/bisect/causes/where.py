@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 
-from cp_debug.bisect.causes.finding import Element, Where
 from cp_debug.bisect.causes.segment import Segment
+from cp_debug.bisect.finding import Element, Where
 
 MOST = 5
 """Channels and elements that are named."""
@@ -31,7 +32,7 @@ def locate(segment: Segment, layer: str) -> Where:
         covered = math.prod(b - a + 1 for a, b in location.region)
         location.concentrated = covered / error.numel()
     for flat in error.flatten().topk(min(MOST, error.numel())).indices:
-        index = [int(i) for i in torch.unravel_index(flat, error.shape)]
+        index = [int(i) for i in np.unravel_index(int(flat), error.shape)]  # torch imports sympy for this
         place = tuple(index)
         if error[place] > 0:
             location.worst.append(Element(index, float(segment.test[place]), float(segment.exact[place])))

@@ -42,7 +42,7 @@ class _Transposed(CenterPointModel):
         return inputs
 
 
-class _Scores(CenterPointModel):
+class _RawScores(CenterPointModel):
     """Decodes heatmaps as scores, as they come: the sigmoid belongs to the network."""
 
     def decode(self, sample: Sample, results: Mapping[str, Arrays]) -> Any:
@@ -62,13 +62,13 @@ class _Probabilities(BackboneNeckHead):
 
 
 def _missing_sigmoid() -> Seeded:
-    model = _Scores("tiny")
+    model = _RawScores("tiny")
     model.components = tuple(
         replace(c, module=_Probabilities(model.network).eval()) if c.name == BACKBONE_NECK_HEAD else c
         for c in model.components
     )
     where = "the exported heads end in logits; the reference's heatmaps are probabilities"
-    return Seeded(model, where, ops=("Sigmoid",), test_model=_Scores("tiny"))
+    return Seeded(model, where, ops=("Sigmoid",), test_model=_RawScores("tiny"))
 
 
 def _features(test: type[CenterPointModel], where: str) -> Seeded:

@@ -7,8 +7,8 @@ from functools import partial
 
 from cp_debug.backends.capabilities import BuildsVariations
 from cp_debug.bisect.candidate_run import CandidateRun, loader
-from cp_debug.bisect.causes.finding import UNKNOWN, Finding
 from cp_debug.bisect.causes.findings import Explainer
+from cp_debug.bisect.finding import UNKNOWN, Finding
 from cp_debug.bisect.regions.descent import descend
 from cp_debug.bisect.regions.learnt import Descent
 from cp_debug.bisect.result import GUILTY, LayerRow

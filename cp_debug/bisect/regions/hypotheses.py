@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -49,10 +49,6 @@ class Hypothesis:
     """Nodes that the hypothesis is about."""
     explained: float
     """1 − ‖captured − emulated‖ ÷ ‖captured − exact‖; minus infinity where the emulation is not finite."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-safe but for infinities."""
-        return asdict(self)
 
 
 def rank(segment: Segment) -> list[Hypothesis]:
@@ -97,7 +93,7 @@ def _hypotheses(segment: Segment) -> Iterator[Proposed]:
                 break
 
 
-def _in_fp16(segment: Segment, ranges: Mapping[str, Seen]) -> Iterator[Proposed]:
+def _in_fp16(segment: Segment, ranges: Mapping[str, ValueSummary]) -> Iterator[Proposed]:
     of: dict[str, list[Node]] = {}
     for node in segment.nodes:
         of.setdefault(node.op, []).append(node)
@@ -125,7 +121,7 @@ def _left_out(segment: Segment, node: Node, source: str) -> Tensor:
     return value
 
 
-class Seen(NamedTuple):
+class ValueSummary(NamedTuple):
     """Shape and magnitude of one exact value."""
 
     shape: tuple[int, ...]
@@ -133,19 +129,19 @@ class Seen(NamedTuple):
     """Largest magnitude."""
 
 
-def survey(segment: Segment) -> dict[str, Seen]:
+def survey(segment: Segment) -> dict[str, ValueSummary]:
     """Value → shape and magnitude, for all floating-point values that the segment computes, by the oracle."""
-    ranges: dict[str, Seen] = {}
+    ranges: dict[str, ValueSummary] = {}
 
     def keep(name: str, value: Any) -> None:
         if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
-            ranges[name] = Seen(tuple(value.shape), float(value.abs().max()))
+            ranges[name] = ValueSummary(tuple(value.shape), float(value.abs().max()))
 
     segment.context.oracle.run_nodes(segment.nodes, segment.given, [segment.target], keep)
     return ranges
 
 
-def crossed(segment: Segment, ranges: Mapping[str, Seen], claim: Arithmetic) -> Iterator[Proposed]:
+def crossed(segment: Segment, ranges: Mapping[str, ValueSummary], claim: Arithmetic) -> Iterator[Proposed]:
     """Hypotheses: results of one shape and one source (Split, slices, several products) taken for each other.
 
     Queries, keys and values of an attention are such results. All groups of a kind are exchanged at once, as a fusion
@@ -221,7 +217,10 @@ def _constants(segment: Segment) -> list[Node]:
 
 
 def walk(segment: Segment, deviations: Mapping[str, Deviation], arithmetic: Arithmetic = FP16) -> Tensor:
-    """The segment's target in FP16, with the nodes of some operators computed another way."""
+    """The segment's target in FP16, with the nodes of some operators computed another way.
+
+    The shape is the target's, the dtype the one in which ``arithmetic`` holds values.
+    """
     executor: Executor = segment.context.executor(arithmetic)
     values: dict[str, Any] = dict(segment.given)
     later = {name for node in segment.nodes for name in node.inputs} | {segment.target}

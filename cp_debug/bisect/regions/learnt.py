@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cp_debug.bisect.regions.hypotheses import REPRODUCED, Hypothesis
 from cp_debug.bisect.regions.region import Region
+from cp_debug.serialize import encode
 
 
 @dataclass
@@ -76,6 +77,6 @@ class Descent:
         return "; ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe but for infinities."""
-        fields = {k: v for k, v in asdict(self).items() if k not in ("region", "hypotheses")}
-        return {**fields, "region": self.region.to_dict(), "hypotheses": [h.to_dict() for h in self.hypotheses[:8]]}
+        """JSON-safe but for infinities; the best eight hypotheses."""
+        document: dict[str, Any] = encode(replace(self, hypotheses=self.hypotheses[:8]), json=False)
+        return document

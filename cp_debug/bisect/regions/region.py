@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from cp_debug.backends.tensorrt.inspector import EngineLayer
 from cp_debug.graph.downstream import data_values
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.operators import PRODUCTS
+from cp_debug.serialize import JsonForm
 
 MANY = 8
 """Nodes that compute, from which on a group is a region: Conv + BatchNorm + Add + activation is still a layer."""
@@ -20,7 +22,7 @@ MOVING = frozenset(
 
 
 @dataclass(frozen=True)
-class Region:
+class Region(JsonForm):
     """Nodes that stand or fall together, in execution order."""
 
     nodes: tuple[str, ...]
@@ -35,9 +37,9 @@ class Region:
         """``fused region of 289 nodes (/b.0/n1 … /fc/Gemm)``."""
         return f"fused region of {len(self.nodes)} nodes ({self.nodes[0]} … {self.nodes[-1]})"
 
-    def to_dict(self) -> dict[str, object]:
-        """JSON-safe."""
-        return {"label": self.label, "kind": self.kind, "layer": self.layer, "nodes": list(self.nodes)}
+    def derived(self) -> dict[str, Any]:
+        """The label."""
+        return {"label": self.label}
 
 
 def region_of(nodes: Iterable[str], value: str, graph: Graph, layers: Sequence[EngineLayer] = ()) -> Region | None:

@@ -25,7 +25,7 @@ HELD_OUT_SEED = 1_000_000
 """Scenes from this seed on are never trained on."""
 
 
-class Part(NamedTuple):
+class Cuboid(NamedTuple):
     """One cuboid of an object, in fractions of its box: the centre along length and height, then the size."""
 
     x: float
@@ -50,12 +50,12 @@ class Kind:
     still: float
     speed: tuple[float, float]
     reflectivity: tuple[float, float]
-    parts: tuple[Part, ...] = (Part(0, 0, 1, 1, 1),)
+    parts: tuple[Cuboid, ...] = (Cuboid(0, 0, 1, 1, 1),)
 
 
-_CAR = (Part(0, -0.22, 1, 1, 0.56), Part(-0.1, 0.28, 0.55, 0.88, 0.44))
-_TRUCK = (Part(0.4, -0.1, 0.2, 0.95, 0.8), Part(-0.12, 0.05, 0.76, 1, 0.9))
-_CYCLIST = (Part(0, -0.25, 1, 0.4, 0.5), Part(-0.1, 0.2, 0.35, 1, 0.6))
+_CAR = (Cuboid(0, -0.22, 1, 1, 0.56), Cuboid(-0.1, 0.28, 0.55, 0.88, 0.44))
+_TRUCK = (Cuboid(0.4, -0.1, 0.2, 0.95, 0.8), Cuboid(-0.12, 0.05, 0.76, 1, 0.9))
+_CYCLIST = (Cuboid(0, -0.25, 1, 0.4, 0.5), Cuboid(-0.1, 0.2, 0.35, 1, 0.6))
 
 CLASSES: dict[str, Kind] = {
     "car": Kind((4, 9), (4.5, 1.9, 1.65), 0.08, 0.4, (2, 12), (0.3, 0.9), _CAR),
@@ -131,7 +131,7 @@ class Ground:
 
 
 @dataclass
-class _Objects:
+class _SceneObjects:
     """Everything that stands on the ground; label -1 is clutter."""
 
     boxes: Floats  # [K, 7]
@@ -141,7 +141,7 @@ class _Objects:
     kinds: list[Kind]
 
 
-def _place(rng: np.random.Generator, ground: Ground, extent: float) -> _Objects:
+def _place(rng: np.random.Generator, ground: Ground, extent: float) -> _SceneObjects:
     """Draw objects and set them down without overlap (their circles stay apart), clear of the sensor."""
     rows: list[tuple[Kind, int]] = []
     for label, kind in [*enumerate(CLASSES.values()), *((-1, kind) for kind in CLUTTER)]:
@@ -167,7 +167,7 @@ def _place(rng: np.random.Generator, ground: Ground, extent: float) -> _Objects:
     boxes = np.stack([box for box, *_ in placed])
     heading = np.stack((np.cos(boxes[:, 6]), np.sin(boxes[:, 6])), axis=1)
     kinds = [kind for _, _, kind, _ in placed]
-    return _Objects(
+    return _SceneObjects(
         boxes=boxes,
         labels=np.array([label for *_, label in placed], dtype=np.int64),
         velocities=heading * np.array([[speed] for _, speed, *_ in placed]),
@@ -176,7 +176,7 @@ def _place(rng: np.random.Generator, ground: Ground, extent: float) -> _Objects:
     )
 
 
-def part_boxes(box: Floats, parts: tuple[Part, ...]) -> Floats:
+def part_boxes(box: Floats, parts: tuple[Cuboid, ...]) -> Floats:
     """The cuboids [P, 7] that an object with the box [7] consists of."""
     shape = np.array(parts)
     length, height, yaw = box[3], box[5], box[6]
@@ -206,7 +206,9 @@ def cast_box(rays: Floats, box: Floats) -> tuple[Floats, Floats]:
     return np.where(hit, enter, np.inf), np.abs(np.take_along_axis(directions, axis, -1)[..., 0])
 
 
-def _sweep(rng: np.random.Generator, lidar: Lidar, ground: Ground, objects: _Objects, dt: float) -> tuple[Floats, Ints]:
+def _sweep(
+    rng: np.random.Generator, lidar: Lidar, ground: Ground, objects: _SceneObjects, dt: float
+) -> tuple[Floats, Ints]:
     """One revolution ``dt`` s before the reference time: points [N, 5] and the object that each hit (-1: ground)."""
     step = 2 * np.pi / lidar.columns
     phase = rng.uniform(0, step)

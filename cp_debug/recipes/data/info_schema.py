@@ -40,7 +40,7 @@ Velocity = Annotated[list[float], BeforeValidator(_plain), Field(min_length=2, m
 
 
 class Cloud(TypedDict, total=False):
-    """``lidar_points``."""
+    """Entry ``lidar_points`` of an info: the file of the cloud, and its place on the vehicle."""
 
     lidar_path: Annotated[str, AfterValidator(_without_null)]
     num_pts_feats: Whole | None
@@ -70,7 +70,7 @@ class Camera(TypedDict, total=False):
     lidar2cam: Matrix
 
 
-class Seen(TypedDict, total=False):
+class CameraObject(TypedDict, total=False):
     """An object in a camera's frame: an entry of ``cam_instances``."""
 
     bbox_3d: Annotated[list[float], BeforeValidator(_plain), Field(min_length=3, max_length=9)]
@@ -78,7 +78,7 @@ class Seen(TypedDict, total=False):
 
 
 class Info(TypedDict, total=False):
-    """An entry of ``data_list``."""
+    """Entry of ``data_list``: one sample."""
 
     token: Any
     sample_idx: Any
@@ -89,11 +89,11 @@ class Info(TypedDict, total=False):
     instances: list[Instance] | None
     images: dict[str, Any]
     """Camera → ``Camera``; KITTI's infos have matrices among them."""
-    cam_instances: dict[str, list[Seen]] | None
+    cam_instances: dict[str, list[CameraObject]] | None
 
 
 class Meta(TypedDict, total=False):
-    """``metainfo``."""
+    """Entry ``metainfo``: what holds for all samples, class names first of all."""
 
     dataset: Any
     DATASET: Any

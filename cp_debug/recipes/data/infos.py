@@ -55,7 +55,9 @@ class InfoData:
         self._kitti = "kitti" in str(meta.get("dataset", meta.get("DATASET"))).lower()
         self._data_classes = self._class_names(meta)
         self._labels = _mapping(self._data_classes, class_names)
-        self._files = _Finder((options.root,) if options.root else (path.parent, *resolved(path.parent).parents[:3]))
+        self._files = _FileFinder(
+            (options.root,) if options.root else (path.parent, *resolved(path.parent).parents[:3])
+        )
         self.notes: list[str] = []
         self._infos = self._present(content["data_list"], count)
         self.notes += self._class_notes(class_names)
@@ -167,7 +169,7 @@ class InfoData:
         return value
 
 
-class _Finder:
+class _FileFinder:
     """Finds the files that an info names, looking first where the last one was."""
 
     def __init__(self, roots: Sequence[Path]) -> None:

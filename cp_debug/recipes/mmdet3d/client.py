@@ -43,7 +43,7 @@ class DetectorClient:
     """
 
     def __init__(self) -> None:
-        self._detectors: list[runner.Detector] = []
+        self._detectors: list[runner.BuiltDetector] = []
         self._interpreter: Interpreter | None = None
         python = os.environ.get(ENVIRONMENT)
         if (missing := _missing()) is None:

@@ -62,7 +62,7 @@ class Encoder(nn.Module):
         return input_features
 
 
-class Branch(nn.Module):
+class DenseBranch(nn.Module):
     """Backbone, neck and head one after the other, under the detector's own names."""
 
     def __init__(self, detector: nn.Module, prefix: str) -> None:
@@ -101,7 +101,7 @@ def _named(structure: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, to
             yield from _named(item, (*path, str(index) if path else f"output_{index}"))
 
 
-class Detector:
+class BuiltDetector:
     """A detector built from a config file, in eval mode on the CPU, with random weights from a seed."""
 
     def __init__(self, path: str, seed: int) -> None:
@@ -124,7 +124,7 @@ class Detector:
         self.branches = {}
         for prefix in PREFIXES:
             if hasattr(self.model, prefix + "backbone"):
-                branch = Branch(self.model, prefix).eval()
+                branch = DenseBranch(self.model, prefix).eval()
                 self.branches[branch.name] = branch
 
     def about(self) -> dict[str, Any]:
@@ -224,7 +224,7 @@ def _import(name: str) -> Any:
 # ---------------------------------------------------------------- commands
 
 
-def configs(detectors: list[Detector], step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
+def configs(detectors: list[BuiltDetector], step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
     """The configurations that mmdet3d ships, name → file."""
     package = Path(_import("mmdet3d").__file__).parent
     folders = [package / ".mim" / "configs", package.parent / "configs"]  # installed; a checkout
@@ -234,49 +234,49 @@ def configs(detectors: list[Detector], step: Step, arrays: Arrays) -> tuple[dict
     return {"configs": {path.stem: str(path) for path in reversed(paths)}}, {}
 
 
-def open_detector(detectors: list[Detector], step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
+def open_detector(detectors: list[BuiltDetector], step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
     """Build ``config`` with random weights from ``seed``. The other commands work on it."""
-    detectors[:] = [Detector(step["config"], step["seed"])]
+    detectors[:] = [BuiltDetector(step["config"], step["seed"])]
     return detectors[0].about(), {}
 
 
-def load(detectors: list[Detector], step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
+def load(detectors: list[BuiltDetector], step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
     """Take the weights in ``file``, a plain dictionary of tensors that fits."""
     detectors[0].model.load_state_dict(torch.load(step["file"], map_location="cpu"))
     return {}, {}
 
 
-def save(detectors: list[Detector], step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
+def save(detectors: list[BuiltDetector], step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
     """Write the weights to ``file``."""
     torch.save(dict(detectors[0].model.state_dict()), step["file"])
     return {}, {}
 
 
-def stages(detectors: list[Detector], step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
-    """``Detector.stages`` of ``points``."""
+def stages(detectors: list[BuiltDetector], step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
+    """``BuiltDetector.stages`` of ``points``."""
     return {}, detectors[0].stages(arrays["points"])
 
 
-def inputs(detectors: list[Detector], step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
-    """``Detector.inputs`` of ``points``; for each branch, the channels of the images that it may take."""
+def inputs(detectors: list[BuiltDetector], step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
+    """``BuiltDetector.inputs`` of ``points``; for each branch, the channels of the images that it may take."""
     tensors, reason = detectors[0].inputs(arrays["points"])
     channels = {name: _image_channels(branch) for name, branch in detectors[0].branches.items()}
     return {"reason": reason, "channels": channels}, tensors
 
 
-def _image_channels(branch: Branch) -> int | None:
+def _image_channels(branch: DenseBranch) -> int | None:
     convolutions = [m for m in next(branch.children()).modules() if isinstance(m, nn.Conv2d)]
     return convolutions[0].in_channels if convolutions else None
 
 
-def run(detectors: list[Detector], step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
+def run(detectors: list[BuiltDetector], step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
     """The outputs of ``branch`` for ``features``, in the order of their names."""
     with torch.no_grad():
         outputs = detectors[0].branches[step["branch"]].outputs(torch.from_numpy(arrays["features"]))
     return {"outputs": list(outputs)}, {name: tensor.numpy() for name, tensor in outputs.items()}
 
 
-def program(detectors: list[Detector], step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
+def program(detectors: list[BuiltDetector], step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
     """Write ``branch`` as it computes ``features``, an exported program of torch, to ``file``.
 
     What cannot be exported is cut off the branch, from its end; the result says why.
@@ -308,7 +308,7 @@ COMMANDS = {
 }
 
 
-def execute(job: dict[str, Any], emit: Emit, detectors: list[Detector]) -> dict[str, Any]:
+def execute(job: dict[str, Any], emit: Emit, detectors: list[BuiltDetector]) -> dict[str, Any]:
     """Run a job's steps in order, up to the first that fails. Returns the content of ``result.json``.
 
     ``detectors`` keeps the open one from job to job.
@@ -339,7 +339,7 @@ def main(folder: Path) -> int:
     def emit(event: dict[str, Any]) -> None:
         print(json.dumps(event), flush=True)
 
-    detectors: list[Detector] = []
+    detectors: list[BuiltDetector] = []
     while True:
         result = execute(json.loads((folder / "job.json").read_text(encoding="utf-8")), emit, detectors)
         (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")

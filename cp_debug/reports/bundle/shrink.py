@@ -45,24 +45,22 @@ class Shrinker:
     def find(self, layer: list[int]) -> list[int]:
         """The first cut around ``layer`` that fails: the layer alone, then with neighbours 1, 3, 7, … edges away.
 
-        Each is tried as it is, then with the layer's own value among its outputs, where neighbours read that. Raises
-        InputError when none does, up to the whole component.
+        Raises InputError when none does, up to the whole component.
         """
         nodes, hops, reasons = layer, 1, []
         while True:
             self.told(f"does it fail with {len(nodes)} node(s)?")
-            for self.cutter.compares_layer in (False, True) if len(nodes) > len(layer) else (False,):
-                begun = time.monotonic()
-                try:
-                    measured = self.verifier.measure(self.cutter.case(nodes))
-                    self._longest = time.monotonic() - begun
-                    if fails(measured):
-                        self.needed = MARGIN * strength(measured)
-                        self._end = time.monotonic() + self.seconds
-                        return nodes
-                    reasons.append(f"{len(nodes)} node(s): {_innocent(measured)}")
-                except InputError as error:
-                    reasons.append(f"{len(nodes)} node(s): {error}")
+            begun = time.monotonic()
+            try:
+                measured = self.verifier.measure(self.cutter.case(nodes))
+                self._longest = time.monotonic() - begun
+                if fails(measured):
+                    self.needed = MARGIN * strength(measured)
+                    self._end = time.monotonic() + self.seconds
+                    return nodes
+                reasons.append(f"{len(nodes)} node(s): {_innocent(measured)}")
+            except InputError as error:
+                reasons.append(f"{len(nodes)} node(s): {error}")
             grown = self.cutter.grow(nodes, hops)
             if grown == nodes:
                 lines = [*reasons[:2], "…", reasons[-1]] if len(reasons) > 3 else reasons
@@ -74,8 +72,8 @@ class Shrinker:
         self.told("leaving out nodes")
         everything = frozenset(nodes)
 
-        def fails(kept: frozenset[int]) -> bool:
-            return kept == everything or (bool(kept) and self._cut_fails(kept))
+        def fails(nodes_left: frozenset[int]) -> bool:
+            return nodes_left == everything or (bool(nodes_left) and self._cut_fails(nodes_left))
 
         return self.cutter.case(Minimizer[int](fails).minimize(nodes))
 
@@ -160,15 +158,15 @@ class Shrinker:
         array = case.inputs[name]
         blocks = [slice(b[0], b[-1] + 1) for b in np.array_split(np.arange(array.size), BLOCKS) if b.size]
 
-        def kept(indices: frozenset[int]) -> Case:
+        def with_blocks(indices: frozenset[int]) -> Case:
             sparse = np.zeros_like(array).reshape(-1)
             for i in indices:
                 sparse[blocks[i]] = array.reshape(-1)[blocks[i]]
             return _with_input(case, name, sparse.reshape(array.shape))
 
-        minimizer = Minimizer[int](lambda indices: self.accepts(kept(indices)))
+        minimizer = Minimizer[int](lambda indices: self.accepts(with_blocks(indices)))
         everything = range(len(blocks))
-        return kept(frozenset(minimizer.minimize(everything))) if minimizer.holds(everything) else case
+        return with_blocks(frozenset(minimizer.minimize(everything))) if minimizer.holds(everything) else case
 
     def _short(self, case: Case, name: str) -> Case:
         array = case.inputs[name]

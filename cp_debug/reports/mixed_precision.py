@@ -1,4 +1,4 @@
-"""A search in a terminal: the verdict, the layers, the curve of error against layers kept, and arguments for tools."""
+"""A mixed-precision search in a terminal: verdict, layers, curve of error against layers kept, arguments for tools."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from cp_debug.reports.sheet import Column, Row, Sheet
 from cp_debug.reports.sheet_terminal import Terminal
 
 if TYPE_CHECKING:
-    from cp_debug.mixed_precision.result import SearchResult
+    from cp_debug.mixed_precision.result import MixedPrecisionResult
 
 TOOLS = {"polygraphy": "polygraphy (weak typing)", "trtexec": "trtexec", "autocast": "ModelOpt AutoCast",
          "modelopt": "ModelOpt quantization"}  # fmt: skip
 
 
-def render(result: SearchResult) -> Iterator[RenderableType]:
+def render(result: MixedPrecisionResult) -> Iterator[RenderableType]:
     """The parts of a result, in the order in which they are read."""
     backend = f"{result.backend} (emulated)" if result.emulated else result.backend
     yield Text.assemble((result.model, "bold"), f" · {result.reference} → {backend} · goal {result.goal}")
@@ -40,7 +40,7 @@ def render(result: SearchResult) -> Iterator[RenderableType]:
         yield from tool_arguments(result)
 
 
-def kept_table(result: SearchResult) -> Sheet:
+def kept_table(result: MixedPrecisionResult) -> Sheet:
     """A row for each layer."""
     figure = next(iter(result.best.measured.figures), "rel_l2")
     columns = [
@@ -62,7 +62,7 @@ def kept_table(result: SearchResult) -> Sheet:
     return Sheet(columns, rows)
 
 
-def pareto_table(result: SearchResult) -> Sheet:
+def pareto_table(result: MixedPrecisionResult) -> Sheet:
     """The trials that no other beats in both, layers and error."""
     figures = list(result.baseline.measured.figures or result.best.measured.figures)
     timed = any(trial.latency is not None for trial in result.pareto)
@@ -78,7 +78,7 @@ def pareto_table(result: SearchResult) -> Sheet:
     return Sheet([*columns, Column("")], rows)
 
 
-def tool_arguments(result: SearchResult) -> Iterator[RenderableType]:
+def tool_arguments(result: MixedPrecisionResult) -> Iterator[RenderableType]:
     """The set of kept layers as arguments of other tools."""
     for component, tools in arguments(result.keep, result.precision).items():
         for tool, line in tools.items():

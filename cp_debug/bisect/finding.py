@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cp_debug.detection.detection_change import DetectionChange
-from cp_debug.serialize import encode
+from cp_debug.serialize import JsonForm, encode
 
 UNKNOWN = "unknown"
 
@@ -45,7 +45,7 @@ class Effect:
 
 
 @dataclass
-class Finding:
+class Finding(JsonForm):
     """One cause and the layers that it explains; ``cause`` is ``unknown`` where nothing explains them."""
 
     cause: str
@@ -77,6 +77,12 @@ class Finding:
         at = " of the reference" if self.side == "reference" else ""
         return f"{who} ({ops}){at}: {self.says}"
 
+    @classmethod
+    def fields_from(cls, document: dict[str, Any]) -> dict[str, Any]:
+        """The entry of ``findings``, also of a file that says no more than the cause."""
+        return {"says": document.get("cause"), "layers": [], "ops": []} | document
+
     def to_dict(self) -> dict[str, Any]:
         """The entry of ``findings`` in the JSON; ``docs/causes.md`` describes the fields."""
-        return encode(self)
+        document: dict[str, Any] = encode(self)
+        return document
