@@ -14,7 +14,8 @@ from cp_debug.graph.graph import Graph
 class Weights:
     """Initializers and the results of Constant nodes, by name.
 
-    Both are read rounded as ``arithmetic`` stores constants, or exact by operators that take them as parameters (scales).
+    Both are read rounded as ``arithmetic`` stores constants, or exact by operators that take them as parameters, such
+    as scales.
     """
 
     def __init__(self, graph: Graph, arithmetic: Arithmetic, device: torch.device, limit: int) -> None:
