@@ -44,7 +44,7 @@ class Arithmetic:
     """Number of partial sums that share a tile's channels; a divisor of ``tile`` ÷ 16."""
 
     def held(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype that holds values which the graph declares as ``dtype``."""
+        """Dtype in which values are held that the graph declares as ``dtype``."""
         return self.dtype if dtype.is_floating_point and dtype != torch.float64 else dtype
 
     def hold(self, value: Any, device: torch.device | str) -> Any:
