@@ -180,7 +180,8 @@ def _test(before: TestResult, after: TestResult, factor: float) -> TestDiff:
     layers, same = _changes(before.rows, after.rows, factor)
     outputs, _ = _changes(before.outputs, after.outputs, factor)
     causes = [
-        {(finding.cause, *sorted(finding.layers)): finding.headline for finding in t.findings} for t in (before, after)
+        {(finding.cause, *sorted(finding.layers)): finding.headline for finding in test.findings}
+        for test in (before, after)
     ]
     return TestDiff(
         before.backend.spec,
