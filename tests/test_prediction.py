@@ -57,7 +57,7 @@ def test_layers_are_those_an_engine_fuses(tmp_path: Path) -> None:
     }
 
 
-def test_a_normalisation_in_parts_is_one_layer(tmp_path: Path) -> None:
+def test_a_normalization_in_parts_is_one_layer(tmp_path: Path) -> None:
     net = NetBuilder()
     mean = net.op("ReduceMean", "x", name="mean", axes=[-1], keepdims=1)
     centred = net.op("Sub", "x", mean, name="centred")

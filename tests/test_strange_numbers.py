@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import helper, numpy_helper
 from test_cli import run
 
 from cp_debug.backends.base import RunRecord
+from cp_debug.backends.registry import create
+from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.result import TestResult
 from cp_debug.deploy.preprocessing import compare_voxels, voxelize_on
 from cp_debug.deploy.reasons import reasons
 from cp_debug.deploy.verify import ScenarioResult, TensorCheck, what_is_wrong
+from cp_debug.detection.evaluate import evaluate
+from cp_debug.detection.evaluation import EvaluationOptions
 from cp_debug.probes.statistics import compare
+from cp_debug.recipes.base import Sample
 from cp_debug.recipes.centerpoint.config import CONFIGS
 from cp_debug.recipes.centerpoint.recipe import CenterPointModel
 from cp_debug.recipes.data.folder import FolderData
@@ -63,14 +70,52 @@ def test_nan_of_the_input_is_said_to_come_in(tmp_path: Path) -> None:
     assert "NaN comes in with the input x on both sides" in test.not_finite
 
 
-def test_inf_at_the_same_places_is_told_beside_the_pass(tmp_path: Path) -> None:
+@pytest.mark.parametrize("x", [[1, -2, 3, -4], [1, 2, 3, 4], [-1, -2, -3, 4]])
+def test_inf_at_the_same_places_is_no_pass(tmp_path: Path, x: list[float]) -> None:
     path = net(tmp_path, [("Div", ["x", "zero"], "d"), ("Max", ["d", "x"], "y")], ["y"])
-    test = judged(path, [1, -2, 3, -4])
-    assert test.agrees
+    test = judged(path, x)
+    assert not test.agrees
     text = verdict_line(test)
+    assert text.plain.startswith("✗ ort-all: nothing is decided")
     assert "Inf is born at node_d (Div) on both sides" in text.plain
     assert "green" not in str(text.spans[0].style)
-    assert not judged(path, [1, 2, 3, 4]).agrees, "nothing of the output is finite"
+
+
+def test_minus_inf_that_masks_inside_the_network_is_fine(tmp_path: Path) -> None:
+    ops = [("Div", ["x", "zero"], "mask"), ("Min", ["mask", "zero"], "m"), ("Add", ["m", "x"], "s")]
+    test = judged(net(tmp_path, [*ops, ("Softmax", ["s"], "y")], ["y"]), [1, -2, 3, -4])
+    assert test.agrees
+    assert not test.not_finite
+    assert verdict_line(test).plain.startswith("✓")
+
+
+@pytest.mark.parametrize("op", ["Div", "Log"])
+def test_every_face_says_that_an_output_is_not_finite(tmp_path: Path, op: str) -> None:
+    inputs = ["x", "zero"] if op == "Div" else ["x"]
+    path = net(tmp_path, [(op, inputs, "d"), ("Relu", ["x"], "z")], ["d", "z"])
+    np.savez(tmp_path / "x.npz", x=np.array([[1, -2, 3, -4]], np.float32))
+    kept, page = tmp_path / "kept", tmp_path / "page.html"
+    argv = ["bisect", path, "-b", "ort,ort-all", "--inputs", tmp_path / "x.npz", "--save", kept, "--html", page]
+    code, text = run(*argv)
+    assert code == 1
+    assert "nothing is decided" in text
+    document = json.loads((kept / "result.json").read_text())
+    assert document["agrees"] is False
+    assert "is not finite" in document["not_finite"]
+    shown = page.read_text(encoding="utf-8")
+    assert "✗ not finite" in shown
+    assert "✓ agrees" not in shown
+    for kind, part in (("markdown", "nothing is decided"), ("junit", 'failures="1"'), ("github", "::error")):
+        code, text = run("report", kept, "-f", kind)
+        assert part in text, kind
+
+
+def test_a_search_by_outputs_that_are_not_finite_is_refused(tmp_path: Path) -> None:
+    path = net(tmp_path, [("Div", ["x", "zero"], "y")], ["y"])
+    np.savez(tmp_path / "x.npz", x=np.ones((1, 4), np.float32))
+    code, text = run("search", path, "-b", "ort,emu-fp16", "--goal", "rel_l2<0.1", "--inputs", tmp_path / "x.npz")
+    assert code == 2
+    assert "the reference's output y holds 4 NaN or Inf of 4 elements" in text
 
 
 def test_what_is_finite_says_nothing(tmp_path: Path) -> None:
@@ -100,6 +145,8 @@ def test_verification_does_not_blame_the_export_for_the_models_own_nan() -> None
         nan, nan
     )
     assert "the reference has" not in said(ones, nan)
+    assert "the reference holds 1 NaN or Inf, the test none" in said(nan, ones)
+    assert "NaN or Inf" in said(np.array([np.inf, 1], np.float32), np.array([np.inf, 1], np.float32))
 
 
 @pytest.mark.parametrize(
@@ -118,6 +165,45 @@ def test_odd_clouds_get_a_remark(tmp_path: Path, points: np.ndarray, said: list[
     remarks = model.remarks(sample)
     assert len(remarks) == len(said)
     assert all(text in remark for text, remark in zip(said, remarks, strict=True))
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["check"], ["predict", "--precision", "fp16"], ["verify", "--no-explain", "--scenario", "torch,ort"]],
+)
+def test_every_command_remarks_on_an_empty_cloud(tmp_path: Path, argv: list[str]) -> None:
+    np.save(tmp_path / "cloud.npy", np.zeros((0, 5), np.float32))
+    command, *options = argv
+    given = ["centerpoint:tiny", "--inputs", tmp_path / "cloud.npy"]
+    _, text = run(command, *given, *options)
+    assert "the cloud is empty" in " ".join(text.split())
+
+
+def test_an_evaluation_remarks_on_empty_clouds_and_on_outputs_that_are_not_finite() -> None:
+    model = CenterPointModel("tiny")
+    (scene,) = model.samples(1, 0, None)
+    empty = [Sample({"points": np.zeros((0, 5), np.float32)}, f"{i}.npy", scene.truth) for i in range(10)]
+
+    class Clouds:
+        name = "clouds"
+        notes: tuple[str, ...] = ()
+
+        def __len__(self) -> int:
+            return len(empty)
+
+        def sample(self, index: int) -> Sample:
+            return empty[index]
+
+    module = model.components[-1].module
+    assert module is not None
+    *_, (_, last) = module.named_parameters()
+    with torch.no_grad():
+        last[:] = torch.nan
+    backends = [create(BackendSpec.parse(spec)) for spec in ("torch", "ort")]
+    result = evaluate(model, backends, Clouds(), EvaluationOptions(draws=0))
+    assert sum("the cloud is empty" in note for note in result.notes) == 8
+    assert "and 2 more remarks of this kind on other samples" in result.notes
+    assert f"{backends[1].spec}: the outputs hold NaN or Inf on 10 of 10 samples" in result.notes
 
 
 def test_no_pillars_are_compared_without_a_traceback() -> None:

@@ -71,7 +71,10 @@ class Arithmetic:
         return self.value(value) if self.value is not None and isinstance(value, Tensor) else value
 
     def operands(self, *values: Tensor) -> tuple[Tensor, ...]:
-        """The operands of a convolution or matrix product as the multiplier reads them."""
+        """The operands of a convolution or matrix product as the multiplier reads them.
+
+        Shapes and dtypes stay; the values are those that the operand's type can hold.
+        """
         if self.operand is None:
             return values
         first, *second_operands = values

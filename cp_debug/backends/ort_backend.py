@@ -22,6 +22,7 @@ from cp_debug.backends.ort_optimized import OptimizedProgram, Replacement, build
 from cp_debug.backends.ort_options import LEVELS, Runtime, device_of, read_settings
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import InputError
+from cp_debug.graph import onnx_runtime
 from cp_debug.graph.casts import cast_surgery
 from cp_debug.graph.check_inputs import check_inputs
 from cp_debug.graph.graph import Graph
@@ -99,7 +100,7 @@ class OrtSession:
         if backend.precision == "fp16":
             self._folder = tempfile.TemporaryDirectory(prefix="cpdebug-ort-")
             graph = Graph(cast_surgery(graph, "fp16", backend.keep_fp32, Path(self._folder.name) / "fp16.onnx"))
-        self._graph = graph
+        self._graph, self._time_limit = graph, onnx_runtime.time_limit(graph)
         self._optimized: OptimizedProgram | None = None
         self._observed = ChunkedGraph(backend.runtime, graph)
         self.settings: dict[str, Any] = dict(backend.runtime.settings)
@@ -118,6 +119,7 @@ class OrtSession:
     ) -> dict[str, np.ndarray]:
         """Run once. Without a sink the whole model runs in one session, as deployed.
 
+        Takes and returns name → array in the dtype that the graph declares.
         Raises InputError for inputs that do not fit the graph, and when a node fails.
         """
         check_inputs(self._graph.inputs, inputs, str(self._graph.path))
@@ -155,6 +157,8 @@ class OrtSession:
         try:
             inputs = self._example or MadeUp(graph).sample(0)
             untouched = self._run_whole(inputs)
+        except onnx_runtime.Endless:
+            raise
         except InputError:  # inputs that cannot be made up: names are then not verified, nor the gap measured
             inputs = None
         self._optimized = program = build(backend.runtime, graph, program_file, inputs)
@@ -168,16 +172,22 @@ class OrtSession:
 
     def _run_whole(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         self._whole = self._whole or self._backend.runtime.session(self._graph.path, level=self._backend.level)
-        return run_whole(self._whole, self._graph, inputs)
+        return run_whole(self._whole, self._graph, inputs, self._time_limit)
 
 
 def run_whole(
-    session: onnxruntime.InferenceSession, graph: Graph, inputs: Mapping[str, np.ndarray]
+    session: onnxruntime.InferenceSession, graph: Graph, inputs: Mapping[str, np.ndarray], limit: float | None = None
 ) -> dict[str, np.ndarray]:
-    """The outputs of ``graph``, open in ``session``, as far as they are tensors. Raises InputError when it fails."""
+    """The outputs of ``graph``, open in ``session``, as far as they are tensors.
+
+    Takes and returns name → array in the dtype that the graph declares.
+    Raises InputError when it fails, and when ``limit`` (seconds, of ``onnx_runtime.time_limit``) is over.
+    """
     names = [v.name for v in graph.outputs]
     try:
-        values = session.run_with_ort_values(names, to_ort(inputs))
+        values = onnx_runtime.run(session, names, to_ort(inputs), limit)
+    except onnx_runtime.Endless as error:
+        raise onnx_runtime.Endless(f"{graph.path}: {error}") from error
     except Exception as error:  # each status of ONNX Runtime is a class of its own, directly below Exception
         raise InputError(f"{graph.path}: ONNX Runtime failed: {error}") from error
     return {n: to_numpy(v) for n, v in zip(names, values, strict=True) if v.is_tensor()}

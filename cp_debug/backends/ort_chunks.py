@@ -14,7 +14,7 @@ from cp_debug.backends.base import Sink
 from cp_debug.backends.memory import Trimmer
 from cp_debug.backends.ort_options import Runtime
 from cp_debug.errors import InputError
-from cp_debug.graph import surgery
+from cp_debug.graph import onnx_runtime, surgery
 from cp_debug.graph.graph import Graph, Node
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ class _Chunk:
     dies: list[str]
     """Values that no later chunk reads."""
     session: onnxruntime.InferenceSession | None = None
+    limit: float | None = None
+    """Seconds that a run may take, where the chunk holds a loop."""
 
 
 class ChunkedGraph:
@@ -57,7 +59,9 @@ class ChunkedGraph:
     ) -> dict[str, np.ndarray]:
         """Run the graph; return its outputs, as far as they are tensors.
 
-        ``sink`` is given ``probes`` in execution order. Raises InputError when a node fails.
+        ``sink`` is given ``probes`` in execution order. Takes and returns name → array in the dtype that the graph
+        declares.
+        Raises InputError when a node fails.
         """
         live = to_ort(inputs)
         trimmer = Trimmer(_TRIM_AFTER)
@@ -99,9 +103,13 @@ class ChunkedGraph:
                 model.SerializeToString(), level="none", weights=surgery.weights_folder(self._graph)
             )
             chunk.session = session if self._keep else None
+            chunk.limit = onnx_runtime.time_limit(self._graph, chunk.nodes)
         feed = {i.name: live[i.name] for i in session.get_inputs()}
         try:
-            return list(session.run_with_ort_values(wanted, feed))
+            return onnx_runtime.run(session, wanted, feed, chunk.limit)
+        except onnx_runtime.Endless as error:
+            loops = ", ".join(node.name for node in chunk.nodes if onnx_runtime.time_limit(self._graph, [node]))
+            raise onnx_runtime.Endless(f"{self._graph.path}: node {loops}: {error}") from error
         except Exception as error:  # each status of ONNX Runtime is a class of its own, directly below Exception
             names = ", ".join(node.name for node in chunk.nodes)
             raise InputError(f"{self._graph.path}: ONNX Runtime failed at {names}: {error}") from error

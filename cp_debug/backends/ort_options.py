@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import BackendUnavailable, InputError
+from cp_debug.graph.onnx_runtime import SEVERITIES, session_options, severity
 from cp_debug.optional import install, require
 
 if TYPE_CHECKING:
@@ -39,8 +40,6 @@ _CUDA = {
     "prefer_nhwc": "0",
 }
 
-_LOG_SEVERITY = 4
-"""Severity "fatal": errors are raised besides, and the log is in colours."""
 _OPTIONS = ("use_deterministic_compute", "intra_op_num_threads", "inter_op_num_threads", "log_severity_level")
 _CONFIG = {"session.intra_op.allow_spinning": "0", "session.set_denormal_as_zero": "0"}
 
@@ -67,7 +66,7 @@ class Runtime:
         first = providers[0][0]
         if first not in ort.get_available_providers():
             raise _unavailable(spec, f"onnxruntime {ort.__version__} has no {first}")
-        ort.set_default_logger_severity(_LOG_SEVERITY)  # of what is logged outside a session
+        severity()  # what the environment says wrongly is no fault of the device's
         runtime = cls(spec, threads or _processors(), providers)
         try:
             probe = runtime.session(_identity(), level="none")
@@ -95,13 +94,12 @@ class Runtime:
         """
         import onnxruntime as ort
 
-        options = ort.SessionOptions()
+        options = session_options(SEVERITIES["info"] if log else None)
         options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, LEVELS[level])
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         options.use_deterministic_compute = True
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = 1 if log else _LOG_SEVERITY
         # Chunks are many small sessions: an arena and a memory pattern each would keep all their peaks.
         options.enable_cpu_mem_arena = False
         options.enable_mem_pattern = False

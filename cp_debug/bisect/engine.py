@@ -23,7 +23,7 @@ from cp_debug.errors import InputError
 from cp_debug.probes.capture import check_free
 from cp_debug.programs.layers import Layer, all_layers
 from cp_debug.programs.pipeline import Pipeline, choose_export, is_exported
-from cp_debug.recipes.abilities import HasNotes, RemarksOnSamples
+from cp_debug.recipes.abilities import HasNotes, Remarks
 from cp_debug.recipes.base import Model, Sample, check_samples
 
 
@@ -109,12 +109,12 @@ class Bisection:
                 for backend, own in zip(self._tests, sides.tests, strict=True)
             ]
             taken = SampleRuns(self.model, reference, runs, options, Path(scratch), progress)
-            sources = []
+            sources, remarks = [], Remarks(self.model)
             for index, sample in enumerate((first, *samples)):
                 sources.append(sample.source)
-                if isinstance(self.model, RemarksOnSamples):
-                    self._notes += self.model.remarks(sample)
+                remarks.see(sample)
                 taken.take(index, sample)
+            self._notes += remarks.told
             if options.optimizer_blame:
                 self._blame_optimizers(first, taken)
             return BisectResult(
@@ -166,11 +166,11 @@ class Bisection:
         from cp_debug.backends.ort_backend import OrtBackend
         from cp_debug.bisect.optimizer_blame import blame_optimizers
 
-        for run, found in zip(taken.runs, taken.collected, strict=True):
-            pipeline, seen = run.pipeline, found.observation
+        for run, collected in zip(taken.runs, taken.collected, strict=True):
+            pipeline, seen = run.pipeline, collected.observation
             if isinstance(pipeline.backend, OrtBackend) and is_optimized(pipeline.backend):
                 self._progress.step(f"{pipeline.backend.spec}: knobs")
                 floor = seen.noise_floor if seen else 0.0
-                found.optimizer_blame = blame_optimizers(
+                collected.optimizer_blame = blame_optimizers(
                     pipeline.model, pipeline.programs, pipeline.backend, sample, floor
                 )

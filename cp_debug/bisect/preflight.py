@@ -24,6 +24,7 @@ from cp_debug.graph.operators import PRODUCTS
 from cp_debug.programs.layers import layer_name
 from cp_debug.programs.pipeline import Key, Pipeline
 from cp_debug.programs.scene import decode
+from cp_debug.recipes.abilities import Remarks
 from cp_debug.recipes.base import Arrays, Model, Sample
 
 LONG = 1152
@@ -66,6 +67,9 @@ class Preflight:
             listed += _normalizations(program, weights)
             listed += _quantizers(program, weights)
         if self.sample is not None:
+            remarks = Remarks(self.model)
+            remarks.see(self.sample)
+            listed += (Concern("inputs", RISK, says, [], "give another sample with --inputs") for says in remarks.told)
             listed += self._activations(self.sample)
         return sorted(listed, key=lambda c: c.severity != PROBLEM)
 
@@ -125,7 +129,10 @@ class Preflight:
 
 
 def leaves_half(exact: Tensor) -> dict[str, float] | None:
-    """Figures of what FP16 loses of a tensor; None where that is no more than its rounding."""
+    """Figures of what FP16 loses of a tensor; None where that is no more than its rounding.
+
+    ``exact`` has any shape and a float dtype; ``storage_loss`` is relative L2.
+    """
     figures = half_figures(exact)
     finite = exact[torch.isfinite(exact)]
     stored = round_fp16(finite.float()).double()

@@ -35,13 +35,11 @@ def count(row: ComparedRow, kind: str, side: str) -> int:
 
 
 def undecided(row: ComparedRow) -> bool:
-    """Whether nothing can be said of an output although both sides agree: NaN on a side, or no finite element."""
-    if any(count(row, "nan", side) for side in SIDES):
-        return True
-    return bool(row.stats.count) and row.stats.inf_ref == row.stats.count
+    """Whether nothing can be said of an output although both sides agree: it holds NaN or Inf on a side."""
+    return any(count(row, kind, side) for kind in KINDS for side in SIDES)
 
 
-def born(rows: Sequence[ComparedRow]) -> Iterator[str]:
+def nonfinite_origins(rows: Sequence[ComparedRow]) -> Iterator[str]:
     """A phrase for each kind and side, equal ones together: the first value, in execution order, that holds any."""
     for kind in KINDS:
         places: dict[str, list[str]] = {}

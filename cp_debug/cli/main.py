@@ -42,6 +42,8 @@ from cp_debug.errors import CpdebugError, InputError, system_reason
 
 ENDED = 143
 """Exit code after SIGTERM, as in shells."""
+RUNS_NOTHING = ("compare", "doctor", "models", "report")
+"""Commands in which ONNX Runtime has nothing to log."""
 
 _NO_MEMORY = ("can't allocate memory", "out of memory")
 """Ways in which torch says so, on the CPU and on a GPU, by errors that are no MemoryError."""
@@ -63,11 +65,20 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
     ] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", help="Let ONNX Runtime log its warnings; CPDEBUG_ORT_LOG=info or verbose: more."),
+    ] = False,
 ) -> None:
     """PyTorch, ONNX Runtime and TensorRT side by side: names the first layer that its precision cannot explain."""
+    if verbose:
+        if context.invoked_subcommand in RUNS_NOTHING:
+            raise InputError(f"--verbose: it would do nothing here: {context.invoked_subcommand} runs no model")
+        os.environ.setdefault("CPDEBUG_ORT_LOG", "warning")
 
 
 for command in (
@@ -98,6 +109,7 @@ def main() -> None:
     """Run the command line; every expected failure is one message on stderr and an exit code."""
     # Threads that wait in vain spin, and so take the cores from those they wait for when other programs run, too.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # it leaves a file in the folder for temporary ones
     show_anywhere()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(ENDED))  # so that what is half-written is removed
     try:
@@ -128,7 +140,7 @@ def main() -> None:
         if isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY):
             show_error("out of memory: this asks for more than the machine has")
             sys.exit(InputError.exit_code)
-        message = crash.told(error)
+        message = crash.log_crash(error)
         try:
             show_error(message)
         finally:

@@ -18,10 +18,12 @@ from cp_debug.deploy.preprocessing import VoxelChange, compare_voxels, read_voxe
 from cp_debug.deploy.tolerance import Tolerances, noise_floors
 from cp_debug.detection.detection_change import DetectionChange, compare_detections
 from cp_debug.detection.evaluate import Clock
+from cp_debug.display import Shown
+from cp_debug.errors import InputError
 from cp_debug.probes.statistics import TensorStats, compare
 from cp_debug.programs.pipeline import Key, Pipeline
 from cp_debug.programs.scene import decode
-from cp_debug.recipes.abilities import DetectsBoxes, with_samples
+from cp_debug.recipes.abilities import DetectsBoxes, Remarks, with_samples
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.centerpoint.recipe import CenterPointModel
 from cp_debug.recipes.centerpoint.voxelize import Voxels
@@ -120,13 +122,15 @@ class ScenarioResult:
         }
 
 
-@dataclass
-class VerifyResult:
+@dataclass(repr=False)
+class VerifyResult(Shown):
     """All scenarios."""
 
     model: str
     samples: list[str]
     scenarios: list[ScenarioResult]
+    notes: list[str] = field(default_factory=list)
+    """Remarks on the samples."""
 
     @property
     def passed(self) -> bool:
@@ -139,6 +143,7 @@ class VerifyResult:
             "model": self.model,
             "samples": self.samples,
             "passed": self.passed,
+            "notes": self.notes,
             "scenarios": [scenario.to_dict() for scenario in self.scenarios],
         }
 
@@ -150,25 +155,38 @@ def verify(
     samples: Sequence[Sample],
     options: VerifyOptions = VerifyOptions(),
     *,
+    test_programs: Sequence[Program] | None = None,
     on_step: OnStep = lambda text, done, total: None,
 ) -> VerifyResult:
     """Run ``programs`` on both backends of every scenario and compare all outputs of all components.
 
     A backend runs a sample once, in however many scenarios it is. ``programs`` are the deployed files with the modules
-    they came from (``load_exported``). What fails is bisected against a fresh export of the modules. Raises
-    BackendUnavailable and InputError; never for a divergence.
+    they came from (``load_exported``); ``test_programs`` are other files for the tests, paired with them. What fails is
+    bisected against a fresh export of the modules. Raises BackendUnavailable and InputError, also for test programs
+    without some output; never for a divergence.
     """
+    tests = programs if test_programs is None else test_programs
+    _check_outputs(programs, tests)
     names = [name for component in model.components for name in component.output_names]
     limits = Tolerances(options.tolerances, names)
     handed = checked(model)
     floors: dict[Key, float] = {}
     with ExitStack() as stack:
-        backends = dict.fromkeys(backend for pair in scenarios for backend in pair)
-        opened = {backend: stack.enter_context(Pipeline(handed, programs, backend)) for backend in backends}
+        opened: dict[tuple[Backend, bool], Pipeline] = {}
+
+        def pipeline_of(backend: Backend, *, test: bool) -> Pipeline:
+            key = backend, test and tests is not programs
+            if key not in opened:
+                opened[key] = stack.enter_context(Pipeline(handed, tests if key[1] else programs, backend))
+            return opened[key]
+
         running = [
-            _RunningScenario(opened[reference], opened[test], limits, options.max_abs) for reference, test in scenarios
+            _RunningScenario(pipeline_of(reference, test=False), pipeline_of(test, test=True), limits, options.max_abs)
+            for reference, test in scenarios
         ]
+        remarks = Remarks(model)
         for place, sample in enumerate(samples):
+            remarks.see(sample)
             passes = _Passes(model, sample, options.voxels if place == 0 else None)
             for number, scenario in enumerate(running):
                 on_step(f"verifying {scenario.name}", place * len(running) + number, len(samples) * len(running))
@@ -182,8 +200,20 @@ def verify(
         results = [scenario.result() for scenario in running]
     for result, pair in zip(results, scenarios, strict=True):
         if result.failures and options.explain:
-            result.bisect = _explain(model, programs, samples, result, pair)
-    return VerifyResult(model.name, [sample.source for sample in samples], results)
+            result.bisect = _explain(model, tests, samples, result, pair)
+    return VerifyResult(model.name, [sample.source for sample in samples], results, remarks.told)
+
+
+def _check_outputs(programs: Sequence[Program], tests: Sequence[Program]) -> None:
+    for program, test in zip(programs, tests, strict=True):
+        lost = [
+            v.name for v in program.graph.outputs if test.pairing is not None and v.name not in test.pairing.outputs
+        ]
+        if lost:
+            given = ", ".join(value.name for value in test.graph.outputs)
+            raise InputError(
+                f"--test-model: {test.graph.path} has no output that is {lost[0]!r}; its outputs are {given}"
+            )
 
 
 class _Passes:
@@ -270,12 +300,14 @@ def _explain(
 def what_is_wrong(stats: TensorStats, limit: float, max_abs: float | None) -> str:
     """The reason in words why a tensor is beyond its limits; empty when it is within them.
 
-    NaN and Inf of the test always fail, even where the reference has them too.
+    NaN and Inf always fail, even where both sides have the same.
     """
     if stats.shape_mismatch:
         return f"the shape is {list(stats.shape_test)}; expected {list(stats.shape)}"
     if strange := stats.nan_test + stats.inf_test:
         return f"{strange} NaN or Inf"
+    if strange := stats.nan_ref + stats.inf_ref:
+        return f"the reference holds {strange} NaN or Inf, the test none"
     if stats.rel_l2 > limit:
         return f"relative L2 {stats.rel_l2:.2g}; expected at most {limit:.2g}"
     if max_abs is not None and stats.max_abs > max_abs:

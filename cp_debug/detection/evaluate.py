@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
+
+import numpy as np
 
 from cp_debug.backends.base import Backend, Program
 from cp_debug.detection.changes import Detected
@@ -16,8 +19,8 @@ from cp_debug.detection.evaluation import EvaluationOptions, EvaluationResult, s
 from cp_debug.detection.predictions import Predictions
 from cp_debug.errors import InputError
 from cp_debug.programs.pipeline import Export, Pipeline, choose_export, prepare, wants_int8
-from cp_debug.recipes.abilities import HasClasses, HasData
-from cp_debug.recipes.base import Model
+from cp_debug.recipes.abilities import HasClasses, HasData, Remarks
+from cp_debug.recipes.base import Arrays, Model
 from cp_debug.recipes.data.base import DataOptions, DataSet, Truth, iterate
 
 Quantize = Callable[[list[Program], Path], tuple[list[Program], str]]
@@ -85,6 +88,7 @@ def evaluate(
     names: list[str] = []
     truths: list[Truth] = []
     detected: list[list[Detected]] = [[] for _ in backends]
+    remarks, strange = Remarks(model), Counter[str]()
     with tempfile.TemporaryDirectory(prefix="cpdebug-") as scratch, ExitStack() as stack:
         on_step("exporting", 0, steps)
         with clock("export"):
@@ -103,11 +107,13 @@ def evaluate(
             if sample.truth is None:
                 raise InputError(f"{sample.source}: has no ground truth{_because(data)}; expected an info file (.pkl)")
             names.append(sample.source)
+            remarks.see(sample)
             truths.append(sample.truth)
             for number, pipeline in enumerate(pipelines):
                 on_step(str(pipeline.backend.spec), index * len(pipelines) + number, steps)
                 with clock("forward"):
                     results = pipeline.run(sample)
+                strange[str(pipeline.backend.spec)] += not _finite(results[model.components[-1].name])
                 with clock("decode"):
                     detected[number].append(model.decode(sample, results))  # type: ignore[arg-type]
         records = [pipeline.record() for pipeline in pipelines]
@@ -124,7 +130,7 @@ def evaluate(
         options=options,
         backends=scores,
         predictions={spec: detections for spec, (_, detections) in runs.items()},
-        notes=[*data.notes, *notes, *([how] if how else [])],
+        notes=[*data.notes, *remarks.told, *_not_finite(strange, len(names)), *notes, *([how] if how else [])],
         seconds=clock.seconds,
     )
 
@@ -142,6 +148,17 @@ def _prepare(
     programs = prepare(model, example, folder, how=export, folded=folded)
     int8, how = quantize(programs, folder / "int8") if any(map(wants_int8, backends)) else (programs, "")
     return [int8 if wants_int8(backend) else programs for backend in backends], how
+
+
+def _finite(outputs: Arrays) -> bool:
+    return all(bool(np.isfinite(array).all()) for array in outputs.values() if array.dtype.kind == "f")
+
+
+def _not_finite(samples: Mapping[str, int], count: int) -> Iterator[str]:
+    """Notes on backends whose outputs held NaN or Inf: spec → number of samples."""
+    for spec, number in samples.items():
+        if number:
+            yield f"{spec}: the outputs hold NaN or Inf on {number} of {count} samples"
 
 
 def _because(data: DataSet) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ import torch
 from onnx import numpy_helper
 
 from cp_debug.graph.graph import Node
+from cp_debug.graph.onnx_runtime import LIMIT, MOST_PASSES, Endless, loop_seconds
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,20 @@ def run_loop(
     """Execute an ONNX Loop and return its outputs: the carried values, then the scan outputs.
 
     ``trips`` (int64 scalar) and ``condition`` (bool scalar) may be None, as in ONNX. A scan output of a loop that never
-    ran is an empty vector. Raises ValueError where iterations give results of different shapes.
+    ran is an empty vector. Raises ValueError where iterations give results of different shapes, and Endless for a loop
+    that its trip count does not end in time, and its condition neither.
     """
     body, state, go_on = bodies["body"], list(carried), condition is None or bool(condition)
     scans: list[list[Any]] = [[] for _ in body.outputs[1 + len(state) :]]
     trip = 0
+    endless = trips is None or int(trips) > MOST_PASSES
+    seconds, started = loop_seconds(), time.monotonic()
     while go_on and (trips is None or trip < int(trips)):
+        if endless and time.monotonic() - started > seconds:
+            raise Endless(
+                f"it has not come to its end after {trip} passes, {seconds:g} s, and nothing says that it has one; "
+                f"{LIMIT}=600 in the environment gives it longer"
+            )
         more, *results = execute(body, [torch.tensor(trip), torch.tensor(True), *state])
         go_on, state = bool(more), results[: len(state)]
         for scan, value in zip(scans, results[len(state) :], strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,8 @@ import onnx
 
 from cp_debug.errors import InputError
 from cp_debug.files import resolved
+from cp_debug.graph import onnx_runtime
+from cp_debug.graph.check_inputs import with_shapes
 from cp_debug.graph.free_axes import FreeAxes
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.input_values import DOMAINS, Ways, ways
@@ -27,8 +29,6 @@ SECONDS = 60.0
 """Longest time for trials, in seconds."""
 FINITE_TRIALS = 12
 """Number of further trials when one ran and gave NaN or Inf, which may be what the network gives."""
-_WARNED = 4
-"""ONNX Runtime's severity of what ends the process; a trial that fails is no error."""
 _FAILED_NODE = re.compile(r"Name:'([^']*)'")
 
 
@@ -59,9 +59,11 @@ class MadeUp:
     changed until they run to the end. Raises InputError for an input that is no tensor of numbers.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, shapes: Mapping[str, Sequence[int]] | None = None) -> None:
+        """``shapes``: input → sizes that a user asks for. Raises InputError where they do not fit."""
         self.graph = graph
-        self._axes = FreeAxes.of(graph)
+        self._inputs = with_shapes(graph.inputs, shapes or {})
+        self._axes = replace(FreeAxes.of(graph), inputs=self._inputs)
         for value in graph.inputs:
             if value.dtype is None or value.dtype.kind in "OSUc":
                 raise InputError(f"{graph.path}: input {value}: no value can be made up for this; {self._wish()}")
@@ -72,10 +74,10 @@ class MadeUp:
 
         Raises InputError, with ONNX Runtime's reason, when no input was found that runs.
         """
-        return self._make(self._found, seed)
+        return self._make(self._chosen, seed)
 
     @cached_property
-    def _found(self) -> _InputChoice:
+    def _chosen(self) -> _InputChoice:
         first = _InputChoice(self._axes.first(), (0,) * len(self._ways))
         session = self._session() if self._uncertain(first) else None
         if session is None:
@@ -98,12 +100,15 @@ class MadeUp:
             yield replace(choice, sizes=sizes)
 
     def make(self, choice: _InputChoice) -> dict[str, np.ndarray]:
-        """The inputs of a trial, by name, made with seed 0."""
+        """The inputs of a trial, by name, made with seed 0.
+
+        Name → array in the dtype that the graph declares and the shape of the choice.
+        """
         return self._make(choice, 0)
 
     def _make(self, choice: _InputChoice, seed: int | Sequence[int]) -> dict[str, np.ndarray]:
         rng = np.random.default_rng(seed)
-        shapes = [self._axes.shape(value, choice.sizes) for value in self.graph.inputs]
+        shapes = [self._axes.shape(value, choice.sizes) for value in self._inputs]
         longest = max(choice.sizes.values(), default=1)
         arrays = {}
         for value, shape, input_ways, way in zip(self.graph.inputs, shapes, self._ways, choice.ways, strict=True):
@@ -129,10 +134,8 @@ class MadeUp:
         model.CopyFrom(self.graph.proto)
         for node, proto in zip(self.graph.nodes, model.graph.node, strict=True):
             proto.name = f"{node.index}"
-        options = ort.SessionOptions()
+        options = onnx_runtime.session_options()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        ort.set_default_logger_severity(_WARNED)  # of what is logged outside a session
-        options.log_severity_level = _WARNED
         options.enable_cpu_mem_arena = False
         folder = str(resolved(self.graph.path).parent)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
@@ -148,10 +151,11 @@ class MadeUp:
 class _InputTrials:
     """Tries choices until one runs and gives finite numbers; of those tried the best is kept."""
 
-    def __init__(self, made: MadeUp, session: onnxruntime.InferenceSession) -> None:
-        self._made, self._session = made, session
-        self._finite = [v.name for v in made.graph.outputs if v.dtype is not None and v.dtype.kind == "f"]
-        self._end = len(made.graph.nodes)
+    def __init__(self, inputs: MadeUp, session: onnxruntime.InferenceSession) -> None:
+        self._made, self._session = inputs, session
+        self._finite = [v.name for v in inputs.graph.outputs if v.dtype is not None and v.dtype.kind == "f"]
+        self._end = len(inputs.graph.nodes)
+        self._time_limit = onnx_runtime.time_limit(inputs.graph)
         self.count, self.ran, self.reason = 0, False, ""
         self._tried: set[str] = set()
         self._limit, self._deadline = TRIALS, time.monotonic() + SECONDS
@@ -177,7 +181,10 @@ class _InputTrials:
         self._tried.add(str(choice))
         try:
             arrays = self._made.make(choice)
-            outputs = self._session.run_with_ort_values([o.name for o in self._session.get_outputs()], _values(arrays))
+            names = [o.name for o in self._session.get_outputs()]
+            outputs = onnx_runtime.run(self._session, names, _values(arrays), self._time_limit)
+        except onnx_runtime.Endless as error:
+            raise onnx_runtime.Endless(f"{self._made.graph.path}: with made-up inputs {error}") from error
         except Exception as error:  # each status of ONNX Runtime is a class of its own, directly below Exception
             place = _FAILED_NODE.search(str(error))
             if not self.ran:
@@ -185,7 +192,6 @@ class _InputTrials:
             return _Score(int(place[1]) if place and place[1].isdigit() else -1)
         if not self.ran:
             self.ran, self._limit = True, self.count + FINITE_TRIALS
-        names = [o.name for o in self._session.get_outputs()]
         return _Score(self._end, all(_is_finite(v) for n, v in zip(names, outputs, strict=True) if n in self._finite))
 
     def _in_words(self, message: str, place: re.Match[str] | None) -> str:

@@ -25,7 +25,8 @@ Results = Mapping[str, Arrays]
 class Judge:
     """Measures against the reference's results, one a sample.
 
-    Raises InputError for a goal on detections of a model that has none, and for ``map_drop`` without ground truth.
+    Raises InputError for a reference whose outputs are not finite, a goal on detections of a model that has none, and
+    for ``map_drop`` without ground truth.
     """
 
     def __init__(self, model: Model, samples: Sequence[Sample], reference: Sequence[Results], goal: Goal) -> None:
@@ -34,6 +35,14 @@ class Judge:
         self._counts = sorted(goal.figures.intersection(DETECTIONS))
         self._scored = "map_drop" in goal.figures
         self._decoded: list[Any] = []
+        for sample, outputs in zip(samples, self._outputs, strict=True):
+            for name, array in outputs.items():
+                stats = compare(array, array)
+                if strange := stats.nan_ref + stats.inf_ref:
+                    raise InputError(
+                        f"{sample.source}: the reference's output {name} holds {strange} NaN or Inf of {stats.count} "
+                        "elements, so no goal can be judged by it; give other inputs"
+                    )
         if self._counts or self._scored:
             self._decoded = [decode(model, *pair) for pair in zip(samples, reference, strict=True)]
             if not all(isinstance(decoded, DetectsBoxes) for decoded in self._decoded):

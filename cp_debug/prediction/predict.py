@@ -48,8 +48,9 @@ from cp_debug.programs.layers import layer_name
 from cp_debug.programs.pipeline import Export, Key, is_exported, prepare
 from cp_debug.programs.scene import decode
 from cp_debug.programs.walk import Walk
-from cp_debug.recipes.abilities import DetectsBoxes
+from cp_debug.recipes.abilities import DetectsBoxes, Remarks
 from cp_debug.recipes.base import Arrays, Model, Sample
+from cp_debug.recipes.input_files import DEFAULT_READING, Reading
 from cp_debug.recipes.registry import load_model
 
 SPREAD = 1.25
@@ -74,6 +75,8 @@ class PredictOptions:
     device: str = "cpu"
     goal: str | None = None
     """Search on the emulator for the fewest layers to keep so that it holds, too."""
+    reading: Reading = DEFAULT_READING
+    """Settings for reading ``inputs``, and sizes of made-up ones."""
 
 
 def predict(
@@ -95,7 +98,9 @@ def predict(
     kernels = kernels_of(runtime, precision)
     goal = Goal.parse(options.goal) if options.goal else None
     create(BackendSpec.parse(f"emu-fp32@{options.device}"))  # refuses a device that is not there
-    loaded = load_model(model, checkpoint=options.checkpoint, seed=options.seed) if isinstance(model, str) else model
+    loaded = model
+    if isinstance(loaded, str):
+        loaded = load_model(loaded, checkpoint=options.checkpoint, seed=options.seed, reading=options.reading)
     samples = list(loaded.samples(options.samples, options.seed, options.inputs))
     if not samples:
         raise InputError("--inputs: there is no sample to predict with")
@@ -134,6 +139,7 @@ class _ModelPrediction:
         self._outputs: dict[Key, PredictedOutput] = {}
         self._detections: dict[str, DetectionChange] = {}
         self._notes: list[str] = []
+        self._remarks = Remarks(model)
         self._walks: dict[str, GraphWalk] = {}
         for program in programs:
             if unknown := unsupported(program.graph):
@@ -155,6 +161,7 @@ class _ModelPrediction:
 
     def add(self, sample: Sample, tell: Callable[[str], None]) -> None:
         """Compute one sample and take its figures in."""
+        self._remarks.see(sample)
         runs = [EXACT, *(kernel.name for kernel in self._kernels)]
         ways = {run: Walk(self._model, sample) for run in runs}
         for steps in zip(*ways.values(), strict=True):
@@ -280,7 +287,7 @@ class _ModelPrediction:
             outputs=outputs,
             detections=self._detections,
             keep=keep,
-            notes=list(dict.fromkeys(self._notes)),
+            notes=list(dict.fromkeys([*self._notes, *self._remarks.told])),
         )
 
 

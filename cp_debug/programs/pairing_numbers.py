@@ -21,7 +21,9 @@ from onnx import helper
 from torch import Tensor
 
 from cp_debug.backends.executor import Executor
+from cp_debug.backends.ort_chunks import to_numpy, to_ort
 from cp_debug.errors import InputError
+from cp_debug.graph import onnx_runtime
 from cp_debug.graph.constants import Constants
 from cp_debug.graph.downstream import data_values
 from cp_debug.graph.graph import Graph, Node
@@ -310,11 +312,13 @@ def run_in_ort(
         if node.proto.domain not in {o.domain for o in opsets}:
             opsets.append(helper.make_opsetid(node.proto.domain, 1))
         model = helper.make_model(body, opset_imports=opsets, ir_version=source.ir_version)
-        options = ort.SessionOptions()
-        ort.set_default_logger_severity(4)  # of what is logged outside a session
-        options.log_severity_level, options.intra_op_num_threads = 4, 1
+        options = onnx_runtime.session_options()
+        options.intra_op_num_threads = 1
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        return dict(zip(wanted, session.run(list(wanted), arrays), strict=True))
+        values = onnx_runtime.run(session, wanted, to_ort(arrays), onnx_runtime.time_limit(graph, [node]))
+        return {name: to_numpy(value) for name, value in zip(wanted, values, strict=True)}
+    except onnx_runtime.Endless:
+        raise
     except Exception:  # the runtime raises kinds of its own; what cannot be computed is paired by structure
         return {}

@@ -15,6 +15,7 @@ from cp_debug.errors import InputError
 from cp_debug.graph import surgery
 from cp_debug.graph.flatten import Decision, flatten, has_control_flow, needs_flattening
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.onnx_runtime import Endless
 from cp_debug.programs.pipeline import as_declared
 from cp_debug.programs.walk import tensors_as_arrays, walk
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
@@ -43,6 +44,8 @@ class Unroller:
         if any(has_control_flow(p.graph) for p in programs):
             try:
                 decisions = decide(programs, model, samples(), arithmetic)
+            except Endless:
+                raise
             except InputError as error:
                 note = f"nobody looked into If, Loop and Scan, for the model cannot be executed beforehand: {error}"
                 self.notes += [note] if note not in self.notes else []

@@ -100,6 +100,8 @@ def finetune(
     written at every validation; ``resume`` goes on from it with the same options. Ctrl-C ends training and keeps the
     best.
 
+    ``loss`` gives a scalar that torch can differentiate.
+
     Raises InputError for a module that is not quantized, a loss that is not finite, and a state that is missing or of
     another run.
     """

@@ -66,6 +66,29 @@ class RemarksOnSamples(Protocol):
         ...
 
 
+MOST_REMARKS = 8
+"""Remarks on samples that are told; the others are counted."""
+
+
+class Remarks:
+    """Remarks of a model on the samples of one job."""
+
+    def __init__(self, model: Model) -> None:
+        self._model, self._lines = model, list[str]()
+
+    def see(self, sample: Sample) -> None:
+        """Ask the model about a sample, once."""
+        if isinstance(self._model, RemarksOnSamples):
+            self._lines += [line for line in self._model.remarks(sample) if line not in self._lines[-2:]]
+
+    @property
+    def told(self) -> list[str]:
+        """The first remarks, and the number of the others."""
+        left_out = len(self._lines) - MOST_REMARKS
+        more = [f"and {left_out} more remarks of this kind on other samples"] if left_out > 0 else []
+        return [*self._lines[:MOST_REMARKS], *more]
+
+
 @runtime_checkable
 class DetectsBoxes(Protocol):
     """A decoded result that consists of detections."""

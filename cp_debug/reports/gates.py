@@ -51,7 +51,8 @@ def render_github(saved: SavedResult) -> str:
 
 
 def _annotation(test: TestResult, model: str) -> str:
-    rounding = test.oracle and not test.guilty and (test.remainder is None or test.remainder.adds_up)
+    explained = test.remainder is None or test.remainder.adds_up
+    rounding = test.oracle and not test.guilty and not test.undecided and explained
     level = "notice" if test.agrees else "warning" if rounding else "error"
     title = annotation(f"cpdebug: {model} on {test.backend.spec}", name=True)
     return f"::{level} title={title}::{annotation(verdict_line(test).plain)}\n"

@@ -115,7 +115,7 @@ def _part(saved: SavedResult, anchor: str, test: TestResult) -> BackendSection:
     return BackendSection(
         anchor=anchor,
         test=test,
-        verdict="guilty" if test.guilty else "ok" if test.agrees else "rounding",
+        verdict="guilty" if test.guilty else "ok" if test.agrees else "undecided" if test.undecided else "rounding",
         sentence=verdict_line(test).plain.partition(": ")[2].removeprefix("guilty: "),
         growth=growth_chart(test, f"{anchor}-layer-"),
         evidence=evidence(saved, test),

@@ -207,6 +207,8 @@ def _verdict_line(test: TestResult) -> Text:
     first, worst = test.first_divergent, max(test.outputs, key=lambda row: row.stats.rel_l2, default=None)
     end = f"; final outputs differ by {number(worst.stats.rel_l2)} (rel. L2, {worst.name})" if worst else ""
     spec, tolerance = test.backend.spec, f"rtol {test.rtol:g}, atol {test.atol:g}"
+    if test.undecided:
+        return Text.assemble((f"✗ {spec}: nothing is decided", "bold yellow"), f", {test.coverage}{end}")
     if math.isinf(test.atol) and not test.guilty:
         text = Text(f"✓ {spec}: no layer introduces more than its precision explains", "bold green")
         return text.append(f"; divergence was not judged, {test.coverage}{end}", "not bold")
@@ -220,8 +222,6 @@ def _verdict_line(test: TestResult) -> Text:
         if test.first_beyond is not None and test.first_beyond.index != first.index:
             text.append(_why_views_differ(test, first, test.first_beyond))
         return text.append(_uncovered(test))
-    if not test.agrees and all(row.within for row in test.outputs) and test.not_finite:
-        return Text.assemble((f"✗ {spec}: nothing is decided", "bold yellow"), f", {test.coverage}{end}")
     if first is not None and not test.agrees:
         style = "bold yellow" if test.oracle else "bold red"
         text = Text.assemble(
@@ -232,7 +232,7 @@ def _verdict_line(test: TestResult) -> Text:
             says = f": {test.remainder}" if test.remainder else ""
             text.append(f"; no layer introduces more than its precision explains{says}")
         return text.append(_uncovered(test))
-    style = "bold yellow" if _uncovered(test) or test.not_finite else "bold green"
+    style = "bold yellow" if _uncovered(test) else "bold green"
     return Text.assemble((f"✓ {spec}: agrees", style), f" within {tolerance}, {test.coverage}{_unpaired(test)}{end}")
 
 

@@ -20,6 +20,8 @@ from cp_debug.reports.tables import verdict_line
 def render(result: VerifyResult) -> Iterator[RenderableType]:
     """The parts of a result, in the order in which they are read."""
     yield Text.assemble((result.model, "bold"), f" · {len(result.samples)} samples")
+    for note in result.notes:
+        yield Text(f"note: {note}", style="yellow")
     for scenario in result.scenarios:
         yield Text()
         yield Text(scenario.name, style="bold")

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from cp_debug.bisect.engine import Options, bisect
-from cp_debug.bisect.result import GUILTY
+from cp_debug.bisect.result import GUILTY, TestResult
+from cp_debug.bisect.strange_numbers import nonfinite_origins
 from cp_debug.detection.detection_change import DetectionChange
 from cp_debug.errors import InputError
 from cp_debug.programs.pipeline import wants_int8
@@ -84,9 +85,15 @@ def task(params: Parameters) -> dict[str, Any]:
         "final": json_safe(max((row.stats.rel_l2 for row in test.outputs), default=0.0)),
         "detections": json_safe(asdict(test.detections)) if test.detections else None,
         "causes": sorted({finding.cause for finding in test.findings}),
-        "notes": test.notes,
+        "notes": [*test.notes, *_not_finite(test)],
         "layers": [{name: row[name] for name in _KEPT} for row in rows],
     }
+
+
+def _not_finite(test: TestResult) -> Iterator[str]:
+    """Remarks on final outputs that are not finite: the places where NaN and Inf are born, without their number."""
+    if test.not_finite:
+        yield "; ".join(["a final output is not finite", *nonfinite_origins(test.rows)])
 
 
 def rows(record: Record) -> list[dict[str, Any]]:

@@ -91,6 +91,9 @@ class Case:
     subprocess: bool = False
     """Whether to run the installed command instead of a fork."""
     environment: dict[str, str] = field(default_factory=dict)
+    signal: int = 0
+    """Signal that the command gets ``signal_after`` seconds; 0: none."""
+    signal_after: float = 0.0
 
 
 Make = Callable[[random.Random, Any, Path], Case]

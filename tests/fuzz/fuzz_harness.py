@@ -31,7 +31,7 @@ LINES = 12
 LENGTH = 6000
 """Lines and characters of an error message."""
 MEMORY = 12 << 30
-EXPECTED = (0, 1, 2, 3, 130)
+EXPECTED = (0, 1, 2, 3, 130, 143)
 _TEXTS = {".md", ".html", ".csv", ".svg", ".xml"}
 _LEFT_OVER = re.compile(r"\.partial$|^\.(export|alignment|engine|capture|work|tmp)|^tmp[a-z0-9_]{8}$|^cpdebug-")
 
@@ -91,7 +91,7 @@ def call(argv: list[str], folder: Path, temporary: Path, output: Path, *, case: 
     pid = os.fork()
     if pid == 0:
         os._exit(_child(argv, folder, temporary, output, case, [write for _, write in pipes]))
-    ended = _wait(pid)
+    ended = _wait(pid, case)
     for (read, write), ending in zip(pipes, ("out", "err"), strict=False):
         os.close(write)
         with os.fdopen(read, "rb") as stream:
@@ -105,10 +105,16 @@ def _pipe() -> tuple[int, int]:
     return read, write
 
 
-def _wait(pid: int) -> tuple[int, bool]:
-    end = time.monotonic() + PATIENCE * HANG
+def _wait(pid: int, case: Case | None) -> tuple[int, bool]:
+    started = time.monotonic()
+    end = started + PATIENCE * HANG
     pause = 0.002
+    told = case is None or not case.signal
     while time.monotonic() < end and _processor_seconds(pid) < HANG:
+        if case is not None and not told and time.monotonic() - started >= case.signal_after:
+            told = True
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, case.signal)
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status), False

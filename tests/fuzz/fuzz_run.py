@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import fuzz_arguments
 import fuzz_deploy
 import fuzz_files
+import fuzz_foreign
 import fuzz_harness
 import fuzz_more
 import fuzz_onnx
@@ -54,10 +55,17 @@ KINDS: dict[str, tuple[Make, int]] = {
     "caches": (fuzz_more.caches, 5),
     "strange-values": (fuzz_more.strange_values, 8),
     "environments": (fuzz_more.environments, 2),
+    "operators": (fuzz_foreign.operators, 16),
+    "control-flow": (fuzz_foreign.control_flow, 8),
+    "dumps": (fuzz_foreign.dumps, 8),
+    "programs": (fuzz_foreign.programs, 6),
+    "plug-ins": (fuzz_foreign.plugins, 2),
+    "combined": (fuzz_foreign.combined, 10),
+    "signals": (fuzz_foreign.signals, 3),
 }
 """Name → (generator, how often)."""
 
-DEAR = {"runners", "infos", "states", "logs", "sealed-logs", "caches", "strange-values"}
+DEAR = {"runners", "infos", "states", "logs", "sealed-logs", "caches", "strange-values", "plug-ins", "signals"}
 """Kinds of which a case takes seconds: left out of the quick run."""
 
 

@@ -152,7 +152,10 @@ def conv_transpose(
     tile: int,
     slices: int = 1,
 ) -> Tensor:
-    """ONNX ConvTranspose to spatial ``size``, as the convolution it equals: each output phase sees its own taps."""
+    """ONNX ConvTranspose to spatial ``size``, as the convolution it equals: each output phase sees its own taps.
+
+    Data [N, C, …], weights [C, M ÷ group, …]; the dtype stays.
+    """
     grouped = weight.unflatten(0, (groups, -1)).transpose(1, 2)
     result = x.new_zeros(x.shape[0], grouped.shape[0] * grouped.shape[1], *size)
     samples = x.unflatten(1, (groups, -1))

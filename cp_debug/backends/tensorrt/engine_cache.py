@@ -54,8 +54,10 @@ class EngineCache:
     def open(
         cls, folder: Path, *, asked: bool, on_say: Callable[[str], None] = lambda text: None
     ) -> EngineCache | None:
-        """The cache in ``folder``, which is made. Where it cannot be written: InputError when a person ``asked`` for
-        that folder, else None."""
+        """The cache in ``folder``, which is made; None where it cannot be written.
+
+        Raises InputError in place of None when a person ``asked`` for that folder.
+        """
         try:
             folder.mkdir(parents=True, exist_ok=True)
             probe = folder / f".{os.getpid()}.probe"

@@ -82,8 +82,8 @@ class EngineBuilder:
     def _build(self, name: str, probes: Mapping[str, Any], profiles: Mapping[str, Profile]) -> Engine:
         nodes = [node.name for node in self.graph.nodes]
         key = self._key(name, probes, profiles)
-        if self.cache is not None and key is not None and (found := self.cache.get(key)) is not None:
-            path, facts = found
+        if self.cache is not None and key is not None and (cached := self.cache.get(key)) is not None:
+            path, facts = cached
             return Engine(path, tuple(parse_layers(facts.pop("layers"), nodes)), {**facts, "cached": True})
         engine, facts = self._built(name, probes, profiles)
         if self.cache is not None and key is not None:

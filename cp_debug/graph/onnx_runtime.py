@@ -1,0 +1,236 @@
+"""Calls of ONNX Runtime: what it may log, and runs that Ctrl-C, SIGTERM and a time limit can end.
+
+A run is one call into a library, during which Python handles no signal. So a thread waits meanwhile: Python writes each
+signal's number into a pipe at once, and the thread asks ONNX Runtime to end, which it does before the next node.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import onnx
+from onnx import numpy_helper
+
+from cp_debug.errors import InputError
+from cp_debug.graph.graph import Graph, Node
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+LOG = "CPDEBUG_ORT_LOG"
+"""Environment variable: the least severity that ONNX Runtime logs on stderr."""
+SEVERITIES = {"verbose": 0, "info": 1, "warning": 2, "error": 3, "fatal": 4}
+SILENT = "fatal"
+"""Default of ``LOG``: errors are raised besides, and the log is in colours."""
+
+LIMIT = "CPDEBUG_LOOP_SECONDS"
+"""Environment variable: seconds that a Loop may take which nothing but its own condition ends."""
+LOOP_SECONDS = 10.0
+MOST_PASSES = 100_000
+"""Passes of a Loop that are executed; a trip count up to this one is an end that will be reached."""
+PATIENCE = 10
+"""Factor on the time of a Loop whose trip count is computed: most such counts are sizes of tensors."""
+MOST_NESTED = 50
+"""Depth to which bodies in bodies are searched for loops."""
+
+_ENDING = (signal.SIGINT, signal.SIGTERM)
+
+
+class Endless(InputError):
+    """A Loop has not come to an end within the time or the passes that it is given."""
+
+
+def severity() -> int:
+    """ONNX Runtime's log severity, 0 (all) to 4 (nothing but what ends the process).
+
+    Raises InputError where the environment names another.
+    """
+    name = os.environ.get(LOG, "").lower() or SILENT
+    if name not in SEVERITIES:
+        raise InputError(f"{LOG}: {name!r}; expected {', '.join(SEVERITIES)}")
+    return SEVERITIES[name]
+
+
+def session_options(least: int | None = None) -> onnxruntime.SessionOptions:
+    """New options of a session that logs as the environment says, or from severity ``least`` on."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    ort.set_default_logger_severity(severity())  # of what is logged outside a session
+    options.log_severity_level = severity() if least is None else least
+    return options
+
+
+def loop_seconds() -> float:
+    """Seconds for a Loop without a known end. Raises InputError where the environment gives none above 0."""
+    text = os.environ.get(LIMIT, "")
+    try:
+        seconds = float(text) if text else LOOP_SECONDS
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < threading.TIMEOUT_MAX:
+        raise InputError(f"{LIMIT}: {text!r}; expected seconds above 0")
+    return seconds
+
+
+def time_limit(graph: Graph, nodes: Iterable[Node] | None = None) -> float | None:
+    """Seconds that a run of ``graph``, or of some of its nodes, may take; None where it holds no Loop without end."""
+    protos = [n.proto for n in (graph.nodes if nodes is None else nodes)]
+    found = _Loops({(f.domain, f.name): f for f in graph.proto.functions})
+    found.walk(protos, 0)
+    ends = {_end(loop, graph, found.constants) for loop in found.loops} - {""}
+    return loop_seconds() * (1 if "none" in ends else PATIENCE) if ends else None
+
+
+class _Loops:
+    """The Loops among nodes, their bodies and the file's functions, and the constants of these."""
+
+    def __init__(self, functions: Mapping[tuple[str, str], onnx.FunctionProto]) -> None:
+        self.loops: list[onnx.NodeProto] = []
+        self.constants: dict[str, onnx.TensorProto] = {}
+        self._functions = dict(functions)
+
+    def walk(self, nodes: Iterable[onnx.NodeProto], depth: int) -> None:
+        """Collect from nodes, up to the depth to which bodies are read."""
+        for node in nodes if depth < MOST_NESTED else ():
+            if node.op_type == "Loop":
+                self.loops.append(node)
+            for attribute in node.attribute:
+                if node.op_type == "Constant" and attribute.name == "value" and node.output:
+                    self.constants[node.output[0]] = attribute.t
+                for body in [attribute.g, *attribute.graphs]:
+                    self.constants |= {tensor.name: tensor for tensor in body.initializer}
+                    self.walk(body.node, depth + 1)
+            if called := self._functions.pop((node.domain, node.op_type), None):
+                self.walk(called.node, depth + 1)
+
+
+def _end(loop: onnx.NodeProto, graph: Graph, constants: Mapping[str, onnx.TensorProto]) -> str:
+    """Knowledge of a loop's end: empty for a trip count that will be reached, ``computed`` or ``none``."""
+    trips = loop.input[0] if loop.input else ""
+    if not trips:
+        return "none"
+    if trips in graph.initializers:
+        count = graph.initializer(trips)
+    elif trips in constants:
+        count = numpy_helper.to_array(constants[trips])
+    else:
+        return "computed"
+    return "" if count.size and int(count.flat[0]) <= MOST_PASSES else "none"
+
+
+def run(
+    session: onnxruntime.InferenceSession,
+    names: Sequence[str],
+    inputs: Mapping[str, onnxruntime.OrtValue],
+    limit: float | None = None,
+) -> list[onnxruntime.OrtValue]:
+    """The outputs ``names`` of one run.
+
+    Raises KeyboardInterrupt on Ctrl-C, also while ONNX Runtime computes; Endless when ``limit`` (seconds) is over, and
+    whatever ONNX Runtime raises: each of its statuses is a class of its own, directly below Exception.
+    """
+    import onnxruntime as ort
+
+    options = ort.RunOptions()
+    options.log_severity_level = severity()
+    with _ending(options, limit) as call:
+        try:
+            return list(session.run_with_ort_values(names, inputs, options))
+        except Exception as error:
+            if call.expired:
+                raise Endless(
+                    f"ONNX Runtime did not come to the end of a Loop within {limit:g} s, and nothing says that it has "
+                    f"one; {LIMIT}=600 in the environment gives it longer"
+                ) from error
+            raise
+
+
+@dataclass(eq=False)
+class _RunningCall:
+    """One run that can be ended."""
+
+    options: onnxruntime.RunOptions
+    deadline: float | None
+    expired: bool = False
+
+
+class _Watch:
+    """A thread that ends runs on a signal and at their deadlines."""
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+        self.calls: set[_RunningCall] = set()
+        self.lock = threading.Lock()
+        self.listening, self.speaking = os.pipe()
+        for end in (self.listening, self.speaking):
+            os.set_blocking(end, False)
+        self.others = -1
+        """File descriptor to which signals were told before, as asyncio wants it; -1: none."""
+        threading.Thread(target=self._wait, daemon=True, name="cpdebug-watch").start()
+
+    def wake(self) -> None:
+        """Make the thread look at the deadlines anew."""
+        with suppress(OSError):  # a full pipe wakes it, too
+            os.write(self.speaking, b"\0")
+
+    def _wait(self) -> None:
+        while True:
+            with self.lock:
+                first = min((call.deadline for call in self.calls if call.deadline is not None), default=None)
+            pause = None if first is None else max(0.0, first - time.monotonic())
+            ready, _, _ = select.select([self.listening], [], [], pause)
+            numbers = os.read(self.listening, 4096) if ready else b""
+            if any(number in _ENDING for number in numbers):
+                with self.lock:
+                    for call in self.calls:
+                        call.options.terminate = True
+            if self.others >= 0 and (signals := numbers.replace(b"\0", b"")):
+                with suppress(OSError):
+                    os.write(self.others, signals)
+            self._expire()
+
+    def _expire(self) -> None:
+        with self.lock:
+            for call in self.calls:
+                if call.deadline is not None and time.monotonic() >= call.deadline:
+                    call.expired, call.deadline = True, None
+                    call.options.terminate = True
+
+
+_watch: _Watch | None = None
+_making = threading.Lock()
+
+
+@contextmanager
+def _ending(options: onnxruntime.RunOptions, limit: float | None) -> Iterator[_RunningCall]:
+    """Have the block's run ended by Ctrl-C and SIGTERM (in the main thread), and after ``limit`` seconds."""
+    global _watch
+    with _making:
+        if _watch is None or _watch.process != os.getpid():  # threads do not survive a fork
+            _watch = _Watch()
+    watch = _watch
+    call = _RunningCall(options, None if limit is None else time.monotonic() + limit)
+    main = threading.current_thread() is threading.main_thread()
+    with watch.lock:
+        watch.calls.add(call)
+    if limit is not None:
+        watch.wake()
+    if main:
+        watch.others = signal.set_wakeup_fd(watch.speaking, warn_on_full_buffer=False)
+    try:
+        yield call
+    finally:
+        if main:
+            signal.set_wakeup_fd(watch.others)
+            watch.others = -1
+        with watch.lock:
+            watch.calls.discard(call)
