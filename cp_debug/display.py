@@ -65,8 +65,10 @@ def register(
 
 
 def terminal(result: Any, kind: type | None = None) -> Iterable[RenderableType]:
-    """The parts of a result in the order in which they are read; ``kind`` where the registered type is not its own.
+    """Parts of a result in the order in which they are read in a terminal.
 
+    ``kind`` is the type under which the face is registered, where that is not the result's own. Raises LookupError for
+    a type that has no face.
     Raises LookupError for a type that has no face.
     """
     return _face(_TERMINAL, kind or type(result))(result)

@@ -46,7 +46,7 @@ class Arithmetic:
     """Values that a thread of a convolution kernel without shared memory loads at once, 4 or 8; 0 for other kernels."""
 
     def held(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype that holds values which the graph declares as ``dtype``."""
+        """Dtype in which values are held that the graph declares as ``dtype``."""
         return self.dtype if dtype.is_floating_point and dtype != torch.float64 else dtype
 
     def hold(self, value: Any, device: torch.device | str) -> Any:

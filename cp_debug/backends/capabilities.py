@@ -171,7 +171,7 @@ def with_threads(backend: Backend, count: int | None) -> Backend:
 
 
 def builder_of(backend: Backend) -> Backend:
-    """The backend that builds what this one runs: itself, unless it runs engine files."""
+    """The backend that builds what this one runs: itself, or another where this one runs files of engines."""
     return backend.builder if isinstance(backend, RunsPrebuilt) else backend
 
 

@@ -82,8 +82,9 @@ def channels_first(
 ) -> dict[str, np.ndarray]:
     """The tensors by the names of the graph's values, those of rank 4 and 5 with channels at axis 1.
 
-    ``last``: they were dumped with channels at the last axis. Raises InputError for a tensor whose shape fits the
-    graph's only the other way; it says how to read it.
+    ``last``: they were dumped with channels at the last axis. ``last``: they were dumped with channels at the last
+    axis. Raises InputError for a tensor that fits the graph only with its channels at the other place, and says so.
+    Raises InputError for a tensor whose shape fits the graph's only the other way; it says how to read it.
     """
     values = named_values(graph, tensors)
     for name, tensor in values.items():

@@ -62,7 +62,7 @@ class Exported:
     """The backend that ran the graph; empty without a check."""
 
     def to_dict(self) -> dict[str, object]:
-        """JSON-safe."""
+        """The file and its check as JSON-safe containers."""
         graph = self.program.graph
         return {
             "component": self.program.name,

@@ -22,7 +22,7 @@ PRODUCTIVE = ("load", "quantize", "export", "build")
 
 
 class Outcome(NamedTuple):
-    """Outcome of a stage."""
+    """Outcome of one stage of a deployment: whether it passed, in one line, and in full."""
 
     passed: bool
     line: str

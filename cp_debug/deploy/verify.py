@@ -124,7 +124,7 @@ class ScenarioResult:
 
 @dataclass(repr=False)
 class VerifyResult(Shown):
-    """All scenarios."""
+    """Result of a verification: every scenario, a reference against a test."""
 
     model: str
     samples: list[str]
@@ -138,7 +138,7 @@ class VerifyResult(Shown):
         return all(scenario.passed for scenario in self.scenarios)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe."""
+        """The result as JSON-safe containers."""
         return {
             "model": self.model,
             "samples": self.samples,

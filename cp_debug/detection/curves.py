@@ -143,7 +143,7 @@ def _running_means(errors: Floats, hits: Hits) -> Floats:
 def _drawn_neighbours(is_drawn: NDArray[np.bool_]) -> tuple[Ints, Ints]:
     """Drawn hits after and before each gap between H hits: two arrays [B, H + 1].
 
-    Where there is none on one side, both are the one of the other side.
+    Where one side has none, the hit of the other side stands for both.
     """
     rows, hits = is_drawn.shape
     after, before = np.full((rows, hits + 1), hits), np.full((rows, hits + 1), -1)

@@ -193,7 +193,7 @@ def score_backends(
     class_names: Sequence[str],
     options: EvaluationOptions,
 ) -> tuple[list[BackendScores], list[str]]:
-    """Figures of all backends, the reference first, and notes on what they rest on."""
+    """Figures of all backends, the reference first, and notes on the ground truth that they were scored on."""
     truth, notes = _objects(truths, class_names, options)
     weights = draw_samples(len(truths), options.draws, options.seed)
     listed: list[BackendScores] = []

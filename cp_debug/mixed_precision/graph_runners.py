@@ -44,7 +44,7 @@ class Runner(Protocol):
 
 
 class EmulatedRunner:
-    """Trials on the emulator."""
+    """Runs the trials of a search on the emulator, where a trial is a part of a forward pass."""
 
     builds = 0
 

@@ -29,7 +29,7 @@ class KeptLayer:
     """The figures of the set without this layer, where that was tried on the backend."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe."""
+        """The layer as JSON-safe containers."""
         group = self.fusion_group
         return json_safe(
             {

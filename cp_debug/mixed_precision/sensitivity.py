@@ -58,7 +58,7 @@ class Int8Effect:
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """One layer."""
+    """Effects of one layer's precision: alone in INT8, and alone left out of it."""
 
     layer: str
     kind: str
@@ -103,7 +103,7 @@ class SensitivityProfile:
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe."""
+        """The profile as JSON-safe containers."""
         rows = [{**asdict(row), ALONE: row.alone.to_dict(), LEFT_OUT: row.left_out.to_dict()} for row in self.layers]
         choice = self.choice and {**asdict(self.choice), "loss": list(self.choice.loss)}
         parts = {"fp32": dict(self.scores), "int8": self.int8.to_dict(), "layers": rows, "auto": choice}

@@ -76,7 +76,7 @@ class Trial:
     """Reason why it could not be built; then nothing was measured."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe."""
+        """The trial as JSON-safe containers."""
         return json_safe(
             {
                 "kept": sorted(map(list, self.nodes)),

@@ -66,7 +66,7 @@ class QatResult:
         return step, value
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe."""
+        """The record as JSON-safe containers."""
         step, value = self.best
         names = ("step", "training_loss", "validation")
         history = [json_safe(dict(zip(names, entry, strict=True))) for entry in self.history]

@@ -141,7 +141,10 @@ def with_ranges(graph: Graph, ranges: Ranges, target: Path) -> Graph:
 
 
 def already_quantized(programs: Sequence[Program]) -> list[Program] | None:
-    """The programs as they are when one of them has Q/DQ pairs, and the others so by intention; else None."""
+    """The programs, if any of them has Q/DQ pairs; else None.
+
+    Those without pairs then count as left in FP32 on purpose.
+    """
     if all(program.graph.precision != "int8" for program in programs):
         return None
     return [p if p.graph.precision == "int8" else replace(p, plain=p.graph) for p in programs]

@@ -70,4 +70,4 @@ class PrebuiltSession:
         return self._runs.timings(self._file, inputs, passes)
 
     def close(self) -> None:
-        """The file stays."""
+        """Leave the engine file where it is: nothing else is held."""
