@@ -215,7 +215,7 @@ def test_memory_that_torch_cannot_get_is_told_in_words() -> None:
     assert done.stderr.strip() == "error: out of memory: this asks for more than the machine has"
 
 
-ALWAYS = """
+_ALWAYS = """
 --json --csv --html --output --save --log --predictions --plot --junit --onnx --backends --backend
 --scenario --map --checkpoint --inputs --samples --level --rtol --atol --precision --target --goal --device
 --tolerance --max-abs --layer --redact --seconds --force --format --fresh --opset --simplify
@@ -223,8 +223,9 @@ ALWAYS = """
 --range --min-points --max-drop --warmup --repeats --batch --workers --cluster --retry-failed --by --auto
 --draws --all --cache --no-cache --early-stop --interval --lr --resume --scenes --val-scenes --val-data
 --from --method --batches --data --calib-data --explain --skip-layers --exporter --unfolded --patience
---voxels --onnx-dir --model --seed --epochs --steps
-""".split()
+--shape --factor --voxels --onnx-dir --model --seed --epochs --steps
+"""
+ALWAYS = set(_ALWAYS.split())
 """Options that act, or are refused by what they name, wherever they are; the others need something beside them."""
 BESIDE = {
     "bisect": "NET -b ort,ort-all",
@@ -238,6 +239,9 @@ BESIDE = {
     "sweep sensitivity": "centerpoint:tiny --from q",
     "quantize sensitivity": "centerpoint:tiny --from q",
     "quantize qat": "centerpoint:tiny --from q -o out",
+    "quantize ptq": "NET -o out",
+    "check": "NET",
+    "predict": "NET",
 }
 """Command → arguments beside which its remaining options do nothing."""
 ACTS = {
@@ -247,8 +251,8 @@ ACTS = {
     ("sweep search", "--max-builds"),
 }
 """Remaining options that act all the same, those of ``build`` and ``deploy`` apart: they are about engines."""
-VALUES = {"int": "4", "float": "60", "Path": "x.npz", "list": "x", "str": "fp16", "DumpLayout": "nhwc", "Method": "mse"}
-VALUES |= {"Probes": "all", "CalibratorChoice": "entropy"}
+VALUES = {"int": "4", "float": "60", "Path": "x.npz", "list": "x", "str": "1", "DumpLayout": "nhwc", "Method": "mse"}
+VALUES |= {"ImageLayoutFlag": "nhwc", "Probes": "all", "CalibratorChoice": "entropy"}
 
 
 def remaining_options() -> list[tuple[str, str, str]]:

@@ -336,3 +336,16 @@ def test_a_node_whose_attributes_cannot_be_read_is_named(tmp_path: Path, monkeyp
     monkeypatch.setattr("cp_debug.backends.executor.Call.of", lambda *given: [][5])
     with pytest.raises(NodeFailed, match=r"\(Relu\) cannot be read: IndexError"):
         Executor(net).run({"x": np.ones(2, np.float32)})
+
+
+def test_the_names_in_a_function_are_its_own(tmp_path: Path) -> None:
+    """Functions that call functions, with a name that the caller, the function and the one it calls all have."""
+    text = """net (float[2,3] x) => (float[2,3] y) { t = Neg (x) \n y = own.outer (t) }
+    <domain: "own", opset_import: ["" : 21, "own" : 1]>
+    outer (a) => (o) { t = Add (a, a) \n u = own.inner (t) \n c = Constant <value_float = 2.0> () \n o = Mul (u, c) }
+    <domain: "own", opset_import: ["" : 21]>
+    inner (a) => (o) { t = Relu (a) \n c = Constant <value_float = 3.0> () \n o = Mul (t, c) }"""
+    x = random(2, 3)
+    for weights in ({}, {"c": np.float32(7)}):  # the main graph may have the name, too
+        y = Executor(graph(tmp_path, text, weights)).run({"x": x})["y"]
+        np.testing.assert_allclose(y.numpy(), 6 * np.maximum(-2 * x, 0), rtol=1e-6)

@@ -12,9 +12,12 @@ from onnx import numpy_helper, parser
 from cp_debug.backends.arithmetic import FP16, FP32
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.engine import Options, bisect
-from cp_debug.bisect.result import GUILTY, TestResult
+from cp_debug.bisect.recording import compare_captures, record
+from cp_debug.bisect.result import GUILTY, INHERITED, TestResult
 from cp_debug.graph.flatten import flatten, has_control_flow
 from cp_debug.graph.graph import Graph
+from cp_debug.probes.capture import Capture
+from cp_debug.recipes.registry import load_model
 
 IF = """
 net (float[1,8] x, float limit) => (float[N,M] y)
@@ -68,6 +71,23 @@ net (float[1,8] x) => (float[N,M] y, float[K,L] all)
         }
     >
     y = Mul (last, rows)
+}"""
+WHILE = """
+net (float[1,8] x, float limit) => (float[N,M] y, float[K,N,M] all)
+{
+    start = MatMul (x, w0)
+    trips = Constant <value_int = 9> ()
+    go = Constant <value = bool {1}> ()
+    y, all = Loop (trips, go, start) <
+        body = g1 (int64 i, bool c, float[1,8] state) => (bool c_out, float[1,8] next, float[1,8] seen)
+        {
+            next = MatMul (state, w1)
+            size = ReduceMean <keepdims = 0> (next)
+            far = Abs (size)
+            c_out = Greater (far, limit)
+            seen = Neg (next)
+        }
+    >
 }"""
 FUNCTION = """
 net (float[1,8] x) => (float[N,M] y)
@@ -172,5 +192,57 @@ def test_the_other_branch_is_the_finding(tmp_path: Path) -> None:
 def test_a_fault_that_tips_a_condition_over_stays_the_guilty_one(tmp_path: Path) -> None:
     test = compared(tmp_path, IF, {"w0": -1.0}, limit=0.0)
     assert [row.onnx for row in test.guilty] == ["start"]
-    assert any("If If_3 takes" in note for note in test.notes)
+    (note,) = (note for note in test.notes if "If If_3 takes" in note)
+    assert note.endswith(
+        "takes else_branch, on the reference it takes then_branch; what decides, large, is False for True"
+    )
     assert next(row for row in test.rows if row.onnx == "y").verdict != GUILTY
+    assert note in test.guilty[0].why
+    assert test.guilty[0].share is None, "behind the other branch no error is carried to the outputs"
+
+
+def test_a_loop_that_ends_otherwise_is_told_by_its_condition(tmp_path: Path) -> None:
+    """A loop's own condition comes from what it is given: the layer in front is guilty, not the loop."""
+    test = compared(tmp_path, WHILE, {"w0": 0.02}, limit=0.01)
+    assert [row.onnx for row in test.guilty] == ["start"]
+    (note,) = (note for note in test.notes if "Loop Loop_3 runs" in note)
+    assert "what decides, Loop_3/#" in note
+    assert note.endswith("is False for True")
+    assert {row.verdict for row in test.rows if row.onnx in ("y", "all")} == {INHERITED}
+
+
+@pytest.mark.parametrize("text", [IF, LOOP, SCAN, FUNCTION])
+def test_captures_hold_what_is_in_bodies(tmp_path: Path, text: str) -> None:
+    path = save(tmp_path / "net.onnx", text)
+    captures = [captured(path, backend) for backend in ("ort", "torch", "emu-tf32")]
+    inside = [name for name in captures[0].names(component="net") if "/" in name]
+    assert len(inside) >= 2
+    for other in captures[1:]:
+        result = compare_captures(captures[0], other).tests[0]
+        assert result.agrees
+        assert result.compared == result.total
+
+
+def test_captures_of_other_branches_say_so(tmp_path: Path) -> None:
+    paths = [save(tmp_path / name, IF, faults) for name, faults in (("good.onnx", {}), ("bad.onnx", {"w0": -1.0}))]
+    good, bad = (captured(path, "ort", limit=0.0) for path in paths)
+    test = compare_captures(good, bad, force=True).tests[0]
+    (note,) = (note for note in test.notes if note.startswith("If If_3 takes"))
+    assert note.endswith("what decides, large, is False for True")
+    assert next(row for row in test.rows if row.onnx == "y").why == note
+
+
+def captured(path: Path, backend: str, limit: float = -9) -> Capture:
+    inputs = {"x": np.random.default_rng(1).standard_normal((1, 8)).astype(np.float32), "limit": np.float32(limit)}
+    np.savez(path.with_suffix(".npz"), **{v.name: inputs[v.name] for v in Graph(path).inputs})  # type: ignore[arg-type]
+    return record(
+        load_model(str(path)),
+        backend,
+        path.with_name(f"{path.stem}-{backend}"),
+        inputs=path.with_suffix(".npz"),
+        samples=1,
+        seed=0,
+        exporter=None,
+        folded=True,
+        on_step=lambda what, done, total: None,
+    )

@@ -137,7 +137,9 @@ class Executor:
         """Run the whole graph; a value is freed after its last reader.
 
         ``sink`` is given every value that a node computes (or only ``probes``), in execution order. Returns the graph's
-        outputs by name. Raises InputError for a missing input, NodeFailed when an operator raises.
+        outputs by name. Inputs are in the dtypes that the graph declares; outputs in those in which the arithmetic
+        holds values.
+        Raises InputError for a missing input, NodeFailed when an operator raises.
         """
         missing = [v.name for v in self.graph.inputs if v.name not in inputs]
         if missing:
@@ -154,8 +156,9 @@ class Executor:
 
         A value that is both given and computed is read as given and returned as computed: each layer is replayed on the
         captured inputs of exactly that layer. ``values`` may load lazily; only what the nodes read is asked for, once.
-        Given values are rounded like graph inputs; one named like a weight takes its place. Raises InputError when a
-        value is neither given nor computed, NodeFailed when an operator raises.
+        Given values are rounded like graph inputs; one named like a weight takes its place. Results are tensors on the
+        executor's device, in the dtype in which its arithmetic holds them; shapes are those of the run.
+        Raises InputError when a value is neither given nor computed, NodeFailed when an operator raises.
         """
         with torch.no_grad():
             return self._execute(nodes, values, wanted, sink)
@@ -188,7 +191,9 @@ class Executor:
                     sink(name, value)
                 if name in wanted:
                     results[name] = value
-                constant_of_graph = node.op == "Constant" and self._weights.holds(name)  # may be wanted unrounded
+                constant_of_graph = (  # may be wanted unrounded
+                    node.op == "Constant" and self._weights.holds(name) and self.graph.producer.get(name) is node
+                )
                 if readers[name] and name not in given and not constant_of_graph:
                     live[name] = value
             outputs, value = [], None
@@ -254,8 +259,11 @@ class Executor:
             local_values = body.constants | dict(zip(body.inputs, arguments, strict=False))
             for child in body.nodes:
                 self._step(child, body.opsets)
-            visible = ChainMap(local_values, dict(values))
-            produced = {o for child in body.nodes for o in child.outputs}.union(visible)
+            produced = {o for child in body.nodes for o in child.outputs}
+            # A function knows nothing of its caller's values; the bodies of If, Loop and Scan do.
+            outer = {} if body is step.bodies.get("") else {n: v for n, v in values.items() if n not in produced}
+            visible = ChainMap(local_values, outer)
+            produced |= visible.keys()
             # What ONNX defines by a function may leave out outputs that nobody asked for.
             results = self._execute(body.nodes, visible, [o for o in body.outputs if o in produced])
             return [results.get(o) for o in body.outputs]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from cp_debug.backends.base import Program
@@ -24,12 +24,20 @@ class OtherWay:
     """The node in the reference's program."""
     ours: Decision
     theirs: Decision
+    decided: str = ""
+    """The first value that it decides by and that both sides have otherwise, in words."""
 
     def __str__(self) -> str:
-        def said(decision: Decision) -> str:
-            return f"takes {decision}" if isinstance(decision, str) else f"runs {decision} times"
+        return in_words(self.branch.op, self.branch.path, self.ours, self.theirs) + self.decided
 
-        return f"{self.branch.op} {self.branch.path} {said(self.theirs)}, on the reference it {said(self.ours)}"
+
+def in_words(op: str, path: str, ours: Decision, theirs: Decision) -> str:
+    """A sentence about a control flow node that decides ``theirs`` in the test and ``ours`` on the reference."""
+
+    def said(decision: Decision) -> str:
+        return f"takes {decision}" if isinstance(decision, str) else f"runs {decision} times"
+
+    return f"{op} {path} {said(theirs)}, on the reference it {said(ours)}"
 
 
 def other_ways(run: CandidateRun, captures: tuple[Capture, Capture]) -> Iterator[OtherWay]:
@@ -44,32 +52,53 @@ def other_ways(run: CandidateRun, captures: tuple[Capture, Capture]) -> Iterator
             if branch.path not in theirs:
                 continue
             test_branch = theirs[branch.path]
-            condition = run.name(Key(component, test_branch.decided_by[0])).value
-            ours = _seen(branch, branch.decided_by[0], captures[0], component)
-            way = OtherWay(component, branch, ours, _seen(test_branch, condition, captures[1], component))
-            if way.ours != way.theirs:
-                yield way
+            names = [run.name(Key(component, value)).value for value in test_branch.decided_by]
+            ours = _decision_of(branch, branch.decided_by[0], captures[0], component)
+            their_decision = _decision_of(test_branch, names[0], captures[1], component)
+            if ours != their_decision:
+                decided = differing_condition(branch.decided_by, names, captures, (component, component))
+                yield OtherWay(component, branch, ours, their_decision, decided)
 
 
-def _seen(branch: Branch, condition: str, capture: Capture, component: str) -> Decision:
-    if branch.op != "If":
-        return branch.decision
+def differing_condition(
+    ours: Sequence[str], theirs: Sequence[str], captures: tuple[Capture, Capture], components: tuple[str, str]
+) -> str:
+    """The first pair of scalars that both captures hold and that differ, in words; empty where there is none."""
+    for name, test_name in zip(ours, theirs, strict=False):
+        places = zip(captures, (name, test_name), components, strict=True)
+        scalars = [_scalar(capture, own_name, component) for capture, own_name, component in places]
+        if None not in scalars and scalars[0] != scalars[1]:
+            return f"; what decides, {name}, is {scalars[1]} for {scalars[0]}"
+    return ""
+
+
+def _scalar(capture: Capture, name: str, component: str) -> bool | int | float | None:
+    """The value of a captured tensor of one element; None for all else."""
     try:
-        value = capture.load(condition, component=component)
+        value = capture.load(name, component=component)
     except InputError:
+        return None
+    return value.reshape(-1)[0].item() if value.size == 1 else None
+
+
+def _decision_of(branch: Branch, condition: str, capture: Capture, component: str) -> Decision:
+    if branch.op != "If" or (value := _scalar(capture, condition, component)) is None:
         return branch.decision
-    return "then_branch" if bool(value.reshape(-1)[0]) else "else_branch"
+    return "then_branch" if value else "else_branch"
 
 
 def judge_ways(ways: list[OtherWay], programs: Mapping[str, Program], rows: Mapping[Key, LayerRow]) -> dict[Key, str]:
     """Give the results of such control flow their verdict: guilty, unless a value that it decides by is.
 
-    Returns the values that are guilty now → of what.
+    Such a value's verdict tells what it leads to. Returns the values that are guilty now → of what.
     """
     settled = {}
     for way in ways:
-        above = _above(programs[way.component].graph, way.branch.decided_by)
-        accused = any(rows[k].verdict == GUILTY for k in (Key(way.component, v) for v in above) if k in rows)
+        above = _above(programs[way.component].graph, way.branch)
+        keys = [Key(way.component, value) for value in above]
+        accused = [rows[k] for k in keys if k in rows and rows[k].verdict == GUILTY and k not in settled]
+        for culprit in accused:
+            culprit.why = f"{culprit.why}; so {way}"
         for name in way.branch.outputs:
             row_key = Key(way.component, name)
             if (row := rows.get(row_key)) is not None:
@@ -79,7 +108,7 @@ def judge_ways(ways: list[OtherWay], programs: Mapping[str, Program], rows: Mapp
     return settled
 
 
-def _above(graph: Graph, values: tuple[str, ...]) -> set[str]:
-    """``values`` and all that they are computed from."""
-    nodes, _ = graph.segment([v for v in values if v in graph.producer], ())
-    return {*values, *(name for node in nodes for name in (*node.inputs, *node.outputs))}
+def _above(graph: Graph, branch: Branch) -> set[str]:
+    """The values that ``branch`` decides by, and all that they are computed from, but for its own results."""
+    nodes, _ = graph.segment([v for v in branch.decided_by if v in graph.producer], ())
+    return {*branch.decided_by, *(name for node in nodes for name in (*node.inputs, *node.outputs))} - {*branch.outputs}

@@ -68,7 +68,8 @@ class RangeLoss:
                 if lost <= RANGE * precision(node).roundoff or lost <= loss:
                     loss = max(loss, lost)
                     continue
-                rounded = _stored(self.oracle.run_nodes([], {}, [name])[name], precision(node))
+                weight = self.oracle.run_nodes([], {}, [name])[name]
+                rounded = ARITHMETICS[precision(node).name].round_constant(weight.float()).to(weight.dtype)
                 changed_result = self.oracle.run_nodes(nodes, {**given, name: rounded}, [target])[target]
                 if self._matters(target, exact, changed_result, negligible, load):
                     loss = lost
@@ -77,7 +78,8 @@ class RangeLoss:
     def beyond(self, target: str, captured: Tensor, exact: Tensor, precision: Precision, load: Load) -> Tensor | None:
         """Mask of elements where ``exact`` lies beyond the type's range, and nothing that reads them notices.
 
-        ``captured`` is Inf or the largest number there. None where there is no such element.
+        ``captured`` is Inf or the largest number there. None where there is no such element. ``captured`` and ``exact``
+        have one shape; the mask is bool in that shape.
         """
         largest = precision.largest * (1 - 2 * precision.roundoff)
         beyond = torch.isfinite(exact) & (exact.abs() >= largest)
@@ -103,7 +105,10 @@ class RangeLoss:
 
 
 def storage_loss(exact: Tensor, precision: Precision, *, bounded: bool = False) -> float:
-    """The relative error of storing ``exact``, over the elements that stay finite; ``bounded``: beside 1."""
+    """The relative error of storing ``exact``, over the elements that stay finite; ``bounded``: beside 1.
+
+    ``exact`` has any shape and a float dtype; 0 for a precision whose types store it as it is.
+    """
     stored = _stored(exact, precision)
     if stored is None:
         return 0.0

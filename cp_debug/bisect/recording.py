@@ -11,6 +11,7 @@ from typing import Any
 from cp_debug.backends.base import Backend, RunRecord
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
+from cp_debug.bisect.branches import differing_condition, in_words
 from cp_debug.bisect.result import BisectResult, LayerRow, TestResult
 from cp_debug.bisect.verdict import judge
 from cp_debug.errors import InputError
@@ -19,6 +20,7 @@ from cp_debug.probes.statistics import compare
 from cp_debug.programs.paired_captures import Tensor, pair_captures
 from cp_debug.programs.pipeline import Pipeline, choose_export, header, prepare
 from cp_debug.programs.precision import PRECISIONS, coarser
+from cp_debug.programs.unroll import Unroller
 from cp_debug.recipes.base import Model, check_samples
 from cp_debug.serialize import json_safe
 
@@ -47,8 +49,11 @@ def record(
     on_step("exporting and aligning", 0, samples + 1)
     with tempfile.TemporaryDirectory(prefix="cpdebug-") as scratch:
         programs = prepare(model, first, Path(scratch), how=how, folded=folded)
+        unroller = Unroller(Path(scratch))
+        programs = unroller.unrolled(programs, model, lambda: model.samples(samples, seed, inputs), created.precision)
         with Pipeline(model, programs, created) as pipeline:
             manifest = header(pipeline, [])  # the samples are added as they come; it is written at the end
+            manifest["notes"] = unroller.notes
             with CaptureWriter(folder, manifest) as writer:
                 for index, sample in enumerate(itertools.chain([first], sample_iterator)):
                     on_step(f"{created.spec}, sample {index}", index + 1, samples + 1)
@@ -129,7 +134,11 @@ def compare_captures(
         rtol=tolerance[0],
         atol=tolerance[1],
         oracle=None,
-        notes=[*(f"compared by force: {reason}" for reason in reasons), *_pairing_notes(pairs, rows, total)],
+        notes=[
+            *(f"compared by force: {reason}" for reason in reasons),
+            *_pairing_notes(pairs, rows, total),
+            *_other_ways(reference, test, rows, {a: b for (a, _), (b, _) in pairs.items()}),
+        ],
         pairing=_pairing(reference, pairs),
         expected_outputs=[name for _, name in final],
     )
@@ -153,6 +162,25 @@ def _pairing_notes(pairs: Mapping[Tensor, Tensor], rows: Collection[Tensor], tot
         yield f"{renamed} of {len(pairs)} tensors have other names in the test: paired by what they hold or as told"
     if len(rows) < total:
         yield f"{total - len(rows)} of {total} tensors have no counterpart in the test"
+
+
+def _other_ways(
+    reference: Capture, test: Capture, rows: Mapping[Tensor, LayerRow], components: Mapping[str, str]
+) -> Iterator[str]:
+    """Sentences about control flow that decides otherwise in the test; its results get them as their reason, too."""
+    for component, branches in reference.manifest.get("control_flow", {}).items():
+        test_component = components.get(component, component)
+        test_branches = {b["path"]: b for b in test.manifest.get("control_flow", {}).get(test_component, [])}
+        for ours in branches:
+            theirs = test_branches.get(ours["path"], ours)
+            if theirs["decision"] != ours["decision"]:
+                way = in_words(ours["op"], ours["path"], ours["decision"], theirs["decision"])
+                conditions, both = (ours["decided_by"], theirs["decided_by"]), (component, test_component)
+                way += differing_condition(*conditions, (reference, test), both)
+                for name in ours["outputs"]:
+                    if (row := rows.get((component, name))) is not None:
+                        row.why = way
+                yield way
 
 
 def record_of(capture: Capture) -> RunRecord:

@@ -32,7 +32,7 @@ class Branch:
     op: str
     decision: Decision
     decided_by: tuple[str, ...]
-    """The values that decide: the condition, and the trip count of a Loop."""
+    """The values that decide: the condition, for a Loop the trip count and the condition after each pass."""
     outputs: tuple[str, ...]
 
 
@@ -99,12 +99,14 @@ class _Flattener:
             self._inline(Body.of_graph(body, self._opsets), proto, f"{place}/{decision}/", names, arguments=())
         elif node.op in ("Loop", "Scan") and isinstance(decision, int) and self._unrolls(node, decision):
             by = proto.input[:2] if node.op == "Loop" else proto.input[-1:]
-            self.branches.append(
-                Branch(place, node.op, decision, tuple(filter(None, by)), tuple(filter(None, proto.output)))
-            )
+            index = len(self.branches)  # in front of the control flow inside
             (graph,) = (a.g for a in node.proto.attribute if a.name == "body")
             body_of = Body.of_graph(graph, self._opsets)
-            (self._loop if node.op == "Loop" else self._scan)(node, body_of, proto, place, names, decision)
+            unroll = self._loop if node.op == "Loop" else self._scan
+            conditions = unroll(node, body_of, proto, place, names, decision)
+            decided_by = tuple(dict.fromkeys(filter(None, (*by, *conditions))))
+            branch = Branch(place, node.op, decision, decided_by, tuple(filter(None, proto.output)))
+            self.branches.insert(index, branch)
         else:
             self.nodes.append(proto)
 
@@ -166,7 +168,9 @@ class _Flattener:
 
     def _loop(
         self, node: Node, body: Body, caller: onnx.NodeProto, place: str, outer: Mapping[str, str], count: int
-    ) -> None:
+    ) -> list[str]:
+        """Append ``count`` passes of a Loop; return the conditions after each, as they are called outside."""
+        conditions: list[str] = []
         state = list(caller.input[2:])
         state_count = len(state)
         scans: list[list[str]] = [[] for _ in body.outputs[1 + state_count :]]
@@ -178,6 +182,7 @@ class _Flattener:
             ]
             last = dict(zip(body.outputs[1 : 1 + state_count], caller.output, strict=False)) if k == count - 1 else {}
             results = self._body(body, path, outer, [*arguments, *state], last, f"{place}/")
+            conditions.append(results[0])
             state = results[1 : 1 + state_count]
             for scan, value in zip(scans, results[1 + state_count :], strict=True):
                 scan.append(value)
@@ -186,10 +191,12 @@ class _Flattener:
                 self._add("Identity", [result], [outside], f"{place}/{outside}")
         for values, outside in zip(scans, caller.output[state_count:], strict=False):
             self._stack(values, outside, place, 0)
+        return conditions
 
     def _scan(
         self, node: Node, body: Body, caller: onnx.NodeProto, place: str, outer: Mapping[str, str], count: int
-    ) -> None:
+    ) -> list[str]:
+        """Append ``count`` passes of a Scan, which has no condition."""
         attributes = {a.name: helper.get_attribute_value(a) for a in node.proto.attribute}
         scanned = attributes["num_scan_inputs"]
         state_count = len(caller.input) - scanned
@@ -215,6 +222,7 @@ class _Flattener:
         axes, backwards = (attributes.get(f"scan_output_{n}") or [0] * len(scans) for n in ("axes", "directions"))
         for values, outside, axis, backward in zip(scans, caller.output[state_count:], axes, backwards, strict=False):
             self._stack(values[::-1] if backward else values, outside, place, axis)
+        return []
 
     def _stack(self, values: Sequence[str], wanted: str, place: str, axis: int) -> None:
         """Stack one scan output's values along ``axis`` under the name ``wanted``; nothing for an unused output."""

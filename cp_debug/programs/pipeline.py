@@ -7,7 +7,7 @@ import difflib
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -198,7 +198,8 @@ class Pipeline:
         """Run the chain; each component is fed this backend's own upstream outputs.
 
         Returns component → output name → array. ``sink`` is given every component's inputs, then its exposed values in
-        execution order; values inside Q/DQ pairs that were put in here are left out.
+        execution order; values inside Q/DQ pairs that were put in here are left out. Arrays are in the dtype that the
+        graph declares.
         """
         results = walk(self.model, sample, lambda component, given: self._run(component, given, sink))
         if not self._realised:
@@ -266,7 +267,10 @@ def with_kept(backend: Backend, programs: Sequence[Program]) -> Backend:
 
 
 def by_reference(program: Program, outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A run's outputs under the reference's names."""
+    """A run's outputs under the reference's names.
+
+    Name → array, dtypes and shapes unchanged.
+    """
     return program.pairing.reference_outputs(outputs) if program.pairing else dict(outputs)
 
 
@@ -330,7 +334,7 @@ def is_exported(model: Model) -> bool:
 def header(pipeline: Pipeline, samples: Sequence[Sample]) -> dict[str, Any]:
     """Manifest of a capture of this run: what ran, on what, in which settings, and the names of its layers."""
     record = pipeline.record()
-    digests = "".join(program.graph.digest for program in pipeline.programs)
+    digests = "".join((program.deployed or program.graph).digest for program in pipeline.programs)
     last = pipeline.model.components[-1]
     return {
         "backend": record.spec,
@@ -344,6 +348,7 @@ def header(pipeline: Pipeline, samples: Sequence[Sample]) -> dict[str, Any]:
         "samples": [sample.source for sample in samples],
         "layers": {p.name: {layer.onnx: layer.name for layer in layers_of([p])} for p in pipeline.programs},
         "outputs": [[last.name, name] for name in last.output_names],
+        "control_flow": {p.name: [asdict(branch) for branch in p.branches] for p in pipeline.programs if p.branches},
     }
 
 

@@ -26,7 +26,10 @@ _RESCALE = "scale the layer down and its reader up, or keep these nodes in FP32:
 
 
 def half_figures(exact: Tensor) -> dict[str, float]:
-    """Range of a tensor against FP16: its largest magnitude, and the shares that overflow, vanish or are subnormal."""
+    """Range of a tensor against FP16: its largest magnitude, and the shares that overflow, vanish or are subnormal.
+
+    ``exact`` has any shape and a float dtype; shares are of its finite elements that are not 0.
+    """
     size = exact.abs()
     present = size[torch.isfinite(size) & (size > 0)]
     count = max(present.numel(), 1)
@@ -44,11 +47,12 @@ def overflow(segment: Segment) -> Iterator[Candidate]:
     figures = half_figures(segment.exact)
     if figures["overflows"]:
         says = f"FP16 overflow: values up to {figures['largest']:.3g}, the largest FP16 number is 65504"
+        claimed = segment.context.claim.name.startswith("fp16")  # any Inf looks like any other one
         for value in (
             round_fp16(segment.exact.float()).double(),
             segment.run(FP16) if segment.nodes else segment.exact,
         ):
-            yield Candidate("fp16-overflow", says, value, evidence=figures, fix=_RESCALE)
+            yield Candidate("fp16-overflow", says, value, evidence=figures, fix=_RESCALE, heard=claimed)
         clamped = segment.exact.clamp(-HALF.largest, HALF.largest)
         says = says.replace("overflow", "overflow, saturated")
         yield Candidate("fp16-overflow", says, clamped, evidence=figures, fix=_RESCALE)
