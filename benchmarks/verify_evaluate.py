@@ -3,7 +3,7 @@
 A forward pass is what the pipeline does for one scene on one of the backends: voxelization, components, scatter and
 decoding. It is timed where it happens, within the two stages, so that other work on the machine spoils both sides of
 the ratio alike. All the rest is their cost: reading the files, opening sessions, the noise floor (a pass in FP64), the
-checks of hand-overs, comparisons, scoring with 1000 bootstrap draws. Making the synthetic scenes, which stands for the
+interface checks, comparisons, scoring with 1000 bootstrap draws. Making the synthetic scenes, which stands for the
 reading of clouds, is a row of its own.
 
     python benchmarks/verify_evaluate.py [--backends torch,ort,emu-fp16] [--samples 50] [--rounds 1] [--json]
@@ -28,7 +28,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cp_debug.deploy.interface_checks import Handovers
+from cp_debug.deploy.interface_checks import InterfaceChecks
 from cp_debug.deploy.schema import DeployConfig, EvaluateConfig, ScenarioConfig, VerifyConfig
 from cp_debug.deploy.stages import Deployment
 from cp_debug.programs.pipeline import Pipeline
@@ -37,7 +37,7 @@ from cp_debug.recipes.data.synthetic import SyntheticData
 
 TARGET = 0.2
 CHECKS = ("points", "input_features", "pillar_features", "spatial_features")
-"""Methods of ``Handovers`` that run within a verified pass."""
+"""Methods of ``InterfaceChecks`` that run within a verified pass."""
 
 
 class Stopwatch:
@@ -90,14 +90,14 @@ def measure(specs: Sequence[str], samples: int, rounds: int) -> dict[str, Any]:
         stack.enter_context(watch.method(CenterPointModel, "decode", lambda model: "decoding"))
         stack.enter_context(watch.method(SyntheticData, "sample", lambda data: "making the scenes"))
         for check in CHECKS:
-            stack.enter_context(watch.method(Handovers, check, lambda handovers: "hand-over checks"))
+            stack.enter_context(watch.method(InterfaceChecks, check, lambda checks: "interface checks"))
         for _ in range(rounds):
             with watch("verify"):
                 deployment.verify(explain=False)
             with watch("evaluate"):
                 result = deployment.evaluate()
     spent = watch.seconds
-    passes = spent["components"] + spent["decoding"] - spent["hand-over checks"]
+    passes = spent["components"] + spent["decoding"] - spent["interface checks"]
     beyond = spent["verify"] + spent["evaluate"] - passes
     ratio = (beyond - spent["making the scenes"]) / passes
     return {
@@ -111,7 +111,7 @@ def measure(specs: Sequence[str], samples: int, rounds: int) -> dict[str, Any]:
             "of these forward passes": _named(passes),
             "making the scenes": _named(spent["making the scenes"]),
             "noise floor": _named(spent["noise floor"]),
-            "hand-over checks": _named(spent["hand-over checks"]),
+            "interface checks": _named(spent["interface checks"]),
         },
         "scoring_wall_s": result.seconds["score"],
         "ratio": _named(ratio),

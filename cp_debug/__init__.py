@@ -13,16 +13,23 @@ from cp_debug.version import __version__
 
 if TYPE_CHECKING:
     from cp_debug.api.diagnose import assert_agree, diagnose
+    from cp_debug.api.jobs import evaluate, predict, quantize, search, verify
     from cp_debug.api.tensors import compare_tensors
     from cp_debug.bisect.engine import Options
     from cp_debug.bisect.result import BisectResult
-    from cp_debug.detection.evaluate import evaluate
+    from cp_debug.bisect.result_diff import diff_results
+    from cp_debug.deploy.exporting import ExportOptions
+    from cp_debug.deploy.quantize_output import PtqResult
+    from cp_debug.deploy.verify import VerifyOptions, VerifyResult
+    from cp_debug.detection.evaluation import EvaluationOptions, EvaluationResult
     from cp_debug.errors import BackendUnavailable, CpdebugError, InputError, MissingPackage
-    from cp_debug.mixed_precision.search import search
-    from cp_debug.prediction.predict import PredictOptions, predict
+    from cp_debug.mixed_precision.result import MixedPrecisionResult
+    from cp_debug.mixed_precision.search import MixedPrecisionOptions
+    from cp_debug.prediction.predict import PredictOptions
     from cp_debug.prediction.result import Prediction
     from cp_debug.probes.capture import Capture
     from cp_debug.probes.statistics import compare
+    from cp_debug.recipes.input_files import Reading
     from cp_debug.reports.saved import open_result
 
 __all__ = [
@@ -30,20 +37,32 @@ __all__ = [
     "BisectResult",
     "Capture",
     "CpdebugError",
+    "EvaluationOptions",
+    "EvaluationResult",
+    "ExportOptions",
     "InputError",
     "MissingPackage",
+    "MixedPrecisionOptions",
+    "MixedPrecisionResult",
     "Options",
     "PredictOptions",
     "Prediction",
+    "PtqResult",
+    "Reading",
+    "VerifyOptions",
+    "VerifyResult",
     "__version__",
     "assert_agree",
     "compare",
     "compare_tensors",
     "diagnose",
+    "diff_results",
     "evaluate",
     "open_result",
     "predict",
+    "quantize",
     "search",
+    "verify",
 ]
 
 _HOME = {
@@ -51,19 +70,31 @@ _HOME = {
     "BisectResult": "bisect.result",
     "Capture": "probes.capture",
     "CpdebugError": "errors",
+    "EvaluationOptions": "detection.evaluation",
+    "EvaluationResult": "detection.evaluation",
+    "ExportOptions": "deploy.exporting",
     "InputError": "errors",
     "MissingPackage": "errors",
     "Options": "bisect.engine",
-    "assert_agree": "api.diagnose",
     "PredictOptions": "prediction.predict",
     "Prediction": "prediction.result",
+    "PtqResult": "deploy.quantize_output",
+    "Reading": "recipes.input_files",
+    "MixedPrecisionOptions": "mixed_precision.search",
+    "MixedPrecisionResult": "mixed_precision.result",
+    "VerifyOptions": "deploy.verify",
+    "VerifyResult": "deploy.verify",
+    "assert_agree": "api.diagnose",
     "compare": "probes.statistics",
     "compare_tensors": "api.tensors",
+    "diff_results": "bisect.result_diff",
     "diagnose": "api.diagnose",
-    "evaluate": "detection.evaluate",
+    "evaluate": "api.jobs",
     "open_result": "reports.saved",
-    "predict": "prediction.predict",
-    "search": "mixed_precision.search",
+    "predict": "api.jobs",
+    "quantize": "api.jobs",
+    "search": "api.jobs",
+    "verify": "api.jobs",
 }
 """Module of each name. None is called as a folder of the package: importing that would hide it."""
 

@@ -5,22 +5,44 @@
 
 from __future__ import annotations
 
+import html
 import importlib
+import io
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
 FACES = "cp_debug.reports.faces"
 """The module that calls ``register``."""
+WIDTH = 100
+"""Columns of what ``print`` shows."""
 
 T = TypeVar("T")
 _TERMINAL: dict[type, Callable[[Any], Iterable[RenderableType]]] = {}
 _NOTEBOOK: dict[type, Callable[[Any], str]] = {}
 _PLAIN: dict[type, Callable[[Any], str]] = {}
 _PAGE: dict[type, Callable[[Any, Path], None]] = {}
+
+
+class Shown:
+    """A result with a model's name that shows itself: by ``print``, in a rich terminal, in a notebook."""
+
+    model: str
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from terminal(self)
+
+    def __str__(self) -> str:
+        return plain(self)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.model}>"
+
+    def _repr_html_(self) -> str:
+        return notebook(self)
 
 
 def register(
@@ -32,8 +54,8 @@ def register(
 ) -> None:
     """Give results of a type their faces.
 
-    ``terminal``: parts that rich renders; ``notebook``: HTML; ``plain``: a few lines of text; ``page``: writes the
-    HTML report to a file.
+    ``terminal``: parts that rich renders; ``notebook``: HTML; ``plain``: a few lines of text; both are what a terminal
+    shows where they are left out. ``page``: writes the HTML report to a file.
     """
     _TERMINAL[kind] = terminal
     faces: tuple[tuple[dict[type, Any], Any], ...] = ((_NOTEBOOK, notebook), (_PLAIN, plain), (_PAGE, page))
@@ -43,21 +65,42 @@ def register(
 
 
 def terminal(result: Any, kind: type | None = None) -> Iterable[RenderableType]:
-    """The parts of a result in the order in which they are read; ``kind`` where the registered type is not its own.
+    """Parts of a result in the order in which they are read in a terminal.
 
+    ``kind`` is the type under which the face is registered, where that is not the result's own. Raises LookupError for
+    a type that has no face.
     Raises LookupError for a type that has no face.
     """
     return _face(_TERMINAL, kind or type(result))(result)
 
 
 def notebook(result: Any, kind: type | None = None) -> str:
-    """A result as HTML in a notebook's own style. Raises LookupError for a type that has no such face."""
-    return str(_face(_NOTEBOOK, kind or type(result))(result))
+    """A result as HTML in a notebook's own style. Raises LookupError for a type without a face."""
+    kind = kind or type(result)
+    face = _face(_TERMINAL, kind)
+    if kind in _NOTEBOOK:
+        return _NOTEBOOK[kind](result)
+    return f"<pre>{html.escape(_as_text(face(result)))}</pre>"
 
 
 def plain(result: Any, kind: type | None = None) -> str:
-    """A result in a few lines of plain text. Raises LookupError for a type that has no such face."""
-    return str(_face(_PLAIN, kind or type(result))(result))
+    """A result in a few lines of plain text. Raises LookupError for a type without a face."""
+    kind = kind or type(result)
+    face = _face(_TERMINAL, kind)
+    return _PLAIN[kind](result) if kind in _PLAIN else _as_text(face(result))
+
+
+def _as_text(parts: Iterable[RenderableType]) -> str:
+    """Text that a terminal of ``WIDTH`` columns shows, without colours."""
+    from rich.console import Console
+
+    from cp_debug.safe_text import visible
+
+    with io.StringIO() as stream:
+        console = Console(file=stream, width=WIDTH, color_system=None, markup=False, emoji=False, highlight=False)
+        for part in parts:
+            console.print(part, soft_wrap=bool(getattr(part, "no_wrap", False)))
+        return "\n".join(visible(line.rstrip()) for line in stream.getvalue().splitlines())
 
 
 def write_page(result: Any, target: Path, kind: type | None = None) -> None:

@@ -73,7 +73,10 @@ class ModuleFailed(InputError):
 
 
 def raise_if_interrupted(error: BaseException) -> None:
-    """Raise KeyboardInterrupt where one led to ``error``: code that catches everything fails in its own way then."""
+    """Raise KeyboardInterrupt if ``error`` was raised in consequence of one.
+
+    Libraries that catch every exception, Ctrl-C among them, raise one of their own in its place.
+    """
     seen: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in seen:

@@ -48,9 +48,10 @@ OnEvent = Callable[[Mapping[str, Any]], None]
 
 
 class InterpreterFailed(Exception):
-    """No result came from another Python, and the reason.
+    """Another Python gave no result; the message says why.
 
     ``unusable``: it is not an interpreter that can run the script at all. ``timed_out``: it was killed at its limit.
+    ``unusable``: it is no interpreter that can run the script. ``timed_out``: it was killed at its time limit.
     """
 
     def __init__(self, reason: str, *, unusable: bool = False, timed_out: bool = False) -> None:

@@ -110,7 +110,7 @@ def parse_json(data: bytes | str, source: str) -> Any:
 
 
 def sealed(document: Mapping[str, Any]) -> str:
-    """A document as one line of JSON with a checksum in it, by which ``unsealed`` knows it again."""
+    """A document as one line of JSON with its own checksum inside, which ``unsealed`` compares."""
     text = json.dumps(document, allow_nan=False)
     return f"{text[:-1]}{', ' if document else ''}{_seal(text)}"
 
@@ -215,7 +215,7 @@ def read_npy(path: Path) -> np.ndarray:
 
 
 def physical_memory() -> int:
-    """Bytes of main memory; what claims more can be no input."""
+    """Main memory in bytes: a file that claims to hold more is refused."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):  # no POSIX
@@ -240,7 +240,10 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def array_of(stream: IO[bytes], size: int, name: str) -> np.ndarray:
-    """An array whose header says what follows it, in ``size`` bytes. Raises ValueError and more for any other."""
+    """Array that follows a ``.npy`` header in ``stream``, which holds ``size`` bytes of it.
+
+    Raises ValueError, or what numpy raises, for a header that claims something else.
+    """
     import math
 
     import numpy as np

@@ -33,7 +33,7 @@ def visible(text: str, keep: str = "\n") -> str:
 
 
 def one_line(text: str) -> str:
-    """The text ``visible``, with line feeds as ``\\n``: a name stays in its line."""
+    """Text in one line: made ``visible``, with line feeds written as a backslash and an n."""
     return visible(text).replace("\n", "\\n")
 
 

@@ -1,4 +1,4 @@
-"""A torch module against what ONNX Runtime makes of it, and the same file with its graph optimised."""
+"""A torch module against what ONNX Runtime makes of it, and the same file with its graph optimized."""
 
 import torch
 from torch import nn

@@ -334,7 +334,7 @@ class Tf32Backend(TorchBackend):
         return super().open(replace(program, module=module))
 
 
-def test_tf32_is_recognised_where_the_graph_is_folded_and_the_module_is_not() -> None:
+def test_tf32_is_recognized_where_the_graph_is_folded_and_the_module_is_not() -> None:
     model = TorchModel("layer", Layer().eval(), torch.randn(1, 4, 24, 24, generator=torch.Generator().manual_seed(0)))
     backends = [create(BackendSpec.parse("ort")), Tf32Backend(BackendSpec.parse("torch"))]
     (finding,) = bisect(model, backends).tests[0].findings

@@ -241,7 +241,7 @@ def test_models_and_doctor() -> None:
     assert any(p["name"] == "onnxruntime" and p["version"] for p in found["packages"])
 
 
-def test_unoptimisable_ops_are_named(tmp_path: Path) -> None:
+def test_unoptimizable_ops_are_named(tmp_path: Path) -> None:
     builder = NetBuilder()
     builder.op("Relu", "x", name="y")
     path = builder.save(tmp_path / "n.onnx", {"x": (1, [2, 2])}, ["y"])

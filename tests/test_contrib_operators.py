@@ -194,7 +194,7 @@ def test_rms_norm_under_its_old_name(tmp_path: Path) -> None:
     check(tmp_path / "net.onnx", "LayerNormalization", ["x", "s"], arrays, version=14)
 
 
-def test_sums_of_a_skip_normalisation(tmp_path: Path) -> None:
+def test_sums_of_a_skip_normalization(tmp_path: Path) -> None:
     arrays = {n: normal(2, 3, 8) for n in ("x", "skip")} | {n: normal(8) for n in ("g", "b", "bias")}
     op = MS + "SkipLayerNormalization"
     check(tmp_path / "net.onnx", op, list(arrays), arrays, ["y", "", "", "sum"], epsilon=1e-5)

@@ -10,7 +10,7 @@ import torch
 
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
-from cp_debug.deploy.interface_checks import CheckedModel, Handovers, check_logits, check_probabilities, checked
+from cp_debug.deploy.interface_checks import CheckedModel, InterfaceChecks, check_logits, check_probabilities, checked
 from cp_debug.errors import InputError
 from cp_debug.programs.pipeline import Export, Pipeline, prepare
 from cp_debug.recipes.base import Sample
@@ -19,7 +19,7 @@ from cp_debug.recipes.centerpoint.decode import Detections
 from cp_debug.recipes.centerpoint.recipe import BACKBONE_NECK_HEAD, CenterPointModel
 from cp_debug.recipes.centerpoint.rotation import turn
 
-CHECKS = Handovers(TINY)
+CHECKS = InterfaceChecks(TINY)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import cp_debug
+from cp_debug import errors
 
 PACKAGE = Path(cp_debug.__file__).parent
 RIDDLE = re.compile(
@@ -71,3 +72,63 @@ def test_docstrings_start_with_their_subject() -> None:
         if RIDDLE.match(text)
     ]
     assert not riddles, "\n".join(riddles)
+
+
+ROOMS = ("graph", "probes", "backends", "programs", "detection", "quantization", "bisect")
+"""Rooms whose functions take and give arrays."""
+ARRAY = re.compile(r"ndarray|\bTensor\b|AnyTensor|\bArrays\b|\bFloats\b|\bInts\b")
+SAYS_SHAPE = re.compile(
+    r"\[[A-Z0-9a-z][^\]]*\]|\([A-Z]+,[^)]*\)|shape|dtype|float(32|64)|FP(16|32|64)|int(32|64)|\bbool\b|integers|\bscalar\b|"
+    r"\btorch tensor\b|elementwise|element by element"
+)
+ERRORS = {
+    name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, errors.CpdebugError)
+}
+
+
+def functions() -> Iterator[tuple[str, ast.FunctionDef]]:
+    """Every public function and method of ``ROOMS``: where it stands, and its definition."""
+    for path, tree in modules().items():
+        for name, node in public(tree):
+            if path.startswith(ROOMS) and isinstance(node, ast.FunctionDef) and not explains_itself(node):
+                yield f"{path}:{node.lineno}: {name}", node
+
+
+def annotations(node: ast.FunctionDef) -> Iterator[str]:
+    """The types of a function's arguments and of its result, as they are written."""
+    for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs):
+        if argument.annotation is not None:
+            yield ast.unparse(argument.annotation)
+    if node.returns is not None:
+        yield ast.unparse(node.returns)
+
+
+def raised(node: ast.AST) -> Iterator[str]:
+    """Names of the project's errors that are raised in a body, by their own names and not to be caught there."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Raise) and isinstance(child.exc, ast.Call) and isinstance(child.exc.func, ast.Name):
+            yield from ERRORS & {child.exc.func.id}
+        elif isinstance(child, ast.Try):
+            for part in (*child.handlers, *child.orelse, *child.finalbody):
+                yield from raised(part)
+        elif not isinstance(child, Definition):
+            yield from raised(child)
+
+
+def test_functions_on_arrays_name_shapes_or_dtypes() -> None:
+    silent = [
+        f"{where}: {ast.get_docstring(node)}"
+        for where, node in functions()
+        if any(map(ARRAY.search, annotations(node))) and not SAYS_SHAPE.search(ast.get_docstring(node) or "")
+    ]
+    assert not silent, "\n".join(silent)
+
+
+def test_errors_that_a_function_raises_are_named() -> None:
+    silent = [
+        f"{where}: {name}"
+        for where, node in functions()
+        for name in sorted(set(raised(node)))
+        if not re.search(rf"Raises?\b.*\b{name}\b", ast.get_docstring(node) or "", re.DOTALL)
+    ]
+    assert not silent, "\n".join(silent)

@@ -111,7 +111,7 @@ def test_a_difference_below_the_noise_floor_is_none(tmp_path):
     assert not knobs.responsible
 
 
-def test_the_log_names_the_optimisers_that_changed_something(tmp_path, capfd):
+def test_the_log_names_the_optimizers_that_changed_something(tmp_path, capfd):
     graph = Graph(second_like(tmp_path / "net.onnx"))
     runtime = OrtBackend(BackendSpec.parse("ort-all"), threads=1).runtime
     assert active_optimizers(runtime, graph, "basic") == [RULE_BASED]
@@ -131,7 +131,7 @@ def test_bisect_reports_knobs(tmp_path):
     json.dumps(found, allow_nan=False)
 
 
-def test_knobs_need_an_optimised_backend(tmp_path):
+def test_knobs_need_an_optimized_backend(tmp_path):
     path = residual(tmp_path / "net.onnx")
     with pytest.raises(InputError, match="--knobs: expected ort-basic or ort-all"):
         bisect(str(path), "ort-all,ort-none", options=Options(optimizer_blame=True))

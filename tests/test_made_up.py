@@ -208,7 +208,7 @@ def test_seeds_differ_and_sizes_do_not(tmp_path):
     assert not np.array_equal(first, second)
 
 
-def test_optimised_levels_open_on_the_given_input(tmp_path, monkeypatch):
+def test_optimized_levels_open_on_the_given_input(tmp_path, monkeypatch):
     """Nothing is made up beside --inputs: what is made up may not fit, and is of another size."""
     nodes = [node("Conv", ["x", "w"], ["c"]), node("Relu", ["c"], ["r"]), node("Conv", ["r", "v"], ["y"])]
     path = save(

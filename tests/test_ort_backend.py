@@ -92,7 +92,7 @@ def test_chunks_equal_the_whole_graph_bit_for_bit(tmp_path_factory, recipe, seed
     seed=st.integers(0, 1000),
     spec=st.sampled_from(["ort-basic", "ort-all"]),
 )
-def test_observing_an_optimised_program_does_not_change_it(tmp_path_factory, recipe, seed, spec):
+def test_observing_an_optimized_program_does_not_change_it(tmp_path_factory, recipe, seed, spec):
     path = random_dag(tmp_path_factory.mktemp("dag") / "net.onnx", recipe, seed)
     session = open_session(path, spec)
     feed = image(1, 4, 5, 5, seed=seed)
@@ -231,7 +231,7 @@ def test_quantized_graphs_run_as_they_are(tmp_path):
     assert outputs["y"].tobytes() == whole_graph(path, image(1, 4, 8, 8))["y"].tobytes()
 
 
-def test_replacements_tell_which_original_nodes_an_optimised_node_stands_for(tmp_path):
+def test_replacements_tell_which_original_nodes_an_optimized_node_stands_for(tmp_path):
     session = open_session(second_like(tmp_path / "net.onnx"), "ort-all", disabled_optimizers=["NchwcTransformer"])
     found = {r.value: r for r in session.optimized_nodes()}
     fused = found["relu_5"]

@@ -1,4 +1,4 @@
-"""The parts of a search: goals, layers, the strategy, the log, the hand-over."""
+"""The parts of a search: goals, layers, the strategy, the log, what is emitted."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def program_of(path: Path) -> Program:
     return Program(path.stem, Graph(path))
 
 
-def test_activations_and_normalisations_belong_to_their_layer(tmp_path: Path) -> None:
+def test_activations_and_normalizations_belong_to_their_layer(tmp_path: Path) -> None:
     program = program_of(second_like(tmp_path / "net.onnx", depth=1))
     candidates = TrialPrecision("fp16").candidates(program.graph)
     groups = fusion_groups_of(program, candidates)
@@ -310,7 +310,7 @@ def test_foreign_logs_are_refused(tmp_path: Path) -> None:
         TrialLog(tmp_path / "no" / "log.jsonl", ABOUT)
 
 
-# ---- hand-over
+# ---- emitted forms
 
 NAMES = st.text(st.characters(codec="ascii", exclude_categories=["C", "Z"], exclude_characters=",:'\""), min_size=1)
 

@@ -146,7 +146,7 @@ def test_side_values_are_constant_or_shape(tmp_path: Path) -> None:
     )
 
 
-def test_a_branch_whose_result_the_optimiser_hides_is_computed_again(tmp_path: Path) -> None:
+def test_a_branch_whose_result_the_optimizer_hides_is_computed_again(tmp_path: Path) -> None:
     """A convolution in blocked layout has its weight reordered: the folded one is nowhere to be read."""
     text = """
     net (float[1,16,8,8] x) => (float[N,C,H,W] y)

@@ -13,7 +13,7 @@ from cp_debug.bisect.engine import bisect
 from cp_debug.bisect.faults.edits import Editor
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.tensor_change import describe
-from cp_debug.graph.weight_differences import weight_differences
+from cp_debug.programs.weight_differences import weight_differences
 
 RNG = np.random.default_rng(0)
 KERNEL = RNG.standard_normal((16, 16, 3, 3)).astype(np.float32)
@@ -117,7 +117,7 @@ def test_the_differing_tensor_is_named_and_kept_in_the_result(tmp_path: Path) ->
     assert found["differing"][0]["evidence"]["channels"] == [7]
 
 
-def test_the_weights_of_another_layer_are_recognised(tmp_path: Path) -> None:
+def test_the_weights_of_another_layer_are_recognized(tmp_path: Path) -> None:
     net = second_like(tmp_path / "net.onnx")
 
     def exchange(editor: Editor) -> None:

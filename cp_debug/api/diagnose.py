@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cp_debug.api.dumps import DEFAULT_REFERENCE, with_dump
-from cp_debug.api.models import ModelLike, modes_kept, to_model
+from cp_debug.api.models import ModelLike, modes_kept, samples_in, to_model
 from cp_debug.api.progress import shown_steps
 from cp_debug.backends.base import Backend
 from cp_debug.bisect.engine import OnStep, Options, bisect
@@ -48,8 +48,8 @@ def diagnose(
     here; never for a divergence.
     """
     with modes_kept(model, test_model), shown_steps(progress, on_step) as step:
-        prepared, path = to_model(model, inputs if inputs is not None else options.inputs)
-        options = replace(options, inputs=path, samples=_samples(options, inputs))
+        prepared, path = to_model(model, inputs if inputs is not None else options.inputs, reading=options.reading)
+        options = replace(options, inputs=path, samples=samples_in(inputs, options.samples))
         if test_tensors is not None:
             if test_model is not None:
                 raise InputError("test_tensors: given beside test_model; expected one of them")
@@ -90,12 +90,6 @@ def assert_agree(
         error.result = result  # type: ignore[attr-defined]
         raise error
     return result
-
-
-def _samples(options: Options, inputs: Any) -> int:
-    """Number of samples: a list of mappings is one for each, else that of ``options``."""
-    several = isinstance(inputs, list) and inputs and all(isinstance(each, dict) for each in inputs)
-    return max(options.samples, len(inputs)) if several else options.samples
 
 
 def _test_model(test_model: ModelLike, inputs: Any) -> Any:

@@ -18,6 +18,7 @@ from cp_debug.graph.graph import Graph
 from cp_debug.probes.arrays import as_numpy
 from cp_debug.recipes.abilities import with_samples
 from cp_debug.recipes.base import Model, Sample
+from cp_debug.recipes.input_files import DEFAULT_READING, Reading
 from cp_debug.recipes.registry import kind_of, load_model
 
 ModelLike: TypeAlias = Any
@@ -26,17 +27,32 @@ ModelLike: TypeAlias = Any
 without arguments that returns ``(module, example_inputs)``; an object with the methods of a recipe."""
 
 
-def to_model(model: ModelLike, inputs: Any = None, *, what: str = "model") -> tuple[Model, Path | None]:
+def to_model(
+    model: ModelLike,
+    inputs: Any = None,
+    *,
+    what: str = "model",
+    checkpoint: str | Path | None = None,
+    seed: int = 0,
+    reading: Reading = DEFAULT_READING,
+) -> tuple[Model, Path | None]:
     """A model, and the path of inputs that it still has to read.
 
     ``inputs`` are the example inputs of a module or function (a tensor, a tuple, a mapping by parameter), the arrays
     of an ONNX graph by input name (a mapping, or a list of them: one a sample), or the path of such a file, which is
-    also what recipes take. ``what`` names the argument in errors.
-    Raises InputError for what is no model, and for inputs that do not fit it.
+    also what recipes take. ``what`` names the argument in errors. ``checkpoint`` holds the weights of a recipe or of a
+    callable that text names; ``seed`` is that of a recipe's own weights,
+    ``reading`` says how files and made-up values become inputs.
+    Raises InputError for what is no model, for inputs that do not fit it, and for a checkpoint beside an object.
     """
+    weights = None if checkpoint is None else Path(checkpoint)
+    if weights is not None and not isinstance(model, str | Path):
+        raise InputError(
+            f"checkpoint: {weights} is for recipes and callables; load the weights into the module instead"
+        )
     path = Path(inputs) if isinstance(inputs, str | Path) else None
     if isinstance(model, str | Path):
-        return _of_text(str(model), inputs, path)
+        return _of_text(str(model), inputs, path, weights, seed, reading)
     kind = type(model)
     if kind.__module__.startswith("onnx.") and kind.__name__ == "ModelProto":
         return _with_arrays(_of_proto(model), inputs, path)
@@ -47,17 +63,27 @@ def to_model(model: ModelLike, inputs: Any = None, *, what: str = "model") -> tu
     return _of_torch(model, inputs, path, what)
 
 
-def _of_text(text: str, inputs: Any, path: Path | None) -> tuple[Model, Path | None]:
+def samples_in(inputs: Any, count: int) -> int:
+    """Number of samples: a list of mappings is one for each, a mapping or tuple of arrays is one, else ``count``."""
+    if inputs is None or isinstance(inputs, str | Path):
+        return count
+    several = isinstance(inputs, list) and inputs and all(isinstance(each, Mapping) for each in inputs)
+    return len(inputs) if several else count
+
+
+def _of_text(
+    text: str, inputs: Any, path: Path | None, checkpoint: Path | None, seed: int, reading: Reading
+) -> tuple[Model, Path | None]:
     kind = kind_of(text)
-    if kind == "program" and inputs is not None and path is None:
+    if kind == "program" and inputs is not None and path is None and checkpoint is None:
         from cp_debug.recipes.torch_programs import load_program
 
         return load_program(Path(text), inputs), None
     if kind == "onnx":
-        return _with_arrays(load_model(text), inputs, path)
+        return _with_arrays(load_model(text, checkpoint=checkpoint, reading=reading), inputs, path)
     if inputs is not None and path is None:
         raise InputError(f"inputs: {text} reads files; expected a path, not {type(inputs).__name__}")
-    return load_model(text, inputs=path), path
+    return load_model(text, checkpoint=checkpoint, seed=seed, inputs=path, reading=reading), path
 
 
 def _of_torch(model: Any, inputs: Any, path: Path | None, what: str) -> tuple[Model, Path | None]:

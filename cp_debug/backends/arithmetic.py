@@ -42,9 +42,11 @@ class Arithmetic:
     """Channels per tile where convolutions and products accumulate in FP16; None accumulates in ``dtype``."""
     slices: int = 1
     """Number of partial sums that share a tile's channels; a divisor of ``tile`` ÷ 16."""
+    vector: int = 0
+    """Values that a thread of a convolution kernel without shared memory loads at once, 4 or 8; 0 for other kernels."""
 
     def held(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype that holds values which the graph declares as ``dtype``."""
+        """Dtype in which values are held that the graph declares as ``dtype``."""
         return self.dtype if dtype.is_floating_point and dtype != torch.float64 else dtype
 
     def hold(self, value: Any, device: torch.device | str) -> Any:
@@ -69,7 +71,10 @@ class Arithmetic:
         return self.value(value) if self.value is not None and isinstance(value, Tensor) else value
 
     def operands(self, *values: Tensor) -> tuple[Tensor, ...]:
-        """The operands of a convolution or matrix product as the multiplier reads them."""
+        """The operands of a convolution or matrix product as the multiplier reads them.
+
+        Shapes and dtypes stay; the values are those that the operand's type can hold.
+        """
         if self.operand is None:
             return values
         first, *second_operands = values
@@ -79,6 +84,8 @@ class Arithmetic:
     def settings(self) -> dict[str, Any]:
         """Everything about this arithmetic that can change numbers, in words, JSON-safe."""
         order = f"channel tiles of {self.tile}, kernel taps row by row, blocks of 16 channels"
+        if self.vector:
+            order = f"kernel taps row by row, channels in vectors of {self.vector}, four of each of four at a time"
         return {
             "arithmetic": self.name,
             "held_as": str(self.dtype).removeprefix("torch."),
@@ -87,6 +94,7 @@ class Arithmetic:
             "accumulation": f"float16, {order}" if self.tile else str(self.dtype).removeprefix("torch."),
             "tile": self.tile,
             "slices": self.slices,
+            **({"vector": self.vector} if self.vector else {}),
         }
 
 

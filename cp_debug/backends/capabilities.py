@@ -90,7 +90,10 @@ class TimesItself(Protocol):
     """A session that measures its own passes."""
 
     def timings(self, inputs: Mapping[str, np.ndarray], passes: int) -> list[float]:
-        """Seconds of each of ``passes`` runs on the device."""
+        """Seconds of each of ``passes`` runs on the device.
+
+        ``inputs``: name → array in the dtype and shape that the graph declares.
+        """
         ...
 
 
@@ -99,12 +102,18 @@ class BuiltVariation(Protocol):
 
     @property
     def outputs(self) -> Mapping[str, np.ndarray]:
-        """The graph's outputs."""
+        """The graph's outputs.
+
+        Name → array in the dtype that the graph declares.
+        """
         ...
 
     @property
     def shown(self) -> Mapping[str, np.ndarray]:
-        """The marked values that it put out."""
+        """The marked values that it put out.
+
+        Name → array in the dtype that the engine computes it in.
+        """
         ...
 
     @property
@@ -162,7 +171,7 @@ def with_threads(backend: Backend, count: int | None) -> Backend:
 
 
 def builder_of(backend: Backend) -> Backend:
-    """The backend that builds what this one runs: itself, unless it runs engine files."""
+    """The backend that builds what this one runs: itself, or another where this one runs files of engines."""
     return backend.builder if isinstance(backend, RunsPrebuilt) else backend
 
 

@@ -61,7 +61,10 @@ class _DumpedSession:
 
 
 def named_values(graph: Graph, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors by the names of the graph's values and inputs; a file system's ``_`` stands for any sign."""
+    """The tensors by the names of the graph's values and inputs; a file system's ``_`` stands for any sign.
+
+    Shapes and dtypes are left as they are.
+    """
     names = [*(value.name for value in graph.inputs), *graph.values]
     plain: dict[str, list[str]] = {}
     for name in names:
@@ -79,8 +82,9 @@ def channels_first(
 ) -> dict[str, np.ndarray]:
     """The tensors by the names of the graph's values, those of rank 4 and 5 with channels at axis 1.
 
-    ``last``: they were dumped with channels at the last axis. Without it a tensor whose shape fits the graph's only so
-    raises InputError, which says how to read it.
+    ``last``: they were dumped with channels at the last axis. ``last``: they were dumped with channels at the last
+    axis. Raises InputError for a tensor that fits the graph only with its channels at the other place, and says so.
+    Raises InputError for a tensor whose shape fits the graph's only the other way; it says how to read it.
     """
     values = named_values(graph, tensors)
     for name, tensor in values.items():
@@ -108,7 +112,10 @@ def _shape(graph: Graph, name: str) -> tuple[int, ...] | None:
 
 
 def dumped_inputs(graph: Graph, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
-    """The graph's inputs, where the dump has them all."""
+    """The graph's inputs, where the dump has them all.
+
+    Name → array as the dump has it; None where one is missing. Arrays have the dtype and shape of the dump.
+    """
     values = named_values(graph, tensors)
     names = [value.name for value in graph.inputs]
     return {name: values[name] for name in names} if all(name in values for name in names) else None

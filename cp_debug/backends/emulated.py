@@ -116,6 +116,7 @@ class ExecutorSession:
     ) -> dict[str, np.ndarray]:
         """Run once; the program is the same with and without a sink.
 
+        Takes and returns name → array in the dtype that the graph declares.
         Raises InputError for inputs that do not fit the graph, and when a node fails.
         """
         check_inputs(self._graph.inputs, inputs, str(self._graph.path))

@@ -140,7 +140,9 @@ class Executor:
         """Run the whole graph; a value is freed after its last reader.
 
         ``sink`` is given every value that a node computes (or only ``probes``), in execution order. Returns the graph's
-        outputs by name. Raises InputError for a missing input, NodeFailed when an operator raises.
+        outputs by name. Inputs are in the dtypes that the graph declares; outputs in those in which the arithmetic
+        holds values.
+        Raises InputError for a missing input, NodeFailed when an operator raises.
         """
         missing = [v.name for v in self.graph.inputs if v.name not in inputs]
         if missing:
@@ -157,8 +159,9 @@ class Executor:
 
         A value that is both given and computed is read as given and returned as computed: each layer is replayed on the
         captured inputs of exactly that layer. ``values`` may load lazily; only what the nodes read is asked for, once.
-        Given values are rounded like graph inputs; one named like a weight takes its place. Raises InputError when a
-        value is neither given nor computed, NodeFailed when an operator raises.
+        Given values are rounded like graph inputs; one named like a weight takes its place. Results are tensors on the
+        executor's device, in the dtype in which its arithmetic holds them; shapes are those of the run.
+        Raises InputError when a value is neither given nor computed, NodeFailed when an operator raises.
         """
         with torch.no_grad():
             return self._execute(nodes, values, wanted, sink)

@@ -119,6 +119,7 @@ class OrtSession:
     ) -> dict[str, np.ndarray]:
         """Run once. Without a sink the whole model runs in one session, as deployed.
 
+        Takes and returns name → array in the dtype that the graph declares.
         Raises InputError for inputs that do not fit the graph, and when a node fails.
         """
         check_inputs(self._graph.inputs, inputs, str(self._graph.path))
@@ -179,6 +180,7 @@ def run_whole(
 ) -> dict[str, np.ndarray]:
     """The outputs of ``graph``, open in ``session``, as far as they are tensors.
 
+    Takes and returns name → array in the dtype that the graph declares.
     Raises InputError when it fails, and when ``limit`` (seconds, of ``onnx_runtime.time_limit``) is over.
     """
     names = [v.name for v in graph.outputs]

@@ -59,7 +59,9 @@ class ChunkedGraph:
     ) -> dict[str, np.ndarray]:
         """Run the graph; return its outputs, as far as they are tensors.
 
-        ``sink`` is given ``probes`` in execution order. Raises InputError when a node fails.
+        ``sink`` is given ``probes`` in execution order. Takes and returns name → array in the dtype that the graph
+        declares.
+        Raises InputError when a node fails.
         """
         live = to_ort(inputs)
         trimmer = Trimmer(_TRIM_AFTER)

@@ -69,7 +69,8 @@ def build(
     """Make the program that ONNX Runtime has ``written`` observable under the names of the ``original`` graph.
 
     Names that ONNX Runtime changed are guessed from the nodes' names and verified: on ``inputs``, both programs must
-    give the same tensor. Without inputs no guess is used.
+    give the same tensor. Without inputs no guess is used. ``inputs``: name → array in the dtype and shape that the
+    graph declares.
     """
     bare = Graph(_readable(written))
     guessed = _guess_names(bare, original)
@@ -121,10 +122,14 @@ def _readable(written: Path) -> Path:
 
 
 def replacements(program: OptimizedProgram, original: Graph) -> list[Replacement]:
-    """For each visible value, the nodes that compute it from the visible values before it, optimized and original."""
+    """For each visible value, the nodes that compute it from the visible values before it, optimized and original.
+
+    In the original's order: ONNX Runtime writes its nodes in another one each time.
+    """
     visible = {*program.exposed, *program.renamed.values()}
+    place = {value: i for i, value in enumerate(original.producer)}
     result = []
-    for value in program.exposed:
+    for value in sorted(program.exposed, key=lambda value: place.get(value, -1)):
         after, _ = program.graph.segment([program.renamed.get(value, value)], visible)
         before, _ = original.segment([value], program.exposed)
         result.append(

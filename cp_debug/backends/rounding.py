@@ -23,17 +23,26 @@ def round_tf32(x: Tensor) -> Tensor:
 
 
 def truncate_tf32(x: Tensor) -> Tensor:
-    """Cut FP32 off after TF32's 10 mantissa bits. Integers are returned as they are; the dtype stays."""
+    """Cut FP32 off after TF32's 10 mantissa bits. Integers are returned as they are; the dtype stays.
+
+    Any shape. The mantissa's last 13 bits are set to 0.
+    """
     if not x.is_floating_point():
         return x
     return x.to(torch.float32).view(torch.int32).bitwise_and(~0x1FFF).view(torch.float32).to(x.dtype)
 
 
 def round_fp16(x: Tensor) -> Tensor:
-    """Round to IEEE half precision, ties to even; beyond 65504 by half a step or more becomes Inf. The dtype stays."""
+    """Round to IEEE half precision, ties to even; beyond 65504 by half a step or more becomes Inf. The dtype stays.
+
+    IEEE 754 binary16; any shape. Integers are returned as they are.
+    """
     return x.to(torch.float16).to(x.dtype) if x.is_floating_point() else x
 
 
 def round_bf16(x: Tensor) -> Tensor:
-    """Round to bfloat16, ties to even. The dtype stays."""
+    """Round to bfloat16, ties to even. The dtype stays.
+
+    The upper 16 bits of binary32; any shape. Integers are returned as they are.
+    """
     return x.to(torch.bfloat16).to(x.dtype) if x.is_floating_point() else x

@@ -19,23 +19,28 @@ from cp_debug.recipes.base import Model
 
 
 def result_of(
-    model: Model, run: CandidateRun, found: Collected, layers: Sequence[Layer], notes: Iterable[str], save: Path | None
+    model: Model,
+    run: CandidateRun,
+    collected: Collected,
+    layers: Sequence[Layer],
+    notes: Iterable[str],
+    save: Path | None,
 ) -> TestResult:
     """The block of one test in the result.
 
     ``model`` is the reference's, ``save`` the folder to which saved files are relative. Raises InputError where no
     output was compared.
     """
-    rows = [found.rows[key] for key in sorted(found.rows, key=lambda k: found.rows[k].index)]
+    rows = [collected.rows[key] for key in sorted(collected.rows, key=lambda k: collected.rows[k].index)]
     by_key = {(row.component, row.onnx): row for row in rows}
     stages = [
         StageRow(
             stage.name,
             by_key[stage.last.component, stage.last.onnx],
-            [r.name for r in rows if r.verdict == GUILTY and (r.component, r.onnx) in held],
+            [r.name for r in rows if r.verdict == GUILTY and (r.component, r.onnx) in of_stage],
         )
         for stage in stage_layers(model.components, layers)
-        if (held := {(layer.component, layer.onnx) for layer in stage.layers})
+        if (of_stage := {(layer.component, layer.onnx) for layer in stage.layers})
         and (stage.last.component, stage.last.onnx) in by_key
     ]
     last = model.components[-1]
@@ -57,13 +62,13 @@ def result_of(
         rtol=rtol,
         atol=atol,
         oracle=run.oracle,
-        observation=found.observation,
+        observation=collected.observation,
         notes=list(notes),
         programs={name: saved_name(graph, save) for name, graph in run.graphs.items()},
-        optimizer_blame=found.optimizer_blame,
-        remainder=found.remainder,
-        findings=found.findings,
-        detections=found.detections,
+        optimizer_blame=collected.optimizer_blame,
+        remainder=collected.remainder,
+        findings=collected.findings,
+        detections=collected.detections,
     )
 
 

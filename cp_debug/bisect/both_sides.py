@@ -9,10 +9,10 @@ from pathlib import Path
 from cp_debug.backends.base import Backend, Program
 from cp_debug.bisect.options import Options, Rewrite, StepCounter
 from cp_debug.graph.randomness import drawing, told
-from cp_debug.graph.weight_differences import WeightDifferences
 from cp_debug.programs.paired import differing_weights, pair_programs
 from cp_debug.programs.pipeline import Export, changed_state, load_test_programs, prepare, wants_int8
 from cp_debug.programs.unroll import Unroller
+from cp_debug.programs.weight_differences import WeightDifferences
 from cp_debug.quantization.models import QuantizedComponent
 from cp_debug.quantization.open_quantized import calibration_samples
 from cp_debug.quantization.quantized_programs import (
@@ -36,7 +36,7 @@ class Side:
     @classmethod
     def load(cls, name: str, checkpoint: Path | None, options: Options) -> Side:
         """The model of one side and its checkpoint. Raises InputError as ``load_quantized``."""
-        model, parts = load_quantized(name, checkpoint, options.seed, options.inputs)
+        model, parts = load_quantized(name, checkpoint, options.seed, options.inputs, options.reading)
         return cls(model, parts, f"quantized as in {checkpoint}") if parts else cls(model)
 
 

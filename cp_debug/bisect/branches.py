@@ -53,8 +53,8 @@ def other_ways(run: CandidateRun, captures: tuple[Capture, Capture]) -> Iterator
                 continue
             test_branch = theirs[branch.path]
             names = [run.name(Key(component, value)).value for value in test_branch.decided_by]
-            ours = _seen(branch, branch.decided_by[0], captures[0], component)
-            their_decision = _seen(test_branch, names[0], captures[1], component)
+            ours = _decision_of(branch, branch.decided_by[0], captures[0], component)
+            their_decision = _decision_of(test_branch, names[0], captures[1], component)
             if ours != their_decision:
                 decided = differing_condition(branch.decided_by, names, captures, (component, component))
                 yield OtherWay(component, branch, ours, their_decision, decided)
@@ -81,7 +81,7 @@ def _scalar(capture: Capture, name: str, component: str) -> bool | int | float |
     return value.reshape(-1)[0].item() if value.size == 1 else None
 
 
-def _seen(branch: Branch, condition: str, capture: Capture, component: str) -> Decision:
+def _decision_of(branch: Branch, condition: str, capture: Capture, component: str) -> Decision:
     if branch.op != "If" or (value := _scalar(capture, condition, component)) is None:
         return branch.decision
     return "then_branch" if value else "else_branch"

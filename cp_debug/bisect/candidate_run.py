@@ -97,7 +97,10 @@ class CandidateRun:
     def run(
         self, sample: Sample, reference: Capture, writer: CaptureWriter
     ) -> tuple[dict[Key, TensorStats], dict[str, Arrays]]:
-        """Run with probes; every value is compared with the reference's, and captured under the reference's name."""
+        """Run with probes; every value is compared with the reference's, and captured under the reference's name.
+
+        Returns the statistics by layer, and component → output name → array in the dtype that the graph declares.
+        """
         for name, session in self.pipeline.sessions.items():
             if isinstance(session, LooksInsideOnDemand):
                 session.diverges = partial(self._diverges, name, reference)
@@ -157,6 +160,7 @@ class CandidateRun:
         """Replays of the inputs that a test model's own glue made.
 
         Each is held against the input that ``model``, the reference's, would have made of the same upstream results.
+        ``results``: component → output name → array, of the test. Arrays have the dtype that the graph declares.
         """
         replays = {}
         for step in Walk(model, sample, results):
@@ -275,7 +279,11 @@ class CandidateRun:
     def observe(
         self, sample: Sample, probed: Mapping[str, Arrays], test: Capture
     ) -> tuple[Observation, dict[Key, float]]:
-        """The backend against itself, and without probes."""
+        """The backend against itself, and without probes.
+
+        ``probed``: component → output name → array, of the run that ``test`` holds. Arrays have the dtype that the
+        graph declares.
+        """
         return observe(self.pipeline, sample, probed, test, self.name)
 
     def rows(

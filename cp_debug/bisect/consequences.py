@@ -37,7 +37,8 @@ def matters(
 
     Its readers are followed, on ``oracle``, until the relative L2 change is ``negligible`` everywhere, or is none that
     will go away: at an output of the graph, after ``FURTHEST`` nodes, where nothing can be computed. NaN or Inf that
-    only one of both has is never negligible. ``load`` gives the values that are ``known``.
+    only one of both has is never negligible. ``load`` gives the values that are ``known``. Both tensors of the change
+    have one shape and dtype.
     """
     name, exact, changed = change
     before: dict[str, AnyTensor] = {name: exact}

@@ -168,11 +168,11 @@ class Bisection:
         from cp_debug.backends.ort_backend import OrtBackend
         from cp_debug.bisect.optimizer_blame import blame_optimizers
 
-        for run, found in zip(taken.runs, taken.collected, strict=True):
-            pipeline, seen = run.pipeline, found.observation
+        for run, collected in zip(taken.runs, taken.collected, strict=True):
+            pipeline, seen = run.pipeline, collected.observation
             if isinstance(pipeline.backend, OrtBackend) and is_optimized(pipeline.backend):
                 self._progress.step(f"{pipeline.backend.spec}: knobs")
                 floor = seen.noise_floor if seen else 0.0
-                found.optimizer_blame = blame_optimizers(
+                collected.optimizer_blame = blame_optimizers(
                     pipeline.model, pipeline.programs, pipeline.backend, sample, floor
                 )

@@ -62,7 +62,7 @@ class Levels:
     ) -> Tensor:
         """``tensor`` with the best scales of this kind for it, ``scale_margin`` times as large.
 
-        ``least`` is a range that they cover in any case, ``axis`` the channels'.
+        ``least`` is a range that they cover in any case, ``axis`` the channels'. Shape and dtype of ``tensor`` stay.
         """
         if self.block and tensor.dim() > 1:
             rows = tensor.transpose(0, 1) if axis != 0 else tensor
@@ -146,7 +146,8 @@ class FileQuantization:
     ) -> EmulatedSegment:
         """Run a segment of ``plain`` with the best scales of the file's kind, and all else as ``executor`` does it.
 
-        ``whole_range``: those of Softmax, Sigmoid and their like cover all that these can give.
+        ``whole_range``: those of Softmax, Sigmoid and their like cover all that these can give. ``given``: name →
+        tensor of the parent, in any float dtype.
         """
         scheme = self._of(nodes)
         values: dict[str, AnyTensor] = dict(given)
@@ -184,6 +185,7 @@ class FileQuantization:
         """Result ``target`` by the file's own nodes; None where it cannot be computed from ``given``.
 
         That is where its segment starts from other values, or holds an operator that cannot be executed here.
+        ``given``: name → tensor of the parent, in any float dtype.
         """
         file_name = self._names.get(target, target)
         if file_name not in self._graph.producer:
@@ -216,7 +218,8 @@ class FileQuantization:
 
         ``constants`` are those of the parent's segment: a weight counts as quantized well where it is about as near to
         one of them as the best scales of its kind come. ``bits``: in place of those of the levels. None for other
-        weights, for levels that are captured, and as for ``declared``.
+        weights, for levels that are captured, and as for ``declared``. ``given``: name → tensor of the parent, in any
+        float dtype.
         """
         own = self._names.get(target, target)
         if own not in self._graph.producer or self._constant_grid(own) is not None:
@@ -272,7 +275,10 @@ class FileQuantization:
         return False
 
     def shown(self, own: str, tensor: AnyTensor) -> AnyTensor:
-        """A value of the file as one of its parent: levels become the numbers that they stand for."""
+        """A value of the file as one of its parent: levels become the numbers that they stand for.
+
+        The shape stays; levels, which are integers, become float32.
+        """
         grid = self._constant_grid(own) if own in self._own else None
         if grid is None:
             return tensor
@@ -363,10 +369,10 @@ class FileQuantization:
         if weights is not None and weights.bits == 32:
             weights = None
         last = self._graph.producer[value]
-        made = produced_grid(self._graph, value)
-        if made is not None and weights is None and is_constant(self._graph, last.proto.input[0]):
-            weights = self._levels(made.scale, made.zero)
-        holds_levels = last.op == "DequantizeLinear" or made is not None
+        producer_grid = produced_grid(self._graph, value)
+        if producer_grid is not None and weights is None and is_constant(self._graph, last.proto.input[0]):
+            weights = self._levels(producer_grid.scale, producer_grid.zero)
+        holds_levels = last.op == "DequantizeLinear" or producer_grid is not None
         result = (data or Levels()) if holds_levels and not is_constant(self._graph, last.proto.input[0]) else None
         return Scheme(data, weights, result, grid)
 

@@ -67,6 +67,7 @@ def observe(
     """The backend of ``pipeline`` against itself: the observation, and the noise floor of every layer that has one.
 
     ``probed`` are the outputs of the run that ``capture`` holds; ``name`` gives the captured name of a value.
+    ``probed`` is component → output name → array. Arrays have the dtype that the graph declares.
     """
     if own_observation := _own_observation(pipeline):
         return own_observation, {}
@@ -133,7 +134,11 @@ def _plain(open_pipeline: Open, threads: int | None, sample: Sample) -> dict[str
 
 
 def gap(a: Mapping[str, Arrays], b: Mapping[str, Arrays]) -> float:
-    """Relative L2 distance between the outputs of the last component; 0 only where all components' are equal."""
+    """Relative L2 distance between the outputs of the last component; 0 only where all components' are equal.
+
+    ``a`` and ``b``: component → output name → array, with the same names on both sides. Equal names have equal dtypes;
+    other shapes are infinitely far apart.
+    """
     pairs = [(a[c][n], b[c][n]) for c in a for n in a[c]]
     if all(np.array_equal(x, y, equal_nan=x.dtype.kind == "f") for x, y in pairs):
         return 0.0

@@ -79,8 +79,10 @@ class SampleRuns:
         else:
             keep_scene(folder, sample, decoded)
 
-    def _test(self, run: CandidateRun, found: Collected, index: int, sample: Sample, side: ReferenceRun) -> Any | None:
-        """Run one test on the sample and add its results to ``found``; returns what the model decodes of them."""
+    def _test(
+        self, run: CandidateRun, collected: Collected, index: int, sample: Sample, side: ReferenceRun
+    ) -> Any | None:
+        """Run one test on the sample and add its results to ``collected``; returns what the model decodes of them."""
         spec, model = str(run.pipeline.backend.spec), run.pipeline.model
         self._progress.step(f"{spec}, sample {index}")
         with self._writer(side.captured.folder.parent, run.pipeline, sample) as writer:
@@ -99,20 +101,20 @@ class SampleRuns:
                 replays |= run.replay_inputs(self._model, sample, results, side.captured, test)
             self._progress.step(f"{spec}, sample {index}: noise floor")
             observation, floors = run.observe(sample, results, test)
-            found.observe(observation)
+            collected.observe(observation)
             floors = {key: max(floors.get(key, 0.0), self._reference_floors.get(key, 0.0)) for key in stats}
         rows = run.rows(stats, replays, floors, index)
         ways = list(other_ways(run, (side.captured, test)))
-        found.ways |= dict.fromkeys(map(str, ways))
+        collected.ways |= dict.fromkeys(map(str, ways))
         settled = judge_ways(ways, run.programs, rows)
         # Behind control flow that goes another way, no error is carried to the outputs: there are other nodes.
         failures = [] if ways else set_shares(run, rows, sample, side.captured, test)
-        found.detect(side.decoded, decoded)
-        if run.oracle is not None and found.is_worst(rows):
+        collected.detect(side.decoded, decoded)
+        if run.oracle is not None and collected.is_worst(rows):
             unexplained = not any(row.verdict == GUILTY for row in rows.values())
             differs = unexplained and not all(row.within for row in rows.values())
             try:
-                found.remainder = remainder(run, sample, results, side.outputs, replays) if differs else None
+                collected.remainder = remainder(run, sample, results, side.outputs, replays) if differs else None
             except Exception as error:
                 failures.append(f"whether rounding adds up to the divergence is not known: {in_one_line(error)}")
             if self._options.explain:
@@ -121,13 +123,13 @@ class SampleRuns:
                 precision = self._reference.backend.precision
                 explainer = Explainer(run, precision, side.captured, test, feed, effects, settled)
                 explainer.goes_inside = partial(can_build, run)
-                explainer.adds_up = found.remainder is None or found.remainder.adds_up
-                found.findings = explainer.findings(rows, observation)
+                explainer.adds_up = collected.remainder is None or collected.remainder.adds_up
+                collected.findings = explainer.findings(rows, observation)
                 builds, tell = self._options.max_builds, self._progress.tell
-                found.findings = look_inside(explainer, rows, found.findings, builds, tell)
+                collected.findings = look_inside(explainer, rows, collected.findings, builds, tell)
                 failures += explainer.notes
-        found.explained(failures)
-        found.add(rows)
+        collected.explained(failures)
+        collected.add(rows)
         return decoded
 
     def _exact_input(self, sample: Sample, results: Mapping[str, Arrays], key: Key) -> np.ndarray:

@@ -27,7 +27,7 @@ Size = Callable[[Node, Sequence[Tensor], Tensor], Tensor]
 """Size that an absolute error refers to, for every element, from a node, its inputs and its result."""
 
 
-def _one(node: Node, inputs: Sequence[Tensor], result: Tensor) -> Tensor:
+def _unit(node: Node, inputs: Sequence[Tensor], result: Tensor) -> Tensor:
     return torch.ones_like(result)
 
 
@@ -64,7 +64,7 @@ class Errors:
 
     relative: float
     absolute: float = 0.0
-    of: Size = _one
+    of: Size = _unit
 
     def spread(self, node: Node, inputs: Sequence[Tensor], result: Tensor) -> Tensor:
         """The error of every element of ``result``, root mean square, in units of FP32's roundoff."""

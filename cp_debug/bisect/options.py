@@ -9,6 +9,7 @@ from pathlib import Path
 from cp_debug.backends.base import Backend, Program
 from cp_debug.bisect.regions.descent import BUILDS
 from cp_debug.quantization.quantized_programs import DEFAULT_CALIBRATION, Calibration
+from cp_debug.recipes.input_files import DEFAULT_READING, Reading
 
 Rewrite = Callable[[list[Program], Path], list[Program]]
 """Makes the programs of the tests from the reference's and a folder for new files; value names should stay."""
@@ -28,6 +29,8 @@ class Options:
     inputs: Path | None = None
     samples: int = 1
     seed: int = 0
+    reading: Reading = DEFAULT_READING
+    """Settings for reading ``inputs``, and sizes of made-up ones."""
     rtol: float | None = None
     atol: float | None = None
     oracle: str | None = None

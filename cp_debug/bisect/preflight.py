@@ -129,7 +129,10 @@ class Preflight:
 
 
 def leaves_half(exact: Tensor) -> dict[str, float] | None:
-    """Figures of what FP16 loses of a tensor; None where that is no more than its rounding."""
+    """Figures of what FP16 loses of a tensor; None where that is no more than its rounding.
+
+    ``exact`` has any shape and a float dtype; ``storage_loss`` is relative L2.
+    """
     figures = half_figures(exact)
     finite = exact[torch.isfinite(exact)]
     stored = round_fp16(finite.float()).double()

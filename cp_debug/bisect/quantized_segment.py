@@ -51,15 +51,24 @@ class QuantizerGrid:
         return (self.low - zero) * scale, (self.high - zero) * scale
 
     def levels(self, tensor: Tensor) -> Tensor:
-        """Levels that the elements are rounded to before the range cuts them off."""
+        """Levels that the elements are rounded to before the range cuts them off.
+
+        Shape and float dtype of ``tensor`` stay; levels are whole numbers.
+        """
         return torch.round(tensor / self._along(self.scale, tensor)) + self._along(self.zero, tensor)
 
     def value(self, levels: Tensor) -> Tensor:
-        """The number behind each level."""
+        """The number behind each level.
+
+        Shape and float dtype of ``levels`` stay.
+        """
         return (levels - self._along(self.zero, levels)) * self._along(self.scale, levels)
 
     def quantized(self, tensor: Tensor) -> Tensor:
-        """``tensor`` after Quantize and Dequantize."""
+        """``tensor`` after Quantize and Dequantize.
+
+        Shape and float dtype stay.
+        """
         return self.value(self.levels(tensor).clamp(self.low, self.high))
 
     def holds(self, tensor: Tensor) -> bool:
@@ -68,7 +77,10 @@ class QuantizerGrid:
         return bool(torch.isclose(self.quantized(exact), exact, rtol=1e-6, atol=0).all())
 
     def clipped(self, tensor: Tensor) -> float:
-        """The share of elements beyond the range."""
+        """The share of elements beyond the range.
+
+        ``tensor`` has the channels along ``axis``, and a float dtype; the share is from 0 to 1.
+        """
         levels = self.levels(tensor)
         return float(((levels < self.low) | (levels > self.high)).double().mean())
 
@@ -141,7 +153,8 @@ class Quantized:
     ) -> EmulatedSegment:
         """Run a segment of ``plain`` in INT8 with the best symmetric scales, and all else as ``executor`` does it.
 
-        ``scale_margin`` makes the scales larger by this factor, so that other roundings come about.
+        ``scale_margin`` makes the scales larger by this factor, so that other roundings come about. ``given``: name →
+        tensor, in any float dtype.
         """
         values: dict[str, AnyTensor] = dict(given)
         segment = EmulatedSegment({})
@@ -169,7 +182,10 @@ class Quantized:
         return segment
 
     def declared(self, target: str, known: Collection[str], given: Mapping[str, AnyTensor]) -> Tensor | None:
-        """Result ``target`` of ``given`` by the graph's own scales; None where its segment starts from other values."""
+        """Result ``target`` of ``given`` by the graph's own scales; None where its segment starts from other values.
+
+        ``given``: name → tensor, in any float dtype.
+        """
         quantized_name = self._names.get(target, target)
         if quantized_name not in self._graph.producer:
             return None
@@ -188,7 +204,8 @@ def balanced(error: Tensor, exact: Tensor, axis: int) -> float:
     """The relative error of the worst quarter of the channels: root mean square over these of ‖error‖ ÷ ‖exact‖.
 
     Unlike the norm over all channels it sees small ones whose weights share the scale of large ones. 0 where channels
-    have too few elements to tell (``FEW``), or none has any size.
+    have too few elements to tell (``FEW``), or none has any size. ``error`` and ``exact`` have one shape and any float
+    dtype; norms are taken in float64.
     """
     if exact.numel() < FEW * exact.shape[axis]:
         return 0.0
@@ -200,6 +217,9 @@ def balanced(error: Tensor, exact: Tensor, axis: int) -> float:
 
 
 def on_grid(tensor: Tensor, amax: Tensor) -> Tensor:
-    """The nearest of 255 levels between ±``amax`` for each element; ``amax`` broadcasts to ``tensor``."""
+    """The nearest of 255 levels between ±``amax`` for each element; ``amax`` broadcasts to ``tensor``.
+
+    Shape and float dtype of ``tensor`` stay.
+    """
     step = torch.where(amax > 0, amax, 1.0).to(tensor) / LEVELS
     return (tensor / step).round().clamp(-LEVELS, LEVELS) * step

@@ -77,7 +77,8 @@ class RangeLoss:
     def beyond(self, target: str, captured: Tensor, exact: Tensor, precision: Precision, load: Load) -> Tensor | None:
         """Mask of elements where ``exact`` lies beyond the type's range, and nothing that reads them notices.
 
-        ``captured`` is Inf or the largest number there. None where there is no such element.
+        ``captured`` is Inf or the largest number there. None where there is no such element. ``captured`` and ``exact``
+        have one shape; the mask is bool in that shape.
         """
         largest = precision.largest * (1 - 2 * precision.roundoff)
         beyond = torch.isfinite(exact) & (exact.abs() >= largest)
@@ -103,7 +104,10 @@ class RangeLoss:
 
 
 def storage_loss(exact: Tensor, precision: Precision, *, bounded: bool = False) -> float:
-    """The relative error of storing ``exact``, over the elements that stay finite; ``bounded``: beside 1."""
+    """The relative error of storing ``exact``, over the elements that stay finite; ``bounded``: beside 1.
+
+    ``exact`` has any shape and a float dtype; 0 for a precision whose types store it as it is.
+    """
     stored = _stored(exact, precision)
     if stored is None:
         return 0.0

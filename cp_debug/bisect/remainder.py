@@ -33,7 +33,8 @@ def remainder(
 ) -> Remainder:
     """The remaining divergence, with what rounding explains of it.
 
-    ``results`` and ``ours``: the outputs of the test and of the reference, by component.
+    ``results`` and ``ours``: the outputs of the test and of the reference, by component. Each is component → output
+    name → array. Arrays have the dtype that the graph declares.
     """
     last = run.pipeline.model.components[-1].name
     missing: dict[str, str] = {}

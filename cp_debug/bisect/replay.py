@@ -144,7 +144,10 @@ class Replayer:
         return self._hold(test(target)) - exact, exact
 
     def given(self, value: str, exact: AnyTensor, reference: Load, test: Load) -> Replay:
-        """The replay of a graph input, whose exact value the caller knows: glue copies and is not rounded."""
+        """The replay of a graph input, whose exact value the caller knows: glue copies and is not rounded.
+
+        ``exact`` has the shape and dtype that the graph declares for the input.
+        """
         exact_tensor = self._hold(exact)
         replay = self._judge(
             test(value), exact_tensor, [exact_tensor], coarsest(self._claims[1], self._narrow[1].get(value))

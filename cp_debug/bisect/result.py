@@ -13,7 +13,7 @@ from cp_debug.bisect.observe import Observation
 from cp_debug.bisect.optimizer_blame import OptimizerBlame
 from cp_debug.bisect.regions.region import Region
 from cp_debug.bisect.replayed import EXCESS, Replay
-from cp_debug.bisect.strange_numbers import born, outputs_say, undecided
+from cp_debug.bisect.strange_numbers import nonfinite_origins, outputs_say, undecided
 from cp_debug.detection.detection_change import DetectionChange
 from cp_debug.display import notebook, plain, terminal, write_page
 from cp_debug.graph.randomness import DRAWS_NUMBERS
@@ -220,7 +220,7 @@ class TestResult(JsonForm):
     def not_finite(self) -> str:
         """The final outputs that hold NaN or Inf on a side, and where these are born; empty where all are finite."""
         sentence = outputs_say(self.outputs)
-        return "; ".join([sentence, *born(self.rows)]) if sentence else ""
+        return "; ".join([sentence, *nonfinite_origins(self.rows)]) if sentence else ""
 
     @property
     def layers(self) -> pd.DataFrame:
@@ -247,7 +247,10 @@ class TestResult(JsonForm):
 
     @classmethod
     def fields_from(cls, document: dict[str, Any]) -> dict[str, Any]:
-        """The block with its stages and outputs as rows of the layers, where these stand in full."""
+        """The block with its stages and outputs as rows of the layers, where these stand in full.
+
+        Raises BadField for a row that is none of the layers.
+        """
         rows = part(list[LayerRow], document, "layers")
         by_place = {(row.component, row.onnx): row for row in rows}
 
@@ -307,7 +310,10 @@ class BisectResult(JsonForm):
 
     @classmethod
     def fields_from(cls, document: dict[str, Any]) -> dict[str, Any]:
-        """The document with every record at its test, and with the programs of files that do not name each test's."""
+        """The document with every record at its test, and with the programs of files that do not name each test's.
+
+        Raises BadField for another schema, and for records that do not match the tests.
+        """
         if (schema := part(str, document, "schema")) != SCHEMA:
             raise BadField("schema", f"{schema!r}; this version reads {SCHEMA!r}")
         records = part(list[RunRecord], document, "backends")

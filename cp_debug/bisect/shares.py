@@ -71,19 +71,26 @@ class Propagation:
 
     @cached_property
     def divergence(self) -> np.ndarray:
-        """D: the test's final outputs minus the reference's, as one vector."""
+        """D: the test's final outputs minus the reference's, as one vector.
+
+        [elements of all final outputs] float64, each output divided by the norm of the reference's.
+        """
         component = self._components[-1]
         return self._vector({n: self._test.load(n, component=component) for n in self._outputs(component)})
 
     def change(self, key: Key) -> np.ndarray:
         """Δ: change of the final outputs by the introduced error of the layer ``key``, as one vector.
 
+        [elements of all final outputs] float64, as ``divergence``.
         Raises InputError where its segment cannot be replayed.
         """
         return self._vector(self.outputs(key))
 
     def outputs(self, key: Key) -> Arrays:
-        """The final outputs when the introduced error of the layer ``key`` is the only one."""
+        """The final outputs when the introduced error of the layer ``key`` is the only one.
+
+        Name → array of the reference's shape.
+        """
         start = self._components.index(key.component)
         results: dict[str, Arrays] = {
             c: {n: self._reference.load(n, component=c) for n in self._outputs(c)} for c in self._components[:start]

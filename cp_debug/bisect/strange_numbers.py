@@ -39,7 +39,7 @@ def undecided(row: ComparedRow) -> bool:
     return any(count(row, kind, side) for kind in KINDS for side in SIDES)
 
 
-def born(rows: Sequence[ComparedRow]) -> Iterator[str]:
+def nonfinite_origins(rows: Sequence[ComparedRow]) -> Iterator[str]:
     """A phrase for each kind and side, equal ones together: the first value, in execution order, that holds any."""
     for kind in KINDS:
         places: dict[str, list[str]] = {}

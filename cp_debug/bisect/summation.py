@@ -105,7 +105,10 @@ def one_sided(terms: Tensor, add: Callable[[Tensor], Tensor], total: Tensor, squ
 
 
 def squares(node: Node, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inputs for which a product computes the sum of its squared terms: operands squared, no bias."""
+    """The inputs for which a product computes the sum of its squared terms: operands squared, no bias.
+
+    Shapes and dtypes stay.
+    """
     operands, bias = (node.inputs, ()) if node.op == "Einsum" else (node.inputs[:2], node.inputs[2:])
     return {n: t.square() if n in operands else torch.zeros_like(t) if n in bias else t for n, t in inputs.items()}
 

@@ -58,7 +58,9 @@ def oracle_is_alone(stats: TensorStats, replay: Replay) -> bool:
     """Whether reference and test agree as closely as their precision can, and the oracle with neither of them.
 
     Two programs that share nothing but their inputs rarely make the same mistake: the doubt is of the oracle. No layer
-    hides so, because what it introduced would be part of the divergence.
+    hides so, because what it introduced would be part of the divergence. Two programs that share nothing but their
+    inputs rarely make the same mistake, so it is the oracle that is doubted. No guilty layer is overlooked by this:
+    what it introduced would be part of the divergence.
     """
     if stats.mismatched or replay.expected is None or replay.introduced is None:
         return False

@@ -13,7 +13,10 @@ from cp_debug.backends.base import Tensor as AnyTensor
 
 
 def instead(captured: AnyTensor, exact: Tensor, expected: AnyTensor) -> str:
-    """Phrase for whole numbers that are not what the inputs make; empty where they agree with either."""
+    """Phrase for whole numbers that are not what the inputs make; empty where they agree with either.
+
+    All three are integers or bool, of one shape where they agree.
+    """
     if exact.is_floating_point() or tuple(captured.shape) != tuple(exact.shape):
         return ""
     ours, right, emulated = (as_tensor(FP64.hold(t, "cpu")) for t in (captured, exact, expected))

@@ -49,10 +49,10 @@ class Collected:
             if key not in self.rows or row.severity > self.rows[key].severity:
                 self.rows[key] = row
 
-    def observe(self, seen: Observation) -> None:
+    def observe(self, observation: Observation) -> None:
         """Keep the observation with the largest gap."""
-        if self.observation is None or seen.observer_gap > self.observation.observer_gap:
-            self.observation = seen
+        if self.observation is None or observation.observer_gap > self.observation.observer_gap:
+            self.observation = observation
 
     def explained(self, notes: Iterable[str]) -> None:
         """Add notes about what could not be explained in one sample."""
@@ -100,19 +100,23 @@ def _names(rows: Sequence[LayerRow]) -> str:
     return ", ".join(row.name for row in rows[:4]) + (" …" if len(rows) > 4 else "")
 
 
-def observation_notes(spec: str, seen: Observation | None, *, draws: bool = False) -> list[str]:
+def observation_notes(spec: str, observation: Observation | None, *, draws: bool = False) -> list[str]:
     """Sentences for a backend that does not agree with itself, or that probes change.
 
     ``draws``: its program draws random numbers, so that no two runs need be alike.
     """
     notes = []
-    if seen is not None and seen.first_unsteady:
-        reason = "another thread count changes its sums" if seen.repeats else "it is not deterministic: two runs part"
+    if observation is not None and observation.first_unsteady:
+        reason = (
+            "another thread count changes its sums" if observation.repeats else "it is not deterministic: two runs part"
+        )
         reason = "it draws random numbers: two runs part" if draws else reason
-        notes.append(f"{spec}: {reason}, first at {seen.first_unsteady} (noise floor {seen.noise_floor:.2g})")
-    if seen is not None and seen.observer_gap > seen.noise_floor and not draws:
         notes.append(
-            f"observer gap {seen.observer_gap:.2g}: with probes {spec} runs a different program, "
+            f"{spec}: {reason}, first at {observation.first_unsteady} (noise floor {observation.noise_floor:.2g})"
+        )
+    if observation is not None and observation.observer_gap > observation.noise_floor and not draws:
+        notes.append(
+            f"observer gap {observation.observer_gap:.2g}: with probes {spec} runs a different program, "
             "so the layer values do not belong to the one that is deployed"
         )
     return notes

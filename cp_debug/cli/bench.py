@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
-from cp_debug.cli import tensorrt
-from cp_debug.cli.flags import MOST
+from cp_debug.cli import reading, tensorrt
+from cp_debug.cli.flags import MOST, grouped
 from cp_debug.cli.given import check_configured, check_given
 from cp_debug.cli.typed import refuse
 
 
+@grouped
 def bench(
     model: Annotated[str, typer.Argument(help="A model, or the configuration of `cpdebug deploy`.")] = (
         "centerpoint:tiny"
@@ -25,12 +26,14 @@ def bench(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Weights: .pt, .safetensors, or what `cpdebug quantize` wrote.")
     ] = None,
-    inputs: Annotated[Path | None, typer.Option(help="A point file, a folder of them, or an info file.")] = None,
+    inputs: Annotated[Path | None, typer.Option(help="Files or a folder, as for bisect, or an info file.")] = None,
     batch: Annotated[int, typer.Option(min=1, max=MOST, help="Clouds in one pass (CenterPoint).")] = 1,
     warmup: Annotated[int, typer.Option(min=0, max=MOST, help="Passes before the clock runs.")] = 3,
     repeats: Annotated[int, typer.Option("--repeats", "-n", min=1, max=MOST, help="Timed passes.")] = 20,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
     trt_python: tensorrt.Python = None,
+    *,
+    files: reading.ReadingFlags,
 ) -> None:
     """Time every component, the glue before it, decoding and the whole on each backend, with percentiles and memory."""
     from tempfile import TemporaryDirectory
@@ -60,8 +63,9 @@ def bench(
         on_the_fly = config.quantization is None and any("int8" in spec.name for spec in parsed)
         overrides = {"checkpoint": checkpoint, "data.path": inputs, "tensorrt.python": trt_python}
         config = override(config, {**overrides, "quantization": {"samples": 8} if on_the_fly else None})
-        check_configured(config, batch)
-        deployment = Deployment(config, source, on_step, on_event=on_step.on_event)
+        how = files.chosen(config.model or "")
+        check_configured(config, batch, reading=how)
+        deployment = Deployment(config, source, on_step, how, on_event=on_step.on_event)
         benches = deployment.bench(specs, onnx_dir, batch=batch, warmup=warmup, repeats=repeats)
     document = {"model": config.model, "batch": batch, "warmup": warmup, "repeats": repeats}
     title = f"{config.model}, batch {batch}, {repeats} passes after {warmup}"

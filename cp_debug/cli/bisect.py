@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cp_debug.cli import calibration, tensorrt
+from cp_debug.cli import calibration, reading, tensorrt
 from cp_debug.cli.flags import LAST_SEED, MOST, Atol, Rtol, check_made_up, grouped
 from cp_debug.cli.given import check_given
 from cp_debug.cli.saving import replacing
@@ -84,7 +84,7 @@ def bisect(
     test_checkpoint: Annotated[Path | None, typer.Option(help="Other weights for the test backends.")] = None,
     test_train_mode: Annotated[bool, typer.Option(help="Run the test's module in train mode.")] = False,
     test_out_of_place: Annotated[bool, typer.Option(help="Replace the test's in-place activations.")] = False,
-    inputs: Annotated[Path | None, typer.Option(help=".npz, .bin, .pcd.bin, or a folder of them.")] = None,
+    inputs: Annotated[Path | None, typer.Option(help=reading.INPUTS_HELP)] = None,
     samples: Annotated[int, typer.Option(min=1, max=MOST, help="How many samples.")] = 1,
     seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of made-up inputs.")] = 0,
     level: Annotated[Level, typer.Option(help="stages: the stage table alone.")] = Level.layers,
@@ -118,6 +118,7 @@ def bisect(
     *,
     int8: calibration.CalibrationFlags,
     engines: tensorrt.ProbeFlags,
+    files: reading.ReadingFlags,
 ) -> None:
     """Run backends side by side and name the first layer whose result its precision cannot explain."""
     from contextlib import ExitStack
@@ -157,9 +158,10 @@ def bisect(
     refuse(("show_all",), unless=level is Level.layers, why="--level stages shows no layers")
     refuse(("overwrite",), unless=save is not None, why="without --save nothing is kept")
     check_made_up(samples, inputs)
-    check_given(model, inputs=inputs, samples=samples, checkpoint=checkpoint, test_model=test_model)
+    how = files.chosen(model)
+    check_given(model, inputs=inputs, samples=samples, checkpoint=checkpoint, test_model=test_model, reading=how)
     engines.check_installed(specs)
-    calibration.check_calibration(model, int8.calib_data, int8.calib_samples)
+    calibration.check_calibration(model, int8.calib_data, int8.calib_samples, reading=how)
     from cp_debug.api.dumps import with_dump
     from cp_debug.bisect.engine import Options
     from cp_debug.bisect.engine import bisect as run
@@ -178,6 +180,7 @@ def bisect(
         inputs=inputs,
         samples=samples,
         seed=seed,
+        reading=how,
         rtol=rtol,
         atol=atol,
         oracle=None if oracle is Oracle.auto else oracle.value,
@@ -197,7 +200,7 @@ def bisect(
         subject: str | Model = model
         if test_tensors is not None:
             subject, [_, dump] = with_dump(
-                load_model(model, inputs=inputs),
+                load_model(model, inputs=inputs, reading=how),
                 backends,
                 test_tensors,
                 tensors_precision,

@@ -79,8 +79,8 @@ def build(
         options |= tensorrt.calibration_data(config.model, config.checkpoint, trt_calibrator, trt_calib_data, stack)
         deployment = Deployment(config, source, on_step, **options)
         backend = deployment.backend(config.engine_backend)  # before the export: it may be missing here
-        if onnx_dir is None and not deployment.onnx_dir.is_dir():
-            deployment.export()
+        if onnx_dir is None:
+            deployment.ensure_files()
         built = build_engines(deployment.programs(onnx_dir), backend, output, deployment.engine_files, on_step)
     for engine in built:
         console.print(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cp_debug.cli import tensorrt
+from cp_debug.cli import reading, tensorrt
 from cp_debug.cli.bisect import Exporter
 from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up, grouped
 from cp_debug.cli.given import check_given
@@ -23,7 +23,7 @@ def capture(
         "capture"
     ),
     checkpoint: Annotated[Path | None, typer.Option(help="Weights for the recipe: .pt or .safetensors.")] = None,
-    inputs: Annotated[Path | None, typer.Option(help=".npz, .bin, .pcd.bin, or a folder of them.")] = None,
+    inputs: Annotated[Path | None, typer.Option(help=reading.INPUTS_HELP)] = None,
     samples: Annotated[int, typer.Option(min=1, max=MOST, help="How many samples.")] = 1,
     seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of made-up inputs.")] = 0,
     exporter: Annotated[Exporter, typer.Option(help="For torch models; auto: what the backend reads.")] = Exporter.auto,
@@ -31,6 +31,7 @@ def capture(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier capture in --output.")] = False,
     *,
     engines: tensorrt.ProbeFlags,
+    files: reading.ReadingFlags,
 ) -> None:
     """Run one backend with every probe and write a capture."""
     from contextlib import ExitStack
@@ -42,7 +43,8 @@ def capture(
     engines.check(specs)
     refuse_export_flags([model])
     check_made_up(samples, inputs)
-    check_given(model, inputs=inputs, samples=samples, checkpoint=checkpoint)
+    how = files.chosen(model)
+    check_given(model, inputs=inputs, samples=samples, checkpoint=checkpoint, reading=how)
     engines.check_installed(specs)
     from cp_debug.bisect.recording import record
     from cp_debug.recipes.registry import load_model
@@ -52,7 +54,7 @@ def capture(
         engine_options = engines.calibrated(model, checkpoint, stack)
         (opened_backend,) = tensorrt.make(specs, engine_options, on_step)
         recorded = record(
-            load_model(model, checkpoint=checkpoint, seed=seed),
+            load_model(model, checkpoint=checkpoint, seed=seed, reading=how),
             opened_backend,
             target,
             inputs=inputs,

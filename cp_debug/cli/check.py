@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 
-from cp_debug.cli.flags import LAST_SEED
+from cp_debug.cli import reading
+from cp_debug.cli.flags import LAST_SEED, grouped
 from cp_debug.cli.given import check_given
 
 
+@grouped
 def check(
     model: Annotated[str, typer.Argument(help="A model, as for bisect.")] = "centerpoint:tiny",
     checkpoint: Annotated[Path | None, typer.Option(help="Weights for the recipe: .pt or .safetensors.")] = None,
@@ -20,6 +22,8 @@ def check(
         bool, typer.Option(help="Also look at the activations of one sample, in one FP32 pass.")
     ] = True,
     json: Annotated[bool, typer.Option("--json", help="Machine-readable, on stdout.")] = False,
+    *,
+    files: reading.ReadingFlags,
 ) -> None:
     """Look for what will go wrong: ranges of FP16, long sums, tiny variances, INT8 scales, logits read as scores.
 
@@ -34,12 +38,13 @@ def check(
     from cp_debug.cli.console import console
     from cp_debug.serialize import json_safe
 
-    check_given(model, inputs=inputs, checkpoint=checkpoint)
+    how = files.chosen(model)
+    check_given(model, inputs=inputs, checkpoint=checkpoint, reading=how)
     from cp_debug.bisect.preflight import PROBLEM, Preflight
     from cp_debug.programs.pipeline import prepare
     from cp_debug.recipes.registry import load_model
 
-    loaded = load_model(model, checkpoint=checkpoint, seed=seed)
+    loaded = load_model(model, checkpoint=checkpoint, seed=seed, reading=how)
     sample = next(iter(loaded.samples(1, seed, inputs)))
     with TemporaryDirectory(prefix="cpdebug-") as scratch:
         programs = prepare(loaded, sample, Path(scratch))

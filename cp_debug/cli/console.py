@@ -59,7 +59,7 @@ NO_READER = 141
 
 
 class SafeConsole(Console):
-    """A console that shows foreign text as it is: no markup in it, and nothing in it that steers a terminal."""
+    """Console that prints foreign text literally: markup and control sequences in it have no effect."""
 
     def __init__(self, *, stderr: bool = False, width: int | None = None) -> None:
         super().__init__(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)

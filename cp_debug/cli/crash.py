@@ -22,7 +22,7 @@ SHOWN = 300
 PACKAGES = ("cpdebug", "torch", "numpy", "onnx", "onnxruntime", "onnxscript", "tensorrt", "typer", "rich")
 
 
-def told(error: BaseException) -> str:
+def log_crash(error: BaseException) -> str:
     """Write the log, and return the message for the user: what happened, where the log lies, what to send."""
     text = " ".join(str(error).split())
     excerpt = "".join(c if c.isprintable() else "?" for c in text[:SHOWN]) + ("…" if len(text) > SHOWN else "")

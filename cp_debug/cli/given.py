@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from cp_debug.deploy.schema import DeployConfig
     from cp_debug.graph.graph import Graph, ValueInfo
     from cp_debug.recipes.data.base import DataOptions
+    from cp_debug.recipes.input_files import Reading
 
 
 def check_given(
@@ -25,6 +26,7 @@ def check_given(
     options: DataOptions | None = None,
     truth: bool = False,
     flag: str = "--inputs",
+    reading: Reading | None = None,
 ) -> None:
     """Read a model's files as far as that needs no torch: the graph, the weights' file, the first ``samples`` inputs.
 
@@ -48,7 +50,7 @@ def check_given(
     if inputs is None:
         return
     try:
-        _check_inputs(model, opened[0].inputs if opened else [], inputs, samples, options, truth)
+        _check_inputs(model, opened[0].inputs if opened else [], inputs, samples, options, truth, reading)
     except InputError as error:
         raise InputError(f"{flag}: {str(error).removeprefix('--inputs: ')}") from None
 
@@ -89,14 +91,15 @@ def _check_inputs(
     samples: int,
     options: DataOptions | None,
     truth: bool,
+    reading: Reading | None,
 ) -> None:
     from cp_debug.recipes.registry import kind_of
 
     kind = kind_of(model)
     if kind == "onnx" and not truth:
-        from cp_debug.recipes.npz import npz_samples
+        from cp_debug.recipes.input_files import DEFAULT_READING, file_samples
 
-        for _ in npz_samples(inputs, expected, samples):
+        for _ in file_samples(inputs, expected, samples, reading or DEFAULT_READING):
             pass
     elif kind == "centerpoint":
         _check_clouds(model.partition(":")[2] or "tiny", inputs, samples, options, truth)
@@ -132,12 +135,31 @@ def _check_files(path: Path, count: int) -> None:
             read_npz(file)
 
 
-def check_configured(config: DeployConfig, samples: int, *, truth: bool = False, flag: str = "--inputs") -> None:
+def check_configured(
+    config: DeployConfig,
+    samples: int,
+    *,
+    test_model: Path | None = None,
+    truth: bool = False,
+    flag: str = "--inputs",
+    reading: Reading | None = None,
+) -> None:
     """``check_given`` for what a deployment's configuration names. The checkpoint has its own check."""
     from cp_debug.recipes.data.base import DataOptions
 
     data = config.data
+    if config.model is not None and data.path is None and (test_model is not None or config.model.endswith(".onnx")):
+        check_given(config.model, test_model=test_model)
     if config.model is not None and data.path is not None:
         options = DataOptions(data.root, data.sweeps, data.skip_missing)
         count = data.first + samples
-        check_given(config.model, inputs=data.path, samples=count, options=options, truth=truth, flag=flag)
+        check_given(
+            config.model,
+            inputs=data.path,
+            samples=count,
+            test_model=test_model,
+            options=options,
+            truth=truth,
+            flag=flag,
+            reading=reading,
+        )

@@ -25,6 +25,7 @@ from cp_debug.cli import (
     crash,
     demo,
     deploy,
+    diff,
     doctor,
     export,
     models,
@@ -91,6 +92,7 @@ for command in (
     compare.compare,
     demo.demo,
     deploy.deploy,
+    diff.diff,
     doctor.doctor,
     export.export,
     models.models,
@@ -140,7 +142,7 @@ def main() -> None:
         if isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY):
             show_error("out of memory: this asks for more than the machine has")
             sys.exit(InputError.exit_code)
-        message = crash.told(error)
+        message = crash.log_crash(error)
         try:
             show_error(message)
         finally:

@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
+from cp_debug.cli import reading
 from cp_debug.cli.bisect import Exporter
-from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up
+from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up, grouped
 from cp_debug.cli.given import check_given
 from cp_debug.cli.typed import refuse_export_flags
 
 
+@grouped
 def predict(
     model: Annotated[
         str, typer.Argument(help="A recipe (`cpdebug models`), an .onnx file, or module:callable / file.py:callable.")
@@ -20,7 +22,7 @@ def predict(
     precision: Annotated[str, typer.Option(help="fp16, bf16, tf32; int8 of a file with Q/DQ pairs.")] = "fp16",
     target: Annotated[str, typer.Option(help="The runtime: trt-8.6, trt-10, trt-11.")] = "trt-8.6",
     checkpoint: Annotated[Path | None, typer.Option(help="Weights for the recipe: .pt or .safetensors.")] = None,
-    inputs: Annotated[Path | None, typer.Option(help=".npz, .bin, .pcd.bin, or a folder of them.")] = None,
+    inputs: Annotated[Path | None, typer.Option(help=reading.INPUTS_HELP)] = None,
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, max=MOST, help="How many samples.")] = 1,
     seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of made-up inputs.")] = 0,
     goal: Annotated[
@@ -30,6 +32,8 @@ def predict(
     show_all: Annotated[bool, typer.Option("--all", help="Every layer, not only those that introduce most.")] = False,
     exporter: Annotated[Exporter, typer.Option(help="For torch models; auto: what the target reads.")] = Exporter.auto,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
+    *,
+    files: reading.ReadingFlags,
 ) -> None:
     """Predict each layer's error with its interval, what leaves FP16's range, the effect on outputs and detections.
 
@@ -43,7 +47,8 @@ def predict(
         Goal.parse(goal)
     refuse_export_flags([model])
     check_made_up(samples, inputs)
-    check_given(model, inputs=inputs, samples=samples, checkpoint=checkpoint)
+    how = files.chosen(model)
+    check_given(model, inputs=inputs, samples=samples, checkpoint=checkpoint, reading=how)
     from cp_debug.prediction.targets import kernels_of, target_of
 
     kernels_of(target_of(target), precision)
@@ -51,7 +56,7 @@ def predict(
     from cp_debug.prediction.predict import predict as run
     from cp_debug.reports.prediction import render
 
-    options = PredictOptions(checkpoint, inputs, samples, seed, exporter.chosen, device, goal)
+    options = PredictOptions(checkpoint, inputs, samples, seed, exporter.chosen, device, goal, how)
     with steps() as on_step:
         result = run(model, precision, target, options=options, on_step=on_step)
     show_document(render(result, show_all=show_all), result.to_dict(), json)

@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
+from cp_debug.cli import reading
 from cp_debug.cli.calibration import Method, check_calibration
-from cp_debug.cli.flags import MOST
+from cp_debug.cli.flags import MOST, grouped
 from cp_debug.cli.typed import refuse
 
 
+@grouped
 def ptq(
     model: Annotated[
         str, typer.Argument(help="A recipe (`cpdebug models`), an .onnx file, or module:callable / file.py:callable.")
@@ -32,6 +34,7 @@ def ptq(
     ] = None,
     opset: Annotated[int, typer.Option(min=13, max=100, help="Opset of the files; TensorRT 8 reads up to 17.")] = 17,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
+    files: reading.ReadingFlags,
 ) -> None:
     """Fold BatchNorm, calibrate, and write checkpoint, calibration caches and ONNX files with Q/DQ pairs.
 
@@ -41,33 +44,26 @@ def ptq(
     from cp_debug.errors import InputError
 
     refuse(("method", "batches"), unless=cache is None, why="the scales are those of --cache")
-    check_calibration(model, calib_data, batches, "--batches")
+    how = files.chosen(model)
+    check_calibration(model, calib_data, batches, "--batches", how)
     from cp_debug.deploy.exporting import ExportOptions
-    from cp_debug.deploy.quantize_output import MEASURED, First, PtqResult, measure, read_caches, write_quantized
-    from cp_debug.quantization.models import quantize_model, reapply_scales
-    from cp_debug.quantization.open_quantized import calibration_samples, is_quantized_checkpoint
+    from cp_debug.deploy.quantize_output import quantize_ptq
+    from cp_debug.quantization.open_quantized import is_quantized_checkpoint
     from cp_debug.recipes.registry import load_model
     from cp_debug.reports.quantization import render
 
     if checkpoint and is_quantized_checkpoint(checkpoint):
         raise InputError(f"--checkpoint: {checkpoint} is quantized already; expected weights in FP32")
     with steps() as on_step:
-        loaded = load_model(model, checkpoint=checkpoint)
-        first = First(MEASURED)
-        samples = first(calibration_samples(loaded, calib_data, MEASURED if cache else batches, on_step))
-        if cache:
-            scales = read_caches(loaded, cache)
-            quantized = reapply_scales(loaded, next(iter(tuple(samples))), scales, skip_layers or ())
-        else:
-            quantized = quantize_model(loaded, samples, method=method.value, skip_layers=skip_layers or ())
-        files = write_quantized(loaded, quantized, first.kept[0], output, ExportOptions(opset), on_step=on_step)
-        result = PtqResult(
-            model=loaded.name,
-            method=next(iter(quantized.values())).scales.method,
-            calibrated_on=str(cache) if cache else f"{first.passed} samples",
-            components=quantized,
-            sqnr=measure(loaded, quantized, output, first.kept),
-            measured_on=f"{len(first.kept)} of the samples",
-            files=files,
+        result = quantize_ptq(
+            load_model(model, checkpoint=checkpoint, reading=how),
+            output,
+            inputs=calib_data,
+            batches=batches,
+            method=method.value,
+            skip_layers=skip_layers or (),
+            cache=cache,
+            options=ExportOptions(opset),
+            on_step=on_step,
         )
     show_document(render(result), result.to_dict(), json)

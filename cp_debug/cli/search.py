@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cp_debug.cli import tensorrt
+from cp_debug.cli import reading, tensorrt
 from cp_debug.cli.bisect import Exporter
 from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up, grouped
 from cp_debug.cli.given import check_given
@@ -35,7 +35,7 @@ def search(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Weights for the recipe: .pt, .safetensors, or what `cpdebug quantize` wrote.")
     ] = None,
-    inputs: Annotated[Path | None, typer.Option(help=".npz, .bin, .pcd.bin, or a folder of them.")] = None,
+    inputs: Annotated[Path | None, typer.Option(help=reading.INPUTS_HELP)] = None,
     data: Annotated[
         Path | None, typer.Option(help="For map_drop: an info file (.pkl); else the held-out synthetic scenes.")
     ] = None,
@@ -52,6 +52,7 @@ def search(
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
     *,
     engines: tensorrt.TensorRTFlags,
+    files: reading.ReadingFlags,
 ) -> None:
     """Mixed-precision search: the fewest layers to keep in FP32 (of an INT8 graph: unquantized) so that a goal holds.
 
@@ -68,8 +69,17 @@ def search(
     refuse_export_flags([model])
     refuse(("data",), unless="map_drop" in goal, why=f"the goal is {goal}; expected one with map_drop")
     check_made_up(samples, inputs or data)
-    given, scored = inputs or data, data is not None
-    check_given(model, inputs=given, samples=samples, checkpoint=checkpoint, test_model=test_model, truth=scored)
+    source, scored = inputs or data, data is not None
+    how = files.chosen(model)
+    check_given(
+        model,
+        inputs=source,
+        samples=samples,
+        checkpoint=checkpoint,
+        test_model=test_model,
+        truth=scored,
+        reading=how,
+    )
     engines.check_installed(specs)
     from cp_debug.mixed_precision.search import MixedPrecisionOptions, samples_for
     from cp_debug.mixed_precision.search import search as run
@@ -87,7 +97,7 @@ def search(
         onnx=onnx,
     )
     with steps() as on_step:
-        loaded, parts = load_quantized(model, checkpoint, seed)
+        loaded, parts = load_quantized(model, checkpoint, seed, reading=how)
         loaded_samples = samples_for(loaded, parsed, inputs=inputs, data=data, count=samples, seed=seed)
         created = tensorrt.make(specs, engines.options, on_step)
         result = run(loaded, created, parsed, loaded_samples, replace(options, quantized=parts), on_step)

@@ -119,8 +119,8 @@ class Desk:
             except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
                 if not finished.reread:
                     raise
-                told = f"{log.path}: what was read from it is no result of this version ({in_one_line(error)})"
-                raise InputError(f"{told}; give another --log") from error
+                not_readable = f"{log.path}: what was read from it is no result of this version ({in_one_line(error)})"
+                raise InputError(f"{not_readable}; give another --log") from error
         json, csv, html = self.json, self.csv, self.html
         if self.output:
             json, csv, html = (

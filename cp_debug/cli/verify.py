@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cp_debug.cli import tensorrt
-from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up
+from cp_debug.cli import reading, tensorrt
+from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up, grouped
 from cp_debug.cli.given import check_configured, check_given
 from cp_debug.cli.typed import refuse
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cp_debug.deploy.schema import ScenarioConfig
 
 
+@grouped
 def verify(
     model: Annotated[str, typer.Argument(help="A model, or the configuration of `cpdebug deploy`.")],
     scenario: Annotated[
@@ -26,9 +27,15 @@ def verify(
     onnx_dir: Annotated[
         Path | None, typer.Option(help="Folder of `cpdebug export`; without one the model is exported for this run.")
     ] = None,
+    test_model: Annotated[
+        Path | None, typer.Option(help="Another .onnx for the tests (a folder, for several components).")
+    ] = None,
+    maps: Annotated[
+        list[str] | None, typer.Option("--map", help="REFERENCE=TEST: these two are one value; repeatable.")
+    ] = None,
     recipe: Annotated[str | None, typer.Option("--model", help="For a configuration that names no model.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Weights: .pt or .safetensors.")] = None,
-    inputs: Annotated[Path | None, typer.Option(help="Point files, a folder of them, or an info file.")] = None,
+    inputs: Annotated[Path | None, typer.Option(help="Files or a folder, as for bisect, or an info file.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, max=MOST, help="How many samples.  [default: 3]")] = None,
     seed: Annotated[
         int | None,
@@ -46,6 +53,8 @@ def verify(
     junit: Annotated[Path | None, typer.Option(help="Write JUnit XML.")] = None,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
     trt_python: tensorrt.Python = None,
+    *,
+    files: reading.ReadingFlags,
 ) -> None:
     """Compare every output of every component with the reference, over several samples; exit code 1 if one is off.
 
@@ -84,10 +93,12 @@ def verify(
         why = f"none of {', '.join(dict.fromkeys(specs))} is TensorRT"
         refuse(("trt_python",), unless=any(spec.startswith("trt") for spec in specs), why=why)
         refuse(("recipe",), unless=config.model != model, why=f"{source} is a model, not a configuration")
+        refuse(("maps",), unless=test_model is not None, why="without --test-model both sides run one file")
         check_made_up(config.verify.samples, config.data.path)
-        check_configured(config, config.verify.samples)
-        deployment = Deployment(config, source, on_step, on_event=on_step.on_event)
-        result = deployment.verify(onnx_dir, voxels=voxels, explain=explain)
+        how = files.chosen(config.model or "")
+        check_configured(config, config.verify.samples, test_model=test_model, reading=how)
+        deployment = Deployment(config, source, on_step, how, on_event=on_step.on_event)
+        result = deployment.verify(onnx_dir, test_model=test_model, maps=maps or (), voxels=voxels, explain=explain)
     show_document(render(result), result.to_dict(), json)
     if junit:
         write_text(render_junit(result), junit)

@@ -50,7 +50,7 @@ class BackendBench:
     """Peak as ``Memory`` measures it; engines in a process of their own are not counted."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe, latencies in ms."""
+        """The measurements of one backend as JSON-safe containers; latencies in ms."""
         latencies = {latency.part: latency.figures() for latency in self.parts}
         return {"backend": self.backend.spec, "precision": self.backend.precision, "emulated": self.backend.emulated,
                 "latency_ms": latencies, "memory_mib": self.memory_mib}  # fmt: skip

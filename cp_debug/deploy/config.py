@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from functools import reduce
-from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +79,9 @@ def override(config: DeployConfig, overrides: Mapping[str, Any]) -> DeployConfig
 
     Raises InputError for a value that does not fit.
     """
-    document = config.model_dump()
+    document = config.model_dump(exclude_unset=True)
     for key, value in overrides.items():
         if value is not None:
             *sections, name = key.split(".")
-            reduce(getitem, sections, document)[name] = value
+            reduce(lambda section, key: section.setdefault(key, {}), sections, document)[name] = value
     return validate(DeployConfig, document, "command line")

@@ -24,7 +24,7 @@ MACHINE = ("tensorrt", "gpu", "compute_capability")
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """One engine."""
+    """Entry of an engine folder's manifest: one component's engine file, and the graph that it was built from."""
 
     component: str
     file: str

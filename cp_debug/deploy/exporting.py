@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import InputError, MissingPackage
 from cp_debug.files import complete_folder
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.surgery import save
 from cp_debug.probes.alignment import Alignment
 from cp_debug.probes.statistics import compare
 from cp_debug.programs.align import TOLERANCE, align
@@ -50,18 +51,18 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class Exported:
-    """A component's file and the outcome of its check."""
+    """A component's file and the outcome of its check. A file that was there before is not checked."""
 
     program: Program
-    sizes: tuple[str, str]
-    """Shapes of the inputs of both runs."""
-    error: float
-    """Largest relative L2 distance of any output from the module's, over both runs."""
+    sizes: tuple[str, ...]
+    """Shapes of the inputs of both runs; empty without a check."""
+    error: float | None
+    """Largest relative L2 distance of any output from the module's, over both runs; None without a check."""
     checked_by: str
-    """The backend that ran the graph."""
+    """The backend that ran the graph; empty without a check."""
 
     def to_dict(self) -> dict[str, object]:
-        """JSON-safe."""
+        """The file and its check as JSON-safe containers."""
         graph = self.program.graph
         return {
             "component": self.program.name,
@@ -95,7 +96,10 @@ def export_model(
     """
     modules = [component.name for component in model.components if component.module is not None]
     if len(modules) < len(model.components):
-        raise InputError(f"MODEL: {model.name} is an ONNX file already; expected a model of torch modules to export")
+        raise InputError(
+            f"MODEL: {model.name} is an ONNX file already; expected a model of torch modules to export (`cpdebug "
+            "build` and `verify` take the file as it is, `cpdebug quantize ptq` puts Q/DQ pairs into it)"
+        )
     exported = []
     with complete_folder(folder) as scratch:
         backend = checker()
@@ -179,6 +183,26 @@ def _load(component: Component, path: Path) -> Program:
     except InputError:  # none, or the graph was changed since: that is what verification is for
         alignment = None
     return Program(component.name, graph, component.module, alignment)
+
+
+def own_files(model: Model) -> list[Program] | None:
+    """The programs of a model that is ONNX files already, as they are; None where a part of it is to be exported."""
+    paths = {component.name: component.onnx_path for component in model.components if component.module is None}
+    if len(paths) < len(model.components):
+        return None
+    return [Program(name, Graph(path)) for name, path in paths.items() if path is not None]
+
+
+def take_files(programs: Sequence[Program], folder: Path, files: Mapping[str, str] | None = None) -> list[Exported]:
+    """Write ONNX files that exist already into ``folder``, with their weights; nobody checks them there.
+
+    ``files``: component → another file name. Files of an earlier run are replaced.
+    """
+    names = {program.name: (files or {}).get(program.name, f"{program.name}.onnx") for program in programs}
+    with complete_folder(folder) as scratch:
+        for program in programs:
+            save(program.graph.proto, program.graph, scratch / names[program.name])
+    return [Exported(replace(p, graph=Graph(folder / names[p.name])), (), None, "") for p in programs]
 
 
 def resized(inputs: Mapping[str, np.ndarray], axes: Axes) -> dict[str, np.ndarray]:

@@ -1,6 +1,6 @@
 """Checks between the parts of a hybrid CenterPoint: voxels, scatter and decoding on torch, components anywhere.
 
-Each hand-over is checked for shape, dtype, device and contiguity, and for the two mistakes that give numbers without an
+Each interface is checked for shape, dtype, device and contiguity, and for the two mistakes that give numbers without an
 error: features that were not decorated as the encoder expects, and logits taken for probabilities or the reverse.
 """
 
@@ -27,7 +27,7 @@ MEAN_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
-class Handovers:
+class InterfaceChecks:
     """Checks of one CenterPoint's tensors, torch's or numpy's; each raises InputError that says what to feed."""
 
     config: CenterPointConfig
@@ -140,20 +140,20 @@ def _range(tensor: AnyTensor) -> tuple[float, float]:
 
 
 class CheckedModel:
-    """A CenterPoint whose hand-overs are checked wherever it runs; everything else is the model's.
+    """A CenterPoint whose interfaces are checked wherever it runs; everything else is the model's.
 
     ``probabilities``: the head ends in a sigmoid, which decoding must undo.
     """
 
     def __init__(self, model: CenterPointModel, *, probabilities: bool = False) -> None:
         self._model, self._probabilities = model, probabilities
-        self._checks = Handovers(model.config)
+        self._checks = InterfaceChecks(model.config)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
     def feed(self, component: Component, sample: Sample, results: Mapping[str, Arrays]) -> dict[str, np.ndarray]:
-        """The model's ``feed``, checked. Raises InputError at the first hand-over that does not fit."""
+        """The model's ``feed``, checked. Raises InputError at the first tensor that does not fit."""
         checks, batch = self._checks, batch_size(sample)
         if component.name == ENCODER:
             checks.points(sample.arrays["points"])
@@ -179,7 +179,7 @@ class CheckedModel:
 
 
 def checked(model: Model) -> Model:
-    """``model`` with its hand-overs checked, or ``model`` itself where this project does not know them."""
+    """``model`` with its interfaces checked, or ``model`` itself where this project does not know them."""
     return CheckedModel(model) if isinstance(model, CenterPointModel) else model
 
 

@@ -11,13 +11,15 @@ from torch import nn
 
 from cp_debug.deploy.exporting import ExportOptions, OnStep, export_model
 from cp_debug.deploy.quantizing import quantize_exported
+from cp_debug.display import Shown
 from cp_debug.errors import InputError
 from cp_debug.files import complete_folder
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.qdq import insert_qdq
 from cp_debug.graph.scales import Scales
 from cp_debug.quantization.checkpoint import FILE, save_ptq_model
-from cp_debug.quantization.models import QuantizedComponent, output_sqnr, with_modules
+from cp_debug.quantization.models import QuantizedComponent, output_sqnr, quantize_model, reapply_scales, with_modules
+from cp_debug.quantization.open_quantized import calibration_samples
 from cp_debug.quantization.ptq import quantization_of
 from cp_debug.quantization.toggles import QuantizerRow, quantizer_table
 from cp_debug.recipes.base import Model, Sample
@@ -27,8 +29,8 @@ MEASURED = 4
 """Number of samples on which the outputs are compared with FP32."""
 
 
-@dataclass
-class PtqResult:
+@dataclass(repr=False)
+class PtqResult(Shown):
     """A model in INT8, with its cost at the outputs and the files written."""
 
     model: str
@@ -131,6 +133,42 @@ def measure(
         name: folder / f"{name}.onnx" if part.module is None else part.module for name, part in quantized.items()
     }
     return output_sqnr(model, tests, samples)
+
+
+def quantize_ptq(
+    model: Model,
+    output: Path,
+    *,
+    inputs: Path | None = None,
+    batches: int = 100,
+    method: str = "mse",
+    skip_layers: Sequence[str] = (),
+    cache: Path | None = None,
+    options: ExportOptions = ExportOptions(),  # noqa: B008, frozen
+    on_step: OnStep = lambda text, done, total: None,
+) -> PtqResult:
+    """Calibrate ``model`` on at most ``batches`` samples and write it in INT8 into the folder ``output``.
+
+    ``inputs`` are files to calibrate on, None the model's own samples; ``cache`` gives the scales of an earlier run
+    instead. Raises InputError as ``quantize_model``, ``read_caches`` and ``write_quantized`` do.
+    """
+    first = First(MEASURED)
+    samples = first(calibration_samples(model, inputs, MEASURED if cache else batches, on_step))
+    if cache:
+        scales = read_caches(model, cache)
+        quantized = reapply_scales(model, next(iter(tuple(samples))), scales, skip_layers)
+    else:
+        quantized = quantize_model(model, samples, method=method, skip_layers=skip_layers)
+    files = write_quantized(model, quantized, first.kept[0], output, options, on_step=on_step)
+    return PtqResult(
+        model=model.name,
+        method=next(iter(quantized.values())).scales.method,
+        calibrated_on=str(cache) if cache else f"{first.passed} samples",
+        components=quantized,
+        sqnr=measure(model, quantized, output, first.kept),
+        measured_on=f"{len(first.kept)} of the samples",
+        files=files,
+    )
 
 
 class First:

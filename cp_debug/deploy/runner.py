@@ -13,6 +13,8 @@ from cp_debug.deploy.stages import Deployment
 from cp_debug.deploy.state import StageRecord, State
 from cp_debug.errors import InputError
 from cp_debug.files import file_hash, hashes, key_of
+from cp_debug.graph.graph import Graph, external_files
+from cp_debug.graph.surgery import weights_folder
 from cp_debug.version import __version__
 
 PRODUCTIVE = ("load", "quantize", "export", "build")
@@ -20,7 +22,7 @@ PRODUCTIVE = ("load", "quantize", "export", "build")
 
 
 class Outcome(NamedTuple):
-    """Outcome of a stage."""
+    """Outcome of one stage of a deployment: whether it passed, in one line, and in full."""
 
     passed: bool
     line: str
@@ -64,7 +66,8 @@ def _stages(deployment: Deployment) -> Iterator[tuple[str, dict[str, Any], Calla
     plain = config.model_dump(mode="json")
     mode, data = config.export.mode, plain["data"]
     checkpoint = file_hash(config.checkpoint) if config.checkpoint else None
-    yield "load", {"model": plain["model"], "weights": checkpoint, "turned": config.export.rot_y_axis_reference}, _load
+    weights = checkpoint or _own_files(config.model or "")
+    yield "load", {"model": plain["model"], "weights": weights, "turned": config.export.rot_y_axis_reference}, _load
     if config.quantization and mode in ("onnx", "both"):
         calibration = plain["quantization"]
         scales = file_hash(config.quantization.checkpoint) if config.quantization.checkpoint else None
@@ -72,17 +75,25 @@ def _stages(deployment: Deployment) -> Iterator[tuple[str, dict[str, Any], Calla
         deployment.use_quantized()
     if mode in ("onnx", "both"):
         yield "export", {"export": plain["export"], "components": plain["components"]}, _export
-    files = {} if mode in ("onnx", "both") else {"onnx": _found(deployment.onnx_dir)}
+    files = {} if mode in ("onnx", "both") else {"onnx": _graph_hashes(deployment.onnx_dir)}
     if mode in ("trt", "both"):
         yield "build", {**files, "tensorrt": plain["tensorrt"], "components": plain["components"]}, _build
     if config.verify.enabled and config.scenarios():
         yield "verify", {**files, "verify": plain["verify"], "data": data, "tensorrt": plain["tensorrt"]}, _verify
-    if config.evaluate.enabled:
+    if deployment.evaluates:
         needs = {**files, "evaluate": plain["evaluate"], "data": data, "tensorrt": plain["tensorrt"]}
         yield "evaluate", needs, _evaluate
 
 
-def _found(folder: Path) -> dict[str, str]:
+def _own_files(model: str) -> dict[str, str] | None:
+    """Hashes of an ONNX file and of its external data; None for other models."""
+    if not model.endswith(".onnx"):
+        return None
+    graph = Graph(Path(model))
+    return hashes([graph.path, *external_files(graph.proto, weights_folder(graph))])
+
+
+def _graph_hashes(folder: Path) -> dict[str, str]:
     return hashes(folder.glob("*.onnx*"))
 
 
@@ -102,8 +113,13 @@ def _quantize(deployment: Deployment) -> Outcome:
 
 
 def _export(deployment: Deployment) -> Outcome:
+    if deployment.takes_files:
+        taken = deployment.take()
+        names = ", ".join(item.program.graph.path.name for item in taken)
+        document = {"components": [item.to_dict() for item in taken]}
+        return Outcome(True, f"{names}: taken as it is", document, deployment.onnx_dir)
     exported = deployment.export()
-    worst = max(item.error for item in exported)
+    worst = max(item.error for item in exported if item.error is not None)
     names = ", ".join(item.program.graph.path.name for item in exported)
     line = f"{names}; opset {deployment.config.export.opset}, within {worst:.1g} of the modules on two sizes"
     return Outcome(True, line, {"components": [item.to_dict() for item in exported]}, deployment.onnx_dir)

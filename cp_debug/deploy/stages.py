@@ -14,7 +14,7 @@ from cp_debug.backends.spec import BackendSpec
 from cp_debug.deploy.bench import BackendBench, bench
 from cp_debug.deploy.config import load_config
 from cp_debug.deploy.engines import MANIFEST, BuiltEngine, build_engines, check_engines
-from cp_debug.deploy.exporting import Exported, ExportOptions, export_model, load_exported
+from cp_debug.deploy.exporting import Exported, ExportOptions, export_model, load_exported, own_files, take_files
 from cp_debug.deploy.interface_checks import checked
 from cp_debug.deploy.quantizing import export_quantized, in_int8
 from cp_debug.deploy.schema import SUFFIXES, DeployConfig
@@ -22,12 +22,15 @@ from cp_debug.deploy.verify import VerifyOptions, VerifyResult, verify
 from cp_debug.detection.evaluate import as_detector, evaluate
 from cp_debug.detection.evaluation import EvaluationOptions, EvaluationResult, parse_ranges
 from cp_debug.errors import InputError
+from cp_debug.programs.paired import pair_programs
+from cp_debug.programs.pipeline import load_test_programs
 from cp_debug.quantization.checkpoint import file_of, save_ptq_model
 from cp_debug.quantization.models import QuantizedComponent, with_modules
 from cp_debug.quantization.open_quantized import is_quantized_checkpoint, modules_of, open_quantized
 from cp_debug.recipes.abilities import Batches, HasClasses, HasData, TurnsYaw
 from cp_debug.recipes.base import Component, Model, Sample
 from cp_debug.recipes.data.base import DataOptions, iterate
+from cp_debug.recipes.input_files import DEFAULT_READING, Reading
 from cp_debug.recipes.registry import load_model
 
 OnStep = Callable[[str, int, int], None]
@@ -54,19 +57,21 @@ def named_config(path: Path, recipe: str | None) -> DeployConfig:
 
 
 class Deployment:
-    """A configuration with the steps that it leads to. ``source`` is the file's name in messages."""
+    """A configuration with the steps that it leads to. ``source`` is the file's name in messages, ``reading`` that of
+    ``load_model``."""
 
     def __init__(
         self,
         config: DeployConfig,
         source: str,
         on_step: OnStep = lambda text, done, total: None,
+        reading: Reading = DEFAULT_READING,
         **engine_options: object,
     ) -> None:
         if config.checkpoint is not None:
             config = config.model_copy(update={"checkpoint": file_of(config.checkpoint)})
         self.config, self.source, self.on_step = config, source, on_step
-        self._engine_options = engine_options
+        self._reading, self._engine_options = reading, engine_options
         self._backends: dict[str, Backend] = {}
         self._written = False
 
@@ -82,6 +87,11 @@ class Deployment:
                 f"{self.source}: checkpoint is {config.checkpoint}: no such file; expected .pt or .safetensors"
             )
         model = self._loaded
+        if config.quantization is not None and own_files(model) is not None:
+            raise InputError(
+                f"{self.source}: quantization: {model.name} is an ONNX file; expected none here, and as the model the "
+                f"file that `cpdebug quantize ptq {model.name} -o FOLDER` writes"
+            )
         self._check_components(model.components)
         if isinstance(model, HasClasses):
             self._ranges(model.class_names)  # now, not after hours of building
@@ -94,7 +104,7 @@ class Deployment:
     def _loaded(self) -> Model:
         config = self.config
         assert config.model is not None
-        model = load_model(config.model, checkpoint=self._trained)
+        model = load_model(config.model, checkpoint=self._trained, reading=self._reading)
         if config.export.rot_y_axis_reference:
             turn_outputs(model)
         return model
@@ -181,8 +191,29 @@ class Deployment:
         self._check_profiles([item.program for item in exported])
         return exported
 
+    @property
+    def takes_files(self) -> bool:
+        """Whether the model is ONNX files already, which are deployed as they are."""
+        return own_files(self.model) is not None
+
+    def take(self) -> list[Exported]:
+        """Put a model's own ONNX files into the configured folder. Raises InputError for profiles that do not fit."""
+        programs = own_files(self.model)
+        assert programs is not None
+        self._check_profiles(programs)
+        return take_files(programs, self.onnx_dir, self._files())
+
+    def ensure_files(self) -> None:
+        """Export where neither the configured folder nor the model itself has ONNX files."""
+        if not self.onnx_dir.is_dir() and not self.takes_files:
+            self.export()
+
     def programs(self, folder: Path | None = None) -> list[Program]:
-        """The ONNX files of a folder, by default the configured one."""
+        """The ONNX files of a folder, by default the configured one; a model's own where that is not there."""
+        own = own_files(self.model) if folder is None and not self.onnx_dir.is_dir() else None
+        if own is not None:
+            self._check_profiles(own)
+            return own
         programs = load_exported(self.model, folder or self.onnx_dir, self._files())
         self._check_profiles(programs)
         return in_int8(folder or self.onnx_dir, programs) if self.config.int8 else programs
@@ -192,23 +223,42 @@ class Deployment:
         backend = self.backend(self.config.engine_backend)
         return build_engines(self.programs(), backend, self.engine_dir, self.engine_files, self.on_step)
 
-    def verify(self, folder: Path | None = None, *, voxels: Path | None = None, explain: bool = True) -> VerifyResult:
+    def verify(
+        self,
+        folder: Path | None = None,
+        *,
+        test_model: Path | None = None,
+        maps: Sequence[str] = (),
+        voxels: Path | None = None,
+        explain: bool = True,
+    ) -> VerifyResult:
         """Run the scenarios on the ONNX files, which are exported first where there are none.
 
-        ``folder`` replaces the configured one, ``voxels`` is a file for ``read_voxels``, ``explain`` bisects what
-        fails. Raises InputError where there is no scenario, and as ``verify`` does.
+        ``folder`` replaces the configured one, ``test_model`` is another ``.onnx`` file for the tests (a folder, for
+        several components) and ``maps`` pairs names of the two (``REFERENCE=TEST``), ``voxels`` is a file for
+        ``read_voxels``, ``explain`` bisects what fails. Raises InputError where there is no scenario, and as ``verify``
+        does.
         """
         config = self.config.verify
         samples = self.samples(config.samples)
-        if folder is None and self.config.export.mode == "onnx" and not self.onnx_dir.is_dir():
-            self.export()
+        if folder is None and self.config.export.mode == "onnx":
+            self.ensure_files()
         pairs = [(self.backend(s.reference), self.backend(s.test)) for s in self.config.scenarios()]
         if not pairs:
             raise InputError(f"{self.source}: verify.scenarios is empty for export.mode {self.config.export.mode!r}")
         options = VerifyOptions(config.tolerances, config.max_abs, voxels, explain)
         programs = self.programs(folder)
         pairs = [(self._prebuilt(a, programs), self._prebuilt(b, programs)) for a, b in pairs]
-        return verify(self.model, programs, pairs, samples, options, on_step=self.on_step)
+        tests = None
+        if test_model is not None:
+            tests = pair_programs(self.model, samples[0], programs, load_test_programs(programs, test_model), maps)
+        return verify(self.model, programs, pairs, samples, options, test_programs=tests, on_step=self.on_step)
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is a stage ``evaluate``: of models that detect nothing only where the file asks for it."""
+        config = self.config
+        return config.evaluate.enabled and ("evaluate" in config.model_fields_set or isinstance(self.model, HasClasses))
 
     def evaluate(self) -> EvaluationResult:
         """Score the backends on the configured data."""
@@ -237,8 +287,8 @@ class Deployment:
                 raise InputError(f"--batch: {self.model.name} takes one sample at a time; expected a CenterPoint")
             sample = self.model.batch([samples[i % len(samples)] for i in range(batch)])
         backends = [self.backend(spec) for spec in specs]
-        if folder is None and not self.onnx_dir.is_dir():
-            self.export()
+        if folder is None:
+            self.ensure_files()
         programs = self.programs(folder)
         return bench(
             checked(self.model), programs, backends, sample, warmup=warmup, repeats=repeats, on_step=self.on_step

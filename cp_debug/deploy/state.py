@@ -17,7 +17,7 @@ FILE = "deploy.json"
 
 @dataclass
 class StageRecord:
-    """One finished stage."""
+    """Record of one finished stage of a deployment, by which a later run knows whether to repeat it."""
 
     name: str
     key: str

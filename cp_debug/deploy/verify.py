@@ -18,6 +18,8 @@ from cp_debug.deploy.preprocessing import VoxelChange, compare_voxels, read_voxe
 from cp_debug.deploy.tolerance import Tolerances, noise_floors
 from cp_debug.detection.detection_change import DetectionChange, compare_detections
 from cp_debug.detection.evaluate import Clock
+from cp_debug.display import Shown
+from cp_debug.errors import InputError
 from cp_debug.probes.statistics import TensorStats, compare
 from cp_debug.programs.pipeline import Key, Pipeline
 from cp_debug.programs.scene import decode
@@ -120,9 +122,9 @@ class ScenarioResult:
         }
 
 
-@dataclass
-class VerifyResult:
-    """All scenarios."""
+@dataclass(repr=False)
+class VerifyResult(Shown):
+    """Result of a verification: every scenario, a reference against a test."""
 
     model: str
     samples: list[str]
@@ -136,7 +138,7 @@ class VerifyResult:
         return all(scenario.passed for scenario in self.scenarios)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe."""
+        """The result as JSON-safe containers."""
         return {
             "model": self.model,
             "samples": self.samples,
@@ -153,23 +155,34 @@ def verify(
     samples: Sequence[Sample],
     options: VerifyOptions = VerifyOptions(),
     *,
+    test_programs: Sequence[Program] | None = None,
     on_step: OnStep = lambda text, done, total: None,
 ) -> VerifyResult:
     """Run ``programs`` on both backends of every scenario and compare all outputs of all components.
 
     A backend runs a sample once, in however many scenarios it is. ``programs`` are the deployed files with the modules
-    they came from (``load_exported``). What fails is bisected against a fresh export of the modules. Raises
-    BackendUnavailable and InputError; never for a divergence.
+    they came from (``load_exported``); ``test_programs`` are other files for the tests, paired with them. What fails is
+    bisected against a fresh export of the modules. Raises BackendUnavailable and InputError, also for test programs
+    without some output; never for a divergence.
     """
+    tests = programs if test_programs is None else test_programs
+    _check_outputs(programs, tests)
     names = [name for component in model.components for name in component.output_names]
     limits = Tolerances(options.tolerances, names)
     handed = checked(model)
     floors: dict[Key, float] = {}
     with ExitStack() as stack:
-        backends = dict.fromkeys(backend for pair in scenarios for backend in pair)
-        opened = {backend: stack.enter_context(Pipeline(handed, programs, backend)) for backend in backends}
+        opened: dict[tuple[Backend, bool], Pipeline] = {}
+
+        def pipeline_of(backend: Backend, *, test: bool) -> Pipeline:
+            key = backend, test and tests is not programs
+            if key not in opened:
+                opened[key] = stack.enter_context(Pipeline(handed, tests if key[1] else programs, backend))
+            return opened[key]
+
         running = [
-            _RunningScenario(opened[reference], opened[test], limits, options.max_abs) for reference, test in scenarios
+            _RunningScenario(pipeline_of(reference, test=False), pipeline_of(test, test=True), limits, options.max_abs)
+            for reference, test in scenarios
         ]
         remarks = Remarks(model)
         for place, sample in enumerate(samples):
@@ -187,8 +200,20 @@ def verify(
         results = [scenario.result() for scenario in running]
     for result, pair in zip(results, scenarios, strict=True):
         if result.failures and options.explain:
-            result.bisect = _explain(model, programs, samples, result, pair)
+            result.bisect = _explain(model, tests, samples, result, pair)
     return VerifyResult(model.name, [sample.source for sample in samples], results, remarks.told)
+
+
+def _check_outputs(programs: Sequence[Program], tests: Sequence[Program]) -> None:
+    for program, test in zip(programs, tests, strict=True):
+        lost = [
+            v.name for v in program.graph.outputs if test.pairing is not None and v.name not in test.pairing.outputs
+        ]
+        if lost:
+            given = ", ".join(value.name for value in test.graph.outputs)
+            raise InputError(
+                f"--test-model: {test.graph.path} has no output that is {lost[0]!r}; its outputs are {given}"
+            )
 
 
 class _Passes:

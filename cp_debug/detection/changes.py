@@ -58,7 +58,10 @@ class BoxChange:
 
 
 def changes(reference: Detected, test: Detected) -> list[BoxChange]:
-    """Every object of either side once. Boxes match within their class, those of high score first."""
+    """Every object of either side once. Boxes match within their class, those of high score first.
+
+    Distances in metres, angles in radians.
+    """
     first, second = (Objects(s.boxes[:, :2], s.labels, s.labels, s.scores) for s in (reference, test))
     matched = match_centers(second, first, [MATCHING])[0]
     listed = []

@@ -68,7 +68,11 @@ class Curves:
         return np.maximum(beyond - MIN_PRECISION, 0).mean(axis=1) / (1 - MIN_PRECISION)
 
     def interpolated_precision(self, matched: Ints) -> Floats:
-        """KITTI's AP (R40) [B]: over 40 recalls, the mean of the best precision at that recall or a higher one."""
+        """KITTI's AP (R40) [B]: over 40 recalls, the mean of the best precision at that recall or a higher one.
+
+        ``B`` draws. Simonelli et al., Disentangling Monocular 3D Object Detection (2019), as KITTI's benchmark scores
+        since.
+        """
         places, weights, hit_weight = self._hits(matched)
         precision = np.column_stack(
             (hit_weight / np.maximum(self._seen.take(places, axis=1), 1), np.zeros(len(weights)))
@@ -139,7 +143,7 @@ def _running_means(errors: Floats, hits: Hits) -> Floats:
 def _drawn_neighbours(is_drawn: NDArray[np.bool_]) -> tuple[Ints, Ints]:
     """Drawn hits after and before each gap between H hits: two arrays [B, H + 1].
 
-    Where there is none on one side, both are the one of the other side.
+    Where one side has none, the hit of the other side stands for both.
     """
     rows, hits = is_drawn.shape
     after, before = np.full((rows, hits + 1), hits), np.full((rows, hits + 1), -1)

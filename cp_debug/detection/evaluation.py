@@ -15,6 +15,7 @@ from cp_debug.detection.boxes import Boxes, Floats
 from cp_debug.detection.matching import THRESHOLDS
 from cp_debug.detection.metrics import ERRORS, OVERLAPS, Scores, score
 from cp_debug.detection.predictions import Predictions
+from cp_debug.display import Shown
 from cp_debug.errors import InputError
 from cp_debug.recipes.data.base import Truth
 
@@ -97,8 +98,8 @@ class BackendScores:
         return change.value < -max_drop and change.high < 0
 
 
-@dataclass(frozen=True)
-class EvaluationResult:
+@dataclass(frozen=True, repr=False)
+class EvaluationResult(Shown):
     """Everything that ``cpdebug eval`` shows. The first backend is the reference."""
 
     model: str
@@ -192,7 +193,7 @@ def score_backends(
     class_names: Sequence[str],
     options: EvaluationOptions,
 ) -> tuple[list[BackendScores], list[str]]:
-    """Figures of all backends, the reference first, and notes on what they rest on."""
+    """Figures of all backends, the reference first, and notes on the ground truth that they were scored on."""
     truth, notes = _objects(truths, class_names, options)
     weights = draw_samples(len(truths), options.draws, options.seed)
     listed: list[BackendScores] = []

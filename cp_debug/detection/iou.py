@@ -12,7 +12,8 @@ _CORNERS = np.array([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]])
 def overlaps(a: Boxes, b: Boxes, of_a: Ints, of_b: Ints, *, bev: bool) -> Floats:
     """Intersection over union of the pairs ``of_a``, ``of_b`` (indices of one shape); NaN where a box is not finite.
 
-    ``bev`` takes the rectangles seen from above, else the boxes, which stand upright.
+    ``bev`` takes the rectangles seen from above, else the boxes, which stand upright. float64, in the shape of the
+    indices; sizes in metres, angles in radians.
     """
     gap = np.linalg.norm(a.centers[of_a] - b.centers[of_b], axis=-1)
     reach = np.linalg.norm(a.sizes[:, :2], axis=1)[of_a] + np.linalg.norm(b.sizes[:, :2], axis=1)[of_b]
@@ -40,7 +41,7 @@ def intersection_areas(a: Floats, b: Floats) -> Floats:
 
     The border of ``a``, in the frame of ``b``, with each point outside moved to the nearest of ``b``: what is outside
     collapses onto the border of ``b`` and encloses nothing, so the curve encloses the intersection. It bends where an
-    edge crosses a side's line.
+    edge crosses a side's line. Lengths in metres, angles in radians, areas in m².
     """
     corners, limits = _corners(a, b), b[:, None, 2:4] / 2
     steps = np.roll(corners, -1, axis=1) - corners

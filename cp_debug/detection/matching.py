@@ -17,7 +17,10 @@ Cost = Callable[[Ints, Ints], Floats]
 
 
 def confidence_order(scores: Floats) -> Ints:
-    """Indices by falling score; of equal scores the later comes first, as in the devkit's reversed sort."""
+    """Indices by falling score; of equal scores the later comes first, as in the devkit's reversed sort.
+
+    ``scores`` [N] float64; indices [N] int64.
+    """
     return np.argsort(scores, kind="stable")[::-1]
 
 
@@ -37,7 +40,7 @@ def match_centers(predicted: Objects, truth: Objects, thresholds: Sequence[float
 def match_overlaps(predicted: Boxes, truth: Boxes, thresholds: Sequence[float], *, bev: bool) -> Ints:
     """``match_centers`` by intersection over union, which must be above the threshold: [T, N].
 
-    ``bev`` takes the rectangles seen from above, else the boxes.
+    ``bev`` takes the rectangles seen from above, else the boxes. Indices are int64; thresholds are ratios from 0 to 1.
     """
 
     def distance(ours: Ints, theirs: Ints) -> Floats:

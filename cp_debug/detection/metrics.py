@@ -36,7 +36,10 @@ OVERLAPS = (0.5, 0.7)
 
 
 def average_precision(predicted: Objects, truth: Objects, thresholds: Sequence[float] = THRESHOLDS) -> Floats:
-    """AP of one class at each threshold [T]; 0 where nothing matches and, as in the devkit, without any object."""
+    """AP of one class at each threshold [T]; 0 where nothing matches and, as in the devkit, without any object.
+
+    float64; thresholds in metres. As ``curves.average_precision``.
+    """
     curves = Curves(predicted, truth, _equal_weights(predicted, truth))
     return np.array([curves.average_precision(row)[0] for row in match_centers(predicted, truth, thresholds)])
 
@@ -116,7 +119,11 @@ def _score_class(predicted: Boxes, truth: Boxes, name: str, weights: Floats) -> 
 
 
 def box_errors(predicted: Boxes, truth: Boxes, matched: Ints, *, half_turn: bool = False) -> Floats:
-    """``ERRORS`` [5, N] of each prediction against the object that it found; NaN where it found none, or unknown."""
+    """``ERRORS`` [5, N] of each prediction against the object that it found; NaN where it found none, or unknown.
+
+    Errors in metres, 1 − IoU, radians, metres per second, and 0 or 1; ``matched`` [N] indexes ``truth``, −1 for none.
+    As the nuScenes devkit defines them; ``half_turn`` takes angles modulo π.
+    """
     errors = np.full((len(ERRORS), len(predicted)), np.nan)
     hits = np.flatnonzero(matched >= 0)
     ours, theirs = predicted.take(hits), truth.take(matched[hits])

@@ -1,8 +1,9 @@
-"""Check of inputs against a graph's declarations."""
+"""Check of inputs, and of shapes that a user asks for, against a graph's declarations."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -35,3 +36,36 @@ def check_inputs(expected: Sequence[ValueInfo], given: Mapping[str, np.ndarray],
                     f"{source}: input {value.name!r} has shape {list(array.shape)}; {expectation}; "
                     f"{symbol} is {size} here and {first_use[0]} in {first_use[1]!r}"
                 )
+
+
+def with_shapes(expected: Sequence[ValueInfo], shapes: Mapping[str, Sequence[int]]) -> list[ValueInfo]:
+    """The inputs with the sizes that ``shapes`` (input → sizes) gives their free axes; a symbol has one size.
+
+    Raises InputError for an unknown input, another rank, another size than a fixed one, and two sizes of one symbol.
+    """
+    by_name = {value.name: value for value in expected}
+    sizes: dict[str, int] = {}
+    for name, shape in shapes.items():
+        asked = f"--shape: {name}={'x'.join(map(str, shape))}"
+        if name not in by_name:
+            raise InputError(f"{asked}: no such input; expected one of {', '.join(map(str, expected))}")
+        declared = by_name[name].shape
+        if declared is None:
+            continue
+        fits = [d == n for d, n in zip(declared, shape, strict=False) if isinstance(d, int)]
+        if len(declared) != len(shape) or not all(fits):
+            raise InputError(f"{asked}: does not fit {by_name[name]}")
+        for symbol, size in zip(declared, shape, strict=True):
+            if isinstance(symbol, str) and sizes.setdefault(symbol, size) != size:
+                raise InputError(f"{asked}: {symbol} is {sizes[symbol]} elsewhere")
+    return [replace(value, shape=_sized(value, shapes, sizes)) for value in expected]
+
+
+def _sized(
+    value: ValueInfo, shapes: Mapping[str, Sequence[int]], sizes: Mapping[str, int]
+) -> tuple[int | str | None, ...] | None:
+    if value.name in shapes:
+        return tuple(shapes[value.name])
+    if value.shape is None:
+        return None
+    return tuple(sizes.get(d, d) if isinstance(d, str) else d for d in value.shape)

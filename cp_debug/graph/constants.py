@@ -65,7 +65,10 @@ def _digest(array: np.ndarray) -> str:
 
 
 def constant(node: Node) -> np.ndarray:
-    """The value of a Constant node."""
+    """The value of a Constant node.
+
+    In the dtype and shape that its attribute gives: a tensor's own, else float32, int64 or text.
+    """
     (attribute,) = node.proto.attribute
     value = helper.get_attribute_value(attribute)
     if attribute.name == "value":

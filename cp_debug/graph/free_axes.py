@@ -136,8 +136,8 @@ class FreeAxes:
             else:
                 sizes.append(chosen[_key(value, axis, dimension)])
         if (size := math.prod(sizes) * 8) > physical_memory() // 4:  # values are made in FP64
-            told = f"made-up values would take {size / 2**30:.3g} GiB"
-            raise InputError(f"input {value}: {told}; give values with --inputs, or free the dimension")
+            too_large = f"made-up values would take {size / 2**30:.3g} GiB"
+            raise InputError(f"input {value}: {too_large}; give values with --inputs, or free the dimension")
         return sizes
 
     def _size(self, value: ValueInfo, axis: int, symbol: str | None) -> int:

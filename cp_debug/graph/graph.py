@@ -12,7 +12,8 @@ import numpy as np
 import onnx
 from onnx import external_data_helper
 
-from cp_debug.graph.onnx_file import array_of, external_data, read_model, reads
+from cp_debug.graph.onnx_file import read_model, reads
+from cp_debug.graph.onnx_tensors import array_of, external_data
 
 _NAMELESS = {"", "?", "-1", "none", "null", "unk", "unknown", "dynamic", "any"}
 """Placeholders that stand for the name of a free axis; two such axes have nothing to do with each other."""
@@ -97,6 +98,7 @@ class Graph:
     def initializer(self, name: str) -> np.ndarray:
         """One weight as an array, read from the file (or its external data) now.
 
+        Dtype and shape are those that the file declares; types that numpy lacks come as ml_dtypes has them.
         Raises KeyError for an unknown name.
         """
         return array_of(self._initializers[name], self.path)

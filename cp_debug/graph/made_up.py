@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ import onnx
 from cp_debug.errors import InputError
 from cp_debug.files import resolved
 from cp_debug.graph import onnx_runtime
+from cp_debug.graph.check_inputs import with_shapes
 from cp_debug.graph.free_axes import FreeAxes
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.input_values import DOMAINS, Ways, ways
@@ -58,9 +59,11 @@ class MadeUp:
     changed until they run to the end. Raises InputError for an input that is no tensor of numbers.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, shapes: Mapping[str, Sequence[int]] | None = None) -> None:
+        """``shapes``: input → sizes that a user asks for. Raises InputError where they do not fit."""
         self.graph = graph
-        self._axes = FreeAxes.of(graph)
+        self._inputs = with_shapes(graph.inputs, shapes or {})
+        self._axes = replace(FreeAxes.of(graph), inputs=self._inputs)
         for value in graph.inputs:
             if value.dtype is None or value.dtype.kind in "OSUc":
                 raise InputError(f"{graph.path}: input {value}: no value can be made up for this; {self._wish()}")
@@ -71,10 +74,10 @@ class MadeUp:
 
         Raises InputError, with ONNX Runtime's reason, when no input was found that runs.
         """
-        return self._make(self._found, seed)
+        return self._make(self._chosen, seed)
 
     @cached_property
-    def _found(self) -> _InputChoice:
+    def _chosen(self) -> _InputChoice:
         first = _InputChoice(self._axes.first(), (0,) * len(self._ways))
         session = self._session() if self._uncertain(first) else None
         if session is None:
@@ -97,12 +100,15 @@ class MadeUp:
             yield replace(choice, sizes=sizes)
 
     def make(self, choice: _InputChoice) -> dict[str, np.ndarray]:
-        """The inputs of a trial, by name, made with seed 0."""
+        """The inputs of a trial, by name, made with seed 0.
+
+        Name → array in the dtype that the graph declares and the shape of the choice.
+        """
         return self._make(choice, 0)
 
     def _make(self, choice: _InputChoice, seed: int | Sequence[int]) -> dict[str, np.ndarray]:
         rng = np.random.default_rng(seed)
-        shapes = [self._axes.shape(value, choice.sizes) for value in self.graph.inputs]
+        shapes = [self._axes.shape(value, choice.sizes) for value in self._inputs]
         longest = max(choice.sizes.values(), default=1)
         arrays = {}
         for value, shape, input_ways, way in zip(self.graph.inputs, shapes, self._ways, choice.ways, strict=True):
@@ -145,11 +151,11 @@ class MadeUp:
 class _InputTrials:
     """Tries choices until one runs and gives finite numbers; of those tried the best is kept."""
 
-    def __init__(self, made: MadeUp, session: onnxruntime.InferenceSession) -> None:
-        self._made, self._session = made, session
-        self._finite = [v.name for v in made.graph.outputs if v.dtype is not None and v.dtype.kind == "f"]
-        self._end = len(made.graph.nodes)
-        self._time_limit = onnx_runtime.time_limit(made.graph)
+    def __init__(self, inputs: MadeUp, session: onnxruntime.InferenceSession) -> None:
+        self._made, self._session = inputs, session
+        self._finite = [v.name for v in inputs.graph.outputs if v.dtype is not None and v.dtype.kind == "f"]
+        self._end = len(inputs.graph.nodes)
+        self._time_limit = onnx_runtime.time_limit(inputs.graph)
         self.count, self.ran, self.reason = 0, False, ""
         self._tried: set[str] = set()
         self._limit, self._deadline = TRIALS, time.monotonic() + SECONDS

@@ -8,42 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
-from onnx import AttributeProto, TensorProto, numpy_helper
+from onnx import AttributeProto, TensorProto
 
 from cp_debug.errors import InputError
-from cp_debug.reading import check_file, physical_memory, read_bytes
+from cp_debug.graph.onnx_tensors import BITS, FIELD, LARGEST_RANK, byte_count, described, external_data, shown
+from cp_debug.reading import check_file, read_bytes
 from cp_debug.safe_text import one_line
 
 LARGEST = (1 << 31) - 1
 """Bytes of a protobuf message."""
 LONGEST = 4096
 """Characters of a name."""
-_RANK = 32
-"""Dimensions of an array in numpy."""
-
-_BITS = {
-    **dict.fromkeys(("FLOAT", "INT32", "UINT32"), 32),
-    **dict.fromkeys(("DOUBLE", "INT64", "UINT64", "COMPLEX64"), 64),
-    **dict.fromkeys(("FLOAT16", "BFLOAT16", "INT16", "UINT16"), 16),
-    **dict.fromkeys(("INT8", "UINT8", "BOOL"), 8),
-    **dict.fromkeys(("FLOAT8E4M3FN", "FLOAT8E4M3FNUZ", "FLOAT8E5M2", "FLOAT8E5M2FNUZ", "FLOAT8E8M0"), 8),
-    **dict.fromkeys(("INT4", "UINT4", "FLOAT4E2M1"), 4),
-    **dict.fromkeys(("INT2", "UINT2"), 2),
-    "COMPLEX128": 128,
-}
-_FIELD = {
-    **dict.fromkeys(("FLOAT", "COMPLEX64"), "float_data"),
-    **dict.fromkeys(("DOUBLE", "COMPLEX128"), "double_data"),
-    **dict.fromkeys(("UINT32", "UINT64"), "uint64_data"),
-    "INT64": "int64_data",
-}
-"""Field of the elements where they are no ``raw_data``; else ``int32_data``."""
 _CONSTANT = ("value", "sparse_value")
 _VALUE = {
     AttributeProto.FLOAT: "f",
@@ -61,15 +40,6 @@ _VALUE = {
     AttributeProto.SPARSE_TENSORS: "sparse_tensors",
     AttributeProto.TYPE_PROTOS: "type_protos",
 }
-
-
-@dataclass(frozen=True)
-class External:
-    """Place of a weight's bytes in an external file."""
-
-    file: Path
-    offset: int
-    length: int
 
 
 def read_model(path: Path) -> onnx.ModelProto:
@@ -93,58 +63,6 @@ def read_model(path: Path) -> onnx.ModelProto:
     return model
 
 
-def external_data(tensor: TensorProto, model: Path) -> External:
-    """Place of the bytes of a weight of the file ``model``. Raises InputError for places that cannot be."""
-    where = f"{model}: external data of {_shown(tensor.name)}"
-    entries = {entry.key: entry.value for entry in tensor.external_data}
-    location = entries.get("location", "")
-    place = PurePosixPath(location.replace("\\", "/"))
-    if not location or "\0" in location or place.is_absolute() or ".." in place.parts or not place.parts:
-        raise InputError(f"{where}: location is {_shown(location)}; expected a file in the model's folder")
-    numbers = []
-    for key in ("offset", "length"):
-        text = entries.get(key) or "0"
-        if not (text.isascii() and text.isdigit() and len(text) < 19):
-            raise InputError(f"{where}: {key} is {_shown(text)}; expected a number of bytes")
-        numbers.append(int(text))
-    needed = byte_count(tensor, str(model))
-    if entries.get("length") and numbers[1] != needed:
-        raise InputError(f"{where}: length is {numbers[1]}; {_type(tensor)} takes {needed} bytes")
-    return External(model.parent / place, numbers[0], needed)
-
-
-def byte_count(tensor: TensorProto, source: str) -> int:
-    """Bytes that the type and shape of a weight ask for; ``source`` starts the message of an error.
-
-    Raises InputError for types and shapes that cannot be, or that the machine's memory cannot hold.
-    """
-    name = _shown(tensor.name)
-    kinds = TensorProto.DataType.keys()
-    if not 0 < tensor.data_type < len(kinds) or (kind := TensorProto.DataType.Name(tensor.data_type)) == "STRING":
-        type_text = "text" if tensor.data_type == TensorProto.STRING else f"of the data type {tensor.data_type}"
-        raise InputError(f"{source}: weight {name} is {type_text}; expected numbers")
-    if kind not in _BITS:
-        raise InputError(f"{source}: weight {name} is {kind}, which this version does not read")
-    if len(tensor.dims) > _RANK or any(size < 0 for size in tensor.dims):
-        raise InputError(f"{source}: weight {name} has the shape {_sizes(tensor.dims)}")
-    count = (math.prod(tensor.dims) * _BITS[kind] + 7) // 8
-    if count > physical_memory():
-        raise InputError(f"{source}: weight {name} is {_type(tensor)}, which no memory holds")
-    return count
-
-
-def array_of(tensor: TensorProto, model: Path) -> np.ndarray:
-    """A checked weight of the file ``model`` as an array, read now from there or from its external data."""
-    if tensor.data_location != TensorProto.EXTERNAL:
-        return numpy_helper.to_array(tensor)
-    place = external_data(tensor, model)
-    inline = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
-    with place.file.open("rb") as stream:
-        stream.seek(place.offset)
-        inline.raw_data = stream.read(place.length)
-    return numpy_helper.to_array(inline)
-
-
 class _Check:
     """Checks everything that must hold in a file. Raises InputError, or UnicodeDecodeError where text is read."""
 
@@ -163,7 +81,7 @@ class _Check:
         for kind, values in (("input", graph.input), ("output", graph.output)):
             names = [self._name(value.name, f"an {kind} of the graph", empty=False) for value in values]
             if twice := _twice(names):
-                raise self._error(f"two {kind}s of the graph are called {_shown(twice)}")
+                raise self._error(f"two {kind}s of the graph are called {shown(twice)}")
             for value in values:
                 self._declared(value, kind)
         for value in graph.value_info:
@@ -171,7 +89,7 @@ class _Check:
         computed = self._graph(graph, set())
         for value in graph.output:
             if value.name not in computed:
-                raise self._error(f"nothing makes the output {_shown(value.name)}")
+                raise self._error(f"nothing makes the output {shown(value.name)}")
         for function in self.model.functions:
             self._name(function.name, "a function")
             for node in function.node:
@@ -185,7 +103,7 @@ class _Check:
             for name in leaves:
                 del calls[name]
         if calls:
-            raise self._error(f"the function {_shown(next(iter(calls))[1])} calls itself, or one that calls it")
+            raise self._error(f"the function {shown(next(iter(calls))[1])} calls itself, or one that calls it")
 
     def _opsets(self) -> None:
         versions: dict[str, int] = {}
@@ -205,7 +123,7 @@ class _Check:
         """
         weights = [self._name(weight.name, "a weight", empty=False) for weight in graph.initializer]
         if twice := _twice(weights):
-            raise self._error(f"two weights are called {_shown(twice)}")
+            raise self._error(f"two weights are called {shown(twice)}")
         for weight in graph.initializer:
             self._tensor(weight)
         inputs = {self._name(value.name, "an input", empty=False) for value in graph.input}
@@ -214,20 +132,20 @@ class _Check:
             self._node(node)
             for output in node.output:
                 if output and output in computed:
-                    raise self._error(f"{_shown(output)} is made twice, the second time by {_title(node)}")
+                    raise self._error(f"{shown(output)} is made twice, the second time by {_title(node)}")
                 if output:
                     computed.add(output)
         around = {*outer, *computed}
         for node in graph.node:
             for name in node.input:
                 if name and name not in around:
-                    raise self._error(f"{_title(node)} reads {_shown(name)}, which nothing makes")
+                    raise self._error(f"{_title(node)} reads {shown(name)}, which nothing makes")
             for inner in _graphs(node):
                 inside = self._graph(inner, around)
                 for value in inner.output:
                     if value.name not in inside and value.name not in around:
                         raise self._error(
-                            f"a subgraph of {_title(node)} puts out {_shown(value.name)}, which nothing makes"
+                            f"a subgraph of {_title(node)} puts out {shown(value.name)}, which nothing makes"
                         )
         self._order(graph)
         return computed
@@ -264,7 +182,7 @@ class _Check:
         if not all(names):
             raise self._error(f"{_title(node)} has an attribute without a name")
         if twice := _twice(names):
-            raise self._error(f"{_title(node)} has the attribute {_shown(twice)} twice")
+            raise self._error(f"{_title(node)} has the attribute {shown(twice)} twice")
         if node.op_type == "Constant" and not node.domain and (len(names) != 1 or not names[0].startswith(_CONSTANT)):
             raise self._error(f"{_title(node)} is a Constant with the attributes {names}; expected one value")
         for attribute in node.attribute:
@@ -277,12 +195,12 @@ class _Check:
         single = field in ("f", "i", "s", "t", "g", "sparse_tensor", "tp")
         if field is None or (single and not attribute.HasField(field)):
             problem = f"is of the type {attribute.type}" if field is None else f"has no value in its field {field!r}"
-            raise self._error(f"attribute {_shown(attribute.name)} of {_title(node)} {problem}")
+            raise self._error(f"attribute {shown(attribute.name)} of {_title(node)} {problem}")
         for tensor in [attribute.t] if field == "t" else attribute.tensors if field == "tensors" else ():
-            self._tensor(tensor, f"attribute {_shown(attribute.name)} of {_title(node)}")
+            self._tensor(tensor, f"attribute {shown(attribute.name)} of {_title(node)}")
 
     def _tensor(self, tensor: TensorProto, what: str = "") -> None:
-        what = what or f"weight {_shown(tensor.name)}"
+        what = what or f"weight {shown(tensor.name)}"
         if tensor.data_type == TensorProto.STRING and what.startswith("attribute"):
             return
         needed = byte_count(tensor, str(self.path))
@@ -293,27 +211,27 @@ class _Check:
         if tensor.HasField("raw_data"):
             actual = len(tensor.raw_data)
             if actual != needed:
-                raise self._error(f"{what} is {_type(tensor)}, {needed} bytes; the file has {actual}")
+                raise self._error(f"{what} is {described(tensor)}, {needed} bytes; the file has {actual}")
             return
         kind = TensorProto.DataType.Name(tensor.data_type)
         count = math.prod(tensor.dims)
-        if _BITS[kind] < 8:
+        if BITS[kind] < 8:
             count = needed
         if kind.startswith("COMPLEX"):
             count *= 2
-        actual = len(getattr(tensor, _FIELD.get(kind, "int32_data")))
+        actual = len(getattr(tensor, FIELD.get(kind, "int32_data")))
         if actual != count:
-            raise self._error(f"{what} is {_type(tensor)}, {count} elements; the file has {actual}")
+            raise self._error(f"{what} is {described(tensor)}, {count} elements; the file has {actual}")
 
     def _declared(self, value: onnx.ValueInfoProto, kind: str) -> None:
         element = value.type.tensor_type.elem_type
         if not 0 <= element < len(TensorProto.DataType.keys()):
-            raise self._error(f"the {kind} {_shown(value.name)} is of the data type {element}")
+            raise self._error(f"the {kind} {shown(value.name)} is of the data type {element}")
         dims = value.type.tensor_type.shape.dim
-        if len(dims) > _RANK:
-            raise self._error(f"the {kind} {_shown(value.name)} has {len(dims)} dimensions")
+        if len(dims) > LARGEST_RANK:
+            raise self._error(f"the {kind} {shown(value.name)} has {len(dims)} dimensions")
         for dim in dims:
-            self._name(dim.dim_param, f"a dimension of {_shown(value.name)}")
+            self._name(dim.dim_param, f"a dimension of {shown(value.name)}")
 
     def _external(self) -> None:
         for file, size in self._sizes.items():
@@ -330,10 +248,10 @@ class _Check:
     def _name(self, name: str, what: str, *, empty: bool = True) -> str:
         if len(name) > LONGEST:
             raise self._error(
-                f"the name of {what} has {len(name)} characters ({_shown(name)}); at most {LONGEST} are read"
+                f"the name of {what} has {len(name)} characters ({shown(name)}); at most {LONGEST} are read"
             )
         if "\0" in name:
-            raise self._error(f"the name of {what} holds a null byte ({_shown(name)})")
+            raise self._error(f"the name of {what} holds a null byte ({shown(name)})")
         if not name and not empty:
             raise self._error(f"{what} has no name")
         return name
@@ -386,18 +304,5 @@ def _twice(names: Iterable[str]) -> str | None:
     return None
 
 
-def _shown(name: str) -> str:
-    return repr(name if len(name) <= 80 else f"{name[:77]}...")
-
-
 def _title(node: onnx.NodeProto) -> str:
-    return f"node {_shown(node.name or node.op_type)}"
-
-
-def _type(tensor: TensorProto) -> str:
-    return f"{TensorProto.DataType.Name(tensor.data_type)}{_sizes(tensor.dims)}"
-
-
-def _sizes(dims: Iterable[int]) -> str:
-    sizes = list(dims)
-    return f"[{', '.join(map(str, sizes[:8]))}{', …' if len(sizes) > 8 else ''}]"
+    return f"node {shown(node.name or node.op_type)}"

@@ -77,8 +77,8 @@ class Scales:
         model: str = typed(str, header.get("model"), f"{source}: model")
         method: str = typed(str, header.get("method"), f"{source}: method")
         for name, tensor in tensors.items():
-            one = not name.endswith(".weight")
-            if tensor.dtype.kind != "f" or (one and tensor.size != 1) or not np.isfinite(tensor).all():
+            scalar = not name.endswith(".weight")
+            if tensor.dtype.kind != "f" or (scalar and tensor.size != 1) or not np.isfinite(tensor).all():
                 raise InputError(f"{source}: {name!r} is {tensor.dtype}{list(tensor.shape)}; expected finite numbers")
         if missing := [n for n in tensors if n.endswith(".input") and f"{n[:-6]}.weight" not in tensors]:
             raise InputError(f"{source}: it has no scale of the weight of {missing[0][:-6]!r}")

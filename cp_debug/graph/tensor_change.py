@@ -207,7 +207,11 @@ def _int8(a: np.ndarray) -> Iterator[_Way]:
 
 
 def int8_forms(a: np.ndarray) -> Iterator[tuple[str, str, np.ndarray, int]]:
-    """A tensor rounded to INT8 in the usual ways: (in words, kind, values, number of scales)."""
+    """A tensor rounded to INT8 in the usual ways: (in words, kind, values, number of scales).
+
+    Values are numbers, not levels: ``scale · (level − zero point)``, in the shape and dtype of ``a``. Levels reach from
+    −127 to 127, −128 to 127 or 0 to 255.
+    """
 
     def symmetric(largest: np.ndarray) -> np.ndarray:
         step = np.maximum(largest, 1e-30) / 127

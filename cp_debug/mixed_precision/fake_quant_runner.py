@@ -146,7 +146,7 @@ class FakeQuantRunner:
 
         Raises InputError for a layer that the model does not have.
         """
-        totals = {kept: _TrialSums(self._changes(kept)) for kept in trials}
+        totals = {kept_layers: _TrialSums(self._changes(kept_layers)) for kept_layers in trials}
         if unknown := frozenset().union(*totals) - self.all:
             near = difflib.get_close_matches(min(unknown), self.layers, n=1, cutoff=0.0)[0]
             raise InputError(f"{self.model.name} has no quantized layer {min(unknown)!r}; nearest is {near}")
@@ -156,17 +156,20 @@ class FakeQuantRunner:
                 on_step(sample.source, number, len(samples))
                 self._sample(sample, list(totals.values()), scored)
         on_step("scoring", len(samples), len(samples))
-        return {kept: self._measured(sums, samples, draws if scored else None) for kept, sums in totals.items()}
+        return {
+            kept_layers: self._measured(sums, samples, draws if scored else None)
+            for kept_layers, sums in totals.items()
+        }
 
-    def nodes_in(self, kept: KeptLayers) -> frozenset[tuple[str, str]]:
+    def nodes_in(self, kept_layers: KeptLayers) -> frozenset[tuple[str, str]]:
         """(Component, layer) of a set: its name in a log."""
-        return frozenset((self.layers[name].component, name) for name in kept)
+        return frozenset((self.layers[name].component, name) for name in kept_layers)
 
-    def _changes(self, kept: KeptLayers) -> _Changes:
+    def _changes(self, kept_layers: KeptLayers) -> _Changes:
         """The set as changes of all in FP32 where few layers are low, else of all in INT8."""
-        low = self.all - kept
-        from_int8 = len(low) > 1 and len(low) >= len(kept)
-        return _Changes(from_int8, tuple(name for name in self.layers if name in (kept if from_int8 else low)))
+        low = self.all - kept_layers
+        from_int8 = len(low) > 1 and len(low) >= len(kept_layers)
+        return _Changes(from_int8, tuple(name for name in self.layers if name in (kept_layers if from_int8 else low)))
 
     def _measured(self, sums: _TrialSums, samples: Sequence[Sample], draws: int | None) -> Measured:
         outputs = {name: error.relative for name, error in sums.outputs.items()}

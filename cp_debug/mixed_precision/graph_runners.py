@@ -34,7 +34,7 @@ class Runner(Protocol):
     builds: int
     """Engines, graphs or sessions made so far; 0 where a trial needs none."""
 
-    def run(self, kept: Kept) -> list[Results]:
+    def run(self, kept_groups: Kept) -> list[Results]:
         """The outputs for each sample. Raises InputError where the backend refuses to build this."""
         ...
 
@@ -44,7 +44,7 @@ class Runner(Protocol):
 
 
 class EmulatedRunner:
-    """Trials on the emulator."""
+    """Runs the trials of a search on the emulator, where a trial is a part of a forward pass."""
 
     builds = 0
 
@@ -64,10 +64,10 @@ class EmulatedRunner:
         self._room = MEMORY
         self._nodes = sum(len(executor.graph.nodes) for executor in self._executors.values()) * len(samples)
 
-    def run(self, kept: Kept) -> list[Results]:
+    def run(self, kept_groups: Kept) -> list[Results]:
         """The outputs for each sample."""
         graphs = {name: executor.graph for name, executor in self._executors.items()}
-        high = {name: self._precision.high(graph, nodes_of(kept, name)) for name, graph in graphs.items()}
+        high = {name: self._precision.high(graph, nodes_of(kept_groups, name)) for name, graph in graphs.items()}
         return [self._pass(i, high) for i in range(len(self._samples))]
 
     def latency(self) -> None:
@@ -128,13 +128,13 @@ class BackendRunner:
         self.layers: dict[str, Sequence[Mapping[str, Any]]] = {}
         """Component → layers of its latest engine (``name``, ``nodes``), where the backend tells."""
 
-    def run(self, kept: Kept) -> list[Results]:
+    def run(self, kept_groups: Kept) -> list[Results]:
         """The outputs for each sample. Raises InputError where the backend refuses to build this."""
         walks = [Walk(self._model, sample) for sample in self._samples]
         chain: tuple[frozenset[str], ...] = ()
         for steps in zip(*walks, strict=True):
             program = self._programs[steps[0].name]
-            chain = (*chain, self._precision.keep(program.graph, nodes_of(kept, program.name)))
+            chain = (*chain, self._precision.keep(program.graph, nodes_of(kept_groups, program.name)))
             if chain not in self._outputs:
                 feeds = [step.inputs for step in steps]
                 self._outputs[chain], self._seconds[chain] = self._build(program, chain[-1], feeds)
@@ -150,16 +150,16 @@ class BackendRunner:
         return None if None in parts else sum(part for part in parts if part is not None)
 
     def _build(
-        self, program: Program, kept: frozenset[str], feeds: Sequence[Arrays]
+        self, program: Program, kept_nodes: frozenset[str], feeds: Sequence[Arrays]
     ) -> tuple[list[Arrays], float | None]:
         backend: Backend = self._backend
         with tempfile.TemporaryDirectory(dir=self._folder) as folder:
             if self._precision.name == "int8":
-                graph = Graph(remove_qdq(program.graph, kept, Path(folder) / "kept.onnx"))
+                graph = Graph(remove_qdq(program.graph, kept_nodes, Path(folder) / "kept.onnx"))
                 plain = program.plain or program.graph  # says that no pair is left by intention
                 program = replace(program, graph=graph, module=None, alignment=None, plain=plain)
             else:
-                backend = self._backend.keeping(kept)
+                backend = self._backend.keeping(kept_nodes)
             dynamic = any(not isinstance(d, int) for v in program.graph.inputs for d in v.shape or ())
             shapes = {tuple((name, array.shape) for name, array in sorted(feed.items())) for feed in feeds}
             self.builds += len(shapes) if dynamic else 1

@@ -34,19 +34,19 @@ class TrialPrecision:
         low = computed_low(graph, _CASTS[self.name])
         return frozenset(n.name for n in nodes if n.name in low and n.op not in MOVERS)
 
-    def high(self, graph: Graph, kept: Collection[str]) -> frozenset[str]:
+    def high(self, graph: Graph, kept_nodes: Collection[str]) -> frozenset[str]:
         """The nodes in FP32 when those of ``kept`` are: operators that only move numbers follow them."""
         if self.name not in _CASTS:
-            return frozenset(kept)
+            return frozenset(kept_nodes)
         everything = frozenset(node.name for node in graph.nodes)
-        return everything - computed_low(graph, _CASTS[self.name], kept)
+        return everything - computed_low(graph, _CASTS[self.name], kept_nodes)
 
-    def keep(self, graph: Graph, kept: Collection[str]) -> frozenset[str]:
+    def keep(self, graph: Graph, kept_nodes: Collection[str]) -> frozenset[str]:
         """The nodes that a backend must be told to keep: ``kept``, and operators that move numbers between them."""
-        if self.name not in _CASTS or not kept:
-            return frozenset(kept)
-        followers = self.high(graph, kept) - self.high(graph, ())
-        return frozenset(kept) | {n.name for n in graph.nodes if n.name in followers and n.op in MOVERS}
+        if self.name not in _CASTS or not kept_nodes:
+            return frozenset(kept_nodes)
+        followers = self.high(graph, kept_nodes) - self.high(graph, ())
+        return frozenset(kept_nodes) | {n.name for n in graph.nodes if n.name in followers and n.op in MOVERS}
 
 
 def precision_of(backend: Backend, quantized: bool) -> TrialPrecision:

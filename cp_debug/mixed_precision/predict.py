@@ -97,10 +97,10 @@ def enough_of(
 
     ``squares``: errors are relative L2, whose squares add up; else they are losses of a score, which add up themselves.
     """
-    kept: list[T] = []
+    taken: list[T] = []
     for layer in ranked:
-        removed = [alone(each) for each in kept]
+        removed = [alone(each) for each in taken]
         if (left_of(error, removed) if squares else error - sum(removed)) <= limit:
             break
-        kept.append(layer)
-    return kept
+        taken.append(layer)
+    return taken

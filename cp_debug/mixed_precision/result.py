@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from cp_debug.display import terminal
+from cp_debug.display import Shown
 from cp_debug.mixed_precision.emit import arguments, deploy_fragment
 from cp_debug.mixed_precision.fusion_groups import FusionGroup
 from cp_debug.mixed_precision.trial import Trial
 from cp_debug.serialize import json_safe
-
-if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
 
 SCHEMA = "cpdebug.search/1"
 
@@ -32,7 +29,7 @@ class KeptLayer:
     """The figures of the set without this layer, where that was tried on the backend."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe."""
+        """The layer as JSON-safe containers."""
         group = self.fusion_group
         return json_safe(
             {
@@ -48,8 +45,8 @@ class KeptLayer:
         )
 
 
-@dataclass(frozen=True)
-class MixedPrecisionResult:
+@dataclass(frozen=True, repr=False)
+class MixedPrecisionResult(Shown):
     """The smallest set of layers to keep in higher precision, as far as it was found."""
 
     model: str
@@ -136,9 +133,6 @@ class MixedPrecisionResult:
                 "notes": self.notes,
             }
         )
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield from terminal(self, MixedPrecisionResult)
 
 
 def _figures(trial: Trial) -> str:

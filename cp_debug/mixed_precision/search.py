@@ -189,43 +189,45 @@ class _MixedPrecisionSearch:
 
         if self._backend.emulated:
             return smallest(self._holds, extend(False))
-        seed = smallest(lambda kept: self._holds(kept, emulated=True), extend(True)) or []
+        seed = smallest(lambda kept_groups: self._holds(kept_groups, emulated=True), extend(True)) or []
         return smallest(self._holds, extend(False), seed)
 
-    def _holds(self, kept: Kept, emulated: bool = False) -> bool:
-        trial = self._trial(kept, emulated)
+    def _holds(self, kept_groups: Kept, emulated: bool = False) -> bool:
+        trial = self._trial(kept_groups, emulated)
         return not trial.error and self._goal.holds(trial.measured.figures)
 
-    def _trial(self, kept: Kept, emulated: bool) -> Trial:
+    def _trial(self, kept_groups: Kept, emulated: bool) -> Trial:
         """The trial of a set, from the log where it is there. Raises OutOfBudget before one that may not begin."""
-        nodes = nodes_in(kept)
+        nodes = nodes_in(kept_groups)
         if (logged := self.log.trials.get((emulated, nodes))) is not None:
             return logged
         runner = self.emulator if emulated else self.runner
-        if kept:  # nothing kept is always tried: it is what the rest is compared with
+        if kept_groups:  # nothing kept is always tried: it is what the rest is compared with
             self._check_time()
         if not emulated:
             self._check_builds()
             self._tried += 1
-        self._step(f"{'emulated' if emulated else self._backend.spec}: {len(kept)} of {len(self.groups)} layers kept")
+        self._step(
+            f"{'emulated' if emulated else self._backend.spec}: {len(kept_groups)} of {len(self.groups)} layers kept"
+        )
         begun = time.monotonic()
         measured, error = Measured(), ""
         try:
-            measured = self._judge.measure(runner.run(kept))
+            measured = self._judge.measure(runner.run(kept_groups))
         except InputError as refused:
             earlier = [t for t in self.log.trials.values() if not t.emulated]
             if emulated or self._backend.emulated or (earlier and all(t.error for t in earlier)):
                 raise  # it has nothing to do with what is kept
             error = str(refused)
         latency = None if error else runner.latency()
-        trial = Trial(nodes, len(kept), emulated, measured, time.monotonic() - begun, latency, error)
+        trial = Trial(nodes, len(kept_groups), emulated, measured, time.monotonic() - begun, latency, error)
         self.log.add(trial)
         return trial
 
-    def _alone(self, kept: Kept) -> Measured:
+    def _alone(self, kept_groups: Kept) -> Measured:
         self._check_time()
         self._step("predicting")
-        return self._judge.measure(self.emulator.run(kept))
+        return self._judge.measure(self.emulator.run(kept_groups))
 
     def _check_time(self) -> None:
         budget = self._options.budget
@@ -244,19 +246,19 @@ class _MixedPrecisionSearch:
         self.groups = fused(self.groups, self._tests, self.log.engine)
 
     def _result(
-        self, found: list[FusionGroup] | None, predictor: Predictor | None, stopped: str
+        self, smallest_set: list[FusionGroup] | None, predictor: Predictor | None, stopped: str
     ) -> MixedPrecisionResult:
         trials = list(self.log.trials.values())
         on_backend = [trial for trial in trials if not trial.emulated]
         excess = {t.nodes: math.inf if t.error else self._goal.excess(t.measured.figures) for t in on_backend}
         holding = [t for t in on_backend if not t.error and self._goal.holds(t.measured.figures)]
-        if found is not None:
-            best = self.log.trials[False, nodes_in(frozenset(found))]
+        if smallest_set is not None:
+            best = self.log.trials[False, nodes_in(frozenset(smallest_set))]
         elif holding:
             best = min(holding, key=lambda trial: trial.layers)
         else:
             best = min(on_backend, key=lambda trial: (excess[trial.nodes], trial.layers))
-        kept = [group for group in self.groups if nodes_in(frozenset([group])) <= best.nodes]
+        kept_groups = [group for group in self.groups if nodes_in(frozenset([group])) <= best.nodes]
         return MixedPrecisionResult(
             model=self._model.name,
             reference=self._reference,
@@ -266,12 +268,12 @@ class _MixedPrecisionSearch:
             goal=str(self._goal),
             layers=len(self.groups),
             reached=bool(holding),
-            kept=[self._kept_layer(group, kept, predictor) for group in kept],
-            minimal=found is not None,
+            kept=[self._kept_layer(group, kept_groups, predictor) for group in kept_groups],
+            minimal=smallest_set is not None,
             best=best,
             baseline=self.log.trials[False, frozenset()],
             trials=trials,
-            keep={p.name: self._told(p, nodes_of(kept, p.name)) for p in self._tests},
+            keep={p.name: self._nodes_to_keep(p, nodes_of(kept_groups, p.name)) for p in self._tests},
             stopped=stopped,
             builds=self.runner.builds,
             passes=self.emulator.passes,
@@ -279,9 +281,11 @@ class _MixedPrecisionSearch:
             notes=self._notes,
         )
 
-    def _kept_layer(self, group: FusionGroup, kept: Sequence[FusionGroup], predictor: Predictor | None) -> KeptLayer:
+    def _kept_layer(
+        self, group: FusionGroup, kept_groups: Sequence[FusionGroup], predictor: Predictor | None
+    ) -> KeptLayer:
         graph = next(program.graph for program in self._tests if program.name == group.component)
-        without = self.log.trials.get((False, nodes_in(frozenset(kept) - {group})))
+        without = self.log.trials.get((False, nodes_in(frozenset(kept_groups) - {group})))
         effect = predictor.effects.get(group) if predictor else None
         return KeptLayer(
             group,
@@ -291,8 +295,8 @@ class _MixedPrecisionSearch:
             without=without.measured.figures if without else {},
         )
 
-    def _told(self, program: Program, kept: frozenset[str]) -> list[str]:
-        fp32_nodes = self.precision.keep(program.graph, kept)
+    def _nodes_to_keep(self, program: Program, kept_nodes: frozenset[str]) -> list[str]:
+        fp32_nodes = self.precision.keep(program.graph, kept_nodes)
         return [node.name for node in program.graph.nodes if node.name in fp32_nodes]
 
     def _about(self) -> dict[str, Any]:

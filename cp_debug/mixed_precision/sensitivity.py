@@ -58,7 +58,7 @@ class Int8Effect:
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """One layer."""
+    """Effects of one layer's precision: alone in INT8, and alone left out of it."""
 
     layer: str
     kind: str
@@ -103,7 +103,7 @@ class SensitivityProfile:
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe."""
+        """The profile as JSON-safe containers."""
         rows = [{**asdict(row), ALONE: row.alone.to_dict(), LEFT_OUT: row.left_out.to_dict()} for row in self.layers]
         choice = self.choice and {**asdict(self.choice), "loss": list(self.choice.loss)}
         parts = {"fp32": dict(self.scores), "int8": self.int8.to_dict(), "layers": rows, "auto": choice}
@@ -170,7 +170,7 @@ def run_trials(
     """
     if not samples:
         raise InputError("--data: there is no sample; expected at least one")
-    sets = {(mode, name): _kept(runner, mode, name) for mode, name in wanted}
+    sets = {(mode, name): _fp32_layers(runner, mode, name) for mode, name in wanted}
     bases = [runner.all, *(frozenset() for mode, _ in wanted if mode == LEFT_OUT)]
     measured = runner.measure(samples, dict.fromkeys([*bases, *sets.values()]), draws=draws, on_step=on_step)
     rows = []
@@ -203,7 +203,7 @@ def scored_samples(
     return data.name if data else f"seed {first}", list(model.samples(count, first, data))
 
 
-def _kept(runner: FakeQuantRunner, mode: str, layer: str) -> KeptLayers:
+def _fp32_layers(runner: FakeQuantRunner, mode: str, layer: str) -> KeptLayers:
     """The layers in FP32 in a trial."""
     if mode not in ("fp32", "int8", ALONE, LEFT_OUT) or (mode in (ALONE, LEFT_OUT)) != bool(layer):
         raise InputError(f"a trial {mode!r} of layer {layer!r}; expected fp32 or int8 without one, alone or left_out")
@@ -270,14 +270,14 @@ def choose_layers(
         started = time.perf_counter()
         measured = runner.measure(samples, dict.fromkeys([runner.all, *sets]), draws=draws, on_step=on_step)
         seconds = (time.perf_counter() - started) / len(sets)
-        for kept in sets:
-            log.add(Trial(runner.nodes_in(kept), len(kept), False, measured[kept], seconds))
+        for kept_layers in sets:
+            log.add(Trial(runner.nodes_in(kept_layers), len(kept_layers), False, measured[kept_layers], seconds))
         reference.append(measured[runner.all])
 
-    def loss(kept: KeptLayers) -> ConfidenceInterval:
-        if (False, runner.nodes_in(kept)) not in log.trials:
-            run([kept])
-        return _loss(log.trials[False, runner.nodes_in(kept)].measured, reference[0])
+    def loss(kept_layers: KeptLayers) -> ConfidenceInterval:
+        if (False, runner.nodes_in(kept_layers)) not in log.trials:
+            run([kept_layers])
+        return _loss(log.trials[False, runner.nodes_in(kept_layers)].measured, reference[0])
 
     def extend(grown: Sequence[str]) -> list[str]:
         return ranked[len(grown) : next((size for size in sizes if size > len(grown)), len(ranked))]
@@ -286,7 +286,7 @@ def choose_layers(
     ranked = [row.layer for row in profile.layers]
     sizes = [0, *(2**k for k in range(len(ranked).bit_length()) if 2**k < len(ranked)), len(ranked)]
     run([frozenset(ranked[:size]) for size in sizes])
-    smallest_set = smallest(lambda kept: loss(kept).value <= budget, extend)  # all in FP32 lose nothing
+    smallest_set = smallest(lambda kept_layers: loss(kept_layers).value <= budget, extend)  # all in FP32 lose nothing
     chosen = ranked if smallest_set is None else smallest_set
     return Choice(budget, chosen, loss(frozenset(chosen)), len(log.trials))
 

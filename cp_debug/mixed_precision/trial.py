@@ -76,7 +76,7 @@ class Trial:
     """Reason why it could not be built; then nothing was measured."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe."""
+        """The trial as JSON-safe containers."""
         return json_safe(
             {
                 "kept": sorted(map(list, self.nodes)),
@@ -105,6 +105,6 @@ class Trial:
         )
 
 
-def nodes_in(kept: Kept) -> frozenset[tuple[str, str]]:
+def nodes_in(kept_groups: Kept) -> frozenset[tuple[str, str]]:
     """(Component, node) of a set of layers: its name in the log, however layers are grouped."""
-    return frozenset((group.component, node) for group in kept for node in group.nodes)
+    return frozenset((group.component, node) for group in kept_groups for node in group.nodes)

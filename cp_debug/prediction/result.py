@@ -6,17 +6,14 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cp_debug.detection.detection_change import DetectionChange
-from cp_debug.display import terminal
+from cp_debug.display import Shown
 from cp_debug.errors import InputError
 from cp_debug.files import write_text
 from cp_debug.reading import read_json
 from cp_debug.serialize import decode, encode
-
-if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
 
 SCHEMA = "cpdebug.prediction/1"
 
@@ -76,8 +73,7 @@ class PredictedLayer:
     excess: float = 0.0
     """The upper end of ``introduced`` ÷ what rounding each operator's result introduces."""
     may_stay: bool = False
-    """Whether the target is likely to compute it in FP32, which its interval then includes: it reads few channels of
-    the model's own input."""
+    """Whether the target may leave it in FP32, which its interval includes (``prediction/undecided.py``)."""
     keep: str = ""
     """Reason to keep it in FP32; empty where there is none."""
 
@@ -91,8 +87,8 @@ class PredictedOutput:
     error: Interval
 
 
-@dataclass
-class Prediction:
+@dataclass(repr=False)
+class Prediction(Shown):
     """Expected effects of a precision on a target, for the worst of some samples."""
 
     model: str
@@ -129,8 +125,8 @@ class Prediction:
             parts.append(f"worst output {worst.name} off by about {e.expected:.2g} ({e.low:.2g} to {e.high:.2g})")
         if out := [layer for layer in self.layers if layer.range == OVERFLOWS]:
             parts.append(f"{len(out)} beyond FP16's range")
-        if kept := sum(bool(layer.keep) for layer in self.layers):
-            parts.append(f"{kept} to keep in FP32")
+        if keep_count := sum(bool(layer.keep) for layer in self.layers):
+            parts.append(f"{keep_count} to keep in FP32")
         return ", ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
@@ -149,6 +145,3 @@ class Prediction:
         if isinstance(document, dict) and schema != SCHEMA:
             raise InputError(f"{path}: field 'schema' is {schema!r}; this version reads {SCHEMA!r}")
         return decode(cls, document, str(path))
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield from terminal(self, Prediction)

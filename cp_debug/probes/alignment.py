@@ -19,7 +19,7 @@ SCHEMA = "cpdebug.alignment/1"
 
 @dataclass(frozen=True)
 class Link:
-    """One ONNX value and what it is on the torch side."""
+    """One ONNX value, and the torch module and value that it corresponds to."""
 
     onnx: str
     kind: str

@@ -265,6 +265,7 @@ class Capture:
     def load(self, name: str, sample: int = 0, component: str = "") -> np.ndarray:
         """The tensor, read-only, mapped from its file.
 
+        Shape and dtype are those of the run; bfloat16 and 8-bit floats come as ml_dtypes has them.
         Raises InputError when the capture does not list it, or its file is missing, cut short or another one.
         """
         entry = self._by_key.get((sample, component, name))
@@ -296,6 +297,7 @@ class Capture:
     def load_checked(self, name: str, sample: int = 0, component: str = "") -> np.ndarray:
         """``load``, with the checksum of the manifest compared: for captures that came from elsewhere.
 
+        Shape and dtype as ``load``.
         Raises InputError, also for a tensor that changed since it was written.
         """
         array, entry = self.load(name, sample, component), self._by_key[sample, component, name]

@@ -21,6 +21,7 @@ def read_dump(path: Path) -> dict[str, np.ndarray]:
 
     A ``.npy`` file is called as it is without its suffix; in ``.pb`` files (``onnx.TensorProto``) each tensor has its
     name in it. Of a Polygraphy file (``--save-inputs``, ``--save-outputs``) the first runner's first iteration counts.
+    Shapes and dtypes are those that the files hold.
     Raises InputError, with the file, for what is none of these, for pickled objects, and for a name that comes twice.
     """
     if not path.is_dir():
@@ -75,14 +76,24 @@ def _proto(path: Path) -> dict[str, np.ndarray]:
         raise InputError(f"{path}: not an onnx.TensorProto with its data inside: {reason}") from None
 
 
-def _polygraphy(path: Path) -> dict[str, np.ndarray]:
+def read_iterations(path: Path) -> list[dict[str, np.ndarray]]:
+    """The tensors of each iteration in a file of Polygraphy (``--save-inputs``, or the first runner's outputs).
+
+    Name → array in the shape and dtype that the file says. Raises InputError, with the file, for what is none.
+    """
     document = read_json(path, what="Polygraphy file", most=LARGEST_TENSOR)
     try:
         # RunResults hold [runner, [iteration, …]] …; --save-inputs writes one mapping an iteration.
-        values = document["lst"][0][1][0]["outputs"] if isinstance(document, Mapping) else document[0]
-        return {str(name): _encoded(value, f"{path}: {name!r}") for name, value in values.items()}
+        runs = document["lst"][0][1] if isinstance(document, Mapping) else document
+        each = [run["outputs"] if isinstance(document, Mapping) else run for run in runs]
+        each[0]  # of no iteration: an error
+        return [{str(name): _encoded(value, f"{path}: {name!r}") for name, value in v.items()} for v in each]
     except (KeyError, IndexError, TypeError, AttributeError):
         raise InputError(f"{path}: expected what Polygraphy's --save-inputs or --save-outputs writes") from None
+
+
+def _polygraphy(path: Path) -> dict[str, np.ndarray]:
+    return read_iterations(path)[0]
 
 
 def _encoded(value: Any, source: str) -> np.ndarray:

@@ -14,6 +14,7 @@ def flatten_outputs(result: Any) -> dict[str, Tensor]:
 
     In the order in which they are held; None and plain numbers are left out. A lone tensor is ``output``, those of a
     sequence are ``output_0``, ``output_1`` …, those of a mapping or dataclass carry its keys; dots join nested names.
+    Shapes and dtypes are as they come.
     """
     return {".".join(path) or "output": tensor for path, tensor in _leaves(result, ())}
 

@@ -53,7 +53,7 @@ class Totals:
     def of(cls, pieces: Iterable[tuple[int, PairPiece]], histogram: np.ndarray, same_integers: bool = True) -> Totals:
         """Add up pieces, each with the flat index where it starts, in any order.
 
-        ``histogram`` holds all pairs, those that are not finite as zeros; it is corrected here.
+        ``histogram``, [bins] int64, holds all pairs, those that are not finite as zeros; it is corrected here.
         """
         ordered = sorted(pieces, key=lambda item: item[0])
         if not ordered:

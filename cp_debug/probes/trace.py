@@ -82,7 +82,8 @@ def trace(module: nn.Module, inputs: Mapping[str, Tensor], sink: TorchSink | Non
     """Run ``module`` once on ``inputs``, in this order as positional arguments, without gradients.
 
     ``prefix`` completes the module paths. The inputs are copied, so an in-place operation leaves the caller's alone.
-    Without a sink no operation is watched: the record then holds the calls and the output tensors only.
+    Without a sink no operation is watched: the record then holds the calls and the output tensors only. Inputs may have
+    any shape and dtype that the module takes.
     Raises ModuleFailed, with the path, when a module raises in forward; what the sink raises comes through as it is.
     """
     tracer = _Tracer(module, sink, prefix)
@@ -179,13 +180,13 @@ class _Tracer(TorchDispatchMode):
             t for spec in func._schema.arguments if spec.is_write for t in _tensors(arguments_by_name.get(spec.name))
         ]
         result = func(*args, **kwargs)
-        made = {id(t): t for t in [*_tensors(result), *written]}
+        produced = {id(t): t for t in [*_tensors(result), *written]}
         from_data = any(value.from_data for value in inputs)
         key = self._unique(f"{self.scope}:{name.strip('_')}", "#")
         # Autograd's bookkeeping comes after this returns: a view then takes its base's version, a write counts it up.
         base = args[0]._version if any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns) else 0
-        for position, tensor in enumerate(made.values()):
-            part = key if len(made) == 1 else f"{key}.{position}"
+        for position, tensor in enumerate(produced.values()):
+            part = key if len(produced) == 1 else f"{key}.{position}"
             version = tensor._version + 1 if any(tensor is w for w in written) else base
             self.add(tensor, part, name, inputs, from_data, version)
         for tensor in written:

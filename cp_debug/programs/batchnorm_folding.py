@@ -34,7 +34,8 @@ def fuse_model_bn(module: nn.Module, example_args: tuple[Tensor, ...]) -> nn.Mod
 
     The two are found by running the copy once on ``example_args``; between them may lie what only moves elements, such
     as PFN's permute. A folded BatchNorm becomes an Identity, so module paths stay. ``folding`` on the copy says what
-    was done. Raises InputError for a module that is quantized, ModuleFailed when it raises in forward.
+    was done. ``example_args`` are positional arguments, of any shape and dtype that the module takes.
+    Raises InputError for a module that is quantized, ModuleFailed when it raises in forward.
     """
     folded = copy.deepcopy(module).eval()
     apply_folding(folded, find_folding(folded, example_args))
@@ -44,6 +45,7 @@ def fuse_model_bn(module: nn.Module, example_args: tuple[Tensor, ...]) -> nn.Mod
 def find_folding(module: nn.Module, example_args: tuple[Tensor, ...]) -> Folding:
     """The pairs of a module in eval mode that can be folded, told from one forward on ``example_args``.
 
+    ``example_args`` are positional arguments, of any shape and dtype that the module takes.
     Raises ModuleFailed when the module raises in forward.
     """
     flow = _Flow(module, example_args)

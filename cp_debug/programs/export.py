@@ -48,6 +48,8 @@ def export(
     visible. ``simplify`` runs onnxscript's optimizer over the result. Weights go to ``<path>.data`` when one file
     cannot hold them. ``opset`` None is the exporter's default.
 
+    Shapes and dtypes of ``args`` become the graph's.
+
     Raises InputError when the module cannot be exported, or not at that opset.
     """
     if exporter not in EXPORTERS:
@@ -179,9 +181,9 @@ def _quiet() -> Iterator[None]:
     logging.disable(logging.ERROR)
     stream, show = sys.stderr, warnings.showwarning
 
-    def shown(*told: Any, **more: Any) -> None:
+    def shown(*parts: Any, **more: Any) -> None:
         with contextlib.redirect_stderr(stream):
-            show(*told, **more)
+            show(*parts, **more)
 
     try:
         with (

@@ -41,7 +41,10 @@ class Folded:
             self._shapes[name] = tuple(tensor.shape)
 
     def values(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Each folded value with its name, in execution order; what cannot be computed is left out."""
+        """Each folded value with its name, in execution order; what cannot be computed is left out.
+
+        Arrays have the shape and dtype that the node gives.
+        """
         computed: dict[str, Any] = {}
         for node in self._graph.nodes:
             if not (node.op == "Constant" or set(node.outputs) & set(self.names)):

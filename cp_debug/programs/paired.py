@@ -13,12 +13,12 @@ from cp_debug.backends.base import Program
 from cp_debug.backends.executor import Executor
 from cp_debug.errors import InputError
 from cp_debug.graph.pairing import Pairing, believable, finish, moved_names, pair_by_names, pair_inputs, parse_map
-from cp_debug.graph.weight_differences import WeightDifferences, differences_of_states, weight_differences
 from cp_debug.probes.arrays import Sink, Tensor
 from cp_debug.probes.capture import Capture, CaptureWriter
 from cp_debug.probes.fingerprint import Fingerprint, fingerprint
 from cp_debug.programs.pairing_numbers import NumericPairing
 from cp_debug.programs.walk import Walk, tensors_as_arrays
+from cp_debug.programs.weight_differences import WeightDifferences, differences_of_states, weight_differences
 from cp_debug.recipes.base import Model, Sample
 
 
@@ -110,7 +110,8 @@ def pair_by_numbers(
 ) -> tuple[Pairing, dict[str, np.ndarray]]:
     """The pairing by contents, and by names where they can be believed; and the reference's outputs.
 
-    ``inputs``: the reference's, name → array. Raises InputError as ``pair_inputs`` does.
+    ``inputs``: the reference's, name → array. Arrays have the dtype that the graph declares.
+    Raises InputError as ``pair_inputs`` does.
     """
     ends = _inputs(program, test, fixed)
     pairs = pair_by_names(program.graph, test.graph, fixed, ends)

@@ -223,7 +223,7 @@ class NumericPairing:
         return False
 
     def _lost(self) -> set[str]:
-        """The unpaired values from which unpaired values lead to an unpaired output."""
+        """Unpaired values of the test on which its unpaired outputs depend by unpaired values alone."""
         lost: set[str] = set()
         stack = [v.name for v in self._test.outputs if v.name not in self.pairs]
         while stack:

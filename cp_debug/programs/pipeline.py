@@ -199,7 +199,8 @@ class Pipeline:
         """Run the chain; each component is fed this backend's own upstream outputs.
 
         Returns component → output name → array. ``sink`` is given every component's inputs, then its exposed values in
-        execution order; values inside Q/DQ pairs that were put in here are left out.
+        execution order; values inside Q/DQ pairs that were put in here are left out. Arrays are in the dtype that the
+        graph declares.
         """
         results = walk(self.model, sample, lambda component, given: self._run(component, given, sink))
         if not self._realised:
@@ -274,7 +275,10 @@ def with_kept(backend: Backend, programs: Sequence[Program]) -> Backend:
 
 
 def by_reference(program: Program, outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A run's outputs under the reference's names."""
+    """A run's outputs under the reference's names.
+
+    Name → array, dtypes and shapes unchanged.
+    """
     return program.pairing.reference_outputs(outputs) if program.pairing else dict(outputs)
 
 

@@ -67,7 +67,10 @@ class SavedScene:
 
 
 def decode(model: Model, sample: Sample, results: Mapping[str, Arrays]) -> Any | None:
-    """The decoder's result, or None where there is no decoder or it cannot read what a broken backend gave it."""
+    """The decoder's result, or None where there is no decoder or it cannot read what a broken backend gave it.
+
+    ``results``: component → output name → array in the dtype that the graph declares.
+    """
     try:
         return model.decode(sample, results)
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError):

@@ -55,7 +55,10 @@ class ComponentStep:
 
     @cached_property
     def inputs(self) -> dict[str, np.ndarray]:
-        """Inputs that the glue makes of the sample and of the outputs so far; computed when first asked for."""
+        """Inputs that the glue makes of the sample and of the outputs so far; computed when first asked for.
+
+        Name → array in the dtype that the component's graph declares.
+        """
         return self._walk.model.feed(self.component, self._walk.sample, self._walk.results)
 
     @property
@@ -75,7 +78,10 @@ class ComponentStep:
 
     @property
     def outputs(self) -> Arrays:
-        """Outputs of the component. Raises KeyError before it has any."""
+        """Outputs of the component. Raises KeyError before it has any.
+
+        Name → array in the dtype that the component's graph declares.
+        """
         return self._walk.results[self.name]
 
     @outputs.setter
@@ -84,7 +90,10 @@ class ComponentStep:
 
 
 def walk(model: Model, sample: Sample, run: Run, results: Mapping[str, Arrays] | None = None) -> dict[str, Arrays]:
-    """The outputs of all components by component name; each that is not in ``results`` already is run once."""
+    """The outputs of all components by component name; each that is not in ``results`` already is run once.
+
+    Component → output name → array in the dtype that the component's graph declares.
+    """
     way = Walk(model, sample, results)
     for step in way:
         if not step.known:
@@ -93,12 +102,18 @@ def walk(model: Model, sample: Sample, run: Run, results: Mapping[str, Arrays] |
 
 
 def example_args(component: Component, inputs: Mapping[str, np.ndarray]) -> tuple[torch.Tensor, ...]:
-    """The inputs of a component's module as positional arguments."""
+    """The inputs of a component's module as positional arguments.
+
+    Each tensor has the shape and dtype of its array.
+    """
     return tuple(as_torch(inputs[name]) for name in component.input_names)
 
 
 def run_module(component: Component, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The outputs of a component's module by their names. Raises ModuleFailed when it raises in forward."""
+    """The outputs of a component's module by their names. Raises ModuleFailed when it raises in forward.
+
+    ``inputs`` and outputs: name → array in the dtypes of the module's tensors.
+    """
     assert component.module is not None
     try:
         with torch.no_grad():
@@ -109,10 +124,16 @@ def run_module(component: Component, inputs: Mapping[str, np.ndarray]) -> dict[s
 
 
 def named_outputs(component: Component, outputs: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """Outputs of a component's module, flat as by ``flatten_outputs``, as arrays by output name."""
+    """Outputs of a component's module, flat as by ``flatten_outputs``, as arrays by output name.
+
+    Shapes and dtypes stay.
+    """
     return {n: as_numpy(t) for n, t in zip(component.output_names, outputs.values(), strict=True)}
 
 
 def tensors_as_arrays(outputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Results of an ``Executor`` as arrays, without sequences of tensors, which no glue reads."""
+    """Results of an ``Executor`` as arrays, without sequences of tensors, which no glue reads.
+
+    Shapes and dtypes stay; bfloat16 comes as ml_dtypes has it.
+    """
     return {n: as_numpy(t) for n, t in outputs.items() if isinstance(t, torch.Tensor)}

@@ -70,6 +70,7 @@ class CalibrationManager:
     def run(self, batch: Batch) -> dict[str, Tensor]:
         """Forward one batch, watched; gives the outputs as ``flatten_outputs`` names them.
 
+        Shapes and dtypes are the module's.
         Raises InputError for NaN or Inf in the batch or in what a layer reads, ModuleFailed when the module raises.
         """
         args = self.arguments(batch)
@@ -108,7 +109,10 @@ class CalibrationManager:
         return Scales(module_digest(self.module), self.method, scales_by_layer, residual_adds)
 
     def arguments(self, batch: Batch) -> tuple[Tensor, ...]:
-        """A batch as positional arguments. Raises InputError when it does not fit the module's forward."""
+        """A batch as positional arguments. Raises InputError when it does not fit the module's forward.
+
+        A batch is a tensor, a sequence of tensors, or a mapping by argument name, of any shape that the module takes.
+        """
         if isinstance(batch, Tensor):
             return (batch,)
         if not isinstance(batch, Mapping):
@@ -142,6 +146,7 @@ class CalibrationManager:
     def see(self, name: str, tensor: Tensor, errors: OutputErrors | None) -> Tensor:
         """Count a tensor that a layer or an addition reads; return the tensor to hand to it instead.
 
+        Any shape, float dtype; the tensor returned has the same values.
         Raises InputError for NaN or Inf in it.
         """
         with unwatched():

@@ -31,7 +31,7 @@ from cp_debug.recipes.base import Arrays, Component, Model, Sample
 
 @dataclass(frozen=True)
 class QuantizedComponent:
-    """One component in INT8."""
+    """A component of a model in INT8: its module with fake quantizers, its scales, and what is exported."""
 
     module: nn.Module | None
     """The module with fake quantizers; None for a component that is an ONNX file."""

@@ -69,7 +69,10 @@ class GraphCalibration:
         return set(self._counts)
 
     def see(self, name: str, tensor: Tensor) -> None:
-        """Count one tensor of a run, if it is a watched one. Raises InputError for NaN or Inf in it."""
+        """Count one tensor of a run, if it is a watched one. Raises InputError for NaN or Inf in it.
+
+        Any shape, float dtype.
+        """
         for histogram in self._counts.get(name, ()):
             self._shapes[name] = tuple(tensor.shape)
             try:
@@ -97,7 +100,10 @@ class GraphCalibration:
 
 
 def weight_of(node: Node, executor: Executor) -> torch.Tensor:
-    """The weight of a node of ``executor``'s graph, also where constants are transposed on the way to it."""
+    """The weight of a node of ``executor``'s graph, also where constants are transposed on the way to it.
+
+    In the shape in which the node reads it, and the dtype in which the executor's arithmetic holds values.
+    """
     name = node.proto.input[1]
     nodes = executor.graph.segment([name], ())[0] if name in executor.graph.producer else []
     return executor.run_nodes(nodes, {}, [name])[name]

@@ -38,7 +38,10 @@ class OutputErrors:
         self._leaves: list[Tensor] = []
 
     def watch(self, name: str, tensor: Tensor) -> Tensor:
-        """The tensor to hand to the layer: ``tensor`` itself, with only that layer's share of the gradient."""
+        """The tensor to hand to the layer: ``tensor`` itself, with only that layer's share of the gradient.
+
+        Any shape, float dtype; both stay.
+        """
         values = tensor.detach().flatten().float()
         largest = float(values.abs().amax()) if len(values) else 0.0
         if not largest:
@@ -58,7 +61,10 @@ class OutputErrors:
         return handed
 
     def differentiate(self, outputs: Sequence[Tensor]) -> bool:
-        """Go back from the outputs of a watched forward, each counting alike; False where torch cannot."""
+        """Go back from the outputs of a watched forward, each counting alike; False where torch cannot.
+
+        Outputs have any shape and a float dtype.
+        """
         ends = [output for output in outputs if output.requires_grad]
         leaves, self._leaves = self._leaves, []
         for _ in range(_VECTORS if ends else 0):

@@ -66,7 +66,7 @@ class QatResult:
         return step, value
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe."""
+        """The record as JSON-safe containers."""
         step, value = self.best
         names = ("step", "training_loss", "validation")
         history = [json_safe(dict(zip(names, entry, strict=True))) for entry in self.history]
@@ -99,6 +99,8 @@ def finetune(
     skips nothing. ``validate`` is given the module in eval mode; lower is better, and the start counts. ``state`` is
     written at every validation; ``resume`` goes on from it with the same options. Ctrl-C ends training and keeps the
     best.
+
+    ``loss`` gives a scalar that torch can differentiate.
 
     Raises InputError for a module that is not quantized, a loss that is not finite, and a state that is missing or of
     another run.

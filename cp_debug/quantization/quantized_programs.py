@@ -22,6 +22,7 @@ from cp_debug.quantization.nodes import scales_by_node
 from cp_debug.quantization.onnx_ptq import weight_of
 from cp_debug.quantization.open_quantized import open_quantized
 from cp_debug.recipes.base import Model, Sample
+from cp_debug.recipes.input_files import DEFAULT_READING, Reading
 from cp_debug.recipes.registry import load_model
 
 
@@ -42,17 +43,21 @@ DEFAULT_CALIBRATION = Calibration()
 
 
 def load_quantized(
-    name: str, checkpoint: Path | None, seed: int, inputs: Path | None = None
+    name: str,
+    checkpoint: Path | None,
+    seed: int,
+    inputs: Path | None = None,
+    reading: Reading = DEFAULT_READING,
 ) -> tuple[Model, Mapping[str, QuantizedComponent]]:
     """A model in FP32, and its components in INT8 if ``checkpoint`` is one that ``cpdebug quantize`` wrote.
 
     The checkpoint is the file or its folder; the model is then the FP32 one behind it, BatchNorm folded. ``inputs``
-    are those of ``load_model``. Raises InputError as both loaders do.
+    and ``reading`` are those of ``load_model``. Raises InputError as both loaders do.
     """
     file = None if checkpoint is None else file_of(checkpoint)
     if file is None or not is_ptq_checkpoint(file):
-        return load_model(name, checkpoint=file, seed=seed, inputs=inputs), {}
-    model = load_model(name, seed=seed)
+        return load_model(name, checkpoint=file, seed=seed, inputs=inputs, reading=reading), {}
+    model = load_model(name, seed=seed, reading=reading)
     parts = open_quantized(model, file)
     return with_modules(
         model, {component: quantized.folded for component, quantized in parts.items() if quantized.folded}
@@ -136,7 +141,10 @@ def with_ranges(graph: Graph, ranges: Ranges, target: Path) -> Graph:
 
 
 def already_quantized(programs: Sequence[Program]) -> list[Program] | None:
-    """The programs as they are when one of them has Q/DQ pairs, and the others so by intention; else None."""
+    """The programs, if any of them has Q/DQ pairs; else None.
+
+    Those without pairs then count as left in FP32 on purpose.
+    """
     if all(program.graph.precision != "int8" for program in programs):
         return None
     return [p if p.graph.precision == "int8" else replace(p, plain=p.graph) for p in programs]

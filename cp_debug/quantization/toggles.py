@@ -64,7 +64,7 @@ class QuantizerRow:
     """Reason why it is not enabled."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe."""
+        """The quantizer as JSON-safe containers."""
         return asdict(self)
 
 

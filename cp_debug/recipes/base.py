@@ -92,8 +92,9 @@ class Model(Protocol):
 
 
 def check_samples(model: Model, count: int, inputs: Path | None) -> None:
-    """Read the samples that files give, one after the other, so that a bad one is told before anything slow.
+    """Read all samples that files give, so that a bad one is told before anything slow begins.
 
+    Raises InputError as ``Model.samples`` does, and where the files give none.
     Raises InputError as ``Model.samples`` does, and where the files give none.
     """
     if inputs is not None and not sum(1 for _ in model.samples(count, 0, inputs)):

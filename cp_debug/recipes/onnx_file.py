@@ -1,4 +1,4 @@
-"""Any ONNX file: one component, fed with arrays from ``.npz`` files or made from a seed."""
+"""Any ONNX file: one component, fed with arrays from files or made from a seed."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ from pathlib import Path
 
 import numpy as np
 
+from cp_debug.graph.check_inputs import with_shapes
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.made_up import MadeUp
 from cp_debug.recipes.base import Arrays, Component, Sample
-from cp_debug.recipes.npz import npz_samples
+from cp_debug.recipes.input_files import DEFAULT_READING, Reading, file_samples
 from cp_debug.recipes.stages import stages_of
 
 
 class OnnxFileModel:
     """An ONNX file as a model. Raises InputError when the file is missing, incomplete or not ONNX."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, reading: Reading = DEFAULT_READING) -> None:
+        """``reading`` says how inputs are read from files, and which sizes free axes have."""
         self.name = str(path)
         self._inputs = (graph := Graph(path)).inputs
-        self._path = path
+        self._path, self._reading = path, reading
+        with_shapes(graph.inputs, reading.shapes)  # refuses those that do not fit
         self.components: Sequence[Component] = [
             Component(
                 name=path.stem,
@@ -32,17 +35,17 @@ class OnnxFileModel:
         ]
 
     def samples(self, count: int, seed: int, inputs: Path | None) -> Iterator[Sample]:
-        """One sample a ``.npz`` file (``inputs`` is one, or a folder of them), checked against the graph; or random.
+        """Samples from the file or folder ``inputs`` (see ``file_samples``), checked against the graph; or random.
 
         Random inputs are those of ``MadeUp``, seeded with ``seed`` and the sample's number. At most ``count`` samples.
         Raises InputError for files with a wrong name, dtype or shape in them, and where no input can be made up.
         """
         if inputs is None:
-            made_up = MadeUp(Graph(self._path))
+            made_up = MadeUp(Graph(self._path), self._reading.shapes)
             for index in range(count):
                 yield Sample(made_up.sample([seed, index]), f"random, seed {seed}, sample {index}")
             return
-        yield from npz_samples(inputs, self._inputs, count)
+        yield from file_samples(inputs, self._inputs, count, self._reading)
 
     def feed(self, component: Component, sample: Sample, results: Mapping[str, Arrays]) -> dict[str, np.ndarray]:
         """The sample's arrays by input name, unchanged."""

@@ -10,7 +10,7 @@ from typing import Literal
 from cp_debug import plugins
 from cp_debug.errors import InputError
 from cp_debug.recipes.base import Model
-from cp_debug.recipes.npz import first_arrays
+from cp_debug.recipes.input_files import DEFAULT_READING, Reading, first_arrays
 
 DEFAULT = "centerpoint:tiny"
 PROGRAMS = (".pt2", ".pt", ".pth", ".ts", ".torchscript")
@@ -19,28 +19,40 @@ _FIELDS = ("name", "components", "samples", "feed", "decode")
 """Attributes that a ``Model`` has."""
 
 
-def load_model(text: str, *, checkpoint: Path | None = None, seed: int = 0, inputs: Path | None = None) -> Model:
+def load_model(
+    text: str,
+    *,
+    checkpoint: Path | None = None,
+    seed: int = 0,
+    inputs: Path | None = None,
+    reading: Reading = DEFAULT_READING,
+) -> Model:
     """Load a recipe, an ``.onnx`` file, a saved program of torch, or a callable that returns a torch module.
 
     ``text`` is ``centerpoint:tiny``, ``mmdet3d:CONFIG``, a plug-in's name, a file name (``.onnx``, ``.pt2`` of
     ``torch.export``, ``.pt`` of TorchScript), ``package.module:callable`` or ``file.py:callable``. ``checkpoint``
     replaces a recipe's weights, or is strict-loaded into the callable's module. ``inputs`` gives TorchScript, which
-    names no shapes, its example.
-    Raises InputError when the name, the file or the checkpoint is unusable, MissingPackage without mmdet3d.
+    names no shapes, its example. ``reading`` says how tensors and images become inputs of ONNX files and of torch
+    modules, and which sizes the free axes of ONNX files have.
+    Raises InputError when the name, the file, the checkpoint or ``reading`` is unusable, MissingPackage without
+    mmdet3d.
     """
     kind = kind_of(text)
+    check_reading(text, kind, reading)
     if kind == "onnx":
         if checkpoint is not None:
             raise InputError(f"--checkpoint: {text} already holds its weights")
         from cp_debug.recipes.onnx_file import OnnxFileModel
 
-        return OnnxFileModel(Path(text))
+        return OnnxFileModel(Path(text), reading)
     if kind == "program":
         if checkpoint is not None:
             raise InputError(f"--checkpoint: {text} already holds its weights")
         from cp_debug.recipes.torch_programs import load_program
 
-        return load_program(Path(text), None if inputs is None else first_arrays(inputs))
+        program = load_program(Path(text), None if inputs is None else first_arrays(inputs))
+        program.reading = reading
+        return program
     if kind == "centerpoint":
         from cp_debug.recipes.centerpoint.recipe import CenterPointModel
 
@@ -53,7 +65,17 @@ def load_model(text: str, *, checkpoint: Path | None = None, seed: int = 0, inpu
         return _from_plugin(text, checkpoint, seed)
     from cp_debug.recipes.torch_callable import load_callable
 
-    return load_callable(text, checkpoint=checkpoint)
+    module = load_callable(text, checkpoint=checkpoint)
+    module.reading = reading
+    return module
+
+
+def check_reading(text: str, kind: str, reading: Reading) -> None:
+    """Raise InputError for shapes of what is no ONNX file, and for images of recipes, which read clouds."""
+    if reading.shapes and kind != "onnx":
+        raise InputError(f"--shape: {text} brings inputs of its own; expected an .onnx file with free axes")
+    if reading.images != DEFAULT_READING.images and kind not in ("onnx", "program", "callable"):
+        raise InputError(f"--image-…: {text} takes no images; expected an .onnx file or a torch module")
 
 
 def kind_of(text: str) -> Literal["onnx", "program", "centerpoint", "mmdet3d", "plug-in", "callable"]:

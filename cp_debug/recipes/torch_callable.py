@@ -7,6 +7,7 @@ import importlib.util
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +22,7 @@ from cp_debug.probes.arrays import as_numpy
 from cp_debug.probes.outputs import flatten_outputs
 from cp_debug.probes.trace import trace
 from cp_debug.recipes.base import Arrays, Component, Sample, Stage
-from cp_debug.recipes.npz import npz_samples
+from cp_debug.recipes.input_files import DEFAULT_READING, file_samples
 from cp_debug.recipes.torch_inputs import flat_inputs
 
 TRAIN_MODE = "the module came in train mode and runs in eval mode; --test-train-mode shows what the other one does"
@@ -41,6 +42,7 @@ class TorchModel:
     ) -> None:
         """``flat_inputs`` says what the arguments are and which are refused."""
         self.name = name
+        self.reading = DEFAULT_READING
         _check_values(name, module)
         self.notes = (
             [TRAIN_MODE] if any(m.training for m in module.modules() if isinstance(m, _OTHER_IN_TRAINING)) else []
@@ -62,11 +64,13 @@ class TorchModel:
     def samples(self, count: int, seed: int, inputs: Path | None) -> Iterator[Sample]:
         """The example inputs first, then seeded arrays of their shape, dtype, mean and spread.
 
-        With ``inputs`` the arrays of ``.npz`` files instead. Raises InputError for unusable files.
+        With ``inputs`` the arrays of files instead; images get the size of the example. Raises InputError for unusable
+        files.
         """
         if inputs is not None:
             expected = [ValueInfo(n, a.dtype, (None,) * a.ndim) for n, a in self._examples.items()]
-            yield from npz_samples(inputs, expected, count)
+            shapes = {n: a.shape for n, a in self._examples.items()}
+            yield from file_samples(inputs, expected, count, replace(self.reading, shapes=shapes))
             return
         if count:
             yield Sample(dict(self._examples), "the callable's example inputs")

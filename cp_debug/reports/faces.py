@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 from cp_debug.bisect.result import BisectResult
+from cp_debug.bisect.result_diff import ResultDiff
+from cp_debug.deploy.quantize_output import PtqResult
+from cp_debug.deploy.verify import VerifyResult
+from cp_debug.detection.evaluation import EvaluationResult
 from cp_debug.display import register
 from cp_debug.mixed_precision.result import MixedPrecisionResult
 from cp_debug.prediction.result import Prediction
 from cp_debug.quantization.toggles import QuantizerRow
-from cp_debug.reports import mixed_precision, notebook, page, prediction, quantization, summary, tables
+from cp_debug.reports import (
+    evaluation,
+    mixed_precision,
+    notebook,
+    page,
+    prediction,
+    quantization,
+    result_diff,
+    summary,
+    tables,
+    verification,
+)
 
 register(BisectResult, tables.render, notebook.render_notebook, summary.summary, page.write_result)
 register(MixedPrecisionResult, mixed_precision.render)
 register(Prediction, prediction.render)
+register(ResultDiff, result_diff.render, page=result_diff.write_page)
+register(VerifyResult, verification.render)
+register(EvaluationResult, evaluation.render)
+register(PtqResult, quantization.render)
 register(QuantizerRow, quantization.quantizers)

@@ -35,12 +35,12 @@ def render(result: Prediction, *, show_all: bool = False) -> Iterator[Renderable
         yield Text(f"{result.target} may leave any layer in FP32: then it introduces less than said here", "dim")
     for note in result.notes:
         yield Text(f"note: {note}", style="yellow")
-    kept = any(layer.keep for layer in result.layers)
-    yield Text(result.verdict, style="yellow" if kept else "green")
+    keeps_any = any(layer.keep for layer in result.layers)
+    yield Text(result.verdict, style="yellow" if keeps_any else "green")
     if result.goal:
         says = f"{result.goal} holds on the emulator" if result.reached else f"{result.goal} was not reached"
         yield Text(says, style="green" if result.reached else "red")
-    if kept and result.precision != "int8":
+    if keeps_any and result.precision != "int8":
         for component, tools in arguments(result.keep, result.precision).items():
             for tool, line in tools.items():
                 yield Text(f"{TOOLS[tool]}, {component}:", style="bold")

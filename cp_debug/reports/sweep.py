@@ -106,7 +106,11 @@ def _(group: EvalGroup) -> GroupSection:
         rows.append(cells)
     title = f"Metrics, {CONFIDENCE:.0%} intervals from {result.options.draws} draws of the samples"
     notes = [f"{spec}: {change}" for spec, change in group.changes.items()] + list(result.notes)
-    outliers = [g for spec, found in group.outliers.items() for g in _outliers(found, f"{spec}: boxes lost or gained")]
+    outliers = [
+        sheet
+        for spec, samples in group.outliers.items()
+        for sheet in _outliers(samples, f"{spec}: boxes lost or gained")
+    ]
     return GroupSection(group.label, group.passed, sentence, [_sheet(title, headers, rows), *outliers], notes)
 
 
@@ -236,10 +240,10 @@ def _failures(result: SweepResult) -> Sheet:
     return _sheet("Failed tasks", ("model", "backends", "sample", "why"), rows, 0)
 
 
-def _outliers(found: Sequence[Outlier], figure: str) -> list[Sheet]:
-    if not found:
+def _outliers(outliers: Sequence[Outlier], figure: str) -> list[Sheet]:
+    if not outliers:
         return []
-    rows = [(each.sample, each.value, each.score, _names(each.layers)) for each in found]
+    rows = [(each.sample, each.value, each.score, _names(each.layers)) for each in outliers]
     return [_sheet("Samples that stand out", ("sample", f">{figure}", ">robust z", "in layers"), rows, MOST_LAYERS)]
 
 

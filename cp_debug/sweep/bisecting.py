@@ -10,7 +10,7 @@ from typing import Any
 
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.result import GUILTY, TestResult
-from cp_debug.bisect.strange_numbers import born
+from cp_debug.bisect.strange_numbers import nonfinite_origins
 from cp_debug.detection.detection_change import DetectionChange
 from cp_debug.errors import InputError
 from cp_debug.programs.pipeline import wants_int8
@@ -93,7 +93,7 @@ def task(params: Parameters) -> dict[str, Any]:
 def _not_finite(test: TestResult) -> Iterator[str]:
     """Remarks on final outputs that are not finite: the places where NaN and Inf are born, without their number."""
     if test.not_finite:
-        yield "; ".join(["a final output is not finite", *born(test.rows)])
+        yield "; ".join(["a final output is not finite", *nonfinite_origins(test.rows)])
 
 
 def rows(record: Record) -> list[dict[str, Any]]:

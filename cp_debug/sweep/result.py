@@ -78,7 +78,7 @@ class SweepResult:
         return not self.failures and all(group.passed for group in self.groups)
 
     def to_dict(self) -> dict[str, Any]:
-        """The result as JSON-safe containers."""
+        """The sweep as JSON-safe containers."""
         return {
             "schema": SCHEMA,
             "kind": self.kind,

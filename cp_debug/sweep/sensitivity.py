@@ -153,7 +153,7 @@ class ProfileGroup:
         return True
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe."""
+        """Label and profile as JSON-safe containers."""
         return {"label": self.label, **self.profile.to_dict()}
 
     def rows(self) -> list[dict[str, Any]]:

@@ -57,7 +57,10 @@ class Task:
 
 
 def function_of(kind: str) -> Callable[[Parameters], dict[str, Any]]:
-    """The function of a kind. Raises InputError for a name that nobody knows."""
+    """The function that the ``kind`` of a task names.
+
+    Raises InputError for a name that is none.
+    """
     module, _, name = KINDS.get(kind, kind).partition(":")
     try:
         return getattr(importlib.import_module(module), name)

@@ -25,8 +25,8 @@ def roi_align(call: Call, x: Tensor, rois: Tensor, batch: Tensor) -> Tensor:
     rows, columns, ratio = call["output_height"], call["output_width"], call["sampling_ratio"]
     results = []
     for roi, image in zip((rois * call["spatial_scale"] - 0.5 * half), batch.tolist(), strict=True):
-        left, top, right, bottom = roi.unbind()
-        width, height = right - left, bottom - top
+        candidates, top, right, bottom = roi.unbind()
+        width, height = right - candidates, bottom - top
         if not half:
             width, height = width.clamp(min=1.0), height.clamp(min=1.0)
         counts = [int(ratio) or math.ceil(float(span) / n) for span, n in ((height, rows), (width, columns))]
@@ -35,7 +35,7 @@ def roi_align(call: Call, x: Tensor, rois: Tensor, batch: Tensor) -> Tensor:
             continue
         y, ix = (
             start + (torch.arange(n * count, dtype=x.dtype, device=x.device) + 0.5) * (span / (n * count))
-            for start, span, n, count in ((top, height, rows, counts[0]), (left, width, columns, counts[1]))
+            for start, span, n, count in ((top, height, rows, counts[0]), (candidates, width, columns, counts[1]))
         )
         # [C, 4 neighbours, output rows × samples, output columns × samples]
         parts = torch.stack(_neighbours(x[image], y[:, None], ix[None]), 1)
@@ -75,10 +75,10 @@ def max_roi_pool(call: Call, x: Tensor, rois: Tensor) -> Tensor:
     result = x.new_zeros(rois.shape[0], x.shape[1], rows, columns)
     for r, roi in enumerate(rois.tolist()):
         scaled = [math.floor(abs(v) * call["spatial_scale"] + 0.5) * (1 if v >= 0 else -1) for v in roi[1:]]
-        left, top, right, bottom = scaled
+        candidates, top, right, bottom = scaled
         bins = (
             (top, max(bottom - top + 1, 1) / rows, x.shape[2]),
-            (left, max(right - left + 1, 1) / columns, x.shape[3]),
+            (candidates, max(right - candidates + 1, 1) / columns, x.shape[3]),
         )
         for i in range(rows):
             for j in range(columns):
@@ -154,15 +154,15 @@ def non_max_suppression(
     threshold = 0.0 if overlap is None else float(overlap)
     corners = _corners(boxes) if call["center_point_box"] else boxes
     low, high = (choose(corners[..., :2], corners[..., 2:]) for choose in (torch.minimum, torch.maximum))
-    found = []
+    selected = []
     for n in range(boxes.shape[0] if count > 0 else 0):
         for c in range(scores.shape[1]):
             order = torch.sort(scores[n, c], descending=True, stable=True).indices
             if least is not None:
                 order = order[scores[n, c][order] > least.reshape(())]
-            kept = _suppressed(low[n][order], high[n][order], threshold, count)
-            found += [(n, c, int(order[k])) for k in kept]
-    return torch.tensor(found, dtype=torch.int64, device=call.device).reshape(-1, 3)
+            survivors = _suppressed(low[n][order], high[n][order], threshold, count)
+            selected += [(n, c, int(order[k])) for k in survivors]
+    return torch.tensor(selected, dtype=torch.int64, device=call.device).reshape(-1, 3)
 
 
 def _corners(boxes: Tensor) -> Tensor:
@@ -174,13 +174,13 @@ def _corners(boxes: Tensor) -> Tensor:
 def _suppressed(low: Tensor, high: Tensor, threshold: float, most: int) -> list[int]:
     """The boxes, best first, that overlap no better one that is kept by more than ``threshold``."""
     area = (high - low).prod(-1)
-    left = torch.ones(len(low), dtype=torch.bool, device=low.device)
-    kept: list[int] = []
-    while len(kept) < most and bool(left.any()):
-        best = int(left.to(torch.uint8).argmax())
-        kept.append(best)
+    candidates = torch.ones(len(low), dtype=torch.bool, device=low.device)
+    survivors: list[int] = []
+    while len(survivors) < most and bool(candidates.any()):
+        best = int(candidates.to(torch.uint8).argmax())
+        survivors.append(best)
         common = (torch.minimum(high, high[best]) - torch.maximum(low, low[best])).clamp(min=0).prod(-1)
         union = area + area[best] - common
-        left &= ~((common > 0) & (union > 0) & (area > 0) & (area[best] > 0) & (common / union > threshold))
-        left[best] = False
-    return kept
+        candidates &= ~((common > 0) & (union > 0) & (area > 0) & (area[best] > 0) & (common / union > threshold))
+        candidates[best] = False
+    return survivors

@@ -114,8 +114,8 @@ def pad(
     if call["mode"] == "constant":
         return functional.pad(x, [p for d in reversed(range(x.dim())) for p in (begin[d], end[d])], value=fill)
     for dim in dims:
-        kept = np.arange(x.shape[dim])[max(0, -begin[dim]) : x.shape[dim] + min(0, end[dim])]
-        places = np.pad(kept, (max(0, begin[dim]), max(0, end[dim])), mode=call["mode"])
+        remaining = np.arange(x.shape[dim])[max(0, -begin[dim]) : x.shape[dim] + min(0, end[dim])]
+        places = np.pad(remaining, (max(0, begin[dim]), max(0, end[dim])), mode=call["mode"])
         x = x.index_select(dim, torch.from_numpy(places).to(x.device))
     return x
 

@@ -54,8 +54,10 @@ class EngineCache:
     def open(
         cls, folder: Path, *, asked: bool, on_say: Callable[[str], None] = lambda text: None
     ) -> EngineCache | None:
-        """The cache in ``folder``, which is made. Where it cannot be written: InputError when a person ``asked`` for
-        that folder, else None."""
+        """The cache in ``folder``, which is made; None where it cannot be written.
+
+        Raises InputError in place of None when a person ``asked`` for that folder.
+        """
         try:
             folder.mkdir(parents=True, exist_ok=True)
             probe = folder / f".{os.getpid()}.probe"
@@ -77,10 +79,11 @@ class EngineCache:
         return self.folder / f"{self.key(parts)}.timings"
 
     def get(self, key: str) -> tuple[Path, dict[str, Any]] | None:
-        """The engine's file and what its build told; None where there is none.
+        """The engine's file and the facts of its build; None where the cache has no usable entry.
 
         An entry that is not as this class writes one is none either, and is told: cut off, changed, written for other
-        settings, a link or anything else that is no file.
+        settings, a link or anything else that is no file. An entry that this class did not write so is not used, and
+        the reason is told: cut off, changed, written for other settings, a link or anything else that is no file.
         """
         engine, told = self.folder / f"{key}.engine", self.folder / f"{key}.json"
         if not (os.path.lexists(engine) and os.path.lexists(told)):

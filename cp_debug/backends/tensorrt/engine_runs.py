@@ -51,7 +51,8 @@ class EngineRuns:
         """Run engine files one after the other in one process; ``folder`` takes what goes in and out.
 
         ``values`` are put out besides the graph's outputs, where an engine has them. ``listen`` is for the first one,
-        which runs ``repeat`` more times; the others run repeatedly.
+        which runs ``repeat`` more times; the others run repeatedly. ``inputs``: name → array in the dtype and shape
+        that the graph declares.
         """
         feeds = {}
         for i, value in enumerate(self._graph.inputs):
@@ -77,7 +78,10 @@ class EngineRuns:
         ]
 
     def once(self, engine: Path, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The outputs of one run. Raises InputError for inputs that do not fit the graph."""
+        """The outputs of one run. Raises InputError for inputs that do not fit the graph.
+
+        Takes and returns name → array in the dtype that the graph declares.
+        """
         check_inputs(self._graph.inputs, inputs, str(self._graph.path))
         with tempfile.TemporaryDirectory(prefix="cpdebug-engine-") as folder:
             (ran,) = self.execute([engine], inputs, Path(folder))
@@ -86,6 +90,7 @@ class EngineRuns:
     def timings(self, engine: Path, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
         """Seconds of ``repeats`` runs after a first one, on the device, transfers left out.
 
+        ``inputs``: name → array in the dtype and shape that the graph declares.
         Raises InputError for inputs that do not fit the graph.
         """
         check_inputs(self._graph.inputs, inputs, str(self._graph.path))
@@ -104,7 +109,10 @@ class EngineRuns:
         return written
 
     def load(self, name: str, file: Path) -> np.ndarray:
-        """A tensor that was written. Raises BackendUnavailable for a file that is none."""
+        """A tensor that was written. Raises BackendUnavailable for a file that is none.
+
+        Shape and dtype are the engine's: numbers or bool.
+        """
         try:
             array = read_npy(file)
         except InputError as error:
@@ -118,7 +126,11 @@ class EngineRuns:
         return BackendUnavailable(self._client.spec, f"its runner gave an answer that cannot be used: {problem}")
 
     def outputs(self, written: Mapping[str, Path]) -> dict[str, np.ndarray]:
-        """The graph's outputs in the graph's own types: TensorRT 8.6 has INT32 where ONNX says INT64."""
+        """The graph's outputs in the graph's own types: TensorRT 8.6 has INT32 where ONNX says INT64.
+
+        Name → array in the dtype and shape that the graph declares. Raises BackendUnavailable for a file that does not
+        fit.
+        """
         outputs = {}
         for value in self._graph.outputs:
             array = self.load(value.name, written[value.name])
@@ -137,7 +149,10 @@ def fits_shape(actual: tuple[int, ...], declared: tuple[int | str | None, ...] |
 
 
 def output_distance(reference: Mapping[Any, np.ndarray], test: Mapping[Any, np.ndarray]) -> float:
-    """Largest ‖test − reference‖ ÷ ‖reference‖ of any output: 0 when all are equal, infinite when NaN comes in."""
+    """Largest ‖test − reference‖ ÷ ‖reference‖ of any output: 0 when all are equal, infinite when NaN comes in.
+
+    Both sides have the same names and, for each name, one shape; any real dtypes.
+    """
     distances = [0.0]
     for name, array in reference.items():
         if array.shape == test[name].shape and np.array_equal(array, test[name], equal_nan=True):

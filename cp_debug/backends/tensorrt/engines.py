@@ -25,6 +25,7 @@ from cp_debug.backends.tensorrt.inspector import (
 from cp_debug.backends.tensorrt.probe_bisection import ProbeSearch
 from cp_debug.errors import InputError
 from cp_debug.files import file_hash
+from cp_debug.graph.dimension_names import tell_apart
 from cp_debug.graph.graph import Graph
 
 Profile = tuple[Sequence[int], Sequence[int], Sequence[int]]
@@ -81,8 +82,8 @@ class EngineBuilder:
     def _build(self, name: str, probes: Mapping[str, Any], profiles: Mapping[str, Profile]) -> Engine:
         nodes = [node.name for node in self.graph.nodes]
         key = self._key(name, probes, profiles)
-        if self.cache is not None and key is not None and (found := self.cache.get(key)) is not None:
-            path, facts = found
+        if self.cache is not None and key is not None and (cached := self.cache.get(key)) is not None:
+            path, facts = cached
             return Engine(path, tuple(parse_layers(facts.pop("layers"), nodes)), {**facts, "cached": True})
         engine, facts = self._built(name, probes, profiles)
         if self.cache is not None and key is not None:
@@ -105,7 +106,8 @@ class EngineBuilder:
     def _built(
         self, name: str, probes: Mapping[str, Any], profiles: Mapping[str, Profile]
     ) -> tuple[Path, dict[str, Any]]:
-        common = {**self.settings(), "onnx": str(self.graph.path), "profiles": profiles}
+        readable = tell_apart(self.graph, profiles, self.folder / "named.onnx")
+        common = {**self.settings(), "onnx": str(readable), "profiles": profiles}
         path = self.folder / name
         step = {"command": "build", "engine": str(path), "probes": probes, **common}
         try:

@@ -73,7 +73,7 @@ class EngineLayer:
         return " ".join((self.tactic.name, self.tactic_id, *types))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe, for manifests."""
+        """The layer as JSON-safe containers, for manifests."""
         return {
             "name": self.name,
             "kind": self.kind,

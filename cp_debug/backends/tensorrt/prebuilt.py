@@ -52,7 +52,10 @@ class PrebuiltSession:
     def run(
         self, inputs: Mapping[str, np.ndarray], sink: Sink | None = None, probes: Collection[str] | None = None
     ) -> dict[str, np.ndarray]:
-        """Run once. Raises InputError for inputs that do not fit the graph or the engine's profile."""
+        """Run once. Raises InputError for inputs that do not fit the graph or the engine's profile.
+
+        Takes and returns name → array in the dtype that the graph declares.
+        """
         outputs = self._runs.once(self._file, inputs)
         for name, array in outputs.items():
             if sink is not None and (probes is None or name in probes):
@@ -60,8 +63,11 @@ class PrebuiltSession:
         return outputs
 
     def timings(self, inputs: Mapping[str, np.ndarray], passes: int) -> list[float]:
-        """Seconds of ``passes`` runs after a first one, on the device, transfers left out."""
+        """Seconds of ``passes`` runs after a first one, on the device, transfers left out.
+
+        ``inputs``: name → array in the dtype and shape that the graph declares. Raises InputError for others.
+        """
         return self._runs.timings(self._file, inputs, passes)
 
     def close(self) -> None:
-        """The file stays."""
+        """Leave the engine file where it is: nothing else is held."""

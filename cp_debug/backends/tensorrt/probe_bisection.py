@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from cp_debug.backends.emulated import ExecutorSession
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.arrays import Tensor, as_numpy
 from cp_debug.probes.distance import relative_l2
+from cp_debug.serialize import JsonForm, encode
 
 FACTOR = 4.0
 """Factor by which a value may be further from the exact one than its emulation is."""
@@ -31,7 +32,7 @@ _PAIRS: Mapping[str, tuple[Arithmetic, Arithmetic]] = {
 
 
 @dataclass(frozen=True)
-class Visited:
+class Visited(JsonForm):
     """A value that an engine of its own was built for. Distances are relative L2."""
 
     value: str
@@ -42,23 +43,27 @@ class Visited:
     gap: float
     """Distance of this engine's outputs from the plain one's."""
 
+    def derived(self) -> dict[str, Any]:
+        """Whether it is beyond the limit."""
+        return {"departs": self.beyond_limit}
+
     @property
-    def departs(self) -> bool:
+    def beyond_limit(self) -> bool:
         """Whether it is further away than its precision explains; NaN is."""
         return not self.distance <= self.limit
 
 
 @dataclass
 class ProbeSearch:
-    """Values that were looked at, in that order, and the first one that departs."""
+    """Values that were looked at, in that order, and the first one beyond its limit."""
 
     first: str | None = None
-    """The first value found that departs."""
+    """The first value that is beyond its limit."""
     visited: list[Visited] = field(default_factory=list)
 
     def describe(self) -> dict[str, Any]:
         """JSON-safe, for ``settings``."""
-        visited = [asdict(v) | {"departs": v.departs} for v in self.visited]
+        visited = encode(self.visited, json=False)
         return {"first": self.first, "builds": len(visited), "visited": visited}
 
 
@@ -73,7 +78,10 @@ class Expected:
         self._run(graph, rounded, inputs, values, self._limit)
 
     def distance(self, value: str, array: np.ndarray) -> float:
-        """Relative L2 distance from the exact value; infinite for NaN and Inf that are not in the exact one."""
+        """Relative L2 distance from the exact value; infinite for NaN and Inf that are not in the exact one.
+
+        ``array`` has the shape of the value, and any real dtype.
+        """
         return relative_l2(array, self._exact[value])
 
     def limit(self, value: str) -> float:
@@ -98,20 +106,21 @@ class Expected:
 
 
 def search(values: Sequence[str], expected: Expected, look: Callable[[str], tuple[np.ndarray, float]]) -> ProbeSearch:
-    """Find the first of ``values`` that departs, in ⌈log₂(n + 1)⌉ looks.
+    """Find the first of ``values`` that is beyond its limit, in ⌈log₂(n + 1)⌉ looks.
 
     ``values`` are in execution order. ``look`` builds an engine that shows one value and runs it; it returns the value
-    and the distance of the outputs from the plain engine's. What departs is taken to stay departed downstream: where
-    that fails, the value found departs all the same, and the one before it in the order does not.
+    and the distance of the outputs from the plain engine's. All values behind such a one are taken to be beyond theirs:
+    where that fails, the value found is beyond its limit all the same, and the one before it is not. Values have the
+    shapes of the graph's, and any real dtype.
     """
     result = ProbeSearch()
 
-    def departs(value: str) -> bool:
+    def beyond_limit(value: str) -> bool:
         array, gap = look(value)
         looked_at = Visited(value, expected.distance(value, array), expected.limit(value), gap)
         result.visited.append(looked_at)
-        return looked_at.departs
+        return looked_at.beyond_limit
 
-    place = bisect_left(values, True, key=departs)
+    place = bisect_left(values, True, key=beyond_limit)
     result.first = values[place] if place < len(values) else None
     return result

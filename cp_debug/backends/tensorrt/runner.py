@@ -127,14 +127,20 @@ class Cuda:
         return address
 
     def upload(self, array: np.ndarray) -> int:
-        """Copy an array to new device memory; returns its address."""
+        """Copy an array to new device memory; returns its address.
+
+        The array must be contiguous; any shape and dtype.
+        """
         pointer = self.allocate(array.nbytes)
         source = ctypes.c_void_p(array.ctypes.data)
         self._call("cudaMemcpy", ctypes.c_void_p(pointer), source, ctypes.c_size_t(array.nbytes), self.HOST_TO_DEVICE)
         return pointer
 
     def download(self, pointer: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        """Copy device memory at ``pointer`` into a new array."""
+        """Copy device memory at ``pointer`` into a new array.
+
+        The array is contiguous, of this ``shape`` and ``dtype``.
+        """
         array = np.empty(shape, dtype)
         target = ctypes.c_void_p(array.ctypes.data)
         self._call("cudaMemcpy", target, ctypes.c_void_p(pointer), ctypes.c_size_t(array.nbytes), self.DEVICE_TO_HOST)
@@ -360,7 +366,7 @@ def build(job: Job, step: Step) -> dict[str, Any]:
         if node and not layer.metadata:  # the parser of 8.6 writes none; the inspector hands back what is set here
             layer.metadata = f"[ONNX Layer: {node}]"
     config = builder.create_builder_config()
-    cache, kept = _configure(job, config, owners, step)
+    cache, timing_cache = _configure(job, config, owners, step)
     profile = _add_profile(builder, network, config, step.get("profiles") or {})
     calibrator = _calibrate(job, network, config, profile, step)
     marked, missing = _mark(job, network, step.get("probes") or {})
@@ -372,8 +378,8 @@ def build(job: Job, step: Step) -> dict[str, Any]:
     if plan is None:
         raise _build_failure(job)
     _write(Path(step["engine"]), plan)
-    if kept is not None:
-        _keep_timing_cache(kept, step["timing_cache"])
+    if timing_cache is not None:
+        _keep_timing_cache(timing_cache, step["timing_cache"])
     seconds = time.monotonic() - started
     return {
         "bytes": plan.nbytes,
@@ -410,8 +416,11 @@ def _parse(job: Job, network: Any, path: str, nodes: list[list[Any]]) -> None:
         raise RunnerFailure("input", f"{path}: no such ONNX file")
     parser = job.trt.OnnxParser(network, job.logger)
     job.kept.append(parser)  # owns the weights until the build is over
-    if parser.parse_from_file(path):  # by path, so that external data is found beside the file
-        return
+    try:
+        if parser.parse_from_file(path):  # by path, so that external data is found beside the file
+            return
+    except RuntimeError as refused:  # a library of plug-ins that this installation lacks, for one
+        raise RunnerFailure("parse", str(refused)) from None
     names, lines = [], []
     for error in [parser.get_error(i) for i in range(parser.num_errors)]:
         index = error.node()
@@ -694,7 +703,10 @@ class Layout:
             self.memory = (n, h, w, blocks * vector) if self.order == "HWC" else (n, blocks, h, w, vector)
 
     def to_linear(self, memory: np.ndarray) -> np.ndarray:
-        """The tensor (N, C, H, W), contiguous and without padding, from an array in this layout."""
+        """The tensor (N, C, H, W), contiguous and without padding, from an array in this layout.
+
+        ``memory`` is [N, H, W, C padded] for HWC, [N, blocks, H, W, vector] for CHW; the dtype stays.
+        """
         if self.order == "HWC":
             memory = np.moveaxis(memory, 3, 1)
         elif self.order == "CHW":

@@ -336,7 +336,10 @@ class EngineSession:
         return EngineVariation(engine, outputs, shown, output_distance(reference, outputs))
 
     def timings(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
-        """Seconds of ``repeats`` runs of the plain engine after a first one, on the device, transfers left out."""
+        """Seconds of ``repeats`` runs of the plain engine after a first one, on the device, transfers left out.
+
+        ``inputs``: name → array in the dtype and shape that the graph declares. Raises InputError for others.
+        """
         check_inputs(self._own.inputs, inputs, str(self._own.path))
         engines = self._latest = self._engines(inputs)
         return self._runs.timings(engines.plain.path, inputs, repeats)

@@ -16,11 +16,11 @@ _FIX = "compare the parameters of {layers} in both programs (checkpoint, folding
 
 def _bases(segment: Segment) -> Iterator[tuple[str, str, list[Tensor]]]:
     """(Cause, what it changes, tensors that are added to the exact result in unknown amounts)."""
-    exact, one = segment.before, torch.ones((), dtype=torch.float64)
+    exact, unit = segment.before, torch.ones((), dtype=torch.float64)
     yield "scaled", "the result", [exact]
     if segment.bias is not None:
         yield "weights-scaled", "the weights", [exact - segment.bias]
-    yield "shifted", "a constant", [one]
+    yield "shifted", "a constant", [unit]
     if segment.bias is not None:
         yield "bias-scaled", "the bias", [segment.bias.expand_as(exact)]
 

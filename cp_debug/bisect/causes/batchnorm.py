@@ -29,7 +29,7 @@ def wrong_parameters(segment: Segment) -> Iterator[Candidate]:
     if norm is None or not bool((norm.weight != 0).all()):
         return
     x = _input(segment, norm)
-    zero, one = torch.zeros_like(norm.mean), torch.ones_like(norm.mean)
+    zeros, ones = torch.zeros_like(norm.mean), torch.ones_like(norm.mean)
     dims = [d for d in range(x.dim()) if d != segment.axis]
     variance, mean = torch.var_mean(x, dims, correction=0)
     statistics = "batchnorm-statistics"
@@ -37,13 +37,13 @@ def wrong_parameters(segment: Segment) -> Iterator[Candidate]:
         (
             statistics,
             "the running statistics were never loaded (mean 0, variance 1)",
-            replace(norm, mean=zero, variance=one),
+            replace(norm, mean=zeros, variance=ones),
         ),
-        (statistics, "the running mean was never loaded (0)", replace(norm, mean=zero)),
-        (statistics, "the running variance was never loaded (1)", replace(norm, variance=one)),
+        (statistics, "the running mean was never loaded (0)", replace(norm, mean=zeros)),
+        (statistics, "the running variance was never loaded (1)", replace(norm, variance=ones)),
         (statistics, "the statistics of the batch are used: train mode", replace(norm, mean=mean, variance=variance)),
-        ("batchnorm-parameters", "weight was never loaded (1)", replace(norm, weight=one)),
-        ("batchnorm-parameters", "bias was never loaded (0)", replace(norm, bias=zero)),
+        ("batchnorm-parameters", "weight was never loaded (1)", replace(norm, weight=ones)),
+        ("batchnorm-parameters", "bias was never loaded (0)", replace(norm, bias=zeros)),
     ):
         yield Candidate(name, f"BatchNorm: {says}", _apply(segment, parameters, x), fix=_CHECKPOINT)
     fold = "fold γ/√(σ² + ε) into output channels and β − μ·γ/√(σ² + ε) into the bias of {layers}"
@@ -85,10 +85,10 @@ def unknown_statistics(segment: Segment) -> Iterator[Candidate]:
     norm = segment.batch_norm
     if norm is None or segment.test.dim() < 2:
         return
-    error, one = segment.test - segment.before, torch.ones((), dtype=torch.float64)
+    error, unit = segment.test - segment.before, torch.ones((), dtype=torch.float64)
     slope = segment.before - segment.along(norm.bias)
     off = off_channels(segment)
-    for basis, axis in (([slope, one], segment.axis), ([slope, segment.along(norm.weight)], None)):
+    for basis, axis in (([slope, unit], segment.axis), ([slope, segment.along(norm.weight)], None)):
         fit = cross_fit(error, basis, segment.folds, axis)
         if fit is None or not bool((fit[1][:, 0] > -1).all()):
             continue

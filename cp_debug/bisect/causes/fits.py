@@ -12,7 +12,10 @@ PER_PARAMETER = 2
 
 
 def halves(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """``mask`` dealt out by chance to two folds; the same on every call."""
+    """``mask`` dealt out by chance to two folds; the same on every call.
+
+    ``mask`` is bool of any shape; both folds have that shape, and no element in common.
+    """
     places = mask.flatten().nonzero().flatten()
     order = torch.randperm(len(places), generator=torch.Generator().manual_seed(0))
     first = torch.zeros_like(mask).flatten()

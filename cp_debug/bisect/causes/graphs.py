@@ -21,8 +21,8 @@ from cp_debug.graph.added_nodes import what_is_added
 from cp_debug.graph.constants import Constants
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.node_differences import NodeDifference, Pieces
-from cp_debug.graph.weight_differences import WeightDifferences, weight_differences
 from cp_debug.probes.capture import Capture
+from cp_debug.programs.weight_differences import WeightDifferences, weight_differences
 
 FOLDED = {"channels-scaled", "other-weights", "weights-scaled", "bias-scaled"}
 """Causes that a weight comparison finds when another BatchNorm was folded into the weights."""
@@ -115,7 +115,7 @@ def _of_constants(segment: Segment, other: OtherProgram, pieces: Pieces) -> Cand
     the test has for them does not matter."""
     theirs = Constants(other.graph)
     changed = {d.name: d for d in other.weights(segment.graph).differing}
-    found: list[tuple[Node, NodeDifference]] = []
+    differences: list[tuple[Node, NodeDifference]] = []
     tensors: dict[int, Tensor] = {}
     for node in segment.nodes:
         for place, name in enumerate(node.proto.input):
@@ -123,16 +123,16 @@ def _of_constants(segment: Segment, other: OtherProgram, pieces: Pieces) -> Cand
             array = theirs[changed[name].test_name] if weight is not None else None
             if weight is None or array is None or array.dtype.kind != "f" or array.shape != tuple(weight.shape):
                 continue
-            found.append((node, pieces.of_constant(node, place, changed[name].change)))
+            differences.append((node, pieces.of_constant(node, place, changed[name].change)))
             tensors[place] = torch.from_numpy(array.astype(np.float64))
-    if not found or any(node is not found[0][0] for node, _ in found):
+    if not differences or any(node is not differences[0][0] for node, _ in differences):
         return None
-    node, first = found[0]
+    node, first = differences[0]
     value = segment.edited(node, inputs=tensors)
     if value is None:
         return None
     evidence = {"node": node.name, **first.evidence, "read_off": "the weights of the two graphs"}
-    return Candidate(first.cause, _says([d for _, d in found]), value, 0, evidence, _FIX + first.says)
+    return Candidate(first.cause, _says([d for _, d in differences]), value, 0, evidence, _FIX + first.says)
 
 
 def added(

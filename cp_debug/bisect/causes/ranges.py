@@ -26,7 +26,10 @@ _RESCALE = "scale the layer down and its reader up, or keep these nodes in FP32:
 
 
 def half_figures(exact: Tensor) -> dict[str, float]:
-    """Range of a tensor against FP16: its largest magnitude, and the shares that overflow, vanish or are subnormal."""
+    """Range of a tensor against FP16: its largest magnitude, and the shares that overflow, vanish or are subnormal.
+
+    ``exact`` has any shape and a float dtype; shares are of its finite elements that are not 0.
+    """
     size = exact.abs()
     present = size[torch.isfinite(size) & (size > 0)]
     count = max(present.numel(), 1)

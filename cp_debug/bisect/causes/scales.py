@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cp_debug.bisect.causes.base import Candidate, cause
@@ -13,6 +12,7 @@ from cp_debug.bisect.causes.segment import Segment, as_double
 from cp_debug.bisect.quantized_segment import QuantizerGrid, balanced
 from cp_debug.graph.graph import Node
 from cp_debug.graph.qdq import LEVELS, weight_axis
+from cp_debug.probes.distance import relative_l2
 
 _COARSE = 2.0
 """Factor above the needed scale from which a scale is called too coarse."""
@@ -85,6 +85,4 @@ def _error(segment: Segment, node: Node, inputs: dict[int, Tensor]) -> float:
     value = segment.edited(node, inputs=inputs)
     if value is None:
         return 0.0
-    error, exact = value - segment.exact, segment.exact
-    relative = float(torch.linalg.vector_norm(error) / torch.linalg.vector_norm(exact))
-    return max(relative, balanced(error, exact, segment.axis))
+    return max(relative_l2(value, segment.exact), balanced(value - segment.exact, segment.exact, segment.axis))

@@ -17,7 +17,7 @@ from cp_debug.bisect.causes.operators import EPSILONS
 from cp_debug.bisect.causes.segment import Segment, as_double
 from cp_debug.graph.graph import Node
 from cp_debug.graph.node_differences import ACTIVATIONS_OF, NAMES, attributes
-from cp_debug.graph.weight_differences import GATES
+from cp_debug.graph.operators import GATES
 
 TEXTS = {
     "approximate": ("none", "tanh"),
@@ -102,8 +102,8 @@ def _declared_by_inputs(segment: Segment, node: Node) -> Iterator[Candidate]:
         value = own.flatten().tolist() if declared.name == "axes" else int(own.flatten()[0])
         others = (own.item() - 1, own.item() + 1) if declared.name == "k" else _values(declared.name, value)
         for other in others:
-            made = torch.tensor(other, dtype=own.dtype).reshape(own.shape)
-            if (result := segment.edited(node, inputs={place: made})) is not None:
+            replacement = torch.tensor(other, dtype=own.dtype).reshape(own.shape)
+            if (result := segment.edited(node, inputs={place: replacement})) is not None:
                 yield _attribute(node, declared.name, other, value, result, 0)
 
 

@@ -51,7 +51,10 @@ class BatchNorm:
         return self.weight / torch.sqrt(self.variance + self.eps)
 
     def rounded(self, rounding: Callable[[Tensor], Tensor]) -> BatchNorm:
-        """The BatchNormalization with every parameter rounded by itself."""
+        """The BatchNormalization with every parameter rounded by itself.
+
+        ``rounding`` is given each parameter, [C] float64, and keeps shape and dtype.
+        """
         weight, bias, mean, variance = map(rounding, (self.weight, self.bias, self.mean, self.variance))
         return BatchNorm(weight, bias, mean, variance, self.eps)
 
@@ -124,7 +127,10 @@ class Segment:
     def run(
         self, arithmetic: Arithmetic, nodes: Sequence[Node] | None = None, values: Mapping[str, Any] | None = None
     ) -> Tensor:
-        """The target in one arithmetic; ``nodes`` and further ``values`` replace the segment's own."""
+        """The target in one arithmetic; ``nodes`` and further ``values`` replace the segment's own.
+
+        A float64 tensor of the result's shape.
+        """
         executor = self.context.executor(arithmetic)
         target_name = self.target
         known = {**self.given, **(values or {})}
@@ -167,8 +173,11 @@ class Segment:
         return result if result.shape == self.test.shape else None
 
     def apart(self, arithmetic: Arithmetic) -> Tensor | None:
-        """The target when product, bias and BatchNorm, one node here, are computed and rounded one after the other, as
-        eager frameworks do: operands before the scale comes in, parameters each by itself. None for other layers."""
+        """The target in the order of eager frameworks, for a product, bias and BatchNorm that are one node here.
+
+        One after the other is computed and rounded: operands before the scale comes in, parameters each by itself.
+        float64, in the result's shape; None for other layers.
+        """
         norm, node = self.batch_norm, self.product
         if node is None or any(n.op == "BatchNormalization" for n in self.nodes):
             return None
@@ -199,7 +208,10 @@ class Segment:
         return self.activate(result)
 
     def input(self, name: str) -> Tensor:
-        """A captured value that the segment reads."""
+        """A captured value that the segment reads.
+
+        float64, in the shape in which it was captured.
+        """
         return as_double(self.given[name])
 
     def weight(self, node: Node, place: int) -> Tensor | None:
@@ -210,7 +222,10 @@ class Segment:
 
     @cached_property
     def claimed(self) -> Tensor:
-        """The target in the claimed precision, from the same inputs."""
+        """The target in the claimed precision, from the same inputs.
+
+        float64, in the result's shape.
+        """
         if self.context.quantized is not None:
             emulated = self.context.quantized.ideal(self.context.oracle, self.nodes, self.given, [self.target])
             return as_double(emulated.results[self.target])
@@ -219,17 +234,26 @@ class Segment:
 
     @cached_property
     def finite(self) -> Tensor:
-        """Mask of the elements whose captured and exact values are both finite."""
+        """Mask of the elements whose captured and exact values are both finite.
+
+        bool, in the result's shape.
+        """
         return torch.isfinite(self.test) & torch.isfinite(self.exact)
 
     @cached_property
     def new_nonfinite(self) -> Tensor:
-        """Mask of the elements that are NaN or Inf in the captured result and finite in the exact one."""
+        """Mask of the elements that are NaN or Inf in the captured result and finite in the exact one.
+
+        bool, in the result's shape.
+        """
         return ~torch.isfinite(self.test) & torch.isfinite(self.exact)
 
     @cached_property
     def error(self) -> Tensor:
-        """The error that the layer introduced, captured − exact; 0 where either value is not finite."""
+        """The error that the layer introduced, captured − exact; 0 where either value is not finite.
+
+        float64, in the result's shape.
+        """
         return torch.where(self.finite, self.test - self.exact, 0.0)
 
     @cached_property
@@ -262,7 +286,10 @@ class Segment:
 
     @cached_property
     def before(self) -> Tensor:
-        """The exact value before a ReLU that ends the segment; the exact value itself where none does."""
+        """The exact value before a ReLU that ends the segment; the exact value itself where none does.
+
+        float64, in the result's shape.
+        """
         if len(self.nodes) < 2 or self.op != "Relu":
             return self.exact
         name = self.nodes[-1].inputs[0]
@@ -270,17 +297,26 @@ class Segment:
 
     @cached_property
     def activate(self) -> Callable[[Tensor], Tensor]:
-        """The function that leads from ``before`` to the result: ReLU, or nothing."""
+        """The function that leads from ``before`` to the result: ReLU, or nothing.
+
+        Shape and dtype stay.
+        """
         return torch.relu if self.before is not self.exact else lambda x: x
 
     @cached_property
     def revealing(self) -> Tensor:
-        """Mask of the elements whose captured result tells the value before the activation."""
+        """Mask of the elements whose captured result tells the value before the activation.
+
+        bool, in the result's shape.
+        """
         return self.finite & (self.test > 0) if self.before is not self.exact else self.finite
 
     @cached_property
     def folds(self) -> tuple[Tensor, Tensor]:
-        """The elements that are ``revealing``, dealt out to two halves, for fits."""
+        """The elements that are ``revealing``, dealt out to two halves, for fits.
+
+        Two bool masks in the result's shape.
+        """
         return halves(self.revealing)
 
     @cached_property
@@ -337,7 +373,7 @@ class Segment:
 
         The share is 1 − ‖test − value‖ ÷ ‖test − exact‖ over the finite elements; −∞ where ``value`` is not finite.
         Where NaN or Inf arise, the share is that of the places where ``value`` has the same ones, among the places
-        where either has one.
+        where either has one. ``value`` is float64 in the result's shape.
         """
         if self.strange:
             either = self.new_nonfinite | (~torch.isfinite(value) & torch.isfinite(self.exact))

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.segment import Segment
+from cp_debug.probes.distance import relative_l2
 
 MOST_UNKNOWNS = 1200
 """Number of weights of an output channel up to which they are fitted."""
@@ -63,7 +64,7 @@ def fitted(segment: Segment) -> Iterator[Candidate]:
         solution = _least_squares(columns[fold], captured[fold])
         prediction[~fold] = columns[~fold] @ solution
     fitted_weight = solution[:-1].T.reshape(weight.shape)
-    difference = float(torch.linalg.vector_norm(fitted_weight - weight) / torch.linalg.vector_norm(weight))
+    difference = relative_l2(fitted_weight, weight)
     shape = (layer_input.shape[0], -1, weight.shape[0])
     value = prediction.reshape(shape).transpose(1, 2).reshape(segment.test.shape)
     says = f"the weights are others: they differ by {difference:.2g} (rel. L2)"

@@ -36,17 +36,26 @@ class Editor:
         return maker
 
     def weight(self, value: str, place: int = 1) -> np.ndarray | None:
-        """The constant input number ``place`` of the node that makes ``value``; None where it has none."""
+        """The constant input number ``place`` of the node that makes ``value``; None where it has none.
+
+        A copy, in the dtype and shape that the file declares.
+        """
         inputs = self.node(value).input
         name = inputs[place] if place < len(inputs) else ""
         return next((numpy_helper.to_array(t).copy() for t in self.graph.initializer if t.name == name), None)
 
     def set_weight(self, value: str, array: np.ndarray, place: int = 1) -> None:
-        """Give the node that makes ``value`` a constant of its own; others that shared the old one keep it."""
+        """Give the node that makes ``value`` a constant of its own; others that shared the old one keep it.
+
+        ``array`` may have any shape and dtype that the node takes.
+        """
         self.node(value).input[place] = self.constant(f"{value}.{place}.spoilt", array)
 
     def constant(self, name: str, array: np.ndarray) -> str:
-        """Add an initializer; returns its name, ``name`` or a free one."""
+        """Add an initializer; returns its name, ``name`` or a free one.
+
+        Dtype and shape are those of ``array``.
+        """
         names_in_use = {t.name for t in self.graph.initializer}
         while name in names_in_use:
             name += "'"
@@ -120,7 +129,10 @@ def scale(editor: Editor, value: str, size: float) -> None:
 
 
 def add(editor: Editor, value: str, error: np.ndarray | float) -> None:
-    """Add ``error`` to the result, a number or one for each element."""
+    """Add ``error`` to the result, a number or one for each element.
+
+    ``error`` is taken as float32 and broadcasts to the result.
+    """
     editor.after(value, ("Add", [np.array(error, np.float32)], {}))
 
 

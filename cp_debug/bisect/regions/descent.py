@@ -72,10 +72,10 @@ def descend(
     try:
         search.run()
     except KeyboardInterrupt:
-        search.found.ended = "interrupted"
+        search.descent.ended = "interrupted"
     except _Spent as spent:
-        search.found.ended = str(spent)
-    return search.found
+        search.descent.ended = str(spent)
+    return search.descent
 
 
 class _Spent(Exception):
@@ -102,14 +102,14 @@ class _RegionSearch:
         healthy = segment.expected / size + inherited
         error = self._error(segment.test.numpy())
         finite = error if math.isfinite(error) else 1.0
-        self.found = Descent(region, error, max(min(EXCESS * healthy, math.sqrt(finite * healthy)), 1e-300))
+        self.descent = Descent(region, error, max(min(EXCESS * healthy, math.sqrt(finite * healthy)), 1e-300))
         self._suspect([n.name for n in self._nodes])
         self._top = {name: tensor.largest for name, tensor in survey(segment).items()}
 
     def run(self) -> None:
-        found = self.found
-        self._tell(f"{found.region.label}: trying hypotheses")
-        found.hypotheses = rank(self._segment)
+        descent = self.descent
+        self._tell(f"{descent.region.label}: trying hypotheses")
+        descent.hypotheses = rank(self._segment)
         if self._named():
             return
         if self._by_marks():
@@ -120,7 +120,7 @@ class _RegionSearch:
 
     def _named(self) -> bool:
         """Whether the best hypothesis reproduces the region's error; if so, suspect its nodes and try them in FP32."""
-        best = self.found.reproduced
+        best = self.descent.reproduced
         if best is None or best.name == self._segment.context.claim.name:
             return False
         self._suspect(best.nodes)
@@ -158,9 +158,9 @@ class _RegionSearch:
         width = cuts(segment.graph, segment.nodes, segment.given, segment.target)
         shown_values: dict[str, np.ndarray] = {}
         count = MARKS
-        while len(self.found.suspects) > 1:
+        while len(self.descent.suspects) > 1:
             marks = choose(
-                {v: w for v, w in width.items() if v not in shown_values}, segment.nodes, self.found.suspects, count
+                {v: w for v, w in width.items() if v not in shown_values}, segment.nodes, self.descent.suspects, count
             )
             if not marks:
                 break
@@ -171,7 +171,7 @@ class _RegionSearch:
                     return False
                 count = max(1, count // 4)  # some values cannot be shown without leaving TensorRT no kernel
                 continue
-            if step.error is not None and step.error <= self.found.limit:
+            if step.error is not None and step.error <= self.descent.limit:
                 step.learnt = "showing these values mends it: the fault needs them fused away"
                 return False
             shown_values |= {v: built.shown[v] for v in marks if v in built.shown}
@@ -182,9 +182,9 @@ class _RegionSearch:
             part, inside = guilty[0]
             self._suspect([n.name for n in inside])
             step.learnt = f"{len(guilty)} of the stretches between them at fault, the first has {len(inside)} nodes"
-            self._tell(f"{self.found.region.label}: {step.learnt}: trying hypotheses on it")
+            self._tell(f"{self.descent.region.label}: {step.learnt}: trying hypotheses on it")
             if best := next((h for h in rank(part) if h.explained >= REPRODUCED), None):
-                self.found.hypotheses.insert(0, self._widened(best))
+                self.descent.hypotheses.insert(0, self._widened(best))
                 return self._named()
         return self._name()
 
@@ -196,7 +196,7 @@ class _RegionSearch:
 
     def _judge(self, shown: Mapping[str, np.ndarray], built: BuiltVariation) -> list[tuple[Segment, list[Node]]]:
         """Each stretch between known values that introduces too much, and its suspect nodes, in execution order."""
-        segment, suspects = self._segment, set(self.found.suspects)
+        segment, suspects = self._segment, set(self.descent.suspects)
         values: dict[str, Any] = {
             **segment.given,
             **{k: v for k, v in built.shown.items() if k in segment.given},
@@ -221,20 +221,20 @@ class _RegionSearch:
 
     def _by_precision(self) -> None:
         """Find the operators, then the roles, then the nodes that must be in FP32, by halves."""
-        found, everything = self.found, [n.name for n in self._nodes]
+        descent, everything = self.descent, [n.name for n in self._nodes]
         self._suspect(everything)
         self._control()
         for kind, groups in (("operators", self._groups), ("roles", self._roles), ("nodes", self._single)):
-            suspects = [n for n in self._nodes if n.name in found.suspects]
+            suspects = [n for n in self._nodes if n.name in descent.suspects]
             parts = groups(suspects)
             if len(parts) < 2:
                 continue
             group = self._halve(parts, kind)
             self._suspect([n.name for n in group])
-            if set(found.suspects) != set(found.kept) and not self._verify(found.suspects):
-                self._suspect(found.kept or everything)
+            if set(descent.suspects) != set(descent.kept) and not self._verify(descent.suspects):
+                self._suspect(descent.kept or everything)
                 raise _Spent(
-                    "no smaller part of it mends it in FP32" if found.kept else "keeping FP32 does not mend it"
+                    "no smaller part of it mends it in FP32" if descent.kept else "keeping FP32 does not mend it"
                 )
 
     def _role(self, node: Node) -> tuple[Any, ...]:
@@ -273,14 +273,14 @@ class _RegionSearch:
         return [by[op] for op in sorted(by, key=order)]
 
     def _halve(self, groups: list[list[Node]], kind: str) -> list[Node]:
-        """The one of ``groups`` that must be kept in FP32, as far as builds allow; certain nodes go into ``found``."""
+        """The one of ``groups`` that must be kept in FP32, as far as builds allow; sure nodes go into ``descent``."""
         while len(groups) > 1:
             half = groups[: (len(groups) + 1) // 2]
             names = [n.name for group in half for n in group]
             step, built = self._trial("keep", names, keep_fp32=names)
             if built is None:
                 raise _Spent("a build failed")
-            mends = step.error is not None and step.error <= self.found.limit
+            mends = step.error is not None and step.error <= self.descent.limit
             if mends:
                 self._prove(names, step)
             groups = half if mends else groups[len(half) :]
@@ -293,7 +293,7 @@ class _RegionSearch:
         """Whether keeping the cornered nodes in FP32 mends the region; else try all nodes with the same role."""
         if not self._lower:
             return True
-        names = list(self.found.suspects)
+        names = list(self.descent.suspects)
         if not self._verify(names):
             roles = {self._role(n) for n in self._nodes if n.name in names}
             alike = [n.name for n in self._nodes if self._role(n) in roles]
@@ -307,27 +307,27 @@ class _RegionSearch:
         """Build the region with all of it in FP32: it must be right then, if rounding is to blame."""
         everything = [n.name for n in self._nodes]
         self._verify(everything)
-        self.found.in_fp32 = self.found.steps[-1].error
+        self.descent.in_fp32 = self.descent.steps[-1].error
 
     def _verify(self, names: Sequence[str]) -> bool:
         step, built = self._trial("keep", list(names), keep_fp32=names)
-        mends = built is not None and step.error is not None and step.error <= self.found.limit
+        mends = built is not None and step.error is not None and step.error <= self.descent.limit
         step.learnt = "mended" if mends else "not mended"
         if mends:
             self._prove(names, step)
         return mends
 
     def _prove(self, names: Collection[str], step: Step) -> None:
-        if not self.found.kept or len(names) < len(self.found.kept):
-            self.found.kept, self.found.mended = list(names), step.error
+        if not self.descent.kept or len(names) < len(self.descent.kept):
+            self.descent.kept, self.descent.mended = list(names), step.error
 
     # ------------------------------------------------------------ engines
 
     def _trial(self, kind: str, names: Sequence[str], **asked: Any) -> tuple[Step, BuiltVariation | None]:
-        found, target = self.found, self._segment.target
-        if len(found.steps) >= self._max:
+        descent, target = self.descent, self._segment.target
+        if len(descent.steps) >= self._max:
             raise _Spent(f"{self._max or 'no'} builds were allowed")
-        self._tell(f"{found.region.label}: build {len(found.steps) + 1} of at most {self._max}; {self._now()}")
+        self._tell(f"{descent.region.label}: build {len(descent.steps) + 1} of at most {self._max}; {self._now()}")
         started = time.monotonic()
         asked["marks"] = list(dict.fromkeys([*asked.get("marks", ()), target]))
         try:
@@ -335,19 +335,20 @@ class _RegionSearch:
         except CpdebugError as failure:
             seconds, why = round(time.monotonic() - started, 3), str(failure).splitlines()[0]
             step = Step(kind, list(names), seconds, learnt=f"failed: {why}")
-            found.steps.append(step)
+            descent.steps.append(step)
             return step, None
         value = built.outputs.get(target, built.shown.get(target))
         error = self._error(value) if value is not None else None
         step = Step(kind, list(names), round(time.monotonic() - started, 3), error, built.gap)
-        found.steps.append(step)
+        descent.steps.append(step)
         return step, built
 
     def _now(self) -> str:
-        found = self.found
-        if not found.steps:
-            return f"error {found.error:.2g}"
-        return f"suspect are {len(found.suspects)} nodes ({', '.join(found.operators[:3])}); {found.steps[-1].learnt}"
+        descent = self.descent
+        if not descent.steps:
+            return f"error {descent.error:.2g}"
+        operators = ", ".join(descent.operators[:3])
+        return f"suspect are {len(descent.suspects)} nodes ({operators}); {descent.steps[-1].learnt}"
 
     def _error(self, value: np.ndarray) -> float:
         return relative_l2(np.asarray(value, np.float64), np.asarray(self._reference, np.float64))
@@ -355,5 +356,5 @@ class _RegionSearch:
     def _suspect(self, names: Collection[str]) -> None:
         suspect_names = set(names)
         nodes = [n for n in self._segment.nodes if n.name in suspect_names]
-        self.found.suspects = [n.name for n in nodes]
-        self.found.operators = list(dict.fromkeys(n.op for n in nodes))
+        self.descent.suspects = [n.name for n in nodes]
+        self.descent.operators = list(dict.fromkeys(n.op for n in nodes))

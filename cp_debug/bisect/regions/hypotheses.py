@@ -217,7 +217,10 @@ def _constants(segment: Segment) -> list[Node]:
 
 
 def walk(segment: Segment, deviations: Mapping[str, Deviation], arithmetic: Arithmetic = FP16) -> Tensor:
-    """The segment's target in FP16, with the nodes of some operators computed another way."""
+    """The segment's target in FP16, with the nodes of some operators computed another way.
+
+    The shape is the target's, the dtype the one in which ``arithmetic`` holds values.
+    """
     executor: Executor = segment.context.executor(arithmetic)
     values: dict[str, Any] = dict(segment.given)
     later = {name for node in segment.nodes for name in node.inputs} | {segment.target}

@@ -40,7 +40,7 @@ Velocity = Annotated[list[float], BeforeValidator(_plain), Field(min_length=2, m
 
 
 class Cloud(TypedDict, total=False):
-    """``lidar_points``."""
+    """Entry ``lidar_points`` of an info: the file of the cloud, and its place on the vehicle."""
 
     lidar_path: Annotated[str, AfterValidator(_without_null)]
     num_pts_feats: Whole | None
@@ -78,7 +78,7 @@ class CameraObject(TypedDict, total=False):
 
 
 class Info(TypedDict, total=False):
-    """An entry of ``data_list``."""
+    """Entry of ``data_list``: one sample."""
 
     token: Any
     sample_idx: Any
@@ -93,7 +93,7 @@ class Info(TypedDict, total=False):
 
 
 class Meta(TypedDict, total=False):
-    """``metainfo``."""
+    """Entry ``metainfo``: what holds for all samples, class names first of all."""
 
     dataset: Any
     DATASET: Any

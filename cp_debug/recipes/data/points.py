@@ -56,9 +56,9 @@ def columns_of(path: Path, ending: str) -> tuple[str, ...]:
 
 def _plausible(points: Points) -> bool:
     """Whether rows of x, y, z, intensity and maybe a ring can be such."""
-    told = points[:, 3:]
-    rings = told[:, 1:]
-    return bool((told >= 0).all() and (rings == np.round(rings)).all() and (rings <= LAST_RING).all())
+    known_columns = points[:, 3:]
+    rings = known_columns[:, 1:]
+    return bool((known_columns >= 0).all() and (rings == np.round(rings)).all() and (rings <= LAST_RING).all())
 
 
 def _read_raw(path: Path, columns: Sequence[str]) -> Points:

@@ -16,9 +16,9 @@ from cp_debug.errors import InputError
 from cp_debug.graph.graph import ValueInfo
 from cp_debug.recipes.base import Arrays, Component, Sample, Stage
 from cp_debug.recipes.data.open_data import open_data
+from cp_debug.recipes.input_files import file_samples
 from cp_debug.recipes.mmdet3d.client import DetectorClient, ProgramFailed
 from cp_debug.recipes.mmdet3d.convert import COLUMNS
-from cp_debug.recipes.npz import npz_samples
 
 IMAGE, CANVAS = (256, 448), (128, 128)
 """Height and width of made-up tensors: small, and divisible by the strides of the usual backbones."""
@@ -92,7 +92,7 @@ class DetectorLayers:
         Raises InputError for unusable files.
         """
         if inputs is not None and (inputs.suffix == ".npz" or (inputs.is_dir() and any(inputs.glob("*.npz")))):
-            yield from npz_samples(inputs, self._expected, count)
+            yield from file_samples(inputs, self._expected, count)
             return
         clouds = open_data(inputs, features=self._columns, class_names=(), count=count, first=seed)
         for index in range(len(clouds)):

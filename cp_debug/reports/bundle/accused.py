@@ -53,15 +53,15 @@ def find_accused(saved: SavedResult, layer: str | None = None, backend: str | No
     capture = saved.capture(row.sample, record.spec)
     ran = saved.graphs if row.side == "reference" else saved.test_graphs(test)
     graphs = {"program": saved.graphs, "test program": ran}
-    for kind, found in graphs.items():
-        if row.component not in found:
+    for kind, graph_of in graphs.items():
+        if row.component not in graph_of:
             raise InputError(f"{saved.folder}: the {kind} of {row.component!r} is no longer where the result says")
     if capture is None:
         raise InputError(
             f"{saved.folder or 'the result'}: holds no capture of {record.spec}, sample {row.sample}; "
             "expected a folder that `cpdebug bisect --save FOLDER` wrote"
         )
-    reference, program = (found[row.component] for found in graphs.values())
+    reference, program = (graph_of[row.component] for graph_of in graphs.values())
     if resolved(program.path) == resolved(reference.path):
         program = reference
     mapping = value_map(_program(row.component, reference), _program(row.component, program))
@@ -69,7 +69,10 @@ def find_accused(saved: SavedResult, layer: str | None = None, backend: str | No
     if renamed := test.pairing.get(row.component, {}).get("renamed"):
         known = {*reference.producer, *(v.name for v in reference.inputs)}
         reference_name_of = {name: renamed.get(name, name) for name in (*inputs, *program.producer)}
-        inputs, mapping = {}, {name: found for name, found in reference_name_of.items() if found in known}
+        inputs, mapping = (
+            {},
+            {name: reference_name for name, reference_name in reference_name_of.items() if reference_name in known},
+        )
     precision = coarser(saved.result.reference.precision, test.backend.precision).name
     return Accused(
         row=row,

@@ -72,8 +72,8 @@ class Shrinker:
         self.told("leaving out nodes")
         everything = frozenset(nodes)
 
-        def fails(kept: frozenset[int]) -> bool:
-            return kept == everything or (bool(kept) and self._cut_fails(kept))
+        def fails(nodes_left: frozenset[int]) -> bool:
+            return nodes_left == everything or (bool(nodes_left) and self._cut_fails(nodes_left))
 
         return self.cutter.case(Minimizer[int](fails).minimize(nodes))
 
@@ -158,15 +158,15 @@ class Shrinker:
         array = case.inputs[name]
         blocks = [slice(b[0], b[-1] + 1) for b in np.array_split(np.arange(array.size), BLOCKS) if b.size]
 
-        def kept(indices: frozenset[int]) -> Case:
+        def with_blocks(indices: frozenset[int]) -> Case:
             sparse = np.zeros_like(array).reshape(-1)
             for i in indices:
                 sparse[blocks[i]] = array.reshape(-1)[blocks[i]]
             return _with_input(case, name, sparse.reshape(array.shape))
 
-        minimizer = Minimizer[int](lambda indices: self.accepts(kept(indices)))
+        minimizer = Minimizer[int](lambda indices: self.accepts(with_blocks(indices)))
         everything = range(len(blocks))
-        return kept(frozenset(minimizer.minimize(everything))) if minimizer.holds(everything) else case
+        return with_blocks(frozenset(minimizer.minimize(everything))) if minimizer.holds(everything) else case
 
     def _short(self, case: Case, name: str) -> Case:
         array = case.inputs[name]

@@ -10,8 +10,10 @@ import numpy as np
 
 from cp_debug.graph.constants import TELLING, Constants
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.operators import GATES
 from cp_debug.graph.pairing import believable
 from cp_debug.graph.tensor_change import TensorChange, describe
+from cp_debug.probes.distance import relative_l2
 
 SHOWN = 3
 """Differences in one line."""
@@ -19,7 +21,6 @@ NEAR = 1.0
 """Relative L2 distance up to which two tensors of one shape, whose names tell nothing, may be the same weight."""
 DESCRIBED = 1 << 26
 """Elements of differing tensors that are described closely; of further ones only the distance is told."""
-GATES = {"LSTM": 4, "GRU": 3}
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,10 @@ def weight_differences(reference: Graph, test: Graph, names: Mapping[str, str] |
 
 
 def differences_of_states(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> WeightDifferences:
-    """Compare two checkpoints (tensor name → array), tensor by tensor of one name."""
+    """Compare two checkpoints (tensor name → array), tensor by tensor of one name.
+
+    Arrays may have any shape and dtype, also others on each side.
+    """
     common = [name for name in ours if name in theirs]
     changes = ((name, describe(ours[name], theirs[name])) for name in common)
     differences = [Difference(name, name, change) for name, change in changes if change is not None]
@@ -160,9 +164,9 @@ def _by_contents(
             yield name, twin
     distances = []
     for a in (n for n in our_names if n not in used):
-        x = ours[a].astype(np.float64)
+        x = ours[a]
         for b in (n for n in their_names if n not in used and theirs[n].shape == x.shape):
-            distance = _relative(x, theirs[b].astype(np.float64))
+            distance = relative_l2(theirs[b], x)
             if distance < NEAR:
                 distances.append((distance, a, b))
     paired: tuple[set[str], set[str]] = (set(), set())
@@ -195,11 +199,5 @@ def _of_another(ours: Constants, theirs: Constants, a: str, b: str) -> TensorCha
     twin = next((n for n in alike if ours.digest(n) == digest), None)
     if twin is None:
         return None
-    x, y = (np.asarray(t).astype(np.float64).ravel() for t in (ours[a], theirs[b]))
-    size = _relative(x, y) if x.shape == y.shape else float("inf")
-    return TensorChange("another", f"holds {twin}", {"of": twin}, size)
-
-
-def _relative(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """‖theirs − ours‖ ÷ ‖ours‖ of two constants in float64."""
-    return float(np.linalg.norm((theirs - ours).ravel())) / max(float(np.linalg.norm(ours)), 1e-30)
+    x, y = (np.asarray(t).ravel() for t in (ours[a], theirs[b]))
+    return TensorChange("another", f"holds {twin}", {"of": twin}, relative_l2(y, x))

@@ -1,0 +1,142 @@
+"""ONNX files where modules are expected: verified, timed and deployed as they are, compared with modules and files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from nets import NetBuilder, second_like
+from onnx import numpy_helper
+from test_cli import run
+from test_trt_backend import install
+
+MODULE = """
+import torch
+from torch import nn
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(6, 8), nn.Linear(8, 5)
+
+    def forward(self, image):
+        return self.head(torch.relu(self.stem(image)))
+
+
+def build():
+    torch.manual_seed(0)
+    return Small().eval(), torch.randn(2, 6, generator=torch.Generator().manual_seed(1))
+"""
+
+
+@pytest.fixture
+def net(tmp_path: Path) -> Path:
+    return second_like(tmp_path / "net.onnx", depth=1, size=8)
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[str, Path]:
+    """A module, and its weights in a file whose inputs and outputs are called otherwise."""
+    import torch
+
+    source = tmp_path / "nets.py"
+    source.write_text(MODULE)
+    scope: dict[str, object] = {}
+    exec(MODULE, scope)
+    module, _ = scope["build"]()  # type: ignore[operator]
+    weights = {name: tensor.detach().numpy() for name, tensor in module.state_dict().items()}
+    assert isinstance(next(iter(module.parameters())), torch.Tensor)
+    b = NetBuilder()
+    hidden = b.op("Gemm", "pixels", b.weight(weights["stem.weight"]), b.weight(weights["stem.bias"]), transB=1)
+    x = b.op(
+        "Gemm", b.op("Relu", hidden), b.weight(weights["head.weight"], "w"), b.weight(weights["head.bias"]), transB=1
+    )
+    return f"{source}:build", b.save(tmp_path / "file.onnx", {"pixels": (1, ["batch", 6])}, [x])
+
+
+def changed(path: Path, factor: float) -> Path:
+    proto = onnx.load(path)
+    weight = next(tensor for tensor in proto.graph.initializer if tensor.name == "w")
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(factor), weight.name))
+    target = path.with_name("changed.onnx")
+    onnx.save(proto, target)
+    return target
+
+
+def test_a_file_is_verified_on_two_backends_and_timed(net: Path) -> None:
+    code, text = run("verify", net, "-s", "ort@cpu,ort-all@cpu")
+    assert code == 0
+    assert "all 2 outputs are within their limits" in text
+    code, text = run("bench", net, "-b", "ort,ort-all", "-n", "2", "--json", "-")
+    assert code == 0
+    assert [backend["backend"] for backend in json.loads(text)["backends"]] == ["ort", "ort-all"]
+
+
+def test_a_module_against_a_file_and_two_files(pair: tuple[str, Path]) -> None:
+    module, file = pair
+    code, text = run("verify", module, "--test-model", file)
+    assert code == 0, text
+    other = changed(file, 1.05)
+    for model in (module, file):
+        code, text = run("verify", model, "--test-model", other)
+        assert code == 1
+        assert "× 1.05" in text
+    code, text = run("verify", file, "--test-model", file, "--map", "pixels=nothing")
+    assert code == 2
+    assert "--map: the test has no value 'nothing'" in text
+
+
+def test_what_a_test_file_lacks_is_named(pair: tuple[str, Path], tmp_path: Path) -> None:
+    proto = onnx.load(pair[1])
+    proto.graph.node.append(onnx.helper.make_node("Exp", [proto.graph.output[0].name], ["more"], "more"))
+    proto.graph.output.append(onnx.helper.make_tensor_value_info("more", 1, ["batch", 5]))
+    onnx.save(proto, tmp_path / "more.onnx")
+    code, text = run("verify", tmp_path / "more.onnx", "--test-model", pair[1])
+    assert code == 2
+    assert "has no output that is 'more'" in text
+    code, text = run("verify", pair[1], "--map", "a=b")
+    assert code == 2
+    assert "without --test-model" in text
+
+
+def test_export_of_a_file_says_what_to_use(net: Path, tmp_path: Path) -> None:
+    code, text = run("export", net, "-o", tmp_path / "out")
+    assert code == 2
+    assert "is an ONNX file already" in text
+    assert "`cpdebug build` and `verify` take the file as it is" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_is_deployed_as_it_is_and_a_changed_one_again(net: Path, tmp_path: Path) -> None:
+    config = tmp_path / "deploy.yaml"
+    config.write_text(f"model: {net}\nwork_dir: {tmp_path / 'work'}\nverify: {{samples: 1}}\n")
+    code, text = run("deploy", config)
+    assert code == 0, text
+    assert "taken as it is" in text
+    stages = json.loads((tmp_path / "work" / "deploy.json").read_text())["stages"]
+    assert list(stages) == ["load", "export", "verify"]  # it detects nothing: not evaluated
+    assert (tmp_path / "work" / "onnx" / "net.onnx").read_bytes() == net.read_bytes()
+    proto = onnx.load(net)
+    proto.doc_string = "changed"
+    onnx.save(proto, net)
+    assert run("deploy", config)[0] == 0
+    assert (tmp_path / "work" / "onnx" / "net.onnx").read_bytes() == net.read_bytes()
+
+
+def test_quantization_of_a_file_in_deploy_names_the_command(net: Path, tmp_path: Path) -> None:
+    config = tmp_path / "deploy.yaml"
+    config.write_text(f"model: {net}\nwork_dir: {tmp_path / 'work'}\nquantization: {{samples: 2}}\n")
+    code, text = run("deploy", config)
+    assert code == 2
+    assert f"`cpdebug quantize ptq {net} -o FOLDER`" in text
+
+
+def test_an_engine_is_built_of_a_file(net: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install("10.3.0", monkeypatch)
+    code, text = run("build", net, "-o", tmp_path / "engines", "--precision", "fp16")
+    assert code == 0, text
+    assert (tmp_path / "engines" / "net.engine").is_file()
