@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -69,6 +70,27 @@ class Arithmetic:
     def round(self, value: Any) -> Any:
         """``value`` as this arithmetic stores it between operations."""
         return self.value(value) if self.value is not None and isinstance(value, Tensor) else value
+
+    def round_constant(self, value: Any) -> Any:
+        """``value`` as a weight or another constant of the graph.
+
+        What is finite stays so: TensorRT's builder and the FP16 converters of ONNX Runtime and ModelOpt take the
+        closest finite number for one that is out of range, such as a mask of −3.4e38.
+        """
+        rounded = self.round(value)
+        if self.value is None or not isinstance(value, Tensor) or not value.is_floating_point():
+            return rounded
+        overflown = torch.isinf(rounded) & torch.isfinite(value)
+        if not bool(overflown.any()):
+            return rounded
+        return torch.where(overflown, torch.sign(value) * self.largest, rounded)
+
+    @property
+    def largest(self) -> float:
+        """The largest finite number that ``value`` keeps finite."""
+        numbers = [torch.finfo(kind).max for kind in (torch.float16, torch.bfloat16)]
+        kept = [n for n in numbers if self.value is None or math.isfinite(float(self.value(torch.tensor(n))))]
+        return max(kept)
 
     def operands(self, *values: Tensor) -> tuple[Tensor, ...]:
         """The operands of a convolution or matrix product as the multiplier reads them.
