@@ -71,8 +71,6 @@ class ReadingFlags:
 
         if not typed(f.name for f in fields(self)):
             return DEFAULT_READING
-        names = [f.name for f in fields(self) if f.name.startswith("image_")]
-        refuse(names, unless=any(map(_may_be_image, given)), why="no image is read; expected one as input")
         images = ImageFormat(
             _numbers(self.image_mean, "mean") or (0.0,),
             _numbers(self.image_std, "std") or (1.0,),
@@ -84,6 +82,8 @@ class ReadingFlags:
             raise InputError(f"--image-{'std' if 0 in images.std else 'scale'}: 0; expected another number")
         reading = Reading(dict(map(parse_shape, self.shape or ())), images)
         check_reading(model, kind_of(model), reading)
+        names = [f.name for f in fields(self) if f.name.startswith("image_")]
+        refuse(names, unless=any(map(_may_be_image, given)), why="no image is read; expected one as input")
         return reading
 
 
