@@ -250,7 +250,7 @@ ACTS = {
     ("search", "--max-builds"),
     ("sweep search", "--max-builds"),
 }
-"""Remaining options that act all the same, those of ``build`` and ``deploy`` apart: they are about engines."""
+"""Remaining options that act all the same; commands that are not in ``BESIDE`` are about engines or files."""
 VALUES = {"int": "4", "float": "60", "Path": "x.npz", "list": "x", "str": "1", "DumpLayout": "nhwc", "Method": "mse"}
 VALUES |= {"ImageLayoutFlag": "nhwc", "Probes": "all", "CalibratorChoice": "entropy"}
 
@@ -279,7 +279,7 @@ def _kind(option: Any) -> str:
 REMAINING = [
     (command, option, kind)
     for command, option, kind in remaining_options()
-    if command not in ("build", "deploy") and (command, option) not in ACTS
+    if command in BESIDE and (command, option) not in ACTS
 ]
 
 
