@@ -10,6 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper, parser
 
+from cp_debug.backends.executor import Executor
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.result import SHAPE, TestResult
 from cp_debug.errors import InputError
@@ -50,6 +51,26 @@ def test_random_numbers_are_named_and_nobody_is_guilty(tmp_path: Path, body: str
     assert not test.guilty
     assert any("draws random numbers" in note for note in test.notes)
     assert test.remainder is None or not test.remainder.adds_up
+
+
+def test_what_random_numbers_do_is_no_defect(tmp_path: Path) -> None:
+    """Two runs differ, and so do runs with probes: neither memory nor a fused kernel is at fault."""
+    body = "h = Tanh (x) \n n = RandomNormal <shape = [4, 8], seed = 3.0> () \n z = Add (h, n) \n y = Relu (z)"
+    test = compared(save(tmp_path / "net.onnx", body), "ort,ort-all")
+    assert not test.agrees
+    assert not test.findings
+    assert not any("observer gap" in note for note in test.notes)
+    assert any("(seed 3: runtimes have generators of their own" in note for note in test.notes)
+    assert str(test.remainder).endswith("draws random numbers, and the outputs hang on them")
+
+
+def test_multinomial_draws_from_the_distribution(tmp_path: Path) -> None:
+    body = "n = Multinomial <sample_size = 64, dtype = 7> (p) \n y = Cast <to = 1> (n)"
+    path = save(tmp_path / "net.onnx", body, p=np.float32([[-np.inf, 0, np.log(3), -np.inf]]))
+    drawn = Executor(Graph(path)).run({"x": X})["y"].numpy()
+    assert drawn.shape == (1, 64)
+    assert set(np.unique(drawn)) == {1, 2}
+    assert 32 < (drawn == 2).sum() < 63
 
 
 def test_a_dropout_that_is_off_draws_nothing(tmp_path: Path) -> None:

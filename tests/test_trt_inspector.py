@@ -159,3 +159,19 @@ def test_any_metadata_gives_its_nodes_back(groups: list[list[str]]) -> None:
     entries = [{"Name": "layer", "Metadata": "\x1f".join(f"[ONNX Layer: {n}]" for n in group)} for group in groups]
     layers = parse_layers(entries, {name for group in groups for name in group})
     assert [list(layer.nodes) for layer in layers] == [list(dict.fromkeys(group)) for group in groups]
+
+
+@pytest.mark.parametrize(
+    ("tile", "more", "vector"),
+    [
+        ("128x16x64", "_aligna8_alignc8", 8),
+        ("128x16x64", "_alignc4", 8),
+        ("128x32x64", "_aligna4_alignc4", 4),
+        ("128x16x32", "_aligna8_alignc8", 4),
+    ],
+)
+def test_kernels_without_shared_memory_tell_their_vectors(tile: str, more: str, vector: int) -> None:
+    start = "sm80_xmma_fprop_implicit_gemm_indexed"
+    end = f"f16f16_f16f16_f16_nhwckrsc_nhwc_tilesize{tile}_stage1_warpsize4x1x1_g1_tensor16x8x16{more}"
+    assert decode(f"{start}_wo_smem_{end}").vector == vector
+    assert decode(f"{start}_{end}").vector == 0

@@ -79,8 +79,7 @@ def _proto(path: Path) -> dict[str, np.ndarray]:
 def read_iterations(path: Path) -> list[dict[str, np.ndarray]]:
     """The tensors of each iteration in a file of Polygraphy (``--save-inputs``, or the first runner's outputs).
 
-    Each is name → array in the shape and dtype that the file holds.
-    Raises InputError, with the file, for what is none.
+    Name → array in the shape and dtype that the file says. Raises InputError, with the file, for what is none.
     """
     document = read_json(path, what="Polygraphy file", most=LARGEST_TENSOR)
     try:

@@ -18,6 +18,7 @@ from cp_debug.backends.base import Backend, Program, RunRecord, Session, Sink, T
 from cp_debug.backends.build_info import BuildInfo
 from cp_debug.backends.capabilities import build_info_of, calibrates_itself, kept_in_fp32, largest_opset
 from cp_debug.errors import InputError
+from cp_debug.graph.declared import declared_precisions
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.capture import array_hash
 from cp_debug.programs.align import Alignment, align
@@ -241,8 +242,15 @@ class Pipeline:
     def record(self) -> RunRecord:
         """Record of the backend: spec, versions, device and settings as read back."""
         backend, settings = self.backend, merge_settings({n: s.settings for n, s in self.sessions.items()})
+        declared = sorted({p for program in self.programs for p in declared_precisions(program.graph)})
         return RunRecord(
-            str(backend.spec), backend.precision, backend.device, backend.emulated, backend.versions(), settings
+            str(backend.spec),
+            backend.precision,
+            backend.device,
+            backend.emulated,
+            backend.versions(),
+            settings,
+            declared,
         )
 
 
@@ -343,6 +351,7 @@ def header(pipeline: Pipeline, samples: Sequence[Sample]) -> dict[str, Any]:
         "versions": record.versions,
         "device": record.device,
         "settings": json_safe(record.settings),
+        "declared": record.declared,
         "model": {"name": pipeline.model.name, "sha256": hashlib.sha256(digests.encode()).hexdigest()},
         "inputs": [{name: array_hash(array) for name, array in sample.arrays.items()} for sample in samples],
         "samples": [sample.source for sample in samples],
