@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from cp_debug.errors import InputError
-from cp_debug.graph.graph import ValueInfo
+from cp_debug.graph.graph import Graph, ValueInfo
 
 
 def check_inputs(expected: Sequence[ValueInfo], given: Mapping[str, np.ndarray], source: str) -> None:
@@ -69,3 +69,12 @@ def _sized(
     if value.shape is None:
         return None
     return tuple(sizes.get(d, d) if isinstance(d, str) else d for d in value.shape)
+
+
+def known_shape(graph: Graph, name: str) -> tuple[int, ...] | None:
+    """The shape of a value that the file states or ONNX infers, where every size is known."""
+    kind = graph.types.get(name)
+    if kind is None or not kind.HasField("tensor_type") or not kind.tensor_type.HasField("shape"):
+        return None
+    sizes = kind.tensor_type.shape.dim
+    return tuple(size.dim_value for size in sizes) if all(size.HasField("dim_value") for size in sizes) else None
