@@ -21,7 +21,8 @@ GLOSSARY: dict[str, str] = {
     "max |Δ|": "The largest absolute difference between test and reference, in the tensor's own unit.",
     "rel. L2": "Relative L2: the root of the sum of squared differences, divided by that of the reference's squares.",
     "SQNR": "Signal to quantization noise ratio in dB: −20 · log10 of the relative L2 distance. 20 dB more is a tenth.",
-    "oracle": "An exact computation of one layer, in FP64 where both sides claim FP32, else in FP32, from the inputs that "
+    "oracle": "An exact computation of one layer, in FP64 where both sides claim FP32, else in "
+    "FP32, from the inputs that "
     "the layer really had in the test. It knows what the layer should have given.",
     "replay": "Computing a layer again on the oracle with its own captured inputs. It separates what a layer did from "
     "what it was given.",
@@ -44,7 +45,8 @@ GLOSSARY: dict[str, str] = {
     "FP32, FP64": "Floating point of 32 and 64 bits: 24 and 53 bits of mantissa, relative rounding 6e-8 and 1e-16.",
     "FP16": "Floating point of 16 bits: 11 bits of mantissa (relative rounding 5e-4), nothing beyond 65504.",
     "BF16": "Floating point of 16 bits with FP32's range and 8 bits of mantissa: relative rounding 4e-3.",
-    "TF32": "What tensor cores make of FP32 operands: FP32's range, 11 bits of mantissa. PyTorch and TensorRT may use it "
+    "TF32": "What tensor cores make of FP32 operands: FP32's range, 11 bits of mantissa. PyTorch "
+    "and TensorRT may use it "
     "without being asked.",
     "accumulation": "The sum inside a convolution or a product. In FP16 it loses more than rounding the result does.",
     "INT8": "Whole numbers from −128 to 127 with a scale: value ≈ scale × number.",
