@@ -20,9 +20,8 @@ def check_inputs(expected: Sequence[ValueInfo], given: Mapping[str, np.ndarray],
     sizes: dict[str, tuple[int, str]] = {}
     for value in expected:
         array = given[value.name]
-        if value.dtype is not None and value.dtype.kind == "O":
-            says = "holds strings, which cannot be given; cut the graph behind what reads them"
-            raise InputError(f"{source}: input {value.name!r} {says}")
+        if (refused := no_numbers(value)) is not None:
+            raise InputError(f"{source}: {refused}")
         if value.dtype is not None and array.dtype != value.dtype:
             raise InputError(f"{source}: input {value.name!r} is {array.dtype}; {expectation}")
         if value.shape is None:
@@ -36,6 +35,17 @@ def check_inputs(expected: Sequence[ValueInfo], given: Mapping[str, np.ndarray],
                     f"{source}: input {value.name!r} has shape {list(array.shape)}; {expectation}; "
                     f"{symbol} is {size} here and {first_use[0]} in {first_use[1]!r}"
                 )
+
+
+def no_numbers(value: ValueInfo) -> str | None:
+    """Sentence about an input that is no tensor of numbers and cannot be given; None for one that can."""
+    if value.dtype is not None and value.dtype.kind == "O":
+        says = "holds strings, which cannot be given; cut the graph behind what reads them"
+    elif value.container is not None:
+        says = f"holds {value.container}, which cannot be given; cut the graph behind what reads it"
+    else:
+        return None
+    return f"input {value.name!r} {says}"
 
 
 def with_shapes(expected: Sequence[ValueInfo], shapes: Mapping[str, Sequence[int]]) -> list[ValueInfo]:

@@ -7,7 +7,7 @@ from cp_debug.graph.graph import Graph, Node
 DRAWS = {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
 
 DRAWS_NUMBERS = "draws random numbers"
-"""What is said of such a node; reasons why one was not replayed end with it."""
+"""Phrase for a node of ``DRAWS``; the reason why one was not replayed ends with it."""
 
 
 def draws(node: Node, graph: Graph) -> bool:

@@ -26,8 +26,8 @@ from cp_debug.programs.scope_names import scope_hints
 TOLERANCE = 1e-4
 """Relative L2 distance up to which two FP32 computations of one value are the same."""
 _NARROW = {"fp16": 1e-2, "bf16": 8e-2}
-"""The same for graphs that hold values in FP16 or BF16, which torch rounds where the executor does not: about ten times
-a rounding, for what adds up over layers."""
+"""``TOLERANCE`` for graphs that hold values in FP16 or BF16, which torch rounds where the executor does not: about ten
+times a rounding, for what adds up over layers."""
 
 Run = Callable[[Mapping[str, Tensor], Sink], Any]
 """Runs the whole graph once on inputs by name and gives the sink every value."""

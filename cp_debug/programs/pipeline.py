@@ -344,6 +344,8 @@ def header(pipeline: Pipeline, samples: Sequence[Sample]) -> dict[str, Any]:
     record = pipeline.record()
     digests = "".join((program.deployed or program.graph).digest for program in pipeline.programs)
     last = pipeline.model.components[-1]
+    program = pipeline.program(last.name)
+    names = [v.name for v in program.graph.outputs] if program.pairing is None else last.output_names
     return {
         "backend": record.spec,
         "precision": record.precision,
@@ -356,7 +358,7 @@ def header(pipeline: Pipeline, samples: Sequence[Sample]) -> dict[str, Any]:
         "inputs": [{name: array_hash(array) for name, array in sample.arrays.items()} for sample in samples],
         "samples": [sample.source for sample in samples],
         "layers": {p.name: {layer.onnx: layer.name for layer in layers_of([p])} for p in pipeline.programs},
-        "outputs": [[last.name, name] for name in last.output_names],
+        "outputs": [[last.name, name] for name in names],
         "control_flow": {p.name: [asdict(branch) for branch in p.branches] for p in pipeline.programs if p.branches},
     }
 
