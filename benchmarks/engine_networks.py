@@ -338,6 +338,109 @@ def resnet() -> Made:
     return _seq(Act(3, 64, 7, nn.ReLU(), s=2), nn.MaxPool2d(3, 2, 1), *blocks), {"x": (1, 3, 128, 128)}
 
 
+@network
+def odd() -> Made:
+    """Residual blocks with 5×5, 7×1, dilated, grouped and strided convolutions. Kept aside for judging predictions."""
+
+    class Uneven(nn.Module):
+        def __init__(self, c: int) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(c, c, (7, 1), padding=(3, 0)), nn.Conv2d(c, c, (1, 7), padding=(0, 3))
+            self.act = nn.LeakyReLU(0.1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(x + self.b(self.act(self.a(x))))
+
+    net = _seq(
+        *(Act(3, 48, 5, nn.ReLU(), s=2), Residual(48, 5, nn.ReLU()), Uneven(48), Act(48, 96, 3, nn.SiLU(), s=2)),
+        *(Residual(96, 3, nn.Hardswish(), d=3), Residual(96, 3, nn.ReLU(), g=6), Uneven(96)),
+        *(Act(96, 192, 1, nn.ReLU(), s=2), Residual(192, 3, nn.ReLU()), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        nn.Linear(192, 40),
+    )
+    return net, {"x": (1, 3, 144, 144)}
+
+
+class Segment(nn.Module):
+    """U-Net with BatchNorm and ReLU, max pooling, bilinear resizing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def double(a: int, b: int) -> nn.Module:
+            return _seq(Act(a, b, 3, nn.ReLU()), Act(b, b, 3, nn.ReLU()))
+
+        self.d0, self.d1, self.d2, self.pool = double(3, 32), double(32, 64), double(64, 128), nn.MaxPool2d(2)
+        self.u1, self.u0 = Act(128, 64, 1, nn.ReLU()), nn.ConvTranspose2d(64, 32, 2, 2)
+        self.e1, self.e0, self.out = double(128, 64), double(64, 32), nn.Conv2d(32, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.d0(x)
+        b = self.d1(self.pool(a))
+        y = functional.interpolate(self.d2(self.pool(b)), scale_factor=2.0, mode="bilinear", align_corners=False)
+        y = self.e1(torch.cat([self.u1(y), b], 1))
+        return torch.sigmoid(self.out(self.e0(torch.cat([self.u0(y), a], 1))))
+
+
+@network
+def segment() -> Made:
+    """Another U-Net, 128². Kept aside for judging predictions."""
+    return Segment(), {"x": (1, 3, 128, 128)}
+
+
+class Encoder(nn.Module):
+    """Tokens of 16×16 pixels, two blocks, mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p, self.b = nn.Conv2d(3, 128, 16, 16), _seq(Block(128, 4, False), Block(128, 4, False))
+        self.n, self.fc = nn.LayerNorm(128), nn.Linear(128, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.p(x).flatten(2).transpose(1, 2)
+        return self.fc(self.n(self.b(x)).mean(1))
+
+
+@network
+def encoder() -> Made:
+    """A small transformer, 64 tokens. Kept aside for judging predictions."""
+    return Encoder(), {"x": (1, 3, 128, 128)}
+
+
+class Orders(nn.Module):
+    """Branches for kernels' orders of summation: first layers with few channels, 16 and 24 channels, long products."""
+
+    FIRST = ((3, 64, 7, 2), (3, 32, 3, 1), (3, 16, 3, 2), (4, 32, 3, 1), (1, 32, 5, 1))
+    INNER = (
+        *((16, 16, 3, 1), (16, 32, 3, 2), (16, 16, 5, 1), (16, 64, 1, 1)),
+        *((24, 48, 3, 1), (8, 32, 3, 1), (40, 40, 3, 1)),
+    )
+    LONG = ((1024, 64), (2048, 128), (4096, 256))
+
+    def __init__(self) -> None:
+        super().__init__()
+        relu = nn.ReLU()
+        self.first = nn.ModuleList(_seq(Act(a, b, k, relu, s=s), nn.Conv2d(b, 8, 1)) for a, b, k, s in self.FIRST)
+        self.widen = nn.ModuleList(nn.Conv2d(32, a, 1) for a, _, _, _ in self.INNER)
+        self.inner = nn.ModuleList(_seq(Act(a, b, k, relu, s=s), nn.Conv2d(b, 8, 1)) for a, b, k, s in self.INNER)
+        self.stem = Act(32, 32, 1, relu)
+        self.long = nn.ModuleList(_seq(nn.Linear(a, b), relu, nn.Linear(b, 32)) for a, b in self.LONG)
+
+    def forward(self, x: Tensor, z: Tensor, g: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        first = [branch(x[:, : sizes[0]]) for branch, sizes in zip(self.first, self.FIRST, strict=True)]
+        z = self.stem(z)
+        inner = [branch(widen(z)) for branch, widen in zip(self.inner, self.widen, strict=True)]
+        long = [branch(g[..., : sizes[0]]) for branch, sizes in zip(self.long, self.LONG, strict=True)]
+        scores = q @ k.transpose(-2, -1)
+        return (*first, *inner, *long, scores, scores @ v)
+
+
+@network
+def orders() -> Made:
+    """One layer a branch, each between other layers."""
+    shapes = {"x": (1, 4, 96, 96), "z": (1, 32, 64, 64), "g": (1, 64, 4096)}
+    return Orders(), {**shapes, **dict.fromkeys("qkv", (1, 6, 192, 32))}
+
+
 def write(name: str, folder: Path) -> tuple[Path, Path]:
     """Write the network's ONNX file and an ``.npz`` with one input; returns both paths."""
     torch.manual_seed(zlib.crc32(name.encode()) if name not in ("vit", "vit_sdpa") else 0)
@@ -353,7 +456,8 @@ def write(name: str, folder: Path) -> tuple[Path, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        count = len(module.eval()(*inputs.values())) if isinstance(module, Products) else 1
+        made = module.eval()(*inputs.values())
+        count = len(made) if isinstance(made, tuple) else 1
         names = [f"y{i}" for i in range(count)] if count > 1 else ["y"]
         torch.onnx.export(
             module.eval(), tuple(inputs.values()), str(path), dynamo=False, opset_version=17,

@@ -1,11 +1,12 @@
-"""Experiments for a machine with a GPU: predictions scored against engines, and what a region costs.
+"""Experiments for a machine with a GPU: engines that predictions are scored against, and what a bisect does when it
+is disturbed.
 
     CPDEBUG_TRT_PYTHON=PATH python benchmarks/predict_experiments.py OUT --networks FOLDER [--shared FOLDER]
 
-``FOLDER`` holds ``vit.onnx`` and ``products.onnx`` with their ``.npz`` (``engine_networks.py`` makes them) and the
-networks that are scored. Predictions run on the CPU beside the engines, of which they know nothing. Steps are in order
-of priority: what comes after ``--budget`` is left out. ``OUT`` is written as ``gpu_experiments.py`` does it; ``--only``
-takes beginnings of steps.
+``FOLDER`` holds the networks of ``QUEUES`` with their ``.npz`` (``engine_networks.py`` makes most). Queues run beside
+each other; what comes after ``--budget`` is left out. ``OUT`` is written as ``gpu_experiments.py`` does it; ``--work``
+keeps captures, from which ``predicted.py`` and ``predict_score.py`` work later, on another machine; ``--only`` takes
+beginnings of steps.
 """
 
 from __future__ import annotations
@@ -16,14 +17,24 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from gpu_experiments import REPO, Series, Step, bundled, cpdebug, script
+from gpu_experiments import REPO, Series, Step, cpdebug, script
 
-SCORED = ("resnet.torchscript", "unet.torchscript", "detr.torchscript", "ppocr-det")
-"""A residual network, a U-Net, a transformer and a trained text detector: none was used to build the predictions."""
+LEVELS = {"ppocr-det": 1, "ppocr-cls": 2}
+"""Builder levels below TensorRT's own: trained networks with dynamic axes take minutes there."""
+QUEUES = (
+    ("pillar",),
+    ("ppocr-det",),
+    ("segment", "yolo"),
+    ("odd", "ppocr-cls", "encoder"),
+    ("orders", "products", "resnet"),
+    ("vit-no-builds", "roi", "killed", "cache-nowhere", "timeout"),
+)
+"""What builds engines; queues run beside each other, so seconds are upper bounds. No network but ``products`` was used
+to build the predictions."""
 
 
-def steps(out: Path, work: Path, networks: Path, shared: Path) -> tuple[list[Step], list[Step]]:
-    """What builds engines, one after the other, and what runs beside it."""
+def steps(out: Path, work: Path, networks: Path, shared: Path) -> dict[str, Step]:
+    """Every step by name."""
     pillar = ["centerpoint:nus-pillar02", "--checkpoint", shared / "parity/state_dict_overfit.pt"]
     pillar += ["--inputs", shared / "data/nuscenes_frame.pcd.bin"]
 
@@ -31,45 +42,28 @@ def steps(out: Path, work: Path, networks: Path, shared: Path) -> tuple[list[Ste
         return [networks / f"{name}.onnx", "--inputs", networks / f"{name}.npz"]
 
     def bisect(name: str, model: list[object], *more: object, limit: float, reference: str = "ort-none") -> Step:
-        to = ["--json", out / f"{name}.json", "--save", work / name]
-        return Step(name, cpdebug("bisect", *model, "-b", f"{reference},trt-fp16", *more, *to), limit)
+        command = cpdebug("bisect", *model, "-b", f"{reference},trt-fp16", *more, "--json", out / f"{name}.json")
+        return Step(name, command, limit)
 
-    def predicted(name: str, model: list[object], *more: object) -> Step:
-        to = ["--json", out / f"predicted-{name}.json"]
-        return Step(f"predicted-{name}", cpdebug("predict", *model, "--target", "trt-8.6", *more, *to), 240)
-
-    def scored(name: str) -> Step:
-        to = ["--json", out / f"score-{name}.json"]
-        return Step(
-            f"score-{name}",
-            script("predict_score", out / f"predicted-{name}.json", out / f"{name}.json", *to),
-            30,
-            needs=out / f"predicted-{name}.json",
-        )
-
-    def fitted(name: str) -> Step:
-        to = ["--device", "cuda", "--json", out / f"kernels-{name}.json"]
-        return Step(f"kernels-{name}", script("predicted", work / name, *to), 60, needs=work / name / "result.json")
-
-    vit = net("vit")
-    engines = [
-        bisect("vit", vit, limit=200),
-        bisect("vit-again", vit, limit=120),
-        *bundled("vit-bundle", work / "vit", work, "trt-fp16"),
-    ]
-    for name in SCORED:
-        more = ["--builder-level", 2, "--build-timeout", 170] if name == "ppocr-det" else []
-        engines += [bisect(name, net(name), *more, limit=200), scored(name), fitted(name)]
-    engines += [
-        bisect("pillar", pillar, limit=240, reference="torch"),
-        scored("pillar"),
-        bisect("products", net("products"), limit=120),
-        fitted("products"),
+    made = [
+        bisect("pillar", pillar, limit=480, reference="torch"),
+        bisect("ppocr-det", net("ppocr-det"), *leveled("ppocr-det"), "--save", work / "ppocr-det", limit=480),
+        bisect("vit-no-builds", net("vit"), "--max-builds", 0, limit=150),
+        bisect("roi", net("roi"), limit=100),
+        bisect("cache-nowhere", net("roi"), "--cache", "/proc/engines", limit=60),
         bisect("timeout", net("products"), "--no-cache", "--build-timeout", 3, limit=60),
-        bisect("resnet-again", net(SCORED[0]), limit=60),
+        Step(
+            "killed", script("kill_runner", work / "killed", *cpdebug("bisect", *net("roi"), "-b", "ort,trt-fp16")), 90
+        ),
     ]
-    beside = [predicted(name, net(name)) for name in SCORED]
-    return engines, [predicted("pillar", pillar), *beside]
+    for name in ("segment", "yolo", "odd", "ppocr-cls", "encoder", "orders", "products", "resnet"):
+        more = [*leveled(name), "--probes", "boundaries", "--no-explain", "--save", work / name]
+        made.append(bisect(name, net(name), *more, limit=300))
+    return {step.name: step for step in made}
+
+
+def leveled(name: str) -> list[object]:
+    return ["--builder-level", LEVELS[name]] if name in LEVELS else []
 
 
 def main() -> None:
@@ -85,10 +79,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="visit-") as scratch:
         args.out.mkdir(parents=True, exist_ok=True)
         work = (args.work or Path(scratch)).resolve()
-        queues = steps(args.out.resolve(), work, args.networks.resolve(), args.shared.resolve())
+        known = steps(args.out.resolve(), work, args.networks.resolve(), args.shared.resolve())
         series = Series(args.out, time.monotonic() + args.budget)
-        chosen = [[step for step in queue if not words or step.name.startswith(words)] for queue in queues]
-        with ThreadPoolExecutor(2) as pool:
+        chosen = [[known[name] for name in queue if not words or name.startswith(words)] for queue in QUEUES]
+        with ThreadPoolExecutor(len(chosen)) as pool:
             list(pool.map(series.experiment, chosen))
 
 

@@ -9,8 +9,8 @@ reference, which needs no knowledge of how the engine fused), and what it *intro
 values than the prediction's layers end at, what the layers between two shown values introduce is added up as
 independent errors are, and a part of a layer that the engine split has the interval of the whole, from 0 on.
 ``below`` and ``as fp32``: smaller than the interval's low end; of these, layers whose kernel's name says that it
-computes in FP32, which a weakly typed engine may choose for any layer and no prediction knows. ``missing`` has no
-interval and counts as outside.
+computes in FP32. ``from_zero``: intervals that begin at 0, as the engine may leave the layer, or all above it, in
+FP32; ``inside_above_zero``: what lies inside the others. ``missing`` has no interval and counts as outside.
 """
 
 from __future__ import annotations
@@ -132,6 +132,11 @@ def summary(rows: Sequence[Scored]) -> dict[str, Any]:
             "of": len(own),
             **{name: counts[name] for name in (INSIDE, BELOW, ABOVE, MISSING)},
             "as_fp32": len(fp32),
+            "from_zero": sum(i is not None and i.low <= NOTHING for i in found),
+            "inside_above_zero": sum(
+                i is not None and i.low > NOTHING and getattr(row, f"{figure}_is") == INSIDE
+                for row, i in zip(own, found, strict=True)
+            ),
             "coverage": round(counts[INSIDE] / len(own), 4) if own else None,
             "coverage_with_fp32": round((counts[INSIDE] + len(fp32)) / len(own), 4) if own else None,
             "not_above": round((counts[INSIDE] + counts[BELOW]) / len(own), 4) if own else None,

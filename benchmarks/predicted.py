@@ -24,9 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
-from onnx import numpy_helper
 from torch import Tensor
 
 from cp_debug.backends.arithmetic import ARITHMETICS, FP16, FP16ACC, FP32, TF32_CUT, TF32_DECONV, Arithmetic
@@ -34,6 +32,7 @@ from cp_debug.backends.determinism import deterministic
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.kernels.epilogue import fused
 from cp_debug.backends.tensorrt.tactics import Tactic, decode
+from cp_debug.graph.fold_batchnorm import fold_batchnorm
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.operators import PRODUCTS
 from cp_debug.probes.capture import Capture
@@ -79,38 +78,12 @@ class Layer:
     """The same ratio when the whole network was emulated from its input."""
 
 
-def fold(graph: Graph, path: Path) -> Graph:
-    """The graph with each BatchNormalization behind a Conv or ConvTranspose in its weights, as engines have it."""
-    model = onnx.ModelProto()
-    model.CopyFrom(graph.proto)
-    weights = {t.name: t for t in model.graph.initializer}
-    for norm in [n for n in graph.nodes if n.op == "BatchNormalization"]:
-        product = graph.producer.get(norm.inputs[0])
-        if product is None or product.op not in ("Conv", "ConvTranspose") or len(graph.consumers[norm.inputs[0]]) > 1:
-            continue
-        gamma, beta, mean, variance = (graph.initializer(i).astype(np.float64) for i in norm.proto.input[1:5])
-        epsilon = next((a.f for a in norm.proto.attribute if a.name == "epsilon"), 1e-5)
-        scale = gamma / np.sqrt(variance + epsilon)
-        weight = graph.initializer(product.proto.input[1]).astype(np.float64)
-        axes = (1, -1, 1, 1) if product.op == "ConvTranspose" else (-1, 1, 1, 1)
-        bias = graph.initializer(product.proto.input[2]).astype(np.float64) if len(product.proto.input) > 2 else 0.0
-        node = next(n for n in model.graph.node if n.output[0] == product.outputs[0])
-        names = [node.input[1], f"{node.input[1]}.bias"]
-        node.input[:] = [node.input[0], *names]
-        node.output[0] = norm.outputs[0]
-        for name, array in zip(names, (weight * scale.reshape(axes), (bias - mean) * scale + beta), strict=True):
-            if name not in weights:
-                weights[name] = model.graph.initializer.add()
-            weights[name].CopyFrom(numpy_helper.from_array(array.astype(np.float32), name))
-        model.graph.node.remove(next(n for n in model.graph.node if n.output[0] == norm.outputs[0] and n is not node))
-    onnx.save(model, path)
-    return Graph(path)
-
-
 def told_by(tactic: Tactic, dtype: str = "") -> Arithmetic:
     """The arithmetic of a kernel: by its name, or else by the type that it writes."""
     if tactic.arithmetic == "fp16acc":
-        return replace(FP16ACC, tile=tactic.tile[2], slices=tactic.slices) if tactic.tile else FP16ACC
+        if not tactic.tile:
+            return FP16ACC
+        return replace(FP16ACC, tile=tactic.tile[2], slices=tactic.slices, vector=tactic.vector)
     if tactic.arithmetic == "tf32" and "deconv" in tactic.name:
         return TF32_DECONV
     if tactic.arithmetic == "tf32" and "wo_smem" in tactic.name:
@@ -126,6 +99,8 @@ def label(arithmetic: Arithmetic) -> str:
         return "tf32, cut off"
     if arithmetic.tile is None:
         return arithmetic.name
+    if arithmetic.vector:
+        return f"{arithmetic.name}/v{arithmetic.vector}"
     tile = "all" if arithmetic.tile > 4096 else str(arithmetic.tile)
     return f"{arithmetic.name}/{tile}" + (f"÷{arithmetic.slices}" if arithmetic.slices > 1 else "")
 
@@ -135,6 +110,7 @@ def candidates(tactic: Tactic) -> Iterator[Arithmetic]:
     told = told_by(tactic)
     orders = [(tile, slices) for slices in (1, 2) for tile in TILES if slices == 1 or tile <= 128]
     accumulated = [replace(FP16ACC, tile=tile, slices=slices) for tile, slices in orders]
+    accumulated += [replace(FP16ACC, vector=vector) for vector in (8, 4)]
     if tactic.arithmetic:
         yield told
     if tactic.arithmetic in ("fp16acc", None):
@@ -154,7 +130,7 @@ class Bench:
             for layer in layers
             for node in layer["nodes"]
         }
-        self.graph = fold(Graph(source), source.with_suffix(".folded.onnx"))
+        self.graph = fold_batchnorm(Graph(source), source.with_suffix(".folded.onnx"))
         self.known = [n for n in self.capture.names(component=component) if n in self.graph.producer]
         self.inputs = {v.name: self.load(v.name) for v in self.graph.inputs}
         self.exact = Executor(self.graph, ARITHMETICS["fp64"] if device != "cpu" else FP32, device)
@@ -221,7 +197,10 @@ class Bench:
             return
         named = all(self.kernel(n)[0].arithmetic for n in products)
         tactics = {self.kernel(n)[0].arithmetic for n in products}
-        order, biases = fused(self.graph, nodes, given) if tactics == {"fp16acc"} else (nodes, {})
+        direct = any(self.kernel(n)[0].vector for n in products)
+        order, biases = (nodes, {})
+        if tactics == {"fp16acc"}:
+            order, biases = fused(self.graph, nodes, given, bias_first=direct)
         for place, (name, executor) in enumerate(self.ways(nodes, products)):
             emulated = executor.run_nodes(order, {**given, **biases}, [value])[value].double()
             residual = float((real - emulated).norm() / error.norm())
@@ -313,8 +292,8 @@ def main() -> None:
                 found.append(layer)
                 print(
                     f"{layer.value:58.58} {layer.ops[:28]:28} K={layer.reduction:<5} {layer.told or '?':8} introduced "
-                    f"{layer.introduced:.2e}  {layer.fit:11} identical {layer.identical:7.2%}  residual "
-                    f"{layer.residual:.3f}  cosine {layer.cosine:.3f}  ratio {layer.ratio:.3f}  from input "
+                    f"{layer.introduced:.2e}  {layer.fit:11} {layer.order:6} identical {layer.identical:7.2%}  "
+                    f"residual {layer.residual:.3f}  cosine {layer.cosine:.3f}  ratio {layer.ratio:.3f}  from input "
                     + (f"{layer.from_input:.3f}" if layer.from_input is not None else "–"),
                     flush=True,
                 )

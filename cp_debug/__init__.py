@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cp_debug.api.tensors import compare_tensors
     from cp_debug.bisect.engine import Options
     from cp_debug.bisect.result import BisectResult
+    from cp_debug.bisect.result_diff import diff_results
     from cp_debug.deploy.exporting import ExportOptions
     from cp_debug.deploy.quantize_output import PtqResult
     from cp_debug.deploy.verify import VerifyOptions, VerifyResult
@@ -55,6 +56,7 @@ __all__ = [
     "compare",
     "compare_tensors",
     "diagnose",
+    "diff_results",
     "evaluate",
     "open_result",
     "predict",
@@ -85,6 +87,7 @@ _HOME = {
     "assert_agree": "api.diagnose",
     "compare": "probes.statistics",
     "compare_tensors": "api.tensors",
+    "diff_results": "bisect.result_diff",
     "diagnose": "api.diagnose",
     "evaluate": "api.jobs",
     "open_result": "reports.saved",

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nets import NetBuilder
 from test_executor import conv_net, graph, random
 
 from cp_debug.backends.arithmetic import FP64, TF32
@@ -16,6 +17,7 @@ from cp_debug.backends.determinism import deterministic
 from cp_debug.backends.emulated import EmulatedBackend
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.spec import BackendSpec
+from cp_debug.bisect.engine import Options, bisect
 from cp_debug.errors import BackendUnavailable, InputError
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -88,3 +90,18 @@ def test_tensor_cores_round_operands_to_tf32_as_emulated(tmp_path: Path) -> None
     emulated = Executor(net, TF32).run({"x": x})["y"]
     introduced = real.cpu() - exact
     assert float((real.cpu() - emulated).norm() / introduced.norm()) < 0.02
+
+
+@pytest.mark.parametrize("backend", ["emu-fp16", "emu-bf16"])
+def test_constants_beyond_the_range_stay_finite(tmp_path: Path, backend: str) -> None:
+    """(1 − mask) · −3.4e38 is 0 where the mask is 1: builders and converters take the closest finite number, no Inf."""
+    net = NetBuilder()
+    lowest, one = (net.weight(np.float32(n)) for n in (np.finfo(np.float32).min, 1))
+    masked = net.op("Mul", net.op("Sub", one, "mask"), lowest, name="masked")
+    net.op("Softmax", net.op("Add", "x", masked, name="sum"), name="y", axis=-1)
+    path = net.save(tmp_path / "net.onnx", {"x": (1, [4, 6]), "mask": (1, [1, 6])}, ["y"])
+    x = np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32)
+    np.savez(tmp_path / "in.npz", x=x, mask=np.array([[0, 0, 1, 1, 1, 1]], np.float32))
+    test = bisect(str(path), f"ort,{backend}", options=Options(inputs=tmp_path / "in.npz")).tests[0]
+    assert test.agrees
+    assert not test.not_finite

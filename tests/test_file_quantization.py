@@ -16,6 +16,7 @@ from onnxruntime.quantization import (
     quantize_dynamic,
     quantize_static,
 )
+from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from cp_debug.bisect.engine import Options, bisect
 
@@ -137,6 +138,43 @@ def test_weights_that_the_optimizer_puts_on_levels_are_int8(tmp_path: Path) -> N
     ]
     file = save("file.onnx", file_nodes)
     assert accused(plain, file, "ort,ort-none,ort-basic,ort-all") == [[], [], []]
+
+
+def test_values_without_axes_and_constants_that_the_quantizer_folded(tmp_path: Path) -> None:
+    """A maximum over everything, and a branch of constants that the file holds as levels: both are put on a grid."""
+    rng = np.random.default_rng(3)
+    weights = {"w": rng.standard_normal((16, 8)).astype(np.float32), "low": np.float32(0), "high": np.float32(29)}
+    weights |= {"step": np.float32(1), "sizes": np.array([1, 30, 1])}
+    constants = [numpy_helper.from_array(np.asarray(a), n) for n, a in weights.items()]
+    nodes = [
+        node("MatMul", ["x", "w"], ["h"], name="product"),
+        node("ReduceMax", ["h"], ["most"], name="most", keepdims=0),
+        node("Sub", ["h", "most"], ["s"], name="less"),
+        node("Range", ["low", "high", "step"], ["places"], name="places"),
+        node("Sqrt", ["places"], ["roots"], name="roots"),
+        node("Unsqueeze", ["roots", "last"], ["column"], name="column"),
+        node("Add", ["s", "column"], ["y"], name="sum"),
+    ]
+    constants.append(numpy_helper.from_array(np.array([1]), "last"))
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [29, 16])
+    out = helper.make_tensor_value_info("y", TensorProto.FLOAT, [29, 8])
+    read = {i for n in nodes for i in n.input}
+    graph = helper.make_graph(nodes, "g", [x], [out], [c for c in constants if c.name in read])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    path, prepared, file = (tmp_path / f"{n}.onnx" for n in ("plain", "prepared", "file"))
+    onnx.save(model, path)
+
+    class Samples(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.left = iter({"x": rng.standard_normal((29, 16)).astype(np.float32)} for _ in range(4))
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(self.left, None)
+
+    quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
+    quantize_static(str(prepared), str(file), Samples(), activation_type=QuantType.QUInt8)
+    assert any(n.op_type == "DequantizeLinear" and "column" in n.output[0] for n in onnx.load(file).graph.node)
+    assert accused(path, file, "ort,ort-none,ort-all,ort-int8") == [[], [], []]
 
 
 def test_a_quantized_file_of_an_old_opset_is_read_again(tmp_path: Path) -> None:

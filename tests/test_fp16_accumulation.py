@@ -72,6 +72,52 @@ def test_conv_walks_k_in_the_documented_order(
     np.testing.assert_allclose(got, expected, rtol=2**-9, atol=2**-6)
 
 
+def in_vectors(x: np.ndarray, weight: np.ndarray, pads: int, stride: int, vector: int) -> np.ndarray:
+    """Kernels without shared memory, thread by thread: each of four loads a vector, four values of it at a time."""
+    padded = np.pad(x[0], [(0, 0), (pads, pads), (pads, pads)]).astype(np.float64)
+    outputs, channels, height, width = weight.shape
+    whole = -(-channels // vector) * vector
+    size = tuple((n - k) // stride + 1 for n, k in zip(padded.shape[1:], (height, width), strict=True))
+    result = np.zeros((outputs, *size), np.float32)
+    taps = list(itertools.product(range(height), range(width)))
+    for o, i, j in np.ndindex(*result.shape):
+        products = np.zeros(-(-len(taps) * whole // (4 * vector)) * 4 * vector)
+        for t, (a, b) in enumerate(taps):
+            values = padded[:, i * stride + a, j * stride + b] * weight[o, :, a, b].astype(np.float64)
+            products[t * whole : t * whole + channels] = values
+        total = np.float16(0)
+        for threads in products.reshape(-1, 4, vector):
+            for first in range(0, vector, 4):
+                total = np.float16(np.float32(np.float64(total) + threads[:, first : first + 4].sum()))
+        result[o, i, j] = total
+    return result
+
+
+@pytest.mark.parametrize("vector", [4, 8])
+@pytest.mark.parametrize(("channels", "kernel", "stride"), [(3, 5, 2), (16, 3, 1), (12, 3, 1), (20, 1, 1)])
+def test_kernels_without_shared_memory_load_vectors(
+    channels: int, kernel: int, stride: int, vector: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(fp16_accumulation._AT_A_TIME, "cpu", 32)
+    x, weight = halves(1, channels, 8, 7, seed=4), halves(3, channels, kernel, kernel, seed=5)
+    pads = kernel // 2
+    window = Window((kernel, kernel), (stride, stride), (1, 1), (pads, pads), (pads, pads))
+    got = fp16_accumulation.conv(x, weight, None, window, 1, 64, vector=vector)[0].numpy()
+    expected = in_vectors(x.numpy(), weight.numpy(), pads, stride, vector)
+    assert np.mean(got == expected) > 0.99
+    np.testing.assert_allclose(got, expected, rtol=2**-9, atol=2**-6)
+
+
+def test_an_instruction_takes_four_values_of_each_of_four_vectors() -> None:
+    first, second, *_ = fp16_accumulation.vector_blocks(9, 16, 8)
+    assert first == [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27], "two taps of 16 channels"
+    assert second == [k + 4 for k in first]
+    assert fp16_accumulation.vector_blocks(9, 3, 8)[0] == list(range(12)), "four taps of 3 channels, padding left out"
+    assert len(fp16_accumulation.vector_blocks(9, 3, 8)) == 3
+    places = [k for block in fp16_accumulation.vector_blocks(25, 12, 8) for k in block]
+    assert sorted(places) == list(range(25 * 12)), "every product once"
+
+
 def test_the_order_is_told_apart() -> None:
     x, weight = halves(1, 128, 6, 6, seed=1), halves(8, 128, 3, 3, seed=2)
     window = Window((3, 3), (1, 1), (1, 1), (1, 1), (1, 1))

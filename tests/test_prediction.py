@@ -12,6 +12,7 @@ from nets import NetBuilder
 from typer.testing import CliRunner
 
 import cp_debug
+from cp_debug.backends.emulated import EmulatedBackend
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import parse_backends
 from cp_debug.bisect.engine import Options, bisect
@@ -226,3 +227,58 @@ def test_refusals_before_anything_runs(tmp_path: Path, arguments: list[str], sai
     path = str(residual(tmp_path / "net.onnx"))
     with pytest.raises(InputError, match=said):
         CliRunner().invoke(app, ["predict", path, *arguments], catch_exceptions=False, standalone_mode=False)
+
+
+def norms(path: Path) -> Path:
+    """Two convolutions, instance norm and ReLU, a pool, two convolutions: ``x`` to ``y``."""
+    net = NetBuilder()
+    a = net.conv(net.conv("x", 8, 16, name="c0"), 16, 16, name="c1")
+    ones, zeros = net.weight(np.ones(16, np.float32)), net.weight(np.zeros(16, np.float32))
+    b = net.op("Relu", net.op("InstanceNormalization", a, ones, zeros, name="norm"), name="r")
+    c = net.conv(net.op("MaxPool", b, name="pool", kernel_shape=[2, 2], strides=[2, 2]), 16, 16, name="c2")
+    net.conv(c, 16, 4, name="y")
+    return net.save(path, {"x": (1, [1, 8, 12, 12])}, ["y"])
+
+
+def test_layers_that_may_stay_in_fp32_begin_at_no_error(tmp_path: Path) -> None:
+    prediction = predict(str(norms(tmp_path / "net.onnx")))
+    layers = {layer.value: layer for layer in prediction.layers}
+    assert [value for value, layer in layers.items() if layer.may_stay] == ["c1", "r", "pool", "c2"]
+    for value in ("c1", "r", "c2"):
+        introduced = layers[value].introduced
+        assert introduced is not None
+        assert introduced.low == 0 < introduced.expected, "only its own error can be missing"
+        assert layers[value].error.low > 0, "what the convolutions above introduce is there in any case"
+    for value in ("c0", "y"):
+        introduced = layers[value].introduced
+        assert introduced is not None
+        assert introduced.low > 0
+    assert "mixed" in prediction.kernels
+    fixed = predict(str(tmp_path / "net.onnx"), target="trt-11")
+    assert "mixed" not in fixed.kernels
+    assert not any(layer.may_stay for layer in fixed.layers), "types come from the graph there"
+
+
+def test_an_engine_that_leaves_them_in_fp32_lies_inside(tmp_path: Path) -> None:
+    path = norms(tmp_path / "net.onnx")
+    prediction = predict(str(path))
+    kept = ["norm", "r", "c1", "c2"]
+    nodes = {output: node.name for node in Graph(path).nodes for output in node.outputs}
+    reference, test = (create(s) for s in parse_backends("ort-none,emu-fp16"))
+    assert isinstance(test, EmulatedBackend)
+    engine = test.keeping([nodes[value] for value in kept])
+    result = bisect(load_model(str(path)), [reference, engine], options=Options(explain=False))
+    rows = json.loads(json.dumps(result.to_dict()))["tests"][0]["layers"]
+    score = summary(Score(prediction, rows).rows())
+    assert (score["error"]["inside"], score["error"]["from_zero"]) == (score["layers"], 0)
+    assert score["introduced"]["inside"] == score["introduced"]["of"]
+
+
+def test_a_first_convolution_of_few_channels_is_computed_as_its_kernels_do(tmp_path: Path) -> None:
+    net = NetBuilder()
+    net.conv(net.conv("x", 3, 16, k=7, name="c0"), 16, 8, name="y")
+    prediction = predict(str(net.save(tmp_path / "net.onnx", {"x": (1, [1, 3, 24, 24])}, ["y"])))
+    first = prediction.layers[0]
+    assert first.introduced is not None
+    assert first.may_stay
+    assert first.introduced.expected < 0.8 * first.introduced.high / prediction.spread, "fewer sums than tap by tap"

@@ -14,8 +14,9 @@ from test_trt_runner import NODES, save_net
 
 from cp_debug.backends.tensorrt.client import ParseFailed, RunnerClient
 from cp_debug.backends.tensorrt.config import decide
-from cp_debug.errors import InputError
+from cp_debug.errors import BackendUnavailable, InputError
 from cp_debug.graph.casts import cast_surgery
+from cp_debug.graph.dimension_names import tell_apart
 from cp_debug.graph.graph import Graph
 
 pytestmark = [pytest.mark.slow, pytest.mark.tensorrt, pytest.mark.timeout(600)]
@@ -113,6 +114,27 @@ def test_dynamic_shapes_take_a_profile(trt11: str, tmp_path: Path) -> None:
     step = {"command": "build", "onnx": str(path), "engine": str(tmp_path / "e"), "nodes": NODES, **config.step()}
     with pytest.raises(InputError, match="it needs a profile"):
         RunnerClient(trt11).execute([{**step, "timing_cache": None}])
+
+
+def test_dimensions_of_one_name_and_two_sizes(trt11: str, tmp_path: Path) -> None:
+    """Refused by TensorRT as they are; converters write ``?`` for both."""
+    path = save_net(tmp_path, "1,3,Q,Q")
+    shape = [1, 3, 8, 12]
+    step = {"command": "build", "onnx": str(path), "engine": str(tmp_path / "e"), "nodes": NODES, "timing_cache": None}
+    step |= {**decide("fp32", "11.4.0.106").step(), "profiles": {"x": [shape] * 3}}
+    with pytest.raises(InputError, match="Input dimensions with this name"):
+        RunnerClient(trt11).execute([step])
+    named = tell_apart(Graph(path), {"x": [shape]}, tmp_path / "named.onnx")
+    assert build(trt11, tmp_path, named, "fp32", profiles={"x": [shape] * 3})[0].is_file()
+
+
+def test_pinned_precisions_are_refused_by_a_version_that_has_none(trt11: str, tmp_path: Path) -> None:
+    save_net(tmp_path)
+    config = decide("fp32", "11.4.0.106")
+    step = {"command": "build", "onnx": str(tmp_path / "net.onnx"), "engine": str(tmp_path / "e"), "nodes": NODES}
+    flags = {"set_flags": ["FP16"], "timing_cache": None}
+    with pytest.raises(BackendUnavailable, match="FP16"):
+        RunnerClient(trt11).execute([{**step, **config.step(), **flags}])
 
 
 def test_what_the_parser_refuses_is_named(trt11: str, tmp_path: Path) -> None:

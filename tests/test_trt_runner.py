@@ -252,6 +252,18 @@ def test_parser_errors_name_the_node(version: str, tmp_path: Path) -> None:
     assert error == {"kind": "parse", "message": "node /d/Det (Det): no importer for Det", "nodes": ["/d/Det"]}
 
 
+def test_a_library_that_the_parser_lacks_is_told(version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """RoiAlign on TensorRT 8.6: its plug-in is in a library that the package does not bring."""
+
+    def lacks(self: object, path: str) -> bool:
+        raise RuntimeError("Unable to open library: libnvinfer_vc_plugin.so.8")
+
+    save_net(tmp_path)
+    monkeypatch.setattr(sys.modules["tensorrt"].OnnxParser, "parse_from_file", lacks)
+    error = execute(build_step(tmp_path, version))["error"]
+    assert (error["kind"], error["message"]) == ("parse", "Unable to open library: libnvinfer_vc_plugin.so.8")
+
+
 def test_memory_versions_time_and_members_fail_in_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     install("10.12.0.36", monkeypatch)
     save_net(tmp_path)

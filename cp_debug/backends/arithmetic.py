@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ class Arithmetic:
     """Channels per tile where convolutions and products accumulate in FP16; None accumulates in ``dtype``."""
     slices: int = 1
     """Number of partial sums that share a tile's channels; a divisor of ``tile`` ÷ 16."""
+    vector: int = 0
+    """Values that a thread of a convolution kernel without shared memory loads at once, 4 or 8; 0 for other kernels."""
 
     def held(self, dtype: torch.dtype) -> torch.dtype:
         """Dtype in which values are held that the graph declares as ``dtype``."""
@@ -68,6 +71,27 @@ class Arithmetic:
         """``value`` as this arithmetic stores it between operations."""
         return self.value(value) if self.value is not None and isinstance(value, Tensor) else value
 
+    def round_constant(self, value: Any) -> Any:
+        """``value`` as a weight or another constant of the graph.
+
+        What is finite stays so: TensorRT's builder and the FP16 converters of ONNX Runtime and ModelOpt take the
+        closest finite number for one that is out of range, such as a mask of −3.4e38.
+        """
+        rounded = self.round(value)
+        if self.value is None or not isinstance(value, Tensor) or not value.is_floating_point():
+            return rounded
+        overflown = torch.isinf(rounded) & torch.isfinite(value)
+        if not bool(overflown.any()):
+            return rounded
+        return torch.where(overflown, torch.sign(value) * self.largest, rounded)
+
+    @property
+    def largest(self) -> float:
+        """The largest finite number that ``value`` keeps finite."""
+        numbers = [torch.finfo(kind).max for kind in (torch.float16, torch.bfloat16)]
+        kept = [n for n in numbers if self.value is None or math.isfinite(float(self.value(torch.tensor(n))))]
+        return max(kept)
+
     def operands(self, *values: Tensor) -> tuple[Tensor, ...]:
         """The operands of a convolution or matrix product as the multiplier reads them.
 
@@ -82,6 +106,8 @@ class Arithmetic:
     def settings(self) -> dict[str, Any]:
         """Everything about this arithmetic that can change numbers, in words, JSON-safe."""
         order = f"channel tiles of {self.tile}, kernel taps row by row, blocks of 16 channels"
+        if self.vector:
+            order = f"kernel taps row by row, channels in vectors of {self.vector}, four of each of four at a time"
         return {
             "arithmetic": self.name,
             "held_as": str(self.dtype).removeprefix("torch."),
@@ -90,6 +116,7 @@ class Arithmetic:
             "accumulation": f"float16, {order}" if self.tile else str(self.dtype).removeprefix("torch."),
             "tile": self.tile,
             "slices": self.slices,
+            **({"vector": self.vector} if self.vector else {}),
         }
 
 

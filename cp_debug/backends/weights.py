@@ -14,7 +14,8 @@ from cp_debug.graph.graph import Graph
 class Weights:
     """Initializers and the results of Constant nodes, by name.
 
-    Both are read rounded as ``arithmetic`` stores values, or exact by operators that take them as parameters (scales).
+    Both are read rounded as ``arithmetic`` stores constants, or exact by operators that take them as parameters, such
+    as scales.
     """
 
     def __init__(self, graph: Graph, arithmetic: Arithmetic, device: torch.device, limit: int) -> None:
@@ -37,7 +38,7 @@ class Weights:
             return self._kept[key]
         value = self._arithmetic.hold(self._read(name), self._device)
         if rounded:
-            value = self._arithmetic.round(value)
+            value = self._arithmetic.round_constant(value)
         if value.nbytes <= self._room:
             self._room -= value.nbytes
             self._kept[key] = value

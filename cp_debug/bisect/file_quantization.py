@@ -373,7 +373,9 @@ class FileQuantization:
         if producer_grid is not None and weights is None and is_constant(self._graph, last.proto.input[0]):
             weights = self._levels(producer_grid.scale, producer_grid.zero)
         holds_levels = last.op == "DequantizeLinear" or producer_grid is not None
-        result = (data or Levels()) if holds_levels and not is_constant(self._graph, last.proto.input[0]) else None
+        result = (data or Levels()) if holds_levels else None
+        if holds_levels and is_constant(self._graph, last.proto.input[0]):
+            result = weights  # of what the parent computes from constants alone
         return Scheme(data, weights, result, grid)
 
     def _between_levels(self, node: Node) -> bool:

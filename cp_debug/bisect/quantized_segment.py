@@ -207,7 +207,7 @@ def balanced(error: Tensor, exact: Tensor, axis: int) -> float:
     have too few elements to tell (``FEW``), or none has any size. ``error`` and ``exact`` have one shape and any float
     dtype; norms are taken in float64.
     """
-    if exact.numel() < FEW * exact.shape[axis]:
+    if not exact.dim() or exact.numel() < FEW * exact.shape[axis]:
         return 0.0
     reduced = [d for d in range(exact.dim()) if d != axis]
     wrong, size = (torch.linalg.vector_norm(t.double(), dim=reduced) for t in (error, exact))

@@ -68,7 +68,8 @@ class RangeLoss:
                 if lost <= RANGE * precision(node).roundoff or lost <= loss:
                     loss = max(loss, lost)
                     continue
-                rounded = _stored(self.oracle.run_nodes([], {}, [name])[name], precision(node))
+                weight = self.oracle.run_nodes([], {}, [name])[name]
+                rounded = ARITHMETICS[precision(node).name].round_constant(weight.float()).to(weight.dtype)
                 changed_result = self.oracle.run_nodes(nodes, {**given, name: rounded}, [target])[target]
                 if self._matters(target, exact, changed_result, negligible, load):
                     loss = lost

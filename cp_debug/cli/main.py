@@ -25,8 +25,10 @@ from cp_debug.cli import (
     crash,
     demo,
     deploy,
+    diff,
     doctor,
     export,
+    import_dump,
     models,
     predict,
     quantize,
@@ -91,6 +93,7 @@ for command in (
     compare.compare,
     demo.demo,
     deploy.deploy,
+    diff.diff,
     doctor.doctor,
     export.export,
     models.models,
@@ -101,6 +104,7 @@ for command in (
 ):
     app.command(cls=Command)(command)
 app.command("eval", cls=Command)(evaluation.evaluate)
+app.command("import", cls=Command)(import_dump.import_dump)
 app.add_typer(quantize.app)
 app.add_typer(sweep.app)
 

@@ -43,6 +43,7 @@ from cp_debug.prediction.result import (
 )
 from cp_debug.prediction.targets import Kernel, Target, kernels_of, target_of
 from cp_debug.prediction.walk import EXACT, GraphWalk, Walked
+from cp_debug.probes.distance import relative_l2
 from cp_debug.programs.layers import layer_name
 from cp_debug.programs.pipeline import Export, Key, is_exported, prepare
 from cp_debug.programs.scene import decode
@@ -56,8 +57,6 @@ SPREAD = 1.25
 """Factor by which an interval is wider than the kernels' errors: engines know more orders of summation than these."""
 CLOSE_TO = 8.0
 """Factor below FP16's largest number within which another input is likely to exceed it."""
-FEW = 4
-"""Channels of an input up to which TensorRT 8.6 computed the first convolution in FP32: in 3 of 4 networks."""
 EMULATED = {"fp16": "fp16acc", "bf16": "bf16", "tf32": "tf32", "int8": "int8"}
 """Precision → the emulated backend on which a goal is searched for."""
 
@@ -134,6 +133,7 @@ class _ModelPrediction:
         scratch: Path,
     ) -> None:
         self._model, self._target, self._precision, self._kernels = model, target, precision, kernels
+        self._mixed = any(kernel.mixed for kernel in kernels)
         self._programs = {program.name: program for program in programs}
         self._layers: dict[Key, PredictedLayer] = {}
         self._outputs: dict[Key, PredictedOutput] = {}
@@ -197,21 +197,15 @@ class _ModelPrediction:
         if walked.introduced and self._precision == "fp16":
             rounding, high = walked.introduced["fp16"], max(walked.introduced.values())
             layer.excess = high / rounding if rounding else 0.0
-        if layer.introduced is not None and self._target.weak and self._may_stay(key, group):
-            layer.may_stay = True
-            layer.introduced, layer.error = replace(layer.introduced, low=0.0), replace(layer.error, low=0.0)
+        layer.may_stay = self._mixed and self._walks[component].may_stay(group)
         assert walked.exact is not None
+        if layer.may_stay and layer.introduced is not None and (stored := self._kernels[-1].stored) is not None:
+            # What it reads may come in FP32, so that even a pool rounds.
+            rounding = relative_l2(stored.round(walked.exact), walked.exact)
+            layer.introduced = replace(layer.introduced, high=max(layer.introduced.high, SPREAD * rounding))
         self._range(layer, group, walked.exact)
         self._keep(layer)
         self._layers[key] = layer if key not in self._layers else _worse(self._layers[key], layer)
-
-    def _may_stay(self, key: Key, group: Group) -> bool:
-        """Whether a convolution reads so few channels of a graph's input that tensor cores gain little."""
-        graph = self._walks[key.component].graph
-        shapes = {v.name: v.shape or () for v in graph.inputs}
-        first = group.nodes[0]
-        shape = shapes.get(first.inputs[0], ()) if first.op == "Conv" else ()
-        return len(shape) > 1 and isinstance(shape[1], int) and shape[1] <= FEW
 
     def _knows(self, key: Key) -> bool:
         return key.value in self._programs[key.component].graph.producer

@@ -10,6 +10,8 @@ from cp_debug.errors import InputError
 
 TILES = (32, 64, 128)
 """Channels per tile of the kernels that accumulate in FP16."""
+MIXED = "mixed"
+"""Name of the way in which all that may stay in FP32 does."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Kernel:
     """Rounding of a fused group's result where ``arithmetic`` rounds no results."""
     fused: bool = False
     """Whether additions behind a convolution come in the order of ``epilogue.fused``."""
+    mixed: bool = False
+    """Whether layers that the target may leave in FP32 (``undecided``) are computed so."""
 
 
 @dataclass(frozen=True)
@@ -100,4 +104,11 @@ def kernels_of(target: Target, precision: str) -> tuple[Kernel, ...]:
         raise InputError(
             f"--precision: {target.name} does not compute in {precision}; it knows {', '.join(target.precisions)}"
         )
-    return _KERNELS[precision]
+    kernels = _KERNELS[precision]
+    return (*kernels, mixed(kernels[-1])) if target.weak and precision != "int8" else kernels
+
+
+def mixed(kernel: Kernel) -> Kernel:
+    """The way of ``kernel`` with every layer in FP32 that a weakly typed target may leave so: its error is the
+    smallest to expect."""
+    return replace(kernel, name=MIXED, says=f"layers that may stay in FP32 do; else {kernel.says}", mixed=True)

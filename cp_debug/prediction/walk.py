@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from torch import Tensor
 
-from cp_debug.backends.arithmetic import FP32
+from cp_debug.backends.arithmetic import FP32, Arithmetic
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.kernels.epilogue import BIAS, fused
 from cp_debug.graph.downstream import data_values
@@ -20,8 +20,11 @@ from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.unquantize import quantized_inputs
 from cp_debug.prediction.groups import Group, groups_of
 from cp_debug.prediction.targets import Kernel
+from cp_debug.prediction.undecided import FEW, undecided
 from cp_debug.probes.distance import relative_l2
 
+VECTOR = 8
+"""Values that a thread loads at once in the kernels that took first convolutions on TensorRT 8.6."""
 EXACT = ""
 """The name of the FP32 run among those of the kernels."""
 
@@ -51,10 +54,15 @@ class GraphWalk:
     def __init__(self, graph: Graph, kernels: Sequence[Kernel], device: str) -> None:
         self.graph, self._kernels = graph, kernels
         self._device = device
-        self._executors = {kernel.name: Executor(graph, kernel.arithmetic, device) for kernel in kernels}
+        self._executors = {
+            kernel.name: Executor(graph, kernel.arithmetic, device, overrides=_direct(graph, kernel) if i == 0 else {})
+            for i, kernel in enumerate(kernels)
+        }
         self._oracle = Executor(graph, FP32, device)
         self._bypass = quantized_inputs(graph)
         self.groups = groups_of(graph)
+        self._undecided = {self.groups[i].nodes[0].index for i in undecided(graph, self.groups)}
+        """Index of the first node of each group that a weakly typed target may leave in FP32."""
         self._data = set(data_values(graph)) | {v.name for v in graph.inputs}
         self.outputs: dict[str, dict[str, np.ndarray]] = {}
         """Run → output → array, once walked."""
@@ -85,6 +93,10 @@ class GraphWalk:
         for run, values in live.items():
             tensors = self._oracle.run_nodes([], values, output_names)
             self.outputs[run] = {n: v.cpu().numpy() if isinstance(v, Tensor) else v for n, v in tensors.items()}
+
+    def may_stay(self, group: Group) -> bool:
+        """Whether a weakly typed target may leave the group in FP32."""
+        return group.nodes[0].index in self._undecided
 
     def _reads(self, group: Group) -> set[str]:
         """Values that the nodes of a group read from outside, around Q/DQ pairs too."""
@@ -137,6 +149,10 @@ class GraphWalk:
         results: Sequence[str],
         inside: dict[str, Any],
     ) -> dict[str, Any]:
+        if kernel.mixed and self.may_stay(group):
+            return self._oracle.run_nodes(
+                [self._unquantized(n) for n in group.nodes], given, results, inside.__setitem__
+            )
         nodes, biases = fused(self.graph, group.nodes, given) if kernel.fused else (group.nodes, {})
         executor, values = self._executors[kernel.name], {**given, **biases}
         results_low = executor.run_nodes(nodes, values, results, inside.__setitem__ if kernel.stored is None else None)
@@ -158,6 +174,19 @@ class GraphWalk:
         proto.CopyFrom(node.proto)
         proto.input[:] = [around.get(name, name) for name in proto.input]
         return replace(Node.of(node.index, proto), name=node.name)
+
+
+def _direct(graph: Graph, kernel: Kernel) -> dict[str, Arithmetic]:
+    """Convolutions that read few channels, in the order of the kernels that take them."""
+    if not kernel.arithmetic.tile:
+        return {}
+    convolutions = (n for n in graph.nodes if n.op == "Conv" and n.proto.input[1] in graph.initializers)
+    few = [n.name for n in convolutions if graph.weight(n.proto.input[1]).dims[1] <= FEW and not _grouped(n)]
+    return dict.fromkeys(few, replace(kernel.arithmetic, vector=VECTOR))
+
+
+def _grouped(node: Node) -> bool:
+    return any(a.name == "group" and a.i > 1 for a in node.proto.attribute)
 
 
 def _floats(value: Any) -> bool:

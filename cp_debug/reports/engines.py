@@ -40,10 +40,11 @@ def engine_lines(record: RunRecord) -> Iterator[Text]:
 def kernel(tactic: str) -> str:
     """A kernel's arithmetic and the depth of its tile, as far as its name tells: ``fp16acc/64``, ``fp32 winograd``.
 
-    ``fp16acc/64÷2`` shares each tile between two partial sums.
+    ``fp16acc/64÷2`` shares each tile between two partial sums; ``fp16acc/v8`` loads vectors of 8 channels.
     """
     tactic_parts = decode(tactic)
     text = tactic_parts.arithmetic or ""
     if tactic_parts.arithmetic == "fp16acc" and tactic_parts.tile:
-        text += f"/{tactic_parts.tile[2]}" + (f"÷{tactic_parts.slices}" if tactic_parts.slices > 1 else "")
+        depth = f"v{tactic_parts.vector}" if tactic_parts.vector else str(tactic_parts.tile[2])
+        text += f"/{depth}" + (f"÷{tactic_parts.slices}" if tactic_parts.slices > 1 else "")
     return f"{text} winograd".strip() if tactic_parts.winograd else text

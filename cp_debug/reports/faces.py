@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from cp_debug.bisect.import_dump import ImportedDump
 from cp_debug.bisect.result import BisectResult
+from cp_debug.bisect.result_diff import ResultDiff
 from cp_debug.deploy.quantize_output import PtqResult
 from cp_debug.deploy.verify import VerifyResult
 from cp_debug.detection.evaluation import EvaluationResult
@@ -12,11 +14,13 @@ from cp_debug.prediction.result import Prediction
 from cp_debug.quantization.toggles import QuantizerRow
 from cp_debug.reports import (
     evaluation,
+    import_dump,
     mixed_precision,
     notebook,
     page,
     prediction,
     quantization,
+    result_diff,
     summary,
     tables,
     verification,
@@ -25,6 +29,8 @@ from cp_debug.reports import (
 register(BisectResult, tables.render, notebook.render_notebook, summary.summary, page.write_result)
 register(MixedPrecisionResult, mixed_precision.render)
 register(Prediction, prediction.render)
+register(ResultDiff, result_diff.render, page=result_diff.write_page)
+register(ImportedDump, import_dump.render)
 register(VerifyResult, verification.render)
 register(EvaluationResult, evaluation.render)
 register(PtqResult, quantization.render)

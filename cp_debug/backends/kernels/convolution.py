@@ -21,8 +21,10 @@ def conv(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     window = Window.of(call, weight.shape[2:], x.shape[2:])
     x, weight = call.arithmetic.operands(x, weight)
     if call.arithmetic.tile:
-        tile, slices = call.arithmetic.tile, call.arithmetic.slices
-        return fp16_accumulation.conv(x, weight, bias, window, call["group"], tile, slices)
+        order = call.arithmetic
+        return fp16_accumulation.conv(
+            x, weight, bias, window, call["group"], call.arithmetic.tile, order.slices, order.vector
+        )
     if x.dtype == torch.float64 and not x.is_cuda and call["group"] == 1 and max(window.kernel) > 1:
         return blocked_convolution.conv(x, weight, bias, window)
     padding = window.begin

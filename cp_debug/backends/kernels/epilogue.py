@@ -2,6 +2,7 @@
 
 Fitted on TensorRT 8.6 and an H100, element by element (``docs/gpu/h100.md``): a residual is added to the accumulated
 sum *before* the bias, each addition rounded to FP16, and ``x · sigmoid(x)`` behind it is rounded once, not twice.
+Kernels without shared memory add the bias first.
 """
 
 from __future__ import annotations
@@ -18,12 +19,16 @@ BIAS = "\x1fbias"
 """Suffix of a convolution's name for its bias as a value of its own."""
 
 
-def fused(graph: Graph, nodes: Sequence[Node], starts: Collection[str]) -> tuple[list[Node], Mapping[str, np.ndarray]]:
+def fused(
+    graph: Graph, nodes: Sequence[Node], starts: Collection[str], *, bias_first: bool = False
+) -> tuple[list[Node], Mapping[str, np.ndarray]]:
     """The nodes in the order of such a kernel, and the biases as further values, [C, 1, …] float32.
 
-    The bias of a Conv whose result is added to one of ``starts`` comes behind the addition. Other patterns stay as they
-    are.
+    The bias of a Conv whose result is added to one of ``starts`` comes behind the addition, unless ``bias_first``.
+    Other patterns stay as they are.
     """
+    if bias_first:
+        return _once_rounded(nodes), {}
     readers: dict[str, list[Node]] = {}
     for node in nodes:
         for name in node.inputs:

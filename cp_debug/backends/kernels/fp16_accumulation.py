@@ -4,6 +4,11 @@ K is walked in channel tiles, inside a tile over the kernel taps row by row, ins
 one tensor-core instruction. Each instruction adds 16 exact products to the partial sum, which is then rounded to FP16.
 Some kernels share a tile's channels among slices (``warpsize2x1x2`` in the name: two), each with a sum of its own;
 these are added at the end. Against TensorRT 8.6 on H200 this reproduces 99.7 to 100 % of a layer's elements bit by bit.
+
+Kernels without shared memory (``wo_smem``), which take layers with few channels, walk taps and channels as one axis,
+channels padded to vectors of 4 or 8 values. Each of four threads loads one vector, and an instruction takes four values
+of each: of two taps with 8 channels, channels 0 to 3 of 4 vectors, then 4 to 7. On an H100 99.99 % of the elements of
+first layers with 3 channels are equal bit by bit (``docs/gpu/h100.md``).
 """
 
 from __future__ import annotations
@@ -19,6 +24,8 @@ from cp_debug.backends.kernels.windows import Window
 from cp_debug.backends.rounding import round_fp16
 
 BLOCK = 16
+THREADS = 4
+"""Threads that share the K of one instruction."""
 _AT_A_TIME = {"cpu": 1 << 17, "cuda": 1 << 26}
 """Number of partial sums worked on at a time: on a CPU as many as stay in its cache through all steps of K."""
 
@@ -63,10 +70,60 @@ def accumulate(
     return result
 
 
-def conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, groups: int, tile: int, slices: int = 1
+def accumulate_vectors(
+    x: Tensor, taps: Sequence[Tap], stride: Sequence[int], size: Sequence[int], vector: int
 ) -> Tensor:
-    """ONNX Conv of ``x`` (N, C, *spatial); every operand already holds FP16 values."""
+    """Sum the taps as kernels without shared memory do; shapes as for ``accumulate``, ``vector`` is 4 or 8."""
+    groups, channels = x.shape[:2]
+    outputs = taps[0][0].shape[1]
+    result = x.new_empty(groups, outputs, *size)
+    if not result.numel():
+        return result
+    weight = torch.cat([w for w, _ in taps], -1)
+    blocks = vector_blocks(len(taps), channels, vector)
+    row = result[0, 0, 0].numel()
+    rows = max(1, _AT_A_TIME[x.device.type] // (groups * max(outputs, len(taps) * channels) * row))
+    for first in range(0, size[0], rows):
+        extent = (min(rows, size[0] - first), *size[1:])
+        columns = []
+        for _, start in taps:
+            begin = (start[0] + first * stride[0], *start[1:])
+            window = tuple(slice(b, b + (n - 1) * s + 1, s) for b, n, s in zip(begin, extent, stride, strict=True))
+            columns.append(x[(slice(None), slice(None), *window)].flatten(2))
+        matrix = torch.cat(columns, 1)
+        total = x.new_zeros(groups, outputs, matrix.shape[-1])
+        for block in blocks:
+            total.baddbmm_(weight[:, :, block], matrix[:, block])
+            total.copy_(total.half())
+        result[:, :, first : first + extent[0]] = total.unflatten(2, extent)
+    return result
+
+
+def vector_blocks(taps: int, channels: int, vector: int) -> list[list[int]]:
+    """Places of K (tap · channels + channel) that one instruction adds, in order; padding and what is all padding is
+    left out."""
+    padded = -(-channels // vector) * vector
+    blocks: list[list[int]] = []
+    for begin in range(0, taps * padded, THREADS * vector):
+        for part in range(0, vector, BLOCK // THREADS):
+            places = [begin + t * vector + part + i for t in range(THREADS) for i in range(BLOCK // THREADS)]
+            real = [k for k in places if k < taps * padded and k % padded < channels]
+            blocks.append([k // padded * channels + k % padded for k in real])
+    return [block for block in blocks if block]
+
+
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    window: Window,
+    groups: int,
+    tile: int,
+    slices: int = 1,
+    vector: int = 0,
+) -> Tensor:
+    """ONNX Conv of ``x`` (N, C, *spatial); every operand already holds FP16 values. ``vector`` instead of ``tile`` and
+    ``slices`` is for kernels without shared memory."""
     size = window.output_size(x.shape[2:])
     grouped = weight.unflatten(0, (groups, -1))
     taps: list[Tap] = [
@@ -74,7 +131,14 @@ def conv(
         for k in itertools.product(*map(range, window.kernel))
     ]
     padded = functional.pad(x, window.torch_pads()).unflatten(1, (groups, -1))
-    result = [accumulate(sample, taps, window.stride, size, tile, slices).flatten(0, 1) for sample in padded]
+    result = [
+        (
+            accumulate_vectors(sample, taps, window.stride, size, vector)
+            if vector
+            else accumulate(sample, taps, window.stride, size, tile, slices)
+        ).flatten(0, 1)
+        for sample in padded
+    ]
     return add_bias(torch.stack(result), bias)
 
 

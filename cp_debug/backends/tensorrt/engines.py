@@ -25,6 +25,7 @@ from cp_debug.backends.tensorrt.inspector import (
 from cp_debug.backends.tensorrt.probe_bisection import ProbeSearch
 from cp_debug.errors import InputError
 from cp_debug.files import file_hash
+from cp_debug.graph.dimension_names import tell_apart
 from cp_debug.graph.graph import Graph
 
 Profile = tuple[Sequence[int], Sequence[int], Sequence[int]]
@@ -105,7 +106,8 @@ class EngineBuilder:
     def _built(
         self, name: str, probes: Mapping[str, Any], profiles: Mapping[str, Profile]
     ) -> tuple[Path, dict[str, Any]]:
-        common = {**self.settings(), "onnx": str(self.graph.path), "profiles": profiles}
+        readable = tell_apart(self.graph, profiles, self.folder / "named.onnx")
+        common = {**self.settings(), "onnx": str(readable), "profiles": profiles}
         path = self.folder / name
         step = {"command": "build", "engine": str(path), "probes": probes, **common}
         try:

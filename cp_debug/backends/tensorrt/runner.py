@@ -416,8 +416,11 @@ def _parse(job: Job, network: Any, path: str, nodes: list[list[Any]]) -> None:
         raise RunnerFailure("input", f"{path}: no such ONNX file")
     parser = job.trt.OnnxParser(network, job.logger)
     job.kept.append(parser)  # owns the weights until the build is over
-    if parser.parse_from_file(path):  # by path, so that external data is found beside the file
-        return
+    try:
+        if parser.parse_from_file(path):  # by path, so that external data is found beside the file
+            return
+    except RuntimeError as refused:  # a library of plug-ins that this installation lacks, for one
+        raise RunnerFailure("parse", str(refused)) from None
     names, lines = [], []
     for error in [parser.get_error(i) for i in range(parser.num_errors)]:
         index = error.node()

@@ -21,6 +21,7 @@ _FUSED = re.compile(r"_fused_conv_act_(?P<reads>fp16|fp32)_.*_Acc(?P<accumulates
 _PLAIN = re.compile(r"_(?:FP32){3}N")
 _OLD_TENSOR_CORE = re.compile(r"(?:^|_)(?P<kind>[hsi])(?:884|1688|16816|8816|16832)(?=[a-z_]|$)")
 _SLICES = re.compile(r"_warpsize\d+x\d+x(\d+)(?=_|$)")
+_ALIGNED = re.compile(r"_aligna(\d+)(?=_|$)")
 _TILE = re.compile(r"tilesize(\d+)x(\d+)x(\d+)")
 _LONG = {"f16": "fp16", "f32": "fp32", "f64": "fp64", "i8": "int8", "s8": "int8", "u8": "int8", "i32": "int32"}
 _LONG["s32"] = "int32"
@@ -41,6 +42,9 @@ class Tactic:
     slices: int = 1
     """Warps that share a tile's depth, each with a partial sum of its own."""
     winograd: bool = False
+    vector: int = 0
+    """Values that a thread loads at once in kernels without shared memory (``wo_smem``), else 0. The name tells it: the
+    alignment, at most an eighth of the tile's depth; fitted on 3 layers and right on 4 others."""
 
     @property
     def arithmetic(self) -> str | None:
@@ -53,6 +57,8 @@ class Tactic:
 def decode(name: str) -> Tactic:
     """Decode a tactic name; an unknown one gives a Tactic that only has its name."""
     tile, slices = _TILE.search(name), _SLICES.search(name)
+    aligned = _ALIGNED.search(name)
+    vector = min(int(aligned[1]) if aligned else 8, int(tile[3]) // 8) if tile and "wo_smem" in name else 0
     reads, writes, multiplies, accumulates = _types(name) or (None, None, None, None)
     return Tactic(
         name,
@@ -63,6 +69,7 @@ def decode(name: str) -> Tactic:
         tile=(int(tile[1]), int(tile[2]), int(tile[3])) if tile else None,
         slices=int(slices[1]) if slices else 1,
         winograd="winograd" in name or "wngd" in name,
+        vector=vector,
     )
 
 

@@ -19,6 +19,10 @@ OVERFLOWS = 65520.0
 """The smallest magnitude that FP16 rounds to Inf: then it is an overflow that must be told."""
 ORDERS = ((64, 1), (64, 2), (32, 1), (128, 1), (16, 1))
 """Channels per tile and partial sums that share them, of the kernels seen so far."""
+VECTORS = (8, 4)
+"""Values that a thread loads at once in convolution kernels without shared memory."""
+FEW = 48
+"""Most channels of a convolution that was seen to run in one of those."""
 LIKE_FP16 = (1e-5, 0.2)
 """Relative error that FP16 accumulation can make: outside of it nothing is tried."""
 LIKELY, LEAST_COSINE = (0.7, 1.4), 0.2
@@ -96,6 +100,7 @@ def fp16_accumulation(segment: Segment) -> Iterator[Candidate]:
         value = segment.run(arithmetic, nodes, biases)
         same = float((value == segment.test).double().mean())
         figures: dict[str, Any] = {"tile": arithmetic.tile, "slices": arithmetic.slices, "bit_identical": same}
+        figures |= {"vector": arithmetic.vector} if arithmetic.vector else {}
         figures |= {"reduction_length": _reduction(segment)} | ({"epilogue": epilogue} if epilogue else {})
         by_magnitude, says = False, "sums are accumulated in FP16"
         if bool(torch.isfinite(value[segment.finite]).all()):
@@ -115,12 +120,25 @@ def _kernels(segment: Segment) -> Iterator[tuple[Arithmetic, Sequence[Node], Map
     order of TensorRT's kernels behind the sum, where that changes anything (``epilogue.fused``); that order first."""
     orders = [replace(FP16ACC, tile=tile, slices=slices) for tile, slices in ORDERS]
     nodes, biases = fused(segment.graph, segment.nodes, segment.given)
-    if biases or len(nodes) != len(segment.nodes):
+    plain, _ = fused(segment.graph, segment.nodes, segment.given, bias_first=True)
+    said = "x·sigmoid(x) rounded once" if len(plain) != len(segment.nodes) else ""
+    vectors = [replace(FP16ACC, vector=vector) for vector in VECTORS if _channels(segment) <= FEW]
+    for arithmetic in vectors[:1]:  # what takes first layers, so that nothing else is tried for them
+        yield arithmetic, plain, {}, said
+    if biases or said:
         for arithmetic in orders:
-            yield arithmetic, nodes, biases, "a residual before the bias" if biases else "x·sigmoid(x) rounded once"
+            yield arithmetic, nodes, biases, "a residual before the bias" if biases else said
         orders = orders[:1]
     for arithmetic in orders:
         yield arithmetic, segment.nodes, {}, ""
+    for arithmetic in vectors[1:]:
+        yield arithmetic, plain, {}, said
+
+
+def _channels(segment: Segment) -> float:
+    """Channels that one output of the convolution reads; infinite for other products."""
+    weight = segment.weight(segment.product, 1) if segment.product and segment.product.op == "Conv" else None
+    return float("inf") if weight is None else weight.shape[1]
 
 
 def _reduction(segment: Segment) -> int:

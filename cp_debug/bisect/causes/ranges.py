@@ -52,11 +52,12 @@ def overflow(segment: Segment) -> Iterator[Candidate]:
     figures = half_figures(segment.exact)
     if figures["overflows"]:
         says = f"FP16 overflow: values up to {figures['largest']:.3g}, the largest FP16 number is 65504"
+        claimed = segment.context.claim.name.startswith("fp16")  # any Inf looks like any other one
         for value in (
             round_fp16(segment.exact.float()).double(),
             segment.run(FP16) if segment.nodes else segment.exact,
         ):
-            yield Candidate("fp16-overflow", says, value, evidence=figures, fix=_RESCALE)
+            yield Candidate("fp16-overflow", says, value, evidence=figures, fix=_RESCALE, heard=claimed)
         clamped = segment.exact.clamp(-HALF.largest, HALF.largest)
         says = says.replace("overflow", "overflow, saturated")
         yield Candidate("fp16-overflow", says, clamped, evidence=figures, fix=_RESCALE)

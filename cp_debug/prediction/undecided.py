@@ -1,0 +1,84 @@
+"""Layers that a weakly typed engine may leave in FP32, as far as a graph tells.
+
+What TensorRT 8.6 did on an H100 (``docs/gpu/h100.md``): convolutions among convolutions ran in FP16, whatever their
+size. Left in FP32 were, in some engines, first convolutions that read few channels; normalizations, products of values
+and elementwise operators, which its compiler takes into regions of one type; and the convolutions beside such regions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cp_debug.graph.graph import Graph
+from cp_debug.prediction.groups import Group
+
+FEW = 4
+"""Channels of an input up to which TensorRT 8.6 computed the first convolution in FP32: in 3 of 6 networks."""
+CONVOLUTIONS = frozenset(("Conv", "ConvTranspose"))
+REGIONAL = frozenset(
+    ("Attention", "GRU", "GroupNormalization", "InstanceNormalization", "LSTM", "LayerNormalization", "MatMul",
+     "RMSNormalization", "RNN", "Softmax")
+)  # fmt: skip
+"""Operators around which TensorRT makes regions."""
+
+
+def undecided(graph: Graph, groups: Sequence[Group]) -> frozenset[int]:
+    """Places in ``groups`` of those whose type cannot be known: all that compute, but for convolutions whose nearest
+    other products, up and down the graph, are convolutions too."""
+    beside = _Beside(groups)
+    return frozenset(
+        i for i, g in enumerate(groups) if g.computes and not (_convolves(g) and _decided(graph, beside, i))
+    )
+
+
+def _decided(graph: Graph, beside: _Beside, place: int) -> bool:
+    return not _reads_few(graph, beside.groups[place]) and not any(map(_regional, beside.nearest(place)))
+
+
+def _convolves(group: Group) -> bool:
+    return any(node.op in CONVOLUTIONS for node in group.nodes)
+
+
+def _regional(group: Group) -> bool:
+    ops = {node.op for node in group.nodes}
+    return bool(ops & REGIONAL) or (any(op.startswith("Reduce") for op in ops) and "Sqrt" in ops)
+
+
+def _reads_few(graph: Graph, group: Group) -> bool:
+    """Whether a convolution reads so few channels of a graph's input that tensor cores gain little."""
+    shapes = {v.name: v.shape or () for v in graph.inputs}
+    first = group.nodes[0]
+    shape = shapes.get(first.inputs[0], ()) if first.op == "Conv" else ()
+    return len(shape) > 1 and isinstance(shape[1], int) and shape[1] <= FEW
+
+
+class _Beside:
+    """Neighbours of each group, by what it reads."""
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self.groups = groups
+        writers = {output: i for i, g in enumerate(groups) for node in g.nodes for output in node.outputs}
+        self._up: list[set[int]] = [
+            {writers[name] for node in g.nodes for name in node.inputs if name in writers} - {i}
+            for i, g in enumerate(groups)
+        ]
+        self._down: list[set[int]] = [set() for _ in groups]
+        for i, above in enumerate(self._up):
+            for j in above:
+                self._down[j].add(i)
+
+    def nearest(self, place: int) -> list[Group]:
+        """Convolutions and regional groups above and below, those next to each path; other groups are walked
+        through."""
+        found: set[int] = set()
+        for links in (self._up, self._down):
+            waiting, seen = [place], {place}
+            while waiting:
+                for other in links[waiting.pop()] - seen:
+                    seen.add(other)
+                    group = self.groups[other]
+                    if _convolves(group) or _regional(group):
+                        found.add(other)
+                    elif not group.side:
+                        waiting.append(other)
+        return [self.groups[i] for i in found]
