@@ -152,6 +152,8 @@ class ProductLayout:
 
     @classmethod
     def of(cls, segment: Segment, node: Node, place: int, weight: Tensor) -> ProductLayout | None:
+        """Layout of the product whose ``weight`` [outputs, inputs, …] or [rows, columns] is input ``place``; None for
+        weights of other ranks."""
         shape, declared = tuple(weight.shape), attributes(segment.graph, node)
         if node.op in ("Conv", "ConvTranspose"):
             groups = int(declared.get("group", 1))
@@ -192,7 +194,7 @@ class ProductLayout:
         return None if value is None else replace(self, outputs=k).flat(value)
 
     def without_bias(self, segment: Segment) -> Tensor:
-        """The exact result without the bias."""
+        """The exact result without the bias, of the result's shape, float64."""
         weight = segment.weight(self.node, self.place)
         value = self._run(segment, weight) if weight is not None else None
         return segment.exact if value is None else value
