@@ -84,9 +84,9 @@ def loop_seconds() -> float:
 def time_limit(graph: Graph, nodes: Iterable[Node] | None = None) -> float | None:
     """Seconds that a run of ``graph``, or of some of its nodes, may take; None where it holds no Loop without end."""
     protos = [n.proto for n in (graph.nodes if nodes is None else nodes)]
-    found = _Loops({(f.domain, f.name): f for f in graph.proto.functions})
-    found.walk(protos, 0)
-    ends = {_end(loop, graph, found.constants) for loop in found.loops} - {""}
+    loops = _Loops({(f.domain, f.name): f for f in graph.proto.functions})
+    loops.walk(protos, 0)
+    ends = {_end(loop, graph, loops.constants) for loop in loops.loops} - {""}
     return loop_seconds() * (1 if "none" in ends else PATIENCE) if ends else None
 
 
