@@ -78,6 +78,8 @@ def encode(value: Any, *, json: bool = True) -> Any:
         return {str(k): encode(v, json=json) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [encode(v, json=json) for v in value]
+    if isinstance(value, frozenset):
+        return [encode(v, json=json) for v in sorted(value)]
     return json_safe(value) if json else value
 
 
@@ -169,7 +171,9 @@ def _converter() -> Converter:
     converter.register_structure_hook(float, _number)
     for kind in (int, str, bool):
         converter.register_structure_hook(kind, _strict)
-    converter.register_structure_hook_func(lambda hint: _origin(hint) in (list, tuple), partial(_items, converter))
+    converter.register_structure_hook_func(
+        lambda hint: _origin(hint) in (list, tuple, frozenset), partial(_items, converter)
+    )
     converter.register_structure_hook_func(lambda hint: _origin(hint) is dict, partial(_mapping, converter))
     converter.register_structure_hook_factory(dataclasses.is_dataclass, partial(_reader, converter))
     return converter
@@ -237,7 +241,7 @@ def _origin(hint: Any) -> Any:
 
 
 def _items(converter: Converter, value: Any, hint: Any) -> Any:
-    """A list or a tuple of anything."""
+    """A list, tuple or frozenset of anything."""
     origin, kinds = _origin(hint), get_args(hint)
     if not isinstance(value, list | tuple):
         raise TypeError(f"{json.dumps(value, default=str)[:40]}; expected list")

@@ -11,6 +11,7 @@ import pytest
 
 HOW = {
     "mmengine": "pip install '.[eval]' addict termcolor yapf, then pip install --no-deps mmengine==0.10.7",
+    "mkdocs": "pip install '.[docs]'",
     "modelopt": "pip install '.[quant]'",
     "nuscenes": "pip install '.[eval]', then pip install --no-deps nuscenes-devkit==1.2.0",
     "shapely": "pip install '.[eval]'",

@@ -42,6 +42,39 @@ def assert_complete(alignment: Alignment, graph: Graph) -> None:
         assert link.error < 1e-5
 
 
+class Noisy(nn.Module):
+    """Random numbers of three kinds, in front of layers that must be found all the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = self.second(x + torch.rand_like(x) + torch.randn(3, 16))
+        return self.third(nn.functional.dropout(x, 0.4, training=True))
+
+
+def test_layers_behind_random_numbers_are_found(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, x = Noisy().eval(), torch.randn(3, 8)
+    path = export(module, (x,), tmp_path / "n.onnx", input_names=["x"], output_names=["y"])
+    alignment = align(Graph(path), module, (x,))
+    assert alignment.unmatched_modules == alignment.unmatched_values == []
+    assert {"first", "second", "third"} <= {link.layer for link in alignment.links}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_modules_in_half_precision_are_aligned(tmp_path: Path, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.GELU(), nn.Conv2d(8, 4, 1)]
+    module, x = nn.Sequential(*layers).eval().to(dtype), torch.randn(2, 3, 12, 12).to(dtype)
+    path = export(module, (x,), tmp_path / "h.onnx", input_names=["x"], output_names=["y"])
+    alignment = align(Graph(path), module, (x,))
+    assert alignment.unmatched_modules == alignment.unmatched_values == []
+    assert {"1", "3", "5"} <= {link.layer for link in alignment.links}
+
+
 @pytest.mark.parametrize(("exporter", "folded"), KINDS)
 def test_the_stress_model_is_accounted_for(tmp_path: Path, exporter: str, folded: bool) -> None:
     module, image = make_stress()

@@ -10,8 +10,11 @@ import torch
 from onnx import TensorProto, helper
 
 from cp_debug.bisect.engine import Options, bisect
+from cp_debug.bisect.recording import compare_captures, record
 from cp_debug.graph.declared import narrow_values
 from cp_debug.graph.graph import Graph
+from cp_debug.probes.capture import Capture
+from cp_debug.recipes.registry import load_model
 from cp_debug.recipes.torch_callable import TorchModel
 
 TYPES = {np.float16: TensorProto.FLOAT16, np.float32: TensorProto.FLOAT, ml_dtypes.bfloat16: TensorProto.BFLOAT16}
@@ -55,6 +58,21 @@ def test_the_declared_precision_is_read_off_the_types(tmp_path):
     assert {"h", "c0", "r2", "yh"} <= mixed.keys()
     assert not {"x", "y"} & mixed.keys()
     assert set(mixed.values()) == {"fp16"}
+
+
+@pytest.mark.parametrize("keep_io", [False, True])
+def test_headers_and_captures_say_what_a_file_computes_in(tmp_path, keep_io):
+    path = network(tmp_path / "a.onnx", np.float16, keep_io=keep_io)
+    result = bisect(str(path), "ort,ort-all")
+    assert [record.computes_in for record in (result.reference, result.tests[0].backend)] == ["fp16", "fp16"]
+    assert bisect(str(network(tmp_path / "b.onnx", np.float32)), "ort,ort-all").reference.computes_in == "fp32"
+    folders = {backend: tmp_path / backend for backend in ("ort", "torch")}
+    for backend, folder in folders.items():
+        about = {"inputs": None, "samples": 1, "seed": 0, "exporter": None, "folded": True}
+        record(load_model(str(path)), backend, folder, **about, on_step=lambda what, done, total: None)
+    test = compare_captures(*map(Capture.open, folders.values())).tests[0]
+    assert test.agrees, "judged as FP16, which the file declares"
+    assert test.backend.computes_in == "fp16"
 
 
 def test_values_of_unknown_type_have_that_of_what_is_read(tmp_path):

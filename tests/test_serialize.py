@@ -21,6 +21,10 @@ from cp_debug.bisect.replayed import Replay
 from cp_debug.bisect.result import BisectResult, LayerRow, Remainder, StageRow, TestResult
 from cp_debug.detection.detection_change import DetectionChange
 from cp_debug.errors import InputError
+from cp_debug.mixed_precision.fusion_groups import FusionGroup
+from cp_debug.mixed_precision.result import KeptLayer, MixedPrecisionResult
+from cp_debug.mixed_precision.trial import Measured, Trial
+from cp_debug.prediction.result import Prediction
 from cp_debug.probes.statistics import TensorStats
 from cp_debug.reports.saved import SavedResult
 from cp_debug.serialize import decode, encode
@@ -39,12 +43,12 @@ def _drawn(hint: Any) -> st.SearchStrategy[Any]:
 
 def _made(kind: type, **fixed: Any) -> st.SearchStrategy[Any]:
     """Objects of a dataclass with every field drawn, but those that are kept out of JSON."""
-    omitted = {f.name: st.none() for f in dataclasses.fields(kind) if f.metadata.get("omit")}
+    omitted = {f.name for f in dataclasses.fields(kind) if f.metadata.get("omit")}
     hints = {
         name: hint for name, hint in get_type_hints(kind, localns=NAMES).items() if name in kind.__dataclass_fields__
     }
-    drawn = {name: _drawn(hint) for name, hint in hints.items()}
-    return st.builds(kind, **drawn | omitted | fixed)
+    drawn = {name: _drawn(hint) for name, hint in hints.items() if name not in omitted}
+    return st.builds(kind, **drawn | fixed)
 
 
 for _kind in (RunRecord, Where, Finding):  # they hold what hypothesis cannot draw by itself
@@ -71,6 +75,34 @@ def test_every_field_of_a_part_survives(kind: type, data: st.DataObject) -> None
 def test_the_blamed_optimizers_survive(knobs: OptimizerBlame) -> None:
     again = decode(OptimizerBlame, json.loads(json.dumps(encode(knobs))), "result.json", "knobs")
     assert repr(again) == repr(knobs)
+
+
+FIGURES = st.fixed_dictionaries({"rel_l2": st.floats(allow_nan=False)})
+NODES = st.frozensets(st.tuples(st.text(), st.text()), max_size=1)  # of more, equal sets may be written differently
+TRIALS = _made(Trial, measured=_made(Measured, figures=FIGURES), nodes=NODES)
+LAYERS = _made(KeptLayer, fusion_group=_made(FusionGroup))
+
+
+@settings(max_examples=10, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(
+    result=_made(
+        MixedPrecisionResult, best=TRIALS, baseline=TRIALS, trials=st.lists(TRIALS), kept=st.lists(LAYERS, max_size=2)
+    )
+)
+def test_a_mixed_precision_search_survives(result: MixedPrecisionResult) -> None:
+    document = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    again = decode(MixedPrecisionResult, document, "search.json")
+    for field in dataclasses.fields(MixedPrecisionResult):
+        assert repr(getattr(again, field.name)) == repr(getattr(result, field.name)), field.name
+
+
+@settings(max_examples=10, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(data=st.data())
+def test_a_prediction_survives(data: st.DataObject) -> None:
+    prediction = data.draw(_made(Prediction))
+    again = decode(Prediction, json.loads(json.dumps(prediction.to_dict(), allow_nan=False)), "prediction.json")
+    for field in dataclasses.fields(Prediction):
+        assert repr(getattr(again, field.name)) == repr(getattr(prediction, field.name)), field.name
 
 
 @st.composite

@@ -10,6 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper, parser
 
+from cp_debug.backends.executor import Executor
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.result import SHAPE, TestResult
 from cp_debug.errors import InputError
@@ -50,6 +51,26 @@ def test_random_numbers_are_named_and_nobody_is_guilty(tmp_path: Path, body: str
     assert not test.guilty
     assert any("draws random numbers" in note for note in test.notes)
     assert test.remainder is None or not test.remainder.adds_up
+
+
+def test_what_random_numbers_do_is_no_defect(tmp_path: Path) -> None:
+    """Two runs differ, and so do runs with probes: neither memory nor a fused kernel is at fault."""
+    body = "h = Tanh (x) \n n = RandomNormal <shape = [4, 8], seed = 3.0> () \n z = Add (h, n) \n y = Relu (z)"
+    test = compared(save(tmp_path / "net.onnx", body), "ort,ort-all")
+    assert not test.agrees
+    assert not test.findings
+    assert not any("observer gap" in note for note in test.notes)
+    assert any("(seed 3: runtimes have generators of their own" in note for note in test.notes)
+    assert str(test.remainder).endswith("draws random numbers, and the outputs hang on them")
+
+
+def test_multinomial_draws_from_the_distribution(tmp_path: Path) -> None:
+    body = "n = Multinomial <sample_size = 64, dtype = 7> (p) \n y = Cast <to = 1> (n)"
+    path = save(tmp_path / "net.onnx", body, p=np.float32([[-np.inf, 0, np.log(3), -np.inf]]))
+    drawn = Executor(Graph(path)).run({"x": X})["y"].numpy()
+    assert drawn.shape == (1, 64)
+    assert set(np.unique(drawn)) == {1, 2}
+    assert 32 < (drawn == 2).sum() < 63
 
 
 def test_a_dropout_that_is_off_draws_nothing(tmp_path: Path) -> None:
@@ -104,7 +125,58 @@ def test_strings(tmp_path: Path) -> None:
     for backends in BACKENDS:
         test = compared(save(tmp_path / "net.onnx", body, signature), backends)
         assert test.agrees
-        assert [row.onnx for row in test.outputs] == ["y"]
+        assert [row.onnx for row in test.outputs] == ["t.codes", "y"]
+
+
+@pytest.mark.parametrize("backends", BACKENDS)
+def test_strings_alone_are_compared_by_equality(tmp_path: Path, backends: str) -> None:
+    """Another class is inherited from what computes it; other labels are the encoder's."""
+    encode = "ai.onnx.ml.LabelEncoder <keys_int64s = [0, 1], values_strings = {labels}>"
+    body = f"z = Mul (x, c) \n k = ArgMax <axis=1, keepdims=0> (z) \n b = Mod (k, two) \n t = {encode} (b)"
+    signature = "(float[4,8] x) => (string[N] t)"
+
+    def network(name: str, labels: str, factor: float) -> Path:
+        weights = {"c": np.float32(factor), "two": np.int64(2)}
+        return save(tmp_path / name, body.replace("{labels}", labels), signature, **weights)
+
+    good = network("good.onnx", '["odd", "even"]', 1.0)
+    assert compared(good, backends).agrees
+    turned = compared(good, backends, network("turned.onnx", '["odd", "even"]', -1.0))
+    assert [row.onnx for row in turned.guilty] == ["z"]
+    assert not turned.agrees
+    labelled = compared(good, backends, network("labelled.onnx", '["even", "odd"]', 1.0))
+    assert [row.onnx for row in labelled.guilty] == ["t.codes"]
+
+
+def test_sequences_are_compared_element_by_element(tmp_path: Path) -> None:
+    def network(name: str, factor: float, *more: str) -> Path:
+        nodes = [helper.make_node("Mul", ["x", "c"], ["z"]), helper.make_node("Tanh", ["z"], ["t"])]
+        nodes.append(helper.make_node("SequenceConstruct", ["x", "t", *more], ["s"]))
+        kind = helper.make_sequence_type_proto(helper.make_tensor_type_proto(TensorProto.FLOAT, None))
+        inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [4, 8])]
+        weights = [numpy_helper.from_array(np.float32(factor), "c")]
+        net = helper.make_graph(nodes, "net", inputs, [helper.make_value_info("s", kind)], weights)
+        onnx.save(helper.make_model(net, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / name)
+        return tmp_path / name
+
+    good = network("good.onnx", 1.0)
+    for backends in (*BACKENDS, "torch,ort"):
+        test = compared(good, backends)
+        assert test.agrees
+        assert [row.onnx for row in test.outputs] == ["s.length", "s[0]", "s[1]"]
+    assert [row.onnx for row in compared(good, "ort,ort-all", network("bad.onnx", 1.5)).guilty] == ["z"]
+    longer = compared(good, "ort,ort-all", network("longer.onnx", 1.0, "z"))
+    assert [row.onnx for row in longer.guilty] == ["s.length"]
+
+
+@pytest.mark.parametrize("kind", ["seq", "optional"])
+def test_an_input_that_is_no_tensor_is_refused_in_one_sentence(tmp_path: Path, kind: str) -> None:
+    take = "e = SequenceAt (s, i)" if kind == "seq" else "e = OptionalGetElement (s)"
+    signature = f"({kind}(float[4,8]) s) => (float[4,8] y)"
+    path = save(tmp_path / "net.onnx", f"i = Constant <value_int=0> () \n {take} \n y = Tanh (e)", signature)
+    what = "a sequence" if kind == "seq" else "an optional"
+    with pytest.raises(InputError, match=f"input 's' holds {what}, which cannot be given; cut the graph"):
+        bisect(str(path), BACKENDS[0])
 
 
 def test_an_input_of_strings_is_refused_in_one_sentence(tmp_path: Path) -> None:
@@ -115,18 +187,33 @@ def test_an_input_of_strings_is_refused_in_one_sentence(tmp_path: Path) -> None:
         compared(path, BACKENDS[0], s=np.array(["a", "b", "c"]))
 
 
-def test_maps(tmp_path: Path) -> None:
-    nodes = [
-        helper.make_node("Tanh", ["x"], ["y"]),
-        helper.make_node("ZipMap", ["y"], ["p"], domain="ai.onnx.ml", classlabels_int64s=list(range(8))),
-    ]
-    floats = helper.make_tensor_type_proto(TensorProto.FLOAT, [])
-    maps = helper.make_sequence_type_proto(helper.make_map_type_proto(TensorProto.INT64, floats))
-    outputs = [helper.make_value_info("p", maps), helper.make_tensor_value_info("y", TensorProto.FLOAT, [4, 8])]
-    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [4, 8])]
-    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 3)]
-    model = helper.make_model(helper.make_graph(nodes, "net", inputs, outputs), opset_imports=opsets, ir_version=8)
-    onnx.save(model, tmp_path / "net.onnx")
-    test = compared(tmp_path / "net.onnx", "ort,ort-all")
+@pytest.mark.parametrize("backends", [*BACKENDS, "torch,ort"])
+@pytest.mark.parametrize("alone", [True, False])
+def test_maps(tmp_path: Path, backends: str, alone: bool) -> None:
+    """A map is compared by its values and by its keys, in every arithmetic."""
+
+    def network(name: str, factor: float, labels: list[str]) -> Path:
+        nodes = [
+            helper.make_node("Mul", ["x", "c"], ["z"]),
+            helper.make_node("Tanh", ["z"], ["y"]),
+            helper.make_node("ZipMap", ["y"], ["p"], domain="ai.onnx.ml", classlabels_strings=labels),
+        ]
+        floats = helper.make_tensor_type_proto(TensorProto.FLOAT, [])
+        maps = helper.make_sequence_type_proto(helper.make_map_type_proto(TensorProto.STRING, floats))
+        outputs = [helper.make_value_info("p", maps)]
+        outputs += [] if alone else [helper.make_tensor_value_info("y", TensorProto.FLOAT, [4, 8])]
+        inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [4, 8])]
+        opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 3)]
+        weights = [numpy_helper.from_array(np.float32(factor), "c")]
+        net = helper.make_graph(nodes, "net", inputs, outputs, weights)
+        onnx.save(helper.make_model(net, opset_imports=opsets, ir_version=8), tmp_path / name)
+        return tmp_path / name
+
+    good = network("good.onnx", 1.0, [*"abcdefgh"])
+    test = compared(good, backends)
     assert test.agrees
-    assert [row.onnx for row in test.outputs] == ["y"]
+    assert [row.onnx for row in test.outputs] == ["p.values", "p.keys", *([] if alone else ["y"])]
+    scaled = compared(good, backends, network("scaled.onnx", 1.5, [*"abcdefgh"]))
+    assert [row.onnx for row in scaled.guilty] == ["z"]
+    renamed = compared(good, backends, network("renamed.onnx", 1.0, [*"abcdefhg"]))
+    assert [row.onnx for row in renamed.guilty] == ["p.keys"]

@@ -126,3 +126,11 @@ class RunRecord:
     emulated: bool
     versions: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    declared: list[str] = field(default_factory=list)
+    """Float types that the files themselves compute in, where they know others than FP32: ``fp16``, ``bf16``."""
+
+    @property
+    def computes_in(self) -> str:
+        """The precision in words: that of the backend, and where that is FP32, what the files declare instead."""
+        precision = " + ".join(self.declared) if self.declared and self.precision == "fp32" else self.precision
+        return precision + (", emulated" if self.emulated else "")

@@ -11,6 +11,7 @@ import numpy as np
 from cp_debug.backends.base import Program, Session, Sink
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import InputError
+from cp_debug.graph.check_inputs import known_shape
 from cp_debug.graph.graph import Graph
 
 
@@ -88,7 +89,7 @@ def channels_first(
     """
     values = named_values(graph, tensors)
     for name, tensor in values.items():
-        shape = _shape(graph, name)
+        shape = known_shape(graph, name)
         if tensor.ndim not in (4, 5) or (shape is not None and shape == tensor.shape):
             continue
         moved = np.moveaxis(tensor, -1, 1)
@@ -100,15 +101,6 @@ def channels_first(
                 "dumped with channels last; read it so with --tensors-layout nhwc"
             )
     return values
-
-
-def _shape(graph: Graph, name: str) -> tuple[int, ...] | None:
-    """The shape that the file states or ONNX infers, where every size is known."""
-    kind = graph.types.get(name)
-    if kind is None or not kind.HasField("tensor_type") or not kind.tensor_type.HasField("shape"):
-        return None
-    sizes = kind.tensor_type.shape.dim
-    return tuple(size.dim_value for size in sizes) if all(size.HasField("dim_value") for size in sizes) else None
 
 
 def dumped_inputs(graph: Graph, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:

@@ -20,10 +20,11 @@ from cp_debug.backends.reference import Reference
 from cp_debug.backends.schema_functions import function_body, is_defined
 from cp_debug.backends.weights import Weights
 from cp_debug.errors import CpdebugError, InputError
-from cp_debug.graph.bodies import Body, run_loop, run_scan
+from cp_debug.graph.bodies import Body, LoopClock, run_loop, run_scan
 from cp_debug.graph.constants import constant
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.onnx_runtime import Endless
+from cp_debug.graph.randomness import draws
 
 MOVES = {
     "BitCast", "CenterCropPad", "Compress", "ConcatFromSequence", "Identity", "MaxUnpool", "Optional",
@@ -87,24 +88,28 @@ class Executor:
         overrides: Mapping[str, Arithmetic] = MappingProxyType({}),
         weight_cache: int = 4 << 30,
         literal: bool = False,
+        drawn: Callable[[Node, Sequence[Any]], Tensor | None] | None = None,
     ) -> None:
         """``overrides``: other arithmetics for some nodes of the main graph, by node name. Then every node rounds what
         it reads, inputs and constants included, which are held as they are given.
         ``weight_cache``: bytes of converted weights that are kept; what does not fit is read at each use.
         ``literal``: where runtimes agree with each other and not with ONNX's reference implementation, compute as the
         latter does.
+        ``drawn``: asked for the result of each node that draws random numbers, with the node's inputs; None draws anew.
         """
         self.graph = graph
         self.arithmetic = arithmetic
         self.device = torch.device(device)
         self._overrides = overrides
         self._literal = literal
+        self._drawn = drawn
         self._weights = Weights(graph, arithmetic, self.device, weight_cache)
         self._other_weights = {a: Weights(graph, a, self.device, weight_cache) for a in overrides.values()}
         self._reference = Reference(graph)
         self._functions = {(f.domain, f.name): f for f in graph.proto.functions}
         self._steps: dict[Node, _ExecutionStep] = {}
         self._place = ""
+        self._clock = LoopClock()
         self.decisions: dict[str, str | int] = {}
         """Decisions of the last run: path of a control flow node, as ``flatten`` writes it → branch that an If took, or
         how often a body ran."""
@@ -267,6 +272,8 @@ class Executor:
             results = self._execute(body.nodes, visible, [o for o in body.outputs if o in produced])
             return [results.get(o) for o in body.outputs]
 
+        if self._drawn is not None and draws(node, self.graph) and (known := self._drawn(node, inputs)) is not None:
+            return [known, torch.ones_like(known, dtype=torch.bool)][: step.call.outputs]
         if "" in step.bodies:
             return execute(step.bodies[""], inputs)
         if node.op == "If":
@@ -275,7 +282,12 @@ class Executor:
         if node.op in _OPTIONAL and not any(isinstance(i, list) for i in inputs):
             return [_OPTIONAL[node.op](*inputs)]
         if node.op in ("Loop", "Scan"):
-            produced = (run_loop if node.op == "Loop" else run_scan)(step.bodies, execute, step.call, *inputs)
+            if node.op == "Loop":
+                if not place:
+                    self._clock = LoopClock()
+                produced = run_loop(self._clock, step.bodies, execute, step.call, *inputs)
+            else:
+                produced = run_scan(step.bodies, execute, step.call, *inputs)
             self.decisions[place + node.name] = next(runs)
             return [self.arithmetic.hold(r, self.device) for r in produced]
         if step.kernel is not None and all(i is None or isinstance(i, Tensor) for i in inputs):

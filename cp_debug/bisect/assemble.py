@@ -45,17 +45,18 @@ def result_of(
     ]
     last = model.components[-1]
     program = run.pipeline.program(last.name)
-    names_given = last.output_names if program.pairing is None else program.pairing.outputs
-    outputs = [by_key[last.name, n] for n in last.output_names if n in names_given and (last.name, n) in by_key]
+    expected = [v.name for v in run.programs[last.name].graph.outputs]
+    names_given = expected if program.pairing is None else program.pairing.outputs
+    outputs = [by_key[last.name, n] for n in expected if n in names_given and (last.name, n) in by_key]
     if not outputs:
-        raise InputError(nothing_compared(run, last.name, last.output_names))
+        raise InputError(nothing_compared(run, last.name, expected))
     rtol, atol = run.tolerance
     return TestResult(
         backend=run.pipeline.record(),
         rows=rows,
         stages=stages,
         outputs=outputs,
-        expected_outputs=list(last.output_names),
+        expected_outputs=expected,
         pairing={p.name: p.pairing.to_dict() for p in run.pipeline.programs if p.pairing is not None},
         compared=sum(row.kind == "data" for row in rows),
         total=sum(layer.kind == "data" for layer in layers),

@@ -20,6 +20,7 @@ from cp_debug.bisect.result import BisectResult, TestResult
 from cp_debug.bisect.standards import oracle, tolerance
 from cp_debug.bisect.worst_samples import observation_notes
 from cp_debug.errors import InputError
+from cp_debug.graph.randomness import drawing
 from cp_debug.probes.capture import check_free
 from cp_debug.programs.layers import Layer, all_layers
 from cp_debug.programs.pipeline import Pipeline, choose_export, is_exported
@@ -115,6 +116,8 @@ class Bisection:
                 remarks.see(sample)
                 taken.take(index, sample)
             self._notes += remarks.told
+            if options.inputs is not None and len(sources) < options.samples:
+                self._notes.append(f"{options.samples} samples were asked for; {options.inputs} gives {len(sources)}")
             if options.optimizer_blame:
                 self._blame_optimizers(first, taken)
             return BisectResult(
@@ -150,14 +153,15 @@ class Bisection:
 
     def _results(self, taken: SampleRuns, sides: BothSides, layers: list[Layer]) -> list[TestResult]:
         results = []
+        draws = any(drawing(program.graph) for program in sides.programs)
         for run, collected_run in zip(taken.runs, taken.collected, strict=True):
             rows = sorted(collected_run.rows.values(), key=lambda row: row.index)
             notes = [
                 *self._notes,
                 *sides.notes,
                 *int8_notes(run.reference, run.pipeline, rows, sides.quantized_how),
-                *observation_notes(str(self._reference.spec), taken.observation),
-                *collected_run.notes(str(run.pipeline.backend.spec)),
+                *observation_notes(str(self._reference.spec), taken.observation, draws=draws),
+                *collected_run.notes(str(run.pipeline.backend.spec), draws=draws),
             ]
             results.append(result_of(self.model, run, collected_run, layers, notes, self.options.save))
         return results

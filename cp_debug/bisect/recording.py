@@ -19,7 +19,7 @@ from cp_debug.probes.capture import Capture, CaptureWriter, array_hash
 from cp_debug.probes.statistics import compare
 from cp_debug.programs.paired_captures import Tensor, pair_captures
 from cp_debug.programs.pipeline import Pipeline, choose_export, header, prepare
-from cp_debug.programs.precision import PRECISIONS, coarser
+from cp_debug.programs.precision import PRECISIONS, coarsest
 from cp_debug.programs.unroll import Unroller
 from cp_debug.recipes.base import Model, check_samples
 from cp_debug.serialize import json_safe
@@ -87,7 +87,8 @@ def compare_captures(
     for record, capture in ((ours, reference), (theirs, test)):
         if record.precision not in PRECISIONS:
             raise InputError(f"{capture.folder}: the manifest's precision is {record.precision!r}, which is unknown")
-    precision = coarser(ours.precision, theirs.precision)
+    declared = [name for record in (ours, theirs) for name in record.declared if name in PRECISIONS]
+    precision = coarsest(ours.precision, theirs.precision, *declared)
     tolerance = (precision.rtol if rtol is None else rtol, precision.atol if atol is None else atol)
     pairs = pair_captures(reference, test, maps)
     present = {(e.sample, e.component, e.name) for e in test.entries}
@@ -194,6 +195,7 @@ def record_of(capture: Capture) -> RunRecord:
             emulated=manifest["emulated"],
             versions=manifest["versions"],
             settings=manifest["settings"],
+            declared=list(manifest.get("declared", [])),
         )
     except KeyError as error:
         raise InputError(f"{capture.folder}: the manifest lacks the field {error}") from None

@@ -34,7 +34,7 @@ from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.integer_values import is_constant
 from cp_debug.graph.operators import PRODUCTS
-from cp_debug.graph.randomness import draws
+from cp_debug.graph.randomness import DRAWS_NUMBERS, draws
 from cp_debug.probes.distance import distance, ratio
 from cp_debug.programs.precision import BESIDE_INT8, PRECISIONS, Precision, coarsest
 
@@ -161,8 +161,7 @@ class Replayer:
         nodes, starts = self.graph.segment(targets, self.known)
         if random_nodes := [n for n in nodes if draws(n, self.graph)]:
             return {
-                t: Replay(skipped=f"{random_nodes[0].name} ({random_nodes[0].op}) draws random numbers")
-                for t in targets
+                t: Replay(skipped=f"{random_nodes[0].name} ({random_nodes[0].op}) {DRAWS_NUMBERS}") for t in targets
             }
         given = {s: test(s) for s in starts}
         captured = {t: test(t) for t in targets}

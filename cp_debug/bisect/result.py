@@ -16,6 +16,7 @@ from cp_debug.bisect.replayed import EXCESS, Replay
 from cp_debug.bisect.strange_numbers import nonfinite_origins, outputs_say, undecided
 from cp_debug.detection.detection_change import DetectionChange
 from cp_debug.display import notebook, plain, terminal, write_page
+from cp_debug.graph.randomness import DRAWS_NUMBERS
 from cp_debug.probes.statistics import TensorStats
 from cp_debug.safe_text import one_line
 from cp_debug.serialize import BadField, JsonForm, encode, part
@@ -130,6 +131,8 @@ class Remainder(JsonForm):
         return not self.not_replayed and (self.rounding is None or self.divergence <= EXCESS * self.rounding)
 
     def __str__(self) -> str:
+        if drawn := [reason for reason in self.not_replayed.values() if reason.endswith(DRAWS_NUMBERS)]:
+            return f"{drawn[0]}, and the outputs hang on them"
         if self.not_replayed:
             names = ", ".join([*self.not_replayed][:3])
             more = f" and {len(self.not_replayed) - 3} more" if len(self.not_replayed) > 3 else ""

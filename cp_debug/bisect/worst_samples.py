@@ -58,9 +58,9 @@ class Collected:
         """Add notes about what could not be explained in one sample."""
         self._unexplained.update(dict.fromkeys(notes))
 
-    def notes(self, spec: str) -> list[str]:
-        """Notes that a reader must know besides the rows."""
-        notes = observation_notes(spec, self.observation)
+    def notes(self, spec: str, *, draws: bool = False) -> list[str]:
+        """Notes that a reader must know besides the rows. ``draws``: the program draws random numbers."""
+        notes = observation_notes(spec, self.observation, draws=draws)
         notes += self.ways
         rows = self.rows.values()
         skipped = Counter(row.replay.skipped for row in rows if row.replay and row.replay.skipped)
@@ -100,17 +100,21 @@ def _names(rows: Sequence[LayerRow]) -> str:
     return ", ".join(row.name for row in rows[:4]) + (" …" if len(rows) > 4 else "")
 
 
-def observation_notes(spec: str, observation: Observation | None) -> list[str]:
-    """Sentences for a backend that does not agree with itself, or that probes change."""
+def observation_notes(spec: str, observation: Observation | None, *, draws: bool = False) -> list[str]:
+    """Sentences for a backend that does not agree with itself, or that probes change.
+
+    ``draws``: its program draws random numbers, so that no two runs need be alike.
+    """
     notes = []
     if observation is not None and observation.first_unsteady:
         reason = (
             "another thread count changes its sums" if observation.repeats else "it is not deterministic: two runs part"
         )
+        reason = "it draws random numbers: two runs part" if draws else reason
         notes.append(
             f"{spec}: {reason}, first at {observation.first_unsteady} (noise floor {observation.noise_floor:.2g})"
         )
-    if observation is not None and observation.observer_gap > observation.noise_floor:
+    if observation is not None and observation.observer_gap > observation.noise_floor and not draws:
         notes.append(
             f"observer gap {observation.observer_gap:.2g}: with probes {spec} runs a different program, "
             "so the layer values do not belong to the one that is deployed"

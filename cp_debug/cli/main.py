@@ -28,6 +28,7 @@ from cp_debug.cli import (
     diff,
     doctor,
     export,
+    import_dump,
     models,
     predict,
     quantize,
@@ -103,6 +104,7 @@ for command in (
 ):
     app.command(cls=Command)(command)
 app.command("eval", cls=Command)(evaluation.evaluate)
+app.command("import", cls=Command)(import_dump.import_dump)
 app.add_typer(quantize.app)
 app.add_typer(sweep.app)
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from cp_debug.errors import InputError
-from cp_debug.graph.graph import ValueInfo
+from cp_debug.graph.graph import Graph, ValueInfo
 
 
 def check_inputs(expected: Sequence[ValueInfo], given: Mapping[str, np.ndarray], source: str) -> None:
@@ -20,9 +20,8 @@ def check_inputs(expected: Sequence[ValueInfo], given: Mapping[str, np.ndarray],
     sizes: dict[str, tuple[int, str]] = {}
     for value in expected:
         array = given[value.name]
-        if value.dtype is not None and value.dtype.kind == "O":
-            says = "holds strings, which cannot be given; cut the graph behind what reads them"
-            raise InputError(f"{source}: input {value.name!r} {says}")
+        if (refused := no_numbers(value)) is not None:
+            raise InputError(f"{source}: {refused}")
         if value.dtype is not None and array.dtype != value.dtype:
             raise InputError(f"{source}: input {value.name!r} is {array.dtype}; {expectation}")
         if value.shape is None:
@@ -36,6 +35,17 @@ def check_inputs(expected: Sequence[ValueInfo], given: Mapping[str, np.ndarray],
                     f"{source}: input {value.name!r} has shape {list(array.shape)}; {expectation}; "
                     f"{symbol} is {size} here and {first_use[0]} in {first_use[1]!r}"
                 )
+
+
+def no_numbers(value: ValueInfo) -> str | None:
+    """Sentence about an input that is no tensor of numbers and cannot be given; None for one that can."""
+    if value.dtype is not None and value.dtype.kind == "O":
+        says = "holds strings, which cannot be given; cut the graph behind what reads them"
+    elif value.container is not None:
+        says = f"holds {value.container}, which cannot be given; cut the graph behind what reads it"
+    else:
+        return None
+    return f"input {value.name!r} {says}"
 
 
 def with_shapes(expected: Sequence[ValueInfo], shapes: Mapping[str, Sequence[int]]) -> list[ValueInfo]:
@@ -69,3 +79,12 @@ def _sized(
     if value.shape is None:
         return None
     return tuple(sizes.get(d, d) if isinstance(d, str) else d for d in value.shape)
+
+
+def known_shape(graph: Graph, name: str) -> tuple[int, ...] | None:
+    """The shape of a value that the file states or ONNX infers, where every size is known."""
+    kind = graph.types.get(name)
+    if kind is None or not kind.HasField("tensor_type") or not kind.tensor_type.HasField("shape"):
+        return None
+    sizes = kind.tensor_type.shape.dim
+    return tuple(size.dim_value for size in sizes) if all(size.HasField("dim_value") for size in sizes) else None

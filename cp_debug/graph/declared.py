@@ -35,3 +35,20 @@ def narrow_values(graph: Graph) -> dict[str, str]:
         return {}
     names = [*(v.name for v in graph.inputs), *graph.values]
     return {name: _NARROW[types[name]] for name in names if types.get(name) in _NARROW}
+
+
+def declared_precisions(graph: Graph) -> list[str]:
+    """Float types that the nodes of a graph compute in, where some are narrower than FP32; else none.
+
+    Casts compute nothing: a file that is FP16 between FP32 inputs and outputs computes in ``fp16`` alone.
+    """
+    narrow = narrow_values(graph)
+    if not narrow:
+        return []
+    computed = [o for n in graph.nodes if n.op not in ("Cast", "CastLike", "Constant") for o in n.outputs]
+    wide = (
+        name not in narrow and graph.types[name].tensor_type.elem_type == TensorProto.FLOAT
+        for name in computed
+        if name in graph.types
+    )
+    return sorted({*narrow.values(), *(["fp32"] if any(wide) else [])})

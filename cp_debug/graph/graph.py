@@ -51,6 +51,9 @@ class Node:
         )
 
 
+_CONTAINERS = {"sequence_type": "a sequence", "optional_type": "an optional", "map_type": "a map"}
+
+
 @dataclass(frozen=True)
 class ValueInfo:
     """Name, numpy dtype and shape of a graph input or output; a dimension is an int, a symbol or None.
@@ -61,6 +64,8 @@ class ValueInfo:
     name: str
     dtype: np.dtype | None
     shape: tuple[int | str | None, ...] | None
+    container: str | None = None
+    """What it is where it is no tensor: ``a sequence``, ``an optional``, ``a map``."""
 
     def __str__(self) -> str:
         return f"{self.name}: {self.dtype or 'no tensor'}{'' if self.shape is None else _show(self.shape)}"
@@ -247,7 +252,7 @@ def _infer(model: onnx.ModelProto) -> onnx.GraphProto:
 def _value_info(value: onnx.ValueInfoProto) -> ValueInfo:
     tensor = value.type.tensor_type
     if not tensor.elem_type:
-        return ValueInfo(value.name, None, None)
+        return ValueInfo(value.name, None, None, _CONTAINERS.get(value.type.WhichOneof("value") or ""))
     shape = None
     if tensor.HasField("shape"):
         shape = tuple(d.dim_value if d.HasField("dim_value") else _symbol(d.dim_param) for d in tensor.shape.dim)

@@ -15,7 +15,7 @@ import onnx
 from cp_debug.errors import InputError
 from cp_debug.files import resolved
 from cp_debug.graph import onnx_runtime
-from cp_debug.graph.check_inputs import with_shapes
+from cp_debug.graph.check_inputs import no_numbers, with_shapes
 from cp_debug.graph.free_axes import FreeAxes
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.input_values import DOMAINS, Ways, ways
@@ -23,7 +23,7 @@ from cp_debug.graph.input_values import DOMAINS, Ways, ways
 if TYPE_CHECKING:
     import onnxruntime
 
-TRIALS = 200
+TRIALS = 320
 """Largest number of inputs that are tried."""
 SECONDS = 60.0
 """Longest time for trials, in seconds."""
@@ -65,6 +65,8 @@ class MadeUp:
         self._inputs = with_shapes(graph.inputs, shapes or {})
         self._axes = replace(FreeAxes.of(graph), inputs=self._inputs)
         for value in graph.inputs:
+            if (refused := no_numbers(value)) is not None:
+                raise InputError(f"{graph.path}: {refused}")
             if value.dtype is None or value.dtype.kind in "OSUc":
                 raise InputError(f"{graph.path}: input {value}: no value can be made up for this; {self._wish()}")
         self._ways: list[Ways] = [ways(graph, value) for value in graph.inputs]

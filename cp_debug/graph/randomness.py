@@ -6,6 +6,9 @@ from cp_debug.graph.graph import Graph, Node
 
 DRAWS = {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
 
+DRAWS_NUMBERS = "draws random numbers"
+"""Phrase for a node of ``DRAWS``; the reason why one was not replayed ends with it."""
+
 
 def draws(node: Node, graph: Graph) -> bool:
     """Whether ``node`` draws: a random operator, or a Dropout that is not known to be off."""
@@ -30,3 +33,10 @@ def draws(node: Node, graph: Graph) -> bool:
 def drawing(graph: Graph) -> list[Node]:
     """The nodes of the main graph that draw random numbers."""
     return [node for node in graph.nodes if draws(node, graph)]
+
+
+def told(node: Node) -> str:
+    """A sentence about a node that draws, and about its seed, where it has one."""
+    seed = next((a.f for a in node.proto.attribute if a.name == "seed"), None)
+    fixed = "" if seed is None else f" (seed {seed:g}: runtimes have generators of their own, so it fixes them apart)"
+    return f"{node.name} ({node.op}) {DRAWS_NUMBERS}{fixed}: what hangs on it differs from run to run"

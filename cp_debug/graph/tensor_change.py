@@ -55,7 +55,9 @@ def describe(ours: np.ndarray, theirs: np.ndarray, gates: int = 0, *, closely: b
         return None
     for kind, says, value, evidence in _ways(a, b, gates) if closely else ():
         limit = max(min(EXACT, max(size / 4, CLOSE)), NARROW.get(str(theirs.dtype), 0.0))
-        if _distance(b, value) <= limit or np.array_equal(value.astype(theirs.dtype), theirs):
+        with np.errstate(invalid="ignore"):  # beyond what an integer type holds: no such change
+            cast = value.astype(theirs.dtype)
+        if _distance(b, value) <= limit or np.array_equal(cast, theirs):
             return TensorChange(kind, says, evidence, size)
     return TensorChange("other", f"differs by {size:.3g} (rel. L2)", {}, size)
 

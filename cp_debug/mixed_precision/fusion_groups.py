@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from cp_debug.backends.base import Program
 from cp_debug.graph.graph import Graph, Node
@@ -23,9 +23,9 @@ class FusionGroup:
 
     component: str
     nodes: tuple[str, ...]
-    name: str
+    name: str = field(metadata={"key": "layer"})
     """Torch path of its first value, or the node's name."""
-    engine_layer: str = ""
+    engine_layer: str = field(default="", metadata={"key": "group"})
     """Name of the engine's layer, where the backend tells."""
 
 

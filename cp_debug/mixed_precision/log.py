@@ -13,6 +13,7 @@ from typing_extensions import TypedDict
 from cp_debug.errors import InputError, system_reason
 from cp_debug.mixed_precision.trial import Trial
 from cp_debug.reading import check_file, read_bytes, sealed, typed, unsealed
+from cp_debug.serialize import decode
 
 SCHEMA = "cpdebug.search-log/1"
 
@@ -71,7 +72,7 @@ class TrialLog:
                 if "engine" in document:
                     self.engine = typed(dict[str, list[_FusedLayer]], document["engine"], "engine")
                 else:
-                    trial = Trial.of(document)
+                    trial = decode(Trial, document, "trial")
                     if trial.measured.figures and "rel_l2" not in trial.measured.figures:
                         raise ValueError("a trial lacks the figure rel_l2")
                     self.trials[trial.emulated, trial.nodes] = trial

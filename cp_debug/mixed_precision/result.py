@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +9,7 @@ from cp_debug.display import Shown
 from cp_debug.mixed_precision.emit import arguments, deploy_fragment
 from cp_debug.mixed_precision.fusion_groups import FusionGroup
 from cp_debug.mixed_precision.trial import Trial
-from cp_debug.serialize import json_safe
+from cp_debug.serialize import JsonForm, encode
 
 SCHEMA = "cpdebug.search/1"
 
@@ -19,7 +18,7 @@ SCHEMA = "cpdebug.search/1"
 class KeptLayer:
     """A layer of the set."""
 
-    fusion_group: FusionGroup
+    fusion_group: FusionGroup = field(metadata={"inline": True})
     ops: tuple[str, ...]
     introduced: float | None
     """Error that it introduces by itself in the low precision, emulated: relative L2, infinite where it overflows."""
@@ -30,23 +29,12 @@ class KeptLayer:
 
     def to_dict(self) -> dict[str, Any]:
         """The layer as JSON-safe containers."""
-        group = self.fusion_group
-        return json_safe(
-            {
-                "component": group.component,
-                "layer": group.name,
-                "nodes": list(group.nodes),
-                "ops": list(self.ops),
-                "group": group.engine_layer,
-                "introduced": self.introduced,
-                "effect": self.effect,
-                "without": self.without,
-            }
-        )
+        document: dict[str, Any] = encode(self)
+        return document
 
 
 @dataclass(frozen=True, repr=False)
-class MixedPrecisionResult(Shown):
+class MixedPrecisionResult(JsonForm, Shown):
     """The smallest set of layers to keep in higher precision, as far as it was found."""
 
     model: str
@@ -68,7 +56,7 @@ class MixedPrecisionResult(Shown):
     """Trial of the best set."""
     baseline: Trial
     """Trial of the empty set."""
-    trials: Sequence[Trial]
+    trials: list[Trial]
     """Trials of this search and, before them, of its log."""
     keep: dict[str, list[str]]
     """Component → nodes that its runtime must be told to keep: the layers', and what moves numbers between them."""
@@ -103,36 +91,20 @@ class MixedPrecisionResult(Shown):
         least = "none of them can be left out" if self.minimal else f"some may not be needed: {self.stopped}"
         return f"{self.goal} holds with {count} kept; {least}"
 
+    def derived(self) -> dict[str, Any]:
+        """The schema, the outcome, the best trials, and the set in the forms that other tools take."""
+        return {
+            "schema": SCHEMA,
+            "verdict": self.verdict,
+            "arguments": arguments(self.keep, self.precision),
+            "deploy": deploy_fragment(self.keep, self.precision),
+            "pareto": self.pareto,
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON document."""
-        return json_safe(
-            {
-                "schema": SCHEMA,
-                "model": self.model,
-                "reference": self.reference,
-                "backend": self.backend,
-                "emulated": self.emulated,
-                "precision": self.precision,
-                "goal": self.goal,
-                "reached": self.reached,
-                "minimal": self.minimal,
-                "verdict": self.verdict,
-                "layers": self.layers,
-                "kept": [layer.to_dict() for layer in self.kept],
-                "keep": self.keep,
-                "arguments": arguments(self.keep, self.precision),
-                "deploy": deploy_fragment(self.keep, self.precision),
-                "best": self.best.to_dict(),
-                "baseline": self.baseline.to_dict(),
-                "pareto": [trial.to_dict() for trial in self.pareto],
-                "trials": [trial.to_dict() for trial in self.trials],
-                "builds": self.builds,
-                "passes": self.passes,
-                "seconds": self.seconds,
-                "stopped": self.stopped,
-                "notes": self.notes,
-            }
-        )
+        document: dict[str, Any] = encode(self)
+        return document
 
 
 def _figures(trial: Trial) -> str:

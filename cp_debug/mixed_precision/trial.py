@@ -9,17 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from typing_extensions import TypedDict
+import numpy as np
 
 from cp_debug.detection.bootstrap import ConfidenceInterval
 from cp_debug.mixed_precision.fusion_groups import Kept
-from cp_debug.reading import typed
-from cp_debug.serialize import json_safe
-
-if TYPE_CHECKING:
-    import numpy as np
+from cp_debug.serialize import encode
 
 
 @dataclass(frozen=True)
@@ -31,9 +27,9 @@ class Measured:
     outputs: dict[str, float] = field(default_factory=dict)
     """Final output → relative L2 distance, infinite where it is not finite: on graphs of the worst sample, under fake
     quantizers over all samples."""
-    introduced: float | None = None
+    introduced: float | None = field(default=None, metadata={"omit": True})
     """Relative L2 change of a layer's own result, where it alone is low, or it alone is kept, and the runner tells."""
-    draws: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False)
+    draws: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False, metadata={"omit": True})
     """mAP and NDS in each draw of the samples [1 + draws], where the runner scores them."""
 
     @property
@@ -46,29 +42,16 @@ class Measured:
         return ConfidenceInterval.of(self.draws[name] - before.draws[name])
 
 
-class _Line(TypedDict):
-    """A trial as JSON."""
-
-    kept: list[tuple[str, str]]
-    layers: int
-    emulated: bool
-    figures: dict[str, float]
-    outputs: dict[str, float]
-    seconds: float
-    latency: float | None
-    error: str
-
-
 @dataclass(frozen=True)
 class Trial:
     """One set of kept layers and its figures."""
 
-    nodes: frozenset[tuple[str, str]]
+    nodes: frozenset[tuple[str, str]] = field(metadata={"key": "kept"})
     """(Component, node) of everything that was kept; under fake quantizers (component, layer)."""
     layers: int
     emulated: bool
     """Whether it ran on the emulator in place of the backend."""
-    measured: Measured
+    measured: Measured = field(metadata={"inline": True})
     seconds: float
     latency: float | None = None
     """Duration of a pass on the device in seconds, where the backend tells."""
@@ -77,32 +60,8 @@ class Trial:
 
     def to_dict(self) -> dict[str, Any]:
         """The trial as JSON-safe containers."""
-        return json_safe(
-            {
-                "kept": sorted(map(list, self.nodes)),
-                "layers": self.layers,
-                "emulated": self.emulated,
-                "figures": self.measured.figures,
-                "outputs": self.measured.outputs,
-                "seconds": self.seconds,
-                "latency": self.latency,
-                "error": self.error,
-            }
-        )
-
-    @classmethod
-    def of(cls, document: Mapping[str, Any]) -> Trial:
-        """The trial in a document of ``to_dict``. Raises InputError for a document of another shape."""
-        line: _Line = typed(_Line, document, "trial")
-        return cls(
-            frozenset(line["kept"]),
-            line["layers"],
-            line["emulated"],
-            Measured(line["figures"], line["outputs"]),
-            line["seconds"],
-            line["latency"],
-            line["error"],
-        )
+        document: dict[str, Any] = encode(self)
+        return document
 
 
 def nodes_in(kept_groups: Kept) -> frozenset[tuple[str, str]]:

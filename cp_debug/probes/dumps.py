@@ -1,19 +1,23 @@
-"""Tensors that another program wrote: a folder of ``.npy`` files, ``.npz``, safetensors, Polygraphy's JSON, ONNX's
-``test_data_set`` folders."""
+"""Tensors that another program wrote: ``.npy``, ``.npz``, safetensors, Polygraphy's JSON, ONNX's ``test_data_set``
+folders, ONNX Runtime's node dumps, raw files with a sidecar, captures."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import io
+import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from cp_debug.errors import InputError
-from cp_debug.reading import LARGEST_DOCUMENT, array_of, check_file, read_bytes, read_json, read_npy, read_npz
+from cp_debug.probes.capture import MANIFEST, Capture
+from cp_debug.reading import LARGEST_DOCUMENT, array_of, check_file, read_bytes, read_json, read_npy, read_npz, typed
 
 
 def read_dump(path: Path) -> dict[str, np.ndarray]:
@@ -26,8 +30,10 @@ def read_dump(path: Path) -> dict[str, np.ndarray]:
     """
     if not path.is_dir():
         return dict(_file(path))
+    if (path / MANIFEST).is_file():
+        return _capture(path)
     arrays: dict[str, np.ndarray] = {}
-    files = [file for file in sorted(path.iterdir()) if file.suffix in _READERS]
+    files = [f for f in sorted(path.iterdir()) if f.suffix in _READERS and not f.name.endswith(_SIDECARS)]
     for file in files:
         for name, array in _file(file):
             if name in arrays:
@@ -47,6 +53,52 @@ def _file(path: Path) -> Iterator[tuple[str, np.ndarray]]:
         if array.dtype.kind not in "biufV":
             raise InputError(f"{path}: {name!r} has dtype {array.dtype}; expected numbers")
         yield name, array
+
+
+def _capture(folder: Path) -> dict[str, np.ndarray]:
+    """The tensors of a capture's first sample, by name. Raises InputError for a name of two components."""
+    capture = Capture.open(folder)
+    arrays: dict[str, np.ndarray] = {}
+    for entry in capture.entries:
+        if entry.sample != capture.samples[0]:
+            continue
+        if entry.name in arrays:
+            raise InputError(f"{folder}: holds {entry.name!r} of several components; expected those of one ONNX file")
+        arrays[entry.name] = capture.load_checked(entry.name, entry.sample, entry.component)
+    if not arrays:
+        raise InputError(f"{folder}: holds no tensors")
+    return arrays
+
+
+@dataclass
+class _Sidecar:
+    """Description of a raw file, in ``NAME.bin.json`` beside ``NAME.bin``."""
+
+    dtype: str
+    shape: list[int]
+    name: str = ""
+    """Name of the value; empty: that of the file."""
+
+
+def _raw(path: Path) -> dict[str, np.ndarray]:
+    """A file of plain little-endian numbers in row-major order, which a sidecar describes."""
+    side = path.with_name(f"{path.name}.json")
+    if not side.is_file():
+        wanted = '{"dtype": "float32", "shape": [1, 3, 4, 4], "name": "image"}'
+        raise InputError(f"{path}: raw numbers; expected {side.name} beside it, such as {wanted}")
+    about: _Sidecar = typed(_Sidecar, read_json(side, what="sidecar"), str(side))
+    try:
+        dtype = np.dtype(getattr(ml_dtypes, about.dtype, about.dtype)).newbyteorder("<")
+    except (TypeError, ValueError):
+        raise InputError(f"{side}: dtype is {about.dtype!r}; expected one such as float16, bfloat16 or int8") from None
+    if any(size < 0 for size in about.shape) or dtype.kind in "OSUmM":
+        raise InputError(f"{side}: {about.dtype}{about.shape}; expected numbers, in sizes from 0 on")
+    data = read_bytes(path, what="raw file", most=LARGEST_TENSOR)
+    needed = math.prod(about.shape) * dtype.itemsize
+    if len(data) != needed:
+        told = f"{about.dtype}{about.shape} takes {needed} bytes"
+        raise InputError(f"{path}: has {len(data)} bytes; by {side.name}, {told}")
+    return {about.name or path.stem: np.frombuffer(bytearray(data), dtype).reshape(about.shape)}
 
 
 def _safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -106,11 +158,15 @@ def _encoded(value: Any, source: str) -> np.ndarray:
 
 
 LARGEST_TENSOR = max(LARGEST_DOCUMENT, 1 << 31)
-"""Bytes of a file that holds tensors as text or in a message."""
+"""Bytes of a file that holds tensors as text, in a message or as they are."""
+_SIDECARS = (".bin.json", ".raw.json")
 _READERS: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {
     ".npy": lambda path: {path.stem: read_npy(path)},
     ".npz": read_npz,
     ".safetensors": _safetensors,
     ".pb": _proto,
+    ".tensorproto": _proto,  # what ONNX Runtime's node dumps are
+    ".bin": _raw,
+    ".raw": _raw,
     ".json": _polygraphy,
 }

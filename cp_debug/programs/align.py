@@ -19,11 +19,15 @@ from cp_debug.probes.alignment import Alignment, Link
 from cp_debug.probes.arrays import Sink
 from cp_debug.probes.fingerprint import Fingerprint, fingerprint
 from cp_debug.probes.trace import TorchValue, Trace, trace
+from cp_debug.programs.draws import Draws
 from cp_debug.programs.matching import Matching, nearest
 from cp_debug.programs.scope_names import scope_hints
 
 TOLERANCE = 1e-4
 """Relative L2 distance up to which two FP32 computations of one value are the same."""
+_NARROW = {"fp16": 1e-2, "bf16": 8e-2}
+"""``TOLERANCE`` for graphs that hold values in FP16 or BF16, which torch rounds where the executor does not: about ten
+times a rounding, for what adds up over layers."""
 
 Run = Callable[[Mapping[str, Tensor], Sink], Any]
 """Runs the whole graph once on inputs by name and gives the sink every value."""
@@ -36,13 +40,14 @@ def align(
     *,
     prefix: str = "",
     run: Run | None = None,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
 ) -> Alignment:
     """Run graph and module once each on ``args`` (FP32, CPU, in the graph's input order) and match their values.
 
-    Memory holds fingerprints, never both runs. ``run`` executes the graph, by default this project's executor in FP32;
-    ``tolerance`` is a relative L2 distance. Raises ModuleFailed when the module raises, InputError when the graph takes
-    another number of inputs.
+    Memory holds fingerprints, never both runs. ``run`` executes the graph, by default this project's executor in FP32,
+    which is given the random numbers that the module drew; ``tolerance`` is a relative L2 distance, by default that of
+    the graph's precision. Raises ModuleFailed when the module raises, InputError when the graph takes another number of
+    inputs.
     """
     names = [info.name for info in graph.inputs]
     if len(names) != len(args):
@@ -62,11 +67,13 @@ def align(
                 onnx_prints[name] = fingerprint(tensor)
 
     with deterministic():
-        record = trace(module, inputs, keep_torch, prefix=prefix)
-        (run or _executor(graph))(inputs, keep_onnx)
+        with (draws := Draws()):
+            record = trace(module, inputs, keep_torch, prefix=prefix)
+        (run or _executor(graph, draws))(inputs, keep_onnx)
 
     called = [call[len(prefix) :].removeprefix(".") for call in record.calls]
     hints = {name: ".".join(p for p in (prefix, path) if p) for name, path in scope_hints(graph, called).items()}
+    tolerance = _NARROW.get(graph.precision, TOLERANCE) if tolerance is None else tolerance
     matching = Matching(graph, data, onnx_prints, record, torch_prints, hints, tolerance)
     props = {entry.key: entry.value for entry in graph.proto.metadata_props}
     return Alignment(
@@ -82,10 +89,10 @@ def align(
     )
 
 
-def _executor(graph: Graph) -> Run:
+def _executor(graph: Graph, draws: Draws) -> Run:
     from cp_debug.backends.executor import Executor
 
-    return Executor(graph).run
+    return Executor(graph, drawn=draws.of).run
 
 
 def _links(

@@ -18,6 +18,7 @@ from cp_debug.backends.base import Backend, Program, RunRecord, Session, Sink, T
 from cp_debug.backends.build_info import BuildInfo
 from cp_debug.backends.capabilities import build_info_of, calibrates_itself, kept_in_fp32, largest_opset
 from cp_debug.errors import InputError
+from cp_debug.graph.declared import declared_precisions
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.capture import array_hash
 from cp_debug.programs.align import Alignment, align
@@ -241,8 +242,15 @@ class Pipeline:
     def record(self) -> RunRecord:
         """Record of the backend: spec, versions, device and settings as read back."""
         backend, settings = self.backend, merge_settings({n: s.settings for n, s in self.sessions.items()})
+        declared = sorted({p for program in self.programs for p in declared_precisions(program.graph)})
         return RunRecord(
-            str(backend.spec), backend.precision, backend.device, backend.emulated, backend.versions(), settings
+            str(backend.spec),
+            backend.precision,
+            backend.device,
+            backend.emulated,
+            backend.versions(),
+            settings,
+            declared,
         )
 
 
@@ -336,6 +344,8 @@ def header(pipeline: Pipeline, samples: Sequence[Sample]) -> dict[str, Any]:
     record = pipeline.record()
     digests = "".join((program.deployed or program.graph).digest for program in pipeline.programs)
     last = pipeline.model.components[-1]
+    program = pipeline.program(last.name)
+    names = [v.name for v in program.graph.outputs] if program.pairing is None else last.output_names
     return {
         "backend": record.spec,
         "precision": record.precision,
@@ -343,11 +353,12 @@ def header(pipeline: Pipeline, samples: Sequence[Sample]) -> dict[str, Any]:
         "versions": record.versions,
         "device": record.device,
         "settings": json_safe(record.settings),
+        "declared": record.declared,
         "model": {"name": pipeline.model.name, "sha256": hashlib.sha256(digests.encode()).hexdigest()},
         "inputs": [{name: array_hash(array) for name, array in sample.arrays.items()} for sample in samples],
         "samples": [sample.source for sample in samples],
         "layers": {p.name: {layer.onnx: layer.name for layer in layers_of([p])} for p in pipeline.programs},
-        "outputs": [[last.name, name] for name in last.output_names],
+        "outputs": [[last.name, name] for name in names],
         "control_flow": {p.name: [asdict(branch) for branch in p.branches] for p in pipeline.programs if p.branches},
     }
 

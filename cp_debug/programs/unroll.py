@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
+import onnx
 
 from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.base import Program
@@ -16,12 +19,15 @@ from cp_debug.graph import surgery
 from cp_debug.graph.flatten import Decision, flatten, has_control_flow, needs_flattening
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.onnx_runtime import Endless
+from cp_debug.graph.tensor_ends import other_outputs, with_tensors, without_maps
 from cp_debug.programs.pipeline import as_declared
 from cp_debug.programs.walk import tensors_as_arrays, walk
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
 
 Decisions = dict[str, dict[str, Decision]]
 """Component → path → what every sample decides."""
+Ends = dict[str, dict[str, Any]]
+"""Component → output that is no tensor of numbers → its value."""
 UNDECIDED = -1
 
 
@@ -38,30 +44,45 @@ class Unroller:
         self, programs: list[Program], model: Model, samples: Callable[[], Iterable[Sample]], arithmetic: str
     ) -> list[Program]:
         """``programs`` as they run on ``samples`` in ``arithmetic``; the same list where there is nothing to unroll."""
-        if not any(needs_flattening(p.graph) for p in programs):
+        programs = self._without_maps(programs)
+        if not any(needs_flattening(p.graph) or other_outputs(p.graph) for p in programs):
             return programs
         decisions: Decisions = {}
-        if any(has_control_flow(p.graph) for p in programs):
+        ends: Ends = {}
+        if any(has_control_flow(p.graph) or other_outputs(p.graph) for p in programs):
             try:
-                decisions = decide(programs, model, samples(), arithmetic)
+                decisions, ends = decide(programs, model, samples(), arithmetic)
             except Endless:
                 raise
             except InputError as error:
-                note = f"nobody looked into If, Loop and Scan, for the model cannot be executed beforehand: {error}"
+                what = "If, Loop and Scan" if any(has_control_flow(p.graph) for p in programs) else "other outputs"
+                note = f"nobody looked into {what}, for the model cannot be executed beforehand: {error}"
                 self.notes += [note] if note not in self.notes else []
-        key = tuple(programs), repr(decisions)
+        key = tuple(programs), repr((decisions, ends))
         if key not in self._made:
-            self._made[key] = unroll(programs, decisions, self._folder)
+            self._made[key] = unroll(programs, decisions, self._folder, ends)
+        return self._made[key]
+
+    def _without_maps(self, programs: list[Program]) -> list[Program]:
+        key = tuple(programs), "maps"
+        if key not in self._made:
+            models = [(p, without_maps(p.graph)) for p in programs]
+            changed = [p if m is None else replace(p, graph=_saved(p, m, self._folder, "tensors")) for p, m in models]
+            self._made[key] = programs if all(m is None for _, m in models) else changed
         return self._made[key]
 
 
-def decide(programs: Sequence[Program], model: Model, samples: Iterable[Sample], arithmetic: str) -> Decisions:
-    """Decisions of the control flow of ``programs`` on ``samples``, executed in an arithmetic by its name.
+def decide(
+    programs: Sequence[Program], model: Model, samples: Iterable[Sample], arithmetic: str
+) -> tuple[Decisions, Ends]:
+    """Decisions of the control flow of ``programs`` on ``samples``, executed in an arithmetic by its name, and the
+    values of outputs that are no tensors of numbers, on the first of them.
 
     Where samples differ, nothing is decided. Raises InputError for a program that the executor cannot run.
     """
     executors = {p.name: Executor(p.graph, ARITHMETICS[arithmetic]) for p in programs}
     decided: Decisions = {}
+    ends: Ends = {}
     for sample in samples:
         for executor in executors.values():
             executor.decisions.clear()
@@ -69,7 +90,10 @@ def decide(programs: Sequence[Program], model: Model, samples: Iterable[Sample],
         def run(component: Component, given: Arrays) -> Arrays:
             executor = executors[component.name]
             inputs = as_declared(executor.graph, _as_called(executor.graph, given))
-            return tensors_as_arrays(executor.run(inputs, probes=()))
+            outputs, others = executor.run(inputs, probes=()), other_outputs(executor.graph)
+            if others:
+                ends.setdefault(component.name, {name: outputs[name] for name in others})
+            return tensors_as_arrays({name: value for name, value in outputs.items() if name not in others})
 
         walk(model, sample, run)
         for name, executor in executors.items():
@@ -77,7 +101,7 @@ def decide(programs: Sequence[Program], model: Model, samples: Iterable[Sample],
             for path, decision in executor.decisions.items():
                 if earlier.setdefault(path, decision) != decision:
                     earlier[path] = UNDECIDED
-    return {name: {p: d for p, d in own.items() if d != UNDECIDED} for name, own in decided.items()}
+    return {name: {p: d for p, d in own.items() if d != UNDECIDED} for name, own in decided.items()}, ends
 
 
 def _as_called(graph: Graph, inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
@@ -86,17 +110,37 @@ def _as_called(graph: Graph, inputs: Mapping[str, np.ndarray]) -> Mapping[str, n
     return inputs if set(names) <= set(inputs) else dict(zip(names, inputs.values(), strict=False))
 
 
-def unroll(programs: Sequence[Program], decisions: Mapping[str, Mapping[str, Decision]], folder: Path) -> list[Program]:
-    """``programs`` with what is decided put flat; the files lie in ``folder``."""
-    return [_unrolled(p, decisions.get(p.name, {}), folder) if needs_flattening(p.graph) else p for p in programs]
+def unroll(
+    programs: Sequence[Program],
+    decisions: Mapping[str, Mapping[str, Decision]],
+    folder: Path,
+    ends: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+) -> list[Program]:
+    """``programs`` with what is decided put flat, and tensors in place of other outputs; the files lie in ``folder``.
+
+    ``ends``: component → output that is no tensor of numbers → its value in a run.
+    """
+    return [
+        _unrolled(p, decisions.get(p.name, {}), folder, ends.get(p.name, {}))
+        if needs_flattening(p.graph) or p.name in ends
+        else p
+        for p in programs
+    ]
 
 
-def _unrolled(program: Program, decisions: Mapping[str, Decision], folder: Path) -> Program:
+def _unrolled(program: Program, decisions: Mapping[str, Decision], folder: Path, ends: Mapping[str, Any]) -> Program:
     model, branches = flatten(program.graph, decisions)
-    path = folder / f"{program.name}.unrolled.onnx"
+    other_ends = with_tensors(model, program.graph, ends)
+    graph = _saved(program, model, folder, "unrolled")
+    # With other outputs than the deployed file has, no run of that is to be held against this one.
+    return replace(program, graph=graph, deployed=None if other_ends else program.graph, branches=branches)
+
+
+def _saved(program: Program, model: onnx.ModelProto, folder: Path, what: str) -> Graph:
+    path = folder / f"{program.name}.{what}.onnx"
     count = 1
     while path.exists():
         count += 1
-        path = folder / f"{program.name}.unrolled-{count}.onnx"
+        path = folder / f"{program.name}.{what}-{count}.onnx"
     surgery.save(model, program.graph, path)
-    return replace(program, graph=Graph(path), deployed=program.graph, branches=branches)
+    return Graph(path)

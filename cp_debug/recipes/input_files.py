@@ -85,13 +85,13 @@ def _arrays(
 def _sources(inputs: Path, expected: Sequence[ValueInfo] = ()) -> Iterator[Path]:
     """The files, or folders of one sample each, that ``inputs`` holds."""
     if not inputs.is_dir():
-        if not inputs.exists():
-            raise InputError(f"no such file {inputs}")
         if inputs.suffix not in (*TENSORS, ".pb") and inputs.suffix.lower() not in IMAGES:
             raise InputError(
                 f"{inputs}: an ONNX file is fed with an .npz file of its named inputs ({_others()}), or a folder of "
                 "them; point clouds are for recipes such as centerpoint:tiny"
             )
+        if not inputs.exists():
+            raise InputError(f"no such file {inputs}")
         yield inputs
         return
     sets = sorted((path for path in inputs.iterdir() if path.is_dir() and any(path.glob("input_*.pb"))), key=_number)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from cp_debug.errors import InputError, ModuleFailed
 from cp_debug.graph.graph import ValueInfo
@@ -23,6 +24,9 @@ from cp_debug.probes.trace import trace
 from cp_debug.recipes.base import Arrays, Component, Sample, Stage
 from cp_debug.recipes.input_files import DEFAULT_READING, file_samples
 from cp_debug.recipes.torch_inputs import flat_inputs
+
+TRAIN_MODE = "the module came in train mode and runs in eval mode; --test-train-mode shows what the other one does"
+_OTHER_IN_TRAINING = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase, nn.RNNBase)
 
 
 class TorchModel:
@@ -40,6 +44,9 @@ class TorchModel:
         self.name = name
         self.reading = DEFAULT_READING
         _check_values(name, module)
+        self.notes = (
+            [TRAIN_MODE] if any(m.training for m in module.modules() if isinstance(m, _OTHER_IN_TRAINING)) else []
+        )
         flat = flat_inputs(name, module.eval(), example_inputs, parameters, keywords)
         self.module = module = flat.module
         names, tensors = flat.names, flat.tensors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cp_debug.bisect.import_dump import ImportedDump
 from cp_debug.bisect.result import BisectResult
 from cp_debug.bisect.result_diff import ResultDiff
 from cp_debug.deploy.quantize_output import PtqResult
@@ -13,6 +14,7 @@ from cp_debug.prediction.result import Prediction
 from cp_debug.quantization.toggles import QuantizerRow
 from cp_debug.reports import (
     evaluation,
+    import_dump,
     mixed_precision,
     notebook,
     page,
@@ -28,6 +30,7 @@ register(BisectResult, tables.render, notebook.render_notebook, summary.summary,
 register(MixedPrecisionResult, mixed_precision.render)
 register(Prediction, prediction.render)
 register(ResultDiff, result_diff.render, page=result_diff.write_page)
+register(ImportedDump, import_dump.render)
 register(VerifyResult, verification.render)
 register(EvaluationResult, evaluation.render)
 register(PtqResult, quantization.render)

@@ -70,7 +70,7 @@ def _backends(saved: SavedResult) -> Iterator[str]:
     yield from ("<details><summary>Versions and settings</summary>", "")
     rows = [
         (
-            record.spec, record.precision, record.device,
+            record.spec, record.computes_in, record.device,
             ", ".join(f"{name} {version}" for name, version in record.versions.items()),
             ", ".join(f"{SETTINGS[name]} {value}" for name, value in record.settings.items() if name in SETTINGS),
         )

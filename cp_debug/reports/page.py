@@ -15,6 +15,7 @@ from cp_debug.files import write_text
 from cp_debug.reports.birdseye import SceneView, birdseye
 from cp_debug.reports.causes import lines
 from cp_debug.reports.evidence import Evidence, evidence
+from cp_debug.reports.glossary import GLOSSARY, anchor
 from cp_debug.reports.growth import growth_chart
 from cp_debug.reports.numbers import number, share
 from cp_debug.reports.page_tables import changes_table, settings_table, worst_table
@@ -73,6 +74,7 @@ def render_page(saved: SavedResult) -> str:
             settings=settings_table(records),
             differing=settings_table(records, differing=True),
             kept=saved.folder is not None,
+            glossary=GLOSSARY,
             version=__version__,
             **page_parts(),
         )
@@ -90,6 +92,7 @@ def environment() -> Environment:
         finalize=_seen,
     )
     jinja.filters |= {"number": number, "share": share, "breakable": breakable, "said": lines, "table": table_html}
+    jinja.filters["anchor"] = anchor
     jinja.globals |= {"changes_table": changes_table, "stage_table": stage_table, "worst_table": worst_table}
     return jinja
 

@@ -94,9 +94,8 @@ def backends_table(records: Sequence[RunRecord]) -> Sheet:
         versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
         chosen = {short: record.settings.get(name) for name, short in SETTINGS.items()}
         settings = ", ".join(f"{short} {_setting(v)}" for short, v in chosen.items() if v is not None)
-        precision = record.precision + (", emulated" if record.emulated else "")
         role = "test" if index else "reference"
-        rows.append((role, record.spec, precision, record.device, Cell(f"{versions}; {settings}", "quiet")))
+        rows.append((role, record.spec, record.computes_in, record.device, Cell(f"{versions}; {settings}", "quiet")))
     columns = (
         Column("", "mark"),
         Column("backend", "name"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from onnx import TensorProto
 from torch import Tensor
 
 from cp_debug.backends.kernels.registry import Call, kernel
@@ -75,3 +76,11 @@ def non_zero(call: Call, x: Tensor) -> Tensor:
 def _positive(indices: Tensor, size: int) -> Tensor:
     places = indices.to(torch.int64)
     return torch.where(places < 0, places + size, places)
+
+
+@kernel("Multinomial", rounds=False)
+def multinomial(call: Call, logits: Tensor) -> Tensor:
+    generator = torch.Generator(logits.device)
+    generator.seed() if call["seed"] is None else generator.manual_seed(int(call["seed"]))
+    drawn = torch.multinomial(torch.softmax(logits, -1), call["sample_size"] or 1, True, generator=generator)
+    return drawn.to(torch.int64 if call["dtype"] == TensorProto.INT64 else torch.int32)

@@ -11,7 +11,7 @@ from typing import Any
 from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.causes.base import CAUSES, Candidate, Cause
 from cp_debug.bisect.causes.effects import Effects
-from cp_debug.bisect.causes.everywhere import counted, in_words
+from cp_debug.bisect.causes.everywhere import counted, in_words, orders
 from cp_debug.bisect.causes.graphs import GraphReader
 from cp_debug.bisect.causes.precision import OVERFLOWS, PROMOTED
 from cp_debug.bisect.causes.search import ENOUGH, Explanation, explain
@@ -22,6 +22,7 @@ from cp_debug.bisect.observe import Observation
 from cp_debug.bisect.result import GUILTY, SHAPE, LayerRow
 from cp_debug.errors import in_one_line
 from cp_debug.graph.downstream import downstream
+from cp_debug.graph.randomness import drawing
 from cp_debug.probes.arrays import Tensor
 from cp_debug.probes.capture import Capture
 from cp_debug.programs.pipeline import Key
@@ -77,10 +78,15 @@ class Explainer:
     def _graphs(self) -> GraphReader:
         return GraphReader(self.run, self.test)
 
+    @cached_property
+    def _draws(self) -> bool:
+        """Whether the network draws random numbers: runs differ then, and probed runs from others, without a defect."""
+        return any(drawing(program.graph) for program in self.run.programs.values())
+
     def findings(self, rows: Mapping[Key, LayerRow], observation: Observation | None) -> list[Finding]:
         """The findings, those with the largest effect first. What fails on the way is in ``notes``."""
         self._rows = rows
-        unsteady = list(self._unsteady(rows))
+        unsteady = [] if self._draws else list(self._unsteady(rows))
         restless = {name for finding in unsteady for name in finding.layers}
         guilty = [
             (key, row)
@@ -106,7 +112,7 @@ class Explainer:
             names = [row.name for row in settled_rows]
             fix = "compare what the condition is computed from in both programs, and its threshold"
             findings.append(Finding("control-flow", says, names, [row.op for row in settled_rows], fix=fix))
-        findings += [*unsteady, *self._program(observation)]
+        findings += [*unsteady, *(() if self._draws else self._program(observation))]
         if not all(row.within for row in rows.values()):
             try:
                 findings += self._costliest(rows)
@@ -206,6 +212,9 @@ class Explainer:
         if cause and worst.row.side == "test" and (figures := self._counted(cause.cause, worst)):
             finding.says = in_words(finding.says, figures)
             finding.evidence |= {name: value for name, value in figures.items() if value is not None}
+        if cause and worst.row.tactic:
+            causes = [(e.row.tactic, e.explanation.cause) for e in group]
+            finding.evidence |= orders(cause.cause, [(tactic, c.evidence) for tactic, c in causes if c])
         if cause and cause.by_magnitude and (explanation.explained < ENOUGH):
             finding.evidence["magnitude_only"] = True
         if len(group) > 1 and finding.explained is not None:

@@ -1,0 +1,172 @@
+"""Import of tensors that another program wrote: matched with a graph, what does not fit told, kept as a capture."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cp_debug.backends.base import Program
+from cp_debug.backends.dumped import channels_first, named_values
+from cp_debug.display import Shown
+from cp_debug.errors import InputError
+from cp_debug.graph.check_inputs import known_shape
+from cp_debug.graph.graph import Graph
+from cp_debug.graph.pairing import parse_map_of
+from cp_debug.probes.arrays import dtype_name
+from cp_debug.probes.capture import CaptureWriter, array_hash
+from cp_debug.programs.layers import layers_of
+
+SCHEMA = "cpdebug.import/1"
+
+
+@dataclass(repr=False)
+class ImportedDump(Shown):
+    """The tensors of a dump by the names of a graph's values, and what does not fit."""
+
+    model: str
+    source: str
+    tensors: dict[str, np.ndarray] = field(metadata={"written": False})
+    """Value → array as dumped, channels first."""
+    values: int
+    """Number of values that the graph computes."""
+    renamed: dict[str, str]
+    """Name in the dump → value of the graph, where a sign differs or the user paired them."""
+    missing_inputs: list[str]
+    missing_outputs: list[str]
+    missing: int
+    """Number of values in between that the dump lacks."""
+    extra: list[str]
+    """Names in the dump that are no value of the graph."""
+    suggestions: dict[str, str]
+    """Extra name → missing value that it may be, by shape or by name."""
+    dtypes: dict[str, str]
+    """Value → its dtype in the dump and in the graph, where they differ."""
+    shapes: dict[str, str]
+    """Value → its shape in the dump and in the graph, where they differ."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether the outputs are there and nothing has another shape."""
+        return not self.missing_outputs and not self.shapes
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON document, without the tensors."""
+        names = ("model", "source", "values", "renamed", "missing_inputs", "missing_outputs", "missing", "extra",
+                 "suggestions", "dtypes", "shapes")  # fmt: skip
+        fields = {name: getattr(self, name) for name in names}
+        return {"schema": SCHEMA, "complete": self.complete, "tensors": list(self.tensors), **fields}
+
+
+def match_dump(
+    graph: Graph,
+    tensors: Mapping[str, np.ndarray],
+    source: str,
+    *,
+    maps: Sequence[str] = (),
+    channels_last: bool = False,
+) -> ImportedDump:
+    """Match the tensors of a dump (name → array of any shape and dtype) with the values of ``graph``.
+
+    ``maps``: ``VALUE=TENSOR`` each, for names that say nothing. ``channels_last``: tensors of rank 4 and 5 are NHWC.
+    Raises InputError for a map that fits nothing, for tensors that fit only with their channels elsewhere, and for a
+    dump of which no tensor is in the graph.
+    """
+    names = [*(value.name for value in graph.inputs), *graph.values]
+    pairs = parse_map_of(maps, names, list(tensors))
+    given = {pairs.get(name, name): array for name, array in tensors.items()}
+    matched = named_values(graph, given)
+    if not matched:
+        raise InputError(
+            f"{source}: none of its {len(tensors)} tensors is a value of {graph.path}: {_some(tensors)} against "
+            f"{_some(names)}; --map VALUE=TENSOR pairs two of them"
+        )
+    values = channels_first(graph, given, source, last=channels_last)
+    used = {id(array) for array in matched.values()}
+    extra = [name for name, array in tensors.items() if id(given[pairs.get(name, name)]) not in used]
+    own = {id(array): name for name, array in tensors.items()}
+    renamed = {own[id(array)]: name for name, array in matched.items() if own.get(id(array), name) != name}
+    outputs = [value.name for value in graph.outputs]
+    ordered = {name: values[name] for name in names if name in values}
+    missing = [name for name in graph.values if name not in ordered]
+    return ImportedDump(
+        model=str(graph.path),
+        source=source,
+        tensors=ordered,
+        values=len(graph.values),
+        renamed=renamed,
+        missing_inputs=[value.name for value in graph.inputs if value.name not in ordered],
+        missing_outputs=[name for name in outputs if name not in ordered],
+        missing=len([name for name in missing if name not in outputs]),
+        extra=extra,
+        suggestions=_suggestions(graph, {name: tensors[name] for name in extra}, missing),
+        dtypes=_other_dtypes(graph, ordered),
+        shapes=_other_shapes(graph, ordered),
+    )
+
+
+def write_dump(dump: ImportedDump, graph: Graph, folder: Path, precision: str) -> None:
+    """Write the matched tensors as a capture that ``compare`` and ``--test-tensors`` read.
+
+    Raises InputError as ``CaptureWriter`` does.
+    """
+    component = graph.path.stem
+    inputs = {value.name: dump.tensors[value.name] for value in graph.inputs if value.name in dump.tensors}
+    manifest = {
+        "backend": "dump",
+        "precision": precision,
+        "emulated": False,
+        "versions": {"dump": dump.source},
+        "device": "elsewhere",
+        "settings": {},
+        "model": {"name": str(graph.path), "sha256": hashlib.sha256(graph.digest.encode()).hexdigest()},
+        "inputs": [{name: array_hash(array) for name, array in inputs.items()}],
+        "samples": [dump.source],
+        "layers": {component: {layer.onnx: layer.name for layer in layers_of([Program(component, graph)])}},
+        "outputs": [[component, value.name] for value in graph.outputs],
+    }
+    with CaptureWriter(folder, manifest) as writer:
+        for name, array in dump.tensors.items():
+            writer.put(name, array, 0, component)
+
+
+def _suggestions(graph: Graph, extra: Mapping[str, np.ndarray], missing: Sequence[str]) -> dict[str, str]:
+    """Extra name → the one missing value of its shape, else the one with the nearest name."""
+    shapes: dict[tuple[int, ...], list[str]] = {}
+    for name in missing:
+        if (shape := known_shape(graph, name)) is not None:
+            shapes.setdefault(shape, []).append(name)
+    found = {}
+    for name, array in extra.items():
+        same = shapes.get(array.shape, [])
+        near = difflib.get_close_matches(name, missing, n=1, cutoff=0.6)
+        if len(same) == 1 or near:
+            found[name] = same[0] if len(same) == 1 else near[0]
+    return found
+
+
+def _other_dtypes(graph: Graph, tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
+    declared = {value.name: value.dtype for value in (*graph.inputs, *graph.outputs) if value.dtype is not None}
+    return {
+        name: f"{dtype_name(array)}, declared {declared[name]}"
+        for name, array in tensors.items()
+        if name in declared and array.dtype != declared[name]
+    }
+
+
+def _other_shapes(graph: Graph, tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
+    shapes = {name: known_shape(graph, name) for name in tensors}
+    return {
+        name: f"{list(array.shape)}, the graph's is {list(shape)}"
+        for name, array in tensors.items()
+        if (shape := shapes[name]) is not None and shape != array.shape
+    }
+
+
+def _some(names: Mapping[str, Any] | Sequence[str]) -> str:
+    return ", ".join([*names][:4]) + (" …" if len(names) > 4 else "")

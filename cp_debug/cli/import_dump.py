@@ -1,0 +1,50 @@
+"""``cpdebug import``: tensors that another program dumped, as a capture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cp_debug.cli.bisect import DumpLayout
+from cp_debug.cli.saving import replacing
+
+
+def import_dump(
+    dump: Annotated[
+        Path,
+        typer.Argument(help="Folder of .npy, .pb, .tensorproto or raw files; .npz, safetensors, Polygraphy."),
+    ],
+    model: Annotated[Path, typer.Option(help="The .onnx file whose values the tensors are.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the capture; new or empty.")],
+    precision: Annotated[str, typer.Option(help="Precision in which they were computed.")] = "fp32",
+    layout: Annotated[DumpLayout, typer.Option(help="DumpLayout in which they were dumped.")] = DumpLayout.nchw,
+    maps: Annotated[
+        list[str] | None, typer.Option("--map", help="VALUE=TENSOR: the name in the graph and in the dump; repeatable.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier capture in --output.")] = False,
+    json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
+) -> None:
+    """Match dumped tensors with a graph's values, tell what does not fit, and keep them as a capture.
+
+    `cpdebug compare` and `cpdebug bisect --test-tensors` read it. Exit code 1 where outputs are missing or shapes
+    differ.
+    """
+    from cp_debug.backends.arithmetic import ARITHMETICS
+    from cp_debug.errors import InputError
+    from cp_debug.graph.graph import Graph
+    from cp_debug.probes.dumps import read_dump
+
+    if precision not in ARITHMETICS:
+        raise InputError(f"--precision: {precision!r}; expected one of {', '.join(ARITHMETICS)}")
+    graph, tensors = Graph(model), read_dump(dump)
+    from cp_debug.bisect.import_dump import match_dump, write_dump
+    from cp_debug.cli.console import show_document
+    from cp_debug.reports.import_dump import render
+
+    matched = match_dump(graph, tensors, str(dump), maps=maps or (), channels_last=layout is DumpLayout.nhwc)
+    with replacing("--output", output, overwrite) as target:
+        write_dump(matched, graph, target, precision)
+    show_document(render(matched), matched.to_dict(), json)
+    raise typer.Exit(0 if matched.complete else 1)

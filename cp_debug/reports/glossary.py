@@ -1,0 +1,81 @@
+"""The words that tables, findings and pages use, each in a sentence or two. ``docs/glossary.md`` is made of it."""
+
+from __future__ import annotations
+
+import re
+
+GLOSSARY: dict[str, str] = {
+    "backend": "A library with a precision and a device that runs the network: `torch`, `ort-all`, `trt-fp16@cuda:0`.",
+    "reference, test": "The first backend of `-b` is what the others are compared with; each of the others is a test.",
+    "component": "A part of a model that is exported and deployed by itself, such as an encoder and a head.",
+    "stage": "A coarse cut of a component, seen at its last tensor: a row of the first table.",
+    "layer": "An operator of the deployed graph with what exporters split off it: a convolution and its bias, say.",
+    "region": "Several layers that an engine runs as one kernel, so that nothing between them can be looked at.",
+    "value": "A tensor that the graph computes. It has the same name on every backend: that of the deployed "
+    "ONNX graph.",
+    "probe": "A place where a run is looked at: the value is handed out while the network runs.",
+    "capture": "All tensors of one run on disk, with what is needed to compare them on another machine.",
+    "dump": "Tensors that another program wrote: a C++ runtime, Polygraphy, ONNX Runtime's own debug build.",
+    "sample": "One set of inputs. Each row of a table is the worst of all samples.",
+    "divergence": "Test minus reference, of whatever origin: what a layer got wrong and what it was given wrong.",
+    "max |Δ|": "The largest absolute difference between test and reference, in the tensor's own unit.",
+    "rel. L2": "Relative L2: the root of the sum of squared differences, divided by that of the reference's squares.",
+    "SQNR": "Signal to quantization noise ratio in dB: −20 · log10 of the relative L2 distance. 20 dB more is a tenth.",
+    "oracle": "An exact computation of one layer, in FP64 where both sides claim FP32, else in "
+    "FP32, from the inputs that "
+    "the layer really had in the test. It knows what the layer should have given.",
+    "replay": "Computing a layer again on the oracle with its own captured inputs. It separates what a layer did from "
+    "what it was given.",
+    "introduced": "Test minus oracle: the error that this very layer made, relative L2.",
+    "inherited": "Oracle minus reference: the error that came with the layer's inputs. As a verdict: beyond the "
+    "tolerance, but from above.",
+    "expected": "The error that the claimed precision must make in this layer, found by emulating it on the "
+    "same inputs.",
+    "excess": "Introduced ÷ expected. About 1 is rounding; beyond 4 the layer is guilty.",
+    "ok": "A verdict: the layer is within the tolerance.",
+    "guilty": "A verdict: the layer introduced more than its precision explains.",
+    "divergent": "A verdict: beyond the tolerance, and nobody could replay the layer.",
+    "shape": "A verdict: the two tensors have different shapes.",
+    "tolerance": "The largest max |Δ| that is taken as equal: `atol` + `rtol` × the largest value of the reference.",
+    "share": "The part of the final divergence that goes away when this layer's own error is taken out.",
+    "cause, finding": "A known mechanism that explains what guilty layers introduced, with its evidence, effect "
+    "and fix.",
+    "observer gap": "The difference that looking makes: outputs of a run with probes against one without.",
+    "noise floor": "How far a backend is from itself when it runs again, or with another number of threads.",
+    "FP32, FP64": "Floating point of 32 and 64 bits: 24 and 53 bits of mantissa, relative rounding 6e-8 and 1e-16.",
+    "FP16": "Floating point of 16 bits: 11 bits of mantissa (relative rounding 5e-4), nothing beyond 65504.",
+    "BF16": "Floating point of 16 bits with FP32's range and 8 bits of mantissa: relative rounding 4e-3.",
+    "TF32": "What tensor cores make of FP32 operands: FP32's range, 11 bits of mantissa. PyTorch "
+    "and TensorRT may use it "
+    "without being asked.",
+    "accumulation": "The sum inside a convolution or a product. In FP16 it loses more than rounding the result does.",
+    "INT8": "Whole numbers from −128 to 127 with a scale: value ≈ scale × number.",
+    "scale": "The distance of two neighbouring INT8 levels; what lies beyond 127 of them is clipped.",
+    "Q/DQ": "QuantizeLinear and DequantizeLinear: a pair of ONNX operators that says where INT8 begins and ends.",
+    "PTQ, QAT": "INT8 after training, from calibration alone; and with further training of the rounded network.",
+    "calibration": "Choosing scales from samples that run through the network.",
+    "fake quantizer": "A torch module that rounds to INT8 levels and goes on in FP32.",
+    "folding": "Computing at export what is known then: BatchNorm becomes part of the weights in front of it.",
+    "opset": "The version of ONNX's operators that a file is written in. TensorRT 8 reads up to 17.",
+    "free axis": "An axis of an input whose size the graph leaves open, such as the batch.",
+    "engine": "What TensorRT builds of a graph for one GPU.",
+    "tactic, kernel": "The routine that computes a layer. TensorRT picks one by measuring; two of them round "
+    "differently.",
+    "knobs": "Settings of ONNX Runtime's graph optimizer, switched off one by one to find which is responsible.",
+    "pairing": "Finding which values of two graphs are the same: by name, by what they hold, by structure.",
+    "side value": "A value that carries no data of the network: a constant that was folded, or a shape.",
+    "emulated": "Computed here in FP32 with operands, results and sums rounded as the hardware would do it.",
+    "mAP, NDS": "Mean average precision and the nuScenes detection score: what the boxes are worth, 0 to 1.",
+}
+"""Word, or words that belong together → explanation, in the order in which a reader meets them."""
+
+
+def anchor(words: str) -> str:
+    """The name that links to an entry use: ``rel. L2`` → ``rel-l2``."""
+    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
+
+
+def as_markdown() -> str:
+    """The page ``docs/glossary.md``."""
+    entries = [f'<a id="{anchor(words)}"></a>**{words}**: {text}\n' for words, text in GLOSSARY.items()]
+    return "\n".join(["# Glossary\n", "Words that tables, findings and pages use.\n", *entries])

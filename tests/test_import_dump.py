@@ -1,0 +1,151 @@
+"""Dumps from elsewhere: every format arrives as it was, what does not fit is told, and the capture is judged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from nets import NetBuilder
+from onnx import numpy_helper
+from test_cli import run
+
+from cp_debug.probes.capture import Capture
+from cp_debug.probes.dumps import read_dump
+
+
+@pytest.fixture
+def net(tmp_path: Path) -> Path:
+    b = NetBuilder()
+    x = b.op("Relu", b.conv("image", 3, 4, name="/block/Conv"))
+    return b.save(tmp_path / "net.onnx", {"image": (1, [1, 3, 8, 8])}, [b.conv(x, 4, 2, name="scores")])
+
+
+@pytest.fixture
+def values(net: Path) -> dict[str, np.ndarray]:
+    """Every value of the net, as ONNX Runtime computes it from one image."""
+    model = onnx.shape_inference.infer_shapes(onnx.load(net))
+    outputs = {o for node in model.graph.node for o in node.output}
+    model.graph.output.extend(v for v in model.graph.value_info if v.name in outputs)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    image = np.random.default_rng(0).normal(size=(1, 3, 8, 8)).astype(np.float32)
+    names = [o.name for o in session.get_outputs()]
+    return {"image": image, **dict(zip(names, session.run(None, {"image": image}), strict=True))}
+
+
+def file_name(name: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in name)
+
+
+def node_dump(folder: Path, values: dict[str, np.ndarray]) -> Path:
+    """Files as ONNX Runtime's node dumps are: a TensorProto each, called as the value with ``_`` for signs."""
+    folder.mkdir()
+    for name, array in values.items():
+        tensor = numpy_helper.from_array(array, name)
+        (folder / f"{file_name(name)}.tensorproto").write_bytes(tensor.SerializeToString())
+    return folder
+
+
+def raw_dump(folder: Path, values: dict[str, np.ndarray]) -> Path:
+    folder.mkdir()
+    for index, (name, array) in enumerate(values.items()):
+        (folder / f"{index}.bin").write_bytes(array.tobytes())
+        about = {"name": name, "dtype": array.dtype.name, "shape": list(array.shape)}
+        (folder / f"{index}.bin.json").write_text(json.dumps(about))
+    return folder
+
+
+@pytest.mark.parametrize("dump", [node_dump, raw_dump])
+def test_a_dump_becomes_a_capture_that_is_judged(dump: object, net: Path, values: dict, tmp_path: Path) -> None:
+    folder = dump(tmp_path / "dump", values)  # type: ignore[operator]
+    code, text = run("import", folder, "--model", net, "-o", tmp_path / "here")
+    assert code == 0, text
+    capture = Capture.open(tmp_path / "here")
+    assert {entry.name for entry in capture.entries} == set(values)
+    for name, array in read_dump(tmp_path / "here").items():
+        np.testing.assert_array_equal(array, values[name])
+    code, text = run("bisect", net, "-b", "ort", "--test-tensors", tmp_path / "here")
+    assert code == 0, text
+    np.savez(tmp_path / "in.npz", image=values["image"])
+    assert run("capture", net, "-b", "ort", "--inputs", tmp_path / "in.npz", "-o", tmp_path / "ours")[0] == 0
+    code, text = run("compare", tmp_path / "ours", tmp_path / "here")
+    assert code == 0, text
+
+
+def test_missing_extra_and_renamed_tensors_are_told(net: Path, values: dict, tmp_path: Path) -> None:
+    first = next(name for name in values if "Conv" in name)
+    dump = {"image": values["image"], file_name(first): values[first], "result": values["scores"], "noise": np.ones(7)}
+    np.savez(tmp_path / "dump.npz", **dump)
+    code, text = run("import", tmp_path / "dump.npz", "--model", net, "-o", tmp_path / "a", "--json", "-")
+    assert code == 1
+    document = json.loads(text)
+    assert document["missing_outputs"] == ["scores"]
+    assert document["renamed"] == {file_name(first): first}
+    assert sorted(document["extra"]) == ["noise", "result"]
+    assert document["suggestions"] == {"result": "scores"}
+    code, text = run("import", tmp_path / "dump.npz", "--model", net, "-o", tmp_path / "b", "--map", "scores=result")
+    assert code == 0, text
+    assert "renamed: result is scores" in text
+    assert "extra, no value of the graph: noise" in text
+
+
+def test_other_dtypes_shapes_and_layouts(net: Path, values: dict, tmp_path: Path) -> None:
+    half = {name: array.astype(np.float16) for name, array in values.items()}
+    np.savez(tmp_path / "half.npz", **{file_name(n): a for n, a in half.items()})
+    code, text = run("import", tmp_path / "half.npz", "--model", net, "-o", tmp_path / "h", "--precision", "fp16")
+    assert code == 0
+    assert "other dtype: scores is float16, declared float32" in text
+    nhwc = {file_name(n): np.moveaxis(a, 1, -1) for n, a in values.items()}
+    np.savez(tmp_path / "nhwc.npz", **nhwc)
+    code, text = run("import", tmp_path / "nhwc.npz", "--model", net, "-o", tmp_path / "n")
+    assert code == 2
+    assert "channels last" in text
+    code, text = run("import", tmp_path / "nhwc.npz", "--model", net, "-o", tmp_path / "n", "--layout", "nhwc")
+    assert code == 0, text
+    np.testing.assert_array_equal(read_dump(tmp_path / "n")["scores"], values["scores"])
+    np.savez(tmp_path / "cut.npz", image=values["image"], scores=values["scores"][:, :, :3])
+    code, text = run("import", tmp_path / "cut.npz", "--model", net, "-o", tmp_path / "c")
+    assert code == 1
+    assert "other shape: scores is [1, 2, 3, 8], the graph's is [1, 2, 8, 8]" in text
+
+
+def test_raw_numbers_in_types_that_numpy_lacks(tmp_path: Path) -> None:
+    array = np.arange(6).astype(ml_dtypes.bfloat16).reshape(2, 3)
+    [(name, read)] = read_dump(raw_dump(tmp_path / "dump", {"x": array})).items()
+    assert (name, read.dtype) == ("x", array.dtype)
+    np.testing.assert_array_equal(read, array)
+
+
+@pytest.mark.parametrize(
+    ("sidecar", "says"),
+    [
+        (None, "expected a.bin.json beside it"),
+        ({"dtype": "float32", "shape": [3]}, "has 8 bytes; by a.bin.json, float32[3] takes 12 bytes"),
+        ({"dtype": "floaty", "shape": [2]}, "dtype is 'floaty'"),
+        ({"dtype": "float32", "shape": [-2]}, "sizes from 0 on"),
+        ({"shape": [2]}, "a.bin.json"),
+        ({"dtype": "object", "shape": [1]}, "expected numbers"),
+    ],
+)
+def test_raw_files_that_do_not_fit(sidecar: dict | None, says: str, net: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "dump"
+    folder.mkdir()
+    (folder / "a.bin").write_bytes(bytes(8))
+    if sidecar is not None:
+        (folder / "a.bin.json").write_text(json.dumps(sidecar))
+    code, text = run("import", folder, "--model", net, "-o", tmp_path / "out")
+    assert code == 2
+    assert says in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dump_of_another_network_is_refused(net: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "dump.npz", a=np.ones(3), b=np.ones(2))
+    code, text = run("import", tmp_path / "dump.npz", "--model", net, "-o", tmp_path / "out")
+    assert code == 2
+    assert "none of its 2 tensors is a value of" in text
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,71 @@
+"""The documentation's site: every page has its place, every word its entry, and nothing is fetched when it is read."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+from extras import needs
+
+from cp_debug.bisect.result import DIVERGENT, GUILTY, INHERITED, OK, SHAPE
+from cp_debug.reports.glossary import GLOSSARY, anchor, as_markdown
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+WORDS = {word for words in GLOSSARY for word in (words, *words.split(", "))}
+FETCHED = re.compile(
+    r"""<(?:script|img|iframe|source)\b[^>]*\bsrc=["']?(?:https?:)?//|<link\b[^>]*href=["']?(?:https?:)?//"""
+)
+
+
+def pages(nav: object) -> list[str]:
+    """The pages in a part of the navigation."""
+    if isinstance(nav, str):
+        return [nav]
+    parts = nav.values() if isinstance(nav, dict) else nav
+    return [page for part in parts for page in pages(part)]  # type: ignore[attr-defined]
+
+
+def test_every_page_has_a_place_in_the_navigation() -> None:
+    config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    listed = pages(yaml.safe_load(config)["nav"])
+    assert sorted(listed) == sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
+
+
+def test_the_glossary_is_the_one_that_reports_show() -> None:
+    assert (DOCS / "glossary.md").read_text(encoding="utf-8") == as_markdown(), (
+        "write as_markdown() to docs/glossary.md"
+    )
+    assert len({anchor(words) for words in GLOSSARY}) == len(GLOSSARY)
+
+
+def test_the_words_of_the_report_have_entries() -> None:
+    template = (ROOT / "cp_debug" / "reports" / "html" / "report.html.j2").read_text(encoding="utf-8")
+    [columns] = re.findall(r"for name, kind in \((.*?)\) %\}", template)
+    said = set(re.findall(r'\("([^"]+)"', columns)) - {"#", "op", "verdict"}
+    missing = {*said, OK, INHERITED, DIVERGENT, SHAPE, GUILTY} - WORDS
+    assert not missing
+    assert 'href="#words"' in template
+
+
+def test_links_into_the_glossary_lead_somewhere() -> None:
+    known = {anchor(words) for words in GLOSSARY}
+    for path in DOCS.rglob("*.md"):
+        for target in re.findall(r"glossary\.md#([\w-]+)", path.read_text(encoding="utf-8")):
+            assert target in known, f"{path.name}: glossary.md#{target}"
+
+
+@needs("mkdocs")
+def test_the_site_builds_and_fetches_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    built = list(tmp_path.rglob("*.html"))
+    assert len(built) > 15
+    for path in built:
+        assert not FETCHED.search(path.read_text(encoding="utf-8")), path
+    for sheet in tmp_path.rglob("*.css"):
+        assert not re.search(r"(?:url\(|@import )[\"']?(?:https?:)?//", sheet.read_text(encoding="utf-8")), sheet
