@@ -8,13 +8,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from nets import second_like
 from test_cli import run
+from typer.main import get_command
 
 import cp_debug
 from cp_debug.cli import crash
+from cp_debug.cli.main import app
 
 FAILING = """
 import sys
@@ -209,3 +213,103 @@ def test_memory_that_torch_cannot_get_is_told_in_words() -> None:
     done = failing('RuntimeError("DefaultCPUAllocator: can\'t allocate memory: you tried to allocate 9 bytes")')
     assert done.returncode == 2
     assert done.stderr.strip() == "error: out of memory: this asks for more than the machine has"
+
+
+_ALWAYS = """
+--json --csv --html --output --save --log --predictions --plot --junit --onnx --backends --backend
+--scenario --map --checkpoint --inputs --samples --level --rtol --atol --precision --target --goal --device
+--tolerance --max-abs --layer --redact --seconds --force --format --fresh --opset --simplify
+--rot-y-axis-reference --quantized --activations --replay --knobs --test-model --test-tensors --budget
+--range --min-points --max-drop --warmup --repeats --batch --workers --cluster --retry-failed --by --auto
+--draws --all --cache --no-cache --early-stop --interval --lr --resume --scenes --val-scenes --val-data
+--from --method --batches --data --calib-data --explain --skip-layers --exporter --unfolded --patience
+--shape --factor --voxels --onnx-dir --model --seed --epochs --steps
+"""
+ALWAYS = set(_ALWAYS.split())
+"""Options that act, or are refused by what they name, wherever they are; the others need something beside them."""
+BESIDE = {
+    "bisect": "NET -b ort,ort-all",
+    "capture": "NET -b ort -o out",
+    "search": "NET -b ort,emu-fp16 --goal rel_l2<1",
+    "bench": "NET -b ort",
+    "verify": "NET -s ort,emu-fp16",
+    "eval": "centerpoint:tiny -b ort,emu-fp16",
+    "sweep bisect": "NET -b ort,emu-fp16",
+    "sweep eval": "centerpoint:tiny -b ort,emu-fp16",
+    "sweep sensitivity": "centerpoint:tiny --from q",
+    "quantize sensitivity": "centerpoint:tiny --from q",
+    "quantize qat": "centerpoint:tiny --from q -o out",
+    "quantize ptq": "NET -o out",
+    "check": "NET",
+    "predict": "NET",
+}
+"""Command → arguments beside which its remaining options do nothing."""
+ACTS = {
+    ("bisect", "--oracle"),
+    ("capture", "--overwrite"),
+    ("search", "--max-builds"),
+    ("sweep search", "--max-builds"),
+}
+"""Remaining options that act all the same; commands that are not in ``BESIDE`` are about engines or files."""
+VALUES = {"int": "4", "float": "60", "Path": "x.npz", "list": "x", "str": "1", "DumpLayout": "nhwc", "Method": "mse"}
+VALUES |= {"ImageLayoutFlag": "nhwc", "Probes": "all", "CalibratorChoice": "entropy"}
+
+
+def remaining_options() -> list[tuple[str, str, str]]:
+    """(command, option, kind of its value) of every option of the parser that is not in ``ALWAYS``."""
+    found: list[tuple[str, str, str]] = []
+
+    def collect(command: object, words: tuple[str, ...]) -> None:
+        for name, child in getattr(command, "commands", {}).items():
+            collect(child, (*words, name))
+        for option in [] if hasattr(command, "commands") else getattr(command, "params", []):
+            flag = max(option.opts, key=len)
+            if option.param_type_name == "option" and flag not in ALWAYS and option.name != "help":
+                found.append((" ".join(words), flag, "" if option.is_flag else _kind(option)))
+
+    collect(get_command(app), ())
+    return found
+
+
+def _kind(option: Any) -> str:
+    annotation = option.type_descriptor.annotation if hasattr(option, "type_descriptor") else option.type.name
+    return getattr(annotation, "__name__", str(annotation))
+
+
+REMAINING = [
+    (command, option, kind)
+    for command, option, kind in remaining_options()
+    if command in BESIDE and (command, option) not in ACTS
+]
+
+
+def test_the_remaining_options_are_found() -> None:
+    assert len(REMAINING) > 50
+    assert ("bisect", "--workspace", "int") in REMAINING
+    assert ("sweep bisect", "--calib-samples", "int") in REMAINING
+
+
+@pytest.mark.parametrize(("command", "option", "kind"), REMAINING, ids=lambda value: str(value))
+def test_every_option_of_the_parser_is_refused_where_it_would_do_nothing(
+    command: str, option: str, kind: str, net: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new option belongs to ``ALWAYS``, or is refused beside arguments with which it does nothing."""
+    monkeypatch.chdir(tmp_path)
+    beside = [str(net) if part == "NET" else part for part in BESIDE[command].split()]
+    code, text = run(*command.split(), *beside, option, *([VALUES[kind]] if kind else []))
+    assert code == 2
+    assert option in text
+    assert "would do nothing" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_seed_is_refused_where_nothing_is_made_up(net: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", x=np.ones(3, np.float32))
+    code, text = run("bisect", net, "-b", "ort,ort-all", "--inputs", tmp_path / "x.npz", "--seed", "3")
+    assert (code, "--seed: it would do nothing here: the inputs are those of" in text) == (2, True)
+    code, text = run("check", "net.py:make", "--seed", "3")
+    assert (code, "--seed: it would do nothing here: the first sample is the model's own" in text) == (2, True)
+    code, text = run("check", net, "--no-activations", "--inputs", tmp_path / "x.npz")
+    assert (code, "--inputs: it would do nothing here: --no-activations" in text) == (2, True)
+    code, text = run("quantize", "ptq", net, "-o", tmp_path / "out", "--opset", "18")
+    assert (code, "--opset: it would do nothing here:" in text) == (2, True)

@@ -66,7 +66,7 @@ def test_a_command_gives_a_loop_up_with_a_sentence(
     }
     code, text = run(command, path, *argv[command])
     assert code == 2
-    assert "nothing says that it has one; CPDEBUG_LOOP_SECONDS=600" in " ".join(text.split())
+    assert "nothing says that it has one in sight; CPDEBUG_LOOP_SECONDS=600" in " ".join(text.split())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["net.onnx"]
 
 
@@ -77,7 +77,7 @@ def test_a_session_gives_a_loop_up(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     path = looping(tmp_path / "net.onnx", None if kind == "no count" else HUGE, nested=kind == "nested")
     x = {"x": np.ones((1, 4), np.float32)}
     for sink in (None, lambda name, tensor: None):
-        with pytest.raises(onnx_runtime.Endless, match=f"{path.name}.*nothing says that it has one"):
+        with pytest.raises(onnx_runtime.Endless, match=f"{path.name}.*nothing says that it has one in sight"):
             create(BackendSpec.parse(backend)).open(Program("net", Graph(path), example=x)).run(x, sink)
 
 
@@ -87,6 +87,17 @@ def test_loops_with_an_end_have_no_limit(tmp_path: Path, monkeypatch: pytest.Mon
     for backend in ("ort", "ort-all", "emu-fp32"):
         program = Program("net", Graph(looping(tmp_path / "net.onnx", 3)), example=x)
         assert create(BackendSpec.parse(backend)).open(program).run(x)["y"].tolist() == [[1, 1, 1, 1]]
+
+
+def test_loops_in_each_other_are_counted_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(onnx_runtime.LIMIT, "0.2")
+    monkeypatch.setattr("cp_debug.graph.bodies.MOST_PASSES", 100)
+    path = looping(tmp_path / "net.onnx", 2000, nested=True)
+    assert onnx_runtime.time_limit(Graph(path)) == 0.2
+    assert onnx_runtime.time_limit(Graph(looping(tmp_path / "few.onnx", 200, nested=True))) is None
+    program = Program("net", Graph(path))
+    with pytest.raises(onnx_runtime.Endless, match="one in sight"):
+        create(BackendSpec.parse("emu-fp32")).open(program).run({"x": np.ones((1, 4), np.float32)})
 
 
 def test_a_computed_trip_count_is_given_more_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

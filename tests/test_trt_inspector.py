@@ -16,6 +16,7 @@ from cp_debug.backends.tensorrt.inspector import (
     realised_precision,
 )
 from cp_debug.backends.tensorrt.tactics import decode
+from cp_debug.bisect.causes.everywhere import orders
 
 CONV = "sm80_xmma_fprop_implicit_gemm_{}_nhwckrsc_nhwc_tilesize128x128x64_stage4_warpsize2x2x1_g1_tensor16x8x16"
 HALF = "Channel major FP16 format where channel % 8 == 0"
@@ -175,3 +176,15 @@ def test_kernels_without_shared_memory_tell_their_vectors(tile: str, more: str, 
     end = f"f16f16_f16f16_f16_nhwckrsc_nhwc_tilesize{tile}_stage1_warpsize4x1x1_g1_tensor16x8x16{more}"
     assert decode(f"{start}_wo_smem_{end}").vector == vector
     assert decode(f"{start}_{end}").vector == 0
+
+
+def test_orders_told_by_a_name_are_told_from_fitted_ones() -> None:
+    start, end = "sm80_xmma_fprop_implicit_gemm", "f16f16_f16f16_f16_nhwckrsc_nhwc_tilesize128x16x64_stage1"
+    tiled, direct, silent = f"{start}_{end}", f"{start}_indexed_wo_smem_{end}_alignc4", "sm50_xmma_gemvx"
+    layers = [
+        *((tiled, {"tile": 64, "slices": 1}), (tiled, {"tile": 32, "slices": 1}), (tiled, {"tile": 64, "vector": 8})),
+        *((direct, {"tile": 64, "slices": 1}), (direct, {"tile": 64, "slices": 1, "vector": 8})),
+        (silent, {"tile": 64, "slices": 1}),
+    ]
+    assert orders("fp16-accumulation", layers) == {"orders_told": 2, "orders_fitted": 4}
+    assert orders("tf32", layers) == {}

@@ -20,7 +20,7 @@ from cp_debug.backends.reference import Reference
 from cp_debug.backends.schema_functions import function_body, is_defined
 from cp_debug.backends.weights import Weights
 from cp_debug.errors import CpdebugError, InputError
-from cp_debug.graph.bodies import Body, run_loop, run_scan
+from cp_debug.graph.bodies import Body, LoopClock, run_loop, run_scan
 from cp_debug.graph.constants import constant
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.onnx_runtime import Endless
@@ -109,6 +109,7 @@ class Executor:
         self._functions = {(f.domain, f.name): f for f in graph.proto.functions}
         self._steps: dict[Node, _ExecutionStep] = {}
         self._place = ""
+        self._clock = LoopClock()
         self.decisions: dict[str, str | int] = {}
         """Decisions of the last run: path of a control flow node, as ``flatten`` writes it → branch that an If took, or
         how often a body ran."""
@@ -281,7 +282,12 @@ class Executor:
         if node.op in _OPTIONAL and not any(isinstance(i, list) for i in inputs):
             return [_OPTIONAL[node.op](*inputs)]
         if node.op in ("Loop", "Scan"):
-            produced = (run_loop if node.op == "Loop" else run_scan)(step.bodies, execute, step.call, *inputs)
+            if node.op == "Loop":
+                if not place:
+                    self._clock = LoopClock()
+                produced = run_loop(self._clock, step.bodies, execute, step.call, *inputs)
+            else:
+                produced = run_scan(step.bodies, execute, step.call, *inputs)
             self.decisions[place + node.name] = next(runs)
             return [self.arithmetic.hold(r, self.device) for r in produced]
         if step.kernel is not None and all(i is None or isinstance(i, Tensor) for i in inputs):

@@ -80,6 +80,7 @@ class CandidateRun:
             plain, names = self.programs[program.name].graph, self._names[program.name]
             foreign = is_quantized(program.graph) and not has_own_pairs(program.graph)
             if program.plain is None and program.graph is not plain and foreign:
+                _prefer_own_names(names, plain, program.graph)
                 names |= parent_values(plain, program.graph, names)
                 file_names = {name: value for value, name in names.items()}
                 self._files[program.name] = FileQuantization(
@@ -326,6 +327,16 @@ class CandidateRun:
             )
         trace_shapes(self.programs, rows)
         return rows
+
+
+def _prefer_own_names(names: dict[str, str], plain: Graph, file: Graph) -> None:
+    """Let the values of a quantized file that are called as their parent's stand for these: quantizers keep the names.
+
+    ``names``: value of the file → the parent's. Levels of two values may be the same numbers, as of x and 20·x.
+    """
+    for value, name in list(names.items()):
+        if value != name and name in plain.producer and name in file.producer and names.get(name) != name:
+            names[value], names[name] = f"{value} (test)", name
 
 
 def loader(capture: Capture, component: str) -> Load:

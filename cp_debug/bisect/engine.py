@@ -116,6 +116,8 @@ class Bisection:
                 remarks.see(sample)
                 taken.take(index, sample)
             self._notes += remarks.told
+            if options.inputs is not None and len(sources) < options.samples:
+                self._notes.append(f"{options.samples} samples were asked for; {options.inputs} gives {len(sources)}")
             if options.optimizer_blame:
                 self._blame_optimizers(first, taken)
             return BisectResult(

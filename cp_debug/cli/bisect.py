@@ -13,7 +13,7 @@ from cp_debug.cli import calibration, reading, tensorrt
 from cp_debug.cli.flags import LAST_SEED, MOST, Atol, Rtol, check_made_up, grouped
 from cp_debug.cli.given import check_given
 from cp_debug.cli.saving import replacing
-from cp_debug.cli.typed import refuse, refuse_export_flags
+from cp_debug.cli.typed import refuse, refuse_export_flags, refuse_seed
 
 if TYPE_CHECKING:
     from cp_debug.backends.base import Backend
@@ -151,6 +151,8 @@ def bisect(
     refuse_export_flags([model])
     why = "two other models of the tests; expected one of --test-model and --test-checkpoint"
     refuse(("test_checkpoint",), unless=test_model is None, why=why)
+    why = f"{model} holds its weights; --test-model gives the tests another file"
+    refuse(("test_checkpoint",), unless=not model.endswith(".onnx"), why=why)
     names = ", ".join(map(str, tests))
     why = f"it changes the torch module, which none of the tests {names} runs; expected torch among them"
     refuse(("test_train_mode", "test_out_of_place"), unless=any(spec.family == "torch" for spec in tests), why=why)
@@ -158,7 +160,8 @@ def bisect(
     refuse(("show_all",), unless=level is Level.layers, why="--level stages shows no layers")
     refuse(("overwrite",), unless=save is not None, why="without --save nothing is kept")
     check_made_up(samples, inputs)
-    how = files.chosen(model)
+    refuse_seed([model], inputs, samples)
+    how = files.chosen(model, inputs, int8.calib_data)
     check_given(model, inputs=inputs, samples=samples, checkpoint=checkpoint, test_model=test_model, reading=how)
     engines.check_installed(specs)
     calibration.check_calibration(model, int8.calib_data, int8.calib_samples, reading=how)

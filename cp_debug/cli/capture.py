@@ -12,7 +12,7 @@ from cp_debug.cli.bisect import Exporter
 from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up, grouped
 from cp_debug.cli.given import check_given
 from cp_debug.cli.saving import replacing
-from cp_debug.cli.typed import refuse_export_flags
+from cp_debug.cli.typed import refuse_export_flags, refuse_seed
 
 
 @grouped
@@ -43,7 +43,8 @@ def capture(
     engines.check(specs)
     refuse_export_flags([model])
     check_made_up(samples, inputs)
-    how = files.chosen(model)
+    refuse_seed([model], inputs, samples)
+    how = files.chosen(model, inputs)
     check_given(model, inputs=inputs, samples=samples, checkpoint=checkpoint, reading=how)
     engines.check_installed(specs)
     from cp_debug.bisect.recording import record

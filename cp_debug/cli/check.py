@@ -10,6 +10,7 @@ import typer
 from cp_debug.cli import reading
 from cp_debug.cli.flags import LAST_SEED, grouped
 from cp_debug.cli.given import check_given
+from cp_debug.cli.typed import refuse, refuse_seed
 
 
 @grouped
@@ -38,7 +39,10 @@ def check(
     from cp_debug.cli.console import console
     from cp_debug.serialize import json_safe
 
-    how = files.chosen(model)
+    why = "--no-activations runs nothing"
+    refuse(("inputs", "seed"), unless=activations, why=why)
+    refuse_seed([model], inputs)
+    how = files.chosen(model, inputs)
     check_given(model, inputs=inputs, checkpoint=checkpoint, reading=how)
     from cp_debug.bisect.preflight import PROBLEM, Preflight
     from cp_debug.programs.pipeline import prepare

@@ -10,6 +10,7 @@ import typer
 from cp_debug.cli.bisect import Exporter
 from cp_debug.cli.flags import LAST_SEED
 from cp_debug.cli.given import check_given
+from cp_debug.cli.typed import refuse_seed
 
 
 def export(
@@ -34,6 +35,7 @@ def export(
     """Export every component with free axes, align it with its module, check it on two inputs of different sizes."""
     from cp_debug.cli.console import console, steps
 
+    refuse_seed([model], inputs)
     check_given(model, inputs=inputs, checkpoint=checkpoint)
     from cp_debug.deploy.exporting import ExportOptions, export_model
     from cp_debug.deploy.quantizing import export_quantized

@@ -11,7 +11,7 @@ from cp_debug.cli import reading
 from cp_debug.cli.bisect import Exporter
 from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up, grouped
 from cp_debug.cli.given import check_given
-from cp_debug.cli.typed import refuse_export_flags
+from cp_debug.cli.typed import refuse_export_flags, refuse_seed
 
 
 @grouped
@@ -47,7 +47,8 @@ def predict(
         Goal.parse(goal)
     refuse_export_flags([model])
     check_made_up(samples, inputs)
-    how = files.chosen(model)
+    refuse_seed([model], inputs, samples)
+    how = files.chosen(model, inputs)
     check_given(model, inputs=inputs, samples=samples, checkpoint=checkpoint, reading=how)
     from cp_debug.prediction.targets import kernels_of, target_of
 

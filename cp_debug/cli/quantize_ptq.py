@@ -44,7 +44,8 @@ def ptq(
     from cp_debug.errors import InputError
 
     refuse(("method", "batches"), unless=cache is None, why="the scales are those of --cache")
-    how = files.chosen(model)
+    refuse(("opset",), unless=not model.endswith(".onnx"), why=f"{model} has an opset, which its copy keeps")
+    how = files.chosen(model, calib_data)
     check_calibration(model, calib_data, batches, "--batches", how)
     from cp_debug.deploy.exporting import ExportOptions
     from cp_debug.deploy.quantize_output import quantize_ptq

@@ -6,11 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cp_debug.cli.typed import typed
+from cp_debug.cli.typed import refuse, typed
 from cp_debug.errors import InputError
 
 if TYPE_CHECKING:
@@ -59,8 +60,11 @@ class ReadingFlags:
         bool, typer.Option("--image-bgr", help="Blue first, as OpenCV reads images.", rich_help_panel=PANEL)
     ] = False
 
-    def chosen(self, model: str) -> Reading:
-        """The settings that the flags ask for. Raises InputError for a wrong one, and where nothing takes it."""
+    def chosen(self, model: str, *given: Path | None) -> Reading:
+        """The settings that the flags ask for; ``given`` are the files and folders that inputs come from.
+
+        Raises InputError for a wrong one, and where nothing takes it.
+        """
         from cp_debug.recipes.images import ImageFormat
         from cp_debug.recipes.input_files import DEFAULT_READING, Reading
         from cp_debug.recipes.registry import check_reading, kind_of
@@ -78,7 +82,20 @@ class ReadingFlags:
             raise InputError(f"--image-{'std' if 0 in images.std else 'scale'}: 0; expected another number")
         reading = Reading(dict(map(parse_shape, self.shape or ())), images)
         check_reading(model, kind_of(model), reading)
+        names = [f.name for f in fields(self) if f.name.startswith("image_")]
+        refuse(names, unless=any(map(_may_be_image, given)), why="no image is read; expected one as input")
         return reading
+
+
+def _may_be_image(given: Path | None) -> bool:
+    """Whether a path is an image, or a folder that holds one; what is not there is told by its reader."""
+    from cp_debug.recipes.input_files import IMAGES
+
+    if given is None:
+        return False
+    if given.is_dir():
+        return any(path.suffix.lower() in IMAGES for path in given.iterdir())
+    return given.suffix.lower() in IMAGES or not given.exists()
 
 
 def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:

@@ -12,7 +12,7 @@ from cp_debug.cli import reading, tensorrt
 from cp_debug.cli.bisect import Exporter
 from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up, grouped
 from cp_debug.cli.given import check_given
-from cp_debug.cli.typed import refuse, refuse_export_flags
+from cp_debug.cli.typed import refuse, refuse_export_flags, refuse_seed
 from cp_debug.errors import InputError
 
 _DURATION = re.compile(r"(?P<number>\d+(?:\.\d+)?)(?P<unit>[smh]?)")
@@ -69,8 +69,9 @@ def search(
     refuse_export_flags([model])
     refuse(("data",), unless="map_drop" in goal, why=f"the goal is {goal}; expected one with map_drop")
     check_made_up(samples, inputs or data)
+    refuse_seed([model], inputs, samples)
     source, scored = inputs or data, data is not None
-    how = files.chosen(model)
+    how = files.chosen(model, source)
     check_given(
         model,
         inputs=source,

@@ -16,7 +16,7 @@ from cp_debug.backends.spec import parse_backends
 from cp_debug.cli import calibration
 from cp_debug.cli.bisect import Exporter
 from cp_debug.cli.flags import LAST_SEED, MOST, Atol, Rtol, check_made_up, grouped
-from cp_debug.cli.typed import Command, refuse, refuse_data_flags, refuse_export_flags
+from cp_debug.cli.typed import Command, refuse, refuse_data_flags, refuse_export_flags, refuse_seed
 from cp_debug.errors import InputError, in_one_line
 from cp_debug.files import resolved
 
@@ -308,6 +308,7 @@ def _grid(
     from cp_debug.sweep.grid import Grid
 
     refuse_export_flags(models or [DEFAULT])
+    refuse_seed(models or [DEFAULT], inputs, samples)
     check_made_up(samples, inputs, given_by="--inputs or --data")
     return Grid(
         models=models or [DEFAULT],

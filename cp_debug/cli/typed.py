@@ -83,6 +83,20 @@ def refuse_export_flags(models: Iterable[str]) -> None:
     refuse(("exporter", "unfolded"), unless=not onnx, why=f"{', '.join(names)} is exported already")
 
 
+def refuse_seed(models: Iterable[str], inputs: object, samples: int = 1) -> None:
+    """Refuse --seed where nothing is made up: each model has weights of its own, and ``inputs`` are given, or one
+    sample is taken of models that come with an example."""
+    if not typed(("seed",)):
+        return
+    from cp_debug.recipes.registry import kind_of
+
+    kinds = {kind_of(model) for model in models}
+    own = kinds <= {"onnx", "program", "callable"}
+    refuse(("seed",), unless=inputs is None or not own, why=f"the inputs are those of {inputs}")
+    why = "the first sample is the model's own example; expected --samples 2 or more beside it"
+    refuse(("seed",), unless=samples > 1 or not kinds <= {"program", "callable"}, why=why)
+
+
 def refuse_data_flags(data: object) -> None:
     """Refuse the flags about an info file where there is none."""
     why = "without --data the samples are synthetic scenes"

@@ -67,7 +67,28 @@ class Attributes(Protocol):
     def __getitem__(self, name: str) -> Any: ...
 
 
+@dataclass
+class LoopClock:
+    """Passes of all Loops of one run, and the time since the first of them began."""
+
+    passes: int = 0
+    started: float = 0.0
+
+    def tick(self, endless: bool) -> None:
+        """Count a pass. Raises Endless for too many passes, or those of an ``endless`` loop, in too long a time."""
+        if not self.passes:
+            self.started = time.monotonic()
+        self.passes += 1
+        seconds = loop_seconds()
+        if (endless or self.passes > MOST_PASSES) and time.monotonic() - self.started > seconds:
+            raise Endless(
+                f"it has not come to its end after {self.passes} passes, {seconds:g} s, and nothing says that it has "
+                f"one in sight; {LIMIT}=600 in the environment gives it longer"
+            )
+
+
 def run_loop(
+    clock: LoopClock,
     bodies: Mapping[str, Body],
     execute: Execute,
     attributes: Attributes,
@@ -85,13 +106,8 @@ def run_loop(
     scans: list[list[Any]] = [[] for _ in body.outputs[1 + len(state) :]]
     trip = 0
     endless = trips is None or int(trips) > MOST_PASSES
-    seconds, started = loop_seconds(), time.monotonic()
     while go_on and (trips is None or trip < int(trips)):
-        if endless and time.monotonic() - started > seconds:
-            raise Endless(
-                f"it has not come to its end after {trip} passes, {seconds:g} s, and nothing says that it has one; "
-                f"{LIMIT}=600 in the environment gives it longer"
-            )
+        clock.tick(endless)
         more, *results = execute(body, [torch.tensor(trip), torch.tensor(True), *state])
         go_on, state = bool(more), results[: len(state)]
         for scan, value in zip(scans, results[len(state) :], strict=True):

@@ -35,7 +35,7 @@ LIMIT = "CPDEBUG_LOOP_SECONDS"
 """Environment variable: seconds that a Loop may take which nothing but its own condition ends."""
 LOOP_SECONDS = 10.0
 MOST_PASSES = 100_000
-"""Passes of a Loop that are executed; a trip count up to this one is an end that will be reached."""
+"""Passes of a Loop, and of the Loops in it together, up to which its end is waited for, however long it takes."""
 PATIENCE = 10
 """Factor on the time of a Loop whose trip count is computed: most such counts are sizes of tensors."""
 MOST_NESTED = 50
@@ -82,49 +82,53 @@ def loop_seconds() -> float:
 
 
 def time_limit(graph: Graph, nodes: Iterable[Node] | None = None) -> float | None:
-    """Seconds that a run of ``graph``, or of some of its nodes, may take; None where it holds no Loop without end."""
-    protos = [n.proto for n in (graph.nodes if nodes is None else nodes)]
-    found = _Loops({(f.domain, f.name): f for f in graph.proto.functions})
-    found.walk(protos, 0)
-    ends = {_end(loop, graph, found.constants) for loop in found.loops} - {""}
-    return loop_seconds() * (1 if "none" in ends else PATIENCE) if ends else None
+    """Seconds that a run of ``graph``, or of some of its nodes, may take; None where its Loops have an end in sight."""
+    ends = _Ends(graph)
+    ends.walk([n.proto for n in (graph.nodes if nodes is None else nodes)], 1, 0)
+    if not (ends.computed or ends.none):
+        return None
+    return loop_seconds() * (1 if ends.none else PATIENCE)
 
 
-class _Loops:
-    """The Loops among nodes, their bodies and the file's functions, and the constants of these."""
+class _Ends:
+    """Knowledge of how Loops end: whether any has a computed trip count, or runs too often to be waited for."""
 
-    def __init__(self, functions: Mapping[tuple[str, str], onnx.FunctionProto]) -> None:
-        self.loops: list[onnx.NodeProto] = []
-        self.constants: dict[str, onnx.TensorProto] = {}
-        self._functions = dict(functions)
+    def __init__(self, graph: Graph) -> None:
+        self.computed, self.none = False, False
+        self._graph = graph
+        self._constants: dict[str, onnx.TensorProto] = {}
+        self._functions = {(f.domain, f.name): f for f in graph.proto.functions}
 
-    def walk(self, nodes: Iterable[onnx.NodeProto], depth: int) -> None:
-        """Collect from nodes, up to the depth to which bodies are read."""
+    def walk(self, nodes: Iterable[onnx.NodeProto], passes: int, depth: int) -> None:
+        """Look at nodes that run ``passes`` times, and into their bodies and functions."""
         for node in nodes if depth < MOST_NESTED else ():
+            inside = passes
             if node.op_type == "Loop":
-                self.loops.append(node)
+                count = self._trips(node)
+                self.computed |= count < 0
+                inside = passes * (1 if count < 0 else min(count, MOST_PASSES + 1))
+                self.none |= inside > MOST_PASSES
             for attribute in node.attribute:
                 if node.op_type == "Constant" and attribute.name == "value" and node.output:
-                    self.constants[node.output[0]] = attribute.t
+                    self._constants[node.output[0]] = attribute.t
                 for body in [attribute.g, *attribute.graphs]:
-                    self.constants |= {tensor.name: tensor for tensor in body.initializer}
-                    self.walk(body.node, depth + 1)
-            if called := self._functions.pop((node.domain, node.op_type), None):
-                self.walk(called.node, depth + 1)
+                    self._constants |= {tensor.name: tensor for tensor in body.initializer}
+                    self.walk(body.node, inside, depth + 1)
+            if called := self._functions.get((node.domain, node.op_type)):
+                self.walk(called.node, inside, depth + 1)
 
-
-def _end(loop: onnx.NodeProto, graph: Graph, constants: Mapping[str, onnx.TensorProto]) -> str:
-    """Knowledge of a loop's end: empty for a trip count that will be reached, ``computed`` or ``none``."""
-    trips = loop.input[0] if loop.input else ""
-    if not trips:
-        return "none"
-    if trips in graph.initializers:
-        count = graph.initializer(trips)
-    elif trips in constants:
-        count = numpy_helper.to_array(constants[trips])
-    else:
-        return "computed"
-    return "" if count.size and int(count.flat[0]) <= MOST_PASSES else "none"
+    def _trips(self, loop: onnx.NodeProto) -> int:
+        """The trip count; -1: it is computed; beyond ``MOST_PASSES``: there is none."""
+        name = loop.input[0] if loop.input else ""
+        if not name:
+            return MOST_PASSES + 1
+        if name in self._graph.initializers:
+            count = self._graph.initializer(name)
+        elif name in self._constants:
+            count = numpy_helper.to_array(self._constants[name])
+        else:
+            return -1
+        return max(0, int(count.flat[0])) if count.size else MOST_PASSES + 1
 
 
 def run(
@@ -149,7 +153,7 @@ def run(
             if call.expired:
                 raise Endless(
                     f"ONNX Runtime did not come to the end of a Loop within {limit:g} s, and nothing says that it has "
-                    f"one; {LIMIT}=600 in the environment gives it longer"
+                    f"one in sight; {LIMIT}=600 in the environment gives it longer"
                 ) from error
             raise
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import logging
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +68,17 @@ def load_program(path: Path, inputs: Any = None) -> TorchModel:
     """
     if not path.is_file():
         raise InputError(f"MODEL: no such file {path}")
-    if not zipfile.is_zipfile(path):
-        raise InputError(f"MODEL: {path} is no archive of torch.export or torch.jit")
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        raise InputError(f"MODEL: {path} is no archive of torch.export or torch.jit: {error}") from None
     content = path.read_bytes()
     if path.suffix == ".pt2":
         with own_code(f"MODEL: {path}: torch.export.load"):
-            return exported_model(str(path), torch.export.load(io.BytesIO(content)), inputs)
+            with _without_log():
+                program = torch.export.load(io.BytesIO(content))
+            return exported_model(str(path), program, inputs)
     if not any("/code/" in f"/{name}" for name in names):
         raise InputError(
             f"MODEL: {path} holds weights or a pickled module, no TorchScript: it cannot be run without its class; "
@@ -84,6 +89,17 @@ def load_program(path: Path, inputs: Any = None) -> TorchModel:
     if inputs is None:
         raise InputError(f"MODEL: {path} is TorchScript, which names no shapes; expected --inputs with one .npz file")
     return scripted_model(str(path), module, inputs)
+
+
+@contextmanager
+def _without_log() -> Iterator[None]:
+    """Keep torch from logging the traceback of what it then raises."""
+    log = logging.getLogger("torch.export")
+    was, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = was
 
 
 def _arguments(program: torch.export.ExportedProgram) -> tuple[list[str], list[str]]:

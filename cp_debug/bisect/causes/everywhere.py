@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from cp_debug.backends.tensorrt.tactics import decode
+from cp_debug.backends.tensorrt.tactics import Tactic, decode
 from cp_debug.bisect.result import LayerRow
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
@@ -59,6 +60,26 @@ def counted(
         "excess_most": max(excesses),
         "share_in_all": sum(shares) if len(shares) == len(affected) else None,
     }
+
+
+def orders(cause: str, layers: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, int]:
+    """Numbers of layers explained with the order of summation that their kernel's name tells, and with one found by
+    trying; empty for other causes.
+
+    ``layers``: tactic, and figures of the explanation (``tile``, ``slices``, ``vector``).
+    """
+    if cause != "fp16-accumulation":
+        return {}
+    counts = Counter("orders_told" if _told(decode(name), figures) else "orders_fitted" for name, figures in layers)
+    return dict(sorted(counts.items(), reverse=True))
+
+
+def _told(tactic: Tactic, figures: Mapping[str, Any]) -> bool:
+    if tactic.arithmetic != "fp16acc" or tactic.tile is None:
+        return False
+    if tactic.vector or figures.get("vector"):
+        return tactic.vector == figures.get("vector", 0)
+    return (tactic.tile[2], tactic.slices) == (figures.get("tile"), figures.get("slices"))
 
 
 def in_words(says: str, figures: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.causes.base import CAUSES, Candidate, Cause
 from cp_debug.bisect.causes.effects import Effects
-from cp_debug.bisect.causes.everywhere import counted, in_words
+from cp_debug.bisect.causes.everywhere import counted, in_words, orders
 from cp_debug.bisect.causes.graphs import GraphReader
 from cp_debug.bisect.causes.precision import OVERFLOWS, PROMOTED
 from cp_debug.bisect.causes.search import ENOUGH, Explanation, explain
@@ -212,6 +212,9 @@ class Explainer:
         if cause and worst.row.side == "test" and (figures := self._counted(cause.cause, worst)):
             finding.says = in_words(finding.says, figures)
             finding.evidence |= {name: value for name, value in figures.items() if value is not None}
+        if cause and worst.row.tactic:
+            causes = [(e.row.tactic, e.explanation.cause) for e in group]
+            finding.evidence |= orders(cause.cause, [(tactic, c.evidence) for tactic, c in causes if c])
         if cause and cause.by_magnitude and (explanation.explained < ENOUGH):
             finding.evidence["magnitude_only"] = True
         if len(group) > 1 and finding.explained is not None:
