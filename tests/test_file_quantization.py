@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -18,6 +19,7 @@ from onnxruntime.quantization import (
 )
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
+from cp_debug.bisect.candidate_run import _prefer_own_names
 from cp_debug.bisect.engine import Options, bisect
 
 node = helper.make_node
@@ -215,3 +217,19 @@ def test_a_pair_put_into_a_float_network_is_a_fault_however_fine(tmp_path: Path)
     (test,) = bisect(str(model), "ort,ort", test_model=tmp_path / "pair.onnx").tests
     assert [row.onnx for row in test.guilty] == [reader.output[0]]
     assert test.guilty[0].replay.excess > 1000  # against what FP32 explains, not INT8
+
+
+def test_values_of_a_quantized_file_stand_for_their_namesakes() -> None:
+    """The levels of x and of 20·x are the same numbers: paired by these, one may be taken for the other."""
+    made = SimpleNamespace(producer=dict.fromkeys(["d", "m", "relu"]))
+    operators = {"d": "Div", "d_quantized": "QuantizeLinear", "m": "DequantizeLinear", "relu": "Conv"}
+    file = SimpleNamespace(producer={name: SimpleNamespace(op=op) for name, op in operators.items()})
+    names = {"d": "d", "d_quantized": "m", "m": "m (test)", "relu_quantized": "relu", "relu": "conv"}
+    _prefer_own_names(names, made, file)  # type: ignore[arg-type]
+    assert names == {
+        "d": "d",
+        "d_quantized": "d_quantized (test)",
+        "m": "m",
+        "relu_quantized": "relu",
+        "relu": "conv",  # its Relu was left out
+    }

@@ -187,6 +187,55 @@ def test_narrow_integers_are_over_their_range(tmp_path, kind):
     assert x.min() < limits.min + 0.05 * limits.max
 
 
+def test_rows_that_indices_choose_are_no_batch(tmp_path):
+    """A graph network: nodes and edges; a table of one row would make every index zero."""
+    nodes = [
+        node("Gather", ["edges", "first"], ["source"]),
+        node("Gather", ["x", "source"], ["y"]),
+    ]
+    path = save(tmp_path / "m.onnx", nodes, {"x": ["nodes", 8], "edges": (INT64, [2, "links"])}, [constant("first", 0)])
+    arrays = made(path)
+    assert len(arrays["x"]) > 8
+    assert 8 < arrays["edges"].max() < len(arrays["x"])
+
+
+def test_the_size_of_an_image_is_its_size(tmp_path):
+    """Paddle's detectors are told the image's size and how it was scaled; so are DETR's."""
+    nodes = [
+        node("Div", ["im_shape", "scale_factor"], ["a"]),
+        node("Cast", ["orig_target_sizes"], ["b"], to=FLOAT),
+        node("Add", ["a", "b"], ["c"]),
+        node("ReduceMean", ["image"], ["m"], axes=[2, 3], keepdims=0),
+        node("Gemm", ["m", "w"], ["d"]),
+        node("Add", ["c", "d"], ["y"]),
+    ]
+    sizes = {"im_shape": ["n", 2], "scale_factor": ["n", 2], "orig_target_sizes": (INT64, ["n", 2])}
+    path = save(
+        tmp_path / "m.onnx", nodes, {"image": ["n", 3, 48, 80], **sizes}, [constant("w", np.ones((3, 2)), np.float32)]
+    )
+    arrays = made(path)
+    assert arrays["im_shape"].tolist() == arrays["orig_target_sizes"].tolist() == [[48, 80]]
+    assert arrays["scale_factor"].tolist() == [[1, 1]]
+
+
+def test_one_size_that_fits_is_found(tmp_path):
+    nodes = [
+        node("Conv", ["x", "k"], ["h"], strides=[2, 2]),
+        node("Flatten", ["h"], ["f"]),
+        node("Gemm", ["f", "w"], ["y"]),
+    ]
+    weights = [constant("k", np.ones((4, 1, 3, 3)), np.float32), constant("w", np.ones((4 * 21 * 21, 2)), np.float32)]
+    assert made(save(tmp_path / "m.onnx", nodes, {"x": ["n", 1, "h", "w"]}, weights))["x"].shape[2:] == (43, 43)
+
+
+def test_names_that_torch_makes_of_an_input_say_nothing_of_the_axis(tmp_path):
+    inputs = {"x": ["x_dynamic_axes_1", 8, "x_dynamic_axes_2"], "lengths": (INT64, ["lengths_dynamic_axes_1"])}
+    nodes = [node("Cast", ["lengths"], ["l"], to=FLOAT), node("ReduceMean", ["x"], ["m"], axes=[1, 2], keepdims=0)]
+    arrays = made(save(tmp_path / "m.onnx", [*nodes, node("Add", ["l", "m"], ["y"])], inputs))
+    assert arrays["lengths"].tolist() == [arrays["x"].shape[2]]
+    assert len(arrays["x"]) == 1
+
+
 def test_what_cannot_run_says_which_input_to_give(tmp_path):
     path = save(tmp_path / "m.onnx", [node("Reshape", ["x", "s"], ["y"])], {"x": ["n", 7]}, [constant("s", [5, 5])])
     with pytest.raises(

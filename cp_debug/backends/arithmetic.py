@@ -89,8 +89,8 @@ class Arithmetic:
     def largest(self) -> float:
         """The largest finite number that ``value`` keeps finite."""
         numbers = [torch.finfo(kind).max for kind in (torch.float16, torch.bfloat16)]
-        kept = [n for n in numbers if self.value is None or math.isfinite(float(self.value(torch.tensor(n))))]
-        return max(kept)
+        finite_kept = [n for n in numbers if self.value is None or math.isfinite(float(self.value(torch.tensor(n))))]
+        return max(finite_kept)
 
     def operands(self, *values: Tensor) -> tuple[Tensor, ...]:
         """The operands of a convolution or matrix product as the multiplier reads them.

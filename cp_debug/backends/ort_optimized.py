@@ -84,17 +84,43 @@ def build(
         if samples[name].agrees(_TensorSample.of(tensor)):
             verified.add(name)
 
-    if guessed and inputs is not None:
-        ChunkedGraph(runtime, original).run(inputs, remember, set(guessed.values()))
+    # Transposes that were pushed behind a value leave it its name in another layout.
+    known_nodes = {node.name for node in original.nodes}
+    moved = any(node.op == "Transpose" and node.name not in known_nodes for node in bare.nodes)
+    folded = [v for v in original.tensors if v in bare.initializers]
+    same_names = {*folded, *set(bare.tensors).intersection(original.tensors)} if moved else set()
+    shapes: dict[str, tuple[int, ...]] = {}
+    turned: set[str] = set()
+
+    def remember_all(name: str, tensor: Tensor) -> None:
+        if name in same_names:
+            shapes[name] = tuple(tensor.shape)
+        else:
+            remember(name, tensor)
+
+    def verify_all(name: str, tensor: Tensor) -> None:
+        if name in samples:
+            verify(name, tensor)
+        else:
+            verify_shape(name, tuple(tensor.shape))
+
+    def verify_shape(name: str, shape: tuple[int, ...]) -> None:
+        if shape != shapes[name] and sorted(shape) == sorted(shapes[name]):
+            turned.add(name)
+
+    if (guessed or same_names) and inputs is not None:
+        ChunkedGraph(runtime, original).run(inputs, remember_all, {*guessed.values(), *same_names})
+        for name in shapes.keys() & set(folded):
+            verify_shape(name, tuple(bare.weight(name).dims))
     graph = _with_side_branches(bare, {v: name for v, name in guessed.items() if name in samples}, samples)
     observed = ChunkedGraph(runtime, graph)
-    outputs = None if inputs is None else observed.run(inputs, verify, set(samples))
+    outputs = None if inputs is None else observed.run(inputs, verify_all, {*samples, *shapes})
     numeric = set(original.tensors)
     return OptimizedProgram(
         graph=graph,
         observed=observed,
-        folded=[v for v in original.tensors if v in bare.initializers],
-        exposed=[v for v in graph.tensors if v in numeric and (v not in samples or v in verified)],
+        folded=[v for v in folded if v not in turned],
+        exposed=[v for v in graph.tensors if v in numeric and v not in turned and (v not in samples or v in verified)],
         renamed={name: value for value, name in guessed.items() if name in verified},
         unverified=sorted(set(guessed.values()) - verified),
         outputs=outputs,

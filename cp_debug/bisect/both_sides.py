@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cp_debug.backends.base import Backend, Program
 from cp_debug.bisect.options import Options, Rewrite, StepCounter
-from cp_debug.graph.randomness import drawing, told
+from cp_debug.graph.randomness import drawing, drawing_note
 from cp_debug.programs.paired import differing_weights, pair_programs
 from cp_debug.programs.pipeline import Export, changed_state, load_test_programs, prepare, wants_int8
 from cp_debug.programs.unroll import Unroller
@@ -100,7 +100,7 @@ class Preparation:
         programs = unroller.unrolled(originals, self._reference.model, self._samples, reference.precision)
         ours = self._for(reference, self._reference, programs, folder)
         theirs = [unroller.unrolled(changed, self._test.model, self._samples, b.precision) for b in tests]
-        notes = unroller.notes + [told(node) for program in programs for node in drawing(program.graph)]
+        notes = unroller.notes + [drawing_note(node) for program in programs for node in drawing(program.graph)]
         step, maps = self._progress.step, self._options.maps
         paired = {tuple(own): pair_programs(self._reference.model, first, programs, own, maps, step) for own in theirs}
         theirs = [paired[tuple(own)] for own in theirs]

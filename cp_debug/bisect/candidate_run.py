@@ -80,6 +80,7 @@ class CandidateRun:
             plain, names = self.programs[program.name].graph, self._names[program.name]
             foreign = is_quantized(program.graph) and not has_own_pairs(program.graph)
             if program.plain is None and program.graph is not plain and foreign:
+                _prefer_own_names(names, plain, program.graph)
                 names |= parent_values(plain, program.graph, names)
                 file_names = {name: value for value, name in names.items()}
                 self._files[program.name] = FileQuantization(
@@ -326,6 +327,18 @@ class CandidateRun:
             )
         trace_shapes(self.programs, rows)
         return rows
+
+
+def _prefer_own_names(names: dict[str, str], plain: Graph, file: Graph) -> None:
+    """Let dequantized values of a file that are called as their parent's stand for these.
+
+    ``names``: value of the file → the parent's. Levels of two values may be the same numbers, as of x and 20·x. Only
+    dequantized ones: a layer whose activation was left out gets the activation's name before it is cut off.
+    """
+    for value, name in list(names.items()):
+        maker = file.producer.get(name) if name in plain.producer else None
+        if value != name and maker is not None and maker.op == "DequantizeLinear" and names.get(name) != name:
+            names[value], names[name] = f"{value} (test)", name
 
 
 def loader(capture: Capture, component: str) -> Load:

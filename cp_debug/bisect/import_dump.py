@@ -141,13 +141,13 @@ def _suggestions(graph: Graph, extra: Mapping[str, np.ndarray], missing: Sequenc
     for name in missing:
         if (shape := known_shape(graph, name)) is not None:
             shapes.setdefault(shape, []).append(name)
-    found = {}
+    suggestions = {}
     for name, array in extra.items():
         same = shapes.get(array.shape, [])
         near = difflib.get_close_matches(name, missing, n=1, cutoff=0.6)
         if len(same) == 1 or near:
-            found[name] = same[0] if len(same) == 1 else near[0]
-    return found
+            suggestions[name] = same[0] if len(same) == 1 else near[0]
+    return suggestions
 
 
 def _other_dtypes(graph: Graph, tensors: Mapping[str, np.ndarray]) -> dict[str, str]:

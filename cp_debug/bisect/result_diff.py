@@ -225,11 +225,11 @@ def _matched(before: Sequence[LayerRow], after: Sequence[LayerRow]) -> Iterator[
         for index, row in right.items():
             places.setdefault(key(row), []).append(index)
         for index in sorted(left):
-            found = places.get(key(before[index]), [])
-            if len(found) == 1 and found[0] in right:
-                yield index, found[0]
+            candidates = places.get(key(before[index]), [])
+            if len(candidates) == 1 and candidates[0] in right:
+                yield index, candidates[0]
                 left.discard(index)
-                del right[found[0]]
+                del right[candidates[0]]
 
 
 def _change(before: LayerState, after: LayerState, factor: float) -> str:

@@ -37,7 +37,7 @@ def bundle(
             backend=backend,
             redact=redact,
             seconds=seconds,
-            told=lambda text: on_step(text, 0, 1),
+            on_text=lambda text: on_step(text, 0, 1),
         )
     console.print(printed.strip())
     console.print(f"written: {output}")

@@ -7,7 +7,7 @@ import math
 import operator
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -50,9 +50,13 @@ SIZES = (
 )
 """Other sizes that a free axis may need: multiples of 32, the inputs of classifiers, small counts."""
 
+MOST_SIZES = 128
+"""Sizes up to this one are all tried for the long axes together, after ``SIZES``."""
 _LONGEST = 80
 """Characters of a symbol that is taken for an expression."""
 _BATCH = re.compile(r"(?i)n|b|bs|.*batch.*")
+_TORCH_AXIS = re.compile(r".+_dynamic_axes_\d+")
+"""Symbols that torch makes of an input's name for axes that nobody named."""
 _TIME = re.compile(r"(?i)t|.*(seq|time|step|len).*")
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv}
 _KEEP_SHAPE = {
@@ -72,6 +76,8 @@ class FreeAxes:
     ranks: Mapping[str, int] = field(default_factory=dict)
     fixed: Mapping[tuple[str, int], int] = field(default_factory=dict)
     """(Input, axis) → the only size that the operators reading it take."""
+    tables: Collection[tuple[str, int]] = ()
+    """(Input, axis) from which the indices in another input choose: nodes of a graph, not a batch."""
 
     @classmethod
     def of(cls, graph: Graph) -> FreeAxes:
@@ -82,7 +88,7 @@ class FreeAxes:
             for rank, sizes in _wanted(graph, value):
                 ranks.setdefault(value.name, rank)
                 fixed |= {(value.name, axis): size for axis, size in sizes.items()}
-        return cls(graph.inputs, ranks, fixed)
+        return cls(graph.inputs, ranks, fixed, _tables(graph))
 
     def first(self) -> Choice:
         """The choice tried first: one sample, sizes that weights ask for, else ``FREE_SIZE``; a symbol has one size."""
@@ -109,6 +115,7 @@ class FreeAxes:
             for size in {chosen[a] + chosen[b] for a, b in combinations(long, 2) if key not in (a, b)}:
                 if size != chosen[key]:
                     yield chosen | {key: size}
+        numbers = [*range(1, MOST_SIZES + 1)]
         declared = (d for value in self.inputs for d in self._dimensions(value) if isinstance(d, int) and d > 1)
         sizes = tuple(dict.fromkeys((FREE_SIZE, *declared, *SIZES)))
         groups: list[tuple[str, ...]] = [tuple(long)]
@@ -120,6 +127,8 @@ class FreeAxes:
             for size in sizes:
                 if any(chosen[key] != size for key in group):
                     yield chosen | dict.fromkeys(group, size)
+        for size in (n for n in numbers if long and n not in sizes):  # a Gemm behind a Flatten takes one size only
+            yield chosen | dict.fromkeys(long, size)
 
     def shape(self, value: ValueInfo, chosen: Choice) -> list[int]:
         """The shape of an input under the sizes ``chosen``; an expression of other symbols (``past + 1``) is computed.
@@ -148,7 +157,11 @@ class FreeAxes:
             beside = dimensions[1] if len(dimensions) > 2 else 0
             time_major = len(dimensions) > 2 and not isinstance(beside, int)
             lone = len(dimensions) == 1
-            return FREE_SIZE if symbol and (time_major or lone) and _TIME.fullmatch(symbol) else 1
+            own_name = symbol is not None and _TORCH_AXIS.fullmatch(symbol) is not None  # says nothing of the axis
+            is_time = symbol is not None and not own_name and _TIME.fullmatch(symbol) is not None
+            if (value.name, axis) in self.tables or ((time_major or lone) and is_time):
+                return FREE_SIZE
+            return 1
         if symbol and _BATCH.fullmatch(symbol):  # [batch, 3, N]: N points
             is_batch_first = isinstance(first, str) and first != symbol and _BATCH.fullmatch(first) is not None
             return FREE_SIZE if is_batch_first else 1
@@ -275,6 +288,25 @@ def _by_weight(graph: Graph, node: Node, name: str, axes: tuple[int, ...] | None
     if place == 1 and operand_dims[0] is not None and node.op == "MatMul" and len(operand_dims[0]) > 1:
         return len(axes) if axes else 2, {-2: operand_dims[0][-1]}
     return None
+
+
+def _tables(graph: Graph) -> set[tuple[str, int]]:
+    """(Input, axis) from which indices choose that come from another input."""
+    inputs = {v.name: v for v in graph.inputs}
+    chosen = set()
+    for node in graph.nodes:
+        if node.op not in ("Gather", "GatherND") or node.proto.input[0] not in inputs:
+            continue
+        others = {name for name in inputs if name != node.proto.input[0]}
+        if others & {node.proto.input[1], *graph_sources(graph, node.proto.input[1])}:
+            axis, shape = attribute(node, "axis", 0), inputs[node.proto.input[0]].shape
+            chosen.add((node.proto.input[0], axis if axis >= 0 or not shape else axis + len(shape)))
+    return chosen
+
+
+def graph_sources(graph: Graph, value: str) -> list[str]:
+    """The inputs that ``value`` is computed from."""
+    return graph.segment([value], ())[1] if value in graph.producer else []
 
 
 def constant_dims(graph: Graph, name: str) -> tuple[int, ...] | None:

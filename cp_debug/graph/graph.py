@@ -65,7 +65,7 @@ class ValueInfo:
     dtype: np.dtype | None
     shape: tuple[int | str | None, ...] | None
     container: str | None = None
-    """What it is where it is no tensor: ``a sequence``, ``an optional``, ``a map``."""
+    """Kind of a value that is no tensor: ``a sequence``, ``an optional``, ``a map``."""
 
     def __str__(self) -> str:
         return f"{self.name}: {self.dtype or 'no tensor'}{'' if self.shape is None else _show(self.shape)}"

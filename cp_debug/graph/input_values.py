@@ -21,7 +21,7 @@ Maker = Callable[[np.random.Generator, Sequence[int], int], np.ndarray]
 
 # fmt: off
 _MOVERS = {
-    "Cast", "Concat", "Expand", "Flatten", "Identity", "Pad", "Reshape", "Slice", "Split", "Squeeze", "Tile",
+    "Cast", "Concat", "Expand", "Flatten", "Gather", "Identity", "Pad", "Reshape", "Slice", "Split", "Squeeze", "Tile",
     "Transpose", "Unsqueeze",
 }
 # Positive inputs give positive outputs.
@@ -42,6 +42,8 @@ _POSITIVE = {("Log", 0), ("Sqrt", 0), ("Pow", 0), ("Acosh", 0), ("Div", 1), ("Re
 _WITHIN_ONE = {("Asin", 0), ("Acos", 0), ("Atanh", 0)}
 DOMAINS = {"Log", "Sqrt", "Pow", "Acosh", "Asin", "Acos", "Atanh"}
 """Operators that are not defined for every number."""
+_IMAGE_SIZE = re.compile(r"(im|img|image|orig|original|target|ori)_?\w*_?(shape|size|sizes|hw)$")
+_FACTOR = re.compile(r"scale_factor|(^|_)(scales?|speed|temperature)$")
 _LARGE = 16.0
 """A constant that images are divided by, or that is subtracted from them, when they are not scaled before."""
 
@@ -90,7 +92,9 @@ def _integers(graph: Graph, value: ValueInfo, uses: Sequence[tuple[Node, int]]) 
     """Makers for an integer input, from the operators that read it (``uses``) and from its name."""
     limits = [limit for node, place in uses if (limit := _index_limit(graph, node, place)) is not None]
     name = value.name.lower()
-    if limits:
+    if limits and 0 in limits:  # chosen from an axis whose size is free
+        yield from (_below_longest, _below(1))
+    elif limits:
         yield _counted_below(min(limits)) if "position" in name else _below(min(limits))
     for node, place in uses:
         compared = node.op == "Equal" and not limits and "mask" not in name
@@ -104,6 +108,8 @@ def _integers(graph: Graph, value: ValueInfo, uses: Sequence[tuple[Node, int]]) 
         yield _filled(1)
     elif "position" in name and not limits:
         yield _counted
+    elif _IMAGE_SIZE.search(name) and not limits:
+        yield _image_size(graph)
     elif re.search(r"len(gth)?s?$|_len|length", name) and not limits:
         yield _longest
 
@@ -114,7 +120,7 @@ def _index_limit(graph: Graph, node: Node, place: int) -> int | None:
         dims = known_dims(graph, node.proto.input[0])
         axis = attribute(node, "axis", 0)
         if not dims:
-            return 1
+            return 0
         return dims[axis] if node.op in ("Gather", "GatherElements", "ScatterElements") else min(dims)
     if node.op == "com.microsoft.EmbedLayerNormalization" and place < 2:
         dims = known_dims(graph, node.proto.input[2 if place == 0 else 4])
@@ -148,6 +154,10 @@ def _floats(graph: Graph, value: ValueInfo, reads: Sequence[tuple[Node, int]]) -
     direct = {(node.op, place) for node, place in _uses(graph, value.name, _KEEP_SIGN)}
     uses = {(node.op, place) for node, place in reads}
     name = value.name.lower()
+    if _IMAGE_SIZE.search(name):
+        yield from (_image_size(graph), _longest)
+    elif _FACTOR.search(name):
+        yield _filled(1)
     for op, place in sorted(uses & _ARGUMENTS):
         yield from _arguments(op, place)
     if direct & _WITHIN_ONE:
@@ -236,8 +246,23 @@ def _uniform(low: float, high: float) -> Maker:
     return lambda rng, shape, longest: np.asarray(rng.uniform(low, high, shape))
 
 
+def _image_size(graph: Graph) -> Maker:
+    """The height and width of the first image among the inputs; the longest free axis where they are free."""
+    image = next((v.shape[-2:] for v in graph.inputs if v.shape is not None and len(v.shape) == 4), (None, None))
+
+    def maker(rng: np.random.Generator, shape: Sequence[int], longest: int) -> np.ndarray:
+        sizes = [size if isinstance(size, int) else longest for size in image]
+        return np.resize(np.array(sizes), shape)
+
+    return maker
+
+
 def _below(limit: int) -> Maker:
     return lambda rng, shape, longest: np.asarray(rng.integers(0, max(limit, 1), shape))
+
+
+def _below_longest(rng: np.random.Generator, shape: Sequence[int], longest: int) -> np.ndarray:
+    return np.asarray(rng.integers(0, max(longest, 1), shape))
 
 
 def _counted_below(limit: int) -> Maker:

@@ -23,7 +23,7 @@ from cp_debug.graph.input_values import DOMAINS, Ways, ways
 if TYPE_CHECKING:
     import onnxruntime
 
-TRIALS = 200
+TRIALS = 320
 """Largest number of inputs that are tried."""
 SECONDS = 60.0
 """Longest time for trials, in seconds."""

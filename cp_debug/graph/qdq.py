@@ -214,8 +214,8 @@ def _raised(model: onnx.ModelProto, graph: Graph) -> onnx.ModelProto:
         except Exception as error:  # the converter raises whatever its adapters do
             says = f"{where} {first} cannot be raised to it: {in_one_line(error)}"
             raise InputError(f"{says}; export the model again") from error
-        made = {name for proto in model.graph.node for name in proto.output}
-        if lost := [value for value in graph.producer if value not in made]:
+        produced = {name for proto in model.graph.node for name in proto.output}
+        if lost := [value for value in graph.producer if value not in produced]:
             raise InputError(f"{where} ONNX's conversion loses {lost[0]!r}; export the model again")
     for entry in model.opset_import:
         if entry.domain in ("", "ai.onnx"):

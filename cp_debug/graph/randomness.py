@@ -35,7 +35,7 @@ def drawing(graph: Graph) -> list[Node]:
     return [node for node in graph.nodes if draws(node, graph)]
 
 
-def told(node: Node) -> str:
+def drawing_note(node: Node) -> str:
     """A sentence about a node that draws, and about its seed, where it has one."""
     seed = next((a.f for a in node.proto.attribute if a.name == "seed"), None)
     fixed = "" if seed is None else f" (seed {seed:g}: runtimes have generators of their own, so it fixes them apart)"

@@ -50,9 +50,9 @@ def without_maps(graph: Graph) -> onnx.ModelProto | None:
         added.append(helper.make_node("Where", choice, [f"{name}.keys"], name=f"{name}.keys"))
         _replace_output(model.graph, name, {f"{name}.values": TensorProto.FLOAT, f"{name}.keys": TensorProto.INT64})
     dropped = {node.outputs[0] for node in zips}
-    kept = [proto for proto in model.graph.node if not dropped.intersection(proto.output)]
+    others = [proto for proto in model.graph.node if not dropped.intersection(proto.output)]
     del model.graph.node[:]
-    model.graph.node.extend([*kept, *added])
+    model.graph.node.extend([*others, *added])
     return model
 
 

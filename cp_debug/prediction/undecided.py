@@ -70,7 +70,7 @@ class _Beside:
     def nearest(self, place: int) -> list[Group]:
         """Convolutions and regional groups above and below, those next to each path; other groups are walked
         through."""
-        found: set[int] = set()
+        neighbours: set[int] = set()
         for links in (self._up, self._down):
             waiting, seen = [place], {place}
             while waiting:
@@ -78,7 +78,7 @@ class _Beside:
                     seen.add(other)
                     group = self.groups[other]
                     if _convolves(group) or _regional(group):
-                        found.add(other)
+                        neighbours.add(other)
                     elif not group.side:
                         waiting.append(other)
-        return [self.groups[i] for i in found]
+        return [self.groups[i] for i in neighbours]

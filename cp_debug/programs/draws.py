@@ -46,12 +46,12 @@ class Draws(TorchDispatchMode):
 
         ``inputs`` are those of the node. For a Dropout it is the result: the input where the coin says so, scaled.
         """
-        kept = self._kept.get(_ONNX.get(node.op, ""), [])
+        drawn_tensors = self._kept.get(_ONNX.get(node.op, ""), [])
         like = inputs[0].shape if node.op.endswith("Like") or node.op in ("Bernoulli", "Dropout") else None
-        place = next((i for i, tensor in enumerate(kept) if like is None or tensor.shape == like), None)
+        place = next((i for i, tensor in enumerate(drawn_tensors) if like is None or tensor.shape == like), None)
         if place is None:
             return None
-        drawn = kept.pop(place)
+        drawn = drawn_tensors.pop(place)
         if node.op != "Dropout":
             return drawn if node.op == "Multinomial" else drawn.float()
         ratio = float(inputs[1]) if len(inputs) > 1 and inputs[1] is not None else 0.5

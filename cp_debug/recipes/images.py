@@ -65,8 +65,13 @@ def read_image(
     if not floating:
         limits = np.iinfo(value.dtype)
         array = np.clip(np.rint(array), limits.min, limits.max)
-    told = [*about, f"× {scale:.4g}" if scale != 1 else "", *_told("−", wanted.mean, 0.0), *_told("÷", wanted.std, 1.0)]
-    return np.ascontiguousarray(array).astype(value.dtype), ", ".join(part for part in (*told, layout) if part)
+    steps = [
+        *about,
+        f"× {scale:.4g}" if scale != 1 else "",
+        *_arithmetic_of("−", wanted.mean, 0.0),
+        *_arithmetic_of("÷", wanted.std, 1.0),
+    ]
+    return np.ascontiguousarray(array).astype(value.dtype), ", ".join(part for part in (*steps, layout) if part)
 
 
 def _place(
@@ -120,5 +125,5 @@ def _each(numbers: Sequence[float], channels: int, flag: str) -> np.ndarray:
     return np.asarray(numbers, np.float64)
 
 
-def _told(sign: str, numbers: Sequence[float], neutral: float) -> list[str]:
+def _arithmetic_of(sign: str, numbers: Sequence[float], neutral: float) -> list[str]:
     return [] if all(number == neutral for number in numbers) else [f"{sign} {'/'.join(f'{n:g}' for n in numbers)}"]

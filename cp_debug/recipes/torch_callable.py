@@ -127,7 +127,7 @@ def _import(source: str) -> ModuleType:
     except InputError:
         raise
     except (Exception, SystemExit) as error:  # whatever the user's file raises while it is imported
-        raise InputError(f"MODEL: cannot import {source}: {_told(error)}") from error
+        raise InputError(f"MODEL: cannot import {source}: {_first_line(error)}") from error
 
 
 @contextmanager
@@ -138,10 +138,10 @@ def own_code(what: str) -> Iterator[None]:
     except (KeyboardInterrupt, InputError):
         raise
     except BaseException as error:
-        raise InputError(f"{what} raised {_told(error)}") from error
+        raise InputError(f"{what} raised {_first_line(error)}") from error
 
 
-def _told(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     try:
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         return f"{type(error).__name__}: {first}"
@@ -165,7 +165,7 @@ def _output_names(name: str, module: torch.nn.Module, tensors: Sequence[torch.Te
     except BaseException as error:  # the user's forward may raise anything; a trace knows in which module
         with own_code(f"MODEL: {name}: forward"):
             trace(module, {str(i): tensor for i, tensor in enumerate(tensors)})
-        raise ModuleFailed(f"MODEL: {name}: forward raised {_told(error)}") from error
+        raise ModuleFailed(f"MODEL: {name}: forward raised {_first_line(error)}") from error
     if not names:
         raise InputError(f"MODEL: {name}: forward returned no tensor; expected a tensor, or some in a container")
     return names

@@ -7,7 +7,7 @@ from pathlib import Path
 from cp_debug.reports.bundle.accused import find_accused
 from cp_debug.reports.bundle.case import Case, Cutter
 from cp_debug.reports.bundle.redact import redact as redacted
-from cp_debug.reports.bundle.shrink import Shrinker, Told
+from cp_debug.reports.bundle.shrink import OnText, Shrinker
 from cp_debug.reports.bundle.verify import Verifier
 from cp_debug.reports.bundle.write import write_bundle
 from cp_debug.reports.saved import SavedResult
@@ -24,18 +24,18 @@ def bundle(
     backend: str | None = None,
     redact: bool = False,
     seconds: float = SHRINKING,
-    told: Told = lambda text: None,
+    on_text: OnText = lambda text: None,
 ) -> str:
     """Write the bundle of a guilty layer to the folder, or ``.zip``, ``target``; returns what its repro.py printed.
 
-    ``layer`` (torch path, node or value) and ``backend`` choose; without them it is the first guilty layer. ``told``
+    ``layer`` (torch path, node or value) and ``backend`` choose; without them it is the first guilty layer. ``on_text``
     hears what is being done. ``seconds`` limits how long it is made smaller; that it fails is verified all the same.
     Raises InputError when no cut around the layer fails by itself, when ``redact`` hides the fault, and when repro.py
     does not show it; BackendUnavailable when the backend at fault cannot run here.
     """
     accused = find_accused(saved, layer, backend)
     cutter, verifier = Cutter(accused), Verifier(accused)
-    shrinker = Shrinker(cutter, verifier, told, seconds=seconds)
+    shrinker = Shrinker(cutter, verifier, on_text, seconds=seconds)
     failing_nodes = shrinker.find(cutter.layer())
     case = shrinker.nodes(failing_nodes)
     history = [f"{len(case.program.model.graph.node)} of the component's {len(cutter.graph.nodes)} nodes"]
@@ -46,13 +46,13 @@ def bundle(
     if len(failing_nodes) > len(cutter.layer()):
         history.append(f"the layer alone does not fail: {len(failing_nodes)} nodes around it do")
     if redact:
-        told("replacing weights and inputs")
+        on_text("replacing weights and inputs")
         case = redacted(case, shrinker)
     small = shrinker.values(shrinker.shapes(case))
     if shrinker.stopped:
         history.append(f"stopped after {seconds:.0f} s: it may not be as small as it could be")
     history += [*_changes(case, small), f"{verifier.runs} runs, each verified against the oracle"]
-    told("running repro.py")
+    on_text("running repro.py")
     return write_bundle(target, accused, small, verifier.measure(small), verifier.backend, history)
 
 

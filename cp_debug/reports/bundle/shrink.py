@@ -25,16 +25,16 @@ BLOCKS = 32
 BITS = (1, 2, 4, 8, 12)
 """Mantissa bits that are tried for the values that remain."""
 
-Told = Callable[[str], None]
+OnText = Callable[[str], None]
 
 
 @dataclass
 class Shrinker:
-    """Reduces cases that ``verifier`` runs; ``told`` hears what is being tried."""
+    """Reduces cases that ``verifier`` runs; ``on_text`` hears what is being tried."""
 
     cutter: Cutter
     verifier: Verifier
-    told: Told = lambda text: None
+    on_text: OnText = lambda text: None
     needed: float = 0.0
     """The strength that a case must have."""
     seconds: float = math.inf
@@ -49,7 +49,7 @@ class Shrinker:
         """
         nodes, hops, reasons = layer, 1, []
         while True:
-            self.told(f"does it fail with {len(nodes)} node(s)?")
+            self.on_text(f"does it fail with {len(nodes)} node(s)?")
             begun = time.monotonic()
             try:
                 measured = self.verifier.measure(self.cutter.case(nodes))
@@ -69,7 +69,7 @@ class Shrinker:
 
     def nodes(self, nodes: list[int]) -> Case:
         """The case of as few of ``nodes`` as still fail."""
-        self.told("leaving out nodes")
+        self.on_text("leaving out nodes")
         everything = frozenset(nodes)
 
         def fails(nodes_left: frozenset[int]) -> bool:
@@ -86,7 +86,7 @@ class Shrinker:
             changed = False
             for group in _axes(case.inputs):
                 size = case.inputs[group[0][0]].shape[group[0][1]]
-                self.told(f"shortening axis {group[0][1]} of {', '.join(name for name, _ in group)}")
+                self.on_text(f"shortening axis {group[0][1]} of {', '.join(name for name, _ in group)}")
                 smaller = self._shortest(case, group, size, worst)
                 if smaller is not None:
                     case, changed = smaller, True
@@ -96,7 +96,7 @@ class Shrinker:
         """The case with inputs of zeros, else with few values that are not zero, of few bits."""
         for name, array in case.inputs.items():
             if array.dtype.kind == "f" and not self.stopped:
-                self.told(f"simplifying {name}")
+                self.on_text(f"simplifying {name}")
                 case = self._sparse(case, name)
                 case = self._short(case, name)
         return case
