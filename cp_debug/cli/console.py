@@ -81,6 +81,16 @@ class SafeConsole(Console):
         raise SystemExit(NO_READER)
 
 
+def _usable_streams() -> None:
+    """Give Python streams where the shell closed them, and no width where it says 0."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115, for the whole process
+    if os.environ.get("COLUMNS", "").isdigit() and not int(os.environ["COLUMNS"]):
+        del os.environ["COLUMNS"]
+
+
+_usable_streams()
 console = SafeConsole(width=_width(sys.stdout.isatty()))
 errors = SafeConsole(stderr=True, width=_width(sys.stderr.isatty()))
 
