@@ -13,6 +13,7 @@ HOW = {
     "mmengine": "pip install '.[eval]' addict termcolor yapf, then pip install --no-deps mmengine==0.10.7",
     "mkdocs": "pip install '.[docs]'",
     "modelopt": "pip install '.[quant]'",
+    "transformers": "pip install '.[transformers]'",
     "nuscenes": "pip install '.[eval]', then pip install --no-deps nuscenes-devkit==1.2.0",
     "shapely": "pip install '.[eval]'",
 }

@@ -313,3 +313,18 @@ def test_a_seed_is_refused_where_nothing_is_made_up(net: Path, tmp_path: Path) -
     assert (code, "--inputs: it would do nothing here: --no-activations" in text) == (2, True)
     code, text = run("quantize", "ptq", net, "-o", tmp_path / "out", "--opset", "18")
     assert (code, "--opset: it would do nothing here:" in text) == (2, True)
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
+def test_streams_that_the_shell_closed_change_no_exit_code(closed: str) -> None:
+    for command, code in (("models", 0), ("bisect nowhere.onnx", 2)):
+        told = subprocess.run(["bash", "-c", f"{sys.executable} -m cp_debug {command} {closed}"], capture_output=True)
+        assert told.returncode == code
+        assert b"Traceback" not in told.stderr + told.stdout
+
+
+@pytest.mark.parametrize("columns", ["0", "9" * 20])
+def test_a_terminal_of_no_width_shows_all(columns: str) -> None:
+    environment = {**os.environ, "COLUMNS": columns}
+    told = subprocess.run([sys.executable, "-m", "cp_debug", "models"], capture_output=True, text=True, env=environment)
+    assert "centerpoint:tiny" in told.stdout

@@ -164,3 +164,12 @@ def test_a_log_that_is_none_and_one_without_effect_are_refused(tmp_path: Path, m
     code, text = run("capture", looping(tmp_path / "net.onnx", 2), "-b", "ort", "-o", tmp_path / "out")
     assert code == 2
     assert "CPDEBUG_ORT_LOG: 'loud'; expected verbose, info, warning, error, fatal" in text
+
+
+def test_a_weight_in_segments_is_refused_in_words(tmp_path: Path) -> None:
+    path = looping(tmp_path / "net.onnx", 2)
+    model = onnx.load(path)
+    model.graph.initializer[0].segment.begin = 1
+    onnx.save(model, path)
+    code, text = run("check", path)
+    assert (code, "is stored in segments" in text) == (2, True)

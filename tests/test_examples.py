@@ -33,6 +33,13 @@ def test_two_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_dump_from_elsewhere(tmp_path: Path) -> None:
+    printed = run(tmp_path, str(EXAMPLES / "dump_from_elsewhere.py"))
+    assert "guilty" in printed
+    assert printed.count("guilty") == 1
+
+
+@pytest.mark.slow
 def test_the_tests_of_an_export(tmp_path: Path) -> None:
     run(tmp_path, "-m", "pytest", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", str(EXAMPLES / "test_export.py"))
 

@@ -221,8 +221,15 @@ def test_a_pair_put_into_a_float_network_is_a_fault_however_fine(tmp_path: Path)
 
 def test_values_of_a_quantized_file_stand_for_their_namesakes() -> None:
     """The levels of x and of 20·x are the same numbers: paired by these, one may be taken for the other."""
-    made = SimpleNamespace(producer={"d": 0, "m": 0, "z": 0})
-    file = SimpleNamespace(producer={"d": 0, "m": 0, "d_quantized": 0, "z_quantized": 0})
-    names = {"d": "d", "d_quantized": "m", "m": "m (test)", "z_quantized": "z"}
+    made = SimpleNamespace(producer=dict.fromkeys(["d", "m", "relu"]))
+    operators = {"d": "Div", "d_quantized": "QuantizeLinear", "m": "DequantizeLinear", "relu": "Conv"}
+    file = SimpleNamespace(producer={name: SimpleNamespace(op=op) for name, op in operators.items()})
+    names = {"d": "d", "d_quantized": "m", "m": "m (test)", "relu_quantized": "relu", "relu": "conv"}
     _prefer_own_names(names, made, file)  # type: ignore[arg-type]
-    assert names == {"d": "d", "d_quantized": "d_quantized (test)", "m": "m", "z_quantized": "z"}
+    assert names == {
+        "d": "d",
+        "d_quantized": "d_quantized (test)",
+        "m": "m",
+        "relu_quantized": "relu",
+        "relu": "conv",  # its Relu was left out
+    }

@@ -330,12 +330,14 @@ class CandidateRun:
 
 
 def _prefer_own_names(names: dict[str, str], plain: Graph, file: Graph) -> None:
-    """Let the values of a quantized file that are called as their parent's stand for these: quantizers keep the names.
+    """Let dequantized values of a file that are called as their parent's stand for these.
 
-    ``names``: value of the file → the parent's. Levels of two values may be the same numbers, as of x and 20·x.
+    ``names``: value of the file → the parent's. Levels of two values may be the same numbers, as of x and 20·x. Only
+    dequantized ones: a layer whose activation was left out gets the activation's name before it is cut off.
     """
     for value, name in list(names.items()):
-        if value != name and name in plain.producer and name in file.producer and names.get(name) != name:
+        maker = file.producer.get(name) if name in plain.producer else None
+        if value != name and maker is not None and maker.op == "DequantizeLinear" and names.get(name) != name:
             names[value], names[name] = f"{value} (test)", name
 
 

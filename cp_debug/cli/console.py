@@ -46,6 +46,8 @@ _ASCII = {
     **dict.fromkeys("─━╸╺╶╴╌", "-"),
 }
 """Replacements for terminals that know ASCII alone."""
+WIDEST = 100_000
+"""Width from which on COLUMNS is no width of a terminal."""
 PIPE_WIDTH = 140
 """Width in columns of a table that goes into a file or a pipe."""
 
@@ -81,6 +83,17 @@ class SafeConsole(Console):
         raise SystemExit(NO_READER)
 
 
+def _usable_streams() -> None:
+    """Give Python streams where the shell closed them, and no width where it says 0."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115, for the whole process
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdigit() and not 0 < int(columns[:9]) < WIDEST:
+        del os.environ["COLUMNS"]
+
+
+_usable_streams()
 console = SafeConsole(width=_width(sys.stdout.isatty()))
 errors = SafeConsole(stderr=True, width=_width(sys.stderr.isatty()))
 

@@ -37,6 +37,10 @@ def check_given(
 
     if kind_of(model) == "callable":
         _check_source(model.rpartition(":")[0])
+    if kind_of(model) == "transformers":
+        from cp_debug.recipes.transformers_folder import check_folder
+
+        check_folder(Path(model))
     if checkpoint is not None and not checkpoint.is_dir():
         check_file(checkpoint, "checkpoint")
     opened: list[Graph] = []

@@ -74,6 +74,8 @@ def byte_count(tensor: TensorProto, source: str) -> int:
     if not 0 < tensor.data_type < len(kinds) or (kind := TensorProto.DataType.Name(tensor.data_type)) == "STRING":
         kind_text = "text" if tensor.data_type == TensorProto.STRING else f"of the data type {tensor.data_type}"
         raise InputError(f"{source}: weight {name} is {kind_text}; expected numbers")
+    if tensor.HasField("segment"):
+        raise InputError(f"{source}: weight {name} is stored in segments, which ONNX does not read")
     if kind not in BITS:
         raise InputError(f"{source}: weight {name} is {kind}, which this version does not read")
     if len(tensor.dims) > LARGEST_RANK or any(size < 0 for size in tensor.dims):

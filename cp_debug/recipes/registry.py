@@ -30,7 +30,8 @@ def load_model(
     """Load a recipe, an ``.onnx`` file, a saved program of torch, or a callable that returns a torch module.
 
     ``text`` is ``centerpoint:tiny``, ``mmdet3d:CONFIG``, a plug-in's name, a file name (``.onnx``, ``.pt2`` of
-    ``torch.export``, ``.pt`` of TorchScript), ``package.module:callable`` or ``file.py:callable``. ``checkpoint``
+    ``torch.export``, ``.pt`` of TorchScript), a folder of transformers, ``package.module:callable`` or
+    ``file.py:callable``. ``checkpoint``
     replaces a recipe's weights, or is strict-loaded into the callable's module. ``inputs`` gives TorchScript, which
     names no shapes, its example. ``reading`` says how tensors and images become inputs of ONNX files and of torch
     modules, and which sizes the free axes of ONNX files have.
@@ -53,6 +54,14 @@ def load_model(
         program = load_program(Path(text), None if inputs is None else first_arrays(inputs))
         program.reading = reading
         return program
+    if kind == "transformers":
+        if checkpoint is not None:
+            raise InputError(f"--checkpoint: {text} already holds its weights")
+        from cp_debug.recipes.transformers_folder import load_folder
+
+        folder = load_folder(Path(text))
+        folder.reading = reading
+        return folder
     if kind == "centerpoint":
         from cp_debug.recipes.centerpoint.recipe import CenterPointModel
 
@@ -74,11 +83,11 @@ def check_reading(text: str, kind: str, reading: Reading) -> None:
     """Raise InputError for shapes of what is no ONNX file, and for images of recipes, which read clouds."""
     if reading.shapes and kind != "onnx":
         raise InputError(f"--shape: {text} brings inputs of its own; expected an .onnx file with free axes")
-    if reading.images != DEFAULT_READING.images and kind not in ("onnx", "program", "callable"):
+    if reading.images != DEFAULT_READING.images and kind not in ("onnx", "program", "transformers", "callable"):
         raise InputError(f"--image-…: {text} takes no images; expected an .onnx file or a torch module")
 
 
-def kind_of(text: str) -> Literal["onnx", "program", "centerpoint", "mmdet3d", "plug-in", "callable"]:
+def kind_of(text: str) -> Literal["onnx", "program", "transformers", "centerpoint", "mmdet3d", "plug-in", "callable"]:
     """Kind of model that a text names, told without loading it. A plug-in goes before a module of its name.
 
     Raises InputError for a text that names no model, and for a name that two distributions declare.
@@ -88,6 +97,8 @@ def kind_of(text: str) -> Literal["onnx", "program", "centerpoint", "mmdet3d", "
         return "onnx"
     if Path(text).suffix in PROGRAMS:
         return "program"
+    if (Path(text) / "config.json").is_file():
+        return "transformers"
     if text.endswith(".ort"):
         raise InputError(
             f"MODEL: {text} is in ONNX Runtime's own format, which only it reads; expected the .onnx file from which "

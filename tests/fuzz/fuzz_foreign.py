@@ -532,4 +532,5 @@ def signals(rng: random.Random, world: World, folder: Path) -> Case:
             ["bisect", "centerpoint:tiny", "-b", "torch,ort"],
         )
     )
-    return Case("signals", [list(told)], (), signal=rng.choice((2, 15)), signal_after=rng.uniform(0.2, 3.0))
+    writes = ["out", "o.html", "o.onnx"]
+    return Case("signals", [list(told)], writes, signal=rng.choice((2, 15)), signal_after=rng.uniform(0.2, 3.0))

@@ -19,7 +19,7 @@ import time
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fuzz_base import ANYTHING_NEW, MARK, Case
@@ -237,6 +237,8 @@ def judge(case: Case, folder: Path) -> Outcome:
         out, err = (Path(f"{output}.{kind}").read_bytes() for kind in ("out", "err"))
         outcome.stderr += err.decode("utf-8", "replace")
         outcome.faults += judged_streams(code, hung, out, err, temporary)
+    if case.signal and outcome.codes[-1] in (130, 143):
+        case = replace(case, writes=())  # what was interrupted has written nothing
     outcome.faults += _judged_files(case, work, folder, before)
     return outcome
 

@@ -1,0 +1,99 @@
+"""Folders of Hugging Face's transformers: ``config.json`` and safetensors, loaded from disk alone."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cp_debug.errors import InputError
+from cp_debug.optional import require
+from cp_debug.reading import read_json
+
+if TYPE_CHECKING:
+    from cp_debug.recipes.torch_callable import TorchModel
+
+TOKENS = 16
+"""Length of made-up text."""
+IMAGE = 224
+"""Size of made-up images where the configuration names none."""
+_SOURCES = ("", "text_config", "vision_config")
+"""Parts of a configuration that may hold sizes."""
+
+
+def check_folder(path: Path) -> None:
+    """Raise InputError for a folder without a readable configuration or without safetensors; nothing is imported."""
+    config = read_json(path / "config.json", what="configuration")
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise InputError(f"MODEL: {path / 'config.json'} has no model_type; expected a folder of transformers")
+    if not any(path.glob("*.safetensors")):
+        pickled = [file.name for file in sorted(path.glob("*.bin"))]
+        why = f"{pickled[0]} is pickled, and unpickling runs code" if pickled else "there are no weights"
+        raise InputError(f"MODEL: {path}: {why}; expected .safetensors beside config.json")
+
+
+def load_folder(path: Path) -> TorchModel:
+    """The model of a folder, in FP32 with plain attention, and example inputs that fit its configuration.
+
+    Nothing is downloaded, and code in the folder is never run. Raises InputError where that would be needed, or where
+    transformers cannot load it; MissingPackage without transformers.
+    """
+    from cp_debug.recipes.torch_callable import TorchModel, own_code
+
+    check_folder(path)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    transformers = require("transformers", "transformers")
+    config = read_json(path / "config.json", what="configuration")
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    if config.get("auto_map") and config["model_type"] not in transformers.CONFIG_MAPPING:
+        raise InputError(
+            f"MODEL: {path}: config.json names code of its own ({', '.join(map(str, config['auto_map'].values()))}), "
+            "which is never run; load it in file.py:callable"
+        )
+    with own_code(f"MODEL: {path}: transformers"):
+        transformers.logging.set_verbosity_error()
+        settings = transformers.AutoConfig.from_pretrained(path, **local)
+        settings.use_cache = False  # a cache is no output to compare
+        name = next(iter(settings.architectures or []), "")
+        kind = getattr(transformers, name, transformers.AutoModel)
+        if kind is not transformers.AutoModel:
+            local.pop("trust_remote_code")
+        module = kind.from_pretrained(
+            path, config=settings, dtype="float32", attn_implementation="eager", use_safetensors=True, **local
+        )
+    return TorchModel(str(path), module, _inputs(path, module, settings))
+
+
+def _inputs(path: Path, module: Any, config: Any) -> dict[str, np.ndarray]:
+    """Example inputs by parameter of ``forward``: token ids, masks, pixels."""
+    parameters = inspect.signature(module.forward).parameters
+    rng = np.random.default_rng(0)
+    inputs: dict[str, np.ndarray] = {}
+    if "input_ids" in parameters:
+        words = _size(config, "vocab_size", 2)
+        length = min(TOKENS, _size(config, "max_position_embeddings", TOKENS))
+        inputs["input_ids"] = rng.integers(0, words, (1, length))
+        if "attention_mask" in parameters:
+            inputs["attention_mask"] = np.ones((1, length), np.int64)
+        if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
+            inputs["decoder_input_ids"] = rng.integers(0, words, (1, length))
+    if "pixel_values" in parameters:
+        size, channels = _size(config, "image_size", IMAGE), _size(config, "num_channels", 3)
+        inputs["pixel_values"] = rng.normal(size=(1, channels, size, size)).astype(np.float32)
+    if not inputs:
+        raise InputError(f"MODEL: {path}: takes {', '.join(parameters)}; expected text or images, or file.py:callable")
+    return inputs
+
+
+def _size(config: Any, name: str, default: int) -> int:
+    """A size of the configuration or of a part of it."""
+    for part in _SOURCES:
+        value = getattr(getattr(config, part, None) if part else config, name, None)
+        if isinstance(value, int):
+            return value
+        if isinstance(value, list | tuple) and value and isinstance(value[0], int):
+            return int(value[0])
+    return default
