@@ -379,7 +379,8 @@ def test_data_without_truth_and_models_without_boxes_are_refused(tmp_path: Path)
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cp_debug.quantization.quantized_programs.load_model", lambda *_, **__: PictureModel())
     files = [str(tmp_path / name) for name in ("e.json", "e.csv", "p.npz")]
-    wanted = ["eval", "pictures", "-b", "torch,emu-fp16", "-n", "3", "--draws", "10"]
+    (tmp_path / "pictures.py").write_text("def make(): ...")
+    wanted = ["eval", f"{tmp_path / 'pictures.py'}:make", "-b", "torch,emu-fp16", "-n", "3", "--draws", "10"]
     done = CliRunner().invoke(app, [*wanted, "--json", files[0], "--csv", files[1], "--predictions", files[2]])
     assert done.exit_code == 0, done.output
     assert "as good as torch" in done.stdout

@@ -139,13 +139,16 @@ def _range(tensor: AnyTensor) -> tuple[float, float]:
     return (float(values.min()), float(values.max())) if values.numel() else (0.0, 0.0)
 
 
-class CheckedModel:
+class CheckedModel(CenterPointModel):
     """A CenterPoint whose interfaces are checked wherever it runs; everything else is the model's.
+
+    It derives from what it checks, since Python 3.12 looks for a protocol's members past ``__getattr__``.
 
     ``probabilities``: the head ends in a sigmoid, which decoding must undo.
     """
 
     def __init__(self, model: CenterPointModel, *, probabilities: bool = False) -> None:
+        self.__dict__.update(model.__dict__)
         self._model, self._probabilities = model, probabilities
         self._checks = InterfaceChecks(model.config)
 
