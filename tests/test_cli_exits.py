@@ -323,7 +323,8 @@ def test_streams_that_the_shell_closed_change_no_exit_code(closed: str) -> None:
         assert b"Traceback" not in told.stderr + told.stdout
 
 
-def test_a_terminal_of_no_width_shows_all() -> None:
-    environment = {**os.environ, "COLUMNS": "0"}
+@pytest.mark.parametrize("columns", ["0", "9" * 20])
+def test_a_terminal_of_no_width_shows_all(columns: str) -> None:
+    environment = {**os.environ, "COLUMNS": columns}
     told = subprocess.run([sys.executable, "-m", "cp_debug", "models"], capture_output=True, text=True, env=environment)
     assert "centerpoint:tiny" in told.stdout

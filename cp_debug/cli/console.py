@@ -46,6 +46,8 @@ _ASCII = {
     **dict.fromkeys("─━╸╺╶╴╌", "-"),
 }
 """Replacements for terminals that know ASCII alone."""
+WIDEST = 100_000
+"""Width from which on COLUMNS is no width of a terminal."""
 PIPE_WIDTH = 140
 """Width in columns of a table that goes into a file or a pipe."""
 
@@ -86,7 +88,8 @@ def _usable_streams() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115, for the whole process
-    if os.environ.get("COLUMNS", "").isdigit() and not int(os.environ["COLUMNS"]):
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdigit() and not 0 < int(columns[:9]) < WIDEST:
         del os.environ["COLUMNS"]
 
 

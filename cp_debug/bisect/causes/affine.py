@@ -45,6 +45,9 @@ def everywhere(segment: Segment) -> Iterator[Candidate]:
     if segment.op == "QuantizeLinear":  # integers: its own causes say more
         return
     error = segment.test - segment.before
+    if bool(segment.exact.any()):
+        says = "the sign of the result is the other one"
+        yield Candidate(_name(segment, "scaled"), says, -segment.exact, 0, {"factor": -1.0}, _FIX)
     for name, subject, basis in (*_bases(segment), ("affine", "", [segment.before, torch.ones(())])):
         fit = cross_fit(error, basis, segment.folds)
         if fit is not None:

@@ -31,9 +31,11 @@ class Candidate:
     by_magnitude: bool = False
     """Only the size of the error speaks for it: taken where nothing else explains the layer, and said so."""
     heard: bool = False
-    """Whether the verdict itself says so (numbers leave a range): it goes before what explains the layer as well."""
+    """Whether numbers leave a range, by the verdict or altogether: it goes before what explains the layer as well."""
     observed: bool = False
     """Whether this only describes the captured result: nothing was emulated, so nothing is said to be explained."""
+    located: bool = False
+    """Whether it says no more than where the error lies: the wrong elements are copied, so chance has no part in it."""
 
 
 Emulate = Callable[["Segment"], Iterator[Candidate]]
@@ -58,6 +60,12 @@ class Cause(Protocol):
         """Fits nothing and is about what the graph says: asked, too, where all that explains the layer was fitted."""
         ...
 
+    @property
+    def approximate(self) -> bool:
+        """Emulates arithmetic whose details differ from kernel to kernel (order of sums, ties): a part of the error may
+        be left. What emulates anything else must leave no more than rounding."""
+        ...
+
     def __call__(self, segment: Segment) -> Iterator[Candidate]:
         """Every candidate of this family that applies to the layer; none, where it makes no sense there."""
         ...
@@ -69,6 +77,7 @@ class _Family:
     costly: bool
     structural: bool
     by_node: bool
+    approximate: bool = False
 
     def __call__(self, segment: Segment) -> Iterator[Candidate]:
         return self.emulate(segment)
@@ -78,16 +87,27 @@ CAUSES: list[Cause] = []
 """Families in the order in which they are asked; of equally simple explanations the first is taken."""
 
 
-BY_NODE = ("batchnorm", "operators", "quantized", "schema", "stored_weights", "weights")
+BY_NODE = (
+    "batchnorm",
+    "fitted_weights",
+    "operators",
+    "quantized",
+    "rearranged_weights",
+    "schema",
+    "stored_weights",
+    "weights",
+)
 """The modules whose families change one node after the other."""
+APPROXIMATE = ("precision", "quantized", "ranges", "scales", "truncated_sums")
+"""The modules whose families emulate arithmetic that differs from kernel to kernel."""
 
 
 def cause(*, costly: bool = False, structural: bool = False) -> Callable[[Emulate], Emulate]:
     """Decorator that registers a family of causes; ``costly`` ones are tried where nothing cheap explains a layer."""
 
     def register(emulate: Emulate) -> Emulate:
-        by_node = emulate.__module__.rpartition(".")[2] in BY_NODE
-        CAUSES.append(_Family(emulate, costly, structural, by_node))
+        module = emulate.__module__.rpartition(".")[2]
+        CAUSES.append(_Family(emulate, costly, structural, module in BY_NODE, module in APPROXIMATE))
         return emulate
 
     return register

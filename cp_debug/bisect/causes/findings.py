@@ -33,6 +33,8 @@ COSTLY = 8
 """Layers whose INT8 rounding is carried to the outputs, those first that introduce most."""
 LOCATED = 8
 """Layers of a finding for which it says where in them the error sits."""
+EQUALS = 3
+"""Causes that explain a layer as well as the named one, which are told with it."""
 VIEWS = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Cast", "Expand"}
 """Operators whose result is their input in another shape."""
 NOTICEABLE = 1.3
@@ -187,7 +189,9 @@ class Explainer:
     def _later(self, key: Key, capture: Capture) -> set[tuple[str, str]]:
         """Values that depend on ``key`` in its component, and values that only this run has, whose place is unknown."""
         graph = self.run.programs[key.component].graph
-        reached = {key.value, *downstream(graph.nodes, [key.value])}
+        maker = graph.producer.get(key.value)  # its other results are as wrong as this one
+        made = [key.value] if maker is None else list(maker.outputs)
+        reached = {*made, *downstream(graph.nodes, made)}
         only_here = {(e.component, e.name) for e in capture.entries} - set(self.run.layers)
         return only_here | {(key.component, name) for name in reached}
 
@@ -196,16 +200,24 @@ class Explainer:
         explanation, rows = worst.explanation, [e.row for e in group]
         cause, second = explanation.cause, explanation.runner_up
         names = [row.name for row in rows]
+        says = _unexplained(explanation) if cause is None else cause.says
+        equals = {other.cause: other.says for other in explanation.equals[:EQUALS]}
+        if cause is not None and equals:
+            says += "; or, which explains it as well: " + "; or ".join(equals.values())
         finding = Finding(
             cause=cause.cause if cause else UNKNOWN,
-            says=cause.says if cause else _unexplained(explanation),
+            says=says,
             layers=names,
             ops=[row.op for row in rows],
             side=worst.row.side,
             explained=fmean(e.explanation.explained for e in group) if cause and not cause.observed else None,
             runner_up=second.cause if second else None,
             runner_up_explained=explanation.runner_up_explained if second else None,
-            evidence={"why": worst.row.why, **(cause.evidence if cause else {})},
+            evidence={
+                "why": worst.row.why,
+                **(cause.evidence if cause else {}),
+                **({"one_of": [cause.cause, *equals]} if cause and equals else {}),
+            },
             where=[e.where for e in group[:LOCATED]],
             fix=self._fix(cause, rows) if cause else "cpdebug bundle RESULT --layer " + names[0],
         )

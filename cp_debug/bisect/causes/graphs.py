@@ -149,6 +149,8 @@ def added(
     if named is None or value is None:
         return None
     name, says = named
+    if name.startswith("channels-") and segment.test.numel() == segment.test.shape[segment.axis]:
+        return None  # a number for each element is no pattern
     if name == "int8" and _clipped(segment, value):
         name, says = "int8-clipped", f"{says}: their scale clips"
     evidence = {"node": additions[0].node, **additions[0].evidence, "read_off": "the difference of the two graphs"}

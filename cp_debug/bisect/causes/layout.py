@@ -198,4 +198,5 @@ def isolated(segment: Segment) -> Iterator[Candidate]:
         index = np.stack(np.unravel_index(places.numpy(), segment.exact.shape), -1).tolist()
         says = f"{count} element{'s are' if count > 1 else ' is'} wrong, all others are right"
         fix = "look for a race, an index out of bounds or a corrupted weight behind {layers}"
-        yield Candidate("isolated", says, value.reshape(segment.exact.shape), 2 * count, {"elements": index}, fix)
+        value = value.reshape(segment.exact.shape)
+        yield Candidate("isolated", says, value, 2 * count, {"elements": index}, fix, located=True)

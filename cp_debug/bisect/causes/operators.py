@@ -96,6 +96,20 @@ def done_twice(segment: Segment) -> Iterator[Candidate]:
 
 
 @cause()
+def integers(segment: Segment) -> Iterator[Candidate]:
+    """Candidates: the result passed an integer type, which cut its fractions off or rounded them."""
+    captured = segment.test[segment.finite]
+    if segment.op == "QuantizeLinear" or not torch.equal(captured, captured.round()):
+        return
+    ways = {"cut off": torch.trunc, "rounded": torch.round, "rounded down": torch.floor, "rounded up": torch.ceil}
+    for text, function in ways.items():
+        value = function(segment.exact)
+        if not torch.equal(value, segment.exact):
+            says = f"the result passed an integer type: its fractions are {text}"
+            yield Candidate("integer-cast", says, value, fix="remove the Cast to an integer behind {layers}")
+
+
+@cause()
 def attributes(segment: Segment) -> Iterator[Candidate]:
     """Candidates: the same node with another value of one attribute."""
     for node in segment.nodes:

@@ -19,8 +19,13 @@ HALF = PRECISIONS["fp16"]
 SMALLEST = 2.0**-24
 """The smallest subnormal of FP16."""
 
+SMALLEST_NORMAL = 2.0**-126
+"""The smallest normal number of FP32."""
+
 TINY = 64
 """Elements up to which a single one at a bound is no evidence for the bound."""
+FEWEST_CUT = 3
+"""Elements that must be at a bound there."""
 
 _RESCALE = "scale the layer down and its reader up, or keep these nodes in FP32: {layers}"
 
@@ -63,6 +68,7 @@ def underflow(segment: Segment) -> Iterator[Candidate]:
     """Candidates: numbers below FP16's normal ones lose bits or vanish, in the result or in the weights."""
     value = ARITHMETICS[segment.context.claim.name].value if segment.context.claim.name in ARITHMETICS else None
     if value is None or not segment.context.claim.name.startswith("fp16"):
+        yield from _undeclared(segment)
         return
     for tensor_name, exact in (("result", segment.exact), *_weights(segment)):
         lost = value(exact.float()).double() - exact
@@ -76,6 +82,25 @@ def underflow(segment: Segment) -> Iterator[Candidate]:
             yield Candidate("fp16-underflow", says, segment.claimed, evidence=evidence, fix=_RESCALE, heard=True)
 
 
+def _undeclared(segment: Segment) -> Iterator[Candidate]:
+    """Candidates: the same where FP16 is not declared, if it leaves nothing of the result or of a constant."""
+    figures = half_figures(segment.exact)
+    if figures["vanishes"] == 1 and figures["largest"] >= SMALLEST_NORMAL:  # else FP32 itself may flush it
+        says = f"FP16 underflow: all of the result, up to {figures['largest']:.3g}, lies below the smallest FP16 number"
+        value = torch.zeros_like(segment.exact)
+        yield Candidate("fp16-underflow", says, value, evidence={**figures, "of": "result"}, fix=_RESCALE, heard=True)
+    for node in segment.nodes:
+        for place, name in enumerate(node.proto.input):
+            weight = segment.weight(node, place)
+            if weight is None or not segment.context.constants[name].is_floating_point():
+                continue
+            figures = half_figures(weight)
+            if figures["vanishes"] == 1 and (v := segment.edited(node, inputs={place: 0 * weight})) is not None:
+                says = f"FP16 underflow: the constant {name} of {node.op}, up to {figures['largest']:.3g}, is 0 in FP16"
+                evidence = {**figures, "of": name}
+                yield Candidate("fp16-underflow", says, v, evidence=evidence, fix=_RESCALE, heard=True)
+
+
 @cause()
 def flushed(segment: Segment) -> Iterator[Candidate]:
     """Candidates: the hardware writes 0 for subnormal numbers."""
@@ -86,6 +111,13 @@ def flushed(segment: Segment) -> Iterator[Candidate]:
         yield Candidate(
             "fp16-flush", says, torch.where(small, 0.0, half), evidence=half_figures(segment.exact), fix=_RESCALE
         )
+    subnormal = segment.exact.abs() < SMALLEST_NORMAL
+    if bool((subnormal & (segment.exact != 0)).any()):
+        share = float(subnormal.double().mean())
+        says = f"FP32 subnormals are flushed to zero: {share:.0%} of the result lie below {SMALLEST_NORMAL:.3g}"
+        value = torch.where(subnormal, 0.0, segment.exact)
+        fix = "scale {layers} up, or let the processor keep subnormals (session.set_denormal_as_zero = 0)"
+        yield Candidate("fp32-flush", says, value, evidence={"share": share}, fix=fix, heard=bool(subnormal.all()))
 
 
 @cause()
@@ -99,8 +131,9 @@ def saturated(segment: Segment) -> Iterator[Candidate]:
     bounds = ((-largest, largest, 1), (-torch.inf, high, 1), (low, torch.inf, 1), (low, high, 2))
     for lower, upper, parameters in bounds:
         cut = (segment.exact < lower) | (segment.exact > upper)
-        if int(cut.sum()) < (1 if cut.numel() > TINY else 2):
-            continue
+        count = int((cut & segment.finite).sum())
+        if count < (1 if cut.numel() > TINY else FEWEST_CUT) or count == int(segment.finite.sum()):
+            continue  # a result that is cut off everywhere is a constant, of whatever origin
         evidence = {"low": lower, "high": upper, "share": float(cut.double().mean())}
         yield Candidate(
             "saturated",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import onnx
@@ -23,7 +23,10 @@ TEXTS = {
     "approximate": ("none", "tanh"),
     "coordinate_transformation_mode": ("half_pixel", "asymmetric", "align_corners", "pytorch_half_pixel"),
     "direction": ("forward", "reverse", "bidirectional"),
-    "mode": ("nearest", "linear", "cubic", "constant", "reflect", "edge", "wrap", "bilinear", "DCR", "CRD"),
+    "mode": (
+        *("nearest", "linear", "cubic", "bilinear", "bicubic"),
+        *("constant", "reflect", "edge", "wrap", "DCR", "CRD", "avg", "max"),
+    ),
     "nearest_mode": ("round_prefer_floor", "round_prefer_ceil", "floor", "ceil"),
     "padding_mode": ("zeros", "border", "reflection"),
     "auto_pad": ("SAME_UPPER", "SAME_LOWER", "VALID"),
@@ -32,18 +35,27 @@ TEXTS = {
 """Attribute → what operators know for it; what an operator does not know gives no candidate."""
 CELLS = ("Tanh", "Sigmoid", "Relu", "HardSigmoid", "Softsign")
 """Activations of recurrent layers."""
-COUNTS = {"p", "blocksize", "sampling_ratio", "size"}
+COUNTS = {"p", "blocksize", "sampling_ratio", "size", "rotary_embedding_dim", "ignore_index"}
 """Attributes that may be 0 or 1 without being flags."""
+SMALL = (0, 1, 2, 3, 4, 5)
+"""Counts that are tried besides the neighbours, the half and the double of the declared one."""
 FLOATS = {"alpha": (0.0, 0.01, 0.1, 0.2, 0.3, 1.0, 1.67326), "beta": (0.0, 0.5, 1.0), "gamma": (1.0, 1.0507)}
 SKIPPED = {"pads", "epsilon", "kernel_shape", "to", "dtype", "group", "hidden_size", "num_outputs", "num_groups"}
 """Attributes with causes of their own, or that change what is computed altogether."""
 FITTED = {"LeakyRelu": ["alpha"], "Elu": ["alpha"], "Gemm": ["alpha", "beta"], "HardSigmoid": ["alpha", "beta"]}
 """Attributes in which the result is affine."""
 EXCHANGED = (
-    ("Relu", "LeakyRelu", "Elu", "Selu", "Sigmoid", "HardSigmoid", "Tanh", "Softplus", "HardSwish", "Gelu", "Softsign"),
-    ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL2"),
-    ("MaxPool", "AveragePool"),
-    ("GlobalMaxPool", "GlobalAveragePool"),
+    (
+        *("Relu", "LeakyRelu", "Elu", "Selu", "Sigmoid", "HardSigmoid", "Tanh", "Softplus", "HardSwish", "Gelu"),
+        *("Softsign", "Celu", "Mish", "ThresholdedRelu", "Erf", "PRelu"),
+    ),
+    ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL2", "ReduceL1", "ReduceSumSquare", "ReduceProd"),
+    ("ReduceLogSum", "ReduceLogSumExp"),
+    ("Sin", "Cos", "Tan"),
+    ("Sinh", "Cosh", "Tanh"),
+    ("Exp", "Log", "Sqrt", "Reciprocal"),
+    ("MaxPool", "AveragePool", "LpPool"),
+    ("GlobalMaxPool", "GlobalAveragePool", "GlobalLpPool"),
     ("Add", "Sub", "Mul", "Div"),
     ("Min", "Max"),
     ("Floor", "Ceil", "Round"),
@@ -66,6 +78,8 @@ def by_schema(segment: Segment) -> Iterator[Candidate]:
             declared["activations"] = ACTIVATIONS_OF[node.op] * (
                 2 if declared.get("direction") == "bidirectional" else 1
             )
+        if isinstance(kernel := declared.get("kernel_shape"), list):
+            declared = {"dilations": [1] * len(kernel), "strides": [1] * len(kernel), **declared}
         for name, value in declared.items():
             for tried in _values(name, value):
                 if (result := segment.edited(node, **{name: tried})) is not None:
@@ -119,16 +133,23 @@ def _values(name: str, value: Any) -> Iterator[Any]:
     if isinstance(value, str):
         yield from (t for t in TEXTS.get(name, ()) if t != value)
     elif isinstance(value, float):
-        yield from (v for v in FLOATS.get(name, ()) if abs(v - value) > 1e-6)
+        numbers = dict.fromkeys((*FLOATS.get(name, ()), 0.0, 1.0, 2 * value, value / 2, -value))
+        yield from (v for v in numbers if abs(v - value) > 1e-6)
     elif isinstance(value, int):
         flag = value in (0, 1) and name not in COUNTS
-        neighbors = range(-1, 5) if "axis" in name else (1 - value,) if flag else (value - 1, value + 1)
-        yield from (v for v in neighbors if v != value)
+        others: Iterable[int] = dict.fromkeys((value - 1, value + 1, 2 * value, value // 2, *SMALL))
+        if "axis" in name or flag:
+            others = range(-1, 5) if "axis" in name else (1 - value,)
+        yield from (v for v in others if v != value)
     elif isinstance(value, list) and all(isinstance(v, int) for v in value):
         if name == "perm" and len(value) <= 5:
             yield from (list(p) for p in itertools.permutations(range(len(value))) if list(p) != value)
         elif name == "axes":
             yield from (list(c) for c in itertools.combinations(range(5), len(value)) if list(c) != value)
+        elif name == "output_padding":
+            yield from (
+                [*value[:i], v + d, *value[i + 1 :]] for i, v in enumerate(value) for d in (-1, 1) if v + d >= 0
+            )
         elif name in ("strides", "dilations"):
             yield from ([v] * len(value) for v in (1, 2, 3) if [v] * len(value) != value)
 
@@ -266,7 +287,7 @@ def _of_shape(load: Any, value: Tensor) -> bool:
     return tuple(load().shape) == tuple(value.shape)
 
 
-@cause(costly=True)
+@cause(costly=True, structural=True)
 def gate_order(segment: Segment) -> Iterator[Candidate]:
     """Candidates: a recurrent layer whose weights have their gates in another framework's order."""
     for node in segment.nodes:
@@ -287,15 +308,16 @@ def _regated(weight: Tensor, order: tuple[int, ...], parts: int) -> Tensor:
     return blocks[:, :, list(order)].flatten(1, 3)
 
 
-@cause(costly=True)
+@cause(costly=True, structural=True)
 def another_operator(segment: Segment) -> Iterator[Candidate]:
     """Candidates: another operator of the same kind: activations, reductions, pooling, arithmetic."""
     for node in segment.nodes:
-        family = next((f for f in EXCHANGED if node.op in f), ())
+        family = dict.fromkeys(op for f in EXCHANGED if node.op in f for op in f)
         declared = {a.name: helper.get_attribute_value(a) for a in node.proto.attribute}
         for op in family:
             attributes = {} if op in EXCHANGED[0] else declared
-            if op != node.op and (value := segment.edited(node, op=op, **attributes)) is not None:
+            reads = node.proto.input[:1] if node.op == "PRelu" else None
+            if op != node.op and (value := segment.edited(node, op=op, reads=reads, **attributes)) is not None:
                 says = f"{node.op} is computed as {op}"
                 fix = f"compare both programs at {{layers}}: {says}"
                 yield Candidate("other-operator", says, value, 0, {"op": node.op, "test_op": op}, fix)

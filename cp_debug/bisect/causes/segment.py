@@ -25,6 +25,8 @@ from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import PRODUCTS
 from cp_debug.programs.precision import BESIDE_INT8, PRECISIONS, Precision
 
+FEW = 256
+"""Elements of a result of which those that are equal count once."""
 _fresh = itertools.count(-1, -1)
 """Places of edited nodes: no node of a graph has a negative one."""
 
@@ -149,6 +151,19 @@ class Segment:
 
         ``reads`` names all its inputs anew. None where the change gives no tensor of the captured shape.
         """
+        result = self.computed(node, op=op, inputs=inputs, reads=reads, **attributes)
+        return result if result is not None and result.shape == self.test.shape else None
+
+    def computed(
+        self,
+        node: Node,
+        *,
+        op: str | None = None,
+        inputs: Mapping[int, Tensor] | None = None,
+        reads: Sequence[str] | None = None,
+        **attributes: Any,
+    ) -> Tensor | None:
+        """The target as ``edited`` makes it, of whatever shape; None where it cannot be computed."""
         proto = onnx.NodeProto()
         proto.CopyFrom(node.proto)
         if op is not None:
@@ -167,10 +182,9 @@ class Segment:
             values[proto.input[place]] = tensor
         nodes = [replace(Node.of(index, proto), name=n.name) if n is node else n for n in self.nodes]
         try:
-            result = self.run(self.context.oracle.arithmetic, nodes, values)
+            return self.run(self.context.oracle.arithmetic, nodes, values)
         except InputError:
             return None
-        return result if result.shape == self.test.shape else None
 
     def apart(self, arithmetic: Arithmetic) -> Tensor | None:
         """The target in the order of eager frameworks, for a product, bias and BatchNorm that are one node here.
@@ -185,6 +199,8 @@ class Segment:
         if [n.op for n in later] not in ([], ["Relu"]):
             return None
         weight, bias = self.weight(node, 1), self.weight(node, 2)
+        if bias is not None and bias.numel() != self.test.shape[self.axis]:
+            return None  # a matrix, which a Gemm may add
         if weight is None or bias is None or (norm is not None and not bool((norm.weight != 0).all())):
             return None
         if norm is not None:
@@ -262,6 +278,20 @@ class Segment:
         return float(torch.linalg.vector_norm(self.error))
 
     @cached_property
+    def wrong(self) -> float:
+        """Number of elements among which the introduced error is spread: (Σe²)² ÷ Σe⁴, 0 where there is none.
+
+        Of few elements those that are equal on both sides count once.
+        """
+        squares = (self.error / (self.error.abs().max() or 1.0)).square() if self.error.numel() else self.error
+        fourth = float(squares.square().sum())
+        spread = float(squares.sum()) ** 2 / fourth if fourth else 0.0
+        if self.error.numel() <= FEW:
+            pairs = torch.stack([self.test[self.error != 0], self.exact[self.error != 0].float().double()], 1)
+            spread = min(spread, float(len(pairs.unique(dim=0))))
+        return spread
+
+    @cached_property
     def expected(self) -> float:
         """L2 norm of the error that the claimed precision must introduce."""
         rounding = torch.where(self.finite & torch.isfinite(self.claimed), self.claimed - self.exact, 0.0)
@@ -334,7 +364,9 @@ class Segment:
         if node is None or len(self.nodes) - (self.op == "Relu") > 1:
             return None
         bias = self.weight(node, 2)
-        return None if bias is None or not bool(bias.any()) else self.along(bias.flatten())
+        if bias is None or not bool(bias.any()) or bias.numel() not in (1, self.test.shape[self.axis]):
+            return None  # none, or a matrix, which a Gemm may add
+        return self.along(bias.flatten())
 
     @cached_property
     def batch_norm(self) -> BatchNorm | None:

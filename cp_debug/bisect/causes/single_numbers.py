@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from cp_debug.bisect.causes.base import Candidate, cause
+from cp_debug.bisect.causes.constant_changes import SIZED
 from cp_debug.bisect.causes.schema import FITTED
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.graph.graph import Node
 from cp_debug.graph.node_differences import PRODUCTS, RECURRENT, attributes
 
-FACTORS = (-2.0, -1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)
+FACTORS = (-2.0, -1.0, -0.5, 0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0, 100.0)
 """Starts of the search for a number, as multiples of the declared one."""
 SUMMANDS = (-3.0, -1.0, -0.3, -0.1, -0.01, 0.0, 0.01, 0.1, 0.3, 1.0, 3.0)
 """Starts of the search where the declared number is 0."""
 STEPS = 24
 """Golden sections of the interval around the best start: to 1e-5 of it."""
+NEWTON = 3
+"""Gauss–Newton steps behind them."""
 FEWEST = 8
 """Elements of a result from which one number can be told."""
 FEWEST_WRONG = 3
@@ -51,7 +55,7 @@ def _attributes(segment: Segment, node: Node) -> Iterator[Candidate]:
     for name, declared in attributes(segment.graph, node).items():
         if not isinstance(declared, float) or name == "epsilon" or name in FITTED.get(node.op, ()):
             continue
-        fit = _search(segment, declared, lambda number, name=name: segment.edited(node, **{name: number}))  # type: ignore[misc]
+        fit = search(segment, declared, lambda number, name=name: segment.edited(node, **{name: number}))  # type: ignore[misc]
         if fit is not None:
             number, value = fit
             says = f"{node.op}: {name} is {number:.4g} instead of {declared:.4g}"
@@ -61,7 +65,7 @@ def _attributes(segment: Segment, node: Node) -> Iterator[Candidate]:
 
 
 def _scalars(segment: Segment, node: Node) -> Iterator[Candidate]:
-    for place, name in enumerate(node.proto.input):
+    for place, name in enumerate(node.proto.input if node.op not in SIZED else ()):
         weight = segment.weight(node, place)
         if weight is None or weight.numel() != 1 or not segment.context.constants[name].is_floating_point():
             continue
@@ -70,16 +74,17 @@ def _scalars(segment: Segment, node: Node) -> Iterator[Candidate]:
         def with_number(number: float, place: int = place, weight: Tensor = weight) -> Tensor | None:
             return segment.edited(node, inputs={place: torch.full_like(weight, number)})
 
-        if (fit := _search(segment, declared, with_number)) is not None:
+        if (fit := search(segment, declared, with_number)) is not None:
             number, value = fit
             says = f"the constant {name} of {node.op} is {number:.4g} instead of {declared:.4g}"
             evidence = {"constant": name, "value": number, "instead_of": declared}
-            yield Candidate("constant-differs", says, value, 1, evidence, "compare the constants of {layers}")
+            cause_name = "int8-scale" if node.op in ("QuantizeLinear", "DequantizeLinear") else "constant-differs"
+            yield Candidate(cause_name, says, value, 1, evidence, "compare the constants of {layers}")
 
 
 def _factors(segment: Segment, node: Node) -> Iterator[Candidate]:
     """Candidates: one factor on a constant; on a recurrent layer's weights of input and state, also together."""
-    if node.op in PRODUCTS:
+    if node.op in PRODUCTS or node.op in SIZED:
         return
     constants = segment.context.constants
     weights = {
@@ -97,7 +102,7 @@ def _factors(segment: Segment, node: Node) -> Iterator[Candidate]:
         def scaled(number: float, places: list[int] = places) -> Tensor | None:
             return segment.edited(node, inputs={place: weights[place] * number for place in places})
 
-        if (fit := _search(segment, 1.0, scaled)) is None:
+        if (fit := search(segment, 1.0, scaled)) is None:
             continue
         factor, value = fit
         names = " and ".join(node.proto.input[place] for place in places)
@@ -109,8 +114,9 @@ def _factors(segment: Segment, node: Node) -> Iterator[Candidate]:
         yield Candidate(cause_name, says, value, 1, evidence, "compare the weights of {layers} in both programs")
 
 
-def _search(segment: Segment, own: float, emulate: Emulate) -> tuple[float, Tensor] | None:
-    """The number that leaves least, and the result with it; None where none is better than the declared one."""
+def search(segment: Segment, own: float, emulate: Emulate) -> tuple[float, Tensor] | None:
+    """The number that leaves least, and the result with it, of the captured shape; None where none is better than the
+    declared one."""
 
     def left(number: float) -> float:
         value = emulate(number)
@@ -137,7 +143,28 @@ def _search(segment: Segment, own: float, emulate: Emulate) -> tuple[float, Tens
             heights[1] = left(inner[1])
     number = min((starts[best], figures[best]), *zip(inner, heights, strict=True), key=lambda pair: pair[1])[0]
     value = emulate(number) if number != own else None
-    return None if value is None else (number, value)
+    return None if value is None else _refined(segment, number, value, emulate)
+
+
+def _refined(segment: Segment, number: float, value: Tensor, emulate: Emulate) -> tuple[float, Tensor]:
+    """Gauss–Newton steps from where the search ended: the number that a smooth result tells, to all its digits."""
+    left = segment.explained(value)[1]
+    for _ in range(NEWTON):
+        step = 1e-4 * (abs(number) or 1.0)
+        beside = emulate(number + step)
+        if beside is None:
+            break
+        slope = torch.where(segment.finite, beside - value, 0.0) / step
+        norm = float(slope.square().sum())
+        if not math.isfinite(norm) or not norm:
+            break
+        further = number + float((slope * torch.where(segment.finite, segment.test - value, 0.0)).sum()) / norm
+        result = emulate(further)
+        remains = math.inf if result is None else segment.explained(result)[1]
+        if result is None or not remains < left:
+            break
+        number, value, left = further, result, remains
+    return number, value
 
 
 def _tends(segment: Segment, own: float, emulate: Emulate) -> bool:

@@ -14,7 +14,7 @@ from cp_debug.bisect.causes.segment import Segment, as_double
 from cp_debug.graph.graph import Node
 from cp_debug.graph.tensor_change import int8_forms
 
-FEWEST = 16
+FEWEST = 4
 """Elements of a constant from which its storage is looked at."""
 MOST_LAYERS = 32
 """Other constants of one shape that are tried."""
@@ -46,8 +46,6 @@ def narrow(segment: Segment) -> Iterator[Candidate]:
 def integers(segment: Segment) -> Iterator[Candidate]:
     """Candidates: weights in INT8, with one scale or one for each slice of either axis, symmetric or not."""
     for node, place, weight in _weights(segment):
-        if weight.dim() < 2:
-            continue
         for text, kind, values, count in int8_forms(weight.numpy()):
             if (value := segment.edited(node, inputs={place: torch.from_numpy(values)})) is not None:
                 name = "int8-per-tensor" if kind == "int8-per-tensor" else "int8-weights"

@@ -1,0 +1,160 @@
+"""Changes that may have happened to a constant (rearranged, zero, negated, other slices) and the causes they are."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cp_debug.bisect.causes.segment import Segment
+from cp_debug.graph.graph import Node
+from cp_debug.graph.node_differences import RECURRENT, named
+from cp_debug.graph.operators import PRODUCTS
+from cp_debug.graph.tensor_change import TensorChange
+
+SIGNIFICANT = 5.0
+"""Multiple of its deviation from which a fitted slice counts as another one than the declared one."""
+TRACE = 1e-3
+"""Share of the largest change below which a slice is not changed."""
+SIZED = {"Range", "Resize", "Upsample"}
+"""Operators whose float constants say how large the result is: another one makes another shape, at any cost."""
+MOST_SLICES = 2048
+"""Slices along an axis up to which each is compared with each."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing that may have happened to a constant, and the constant that it gives."""
+
+    kind: str
+    """Name of the change, as in ``TensorChange``."""
+    says: str
+    value: Tensor
+    parameters: int = 0
+    """Numbers read off the captured result: which slices, which factors."""
+    evidence: dict[str, Any] = field(default_factory=dict)
+
+
+def rearranged(own: Tensor) -> Iterator[Change]:
+    """Everything that may happen to a constant of any shape as a whole, with nothing to fit."""
+    if bool(own.any()):
+        yield Change("channels-zero", "all zero", torch.zeros_like(own))
+        yield Change("negated", "the sign is the other one", -own)
+    for order in itertools.permutations(range(own.dim())) if 1 < own.dim() <= 4 else ():
+        moved = own.permute(order)
+        if list(order) != list(range(own.dim())) and moved.shape == own.shape and not torch.equal(moved, own):
+            yield Change("transposed", f"axes in the order {list(order)}", moved, 0, {"axes": list(order)})
+    for axis in range(own.dim()):
+        if own.shape[axis] < 2:
+            continue
+        yield Change("flipped", f"axis {axis} runs backwards", own.flip(axis), 0, {"axis": axis})
+        for step in (1, -1):
+            evidence = {"axis": axis, "by": step}
+            yield Change("rolled", f"off by {step:+d} along axis {axis}", own.roll(step, axis), 0, evidence)
+    spatial = list(range(2, own.dim()))
+    if len(spatial) > 1:
+        yield Change("flipped", "the kernel runs backwards", own.flip(spatial), 0, {"axis": spatial})
+
+
+def of_slices(own: Tensor, fitted: Tensor, deviation: Tensor) -> Iterator[Change]:
+    """Slices of a constant that are zero, scaled or in another order, as a fit tells; all of one shape, float64."""
+    for axis in range(own.dim()):
+        count = own.shape[axis]
+        if not 1 < count <= MOST_SLICES:
+            continue
+        rows, fits, noise = (t.movedim(axis, 0).reshape(count, -1) for t in (own, fitted, deviation))
+        off = _off(fits - rows, noise)
+        places = off.nonzero().flatten()
+        if not len(places):
+            continue
+        names = _named(places, axis, own.dim())
+        zero = torch.where(off[:, None], 0.0, rows)
+        shape = own.movedim(axis, 0).shape
+
+        def whole(changed: Tensor, shape: Sequence[int] = shape, axis: int = axis) -> Tensor:
+            return changed.reshape(shape).movedim(0, axis)
+
+        evidence = {"axis": axis, "channels": places[:32].tolist()}
+        text = f"{names} {'is' if len(places) == 1 else 'are'} zero"
+        yield Change("channels-zero", text, whole(zero), len(places), evidence)
+        factor = (rows * fits).sum(1) / rows.square().sum(1).clamp(min=1e-300)
+        if rows.shape[1] > 1:
+            scaled = torch.where(off[:, None], rows * factor[:, None], rows)
+            text = f"{names} × {float(factor[places[0]]):.6g}" + (", …" if len(places) > 1 else "")
+            factors = {**evidence, "factors": factor[places][:32].tolist()}
+            yield Change("channels-scaled", text, whole(scaled), 2 * len(places), factors)
+        order = _order(rows, fits, off)
+        if order is not None:
+            moved = [i for i in range(count) if int(order[i]) != i]
+            pairs = ", ".join(f"{i}←{int(order[i])}" for i in moved[:6]) + (", …" if len(moved) > 6 else "")
+            text = f"{_slices(axis, own.dim())} in another order: {pairs}"
+            evidence = {"axis": axis, "moved": len(moved), "order": order[:64].tolist()}
+            yield Change("permuted", text, whole(rows[order]), len(moved), evidence)
+    if (norm := float(own.square().sum())) and (factor_of_all := float((own * fitted).sum()) / norm):
+        yield Change("scaled", f"× {factor_of_all:.6g}", own * factor_of_all, 1, {"factor": factor_of_all})
+
+
+def _off(change: Tensor, noise: Tensor) -> Tensor:
+    """[slices] bool: those that have changed by more than the fit's own uncertainty."""
+    size, uncertain = change.square().sum(1).sqrt(), noise.square().sum(1).sqrt()
+    floor = torch.maximum(uncertain, uncertain.median())
+    return (size > SIGNIFICANT * floor) & (size > TRACE * size.max())
+
+
+def _order(rows: Tensor, fits: Tensor, off: Tensor) -> Tensor | None:
+    """The order in which ``rows`` come nearest to ``fits``; None unless it is another one, each row once."""
+    distance = rows.square().sum(1) - 2 * fits @ rows.T
+    order = torch.where(off, distance.argmin(1), torch.arange(len(rows)))
+    moved = bool((order != torch.arange(len(rows))).any())
+    return order if moved and len(order.unique()) == len(order) else None
+
+
+def _slices(axis: int, dims: int) -> str:
+    names = {1: ("elements",), 2: ("rows", "columns")}.get(dims, ("channels", "input channels"))
+    return names[axis] if axis < len(names) else f"slices of axis {axis}"
+
+
+def _named(places: Tensor, axis: int, dims: int) -> str:
+    single = (
+        _slices(axis, dims).replace("slices", "slice").removesuffix("s") if len(places) == 1 else _slices(axis, dims)
+    )
+    return f"{single} {', '.join(map(str, places[:4].tolist()))}" + (", …" if len(places) > 4 else "")
+
+
+def role(node: Node, place: int) -> str:
+    """Role of a node's constant input: weights, bias, statistics, parameters, scale, zero, or an empty string."""
+    if node.op in PRODUCTS:
+        return "bias" if place == 2 else "weights"
+    if node.op in RECURRENT:
+        return {1: "weights", 2: "weights", 3: "bias"}.get(place, "")
+    if node.op == "BatchNormalization":
+        return "statistics" if place > 2 else "parameters"
+    if node.op in ("QuantizeLinear", "DequantizeLinear"):
+        return {0: "weights", 1: "scale", 2: "zero"}.get(place, "")
+    return ""
+
+
+def cause_of(change: Change, node: Node, place: int) -> tuple[str, str, dict[str, Any]]:
+    """(Cause, in words, evidence) of a change to one constant of a node: the name that it has with both graphs."""
+    what = {"weights": "the weights", "bias": "the bias"}.get(role(node, place), node.proto.input[place])
+    said = TensorChange(change.kind, change.says, change.evidence)
+    evidence = {"constant": node.proto.input[place], "change": change.kind, **change.evidence}
+    return named(said, role(node, place), node.op), f"{what} of {node.op}: {change.says}", evidence
+
+
+def constants_of(segment: Segment, node: Node, fewest: int = 2) -> dict[int, Tensor]:
+    """Place → constant of at least ``fewest`` elements that a node reads, any shape, float64."""
+    constants = segment.context.constants
+    if node.op in SIZED:
+        return {}
+    return {
+        place: weight
+        for place, name in enumerate(node.proto.input)
+        if (weight := segment.weight(node, place)) is not None
+        and weight.numel() >= fewest
+        and constants[name].is_floating_point()
+    }

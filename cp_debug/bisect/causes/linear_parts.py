@@ -1,0 +1,317 @@
+"""Nodes whose result is linear in their constants: the columns of the regression that tells the constants they had.
+
+A convolution or product gives its columns itself, computed with unit vectors for weights, whatever its strides,
+padding, dilation and groups. A normalization or element-wise product gives them with a scale of 1 and an offset of 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cp_debug.bisect.causes.segment import Segment
+from cp_debug.graph.graph import Node
+from cp_debug.graph.node_differences import attributes
+
+MOST_COLUMNS = 1 << 24
+"""Elements of a regression's columns."""
+MOST_UNKNOWNS = 1200
+"""Unknown weights of one output channel."""
+PER_UNKNOWN = 1.5
+"""Equations that a fold needs for each unknown."""
+SCALE_AND_OFFSET = {
+    "BatchNormalization": (1, 2),
+    "GroupNormalization": (1, 2),
+    "InstanceNormalization": (1, 2),
+    "LayerNormalization": (1, 2),
+    "RMSNormalization": (1, None),
+}
+"""Operator → places of the scale and of the offset of its normalized input."""
+ARITHMETIC = {"Mul": "scale", "Div": "scale", "Add": "offset", "Sub": "offset", "PRelu": "slope"}
+
+
+@dataclass(frozen=True)
+class FittedConstants:
+    """Constants of one node as its captured result tells them."""
+
+    node: Node
+    tensors: dict[int, Tensor]
+    """Place → fitted tensor."""
+    deviations: dict[int, Tensor]
+    """Place → how far the fits of two halves of the result lie from one another, halved, by element."""
+    predicted: Tensor
+    """The result, each element predicted from the half that it is not in."""
+    unknowns: int
+    """Numbers fitted."""
+
+
+def fit(segment: Segment, node: Node) -> FittedConstants | None:
+    """The constants that ``node``, the last one of the segment, had in the test; None where that cannot be told."""
+    if node is not segment.nodes[-1] or segment.test.shape != segment.exact.shape or segment.strange:
+        return None
+    if not bool(segment.finite.all()) or segment.test.numel() < 4:
+        return None
+    if node.op in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+        return _product(segment, node)
+    places = _places(segment, node)
+    return None if places is None else _elementwise(segment, node, *places)
+
+
+def _halves(rows: int) -> tuple[Tensor, Tensor]:
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
+    first = torch.zeros(rows, dtype=torch.bool)
+    first[order[: rows // 2]] = True
+    return first, ~first
+
+
+def _dealt_out(of: Tensor) -> tuple[Tensor, Tensor]:
+    """Two halves of the elements, each with half of those that meet one element of the constant."""
+    order = torch.randperm(len(of), generator=torch.Generator().manual_seed(0))
+    order = order[of[order].argsort(stable=True)]
+    first = torch.zeros(len(of), dtype=torch.bool)
+    first[order[::2]] = True
+    return first, ~first
+
+
+def _product(segment: Segment, node: Node) -> FittedConstants | None:
+    place = 1 if segment.weight(node, 1) is not None else 0
+    weight = segment.weight(node, place)
+    if weight is None or weight.dim() < 2 or (place == 0 and node.op != "MatMul"):
+        return None
+    layout = ProductLayout.of(segment, node, place, weight)
+    if layout is None or layout.unknowns > MOST_UNKNOWNS:
+        return None
+    rows = segment.test.numel() // (layout.groups * layout.outputs)
+    bias = segment.weight(node, 2)
+    with_bias = bias is not None and bias.numel() == layout.groups * layout.outputs
+    unknowns = layout.unknowns + with_bias
+    if rows // 2 < PER_UNKNOWN * unknowns or rows * layout.groups * unknowns > MOST_COLUMNS:
+        return None
+    columns = layout.columns(segment)
+    if columns is None:
+        return None
+    captured = layout.flat(segment.test)  # [groups, rows, outputs]
+    known = torch.zeros(())
+    if bias is not None and not with_bias:
+        known = layout.flat((segment.exact - layout.without_bias(segment)).expand_as(segment.test))
+    if with_bias:
+        beta = float(attributes(segment.graph, node).get("beta", 1.0)) if node.op == "Gemm" else 1.0
+        columns = torch.cat([columns, torch.full_like(columns[..., :1], beta)], -1)
+    solved = _cross_fit(columns, captured - known)
+    if solved is None:
+        return None
+    (first, second, both), prediction = solved
+    thetas = [layout.weight_of(t[:, : layout.unknowns]) for t in (first, second, both)]
+    tensors, deviations = {place: thetas[2]}, {place: (thetas[0] - thetas[1]).abs() / 2}
+    if with_bias and bias is not None:
+        ends = [t[:, -1].reshape(bias.shape) for t in (first, second, both)]
+        tensors[2], deviations[2] = ends[2], (ends[0] - ends[1]).abs() / 2
+    count = unknowns * layout.groups * layout.outputs
+    return FittedConstants(node, tensors, deviations, layout.unflat(prediction + known, segment.test), count)
+
+
+def _cross_fit(columns: Tensor, captured: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor] | None:
+    """Solutions [groups, unknowns, outputs] of both halves and of all, and the prediction out of sample.
+
+    ``columns`` [groups, rows, unknowns], ``captured`` [groups, rows, outputs].
+    """
+    halves = _halves(columns.shape[1])
+    sums = []
+    for rows in halves:
+        a, b = columns[:, rows], captured[:, rows]
+        sums.append((a.mT @ a, a.mT @ b))
+    gram, right = sums[0][0] + sums[1][0], sums[0][1] + sums[1][1]
+    values = torch.linalg.eigvalsh(gram)
+    if bool((values[:, 0] <= 1e-11 * values[:, -1].clamp(min=1e-300)).any()):
+        return None  # inputs that depend on each other do not tell their weights
+    try:
+        first, second, both = (torch.linalg.solve(g, r) for g, r in (*sums, (gram, right)))
+    except torch.linalg.LinAlgError:  # one half alone does not tell them
+        return None
+    prediction = torch.empty_like(captured)
+    prediction[:, halves[0]] = columns[:, halves[0]] @ second
+    prediction[:, halves[1]] = columns[:, halves[1]] @ first
+    return (first, second, both), prediction
+
+
+@dataclass(frozen=True)
+class ProductLayout:
+    """Layout of a product's weights and of its result."""
+
+    node: Node
+    place: int
+    shape: tuple[int, ...]
+    groups: int
+    unknowns: int
+    """Weights of one output channel."""
+    outputs: int
+    """Output channels of one group."""
+
+    @classmethod
+    def of(cls, segment: Segment, node: Node, place: int, weight: Tensor) -> ProductLayout | None:
+        """Layout of the product whose ``weight`` [outputs, inputs, …] or [rows, columns] is input ``place``; None for
+        weights of other ranks."""
+        shape, declared = tuple(weight.shape), attributes(segment.graph, node)
+        if node.op in ("Conv", "ConvTranspose"):
+            groups = int(declared.get("group", 1))
+            if node.op == "Conv":
+                return cls(node, place, shape, groups, weight[0].numel(), shape[0] // groups)
+            return cls(node, place, shape, groups, shape[0] // groups * weight[0, 0].numel(), shape[1])
+        if weight.dim() != 2:
+            return None
+        by_row = place == 0 or bool(declared.get("transB", 0))
+        return cls(node, place, shape, 1, shape[1] if by_row else shape[0], shape[0] if by_row else shape[1])
+
+    @property
+    def by_row(self) -> bool:
+        """Whether a matrix holds the weights of one output in a row."""
+        return self.place == 0 or any(a.name == "transB" and a.i for a in self.node.proto.attribute)
+
+    def fits(self, segment: Segment) -> bool:
+        """Whether the columns for a segment's result are few enough to hold."""
+        return segment.test.numel() // self.outputs * self.unknowns <= MOST_COLUMNS
+
+    def columns(self, segment: Segment) -> Tensor | None:
+        """[groups, rows, unknowns]: the results with unit vectors for weights, without bias."""
+        k, groups = self.unknowns, self.groups
+        as_often = (groups, *(1,) * (len(self.shape) - 1))
+        if self.node.op == "Conv":
+            units = (
+                torch.eye(k, dtype=torch.float64)
+                .reshape(k, *self.shape[1:])
+                .repeat(groups, *(1,) * (len(self.shape) - 1))
+            )
+        elif self.node.op == "ConvTranspose":
+            inputs, kernel = self.shape[0] // groups, self.shape[2:]
+            units = torch.eye(k, dtype=torch.float64).reshape(inputs, -1, k).mT.reshape(inputs, k, *kernel)
+            units = units.repeat(as_often)
+        else:
+            units = torch.eye(k, dtype=torch.float64)
+        value = self._run(segment, units)
+        return None if value is None else replace(self, outputs=k).flat(value)
+
+    def without_bias(self, segment: Segment) -> Tensor:
+        """The exact result without the bias, of the result's shape, float64."""
+        weight = segment.weight(self.node, self.place)
+        value = self._run(segment, weight) if weight is not None else None
+        return segment.exact if value is None else value
+
+    def _run(self, segment: Segment, weight: Tensor) -> Tensor | None:
+        reads = list(self.node.proto.input[:2])
+        return segment.computed(self.node, inputs={self.place: weight}, reads=reads)
+
+    def flat(self, value: Tensor) -> Tensor:
+        """[groups, rows, outputs] from a result."""
+        axis = -2 if self.place == 0 else 1 if len(self.shape) > 2 or "Conv" in self.node.op else -1
+        rows = value.movedim(axis, -1).reshape(-1, self.groups, self.outputs)
+        return rows.movedim(1, 0)
+
+    def unflat(self, rows: Tensor, like: Tensor) -> Tensor:
+        """The inverse of ``flat``, in the shape of ``like``."""
+        axis = -2 if self.place == 0 else 1 if len(self.shape) > 2 or "Conv" in self.node.op else -1
+        moved = like.movedim(axis, -1).shape
+        return rows.movedim(0, 1).reshape(moved).movedim(-1, axis)
+
+    def theta_of(self, weight: Tensor) -> Tensor:
+        """[groups, unknowns, outputs] from the weight in the node's layout, float64."""
+        if self.node.op == "Conv":
+            return weight.reshape(self.groups, self.outputs, self.unknowns).mT
+        if self.node.op == "ConvTranspose":
+            inputs = self.shape[0] // self.groups
+            parts = weight.reshape(self.groups, inputs, self.outputs, -1).mT
+            return parts.reshape(self.groups, self.unknowns, self.outputs)
+        return (weight.T if self.by_row else weight)[None]
+
+    def weight_of(self, theta: Tensor) -> Tensor:
+        """The weight in the node's layout from [groups, unknowns, outputs]."""
+        if self.node.op == "Conv":
+            return theta.mT.reshape(self.shape)
+        if self.node.op == "ConvTranspose":
+            inputs, kernel = self.shape[0] // self.groups, self.shape[2:]
+            parts = theta.reshape(self.groups, inputs, -1, self.outputs).mT
+            return parts.reshape(self.groups * inputs, self.outputs, *kernel)
+        return theta[0].T if self.by_row else theta[0]
+
+
+def _places(segment: Segment, node: Node) -> tuple[int | None, int | None] | None:
+    """Places of the constants that scale and that are added, in a node that does no more with them."""
+    if node.op in SCALE_AND_OFFSET:
+        scale, offset = SCALE_AND_OFFSET[node.op]
+        has_offset = offset is not None and segment.weight(node, offset) is not None
+        return (scale, offset if has_offset else None) if segment.weight(node, scale) is not None else None
+    role = ARITHMETIC.get(node.op)
+    constant = [p for p in (0, 1) if (w := segment.weight(node, p)) is not None and w.numel() > 1]
+    if role is None or len(constant) != 1 or (node.op in ("Div", "PRelu") and constant[0] == 0):
+        return None
+    return (None, constant[0]) if role == "offset" else (constant[0], None)
+
+
+def _elementwise(segment: Segment, node: Node, scale: int | None, offset: int | None) -> FittedConstants | None:
+    """Scale and offset of each element of the constants, by two sums over the elements that they meet."""
+    places = [p for p in (scale, offset) if p is not None]
+    weights = {p: w for p in places if (w := segment.weight(node, p)) is not None}
+    shape = next(iter(weights.values())).shape
+    if any(w.shape != shape for w in weights.values()):
+        return None
+
+    def with_constants(values: dict[int, float]) -> Tensor | None:
+        return segment.edited(node, inputs={p: torch.full(shape, v, dtype=torch.float64) for p, v in values.items()})
+
+    start = with_constants(dict.fromkeys(places, 1.0 if node.op == "Div" else 0.0))
+    if start is None:
+        return None
+    bases = []
+    for place in places:
+        other = 0.5 if node.op == "Div" else 1.0
+        moved = with_constants({p: other if p == place else 0.0 for p in places})
+        if moved is None:
+            return None
+        bases.append(moved - start)
+    of = _met(segment, node, shape)
+    if of is None:
+        return None
+    count = int(of.max()) + 1
+    if segment.test.numel() // 2 < 2 * len(bases) * count:
+        return None
+    columns = torch.stack([b.flatten() for b in bases], -1)
+    captured = (segment.test - start).flatten()
+    halves = _dealt_out(of)
+    sums = [_sums(columns[rows], captured[rows], of[rows], count) for rows in halves]
+    first, second, both = (_solved(*s) for s in (*sums, tuple(a + b for a, b in zip(*sums, strict=True))))
+    prediction = torch.empty_like(captured)
+    prediction[halves[0]] = (columns[halves[0]] * second[of[halves[0]]]).sum(-1)
+    prediction[halves[1]] = (columns[halves[1]] * first[of[halves[1]]]).sum(-1)
+    tensors, deviations = {}, {}
+    for i, place in enumerate(places):
+        fits = [t[:, i] for t in (first, second, both)]
+        if node.op == "Div":
+            fits = [1 / (1 + f) for f in fits]
+        tensors[place] = fits[2].reshape(shape)
+        deviations[place] = ((fits[0] - fits[1]).abs() / 2).reshape(shape)
+    value = start + prediction.reshape(start.shape)
+    return FittedConstants(node, tensors, deviations, value, count * len(bases))
+
+
+def _met(segment: Segment, node: Node, shape: Sequence[int]) -> Tensor | None:
+    """For every element of the result the element of the constant that it meets, flat."""
+    index = torch.arange(torch.Size(shape).numel()).reshape(tuple(shape))
+    if node.op in ("BatchNormalization", "GroupNormalization", "InstanceNormalization"):
+        index = index.reshape(-1, *(1,) * (segment.test.dim() - 2))
+    try:
+        return index.expand_as(segment.test).flatten()
+    except RuntimeError:
+        return None
+
+
+def _sums(columns: Tensor, captured: Tensor, of: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    k = columns.shape[-1]
+    gram = torch.zeros(count, k, k, dtype=torch.float64).index_add_(0, of, columns[:, :, None] * columns[:, None, :])
+    right = torch.zeros(count, k, dtype=torch.float64).index_add_(0, of, columns * captured[:, None])
+    return gram, right
+
+
+def _solved(gram: Tensor, right: Tensor) -> Tensor:
+    return (torch.linalg.pinv(gram, rtol=1e-12, hermitian=True) @ right[..., None])[..., 0]

@@ -1,0 +1,114 @@
+"""Constants rearranged, or with slices that are zero, scaled or exchanged, where no fit can tell them: by trying.
+
+The layer is computed with every change of the constant as a whole. Then each slice is left out in turn: those without
+which the result moves where the error lies are tried as zero, scaled, and exchanged with one another. That needs no
+linearity, so it holds for recurrent layers, whose gates' rows are slices of their weights.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from cp_debug.bisect.causes.base import Candidate, cause
+from cp_debug.bisect.causes.constant_changes import Change, cause_of, constants_of, rearranged
+from cp_debug.bisect.causes.linear_parts import fit
+from cp_debug.bisect.causes.segment import Segment
+from cp_debug.bisect.causes.single_numbers import search
+from cp_debug.graph.graph import Node
+
+MOST_WORK = 1 << 27
+"""Elements of results and inputs that are computed for one constant's slices."""
+BLOCKS = 64
+"""Parts of a longer axis that are left out as a whole first; the best of them slice by slice."""
+BEST_BLOCKS = 3
+SUSPECTS = 12
+"""Slices of an axis that are exchanged with one another."""
+TENDS = 0.8
+"""Cosine between the error and the effect of leaving a slice out, from which a factor on it is searched for."""
+_FIX = "compare the weights of {layers} in both programs: layout, checkpoint, order of gates"
+
+
+@cause(costly=True, structural=True)
+def as_a_whole(segment: Segment) -> Iterator[Candidate]:
+    """Candidates: each constant rearranged, negated or zero."""
+    for node in segment.nodes:
+        for place, own in constants_of(segment, node).items():
+            for change in rearranged(own):
+                yield from _tried(segment, node, place, change)
+
+
+@cause(costly=True)
+def slices(segment: Segment) -> Iterator[Candidate]:
+    """Candidates: slices of a constant that are zero, scaled or exchanged."""
+    if segment.strange or not segment.introduced or segment.test.shape != segment.exact.shape:
+        return
+    for node in segment.nodes:
+        if fit(segment, node) is not None:  # which tells all of them at once
+            continue
+        for place, own in constants_of(segment, node, 3).items():
+            for axis in range(own.dim()):
+                for candidate in _of_axis(segment, node, place, own, axis) if own.shape[axis] > 2 else ():
+                    settled = segment.explained(candidate.value)[1] <= segment.expected
+                    yield candidate
+                    if settled:
+                        return
+
+
+def _of_axis(segment: Segment, node: Node, place: int, own: Tensor, axis: int) -> Iterator[Candidate]:
+    count = own.shape[axis]
+    work = segment.test.numel() + sum(int(torch.as_tensor(v).numel()) for v in segment.given.values())
+    in_blocks = count > 4 * BLOCKS
+    singles = BLOCKS + BEST_BLOCKS * -(-count // BLOCKS) if in_blocks else count
+    if (singles + SUSPECTS**2 // 2) * work > MOST_WORK:
+        return
+
+    def without(places: list[int]) -> Tensor | None:
+        value = own.clone()
+        value.index_fill_(axis, torch.tensor(places), 0.0)
+        return segment.edited(node, inputs={place: value})
+
+    def tends(places: list[int]) -> float:
+        value = without(places)
+        return 0.0 if value is None else abs(_cosine(segment, value - segment.exact))
+
+    among = list(range(count))
+    if in_blocks:
+        blocks = sorted((among[i::BLOCKS] for i in range(BLOCKS)), key=tends, reverse=True)
+        among = [i for block in blocks[:BEST_BLOCKS] for i in block]
+    scores = {i: tends([i]) for i in among}
+    suspects = sorted(among, key=scores.__getitem__, reverse=True)[:SUSPECTS]
+    best = suspects[0]
+
+    def times(number: float) -> Tensor:
+        return own * torch.ones_like(own).index_fill(axis, torch.tensor([best]), number)
+
+    of_best = {"axis": axis, "channels": [best]}
+    zero = Change("channels-zero", f"slice {best} of axis {axis} is zero", times(0.0), 1, of_best)
+    yield from _tried(segment, node, place, zero)
+    if scores[best] > TENDS:
+        found = search(segment, 1.0, lambda number: segment.edited(node, inputs={place: times(number)}))
+        if found is not None:
+            says = f"slice {best} of axis {axis} × {found[0]:.6g}"
+            yield from _tried(segment, node, place, Change("channels-scaled", says, times(found[0]), 1, of_best))
+    for i, j in itertools.combinations(sorted(suspects), 2):
+        order = torch.arange(count)
+        order[[i, j]] = order[[j, i]]
+        says = f"slices {i} and {j} of axis {axis} are exchanged"
+        exchanged = Change("permuted", says, own.index_select(axis, order), 2, {"axis": axis, "channels": [i, j]})
+        yield from _tried(segment, node, place, exchanged)
+
+
+def _tried(segment: Segment, node: Node, place: int, change: Change) -> Iterator[Candidate]:
+    if (value := segment.edited(node, inputs={place: change.value})) is not None:
+        name, says, evidence = cause_of(change, node, place)
+        yield Candidate(name, says, value, change.parameters, evidence, _FIX)
+
+
+def _cosine(segment: Segment, change: Tensor) -> float:
+    change = torch.where(segment.finite, change, 0.0)
+    norm = float(torch.linalg.vector_norm(change)) * segment.introduced
+    return float((change * segment.error).sum()) / norm if norm else 0.0
