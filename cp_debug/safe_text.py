@@ -65,6 +65,12 @@ def markdown(text: str) -> str:
     return escape(_MARKDOWN.sub(r"\\\1", one_line(text)), quote=False)
 
 
+def code_span(text: str) -> str:
+    """The text as Markdown's code, in one line; its own backticks are apostrophes."""
+    inside = one_line(text).replace("`", "'")
+    return f"`{inside}`"
+
+
 def csv_cell(value: Any) -> Any:
     """A cell that no spreadsheet takes for a formula: such text gets an apostrophe before it; numbers stay."""
     if not isinstance(value, str):

@@ -89,7 +89,7 @@ def _usable_streams() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115, for the whole process
     columns = os.environ.get("COLUMNS", "")
-    if columns.isdigit() and not 0 < int(columns[:9]) < WIDEST:
+    if columns.isdigit() and not (columns.isdecimal() and 0 < int(columns[:9]) < WIDEST):
         del os.environ["COLUMNS"]
 
 

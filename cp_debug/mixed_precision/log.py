@@ -76,6 +76,9 @@ class TrialLog:
                     if trial.measured.figures and "rel_l2" not in trial.measured.figures:
                         raise ValueError("a trial lacks the figure rel_l2")
                     self.trials[trial.emulated, trial.nodes] = trial
+            named = [set(t.measured.figures) for t in self.trials.values() if t.measured.figures]
+            if others := [names for names in named if names != named[0]]:
+                raise ValueError(f"one trial has the figures {sorted(named[0])}, another {sorted(others[0])}")
         except (InputError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"--log: {path} is not the log of a search ({error}); give another file") from None
         if different:

@@ -11,6 +11,7 @@ from cp_debug.reports.bundle.shrink import OnText, Shrinker
 from cp_debug.reports.bundle.verify import Verifier
 from cp_debug.reports.bundle.write import write_bundle
 from cp_debug.reports.saved import SavedResult
+from cp_debug.safe_text import code_span
 
 SHRINKING = 120.0
 """Seconds for making a case smaller. A run on TensorRT is a build: of a region of many nodes there are few, or none."""
@@ -62,7 +63,7 @@ def _changes(before: Case, after: Case) -> list[str]:
     for name, array in after.inputs.items():
         old = before.inputs[name]
         if old.shape != array.shape:
-            lines.append(f"`{name}`: cut from {list(old.shape)} to {list(array.shape)}")
+            lines.append(f"{code_span(name)}: cut from {list(old.shape)} to {list(array.shape)}")
         elif old.tobytes() != array.tobytes():
-            lines.append(f"`{name}`: elements set to zero or rounded")
+            lines.append(f"{code_span(name)}: elements set to zero or rounded")
     return lines

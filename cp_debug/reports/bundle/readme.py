@@ -14,6 +14,7 @@ from cp_debug.reports.bundle.accused import Accused
 from cp_debug.reports.bundle.case import Case
 from cp_debug.reports.bundle.verify import Measured
 from cp_debug.reports.numbers import number, share
+from cp_debug.safe_text import code_span
 
 FILES = {
     "model.onnx": "what the backend runs",
@@ -69,15 +70,16 @@ def readme(
     if polygraphy:
         lines += ["The same with Polygraphy:", "", "```", polygraphy, "```", ""]
     lines += ["## What fails", "", *_table(("output", "shape", "introduced", "expected", "excess", "verdict"), [
-        (f"`{name}`", _shape(o.exact), *_figures(o.replay), o.judgement.verdict)
+        (code_span(name), _shape(o.exact), *_figures(o.replay), o.judgement.verdict)
         for name, o in measured.items()
     ])]  # fmt: skip
     lines += ["", "Relative L2 norms; *expected* is what the declared precision must introduce.", ""]
-    nodes = [(f"`{n.name}`", n.op_type, _attributes(n)) for n in case.program.model.graph.node]
+    nodes = [(code_span(n.name), n.op_type, _attributes(n)) for n in case.program.model.graph.node]
     lines += _table(("node", "operator", "attributes"), nodes)
     lines += ["", "## Where it comes from", "", *_table(("", ""), [
         ("model", accused.model),
-        ("layer", f"`{row.name}` ({row.op}), value `{row.onnx}` of component `{row.component}`"),
+        ("layer", f"{code_span(row.name)} ({row.op}), value {code_span(row.onnx)} of component "
+                  f"{code_span(row.component)}"),
         ("backends", f"{accused.backend.spec}, found in a comparison with {_others(accused)}"),
         ("divergence there", f"max {number(row.stats.max_abs)}, relative L2 {number(row.stats.rel_l2)}"),
         ("introduced, expected, excess", ", ".join(_figures(row.replay))),
@@ -85,7 +87,7 @@ def readme(
         ("share of the final divergence", "–" if row.share is None else share(row.share)),
     ])]  # fmt: skip
     lines += ["", "## Inputs", "", *_table(("input", "type", "shape", "not zero", "origin"), [
-        (f"`{n}`", str(a.dtype), _shape(a), str(np.count_nonzero(a)), "computed in FP32 from captured values"
+        (code_span(n), str(a.dtype), _shape(a), str(np.count_nonzero(a)), "computed in FP32 from captured values"
          if n in case.computed else "captured")
         for n, a in case.inputs.items()
     ])]  # fmt: skip
