@@ -22,6 +22,7 @@ MANY = {"--samples", "--batches"}
 """Counts of samples that would be made up; that of --calib-samples is asked for by INT8 backends alone."""
 BASES = {
     ("compare",): ["a", "b"],
+    ("diff",): ["a", "b"],
     ("quantize", "ptq"): [NOWHERE, "-o", "out"],
     ("quantize", "qat"): ["centerpoint:tiny", "--from", NOWHERE, "-o", "out"],
     ("export",): [NOWHERE, "-o", "out"],

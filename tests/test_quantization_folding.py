@@ -44,7 +44,8 @@ def folded(module: nn.Module, *args: Tensor) -> nn.Module:
     with torch.no_grad():
         expected, found = module(*args), made(*args)
     for a, b in zip(flatten_outputs(expected).values(), flatten_outputs(found).values(), strict=True):
-        assert (a - b).norm() <= 1e-5 * a.norm()
+        # Statistics of about 1 that cancel leave their own last places: a result of 0.006 was off by 2e-7.
+        assert (a - b).norm() <= 1e-5 * a.norm() + 1e-6 * a.numel() ** 0.5
     assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
     return made
 
