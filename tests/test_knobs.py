@@ -31,8 +31,19 @@ def names(knobs: OptimizerBlame) -> set[str]:
     return {culprit.optimizer for culprit in knobs.responsible}
 
 
-def quantized(path: Path) -> Path:
-    """Two convolutions with INT8 activations and weights and a float bias, as PTQ tools leave it: ``x`` to ``y``."""
+def quantized(
+    path: Path,
+    *,
+    largest: int = 127,
+    weight: float = 0.003,
+    data: float = 3 / 127,
+    bias: float = 0.1,
+    y: float = 8 / 127,
+) -> Path:
+    """Two convolutions with INT8 activations and weights and a float bias, as PTQ tools leave it: ``x`` to ``y``.
+
+    ``largest`` is the largest level of a weight; ``weight``, ``data``, ``y`` are scales; ``bias`` is the biases' size.
+    """
     net = NetBuilder(0)
     zero = net.weight(np.array(0, np.int8))
 
@@ -41,12 +52,12 @@ def quantized(path: Path) -> Path:
         return net.op("DequantizeLinear", net.op("QuantizeLinear", x, s, zero), s, zero)
 
     def conv(x: str, name: str) -> str:
-        w = net.weight(net.rng.integers(-127, 128, (8, 8, 3, 3), dtype=np.int8))
-        weight = net.op("DequantizeLinear", w, net.weight(np.array(0.003, np.float32)), zero)
-        bias = net.weight((net.rng.standard_normal(8) * 0.1).astype(np.float32))
-        return net.op("Conv", pair(x, 3 / 127), weight, bias, kernel_shape=[3, 3], pads=[1] * 4, name=name)
+        w = net.weight(net.rng.integers(-largest, largest + 1, (8, 8, 3, 3), dtype=np.int8))
+        weights = net.op("DequantizeLinear", w, net.weight(np.array(weight, np.float32)), zero)
+        biases = net.weight((net.rng.standard_normal(8) * bias).astype(np.float32))
+        return net.op("Conv", pair(x, data), weights, biases, kernel_shape=[3, 3], pads=[1] * 4, name=name)
 
-    net.op("Identity", pair(conv(net.op("Relu", conv("x", "first")), "second"), 8 / 127), name="y")
+    net.op("Identity", pair(conv(net.op("Relu", conv("x", "first")), "second"), y), name="y")
     return net.save(path, {"x": (1, [1, 8, 16, 16])}, ["y"])
 
 

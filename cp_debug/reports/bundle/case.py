@@ -52,11 +52,17 @@ class Case:
 
 
 class Cutter:
-    """Cuts cases out of the accused program."""
+    """Cuts cases out of the accused program.
+
+    ``compares_layer`` says whether the accused value is an output also where nodes of the cut read it: that shows what
+    the ends do not, and can hide a fault of a kernel that fuses the layer with its readers.
+    """
 
     def __init__(self, accused: Accused) -> None:
         self._accused = accused
         self.graph = accused.program
+        self.compares_layer = False
+        self.value = next((v for v, name in accused.names.items() if name == accused.row.onnx), None)
         captured = set(accused.capture.names(component=accused.row.component))
         self._known = {v for v, name in accused.names.items() if name in captured}
         self._executor = Executor(self.graph, FP32)
@@ -67,10 +73,9 @@ class Cutter:
 
         Raises InputError when the program does not compute it.
         """
-        value = next((v for v, name in self._accused.names.items() if name == self._accused.row.onnx), None)
-        if value not in self.graph.producer:
+        if self.value not in self.graph.producer:
             raise InputError(f"--layer: {self._accused.row.name!r} is an input of the program; no node computes it")
-        nodes, _ = self.graph.segment([value], self._known)
+        nodes, _ = self.graph.segment([self.value], self._known)
         return [node.index for node in nodes]
 
     def grow(self, nodes: Iterable[int], hops: int) -> list[int]:
@@ -83,7 +88,7 @@ class Cutter:
         return sorted(grown)
 
     def case(self, indices: Iterable[int]) -> Case:
-        """The nodes as a case; values that they compute and do not read themselves are compared.
+        """The nodes as a case; values that they compute and do not read themselves are compared (``compares_layer``).
 
         Raises InputError when nothing can be compared with the reference, or an input is neither captured nor can be
         computed.
@@ -92,9 +97,8 @@ class Cutter:
         computed = [o for node in nodes for o in node.outputs]
         values_read = {name for node in nodes for name in node.inputs}
         names = self._accused.names
-        outputs = {
-            o: names[o] for o in computed if o not in values_read and names.get(o) in self._accused.reference.producer
-        }
+        inner = values_read - {self.value} if self.compares_layer else values_read
+        outputs = {o: names[o] for o in computed if o not in inner and names.get(o) in self._accused.reference.producer}
         if not outputs:
             raise InputError("the nodes compute nothing that the reference computes, too")
         ends = values_read - set(computed) - set(self.graph.initializers)

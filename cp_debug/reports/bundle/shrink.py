@@ -45,22 +45,24 @@ class Shrinker:
     def find(self, layer: list[int]) -> list[int]:
         """The first cut around ``layer`` that fails: the layer alone, then with neighbours 1, 3, 7, … edges away.
 
-        Raises InputError when none does, up to the whole component.
+        Each is tried as it is, then with the layer's own value among its outputs, where neighbours read that. Raises
+        InputError when none does, up to the whole component.
         """
         nodes, hops, reasons = layer, 1, []
         while True:
             self.on_text(f"does it fail with {len(nodes)} node(s)?")
-            begun = time.monotonic()
-            try:
-                measured = self.verifier.measure(self.cutter.case(nodes))
-                self._longest = time.monotonic() - begun
-                if fails(measured):
-                    self.needed = MARGIN * strength(measured)
-                    self._end = time.monotonic() + self.seconds
-                    return nodes
-                reasons.append(f"{len(nodes)} node(s): {_innocent(measured)}")
-            except InputError as error:
-                reasons.append(f"{len(nodes)} node(s): {error}")
+            for self.cutter.compares_layer in (False, True) if len(nodes) > len(layer) else (False,):
+                begun = time.monotonic()
+                try:
+                    measured = self.verifier.measure(self.cutter.case(nodes))
+                    self._longest = time.monotonic() - begun
+                    if fails(measured):
+                        self.needed = MARGIN * strength(measured)
+                        self._end = time.monotonic() + self.seconds
+                        return nodes
+                    reasons.append(f"{len(nodes)} node(s): {_innocent(measured)}")
+                except InputError as error:
+                    reasons.append(f"{len(nodes)} node(s): {error}")
             grown = self.cutter.grow(nodes, hops)
             if grown == nodes:
                 lines = [*reasons[:2], "…", reasons[-1]] if len(reasons) > 3 else reasons
