@@ -43,7 +43,7 @@ def pair(tmp_path: Path) -> tuple[str, Path]:
     """A module, and its weights in a file whose inputs and outputs are called otherwise."""
     import torch
 
-    source = tmp_path / "nets.py"
+    source = tmp_path / "measured_net.py"
     source.write_text(MODULE)
     scope: dict[str, object] = {}
     exec(MODULE, scope)
