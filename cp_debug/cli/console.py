@@ -116,6 +116,7 @@ def show_usage(error: Any) -> None:
 
 def show_anywhere() -> None:
     """Let stdout and stderr take every character: those that their encoding lacks are written in ASCII."""
+    _usable_streams()
     codecs.register_error(_PLAIN, _plainly)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):

@@ -163,8 +163,9 @@ def _histogram(reference_values: np.ndarray, test_values: np.ndarray) -> Canvas 
     if low == high:
         low, high = low - 0.5, high + 0.5
     try:
-        counts = [np.histogram(side, BINS, (low, high))[0] for side in sides]
-    except ValueError:  # too few numbers lie between the ends for as many bins, or the range is infinite
+        with np.errstate(over="ignore", invalid="ignore"):
+            counts = [np.histogram(side.astype(np.float64), BINS, (low, high))[0] for side in sides]
+    except (ValueError, IndexError):  # too few numbers lie between the ends for as many bins, or the range is infinite
         return None
     left, right, bottom, top = _plot()
     x = Scale(low, high, left, right)
