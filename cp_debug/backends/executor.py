@@ -226,6 +226,8 @@ class Executor:
             place = f"{self.graph.path}: node {node.name!r} ({node.op}): "
             raise Endless(f"{place}{str(error).removeprefix(f'{self.graph.path}: ')}") from error
         except Exception as error:
+            if KERNELS.get(node.op) is None and not self._reference.knows(node):
+                raise NodeFailed(f"{self.graph.path}: no implementation of {node.op} (node {node.name!r})") from error
             given = f" on ({', '.join(_describe(i) for i in inputs)})" if inputs else ""
             raise NodeFailed(
                 f"{self.graph.path}: node {node.name!r} ({node.op}) failed{given}: {_first_line(error)}"
