@@ -227,7 +227,8 @@ class Executor:
             raise Endless(f"{place}{str(error).removeprefix(f'{self.graph.path}: ')}") from error
         except Exception as error:
             if KERNELS.get(node.op) is None and not self._reference.knows(node):
-                raise NodeFailed(f"{self.graph.path}: no implementation of {node.op} (node {node.name!r})") from error
+                place = f"{self.graph.path}: node {node.name!r} ({node.op})"
+                raise NodeFailed(f"{place}: nothing here implements it") from error
             given = f" on ({', '.join(_describe(i) for i in inputs)})" if inputs else ""
             raise NodeFailed(
                 f"{self.graph.path}: node {node.name!r} ({node.op}) failed{given}: {_first_line(error)}"
