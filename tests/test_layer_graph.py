@@ -20,8 +20,8 @@ from cp_debug.bisect.result import GUILTY
 from cp_debug.reports.layer_graph import (
     LIBRARIES,
     MOST_MEMBERS,
+    FoldedLayers,
     GraphLayer,
-    Group,
     fold,
     graph_data,
     json_script,
@@ -42,7 +42,7 @@ def layer(path: str, row: Any) -> GraphLayer:
     return GraphLayer(("net", path), row, tuple(modules), label)
 
 
-def outline(members: list[Group | GraphLayer]) -> list[Any]:
+def outline(members: list[FoldedLayers | GraphLayer]) -> list[Any]:
     return [m.label if isinstance(m, GraphLayer) else {m.label: outline(m.members)} for m in members]
 
 
@@ -95,11 +95,11 @@ def test_no_group_has_more_members_than_can_be_read(saved: SavedResult, count: i
     row = saved.result.tests[0].rows[1]
     members = fold([layer(f"layer_{i}", row) for i in range(count)])
 
-    def longest(of: list[Group | GraphLayer]) -> int:
-        return max([len(of), *(longest(m.members) for m in of if isinstance(m, Group))])
+    def longest(of: list[FoldedLayers | GraphLayer]) -> int:
+        return max([len(of), *(longest(m.members) for m in of if isinstance(m, FoldedLayers))])
 
     assert longest(members) <= MOST_MEMBERS
-    labels = [each.label for m in members for each in (m.layers() if isinstance(m, Group) else [m])]
+    labels = [each.label for m in members for each in (m.layers() if isinstance(m, FoldedLayers) else [m])]
     assert labels == [f"layer_{i}" for i in range(count)]
 
 

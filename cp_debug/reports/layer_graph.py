@@ -47,16 +47,16 @@ class GraphLayer:
 
 
 @dataclass
-class Group:
+class FoldedLayers:
     """Layers that fold into one node: a module, or a run of layers."""
 
     label: str
-    members: list[Group | GraphLayer] = field(default_factory=list)
+    members: list[FoldedLayers | GraphLayer] = field(default_factory=list)
 
     def layers(self) -> Iterator[GraphLayer]:
         """The layers inside, in execution order."""
         for member in self.members:
-            if isinstance(member, Group):
+            if isinstance(member, FoldedLayers):
                 yield from member.layers()
             else:
                 yield member
@@ -106,12 +106,12 @@ def licences() -> dict[str, str]:
     return {name: (VENDOR / f"{name}.LICENSE").read_text(encoding="utf-8") for name in LIBRARIES}
 
 
-def fold(layers: Sequence[GraphLayer]) -> list[Group | GraphLayer]:
+def fold(layers: Sequence[GraphLayer]) -> list[FoldedLayers | GraphLayer]:
     """The layers as a forest of modules; modules that hold one thing are left out, long lists are cut into runs."""
     return [_shorter(member) for member in _runs(_forest(layers, 0))]
 
 
-def _forest(layers: Sequence[GraphLayer], depth: int) -> list[Group | GraphLayer]:
+def _forest(layers: Sequence[GraphLayer], depth: int) -> list[FoldedLayers | GraphLayer]:
     """Members in the order of their first layers."""
     found: dict[str, list[GraphLayer]] = {}
     members: list[tuple[str, GraphLayer | None]] = []
@@ -123,22 +123,22 @@ def _forest(layers: Sequence[GraphLayer], depth: int) -> list[Group | GraphLayer
         if name not in found:
             members.append((name, None))
         found.setdefault(name, []).append(layer)
-    return [layer or Group(name, _forest(found[name], depth + 1)) for name, layer in members]
+    return [layer or FoldedLayers(name, _forest(found[name], depth + 1)) for name, layer in members]
 
 
-def _shorter(member: Group | GraphLayer) -> Group | GraphLayer:
+def _shorter(member: FoldedLayers | GraphLayer) -> FoldedLayers | GraphLayer:
     """The member without groups that hold one thing: their names are put together."""
     if isinstance(member, GraphLayer):
         return member
     if len(member.members) == 1:
         (only,) = member.members
-        if isinstance(only, Group):
-            return _shorter(Group(f"{member.label}.{only.label}", only.members))
+        if isinstance(only, FoldedLayers):
+            return _shorter(FoldedLayers(f"{member.label}.{only.label}", only.members))
         return GraphLayer(only.key, only.row, only.path, member.label)
-    return Group(member.label, [_shorter(each) for each in _runs(member.members)])
+    return FoldedLayers(member.label, [_shorter(each) for each in _runs(member.members)])
 
 
-def _runs(members: list[Group | GraphLayer]) -> list[Group | GraphLayer]:
+def _runs(members: list[FoldedLayers | GraphLayer]) -> list[FoldedLayers | GraphLayer]:
     """At most ``MOST_MEMBERS`` members: neighbours of a longer list taken together."""
     while len(members) > MOST_MEMBERS:
         size = max(2, math.ceil(len(members) / MOST_MEMBERS) if len(members) > MOST_MEMBERS**2 else MOST_MEMBERS // 2)
@@ -146,13 +146,13 @@ def _runs(members: list[Group | GraphLayer]) -> list[Group | GraphLayer]:
     return members
 
 
-def _run(members: list[Group | GraphLayer]) -> Group | GraphLayer:
+def _run(members: list[FoldedLayers | GraphLayer]) -> FoldedLayers | GraphLayer:
     if len(members) == 1:
         return members[0]
-    return Group(f"{_label(members[0])} … {_label(members[-1], last=True)}", members)
+    return FoldedLayers(f"{_label(members[0])} … {_label(members[-1], last=True)}", members)
 
 
-def _label(member: Group | GraphLayer, *, last: bool = False) -> str:
+def _label(member: FoldedLayers | GraphLayer, *, last: bool = False) -> str:
     if isinstance(member, GraphLayer):
         return member.label
     return member.label.split(" … ")[-1 if last else 0]
@@ -205,7 +205,7 @@ def _edges(graphs: dict[str, Graph], rows: dict[Key, LayerRow]) -> Iterator[tupl
 
 
 def _number(
-    members: Sequence[Group | GraphLayer],
+    members: Sequence[FoldedLayers | GraphLayer],
     parent: int,
     groups: list[tuple[str, int]],
     parents: list[int],
