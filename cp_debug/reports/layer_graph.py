@@ -40,7 +40,7 @@ class GraphLayer:
 
     key: Key
     row: LayerRow
-    """Its row of the first test that has one."""
+    """Row of the first test that compared the layer."""
     path: tuple[str, ...]
     """Modules that hold it, outermost first."""
     label: str
@@ -63,7 +63,7 @@ class FoldedLayers:
 
 
 def graph_data(saved: SavedResult, anchors: Sequence[str]) -> dict[str, Any] | None:
-    """What the page's script draws; None where the ONNX files of the result are not there or cannot be read.
+    """Layers, folds, edges and figures for the page's script; None where the ONNX files of the result are not there or cannot be read.
 
     ``anchors`` begin the ids of the tests' table rows. Numbers that JSON lacks are the strings NaN and Infinity.
     """
