@@ -63,7 +63,7 @@ class FoldedLayers:
 
 
 def graph_data(saved: SavedResult, anchors: Sequence[str]) -> dict[str, Any] | None:
-    """Layers, folds, edges and figures for the page's script; None where the ONNX files of the result are not there or cannot be read.
+    """Layers, folds, edges and figures for the page's script; None without the ONNX files of the result.
 
     ``anchors`` begin the ids of the tests' table rows. Numbers that JSON lacks are the strings NaN and Infinity.
     """
