@@ -31,7 +31,7 @@ class NarrowOptions:
     element: Literal["e4m3", "e5m2"] = "e4m3"
     """Elements of FP8 and MXFP8."""
     granularity: Literal["tensor", "channel", "block"] = "tensor"
-    """Values that share a scale in FP8: a tensor, a row or output channel, or a block: 1×128 of data, 128×128 of weights."""
+    """Values that share a scale in FP8: a tensor, a row or output channel, or a block (1×128 data, 128×128 weights)."""
     significant: int | None = None
     """Significant bits of the running sum; None: FP32."""
     half_sum: bool = False
