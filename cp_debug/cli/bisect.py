@@ -63,7 +63,9 @@ def bisect(
     other: Annotated[
         Path | None, typer.Argument(metavar="[TEST_MODEL]", help="A second .onnx file, as --test-model.")
     ] = None,
-    backends: Annotated[str, typer.Option("--backends", "-b", help="Reference first, then the tests.")] = "torch,ort",
+    backends: Annotated[
+        str, typer.Option("--backends", "-b", help="Reference first, then the tests: ort,emu-fp8:block:acc=fp22.")
+    ] = "torch,ort",
     test_model: Annotated[
         Path | None, typer.Option(help="Another .onnx for the tests (a folder, for several components).")
     ] = None,
@@ -142,6 +144,8 @@ def bisect(
     refuse(("test_model", "other", "test_checkpoint", "samples", "knobs", "maps"), unless=not dumped, why=why)
     if dumped and backends == "torch,ort":
         backends = "ort"
+    if dumped and "," in backends:
+        raise InputError(f"--backends: {backends!r}; with --test-tensors as the test expected the reference alone")
     specs = [BackendSpec.parse(backends)] if dumped else parse_backends(backends, repeats=differs)
     tests = specs[1:]
     engines.check(specs)
@@ -207,6 +211,7 @@ def bisect(
                 backends,
                 test_tensors,
                 tensors_precision,
+                channels_last=tensors_layout is DumpLayout.nhwc,
                 inputs_given=inputs is not None,
             )
             opened_backends = [*opened_backends, dump]

@@ -6,7 +6,8 @@ import codecs
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from json import dumps
@@ -14,7 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.segment import Segment
 from rich.text import Text
 
@@ -168,16 +178,58 @@ def show_document(parts: Iterable[RenderableType], document: Mapping[str, Any], 
         write_text(text, None if json == "-" else Path(json))
 
 
+class TimeLeft:
+    """Says at growing distances how long a job still takes: progress for logs and pipes, where no bar is drawn.
+
+    Only of a job that has done ``ENOUGH`` steps in ``FIRST`` seconds or more and has as many seconds left: fewer steps
+    say little of the others. The next line comes after twice as long, so that a job of a day has a dozen.
+    """
+
+    FIRST = 10.0
+    ENOUGH = 5
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._begun = self._next = 0.0
+        self._start = self._done = self._total = -1
+
+    def said(self, text: str, done: int, total: int) -> str | None:
+        """The line for a job that has done ``done`` of ``total`` steps; None: nothing to say yet."""
+        now = self._clock()
+        if total != self._total or done < self._done or self._start < 0:
+            self._begun, self._next, self._start, self._total = now, now + self.FIRST, done, total
+        self._done = done
+        if now < self._next or done < self._start + self.ENOUGH:
+            return None
+        each = (now - self._begun) / (done - self._start)
+        if (left := each * (total - done)) < self.FIRST:
+            return None
+        self._next = self._begun + 2 * (now - self._begun)
+        return f"{text}: {done} of {total}, {each:.2g} s each, about {span(left)} left at this pace"
+
+
+def span(seconds: float) -> str:
+    """A duration as people say it: ``50 s``, ``12 min``, ``3.5 h``, ``12 days``."""
+    for size, name in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.2g} {name}" if seconds < 10 * size else f"{seconds / size:,.0f} {name}"
+    return f"{seconds:.0f} s"
+
+
 class Steps:
-    """Reports the steps of a long job to a progress bar."""
+    """Reports the steps of a long job: to a progress bar, or where none is drawn in lines now and then."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._task = progress.add_task("", total=None)
         self._builds: dict[str, TaskID] = {}
+        self._left = None if progress.console.is_terminal else TimeLeft()
 
     def __call__(self, text: str, done: int, total: int) -> None:
         self._progress.update(self._task, description=text, completed=done, total=total)
+        if self._left is not None and (line := self._left.said(text, done, total)):
+            with suppress(OSError):
+                errors.print(line, soft_wrap=True)
         while self._builds:
             self._progress.remove_task(self._builds.popitem()[1])
 
@@ -192,13 +244,15 @@ class Steps:
 
 @contextmanager
 def steps() -> Iterator[Steps]:
-    """A progress bar on stderr while the block runs; nothing is drawn when stderr is not a terminal."""
+    """A progress bar on stderr while the block runs, with the time that is left; ``TimeLeft`` without a terminal."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
-        BarColumn(),
+        BarColumn(20),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
     )
     with Progress(*columns, console=errors, transient=True) as progress:
         yield Steps(progress)

@@ -35,7 +35,7 @@ class KeptLayer:
 
 @dataclass(frozen=True, repr=False)
 class MixedPrecisionResult(JsonForm, Shown):
-    """The smallest set of layers to keep in higher precision, as far as it was found."""
+    """Layers to keep in higher precision: the smallest set that was tried and holds."""
 
     model: str
     reference: str
