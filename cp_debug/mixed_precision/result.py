@@ -30,7 +30,7 @@ class KeptLayer(JsonForm):
 
 @dataclass(frozen=True, repr=False)
 class MixedPrecisionResult(JsonForm, Shown):
-    """The smallest set of layers to keep in higher precision, as far as it was found."""
+    """Layers to keep in higher precision: the smallest set that was tried and holds."""
 
     model: str
     reference: str
