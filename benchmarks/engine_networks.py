@@ -497,7 +497,7 @@ def attend() -> Made:
 
 @network
 def fpn() -> Made:
-    """Backbone with a feature pyramid: lateral 1×1, nearest and transposed upsampling, heads. Kept aside for judging."""
+    """Backbone with a feature pyramid: lateral 1×1, both kinds of upsampling, heads. Kept aside for judging."""
 
     class Fpn(nn.Module):
         def __init__(self) -> None:

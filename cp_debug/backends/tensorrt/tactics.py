@@ -4,7 +4,8 @@ The newer kernels carry their types in the name as ``<in><out>_<multiplied as><a
 ``f16f16_f16f16_f16`` multiplies FP16 and accumulates in FP16, ``f16f16_f16f32_f32`` accumulates in FP32,
 ``f32f32_tf32f32_f32`` multiplies TF32, ``i8f32_i8i32_f32`` reads INT8 and writes FP32. Winograd kernels leave the third
 out (``wngd_f32f32_f32_f32``), and so do products by a vector (``gemvx_f16f16_f32_f32``). Older kernels say
-``h884``/``h1688``/``h16816`` (FP16 accumulation) or ``s…`` (FP32), those without tensor cores ``…_fused_conv_act_fp32_…_Accfloat`` and ``…_FP32FP32FP32NCHW_…``.
+``h884``/``h1688``/``h16816`` (FP16 accumulation) or ``s…`` (FP32), those without tensor cores
+``…_fused_conv_act_fp32_…_Accfloat`` and ``…_FP32FP32FP32NCHW_…``.
 """
 
 from __future__ import annotations
