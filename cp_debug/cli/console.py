@@ -11,13 +11,14 @@ from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.segment import Segment
 from rich.text import Text
 
+from cp_debug.cli.plain_steps import PlainSteps
 from cp_debug.safe_text import message, visible
 
 if TYPE_CHECKING:
@@ -104,6 +105,12 @@ def show_error(text: str) -> None:
         errors.print(Text.assemble(("error:", "bold red"), f" {message(text)}"), soft_wrap=True)
 
 
+def show_notes(notes: Iterable[str]) -> None:
+    """Remarks about the user's files, on stderr, a line each."""
+    for note in notes:
+        _say(f"note: {message(note)}")
+
+
 def show_usage(error: Any) -> None:
     """Print why the command line was refused, and where the help is."""
     context = getattr(error, "ctx", None)
@@ -168,7 +175,17 @@ def show_document(parts: Iterable[RenderableType], document: Mapping[str, Any], 
         write_text(text, None if json == "-" else Path(json))
 
 
-class Steps:
+class Steps(Protocol):
+    """Whatever hears of the steps of a long job."""
+
+    def __call__(self, text: str, done: int, total: int) -> None:
+        """Step number ``done`` of ``total`` begins."""
+
+    def on_event(self, event: Mapping[str, Any]) -> None:
+        """An event of TensorRT's runner."""
+
+
+class BarSteps:
     """Reports the steps of a long job to a progress bar."""
 
     def __init__(self, progress: Progress) -> None:
@@ -192,7 +209,11 @@ class Steps:
 
 @contextmanager
 def steps() -> Iterator[Steps]:
-    """A progress bar on stderr while the block runs; nothing is drawn when stderr is not a terminal."""
+    """A progress bar on stderr while the block runs; where stderr is no terminal, a line now and then."""
+    if not errors.is_terminal:
+        with PlainSteps(_say).running() as plain:
+            yield plain
+        return
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
@@ -201,4 +222,9 @@ def steps() -> Iterator[Steps]:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=errors, transient=True) as progress:
-        yield Steps(progress)
+        yield BarSteps(progress)
+
+
+def _say(text: str) -> None:
+    with suppress(OSError, ValueError):  # stderr can be full, or closed
+        errors.print(Text(text), soft_wrap=True)
