@@ -116,6 +116,7 @@ def centerpoint() -> nn.Module:
     return build_model(get_config("nus-pillar02"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("exporter", "folded"), KINDS)
 def test_centerpoint_is_accounted_for(tmp_path: Path, centerpoint: nn.Module, exporter: str, folded: bool) -> None:
     options = {"exporter": exporter, "folded": folded}

@@ -16,7 +16,7 @@ from onnx import numpy_helper
 import cp_debug
 
 
-@pytest.mark.parametrize("order", ["", "reversed"])
+@pytest.mark.parametrize("order", ["", pytest.param("reversed", marks=pytest.mark.slow)])
 def test_a_name_is_the_same_the_second_time(order: str) -> None:
     """In a fresh process: an import in between must not put a folder in the place of a function."""
     code = f"""

@@ -101,7 +101,7 @@ def test_ctrl_c_says_so_and_is_no_verdict() -> None:
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("arguments", ["demo", "doctor --json"])
+@pytest.mark.parametrize("arguments", ["demo", pytest.param("doctor --json", marks=pytest.mark.slow)])
 def test_a_reader_that_has_gone_is_no_verdict(arguments: str) -> None:
     command = f"{sys.executable} -m cp_debug {arguments} | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)

@@ -114,7 +114,9 @@ def test_a_limit_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, text: 
         onnx_runtime.loop_seconds()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_onnx_runtime_in_the_middle(tmp_path: Path, number: int, code: int) -> None:
     temporary = tmp_path / "tmp"
     temporary.mkdir()

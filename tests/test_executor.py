@@ -61,6 +61,7 @@ def conv_net(folder: Path) -> Graph:
     return graph(folder, CONV_NET, weights | {"var": random(32, seed=7) ** 2 + 0.5})
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
 def test_onnx_operator_tests(tmp_path: Path) -> None:
     """Every case of ONNX's own test-suite whose operators all have a kernel."""

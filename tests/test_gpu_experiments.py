@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from gpu_experiments import Series, Step, chosen, experiments
 
@@ -15,6 +17,7 @@ def python(name: str, code: str, limit: float = 20.0) -> Step:
     return Step(name, [sys.executable, "-c", code], limit)
 
 
+@pytest.mark.slow
 def test_a_failed_step_is_noted_and_the_next_one_runs(tmp_path: Path) -> None:
     hanging = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('interrupted')"
     steps = [python("fails", "raise SystemExit('no such thing')"), python("hangs", hanging, 5.0), python("runs", "1")]

@@ -65,6 +65,7 @@ def test_a_kept_node_computes_in_fp32_and_the_others_do_not(tmp_path: Path) -> N
     assert all(row.replay.introduced > 1e-3 for row in others)
 
 
+@pytest.mark.slow
 def test_layers_are_kept_by_their_names_in_the_tables() -> None:
     layer = "pts_backbone.blocks.0.1"
     backends = [create(BackendSpec.parse("torch")), kept("emu-bf16", layer)]

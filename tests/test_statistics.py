@@ -263,6 +263,7 @@ def test_cuda_tensors_are_reduced_where_they_lie(dtype: torch.dtype) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_kernel_works_where_nothing_may_be_written(tmp_path: Path) -> None:
     """Where numba finds no folder for its cache, the kernel is compiled without one."""
     code = """

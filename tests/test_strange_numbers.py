@@ -169,7 +169,11 @@ def test_odd_clouds_get_a_remark(tmp_path: Path, points: np.ndarray, said: list[
 
 @pytest.mark.parametrize(
     "argv",
-    [["check"], ["predict", "--precision", "fp16"], ["verify", "--no-explain", "--scenario", "torch,ort"]],
+    [
+        pytest.param(["check"], marks=pytest.mark.slow),
+        pytest.param(["predict", "--precision", "fp16"], marks=pytest.mark.slow),
+        ["verify", "--no-explain", "--scenario", "torch,ort"],
+    ],
 )
 def test_every_command_remarks_on_an_empty_cloud(tmp_path: Path, argv: list[str]) -> None:
     np.save(tmp_path / "cloud.npy", np.zeros((0, 5), np.float32))
@@ -179,6 +183,7 @@ def test_every_command_remarks_on_an_empty_cloud(tmp_path: Path, argv: list[str]
     assert "the cloud is empty" in " ".join(text.split())
 
 
+@pytest.mark.slow
 def test_an_evaluation_remarks_on_empty_clouds_and_on_outputs_that_are_not_finite() -> None:
     model = CenterPointModel("tiny")
     (scene,) = model.samples(1, 0, None)

@@ -237,6 +237,7 @@ def test_a_scheduler_that_stays_away_and_the_same_command_again(
     assert sweep(tasks, path, client).ran == 8 - done
 
 
+@pytest.mark.slow
 def test_interrupted_as_by_the_keyboard(tmp_path: Path, client: Client) -> None:
     """Ctrl-C goes to the workers too; the log stays usable."""
     script = (

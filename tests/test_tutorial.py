@@ -25,9 +25,8 @@ PAGE = tutorial.PAGE.read_text(encoding="utf-8")
 SECTIONS = [tutorial.blocks(section) for section in PAGE.split("\n## ")[1:]]
 
 
-@pytest.mark.parametrize(
-    "commands", [pytest.param(s, marks=[] if "growing" in s[0][0] else pytest.mark.slow) for s in SECTIONS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("commands", SECTIONS)
 def test_a_section_still_holds(tmp_path: Path, commands: list[tuple[str, list[str]]]) -> None:
     tutorial.write_files(PAGE, tmp_path)
     for command, lines in commands:

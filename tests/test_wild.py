@@ -45,6 +45,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_runner_logs_each_case_once(zoo: Path, tmp_path: Path) -> None:
     """A healthy network is clean, the fault is named exactly with its cause, a broken file is an error of its own; what
     is in the log is not run again."""
