@@ -82,8 +82,8 @@ def deploy_log(file: Path | None, level: LogLevel | None) -> Iterator[DeployLog]
         logger.error("%s", error)
         raise
     finally:
-        for handler in logger.handlers:
-            handler.close()
+        for opened in logger.handlers:
+            opened.close()
 
 
 class _Console(logging.Handler):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cp_debug.deploy.awml_schema import AwmlConfig, AwmlQuantization, idle_keys
+from cp_debug.deploy.awml_schema import AwmlConfig, AwmlQuantization, Framework, idle_keys
 from cp_debug.deploy.literals import read_literals
 from cp_debug.deploy.schema import VARIANTS, validate
 from cp_debug.errors import InputError
@@ -42,9 +42,9 @@ def _check_kind(settings: Mapping[str, Any], path: Path) -> None:
             f"{path}: a configuration of mmdeploy{task}{runtime}, which says how mmdeploy exports; expected AWML's "
             "deploy_config.py or this project's YAML or TOML (`cpdebug bisect` takes the ONNX file that mmdeploy wrote)"
         )
-    task = settings.get("task_type")
-    if isinstance(task, str) and task != "detection3d":
-        raise InputError(f"{path}: a deployment of another task: task_type is {task!r}; expected 'detection3d'")
+    kind = settings.get("task_type")
+    if isinstance(kind, str) and kind != "detection3d":
+        raise InputError(f"{path}: a deployment of another task: task_type is {kind!r}; expected 'detection3d'")
     if "ann_file" in _mapping(settings.get("runtime_io")):
         raise InputError(
             f"{path}: a deployment of another task: runtime_io.ann_file names annotations of images; expected "
@@ -173,16 +173,17 @@ def _folders(awml: AwmlConfig) -> tuple[dict[str, str | None], list[str]]:
     }
     exists = {"onnx": mode in ("trt", "none"), "tensorrt": mode in ("onnx", "none")}
     folders, idle = {"onnx": awml.export.onnx_path, "tensorrt": None}, []
-    for framework, key in (("onnx", "model_dir"), ("tensorrt", "engine_dir")):
-        backend = awml.evaluation.backends.get(framework)  # type: ignore[call-overload]
+    keys: dict[Framework, str] = {"onnx": "model_dir", "tensorrt": "engine_dir"}
+    for framework, key in keys.items():
+        backend = awml.evaluation.backends.get(framework)
         folder = getattr(backend, key, None)
-        if folder is None or not backend.enabled or Path(folder) == written[framework]:
+        if backend is None or folder is None or not backend.enabled or Path(folder) == written[framework]:
             continue
         if exists[framework] and folders[framework] is None:
             folders[framework] = folder
         else:
             idle.append(f"evaluation.backends.{framework}.{key}")
-    idle += [f"evaluation.models.{f}" for f in ("onnx", "tensorrt") if awml.evaluation.models.get(f)]  # type: ignore[call-overload]
+    idle += [f"evaluation.models.{f}" for f in keys if awml.evaluation.models.get(f)]
     return folders, idle
 
 
