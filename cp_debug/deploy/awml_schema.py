@@ -197,7 +197,7 @@ class Verification(Section):
     scenarios: dict[Mode, list[AwmlScenario] | None] | None = None
 
 
-class Calibration(Section):
+class AwmlCalibration(Section):
     """Calibration as the first INT8 files have it; the least squared error is that of the outputs here."""
 
     num_batches: int | None = Field(default=None, ge=1)
@@ -212,7 +212,7 @@ class Fusion(Section):
     fuse_bn: Literal[True] = True
 
 
-class Precision(Section):
+class AwmlPrecision(Section):
     """Precisions of parts; what is INT8 here begins at the first layer, and outputs are never quantized."""
 
     default_input: Literal["int8"] = "int8"
@@ -261,9 +261,9 @@ class AwmlQuantization(Section):
     disable_recipes: IdleAnything = None
     ptq_checkpoint: IdleFlag = None
     calib_cache_path: IdleText = None
-    calibration: Calibration = Calibration()
+    calibration: AwmlCalibration = AwmlCalibration()
     fusion: Fusion = Fusion()
-    precision: Precision = Precision()
+    precision: AwmlPrecision = AwmlPrecision()
     ptq: Ptq | None = None
     qat: IdleAnything = None
 
