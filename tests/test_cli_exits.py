@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import signal
 import subprocess
@@ -215,18 +216,63 @@ def test_memory_that_torch_cannot_get_is_told_in_words() -> None:
     assert done.stderr.strip() == "error: out of memory: this asks for more than the machine has"
 
 
-_ALWAYS = """
---json --csv --html --output --save --log --predictions --plot --junit --onnx --backends --backend
---scenario --map --checkpoint --inputs --samples --level --rtol --atol --precision --target --goal --device
---tolerance --max-abs --layer --redact --seconds --force --format --fresh --opset --simplify
---rot-y-axis-reference --quantized --activations --replay --knobs --test-model --test-tensors --budget
---range --min-points --max-drop --warmup --repeats --batch --workers --cluster --retry-failed --by --auto
---draws --all --cache --no-cache --early-stop --interval --lr --resume --scenes --val-scenes --val-data
---from --method --batches --data --calib-data --explain --skip-layers --exporter --unfolded --patience
---shape --factor --voxels --onnx-dir --model --seed --epochs --steps
-"""
-ALWAYS = set(_ALWAYS.split())
-"""Options that act, or are refused by what they name, wherever they are; the others need something beside them."""
+WRITES = {"--output", "--json", "--csv", "--html", "--junit", "--plot", "--onnx", "--predictions", "--save", "--log"}
+"""Options that name what is written."""
+ACTS = {
+    "--samples": "so many are made up or read; fewer than asked for are noted",
+    "--seed": "inputs, draws or orders are made from it; refused where none are (below)",
+    "--level": "which tables are shown",
+    "--all": "how many rows are shown",
+    "--format": "what report writes",
+    "--rtol": "the verdict's tolerance",
+    "--atol": "the verdict's tolerance",
+    "--max-abs": "the verdict's limit",
+    "--max-drop": "the verdict's limit",
+    "--factor": "from where on diff calls a value worse",
+    "--replay": "whether introduced errors are measured",
+    "--oracle": "the arithmetic of the replay; refused without it (above)",
+    "--explain": "whether causes are sought; refused where nothing judges (above)",
+    "--knobs": "another search, refused on runtimes without optimizers",
+    "--activations": "what check runs",
+    "--force": "compares captures of different models",
+    "--redact": "what bundle writes",
+    "--seconds": "how long bundle makes it smaller",
+    "--fresh": "deploy forgets finished stages",
+    "--overwrite": "replaces an earlier output; refused without one that is named (below)",
+    "--exporter": "how torch modules become ONNX; refused where nothing is exported (above)",
+    "--unfolded": "how torch modules become ONNX; refused where nothing is exported (above)",
+    "--opset": "how torch modules become ONNX; refused where nothing is exported (below)",
+    "--simplify": "what export writes",
+    "--rot-y-axis-reference": "the head's outputs; refused for all but CenterPoint",
+    "--warmup": "passes of bench",
+    "--repeats": "passes of bench",
+    "--batch": "clouds at once; refused for models without batches",
+    "--min-points": "which boxes count",
+    "--draws": "draws of the intervals",
+    "--auto": "which layers sensitivity puts into --output",
+    "--by": "what a sweep is split into",
+    "--workers": "processes of a sweep",
+    "--retry-failed": "tasks of a sweep's log",
+    "--method": "how quantize finds scales; refused beside scales that are given (above)",
+    "--batches": "samples of calibration; refused beside scales that are given (above)",
+    "--scenes": "scenes of fine-tuning",
+    "--val-scenes": "scenes of fine-tuning",
+    "--epochs": "length of fine-tuning",
+    "--steps": "length of fine-tuning; refused beside --epochs (above)",
+    "--interval": "steps of fine-tuning between validations",
+    "--patience": "when fine-tuning ends",
+    "--early-stop": "when fine-tuning ends",
+    "--lr": "rate of fine-tuning",
+    "--resume": "fine-tuning goes on; refused without a state",
+}
+"""Numbers, switches and choices that act wherever they are, and on what; the others need something beside them."""
+ACTS_OF = {
+    ("search", "--max-builds"): "trials on an emulator count, too",
+    ("sweep search", "--max-builds"): "trials on an emulator count, too",
+    ("sweep sensitivity", "--calib-samples"): "INT8 is what it is about",
+    ("sweep sensitivity", "--calib-method"): "INT8 is what it is about",
+    ("import", "--layout"): "how the tensors are read",
+}
 BESIDE = {
     "bisect": "NET -b ort,ort-all",
     "capture": "NET -b ort -o out",
@@ -235,6 +281,7 @@ BESIDE = {
     "verify": "NET -s ort,emu-fp16",
     "eval": "centerpoint:tiny -b ort,emu-fp16",
     "sweep bisect": "NET -b ort,emu-fp16",
+    "sweep search": "NET -b ort,emu-fp16",
     "sweep eval": "centerpoint:tiny -b ort,emu-fp16",
     "sweep sensitivity": "centerpoint:tiny --from q",
     "quantize sensitivity": "centerpoint:tiny --from q",
@@ -242,21 +289,29 @@ BESIDE = {
     "quantize ptq": "NET -o out",
     "check": "NET",
     "predict": "NET",
+    "export": "centerpoint:tiny -o out",
 }
-"""Command → arguments beside which its remaining options do nothing."""
-ACTS = {
-    ("bisect", "--oracle"),
-    ("capture", "--overwrite"),
-    ("search", "--max-builds"),
-    ("sweep search", "--max-builds"),
+"""Command → arguments beside which its options name something, or do nothing."""
+ELSEWHERE = {
+    "build": "asks for TensorRT first (tests/test_trt_backend.py)",
+    "deploy": "its options overrule a file (tests/test_deploy_config.py)",
+    "bundle": "reads a result first (tests/test_bundle.py)",
+    "compare": "reads captures first (tests/test_capture.py)",
+    "import": "reads a dump first (tests/test_import_dump.py)",
 }
-"""Remaining options that act all the same; commands that are not in ``BESIDE`` are about engines or files."""
-VALUES = {"int": "4", "float": "60", "Path": "x.npz", "list": "x", "str": "1", "DumpLayout": "nhwc", "Method": "mse"}
-VALUES |= {"ImageLayoutFlag": "nhwc", "Probes": "all", "CalibratorChoice": "entropy"}
+READ_FIRST = {("quantize sensitivity", "--skip-layers"), ("quantize qat", "--val-data")}
+READ_FIRST |= {("sweep sensitivity", option) for option in ("--data", "--cluster", "--from")}
+"""Options of which the checkpoint of --from decides whether they do something."""
+TO_STDOUT = {("doctor", "--json"), ("check", "--json")}
+VALUES = {"int": "4", "float": "60", "Path": "nowhere/x.npz", "list": "nonsense", "str": "nonsense"}
+VALUES |= {"DumpLayout": "nhwc", "Method": "mse", "ImageLayoutFlag": "nhwc", "Probes": "all"}
+VALUES |= {"CalibratorChoice": "entropy", "PrecisionPolicy": "fp16"}
+NAMES = ("Path", "list", "str")
+"""Kinds of values that name something: nonsense is never accepted."""
 
 
-def remaining_options() -> list[tuple[str, str, str]]:
-    """(command, option, kind of its value) of every option of the parser that is not in ``ALWAYS``."""
+def options_of_the_parser() -> list[tuple[str, str, str]]:
+    """(command, option, kind of its value) of every option of the parser that writes nothing."""
     found: list[tuple[str, str, str]] = []
 
     def collect(command: object, words: tuple[str, ...]) -> None:
@@ -264,7 +319,7 @@ def remaining_options() -> list[tuple[str, str, str]]:
             collect(child, (*words, name))
         for option in [] if hasattr(command, "commands") else getattr(command, "params", []):
             flag = max(option.opts, key=len)
-            if option.param_type_name == "option" and flag not in ALWAYS and option.name != "help":
+            if option.param_type_name == "option" and flag not in WRITES and option.name != "help":
                 found.append((" ".join(words), flag, "" if option.is_flag else _kind(option)))
 
     collect(get_command(app), ())
@@ -273,34 +328,56 @@ def remaining_options() -> list[tuple[str, str, str]]:
 
 def _kind(option: Any) -> str:
     annotation = option.type_descriptor.annotation if hasattr(option, "type_descriptor") else option.type.name
-    return getattr(annotation, "__name__", str(annotation))
+    kind = getattr(annotation, "__name__", str(annotation))
+    return "list" if kind.startswith("list") else kind
 
 
+OPTIONS = options_of_the_parser()
 REMAINING = [
     (command, option, kind)
-    for command, option, kind in remaining_options()
-    if command in BESIDE and (command, option) not in ACTS
+    for command, option, kind in OPTIONS
+    if kind in NAMES or not (option in ACTS or (command, option) in ACTS_OF)
+    if (command, option) not in READ_FIRST and command not in ELSEWHERE and (command, option) not in TO_STDOUT
 ]
 
 
 def test_the_remaining_options_are_found() -> None:
-    assert len(REMAINING) > 50
+    assert len(REMAINING) > 150
     assert ("bisect", "--workspace", "int") in REMAINING
-    assert ("sweep bisect", "--calib-samples", "int") in REMAINING
+    assert ("verify", "--onnx-dir", "Path") in REMAINING
+    assert {command for command, _, _ in REMAINING} == BESIDE.keys()
+
+
+def test_every_reason_is_that_of_an_option() -> None:
+    assert {option for _, option, kind in OPTIONS if kind not in NAMES} >= ACTS.keys()
+    assert {(command, option) for command, option, _ in OPTIONS} >= ACTS_OF.keys()
 
 
 @pytest.mark.parametrize(("command", "option", "kind"), REMAINING, ids=lambda value: str(value))
 def test_every_option_of_the_parser_is_refused_where_it_would_do_nothing(
     command: str, option: str, kind: str, net: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A new option belongs to ``ALWAYS``, or is refused beside arguments with which it does nothing."""
+    """A new option names something, acts for a reason (``ACTS``), or is refused where it does nothing."""
     monkeypatch.chdir(tmp_path)
     beside = [str(net) if part == "NET" else part for part in BESIDE[command].split()]
     code, text = run(*command.split(), *beside, option, *([VALUES[kind]] if kind else []))
-    assert code == 2
-    assert option in text
-    assert "would do nothing" in text
+    assert code == (3 if text.startswith("backend 'nonsense'") else 2)
+    if kind in NAMES:
+        assert option in text or VALUES[kind] in text
+    else:
+        assert option in text
+        assert "would do nothing" in text
     assert not list(tmp_path.iterdir())
+
+
+def test_every_parameter_of_a_command_is_used() -> None:
+    """What is only refused, and then forgotten, would do nothing where it is accepted."""
+    for file in sorted((Path(cp_debug.__file__).parent / "cli").glob("*.py")):
+        for function in ast.walk(ast.parse(file.read_text())):
+            if isinstance(function, ast.FunctionDef) and not function.name.startswith("_") and file.name != "main.py":
+                names = {part.id for part in ast.walk(function) if isinstance(part, ast.Name)}
+                arguments = {argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)} - {"self"}
+                assert arguments <= names, (file.name, function.name, arguments - names)
 
 
 def test_a_seed_is_refused_where_nothing_is_made_up(net: Path, tmp_path: Path) -> None:
@@ -328,3 +405,29 @@ def test_a_terminal_of_no_width_shows_all(columns: str) -> None:
     environment = {**os.environ, "COLUMNS": columns}
     told = subprocess.run([sys.executable, "-m", "cp_debug", "models"], capture_output=True, text=True, env=environment)
     assert "centerpoint:tiny" in told.stdout
+
+
+def test_a_long_job_says_in_a_log_what_it_will_still_take() -> None:
+    from cp_debug.cli.console import TimeLeft
+
+    now = 0.0
+    left = TimeLeft(lambda: now)
+    said = []
+    for step in range(3000):
+        if line := left.said("fine-tuning", step, 100_000):
+            said.append((step, line))
+        now += 0.5
+    assert said[0] == (20, "fine-tuning: 20 of 100000, 0.5 s each, about 14 h left at this pace")
+    assert [step for step, _ in said] == [20 * 2**power for power in range(8)]
+    assert left.said("other", 0, 6) is None
+    now += 60
+    assert left.said("other", 4, 6) is None
+    assert left.said("other", 5, 6) == "other: 5 of 6, 12 s each, about 12 s left at this pace"
+    assert left.said("other", 6, 6) is None
+
+
+def test_a_duration_is_told_as_people_do() -> None:
+    from cp_debug.cli.console import span
+
+    said = [span(s) for s in (3.2, 119, 120, 5000, 4e4, 2e5, 1e9)]
+    assert said == ["3 s", "119 s", "2 min", "83 min", "11 h", "2.3 days", "11,574 days"]

@@ -137,6 +137,14 @@ def test_channels_last_is_recognized_and_offered_never_applied(path: Path) -> No
     assert result.tests[0].compared == result.tests[0].total
 
 
+def test_the_command_reads_channels_last_where_it_is_told(path: Path, tmp_path: Path) -> None:
+    values, _ = computed(path)
+    last = {key: np.moveaxis(array, 1, -1) if array.ndim == 4 else array for key, array in values.items()}
+    command = ["bisect", str(path), "--test-tensors", str(as_npy(last, tmp_path / "dump"))]
+    assert CliRunner().invoke(app, [*command, "--tensors-layout", "nhwc"]).exit_code == 0
+    assert "--tensors-layout nhwc" in str(CliRunner().invoke(app, command).exception)
+
+
 def test_another_shape_is_a_finding(path: Path) -> None:
     values, name = computed(path)
     values[name] = values[name][:, :, :-1]

@@ -78,3 +78,29 @@ def test_onnx_runtime_is_silent_where_it_refuses_a_file(folder: Path) -> None:
     assert "\x1b" not in done.stdout + done.stderr
     assert "[E:onnxruntime" not in done.stderr
     assert "[W:onnxruntime" not in done.stderr
+
+
+def test_two_models_are_verified_on_one_backend(tmp_path: Path) -> None:
+    one, other = second_like(tmp_path / "one.onnx", depth=1, size=16), tmp_path / "other.onnx"
+    model = onnx.load(str(one))
+    weight = next(t for t in model.graph.initializer if len(t.dims) == 4)
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1.05), weight.name))
+    onnx.save(model, str(other))
+    command = ("verify", one, "-s", "ort", "--samples", "1", "--test-model")
+    assert run(*command, one)[0] == 0
+    code, text = run(*command, other)
+    assert code == 1
+    assert "ort.test" in text
+    assert "guilty" in text
+    code, text = run("verify", one, "-s", "ort,ort", "--samples", "1")
+    assert (code, "names a backend twice" in text) == (2, True)
+
+
+def test_no_weight_in_common_is_said_so() -> None:
+    from cp_debug.programs.weight_differences import WeightDifferences
+
+    assert "all 0" not in WeightDifferences(0, missing=["w"]).says
+    assert (
+        WeightDifferences(0, missing=["w"]).says
+        == "no tensor of one was paired with one of the other; 1 only in the reference"
+    )

@@ -92,3 +92,20 @@ def test_parquet_has_a_row_for_each_row_of_each_record(tmp_path: Path) -> None:
     assert len(table) == sum(i % 4 for i in range(600))
     assert table.value.isna().sum() == sum(bool(i % 4) for i in range(600))
     assert json.loads(table.key.iloc[-1]) == 599
+
+
+def test_a_log_without_a_record_goes_with_the_error(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "log.jsonl"
+    with pytest.raises(InputError), SweepLog(path):
+        raise InputError("bad")
+    assert not list(tmp_path.iterdir())
+    log = SweepLog(path)
+    log.append({"key": "a", "result": 1})
+    with pytest.raises(InputError), log:
+        raise InputError("bad")
+    assert path.is_file()
+    with SweepLog(tmp_path / "kept.jsonl"):
+        pass
+    with pytest.raises(InputError), SweepLog(tmp_path / "kept.jsonl"):
+        raise InputError("bad")
+    assert (tmp_path / "kept.jsonl").is_file()

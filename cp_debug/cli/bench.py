@@ -10,7 +10,7 @@ import typer
 from cp_debug.cli import reading, tensorrt
 from cp_debug.cli.flags import MOST, grouped
 from cp_debug.cli.given import check_configured, check_given
-from cp_debug.cli.typed import refuse
+from cp_debug.cli.typed import refuse, refuse_export_folder
 
 
 @grouped
@@ -64,6 +64,7 @@ def bench(
         on_the_fly = config.quantization is None and any("int8" in spec.name for spec in parsed)
         overrides = {"checkpoint": checkpoint, "data.path": inputs, "tensorrt.python": trt_python}
         config = override(config, {**overrides, "quantization": {"samples": 8} if on_the_fly else None})
+        refuse_export_folder(config.model or "")
         how = files.chosen(config.model or "")
         check_configured(config, batch, reading=how)
         deployment = Deployment(config, source, on_step, how, on_event=on_step.on_event)

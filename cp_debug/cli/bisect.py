@@ -142,6 +142,8 @@ def bisect(
     refuse(("test_model", "other", "test_checkpoint", "samples", "knobs", "maps"), unless=not dumped, why=why)
     if dumped and backends == "torch,ort":
         backends = "ort"
+    if dumped and "," in backends:
+        raise InputError(f"--backends: {backends!r}; with --test-tensors as the test expected the reference alone")
     specs = [BackendSpec.parse(backends)] if dumped else parse_backends(backends, repeats=differs)
     tests = specs[1:]
     engines.check(specs)
@@ -207,6 +209,7 @@ def bisect(
                 backends,
                 test_tensors,
                 tensors_precision,
+                channels_last=tensors_layout is DumpLayout.nhwc,
                 inputs_given=inputs is not None,
             )
             opened_backends = [*opened_backends, dump]

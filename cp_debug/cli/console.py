@@ -6,15 +6,25 @@ import codecs
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.segment import Segment
 from rich.text import Text
 
@@ -175,26 +185,61 @@ def show_document(parts: Iterable[RenderableType], document: Mapping[str, Any], 
         write_text(text, None if json == "-" else Path(json))
 
 
-class Steps(Protocol):
-    """Whatever hears of the steps of a long job."""
+class TimeLeft:
+    """Says at growing distances how long a job still takes: progress for logs and pipes, where no bar is drawn.
 
-    def __call__(self, text: str, done: int, total: int) -> None:
-        """Step number ``done`` of ``total`` begins."""
+    Only of a job that has done ``ENOUGH`` steps in ``FIRST`` seconds or more and has as many seconds left: fewer steps
+    say little of the others. The next line comes after twice as long, so that a job of a day has a dozen.
+    """
 
-    def on_event(self, event: Mapping[str, Any]) -> None:
-        """An event of TensorRT's runner."""
+    FIRST = 10.0
+    ENOUGH = 5
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._begun = self._next = 0.0
+        self._start = self._done = self._total = -1
+
+    def said(self, text: str, done: int, total: int) -> str | None:
+        """The line for a job that has done ``done`` of ``total`` steps; None: nothing to say yet."""
+        now = self._clock()
+        if total != self._total or done < self._done or self._start < 0:
+            self._begun, self._next, self._start, self._total = now, now + self.FIRST, done, total
+        self._done = done
+        if now < self._next or done < self._start + self.ENOUGH:
+            return None
+        each = (now - self._begun) / (done - self._start)
+        if (left := each * (total - done)) < self.FIRST:
+            return None
+        self._next = self._begun + 2 * (now - self._begun)
+        return f"{text}: {done} of {total}, {each:.2g} s each, about {span(left)} left at this pace"
 
 
-class BarSteps:
-    """Reports the steps of a long job to a progress bar."""
+def span(seconds: float) -> str:
+    """A duration as people say it: ``50 s``, ``12 min``, ``3.5 h``, ``12 days``."""
+    for size, name in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.2g} {name}" if seconds < 10 * size else f"{seconds / size:,.0f} {name}"
+    return f"{seconds:.0f} s"
 
-    def __init__(self, progress: Progress) -> None:
+
+class Steps:
+    """Reports the steps of a long job: to a progress bar, or where none is drawn in lines now and then."""
+
+    def __init__(self, progress: Progress, slow: PlainSteps | None = None) -> None:
         self._progress = progress
+        self._slow = slow
         self._task = progress.add_task("", total=None)
         self._builds: dict[str, TaskID] = {}
+        self._left = None if progress.console.is_terminal else TimeLeft()
 
     def __call__(self, text: str, done: int, total: int) -> None:
         self._progress.update(self._task, description=text, completed=done, total=total)
+        if self._slow is not None:
+            self._slow(text, done, total)
+        if self._left is not None and (line := self._left.said(text, done, total)):
+            with suppress(OSError):
+                errors.print(line, soft_wrap=True)
         while self._builds:
             self._progress.remove_task(self._builds.popitem()[1])
 
@@ -202,6 +247,8 @@ class BarSteps:
         """Show the progress of TensorRT's build, where its version tells: a bar a phase."""
         if event["event"] != "progress":
             return
+        if self._slow is not None:
+            self._slow.on_event(event)
         phase, done, total = event["phase"], event["done"], event["steps"]
         task = self._builds.get(phase) or self._builds.setdefault(phase, self._progress.add_task(phase, total=total))
         self._progress.update(task, completed=done, total=total, visible=done < total)
@@ -209,20 +256,25 @@ class BarSteps:
 
 @contextmanager
 def steps() -> Iterator[Steps]:
-    """A progress bar on stderr while the block runs; where stderr is no terminal, a line now and then."""
-    if not errors.is_terminal:
-        with PlainSteps(_say).running() as plain:
-            yield plain
-        return
+    """A progress bar on stderr while the block runs, with the time that is left.
+
+    Without a terminal ``TimeLeft`` speaks of jobs of many steps, ``PlainSteps`` of few long ones.
+    """
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
-        BarColumn(),
+        BarColumn(20),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
     )
     with Progress(*columns, console=errors, transient=True) as progress:
-        yield BarSteps(progress)
+        if progress.console.is_terminal:
+            yield Steps(progress)
+            return
+        with PlainSteps(_say, most=TimeLeft.ENOUGH).running() as slow:
+            yield Steps(progress, slow)
 
 
 def _say(text: str) -> None:

@@ -19,7 +19,7 @@ def import_dump(
     model: Annotated[Path, typer.Option(help="The .onnx file whose values the tensors are.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the capture; new or empty.")],
     precision: Annotated[str, typer.Option(help="Precision in which they were computed.")] = "fp32",
-    layout: Annotated[DumpLayout, typer.Option(help="DumpLayout in which they were dumped.")] = DumpLayout.nchw,
+    layout: Annotated[DumpLayout, typer.Option(help="Layout in which they were dumped.")] = DumpLayout.nchw,
     maps: Annotated[
         list[str] | None, typer.Option("--map", help="VALUE=TENSOR: the name in the graph and in the dump; repeatable.")
     ] = None,

@@ -15,16 +15,20 @@ RAREST = 300.0
 
 
 class PlainSteps:
-    """Says now and then, through ``say``, what a job is at: after ``first`` seconds, then each time twice as rarely."""
+    """Says now and then, through ``say``, what a job is at: after ``first`` seconds, then each time twice as rarely.
 
-    def __init__(self, say: Callable[[str], None], first: float = FIRST) -> None:
-        self._say, self._first = say, first
+    A job of more than ``most`` steps it leaves to others.
+    """
+
+    def __init__(self, say: Callable[[str], None], first: float = FIRST, most: int = 1 << 31) -> None:
+        self._say, self._first, self._most = say, first, most
         self._text = ""
         self._since = time.monotonic()
         self._over = threading.Event()
 
     def __call__(self, text: str, done: int, total: int) -> None:
-        self._text = f"{text} ({done + 1} of {total})" if total > 1 and done < total else text
+        step = f"{text} ({done + 1} of {total})" if total > 1 and done < total else text
+        self._text = step if total <= self._most else ""
 
     def on_event(self, event: Mapping[str, Any]) -> None:
         """Note the phase of TensorRT's build, where its version tells."""

@@ -83,6 +83,11 @@ def refuse_export_flags(models: Iterable[str]) -> None:
     refuse(("exporter", "unfolded"), unless=not onnx, why=f"{', '.join(names)} is exported already")
 
 
+def refuse_export_folder(model: str) -> None:
+    """Refuse --onnx-dir where the model is an ONNX file, which is run itself."""
+    refuse(("onnx_dir",), unless=not model.endswith(".onnx"), why=f"{model} is exported already")
+
+
 def refuse_seed(models: Iterable[str], inputs: object, samples: int = 1) -> None:
     """Refuse --seed where nothing is made up: each model has weights of its own, and ``inputs`` are given, or one
     sample is taken of models that come with an example."""

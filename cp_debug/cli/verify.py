@@ -12,7 +12,7 @@ import typer
 from cp_debug.cli import reading, tensorrt
 from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up, grouped
 from cp_debug.cli.given import check_configured, check_given
-from cp_debug.cli.typed import refuse
+from cp_debug.cli.typed import refuse, refuse_export_folder
 
 if TYPE_CHECKING:
     from cp_debug.deploy.schema import ScenarioConfig
@@ -72,6 +72,7 @@ def verify(
     from cp_debug.deploy.config import override
     from cp_debug.deploy.stages import Deployment, configured
     from cp_debug.files import write_text
+    from cp_debug.recipes.centerpoint.recipe import CenterPointModel
     from cp_debug.reports.verification import render, render_junit
 
     with TemporaryDirectory(prefix="cpdebug-") as scratch, steps() as on_step:
@@ -85,7 +86,7 @@ def verify(
             "verify.samples": samples,
             "verify.tolerances": {**config.verify.tolerances, **parse_tolerances(tolerance or ())},
             "verify.max_abs": max_abs,
-            "verify.scenarios": parse_scenarios(scenario) if scenario else None,
+            "verify.scenarios": parse_scenarios(scenario, repeats=test_model is not None) if scenario else None,
         }
         config = override(config, overrides)
         specs = [
@@ -95,10 +96,13 @@ def verify(
         refuse(("trt_python",), unless=any(spec.startswith("trt") for spec in specs), why=why)
         refuse(("recipe",), unless=config.model != model, why=f"{source} is a model, not a configuration")
         refuse(("maps",), unless=test_model is not None, why="without --test-model both sides run one file")
+        refuse_export_folder(config.model or "")
         check_made_up(config.verify.samples, config.data.path)
         how = files.chosen(config.model or "")
         check_configured(config, config.verify.samples, test_model=test_model, reading=how)
         deployment = Deployment(config, source, on_step, how, on_event=on_step.on_event)
+        why = f"{config.model} makes no voxels here; expected a CenterPoint"
+        refuse(("voxels",), unless=voxels is None or isinstance(deployment.model, CenterPointModel), why=why)
         result = deployment.verify(onnx_dir, test_model=test_model, maps=maps or (), voxels=voxels, explain=explain)
     show_document(render(result), result.to_dict(), json)
     if junit:
@@ -106,17 +110,25 @@ def verify(
     raise typer.Exit(0 if result.passed else 1)
 
 
-def parse_scenarios(texts: Sequence[str]) -> list[ScenarioConfig]:
-    """Parse ``torch@cpu,ort@cpu`` texts as references and tests. Raises InputError for a text that is none."""
+def parse_scenarios(texts: Sequence[str], *, repeats: bool = False) -> list[ScenarioConfig]:
+    """Parse ``torch@cpu,ort@cpu`` texts as references and tests.
+
+    ``repeats``: the test runs another model, so it may run on the reference's backend. Raises InputError for a text
+    that is none.
+    """
+    from dataclasses import replace
+
     from cp_debug.backends.spec import parse_backends
     from cp_debug.deploy.schema import ScenarioConfig
     from cp_debug.errors import InputError
 
     scenarios = []
     for text in texts:
-        if (count := sum(bool(part.strip()) for part in text.split(","))) != 2:
+        count = sum(bool(part.strip()) for part in text.split(","))
+        if count != 2 and not (repeats and count == 1):
             raise InputError(f"--scenario: {text!r} names {count} backend(s); expected REFERENCE,TEST")
-        reference, test = parse_backends(text)
+        reference, test = parse_backends(text, repeats=repeats)
+        test = replace(test, repeated=False)
         scenarios.append(ScenarioConfig(reference=str(reference), test=str(test)))
     return scenarios
 

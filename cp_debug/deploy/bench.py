@@ -73,14 +73,16 @@ def bench(
     """
     benches = []
     for place, backend in enumerate(backends):
-        on_step(f"timing {backend.spec}", place, len(backends))
+        text, passes = f"timing {backend.spec}", warmup + repeats
+        on_step(text, place * passes, len(backends) * passes)
         memory = Memory(backend.device)
         with Pipeline(model, programs, backend) as pipeline:
             timers = {name: timer_of(session, warmup + repeats) for name, session in pipeline.sessions.items()}
             for _ in range(warmup):
                 _one_pass(model, timers, sample)
             timed: dict[str, Latency] = {}
-            for _ in range(repeats):
+            for number in range(repeats):
+                on_step(text, place * passes + warmup + number, len(backends) * passes)
                 seconds = _one_pass(model, timers, sample)
                 seconds[WHOLE] = sum(seconds.values())
                 for part, value in seconds.items():

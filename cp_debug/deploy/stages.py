@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 
 from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.registry import create
-from cp_debug.backends.spec import BackendSpec
+from cp_debug.backends.spec import TEST, BackendSpec
 from cp_debug.deploy.bench import BackendBench, bench
 from cp_debug.deploy.config import load_config
 from cp_debug.deploy.engines import MANIFEST, BuiltEngine, build_engines, check_engines
@@ -244,7 +245,10 @@ class Deployment:
         samples = self.samples(config.samples)
         if folder is None and self.config.export.mode == "onnx":
             self.ensure_files()
-        pairs = [(self.backend(s.reference), self.backend(s.test)) for s in self.config.scenarios()]
+        pairs = [
+            (self.backend(s.reference), self.backend(s.test, repeated=test_model is not None and s.reference == s.test))
+            for s in self.config.scenarios()
+        ]
         if not pairs:
             raise InputError(f"{self.source}: verify.scenarios is empty for export.mode {self.config.export.mode!r}")
         options = VerifyOptions(config.tolerances, config.max_abs, voxels, explain)
@@ -295,13 +299,15 @@ class Deployment:
             checked(self.model), programs, backends, sample, warmup=warmup, repeats=repeats, on_step=self.on_step
         )
 
-    def backend(self, spec: str) -> Backend:
+    def backend(self, spec: str, *, repeated: bool = False) -> Backend:
         """A backend for a spec, made once; those on TensorRT are made as configured.
 
-        Raises InputError for ``torch-int8`` and for a spec that is none.
+        ``repeated``: it runs another model than the reference on the same backend, so it has a name of its own. Raises
+        InputError for ``torch-int8`` and for a spec that is none.
         """
-        if spec not in self._backends:
-            parsed, config = BackendSpec.parse(spec), self.config.tensorrt
+        name = f"{spec}{TEST}" if repeated else spec
+        if name not in self._backends:
+            parsed, config = replace(BackendSpec.parse(spec), repeated=repeated), self.config.tensorrt
             if parsed.name == "torch-int8":
                 raise InputError(f"{self.source}: torch-int8 runs modules, and files are deployed; expected ort-int8")
             options: dict[str, object] = {}
@@ -317,8 +323,8 @@ class Deployment:
                     "profiles": profiles,
                     **self._engine_options,
                 }
-            self._backends[spec] = create(parsed, **options)
-        return self._backends[spec]
+            self._backends[name] = create(parsed, **options)
+        return self._backends[name]
 
     def _prebuilt(self, backend: Backend, programs: Sequence[Program]) -> Backend:
         """The engines of the work folder in place of the backend that builds such ones, once they are found fit."""

@@ -42,6 +42,7 @@ class WeightDifferences:
     """The weights of a test against those of its reference."""
 
     compared: int
+    """Number of tensors that were paired with one of the test."""
     differing: list[Difference] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     """Tensors of the reference without one of this name, or like it, in the test."""
@@ -53,7 +54,8 @@ class WeightDifferences:
     def says(self) -> str:
         """The result in one line: ``12 of 40 tensors differ: layer3.conv2.weight, channel 7 × 1.05; …``."""
         if not self.differing:
-            text = f"all {self.compared} tensors that both have are equal"
+            many = f"all {self.compared} tensors that were paired are equal"
+            text = many if self.compared else "no tensor of one was paired with one of the other"
         else:
             verb = "differs" if len(self.differing) == 1 else "differ"
             shown = "; ".join(d.says for d in self.differing[:SHOWN])

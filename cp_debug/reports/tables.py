@@ -225,7 +225,7 @@ def _verdict_line(test: TestResult) -> Text:
         style = "bold yellow" if test.oracle else "bold red"
         text = Text.assemble(
             (f"✗ {spec}: first divergent layer: {first.name}", style),
-            f" ({first.op}){f': {first.why}' if first.why else ''}, {tolerance}{end}",
+            f"{f' ({first.op})' if first.op else ''}{f': {first.why}' if first.why else ''}, {tolerance}{end}",
         )
         if test.oracle:
             says = f": {test.remainder}" if test.remainder else ""
@@ -245,7 +245,8 @@ def _unpaired(test: TestResult) -> str:
     """The outputs and the number of values that could not be paired with one of the test."""
     missing = sum(len(p.get("missing", ())) for p in test.pairing.values())
     parts = [f"without {', '.join(test.missing_outputs[:MOST_NAMES])}"] if test.missing_outputs else []
-    parts += [f"{missing} values have no counterpart in the test"] if missing else []
+    noun = "value has" if missing == 1 else "values have"
+    parts += [f"{missing} {noun} no counterpart in the test"] if missing else []
     return f" ({'; '.join(parts)})" if parts else ""
 
 

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,14 @@ class SweepLog:
     """The append-only log of a sweep.
 
     Every record is one write at the end of the file, so that whatever dies leaves whole lines but for the last, which
-    is then dropped. The first record with a result counts; later ones with its key are left alone. Raises InputError
-    for a file that is not a log, and for a broken line within one.
+    is then dropped. The first record with a result counts; later ones with its key are left alone. As a context, a log
+    that was made here goes again, with the folders made for it, where an error comes before its first record. Raises
+    InputError for a file that is not a log, and for a broken line within one.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._new = [place for place in (path, *path.parents) if not os.path.lexists(place)]
         make_folder(path.parent)
         if path.exists() and not path.is_dir():
             check_file(path, "log")
@@ -111,8 +114,14 @@ class SweepLog:
     def __enter__(self) -> SweepLog:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: object, *exc: object) -> None:
+        empty = os.fstat(self._file).st_size <= len(_HEADER)
         self.close()
+        if kind is not None and empty and self.path in self._new:
+            with suppress(OSError):  # what else is in a folder stays
+                self.path.unlink()
+                for folder in self._new[1:]:
+                    folder.rmdir()
 
 
 def write_parquet(records: Iterable[Record], flatten: Flatten, columns: Mapping[str, type], target: Path) -> None:

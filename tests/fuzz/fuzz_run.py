@@ -25,6 +25,7 @@ import fuzz_files
 import fuzz_foreign
 import fuzz_harness
 import fuzz_more
+import fuzz_newer
 import fuzz_onnx
 import fuzz_records
 from fuzz_base import Case, Make
@@ -61,6 +62,11 @@ KINDS: dict[str, tuple[Make, int]] = {
     "programs": (fuzz_foreign.programs, 6),
     "plug-ins": (fuzz_foreign.plugins, 2),
     "combined": (fuzz_foreign.combined, 10),
+    "external-data": (fuzz_newer.external_data, 10),
+    "huge": (fuzz_newer.huge, 8),
+    "schema": (fuzz_newer.schema, 8),
+    "saved": (fuzz_newer.saved, 10),
+    "imported": (fuzz_newer.imported, 8),
     "signals": (fuzz_foreign.signals, 3),
 }
 """Name → (generator, how often)."""

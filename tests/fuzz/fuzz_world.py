@@ -117,6 +117,24 @@ class World:
         return self.folder / "result"
 
     @cached_property
+    def documents(self) -> dict[str, Path]:
+        """What each command writes with ``--json``, by the command."""
+        _ = self.files, self.captures
+        commands = {
+            "predict": ["predict", "net.onnx", "--inputs", "x.npz"],
+            "search": ["search", "net.onnx", "-b", "ort,emu-fp16", "--goal", "rel_l2<1e-5"],
+            "verify": ["verify", "net.onnx", "-s", "ort,emu-fp16", "--samples", "1"],
+            "compare": ["compare", "capture-a", "capture-b"],
+            "bench": ["bench", "net.onnx", "-b", "ort", "-n", "1"],
+            "diff": ["diff", "result", "result"],
+        }
+        found = {"bisect": self.result / "result.json"}
+        for name, argv in commands.items():
+            self._must([*argv, "--json", f"{name}.json"])
+            found[name] = self.folder / f"{name}.json"
+        return found
+
+    @cached_property
     def search_log(self) -> Path:
         """The log of a search."""
         _ = self.files
