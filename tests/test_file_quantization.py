@@ -233,3 +233,34 @@ def test_values_of_a_quantized_file_stand_for_their_namesakes() -> None:
         "relu_quantized": "relu",
         "relu": "conv",  # its Relu was left out
     }
+
+
+def test_the_whole_numbers_of_a_fused_softmax_are_no_fault(tmp_path: Path) -> None:
+    """ONNX Runtime's QLinearSoftmax multiplies by 254 where the scale is 1 ÷ 255."""
+
+    def number(name: str, value: object, kind: type) -> onnx.TensorProto:
+        return numpy_helper.from_array(np.asarray(value, kind), name)
+
+    ends = [number("s", 0.1, np.float32), number("z", 0, np.int8)]
+    ends += [number("t", 1 / 255, np.float32), number("w", -128, np.int8)]
+    pairs = [
+        node("QuantizeLinear", ["x", "s", "z"], ["xq"]),
+        node("DequantizeLinear", ["xq", "s", "z"], ["xd"]),
+        node("Softmax", ["xd"], ["soft"], name="softmax", axis=-1),
+        node("QuantizeLinear", ["soft", "t", "w"], ["yq"]),
+        node("DequantizeLinear", ["yq", "t", "w"], ["y"]),
+    ]
+    plain = [node("Softmax", ["x"], ["y"], name="softmax", axis=-1)]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 2])]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 2])]
+    for name, nodes, initializers in (("plain", plain, []), ("quantized", pairs, ends)):
+        graph = helper.make_graph(nodes, "g", inputs, outputs, initializers)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+        onnx.save(model, str(tmp_path / f"{name}.onnx"))
+    np.savez(tmp_path / "x.npz", x=np.array([[9.0, 0.0]], np.float32))
+    options = Options(inputs=tmp_path / "x.npz")
+    (test,) = bisect(
+        str(tmp_path / "plain.onnx"), "ort,ort-all", test_model=tmp_path / "quantized.onnx", options=options
+    ).tests
+    assert test.outputs[0].stats.max_abs > 0.5 / 255
+    assert not test.guilty

@@ -255,3 +255,52 @@ def test_a_pair_of_quantizers_does_not_make_a_quantized_network(net: Path, tmp_p
     (test,) = bisect(str(net), "ort,ort", test_model=tmp_path / "test.onnx").tests
     assert {row.onnx for row in test.guilty} == {"other", "gather"}
     assert {finding.cause for finding in test.findings} >= {"bf16"}
+
+
+@pytest.fixture(scope="module")
+def folded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``x`` [1, 8, 12, 12]: Conv, BatchNormalization and Relu, which ONNX Runtime makes one node, and a Clip."""
+    made = NetBuilder(6)
+    kernel = made.weight((made.rng.standard_normal((16, 8, 3, 3)) * 0.2).astype(np.float32))
+    x = made.op("Conv", "x", kernel, pads=[1] * 4, name="conv")
+    made.op("Relu", made.batch_norm(x, 16), name="relu")
+    made.op("Clip", "x", made.weight(np.float32(0.0), "least"), made.weight(np.float32(1.2), "most"), name="clip")
+    return made.save(tmp_path_factory.mktemp("folded") / "net.onnx", {"x": (1, [1, 8, 12, 12])}, ["relu", "clip"])
+
+
+@pytest.mark.parametrize(
+    ("edit", "cause"),
+    [
+        (constant("conv", 1, lambda a: a * (1 + 0.05 * (np.arange(16) == 5)[:, None, None, None])), "channels-scaled"),
+        (constant("conv", 1, lambda a: a * 1.05), "weights-scaled"),
+        (constant("batchnormalization_1", 3, np.zeros_like), "batchnorm-statistics"),
+        (constant("clip", 2, lambda a: a * 0.6), "attribute"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["ort-none", "ort-all"])
+def test_a_fused_layer_is_told_by_the_graphs_as_they_were_written(
+    folded: Path, tmp_path: Path, edit: Edit, cause: str, backend: str
+) -> None:
+    model = onnx.load(str(folded))
+    edit(model.graph)
+    onnx.save(model, str(tmp_path / "test.onnx"))
+    (test,) = bisect(str(folded), f"ort,{backend}", test_model=tmp_path / "test.onnx").tests
+    assert len(test.guilty) == 1
+    assert [finding.cause for finding in test.findings] == [cause]
+
+
+def test_a_scale_that_a_mask_has_ruined_is_too_coarse(tmp_path: Path) -> None:
+    nets = {}
+    for name in ("reference", "test"):
+        made = NetBuilder(7)
+        hidden = np.triu(np.full((6, 6), np.finfo(np.float32).min, np.float32), 1)
+        scores = made.op("Add", "x", made.weight(hidden, "mask"), name="scores")
+        if name == "test":
+            ends = made.weight(np.float32(2.68e36), "scale"), made.weight(np.int8(0), "zero")
+            scores = made.op("DequantizeLinear", made.op("QuantizeLinear", scores, *ends, name="levels"), *ends)
+        made.op("Softmax", scores, axis=-1, name="softmax")
+        nets[name] = made.save(tmp_path / f"{name}.onnx", {"x": (1, [1, 4, 6, 6])}, ["softmax"])
+    (test,) = bisect(str(nets["reference"]), "ort,ort", test_model=nets["test"]).tests
+    assert [row.onnx for row in test.guilty] == ["softmax"]
+    assert test.findings[0].cause == "int8-coarse"
+    assert "2.68e+36" in test.findings[0].says

@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from .cases import TRUE
 from .networks import base
 
 Record = dict[str, Any]
@@ -27,6 +28,8 @@ MOST_MISSES = 60
 
 def markdown(records: Sequence[Record], notes: Sequence[str] = ()) -> str:
     """The page. ``records`` are those of ``read_log``; ``notes`` are further lines of its conditions."""
+    true = [r for r in records if r["key"] in TRUE]
+    records = [r for r in records if r["key"] not in TRUE]
     healthy = [r for r in records if not r["fault"]]
     faults = [r for r in records if r["fault"]]
     parts = [
@@ -41,6 +44,7 @@ def markdown(records: Sequence[Record], notes: Sequence[str] = ()) -> str:
         "## False accusations",
         "",
         *_accusations(healthy),
+        *_true(true),
         "## Faults",
         "",
         *_faults(faults),
@@ -144,6 +148,16 @@ def _accusations(records: Sequence[Record]) -> list[str]:
     counts = ("accused: tuning", "accused: held-out", "layers accused", "errors", "exit 1", "compared")
     head = ("files", "backends", "cases", *counts)
     return [*lines, *_table(head, rows)]
+
+
+def _true(records: Sequence[Record]) -> list[str]:
+    if not records:
+        return []
+    lines = ["Not counted above: networks that nobody spoilt and that are broken none the less.", ""]
+    for record in sorted(records, key=lambda r: r["key"]):
+        found = _about(record) if record["verdict"] == "accused" else f"missed ({record['verdict']})"
+        lines.append(f"- `{record['key']}`: {TRUE[record['key']]} Said: {found}")
+    return [*lines, ""]
 
 
 def _healthy_cells(records: Sequence[Record]) -> tuple[Any, ...]:

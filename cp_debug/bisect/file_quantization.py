@@ -177,6 +177,10 @@ class FileQuantization:
             levels = self._schemes.get(target, Scheme()).result
             least = _range(executor.graph, target) if whole_range else (0.0, 0.0)
             rounds = levels is not None and result.is_floating_point()
+            if levels and rounds and whole_range and executor.graph.producer[target].op == "Softmax":
+                # ONNX Runtime's QLinearSoftmax multiplies by floor(1 ÷ scale), and 1 ÷ (1 ÷ 255) is below 255 in FP32
+                # (onnxruntime/contrib_ops/cpu/quantization/qlinear_softmax.cc).
+                result = result * (1 - 1 / (2**levels.bits - 1))
             results[target] = levels.applied(result, None, scale_margin, least) if levels and rounds else result
         segment.results = results
         return segment

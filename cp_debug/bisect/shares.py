@@ -32,8 +32,8 @@ def set_shares(
     The introduced error of a layer is added to the reference's value there and carried to the final outputs in FP32,
     giving Δ. Its share is ⟨Δ, D⟩ ÷ ‖D‖² for the final divergence D, each output scaled by its reference norm: shares
     of independent errors in a nearly linear network add up to 1. Glue has no node to replay, and what NaN and Inf
-    that are born in a layer do to the end is no number: no share. Returns a sentence for each share that could not be
-    computed.
+    that are born in a layer or stand in the test's outputs alone do to the end is no number: no share. Returns a
+    sentence for each share that could not be computed.
     """
     guilty = [
         (key, row)
@@ -49,6 +49,8 @@ def set_shares(
     if not guilty:
         return notes
     propagate = Propagation(run, sample, reference, test)
+    if propagate.ends_in_infinity:
+        return notes
     for key, row in guilty[:MOST]:
         try:
             row.share = propagate.share(key)
@@ -77,6 +79,17 @@ class Propagation:
         """
         component = self._components[-1]
         return self._vector({n: self._test.load(n, component=component) for n in self._outputs(component)})
+
+    @property
+    def ends_in_infinity(self) -> bool:
+        """Whether the test's final outputs hold NaN or Inf where the reference's are finite."""
+        component = self._components[-1]
+        for name in self._outputs(component):
+            ours, theirs = (c.load(name, component=component) for c in (self._reference, self._test))
+            floats = ours.shape == theirs.shape and ours.dtype.kind == theirs.dtype.kind == "f"
+            if floats and bool((np.isfinite(ours) & ~np.isfinite(theirs)).any()):
+                return True
+        return False
 
     def change(self, key: Key) -> np.ndarray:
         """Δ: change of the final outputs by the introduced error of the layer ``key``, as one vector.

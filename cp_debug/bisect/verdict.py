@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from cp_debug.bisect.range_loss import RANGE
@@ -38,7 +39,11 @@ def judge(
     if replay.unread:  # runtimes need not even write it
         return Judgement(OK if within else INHERITED, within)
     if replay.new_nonfinite:
-        return Judgement(GUILTY, within, f"{replay.new_nonfinite} NaN or Inf are born here")
+        born = f"{replay.new_nonfinite} NaN or Inf are born here"
+        if math.isfinite(stats.max_ref) and stats.max_ref > precision.largest:
+            name = precision.name.upper()
+            born += f": the reference reaches {stats.max_ref:.6g}, {name} ends at {precision.largest:.6g}"
+        return Judgement(GUILTY, within, born)
     if replay.excess > EXCESS and replay.introduced > floor:
         says = f"introduces {replay.excess:.3g}× what {precision.name.upper()} explains"
         return Judgement(GUILTY, within, says + _scales(replay))

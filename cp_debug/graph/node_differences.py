@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,8 @@ SHAPES = {"axes", "hidden_size", "kernel_shape", "num_outputs", "output_shape", 
 """Attributes that are inferred where they are absent: they differ only where both sides have them."""
 ACTIVATIONS_OF = {"GRU": ["Sigmoid", "Tanh"], "LSTM": ["Sigmoid", "Tanh", "Tanh"], "RNN": ["Tanh"]}
 """Activations of recurrent layers that name none."""
+FEW = 8
+"""Elements of a constant up to which it is written out."""
 INDICES = {"Gather", "GatherElements", "GatherND", "Slice", "ScatterND", "ScatterElements"}
 
 
@@ -207,7 +210,13 @@ class Pieces:
                 yield NodeDifference(name, f"{ours.op} has no {a}", ours.name, {"constant": a})
             elif a in self._ours and b in self._theirs and self._ours.digest(a) != self._theirs.digest(b):
                 change = self._other(a, b) or describe(self._ours[a], self._theirs[b], GATES.get(ours.op, 0))
-                if change is not None:
+                argument = argument_of(ours, place) if role == "" else None
+                if change is not None and argument is not None and self._ours.size(a) <= FEW:
+                    before, after = (array.tolist() for array in (self._ours[a], self._theirs[b]))
+                    says = f"{ours.op}: {argument} is {_shown(after)} instead of {_shown(before)}"
+                    evidence = {argument: after, "instead_of": before, "constant": a}
+                    yield NodeDifference(NAMES.get(argument, "attribute"), says, ours.name, evidence)
+                elif change is not None:
                     yield _of_constant(ours, a, role, change)
 
     def _other(self, a: str, b: str) -> TensorChange | None:
@@ -255,6 +264,22 @@ def _of_constant(node: Node, constant: str, role: str, change: TensorChange) -> 
 def _plain(node: Node) -> str:
     """The operator that a node stands for: ONNX Runtime fuses what follows a product into it."""
     return FUSED.get(node.op.rpartition(".")[2], node.op)
+
+
+@cache
+def _attributes_once(op: str) -> frozenset[str]:
+    """Names of the attributes that an operator of ONNX had in any opset."""
+    history = [s for s in onnx.defs.get_all_schemas_with_history() if s.name == op and s.domain == ""]
+    return frozenset(name for schema in history for name in schema.attributes)
+
+
+def argument_of(node: Node, place: int) -> str | None:
+    """Name of a node's input that older opsets have as an attribute, such as ``max`` of Clip; None for other inputs."""
+    if node.proto.domain not in ("", "ai.onnx") or not onnx.defs.has(node.op):
+        return None
+    inputs = onnx.defs.get_schema(node.op).inputs
+    name = inputs[place].name if place < len(inputs) else None
+    return name if name in _attributes_once(node.op) else None
 
 
 def named(change: TensorChange, role: str, op: str) -> str:

@@ -17,6 +17,7 @@ from cp_debug.reports.causes import lines
 from cp_debug.reports.evidence import Evidence, evidence
 from cp_debug.reports.glossary import GLOSSARY, anchor
 from cp_debug.reports.growth import growth_chart
+from cp_debug.reports.layer_graph import graph_data, json_script, libraries, licences
 from cp_debug.reports.numbers import number, share
 from cp_debug.reports.page_tables import changes_table, settings_table, worst_table
 from cp_debug.reports.saved import SavedResult
@@ -70,6 +71,7 @@ def render_page(saved: SavedResult) -> str:
         .render(
             result=result,
             parts=parts,
+            graph=graph_data(saved, [part.anchor for part in parts]),
             weights=weight_lines(result),
             settings=settings_table(records),
             differing=settings_table(records, differing=True),
@@ -92,7 +94,8 @@ def environment() -> Environment:
         finalize=_seen,
     )
     jinja.filters |= {"number": number, "share": share, "breakable": breakable, "said": lines, "table": table_html}
-    jinja.filters["anchor"] = anchor
+    jinja.filters |= {"anchor": anchor, "json_script": json_script}
+    jinja.globals |= {"libraries": libraries, "licences": licences, "graph_script": script("graph.js")}
     jinja.globals |= {"changes_table": changes_table, "stage_table": stage_table, "worst_table": worst_table}
     return jinja
 
@@ -107,9 +110,14 @@ def _seen(value: Any) -> Any:
 def page_parts() -> dict[str, Markup]:
     """Style and script, which every page carries inside."""
     return {
-        "css": Markup((HTML / "report.css").read_text(encoding="utf-8")),
-        "script": Markup((HTML / "report.js").read_text(encoding="utf-8")),
+        "css": script("report.css"),
+        "script": script("report.js"),
     }
+
+
+def script(name: str) -> Markup:
+    """A script or style of the pages, as it stands in its file."""
+    return Markup((HTML / name).read_text(encoding="utf-8"))
 
 
 def _part(saved: SavedResult, anchor: str, test: TestResult) -> BackendSection:

@@ -26,6 +26,8 @@ from cp_debug.programs.weight_differences import WeightDifferences, weight_diffe
 
 FOLDED = {"channels-scaled", "other-weights", "weights-scaled", "bias-scaled"}
 """Causes that a weight comparison finds when another BatchNorm was folded into the weights."""
+MANY = 0.5
+"""Share of values that a scale makes 0 from which it is too coarse."""
 SHOWN = 3
 """Differences in one line."""
 _FIX = "make {layers} equal in both programs: "
@@ -153,6 +155,9 @@ def added(
         return None  # a number for each element is no pattern
     if name == "int8" and _clipped(segment, value):
         name, says = "int8-clipped", f"{says}: their scale clips"
+    elif name == "int8" and (lost := _lost(segment, other, nodes, starts, pieces.added)) is not None:
+        scale, share = lost
+        name, says = "int8-coarse", f"{says}: their scale of {scale:.3g} makes 0 of {share:.0%} of the values"
     evidence = {"node": additions[0].node, **additions[0].evidence, "read_off": "the difference of the two graphs"}
     return Candidate(name, says, value, 0, evidence, _FIX + says)
 
@@ -162,6 +167,34 @@ def _clipped(segment: Segment, value: Tensor) -> bool:
     error = (value - segment.exact).square()
     ends = (value == value.max()) | (value == value.min())
     return float(error[ends].sum()) > 0.5 * float(error.sum())
+
+
+def _folded(segment: Segment, other: OtherProgram, known: set[str]) -> bool:
+    """Whether the test has the BatchNormalization of a layer in its weights, and no node for it."""
+    piece = other.piece(segment.target, known)
+    own = piece is not None and any(n.op == "BatchNormalization" for n in piece[1])
+    return segment.batch_norm is not None and not own
+
+
+def _lost(
+    segment: Segment, other: OtherProgram, nodes: Sequence[Node], starts: Sequence[str], quantizers: Sequence[Node]
+) -> tuple[float, float] | None:
+    """(Scale, share of the values other than 0 that it makes 0) of the quantizer that loses most; None up to a half."""
+    constants, found = Constants(other.graph), []
+    inputs = {s: other.load(other.names.get(s, s)) for s in starts}
+    for node in quantizers:
+        data, scale = node.proto.input[0], node.proto.input[1]
+        if node.op != "QuantizeLinear" or scale not in constants or data in constants:
+            continue
+        try:
+            values = as_double(other.executor.run_nodes(nodes, inputs, [data])[data])
+        except InputError:
+            continue
+        step, present = float(np.ravel(constants[scale])[0]), values[values != 0]
+        if present.numel():
+            found.append((step, float((present.abs() < step / 2).double().mean())))
+    worst = max(found, key=lambda pair: pair[1], default=None)
+    return worst if worst is not None and worst[1] > MANY else None
 
 
 def _says(differences: Sequence[NodeDifference]) -> str:
@@ -208,7 +241,7 @@ class GraphReader:
             return explain(segment, families, failed)
         known = {*self._run.replayer(component, self._test).known, *(v.name for v in segment.graph.inputs)}
         candidate, differences = difference(segment, other, known)
-        if candidate is not None and candidate.cause in FOLDED and segment.batch_norm is not None:
+        if candidate is not None and candidate.cause in FOLDED and _folded(segment, other, known):
             explanation, family = explain(segment, families, failed)  # what was folded in tells more than weights do
             if explanation.cause is not None and explanation.cause.cause.startswith(("batchnorm", "normalization")):
                 return explanation, family
@@ -219,7 +252,7 @@ class GraphReader:
             explanation, family = explain(
                 segment, families, failed
             )  # which scale is wrong tells more than that there are
-            if explanation.cause is not None:
+            if explanation.cause is not None and explanation.cause.cause.startswith("int8"):
                 explanation.cause.evidence.setdefault("graphs_differ", [d.says for d in differences[:4]])
                 return explanation, family
         if candidate is not None and (read_off := accepted(segment, candidate)) is not None:
