@@ -36,7 +36,7 @@ from cp_debug.graph.integer_values import is_constant
 from cp_debug.graph.operators import PRODUCTS
 from cp_debug.graph.randomness import DRAWS_NUMBERS, draws
 from cp_debug.probes.distance import distance, ratio
-from cp_debug.programs.precision import BESIDE_INT8, PRECISIONS, Precision, coarsest
+from cp_debug.programs.precision import BESIDE_INT8, PRECISIONS, Precision, coarsest, of_operators
 
 AnyQuantized = Quantized | FileQuantization
 Load = Callable[[str], AnyTensor]
@@ -115,8 +115,9 @@ class Replayer:
 
         It is the backend's, or the coarser one in which its program holds a result of these nodes.
         """
+        nodes = list(nodes)
         declared = (self._narrow[side].get(name) for node in nodes for name in node.outputs)
-        return coarsest(self._claims[side], *filter(None, declared))
+        return coarsest(of_operators(self._claims[side], (n.op for n in nodes)), *filter(None, declared))
 
     def layers(
         self, reference: Load, test: Load, divergences: Mapping[str, float] = MappingProxyType({})
