@@ -81,7 +81,7 @@ class Devices(Section):
 
 
 class AwmlExport(Section):
-    """What is written, from what, and to where."""
+    """Export: its mode, its folders and its sample."""
 
     mode: Mode = "both"
     work_dir: str = "work_dirs"
@@ -144,7 +144,7 @@ class TensorRT(CommonTensorRT):
 
 
 class BackendConfig(Section):
-    """The same, as earlier files have it."""
+    """TensorRT's settings, as earlier files have them."""
 
     type: Literal["tensorrt"] = "tensorrt"
     common_config: CommonTensorRT = CommonTensorRT()
@@ -162,7 +162,7 @@ class EvaluatedBackend(Section):
 
 
 class Evaluation(Section):
-    """What is scored, and on how many samples."""
+    """Evaluation: its backends and the number of samples."""
 
     enabled: bool = False
     num_samples: int = Field(default=10, ge=-1)
@@ -188,7 +188,7 @@ class AwmlScenario(Section):
 
 
 class Verification(Section):
-    """What is compared, and how far it may be apart. ``devices`` are those of its scenarios."""
+    """Verification: its scenarios, their devices, and the limit of max |Δ|."""
 
     enabled: bool = True
     num_verify_samples: int = 3
@@ -222,7 +222,7 @@ class AwmlPrecision(Section):
 
 
 class Ptq(Section):
-    """How the quantized checkpoint was, or is to be, calibrated: done here where it is not there yet."""
+    """Calibration of a checkpoint that is quantized; it is made here where it is missing."""
 
     checkpoint: str | None = None
     calibrate_samples: int | None = Field(default=None, ge=1)

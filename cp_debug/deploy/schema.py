@@ -219,7 +219,7 @@ class DeployConfig(Section):
         return self._notes
 
     def with_notes(self, notes: Iterable[str]) -> DeployConfig:
-        """The same configuration with these remarks."""
+        """A copy of the configuration with these remarks."""
         copy = self.model_copy()
         copy._notes = tuple(notes)
         return copy

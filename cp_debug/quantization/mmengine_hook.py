@@ -151,7 +151,7 @@ def _model(runner: Any) -> nn.Module:
 
 
 def _training_loss(model: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
-    """What the model computes of a preprocessed batch in training."""
+    """Training losses of the model for a preprocessed batch."""
     args, kwargs = arguments
     return model(*args, **kwargs, mode="loss")
 

@@ -43,7 +43,7 @@ class NestedBatches:
         model.__class__ = type(self._class.__name__, (self._class,), {"forward": forward})
 
     def tensors(self, batches: Iterable[Any]) -> Iterator[tuple[Tensor, ...]]:
-        """The tensors of each batch, which is the current one until the next is asked for."""
+        """The tensors of each batch, of any shape and dtype; it is the current one until the next is asked for."""
         for batch in batches:
             self._leaves, self._spec = pytree.tree_flatten(batch)
             yield tuple(leaf for leaf in self._leaves if isinstance(leaf, Tensor))

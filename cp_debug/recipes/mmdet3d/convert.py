@@ -52,7 +52,7 @@ def center_point_config(name: str, model: Mapping[str, Any], columns: Sequence[i
 
 
 def _why(part_type: str) -> str:
-    """What a part of AWML does otherwise, in words; empty for others."""
+    """Words on how a part of AWML differs; empty for others."""
     about = _KNOWN.get(part_type.rpartition(".")[2])
     return f" ({about})" if about else ""
 
