@@ -35,7 +35,7 @@ class Runner(Protocol):
     """Engines, graphs or sessions made so far; 0 where a trial needs none."""
 
     def run(self, kept_groups: Kept) -> list[Results]:
-        """Final outputs by sample, with ``kept_groups`` in high precision. Raises InputError where the build is refused."""
+        """Final outputs by sample, with ``kept_groups`` in high precision. Raises InputError for a refused build."""
         ...
 
     def latency(self) -> float | None:
@@ -129,7 +129,7 @@ class BackendRunner:
         """Component → layers of its latest engine (``name``, ``nodes``), where the backend tells."""
 
     def run(self, kept_groups: Kept) -> list[Results]:
-        """Final outputs by sample, with ``kept_groups`` in high precision. Raises InputError where the build is refused."""
+        """Final outputs by sample, with ``kept_groups`` in high precision. Raises InputError for a refused build."""
         walks = [Walk(self._model, sample) for sample in self._samples]
         chain: tuple[frozenset[str], ...] = ()
         for steps in zip(*walks, strict=True):
