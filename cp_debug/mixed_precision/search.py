@@ -142,7 +142,7 @@ class _MixedPrecisionSearch:
         remarks = Remarks(model)
         for sample in samples:
             remarks.see(sample)
-        self._notes += [*remarks.told, *self._judge.notes]
+        self._notes += [*remarks.sentences, *self._judge.notes]
         self.log = TrialLog(options.log, self._about())
         self.groups = [u for p in self._tests for u in fusion_groups_of(p, self.precision.candidates(p.graph))]
         if not self.groups:
