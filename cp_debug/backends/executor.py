@@ -227,6 +227,9 @@ class Executor:
             place = f"{self.graph.path}: node {node.name!r} ({node.op}): "
             raise Endless(f"{place}{str(error).removeprefix(f'{self.graph.path}: ')}") from error
         except Exception as error:
+            if KERNELS.get(node.op) is None and not self._reference.knows(node):
+                place = f"{self.graph.path}: node {node.name!r} ({node.op})"
+                raise NodeFailed(f"{place} failed: nothing here implements it") from error
             given = f" on ({', '.join(_describe(i) for i in inputs)})" if inputs else ""
             raise NodeFailed(
                 f"{self.graph.path}: node {node.name!r} ({node.op}) failed{given}: {_first_line(error)}"

@@ -126,7 +126,8 @@ class Replayer:
             try:
                 yield from self._segment(targets, reference, test, divergences).items()
             except InputError as error:
-                yield from ((t, Replay(skipped=str(error))) for t in targets)
+                nodes = tuple(n.name for n in self.graph.segment(targets, self.known)[0])
+                yield from ((t, Replay(nodes, skipped=str(error))) for t in targets)
 
     def introduced(self, target: str, test: Load) -> tuple[Tensor, Tensor]:
         """(Introduced error, oracle's result) of one value, in the oracle's dtype and the value's shape.

@@ -46,7 +46,7 @@ def build(
     from contextlib import ExitStack
     from tempfile import TemporaryDirectory
 
-    from cp_debug.cli.console import console, steps
+    from cp_debug.cli.console import console, show_notes, steps
     from cp_debug.deploy.schema import SUFFIXES, VARIANTS
 
     if not model.endswith(SUFFIXES):  # a configuration may name another interpreter
@@ -60,6 +60,7 @@ def build(
     with ExitStack() as stack, steps() as on_step:
         scratch = stack.enter_context(TemporaryDirectory(prefix="cpdebug-"))
         config, source = configured(model, None, Path(scratch))
+        show_notes(config.notes)
         overrides = {
             "checkpoint": checkpoint,
             "tensorrt.precision": precision and precision.value,

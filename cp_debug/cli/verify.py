@@ -63,7 +63,7 @@ def verify(
     """
     from tempfile import TemporaryDirectory
 
-    from cp_debug.cli.console import show_document, steps
+    from cp_debug.cli.console import show_document, show_notes, steps
     from cp_debug.deploy.schema import SUFFIXES
 
     if not model.endswith(SUFFIXES):
@@ -77,6 +77,7 @@ def verify(
 
     with TemporaryDirectory(prefix="cpdebug-") as scratch, steps() as on_step:
         config, source = configured(model, recipe, Path(scratch))
+        show_notes(config.notes)
         overrides = {
             "checkpoint": checkpoint,
             "data.path": inputs,
