@@ -1,4 +1,4 @@
-"""Make the pictures of the report's page: ``python docs/report_screenshots.py`` (needs selenium and chromium).
+"""Make the pictures of the report's page: ``python docs/report_screenshots.py`` (needs selenium, chromium, pillow).
 
 Runs ``cpdebug demo weight-scale`` and writes the page at 1400 and 400 pixels, light and dark, and its layer graph.
 """
@@ -8,9 +8,11 @@ from __future__ import annotations
 import base64
 import shutil
 import tempfile
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.support.ui import WebDriverWait
 
@@ -33,7 +35,8 @@ def picture(driver: Any, target: Path, selector: str, width: int, height: int) -
     )
     clip = {"x": 0, "y": top, "width": width, "height": height, "scale": 1}
     found = driver.execute_cdp_cmd("Page.captureScreenshot", {"clip": clip, "captureBeyondViewport": True})
-    target.write_bytes(base64.b64decode(found["data"]))
+    shown = Image.open(BytesIO(base64.b64decode(found["data"]))).convert("RGB")
+    shown.quantize(96, dither=Image.Dither.NONE).save(target, optimize=True)
 
 
 def main() -> None:

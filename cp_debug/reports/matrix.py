@@ -19,11 +19,11 @@ class MatrixLine:
     name: str
     op: str
     rows: tuple[LayerRow | None, ...]
-    """Its row of each test; None where the test did not compare it."""
+    """Row of each test; None where the test did not compare it."""
 
     @property
     def accused(self) -> bool:
-        """Whether it is more than inherited error on some backend."""
+        """Whether the layer is more than inherited error on some backend."""
         return any(row is not None and row.verdict in (GUILTY, SHAPE, DIVERGENT) for row in self.rows)
 
     @property
