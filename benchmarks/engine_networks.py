@@ -441,6 +441,84 @@ def orders() -> Made:
     return Orders(), {**shapes, **dict.fromkeys("qkv", (1, 6, 192, 32))}
 
 
+class Gemms(nn.Module):
+    """Matrix products by constants with ReLU between them, products of values behind each other, and last stages of
+    classifiers: many channels on few pixels."""
+
+    def __init__(self, sizes: tuple[int, ...], channels: tuple[int, ...], classes: int) -> None:
+        super().__init__()
+        relu = nn.ReLU()
+        self.l = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
+        self.c = _seq(*(Act(a, b, 3, relu) for a, b in itertools.pairwise(channels)))
+        self.fc = nn.Linear(channels[-1], classes)
+
+    def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+        for layer in self.l:
+            x = torch.relu(layer(x))
+        scores = torch.relu(q @ k.transpose(-2, -1))
+        return x, scores @ v, self.fc(self.c(c).mean((2, 3)))
+
+
+@network
+def gemms() -> Made:
+    """GEMMs with K of 256 to 4096, batched products with K of 64 and 256, convolutions with K of 4608."""
+    heads = dict.fromkeys("qkv", (1, 12, 256, 64))
+    return Gemms((256, 1024, 4096, 512, 64), (512, 512, 512), 1000), {"x": (1, 512, 256), **heads, "c": (1, 512, 7, 7)}
+
+
+@network
+def gemms_aside() -> Made:
+    """The same of other sizes. Kept aside for judging."""
+    heads = dict.fromkeys("qkv", (1, 8, 384, 32))
+    return Gemms((384, 768, 3072, 768, 96), (384, 384, 640), 400), {"x": (1, 640, 384), **heads, "c": (1, 384, 10, 10)}
+
+
+class Attend(nn.Module):
+    """Attention without a Split between convolutions: one fused region with two products of values."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.stem, self.out = Act(64, 3 * width, 1, nn.ReLU()), nn.Conv2d(width, 64, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, _, h, w = x.shape
+        parts = self.stem(x).flatten(2).reshape(b, 3, self.heads, -1, h * w)
+        q, k, v = (parts[:, i] for i in range(3))
+        p = ((q.transpose(-2, -1) @ k) * q.shape[2] ** -0.5).softmax(-1)
+        return self.out((v @ p.transpose(-2, -1)).reshape(b, -1, h, w))
+
+
+@network
+def attend() -> Made:
+    """Four heads of 64 channels over 24×24 places."""
+    return Attend(256, 4), {"x": (1, 64, 24, 24)}
+
+
+@network
+def fpn() -> Made:
+    """Backbone with a feature pyramid: lateral 1×1, both kinds of upsampling, heads. Kept aside for judging."""
+
+    class Fpn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            relu = nn.ReLU()
+            self.s = _seq(Act(3, 32, 3, relu, s=2), Act(32, 64, 3, relu, s=2))
+            self.a, self.b = _seq(Residual(64, 3, relu), Act(64, 128, 3, relu, s=2)), _seq(Residual(128, 3, relu))
+            self.d = _seq(Act(128, 256, 3, relu, s=2), Residual(256, 3, relu))
+            self.l = nn.ModuleList((nn.Conv2d(128, 128, 1), nn.Conv2d(256, 128, 1)))
+            self.up = nn.ConvTranspose2d(128, 64, 2, 2)
+            self.p, self.h = Act(128, 128, 3, relu), _seq(Act(64, 64, 3, nn.SiLU()), nn.Conv2d(64, 24, 1))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.b(self.a(self.s(x)))
+            z = self.l[1](self.d(y))
+            p = self.p(self.l[0](y) + functional.interpolate(z, scale_factor=2.0))
+            return self.h(self.up(p)), z
+
+    return Fpn(), {"x": (1, 3, 160, 160)}
+
+
 def write(name: str, folder: Path) -> tuple[Path, Path]:
     """Write the network's ONNX file and an ``.npz`` with one input; returns both paths."""
     torch.manual_seed(zlib.crc32(name.encode()) if name not in ("vit", "vit_sdpa") else 0)

@@ -13,10 +13,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache, partial
-from types import NoneType
-from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from cp_debug.errors import InputError
 
@@ -27,11 +27,23 @@ T = TypeVar("T")
 
 
 class JsonForm:
-    """Base of dataclasses whose JSON is not their fields alone."""
+    """Base of dataclasses that are results, or parts of them: what their JSON holds besides their fields."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON document; numbers that JSON lacks are the strings "NaN", "Infinity" and "-Infinity".
+
+        ``float()`` in Python and ``Number()`` in JavaScript read them back.
+        """
+        document: dict[str, Any] = encode(self)
+        return document
 
     def derived(self) -> dict[str, Any]:
         """Key → figure that follows from the fields, for readers of the file. A key may have dots, as in metadata."""
         return {}
+
+    def completed(self, document: dict[str, Any]) -> dict[str, Any]:
+        """``document``, which holds the fields and the figures, with what repeats parts of it. Never read either."""
+        return document
 
     @classmethod
     def fields_from(cls, document: dict[str, Any]) -> dict[str, Any]:
@@ -73,7 +85,7 @@ def encode(value: Any, *, json: bool = True) -> Any:
             _put(document, key, figure)
         for key, figure in derived.items():
             _put(document, key, figure)
-        return document
+        return value.completed(document) if isinstance(value, JsonForm) else document
     if isinstance(value, Mapping):
         return {str(k): encode(v, json=json) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -172,9 +184,12 @@ def _converter() -> Converter:
     for kind in (int, str, bool):
         converter.register_structure_hook(kind, _strict)
     converter.register_structure_hook_func(
-        lambda hint: _origin(hint) in (list, tuple, frozenset), partial(_items, converter)
+        lambda hint: _origin(hint) in (list, tuple, frozenset, Sequence), partial(_items, converter)
     )
-    converter.register_structure_hook_func(lambda hint: _origin(hint) is dict, partial(_mapping, converter))
+    converter.register_structure_hook_func(lambda hint: _origin(hint) in (dict, Mapping), partial(_mapping, converter))
+    converter.register_structure_hook_func(_is_named_tuple, partial(_named_tuple, converter))
+    converter.register_structure_hook_func(_is_choice, partial(_choice, converter))
+    converter.register_structure_hook_func(lambda hint: getattr(hint, "_is_protocol", False), lambda value, _: value)
     converter.register_structure_hook_factory(dataclasses.is_dataclass, partial(_reader, converter))
     return converter
 
@@ -241,8 +256,8 @@ def _origin(hint: Any) -> Any:
 
 
 def _items(converter: Converter, value: Any, hint: Any) -> Any:
-    """A list, tuple or frozenset of anything."""
-    origin, kinds = _origin(hint), get_args(hint)
+    """A list, tuple or frozenset of anything; a sequence becomes a list."""
+    origin, kinds = list if _origin(hint) is Sequence else _origin(hint), get_args(hint)
     if not isinstance(value, list | tuple):
         raise TypeError(f"{json.dumps(value, default=str)[:40]}; expected list")
     if origin is tuple and kinds and kinds[-1] is not Ellipsis:
@@ -262,6 +277,32 @@ def _mapping(converter: Converter, value: Any, hint: Any) -> Any:
         raise TypeError(f"{json.dumps(value, default=str)[:40]}; expected a JSON object")
     entries = {k: _entry(converter, v, kind, str(k)) for k, v in value.items()}
     return {int(k): v for k, v in entries.items()} if key_kind is int else entries
+
+
+def _is_named_tuple(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, tuple) and hasattr(hint, "_fields")
+
+
+def _named_tuple(converter: Converter, value: Any, kind: Any) -> Any:
+    """A named tuple, from a list of its values or from an object of them."""
+    if isinstance(value, dict):
+        value = [_inside(value, name)[0] for name in kind._fields if name in value]
+    hints = get_type_hints(kind)
+    return kind(*_items(converter, value, tuple[tuple(hints[name] for name in kind._fields)]))  # type: ignore[misc]
+
+
+def _is_choice(hint: Any) -> bool:
+    """Whether a hint is a union in which one kind is an array."""
+    return get_origin(hint) in (UnionType, Union) and any(_origin(kind) in (list, tuple) for kind in get_args(hint))
+
+
+def _choice(converter: Converter, value: Any, hint: Any) -> Any:
+    """A union of a number and an array: which of them it is, JSON tells."""
+    kinds = [kind for kind in get_args(hint) if kind is not NoneType]
+    if value is None and len(kinds) < len(get_args(hint)):
+        return None
+    is_array = isinstance(value, list | tuple)
+    return converter.structure(value, next(kind for kind in kinds if (_origin(kind) in (list, tuple)) == is_array))
 
 
 def _entry(converter: Converter, value: Any, kind: Any, step: str) -> Any:

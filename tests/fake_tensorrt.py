@@ -38,6 +38,10 @@ _OLD_WORDS = {
 _KERNELS = {"FLOAT": "f32f32_f32f32_f32", "HALF": "f16f16_f16f16_f16", "BF16": "bf16bf16_bf16f32_f32"}
 
 
+PLUGINS = "trt.plugins"
+"""Domain of operators that only a plug-in's library computes; there is one, ``Clipped``."""
+_PLUGIN = f'''<domain: "{PLUGINS}", opset_import: ["" : 17]> Clipped (x) => (y) {{
+    z = Constant <value = float {{0.0}}> () y = Max (x, z) }}'''
 SHY: set[str] = set()
 """Values that, once marked, are written and read by layers in FP32."""
 REGION: set[str] = set()
@@ -193,7 +197,7 @@ class OnnxParser:
 
     def parse_from_file(self, path: str) -> bool:
         network, trt = self._network, self._network._trt
-        model = onnx.shape_inference.infer_shapes(onnx.load(path))
+        model = onnx.shape_inference.infer_shapes(with_plugins(onnx.load(path)))
         graph = model.graph
         types = {v.name: v.type.tensor_type for v in (*graph.value_info, *graph.input, *graph.output)}
         network._path = path
@@ -548,8 +552,16 @@ class IExecutionContext:
         return {name: array.astype(types[name]) for name, array in results.items()}
 
 
+def with_plugins(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with what its plug-ins compute, which the file does not tell."""
+    if any(node.domain == PLUGINS for node in model.graph.node):
+        model.functions.append(onnx.parser.parse_function(_PLUGIN))
+    return model
+
+
 def _run(model: onnx.ModelProto, values: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
     """These values of a model, by ONNX Runtime."""
+    model = with_plugins(model)
     known = {v.name for v in model.graph.output}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in values if name not in known)
     options = ort.SessionOptions()

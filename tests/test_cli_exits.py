@@ -297,6 +297,8 @@ ELSEWHERE = {
     "deploy": "its options overrule a file (tests/test_deploy_config.py)",
     "bundle": "reads a result first (tests/test_bundle.py)",
     "compare": "reads captures first (tests/test_capture.py)",
+    "report": "reads a result first (tests/test_report.py)",
+    "ui": "serves until it is ended (tests/test_ui.py)",
     "import": "reads a dump first (tests/test_import_dump.py)",
 }
 READ_FIRST = {("quantize sensitivity", "--skip-layers"), ("quantize qat", "--val-data")}

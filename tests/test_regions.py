@@ -309,3 +309,29 @@ def test_an_engine_whose_inspector_tells_no_nodes(region: pytest.MonkeyPatch, tm
     assert [row.name for row in test.guilty] == [f"fused region of 28 nodes (/n0/LayerNormalization … /x{BLOCKS}/Add)"]
     (finding,) = test.findings
     assert "2 builds were allowed" in finding.says
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_plugin_inside_a_region(region: pytest.MonkeyPatch, tmp_path: Path, alone: bool) -> None:
+    """Nothing here can execute it: what is in front of it and behind it is judged all the same."""
+    path = save_transformer(tmp_path)
+    model = onnx.load(path)
+    for node in model.graph.node:
+        if node.op_type == "Relu":
+            node.op_type, node.domain, node.name = "Clipped", "trt.plugins", node.name.replace("Relu", "Clipped")
+    model.opset_import.append(onnx.helper.make_opsetid("trt.plugins", 1))
+    onnx.save(model, path)
+    if alone:
+        region.setattr("fake_tensorrt.REGION", {"/n0/LayerNormalization", "/h0/MatMul"})
+    region.setattr("fake_tensorrt.FAULTY", softmaxes())
+    test = first(bisect(str(path), "trt-fp32,trt-fp16", options=Options(inputs=tmp_path / "x.npz")))
+    rows = {row.onnx: row for row in test.rows}
+    assert (test.agrees, rows["y"].verdict) == (False, "inherited")
+    reason = f"{path}: node '/e0/Clipped' (trt.plugins.Clipped) failed: nothing here implements it"
+    assert any(reason in note for note in test.notes)
+    if alone:
+        assert [row.onnx for row in test.guilty] == ["h0", "x1"], "x1 is r0 + f0, and r0 is inside"
+        assert rows["e0"].replay.skipped == reason
+    else:
+        label = f"fused region of 28 nodes (/n0/LayerNormalization … /x{BLOCKS}/Add)"
+        assert (rows["x2"].name, rows["x2"].replay.skipped) == (label, reason)

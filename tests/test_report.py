@@ -413,3 +413,22 @@ def test_a_picture_holds_its_values_as_opacity(values: np.ndarray) -> None:
     rows = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(len(values), -1)
     opacity = np.frombuffer(chunks[b"tRNS"], np.uint8)[rows[:, 1:]] / 255
     np.testing.assert_allclose(opacity, np.clip(values, 0, 1), atol=0.5 / 31 + 1 / 255)
+
+
+def test_charts_of_further_layers_are_drawn_when_named(saved: SavedResult, saved_folder: Path, tmp_path: Path) -> None:
+    assert render_page(saved).count('class="evidence"') == 2  # the guilty layer of each test
+    assert render_page(saved, charts=["node_conv_0", "node_relu_*"]).count('class="evidence"') == 2 * (2 + 11)
+    run("report", saved_folder, "-o", tmp_path / "report.html", "--charts", "node_conv_0")
+    page = (tmp_path / "report.html").read_text()
+    assert "--charts node_conv_0" not in page  # only beside layers without charts
+    assert "--charts node_conv_3" in page
+    with pytest.raises(InputError, match=r"--charts node_konv_0: fits no layer; nearest: node_conv_\d"):
+        render_page(saved, charts=["node_konv_0"])
+    with pytest.raises(InputError, match="csv has no charts"):
+        CliRunner().invoke(app, ["report", str(saved_folder), "-f", "csv", "--charts", "x"], catch_exceptions=False)
+
+
+def test_a_backend_that_is_a_path_leads_nowhere(saved: SavedResult) -> None:
+    assert saved.capture(0, "ort") is not None
+    assert saved.capture(0, "../sample-0/ort") is None
+    assert saved.capture(0, "..") is None

@@ -6,11 +6,15 @@ import base64
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
+from onnx import TensorProto, helper
 from selenium import webdriver
+from selenium.webdriver.support.ui import WebDriverWait
 from test_report import save_faulty
 
 from cp_debug.bisect.result import GUILTY
@@ -120,6 +124,84 @@ def test_everything_that_works_by_mouse_can_be_reached_by_tab(page: Any) -> None
         ".filter(e => e.tabIndex < 0).map(e => e.outerHTML.slice(0, 80))"
     )
     assert unreachable == []
+
+
+def opened_graph(page: Any) -> None:
+    page.execute_script("document.getElementById('graph').scrollIntoView()")
+    WebDriverWait(page, 60).until(lambda d: d.execute_script("return document.getElementById('graph').dataset.ready"))
+
+
+def shown_nodes(page: Any) -> list[str]:
+    return page.execute_script(
+        "return document.getElementById('graph').graph.cy.nodes(':childless').map(n => n.data('label'))"
+    )
+
+
+def tap(page: Any, which: str) -> None:
+    """A click with the mouse on the first node that the selector finds, brought into view before."""
+    page.execute_async_script(
+        "const done = arguments[1], {cy, idle} = document.getElementById('graph').graph;"
+        "const node = cy.nodes(arguments[0])[0]; cy.zoom(1); cy.center(node);"
+        "setTimeout(() => { node.emit('tap'); idle().then(done); }, 50)",
+        which,
+    )
+
+
+def test_the_graph_shows_the_guilty_layer_its_charts_and_its_row(page: Any, saved: SavedResult) -> None:
+    opened_graph(page)
+    guilty = saved.result.tests[0].guilty[0]
+    about = page.find_element("css selector", ".graph-about")
+    assert guilty.name in about.text  # chosen from the start
+    assert len(about.find_elements("css selector", "svg.chart")) == 4
+    assert len(shown_nodes(page)) == len(saved.result.tests[0].rows)
+    tap(page, f"#n{saved.result.tests[0].rows[1].index}")
+    assert saved.result.tests[0].rows[1].name in about.text
+    about.find_element("tag name", "a").click()
+    row = page.find_element("id", f"t0-layer-{saved.result.tests[0].rows[1].index}")
+    assert row.find_element("tag name", "details").get_attribute("open")
+
+
+def test_the_graph_is_searched_and_walked_by_keyboard(page: Any, saved: SavedResult) -> None:
+    opened_graph(page)
+    search = page.find_element("css selector", "#graph input[type=search]")
+    search.send_keys("concat\ue007")
+    about = page.find_element("css selector", ".graph-about h3")
+    (concat,) = [row.name for row in saved.result.tests[0].rows if row.op == "Concat"]
+    WebDriverWait(page, 20).until(lambda d: d.find_element("css selector", ".graph-about h3").text == concat)
+    assert page.find_element("css selector", "#graph output").text.startswith("1 of")
+    assert [e.text for e in page.find_elements("css selector", ".graph-found button")] == [concat]
+    page.find_element("css selector", ".graph-canvas").send_keys("\ue015")  # down: the layer that reads it
+    about = page.find_element("css selector", ".graph-about")
+    assert concat not in about.text
+    assert "Conv" in about.text
+
+
+@pytest.mark.slow
+def test_three_thousand_layers_come_folded_and_open_on_demand(driver: Any, saved: SavedResult, tmp_path: Path) -> None:
+    write_page(many_layers(saved, 3000, tmp_path), tmp_path / "many.html")
+    driver.get((tmp_path / "many.html").as_uri())
+    opened_graph(driver)
+    assert len(shown_nodes(driver)) < 100
+    (folded,) = [label for label in shown_nodes(driver) if label.startswith("▸ stage.3 ")]
+    before = len(shown_nodes(driver))
+    tap(driver, f"[label = '{folded}']")
+    assert len(shown_nodes(driver)) > before + 5
+    assert driver.get_log("browser") == []
+
+
+def many_layers(saved: SavedResult, count: int, folder: Path) -> SavedResult:
+    """The result as if its network had ``count`` layers, in stages of 300 and blocks of ten."""
+    test, nodes, rows = saved.result.tests[0], [], []
+    for i in range(count):
+        name = f"/stage.{i // 300}/block.{i // 10 % 30}/Relu_{i}"
+        nodes.append(helper.make_node("Relu", [f"v{i - 1}" if i else "x"], [f"v{i}"], name=name))
+        base = test.rows[1 + i % 8]
+        rows.append(replace(base, index=i, name=name, onnx=f"v{i}", op="Relu"))
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 8]) for name in ("x", f"v{count - 1}")]
+    graph = helper.make_graph(nodes, "many", ends[:1], ends[1:])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]), folder / "many.onnx")
+    many = replace(test, rows=rows, outputs=rows[-1:], stages=[])
+    return SavedResult.of(replace(saved.result, tests=[many], programs={"net": str(folder / "many.onnx")}))
 
 
 @pytest.mark.parametrize("width", [360, 768, 1280])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import math
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import cp_debug
 from cp_debug.backends.base import RunRecord
 from cp_debug.bisect.finding import Element, Finding, Where
 from cp_debug.bisect.observe import Observation
@@ -19,15 +21,32 @@ from cp_debug.bisect.optimizer_blame import Culprit, OptimizerBlame, Rewrite
 from cp_debug.bisect.regions.region import Region
 from cp_debug.bisect.replayed import Replay
 from cp_debug.bisect.result import BisectResult, LayerRow, Remainder, StageRow, TestResult
+from cp_debug.bisect.result_diff import ResultDiff
+from cp_debug.deploy.bench import BackendBench, Latency
+from cp_debug.deploy.preprocessing import VoxelChange
+from cp_debug.deploy.verify import ScenarioResult, TensorCheck, VerifyResult
+from cp_debug.detection.bootstrap import ConfidenceInterval
 from cp_debug.detection.detection_change import DetectionChange
+from cp_debug.detection.evaluation import BackendScores, EvaluationOptions, EvaluationResult
 from cp_debug.errors import InputError
+from cp_debug.graph.pairing import Pairing
 from cp_debug.mixed_precision.fusion_groups import FusionGroup
 from cp_debug.mixed_precision.result import KeptLayer, MixedPrecisionResult
+from cp_debug.mixed_precision.sensitivity import Int8Effect, LayerSensitivity, SensitivityProfile
 from cp_debug.mixed_precision.trial import Measured, Trial
 from cp_debug.prediction.result import Prediction
 from cp_debug.probes.statistics import TensorStats
+from cp_debug.programs.tensor_change import TensorChange
+from cp_debug.programs.weight_differences import Difference, WeightDifferences
+from cp_debug.quantization.qat import QatResult
+from cp_debug.quantization.toggles import QuantizerRow
 from cp_debug.reports.saved import SavedResult
 from cp_debug.serialize import decode, encode
+from cp_debug.sweep.bisecting import BisectGroup
+from cp_debug.sweep.evaluating import EvalGroup
+from cp_debug.sweep.result import FailedTasks, SweepResult
+from cp_debug.sweep.searching import MixedPrecisionGroup
+from cp_debug.sweep.sensitivity import ProfileGroup, SensitivityGroup
 
 PARTS = (RunRecord, Finding, Where, Element, Observation, Replay, Remainder, DetectionChange, TensorStats, LayerRow)
 NAMES = {kind.__name__: kind for kind in (*PARTS, OptimizerBlame)}
@@ -41,7 +60,7 @@ def _drawn(hint: Any) -> st.SearchStrategy[Any]:
     return st.none() | PLAIN if hint == dict[str, Any] | None else st.from_type(hint)
 
 
-def _made(kind: type, **fixed: Any) -> st.SearchStrategy[Any]:
+def _made(kind: type, /, **fixed: Any) -> st.SearchStrategy[Any]:
     """Objects of a dataclass with every field drawn, but those that are kept out of JSON."""
     omitted = {f.name for f in dataclasses.fields(kind) if f.metadata.get("omit")}
     hints = {
@@ -127,6 +146,116 @@ def test_a_whole_result_survives(data: st.DataObject) -> None:
     again = SavedResult.of(result).result
     for field in dataclasses.fields(BisectResult):
         assert repr(getattr(again, field.name)) == repr(getattr(result, field.name)), field.name
+
+
+def _equal_again(kind: type, value: Any) -> None:
+    again = decode(kind, json.loads(json.dumps(encode(value), allow_nan=False)), "result.json")
+    for field in dataclasses.fields(kind):
+        assert repr(getattr(again, field.name)) == repr(getattr(value, field.name)), field.name
+
+
+INTERVALS = st.dictionaries(st.sampled_from(["mAP", "NDS"]), st.from_type(ConfidenceInterval))
+CLASSES = st.dictionaries(
+    st.text(max_size=4),
+    st.dictionaries(st.sampled_from(["AP", "ATE", "objects"]), st.from_type(ConfidenceInterval) | st.floats()),
+)
+SCORES = _made(
+    BackendScores,
+    backend=_made(RunRecord),
+    summary=INTERVALS,
+    difference=st.none() | INTERVALS,
+    classes=CLASSES,
+)
+EVALUATIONS = _made(
+    EvaluationResult,
+    options=_made(EvaluationOptions, ranges=st.dictionaries(st.text(max_size=4), st.floats())),
+    backends=st.lists(SCORES.map(lambda scores: dataclasses.replace(scores, difference=None)), max_size=2),
+)
+EFFECTS = _made(Int8Effect, error=st.floats(0, 1), scores=INTERVALS)
+PROFILES = _made(
+    SensitivityProfile,
+    int8=EFFECTS,
+    layers=st.lists(_made(LayerSensitivity, alone=EFFECTS, left_out=EFFECTS), max_size=2),
+    scores=st.dictionaries(st.text(max_size=4), st.floats()),
+)
+PAIRS = st.dictionaries(st.text(max_size=4), st.text(max_size=4), max_size=2)
+COMPLETE = {
+    TensorCheck: _made(TensorCheck, stats=STATS),
+    BackendBench: _made(
+        BackendBench,
+        backend=_made(RunRecord),
+        parts=st.lists(_made(Latency, seconds=st.lists(st.floats(0, 9), min_size=1, max_size=3)), max_size=2),
+    ),
+    BackendScores: SCORES,
+    EvaluationResult: EVALUATIONS,
+    SensitivityProfile: PROFILES,
+    QuantizerRow: _made(QuantizerRow),
+    QatResult: _made(QatResult, history=st.lists(st.tuples(st.integers(), st.floats(), st.floats()), min_size=1)),
+    WeightDifferences: _made(
+        WeightDifferences, differing=st.lists(_made(Difference, change=_made(TensorChange)), max_size=2)
+    ),
+    Pairing: st.builds(
+        Pairing,
+        names=PAIRS.map(lambda names: {a: b for a, b in names.items() if a != b}),
+        inputs=PAIRS,
+        outputs=PAIRS,
+        how=st.dictionaries(st.text(max_size=4), st.integers()),
+        missing=st.lists(st.text()),
+        added=st.lists(st.text()),
+    ),
+    ResultDiff: _made(ResultDiff),
+}
+
+
+@pytest.mark.parametrize("kind", COMPLETE, ids=lambda kind: kind.__name__)
+@settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(data=st.data())
+def test_every_field_of_a_result_survives(kind: type, data: st.DataObject) -> None:
+    _equal_again(kind, data.draw(COMPLETE[kind]))
+
+
+@settings(max_examples=6, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], deadline=None)
+@given(data=st.data())
+def test_a_verification_survives(data: st.DataObject) -> None:
+    records, checks = _made(RunRecord), st.lists(COMPLETE[TensorCheck], max_size=2)
+    pillars = st.dictionaries(st.text(max_size=4), _made(VoxelChange), max_size=1)
+    bisected = st.none() | _made(BisectResult, tests=st.lists(_tests(), min_size=1, max_size=1))
+    scenarios = _made(
+        ScenarioResult, reference=records, test=records, checks=checks, preprocessing=pillars, bisect=bisected
+    )
+    _equal_again(VerifyResult, data.draw(_made(VerifyResult, scenarios=st.lists(scenarios, max_size=2))))
+
+
+GROUPS = {
+    "bisect": _made(BisectGroup),
+    "eval": _made(EvalGroup, result=EVALUATIONS),
+    "search": _made(MixedPrecisionGroup),
+    "sensitivity": _made(SensitivityGroup) | _made(ProfileGroup, profile=PROFILES),
+}
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+@settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], deadline=None)
+@given(data=st.data())
+def test_a_sweep_survives(kind: str, data: st.DataObject) -> None:
+    groups = st.lists(GROUPS[kind], max_size=2)
+    failures = st.lists(_made(FailedTasks), max_size=2)
+    _equal_again(SweepResult, data.draw(_made(SweepResult, kind=st.just(kind), groups=groups, failures=failures)))
+
+
+def test_a_sweep_of_no_kind_is_refused() -> None:
+    with pytest.raises(InputError, match="field 'kind' is 'dance'; expected bisect, eval, search or sensitivity"):
+        decode(SweepResult, {"kind": "dance", "groups": []}, "sweep.json")
+
+
+def test_classes_that_hand_out_their_json_have_one_way_to_do_it() -> None:
+    """The runner of TensorRT is one file for Python 3.8, and a layer's row may keep its numbers as they are."""
+    owners = set()
+    for path in Path(cp_debug.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and any(getattr(part, "name", "") == "to_dict" for part in node.body):
+                owners.add(node.name)
+    assert owners == {"JsonForm", "ResultGroup", "LayerRow", "RunnerFailure"}
 
 
 def test_numbers_that_json_lacks() -> None:

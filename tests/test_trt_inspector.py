@@ -138,6 +138,8 @@ def test_differences_between_builds() -> None:
             "fp32",
             (32, 128, 16),
         ),
+        ("sm50_xmma_cublas_gemvx_f16f16_f32_f32_tn_n_int32_unit_n_launch_param4x32x1", "fp16", "fp32", None),
+        ("sm50_xmma_cublas_gemvx_f32f32_f32_f32_nn_n_int32_unit_n_launch_param16x8x8", "fp32", "fp32", None),
         ("__myl_SigMul_0x1f", None, None, None),
         ("", None, None, None),
     ],

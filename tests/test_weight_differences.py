@@ -12,7 +12,7 @@ from nets import NetBuilder, second_like
 from cp_debug.bisect.engine import bisect
 from cp_debug.bisect.faults.edits import Editor
 from cp_debug.graph.graph import Graph
-from cp_debug.graph.tensor_change import describe
+from cp_debug.programs.tensor_change import describe
 from cp_debug.programs.weight_differences import weight_differences
 
 RNG = np.random.default_rng(0)

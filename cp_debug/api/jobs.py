@@ -85,7 +85,7 @@ def search(
     progress: bool | None = None,
     on_step: OnStep | None = None,
 ) -> MixedPrecisionResult:
-    """Find the fewest layers to keep in FP32 (of an INT8 graph: unquantized) so that a goal holds.
+    """Find layers to keep in FP32 (of an INT8 graph: unquantized), none of them needless, so that a goal holds.
 
     ``backends``: the reference and one test. ``goal``: ``rel_l2<1e-3``, ``max_abs``, ``boxes_lost`` …, joined by
     ``and``; for ``map_drop`` the ``inputs`` are the path of an info file. ``test_model`` is a Q/DQ graph of the same

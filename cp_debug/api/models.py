@@ -189,7 +189,7 @@ _PROTOBUF_LIMIT = 2_000_000_000
 
 
 def _is_recipe(model: Any) -> bool:
-    return all(hasattr(model, name) for name in ("name", "components", "samples", "feed", "decode"))
+    return isinstance(model, Model)
 
 
 def _is_array(value: Any) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ml_dtypes
@@ -13,8 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cp_debug.backends.narrow_options import FAMILIES, NarrowOptions, is_narrow
 from cp_debug.backends.rounding import round_bf16, round_fp16, round_tf32, truncate_tf32
+from cp_debug.backends.running_sums import FP16_SUM, HOPPER_FP8, RunningSum
+from cp_debug.backends.scaling import COLUMNS, ROWS, Axes, Scaling
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.operators import CONTRACTIONS
 
 Rounding = Callable[[Tensor], Tensor]
 
@@ -45,6 +49,10 @@ class Arithmetic:
     """Number of partial sums that share a tile's channels; a divisor of ``tile`` ÷ 16."""
     vector: int = 0
     """Values that a thread of a convolution kernel without shared memory loads at once, 4 or 8; 0 for other kernels."""
+    scaling: Scaling | None = None
+    """Encoding of operands in 4 and 8 bits, in place of ``operand``."""
+    running_sum: RunningSum | None = None
+    """Running sum of scaled products; None accumulates in ``dtype``."""
 
     def held(self, dtype: torch.dtype) -> torch.dtype:
         """Dtype in which values are held that the graph declares as ``dtype``."""
@@ -92,11 +100,18 @@ class Arithmetic:
         finite_kept = [n for n in numbers if self.value is None or math.isfinite(float(self.value(torch.tensor(n))))]
         return max(finite_kept)
 
-    def operands(self, *values: Tensor) -> tuple[Tensor, ...]:
+    def operands(self, *values: Tensor, axes: Sequence[Axes] = (ROWS, COLUMNS)) -> tuple[Tensor, ...]:
         """The operands of a convolution or matrix product as the multiplier reads them.
 
-        Shapes and dtypes stay; the values are those that the operand's type can hold.
+        ``axes``: what the scales of each operand follow, where it has any. Shapes and dtypes stay; the values are those
+        that the operand's type can hold.
         """
+        if self.scaling is not None:
+            encode = self.scaling.encode
+            return tuple(
+                encode(v, axes[min(i, len(axes) - 1)], i).values.to(v.dtype) if v.dim() else v
+                for i, v in enumerate(values)
+            )
         if self.operand is None:
             return values
         first, *second_operands = values
@@ -108,15 +123,18 @@ class Arithmetic:
         order = f"channel tiles of {self.tile}, kernel taps row by row, blocks of 16 channels"
         if self.vector:
             order = f"kernel taps row by row, channels in vectors of {self.vector}, four of each of four at a time"
+        accumulated = self.running_sum.name if self.running_sum else str(self.dtype).removeprefix("torch.")
         return {
             "arithmetic": self.name,
             "held_as": str(self.dtype).removeprefix("torch."),
             "values_rounded_by": self.value and self.value.__name__,
             "operands_rounded_by": self.operand and self.operand.__name__,
-            "accumulation": f"float16, {order}" if self.tile else str(self.dtype).removeprefix("torch."),
+            "accumulation": f"float16, {order}" if self.tile else accumulated,
             "tile": self.tile,
             "slices": self.slices,
             **({"vector": self.vector} if self.vector else {}),
+            **(self.scaling.settings if self.scaling else {}),
+            **(self.running_sum.settings if self.running_sum else {}),
         }
 
 
@@ -140,7 +158,41 @@ FP16ACC = Arithmetic("fp16acc", value=round_fp16, tile=64)
 INT8 = Arithmetic("int8")
 """FP32 between the graph's own QuantizeLinear and DequantizeLinear nodes: what they let through is exact in FP32."""
 
-ARITHMETICS = {a.name: a for a in (FP64, FP32, TF32, BF16, FP16, FP16ACC, INT8)}
+_OUT = {"fp32": None, "bf16": round_bf16, "fp16": round_fp16}
+_SUBNORMAL = {"e4m3": -6, "e5m2": -14, "e2m1": 0}
+"""Exponents of the smallest normal numbers."""
+
+
+def narrow_arithmetic(options: NarrowOptions) -> Arithmetic:
+    """The arithmetic of products with operands of 4 or 8 bits: everything else is held, and stored as ``out`` says."""
+    scaling = Scaling(options)
+    running_sum = None
+    if options.half_sum:
+        running_sum = replace(FP16_SUM, promote=options.promote)
+    elif options.significant is not None:
+        bits = options.significant - 1
+        name = "fp22" if bits == HOPPER_FP8.kept else f"{options.significant}-bit"
+        lowest = _SUBNORMAL[scaling.codec.name] if scaling.codec and options.family == "fp8" else -126
+        running_sum = replace(HOPPER_FP8, name=name, aligned=bits, kept=bits, lowest=lowest)
+        running_sum = replace(running_sum, nearest=options.nearest, promote=options.promote)
+    return Arithmetic(str(options), value=_OUT[options.out], scaling=scaling, running_sum=running_sum)
+
+
+class _Arithmetics(dict[str, Arithmetic]):
+    """Arithmetics by name; those of the narrow precisions are made when they are first asked for."""
+
+    def __missing__(self, name: str) -> Arithmetic:
+        if not is_narrow(name):
+            raise KeyError(name)
+        options = NarrowOptions.parse(name)
+        arithmetic = self.get(str(options)) or narrow_arithmetic(options)
+        self[name] = self[str(options)] = arithmetic
+        return arithmetic
+
+
+ARITHMETICS: dict[str, Arithmetic] = _Arithmetics({a.name: a for a in (FP64, FP32, TF32, BF16, FP16, FP16ACC, INT8)})
+for _family in FAMILIES:
+    ARITHMETICS[_family]
 
 _KEEPS_BITS = {"fp64": 53, "fp32": 24, "tf32": 24, "int8": 24, "fp16": 11, "fp16acc": 11, "bf16": 8}
 """Significant bits of the values that each arithmetic stores."""
@@ -158,9 +210,12 @@ def overrides_of(graph: Graph, narrow: Mapping[str, str], base: Arithmetic) -> d
     for node in graph.nodes:
         arithmetic = min((ARITHMETICS[narrow[o]] for o in node.outputs if o in narrow), key=_bits, default=base)
         if _bits(arithmetic) < _bits(base):
-            overrides[node.name] = arithmetic
+            scaled = base.scaling is not None and node.op in CONTRACTIONS
+            overrides[node.name] = replace(base, value=arithmetic.value) if scaled else arithmetic
     return overrides
 
 
 def _bits(arithmetic: Arithmetic) -> int:
+    if arithmetic.scaling is not None:
+        return _KEEPS_BITS[arithmetic.scaling.options.out]
     return _KEEPS_BITS[arithmetic.name]

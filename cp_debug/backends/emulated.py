@@ -26,6 +26,8 @@ from cp_debug.graph.graph import Graph
 class EmulatedBackend:
     """``emu-fp32``, ``emu-tf32``, ``emu-bf16``, ``emu-fp16``, ``emu-fp16acc``, ``emu-int8`` on the CPU or on CUDA.
 
+    ``emu-fp8``, ``emu-mxfp8``, ``emu-mxfp4``, ``emu-nvfp4`` and ``emu-int4`` encode the operands of products, with the
+    options that ``NarrowOptions`` reads from the spec.
     ``emu-int8`` is for graphs with Q/DQ nodes. Every run gives the same bits. ``tile`` is the number of channels per
     tile of FP16 accumulation, where the kernel to be emulated is known. ``overrides`` computes some nodes in another
     arithmetic: node name → ``fp64 fp32 tf32 bf16 fp16 fp16acc``. Raises BackendUnavailable when the spec names a device
@@ -40,9 +42,9 @@ class EmulatedBackend:
         self.spec = spec
         self.overrides = overrides
         self.keep_fp32: frozenset[str] = frozenset()
-        self.precision = spec.variant
+        self.arithmetic = ARITHMETICS[spec.precision]
+        self.precision = self.arithmetic.name
         self.device = spec.device or "cpu"
-        self.arithmetic = ARITHMETICS[spec.variant]
         if tile is not None and self.arithmetic.tile:
             self.arithmetic = dataclasses.replace(self.arithmetic, tile=tile)
         if torch.device(self.device).type == "cuda":

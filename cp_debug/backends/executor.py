@@ -106,6 +106,7 @@ class Executor:
         self._weights = Weights(graph, arithmetic, self.device, weight_cache)
         self._other_weights = {a: Weights(graph, a, self.device, weight_cache) for a in overrides.values()}
         self._reference = Reference(graph)
+        self._constants = frozenset(constants_of(graph)) if arithmetic.scaling else frozenset()
         self._functions = {(f.domain, f.name): f for f in graph.proto.functions}
         self._steps: dict[Node, _ExecutionStep] = {}
         self._place = ""
@@ -226,6 +227,9 @@ class Executor:
             place = f"{self.graph.path}: node {node.name!r} ({node.op}): "
             raise Endless(f"{place}{str(error).removeprefix(f'{self.graph.path}: ')}") from error
         except Exception as error:
+            if KERNELS.get(node.op) is None and not self._reference.knows(node):
+                place = f"{self.graph.path}: node {node.name!r} ({node.op})"
+                raise NodeFailed(f"{place} failed: nothing here implements it") from error
             given = f" on ({', '.join(_describe(i) for i in inputs)})" if inputs else ""
             raise NodeFailed(
                 f"{self.graph.path}: node {node.name!r} ({node.op}) failed{given}: {_first_line(error)}"
@@ -336,7 +340,8 @@ class Executor:
             graphs = [a for a in node.proto.attribute if a.HasField("g")]
             bodies = {a.name: Body.of_graph(a.g, opsets) for a in graphs}
         arithmetic = self._overrides.get(node.name, self.arithmetic)
-        call = Call.of(node, opsets.get(domain, 1), arithmetic, self.device, self._literal)
+        weights = frozenset(i for i, name in enumerate(node.proto.input) if name in self._constants)
+        call = Call.of(node, opsets.get(domain, 1), arithmetic, self.device, self._literal, weights)
         return _ExecutionStep(call, KERNELS.get(node.op), bodies, opsets)
 
 
@@ -344,6 +349,15 @@ def unsupported(graph: Graph) -> list[Node]:
     """The nodes that neither a kernel, nor ONNX's reference implementation, nor a function of the file can execute."""
     reference = Reference(graph)
     return [n for n in graph.nodes if n.op not in KERNELS and n.op != "Constant" and not reference.knows(n)]
+
+
+def constants_of(graph: Graph) -> set[str]:
+    """Values of the main graph that no input reaches: initializers, and what nodes make of nothing else."""
+    names = set(graph.initializers)
+    for node in graph.nodes:
+        if all(name in names for name in node.inputs) and not draws(node, graph):
+            names.update(node.outputs)
+    return names
 
 
 def _has_numbers(value: Any) -> bool:

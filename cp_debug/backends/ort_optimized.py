@@ -20,6 +20,7 @@ from cp_debug.backends.ort_chunks import ChunkedGraph
 from cp_debug.backends.ort_options import Runtime
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.probes.arrays import Tensor, as_numpy
+from cp_debug.probes.distance import distance
 
 _NCHWC = "com.microsoft.nchwc."
 _CAST = "InsertedPrecisionFreeCast_"
@@ -182,9 +183,7 @@ class _TensorSample:
         """Whether two samples may be of one tensor, up to rounding."""
         if self.shape != other.shape:
             return False
-        finite = np.isfinite(self.elements) & np.isfinite(other.elements)
-        distance = np.linalg.norm((self.elements - other.elements)[finite])
-        return bool(distance <= _TOLERANCE * np.linalg.norm(self.elements[finite]))
+        return distance(other.elements, self.elements).relative <= _TOLERANCE
 
 
 def _guess_names(optimized: Graph, original: Graph) -> dict[str, str]:

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, replace
 
 from cp_debug import plugins
+from cp_debug.backends.narrow_options import FAMILIES, NarrowOptions
 from cp_debug.errors import BackendUnavailable, InputError
 
 KNOWN = {
@@ -31,6 +32,11 @@ KNOWN = {
     "emu-fp16": "emulated FP16: operands and results rounded, FP32 accumulation",
     "emu-fp16acc": "emulated FP16 with FP16 accumulation, as TensorRT's h16816 kernels do it",
     "emu-int8": "emulated INT8: the graph's own Q/DQ nodes, FP32 between them",
+    "emu-fp8": "emulated FP8: operands of products in E4M3 (:e5m2), a scale a tensor (:channel, :block)",
+    "emu-mxfp8": "emulated MXFP8: E4M3 (:e5m2) in blocks of 32 with scales in E8M0",
+    "emu-mxfp4": "emulated MXFP4: E2M1 in blocks of 32 with scales in E8M0",
+    "emu-nvfp4": "emulated NVFP4: E2M1 in blocks of 16 with scales in E4M3, and one for the tensor",
+    "emu-int4": "emulated INT4 weights of MatMul and Gemm by groups of 128 (:g32), the rest in FP32",
     "trt-fp32": "TensorRT FP32, TF32 off",
     "trt-tf32": "TensorRT FP32 with TF32 on",
     "trt-fp16": "TensorRT FP16",
@@ -42,7 +48,9 @@ KNOWN = {
 TEST = ".test"
 """Suffix for the spec of a test that runs on the same backend as its reference."""
 
-_SPEC = re.compile(r"(?P<name>[a-z0-9]+(?:-[a-z0-9]+)*)(?:@(?P<device>cpu|cuda(?::\d+)?))?(?P<test>\.test)?")
+_SPEC = re.compile(
+    r"(?P<name>[a-z0-9]+(?:-[a-z0-9]+)*)(?P<options>(?::[a-z0-9=-]+)*)(?:@(?P<device>cpu|cuda(?::\d+)?))?(?P<test>\.test)?"
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,8 @@ class BackendSpec:
     device: str | None = None
     repeated: bool = False
     """Whether this is the test beside a reference on the same backend."""
+    options: str = ""
+    """Options of a narrow precision as they are spelled in full, from the first colon on: ``:block:acc=fp22``."""
 
     @property
     def family(self) -> str:
@@ -64,13 +74,20 @@ class BackendSpec:
         """The part behind the family: ``fp16`` of ``trt-fp16``, empty for ``torch``."""
         return self.name.partition("-")[2]
 
+    @property
+    def precision(self) -> str:
+        """The part behind the family with its options: ``fp8:block`` of ``emu-fp8:block@cpu``."""
+        return self.variant + self.options
+
     def __str__(self) -> str:
-        return self.name + (f"@{self.device}" if self.device else "") + (TEST if self.repeated else "")
+        return self.name + self.options + (f"@{self.device}" if self.device else "") + (TEST if self.repeated else "")
 
     @classmethod
     def parse(cls, text: str) -> BackendSpec:
-        """Parse one spec. Raises BackendUnavailable for a name nobody knows, InputError for a malformed one and for
-        a family that two distributions declare. Which variants a plug-in's family has, it says itself.
+        """Parse one spec. Which variants a plug-in's family has, it says itself.
+
+        Raises BackendUnavailable for a name nobody knows, InputError for a malformed one, for options that the backend
+        does not have, and for a family that two distributions declare.
         """
         match = _SPEC.fullmatch(text.strip())
         if match is None:
@@ -81,6 +98,12 @@ class BackendSpec:
             known = [*KNOWN, *(each.name for each in plugins.others(plugins.BACKENDS))]
             near = difflib.get_close_matches(spec.name, known, n=1, cutoff=0.0)
             raise BackendUnavailable(text, f"no such backend; known are {', '.join(known)}", nearest=near[0])
+        if spec.family == "emu" and spec.variant in FAMILIES:
+            options = NarrowOptions.parse(spec.variant + match["options"])
+            return replace(spec, options=str(options).removeprefix(spec.variant))
+        if match["options"]:
+            takers = ", ".join(f"emu-{family}" for family in FAMILIES)
+            raise InputError(f"--backends: {spec.name} has no options such as {match['options']!r}; {takers} have some")
         return spec
 
 

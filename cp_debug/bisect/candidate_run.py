@@ -26,9 +26,10 @@ from cp_debug.bisect.observe import Observation, observe
 from cp_debug.bisect.options import is_optimized
 from cp_debug.bisect.quantized_segment import Quantized, QuantizerGrid
 from cp_debug.bisect.regions.region import Region, region_of
-from cp_debug.bisect.replay import AnyQuantized, Load, Replayer
+from cp_debug.bisect.replay import Load, Replayer
 from cp_debug.bisect.replayed import Replay
 from cp_debug.bisect.result import OK, LayerRow
+from cp_debug.bisect.scale_replay import AnyQuantized
 from cp_debug.bisect.sides import judged, trace_shapes, without_emulation
 from cp_debug.bisect.verdict import judge
 from cp_debug.errors import InputError

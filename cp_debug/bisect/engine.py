@@ -115,7 +115,7 @@ class Bisection:
                 sources.append(sample.source)
                 remarks.see(sample)
                 taken.take(index, sample)
-            self._notes += remarks.told
+            self._notes += remarks.sentences
             if options.inputs is not None and len(sources) < options.samples:
                 self._notes.append(f"{options.samples} samples were asked for; {options.inputs} gives {len(sources)}")
             if options.optimizer_blame:

@@ -9,7 +9,7 @@ scales of that kind make on the same inputs.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from cp_debug.backends.arithmetic import INT8
 from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.weights import Weights
+from cp_debug.bisect.quantization_scheme import Levels, Scheme
 from cp_debug.bisect.quantized_segment import EmulatedSegment, QuantizerGrid
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
@@ -45,66 +46,6 @@ _RANGES = {"Sigmoid": (0.0, 1.0), "HardSigmoid": (0.0, 1.0), "Softmax": (0.0, 1.
 """Operators whose results quantizers put on a grid over all that they can be, whatever the data."""
 _ONE_OPERAND = {"Resize", "Upsample", "Pad", "Clip", "BatchNormalization", "InstanceNormalization", "OneHot", "Dropout"}
 """Operators whose other inputs (scales, bounds, statistics) stay as they are."""
-
-
-@dataclass(frozen=True)
-class Levels:
-    """Kind of a grid for numbers: how many levels, whether zero is in the middle, one scale or one a channel."""
-
-    bits: int = 8
-    symmetric: bool = False
-    channels: bool = False
-    block: int = 0
-    """Number of elements of the reduced axis that share a scale; 0: all."""
-
-    def applied(
-        self, tensor: Tensor, axis: int | None, scale_margin: float = 1.0, least: tuple[float, float] = (0.0, 0.0)
-    ) -> Tensor:
-        """``tensor`` with the best scales of this kind for it, ``scale_margin`` times as large.
-
-        ``least`` is a range that they cover in any case, ``axis`` the channels'. Shape and dtype of ``tensor`` stay.
-        """
-        if self.block and tensor.dim() > 1:
-            rows = tensor.transpose(0, 1) if axis != 0 else tensor
-            padded = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % self.block))
-            blocks = padded.unflatten(-1, (-1, self.block))
-            rounded = self._on(blocks, [-1], scale_margin).flatten(-2)[..., : rows.shape[-1]]
-            return rounded.transpose(0, 1) if axis != 0 else rounded
-        reduced = [d for d in range(tensor.dim()) if d != axis] if self.channels and axis is not None else None
-        return self._on(tensor, reduced, scale_margin, least)
-
-    def _on(
-        self, tensor: Tensor, reduced: list[int] | None, scale_margin: float, least: tuple[float, float] = (0.0, 0.0)
-    ) -> Tensor:
-        if not tensor.numel():
-            return tensor
-        dims = list(range(tensor.dim())) if reduced is None else reduced
-        low, high = (tensor.amin(dims, keepdim=True), tensor.amax(dims, keepdim=True)) if dims else (tensor, tensor)
-        low, high = low.clamp(max=least[0]), high.clamp(min=least[1])
-        if self.symmetric:
-            high = torch.maximum(low.abs(), high.abs())
-            low = -high
-        low, high = low.clamp(max=0) * scale_margin, high.clamp(min=0) * scale_margin
-        count = 2**self.bits - 1 - self.symmetric
-        step = (high - low) / count
-        step = torch.where(step > 0, step, torch.ones_like(step))
-        zero = torch.zeros_like(step) if self.symmetric else torch.round(-low / step)
-        bottom = -(count // 2) if self.symmetric else 0
-        return (torch.round(tensor / step) + zero).clamp(bottom, bottom + count).sub(zero) * step
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """Quantization by the nodes between two of the parent's values. None: not at all."""
-
-    data: Levels | None = None
-    weights: Levels | None = None
-    result: Levels | None = None
-    grid: QuantizerGrid | None = None
-    """Grid of the data, where its scale is constant."""
-
-    def __bool__(self) -> bool:
-        return any((self.data, self.weights, self.result))
 
 
 class FileQuantization:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cp_debug.detection.detection_change import DetectionChange
-from cp_debug.serialize import JsonForm, encode
+from cp_debug.serialize import JsonForm
 
 UNKNOWN = "unknown"
 
@@ -81,8 +81,3 @@ class Finding(JsonForm):
     def fields_from(cls, document: dict[str, Any]) -> dict[str, Any]:
         """The entry of ``findings``, also of a file that says no more than the cause."""
         return {"says": document.get("cause"), "layers": [], "ops": []} | document
-
-    def to_dict(self) -> dict[str, Any]:
-        """The entry of ``findings`` in the JSON; ``docs/causes.md`` describes the fields."""
-        document: dict[str, Any] = encode(self)
-        return document

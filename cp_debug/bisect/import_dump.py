@@ -21,12 +21,13 @@ from cp_debug.graph.pairing import parse_map_of
 from cp_debug.probes.arrays import dtype_name
 from cp_debug.probes.capture import CaptureWriter, array_hash
 from cp_debug.programs.layers import layers_of
+from cp_debug.serialize import JsonForm
 
 SCHEMA = "cpdebug.import/1"
 
 
 @dataclass(repr=False)
-class ImportedDump(Shown):
+class ImportedDump(JsonForm, Shown):
     """The tensors of a dump by the names of a graph's values, and what does not fit."""
 
     model: str
@@ -55,12 +56,9 @@ class ImportedDump(Shown):
         """Whether the outputs are there and nothing has another shape."""
         return not self.missing_outputs and not self.shapes
 
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON document, without the tensors."""
-        names = ("model", "source", "values", "renamed", "missing_inputs", "missing_outputs", "missing", "extra",
-                 "suggestions", "dtypes", "shapes")  # fmt: skip
-        fields = {name: getattr(self, name) for name in names}
-        return {"schema": SCHEMA, "complete": self.complete, "tensors": list(self.tensors), **fields}
+    def derived(self) -> dict[str, Any]:
+        """The schema, whether the dump is complete, and the names of its tensors."""
+        return {"schema": SCHEMA, "complete": self.complete, "tensors": list(self.tensors)}
 
 
 def match_dump(

@@ -58,7 +58,7 @@ class OptimizerBlame(JsonForm):
     difference_without: float = field(metadata={"key": "difference.without"})
     """Difference with the responsible ones disabled."""
     responsible: list[Culprit] = field(default_factory=list, metadata={"key": "culprits"})
-    """The smallest set found: disabling fewer leaves a difference. Empty where disabling does not help."""
+    """The set found: leaving any one of it enabled leaves a difference. Empty where disabling does not help."""
     active: list[str] = field(default_factory=list)
     """The optimizers that changed the graph."""
     runs: int = 0
@@ -77,7 +77,7 @@ class OptimizerBlame(JsonForm):
 def blame_optimizers(
     model: Model, programs: Sequence[Program], backend: OrtBackend, sample: Sample, noise_floor: float = 0.0
 ) -> OptimizerBlame:
-    """Find the smallest set of optimizers whose disabling makes the outputs those of the unoptimized program.
+    """Find optimizers, none too many, whose disabling makes the outputs those of the unoptimized program.
 
     Without a difference above ``noise_floor`` nothing is searched. What remains afterwards is at most the noise floor,
     or ``REST`` of the whole difference; bit-equal outputs count as 0. Raises InputError when the model fails.
@@ -111,7 +111,7 @@ class _OptimizerSearch:
         return 1 + len(self._seen)
 
     def _responsible(self, allowed: float, active: list[str]) -> list[str]:
-        """The smallest set to disable; empty when the difference stays whatever is disabled."""
+        """A set to disable of which none can be left out; empty when the difference stays whatever is disabled."""
         minimizer = Minimizer[str](lambda disabled: self._difference(disabled) <= allowed)
         candidates: list[str] = []
         while new := [name for name in active if name not in candidates]:

@@ -22,10 +22,11 @@ from cp_debug.bisect.verdict import RANGE
 from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import PRODUCTS
 from cp_debug.graph.randomness import drawing, drawing_note
+from cp_debug.probes.distance import relative_l2
 from cp_debug.programs.layers import layer_name
 from cp_debug.programs.pipeline import Key, Pipeline
 from cp_debug.programs.scene import decode
-from cp_debug.recipes.abilities import Remarks
+from cp_debug.recipes.abilities import DetectsBoxes, Remarks
 from cp_debug.recipes.base import Arrays, Model, Sample
 
 LONG = 1152
@@ -71,7 +72,9 @@ class Preflight:
         if self.sample is not None:
             remarks = Remarks(self.model)
             remarks.see(self.sample)
-            listed += (Concern("inputs", RISK, says, [], "give another sample with --inputs") for says in remarks.told)
+            listed += (
+                Concern("inputs", RISK, says, [], "give another sample with --inputs") for says in remarks.sentences
+            )
             listed += self._activations(self.sample)
         return sorted(listed, key=lambda c: c.severity != PROBLEM)
 
@@ -111,10 +114,11 @@ class Preflight:
 
     def _probabilities(self, sample: Sample, results: Mapping[str, Arrays]) -> Iterator[Concern]:
         """Scores that were never squeezed into (0, 1), or twice."""
-        scores = getattr(decode(self.model, sample, results), "scores", None)
+        decoded = decode(self.model, sample, results)
         last = self.model.components[-1]
-        if scores is None or not len(scores):
+        if not isinstance(decoded, DetectsBoxes) or not len(decoded.scores):
             return
+        scores = decoded.scores
         low, high = float(np.min(scores)), float(np.max(scores))
         squeezed = [n for n, v in results[last.name].items() if v.size and v.min() >= 0 and v.max() <= 1]
         figures = {"lowest": low, "highest": high}
@@ -139,8 +143,7 @@ def leaves_half(exact: Tensor) -> dict[str, float] | None:
     finite = exact[torch.isfinite(exact)]
     stored = round_fp16(finite.float()).double()
     is_stored = torch.isfinite(stored)
-    norm = float(torch.linalg.vector_norm(finite[is_stored])) or 1.0
-    figures["storage_loss"] = float(torch.linalg.vector_norm(stored[is_stored] - finite[is_stored])) / norm
+    figures["storage_loss"] = relative_l2(stored[is_stored], finite[is_stored])
     return figures if figures["overflows"] or figures["storage_loss"] > RANGE * HALF.roundoff else None
 
 

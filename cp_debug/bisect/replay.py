@@ -24,21 +24,19 @@ from cp_debug.backends.executor import Executor
 from cp_debug.backends.kernels import KERNELS
 from cp_debug.backends.memory import Trimmer
 from cp_debug.bisect.consequences import matters
-from cp_debug.bisect.file_quantization import FileQuantization
 from cp_debug.bisect.perturbation import doubt
-from cp_debug.bisect.quantized_segment import EmulatedSegment, Quantized, balanced
+from cp_debug.bisect.quantized_segment import EmulatedSegment
 from cp_debug.bisect.range_loss import RangeLoss
 from cp_debug.bisect.replayed import EXCESS, Replay
+from cp_debug.bisect.scale_replay import AnyQuantized, ScaleReplay
 from cp_debug.bisect.whole_numbers import as_tensor, instead
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
-from cp_debug.graph.integer_values import is_constant
 from cp_debug.graph.operators import PRODUCTS
 from cp_debug.graph.randomness import DRAWS_NUMBERS, draws
 from cp_debug.probes.distance import distance, ratio
-from cp_debug.programs.precision import BESIDE_INT8, PRECISIONS, Precision, coarsest
+from cp_debug.programs.precision import BESIDE_INT8, PRECISIONS, Precision, coarsest, of_operators
 
-AnyQuantized = Quantized | FileQuantization
 Load = Callable[[str], AnyTensor]
 """A captured value by its name in the graph. Raises InputError where the capture lacks it."""
 
@@ -46,17 +44,8 @@ SUSPICIOUS = 30.0
 """A layer that amplifies the divergence of its inputs more than this is replayed for the reference, too: healthy layers
 stay below 5, so what was inherited more likely was introduced by the reference."""
 
-SCALE_MARGINS = (1.02, 1.05, 1.1)
-"""A layer in INT8 that raises a doubt is emulated again with scales larger by these factors: of few elements, one
-emulation may come out nearly exact by luck."""
-
 TRIM_AFTER = 1 << 27
 """Size of oracle results in bytes after which freed memory goes back to the system."""
-
-ALIKE = 0.02
-"""Relative L2 within which a quantized file computes a layer, but for the rounding of its data."""
-FLOOR = 0.5
-"""Number of unit roundoffs that every layer may introduce, whatever its emulation says."""
 
 
 class Replayer:
@@ -96,6 +85,10 @@ class Replayer:
         alike = precisions[0] == precisions[1] and narrow[0] == narrow[1]
         self._emulators = first, first if alike else self._emulator(1, oracle)
         self.quantized = quantized
+        self._scales = tuple(
+            None if of_side is None else ScaleReplay(of_side, self.oracle, emulator, self.known)
+            for of_side, emulator in zip(quantized, self._emulators, strict=True)
+        )
         self._emulated = emulated
         self._finer: Executor | None = None
         self._trimmer = Trimmer(TRIM_AFTER)
@@ -115,8 +108,9 @@ class Replayer:
 
         It is the backend's, or the coarser one in which its program holds a result of these nodes.
         """
+        nodes = list(nodes)
         declared = (self._narrow[side].get(name) for node in nodes for name in node.outputs)
-        return coarsest(self._claims[side], *filter(None, declared))
+        return coarsest(of_operators(self._claims[side], (n.op for n in nodes)), *filter(None, declared))
 
     def layers(
         self, reference: Load, test: Load, divergences: Mapping[str, float] = MappingProxyType({})
@@ -132,7 +126,8 @@ class Replayer:
             try:
                 yield from self._segment(targets, reference, test, divergences).items()
             except InputError as error:
-                yield from ((t, Replay(skipped=str(error))) for t in targets)
+                nodes = tuple(n.name for n in self.graph.segment(targets, self.known)[0])
+                yield from ((t, Replay(nodes, skipped=str(error))) for t in targets)
 
     def introduced(self, target: str, test: Load) -> tuple[Tensor, Tensor]:
         """(Introduced error, oracle's result) of one value, in the oracle's dtype and the value's shape.
@@ -149,7 +144,7 @@ class Replayer:
         ``exact`` has the shape and dtype that the graph declares for the input.
         """
         exact_tensor = self._hold(exact)
-        replay = self._judge(
+        replay = Replay.of(
             test(value), exact_tensor, [exact_tensor], coarsest(self._claims[1], self._narrow[1].get(value))
         )
         self._trace_back(replay, exact_tensor, reference(value), 0.0)
@@ -181,14 +176,12 @@ class Replayer:
             replay = self._asked(1, nodes, given, target, captured[target], exact[target], expected, claim)
             if replay.new_nonfinite or (replay.excess or 0.0) > EXCESS:
                 replay = self._in_range(replay, target, captured[target], exact[target], expected, claim, test)
-            if (quantized := self.quantized[1]) is not None and quantized.touches(nodes):
+            if (scales := self._scales[1]) is not None and scales.quantized.touches(nodes):
                 replay.clipped, replay.step = expected.clipped, expected.step
-                declared = quantized.declared(target, self.known, given)
-                ideals = [expected.results[target]]
-                if isinstance(quantized, FileQuantization):
-                    ideals += self._recalibrated(quantized, nodes, target, given)
-                _hold_against_scales(replay, captured[target], exact[target], ideals, declared)
-                if self._follows_its_scales(replay) and self._scales_fit(nodes, starts, target, reference):
+                ideal = expected.results[target]
+                scales.compare(replay, nodes, target, given, captured[target], exact[target], ideal)
+                of_reference = {s: reference(s) for s in starts} if scales.explain(replay) else None
+                if of_reference is not None and scales.fit(nodes, target, of_reference):
                     replay.expected, replay.excess, replay.channel_excess = replay.introduced, 1.0, None
             replay.nodes, replay.precision = tuple(n.name for n in nodes), claimed.name
             replay.unread = target not in self.graph.consumers and target not in self._outputs
@@ -254,19 +247,19 @@ class Replayer:
 
         Where emulating one correct implementation has raised a doubt, others are asked.
         """
-        replay = self._judge(captured, exact, [expected.results[target]], claim)
+        replay = Replay.of(captured, exact, [expected.results[target]], claim)
         if (replay.excess or 0.0) <= EXCESS:
             return replay
-        quantized = self.quantized[side]
-        if quantized is not None and quantized.touches(nodes):
-            larger_scales = self._rooms(quantized, side, nodes, given, target)
-            return self._judge(captured, exact, [expected.results[target], *larger_scales], claim)
+        scales = self._scales[side]
+        if scales is not None and scales.quantized.touches(nodes):
+            larger_scales = scales.larger(nodes, given, target)
+            return Replay.of(captured, exact, [expected.results[target], *larger_scales], claim)
         oracle = self._oracle_of(claim)
         if oracle is not self.oracle:
             exact = as_tensor(oracle.run_nodes(nodes, given, [target])[target])
-        arithmetic = None if quantized is not None else ARITHMETICS[claim.name]
+        arithmetic = None if scales is not None else ARITHMETICS[claim.name]
         allowed = doubt(oracle, nodes, given, target, self._families[side], arithmetic)
-        return self._judge(captured, exact, [expected.results[target]], claim, allowed)
+        return Replay.of(captured, exact, [expected.results[target]], claim, allowed)
 
     def _oracle_of(self, claim: Precision) -> Executor:
         """The oracle, or one in FP64 where it is no finer than what is judged."""
@@ -275,39 +268,6 @@ class Replayer:
         if self._finer is None:
             self._finer = Executor(self.graph, FP64, self._device)
         return self._finer
-
-    def _rooms(
-        self, quantized: AnyQuantized, side: int, nodes: list[Node], given: Mapping[str, AnyTensor], target: str
-    ) -> Iterator[AnyTensor]:
-        """Results with somewhat larger scales; for a foreign file also with larger ones of its own quantizers."""
-        for scale_margin in SCALE_MARGINS:
-            yield quantized.ideal(self._emulators[side], nodes, given, [target], scale_margin).results[target]
-        if isinstance(quantized, FileQuantization):
-            emulator = self._emulators[side]
-            yield quantized.ideal(emulator, nodes, given, [target], whole_range=True).results[target]
-            for scale_margin in (1.0, *SCALE_MARGINS):
-                yield from self._recalibrated(quantized, nodes, target, given, scale_margin)
-
-    def _judge(
-        self,
-        captured: AnyTensor,
-        exact: Tensor,
-        correct: Iterable[AnyTensor],
-        claim: Precision,
-        doubt: float = 0.0,
-    ) -> Replay:
-        """``correct``: what implementations without a fault give; ``doubt``: how far others may be off, an L2 norm."""
-        if tuple(captured.shape) != tuple(exact.shape):
-            return Replay(skipped=f"the shape is {list(captured.shape)}, the oracle's {list(exact.shape)}")
-        introduced, scale, new_nonfinite = distance(captured, exact)
-        allowed = (introduced if c is captured else distance(c, exact).difference for c in correct)
-        expected = max(*allowed, doubt, FLOOR * claim.roundoff * scale)
-        return Replay(
-            introduced=ratio(introduced, scale),
-            expected=ratio(expected, scale),
-            excess=ratio(introduced, expected),
-            new_nonfinite=new_nonfinite,
-        )
 
     def _trace_back(self, replay: Replay, exact: Tensor, captured: AnyTensor, divergence: float) -> None:
         if tuple(captured.shape) != tuple(exact.shape):
@@ -340,7 +300,7 @@ class Replayer:
         if beyond is None:
             return replay
         in_range = [torch.where(beyond, 0.0, self._hold(t)) for t in (captured, exact, expected.results[target])]
-        replay = self._judge(in_range[0], in_range[1], [in_range[2]], claim)
+        replay = Replay.of(in_range[0], in_range[1], [in_range[2]], claim)
         replay.wanted = int(beyond.sum())
         return replay
 
@@ -350,52 +310,6 @@ class Replayer:
             return False
         captured_tensor = self._hold(captured).to(exact.dtype)
         return not matters(self.graph, self.oracle, self.known, test, (target, exact, captured_tensor), 0.0)
-
-    def _recalibrated(
-        self,
-        quantized: FileQuantization,
-        nodes: list[Node],
-        target: str,
-        given: Mapping[str, AnyTensor],
-        scale_margin: float = 1.0,
-    ) -> list[AnyTensor]:
-        """Results of a file's own nodes with better scales; empty where nobody can tell."""
-        names = dict.fromkeys(i for n in nodes for i in n.inputs if is_constant(self.graph, i) and i not in given)
-        constants = [torch.as_tensor(t) for t in self.oracle.run_nodes([], {}, names).values()]
-        rounded = quantized.recalibrated(target, self.known, given, constants, scale_margin)
-        fine = quantized.recalibrated(target, self.known, given, constants, bits=24)
-        exact = as_tensor(self.oracle.run_nodes(nodes, given, [target])[target])
-        if rounded is None or fine is None or fine.shape != exact.shape:
-            return []
-        # Nodes that miss the result without any rounding compute something else: another value was paired with this.
-        off, scale, _ = distance(fine, exact)
-        faithful = off <= max(distance(rounded, exact).difference / 2, ALIKE * scale)
-        return [rounded] if faithful else []
-
-    @staticmethod
-    def _follows_its_scales(replay: Replay) -> bool:
-        """Whether a layer in INT8 introduces more than it should, and just what the file's own scales say."""
-        beyond = max(replay.excess or 0.0, replay.channel_excess or 0.0) > EXCESS
-        deviation = replay.deviation_from_scales
-        return beyond and deviation is not None and deviation < (replay.introduced or 0.0) / 2
-
-    def _scales_fit(self, nodes: list[Node], starts: list[str], target: str, reference: Load) -> bool:
-        """Whether another tool's scales are as good as any for what the reference gives the layer, which is what they
-        were calibrated on: that they do not fit the test's inputs was inherited."""
-        quantized = self.quantized[1]
-        if not isinstance(quantized, FileQuantization):
-            return False
-        given = {s: reference(s) for s in starts}
-        declared = quantized.declared(target, self.known, given)
-        exact = as_tensor(self.oracle.run_nodes(nodes, given, [target])[target])
-        if declared is None or declared.shape != exact.shape:
-            return False
-        best = [
-            quantized.ideal(self._emulators[1], nodes, given, [target], whole_range=w).results[target]
-            for w in (False, True)
-        ]
-        best += self._recalibrated(quantized, nodes, target, given)
-        return (self._judge(declared, exact, best, BESIDE_INT8).excess or 0.0) <= EXCESS
 
     def _claim_of_node(self, side: int, node: Node) -> Precision:
         return self.claim(side, [node])
@@ -421,19 +335,3 @@ class Replayer:
 
     def _hold(self, tensor: AnyTensor) -> Tensor:
         return as_tensor(FP64.hold(tensor, self._device))
-
-
-def _hold_against_scales(
-    replay: Replay, captured: AnyTensor, exact: Tensor, ideals: Iterable[AnyTensor], declared: Tensor | None
-) -> None:
-    """Compare a layer in INT8 with its own scales (``declared``), and channel by channel with the best ones."""
-    if tuple(captured.shape) != tuple(exact.shape):
-        return
-    if declared is not None and declared.shape == exact.shape:
-        scale = distance(captured, exact).whole
-        replay.declared = ratio(distance(declared, exact).difference, scale)
-        replay.deviation_from_scales = ratio(distance(captured, declared).difference, scale)
-    axis = 1 if exact.dim() == 4 else exact.dim() - 1
-    ours = balanced(torch.as_tensor(captured) - exact, exact, axis)
-    best = max(balanced(torch.as_tensor(t) - exact, exact, axis) for t in ideals)
-    replay.channel_excess = ratio(ours, max(best, FLOOR * BESIDE_INT8.roundoff))

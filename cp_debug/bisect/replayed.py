@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from cp_debug.backends.base import Tensor as AnyTensor
+from cp_debug.probes.distance import distance, ratio
+from cp_debug.programs.precision import Precision
 
 EXCESS = 4.0
 """A layer whose introduced error is this many times the expected one is guilty: ``docs/thresholds.md`` has the
 measurements."""
+FLOOR = 0.5
+"""Number of unit roundoffs that every layer may introduce, whatever its emulation says."""
 
 
 @dataclass
@@ -54,3 +63,24 @@ class Replay:
     not_emulated: tuple[str, ...] = ()
     """Nodes of the segment that have no kernel in the claimed arithmetic: ``expected`` says nothing of them."""
     skipped: str | None = None
+
+    @classmethod
+    def of(
+        cls, captured: AnyTensor, exact: Tensor, correct: Iterable[AnyTensor], claim: Precision, doubt: float = 0.0
+    ) -> Replay:
+        """The figures of a captured value against the oracle's result for the same inputs.
+
+        ``correct``: what implementations without a fault give; ``doubt``: how far others may be off, an L2 norm. All
+        tensors have the value's shape, in any float dtypes.
+        """
+        if tuple(captured.shape) != tuple(exact.shape):
+            return cls(skipped=f"the shape is {list(captured.shape)}, the oracle's {list(exact.shape)}")
+        introduced, scale, new_nonfinite = distance(captured, exact)
+        allowed = (introduced if c is captured else distance(c, exact).difference for c in correct)
+        expected = max(*allowed, doubt, FLOOR * claim.roundoff * scale)
+        return cls(
+            introduced=ratio(introduced, scale),
+            expected=ratio(expected, scale),
+            excess=ratio(introduced, expected),
+            new_nonfinite=new_nonfinite,
+        )

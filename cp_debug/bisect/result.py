@@ -264,11 +264,6 @@ class TestResult(JsonForm):
         stages = [item | {"layer": row} for item, row in listed("stages")]
         return document | {"layers": rows, "stages": stages, "outputs": [row for _, row in listed("outputs")]}
 
-    def to_dict(self) -> dict[str, Any]:
-        """The block of the JSON schema."""
-        document: dict[str, Any] = encode(self)
-        return document
-
 
 @dataclass
 class BisectResult(JsonForm):
@@ -324,9 +319,8 @@ class BisectResult(JsonForm):
         tests = [shared | block | {"backend": record} for block, record in zip(blocks, records[1:], strict=True)]
         return document | {"reference": records[0], "tests": tests}
 
-    def to_dict(self) -> dict[str, Any]:
-        """The whole result, JSON-safe. The first test backend's block also lies at the top level."""
-        document: dict[str, Any] = encode(self)
+    def completed(self, document: dict[str, Any]) -> dict[str, Any]:
+        """The document with the first test backend's block at the top level, too."""
         return document["tests"][0] | document
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:

@@ -10,7 +10,7 @@ from typing import Any
 from cp_debug.bisect.result import DIVERGENT, GUILTY, INHERITED, OK, SHAPE, BisectResult, LayerRow, TestResult
 from cp_debug.display import Shown
 from cp_debug.errors import InputError
-from cp_debug.serialize import encode
+from cp_debug.serialize import JsonForm
 
 SCHEMA = "cpdebug.diff/1"
 FACTOR = 2.0
@@ -70,7 +70,7 @@ class LayerChange:
 
 
 @dataclass
-class TestDiff:
+class TestDiff(JsonForm):
     """One test backend in both results."""
 
     __test__ = False  # not a test, whatever its name tells pytest
@@ -105,9 +105,13 @@ class TestDiff:
         verdict = words.get(self.agrees, "still does not agree")
         return f"{verdict}; layers: {', '.join(parts) or 'none changed'}, {self.same} as before"
 
+    def derived(self) -> dict[str, Any]:
+        """Whether the test got worse, and the difference in a sentence."""
+        return {"worse": self.worse, "says": self.says}
+
 
 @dataclass(repr=False)
-class ResultDiff(Shown):
+class ResultDiff(JsonForm, Shown):
     """Two results, test by test."""
 
     model: str
@@ -123,12 +127,9 @@ class ResultDiff(Shown):
         """Whether any test got worse."""
         return any(test.worse for test in self.tests)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON document; numbers that JSON lacks are the strings "NaN", "Infinity", "-Infinity"."""
-        document: dict[str, Any] = encode(self)
-        for entry, test in zip(document["tests"], self.tests, strict=True):
-            entry |= {"worse": test.worse, "says": test.says}
-        return {"schema": SCHEMA, "worse": self.worse, **document}
+    def derived(self) -> dict[str, Any]:
+        """The schema, and whether any test got worse."""
+        return {"schema": SCHEMA, "worse": self.worse}
 
 
 def diff_results(before: BisectResult, after: BisectResult, *, factor: float = FACTOR) -> ResultDiff:

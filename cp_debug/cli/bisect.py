@@ -63,7 +63,9 @@ def bisect(
     other: Annotated[
         Path | None, typer.Argument(metavar="[TEST_MODEL]", help="A second .onnx file, as --test-model.")
     ] = None,
-    backends: Annotated[str, typer.Option("--backends", "-b", help="Reference first, then the tests.")] = "torch,ort",
+    backends: Annotated[
+        str, typer.Option("--backends", "-b", help="Reference first, then the tests: ort,emu-fp8:block:acc=fp22.")
+    ] = "torch,ort",
     test_model: Annotated[
         Path | None, typer.Option(help="Another .onnx for the tests (a folder, for several components).")
     ] = None,

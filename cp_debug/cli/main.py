@@ -35,6 +35,7 @@ from cp_debug.cli import (
     report,
     search,
     sweep,
+    ui,
     verify,
 )
 from cp_debug.cli import eval as evaluation
@@ -44,7 +45,7 @@ from cp_debug.errors import CpdebugError, InputError, system_reason
 
 ENDED = 143
 """Exit code after SIGTERM, as in shells."""
-RUNS_NOTHING = ("compare", "doctor", "models", "report")
+RUNS_NOTHING = ("compare", "doctor", "models", "report", "ui")
 """Commands in which ONNX Runtime has nothing to log."""
 
 _NO_MEMORY = ("can't allocate memory", "out of memory")
@@ -100,6 +101,7 @@ for command in (
     predict.predict,
     report.report,
     search.search,
+    ui.ui,
     verify.verify,
 ):
     app.command(cls=Command)(command)

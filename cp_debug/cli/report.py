@@ -31,11 +31,18 @@ def report(
     kind: Annotated[
         Format, typer.Option("--format", "-f", help="Text formats go to stdout without --output.")
     ] = Format.html,
+    charts: Annotated[
+        list[str] | None,
+        typer.Option(help="Layer that gets charts, too: a name, or a pattern such as 'backbone.*'; '*' takes all."),
+    ] = None,
 ) -> None:
     """Show a saved result: one HTML page, Markdown, CI annotations, tables, or an annotated ONNX file."""
     from cp_debug.cli.console import console
+    from cp_debug.errors import InputError
     from cp_debug.files import write_text
 
+    if charts and kind is not Format.html:
+        raise InputError(f"--charts: it would do nothing here: {kind.value} has no charts")
     check_saved(result)
     from cp_debug.reports.files import write_csv, write_parquet
     from cp_debug.reports.saved import SavedResult
@@ -46,7 +53,7 @@ def report(
         from cp_debug.reports.page import write_page
 
         paths = [output or Path("report.html")]
-        write_page(saved, paths[0])
+        write_page(saved, paths[0], charts or ())
     elif kind is Format.onnx:
         from cp_debug.reports.annotate import write_annotated
 

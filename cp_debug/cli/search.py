@@ -54,7 +54,9 @@ def search(
     engines: tensorrt.TensorRTFlags,
     files: reading.ReadingFlags,
 ) -> None:
-    """Mixed-precision search: the fewest layers to keep in FP32 (of an INT8 graph: unquantized) so that a goal holds.
+    """Mixed-precision search: few layers to keep in FP32 (of an INT8 graph: unquantized) so that a goal holds.
+
+    Unless a limit ends it first, none of them can be left out; that no smaller set exists is not shown.
 
     Exit code 1 when the goal was not reached.
     """

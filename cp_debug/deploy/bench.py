@@ -19,6 +19,7 @@ from cp_debug.backends.capabilities import timer_of as own_timer
 from cp_debug.programs.pipeline import Pipeline
 from cp_debug.programs.walk import Walk
 from cp_debug.recipes.base import Arrays, Model, Sample
+from cp_debug.serialize import JsonForm
 
 OnStep = Callable[[str, int, int], None]
 Timer = Callable[[Arrays], tuple[Arrays, float]]
@@ -41,19 +42,17 @@ class Latency:
 
 
 @dataclass
-class BackendBench:
+class BackendBench(JsonForm):
     """One backend: its parts in the order in which they run, then the whole."""
 
-    backend: RunRecord
+    backend: RunRecord = field(metadata={"inline": True})
     parts: list[Latency]
     memory_mib: float
     """Peak as ``Memory`` measures it; engines in a process of their own are not counted."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """The measurements of one backend as JSON-safe containers; latencies in ms."""
-        latencies = {latency.part: latency.figures() for latency in self.parts}
-        return {"backend": self.backend.spec, "precision": self.backend.precision, "emulated": self.backend.emulated,
-                "latency_ms": latencies, "memory_mib": self.memory_mib}  # fmt: skip
+    def derived(self) -> dict[str, Any]:
+        """The backend's spec, and mean and percentiles of each part's latency in ms."""
+        return {"backend": self.backend.spec, "latency_ms": {part.part: part.figures() for part in self.parts}}
 
 
 def bench(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -22,6 +23,7 @@ from cp_debug.programs.align import TOLERANCE, align
 from cp_debug.programs.export import export
 from cp_debug.programs.walk import Walk, example_args, run_module
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
+from cp_debug.serialize import JsonForm
 
 OPSET = 17
 """Newest opset that TensorRT 8's parser reads."""
@@ -50,19 +52,19 @@ class ExportOptions:
 
 
 @dataclass(frozen=True)
-class Exported:
+class Exported(JsonForm):
     """A component's file and the outcome of its check. A file that was there before is not checked."""
 
-    program: Program
-    sizes: tuple[str, ...]
+    program: Program = field(metadata={"written": False})
+    sizes: tuple[str, ...] = field(metadata={"key": "checked_on"})
     """Shapes of the inputs of both runs; empty without a check."""
     error: float | None
     """Largest relative L2 distance of any output from the module's, over both runs; None without a check."""
     checked_by: str
     """The backend that ran the graph; empty without a check."""
 
-    def to_dict(self) -> dict[str, object]:
-        """The file and its check as JSON-safe containers."""
+    def derived(self) -> dict[str, Any]:
+        """The file: its name, digest, opset and signature."""
         graph = self.program.graph
         return {
             "component": self.program.name,
@@ -72,9 +74,6 @@ class Exported:
             "nodes": len(graph.nodes),
             "inputs": [str(v) for v in graph.inputs],
             "outputs": [v.name for v in graph.outputs],
-            "checked_on": list(self.sizes),
-            "checked_by": self.checked_by,
-            "error": self.error,
         }
 
 

@@ -6,8 +6,9 @@ error: features that were not decorated as the encoder expects, and logits taken
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -154,6 +155,10 @@ class CheckedModel(CenterPointModel):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
+
+    def samples(self, count: int, seed: int, inputs: Path | None) -> Iterator[Sample]:
+        """The model's samples."""
+        return self._model.samples(count, seed, inputs)
 
     def feed(self, component: Component, sample: Sample, results: Mapping[str, Arrays]) -> dict[str, np.ndarray]:
         """The model's ``feed``, checked. Raises InputError at the first tensor that does not fit."""

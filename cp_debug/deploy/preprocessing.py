@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,10 +14,11 @@ from cp_debug.errors import InputError
 from cp_debug.reading import read_npz
 from cp_debug.recipes.centerpoint.config import CenterPointConfig
 from cp_debug.recipes.centerpoint.voxelize import Voxels, voxelize
+from cp_debug.serialize import JsonForm
 
 
 @dataclass(frozen=True)
-class VoxelChange:
+class VoxelChange(JsonForm):
     """Changes from the reference's pillars to the test's, for one cloud."""
 
     reference: int
@@ -39,6 +41,10 @@ class VoxelChange:
     def agrees(self) -> bool:
         """Whether both sides feed the encoder the same tensor."""
         return not (self.lost or self.gained or self.reordered or self.changed)
+
+    def derived(self) -> dict[str, Any]:
+        """Whether both sides feed the encoder the same tensor."""
+        return {"agrees": self.agrees}
 
     def __str__(self) -> str:
         ours, theirs = self.dropped_points

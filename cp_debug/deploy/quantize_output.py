@@ -23,24 +23,24 @@ from cp_debug.quantization.open_quantized import calibration_samples
 from cp_debug.quantization.ptq import quantization_of
 from cp_debug.quantization.toggles import QuantizerRow, quantizer_table
 from cp_debug.recipes.base import Model, Sample
-from cp_debug.serialize import json_safe
+from cp_debug.serialize import JsonForm
 
 MEASURED = 4
 """Number of samples on which the outputs are compared with FP32."""
 
 
 @dataclass(repr=False)
-class PtqResult(Shown):
+class PtqResult(JsonForm, Shown):
     """A model in INT8, with its cost at the outputs and the files written."""
 
     model: str
     method: str
     calibrated_on: str
-    components: Mapping[str, QuantizedComponent]
-    sqnr: Mapping[str, float]
+    components: Mapping[str, QuantizedComponent] = field(metadata={"written": False})
+    sqnr: Mapping[str, float] = field(metadata={"key": "sqnr_db"})
     """``component/output`` → signal to quantization noise against FP32 in dB, chained as deployed."""
     measured_on: str
-    files: Sequence[Path] = field(default_factory=list)
+    files: Sequence[Path] = field(default_factory=list, metadata={"written": False})
 
     def quantizers(self, component: str) -> list[QuantizerRow]:
         """The quantizers of one component; empty for an ONNX file."""
@@ -52,27 +52,18 @@ class PtqResult(Shown):
         module = self.components[component].module
         return () if module is None else quantization_of(module).folding.notes
 
-    def to_dict(self) -> dict[str, Any]:
-        """The result as JSON-safe containers."""
+    def derived(self) -> dict[str, Any]:
+        """Layers and quantizers by component, and the paths of the files."""
         components = {
             name: {
                 "layers": len(part.scales.layers),
                 "adds": len(part.scales.residual_adds),
-                "quantizers": [row.to_dict() for row in self.quantizers(name)],
-                "notes": list(self.notes(name)),
+                "quantizers": self.quantizers(name),
+                "notes": self.notes(name),
             }
             for name, part in self.components.items()
         }
-        document = {
-            "model": self.model,
-            "method": self.method,
-            "calibrated_on": self.calibrated_on,
-            "components": components,
-            "sqnr_db": dict(self.sqnr),
-            "measured_on": self.measured_on,
-            "files": [str(file) for file in self.files],
-        }
-        return json_safe(document)
+        return {"components": components, "files": [str(file) for file in self.files]}
 
 
 def write_quantized(

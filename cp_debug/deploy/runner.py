@@ -15,6 +15,7 @@ from cp_debug.errors import InputError
 from cp_debug.files import file_hash, hashes, key_of
 from cp_debug.graph.graph import Graph, external_files
 from cp_debug.graph.surgery import weights_folder
+from cp_debug.recipes.abilities import HasWeights
 from cp_debug.version import __version__
 
 PRODUCTIVE = ("load", "quantize", "export", "build")
@@ -101,7 +102,7 @@ def _load(deployment: Deployment) -> Outcome:
     model = deployment.model
     modules = [component.module for component in model.components if component.module is not None]
     count = sum(p.numel() for module in modules for p in module.parameters())
-    weights = getattr(model, "weights", "its own weights")
+    weights = model.weights if isinstance(model, HasWeights) else "its own weights"
     return Outcome(True, f"{model.name}, {count / 1e6:.2f} M parameters, {weights}", {"model": model.name})
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from cp_debug.recipes.abilities import DetectsBoxes, Remarks, with_samples
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.centerpoint.recipe import CenterPointModel
 from cp_debug.recipes.centerpoint.voxelize import Voxels
-from cp_debug.serialize import json_safe
+from cp_debug.serialize import JsonForm
 
 OnStep = Callable[[str, int, int], None]
 Sides = tuple[Pipeline, Pipeline]
@@ -54,7 +54,7 @@ class TensorCheck:
 
     component: str
     name: str
-    stats: TensorStats
+    stats: TensorStats = field(metadata={"inline": True})
     floor: float
     """Noise of this output in FP32, relative L2."""
     limit: float
@@ -68,21 +68,14 @@ class TensorCheck:
         """Sort key, larger is worse."""
         return bool(self.why), *self.stats.severity
 
-    def to_dict(self) -> dict[str, Any]:
-        """The check as JSON-safe containers."""
-        stats = self.stats.to_dict()
-        names = ("shape", "max_abs", "mean_abs", "rel_l2", "cosine", "nan_test", "inf_test")
-        fields = {k: v for k, v in asdict(self).items() if k != "stats"}
-        return json_safe({**fields, **{name: stats[name] for name in names}})
-
 
 @dataclass
-class ScenarioResult:
+class ScenarioResult(JsonForm):
     """A reference against a test."""
 
-    reference: RunRecord
-    test: RunRecord
-    checks: list[TensorCheck]
+    reference: RunRecord = field(metadata={"key": "backends.reference"})
+    test: RunRecord = field(metadata={"key": "backends.test"})
+    checks: list[TensorCheck] = field(metadata={"key": "tensors"})
     preprocessing: dict[str, VoxelChange]
     """Sample → change of its pillars; empty for models without any."""
     detections: DetectionChange | None
@@ -105,25 +98,13 @@ class ScenarioResult:
         """``torch@cpu → ort@cpu``."""
         return f"{self.reference.spec} → {self.test.spec}"
 
-    def to_dict(self) -> dict[str, Any]:
-        """The result as JSON-safe containers, with what the bisection says of the test."""
-        return {
-            "reference": self.reference.spec,
-            "test": self.test.spec,
-            "passed": self.passed,
-            "tensors": [check.to_dict() for check in self.checks],
-            "preprocessing": {
-                source: json_safe({**asdict(change), "agrees": change.agrees})
-                for source, change in self.preprocessing.items()
-            },
-            "detections": json_safe(asdict(self.detections)) if self.detections else None,
-            "seconds": self.seconds,
-            "bisect": self.bisect.to_dict() if self.bisect else None,
-        }
+    def derived(self) -> dict[str, Any]:
+        """The specs of both sides, and the outcome."""
+        return {"reference": self.reference.spec, "test": self.test.spec, "passed": self.passed}
 
 
 @dataclass(repr=False)
-class VerifyResult(Shown):
+class VerifyResult(JsonForm, Shown):
     """Result of a verification: every scenario, a reference against a test."""
 
     model: str
@@ -137,15 +118,9 @@ class VerifyResult(Shown):
         """Whether every scenario passed."""
         return all(scenario.passed for scenario in self.scenarios)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The result as JSON-safe containers."""
-        return {
-            "model": self.model,
-            "samples": self.samples,
-            "passed": self.passed,
-            "notes": self.notes,
-            "scenarios": [scenario.to_dict() for scenario in self.scenarios],
-        }
+    def derived(self) -> dict[str, Any]:
+        """The outcome."""
+        return {"passed": self.passed}
 
 
 def verify(
@@ -201,7 +176,7 @@ def verify(
     for result, pair in zip(results, scenarios, strict=True):
         if result.failures and options.explain:
             result.bisect = _explain(model, tests, samples, result, pair)
-    return VerifyResult(model.name, [sample.source for sample in samples], results, remarks.told)
+    return VerifyResult(model.name, [sample.source for sample in samples], results, remarks.sentences)
 
 
 def _check_outputs(programs: Sequence[Program], tests: Sequence[Program]) -> None:

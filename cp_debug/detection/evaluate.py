@@ -130,7 +130,7 @@ def evaluate(
         options=options,
         backends=scores,
         predictions={spec: detections for spec, (_, detections) in runs.items()},
-        notes=[*data.notes, *remarks.told, *_not_finite(strange, len(names)), *notes, *([how] if how else [])],
+        notes=[*data.notes, *remarks.sentences, *_not_finite(strange, len(names)), *notes, *([how] if how else [])],
         seconds=clock.seconds,
     )
 

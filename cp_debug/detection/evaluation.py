@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from cp_debug.detection.predictions import Predictions
 from cp_debug.display import Shown
 from cp_debug.errors import InputError
 from cp_debug.recipes.data.base import Truth
+from cp_debug.serialize import JsonForm
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,15 +82,15 @@ class EvaluationOptions:
 
 
 @dataclass(frozen=True)
-class BackendScores:
+class BackendScores(JsonForm):
     """One backend's figures; ``difference`` is to the reference, None for the reference itself."""
 
-    backend: RunRecord
+    backend: RunRecord = field(metadata={"inline": True})
     detections: int
-    summary: dict[str, ConfidenceInterval]
-    difference: dict[str, ConfidenceInterval] | None
-    classes: dict[str, dict[str, Any]]
-    """Class → figure → value; ``AP`` is an Interval."""
+    summary: dict[str, ConfidenceInterval] = field(metadata={"written": False})
+    difference: dict[str, ConfidenceInterval] | None = field(metadata={"written": False})
+    classes: dict[str, dict[str, Any]] = field(metadata={"written": False})
+    """Class → figure → value; ``AP`` is a ``ConfidenceInterval``."""
 
     def worse(self, max_drop: float) -> bool:
         """mAP is lower by more than ``max_drop``, and chance in the choice of samples does not explain it."""
@@ -97,18 +99,32 @@ class BackendScores:
         change = self.difference["mAP"]
         return change.value < -max_drop and change.high < 0
 
+    def derived(self) -> dict[str, Any]:
+        """The spec, and all figures: an interval is value, low, high; an undefined figure is None."""
+        figures = {"summary": self.summary, "difference": self.difference, "classes": self.classes}
+        record = {"backend": self.backend.spec, "precision": str(self.backend.precision)}
+        return record | {key: _plain(value) for key, value in figures.items()}
+
+    @classmethod
+    def fields_from(cls, document: dict[str, Any]) -> dict[str, Any]:
+        """The document with its figures as they were: intervals, and NaN for an undefined figure."""
+        return document | {
+            key: _figures(document[key]) for key in ("summary", "difference", "classes") if key in document
+        }
+
 
 @dataclass(frozen=True, repr=False)
-class EvaluationResult(Shown):
+class EvaluationResult(JsonForm, Shown):
     """Everything that ``cpdebug eval`` shows. The first backend is the reference."""
 
     model: str
     data: str
     samples: list[str]
-    options: EvaluationOptions
+    options: EvaluationOptions = field(metadata={"inline": True})
     backends: list[BackendScores]
-    predictions: dict[str, Predictions]
-    notes: list[str]
+    predictions: dict[str, Predictions] = field(default_factory=dict, metadata={"omit": True})
+    """Spec → detections; ``save_predictions`` writes them."""
+    notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -116,35 +132,9 @@ class EvaluationResult(Shown):
         """Specs of the backends that detect significantly less than the reference."""
         return [scores.backend.spec for scores in self.backends if scores.worse(self.options.max_drop)]
 
-    def to_dict(self) -> dict[str, Any]:
-        """The result in plain containers: an interval is value, low, high; an undefined figure is None."""
-        return {
-            "model": self.model,
-            "data": self.data,
-            "samples": self.samples,
-            "ranges": dict(self.options.ranges),
-            "region": self.options.region,
-            "min_points": self.options.min_points,
-            "draws": self.options.draws,
-            "seed": self.options.seed,
-            "confidence": CONFIDENCE,
-            "max_drop": self.options.max_drop,
-            "worse": self.worse,
-            "notes": self.notes,
-            "seconds": self.seconds,
-            "backends": [
-                {
-                    "backend": scores.backend.spec,
-                    "precision": str(scores.backend.precision),
-                    "emulated": scores.backend.emulated,
-                    "detections": scores.detections,
-                    "summary": _plain(scores.summary),
-                    "difference": _plain(scores.difference),
-                    "classes": _plain(scores.classes),
-                }
-                for scores in self.backends
-            ],
-        }
+    def derived(self) -> dict[str, Any]:
+        """The backends that are worse, and the confidence of every interval."""
+        return {"worse": self.worse, "confidence": CONFIDENCE}
 
     def to_pandas(self) -> pd.DataFrame:
         """A row for each backend and class, and one for all classes (``class`` is ``all``)."""
@@ -165,6 +155,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     return None if isinstance(value, float) and np.isnan(value) else value
+
+
+def _figures(value: Any) -> Any:
+    """The figures of which ``_plain`` and JSON made ``value``, in containers like its own."""
+    if not isinstance(value, dict):
+        return float(value) if isinstance(value, str) else value
+    figures = {name: math.nan if item is None else _figures(item) for name, item in value.items()}
+    return ConfidenceInterval(**figures) if figures.keys() == set(ConfidenceInterval._fields) else figures
 
 
 def _columns(figures: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from cp_debug.errors import InputError
 from cp_debug.graph.constants import Constants
 from cp_debug.graph.downstream import data_values
 from cp_debug.graph.graph import Graph, ValueInfo
+from cp_debug.serialize import JsonForm
 
 UNPAIRED = " (test)"
 """Suffix for the name of a test's value without a partner, where the reference has another value of that name."""
@@ -27,10 +28,10 @@ MOST_MISPLACED = 2
 
 
 @dataclass(frozen=True)
-class Pairing:
+class Pairing(JsonForm):
     """The values of a test's graph by the names of the reference's."""
 
-    names: Mapping[str, str]
+    names: Mapping[str, str] = field(metadata={"written": False})
     """Test value (inputs included) → reference value."""
     inputs: Mapping[str, str]
     """Reference input → test input."""
@@ -47,16 +48,14 @@ class Pairing:
         """A run's outputs under the reference's names, in the reference's order; unpaired ones are left out."""
         return {name: outputs[test_name] for name, test_name in self.outputs.items()}
 
-    def to_dict(self) -> dict[str, Any]:
-        """The entry of ``pairing`` in the JSON, by component."""
-        return {
-            "how": dict(self.how),
-            "missing": list(self.missing),
-            "added": list(self.added),
-            "inputs": dict(self.inputs),
-            "outputs": dict(self.outputs),
-            "renamed": {test_name: name for test_name, name in self.names.items() if test_name != name},
-        }
+    def derived(self) -> dict[str, Any]:
+        """The pairs whose names differ; the others are not written."""
+        return {"renamed": {test_name: name for test_name, name in self.names.items() if test_name != name}}
+
+    @classmethod
+    def fields_from(cls, document: dict[str, Any]) -> dict[str, Any]:
+        """The document with the renamed values as ``names``."""
+        return {"names": document.get("renamed", {})} | document
 
 
 def parse_map(texts: Iterable[str], reference: Iterable[Graph], test: Iterable[Graph]) -> dict[str, str]:

@@ -20,7 +20,7 @@ from cp_debug.detection.predictions import Predictions
 from cp_debug.errors import InputError
 from cp_debug.mixed_precision.activation_reuse import Reuse
 from cp_debug.mixed_precision.trial import Measured
-from cp_debug.probes.distance import distance
+from cp_debug.probes.distance import distance, ratio
 from cp_debug.probes.outputs import flatten_outputs
 from cp_debug.programs.torch_layers import full_path, quantizers
 from cp_debug.programs.walk import Walk, example_args, named_outputs, walk
@@ -89,9 +89,7 @@ class _Error:
 
     @property
     def relative(self) -> float:
-        if not self.whole:
-            return math.inf if self.difference else 0.0
-        return math.sqrt(self.difference / self.whole)
+        return ratio(math.sqrt(self.difference), math.sqrt(self.whole))
 
 
 class _Changes(NamedTuple):

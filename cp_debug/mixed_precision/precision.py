@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from cp_debug.backends.base import Backend
+from cp_debug.backends.narrow_options import is_narrow
 from cp_debug.errors import InputError
 from cp_debug.graph.casts import MOVERS, computed_low
 from cp_debug.graph.downstream import data_values
@@ -29,7 +30,7 @@ class TrialPrecision:
             return frozenset(quantized_inputs(graph))
         data = set(data_values(graph))
         nodes = [n for n in graph.nodes if not data.isdisjoint(n.outputs) and n.op not in _CONTROL]
-        if self.name == "tf32":
+        if self.name == "tf32" or is_narrow(self.name):
             return frozenset(n.name for n in nodes if n.op in CONTRACTIONS)
         low = computed_low(graph, _CASTS[self.name])
         return frozenset(n.name for n in nodes if n.name in low and n.op not in MOVERS)
@@ -57,7 +58,7 @@ def precision_of(backend: Backend, quantized: bool) -> TrialPrecision:
     name, family = str(backend.spec), backend.spec.family
     if family != "torch" and (backend.precision == "int8" or (quantized and family == "ort")):
         return TrialPrecision("int8")
-    if family == "emu" and backend.precision in ("tf32", *_CASTS):
+    if family == "emu" and (backend.precision in ("tf32", *_CASTS) or is_narrow(backend.precision)):
         return TrialPrecision(backend.precision)
     if family == "trt" and backend.precision in ("fp16", "bf16") and backend.spec.variant != "best":
         return TrialPrecision("fp16acc" if backend.precision == "fp16" else "bf16")

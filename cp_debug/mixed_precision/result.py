@@ -9,13 +9,13 @@ from cp_debug.display import Shown
 from cp_debug.mixed_precision.emit import arguments, deploy_fragment
 from cp_debug.mixed_precision.fusion_groups import FusionGroup
 from cp_debug.mixed_precision.trial import Trial
-from cp_debug.serialize import JsonForm, encode
+from cp_debug.serialize import JsonForm
 
 SCHEMA = "cpdebug.search/1"
 
 
 @dataclass(frozen=True)
-class KeptLayer:
+class KeptLayer(JsonForm):
     """A layer of the set."""
 
     fusion_group: FusionGroup = field(metadata={"inline": True})
@@ -27,15 +27,10 @@ class KeptLayer:
     without: dict[str, float]
     """The figures of the set without this layer, where that was tried on the backend."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """The layer as JSON-safe containers."""
-        document: dict[str, Any] = encode(self)
-        return document
-
 
 @dataclass(frozen=True, repr=False)
 class MixedPrecisionResult(JsonForm, Shown):
-    """The smallest set of layers to keep in higher precision, as far as it was found."""
+    """Layers to keep in higher precision: the smallest set that was tried and holds."""
 
     model: str
     reference: str
@@ -100,11 +95,6 @@ class MixedPrecisionResult(JsonForm, Shown):
             "deploy": deploy_fragment(self.keep, self.precision),
             "pareto": self.pareto,
         }
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON document."""
-        document: dict[str, Any] = encode(self)
-        return document
 
 
 def _figures(trial: Trial) -> str:

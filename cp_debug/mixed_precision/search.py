@@ -1,4 +1,4 @@
-"""Mixed-precision search: the smallest set of layers to keep in higher precision so that a goal holds.
+"""Mixed-precision search: layers to keep in higher precision, none of them needless, so that a goal holds.
 
 Nothing kept is tried first, and shows what an engine fuses. Then everything is predicted and minimized on the emulator,
 where a trial is a part of a forward pass; what comes out is confirmed, and minimized again, on the backend itself.
@@ -93,7 +93,7 @@ def search(
     options: MixedPrecisionOptions = MixedPrecisionOptions(),
     on_step: OnStep = lambda text, done, total: None,
 ) -> MixedPrecisionResult:
-    """Mixed-precision search: the smallest set of layers to keep so that the goal holds.
+    """Mixed-precision search: a set of layers to keep, none of them needless, so that the goal holds.
 
     ``backends`` are the reference and one test.
 
@@ -144,7 +144,7 @@ class _MixedPrecisionSearch:
         remarks = Remarks(model)
         for sample in samples:
             remarks.see(sample)
-        self._notes += [*remarks.told, *self._judge.notes]
+        self._notes += [*remarks.sentences, *self._judge.notes]
         self.log = TrialLog(options.log, self._about())
         self.groups = [u for p in self._tests for u in fusion_groups_of(p, self.precision.candidates(p.graph))]
         if not self.groups:

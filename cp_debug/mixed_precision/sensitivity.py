@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from cp_debug.recipes.abilities import HasClasses, HasData
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.data.base import DataOptions, DataSet, iterate
 from cp_debug.recipes.data.open_data import DEFAULT_OPTIONS
-from cp_debug.serialize import json_safe
+from cp_debug.serialize import JsonForm
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,12 +38,12 @@ METRIC = "mAP"
 
 
 @dataclass(frozen=True)
-class Int8Effect:
+class Int8Effect(JsonForm):
     """Effect of INT8 on the model."""
 
     error: float
     """Relative L2 of the outputs against FP32, root mean square over them."""
-    scores: Mapping[str, ConfidenceInterval]
+    scores: Mapping[str, ConfidenceInterval] = field(metadata={"written": False})
     """Change of mAP and NDS where the model detects: against FP32, or for a left-out layer against all in INT8."""
 
     @property
@@ -51,9 +51,14 @@ class Int8Effect:
         """Signal to quantization noise of the outputs, in dB."""
         return -20 * math.log10(self.error) if self.error else math.inf
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-safe; intervals are value, low, high."""
-        return {"error": self.error, "sqnr_db": self.sqnr, **{n: list(change) for n, change in self.scores.items()}}
+    def derived(self) -> dict[str, Any]:
+        """The error in dB, and the change of each score as value, low and high."""
+        return {"sqnr_db": self.sqnr, **self.scores}
+
+    @classmethod
+    def fields_from(cls, document: dict[str, Any]) -> dict[str, Any]:
+        """The document with what is neither ``error`` nor ``sqnr_db`` under ``scores``."""
+        return document | {"scores": {k: v for k, v in document.items() if k not in ("error", "sqnr_db")}}
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class SensitivityProfile:
+class SensitivityProfile(JsonForm):
     """All layers, the most sensitive first."""
 
     model: str
@@ -97,18 +102,10 @@ class SensitivityProfile:
     layers: list[LayerSensitivity]
     int8: Int8Effect
     """All layers in INT8."""
-    scores: Mapping[str, float]
+    scores: Mapping[str, float] = field(metadata={"key": "fp32"})
     """mAP and NDS in FP32; empty for a model that detects nothing."""
-    choice: Choice | None = None
+    choice: Choice | None = field(default=None, metadata={"key": "auto"})
     seconds: float = 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """The profile as JSON-safe containers."""
-        rows = [{**asdict(row), ALONE: row.alone.to_dict(), LEFT_OUT: row.left_out.to_dict()} for row in self.layers]
-        choice = self.choice and {**asdict(self.choice), "loss": list(self.choice.loss)}
-        parts = {"fp32": dict(self.scores), "int8": self.int8.to_dict(), "layers": rows, "auto": choice}
-        document = {"model": self.model, "data": self.data, "samples": self.samples, **parts, "seconds": self.seconds}
-        return json_safe(document)
 
     def to_pandas(self) -> pd.DataFrame:
         """A pandas DataFrame with a row for each layer."""

@@ -1,4 +1,4 @@
-"""Strategy for the smallest set: grow it by prediction until the goal holds, then take away what is not needed."""
+"""Strategy for a set without a needless layer: grow it by prediction until the goal holds, then take away from it."""
 
 from __future__ import annotations
 

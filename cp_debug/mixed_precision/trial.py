@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from cp_debug.detection.bootstrap import ConfidenceInterval
 from cp_debug.mixed_precision.fusion_groups import Kept
-from cp_debug.serialize import encode
+from cp_debug.serialize import JsonForm
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Trial:
+class Trial(JsonForm):
     """One set of kept layers and its figures."""
 
     nodes: frozenset[tuple[str, str]] = field(metadata={"key": "kept"})
@@ -57,11 +56,6 @@ class Trial:
     """Duration of a pass on the device in seconds, where the backend tells."""
     error: str = ""
     """Reason why it could not be built; then nothing was measured."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The trial as JSON-safe containers."""
-        document: dict[str, Any] = encode(self)
-        return document
 
 
 def nodes_in(kept_groups: Kept) -> frozenset[tuple[str, str]]:

@@ -25,7 +25,7 @@ from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec, parse_backends
 from cp_debug.bisect.causes.precision import OVERFLOWS as BEYOND
 from cp_debug.bisect.preflight import leaves_half
-from cp_debug.bisect.replay import EXCESS
+from cp_debug.bisect.replayed import EXCESS
 from cp_debug.detection.detection_change import DetectionChange, compare_detections
 from cp_debug.errors import InputError
 from cp_debug.graph.fold_batchnorm import fold_batchnorm
@@ -289,7 +289,7 @@ class _ModelPrediction:
             outputs=outputs,
             detections=self._detections,
             keep=keep,
-            notes=list(dict.fromkeys([*self._notes, *self._remarks.told])),
+            notes=list(dict.fromkeys([*self._notes, *self._remarks.sentences])),
         )
 
 

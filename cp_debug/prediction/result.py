@@ -13,7 +13,7 @@ from cp_debug.display import Shown
 from cp_debug.errors import InputError
 from cp_debug.files import write_text
 from cp_debug.reading import read_json
-from cp_debug.serialize import decode, encode
+from cp_debug.serialize import JsonForm, decode
 
 SCHEMA = "cpdebug.prediction/1"
 
@@ -88,7 +88,7 @@ class PredictedOutput:
 
 
 @dataclass(repr=False)
-class Prediction(Shown):
+class Prediction(JsonForm, Shown):
     """Expected effects of a precision on a target, for the worst of some samples."""
 
     model: str
@@ -129,9 +129,9 @@ class Prediction(Shown):
             parts.append(f"{keep_count} to keep in FP32")
         return ", ".join(parts)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON document; numbers that JSON lacks are the strings "NaN", "Infinity", "-Infinity"."""
-        return {"schema": SCHEMA, "verdict": self.verdict, **encode(self)}
+    def derived(self) -> dict[str, Any]:
+        """The schema, and the outcome in a sentence."""
+        return {"schema": SCHEMA, "verdict": self.verdict}
 
     def save(self, path: Path) -> None:
         """Write the JSON document, complete or not at all."""

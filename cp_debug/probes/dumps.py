@@ -96,8 +96,8 @@ def _raw(path: Path) -> dict[str, np.ndarray]:
     data = read_bytes(path, what="raw file", most=LARGEST_TENSOR)
     needed = math.prod(about.shape) * dtype.itemsize
     if len(data) != needed:
-        told = f"{about.dtype}{about.shape} takes {needed} bytes"
-        raise InputError(f"{path}: has {len(data)} bytes; by {side.name}, {told}")
+        expected_size = f"{about.dtype}{about.shape} takes {needed} bytes"
+        raise InputError(f"{path}: has {len(data)} bytes; by {side.name}, {expected_size}")
     return {about.name or path.stem: np.frombuffer(bytearray(data), dtype).reshape(about.shape)}
 
 

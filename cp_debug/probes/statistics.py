@@ -26,7 +26,7 @@ from cp_debug.probes.arrays import Tensor, as_numpy, dtype_name, is_torch
 from cp_debug.probes.distance import ratio
 from cp_debug.probes.statistics_reduce import reduce_device, reduce_host
 from cp_debug.probes.statistics_totals import PairPiece, Totals
-from cp_debug.serialize import JsonForm, encode
+from cp_debug.serialize import JsonForm
 
 RESOLUTION = 2.0**-6
 """Largest relative error of ``p50_abs`` and ``p99_abs``, from 1.2e-38 to 3.4e38: half a bin of the histogram."""
@@ -81,14 +81,6 @@ class TensorStats(JsonForm):
     def derived(self) -> dict[str, Any]:
         """Whether the shapes differ."""
         return {"shape_mismatch": self.shape_mismatch}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every field, JSON-safe: numbers that JSON does not have are "NaN", "Infinity" and "-Infinity".
-
-        ``float()`` in Python, ``Number()`` in JavaScript read them back.
-        """
-        document: dict[str, Any] = encode(self)
-        return document
 
 
 def compare(reference: Tensor, test: Tensor) -> TensorStats:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cp_debug.probes.capture import Capture, CaptureWriter, Header
-from cp_debug.recipes.abilities import DetectsBoxes
+from cp_debug.recipes.abilities import DetectsBoxes, HasClasses
 from cp_debug.recipes.base import Arrays, Model, Sample
 
 FOLDER = "scene"
@@ -82,7 +82,7 @@ def keep_scene(folder: Path, sample: Sample, decoded: Mapping[str, Any]) -> None
     boxes_by_backend = {spec: d for spec, d in decoded.items() if isinstance(d, DetectsBoxes)}
     if not boxes_by_backend:
         return
-    names = next(iter(getattr(d, "class_names", ()) for d in boxes_by_backend.values()))
+    names = next(iter(d.class_names if isinstance(d, HasClasses) else () for d in boxes_by_backend.values()))
     header: dict[str, Any] = {**Header(samples=[sample.source]), "class_names": list(names)}
     with CaptureWriter(folder / FOLDER, header) as writer:
         if "points" in sample.arrays:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,9 @@ from cp_debug.graph.constants import TELLING, Constants
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.operators import GATES
 from cp_debug.graph.pairing import believable
-from cp_debug.graph.tensor_change import TensorChange, describe
 from cp_debug.probes.distance import relative_l2
+from cp_debug.programs.tensor_change import TensorChange, describe
+from cp_debug.serialize import JsonForm
 
 SHOWN = 3
 """Differences in one line."""
@@ -29,7 +30,7 @@ class Difference:
 
     name: str
     test_name: str
-    change: TensorChange
+    change: TensorChange = field(metadata={"inline": True})
 
     @property
     def says(self) -> str:
@@ -38,7 +39,7 @@ class Difference:
 
 
 @dataclass
-class WeightDifferences:
+class WeightDifferences(JsonForm):
     """The weights of a test against those of its reference."""
 
     compared: int
@@ -64,16 +65,9 @@ class WeightDifferences:
         counts = [(len(self.missing), "only in the reference"), (len(self.added), "only in the test")]
         return "; ".join([text, *(f"{count} {where}" for count, where in counts if count), *filter(None, [self.note])])
 
-    def to_dict(self) -> dict[str, Any]:
-        """The entry of ``weights`` in the JSON, by component."""
-        return {
-            "says": self.says,
-            "note": self.note,
-            "compared": self.compared,
-            "differing": [{"name": d.name, "test_name": d.test_name, **asdict(d.change)} for d in self.differing],
-            "missing": self.missing,
-            "added": self.added,
-        }
+    def derived(self) -> dict[str, Any]:
+        """The result in one line."""
+        return {"says": self.says}
 
 
 def weight_differences(reference: Graph, test: Graph, names: Mapping[str, str] | None = None) -> WeightDifferences:

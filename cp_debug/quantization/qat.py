@@ -20,7 +20,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cp_debug.errors import InputError
 from cp_debug.files import complete_path
 from cp_debug.programs.torch_layers import is_quantized
-from cp_debug.serialize import json_safe
+from cp_debug.serialize import JsonForm
+from cp_debug.serialize import part as read_part
 
 B = TypeVar("B")
 FORMAT = "cpdebug QAT state 1"
@@ -50,11 +51,15 @@ class QatOptions:
             raise InputError(f"the learning rate is {self.rate:g}; expected one between 0 and 1")
 
 
+_FIGURES = ("step", "training_loss", "validation")
+"""Figures of a validation by name, in a result's JSON."""
+
+
 @dataclass
-class QatResult:
+class QatResult(JsonForm):
     """Record of a fine-tuning. The module holds the best weights."""
 
-    history: list[tuple[int, float, float]]
+    history: list[tuple[int, float, float]] = field(metadata={"written": False})
     """(steps done, mean training loss since the one before, validation) of each validation; step 0 is the start."""
     ended: str
     """``steps``, ``patience`` or ``interrupted``."""
@@ -65,12 +70,19 @@ class QatResult:
         step, _, value = min(self.history, key=lambda entry: entry[2])
         return step, value
 
-    def to_dict(self) -> dict[str, Any]:
-        """The record as JSON-safe containers."""
+    def derived(self) -> dict[str, Any]:
+        """The validations with the names of their figures, and the first and the best of them."""
         step, value = self.best
-        names = ("step", "training_loss", "validation")
-        history = [json_safe(dict(zip(names, entry, strict=True))) for entry in self.history]
-        return {"ended": self.ended, "best_step": step, "best": value, "start": self.history[0][2], "history": history}
+        history = [dict(zip(_FIGURES, validation, strict=True)) for validation in self.history]
+        return {"best_step": step, "best": value, "start": self.history[0][2], "history": history}
+
+    @classmethod
+    def fields_from(cls, document: dict[str, Any]) -> dict[str, Any]:
+        """The document with each validation as a tuple. Raises BadField."""
+        history = read_part(list[dict[str, Any]], document, "history")
+        figures = [[read_part(float, validation, name) for name in _FIGURES[1:]] for validation in history]
+        steps = [read_part(int, validation, "step") for validation in history]
+        return document | {"history": [(step, *values) for step, values in zip(steps, figures, strict=True)]}
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -62,10 +62,6 @@ class QuantizerRow:
     enabled: bool
     why: str = ""
     """Reason why it is not enabled."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The quantizer as JSON-safe containers."""
-        return asdict(self)
 
 
 def quantizer_table(module: nn.Module) -> list[QuantizerRow]:

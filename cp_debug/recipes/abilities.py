@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -17,7 +16,7 @@ M = TypeVar("M", bound=Model)
 
 @runtime_checkable
 class HasClasses(Protocol):
-    """A model that detects objects of named classes."""
+    """A model that detects objects of named classes, or its detections."""
 
     class_names: Sequence[str]
     """Names of the classes, by label."""
@@ -48,6 +47,14 @@ class TurnsYaw(Protocol):
     def use_rot_y_axis_reference(self) -> None:
         """Change the outputs ``dim`` and ``rot`` in place."""
         ...
+
+
+@runtime_checkable
+class HasWeights(Protocol):
+    """A model that knows where its weights come from."""
+
+    weights: str
+    """A file, or how they were made."""
 
 
 @runtime_checkable
@@ -82,7 +89,7 @@ class Remarks:
             self._lines += [line for line in self._model.remarks(sample) if line not in self._lines[-2:]]
 
     @property
-    def told(self) -> list[str]:
+    def sentences(self) -> list[str]:
         """The first remarks, and the number of the others."""
         left_out = len(self._lines) - MOST_REMARKS
         more = [f"and {left_out} more remarks of this kind on other samples"] if left_out > 0 else []
@@ -101,8 +108,25 @@ class DetectsBoxes(Protocol):
     """``[N]``, integers."""
 
 
+class _GivenSamples:
+    """Base of models whose samples are given: they hand out those, however many are asked for."""
+
+    given: Sequence[Sample]
+
+    def samples(self, count: int, seed: int, inputs: Path | None) -> Iterator[Sample]:
+        """The given samples."""
+        return iter(self.given)
+
+
 def with_samples(model: M, samples: Sequence[Sample]) -> M:
-    """A copy of ``model`` that gives exactly these samples, however many are asked for."""
-    chosen = copy.copy(model)
-    chosen.samples = lambda count, seed, inputs: iter(samples)  # type: ignore[method-assign]
+    """A copy of ``model`` that gives exactly these samples, however many are asked for.
+
+    Its class derives from the model's own, so that it keeps every ability: Python 3.12 looks for a protocol's members
+    past ``__getattr__``.
+    """
+    kind = type(model)
+    if not issubclass(kind, _GivenSamples):
+        kind = type(kind.__name__, (_GivenSamples, kind), {"__doc__": kind.__doc__, "__module__": kind.__module__})
+    chosen: M = kind.__new__(kind)
+    vars(chosen).update(vars(model), given=tuple(samples))
     return chosen

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -65,6 +65,7 @@ class Sample:
     """Ground truth, where the recipe knows it."""
 
 
+@runtime_checkable
 class Model(Protocol):
     """A model with the way to feed and read it. Recipes implement this."""
 
@@ -94,7 +95,6 @@ class Model(Protocol):
 def check_samples(model: Model, count: int, inputs: Path | None) -> None:
     """Read all samples that files give, so that a bad one is told before anything slow begins.
 
-    Raises InputError as ``Model.samples`` does, and where the files give none.
     Raises InputError as ``Model.samples`` does, and where the files give none.
     """
     if inputs is not None and not sum(1 for _ in model.samples(count, 0, inputs)):

@@ -20,7 +20,7 @@ def stages_of(graph: Graph) -> list[Stage]:
 
     Module scopes as deep as that number allows; where nodes carry none, cut points evenly chosen, then the outputs.
     """
-    scopes = {node.index: _scope(node) for node in graph.nodes}
+    scopes = {node.index: scope_of(node) for node in graph.nodes}
     chosen: dict[str, str] = {}
     for depth in range(max(map(len, scopes.values()), default=0) + 1):
         ends = _ends(graph, {index: _key(scope, depth) for index, scope in scopes.items()})
@@ -31,7 +31,7 @@ def stages_of(graph: Graph) -> list[Stage]:
     return [Stage(name, value) for name, value in (chosen or _cuts_and_outputs(graph)).items()]
 
 
-def _scope(node: Node) -> tuple[str, ...]:
+def scope_of(node: Node) -> tuple[str, ...]:
     """Module scopes, outermost first: ``("backbone", "blocks.0")``; empty at the top level and without scopes."""
     recorded = next((p.value for p in node.proto.metadata_props if p.key == _SCOPES), None)
     if recorded is not None:

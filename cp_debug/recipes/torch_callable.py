@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import sys
@@ -117,17 +118,27 @@ def _import(source: str) -> ModuleType:
         path = Path(source)
         if not path.is_file():
             raise InputError(f"MODEL: no such file {source}")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
+        name = private_name(path)
+        spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        sys.modules[path.stem] = module
-        spec.loader.exec_module(module)
+        sys.modules[name] = module  # where dataclasses and pickle look a class's module up
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
         return module
     except InputError:
         raise
     except (Exception, SystemExit) as error:  # whatever the user's file raises while it is imported
         raise InputError(f"MODEL: cannot import {source}: {_first_line(error)}") from error
+
+
+def private_name(path: Path) -> str:
+    """Name of the module that a file is loaded as: one that no installed module has, and each file its own."""
+    return f"_cpdebug_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
 
 
 @contextmanager

@@ -56,7 +56,10 @@ def _evidence(finding: Finding) -> Iterator[str]:
     if finding.evidence.get("magnitude_only"):
         yield "by magnitude only, the order of the sums is another one"
     elif finding.explained is not None:
-        yield f"explains {finding.explained:.1%} of the introduced error"
+        share = (
+            f"{finding.explained:.1%}" if finding.explained > 0 else "nothing"
+        )  # an order of sums that is none of it
+        yield f"explains {share} of the introduced error"
     if finding.runner_up:
         near = finding.runner_up_explained or 0.0
         best = "nearest" if finding.cause == UNKNOWN else "next best"

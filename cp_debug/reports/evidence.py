@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -55,17 +55,25 @@ def chosen_rows(test: TestResult) -> list[LayerRow]:
     return sorted(sorted(guilty or test.rows, key=_excess, reverse=True)[:most], key=lambda row: row.index)
 
 
-def evidence(saved: SavedResult, test: TestResult) -> list[Evidence]:
-    """The evidence for each chosen row whose tensors were kept and have the same shape on both sides."""
-    collected = []
-    for row in chosen_rows(test):
-        reference = saved.capture(row.sample, saved.result.reference.spec)
-        captured = saved.capture(row.sample, test.backend.spec)
-        if reference is None or captured is None or row.stats.shape_mismatch or row.stats.count == 0:
-            continue
-        where = row.onnx, 0, row.component
-        collected.append(_layer(saved, test, row, reference.load(*where), captured))
-    return collected
+def evidence(saved: SavedResult, test: TestResult, rows: Sequence[LayerRow] = ()) -> list[Evidence]:
+    """The evidence for each row whose tensors were kept and have the same shape on both sides.
+
+    ``rows`` empty takes those of ``chosen_rows``.
+    """
+    collected = [layer_evidence(saved, test, row) for row in rows or chosen_rows(test)]
+    return [item for item in collected if item is not None]
+
+
+def layer_evidence(saved: SavedResult, test: TestResult, row: LayerRow) -> Evidence | None:
+    """The evidence for one row; None where its tensors were not kept, or have another shape on each side."""
+    reference = saved.capture(row.sample, saved.result.reference.spec)
+    captured = saved.capture(row.sample, test.backend.spec)
+    if reference is None or captured is None or row.stats.shape_mismatch or row.stats.count == 0:
+        return None
+    try:
+        return _layer(saved, test, row, reference.load(row.onnx, 0, row.component), captured)
+    except KeyError:  # thinned out since
+        return None
 
 
 def _layer(saved: SavedResult, test: TestResult, row: LayerRow, reference: np.ndarray, captured: Capture) -> Evidence:

@@ -21,9 +21,8 @@ GLOSSARY: dict[str, str] = {
     "max |Δ|": "The largest absolute difference between test and reference, in the tensor's own unit.",
     "rel. L2": "Relative L2: the root of the sum of squared differences, divided by that of the reference's squares.",
     "SQNR": "Signal to quantization noise ratio in dB: −20 · log10 of the relative L2 distance. 20 dB more is a tenth.",
-    "oracle": "An exact computation of one layer, in FP64 where both sides claim FP32, else in "
-    "FP32, from the inputs that "
-    "the layer really had in the test. It knows what the layer should have given.",
+    "oracle": "A computation of one layer, in FP64 where both sides claim FP32, else in FP32, from the inputs that the "
+    "layer really had in the test. It tells what the layer should have given, as exactly as the test can be judged.",
     "replay": "Computing a layer again on the oracle with its own captured inputs. It separates what a layer did from "
     "what it was given.",
     "introduced": "Test minus oracle: the error that this very layer made, relative L2.",

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from cp_debug.bisect.result import BisectResult, TestResult
+from cp_debug.bisect.result import BisectResult, LayerRow, TestResult
+from cp_debug.errors import InputError
 from cp_debug.files import write_text
 from cp_debug.reports.birdseye import SceneView, birdseye
 from cp_debug.reports.causes import lines
-from cp_debug.reports.evidence import Evidence, evidence
+from cp_debug.reports.evidence import Evidence, chosen_rows, evidence, layer_evidence
 from cp_debug.reports.glossary import GLOSSARY, anchor
 from cp_debug.reports.growth import growth_chart
+from cp_debug.reports.layer_graph import graph_data, json_script, libraries, licences
 from cp_debug.reports.numbers import number, share
 from cp_debug.reports.page_tables import changes_table, settings_table, worst_table
 from cp_debug.reports.saved import SavedResult
@@ -44,14 +49,23 @@ class BackendSection:
     views: Sequence[SceneView]
 
     @property
+    def charted(self) -> set[tuple[str, str]]:
+        """(Component, ONNX value) of the layers that have charts."""
+        return {(item.row.component, item.row.onnx) for item in self.evidence}
+
+    @property
     def final(self) -> float | None:
         """The largest relative L2 divergence of the final outputs."""
         return max((row.stats.rel_l2 for row in self.test.outputs), default=None)
 
 
-def write_page(saved: SavedResult, target: Path) -> None:
-    """Write the page as one file. Raises InputError when it cannot be written."""
-    write_text(render_page(saved), target)
+def write_page(saved: SavedResult, target: Path, charts: Sequence[str] = ()) -> None:
+    """Write the page as one file.
+
+    ``charts`` names layers that get charts beside those that get them anyway; see ``layers_named``. Raises InputError
+    when it cannot be written, and for a name that fits no layer.
+    """
+    write_text(render_page(saved, charts=charts), target)
 
 
 def write_result(result: BisectResult, target: Path) -> None:
@@ -59,21 +73,27 @@ def write_result(result: BisectResult, target: Path) -> None:
     write_page(SavedResult.of(result), target)
 
 
-def render_page(saved: SavedResult) -> str:
-    """The whole page."""
+def render_page(saved: SavedResult, *, charts: Sequence[str] = (), served: str = "") -> str:
+    """The whole page.
+
+    ``charts`` as in ``write_page``; ``served`` is the name of the result on a server, which draws charts when asked.
+    """
     result = saved.result
+    named = layers_named(result, charts)
     records = [result.reference, *(test.backend for test in result.tests)]
-    parts = [_part(saved, f"t{index}", test) for index, test in enumerate(result.tests)]
+    parts = [_part(saved, f"t{index}", test, named) for index, test in enumerate(result.tests)]
     return (
         environment()
         .get_template("report.html.j2")
         .render(
             result=result,
             parts=parts,
+            graph=graph_data(saved, [part.anchor for part in parts]),
             weights=weight_lines(result),
             settings=settings_table(records),
             differing=settings_table(records, differing=True),
             kept=saved.folder is not None,
+            served=served,
             glossary=GLOSSARY,
             version=__version__,
             **page_parts(),
@@ -92,7 +112,8 @@ def environment() -> Environment:
         finalize=_seen,
     )
     jinja.filters |= {"number": number, "share": share, "breakable": breakable, "said": lines, "table": table_html}
-    jinja.filters["anchor"] = anchor
+    jinja.filters |= {"anchor": anchor, "json_script": json_script, "shell": quote}
+    jinja.globals |= {"libraries": libraries, "licences": licences, "graph_script": script("graph.js")}
     jinja.globals |= {"changes_table": changes_table, "stage_table": stage_table, "worst_table": worst_table}
     return jinja
 
@@ -107,12 +128,52 @@ def _seen(value: Any) -> Any:
 def page_parts() -> dict[str, Markup]:
     """Style and script, which every page carries inside."""
     return {
-        "css": Markup((HTML / "report.css").read_text(encoding="utf-8")),
-        "script": Markup((HTML / "report.js").read_text(encoding="utf-8")),
+        "css": script("report.css"),
+        "script": script("report.js"),
     }
 
 
-def _part(saved: SavedResult, anchor: str, test: TestResult) -> BackendSection:
+def script(name: str) -> Markup:
+    """A script or style of the pages, as it stands in its file."""
+    return Markup((HTML / name).read_text(encoding="utf-8"))
+
+
+def render_layer(saved: SavedResult, test: TestResult, row: LayerRow) -> str:
+    """The page of one layer: its charts, drawn from the kept tensors."""
+    return (
+        environment()
+        .get_template("layer.html.j2")
+        .render(
+            reference=saved.result.reference.spec,
+            test=test,
+            row=row,
+            item=layer_evidence(saved, test, row),
+            version=__version__,
+            **page_parts(),
+        )
+    )
+
+
+def layers_named(result: BisectResult, names: Sequence[str]) -> set[tuple[str, str]]:
+    """(Component, ONNX value) of the layers that the names, ONNX names or patterns such as ``backbone.*`` fit.
+
+    Raises InputError for one that fits none, with the nearest names.
+    """
+    rows = [row for test in result.tests for row in test.rows]
+    found = set()
+    for name in names:
+        fitting = {(r.component, r.onnx) for r in rows if fnmatchcase(r.name, name) or fnmatchcase(r.onnx, name)}
+        fitting |= {(r.component, r.onnx) for r in rows if name in (r.name, r.onnx)}
+        if not fitting:
+            near = get_close_matches(name, [row.name for row in rows], 3, 0.3)
+            raise InputError(f"--charts {name}: fits no layer" + (f"; nearest: {', '.join(near)}" if near else ""))
+        found |= fitting
+    return found
+
+
+def _part(saved: SavedResult, anchor: str, test: TestResult, named: Collection[tuple[str, str]]) -> BackendSection:
+    chosen = {(row.component, row.onnx) for row in chosen_rows(test)} | set(named)
+    shown = [row for row in test.rows if (row.component, row.onnx) in chosen]
     scenes = [saved.scene(sample) for sample in range(min(len(saved.result.samples), MOST_SCENES))]
     views = [birdseye(scene, saved.result.reference.spec, test.backend.spec) for scene in scenes if scene]
     return BackendSection(
@@ -121,6 +182,6 @@ def _part(saved: SavedResult, anchor: str, test: TestResult) -> BackendSection:
         verdict="guilty" if test.guilty else "ok" if test.agrees else "undecided" if test.undecided else "rounding",
         sentence=verdict_line(test).plain.partition(": ")[2].removeprefix("guilty: "),
         growth=growth_chart(test, f"{anchor}-layer-"),
-        evidence=evidence(saved, test),
+        evidence=evidence(saved, test, shown),
         views=[view for view in views if view],
     )

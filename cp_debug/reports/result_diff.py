@@ -93,8 +93,13 @@ def _title(test: TestDiff) -> str:
 
 
 def write_page(result: ResultDiff, target: Path, command: str = "") -> None:
-    """Write the page: a verdict and the tables for each test. Raises InputError when it cannot be written."""
-    page = (
+    """Write the page. Raises InputError when it cannot be written."""
+    write_text(render_diff(result, command), target)
+
+
+def render_diff(result: ResultDiff, command: str = "") -> str:
+    """The page: a verdict and the tables for each test."""
+    return (
         environment()
         .get_template("diff.html.j2")
         .render(
@@ -105,4 +110,3 @@ def write_page(result: ResultDiff, target: Path, command: str = "") -> None:
             **page_parts(),
         )
     )
-    write_text(page, target)

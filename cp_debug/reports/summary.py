@@ -26,8 +26,8 @@ def _test(test: TestResult) -> Iterator[str]:
     yield verdict_line(test).plain
     for finding in test.findings[:MOST_FINDINGS]:
         yield f"  {finding.headline}"
-        told = dict(lines(finding))
-        yield from (f"    {label}: {told[label]}" for label in ("effect", "fix") if label in told)
+        labelled = dict(lines(finding))
+        yield from (f"    {label}: {labelled[label]}" for label in ("effect", "fix") if label in labelled)
     if len(test.findings) > MOST_FINDINGS:
         yield f"  and {len(test.findings) - MOST_FINDINGS} more findings"
     if test.detections is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from cp_debug.bisect.engine import Options, bisect
@@ -15,7 +15,7 @@ from cp_debug.detection.detection_change import DetectionChange
 from cp_debug.errors import InputError
 from cp_debug.programs.pipeline import wants_int8
 from cp_debug.recipes.abilities import with_samples
-from cp_debug.serialize import json_safe
+from cp_debug.serialize import JsonForm, encode, json_safe
 from cp_debug.sweep.grid import Grid
 from cp_debug.sweep.log import Record
 from cp_debug.sweep.prepared import int8_programs_of, load, make_backends, pick, programs_of
@@ -83,7 +83,7 @@ def task(params: Parameters) -> dict[str, Any]:
         "emulated": test.backend.emulated,
         "agrees": test.agrees,
         "final": json_safe(max((row.stats.rel_l2 for row in test.outputs), default=0.0)),
-        "detections": json_safe(asdict(test.detections)) if test.detections else None,
+        "detections": encode(test.detections),
         "causes": sorted({finding.cause for finding in test.findings}),
         "notes": [*test.notes, *_not_finite(test)],
         "layers": [{name: row[name] for name in _KEPT} for row in rows],
@@ -122,7 +122,7 @@ class LayerSpread:
 
 
 @dataclass(frozen=True)
-class BisectGroup:
+class BisectGroup(JsonForm):
     """One model on one test backend, over all samples."""
 
     label: str
@@ -151,9 +151,9 @@ class BisectGroup:
         """The layers that are guilty on some sample, most often first."""
         return sorted((row for row in self.layers if row.guilty), key=lambda row: (-row.guilty, row.index))
 
-    def to_dict(self) -> dict[str, Any]:
-        """The group as JSON-safe containers; samples are named."""
-        return json_safe({**asdict(self), "passed": self.passed, "guilty": [row.name for row in self.guilty]})
+    def derived(self) -> dict[str, Any]:
+        """The outcome, and the names of the guilty layers."""
+        return {"passed": self.passed, "guilty": [row.name for row in self.guilty]}
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each layer."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from cp_debug.detection.predictions import Predictions
 from cp_debug.errors import InputError
 from cp_debug.programs.pipeline import Pipeline, wants_int8
 from cp_debug.recipes.data.base import DataOptions, Truth
-from cp_debug.serialize import json_safe
+from cp_debug.serialize import JsonForm, json_safe
 from cp_debug.sweep.grid import Grid
 from cp_debug.sweep.log import Record
 from cp_debug.sweep.prepared import int8_programs_of, load, make_backends, pick, programs_of
@@ -80,11 +80,11 @@ def rows(record: Record) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class EvalGroup:
+class EvalGroup(JsonForm):
     """One model on all backends, over the samples that every backend finished."""
 
     label: str
-    result: EvaluationResult
+    result: EvaluationResult = field(metadata={"inline": True})
     changes: dict[str, DetectionChange]
     """Test backend → change of the reference's detections, over all samples."""
     outliers: dict[str, list[Outlier]]
@@ -95,14 +95,9 @@ class EvalGroup:
         """Whether no backend detects significantly less than the reference."""
         return not self.result.worse
 
-    def to_dict(self) -> dict[str, Any]:
-        """The group as JSON-safe containers."""
-        plain = {
-            spec: [vars(outlier) for outlier in outliers_of_test] for spec, outliers_of_test in self.outliers.items()
-        }
-        changes = {spec: vars(change) for spec, change in self.changes.items()}
-        about = {"label": self.label, "passed": self.passed, "changes": changes, "outliers": plain}
-        return json_safe({**self.result.to_dict(), **about})
+    def derived(self) -> dict[str, Any]:
+        """The outcome."""
+        return {"passed": self.passed}
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each backend and class, and one for all classes."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from cp_debug.serialize import BadField, JsonForm, part
 from cp_debug.sweep.log import SCHEMA, Record
 from cp_debug.sweep.run import Finished
 
@@ -51,7 +52,7 @@ class FailedTasks:
 
 
 @dataclass(frozen=True)
-class SweepResult:
+class SweepResult(JsonForm):
     """Everything that ``cpdebug sweep`` shows."""
 
     kind: str
@@ -77,17 +78,29 @@ class SweepResult:
         """Whether every group passed and no task failed."""
         return not self.failures and all(group.passed for group in self.groups)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The sweep as JSON-safe containers."""
-        return {
-            "schema": SCHEMA,
-            "kind": self.kind,
-            "command": self.command,
-            "tasks": self.tasks,
-            "ran": self.ran,
-            "seconds": self.seconds,
-            "log": self.log,
-            "passed": self.passed,
-            "groups": [group.to_dict() for group in self.groups],
-            "failures": [vars(failure) for failure in self.failures],
-        }
+    def derived(self) -> dict[str, Any]:
+        """The schema and the outcome."""
+        return {"schema": SCHEMA, "passed": self.passed}
+
+    @classmethod
+    def fields_from(cls, document: dict[str, Any]) -> dict[str, Any]:
+        """The document with its groups read as those of its kind. Raises BadField."""
+        kind = part(str, document, "kind")
+        if kind not in ("bisect", "eval", "search", "sensitivity"):
+            raise BadField("kind", f"{kind!r}; expected bisect, eval, search or sensitivity")
+        groups = part(list[dict[str, Any]], document, "groups")
+        return document | {"groups": [part(_group_type(kind, group), {"groups": group}, "groups") for group in groups]}
+
+
+def _group_type(kind: str, group: Mapping[str, Any]) -> type:
+    from cp_debug.sweep import bisecting, evaluating, searching, sensitivity
+
+    if kind == "sensitivity" and "samples" in group and not isinstance(group["samples"], list):
+        return sensitivity.ProfileGroup
+    groups: dict[str, type] = {
+        "bisect": bisecting.BisectGroup,
+        "eval": evaluating.EvalGroup,
+        "search": searching.MixedPrecisionGroup,
+        "sensitivity": sensitivity.SensitivityGroup,
+    }
+    return groups[kind]

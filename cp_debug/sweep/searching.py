@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cp_debug.errors import InputError
 from cp_debug.mixed_precision.goal import Goal
 from cp_debug.mixed_precision.search import MixedPrecisionOptions, search
-from cp_debug.serialize import json_safe
+from cp_debug.serialize import JsonForm, json_safe
 from cp_debug.sweep.grid import Grid
 from cp_debug.sweep.log import Record
 from cp_debug.sweep.prepared import load, make_backends, parts_of, pick
@@ -86,7 +86,7 @@ class NeededLayer:
 
 
 @dataclass(frozen=True)
-class MixedPrecisionGroup:
+class MixedPrecisionGroup(JsonForm):
     """One model on one test backend."""
 
     label: str
@@ -95,6 +95,7 @@ class MixedPrecisionGroup:
     emulated: bool
     goal: str
     samples: list[str]
+    """Sources of the samples, to which ``sample`` of a spread is an index."""
     reached: list[bool]
     """Whether the goal was reached, by sample."""
     kept: list[int]
@@ -109,9 +110,9 @@ class MixedPrecisionGroup:
         """Whether the goal was reached on every sample."""
         return all(self.reached)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The group as JSON-safe containers; ``sample`` of a spread is a place in ``samples``."""
-        return json_safe({**asdict(self), "passed": self.passed})
+    def derived(self) -> dict[str, Any]:
+        """The outcome."""
+        return {"passed": self.passed}
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each layer."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from cp_debug.mixed_precision.sensitivity import (
     scored_samples,
 )
 from cp_debug.quantization.open_quantized import modules_of, open_quantized
-from cp_debug.serialize import json_safe
+from cp_debug.serialize import JsonForm, json_safe
 from cp_debug.sweep.grid import Grid
 from cp_debug.sweep.log import Record
 from cp_debug.sweep.prepared import Subject, load_subject, pick
@@ -110,7 +110,7 @@ class SensitiveLayer:
 
 
 @dataclass(frozen=True)
-class SensitivityGroup:
+class SensitivityGroup(JsonForm):
     """One quantized model, each sample by itself; layers are sorted by the median error that they bring alone."""
 
     label: str
@@ -125,10 +125,6 @@ class SensitivityGroup:
         """True: nothing is judged here."""
         return True
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-safe; ``sample`` of a spread is a place in ``samples``."""
-        return json_safe(asdict(self))
-
     def rows(self) -> list[dict[str, Any]]:
         """A row for each layer."""
         return [
@@ -141,20 +137,16 @@ class SensitivityGroup:
 
 
 @dataclass(frozen=True)
-class ProfileGroup:
+class ProfileGroup(JsonForm):
     """One quantized model on all samples together, as ``cpdebug quantize sensitivity`` measures it."""
 
     label: str
-    profile: SensitivityProfile
+    profile: SensitivityProfile = field(metadata={"inline": True})
 
     @property
     def passed(self) -> bool:
         """True: nothing is judged here."""
         return True
-
-    def to_dict(self) -> dict[str, Any]:
-        """Label and profile as JSON-safe containers."""
-        return {"label": self.label, **self.profile.to_dict()}
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each layer."""

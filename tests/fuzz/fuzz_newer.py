@@ -36,7 +36,7 @@ def external_data(rng: random.Random, world: World, folder: Path) -> Case:
                 around = rng.choice((*ENDS, len(data), len(data) - 1, len(data) + 1, -1, -len(data)))
                 entries["offset"] = str(around)
             elif kind == 1:
-                around = rng.choice((*ENDS, len(data) + 1, -1, int(entries.get("length", 4)[:9].strip("-") or 0) + 4))
+                around = rng.choice((*ENDS, len(data) + 1, -1, 4 + rng.choice((len(data), 1 << 20))))
                 entries["length"] = str(around)
             elif kind == 2:
                 entries[rng.choice(("offset", "length"))] = rng.choice(
@@ -266,20 +266,18 @@ def imported(rng: random.Random, world: World, folder: Path) -> Case:
     dump = folder / "dump"
     dump.mkdir()
     random_numbers = np.random.default_rng(rng.randrange(50))
-    table: dict[str, Any] = {}
     for name, shape in (("c1", (1, 4, 8, 8)), ("y", (1, 4, 4, 4)), ("z", (1, 4)), ("x", (1, 3, 8, 8))):
         array = random_numbers.standard_normal(shape).astype(rng.choice(("f4", "f4", "f2", "i1")))
-        (dump / f"{name}.bin").write_bytes(array.tobytes()[: rng.choice((None, None, None, 3, 0))])
-        table[name] = {"file": f"{name}.bin", "dtype": array.dtype.name, "shape": list(shape)}
-    if rng.random() < 0.6:
-        table = mutated(table, rng)
-    if rng.random() < 0.2 and isinstance(table, dict) and table:
-        entry = table.get(rng.choice(list(table)))
-        if isinstance(entry, dict):
-            entry[rng.choice(list(entry) or ["file"])] = rng.choice(
-                ("../outside/x", "/etc/passwd", "..", "a\x00b", *ENDS)
+        file = dump / f"{name}.{rng.choice(('bin', 'raw'))}"
+        file.write_bytes(array.tobytes()[: rng.choice((None, None, None, 3, 0))])
+        sidecar: Any = {"name": rng.choice((name, name, *TEXTS)), "dtype": array.dtype.name, "shape": list(shape)}
+        if rng.random() < 0.3:
+            sidecar[rng.choice(list(sidecar))] = rng.choice(
+                ("float128", "object", "<f4", [1 << 40, 1 << 40], [-1], *ENDS)
             )
-    (dump / rng.choice(("tensors.json", "tensors.json", "meta.json"))).write_bytes(json_bytes(table, rng))
+        if rng.random() < 0.2:
+            sidecar = mutated(sidecar, rng)
+        Path(f"{file}.json").write_bytes(json_bytes(sidecar, rng))
     if rng.random() < 0.2:
         victim = rng.choice(sorted(dump.iterdir()))
         victim.write_bytes(damage(victim.read_bytes(), rng))

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cp_debug.backends.kernels import blocked_convolution, fp16_accumulation
+from cp_debug.backends.kernels import blocked_convolution, fp16_accumulation, scaled_products
 from cp_debug.backends.kernels.registry import Call, kernel
 from cp_debug.backends.kernels.windows import Window, split_padding
+from cp_debug.backends.scaling import KERNEL, TRANSPOSED_KERNEL
 
 _CONV = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 _TRANSPOSED = {1: functional.conv_transpose1d, 2: functional.conv_transpose2d, 3: functional.conv_transpose3d}
@@ -19,7 +20,13 @@ _TRANSPOSED = {1: functional.conv_transpose1d, 2: functional.conv_transpose2d, 3
 @kernel("Conv", multiplies=True)
 def conv(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     window = Window.of(call, weight.shape[2:], x.shape[2:])
-    x, weight = call.arithmetic.operands(x, weight)
+    scaling, running_sum = call.scaling, call.arithmetic.running_sum
+    if scaling and running_sum:
+        return scaled_products.conv(x, weight, bias, window, call["group"], scaling, running_sum)
+    if scaling:
+        x, weight = scaled_products.decoded(x, weight, KERNEL, call["group"], scaling)
+    elif not call.arithmetic.scaling:
+        x, weight = call.arithmetic.operands(x, weight)
     if call.arithmetic.tile:
         order = call.arithmetic
         return fp16_accumulation.conv(
@@ -52,7 +59,13 @@ def conv_transpose(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = 
     else:
         size = [f + e - b - p for f, e, b, p in zip(full, extra, window.begin, window.end, strict=True)]
 
-    x, weight = call.arithmetic.operands(x, weight)
+    scaling, running_sum = call.scaling, call.arithmetic.running_sum
+    if scaling and running_sum:
+        return scaled_products.conv_transpose(x, weight, bias, window, tuple(size), call["group"], scaling, running_sum)
+    if scaling:
+        x, weight = scaled_products.decoded(x, weight, TRANSPOSED_KERNEL, call["group"], scaling)
+    elif not call.arithmetic.scaling:
+        x, weight = call.arithmetic.operands(x, weight)
     if call.arithmetic.tile:
         tile, slices = call.arithmetic.tile, call.arithmetic.slices
         return fp16_accumulation.conv_transpose(x, weight, bias, window, size, call["group"], tile, slices)

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from cp_debug.backends.kernels.registry import Call, kernel
 from cp_debug.backends.kernels.windows import Window
+from cp_debug.backends.scaling import KERNEL, Axes
 
 
 @kernel("AffineGrid", exact=True)
@@ -120,7 +121,8 @@ def deform_conv(
     columns = columns.reshape(x.shape[0], groups, channels, count, oh, ow)
     if mask is not None:
         columns = columns * mask.reshape(x.shape[0], groups, 1, count, oh, ow)
-    columns, weight = call.arithmetic.operands(columns, weight)
+    if call.scaling or not call.arithmetic.scaling:
+        columns, weight = call.arithmetic.operands(columns, weight, axes=(Axes(2, None), KERNEL))
     columns = columns.reshape(x.shape[0], parts, x.shape[1] // parts * count, oh * ow)
     result = weight.reshape(parts, weight.shape[0] // parts, -1) @ columns
     result = result.reshape(x.shape[0], weight.shape[0], oh, ow)

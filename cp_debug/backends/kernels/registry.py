@@ -11,7 +11,11 @@ import torch
 from torch import Tensor
 
 from cp_debug.backends.arithmetic import Arithmetic
+from cp_debug.backends.scaling import Scaling
 from cp_debug.graph.graph import Node
+
+WITH_WEIGHTS = ("MatMul", "Gemm", "FusedMatMul", "FusedGemm")
+"""Operators whose constant second operand weight-only quantizers take, by their names without a domain."""
 
 
 @dataclass(frozen=True)
@@ -25,19 +29,38 @@ class Call:
     device: torch.device
     literal: bool = False
     """Whether to compute as ONNX's reference implementation where runtimes agree with each other and not with it."""
+    weights: frozenset[int] = frozenset()
+    """Places of inputs that are constants of the graph, or made of nothing else."""
 
     @classmethod
-    def of(cls, node: Node, opset: int, arithmetic: Arithmetic, device: torch.device, literal: bool = False) -> Call:
+    def of(
+        cls,
+        node: Node,
+        opset: int,
+        arithmetic: Arithmetic,
+        device: torch.device,
+        literal: bool = False,
+        weights: frozenset[int] = frozenset(),
+    ) -> Call:
         """Parse the attributes of ``node`` once."""
         proto = node.proto
         attributes: dict[str, Any] = {}
         if (schema := _schema(proto, opset)) is not None:
             attributes = {n: _value(a.default_value) for n, a in schema.attributes.items() if a.default_value.type}
         attributes |= {a.name: _value(a) for a in proto.attribute}
-        return cls(node, attributes, opset, arithmetic, device, literal)
+        return cls(node, attributes, opset, arithmetic, device, literal, weights)
 
     def __getitem__(self, name: str) -> Any:
         return self.attributes.get(name)
+
+    @property
+    def scaling(self) -> Scaling | None:
+        """Encoding of this node's operands; None where the arithmetic leaves them as they are, as weight-only INT4
+        does with convolutions and with products of two results."""
+        scaling = self.arithmetic.scaling
+        if scaling is None or not scaling.weights_only:
+            return scaling
+        return scaling if 1 in self.weights and self.node.op in WITH_WEIGHTS else None
 
     @property
     def outputs(self) -> int:

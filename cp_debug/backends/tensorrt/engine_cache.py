@@ -81,22 +81,21 @@ class EngineCache:
     def get(self, key: str) -> tuple[Path, dict[str, Any]] | None:
         """The engine's file and the facts of its build; None where the cache has no usable entry.
 
-        An entry that is not as this class writes one is none either, and is told: cut off, changed, written for other
-        settings, a link or anything else that is no file. An entry that this class did not write so is not used, and
-        the reason is told: cut off, changed, written for other settings, a link or anything else that is no file.
+        An entry that this class did not write so is not used, and the reason is told: cut off, changed, written for
+        other settings, a link or anything else that is no file.
         """
-        engine, told = self.folder / f"{key}.engine", self.folder / f"{key}.json"
-        if not (os.path.lexists(engine) and os.path.lexists(told)):
+        engine, record = self.folder / f"{key}.engine", self.folder / f"{key}.json"
+        if not (os.path.lexists(engine) and os.path.lexists(record)):
             return None
         try:
-            for path in (engine, told):
+            for path in (engine, record):
                 if path.is_symlink():
                     raise InputError(f"{path}: is a symbolic link; expected a file")
             entry: CachedEngine = typed(
-                CachedEngine, read_json(told, what="entry of the engine cache", most=LARGEST_ENTRY), str(told)
+                CachedEngine, read_json(record, what="entry of the engine cache", most=LARGEST_ENTRY), str(record)
             )
             if entry["key"] != key:
-                raise InputError(f"{told}: written for other settings, or another GPU")
+                raise InputError(f"{record}: written for other settings, or another GPU")
             check_file(engine, "engine")
             if entry["sha256"] != file_hash(engine):
                 raise InputError(f"{engine}: not the engine that was written here: cut off, or changed since")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cp_debug.backends.tensorrt.tactics import Tactic, decode
+from cp_debug.serialize import JsonForm
 
 _ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\x1e\x1f]*?)\](?=[\x1e\x1f\[]|$)")
 _TYPES = (  # the inspector's descriptions: "Row major linear FP32", "Channel major FP16 format where …", "Half"
@@ -53,16 +54,16 @@ class EngineTensor:
 
 
 @dataclass(frozen=True)
-class EngineLayer:
+class EngineLayer(JsonForm):
     """One layer of a built engine."""
 
     name: str
     kind: str
     nodes: tuple[str, ...]
     """The ONNX nodes fused into it, by name; empty for what TensorRT added (reformats, shape arithmetic)."""
-    inputs: tuple[EngineTensor, ...]
-    outputs: tuple[EngineTensor, ...]
-    tactic: Tactic
+    inputs: tuple[EngineTensor, ...] = field(metadata={"written": False})
+    outputs: tuple[EngineTensor, ...] = field(metadata={"written": False})
+    tactic: Tactic = field(metadata={"written": False})
     tactic_id: str = ""
     """Kernels with one name can differ in it (how often K is split, for one)."""
 
@@ -72,16 +73,12 @@ class EngineLayer:
         types = (tensor.dtype for tensor in (*self.inputs, *self.outputs))
         return " ".join((self.tactic.name, self.tactic_id, *types))
 
-    def to_dict(self) -> dict[str, Any]:
-        """The layer as JSON-safe containers, for manifests."""
+    def derived(self) -> dict[str, Any]:
+        """The types of its tensors by name, and its kernel with the arithmetic that the name tells."""
         return {
-            "name": self.name,
-            "kind": self.kind,
-            "nodes": list(self.nodes),
             "inputs": {t.name: t.dtype for t in self.inputs},
             "outputs": {t.name: t.dtype for t in self.outputs},
             "tactic": self.tactic.name,
-            "tactic_id": self.tactic_id,
             "arithmetic": self.tactic.arithmetic,
         }
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.graph.graph import Node
-from cp_debug.graph.node_differences import RECURRENT, named
 from cp_debug.graph.operators import PRODUCTS
-from cp_debug.graph.tensor_change import TensorChange
+from cp_debug.programs.node_differences import RECURRENT, named
+from cp_debug.programs.tensor_change import TensorChange
 
 SIGNIFICANT = 5.0
 """Multiple of its deviation from which a fitted slice counts as another one than the declared one."""

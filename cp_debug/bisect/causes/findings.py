@@ -190,8 +190,8 @@ class Explainer:
         """Values that depend on ``key`` in its component, and values that only this run has, whose place is unknown."""
         graph = self.run.programs[key.component].graph
         maker = graph.producer.get(key.value)  # its other results are as wrong as this one
-        made = [key.value] if maker is None else list(maker.outputs)
-        reached = {*made, *downstream(graph.nodes, made)}
+        results = [key.value] if maker is None else list(maker.outputs)
+        reached = {*results, *downstream(graph.nodes, results)}
         only_here = {(e.component, e.name) for e in capture.entries} - set(self.run.layers)
         return only_here | {(key.component, name) for name in reached}
 

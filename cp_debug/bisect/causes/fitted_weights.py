@@ -33,57 +33,57 @@ def fitted(segment: Segment) -> Iterator[Candidate]:
     if not segment.nodes or not segment.introduced:
         return
     node = segment.nodes[-1]
-    found = fit(segment, node)
-    if found is None:
+    estimate = fit(segment, node)
+    if estimate is None:
         return
-    own = {place: w for place in found.tensors if (w := segment.weight(node, place)) is not None}
-    changed = [p for p in own if _norm(found.tensors[p] - own[p]) > DIFFERS * _norm(found.deviations[p])]
-    near = {p: list(_nearest(segment, own[p], found, p)) for p in changed}
+    own = {place: w for place in estimate.tensors if (w := segment.weight(node, place)) is not None}
+    changed = [p for p in own if _norm(estimate.tensors[p] - own[p]) > DIFFERS * _norm(estimate.deviations[p])]
+    near = {p: list(_nearest(segment, own[p], estimate, p)) for p in changed}
     for choice in itertools.product(*near.values()) if near and all(near.values()) else ():
-        yield from _proved(segment, found, dict(zip(near, choice, strict=True)))
+        yield from _proved(segment, estimate, dict(zip(near, choice, strict=True)))
     for place in changed:  # one of them may be within what the fit of the other leaves open
         if len(changed) > 1:
             for change in near[place]:
-                yield from _proved(segment, found, {place: change})
+                yield from _proved(segment, estimate, {place: change})
     if changed:
-        sizes = {p: _norm(found.tensors[p] - own[p]) / (_norm(own[p]) or 1.0) for p in changed}
+        sizes = {p: _norm(estimate.tensors[p] - own[p]) / (_norm(own[p]) or 1.0) for p in changed}
         names = [node.proto.input[p] for p in changed]
         says = "the weights are others: " + ", ".join(
             f"{name} differs by {size:.2g} (rel. L2)" for name, size in zip(names, sizes.values(), strict=True)
         )
-        evidence = {"constants": names, "weights_differ_by": max(sizes.values()), "unknowns": found.unknowns}
-        yield Candidate("other-weights", says, found.predicted, found.unknowns, evidence, _FIX)
+        evidence = {"constants": names, "weights_differ_by": max(sizes.values()), "unknowns": estimate.unknowns}
+        yield Candidate("other-weights", says, estimate.predicted, estimate.unknowns, evidence, _FIX)
 
 
-def _nearest(segment: Segment, own: Tensor, found: FittedConstants, place: int) -> Iterator[Change]:
-    fitted_tensor, deviation = found.tensors[place], found.deviations[place]
+def _nearest(segment: Segment, own: Tensor, estimate: FittedConstants, place: int) -> Iterator[Change]:
+    fitted_tensor, deviation = estimate.tensors[place], estimate.deviations[place]
     size = _norm(fitted_tensor - own)
-    guesses = [*rearranged(own), *of_slices(own, fitted_tensor, deviation), *_of_others(segment, found, place, own)]
+    guesses = [*rearranged(own), *of_slices(own, fitted_tensor, deviation), *_of_others(segment, estimate, place, own)]
     distances = [(_norm(fitted_tensor - g.value), i) for i, g in enumerate(guesses)]
     for distance, i in sorted(distances)[:PROVED]:
         if distance < NEAR * size:
             yield guesses[i]
 
 
-def _of_others(segment: Segment, found: FittedConstants, place: int, own: Tensor) -> Iterator[Change]:
+def _of_others(segment: Segment, estimate: FittedConstants, place: int, own: Tensor) -> Iterator[Change]:
     """Other constants of the shape, the one nearest to the fit."""
-    graph, name = segment.graph, found.node.proto.input[place]
+    graph, name = segment.graph, estimate.node.proto.input[place]
     best = (float("inf"), "", own)
     for other in graph.initializers:
         if other == name or tuple(graph.weight(other).dims) != tuple(own.shape):
             continue
         stored = segment.context.constants[other]
-        if stored.is_floating_point() and (distance := _norm(found.tensors[place] - as_double(stored))) < best[0]:
+        if stored.is_floating_point() and (distance := _norm(estimate.tensors[place] - as_double(stored))) < best[0]:
             best = (distance, other, as_double(stored))
     if best[1]:
         yield Change("another", f"those of another layer ({best[1]})", best[2], 0, {"of": best[1]})
 
 
-def _proved(segment: Segment, found: FittedConstants, changes: dict[int, Change]) -> Iterator[Candidate]:
-    value = segment.edited(found.node, inputs={place: change.value for place, change in changes.items()})
+def _proved(segment: Segment, estimate: FittedConstants, changes: dict[int, Change]) -> Iterator[Candidate]:
+    value = segment.edited(estimate.node, inputs={place: change.value for place, change in changes.items()})
     if value is None:
         return
-    named = {place: cause_of(change, found.node, place) for place, change in changes.items()}
+    named = {place: cause_of(change, estimate.node, place) for place, change in changes.items()}
     place = max(changes, key=lambda p: changes[p].value.numel())
     name, _, evidence = named[place]
     says = "; ".join(text for _, text, _ in named.values())

@@ -17,11 +17,11 @@ from cp_debug.bisect.causes.base import Candidate, Cause
 from cp_debug.bisect.causes.search import Explanation, accepted, explain
 from cp_debug.bisect.causes.segment import Segment, as_double
 from cp_debug.errors import InputError
-from cp_debug.graph.added_nodes import what_is_added
 from cp_debug.graph.constants import Constants
 from cp_debug.graph.graph import Graph, Node
-from cp_debug.graph.node_differences import NodeDifference, Pieces
 from cp_debug.probes.capture import Capture
+from cp_debug.programs.added_nodes import what_is_added
+from cp_debug.programs.node_differences import NodeDifference, Pieces
 from cp_debug.programs.weight_differences import WeightDifferences, weight_differences
 
 FOLDED = {"channels-scaled", "other-weights", "weights-scaled", "bias-scaled"}

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.graph.graph import Node
-from cp_debug.graph.node_differences import attributes
+from cp_debug.graph.operators import PRODUCTS
+from cp_debug.programs.node_differences import attributes
 
 MOST_COLUMNS = 1 << 24
 """Elements of a regression's columns."""
@@ -54,7 +55,7 @@ def fit(segment: Segment, node: Node) -> FittedConstants | None:
         return None
     if not bool(segment.finite.all()) or segment.test.numel() < 4:
         return None
-    if node.op in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+    if node.op in PRODUCTS:
         return _product(segment, node)
     places = _places(segment, node)
     return None if places is None else _elementwise(segment, node, *places)

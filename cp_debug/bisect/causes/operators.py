@@ -14,7 +14,7 @@ from torch.nn import functional
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.graph.graph import Node
-from cp_debug.graph.node_differences import ACTIVATIONS as DOUBLED
+from cp_debug.programs.node_differences import ACTIVATIONS as DOUBLED
 
 ACTIVATIONS = {
     "Relu": torch.relu,

@@ -90,10 +90,10 @@ def _of_axis(segment: Segment, node: Node, place: int, own: Tensor, axis: int) -
     zero = Change("channels-zero", f"slice {best} of axis {axis} is zero", times(0.0), 1, of_best)
     yield from _tried(segment, node, place, zero)
     if scores[best] > TENDS:
-        found = search(segment, 1.0, lambda number: segment.edited(node, inputs={place: times(number)}))
-        if found is not None:
-            says = f"slice {best} of axis {axis} × {found[0]:.6g}"
-            yield from _tried(segment, node, place, Change("channels-scaled", says, times(found[0]), 1, of_best))
+        best_factor = search(segment, 1.0, lambda number: segment.edited(node, inputs={place: times(number)}))
+        if best_factor is not None:
+            says = f"slice {best} of axis {axis} × {best_factor[0]:.6g}"
+            yield from _tried(segment, node, place, Change("channels-scaled", says, times(best_factor[0]), 1, of_best))
     for i, j in itertools.combinations(sorted(suspects), 2):
         order = torch.arange(count)
         order[[i, j]] = order[[j, i]]

@@ -16,8 +16,8 @@ from cp_debug.bisect.causes.fits import cross_fit, halves
 from cp_debug.bisect.causes.operators import EPSILONS
 from cp_debug.bisect.causes.segment import Segment, as_double
 from cp_debug.graph.graph import Node
-from cp_debug.graph.node_differences import ACTIVATIONS_OF, NAMES, attributes
 from cp_debug.graph.operators import GATES
+from cp_debug.programs.node_differences import ACTIVATIONS_OF, NAMES, attributes
 
 TEXTS = {
     "approximate": ("none", "tanh"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -18,8 +18,11 @@ from cp_debug.backends.base import Program
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.memory import Trimmer
 from cp_debug.backends.weights import Weights
+from cp_debug.bisect.causes.batchnorm_parameters import BatchNorm
 from cp_debug.bisect.causes.fits import halves
-from cp_debug.bisect.replay import FLOOR, AnyQuantized, Load
+from cp_debug.bisect.replay import Load
+from cp_debug.bisect.replayed import FLOOR
+from cp_debug.bisect.scale_replay import AnyQuantized
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import PRODUCTS
@@ -29,40 +32,6 @@ FEW = 256
 """Elements of a result of which those that are equal count once."""
 _fresh = itertools.count(-1, -1)
 """Places of edited nodes: no node of a graph has a negative one."""
-
-
-@dataclass(frozen=True)
-class BatchNorm:
-    """A BatchNormalization: parameters [C] in float64, and its epsilon."""
-
-    weight: Tensor
-    bias: Tensor
-    mean: Tensor
-    variance: Tensor
-    eps: float
-
-    @classmethod
-    def of(cls, parameters: Sequence[Tensor | None], eps: float) -> BatchNorm | None:
-        """The BatchNormalization with weight, bias, mean and variance, each [C]; None where one of them is missing."""
-        present = [p.detach().double().cpu() for p in parameters if p is not None]
-        return cls(present[0], present[1], present[2], present[3], eps) if len(present) == 4 else None
-
-    @property
-    def scale(self) -> Tensor:
-        """[C] factor of each channel: weight ÷ √(variance + eps)."""
-        return self.weight / torch.sqrt(self.variance + self.eps)
-
-    def rounded(self, rounding: Callable[[Tensor], Tensor]) -> BatchNorm:
-        """The BatchNormalization with every parameter rounded by itself.
-
-        ``rounding`` is given each parameter, [C] float64, and keeps shape and dtype.
-        """
-        weight, bias, mean, variance = map(rounding, (self.weight, self.bias, self.mean, self.variance))
-        return BatchNorm(weight, bias, mean, variance, self.eps)
-
-    def applied(self, x: Tensor, along: Callable[[Tensor], Tensor]) -> Tensor:
-        """The normalized ``x``; ``along`` shapes parameters to meet it."""
-        return (x - along(self.mean)) * along(self.scale) + along(self.bias)
 
 
 def as_double(value: Any) -> Tensor:

@@ -12,7 +12,7 @@ from cp_debug.backends.rounding import round_bf16, round_fp16
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.segment import Segment, as_double
 from cp_debug.graph.graph import Node
-from cp_debug.graph.tensor_change import int8_forms
+from cp_debug.programs.tensor_change import int8_forms
 
 FEWEST = 4
 """Elements of a constant from which its storage is looked at."""

@@ -15,7 +15,6 @@ from cp_debug.bisect.result import GUILTY, LayerRow
 from cp_debug.errors import InputError
 from cp_debug.probes.arrays import as_numpy
 from cp_debug.programs.pipeline import Key
-from cp_debug.serialize import json_safe
 
 NAMED = 8
 """Nodes that an advice names."""
@@ -108,7 +107,7 @@ def _finding(explainer: Explainer, key: Key, row: LayerRow, descent: Descent) ->
         evidence={name: value for name, value in evidence.items() if value is not None},
         effect=explainer.effects.of([row]),
         fix=_fix(descent, row),
-        inside=json_safe(descent.to_dict()),
+        inside=descent.to_dict(),
     )
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from cp_debug.bisect.regions.hypotheses import REPRODUCED, Hypothesis
 from cp_debug.bisect.regions.region import Region
-from cp_debug.serialize import encode
+from cp_debug.serialize import JsonForm
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Step:
 
 
 @dataclass
-class Descent:
+class Descent(JsonForm):
     """Knowledge about the inside of a region."""
 
     region: Region
@@ -35,7 +35,7 @@ class Descent:
     """Relative L2 distance of its value from the reference's, on the plain engine."""
     limit: float
     """Distance up to which the region counts as mended."""
-    hypotheses: list[Hypothesis] = field(default_factory=list)
+    hypotheses: list[Hypothesis] = field(default_factory=list, metadata={"written": False})
     steps: list[Step] = field(default_factory=list)
     suspects: list[str] = field(default_factory=list)
     """Nodes that are still suspect, in execution order."""
@@ -76,7 +76,6 @@ class Descent:
             parts.append(self.ended)
         return "; ".join(parts)
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-safe but for infinities; the best eight hypotheses."""
-        document: dict[str, Any] = encode(replace(self, hypotheses=self.hypotheses[:8]), json=False)
-        return document
+    def derived(self) -> dict[str, Any]:
+        """The best eight hypotheses."""
+        return {"hypotheses": self.hypotheses[:8]}

@@ -9,7 +9,7 @@ import onnx
 
 from cp_debug.graph.constants import Constants
 from cp_debug.graph.graph import Graph, Node
-from cp_debug.graph.node_differences import ACTIVATIONS, attributes
+from cp_debug.programs.node_differences import ACTIVATIONS, attributes
 
 FEW = 3
 """Elements of a tensor that are changed one by one."""

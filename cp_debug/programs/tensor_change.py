@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from cp_debug.probes.distance import relative_l2
 
 EXACT = 2e-6
 """Relative L2 distance up to which a description reproduces a tensor in FP32: some roundings."""
@@ -33,7 +36,7 @@ class TensorChange:
     says: str
     evidence: dict[str, Any] = field(default_factory=dict)
     size: float = 0.0
-    """Relative L2 distance; infinite for another number of elements."""
+    """Relative L2 distance, to the larger of both tensors; infinite for another number of elements."""
 
 
 def describe(ours: np.ndarray, theirs: np.ndarray, gates: int = 0, *, closely: bool = True) -> TensorChange | None:
@@ -63,10 +66,14 @@ def describe(ours: np.ndarray, theirs: np.ndarray, gates: int = 0, *, closely: b
 
 
 def _distance(theirs: np.ndarray, ours: np.ndarray) -> float:
-    """L2 norm of the difference, relative to the larger of both norms."""
-    difference = float(np.linalg.norm((theirs - ours).ravel()))
-    largest_norm = max(float(np.linalg.norm(theirs.ravel())), float(np.linalg.norm(ours.ravel())))
-    return difference / largest_norm if largest_norm else 0.0
+    """The smaller of both relative L2 distances, ours from theirs and theirs from ours, of float64 of one shape.
+
+    Infinite where NaN and Inf are not alike and in the same places.
+    """
+    strange = ~(np.isfinite(theirs) & np.isfinite(ours))
+    if strange.any() and not np.array_equal(theirs[strange], ours[strange], equal_nan=True):
+        return math.inf
+    return min(relative_l2(theirs, ours), relative_l2(ours, theirs))
 
 
 def _reshaped(a: np.ndarray, b: np.ndarray) -> TensorChange:

@@ -18,7 +18,7 @@ from onnx import helper
 from cp_debug.graph.constants import TELLING, Constants
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.operators import GATES, PRODUCTS
-from cp_debug.graph.tensor_change import TensorChange, describe
+from cp_debug.programs.tensor_change import TensorChange, describe
 
 MOVES = {"Cast", "Transpose", "Reshape", "Slice", "Concat", "Identity", "Squeeze", "Unsqueeze", "Flatten", "Split"}
 """Operators that prepare weights: what they read is named after what reads them."""

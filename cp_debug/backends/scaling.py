@@ -1,0 +1,191 @@
+"""Numbers of 4 and 8 bits with scales: how both operands of a product are encoded, and what is left of them.
+
+Sources: OCP Microscaling Formats (MX) 1.0 (blocks of 32 with a scale in E8M0), NVIDIA's NVFP4 (blocks of 16 with a
+scale in E4M3 and one FP32 scale for the tensor), DeepSeek-V3's report (arXiv 2412.19437: 1×128 data and 128×128 weights
+in E4M3), ONNX Runtime's MatMulNBits (INT4 weights by group, symmetric or with a zero point).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cp_debug.backends.codecs import CODECS, E2M1, E4M3, Codec, e8m0, floor_log2
+from cp_debug.backends.narrow_options import NarrowOptions
+
+MX_BLOCK = 32
+NVFP4_BLOCK = 16
+FP8_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Axes of an operand that its scales follow. Negative ones count from the end."""
+
+    reduced: int
+    """The axis along which products are summed: blocks lie along it."""
+    kept: int | None
+    """The axis of rows or output channels, which may have a scale each; None: there is none, as in a convolution's
+    data, where one output reads many places."""
+
+
+ROWS, COLUMNS = Axes(-1, -2), Axes(-2, -1)
+"""Operands of a matrix product."""
+DATA, KERNEL, TRANSPOSED_KERNEL = Axes(1, None), Axes(1, 0), Axes(0, 1)
+"""Operands of a convolution and of a transposed one."""
+
+
+@dataclass
+class Encoded:
+    """An operand in codes and scales: ``codes · fine · coarse`` is what the multiplier knows of it."""
+
+    codes: Tensor
+    """Numbers that the element type holds, float32, in the operand's shape."""
+    fine: Tensor | None
+    """Scales of blocks, one for each element, float32 in the operand's shape; None where there are no blocks."""
+    coarse: Tensor
+    """Scales of the tensor or of its rows, float32, broadcast to the operand's shape; applied to sums."""
+
+    @property
+    def multiplied(self) -> Tensor:
+        """Codes with the scales of their blocks, in the operand's shape, float32."""
+        return self.codes if self.fine is None else self.codes * self.fine
+
+    @property
+    def values(self) -> Tensor:
+        """Decoded values, in the operand's shape, float32."""
+        return self.multiplied * self.coarse
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Encoding of the operands of a product."""
+
+    options: NarrowOptions
+
+    @property
+    def codec(self) -> Codec | None:
+        """The element type; None for INT4."""
+        if self.options.family == "int4":
+            return None
+        return E2M1 if self.options.family in ("mxfp4", "nvfp4") else CODECS[self.options.element]
+
+    @property
+    def weights_only(self) -> bool:
+        """Whether only constant second operands of MatMul and Gemm are encoded."""
+        return self.options.family == "int4"
+
+    @property
+    def segment(self) -> int | None:
+        """Products with common FP32 scales, whose sum is scaled before it is added; None: all of them."""
+        return FP8_BLOCK if self.options.family == "fp8" and self.options.granularity == "block" else None
+
+    def encode(self, x: Tensor, axes: Axes, place: int) -> Encoded:
+        """``x`` of any shape as operand 0 (data) or 1 (weights) of a product; NaN and Inf make what they touch NaN."""
+        single = x.float()
+        if not x.numel():
+            return Encoded(single, None, single.new_ones(()))
+        family, granularity = self.options.family, self.options.granularity
+        if family == "int4":
+            codes, fine = _int4(single, axes, self.options.group, self.options.asymmetric)
+            return Encoded(codes, fine, single.new_ones(()))
+        codec = self.codec
+        assert codec is not None
+        if family == "nvfp4":
+            return _nvfp4(single, axes)
+        if family in ("mxfp8", "mxfp4"):
+            fine = mx_scales(_amax(single, axes, MX_BLOCK), codec, up=self.options.scale_up)
+            return Encoded(codec(single / fine), fine, single.new_ones(()))
+        if granularity == "block":
+            fine = _safe(_amax(single, axes, FP8_BLOCK, FP8_BLOCK if place else 1) / codec.largest)
+            return Encoded(codec(single / fine), fine, single.new_ones(()))
+        if granularity == "channel" and axes.kept is not None and x.dim() > 1:
+            others = [d for d in range(x.dim()) if d != axes.kept % x.dim()]
+            if place == 0 or (x.dim() > 2 and axes == COLUMNS):  # every row, every matrix of a batch
+                others = [axes.reduced % x.dim()]
+            amax = single.abs().amax(others, keepdim=True)
+        else:
+            amax = single.abs().amax()
+        coarse = _safe(amax / codec.largest)
+        return Encoded(codec(single / coarse), None, coarse)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Elements, scales and blocks in words, JSON-safe."""
+        family, codec = self.options.family, self.codec
+        blocks = {
+            "fp8": {"tensor": "tensor", "channel": "row or output channel", "block": "1x128 and 128x128"},
+            "nvfp4": f"{NVFP4_BLOCK} and tensor",
+            "int4": f"{self.options.group}, weights only" + (", zero points" if self.options.asymmetric else ""),
+        }.get(family, str(MX_BLOCK))
+        return {
+            "elements": codec.name if codec else "int4",
+            "scaled_by": blocks[self.options.granularity] if isinstance(blocks, dict) else blocks,
+            "scales": {"nvfp4": "e4m3 and fp32", "fp8": "fp32", "int4": "fp32"}.get(family, "e8m0"),
+        }
+
+
+def mx_scales(amax: Tensor, codec: Codec, *, up: bool = False) -> Tensor:
+    """Scales in E8M0 of blocks whose largest magnitudes are ``amax``, float32 of the same shape.
+
+    2 to floor(log2(amax)) − emax (MX 1.0, section 6.3): elements between the largest number and the next power of two
+    are cut off. ``up``: the smallest power of two that cuts nothing off. NaN where ``amax`` is not finite.
+    """
+    exponent = floor_log2(amax) - codec.exponent
+    if up:
+        exponent = exponent + (amax / e8m0(exponent) > codec.largest)
+    return torch.where(torch.isfinite(amax), e8m0(exponent), torch.nan)
+
+
+def _nvfp4(x: Tensor, axes: Axes) -> Encoded:
+    coarse = _safe(x.abs().amax() / (E4M3.largest * E2M1.largest))
+    fine = E4M3(_amax(x, axes, NVFP4_BLOCK) / E2M1.largest / coarse)
+    codes = E2M1(torch.where(fine > 0, x / (torch.where(fine > 0, fine, 1.0) * coarse), x * 0))
+    return Encoded(codes, fine, coarse)
+
+
+def _int4(x: Tensor, axes: Axes, group: int, asymmetric: bool) -> tuple[Tensor, Tensor]:
+    """Levels without their zero point, and scales, as ONNX Runtime's MLAS makes them for MatMulNBits."""
+    if not asymmetric:
+        low, high = _blocks(x, axes, group, 1, torch.amin), _blocks(x, axes, group, 1, torch.amax)
+        scale = torch.where(high > -low, high, low) / -8
+        inverse = torch.where(scale != 0, 1 / scale, 0.0)
+        return torch.floor(x * inverse + 8.5).clamp(0, 15) - 8, scale
+    low = _blocks(x, axes, group, 1, torch.amin).clamp(max=0)
+    high = _blocks(x, axes, group, 1, torch.amax).clamp(min=0)
+    scale = (high - low) / 15
+    inverse = torch.where(scale != 0, 1 / scale, 0.0)
+    zero = torch.where(scale != 0, torch.round(-low / scale), 0.0).clamp(0, 15)
+    return torch.round(x * inverse + zero).clamp(0, 15) - zero, scale
+
+
+def _amax(x: Tensor, axes: Axes, block: int, wide: int = 1) -> Tensor:
+    """Largest magnitude of the block of each element, in the shape of ``x``."""
+    return _blocks(x.abs(), axes, block, wide, torch.amax)
+
+
+def _blocks(x: Tensor, axes: Axes, block: int, wide: int, reduce: Callable[..., Tensor]) -> Tensor:
+    """``reduce`` of the block of each element: ``block`` along the reduced axis, ``wide`` along the kept one. The last
+    block may be shorter: what it lacks counts as its last value."""
+    lengths = [(axes.reduced % x.dim(), block)]
+    lengths += [(axes.kept % x.dim(), wide)] if axes.kept is not None and x.dim() > 1 and wide > 1 else []
+    result = x
+    for axis, length in lengths:
+        size = result.shape[axis]
+        moved = result.movedim(axis, -1)
+        short = -size % length
+        if short:
+            moved = torch.cat([moved, moved[..., -1:].expand(*moved.shape[:-1], short)], -1)
+        reduced = reduce(moved.unflatten(-1, (-1, length)), -1, keepdim=True)
+        spread = reduced.expand(*reduced.shape[:-1], length).flatten(-2)[..., :size]
+        result = spread.movedim(-1, axis)
+    return result
+
+
+def _safe(scale: Tensor) -> Tensor:
+    """Scales to divide by: 1 where all values are 0, and where a scale is too small for FP32."""
+    return torch.where(scale > 0, scale, torch.where(scale.isnan(), scale, 1.0))

@@ -1,0 +1,70 @@
+"""Grids that quantized files put numbers on: the kind of a grid, and what is on which between two values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cp_debug.bisect.quantized_segment import QuantizerGrid
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Kind of a grid for numbers: how many levels, whether zero is in the middle, one scale or one a channel."""
+
+    bits: int = 8
+    symmetric: bool = False
+    channels: bool = False
+    block: int = 0
+    """Number of elements of the reduced axis that share a scale; 0: all."""
+
+    def applied(
+        self, tensor: Tensor, axis: int | None, scale_margin: float = 1.0, least: tuple[float, float] = (0.0, 0.0)
+    ) -> Tensor:
+        """``tensor`` with the best scales of this kind for it, ``scale_margin`` times as large.
+
+        ``least`` is a range that they cover in any case, ``axis`` the channels'. Shape and dtype of ``tensor`` stay.
+        """
+        if self.block and tensor.dim() > 1:
+            rows = tensor.transpose(0, 1) if axis != 0 else tensor
+            padded = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % self.block))
+            blocks = padded.unflatten(-1, (-1, self.block))
+            rounded = self._on(blocks, [-1], scale_margin).flatten(-2)[..., : rows.shape[-1]]
+            return rounded.transpose(0, 1) if axis != 0 else rounded
+        reduced = [d for d in range(tensor.dim()) if d != axis] if self.channels and axis is not None else None
+        return self._on(tensor, reduced, scale_margin, least)
+
+    def _on(
+        self, tensor: Tensor, reduced: list[int] | None, scale_margin: float, least: tuple[float, float] = (0.0, 0.0)
+    ) -> Tensor:
+        if not tensor.numel():
+            return tensor
+        dims = list(range(tensor.dim())) if reduced is None else reduced
+        low, high = (tensor.amin(dims, keepdim=True), tensor.amax(dims, keepdim=True)) if dims else (tensor, tensor)
+        low, high = low.clamp(max=least[0]), high.clamp(min=least[1])
+        if self.symmetric:
+            high = torch.maximum(low.abs(), high.abs())
+            low = -high
+        low, high = low.clamp(max=0) * scale_margin, high.clamp(min=0) * scale_margin
+        count = 2**self.bits - 1 - self.symmetric
+        step = (high - low) / count
+        step = torch.where(step > 0, step, torch.ones_like(step))
+        zero = torch.zeros_like(step) if self.symmetric else torch.round(-low / step)
+        bottom = -(count // 2) if self.symmetric else 0
+        return (torch.round(tensor / step) + zero).clamp(bottom, bottom + count).sub(zero) * step
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Quantization by the nodes between two of the parent's values. None: not at all."""
+
+    data: Levels | None = None
+    weights: Levels | None = None
+    result: Levels | None = None
+    grid: QuantizerGrid | None = None
+    """Grid of the data, where its scale is constant."""
+
+    def __bool__(self) -> bool:
+        return any((self.data, self.weights, self.result))

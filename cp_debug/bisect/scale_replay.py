@@ -1,0 +1,123 @@
+"""Replay of layers in INT8: their results against those by the program's own scales, and by better ones."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from cp_debug.backends.base import Tensor as AnyTensor
+from cp_debug.backends.executor import Executor
+from cp_debug.bisect.file_quantization import FileQuantization
+from cp_debug.bisect.quantized_segment import Quantized, balanced
+from cp_debug.bisect.replayed import EXCESS, FLOOR, Replay
+from cp_debug.bisect.whole_numbers import as_tensor
+from cp_debug.graph.graph import Node
+from cp_debug.graph.integer_values import is_constant
+from cp_debug.probes.distance import distance, ratio
+from cp_debug.programs.precision import BESIDE_INT8
+
+AnyQuantized = Quantized | FileQuantization
+
+SCALE_MARGINS = (1.02, 1.05, 1.1)
+"""A layer in INT8 that raises a doubt is emulated again with scales larger by these factors: of few elements, one
+emulation may come out nearly exact by luck."""
+ALIKE = 0.02
+"""Relative L2 within which a quantized file computes a layer, but for the rounding of its data."""
+
+
+class ScaleReplay:
+    """Results of one side's quantized layers by other scales. ``known`` are the values that its capture holds.
+
+    Tensors that are handed in and out have the shape of the value; inputs of a segment go by name.
+    """
+
+    def __init__(self, quantized: AnyQuantized, oracle: Executor, emulator: Executor, known: Collection[str]) -> None:
+        self.quantized = quantized
+        self._oracle, self._emulator, self._known = oracle, emulator, known
+
+    def compare(
+        self,
+        replay: Replay,
+        nodes: Sequence[Node],
+        target: str,
+        given: Mapping[str, AnyTensor],
+        captured: AnyTensor,
+        exact: Tensor,
+        ideal: AnyTensor,
+    ) -> None:
+        """Write into ``replay`` how far a layer is from its own scales, and channel by channel from the best ones.
+
+        ``ideal`` is the result by the best scales. Results of another shape are left alone.
+        """
+        if tuple(captured.shape) != tuple(exact.shape):
+            return
+        declared = self.quantized.declared(target, self._known, given)
+        if declared is not None and declared.shape == exact.shape:
+            scale = distance(captured, exact).whole
+            replay.declared = ratio(distance(declared, exact).difference, scale)
+            replay.deviation_from_scales = ratio(distance(captured, declared).difference, scale)
+        axis = 1 if exact.dim() == 4 else exact.dim() - 1
+        ours = balanced(torch.as_tensor(captured) - exact, exact, axis)
+        ideals = [ideal, *self._recalibrated(nodes, target, given)]
+        best = max(balanced(torch.as_tensor(t) - exact, exact, axis) for t in ideals)
+        replay.channel_excess = ratio(ours, max(best, FLOOR * BESIDE_INT8.roundoff))
+
+    def larger(self, nodes: Sequence[Node], given: Mapping[str, AnyTensor], target: str) -> Iterator[AnyTensor]:
+        """Results with somewhat larger scales; for a foreign file also with larger ones of its own quantizers.
+
+        ``given``: name → input of the segment, in any float dtype. Each result has the shape of ``target``.
+        """
+        for scale_margin in SCALE_MARGINS:
+            yield self.quantized.ideal(self._emulator, nodes, given, [target], scale_margin).results[target]
+        if isinstance(self.quantized, FileQuantization):
+            yield self.quantized.ideal(self._emulator, nodes, given, [target], whole_range=True).results[target]
+            for scale_margin in (1.0, *SCALE_MARGINS):
+                yield from self._recalibrated(nodes, target, given, scale_margin)
+
+    @staticmethod
+    def explain(replay: Replay) -> bool:
+        """Whether a layer introduces more than it should, and just what the program's own scales say."""
+        beyond = max(replay.excess or 0.0, replay.channel_excess or 0.0) > EXCESS
+        deviation = replay.deviation_from_scales
+        return beyond and deviation is not None and deviation < (replay.introduced or 0.0) / 2
+
+    def fit(self, nodes: Sequence[Node], target: str, given: Mapping[str, AnyTensor]) -> bool:
+        """Whether another tool's scales are as good as any for ``given``, which the reference gives the layer.
+
+        They were calibrated on such values: that they do not fit the test's inputs was inherited. ``given``: name →
+        input of the segment, in any float dtype.
+        """
+        quantized = self.quantized
+        if not isinstance(quantized, FileQuantization):
+            return False
+        declared = quantized.declared(target, self._known, given)
+        exact = as_tensor(self._oracle.run_nodes(nodes, given, [target])[target])
+        if declared is None or declared.shape != exact.shape:
+            return False
+        best = [
+            quantized.ideal(self._emulator, nodes, given, [target], whole_range=w).results[target]
+            for w in (False, True)
+        ]
+        best += self._recalibrated(nodes, target, given)
+        return (Replay.of(declared, exact, best, BESIDE_INT8).excess or 0.0) <= EXCESS
+
+    def _recalibrated(
+        self, nodes: Sequence[Node], target: str, given: Mapping[str, AnyTensor], scale_margin: float = 1.0
+    ) -> list[AnyTensor]:
+        """Results of a file's own nodes with better scales; empty where nobody can tell."""
+        quantized, graph = self.quantized, self._oracle.graph
+        if not isinstance(quantized, FileQuantization):
+            return []
+        names = dict.fromkeys(i for n in nodes for i in n.inputs if is_constant(graph, i) and i not in given)
+        constants = [torch.as_tensor(t) for t in self._oracle.run_nodes([], {}, names).values()]
+        rounded = quantized.recalibrated(target, self._known, given, constants, scale_margin)
+        fine = quantized.recalibrated(target, self._known, given, constants, bits=24)
+        exact = as_tensor(self._oracle.run_nodes(nodes, given, [target])[target])
+        if rounded is None or fine is None or fine.shape != exact.shape:
+            return []
+        # Nodes that miss the result without any rounding compute something else: another value was paired with this.
+        off, scale, _ = distance(fine, exact)
+        faithful = off <= max(distance(rounded, exact).difference / 2, ALIKE * scale)
+        return [rounded] if faithful else []

@@ -1,0 +1,35 @@
+"""``cpdebug ui``: a folder of results in the browser, served to this machine alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def ui(
+    folder: Annotated[
+        Path, typer.Argument(help="A folder with results of `bisect --save` and `--json` somewhere in it.")
+    ],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 takes a free one.")] = 8650,
+    browser: Annotated[bool, typer.Option("--browser", help="Open the list in a browser.")] = False,
+) -> None:
+    """Show a folder of results: list them, open each, compare two. Read-only, on 127.0.0.1; Ctrl-C ends it."""
+    import webbrowser
+
+    from cp_debug.cli.console import console
+    from cp_debug.errors import InputError
+
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    from cp_debug.reports.server import ResultServer
+
+    with ResultServer(folder, port) as server:
+        console.print(f"{server.url} shows {folder}; Ctrl-C ends it", soft_wrap=True)
+        if browser:
+            webbrowser.open(server.url)
+        try:
+            server.serve_forever(poll_interval=0.2)
+        except KeyboardInterrupt:
+            console.print("ended")

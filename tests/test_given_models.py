@@ -1,0 +1,86 @@
+"""Models that a user's file builds, and models whose samples are given."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cp_debug.deploy.interface_checks import checked
+from cp_debug.errors import InputError
+from cp_debug.recipes.abilities import Batches, DetectsBoxes, HasClasses, HasData, TurnsYaw, with_samples
+from cp_debug.recipes.base import Sample
+from cp_debug.recipes.registry import load_model
+from cp_debug.recipes.torch_callable import load_callable
+
+NETWORK = """
+from __future__ import annotations
+import dataclasses, torch
+
+@dataclasses.dataclass
+class Widths:
+    hidden: int = 3
+
+class Network(torch.nn.Module):
+    def __init__(self, widths: Widths) -> None:
+        super().__init__()
+        self.widths, self.layer = widths, torch.nn.Linear(2, widths.hidden)
+    def forward(self, x):
+        return self.layer(x)
+
+def build():
+    return Network(Widths()), (torch.ones(1, 2),)
+"""
+
+
+def test_a_file_hides_no_installed_module(tmp_path: Path) -> None:
+    file = tmp_path / "pickle.py"
+    file.write_text(NETWORK)
+    load_callable(f"{file}:build")
+    assert sys.modules["pickle"] is pickle
+    assert pickle.loads(pickle.dumps([1])) == [1]
+
+
+def test_what_a_file_defines_can_be_pickled(tmp_path: Path) -> None:
+    file = tmp_path / "json.py"
+    file.write_text(NETWORK)
+    module = load_callable(f"{file}:build").module
+    again = pickle.loads(pickle.dumps(module))
+    assert again.widths == module.widths
+    assert type(again) is type(module)
+
+
+def test_files_of_one_name_stay_apart(tmp_path: Path) -> None:
+    modules = []
+    for folder, hidden in (("a", 3), ("b", 5)):
+        (tmp_path / folder).mkdir()
+        file = tmp_path / folder / "net.py"
+        file.write_text(NETWORK.replace("= 3", f"= {hidden}"))
+        modules.append(load_callable(f"{file}:build").module)
+    assert [pickle.loads(pickle.dumps(module)).widths.hidden for module in modules] == [3, 5]
+
+
+def test_a_file_that_fails_leaves_no_module(tmp_path: Path) -> None:
+    file = tmp_path / "broken_network.py"
+    file.write_text("raise ValueError('no')")
+    with pytest.raises(InputError, match=r"cannot import .*broken_network\.py: ValueError: no"):
+        load_callable(f"{file}:build")
+    assert not [name for name in sys.modules if "broken_network" in name]
+
+
+def test_given_samples_are_all_that_changes() -> None:
+    model = load_model("centerpoint:tiny")
+    sample = Sample({"points": np.zeros((1, 4), np.float32)}, "given")
+    chosen = with_samples(model, [sample])
+    assert list(chosen.samples(5, 0, None)) == list(chosen.samples(1, 3, Path("other"))) == [sample]
+    assert isinstance(chosen, type(model))
+    for ability in (Batches, DetectsBoxes, HasClasses, HasData, TurnsYaw):
+        assert isinstance(chosen, ability) == isinstance(model, ability)
+    assert next(iter(model.samples(1, 0, None))).source != "given"
+    assert list(checked(chosen).samples(1, 0, None)) == [sample]
+    other = Sample({}, "other")
+    assert list(with_samples(chosen, [other]).samples(1, 0, None)) == [other]
+    assert list(chosen.samples(1, 0, None)) == [sample]
