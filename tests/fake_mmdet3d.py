@@ -99,6 +99,8 @@ class VoxelNet(nn.Module):
         self.data_preprocessor = preprocessor
         self.backbone = nn.Sequential(nn.Conv2d(settings["channels"], 4, 3), nn.ReLU(inplace=True))
         self.bbox_head = CustomHead(4, 2, 1) if settings.get("custom") else nn.Conv2d(4, 2, 1)
+        if settings.get("roi"):
+            self.roi_head = nn.Linear(2, 2)
 
     def forward(self, inputs, samples, mode):
         voxels = inputs["voxels"]

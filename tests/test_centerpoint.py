@@ -19,6 +19,7 @@ from cp_debug.recipes.centerpoint.decode import circle_nms, decode
 from cp_debug.recipes.centerpoint.model import CenterPoint, build_model
 from cp_debug.recipes.centerpoint.pillar_encoder import decorate
 from cp_debug.recipes.centerpoint.recipe import CenterPointModel
+from cp_debug.recipes.centerpoint.rectangles import rotated_nms
 from cp_debug.recipes.centerpoint.scatter import scatter
 from cp_debug.recipes.centerpoint.voxelize import voxelize, voxelize_batch
 
@@ -87,6 +88,7 @@ def test_decoration_has_offsets_to_mean_and_centre_and_zeros_in_empty_slots() ->
         ("nus-pillar02", 512, 11, 128),
         ("awml-base", 760, 10, 760),
         ("awml-j6gen2", 1020, 11, 510),
+        ("awml-base-1020", 1020, 10, 510),
     ],
 )
 def test_sizes_of_the_named_configurations(name: str, grid: int, channels: int, cells: int) -> None:
@@ -179,6 +181,20 @@ def test_a_box_out_of_range_is_left_out() -> None:
     assert len(decode(maps, TINY)[0].scores) == 1
     maps["task0.height"][0, 0, 3, 3] = 11.0
     assert len(decode(maps, TINY)[0].scores) == 0
+
+
+def test_rotated_nms_drops_what_overlaps_a_better_box() -> None:
+    boxes = np.array([[0, 0, 4, 2, 0], [0, 0, 4, 2, np.pi / 2], [1, 0, 4, 2, 0], [9, 0, 0, 0, 0]], np.float32)
+    scores = np.array([0.5, 0.9, 0.7, 0.6])
+    assert rotated_nms(boxes, scores, 0.2).tolist() == [1, 3], "the crossed one overlaps each by a third"
+    assert rotated_nms(boxes, scores, 0.34).tolist() == [1, 2, 3]
+    assert rotated_nms(boxes, scores, 0.9).tolist() == [1, 2, 3, 0]
+    assert rotated_nms(boxes[:0], scores[:0], 0.2).tolist() == []
+
+
+def test_random_weights_are_said_and_trained_ones_are_not() -> None:
+    assert CenterPointModel("tiny").notes == []
+    assert CenterPointModel("nus-pillar02", seed=3).notes[0].startswith("the weights are random (seed 3)")
 
 
 def test_circle_nms_compares_the_squared_distance() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,15 @@ def test_boxes_before_and_after_circle_nms(shared: Path, model: CenterPointModel
     boxes = np.concatenate([raw[f"task{task}.bboxes"] for task in range(len(model.config.tasks))])
     boxes[:, 2] -= boxes[:, 5] / 2
     np.testing.assert_allclose(unsuppressed.boxes, boxes, rtol=0, atol=TOLERANCE)
+
+
+def test_boxes_after_rotated_nms(shared: Path, model: CenterPointModel) -> None:
+    outputs = {name: torch.from_numpy(array) for name, array in parity(shared, "05_heads").items()}
+    (found,) = decode(outputs, replace(model.config, nms_overlap=0.2))
+    expected = parity(shared, "08_predict_rotatenms")
+    np.testing.assert_array_equal(found.labels, expected["labels_3d"], strict=True)
+    np.testing.assert_allclose(found.boxes, expected["bboxes_3d"], rtol=0, atol=TOLERANCE, strict=True)
+    np.testing.assert_allclose(found.scores, expected["scores_3d"], rtol=0, atol=TOLERANCE, strict=True)
 
 
 def test_the_recipe_detects_what_mmdet3d_detects(shared: Path, model: CenterPointModel, points: np.ndarray) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from cp_debug.recipes.centerpoint.model import build_model
 from cp_debug.recipes.centerpoint.recipe import WEIGHTS, CenterPointModel
 from cp_debug.recipes.checkpoint import read_state_dict
 from cp_debug.recipes.mmdet3d.client import ENVIRONMENT, DetectorClient
+from cp_debug.recipes.mmdet3d.convert import Unlike, center_point_config
 from cp_debug.recipes.mmdet3d.layers import DetectorLayers
 from cp_debug.recipes.mmdet3d.recipe import Mmdet3dCenterPoint
 from cp_debug.recipes.registry import load_model
@@ -79,6 +82,49 @@ def test_a_config_file_with_something_of_its_own_is_compared_by_layers(python: P
     paths = {path for path, _ in component.module.named_modules()}
     assert {"pts_backbone.blocks.0.1", "pts_neck.deblocks.2.1", "pts_bbox_head.task_heads.1.vel.0.bn"} <= paths
     assert [stage.path for stage in component.stages] == ["pts_backbone", "pts_neck", "pts_bbox_head"]
+
+
+def settings() -> dict[str, Any]:
+    """The model of the fake's CenterPoint, resolved."""
+    found: dict[str, Any] = {}
+    exec(CONFIG, found)
+    return copy.deepcopy(found["model"])
+
+
+def test_awmls_head_is_mmdet3ds_but_for_its_first_bias() -> None:
+    model = settings()
+    model["pts_bbox_head"]["separate_head"] = {"type": "CustomSeparateHead", "init_bias": -4.595, "final_kernel": 1}
+    assert center_point_config("mine", model, None).heatmap_bias == -4.595
+    model["pts_bbox_head"]["separate_head"]["type"] = "DCNSeparateHead"
+    with pytest.raises(Unlike, match="separate_head is DCNSeparateHead, not SeparateHead"):
+        center_point_config("mine", model, None)
+
+
+def test_the_nms_is_that_of_the_configuration() -> None:
+    model = settings()
+    assert center_point_config("mine", model, None).nms_overlap is None
+    model["test_cfg"]["pts"] = {"nms_type": "rotate", "nms_thr": 0.2, "pre_max_size": 500, "post_max_size": 83}
+    config = center_point_config("mine", model, None)
+    assert (config.nms_overlap, config.nms_pre_max_size) == (0.2, 500)
+
+
+def test_convnext_is_refused_with_every_part_that_differs_and_why() -> None:
+    model = settings()
+    model["pts_voxel_encoder"]["type"] = "BackwardPillarFeatureNet"
+    model["pts_backbone"]["type"] = "ConvNeXt_PC"
+    with pytest.raises(Unlike) as refusal:
+        center_point_config("mine", model, None)
+    assert "two offsets to the voxel's centre instead of three" in str(refusal.value)
+    assert "pts_backbone is ConvNeXt_PC (ConvNeXt blocks: depthwise convolutions" in str(refusal.value)
+
+
+def test_an_roi_head_is_said_to_be_left_out(python: Path, tmp_path: Path) -> None:
+    config = tmp_path / "rcnn.py"
+    pipeline = "test_pipeline = [dict(type='LoadPointsFromFile', use_dim=5)]\n"
+    config.write_text(f"model = dict(type='VoxelNet', channels=5, roi=True)\n{pipeline}")
+    model = load_model(f"mmdet3d:{config}")
+    assert "left out, as it refines what the head here gives: roi_head (Linear)" in model.notes
+    assert any("the weights are random (seed 0)" in note for note in model.notes)
 
 
 def test_a_detector_is_fed_what_it_makes_of_a_cloud(python: Path, tmp_path: Path) -> None:

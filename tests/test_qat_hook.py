@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cp_debug.errors import InputError
 from cp_debug.programs.torch_layers import is_quantized
 from cp_debug.quantization.ptq import scales_of
+from cp_debug.quantization.record import quantization_of
 
 pytestmark = module_needs("mmengine")
 
@@ -164,3 +165,33 @@ def test_bad_options(options: dict[str, Any], says: str) -> None:
 def test_layer_that_does_not_exist(tmp_path: Path, net: Net) -> None:
     with pytest.raises(InputError, match=r"no layer matches 'heads'; the nearest names are head"):
         runner(tmp_path, net, sensitive_layers=["heads"]).train()
+
+
+def test_the_snippet_of_the_report(tmp_path: Path) -> None:
+    """Named parts and all: those that the model lacks are not missed."""
+    torch.manual_seed(0)
+    net = Net()
+    net.pts_bbox_head = nn.Conv2d(8, 1, 1)  # never runs
+    hook = {"calibration_epoch": 0, "freeze_bn": True, "sensitive_layers": ["stem.0"], "amax_method": "max"}
+    parts = {"quant_backbone": False, "quant_neck": False, "quant_head": False, "quant_voxel_encoder": True}
+    runner(tmp_path, net, epochs=1, **hook, **parts).train()
+    assert list(scales_of(net).layers) == ["head"]
+    assert quantization_of(net).skipped["pts_bbox_head"] == "skipped by 'pts_bbox_head'"
+
+
+def test_a_later_epoch_calibrates_what_was_trained_until_then(tmp_path: Path, net: Net) -> None:
+    quantized: list[tuple[int, bool]] = []
+
+    class Epochs(Watch):
+        def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+            quantized.append((runner.epoch, is_quantized(runner.model)))
+
+    training = runner(tmp_path, net, epochs=3, watch=Epochs(), calibration_epoch=1)
+    training.train()
+    assert set(quantized) == {(0, False), (1, True), (2, True)}
+    assert KEY not in torch.load(tmp_path / "epoch_1.pth", weights_only=False)
+    assert KEY in torch.load(tmp_path / "epoch_2.pth", weights_only=False)
+    with pytest.raises(InputError, match="calibration_epoch is 3; training ends after 3 epochs"):
+        runner(tmp_path / "never", Net(), epochs=3, calibration_epoch=3).train()
+    with pytest.raises(InputError, match="calibration_epoch is -1"):
+        QATHook(calibration_epoch=-1)

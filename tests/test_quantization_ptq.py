@@ -29,7 +29,7 @@ from cp_debug.quantization import (
     save_ptq_model,
     scales_of,
 )
-from cp_debug.quantization.ptq import quantization_of
+from cp_debug.quantization.record import quantization_of
 from cp_debug.quantization.residual_adds import add_quantizers, find_adds
 
 pytestmark = needs("modelopt")

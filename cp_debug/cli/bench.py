@@ -39,7 +39,7 @@ def bench(
     from tempfile import TemporaryDirectory
 
     from cp_debug.backends.spec import BackendSpec
-    from cp_debug.cli.console import show_document, steps
+    from cp_debug.cli.console import show_document, show_notes, steps
     from cp_debug.deploy.schema import SUFFIXES
 
     if not model.endswith(SUFFIXES):
@@ -52,6 +52,7 @@ def bench(
 
     with TemporaryDirectory(prefix="cpdebug-") as scratch, steps() as on_step:
         config, source = configured(model, recipe, Path(scratch))
+        show_notes(config.notes)
         specs = [part.strip() for part in backends.split(",") if part.strip()]
         if not specs:
             raise InputError(f"--backends: {backends!r} names none; expected at least one, such as torch,ort")
@@ -64,7 +65,7 @@ def bench(
         overrides = {"checkpoint": checkpoint, "data.path": inputs, "tensorrt.python": trt_python}
         config = override(config, {**overrides, "quantization": {"samples": 8} if on_the_fly else None})
         refuse_export_folder(config.model or "")
-        how = files.chosen(config.model or "")
+        how = files.chosen(config.model or "", config.data.path)
         check_configured(config, batch, reading=how)
         deployment = Deployment(config, source, on_step, how, on_event=on_step.on_event)
         benches = deployment.bench(specs, onnx_dir, batch=batch, warmup=warmup, repeats=repeats)

@@ -28,7 +28,8 @@ from rich.progress import (
 from rich.segment import Segment
 from rich.text import Text
 
-from cp_debug.safe_text import message, visible
+from cp_debug.cli.plain_steps import PlainSteps
+from cp_debug.safe_text import message, no_command, visible
 
 if TYPE_CHECKING:
     from cp_debug.bisect.result import BisectResult
@@ -85,7 +86,7 @@ class SafeConsole(Console):
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Segments that rich makes, with control characters of texts as escapes; rich's own controls stay."""
         for segment in super().render(renderable, options):
-            yield segment if segment.control else Segment(visible(segment.text), segment.style)
+            yield segment if segment.control else Segment(no_command(visible(segment.text)), segment.style)
 
     def on_broken_pipe(self) -> None:
         """End the process with the code for a reader that has gone."""
@@ -112,6 +113,12 @@ def show_error(text: str) -> None:
     """An error message on stderr, within the limits of ``cp_debug.safe_text.message``."""
     with suppress(OSError):  # stderr can be full, too; the exit code says enough then
         errors.print(Text.assemble(("error:", "bold red"), f" {message(text)}"), soft_wrap=True)
+
+
+def show_notes(notes: Iterable[str]) -> None:
+    """Remarks about the user's files, on stderr, a line each."""
+    for note in notes:
+        _say(f"note: {message(note)}")
 
 
 def show_usage(error: Any) -> None:
@@ -219,14 +226,17 @@ def span(seconds: float) -> str:
 class Steps:
     """Reports the steps of a long job: to a progress bar, or where none is drawn in lines now and then."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Progress, slow: PlainSteps | None = None) -> None:
         self._progress = progress
+        self._slow = slow
         self._task = progress.add_task("", total=None)
         self._builds: dict[str, TaskID] = {}
         self._left = None if progress.console.is_terminal else TimeLeft()
 
     def __call__(self, text: str, done: int, total: int) -> None:
         self._progress.update(self._task, description=text, completed=done, total=total)
+        if self._slow is not None:
+            self._slow(text, done, total)
         if self._left is not None and (line := self._left.said(text, done, total)):
             with suppress(OSError):
                 errors.print(line, soft_wrap=True)
@@ -237,6 +247,8 @@ class Steps:
         """Show the progress of TensorRT's build, where its version tells: a bar a phase."""
         if event["event"] != "progress":
             return
+        if self._slow is not None:
+            self._slow.on_event(event)
         phase, done, total = event["phase"], event["done"], event["steps"]
         task = self._builds.get(phase) or self._builds.setdefault(phase, self._progress.add_task(phase, total=total))
         self._progress.update(task, completed=done, total=total, visible=done < total)
@@ -244,7 +256,10 @@ class Steps:
 
 @contextmanager
 def steps() -> Iterator[Steps]:
-    """A progress bar on stderr while the block runs, with the time that is left; ``TimeLeft`` without a terminal."""
+    """A progress bar on stderr while the block runs, with the time that is left.
+
+    Without a terminal ``TimeLeft`` speaks of jobs of many steps, ``PlainSteps`` of few long ones.
+    """
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
@@ -255,4 +270,13 @@ def steps() -> Iterator[Steps]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=errors, transient=True) as progress:
-        yield Steps(progress)
+        if progress.console.is_terminal:
+            yield Steps(progress)
+            return
+        with PlainSteps(_say, most=TimeLeft.ENOUGH).running() as slow:
+            yield Steps(progress, slow)
+
+
+def _say(text: str) -> None:
+    with suppress(OSError, ValueError):  # stderr can be full, or closed
+        errors.print(Text(text), soft_wrap=True)

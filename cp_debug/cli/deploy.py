@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cp_debug.cli import tensorrt
-from cp_debug.cli.given import check_configured
+from cp_debug.cli.deploy_log import LogLevel, deploy_log
+from cp_debug.cli.given import check_configured, check_installed
 from cp_debug.cli.typed import refuse
+
+if TYPE_CHECKING:
+    from cp_debug.deploy.schema import DeployConfig
 
 
 def deploy(
@@ -18,6 +22,18 @@ def deploy(
     fresh: Annotated[bool, typer.Option("--fresh", help="Do again what an earlier run has done.")] = False,
     html: Annotated[Path | None, typer.Option(help="The page.  [default: report.html in the work folder]")] = None,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
+    rot_y_axis_reference: Annotated[
+        bool, typer.Option("--rot-y-axis-reference", help="CenterPoint: yaw from the y axis, as Autoware reads it.")
+    ] = False,
+    data_root: Annotated[
+        Path | None, typer.Option(help="Folder that paths in the info file are relative to.  [default: data.root]")
+    ] = None,
+    log_file: Annotated[
+        Path | None, typer.Option(help="Append the stages to a file, with times.  [default: log_file]")
+    ] = None,
+    log_level: Annotated[
+        LogLevel | None, typer.Option(help="Log to stderr, too, from this level on.  [file: info]")
+    ] = None,
     trt_python: tensorrt.Python = None,
 ) -> None:
     """Load, export, build, verify and evaluate as the configuration says; exit code 1 when a stage fails.
@@ -26,14 +42,22 @@ def deploy(
     """
     from rich.text import Text
 
-    from cp_debug.cli.console import command_line, show_document, steps
+    from cp_debug.cli.console import command_line, show_document, show_notes, steps
     from cp_debug.deploy.config import override
     from cp_debug.deploy.runner import deploy as run
     from cp_debug.deploy.stages import Deployment, named_config
     from cp_debug.reports.deployment import stage_table, write_summary
     from cp_debug.reports.sheet_terminal import Terminal
 
-    settings = override(named_config(config, model), {"tensorrt.python": trt_python})
+    overrides = {
+        "tensorrt.python": trt_python,
+        "export.rot_y_axis_reference": rot_y_axis_reference or None,
+        "data.root": data_root,
+        "log_file": log_file,
+    }
+    settings = override(named_config(config, model), overrides)
+    show_notes(settings.notes)
+    check_installed(*_backends(settings), trt_python=settings.tensorrt.python)
     if settings.verify.enabled:
         check_configured(settings, settings.verify.samples, flag=f"{config}: data.path")
     if settings.evaluate.enabled:
@@ -41,9 +65,13 @@ def deploy(
     engines = settings.export.mode in ("trt", "both") or any(
         "trt" in scenario.test for scenario in settings.scenarios()
     )
+    refuse(("data_root",), unless=settings.data.path is not None, why=f"{config} names no data")
     refuse(("trt_python",), unless=engines, why=f"{config} builds no engine")
-    with steps() as on_step:
-        records = run(Deployment(settings, str(config), on_step, on_event=on_step.on_event), fresh=fresh)
+    with deploy_log(settings.log_file, log_level) as log, steps() as on_step:
+        for note in settings.notes:
+            log.note(note)
+        deployment = Deployment(settings, str(config), log.steps(on_step), on_event=on_step.on_event)
+        records = run(deployment, fresh=fresh, on_stage=log.stage)
     passed = all(record.passed for record in records)
     page = html or settings.work_dir / "report.html"
     write_summary(records, f"{settings.model}, {config.name}", command_line(), page)
@@ -51,3 +79,13 @@ def deploy(
     document = {"passed": passed, "stages": {record.name: record.document for record in records}}
     show_document([Terminal(stage_table(records)), verdict], document, json)
     raise typer.Exit(0 if passed else 1)
+
+
+def _backends(settings: DeployConfig) -> list[str]:
+    """Specs of the backends that the stages need, as far as the configuration alone tells."""
+    specs = [settings.engine_backend] if settings.export.mode in ("trt", "both") else []
+    if settings.verify.enabled:
+        specs += [spec for scenario in settings.scenarios() for spec in (scenario.reference, scenario.test)]
+    if settings.evaluate.enabled:
+        specs += settings.evaluate.backends or []
+    return specs

@@ -1,255 +1,129 @@
-"""AWML's ``deploy_config.py``, old and new forms, as this project's configuration.
-
-The keys are those of ``deployment/configs/schema.py`` in tier4/AWML, and of the earlier files with ``model_io`` and
-``backend_config``. Entries about tensors of another pipeline (``voxels``, ``num_points``) are left alone.
-"""
+"""AWML's ``deploy_config.py``, old and new forms, as this project's configuration."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field
-
+from cp_debug.deploy.awml_schema import AwmlConfig, AwmlQuantization, Framework, idle_keys
 from cp_debug.deploy.literals import read_literals
-from cp_debug.deploy.schema import VARIANTS, Mode, Policy, Section, validate
+from cp_debug.deploy.schema import VARIANTS, validate
 from cp_debug.errors import InputError
 
-Framework = Literal["pytorch", "onnx", "tensorrt"]
 ALL = 1 << 31
 """Number of samples where AWML says -1."""
 BACKENDS = {"pytorch": "torch", "onnx": "ort"}
-
-
-class _Shapes(Section):
-    min_shape: list[int]
-    opt_shape: list[int]
-    max_shape: list[int]
-
-
-class _Tensor(Section):
-    name: str
-    dtype: str = "float32"
-    shape: list[int] | None = None
-
-
-class _IO(Section):
-    inputs: list[_Tensor]
-    outputs: list[_Tensor]
-    dynamic_axes: dict[str, dict[int, str]] | None = None
-
-
-class _AwmlComponent(Section):
-    name: str | None = None
-    onnx_file: str
-    engine_file: str
-    io: _IO | None = None
-    tensorrt_profile: dict[str, _Shapes] = Field(default={})
-
-
-class _Devices(Section):
-    cpu: str = "cpu"
-    cuda: str | None = "cuda:0"
-
-
-class _AwmlExport(Section):
-    mode: Mode = "both"
-    work_dir: str = "work_dirs"
-    onnx_path: str | None = None
-    verify: bool | None = None
-    device: str | None = None
-    sample_idx: int | None = None
-
-
-class _AwmlRuntime(Section):
-    info_file: str | None = None
-    sample_idx: int = 0
-    onnx_file: str | None = None
-
-
-class _Onnx(Section):
-    opset_version: int = 17
-    do_constant_folding: bool = True
-    export_params: Literal[True] = True
-    keep_initializers_as_inputs: Literal[False] = False
-    simplify: bool = False
-    visualize_qdq_values: bool = False
-    multi_file: bool = True
-    save_file: str | None = None
-    input_names: list[str] | None = None
-    output_names: list[str] | None = None
-    dynamic_axes: dict[str, dict[int, str]] | None = None
-    components: dict[str, _AwmlComponent] = Field(default={})
-
-
-class _TensorRT(Section):
-    precision_policy: Policy = "auto"
-    max_workspace_size: int = Field(default=1 << 30, ge=1 << 20)
-    plugin_libraries: list[str] = Field(default=[], max_length=0)
-
-
-class _ModelInput(Section):
-    input_shapes: dict[str, _Shapes] = Field(default={})
-    name: str | None = None
-    shape: list[int] | None = None
-    dtype: str | None = None
-
-
-class _BackendConfig(Section):
-    type: str = "tensorrt"
-    common_config: _TensorRT = _TensorRT()
-    model_inputs: list[_ModelInput] | None = None
-
-
-class _EvaluatedBackend(Section):
-    enabled: bool = True
-    device: str | None = None
-    model_dir: str | None = None
-    engine_dir: str | None = None
-    checkpoint: str | None = None
-
-
-class _Evaluation(Section):
-    enabled: bool = False
-    num_samples: int = Field(default=10, ge=-1)
-    num_warmup_samples: int = 0
-    verbose: bool = False
-    backends: dict[Framework, _EvaluatedBackend] = Field(default={})
-    models: dict[Framework, str | None] = Field(default={})
-    models_to_evaluate: list[Framework] = Field(default=[])
-    devices: dict[str, str] = Field(default={})
-
-
-class _AwmlScenario(Section):
-    ref_backend: Framework
-    ref_device: str
-    test_backend: Framework
-    test_device: str
-
-
-class _Verification(Section):
-    enabled: bool = True
-    num_verify_samples: int = 3
-    tolerance: float = 0.1
-    devices: _Devices = _Devices()
-    scenarios: dict[Mode, list[_AwmlScenario] | None] | None = None
-
-
-class _AwmlQuantization(Section):
-    """AWML's quantization settings: today's ``keep_fp16``, or parts of the model as before.
-
-    ``mode`` tells the checkpoint's origin. CenterPoint's SECOND has no residual sums and no linear layers, so
-    ``quant_add``, ``quant_linear_backbone`` and ``disable_recipes`` change nothing here.
-    """
-
-    enabled: bool = False
-    mode: Literal["ptq", "qat"] = "ptq"
-    fuse_bn: Literal[True] = True
-    quant_voxel_encoder: bool = True
-    quant_backbone: bool = True
-    quant_neck: bool = True
-    quant_head: bool = True
-    quant_add: bool = False
-    quant_linear_backbone: bool = False
-    skip_backbone_first_stages: int = Field(default=0, ge=0)
-    skip_backbone_stages: list[int] = Field(default=[])
-    sensitive_layers: list[str] = Field(default=[])
-    default_precision: Literal["int8"] = "int8"
-    keep_fp16: list[str] = Field(default=[])
-    disable_recipes: list[str] = Field(default=[])
-
-    def skipped(self) -> list[str]:
-        """Module paths that stay unquantized."""
-        parts = {
-            "pts_voxel_encoder": self.quant_voxel_encoder,
-            "pts_backbone": self.quant_backbone,
-            "pts_neck": self.quant_neck,
-            "pts_bbox_head": self.quant_head,
-        }
-        stages = sorted({*range(self.skip_backbone_first_stages), *self.skip_backbone_stages})
-        return [
-            *(path for path, quantized in parts.items() if not quantized),
-            *(f"pts_backbone.blocks.{stage}" for stage in stages),
-            *self.sensitive_layers,
-            *self.keep_fp16,
-        ]
-
-
-class AwmlConfig(Section):
-    """A whole file of AWML.
-
-    ``model_io`` describes the pipeline that AWML had before components, ``model_cfg`` the model in mmdet3d's terms;
-    both are not used: the command line names the model.
-    """
-
-    task_type: Literal["detection3d"] = "detection3d"
-    checkpoint_path: str | None = None
-    deploy_log_path: str | None = None
-    model_cfg: str | None = None
-    devices: _Devices = _Devices()
-    export: _AwmlExport = _AwmlExport()
-    components: dict[str, _AwmlComponent] = Field(default={})
-    runtime_io: _AwmlRuntime = _AwmlRuntime()
-    model_io: dict[str, Any] = Field(default={})
-    onnx_config: _Onnx = _Onnx()
-    tensorrt_config: _TensorRT | None = None
-    backend_config: _BackendConfig = _BackendConfig()
-    evaluation: _Evaluation = _Evaluation()
-    verification: _Verification = _Verification()
-    quantization: _AwmlQuantization = _AwmlQuantization()
+_MMDEPLOY = ("codebase_config", "ir_config", "partition_config", "calib_config")
+"""Keys that mmdeploy's configurations have, and AWML's do not."""
 
 
 def read_awml(path: Path) -> dict[str, Any] | None:
     """The file as a document of ``DeployConfig``, or None for one that is not Python.
 
-    Raises InputError that names the file and the key or line.
+    ``notes`` of the document are lines for people. Raises InputError that names the file and the key or line.
     """
     if path.suffix != ".py":
         return None
-    return _document(validate(AwmlConfig, read_literals(path), path), path)
+    settings = read_literals(path)
+    _check_kind(settings, path)
+    return _document(validate(AwmlConfig, settings, path), path)
+
+
+def _check_kind(settings: Mapping[str, Any], path: Path) -> None:
+    """Raise InputError, with one sentence, for deployments of other tools and of other tasks."""
+    backend = settings.get("backend_config")
+    codebase = settings.get("codebase_config")
+    if any(key in settings for key in _MMDEPLOY) or "type" in _mapping(settings.get("onnx_config")):
+        what, where = _mapping(codebase).get("type"), _mapping(backend).get("type")
+        task = f" for {what}" if isinstance(what, str) else ""
+        runtime = f" and {where}" if task and isinstance(where, str) else ""
+        raise InputError(
+            f"{path}: a configuration of mmdeploy{task}{runtime}, which says how mmdeploy exports; expected AWML's "
+            "deploy_config.py or this project's YAML or TOML (`cpdebug bisect` takes the ONNX file that mmdeploy wrote)"
+        )
+    kind = settings.get("task_type")
+    if isinstance(kind, str) and kind != "detection3d":
+        raise InputError(f"{path}: a deployment of another task: task_type is {kind!r}; expected 'detection3d'")
+    if "ann_file" in _mapping(settings.get("runtime_io")):
+        raise InputError(
+            f"{path}: a deployment of another task: runtime_io.ann_file names annotations of images; expected "
+            "runtime_io.info_file, of clouds"
+        )
+    if any("min_shape" in _mapping(value) for value in _mapping(settings.get("tensorrt_config")).values()):
+        raise InputError(
+            f"{path}: a deployment of another model: tensorrt_config holds shapes of inputs (FRNet); expected them in "
+            "components.NAME.tensorrt_profile"
+        )
+    if any(str(key).startswith("spconv") for key in _mapping(settings.get("quantization"))):
+        raise InputError(
+            f"{path}: quantization.spconv_…: INT8 of a sparse encoder (BEVFusion); expected a CenterPoint with pillars"
+        )
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _document(awml: AwmlConfig, path: Path) -> dict[str, Any]:
-    engine = awml.tensorrt_config or awml.backend_config.common_config
+    engine, quantization = awml.engine, awml.quantization
     verification, mode = awml.verification, awml.export.mode
     scenarios = None if verification.scenarios is None else verification.scenarios.get(mode) or []
     variant = VARIANTS.get(engine.precision_policy, engine.precision_policy)
     backends = BACKENDS
-    if awml.quantization.enabled:
+    if quantization.enabled:
         backends, variant = {**BACKENDS, "onnx": "ort-int8"}, "int8"
 
-    def spec(framework: str, device: str | None) -> str:
+    def spec(framework: str, device: str | None, *, verified: bool = False) -> str:
+        devices = verification.devices if verified and verification.devices is not None else awml.devices
         if framework == "tensorrt" and device == "cpu":
             device = "cuda"  # AWML's export device, which does not hold for engines
-        place = {"cuda": awml.devices.cuda, "cpu": awml.devices.cpu}.get(device or "", device)
+        place = {"cuda": devices.cuda, "cpu": devices.cpu}.get(device or "", device)
         if device == "cuda" and place is None:
             raise InputError(f"{path}: devices.cuda is None, but {framework} runs on cuda; expected a device")
         name = backends.get(framework, f"trt-{variant}")
         return f"{name}@{place}" if place else name
 
-    every = awml.evaluation.num_samples == -1
-    if every and awml.evaluation.enabled and awml.runtime_io.info_file is None:
+    evaluation = awml.evaluation
+    every = evaluation.num_samples == -1
+    if every and evaluation.enabled and awml.runtime_io.info_file is None:
         raise InputError(f"{path}: evaluation.num_samples is -1, all, but runtime_io.info_file names no data")
-    evaluated = [spec(f, b.device) for f, b in awml.evaluation.backends.items() if b.enabled]
-    evaluated += [spec(f, awml.export.device) for f in (*awml.evaluation.models, *awml.evaluation.models_to_evaluate)]
+    given_devices = {
+        "pytorch": evaluation.pytorch_device,
+        "onnx": evaluation.onnx_device,
+        "tensorrt": evaluation.tensorrt_device,
+    }
+    evaluated = [spec(f, b.device) for f, b in evaluation.backends.items() if b.enabled]
+    evaluated += [
+        spec(f, given_devices[f] or awml.export.device) for f in (*evaluation.models, *evaluation.models_to_evaluate)
+    ]
+    checkpoint, notes = _checkpoint(awml)
+    folders, idle = _folders(awml)
+    idle = [*idle_keys(awml), *idle]
+    if idle:
+        notes.append(f"without effect here: {', '.join(sorted(dict.fromkeys(idle)))}")
     return {
-        "checkpoint": awml.checkpoint_path or awml.evaluation.models.get("pytorch"),
+        "model": awml.model_cfg and f"mmdet3d:{awml.model_cfg}",
+        "checkpoint": checkpoint,
         "work_dir": awml.export.work_dir,
+        "log_file": _log_file(awml),
         "export": {
             "mode": mode,
             "opset": awml.onnx_config.opset_version,
             "fold": awml.onnx_config.do_constant_folding,
             "simplify": awml.onnx_config.simplify,
-            "onnx_dir": awml.export.onnx_path,
+            "onnx_dir": folders["onnx"],
         },
         "components": _components(awml),
         "tensorrt": {
             "precision": engine.precision_policy,
             "workspace_mib": engine.max_workspace_size >> 20,
+            "engine_dir": folders["tensorrt"],
         },
-        "quantization": {"skip_layers": awml.quantization.skipped()} if awml.quantization.enabled else None,
+        "quantization": _quantization(quantization) if quantization.enabled else None,
         "data": {
             "path": awml.runtime_io.info_file,
+            "root": awml.data_root,
             "first": awml.runtime_io.sample_idx if awml.export.sample_idx is None else awml.export.sample_idx,
         },
         "verify": {
@@ -258,31 +132,91 @@ def _document(awml: AwmlConfig, path: Path) -> dict[str, Any]:
             "max_abs": verification.tolerance,
             "scenarios": scenarios
             and [
-                {"reference": spec(s.ref_backend, s.ref_device), "test": spec(s.test_backend, s.test_device)}
+                {
+                    "reference": spec(s.ref_backend, s.ref_device, verified=True),
+                    "test": spec(s.test_backend, s.test_device, verified=True),
+                }
                 for s in scenarios
             ],
         },
         "evaluate": {
-            "enabled": awml.evaluation.enabled,
-            "samples": ALL if every else awml.evaluation.num_samples,
+            "enabled": evaluation.enabled,
+            "samples": ALL if every else evaluation.num_samples,
             "backends": list(dict.fromkeys(evaluated)) or None,
         },
+        "notes": notes,
+    }
+
+
+def _checkpoint(awml: AwmlConfig) -> tuple[str | None, list[str]]:
+    """The weights, and what is to be said of them: where the quantized ones are not there yet, those to calibrate."""
+    backend = awml.evaluation.backends.get("pytorch")
+    named = (
+        awml.checkpoint_path
+        or awml.export.checkpoint_path
+        or (backend.checkpoint if backend else None)
+        or awml.evaluation.models.get("pytorch")
+    )
+    quantization = awml.quantization
+    before = quantization.ptq.checkpoint if quantization.ptq is not None else None
+    if quantization.enabled and before is not None and not (named and Path(named).is_file()):
+        return before, [f"checkpoint_path ({named}) is not there: quantization.ptq.checkpoint is calibrated instead"]
+    return named, []
+
+
+def _folders(awml: AwmlConfig) -> tuple[dict[str, str | None], list[str]]:
+    """Folders of files that exist already, and the keys that name others than the ones that are written."""
+    work, mode = Path(awml.export.work_dir), awml.export.mode
+    written = {
+        "onnx": Path(awml.export.onnx_path) if awml.export.onnx_path else work / "onnx",
+        "tensorrt": work / "tensorrt",
+    }
+    exists = {"onnx": mode in ("trt", "none"), "tensorrt": mode in ("onnx", "none")}
+    folders, idle = {"onnx": awml.export.onnx_path, "tensorrt": None}, []
+    keys: dict[Framework, str] = {"onnx": "model_dir", "tensorrt": "engine_dir"}
+    for framework, key in keys.items():
+        backend = awml.evaluation.backends.get(framework)
+        folder = getattr(backend, key, None)
+        if backend is None or folder is None or not backend.enabled or Path(folder) == written[framework]:
+            continue
+        if exists[framework] and folders[framework] is None:
+            folders[framework] = folder
+        else:
+            idle.append(f"evaluation.backends.{framework}.{key}")
+    idle += [f"evaluation.models.{f}" for f in keys if awml.evaluation.models.get(f)]
+    return folders, idle
+
+
+def _log_file(awml: AwmlConfig) -> str | None:
+    """The log; a name without a folder stands in the work folder."""
+    name = awml.deploy_log_path or awml.output_path
+    return str(Path(awml.export.work_dir) / name) if name and len(Path(name).parts) == 1 else name
+
+
+def _quantization(settings: AwmlQuantization) -> dict[str, Any]:
+    calibration, ptq = settings.calibration, settings.ptq
+    method = "max" if calibration.method == "max" else (ptq and ptq.amax_method) or calibration.amax_method
+    samples = (ptq and ptq.calibrate_samples) or calibration.num_batches
+    return {
+        "skip_layers": settings.skipped(),
+        **({"method": method} if method else {}),
+        **({"samples": samples} if samples else {}),
     }
 
 
 def _components(awml: AwmlConfig) -> dict[str, Any]:
     """Component's own name → its entry; profiles may stand with the component or, all together, with the backend."""
     shared_profiles = {
-        name: shapes
-        for model_input in awml.backend_config.model_inputs or ()
-        for name, shapes in model_input.input_shapes.items()
+        name: shapes for model_input in awml.model_inputs for name, shapes in model_input.input_shapes.items()
     }
+    engines = awml.tensorrt_config.components if awml.tensorrt_config is not None else {}
     documents = {}
     for key, component in (awml.components or awml.onnx_config.components).items():
         profiles = component.tensorrt_profile or shared_profiles
+        engine = component.engine_file or (engines[key].engine_file if key in engines else None)
         documents[component.name or key] = {
             "onnx_file": component.onnx_file,
-            "engine_file": component.engine_file,
+            "engine_file": engine,
             "inputs": component.io and [t.name for t in component.io.inputs],
             "outputs": component.io and [t.name for t in component.io.outputs],
             "dynamic_axes": component.io and component.io.dynamic_axes,

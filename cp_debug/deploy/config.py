@@ -1,7 +1,8 @@
 """Configuration of ``cpdebug deploy``: one YAML or TOML file, or another team's configuration through a plug-in.
 
 A plug-in of the group ``cpdebug.configs`` is a callable that takes the file's path and returns the document as the
-schema has it, or None for a file that is not its own. AWML's ``deploy_config.py`` is read by one.
+schema has it, with lines for people as ``notes``, or None for a file that is not its own. AWML's ``deploy_config.py``
+is read by one.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def load_config(path: Path) -> DeployConfig:
             first = first or error
             continue
         if document is not None:
-            return validate(DeployConfig, document, path)
+            notes = document.pop("notes", ()) if isinstance(document, dict) else ()
+            return validate(DeployConfig, document, path).with_notes(f"{path}: {note}" for note in notes)
     raise first or InputError(f"{path}: expected a .yaml, .toml or .py file")
 
 
@@ -84,4 +86,4 @@ def override(config: DeployConfig, overrides: Mapping[str, Any]) -> DeployConfig
         if value is not None:
             *sections, name = key.split(".")
             reduce(lambda section, key: section.setdefault(key, {}), sections, document)[name] = value
-    return validate(DeployConfig, document, "command line")
+    return validate(DeployConfig, document, "command line").with_notes(config.notes)

@@ -32,15 +32,22 @@ class Outcome(NamedTuple):
     """Folder of the files written, where there are some."""
 
 
-def deploy(deployment: Deployment, *, fresh: bool = False) -> list[StageRecord]:
+OnStage = Callable[[str, StageRecord | None], None]
+
+
+def deploy(
+    deployment: Deployment, *, fresh: bool = False, on_stage: OnStage = lambda name, record: None
+) -> list[StageRecord]:
     """Run the stages that the configuration asks for and return their records; ``fresh`` forgets earlier runs.
 
-    A failed verification or evaluation is recorded, not raised. Raises BackendUnavailable and InputError; the stages
-    before stay done.
+    ``on_stage`` hears of every stage twice: by its name when it begins, with its record afterwards. A failed
+    verification or evaluation is recorded, not raised. Raises BackendUnavailable and InputError; the stages before stay
+    done.
     """
     state = State(deployment.config.work_dir)
     records, depends = [], ""
     for name, needs, run in _stages(deployment):
+        on_stage(name, None)
         key = key_of({"stage": name, "after": depends, "version": __version__, **needs})
         record = None if fresh else state.finished(name, key)
         if record is None:
@@ -51,6 +58,7 @@ def deploy(deployment: Deployment, *, fresh: bool = False) -> list[StageRecord]:
             record = StageRecord(name, key, outcome.passed, outcome.line, seconds, files, outcome.document)
             state.add(record)
         records.append(record)
+        on_stage(name, record)
         if name in PRODUCTIVE:
             depends = key_of({"key": key, "files": record.files})
     return records
@@ -100,6 +108,7 @@ def _graph_hashes(folder: Path) -> dict[str, str]:
 
 def _load(deployment: Deployment) -> Outcome:
     model = deployment.model
+    deployment.check_fit()
     modules = [component.module for component in model.components if component.module is not None]
     count = sum(p.numel() for module in modules for p in module.parameters())
     weights = model.weights if isinstance(model, HasWeights) else "its own weights"

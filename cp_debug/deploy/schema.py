@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -14,6 +14,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PositiveFloat,
+    PrivateAttr,
     ValidationError,
     model_validator,
 )
@@ -123,13 +124,14 @@ class ExportConfig(Section):
 
 
 class TensorRTConfig(Section):
-    """Building of engines."""
+    """Building of engines. ``engine_dir``: folder of the engines, None for one in the work folder."""
 
     precision: Policy = "auto"
     workspace_mib: Annotated[int, Field(gt=0, lt=1 << 32)] | None = None
     python: str | None = None
     timing_cache: Path | None = None
     keep_fp32: list[str] = []
+    engine_dir: Path | None = None
 
     @property
     def variant(self) -> str:
@@ -193,11 +195,15 @@ class EvaluateConfig(Section):
 
 
 class DeployConfig(Section):
-    """A whole configuration. Paths are relative to where the command runs, as in AWML."""
+    """A whole configuration. Paths are relative to where the command runs, as in AWML.
+
+    ``log_file``: file that the stages are logged to.
+    """
 
     model: str | None = None
     checkpoint: Path | None = None
     work_dir: Annotated[Path, AfterValidator(_work_folder)]
+    log_file: Path | None = None
     export: ExportConfig = ExportConfig()
     components: dict[str, ComponentConfig] = {}
     tensorrt: TensorRTConfig = TensorRTConfig()
@@ -205,6 +211,18 @@ class DeployConfig(Section):
     data: DataConfig = DataConfig()
     verify: VerifyConfig = VerifyConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    _notes: tuple[str, ...] = PrivateAttr(default=())
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Remarks of the reader of another team's file, a line each."""
+        return self._notes
+
+    def with_notes(self, notes: Iterable[str]) -> DeployConfig:
+        """A copy of the configuration with these remarks."""
+        copy = self.model_copy()
+        copy._notes = tuple(notes)
+        return copy
 
     def scenarios(self) -> list[ScenarioConfig]:
         """Scenarios asked for, else torch against ONNX Runtime, and torch against the engines where there are some."""
@@ -232,9 +250,10 @@ class DeployConfig(Section):
 
     @model_validator(mode="after")
     def _mixes(self) -> DeployConfig:
-        if self.int8 and self.tensorrt.precision not in ("auto", "fp16", "int8"):
+        if self.int8 and self.tensorrt.precision not in ("auto", "fp16", "int8", "strongly_typed"):
             raise ValueError(
-                f"tensorrt.precision is {self.tensorrt.precision!r} beside quantization; expected int8, fp16 or auto"
+                f"tensorrt.precision is {self.tensorrt.precision!r} beside quantization; expected int8, fp16 or auto, "
+                "or strongly_typed, which leaves the rest in FP32"
             )
         return self
 

@@ -18,7 +18,7 @@ from cp_debug.deploy.engines import MANIFEST, BuiltEngine, build_engines, check_
 from cp_debug.deploy.exporting import Exported, ExportOptions, export_model, load_exported, own_files, take_files
 from cp_debug.deploy.interface_checks import checked
 from cp_debug.deploy.quantizing import export_quantized, in_int8
-from cp_debug.deploy.schema import SUFFIXES, DeployConfig
+from cp_debug.deploy.schema import SUFFIXES, ComponentConfig, DeployConfig
 from cp_debug.deploy.verify import VerifyOptions, VerifyResult, verify
 from cp_debug.detection.evaluate import as_detector, evaluate
 from cp_debug.detection.evaluation import EvaluationOptions, EvaluationResult, parse_ranges
@@ -26,6 +26,7 @@ from cp_debug.errors import InputError
 from cp_debug.graph.randomness import refuse_random
 from cp_debug.programs.paired import pair_programs
 from cp_debug.programs.pipeline import load_test_programs
+from cp_debug.programs.walk import Walk, run_module
 from cp_debug.quantization.checkpoint import file_of, save_ptq_model
 from cp_debug.quantization.models import QuantizedComponent, with_modules
 from cp_debug.quantization.open_quantized import is_quantized_checkpoint, modules_of, open_quantized
@@ -174,8 +175,8 @@ class Deployment:
 
     @property
     def engine_dir(self) -> Path:
-        """Folder that engines are written into."""
-        return self.config.work_dir / "tensorrt"
+        """Folder of the engines."""
+        return self.config.tensorrt.engine_dir or self.config.work_dir / "tensorrt"
 
     def export(self) -> list[Exported]:
         """Write the ONNX files. Raises InputError as ``export_model`` does, and for profiles that do not fit."""
@@ -320,7 +321,7 @@ class Deployment:
                     "timing_cache": config.timing_cache,
                     "keep_fp32": frozenset(config.keep_fp32),
                     "strongly_typed": config.precision == "strongly_typed",
-                    "fp16_fallback": self.config.int8,
+                    "fp16_fallback": self.config.int8 and config.precision != "strongly_typed",
                     "profiles": profiles,
                     **self._engine_options,
                 }
@@ -367,6 +368,49 @@ class Deployment:
                         f"{self.source}: components.{name}.{kind} is {names}; {self.config.model} has {list(expected)}"
                     )
 
+    def check_fit(self) -> None:
+        """Check backends and profiles before anything is exported or built.
+
+        Raises BackendUnavailable, MissingPackage or InputError for a backend that cannot run here, and InputError where
+        a profile has other sizes than the input of its component, which is run on one sample for that.
+        """
+        config = self.config
+        specs = [config.engine_backend] if config.export.mode in ("trt", "both") else []
+        if config.verify.enabled:
+            specs += [spec for s in config.scenarios() for spec in (s.reference, s.test)]
+        if self.evaluates:
+            specs += config.evaluated()
+        for spec in specs:
+            self.backend(spec)
+        if any(component.profile for component in config.components.values()) and not self.takes_files:
+            self._check_profiles_of_modules()
+
+    def _check_profiles_of_modules(self) -> None:
+        """Raise InputError where a profile has another fixed size than what a component is fed."""
+        for step in Walk(self.model, self.samples(1)[0]):
+            component = step.component
+            configured = self.config.components.get(component.name)
+            if configured is None:
+                configured = ComponentConfig()
+            free = configured.dynamic_axes or component.deployed_axes or component.dynamic_axes or {}
+            for tensor, profile in configured.profile.items():
+                key = f"{self.source}: components.{component.name}.profile.{tensor}"
+                if tensor not in step.inputs:
+                    raise InputError(f"{key}: there is no such input; expected one of {', '.join(step.inputs)}")
+                shape = step.inputs[tensor].shape
+                axes = free.get(tensor, {})
+                for side, sizes in zip(("min", "opt", "max"), profile.shapes, strict=True):
+                    if len(sizes) != len(shape) or any(
+                        n != d for axis, (n, d) in enumerate(zip(sizes, shape, strict=True)) if axis not in axes
+                    ):
+                        named = [axes.get(axis, size) for axis, size in enumerate(shape)]
+                        raise InputError(
+                            f"{key}.{side} is {sizes}; {self.config.model} takes {tensor} {_listed(named)}: this "
+                            "configuration was made for another model"
+                        )
+            if not step.last:
+                step.outputs = run_module(component, step.inputs)
+
     def _check_profiles(self, programs: Sequence[Program]) -> None:
         """Raise InputError where a profile has another shape than the graph's input."""
         inputs = {value.name: value for program in programs for value in program.graph.inputs}
@@ -380,6 +424,10 @@ class Deployment:
                     fixed = all(n == d for n, d in zip(sizes, shape, strict=False) if isinstance(d, int))
                     if len(sizes) != len(shape) or not fixed:
                         raise InputError(f"{key}.{side} is {sizes}; {self.config.model} takes {inputs[tensor]}")
+
+
+def _listed(sizes: Sequence[object]) -> str:
+    return f"[{', '.join(map(str, sizes))}]"
 
 
 def turn_outputs(model: Model) -> None:

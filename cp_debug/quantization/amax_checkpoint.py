@@ -20,7 +20,8 @@ from cp_debug.programs.batchnorm_folding import Folding, apply_folding, find_fol
 from cp_debug.programs.torch_layers import WeightedLayer, channels, full_path, layers_of
 from cp_debug.programs.walk import Walk, example_args, run_module
 from cp_debug.quantization.models import QuantizedComponent
-from cp_debug.quantization.ptq import apply_scales, quantization_of
+from cp_debug.quantization.ptq import apply_scales
+from cp_debug.quantization.record import quantization_of
 from cp_debug.recipes.base import Component, Model, Sample
 from cp_debug.recipes.checkpoint import load_state, read_state_dict
 

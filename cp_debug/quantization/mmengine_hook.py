@@ -6,21 +6,22 @@ In a configuration: ``custom_imports = dict(imports=["cp_debug.quantization.mmen
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from cp_debug.errors import InputError
 from cp_debug.optional import require
 from cp_debug.programs.torch_layers import is_quantized
 from cp_debug.quantization.checkpoint import entry_of, rebuild
 from cp_debug.quantization.histogram import check_method
-from cp_debug.quantization.ptq import quantization_of, quantize_ptq
+from cp_debug.quantization.nested_batches import NestedBatches
+from cp_debug.quantization.ptq import quantize_ptq
 from cp_debug.quantization.qat import freeze_batchnorm
+from cp_debug.quantization.record import quantization_of
 
 require("mmengine", "mmdet3d")
 
@@ -36,9 +37,12 @@ KEY = "cpdebug_quantization"
 class QATHook(Hook):
     """Quantizes the runner's model before training, calibrated on its own training data.
 
-    ``calibration_batches``: how many batches. ``freeze_bn``: fold BatchNorm where that is possible and keep the others
-    in eval mode, always. ``sensitive_layers``: globs over module paths that stay in FP32. ``amax_method``: ``max``,
-    ``percentile``, ``mse`` or ``entropy``. A checkpoint of such a run holds scales and folding; resuming from it, or
+    ``calibration_batches``: how many batches. ``calibration_epoch``: the epoch in front of which the model is folded,
+    calibrated and quantized; before it trains in FP32. ``freeze_bn``: fold BatchNorm where that is possible and keep
+    the others in eval mode from then on. ``sensitive_layers``: globs over module paths that stay in FP32.
+    ``amax_method``: ``max``, ``percentile``, ``mse`` or ``entropy``. ``quant_backbone``, ``quant_neck``, ``quant_head``
+    and ``quant_voxel_encoder``: whether ``pts_backbone``, ``pts_neck``, ``pts_bbox_head`` and ``pts_voxel_encoder``,
+    where the model has them, are quantized. A checkpoint of such a run holds scales and folding; resuming from it, or
     loading it, restores them and calibrates nothing.
 
     Hooks that copied the model before training (``EMAHook``) hold the FP32 one. Raises InputError for an unknown
@@ -48,15 +52,29 @@ class QATHook(Hook):
     def __init__(
         self,
         calibration_batches: int = 100,
+        calibration_epoch: int = 0,
         freeze_bn: bool = True,
-        sensitive_layers: Sequence[str] = (),
+        sensitive_layers: Collection[str] | None = None,
         amax_method: str = "mse",
+        quant_backbone: bool = True,
+        quant_neck: bool = True,
+        quant_head: bool = True,
+        quant_voxel_encoder: bool = True,
     ) -> None:
         check_method(amax_method)
         if calibration_batches < 1:
             raise InputError(f"QATHook: calibration_batches is {calibration_batches}; expected at least 1")
+        if calibration_epoch < 0:
+            raise InputError(f"QATHook: calibration_epoch is {calibration_epoch}; expected at least 0")
         self.calibration_batches, self.freeze_bn = calibration_batches, freeze_bn
-        self.sensitive_layers, self.amax_method = list(sensitive_layers), amax_method
+        self.calibration_epoch = calibration_epoch
+        self.sensitive_layers, self.amax_method = sorted(sensitive_layers or ()), amax_method
+        self.parts = {
+            "pts_voxel_encoder": quant_voxel_encoder,
+            "pts_backbone": quant_backbone,
+            "pts_neck": quant_neck,
+            "pts_bbox_head": quant_head,
+        }
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Give the model the quantizers of the checkpoint, so that its weights fit."""
@@ -65,35 +83,61 @@ class QATHook(Hook):
             _become(runner, model, rebuild(model, entry, "QATHook: the checkpoint"))
 
     def before_train(self, runner: Any) -> None:
-        """Fold, calibrate and quantize, unless a checkpoint has brought it all."""
+        """Check that training reaches the epoch of calibration, which is done here where it is the first.
+
+        Raises InputError where training ends before.
+        """
+        _model(runner)
+        last = getattr(runner, "max_epochs", None)
+        if last is not None and self.calibration_epoch >= last:
+            raise InputError(
+                f"QATHook: calibration_epoch is {self.calibration_epoch}; training ends after {last} epochs"
+            )
+        if runner.epoch >= self.calibration_epoch:
+            self._quantize(runner)
+
+    def before_train_epoch(self, runner: Any) -> None:
+        """Fold, calibrate and quantize in front of the epoch that was asked for."""
+        if runner.epoch == self.calibration_epoch:
+            self._quantize(runner)
+
+    def _quantize(self, runner: Any) -> None:
+        """Fold, calibrate and quantize, unless that is done, or a checkpoint has brought it all."""
         model = _model(runner)
         if is_quantized(model):
             return
         model.eval()
-        forward = _Forward(model)
+        batches = _arguments(model, islice(runner.train_dataloader, self.calibration_batches))
+        nested = NestedBatches(model, _training_loss)
         try:
             quantized = quantize_ptq(
                 model,
-                forward.batches(islice(runner.train_dataloader, self.calibration_batches)),
+                nested.tensors(batches),
                 method=self.amax_method,
-                skip_layers=self.sensitive_layers,
+                skip_layers=[*self.sensitive_layers, *self._unquantized(model)],
                 fold=self.freeze_bn,
             )
         finally:
-            forward.restore(model)
-        forward.restore(quantized)
+            nested.restore(model)
+        nested.restore(quantized)
         _become(runner, model, quantized)
         about = quantization_of(model)
         runner.logger.info(f"QATHook: {len(about.layers)} layers in INT8, {len(about.skipped)} in FP32")
 
+    def _unquantized(self, model: nn.Module) -> list[str]:
+        """Parts that stay in FP32, of those that the model has."""
+        return [part for part, quantized in self.parts.items() if not quantized and hasattr(model, part)]
+
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """Put the remaining BatchNorm into eval mode: the loop has put the whole model into train mode."""
-        if self.freeze_bn:
-            freeze_batchnorm(_model(runner))
+        if self.freeze_bn and is_quantized(model := _model(runner)):
+            freeze_batchnorm(model)
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Write beside the weights what is quantized; scales are among the weights."""
-        entry = entry_of(_model(runner))
+        """Write beside the weights what is quantized, once it is; scales are among the weights."""
+        if not is_quantized(model := _model(runner)):
+            return
+        entry = entry_of(model)
         checkpoint[KEY] = {name: value for name, value in entry.items() if name != "state_dict"}
 
 
@@ -106,38 +150,18 @@ def _model(runner: Any) -> nn.Module:
     return runner.model
 
 
-class _Forward:
-    """Lets a model be called with tensors alone, as calibration does, and computes its training loss from them.
+def _training_loss(model: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+    """Training losses of the model for a preprocessed batch."""
+    args, kwargs = arguments
+    return model(*args, **kwargs, mode="loss")
 
-    Training data are nested containers with ground truth inside. While this lasts, the model's class has a forward
-    that puts the tensors back where they were, in copies of the model as well.
-    """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model, self._class = model, type(model)
-        self._leaves: list[Any] = []
-        self._spec: Any = None
-
-        def forward(module: nn.Module, *tensors: Tensor) -> Any:
-            remaining = iter(tensors)
-            leaves = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
-            data = pytree.tree_unflatten(leaves, self._spec)
-            return self._class.forward(module, *data[0], **data[1], mode="loss")
-
-        model.__class__ = type(self._class.__name__, (self._class,), {"forward": forward})
-
-    def batches(self, data: Iterator[Any]) -> Iterator[tuple[Tensor, ...]]:
-        """The tensors of each batch, which is the current one until the next is asked for."""
-        for batch in data:
-            with torch.no_grad():
-                processed: Any = self._model.data_preprocessor(batch, True)  # type: ignore[operator]
-            arguments = ((), processed) if isinstance(processed, Mapping) else (tuple(processed), {})
-            self._leaves, self._spec = pytree.tree_flatten(arguments)
-            yield tuple(leaf for leaf in self._leaves if isinstance(leaf, Tensor))
-
-    def restore(self, model: nn.Module) -> None:
-        """Give a model its own class back."""
-        model.__class__ = self._class
+def _arguments(model: nn.Module, batches: Iterable[Any]) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Each batch as positional and named arguments of the model's forward."""
+    for batch in batches:
+        with torch.no_grad():
+            processed: Any = model.data_preprocessor(batch, True)  # type: ignore[operator]
+        yield ((), dict(processed)) if isinstance(processed, Mapping) else (tuple(processed), {})
 
 
 def _become(runner: Any, model: nn.Module, replacement: nn.Module) -> None:

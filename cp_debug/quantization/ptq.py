@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import chain
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -17,24 +16,10 @@ from cp_debug.programs.batchnorm_folding import Folding, fuse_model_bn
 from cp_debug.programs.torch_layers import full_path, is_quantized, layers_of, own_path
 from cp_debug.quantization.calibration import Batch, CalibrationManager, check_model
 from cp_debug.quantization.library import BITS, activation_quantizer, insert_quantizers
+from cp_debug.quantization.nested_batches import NestedBatches, is_plain, tensors_only
+from cp_debug.quantization.record import NOT_RUN, Quantization, quantization_of
 from cp_debug.quantization.residual_adds import add_quantizers, attach
-
-NOT_RUN = "it did not run during calibration"
-
-
-@dataclass
-class Quantization:
-    """Record of how a module was quantized; ``quantization`` on the module."""
-
-    model: str
-    """SHA-256 of the FP32 weights, BatchNorm folded."""
-    method: str
-    layers: Sequence[str]
-    """Paths of layers with quantizers, in this module."""
-    residual_adds: Sequence[str] = ()
-    skipped: dict[str, str] = field(default_factory=dict)
-    """Layers that stay in FP32, and why."""
-    folding: Folding = field(default_factory=lambda: Folding(()))
+from cp_debug.quantization.toggles import print_quantizer_status
 
 
 def quantize_ptq(
@@ -46,6 +31,12 @@ def quantize_ptq(
     prefix: str = "",
     fold: bool = True,
     bits: int = BITS,
+    num_calibration_batches: int | None = None,
+    amax_method: str | None = None,
+    fuse_bn: bool | None = None,
+    sensitive_layers: Collection[str] | None = None,
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+    verbose: bool = False,
 ) -> nn.Module:
     """A copy of ``module`` with fake quantizers, calibrated on ``batches``, which are read once.
 
@@ -53,18 +44,59 @@ def quantize_ptq(
     together; BatchNorm is folded first. ``method`` is ``max``, ``percentile`` (99.99), ``mse`` or ``entropy``;
     ``skip_layers`` are globs over the paths of modules in the whole model, to which ``prefix`` leads.
 
-    Raises InputError for no batches, NaN or Inf in one, a glob that matches no layer, an unknown method, other than 8
-    bits, and a module that is quantized already; MissingPackage without nvidia-modelopt.
+    AWML's names do the same: ``amax_method`` and ``fuse_bn`` are ``method`` and ``fold``, ``sensitive_layers`` are
+    ``skip_layers``, and of ``batches``, which may be a data loader, ``num_calibration_batches`` are read. A batch of
+    nested containers is handed to ``forward_fn(model, batch)``, without one to the model's ``test_step`` where it has
+    one; ``verbose`` prints the quantizers.
+
+    Raises InputError for a name that is given in both spellings, no batches, NaN or Inf in one, a glob that matches no
+    layer, an unknown method, other than 8 bits, and a module that is quantized already; MissingPackage without
+    nvidia-modelopt.
     """
     if bits != BITS:
         raise InputError(f"bits: {bits} is not supported; expected {BITS}: engines have kernels for INT8")
     if is_quantized(module):
         raise InputError(f"{type(module).__name__} is quantized already; expected the FP32 model")
-    stream = iter(batches)
-    manager = CalibrationManager(module, method=method, skip_layers=skip_layers, prefix=prefix)
+    for ours, given, default, theirs, value in (
+        ("method", method, "max", "amax_method", amax_method),
+        ("fold", fold, True, "fuse_bn", fuse_bn),
+        ("skip_layers", tuple(skip_layers), (), "sensitive_layers", sensitive_layers),
+    ):
+        if value is not None and given != default:
+            raise InputError(f"{ours} and {theirs} are one thing; expected one of them")
+    if num_calibration_batches is not None and num_calibration_batches < 1:
+        raise InputError(f"num_calibration_batches is {num_calibration_batches}; expected at least 1")
+    stream: Iterator[Any] = islice(batches, num_calibration_batches)
     first = next(stream, None)
     if first is None:
         raise InputError("there is no calibration data: expected at least one batch")
+    stream = chain((first,), stream)
+    call = forward_fn or (None if is_plain(first) else getattr(type(module), "test_step", None))
+    nested = None if call is None else NestedBatches(module, tensors_only(call))
+    try:
+        made = _calibrated(
+            module,
+            stream if nested is None else nested.tensors(stream),
+            amax_method or method,
+            sorted(sensitive_layers) if sensitive_layers is not None else skip_layers,
+            prefix,
+            fold if fuse_bn is None else fuse_bn,
+        )
+    finally:
+        if nested is not None:
+            nested.restore(module)
+    if nested is not None:
+        nested.restore(made)
+    if verbose:
+        print_quantizer_status(made)
+    return made
+
+
+def _calibrated(
+    module: nn.Module, stream: Iterator[Batch], method: str, skip_layers: Sequence[str], prefix: str, fold: bool
+) -> nn.Module:
+    manager = CalibrationManager(module, method=method, skip_layers=skip_layers, prefix=prefix)
+    first = next(stream)
     if fold:
         manager.module = fuse_model_bn(module, manager.arguments(first))
     manager.calibrate(chain((first,), stream))
@@ -119,17 +151,6 @@ def install(
         folding=getattr(module, "folding", Folding(())),
     )
     return quantized_module
-
-
-def quantization_of(module: nn.Module) -> Quantization:
-    """The record of how a module was quantized.
-
-    Raises InputError for a module that was not quantized, or not by ``quantize_ptq``.
-    """
-    record = getattr(module, "quantization", None)
-    if not isinstance(record, Quantization):
-        raise InputError(f"{type(module).__name__} is not quantized; expected what quantize_ptq returned")
-    return record
 
 
 def scales_of(module: nn.Module, prefix: str = "") -> Scales:

@@ -10,8 +10,11 @@ from torch import nn
 
 from cp_debug.display import terminal
 from cp_debug.programs.torch_layers import quantizers, select
-from cp_debug.quantization.ptq import quantization_of
+from cp_debug.quantization.record import quantization_of
 from cp_debug.quantization.residual_adds import add_quantizers
+
+_WHOLE = 10_000
+"""Columns in which every name and number has room."""
 
 
 class _Toggle(AbstractContextManager["_Toggle"]):
@@ -71,11 +74,12 @@ def quantizer_table(module: nn.Module) -> list[QuantizerRow]:
 
 
 def print_quantizer_status(module: nn.Module) -> None:
-    """Print the table of a module's quantizers."""
+    """Print the table of a module's quantizers: whole, however narrow the terminal is."""
     from rich.console import Console
 
+    wide = Console(width=_WHOLE)
     for part in terminal(quantizer_table(module), QuantizerRow):
-        Console().print(part)
+        wide.print(part, soft_wrap=True)
 
 
 def _row(module: nn.Module, path: str, quantizer: Any, skipped: dict[str, str]) -> QuantizerRow:

@@ -2,12 +2,13 @@
 
 ``nus-pillar02`` is ``centerpoint_pillar02_second_secfpn_head-circlenms_8xb4-cyclic-20e_nus-3d`` of mmdet3d 1.4.0;
 ``awml-base`` is ``second_secfpn_4xb16_121m_base_amp`` of TIER IV's AWML, ``awml-j6gen2`` its
-``second_secfpn_4xb16_121m_j6gen2_base_amp``; ``tiny`` is this project's own.
+``second_secfpn_4xb16_121m_j6gen2_base_amp``, ``awml-base-1020`` its
+``second_secfpn_8xb16_121m_base_amp``; ``tiny`` is this project's own.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cp_debug.errors import InputError
 
@@ -45,6 +46,10 @@ class CenterPointConfig:
     score_threshold: float = 0.1
     max_num: int = 500
     post_max_size: int = 83
+    nms_overlap: float | None = None
+    """Intersection over union above which mmdet3d's rotated NMS drops the worse box; None: circle NMS."""
+    nms_pre_max_size: int = 1000
+    """Boxes that rotated NMS looks at, best first."""
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -163,7 +168,14 @@ AWML_J6GEN2 = CenterPointConfig(
     post_max_size=100,
 )
 
-CONFIGS = {config.name: config for config in (TINY, NUS_PILLAR02, AWML_BASE, AWML_J6GEN2)}
+AWML_BASE_1020 = replace(
+    AWML_J6GEN2,
+    name="awml-base-1020",
+    summary="AWML 122 m, today's base: 5 classes in one task, x y z dt, 1020×1020",
+    point_features=("x", "y", "z", "dt"),
+)
+
+CONFIGS = {config.name: config for config in (TINY, NUS_PILLAR02, AWML_BASE, AWML_J6GEN2, AWML_BASE_1020)}
 
 
 def get_config(name: str) -> CenterPointConfig:

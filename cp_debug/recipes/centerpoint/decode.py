@@ -1,4 +1,4 @@
-"""Head maps to boxes: mmdet3d's CenterPointBBoxCoder, circle NMS and ``CenterHead.predict_by_feat``."""
+"""Head maps to boxes: mmdet3d's CenterPointBBoxCoder, circle or rotated NMS and ``CenterHead.predict_by_feat``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cp_debug.recipes.centerpoint.config import OUTPUT_ORDER, CenterPointConfig
+from cp_debug.recipes.centerpoint.rectangles import rotated_nms
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def decode(outputs: Mapping[str, Tensor], config: CenterPointConfig, *, nms: boo
         for task, task_maps in enumerate(maps):
             boxes, scores, labels = decode_task({head: tensor[sample] for head, tensor in task_maps.items()}, config)
             if nms:
-                survivors = circle_nms(boxes[:, :2], scores, config.nms_min_radius[task])[: config.post_max_size]
+                survivors = _survivors(boxes, scores, config, task)[: config.post_max_size]
                 boxes, scores, labels = boxes[survivors], scores[survivors], labels[survivors]
             boxes[:, 2] -= boxes[:, 5] * np.float32(0.5)
             parts.append((boxes, scores, labels + np.int32(first_label)))
@@ -75,6 +76,13 @@ def decode_task(maps: Mapping[str, Tensor], config: CenterPointConfig) -> tuple[
     passing = inside & (scores > config.score_threshold)
     boxes, scores, labels = boxes[passing], scores[passing], labels[passing].int()
     return boxes.detach().cpu().numpy(), scores.detach().cpu().numpy(), labels.cpu().numpy()
+
+
+def _survivors(boxes: np.ndarray, scores: np.ndarray, config: CenterPointConfig, task: int) -> np.ndarray:
+    if config.nms_overlap is None:
+        return circle_nms(boxes[:, :2], scores, config.nms_min_radius[task])
+    best = np.argsort(-scores, kind="stable")[: config.nms_pre_max_size]
+    return best[rotated_nms(boxes[best][:, [0, 1, 3, 4, 6]], scores[best], config.nms_overlap)]
 
 
 def circle_nms(centres: np.ndarray, scores: np.ndarray, min_radius: float) -> np.ndarray:

@@ -45,6 +45,8 @@ class CenterPointModel:
         self._last: tuple[Sample, Voxels] | None = None
         self._turned = False
         self.weights = f"untrained, random seed {seed}" if source is None else source.name
+        self.notes = [random_weights(seed)] if source is None else []
+        """Remarks that a reader of the results must know."""
         self.components: Sequence[Component] = (
             Component(
                 name=ENCODER,
@@ -136,7 +138,7 @@ class CenterPointModel:
         return {"spatial_features": self._scatter(pillar_features, pillars, sample).numpy()}
 
     def decode(self, sample: Sample, results: Mapping[str, Arrays]) -> Detections | list[Detections]:
-        """Boxes after circle NMS: one ``Detections``, or a list of them, one a cloud, for a batch."""
+        """Boxes after NMS: one ``Detections``, or a list of them, one a cloud, for a batch."""
         outputs = {name: _tensor(array) for name, array in results[BACKBONE_NECK_HEAD].items()}
         detections = decode(turn(outputs) if self._turned else outputs, self.config)
         return detections if "counts" in sample.arrays else detections[0]
@@ -150,6 +152,11 @@ class CenterPointModel:
 
     def _scatter(self, pillar_features: Tensor, pillars: Voxels, sample: Sample) -> Tensor:
         return scatter(pillar_features, pillars.coors, self.config.grid, len(_counts(sample)))
+
+
+def random_weights(seed: int) -> str:
+    """Note on a model that nobody trained."""
+    return f"the weights are random (seed {seed}): no checkpoint was given, so boxes and figures mean nothing"
 
 
 def _counts(sample: Sample) -> list[int]:

@@ -45,6 +45,8 @@ class DetectorLayers:
         self._noise = {branch: _shape(c) for branch, c in result["channels"].items() if branch not in examples and c}
         self.notes: list[str] = []
         """Remarks that a reader of the results must know."""
+        if left_out := about.get("left_out"):
+            self.notes.append(f"left out, as it refines what the head here gives: {', '.join(left_out)}")
         self.components: Sequence[Component] = [
             self._component(branch, array) for branch, array in {**examples, **self._made_up(seed)}.items()
         ]

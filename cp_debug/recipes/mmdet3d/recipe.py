@@ -21,7 +21,7 @@ from cp_debug.recipes.base import Arrays, Model
 from cp_debug.recipes.centerpoint.config import CenterPointConfig
 from cp_debug.recipes.centerpoint.decode import decode
 from cp_debug.recipes.centerpoint.pillar_encoder import decorate
-from cp_debug.recipes.centerpoint.recipe import CenterPointModel
+from cp_debug.recipes.centerpoint.recipe import CenterPointModel, random_weights
 from cp_debug.recipes.centerpoint.scatter import scatter
 from cp_debug.recipes.centerpoint.voxelize import voxelize
 from cp_debug.recipes.checkpoint import check_fit, read_state_dict
@@ -53,6 +53,8 @@ def load_detector(name: str, *, checkpoint: Path | None = None, seed: int = 0) -
     except Unlike as reason:
         layers = DetectorLayers(name, client, about, seed)
         layers.notes.append(f"layers alone, without boxes: {reason}")
+        if checkpoint is None:
+            layers.notes.append(random_weights(seed))
         return layers
 
 
@@ -74,7 +76,7 @@ class Mmdet3dCenterPoint(CenterPointModel):
                 raise Unlike(str(error).partition("\n")[2].partition("\n")[0]) from None
         self.name, self.weights = name, weights
         nms = about["model"]["test_cfg"]["pts"].get("nms_type")
-        self.verified = self._verify(client, boxes=nms == "circle")
+        self.verified = self._verify(client, boxes=nms in ("circle", "rotate"))
         """Stage → largest absolute difference from the real detector on one synthetic scene."""
         encoder, dense_part = self.components
         encoder.module = client.encoder or encoder.module
@@ -83,7 +85,9 @@ class Mmdet3dCenterPoint(CenterPointModel):
             f"mmdet3d {about['versions']['mmdet3d']} in {client.where}: {len(self.verified)} stages of one synthetic "
             f"scene equal up to {max(self.verified.values()):.2g} (max |Δ|)"
         ]
-        if nms != "circle":
+        if weights.startswith("untrained"):
+            self.notes.append(f"the weights are {weights.partition(', ')[2]}: no checkpoint was given")
+        if nms not in ("circle", "rotate"):
             self.notes.append(f"boxes after circle NMS; this configuration has {nms} NMS in mmdet3d")
 
     def _verify(self, client: DetectorClient, *, boxes: bool) -> dict[str, float]:

@@ -135,8 +135,18 @@ class BuiltDetector:
             "model": json.loads(json.dumps(self.config.model.to_dict(), default=str)),
             "columns": self._columns(),
             "shapes": shapes,
+            "left_out": self._left_out(),
             "versions": {"torch": str(torch.__version__), **packages},
         }
+
+    def _left_out(self) -> list[str]:
+        """Parts with weights that refine what the heads give: in no branch, and nothing in front of one."""
+        taken = {name for branch in self.branches.values() for name, _ in branch.named_children()}
+        parts = {name: part for name, part in self.model.named_children() if name not in taken}
+        if not any(name.endswith("roi_head") for name in parts):
+            return []
+        behind = [name for name in parts if name.endswith(("roi_head", "points_encoder"))]
+        return [f"{name} ({type(parts[name]).__name__})" for name in behind]
 
     def _columns(self) -> list[int] | None:
         """Columns of a stored cloud that the detector is fed, as its test pipeline says; None where it does not."""

@@ -1,0 +1,357 @@
+"""Schema of AWML's ``deploy_config.py``: every key of its generations, and which of them say nothing to this project.
+
+The keys are those of ``deployment/configs/schema.py`` in tier4/AWML, of the earlier files with ``model_io`` and
+``backend_config``, and of the branches on which quantization was developed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from cp_debug.deploy.schema import Mode, Policy, Section
+
+Framework = Literal["pytorch", "onnx", "tensorrt"]
+
+
+class WithoutEffect:
+    """Mark of a key that is read and changes nothing; a file that sets it is told so."""
+
+
+IDLE = WithoutEffect()
+IdleText = Annotated[str | None, IDLE]
+IdleFlag = Annotated[bool | None, IDLE]
+IdleCount = Annotated[int | None, IDLE]
+IdleAnything = Annotated[Any, IDLE]
+
+
+def _policy(value: Any) -> Any:
+    """INT8 by Q/DQ nodes had a name of its own in older files."""
+    return "int8" if value == "explicit_int8" else value
+
+
+class Shapes(Section):
+    """Shapes of a profile."""
+
+    min_shape: list[int]
+    opt_shape: list[int]
+    max_shape: list[int]
+
+
+class Tensor(Section):
+    """One input or output of a file; types are the exported module's."""
+
+    name: str
+    dtype: Annotated[str, IDLE] = "float32"
+    shape: Annotated[list[int] | None, IDLE] = None
+
+
+class IO(Section):
+    """Inputs and outputs of a file."""
+
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    dynamic_axes: dict[str, dict[int, str]] | None = None
+
+
+class AwmlComponent(Section):
+    """One file that is exported, and its engine."""
+
+    name: str | None = None
+    onnx_file: str
+    engine_file: str | None = None
+    io: IO | None = None
+    tensorrt_profile: dict[str, Shapes] = Field(default={})
+
+
+class EngineFile(Section):
+    """An engine's name, where it stands with TensorRT's settings."""
+
+    onnx_file: str | None = None
+    engine_file: str
+
+
+class Devices(Section):
+    """Devices that the words ``cpu`` and ``cuda`` mean."""
+
+    cpu: str = "cpu"
+    cuda: str | None = "cuda:0"
+
+
+class AwmlExport(Section):
+    """Export: its mode, its folders and its sample."""
+
+    mode: Mode = "both"
+    work_dir: str = "work_dirs"
+    onnx_path: str | None = None
+    checkpoint_path: str | None = None
+    verify: bool | None = None
+    device: str | None = None
+    sample_idx: int | None = None
+
+
+class AwmlRuntime(Section):
+    """Data."""
+
+    info_file: str | None = None
+    sample_idx: int = 0
+    onnx_file: IdleText = None
+
+
+class Onnx(Section):
+    """The export to ONNX."""
+
+    opset_version: int = 17
+    do_constant_folding: bool = True
+    export_params: Literal[True] = True
+    keep_initializers_as_inputs: Literal[False] = False
+    simplify: bool = False
+    visualize_qdq_values: Annotated[bool, IDLE] = False
+    multi_file: Annotated[bool, IDLE] = True
+    save_file: IdleText = None
+    input_names: IdleAnything = None
+    output_names: IdleAnything = None
+    dynamic_axes: IdleAnything = None
+    components: dict[str, AwmlComponent] = Field(default={})
+
+
+class CommonTensorRT(Section):
+    """Settings of every engine."""
+
+    precision_policy: Annotated[Policy, BeforeValidator(_policy)] = "auto"
+    max_workspace_size: int = Field(default=1 << 30, ge=1 << 20)
+    plugin_libraries: list[str] = Field(default=[], max_length=0)
+    disable_optimizations: Annotated[bool, IDLE] = False
+
+
+class ModelInput(Section):
+    """Profiles, all together."""
+
+    input_shapes: dict[str, Shapes] = Field(default={})
+    name: IdleText = None
+    shape: IdleAnything = None
+    dtype: IdleText = None
+
+
+class TensorRT(CommonTensorRT):
+    """Settings of engines, with or without ``common_config`` around the common ones."""
+
+    common_config: CommonTensorRT | None = None
+    model_inputs: list[ModelInput] | None = None
+    components: dict[str, EngineFile] = Field(default={})
+
+
+class BackendConfig(Section):
+    """TensorRT's settings, as earlier files have them."""
+
+    type: Literal["tensorrt"] = "tensorrt"
+    common_config: CommonTensorRT = CommonTensorRT()
+    model_inputs: list[ModelInput] | None = None
+
+
+class EvaluatedBackend(Section):
+    """One backend that is scored."""
+
+    enabled: bool = True
+    device: str | None = None
+    model_dir: str | None = None
+    engine_dir: str | None = None
+    checkpoint: str | None = None
+
+
+class Evaluation(Section):
+    """Evaluation: its backends and the number of samples."""
+
+    enabled: bool = False
+    num_samples: int = Field(default=10, ge=-1)
+    num_warmup: Annotated[int, IDLE] = 0
+    num_warmup_samples: Annotated[int, IDLE] = 0
+    verbose: Annotated[bool, IDLE] = False
+    backends: dict[Framework, EvaluatedBackend] = Field(default={})
+    models: dict[Framework, str | None] = Field(default={})
+    models_to_evaluate: list[Framework] = Field(default=[])
+    devices: IdleAnything = None
+    pytorch_device: str | None = None
+    onnx_device: str | None = None
+    tensorrt_device: str | None = None
+
+
+class AwmlScenario(Section):
+    """A reference and a test."""
+
+    ref_backend: Framework
+    ref_device: str
+    test_backend: Framework
+    test_device: str
+
+
+class Verification(Section):
+    """Verification: its scenarios, their devices, and the limit of max |Δ|."""
+
+    enabled: bool = True
+    num_verify_samples: int = 3
+    tolerance: float = 0.1
+    devices: Devices | None = None
+    scenarios: dict[Mode, list[AwmlScenario] | None] | None = None
+
+
+class AwmlCalibration(Section):
+    """Calibration as the first INT8 files have it; the least squared error is that of the outputs here."""
+
+    num_batches: int | None = Field(default=None, ge=1)
+    method: Literal["histogram", "max"] = "histogram"
+    amax_method: Literal["max", "percentile", "mse", "entropy"] | None = None
+    cache_path: IdleText = None
+
+
+class Fusion(Section):
+    """Folding of BatchNorm."""
+
+    fuse_bn: Literal[True] = True
+
+
+class AwmlPrecision(Section):
+    """Precisions of parts; what is INT8 here begins at the first layer, and outputs are never quantized."""
+
+    default_input: Literal["int8"] = "int8"
+    default_weight: Literal["int8"] = "int8"
+    first_layer_input: IdleText = None
+    last_layer_output: Literal["fp16", "fp32"] = "fp16"
+
+
+class Ptq(Section):
+    """Calibration of a checkpoint that is quantized; it is made here where it is missing."""
+
+    checkpoint: str | None = None
+    calibrate_samples: int | None = Field(default=None, ge=1)
+    amax_method: Literal["max", "percentile", "mse", "entropy"] | None = None
+    batch_size: IdleCount = None
+    calib_seed: IdleCount = None
+
+
+class AwmlQuantization(Section):
+    """AWML's quantization settings: today's ``keep_fp16``, parts of the model as before, and the first form's blocks.
+
+    CenterPoint's SECOND has no residual sums and no linear layers, so ``quant_add``, ``quant_linear_backbone`` and
+    ``disable_recipes`` change nothing there; what is residual elsewhere is quantized.
+    """
+
+    enabled: bool = False
+    mode: Annotated[Literal["ptq", "qat"] | None, IDLE] = None
+    fuse_bn: Literal[True] = True
+    quant_voxel_encoder: bool = True
+    quant_backbone: bool = True
+    quant_neck: bool = True
+    quant_head: bool = True
+    quant_add: IdleFlag = None
+    quant_linear_backbone: IdleFlag = None
+    quant_ese_mul_identity: IdleFlag = None
+    quant_ese_pool_input: IdleFlag = None
+    quant_maxpool_input: IdleFlag = None
+    skip_backbone_first_stages: int = Field(default=0, ge=0)
+    skip_backbone_stages: list[int] = Field(default=[])
+    skip_backbone_downsample_all: bool = False
+    skip_backbone_downsample_layers: list[int] = Field(default=[])
+    skip_vovnet_stages: list[Annotated[int, Field(ge=0, lt=8)]] | None = None
+    sensitive_layers: list[str] = Field(default=[])
+    default_precision: Literal["int8"] = "int8"
+    keep_fp16: list[str] = Field(default=[])
+    disable_recipes: IdleAnything = None
+    ptq_checkpoint: IdleFlag = None
+    calib_cache_path: IdleText = None
+    calibration: AwmlCalibration = AwmlCalibration()
+    fusion: Fusion = Fusion()
+    precision: AwmlPrecision = AwmlPrecision()
+    ptq: Ptq | None = None
+    qat: IdleAnything = None
+
+    def skipped(self) -> list[str]:
+        """Module paths that stay unquantized."""
+        parts = {
+            "pts_voxel_encoder": self.quant_voxel_encoder,
+            "pts_backbone": self.quant_backbone,
+            "pts_neck": self.quant_neck,
+            "pts_bbox_head": self.quant_head,
+        }
+        stages = sorted({*range(self.skip_backbone_first_stages), *self.skip_backbone_stages})
+        downsampling = [f".{index}" for index in self.skip_backbone_downsample_layers]
+        if self.skip_backbone_downsample_all:
+            downsampling = [""]
+        return [
+            *(path for path, quantized in parts.items() if not quantized),
+            *(f"pts_backbone.blocks.{stage}" for stage in stages),
+            *(f"pts_backbone.downsample_layers{which}" for which in downsampling),
+            *(f"pts_backbone.{f'stage{stage + 1}' if stage else 'stem'}" for stage in self.skip_vovnet_stages or ()),
+            *self.sensitive_layers,
+            *self.keep_fp16,
+        ]
+
+
+class AwmlConfig(Section):
+    """A whole file of AWML.
+
+    ``model_io`` describes the pipeline that AWML had before components, and the settings behind ``class_names`` its own
+    metric.
+    """
+
+    task_type: Literal["detection3d"] = "detection3d"
+    checkpoint_path: str | None = None
+    deploy_log_path: str | None = None
+    output_path: str | None = None
+    model_cfg: str | None = None
+    devices: Devices = Devices()
+    export: AwmlExport = AwmlExport()
+    components: dict[str, AwmlComponent] = Field(default={})
+    runtime_io: AwmlRuntime = AwmlRuntime()
+    data_root: str | None = None
+    model_io: Annotated[dict[str, Any], IDLE] = Field(default={})
+    onnx_config: Onnx = Onnx()
+    tensorrt_config: TensorRT | None = None
+    backend_config: BackendConfig = BackendConfig()
+    evaluation: Evaluation = Evaluation()
+    verification: Verification = Verification()
+    quantization: AwmlQuantization = AwmlQuantization()
+    class_names: IdleAnything = None
+    perception_evaluator_configs: IdleAnything = None
+    critical_object_filter_config: IdleAnything = None
+    frame_pass_fail_config: IdleAnything = None
+    frame_id: IdleText = None
+
+    @property
+    def engine(self) -> CommonTensorRT:
+        """TensorRT's common settings, wherever they stand."""
+        if self.tensorrt_config is None:
+            return self.backend_config.common_config
+        return self.tensorrt_config.common_config or self.tensorrt_config
+
+    @property
+    def model_inputs(self) -> list[ModelInput]:
+        """Profiles that do not stand with a component."""
+        of = self.backend_config if self.tensorrt_config is None else self.tensorrt_config
+        return of.model_inputs or []
+
+
+def idle_keys(section: Section, path: str = "") -> Iterator[str]:
+    """Keys that a file sets to other than their default, and that change nothing, as dotted paths."""
+    for name in type(section).model_fields:
+        if name not in section.model_fields_set:
+            continue
+        field, value, where = type(section).model_fields[name], getattr(section, name), f"{path}{name}"
+        if any(isinstance(mark, WithoutEffect) for mark in field.metadata):
+            if value != field.default and value is not None:
+                yield where
+        else:
+            yield from _idle_within(value, where)
+
+
+def _idle_within(value: Any, where: str) -> Iterator[str]:
+    if isinstance(value, Section):
+        yield from idle_keys(value, f"{where}.")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _idle_within(item, f"{where}.{key}")
+    elif isinstance(value, list):
+        for item in value:
+            yield from _idle_within(item, where)

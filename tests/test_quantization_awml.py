@@ -1,0 +1,135 @@
+"""The calls of AWML's own quantization, with its names, beside this project's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from extras import module_needs
+from torch import Tensor, nn
+
+from cp_debug.errors import InputError
+from cp_debug.quantization import load_ptq_model, print_quantizer_status, quantize_ptq, save_ptq_model, scales_of
+
+pytestmark = module_needs("modelopt")
+
+
+class Detector(nn.Module):
+    """Takes nested batches, as a data loader of mmdet3d gives them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.pts_backbone = nn.Sequential(nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        self.pts_bbox_head = nn.Conv2d(16, 2, 1)
+        self.seen = 0
+        with torch.no_grad():
+            self.pts_backbone[1].running_mean.normal_()
+        self.eval()
+
+    def forward(self, inputs: dict[str, Any], data_samples: Any = None, mode: str = "tensor") -> Any:
+        maps = self.pts_bbox_head(self.pts_backbone(inputs["canvas"]))
+        return [{"boxes": maps.flatten(), "sample": data_samples}] if mode == "predict" else maps
+
+    def test_step(self, data: dict[str, Any]) -> Any:
+        self.seen += 1
+        return self(**data, mode="predict")
+
+
+def loader(count: int = 5) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(1)
+    canvases = [torch.randn(1, 3, 8, 8, generator=generator) for _ in range(count)]
+    return [{"inputs": {"canvas": canvas, "name": "frame"}, "data_samples": [object()]} for canvas in canvases]
+
+
+def plain(batches: list[dict[str, Any]]) -> list[Tensor]:
+    return [batch["inputs"]["canvas"] for batch in batches]
+
+
+class Dense(Detector):
+    def forward(self, canvas: Tensor) -> Any:  # type: ignore[override]
+        return self.pts_bbox_head(self.pts_backbone(canvas))
+
+    test_step = None  # type: ignore[assignment]
+
+
+def test_the_reports_call_gives_what_this_projects_call_gives() -> None:
+    model, batches = Detector(), loader()
+    quantized = quantize_ptq(model, batches, num_calibration_batches=3, amax_method="max", fuse_bn=True)
+    assert type(model) is Detector
+    assert type(quantized) is Detector
+    ours = quantize_ptq(Dense(), plain(batches[:3]), method="max")
+    assert scales_of(quantized).layers.keys() == {"pts_backbone.0", "pts_bbox_head"}
+    for name, layer in scales_of(ours).layers.items():
+        assert scales_of(quantized).layers[name].input == layer.input
+    canvas = plain(batches)[4]
+    assert torch.equal(quantized(inputs={"canvas": canvas}), ours(canvas))
+    (boxes,) = quantized.test_step({"inputs": {"canvas": canvas}})
+    assert torch.equal(boxes["boxes"], ours(canvas).flatten())
+
+
+def test_sensitive_layers_forward_fn_and_no_folding() -> None:
+    called: list[str] = []
+
+    def forward_fn(model: nn.Module, batch: dict[str, Any]) -> Any:
+        called.append(batch["inputs"]["name"])
+        return model(batch["inputs"])
+
+    model = Detector()
+    quantized = quantize_ptq(
+        model,
+        loader(),
+        num_calibration_batches=2,
+        amax_method="entropy",
+        fuse_bn=False,
+        sensitive_layers={"pts_backbone.0"},
+        forward_fn=forward_fn,
+    )
+    assert called
+    assert set(called) == {"frame"}
+    assert not model.seen, "forward_fn goes before test_step"
+    assert list(scales_of(quantized).layers) == ["pts_bbox_head"]
+    assert scales_of(quantized).method == "entropy"
+    assert isinstance(quantized.pts_backbone[1], nn.BatchNorm2d)
+
+
+def test_a_quantized_model_is_saved_and_loaded(tmp_path: Path) -> None:
+    quantized = quantize_ptq(Dense(), plain(loader()), amax_method="max")
+    save_ptq_model(quantized, tmp_path / "ptq.pth")
+    loaded = load_ptq_model(Dense(), tmp_path / "ptq.pth")
+    (canvas,) = plain(loader(1))
+    assert torch.equal(loaded(canvas), quantized(canvas))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"method": "mse", "amax_method": "max"}, "method and amax_method are one thing"),
+        ({"fold": False, "fuse_bn": True}, "fold and fuse_bn are one thing"),
+        ({"skip_layers": ["a"], "sensitive_layers": ["b"]}, "skip_layers and sensitive_layers are one thing"),
+        ({"num_calibration_batches": 0}, "num_calibration_batches is 0; expected at least 1"),
+        ({"amax_method": "median"}, "median"),
+        ({"sensitive_layers": ["pts_nek"]}, "no layer matches 'pts_nek'"),
+    ],
+)
+def test_names_that_contradict_or_mean_nothing(options: dict[str, Any], says: str) -> None:
+    model = Detector()
+    with pytest.raises(InputError, match=says):
+        quantize_ptq(model, loader(1), **options)
+    assert type(model) is Detector
+
+
+@pytest.mark.parametrize("columns", ["20", "40", "80"])
+def test_the_status_never_cuts_names_or_ranges(
+    columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    quantized = quantize_ptq(Dense(), plain(loader(1)), num_calibration_batches=1, verbose=True)
+    text = capsys.readouterr().out
+    assert "pts_backbone.0.weight_quantizer" in text
+    weights = scales_of(quantized).layers["pts_backbone.0"].weight
+    assert f"{weights.min():.3g} … {weights.max():.3g}" in text
+    print_quantizer_status(quantized)
+    assert capsys.readouterr().out == text
