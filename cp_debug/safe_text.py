@@ -20,6 +20,7 @@ _UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 """Unicode's categories of what is not seen, and of what turns or breaks lines: control and format characters (bidi
 overrides are among them), halves of surrogates, private and unassigned characters, separators."""
 _MARKDOWN = re.compile(r"([\\`*_\[\]|#~])")
+_COMMAND = re.compile(r"^(\s*)(::|##\[)", re.M)
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -30,6 +31,11 @@ def visible(text: str, keep: str = "\n") -> str:
     return "".join(
         c if c.isprintable() or c in keep or unicodedata.category(c) not in _UNSEEN else _escaped(c) for c in text
     )
+
+
+def no_command(text: str) -> str:
+    """Text of a line in a log, of which GitHub's runner takes none for a command of its workflow (``::error::…``)."""
+    return _COMMAND.sub(lambda found: f"{found[1]}\\x{ord(found[2][0]):02x}{found[2][1:]}", text)
 
 
 def one_line(text: str) -> str:

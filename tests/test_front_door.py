@@ -104,3 +104,61 @@ def test_no_weight_in_common_is_said_so() -> None:
         WeightDifferences(0, missing=["w"]).says
         == "no tensor of one was paired with one of the other; 1 only in the reference"
     )
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return second_like(tmp_path_factory.mktemp("door") / "net.onnx", depth=1, size=16)
+
+
+def test_what_a_repeatable_option_names_twice_is_refused(net: Path) -> None:
+    verify = ("verify", net, "-s", "ort,emu-fp16", "--samples", "1")
+    for command in (
+        (*verify, "--tolerance", "fp16=1", "--tolerance", "fp16=2"),
+        ("check", net, "--shape", "x=1x3x16x16", "--shape", "x=1x3x8x8"),
+        ("bisect", net, "-b", "ort,ort-all", "--shape", "x=1x3x16x16", "--shape", "x=1x3x16x16"),
+    ):
+        code, text = run(*command)
+        assert (code, "is given twice" in text) == (2, True), text
+
+
+def test_a_tolerance_of_a_precision_that_nothing_has_is_refused(net: Path) -> None:
+    for name in ("bf16", "fp32"):
+        code, text = run("verify", net, "-s", "ort,emu-fp16", "--samples", "1", "--tolerance", f"{name}=1")
+        assert code == 2
+        assert f"--tolerance: {name} would do nothing here: the scenarios are judged as fp16" in text
+    assert run("verify", net, "-s", "ort,emu-fp16", "--samples", "1", "--tolerance", "fp16=1")[0] == 0
+
+
+def test_a_model_without_a_layer_in_int8_is_none_in_int8(net: Path, tmp_path: Path) -> None:
+    code, text = run("quantize", "ptq", net, "-o", tmp_path / "out", "--batches", "1", "--skip-layers", "*")
+    assert (code, "--skip-layers: *: that leaves no layer to quantize" in text) == (2, True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_named_like_a_command_of_a_workflow(
+    net: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lines of a log that begin so are run by GitHub."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copyfile(net, "::error::x.onnx")
+    done = subprocess.run(
+        [sys.executable, "-m", "cp_debug", "bisect", "./::error::x.onnx", "-b", "ort,ort-all"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0
+    assert not [line for line in (done.stdout + done.stderr).splitlines() if line.lstrip().startswith("::")]
+    assert "\\x3a:error::x.onnx" in done.stdout
+
+
+def test_a_file_that_ends_torch_is_told(tmp_path: Path) -> None:
+    import os
+    import signal
+
+    from cp_debug.errors import InputError
+    from cp_debug.recipes.torch_programs import _survives
+
+    with pytest.raises(InputError, match=r"x\.pt is damaged: reading it ends torch's process \(SIGSEGV\)"):
+        _survives(Path("x.pt"), lambda: os.kill(os.getpid(), signal.SIGSEGV))
+    _survives(Path("x.pt"), lambda: 1 / 0)

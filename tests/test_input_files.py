@@ -208,3 +208,30 @@ def test_the_whole_way_on_the_command_line(one: Path, tmp_path: Path) -> None:
     code, text = run("bisect", one, "-b", "ort,ort-all", "--inputs", tmp_path / "a.png", "--image-mean", "0.5")
     assert code == 0, text
     assert onnx.load(one).graph.input[0].name == "image"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "verify NET -s ort,ort-all --samples 1",
+        "bench NET -b ort -n 1 --warmup 0",
+        "check NET",
+        "capture NET -b ort -o out",
+    ],
+)
+def test_every_command_reads_images_as_it_is_told(
+    command: str, one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    picture(tmp_path / "a.png")
+    words = [str(one) if word == "NET" else word for word in command.split()]
+    code, text = run(*words, "--inputs", "a.png", "--image-mean", "0.5")
+    assert code == 0, text
+
+
+def test_sizes_are_refused_where_files_have_theirs(one: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", image=np.ones((1, 3, 6, 6), np.float32))
+    for command in (("bisect", one, "-b", "ort,ort-all"), ("check", one), ("verify", one, "-s", "ort,ort-all")):
+        code, text = run(*command, "--inputs", tmp_path / "a.npz", "--shape", "image=1x3x8x8")
+        assert code == 2
+        assert "--shape: it would do nothing here: the inputs have the sizes that" in text

@@ -25,7 +25,7 @@ from cp_debug.probes.distance import relative_l2
 from cp_debug.programs.layers import layer_name
 from cp_debug.programs.pipeline import Key, Pipeline
 from cp_debug.programs.scene import decode
-from cp_debug.recipes.abilities import DetectsBoxes, Remarks
+from cp_debug.recipes.abilities import HasScores, Remarks
 from cp_debug.recipes.base import Arrays, Model, Sample
 
 LONG = 1152
@@ -114,7 +114,7 @@ class Preflight:
         """Scores that were never squeezed into (0, 1), or twice."""
         decoded = decode(self.model, sample, results)
         last = self.model.components[-1]
-        if not isinstance(decoded, DetectsBoxes) or not len(decoded.scores):
+        if not isinstance(decoded, HasScores) or not len(decoded.scores):
             return
         scores = decoded.scores
         low, high = float(np.min(scores)), float(np.max(scores))

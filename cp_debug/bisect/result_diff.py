@@ -43,7 +43,7 @@ class LayerState:
 
     @property
     def error(self) -> float:
-        """Relative L2 of what the layer introduced, where a replay says so; else of how far its result is off."""
+        """Relative L2 of the error that the layer introduced, where it was replayed; else of its divergence."""
         figure = self.rel_l2 if self.introduced is None else self.introduced
         return math.inf if math.isnan(figure) else figure
 

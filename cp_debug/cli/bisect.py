@@ -165,7 +165,8 @@ def bisect(
     refuse(("overwrite",), unless=save is not None, why="without --save nothing is kept")
     check_made_up(samples, inputs)
     refuse_seed([model], inputs, samples)
-    how = files.chosen(model, inputs, int8.calib_data)
+    calibrated = [int8.calib_data] if any("int8" in spec.name for spec in specs) else []
+    how = files.chosen(model, inputs, *calibrated)
     check_given(model, inputs=inputs, samples=samples, checkpoint=checkpoint, test_model=test_model, reading=how)
     engines.check_installed(specs)
     calibration.check_calibration(model, int8.calib_data, int8.calib_samples, reading=how)

@@ -10,7 +10,7 @@ import typer
 
 from cp_debug.cli import tensorrt
 from cp_debug.cli.given import check_given, check_installed
-from cp_debug.cli.typed import refuse, refuse_export_folder
+from cp_debug.cli.typed import once, refuse, refuse_export_folder
 
 
 class PrecisionPolicy(str, Enum):
@@ -71,7 +71,7 @@ def build(
         }
         config = override(config, overrides)
         refuse_export_folder(config.model or "")
-        profiles = dict(map(tensorrt.parse_profile, profile or ()))
+        profiles = once(map(tensorrt.parse_profile, profile or ()), "--profile")
         options: dict[str, Any] = {"on_event": on_step.on_event, "calibration_cache": calibration_cache}
         options |= {"profiles": profiles} if profiles else {}
         assert config.model is not None

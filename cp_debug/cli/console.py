@@ -29,7 +29,7 @@ from rich.segment import Segment
 from rich.text import Text
 
 from cp_debug.cli.plain_steps import PlainSteps
-from cp_debug.safe_text import message, visible
+from cp_debug.safe_text import message, no_command, visible
 
 if TYPE_CHECKING:
     from cp_debug.bisect.result import BisectResult
@@ -86,7 +86,7 @@ class SafeConsole(Console):
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Segments that rich makes, with control characters of texts as escapes; rich's own controls stay."""
         for segment in super().render(renderable, options):
-            yield segment if segment.control else Segment(visible(segment.text), segment.style)
+            yield segment if segment.control else Segment(no_command(visible(segment.text)), segment.style)
 
     def on_broken_pipe(self) -> None:
         """End the process with the code for a reader that has gone."""

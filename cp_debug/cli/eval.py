@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -12,15 +12,21 @@ from cp_debug.cli import calibration, tensorrt
 from cp_debug.cli.bisect import Exporter
 from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up, grouped
 from cp_debug.cli.given import check_given
-from cp_debug.cli.typed import refuse_data_flags, refuse_export_flags
+from cp_debug.cli.typed import refuse, refuse_data_flags, refuse_export_flags
 
 if TYPE_CHECKING:
     from cp_debug.backends.base import Program
+    from cp_debug.backends.spec import BackendSpec
+    from cp_debug.detection.evaluation import EvaluationResult
+    from cp_debug.recipes.data.base import DataOptions
 
 
 @grouped
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A recipe that detects (`cpdebug models`).")] = "centerpoint:tiny",
+    model: Annotated[
+        str,
+        typer.Argument(help="A recipe that detects (`cpdebug models`), or the description of exported files (.yaml)."),
+    ] = "centerpoint:tiny",
     backends: Annotated[str, typer.Option("--backends", "-b", help="Reference first, then the tests.")] = "torch,ort",
     data: Annotated[
         Path | None, typer.Option(help="An mmdet3d info file (.pkl); else the held-out synthetic scenes.")
@@ -54,10 +60,16 @@ def evaluate(
     difference is below 0.
     """
     from cp_debug.backends.spec import parse_backends
-    from cp_debug.cli.console import show_document, steps
+    from cp_debug.cli.console import steps
     from cp_debug.recipes.data.base import DataOptions, iterate
 
     specs = parse_backends(backends)
+    if model.endswith((".yaml", ".yml")):
+        refuse(_OF_MODULES, unless=False, why=f"{model} describes exported files, which are taken as they are")
+        check_made_up(samples, data, given_by="--data")
+        counting = ranges, min_points, draws, seed, max_drop
+        reading = DataOptions(data_root, sweeps, skip_missing)
+        _finish(_files(Path(model), specs, data, samples, reading, counting), json, csv, predictions)
     engines.check(specs)
     int8.check(specs)
     refuse_data_flags(data)
@@ -70,12 +82,8 @@ def evaluate(
     from cp_debug.detection.evaluate import as_detector
     from cp_debug.detection.evaluate import evaluate as run
     from cp_debug.detection.evaluation import EvaluationOptions, parse_ranges
-    from cp_debug.detection.predictions import save_predictions
-    from cp_debug.files import complete_file
     from cp_debug.quantization.open_quantized import calibration_samples
     from cp_debug.quantization.quantized_programs import load_quantized, quantize_programs
-    from cp_debug.reports.evaluation import render
-    from cp_debug.reports.files import csv_text
 
     loaded, quantized = load_quantized(model, checkpoint, seed)
     int8.check(specs, f"the scales are those of {checkpoint}" if quantized else "")
@@ -111,8 +119,49 @@ def evaluate(
             quantize=quantize,
             on_step=on_step,
         )
+    _finish(result, json, csv, predictions)
+
+
+_OF_MODULES = ("checkpoint", "exporter", "unfolded")
+
+
+def _files(
+    description: Path,
+    specs: list[BackendSpec],
+    data: Path | None,
+    samples: int,
+    read: DataOptions,
+    counting: tuple[str, int, int, int, float],
+) -> EvaluationResult:
+    """Score exported files with ONNX Runtime and numpy; torch is not imported."""
+    from cp_debug.cli.console import steps
+    from cp_debug.detection.evaluation import EvaluationOptions, parse_ranges
+    from cp_debug.detection.file_evaluation import evaluate_files, read_description
+
+    described = read_description(description)
+    ranges, min_points, draws, seed, max_drop = counting
+    options = EvaluationOptions(
+        ranges=parse_ranges(ranges, described.config.class_names),
+        min_points=min_points,
+        draws=draws,
+        seed=seed,
+        max_drop=max_drop,
+    )
+    with steps() as on_step:
+        return evaluate_files(described, specs, data, samples, options, seed=seed, read=read, on_step=on_step)
+
+
+def _finish(result: EvaluationResult, json: str | None, csv: Path | None, predictions: Path | None) -> NoReturn:
+    """Print the result, write what was asked for, and end with the exit code."""
+    from cp_debug.cli.console import show_document
+    from cp_debug.detection.predictions import save_predictions
+    from cp_debug.files import complete_file
+    from cp_debug.reports.evaluation import render
+
     show_document(render(result), result.to_dict(), json)
     if csv:
+        from cp_debug.reports.files import csv_text
+
         with complete_file(csv) as stream:
             stream.write(csv_text(result.to_pandas()))
     if predictions:

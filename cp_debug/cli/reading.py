@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cp_debug.cli.typed import refuse, typed
+from cp_debug.cli.typed import once, refuse, typed
 from cp_debug.errors import InputError
 
 if TYPE_CHECKING:
@@ -80,10 +80,13 @@ class ReadingFlags:
         )
         if 0 in images.std or images.scale == 0:
             raise InputError(f"--image-{'std' if 0 in images.std else 'scale'}: 0; expected another number")
-        reading = Reading(dict(map(parse_shape, self.shape or ())), images)
+        reading = Reading(once(map(parse_shape, self.shape or ()), "--shape"), images)
         check_reading(model, kind_of(model), reading)
         names = [f.name for f in fields(self) if f.name.startswith("image_")]
         refuse(names, unless=any(map(_may_be_image, given)), why="no image is read; expected one as input")
+        sized = None in given or any(map(_may_be_image, given))
+        read_from = ", ".join(str(path) for path in given if path is not None)
+        refuse(("shape",), unless=sized, why=f"the inputs have the sizes that {read_from} gives them")
         return reading
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cp_debug.cli.flags import LONGEST_BUILD
-from cp_debug.cli.typed import refuse, typed
+from cp_debug.cli.typed import once, refuse, typed
 from cp_debug.errors import InputError
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ class TensorRTFlags:
         return {
             "python": self.trt_python,
             "strongly_typed": self.strongly_typed,
-            "profiles": dict(map(parse_profile, self.profile or ())),
+            "profiles": once(map(parse_profile, self.profile or ()), "--profile"),
             "workspace_mib": self.workspace,
             "timing_cache": self.timing_cache,
             "cache": self._open_cache,

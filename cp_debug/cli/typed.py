@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 import typer
 from typer.core import TyperCommand
@@ -16,6 +16,7 @@ from cp_debug.errors import InputError
 _TYPED: ContextVar[Mapping[str, str] | None] = ContextVar("typed", default=None)
 
 
+T = TypeVar("T")
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as in shells."""
 
@@ -81,6 +82,16 @@ def refuse_export_flags(models: Iterable[str]) -> None:
     names = list(models)
     onnx = bool(names) and all(name.endswith(".onnx") for name in names)
     refuse(("exporter", "unfolded"), unless=not onnx, why=f"{', '.join(names)} is exported already")
+
+
+def once(pairs: Iterable[tuple[str, T]], flag: str) -> dict[str, T]:
+    """The (name, value) pairs of a repeatable flag. Raises InputError for a name that is given twice."""
+    found: dict[str, T] = {}
+    for name, value in pairs:
+        if name in found:
+            raise InputError(f"{flag}: {name!r} is given twice; expected it once")
+        found[name] = value
+    return found
 
 
 def refuse_export_folder(model: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +12,7 @@ import typer
 from cp_debug.cli import reading, tensorrt
 from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up, grouped
 from cp_debug.cli.given import check_configured, check_given
-from cp_debug.cli.typed import refuse, refuse_export_folder
+from cp_debug.cli.typed import once, refuse, refuse_export_folder
 
 if TYPE_CHECKING:
     from cp_debug.deploy.schema import ScenarioConfig
@@ -72,6 +72,7 @@ def verify(
     from cp_debug.deploy.config import override
     from cp_debug.deploy.stages import Deployment, configured
     from cp_debug.files import write_text
+    from cp_debug.programs.precision import coarser
     from cp_debug.recipes.centerpoint.recipe import CenterPointModel
     from cp_debug.reports.verification import render, render_junit
 
@@ -98,11 +99,16 @@ def verify(
         refuse(("maps",), unless=test_model is not None, why="without --test-model both sides run one file")
         refuse_export_folder(config.model or "")
         check_made_up(config.verify.samples, config.data.path)
-        how = files.chosen(config.model or "")
+        how = files.chosen(config.model or "", config.data.path)
         check_configured(config, config.verify.samples, test_model=test_model, reading=how)
         deployment = Deployment(config, source, on_step, how, on_event=on_step.on_event)
         why = f"{config.model} makes no voxels here; expected a CenterPoint"
         refuse(("voxels",), unless=voxels is None or isinstance(deployment.model, CenterPointModel), why=why)
+        judged = {
+            coarser(deployment.backend(s.reference).precision, deployment.backend(s.test).precision).name
+            for s in config.scenarios()
+        }
+        check_precisions(parse_tolerances(tolerance or ()), judged)
         result = deployment.verify(onnx_dir, test_model=test_model, maps=maps or (), voxels=voxels, explain=explain)
     show_document(render(result), result.to_dict(), json)
     if junit:
@@ -135,15 +141,29 @@ def parse_scenarios(texts: Sequence[str], *, repeats: bool = False) -> list[Scen
 
 def parse_tolerances(texts: Sequence[str]) -> dict[str, float]:
     """Parse ``heatmap=1e-3`` texts as name → limit. Raises InputError for a text that is none."""
+    return once(map(_tolerance, texts), "--tolerance")
+
+
+def _tolerance(text: str) -> tuple[str, float]:
     from cp_debug.errors import InputError
 
-    limits = {}
-    for text in texts:
-        name, _, value = text.partition("=")
-        try:
-            limits[name] = float(value)
-            if not name or not math.isfinite(limits[name]):
-                raise ValueError
-        except ValueError:
-            raise InputError(f"--tolerance: {text!r}; expected NAME=NUMBER, such as heatmap=1e-3") from None
-    return limits
+    name, _, value = text.partition("=")
+    try:
+        limit = float(value)
+        if not name or not math.isfinite(limit):
+            raise ValueError
+    except ValueError:
+        raise InputError(f"--tolerance: {text!r}; expected NAME=NUMBER, such as heatmap=1e-3") from None
+    return name, limit
+
+
+def check_precisions(given: Iterable[str], compared: Collection[str]) -> None:
+    """Raise InputError for a tolerance of a precision in which no scenario is judged."""
+    from cp_debug.errors import InputError
+    from cp_debug.programs.precision import PRECISIONS
+
+    for name in given:
+        precision = name.rpartition("@")[2]
+        if (name in PRECISIONS or "@" in name) and precision in PRECISIONS and precision not in compared:
+            judged = ", ".join(sorted(compared))
+            raise InputError(f"--tolerance: {name} would do nothing here: the scenarios are judged as {judged}")

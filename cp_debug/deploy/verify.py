@@ -119,7 +119,7 @@ class VerifyResult(JsonForm, Shown):
         return all(scenario.passed for scenario in self.scenarios)
 
     def derived(self) -> dict[str, Any]:
-        """The outcome."""
+        """Whether every scenario passed."""
         return {"passed": self.passed}
 
 

@@ -47,7 +47,7 @@ class Objects:
         return type(self)(*(getattr(self, field.name)[chosen] for field in fields(self)))
 
     def of_class(self, label: int) -> Self:
-        """The objects with a label."""
+        """The boxes whose label is ``label``."""
         return self.take(self.labels == label)
 
 

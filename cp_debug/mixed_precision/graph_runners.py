@@ -35,7 +35,7 @@ class Runner(Protocol):
     """Engines, graphs or sessions made so far; 0 where a trial needs none."""
 
     def run(self, kept_groups: Kept) -> list[Results]:
-        """The outputs for each sample. Raises InputError where the backend refuses to build this."""
+        """Final outputs by sample, with ``kept_groups`` in high precision. Raises InputError for a refused build."""
         ...
 
     def latency(self) -> float | None:
@@ -65,7 +65,7 @@ class EmulatedRunner:
         self._nodes = sum(len(executor.graph.nodes) for executor in self._executors.values()) * len(samples)
 
     def run(self, kept_groups: Kept) -> list[Results]:
-        """The outputs for each sample."""
+        """Final outputs by sample, with ``kept_groups`` in high precision."""
         graphs = {name: executor.graph for name, executor in self._executors.items()}
         high = {name: self._precision.high(graph, nodes_of(kept_groups, name)) for name, graph in graphs.items()}
         return [self._pass(i, high) for i in range(len(self._samples))]
@@ -129,7 +129,7 @@ class BackendRunner:
         """Component → layers of its latest engine (``name``, ``nodes``), where the backend tells."""
 
     def run(self, kept_groups: Kept) -> list[Results]:
-        """The outputs for each sample. Raises InputError where the backend refuses to build this."""
+        """Final outputs by sample, with ``kept_groups`` in high precision. Raises InputError for a refused build."""
         walks = [Walk(self._model, sample) for sample in self._samples]
         chain: tuple[frozenset[str], ...] = ()
         for steps in zip(*walks, strict=True):

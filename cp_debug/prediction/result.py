@@ -43,7 +43,7 @@ class Interval:
         return cls(min(errors) / spread, expected, max(errors) * spread)
 
     def joined(self, other: Interval) -> Interval:
-        """The smallest interval that holds both, with the larger of the expected errors."""
+        """The smallest interval that holds this one and ``other``, with the larger of the expected errors."""
         return Interval(min(self.low, other.low), max(self.expected, other.expected), max(self.high, other.high))
 
 

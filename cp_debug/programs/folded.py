@@ -36,7 +36,7 @@ class Folded:
         self._executor = Executor(graph, FP32)
 
     def see(self, name: str, tensor: AnyTensor) -> None:
-        """Remember the shape, where an operator asks for it."""
+        """Keep the shape of a tensor (any shape and dtype) of the run, where an operator asks for it."""
         if name in self._measured:
             self._shapes[name] = tuple(tensor.shape)
 

@@ -97,6 +97,14 @@ class Remarks:
 
 
 @runtime_checkable
+class HasScores(Protocol):
+    """A decoded result whose entries have scores, boxes or not."""
+
+    scores: np.ndarray
+    """``[N]``, 0 to 1."""
+
+
+@runtime_checkable
 class DetectsBoxes(Protocol):
     """A decoded result that consists of detections."""
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import faulthandler
 import io
 import logging
+import os
+import signal
+import time
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,9 @@ from torch.utils._pytree import tree_unflatten
 
 from cp_debug.errors import InputError
 from cp_debug.recipes.torch_callable import TorchModel, own_code
+
+PATIENCE = 60.0
+"""Seconds that reading a TorchScript file may take."""
 
 
 def exported_model(
@@ -84,11 +91,49 @@ def load_program(path: Path, inputs: Any = None) -> TorchModel:
             f"MODEL: {path} holds weights or a pickled module, no TorchScript: it cannot be run without its class; "
             "expected file.py:callable with --checkpoint"
         )
+    _survives(path, lambda: _touch(torch.jit.load(io.BytesIO(content), map_location="cpu")))
     with own_code(f"MODEL: {path}: torch.jit.load"):
         module = torch.jit.load(io.BytesIO(content), map_location="cpu")
     if inputs is None:
         raise InputError(f"MODEL: {path} is TorchScript, which names no shapes; expected --inputs with one .npz file")
     return scripted_model(str(path), module, inputs)
+
+
+def _touch(module: torch.jit.ScriptModule) -> None:
+    """Look at everything that a conversion looks at."""
+    for _, tensor in (*module.named_parameters(), *module.named_buffers()):
+        tensor.clone()
+    str(module.eval().inlined_graph)
+
+
+def _survives(path: Path, trial: Callable[[], object]) -> None:
+    """Raise InputError where ``trial`` ends the process: torch trusts what a TorchScript file says of itself.
+
+    A copy of this process tries; what it raises is left to whoever does the same here.
+    """
+    if not hasattr(os, "fork"):
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads, none of which the copy has or needs
+        process = os.fork()
+    if process == 0:
+        with suppress(BaseException):
+            faulthandler.disable()
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, 1)
+            os.dup2(null, 2)
+            trial()
+        os._exit(0)
+    end = time.monotonic() + PATIENCE
+    while (status := os.waitpid(process, os.WNOHANG)) == (0, 0) and time.monotonic() < end:
+        time.sleep(0.01)
+    if status == (0, 0):
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        raise InputError(f"MODEL: {path}: torch.jit.load had not read it after {PATIENCE:g} s")
+    if os.WIFSIGNALED(status[1]):
+        name = signal.Signals(os.WTERMSIG(status[1])).name
+        raise InputError(f"MODEL: {path} is damaged: reading it ends torch's process ({name})")
 
 
 @contextmanager

@@ -96,7 +96,7 @@ class EvalGroup(JsonForm):
         return not self.result.worse
 
     def derived(self) -> dict[str, Any]:
-        """The outcome."""
+        """Whether no backend detects significantly less than the reference."""
         return {"passed": self.passed}
 
     def rows(self) -> list[dict[str, Any]]:

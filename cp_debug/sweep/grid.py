@@ -96,7 +96,7 @@ class Grid:
 
 
 def sample_files(inputs: Path) -> list[Path]:
-    """The file itself, or the files of a folder that hold samples, by name. Raises InputError for none."""
+    """Files with samples: ``inputs`` itself, or those of the folder, by name. Raises InputError for none."""
     if not inputs.is_dir():
         return [inputs]
     if files := sorted(file for file in inputs.iterdir() if file.name.endswith(ENDINGS)):

@@ -111,7 +111,7 @@ class MixedPrecisionGroup(JsonForm):
         return all(self.reached)
 
     def derived(self) -> dict[str, Any]:
-        """The outcome."""
+        """Whether the goal was reached on every sample."""
         return {"passed": self.passed}
 
     def rows(self) -> list[dict[str, Any]]:

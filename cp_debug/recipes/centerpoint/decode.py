@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cp_debug.recipes.centerpoint.config import OUTPUT_ORDER, CenterPointConfig
-from cp_debug.recipes.centerpoint.rectangles import rotated_nms
+from cp_debug.recipes.centerpoint.nms import survivors
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ def decode(outputs: Mapping[str, Tensor], config: CenterPointConfig, *, nms: boo
         for task, task_maps in enumerate(maps):
             boxes, scores, labels = decode_task({head: tensor[sample] for head, tensor in task_maps.items()}, config)
             if nms:
-                survivors = _survivors(boxes, scores, config, task)[: config.post_max_size]
-                boxes, scores, labels = boxes[survivors], scores[survivors], labels[survivors]
+                kept = survivors(boxes, scores, config, task)[: config.post_max_size]
+                boxes, scores, labels = boxes[kept], scores[kept], labels[kept]
             boxes[:, 2] -= boxes[:, 5] * np.float32(0.5)
             parts.append((boxes, scores, labels + np.int32(first_label)))
             first_label += len(config.tasks[task])
@@ -76,25 +76,3 @@ def decode_task(maps: Mapping[str, Tensor], config: CenterPointConfig) -> tuple[
     passing = inside & (scores > config.score_threshold)
     boxes, scores, labels = boxes[passing], scores[passing], labels[passing].int()
     return boxes.detach().cpu().numpy(), scores.detach().cpu().numpy(), labels.cpu().numpy()
-
-
-def _survivors(boxes: np.ndarray, scores: np.ndarray, config: CenterPointConfig, task: int) -> np.ndarray:
-    if config.nms_overlap is None:
-        return circle_nms(boxes[:, :2], scores, config.nms_min_radius[task])
-    best = np.argsort(-scores, kind="stable")[: config.nms_pre_max_size]
-    return best[rotated_nms(boxes[best][:, [0, 1, 3, 4, 6]], scores[best], config.nms_overlap)]
-
-
-def circle_nms(centres: np.ndarray, scores: np.ndarray, min_radius: float) -> np.ndarray:
-    """Indices [K] that survive, best first: a box within a *squared* distance of ``min_radius`` of a better one goes.
-
-    ``centres`` [N, 2] in metres, ``scores`` [N], ``min_radius`` in m².
-    """
-    remaining = np.argsort(-scores, kind="stable")
-    survivors = []
-    while remaining.size:
-        best, remaining = remaining[0], remaining[1:]
-        survivors.append(best)
-        distance = ((centres[remaining] - centres[best]) ** 2).sum(axis=1)
-        remaining = remaining[distance > min_radius]
-    return np.array(survivors, dtype=np.int64)

@@ -1,30 +1,10 @@
-"""Turned rectangles: the area that two have in common, many pairs at a time, and suppression where they overlap."""
+"""Turned rectangles: the area that two have in common, many pairs at a time."""
 
 from __future__ import annotations
 
 import numpy as np
 
 _CORNERS = np.array([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]])
-
-
-def rotated_nms(rectangles: np.ndarray, scores: np.ndarray, limit: float) -> np.ndarray:
-    """Indices [K] that survive, best first: a rectangle that overlaps a better one by more than ``limit`` goes.
-
-    ``rectangles`` [N, 5]: x, y, length, width in metres, yaw in radians; ``scores`` [N]; ``limit`` is an intersection
-    over union, as in mmdet3d's ``nms_bev``.
-    """
-    remaining = np.argsort(-scores, kind="stable")
-    rectangles = rectangles.astype(np.float64)
-    areas = np.abs(rectangles[:, 2:4]).prod(axis=1)
-    survivors = []
-    while remaining.size:
-        best, remaining = remaining[0], remaining[1:]
-        survivors.append(best)
-        common = intersection_areas(np.repeat(rectangles[[best]], len(remaining), 0), rectangles[remaining])
-        union = areas[best] + areas[remaining] - common
-        overlap = np.divide(common, union, out=np.zeros_like(union), where=union > 0)
-        remaining = remaining[~(overlap > limit)]
-    return np.array(survivors, dtype=np.int64)
 
 
 def intersection_areas(a: np.ndarray, b: np.ndarray) -> np.ndarray:

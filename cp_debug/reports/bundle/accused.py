@@ -43,7 +43,7 @@ class Accused:
 
 
 def find_accused(saved: SavedResult, layer: str | None = None, backend: str | None = None) -> Accused:
-    """The layer of that name (torch path, node or value), or the first guilty one.
+    """The layer called ``layer`` (torch path, node or value), or the first guilty one.
 
     It is taken from ``backend``, or from the first test that has it. Raises InputError when there is none, or when the
     result was saved without its captures.
