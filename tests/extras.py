@@ -11,6 +11,7 @@ import pytest
 
 HOW = {
     "mmengine": "pip install '.[eval]' addict termcolor yapf, then pip install --no-deps mmengine==0.10.7",
+    "axe_playwright_python": "pip install --no-deps axe-playwright-python==0.1.8",
     "mkdocs": "pip install '.[docs]'",
     "modelopt": "pip install '.[quant]'",
     "transformers": "pip install '.[transformers]'",

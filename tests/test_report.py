@@ -35,8 +35,9 @@ from cp_debug.recipes.base import Sample
 from cp_debug.reports.evidence import charts, evidence, worst_elements
 from cp_debug.reports.files import write_json
 from cp_debug.reports.gates import render_github, render_junit
-from cp_debug.reports.growth import growth_chart
+from cp_debug.reports.growth import growth_chart, stage_spans
 from cp_debug.reports.markdown import render_markdown
+from cp_debug.reports.matrix import matrix, told_before
 from cp_debug.reports.page import render_page
 from cp_debug.reports.png import opacity_png
 from cp_debug.reports.saved import SavedResult
@@ -432,3 +433,47 @@ def test_a_backend_that_is_a_path_leads_nowhere(saved: SavedResult) -> None:
     assert saved.capture(0, "ort") is not None
     assert saved.capture(0, "../sample-0/ort") is None
     assert saved.capture(0, "..") is None
+
+
+def test_inf_and_nan_are_drawn_as_what_they_are(saved: SavedResult) -> None:
+    test = saved.result.tests[0]
+    rows = list(test.rows)
+    rows[5] = replace(rows[5], stats=replace(rows[5].stats, nan_test=3, rel_l2=math.nan))
+    rows[9] = replace(rows[9], stats=replace(rows[9].stats, inf_test=1, rel_l2=math.inf))
+    chart = growth_chart(replace(test, rows=rows), "t0-layer-")
+    assert chart is not None
+    picture = ET.fromstring(chart.__html__())
+    assert [text.text for text in picture.iter("text") if text.get("class") == "strange"] == ["NaN", "∞"]
+    assert "2 layers are not finite" in (picture.get("aria-label") or "")
+    x = np.linspace(-1, 1, 64, dtype=np.float32).reshape(1, 4, 4, 4)
+    broken = x.copy()
+    broken[0, 1, 2, 3], broken[0, 2, 0, 0], broken[0, 2, 0, 1] = np.nan, np.inf, -np.inf
+    captions = dict(charts(x, broken, None, "fp16", upwards=False))
+    histogram = captions["Values on both sides"].__html__()
+    for wanted in ("1 NaN", "1 Inf", "1 −Inf"):
+        assert wanted in histogram
+    assert "NaN" not in dict(charts(x, x + 1, None, "fp16", upwards=False))["Values on both sides"].__html__()
+
+
+def test_a_stage_that_holds_all_is_told_by_what_is_in_it(saved: SavedResult) -> None:
+    test = saved.result.tests[0]
+    rows = [replace(row, name=f"net.body.{('left', 'right')[i > 20]}.{i}") for i, row in enumerate(test.rows)]
+    whole = replace(test, rows=rows, stages=[replace(test.stages[-1], name="net", layer=rows[-1])])
+    assert stage_spans(whole) == [("net.body.left", -0.5, 20.5), ("net.body.right", 20.5, len(rows) - 0.5)]
+    assert [name for name, _, _ in stage_spans(test)] == [stage.name for stage in test.stages]
+
+
+def test_backends_stand_side_by_side_and_a_finding_is_told_once(saved: SavedResult) -> None:
+    first, second = saved.result.tests
+    lines = matrix([first, second])
+    assert [line.name for line in lines] == [row.name for row in first.rows]
+    assert [line.name for line in lines if line.accused] == [first.guilty[0].name]
+    assert matrix([first]) == []
+    shorter = matrix([replace(first, rows=first.rows[:3]), second])
+    assert [row is None for row in shorter[5].rows] == [True, False]
+    assert [told_before([first, second], finding) for finding in second.findings] == [0] * len(second.findings)
+    assert [told_before([first, second], finding) for finding in first.findings] == [None] * len(first.findings)
+    page = render_page(saved)
+    assert page.count('<article class="finding">') == len(first.findings)
+    assert page.count("told above, for") == len(second.findings) > 0
+    assert 'id="matrix"' not in render_page(SavedResult.of(replace(saved.result, tests=[first])))

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
+from extras import needs
 from onnx import TensorProto, helper
 from selenium import webdriver
-from selenium.webdriver.support.ui import WebDriverWait
+from selenium.webdriver import ActionChains
+from selenium.webdriver.support.ui import Select, WebDriverWait
 from test_report import save_faulty
 
 from cp_debug.bisect.result import GUILTY
@@ -210,6 +214,107 @@ def test_no_width_makes_the_page_scroll_sideways(page: Any, width: int) -> None:
     page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     try:
         assert page.execute_script("return document.documentElement.scrollWidth") <= width
+    finally:
+        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.slow
+@needs("axe_playwright_python")
+@pytest.mark.parametrize(("theme", "width"), [("light", 1280), ("dark", 1280), ("light", 400), ("dark", 400)])
+def test_axe_finds_no_barrier(page: Any, theme: str, width: int) -> None:
+    spec = find_spec("axe_playwright_python")
+    assert spec is not None
+    assert spec.origin is not None
+    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        choose_theme(page, theme)
+        opened_graph(page)
+        page.execute_script(
+            "document.querySelectorAll('details')"
+            ".forEach((d, i) => { if (!d.closest('td') || i % 9 === 0) d.open = true })"
+        )
+        page.execute_script((Path(spec.origin).parent / "axe.min.js").read_text(encoding="utf-8"))
+        page.set_script_timeout(200)
+        found = page.execute_async_script("axe.run().then(arguments[0], e => arguments[0]({violations: [String(e)]}))")
+        assert len(found["passes"]) > 20
+        said = [(v["id"], v["help"], [n["html"][:150] for n in v["nodes"][:3]]) for v in found["violations"]]
+        assert said == []
+    finally:
+        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        choose_theme(page, "system")
+
+
+def choose_theme(page: Any, name: str) -> None:
+    Select(page.find_element("css selector", ".theme select")).select_by_value(name)
+
+
+def test_the_theme_is_chosen_and_remembered(page: Any) -> None:
+    colour = "return getComputedStyle(document.body).backgroundColor"
+    page.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "light"}]}
+    )
+    try:
+        light = page.execute_script(colour)
+        choose_theme(page, "dark")
+        dark = page.execute_script(colour)
+        assert dark != light
+        page.refresh()
+        assert page.execute_script(colour) == dark
+        choose_theme(page, "system")
+        assert page.execute_script(colour) == light
+    finally:
+        choose_theme(page, "system")
+        page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_the_growth_chart_shows_a_part(page: Any, saved: SavedResult) -> None:
+    rows = saved.result.tests[0].rows
+    (guilty,) = [i for i, row in enumerate(rows) if row.verdict == GUILTY]
+    strip = page.find_element("css selector", ".overview")
+    assert strip.find_element("tag name", "output").text == f"all {len(rows)} layers"
+    strip.find_element("css selector", "[data-do=in]").send_keys("\ue007")
+    first, last = map(int, re.findall(r"\d+", strip.find_element("tag name", "output").text)[:2])
+    assert first <= guilty <= last
+    assert last - first < len(rows) * 0.6
+    mark = page.find_element("css selector", "svg.growth circle.guilty")
+    chart = page.find_element("css selector", "svg.growth").rect
+    assert chart["x"] < mark.rect["x"] < chart["x"] + chart["width"]
+    picture = strip.find_element("tag name", "svg")
+    width = picture.rect["width"]
+    drag = ActionChains(page).move_to_element_with_offset(picture, int(-width / 2) + 3, 0).click_and_hold()
+    drag.move_by_offset(int(width * 0.3), 0).release().perform()
+    first, last = map(int, re.findall(r"\d+", strip.find_element("tag name", "output").text)[:2])
+    assert (first, last) == (0, pytest.approx(len(rows) * 0.3, abs=2))
+    strip.find_element("css selector", "[data-do=all]").click()
+    assert strip.find_element("tag name", "output").text == f"all {len(rows)} layers"
+
+
+def test_guilty_rows_stay_in_sight(page: Any, saved: SavedResult) -> None:
+    guilty = saved.result.tests[0].guilty[0]
+    box = page.find_element("css selector", ".tall:has(table.layers)")
+    page.execute_script("arguments[0].scrollTop = arguments[0].scrollHeight", box)
+    (pinned,) = page.find_elements("css selector", "section:has(#t0-title) .pinned")
+    assert guilty.name in pinned.text
+    top = page.execute_script("return arguments[0].getBoundingClientRect().top", box)
+    assert abs(page.execute_script("return arguments[0].getBoundingClientRect().top", pinned) - top) < 60
+    pinned.find_element("tag name", "a").click()
+    row = page.find_element("id", f"t0-layer-{guilty.index}")
+    assert row.find_element("tag name", "details").get_attribute("open")
+
+
+@pytest.mark.parametrize("width", [360, 400])
+def test_nothing_is_cut_at_the_width_of_a_phone(page: Any, width: int) -> None:
+    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        cut = page.execute_script(
+            "return [...document.querySelectorAll('.badge, button, .key, h1, h2, h3, h4, .facts div')]"
+            ".filter(e => e.checkVisibility() && (r => r.left < 0 || r.right > innerWidth + 1"
+            " || e.scrollWidth > e.clientWidth + 2 && getComputedStyle(e).display !== 'inline')"
+            "(e.getBoundingClientRect())).map(e => e.outerHTML.slice(0, 120))"
+        )
+        assert cut == []
     finally:
         page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 

@@ -31,6 +31,7 @@ from cp_debug.errors import InputError
 from cp_debug.graph.fold_batchnorm import fold_batchnorm
 from cp_debug.mixed_precision.goal import Goal
 from cp_debug.mixed_precision.search import MixedPrecisionOptions, search
+from cp_debug.prediction.box_changes import BoxChanges, box_changes, joined, largest_changes
 from cp_debug.prediction.groups import Group
 from cp_debug.prediction.result import (
     CLOSE,
@@ -138,6 +139,7 @@ class _ModelPrediction:
         self._layers: dict[Key, PredictedLayer] = {}
         self._outputs: dict[Key, PredictedOutput] = {}
         self._detections: dict[str, DetectionChange] = {}
+        self._largest_changes: dict[str, Interval] = {}
         self._notes: list[str] = []
         self._remarks = Remarks(model)
         self._walks: dict[str, GraphWalk] = {}
@@ -254,6 +256,7 @@ class _ModelPrediction:
         reference: Any = decode(self._model, sample, results[EXACT])
         if not isinstance(reference, DetectsBoxes):
             return
+        families: dict[str, list[BoxChanges]] = {}
         for kernel in self._kernels:
             test: Any = decode(self._model, sample, results[kernel.name])
             if not isinstance(test, DetectsBoxes):
@@ -262,6 +265,9 @@ class _ModelPrediction:
             change = compare_detections(reference, test)
             earlier = self._detections.get(kernel.name)
             self._detections[kernel.name] = change if earlier is None else earlier + change
+            families.setdefault(kernel.arithmetic.name, []).append(box_changes(reference, test))
+        if families:
+            self._largest_changes = joined(self._largest_changes, largest_changes([*families.values()]))
 
     def result(self, sources: Sequence[str]) -> Prediction:
         """The prediction over all samples."""
@@ -286,6 +292,7 @@ class _ModelPrediction:
             layers=list(self._layers.values()),
             outputs=outputs,
             detections=self._detections,
+            largest_changes=self._largest_changes,
             keep=keep,
             notes=list(dict.fromkeys([*self._notes, *self._remarks.sentences])),
         )

@@ -105,6 +105,9 @@ class Prediction(JsonForm, Shown):
     outputs: list[PredictedOutput]
     detections: dict[str, DetectionChange] = field(default_factory=dict)
     """Kernel → changes of the reference's boxes; empty for models without boxes."""
+    largest_changes: dict[str, Interval] = field(default_factory=dict)
+    """``center`` and ``size`` in metres, ``yaw`` in radians, ``score`` → interval of the largest change of a box, over
+    kernels that were not emulated too (``prediction/box_changes.py``)."""
     keep: dict[str, list[str]] = field(default_factory=dict)
     """Component → nodes to keep in FP32."""
     goal: str = ""

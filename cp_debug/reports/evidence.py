@@ -184,7 +184,24 @@ def _histogram(reference_values: np.ndarray, test_values: np.ndarray) -> Canvas 
     for kind, count in zip(("reference area", "test outline"), counts, strict=True):
         steps = [(x(e), y(max(c, 0.5))) for a, b, c in zip(edges, edges[1:], count, strict=False) for e in (a, b)]
         canvas.path([(left, bottom), *steps, (right, bottom)], kind)
+    for line, text in enumerate(_not_finite(reference_values, test_values)):
+        canvas.text((left + right) / 2, top + 14 + 15 * line, text, "strange")
     return canvas
+
+
+def _not_finite(reference_values: np.ndarray, test_values: np.ndarray) -> list[str]:
+    """Lines such as ``test: 3 NaN, 1 −Inf``, for the sides that hold such elements; all elements are looked at."""
+    lines = []
+    for side, values in (("reference", reference_values), ("test", test_values)):
+        counts = {
+            "NaN": np.isnan(values),
+            "Inf": np.isposinf(values),
+            "−Inf": np.isneginf(values),
+        }
+        found = [f"{int(where.sum())} {name}" for name, where in counts.items() if where.any()]
+        if found:
+            lines.append(f"{side}: {', '.join(found)}")
+    return lines
 
 
 def _against(magnitude: np.ndarray, error: np.ndarray, precision: str) -> Canvas | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from itertools import groupby
+import re
+from collections.abc import Sequence
+from itertools import accumulate, groupby, pairwise
 
 from cp_debug.bisect.result import GUILTY, SHAPE, LayerRow, TestResult
 from cp_debug.reports.numbers import number
@@ -11,6 +13,8 @@ from cp_debug.reports.svg import Canvas, Scale, decades
 
 WIDTH, HEIGHT = 1040, 440
 LEFT, RIGHT, TOP, BOTTOM = 62, 12, 104, 46
+MOST_OF_ALL, MOST_NESTED = 0.8, 24
+"""Share of the rows from which on a stage is told by what is nested in it, and the most stages told so."""
 NAME_HEIGHT, NAME_LENGTH = 12, 16
 """Width that a stage needs so that its upright name does not run into the next one, and letters of it shown."""
 SERIES = ("expected", "inherited", "introduced")
@@ -30,25 +34,42 @@ def growth_chart(test: TestResult, anchor: str) -> Canvas | None:
     names = SERIES if test.oracle else ("divergence",)
     series = {name: [_value(row, name) for row in rows] for name in names}
     low, high = decades(2 * v for values in series.values() for v in values)  # room for the marks at the top
+    strange = {i: text for i, row in enumerate(rows) if (text := not_finite(row))}
     x = Scale(-0.5, len(rows) - 0.5, LEFT, WIDTH - RIGHT)
     y = Scale(low, high, HEIGHT - BOTTOM, TOP, log=True)
     label = f"Relative error of {len(rows)} layers of {test.backend.spec}, log scale: {', '.join(names)}"
-    canvas = Canvas(WIDTH, HEIGHT, label, "growth")
-    _stages(canvas, test, x, y)
+    if strange:
+        label += f"; {len(strange)} layers are not finite"
+    accused = [i for i, row in enumerate(rows) if row.verdict in (GUILTY, SHAPE)]
+    canvas = Canvas(
+        WIDTH, HEIGHT, label, "growth", {"left": LEFT, "right": x.end, "count": len(rows), "accused": accused}
+    )
+    clip = f"{anchor}plot"
+    canvas.add(
+        '<clipPath id="{}"><rect x="{}" y="0" width="{}" height="{}"/></clipPath>', clip, LEFT, x.end - LEFT, HEIGHT
+    )
+    canvas.open_group(clip)
+    _bands(canvas, test, x, y)
+    canvas.close_group()
+    _stages(canvas, test, x)
     canvas.axes(x, y, "layer, in execution order", "relative L2 error", x_ticks=False)
     for tick in x.ticks(10):
         if float(tick).is_integer() and 0 <= tick < len(rows):
-            canvas.text(x(tick), y.start + 16, rows[int(tick)].index, "tick middle")
+            canvas.text(x(tick), y.start + 16, rows[int(tick)].index, "tick middle", at=x(tick))
+    canvas.open_group(clip, "plot")
     for name, values in series.items():
         _draw(canvas, name, values, x, y)
     for i, row in enumerate(rows):
         canvas.rect(x(i - 0.5), TOP, x(i + 0.5) - x(i - 0.5), y.start - TOP, "hit", _title(row))
+    canvas.close_group()
+    for i, text in strange.items():
+        canvas.text(x(i), TOP + 12, text, "strange", at=x(i))
     for i, row in enumerate(rows):
         if row.verdict in (GUILTY, SHAPE):
-            place = x(i), y(max(v for v in (values[i] for values in series.values())))
+            place = x(i), y(max(v for v in (values[i] for values in series.values()))), x(i)
             mark = (
-                '<a href="#{}{}" aria-label="{}"><circle cx="{}" cy="{}" r="7" class="guilty"><title>{}</title>'
-                "</circle></a>"
+                '<a href="#{}{}" aria-label="{}"><circle cx="{}" cy="{}" r="7" class="guilty" data-x="{}"><title>{}'
+                "</title></circle></a>"
             )
             canvas.add(mark, anchor, row.index, f"guilty layer {row.name}", *place, _title(row))
     return canvas
@@ -63,33 +84,89 @@ def _draw(canvas: Canvas, name: str, values: list[float], x: Scale, y: Scale) ->
     elif name in STEMS:
         route = "".join(f"M{x(i):g} {y.start:g}V{place:g}" for i, place in places)
         canvas.add('<path d="{}" class="stem"/>', route)
-        for i, place in places:
-            canvas.add('<circle cx="{}" cy="{}" r="2.5" class="dot"/>', x(i), place)
+        dots = "".join(f"M{x(i):g} {place:g}h0" for i, place in places)  # round ends, whatever the chart is scaled by
+        canvas.add('<path d="{}" class="dot"/>', dots)
     else:
         for _, run in groupby(enumerate(places), key=lambda item: item[1][0] - item[0]):  # neighbours of one stretch
             canvas.path([(x(i), place) for _, (i, place) in run], f"line {name}")
 
 
 def _value(row: LayerRow, name: str) -> float:
-    """0 for what is not known: a log axis leaves it out."""
+    """0 for what is not known or not finite: a log axis leaves it out."""
     value = row.stats.rel_l2 if name == "divergence" else getattr(row.replay, name, None)
-    return 0.0 if value is None or math.isnan(value) else value
+    return 0.0 if value is None or not math.isfinite(value) else value
 
 
-def _stages(canvas: Canvas, test: TestResult, x: Scale, y: Scale) -> None:
+def not_finite(row: LayerRow) -> str:
+    """``∞`` or ``NaN`` for a row with a figure that is no number, or with such elements in its tensors; else empty."""
+    stats, replay = row.stats, row.replay
+    figures = [stats.rel_l2, stats.max_abs, *((replay.introduced, replay.inherited) if replay else ())]
+    if stats.nan_ref or stats.nan_test or any(v is not None and math.isnan(v) for v in figures):
+        return "NaN"
+    return "∞" if stats.inf_ref or stats.inf_test or any(v is not None and math.isinf(v) for v in figures) else ""
+
+
+def overview(test: TestResult) -> Canvas:
+    """A strip of all layers, high where the error is, on which a part of the growth chart is chosen."""
+    rows = test.rows
+    values = [_value(row, "introduced" if test.oracle else "divergence") for row in rows]
+    y = Scale(*decades(values), 100, 4, log=True)
+    canvas = Canvas(len(rows), 100, f"Errors of all {len(rows)} layers", stretched=True)
+    stems = "".join(f"M{i + 0.5:g} 100V{y(v):g}" for i, v in enumerate(values) if v > 0)
+    canvas.add('<path d="{}" class="stem"/>', stems)
+    accused = "".join(f"M{i + 0.5:g} 100V0" for i, row in enumerate(rows) if row.verdict in (GUILTY, SHAPE))
+    canvas.add('<path d="{}" class="accused"/>', accused)
+    canvas.rect(0, 0, len(rows), 100, "chosen")
+    return canvas
+
+
+def _bands(canvas: Canvas, test: TestResult, x: Scale, y: Scale) -> None:
     """A band for each stage, ending where the stage ends; every other one is shaded."""
-    position = {(row.component, row.onnx): i for i, row in enumerate(test.rows)}
-    start = -0.5
-    for number_, stage in enumerate(test.stages):
-        end = position[stage.layer.component, stage.layer.onnx] + 0.5
+    for number_, (name, start, end) in enumerate(stage_spans(test)):
+        canvas.rect(x(start), TOP, x(end) - x(start), y.start - TOP, f"band{number_ % 2}", name)
+
+
+def _stages(canvas: Canvas, test: TestResult, x: Scale) -> None:
+    """The names of the stages above their bands."""
+    for name, start, end in stage_spans(test):
         left, right = x(start), x(end)
-        canvas.rect(left, TOP, right - left, y.start - TOP, f"band{number_ % 2}", stage.name)
-        if right - left > 6.5 * len(stage.name):
-            canvas.text((left + right) / 2, TOP - 7, stage.name, "stage middle")
+        middle = (left + right) / 2
+        if right - left > 6.5 * len(name):
+            canvas.text(middle, TOP - 7, name, "stage middle", at=middle)
         elif right - left >= NAME_HEIGHT:
-            name = stage.name if len(stage.name) <= NAME_LENGTH else "…" + stage.name[1 - NAME_LENGTH :]
-            canvas.text((left + right) / 2 + 4, TOP - 6, name, "stage", turn=-90)
+            short = name if len(name) <= NAME_LENGTH else "…" + name[1 - NAME_LENGTH :]
+            canvas.text(middle + 4, TOP - 6, short, "stage", turn=-90, at=middle)
+
+
+def stage_spans(test: TestResult) -> list[tuple[str, float, float]]:
+    """(Name, start, end) of each stage in rows, an end lying between two rows.
+
+    A stage that holds nearly all rows is told by what is nested in it: the modules one level further down.
+    """
+    position = {(row.component, row.onnx): i for i, row in enumerate(test.rows)}
+    spans, start = [], -0.5
+    for stage in test.stages:
+        end = position[stage.layer.component, stage.layer.onnx] + 0.5
+        if end - start > MOST_OF_ALL * len(test.rows):
+            spans += _nested(stage.name, test.rows[math.ceil(start) : math.floor(end) + 1], start)
+        else:
+            spans.append((stage.name, start, end))
         start = end
+    return spans
+
+
+def _nested(name: str, rows: Sequence[LayerRow], start: float) -> list[tuple[str, float, float]]:
+    """Spans of the modules inside a stage, as deep as gives at least two and at most ``MOST_NESTED``; else its own."""
+    spans = [(name, start, start + len(rows))]
+    for depth in range(1, 8):
+        keys = [".".join(re.split(r"[./]", row.name.strip("/"))[:depth]) for row in rows]
+        runs = [(key, len(list(run))) for key, run in groupby(keys)]
+        if len(runs) > MOST_NESTED:
+            break
+        if len(runs) > 1:
+            ends = [start, *accumulate((count for _, count in runs), initial=start)][1:]
+            spans = [(key, a, b) for (key, _), (a, b) in zip(runs, pairwise(ends), strict=True)]
+    return spans
 
 
 def _title(row: LayerRow) -> str:

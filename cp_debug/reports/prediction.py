@@ -31,6 +31,10 @@ def render(result: Prediction, *, show_all: bool = False) -> Iterator[Renderable
     yield Terminal(output_table(result))
     for kernel, change in result.detections.items():
         yield Text(f"detections, {kernel}: {change}")
+    if result.largest_changes:
+        units = {"center": "m in centre", "size": "m in size", "yaw": "rad in yaw", "score": "in score"}
+        parts = [f"{i.low:.2g} to {i.high:.2g} {units[field]}" for field, i in result.largest_changes.items()]
+        yield Text(f"largest change of a box, other kernels included: {', '.join(parts)}")
     if result.weak:
         yield Text(f"{result.target} may leave any layer in FP32: then it introduces less than said here", "dim")
     for note in result.notes:

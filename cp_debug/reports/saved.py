@@ -60,7 +60,7 @@ class SavedResult:
 
     def capture(self, sample: int, spec: str) -> Capture | None:
         """The tensors of one backend on one sample; None when they were not kept."""
-        if Path(spec).name != spec:  # a file that leads elsewhere
+        if Path(spec).name != spec or spec == "..":  # a file that leads elsewhere
             return None
         folder = self.folder and self.folder / f"sample-{sample}" / spec
         return Capture.open(folder) if folder and folder.is_dir() else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
@@ -59,10 +59,26 @@ def tick_label(value: float, log: bool = False) -> Markup:
 class Canvas:
     """An SVG picture that is put together piece by piece. All text is escaped."""
 
-    def __init__(self, width: int, height: int, label: str, kind: str = "") -> None:
-        """``label`` describes the picture to those who cannot see it; ``kind`` is a CSS class."""
-        head = '<svg viewBox="0 0 {} {}" role="img" aria-label="{}" class="chart {}">'
-        self._parts = [Markup(head).format(width, height, label, kind)]
+    def __init__(
+        self,
+        width: int,
+        height: int,
+        label: str,
+        kind: str = "",
+        data: Mapping[str, object] | None = None,
+        *,
+        stretched: bool = False,
+    ) -> None:
+        """``label`` describes the picture to those who cannot see it; ``kind`` is a CSS class, ``data`` for scripts.
+
+        ``stretched``: the picture fills its place, whatever that does to its proportions.
+        """
+        head = '<svg viewBox="0 0 {} {}" role="{}" aria-label="{}" class="chart {}"{}>'
+        role = "group" if data else "img"  # an image has nothing inside that can be chosen
+        more = Markup("").join(Markup(' data-{}="{}"').format(name, value) for name, value in (data or {}).items())
+        if stretched:
+            more += Markup(' preserveAspectRatio="none"')
+        self._parts = [Markup(head).format(width, height, role, label, kind, more)]
         self.width, self.height = width, height
 
     def add(self, template: str, *values: object) -> None:
@@ -73,10 +89,19 @@ class Canvas:
         """Add a straight line of the CSS class ``kind``."""
         self.add('<line x1="{}" y1="{}" x2="{}" y2="{}" class="{}"/>', x1, y1, x2, y2, kind)
 
-    def text(self, x: float, y: float, text: object, kind: str = "", turn: int = 0) -> None:
-        """Add text; ``turn`` rotates it clockwise around its anchor, in degrees."""
+    def text(self, x: float, y: float, text: object, kind: str = "", turn: int = 0, at: float | None = None) -> None:
+        """Add text; ``turn`` rotates it clockwise around its anchor, in degrees; ``at``: place that it moves with."""
         rotate = Markup(' transform="rotate({} {} {})"').format(turn, x, y) if turn else ""
-        self.add('<text x="{}" y="{}" class="{}"{}>{}</text>', x, y, kind, rotate, text)
+        letters = Markup('<text x="{}" y="{}" class="{}"{}>{}</text>').format(x, y, kind, rotate, text)
+        self._parts.append(letters if at is None else Markup('<g data-x="{}">{}</g>').format(at, letters))
+
+    def open_group(self, clip: str, kind: str = "plot") -> None:
+        """Begin elements that are cut off at the clip path of that id, and that a script scales as the CSS class."""
+        self.add('<g clip-path="url(#{})"><g class="{}">', clip, kind)
+
+    def close_group(self) -> None:
+        """End the elements that ``open_group`` began."""
+        self._parts.append(Markup("</g></g>"))
 
     def rect(self, x: float, y: float, width: float, height: float, kind: str, title: str = "") -> None:
         """Add a rectangle of the CSS class ``kind``, with a tooltip where ``title`` is given."""

@@ -1,0 +1,62 @@
+"""Largest change of a box: an interval that holds kernels which were not emulated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from cp_debug.prediction.box_changes import box_changes, joined, largest_changes, quantile, within
+from cp_debug.prediction.result import Interval
+
+
+@dataclass
+class Boxes:
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+
+
+@pytest.mark.parametrize(("freedom", "t"), [(1, 12.7062), (2, 4.30265), (3, 3.18245)])
+def test_students_t_as_tables_have_it(freedom: int, t: float) -> None:
+    assert within(np.array([t]), freedom) == pytest.approx(0.95, abs=1e-5)
+
+
+def test_further_draws_lie_inside() -> None:
+    """Boxes of very different sensitivity: the draws' own range holds half as many."""
+    rng = np.random.default_rng(0)
+    inside = by_range = 0
+    for _ in range(300):
+        scales = np.exp(rng.normal(0, 1.5, 40))
+        drawn = np.abs(rng.normal(0, scales, (4, 40)))
+        low, high = (quantile(drawn[:3], p) for p in (0.025, 0.975))
+        largest = drawn.max(1)
+        inside += low <= largest[3] <= high
+        by_range += largest[:3].min() <= largest[3] <= largest[:3].max()
+    assert 0.92 <= inside / 300 <= 0.99
+    assert by_range / 300 < 0.7
+
+
+def test_the_interval_reaches_from_the_mildest_arithmetic_to_the_coarsest() -> None:
+    rng = np.random.default_rng(1)
+    places = rng.uniform(0, 1e3, (30, 7))
+    reference = Boxes(places, np.full(30, 0.5), np.zeros(30, int))
+
+    def family(size: float) -> list[dict[int, tuple[float, float, float, float]]]:
+        tests = (Boxes(places + rng.normal(0, size, places.shape), reference.scores, reference.labels) for _ in "abc")
+        return [box_changes(reference, test) for test in tests]
+
+    coarse, mild = family(1e-3), family(1e-4)
+    told = largest_changes([coarse, mild])
+    assert told["size"].low < 4e-4 < 1e-3 < told["size"].high
+    assert told["size"].expected == max(change[1] for change in coarse[0].values())
+    assert told["score"] == Interval(0.0, 0.0, 0.0)
+    assert joined(told, {}) == told
+    assert joined(told, largest_changes([mild]))["size"].high == told["size"].high
+
+
+def test_boxes_that_one_kernel_loses_do_not_count() -> None:
+    found = {0: (1e-3, 1e-3, 0.0, 0.0), 1: (5.0, 5.0, 1.0, 0.5)}
+    assert largest_changes([[found, {0: found[0]}]])["center"].high < 1
+    assert largest_changes([[found, {}]]) == {}
