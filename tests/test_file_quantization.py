@@ -264,3 +264,30 @@ def test_the_whole_numbers_of_a_fused_softmax_are_no_fault(tmp_path: Path) -> No
     ).tests
     assert test.outputs[0].stats.max_abs > 0.5 / 255
     assert not test.guilty
+
+
+@pytest.mark.parametrize(("kind", "channels"), [(QuantFormat.QDQ, True), (QuantFormat.QOperator, False)])
+def test_rows_of_a_quantized_table_stand_for_its_numbers(tmp_path: Path, kind: QuantFormat, channels: bool) -> None:
+    """A Gather of levels has the scale of whoever reads them."""
+    rng = np.random.default_rng(3)
+    tensors = {"table": rng.standard_normal((4, 8)), "w": rng.standard_normal((8, 8)) * 0.3}
+    weights = [numpy_helper.from_array(t.astype(np.float32), name) for name, t in tensors.items()]
+    nodes = [
+        node("Gather", ["table", "k"], ["rows"], name="embedding"),
+        node("Concat", ["rows", "x"], ["both"], name="both", axis=0),
+        node("MatMul", ["both", "w"], ["m"], name="product"),
+        node("Relu", ["m"], ["y"], name="relu"),
+    ]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [4, 8])]
+    inputs.append(helper.make_tensor_value_info("k", TensorProto.INT64, [4]))
+    graph = helper.make_graph(nodes, "g", inputs, [helper.make_tensor_value_info("y", 1, [8, 8])], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.save(onnx.shape_inference.infer_shapes(model), str(tmp_path / "plain.onnx"))
+    sample = {"x": rng.standard_normal((4, 8)).astype(np.float32), "k": np.array([0, 3, 2, 1])}
+    reader = SimpleNamespace(get_next=iter([sample, None]).__next__)
+    target = tmp_path / "quantized.onnx"
+    options = {"quant_format": kind, "per_channel": channels, "weight_type": QuantType.QInt8}
+    quantize_static(str(tmp_path / "plain.onnx"), str(target), reader, **options)
+    (test,) = bisect(str(tmp_path / "plain.onnx"), "ort,ort-int8", test_model=target).tests
+    assert "embedding" in {row.name for row in test.rows}
+    assert not test.guilty

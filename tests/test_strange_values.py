@@ -3,16 +3,19 @@ on data: nothing crashes, what can be compared is, and what cannot is named."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper, parser
+from typer.testing import CliRunner
 
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.result import SHAPE, TestResult
+from cp_debug.cli.main import app
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.randomness import drawing
@@ -217,3 +220,25 @@ def test_maps(tmp_path: Path, backends: str, alone: bool) -> None:
     assert [row.onnx for row in scaled.guilty] == ["z"]
     renamed = compared(good, backends, network("renamed.onnx", 1.0, [*"abcdefhg"]))
     assert [row.onnx for row in renamed.guilty] == ["p.keys"]
+
+
+def test_random_numbers_are_told_by_the_other_commands(tmp_path: Path) -> None:
+    """``check`` tells them; what would compare, search or predict says that it cannot."""
+    path = str(save(tmp_path / "net.onnx", "n = RandomNormalLike (x) \n z = Add (x, n) \n y = Relu (z)"))
+    checked = CliRunner().invoke(app, ["check", path, "--json"])
+    assert [concern["check"] for concern in json.loads(checked.stdout)] == ["random"]
+    for command in (["search", path, "-b", "ort,emu-fp16"], ["verify", path], ["predict", path]):
+        refused = CliRunner().invoke(app, command)
+        assert isinstance(refused.exception, InputError), command
+        assert "draws random numbers" in str(refused.exception)
+
+
+def test_another_number_of_results_is_told_with_both_counts(tmp_path: Path) -> None:
+    body = "r = Round (x) \n f = Sub (x, r) \n g = Greater (f, t) \n z = NonZero (g) \n y = Cast <to = 1> (z)"
+    path = save(tmp_path / "net.onnx", body, t=np.float32(0.1))
+    x = np.full((4, 8), 0.2, np.float32)
+    x[0, 0] = 1.4985
+    test = compared(path, "ort,emu-bf16", x=x)
+    assert not test.guilty
+    (note,) = [note for note in test.notes if "NonZero" in note]
+    assert "gives [2, 31], the reference [2, 32]" in note

@@ -211,7 +211,7 @@ class FileQuantization:
         levels = self._levels(scale, zero[0] if zero else "", first, node)
         axis = next((a.i for a in node.proto.attribute if a.name == "axis"), 1)
         for constant in constants:
-            if constant.shape != stored.shape:
+            if constant.shape != stored.shape or not constant.is_floating_point():
                 continue
             best = constant if levels is None else levels.applied(constant, axis)
             allowed = GOOD * float((best - constant).norm()) + SLIGHT * float(constant.norm())

@@ -21,6 +21,7 @@ from cp_debug.bisect.remainder import remainder
 from cp_debug.bisect.replayed import Replay
 from cp_debug.bisect.result import GUILTY
 from cp_debug.bisect.shares import Propagation, set_shares
+from cp_debug.bisect.sides import counts_told
 from cp_debug.bisect.worst_samples import Collected
 from cp_debug.errors import in_one_line
 from cp_debug.probes.capture import Capture, CaptureWriter
@@ -128,7 +129,7 @@ class SampleRuns:
                 builds, tell = self._options.max_builds, self._progress.tell
                 collected.findings = look_inside(explainer, rows, collected.findings, builds, tell)
                 failures += explainer.notes
-        collected.explained(failures)
+        collected.explained([*counts_told(rows), *failures])
         collected.add(rows)
         return decoded
 

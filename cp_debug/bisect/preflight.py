@@ -21,6 +21,7 @@ from cp_debug.bisect.causes.ranges import HALF, half_figures
 from cp_debug.bisect.verdict import RANGE
 from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import PRODUCTS
+from cp_debug.graph.randomness import drawing, drawing_note
 from cp_debug.probes.distance import relative_l2
 from cp_debug.programs.layers import layer_name
 from cp_debug.programs.pipeline import Key, Pipeline
@@ -67,6 +68,7 @@ class Preflight:
             listed += _long_sums(program, weights)
             listed += _normalizations(program, weights)
             listed += _quantizers(program, weights)
+            listed += _random(program)
         if self.sample is not None:
             remarks = Remarks(self.model)
             remarks.see(self.sample)
@@ -170,6 +172,12 @@ def _ranges_of_weights(program: Program, weights: Weights) -> Iterator[Concern]:
                 if figures := leaves_half(value):
                     lost[f"{_layer(program, node)} ({name})"] = figures
     yield from _beyond_half("weights", lost)
+
+
+def _random(program: Program) -> Iterator[Concern]:
+    for node in drawing(program.graph):
+        fix = "call eval() before the export, or make its result an input: no two runs can be compared"
+        yield Concern("random", RISK, drawing_note(node), [_layer(program, node)], fix)
 
 
 def _long_sums(program: Program, weights: Weights) -> Iterator[Concern]:

@@ -25,6 +25,9 @@ def without_emulation(judgement: Judgement, replay: Replay | None) -> Judgement:
     return Judgement(OK if judgement.within else DIVERGENT, judgement.within)
 
 
+_OWN_INPUTS = ": what its own inputs make"
+
+
 def trace_shapes(programs: Mapping[str, Program], rows: Mapping[Key, LayerRow]) -> None:
     """Give every row of another shape the place where the other shape begins.
 
@@ -40,13 +43,23 @@ def trace_shapes(programs: Mapping[str, Program], rows: Mapping[Key, LayerRow]) 
     for row, origin in origins:
         if origin.verdict != GUILTY and _inherits(programs, origin, rows):
             row.verdict = INHERITED
-            row.why += ": what its own inputs make" if origin is row else f"; it comes from {origin.name} ({origin.op})"
+            row.why += _OWN_INPUTS if origin is row else f"; it comes from {origin.name} ({origin.op})"
         elif origin is not row and origin.kind != "data":
             row.why += f"; {origin.name} ({origin.op}) computes it: {origin.why}"
         elif origin is not row:
             row.why += f"; it comes from {origin.name} ({origin.op})"
         elif row.replay is not None and row.replay.skipped:
             row.why += "; its own inputs make the reference's"
+
+
+def counts_told(rows: Mapping[Key, LayerRow]) -> list[str]:
+    """A sentence for each layer whose number of results hangs on its values, and is another than the reference's."""
+    return [
+        f"{row.name} ({row.op}) gives {list(row.stats.shape_test)}, the reference {list(row.stats.shape)}: "
+        "how many results it has hangs on the values of its inputs, which differ"
+        for row in sorted(rows.values(), key=lambda row: row.index)
+        if row.verdict == INHERITED and row.why.endswith(_OWN_INPUTS)
+    ]
 
 
 def _inherits(programs: Mapping[str, Program], origin: LayerRow, rows: Mapping[Key, LayerRow]) -> bool:

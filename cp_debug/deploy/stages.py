@@ -23,6 +23,7 @@ from cp_debug.deploy.verify import VerifyOptions, VerifyResult, verify
 from cp_debug.detection.evaluate import as_detector, evaluate
 from cp_debug.detection.evaluation import EvaluationOptions, EvaluationResult, parse_ranges
 from cp_debug.errors import InputError
+from cp_debug.graph.randomness import refuse_random
 from cp_debug.programs.paired import pair_programs
 from cp_debug.programs.pipeline import load_test_programs
 from cp_debug.programs.walk import Walk, run_module
@@ -253,6 +254,7 @@ class Deployment:
             raise InputError(f"{self.source}: verify.scenarios is empty for export.mode {self.config.export.mode!r}")
         options = VerifyOptions(config.tolerances, config.max_abs, voxels, explain)
         programs = self.programs(folder)
+        refuse_random((program.graph for program in programs), "no outputs can be compared")
         pairs = [(self._prebuilt(a, programs), self._prebuilt(b, programs)) for a, b in pairs]
         tests = None
         if test_model is not None:

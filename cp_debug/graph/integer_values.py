@@ -88,12 +88,15 @@ def produced_grid(graph: Graph, value: str) -> GridNames | None:
 
 
 def _read_as(graph: Graph, levels: str) -> GridNames | None:
-    """The scale by which whoever makes floats of these levels does so."""
+    """The scale by which whoever makes floats of these levels, or computes with them, does so."""
     names, seen = [levels], {levels}
     while names:
-        for node in graph.consumers.get(names.pop(), []):
-            if node.op == "DequantizeLinear":
-                return GridNames(node.proto.input[1], node.proto.input[2] if len(node.proto.input) > 2 else "")
+        name = names.pop()
+        for node in graph.consumers.get(name, []):
+            inputs = [*node.proto.input, "", ""]
+            if node.op == "DequantizeLinear" or node.op.removeprefix("com.microsoft.").startswith(("QLinear", "QGemm")):
+                place = inputs.index(name)  # the scale and the zero point of levels stand behind them
+                return GridNames(inputs[place + 1], inputs[place + 2])
             if node.op in _KEEP_LEVELS and node.proto.input[0] in seen:
                 names += [name for name in node.outputs if name not in seen]
                 seen.update(node.outputs)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
 
 DRAWS = {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
@@ -40,3 +43,13 @@ def drawing_note(node: Node) -> str:
     seed = next((a.f for a in node.proto.attribute if a.name == "seed"), None)
     fixed = "" if seed is None else f" (seed {seed:g}: runtimes have generators of their own, so it fixes them apart)"
     return f"{node.name} ({node.op}) {DRAWS_NUMBERS}{fixed}: what hangs on it differs from run to run"
+
+
+def refuse_random(graphs: Iterable[Graph], what: str) -> None:
+    """Raise InputError where a graph draws random numbers: two runs of it differ, whoever computes them.
+
+    ``what`` says in the message what cannot be told then, such as ``no goal can be judged``.
+    """
+    for graph in graphs:
+        for node in drawing(graph):
+            raise InputError(f"{graph.path}: {drawing_note(node)}, and {what}")

@@ -19,6 +19,7 @@ from cp_debug.detection.evaluate import as_detector
 from cp_debug.errors import InputError
 from cp_debug.files import key_of
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.randomness import refuse_random
 from cp_debug.graph.unquantize import quantized_inputs, remove_qdq
 from cp_debug.mixed_precision.emit import write_onnx
 from cp_debug.mixed_precision.fusion_groups import FusionGroup, Kept, fused, fusion_groups_of, nodes_of
@@ -127,6 +128,7 @@ class _MixedPrecisionSearch:
         self._notes = [note] if note and is_exported(model) else []
         self._step("exporting and aligning")
         programs = prepare(model, samples[0], scratch, how=how, folded=options.folded)
+        refuse_random((program.graph for program in programs), "no goal can be judged")
         self._tests = load_test_programs(programs, options.test_model) if options.test_model else programs
         if wants_int8(self._backend):
             self._tests = already_quantized(self._tests) or self._quantized(scratch)

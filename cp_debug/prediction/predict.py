@@ -29,6 +29,7 @@ from cp_debug.bisect.replayed import EXCESS
 from cp_debug.detection.detection_change import DetectionChange, compare_detections
 from cp_debug.errors import InputError
 from cp_debug.graph.fold_batchnorm import fold_batchnorm
+from cp_debug.graph.randomness import refuse_random
 from cp_debug.mixed_precision.goal import Goal
 from cp_debug.mixed_precision.search import MixedPrecisionOptions, search
 from cp_debug.prediction.box_changes import BoxChanges, box_changes, joined, largest_changes
@@ -109,6 +110,7 @@ def predict(
         on_step("exporting and aligning", 0, len(samples))
         how = Export(options.exporter or ("torchscript" if runtime.opset else "dynamo"), runtime.opset)
         programs = prepare(loaded, samples[0], Path(scratch), how=how)
+        refuse_random((program.graph for program in programs), "no error can be predicted")
         job = _ModelPrediction(loaded, programs, runtime, precision, kernels, options.device, Path(scratch))
         for i, sample in enumerate(samples):
             job.add(sample, partial(_tell, on_step, i, len(samples)))

@@ -17,7 +17,7 @@ from cp_debug.detection.predictions import Predictions
 from cp_debug.errors import InputError
 from cp_debug.programs.pipeline import Pipeline, wants_int8
 from cp_debug.recipes.data.base import DataOptions, Truth
-from cp_debug.serialize import JsonForm, json_safe
+from cp_debug.serialize import JsonForm, encode, json_safe
 from cp_debug.sweep.grid import Grid
 from cp_debug.sweep.log import Record
 from cp_debug.sweep.prepared import int8_programs_of, load, make_backends, pick, programs_of
@@ -53,7 +53,7 @@ def task(params: Parameters) -> dict[str, Any]:
     return json_safe(
         {
             "sample": sample.source,
-            "record": {name: getattr(record, name) for name in ("spec", "precision", "device", "emulated", "versions")},
+            "record": encode(record),
             "classes": list(model.class_names),
             "region": list(model.region),
             "detected": {
