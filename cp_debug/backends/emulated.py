@@ -21,6 +21,7 @@ from cp_debug.errors import BackendUnavailable, InputError
 from cp_debug.graph.check_inputs import check_inputs
 from cp_debug.graph.declared import narrow_values
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.narrow_types import check_narrow_types
 
 
 class EmulatedBackend:
@@ -104,6 +105,7 @@ class ExecutorSession:
         if unknown := unsupported(graph):
             names = ", ".join(sorted({n.op for n in unknown}))
             raise InputError(f"{graph.path}: no implementation of {names} (first used by node {unknown[0].name!r})")
+        check_narrow_types(graph)
         declared = overrides_of(graph, narrow_values(graph), arithmetic)
         self._graph, self._tf32 = graph, tf32
         self._executor = Executor(graph, arithmetic, device, overrides={**declared, **overrides})

@@ -27,6 +27,7 @@ from cp_debug.graph.casts import cast_surgery
 from cp_debug.graph.check_inputs import check_inputs
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.made_up import MadeUp
+from cp_debug.graph.narrow_types import check_narrow_types
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -74,6 +75,7 @@ class OrtBackend:
         """
         if self.precision == "int8":
             program.require_int8(self.spec)
+        check_narrow_types(program.graph)
         return OrtSession(self, program.graph, program.example)
 
     def versions(self) -> dict[str, str]:

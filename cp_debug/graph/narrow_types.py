@@ -1,0 +1,70 @@
+"""Q/DQ nodes of FP8 and 4-bit types: opsets that have them, scales that mean something, one FP8 type in a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from onnx import TensorProto
+
+from cp_debug.errors import InputError
+from cp_debug.graph.graph import Graph, Node
+
+FP8 = {
+    TensorProto.FLOAT8E4M3FN: "FLOAT8E4M3FN",
+    TensorProto.FLOAT8E4M3FNUZ: "FLOAT8E4M3FNUZ",
+    TensorProto.FLOAT8E5M2: "FLOAT8E5M2",
+    TensorProto.FLOAT8E5M2FNUZ: "FLOAT8E5M2FNUZ",
+}
+FIRST_OPSET = {
+    **dict.fromkeys(FP8, 19),
+    TensorProto.INT4: 21,
+    TensorProto.UINT4: 21,
+    TensorProto.FLOAT4E2M1: 23,
+}
+"""ONNX opset since which QuantizeLinear and DequantizeLinear take a type."""
+_NAMES = {**FP8, TensorProto.INT4: "INT4", TensorProto.UINT4: "UINT4", TensorProto.FLOAT4E2M1: "FLOAT4E2M1"}
+
+
+def check_narrow_types(graph: Graph) -> None:
+    """Raise InputError for what no runtime can compute as it is meant.
+
+    That is: Q/DQ nodes of a type that the graph's opset lacks, with a scale that is 0, negative, Inf or NaN, or of two
+    FP8 types in one graph. Q/DQ nodes of 8 and 16 bits integers are left alone.
+    """
+    seen: dict[int, Node] = {}
+    opset = graph.opsets.get("", 0)
+    for node, kind in quantizers(graph):
+        place = f"{graph.path}: node {node.name!r} ({node.op})"
+        if node.proto.domain in ("", "ai.onnx") and opset < FIRST_OPSET[kind]:
+            raise InputError(f"{place}: {_NAMES[kind]} needs opset {FIRST_OPSET[kind]}; the file has opset {opset}")
+        scale = node.proto.input[1]
+        if scale in graph.initializers:
+            values = graph.initializer(scale).astype(np.float64)
+            if not (np.isfinite(values) & (values > 0)).all():
+                wrong = values[~(np.isfinite(values) & (values > 0))].flat[0]
+                raise InputError(f"{place}: scale {scale!r} holds {wrong:g}; expected finite numbers above 0")
+        if kind in FP8:
+            seen.setdefault(kind, node)
+    if len(seen) > 1:
+        (one, first), (other, second), *_ = seen.items()
+        raise InputError(
+            f"{graph.path}: node {first.name!r} quantizes to {FP8[one]} and {second.name!r} to {FP8[other]}; expected "
+            "one FP8 type in a graph"
+        )
+
+
+def quantizers(graph: Graph) -> Iterator[tuple[Node, int]]:
+    """Q/DQ nodes of FP8 and 4-bit types with the element type of their quantized side, as far as the file tells it."""
+    constants = {t.name: t.data_type for t in graph.proto.graph.initializer}
+    for node in graph.nodes:
+        if node.op.rpartition(".")[2] not in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        inputs = node.proto.input
+        names = [inputs[0]] if "Dequantize" in node.op else [*node.proto.output[:1], *inputs[2:3]]
+        names += inputs[2:3]
+        types = [graph.types[n].tensor_type.elem_type for n in names if n in graph.types]
+        types += [constants[n] for n in names if n in constants]
+        types += [a.i for a in node.proto.attribute if a.name == "output_dtype"]
+        if kind := next((t for t in types if t in FIRST_OPSET), None):
+            yield node, kind

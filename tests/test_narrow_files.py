@@ -1,0 +1,123 @@
+"""Files with FP8 and 4-bit Q/DQ nodes on ONNX Runtime: values shown, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto as T
+from onnx import helper, numpy_helper
+from test_executor import random
+
+from cp_debug.backends.base import Program
+from cp_debug.backends.executor import Executor
+from cp_debug.backends.ort_chunks import to_numpy
+from cp_debug.backends.registry import create
+from cp_debug.backends.spec import BackendSpec
+from cp_debug.errors import InputError
+from cp_debug.graph.graph import Graph
+
+pytest.importorskip("onnxruntime")
+FP8 = {T.FLOAT8E4M3FN: ml_dtypes.float8_e4m3fn, T.FLOAT8E5M2: ml_dtypes.float8_e5m2}
+
+
+def net(folder: Path, kind: int, *, weights: int = 0, opset: int = 19, scale: float = 0.02) -> Graph:
+    """x → Q/DQ in ``kind`` → MatMul with a weight in ``weights`` (``kind``, if 0) → Relu."""
+    codes = (random(64, 32) / np.float32(0.01)).astype(FP8[weights or kind])
+    constants = [numpy_helper.from_array(np.array(s, np.float32), n) for n, s in (("sx", scale), ("sw", 0.01))]
+    constants += [helper.make_tensor(n, k, [], b"\0", raw=True) for n, k in (("zx", kind), ("zw", weights or kind))]
+    constants.append(helper.make_tensor("wq", weights or kind, [64, 32], codes.tobytes(), raw=True))
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "sx", "zx"], ["xq"], "quantize"),
+        helper.make_node("DequantizeLinear", ["xq", "sx", "zx"], ["xd"], "dequantize"),
+        helper.make_node("DequantizeLinear", ["wq", "sw", "zw"], ["wd"], "weight"),
+        helper.make_node("MatMul", ["xd", "wd"], ["m"]),
+        helper.make_node("Relu", ["m"], ["y"]),
+    ]
+    return saved(folder, nodes, constants, opset)
+
+
+def saved(folder: Path, nodes: list[Any], constants: list[Any], opset: int) -> Graph:
+    x, y = (helper.make_tensor_value_info(n, T.FLOAT, s) for n, s in (("x", [8, 64]), ("y", [8, 32])))
+    graph = helper.make_graph(nodes, "g", [x], [y], constants)
+    file = folder / "net.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10), file)
+    return Graph(file)
+
+
+@pytest.mark.parametrize("kind", FP8)
+def test_fp8_levels_of_onnx_runtime_are_those_of_the_executor(tmp_path: Path, kind: int) -> None:
+    graph, inputs = net(tmp_path, kind), {"x": random(8, 64, seed=2)}
+    shown: dict[str, Any] = {}
+    session = create(BackendSpec.parse("ort")).open(Program("net", graph))
+    session.run(inputs, lambda n, v: shown.update({n: np.asarray(v)}))
+    assert shown["xq"].dtype == FP8[kind]
+    ours: dict[str, Any] = {}
+    Executor(graph).run(inputs, lambda n, v: ours.update({n: np.asarray(v)}))
+    np.testing.assert_array_equal(ours["xq"].view(np.uint8), shown["xq"].view(np.uint8))
+    np.testing.assert_allclose(ours["y"], shown["y"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "numpy_type"), [(T.INT4, ml_dtypes.int4), (T.UINT4, ml_dtypes.uint4)])
+def test_values_of_four_bits_are_unpacked(tmp_path: Path, kind: int, numpy_type: type) -> None:
+    import onnxruntime
+
+    zero = helper.make_tensor("z", kind, [], [0])
+    scale = numpy_helper.from_array(np.array(0.5, np.float32), "s")
+    node = helper.make_node("QuantizeLinear", ["x", "s", "z"], ["y"])
+    x, y = helper.make_tensor_value_info("x", T.FLOAT, [3, 5]), helper.make_tensor_value_info("y", kind, [3, 5])
+    model = helper.make_model(
+        helper.make_graph([node], "g", [x], [y], [scale, zero]),
+        opset_imports=[helper.make_opsetid("", 21)],
+        ir_version=10,
+    )
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    data = np.linspace(-5, 9, 15, dtype=np.float32).reshape(3, 5)
+    given = {"x": onnxruntime.OrtValue.ortvalue_from_numpy(data)}
+    levels = to_numpy(session.run_with_ort_values(["y"], given)[0])
+    limits = (-8, 7) if kind == T.INT4 else (0, 15)
+    assert levels.dtype == numpy_type
+    np.testing.assert_array_equal(levels.astype(np.float32), np.round(data / 0.5).clip(*limits))
+
+
+@pytest.mark.parametrize("spec", ["ort", "emu-fp32"])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"weights": T.FLOAT8E5M2}, "one FP8 type"),
+        ({"opset": 17}, "needs opset 19; the file has opset 17"),
+        ({"scale": 0.0}, "scale 'sx' holds 0;"),
+        ({"scale": -0.5}, "scale 'sx' holds -0.5;"),
+        ({"scale": np.inf}, "scale 'sx' holds inf;"),
+        ({"scale": np.nan}, "scale 'sx' holds nan;"),
+    ],
+)
+def test_files_that_no_runtime_computes_as_meant_are_refused(
+    tmp_path: Path, spec: str, change: dict[str, Any], says: str
+) -> None:
+    graph = net(tmp_path, T.FLOAT8E4M3FN, **change)
+    with pytest.raises(InputError, match=says) as error:
+        create(BackendSpec.parse(spec)).open(Program("net", graph))
+    assert "net.onnx" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_in_int4_blocks_agree_with_onnx_runtime(tmp_path: Path) -> None:
+    levels = np.arange(64 * 32).reshape(64, 32) % 15 - 7
+    constants = [
+        helper.make_tensor("wq", T.INT4, [64, 32], levels.flatten().tolist()),
+        helper.make_tensor("zw", T.INT4, [2, 32], [0] * 64),
+        numpy_helper.from_array(abs(random(2, 32)) + np.float32(0.1), "sw"),
+    ]
+    nodes = [
+        helper.make_node("DequantizeLinear", ["wq", "sw", "zw"], ["wd"], axis=0, block_size=32),
+        helper.make_node("MatMul", ["x", "wd"], ["y"]),
+    ]
+    graph, inputs = saved(tmp_path, nodes, constants, 21), {"x": random(8, 64, seed=2)}
+    theirs = create(BackendSpec.parse("ort")).open(Program("net", graph)).run(inputs)
+    ours = Executor(graph).run(inputs)
+    np.testing.assert_allclose(ours["y"].numpy(), theirs["y"], rtol=1e-4, atol=1e-3)
