@@ -141,7 +141,8 @@ def quantize_ptq(
     """Calibrate ``model`` on at most ``batches`` samples and write it in INT8 into the folder ``output``.
 
     ``inputs`` are files to calibrate on, None the model's own samples; ``cache`` gives the scales of an earlier run
-    instead. Raises InputError as ``quantize_model``, ``read_caches`` and ``write_quantized`` do.
+    instead. Raises InputError as ``quantize_model``, ``read_caches`` and ``write_quantized`` do, and where
+    ``skip_layers`` leave nothing to quantize.
     """
     first = First(MEASURED)
     samples = first(calibration_samples(model, inputs, MEASURED if cache else batches, on_step))
@@ -150,6 +151,8 @@ def quantize_ptq(
         quantized = reapply_scales(model, next(iter(tuple(samples))), scales, skip_layers)
     else:
         quantized = quantize_model(model, samples, method=method, skip_layers=skip_layers)
+    if skip_layers and not any(part.scales.layers for part in quantized.values()):
+        raise InputError(f"--skip-layers: {', '.join(skip_layers)}: that leaves no layer to quantize")
     files = write_quantized(model, quantized, first.kept[0], output, options, on_step=on_step)
     return PtqResult(
         model=model.name,

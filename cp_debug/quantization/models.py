@@ -63,10 +63,7 @@ def quantize_model(
                 raise InputError(f"{sample.source}: {error}") from error
     if not running:
         raise InputError("there is no calibration data: expected at least one sample")
-    quantized = {name: calibration.finish() for name, calibration in running.items()}
-    if skip_layers and not any(part.scales.layers for part in quantized.values()):
-        raise InputError(f"--skip-layers: {', '.join(skip_layers)}: that leaves no layer to quantize")
-    return quantized
+    return {name: calibration.finish() for name, calibration in running.items()}
 
 
 def reapply_scales(
