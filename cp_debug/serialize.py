@@ -3,9 +3,10 @@
 A field stands under its own name, or under ``metadata={"key": …}``, where dots lead into objects (``"a.b"``).
 Further metadata: ``"inline": True`` puts the fields of a part beside those of its owner; ``"absent": …`` is written in
 place of None, and read as None; ``"written": False`` leaves a field out of what is written, ``JsonForm`` supplies it to
-the reader; ``"omit": True`` keeps it out of both. Figures that follow from the fields are written, never read:
-``JsonForm.derived``. NaN and infinities, which JSON lacks, are the strings "NaN", "Infinity", "-Infinity". Keys that a
-class does not know are left alone, so files of later versions of a schema can be read.
+the reader; ``"omit": True`` keeps it out of both; ``"one_of"`` lists the values that may be read. Figures that follow
+from the fields are written, never read: ``JsonForm.derived``. NaN and infinities, which JSON lacks, are the strings
+"NaN", "Infinity", "-Infinity". Keys that a class does not know are left alone, so files of later versions of a schema
+can be read.
 """
 
 from __future__ import annotations
@@ -222,6 +223,11 @@ def _reader(converter: Converter, kind: Any) -> Any:
         document = document | {key: value for key in nested for value in _inside(document, key)}
         document |= {key: None for key, value in absent.items() if document.get(key) == value}
         values = vars(read_core(document, core))
+        for field in own:
+            allowed = field.metadata.get("one_of", (values[field.name],))
+            if values[field.name] not in allowed:
+                given = json.dumps(values[field.name], default=str)[:40]
+                raise BadField(_key(field), f"{given}; expected {', '.join(allowed)}")
         for field in inline:
             hint = hints[field.name]
             absent_part = NoneType in get_args(hint) and _is_absent(document, field, _only(hint))

@@ -136,6 +136,7 @@ def test_a_model_without_a_layer_in_int8_is_none_in_int8(net: Path, tmp_path: Pa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_file_is_named_like_a_command_of_a_workflow(
     net: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

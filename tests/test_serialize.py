@@ -67,6 +67,8 @@ def _made(kind: type, /, **fixed: Any) -> st.SearchStrategy[Any]:
         name: hint for name, hint in get_type_hints(kind, localns=NAMES).items() if name in kind.__dataclass_fields__
     }
     drawn = {name: _drawn(hint) for name, hint in hints.items() if name not in omitted}
+    choices = {f.name: f.metadata["one_of"] for f in dataclasses.fields(kind) if "one_of" in f.metadata}
+    drawn |= {name: st.sampled_from(values) for name, values in choices.items()}
     return st.builds(kind, **drawn | fixed)
 
 
@@ -273,6 +275,11 @@ def test_numbers_that_json_lacks() -> None:
         ({"share": True}, "field 'layers[2].share'"),
         ({"rel_l2": [1]}, "field 'layers[2].rel_l2'"),
         ({"nodes": 3}, "field 'layers[2].nodes'"),
+        (
+            {"verdict": "--help"},
+            "field 'layers[2].verdict' is \"--help\"; expected ok, inherited, divergent, guilty, shape",
+        ),
+        ({"side": "left"}, "field 'layers[2].side' is \"left\"; expected test, reference"),
     ],
 )
 def test_what_does_not_fit_is_named(change: dict[str, Any], says: str) -> None:

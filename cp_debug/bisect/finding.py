@@ -53,7 +53,7 @@ class Finding(JsonForm):
     """One line: the cause and its figures, for the layer that is worst."""
     layers: list[str]
     ops: list[str]
-    side: str = "test"
+    side: str = field(default="test", metadata={"one_of": ("test", "reference")})
     """Side whose result is at fault: ``test`` or ``reference``."""
     explained: float | None = None
     """Share of the introduced error that the cause explains, over all its layers; None for observations."""

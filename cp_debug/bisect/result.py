@@ -44,13 +44,13 @@ class LayerRow:
     onnx: str
     op: str
     stats: TensorStats = field(metadata={"inline": True})
-    verdict: str
+    verdict: str = field(metadata={"one_of": (OK, INHERITED, DIVERGENT, GUILTY, SHAPE)})
     within: bool = field(metadata={"key": "within_tolerance"})
     """Whether max |Δ| is within the tolerance."""
     replay: Replay | None = field(default=None, metadata={"inline": True, "absent": Replay(skipped="not replayed")})
     why: str = ""
     """Reason why the layer is guilty, or of another shape, in words."""
-    side: str = "test"
+    side: str = field(default="test", metadata={"one_of": ("test", "reference")})
     """Whose result is at fault: ``test``, or ``reference`` when the reference deviates from the oracle."""
     share: float | None = None
     """Share of the final divergence that this layer's introduced error explains, for guilty layers."""
@@ -60,7 +60,7 @@ class LayerRow:
     """Name of the kernel that wrote the value, where the backend tells."""
     region: Region | None = None
     """Region that the row stands for, where that is more than a layer; then ``name`` is its label."""
-    kind: str = "data"
+    kind: str = field(default="data", metadata={"one_of": ("data", "constant", "shape")})
     """``data``; ``constant`` or ``shape`` for a side value: see ``Layer``. Side values have a row where they differ."""
 
     def __post_init__(self) -> None:

@@ -119,7 +119,7 @@ def _rank(judged: _Tried) -> tuple[bool, bool, int, int, float]:
 
 def _equals(chosen: _Tried, equal: list[_Tried]) -> tuple[Candidate, ...]:
     """The other causes that explain as much with no more numbers, one candidate each."""
-    if chosen.candidate.located or chosen.candidate.heard:
+    if chosen.candidate.located:
         return ()
     found: dict[str, _Tried] = {}
     for tried in sorted(equal, key=_rank):
