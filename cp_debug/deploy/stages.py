@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -16,9 +15,10 @@ from cp_debug.deploy.bench import BackendBench, bench
 from cp_debug.deploy.config import load_config
 from cp_debug.deploy.engines import MANIFEST, BuiltEngine, build_engines, check_engines
 from cp_debug.deploy.exporting import Exported, ExportOptions, export_model, load_exported, own_files, take_files
+from cp_debug.deploy.fit import check_components, check_profiles, check_profiles_of_modules
 from cp_debug.deploy.interface_checks import checked
 from cp_debug.deploy.quantizing import export_quantized, in_int8
-from cp_debug.deploy.schema import SUFFIXES, ComponentConfig, DeployConfig
+from cp_debug.deploy.schema import SUFFIXES, DeployConfig
 from cp_debug.deploy.verify import VerifyOptions, VerifyResult, verify
 from cp_debug.detection.evaluate import as_detector, evaluate
 from cp_debug.detection.evaluation import EvaluationOptions, EvaluationResult, parse_ranges
@@ -26,12 +26,11 @@ from cp_debug.errors import InputError
 from cp_debug.graph.randomness import refuse_random
 from cp_debug.programs.paired import pair_programs
 from cp_debug.programs.pipeline import load_test_programs
-from cp_debug.programs.walk import Walk, run_module
 from cp_debug.quantization.checkpoint import file_of, save_ptq_model
 from cp_debug.quantization.models import QuantizedComponent, with_modules
 from cp_debug.quantization.open_quantized import is_quantized_checkpoint, modules_of, open_quantized
 from cp_debug.recipes.abilities import Batches, HasClasses, HasData, TurnsYaw
-from cp_debug.recipes.base import Component, Model, Sample
+from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.data.base import DataOptions, iterate
 from cp_debug.recipes.input_files import DEFAULT_READING, Reading
 from cp_debug.recipes.registry import load_model
@@ -95,7 +94,7 @@ class Deployment:
                 f"{self.source}: quantization: {model.name} is an ONNX file; expected none here, and as the model the "
                 f"file that `cpdebug quantize ptq {model.name} -o FOLDER` writes"
             )
-        self._check_components(model.components)
+        check_components(self.config, model.components, self.source)
         if isinstance(model, HasClasses):
             self._ranges(model.class_names)  # now, not after hours of building
         if self._trained == config.checkpoint:
@@ -191,7 +190,7 @@ class Deployment:
         exported = export(
             self.samples(1)[0], self.onnx_dir, options, axes=axes, files=self._files(), on_step=self.on_step
         )
-        self._check_profiles([item.program for item in exported])
+        check_profiles(self.config, [item.program for item in exported], self.source)
         return exported
 
     @property
@@ -203,7 +202,7 @@ class Deployment:
         """Put a model's own ONNX files into the configured folder. Raises InputError for profiles that do not fit."""
         programs = own_files(self.model)
         assert programs is not None
-        self._check_profiles(programs)
+        check_profiles(self.config, programs, self.source)
         return take_files(programs, self.onnx_dir, self._files())
 
     def ensure_files(self) -> None:
@@ -215,10 +214,10 @@ class Deployment:
         """The ONNX files of a folder, by default the configured one; a model's own where that is not there."""
         own = own_files(self.model) if folder is None and not self.onnx_dir.is_dir() else None
         if own is not None:
-            self._check_profiles(own)
+            check_profiles(self.config, own, self.source)
             return own
         programs = load_exported(self.model, folder or self.onnx_dir, self._files())
-        self._check_profiles(programs)
+        check_profiles(self.config, programs, self.source)
         return in_int8(folder or self.onnx_dir, programs) if self.config.int8 else programs
 
     def build(self) -> list[BuiltEngine]:
@@ -350,24 +349,6 @@ class Deployment:
     def _files(self) -> dict[str, str]:
         return {name: c.onnx_file for name, c in self.config.components.items() if c.onnx_file}
 
-    def _check_components(self, components: Sequence[Component]) -> None:
-        """Raise InputError where the configuration is about another model."""
-        by_name = {component.name: component for component in components}
-        for name, config in self.config.components.items():
-            if name not in by_name:
-                near = difflib.get_close_matches(name, by_name, n=1, cutoff=0.0)[0]
-                raise InputError(
-                    f"{self.source}: components.{name}: {self.config.model} has no such component; nearest is {near}"
-                )
-            for kind, names, expected in (
-                ("inputs", config.inputs, by_name[name].input_names),
-                ("outputs", config.outputs, by_name[name].output_names),
-            ):
-                if names is not None and names != list(expected):
-                    raise InputError(
-                        f"{self.source}: components.{name}.{kind} is {names}; {self.config.model} has {list(expected)}"
-                    )
-
     def check_fit(self) -> None:
         """Check backends and profiles before anything is exported or built.
 
@@ -383,51 +364,7 @@ class Deployment:
         for spec in specs:
             self.backend(spec)
         if any(component.profile for component in config.components.values()) and not self.takes_files:
-            self._check_profiles_of_modules()
-
-    def _check_profiles_of_modules(self) -> None:
-        """Raise InputError where a profile has another fixed size than what a component is fed."""
-        for step in Walk(self.model, self.samples(1)[0]):
-            component = step.component
-            configured = self.config.components.get(component.name)
-            if configured is None:
-                configured = ComponentConfig()
-            free = configured.dynamic_axes or component.deployed_axes or component.dynamic_axes or {}
-            for tensor, profile in configured.profile.items():
-                key = f"{self.source}: components.{component.name}.profile.{tensor}"
-                if tensor not in step.inputs:
-                    raise InputError(f"{key}: there is no such input; expected one of {', '.join(step.inputs)}")
-                shape = step.inputs[tensor].shape
-                axes = free.get(tensor, {})
-                for side, sizes in zip(("min", "opt", "max"), profile.shapes, strict=True):
-                    if len(sizes) != len(shape) or any(
-                        n != d for axis, (n, d) in enumerate(zip(sizes, shape, strict=True)) if axis not in axes
-                    ):
-                        named = [axes.get(axis, size) for axis, size in enumerate(shape)]
-                        raise InputError(
-                            f"{key}.{side} is {sizes}; {self.config.model} takes {tensor} {_listed(named)}: this "
-                            "configuration was made for another model"
-                        )
-            if not step.last:
-                step.outputs = run_module(component, step.inputs)
-
-    def _check_profiles(self, programs: Sequence[Program]) -> None:
-        """Raise InputError where a profile has another shape than the graph's input."""
-        inputs = {value.name: value for program in programs for value in program.graph.inputs}
-        for name, config in self.config.components.items():
-            for tensor, profile in config.profile.items():
-                key = f"{self.source}: components.{name}.profile.{tensor}"
-                if tensor not in inputs:
-                    raise InputError(f"{key}: there is no such input; expected one of {', '.join(inputs)}")
-                shape = inputs[tensor].shape or ()
-                for side, sizes in zip(("min", "opt", "max"), profile.shapes, strict=True):
-                    fixed = all(n == d for n, d in zip(sizes, shape, strict=False) if isinstance(d, int))
-                    if len(sizes) != len(shape) or not fixed:
-                        raise InputError(f"{key}.{side} is {sizes}; {self.config.model} takes {inputs[tensor]}")
-
-
-def _listed(sizes: Sequence[object]) -> str:
-    return f"[{', '.join(map(str, sizes))}]"
+            check_profiles_of_modules(self.config, self.model, self.samples(1)[0], self.source)
 
 
 def turn_outputs(model: Model) -> None:
