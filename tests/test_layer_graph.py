@@ -153,5 +153,8 @@ def test_the_page_carries_libraries_and_licences_once(saved: SavedResult) -> Non
 
 def test_names_in_the_graph_are_never_markup() -> None:
     text = json_script({"name": EVIL + "</script><!--"})
+    quoted = {"name": 'a"onmouseover="\\', "back": "\\u0022"}
+    assert '"onmouseover' not in str(json_script(quoted))
+    assert json.loads(str(json_script(quoted))) == quoted
     assert "<" not in text
     assert json.loads(text)["name"] == EVIL + "</script><!--"

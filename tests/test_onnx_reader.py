@@ -60,6 +60,7 @@ CASES: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
     "short": (weight(raw_data=b"1234"), r"weight 'w' is FLOAT\[2, 1, 1, 1\], 8 bytes; the file has 4"),
     "negative": (weight(dims=[-2, 1, 1, 1]), r"weight 'w' has the shape \[-2"),
     "huge": (weight(dims=[1 << 62, 1, 1, 1]), "which no memory holds"),
+    "empty-and-huge": (weight(dims=[1 << 31, 1 << 40, 0]), "which no array can have"),
     "ranks": (weight(dims=[1] * 100), "weight 'w' has the shape"),
     "type": (weight(data_type=99), "weight 'w' is of the data type 99"),
     "text": (weight(data_type=TensorProto.STRING), "weight 'w' is text"),

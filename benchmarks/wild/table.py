@@ -224,6 +224,10 @@ def _coverage(records: Sequence[Record]) -> list[str]:
         "",
         *(f"- {count} × {_plain(reason)}" for reason, count in reasons.most_common(12)),
         "",
+    ]
+    if not any(r["once"] for r in answered):
+        return [*lines, "Cost was not measured in this run.", ""]
+    lines += [
         "Cost: processor time of the whole command with causes (libraries loaded) ÷ that of opening both backends with "
         "all probes and running them once.",
         "",

@@ -80,6 +80,9 @@ def byte_count(tensor: TensorProto, source: str) -> int:
         raise InputError(f"{source}: weight {name} is {kind}, which this version does not read")
     if len(tensor.dims) > LARGEST_RANK or any(size < 0 for size in tensor.dims):
         raise InputError(f"{source}: weight {name} has the shape {_sizes(tensor.dims)}")
+    # Of an array without elements, numpy multiplies the other sizes.
+    if 0 in tensor.dims and math.prod(size or 1 for size in tensor.dims) * BITS[kind] >= 1 << 63:
+        raise InputError(f"{source}: weight {name} has the shape {_sizes(tensor.dims)}, which no array can have")
     count = (math.prod(tensor.dims) * BITS[kind] + 7) // 8
     if count > physical_memory():
         raise InputError(f"{source}: weight {name} is {described(tensor)}, which no memory holds")

@@ -251,4 +251,5 @@ def _shape(row: LayerRow) -> str:
 def json_script(data: object) -> Markup:
     """A document as text inside a ``script`` element: nothing in it ends that element."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+    quoted = re.sub(r'\\(["\\])', lambda m: f"\\u{ord(m[1]):04x}", text)  # in a text: no quote ends anything anywhere
+    return Markup(quoted.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
