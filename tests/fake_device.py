@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -51,6 +52,16 @@ class _Mode(TorchDispatchMode):
         return run(func, args, kwargs or {})
 
 
+class _Functions(TorchFunctionMode):
+    """``torch.tensor`` makes a tensor of the real ``meta`` before any operator is seen."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.tensor and kwargs.get("device") is not None and torch.device(kwargs["device"]).type == DEVICE:
+            return FakeTensor(func(*args, **{**kwargs, "device": "cpu"}))
+        return func(*args, **kwargs)
+
+
 COPIES = {"aten::_to_copy", "aten::copy_"}
 INDEXED = {"aten::index.Tensor", "aten::index_put_", "aten::index_put", "aten::_unsafe_index"}
 """Operators that take indices of the CPU for a tensor of a GPU."""
@@ -86,5 +97,5 @@ def _inside(leaf: Any) -> Any:
 @contextmanager
 def fake_device() -> Iterator[str]:
     """Context in which ``device="meta"`` means the fake device; yields its name."""
-    with _Mode():
+    with _Mode(), _Functions():
         yield DEVICE
