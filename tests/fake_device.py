@@ -87,7 +87,8 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         written = [leaf for leaf in leaves if isinstance(leaf, FakeTensor) and leaf.inner is result]
         if written:
             return written[0]
-    return tree_map(lambda leaf: FakeTensor(leaf) if isinstance(leaf, Tensor) else leaf, result) if on_device else result
+    wrapped = tree_map(lambda leaf: FakeTensor(leaf) if isinstance(leaf, Tensor) else leaf, result)
+    return wrapped if on_device else result
 
 
 def _inside(leaf: Any) -> Any:

@@ -3,6 +3,8 @@
 Every thread keeps counts, maxima and sums of its elements, every block a histogram in shared memory. Differences of
 FP32, FP16 and BF16 values are taken in FP32, as ``statistics_kernel`` does on the host: counts, maxima, positions and
 the histogram have the same bits there. Sums are float64 in another order: relative error up to n·2⁻⁵³ for n elements.
+Where both sides are FP16 or BF16, eight terms each are summed in FP32 before: relative error up to 2⁻²⁰ of a sum of
+squares or magnitudes, and of the product of both norms.
 """
 
 from __future__ import annotations
@@ -26,6 +28,9 @@ MOST = 1 << 30
 _NUMBERS = 16
 """Numbers that a block writes, float64 each."""
 _TYPES = {"torch.float32": 0, "torch.float16": 1, "torch.bfloat16": 2}
+
+_OPTIONS = ["-default-device"]
+"""Functions without a mark, lambdas among them, are the device's: NVRTC knows no others."""
 
 _SOURCE = r"""
 typedef unsigned int u32;
@@ -98,14 +103,40 @@ __device__ __noinline__ void strange(int* rare, float r, float t, int i) {
   }
 }
 
+__device__ __forceinline__ void exact(Sums& s, float r, float t, float d) {
+  double x = r, y = t, z = d;
+  s.abs_ += z; s.dd = fma(z, z, s.dd); s.rr = fma(x, x, s.rr); s.tt = fma(y, y, s.tt); s.rt = fma(x, y, s.rt);
+}
+
+// Sums over eight pairs in FP32 where no square leaves its range, else in float64.
+__device__ __forceinline__ void eight(Sums& s, const float* r, const float* t) {
+  float a = 0, dd = 0, rr = 0, tt = 0, rt = 0, most_d = 0, most_r = 0, most_t = 0;
+#pragma unroll
+  for (int k = 0; k < 8; k++) {
+    float d = fabsf(t[k] - r[k]);
+    a += d; dd = fmaf(d, d, dd); rr = fmaf(r[k], r[k], rr); tt = fmaf(t[k], t[k], tt); rt = fmaf(r[k], t[k], rt);
+    most_d = fmaxf(most_d, d); most_r = fmaxf(most_r, fabsf(r[k])); most_t = fmaxf(most_t, fabsf(t[k]));
+  }
+  bool low = (dd < 1e-28f && most_d != 0) || (rr < 1e-28f && most_r != 0) || (tt < 1e-28f && most_t != 0);
+  if (!low && dd < 1e38f && rr < 1e38f && tt < 1e38f) {  // NaN and Inf fail these
+    s.abs_ += (double)a; s.dd += (double)dd; s.rr += (double)rr; s.tt += (double)tt; s.rt += (double)rt;
+    return;
+  }
+  for (int k = 0; k < 8; k++) {
+    float d = fabsf(t[k] - r[k]);
+    if (d < __uint_as_float(0x7f800000u)) exact(s, r[k], t[k], d);
+  }
+}
+
 __device__ __forceinline__ void add(Sums& s, u32* histogram, int* rare, float r, float t, int i) {
   float d = fabsf(t - r);  // NaN or Inf where either side is
   u32 br = __float_as_uint(r) & 0x7fffffffu, bd = __float_as_uint(d) & 0x7fffffffu;
   if (br < 0x7f800000u) s.top_ref = max(s.top_ref, br);
   if (bd >= 0x7f800000u) { strange(rare, r, t, i); return; }
   if (bd > s.top) { s.top = bd; s.where = i; }
-  double x = r, y = t, z = d;
-  s.abs_ += z; s.dd = fma(z, z, s.dd); s.rr = fma(x, x, s.rr); s.tt = fma(y, y, s.tt); s.rt = fma(x, y, s.rt);
+#if !HALVES
+  exact(s, r, t, d);
+#endif
   if (bd >> SHIFT == 0) { s.zeros++; return; }
 #if HISTOGRAM == 1
   atomicAdd(&histogram[bd >> SHIFT], 1u);
@@ -140,6 +171,10 @@ __device__ __forceinline__ void body(const void* ref, const void* test, double* 
     for (int k = 0; k < 8; k++) add(s, histogram, rare, r[k], t[k], 8 * v + k);
 #pragma unroll
     for (int k = 0; k < 8; k++) add(s, histogram, rare, r2[k], t2[k], 8 * (v + stride) + k);
+#if HALVES
+    eight(s, r, t);
+    eight(s, r2, t2);
+#endif
   }
 #endif
   for (; v < vectors; v += stride) {
@@ -148,18 +183,23 @@ __device__ __forceinline__ void body(const void* ref, const void* test, double* 
     Side<TEST>::vector(test, 8LL * v, t);
 #pragma unroll
     for (int k = 0; k < 8; k++) add(s, histogram, rare, r[k], t[k], 8 * v + k);
+#if HALVES
+    eight(s, r, t);
+#endif
   }
   if (8 * vectors + me < n) {
     int i = 8 * vectors + me;
-    add(s, histogram, rare, Side<REF>::one(ref, i), Side<TEST>::one(test, i), i);
+    float r = Side<REF>::one(ref, i), t = Side<TEST>::one(test, i), d = fabsf(t - r);
+    add(s, histogram, rare, r, t, i);
+    if (HALVES && d < __uint_as_float(0x7f800000u)) exact(s, r, t, d);
   }
   if (s.zeros) atomicAdd(&histogram[0], (u32)s.zeros);
   __syncthreads();
   for (int b = threadIdx.x; b < BINS; b += blockDim.x)
     if (histogram[b]) atomicAdd(&counts[b], histogram[b]);
   // The first place of the largest difference: larger bits, then the smaller index.
-  auto sum = [](auto a, auto b) { return a + b; };
-  auto most = [](auto a, auto b) { return a > b ? a : b; };
+  auto sum = [] (auto a, auto b) { return a + b; };
+  auto most = [] (auto a, auto b) { return a > b ? a : b; };
   double sums[5] = {across(s.abs_, sum), across(s.dd, sum), across(s.rr, sum), across(s.tt, sum), across(s.rt, sum)};
   u64 place = across(((u64)s.top << 32) | (0xffffffffu - (u32)s.where), most);
   u32 top_ref = across(s.top_ref, most);
@@ -200,14 +240,17 @@ def can_reduce(ref: torch.Tensor, test: torch.Tensor) -> bool:
     return (
         all(str(t.dtype) in _TYPES and t.is_cuda and t.data_ptr() % 16 == 0 for t in (ref, test))
         and ref.device == test.device
-        and _kernel(_TYPES[str(ref.dtype)], _TYPES[str(test.dtype)], _capability(ref)) is not None
+        and _kernel(_TYPES[str(ref.dtype)], _TYPES[str(test.dtype)], _device(ref.device.index)[0]) is not None
     )
 
 
-def _capability(tensor: torch.Tensor) -> str:
+@cache
+def _device(index: int) -> tuple[str, int]:
+    """(Compute capability, multiprocessors) of a GPU; asking torch takes half a millisecond each time."""
     import torch
 
-    return "".join(map(str, torch.cuda.get_device_capability(tensor.device)))
+    properties = torch.cuda.get_device_properties(index)
+    return f"{properties.major}{properties.minor}", properties.multi_processor_count
 
 
 def source_of(
@@ -216,7 +259,7 @@ def source_of(
     """The kernel's text for two types; ``histogram`` 0 leaves it out, 2 adds equal bins of a warp at once."""
     constants = {
         "REF_KIND": ref, "TEST_KIND": test, "THREADS": threads, "BLOCKS": blocks, "HISTOGRAM": histogram,
-        "UNROLL": unroll, "BINS": BINS, "SHIFT": BIN_SHIFT, "NUMBERS": _NUMBERS,
+        "UNROLL": unroll, "HALVES": int(ref > 0 and test > 0), "BINS": BINS, "SHIFT": BIN_SHIFT, "NUMBERS": _NUMBERS,
     }  # fmt: skip
     return "".join(f"#define {name} {value}\n" for name, value in constants.items()) + _SOURCE
 
@@ -227,7 +270,9 @@ def _kernel(ref: int, test: int, capability: str) -> Any:
     import torch
 
     try:
-        return torch.cuda._compile_kernel(source_of(ref, test), "compare_pair", compute_capability=capability)
+        return torch.cuda._compile_kernel(
+            source_of(ref, test), "compare_pair", compute_capability=capability, nvcc_options=_OPTIONS
+        )
     except (AttributeError, RuntimeError, OSError, ImportError):
         return None
 
@@ -238,9 +283,9 @@ def reduce_pair(
     """Pieces and histogram of two flat tensors that ``can_reduce`` takes; None where a difference overflows FP32."""
     import torch
 
-    kernel = kernel or _kernel(_TYPES[str(ref.dtype)], _TYPES[str(test.dtype)], _capability(ref))
+    kernel = kernel or _kernel(_TYPES[str(ref.dtype)], _TYPES[str(test.dtype)], _device(ref.device.index)[0])
     pieces, histogram = [], np.zeros(BINS, np.int64)
-    processors = torch.cuda.get_device_properties(ref.device).multi_processor_count
+    processors = _device(ref.device.index)[1]
     for start in range(0, ref.numel(), MOST):
         r, t = ref[start : start + MOST], test[start : start + MOST]
         blocks = max(1, min(processors * BLOCKS, -(-r.numel() // (8 * THREADS))))
