@@ -43,7 +43,7 @@ class PlainSteps:
 
     @property
     def line(self) -> str:
-        """What can be said now; empty before the first step."""
+        """The line for this moment; empty before the first step."""
         if not self._text:
             return ""
         now = self._clock()
