@@ -36,7 +36,7 @@ class Interval:
     """Error with the most likely kernel."""
     high: float
     least: float = 0.0
-    """Where ``low`` is 0, as everything above may be in FP32: the smallest error of an engine that takes the precision
+    """Smallest error where ``low`` is 0, as everything above may be in FP32: that of an engine that takes the precision
     for a part of it. The error is then at most ``NONE``, or from ``least`` to ``high``. 0 where that is not known."""
 
     def holds(self, value: float) -> bool:

@@ -46,7 +46,7 @@ class Stretches:
         self._open = set(inputs)
         """Values that come from FP32 throughout in some engine."""
         self._runs: list[Values] = []
-        """Of each run, the values that differ from FP32's."""
+        """Each run's values that differ from FP32's."""
         self._taken = 0
 
     def feed(self, exact: Mapping[str, Any], other: Mapping[str, Any]) -> None:
