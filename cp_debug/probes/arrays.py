@@ -30,7 +30,7 @@ def is_torch(tensor: Any) -> TypeGuard[torch.Tensor]:
 
 
 def device_of(tensor: Tensor) -> str:
-    """The device where a tensor lies, as torch writes it: ``cpu`` for arrays, ``cuda:0``."""
+    """The device where a tensor of any shape lies, as torch writes it: ``cpu`` for arrays, ``cuda:0``."""
     return str(tensor.device) if is_torch(tensor) else "cpu"
 
 

@@ -25,7 +25,7 @@ class CapturedRun(Protocol):
 
     @property
     def entries(self) -> Sequence[TensorEntry]:
-        """What was captured, in execution order."""
+        """Entries of all tensors, in execution order."""
         ...
 
     def names(self, sample: int = 0, component: str = "") -> list[str]:
@@ -33,7 +33,7 @@ class CapturedRun(Protocol):
         ...
 
     def load(self, name: str, sample: int = 0, component: str = "") -> Tensor:
-        """The tensor as it was captured; read-only. Raises InputError where there is none."""
+        """The tensor, read-only, in the shape and dtype of the run. Raises InputError where there is none."""
         ...
 
 
@@ -125,7 +125,7 @@ class CaptureHolder:
 
     @property
     def capture(self) -> HeldCapture:
-        """What was taken, once the block is left."""
+        """The tensors that were taken, once the block is left."""
         assert self._capture is not None
         return self._capture
 
@@ -141,7 +141,7 @@ class CaptureHolder:
     def put(self, name: str, tensor: Tensor, sample: int = 0, component: str = "") -> None:
         """Take one tensor; the caller may change it afterwards. Call in execution order.
 
-        A tensor of the host is held as an array. Raises InputError as ``CaptureWriter.put`` does.
+        Shape and dtype stay; a tensor of the host is held as an array. Raises InputError as ``CaptureWriter.put`` does.
         """
         key, device = (sample, component, name), device_of(tensor)
         if key in self._entries:
