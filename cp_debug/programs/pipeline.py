@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import hashlib
@@ -24,6 +25,7 @@ from cp_debug.probes.capture import array_hash
 from cp_debug.programs.align import Alignment, align
 from cp_debug.programs.batchnorm_folding import fuse_model_bn
 from cp_debug.programs.export import export
+from cp_debug.programs.export_cache import ExportCache
 from cp_debug.programs.folded import Folded
 from cp_debug.programs.layers import layers_of
 from cp_debug.programs.walk import Walk, example_args, run_module, walk
@@ -52,12 +54,19 @@ DEFAULT_EXPORT = Export()
 
 
 def prepare(
-    model: Model, sample: Sample, folder: Path, *, how: Export = DEFAULT_EXPORT, folded: bool = True
+    model: Model,
+    sample: Sample,
+    folder: Path,
+    *,
+    how: Export = DEFAULT_EXPORT,
+    folded: bool = True,
+    cache: ExportCache | None = None,
 ) -> list[Program]:
     """Export the components that come as modules, align them, and open those that come as ONNX.
 
-    ``sample`` gives the example inputs; ``folder`` keeps the ONNX files and their alignment manifests. Raises
-    InputError for what cannot be exported or opened.
+    ``sample`` gives the example inputs; ``folder`` keeps the ONNX files and their alignment manifests. What ``cache``
+    has of an equal module, with equal inputs, is taken from there. Raises InputError for what cannot be exported or
+    opened.
     """
     programs: list[Program] = []
     for step in Walk(model, sample):
@@ -68,8 +77,33 @@ def prepare(
             programs.append(Program(component.name, Graph(component.onnx_path), example=example))
             continue
         step.outputs = run_module(component, step.inputs)
-        programs.append(_export(component, step.inputs, folder, how, folded))
+        programs.append(_cached(component, step.inputs, folder, how, folded, cache))
     return programs
+
+
+def _cached(
+    component: Component,
+    inputs: Mapping[str, np.ndarray],
+    folder: Path,
+    how: Export,
+    folded: bool,
+    cache: ExportCache | None,
+) -> Program:
+    """The component's program from the cache; exported, and kept there, where it has none."""
+    assert component.module is not None
+    settings = [component.input_names, component.output_names, component.dynamic_axes, component.prefix, how, folded]
+    key = None if cache is None else cache.key(component.module, inputs, {"export": repr(settings)})
+    if cache is None or key is None:
+        return _export(component, inputs, folder, how, folded)
+    path = folder / f"{component.name}.onnx"
+    if cache.get(key, path):
+        with contextlib.suppress(InputError):  # cut off, or changed since: the alignment is that of another graph
+            graph = Graph(path)
+            alignment = Alignment.load(path.with_suffix(".alignment.json"), graph)
+            return Program(component.name, graph, component.module, alignment, example=inputs)
+    program = _export(component, inputs, folder, how, folded)
+    cache.put(key, path)
+    return program
 
 
 def _export(component: Component, inputs: Mapping[str, np.ndarray], folder: Path, how: Export, folded: bool) -> Program:
