@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -99,4 +98,4 @@ def test_what_cannot_be_known_or_kept_is_no_reason_to_stop(tmp_path: Path, expor
     prepared(Net(), tmp_path, "a")
     prepared(Net(), tmp_path, "b")
     assert len(exports) == 2
-    assert not any(name.endswith(".partial") for name in os.listdir(tmp_path))
+    assert not list(tmp_path.glob(".*.partial"))
