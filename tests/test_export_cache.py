@@ -15,6 +15,7 @@ from torch import nn
 from cp_debug.programs import pipeline
 from cp_debug.programs.export_cache import ENTRY, ExportCache
 from cp_debug.programs.pipeline import Export, prepare
+from cp_debug.recipes.base import Component
 from cp_debug.recipes.torch_callable import TorchModel
 
 INPUTS = {"x": np.ones((1, 3), np.float32)}
@@ -91,9 +92,10 @@ def test_what_cannot_be_known_or_kept_is_no_reason_to_stop(tmp_path: Path, expor
     module = Net()
     module.hook = lambda x: x  # pickle refuses it
     cache = ExportCache(tmp_path / "cache")
-    assert cache.key(module, INPUTS, {}) is None
+    assert cache.key(Component("net", ["x"], ["y"], module=module), INPUTS, {}) is None
     made = type("Made", (Net,), {"__module__": "__main__"})
-    assert cache.key(made(), INPUTS, {}) is None
+    assert cache.key(Component("net", ["x"], ["y"], module=made()), INPUTS, {}) is None
+    assert cache.key(Component("net", ["x"], ["y"], module=Net()), INPUTS, {}) is not None
     (tmp_path / "cache").write_text("a file where the folder should be")
     prepared(Net(), tmp_path, "a")
     prepared(Net(), tmp_path, "b")

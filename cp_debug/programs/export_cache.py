@@ -24,12 +24,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
+from cp_debug.backends.base import Program
 from cp_debug.errors import InputError
 from cp_debug.files import key_of
+from cp_debug.graph.graph import Graph
+from cp_debug.probes.alignment import Alignment
 from cp_debug.probes.arrays import as_numpy
 from cp_debug.reading import read_json, typed
+from cp_debug.recipes.base import Component
 from cp_debug.version import __version__
 
 LARGEST = 10 << 30
@@ -61,12 +64,14 @@ class ExportCache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def key(self, module: nn.Module, inputs: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> str | None:
-        """The hash of a module with its weights, of its inputs (any shapes and dtypes) and of JSON-safe ``settings``.
+    def key(self, component: Component, inputs: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> str | None:
+        """The hash of a component's module with its weights, of its inputs (any shapes and dtypes) and of settings.
 
-        None for a module whose code or attributes cannot be known: of an interactive session, or what pickle refuses.
+        ``settings`` are JSON-safe. None for a module whose code or attributes
+        cannot be known: of an interactive session, or what pickle refuses.
         """
-        if not all(_source(type(part)) for part in module.modules()):
+        module = component.module
+        if module is None or not all(_source(type(part)) for part in module.modules()):
             return None
         digest = hashlib.sha256()
         try:
@@ -76,8 +81,11 @@ class ExportCache:
         for name, array in inputs.items():
             digest.update(f"{name} {array.dtype} {array.shape}".encode())
             digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        own = [component.input_names, component.output_names, component.dynamic_axes, component.prefix]
         versions = {"cpdebug": __version__, "torch": str(torch.__version__), "python": sys.version}
-        return key_of({"module": digest.hexdigest(), "settings": dict(settings), "versions": versions})
+        return key_of(
+            {"module": digest.hexdigest(), "own": repr(own), "settings": dict(settings), "versions": versions}
+        )
 
     def get(self, key: str, path: Path) -> bool:
         """Put an entry's files where the export would have written ``path``; False where there is no usable entry."""
@@ -97,6 +105,18 @@ class ExportCache:
         except (InputError, OSError, ValueError):
             return False
         return path.is_file()
+
+    def program(self, key: str, component: Component, inputs: Mapping[str, np.ndarray], path: Path) -> Program | None:
+        """The component's program, its files put where the export would have written ``path``; None where it has none.
+
+        ``inputs`` become the program's example, shapes and dtypes as they are.
+        """
+        if self.get(key, path):
+            with contextlib.suppress(InputError):  # cut off, or changed since: the alignment is that of another graph
+                graph = Graph(path)
+                alignment = Alignment.load(path.with_suffix(".alignment.json"), graph)
+                return Program(component.name, graph, component.module, alignment, example=inputs)
+        return None
 
     def put(self, key: str, path: Path) -> None:
         """Keep copies of the files that an export wrote: all beside ``path`` that begin with its name's stem."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import difflib
 import hashlib
@@ -76,34 +75,15 @@ def prepare(
             example = step.inputs if step.fed else None
             programs.append(Program(component.name, Graph(component.onnx_path), example=example))
             continue
-        step.outputs = run_module(component, step.inputs)
-        programs.append(_cached(component, step.inputs, folder, how, folded, cache))
+        path = folder / f"{component.name}.onnx"
+        key = None if cache is None else cache.key(component, step.inputs, {"how": repr(how), "folded": folded})
+        kept = None if cache is None or key is None else cache.program(key, component, step.inputs, path)
+        if kept is None or not step.last:
+            step.outputs = run_module(component, step.inputs)
+        programs.append(kept or _export(component, step.inputs, folder, how, folded))
+        if cache is not None and key is not None and kept is None:
+            cache.put(key, path)
     return programs
-
-
-def _cached(
-    component: Component,
-    inputs: Mapping[str, np.ndarray],
-    folder: Path,
-    how: Export,
-    folded: bool,
-    cache: ExportCache | None,
-) -> Program:
-    """The component's program from the cache; exported, and kept there, where it has none."""
-    assert component.module is not None
-    settings = [component.input_names, component.output_names, component.dynamic_axes, component.prefix, how, folded]
-    key = None if cache is None else cache.key(component.module, inputs, {"export": repr(settings)})
-    if cache is None or key is None:
-        return _export(component, inputs, folder, how, folded)
-    path = folder / f"{component.name}.onnx"
-    if cache.get(key, path):
-        with contextlib.suppress(InputError):  # cut off, or changed since: the alignment is that of another graph
-            graph = Graph(path)
-            alignment = Alignment.load(path.with_suffix(".alignment.json"), graph)
-            return Program(component.name, graph, component.module, alignment, example=inputs)
-    program = _export(component, inputs, folder, how, folded)
-    cache.put(key, path)
-    return program
 
 
 def _export(component: Component, inputs: Mapping[str, np.ndarray], folder: Path, how: Export, folded: bool) -> Program:
