@@ -303,34 +303,29 @@ def _saved(path: Path, nodes: list[onnx.NodeProto], outputs: list[str], shape: l
 
 
 def test_a_quantizer_that_the_optimizer_moved_in_front_rounds_what_it_reads(tmp_path: Path) -> None:
-    """ONNX Runtime moves QuantizeLinear in front of Unsqueeze: its result is then shown on the grid, its input not."""
+    """ONNX Runtime moves QuantizeLinear in front of Transpose: what that reads is then shown on the grid."""
     rng = np.random.default_rng(0)
-    w = rng.standard_normal((1, 12, 10)).astype(np.float32)
-    ends = [
-        node("Exp", ["x"], ["e"], name="exp"),
-        node("Unsqueeze", ["e", "axes"], ["u"], name="up"),
-        node("Relu", ["u"], ["v"], name="relu"),
-    ]
-    plain = [*ends, node("MatMul", ["u", "w"], ["y"], name="product")]
+    w = rng.standard_normal((4, 10)).astype(np.float32)
+    ends = [node("Exp", ["x"], ["e"], name="exp"), node("Transpose", ["e"], ["t"], name="turn", perm=[1, 0])]
+    plain = [*ends, node("MatMul", ["t", "w"], ["y"], name="product")]
     pair = [
-        node("QuantizeLinear", ["u", "scale", "zero"], ["uq"], name="q"),
-        node("DequantizeLinear", ["uq", "scale", "zero"], ["ud"], name="d"),
-        node("MatMul", ["ud", "w"], ["y"], name="product"),
+        node("QuantizeLinear", ["t", "scale", "zero"], ["tq"], name="q"),
+        node("DequantizeLinear", ["tq", "scale", "zero"], ["td"], name="d"),
+        node("MatMul", ["td", "w"], ["y"], name="product"),
     ]
-    axes, zero = np.array([0], np.int64), np.array(0, np.uint8)
-    x = rng.uniform(-1, 0, (4, 12)).astype(np.float32)
+    x, zero = rng.uniform(-1, 0, (4, 12)).astype(np.float32), np.array(0, np.uint8)
     np.savez(tmp_path / "x.npz", x=x)
-    parent_file = _saved(tmp_path / "plain.onnx", plain, ["y", "v"], [4, 12], w=w, axes=axes)
+    parent_file = _saved(tmp_path / "plain.onnx", plain, ["y", "e"], [4, 12], w=w)
 
     def guilty(scale: float) -> list[str]:
-        given = {"w": w, "axes": axes, "zero": zero, "scale": np.array(scale, np.float32)}
-        file = _saved(tmp_path / "file.onnx", [*ends, *pair], ["y", "v"], [4, 12], **given)
+        constants = {"w": w, "zero": zero, "scale": np.array(scale, np.float32)}
+        file = _saved(tmp_path / "file.onnx", [*ends, *pair], ["y", "e"], [4, 12], **constants)
         options = Options(explain=False, inputs=tmp_path / "x.npz")
         (run,) = bisect(str(parent_file), "ort,ort-all", test_model=file, options=options).tests
         return [row.name for row in run.guilty]
 
     assert guilty(float(np.exp(x).max()) / 255) == []
-    assert guilty(float(np.exp(x).max()) / 12) != []  # a grid that is twenty times too coarse
+    assert guilty(float(np.exp(x).max()) / 12) == ["exp"]  # a grid that is twenty times too coarse
 
 
 def test_a_quantizer_that_reads_infinity_has_a_scale_for_the_rest(tmp_path: Path) -> None:

@@ -76,8 +76,9 @@ class FileQuantization:
     def for_readers(self, name: str, captured: AnyTensor) -> list[Levels]:
         """Levels of the quantizers that read a value, or what only moves it, where ``captured`` lies on their grid.
 
-        Empty unless the backend optimizes: ONNX Runtime's QDQPropagation moves quantizers in front of what moves values
-        (onnxruntime/core/optimizer/qdq_transformer/qdq_propagation.cc), so that the value is shown rounded.
+        ``captured``: the value by the parent's name, any shape. Empty unless the backend optimizes: ONNX Runtime's
+        QDQPropagation moves quantizers in front of what moves values, which is then shown rounded
+        (onnxruntime/core/optimizer/qdq_transformer/qdq_propagation.cc).
         """
         found: list[Levels] = []
         if not self._rounds_weights:

@@ -65,7 +65,10 @@ class ScaleReplay:
         replay.channel_excess = ratio(ours, max(best, FLOOR * BESIDE_INT8.roundoff))
 
     def for_readers(self, target: str, captured: AnyTensor, result: AnyTensor) -> Iterator[Tensor]:
-        """``result`` on the best scales of quantizers behind ``target`` that the backend moved in front of it."""
+        """``result`` on the best scales of quantizers behind ``target`` that the backend moved in front of it.
+
+        ``captured`` is the value that the test shows; all are of one shape.
+        """
         if isinstance(self.quantized, FileQuantization):
             for levels in self.quantized.for_readers(target, captured):
                 for scale_margin in (1.0, *SCALE_MARGINS):
