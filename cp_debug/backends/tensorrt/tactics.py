@@ -25,7 +25,7 @@ _DEPTHWISE = re.compile(
     r"_conv3d_c1_k1_(?P<reads>f16|f32)(?P<writes>f16|f32)_(?P<accumulates>f16|f32)_f(?:16|32)(?=_|$)"
 )
 _DEPTHWISE_KINDS = {"_depthwiseHMMA_FP16": ("fp16", "fp32"), "_depthwiseConv_fp32": ("fp32", "fp32")}
-"""What the older depthwise kernels read and multiply, and what they accumulate in."""
+"""Mark of the older depthwise kernels → the type that they read and multiply, and the type of their sums."""
 _PLAIN = re.compile(r"_(?:FP32){3}N")
 _OLD_TENSOR_CORE = re.compile(r"(?:^|_)(?P<kind>[hsi])(?:884|1688|16816|8816|16832)(?=[a-z_]|$)")
 _SLICES = re.compile(r"_warpsize\d+x\d+x(\d+)(?=_|$)")
