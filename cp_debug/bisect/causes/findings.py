@@ -126,7 +126,7 @@ class Explainer:
 
     def _shapes(self, rows: Mapping[Key, LayerRow]) -> Iterator[Finding]:
         """For the first layer of another shape in each component, the difference of the two graphs that makes it."""
-        wrong = {}
+        wrong: dict[str, tuple[Key, LayerRow]] = {}
         for key, row in sorted(rows.items(), key=lambda item: item[1].index):
             if row.verdict == SHAPE and row.op != "input" and key not in self.settled:
                 wrong.setdefault(key.component, (key, row))
