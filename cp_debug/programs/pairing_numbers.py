@@ -113,7 +113,7 @@ class NumericPairing:
         unpaired = [o for o in node.outputs if o not in self.pairs or self.pairs[o][0] not in self._prints]
         for name, value in self._compute(node, unpaired).items():
             self._values[name] = value
-            if isinstance(value, list):
+            if not _has_numbers(value):
                 continue
             self.shapes[name] = tuple(value.shape)
             if name in self._own_data and name not in self.pairs:
@@ -215,7 +215,7 @@ class NumericPairing:
         expected = [o for n in self._readers.get(name, []) for o in n.outputs if o in self._prints]
         for reader in self._test.consumers.get(own, []):
             for result in self._compute(reader, reader.outputs, instead).values():
-                if isinstance(result, list):
+                if not _has_numbers(result):
                     continue
                 print_, limit = fingerprint(result), max(_tolerance(result), self._loose)
                 if print_.norm and any(self._prints[o].distance(print_) <= limit for o in expected):
@@ -247,7 +247,7 @@ class NumericPairing:
     def _by_likeness(self, node: Node, twins: Sequence[Node]) -> list[str]:
         """The unclaimed values of some nodes, the likeliest first: by name, equal constants, contents, place."""
         value = self._values.get(node.outputs[0])
-        own_print = None if value is None or isinstance(value, list) else fingerprint(value)
+        own_print = fingerprint(value) if _has_numbers(value) else None
         weights = set(self._theirs.of(node))
 
         def key(twin: Node) -> tuple[bool, int, float, int]:
@@ -282,6 +282,11 @@ class NumericPairing:
             (self._data, self._inputs) if graph is self._reference else (self._own_data, {v.name for v in graph.inputs})
         )
         return [n for n in node.inputs if n in data or n in inputs]
+
+
+def _has_numbers(value: Any) -> bool:
+    """Whether a value is a tensor of numbers: no sequence, no strings, not nothing."""
+    return isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "fiub")
 
 
 def _tolerance(value: Any) -> float:
