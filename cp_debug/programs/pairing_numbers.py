@@ -247,7 +247,7 @@ class NumericPairing:
     def _by_likeness(self, node: Node, twins: Sequence[Node]) -> list[str]:
         """The unclaimed values of some nodes, the likeliest first: by name, equal constants, contents, place."""
         value = self._values.get(node.outputs[0])
-        own_print = fingerprint(value) if _has_numbers(value) else None
+        own_print = fingerprint(value) if value is not None and _has_numbers(value) else None
         weights = set(self._theirs.of(node))
 
         def key(twin: Node) -> tuple[bool, int, float, int]:
