@@ -280,16 +280,10 @@ def collisions(rng: random.Random, world: World, folder: Path) -> Case:
         ["verify", "net.onnx", "-s", "ort,emu-fp16", "--samples", "1", "--junit", place(), "--json", place()],
     )
     argv = list(rng.choice(commands))
-    read = {"bisect": ("net.onnx", "other.onnx", "x.npz", "hard", "link"), "report": ("result/result.json",)}
-    read |= {"compare": ("capture-a", "capture-b")}
-    spared = (
-        *read.get(argv[0], ()),
-        "net.onnx",
-        "./net.onnx",
-        "hard",
-        "link",
-        *(["net.py"] if "net.py:make" in argv else []),
-    )
+    others = {"report": ["result/result.json"], "compare": []}
+    spared = others.get(argv[0], ["net.onnx", "./net.onnx", "hard", "link"])
+    spared += ["other.onnx"] if "--test-model" in argv else []
+    spared += [name for name, read in (("x.npz", "--inputs"), ("net.py", "net.py:make")) if read in argv]
     return Case("collisions", [argv], [ANYTHING_NEW, *(a for a in argv if a in known and a not in spared)])
 
 
