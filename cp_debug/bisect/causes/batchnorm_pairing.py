@@ -42,13 +42,13 @@ _FIX = "fold into {layers} the BatchNorm that reads its output: pairs are found 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a layer has a BatchNormalization, or where one can have been folded in."""
+    """A place where a layer has a BatchNormalization, or where one can have been folded in."""
 
     own: BatchNorm | None
     x: Tensor | None
-    """What the layer's own BatchNormalization is given; None without one."""
+    """Input of the layer's own BatchNormalization; None without one."""
     before: Tensor
-    """What it makes of that; without one the layer's result, before an activation."""
+    """Result of the layer's own BatchNormalization; without one the layer's, before an activation."""
     axis: int
     finish: Callable[[Tensor], Tensor]
     """Function from ``before`` to the segment's target; elementwise where ``elementwise``."""
@@ -56,7 +56,7 @@ class _Place:
 
 
 @dataclass(frozen=True)
-class _Hypothesis:
+class _OtherNorm:
     says: str
     base: Tensor
     norm: BatchNorm
@@ -176,7 +176,7 @@ def _places(segment: Segment) -> Iterator[_Place]:
 
 
 def _given(segment: Segment, norm: BatchNorm) -> Tensor | None:
-    """What a folded BatchNormalization would be given: the product with its own weights, else read backwards."""
+    """The input of a folded BatchNormalization: the product with its own weights, else read backwards."""
     node = segment.product
     raw = _raw_weights(segment, node) if node is not None else None
     if node is not None and raw is not None:
@@ -192,24 +192,26 @@ def _differs(norm: BatchNorm, place: _Place) -> bool:
 
 def _equal(one: BatchNorm, other: BatchNorm) -> bool:
     """Whether both compute the same but for rounding."""
-    shifts = [norm.bias - norm.mean * norm.scale for norm in (one, other)]
-    return torch.allclose(one.scale, other.scale, rtol=1e-6) and torch.allclose(*shifts, rtol=1e-6, atol=1e-9)
+    shift, other_shift = (norm.bias - norm.mean * norm.scale for norm in (one, other))
+    return torch.allclose(one.scale, other.scale, rtol=1e-6) and torch.allclose(
+        shift, other_shift, rtol=1e-6, atol=1e-9
+    )
 
 
-def _hypotheses(place: _Place, path: str, other: BatchNorm) -> Iterator[_Hypothesis]:
+def _hypotheses(place: _Place, path: str, other: BatchNorm) -> Iterator[_OtherNorm]:
     if place.own is None or place.x is None:
-        yield _Hypothesis("no BatchNorm belongs here, that of {} is folded in", place.before, other, path)
+        yield _OtherNorm("no BatchNorm belongs here, that of {} is folded in", place.before, other, path)
         return
     own = place.own
-    yield _Hypothesis("BatchNorm is that of {}: paired with the wrong layer", place.x, other, path)
-    yield _Hypothesis("the BatchNorm of {} is folded in besides its own", place.before, other, path)
+    yield _OtherNorm("BatchNorm is that of {}: paired with the wrong layer", place.x, other, path)
+    yield _OtherNorm("the BatchNorm of {} is folded in besides its own", place.before, other, path)
     statistics = replace(own, mean=other.mean, variance=other.variance)
-    yield _Hypothesis("BatchNorm has the running statistics of {}", place.x, statistics, path)
+    yield _OtherNorm("BatchNorm has the running statistics of {}", place.x, statistics, path)
     parameters = replace(own, weight=other.weight, bias=other.bias)
-    yield _Hypothesis("BatchNorm has the weight and bias of {}", place.x, parameters, path)
+    yield _OtherNorm("BatchNorm has the weight and bias of {}", place.x, parameters, path)
 
 
-def _best(segment: Segment, place: _Place, hypotheses: Sequence[_Hypothesis]) -> Iterator[Candidate]:
+def _best(segment: Segment, place: _Place, hypotheses: Sequence[_OtherNorm]) -> Iterator[Candidate]:
     near = list(hypotheses)
     if place.elementwise:
         at = _chosen(_rows(place.before, place.axis))
@@ -217,7 +219,7 @@ def _best(segment: Segment, place: _Place, hypotheses: Sequence[_Hypothesis]) ->
         error = float(torch.linalg.vector_norm(test - exact))
         left = {id(h): float(torch.linalg.vector_norm(h.sampled(place, at) - test)) for h in near}
         near = sorted((h for h in near if left[id(h)] <= NEAR * error), key=lambda h: left[id(h)])
-    left_of: list[tuple[float, _Hypothesis, Tensor]] = []
+    left_of: list[tuple[float, _OtherNorm, Tensor]] = []
     for hypothesis in near[: MOST if place.elementwise else MOST_WEIGHTS]:
         value = _as_folded(segment, place, hypothesis)
         if value.shape == segment.test.shape:
@@ -232,8 +234,8 @@ def _best(segment: Segment, place: _Place, hypotheses: Sequence[_Hypothesis]) ->
     yield Candidate(PAIRING, best.says.format(name), value, 0, {"batchnorm_of": name}, _FIX)
 
 
-def _as_folded(segment: Segment, place: _Place, hypothesis: _Hypothesis) -> Tensor:
-    """What the hypothesis gives, with as much rounding of each channel's folded scale and shift as FP32 allows.
+def _as_folded(segment: Segment, place: _Place, hypothesis: _OtherNorm) -> Tensor:
+    """The result of a hypothesis, with as much rounding of each channel's folded scale and shift as FP32 allows.
 
     Folding rounds both once more than the layer does, the same way for all elements of a channel.
     """

@@ -202,8 +202,8 @@ class Explainer:
         cause, second = explanation.cause, explanation.runner_up
         names = [row.name for row in rows]
         says = _unexplained(explanation) if cause is None else cause.says
-        causes = {e.row.name: e.explanation.cause for e in group}
-        pairs = {n: c.evidence["batchnorm_of"] for n, c in causes.items() if c and "batchnorm_of" in c.evidence}
+        named = [(e.row.name, e.explanation.cause) for e in group]
+        pairs = {name: c.evidence["batchnorm_of"] for name, c in named if c and "batchnorm_of" in c.evidence}
         if len(pairs) > 1 and len(pairs) == len(group):
             says = pairs_in_words(pairs)
         equals = {other.cause: other.says for other in explanation.equals[:EQUALS]}
