@@ -10,6 +10,7 @@ from typing import Any
 
 from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.causes.base import CAUSES, Candidate, Cause
+from cp_debug.bisect.causes.batchnorm_pairing import in_words as pairs_in_words
 from cp_debug.bisect.causes.effects import Effects
 from cp_debug.bisect.causes.everywhere import counted, in_words, orders
 from cp_debug.bisect.causes.graphs import GraphReader
@@ -109,6 +110,7 @@ class Explainer:
         for key_of_group, group in groups.items():
             self._layers_of.setdefault(key_of_group[1], set()).update(e.row.name for e in group)
         findings = [self._finding(group) for group in groups.values()]
+        findings += self._shapes(rows)
         for says in dict.fromkeys(self.settled.values()):
             settled_rows = [rows[key] for key, reason in self.settled.items() if reason == says]
             names = [row.name for row in settled_rows]
@@ -122,6 +124,23 @@ class Explainer:
             except Exception as error:
                 self.notes.append(f"what the declared precision costs is not known: {in_one_line(error)}")
         return sorted(findings, key=lambda f: -(abs(f.effect.share) if f.effect.share is not None else 0.0))
+
+    def _shapes(self, rows: Mapping[Key, LayerRow]) -> Iterator[Finding]:
+        """For the first layer of another shape in each component, the difference of the two graphs that makes it."""
+        wrong: dict[str, tuple[Key, LayerRow]] = {}
+        for key, row in sorted(rows.items(), key=lambda item: item[1].index):
+            if row.verdict == SHAPE and row.op != "input" and key not in self.settled:
+                wrong.setdefault(key.component, (key, row))
+        for key, row in wrong.values():
+            try:
+                candidate = self._graphs.of_shape(key.component, self.segment(key, row))
+            except Exception as error:
+                self._failed(row, error)
+                continue
+            if candidate is not None:
+                evidence = {"why": row.why, **candidate.evidence}
+                fix = self._fix(candidate, [row])
+                yield Finding(candidate.cause, candidate.says, [row.name], [row.op], evidence=evidence, fix=fix)
 
     def _explained(self, key: Key, row: LayerRow, families: Sequence[Cause]) -> tuple[Explained, Cause | None]:
         """The layer with its cause, and the family that proposed it; without both where anything fails on the way."""
@@ -201,6 +220,10 @@ class Explainer:
         cause, second = explanation.cause, explanation.runner_up
         names = [row.name for row in rows]
         says = _unexplained(explanation) if cause is None else cause.says
+        named = [(e.row.name, e.explanation.cause) for e in group]
+        pairs = {name: c.evidence["batchnorm_of"] for name, c in named if c and "batchnorm_of" in c.evidence}
+        if len(pairs) > 1 and len(pairs) == len(group):
+            says = pairs_in_words(pairs)
         equals = {other.cause: other.says for other in explanation.equals[:EQUALS]}
         if cause is not None and equals:
             says += "; or, which explains it as well: " + "; or ".join(equals.values())
@@ -217,6 +240,7 @@ class Explainer:
                 "why": worst.row.why,
                 **(cause.evidence if cause else {}),
                 **({"one_of": [cause.cause, *equals]} if cause and equals else {}),
+                **({"pairs": pairs} if len(pairs) > 1 else {}),
             },
             where=[e.where for e in group[:LOCATED]],
             fix=self._fix(cause, rows) if cause else "cpdebug bundle RESULT --layer " + names[0],

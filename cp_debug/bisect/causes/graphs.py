@@ -26,6 +26,8 @@ from cp_debug.programs.weight_differences import WeightDifferences, weight_diffe
 
 FOLDED = {"channels-scaled", "other-weights", "weights-scaled", "bias-scaled"}
 """Causes that a weight comparison finds when another BatchNorm was folded into the weights."""
+_OF_NORMS = ("batchnorm", "normalization")
+"""Beginnings of the names of causes about a BatchNormalization."""
 MANY = 0.5
 """Share of values that a scale makes 0 from which it is too coarse."""
 SHOWN = 3
@@ -170,10 +172,12 @@ def _clipped(segment: Segment, value: Tensor) -> bool:
 
 
 def _folded(segment: Segment, other: OtherProgram, known: set[str]) -> bool:
-    """Whether the test has the BatchNormalization of a layer in its weights, and no node for it."""
+    """Whether a layer's weights may hold a BatchNormalization, its own or another's, or its node may be another's."""
     piece = other.piece(segment.target, known)
     own = piece is not None and any(n.op == "BatchNormalization" for n in piece[1])
-    return segment.batch_norm is not None and not own
+    if own:
+        return len(segment.context.batch_norms) > 1
+    return segment.batch_norm is not None or bool(segment.context.batch_norms)
 
 
 def _lost(
@@ -213,6 +217,8 @@ def _computed(
         except InputError:  # an operator that nobody here can compute
             continue
     fitting = [value for value in results if value.shape == segment.test.shape]
+    if segment.test.shape != segment.exact.shape:  # whether the shape fits is all that can be asked
+        return next(iter(fitting), None)
     return max(fitting, key=lambda value: segment.explained(value)[0], default=None)
 
 
@@ -233,6 +239,26 @@ class GraphReader:
             failed(error)
             return explain(segment, families, failed)
 
+    def of_shape(self, component: str, segment: Segment) -> Candidate | None:
+        """The difference of the two graphs at a layer whose shape is another one on each side.
+
+        None without one, and where the test's own nodes do not make the shape that the test has.
+        """
+        other = self._other(component)
+        known = {*self._run.replayer(component, self._test).known, *(v.name for v in segment.graph.inputs)}
+        piece = other.piece(segment.target, known) if other is not None else None
+        if other is None or piece is None or not segment.nodes:
+            return None
+        own, nodes, starts = piece
+        differences = Pieces(segment.graph, segment.nodes, other.graph, nodes, other.names).differences()
+        telling = [d for d in differences if not d.added]
+        value = _computed(segment, other, own, nodes, starts) if telling else None
+        if value is None:
+            return None
+        first = telling[0]
+        evidence = {"node": first.node, **first.evidence, "read_off": "the difference of the two graphs"}
+        return Candidate(first.cause, _says(differences), value, 0, evidence, _FIX + first.says)
+
     def _explain(
         self, component: str, segment: Segment, families: Sequence[Cause], failed: Failed
     ) -> tuple[Explanation, Cause | None]:
@@ -241,9 +267,10 @@ class GraphReader:
             return explain(segment, families, failed)
         known = {*self._run.replayer(component, self._test).known, *(v.name for v in segment.graph.inputs)}
         candidate, differences = difference(segment, other, known)
-        if candidate is not None and candidate.cause in FOLDED and _folded(segment, other, known):
+        several = len(differences) > 1 and candidate is not None and candidate.cause.startswith(_OF_NORMS)
+        if candidate is not None and (several or candidate.cause in FOLDED) and _folded(segment, other, known):
             explanation, family = explain(segment, families, failed)  # what was folded in tells more than weights do
-            if explanation.cause is not None and explanation.cause.cause.startswith(("batchnorm", "normalization")):
+            if explanation.cause is not None and explanation.cause.cause.startswith(_OF_NORMS):
                 return explanation, family
         if candidate is not None and (read_off := accepted(segment, candidate)) is not None:
             return read_off, None
