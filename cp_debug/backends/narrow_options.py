@@ -13,7 +13,8 @@ FAMILIES = ("fp8", "mxfp8", "mxfp4", "nvfp4", "int4")
 """The narrow precisions."""
 SUMS = ("fp32", "fp22", "fp16")
 """Running sums: FP32; 1 sign, 8 exponent and 13 fraction bits; FP16. ``N-bit`` is a sum of N significant bits."""
-GRANULARITIES = ("tensor", "channel", "block")
+Granularity = Literal["tensor", "channel", "block"]
+GRANULARITIES: tuple[Granularity, ...] = ("tensor", "channel", "block")
 GROUPS = (16, 32, 64, 128, 256)
 """Lengths of INT4 groups that MatMulNBits takes."""
 
@@ -30,7 +31,7 @@ class NarrowOptions:
     family: str
     element: Literal["e4m3", "e5m2"] = "e4m3"
     """Elements of FP8 and MXFP8."""
-    granularity: Literal["tensor", "channel", "block"] = "tensor"
+    granularity: Granularity = "tensor"
     """Values that share a scale in FP8: a tensor, a row or output channel, or a block (1×128 data, 128×128 weights)."""
     significant: int | None = None
     """Significant bits of the running sum; None: FP32."""

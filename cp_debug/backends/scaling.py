@@ -129,6 +129,52 @@ class Scaling:
         }
 
 
+@dataclass(frozen=True)
+class FixedScaling(Scaling):
+    """Encoding in FP8 where one operand has a scale that was chosen before its values were known.
+
+    Delayed scaling takes it from earlier steps, calibration from other data; ``scale`` 1 is a plain cast.
+    """
+
+    scale: float = 1.0
+    place: int = 0
+    """The operand that has it: 0 (data) or 1. The other one is encoded as ``options`` say."""
+    saturates: bool = True
+    """Whether what lies beyond the range becomes the largest number; else NaN in E4M3, Inf in E5M2."""
+
+    def encode(self, x: Tensor, axes: Axes, place: int) -> Encoded:
+        """``x`` of any shape as operand 0 (data) or 1 (weights) of a product."""
+        if place != self.place or not x.numel():
+            return super().encode(x, axes, place)
+        single = x.float()
+        return Encoded(self._codes(single / self.scale), None, single.new_tensor(self.scale))
+
+    def decoded(self, x: Tensor) -> Tensor:
+        """What is left of the operand with the fixed scale; shape and dtype of ``x`` stay."""
+        return self._codes((x / self.scale).float()).to(x.dtype) * self.scale
+
+    @property
+    def largest(self) -> float:
+        """The largest number of the element type."""
+        assert self.codec is not None
+        return self.codec.largest
+
+    def _codes(self, quotients: Tensor) -> Tensor:
+        codec = self.codec
+        assert codec is not None
+        codes = codec(quotients)
+        if self.saturates:
+            return codes
+        half_step = 2.0 ** (codec.exponent - codec.mantissa - 1)
+        beyond = quotients.abs() > codec.largest + half_step
+        return torch.where(beyond, quotients.sign() * (torch.nan if codec.overflow == "nan" else torch.inf), codes)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Elements, scales and blocks in words, JSON-safe."""
+        return super().settings | {"fixed_scale": self.scale, "of_operand": self.place, "saturates": self.saturates}
+
+
 def mx_scales(amax: Tensor, codec: Codec, *, up: bool = False) -> Tensor:
     """Scales in E8M0 of blocks whose largest magnitudes are ``amax``, float32 of the same shape.
 

@@ -13,6 +13,7 @@ from cp_debug.bisect.causes.base import CAUSES, Candidate, Cause
 from cp_debug.bisect.causes.effects import Effects
 from cp_debug.bisect.causes.everywhere import counted, in_words, orders
 from cp_debug.bisect.causes.graphs import GraphReader
+from cp_debug.bisect.causes.narrow_costs import costs
 from cp_debug.bisect.causes.precision import OVERFLOWS, PROMOTED
 from cp_debug.bisect.causes.search import ENOUGH, Explanation, explain
 from cp_debug.bisect.causes.segment import Segment, SegmentContext
@@ -115,6 +116,10 @@ class Explainer:
             fix = "compare what the condition is computed from in both programs, and its threshold"
             findings.append(Finding("control-flow", says, names, [row.op for row in settled_rows], fix=fix))
         findings += [*unsteady, *(() if self._draws else self._program(observation))]
+        try:
+            findings += costs(rows, self.run.precision.name, self.run.precision.roundoff, self.segment)
+        except Exception as error:
+            self.notes.append(f"what would lower the cost of the declared precision is not known: {in_one_line(error)}")
         if not all(row.within for row in rows.values()):
             try:
                 findings += self._costliest(rows)
