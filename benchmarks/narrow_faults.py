@@ -17,11 +17,17 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import multiprocessing
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,6 +67,7 @@ KINDS = (
 NARROW_CAUSES = {k.partition(",")[0].partition(" ")[0] for k in KINDS}
 EXCESS = 4.8
 """Introduced error of a wrong scale, in multiples of the right one's: a fifth above the verdict's limit."""
+DRAWS = 80
 APART = 0.15
 """Least distance of a departure from what is declared, in multiples of the error that the declaration makes."""
 
@@ -150,7 +157,7 @@ def drawn(kind: str, seed: int, families: Mapping[str, Family], folder: Path) ->
         scale = 1.0
         if kind.startswith("scale-stale"):
             scale = fits * float(2.0 ** (-rng.uniform(2, 6) if kind.endswith("small") else rng.uniform(6, 15)))
-        fixed = FixedScaling(NarrowOptions.parse(claim), scale, 0, "NaN" not in kind)
+        fixed = FixedScaling(NarrowOptions.parse(claim), (scale, None), "NaN" not in kind)
         computed = f"{claim} with a scale of {scale:.3g} for numbers up to {float(layer.x.abs().max()):.3g}"
         chosen[node] = Arithmetic(claim, scaling=fixed)
     else:
@@ -248,11 +255,30 @@ def healthy(seed: int, families: Mapping[str, Family], folder: Path) -> Case:
         for each in (n for n in graph.nodes if n.op in ("MatMul", "Conv", "ConvTranspose")):
             layer = _layer(graph, each.name, claim)
             scale = float(layer.x.abs().max()) / 448 * float(rng.uniform(0.95, 1.5)) if layer else 1.0
-            chosen[each.name] = Arithmetic(claim, scaling=FixedScaling(NarrowOptions.parse(claim), scale))
+            chosen[each.name] = Arithmetic(claim, scaling=FixedScaling(NarrowOptions.parse(claim), (scale, None)))
     backend = DepartingBackend(f"emu-{claim}", chosen)
     start = time.perf_counter()
     test = bisect(str(path), [create(BackendSpec.parse("ort")), backend]).tests[0]
     return _case(seed, "healthy", name, claim, "as declared", node, graph, test, time.perf_counter() - start)
+
+
+def fault(index: int, kinds: Sequence[str], base: int, families: Mapping[str, Family], folder: Path) -> Case:
+    """Case number ``index``, drawn until it is large enough."""
+    kind = kinds[index % len(kinds)]
+    for attempt in range(DRAWS):
+        if (case := drawn(kind, base + 1000 * index + attempt, families, folder)) is not None:
+            return case
+    raise SystemExit(f"no fault of kind {kind!r} in {DRAWS} draws")
+
+
+@contextmanager
+def workers(jobs: int) -> Iterator[Any]:
+    """What maps a function over cases: this process, or several."""
+    if jobs == 1:
+        yield SimpleNamespace(map=map)
+        return
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        yield pool
 
 
 def main() -> None:
@@ -263,24 +289,21 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the first case")
     parser.add_argument("--kind", choices=KINDS, help="only this one")
     parser.add_argument("--tuned", action="store_true", help="on the networks that the limits were chosen on")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--json", type=Path, help="write everything here")
     options = parser.parse_args()
     console, families = Console(width=200), TUNED if options.tuned else JUDGED
     kinds = (options.kind,) if options.kind else KINDS
     cases: list[Case] = []
-    with tempfile.TemporaryDirectory(prefix="narrow-") as name:
-        folder, seed = Path(name), options.seed
-        while len(cases) < options.faults:
-            for _ in range(60):
-                seed += 1
-                if (case := drawn(kinds[len(cases) % len(kinds)], seed, families, folder)) is not None:
-                    break
-            else:
-                raise SystemExit(f"no fault of kind {kinds[len(cases) % len(kinds)]} in 60 draws")
+    with tempfile.TemporaryDirectory(prefix="narrow-") as name, workers(options.jobs) as pool:
+        folder = Path(name)
+        one = partial(fault, kinds=kinds, base=options.seed, families=families, folder=folder)
+        for case in pool.map(one, range(options.faults)):
             cases.append(case)
             if not case.right:
                 console.print(f"{'unknown' if case.unknown else 'wrong'}: {case}", style="red")
-        calm = [healthy(options.seed + i, families, folder) for i in range(options.healthy)]
+        sound = partial(healthy, families=families, folder=folder)
+        calm = list(pool.map(sound, range(options.seed, options.seed + options.healthy)))
     table = Table("", "right", "unknown", "wrong", "of", box=None)
     groups: dict[str, list[Case]] = collections.defaultdict(list)
     for case in cases:

@@ -72,9 +72,8 @@ class NarrowBuilder(NetBuilder):
             # One block of channels of another range; every other one; a few hot channels, as language models have them.
             factors = np.exp2(rng.uniform(-1, 1, channels)).astype(np.float32)
             if kind == "channels":
-                count = int(rng.integers(24, 100))
-                start = int(rng.choice(range(0, channels - count, 128)))
-                factors[start : start + count] *= np.float32(10 ** rng.uniform(4.5, 5.5))
+                start = int(rng.choice(range(0, channels - 127, 128)))
+                factors[start : start + 128] *= np.float32(10 ** rng.uniform(4.5, 5.5))
             elif kind == "mixed":
                 factors[rng.permutation(channels)[: channels // 3]] *= np.float32(10 ** rng.uniform(5.3, 6))
             else:

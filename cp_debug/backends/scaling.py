@@ -141,27 +141,28 @@ class Scaling:
 
 @dataclass(frozen=True)
 class FixedScaling(Scaling):
-    """Encoding in FP8 where one operand has a scale that was chosen before its values were known.
+    """Encoding in FP8 where operands have a scale that was chosen before their values were known.
 
-    Delayed scaling takes it from earlier steps, calibration from other data; ``scale`` 1 is a plain cast.
+    Delayed scaling takes it from earlier steps, calibration from other data; a scale of 1 is a plain cast.
     """
 
-    scale: float = 1.0
-    place: int = 0
-    """The operand that has it: 0 (data) or 1. The other one is encoded as ``options`` say."""
+    scales: tuple[float | None, float | None] = (1.0, None)
+    """Scale of operand 0 (data) and of operand 1; None: the operand is encoded as ``options`` say."""
     saturates: bool = True
     """Whether what lies beyond the range becomes the largest number; else NaN in E4M3, Inf in E5M2."""
 
     def encode(self, x: Tensor, axes: Axes, place: int) -> Encoded:
         """``x`` of any shape as operand 0 (data) or 1 (weights) of a product."""
-        if place != self.place or not x.numel():
+        scale = self.scales[place]
+        if scale is None or not x.numel():
             return super().encode(x, axes, place)
         single = x.float()
-        return Encoded(self._codes(single / self.scale), None, single.new_tensor(self.scale))
+        return Encoded(self._codes(single / scale), None, single.new_tensor(scale))
 
     def decoded(self, x: Tensor) -> Tensor:
-        """What is left of the operand with the fixed scale; shape and dtype of ``x`` stay."""
-        return self._codes((x / self.scale).float()).to(x.dtype) * self.scale
+        """What the scale of the data leaves of it; shape and dtype of ``x`` stay."""
+        scale = self.scales[0] or 1.0
+        return self._codes((x / scale).float()).to(x.dtype) * scale
 
     @property
     def largest(self) -> float:
@@ -182,7 +183,7 @@ class FixedScaling(Scaling):
     @property
     def settings(self) -> dict[str, Any]:
         """Elements, scales and blocks in words, JSON-safe."""
-        return super().settings | {"fixed_scale": self.scale, "of_operand": self.place, "saturates": self.saturates}
+        return super().settings | {"fixed_scales": list(self.scales), "saturates": self.saturates}
 
 
 def mx_scales(amax: Tensor, codec: Codec, *, up: bool = False) -> Tensor:

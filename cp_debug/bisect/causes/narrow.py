@@ -172,7 +172,7 @@ def wrong_scale(segment: Segment) -> Iterator[Candidate]:
         return
 
     def result(scale: float, saturates: bool = True) -> Tensor | None:
-        data = FixedScaling(options, scale, 0, saturates).encode(x, operands.axes[0], 0).values.double()
+        data = FixedScaling(options, (scale, None), saturates).encode(x, operands.axes[0], 0).values.double()
         return segment.edited(operands.node, inputs={**others, 0: data})
 
     if segment.strange:
@@ -183,7 +183,7 @@ def wrong_scale(segment: Segment) -> Iterator[Candidate]:
             says += f"{codec.largest:g}" + (" and has no Inf, so what lies beyond is NaN" if codec is E4M3 else "")
             yield Candidate("fp8-saturated", says, value, 0, figures, FIXES["fp8-saturated"], heard=True)
         return
-    scales = _fitted(segment, lambda scale: FixedScaling(options, scale), operands, others)
+    scales = _fitted(segment, lambda scale: FixedScaling(options, (scale, None)), operands, others)
     if scales is None:
         return
     by_one, by_other = (result(scale) for scale in scales)
