@@ -4,9 +4,9 @@
     python benchmarks/language_model.py judge FOLDER [--device cuda] [--json FILE]
 
 ``train`` writes ``model.onnx`` (a decoder of bytes with its key and value caches as inputs and outputs) and
-``windows.npz`` (held-out text, in two chunks: the second reads the caches of the first). ``judge`` runs it in each precision by the executor of
-the emulated backends, whole and with one product at a time in it. Costs are differences of the mean log-likelihood of a
-byte against FP32 on the same windows, with a 95 % interval over the windows by bootstrap.
+``windows.npz`` (held-out text, in two chunks: the second reads the caches of the first). ``judge`` runs it in each
+precision by the executor of the emulated backends, whole and with one product at a time in it. Costs are differences of
+the mean log-likelihood of a byte against FP32 on the same windows, with a 95 % interval over the windows by bootstrap.
 """
 
 from __future__ import annotations

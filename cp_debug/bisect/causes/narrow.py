@@ -62,26 +62,44 @@ _SAYS = {
 }
 
 
+def departure(segment: Segment, options: NarrowOptions, computed_in: str) -> Candidate | None:
+    """The candidate of a layer that is known to be computed in another narrow arithmetic than ``options``; None where
+    that is none of the known departures."""
+    for name, other in variants(options):
+        if str(other) == computed_in:
+            return _departure(segment, options, name, other)
+    return None
+
+
 @cause()
-def departs(segment: Segment) -> Iterator[Candidate]:
-    """Candidates: narrower sums, coarser blocks, larger groups or the other FP8 type than the claimed precision has."""
+def overflowing_sums(segment: Segment) -> Iterator[Candidate]:
+    """Candidates: sums that are narrower than the claimed precision's, where Inf or NaN are born."""
     claim = segment.context.claim.name
-    if segment.product is None or not is_narrow(claim):
+    if segment.product is None or not is_narrow(claim) or not segment.strange:
         return
     options = NarrowOptions.parse(claim)
-    for name, other in variants(options):
-        if name == "fp8-accumulation" and work(segment.nodes, segment.given, segment.exact, segment.graph) > MOST_WORK:
-            continue
-        value = segment.run(ARITHMETICS[str(other)])
-        error, declared = (relative_l2(v, segment.exact) for v in (value, segment.claimed))
-        figures = {"computed_in": str(other), "declared": claim, "error": error, "error_as_declared": declared}
-        says = _SAYS[name].format(
-            sum=_sum(other), blocks=_blocks(other), declared=_blocks(options), group=other.group,
-            declared_group=options.group,
-        )  # fmt: skip
-        overflows = not bool(torch.isfinite(value[segment.finite | segment.new_nonfinite]).all())
-        says += " and overflow" if overflows else f": an error of {error:.2g} where {declared:.2g} is declared"
-        yield Candidate(name, says, value, 0, figures, FIXES[name], heard=True)
+    if work(segment.nodes, segment.given, segment.exact, segment.graph) <= MOST_WORK:
+        for name, other in variants(options):
+            if other.half_sum:
+                yield _departure(segment, options, name, other)
+
+
+def _departure(segment: Segment, options: NarrowOptions, name: str, other: NarrowOptions) -> Candidate:
+    value = segment.run(ARITHMETICS[str(other)])
+    error, declared = (relative_l2(v, segment.exact) for v in (value, segment.claimed))
+    figures = {"computed_in": str(other), "instead_of": str(options), "error": error, "error_as_declared": declared}
+    says = _SAYS[name].format(
+        sum=_sum(other),
+        blocks=_blocks(other),
+        declared=_blocks(options),
+        group=other.group,
+        declared_group=options.group,
+    )
+    if segment.strange:
+        says, figures = f"{says}, and overflow", {k: v for k, v in figures.items() if not k.startswith("error")}
+    else:
+        says += f": an error of {error:.2g} where {declared:.2g} is declared"
+    return Candidate(name, says, value, 0, figures, FIXES[name], heard=True)
 
 
 @cause(costly=True)
