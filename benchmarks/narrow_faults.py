@@ -156,7 +156,7 @@ def drawn(kind: str, seed: int, families: Mapping[str, Family], folder: Path) ->
         fits = float(layer.x.abs().max()) / CODECS[NarrowOptions.parse(claim).element].largest
         scale = 1.0
         if kind.startswith("scale-stale"):
-            scale = fits * float(2.0 ** (-rng.uniform(2, 6) if kind.endswith("small") else rng.uniform(6, 15)))
+            scale = fits * float(2.0 ** (-rng.uniform(2, 6) if kind.endswith("small") else rng.uniform(13.5, 17.5)))
         fixed = FixedScaling(NarrowOptions.parse(claim), (scale, None), "NaN" not in kind)
         computed = f"{claim} with a scale of {scale:.3g} for numbers up to {float(layer.x.abs().max()):.3g}"
         chosen[node] = Arithmetic(claim, scaling=fixed)

@@ -13,6 +13,7 @@ from cp_debug.backends.executor import Executor
 from cp_debug.backends.narrow_options import GRANULARITIES, GROUPS, Granularity, NarrowOptions, is_narrow
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.operators import CONTRACTIONS
+from cp_debug.probes.arrays import as_numpy, as_torch
 from cp_debug.probes.distance import distance
 
 SUMS: tuple[tuple[int | None, bool, int | None], ...] = (
@@ -105,6 +106,17 @@ class NarrowDepartures:
 def departures(graph: Graph, claim: str) -> NarrowDepartures | None:
     """What finds departures from a claim; None for precisions that are not narrow."""
     return NarrowDepartures(graph, claim) if is_narrow(claim) else None
+
+
+def spread(given: Mapping[str, AnyTensor], captured: AnyTensor, claimed: AnyTensor) -> bool:
+    """Whether NaN and Inf in a result come from those in its inputs: a scale found in them spreads them to all else."""
+    if distance(captured, claimed).new_nonfinite:
+        return False
+    return not all(bool(torch.isfinite(as_torch(as_numpy(v))).all()) for v in given.values() if _is_float(v))
+
+
+def _is_float(value: AnyTensor) -> bool:
+    return as_torch(as_numpy(value)).is_floating_point()
 
 
 def work(nodes: Sequence[Node], given: Mapping[str, AnyTensor], result: torch.Tensor, graph: Graph) -> int:

@@ -24,7 +24,7 @@ from cp_debug.backends.executor import Executor
 from cp_debug.backends.kernels import KERNELS
 from cp_debug.backends.memory import Trimmer
 from cp_debug.bisect.consequences import matters
-from cp_debug.bisect.narrow_variants import departures
+from cp_debug.bisect.narrow_variants import departures, spread
 from cp_debug.bisect.perturbation import doubt
 from cp_debug.bisect.quantized_segment import EmulatedSegment
 from cp_debug.bisect.range_loss import RangeLoss
@@ -190,6 +190,8 @@ class Replayer:
                 replay.computed_in = self._departures.find(
                     nodes, given, target, captured[target], expected.results[target], exact[target]
                 )
+                if replay.new_nonfinite and spread(given, captured[target], expected.results[target]):
+                    replay.new_nonfinite = 0
             replay.unread = target not in self.graph.consumers and target not in self._outputs
             replay.not_emulated = self._not_emulated(nodes)
             replay.instead = instead(captured[target], exact[target], expected.results[target])

@@ -35,8 +35,8 @@ STEPS = 32
 """Scales tried in an octave, in which E4M3 has 8 numbers: one of them rounds most values as the right one does."""
 REFINED = 4
 """Times that the best of them is searched for in ever smaller steps."""
-ROWS_SEEN, OUTPUTS_SEEN = 8, 48
-"""Rows of each half, and outputs, that a scale is fitted to."""
+ROWS_SEEN, OUTPUTS_SEEN = 12, 32
+"""Rows, and outputs of each half, that a scale is fitted to."""
 UNSCALED = 1.05
 """Squared error without a scale, relative to that with the best one, up to which there is said to be none."""
 BF16_ADVICE = "keep {layers} in BF16"
@@ -204,13 +204,13 @@ def wrong_scale(segment: Segment) -> Iterator[Candidate]:
     scales = _fitted(segment, lambda scale: FixedScaling(options, (scale, None)), operands, others)
     if scales is None:
         return
-    by_one, by_other = (result(scale) for scale in scales)
+    *fitted, first_half = scales
+    by_one, by_other = (result(scale) for scale in fitted)
     if by_one is None or by_other is None:
         return
-    rows = segment.folds[0].reshape(segment.test.shape)
-    name, says, figures = _called(x, codec, math.sqrt(scales[0] * scales[1]), largest)
-    figures["scales_of_halves"] = list(scales)
-    value = torch.where(rows, by_other, by_one)
+    name, says, figures = _called(x, codec, math.sqrt(fitted[0] * fitted[1]), largest)
+    figures["scales_of_halves"] = fitted
+    value = torch.where(first_half, by_other, by_one)
     yield Candidate(name, says, value, 1, figures, FIXES[name], heard=True)
 
 
@@ -242,8 +242,9 @@ def _called(x: Tensor, codec: Codec, scale: float, largest: float) -> tuple[str,
 
 def _fitted(
     segment: Segment, fixed: Callable[[float], FixedScaling], operands: Operands, others: Mapping[int, Tensor]
-) -> tuple[float, float] | None:
-    """The best scale of the data in each half of a sample of rows; None where none explains any of the error."""
+) -> tuple[float, float, Tensor] | None:
+    """The best scale of the data for each half of the outputs (of the rows, where there is one output), and the mask of
+    the first half in the result's shape; None where none explains any of the error."""
     weight, node = segment.weight(operands.node, 1), operands.node
     if weight is None or node is not segment.nodes[-1] or weight.dim() < 2 or not bool(segment.finite.all()):
         return None
@@ -251,28 +252,31 @@ def _fitted(
     if layout is None or not layout.fits(segment) or (columns := layout.columns(segment)) is None:
         return None
     known = layout.flat((segment.exact - layout.without_bias(segment)).expand_as(segment.test))
-    wrong, theta = layout.flat(segment.error).square(), layout.theta_of(others[1])
-    rows = wrong.sum((0, 2)).argsort(descending=True)[: 2 * ROWS_SEEN].sort().values
-    outputs = wrong.sum((0, 1)).argsort(descending=True)[:OUTPUTS_SEEN]
-    largest = float(operands.values[0].abs().max())
+    wanted, theta = layout.flat(segment.test) - known, layout.theta_of(others[1])
+    wrong = layout.flat(segment.error).square()
+    by_output = layout.outputs > 1
+    first = torch.zeros(wrong.shape[1:], dtype=torch.bool)
+    first[(slice(None), slice(None, None, 2)) if by_output else slice(None, None, 2)] = True
+    rows = wrong.sum((0, 2)).argsort(descending=True)[:ROWS_SEEN].sort().values
+    outputs = wrong.sum((0, 1)).argsort(descending=True)[: 2 * OUTPUTS_SEEN].sort().values
+    top = float(operands.values[0].abs().max()) / fixed(1.0).largest
+    grid = [top * 2.0 ** (k / STEPS) for k in range(OCTAVES[0] * STEPS, OCTAVES[1] * STEPS + 1)]
     found = []
-    for half in (rows[::2], rows[1::2]):
-        if not len(half):
+    for half in (first, ~first):
+        seen_rows = rows if by_output else rows[half[rows, 0]]
+        seen = outputs[half[0, outputs]] if by_output else outputs
+        if not len(seen_rows) or not len(seen):
             return None
-        x, w = columns[:, half], theta[:, :, outputs]
-        wanted = (layout.flat(segment.test) - known)[:, half][..., outputs]
+        x, w, y = columns[:, seen_rows], theta[:, :, seen], wanted[:, seen_rows][..., seen]
 
-        def error(scale: float, x: Tensor = x, w: Tensor = w, wanted: Tensor = wanted) -> float:
-            return float((fixed(scale).decoded(x) @ w - wanted).square().sum())
+        def error(scale: float, x: Tensor = x, w: Tensor = w, y: Tensor = y) -> float:
+            return float((fixed(scale).decoded(x) @ w - y).square().sum())
 
-        top = largest / fixed(1.0).largest
-        grid = [top * 2.0 ** (k / STEPS) for k in range(OCTAVES[0] * STEPS, OCTAVES[1] * STEPS + 1)]
-        best = min(grid, key=error)
-        step = 2.0 ** (1 / STEPS)
+        best, step = min(grid, key=error), 2.0 ** (1 / STEPS)
         for _ in range(REFINED):
-            near = [best * step ** (k / 8) for k in range(-8, 9)]
-            best, step = min(near, key=error), step ** (1 / 6)
-        found.append(1.0 if error(1.0) <= UNSCALED * error(best) + 1e-12 * float(wanted.square().sum()) else best)
-        if error(found[-1]) > 0.5 * float(wrong[:, half][..., outputs].sum()):
+            best, step = min((best * step ** (k / 8) for k in range(-8, 9)), key=error), step ** (1 / 6)
+        found.append(1.0 if error(1.0) <= UNSCALED * error(best) + 1e-12 * float(y.square().sum()) else best)
+        if error(found[-1]) > 0.5 * float(wrong[:, seen_rows][..., seen].sum()):
             return None
-    return found[0], found[1]
+    mask = layout.unflat(first.expand(wrong.shape), segment.test)
+    return found[0], found[1], mask

@@ -127,11 +127,11 @@ def _tried(segment: Segment, options: NarrowOptions) -> Iterator[tuple[str, str,
         block = MX_BLOCK if options.family == "mxfp4" else NVFP4_BLOCK
         found = _outliers_apart(segment, operands, scaling, block)
         if found is not None:
-            result, shares = found
+            kept, shares = found
             text = (
                 f"outliers ({shares[0]:.2%} of operand 0, {shares[1]:.2%} of operand 1) take the scale of their blocks "
             )
-            yield "fp4-outlier", text + f"of {block}; keep them apart", result, {"outliers": shares, "block": block}
+            yield "fp4-outlier", text + f"of {block}; keep them apart", kept, {"outliers": shares, "block": block}
     if options.family in ("fp8", "mxfp8"):
         unlimited = {place: _without_underflow(values, scaling, axes, place) for place, (values, axes) in
                      enumerate(zip(operands.values, operands.axes, strict=True))}  # fmt: skip
