@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from cp_debug.backends.base import Backend, Program
@@ -17,13 +18,14 @@ from cp_debug.bisect.int8_notes import int8_notes
 from cp_debug.bisect.one_sample import SampleRuns
 from cp_debug.bisect.options import DEFAULT_OPTIONS, OnStep, Options, Rewrite, StepCounter, is_optimized
 from cp_debug.bisect.result import BisectResult, TestResult
-from cp_debug.bisect.standards import oracle, tolerance
+from cp_debug.bisect.standards import oracle, oracle_device, tolerance
 from cp_debug.bisect.worst_samples import observation_notes
 from cp_debug.errors import InputError
 from cp_debug.graph.randomness import drawing
 from cp_debug.probes.capture import check_free
 from cp_debug.programs.layers import Layer, all_layers
 from cp_debug.programs.pipeline import Pipeline, choose_export, is_exported
+from cp_debug.programs.tensor_inputs import as_numbers, file_as_numbers, has_other_inputs
 from cp_debug.recipes.abilities import HasNotes, Remarks
 from cp_debug.recipes.base import Model, Sample, check_samples
 
@@ -67,6 +69,7 @@ class Bisection:
             differs = test_model is not None or options.differs
             backends = [create(spec) for spec in parse_backends(backends, repeats=differs)]
         self._reference, *self._tests = backends
+        self._oracle_devices = {str(test.spec): oracle_device(test, options) for test in self._tests}
         self._export, note = choose_export(backends, options.exporter)
         if options.optimizer_blame and not any(map(is_optimized, self._tests)):
             names = ", ".join(str(test.spec) for test in self._tests)
@@ -95,6 +98,7 @@ class Bisection:
         progress.steps += sum(map(is_optimized, self._tests)) if options.optimizer_blame else 0
         with tempfile.TemporaryDirectory(prefix="cpdebug-") as scratch, ExitStack() as stack:
             check_samples(self.model, options.samples, options.inputs)
+            self._take_numbers(options.save or Path(scratch))
             samples = iter(self._samples())
             first = next(samples)
             progress.step("exporting and aligning")
@@ -131,6 +135,23 @@ class Bisection:
                 weights={component: differences.to_dict() for component, differences in sides.weights.items()},
             )
 
+    def _take_numbers(self, folder: Path) -> None:
+        """Let both sides take tensors of numbers where their files take strings, sequences, optionals or maps."""
+        if not has_other_inputs(self.model):
+            return
+        samples, model = list(self._samples()), self.model
+        self.model = as_numbers(model, samples, folder)
+        if isinstance(self._test_model, Path) and self._test_model.is_file():
+            self._test_model = file_as_numbers(self._test_model, samples, folder, model)
+        same = self.test_model is model
+        self.test_model = self.model if same else as_numbers(self.test_model, samples, folder / "test", model)
+        reference, test = self._sides
+        self._sides = replace(reference, model=self.model), replace(test, model=self.test_model)
+        self._notes.append(
+            "inputs that are no tensors of numbers are made of such in front of the network: strings of their numbers "
+            "in a table, sequences of their elements"
+        )
+
     def _samples(self) -> Iterable[Sample]:
         """The samples, from the first one again."""
         return self.model.samples(self.options.samples, self.options.seed, self.options.inputs)
@@ -147,9 +168,9 @@ class Bisection:
     ) -> CandidateRun:
         """One test, its backend open, with the precision by which it is judged."""
         limits = tolerance(self._reference, backend, (*sides.programs, *tests), self.options)
-        judge = oracle(self._reference, backend, self.options)
+        judge, device = oracle(self._reference, backend, self.options), self._oracle_devices[str(backend.spec)]
         pipeline = stack.enter_context(Pipeline(self.test_model, tests, backend, unfold=sides.unfold))
-        return CandidateRun(pipeline, reference, sides.programs, layers, limits, judge, folder)
+        return CandidateRun(pipeline, reference, sides.programs, layers, limits, judge, folder, device)
 
     def _results(self, taken: SampleRuns, sides: BothSides, layers: list[Layer]) -> list[TestResult]:
         results = []

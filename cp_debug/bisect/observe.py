@@ -16,7 +16,7 @@ import torch
 
 from cp_debug.backends.base import Tensor
 from cp_debug.backends.capabilities import build_info_of, with_threads
-from cp_debug.probes.capture import Capture
+from cp_debug.probes.held import CapturedRun
 from cp_debug.probes.statistics import compare
 from cp_debug.programs.pipeline import Key, Pipeline
 from cp_debug.recipes.base import Arrays, Sample
@@ -61,7 +61,7 @@ def observe(
     pipeline: Pipeline,
     sample: Sample,
     probed: Mapping[str, Arrays],
-    capture: Capture,
+    capture: CapturedRun,
     name: Callable[[Key], Key] = lambda key: key,
 ) -> tuple[Observation, dict[Key, float]]:
     """The backend of ``pipeline`` against itself: the observation, and the noise floor of every layer that has one.
@@ -96,7 +96,7 @@ def _observe_runs(
     open_pipeline: Open,
     sample: Sample,
     probed: Mapping[str, Arrays],
-    capture: Capture,
+    capture: CapturedRun,
     name: Callable[[Key], Key],
 ) -> tuple[Observation, dict[Key, float]]:
     """``observe`` for a backend that ``open_pipeline`` opens."""
