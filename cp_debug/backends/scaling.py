@@ -160,7 +160,7 @@ class FixedScaling(Scaling):
         return Encoded(self._codes(_over(single, scale)), None, single.new_tensor(scale))
 
     def decoded(self, x: Tensor) -> Tensor:
-        """What the scale of the data leaves of it; shape and dtype of ``x`` stay."""
+        """Values of data as its scale and its codes leave them; shape and dtype of ``x`` stay."""
         scale = self.scales[0] or 1.0
         return self._codes(_over(x, scale).float()).to(x.dtype) * scale
 

@@ -77,7 +77,7 @@ class TorchFp8Session(ExecutorSession):
     def run(
         self, inputs: Mapping[str, np.ndarray], sink: Sink | None = None, probes: Collection[str] | None = None
     ) -> dict[str, np.ndarray]:
-        """Run once; the first run calibrates before it.
+        """Run once; the first run calibrates before it. Takes and returns name → array in the dtype that the graph has.
 
         Raises InputError for inputs that do not fit the graph, where a node fails, and for data with NaN or Inf, which
         has no scale.

@@ -104,12 +104,15 @@ class NarrowDepartures:
 
 
 def departures(graph: Graph, claim: str) -> NarrowDepartures | None:
-    """What finds departures from a claim; None for precisions that are not narrow."""
+    """The search for departures from a claim; None for precisions that are not narrow."""
     return NarrowDepartures(graph, claim) if is_narrow(claim) else None
 
 
 def spread(given: Mapping[str, AnyTensor], captured: AnyTensor, claimed: AnyTensor) -> bool:
-    """Whether NaN and Inf in a result come from those in its inputs: a scale found in them spreads them to all else."""
+    """Whether NaN and Inf in a result come from those in its inputs: a scale found in them spreads them to all else.
+
+    ``captured`` and ``claimed`` have the value's shape; any float dtypes.
+    """
     if distance(captured, claimed).new_nonfinite:
         return False
     return not all(bool(torch.isfinite(as_torch(as_numpy(v))).all()) for v in given.values() if _is_float(v))
@@ -120,7 +123,7 @@ def _is_float(value: AnyTensor) -> bool:
 
 
 def work(nodes: Sequence[Node], given: Mapping[str, AnyTensor], result: torch.Tensor, graph: Graph) -> int:
-    """Number of products that a segment sums, about: elements of the result times the length of a sum."""
+    """Number of products that a segment sums, about: elements of the result, of any shape, times the length of a sum."""
     lengths = [1]
     for node in nodes:
         if node.op not in CONTRACTIONS:

@@ -39,7 +39,7 @@ ASKED = 8
 
 @dataclass
 class Remedy:
-    """What would make a layer's error smaller, and by how much."""
+    """A change of the declaration that makes a layer's error smaller, and by how much."""
 
     cause: str
     says: str
