@@ -112,9 +112,7 @@ class CandidateRun:
         stats: dict[Key, TensorStats] = {}
 
         def sink(key: Key, tensor: Tensor) -> None:
-            if (file := self._files.get(key.component)) is not None:
-                tensor = file.shown(key.value, tensor)
-            key = self.name(key)
+            key, tensor = self._as_of_reference(key, tensor)
             writer.put(key.value, tensor, component=key.component)
             if key in self.layers and key in captured:
                 stats[key] = compare(reference.load(key.value, component=key.component), tensor)
@@ -289,7 +287,13 @@ class CandidateRun:
         ``probed``: component → output name → array, of the run that ``test`` holds. Arrays have the dtype that the
         graph declares.
         """
-        return observe(self.pipeline, sample, probed, test, self.name)
+        return observe(self.pipeline, sample, probed, test, self._as_of_reference)
+
+    def _as_of_reference(self, key: Key, tensor: Tensor) -> tuple[Key, Tensor]:
+        """A value of the test by the reference's name, levels as the numbers that they stand for."""
+        if (file := self._files.get(key.component)) is not None:
+            tensor = file.shown(key.value, tensor)
+        return self.name(key), tensor
 
     def rows(
         self,

@@ -62,11 +62,12 @@ def observe(
     sample: Sample,
     probed: Mapping[str, Arrays],
     capture: CapturedRun,
-    name: Callable[[Key], Key] = lambda key: key,
+    shown: Callable[[Key, Tensor], tuple[Key, Tensor]] = lambda key, tensor: (key, tensor),
 ) -> tuple[Observation, dict[Key, float]]:
     """The backend of ``pipeline`` against itself: the observation, and the noise floor of every layer that has one.
 
-    ``probed`` are the outputs of the run that ``capture`` holds; ``name`` gives the captured name of a value.
+    ``probed`` are the outputs of the run that ``capture`` holds; ``shown`` gives a value as it was captured, with the
+    name under which it was.
     ``probed`` is component → output name → array. Arrays have the dtype that the graph declares.
     """
     if own_observation := _own_observation(pipeline):
@@ -78,7 +79,7 @@ def observe(
         # Sessions of torch take the count from torch itself, those of a runtime of its own when they are made.
         return Pipeline(pipeline.model, pipeline.programs, with_threads(pipeline.backend, threads))
 
-    return _observe_runs(fresh, sample, probed, capture, name)
+    return _observe_runs(fresh, sample, probed, capture, shown)
 
 
 def _own_observation(pipeline: Pipeline) -> Observation | None:
@@ -97,7 +98,7 @@ def _observe_runs(
     sample: Sample,
     probed: Mapping[str, Arrays],
     capture: CapturedRun,
-    name: Callable[[Key], Key],
+    shown: Callable[[Key, Tensor], tuple[Key, Tensor]],
 ) -> tuple[Observation, dict[Key, float]]:
     """``observe`` for a backend that ``open_pipeline`` opens."""
     other_threads = other_thread_count()
@@ -115,7 +116,7 @@ def _observe_runs(
     floors: dict[Key, float] = {}
 
     def sink(key: Key, tensor: Tensor) -> None:
-        key = name(key)
+        key, tensor = shown(key, tensor)
         stats = compare(capture.load(key.value, component=key.component), tensor)
         if not stats.equal:
             floors[key] = max(floors.get(key, 0.0), stats.finite_rel_l2)
