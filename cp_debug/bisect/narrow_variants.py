@@ -123,7 +123,7 @@ def _is_float(value: AnyTensor) -> bool:
 
 
 def work(nodes: Sequence[Node], given: Mapping[str, AnyTensor], result: torch.Tensor, graph: Graph) -> int:
-    """Number of products that a segment sums, about: elements of the result, of any shape, times the length of a sum."""
+    """Number of products that a segment sums: elements of ``result``, of any shape, times the length of a sum."""
     lengths = [1]
     for node in nodes:
         if node.op not in CONTRACTIONS:
