@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = "https://github.com/cpdebug/cpdebug/blob/main/"
-_LINK = re.compile(r"\]\(((?:\.\./|data/)[^)\s]*)\)")
+_LINK = re.compile(r"\]\(((?:\.\./|data/)[^)\s]*|[^):\s]+\.py)\)")
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
@@ -19,7 +19,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
     def outside(match: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(folder, match[1]))
-        is_page = target.startswith("docs/") and not match[1].startswith("data/")
+        is_page = target.startswith("docs/") and not match[1].startswith("data/") and not target.endswith(".py")
         return match[0] if is_page else f"]({REPOSITORY}{target})"
 
     return _LINK.sub(outside, markdown)
