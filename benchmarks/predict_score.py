@@ -3,6 +3,7 @@
     cpdebug predict MODEL --precision fp16 --target trt-8.6 --json PREDICTED.json   # without an engine
     cpdebug bisect MODEL -b torch,trt-fp16 --json RESULT.json                      # where there is one
     python benchmarks/predict_score.py PREDICTED.json RESULT.json [--backend trt-fp16] [--json FILE]
+    python benchmarks/predict_score.py PREDICTED.json docs/gpu/data/h100-alone.json --network ppocr-det  # scored again
 
 Every layer of the engine counts, none is dropped. Two figures of each: its *error* (relative L2 distance from the
 reference, which needs no knowledge of how the engine fused), and what it *introduced*. Where the engine shows other
@@ -10,7 +11,9 @@ values than the prediction's layers end at, what the layers between two shown va
 independent errors are, and a part of a layer that the engine split has the interval of the whole, from 0 on.
 ``below`` and ``as fp32``: smaller than the interval's low end; of these, layers whose kernel's name says that it
 computes in FP32. ``from_zero``: intervals that begin at 0, as the engine may leave the layer, or all above it, in
-FP32; ``inside_above_zero``: what lies inside the others. ``missing`` has no interval and counts as outside.
+FP32; ``none_or_more``: of these, intervals that have a smallest error where it does not. ``inside_as_fp32`` counts the
+layers inside such an interval that were computed in FP32 throughout, ``inside_above_zero`` all that lie inside by a
+lower end of either kind. ``missing`` has no interval and counts as outside.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from typing import Any
 
 from cp_debug.backends.tensorrt.tactics import decode
 from cp_debug.files import write_text
-from cp_debug.prediction.result import Interval, PredictedLayer, Prediction
+from cp_debug.prediction.result import NONE, Interval, PredictedLayer, Prediction
 
 INSIDE, BELOW, ABOVE, MISSING = "inside", "below", "above", "missing"
 NOTHING = 1e-9
@@ -114,7 +117,7 @@ def where(error: float, interval: Interval | None) -> str:
         return MISSING
     if interval.holds(error) or (error <= NOTHING and interval.low <= NOTHING):
         return INSIDE
-    return BELOW if error < interval.low else ABOVE
+    return ABOVE if error > interval.high else BELOW
 
 
 def summary(rows: Sequence[Scored]) -> dict[str, Any]:
@@ -125,7 +128,8 @@ def summary(rows: Sequence[Scored]) -> dict[str, Any]:
         counts = Counter(getattr(row, f"{figure}_is") for row in own)
         fp32 = [row for row in own if getattr(row, f"{figure}_is") == BELOW and row.arithmetic == "fp32"]
         found = [getattr(row, f"{figure}_interval") for row in own]
-        widths = [i.high / i.low for i in found if i is not None and i.low > NOTHING and math.isfinite(i.high)]
+        ends = [(i.low if i.low > NOTHING else i.least, i.high) for i in found if i is not None]
+        widths = [high / low for low, high in ends if low > NOTHING and math.isfinite(high)]
         measured = [(getattr(row, figure), i.expected) for row, i in zip(own, found, strict=True) if i and i.expected]
         ratios = [value / expected for value, expected in measured if value > NOTHING and math.isfinite(expected)]
         told[figure] = {
@@ -133,8 +137,15 @@ def summary(rows: Sequence[Scored]) -> dict[str, Any]:
             **{name: counts[name] for name in (INSIDE, BELOW, ABOVE, MISSING)},
             "as_fp32": len(fp32),
             "from_zero": sum(i is not None and i.low <= NOTHING for i in found),
+            "none_or_more": sum(i is not None and i.low <= NOTHING and i.least > 0 for i in found),
+            "inside_as_fp32": sum(
+                i is not None and i.low <= NOTHING and i.least > 0 and getattr(row, figure) <= NONE
+                for row, i in zip(own, found, strict=True)
+            ),
             "inside_above_zero": sum(
-                i is not None and i.low > NOTHING and getattr(row, f"{figure}_is") == INSIDE
+                i is not None
+                and (i.low > NOTHING or (i.least > 0 and getattr(row, figure) > NONE))
+                and getattr(row, f"{figure}_is") == INSIDE
                 for row, i in zip(own, found, strict=True)
             ),
             "coverage": round(counts[INSIDE] / len(own), 4) if own else None,
@@ -151,12 +162,17 @@ def main() -> None:
     parser.add_argument("prediction", type=Path)
     parser.add_argument("result", type=Path, help="what `cpdebug bisect --json` wrote, or a folder of --save")
     parser.add_argument("--backend", default="trt-fp16")
+    parser.add_argument("--network", help="the result is a file of docs/gpu/data: its layers of this network")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     result = args.result / "result.json" if args.result.is_dir() else args.result
-    tests = json.loads(result.read_text())["tests"]
+    document = json.loads(result.read_text())
     prediction = Prediction.open(args.prediction)
-    rows = Score(prediction, next(t for t in tests if t["backend"] == args.backend)["layers"]).rows()
+    if args.network:
+        layers = stored(document, args.network, prediction.layers[0].component)
+    else:
+        layers = next(t for t in document["tests"] if t["backend"] == args.backend)["layers"]
+    rows = Score(prediction, layers).rows()
     for row in rows:
         print(f"{row.value:44.44} {row.ops[:30]:30} {row.arithmetic:8}", end=" ")
         print(f"error {row.error:.2e} {_shown(row.error_interval)} {row.error_is:8}", end=" ")
@@ -169,8 +185,20 @@ def main() -> None:
         write_text(json.dumps({"summary": told, "layers": short}, indent=1, default=str), args.json)
 
 
+def stored(document: Mapping[str, Any], network: str, component: str) -> list[dict[str, Any]]:
+    """The engine's layers of one network, as ``--json`` once wrote them, in rows as a bisect gives them."""
+    found = document["scores"][network] if "scores" in document else document[network]
+    rows = []
+    for row in found["layers"]:
+        if not isinstance(row, dict):  # value, arithmetic, error, its interval, introduced, its interval
+            row = dict(zip(("value", "arithmetic", "error", "", "introduced"), row, strict=False))
+        row = {**row, "component": component, "onnx": row["value"], "op": "", "rel_l2": row["error"]}
+        rows.append({**row, "tactic": "_fused_conv_act_fp32_Accfloat" if row["arithmetic"] == "fp32" else ""})
+    return rows
+
+
 def _shown(interval: Interval | None) -> str:
-    return "[–]" if interval is None else f"[{interval.low:.2e}, {interval.high:.2e}]"
+    return "[–]" if interval is None else f"[{interval.low:.2e}, {interval.least:.2e}, {interval.high:.2e}]"
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.faults.edits import Editor, clip, scale_weights
 from cp_debug.cli.main import app
 from cp_debug.errors import InputError
+from cp_debug.probes.capture import Capture
 from cp_debug.reports.bundle.make import bundle
 from cp_debug.reports.files import write_json
 from cp_debug.reports.saved import SavedResult
@@ -159,6 +160,14 @@ def test_redaction_keeps_the_fault_and_none_of_the_values(tmp_path: Path) -> Non
         assert (array.min(), array.max()) >= (theirs[name].min(), -np.inf)
         assert array.max() <= theirs[name].max()
     assert not any(node.metadata_props for node in model.graph.node)
+    captured = Capture.open(tmp_path / "saved" / "sample-0" / "ort")
+    entries = {entry.name: entry.component for entry in captured.entries}
+    with np.load(tmp_path / "out" / "inputs.npz") as inputs:
+        assert inputs.files
+        for name in inputs.files:
+            theirs_captured = captured.load(name, component=entries[name])
+            assert np.mean(inputs[name] == theirs_captured) < 0.6, name  # zeros behind a ReLU stay zeros
+            assert theirs_captured.min() <= inputs[name].min() <= inputs[name].max() <= theirs_captured.max()
     assert "weights and inputs are random" in (tmp_path / "out" / "README.md").read_text()
 
 

@@ -249,6 +249,12 @@ def test_captures_of_other_models_or_inputs_say_so(tmp_path: Path) -> None:
     assert "model differs: sha256 1" in model
     assert "number of samples differs: 1" in count
     assert inputs == "sample 0: input x differs"
+    both, one = (
+        write(tmp_path / name, {}, inputs=[given]) for name, given in (("d", {"x": "a", "y": "b"}), ("e", {"x": "a"}))
+    )
+    assert both.differences(one) == one.differences(both) == ["sample 0: input y differs"]
+    renamed = write(tmp_path / "f", {}, inputs=[{"z": "a", "y": "b"}])
+    assert both.differences(renamed) == []  # the same inputs under other names
 
 
 def test_the_hash_of_an_input_depends_on_values_shape_and_dtype_only() -> None:

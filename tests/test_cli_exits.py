@@ -410,26 +410,44 @@ def test_a_terminal_of_no_width_shows_all(columns: str) -> None:
 
 
 def test_a_long_job_says_in_a_log_what_it_will_still_take() -> None:
-    from cp_debug.cli.console import TimeLeft
+    from cp_debug.cli.plain_steps import PlainSteps
 
     now = 0.0
-    left = TimeLeft(lambda: now)
-    said = []
-    for step in range(3000):
-        if line := left.said("fine-tuning", step, 100_000):
-            said.append((step, line))
+    steps = PlainSteps(print, clock=lambda: now)
+    assert not steps.line
+    for step in range(21):
+        steps("fine-tuning", step, 100_000)
         now += 0.5
-    assert said[0] == (20, "fine-tuning: 20 of 100000, 0.5 s each, about 14 h left at this pace")
-    assert [step for step, _ in said] == [20 * 2**power for power in range(8)]
-    assert left.said("other", 0, 6) is None
+    assert steps.line == "10 s: fine-tuning (21 of 100000), 0.53 s each, about 15 h left at this pace"
+    steps("other", 0, 6)
     now += 60
-    assert left.said("other", 4, 6) is None
-    assert left.said("other", 5, 6) == "other: 5 of 6, 12 s each, about 12 s left at this pace"
-    assert left.said("other", 6, 6) is None
+    steps("other", 4, 6)
+    assert steps.line == "70 s: other (5 of 6)"  # too few are done to say
+    steps("other", 5, 6)
+    assert steps.line == "70 s: other (6 of 6), 12 s each, about 12 s left at this pace"
+    steps("other", 6, 6)
+    assert steps.line == "70 s: other"
+
+
+def test_lines_of_a_job_come_ever_more_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cp_debug.cli.plain_steps import PlainSteps
+
+    def pauses(total: int) -> list[float]:
+        waited: list[float] = []
+        steps = PlainSteps(lambda _: None, clock=lambda: sum(waited))
+        steps("", 0, total)
+        steps("", 5, total)
+        monkeypatch.setattr(steps._over, "wait", lambda pause: waited.append(pause) or len(waited) > 8)
+        with steps.running():
+            pass
+        return waited
+
+    assert pauses(100) == [10.0 * 2**power for power in range(9)]
+    assert max(pauses(5)) == 300.0  # the last step may be any time
 
 
 def test_a_duration_is_told_as_people_do() -> None:
-    from cp_debug.cli.console import span
+    from cp_debug.cli.plain_steps import span
 
     said = [span(s) for s in (3.2, 119, 120, 5000, 4e4, 2e5, 1e9)]
     assert said == ["3 s", "119 s", "2 min", "83 min", "11 h", "2.3 days", "11,574 days"]

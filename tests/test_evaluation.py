@@ -26,6 +26,7 @@ from cp_debug.detection.boxes import Boxes
 from cp_debug.detection.evaluate import as_detector, evaluate
 from cp_debug.detection.evaluation import (
     NUSCENES_RANGES,
+    BackendScores,
     EvaluationOptions,
     EvaluationResult,
     parse_ranges,
@@ -216,6 +217,22 @@ def test_a_clear_loss_is_found_and_noise_is_not() -> None:
     assert result.backends[1].difference["mAP"].value == pytest.approx(0, abs=1e-3)
     assert scored({"torch": found, "emu-fp16": lossy}, truths, max_drop=0.5).worse == []
     assert scored({"torch": lossy, "ort": found}, truths).worse == []  # better is not worse
+
+
+@pytest.mark.parametrize(
+    ("change", "worse"),
+    [
+        ((-0.05, -0.09, -0.01), True),
+        ((-0.05, -0.12, 0.02), False),
+        ((-0.005, -0.009, -0.001), False),
+        ((0.05, 0.01, 0.09), False),
+    ],
+)
+def test_a_loss_that_chance_may_explain_is_none(change: tuple[float, float, float], worse: bool) -> None:
+    record = RunRecord("ort", "fp32", "cpu", False)
+    scores = BackendScores(record, 1, {}, {"mAP": ConfidenceInterval(*change)}, {})
+    assert scores.worse(0.01) is worse
+    assert not replace(scores, difference=None).worse(0.01)
 
 
 def test_tables_and_figures_for_other_programs() -> None:

@@ -47,7 +47,7 @@ def halves(*shape: int, seed: int) -> torch.Tensor:
     return round_fp16(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
 
 
-@pytest.mark.parametrize("slices", [1, 2])
+@pytest.mark.parametrize("slices", [1, 2, 4])
 @pytest.mark.parametrize(
     ("channels", "outputs", "groups", "kernel", "stride", "dilation", "begin", "end"),
     [
@@ -173,3 +173,14 @@ def test_error_grows_with_the_root_of_the_steps(channels: int) -> None:
     every = (fp16_accumulation.conv(x, weight, None, window, 1, 64) - exact).norm()
     steps = 9 * channels / fp16_accumulation.BLOCK
     assert float(every / last) == pytest.approx((steps / 2) ** 0.5, rel=0.1)
+
+
+def test_sums_of_slices_are_added_in_their_order() -> None:
+    """One slice each for 2048, 1, 1 and −2048: 2048 + 1 is 2048 in FP16, so that forwards 0 is left, backwards 2."""
+    x = torch.zeros(1, 64, 1)
+    x[0, ::16, 0] = torch.tensor([2048.0, 1.0, 1.0, -2048.0])
+    window = Window((1,), (1,), (1,), (0,), (0,))
+    ones, bias = torch.ones(1, 64, 1), torch.zeros(1)
+    assert float(fp16_accumulation.conv(x, ones, bias, window, 1, tile=64, slices=4)) == 0
+    x[0, ::16, 0] = torch.tensor([1.0, 1.0, 2048.0, -2048.0])
+    assert float(fp16_accumulation.conv(x, ones, bias, window, 1, tile=64, slices=4)) == 2

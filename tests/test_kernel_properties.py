@@ -228,3 +228,23 @@ def test_resize_by_a_fraction_agrees_with_onnx_runtime(tmp_path: Path, transform
     (expected,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})
     made = Executor(Graph(tmp_path / "net.onnx"), FP64).run({"x": x})["y"].numpy()
     np.testing.assert_allclose(made, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("opset", [18, 20, 21])
+def test_group_normalization_has_a_scale_for_each_group_and_since_opset_21_for_each_channel(
+    tmp_path: Path, opset: int
+) -> None:
+    x = np.random.default_rng(0).standard_normal((2, 6, 3, 4)).astype(np.float32)
+    count = 6 if opset >= 21 else 2
+    scale, bias = (np.arange(1, count + 1, dtype=np.float32) * by for by in (1, -10))
+    node = helper.make_node("GroupNormalization", ["x", "s", "b"], ["y"], num_groups=2, epsilon=1e-3)
+    ends = [helper.make_tensor_value_info(name, 1, None) for name in ("x", "y")]
+    constants = [numpy_helper.from_array(scale, "s"), numpy_helper.from_array(bias, "b")]
+    graph = helper.make_graph([node], "net", ends[:1], ends[1:], constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)]), str(tmp_path / "net.onnx"))
+    groups = x.reshape(2, 2, 3, 3, 4).astype(np.float64)
+    mean, variance = (f(groups, axis=(2, 3, 4), keepdims=True) for f in (np.mean, np.var))
+    normal = ((groups - mean) / np.sqrt(variance + 1e-3)).reshape(x.shape)
+    per_channel = [np.repeat(p, 6 // count)[None, :, None, None] for p in (scale, bias)]
+    made = Executor(Graph(tmp_path / "net.onnx"), FP64).run({"x": x})["y"].numpy()
+    np.testing.assert_allclose(made, normal * per_channel[0] + per_channel[1], rtol=1e-9, atol=1e-9)

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cp_debug.detection.metrics import THRESHOLDS, Objects, average_precision, class_average_precisions, match_centers
+from cp_debug.detection.boxes import Boxes
+from cp_debug.detection.metrics import (
+    THRESHOLDS,
+    Objects,
+    average_precision,
+    box_errors,
+    class_average_precisions,
+    match_centers,
+)
 
 
 def objects(rows: list[tuple[int, float, float, float]]) -> Objects:
@@ -95,3 +103,29 @@ def test_classes_are_scored_apart():
     truth = Objects.gather([(centers, np.array([0, 1]), scores)])
     swapped = Objects.gather([(centers, np.array([0, 2]), scores)])
     assert class_average_precisions(swapped, truth, 3).mean(axis=1) == pytest.approx([1, 0, 0])
+
+
+def boxes(*rows: tuple[float, ...], attributes: tuple[str, ...] = ("",)) -> Boxes:
+    """From x, y, z, length, width, height, yaw, vx, vy: one box a sample."""
+    count = len(rows)
+    zeros = np.zeros(count, np.int64)
+    return Boxes.of(rows, np.arange(count), zeros, np.ones(count), np.array(attributes * (count // len(attributes))))
+
+
+def test_errors_of_a_box_are_those_of_the_definition() -> None:
+    truth = boxes((1, 2, 0, 4, 2, 1, 3.1, 1, 0))
+    (errors,) = box_errors(boxes((4, 6, 9, 2, 2, 2, -3.1, 4, 4)), truth, np.array([0])).T
+    # 4 of (8 + 8 − 4) overlap; over the seam at π it is a small turn; z counts nowhere.
+    assert errors == pytest.approx([5, 1 - 4 / 12, 2 * np.pi - 6.2, 5, np.nan], nan_ok=True)
+    (half_turn,) = box_errors(boxes((1, 2, 0, 4, 2, 1, 0, 1, 0)), truth, np.array([0]), half_turn=True).T
+    assert half_turn[2] == pytest.approx(np.pi - 3.1)
+    (around,) = box_errors(boxes((1, 2, 0, 4, 2, 1, 3.1 + 4 * np.pi, 1, 0)), truth, np.array([0])).T
+    assert around[2] == pytest.approx(0, abs=1e-9)
+    assert np.isnan(box_errors(truth, truth, np.array([-1]))).all()
+
+
+@pytest.mark.parametrize(("name", "wrong"), [("moving", 0), ("parked", 1), ("", np.nan)])
+def test_an_attribute_is_right_wrong_or_unknown(name: str, wrong: float) -> None:
+    truth = boxes((1, 2, 0, 4, 2, 1, 3, 1, 0), attributes=(name,))
+    found = box_errors(boxes((1, 2, 0, 4, 2, 1, 3, 1, 0), attributes=("moving",)), truth, np.array([0]))
+    assert found[4] == pytest.approx([wrong], nan_ok=True)

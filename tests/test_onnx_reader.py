@@ -56,6 +56,16 @@ def edits(*steps: Callable[[onnx.GraphProto], object]) -> Callable[[onnx.ModelPr
     return edit
 
 
+def texts(*data: bytes) -> Callable[[onnx.ModelProto], None]:
+    def edit(model: onnx.ModelProto) -> None:
+        tensor = model.graph.initializer[0]
+        tensor.ClearField("raw_data")
+        tensor.data_type = TensorProto.STRING
+        tensor.string_data.extend(data)
+
+    return edit
+
+
 CASES: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
     "short": (weight(raw_data=b"1234"), r"weight 'w' is FLOAT\[2, 1, 1, 1\], 8 bytes; the file has 4"),
     "negative": (weight(dims=[-2, 1, 1, 1]), r"weight 'w' has the shape \[-2"),
@@ -64,6 +74,7 @@ CASES: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
     "ranks": (weight(dims=[1] * 100), "weight 'w' has the shape"),
     "type": (weight(data_type=99), "weight 'w' is of the data type 99"),
     "text": (weight(data_type=TensorProto.STRING), "weight 'w' is text"),
+    "texts": (texts(b"a", b"b", b"c"), r"weight 'w' is STRING\[2, 1, 1, 1\]; the file has 3 strings"),
     "outside": (external("../x"), r"location is '\.\./x'; expected a file in the model's folder"),
     "absolute": (external("/etc/passwd"), "expected a file in the model's folder"),
     "nowhere": (external(""), "expected a file in the model's folder"),

@@ -203,6 +203,10 @@ def test_interval() -> None:
     assert (interval.low, interval.high) == (0.8, 5.0)
     assert interval.holds(0.8)
     assert not interval.holds(5.1)
+    either = Interval.around(2.0, [0.0, 4.0], 1.25, least=0.5)
+    assert [either.holds(x) for x in (0.0, 1e-7, 0.3, 0.4, 5.0)] == [True, True, False, True, True]
+    assert either.joined(interval) == Interval(0.0, 2.0, 5.0, 0.4)
+    assert Interval.around(2.0, [1.0], 1.25, least=0.5).least == 0, "it begins above 0"
 
 
 def test_the_command(tmp_path: Path) -> None:
@@ -272,6 +276,61 @@ def test_an_engine_that_leaves_them_in_fp32_lies_inside(tmp_path: Path) -> None:
     score = summary(Score(prediction, rows).rows())
     assert (score["error"]["inside"], score["error"]["from_zero"]) == (score["layers"], 0)
     assert score["introduced"]["inside"] == score["introduced"]["of"]
+
+
+def unknown(path: Path) -> Path:
+    """Instance norms between convolutions, so that every layer may stay in FP32: ``x`` to ``y``."""
+    net, value = NetBuilder(), "x"
+    for i, (a, b) in enumerate(((8, 16), (16, 16), (16, 4))):
+        value = net.conv(value, a, b, name=f"c{i}")
+        ones, zeros = net.weight(np.ones(b, np.float32)), net.weight(np.zeros(b, np.float32))
+        normal = net.op("InstanceNormalization", value, ones, zeros, name=f"norm{i}")
+        value = net.op("Relu", normal, name="y" if i == 2 else f"r{i}")
+    return net.save(path, {"x": (1, [1, 8, 12, 12])}, ["y"])
+
+
+def test_what_may_be_fp32_throughout_is_so_or_off_by_a_least_error(tmp_path: Path) -> None:
+    path = unknown(tmp_path / "net.onnx")
+    prediction = predict(str(path))
+    assert all(layer.error.low == 0 < layer.error.least < layer.error.expected for layer in prediction.layers)
+    reference, test = (create(s) for s in parse_backends("ort-none,emu-fp16"))
+    assert isinstance(test, EmulatedBackend)
+    names = [node.name for node in Graph(path).nodes]
+    for kept, as_fp32 in ((names, 9), (names[:3], 3), (names[3:], 0)):  # none, the end, the beginning in FP16
+        engine = test.keeping(kept)
+        result = bisect(load_model(str(path)), [reference, engine], options=Options(explain=False))
+        rows = Score(prediction, json.loads(json.dumps(result.to_dict()))["tests"][0]["layers"]).rows()
+        told = summary(rows)["error"]
+        outside = [(row.value, row.error, row.error_interval) for row in rows if row.error_is != "inside"]
+        assert (told["of"], told["none_or_more"], told["inside_as_fp32"], outside) == (9, 9, as_fp32, [])
+    output = prediction.outputs[0].error
+    assert not output.holds(output.least / 2), "an error between FP32's and the smallest of FP16"
+    assert "or as FP32" in prediction.verdict
+
+
+def test_a_large_product_beside_a_normalization_is_in_fp16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = unknown(tmp_path / "net.onnx")
+    monkeypatch.setattr("cp_debug.prediction.walk.LARGE", 2.0 * 16 * 16 * 9 * 144)  # c1: 16 × 16 channels, 3×3, 12²
+    layers = {layer.value: layer for layer in predict(str(path)).layers}
+    assert [value for value, layer in layers.items() if not layer.may_stay] == ["c1"]
+    assert layers["r0"].error.low == 0
+    assert layers["c1"].introduced is not None
+    assert layers["c1"].introduced.low > 0
+    assert layers["r1"].error.low > 0
+    assert layers["y"].error.low > 0 == layers["y"].error.least
+    untimed = predict(str(path), options=PredictOptions(builder_level=0))
+    assert all(layer.may_stay for layer in untimed.layers), "the first kernel that works is taken, whatever its type"
+
+
+def test_without_timings_every_layer_may_stay(tmp_path: Path) -> None:
+    path = str(residual(tmp_path / "net.onnx"))
+    assert not any(layer.may_stay for layer in predict(path, options=PredictOptions(builder_level=1)).layers)
+    found = CliRunner().invoke(app, ["predict", path, "--builder-level", "0", "--json", str(tmp_path / "p.json")])
+    assert found.exit_code == 0, found.output
+    assert "0 or " in found.output
+    prediction = Prediction.open(tmp_path / "p.json")
+    assert all(layer.may_stay for layer in prediction.layers)
+    assert all(layer.error.low == 0 < layer.error.least for layer in prediction.layers)
 
 
 def test_a_first_convolution_of_few_channels_is_computed_as_its_kernels_do(tmp_path: Path) -> None:

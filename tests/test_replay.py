@@ -256,3 +256,39 @@ def test_places_that_are_exact_leave_no_doubt_about_the_nearest_neighbour(tmp_pa
     x = np.random.default_rng(0).standard_normal((1, 3, 8, 8)).astype(np.float32)
     assert [row.onnx for row in compared(save("nearest"), save("linear"), {"x": x}, backends).guilty] == ["large"]
     assert not compared(save("nearest"), None, {"x": x}, "ort-none,ort-all").guilty
+
+
+def test_amplification_is_what_comes_out_by_what_went_in(tmp_path: Path) -> None:
+    """Near 1, x − 0.9 is 0.1: one per mille of x is one per cent of it. 10, not 1/10; of a layer that shrinks, 1/2."""
+    net = NetBuilder()
+    less = net.op("Sub", "x", net.weight(np.array(0.9, np.float32)), name="less")
+    net.op("Add", less, net.weight(np.array(0.1, np.float32)), name="more")
+    graph = Graph(net.save(tmp_path / "net.onnx", {"x": (1, [1, 64])}, ["more"]))
+    x = np.ones((1, 64), np.float32)
+    replays = replayed(graph, run(graph, {"x": x}), run(graph, {"x": x * np.float32(1.001)}))
+    assert replays["less"].amplification == pytest.approx(10, rel=1e-3)
+    assert replays["less"].inherited == pytest.approx(0.01, rel=1e-3)
+    assert replays["more"].amplification == pytest.approx(0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("op", ["Conv", "ConvTranspose", "Gemm", "Einsum"])
+@pytest.mark.parametrize("positive", [False, True])
+def test_the_model_of_serial_sums_knows_how_many_terms_a_product_has(tmp_path: Path, op: str, positive: bool) -> None:
+    """As many as an output element sums: channels times taps, rows of a matrix, not the outputs."""
+    net, rng, terms = NetBuilder(), np.random.default_rng(0), 2048
+    a, b = rng.standard_normal((64, terms)).astype(np.float32), rng.standard_normal((terms, 4)).astype(np.float32)
+    a, b = (np.abs(a), np.abs(b)) if positive else (a, b)
+    if op == "Conv":  # 512 channels of 4 taps
+        x, weight = a.reshape(64, 512, 4), b.T.reshape(4, 512, 4)
+        product = net.op(op, "x", net.weight(weight), kernel_shape=[4])
+    elif op == "ConvTranspose":
+        x, weight = a.reshape(64, terms, 1), b.reshape(terms, 4, 1)
+        product = net.op(op, "x", net.weight(weight), kernel_shape=[1])
+    elif op == "Gemm":
+        x, product = a, net.op(op, "x", net.weight(b))
+    else:
+        x, product = a, net.op(op, "x", net.weight(b), equation="ik,kj->ij")
+    graph = Graph(net.save(tmp_path / "product.onnx", {"x": (1, list(x.shape))}, [product]))
+    serial = np.add.accumulate(a[:, :, None] * b[None], axis=1)[:, -1]
+    noise = doubt(Executor(graph, FP64), graph.nodes, {"x": x}, product)
+    assert np.linalg.norm(serial - a.astype(np.float64) @ b.astype(np.float64)) == pytest.approx(noise, rel=0.5)

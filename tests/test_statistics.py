@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from cp_debug.errors import InputError
 from cp_debug.probes import statistics_reduce
 from cp_debug.probes.arrays import as_numpy
+from cp_debug.probes.distance import BLOCK, distance, relative_l2
 from cp_debug.probes.statistics import RESOLUTION, TensorStats, compare
 from cp_debug.probes.statistics_totals import Totals
 
@@ -276,3 +277,26 @@ print(compare(np.zeros(3), np.ones(3)).max_abs)
     environment = {**os.environ, "PYTHONPATH": str(REPO)}
     result = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert result.stdout.strip() == "1.0", result.stderr
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int32])
+@pytest.mark.parametrize("gap", [None, np.nan, np.inf])
+def test_distances_of_large_tensors_are_those_of_all_their_blocks(dtype: type, gap: float | None) -> None:
+    """Of one block and a half: what the first block adds must not be lost behind the second."""
+    theirs = np.full(3 * BLOCK // 2, 2, dtype)
+    ours = theirs.copy()
+    ours[7] = 5  # in the first block
+    ours[-7] = 6  # in the second
+    strange = gap is not None and np.dtype(dtype).kind == "f"
+    if strange:
+        ours[11] = ours[-11] = gap
+    found = distance(ours, theirs)
+    assert found.difference == pytest.approx(5.0)
+    assert found.whole == pytest.approx(2 * np.sqrt(len(theirs) - 2 * strange))
+    assert found.new_nonfinite == 2 * strange
+    assert found.relative == pytest.approx(found.difference / found.whole)
+    assert relative_l2(ours, theirs) == (np.inf if strange else pytest.approx(found.relative))
+    other_way = distance(theirs, ours)
+    assert other_way.new_nonfinite == 0
+    assert other_way.difference == pytest.approx(5.0)
+    assert other_way.whole == pytest.approx(np.sqrt(4 * (len(theirs) - 2 - 2 * strange) + 25 + 36))

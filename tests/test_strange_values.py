@@ -172,24 +172,6 @@ def test_sequences_are_compared_element_by_element(tmp_path: Path) -> None:
     assert [row.onnx for row in longer.guilty] == ["s.length"]
 
 
-@pytest.mark.parametrize("kind", ["seq", "optional"])
-def test_an_input_that_is_no_tensor_is_refused_in_one_sentence(tmp_path: Path, kind: str) -> None:
-    take = "e = SequenceAt (s, i)" if kind == "seq" else "e = OptionalGetElement (s)"
-    signature = f"({kind}(float[4,8]) s) => (float[4,8] y)"
-    path = save(tmp_path / "net.onnx", f"i = Constant <value_int=0> () \n {take} \n y = Tanh (e)", signature)
-    what = "a sequence" if kind == "seq" else "an optional"
-    with pytest.raises(InputError, match=f"input 's' holds {what}, which cannot be given; cut the graph"):
-        bisect(str(path), BACKENDS[0])
-
-
-def test_an_input_of_strings_is_refused_in_one_sentence(tmp_path: Path) -> None:
-    path = save(
-        tmp_path / "net.onnx", "n = Identity (s) \n y = Tanh (x)", "(string[3] s, float[4,8] x) => (float[4,8] y)"
-    )
-    with pytest.raises(InputError, match="input 's' holds strings, which cannot be given"):
-        compared(path, BACKENDS[0], s=np.array(["a", "b", "c"]))
-
-
 @pytest.mark.parametrize("backends", [*BACKENDS, "torch,ort"])
 @pytest.mark.parametrize("alone", [True, False])
 def test_maps(tmp_path: Path, backends: str, alone: bool) -> None:

@@ -226,3 +226,15 @@ def test_three_gigabytes_are_marked_and_cut_without_reading_them(tmp_path):
     assert (tmp_path / "marked.onnx").stat().st_size < 1 << 20
     assert len(Graph(tmp_path / "marked.onnx").outputs) == layers
     assert run(segment, {"y2": np.ones((1, side), np.float32)}, tmp_path)["y3"].shape == (1, side)
+
+
+def test_a_file_that_is_in_the_way_of_external_data_stays(tmp_path, monkeypatch):
+    (tmp_path / "models").mkdir()
+    graph = Graph(with_external_data(second_like(tmp_path / "models" / "net.onnx")))
+    monkeypatch.setattr(surgery, "INLINE_LIMIT", 0)
+    foreign = tmp_path / "big.data"
+    foreign.write_bytes(b"mine")
+    with pytest.raises(InputError, match=r"big\.data: in the way of the external data of .*models"):
+        surgery.save(marked(graph, []), graph, tmp_path / "out.onnx")
+    assert foreign.read_bytes() == b"mine"
+    assert not (tmp_path / "out.onnx").exists()

@@ -13,8 +13,9 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from cp_debug.errors import InputError
-from cp_debug.graph.check_inputs import check_inputs
+from cp_debug.graph.check_inputs import check_given_inputs
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.other_inputs import of_objects, other_inputs
 from cp_debug.probes.arrays import as_numpy
 from cp_debug.recipes.abilities import with_samples
 from cp_debug.recipes.base import Model, Sample
@@ -162,9 +163,15 @@ def _with_arrays(model: Model, inputs: Any, path: Path | None) -> tuple[Model, P
             if len(each) != len(names):
                 raise InputError(f"inputs: {len(each)} arrays; expected {len(names)}: {', '.join(names)}")
             each = dict(zip(names, each, strict=True))
-        arrays = {str(name): _as_array(value, str(name)) for name, value in each.items()}
+        kinds = {} if graph is None else other_inputs(graph)
+        arrays: dict[str, np.ndarray] = {}
+        for name, value in each.items():
+            if (kind := kinds.get(str(name))) is not None:
+                arrays |= {n: _as_array(a, n) for n, a in of_objects(str(name), kind, value).items()}
+            else:
+                arrays[str(name)] = _as_array(value, str(name))
         if graph is not None:
-            check_inputs(graph.inputs, arrays, f"inputs[{index}]" if several else "inputs")
+            check_given_inputs(graph.inputs, arrays, f"inputs[{index}]" if several else "inputs")
         samples.append(Sample(arrays, f"inputs[{index}]" if several else "inputs"))
     return with_samples(model, samples), None
 

@@ -50,6 +50,16 @@ class Encoded:
     coarse: Tensor
     """Scales of the tensor or of its rows, float32, broadcast to the operand's shape; applied to sums."""
 
+    def mapped(self, change: Callable[[Tensor], Tensor], scales: Callable[[Tensor], Tensor] | None = None) -> Encoded:
+        """The operand with ``change`` made to its codes and ``scales`` (without it ``change``, too) to its scales, each
+        in the operand's shape; what is one number for all elements stays."""
+        scales = scales or change
+
+        def changed(part: Tensor) -> Tensor:
+            return scales(part.expand_as(self.codes)) if part.dim() else part
+
+        return Encoded(change(self.codes), None if self.fine is None else changed(self.fine), changed(self.coarse))
+
     @property
     def multiplied(self) -> Tensor:
         """Codes with the scales of their blocks, in the operand's shape, float32."""

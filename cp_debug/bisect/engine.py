@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from cp_debug.backends.base import Backend, Program
@@ -24,6 +25,7 @@ from cp_debug.graph.randomness import drawing
 from cp_debug.probes.capture import check_free
 from cp_debug.programs.layers import Layer, all_layers
 from cp_debug.programs.pipeline import Pipeline, choose_export, is_exported
+from cp_debug.programs.tensor_inputs import as_numbers, file_as_numbers, has_other_inputs
 from cp_debug.recipes.abilities import HasNotes, Remarks
 from cp_debug.recipes.base import Model, Sample, check_samples
 
@@ -95,6 +97,7 @@ class Bisection:
         progress.steps += sum(map(is_optimized, self._tests)) if options.optimizer_blame else 0
         with tempfile.TemporaryDirectory(prefix="cpdebug-") as scratch, ExitStack() as stack:
             check_samples(self.model, options.samples, options.inputs)
+            self._take_numbers(options.save or Path(scratch))
             samples = iter(self._samples())
             first = next(samples)
             progress.step("exporting and aligning")
@@ -130,6 +133,23 @@ class Bisection:
                 reference_observation=taken.observation,
                 weights={component: differences.to_dict() for component, differences in sides.weights.items()},
             )
+
+    def _take_numbers(self, folder: Path) -> None:
+        """Let both sides take tensors of numbers where their files take strings, sequences, optionals or maps."""
+        if not has_other_inputs(self.model):
+            return
+        samples, model = list(self._samples()), self.model
+        self.model = as_numbers(model, samples, folder)
+        if isinstance(self._test_model, Path) and self._test_model.is_file():
+            self._test_model = file_as_numbers(self._test_model, samples, folder, model)
+        same = self.test_model is model
+        self.test_model = self.model if same else as_numbers(self.test_model, samples, folder / "test", model)
+        reference, test = self._sides
+        self._sides = replace(reference, model=self.model), replace(test, model=self.test_model)
+        self._notes.append(
+            "inputs that are no tensors of numbers are made of such in front of the network: strings of their numbers "
+            "in a table, sequences of their elements"
+        )
 
     def _samples(self) -> Iterable[Sample]:
         """The samples, from the first one again."""

@@ -6,8 +6,7 @@ import codecs
 import os
 import shlex
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from json import dumps
@@ -118,7 +117,7 @@ def show_error(text: str) -> None:
 def show_notes(notes: Iterable[str]) -> None:
     """Remarks about the user's files, on stderr, a line each."""
     for note in notes:
-        _say(f"note: {message(note)}")
+        say(f"note: {message(note)}")
 
 
 def show_usage(error: Any) -> None:
@@ -185,44 +184,6 @@ def show_document(parts: Iterable[RenderableType], document: Mapping[str, Any], 
         write_text(text, None if json == "-" else Path(json))
 
 
-class TimeLeft:
-    """Says at growing distances how long a job still takes: progress for logs and pipes, where no bar is drawn.
-
-    Only of a job that has done ``ENOUGH`` steps in ``FIRST`` seconds or more and has as many seconds left: fewer steps
-    say little of the others. The next line comes after twice as long, so that a job of a day has a dozen.
-    """
-
-    FIRST = 10.0
-    ENOUGH = 5
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._begun = self._next = 0.0
-        self._start = self._done = self._total = -1
-
-    def said(self, text: str, done: int, total: int) -> str | None:
-        """The line for a job that has done ``done`` of ``total`` steps; None: nothing to say yet."""
-        now = self._clock()
-        if total != self._total or done < self._done or self._start < 0:
-            self._begun, self._next, self._start, self._total = now, now + self.FIRST, done, total
-        self._done = done
-        if now < self._next or done < self._start + self.ENOUGH:
-            return None
-        each = (now - self._begun) / (done - self._start)
-        if (left := each * (total - done)) < self.FIRST:
-            return None
-        self._next = self._begun + 2 * (now - self._begun)
-        return f"{text}: {done} of {total}, {each:.2g} s each, about {span(left)} left at this pace"
-
-
-def span(seconds: float) -> str:
-    """A duration as people say it: ``50 s``, ``12 min``, ``3.5 h``, ``12 days``."""
-    for size, name in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.2g} {name}" if seconds < 10 * size else f"{seconds / size:,.0f} {name}"
-    return f"{seconds:.0f} s"
-
-
 class Steps:
     """Reports the steps of a long job: to a progress bar, or where none is drawn in lines now and then."""
 
@@ -231,15 +192,11 @@ class Steps:
         self._slow = slow
         self._task = progress.add_task("", total=None)
         self._builds: dict[str, TaskID] = {}
-        self._left = None if progress.console.is_terminal else TimeLeft()
 
     def __call__(self, text: str, done: int, total: int) -> None:
         self._progress.update(self._task, description=text, completed=done, total=total)
         if self._slow is not None:
             self._slow(text, done, total)
-        if self._left is not None and (line := self._left.said(text, done, total)):
-            with suppress(OSError):
-                errors.print(line, soft_wrap=True)
         while self._builds:
             self._progress.remove_task(self._builds.popitem()[1])
 
@@ -256,10 +213,8 @@ class Steps:
 
 @contextmanager
 def steps() -> Iterator[Steps]:
-    """A progress bar on stderr while the block runs, with the time that is left.
-
-    Without a terminal ``TimeLeft`` speaks of jobs of many steps, ``PlainSteps`` of few long ones.
-    """
+    """A progress bar on stderr while the block runs, with the time that is left; without a terminal lines now and
+    then."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
@@ -273,10 +228,11 @@ def steps() -> Iterator[Steps]:
         if progress.console.is_terminal:
             yield Steps(progress)
             return
-        with PlainSteps(_say, most=TimeLeft.ENOUGH).running() as slow:
+        with PlainSteps(say).running() as slow:
             yield Steps(progress, slow)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Print one line of plain text on stderr."""
     with suppress(OSError, ValueError):  # stderr can be full, or closed
         errors.print(Text(text), soft_wrap=True)

@@ -11,29 +11,51 @@ from typing import Any
 FIRST = 10.0
 """Seconds after which a job is worth a line."""
 RAREST = 300.0
-"""Longest time without a line, in seconds."""
+"""Longest time without a line, in seconds, for steps whose end cannot be foreseen."""
+ENOUGH = 5
+"""Steps that must be done before the time of the others is told by theirs."""
 
 
 class PlainSteps:
-    """Says now and then, through ``say``, what a job is at: after ``first`` seconds, then each time twice as rarely.
+    """Says now and then, through ``say``, what a job is at and what it will still take: after ``first`` seconds, then
+    each time twice as rarely, so that a job of a day has a dozen lines."""
 
-    A job of more than ``most`` steps it leaves to others.
-    """
-
-    def __init__(self, say: Callable[[str], None], first: float = FIRST, most: int = 1 << 31) -> None:
-        self._say, self._first, self._most = say, first, most
+    def __init__(
+        self, say: Callable[[str], None], first: float = FIRST, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._say, self._first, self._clock = say, first, clock
         self._text = ""
-        self._since = time.monotonic()
+        self._since = self._begun = clock()
+        self._start, self._done, self._total = 0, 0, -1
         self._over = threading.Event()
 
     def __call__(self, text: str, done: int, total: int) -> None:
-        step = f"{text} ({done + 1} of {total})" if total > 1 and done < total else text
-        self._text = step if total <= self._most else ""
+        """Note that ``done`` of ``total`` steps are done, and that ``text`` has begun."""
+        if total != self._total or done < self._done:  # another row of steps
+            self._begun, self._start, self._total = self._clock(), done, total
+        self._done = done
+        self._text = f"{text} ({done + 1} of {total})" if total > 1 and done < total else text
 
     def on_event(self, event: Mapping[str, Any]) -> None:
         """Note the phase of TensorRT's build, where its version tells."""
         if event["event"] == "progress":
             self._text = f"{event['phase']} ({event['done']} of {event['steps']})"
+
+    @property
+    def line(self) -> str:
+        """The line for this moment; empty before the first step."""
+        if not self._text:
+            return ""
+        now = self._clock()
+        said = f"{now - self._since:.0f} s: {self._text}"
+        if (each := self._each(now)) is None:
+            return said
+        return f"{said}, {each:.2g} s each, about {span(each * (self._total - self._done))} left at this pace"
+
+    def _each(self, now: float) -> float | None:
+        """Seconds that a step takes; None where too few are done to say."""
+        steps = self._done - self._start
+        return (now - self._begun) / steps if steps >= ENOUGH and self._done < self._total else None
 
     @contextmanager
     def running(self) -> Iterator[PlainSteps]:
@@ -49,6 +71,14 @@ class PlainSteps:
     def _speak(self) -> None:
         pause = self._first
         while not self._over.wait(pause):
-            if self._text:
-                self._say(f"{time.monotonic() - self._since:.0f} s: {self._text}")
-            pause = min(2 * pause, RAREST)
+            if line := self.line:
+                self._say(line)
+            pause = 2 * pause if self._each(self._clock()) is not None else min(2 * pause, RAREST)
+
+
+def span(seconds: float) -> str:
+    """A duration as people say it: ``50 s``, ``12 min``, ``3.5 h``, ``12 days``."""
+    for size, name in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.2g} {name}" if seconds < 10 * size else f"{seconds / size:,.0f} {name}"
+    return f"{seconds:.0f} s"

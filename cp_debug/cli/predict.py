@@ -21,6 +21,10 @@ def predict(
     ] = "centerpoint:tiny",
     precision: Annotated[str, typer.Option(help="fp16, bf16, tf32; int8 of a file with Q/DQ pairs.")] = "fp16",
     target: Annotated[str, typer.Option(help="The runtime: trt-8.6, trt-10, trt-11.")] = "trt-8.6",
+    builder_level: Annotated[
+        int | None,
+        typer.Option(min=0, max=5, help="The builder's optimization level; at 0 any layer may stay in FP32."),
+    ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Weights for the recipe: .pt or .safetensors.")] = None,
     inputs: Annotated[Path | None, typer.Option(help=reading.INPUTS_HELP)] = None,
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, max=MOST, help="How many samples.")] = 1,
@@ -57,7 +61,7 @@ def predict(
     from cp_debug.prediction.predict import predict as run
     from cp_debug.reports.prediction import render
 
-    options = PredictOptions(checkpoint, inputs, samples, seed, exporter.chosen, device, goal, how)
+    options = PredictOptions(checkpoint, inputs, samples, seed, exporter.chosen, device, goal, how, builder_level)
     with steps() as on_step:
         result = run(model, precision, target, options=options, on_step=on_step)
     show_document(render(result, show_all=show_all), result.to_dict(), json)

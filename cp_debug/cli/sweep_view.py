@@ -19,7 +19,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from cp_debug.cli.console import TimeLeft, errors
+from cp_debug.cli.console import errors, say
+from cp_debug.cli.plain_steps import PlainSteps
 
 if TYPE_CHECKING:
     from cp_debug.sweep.queue import Progress as Queued
@@ -31,20 +32,20 @@ MOST = 8
 class QueueView:
     """Draws what a queue tells."""
 
-    def __init__(self, live: Live, kind: str) -> None:
+    def __init__(self, live: Live, kind: str, slow: PlainSteps | None = None) -> None:
         columns = (SpinnerColumn(), TextColumn(kind), BarColumn(), MofNCompleteColumn())
         self._live = live
         self._bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(elapsed_when_finished=True))
         self._task = self._bar.add_task("", total=None)
         self._kind = kind
-        self._left = None if live.console.is_terminal else TimeLeft()
+        self._slow = slow
 
     def __call__(self, progress: Queued) -> None:
         """Show how far it is."""
         finished = progress.done + progress.failed
         self._bar.update(self._task, completed=finished, total=progress.total)
-        if self._left is not None and (told := self._left.said(self._kind, finished, progress.total)):
-            errors.print(told, soft_wrap=True)
+        if self._slow is not None:
+            self._slow(self._kind, finished, progress.total)
         rates = progress.rates
         line = Text(f"{progress.done} done · {progress.failed} failed · {progress.running} running", style="dim")
         line.append(f" · {60 * sum(rates.values()):.3g} a minute on {progress.present} workers")
@@ -59,6 +60,10 @@ class QueueView:
 
 @contextmanager
 def view(kind: str) -> Iterator[QueueView]:
-    """A view while the block runs; where stderr is no terminal, lines of ``TimeLeft`` now and then."""
+    """A view while the block runs; where stderr is no terminal, lines now and then."""
     with Live(console=errors, transient=True, refresh_per_second=4) as live:
-        yield QueueView(live, kind)
+        if live.console.is_terminal:
+            yield QueueView(live, kind)
+            return
+        with PlainSteps(say).running() as slow:
+            yield QueueView(live, kind, slow)

@@ -9,11 +9,34 @@ import numpy as np
 
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, ValueInfo
+from cp_debug.graph.other_inputs import check_other
 
 
-def check_inputs(expected: Sequence[ValueInfo], given: Mapping[str, np.ndarray], source: str) -> None:
-    """Raise InputError, starting with ``source``, unless names, dtypes and shapes fit and every symbol has one size."""
-    expectation = "expected " + ", ".join(str(v) for v in expected)
+def check_given_inputs(expected: Sequence[ValueInfo], given: Mapping[str, np.ndarray], source: str) -> None:
+    """Raise InputError as ``check_inputs`` does, for inputs as files give them: strings and containers too.
+
+    ``given``: name, as ``other_inputs`` has it → array in the dtype and shape of the declaration.
+    """
+    names: set[str] = set()
+    for value in expected:
+        if value.kind is not None:
+            names |= check_other(value.name, value.kind, given, source)
+    tensors = [v if v.kind is None else replace(v, dtype=None) for v in expected if v.container is None]
+    own = {v.name for v in tensors}
+    check_inputs(tensors, {n: a for n, a in given.items() if n in own or n not in names}, source, expected)
+
+
+def check_inputs(
+    expected: Sequence[ValueInfo],
+    given: Mapping[str, np.ndarray],
+    source: str,
+    shown: Sequence[ValueInfo] | None = None,
+) -> None:
+    """Raise InputError, starting with ``source``, unless names, dtypes and shapes fit and every symbol has one size.
+
+    ``shown``: the inputs that messages tell; None: those expected.
+    """
+    expectation = "expected " + ", ".join(str(v) for v in shown or expected)
     names = {v.name for v in expected}
     if wrong := sorted(given.keys() - names) or sorted(names - given.keys()):
         raise InputError(f"{source}: {'unknown' if wrong[0] in given else 'missing'} input {wrong[0]!r}; {expectation}")
@@ -38,11 +61,11 @@ def check_inputs(expected: Sequence[ValueInfo], given: Mapping[str, np.ndarray],
 
 
 def no_numbers(value: ValueInfo) -> str | None:
-    """Sentence about an input that is no tensor of numbers and cannot be given; None for one that can."""
+    """Sentence about an input that is no tensor of numbers, for who takes no others; None for one that is."""
     if value.dtype is not None and value.dtype.kind == "O":
-        says = "holds strings, which cannot be given; cut the graph behind what reads them"
+        says = "holds strings, which `bisect` alone can give; cut the graph behind what reads them"
     elif value.container is not None:
-        says = f"holds {value.container}, which cannot be given; cut the graph behind what reads it"
+        says = f"holds {value.container}, which `bisect` alone can give; cut the graph behind what reads it"
     else:
         return None
     return f"input {value.name!r} {says}"

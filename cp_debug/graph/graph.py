@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -66,9 +66,12 @@ class ValueInfo:
     shape: tuple[int | str | None, ...] | None
     container: str | None = None
     """Kind of a value that is no tensor: ``a sequence``, ``an optional``, ``a map``."""
+    kind: onnx.TypeProto | None = field(default=None, compare=False)
+    """The ONNX type of a value that is no tensor of numbers."""
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.dtype or 'no tensor'}{'' if self.shape is None else _show(self.shape)}"
+        text = self.container or ("string" if self.kind is not None else self.dtype or "no tensor")
+        return f"{self.name}: {text}{'' if self.shape is None else _show(self.shape)}"
 
 
 class Graph:
@@ -81,6 +84,7 @@ class Graph:
         self.path = Path(path)
         self.proto = read_model(self.path)
         _free_negative_axes(self.proto)
+        _texts_as_nodes(self.proto.graph)
         _sort(self.proto.graph)
         self.inputs = [_value_info(v) for v in self.proto.graph.input if v.name not in self._initializers]
         self.outputs = [_value_info(v) for v in self.proto.graph.output]
@@ -234,8 +238,8 @@ def _infer(model: onnx.ModelProto) -> onnx.GraphProto:
     skeleton = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
     graph, source = skeleton.graph, model.graph
     graph.name = source.name
-    for field in ("node", "input", "output", "value_info"):
-        getattr(graph, field).extend(getattr(source, field))
+    for part in ("node", "input", "output", "value_info"):
+        getattr(graph, part).extend(getattr(source, part))
     for tensor in source.initializer:
         if tensor.ByteSize() < 4096:
             graph.initializer.append(tensor)
@@ -249,14 +253,32 @@ def _infer(model: onnx.ModelProto) -> onnx.GraphProto:
         return graph
 
 
+def _texts_as_nodes(graph: onnx.GraphProto) -> None:
+    """Make Constant nodes of the initializers that hold strings: whoever reads weights meets nothing but numbers."""
+    texts = [t for t in graph.initializer if t.data_type == onnx.TensorProto.STRING]
+    names = {t.name for t in texts}
+    if not names:
+        return
+    nodes = [onnx.helper.make_node("Constant", [], [t.name], name=t.name, value=t) for t in texts]
+    nodes.extend(graph.node)
+    kept = [t for t in graph.initializer if t.name not in names]
+    inputs = [v for v in graph.input if v.name not in names]
+    del graph.node[:], graph.initializer[:], graph.input[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(kept)
+    graph.input.extend(inputs)
+
+
 def _value_info(value: onnx.ValueInfoProto) -> ValueInfo:
     tensor = value.type.tensor_type
     if not tensor.elem_type:
-        return ValueInfo(value.name, None, None, _CONTAINERS.get(value.type.WhichOneof("value") or ""))
+        container = _CONTAINERS.get(value.type.WhichOneof("value") or "")
+        return ValueInfo(value.name, None, None, container, value.type if container else None)
     shape = None
     if tensor.HasField("shape"):
         shape = tuple(d.dim_value if d.HasField("dim_value") else _symbol(d.dim_param) for d in tensor.shape.dim)
-    return ValueInfo(value.name, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type), shape)
+    kind = value.type if tensor.elem_type == onnx.TensorProto.STRING else None
+    return ValueInfo(value.name, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type), shape, kind=kind)
 
 
 def _symbol(name: str) -> str | None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,11 +16,12 @@ import onnx
 
 from cp_debug.errors import InputError
 from cp_debug.files import resolved
-from cp_debug.graph import onnx_runtime
-from cp_debug.graph.check_inputs import no_numbers, with_shapes
+from cp_debug.graph import onnx_runtime, surgery
+from cp_debug.graph.check_inputs import with_shapes
 from cp_debug.graph.free_axes import FreeAxes
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.input_values import DOMAINS, Ways, ways
+from cp_debug.graph.other_inputs import TensorInputs, made_up_structure, other_inputs, with_tensor_inputs
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -56,19 +59,27 @@ class MadeUp:
     size of the axis that they choose from, lengths, masks of ones, positive arguments of logarithms and roots, pixels
     where they are scaled in the graph; else N(0, 1), integers of 8 and 16 bits over their range, others 0 or 1. Where
     an axis is free, or an input is read by what does not take every number, inputs are tried on ONNX Runtime and
-    changed until they run to the end. Raises InputError for an input that is no tensor of numbers.
+    changed until they run to the end. A sequence gets two elements, an optional is given, strings are those that the
+    graph's operators know.
     """
 
     def __init__(self, graph: Graph, shapes: Mapping[str, Sequence[int]] | None = None) -> None:
         """``shapes``: input → sizes that a user asks for. Raises InputError where they do not fit."""
+        self._others: TensorInputs | None = None
+        self.named = graph
+        shapes = shapes or {}
+        if other_inputs(graph):
+            with_shapes(graph.inputs, shapes)  # refuses those that do not fit
+            self._others = with_tensor_inputs(graph, made_up_structure(graph))
+            graph = self._of_numbers(self._others, graph)
+            codes = {name.removesuffix(".codes"): name for name in self._others.tables}
+            shapes = {codes.get(name, name): sizes for name, sizes in shapes.items()}
         self.graph = graph
-        self._inputs = with_shapes(graph.inputs, shapes or {})
+        self._inputs = with_shapes(graph.inputs, shapes)
         self._axes = replace(FreeAxes.of(graph), inputs=self._inputs)
         for value in graph.inputs:
-            if (refused := no_numbers(value)) is not None:
-                raise InputError(f"{graph.path}: {refused}")
             if value.dtype is None or value.dtype.kind in "OSUc":
-                raise InputError(f"{graph.path}: input {value}: no value can be made up for this; {self._wish()}")
+                raise InputError(f"{self.named.path}: input {value}: no value can be made up for this; {self._wish()}")
         self._ways: list[Ways] = [ways(graph, value) for value in graph.inputs]
 
     def sample(self, seed: int | Sequence[int]) -> dict[str, np.ndarray]:
@@ -76,7 +87,15 @@ class MadeUp:
 
         Raises InputError, with ONNX Runtime's reason, when no input was found that runs.
         """
-        return self._make(self._chosen, seed)
+        arrays = self._make(self._chosen, seed)
+        return arrays if self._others is None else self._others.sample(arrays)
+
+    def _of_numbers(self, others: TensorInputs, graph: Graph) -> Graph:
+        """The graph with tensors of numbers for other inputs, in a folder that goes with this object."""
+        self._folder = tempfile.TemporaryDirectory(prefix="cpdebug-made-up-")
+        path = Path(self._folder.name) / graph.path.name
+        surgery.save(others.model, graph, path)
+        return Graph(path)
 
     @cached_property
     def _chosen(self) -> _InputChoice:
@@ -88,7 +107,7 @@ class MadeUp:
         best = trial.search(first)
         if not trial.ran:
             raise InputError(
-                f"{self.graph.path}: none of {trial.count} made-up inputs ran ({trial.reason}); {self._wish()}"
+                f"{self.named.path}: none of {trial.count} made-up inputs ran ({trial.reason}); {self._wish()}"
             )
         return best
 
@@ -147,7 +166,7 @@ class MadeUp:
             return None
 
     def _wish(self) -> str:
-        return f"give one with --inputs: an .npz file with {', '.join(map(str, self.graph.inputs))}"
+        return f"give one with --inputs: an .npz file with {', '.join(map(str, self.named.inputs))}"
 
 
 class _InputTrials:
@@ -186,7 +205,7 @@ class _InputTrials:
             names = [o.name for o in self._session.get_outputs()]
             outputs = onnx_runtime.run(self._session, names, _values(arrays), self._time_limit)
         except onnx_runtime.Endless as error:
-            raise onnx_runtime.Endless(f"{self._made.graph.path}: with made-up inputs {error}") from error
+            raise onnx_runtime.Endless(f"{self._made.named.path}: with made-up inputs {error}") from error
         except Exception as error:  # each status of ONNX Runtime is a class of its own, directly below Exception
             place = _FAILED_NODE.search(str(error))
             if not self.ran:

@@ -201,7 +201,10 @@ class _Check:
 
     def _tensor(self, tensor: TensorProto, what: str = "") -> None:
         what = what or f"weight {shown(tensor.name)}"
-        if tensor.data_type == TensorProto.STRING and what.startswith("attribute"):
+        if tensor.data_type == TensorProto.STRING and not tensor.HasField("raw_data"):
+            if any(size < 0 for size in tensor.dims) or len(tensor.string_data) != math.prod(tensor.dims):
+                actual = len(tensor.string_data)
+                raise self._error(f"{what} is {described(tensor)}; the file has {actual} strings")
             return
         needed = byte_count(tensor, str(self.path))
         if tensor.data_location == TensorProto.EXTERNAL:

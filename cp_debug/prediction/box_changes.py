@@ -2,8 +2,9 @@
 
 Kernels that sum in another order give other rounding errors of the same size: the change of a box is another draw from
 one distribution. It is taken as normal around 0, its scale as the root mean square over the K emulated kernels of one
-arithmetic, so that change ÷ scale follows Student's t with K degrees of freedom, for each box by itself. The largest
-one of all boxes then lies below x with the product of their probabilities.
+arithmetic, so that change ÷ scale follows Student's t with K degrees of freedom, for each box by itself; more than 3
+count as 3, which makes the interval wider. The largest one of all boxes then lies below x with the product of their
+probabilities.
 """
 
 from __future__ import annotations

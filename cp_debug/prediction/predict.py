@@ -79,6 +79,9 @@ class PredictOptions:
     """Search on the emulator for the fewest layers to keep so that it holds, too."""
     reading: Reading = DEFAULT_READING
     """Settings for reading ``inputs``, and sizes of made-up ones."""
+    builder_level: int | None = None
+    """The builder's optimization level. At 0 TensorRT takes the first kernel that works, so that any layer may stay in
+    FP32; None, and all others, time them."""
 
 
 def predict(
@@ -111,7 +114,7 @@ def predict(
         how = Export(options.exporter or ("torchscript" if runtime.opset else "dynamo"), runtime.opset)
         programs = prepare(loaded, samples[0], Path(scratch), how=how)
         refuse_random((program.graph for program in programs), "no error can be predicted")
-        job = _ModelPrediction(loaded, programs, runtime, precision, kernels, options.device, Path(scratch))
+        job = _ModelPrediction(loaded, programs, runtime, precision, kernels, options, Path(scratch))
         for i, sample in enumerate(samples):
             job.add(sample, partial(_tell, on_step, i, len(samples)))
         result = job.result([sample.source for sample in samples])
@@ -132,14 +135,17 @@ class _ModelPrediction:
         target: Target,
         precision: str,
         kernels: Sequence[Kernel],
-        device: str,
+        options: PredictOptions,
         scratch: Path,
     ) -> None:
+        timed = options.builder_level != 0
         self._model, self._target, self._precision, self._kernels = model, target, precision, kernels
         self._mixed = any(kernel.mixed for kernel in kernels)
         self._programs = {program.name: program for program in programs}
         self._layers: dict[Key, PredictedLayer] = {}
         self._outputs: dict[Key, PredictedOutput] = {}
+        self._least: dict[Key, float] = {}
+        """Smallest errors of the last sample's values that may be in FP32 with everything above."""
         self._detections: dict[str, DetectionChange] = {}
         self._largest_changes: dict[str, Interval] = {}
         self._notes: list[str] = []
@@ -157,7 +163,7 @@ class _ModelPrediction:
                 raise InputError(
                     f"--precision int8: {graph.path} has no QuantizeLinear nodes; `cpdebug quantize ptq` puts them in"
                 )
-            self._walks[program.name] = GraphWalk(graph, kernels, device)
+            self._walks[program.name] = GraphWalk(graph, kernels, options.device, timed=timed)
         if is_exported(model) and target.opset:
             self._notes.append(f"exported at opset {target.opset}, up to which {target.name} reads ONNX")
         if not target.measured:
@@ -187,6 +193,7 @@ class _ModelPrediction:
         group, key = walked.group, Key(component, walked.value)
         if all(node.op in ("QuantizeLinear", "DequantizeLinear") for node in group.nodes):
             return
+        self._least[key] = walked.least.get(walked.value, 0.0)
         layer = PredictedLayer(
             component,
             layer_name(self._programs[component], walked.value) if self._knows(key) else walked.value,
@@ -194,14 +201,14 @@ class _ModelPrediction:
             [node.name for node in group.nodes],
             [node.op for node in group.nodes],
             walked.reads,
-            self._interval(walked.error),
+            self._interval(walked.error, least=self._least[key]),
             self._interval(walked.introduced) if walked.introduced else None,
-            {v: self._interval(errors, partial=True) for v, errors in walked.inside.items()},
+            {v: self._interval(e, partial=True, least=walked.least.get(v, 0.0)) for v, e in walked.inside.items()},
         )
         if walked.introduced and self._precision == "fp16":
             rounding, high = walked.introduced["fp16"], max(walked.introduced.values())
             layer.excess = high / rounding if rounding else 0.0
-        layer.may_stay = self._mixed and self._walks[component].may_stay(group)
+        layer.may_stay = self._mixed and walked.may_stay
         assert walked.exact is not None
         if layer.may_stay and layer.introduced is not None and (stored := self._kernels[-1].stored) is not None:
             # What it reads may come in FP32, so that even a pool rounds.
@@ -214,10 +221,11 @@ class _ModelPrediction:
     def _knows(self, key: Key) -> bool:
         return key.value in self._programs[key.component].graph.producer
 
-    def _interval(self, errors: Mapping[str, float], *, partial: bool = False) -> Interval:
+    def _interval(self, errors: Mapping[str, float], *, partial: bool = False, least: float = 0.0) -> Interval:
         expected = errors.get(self._kernels[0].name)
         assert partial or expected is not None
-        return Interval.around(next(iter(errors.values())) if expected is None else expected, errors.values(), SPREAD)
+        first = next(iter(errors.values())) if expected is None else expected
+        return Interval.around(first, errors.values(), SPREAD, least)
 
     def _range(self, layer: PredictedLayer, group: Group, exact: Tensor) -> None:
         finite = exact[torch.isfinite(exact)].abs()
@@ -249,7 +257,7 @@ class _ModelPrediction:
         for kernel in self._kernels:
             error = compare(exact, outputs[kernel.name][key.value]).rel_l2
             errors[kernel.name] = error if np.isfinite(error) else float("inf")
-        output = PredictedOutput(key.component, key.value, self._interval(errors))
+        output = PredictedOutput(key.component, key.value, self._interval(errors, least=self._least.get(key, 0.0)))
         if key in self._outputs:
             output.error = output.error.joined(self._outputs[key].error)
         self._outputs[key] = output

@@ -3,17 +3,24 @@
 What TensorRT 8.6 did on an H100 (``docs/gpu/h100.md``): convolutions among convolutions ran in FP16, whatever their
 size. Left in FP32 were, in some engines, first convolutions that read few channels; normalizations, products of values
 and elementwise operators, which its compiler takes into regions of one type; and the convolutions beside such regions.
+The larger of these were not: changing the type of what is read and written takes longer than FP16 saves on small ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from cp_debug.graph.graph import Graph
+from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.operators import PRODUCTS
 from cp_debug.prediction.groups import Group
 
 FEW = 4
 """Channels of an input up to which TensorRT 8.6 computed the first convolution in FP32: in 3 of 6 networks."""
+LARGE = 6e8
+"""Multiplications and additions of a product from which on FP16 is certain: four times those of the largest one that
+TensorRT 8.6 left in FP32 on an H100. Slower GPUs gain more, so that they choose FP16 for smaller ones."""
 CONVOLUTIONS = frozenset(("Conv", "ConvTranspose"))
 REGIONAL = frozenset(
     ("Attention", "GRU", "GroupNormalization", "InstanceNormalization", "LSTM", "LayerNormalization", "MatMul",
@@ -29,6 +36,27 @@ def undecided(graph: Graph, groups: Sequence[Group]) -> frozenset[int]:
     return frozenset(
         i for i, g in enumerate(groups) if g.computes and not (_convolves(g) and _decided(graph, beside, i))
     )
+
+
+def operations(graph: Graph, group: Group, values: Mapping[str, Any]) -> float:
+    """Multiplications and additions of the group's products. ``values``: the tensors that they read and write, but for
+    the graph's weights."""
+    return sum(_operations(graph, node, values) for node in group.nodes if node.op in PRODUCTS)
+
+
+def _operations(graph: Graph, node: Node, values: Mapping[str, Any]) -> float:
+    data, weight, result = (
+        tuple(graph.weight(name).dims if name in graph.initializers else getattr(values.get(name), "shape", ()))
+        for name in (*node.inputs[:2], node.outputs[0])
+    )
+    if not data or not weight or not result:
+        return 0.0
+    if node.op == "Conv":  # [out, in ÷ groups, …]
+        return 2.0 * math.prod(result) * math.prod(weight[1:])
+    if node.op == "ConvTranspose":  # [in, out ÷ groups, …]
+        return 2.0 * math.prod(data) * math.prod(weight[1:])
+    transposed = node.op == "Gemm" and any(a.name == "transA" and a.i for a in node.proto.attribute)
+    return 2.0 * math.prod(result) * data[0 if transposed else -1]
 
 
 def _decided(graph: Graph, beside: _Beside, place: int) -> bool:

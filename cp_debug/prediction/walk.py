@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,17 @@ from cp_debug.graph.downstream import data_values
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.unquantize import quantized_inputs
 from cp_debug.prediction.groups import Group, groups_of
+from cp_debug.prediction.stretches import Stretches
 from cp_debug.prediction.targets import Kernel
-from cp_debug.prediction.undecided import FEW, undecided
+from cp_debug.prediction.undecided import FEW, LARGE, operations, undecided
 from cp_debug.probes.distance import relative_l2
 
 VECTOR = 8
 """Values that a thread loads at once in the kernels that took first convolutions on TensorRT 8.6."""
 EXACT = ""
 """The name of the FP32 run among those of the kernels."""
+
+Values = dict[str, Any]
 
 
 @dataclass
@@ -43,15 +47,21 @@ class Walked:
     """Value inside the group → its errors, of kernels that compute it."""
     exact: Tensor | None = None
     """The result in FP32."""
+    may_stay: bool = False
+    """Whether a weakly typed target may leave the group in FP32."""
+    least: dict[str, float] = field(default_factory=dict)
+    """The value, and values inside the group, that may be in FP32 with everything above → the smallest error where a
+    part of it is not (``Stretches``)."""
 
 
 class GraphWalk:
     """One component on one sample. ``inputs``: run (a kernel's name, or ``EXACT``) → what it is fed, by input.
 
     Every kernel is fed its own upstream results, as in a deployed pipeline. Values are freed after their last reader.
+    ``timed``: whether the target chooses kernels by timing them; any layer may be in FP32 where it does not.
     """
 
-    def __init__(self, graph: Graph, kernels: Sequence[Kernel], device: str) -> None:
+    def __init__(self, graph: Graph, kernels: Sequence[Kernel], device: str, *, timed: bool = True) -> None:
         self.graph, self._kernels = graph, kernels
         self._device = device
         self._executors = {
@@ -61,8 +71,10 @@ class GraphWalk:
         self._oracle = Executor(graph, FP32, device)
         self._bypass = quantized_inputs(graph)
         self.groups = groups_of(graph)
-        self._undecided = {self.groups[i].nodes[0].index for i in undecided(graph, self.groups)}
-        """Index of the first node of each group that a weakly typed target may leave in FP32."""
+        self._timed = timed
+        open_groups = undecided(graph, self.groups) if timed else range(len(self.groups))
+        self._undecided = {self.groups[i].nodes[0].index for i in open_groups if self.groups[i].computes}
+        """Index of the first node of each group that a weakly typed target may leave in FP32, if it is not large."""
         self._data = set(data_values(graph)) | {v.name for v in graph.inputs}
         self.outputs: dict[str, dict[str, np.ndarray]] = {}
         """Run → output → array, once walked."""
@@ -75,8 +87,9 @@ class GraphWalk:
     def run(self, inputs: Mapping[str, Mapping[str, np.ndarray]]) -> Iterator[Walked]:
         """The groups in execution order, each once it is computed; then ``outputs`` is known."""
         output_names = [v.name for v in self.graph.outputs]
-        live: dict[str, dict[str, Any]] = {run: dict(given) for run, given in inputs.items()}
+        live: dict[str, Values] = {run: dict(given) for run, given in inputs.items()}
         readers = Counter(name for group in self.groups for name in self._reads(group)) + Counter(output_names)
+        stretches = self._stretches(inputs)
         for group in self.groups:
             results = self._exits(group, readers)
             if group.side:
@@ -84,19 +97,56 @@ class GraphWalk:
                 for values in live.values():
                     values.update(side_values)
             else:
-                yield from self._compute(group, results, live)
+                yield from self._compute(group, results, live, stretches)
             for name in self._reads(group):
                 readers[name] -= 1
                 if not readers[name]:
                     for values in live.values():
                         values.pop(name, None)
+                    if stretches is not None:
+                        stretches.forget(name)
         for run, values in live.items():
             tensors = self._oracle.run_nodes([], values, output_names)
             self.outputs[run] = {n: v.cpu().numpy() if isinstance(v, Tensor) else v for n, v in tensors.items()}
 
-    def may_stay(self, group: Group) -> bool:
-        """Whether a weakly typed target may leave the group in FP32."""
-        return group.nodes[0].index in self._undecided
+    def _stretches(self, inputs: Mapping[str, Mapping[str, np.ndarray]]) -> Stretches | None:
+        """None where nothing, or nothing that this component reads, can be in FP32 throughout."""
+        mild = next((kernel for kernel in self._kernels if kernel.mixed), None)
+        if mild is None or not all(np.array_equal(x, inputs[EXACT][n]) for n, x in inputs[mild.name].items()):
+            return None
+        stretches = Stretches(
+            inputs[EXACT],
+            len(self._undecided),
+            self._exactly,
+            partial(self._mildly, replace(mild, mixed=False)),
+        )
+        for kernel in self._kernels:
+            stretches.feed(inputs[EXACT], inputs[kernel.name])
+        return stretches
+
+    def _exactly(self, group: Group, given: Mapping[str, Any], names: Sequence[str]) -> tuple[Values, Values]:
+        inside: Values = {}
+        plain = [self._unquantized(node) for node in group.nodes]
+        return self._oracle.run_nodes(plain, given, names, inside.__setitem__), inside
+
+    def _mildly(
+        self, kernel: Kernel, group: Group, given: Mapping[str, Any], names: Sequence[str]
+    ) -> tuple[Values, Values]:
+        """In FP32, and stored as the target does; by ``kernel`` where that rounds no results."""
+        if kernel.stored is None:
+            inside: Values = {}
+            return self._low(kernel, group, given, names, inside), inside
+        value = kernel.stored.round
+        results, inside = (
+            {n: value(x) if _floats(x) else x for n, x in values.items()}
+            for values in self._exactly(group, given, names)
+        )
+        return results, inside
+
+    def _may_stay(self, group: Group, values: Mapping[str, Any]) -> bool:
+        if group.nodes[0].index not in self._undecided:
+            return False
+        return not self._timed or operations(self.graph, group, values) < LARGE
 
     def _reads(self, group: Group) -> set[str]:
         """Values that the nodes of a group read from outside, around Q/DQ pairs too."""
@@ -108,21 +158,32 @@ class GraphWalk:
     def _exits(group: Group, readers: Mapping[str, int]) -> list[str]:
         return [o for node in group.nodes for o in node.outputs if readers.get(o)] or list(group.nodes[-1].outputs)
 
-    def _compute(self, group: Group, results: Sequence[str], live: Mapping[str, dict[str, Any]]) -> Iterator[Walked]:
+    def _compute(
+        self, group: Group, results: Sequence[str], live: Mapping[str, Values], stretches: Stretches | None
+    ) -> Iterator[Walked]:
         plain = [self._unquantized(node) for node in group.nodes]
-        exact_inside: dict[str, Any] = {}
-        exact = self._oracle.run_nodes(plain, live[EXACT], results, exact_inside.__setitem__)
+        exact, exact_inside = self._exactly(group, live[EXACT], results)
         outer = self._data.difference(output for node in plain for output in node.outputs)
         reads = [name for name in dict.fromkeys(i for n in plain for i in n.inputs) if name in outer]
+        may_stay = self._may_stay(group, {**live[EXACT], **exact_inside, **exact})
         walked = {
-            v: Walked(group, v, reads, exact=x)
+            v: Walked(group, v, reads, exact=x, may_stay=may_stay)
             for v in results
             if isinstance(x := exact[v], Tensor) and x.is_floating_point()
         }
-        results_by_run: dict[str, dict[str, Any]] = {EXACT: exact}
+        if stretches is not None and (may_stay or not group.computes) and stretches.reaches(reads):
+            least = stretches.add(group, reads, live[EXACT], exact, exact_inside)
+            for name, value in walked.items():
+                value.least = {n: e for n, e in least.items() if n == name or n not in results}
+        results_by_run: dict[str, Values] = {EXACT: exact}
         for kernel in self._kernels:
-            inside: dict[str, Any] = {}
-            kernel_results = results_by_run[kernel.name] = self._low(kernel, group, live[kernel.name], results, inside)
+            inside: Values = {}
+            given = live[kernel.name]
+            if kernel.mixed and may_stay:
+                kernel_results, inside = self._exactly(group, given, results)
+            else:
+                kernel_results = self._low(kernel, group, given, results, inside)
+            results_by_run[kernel.name] = kernel_results
             for name, value in walked.items():
                 value.error[kernel.name] = _error(kernel_results[name], exact[name])
                 value.inside |= {
@@ -149,10 +210,6 @@ class GraphWalk:
         results: Sequence[str],
         inside: dict[str, Any],
     ) -> dict[str, Any]:
-        if kernel.mixed and self.may_stay(group):
-            return self._oracle.run_nodes(
-                [self._unquantized(n) for n in group.nodes], given, results, inside.__setitem__
-            )
         nodes, biases = fused(self.graph, group.nodes, given) if kernel.fused else (group.nodes, {})
         executor, values = self._executors[kernel.name], {**given, **biases}
         results_low = executor.run_nodes(nodes, values, results, inside.__setitem__ if kernel.stored is None else None)

@@ -242,15 +242,20 @@ class Pieces:
         if node.op in ("Add", "Sub"):
             makers = [self._reference.producer[n].op for n in node.inputs if n in self._reference.producer]
             return "bias" if set(PRODUCTS).intersection(makers) else ""
-        if node.op in PRODUCTS:
-            return "bias" if place == 2 else "weights"
-        if node.op in RECURRENT:
-            return {1: "weights", 2: "weights", 3: "bias"}.get(place, "")
-        if node.op == "BatchNormalization":
-            return "statistics" if place > 2 else "parameters"
-        if node.op in ("QuantizeLinear", "DequantizeLinear"):
-            return {0: "weights", 1: "scale", 2: "zero"}.get(place, "")
-        return "index" if node.op in INDICES and place else ""
+        return role_of_constant(node, place) or ("index" if node.op in INDICES and place else "")
+
+
+def role_of_constant(node: Node, place: int) -> str:
+    """Role of what a node itself reads: weights, bias, statistics, parameters, scale, zero, or an empty string."""
+    if node.op in PRODUCTS:
+        return "bias" if place == 2 else "weights"
+    if node.op in RECURRENT:
+        return {1: "weights", 2: "weights", 3: "bias"}.get(place, "")
+    if node.op == "BatchNormalization":
+        return "statistics" if place > 2 else "parameters"
+    if node.op in ("QuantizeLinear", "DequantizeLinear"):
+        return {0: "weights", 1: "scale", 2: "zero"}.get(place, "")
+    return ""
 
 
 def _of_constant(node: Node, constant: str, role: str, change: TensorChange) -> NodeDifference:

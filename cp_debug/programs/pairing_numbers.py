@@ -113,7 +113,7 @@ class NumericPairing:
         unpaired = [o for o in node.outputs if o not in self.pairs or self.pairs[o][0] not in self._prints]
         for name, value in self._compute(node, unpaired).items():
             self._values[name] = value
-            if isinstance(value, list):
+            if not _has_numbers(value):
                 continue
             self.shapes[name] = tuple(value.shape)
             if name in self._own_data and name not in self.pairs:
@@ -247,7 +247,7 @@ class NumericPairing:
     def _by_likeness(self, node: Node, twins: Sequence[Node]) -> list[str]:
         """The unclaimed values of some nodes, the likeliest first: by name, equal constants, contents, place."""
         value = self._values.get(node.outputs[0])
-        own_print = None if value is None or isinstance(value, list) else fingerprint(value)
+        own_print = fingerprint(value) if value is not None and _has_numbers(value) else None
         weights = set(self._theirs.of(node))
 
         def key(twin: Node) -> tuple[bool, int, float, int]:
@@ -322,3 +322,8 @@ def run_in_ort(
         raise
     except Exception:  # the runtime raises kinds of its own; what cannot be computed is paired by structure
         return {}
+
+
+def _has_numbers(value: Any) -> bool:
+    """Whether a value is a tensor of numbers: no sequence, empty optional or strings."""
+    return isinstance(value, Tensor) or getattr(value, "dtype", np.dtype(object)).kind not in "OSU"

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from cp_debug.errors import InputError
-from cp_debug.graph.check_inputs import check_inputs
+from cp_debug.graph.check_inputs import check_given_inputs
 from cp_debug.graph.graph import ValueInfo
+from cp_debug.graph.other_inputs import of_objects
 from cp_debug.probes.dumps import read_dump, read_iterations
-from cp_debug.reading import read_npy, read_npz
+from cp_debug.reading import read_bytes, read_npy, read_npz
 from cp_debug.recipes.base import Sample
 from cp_debug.recipes.images import IMAGES, ImageFormat, read_image
 
@@ -48,7 +49,7 @@ def file_samples(
     """
     for arrays, source in islice(_arrays(inputs, expected, reading), count):
         arrays = _typed(arrays, expected)
-        check_inputs(expected, arrays, source.partition(" (")[0])
+        check_given_inputs(expected, arrays, source.partition(" (")[0])
         yield Sample(arrays, source)
 
 
@@ -76,7 +77,7 @@ def _arrays(
             elif source.suffix == ".npy":
                 yield {_only(expected, source).name: read_npy(source)}, str(source)
             else:
-                for arrays, name in _read(source):
+                for arrays, name in _read(source, expected):
                     yield _in_order(arrays, expected), name
     except InputError as error:
         raise _flagged(error) from None
@@ -118,12 +119,14 @@ def _others() -> str:
     return f"{', '.join(TENSORS[1:])}, a test_data_set folder of .pb, {', '.join(IMAGES)}"
 
 
-def _read(source: Path) -> Iterator[tuple[dict[str, np.ndarray], str]]:
+def _read(source: Path, expected: Sequence[ValueInfo] = ()) -> Iterator[tuple[dict[str, np.ndarray], str]]:
     """The arrays of each sample in a file or folder that names them."""
     if source.is_dir() and any(source.glob("input_*.pb")):
         arrays: dict[str, np.ndarray] = {}
-        for file in sorted(source.glob("input_*.pb"), key=_number):
-            for name, array in read_dump(file).items():
+        for place, file in enumerate(sorted(source.glob("input_*.pb"), key=_number)):
+            value = expected[place] if place < len(expected) else None
+            held = read_dump(file) if value is None or value.container is None else _read_container(file, value)
+            for name, array in held.items():
                 if name in arrays:
                     raise InputError(f"{file}: holds {name!r}, as another file of {source} does")
                 arrays[name] = array
@@ -133,6 +136,23 @@ def _read(source: Path) -> Iterator[tuple[dict[str, np.ndarray], str]]:
             yield iteration, f"{source}, iteration {index}" if len(several) > 1 else str(source)
     else:
         yield read_npz(source) if source.suffix == ".npz" else read_dump(source), str(source)
+
+
+def _read_container(file: Path, value: ValueInfo) -> dict[str, np.ndarray]:
+    """A sequence or optional as ONNX's test data sets hold it: the arrays under the names of ``other_inputs``."""
+    import onnx
+    from onnx import numpy_helper
+
+    data, sequence = read_bytes(file, what="value"), value.container == "a sequence"
+    proto = onnx.SequenceProto() if sequence else onnx.OptionalProto()
+    try:
+        proto.ParseFromString(data)
+        held = numpy_helper.to_list(proto) if sequence else numpy_helper.to_optional(proto)
+    except Exception as error:  # protobuf's own errors, and whatever onnx raises on what is none
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"{file}: not {value.container} of ONNX: {reason}") from None
+    assert value.kind is not None
+    return {name: np.asarray(array) for name, array in of_objects(value.name, value.kind, held).items()}
 
 
 def _number(path: Path) -> tuple[int, str]:

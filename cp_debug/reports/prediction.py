@@ -37,6 +37,8 @@ def render(result: Prediction, *, show_all: bool = False) -> Iterator[Renderable
         yield Text(f"largest change of a box, other kernels included: {', '.join(parts)}")
     if result.weak:
         yield Text(f"{result.target} may leave any layer in FP32: then it introduces less than said here", "dim")
+    if any(layer.error.least for layer in result.layers):
+        yield Text("0 or …: all above may stay in FP32; where a part of it does not, the error is at least that", "dim")
     for note in result.notes:
         yield Text(f"note: {note}", style="yellow")
     keeps_any = any(layer.keep for layer in result.layers)
@@ -80,7 +82,8 @@ def output_table(result: Prediction) -> Sheet:
 
 
 def _cells(interval: Interval) -> tuple[str, str]:
-    return number(interval.expected), f"{number(interval.low)} … {number(interval.high)}"
+    low = f"0 or {number(interval.least)}" if interval.least else number(interval.low)
+    return number(interval.expected), f"{low} … {number(interval.high)}"
 
 
 def _severity(layer: PredictedLayer) -> float:

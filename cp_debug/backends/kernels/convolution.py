@@ -25,8 +25,8 @@ def conv(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
         return scaled_products.conv(x, weight, bias, window, call["group"], scaling, running_sum)
     if scaling:
         x, weight = scaled_products.decoded(x, weight, KERNEL, call["group"], scaling)
-    elif not call.arithmetic.scaling:
-        x, weight = call.arithmetic.operands(x, weight)
+    else:
+        x, weight = call.operands(x, weight)
     if call.arithmetic.tile:
         order = call.arithmetic
         return fp16_accumulation.conv(
@@ -64,8 +64,8 @@ def conv_transpose(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = 
         return scaled_products.conv_transpose(x, weight, bias, window, tuple(size), call["group"], scaling, running_sum)
     if scaling:
         x, weight = scaled_products.decoded(x, weight, TRANSPOSED_KERNEL, call["group"], scaling)
-    elif not call.arithmetic.scaling:
-        x, weight = call.arithmetic.operands(x, weight)
+    else:
+        x, weight = call.operands(x, weight)
     if call.arithmetic.tile:
         tile, slices = call.arithmetic.tile, call.arithmetic.slices
         return fp16_accumulation.conv_transpose(x, weight, bias, window, size, call["group"], tile, slices)

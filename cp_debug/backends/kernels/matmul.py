@@ -17,8 +17,7 @@ def matmul(call: Call, a: Tensor, b: Tensor) -> Tensor:
     scaling, running_sum = call.scaling, call.arithmetic.running_sum
     if scaling and running_sum:
         return scaled_products.matmul(a, b, scaling, running_sum)
-    if scaling or not call.arithmetic.scaling:
-        a, b = call.arithmetic.operands(a, b)
+    a, b = call.operands(a, b)
     tile, slices = call.arithmetic.tile, call.arithmetic.slices
     return fp16_accumulation.matmul(a, b, tile, slices) if tile else torch.matmul(a, b)
 
@@ -36,9 +35,7 @@ def gemm(call: Call, a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
 def einsum(call: Call, *operands: Tensor) -> Tensor:
     # Its products accumulate in the held dtype in every arithmetic: no other order is known for it.
     equation = call["equation"].replace(" ", "")
-    if call.arithmetic.scaling and not call.scaling:
-        return torch.einsum(equation, *operands)
-    return torch.einsum(equation, *call.arithmetic.operands(*operands, axes=_axes(equation, len(operands))))
+    return torch.einsum(equation, *call.operands(*operands, axes=_axes(equation, len(operands))))
 
 
 def _axes(equation: str, count: int) -> list[Axes]:

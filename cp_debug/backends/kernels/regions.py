@@ -121,8 +121,7 @@ def deform_conv(
     columns = columns.reshape(x.shape[0], groups, channels, count, oh, ow)
     if mask is not None:
         columns = columns * mask.reshape(x.shape[0], groups, 1, count, oh, ow)
-    if call.scaling or not call.arithmetic.scaling:
-        columns, weight = call.arithmetic.operands(columns, weight, axes=(Axes(2, None), KERNEL))
+    columns, weight = call.operands(columns, weight, axes=(Axes(2, None), KERNEL))
     columns = columns.reshape(x.shape[0], parts, x.shape[1] // parts * count, oh * ow)
     result = weight.reshape(parts, weight.shape[0] // parts, -1) @ columns
     result = result.reshape(x.shape[0], weight.shape[0], oh, ow)

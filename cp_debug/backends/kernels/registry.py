@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cp_debug.backends.arithmetic import Arithmetic
-from cp_debug.backends.scaling import Scaling
+from cp_debug.backends.scaling import COLUMNS, ROWS, Axes, Scaling
 from cp_debug.graph.graph import Node
 
 WITH_WEIGHTS = ("MatMul", "Gemm", "FusedMatMul", "FusedGemm")
@@ -61,6 +61,13 @@ class Call:
         if scaling is None or not scaling.weights_only:
             return scaling
         return scaling if 1 in self.weights and self.node.op in WITH_WEIGHTS else None
+
+    def operands(self, *operands: Tensor, axes: Sequence[Axes] = (ROWS, COLUMNS)) -> tuple[Tensor, ...]:
+        """Operands of a product as the multiplier reads them, shapes and dtypes as they are: rounded, or encoded and
+        decoded where this node's are. ``axes``: what their scales follow."""
+        if self.arithmetic.scaling and not self.scaling:
+            return operands
+        return self.arithmetic.operands(*operands, axes=axes)
 
     @property
     def outputs(self) -> int:

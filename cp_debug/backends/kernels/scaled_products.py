@@ -6,8 +6,10 @@ does it. A transposed convolution is one of its data with zeros between: no orde
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import operator
 
 import torch
 from torch import Tensor
@@ -25,30 +27,23 @@ def matmul(a: Tensor, b: Tensor, scaling: Scaling, running_sum: RunningSum) -> T
     """``numpy.matmul`` of a [..., M, K] and b [..., K, N], float32."""
     left, right = a[None] if a.dim() == 1 else a, b[:, None] if b.dim() == 1 else b
     if right.dim() == 2:
-        shape = left.shape[:-1]
-        left_code = scaling.encode(left, ROWS, 0)
-        left_code = Encoded(*(_as_rows(t, left) for t in (left_code.codes, left_code.fine, left_code.coarse)))  # type: ignore[arg-type]
-        result = _product(left_code, scaling.encode(right, COLUMNS, 1), scaling, running_sum)
-        result = result.reshape(*shape, right.shape[-1])
+        rows = scaling.encode(left, ROWS, 0).mapped(lambda p: p.reshape(-1, p.shape[-1]))
+        result = _product(rows, scaling.encode(right, COLUMNS, 1), scaling, running_sum)
+        result = result.reshape(*left.shape[:-1], right.shape[-1])
     else:
         batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
-        codes = []
-        for place, (operand, axes) in enumerate(((left, ROWS), (right, COLUMNS))):
-            code = scaling.encode(operand, axes, place)
-            full = (*batch, *operand.shape[-2:])
-            parts = (code.codes, code.fine, code.coarse)
-            codes.append([p if p is None else p.expand(full).reshape(-1, *full[-2:]) for p in parts])
+
+        def stacked(part: Tensor) -> Tensor:
+            return part.expand(*batch, *part.shape[-2:]).reshape(-1, *part.shape[-2:])
+
+        one, other = scaling.encode(left, ROWS, 0).mapped(stacked), scaling.encode(right, COLUMNS, 1).mapped(stacked)
         result = a.new_empty(math.prod(batch), left.shape[-2], right.shape[-1])
         for i in range(len(result)):
-            one, other = (Encoded(*(p if p is None else p[i] for p in parts)) for parts in codes)  # type: ignore[arg-type]
-            result[i] = _product(one, other, scaling, running_sum)
+            at_i = operator.itemgetter(i)
+            result[i] = _product(one.mapped(at_i), other.mapped(at_i), scaling, running_sum)
         result = result.reshape(*batch, *result.shape[1:])
     result = result.squeeze(-2) if a.dim() == 1 else result
     return result.squeeze(-1) if b.dim() == 1 else result
-
-
-def _as_rows(part: Tensor | None, whole: Tensor) -> Tensor | None:
-    return part if part is None or part.dim() == 0 else part.expand_as(whole).reshape(-1, whole.shape[-1])
 
 
 def _product(a: Encoded, b: Encoded, scaling: Scaling, running_sum: RunningSum) -> Tensor:
@@ -100,29 +95,23 @@ def conv_transpose(
     data, kernel = _grouped_data(x, groups, scaling), scaling.encode(weight, TRANSPOSED_KERNEL, 1)
     spatial = range(2, x.dim())
 
-    def spread(part: Tensor | None, fill: float) -> Tensor | None:
-        if part is None or part.dim() == 0:
-            return part
-        part = part.expand_as(x)
+    def spread(part: Tensor, fill: float) -> Tensor:
         sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], window.stride, strict=True)]
         result = part.new_full((*x.shape[:2], *sizes), fill)
         places = tuple(slice(None, None, s) for s in window.stride)
         result[(slice(None), slice(None), *places)] = part
         return result
 
-    def turned(part: Tensor | None) -> Tensor | None:
-        if part is None or part.dim() == 0:
-            return part
-        part = part.expand_as(weight).flip(*spatial).unflatten(0, (groups, -1))
-        return part.transpose(1, 2).flatten(0, 1)
+    def turned(part: Tensor) -> Tensor:
+        return part.flip(*spatial).unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
 
     spans = [(k - 1) * d for k, d in zip(window.kernel, window.dilation, strict=True)]
     begin = tuple(s - b for s, b in zip(spans, window.begin, strict=True))
     wide = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], window.stride, strict=True)]
     end = tuple(n + s - w - b for n, s, w, b in zip(size, spans, wide, begin, strict=True))
     plain = Window(window.kernel, (1,) * len(spans), window.dilation, begin, end)
-    stretched = Encoded(spread(data.codes, 0.0), spread(data.fine, 1.0), spread(data.coarse, 1.0))  # type: ignore[arg-type]
-    mirrored = Encoded(turned(kernel.codes), turned(kernel.fine), turned(kernel.coarse))  # type: ignore[arg-type]
+    stretched = data.mapped(lambda p: spread(p, 0.0), scales=lambda p: spread(p, 1.0))
+    mirrored = kernel.mapped(turned)
     return _convolved(stretched, mirrored, stretched.codes, mirrored.codes, bias, plain, groups, scaling, running_sum)
 
 
@@ -136,9 +125,7 @@ def decoded(x: Tensor, weight: Tensor, axes: Axes, groups: int, scaling: Scaling
 
 def _grouped_data(x: Tensor, groups: int, scaling: Scaling) -> Encoded:
     """Data of a convolution, encoded so that no block reaches from one group into the next."""
-    code = scaling.encode(x.unflatten(1, (groups, -1)), Axes(2, DATA.kept), 0)
-    parts = (code.codes, code.fine, code.coarse)
-    return Encoded(*(p if p is None or p.dim() == 0 else p.flatten(1, 2) for p in parts))  # type: ignore[arg-type]
+    return scaling.encode(x.unflatten(1, (groups, -1)), Axes(2, DATA.kept), 0).mapped(lambda p: p.flatten(1, 2))
 
 
 def _convolved(
@@ -155,20 +142,19 @@ def _convolved(
     size = window.output_size(x.shape[2:])
     channels, outputs = x.shape[1] // groups, weight.shape[0] // groups
     terms = channels * math.prod(window.kernel)
-    matrices = [
-        p if p is None or p.dim() == 0 else p.expand_as(weight).movedim(1, -1).reshape(groups, outputs, terms).mT
-        for p in (kernel.codes, kernel.fine, kernel.coarse)
-    ]
+    matrices = kernel.mapped(lambda p: p.movedim(1, -1).reshape(groups, outputs, terms).mT)
     result = x.new_empty(x.shape[0], weight.shape[0], *size)
     rows = max(1, _ELEMENTS // max(1, terms * math.prod(size[1:])))
     for n, group in itertools.product(range(x.shape[0]), range(groups)):
         part = slice(group * channels, (group + 1) * channels)
-        padded = [_padded(p, n, part, window, fill) for p, fill in ((data.codes, 0.0), (data.fine, 1.0))]
-        b = Encoded(*(p if p is None or p.dim() == 0 else p[group] for p in matrices))  # type: ignore[arg-type]
+        b = matrices.mapped(operator.itemgetter(group))
+        padded = data.mapped(
+            functools.partial(_padded, n=n, channels=part, window=window, fill=0.0),
+            scales=functools.partial(_padded, n=n, channels=part, window=window, fill=1.0),
+        )
         for first in range(0, size[0], rows):
             extent = (min(rows, size[0] - first), *size[1:])
-            columns = [None if p is None else _columns(p, extent, window, first) for p in padded]
-            a = Encoded(columns[0], columns[1], data.coarse.reshape(()))  # type: ignore[arg-type]
+            a = padded.mapped(functools.partial(_columns, extent=extent, window=window, first=first))
             product = _by_taps(a, b, scaling, running_sum, channels)
             target = result[n, group * outputs : (group + 1) * outputs, first : first + extent[0]]
             target.copy_(product.t().unflatten(1, extent))
@@ -179,24 +165,20 @@ def _by_taps(a: Encoded, b: Encoded, scaling: Scaling, running_sum: RunningSum, 
     """Product whose blocks with FP32 scales end where a tap ends."""
     if scaling.segment is None or channels % scaling.segment == 0:
         return _product(a, b, scaling, running_sum)
-    taps = range(0, a.codes.shape[1], channels)
-    parts = (
-        _product(
-            Encoded(a.codes[:, t : t + channels], a.fine[:, t : t + channels], a.coarse),  # type: ignore[index]
-            Encoded(b.codes[t : t + channels], b.fine[t : t + channels], b.coarse),  # type: ignore[index]
-            scaling,
-            running_sum,
-        )
-        for t in taps
-    )
+
+    def product(begin: int) -> Tensor:
+        part = slice(begin, begin + channels)
+        return _product(a.mapped(lambda p: p[:, part]), b.mapped(lambda p: p[part]), scaling, running_sum)
+
+    parts = map(product, range(0, a.codes.shape[1], channels))
     total = next(parts)
     for part in parts:
         total = total + part
     return total
 
 
-def _padded(part: Tensor | None, n: int, channels: slice, window: Window, fill: float) -> Tensor | None:
-    return None if part is None else functional.pad(part[n, channels], window.torch_pads(), value=fill)
+def _padded(part: Tensor, n: int, channels: slice, window: Window, fill: float) -> Tensor:
+    return functional.pad(part[n, channels], window.torch_pads(), value=fill)
 
 
 def _columns(x: Tensor, extent: tuple[int, ...], window: Window, first: int) -> Tensor:

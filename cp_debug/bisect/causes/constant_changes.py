@@ -12,8 +12,7 @@ from torch import Tensor
 
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.graph.graph import Node
-from cp_debug.graph.operators import PRODUCTS
-from cp_debug.programs.node_differences import RECURRENT, named
+from cp_debug.programs.node_differences import named, role_of_constant
 from cp_debug.programs.tensor_change import TensorChange
 
 SIGNIFICANT = 5.0
@@ -125,25 +124,12 @@ def _named(places: Tensor, axis: int, dims: int) -> str:
     return f"{single} {', '.join(map(str, places[:4].tolist()))}" + (", …" if len(places) > 4 else "")
 
 
-def role(node: Node, place: int) -> str:
-    """Role of a node's constant input: weights, bias, statistics, parameters, scale, zero, or an empty string."""
-    if node.op in PRODUCTS:
-        return "bias" if place == 2 else "weights"
-    if node.op in RECURRENT:
-        return {1: "weights", 2: "weights", 3: "bias"}.get(place, "")
-    if node.op == "BatchNormalization":
-        return "statistics" if place > 2 else "parameters"
-    if node.op in ("QuantizeLinear", "DequantizeLinear"):
-        return {0: "weights", 1: "scale", 2: "zero"}.get(place, "")
-    return ""
-
-
 def cause_of(change: Change, node: Node, place: int) -> tuple[str, str, dict[str, Any]]:
     """(Cause, in words, evidence) of a change to one constant of a node: the name that it has with both graphs."""
-    what = {"weights": "the weights", "bias": "the bias"}.get(role(node, place), node.proto.input[place])
+    what = {"weights": "the weights", "bias": "the bias"}.get(role_of_constant(node, place), node.proto.input[place])
     said = TensorChange(change.kind, change.says, change.evidence)
     evidence = {"constant": node.proto.input[place], "change": change.kind, **change.evidence}
-    return named(said, role(node, place), node.op), f"{what} of {node.op}: {change.says}", evidence
+    return named(said, role_of_constant(node, place), node.op), f"{what} of {node.op}: {change.says}", evidence
 
 
 def constants_of(segment: Segment, node: Node, fewest: int = 2) -> dict[int, Tensor]:

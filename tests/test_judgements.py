@@ -1,0 +1,251 @@
+"""Verdicts and their words, from figures that are given: each threshold, each side, each name in a sentence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cp_debug.bisect.observe import Observation
+from cp_debug.bisect.replayed import EXCESS, Replay
+from cp_debug.bisect.result import LayerRow
+from cp_debug.bisect.verdict import Judgement, judge, oracle_is_alone
+from cp_debug.bisect.worst_samples import Collected, both_inexact, observation_notes
+from cp_debug.probes.statistics import TensorStats, compare
+from cp_debug.programs.pipeline import Key
+from cp_debug.programs.precision import PRECISIONS
+
+FP16, FP32 = PRECISIONS["fp16"], PRECISIONS["fp32"]
+TOLERANCE = {"rtol": 1e-3, "atol": 1e-4}
+HEALTHY = Replay(introduced=5e-8, inherited=1e-8, expected=6e-8, excess=5 / 6)
+
+
+def stats(*test: float, reference: tuple[float, ...] = (1.0, 2.0)) -> TensorStats:
+    return compare(np.array(reference), np.array(test))
+
+
+APART = stats(1.0, 2.5)
+
+
+def judged(replay: Replay | None, found: TensorStats = APART, floor: float = 0.0, precision: str = "fp32") -> Judgement:
+    return judge(found, replay, PRECISIONS[precision], **TOLERANCE, floor=floor)
+
+
+@pytest.mark.parametrize(("off", "within"), [(2.05e-3, True), (2.15e-3, False)])
+def test_the_tolerance_is_an_absolute_part_and_one_of_the_largest_reference(off: float, within: bool) -> None:
+    """1e-4 + 1e-3 · 2; the test's own values do not widen it."""
+    assert judged(None, stats(1.0, 2.0 + off)) == Judgement("ok" if within else "divergent", within)
+    assert judged(HEALTHY, stats(1.0, 2.0 + off)) == Judgement("ok" if within else "inherited", within)
+    assert not judged(None, stats(1e9, 2.0)).within
+
+
+def test_a_tolerance_without_its_absolute_part_is_relative() -> None:
+    assert judge(stats(1.0, 2.0 + 1.9e-3), None, FP32, 1e-3, 0.0, 0.0).within
+    assert not judge(stats(1.0, 2.0 + 2.1e-3), None, FP32, 1e-3, 0.0, 0.0).within
+    assert judge(stats(1.0, 2.9), None, FP32, 0.0, 1.0, 0.0).within
+
+
+def test_another_shape_says_which_side_has_which() -> None:
+    found = judged(HEALTHY, stats(1.0, 2.0, 3.0))
+    assert (found.verdict, found.within) == ("shape", False)
+    assert found.why == "the shape is [3], the reference's [2]"
+
+
+GUILTY = Replay(introduced=0.2, inherited=0.01, expected=1e-3, excess=200.0)
+
+
+@pytest.mark.parametrize(("excess", "verdict"), [(EXCESS, "inherited"), (1.01 * EXCESS, "guilty"), (0.2, "inherited")])
+def test_a_layer_is_guilty_beyond_the_limit_of_its_excess(excess: float, verdict: str) -> None:
+    found = judged(replace(GUILTY, excess=excess))
+    assert found.verdict == verdict
+    assert found.side == "test"
+    assert ("FP32 explains" in found.why) == (verdict == "guilty")
+
+
+@pytest.mark.parametrize("channels", [False, True])
+def test_what_is_no_larger_than_the_noise_between_two_runs_is_nobodys_fault(channels: bool) -> None:
+    replay = replace(GUILTY, excess=1.0, channel_excess=200.0) if channels else GUILTY
+    assert judged(replay, floor=0.19).verdict == "guilty"
+    assert judged(replay, floor=0.21).verdict == "inherited"
+
+
+def test_what_both_sides_have_and_what_nobody_reads_is_innocent() -> None:
+    assert judged(GUILTY, stats(1.0, 2.0)).verdict == "ok"
+    assert judged(replace(GUILTY, unread=True)).verdict == "inherited"
+    assert judged(replace(GUILTY, unread=True, new_nonfinite=3)).verdict == "inherited"
+    assert judged(replace(GUILTY, unread=True), stats(1.0, 2.0001)).verdict == "ok"
+
+
+def test_the_worst_channels_are_named_as_such() -> None:
+    found = judged(replace(GUILTY, excess=1.0, channel_excess=9.0))
+    assert (found.verdict, found.why) == ("guilty", "its worst channels introduce 9× what FP32 explains")
+    assert judged(replace(GUILTY, excess=1.0, channel_excess=3.9)).verdict == "inherited"
+
+
+@pytest.mark.parametrize(
+    ("deviation", "says"), [(0.09, ", as its scales say"), (0.11, ", and not what its scales say")]
+)
+@pytest.mark.parametrize("channels", [False, True])
+def test_a_layer_in_int8_does_what_its_scales_say_or_not(deviation: float, says: str, channels: bool) -> None:
+    replay = replace(GUILTY, deviation_from_scales=deviation)
+    replay = replace(replay, excess=1.0, channel_excess=9.0) if channels else replay
+    assert judged(replay, precision="int8").why.endswith("what INT8 explains" + says)
+
+
+def test_born_infinities_tell_how_far_the_reference_reaches() -> None:
+    born = replace(GUILTY, excess=0.0, new_nonfinite=2)
+    beyond = stats(1.0, np.inf, reference=(1.0, 70000.0))
+    found = judged(born, beyond, precision="fp16")
+    assert found.verdict == "guilty"
+    assert found.why == "2 NaN or Inf are born here: the reference reaches 70000, FP16 ends at 65504"
+    assert judged(born, beyond).why == "2 NaN or Inf are born here"  # FP32 holds 70000
+    assert judged(born, stats(1.0, np.inf), precision="fp16").why == "2 NaN or Inf are born here"
+
+
+@pytest.mark.parametrize(("roundoffs", "verdict"), [(7.5, "inherited"), (8.5, "guilty")])
+def test_a_loss_of_range_is_measured_in_roundoffs(roundoffs: float, verdict: str) -> None:
+    found = judged(replace(HEALTHY, range_loss=roundoffs * FP16.roundoff), precision="fp16")
+    assert found.verdict == verdict
+    assert ("leave the range of FP16" in found.why) == (verdict == "guilty")
+
+
+def test_a_reference_at_fault_is_named_as_the_side() -> None:
+    found = judged(replace(HEALTHY, reference_excess=50.0))
+    assert (found.verdict, found.side) == ("guilty", "reference")
+    assert "the reference introduces 50×" in found.why
+    assert judged(replace(HEALTHY, reference_excess=EXCESS)).verdict == "inherited"
+    assert judged(replace(GUILTY, reference_excess=50.0)).side == "test"
+
+
+def test_an_oracle_is_alone_only_where_both_sides_agree_and_are_far_from_it() -> None:
+    near = stats(1.0, 2.0 + 4e-7)  # relative L2 1.8e-7
+    alone = Replay(introduced=0.1, expected=6e-8, excess=0.1 / 6e-8)
+    assert oracle_is_alone(near, alone)
+    assert judged(alone, near).verdict == "ok"
+    assert not oracle_is_alone(stats(1.0, 2.0 + 1e-5), alone)  # the sides do not agree
+    assert not oracle_is_alone(near, replace(alone, introduced=6e-7))  # not far beyond what they differ by
+    assert not oracle_is_alone(stats(1.0, 2.0 + 1e-12), replace(alone, introduced=2e-7))  # within the precision
+    assert not oracle_is_alone(stats(np.nan, 2.0 + 4e-7), alone)
+    assert not oracle_is_alone(near, replace(alone, expected=None))
+    assert oracle_is_alone(near, replace(alone, introduced=1e-7, new_nonfinite=1))
+
+
+# Figures of a replay ------------------------------------------------------------------------------------------------
+
+
+def test_figures_of_a_replay_are_relative_to_the_exact_result() -> None:
+    exact, captured = torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.5])
+    found = Replay.of(captured, exact, [torch.tensor([3.0, 4.25])], FP32)
+    assert found.introduced == pytest.approx(0.1)
+    assert found.expected == pytest.approx(0.05)
+    assert found.excess == pytest.approx(2.0)
+
+
+def test_the_largest_allowance_counts() -> None:
+    exact, captured = torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.5])
+    correct = [torch.tensor([3.0, 4.25]), torch.tensor([3.0, 4.0]), torch.tensor([3.0, 3.0])]
+    assert Replay.of(captured, exact, correct, FP32).excess == pytest.approx(0.5)
+    assert Replay.of(captured, exact, correct[:2], FP32, doubt=2.0).excess == pytest.approx(0.25)
+    # Half a roundoff of the whole result may always be introduced.
+    one_rounding = Replay.of(captured, exact, [exact], FP16)
+    assert one_rounding.expected == pytest.approx(FP16.roundoff / 2)
+    assert one_rounding.excess == pytest.approx(0.1 / (FP16.roundoff / 2))
+
+
+def test_numbers_that_are_born_are_counted_in_the_captured_result_only() -> None:
+    exact, captured = torch.tensor([1.0, np.inf, 2.0, np.nan]), torch.tensor([np.nan, 1.0, np.inf, 5.0])
+    assert Replay.of(captured, exact, [exact], FP32).new_nonfinite == 2
+
+
+def test_a_replay_of_another_shape_says_both() -> None:
+    found = Replay.of(torch.zeros(2), torch.zeros(3), [], FP32)
+    assert found.skipped == "the shape is [2], the oracle's [3]"
+    assert found.excess is None
+
+
+# The worst of several samples ---------------------------------------------------------------------------------------
+
+
+def row(name: str = "conv", **fields: Any) -> LayerRow:
+    given: dict[str, Any] = {"stats": APART, "verdict": "ok", "within": True, "replay": HEALTHY} | fields
+    return LayerRow(0, "net", name, name, "Conv", **given)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_several_samples_the_worst_row_of_each_layer_is_kept(order: int) -> None:
+    collected = Collected()
+    rows = [
+        {Key("net", "a"): row("a", sample=0), Key("net", "b"): row("b", verdict="guilty", sample=0)},
+        {Key("net", "a"): row("a", replay=replace(HEALTHY, excess=3.0), sample=1), Key("net", "b"): row("b", sample=1)},
+    ]
+    for of_sample in rows[::order]:
+        collected.add(of_sample)
+    assert [r.sample for r in (collected.rows[Key("net", "a")], collected.rows[Key("net", "b")])] == [1, 0]
+
+
+def test_only_a_sample_worse_than_all_before_is_explained() -> None:
+    collected = Collected()
+    mild, bad = {Key("net", "a"): row("a")}, {Key("net", "a"): row("a", verdict="guilty")}
+    assert collected.is_worst(mild)
+    collected.add(mild)
+    assert collected.is_worst(bad)
+    collected.add(bad)
+    assert not collected.is_worst(mild)
+    assert not collected.is_worst({})
+
+
+def test_the_observation_with_the_largest_gap_is_kept() -> None:
+    collected = Collected()
+    for gap in (0.1, 0.3, 0.2):
+        collected.observe(Observation(0.0, gap))
+    assert collected.observation is not None
+    assert collected.observation.observer_gap == 0.3
+
+
+def test_what_was_not_emulated_or_not_replayed_is_counted_and_named() -> None:
+    collected = Collected()
+    names = "abcdefg"
+    rows = {Key("net", n): row(n, replay=replace(HEALTHY, not_emulated=("node",))) for n in names}
+    rows |= {Key("net", f"s{i}"): row(f"s{i}", replay=Replay(skipped="it draws")) for i in range(3)}
+    rows[Key("net", "plain")] = row("plain", stats=stats(1.0, 2.0), replay=GUILTY)
+    collected.add(rows)
+    collected.explained(["a share is not known"])
+    collected.ways["an If went another way"] = None
+    notes = collected.notes("ort")
+    assert "7 layer(s) not emulated, so nobody knows what they may introduce: a, b, c, d, e and 2 more" in notes
+    assert "3 layer(s) not replayed: it draws" in notes
+    assert {"a share is not known", "an If went another way"} <= set(notes)
+    assert any(note.startswith("1 layer(s) have the same bits on both sides") for note in notes)
+
+
+def test_layers_that_are_inexact_on_both_sides_are_told_with_the_worst() -> None:
+    same = stats(1.0, 2.0)
+    rows = [row(n, stats=same, replay=replace(GUILTY, excess=e)) for n, e in (("a", 7.0), ("b", 70.0), ("c", 3.0))]
+    (said,) = both_inexact(rows)
+    assert said.startswith("2 layer(s) have the same bits on both sides, and both are inexact, up to 70×")
+    assert said.endswith("what their precision explains (b): a, b")
+    assert both_inexact(rows[2:]) == []
+    (doubt,) = both_inexact([row("d", stats=stats(1.0, 2.0 + 4e-7), replay=replace(GUILTY, expected=6e-8, excess=1e6))])
+    assert doubt.startswith("1 layer(s) agree on both sides")
+    assert doubt.endswith("the doubt is of the oracle: d")
+
+
+def test_a_backend_that_differs_from_itself_says_why_where_and_by_how_much() -> None:
+    unsteady = Observation(0.02, 0.01, first_unsteady="conv_3")
+    (said,) = observation_notes("ort", unsteady)
+    assert said == "ort: another thread count changes its sums, first at conv_3 (noise floor 0.02)"
+    (said,) = observation_notes("ort", replace(unsteady, repeats=False))
+    assert "it is not deterministic: two runs part, first at conv_3" in said
+    (said,) = observation_notes("ort", replace(unsteady, observer_gap=9.0), draws=True)
+    assert "it draws random numbers: two runs part, first at conv_3" in said
+    assert observation_notes("ort", Observation(0.02, 0.02)) == []
+    assert observation_notes("ort", None) == []
+
+
+def test_probes_that_change_a_program_are_told_beside_its_noise() -> None:
+    (said,) = observation_notes("ort", Observation(0.01, 0.011))
+    assert said.startswith("observer gap 0.011: with probes ort runs a different program")
+    assert observation_notes("ort", Observation(0.01, 0.009)) == []
