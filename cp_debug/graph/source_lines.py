@@ -1,8 +1,8 @@
 """Source lines behind the nodes of an exported graph: file, line and code of the torch module, where the export says.
 
 torch's dynamo exporter writes the stack of each operation into the node's metadata, its TorchScript exporter, asked to
-be verbose, into the node's ``doc_string``. Our own exports by TorchScript name the module's ``forward`` (``KEY``). Paths
-are shortened: none of the machine's folders is part of what is told.
+be verbose, into the node's ``doc_string``. Our own exports by TorchScript name the module's ``forward`` (``KEY``).
+Paths are shortened: none of the machine's folders is part of what is told.
 """
 
 from __future__ import annotations
