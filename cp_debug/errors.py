@@ -62,6 +62,12 @@ class BackendUnavailable(CpdebugError):
         super().__init__("\n".join(parts))
 
 
+class DeviceUnavailable(CpdebugError):
+    """A device that a job asks for is not there."""
+
+    exit_code = 3
+
+
 class MissingPackage(CpdebugError):
     """A Python package that this job needs is not installed."""
 

@@ -291,3 +291,74 @@ def test_rows_of_a_quantized_table_stand_for_its_numbers(tmp_path: Path, kind: Q
     (test,) = bisect(str(tmp_path / "plain.onnx"), "ort,ort-int8", test_model=target).tests
     assert "embedding" in {row.name for row in test.rows}
     assert not test.guilty
+
+
+def _saved(path: Path, nodes: list[onnx.NodeProto], outputs: list[str], shape: list[int], **constants: object) -> Path:
+    values = [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)]
+    results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
+    stored = [numpy_helper.from_array(np.asarray(a), n) for n, a in constants.items()]
+    graph = helper.make_graph(nodes, "g", values, results, stored)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), str(path))
+    return path
+
+
+def test_a_quantizer_that_the_optimizer_moved_in_front_rounds_what_it_reads(tmp_path: Path) -> None:
+    """ONNX Runtime moves QuantizeLinear in front of Transpose: what that reads is then shown on the grid."""
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((4, 10)).astype(np.float32)
+    ends = [node("Exp", ["x"], ["e"], name="exp"), node("Transpose", ["e"], ["t"], name="turn", perm=[1, 0])]
+    plain = [*ends, node("MatMul", ["t", "w"], ["y"], name="product")]
+    pair = [
+        node("QuantizeLinear", ["t", "scale", "zero"], ["tq"], name="q"),
+        node("DequantizeLinear", ["tq", "scale", "zero"], ["td"], name="d"),
+        node("MatMul", ["td", "w"], ["y"], name="product"),
+    ]
+    x, zero = rng.uniform(-1, 0, (4, 12)).astype(np.float32), np.array(0, np.uint8)
+    np.savez(tmp_path / "x.npz", x=x)
+    parent_file = _saved(tmp_path / "plain.onnx", plain, ["y", "e"], [4, 12], w=w)
+
+    def guilty(scale: float) -> list[str]:
+        constants = {"w": w, "zero": zero, "scale": np.array(scale, np.float32)}
+        file = _saved(tmp_path / "file.onnx", [*ends, *pair], ["y", "e"], [4, 12], **constants)
+        options = Options(explain=False, inputs=tmp_path / "x.npz")
+        (run,) = bisect(str(parent_file), "ort,ort-all", test_model=file, options=options).tests
+        return [row.name for row in run.guilty]
+
+    assert guilty(float(np.exp(x).max()) / 255) == []
+    assert guilty(float(np.exp(x).max()) / 12) == ["exp"]  # a grid that is twenty times too coarse
+
+
+def test_a_quantizer_that_reads_infinity_has_a_scale_for_the_rest(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    w, s, z = rng.standard_normal((8, 8)).astype(np.float32), np.array(0.03, np.float32), np.array(128, np.uint8)
+    x = rng.standard_normal((6, 8)).astype(np.float32)
+    x[2, 3] = 0
+    np.savez(tmp_path / "x.npz", x=x)
+    first, last = node("Div", ["one", "x"], ["r"], name="reciprocal"), node("Tanh", ["p"], ["y"], name="end")
+    one = np.array(1e-2, np.float32)
+    product = [node("MatMul", ["r", "w"], ["p"], name="product"), last]
+    plain = _saved(tmp_path / "plain.onnx", [first, *product], ["y"], [6, 8], w=w, one=one)
+    pair = [
+        node("QuantizeLinear", ["r", "s", "z"], ["rq"], name="q"),
+        node("DequantizeLinear", ["rq", "s", "z"], ["rd"], name="d"),
+        node("MatMul", ["rd", "w"], ["p"], name="product"),
+        last,
+    ]
+    file = _saved(tmp_path / "file.onnx", [first, *pair], ["y"], [6, 8], w=w, one=one, s=s, z=z)
+    options = Options(explain=False, inputs=tmp_path / "x.npz")
+    (run,) = bisect(str(plain), "ort,ort-int8", test_model=file, options=options).tests
+    replay = next(row.replay for row in run.rows if row.name == "product")
+    assert replay is not None
+    assert replay.expected is not None
+    assert replay.expected > 1e-3  # of rounding to 8 bits, whatever is infinite beside it
+
+
+def test_noise_of_levels_is_measured_in_what_they_stand_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cp_debug.bisect import observe
+
+    path, test = quantized(tmp_path, "qoperator")
+    honest = observe.gap
+    monkeypatch.setattr(observe, "gap", lambda a, b: honest(a, b) or 1e-9)  # as where threads change a sum
+    (run,) = bisect(str(path), "ort,ort-int8", test_model=test, options=Options(explain=False)).tests
+    assert len(run.rows) > 4
+    assert max(row.noise_floor for row in run.rows) < 1e-3

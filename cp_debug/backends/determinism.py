@@ -123,6 +123,16 @@ def fp32_precision(tf32: bool) -> Iterator[None]:
                 _set(name, before[name])
 
 
+@contextmanager
+def exactly_on(device: str) -> Iterator[None]:
+    """Context for an oracle on ``device``: no TF32, no gradients. A CPU needs no setting."""
+    if device == "cpu":
+        yield
+        return
+    with fp32_precision(tf32=False), torch.no_grad():
+        yield
+
+
 def _environment(stack: ExitStack, name: str, value: str) -> None:
     before = os.environ.get(name)
     if before is None:

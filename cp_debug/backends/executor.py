@@ -284,7 +284,7 @@ class Executor:
             self.decisions[place + node.name] = branch = "then_branch" if bool(inputs[0]) else "else_branch"
             return execute(step.bodies[branch], [])
         if node.op in _OPTIONAL and not any(isinstance(i, list) for i in inputs):
-            return [_OPTIONAL[node.op](*inputs)]
+            return [self.arithmetic.hold(_OPTIONAL[node.op](*inputs), self.device)]
         if node.op in ("Loop", "Scan"):
             if node.op == "Loop":
                 if not place:

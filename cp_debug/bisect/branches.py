@@ -11,7 +11,8 @@ from cp_debug.bisect.result import GUILTY, INHERITED, LayerRow
 from cp_debug.errors import InputError
 from cp_debug.graph.flatten import Branch, Decision
 from cp_debug.graph.graph import Graph
-from cp_debug.probes.capture import Capture
+from cp_debug.probes.arrays import as_numpy
+from cp_debug.probes.held import CapturedRun
 from cp_debug.programs.pipeline import Key
 
 
@@ -40,7 +41,7 @@ def in_words(op: str, path: str, ours: Decision, theirs: Decision) -> str:
     return f"{op} {path} {said(theirs)}, on the reference it {said(ours)}"
 
 
-def other_ways(run: CandidateRun, captures: tuple[Capture, Capture]) -> Iterator[OtherWay]:
+def other_ways(run: CandidateRun, captures: tuple[CapturedRun, CapturedRun]) -> Iterator[OtherWay]:
     """Control flow nodes that decide differently in the test than in the reference.
 
     A captured condition of an If goes before the decision that was taken when the bodies were flattened.
@@ -61,7 +62,7 @@ def other_ways(run: CandidateRun, captures: tuple[Capture, Capture]) -> Iterator
 
 
 def differing_condition(
-    ours: Sequence[str], theirs: Sequence[str], captures: tuple[Capture, Capture], components: tuple[str, str]
+    ours: Sequence[str], theirs: Sequence[str], captures: tuple[CapturedRun, CapturedRun], components: tuple[str, str]
 ) -> str:
     """The first pair of scalars that both captures hold and that differ, in words; empty where there is none."""
     for name, test_name in zip(ours, theirs, strict=False):
@@ -72,16 +73,16 @@ def differing_condition(
     return ""
 
 
-def _scalar(capture: Capture, name: str, component: str) -> bool | int | float | None:
+def _scalar(capture: CapturedRun, name: str, component: str) -> bool | int | float | None:
     """The value of a captured tensor of one element; None for all else."""
     try:
-        value = capture.load(name, component=component)
+        value = as_numpy(capture.load(name, component=component))
     except InputError:
         return None
     return value.reshape(-1)[0].item() if value.size == 1 else None
 
 
-def _decision_of(branch: Branch, condition: str, capture: Capture, component: str) -> Decision:
+def _decision_of(branch: Branch, condition: str, capture: CapturedRun, component: str) -> Decision:
     if branch.op != "If" or (value := _scalar(capture, condition, component)) is None:
         return branch.decision
     return "then_branch" if value else "else_branch"

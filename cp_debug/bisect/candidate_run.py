@@ -39,7 +39,7 @@ from cp_debug.graph.integer_values import is_quantized, parent_values, rounded_v
 from cp_debug.graph.qdq import has_own_pairs
 from cp_debug.graph.source_lines import source_lines
 from cp_debug.probes.arrays import as_numpy
-from cp_debug.probes.capture import Capture, CaptureWriter
+from cp_debug.probes.held import CapturedRun, CaptureHolder
 from cp_debug.probes.statistics import TensorStats, compare
 from cp_debug.programs.layers import Layer, layer_name
 from cp_debug.programs.pipeline import Key, Pipeline, value_map, wants_int8
@@ -63,15 +63,17 @@ class CandidateRun:
         tolerance: tuple[float, float],
         oracle: str | None,
         folder: Path,
+        device: str = "cpu",
     ) -> None:
         """``programs`` are the reference's before anything was quantized: they say what a layer should compute.
 
-        Graphs that only describe what an engine computes are written to ``folder``.
+        Graphs that only describe what an engine computes are written to ``folder``. Layers are replayed on ``device``.
         """
         self.pipeline = pipeline
         self.precision: Precision = PRECISIONS[pipeline.backend.precision]
         self.tolerance = tolerance
         self.oracle = oracle
+        self.device = device
         self.reference = reference
         self.programs = {p.name: p for p in programs}
         self.layers = {Key(layer.component, layer.onnx): layer for layer in layers}
@@ -98,7 +100,7 @@ class CandidateRun:
         """Values that the reference shows."""
 
     def run(
-        self, sample: Sample, reference: Capture, writer: CaptureWriter
+        self, sample: Sample, reference: CapturedRun, writer: CaptureHolder
     ) -> tuple[dict[Key, TensorStats], dict[str, Arrays]]:
         """Run with probes; every value is compared with the reference's, and captured under the reference's name.
 
@@ -111,22 +113,20 @@ class CandidateRun:
         stats: dict[Key, TensorStats] = {}
 
         def sink(key: Key, tensor: Tensor) -> None:
-            if (file := self._files.get(key.component)) is not None:
-                tensor = file.shown(key.value, tensor)
-            key = self.name(key)
+            key, tensor = self._as_of_reference(key, tensor)
             writer.put(key.value, tensor, component=key.component)
             if key in self.layers and key in captured:
                 stats[key] = compare(reference.load(key.value, component=key.component), tensor)
 
         return stats, self.pipeline.run(sample, sink)
 
-    def _diverges(self, component: str, reference: Capture, inputs: Arrays, outputs: Arrays) -> bool:
+    def _diverges(self, component: str, reference: CapturedRun, inputs: Arrays, outputs: Arrays) -> bool:
         """Whether a component's outputs are beyond the tolerance, or further from the reference's than twice what its
         precision makes of the whole component."""
         rtol, atol = self.tolerance
         graph = self.programs[component].graph
         try:
-            emulated = Executor(graph, ARITHMETICS[self.precision.name]).run(inputs)
+            emulated = Executor(graph, ARITHMETICS[self.precision.name], self.device).run(inputs)
         except (InputError, KeyError):
             return True
         for name, value in outputs.items():
@@ -134,7 +134,7 @@ class CandidateRun:
             stats = compare(exact, value)
             if stats.shape_mismatch or stats.max_abs > atol + rtol * stats.max_ref:
                 return True
-            expected = compare(exact, as_numpy(emulated[name])).rel_l2
+            expected = compare(exact, emulated[name]).rel_l2
             if not stats.rel_l2 <= 2 * expected + self.precision.roundoff:
                 return True
         return False
@@ -147,7 +147,7 @@ class CandidateRun:
         """A component's values in this test → the reference's."""
         return self._names[component]
 
-    def replay(self, reference: Capture, test: Capture, stats: Mapping[Key, TensorStats]) -> dict[Key, Replay]:
+    def replay(self, reference: CapturedRun, test: CapturedRun, stats: Mapping[Key, TensorStats]) -> dict[Key, Replay]:
         """Replay every captured layer on the oracle. ``stats`` are those of ``run``."""
         replays: dict[Key, Replay] = {}
         for component in self.programs:
@@ -158,7 +158,7 @@ class CandidateRun:
         return replays
 
     def replay_inputs(
-        self, model: Model, sample: Sample, results: Mapping[str, Arrays], reference: Capture, test: Capture
+        self, model: Model, sample: Sample, results: Mapping[str, Arrays], reference: CapturedRun, test: CapturedRun
     ) -> dict[Key, Replay]:
         """Replays of the inputs that a test model's own glue made.
 
@@ -173,7 +173,7 @@ class CandidateRun:
                 replays[Key(step.name, value)] = replayer.given(value, exact, ours, theirs)
         return replays
 
-    def replayer(self, component: str, test: Capture) -> Replayer:
+    def replayer(self, component: str, test: CapturedRun) -> Replayer:
         """The replayer of a component, made once: every sample has the same probes."""
         if component not in self._replayers:
             assert self.oracle is not None
@@ -185,6 +185,7 @@ class CandidateRun:
                 (sides[0].backend.precision, sides[1].backend.precision),
                 self.oracle,
                 captured,
+                self.device,
                 emulated=self._emulates(graph),
                 narrow=(self._narrow(component, sides[0]), self._narrow(component, sides[1])),
                 quantized=(self._quantized(component, sides[0]), self._quantized(component, sides[1], test)),
@@ -192,7 +193,7 @@ class CandidateRun:
             )
         return self._replayers[component]
 
-    def _quantized(self, component: str, side: Pipeline, capture: Capture | None = None) -> AnyQuantized | None:
+    def _quantized(self, component: str, side: Pipeline, capture: CapturedRun | None = None) -> AnyQuantized | None:
         """The quantization of a component on one side; None where it claims none, or where nothing else is known.
 
         ``capture`` is the test's: it tells which of the values that an engine keeps in INT8 are shown rounded.
@@ -218,7 +219,7 @@ class CandidateRun:
         rounded = {
             n: largest_kept[n]
             for n in shown_names
-            if QuantizerGrid.symmetric(largest_kept[n]).holds(torch.tensor(load(n)))
+            if QuantizerGrid.symmetric(largest_kept[n]).holds(torch.tensor(as_numpy(load(n))))
         }
         return Quantized(plain.graph, graph, names, rounded)
 
@@ -280,14 +281,20 @@ class CandidateRun:
         return [name if program.module is None else name.partition("/")[0]]
 
     def observe(
-        self, sample: Sample, probed: Mapping[str, Arrays], test: Capture
+        self, sample: Sample, probed: Mapping[str, Arrays], test: CapturedRun
     ) -> tuple[Observation, dict[Key, float]]:
         """The backend against itself, and without probes.
 
         ``probed``: component → output name → array, of the run that ``test`` holds. Arrays have the dtype that the
         graph declares.
         """
-        return observe(self.pipeline, sample, probed, test, self.name)
+        return observe(self.pipeline, sample, probed, test, self._as_of_reference)
+
+    def _as_of_reference(self, key: Key, tensor: Tensor) -> tuple[Key, Tensor]:
+        """A value of the test by the reference's name, levels as the numbers that they stand for."""
+        if (file := self._files.get(key.component)) is not None:
+            tensor = file.shown(key.value, tensor)
+        return self.name(key), tensor
 
     def rows(
         self,
@@ -345,6 +352,6 @@ def _prefer_own_names(names: dict[str, str], plain: Graph, file: Graph) -> None:
             names[value], names[name] = f"{value} (test)", name
 
 
-def loader(capture: Capture, component: str) -> Load:
+def loader(capture: CapturedRun, component: str) -> Load:
     """A function by which a replayer reads the values of one component."""
     return lambda name: capture.load(name, component=component)

@@ -18,7 +18,7 @@ from cp_debug.bisect.int8_notes import int8_notes
 from cp_debug.bisect.one_sample import SampleRuns
 from cp_debug.bisect.options import DEFAULT_OPTIONS, OnStep, Options, Rewrite, StepCounter, is_optimized
 from cp_debug.bisect.result import BisectResult, TestResult
-from cp_debug.bisect.standards import oracle, tolerance
+from cp_debug.bisect.standards import oracle, oracle_device, tolerance
 from cp_debug.bisect.worst_samples import observation_notes
 from cp_debug.errors import InputError
 from cp_debug.graph.randomness import drawing
@@ -69,6 +69,7 @@ class Bisection:
             differs = test_model is not None or options.differs
             backends = [create(spec) for spec in parse_backends(backends, repeats=differs)]
         self._reference, *self._tests = backends
+        self._oracle_devices = {str(test.spec): oracle_device(test, options) for test in self._tests}
         self._export, note = choose_export(backends, options.exporter)
         if options.optimizer_blame and not any(map(is_optimized, self._tests)):
             names = ", ".join(str(test.spec) for test in self._tests)
@@ -167,9 +168,9 @@ class Bisection:
     ) -> CandidateRun:
         """One test, its backend open, with the precision by which it is judged."""
         limits = tolerance(self._reference, backend, (*sides.programs, *tests), self.options)
-        judge = oracle(self._reference, backend, self.options)
+        judge, device = oracle(self._reference, backend, self.options), self._oracle_devices[str(backend.spec)]
         pipeline = stack.enter_context(Pipeline(self.test_model, tests, backend, unfold=sides.unfold))
-        return CandidateRun(pipeline, reference, sides.programs, layers, limits, judge, folder)
+        return CandidateRun(pipeline, reference, sides.programs, layers, limits, judge, folder, device)
 
     def _results(self, taken: SampleRuns, sides: BothSides, layers: list[Layer]) -> list[TestResult]:
         results = []

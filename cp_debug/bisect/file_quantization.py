@@ -40,6 +40,8 @@ _PASS = {
     *("Split", "Squeeze", "Transpose", "Unsqueeze"),
 }
 """Operators in front of which nothing is rounded: quantizers take them together with what they follow."""
+_MOVED_BEHIND = {"Flatten", "Identity", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
+"""Operators in front of which optimizers move quantizers."""
 _NO_DATA = {"Constant", "ConstantOfShape", "Shape", "Size"}
 """Operators that only say how large or where something is."""
 _RANGES = {"Sigmoid": (0.0, 1.0), "HardSigmoid": (0.0, 1.0), "Softmax": (0.0, 1.0), "Tanh": (-1.0, 1.0)}
@@ -70,6 +72,29 @@ class FileQuantization:
     def touches(self, nodes: Sequence[Node]) -> bool:
         """Whether the file quantizes anything that these nodes of ``plain`` compute."""
         return bool(self._of(nodes))
+
+    def for_readers(self, name: str, captured: AnyTensor) -> list[Levels]:
+        """Levels of the quantizers that read a value, or what only moves it, where ``captured`` lies on their grid.
+
+        ``captured``: the value by the parent's name, any shape. Empty unless the backend optimizes: ONNX Runtime's
+        QDQPropagation moves quantizers in front of what moves values, which is then shown rounded
+        (onnxruntime/core/optimizer/qdq_transformer/qdq_propagation.cc).
+        """
+        found: list[Levels] = []
+        if not self._rounds_weights:
+            return found
+        waiting = [self._names.get(name, name)]
+        while waiting:
+            value = waiting.pop()
+            for node in self._graph.consumers.get(value, []):
+                if node.op == "QuantizeLinear" and node.proto.input[0] == value:
+                    scale, zero = [*node.proto.input[1:3], ""][:2]
+                    levels, grid = self._levels(scale, zero), self._grid(scale, zero)
+                    if levels is not None and grid is not None and grid.holds(torch.as_tensor(captured)):
+                        found.append(levels)
+                elif node.op in _MOVED_BEHIND and node.proto.input[0] == value:
+                    waiting += node.outputs
+        return found
 
     def grid(self, node: Node, place: int) -> QuantizerGrid | None:
         """The grid of the data that a node of ``plain`` reads, where the file states it."""

@@ -16,7 +16,7 @@ import torch
 
 from cp_debug.backends.base import Tensor
 from cp_debug.backends.capabilities import build_info_of, with_threads
-from cp_debug.probes.capture import Capture
+from cp_debug.probes.held import CapturedRun
 from cp_debug.probes.statistics import compare
 from cp_debug.programs.pipeline import Key, Pipeline
 from cp_debug.recipes.base import Arrays, Sample
@@ -61,12 +61,13 @@ def observe(
     pipeline: Pipeline,
     sample: Sample,
     probed: Mapping[str, Arrays],
-    capture: Capture,
-    name: Callable[[Key], Key] = lambda key: key,
+    capture: CapturedRun,
+    shown: Callable[[Key, Tensor], tuple[Key, Tensor]] = lambda key, tensor: (key, tensor),
 ) -> tuple[Observation, dict[Key, float]]:
     """The backend of ``pipeline`` against itself: the observation, and the noise floor of every layer that has one.
 
-    ``probed`` are the outputs of the run that ``capture`` holds; ``name`` gives the captured name of a value.
+    ``probed`` are the outputs of the run that ``capture`` holds; ``shown`` gives a value as it was captured, with the
+    name under which it was.
     ``probed`` is component → output name → array. Arrays have the dtype that the graph declares.
     """
     if own_observation := _own_observation(pipeline):
@@ -78,7 +79,7 @@ def observe(
         # Sessions of torch take the count from torch itself, those of a runtime of its own when they are made.
         return Pipeline(pipeline.model, pipeline.programs, with_threads(pipeline.backend, threads))
 
-    return _observe_runs(fresh, sample, probed, capture, name)
+    return _observe_runs(fresh, sample, probed, capture, shown)
 
 
 def _own_observation(pipeline: Pipeline) -> Observation | None:
@@ -96,8 +97,8 @@ def _observe_runs(
     open_pipeline: Open,
     sample: Sample,
     probed: Mapping[str, Arrays],
-    capture: Capture,
-    name: Callable[[Key], Key],
+    capture: CapturedRun,
+    shown: Callable[[Key, Tensor], tuple[Key, Tensor]],
 ) -> tuple[Observation, dict[Key, float]]:
     """``observe`` for a backend that ``open_pipeline`` opens."""
     other_threads = other_thread_count()
@@ -115,7 +116,7 @@ def _observe_runs(
     floors: dict[Key, float] = {}
 
     def sink(key: Key, tensor: Tensor) -> None:
-        key = name(key)
+        key, tensor = shown(key, tensor)
         stats = compare(capture.load(key.value, component=key.component), tensor)
         if not stats.equal:
             floors[key] = max(floors.get(key, 0.0), stats.finite_rel_l2)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cp_debug.backends.determinism import exactly_on
 from cp_debug.bisect.branches import judge_ways, other_ways
 from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.bisect.causes.effects import Effects
@@ -24,7 +25,8 @@ from cp_debug.bisect.shares import Propagation, set_shares
 from cp_debug.bisect.sides import counts_told
 from cp_debug.bisect.worst_samples import Collected
 from cp_debug.errors import in_one_line
-from cp_debug.probes.capture import Capture, CaptureWriter
+from cp_debug.probes.held import CaptureHolder, HeldCapture, Room
+from cp_debug.probes.statistics import TensorStats
 from cp_debug.programs.pipeline import Key, Pipeline, header
 from cp_debug.programs.scene import decode, keep_scene
 from cp_debug.programs.walk import Walk
@@ -36,8 +38,16 @@ class ReferenceRun(NamedTuple):
     """Outputs, captured values and decoded outputs of the reference on one sample."""
 
     outputs: dict[str, Arrays]
-    captured: Capture
+    captured: HeldCapture
     decoded: Any | None
+
+
+class RunOfTest(NamedTuple):
+    """Outputs and captured values of a test on one sample, and how its values compare with the reference's."""
+
+    outputs: dict[str, Arrays]
+    captured: HeldCapture
+    stats: dict[Key, TensorStats]
 
 
 class SampleRuns:
@@ -59,24 +69,26 @@ class SampleRuns:
         self.observation: Observation | None = None
         """The reference against itself, on the first sample."""
         self._reference_floors: dict[Key, float] = {}
+        self._room = Room(options.memory)
 
     def take(self, index: int, sample: Sample) -> None:
         """Run and judge one sample; ``index`` is its place."""
         folder = (self._options.save or self._scratch) / f"sample-{index}"
         spec = str(self._reference.backend.spec)
         self._progress.step(f"{spec}, sample {index}")
-        with self._writer(folder, self._reference, sample) as writer:
+        with self._holder(folder, self._reference, sample) as writer:
             given = self._reference.run(sample, lambda k, tensor: writer.put(k.value, tensor, component=k.component))
         decoded = {spec: decode(self._model, sample, given)}
-        captured = Capture.open(writer.folder)
+        captured = writer.capture
         if index == 0 and self._options.replay:
             self._progress.step(f"{spec}: noise floor")
             self.observation, self._reference_floors = observe(self._reference, sample, given, captured)
         side = ReferenceRun(given, captured, decoded[spec])
         for run, test_collected in zip(self.runs, self.collected, strict=True):
             decoded[str(run.pipeline.backend.spec)] = self._test(run, test_collected, index, sample, side)
+        captured.release()
         if self._options.save is None:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
         else:
             keep_scene(folder, sample, decoded)
 
@@ -84,14 +96,25 @@ class SampleRuns:
         self, run: CandidateRun, collected: Collected, index: int, sample: Sample, side: ReferenceRun
     ) -> Any | None:
         """Run one test on the sample and add its results to ``collected``; returns what the model decodes of them."""
-        spec, model = str(run.pipeline.backend.spec), run.pipeline.model
-        self._progress.step(f"{spec}, sample {index}")
-        with self._writer(side.captured.folder.parent, run.pipeline, sample) as writer:
+        model = run.pipeline.model
+        self._progress.step(f"{run.pipeline.backend.spec}, sample {index}")
+        with self._holder(side.captured.folder.parent, run.pipeline, sample) as writer:
             stats, results = run.run(sample, side.captured, writer)
             settings = run.pipeline.record().settings  # engines know more once they ran
             writer.update({"settings": json_safe(settings)})
         decoded = decode(model, sample, results)
-        test = Capture.open(writer.folder)
+        collected.detect(side.decoded, decoded)
+        with exactly_on(run.device):
+            self._judge(run, collected, (index, sample), side, RunOfTest(results, writer.capture, stats))
+        writer.capture.release()
+        return decoded
+
+    def _judge(
+        self, run: CandidateRun, collected: Collected, of: tuple[int, Sample], side: ReferenceRun, own: RunOfTest
+    ) -> None:
+        """Replay, judge and explain what one test did with a sample, ``of``: its place and itself."""
+        (index, sample), (results, test, stats) = of, own
+        spec, model = str(run.pipeline.backend.spec), run.pipeline.model
         replays: dict[Key, Replay] = {}
         floors: dict[Key, float] = {}
         observation: Observation | None = None
@@ -110,7 +133,6 @@ class SampleRuns:
         settled = judge_ways(ways, run.programs, rows)
         # Behind control flow that goes another way, no error is carried to the outputs: there are other nodes.
         failures = [] if ways else set_shares(run, rows, sample, side.captured, test)
-        collected.detect(side.decoded, decoded)
         if run.oracle is not None and collected.is_worst(rows):
             unexplained = not any(row.verdict == GUILTY for row in rows.values())
             differs = unexplained and not all(row.within for row in rows.values())
@@ -131,13 +153,12 @@ class SampleRuns:
                 failures += explainer.notes
         collected.explained([*counts_told(rows), *failures])
         collected.add(rows)
-        return decoded
 
     def _exact_input(self, sample: Sample, results: Mapping[str, Arrays], key: Key) -> np.ndarray:
         """The input that the reference's glue makes of the test's upstream results."""
         return Walk(self._model, sample, results).at(key.component).inputs[key.value]
 
-    def _writer(self, folder: Path, pipeline: Pipeline, sample: Sample) -> CaptureWriter:
+    def _holder(self, folder: Path, pipeline: Pipeline, sample: Sample) -> CaptureHolder:
         is_saved = self._options.save is not None
         target = folder / str(pipeline.backend.spec)
-        return CaptureWriter(target, header(pipeline, [sample]) if is_saved else {}, checksums=is_saved)
+        return CaptureHolder(target, header(pipeline, [sample]) if is_saved else {}, self._room, saved=is_saved)

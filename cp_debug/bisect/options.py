@@ -35,6 +35,10 @@ class Options:
     atol: float | None = None
     oracle: str | None = None
     """``fp32`` or ``fp64``; None leaves it to the precisions under test."""
+    oracle_device: str = "auto"
+    """Device on which layers are replayed; ``auto``: the test's, where this torch can reach it."""
+    memory: int | None = None
+    """Bytes of captured values that are held in memory, on each device; None leaves it to ``probes.held``."""
     replay: bool = True
     explain: bool = True
     """Try to say why a layer is guilty; needs the replay."""

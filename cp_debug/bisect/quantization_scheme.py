@@ -42,7 +42,8 @@ class Levels:
         if not tensor.numel():
             return tensor
         dims = list(range(tensor.dim())) if reduced is None else reduced
-        low, high = (tensor.amin(dims, keepdim=True), tensor.amax(dims, keepdim=True)) if dims else (tensor, tensor)
+        finite = torch.where(tensor.isfinite(), tensor, 0)  # Inf is cut off, NaN has no place on a grid
+        low, high = (finite.amin(dims, keepdim=True), finite.amax(dims, keepdim=True)) if dims else (finite, finite)
         low, high = low.clamp(max=least[0]), high.clamp(min=least[1])
         if self.symmetric:
             high = torch.maximum(low.abs(), high.abs())

@@ -162,7 +162,7 @@ class Quantized:
             rounded_values = dict(values)
             places = self._quantizers.get(node.name, {})
             inputs = executor.run_nodes([], values, [node.proto.input[place] for place in places])
-            together = max((float(t.abs().max()) for t in inputs.values()), default=0.0) if node.op == "Add" else None
+            together = max(map(_finite_amax, inputs.values()), default=0.0) if node.op == "Add" else None
             for place in places:
                 name = node.proto.input[place]
                 tensor = inputs[name]
@@ -171,7 +171,7 @@ class Quantized:
                     rounded_values[name] = on_grid(tensor, scale_margin * tensor.abs().amax(reduced, keepdim=True))
                     continue
                 rounded_values[name] = on_grid(
-                    tensor, torch.as_tensor(scale_margin * (together or float(tensor.abs().max())))
+                    tensor, torch.as_tensor(scale_margin * (together or _finite_amax(tensor)))
                 )
                 if (grid := self.grid(node, place)) is not None and grid.scale.numel() == 1:
                     clipped = grid.clipped(tensor)
@@ -198,6 +198,12 @@ class Quantized:
 
     def _as_shown(self, name: str, tensor: Tensor) -> Tensor:
         return self._rounded[name].quantized(tensor) if name in self._rounded else tensor
+
+
+def _finite_amax(tensor: AnyTensor) -> float:
+    """The largest magnitude that a scale could be made for: Inf is cut off, NaN has no place on a grid."""
+    magnitudes = torch.as_tensor(tensor).abs()
+    return float(torch.where(magnitudes.isfinite(), magnitudes, 0).max()) if magnitudes.numel() else 0.0
 
 
 def balanced(error: Tensor, exact: Tensor, axis: int) -> float:

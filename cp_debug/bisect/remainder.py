@@ -72,7 +72,7 @@ def _rounding(run: CandidateRun, sample: Sample) -> float | None:
     for arithmetic in (run.precision.name, run.oracle):
 
         def execute(component: Component, inputs: Arrays, arithmetic: str = arithmetic) -> Arrays:
-            executor = Executor(run.programs[component.name].graph, ARITHMETICS[arithmetic])
+            executor = Executor(run.programs[component.name].graph, ARITHMETICS[arithmetic], run.device)
             return tensors_as_arrays(executor.run(inputs))
 
         try:

@@ -250,10 +250,12 @@ class Replayer:
         replay = Replay.of(captured, exact, [expected.results[target]], claim)
         if (replay.excess or 0.0) <= EXCESS:
             return replay
-        scales = self._scales[side]
+        scales, result = self._scales[side], expected.results[target]
+        others: list[AnyTensor] = [] if scales is None else [*scales.for_readers(target, captured, result)]
         if scales is not None and scales.quantized.touches(nodes):
-            larger_scales = scales.larger(nodes, given, target)
-            return Replay.of(captured, exact, [expected.results[target], *larger_scales], claim)
+            others += scales.larger(nodes, given, target)
+        if others:
+            return Replay.of(captured, exact, [result, *others], claim)
         oracle = self._oracle_of(claim)
         if oracle is not self.oracle:
             exact = as_tensor(oracle.run_nodes(nodes, given, [target])[target])

@@ -64,6 +64,16 @@ class ScaleReplay:
         best = max(balanced(torch.as_tensor(t) - exact, exact, axis) for t in ideals)
         replay.channel_excess = ratio(ours, max(best, FLOOR * BESIDE_INT8.roundoff))
 
+    def for_readers(self, target: str, captured: AnyTensor, result: AnyTensor) -> Iterator[Tensor]:
+        """``result`` on the best scales of quantizers behind ``target`` that the backend moved in front of it.
+
+        ``captured`` is the value that the test shows; all are of one shape.
+        """
+        if isinstance(self.quantized, FileQuantization):
+            for levels in self.quantized.for_readers(target, captured):
+                for scale_margin in (1.0, *SCALE_MARGINS):
+                    yield levels.applied(torch.as_tensor(result), None, scale_margin)
+
     def larger(self, nodes: Sequence[Node], given: Mapping[str, AnyTensor], target: str) -> Iterator[AnyTensor]:
         """Results with somewhat larger scales; for a foreign file also with larger ones of its own quantizers.
 

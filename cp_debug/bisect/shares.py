@@ -14,8 +14,8 @@ from cp_debug.bisect.result import GUILTY, LayerRow
 from cp_debug.errors import in_one_line
 from cp_debug.graph.downstream import downstream
 from cp_debug.probes.arrays import as_numpy
-from cp_debug.probes.capture import Capture
 from cp_debug.probes.distance import ratio
+from cp_debug.probes.held import CapturedRun
 from cp_debug.programs.pipeline import Key
 from cp_debug.programs.walk import tensors_as_arrays, walk
 from cp_debug.recipes.base import Arrays, Component, Sample
@@ -25,7 +25,7 @@ MOST = 8
 
 
 def set_shares(
-    run: CandidateRun, rows: Mapping[Key, LayerRow], sample: Sample, reference: Capture, test: Capture
+    run: CandidateRun, rows: Mapping[Key, LayerRow], sample: Sample, reference: CapturedRun, test: CapturedRun
 ) -> list[str]:
     """Give every guilty row (up to ``MOST``) its share of the final divergence.
 
@@ -62,7 +62,7 @@ def set_shares(
 class Propagation:
     """Carries a change of one value to the final outputs, everything else as the reference computed it."""
 
-    def __init__(self, run: CandidateRun, sample: Sample, reference: Capture, test: Capture) -> None:
+    def __init__(self, run: CandidateRun, sample: Sample, reference: CapturedRun, test: CapturedRun) -> None:
         self._run, self._sample, self._reference, self._test = run, sample, reference, test
         self._model = run.pipeline.model
         self._components = [c.name for c in self._model.components]
@@ -78,14 +78,14 @@ class Propagation:
         [elements of all final outputs] float64, each output divided by the norm of the reference's.
         """
         component = self._components[-1]
-        return self._vector({n: self._test.load(n, component=component) for n in self._outputs(component)})
+        return self._vector({n: _array(self._test, n, component) for n in self._outputs(component)})
 
     @property
     def ends_in_infinity(self) -> bool:
         """Whether the test's final outputs hold NaN or Inf where the reference's are finite."""
         component = self._components[-1]
         for name in self._outputs(component):
-            ours, theirs = (c.load(name, component=component) for c in (self._reference, self._test))
+            ours, theirs = (_array(c, name, component) for c in (self._reference, self._test))
             floats = ours.shape == theirs.shape and ours.dtype.kind == theirs.dtype.kind == "f"
             if floats and bool((np.isfinite(ours) & ~np.isfinite(theirs)).any()):
                 return True
@@ -106,12 +106,13 @@ class Propagation:
         """
         start = self._components.index(key.component)
         results: dict[str, Arrays] = {
-            c: {n: self._reference.load(n, component=c) for n in self._outputs(c)} for c in self._components[:start]
+            c: {n: _array(self._reference, n, c) for n in self._outputs(c)} for c in self._components[:start]
         }
         results[key.component] = self._downstream(key)
 
         def run(component: Component, inputs: Arrays) -> Arrays:
-            return tensors_as_arrays(Executor(self._run.programs[component.name].graph, FP32).run(inputs))
+            graph = self._run.programs[component.name].graph
+            return tensors_as_arrays(Executor(graph, FP32, self._run.device).run(inputs))
 
         return walk(self._model, self._sample, run, results)[self._components[-1]]
 
@@ -121,7 +122,7 @@ class Propagation:
         replayer = self._run.replayer(key.component, self._test)
         introduced, _ = replayer.introduced(key.value, loader(self._test, key.component))
         value = as_numpy(load(key.value))
-        added = np.nan_to_num(introduced.numpy(), posinf=0.0, neginf=0.0)
+        added = np.nan_to_num(as_numpy(introduced), posinf=0.0, neginf=0.0)
         changed = {key.value: (value + added).astype(value.dtype)}
         reached = {key.value, *downstream(graph.nodes, [key.value])}
         outputs = self._outputs(key.component)
@@ -131,8 +132,8 @@ class Propagation:
         if inside:
             nodes, starts = graph.segment(inside, captured)
             inputs = {s: changed.get(s) if s in changed else load(s) for s in starts}
-            computed = Executor(graph, FP32).run_nodes(nodes, inputs, inside)
-            results.update({n: t.numpy() for n, t in computed.items()})
+            computed = Executor(graph, FP32, self._run.device).run_nodes(nodes, inputs, inside)
+            results.update({n: as_numpy(t) for n, t in computed.items()})
         return results
 
     def _outputs(self, component: str) -> list[str]:
@@ -141,9 +142,13 @@ class Propagation:
     def _vector(self, outputs: Arrays) -> np.ndarray:
         component, parts = self._components[-1], []
         for name in self._outputs(component):
-            reference = self._reference.load(name, component=component).astype(np.float64)
-            if self._test.load(name, component=component).shape != reference.shape:
+            reference = _array(self._reference, name, component).astype(np.float64)
+            if tuple(self._test.load(name, component=component).shape) != reference.shape:
                 continue
             difference = np.nan_to_num(np.asarray(outputs[name], np.float64) - reference, posinf=0.0, neginf=0.0)
             parts.append(difference.ravel() / (np.linalg.norm(reference) or 1.0))
         return np.concatenate([np.empty(0), *parts])
+
+
+def _array(capture: CapturedRun, name: str, component: str) -> np.ndarray:
+    return as_numpy(capture.load(name, component=component))

@@ -8,10 +8,31 @@ from collections.abc import Iterable
 from cp_debug.backends.base import Backend, Program
 from cp_debug.bisect.int8_notes import both_int8
 from cp_debug.bisect.options import Options
+from cp_debug.errors import DeviceUnavailable
 from cp_debug.graph.declared import narrow_values
 from cp_debug.graph.integer_values import is_quantized
 from cp_debug.graph.qdq import has_own_pairs
 from cp_debug.programs.precision import coarsest, oracle_for
+
+
+def oracle_device(test: Backend, options: Options) -> str:
+    """Device on which the layers of ``test`` are replayed: the one that was asked for, or the test's own.
+
+    ``auto`` stays on the CPU where torch sees no such GPU, and for INT8: quantizers are replayed there. Raises
+    DeviceUnavailable for one that is not there.
+    """
+    asked, auto = options.oracle_device, options.oracle_device == "auto"
+    if asked == "cpu" or (auto and (test.device == "cpu" or test.precision == "int8")):
+        return "cpu"
+    import torch
+
+    wanted = torch.device(test.device if auto else asked)
+    there = wanted.type == "cuda" and torch.cuda.is_available() and (wanted.index or 0) < torch.cuda.device_count()
+    if not there and not auto:
+        count = torch.cuda.device_count()
+        sees = f"torch {torch.__version__} sees {count} CUDA device{'s' * (count != 1)}"
+        raise DeviceUnavailable(f"--oracle-device: {asked}, but {sees}; expected auto, cpu or the name of one of them")
+    return f"cuda:{wanted.index or 0}" if there else "cpu"
 
 
 def tolerance(reference: Backend, test: Backend, programs: Iterable[Program], options: Options) -> tuple[float, float]:

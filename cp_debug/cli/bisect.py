@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cp_debug.cli import calibration, reading, tensorrt
-from cp_debug.cli.flags import LAST_SEED, MOST, Atol, Rtol, check_made_up, grouped
+from cp_debug.cli.flags import LAST_SEED, MOST, Atol, Rtol, check_device, check_made_up, grouped, size_in_bytes
 from cp_debug.cli.given import check_given
 from cp_debug.cli.saving import replacing
 from cp_debug.cli.typed import refuse, refuse_export_flags, refuse_seed
@@ -96,6 +96,12 @@ def bisect(
     rtol: Rtol = None,
     atol: Atol = None,
     oracle: Annotated[Oracle, typer.Option(help="auto: FP64 for FP32 tests, FP32 below.")] = Oracle.auto,
+    oracle_device: Annotated[
+        str, typer.Option(help="Where layers are replayed: auto (where the test runs), cpu, cuda:N.")
+    ] = "auto",
+    memory: Annotated[
+        str | None, typer.Option(help="Captured values held in memory, such as 2G; more goes to disk.")
+    ] = None,
     replay: Annotated[bool, typer.Option(help="Separate what a layer did from what it was given.")] = True,
     knobs: Annotated[
         bool, typer.Option("--knobs", help="Find the optimizers of ort-basic or ort-all at fault.")
@@ -160,9 +166,11 @@ def bisect(
     names = ", ".join(map(str, tests))
     why = f"it changes the torch module, which none of the tests {names} runs; expected torch among them"
     refuse(("test_train_mode", "test_out_of_place"), unless=any(spec.family == "torch" for spec in tests), why=why)
-    refuse(("oracle", "explain"), unless=replay, why="--no-replay leaves nothing to judge or explain")
+    refuse(("oracle", "explain", "oracle_device"), unless=replay, why="--no-replay leaves nothing to judge or explain")
     refuse(("show_all",), unless=level is Level.layers, why="--level stages shows no layers")
     refuse(("overwrite",), unless=save is not None, why="without --save nothing is kept")
+    check_device(oracle_device)
+    held = None if memory is None else size_in_bytes(memory, "--memory")
     check_made_up(samples, inputs)
     refuse_seed([model], inputs, samples)
     calibrated = [int8.calib_data] if any("int8" in spec.name for spec in specs) else []
@@ -192,6 +200,8 @@ def bisect(
         rtol=rtol,
         atol=atol,
         oracle=None if oracle is Oracle.auto else oracle.value,
+        oracle_device=oracle_device,
+        memory=held,
         replay=replay,
         explain=explain,
         optimizer_blame=knobs,

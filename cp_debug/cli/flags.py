@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from functools import wraps
@@ -51,6 +52,23 @@ def grouped(command: Command) -> Command:
     ungrouped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     ungrouped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return ungrouped
+
+
+def check_device(name: str) -> None:
+    """Raise InputError for a value of --oracle-device that names no device."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name):
+        raise InputError(f"--oracle-device: {name!r}; expected auto, cpu, cuda or cuda:N")
+
+
+def size_in_bytes(text: str, flag: str) -> int:
+    """A size such as ``512M`` or ``2G`` in bytes; the letters stand for powers of 1024.
+
+    Raises InputError for anything else.
+    """
+    match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise InputError(f"{flag}: {text!r}; expected a size such as 512M or 2G")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
 def check_made_up(samples: int, data: object, *, flag: str = "--samples", given_by: str = "--inputs") -> None:

@@ -21,10 +21,17 @@ _ML_DTYPES = {
     for name in ("bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
 }
 
+_TORCH_TYPES = {"bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64"}
+
 
 def is_torch(tensor: Any) -> TypeGuard[torch.Tensor]:
     """Whether this is a torch tensor, found out without importing torch."""
     return type(tensor).__module__.partition(".")[0] == "torch"
+
+
+def device_of(tensor: Tensor) -> str:
+    """The device where a tensor of any shape lies, as torch writes it: ``cpu`` for arrays, ``cuda:0``."""
+    return str(tensor.device) if is_torch(tensor) else "cpu"
 
 
 def as_numpy(tensor: Tensor) -> np.ndarray:
@@ -61,3 +68,16 @@ def as_torch(array: np.ndarray) -> torch.Tensor:
 def dtype_name(tensor: Tensor) -> str:
     """``float32``, ``bfloat16``, ``float8_e4m3fn``, …: numpy, ml_dtypes and torch agree on these names."""
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def has_torch_type(array: Tensor) -> bool:
+    """Whether torch can reckon with an array's type: not with wide unsigned integers, nor with those of 4 bits."""
+    return dtype_name(array) in _TORCH_TYPES or dtype_name(array) in _ML_DTYPES
+
+
+def to_device(tensor: Tensor, device: str | torch.device) -> torch.Tensor:
+    """The tensor on a device of torch, sharing memory where it lies there; shape and dtype stay.
+
+    Raises TypeError for a type that torch has not.
+    """
+    return (tensor if is_torch(tensor) else as_torch(np.asarray(tensor))).to(device)

@@ -12,11 +12,13 @@ from numba import float32, float64, types
 from torch import Tensor
 
 from cp_debug.probes.arrays import Tensor as AnyTensor
-from cp_debug.probes.arrays import as_numpy
+from cp_debug.probes.arrays import as_numpy, device_of, has_torch_type, is_torch, to_device
 from cp_debug.probes.statistics_kernel import compiled
 
 BLOCK = 1 << 20
 """Elements taken at once."""
+DEVICE_BLOCK = 1 << 24
+"""Elements taken at once on a GPU: 128 MiB in float64, some five times over."""
 
 
 class Distance(NamedTuple):
@@ -37,6 +39,8 @@ class Distance(NamedTuple):
 
 def distance(ours: AnyTensor, theirs: AnyTensor) -> Distance:
     """Compare two tensors of one shape and real dtypes, numpy (memory-mapped too) or torch, in float64."""
+    if any(device_of(t) != "cpu" for t in (ours, theirs)):
+        return _on_device(ours, theirs)
     if fast := _finite(ours, theirs):
         return fast
     a, b = ours.reshape(-1), theirs.reshape(-1)
@@ -53,6 +57,29 @@ def distance(ours: AnyTensor, theirs: AnyTensor) -> Distance:
             size = float(torch.linalg.vector_norm(torch.where(finite, y, 0.0)))
         differing, whole = math.hypot(differing, difference), math.hypot(whole, size)
     return Distance(differing, whole, new_nonfinite)
+
+
+def _on_device(ours: AnyTensor, theirs: AnyTensor) -> Distance:
+    """``distance`` where one of the tensors lies on a device; three numbers of each block come to the host."""
+    device = next(device for t in (theirs, ours) if (device := device_of(t)) != "cpu")
+    a, b = (to_device(_plain(t), device).reshape(-1) for t in (ours, theirs))
+    sums = []
+    for start in range(0, len(b), DEVICE_BLOCK):
+        x, y = (side[start : start + DEVICE_BLOCK].double() for side in (a, b))
+        finite_y = torch.isfinite(y)
+        finite = torch.isfinite(x) & finite_y
+        difference, size = torch.where(finite, x - y, 0.0), torch.where(finite, y, 0.0)
+        new_nonfinite = (finite_y & ~finite).sum().double()
+        sums.append(torch.stack([difference.square().sum(), size.square().sum(), new_nonfinite]))
+    if not sums:
+        return Distance(0.0, 0.0, 0)
+    differing, whole, new = torch.stack(sums).sum(0).tolist()
+    return Distance(math.sqrt(differing), math.sqrt(whole), int(new))
+
+
+def _plain(tensor: AnyTensor) -> AnyTensor:
+    """A tensor of a type that torch has: what it has not becomes float64."""
+    return tensor if is_torch(tensor) or has_torch_type(tensor) else np.asarray(tensor, np.float64)
 
 
 def relative_l2(ours: AnyTensor, theirs: AnyTensor) -> float:
@@ -84,9 +111,7 @@ def _squares(ours, theirs):  # type: ignore[no-untyped-def]
 
 
 def _finite(ours: AnyTensor, theirs: AnyTensor) -> Distance | None:
-    """The distance in one compiled pass; None unless both lie on the host in FP32 or FP64, and are finite."""
-    if any(isinstance(t, Tensor) and t.is_cuda for t in (ours, theirs)):
-        return None
+    """The distance in one compiled pass; None unless both are in FP32 or FP64, and finite."""
     a, b = (np.require(np.ravel(as_numpy(t)), requirements="A") for t in (ours, theirs))
     if not {a.dtype, b.dtype} <= {np.dtype(np.float32), np.dtype(np.float64)}:
         return None

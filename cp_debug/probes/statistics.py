@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from cp_debug.errors import InputError
-from cp_debug.probes.arrays import Tensor, as_numpy, dtype_name, is_torch
+from cp_debug.probes.arrays import Tensor, as_numpy, device_of, dtype_name, has_torch_type, is_torch, to_device
 from cp_debug.probes.distance import ratio
 from cp_debug.probes.statistics_reduce import reduce_device, reduce_host
 from cp_debug.probes.statistics_totals import PairPiece, Totals
@@ -86,8 +86,8 @@ class TensorStats(JsonForm):
 def compare(reference: Tensor, test: Tensor) -> TensorStats:
     """Compare two tensors of any real or bool dtypes, numpy (memory-mapped too) or torch, in one pass.
 
-    Two CUDA tensors are reduced on their device. Extra memory is a few blocks, whatever the size; arrays that are not
-    contiguous are read block by block too.
+    A pair of which a tensor lies on a GPU is reduced there. Extra memory is a few blocks, whatever the size; arrays
+    that are not contiguous are read block by block too.
     Raises InputError for dtypes without real numbers.
     """
     for side, tensor in (("reference", reference), ("test", test)):
@@ -96,13 +96,24 @@ def compare(reference: Tensor, test: Tensor) -> TensorStats:
                 f"cannot compare: the {side} has dtype {dtype_name(tensor)}; expected real numbers or bool"
             )
     reduce: Callable[[Any, Any], Totals] = reduce_host
-    if all(is_torch(side) and side.is_cuda for side in (reference, test)):
-        reduce = reduce_device
+    if (device := _common_device(reference, test)) is not None:
+        reduce, reference, test = reduce_device, to_device(reference, device), to_device(test, device)
     else:
         reference, test = as_numpy(reference), as_numpy(test)
     if reference.shape != test.shape:
         return _different_shapes(reference, test, reduce(reference, reference).whole, reduce(test, test).whole)
     return _finish(reference, test, reduce(reference, test))
+
+
+def _common_device(reference: Tensor, test: Tensor) -> str | None:
+    """The device on which two tensors are compared: where one of them lies, the test's before the reference's.
+
+    None is the host: both lie there, or one has a type that torch has not.
+    """
+    for side, other in ((test, reference), (reference, test)):
+        if (device := device_of(side)) != "cpu":
+            return device if is_torch(other) or has_torch_type(other) else None
+    return None
 
 
 def _is_real(tensor: Tensor) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cp_debug.probes import statistics_cuda
 from cp_debug.probes.statistics_totals import BIN_SHIFT, BINS, PairPiece, Totals
 
 if TYPE_CHECKING:
@@ -53,7 +54,11 @@ def reduce_host(ref: np.ndarray, test: np.ndarray) -> Totals:
             if piece.finite < a.size:
                 unreduced = (side[piece.finite :].astype(np.float64) for side in (a, b))
                 clean_ref, clean_test, special = _set_aside(np, *unreduced)
-                pieces.append((start + piece.finite, exact.add(clean_ref, clean_test)._replace(**special)))
+                rest = accumulator.add(clean_ref.astype(dtype), clean_test.astype(dtype))
+                pieces.append((start + piece.finite, rest._replace(**special)))
+                if (done := rest.finite) < clean_ref.size:  # a difference overflows the type of its operands
+                    wide = exact.add(clean_ref[done:], clean_test[done:])
+                    pieces.append((start + piece.finite + done, wide._replace(finite=0)))
             if integers and not np.array_equal(ref.flat[start : start + a.size], test.flat[start : start + a.size]):
                 unequal.append(start)
         return accumulator.histogram + exact.histogram
@@ -117,6 +122,10 @@ def reduce_device(ref: torch.Tensor, test: torch.Tensor) -> Totals:
     import torch
 
     flat_ref, flat_test = ref.detach().reshape(-1), test.detach().to(ref.device).reshape(-1)
+    if statistics_cuda.can_reduce(flat_ref, flat_test) and (
+        reduced := statistics_cuda.reduce_pair(flat_ref, flat_test)
+    ):
+        return Totals.of(*reduced)
     histogram = torch.zeros(BINS, dtype=torch.int64, device=ref.device)
     pieces = []
     for start in range(0, flat_ref.numel(), DEVICE_CHUNK):

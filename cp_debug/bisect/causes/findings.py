@@ -24,7 +24,7 @@ from cp_debug.errors import in_one_line
 from cp_debug.graph.downstream import downstream
 from cp_debug.graph.randomness import drawing
 from cp_debug.probes.arrays import Tensor
-from cp_debug.probes.capture import Capture
+from cp_debug.probes.held import CapturedRun
 from cp_debug.programs.pipeline import Key
 
 MOST = 64
@@ -58,8 +58,8 @@ class Explainer:
 
     run: CandidateRun
     reference_precision: str
-    reference: Capture
-    test: Capture
+    reference: CapturedRun
+    test: CapturedRun
     exact_input: Callable[[Key], Tensor]
     """Function that gives the value that glue should have made for an input of a component."""
     effects: Effects
@@ -186,7 +186,7 @@ class Explainer:
                     names.update((node.inputs[0], *node.outputs))
         return {(key.component, name) for name in names}
 
-    def _later(self, key: Key, capture: Capture) -> set[tuple[str, str]]:
+    def _later(self, key: Key, capture: CapturedRun) -> set[tuple[str, str]]:
         """Values that depend on ``key`` in its component, and values that only this run has, whose place is unknown."""
         graph = self.run.programs[key.component].graph
         maker = graph.producer.get(key.value)  # its other results are as wrong as this one

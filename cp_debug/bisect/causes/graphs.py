@@ -19,7 +19,7 @@ from cp_debug.bisect.causes.segment import Segment, as_double
 from cp_debug.errors import InputError
 from cp_debug.graph.constants import Constants
 from cp_debug.graph.graph import Graph, Node
-from cp_debug.probes.capture import Capture
+from cp_debug.probes.held import CapturedRun
 from cp_debug.programs.added_nodes import what_is_added
 from cp_debug.programs.node_differences import NodeDifference, Pieces
 from cp_debug.programs.weight_differences import WeightDifferences, weight_differences
@@ -61,7 +61,7 @@ class OtherProgram:
         if claim not in ARITHMETICS or ARITHMETICS[claim] is self.executor.arithmetic:
             return [self.executor]
         if claim not in self._claimed:
-            self._claimed[claim] = Executor(self.graph, ARITHMETICS[claim])
+            self._claimed[claim] = Executor(self.graph, ARITHMETICS[claim], self.executor.device)
         return [self.executor, self._claimed[claim]]
 
     def piece(self, target: str, known: set[str]) -> tuple[str, list[Node], list[str]] | None:
@@ -219,7 +219,7 @@ def _computed(
 class GraphReader:
     """Explains the layers of a test that runs another graph than the reference, by what that has different there."""
 
-    def __init__(self, run: CandidateRun, test: Capture) -> None:
+    def __init__(self, run: CandidateRun, test: CapturedRun) -> None:
         self._run, self._test = run, test
         self._others: dict[str, OtherProgram | None] = {}
 
@@ -274,6 +274,7 @@ class GraphReader:
             if graph is not ours and program.plain is not ours:
                 oracle = self._run.replayer(component, self._test).oracle
                 names = self._run.names(component)
-                other = OtherProgram(graph, names, loader(self._test, component), Executor(graph, oracle.arithmetic))
+                executor = Executor(graph, oracle.arithmetic, oracle.device)
+                other = OtherProgram(graph, names, loader(self._test, component), executor)
             self._others[component] = other
         return self._others[component]

@@ -55,7 +55,7 @@ class SegmentContext:
     def executor(self, arithmetic: Arithmetic) -> Executor:
         """The executor of one arithmetic, made once."""
         if arithmetic not in self._made:
-            self._made[arithmetic] = Executor(self.graph, arithmetic)
+            self._made[arithmetic] = Executor(self.graph, arithmetic, self.oracle.device)
         return self._made[arithmetic]
 
 

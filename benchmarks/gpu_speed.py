@@ -1,0 +1,198 @@
+"""Wall time of whole bisects on a GPU, and of the comparison of two tensors there; JSON out.
+
+    python benchmarks/gpu_speed.py OUT.json [--only statistics,pillar,vit] [--rounds 5]
+
+``pillar``: ``bisect centerpoint:nus-pillar02 -b torch@cuda,torch-tf32@cuda``; ``vit``: ViT-L (24 blocks, batch 4, 576
+tokens) ``-b torch@cuda,torch-bf16@cuda``. Each from a cold process, wall time of the whole process; then the same
+functions called twice in one process, the second time of which is the time after imports. Both are judged by the CPU's
+oracle, too: verdicts must be the same, excesses within 1 %. ``statistics``: ``compare`` on 1 GiB pairs against the
+card's own copy, PyTorch eager, ``torch.compile``, and NumPy after copying back; CUDA events, medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+BISECTS = {
+    "pillar": ("centerpoint:nus-pillar02", "torch@cuda,torch-tf32@cuda"),
+    "vit": (f"{HERE / 'gpu_speed_models.py'}:vit_large", "torch@cuda,torch-bf16@cuda"),
+    "small": (f"{HERE / 'gpu_speed_models.py'}:vit_small", "torch,emu-bf16"),
+    "decoder": (f"{HERE / 'gpu_speed_models.py'}:decoder_1b", "torch@cuda,torch-bf16@cuda"),
+}
+GIB = 1 << 30
+
+
+def cold(model: str, backends: str, *more: str, limit: float = 300) -> dict[str, Any]:
+    """One command in a process of its own: seconds, exit status, and its result."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "result.json"
+        command = [sys.executable, "-m", "cp_debug", "bisect", model, "-b", backends, *more, "--json", str(out)]
+        start = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
+        seconds = time.perf_counter() - start
+        found: dict[str, Any] = {
+            "seconds": round(seconds, 2),
+            "exit": done.returncode,
+            "command": " ".join(command[1:]),
+        }
+        if done.returncode not in (0, 1):
+            found["error"] = done.stderr[-3000:]
+        elif out.is_file():
+            found["result"] = json.loads(out.read_text())
+    return found
+
+
+WARM = """
+import json, sys, time, torch
+from pathlib import Path
+start = time.perf_counter()
+import cp_debug.bisect.engine as engine
+from cp_debug.bisect.options import Options
+from cp_debug.recipes.registry import load_model
+took = []
+for _ in range(int(sys.argv[3])):
+    start = time.perf_counter()
+    engine.bisect(sys.argv[1], sys.argv[2], options=Options())
+    took.append(round(time.perf_counter() - start, 3))
+peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+print(json.dumps({"seconds": took, "peak_device_bytes": peak}))
+"""
+
+
+def warm(model: str, backends: str, rounds: int, limit: float = 300) -> dict[str, Any]:
+    """The same bisect over and over in one process: the first has the device's start in it, the others have not."""
+    done = subprocess.run(
+        [sys.executable, "-c", WARM, model, backends, str(rounds)],
+        capture_output=True, text=True, timeout=limit, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        return {"error": done.stderr[-3000:]}
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def agreement(found: dict[str, Any], oracle: dict[str, Any]) -> dict[str, Any]:
+    """Verdicts that differ between two results of one bisect, and the largest relative difference of an excess."""
+    differ, worst, rows = [], 0.0, 0
+    for ours, theirs in zip(found["tests"], oracle["tests"], strict=True):
+        by_name = {(row["component"], row["onnx"]): row for row in theirs["layers"]}
+        for row in ours["layers"]:
+            other = by_name[row["component"], row["onnx"]]
+            rows += 1
+            if row["verdict"] != other["verdict"]:
+                differ.append(row["name"])
+            a, b = row["excess"], other["excess"]
+            if isinstance(a, float) and isinstance(b, float) and b and math.isfinite(a) and math.isfinite(b):
+                worst = max(worst, abs(a - b) / abs(b))
+    return {"layers": rows, "verdicts_that_differ": differ, "largest_relative_difference_of_excess": worst}
+
+
+def bisects(name: str, rounds: int) -> dict[str, Any]:
+    """One of ``BISECTS``, cold, warm, and judged on the CPU."""
+    model, backends = BISECTS[name]
+    runs = [cold(model, backends) for _ in range(rounds)]
+    found: dict[str, Any] = {
+        "command": runs[0]["command"],
+        "cold_seconds": [run["seconds"] for run in runs],
+        "cold_median": statistics.median(run["seconds"] for run in runs),
+        "exits": [run["exit"] for run in runs],
+        "errors": [run["error"] for run in runs if "error" in run],
+        "warm": warm(model, backends, rounds),
+    }
+    on_cpu = cold(model, backends, "--oracle-device", "cpu")
+    found["oracle_on_cpu_seconds"] = on_cpu["seconds"]
+    if "result" in runs[-1] and "result" in on_cpu:
+        found["agreement"] = agreement(runs[-1]["result"], on_cpu["result"])
+    return found
+
+
+def timed(call: Callable[[], Any], rounds: int) -> float:
+    """Median milliseconds of a call by CUDA events, after two that are not counted."""
+    import torch
+
+    for _ in range(2):
+        call()
+    took = []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        took.append(start.elapsed_time(end))
+    return statistics.median(took)
+
+
+def of_statistics(rounds: int) -> dict[str, Any]:
+    """``compare`` on pairs of 1 GiB each, against other ways, in GB/s of what is read."""
+    import torch
+
+    from cp_debug.probes.statistics import compare
+
+    def eager(a: torch.Tensor, b: torch.Tensor) -> Any:
+        x, y = a.float(), b.float()
+        d = (y - x).abs()
+        finite = torch.isfinite(x).all() & torch.isfinite(y).all()
+        return d.max(), d.argmax(), d.sum(), (d * d).sum(), (x * x).sum(), (y * y).sum(), (x * y).sum(), finite
+
+    def numpy(a: torch.Tensor, b: torch.Tensor) -> Any:
+        return compare(a.float().cpu().numpy(), b.float().cpu().numpy())
+
+    found: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": str(torch.__version__)}
+    compiled = torch.compile(eager)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        count = GIB // dtype.itemsize
+        a = torch.randn(count, device="cuda").to(dtype)
+        b = (a.float() + 1e-3 * torch.randn(count, device="cuda")).to(dtype)
+        into, of = torch.empty_like(a), {}
+        of["copy"] = 2 * GIB / 1e6 / timed(lambda into=into, a=a: into.copy_(a), 3 * rounds)
+        del into
+        of["compare"] = 2 * GIB / 1e6 / timed(lambda a=a, b=b: compare(a, b), 3 * rounds)
+        of["eager"] = 2 * GIB / 1e6 / timed(lambda a=a, b=b: eager(a, b), rounds)
+        try:
+            of["compiled"] = 2 * GIB / 1e6 / timed(lambda a=a, b=b: compiled(a, b), rounds)
+        except Exception as error:
+            of["compiled_error"] = str(error)[:300]
+        start = time.perf_counter()
+        numpy(a, b)
+        of["host"] = 2 * GIB / 1e9 / (time.perf_counter() - start)
+        of["share_of_copy"] = of["compare"] / of["copy"]
+        found[str(dtype).removeprefix("torch.")] = of
+        print(dtype, {k: v if isinstance(v, str) else round(v, 3) for k, v in of.items()}, flush=True)
+    return found
+
+
+def main() -> None:
+    """Run what was asked for; the file is rewritten after every part."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--only", default="statistics,pillar,vit")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    found: dict[str, Any] = {
+        "command": "python benchmarks/gpu_speed.py " + " ".join(sys.argv[1:]),
+        "cores": os.cpu_count(),
+    }
+    for part in args.only.split(","):
+        try:
+            found[part] = of_statistics(args.rounds) if part == "statistics" else bisects(part, args.rounds)
+        except Exception:
+            found[part] = {"error": traceback.format_exc()[-3000:]}
+        args.out.write_text(json.dumps(found, indent=1))
+        print(part, json.dumps(found[part])[:1500], flush=True)
+
+
+if __name__ == "__main__":
+    main()

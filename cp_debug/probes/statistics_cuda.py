@@ -1,0 +1,325 @@
+"""One pass over a tensor pair on an NVIDIA GPU: a CUDA kernel, compiled by the NVRTC that comes with torch.
+
+Every thread keeps counts, maxima and sums of its elements, every block a histogram in shared memory. Differences of
+FP32, FP16 and BF16 values are taken in FP32, as ``statistics_kernel`` does on the host: counts, maxima, positions and
+the histogram have the same bits there. Sums are float64 in another order: relative error up to n·2⁻⁵³ for n elements.
+Where both sides are FP16 or BF16, eight terms each are summed in FP32 before: relative error up to 2⁻²⁰ of a sum of
+squares or magnitudes, and of the product of both norms.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cp_debug.probes.statistics_totals import BIN_SHIFT, BINS, PairPiece
+
+if TYPE_CHECKING:
+    import torch
+
+THREADS = 512
+"""Threads of a block."""
+BLOCKS = 2
+"""Blocks that share a multiprocessor: as many histograms lie side by side, and fewer threads wait for each other."""
+MOST = 1 << 30
+"""Elements of one launch: indices are 32 bits wide."""
+_NUMBERS = 16
+"""Numbers that a block writes, float64 each."""
+_TYPES = {"torch.float32": 0, "torch.float16": 1, "torch.bfloat16": 2}
+
+_OPTIONS = ["-default-device"]
+"""Functions without a mark, lambdas among them, are the device's: NVRTC knows no others."""
+
+_SOURCE = r"""
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+template <int KIND> struct Side;
+template <> struct Side<0> {
+  static __device__ __forceinline__ void vector(const void* p, long long i, float* v) {
+    const uint4* q = reinterpret_cast<const uint4*>(reinterpret_cast<const float*>(p) + i);
+    uint4 a = __ldcs(q), b = __ldcs(q + 1);
+    v[0] = __uint_as_float(a.x); v[1] = __uint_as_float(a.y); v[2] = __uint_as_float(a.z); v[3] = __uint_as_float(a.w);
+    v[4] = __uint_as_float(b.x); v[5] = __uint_as_float(b.y); v[6] = __uint_as_float(b.z); v[7] = __uint_as_float(b.w);
+  }
+  static __device__ __forceinline__ float one(const void* p, long long i) {
+    return reinterpret_cast<const float*>(p)[i];
+  }
+};
+template <> struct Side<1> {
+  static __device__ __forceinline__ float half(unsigned short h) {
+    float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h)); return f;
+  }
+  static __device__ __forceinline__ void vector(const void* p, long long i, float* v) {
+    uint4 a = __ldcs(reinterpret_cast<const uint4*>(reinterpret_cast<const unsigned short*>(p) + i));
+    u32 w[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      v[2 * k] = half((unsigned short)(w[k] & 0xffffu)); v[2 * k + 1] = half((unsigned short)(w[k] >> 16));
+    }
+  }
+  static __device__ __forceinline__ float one(const void* p, long long i) {
+    return half(reinterpret_cast<const unsigned short*>(p)[i]);
+  }
+};
+template <> struct Side<2> {
+  static __device__ __forceinline__ void vector(const void* p, long long i, float* v) {
+    uint4 a = __ldcs(reinterpret_cast<const uint4*>(reinterpret_cast<const unsigned short*>(p) + i));
+    u32 w[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      v[2 * k] = __uint_as_float(w[k] << 16); v[2 * k + 1] = __uint_as_float(w[k] & 0xffff0000u);
+    }
+  }
+  static __device__ __forceinline__ float one(const void* p, long long i) {
+    return __uint_as_float((u32)reinterpret_cast<const unsigned short*>(p)[i] << 16);
+  }
+};
+
+struct Sums {
+  double abs_, dd, rr, tt, rt;
+  u32 top, top_ref;
+  int where, zeros;
+};
+
+// Counts of what is rare, for the whole block: pairs that are not finite, NaN and Inf on each side, mismatched pairs,
+// the first of these, and whether a difference of finite numbers overflows.
+enum { APART, NAN_R, NAN_T, INF_R, INF_T, MISMATCHED, FIRST, OVERFLOW, RARE };
+
+__device__ __noinline__ void strange(int* rare, float r, float t, int i) {
+  u32 br = __float_as_uint(r) & 0x7fffffffu, bt = __float_as_uint(t) & 0x7fffffffu;
+  bool nr = br > 0x7f800000u, nt = bt > 0x7f800000u, ir = br == 0x7f800000u, it = bt == 0x7f800000u;
+  if (!(nr | nt | ir | it)) { rare[OVERFLOW] = 1; return; }
+  atomicAdd(&rare[APART], 1);
+  if (nr) atomicAdd(&rare[NAN_R], 1);
+  if (nt) atomicAdd(&rare[NAN_T], 1);
+  if (ir) atomicAdd(&rare[INF_R], 1);
+  if (it) atomicAdd(&rare[INF_T], 1);
+  if (!(nr && nt) && !(r == t)) {
+    atomicAdd(&rare[MISMATCHED], 1);
+    atomicMin(&rare[FIRST], i);
+  }
+}
+
+__device__ __forceinline__ void exact(Sums& s, float r, float t, float d) {
+  double x = r, y = t, z = d;
+  s.abs_ += z; s.dd = fma(z, z, s.dd); s.rr = fma(x, x, s.rr); s.tt = fma(y, y, s.tt); s.rt = fma(x, y, s.rt);
+}
+
+// Sums over eight pairs in FP32 where no square leaves its range, else in float64.
+__device__ __forceinline__ void eight(Sums& s, const float* r, const float* t) {
+  float a = 0, dd = 0, rr = 0, tt = 0, rt = 0, most_d = 0, most_r = 0, most_t = 0;
+#pragma unroll
+  for (int k = 0; k < 8; k++) {
+    float d = fabsf(t[k] - r[k]);
+    a += d; dd = fmaf(d, d, dd); rr = fmaf(r[k], r[k], rr); tt = fmaf(t[k], t[k], tt); rt = fmaf(r[k], t[k], rt);
+    most_d = fmaxf(most_d, d); most_r = fmaxf(most_r, fabsf(r[k])); most_t = fmaxf(most_t, fabsf(t[k]));
+  }
+  bool low = (dd < 1e-28f && most_d != 0) || (rr < 1e-28f && most_r != 0) || (tt < 1e-28f && most_t != 0);
+  if (!low && dd < 1e38f && rr < 1e38f && tt < 1e38f) {  // NaN and Inf fail these
+    s.abs_ += (double)a; s.dd += (double)dd; s.rr += (double)rr; s.tt += (double)tt; s.rt += (double)rt;
+    return;
+  }
+  for (int k = 0; k < 8; k++) {
+    float d = fabsf(t[k] - r[k]);
+    if (d < __uint_as_float(0x7f800000u)) exact(s, r[k], t[k], d);
+  }
+}
+
+__device__ __forceinline__ void add(Sums& s, u32* histogram, int* rare, float r, float t, int i) {
+  float d = fabsf(t - r);  // NaN or Inf where either side is
+  u32 br = __float_as_uint(r) & 0x7fffffffu, bd = __float_as_uint(d) & 0x7fffffffu;
+  if (br < 0x7f800000u) s.top_ref = max(s.top_ref, br);
+  if (bd >= 0x7f800000u) { strange(rare, r, t, i); return; }
+  if (bd > s.top) { s.top = bd; s.where = i; }
+#if !HALVES
+  exact(s, r, t, d);
+#endif
+  if (bd >> SHIFT == 0) { s.zeros++; return; }
+#if HISTOGRAM == 1
+  atomicAdd(&histogram[bd >> SHIFT], 1u);
+#elif HISTOGRAM == 2
+  u32 key = bd >> SHIFT, peers = __match_any_sync(__activemask(), key);
+  if ((threadIdx.x & 31) == __ffs(peers) - 1) atomicAdd(&histogram[key], (u32)__popc(peers));
+#endif
+}
+
+template <class T, class F> __device__ __forceinline__ T across(T v, F f) {
+#pragma unroll
+  for (int o = 16; o; o >>= 1) v = f(v, __shfl_xor_sync(0xffffffffu, v, o));
+  return v;
+}
+
+template <int REF, int TEST>
+__device__ __forceinline__ void body(const void* ref, const void* test, double* out, u32* counts, int n) {
+  __shared__ u32 histogram[BINS];
+  for (int b = threadIdx.x; b < BINS; b += blockDim.x) histogram[b] = 0;
+  __shared__ int rare[RARE];
+  if (threadIdx.x < RARE) rare[threadIdx.x] = threadIdx.x == FIRST ? 0x7fffffff : 0;
+  __syncthreads();
+  Sums s = {0, 0, 0, 0, 0, 0, 0, 0, 0};
+  int vectors = n / 8, stride = gridDim.x * blockDim.x, me = blockIdx.x * blockDim.x + threadIdx.x;
+  int v = me;
+#if UNROLL == 2
+  for (; v + stride < vectors; v += 2 * stride) {
+    float r[8], t[8], r2[8], t2[8];
+    Side<REF>::vector(ref, 8LL * v, r); Side<TEST>::vector(test, 8LL * v, t);
+    Side<REF>::vector(ref, 8LL * (v + stride), r2); Side<TEST>::vector(test, 8LL * (v + stride), t2);
+#pragma unroll
+    for (int k = 0; k < 8; k++) add(s, histogram, rare, r[k], t[k], 8 * v + k);
+#pragma unroll
+    for (int k = 0; k < 8; k++) add(s, histogram, rare, r2[k], t2[k], 8 * (v + stride) + k);
+#if HALVES
+    eight(s, r, t);
+    eight(s, r2, t2);
+#endif
+  }
+#endif
+  for (; v < vectors; v += stride) {
+    float r[8], t[8];
+    Side<REF>::vector(ref, 8LL * v, r);
+    Side<TEST>::vector(test, 8LL * v, t);
+#pragma unroll
+    for (int k = 0; k < 8; k++) add(s, histogram, rare, r[k], t[k], 8 * v + k);
+#if HALVES
+    eight(s, r, t);
+#endif
+  }
+  if (8 * vectors + me < n) {
+    int i = 8 * vectors + me;
+    float r = Side<REF>::one(ref, i), t = Side<TEST>::one(test, i), d = fabsf(t - r);
+    add(s, histogram, rare, r, t, i);
+    if (HALVES && d < __uint_as_float(0x7f800000u)) exact(s, r, t, d);
+  }
+  if (s.zeros) atomicAdd(&histogram[0], (u32)s.zeros);
+  __syncthreads();
+  for (int b = threadIdx.x; b < BINS; b += blockDim.x)
+    if (histogram[b]) atomicAdd(&counts[b], histogram[b]);
+  // The first place of the largest difference: larger bits, then the smaller index.
+  auto sum = [] (auto a, auto b) { return a + b; };
+  auto most = [] (auto a, auto b) { return a > b ? a : b; };
+  double sums[5] = {across(s.abs_, sum), across(s.dd, sum), across(s.rr, sum), across(s.tt, sum), across(s.rt, sum)};
+  u64 place = across(((u64)s.top << 32) | (0xffffffffu - (u32)s.where), most);
+  u32 top_ref = across(s.top_ref, most);
+  __shared__ double parts[32][5];
+  __shared__ u64 places[32];
+  __shared__ u32 tops[32];
+  int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  if (threadIdx.x % 32 == 0) {
+    for (int k = 0; k < 5; k++) parts[warp][k] = sums[k];
+    places[warp] = place; tops[warp] = top_ref;
+  }
+  __syncthreads();
+  double* own = out + (long long)blockIdx.x * NUMBERS;
+  if (threadIdx.x < 5) {
+    double v = 0;
+    for (int w = 0; w < warps; w++) v += parts[w][threadIdx.x];
+    own[threadIdx.x] = v;
+  } else if (threadIdx.x < 5 + RARE) {
+    own[threadIdx.x] = (double)rare[threadIdx.x - 5];
+  } else if (threadIdx.x == 5 + RARE) {
+    for (int w = 1; w < warps; w++) { place = place > places[w] ? place : places[w]; top_ref = max(top_ref, tops[w]); }
+    if (place < places[0]) place = places[0];
+    own[13] = (double)max(top_ref, tops[0]);
+    own[14] = (double)(u32)(place >> 32);
+    own[15] = (double)(0xffffffffu - (u32)place);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) compare_pair(
+    const void* ref, const void* test, double* out, u32* counts, int n) {
+  body<REF_KIND, TEST_KIND>(ref, test, out, counts, n);
+}
+"""
+
+
+def can_reduce(ref: torch.Tensor, test: torch.Tensor) -> bool:
+    """Whether the kernel compiles here and takes these two flat tensors: FP32, FP16 or BF16, aligned to 16 bytes."""
+    return (
+        all(str(t.dtype) in _TYPES and t.is_cuda and t.data_ptr() % 16 == 0 for t in (ref, test))
+        and ref.device == test.device
+        and _kernel(_TYPES[str(ref.dtype)], _TYPES[str(test.dtype)], _device(ref.device.index)[0]) is not None
+    )
+
+
+@cache
+def _device(index: int) -> tuple[str, int]:
+    """(Compute capability, multiprocessors) of a GPU; asking torch takes half a millisecond each time."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(index)
+    return f"{properties.major}{properties.minor}", properties.multi_processor_count
+
+
+def source_of(
+    ref: int, test: int, *, threads: int = THREADS, blocks: int = BLOCKS, histogram: int = 1, unroll: int = 1
+) -> str:
+    """The kernel's text for two types; ``histogram`` 0 leaves it out, 2 adds equal bins of a warp at once."""
+    constants = {
+        "REF_KIND": ref, "TEST_KIND": test, "THREADS": threads, "BLOCKS": blocks, "HISTOGRAM": histogram,
+        "UNROLL": unroll, "HALVES": int(ref > 0 and test > 0), "BINS": BINS, "SHIFT": BIN_SHIFT, "NUMBERS": _NUMBERS,
+    }  # fmt: skip
+    return "".join(f"#define {name} {value}\n" for name, value in constants.items()) + _SOURCE
+
+
+@cache
+def _kernel(ref: int, test: int, capability: str) -> Any:
+    """The compiled kernel; None where this torch or driver cannot compile it."""
+    import torch
+
+    try:
+        return torch.cuda._compile_kernel(
+            source_of(ref, test), "compare_pair", compute_capability=capability, nvcc_options=_OPTIONS
+        )
+    except (AttributeError, RuntimeError, OSError, ImportError):
+        return None
+
+
+def reduce_pair(
+    ref: torch.Tensor, test: torch.Tensor, kernel: Any = None
+) -> tuple[list[tuple[int, PairPiece]], np.ndarray] | None:
+    """Pieces and histogram of two flat tensors that ``can_reduce`` takes; None where a difference overflows FP32."""
+    import torch
+
+    kernel = kernel or _kernel(_TYPES[str(ref.dtype)], _TYPES[str(test.dtype)], _device(ref.device.index)[0])
+    pieces, histogram = [], np.zeros(BINS, np.int64)
+    processors = _device(ref.device.index)[1]
+    for start in range(0, ref.numel(), MOST):
+        r, t = ref[start : start + MOST], test[start : start + MOST]
+        blocks = max(1, min(processors * BLOCKS, -(-r.numel() // (8 * THREADS))))
+        memory = torch.zeros(blocks * _NUMBERS + -(-BINS // 2), dtype=torch.float64, device=ref.device)
+        with torch.cuda.device(ref.device):
+            counts = memory[blocks * _NUMBERS :]
+            kernel(grid=(blocks, 1, 1), block=(THREADS, 1, 1), args=[r, t, memory, counts, r.numel()])
+        numbers = memory.cpu().numpy()
+        histogram += numbers[blocks * _NUMBERS :].view(np.uint32)[:BINS]
+        rows = numbers[: blocks * _NUMBERS].reshape(blocks, _NUMBERS)
+        if rows[:, 12].any():
+            return None
+        pieces.append((start, _piece(rows, r.numel())))
+    return pieces, histogram
+
+
+def _piece(rows: np.ndarray, count: int) -> PairPiece:
+    """The piece of ``count`` elements that blocks reduced, from what each wrote: (blocks, 16) float64."""
+    sums, top = rows.sum(0).tolist(), rows[:, 14].max()
+    special = dict(zip(("nan_ref", "nan_test", "inf_ref", "inf_test", "mismatched"), map(int, sums[6:11]), strict=True))
+    piece = PairPiece(
+        finite=count - int(sums[5]),
+        max_abs=_from_bits(top),
+        argmax=int(rows[rows[:, 14] == top, 15].min()) if top else 0,
+        max_ref=_from_bits(rows[:, 13].max()),
+        sum_abs=sums[0],
+        sum_dd=sums[1],
+        sum_rr=sums[2],
+        sum_tt=sums[3],
+        sum_rt=sums[4],
+        first_mismatch=int(rows[:, 11].min()) if special["mismatched"] else 0,
+    )
+    return piece._replace(**special)
+
+
+def _from_bits(bits: float) -> float:
+    return float(np.array(int(bits), np.uint32).view(np.float32))
