@@ -1,7 +1,7 @@
 """Debug tensors of serving runtimes, in the folders that they write: TensorRT-LLM's, vLLM's, SGLang's.
 
-TensorRT-LLM (``DebugConfig``): ``tllm_debug/PP_1/TP_1/iteration_0/NAME.npy``. vLLM (pull request 21215, ``--intermediate-log-config``):
-``step_0/MODULE/outputs_cuda_0.pt`` with ``inputs_0_cuda_0.pt`` beside it. SGLang
+TensorRT-LLM (``DebugConfig``): ``tllm_debug/PP_1/TP_1/iteration_0/NAME.npy``. vLLM (pull request 21215,
+``--intermediate-log-config``): ``step_0/MODULE/outputs_cuda_0.pt`` with ``inputs_0_cuda_0.pt`` beside it. SGLang
 (``--debug-tensor-dump-output-folder``): ``TP0_PP0_Rank0_pid7/Pass00000.pt``, a mapping of module to tensor.
 """
 
