@@ -9,6 +9,7 @@ import onnx
 import pytest
 from nets import NetBuilder, residual
 
+import cp_debug
 from cp_debug.backends.executor import Executor
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
@@ -87,3 +88,14 @@ def test_a_sum_of_two_shapes_is_left_alone(tmp_path: Path) -> None:
     net.op("Add", net.conv("x", 3, 3), net.op("GlobalAveragePool", "x"), name="y")
     graph = Graph(net.save(tmp_path / "net.onnx", {"x": (onnx.TensorProto.FLOAT, [1, 3, 8, 8])}, ["y"]))
     assert not calibrate_graph(graph, [{"x": np.ones((1, 3, 8, 8), np.float32)}]).residual_adds
+
+
+def test_what_int8_costs_is_no_unexplained_remainder(tmp_path: Path) -> None:
+    """A sound Q/DQ graph against its FP32 parent, both on one backend: beyond FP32's tolerance, and nobody's fault."""
+    path = residual(tmp_path / "net.onnx")
+    written = cp_debug.quantize(path, tmp_path / "int8", inputs=samples(2), progress=False)
+    int8 = next(file for file in written.files if file.suffix == ".onnx")
+    result = cp_debug.diagnose(path, "ort,ort", test_model=int8, inputs=samples(1), progress=False)
+    assert not result.tests[0].guilty
+    assert not result.agrees
+    assert "not explained" not in str(result)

@@ -65,8 +65,8 @@ def not_replayed(graph: Graph, replays: Mapping[str, Replay]) -> dict[str, str]:
 def _rounding(run: CandidateRun, sample: Sample) -> float | None:
     """Relative L2 distance of the emulated precision from the oracle at the final outputs, on the whole network."""
     assert run.oracle is not None
-    if run.precision.name == "int8" or any(is_quantized(program.graph) for program in run.programs.values()):
-        return None  # both would round to the same levels: what INT8 costs would not be among it
+    if run.precision.name == "int8" or any(map(is_quantized, run.graphs.values())):
+        return None  # the emulation rounds to no levels
     model = run.pipeline.model
     outputs: list[Arrays] = []
     for arithmetic in (run.precision.name, run.oracle):
