@@ -31,9 +31,18 @@ QUEUES = (
 )
 """What builds engines; queues run beside each other, so seconds are upper bounds. No network but ``products`` was used
 to build the predictions."""
+SIZED = (
+    ("detr", "slim"),
+    ("diffusion", "slim_aside"),
+    ("painter", "batched"),
+    ("convnext_sized", "batched_aside"),
+    ("yolo-0", "yolo-2"),
+    ("pillar-0",),
+)
+"""Networks of ``engine_networks_sized.py``, and lower builder levels. ``predicted.py`` follows each, on the GPU."""
 
 
-def steps(out: Path, work: Path, networks: Path, shared: Path) -> dict[str, Step]:
+def steps(out: Path, work: Path, networks: Path, shared: Path, device: str = "cuda") -> dict[str, Step]:
     """Every step by name."""
     pillar = ["centerpoint:nus-pillar02", "--checkpoint", shared / "parity/state_dict_overfit.pt"]
     pillar += ["--inputs", shared / "data/nuscenes_frame.pcd.bin"]
@@ -56,6 +65,18 @@ def steps(out: Path, work: Path, networks: Path, shared: Path) -> dict[str, Step
             "killed", script("kill_runner", work / "killed", *cpdebug("bisect", *net("roi"), "-b", "ort,trt-fp16")), 90
         ),
     ]
+    level0 = ["--builder-level", 0, "--probes", "boundaries", "--no-explain", "--no-cache"]
+    made.append(bisect("pillar-0", pillar, *level0, "--save", work / "pillar-0", limit=300, reference="torch"))
+    for level in (0, 2):
+        more = ["--builder-level", level, "--probes", "boundaries", "--no-explain", "--save", work / f"yolo-{level}"]
+        made.append(bisect(f"yolo-{level}", net("yolo"), *more, limit=200))
+    for name in ("detr", "diffusion", "painter", "convnext_sized", "slim", "slim_aside", "batched", "batched_aside"):
+        more = ["--probes", "boundaries", "--no-explain", "--save", work / name]
+        made.append(bisect(name, net(name), *more, limit=250))
+    for name in [name for queue in SIZED for name in queue if name != "pillar-0"]:
+        files = ["--json", out / f"kernels-{name}.json", "--crops", out / f"crops-{name}.npz"]
+        command = script("predicted", work / name, "--device", device, *files)
+        made.append(Step(f"kernels-{name}", command, 60, work / name / "result.json"))
     for name in ("segment", "yolo", "odd", "ppocr-cls", "encoder", "orders", "products", "resnet"):
         more = [*leveled(name), "--probes", "boundaries", "--no-explain", "--save", work / name]
         made.append(bisect(name, net(name), *more, limit=300))
@@ -73,15 +94,19 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=REPO.parent / "shared", help="parity checkpoint and frame")
     parser.add_argument("--work", type=Path, help="for captures and engines  [default: a temporary folder]")
     parser.add_argument("--only", default="", help="beginnings of steps, separated by commas")
+    parser.add_argument("--sized", action="store_true", help="networks of deployed sizes, lower builder levels")
+    parser.add_argument("--device", default="cuda", help="where predicted.py emulates  [default: cuda]")
     parser.add_argument("--budget", type=float, default=530.0, help="seconds in all")
     args = parser.parse_args()
     words = tuple(word for word in args.only.split(",") if word)
     with tempfile.TemporaryDirectory(prefix="visit-") as scratch:
         args.out.mkdir(parents=True, exist_ok=True)
         work = (args.work or Path(scratch)).resolve()
-        known = steps(args.out.resolve(), work, args.networks.resolve(), args.shared.resolve())
+        known = steps(args.out.resolve(), work, args.networks.resolve(), args.shared.resolve(), args.device)
         series = Series(args.out, time.monotonic() + args.budget)
-        chosen = [[known[name] for name in queue if not words or name.startswith(words)] for queue in QUEUES]
+        queues = [[each for name in queue for each in (name, f"kernels-{name}")] for queue in SIZED if args.sized]
+        queues = queues or [[*queue] for queue in QUEUES]
+        chosen = [[known[n] for n in queue if n in known and (not words or n.startswith(words))] for queue in queues]
         with ThreadPoolExecutor(len(chosen)) as pool:
             list(pool.map(series.experiment, chosen))
 

@@ -43,6 +43,8 @@ TILES = (64, 32, 128, 16, 1 << 20)
 FITS = 0.99
 NETWORK = {"trt-fp16": "fp16acc", "trt-tf32": "tf32", "trt-fp32": "fp32", "trt-int8": "int8"}
 WINDOW = 24
+ROWS = 64
+"""Rows, and columns, of a product that are kept."""
 
 
 @dataclass
@@ -231,6 +233,8 @@ class Bench:
     def crop(self, layer: Layer, nodes: list[Node], starts: list[str]) -> dict[str, np.ndarray]:
         """A window of one input and the output, around the output's largest value, without padding; FP16 weights."""
         product, *others = (n for n in nodes if n.op in PRODUCTS)
+        if not others and product.op == "MatMul":
+            return self.crop_product(layer, product, nodes, starts)
         if others or len(starts) != 1 or product.op not in ("Conv", "ConvTranspose"):
             return {}
         attributes = {a.name: list(a.ints) for a in product.proto.attribute}
@@ -251,6 +255,20 @@ class Bench:
         for key, name in zip("wb", product.proto.input[1:], strict=False):
             named[key] = self.graph.initializer(name).astype(np.float16)
         return named
+
+    def crop_product(self, layer: Layer, product: Node, nodes: list[Node], starts: list[str]) -> dict[str, np.ndarray]:
+        """Rows and columns of the first of the matrices that a MatMul multiplies, with what it gave."""
+        given = {s: self.load(s) for s in starts}
+        known = {**given, **{n: self.graph.initializer(n) for n in product.inputs if n in self.graph.initializers}}
+        made = self.exact.run_nodes(nodes, given, [n for n in product.inputs if n not in known])
+        a, b = (known[n] if n in known else made[n].cpu().numpy() for n in product.inputs)
+        y = self.load(layer.value)
+        if y.shape[-2:] != (a.shape[-2], b.shape[-1]):
+            return {}
+        a, b, y = (array.reshape(-1, *array.shape[-2:])[0] for array in (a, b, y))
+        named = {"x": a[:ROWS].astype(np.float16), "w": b[:, :ROWS].astype(np.float16), "y": y[:ROWS, :ROWS]}
+        added = [n for node in nodes if node.op == "Add" for n in node.inputs if n in self.graph.initializers]
+        return named if not added else {**named, "b": self.graph.initializer(added[0])[..., :ROWS]}
 
 
 def summary(layers: list[Layer]) -> dict[str, Any]:

@@ -173,7 +173,7 @@ def test_redacted_inputs_and_weights_are_random_within_the_range_of_the_real_one
     real = {
         "x": rng.uniform(2, 3, (1, 16, 16, 16)).astype(np.float32),
         "levels": rng.integers(-100, 100, 300).astype(np.int8),
-        "gap": np.array([np.nan, 1, 2, np.inf, 3] * 40, np.float32),
+        "gap": np.where(np.arange(200) % 5, rng.normal(5, 1, 200), [np.nan, np.inf] * 100).astype(np.float32),
         "indices": np.arange(50),
         "one": np.array([7.0]),
     }
@@ -184,8 +184,8 @@ def test_redacted_inputs_and_weights_are_random_within_the_range_of_the_real_one
     for name in ("x", "levels", "gap"):
         ours, theirs = made.inputs[name], real[name]
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
-        assert np.mean(ours == theirs) < 0.1, name
         finite = np.isfinite(theirs)
+        assert np.mean(ours[finite] == theirs[finite]) < 0.1, name
         assert np.array_equal(np.isfinite(ours), finite)
         assert theirs[finite].min() <= ours[finite].min() <= ours[finite].max() <= theirs[finite].max()
         assert ours[finite].mean() == pytest.approx(theirs[finite].mean(), abs=0.3 * float(theirs[finite].std()))
@@ -195,7 +195,8 @@ def test_redacted_inputs_and_weights_are_random_within_the_range_of_the_real_one
     assert made.reference is made.program
     weights = {t.name: onnx.numpy_helper.to_array(t) for t in piece.model.graph.initializer}
     for tensor in made.program.model.graph.initializer:
-        assert np.mean(onnx.numpy_helper.to_array(tensor) == weights[tensor.name]) < 0.1
+        if weights[tensor.name].size > 100:
+            assert np.mean(onnx.numpy_helper.to_array(tensor) == weights[tensor.name]) < 0.1
 
 
 def test_redaction_refuses_where_the_weights_are_the_fault(scaled: Path, tmp_path: Path) -> None:

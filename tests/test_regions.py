@@ -15,10 +15,13 @@ from test_trt_runner import install
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import parse_backends
 from cp_debug.backends.tensorrt import engines
+from cp_debug.backends.tensorrt.inspector import EngineLayer, EngineTensor
+from cp_debug.backends.tensorrt.tactics import decode
 from cp_debug.bisect.causes.base import CAUSES
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.regions.marks import choose, cuts
+from cp_debug.bisect.regions.region import region_of
 from cp_debug.bisect.result import BisectResult, TestResult
 from cp_debug.graph.graph import Graph
 from cp_debug.reports.causes import lines
@@ -98,6 +101,21 @@ def test_a_region_is_never_called_by_its_last_node(region: pytest.MonkeyPatch, t
     assert row.to_dict()["region"]["nodes"][0] == "/n0/LayerNormalization"
     assert not test.guilty
     assert next(row for row in test.rows if row.onnx == "y").name == "/y/Mul"
+
+
+def test_a_region_of_several_layers_is_not_called_by_the_last_one(tmp_path: Path) -> None:
+    graph = Graph(save_transformer(tmp_path))
+    names = [f"/{value}/{op}" for value, op in (("h0", "MatMul"), ("e0", "Relu"), ("f0", "MatMul"), ("x1", "Add"))]
+
+    def layer(kind: str, nodes: list[str], value: str) -> EngineLayer:
+        return EngineLayer(
+            " + ".join(nodes), kind, tuple(nodes), (), (EngineTensor(value, "Half", "", ()),), decode("")
+        )
+
+    parts = [layer("Gemm", names[:2], "e0"), layer("NoOp", names[2:], "x1")]
+    whole = [layer("Myelin", [*names[:3]], "f0"), layer("PointWise", names[3:], "x1")]
+    kinds = [found.kind for found in (region_of(names, "x1", graph, each) for each in (parts, whole)) if found]
+    assert kinds == ["2 layers", "Myelin"]
 
 
 def test_an_operator_at_fault_everywhere_is_found_and_the_fix_is_verified(

@@ -3,7 +3,8 @@
 The newer kernels carry their types in the name as ``<in><out>_<multiplied as><accumulated in>_<scale>``:
 ``f16f16_f16f16_f16`` multiplies FP16 and accumulates in FP16, ``f16f16_f16f32_f32`` accumulates in FP32,
 ``f32f32_tf32f32_f32`` multiplies TF32, ``i8f32_i8i32_f32`` reads INT8 and writes FP32. Winograd kernels leave the third
-out (``wngd_f32f32_f32_f32``), and so do products by a vector (``gemvx_f16f16_f32_f32``). Older kernels say
+out (``wngd_f32f32_f32_f32``), and so do products by a vector (``gemvx_f16f16_f32_f32``) and depthwise convolutions
+(``conv3d_c1_k1_f16f16_f16_f16``; those with ``depthwiseHMMA`` accumulate in FP32). Older kernels say
 ``h884``/``h1688``/``h16816`` (FP16 accumulation) or ``s…`` (FP32), those without tensor cores
 ``…_fused_conv_act_fp32_…_Accfloat`` and ``…_FP32FP32FP32NCHW_…``.
 """
@@ -20,6 +21,11 @@ _TYPES = re.compile(
 _WINOGRAD = re.compile(r"_wngd_(?P<reads>f16|f32)(?:f16|f32)_(?P<accumulates>f16|f32)_")
 _FUSED = re.compile(r"_fused_conv_act_(?P<reads>fp16|fp32)_.*_Acc(?P<accumulates>float|half)(?=_|$)")
 _VECTOR = re.compile(r"_gemvx_(?P<reads>f16|f32)(?P<writes>f16|f32)_(?P<accumulates>f16|f32)_f(?:16|32)(?=_|$)")
+_DEPTHWISE = re.compile(
+    r"_conv3d_c1_k1_(?P<reads>f16|f32)(?P<writes>f16|f32)_(?P<accumulates>f16|f32)_f(?:16|32)(?=_|$)"
+)
+_DEPTHWISE_KINDS = {"_depthwiseHMMA_FP16": ("fp16", "fp32"), "_depthwiseConv_fp32": ("fp32", "fp32")}
+"""Mark of the older depthwise kernels → the type that they read and multiply, and the type of their sums."""
 _PLAIN = re.compile(r"_(?:FP32){3}N")
 _OLD_TENSOR_CORE = re.compile(r"(?:^|_)(?P<kind>[hsi])(?:884|1688|16816|8816|16832)(?=[a-z_]|$)")
 _SLICES = re.compile(r"_warpsize\d+x\d+x(\d+)(?=_|$)")
@@ -85,6 +91,12 @@ def _types(name: str) -> tuple[str, str, str, str] | None:
     if match := _VECTOR.search(name):
         reads, writes, accumulates = (_LONG[match[kind]] for kind in ("reads", "writes", "accumulates"))
         return reads, writes, reads, accumulates
+    if match := _DEPTHWISE.search(name):
+        reads, writes, accumulates = (_LONG[match[kind]] for kind in ("reads", "writes", "accumulates"))
+        return reads, writes, reads, accumulates
+    for kind, (reads, accumulates) in _DEPTHWISE_KINDS.items():
+        if kind in name:
+            return reads, reads, reads, accumulates
     if match := _FUSED.search(name):
         reads, accumulates = match["reads"], {"float": "fp32", "half": "fp16"}[match["accumulates"]]
         return reads, reads, reads, accumulates

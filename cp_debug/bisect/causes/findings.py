@@ -109,6 +109,7 @@ class Explainer:
         for key_of_group, group in groups.items():
             self._layers_of.setdefault(key_of_group[1], set()).update(e.row.name for e in group)
         findings = [self._finding(group) for group in groups.values()]
+        findings += self._shapes(rows)
         for says in dict.fromkeys(self.settled.values()):
             settled_rows = [rows[key] for key, reason in self.settled.items() if reason == says]
             names = [row.name for row in settled_rows]
@@ -122,6 +123,23 @@ class Explainer:
             except Exception as error:
                 self.notes.append(f"what the declared precision costs is not known: {in_one_line(error)}")
         return sorted(findings, key=lambda f: -(abs(f.effect.share) if f.effect.share is not None else 0.0))
+
+    def _shapes(self, rows: Mapping[Key, LayerRow]) -> Iterator[Finding]:
+        """For the first layer of another shape in each component, the difference of the two graphs that makes it."""
+        wrong: dict[str, tuple[Key, LayerRow]] = {}
+        for key, row in sorted(rows.items(), key=lambda item: item[1].index):
+            if row.verdict == SHAPE and row.op != "input" and key not in self.settled:
+                wrong.setdefault(key.component, (key, row))
+        for key, row in wrong.values():
+            try:
+                candidate = self._graphs.of_shape(key.component, self.segment(key, row))
+            except Exception as error:
+                self._failed(row, error)
+                continue
+            if candidate is not None:
+                evidence = {"why": row.why, **candidate.evidence}
+                fix = self._fix(candidate, [row])
+                yield Finding(candidate.cause, candidate.says, [row.name], [row.op], evidence=evidence, fix=fix)
 
     def _explained(self, key: Key, row: LayerRow, families: Sequence[Cause]) -> tuple[Explained, Cause | None]:
         """The layer with its cause, and the family that proposed it; without both where anything fails on the way."""

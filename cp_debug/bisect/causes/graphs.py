@@ -213,6 +213,8 @@ def _computed(
         except InputError:  # an operator that nobody here can compute
             continue
     fitting = [value for value in results if value.shape == segment.test.shape]
+    if segment.test.shape != segment.exact.shape:  # whether the shape fits is all that can be asked
+        return next(iter(fitting), None)
     return max(fitting, key=lambda value: segment.explained(value)[0], default=None)
 
 
@@ -232,6 +234,26 @@ class GraphReader:
         except Exception as error:  # explaining never ends a run: another explanation may do
             failed(error)
             return explain(segment, families, failed)
+
+    def of_shape(self, component: str, segment: Segment) -> Candidate | None:
+        """The difference of the two graphs at a layer whose shape is another one on each side.
+
+        None without one, and where the test's own nodes do not make the shape that the test has.
+        """
+        other = self._other(component)
+        known = {*self._run.replayer(component, self._test).known, *(v.name for v in segment.graph.inputs)}
+        piece = other.piece(segment.target, known) if other is not None else None
+        if other is None or piece is None or not segment.nodes:
+            return None
+        own, nodes, starts = piece
+        differences = Pieces(segment.graph, segment.nodes, other.graph, nodes, other.names).differences()
+        telling = [d for d in differences if not d.added]
+        value = _computed(segment, other, own, nodes, starts) if telling else None
+        if value is None:
+            return None
+        first = telling[0]
+        evidence = {"node": first.node, **first.evidence, "read_off": "the difference of the two graphs"}
+        return Candidate(first.cause, _says(differences), value, 0, evidence, _FIX + first.says)
 
     def _explain(
         self, component: str, segment: Segment, families: Sequence[Cause], failed: Failed

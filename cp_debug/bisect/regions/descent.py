@@ -181,7 +181,7 @@ class _RegionSearch:
                 return False
             part, inside = guilty[0]
             self._suspect([n.name for n in inside])
-            step.learnt = f"{len(guilty)} of the stretches between them at fault, the first has {len(inside)} nodes"
+            step.learnt = f"{len(guilty)} of the stretches between them at fault, the first has {_nodes(len(inside))}"
             self._tell(f"{self.descent.region.label}: {step.learnt}: trying hypotheses on it")
             if best := next((h for h in rank(part) if h.explained >= REPRODUCED), None):
                 self.descent.hypotheses.insert(0, self._widened(best))
@@ -285,7 +285,7 @@ class _RegionSearch:
                 self._prove(names, step)
             groups = half if mends else groups[len(half) :]
             remaining = [n for group in groups for n in group]
-            step.learnt = f"{'mended' if mends else 'not mended'}: {len(remaining)} nodes are left, by {kind}"
+            step.learnt = f"{'mended' if mends else 'not mended'}: {_nodes(len(remaining))} left, by {kind}"
             self._suspect([n.name for n in remaining])
         return groups[0]
 
@@ -348,7 +348,7 @@ class _RegionSearch:
         if not descent.steps:
             return f"error {descent.error:.2g}"
         operators = ", ".join(descent.operators[:3])
-        return f"suspect are {len(descent.suspects)} nodes ({operators}); {descent.steps[-1].learnt}"
+        return f"suspect: {_nodes(len(descent.suspects))} ({operators}); {descent.steps[-1].learnt}"
 
     def _error(self, value: np.ndarray) -> float:
         return relative_l2(np.asarray(value, np.float64), np.asarray(self._reference, np.float64))
@@ -358,3 +358,7 @@ class _RegionSearch:
         nodes = [n for n in self._segment.nodes if n.name in suspect_names]
         self.descent.suspects = [n.name for n in nodes]
         self.descent.operators = list(dict.fromkeys(n.op for n in nodes))
+
+
+def _nodes(count: int) -> str:
+    return "1 node" if count == 1 else f"{count} nodes"

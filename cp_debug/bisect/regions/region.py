@@ -28,9 +28,10 @@ class Region(JsonForm):
     nodes: tuple[str, ...]
     """ONNX nodes by name; what constants and shapes are computed from is left out."""
     kind: str = ""
-    """The engine's word for the layer (``Myelin``); empty where no layer is known to hold it."""
+    """The engine's word for the layer (``Myelin``); ``3 layers`` where none of these holds most of it; empty where no
+    layer is known."""
     layer: str = ""
-    """Name of the engine's layer."""
+    """Name of the engine's layer that holds most of it, or that writes its result."""
 
     @property
     def label(self) -> str:
@@ -57,6 +58,9 @@ def region_of(nodes: Iterable[str], value: str, graph: Graph, layers: Sequence[E
     names = {node.name for node in inside}
     holders = [layer for layer in layers if 2 * len(names.intersection(layer.nodes)) > len(names)] or writers
     kind, layer = (holders[0].kind, holders[0].name) if holders else ("", "")
+    involved = [each for each in layers if each.kind != "Reformat" and not names.isdisjoint(each.nodes)]
+    if holders and holders is writers and len(involved) > 1:
+        kind = f"{len(involved)} layers"
     return Region(tuple(node.name for node in inside), kind, layer)
 
 

@@ -1,0 +1,68 @@
+"""A layer whose shape is another one on each side: with both graphs at hand, their difference there is the cause."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper, parser
+
+from cp_debug.bisect.engine import Options, bisect
+
+RNG = np.random.default_rng(0)
+WEIGHTS = {
+    "w": RNG.standard_normal((6, 4, 5)).astype(np.float32),
+    "shape": np.array([20, 6]),
+    "axis": np.array([1]),
+    "other_axis": np.array([2]),
+}
+
+
+def save(path: Path, body: str) -> Path:
+    model = parser.parse_model(
+        f'<ir_version: 9, opset_import: ["" : 17]>\nnet (float[3,4,20] x) => (float y) {{ {body} }}'
+    )
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in WEIGHTS.items())
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "layer", "says"),
+    [
+        # a node that is computed from constants alone, another shape of which a Reshape takes as well
+        (
+            "t = Transpose <perm=[1,0,2]> (w) \n r = Reshape (t, shape) \n y = MatMul (x, r)",
+            "t = Transpose <perm=[1,2,0]> (w) \n r = Reshape (t, shape) \n y = MatMul (x, r)",
+            "t",
+            "perm is [1, 2, 0] instead of [1, 0, 2]",
+        ),
+        (
+            "s = ReduceSum <keepdims=1> (x, axis) \n y = Tanh (s)",
+            "s = ReduceSum <keepdims=0> (x, axis) \n y = Tanh (s)",
+            "s",
+            "keepdims is 0 instead of 1",
+        ),
+        (
+            "r = Relu (x) \n s = ReduceMax <axes=[1]> (r) \n y = Tanh (s)",
+            "r = Relu (x) \n s = ReduceMax <axes=[2]> (r) \n y = Tanh (s)",
+            "s",
+            "axes is [2] instead of [1]",
+        ),
+    ],
+)
+def test_the_difference_of_the_graphs_is_the_cause(tmp_path: Path, good: str, bad: str, layer: str, says: str) -> None:
+    np.savez(tmp_path / "x.npz", x=RNG.standard_normal((3, 4, 20)).astype(np.float32))
+    for backends in ("ort,ort", "ort,ort-all"):
+        test = bisect(
+            str(save(tmp_path / "good.onnx", good)),
+            backends,
+            test_model=save(tmp_path / "bad.onnx", bad),
+            options=Options(inputs=tmp_path / "x.npz"),
+        ).tests[0]
+        [finding] = [finding for finding in test.findings if layer in finding.layers]
+        assert finding.cause == "attribute"
+        assert says in finding.says
