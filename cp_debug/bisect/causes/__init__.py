@@ -3,6 +3,7 @@
 from cp_debug.bisect.causes import (
     affine,
     batchnorm,
+    batchnorm_pairing,
     fitted_weights,
     layout,
     nonfinite,
@@ -26,6 +27,7 @@ __all__ = [
     "Cause",
     "affine",
     "batchnorm",
+    "batchnorm_pairing",
     "cause",
     "fitted_weights",
     "layout",

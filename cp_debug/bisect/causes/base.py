@@ -89,6 +89,7 @@ CAUSES: list[Cause] = []
 
 BY_NODE = (
     "batchnorm",
+    "batchnorm_pairing",
     "fitted_weights",
     "operators",
     "quantized",

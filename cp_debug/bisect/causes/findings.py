@@ -10,6 +10,7 @@ from typing import Any
 
 from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.causes.base import CAUSES, Candidate, Cause
+from cp_debug.bisect.causes.batchnorm_pairing import in_words as pairs_in_words
 from cp_debug.bisect.causes.effects import Effects
 from cp_debug.bisect.causes.everywhere import counted, in_words, orders
 from cp_debug.bisect.causes.graphs import GraphReader
@@ -219,6 +220,10 @@ class Explainer:
         cause, second = explanation.cause, explanation.runner_up
         names = [row.name for row in rows]
         says = _unexplained(explanation) if cause is None else cause.says
+        named = [(e.row.name, e.explanation.cause) for e in group]
+        pairs = {name: c.evidence["batchnorm_of"] for name, c in named if c and "batchnorm_of" in c.evidence}
+        if len(pairs) > 1 and len(pairs) == len(group):
+            says = pairs_in_words(pairs)
         equals = {other.cause: other.says for other in explanation.equals[:EQUALS]}
         if cause is not None and equals:
             says += "; or, which explains it as well: " + "; or ".join(equals.values())
@@ -235,6 +240,7 @@ class Explainer:
                 "why": worst.row.why,
                 **(cause.evidence if cause else {}),
                 **({"one_of": [cause.cause, *equals]} if cause and equals else {}),
+                **({"pairs": pairs} if len(pairs) > 1 else {}),
             },
             where=[e.where for e in group[:LOCATED]],
             fix=self._fix(cause, rows) if cause else "cpdebug bundle RESULT --layer " + names[0],
