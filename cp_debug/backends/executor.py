@@ -106,7 +106,8 @@ class Executor:
         self._weights = Weights(graph, arithmetic, self.device, weight_cache)
         self._other_weights = {a: Weights(graph, a, self.device, weight_cache) for a in overrides.values()}
         self._reference = Reference(graph)
-        self._constants = frozenset(constants_of(graph)) if arithmetic.scaling else frozenset()
+        scaled = any(a.scaling for a in (arithmetic, *overrides.values()))
+        self._constants = frozenset(constants_of(graph)) if scaled else frozenset()
         self._functions = {(f.domain, f.name): f for f in graph.proto.functions}
         self._steps: dict[Node, _ExecutionStep] = {}
         self._place = ""
