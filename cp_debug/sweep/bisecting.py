@@ -130,7 +130,7 @@ class HeatMap:
     """Excess of layers over samples, for a picture."""
 
     layers: list[str]
-    """Those with the highest excess, at most ``MAP_LAYERS``, in execution order."""
+    """Layers with the highest excess, at most ``MAP_LAYERS``, in execution order."""
     width: int
     """Consecutive samples in a column; the last column may have fewer."""
     excess: list[list[float | None]]
