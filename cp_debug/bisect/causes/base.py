@@ -99,7 +99,7 @@ BY_NODE = (
     "weights",
 )
 """The modules whose families change one node after the other."""
-APPROXIMATE = ("precision", "quantized", "ranges", "scales", "truncated_sums")
+APPROXIMATE = ("narrow", "precision", "quantized", "ranges", "scales", "truncated_sums")
 """The modules whose families emulate arithmetic that differs from kernel to kernel."""
 
 

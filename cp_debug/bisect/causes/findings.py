@@ -8,12 +8,15 @@ from functools import cached_property, partial
 from statistics import fmean
 from typing import Any
 
+from cp_debug.backends.narrow_options import NarrowOptions
 from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.causes.base import CAUSES, Candidate, Cause
 from cp_debug.bisect.causes.batchnorm_pairing import in_words as pairs_in_words
 from cp_debug.bisect.causes.effects import Effects
 from cp_debug.bisect.causes.everywhere import counted, in_words, orders
 from cp_debug.bisect.causes.graphs import GraphReader
+from cp_debug.bisect.causes.narrow import departure
+from cp_debug.bisect.causes.narrow_costs import costs
 from cp_debug.bisect.causes.precision import OVERFLOWS, PROMOTED
 from cp_debug.bisect.causes.search import ENOUGH, Explanation, explain
 from cp_debug.bisect.causes.segment import Segment, SegmentContext
@@ -117,6 +120,10 @@ class Explainer:
             fix = "compare what the condition is computed from in both programs, and its threshold"
             findings.append(Finding("control-flow", says, names, [row.op for row in settled_rows], fix=fix))
         findings += [*unsteady, *(() if self._draws else self._program(observation))]
+        try:
+            findings += costs(rows, self.run.precision.name, self.run.precision.roundoff, self.segment)
+        except Exception as error:
+            self.notes.append(f"what would lower the cost of the declared precision is not known: {in_one_line(error)}")
         if not all(row.within for row in rows.values()):
             try:
                 findings += self._costliest(rows)
@@ -149,6 +156,12 @@ class Explainer:
             segment = self.segment(key, row)
             where = locate(segment, row.name)
             failed = partial(self._failed, row)
+            if row.replay is not None and row.replay.computed_in:
+                claim = NarrowOptions.parse(row.replay.precision or self.run.precision.name)
+                known = departure(segment, claim, row.replay.computed_in)
+                if known is not None:
+                    share = segment.explained(known.value)[0]
+                    return Explained(row, Explanation(known, share, None, 0.0), where), None
             if row.region is not None and self.goes_inside(key.component):
                 explanation, family = explain(segment, families, failed, [c for c in CAUSES if not c.by_node])
             elif row.side == "test":
