@@ -132,13 +132,18 @@ class Replayer:
                 yield from ((t, Replay(nodes, skipped=str(error))) for t in targets)
 
     def introduced(self, target: str, test: Load) -> tuple[Tensor, Tensor]:
-        """(Introduced error, oracle's result) of one value, in the oracle's dtype and the value's shape.
+        """(Introduced error, oracle's result) of one value, in the value's shape and the oracle's dtype.
+
+        The error of whole numbers and booleans is in FP64.
 
         Raises InputError where ``layers`` would skip it.
         """
         nodes, starts = self.graph.segment([target], self.known)
         exact = as_tensor(self.oracle.run_nodes(nodes, {s: test(s) for s in starts}, [target])[target])
-        return self._hold(test(target)) - exact, exact
+        held = self._hold(test(target))
+        if not (exact.is_floating_point() or exact.is_complex()):  # booleans have no difference, unsigned ones wrap
+            return held.double() - exact.double(), exact
+        return held - exact, exact
 
     def given(self, value: str, exact: AnyTensor, reference: Load, test: Load) -> Replay:
         """The replay of a graph input, whose exact value the caller knows: glue copies and is not rounded.

@@ -218,7 +218,7 @@ class NumericPairing:
         expected = [o for n in self._readers.get(name, []) for o in n.outputs if o in self._prints]
         for reader in self._test.consumers.get(own, []):
             for result in self._compute(reader, reader.outputs, instead).values():
-                if isinstance(result, list):
+                if not _has_numbers(result):
                     continue
                 print_, limit = fingerprint(result), max(_tolerance(result), self._loose)
                 if print_.norm and any(self._prints[o].distance(print_) <= limit for o in expected):
@@ -312,6 +312,11 @@ class NumericPairing:
         return [n for n in node.inputs if n in data or n in inputs]
 
 
+def _has_numbers(value: Any) -> bool:
+    """Whether a value is a tensor of numbers: no sequence, no strings, not nothing."""
+    return isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "fiub")
+
+
 def _tolerance(value: Any) -> float:
     return LOOSER.get(value.dtype, TOLERANCE) if isinstance(value, Tensor) else TOLERANCE
 
@@ -350,8 +355,3 @@ def run_in_ort(
         raise
     except Exception:  # the runtime raises kinds of its own; what cannot be computed is paired by structure
         return {}
-
-
-def _has_numbers(value: Any) -> bool:
-    """Whether a value is a tensor of numbers: no sequence, empty optional or strings."""
-    return isinstance(value, Tensor) or getattr(value, "dtype", np.dtype(object)).kind not in "OSU"
