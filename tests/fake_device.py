@@ -63,7 +63,7 @@ class _Functions(TorchFunctionMode):
 
 
 COPIES = {"aten::_to_copy", "aten::copy_"}
-INDEXED = {"aten::index.Tensor", "aten::index_put_", "aten::index_put", "aten::_unsafe_index"}
+INDEXED = {"aten::index", "aten::index_put_", "aten::index_put", "aten::_unsafe_index"}
 """Operators that take indices of the CPU for a tensor of a GPU."""
 
 
