@@ -10,11 +10,18 @@ report = $(if $(JUNIT),--junitxml=$(JUNIT)/mmdet3d-$(1).xml)
 FUZZ_CASES ?= 10000
 FUZZ_SEED ?= $(shell date +%s)
 
-.PHONY: mmdet3d-env test-mmdet3d wild-env fuzz
+.PHONY: mmdet3d-env test-mmdet3d wild-env fuzz mutants
 
 fuzz:
 	$(PYTHON) tests/fuzz/fuzz_run.py --seed $(FUZZ_SEED) --cases $(FUZZ_CASES)
 
+# The mutation run: MUTANT_MINUTES minutes of mutants drawn with MUTANT_SEED. Needs '.[mutation]'. The first time the quick
+# tests run once with coverage, for the tests that each line concerns: remove .mutants to measure again.
+MUTANT_MINUTES ?= 60
+MUTANT_SEED ?= 0
+
+mutants:
+	$(PYTHON) tests/mutation/mutants.py --minutes $(MUTANT_MINUTES) --seed $(MUTANT_SEED)
 
 # An environment with the real mmdet3d, for CPUs. The first time mmcv is compiled: 7 minutes on 2 free cores.
 mmdet3d-env:

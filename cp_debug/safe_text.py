@@ -19,7 +19,7 @@ WIDTH = 400
 _UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 """Unicode's categories of what is not seen, and of what turns or breaks lines: control and format characters (bidi
 overrides are among them), halves of surrogates, private and unassigned characters, separators."""
-_MARKDOWN = re.compile(r"([\\`*_\[\]|#~])")
+_MARKDOWN = re.compile(r"([\\`*\[\]|#~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")  # inside a word, _ is a letter
 _COMMAND = re.compile(r"^(\s*)(::|##\[)", re.M)
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 

@@ -40,8 +40,8 @@ def write_files(page: str, folder: Path) -> None:
 
 def run(command: str, folder: Path) -> list[str]:
     """What a command of the page prints. Raises RuntimeError for an exit code other than 0 and 1."""
-    command = re.sub(r"^cpdebug\b", f"{sys.executable} -m cp_debug", command)
-    command = re.sub(r"^python\b", sys.executable, command)
+    command = re.sub(r"(^|&& )cpdebug\b", rf"\1{sys.executable} -m cp_debug", command)
+    command = re.sub(r"(^|&& )python\b", rf"\1{sys.executable}", command)
     root = str(PAGE.resolve().parents[1])
     environment = os.environ | {"COLUMNS": str(WIDTH), "PYTHONPATH": root}
     done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -250,11 +251,15 @@ def test_emulated_faults_say_so(tmp_path: Path) -> None:
     net = NetBuilder(0)
     big = net.weight(np.float32(40000.0).reshape(1))
     net.op("Mul", net.op("Relu", net.conv("x", 4, 4)), big, name="y")
+    net.nodes[-1].name = "<script>alert(1)</script>"
     saved = save(tmp_path / "saved", net.save(tmp_path / "net.onnx", {"x": (1, [1, 4, 8, 8])}, ["y"]), "ort,emu-fp16")
     printed = bundle(SavedResult.open(saved), tmp_path / "out")
     assert "emulated: emu-fp16" in printed
     assert "NaN or Inf 1" in printed
-    assert "**This is an emulation.**" in (tmp_path / "out" / "README.md").read_text()
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert "**This is an emulation.**" in page
+    assert "(layer &lt;script&gt;alert(1)&lt;/script&gt;)" in page.splitlines()[0]
+    assert "<script>" not in re.sub("`[^`]*`", "", page)
 
 
 def test_tensorrt_bundles_bring_the_runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from nets import second_like
+from nets import NetBuilder, second_like
+from onnx import numpy_helper
 from test_cli import run
 from typer.main import get_command
 
@@ -217,6 +218,7 @@ def test_memory_that_torch_cannot_get_is_told_in_words() -> None:
 
 
 WRITES = {"--output", "--json", "--csv", "--html", "--junit", "--plot", "--onnx", "--predictions", "--save", "--log"}
+WRITES |= {"--log-file"}
 """Options that name what is written."""
 ACTS = {
     "--samples": "so many are made up or read; fewer than asked for are noted",
@@ -294,12 +296,8 @@ BESIDE = {
 """Command → arguments beside which its options name something, or do nothing."""
 ELSEWHERE = {
     "build": "asks for TensorRT first (tests/test_trt_backend.py)",
-    "deploy": "its options overrule a file (tests/test_deploy_config.py)",
-    "bundle": "reads a result first (tests/test_bundle.py)",
-    "compare": "reads captures first (tests/test_capture.py)",
-    "report": "reads a result first (tests/test_report.py)",
     "ui": "serves until it is ended (tests/test_ui.py)",
-    "import": "reads a dump first (tests/test_import_dump.py)",
+    **dict.fromkeys(("bundle", "compare", "deploy", "import", "report"), "reads what another wrote first (below)"),
 }
 READ_FIRST = {("quantize sensitivity", "--skip-layers"), ("quantize qat", "--val-data")}
 READ_FIRST |= {("sweep sensitivity", option) for option in ("--data", "--cluster", "--from")}
@@ -370,6 +368,57 @@ def test_every_option_of_the_parser_is_refused_where_it_would_do_nothing(
         assert option in text
         assert "would do nothing" in text
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``net.onnx``, two captures, a result that found a fault, a dump, and a deployment's settings."""
+    folder = tmp_path_factory.mktemp("written")
+    net = NetBuilder()
+    net.op("Relu", net.conv("x", 2, 2), name="y")
+    path = net.save(folder / "net.onnx", {"x": (1, [1, 2, 4, 4])}, ["y"])
+    net.weights[0].CopyFrom(numpy_helper.from_array(2 * numpy_helper.to_array(net.weights[0]), net.weights[0].name))
+    other = net.save(folder / "other.onnx", {"x": (1, [1, 2, 4, 4])}, ["y"])
+    for name in ("a", "b"):
+        assert run("capture", path, "-b", "ort", "-o", folder / name)[0] == 0
+    assert run("bisect", path, other, "-b", "ort,ort-all", "--save", folder / "result")[0] == 1
+    np.savez(folder / "dump.npz", x=np.ones((1, 2, 4, 4), np.float32))
+    (folder / "deploy.yaml").write_text("model: net.onnx\nwork_dir: work\nevaluate: {enabled: false}\n")
+    return folder
+
+
+READING = {
+    "bundle": "result -o out",
+    "compare": "a b",
+    "deploy": "deploy.yaml",
+    "import": "dump.npz --model net.onnx -o out",
+    "report": "result -o out",
+}
+NAMING = [(c, option, kind) for c, option, kind in OPTIONS if c in READING and kind in NAMES]
+
+
+@pytest.mark.parametrize(("command", "option", "kind"), NAMING, ids=lambda value: str(value))
+def test_options_of_commands_that_read_results_accept_no_nonsense(
+    command: str, option: str, kind: str, written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(written)
+    before = sorted(written.rglob("*"))
+    code, text = run(command, *READING[command].split(), option, VALUES[kind])
+    assert code == 2
+    assert option in text or VALUES[kind] in text
+    assert sorted(written.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--onnx-dir", "x"), ("--profile", "x"), ("--trt-calib-data", "x"), ("--calibration-cache", "x"),
+     ("--trt-calibrator", "entropy"), ("--checkpoint", "nowhere.pt")],
+)  # fmt: skip
+def test_build_refuses_what_is_wrong_before_it_asks_for_tensorrt(written: Path, option: str, value: str) -> None:
+    code, text = run("build", written / "net.onnx", "-o", written / "out", option, value)
+    assert code == 2
+    assert option in text or value in text
+    assert not (written / "out").exists()
 
 
 def test_every_parameter_of_a_command_is_used() -> None:

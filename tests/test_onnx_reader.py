@@ -100,6 +100,10 @@ CASES: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
     "opset": (lambda net: setattr(net.opset_import[0], "version", 999), "is in opset 999"),
     "no opset": (lambda net: net.ClearField("opset_import"), "names no opset"),
     "element": (lambda net: setattr(net.graph.input[0].type.tensor_type, "elem_type", 99), "of the data type 99"),
+    "counts": (
+        edits(lambda g: g.node.append(helper.make_node("Split", ["c"], ["s"], name="cut", num_outputs=1 << 40))),
+        "node 'cut' says num_outputs 1099511627776, but has 1 output$",
+    ),
     "sparse": (edits(lambda g: g.sparse_initializer.add()), "sparse weights"),
 }
 

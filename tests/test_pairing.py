@@ -131,6 +131,18 @@ def test_a_model_that_gives_zeros_under_another_name_diverges(tmp_path: Path) ->
     assert len(test.outputs) == 1
 
 
+def test_text_inside_the_test_model_has_no_numbers_to_be_paired_by(tmp_path: Path) -> None:
+    net = NetBuilder()
+    net.op("Relu", net.conv("x", 3, 4), name="y")
+    reference = net.save(tmp_path / "net.onnx", {"x": (1, [1, 3, 4, 4])}, ["y"])
+    net.op("Cast", net.op("Cast", "x", name="text", to=8), name="back", to=1)
+    net.nodes[-3].output[0] = net.nodes[-3].name = "kept"
+    net.op("Add", net.op("ReduceMax", "back", keepdims=0), net.weight(np.zeros(1, np.float32)))
+    net.op("Mul", "kept", net.weight(np.ones(1, np.float32)), name="y")
+    test = run(reference, net.save(tmp_path / "other.onnx", {"x": (1, [1, 3, 4, 4])}, ["y"]))
+    assert [row.onnx for row in test.outputs] == ["y"]
+
+
 def other_shape(tmp_path: Path) -> tuple[Path, Path]:
     made = []
     for name, channels in (("y", 4), ("z", 3)):

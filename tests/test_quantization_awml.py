@@ -11,7 +11,17 @@ from extras import module_needs
 from torch import Tensor, nn
 
 from cp_debug.errors import InputError
-from cp_debug.quantization import load_ptq_model, print_quantizer_status, quantize_ptq, save_ptq_model, scales_of
+from cp_debug.quantization import (
+    CalibrationManager,
+    disable_quantization,
+    enable_quantization,
+    fuse_model_bn,
+    load_ptq_model,
+    print_quantizer_status,
+    quantize_ptq,
+    save_ptq_model,
+    scales_of,
+)
 
 pytestmark = module_needs("modelopt")
 
@@ -133,3 +143,30 @@ def test_the_status_never_cuts_names_or_ranges(
     assert f"{weights.min():.3g} … {weights.max():.3g}" in text
     print_quantizer_status(quantized)
     assert capsys.readouterr().out == text
+
+
+def test_layers_are_switched_off_one_by_one_with_apply() -> None:
+    """The reports' loop over sensitive layers: ``disable_quantization(layer).apply()``."""
+    batches = loader()
+    quantized = quantize_ptq(Detector(), batches, num_calibration_batches=3, amax_method="max")
+    canvas = {"canvas": plain(batches)[4]}
+    before = quantized(inputs=canvas)
+    switch = disable_quantization(quantized.pts_backbone).apply()
+    partly = quantized(inputs=canvas)
+    disable_quantization(quantized.pts_bbox_head).apply()
+    with disable_quantization(quantized):
+        assert torch.equal(quantized(inputs=canvas), quantized(inputs=canvas))
+    exact = fuse_model_bn(Dense(), (canvas["canvas"],))(canvas["canvas"])
+    assert not torch.equal(before, partly)
+    assert torch.equal(quantized(inputs=canvas), exact)
+    switch.apply(False)
+    enable_quantization(quantized.pts_bbox_head).apply()
+    assert torch.equal(quantized(inputs=canvas), before)
+    with pytest.raises(InputError, match="Conv2d is not quantized"):
+        disable_quantization(nn.Conv2d(3, 4, 1))
+
+
+def test_a_calibration_manager_takes_the_data_loader() -> None:
+    """The reports' ``CalibrationManager(model).calibrate(loader)``."""
+    scales = CalibrationManager(Detector(), method="max").calibrate(loader())
+    assert scales.layers.keys() >= {"pts_backbone.0", "pts_bbox_head"}

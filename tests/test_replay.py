@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from nets import NetBuilder, random_dag, second_like
+from onnx import helper
 
 from cp_debug.backends.arithmetic import ARITHMETICS, FP32, FP64, Arithmetic
 from cp_debug.backends.base import Program
@@ -137,6 +138,17 @@ def test_an_operator_that_no_oracle_knows_is_named_and_counted(tmp_path: Path) -
     assert "unknown.vendor.BiasSplitGelu" in (replays["strange"].skipped or "")
     assert replays["relu_2"].introduced == 0
     assert replays[before].skipped is None
+
+
+@pytest.mark.parametrize(("kind", "error"), [(np.bool_, -1.0), (np.uint8, -3.0)])
+def test_the_error_of_booleans_and_unsigned_numbers_has_a_sign(tmp_path: Path, kind: type, error: float) -> None:
+    net = NetBuilder()
+    net.op("Cast", "x", name="y", to=helper.np_dtype_to_tensor_dtype(np.dtype(kind)))
+    graph = Graph(net.save(tmp_path / "net.onnx", {"x": (1, [1, 2])}, ["y"]))
+    values = {"x": np.array([[0, 3]], np.float32), "y": np.array([[0, 0]], kind)}
+    introduced, exact = Replayer(graph, ("fp32", "fp32"), "fp64", {"y"}).introduced("y", values.__getitem__)
+    assert introduced.tolist() == [[0.0, error]]
+    assert exact.tolist() == [[False, True]] if kind is np.bool_ else [[0, 3]]
 
 
 def excess(replay: Replay) -> float:

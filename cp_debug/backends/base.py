@@ -52,7 +52,7 @@ class Program:
     def require_int8(self, spec: BackendSpec) -> None:
         """Raise InputError unless the program tells what is quantized."""
         if self.graph.precision != "int8" and self.plain is None:
-            raise InputError(f"{spec}: {self.graph.path} has no QuantizeLinear nodes; quantize the model first")
+            raise InputError(f"{spec}: {self.graph} has no QuantizeLinear nodes; quantize the model first")
 
 
 class Session(Protocol):

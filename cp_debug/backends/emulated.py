@@ -104,7 +104,7 @@ class ExecutorSession:
     ) -> None:
         if unknown := unsupported(graph):
             names = ", ".join(sorted({n.op for n in unknown}))
-            raise InputError(f"{graph.path}: no implementation of {names} (first used by node {unknown[0].name!r})")
+            raise InputError(f"{graph}: no implementation of {names} (first used by node {unknown[0].name!r})")
         check_narrow_types(graph)
         declared = overrides_of(graph, narrow_values(graph), arithmetic)
         self._graph, self._tf32 = graph, tf32
@@ -123,7 +123,7 @@ class ExecutorSession:
         Takes and returns name → array in the dtype that the graph declares.
         Raises InputError for inputs that do not fit the graph, and when a node fails.
         """
-        check_inputs(self._graph.inputs, inputs, str(self._graph.path))
+        check_inputs(self._graph.inputs, inputs, str(self._graph))
         with deterministic(tf32=self._tf32):
             outputs = self._executor.run(inputs, sink, probes)
         if self._executor.not_emulated:

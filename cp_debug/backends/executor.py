@@ -106,7 +106,8 @@ class Executor:
         self._weights = Weights(graph, arithmetic, self.device, weight_cache)
         self._other_weights = {a: Weights(graph, a, self.device, weight_cache) for a in overrides.values()}
         self._reference = Reference(graph)
-        self._constants = frozenset(constants_of(graph)) if arithmetic.scaling else frozenset()
+        scaled = any(a.scaling for a in (arithmetic, *overrides.values()))
+        self._constants = frozenset(constants_of(graph)) if scaled else frozenset()
         self._functions = {(f.domain, f.name): f for f in graph.proto.functions}
         self._steps: dict[Node, _ExecutionStep] = {}
         self._place = ""
@@ -148,7 +149,7 @@ class Executor:
         """
         missing = [v.name for v in self.graph.inputs if v.name not in inputs]
         if missing:
-            raise InputError(f"{self.graph.path}: input {missing[0]!r} is missing; given are {sorted(inputs)}")
+            raise InputError(f"{self.graph}: input {missing[0]!r} is missing; given are {sorted(inputs)}")
         with torch.no_grad():
             return self._execute(self.graph.nodes, inputs, [v.name for v in self.graph.outputs], sink, probes)
 
@@ -209,7 +210,7 @@ class Executor:
 
     def _given(self, name: str, given: Mapping[str, Any]) -> Any:
         if name not in given:
-            raise InputError(f"{self.graph.path}: value {name!r} is needed, but neither given nor computed")
+            raise InputError(f"{self.graph}: value {name!r} is needed, but neither given nor computed")
         return self._hold(given[name])
 
     def _hold(self, value: Any) -> Any:
@@ -224,15 +225,15 @@ class Executor:
         except NodeFailed:
             raise
         except Endless as error:
-            place = f"{self.graph.path}: node {node.name!r} ({node.op}): "
-            raise Endless(f"{place}{str(error).removeprefix(f'{self.graph.path}: ')}") from error
+            place = f"{self.graph}: node {node.name!r} ({node.op}): "
+            raise Endless(f"{place}{str(error).removeprefix(f'{self.graph}: ')}") from error
         except Exception as error:
             if KERNELS.get(node.op) is None and not self._reference.knows(node):
-                place = f"{self.graph.path}: node {node.name!r} ({node.op})"
+                place = f"{self.graph}: node {node.name!r} ({node.op})"
                 raise NodeFailed(f"{place} failed: nothing here implements it") from error
             given = f" on ({', '.join(_describe(i) for i in inputs)})" if inputs else ""
             raise NodeFailed(
-                f"{self.graph.path}: node {node.name!r} ({node.op}) failed{given}: {_first_line(error)}"
+                f"{self.graph}: node {node.name!r} ({node.op}) failed{given}: {_first_line(error)}"
             ) from error
 
     def _computed(self, node: Node, live: Mapping[str, Any], inputs: list[Any]) -> list[Any]:
@@ -327,7 +328,7 @@ class Executor:
                 raise
             except Exception as error:
                 raise NodeFailed(
-                    f"{self.graph.path}: node {node.name!r} ({node.op}) cannot be read: {_first_line(error)}"
+                    f"{self.graph}: node {node.name!r} ({node.op}) cannot be read: {_first_line(error)}"
                 ) from error
         return step
 

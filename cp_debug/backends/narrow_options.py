@@ -13,7 +13,8 @@ FAMILIES = ("fp8", "mxfp8", "mxfp4", "nvfp4", "int4")
 """The narrow precisions."""
 SUMS = ("fp32", "fp22", "fp16")
 """Running sums: FP32; 1 sign, 8 exponent and 13 fraction bits; FP16. ``N-bit`` is a sum of N significant bits."""
-GRANULARITIES = ("tensor", "channel", "block")
+Granularity = Literal["tensor", "channel", "block"]
+GRANULARITIES: tuple[Granularity, ...] = ("tensor", "channel", "block")
 GROUPS = (16, 32, 64, 128, 256)
 """Lengths of INT4 groups that MatMulNBits takes."""
 
@@ -30,7 +31,7 @@ class NarrowOptions:
     family: str
     element: Literal["e4m3", "e5m2"] = "e4m3"
     """Elements of FP8 and MXFP8."""
-    granularity: Literal["tensor", "channel", "block"] = "tensor"
+    granularity: Granularity = "tensor"
     """Values that share a scale in FP8: a tensor, a row or output channel, or a block (1×128 data, 128×128 weights)."""
     significant: int | None = None
     """Significant bits of the running sum; None: FP32."""
@@ -87,6 +88,45 @@ class NarrowOptions:
         elif given["sum"] == "fp16" and "nearest" in given:
             raise InputError(f"{text!r}: sums in FP16 are rounded to nearest; leave round= out")
         return _checked(cls(family, **_fields(given)), text)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class TorchFp8Options:
+    """Options of ``torch-fp8``, whose products run on the device."""
+
+    narrow: NarrowOptions
+    """Granularity of the scales, and the type between the products."""
+    fast: bool = False
+    """Whether ``torch._scaled_mm`` is called with ``use_fast_accum``."""
+    dynamic: bool = False
+    """Whether the scale of a tensor of data is found in it at every run, not calibrated on the first."""
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether data has scales that are chosen before a run: scales of rows and blocks never are."""
+        return self.narrow.granularity == "tensor" and not self.dynamic
+
+    def __str__(self) -> str:
+        """The canonical spelling."""
+        return ":".join([str(self.narrow), *["fast"] * self.fast, *["dynamic"] * self.dynamic])
+
+    @classmethod
+    def parse(cls, text: str) -> TorchFp8Options:
+        """Read ``fp8:channel:fast``. Raises InputError for options that the backend does not have."""
+        family, *words = text.split(":")
+        own = [word for word in words if word in ("fast", "dynamic")]
+        if len(set(own)) < len(own):
+            raise InputError(f"{text!r}: {own[0]!r} says again what another option said")
+        known = (*GRANULARITIES, "fast", "dynamic", "out=fp32", "out=bf16", "out=fp16")
+        for word in words:
+            if word not in known:
+                near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise InputError(f"{text!r}: torch-fp8 has no option {word!r}; it has {', '.join(known)}{hint}")
+        narrow = NarrowOptions.parse(":".join([family, *(w for w in words if w not in own)]))
+        if narrow.granularity != "tensor" and "dynamic" in own:
+            raise InputError(f"{text!r}: scales of rows and blocks are always found at hand; leave dynamic out")
+        return cls(narrow, "fast" in own, "dynamic" in own)
 
 
 def _option(family: str, word: str, text: str) -> tuple[str, object]:

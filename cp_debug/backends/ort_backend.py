@@ -101,7 +101,8 @@ class OrtSession:
         original_values = set(graph.values)  # casts are no layers
         if backend.precision == "fp16":
             self._folder = tempfile.TemporaryDirectory(prefix="cpdebug-ort-")
-            graph = Graph(cast_surgery(graph, "fp16", backend.keep_fp32, Path(self._folder.name) / "fp16.onnx"))
+            cast = cast_surgery(graph, "fp16", backend.keep_fp32, Path(self._folder.name) / "fp16.onnx")
+            graph = Graph(cast, source=graph)
         self._graph, self._time_limit = graph, onnx_runtime.time_limit(graph)
         self._optimized: OptimizedProgram | None = None
         self._observed = ChunkedGraph(backend.runtime, graph)
@@ -124,7 +125,7 @@ class OrtSession:
         Takes and returns name → array in the dtype that the graph declares.
         Raises InputError for inputs that do not fit the graph, and when a node fails.
         """
-        check_inputs(self._graph.inputs, inputs, str(self._graph.path))
+        check_inputs(self._graph.inputs, inputs, str(self._graph))
         if sink is None:
             return self._run_whole(inputs)
         shown = set(self.exposed) if probes is None else set(probes).intersection(self.exposed)
@@ -154,7 +155,11 @@ class OrtSession:
         self._folder = tempfile.TemporaryDirectory(prefix="cpdebug-ort-")
         program_file = Path(self._folder.name) / "program.onnx"
         self._whole = backend.runtime.session(
-            graph.path, level=backend.level, write=program_file, disabled_optimizers=backend.disabled_optimizers
+            graph.path,
+            level=backend.level,
+            write=program_file,
+            disabled_optimizers=backend.disabled_optimizers,
+            shown=graph,
         )
         try:
             inputs = self._example or MadeUp(graph).sample(0)
@@ -173,7 +178,8 @@ class OrtSession:
         self.settings["observer_gap"] = None if program.outputs is None else _gap(untouched, program.outputs)
 
     def _run_whole(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        self._whole = self._whole or self._backend.runtime.session(self._graph.path, level=self._backend.level)
+        runtime, level = self._backend.runtime, self._backend.level
+        self._whole = self._whole or runtime.session(self._graph.path, level=level, shown=self._graph)
         return run_whole(self._whole, self._graph, inputs, self._time_limit)
 
 
@@ -189,9 +195,9 @@ def run_whole(
     try:
         values = onnx_runtime.run(session, names, to_ort(inputs), limit)
     except onnx_runtime.Endless as error:
-        raise onnx_runtime.Endless(f"{graph.path}: {error}") from error
+        raise onnx_runtime.Endless(f"{graph}: {error}") from error
     except Exception as error:  # each status of ONNX Runtime is a class of its own, directly below Exception
-        raise InputError(f"{graph.path}: ONNX Runtime failed: {error}") from error
+        raise InputError(f"{graph}: ONNX Runtime failed: {onnx_runtime.told(error)}") from error
     return {n: to_numpy(v) for n, v in zip(names, values, strict=True) if v.is_tensor()}
 
 

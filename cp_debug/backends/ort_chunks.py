@@ -101,7 +101,7 @@ class ChunkedGraph:
             types = {name: _type_proto(value.data_type()) for name, value in live.items()}
             model = surgery.extract(self._graph, chunk.nodes, chunk.outputs, types)
             session = self._runtime.session(
-                model.SerializeToString(), level="none", weights=surgery.weights_folder(self._graph)
+                model.SerializeToString(), level="none", weights=surgery.weights_folder(self._graph), shown=self._graph
             )
             chunk.session = session if self._keep else None
             chunk.limit = onnx_runtime.time_limit(self._graph, chunk.nodes)
@@ -110,10 +110,10 @@ class ChunkedGraph:
             return onnx_runtime.run(session, wanted, feed, chunk.limit)
         except onnx_runtime.Endless as error:
             loops = ", ".join(node.name for node in chunk.nodes if onnx_runtime.time_limit(self._graph, [node]))
-            raise onnx_runtime.Endless(f"{self._graph.path}: node {loops}: {error}") from error
+            raise onnx_runtime.Endless(f"{self._graph}: node {loops}: {error}") from error
         except Exception as error:  # each status of ONNX Runtime is a class of its own, directly below Exception
             names = ", ".join(node.name for node in chunk.nodes)
-            raise InputError(f"{self._graph.path}: ONNX Runtime failed at {names}: {error}") from error
+            raise InputError(f"{self._graph}: ONNX Runtime failed at {names}: {onnx_runtime.told(error)}") from error
 
 
 def to_ort(arrays: Mapping[str, np.ndarray]) -> dict[str, onnxruntime.OrtValue]:

@@ -73,7 +73,7 @@ def build(
     give the same tensor. Without inputs no guess is used. ``inputs``: name → array in the dtype and shape that the
     graph declares.
     """
-    bare = Graph(_readable(written))
+    bare = Graph(_readable(written), source=original)
     guessed = _guess_names(bare, original)
     samples: dict[str, _TensorSample] = {}
     verified: set[str] = set()
@@ -275,4 +275,4 @@ def _with_side_branches(bare: Graph, names: Mapping[str, str], samples: Mapping[
     model.graph.value_info.extend(stated)
     path = bare.path.with_name(f"observed_{bare.path.name}")
     onnx.save(model, str(path))
-    return Graph(path)
+    return Graph(path, source=bare)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import BackendUnavailable, InputError
-from cp_debug.graph.onnx_runtime import SEVERITIES, session_options, severity
+from cp_debug.graph.onnx_runtime import SEVERITIES, session_options, severity, told
 from cp_debug.optional import install, require
 
 if TYPE_CHECKING:
@@ -85,11 +85,12 @@ class Runtime:
         write: Path | None = None,
         disabled_optimizers: Sequence[str] = (),
         log: bool = False,
+        shown: object = None,
     ) -> onnxruntime.InferenceSession:
         """Open a model, given as a file or as bytes with its external data in the folder ``weights``.
 
         ``write`` makes ONNX Runtime write the program that it will run, weights in a file beside it; ``log`` makes it
-        say on the process's stderr what it does.
+        say on the process's stderr what it does; ``shown`` is what messages name, the file itself where it is None.
         Raises InputError when ONNX Runtime refuses the model.
         """
         import onnxruntime as ort
@@ -122,8 +123,9 @@ class Runtime:
                 disabled_optimizers=list(disabled_optimizers) or None,
             )
         except Exception as error:  # each status of ONNX Runtime is a class of its own, directly below Exception
-            name = model if isinstance(model, Path) else "a piece of the model"
-            raise InputError(f"{name}: ONNX Runtime cannot open it: {error}") from error
+            name = shown or (model if isinstance(model, Path) else "a piece of the model")
+            reason = told(error).replace(str(model), str(name)) if isinstance(model, Path) else told(error)
+            raise InputError(f"{name}: ONNX Runtime cannot open it: {reason}") from error
 
 
 def read_settings(session: onnxruntime.InferenceSession) -> dict[str, Any]:

@@ -21,6 +21,10 @@ def create(spec: BackendSpec, **options: Any) -> Backend:
 
     Raises BackendUnavailable or MissingPackage when it cannot run here.
     """
+    if spec.name == "torch-fp8":
+        from cp_debug.backends.torch_fp8 import TorchFp8Backend
+
+        return TorchFp8Backend(spec, **options)
     if spec.family == "torch":
         from cp_debug.backends.torch_backend import TorchBackend
 

@@ -111,7 +111,7 @@ class Scaling:
             fine = mx_scales(_amax(single, axes, MX_BLOCK), codec, up=self.options.scale_up)
             return Encoded(codec(single / fine), fine, single.new_ones(()))
         if granularity == "block":
-            fine = _safe(_amax(single, axes, FP8_BLOCK, FP8_BLOCK if place else 1) / codec.largest)
+            fine = _safe(_over(_amax(single, axes, FP8_BLOCK, FP8_BLOCK if place else 1), codec.largest))
             return Encoded(codec(single / fine), fine, single.new_ones(()))
         if granularity == "channel" and axes.kept is not None and x.dim() > 1:
             others = [d for d in range(x.dim()) if d != axes.kept % x.dim()]
@@ -120,7 +120,7 @@ class Scaling:
             amax = single.abs().amax(others, keepdim=True)
         else:
             amax = single.abs().amax()
-        coarse = _safe(amax / codec.largest)
+        coarse = _safe(_over(amax, codec.largest))
         return Encoded(codec(single / coarse), None, coarse)
 
     @property
@@ -139,6 +139,53 @@ class Scaling:
         }
 
 
+@dataclass(frozen=True)
+class FixedScaling(Scaling):
+    """Encoding in FP8 where operands have a scale that was chosen before their values were known.
+
+    Delayed scaling takes it from earlier steps, calibration from other data; a scale of 1 is a plain cast.
+    """
+
+    scales: tuple[float | None, float | None] = (1.0, None)
+    """Scale of operand 0 (data) and of operand 1; None: the operand is encoded as ``options`` say."""
+    saturates: bool = True
+    """Whether what lies beyond the range becomes the largest number; else NaN in E4M3, Inf in E5M2."""
+
+    def encode(self, x: Tensor, axes: Axes, place: int) -> Encoded:
+        """``x`` of any shape as operand 0 (data) or 1 (weights) of a product."""
+        scale = self.scales[place]
+        if scale is None or not x.numel():
+            return super().encode(x, axes, place)
+        single = x.float()
+        return Encoded(self._codes(_over(single, scale)), None, single.new_tensor(scale))
+
+    def decoded(self, x: Tensor) -> Tensor:
+        """Values of data as its scale and its codes leave them; shape and dtype of ``x`` stay."""
+        scale = self.scales[0] or 1.0
+        return self._codes(_over(x, scale).float()).to(x.dtype) * scale
+
+    @property
+    def largest(self) -> float:
+        """The largest number of the element type."""
+        assert self.codec is not None
+        return self.codec.largest
+
+    def _codes(self, quotients: Tensor) -> Tensor:
+        codec = self.codec
+        assert codec is not None
+        codes = codec(quotients)
+        if self.saturates:
+            return codes
+        half_step = 2.0 ** (codec.exponent - codec.mantissa - 1)
+        beyond = quotients.abs() > codec.largest + half_step
+        return torch.where(beyond, quotients.sign() * (torch.nan if codec.overflow == "nan" else torch.inf), codes)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Elements, scales and blocks in words, JSON-safe."""
+        return super().settings | {"fixed_scales": list(self.scales), "saturates": self.saturates}
+
+
 def mx_scales(amax: Tensor, codec: Codec, *, up: bool = False) -> Tensor:
     """Scales in E8M0 of blocks whose largest magnitudes are ``amax``, float32 of the same shape.
 
@@ -152,8 +199,8 @@ def mx_scales(amax: Tensor, codec: Codec, *, up: bool = False) -> Tensor:
 
 
 def _nvfp4(x: Tensor, axes: Axes) -> Encoded:
-    coarse = _safe(x.abs().amax() / (E4M3.largest * E2M1.largest))
-    fine = E4M3(_amax(x, axes, NVFP4_BLOCK) / E2M1.largest / coarse)
+    coarse = _safe(_over(x.abs().amax(), E4M3.largest * E2M1.largest))
+    fine = E4M3(_over(_amax(x, axes, NVFP4_BLOCK), E2M1.largest) / coarse)
     codes = E2M1(torch.where(fine > 0, x / (torch.where(fine > 0, fine, 1.0) * coarse), x * 0))
     return Encoded(codes, fine, coarse)
 
@@ -167,7 +214,7 @@ def _int4(x: Tensor, axes: Axes, group: int, asymmetric: bool) -> tuple[Tensor, 
         return torch.floor(x * inverse + 8.5).clamp(0, 15) - 8, scale
     low = _blocks(x, axes, group, 1, torch.amin).clamp(max=0)
     high = _blocks(x, axes, group, 1, torch.amax).clamp(min=0)
-    scale = (high - low) / 15
+    scale = _over(high - low, 15.0)
     inverse = torch.where(scale != 0, 1 / scale, 0.0)
     zero = torch.where(scale != 0, torch.round(-low / scale), 0.0).clamp(0, 15)
     return torch.round(x * inverse + zero).clamp(0, 15) - zero, scale
@@ -194,6 +241,11 @@ def _blocks(x: Tensor, axes: Axes, block: int, wide: int, reduce: Callable[..., 
         spread = reduced.expand(*reduced.shape[:-1], length).flatten(-2)[..., :size]
         result = spread.movedim(-1, axis)
     return result
+
+
+def _over(x: Tensor, number: float) -> Tensor:
+    """``x`` divided by a number; torch multiplies by its rounded inverse on a GPU where it is no tensor."""
+    return x / x.new_tensor(number)
 
 
 def _safe(scale: Tensor) -> Tensor:

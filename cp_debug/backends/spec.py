@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, replace
 
 from cp_debug import plugins
-from cp_debug.backends.narrow_options import FAMILIES, NarrowOptions
+from cp_debug.backends.narrow_options import FAMILIES, NarrowOptions, TorchFp8Options
 from cp_debug.errors import BackendUnavailable, InputError
 
 KNOWN = {
@@ -16,6 +16,7 @@ KNOWN = {
     "torch-tf32": "PyTorch FP32 with TF32 on (CUDA only)",
     "torch-bf16": "PyTorch, module and inputs in BF16",
     "torch-fp16": "PyTorch, module and inputs in FP16",
+    "torch-fp8": "PyTorch, products in FP8 by torch._scaled_mm, scales calibrated (:dynamic, :channel, :block, :fast)",
     "torch-int8": "PyTorch with fake quantization (nvidia-modelopt), FP32 between",
     "ort": "ONNX Runtime, graph optimization off (same as ort-none)",
     "ort-none": "ONNX Runtime, graph optimization off",
@@ -101,6 +102,9 @@ class BackendSpec:
         if spec.family == "emu" and spec.variant in FAMILIES:
             options = NarrowOptions.parse(spec.variant + match["options"])
             return replace(spec, options=str(options).removeprefix(spec.variant))
+        if spec.name == "torch-fp8":
+            fp8 = TorchFp8Options.parse(spec.variant + match["options"])
+            return replace(spec, options=str(fp8).removeprefix(spec.variant))
         if match["options"]:
             takers = ", ".join(f"emu-{family}" for family in FAMILIES)
             raise InputError(f"--backends: {spec.name} has no options such as {match['options']!r}; {takers} have some")

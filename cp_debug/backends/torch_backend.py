@@ -69,7 +69,7 @@ class TorchBackend:
         if self.precision in ("fp16", "bf16", "int8"):
             raise BackendUnavailable(
                 str(self.spec),
-                f"{program.graph.path} comes without a torch module, and the precision of a graph is in the graph",
+                f"{program.graph} comes without a torch module, and the precision of a graph is in the graph",
                 nearest=f"emu-{self.precision}",
             )
         arithmetic = FP64 if self.precision == "fp64" else FP32

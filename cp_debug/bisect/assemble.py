@@ -85,7 +85,7 @@ def nothing_compared(run: CandidateRun, component: str, expected: Sequence[str])
     test_outputs = ", ".join(map(str, program.graph.outputs))
     return (
         f"{run.pipeline.backend.spec}: no output was compared: the reference gives {', '.join(expected)}, "
-        f"{program.graph.path} gives {test_outputs}; --map REFERENCE=TEST pairs two of them"
+        f"{program.graph} gives {test_outputs}; --map REFERENCE=TEST pairs two of them"
     )
 
 

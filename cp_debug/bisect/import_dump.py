@@ -81,7 +81,7 @@ def match_dump(
     matched = named_values(graph, given)
     if not matched:
         raise InputError(
-            f"{source}: none of its {len(tensors)} tensors is a value of {graph.path}: {_some(tensors)} against "
+            f"{source}: none of its {len(tensors)} tensors is a value of {graph}: {_some(tensors)} against "
             f"{_some(names)}; --map VALUE=TENSOR pairs two of them"
         )
     values = channels_first(graph, given, source, last=channels_last)

@@ -24,6 +24,7 @@ from cp_debug.backends.executor import Executor
 from cp_debug.backends.kernels import KERNELS
 from cp_debug.backends.memory import Trimmer
 from cp_debug.bisect.consequences import matters
+from cp_debug.bisect.narrow_variants import departures, spread
 from cp_debug.bisect.perturbation import doubt
 from cp_debug.bisect.quantized_segment import EmulatedSegment
 from cp_debug.bisect.range_loss import RangeLoss
@@ -94,6 +95,7 @@ class Replayer:
         self._trimmer = Trimmer(TRIM_AFTER)
         self._outputs = {v.name for v in graph.outputs}
         self._range_loss = RangeLoss(graph, self.oracle, self.known)
+        self._departures = None if emulated or quantized[1] is not None else departures(graph, precisions[1])
 
     def _emulator(self, side: int, oracle: str) -> Executor:
         """The executor that computes as the reference (0) or the test (1) claims to."""
@@ -130,13 +132,18 @@ class Replayer:
                 yield from ((t, Replay(nodes, skipped=str(error))) for t in targets)
 
     def introduced(self, target: str, test: Load) -> tuple[Tensor, Tensor]:
-        """(Introduced error, oracle's result) of one value, in the oracle's dtype and the value's shape.
+        """(Introduced error, oracle's result) of one value, in the value's shape and the oracle's dtype.
+
+        The error of whole numbers and booleans is in FP64.
 
         Raises InputError where ``layers`` would skip it.
         """
         nodes, starts = self.graph.segment([target], self.known)
         exact = as_tensor(self.oracle.run_nodes(nodes, {s: test(s) for s in starts}, [target])[target])
-        return self._hold(test(target)) - exact, exact
+        held = self._hold(test(target))
+        if not (exact.is_floating_point() or exact.is_complex()):  # booleans have no difference, unsigned ones wrap
+            return held.double() - exact.double(), exact
+        return held - exact, exact
 
     def given(self, value: str, exact: AnyTensor, reference: Load, test: Load) -> Replay:
         """The replay of a graph input, whose exact value the caller knows: glue copies and is not rounded.
@@ -184,6 +191,12 @@ class Replayer:
                 if of_reference is not None and scales.fit(nodes, target, of_reference):
                     replay.expected, replay.excess, replay.channel_excess = replay.introduced, 1.0, None
             replay.nodes, replay.precision = tuple(n.name for n in nodes), claimed.name
+            if self._departures is not None:
+                replay.computed_in = self._departures.find(
+                    nodes, given, target, captured[target], expected.results[target], exact[target]
+                )
+                if replay.new_nonfinite and spread(given, captured[target], expected.results[target]):
+                    replay.new_nonfinite = 0
             replay.unread = target not in self.graph.consumers and target not in self._outputs
             replay.not_emulated = self._not_emulated(nodes)
             replay.instead = instead(captured[target], exact[target], expected.results[target])

@@ -62,6 +62,8 @@ class Replay:
     """Whole numbers that agree neither with the inputs nor with emulation: both, in words."""
     not_emulated: tuple[str, ...] = ()
     """Nodes of the segment that have no kernel in the claimed arithmetic: ``expected`` says nothing of them."""
+    computed_in: str = ""
+    """Arithmetic that reproduces a layer which is not what its narrow precision declares: ``fp8:acc=fp22``."""
     skipped: str | None = None
 
     @classmethod

@@ -50,6 +50,9 @@ def judge(
     if (replay.channel_excess or 0.0) > EXCESS and replay.introduced > floor:
         says = f"its worst channels introduce {replay.channel_excess:.3g}× what {precision.name.upper()} explains"
         return Judgement(GUILTY, within, says + _scales(replay))
+    if replay.computed_in:
+        declared = precision.name if replay.precision is None else replay.precision
+        return Judgement(GUILTY, within, f"computes as {replay.computed_in}, not as {declared}")
     if replay.range_loss > RANGE * precision.roundoff:
         lost = f"storing them loses {replay.range_loss:.2g}"
         return Judgement(GUILTY, within, f"its numbers leave the range of {precision.name.upper()}: {lost}")

@@ -49,10 +49,14 @@ def build(
     from cp_debug.cli.console import console, show_notes, steps
     from cp_debug.deploy.schema import SUFFIXES, VARIANTS
 
+    profiles = once(map(tensorrt.parse_profile, profile or ()), "--profile")
     if not model.endswith(SUFFIXES):  # a configuration may name another interpreter
         check_given(model, checkpoint=checkpoint)
+        refuse_export_folder(model)
         policy = precision.value if precision else "auto"
-        check_installed(f"trt-{VARIANTS.get(policy, policy)}", trt_python=trt_python)
+        backend_name = f"trt-{VARIANTS.get(policy, policy)}"
+        _refuse_ranges(backend_name)
+        check_installed(backend_name, trt_python=trt_python)
     from cp_debug.deploy.config import override
     from cp_debug.deploy.engines import build_engines
     from cp_debug.deploy.stages import Deployment, configured
@@ -71,13 +75,10 @@ def build(
         }
         config = override(config, overrides)
         refuse_export_folder(config.model or "")
-        profiles = once(map(tensorrt.parse_profile, profile or ()), "--profile")
         options: dict[str, Any] = {"on_event": on_step.on_event, "calibration_cache": calibration_cache}
         options |= {"profiles": profiles} if profiles else {}
         assert config.model is not None
-        ranges = ("calibration_cache", "trt_calibrator", "trt_calib_data")
-        why = f"{config.engine_backend} is built; expected --precision int8"
-        refuse(ranges, unless=config.engine_backend in tensorrt.CALIBRATED, why=why)
+        _refuse_ranges(config.engine_backend)
         options |= tensorrt.calibration_data(config.model, config.checkpoint, trt_calibrator, trt_calib_data, stack)
         deployment = Deployment(config, source, on_step, **options)
         backend = deployment.backend(config.engine_backend)  # before the export: it may be missing here
@@ -88,3 +89,9 @@ def build(
         console.print(
             f"{output / engine.file}: built in {engine.seconds:.1f} s; layer inputs and outputs: {engine.types}"
         )
+
+
+def _refuse_ranges(backend: str) -> None:
+    """Refuse the flags about TensorRT's own calibration for a ``backend`` that has none."""
+    ranges = ("calibration_cache", "trt_calibrator", "trt_calib_data")
+    refuse(ranges, unless=backend in tensorrt.CALIBRATED, why=f"{backend} is built; expected --precision int8")

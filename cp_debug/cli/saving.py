@@ -1,14 +1,61 @@
-"""Output folders of commands: a new folder, or, with --overwrite, that of an earlier run."""
+"""Outputs of commands: files that nothing else on the command line names, and folders that are new or, with
+--overwrite, those of an earlier run."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from cp_debug.errors import InputError
+from cp_debug.files import resolved
+
+OUTPUTS = {"charts", "csv", "html", "json", "junit", "log", "log_file", "onnx", "output", "plot", "predictions", "save"}
+"""Parameters of commands that name what is written; every other text or path may name what is read."""
+
+
+def check_outputs(given: Mapping[str, Any], flags: Mapping[str, str]) -> None:
+    """Raise InputError where an output would replace a file that the same command line reads, or another output.
+
+    ``given``: parameter → value; ``flags``: parameter → its spelling.
+    """
+    outputs = [(flags[name], str(value)) for name, value in given.items() if name in OUTPUTS and _names_file(value)]
+    for place, (flag, output) in enumerate(outputs):
+        for other, text in outputs[:place]:
+            if resolved(Path(output)) == resolved(Path(text)) and not _is_special(output):
+                raise InputError(f"{flag}: {output} is the file of {other} too; expected another")
+        for name, value in given.items():
+            if name in OUTPUTS:
+                continue
+            for text in value if isinstance(value, (list, tuple)) else [value]:
+                if not _names_file(text):
+                    continue
+                if _same_file(output, str(text)):
+                    raise InputError(f"{flag}: {output} is what {flags[name]} reads; expected another file")
+                if given.get("overwrite") and resolved(Path(output)) in resolved(Path(str(text))).parents:
+                    raise InputError(f"{flag}: --overwrite would remove {text}, which {flags[name]} reads, with it")
+
+
+def _names_file(value: object) -> bool:
+    return isinstance(value, (str, Path)) and str(value) not in ("", "-") and "\0" not in str(value)
+
+
+def _is_special(path: str) -> bool:
+    """Whether the path is a folder, a device or a pipe."""
+    with suppress(OSError):
+        return Path(path).exists() and not Path(path).is_file()
+    return False
+
+
+def _same_file(output: str, text: str) -> bool:
+    """Whether ``text``, which may be ``file.py:callable``, names the file ``output``."""
+    with suppress(OSError):
+        places = (Path(text), Path(text.rpartition(":")[0]))
+        return Path(output).is_file() and any(place.exists() and place.samefile(output) for place in places)
+    return False
 
 
 def is_ours(folder: Path) -> bool:

@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from cp_debug.cli.console import NO_READER, errors, forget_output
+from cp_debug.cli.saving import check_outputs
 from cp_debug.errors import InputError
 
 _TYPED: ContextVar[Mapping[str, str] | None] = ContextVar("typed", default=None)
@@ -28,8 +29,12 @@ class Command(TyperCommand):
     """
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
-        """Run the command, with its typed flags remembered meanwhile. Raises InputError for numbers without end."""
+        """Run the command, with its typed flags remembered meanwhile.
+
+        Raises InputError for numbers without end, and for an output that would replace what is read or another output.
+        """
         check_numbers(self, ctx.params)
+        check_outputs(ctx.params, {p.name: _flag(p.opts) for p in self.params if p.name})
         token = _TYPED.set(_spelled(self, ctx))
         try:
             return super().invoke(ctx)
@@ -41,6 +46,12 @@ class Command(TyperCommand):
             raise typer.Exit(NO_READER) from None
         finally:
             _TYPED.reset(token)
+
+
+def _flag(spellings: list[str]) -> str:
+    """A parameter as messages name it: an option by its long form, an argument in capitals."""
+    name = max(spellings, key=len)
+    return name if name.startswith("-") else name.upper()
 
 
 def check_numbers(command: TyperCommand, given: Mapping[str, Any]) -> None:

@@ -113,6 +113,6 @@ def check_engines(folder: Path, programs: Sequence[Program], versions: Mapping[s
         if file_hash(folder / engine.file) != engine.sha256:
             raise InputError(f"{folder / engine.file}: changed since it was built; build it again")
         if engine.onnx_sha256 != program.graph.digest:
-            raise InputError(f"{folder / engine.file}: built from another graph than {program.graph.path}")
+            raise InputError(f"{folder / engine.file}: built from another graph than {program.graph}")
         paths[program.name] = folder / engine.file
     return paths

@@ -13,7 +13,7 @@ from cp_debug.deploy.exporting import ExportOptions, OnStep, export_model
 from cp_debug.deploy.quantizing import quantize_exported
 from cp_debug.display import Shown
 from cp_debug.errors import InputError
-from cp_debug.files import complete_folder
+from cp_debug.files import complete_folder, resolved
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.qdq import insert_qdq
 from cp_debug.graph.scales import Scales
@@ -142,8 +142,12 @@ def quantize_ptq(
 
     ``inputs`` are files to calibrate on, None the model's own samples; ``cache`` gives the scales of an earlier run
     instead. Raises InputError as ``quantize_model``, ``read_caches`` and ``write_quantized`` do, and where
-    ``skip_layers`` leave nothing to quantize.
+    ``skip_layers`` leave nothing to quantize, or a file would replace the model's own.
     """
+    for graph in model.components:
+        target = output / f"{graph.name}.onnx"
+        if graph.onnx_path is not None and resolved(target) == resolved(graph.onnx_path):
+            raise InputError(f"{target}: that is the model itself; expected another folder")
     first = First(MEASURED)
     samples = first(calibration_samples(model, inputs, MEASURED if cache else batches, on_step))
     if cache:

@@ -105,7 +105,7 @@ def _check(
     worst = max(errors, key=errors.__getitem__)
     if not sum(errors.values()) <= sum(limits.values()):
         raise InputError(
-            f"{exported.program.graph.path}: {worst} is {errors[worst]:.2g} (relative L2) from the quantized module of "
+            f"{exported.program.graph}: {worst} is {errors[worst]:.2g} (relative L2) from the quantized module of "
             f"{component.name}, which is itself {limits[worst]:.2g} from FP32; the graph computes something else"
         )
     return errors[worst]

@@ -186,9 +186,7 @@ def _check_outputs(programs: Sequence[Program], tests: Sequence[Program]) -> Non
         ]
         if lost:
             given = ", ".join(value.name for value in test.graph.outputs)
-            raise InputError(
-                f"--test-model: {test.graph.path} has no output that is {lost[0]!r}; its outputs are {given}"
-            )
+            raise InputError(f"--test-model: {test.graph} has no output that is {lost[0]!r}; its outputs are {given}")
 
 
 class _Passes:

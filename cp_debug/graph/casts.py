@@ -48,7 +48,7 @@ def cast_surgery(graph: Graph, dtype: str, keep_fp32: Collection[str], target: P
     for a weight beyond the range of ``dtype``.
     """
     if unknown := sorted(set(keep_fp32) - {node.name for node in graph.nodes}):
-        raise InputError(f"{graph.path}: no node {unknown[0]!r} to keep in FP32")
+        raise InputError(f"{graph}: no node {unknown[0]!r} to keep in FP32")
     save(_CastSurgery(graph, dtype, frozenset(keep_fp32)).model(), graph, target)
     return target
 
@@ -181,7 +181,7 @@ class _CastSurgery:
         if np.isinf(narrow.astype(np.float32)).sum() > np.isinf(array).sum():
             reader = self.graph.consumers[name][0].name
             raise InputError(
-                f"{self.graph.path}: weight {name!r} reaches {np.abs(array).max():.4g}, beyond {self.dtype}; "
+                f"{self.graph}: weight {name!r} reaches {np.abs(array).max():.4g}, beyond {self.dtype}; "
                 f"keep node {reader!r} in FP32"
             )
         return TensorProto(name=name, data_type=self.elem_type, dims=array.shape, raw_data=narrow.tobytes())

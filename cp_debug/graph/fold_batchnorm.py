@@ -59,4 +59,4 @@ def fold_batchnorm(graph: Graph, path: Path) -> Graph:
             weights[name].CopyFrom(numpy_helper.from_array(array.astype(weight.dtype), name))
         model.graph.node.remove(norm_node)
     save(model, graph, path)
-    return Graph(path)
+    return Graph(path, source=graph)

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 from onnx import external_data_helper
 
+from cp_debug.errors import InputError
 from cp_debug.graph.onnx_file import read_model, reads
 from cp_debug.graph.onnx_tensors import array_of, external_data
 
@@ -80,15 +81,24 @@ class Graph:
     Raises InputError as ``read_model`` does: for what is missing, truncated, not ONNX, or contradicts itself.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, *, source: Graph | str | None = None) -> None:
+        """``source``: what messages name in place of ``path``, which is a working copy that nobody has seen."""
         self.path = Path(path)
-        self.proto = read_model(self.path)
+        self._shown = str(path if source is None else source)
+        try:
+            self.proto = read_model(self.path)
+        except InputError as error:
+            raise InputError(str(error).replace(str(path), self._shown)) from None
         _free_negative_axes(self.proto)
         _texts_as_nodes(self.proto.graph)
         _sort(self.proto.graph)
         self.inputs = [_value_info(v) for v in self.proto.graph.input if v.name not in self._initializers]
         self.outputs = [_value_info(v) for v in self.proto.graph.output]
         self.nodes = [Node.of(i, n) for i, n in enumerate(self.proto.graph.node)]
+
+    def __str__(self) -> str:
+        """The file as the user knows it."""
+        return self._shown
 
     @cached_property
     def _initializers(self) -> dict[str, onnx.TensorProto]:

@@ -79,7 +79,7 @@ class MadeUp:
         self._axes = replace(FreeAxes.of(graph), inputs=self._inputs)
         for value in graph.inputs:
             if value.dtype is None or value.dtype.kind in "OSUc":
-                raise InputError(f"{self.named.path}: input {value}: no value can be made up for this; {self._wish()}")
+                raise InputError(f"{self.named}: input {value}: no value can be made up for this; {self._wish()}")
         self._ways: list[Ways] = [ways(graph, value) for value in graph.inputs]
 
     def sample(self, seed: int | Sequence[int]) -> dict[str, np.ndarray]:
@@ -95,7 +95,7 @@ class MadeUp:
         self._folder = tempfile.TemporaryDirectory(prefix="cpdebug-made-up-")
         path = Path(self._folder.name) / graph.path.name
         surgery.save(others.model, graph, path)
-        return Graph(path)
+        return Graph(path, source=graph)
 
     @cached_property
     def _chosen(self) -> _InputChoice:
@@ -106,9 +106,7 @@ class MadeUp:
         trial = _InputTrials(self, session)
         best = trial.search(first)
         if not trial.ran:
-            raise InputError(
-                f"{self.named.path}: none of {trial.count} made-up inputs ran ({trial.reason}); {self._wish()}"
-            )
+            raise InputError(f"{self.named}: none of {trial.count} made-up inputs ran ({trial.reason}); {self._wish()}")
         return best
 
     def others(self, choice: _InputChoice) -> Iterator[_InputChoice]:
@@ -205,7 +203,7 @@ class _InputTrials:
             names = [o.name for o in self._session.get_outputs()]
             outputs = onnx_runtime.run(self._session, names, _values(arrays), self._time_limit)
         except onnx_runtime.Endless as error:
-            raise onnx_runtime.Endless(f"{self._made.named.path}: with made-up inputs {error}") from error
+            raise onnx_runtime.Endless(f"{self._made.named}: with made-up inputs {error}") from error
         except Exception as error:  # each status of ONNX Runtime is a class of its own, directly below Exception
             place = _FAILED_NODE.search(str(error))
             if not self.ran:
@@ -218,9 +216,8 @@ class _InputTrials:
     def _in_words(self, message: str, place: re.Match[str] | None) -> str:
         node = self._made.graph.nodes[int(place[1])] if place and place[1].isdigit() else None
         where = f"node {node.name!r} ({node.op}): " if node else ""
-        last = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ :", "", message).rpartition("Status Message:")[2]
-        last = re.sub(r"/\S+\.(h|cc):\d+ |onnxruntime::\S+\([^)]*\) ?", "", last)
-        return f"{where}{' '.join(last.split()).rstrip('.')[:300]}"
+        last = onnx_runtime.told(message.rpartition("Status Message:")[2])
+        return f"{where}{last.rstrip('.')[:300]}"
 
 
 def _values(arrays: dict[str, np.ndarray]) -> dict[str, Any]:

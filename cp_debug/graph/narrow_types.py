@@ -35,7 +35,7 @@ def check_narrow_types(graph: Graph) -> None:
     seen: dict[int, Node] = {}
     opset = graph.opsets.get("", 0)
     for node, kind in quantizers(graph):
-        place = f"{graph.path}: node {node.name!r} ({node.op})"
+        place = f"{graph}: node {node.name!r} ({node.op})"
         if node.proto.domain in ("", "ai.onnx") and opset < FIRST_OPSET[kind]:
             raise InputError(f"{place}: {_NAMES[kind]} needs opset {FIRST_OPSET[kind]}; the file has opset {opset}")
         scale = node.proto.input[1]
@@ -49,7 +49,7 @@ def check_narrow_types(graph: Graph) -> None:
     if len(seen) > 1:
         (one, first), (other, second), *_ = seen.items()
         raise InputError(
-            f"{graph.path}: node {first.name!r} quantizes to {FP8[one]} and {second.name!r} to {FP8[other]}; expected "
+            f"{graph}: node {first.name!r} quantizes to {FP8[one]} and {second.name!r} to {FP8[other]}; expected "
             "one FP8 type in a graph"
         )
 

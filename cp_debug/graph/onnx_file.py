@@ -24,6 +24,8 @@ LARGEST = (1 << 31) - 1
 LONGEST = 4096
 """Characters of a name."""
 _CONSTANT = ("value", "sparse_value")
+_COUNTS = {"Scan": ("num_scan_inputs", "input"), "Split": ("num_outputs", "output")}
+"""Operator → attribute that counts, and what it counts: whoever believes it makes lists of that length."""
 _VALUE = {
     AttributeProto.FLOAT: "f",
     AttributeProto.INT: "i",
@@ -187,6 +189,19 @@ class _Check:
             raise self._error(f"{_title(node)} is a Constant with the attributes {names}; expected one value")
         for attribute in node.attribute:
             self._attribute(node, attribute)
+        self._counts(node)
+
+    def _counts(self, node: onnx.NodeProto) -> None:
+        """Raise InputError where an attribute counts more inputs or outputs than the node has."""
+        name, values = _COUNTS.get(node.op_type, ("", ""))
+        if not name or node.domain not in ("", "ai.onnx"):
+            return
+        most = len(getattr(node, values))
+        for attribute in node.attribute:
+            given = attribute.name == name and attribute.type == AttributeProto.INT and not attribute.ref_attr_name
+            if given and not 1 <= attribute.i <= most:
+                there = f"{most} {values}{'s' * (most != 1)}"
+                raise self._error(f"{_title(node)} says {name} {attribute.i}, but has {there}")
 
     def _attribute(self, node: onnx.NodeProto, attribute: AttributeProto) -> None:
         if attribute.ref_attr_name:

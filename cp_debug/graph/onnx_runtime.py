@@ -7,6 +7,7 @@ signal's number into a pipe at once, and the thread asks ONNX Runtime to end, wh
 from __future__ import annotations
 
 import os
+import re
 import select
 import signal
 import threading
@@ -46,6 +47,19 @@ _ENDING = (signal.SIGINT, signal.SIGTERM)
 
 class Endless(InputError):
     """A Loop has not come to an end within the time or the passes that it is given."""
+
+
+_NODE = re.compile(r"Non-zero status code returned while running (\S+) node\. Name:'(.*?)' Status Message: ")
+_PLACE = re.compile(
+    r"/\S+\.(?:h|cc|cpp):\d+ |(?:static |virtual |const )*(?:\w+ )?onnxruntime::[^()]*\([^)]*\)(?: const)? ?"
+)
+
+
+def told(error: Exception | str) -> str:
+    """ONNX Runtime's own words, in one line and without the places in its sources that stand before them."""
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ?", "", " ".join(str(error).split()))
+    text = _NODE.sub(lambda found: f"{found[1]} {found[2]!r}: " if found[2] else f"{found[1]}: ", text)
+    return _PLACE.sub("", text).strip()
 
 
 def severity() -> int:

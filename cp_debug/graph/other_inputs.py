@@ -232,7 +232,7 @@ class _Start:
         for node in self._graph.consumers.get(self._value, []):
             if node.op not in _MAP_READERS or len(node.inputs) != 1:
                 raise InputError(
-                    f"{self._graph.path}: input {self._value!r} is a map, which {node.name!r} ({node.op}) reads; "
+                    f"{self._graph}: input {self._value!r} is a map, which {node.name!r} ({node.op}) reads; "
                     f"expected {' or '.join(name.partition('ml.')[2] for name in _MAP_READERS)} alone"
                 )
             self._vector(node.proto, first, f"{values}/all", element)

@@ -17,6 +17,7 @@ from cp_debug.errors import InputError
 from cp_debug.graph.constants import Constants
 from cp_debug.graph.downstream import data_values
 from cp_debug.graph.graph import Graph, ValueInfo
+from cp_debug.graph.operators import PRODUCTS
 from cp_debug.serialize import JsonForm
 
 UNPAIRED = " (test)"
@@ -249,6 +250,29 @@ def _cut_off_by_range(reference: Graph, test: Graph, value: str) -> str:
     return name
 
 
+def _behind_folded(ours: Graph, theirs: Graph, pairs: Mapping[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
+    """The pairs without products into which only the test has folded the BatchNormalization that reads them.
+
+    Such a product is what the BatchNormalization gives, whatever it is called: it is paired with that, if nothing is.
+    """
+    result = dict(pairs)
+    constants = Constants(ours), Constants(theirs)
+    for test_name, (name, how) in pairs.items():
+        made, test_made = ours.producer.get(name), theirs.producer.get(test_name)
+        readers = ours.consumers.get(name, ())
+        if made is None or test_made is None or how == "map" or made.op not in PRODUCTS or made.op != test_made.op:
+            continue
+        if len(readers) != 1 or readers[0].op != "BatchNormalization" or name in {v.name for v in ours.outputs}:
+            continue
+        unfolded = any(n.op == "BatchNormalization" for n in theirs.consumers.get(test_name, ()))
+        if unfolded or constants[0].of(made) == constants[1].of(test_made):
+            continue
+        del result[test_name]
+        if readers[0].outputs[0] not in {reference_name for reference_name, _ in result.values()}:
+            result[test_name] = (readers[0].outputs[0], "structure")
+    return result
+
+
 def finish(
     ours: Graph,
     theirs: Graph,
@@ -257,6 +281,7 @@ def finish(
     shapes: tuple[Mapping[str, tuple[int, ...]], Mapping[str, tuple[int, ...]]] = ({}, {}),
 ) -> Pairing:
     """A whole ``Pairing`` from ``pairs``: outputs by position and shape where names do not tell, names for the rest."""
+    pairs = _behind_folded(ours, theirs, pairs)
     names = {test_name: name for test_name, (name, _) in pairs.items()}
     outputs = pair_outputs(ours, theirs, names, shapes)
     how = Counter(kind for test_name, (_, kind) in pairs.items() if test_name in theirs.producer)

@@ -105,7 +105,7 @@ class _QdqSurgery:
 
     def _check(self, name: str) -> None:
         """Raise InputError unless the node exists, has an operator for INT8, and reads unquantized FP32."""
-        node, where = self.nodes.get(name), f"{self.graph.path}: "
+        node, where = self.nodes.get(name), f"{self.graph}: "
         if node is None:
             raise InputError(f"{where}no node {name!r} to quantize")
         expected = PRODUCTS if name in self.layers else ("Add",)
@@ -148,7 +148,7 @@ class _QdqSurgery:
             grouped = node.op == "ConvTranspose" and _attribute(node, "group", 1) > 1
             why = "; ONNX has no scale for each output channel of a grouped ConvTranspose" if grouped else ""
             raise InputError(
-                f"{self.graph.path}: node {node.name!r} has {len(amax)} weight scales; expected 1 or {shape[axis]}, "
+                f"{self.graph}: node {node.name!r} has {len(amax)} weight scales; expected 1 or {shape[axis]}, "
                 f"axis {axis} of its weight {list(shape)}{why}"
             )
         return amax, axis
@@ -164,7 +164,7 @@ class _QdqSurgery:
     def _quantized(self, node: str, value: str, amax: np.ndarray, axis: int | None) -> tuple[str, list[onnx.NodeProto]]:
         """The name of ``value`` after INT8, and the pair of nodes that makes it unless they exist."""
         if not np.isfinite(amax).all() or (amax < 0).any():
-            raise InputError(f"{self.graph.path}: node {node!r}: the range of {value!r} is {amax}; expected ≥ 0")
+            raise InputError(f"{self.graph}: node {node!r}: the range of {value!r} is {amax}; expected ≥ 0")
         scale = np.where(amax > 0, amax / np.float32(LEVELS), np.float32(1))  # what is all zero stays zero
         key = (value, scale.tobytes())
         if key in self.pairs:
@@ -205,7 +205,7 @@ def _raised(model: onnx.ModelProto, graph: Graph) -> onnx.ModelProto:
     onnx_nodes = [node for node in graph.nodes if node.proto.domain in ("", "ai.onnx")]
     changed = [n for n in onnx_nodes if n.op in ("If", "Loop", "Scan") or _signature(n, old) != _signature(n, OPSET)]
     if changed:
-        where = f"{graph.path}: opset {old}, but INT8 needs {OPSET}, and"
+        where = f"{graph}: opset {old}, but INT8 needs {OPSET}, and"
         first = f"{changed[0].op} (node {changed[0].name!r})"
         if any(external_data_helper.uses_external_data(weight) for weight in model.graph.initializer):
             raise InputError(f"{where} {first} cannot be raised to it beside external weights; export the model again")

@@ -52,4 +52,4 @@ def refuse_random(graphs: Iterable[Graph], what: str) -> None:
     """
     for graph in graphs:
         for node in drawing(graph):
-            raise InputError(f"{graph.path}: {drawing_note(node)}, and {what}")
+            raise InputError(f"{graph}: {drawing_note(node)}, and {what}")

@@ -36,7 +36,7 @@ def extract(
     types_by_value = {**graph.types, **(types or {})}
     computed = {o for node in nodes for o in node.outputs}
     if stray := next((o for o in outputs if o not in computed), None):
-        raise InputError(f"{graph.path}: the segment does not compute {stray!r}")
+        raise InputError(f"{graph}: the segment does not compute {stray!r}")
     reads = dict.fromkeys(name for node in nodes for name in node.inputs if name not in computed)
     source = graph.proto
     model = onnx.ModelProto(

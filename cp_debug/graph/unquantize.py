@@ -34,7 +34,7 @@ def remove_qdq(graph: Graph, nodes: Collection[str], target: Path) -> Path:
     """
     pairs = quantized_inputs(graph)
     if unknown := sorted(set(nodes) - pairs.keys()):
-        raise InputError(f"{graph.path}: no node {unknown[0]!r} that reads from DequantizeLinear")
+        raise InputError(f"{graph}: no node {unknown[0]!r} that reads from DequantizeLinear")
     model = onnx.ModelProto()
     model.CopyFrom(graph.proto)
     needed = {v.name for v in graph.outputs}

@@ -155,7 +155,7 @@ class BackendRunner:
         backend: Backend = self._backend
         with tempfile.TemporaryDirectory(dir=self._folder) as folder:
             if self._precision.name == "int8":
-                graph = Graph(remove_qdq(program.graph, kept_nodes, Path(folder) / "kept.onnx"))
+                graph = Graph(remove_qdq(program.graph, kept_nodes, Path(folder) / "kept.onnx"), source=program.graph)
                 plain = program.plain or program.graph  # says that no pair is left by intention
                 program = replace(program, graph=graph, module=None, alignment=None, plain=plain)
             else:

@@ -52,7 +52,7 @@ class MixedExecutor:
 
     def run(self, inputs: Mapping[str, np.ndarray], high: frozenset[str], known: Iterable[Computed] = ()) -> Computed:
         """Run with the nodes ``high`` in FP32; of ``known`` runs the nearest is continued."""
-        check_inputs(self.graph.inputs, inputs, str(self.graph.path))
+        check_inputs(self.graph.inputs, inputs, str(self.graph))
         near = min(known, key=lambda run: len(run.high ^ high), default=None)
         before: Mapping[str, Any] = near.values if near else {}
         values: dict[str, Any] = {}

@@ -322,7 +322,7 @@ def _plain(program: Program, folder: Path) -> Program:
     quantized = quantized_inputs(program.graph)
     if not quantized:
         return program
-    graph = Graph(remove_qdq(program.graph, quantized, folder / f"{program.name}-plain.onnx"))
+    graph = Graph(remove_qdq(program.graph, quantized, folder / f"{program.name}-plain.onnx"), source=program.graph)
     return Program(program.name, graph, example=program.example)
 
 

@@ -153,15 +153,13 @@ class _ModelPrediction:
         self._walks: dict[str, GraphWalk] = {}
         for program in programs:
             if unknown := unsupported(program.graph):
-                raise InputError(
-                    f"{program.graph.path}: no implementation of {unknown[0].op} (node {unknown[0].name!r})"
-                )
+                raise InputError(f"{program.graph}: no implementation of {unknown[0].op} (node {unknown[0].name!r})")
             graph = program.graph
             if precision != "int8":
                 graph = fold_batchnorm(graph, scratch / f"{program.name}.folded.onnx")
             elif graph.precision != "int8":
                 raise InputError(
-                    f"--precision int8: {graph.path} has no QuantizeLinear nodes; `cpdebug quantize ptq` puts them in"
+                    f"--precision int8: {graph} has no QuantizeLinear nodes; `cpdebug quantize ptq` puts them in"
                 )
             self._walks[program.name] = GraphWalk(graph, kernels, options.device, timed=timed)
         if is_exported(model) and target.opset:

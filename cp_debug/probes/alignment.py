@@ -138,5 +138,5 @@ class Alignment:
             raise InputError(f"{path}: schema is {schema!r}; expected {SCHEMA!r}")
         alignment: Alignment = typed(cls, document, f"{path}: not an alignment manifest")
         if alignment.graph_sha256 != graph.digest:
-            raise InputError(f"{path}: this alignment belongs to another graph than {graph.path}; export it again")
+            raise InputError(f"{path}: this alignment belongs to another graph than {graph}; export it again")
         return alignment

@@ -51,7 +51,7 @@ def align(
     """
     names = [info.name for info in graph.inputs]
     if len(names) != len(args):
-        raise InputError(f"{graph.path}: the graph takes {len(names)} inputs {names}; {len(args)} were given")
+        raise InputError(f"{graph}: the graph takes {len(names)} inputs {names}; {len(args)} were given")
     inputs = dict(zip(names, args, strict=True))
     data = set(data_values(graph))
     torch_prints: dict[TorchValue, Fingerprint] = {}

@@ -80,7 +80,7 @@ def differing_weights(programs: Sequence[Program], tests: Sequence[Program]) -> 
 
 
 def _inputs(program: Program, test: Program, fixed: Mapping[str, str]) -> dict[str, str]:
-    return pair_inputs(program.graph, test.graph, fixed, f"--test-model: {test.graph.path}")
+    return pair_inputs(program.graph, test.graph, fixed, f"--test-model: {test.graph}")
 
 
 def _needs_numbers(program: Program, test: Program, fixed: Mapping[str, str]) -> bool:

@@ -27,6 +27,7 @@ from cp_debug.graph import onnx_runtime
 from cp_debug.graph.constants import Constants
 from cp_debug.graph.downstream import data_values
 from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.operators import PRODUCTS
 from cp_debug.probes.fingerprint import Fingerprint, fingerprint
 from cp_debug.programs.align import TOLERANCE
 from cp_debug.programs.matching import nearest
@@ -38,6 +39,8 @@ QUANTIZED = 0.3
 """Relative L2 distance up to which a value behind quantizers equals one of the reference."""
 FEW = 16
 """Number of elements below which contents alone pair nothing: so few are equal by chance."""
+SCALED = 0.8
+"""Cosine of a channel's weights above which they are the same ones times a factor, or nearly."""
 AHEAD = 4
 """Number of nodes in a row that another operator, or several, may stand for."""
 
@@ -215,7 +218,7 @@ class NumericPairing:
         expected = [o for n in self._readers.get(name, []) for o in n.outputs if o in self._prints]
         for reader in self._test.consumers.get(own, []):
             for result in self._compute(reader, reader.outputs, instead).values():
-                if isinstance(result, list):
+                if not _has_numbers(result):
                     continue
                 print_, limit = fingerprint(result), max(_tolerance(result), self._loose)
                 if print_.norm and any(self._prints[o].distance(print_) <= limit for o in expected):
@@ -245,18 +248,43 @@ class NumericPairing:
         return [self._by_likeness(node, nodes) for nodes in tiers]
 
     def _by_likeness(self, node: Node, twins: Sequence[Node]) -> list[str]:
-        """The unclaimed values of some nodes, the likeliest first: by name, equal constants, contents, place."""
+        """The unclaimed values of some nodes, the likeliest first.
+
+        By weights of one shape, name, equal constants, weights that differ by a factor a channel, contents, place.
+        """
         value = self._values.get(node.outputs[0])
         own_print = fingerprint(value) if value is not None and _has_numbers(value) else None
         weights = set(self._theirs.of(node))
 
-        def key(twin: Node) -> tuple[bool, int, float, int]:
+        def key(twin: Node) -> tuple[bool, bool, int, bool, float, int]:
             name = twin.outputs[0]
             near = self._prints[name].distance(own_print) if own_print and name in self._prints else math.inf
-            return name != node.outputs[0], -len(weights & set(self._ours.of(twin))), near, twin.index
+            equal = len(weights & set(self._ours.of(twin)))
+            reshaped, unlike = self._unlike(node, twin)
+            return reshaped, name != node.outputs[0], -equal, unlike, near, twin.index
 
         free = {n.index: n for n in twins if n.outputs and n.outputs[0] in self._data - self._claimed}
         return [n.outputs[0] for n in sorted(free.values(), key=key)]
+
+    def _unlike(self, node: Node, twin: Node) -> tuple[bool, bool]:
+        """Whether the weights of two products differ in shape, and by more than a factor for each output channel.
+
+        A BatchNormalization that is folded in changes no more than these factors, whichever it is.
+        """
+        if node.op != twin.op or node.op not in PRODUCTS:
+            return False, False
+        name, twin_name = (n.proto.input[1] if len(n.proto.input) > 1 else "" for n in (node, twin))
+        if name not in self._theirs or twin_name not in self._ours:
+            return False, False
+        weight, other = self._theirs[name], self._ours[twin_name]
+        if weight.shape != other.shape:
+            return True, True
+        rows_first = node.op == "Conv" or any(a.name == "transB" and a.i for a in node.proto.attribute)
+        axis = 0 if rows_first or weight.ndim < 2 else 1
+        rows, twins = (np.moveaxis(w.astype(np.float64), axis, 0).reshape(w.shape[axis], -1) for w in (weight, other))
+        sizes = np.linalg.norm(rows, axis=1) * np.linalg.norm(twins, axis=1)
+        cosines = np.abs(np.einsum("ij,ij->i", rows, twins)) / np.where(sizes > 0, sizes, np.inf)
+        return False, not float(np.median(cosines)) > SCALED
 
     def _chain(self, node: Node) -> list[Node]:
         """A node and those behind it that alone read it: a fused operator may stand for any beginning of them."""
@@ -282,6 +310,11 @@ class NumericPairing:
             (self._data, self._inputs) if graph is self._reference else (self._own_data, {v.name for v in graph.inputs})
         )
         return [n for n in node.inputs if n in data or n in inputs]
+
+
+def _has_numbers(value: Any) -> bool:
+    """Whether a value is a tensor of numbers: no sequence, no strings, not nothing."""
+    return isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "fiub")
 
 
 def _tolerance(value: Any) -> float:
@@ -322,8 +355,3 @@ def run_in_ort(
         raise
     except Exception:  # the runtime raises kinds of its own; what cannot be computed is paired by structure
         return {}
-
-
-def _has_numbers(value: Any) -> bool:
-    """Whether a value is a tensor of numbers: no sequence, empty optional or strings."""
-    return isinstance(value, Tensor) or getattr(value, "dtype", np.dtype(object)).kind not in "OSU"

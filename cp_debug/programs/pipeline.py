@@ -87,7 +87,7 @@ def _export(component: Component, inputs: Mapping[str, np.ndarray], folder: Path
         opset=how.opset,
         folded=folded,
     )
-    graph = Graph(path)
+    graph = Graph(path, source=f"{component.name}, as exported")
     alignment = align(graph, module, args, prefix=component.prefix)
     alignment.save(path.with_suffix(".alignment.json"))
     return Program(component.name, graph, module, alignment, example=inputs)

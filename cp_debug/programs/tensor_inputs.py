@@ -64,7 +64,7 @@ def _names(graph: Graph, names_of: Model | None) -> dict[str, str]:
     pairs = {v.name: n for v, n in zip(graph.inputs, there, strict=False)}
     if len(there) != len(graph.inputs) or any(pairs[n] not in theirs for n in own):
         expected = ", ".join(map(str, reference.inputs))
-        raise InputError(f"{graph.path}: its inputs are {', '.join(map(str, graph.inputs))}; expected {expected}")
+        raise InputError(f"{graph}: its inputs are {', '.join(map(str, graph.inputs))}; expected {expected}")
     return {name: pairs[name] for name in own}
 
 

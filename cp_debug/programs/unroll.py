@@ -143,4 +143,4 @@ def _saved(program: Program, model: onnx.ModelProto, folder: Path, what: str) ->
         count += 1
         path = folder / f"{program.name}.{what}-{count}.onnx"
     surgery.save(model, program.graph, path)
-    return Graph(path)
+    return Graph(path, source=program.graph)

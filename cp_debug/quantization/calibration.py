@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any, TypeAlias
 
 import torch
@@ -18,6 +19,7 @@ from cp_debug.probes.trace import unwatched
 from cp_debug.programs.align import module_digest
 from cp_debug.programs.torch_layers import full_path, is_quantized, layers_of, matches, own_path, select, weight_axis
 from cp_debug.quantization.histogram import PERCENTILE, Histogram, check_method, weight_amax
+from cp_debug.quantization.nested_batches import NestedBatches, is_plain, tensors_only
 from cp_debug.quantization.output_error import BATCHES, OutputErrors
 from cp_debug.quantization.residual_adds import attach, find_adds
 
@@ -61,10 +63,26 @@ class CalibrationManager:
         """Layer or addition → what it read."""
         self._errors = OutputErrors() if method == "mse" else None
 
-    def calibrate(self, batches: Iterable[Batch]) -> Scales:
-        """The scales from these batches and all before. Raises InputError without a batch, and as ``run`` does."""
-        for batch in batches:
-            self.run(batch)
+    def calibrate(self, batches: Iterable[Any], forward_fn: Callable[[nn.Module, Any], Any] | None = None) -> Scales:
+        """The scales from these batches and all before.
+
+        ``batches`` may be a data loader: a batch of nested containers is handed to ``forward_fn(model, batch)``,
+        without one to the module's ``test_step`` where it has one.
+        Raises InputError without a batch, and as ``run`` does.
+        """
+        stream = iter(batches)
+        first = next(stream, None)
+        if first is None:
+            return self.scales()
+        stream = chain((first,), stream)
+        call = forward_fn or (None if is_plain(first) else getattr(type(self.module), "test_step", None))
+        nested = None if call is None else NestedBatches(self.module, tensors_only(call))
+        try:
+            for batch in stream if nested is None else nested.tensors(stream):
+                self.run(batch)
+        finally:
+            if nested is not None:
+                nested.restore(self.module)
         return self.scales()
 
     def run(self, batch: Batch) -> dict[str, Tensor]:

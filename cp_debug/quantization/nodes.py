@@ -31,7 +31,7 @@ def scales_by_node(scales: Scales, alignment: Alignment, graph: Graph) -> Scales
         residual_adds |= dict.fromkeys(nodes, amax)
         lost += [] if nodes else [path]
     if lost:
-        raise InputError(f"{graph.path}: no {', '.join(PRODUCTS)} or Add computes {', '.join(lost)}; export it again")
+        raise InputError(f"{graph}: no {', '.join(PRODUCTS)} or Add computes {', '.join(lost)}; export it again")
     return dataclasses.replace(scales, layers=layers, residual_adds=residual_adds)
 
 

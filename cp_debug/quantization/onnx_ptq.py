@@ -45,7 +45,7 @@ class GraphCalibration:
     def __init__(self, graph: Graph, method: str = "max", skip: Sequence[str] = ()) -> None:
         check_method(method)
         if graph.precision == "int8":
-            raise InputError(f"{graph.path}: this graph is quantized already; calibrate the FP32 model")
+            raise InputError(f"{graph}: this graph is quantized already; calibrate the FP32 model")
         self._graph, self._method = graph, method
         self._executor = Executor(graph, weight_cache=0)
         data = {*data_values(graph), *(v.name for v in graph.inputs)}
@@ -78,12 +78,12 @@ class GraphCalibration:
             try:
                 histogram.add(torch.as_tensor(as_numpy(tensor)))
             except ValueError as error:
-                raise InputError(f"{self._graph.path}: {name!r} holds {error} during calibration") from None
+                raise InputError(f"{self._graph}: {name!r} holds {error} during calibration") from None
 
     def scales(self) -> Scales:
         """The scales from all samples so far. Raises InputError when there was none."""
         if self._counts and not self._shapes:
-            raise InputError(f"{self._graph.path}: there is no calibration data: expected at least one sample")
+            raise InputError(f"{self._graph}: there is no calibration data: expected at least one sample")
         residual_adds = {
             node.name: self._operands[node.name].amax(self._method)
             for node in self._residual_adds

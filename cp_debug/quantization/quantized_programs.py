@@ -137,7 +137,7 @@ def with_ranges(graph: Graph, ranges: Ranges, target: Path) -> Graph:
         if node.name in ranges.layers and (weight := weight_of(node, executor)).dim() > 1:
             amax = weight_amax(weight, weight_axis(node, weight.dim()), "max")
             layers[node.name] = LayerScales(ranges.layers[node.name], amax.numpy())
-    return Graph(insert_qdq(graph, layers, target, stored=ranges.stored))
+    return Graph(insert_qdq(graph, layers, target, stored=ranges.stored), source=graph)
 
 
 def already_quantized(programs: Sequence[Program]) -> list[Program] | None:
@@ -167,7 +167,8 @@ def _of_graphs(model: Model, programs: Sequence[Program]) -> Model:
 
 
 def _with_pairs(program: Program, scales: Scales, folder: Path) -> Program:
-    graph = Graph(insert_qdq(program.graph, scales.layers, folder / f"{program.name}.int8.onnx", scales.residual_adds))
+    file = insert_qdq(program.graph, scales.layers, folder / f"{program.name}.int8.onnx", scales.residual_adds)
+    graph = Graph(file, source=program.graph)
     scales.save(folder / f"{program.name}.scales.safetensors")
     alignment = program.alignment and replace(program.alignment, graph_sha256=graph.digest)
     return replace(program, graph=graph, alignment=alignment, scales=scales, plain=program.graph)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from cp_debug.display import terminal
-from cp_debug.programs.torch_layers import quantizers, select
+from cp_debug.programs.torch_layers import is_quantized, quantizers, select
 from cp_debug.quantization.record import quantization_of
 from cp_debug.quantization.residual_adds import add_quantizers
 
@@ -21,33 +21,44 @@ class _Toggle(AbstractContextManager["_Toggle"]):
     """Switches quantizers at once; leaving it as a context manager puts back what was before."""
 
     def __init__(self, module: nn.Module, globs: tuple[str, ...], on: bool) -> None:
-        record = quantization_of(module)
-        self._before: list[tuple[Any, bool]] = []
-        residual_adds = add_quantizers(module)
-        for path in select([*record.layers, *record.residual_adds], globs or ("*",)):
-            layer: Any = None if path in residual_adds else module.get_submodule(path)
-            for quantizer in (
-                [residual_adds[path]] if layer is None else [layer.input_quantizer, layer.weight_quantizer]
-            ):
-                self._before.append((quantizer, quantizer.is_enabled))
-                _switch(quantizer, on)
+        self._on = on
+        self._before = [(quantizer, bool(quantizer.is_enabled)) for quantizer in _chosen(module, globs)]
+        self.apply()
+
+    def apply(self, switched: bool = True) -> _Toggle:
+        """Switch them, which making this object has done already; False puts back what was before."""
+        for quantizer, before in self._before:
+            _switch(quantizer, self._on if switched else before)
+        return self
 
     def __exit__(self, *error: object) -> None:
-        for quantizer, on in self._before:
-            _switch(quantizer, on)
+        self.apply(False)
 
 
-def disable_quantization(module: nn.Module, *globs: str) -> AbstractContextManager[Any]:
+def _chosen(module: nn.Module, globs: tuple[str, ...]) -> list[Any]:
+    """The quantizers that the globs mean; of a layer, or another part of a quantized module, all that have scales."""
+    if not hasattr(module, "quantization") and not globs and is_quantized(module):
+        return [quantizer for _, quantizer in quantizers(module) if quantizer.amax is not None]
+    record, residual_adds = quantization_of(module), add_quantizers(module)
+    chosen: list[Any] = []
+    for path in select([*record.layers, *record.residual_adds], globs or ("*",)):
+        layer: Any = None if path in residual_adds else module.get_submodule(path)
+        chosen += [residual_adds[path]] if layer is None else [layer.input_quantizer, layer.weight_quantizer]
+    return chosen
+
+
+def disable_quantization(module: nn.Module, *globs: str) -> _Toggle:
     """Let the layers and additions that a glob means compute in FP32, all of them without a glob.
 
-    The effect lasts, or ends with the block where this is used as a context manager (``with
-    disable_quantization(module, "head.*"):``). Raises InputError, with the nearest names, for a glob that means none,
-    and for a module that is not quantized.
+    ``module`` is what ``quantize_ptq`` gave or, without globs, any layer or other part of it. The effect lasts, or ends
+    with the block where this is used as a context manager (``with disable_quantization(module, "head.*"):``);
+    ``.apply()`` may follow, as in AWML, and changes nothing more. Raises InputError, with the nearest names, for a glob
+    that means none, and for a module that is not quantized.
     """
     return _Toggle(module, globs, on=False)
 
 
-def enable_quantization(module: nn.Module, *globs: str) -> AbstractContextManager[Any]:
+def enable_quantization(module: nn.Module, *globs: str) -> _Toggle:
     """The opposite of ``disable_quantization``. Quantizers that have no scale stay off: outputs, BatchNorm, skips."""
     return _Toggle(module, globs, on=True)
 

@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import fuzz_arguments
+import fuzz_crossed
 import fuzz_deploy
 import fuzz_files
 import fuzz_foreign
@@ -67,6 +68,11 @@ KINDS: dict[str, tuple[Make, int]] = {
     "schema": (fuzz_newer.schema, 8),
     "saved": (fuzz_newer.saved, 10),
     "imported": (fuzz_newer.imported, 8),
+    "node-tests": (fuzz_crossed.node_test, 14),
+    "crossed": (fuzz_crossed.crossed, 8),
+    "leaves": (fuzz_crossed.leaves, 10),
+    "collisions": (fuzz_crossed.collisions, 5),
+    "wrong-files": (fuzz_crossed.wrong_files, 8),
     "signals": (fuzz_foreign.signals, 3),
 }
 """Name → (generator, how often)."""

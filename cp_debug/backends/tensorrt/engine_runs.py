@@ -82,7 +82,7 @@ class EngineRuns:
 
         Takes and returns name → array in the dtype that the graph declares.
         """
-        check_inputs(self._graph.inputs, inputs, str(self._graph.path))
+        check_inputs(self._graph.inputs, inputs, str(self._graph))
         with tempfile.TemporaryDirectory(prefix="cpdebug-engine-") as folder:
             (ran,) = self.execute([engine], inputs, Path(folder))
             return self.outputs(ran.written)
@@ -93,7 +93,7 @@ class EngineRuns:
         ``inputs``: name → array in the dtype and shape that the graph declares.
         Raises InputError for inputs that do not fit the graph.
         """
-        check_inputs(self._graph.inputs, inputs, str(self._graph.path))
+        check_inputs(self._graph.inputs, inputs, str(self._graph))
         with tempfile.TemporaryDirectory(prefix="cpdebug-engine-") as folder:
             (ran,) = self.execute([engine], inputs, Path(folder), repeat=repeats)
         return ran.seconds[1:]

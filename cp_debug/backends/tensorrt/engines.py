@@ -221,7 +221,7 @@ class EngineSet:
             request = (f"{self._name}-probe-{len(self._probes)}.engine", probes)
             (self._probes[value],) = self._builder.build([request], self._profiles)
         if self._probes[value].facts["missing"]:
-            raise InputError(f"{self._builder.graph.path}: TensorRT cannot put out {value!r}; try --probes boundaries")
+            raise InputError(f"{self._builder.graph}: TensorRT cannot put out {value!r}; try --probes boundaries")
         return self._probes[value]
 
     def rebuild(self) -> Engine:

@@ -118,7 +118,8 @@ class EngineSession:
         )
         graph = source_graph
         if config.graph_precision is not None:
-            graph = Graph(cast_surgery(source_graph, config.graph_precision, kept_nodes, folder / file))
+            cast = cast_surgery(source_graph, config.graph_precision, kept_nodes, folder / file)
+            graph = Graph(cast, source=source_graph)
         step = {
             "device": options.device,
             "workspace_mib": options.workspace_mib,

@@ -89,6 +89,7 @@ CAUSES: list[Cause] = []
 
 BY_NODE = (
     "batchnorm",
+    "batchnorm_pairing",
     "fitted_weights",
     "operators",
     "quantized",
@@ -98,7 +99,7 @@ BY_NODE = (
     "weights",
 )
 """The modules whose families change one node after the other."""
-APPROXIMATE = ("precision", "quantized", "ranges", "scales", "truncated_sums")
+APPROXIMATE = ("narrow", "precision", "quantized", "ranges", "scales", "truncated_sums")
 """The modules whose families emulate arithmetic that differs from kernel to kernel."""
 
 

@@ -1,4 +1,4 @@
-"""Parameters of a BatchNormalization, and what they make of a tensor."""
+"""Parameters of a BatchNormalization, what they make of a tensor, and where in a program they are found."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from cp_debug.backends.base import Program
+from cp_debug.backends.weights import Weights
+from cp_debug.graph.graph import Node
+from cp_debug.programs.layers import layer_name
+from cp_debug.programs.torch_layers import full_path, own_path
 
 
 @dataclass(frozen=True)
@@ -41,3 +48,78 @@ class BatchNorm:
     def applied(self, x: Tensor, along: Callable[[Tensor], Tensor]) -> Tensor:
         """The normalized ``x``; ``along`` shapes parameters to meet it."""
         return (x - along(self.mean)) * along(self.scale) + along(self.bias)
+
+
+def batch_norms(program: Program, constants: Weights) -> dict[str, BatchNorm]:
+    """Every BatchNormalization of a program by the name of its layer, in order: of the module where there is one.
+
+    ``constants`` are the weights of the program's graph.
+    """
+    found: dict[str, BatchNorm] = {}
+    if program.module is not None and program.alignment is not None:
+        for path, module in program.module.named_modules():
+            if isinstance(module, _BatchNorm) and (norm := _of_module(module)) is not None:
+                found[full_path(program.alignment.prefix, path)] = norm
+    for node in program.graph.nodes if not found else ():
+        if node.op == "BatchNormalization" and (of_node := of_graph_node(node, constants)) is not None:
+            found[layer_name(program, node.outputs[0])] = of_node
+    return found
+
+
+def of_graph_node(node: Node, constants: Weights) -> BatchNorm | None:
+    """The BatchNormalization that a node of a graph computes; None where its parameters are no constants."""
+    if not all(constants.holds(name) for name in node.proto.input[1:5]):
+        return None
+    eps = next((a.f for a in node.proto.attribute if a.name == "epsilon"), 1e-5)
+    return BatchNorm.of([torch.as_tensor(constants[name]) for name in node.proto.input[1:5]], eps)
+
+
+def folded_batch_norm(program: Program, node: Node) -> BatchNorm | None:
+    """The BatchNormalization of the module that was folded into a node's weights; None where that is not known."""
+    module = folded_module(program, node)
+    return _of_module(module) if isinstance(module, _BatchNorm) else None
+
+
+def folded_module(program: Program, node: Node) -> nn.Module | None:
+    """The last module that a node computes: of a convolution with a BatchNorm folded into it that BatchNorm."""
+    path = _path(program, node)
+    return _submodule(program, path) if path else None
+
+
+def raw_layer(program: Program, node: Node) -> nn.Module | None:
+    """The convolution or linear layer as it is in the module, before a BatchNorm was folded into it.
+
+    None where that is not known.
+    """
+    alignment, path = program.alignment, _path(program, node)
+    if alignment is None or not path:
+        return None
+    calls = [path, *(call for call, layer in alignment.absorbed.items() if layer == path)]
+    layers = [_submodule(program, call) for call in calls]
+    weighted = [layer for layer in layers if isinstance(getattr(layer, "weight", None), Tensor)]
+    raw = [layer for layer in weighted if not isinstance(layer, _BatchNorm)]
+    return raw[0] if len(raw) == 1 else None
+
+
+def _path(program: Program, node: Node) -> str:
+    links = program.alignment.links if program.alignment is not None else ()
+    link = next((link for link in links if link.onnx == node.outputs[0]), None)
+    return (link.path or "") if link is not None else ""
+
+
+def _submodule(program: Program, path: str) -> nn.Module | None:
+    if program.module is None or program.alignment is None:
+        return None
+    try:
+        return program.module.get_submodule(own_path(program.alignment.prefix, path))
+    except AttributeError:
+        return None
+
+
+def _of_module(module: _BatchNorm) -> BatchNorm | None:
+    mean, variance = module.running_mean, module.running_var
+    if mean is None or variance is None:
+        return None
+    weight = torch.ones_like(mean) if module.weight is None else module.weight
+    bias = torch.zeros_like(mean) if module.bias is None else module.bias
+    return BatchNorm.of((weight, bias, mean, variance), module.eps)

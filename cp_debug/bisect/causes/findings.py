@@ -8,11 +8,15 @@ from functools import cached_property, partial
 from statistics import fmean
 from typing import Any
 
+from cp_debug.backends.narrow_options import NarrowOptions
 from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.causes.base import CAUSES, Candidate, Cause
+from cp_debug.bisect.causes.batchnorm_pairing import in_words as pairs_in_words
 from cp_debug.bisect.causes.effects import Effects
 from cp_debug.bisect.causes.everywhere import counted, in_words, orders
 from cp_debug.bisect.causes.graphs import GraphReader
+from cp_debug.bisect.causes.narrow import departure
+from cp_debug.bisect.causes.narrow_costs import costs
 from cp_debug.bisect.causes.precision import OVERFLOWS, PROMOTED
 from cp_debug.bisect.causes.search import ENOUGH, Explanation, explain
 from cp_debug.bisect.causes.segment import Segment, SegmentContext
@@ -116,6 +120,10 @@ class Explainer:
             fix = "compare what the condition is computed from in both programs, and its threshold"
             findings.append(Finding("control-flow", says, names, [row.op for row in settled_rows], fix=fix))
         findings += [*unsteady, *(() if self._draws else self._program(observation))]
+        try:
+            findings += costs(rows, self.run.precision.name, self.run.precision.roundoff, self.segment)
+        except Exception as error:
+            self.notes.append(f"what would lower the cost of the declared precision is not known: {in_one_line(error)}")
         if not all(row.within for row in rows.values()):
             try:
                 findings += self._costliest(rows)
@@ -148,6 +156,12 @@ class Explainer:
             segment = self.segment(key, row)
             where = locate(segment, row.name)
             failed = partial(self._failed, row)
+            if row.replay is not None and row.replay.computed_in:
+                claim = NarrowOptions.parse(row.replay.precision or self.run.precision.name)
+                known = departure(segment, claim, row.replay.computed_in)
+                if known is not None:
+                    share = segment.explained(known.value)[0]
+                    return Explained(row, Explanation(known, share, None, 0.0), where), None
             if row.region is not None and self.goes_inside(key.component):
                 explanation, family = explain(segment, families, failed, [c for c in CAUSES if not c.by_node])
             elif row.side == "test":
@@ -219,6 +233,10 @@ class Explainer:
         cause, second = explanation.cause, explanation.runner_up
         names = [row.name for row in rows]
         says = _unexplained(explanation) if cause is None else cause.says
+        named = [(e.row.name, e.explanation.cause) for e in group]
+        pairs = {name: c.evidence["batchnorm_of"] for name, c in named if c and "batchnorm_of" in c.evidence}
+        if len(pairs) > 1 and len(pairs) == len(group):
+            says = pairs_in_words(pairs)
         equals = {other.cause: other.says for other in explanation.equals[:EQUALS]}
         if cause is not None and equals:
             says += "; or, which explains it as well: " + "; or ".join(equals.values())
@@ -235,6 +253,7 @@ class Explainer:
                 "why": worst.row.why,
                 **(cause.evidence if cause else {}),
                 **({"one_of": [cause.cause, *equals]} if cause and equals else {}),
+                **({"pairs": pairs} if len(pairs) > 1 else {}),
             },
             where=[e.where for e in group[:LOCATED]],
             fix=self._fix(cause, rows) if cause else "cpdebug bundle RESULT --layer " + names[0],

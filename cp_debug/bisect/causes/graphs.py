@@ -26,6 +26,8 @@ from cp_debug.programs.weight_differences import WeightDifferences, weight_diffe
 
 FOLDED = {"channels-scaled", "other-weights", "weights-scaled", "bias-scaled"}
 """Causes that a weight comparison finds when another BatchNorm was folded into the weights."""
+_OF_NORMS = ("batchnorm", "normalization")
+"""Beginnings of the names of causes about a BatchNormalization."""
 MANY = 0.5
 """Share of values that a scale makes 0 from which it is too coarse."""
 SHOWN = 3
@@ -170,10 +172,12 @@ def _clipped(segment: Segment, value: Tensor) -> bool:
 
 
 def _folded(segment: Segment, other: OtherProgram, known: set[str]) -> bool:
-    """Whether the test has the BatchNormalization of a layer in its weights, and no node for it."""
+    """Whether a layer's weights may hold a BatchNormalization, its own or another's, or its node may be another's."""
     piece = other.piece(segment.target, known)
     own = piece is not None and any(n.op == "BatchNormalization" for n in piece[1])
-    return segment.batch_norm is not None and not own
+    if own:
+        return len(segment.context.batch_norms) > 1
+    return segment.batch_norm is not None or bool(segment.context.batch_norms)
 
 
 def _lost(
@@ -263,9 +267,10 @@ class GraphReader:
             return explain(segment, families, failed)
         known = {*self._run.replayer(component, self._test).known, *(v.name for v in segment.graph.inputs)}
         candidate, differences = difference(segment, other, known)
-        if candidate is not None and candidate.cause in FOLDED and _folded(segment, other, known):
+        several = len(differences) > 1 and candidate is not None and candidate.cause.startswith(_OF_NORMS)
+        if candidate is not None and (several or candidate.cause in FOLDED) and _folded(segment, other, known):
             explanation, family = explain(segment, families, failed)  # what was folded in tells more than weights do
-            if explanation.cause is not None and explanation.cause.cause.startswith(("batchnorm", "normalization")):
+            if explanation.cause is not None and explanation.cause.cause.startswith(_OF_NORMS):
                 return explanation, family
         if candidate is not None and (read_off := accepted(segment, candidate)) is not None:
             return read_off, None

@@ -11,14 +11,14 @@ from typing import Any
 
 import onnx
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cp_debug.backends.arithmetic import ARITHMETICS, FP64, Arithmetic
 from cp_debug.backends.base import Program
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.memory import Trimmer
 from cp_debug.backends.weights import Weights
-from cp_debug.bisect.causes.batchnorm_parameters import BatchNorm
+from cp_debug.bisect.causes.batchnorm_parameters import BatchNorm, batch_norms, folded_batch_norm
 from cp_debug.bisect.causes.fits import halves
 from cp_debug.bisect.replay import Load
 from cp_debug.bisect.replayed import FLOOR
@@ -58,6 +58,11 @@ class SegmentContext:
             self._made[arithmetic] = Executor(self.graph, arithmetic, self.oracle.device)
         return self._made[arithmetic]
 
+    @cached_property
+    def batch_norms(self) -> dict[str, BatchNorm]:
+        """Every BatchNormalization of the program by the name of its layer; what was folded is read off the module."""
+        return batch_norms(self.program, self.constants)
+
 
 class Segment:
     """The nodes that compute ``target`` from ``given``, all tensors on the CPU; results are float64."""
@@ -96,14 +101,18 @@ class Segment:
         return self.run(self.context.oracle.arithmetic) if self.nodes else self.input(self.target)
 
     def run(
-        self, arithmetic: Arithmetic, nodes: Sequence[Node] | None = None, values: Mapping[str, Any] | None = None
+        self,
+        arithmetic: Arithmetic,
+        nodes: Sequence[Node] | None = None,
+        values: Mapping[str, Any] | None = None,
+        target: str | None = None,
     ) -> Tensor:
-        """The target in one arithmetic; ``nodes`` and further ``values`` replace the segment's own.
+        """The target, or another value, in one arithmetic; ``nodes`` and further ``values`` replace the segment's own.
 
         A float64 tensor of the result's shape.
         """
         executor = self.context.executor(arithmetic)
-        target_name = self.target
+        target_name = self.target if target is None else target
         known = {**self.given, **(values or {})}
         return as_double(executor.run_nodes(self.nodes if nodes is None else nodes, known, [target_name])[target_name])
 
@@ -130,9 +139,10 @@ class Segment:
         op: str | None = None,
         inputs: Mapping[int, Tensor] | None = None,
         reads: Sequence[str] | None = None,
+        target: str | None = None,
         **attributes: Any,
     ) -> Tensor | None:
-        """The target as ``edited`` makes it, of whatever shape; None where it cannot be computed."""
+        """The target, or another value, as ``edited`` makes it, of whatever shape; None where it cannot be computed."""
         proto = onnx.NodeProto()
         proto.CopyFrom(node.proto)
         if op is not None:
@@ -151,7 +161,7 @@ class Segment:
             values[proto.input[place]] = tensor
         nodes = [replace(Node.of(index, proto), name=n.name) if n is node else n for n in self.nodes]
         try:
-            return self.run(self.context.oracle.arithmetic, nodes, values)
+            return self.run(self.context.oracle.arithmetic, nodes, values, target)
         except InputError:
             return None
 
@@ -344,25 +354,10 @@ class Segment:
         if not nodes:
             return None
         if nodes[-1].op != "BatchNormalization":
-            return self._folded(nodes[-1])
+            folded = folded_batch_norm(self.context.program, nodes[-1])
+            return folded if folded is not None and len(folded.mean) == self.test.shape[self.axis] else None
         eps = next((a.f for a in nodes[-1].proto.attribute if a.name == "epsilon"), 1e-5)
         return BatchNorm.of([self.weight(nodes[-1], place) for place in range(1, 5)], eps)
-
-    def _folded(self, node: Node) -> BatchNorm | None:
-        alignment, module = self.context.program.alignment, self.context.program.module
-        if module is None or alignment is None:
-            return None
-        link = next((link for link in alignment.links if link.onnx == node.outputs[0]), None)
-        if link is None or not link.path:
-            return None
-        try:
-            norm = module.get_submodule(link.path[len(alignment.prefix) :].removeprefix("."))
-        except AttributeError:
-            return None
-        if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
-            return None
-        folded = BatchNorm.of((norm.weight, norm.bias, norm.running_mean, norm.running_var), norm.eps)
-        return folded if folded is not None and len(folded.mean) == self.test.shape[self.axis] else None
 
     @cached_property
     def strange(self) -> bool:

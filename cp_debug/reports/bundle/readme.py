@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -14,7 +15,7 @@ from cp_debug.reports.bundle.accused import Accused
 from cp_debug.reports.bundle.case import Case
 from cp_debug.reports.bundle.verify import Measured
 from cp_debug.reports.numbers import number, share
-from cp_debug.safe_text import code_span
+from cp_debug.safe_text import code_span, markdown
 
 FILES = {
     "model.onnx": "what the backend runs",
@@ -47,9 +48,9 @@ def readme(
     row = accused.row
     worst = max(measured.values(), key=lambda o: (o.fails, o.strength))
     lines = [
-        f"# {title(accused, case)}",
+        f"# {markdown(title(accused, case))}",
         "",
-        f"It {worst.judgement.why}, says the {accused.oracle.upper()} oracle.",
+        f"It {markdown(worst.judgement.why)}, says the {accused.oracle.upper()} oracle.",
         "",
     ]
     if case.reference is not case.program:
@@ -60,8 +61,8 @@ def readme(
         ]
     if emulated:
         lines += [
-            f"**This is an emulation.** {accused.backend.spec} rounds as such hardware would; no such hardware ran. "
-            "`repro.py` repeats the emulation and needs cpdebug.",
+            f"**This is an emulation.** {markdown(accused.backend.spec)} rounds as such hardware would; no such "
+            "hardware ran. `repro.py` repeats the emulation and needs cpdebug.",
             "",
         ]
     lines += ["## See it", "", "```", "python repro.py", "```", ""]
@@ -74,16 +75,16 @@ def readme(
         for name, o in measured.items()
     ])]  # fmt: skip
     lines += ["", "Relative L2 norms; *expected* is what the declared precision must introduce.", ""]
-    nodes = [(code_span(n.name), n.op_type, _attributes(n)) for n in case.program.model.graph.node]
+    nodes = [(code_span(n.name), markdown(n.op_type), markdown(_attributes(n))) for n in case.program.model.graph.node]
     lines += _table(("node", "operator", "attributes"), nodes)
     lines += ["", "## Where it comes from", "", *_table(("", ""), [
-        ("model", accused.model),
-        ("layer", f"{code_span(row.name)} ({row.op}), value {code_span(row.onnx)} of component "
+        ("model", markdown(accused.model)),
+        ("layer", f"{code_span(row.name)} ({markdown(row.op)}), value {code_span(row.onnx)} of component "
                   f"{code_span(row.component)}"),
-        ("backends", f"{accused.backend.spec}, found in a comparison with {_others(accused)}"),
+        ("backends", markdown(f"{accused.backend.spec}, found in a comparison with {_others(accused)}")),
         ("divergence there", f"max {number(row.stats.max_abs)}, relative L2 {number(row.stats.rel_l2)}"),
         ("introduced, expected, excess", ", ".join(_figures(row.replay))),
-        ("why", row.why or row.verdict),
+        ("why", markdown(row.why or row.verdict)),
         ("share of the final divergence", "–" if row.share is None else share(row.share)),
     ])]  # fmt: skip
     lines += ["", "## Inputs", "", *_table(("input", "type", "shape", "not zero", "origin"), [
@@ -94,9 +95,9 @@ def readme(
     lines += ["", *(f"- {step}" for step in (*history, *case.notes)), ""]
     versions_by_run = {"found with": accused.backend.versions, "repeated with": runtime}
     lines += ["## Environment", "", *_table(("", ""), [
-        *((kind, ", ".join(f"{k} {v}" for k, v in versions.items())) for kind, versions in versions_by_run.items()),
+        *((kind, markdown(", ".join(f"{k} {v}" for k, v in own.items()))) for kind, own in versions_by_run.items()),
         ("here", f"Python {platform.python_version()}, numpy {np.__version__}, {platform.platform()}"),
-        ("settings", _settings(accused.backend.settings)),
+        ("settings", markdown(_settings(accused.backend.settings))),
     ])]  # fmt: skip
     lines += ["", "## Files", "", *_table(("", ""), [
         (f"`{name}`", FILES[name].format(oracle=accused.oracle.upper())) for name in files if name in FILES
@@ -122,8 +123,9 @@ def _others(accused: Accused) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a table; the cells' text is Markdown already, but for bars."""
     cells = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(str(c).replace("|", "\\|") for c in row) + " |" for row in cells]
+    return ["| " + " | ".join(re.sub(r"(?<!\\)\|", r"\\|", c) for c in row) + " |" for row in cells]
 
 
 def _figures(replay: Replay | None) -> list[str]:

@@ -1,0 +1,291 @@
+"""A BatchNormalization of another layer in the place of a layer's own: convolution and BatchNorm paired wrongly.
+
+Folding by order, by name or by number of channels puts a BatchNormalization into a convolution whose output it never
+read. Every other BatchNormalization of the program is tried, without a free number: a few of the elements choose which
+are computed on all of them. Where several do equally well, all of them are named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from cp_debug.bisect.causes.base import Candidate, cause
+from cp_debug.bisect.causes.batchnorm_parameters import BatchNorm, of_graph_node, raw_layer
+from cp_debug.bisect.causes.fits import cross_fit
+from cp_debug.bisect.causes.segment import Segment
+from cp_debug.graph.graph import Node
+
+PAIRING = "batchnorm-pairing"
+"""Name of the cause."""
+SAMPLED = 1 << 15
+"""Elements that choose among the BatchNormalizations of a network."""
+MOST = 4
+"""Hypotheses that are computed on all elements."""
+MOST_WEIGHTS = 16
+"""BatchNormalizations, and convolutions, for which the product is computed again with other weights."""
+NEAR = 0.1
+"""Share of the introduced error that a hypothesis may leave on the sampled elements."""
+ALIKE = 1.6
+"""Hypotheses that leave up to this many times what the best one leaves cannot be told from it."""
+FOLDING = 2.0**-21
+"""Relative rounding of a scale and a shift that are folded in FP32: a few operations of 2⁻²⁴ each."""
+SHOWN = 4
+"""Pairs in one line."""
+_FIX = "fold into {layers} the BatchNorm that reads its output: pairs are found by data flow, not by order or size"
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A place where a layer has a BatchNormalization, or where one can have been folded in."""
+
+    own: BatchNorm | None
+    x: Tensor | None
+    """Input of the layer's own BatchNormalization; None without one."""
+    before: Tensor
+    """Result of the layer's own BatchNormalization; without one the layer's, before an activation."""
+    axis: int
+    finish: Callable[[Tensor], Tensor]
+    """Function from ``before`` to the segment's target; elementwise where ``elementwise``."""
+    elementwise: bool
+
+
+@dataclass(frozen=True)
+class _OtherNorm:
+    says: str
+    base: Tensor
+    norm: BatchNorm
+    name: str
+
+    def normalized(self, place: _Place) -> Tensor:
+        return self.norm.applied(self.base, partial(_along, axis=place.axis, dims=self.base.dim()))
+
+    def sampled(self, place: _Place, at: Tensor) -> Tensor:
+        norm = self.norm.applied(_rows(self.base, place.axis)[:, at], lambda parameter: parameter[:, None])
+        return place.finish(norm)
+
+
+@cause(structural=True)
+def wrong_pairing(segment: Segment) -> Iterator[Candidate]:
+    """Candidates: the BatchNormalization of another layer, whole, in part, or besides the layer's own."""
+    norms = segment.context.batch_norms
+    for place in _places(segment) if norms else ():
+        others = [(path, norm) for path, norm in norms.items() if _differs(norm, place)]
+        hypotheses = [h for path, norm in others for h in _hypotheses(place, path, norm)]
+        yield from _best(segment, place, hypotheses)
+
+
+@cause(costly=True, structural=True)
+def wrong_weights(segment: Segment) -> Iterator[Candidate]:
+    """Candidates: a BatchNormalization along the wrong axis of the weight, a layer's own in another one's weights."""
+    node, norms = segment.product, segment.context.batch_norms
+    for place in _places(segment) if norms and node is not None else ():
+        raw = _raw_weights(segment, node) if node is not None else None
+        if node is None or raw is None or place.own is None:
+            continue
+        weight, bias = raw
+        own, axis = place.own, 1 if node.op == "ConvTranspose" else 0
+        if weight.dim() < 3 or weight.shape[axis] != len(own.mean):
+            continue
+        result = partial(_of_product, segment, node, place)
+        if weight.shape[0] == weight.shape[1]:
+            wrong = 1 - axis
+            square = ((path, norm) for path, norm in norms.items() if _differs(norm, place))
+            for path, norm in [("", own), *islice(square, MOST_WEIGHTS)]:
+                value = result(weight * _along(norm.scale, wrong, weight.dim()), norm, bias)
+                if value is not None and path:
+                    says = f"BatchNorm is that of {path}, and scales the input channels of the weight"
+                    yield Candidate(PAIRING, says, value, 0, {"batchnorm_of": path, "axis": wrong}, _FIX)
+                elif value is not None and segment.batch_norm is not own:
+                    says = "folded along the input channels of the weight"
+                    yield Candidate("batchnorm-folding", says, value, 0, {"axis": wrong}, _FIX)
+        for path, other, other_bias in islice(_other_layers(segment, node, tuple(weight.shape)), MOST_WEIGHTS):
+            if not torch.equal(other, weight):
+                scaled = other * _along(own.scale, axis, weight.dim())
+                if (value := result(scaled, own, other_bias)) is not None:
+                    says = f"its BatchNorm is folded into the weights of {path}"
+                    yield Candidate(PAIRING, says, value, 0, {"weights_of": path}, _FIX)
+
+
+def _raw_weights(segment: Segment, node: Node) -> tuple[Tensor, Tensor] | None:
+    """Weight and bias of a product as they are before folding, float64; None where they are not known."""
+    declared, declared_bias = segment.weight(node, 1), segment.weight(node, 2)
+    if declared is None or node.op not in ("Conv", "ConvTranspose"):
+        return None
+    readers = segment.graph.consumers.get(node.outputs[0], ())
+    if any(n.op == "BatchNormalization" for n in readers):
+        size = declared.shape[1 if node.op == "ConvTranspose" else 0]
+        return declared, declared.new_zeros(size) if declared_bias is None else declared_bias
+    raw = raw_layer(segment.context.program, node)
+    weight, bias = getattr(raw, "weight", None), getattr(raw, "bias", None)
+    if weight is None or weight.shape != declared.shape or declared_bias is None:
+        return None
+    weight = weight.detach().double().cpu()
+    return weight, torch.zeros_like(declared_bias) if bias is None else bias.detach().double().cpu()
+
+
+def _of_product(
+    segment: Segment, node: Node, place: _Place, weight: Tensor, norm: BatchNorm, bias: Tensor | None
+) -> Tensor | None:
+    """The target where the product has ``weight``, scaled already, and the shift that ``norm`` makes of ``bias``."""
+    inputs = {1: weight}
+    if segment.weight(node, 2) is not None:
+        inputs[2] = torch.zeros_like(norm.bias)
+    product = segment.computed(node, inputs=inputs, target=node.outputs[0])
+    if product is None or product.shape != place.before.shape:
+        return None
+    offset = norm.mean.new_zeros(()) if bias is None else bias
+    return place.finish(product + _along((offset - norm.mean) * norm.scale + norm.bias, place.axis, product.dim()))
+
+
+def in_words(pairs: Mapping[str, str]) -> str:
+    """The sentence for several layers that were paired wrongly.
+
+    ``pairs``: layer → the layer whose BatchNormalization it has.
+    """
+    shown = ", ".join(f"{layer} has that of {other}" for layer, other in list(pairs.items())[:SHOWN])
+    more = f", and {len(pairs) - SHOWN} more" if len(pairs) > SHOWN else ""
+    return f"BatchNorms are paired with the wrong layers: {shown}{more}"
+
+
+def _places(segment: Segment) -> Iterator[_Place]:
+    if segment.strange:
+        return
+    nodes = [node for node in segment.nodes if node.op == "BatchNormalization"]
+    for node in nodes:
+        own = of_graph_node(node, segment.context.constants)
+        values = _run(segment, segment.nodes, [node.inputs[0], node.outputs[0]]) if own is not None else None
+        if own is None or values is None:
+            continue
+        later = segment.nodes[segment.nodes.index(node) + 1 :]
+        relu = [n.op for n in later] == ["Relu"]
+        finish = torch.relu if relu else partial(_finished, segment, later, node.outputs[0]) if later else _same
+        yield _Place(own, values[0], values[1], 1, finish, relu or not later)
+    last = segment.nodes[:-1] if segment.op == "Relu" else segment.nodes
+    if nodes or segment.product is None or not last or last[-1] is not segment.product:
+        return
+    own = segment.batch_norm
+    x = _given(segment, own) if own is not None else None
+    if own is None or x is not None:
+        yield _Place(own, x, segment.before, segment.axis, segment.activate, True)
+
+
+def _given(segment: Segment, norm: BatchNorm) -> Tensor | None:
+    """The input of a folded BatchNormalization: the product with its own weights, else read backwards."""
+    node = segment.product
+    raw = _raw_weights(segment, node) if node is not None else None
+    if node is not None and raw is not None:
+        return segment.computed(node, inputs=dict(enumerate(raw, 1)), target=node.outputs[0])
+    if not bool((norm.weight != 0).all()):
+        return None
+    return (segment.before - segment.along(norm.bias)) / segment.along(norm.scale) + segment.along(norm.mean)
+
+
+def _differs(norm: BatchNorm, place: _Place) -> bool:
+    return len(norm.mean) == place.before.shape[place.axis] and (place.own is None or not _equal(norm, place.own))
+
+
+def _equal(one: BatchNorm, other: BatchNorm) -> bool:
+    """Whether both compute the same but for rounding."""
+    shift, other_shift = (norm.bias - norm.mean * norm.scale for norm in (one, other))
+    return torch.allclose(one.scale, other.scale, rtol=1e-6) and torch.allclose(
+        shift, other_shift, rtol=1e-6, atol=1e-9
+    )
+
+
+def _hypotheses(place: _Place, path: str, other: BatchNorm) -> Iterator[_OtherNorm]:
+    if place.own is None or place.x is None:
+        yield _OtherNorm("no BatchNorm belongs here, that of {} is folded in", place.before, other, path)
+        return
+    own = place.own
+    yield _OtherNorm("BatchNorm is that of {}: paired with the wrong layer", place.x, other, path)
+    yield _OtherNorm("the BatchNorm of {} is folded in besides its own", place.before, other, path)
+    statistics = replace(own, mean=other.mean, variance=other.variance)
+    yield _OtherNorm("BatchNorm has the running statistics of {}", place.x, statistics, path)
+    parameters = replace(own, weight=other.weight, bias=other.bias)
+    yield _OtherNorm("BatchNorm has the weight and bias of {}", place.x, parameters, path)
+
+
+def _best(segment: Segment, place: _Place, hypotheses: Sequence[_OtherNorm]) -> Iterator[Candidate]:
+    near = list(hypotheses)
+    if place.elementwise:
+        at = _chosen(_rows(place.before, place.axis))
+        test, exact = (_rows(t, place.axis)[:, at] for t in (segment.test, segment.exact))
+        error = float(torch.linalg.vector_norm(test - exact))
+        left = {id(h): float(torch.linalg.vector_norm(h.sampled(place, at) - test)) for h in near}
+        near = sorted((h for h in near if left[id(h)] <= NEAR * error), key=lambda h: left[id(h)])
+    left_of: list[tuple[float, _OtherNorm, Tensor]] = []
+    for hypothesis in near[: MOST if place.elementwise else MOST_WEIGHTS]:
+        value = _as_folded(segment, place, hypothesis)
+        if value.shape == segment.test.shape:
+            left_of.append((max(segment.explained(value)[1], segment.expected), hypothesis, value))
+    if not left_of:
+        return
+    least, best, value = min(left_of, key=lambda item: item[0])
+    names = dict.fromkeys(h.name for left, h, _ in left_of if left <= ALIKE * least)
+    if len(names) == MOST and len(near) > MOST:
+        names["another"] = None
+    name = " or ".join(names)
+    yield Candidate(PAIRING, best.says.format(name), value, 0, {"batchnorm_of": name}, _FIX)
+
+
+def _as_folded(segment: Segment, place: _Place, hypothesis: _OtherNorm) -> Tensor:
+    """The result of a hypothesis, with as much rounding of each channel's folded scale and shift as FP32 allows.
+
+    Folding rounds both once more than the layer does, the same way for all elements of a channel.
+    """
+    value = hypothesis.normalized(place)
+    if not place.elementwise or value.shape != segment.test.shape:
+        return place.finish(value)
+    fit = cross_fit(segment.test - value, [value, torch.ones((), dtype=value.dtype)], segment.folds, place.axis)
+    if fit is None:
+        return place.finish(value)
+    norm = hypothesis.norm
+    terms = norm.bias.abs() + (norm.mean * norm.scale).abs()
+    largest = FOLDING * (value.abs() + _along(terms, place.axis, value.dim()))
+    return place.finish(value + torch.minimum(torch.maximum(fit[0], -largest), largest))
+
+
+def _other_layers(segment: Segment, node: Node, shape: tuple[int, ...]) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """(Path, weight, bias) of the module's other layers with weights of this shape and of the same kind, float64."""
+    module, alignment = segment.context.program.module, segment.context.program.alignment
+    own = raw_layer(segment.context.program, node)
+    for path, layer in module.named_modules() if module is not None and alignment is not None else ():
+        weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
+        if layer is not own and type(layer) is type(own) and weight is not None and tuple(weight.shape) == shape:
+            yield path, weight.detach().double().cpu(), None if bias is None else bias.detach().double().cpu()
+
+
+def _run(segment: Segment, nodes: Sequence[Node], names: Sequence[str]) -> list[Tensor] | None:
+    results = segment.context.oracle.run_nodes(nodes, dict(segment.given), names)
+    return [results[name].double() for name in names]
+
+
+def _finished(segment: Segment, later: Sequence[Node], name: str, value: Tensor) -> Tensor:
+    return segment.run(
+        segment.context.oracle.arithmetic, later, {name: value.to(segment.context.oracle.arithmetic.dtype)}
+    )
+
+
+def _same(value: Tensor) -> Tensor:
+    return value
+
+
+def _rows(value: Tensor, axis: int) -> Tensor:
+    """[C, M]: the elements of each channel."""
+    return value.movedim(axis, 0).flatten(1)
+
+
+def _chosen(rows: Tensor) -> Tensor:
+    """Places within each channel, the same on every call."""
+    count = min(rows.shape[1], max(16, SAMPLED // max(rows.shape[0], 1)))
+    return torch.randperm(rows.shape[1], generator=torch.Generator().manual_seed(0))[:count]
+
+
+def _along(parameter: Tensor, axis: int, dims: int) -> Tensor:
+    return parameter.reshape([-1 if d == axis % dims else 1 for d in range(dims)])

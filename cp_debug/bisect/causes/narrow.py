@@ -1,0 +1,282 @@
+"""FP8 and 4 bits: narrow sums, coarse blocks and groups, scales that do not fit the numbers at hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cp_debug.backends.arithmetic import ARITHMETICS
+from cp_debug.backends.codecs import E4M3, Codec
+from cp_debug.backends.narrow_options import FAMILIES, NarrowOptions, is_narrow
+from cp_debug.backends.scaling import (
+    COLUMNS,
+    KERNEL,
+    ROWS,
+    TRANSPOSED_KERNEL,
+    Axes,
+    FixedScaling,
+    Scaling,
+)
+from cp_debug.bisect.causes.base import Candidate, cause
+from cp_debug.bisect.causes.linear_parts import ProductLayout
+from cp_debug.bisect.causes.segment import Segment, as_double
+from cp_debug.bisect.narrow_variants import MOST_WORK, variants, work
+from cp_debug.graph.graph import Node
+from cp_debug.probes.distance import relative_l2
+
+OCTAVES = (-14, 20)
+"""Powers of two, relative to the scale that fits the data, between which a scale is searched for."""
+STEPS = 32
+"""Scales tried in an octave, in which E4M3 has 8 numbers: one of them rounds most values as the right one does."""
+REFINED = 4
+"""Times that the best of them is searched for in ever smaller steps."""
+ROWS_SEEN, OUTPUTS_SEEN = 12, 32
+"""Rows, and outputs of each half, that a scale is fitted to."""
+UNSCALED = 1.05
+"""Squared error without a scale, relative to that with the best one, up to which there is said to be none."""
+BF16_ADVICE = "keep {layers} in BF16"
+FIXES = {
+    "fp8-accumulation": "promote the sums of {layers} into FP32 every 128 products (torch._scaled_mm: "
+    "use_fast_accum=False; DeepGEMM does), or " + BF16_ADVICE,
+    "fp8-saturated": "scale {layers} by the largest magnitude ÷ 448 before the cast, or " + BF16_ADVICE,
+    "fp8-underflow": "scale {layers} by the largest magnitude ÷ 448 before the cast, in blocks of 128 where one scale "
+    "does not do, or " + BF16_ADVICE,
+    "scale-stale": "take the scales of {layers} from the tensor at hand, keep a shorter history of maxima with a "
+    "margin, or calibrate again on data like this",
+    "block-scale": "scale {layers} by finer blocks: 1x128 for data and 128x128 for weights, or " + BF16_ADVICE,
+    "int4-group": "quantize the weights of {layers} in smaller groups, or " + BF16_ADVICE,
+    "fp4-outlier": "keep the outliers of {layers} apart in BF16, rotate them away (Hadamard), or " + BF16_ADVICE,
+    "fp8-element": "use E4M3 in the forward pass of {layers}",
+}
+_OTHERWISE = "keep {layers} in the declared precision"
+_SAYS = {
+    "fp8-accumulation": "operands are what is declared, sums are kept in {sum}",
+    "block-scale": "one scale for {blocks}; {declared} is declared",
+    "int4-group": "groups of {group} values share a scale; {declared_group} are declared",
+    "fp8-element": "operands are in E5M2, which keeps one bit less than E4M3",
+}
+
+
+def departure(segment: Segment, options: NarrowOptions, computed_in: str) -> Candidate | None:
+    """The candidate of a layer that is known to be computed in another narrow arithmetic than ``options``; None where
+    that is none of the known departures."""
+    for name, other in variants(options):
+        if str(other) == computed_in:
+            return _departure(segment, options, name, other)
+    return None
+
+
+@cause()
+def overflowing_sums(segment: Segment) -> Iterator[Candidate]:
+    """Candidates: sums that are narrower than the claimed precision's, where Inf or NaN are born."""
+    claim = segment.context.claim.name
+    if segment.product is None or not is_narrow(claim) or not segment.strange:
+        return
+    options = NarrowOptions.parse(claim)
+    if work(segment.nodes, segment.given, segment.exact, segment.graph) <= MOST_WORK:
+        for name, other in variants(options):
+            if other.half_sum:
+                yield _departure(segment, options, name, other)
+
+
+def _departure(segment: Segment, options: NarrowOptions, name: str, other: NarrowOptions) -> Candidate:
+    value = segment.run(ARITHMETICS[str(other)])
+    error, declared = (relative_l2(v, segment.exact) for v in (value, segment.claimed))
+    figures = {"computed_in": str(other), "instead_of": str(options), "error": error, "error_as_declared": declared}
+    says = _SAYS[name].format(
+        sum=_sum(other),
+        blocks=_blocks(other),
+        declared=_blocks(options),
+        group=other.group,
+        declared_group=options.group,
+    )
+    if segment.strange:
+        says, figures = f"{says}, and overflow", {k: v for k, v in figures.items() if not k.startswith("error")}
+    else:
+        says += f": an error of {error:.2g} where {declared:.2g} is declared"
+    return Candidate(name, says, value, 0, figures, FIXES[name], heard=True)
+
+
+@cause(costly=True)
+def family(segment: Segment) -> Iterator[Candidate]:
+    """Candidates: the layer in FP8 or 4 bits where a wider precision is claimed."""
+    if segment.product is None or is_narrow(segment.context.claim.name):
+        return
+    for name in (*FAMILIES, "fp8:channel", "fp8:block", "fp8:e5m2", "int4:g32"):
+        options = NarrowOptions.parse(name)
+        if options.family == "int4" and (segment.product.op not in ("MatMul", "Gemm") or not _constant(segment)):
+            continue
+        says = f"operands are in {options.family.upper()} ({_blocks(options)} with one scale)"
+        yield Candidate(options.family, says, segment.run(ARITHMETICS[name]), 0, {"computed_in": name}, _OTHERWISE)
+
+
+def _constant(segment: Segment) -> bool:
+    return segment.product is not None and segment.weight(segment.product, 1) is not None
+
+
+def _sum(options: NarrowOptions) -> str:
+    if options.half_sum:
+        return "FP16"
+    return f"{options.significant} significant bits" + (
+        f" and promoted every {options.promote} products" if options.promote else ", never promoted"
+    )
+
+
+def _blocks(options: NarrowOptions) -> str:
+    if options.family == "fp8":
+        return {"tensor": "a tensor", "channel": "a row or output channel", "block": "1x128 and 128x128 values"}[
+            options.granularity
+        ]
+    return {"int4": f"{options.group} values", "nvfp4": "16 values"}.get(options.family, "32 values")
+
+
+@dataclass
+class Operands:
+    """Both operands of a layer's product, float64, and the axes that their scales follow."""
+
+    node: Node
+    values: tuple[Tensor, Tensor]
+    axes: tuple[Axes, Axes]
+
+    @classmethod
+    def of(cls, segment: Segment) -> Operands | None:
+        """The operands that the segment's one product reads; None without one."""
+        node = segment.product
+        if node is None:
+            return None
+        names = node.proto.input[:2]
+        earlier = segment.nodes[: segment.nodes.index(node)]
+        values = segment.context.oracle.run_nodes(earlier, segment.given, list(dict.fromkeys(names)))
+        pair = tuple(as_double(values[name]) for name in names)
+        return cls(node, pair, axes_of(node))  # type: ignore[arg-type]
+
+
+def axes_of(node: Node) -> tuple[Axes, Axes]:
+    """Axes that the scales of a product's operands follow, as the node reads them."""
+    if node.op == "Conv":
+        return Axes(1, None), KERNEL
+    if node.op == "ConvTranspose":
+        return Axes(1, None), TRANSPOSED_KERNEL
+    turned = {a.name: a.i for a in node.proto.attribute}
+    return COLUMNS if turned.get("transA") else ROWS, ROWS if turned.get("transB") else COLUMNS
+
+
+def decoded(operands: Operands, scaling: Scaling) -> dict[int, Tensor]:
+    """Both operands as the encoding leaves them, by place, float64 in their shapes."""
+    return {
+        place: scaling.encode(value, axes, place).values.double()
+        for place, (value, axes) in enumerate(zip(operands.values, operands.axes, strict=True))
+    }
+
+
+@cause()
+def wrong_scale(segment: Segment) -> Iterator[Candidate]:
+    """Candidates: data in FP8 with a scale that is not that of its values; fitted in one half of the rows, judged in
+    the other."""
+    claim = segment.context.claim.name
+    options = NarrowOptions.parse(claim) if is_narrow(claim) else NarrowOptions("fp8")
+    operands = Operands.of(segment)
+    if operands is None or options.family != "fp8":
+        return
+    others, x = decoded(operands, Scaling(options)), operands.values[0]
+    largest = float(x.abs().max()) if x.numel() else 0.0
+    codec = Scaling(options).codec
+    if not math.isfinite(largest) or not largest or codec is None:
+        return
+
+    def result(scale: float, saturates: bool = True) -> Tensor | None:
+        data = FixedScaling(options, (scale, None), saturates).encode(x, operands.axes[0], 0).values.double()
+        return segment.edited(operands.node, inputs={**others, 0: data})
+
+    if segment.strange:
+        value = result(1.0, False) if codec.largest < largest else None
+        if value is not None:
+            figures: dict[str, Any] = {"largest": largest, "ends_at": codec.largest, "scale": 1.0}
+            says = f"its data reaches {largest:.4g} and is cast to {codec.name.upper()} without a scale: that ends at "
+            says += f"{codec.largest:g}" + (" and has no Inf, so what lies beyond is NaN" if codec is E4M3 else "")
+            yield Candidate("fp8-saturated", says, value, 0, figures, FIXES["fp8-saturated"], heard=True)
+        return
+    scales = _fitted(segment, lambda scale: FixedScaling(options, (scale, None)), operands, others)
+    if scales is None:
+        return
+    *fitted, first_half = scales
+    by_one, by_other = (result(scale) for scale in fitted)
+    if by_one is None or by_other is None:
+        return
+    name, says, figures = _called(x, codec, math.sqrt(fitted[0] * fitted[1]), largest)
+    figures["scales_of_halves"] = fitted
+    value = torch.where(first_half, by_other, by_one)
+    yield Candidate(name, says, value, 1, figures, FIXES[name], heard=True)
+
+
+def _called(x: Tensor, codec: Codec, scale: float, largest: float) -> tuple[str, str, dict[str, Any]]:
+    """(Cause, words, figures) of a scale that does not fit an operand."""
+    rounded = codec((x / scale).float()).double() * scale
+    beyond = x.abs() > codec.largest * scale
+    lost = (x.abs() < codec.tiniest * scale) & (x != 0)
+    squares = (rounded - x).square()
+    whole = float(squares.sum()) or 1.0
+    cut, under = (float(squares[mask].sum()) / whole for mask in (beyond, lost))
+    fits = largest / codec.largest
+    figures: dict[str, Any] = {
+        "scale": scale, "fitting_scale": fits, "saturated": float(beyond.double().mean()),
+        "below_normal": float(lost.double().mean()), "error_saturated": cut, "error_underflow": under,
+    }  # fmt: skip
+    effect = (
+        f"{figures['saturated']:.2%} of it are cut off at {codec.largest * scale:.4g}"
+        if cut > under
+        else f"{figures['below_normal']:.2%} of it lie below {codec.tiniest * scale:.3g}, where bits are lost"
+    )
+    if scale == 1.0:
+        name = "fp8-saturated" if cut > under else "fp8-underflow"
+        says = f"its data is cast to {codec.name.upper()} without a scale (it reaches {largest:.4g}): {effect}"
+        return name, says, figures
+    says = f"the scale {scale:.3g} of its data belongs to numbers up to {scale * codec.largest:.4g}; at hand they "
+    return "scale-stale", says + f"reach {largest:.4g}: {effect}", figures
+
+
+def _fitted(
+    segment: Segment, fixed: Callable[[float], FixedScaling], operands: Operands, others: Mapping[int, Tensor]
+) -> tuple[float, float, Tensor] | None:
+    """The best scale of the data for each half of the outputs (of the rows, where there is one output), and the mask of
+    the first half in the result's shape; None where none explains any of the error."""
+    weight, node = segment.weight(operands.node, 1), operands.node
+    if weight is None or node is not segment.nodes[-1] or weight.dim() < 2 or not bool(segment.finite.all()):
+        return None
+    layout = ProductLayout.of(segment, node, 1, weight)
+    if layout is None or not layout.fits(segment) or (columns := layout.columns(segment)) is None:
+        return None
+    known = layout.flat((segment.exact - layout.without_bias(segment)).expand_as(segment.test))
+    wanted, theta = layout.flat(segment.test) - known, layout.theta_of(others[1])
+    wrong = layout.flat(segment.error).square()
+    by_output = layout.outputs > 1
+    first = torch.zeros(wrong.shape[1:], dtype=torch.bool)
+    first[(slice(None), slice(None, None, 2)) if by_output else slice(None, None, 2)] = True
+    rows = wrong.sum((0, 2)).argsort(descending=True)[:ROWS_SEEN].sort().values
+    outputs = wrong.sum((0, 1)).argsort(descending=True)[: 2 * OUTPUTS_SEEN].sort().values
+    top = float(operands.values[0].abs().max()) / fixed(1.0).largest
+    grid = [top * 2.0 ** (k / STEPS) for k in range(OCTAVES[0] * STEPS, OCTAVES[1] * STEPS + 1)]
+    found = []
+    for half in (first, ~first):
+        seen_rows = rows if by_output else rows[half[rows, 0]]
+        seen = outputs[half[0, outputs]] if by_output else outputs
+        if not len(seen_rows) or not len(seen):
+            return None
+        x, w, y = columns[:, seen_rows], theta[:, :, seen], wanted[:, seen_rows][..., seen]
+
+        def error(scale: float, x: Tensor = x, w: Tensor = w, y: Tensor = y) -> float:
+            return float((fixed(scale).decoded(x) @ w - y).square().sum())
+
+        best, step = min(grid, key=error), 2.0 ** (1 / STEPS)
+        for _ in range(REFINED):
+            best, step = min((best * step ** (k / 8) for k in range(-8, 9)), key=error), step ** (1 / 6)
+        found.append(1.0 if error(1.0) <= UNSCALED * error(best) + 1e-12 * float(y.square().sum()) else best)
+        if error(found[-1]) > 0.5 * float(wrong[:, seen_rows][..., seen].sum()):
+            return None
+    mask = layout.unflat(first.expand(wrong.shape), segment.test)
+    return found[0], found[1], mask

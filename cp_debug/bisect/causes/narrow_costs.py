@@ -1,0 +1,208 @@
+"""Layers that do what their narrow precision declares and lose much by it: what the declaration could do better."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cp_debug.backends.arithmetic import ARITHMETICS
+from cp_debug.backends.narrow_options import GRANULARITIES, GROUPS, Granularity, NarrowOptions, is_narrow
+from cp_debug.backends.scaling import MX_BLOCK, NVFP4_BLOCK, Axes, Scaling
+from cp_debug.bisect.causes.narrow import FIXES, Operands
+from cp_debug.bisect.causes.segment import Segment
+from cp_debug.bisect.finding import Finding
+from cp_debug.bisect.narrow_variants import MOST_WORK, work
+from cp_debug.bisect.result import GUILTY, LayerRow
+from cp_debug.probes.distance import relative_l2
+from cp_debug.programs.pipeline import Key
+
+GAIN = 1.6
+"""Factor by which a remedy must make a layer's error smaller: on numbers that fit their blocks, none reaches 1.35."""
+AS_GOOD = 0.8
+"""Gain relative to the best one up to which a remedy that stands before it is named."""
+OUTLIER = 6.0
+"""Magnitude of an outlier, in root mean squares of the other values of its block."""
+SMALLEST_GROUP = 32
+"""The smallest group of INT4 that every runtime has."""
+
+
+NOTABLE = 0.5
+"""Introduced error, in unit roundoffs of the element type, from which a layer is asked for a remedy: numbers that fit
+their scales introduce less than one."""
+ASKED = 8
+"""Layers that are asked, those that introduce most first."""
+
+
+@dataclass
+class Remedy:
+    """A change of the declaration that makes a layer's error smaller, and by how much."""
+
+    cause: str
+    says: str
+    gain: float
+    """Error as declared ÷ error with the remedy."""
+    fix: str
+    evidence: dict[str, Any]
+
+
+def costs(
+    rows: Mapping[Key, LayerRow], claim: str, roundoff: float, segment: Callable[[Key, LayerRow], Segment]
+) -> Iterator[Finding]:
+    """A finding for each cause that makes layers lose more than their format must, though they do what it declares.
+
+    ``claim``: the precision of the test, ``roundoff`` its unit roundoff. Others than narrow ones have no findings.
+    """
+    if not is_narrow(claim):
+        return
+    asked = [
+        (key, row)
+        for key, row in rows.items()
+        if row.verdict != GUILTY
+        and row.replay is not None
+        and row.replay.precision == claim
+        and (row.replay.introduced or 0.0) > NOTABLE * roundoff
+    ]
+    asked.sort(key=lambda item: item[1].replay.introduced or 0.0, reverse=True)  # type: ignore[union-attr]
+    groups: dict[str, list[tuple[LayerRow, Remedy]]] = {}
+    for key, row in asked[:ASKED]:
+        if (found := remedy(segment(key, row), NarrowOptions.parse(claim))) is not None:
+            groups.setdefault(found.cause, []).append((row, found))
+    for cause, members in groups.items():
+        worst = max(members, key=lambda pair: pair[1].evidence["error_as_declared"])[1]
+        names = [row.name for row, _ in members]
+        evidence = {"declared": True, **worst.evidence, "gains": {row.name: found.gain for row, found in members}}
+        fix = worst.fix.replace("{layers}", ", ".join(names))
+        yield Finding(cause, worst.says, names, [row.op for row, _ in members], evidence=evidence, fix=fix)
+
+
+def remedy(segment: Segment, options: NarrowOptions) -> Remedy | None:
+    """The remedy for a layer's own numbers that gains most; None where none gains enough.
+
+    ``options``: the layer's declared precision. The layer is computed again by each remedy from its captured inputs.
+    """
+    declared = relative_l2(segment.claimed, segment.exact)
+    found = []
+    for cause, text, value, evidence in _tried(segment, options):
+        error = relative_l2(value, segment.exact)
+        gain = declared / error if error else float("inf")
+        if gain >= GAIN:
+            figures = {"error_as_declared": declared, "error_then": error, "gain": gain, **evidence}
+            says = f"{text}: its error is {declared:.2g}, {error:.2g} with that ({gain:.3g} times less)"
+            found.append(Remedy(cause, says, gain, FIXES[cause], figures))
+    best = max((r.gain for r in found), default=0.0)
+    return next((r for r in found if r.gain >= AS_GOOD * best), None)
+
+
+def _tried(segment: Segment, options: NarrowOptions) -> Iterator[tuple[str, str, Tensor, dict[str, Any]]]:
+    """(Cause, words, result, figures) of every remedy that the format has, the least invasive first."""
+
+    def run(other: NarrowOptions) -> Tensor:
+        return segment.run(ARITHMETICS[str(other)])
+
+    if options.significant is not None:
+        wide = replace(options, significant=None, half_sum=False, nearest=False, promote=None)
+        if work(segment.nodes, segment.given, segment.exact, segment.graph) <= MOST_WORK:
+            yield "fp8-accumulation", "its sums are too narrow; keep them in FP32", run(wide), {}
+        options = wide
+    if options.family == "int4":
+        for group in (g for g in reversed(GROUPS) if SMALLEST_GROUP <= g < options.group):
+            text = f"groups of {options.group} weights are too large; take {group}"
+            yield "int4-group", text, run(replace(options, group=group)), {"group": options.group, "then": group}
+    if options.family == "fp8":
+        granularity: Granularity
+        for granularity in GRANULARITIES[GRANULARITIES.index(options.granularity) + 1 :]:
+            by = {"channel": "a scale for each row and output channel", "block": "scales of 1x128 and 128x128 blocks"}
+            evidence = {"granularity": options.granularity, "then": granularity}
+            other = replace(options, granularity=granularity)
+            yield "block-scale", f"one scale spans too much; take {by[granularity]}", run(other), evidence
+    operands = Operands.of(segment)
+    if operands is None or options.family == "int4":
+        return
+    scaling = Scaling(options)
+    if options.family in ("mxfp4", "nvfp4"):
+        block = MX_BLOCK if options.family == "mxfp4" else NVFP4_BLOCK
+        found = _outliers_apart(segment, operands, scaling, block)
+        if found is not None:
+            kept, shares = found
+            text = (
+                f"outliers ({shares[0]:.2%} of operand 0, {shares[1]:.2%} of operand 1) take the scale of their blocks "
+            )
+            yield "fp4-outlier", text + f"of {block}; keep them apart", kept, {"outliers": shares, "block": block}
+    if options.family in ("fp8", "mxfp8"):
+        unlimited = {place: _without_underflow(values, scaling, axes, place) for place, (values, axes) in
+                     enumerate(zip(operands.values, operands.axes, strict=True))}  # fmt: skip
+        result = segment.edited(operands.node, inputs=unlimited)
+        if result is not None:
+            lost = [
+                _lost(scaling, v, a, p) for p, (v, a) in enumerate(zip(operands.values, operands.axes, strict=True))
+            ]
+            text = f"numbers lie below the normal range of their scale ({lost[0]:.1%} of operand 0, {lost[1]:.1%} of "
+            yield "fp8-underflow", text + "operand 1); more exponents would keep them", result, {"below_normal": lost}
+
+
+def _outliers_apart(
+    segment: Segment, operands: Operands, scaling: Scaling, block: int
+) -> tuple[Tensor, list[float]] | None:
+    """The result where products with an outlier are computed exactly, and the share of outliers in each operand; None
+    where something else than a sum follows the product."""
+    if any(n.op not in ("Add", "Sub") for n in segment.nodes[segment.nodes.index(operands.node) + 1 :]):
+        return None
+    pairs = list(zip(operands.values, operands.axes, strict=True))
+    apart = [torch.where(_outlying(x, axes, block), x, 0.0) for x, axes in pairs]
+    rest = [
+        scaling.encode(x - o, axes, place).values.double()
+        for place, ((x, axes), o) in enumerate(zip(pairs, apart, strict=True))
+    ]
+    (a, _), (b, _) = pairs
+    none = torch.zeros_like(a)
+
+    def product(left: Tensor, right: Tensor) -> Tensor | None:
+        return segment.edited(operands.node, inputs={0: left, 1: right})
+
+    terms = [product(*p) for p in (rest, (apart[0], b), (a, apart[1]), apart, (none, b))]
+    if any(t is None for t in terms):
+        return None
+    both, left, right, twice, bias = (t for t in terms if t is not None)
+    # Each of the products has the bias in it.
+    value = both + left + right - twice - 2 * bias
+    return value, [float((o != 0).double().mean()) for o in apart]
+
+
+def _outlying(x: Tensor, axes: Axes, block: int) -> Tensor:
+    """Mask of the elements of ``x`` that are far larger than the others of their block along the reduced axis."""
+    axis = axes.reduced % x.dim()
+    squares = x.square().movedim(axis, -1)
+    size = squares.shape[-1]
+    padded = torch.nn.functional.pad(squares, (0, -size % block)).unflatten(-1, (-1, block))
+    counts = torch.nn.functional.pad(torch.ones_like(squares), (0, -size % block)).unflatten(-1, (-1, block)).sum(-1)
+    largest = padded.amax(-1)
+    others = (padded.sum(-1) - largest) / (counts - 1).clamp(min=1)
+    limit = (OUTLIER**2 * others).unsqueeze(-1)
+    return ((padded > limit) & (padded > 0)).flatten(-2)[..., :size].movedim(-1, axis)
+
+
+def _scales(scaling: Scaling, x: Tensor, axes: Axes, place: int) -> Tensor:
+    code = scaling.encode(x, axes, place)
+    return ((code.coarse if code.fine is None else code.fine * code.coarse).double() * torch.ones_like(x)).clamp(
+        min=1e-300
+    )
+
+
+def _without_underflow(x: Tensor, scaling: Scaling, axes: Axes, place: int) -> Tensor:
+    """``x`` as the encoding leaves it, but small numbers with all their bits, as an unlimited exponent keeps them."""
+    codec = scaling.codec
+    assert codec is not None
+    encoded = scaling.encode(x, axes, place).values.double()
+    step = torch.exp2(torch.floor(torch.log2(x.abs().clamp(min=1e-300))) - codec.mantissa)
+    small = x.abs() < codec.tiniest * _scales(scaling, x, axes, place)
+    return torch.where(small, torch.round(x / step) * step, encoded)
+
+
+def _lost(scaling: Scaling, x: Tensor, axes: Axes, place: int) -> float:
+    codec = scaling.codec
+    assert codec is not None
+    return float(((x.abs() < codec.tiniest * _scales(scaling, x, axes, place)) & (x != 0)).double().mean())

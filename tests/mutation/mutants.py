@@ -1,0 +1,322 @@
+"""A mutation run: small changes to the code, one at a time, and whether a test of what they touch fails.
+
+Usage: ``python tests/mutation/mutants.py --minutes 60 --seed 0 --out mutants.json [--only 'cp_debug/bisect/*']``.
+
+cosmic-ray makes the changes. Which tests run a line is told by coverage with a context for each test, measured once
+over
+the quick tests. Each worker has its own copy of the tree and a process that has imported the heavy packages; the tests
+of a mutant run in a fork of it, the quickest first, until one fails or ``--limit`` seconds are over. A survivor that
+``equivalent.toml`` lists, with the reason, does not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import queue
+import random
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[2]
+VERDICT = (
+    "cp_debug/bisect/*", "cp_debug/probes/*", "cp_debug/graph/*", "cp_debug/programs/*",
+    "cp_debug/backends/kernels/*", "cp_debug/backends/executor*.py", "cp_debug/backends/a*.py",
+    "cp_debug/backends/r*.py", "cp_debug/backends/s*.py", "cp_debug/backends/fp16*.py", "cp_debug/backends/codecs.py",
+)  # fmt: skip
+"""Modules that a verdict passes through."""
+ELSEWHERE = ("cp_debug/mixed_precision/*", "cp_debug/quantization/*", "cp_debug/deploy/*", "cp_debug/detection/*")
+OPERATORS = (
+    "ReplaceBinaryOperator_Add_Sub", "ReplaceBinaryOperator_Sub_Add", "ReplaceBinaryOperator_Mul_Div",
+    "ReplaceBinaryOperator_Div_Mul", "ReplaceBinaryOperator_FloorDiv_Mul", "ReplaceBinaryOperator_Mod_Mul",
+    "ReplaceBinaryOperator_Pow_Mul", "ReplaceBinaryOperator_BitAnd_BitOr", "ReplaceBinaryOperator_BitOr_BitAnd",
+    "ReplaceComparisonOperator_Eq_NotEq", "ReplaceComparisonOperator_NotEq_Eq", "ReplaceComparisonOperator_Lt_LtE",
+    "ReplaceComparisonOperator_LtE_Lt", "ReplaceComparisonOperator_Gt_GtE", "ReplaceComparisonOperator_GtE_Gt",
+    "ReplaceComparisonOperator_Lt_Gt", "ReplaceComparisonOperator_Gt_Lt", "ReplaceComparisonOperator_Is_IsNot",
+    "ReplaceComparisonOperator_IsNot_Is", "ReplaceUnaryOperator_Delete_USub", "ReplaceUnaryOperator_Delete_Not",
+    "AddNot", "ReplaceTrueWithFalse", "ReplaceFalseWithTrue", "ReplaceAndWithOr", "ReplaceOrWithAnd",
+    "ReplaceContinueWithBreak", "NumberReplacer", "ZeroIterationForLoop",
+)  # fmt: skip
+PRELOADED = "numpy,torch,onnx,onnxruntime,scipy.stats,pandas,pydantic,rich,typer,yaml,pytest,hypothesis"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change to one file."""
+
+    path: str
+    operator: str
+    occurrence: int
+    lines: tuple[int, int]
+    definition: str
+
+
+@dataclass
+class Outcome:
+    """What became of a mutant: ``killed``, ``hung``, ``survived``, ``untested`` or ``equivalent``."""
+
+    mutant: Mutant
+    outcome: str
+    before: str
+    after: str
+    tests: int = 0
+    seconds: float = 0.0
+    by: str = ""
+    """The test that failed, or why a mutant is equivalent."""
+
+
+def mutants(path: Path) -> Iterator[Mutant]:
+    """Every mutant of a module but those in annotations and in what only type checkers read."""
+    from cosmic_ray import plugins
+    from cosmic_ray.ast import ast_nodes, get_ast_from_path
+    from cosmic_ray.ast.ast_query import ASTQuery
+
+    unread = _unread(path)
+    nodes = list(ast_nodes(get_ast_from_path(path)))
+    for name in OPERATORS:
+        operator = plugins.get_operator(f"core/{name}")()
+        places = ((node, *place) for node in nodes for place in operator.mutation_positions(node))
+        for occurrence, (node, start, end) in enumerate(places):
+            if not any(low <= start < high for low, high in unread):
+                definition = ASTQuery(node).get_definition_name() or ""
+                yield Mutant(str(path.relative_to(ROOT)), name, occurrence, (start[0], end[0]), definition)
+
+
+def _unread(path: Path) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Spans of (line, column) that do nothing when the program runs."""
+    spans = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        notes = [getattr(node, "annotation", None), getattr(node, "returns", None)]
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            notes.append(node)
+        spans += [
+            ((n.lineno, n.col_offset), (n.end_lineno or n.lineno, n.end_col_offset or 0))
+            for n in notes
+            if isinstance(n, ast.expr | ast.stmt)
+        ]
+    return spans
+
+
+class Affected:
+    """The tests that run a line, by coverage."""
+
+    def __init__(self, coverage: Path, durations: dict[str, float]) -> None:
+        self._db = sqlite3.connect(coverage, check_same_thread=False)
+        self._lock = threading.Lock()
+        self._durations = durations
+        self._files = {_inside(path): key for key, path in self._db.execute("select id, path from file")}
+        self._contexts = dict(self._db.execute("select id, context from context"))
+
+    def __call__(self, path: str, lines: tuple[int, int]) -> list[str]:
+        """Tests that run one of the lines, the quickest first."""
+        with self._lock:
+            rows = self._db.execute(
+                "select context_id, numbits from line_bits where file_id = ?", (self._files.get(path, -1),)
+            ).fetchall()
+        wanted = range(lines[0], lines[1] + 1)
+        names = {
+            self._contexts[context].rpartition("|")[0]
+            for context, bits in rows
+            if any(n // 8 < len(bits) and bits[n // 8] >> (n % 8) & 1 for n in wanted)
+        }
+        return sorted(names - {""}, key=lambda name: (self._durations.get(name, 1.0), name))
+
+
+def _inside(path: str) -> str:
+    return path[path.rfind("/cp_debug/") + 1 :]
+
+
+def durations(log: Path) -> dict[str, float]:
+    """Test → seconds, from the output of ``pytest --durations=0``."""
+    found: dict[str, float] = defaultdict(float)
+    for line in log.read_text(encoding="utf-8").splitlines():
+        if match := re.match(r"([\d.]+)s (call|setup|teardown) +(\S.*)$", line):
+            found[match[3]] += float(match[1])
+    return dict(found)
+
+
+class Worker:
+    """A copy of the tree, and a process with the heavy packages that forks for each mutant."""
+
+    def __init__(self, folder: Path) -> None:
+        self._tree = folder
+        skipped = shutil.ignore_patterns(".git", ".venv", ".gpu*", "*.egg-info", "__pycache__", ".mypy_cache", ".*-env")
+        shutil.copytree(ROOT, folder, ignore=skipped, symlinks=True, dirs_exist_ok=True)
+        shared = ROOT.parent / "shared"
+        if shared.exists() and not (folder.parent / "shared").exists():
+            (folder.parent / "shared").symlink_to(shared.resolve())
+        environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        self._server = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("forks.py")), PRELOADED],
+            cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def run(self, tests: list[str], seconds: float) -> tuple[str, str]:
+        """(``killed``, ``hung`` or ``survived``, the test that failed)."""
+        assert self._server.stdin
+        assert self._server.stdout
+        print(json.dumps({"tests": tests, "seconds": seconds}), file=self._server.stdin, flush=True)
+        answer = json.loads(self._server.stdout.readline())
+        return answer["outcome"], answer["by"]
+
+    def judge(self, mutant: Mutant, affected: Affected, limit: float) -> Outcome:
+        """Run the tests of ``mutant`` for ``limit`` seconds; a hang is three times as long."""
+        from cosmic_ray import plugins
+        from cosmic_ray.mutating import mutate_code
+
+        path = self._tree / mutant.path
+        source = path.read_text(encoding="utf-8")
+        changed = mutate_code(source, plugins.get_operator(f"core/{mutant.operator}")(), mutant.occurrence)
+        assert changed is not None, mutant
+        pairs = zip(source.splitlines(), changed.splitlines(), strict=False)
+        before, after = next(((a.strip(), b.strip()) for a, b in pairs if a != b), ("", ""))
+        tests = affected(mutant.path, mutant.lines)
+        outcome = Outcome(mutant, "untested", before, after)
+        if not tests:
+            return outcome
+        begun = time.monotonic()
+        path.write_text(changed, encoding="utf-8")
+        try:
+            outcome.outcome, outcome.by = self.run(tests, limit)
+        finally:
+            path.write_text(source, encoding="utf-8")
+        outcome.tests, outcome.seconds = len(tests), round(time.monotonic() - begun, 2)
+        return outcome
+
+    def close(self) -> None:
+        """End the process."""
+        self._server.send_signal(signal.SIGTERM)
+        self._server.wait()
+
+
+def equivalents() -> dict[tuple[str, str, str], str]:
+    """(Path, line before, line after) → why no test can tell the difference."""
+    listed = tomllib.loads(Path(__file__).with_name("equivalent.toml").read_text(encoding="utf-8"))
+    return {(e["path"], e["before"], e["after"]): e["why"] for e in listed.get("mutant", [])}
+
+
+def chosen(only: str | None, seed: int) -> list[Mutant]:
+    """All mutants, shuffled: three of the verdict's path for two of elsewhere."""
+    rng = random.Random(seed)
+    pools = []
+    for patterns in (VERDICT, ELSEWHERE):
+        paths = sorted(p for p in (ROOT / "cp_debug").rglob("*.py") if _matches(p, patterns, only))
+        pool = [m for path in paths for m in mutants(path)]
+        rng.shuffle(pool)
+        pools.append(pool)
+    mixed: list[Mutant] = []
+    while any(pools):
+        for pool, count in zip(pools, (3, 2), strict=True):
+            mixed += [pool.pop() for _ in range(min(count, len(pool)))]
+    return mixed
+
+
+def _matches(path: Path, patterns: tuple[str, ...], only: str | None) -> bool:
+    name = str(path.relative_to(ROOT))
+    return any(fnmatch(name, p) for p in patterns) and (only is None or fnmatch(name, only))
+
+
+def report(outcomes: list[Outcome]) -> str:
+    """A table by room and path: killed of those that are not equivalent."""
+    rows: dict[str, Counter[str]] = defaultdict(Counter)
+    for each in outcomes:
+        path = each.mutant.path
+        verdict = any(fnmatch(path, p) for p in VERDICT)
+        for name in (f"  {'/'.join(path.split('/')[1:-1])}", "the verdict's path" if verdict else "elsewhere"):
+            rows[name][each.outcome] += 1
+    lines = [f"{'':32} killed  hung  survived  untested  equivalent  caught"]
+    for name in sorted(rows):
+        row = rows[name]
+        judged = sum(row.values()) - row["equivalent"]
+        caught = f"{(row['killed'] + row['hung']) / judged:7.1%}" if judged else "      -"
+        lines.append(
+            f"{name:32} {row['killed']:6} {row['hung']:5} {row['survived']:9} {row['untested']:9} "
+            f"{row['equivalent']:11} {caught}"
+        )
+    return "\n".join(lines)
+
+
+def measure(coverage: Path, log: Path) -> None:
+    """Run the quick tests with a coverage context for each."""
+    settings = coverage.with_suffix(".rc")
+    settings.write_text(f"[run]\nsource = cp_debug\ndata_file = {coverage}\n", encoding="utf-8")
+    command = [
+        sys.executable, "-m", "pytest", "-n", "auto", "--cov", f"--cov-config={settings}", "--cov-context=test",
+        "--cov-report=", "--durations=0",
+    ]  # fmt: skip
+    with log.open("w", encoding="utf-8") as out:
+        subprocess.run([*command, "-vv"], cwd=ROOT, stdout=out, check=False)
+
+
+def main() -> None:
+    """Parse the arguments, run, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--mutants", type=int, default=1 << 30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--limit", type=float, default=90, help="seconds of tests for one mutant")
+    parser.add_argument("--coverage", type=Path, default=ROOT / ".mutants" / "coverage.db")
+    parser.add_argument("--out", type=Path, default=ROOT / ".mutants" / "mutants.json")
+    given = parser.parse_args()
+    log = given.coverage.with_suffix(".log")
+    if not given.coverage.exists():
+        given.coverage.parent.mkdir(parents=True, exist_ok=True)
+        measure(given.coverage, log)
+    affected = Affected(given.coverage, durations(log))
+    known = equivalents()
+    waiting: queue.SimpleQueue[Mutant] = queue.SimpleQueue()
+    for mutant in chosen(given.only, given.seed)[: given.mutants]:
+        waiting.put(mutant)
+    end, outcomes, lock = time.monotonic() + 60 * given.minutes, [], threading.Lock()
+
+    def work(folder: Path) -> None:
+        worker = Worker(folder)
+        try:
+            while time.monotonic() < end and not waiting.empty():
+                outcome = worker.judge(waiting.get(), affected, given.limit)
+                m = outcome.mutant
+                if outcome.outcome in ("survived", "untested") and (m.path, outcome.before, outcome.after) in known:
+                    outcome.outcome, outcome.by = "equivalent", known[m.path, outcome.before, outcome.after]
+                with lock:
+                    outcomes.append(outcome)
+                    print(f"{outcome.outcome:9} {m.path}:{m.lines[0]} {outcome.before} -> {outcome.after}", flush=True)
+        finally:
+            worker.close()
+
+    with tempfile.TemporaryDirectory(prefix="mutants-") as scratch:
+        threads = [
+            threading.Thread(target=work, args=(Path(scratch) / f"w{i}" / "tree",)) for i in range(given.workers)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    document = {"command": sys.argv, "seed": given.seed, "outcomes": [asdict(o) for o in outcomes]}
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(report(outcomes))
+
+
+if __name__ == "__main__":
+    main()
