@@ -60,3 +60,13 @@ def test_boxes_that_one_kernel_loses_do_not_count() -> None:
     found = {0: (1e-3, 1e-3, 0.0, 0.0), 1: (5.0, 5.0, 1.0, 0.5)}
     assert largest_changes([[found, {0: found[0]}]])["center"].high < 1
     assert largest_changes([[found, {}]]) == {}
+
+
+def test_a_way_that_changes_nothing_moves_only_the_lower_end() -> None:
+    rng = np.random.default_rng(2)
+    family = [{box: tuple(np.abs(rng.normal(0, 1e-3, 4))) for box in range(20)} for _ in range(3)]
+    none = dict.fromkeys(range(20), (0.0, 0.0, 0.0, 0.0))
+    told, apart = largest_changes([family]), largest_changes([[*family, none]])
+    assert told["size"].low > 0 == apart["size"].low
+    assert (apart["size"].expected, apart["size"].high) == (told["size"].expected, told["size"].high)
+    assert largest_changes([family, [none]])["size"] == apart["size"]

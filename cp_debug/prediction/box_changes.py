@@ -43,18 +43,24 @@ def largest_changes(families: Sequence[Sequence[BoxChanges]]) -> dict[str, Inter
     """Field → interval of the largest change of a box.
 
     ``families``: the emulated kernels' changes, by arithmetic, the most likely one first. The interval reaches from the
-    mildest arithmetic to the coarsest one; ``expected`` is the largest change under the most likely kernel. Empty where
+    mildest arithmetic to the coarsest one; ``expected`` is the largest change under the most likely kernel. It begins
+    at 0 where some way changes no box, as all of it may be in FP32; that way says nothing about the others. Empty where
     no box is matched under all kernels.
     """
+    changing = [[found for found in family if any(map(any, found.values()))] for family in families]
+    unchanged = any(len(some) < len(family) for some, family in zip(changing, families, strict=True))
     everywhere = set.intersection(*(set(found) for family in families for found in family))
     if not everywhere:
         return {}
     told = {}
     for i, field in enumerate(FIELDS):
-        drawn = [np.array([[found[box][i] for box in sorted(everywhere)] for found in family]) for family in families]
-        ends = [(quantile(each, (1 - COVERS) / 2), quantile(each, (1 + COVERS) / 2)) for each in drawn]
-        expected = float(drawn[0][0].max())
-        told[field] = Interval(min(low for low, _ in ends), expected, max(high for _, high in ends))
+        drawn = [
+            np.array([[found[box][i] for box in sorted(everywhere)] for found in some]) for some in changing if some
+        ]
+        ends = [(quantile(each, (1 - COVERS) / 2), quantile(each, (1 + COVERS) / 2)) for each in drawn] or [(0.0, 0.0)]
+        expected = max(families[0][0][box][i] for box in everywhere)
+        low = 0.0 if unchanged else min(low for low, _ in ends)
+        told[field] = Interval(low, expected, max(high for _, high in ends))
     return told
 
 
