@@ -12,7 +12,9 @@ import pytest
 HOW = {
     "mmengine": "pip install '.[eval]' addict termcolor yapf, then pip install --no-deps mmengine==0.10.7",
     "axe_playwright_python": "pip install --no-deps axe-playwright-python==0.1.8",
+    "griffe": "pip install '.[docs]'",
     "mkdocs": "pip install '.[docs]'",
+    "nbclient": "pip install '.[docs]'",
     "modelopt": "pip install '.[quant]'",
     "transformers": "pip install '.[transformers]'",
     "nuscenes": "pip install '.[eval]', then pip install --no-deps nuscenes-devkit==1.2.0",

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from extras import needs
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
-def run(folder: Path, *arguments: str) -> str:
-    done = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout + done.stderr
+def run(folder: Path, *arguments: str, expected: int = 0, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env=os.environ | {"TMPDIR": str(folder)} | environment,
+    )
+    assert done.returncode == expected, done.stdout + done.stderr
     return done.stdout
 
 
@@ -37,6 +46,60 @@ def test_a_dump_from_elsewhere(tmp_path: Path) -> None:
     printed = run(tmp_path, str(EXAMPLES / "dump_from_elsewhere.py"))
     assert "guilty" in printed
     assert printed.count("guilty") == 1
+
+
+@pytest.mark.slow
+def test_int8(tmp_path: Path) -> None:
+    printed = run(tmp_path, str(EXAMPLES / "int8.py"))
+    assert "✓ ort-int8: agrees" in printed
+    assert "rel_l2<0.001 holds with" in printed
+    assert "--nodes_to_exclude" in printed
+
+
+@pytest.mark.slow
+def test_a_cluster(tmp_path: Path) -> None:
+    printed = run(tmp_path, str(EXAMPLES / "cluster.py"), expected=1)  # a divergence is found
+    assert "bisect: 6 tasks" in printed
+    assert "agrees on 5 of 6 samples; most often guilty: /0/Conv (1 of 6)" in " ".join(printed.split())
+
+
+@pytest.mark.slow
+@needs("transformers")
+def test_a_folder_of_transformers(tmp_path: Path) -> None:
+    printed = run(tmp_path, str(EXAMPLES / "transformers_folder.py"))
+    assert printed.count("✓") == 2
+    assert "pooler.dense" in printed or "encoder.layer" in printed
+
+
+@pytest.mark.slow
+def test_tensorrt_that_is_not_here(tmp_path: Path) -> None:
+    """The sentence that says so, FP16 emulated, and the exit code of the command line."""
+    printed = run(tmp_path, str(EXAMPLES / "torch_against_tensorrt.py"), expected=3, CPDEBUG_TRT_PYTHON="")
+    assert printed.startswith("skipped: backend 'trt-fp16' is unavailable")
+    assert "FP16 overflow" in printed
+
+
+@pytest.mark.slow
+def test_tensorrt_in_another_interpreter(tmp_path: Path) -> None:
+    """Recorded TensorRT stands in: what runs is the protocol with another Python, not NVIDIA's library."""
+    tests = Path(__file__).parent
+    (tmp_path / "tensorrt.py").write_text(
+        f"import sys\nsys.path.append({str(tests)!r})\nimport fake_tensorrt\n"
+        "sys.modules['__main__'].Cuda = fake_tensorrt.FakeCuda\n"
+        "sys.modules['tensorrt'] = fake_tensorrt.fake_tensorrt('10.3.0')\n"
+    )
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    printed = run(
+        tmp_path,
+        str(EXAMPLES / "torch_against_tensorrt.py"),
+        expected=1,
+        CPDEBUG_TRT_PYTHON=str(python),
+        XDG_CACHE_HOME=str(tmp_path / "cache"),
+    )
+    assert "torch against trt-fp16" in printed
+    assert "fp16-overflow: " in printed
 
 
 @pytest.mark.slow

@@ -7,8 +7,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from nets import NetBuilder, residual
+from torch import nn
 
+import cp_debug
 from cp_debug.backends.executor import Executor
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
@@ -87,3 +90,21 @@ def test_a_sum_of_two_shapes_is_left_alone(tmp_path: Path) -> None:
     net.op("Add", net.conv("x", 3, 3), net.op("GlobalAveragePool", "x"), name="y")
     graph = Graph(net.save(tmp_path / "net.onnx", {"x": (onnx.TensorProto.FLOAT, [1, 3, 8, 8])}, ["y"]))
     assert not calibrate_graph(graph, [{"x": np.ones((1, 3, 8, 8), np.float32)}]).residual_adds
+
+
+@pytest.mark.slow
+def test_what_int8_costs_is_no_unexplained_remainder(tmp_path: Path) -> None:
+    """A sound Q/DQ graph against its FP32 parent, both on one backend: beyond FP32's tolerance, and nobody's fault."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 4, 1)
+    ).eval()
+    path = tmp_path / "net.onnx"
+    torch.onnx.export(net, (torch.randn(1, 3, 32, 32),), path, dynamo=False, input_names=["image"], opset_version=17)
+    inputs = [{"image": torch.rand(1, 3, 32, 32).numpy()} for _ in range(8)]
+    written = cp_debug.quantize(path, tmp_path / "int8", inputs=inputs, progress=False)
+    int8 = next(file for file in written.files if file.suffix == ".onnx")
+    result = cp_debug.diagnose(path, "ort,ort", test_model=int8, inputs=inputs, progress=False)
+    assert not result.tests[0].guilty
+    assert not result.agrees
+    assert "the rounding adds up" in str(result)

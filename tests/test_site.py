@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -32,7 +33,8 @@ def pages(nav: object) -> list[str]:
 def test_every_page_has_a_place_in_the_navigation() -> None:
     config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     listed = pages(yaml.safe_load(config)["nav"])
-    assert sorted(listed) == sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
+    made = ["reference/cli.md", "reference/json.md", "reference/python.md"]
+    assert sorted(listed) == sorted([*made, *(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))])
 
 
 def test_the_glossary_is_the_one_that_reports_show() -> None:
@@ -65,6 +67,9 @@ def test_the_site_builds_and_fetches_nothing(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     built = list(tmp_path.rglob("*.html"))
     assert len(built) > 15
+    assert "assert_agree" in (tmp_path / "reference" / "python.html").read_text(encoding="utf-8")
+    assert "--tensors-layout" in (tmp_path / "reference" / "cli.html").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "reference" / "bisect.schema.json").read_text(encoding="utf-8"))["$defs"]["LayerRow"]
     for path in built:
         assert not FETCHED.search(path.read_text(encoding="utf-8")), path
     for sheet in tmp_path.rglob("*.css"):

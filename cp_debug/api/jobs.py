@@ -92,7 +92,7 @@ def search(
     model. Raises InputError for what cannot be searched; never for a goal that is not reached.
     """
     parsed = Goal.parse(goal) if isinstance(goal, str) else goal
-    created = _backends(backends)
+    created = _backends(backends, repeats=(test_model or options.test_model) is not None)
     with modes_kept(model), shown_steps(progress, on_step) as step:
         given = inputs if inputs is not None else options.inputs
         prepared, path = to_model(model, given, checkpoint=checkpoint, seed=seed)

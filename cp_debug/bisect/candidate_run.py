@@ -37,6 +37,7 @@ from cp_debug.graph.declared import narrow_values
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.integer_values import is_quantized, parent_values, rounded_values
 from cp_debug.graph.qdq import has_own_pairs
+from cp_debug.graph.source_lines import source_lines
 from cp_debug.probes.arrays import as_numpy
 from cp_debug.probes.held import CapturedRun, CaptureHolder
 from cp_debug.probes.statistics import TensorStats, compare
@@ -308,6 +309,7 @@ class CandidateRun:
         tactics = {
             self.name(Key(n, value)): tactic for n, kernel_of in kernels.items() for value, tactic in kernel_of.items()
         }
+        sources = {Key(n, v): line for n, p in self.programs.items() for v, line in source_lines(p.graph).items()}
         for key, layer in self.layers.items():
             if key not in stats:
                 continue
@@ -332,6 +334,7 @@ class CandidateRun:
                 noise_floor=floor,
                 sample=sample,
                 tactic=tactics.get(key, ""),
+                source=sources.get(key, ""),
             )
         trace_shapes(self.programs, rows)
         return rows

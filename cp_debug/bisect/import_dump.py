@@ -21,6 +21,7 @@ from cp_debug.graph.pairing import parse_map_of
 from cp_debug.probes.arrays import dtype_name
 from cp_debug.probes.capture import CaptureWriter, array_hash
 from cp_debug.programs.layers import layers_of
+from cp_debug.programs.scope_names import module_values
 from cp_debug.serialize import JsonForm
 
 SCHEMA = "cpdebug.import/1"
@@ -71,12 +72,20 @@ def match_dump(
 ) -> ImportedDump:
     """Match the tensors of a dump (name → array of any shape and dtype) with the values of ``graph``.
 
+    A tensor that is called as a torch module is the value that leaves the module, where the exporter recorded modules;
+    axes of size 1 that it lacks, or has too many, are put right: serving runtimes drop the batch.
     ``maps``: ``VALUE=TENSOR`` each, for names that say nothing. ``channels_last``: tensors of rank 4 and 5 are NHWC.
     Raises InputError for a map that fits nothing, for tensors that fit only with their channels elsewhere, and for a
     dump of which no tensor is in the graph.
     """
     names = [*(value.name for value in graph.inputs), *graph.values]
     pairs = parse_map_of(maps, names, list(tensors))
+    modules = module_values(graph)
+    taken = {*named_values(graph, tensors), *pairs.values()}
+    pairs |= {
+        n: modules[n] for n in tensors if n not in pairs and n not in names and modules.get(n, n) not in {n, *taken}
+    }
+    tensors = {name: _batched(graph, pairs.get(name), array) for name, array in tensors.items()}
     given = {pairs.get(name, name): array for name, array in tensors.items()}
     matched = named_values(graph, given)
     if not matched:
@@ -131,6 +140,14 @@ def write_dump(dump: ImportedDump, graph: Graph, folder: Path, precision: str) -
     with CaptureWriter(folder, manifest) as writer:
         for name, array in dump.tensors.items():
             writer.put(name, array, 0, component)
+
+
+def _batched(graph: Graph, value: str | None, array: np.ndarray) -> np.ndarray:
+    """The array in the value's shape, where they differ in axes of size 1 alone; else as it is."""
+    shape = known_shape(graph, value) if value is not None else None
+    if shape is None or [n for n in shape if n != 1] != [n for n in array.shape if n != 1]:
+        return array
+    return array.reshape(shape)
 
 
 def _suggestions(graph: Graph, extra: Mapping[str, np.ndarray], missing: Sequence[str]) -> dict[str, str]:

@@ -60,11 +60,14 @@ class LayerRow:
     """Name of the kernel that wrote the value, where the backend tells."""
     region: Region | None = None
     """Region that the row stands for, where that is more than a layer; then ``name`` is its label."""
+    source: str = ""
+    """Line of the torch module that computes it, ``net.py:8: y = torch.relu(y)``, where the export tells."""
     kind: str = field(default="data", metadata={"one_of": ("data", "constant", "shape")})
     """``data``; ``constant`` or ``shape`` for a side value: see ``Layer``. Side values have a row where they differ."""
 
     def __post_init__(self) -> None:
         self.name, self.op, self.tactic = one_line(self.name), one_line(self.op), one_line(self.tactic)
+        self.source = one_line(self.source)
 
     @property
     def severity(self) -> tuple[float, ...]:

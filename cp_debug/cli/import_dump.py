@@ -14,7 +14,9 @@ from cp_debug.cli.saving import replacing
 def import_dump(
     dump: Annotated[
         Path,
-        typer.Argument(help="Folder of .npy, .pb, .tensorproto or raw files; .npz, safetensors, Polygraphy."),
+        typer.Argument(
+            help="Folder of .npy, .pb, .pt or raw files; .npz, safetensors, Polygraphy, TensorRT-LLM, vLLM."
+        ),
     ],
     model: Annotated[Path, typer.Option(help="The .onnx file whose values the tensors are.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the capture; new or empty.")],

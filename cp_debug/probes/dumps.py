@@ -1,5 +1,5 @@
 """Tensors that another program wrote: ``.npy``, ``.npz``, safetensors, Polygraphy's JSON, ONNX's ``test_data_set``
-folders, ONNX Runtime's node dumps, raw files with a sidecar, captures."""
+folders, ONNX Runtime's node dumps, raw files with a sidecar, captures, ``.pt``, debug tensors of serving runtimes."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from cp_debug.errors import InputError
 from cp_debug.probes.capture import MANIFEST, Capture
+from cp_debug.probes.serving_dumps import is_step_of_vllm, read_pt, step_folder, vllm_step
 from cp_debug.reading import LARGEST_DOCUMENT, array_of, check_file, read_bytes, read_json, read_npy, read_npz, typed
 
 
@@ -24,7 +25,8 @@ def read_dump(path: Path) -> dict[str, np.ndarray]:
     """The tensors of a dump, name → array: of a file, or of all files in a folder.
 
     A ``.npy`` file is called as it is without its suffix; in ``.pb`` files (``onnx.TensorProto``) each tensor has its
-    name in it. Of a Polygraphy file (``--save-inputs``, ``--save-outputs``) the first runner's first iteration counts.
+    name in it. Of a Polygraphy file (``--save-inputs``, ``--save-outputs``) the first runner's first iteration counts,
+    of the folders of TensorRT-LLM, vLLM and SGLang the first step (``serving_dumps``).
     Shapes and dtypes are those that the files hold.
     Raises InputError, with the file, for what is none of these, for pickled objects, and for a name that comes twice.
     """
@@ -32,6 +34,11 @@ def read_dump(path: Path) -> dict[str, np.ndarray]:
         return dict(_file(path))
     if (path / MANIFEST).is_file():
         return _capture(path)
+    path = step_folder(path)
+    if not path.is_dir():
+        return dict(_file(path))
+    if is_step_of_vllm(path):
+        return vllm_step(path)
     arrays: dict[str, np.ndarray] = {}
     files = [f for f in sorted(path.iterdir()) if f.suffix in _READERS and not f.name.endswith(_SIDECARS)]
     for file in files:
@@ -164,6 +171,7 @@ _READERS: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {
     ".npy": lambda path: {path.stem: read_npy(path)},
     ".npz": read_npz,
     ".safetensors": _safetensors,
+    ".pt": read_pt,
     ".pb": _proto,
     ".tensorproto": _proto,  # what ONNX Runtime's node dumps are
     ".bin": _raw,

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from cp_debug.backends.determinism import fp32_precision
 from cp_debug.errors import InputError, raise_if_interrupted, system_reason
 from cp_debug.probes.outputs import flatten_outputs
+from cp_debug.programs.module_source import note_modules
 
 EXPORTERS = ("dynamo", "torchscript")
 _PROTOBUF_LIMIT = 2_000_000_000
@@ -79,6 +80,8 @@ def export(
                 raise InputError(f"{path}: cannot be written ({system_reason(error)})") from error
             raise InputError(f"{type(module).__name__} cannot be exported by {exporter}: {_reason(error)}") from error
         _check(proto, output_names, exporter, opset)
+        if exporter == "torchscript":
+            note_modules(proto, module)
         onnx.helper.set_model_props(proto, {"cpdebug.exporter": exporter, "cpdebug.folded": str(folded).lower()})
         complete = Path(folder) / path.name
         large = size > _PROTOBUF_LIMIT

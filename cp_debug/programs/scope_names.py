@@ -33,10 +33,50 @@ def scope_hints(graph: Graph, called: Iterable[str]) -> dict[str, str]:
     return hints
 
 
+def module_values(graph: Graph) -> dict[str, str]:
+    """Module path → the one value that leaves the module, for modules that the exporter recorded."""
+    inside: dict[str, list[Node]] = {}
+    for node in graph.nodes:
+        for path in _paths(node):
+            inside.setdefault(path, []).append(node)
+    outputs = {value.name for value in graph.outputs}
+    found = {}
+    for path, nodes in inside.items():
+        own = {id(node) for node in nodes}
+        read = {name for node in graph.nodes if id(node) not in own for name in node.inputs}
+        leaving = [name for node in nodes for name in node.outputs if node.op != "Constant" and name in read | outputs]
+        if len(leaving) == 1:
+            found[path] = leaving[0]
+    return found
+
+
+def _paths(node: Node) -> list[str]:
+    """The paths of the modules around a node, the outermost first."""
+    for entry in node.proto.metadata_props:
+        if entry.key == _DYNAMO_SCOPES:
+            return [_CALL.sub("", path) for path in _listed(entry.value)[1:-1]]
+    paths: list[str] = []
+    parts = node.name.strip("/").split("/")[:-1] if node.name.startswith("/") else []
+    for index, part in enumerate(parts):
+        # A container is not called, so its name stands in front of its part's: ``blocks.0/blocks.0.3``.
+        own = part.removeprefix(f"{parts[index - 1]}.") if index else part
+        paths.append(f"{paths[-1]}.{own}" if paths else own)
+    return paths
+
+
+def _listed(text: str) -> list[str]:
+    """The list of names that dynamo wrote; empty where somebody else wrote something else."""
+    try:
+        names = ast.literal_eval(text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return []
+    return [str(name) for name in names] if isinstance(names, list) else []
+
+
 def _dynamo_path(node: Node) -> str | None:
     for entry in node.proto.metadata_props:
         if entry.key == _DYNAMO_SCOPES:
-            scopes = ast.literal_eval(entry.value)
+            scopes = _listed(entry.value)
             return _CALL.sub("", scopes[-2]) if len(scopes) > 1 else None
     return None
 

@@ -29,7 +29,9 @@ def findings(test: TestResult) -> Iterator[RenderableType]:
         yield Text()
         style = "bold yellow" if finding.cause == UNKNOWN else "bold red"
         yield Text.assemble((f"{place}. {finding.headline}", style))
-        rows = [(Cell(f"   {label}", "quiet"), line) for label, line in lines(finding)]
+        source = next((row.source for row in test.guilty if row.name in finding.layers and row.source), "")
+        told = [*lines(finding), *([("source", source)] if source else [])]
+        rows = [(Cell(f"   {label}", "quiet"), line) for label, line in told]
         yield Terminal(Sheet((Column("", "mark"), Column("")), rows))
     if test.detections is not None:
         yield Text()

@@ -1,0 +1,41 @@
+"""Source of the torch modules behind a TorchScript export, which itself names no lines."""
+
+from __future__ import annotations
+
+import onnx
+from torch import nn
+
+from cp_debug.graph.source_lines import KEY, shortened
+
+
+def note_modules(model: onnx.ModelProto, module: nn.Module) -> None:
+    """Write ``net.py:6: Block.forward`` into the metadata of each node: the innermost module that is not torch's own.
+
+    TorchScript's exporter calls a node by the modules around it: ``/encoder/blocks.0/blocks.0.3/Conv``.
+    """
+    for node in model.graph.node:
+        if line := _forward(_innermost(module, node.name)):
+            node.metadata_props.add(key=KEY, value=line)
+
+
+def _innermost(module: nn.Module, name: str) -> nn.Module:
+    own = module
+    parts = name.strip("/").split("/")[:-1]
+    for index, part in enumerate(parts):
+        # A container of modules is not called: its name stands in front of its part's, again and again.
+        path = part.removeprefix(f"{parts[index - 1]}.") if index else part
+        try:
+            module = module.get_submodule(path)
+        except AttributeError:
+            break
+        if not type(module).__module__.startswith("torch."):
+            own = module
+    return own
+
+
+def _forward(module: nn.Module) -> str:
+    """The place where the class's ``forward`` is written; empty for those of torch, and for what is not Python."""
+    code = getattr(type(module).forward, "__code__", None)
+    if code is None or type(module).__module__.startswith("torch."):
+        return ""
+    return f"{shortened(code.co_filename)}:{code.co_firstlineno}: {type(module).__name__}.forward"
