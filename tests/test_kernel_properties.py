@@ -248,3 +248,22 @@ def test_group_normalization_has_a_scale_for_each_group_and_since_opset_21_for_e
     per_channel = [np.repeat(p, 6 // count)[None, :, None, None] for p in (scale, bias)]
     made = Executor(Graph(tmp_path / "net.onnx"), FP64).run({"x": x})["y"].numpy()
     np.testing.assert_allclose(made, normal * per_channel[0] + per_channel[1], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 6])
+def test_local_response_is_normalized_over_one_channel_more_behind_than_before_where_the_number_is_even(
+    tmp_path: Path, size: int
+) -> None:
+    """As ONNX defines it; ONNX Runtime takes odd sizes only."""
+    x = np.random.default_rng(0).standard_normal((2, 7, 3)).astype(np.float32)
+    ends = [helper.make_tensor_value_info(name, 1, None) for name in ("x", "y")]
+    node = helper.make_node("LRN", ["x"], ["y"], size=size, alpha=0.3, beta=0.75, bias=2.0)
+    graph = helper.make_graph([node], "net", ends[:1], ends[1:])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]), str(tmp_path / "net.onnx"))
+    expected = np.empty_like(x, np.float64)
+    for c in range(7):
+        channels = slice(max(0, c - (size - 1) // 2), min(6, c + -(-(size - 1) // 2)) + 1)
+        total = np.square(x[:, channels], dtype=np.float64).sum(1)
+        expected[:, c] = x[:, c] / (2.0 + 0.3 / size * total) ** 0.75
+    made = Executor(Graph(tmp_path / "net.onnx"), FP64).run({"x": x})["y"].numpy()
+    np.testing.assert_allclose(made, expected, rtol=1e-6)

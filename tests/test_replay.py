@@ -304,3 +304,53 @@ def test_the_model_of_serial_sums_knows_how_many_terms_a_product_has(tmp_path: P
     serial = np.add.accumulate(a[:, :, None] * b[None], axis=1)[:, -1]
     noise = doubt(Executor(graph, FP64), graph.nodes, {"x": x}, product)
     assert np.linalg.norm(serial - a.astype(np.float64) @ b.astype(np.float64)) == pytest.approx(noise, rel=0.5)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-3])
+def test_a_reference_that_deviates_from_the_oracle_is_told_apart_from_a_test_that_does(net: Path, size: float) -> None:
+    """The test computes what its inputs make; the reference, from the same inputs, something else."""
+    layer = Graph(net).nodes[6].outputs[0]
+    x = {"x": np.random.default_rng(0).standard_normal((1, 16, 16, 16)).astype(np.float32)}
+    right = run(Graph(net), x)
+    wrong = run(Graph(spoilt(net, layer, edits.scale, size)), x) if size else right
+    graph = Graph(net)
+    found = replayed(graph, {n: wrong[n] for n in right}, right)
+    assert excess(found[layer]) < EXCESS
+    assert (found[layer].reference_excess > EXCESS) == bool(size)
+    assert not any(replay.reference_excess > EXCESS for name, replay in found.items() if name != layer)
+    blamed = judge(compare(wrong[layer], right[layer]), found[layer], PRECISIONS["fp32"], 1e-4, 1e-6, 0.0)
+    assert (blamed.verdict, blamed.side) == (("guilty", "reference") if size else ("ok", "test"))
+
+
+def test_the_divergence_of_several_inputs_is_that_of_all_together(tmp_path: Path) -> None:
+    """One of two inputs of one norm diverges by 1 %: 0.01 ÷ √2 of both as one vector, 0.005 of their sum."""
+    for order in (("x", "z"), ("z", "x")):
+        net = NetBuilder()
+        net.op("Add", *order, name="sum")
+        graph = Graph(net.save(tmp_path / "net.onnx", {n: (1, [1, 64]) for n in "xz"}, ["sum"]))
+        ones = np.ones((1, 64), np.float32)
+        replays = replayed(graph, run(graph, {"x": ones, "z": ones}), run(graph, {"x": 1.01 * ones, "z": ones}))
+        assert replays["sum"].inherited == pytest.approx(0.005, rel=1e-3)
+        assert replays["sum"].amplification == pytest.approx(0.005 * np.sqrt(2) / 0.01, rel=1e-3)
+
+
+def test_the_oracles_own_error_grows_with_the_terms_of_a_sum(tmp_path: Path) -> None:
+    net = NetBuilder()
+    net.conv("x", 4, 32, name="conv")
+    net.op("MatMul", "conv", net.weight(net.rng.standard_normal((6, 100)).astype(np.float32)), name="wide")
+    graph = Graph(net.save(tmp_path / "net.onnx", {"x": (1, [1, 4, 6, 6])}, ["wide"]))
+    values = run(graph, {"x": np.ones((1, 4, 6, 6), np.float32)})
+    for oracle, roundoff in (("fp64", 2.0**-53), ("fp32", 2.0**-24)):
+        found = replayed(graph, values, values, oracle)
+        assert found["conv"].oracle_error == pytest.approx(roundoff * 6)  # 4 channels of 9 taps
+        assert found["wide"].oracle_error == pytest.approx(roundoff * 10)  # a bound: the longer side of the matrix
+
+
+def test_only_what_neither_a_node_nor_the_caller_reads_is_unread(tmp_path: Path) -> None:
+    net = NetBuilder()
+    net.op("Split", net.op("Relu", "x", name="r"), name="part", outputs=2, axis=1, num_outputs=2)
+    net.op("Neg", "part_0", name="y")
+    graph = Graph(net.save(tmp_path / "net.onnx", {"x": (1, [1, 4])}, ["y"], opset=18))
+    values = run(graph, {"x": np.ones((1, 4), np.float32)})
+    found = replayed(graph, values, values)
+    assert {name for name, replay in found.items() if replay.unread} == {"part_1"}

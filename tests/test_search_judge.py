@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cp_debug.detection.bootstrap import ConfidenceInterval
 from cp_debug.errors import InputError
+from cp_debug.mixed_precision.fusion_groups import FusionGroup
 from cp_debug.mixed_precision.goal import Goal
 from cp_debug.mixed_precision.judge import Judge
-from cp_debug.mixed_precision.predict import enough_of, left_of
+from cp_debug.mixed_precision.predict import Predictor, enough_of, left_of
 from cp_debug.mixed_precision.result import MixedPrecisionResult
-from cp_debug.mixed_precision.sensitivity import Int8Effect
+from cp_debug.mixed_precision.sensitivity import Int8Effect, LayerSensitivity
 from cp_debug.mixed_precision.trial import Measured, Trial
 from cp_debug.recipes.base import Component, Sample
 from cp_debug.recipes.centerpoint.decode import Detections
@@ -149,3 +151,36 @@ def test_the_front_holds_what_no_other_trial_beats_on_the_backend() -> None:
         "m", "ort", "trt", False, "fp16", "rel_l2<1", 9, True, [], True, trials[2], trials[0], trials, {}
     )
     assert result.pareto == [trials[0], trials[2], trials[7]]
+
+
+def interval(value: float, low: float, high: float) -> dict[str, ConfidenceInterval]:
+    return {"mAP": ConfidenceInterval(value, low, high)}
+
+
+def test_layers_are_ranked_by_what_they_surely_cost_then_by_their_error() -> None:
+    def layer(scores: dict[str, ConfidenceInterval], error: float) -> LayerSensitivity:
+        effect = Int8Effect(error, scores)
+        return LayerSensitivity("l", "Conv2d", 9, 0.1, effect, effect)
+
+    assert layer(interval(-0.05, -0.09, -0.02), 0.5).severity == (pytest.approx(0.02), 0.5)
+    assert layer(interval(-0.05, -0.09, 0.01), 0.5).severity == (0, 0.5)  # chance may explain it
+    assert layer({}, 0.5).severity == (0, 0.5)
+
+
+def test_the_change_of_a_score_rises_over_what_was_before() -> None:
+    before = Measured(draws={"mAP": np.array([0.5, 0.4, 0.6])})
+    after = Measured(draws={"mAP": np.array([0.7, 0.5, 0.9])})
+    change = after.change("mAP", before)
+    assert change.value == pytest.approx(0.2)
+    assert 0.1 <= change.low < change.high <= 0.3 + 1e-9
+    assert before.change("mAP", after).value == pytest.approx(-0.2)
+
+
+def test_layers_that_introduce_most_are_measured_first() -> None:
+    groups = [FusionGroup("net", (name,), name) for name in "abcd"]
+    local = dict(zip(groups, (0.1, 0.5, 0.3, 0.5), strict=True))
+    nothing: Any = None
+    ranked = Predictor(groups, Goal.parse("rel_l2<1"), local.__getitem__, nothing).ranked
+    assert [group.name for group in ranked] == ["b", "d", "c", "a"]
+    broken = Predictor(groups, Goal.parse("rel_l2<1"), lambda g: np.inf if g.name == "c" else 0.1, nothing)
+    assert [group.name for group in broken.extend([], Measured({"rel_l2": 1.0}, {"y": 1.0}))] == ["c"]

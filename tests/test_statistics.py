@@ -300,3 +300,11 @@ def test_distances_of_large_tensors_are_those_of_all_their_blocks(dtype: type, g
     assert other_way.new_nonfinite == 0
     assert other_way.difference == pytest.approx(5.0)
     assert other_way.whole == pytest.approx(np.sqrt(4 * (len(theirs) - 2 - 2 * strange) + 25 + 36))
+
+
+def test_of_equal_differences_in_several_chunks_the_first_is_told() -> None:
+    reference, test = np.zeros(3 * statistics_reduce.HOST_CHUNK, np.float32), np.zeros(3 * statistics_reduce.HOST_CHUNK)
+    test[[5, statistics_reduce.HOST_CHUNK + 3, 2 * statistics_reduce.HOST_CHUNK + 1]] = 2.0
+    assert compare(reference, test).argmax == (5,)
+    test[5] = 1.0
+    assert compare(reference, test).argmax == (statistics_reduce.HOST_CHUNK + 3,)

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from nets import marked, random_dag
+from nets import NetBuilder, marked, random_dag
 from onnx import TensorProto
 from test_surgery import RECIPES, image, run
 
@@ -135,3 +135,17 @@ def test_a_file_written_again_is_paired_with_itself(
     pairing, _ = pair_by_numbers(Program("net", graph), Program("net", again), feed, {})
     assert all(name == value for name, value in pairing.names.items())
     assert set(pairing.names) == {*graph.values, "x"}
+
+
+def test_behind_pairs_in_a_row_stands_the_value_before_the_first(tmp_path: Path) -> None:
+    net = NetBuilder()
+    scale, zero = net.weight(np.float32(0.1)), net.weight(np.int8(0))
+    value = "x"
+    for _ in range(2):
+        value = net.op("DequantizeLinear", net.op("QuantizeLinear", value, scale, zero), scale, zero)
+    net.op("Relu", value, name="y")
+    graph = Graph(net.save(tmp_path / "net.onnx", {"x": (1, [1, 4, 5, 5])}, ["y"]))
+    assert quantized_inputs(graph)["node_y"] == {value: "x"}
+    back = Graph(remove_qdq(graph, ["node_y"], tmp_path / "back.onnx"))
+    feed = image((1, 4, 5, 5))
+    assert run(back.path, feed)["y"].tobytes() == np.maximum(feed["x"], 0).tobytes()

@@ -113,7 +113,7 @@ class EngineCache:
                 _make_room(path)
             with complete_path(target) as partial:
                 shutil.copyfile(engine, partial)
-            document = {"key": key, "sha256": file_hash(target), "facts": dict(facts)}
+            document = {"key": key, "sha256": file_hash(engine), "facts": dict(facts)}
             write_text(json.dumps(document) + "\n", self.folder / f"{key}.json")
         except (InputError, OSError):
             return
