@@ -273,6 +273,7 @@ ACTS_OF = {
     ("sweep search", "--max-builds"): "trials on an emulator count, too",
     ("sweep sensitivity", "--calib-samples"): "INT8 is what it is about",
     ("sweep sensitivity", "--calib-method"): "INT8 is what it is about",
+    ("predict", "--builder-level"): "whether a layer may stay in FP32: at 0 any may",
     ("import", "--layout"): "how the tensors are read",
 }
 BESIDE = {
