@@ -14,6 +14,7 @@ from rich.text import Text
 from cp_debug.detection.bootstrap import CONFIDENCE, ConfidenceInterval
 from cp_debug.files import write_text
 from cp_debug.reports.files import csv_text
+from cp_debug.reports.heat_map import Strip, strips
 from cp_debug.reports.numbers import number
 from cp_debug.reports.page import environment, page_parts
 from cp_debug.reports.sensitivity import whole_line
@@ -21,7 +22,7 @@ from cp_debug.reports.sheet import Column, Sheet
 from cp_debug.reports.sheet_terminal import Terminal
 from cp_debug.sweep.bisecting import BisectGroup, LayerSpread
 from cp_debug.sweep.evaluating import EvalGroup
-from cp_debug.sweep.result import ResultGroup, SweepResult
+from cp_debug.sweep.result import FailedTasks, ResultGroup, SweepResult
 from cp_debug.sweep.searching import MixedPrecisionGroup
 from cp_debug.sweep.sensitivity import ProfileGroup, SensitivityGroup
 from cp_debug.sweep.spread import Outlier, Spread
@@ -41,6 +42,9 @@ class GroupSection:
     sentence: str
     sheets: Sequence[Sheet]
     notes: Sequence[str] = field(default=())
+    strips: Sequence[Strip] = field(default=())
+    """Heat map of layers over samples, for pages."""
+    strip_width: int = 1
 
 
 @singledispatch
@@ -82,7 +86,8 @@ def _(group: BisectGroup) -> GroupSection:
         _sheet("Layers over the samples; introduced and rel. L2 are medians", headers, rows, MOST_LAYERS),
         *_outliers(group.outliers, "final rel. L2"),
     ]
-    return GroupSection(title, group.passed, sentence, sheets, notes)
+    shown = list(strips(group.map, group.samples)) if group.map else []
+    return GroupSection(title, group.passed, sentence, sheets, notes, shown, group.map.width if group.map else 1)
 
 
 @section.register
@@ -199,8 +204,11 @@ def render(result: SweepResult) -> Iterator[RenderableType]:
         yield Text(f"{mark} {part.title}: {part.sentence}", style=style)
     if result.failures:
         yield Text()
-        for each in result.failures[:MOST_FAILURES]:  # lines, as paths and errors leave no room for columns
-            yield Text(f"{each.label}, {', '.join(each.backends)}, {each.sample}: {each.error}")
+        reasons = by_reason(result.failures)
+        for error, failures in reasons[:MOST_FAILURES]:  # lines, as paths and errors leave no room for columns
+            yield Text(f"{_where(failures)}: {error}")
+        if len(reasons) > MOST_FAILURES:
+            yield Text(f"and {len(reasons) - MOST_FAILURES} other reasons, all in {result.log}")
         yield Text(f"✗ {len(result.failures)} tasks failed; --retry-failed tries them again", style="bold red")
 
 
@@ -235,9 +243,26 @@ def write_csv(result: SweepResult, target: Path) -> None:
     write_text(csv_text(pd.DataFrame(rows)), target)
 
 
+def by_reason(failures: Sequence[FailedTasks]) -> list[tuple[str, list[FailedTasks]]]:
+    """Errors with the tasks that ended in them, the most frequent first: one cause is told once, whatever it took."""
+    found: dict[str, list[FailedTasks]] = {}
+    for each in failures:
+        found.setdefault(each.error, []).append(each)
+    return sorted(found.items(), key=lambda item: -len(item[1]))
+
+
+def _where(failures: Sequence[FailedTasks]) -> str:
+    first = failures[0]
+    place = f"{first.label}, {', '.join(first.backends)}, {first.sample}"
+    return place if len(failures) == 1 else f"{len(failures)} tasks, the first {place}"
+
+
 def _failures(result: SweepResult) -> Sheet:
-    rows = [(each.label, ", ".join(each.backends), each.sample, each.error) for each in result.failures]
-    return _sheet("Failed tasks", ("model", "backends", "sample", "why"), rows, 0)
+    rows = [
+        (len(failures), error, _where(failures[:1]), _where(failures[-1:]) if len(failures) > 1 else "")
+        for error, failures in by_reason(result.failures)
+    ]
+    return _sheet("Failed tasks by reason", (">tasks", "why", "first", "last"), rows, 0)
 
 
 def _outliers(outliers: Sequence[Outlier], figure: str) -> list[Sheet]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.result import GUILTY, TestResult
@@ -24,6 +26,8 @@ from cp_debug.sweep.tasks import Parameters, Task
 
 FIGURES = ("rel_l2", "introduced", "excess")
 """Figures of a layer whose spread over the samples is reported."""
+MAP_LAYERS, MAP_COLUMNS = 60, 160
+"""Rows and columns that a heat map has at most."""
 _KEPT = {
     "index": int,
     "component": str,
@@ -122,6 +126,35 @@ class LayerSpread:
 
 
 @dataclass(frozen=True)
+class HeatMap:
+    """Excess of layers over samples, for a picture."""
+
+    layers: list[str]
+    """Layers with the highest excess, at most ``MAP_LAYERS``, in execution order."""
+    width: int
+    """Consecutive samples in a column; the last column may have fewer."""
+    excess: list[list[float | None]]
+    """Row of a layer → the highest excess of each column's samples; None where none has one."""
+
+    @classmethod
+    def of(cls, excess: Mapping[str, Sequence[float]]) -> HeatMap | None:
+        """``excess``: layer → a figure for each sample, NaN where there is none. None for fewer than two samples."""
+        worst = {layer: np.nanmax([0.0, *values]) for layer, values in excess.items()}
+        kept = set(sorted(worst, key=lambda layer: -worst[layer])[:MAP_LAYERS])
+        count = len(next(iter(excess.values()), ()))
+        if count < 2:
+            return None
+        width = -(-count // MAP_COLUMNS)
+        rows = {layer: [values[i : i + width] for i in range(0, count, width)] for layer, values in excess.items()}
+        highest = [[_highest(part) for part in parts] for layer, parts in rows.items() if layer in kept]
+        return cls([layer for layer in excess if layer in kept], width, highest)
+
+
+def _highest(values: Sequence[float]) -> float | None:
+    return max((v for v in values if not math.isnan(v)), default=None)
+
+
+@dataclass(frozen=True)
 class BisectGroup(JsonForm):
     """One model on one test backend, over all samples."""
 
@@ -140,6 +173,7 @@ class BisectGroup(JsonForm):
     """Cause → number of samples on which it was found."""
     detections: DetectionChange | None
     notes: dict[str, int]
+    map: HeatMap | None = None
 
     @property
     def passed(self) -> bool:
@@ -241,6 +275,7 @@ class _OpenGroup:
             causes=dict(sorted(self.causes.items(), key=lambda item: (-item[1], item[0]))),
             detections=sum(change[1:], change[0]) if change else None,
             notes=dict(sorted(self.notes.items())),
+            map=HeatMap.of({t.row["name"]: f["excess"] for t, f in zip(tallies, figures, strict=True)}),
         )
 
 
