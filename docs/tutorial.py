@@ -23,7 +23,7 @@ PAGE = Path(__file__).with_name("tutorial.md")
 CUT = "⋮"
 WIDTH = 130
 _BLOCK = re.compile(r"```console\n\$ (?P<command>.*)\n(?P<output>(?:.*\n)*?)```")
-_FILE = re.compile(r"```python\n# (?P<name>\S+\.py)\n(?P<text>(?:.*\n)*?)```")
+_FILE = re.compile(r"```(?:python|yaml)\n# (?P<name>\S+\.(?:py|yaml))\n(?P<text>(?:.*\n)*?)```")
 _NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?:e[-+]\d+)?(?![\w.]*[A-Za-z_])")
 
 

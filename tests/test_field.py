@@ -1,0 +1,28 @@
+"""The table of the field reports still tells the truth: each command prints its line."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from extras import needs
+from test_tutorial import DOCS, tutorial
+
+PAGE = (DOCS / "field.md").read_text(encoding="utf-8")
+TABLES = [re.findall(r"^\| .* \| `(.+)` \| `(.+)` \|$", part, re.MULTILINE) for part in PAGE.split("\n## ")[1:]]
+
+
+def test_the_tables_have_commands_of_every_kind() -> None:
+    names = {word for table in TABLES for command, _ in table for word in re.findall(r"cpdebug (\w+)", command)}
+    assert names >= {"bisect", "export", "verify", "eval", "deploy", "bench", "check", "quantize"}
+
+
+@pytest.mark.slow
+@needs("modelopt")
+@pytest.mark.parametrize("rows", TABLES)
+def test_every_row_prints_its_line(tmp_path: Path, rows: list[tuple[str, str]]) -> None:
+    tutorial.write_files(PAGE, tmp_path)
+    for command, line in rows:
+        ((_, holds),) = tutorial.updated([line], tutorial.run(command, tmp_path))
+        assert holds, (command, line)
