@@ -18,8 +18,10 @@ from cp_debug.backends.executor import Executor
 from cp_debug.backends.ort_chunks import to_numpy
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
-from cp_debug.errors import InputError
+from cp_debug.backends.tensorrt.config import decide
+from cp_debug.errors import BackendUnavailable, InputError
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.narrow_types import narrow_kinds
 
 pytest.importorskip("onnxruntime")
 FP8 = {T.FLOAT8E4M3FN: ml_dtypes.float8_e4m3fn, T.FLOAT8E5M2: ml_dtypes.float8_e5m2}
@@ -121,3 +123,30 @@ def test_weights_in_int4_blocks_agree_with_onnx_runtime(tmp_path: Path) -> None:
     theirs = create(BackendSpec.parse("ort")).open(Program("net", graph)).run(inputs)
     ours = Executor(graph).run(inputs)
     np.testing.assert_allclose(ours["y"].numpy(), theirs["y"], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("version", "kind", "flags"),
+    [
+        ("8.6.0", "FP8", None),
+        ("10.0.1", "FP8", {"FP8"}),
+        ("10.0.1", "INT4", set()),
+        ("10.3.0", "INT4", {"INT4"}),
+        ("10.3.0", "FP4", None),
+        ("10.8.0.43", "FP4", {"FP4"}),
+        ("11.4.0", "FP8", set()),
+    ],
+)
+def test_tensorrt_takes_narrow_types_where_it_has_them(version: str, kind: str, flags: set[str] | None) -> None:
+    """None: refused in one sentence, before anything is built. Strongly typed networks need no flag."""
+    if flags is None:
+        with pytest.raises(BackendUnavailable, match=f"{kind} Q/DQ nodes, and TensorRT {version} does not"):
+            decide("fp32", version, narrow={kind})
+        return
+    assert {f for f in decide("fp32", version, narrow={kind}).set_flags if f in ("FP8", "INT4", "FP4")} == flags
+
+
+def test_kinds_of_narrow_types(tmp_path: Path) -> None:
+    assert narrow_kinds(net(tmp_path, T.FLOAT8E4M3FN)) == {"FP8"}
+    with pytest.raises(InputError, match="one FP8 type"):
+        narrow_kinds(net(tmp_path, T.FLOAT8E4M3FN, weights=T.FLOAT8E5M2))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from test_narrow_files import net as fp8_net
 from test_trt_runner import NODES, save_net
 
 from cp_debug.backends.tensorrt.client import ParseFailed, RunnerClient
@@ -104,6 +105,11 @@ def test_a_graph_with_quantizers_is_built(trt11: str, tmp_path: Path) -> None:
         node.name = f"/{node.output[0]}/{node.op_type}"
     onnx.save(model, tmp_path / "qdq.onnx")
     assert build(trt11, tmp_path, tmp_path / "qdq.onnx", "int8")[0].stat().st_size > 1000
+
+
+def test_a_graph_with_fp8_quantizers_is_built(trt11: str, tmp_path: Path) -> None:
+    engine, _ = build(trt11, tmp_path, fp8_net(tmp_path, onnx.TensorProto.FLOAT8E4M3FN).path, "fp32")
+    assert engine.stat().st_size > 1000
 
 
 def test_dynamic_shapes_take_a_profile(trt11: str, tmp_path: Path) -> None:

@@ -54,6 +54,16 @@ def check_narrow_types(graph: Graph) -> None:
         )
 
 
+def narrow_kinds(graph: Graph) -> set[str]:
+    """Kinds of the narrow types of a graph's Q/DQ nodes: ``FP8``, ``INT4`` (UINT4 too), ``FP4``.
+
+    Raises InputError as ``check_narrow_types`` does.
+    """
+    check_narrow_types(graph)
+    kinds = {TensorProto.INT4: "INT4", TensorProto.UINT4: "INT4", TensorProto.FLOAT4E2M1: "FP4"}
+    return {kinds.get(kind, "FP8") for _, kind in quantizers(graph)}
+
+
 def quantizers(graph: Graph) -> Iterator[tuple[Node, int]]:
     """Q/DQ nodes of FP8 and 4-bit types with the element type of their quantized side, as far as the file tells it."""
     constants = {t.name: t.data_type for t in graph.proto.graph.initializer}

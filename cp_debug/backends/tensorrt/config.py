@@ -56,6 +56,11 @@ class BuildConfig:
         }
 
 
+NARROW = {"FP8": ((10, 0), (10, 0)), "INT4": ((10, 0), (10, 3)), "FP4": ((10, 8), (10, 8))}
+"""Type of Q/DQ nodes → the first release that takes them, and the first with a builder flag for weakly typed networks.
+8.6 has a data type and a flag for FP8, but reads ONNX up to opset 17; FP8 begins with 19."""
+
+
 def decide(
     variant: str,
     version: str,
@@ -65,15 +70,25 @@ def decide(
     calibrated: bool = False,
     keep_fp32: Collection[str] = (),
     fp16_fallback: bool = False,
+    narrow: Collection[str] = (),
 ) -> BuildConfig:
     """The build configuration of ``trt-<variant>`` on a TensorRT version (``8.6.0``, ``10.12.0.36`` …).
 
     ``quantized``: the graph has Q/DQ nodes. ``calibrated``: TensorRT's calibrator has a cache or data for it.
     ``keep_fp32``: ONNX nodes that stay FP32. ``fp16_fallback``: layers of an INT8 engine that are not quantized
-    may run in FP16, where the network is weakly typed. Raises InputError or BackendUnavailable where the version has no
+    may run in FP16, where the network is weakly typed. ``narrow``: types of its Q/DQ nodes, of ``FP8``, ``INT4``,
+    ``FP4``. Raises InputError or BackendUnavailable where the version has no
     way to do it.
     """
     release = _release(version)
+    for kind in sorted(narrow):
+        if release < (first := NARROW[kind][0]):
+            needed = ".".join(map(str, first))
+            raise BackendUnavailable(
+                f"trt-{variant}",
+                f"the graph has {kind} Q/DQ nodes, and TensorRT {version} does not take them; {needed} and newer do",
+                nearest="ort",
+            )
     strong = strongly_typed or release >= STRONG_ONLY
     if strong and release < STRONG_POSSIBLE:
         raise InputError(f"--strongly-typed needs TensorRT 10 or newer; this is {version}")
@@ -100,6 +115,7 @@ def decide(
     flags = _best(release, quantized or calibrated) if variant == "best" else _WEAK_FLAGS[variant]
     if variant == "int8" and fp16_fallback:
         flags = ("FP16", *flags)
+    flags = (*flags, *(kind for kind in sorted(narrow) if release >= NARROW[kind][1]))
     pinned = dict.fromkeys(keep_fp32, "FLOAT") if flags else {}
     return BuildConfig(
         regime="weak",

@@ -28,6 +28,7 @@ from cp_debug.graph.casts import cast_surgery
 from cp_debug.graph.check_inputs import check_inputs
 from cp_debug.graph.downstream import data_values
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.narrow_types import narrow_kinds
 
 HEALTHY = "nothing diverges, so no engine was built to show values inside (--probes boundaries does)"
 
@@ -115,6 +116,7 @@ class EngineSession:
             calibrated=calibrated is not None,
             keep_fp32=kept_nodes,
             fp16_fallback=options.fp16_fallback,
+            narrow=narrow_kinds(source_graph),
         )
         graph = source_graph
         if config.graph_precision is not None:
