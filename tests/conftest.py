@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,11 @@ REPO = Path(__file__).resolve().parents[1]
 # Before torch is imported, here and in the processes that tests start: with one test process a core, threads that wait
 # for each other take several times the processor time of the work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# What commands keep for the next run is no business of the user's own cache folder.
+if "XDG_CACHE_HOME" not in os.environ:
+    _cache = tempfile.TemporaryDirectory(prefix="cpdebug-tests-")
+    os.environ["XDG_CACHE_HOME"] = _cache.name
 
 # A shell's background ignores Ctrl-C, and so would what tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -9,6 +9,7 @@ from pathlib import Path
 from cp_debug.backends.base import Backend, Program
 from cp_debug.bisect.options import Options, Rewrite, StepCounter
 from cp_debug.graph.randomness import drawing, drawing_note
+from cp_debug.programs.export_cache import ExportCache, default_folder
 from cp_debug.programs.paired import differing_weights, pair_programs
 from cp_debug.programs.pipeline import Export, changed_state, load_test_programs, prepare, wants_int8
 from cp_debug.programs.unroll import Unroller
@@ -125,7 +126,8 @@ class Preparation:
     ) -> tuple[list[Program], list[Program]]:
         folder.mkdir(parents=True, exist_ok=True)
         model, test_model, how, folded = self._reference.model, self._test.model, self._export, self._options.folded
-        programs = list(exported or prepare(model, sample, folder, how=how, folded=folded))
+        cache = ExportCache(default_folder()) if self._options.cache else None
+        programs = list(exported or prepare(model, sample, folder, how=how, folded=folded, cache=cache))
         if isinstance(self._test_model, Path):
             changed = load_test_programs(programs, self._test_model)
             return programs, with_modules_beside(changed, model, self._test_model)
@@ -133,7 +135,7 @@ class Preparation:
             return programs, self._test_model(programs, folder)
         if test_model.components is not model.components:
             (folder / "test").mkdir(exist_ok=True)
-            return programs, prepare(test_model, sample, folder / "test", how=how, folded=folded)
+            return programs, prepare(test_model, sample, folder / "test", how=how, folded=folded, cache=cache)
         return programs, programs
 
     def _for(self, backend: Backend, side: Side, programs: list[Program], folder: Path) -> list[Program]:

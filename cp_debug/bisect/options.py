@@ -37,6 +37,8 @@ class Options:
     """``fp32`` or ``fp64``; None leaves it to the precisions under test."""
     oracle_device: str = "auto"
     """Device on which layers are replayed; ``auto``: the test's, where this torch can reach it."""
+    cache: bool = False
+    """Keep exported graphs and their alignments in the user's cache folder, and take them from there."""
     memory: int | None = None
     """Bytes of captured values that are held in memory, on each device; None leaves it to ``probes.held``."""
     replay: bool = True

@@ -154,7 +154,7 @@ def bisect(
         raise InputError(f"--backends: {backends!r}; with --test-tensors as the test expected the reference alone")
     specs = [BackendSpec.parse(backends)] if dumped else parse_backends(backends, repeats=differs)
     tests = specs[1:]
-    engines.check(specs)
+    engines.check(specs, exports=not model.endswith(".onnx"))
     built = any(spec.family == "trt" for spec in specs)
     refuse(("max_builds",), unless=built, why=f"none of {', '.join(map(str, specs))} is TensorRT")
     int8.check(specs, calibration.own_scales(specs, model, checkpoint, test_model))
@@ -201,6 +201,7 @@ def bisect(
         atol=atol,
         oracle=None if oracle is Oracle.auto else oracle.value,
         oracle_device=oracle_device,
+        cache=not engines.no_cache,
         memory=held,
         replay=replay,
         explain=explain,

@@ -89,7 +89,7 @@ Cache = Annotated[
     Path | None,
     typer.Option("--cache", help="Folder of built engines; default: the user's cache folder.", rich_help_panel=PANEL),
 ]
-NoCache = Annotated[bool, typer.Option("--no-cache", help="Build every engine anew.", rich_help_panel=PANEL)]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Build and export everything anew.", rich_help_panel=PANEL)]
 BuilderLevel = Annotated[
     int | None,
     typer.Option("--builder-level", min=0, max=5, help="Builder optimization level.", rich_help_panel=PANEL),
@@ -124,11 +124,16 @@ class TensorRTFlags:
     builder_level: BuilderLevel = None
     build_timeout: BuildTimeout = None
 
-    def check(self, specs: Sequence[BackendSpec]) -> None:
-        """Raise InputError for a flag that was typed where no backend reads it."""
+    def check(self, specs: Sequence[BackendSpec], *, exports: bool = False) -> None:
+        """Raise InputError for a flag that was typed where no backend reads it.
+
+        ``exports``: --no-cache is about modules that are exported, too.
+        """
         names = ", ".join(map(str, specs))
         engines = any(spec.family == "trt" for spec in specs)
-        engine_flags = [f.name for f in fields(self) if f.name != "keep_fp32"]
+        engine_flags = [
+            f.name for f in fields(self) if f.name != "keep_fp32" and not (exports and f.name == "no_cache")
+        ]
         alone = typed(("trt_calib_data",)) and not typed(("trt_calibrator",))
         why = f"none of {names} is TensorRT" + ("; expected --trt-calibrator beside it" if alone else "")
         refuse(engine_flags, unless=engines, why=why)

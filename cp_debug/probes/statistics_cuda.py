@@ -3,14 +3,12 @@
 Every thread keeps counts, maxima and sums of its elements, every block a histogram in shared memory. Differences of
 FP32, FP16 and BF16 values are taken in FP32, as ``statistics_kernel`` does on the host: counts, maxima, positions and
 the histogram have the same bits there. Sums are float64 in another order: relative error up to n·2⁻⁵³ for n elements.
-Where both sides are FP16 or BF16, eight terms each are summed in FP32 before: relative error up to 2⁻²⁰ of a sum of
-squares or magnitudes, and of the product of both norms.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -19,10 +17,15 @@ from cp_debug.probes.statistics_totals import BIN_SHIFT, BINS, PairPiece
 if TYPE_CHECKING:
     import torch
 
-THREADS = 512
-"""Threads of a block."""
-BLOCKS = 2
-"""Blocks that share a multiprocessor: as many histograms lie side by side, and fewer threads wait for each other."""
+
+class _Shape(NamedTuple):
+    """Threads of a block, blocks that share a multiprocessor, and vectors that a thread loads at a time."""
+
+    threads: int
+    blocks: int
+    vectors: int
+
+
 MOST = 1 << 30
 """Elements of one launch: indices are 32 bits wide."""
 _NUMBERS = 16
@@ -31,6 +34,12 @@ _TYPES = {"torch.float32": 0, "torch.float16": 1, "torch.bfloat16": 2}
 
 _OPTIONS = ["-default-device"]
 """Functions without a mark, lambdas among them, are the device's: NVRTC knows no others."""
+
+
+def _shape(ref: int, test: int) -> _Shape:
+    """The fastest of 14 shapes on an H100: 97 % of its copy rate for FP32, 83 % for FP16 and BF16."""
+    return _Shape(1024, 1, 2) if ref and test else _Shape(512, 2, 1)
+
 
 _SOURCE = r"""
 typedef unsigned int u32;
@@ -103,47 +112,16 @@ __device__ __noinline__ void strange(int* rare, float r, float t, int i) {
   }
 }
 
-__device__ __forceinline__ void exact(Sums& s, float r, float t, float d) {
-  double x = r, y = t, z = d;
-  s.abs_ += z; s.dd = fma(z, z, s.dd); s.rr = fma(x, x, s.rr); s.tt = fma(y, y, s.tt); s.rt = fma(x, y, s.rt);
-}
-
-// Sums over eight pairs in FP32 where no square leaves its range, else in float64.
-__device__ __forceinline__ void eight(Sums& s, const float* r, const float* t) {
-  float a = 0, dd = 0, rr = 0, tt = 0, rt = 0, most_d = 0, most_r = 0, most_t = 0;
-#pragma unroll
-  for (int k = 0; k < 8; k++) {
-    float d = fabsf(t[k] - r[k]);
-    a += d; dd = fmaf(d, d, dd); rr = fmaf(r[k], r[k], rr); tt = fmaf(t[k], t[k], tt); rt = fmaf(r[k], t[k], rt);
-    most_d = fmaxf(most_d, d); most_r = fmaxf(most_r, fabsf(r[k])); most_t = fmaxf(most_t, fabsf(t[k]));
-  }
-  bool low = (dd < 1e-28f && most_d != 0) || (rr < 1e-28f && most_r != 0) || (tt < 1e-28f && most_t != 0);
-  if (!low && dd < 1e38f && rr < 1e38f && tt < 1e38f) {  // NaN and Inf fail these
-    s.abs_ += (double)a; s.dd += (double)dd; s.rr += (double)rr; s.tt += (double)tt; s.rt += (double)rt;
-    return;
-  }
-  for (int k = 0; k < 8; k++) {
-    float d = fabsf(t[k] - r[k]);
-    if (d < __uint_as_float(0x7f800000u)) exact(s, r[k], t[k], d);
-  }
-}
-
 __device__ __forceinline__ void add(Sums& s, u32* histogram, int* rare, float r, float t, int i) {
   float d = fabsf(t - r);  // NaN or Inf where either side is
   u32 br = __float_as_uint(r) & 0x7fffffffu, bd = __float_as_uint(d) & 0x7fffffffu;
   if (br < 0x7f800000u) s.top_ref = max(s.top_ref, br);
   if (bd >= 0x7f800000u) { strange(rare, r, t, i); return; }
   if (bd > s.top) { s.top = bd; s.where = i; }
-#if !HALVES
-  exact(s, r, t, d);
-#endif
+  double x = r, y = t, z = d;
+  s.abs_ += z; s.dd = fma(z, z, s.dd); s.rr = fma(x, x, s.rr); s.tt = fma(y, y, s.tt); s.rt = fma(x, y, s.rt);
   if (bd >> SHIFT == 0) { s.zeros++; return; }
-#if HISTOGRAM == 1
   atomicAdd(&histogram[bd >> SHIFT], 1u);
-#elif HISTOGRAM == 2
-  u32 key = bd >> SHIFT, peers = __match_any_sync(__activemask(), key);
-  if ((threadIdx.x & 31) == __ffs(peers) - 1) atomicAdd(&histogram[key], (u32)__popc(peers));
-#endif
 }
 
 template <class T, class F> __device__ __forceinline__ T across(T v, F f) {
@@ -171,10 +149,6 @@ __device__ __forceinline__ void body(const void* ref, const void* test, double* 
     for (int k = 0; k < 8; k++) add(s, histogram, rare, r[k], t[k], 8 * v + k);
 #pragma unroll
     for (int k = 0; k < 8; k++) add(s, histogram, rare, r2[k], t2[k], 8 * (v + stride) + k);
-#if HALVES
-    eight(s, r, t);
-    eight(s, r2, t2);
-#endif
   }
 #endif
   for (; v < vectors; v += stride) {
@@ -183,15 +157,10 @@ __device__ __forceinline__ void body(const void* ref, const void* test, double* 
     Side<TEST>::vector(test, 8LL * v, t);
 #pragma unroll
     for (int k = 0; k < 8; k++) add(s, histogram, rare, r[k], t[k], 8 * v + k);
-#if HALVES
-    eight(s, r, t);
-#endif
   }
   if (8 * vectors + me < n) {
     int i = 8 * vectors + me;
-    float r = Side<REF>::one(ref, i), t = Side<TEST>::one(test, i), d = fabsf(t - r);
-    add(s, histogram, rare, r, t, i);
-    if (HALVES && d < __uint_as_float(0x7f800000u)) exact(s, r, t, d);
+    add(s, histogram, rare, Side<REF>::one(ref, i), Side<TEST>::one(test, i), i);
   }
   if (s.zeros) atomicAdd(&histogram[0], (u32)s.zeros);
   __syncthreads();
@@ -253,13 +222,12 @@ def _device(index: int) -> tuple[str, int]:
     return f"{properties.major}{properties.minor}", properties.multi_processor_count
 
 
-def source_of(
-    ref: int, test: int, *, threads: int = THREADS, blocks: int = BLOCKS, histogram: int = 1, unroll: int = 1
-) -> str:
-    """The kernel's text for two types; ``histogram`` 0 leaves it out, 2 adds equal bins of a warp at once."""
+def source_of(ref: int, test: int) -> str:
+    """The kernel's text for two of ``_TYPES``."""
+    shape = _shape(ref, test)
     constants = {
-        "REF_KIND": ref, "TEST_KIND": test, "THREADS": threads, "BLOCKS": blocks, "HISTOGRAM": histogram,
-        "UNROLL": unroll, "HALVES": int(ref > 0 and test > 0), "BINS": BINS, "SHIFT": BIN_SHIFT, "NUMBERS": _NUMBERS,
+        "REF_KIND": ref, "TEST_KIND": test, "THREADS": shape.threads, "BLOCKS": shape.blocks, "UNROLL": shape.vectors,
+        "BINS": BINS, "SHIFT": BIN_SHIFT, "NUMBERS": _NUMBERS,
     }  # fmt: skip
     return "".join(f"#define {name} {value}\n" for name, value in constants.items()) + _SOURCE
 
@@ -277,22 +245,21 @@ def _kernel(ref: int, test: int, capability: str) -> Any:
         return None
 
 
-def reduce_pair(
-    ref: torch.Tensor, test: torch.Tensor, kernel: Any = None
-) -> tuple[list[tuple[int, PairPiece]], np.ndarray] | None:
+def reduce_pair(ref: torch.Tensor, test: torch.Tensor) -> tuple[list[tuple[int, PairPiece]], np.ndarray] | None:
     """Pieces and histogram of two flat tensors that ``can_reduce`` takes; None where a difference overflows FP32."""
     import torch
 
-    kernel = kernel or _kernel(_TYPES[str(ref.dtype)], _TYPES[str(test.dtype)], _device(ref.device.index)[0])
+    kinds = _TYPES[str(ref.dtype)], _TYPES[str(test.dtype)]
+    capability, processors = _device(ref.device.index)
+    kernel, shape = _kernel(*kinds, capability), _shape(*kinds)
     pieces, histogram = [], np.zeros(BINS, np.int64)
-    processors = _device(ref.device.index)[1]
     for start in range(0, ref.numel(), MOST):
         r, t = ref[start : start + MOST], test[start : start + MOST]
-        blocks = max(1, min(processors * BLOCKS, -(-r.numel() // (8 * THREADS))))
+        blocks = max(1, min(processors * shape.blocks, -(-r.numel() // (8 * shape.threads))))
         memory = torch.zeros(blocks * _NUMBERS + -(-BINS // 2), dtype=torch.float64, device=ref.device)
         with torch.cuda.device(ref.device):
             counts = memory[blocks * _NUMBERS :]
-            kernel(grid=(blocks, 1, 1), block=(THREADS, 1, 1), args=[r, t, memory, counts, r.numel()])
+            kernel(grid=(blocks, 1, 1), block=(shape.threads, 1, 1), args=[r, t, memory, counts, r.numel()])
         numbers = memory.cpu().numpy()
         histogram += numbers[blocks * _NUMBERS :].view(np.uint32)[:BINS]
         rows = numbers[: blocks * _NUMBERS].reshape(blocks, _NUMBERS)

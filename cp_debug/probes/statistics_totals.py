@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -77,9 +78,13 @@ class Totals:
         """Flat index of ``max_abs``, the first one."""
         return self.whole.first_mismatch if self.whole.mismatched else self.whole.argmax
 
+    @cached_property
+    def _cumulative(self) -> np.ndarray:
+        return np.asarray(self.histogram.cumsum())
+
     def quantile(self, q: float) -> float:
         """The smallest |difference| that at least the fraction ``q`` of the compared pairs does not exceed."""
-        cumulative = self.histogram.cumsum()
+        cumulative = self._cumulative
         rank = max(math.ceil(q * cumulative[-1]), 1)
         return min(_bin_value(int(cumulative.searchsorted(rank))), self.max_abs)
 

@@ -24,6 +24,7 @@ from cp_debug.probes.capture import array_hash
 from cp_debug.programs.align import Alignment, align
 from cp_debug.programs.batchnorm_folding import fuse_model_bn
 from cp_debug.programs.export import export
+from cp_debug.programs.export_cache import ExportCache
 from cp_debug.programs.folded import Folded
 from cp_debug.programs.layers import layers_of
 from cp_debug.programs.walk import Walk, example_args, run_module, walk
@@ -52,12 +53,19 @@ DEFAULT_EXPORT = Export()
 
 
 def prepare(
-    model: Model, sample: Sample, folder: Path, *, how: Export = DEFAULT_EXPORT, folded: bool = True
+    model: Model,
+    sample: Sample,
+    folder: Path,
+    *,
+    how: Export = DEFAULT_EXPORT,
+    folded: bool = True,
+    cache: ExportCache | None = None,
 ) -> list[Program]:
     """Export the components that come as modules, align them, and open those that come as ONNX.
 
-    ``sample`` gives the example inputs; ``folder`` keeps the ONNX files and their alignment manifests. Raises
-    InputError for what cannot be exported or opened.
+    ``sample`` gives the example inputs; ``folder`` keeps the ONNX files and their alignment manifests. What ``cache``
+    has of an equal module, with equal inputs, is taken from there. Raises InputError for what cannot be exported or
+    opened.
     """
     programs: list[Program] = []
     for step in Walk(model, sample):
@@ -67,8 +75,14 @@ def prepare(
             example = step.inputs if step.fed else None
             programs.append(Program(component.name, Graph(component.onnx_path), example=example))
             continue
-        step.outputs = run_module(component, step.inputs)
-        programs.append(_export(component, step.inputs, folder, how, folded))
+        path = folder / f"{component.name}.onnx"
+        key = None if cache is None else cache.key(component, step.inputs, {"how": repr(how), "folded": folded})
+        kept = None if cache is None or key is None else cache.program(key, component, step.inputs, path)
+        if kept is None or not step.last:
+            step.outputs = run_module(component, step.inputs)
+        programs.append(kept or _export(component, step.inputs, folder, how, folded))
+        if cache is not None and key is not None and kept is None:
+            cache.put(key, path)
     return programs
 
 

@@ -1,0 +1,197 @@
+"""Exported graphs and their alignments, kept on disk under a hash of the module, its inputs and the settings.
+
+An entry is a folder ``<key>``: the ONNX file, its weights beside it where they are large, the alignment, and
+``entry.json``. It is used only while no file of code that the export had loaded has changed since.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import io
+import json
+import os
+import pickle
+import shutil
+import sys
+import sysconfig
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cp_debug.backends.base import Program
+from cp_debug.errors import InputError
+from cp_debug.files import key_of
+from cp_debug.graph.graph import Graph
+from cp_debug.probes.alignment import Alignment
+from cp_debug.probes.arrays import as_numpy
+from cp_debug.reading import read_json, typed
+from cp_debug.recipes.base import Component
+from cp_debug.version import __version__
+
+LARGEST = 10 << 30
+"""Bytes of exports that are kept; beyond it the least recently used are removed."""
+ENTRY = "entry.json"
+_LARGEST_ENTRY = 16 << 20
+"""Bytes of an entry's JSON: a line for each loaded file of code."""
+
+
+@dataclass
+class _Entry:
+    """Content of ``entry.json``."""
+
+    name: str
+    code: dict[str, tuple[int, int]]
+    """Path of every loaded file of code → its size, and when it was changed, in nanoseconds."""
+
+
+def default_folder() -> Path:
+    """The user's cache folder: ``$XDG_CACHE_HOME/cpdebug/exports``, else under ``~/.cache``."""
+    chosen = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    home = chosen if chosen.is_absolute() else Path.home() / ".cache"  # the specification ignores relative ones
+    return Path(home) / "cpdebug" / "exports"
+
+
+class ExportCache:
+    """A folder of exports. A disk that is full or cannot be read is no reason to stop: then nothing is kept."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def key(self, component: Component, inputs: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> str | None:
+        """The hash of a component's module with its weights, of its inputs (any shapes and dtypes) and of settings.
+
+        ``settings`` are JSON-safe. None for a module whose code or attributes
+        cannot be known: of an interactive session, or what pickle refuses.
+        """
+        module = component.module
+        if module is None or not all(_source(type(part)) for part in module.modules()):
+            return None
+        digest = hashlib.sha256()
+        try:
+            _Pickler(digest).dump(module)
+        except Exception:  # pickle raises nearly everything
+            return None
+        for name, array in inputs.items():
+            digest.update(f"{name} {array.dtype} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        own = [component.input_names, component.output_names, component.dynamic_axes, component.prefix]
+        versions = {"cpdebug": __version__, "torch": str(torch.__version__), "python": sys.version}
+        return key_of(
+            {"module": digest.hexdigest(), "own": repr(own), "settings": dict(settings), "versions": versions}
+        )
+
+    def get(self, key: str, path: Path) -> bool:
+        """Put an entry's files where the export would have written ``path``; False where there is no usable entry."""
+        folder = self.folder / key
+        try:
+            entry: _Entry = typed(_Entry, read_json(folder / ENTRY, what="entry", most=_LARGEST_ENTRY), str(folder))
+            if any(_stamp(file) != tuple(stamp) for file, stamp in entry.code.items()):
+                return False
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for file in sorted(folder.iterdir()):
+                if file.name == ENTRY or not file.name.startswith(entry.name) or file.is_symlink():
+                    continue
+                target = path.with_name(path.stem + file.name.removeprefix(entry.name))
+                target.unlink(missing_ok=True)
+                shutil.copyfile(file, target)
+            os.utime(folder)
+        except (InputError, OSError, ValueError):
+            return False
+        return path.is_file()
+
+    def program(self, key: str, component: Component, inputs: Mapping[str, np.ndarray], path: Path) -> Program | None:
+        """The component's program, its files put where the export would have written ``path``; None where it has none.
+
+        ``inputs`` become the program's example, shapes and dtypes as they are.
+        """
+        if self.get(key, path):
+            with contextlib.suppress(InputError):  # cut off, or changed since: the alignment is that of another graph
+                graph = Graph(path)
+                alignment = Alignment.load(path.with_suffix(".alignment.json"), graph)
+                return Program(component.name, graph, component.module, alignment, example=inputs)
+        return None
+
+    def put(self, key: str, path: Path) -> None:
+        """Keep copies of the files that an export wrote: all beside ``path`` that begin with its name's stem."""
+        partial = self.folder / f".{uuid.uuid4().hex[:12]}.partial"
+        try:
+            partial.mkdir(parents=True)
+            for file in (path, path.with_name(f"{path.name}.data"), path.with_suffix(".alignment.json")):
+                if file.is_file():
+                    shutil.copyfile(file, partial / file.name)
+            code = {file: stamp for file in _loaded() if (stamp := _stamp(file)) is not None}
+            (partial / ENTRY).write_text(json.dumps({"name": path.stem, "code": code}), encoding="utf-8")
+            shutil.rmtree(self.folder / key, ignore_errors=True)
+            partial.replace(self.folder / key)
+            self._trim()
+        except OSError:
+            return
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _trim(self) -> None:
+        entries = [folder for folder in self.folder.iterdir() if (folder / ENTRY).is_file()]
+        total = 0
+        for folder in sorted(entries, key=lambda entry: entry.stat().st_mtime, reverse=True):
+            total += sum(file.stat().st_size for file in folder.iterdir())
+            if total > LARGEST:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles into a hash; tensors as type, shape and bytes, each once."""
+
+    def __init__(self, digest: Any) -> None:
+        super().__init__(_Sink(digest), protocol=4)
+        self._digest = digest
+        self._seen: dict[int, tuple[str, torch.Tensor]] = {}
+
+    def persistent_id(self, value: Any) -> str | None:
+        """Tensors by what is in them: pickle would write their storages."""
+        if not isinstance(value, torch.Tensor):
+            return None
+        if id(value) not in self._seen:
+            kind = f"{type(value).__qualname__} {value.dtype} {tuple(value.shape)} {value.requires_grad}"
+            own = hashlib.sha256(kind.encode())
+            own.update(np.ascontiguousarray(as_numpy(value)).reshape(-1).view(np.uint8).data)
+            self._seen[id(value)] = own.hexdigest(), value
+        return str(self._seen[id(value)][0])
+
+
+class _Sink(io.RawIOBase):
+    def __init__(self, digest: Any) -> None:
+        self._digest = digest
+
+    def write(self, data: Any) -> int:
+        self._digest.update(data)
+        return len(data)
+
+
+def _source(kind: type) -> str | None:
+    """The file of a class's code; None where there is none."""
+    with contextlib.suppress(TypeError, OSError):
+        file = inspect.getsourcefile(kind)
+        return file if file and Path(file).is_file() else None
+    return None
+
+
+def _loaded() -> Sequence[str]:
+    """Files of all loaded code but Python's own library."""
+    own = sysconfig.get_path("stdlib")
+    files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+    return sorted(f for f in files if f and not (f.startswith(own) and "-packages" not in f[len(own) :]))
+
+
+def _stamp(file: str) -> tuple[int, int] | None:
+    try:
+        found = Path(file).stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns

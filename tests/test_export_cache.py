@@ -1,0 +1,103 @@
+"""Exports that are kept: taken again for an equal module and equal inputs, and for nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cp_debug.programs import pipeline
+from cp_debug.programs.export_cache import ENTRY, ExportCache
+from cp_debug.programs.pipeline import Export, prepare
+from cp_debug.recipes.base import Component
+from cp_debug.recipes.torch_callable import TorchModel
+
+INPUTS = {"x": np.ones((1, 3), np.float32)}
+
+
+class Net(nn.Module):
+    """A product and a factor that is no parameter."""
+
+    def __init__(self, factor: float = 2.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.factor = nn.Linear(3, 3), factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.linear(x)) * self.factor
+
+
+@pytest.fixture
+def exports(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Names of the components that were exported."""
+    names: list[str] = []
+    export = pipeline._export
+
+    def counted(component: Any, *rest: Any) -> Any:
+        names.append(component.name)
+        return export(component, *rest)
+
+    monkeypatch.setattr(pipeline, "_export", counted)
+    return names
+
+
+def prepared(module: nn.Module, tmp_path: Path, place: str, **how: Any) -> Any:
+    model = TorchModel("net", module, {"x": torch.ones(1, 3)})
+    sample = next(iter(model.samples(1, 0, None)))
+    export = Export(exporter="torchscript", **how)
+    (program,) = prepare(model, sample, tmp_path / place, how=export, cache=ExportCache(tmp_path / "cache"))
+    return program
+
+
+def test_an_equal_module_is_exported_once(tmp_path: Path, exports: list[str]) -> None:
+    first, second = (prepared(Net(), tmp_path, place) for place in ("a", "b"))
+    assert exports == ["Net"]
+    assert second.graph.digest == first.graph.digest
+    assert second.graph.path.parent == tmp_path / "b"
+    assert second.alignment.links == first.alignment.links
+
+
+def test_another_module_is_exported_anew(tmp_path: Path, exports: list[str]) -> None:
+    prepared(Net(), tmp_path, "a")
+    prepared(Net(3.0), tmp_path, "b")  # an attribute that is no parameter
+    changed = Net()
+    with torch.no_grad():
+        changed.linear.weight[0, 0] += 1
+    prepared(changed, tmp_path, "c")
+    prepared(Net(), tmp_path, "d", opset=17)
+    assert len(exports) == 4
+
+
+def test_code_that_changed_and_damaged_files_are_exported_anew(tmp_path: Path, exports: list[str]) -> None:
+    prepared(Net(), tmp_path, "a")
+    (folder,) = (tmp_path / "cache").iterdir()
+    entry = json.loads((folder / ENTRY).read_text())
+    assert str(Path(__file__)) in entry["code"]
+    (folder / "Net.onnx").write_bytes(b"")
+    prepared(Net(), tmp_path, "b")
+    assert len(exports) == 2
+    entry["code"][str(Path(__file__))][1] -= 1
+    (folder / ENTRY).write_text(json.dumps(entry))
+    prepared(Net(), tmp_path, "c")
+    assert len(exports) == 3
+
+
+def test_what_cannot_be_known_or_kept_is_no_reason_to_stop(tmp_path: Path, exports: list[str]) -> None:
+    module = Net()
+    module.hook = lambda x: x  # pickle refuses it
+    cache = ExportCache(tmp_path / "cache")
+    assert cache.key(Component("net", ["x"], ["y"], module=module), INPUTS, {}) is None
+    made = type("Made", (Net,), {"__module__": "__main__"})
+    assert cache.key(Component("net", ["x"], ["y"], module=made()), INPUTS, {}) is None
+    assert cache.key(Component("net", ["x"], ["y"], module=Net()), INPUTS, {}) is not None
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    prepared(Net(), tmp_path, "a")
+    prepared(Net(), tmp_path, "b")
+    assert len(exports) == 2
+    assert not list(tmp_path.glob(".*.partial"))
