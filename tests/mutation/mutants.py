@@ -159,6 +159,8 @@ class Worker:
 
     def __init__(self, folder: Path) -> None:
         self._tree = folder
+        self._sound: set[str] = set()
+        self._broken: set[str] = set()
         skipped = shutil.ignore_patterns(".git", ".venv", ".gpu*", "*.egg-info", "__pycache__", ".mypy_cache", ".*-env")
         shutil.copytree(ROOT, folder, ignore=skipped, symlinks=True, dirs_exist_ok=True)
         shared = ROOT.parent / "shared"
@@ -194,13 +196,24 @@ class Worker:
         if not tests:
             return outcome
         begun = time.monotonic()
-        path.write_text(changed, encoding="utf-8")
-        try:
-            outcome.outcome, outcome.by = self.run(tests, limit)
-        finally:
-            path.write_text(source, encoding="utf-8")
+        while True:
+            tests = [t for t in tests if t not in self._broken]
+            path.write_text(changed, encoding="utf-8")
+            try:
+                outcome.outcome, outcome.by = self.run(tests, limit)
+            finally:
+                path.write_text(source, encoding="utf-8")
+            if outcome.outcome != "killed" or outcome.by not in tests or self._passes(outcome.by, limit):
+                break
+            self._broken.add(outcome.by)  # it fails here without any mutant, too
         outcome.tests, outcome.seconds = len(tests), round(time.monotonic() - begun, 2)
         return outcome
+
+    def _passes(self, test: str, limit: float) -> bool:
+        """Whether a test passes in this copy of the tree as it is."""
+        if test not in self._sound and self.run([test], limit)[0] == "survived":
+            self._sound.add(test)
+        return test in self._sound
 
     def close(self) -> None:
         """End the process."""
