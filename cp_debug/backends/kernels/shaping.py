@@ -93,7 +93,7 @@ def slice_(
             x = x[(slice(None),) * (dim % x.dim()) + (slice(begin, max(begin, end), step),)]
         else:  # torch has no negative steps
             stop = -n - 1 if stop < -n else stop
-            x = x.index_select(dim, torch.arange(n, device=x.device)[_backwards(n, start, stop, step)])
+            x = x.index_select(dim, torch.arange(n)[_backwards(n, start, stop, step)].to(x.device))
     return x
 
 
