@@ -362,3 +362,19 @@ def test_noise_of_levels_is_measured_in_what_they_stand_for(tmp_path: Path, monk
     (run,) = bisect(str(path), "ort,ort-int8", test_model=test, options=Options(explain=False)).tests
     assert len(run.rows) > 4
     assert max(row.noise_floor for row in run.rows) < 1e-3
+
+
+def test_a_file_of_our_own_quantizer_accuses_nobody_whatever_the_backend_is_called(tmp_path: Path) -> None:
+    from cp_debug import quantize
+
+    path = parent(tmp_path / "net.onnx")
+    rng = np.random.default_rng(0)
+    for index in range(4):
+        np.savez(tmp_path / f"{index}.npz", x=rng.standard_normal((1, 3, 16, 16)).astype(np.float32))
+    written = quantize(path, tmp_path / "int8", inputs=tmp_path)
+    (file,) = (f for f in written.files if f.suffix == ".onnx")
+    options = Options(explain=False, inputs=tmp_path)
+    for run in bisect(str(path), "ort,ort,ort-all,ort-int8", test_model=file, options=options).tests:
+        assert [row.name for row in run.guilty] == []
+        assert run.agrees
+        assert any(row.replay is not None and row.replay.step for row in run.rows)

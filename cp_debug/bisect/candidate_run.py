@@ -79,11 +79,13 @@ class CandidateRun:
         self.layers = {Key(layer.component, layer.onnx): layer for layer in layers}
         self._names = {p.name: value_map(self.programs[p.name], p) for p in pipeline.programs}
         self._files: dict[str, FileQuantization] = {}
-        """Component → the quantization of a file that another tool wrote."""
+        """Component → the quantization of a file by its own nodes."""
         for program in pipeline.programs:
             plain, names = self.programs[program.name].graph, self._names[program.name]
-            foreign = is_quantized(program.graph) and not has_own_pairs(program.graph)
-            if program.plain is None and program.graph is not plain and foreign:
+            # With a backend of INT8, files of this project are known better: ``Replayer`` reads their pairs.
+            by_its_nodes = pipeline.backend.precision != "int8" or not has_own_pairs(program.graph)
+            is_file = program.plain is None and program.graph is not plain
+            if is_file and by_its_nodes and is_quantized(program.graph):
                 _prefer_own_names(names, plain, program.graph)
                 names |= parent_values(plain, program.graph, names)
                 file_names = {name: value for value, name in names.items()}

@@ -11,7 +11,6 @@ from cp_debug.bisect.options import Options
 from cp_debug.errors import DeviceUnavailable
 from cp_debug.graph.declared import narrow_values
 from cp_debug.graph.integer_values import is_quantized
-from cp_debug.graph.qdq import has_own_pairs
 from cp_debug.programs.precision import coarsest, oracle_for
 
 
@@ -44,7 +43,7 @@ def tolerance(reference: Backend, test: Backend, programs: Iterable[Program], op
     declared: set[str] = set()
     for program in programs:
         declared.update(narrow_values(program.graph).values())
-        if is_quantized(program.graph) and not has_own_pairs(program.graph):
+        if is_quantized(program.graph):
             declared.add("int8")
     precision = coarsest(reference.precision, test.precision, *declared)
     unjudged = math.inf if both_int8(reference, test) else precision.atol

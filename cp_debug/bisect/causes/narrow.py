@@ -105,7 +105,7 @@ def _departure(segment: Segment, options: NarrowOptions, name: str, other: Narro
 @cause(costly=True)
 def family(segment: Segment) -> Iterator[Candidate]:
     """Candidates: the layer in FP8 or 4 bits where a wider precision is claimed."""
-    if segment.product is None or is_narrow(segment.context.claim.name):
+    if segment.product is None or is_narrow(segment.context.claim.name) or segment.context.quantized is not None:
         return
     for name in (*FAMILIES, "fp8:channel", "fp8:block", "fp8:e5m2", "int4:g32"):
         options = NarrowOptions.parse(name)
@@ -181,7 +181,7 @@ def wrong_scale(segment: Segment) -> Iterator[Candidate]:
     claim = segment.context.claim.name
     options = NarrowOptions.parse(claim) if is_narrow(claim) else NarrowOptions("fp8")
     operands = Operands.of(segment)
-    if operands is None or options.family != "fp8":
+    if operands is None or options.family != "fp8" or segment.context.quantized is not None:
         return
     others, x = decoded(operands, Scaling(options)), operands.values[0]
     largest = float(x.abs().max()) if x.numel() else 0.0
@@ -211,7 +211,7 @@ def wrong_scale(segment: Segment) -> Iterator[Candidate]:
     name, says, figures = _called(x, codec, math.sqrt(fitted[0] * fitted[1]), largest)
     figures["scales_of_halves"] = fitted
     value = torch.where(first_half, by_other, by_one)
-    yield Candidate(name, says, value, 1, figures, FIXES[name], heard=True)
+    yield Candidate(name, says, value, 1, figures, FIXES[name], heard=is_narrow(claim))
 
 
 def _called(x: Tensor, codec: Codec, scale: float, largest: float) -> tuple[str, str, dict[str, Any]]:
