@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,36 @@ def prepared(module: nn.Module, tmp_path: Path, place: str, **how: Any) -> Any:
     export = Export(exporter="torchscript", **how)
     (program,) = prepare(model, sample, tmp_path / place, how=export, cache=ExportCache(tmp_path / "cache"))
     return program
+
+
+BIAS = 0.0
+"""What a forward reads from its file."""
+
+
+class Reader(Net):
+    """Its forward reads a global value, a value of its class, and the environment."""
+
+    gain = 1.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.gain * float(os.environ.get("CPDEBUG_TEST_FACTOR", "1")) + BIAS
+
+
+@pytest.mark.parametrize("change", ["global", "class", "environment"])
+def test_what_a_forward_reads_elsewhere_makes_another_export(
+    tmp_path: Path, exports: list[str], monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    prepared(Reader(), tmp_path, "a")
+    prepared(Reader(), tmp_path, "again")
+    assert exports == ["Reader"]
+    if change == "global":
+        monkeypatch.setattr(sys.modules[__name__], "BIAS", 0.5)
+    elif change == "class":
+        monkeypatch.setattr(Reader, "gain", 3.0)
+    else:
+        monkeypatch.setenv("CPDEBUG_TEST_FACTOR", "3")
+    prepared(Reader(), tmp_path, "b")
+    assert exports == ["Reader", "Reader"]
 
 
 def test_an_equal_module_is_exported_once(tmp_path: Path, exports: list[str]) -> None:

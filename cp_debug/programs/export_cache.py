@@ -20,6 +20,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,8 @@ from cp_debug.version import __version__
 LARGEST = 10 << 30
 """Bytes of exports that are kept; beyond it the least recently used are removed."""
 ENTRY = "entry.json"
+SET_BY_LIBRARIES = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_")
+"""Beginnings of environment variables that change while a program runs."""
 _LARGEST_ENTRY = 16 << 20
 """Bytes of an entry's JSON: a line for each loaded file of code."""
 
@@ -65,7 +68,8 @@ class ExportCache:
         self.folder = folder
 
     def key(self, component: Component, inputs: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> str | None:
-        """The hash of a component's module with its weights, of its inputs (any shapes and dtypes) and of settings.
+        """The hash of a component's module with its weights, of its inputs (any shapes and dtypes), of settings, and of
+        what the user's code may read besides: global values, and the environment where it does.
 
         ``settings`` are JSON-safe. None for a module whose code or attributes
         cannot be known: of an interactive session, or what pickle refuses.
@@ -78,6 +82,7 @@ class ExportCache:
             _Pickler(digest).dump(module)
         except Exception:  # pickle raises nearly everything
             return None
+        _put_surroundings(digest)
         for name, array in inputs.items():
             digest.update(f"{name} {array.dtype} {array.shape}".encode())
             digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
@@ -172,6 +177,41 @@ class _Sink(io.RawIOBase):
     def write(self, data: Any) -> int:
         self._digest.update(data)
         return len(data)
+
+
+def _put_surroundings(digest: Any) -> None:
+    """Add the global values of the user's modules and classes, and the environment where one of them reads it."""
+    reads_environment = False
+    for name, module in sorted(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if not file or not Path(file).is_absolute() or _is_library(file) or name.partition(".")[0] == __package__.partition(".")[0]:
+            continue
+        with contextlib.suppress(OSError):
+            text = Path(file).read_text(encoding="utf-8", errors="replace")
+            reads_environment |= "environ" in text or "getenv" in text
+        kinds = [kind for kind in list(vars(module).values()) if isinstance(kind, type) and kind.__module__ == name]
+        for owner in (module, *kinds):
+            for key, value in sorted(vars(owner).items()):
+                if not key.startswith("__") and not callable(value) and not isinstance(value, ModuleType):
+                    digest.update(f"{name} {getattr(owner, '__qualname__', '')} {key} {_digest_of(value)}".encode())
+    if reads_environment:
+        own = {name: value for name, value in os.environ.items() if not name.startswith(SET_BY_LIBRARIES)}
+        digest.update(repr(sorted(own.items())).encode())
+
+
+def _digest_of(value: Any) -> str:
+    """The hash of a value, or its type's name where pickle refuses it."""
+    own = hashlib.sha256()
+    try:
+        _Pickler(own).dump(value)
+    except Exception:  # pickle raises nearly everything
+        return type(value).__qualname__
+    return own.hexdigest()
+
+
+def _is_library(file: str) -> bool:
+    """Whether a file is of Python's own library or of an installed package."""
+    return "-packages" in file or file.startswith(sysconfig.get_path("stdlib"))
 
 
 def _source(kind: type) -> str | None:
