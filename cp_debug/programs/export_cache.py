@@ -184,7 +184,8 @@ def _put_surroundings(digest: Any) -> None:
     reads_environment = False
     for name, module in sorted(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if not file or not Path(file).is_absolute() or _is_library(file) or name.partition(".")[0] == __package__.partition(".")[0]:
+        own = name.partition(".")[0] == "cp_debug"
+        if own or not file or not Path(file).is_absolute() or _is_library(file):
             continue
         with contextlib.suppress(OSError):
             text = Path(file).read_text(encoding="utf-8", errors="replace")
@@ -195,8 +196,8 @@ def _put_surroundings(digest: Any) -> None:
                 if not key.startswith("__") and not callable(value) and not isinstance(value, ModuleType):
                     digest.update(f"{name} {getattr(owner, '__qualname__', '')} {key} {_digest_of(value)}".encode())
     if reads_environment:
-        own = {name: value for name, value in os.environ.items() if not name.startswith(SET_BY_LIBRARIES)}
-        digest.update(repr(sorted(own.items())).encode())
+        given = {name: value for name, value in os.environ.items() if not name.startswith(SET_BY_LIBRARIES)}
+        digest.update(repr(sorted(given.items())).encode())
 
 
 def _digest_of(value: Any) -> str:
