@@ -75,9 +75,9 @@ class Plugin:
         module, _, attribute = self.target.partition(":")
         try:
             factory = getattr(importlib.import_module(module), attribute)
-        except CpdebugError:
+        except (CpdebugError, KeyboardInterrupt):
             raise
-        except (Exception, SystemExit) as error:  # whatever other people's module raises while it is imported
+        except BaseException as error:  # whatever other people's module raises while it is imported
             raise InputError(f"{self}: {self.target} cannot be imported ({in_one_line(_plain(error))})") from error
         if not callable(factory):
             raise InputError(f"{self}: {self.target} is {type(factory).__name__}; expected a callable")
@@ -90,7 +90,9 @@ class Plugin:
             yield
         except (CpdebugError, KeyboardInterrupt):
             raise
-        except (Exception, SystemExit) as error:
+        except GeneratorExit:
+            raise
+        except BaseException as error:
             raise InputError(f"{self} raised {in_one_line(_plain(error))}") from error
 
     def require(self, value: Any, fields: Sequence[str], what: str) -> None:

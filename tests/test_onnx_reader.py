@@ -104,6 +104,17 @@ CASES: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
         edits(lambda g: g.node.append(helper.make_node("Split", ["c"], ["s"], name="cut", num_outputs=1 << 40))),
         "node 'cut' says num_outputs 1099511627776, but has 1 output$",
     ),
+    "inputs": (
+        edits(lambda g: g.node.append(helper.make_node("DequantizeLinear", ["c"], ["s"], name="scaled"))),
+        "node 'scaled' has 1 of 2 inputs$",
+    ),
+    "too short": (
+        edits(
+            lambda g: g.initializer.append(numpy_helper.from_array(np.zeros((2, 0), np.float32), "none")),
+            lambda g: g.node.append(helper.make_node("OneHot", ["c", "none", "none"], ["s"], name="hot")),
+        ),
+        "node 'hot': its parameter 'none' has 0 elements; expected 1$",
+    ),
     "sparse": (edits(lambda g: g.sparse_initializer.add()), "sparse weights"),
 }
 

@@ -97,6 +97,7 @@ BROKEN = {
     "lacks": "import a_package_that_is_not_there",
     "leaves": "raise SystemExit(3)",
     "empty": "",
+    "evil": "class Evil(BaseException): pass\nraise Evil",
     "number": "thing = 3",
 }
 

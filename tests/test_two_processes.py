@@ -96,8 +96,17 @@ engine.write_bytes(bytes([number]) * 4_000_000)
 facts = {"seconds": number, "flags": {}, "timing_cache": None, "marked": [], "missing": [], "layers": []}
 for turn in range(40):
     cache.put("key", engine, facts)
-    time.sleep(0.002 * number)
+    time.sleep(0.04 * number)
 """
+
+
+def stamp(file: Path) -> tuple[int, int] | None:
+    """Identity of a file and of its content: the number of a removed file is given again."""
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 @pytest.mark.slow
@@ -108,10 +117,10 @@ def test_two_processes_on_one_engine_cache_leave_a_whole_entry_or_none(tmp_path:
     assert cache is not None
     engine, handed = tmp_path / "cache" / "key.engine", 0
     while any(worker.poll() is None for worker in workers):
-        before = engine.stat().st_ino if engine.exists() else None
+        before = stamp(engine)
         if (found := cache.get("key")) is not None:
             content = found[0].read_bytes()
-            if engine.stat().st_ino == before:  # else it was replaced meanwhile
+            if stamp(engine) == before:  # else it was replaced meanwhile
                 handed += 1
                 assert (len(content), content[0]) == (4_000_000, found[1]["seconds"])
         time.sleep(0.002)

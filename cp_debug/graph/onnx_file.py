@@ -26,6 +26,10 @@ LONGEST = 4096
 _CONSTANT = ("value", "sparse_value")
 _COUNTS = {"Scan": ("num_scan_inputs", "input"), "Split": ("num_outputs", "output")}
 """Operator → attribute that counts, and what it counts: whoever believes it makes lists of that length."""
+_LENGTHS = {"OneHot": {1: 1, 2: 2}, "Range": {0: 1, 1: 1, 2: 1}, "TopK": {1: 1}, "CumSum": {1: 1}, "Clip": {1: 1, 2: 1}}
+"""Operator → place of a parameter → elements that it must have."""
+_LEAST_INPUTS = {"BatchNormalization": 5, "DequantizeLinear": 2, "QuantizeLinear": 2}
+"""Operator → inputs that it must have, where something reads them by place before ONNX Runtime checks the file."""
 _VALUE = {
     AttributeProto.FLOAT: "f",
     AttributeProto.INT: "i",
@@ -150,7 +154,18 @@ class _Check:
                             f"a subgraph of {_title(node)} puts out {shown(value.name)}, which nothing makes"
                         )
         self._order(graph)
+        self._lengths(graph)
         return computed
+
+    def _lengths(self, graph: onnx.GraphProto) -> None:
+        """Raise InputError where a stored parameter is too short: ONNX Runtime reads it beyond its end."""
+        sizes = {tensor.name: math.prod(tensor.dims) for tensor in graph.initializer}
+        for node in graph.node:
+            for place, least in _LENGTHS.get(node.op_type, {}).items() if node.domain in ("", "ai.onnx") else ():
+                name = node.input[place] if place < len(node.input) else ""
+                if sizes.get(name, least) < least:
+                    has = f"{sizes[name]} element{'s' * (sizes[name] != 1)}; expected {least}"
+                    raise self._error(f"{_title(node)}: its parameter {shown(name)} has {has}")
 
     def _order(self, graph: onnx.GraphProto) -> None:
         """Raise InputError if the graph has a cycle."""
@@ -190,6 +205,9 @@ class _Check:
         for attribute in node.attribute:
             self._attribute(node, attribute)
         self._counts(node)
+        least = _LEAST_INPUTS.get(node.op_type, 0) if node.domain in ("", "ai.onnx") else 0
+        if len(node.input) < least:
+            raise self._error(f"{_title(node)} has {len(node.input)} of {least} inputs")
 
     def _counts(self, node: onnx.NodeProto) -> None:
         """Raise InputError where an attribute counts more inputs or outputs than the node has."""

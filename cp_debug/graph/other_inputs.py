@@ -73,7 +73,10 @@ def of_objects(name: str, kind: onnx.TypeProto, value: Any) -> dict[str, Any]:
 
 
 def _dtype(element: int) -> np.dtype:
-    return helper.tensor_dtype_to_np_dtype(element)
+    try:
+        return helper.tensor_dtype_to_np_dtype(element)
+    except KeyError:
+        raise InputError(f"an input has elements of the type {element}, which ONNX does not have") from None
 
 
 def _checked(name: str, kind: onnx.TypeProto, given: Given, text: str) -> Iterator[str]:

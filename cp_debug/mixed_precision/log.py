@@ -73,7 +73,7 @@ class TrialLog:
                     self.engine = typed(dict[str, list[_FusedLayer]], document["engine"], "engine")
                 else:
                     trial = decode(Trial, document, "trial")
-                    if trial.measured.figures and "rel_l2" not in trial.measured.figures:
+                    if not trial.error and "rel_l2" not in trial.measured.figures:
                         raise ValueError("a trial lacks the figure rel_l2")
                     self.trials[trial.emulated, trial.nodes] = trial
             named = [set(t.measured.figures) for t in self.trials.values() if t.measured.figures]

@@ -333,7 +333,8 @@ def judged_text(file: Path) -> Iterator[tuple[str, str]]:
     attack = r"<script>alert|<img src=x|<svg onload"
     attack += {".md": "|^# heading", ".html": r"|[^=]\"onmouseover=", ".svg": r"|[^=]\"onmouseover="}.get(kind, "")
     shown = re.sub(r"```+sh.*?```", "", text, flags=re.S)
-    if kind == ".md":  # what stands in a code span is shown as it is
+    if kind == ".md":  # what stands in a code block or span is shown as it is
+        shown = re.sub(r"^(`{3,})[^`\n]*\n.*?^\1`*[ ]*$", "", shown, flags=re.S | re.M)
         shown = re.sub(r"`[^`\n]*`", "", shown)
     if kind in (".md", ".html", ".svg") and re.search(attack, shown, re.M):
         yield "control", f"{file.name}: markup got through"
