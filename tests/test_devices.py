@@ -68,6 +68,7 @@ def judged(result: BisectResult) -> dict[str, tuple[str, float | None]]:
     return {row.name: (row.verdict, row.replay and row.replay.excess) for row in result.tests[0].rows}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backends", "is_faulty"), [("ort,ort-all", True), ("ort,emu-tf32", False)])
 def test_a_bisect_on_a_device_says_what_the_cpu_says(
     tmp_path: Path, backends: str, is_faulty: bool, request: pytest.FixtureRequest
@@ -111,6 +112,7 @@ def executed(cases: list[Any], folder: Path) -> list[str]:
     return failed
 
 
+@pytest.mark.slow
 def test_kernels_compute_where_their_inputs_lie(tmp_path: Path) -> None:
     from operators import node_tests
 

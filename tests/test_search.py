@@ -292,8 +292,13 @@ def test_a_torn_line_is_left_out(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes() + b'{"kept": [["net"')
     log = TrialLog(path, ABOUT)
     assert len(log.trials) == 1
-    log.add(Trial(frozenset(), 0, True, Measured(), 0.1))
+    log.add(Trial(frozenset(), 0, True, TRIAL.measured, 0.1))
     assert len(TrialLog(path, ABOUT).trials) == 2
+    log.add(Trial(frozenset({("net", "failed")}), 1, True, Measured(), 0.1, error="it ran out of memory"))
+    assert len(TrialLog(path, ABOUT).trials) == 3
+    log.add(Trial(frozenset({("net", "lost")}), 1, True, Measured(), 0.1))
+    with pytest.raises(InputError, match="a trial lacks the figure rel_l2"):
+        TrialLog(path, ABOUT)
 
 
 def test_foreign_logs_are_refused(tmp_path: Path) -> None:
