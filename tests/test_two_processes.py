@@ -94,9 +94,9 @@ cache = EngineCache.open(folder / "cache", asked=True)
 engine = folder / f"{number}.bin"
 engine.write_bytes(bytes([number]) * 4_000_000)
 facts = {"seconds": number, "flags": {}, "timing_cache": None, "marked": [], "missing": [], "layers": []}
-for turn in range(40):
+for turn in range(20):
     cache.put("key", engine, facts)
-    time.sleep(0.04 * number)
+    time.sleep(0.15 * number)
 """
 
 
