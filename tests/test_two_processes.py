@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -100,15 +101,6 @@ for turn in range(20):
 """
 
 
-def stamp(file: Path) -> tuple[int, int] | None:
-    """Identity of a file and of its content: the number of a removed file is given again."""
-    try:
-        found = file.stat()
-    except FileNotFoundError:
-        return None
-    return found.st_ino, found.st_mtime_ns
-
-
 @pytest.mark.slow
 def test_two_processes_on_one_engine_cache_leave_a_whole_entry_or_none(tmp_path: Path) -> None:
     """An engine of one beside the facts of the other is never handed out."""
@@ -117,10 +109,12 @@ def test_two_processes_on_one_engine_cache_leave_a_whole_entry_or_none(tmp_path:
     assert cache is not None
     engine, handed = tmp_path / "cache" / "key.engine", 0
     while any(worker.poll() is None for worker in workers):
-        before = stamp(engine)
-        if (found := cache.get("key")) is not None:
-            content = found[0].read_bytes()
-            if stamp(engine) == before:  # else it was replaced meanwhile
+        with ExitStack() as stack:
+            # While a file is open no other gets the number of its inode.
+            before = stack.enter_context(engine.open("rb")) if engine.exists() else None
+            found = cache.get("key")
+            content = found[0].read_bytes() if found else b""
+            if found and before and engine.stat().st_ino == os.fstat(before.fileno()).st_ino:  # else it was replaced
                 handed += 1
                 assert (len(content), content[0]) == (4_000_000, found[1]["seconds"])
         time.sleep(0.002)
