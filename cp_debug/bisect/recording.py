@@ -187,6 +187,9 @@ def _other_ways(
 def record_of(capture: Capture) -> RunRecord:
     """The run that a capture's manifest describes. Raises InputError when the manifest lacks a field."""
     manifest = capture.manifest
+    declared = manifest.get("declared", [])
+    if not isinstance(declared, list) or not all(isinstance(name, str) for name in declared):
+        raise InputError(f"{capture.folder}: the manifest's field 'declared' is no list of precisions")
     try:
         return RunRecord(
             spec=manifest["backend"],
@@ -195,7 +198,7 @@ def record_of(capture: Capture) -> RunRecord:
             emulated=manifest["emulated"],
             versions=manifest["versions"],
             settings=manifest["settings"],
-            declared=list(manifest.get("declared", [])),
+            declared=declared,
         )
     except KeyError as error:
         raise InputError(f"{capture.folder}: the manifest lacks the field {error}") from None
