@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
-from engine_networks import NETWORKS, Act, Made, _seq, network, write
+from engine_networks import NETWORKS, Act, Made, Next, _seq, network, write
 from torch import Tensor, nn
 
 OTHERS = frozenset(NETWORKS)
@@ -102,16 +102,6 @@ def painter() -> Made:
 @network
 def convnext_sized() -> Made:
     """ConvNeXt-like, 192 and 384 channels on 56² and 28²."""
-
-    class Next(nn.Module):
-        def __init__(self, c: int) -> None:
-            super().__init__()
-            self.d, self.n = nn.Conv2d(c, c, 7, 1, 3, groups=c), nn.LayerNorm(c)
-            self.m = _seq(nn.Linear(c, 4 * c), nn.GELU(), nn.Linear(4 * c, c))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x + self.m(self.n(self.d(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
-
     net = _seq(
         nn.Conv2d(3, 192, 4, 4), Next(192), Next(192), nn.Conv2d(192, 384, 2, 2), Next(384), nn.Conv2d(384, 64, 1)
     )

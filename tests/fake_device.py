@@ -53,12 +53,14 @@ class _Mode(TorchDispatchMode):
 
 
 class _Functions(TorchFunctionMode):
-    """``torch.tensor`` makes a tensor of the real ``meta`` before any operator is seen."""
+    """``torch.tensor`` and ``new_tensor`` make a tensor of the real ``meta`` before any operator is seen."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.tensor and kwargs.get("device") is not None and torch.device(kwargs["device"]).type == DEVICE:
             return FakeTensor(func(*args, **{**kwargs, "device": "cpu"}))
+        if func is torch.Tensor.new_tensor and isinstance(args[0], FakeTensor) and "device" not in kwargs:
+            return FakeTensor(args[0].inner.new_tensor(*args[1:], **kwargs))
         return func(*args, **kwargs)
 
 

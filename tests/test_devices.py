@@ -69,7 +69,9 @@ def judged(result: BisectResult) -> dict[str, tuple[str, float | None]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("backends", "is_faulty"), [("ort,ort-all", True), ("ort,emu-tf32", False)])
+@pytest.mark.parametrize(
+    ("backends", "is_faulty"), [("ort,ort-all", True), ("ort,emu-tf32", False), ("ort,torch-fp8", False)]
+)
 def test_a_bisect_on_a_device_says_what_the_cpu_says(
     tmp_path: Path, backends: str, is_faulty: bool, request: pytest.FixtureRequest
 ) -> None:

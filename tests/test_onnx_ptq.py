@@ -94,7 +94,7 @@ def test_a_sum_of_two_shapes_is_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_what_int8_costs_is_no_unexplained_remainder(tmp_path: Path) -> None:
-    """A sound Q/DQ graph against its FP32 parent, both on one backend: beyond FP32's tolerance, and nobody's fault."""
+    """A sound Q/DQ graph against its FP32 parent, judged by a tolerance of FP32: beyond it, and nobody's fault."""
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 4, 1)
@@ -104,7 +104,8 @@ def test_what_int8_costs_is_no_unexplained_remainder(tmp_path: Path) -> None:
     inputs = [{"image": torch.rand(1, 3, 32, 32).numpy()} for _ in range(8)]
     written = cp_debug.quantize(path, tmp_path / "int8", inputs=inputs, progress=False)
     int8 = next(file for file in written.files if file.suffix == ".onnx")
-    result = cp_debug.diagnose(path, "ort,ort", test_model=int8, inputs=inputs, progress=False)
+    options = cp_debug.Options(rtol=1e-4)
+    result = cp_debug.diagnose(path, "ort,ort", test_model=int8, inputs=inputs, options=options, progress=False)
     assert not result.tests[0].guilty
     assert not result.agrees
     assert "the rounding adds up" in str(result)

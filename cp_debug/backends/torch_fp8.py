@@ -105,7 +105,7 @@ class TorchFp8Session(ExecutorSession):
             for place, name in self._data(node).items():
                 if not math.isfinite(read[name]):
                     raise InputError(
-                        f"{self._graph.path}: {name!r} holds NaN or Inf, so that node {node.name!r} has no FP8 scale"
+                        f"{self._graph}: {name!r} holds NaN or Inf, so that node {node.name!r} has no FP8 scale"
                     )
                 fixed[place] = read[name] / CODECS["e4m3"].largest or 1.0
             scaling = self._arithmetic.scaling

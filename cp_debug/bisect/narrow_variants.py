@@ -64,9 +64,9 @@ def _narrower(other: NarrowOptions, options: NarrowOptions) -> bool:
 class NarrowDepartures:
     """Finds layers that compute in another narrow arithmetic than the one that is declared for a graph."""
 
-    def __init__(self, graph: Graph, claim: str) -> None:
-        """``claim``: a narrow precision with its options."""
-        self._graph = graph
+    def __init__(self, graph: Graph, claim: str, device: torch.device | str) -> None:
+        """``claim``: a narrow precision with its options; ``device``: where layers are computed again."""
+        self._graph, self._device = graph, device
         self._options = NarrowOptions.parse(claim)
         self._executors: dict[str, Executor] = {}
 
@@ -99,13 +99,13 @@ class NarrowDepartures:
 
     def _executor(self, name: str) -> Executor:
         if name not in self._executors:
-            self._executors[name] = Executor(self._graph, ARITHMETICS[name])
+            self._executors[name] = Executor(self._graph, ARITHMETICS[name], self._device)
         return self._executors[name]
 
 
-def departures(graph: Graph, claim: str) -> NarrowDepartures | None:
+def departures(graph: Graph, claim: str, device: torch.device | str) -> NarrowDepartures | None:
     """The search for departures from a claim; None for precisions that are not narrow."""
-    return NarrowDepartures(graph, claim) if is_narrow(claim) else None
+    return NarrowDepartures(graph, claim, device) if is_narrow(claim) else None
 
 
 def spread(given: Mapping[str, AnyTensor], captured: AnyTensor, claimed: AnyTensor) -> bool:

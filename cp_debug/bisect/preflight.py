@@ -223,10 +223,9 @@ def _normalizations(program: Program, weights: Weights) -> Iterator[Concern]:
 
 def _quantizers(program: Program, weights: Weights) -> Iterator[Concern]:
     for node in program.graph.nodes:
-        name = node.proto.input[1] if len(node.proto.input) > 1 else ""
-        if node.op not in ("QuantizeLinear", "DequantizeLinear") or not name or not weights.holds(name):
+        if node.op not in ("QuantizeLinear", "DequantizeLinear") or not weights.holds(node.inputs[1]):
             continue
-        layer, scale = _layer(program, node), weights[name].double()
+        layer, scale = _layer(program, node), weights[node.inputs[1]].double()
         if not bool(((scale > 0) & torch.isfinite(scale)).all()):
             says = f"a scale is {float(scale.min()):.3g}: it must be positive and finite"
             yield Concern("quantization", PROBLEM, says, [layer], "calibrate this tensor again")

@@ -95,7 +95,7 @@ class Replayer:
         self._trimmer = Trimmer(TRIM_AFTER)
         self._outputs = {v.name for v in graph.outputs}
         self._range_loss = RangeLoss(graph, self.oracle, self.known)
-        self._departures = None if emulated or quantized[1] is not None else departures(graph, precisions[1])
+        self._departures = None if emulated or quantized[1] is not None else departures(graph, precisions[1], device)
 
     def _emulator(self, side: int, oracle: str) -> Executor:
         """The executor that computes as the reference (0) or the test (1) claims to."""

@@ -39,6 +39,7 @@ class PlainSteps:
     def on_event(self, event: Mapping[str, Any]) -> None:
         """Note the phase of TensorRT's build, where its version tells."""
         if event["event"] == "progress":
+            self._total = -1  # the pace of the steps before says nothing about a phase
             self._text = f"{event['phase']} ({event['done']} of {event['steps']})"
 
     @property

@@ -206,8 +206,8 @@ class _Check:
             self._attribute(node, attribute)
         self._counts(node)
         least = _LEAST_INPUTS.get(node.op_type, 0) if node.domain in ("", "ai.onnx") else 0
-        if len(node.input) < least:
-            raise self._error(f"{_title(node)} has {len(node.input)} of {least} inputs")
+        if (given := sum(map(bool, node.input[:least]))) < least:
+            raise self._error(f"{_title(node)} has {given} of {least} inputs")
 
     def _counts(self, node: onnx.NodeProto) -> None:
         """Raise InputError where an attribute counts more inputs or outputs than the node has."""

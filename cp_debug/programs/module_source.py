@@ -6,6 +6,7 @@ import onnx
 from torch import nn
 
 from cp_debug.graph.source_lines import KEY, shortened
+from cp_debug.programs.scope_names import enclosing_modules
 
 
 def note_modules(model: onnx.ModelProto, module: nn.Module) -> None:
@@ -20,16 +21,13 @@ def note_modules(model: onnx.ModelProto, module: nn.Module) -> None:
 
 def _innermost(module: nn.Module, name: str) -> nn.Module:
     own = module
-    parts = name.strip("/").split("/")[:-1]
-    for index, part in enumerate(parts):
-        # A container of modules is not called: its name stands in front of its part's, again and again.
-        path = part.removeprefix(f"{parts[index - 1]}.") if index else part
+    for path in enclosing_modules(name):
         try:
-            module = module.get_submodule(path)
+            inner = module.get_submodule(path)
         except AttributeError:
             break
-        if not type(module).__module__.startswith("torch."):
-            own = module
+        if not type(inner).__module__.startswith("torch."):
+            own = inner
     return own
 
 

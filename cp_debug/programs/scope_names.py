@@ -42,9 +42,12 @@ def module_values(graph: Graph) -> dict[str, str]:
     outputs = {value.name for value in graph.outputs}
     found = {}
     for path, nodes in inside.items():
-        own = {id(node) for node in nodes}
-        read = {name for node in graph.nodes if id(node) not in own for name in node.inputs}
-        leaving = [name for node in nodes for name in node.outputs if node.op != "Constant" and name in read | outputs]
+        own = {node.index for node in nodes}
+
+        def leaves(name: str, own: set[int] = own) -> bool:
+            return name in outputs or any(reader.index not in own for reader in graph.consumers.get(name, ()))
+
+        leaving = [name for node in nodes if node.op != "Constant" for name in node.outputs if leaves(name)]
         if len(leaving) == 1:
             found[path] = leaving[0]
     return found
@@ -55,8 +58,13 @@ def _paths(node: Node) -> list[str]:
     for entry in node.proto.metadata_props:
         if entry.key == _DYNAMO_SCOPES:
             return [_CALL.sub("", path) for path in _listed(entry.value)[1:-1]]
+    return enclosing_modules(node.name) if node.name.startswith("/") else []
+
+
+def enclosing_modules(name: str) -> list[str]:
+    """The paths of the modules around a node that TorchScript's exporter called ``name``, the outermost first."""
     paths: list[str] = []
-    parts = node.name.strip("/").split("/")[:-1] if node.name.startswith("/") else []
+    parts = name.strip("/").split("/")[:-1]
     for index, part in enumerate(parts):
         # A container is not called, so its name stands in front of its part's: ``blocks.0/blocks.0.3``.
         own = part.removeprefix(f"{parts[index - 1]}.") if index else part

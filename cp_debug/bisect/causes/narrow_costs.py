@@ -28,8 +28,6 @@ OUTLIER = 6.0
 """Magnitude of an outlier, in root mean squares of the other values of its block."""
 SMALLEST_GROUP = 32
 """The smallest group of INT4 that every runtime has."""
-
-
 NOTABLE = 0.5
 """Introduced error, in unit roundoffs of the element type, from which a layer is asked for a remedy: numbers that fit
 their scales introduce less than one."""
