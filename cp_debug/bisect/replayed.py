@@ -14,6 +14,9 @@ from cp_debug.programs.precision import Precision
 EXCESS = 4.0
 """A layer whose introduced error is this many times the expected one is guilty: ``docs/thresholds.md`` has the
 measurements."""
+ASKED = 2.0
+"""Excess beyond which other correct implementations are asked what they introduce. Half the limit: what an innocent
+layer was excused for shows how far from the limit it is."""
 FLOOR = 0.5
 """Number of unit roundoffs that every layer may introduce, whatever its emulation says."""
 
