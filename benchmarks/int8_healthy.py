@@ -92,18 +92,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--zoo", type=Path, help="folder that benchmarks/wild/run.py made")
     parser.add_argument("--file", nargs=3, action="append", default=[], metavar=("ONNX", "INT8", "NPZ"))
-    parser.add_argument("--json", type=Path, help="write every layer here")
+    parser.add_argument("--backends", action="append", help=f"pairs to compare in, instead of {' and '.join(BACKENDS)}")
+    parser.add_argument("--json", type=Path, help="write the figures and every layer beyond 1.5 here")
     options = parser.parse_args()
     replay.ASKED = 0.0  # type: ignore[misc]
     rows: list[dict[str, Any]] = []
     runs: collections.Counter[str] = collections.Counter()
     for case in cases(options.zoo, options.file):
-        for backends in BACKENDS:
+        for backends in options.backends or BACKENDS:
+            before = len(rows)
             try:
                 rows += layers(case, backends)
                 runs[half(case.network)] += 1
             except InputError as error:
                 print(f"{case.network} {case.quantizer} {backends}: {error}", flush=True)
+            else:
+                worst = max((max(r["excess"], r["channel_excess"] or 0.0) for r in rows[before:]), default=0.0)
+                print(
+                    f"{case.network} {case.quantizer} {backends}: {len(rows) - before} layers, {worst:.2f}", flush=True
+                )
     console = Console(width=140)
     tables: dict[str, dict[str, Any]] = {}
     for figure in ("excess", "channel_excess"):

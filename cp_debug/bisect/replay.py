@@ -260,10 +260,10 @@ class Replayer:
 
         Where emulating one correct implementation has raised a doubt, others are asked.
         """
-        replay = Replay.of(captured, exact, [expected.results[target]], claim)
-        if (replay.excess or 0.0) <= ASKED:
-            return replay
         scales, result = self._scales[side], expected.results[target]
+        replay = Replay.of(captured, exact, [result], claim)
+        if (replay.excess or 0.0) <= (EXCESS if scales is None else ASKED):
+            return replay
         others: list[AnyTensor] = [] if scales is None else [*scales.for_readers(target, captured, result)]
         if scales is not None and scales.quantized.touches(nodes):
             others += scales.larger(nodes, given, target)
