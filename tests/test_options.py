@@ -23,6 +23,7 @@ MANY = {"--samples", "--batches"}
 BASES = {
     ("compare",): ["a", "b"],
     ("diff",): ["a", "b"],
+    ("cache",): [],
     ("quantize", "ptq"): [NOWHERE, "-o", "out"],
     ("quantize", "qat"): ["centerpoint:tiny", "--from", NOWHERE, "-o", "out"],
     ("export",): [NOWHERE, "-o", "out"],
