@@ -11,7 +11,7 @@ from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.file_quantization import FileQuantization
 from cp_debug.bisect.quantized_segment import Quantized, balanced
-from cp_debug.bisect.replayed import EXCESS, FLOOR, Replay
+from cp_debug.bisect.replayed import ASKED, EXCESS, FLOOR, Replay
 from cp_debug.bisect.whole_numbers import as_tensor
 from cp_debug.graph.graph import Node
 from cp_debug.graph.integer_values import is_constant
@@ -60,9 +60,12 @@ class ScaleReplay:
             replay.deviation_from_scales = ratio(distance(captured, declared).difference, scale)
         axis = 1 if exact.dim() == 4 else exact.dim() - 1
         ours = balanced(torch.as_tensor(captured) - exact, exact, axis)
-        ideals = [ideal, *self._recalibrated(nodes, target, given)]
-        best = max(balanced(torch.as_tensor(t) - exact, exact, axis) for t in ideals)
-        replay.channel_excess = ratio(ours, max(best, FLOOR * BESIDE_INT8.roundoff))
+        best = FLOOR * BESIDE_INT8.roundoff
+        for others in ([ideal, *self._recalibrated(nodes, target, given)], self.larger(nodes, given, target)):
+            best = max(*(balanced(torch.as_tensor(t) - exact, exact, axis) for t in others), best)
+            replay.channel_excess = ratio(ours, best)
+            if not replay.channel_excess > ASKED:  # nor NaN
+                break
 
     def for_readers(self, target: str, captured: AnyTensor, result: AnyTensor) -> Iterator[Tensor]:
         """``result`` on the best scales of quantizers behind ``target`` that the backend moved in front of it.
