@@ -62,7 +62,7 @@ class StoredCodes:
         return total.movedim(-1, self.axis)
 
     def misfits(self, weight: Tensor) -> bool:
-        """Whether other scales bring the codes much nearer to ``weight``, float64 of any shape; not of another shape."""
+        """Whether other scales bring the codes much nearer to ``weight``, float64 in the shape of the codes."""
         if weight.shape != self.codes.shape:
             return False
         now, then = (float((weight - s * self.codes).norm()) for s in (self.scale, self.refitted(weight)))
