@@ -67,4 +67,6 @@ def _translated(text: str, parameters: set[str], fields: set[str]) -> str:
         name = _ELSEWHERE.get(flag[1], name)
         return f"options.{name}" if name.partition(".")[0] in fields else flag[0]
 
+    if "channels_last" in parameters:
+        text = text.replace("--tensors-layout nhwc", "channels_last=True")
     return _FLAG.sub(word, re.sub(r"^MODEL(?=: )", "model", text))
