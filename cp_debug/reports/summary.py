@@ -12,7 +12,7 @@ from cp_debug.safe_text import one_line
 MOST_FINDINGS = 3
 """Findings that are told of one test; the others are counted."""
 MOST_LINES = 9
-"""Lines of what a failed check says; one more says how to see more."""
+"""Lines of the message of a failed check; one more says how to see more."""
 
 
 def summary(result: BisectResult) -> str:
@@ -25,7 +25,7 @@ def summary(result: BisectResult) -> str:
 
 
 def disagreement(result: BisectResult) -> str:
-    """What a failed check says, in at most ``MOST_LINES`` lines: the first test that does not agree, with as many of
+    """Message of a failed check, in at most ``MOST_LINES`` lines: the first test that does not agree, with as many of
     its findings as there is room for but at least the largest, and the verdicts on the others."""
     first, *others = (test for test in result.tests if not test.agrees)
     heading = f"{result.model}: {result.reference.spec} against {', '.join(test.backend.spec for test in result.tests)}"
