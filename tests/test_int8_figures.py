@@ -59,7 +59,7 @@ def quantized_sum(
         net.op("Add", *inputs, name="sum")
         shapes = {n: (1, [1, 64]) for n in "xz"}
         graphs.append(Graph(net.save(folder / f"{name}.onnx", shapes, ["sum"])))
-    return graphs[0], Quantized(*graphs, {})
+    return graphs[0], Quantized(graphs[0], graphs[1], {})
 
 
 @pytest.mark.parametrize("order", [(0.002, 0.02), (0.02, 0.002)])
