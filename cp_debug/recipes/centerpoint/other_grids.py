@@ -73,7 +73,7 @@ def _sizes_of(config: CenterPointConfig) -> dict[str, Any]:
 
 
 def _sizes_in(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Those of ``_sizes_of`` that shapes tell; none for the weights of another kind of network."""
+    """Sizes that shapes tell, by the names of ``_sizes_of``; none for the weights of another kind of network."""
     encoder = _listed(state, "pts_voxel_encoder.pfn_layers.{}.linear.weight", 2)
     backbone = _listed(state, "pts_backbone.blocks.{}.0.weight", 4)
     tasks = _listed(state, "pts_bbox_head.task_heads.{}.heatmap.1.weight", 4)
