@@ -91,6 +91,8 @@ class BackendScores(JsonForm):
     difference: dict[str, ConfidenceInterval] | None = field(metadata={"written": False})
     classes: dict[str, dict[str, Any]] = field(metadata={"written": False})
     """Class → figure → value; ``AP`` is a ``ConfidenceInterval``."""
+    not_finite: int = 0
+    """Number of samples on which an output held NaN or Inf."""
 
     def worse(self, max_drop: float) -> bool:
         """mAP is lower by more than ``max_drop``, and chance in the choice of samples does not explain it."""
@@ -129,8 +131,13 @@ class EvaluationResult(JsonForm, Shown):
 
     @property
     def worse(self) -> list[str]:
-        """Specs of the backends that detect significantly less than the reference."""
-        return [scores.backend.spec for scores in self.backends if scores.worse(self.options.max_drop)]
+        """Specs of the backends that detect significantly less than the reference, or give NaN on more samples."""
+        most = self.backends[0].not_finite
+        return [
+            scores.backend.spec
+            for scores in self.backends
+            if scores.worse(self.options.max_drop) or scores.not_finite > most
+        ]
 
     def derived(self) -> dict[str, Any]:
         """The backends that are worse, and the confidence of every interval."""
@@ -190,8 +197,12 @@ def score_backends(
     truths: Sequence[Truth],
     class_names: Sequence[str],
     options: EvaluationOptions,
+    not_finite: Mapping[str, int] | None = None,
 ) -> tuple[list[BackendScores], list[str]]:
-    """Figures of all backends, the reference first, and notes on the ground truth that they were scored on."""
+    """Figures of all backends, the reference first, and notes on the ground truth that they were scored on.
+
+    ``not_finite``: spec → number of samples on which an output held NaN or Inf.
+    """
     truth, notes = _objects(truths, class_names, options)
     weights = draw_samples(len(truths), options.draws, options.seed)
     listed: list[BackendScores] = []
@@ -199,6 +210,8 @@ def score_backends(
     for record, predicted in predictions.values():
         boxes = predicted.as_boxes(class_names)
         boxes = boxes.take(options.counts(boxes, class_names))
+        if strange := (not_finite or {}).get(record.spec, 0):
+            notes.append(f"{record.spec}: the outputs hold NaN or Inf on {strange} of {len(truths)} samples")
         if not boxes.finite.all():
             notes.append(f"{record.spec}: {np.sum(~boxes.finite)} detections hold NaN or Inf; they count as false")
         if not len(boxes):
@@ -214,6 +227,7 @@ def score_backends(
                 {name: ConfidenceInterval.of(values) for name, values in draws.items()},
                 difference or None,
                 _class_figures(scores, boxes, truth, class_names),
+                strange,
             )
         )
     return listed, notes

@@ -83,11 +83,15 @@ def verdict(result: EvaluationResult) -> Iterator[Text]:
     for each in result.backends[1:]:
         assert each.difference is not None
         change = f"mAP {_difference(each.difference['mAP'])}"
+        reference = result.backends[0]
+        count, text, style = len(result.samples), f"as good as {reference.backend.spec}", "green"
+        if each.not_finite:
+            text += f"; but its outputs hold NaN or Inf on {each.not_finite} of {count} samples"
+            text += f", those of {reference.backend.spec} on {reference.not_finite}"
+            style = "bold red" if each.not_finite > reference.not_finite else "yellow"
         if each.worse(limit):
-            reason = f"worse by more than {limit:g}, and the choice of samples does not explain it"
-            yield Text(f"{_name(each)}: {change}: {reason}", style="bold red")
-        else:
-            yield Text(f"{_name(each)}: {change}: as good as {result.backends[0].backend.spec}", style="green")
+            text, style = f"worse by more than {limit:g}, and the choice of samples does not explain it", "bold red"
+        yield Text(f"{_name(each)}: {change}: {text}", style=style)
 
 
 def _name(each: BackendScores) -> str:
