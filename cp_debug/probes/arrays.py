@@ -30,7 +30,7 @@ def is_torch(tensor: Any) -> TypeGuard[torch.Tensor]:
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether a tensor of torch is as an array is: not sparse, nested, quantized, or without values."""
+    """Whether a tensor of torch, of any shape, is as an array is: not sparse, nested, quantized or without values."""
     return str(tensor.layout) == "torch.strided" and not (tensor.is_nested or tensor.is_quantized or tensor.is_meta)
 
 
