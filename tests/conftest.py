@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import tempfile
 from pathlib import Path
 
 import pytest
+import typer.testing
 from extras import installed
 
 REPO = Path(__file__).resolve().parents[1]
@@ -20,6 +22,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if "XDG_CACHE_HOME" not in os.environ:
     _cache = tempfile.TemporaryDirectory(prefix="cpdebug-tests-")
     os.environ["XDG_CACHE_HOME"] = _cache.name
+
+# ``CliRunner`` has typer make all commands anew for every call, which takes longer than most of the calls.
+typer.testing._get_command = functools.cache(typer.testing._get_command)
 
 # A shell's background ignores Ctrl-C, and so would what tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -253,6 +253,7 @@ ACTS = {
     "--batch": "clouds at once; refused for models without batches",
     "--min-points": "which boxes count",
     "--draws": "draws of the intervals",
+    "--t4": "another metric besides; refused without its package (tests/test_t4_metric.py)",
     "--auto": "which layers sensitivity puts into --output",
     "--by": "what a sweep is split into",
     "--workers": "processes of a sweep",

@@ -19,9 +19,10 @@ from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.backends.tensorrt import runner
 from cp_debug.backends.tensorrt.client import BuildTimedOut
-from cp_debug.backends.tensorrt.engine_cache import EngineCache, default_folder
+from cp_debug.backends.tensorrt.engine_cache import EngineCache
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.result import TestResult
+from cp_debug.caches import cache_folder
 from cp_debug.cli.main import app
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
@@ -180,7 +181,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
         EngineCache.open(tmp_path / "file", asked=True)
     assert EngineCache.open(tmp_path / "file", asked=False) is None, "the default folder is no reason to stop"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    assert default_folder() == tmp_path / "home" / "cpdebug" / "engines"
+    assert cache_folder("engines") == tmp_path / "home" / "cpdebug" / "engines"
 
 
 def run(folder: Path, **options: Any) -> TestResult:

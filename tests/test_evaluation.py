@@ -42,7 +42,7 @@ from cp_debug.recipes.centerpoint.recipe import CenterPointModel
 from cp_debug.recipes.data.attributes import attributes_of
 from cp_debug.recipes.data.base import DataOptions, Truth
 from cp_debug.recipes.data.unpickle import load_plain_pickle
-from cp_debug.reports.evaluation import class_table, render, summary_table
+from cp_debug.reports.evaluation import class_table, render, summary_table, verdict
 from cp_debug.reports.sheet_terminal import Terminal
 
 CLASSES = ("car", "cyclist")
@@ -233,6 +233,25 @@ def test_a_loss_that_chance_may_explain_is_none(change: tuple[float, float, floa
     scores = BackendScores(record, 1, {}, {"mAP": ConfidenceInterval(*change)}, {})
     assert scores.worse(0.01) is worse
     assert not replace(scores, difference=None).worse(0.01)
+
+
+def test_outputs_that_are_not_finite_are_no_plain_pass() -> None:
+    rng = np.random.default_rng(3)
+    truths = [truth(rng, 10) for _ in range(4)]
+    found = [detections(rng, each) for each in truths]
+    plain = scored({"torch": found, "ort": found, "ort-all": found}, truths)
+    reference, same, more = (
+        replace(each, not_finite=number) for each, number in zip(plain.backends, (1, 1, 2), strict=True)
+    )
+    result = replace(plain, backends=[reference, same, more])
+    assert plain.worse == []
+    assert result.worse == ["ort-all"]
+    lines = [text.plain for text in verdict(result)]
+    assert lines[0].endswith("as good as torch; but its outputs hold NaN or Inf on 1 of 4 samples, those of torch on 1")
+    assert lines[1].endswith("on 2 of 4 samples, those of torch on 1")
+    assert [text.style for text in verdict(result)] == ["yellow", "bold red"]
+    assert [text.style for text in verdict(plain)] == ["green", "green"]
+    assert result.to_dict()["backends"][2]["not_finite"] == 2
 
 
 def test_tables_and_figures_for_other_programs() -> None:

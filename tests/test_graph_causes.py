@@ -195,6 +195,30 @@ def test_gates_in_another_order(net: Path, tmp_path: Path, monkeypatch: pytest.M
     assert explained(net, tmp_path, edit, "lstm").cause == "gate-order"
 
 
+def prepared(path: Path) -> Path:
+    """``x`` [3, 16]: operators that read two constants of one shape, or two bounds."""
+    made = NetBuilder(7)
+    a, b, c, d = (made.weight((made.rng.standard_normal((n, 16)) * 0.3).astype(np.float32)) for n in (8, 8, 16, 16))
+    weights = made.op("Concat", a, b, axis=0, name="joined")
+    y = made.op("MatMul", "x", made.op("MatMul", weights, made.op("Sub", c, d, name="less"), name="both"), name="mul")
+    low, high = (made.weight(np.float32(v)) for v in (-0.3, 0.5))
+    made.op("Tanh", made.op("Clip", y, low, high, name="clip"), name="tanh")
+    return made.save(path, {"x": (1, [3, 16])}, ["tanh"])
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(
+    ("value", "order", "cause"),
+    [("joined", (1, 0), "concat-order"), ("less", (1, 0), "operand-order"), ("clip", (0, 2, 1), "operand-order")],
+)
+def test_constants_in_another_order_are_not_those_of_another_layer(
+    tmp_path: Path, value: str, order: tuple[int, ...], cause: str, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not known:
+        monkeypatch.setattr(GraphReader, "_other", lambda self, component: None)
+    assert explained(prepared(tmp_path / "net.onnx"), tmp_path, reads(value, *order), value).cause == cause
+
+
 def product(path: Path) -> Path:
     """``x`` [3, 4, 16]: a product with its bias as exporters of PyTorch write it, and one as a Gemm."""
     made = NetBuilder(5)

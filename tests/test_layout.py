@@ -12,7 +12,7 @@ import pytest
 REPO = Path(__file__).resolve().parents[1]
 PACKAGE = REPO / "cp_debug"
 ORDER = (
-    "version errors safe_text reading files optional plugins interpreter progress serialize minimize display "
+    "version errors safe_text reading files caches optional plugins interpreter progress serialize minimize display "
     "graph probes recipes backends programs detection quantization bisect mixed_precision prediction deploy sweep "
     "reports api cli pytest_plugin"
 )

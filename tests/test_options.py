@@ -23,6 +23,7 @@ MANY = {"--samples", "--batches"}
 BASES = {
     ("compare",): ["a", "b"],
     ("diff",): ["a", "b"],
+    ("cache",): [],
     ("quantize", "ptq"): [NOWHERE, "-o", "out"],
     ("quantize", "qat"): ["centerpoint:tiny", "--from", NOWHERE, "-o", "out"],
     ("export",): [NOWHERE, "-o", "out"],
@@ -211,3 +212,12 @@ def test_a_wrong_name_is_told_before_torch_is_imported(
     code, text = run(*(str(net) if part == "NET" else part for part in command))
     assert (code, said in text) == (expected, True), text
     assert not list(tmp_path.iterdir())
+
+
+def test_a_small_network_is_judged_without_a_compiler(net: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading numba takes as long as all the rest of a bisect of ten nodes."""
+    monkeypatch.delitem(sys.modules, "cp_debug.probes.statistics_kernel", raising=False)
+    for heavy in ("numba", "scipy", "pandas"):
+        monkeypatch.setitem(sys.modules, heavy, None)
+    code, text = run("bisect", net, "-b", "ort,ort-all")
+    assert code == 0, text

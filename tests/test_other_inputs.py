@@ -205,9 +205,45 @@ def test_samples_of_other_structures_are_refused(tmp_path: Path) -> None:
         bisect(str(path), BACKENDS[0], options=Options(inputs=tmp_path / "in", samples=2))
 
 
-@pytest.mark.parametrize("command", [["verify"], ["search", "-b", "ort,emu-fp16"]])
+@pytest.mark.parametrize("network", [labels, sequences, optionals, maps])
+def test_captures_of_two_runs_are_compared(tmp_path: Path, network: Any) -> None:
+    path = network(tmp_path / "net.onnx", 2.0)
+    for backend in ("ort", "emu-fp16"):
+        arguments = ["capture", str(path), "-b", backend, "-o", str(tmp_path / backend)]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result.exception
+    result = CliRunner().invoke(app, ["compare", str(tmp_path / "ort"), str(tmp_path / "emu-fp16")])
+    assert result.exit_code == 0, (result.exception, result.output)
+
+
+@pytest.mark.parametrize("network", [labels, maps])
+@pytest.mark.parametrize("command", [["check"], ["predict"], ["search", "-b", "ort,emu-fp16", "--goal", "rel_l2<=0.1"]])
+def test_commands_that_run_the_network_take_them(tmp_path: Path, command: list[str], network: Any) -> None:
+    path = network(tmp_path / "net.onnx", 2.0)
+    result = CliRunner().invoke(app, [command[0], str(path), *command[1:]])
+    assert result.exit_code == 0, (result.exception, result.output)
+
+
+def test_a_search_does_not_write_the_network_that_reads_numbers(tmp_path: Path) -> None:
+    path, out = labels(tmp_path / "net.onnx", 2.0), tmp_path / "mixed.onnx"
+    result = CliRunner().invoke(app, ["search", str(path), "-b", "ort,emu-fp16", "--onnx", str(out)])
+    assert isinstance(result.exception, InputError)
+    assert "writes no --onnx" in str(result.exception)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("command", [["verify"], ["bench"]])
 def test_other_commands_say_that_they_take_numbers_alone(tmp_path: Path, command: list[str]) -> None:
     path = labels(tmp_path / "net.onnx", 2.0)
     result = CliRunner().invoke(app, [command[0], str(path), *command[1:]])
     assert isinstance(result.exception, InputError)
-    assert "input 's' holds strings, which `bisect` alone can give" in str(result.exception)
+    assert "input 's' holds strings, which `bisect`, `capture`, `check`, `predict` and `search` alone can give" in str(
+        result.exception
+    )
+
+
+def test_a_sequence_is_refused_where_only_numbers_are_taken(tmp_path: Path) -> None:
+    path = sequences(tmp_path / "net.onnx", 2.0)
+    result = CliRunner().invoke(app, ["quantize", "ptq", str(path), "-o", str(tmp_path / "out")])
+    assert isinstance(result.exception, InputError)
+    assert "input 's' holds a sequence, which" in str(result.exception)

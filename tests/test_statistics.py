@@ -112,10 +112,30 @@ def pairs(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
 
 
 @settings(max_examples=300, deadline=None)
-@given(pairs(), st.booleans())
-def test_compare_is_what_plain_numpy_says(pair: tuple[np.ndarray, np.ndarray], transposed: bool) -> None:
+@given(pairs(), st.booleans(), st.booleans())
+def test_compare_is_what_plain_numpy_says(
+    pair: tuple[np.ndarray, np.ndarray], transposed: bool, is_compiled: bool
+) -> None:
     ref, test = (np.asarray(side).T for side in pair) if transposed else pair
-    assert_matches(compare(ref, test), ref, test)
+    with pytest.MonkeyPatch.context() as patch:
+        if is_compiled:
+            patch.setattr(statistics_reduce, "SMALL", 0)
+        assert_matches(compare(ref, test), ref, test)
+
+
+@settings(max_examples=200, deadline=None)
+@given(pairs())
+def test_small_tensors_are_reduced_as_large_ones_are(pair: tuple[np.ndarray, np.ndarray]) -> None:
+    ref, test = pair
+    small = statistics_reduce.reduce_host(ref, test)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(statistics_reduce, "SMALL", 0)
+        compiled = statistics_reduce.reduce_host(ref, test)
+    _assert_totals_agree(small, compiled)
+    assert small.same_integers == compiled.same_integers
+    assert (small.histogram == compiled.histogram).all()
+    for name in set(small.whole._fields) - {"sum_abs", "sum_dd", "sum_rr", "sum_tt", "sum_rt"}:
+        assert getattr(small.whole, name) == getattr(compiled.whole, name), name
 
 
 @settings(max_examples=60, deadline=None)
@@ -272,7 +292,7 @@ import numba.core.caching as caching
 caching.CacheImpl._locator_classes.clear()
 import numpy as np
 from cp_debug.probes.statistics import compare
-print(compare(np.zeros(3), np.ones(3)).max_abs)
+print(compare(np.zeros(1 << 17), np.ones(1 << 17)).max_abs)
 """
     environment = {**os.environ, "PYTHONPATH": str(REPO)}
     result = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
@@ -281,9 +301,10 @@ print(compare(np.zeros(3), np.ones(3)).max_abs)
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int32])
 @pytest.mark.parametrize("gap", [None, np.nan, np.inf])
-def test_distances_of_large_tensors_are_those_of_all_their_blocks(dtype: type, gap: float | None) -> None:
-    """Of one block and a half: what the first block adds must not be lost behind the second."""
-    theirs = np.full(3 * BLOCK // 2, 2, dtype)
+@pytest.mark.parametrize("size", [99, 3 * BLOCK // 2])
+def test_a_distance_is_that_of_all_blocks(dtype: type, gap: float | None, size: int) -> None:
+    """A small tensor, and one of a block and a half: what the first block adds must not be lost behind the second."""
+    theirs = np.full(size, 2, dtype)
     ours = theirs.copy()
     ours[7] = 5  # in the first block
     ours[-7] = 6  # in the second

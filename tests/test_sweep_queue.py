@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,21 +76,24 @@ class Cluster:
         self._folder, self._stack = folder, ExitStack()
         self.scheduler = self.start_scheduler(0)
 
-    def start_scheduler(self, port: int) -> subprocess.Popen[bytes]:
+    def start_scheduler(self, port: int, path: Path | None = None) -> subprocess.Popen[bytes]:
         file = self._folder / "scheduler.json"
         file.unlink(missing_ok=True)
         where = ["--host", "127.0.0.1", "--port", str(port), "--no-dashboard", "--scheduler-file", str(file)]
-        process = self._start("scheduler", *where)
+        process = self._start("scheduler", *where, path=path)
         wait_for(lambda: file.is_file() and file.stat().st_size)
         self.address = json.loads(file.read_text())["address"]
         return process
 
-    def start_worker(self, *flags: str) -> subprocess.Popen[bytes]:
-        return self._start("worker", self.address, "--nthreads", "1", "--no-dashboard", "--host", "127.0.0.1", *flags)
+    def start_worker(self, *flags: str, path: Path | None = None) -> subprocess.Popen[bytes]:
+        """``path``: folder of modules that come before those installed."""
+        where = ["--nthreads", "1", "--no-dashboard", "--host", "127.0.0.1"]
+        return self._start("worker", self.address, *where, *flags, path=path)
 
-    def _start(self, *command: str) -> subprocess.Popen[bytes]:
+    def _start(self, *command: str, path: Path | None = None) -> subprocess.Popen[bytes]:
+        environment = ENVIRONMENT | ({"PYTHONPATH": f"{path}{os.pathsep}{HERE}"} if path else {})
         process = subprocess.Popen(
-            [sys.executable, "-m", "dask", *command], env=ENVIRONMENT, cwd=self._folder, stderr=subprocess.DEVNULL
+            [sys.executable, "-m", "dask", *command], env=environment, cwd=self._folder, stderr=subprocess.DEVNULL
         )
         self._stack.callback(process.wait)
         self._stack.callback(process.kill)
@@ -290,6 +294,62 @@ def test_local_workers_on_gpus_see_one_each(monkeypatch: pytest.MonkeyPatch) -> 
         resources = [worker["resources"] for worker in client.scheduler_info()["workers"].values()]
     assert sorted(seen.values()) == ["0", "1"]
     assert resources == [{"GPU": 1}, {"GPU": 1}]
+
+
+def test_gpus_are_those_that_this_process_may_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, 2,GPU-8932f937")
+    with local_workers(None, gpu=True, gpus=2) as client:
+        assert sorted(client.run(os.getenv, "CUDA_VISIBLE_DEVICES").values()) == ["2", "4"]
+    with pytest.raises(BackendUnavailable, match="sees 3 CUDA devices here, --gpus asks for 4"):
+        local_workers(None, gpu=True, gpus=4).__enter__()
+
+
+@pytest.fixture
+def other_code(tmp_path: Path) -> Path:
+    """A copy of the package in which one file differs."""
+    folder = tmp_path / "other"
+    shutil.copytree(HERE.parent / "cp_debug", folder / "cp_debug", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "cp_debug/sweep/spread.py").write_text("")
+    return folder
+
+
+@pytest.mark.slow
+def test_workers_with_other_code_get_no_tasks(tmp_path: Path, cluster: Cluster, other_code: Path) -> None:
+    cluster.start_worker("--no-nanny", path=other_code)
+    missing = tmp_path / "missing/cp_debug"
+    missing.mkdir(parents=True)
+    (missing / "__init__.py").write_text("raise ModuleNotFoundError('no module named cp_debug')")
+    cluster.start_worker("--no-nanny", path=missing.parent)
+    tasks, told = grid("tiny", 12), []
+    with remote_workers(cluster.address) as client:
+        client.wait_for_workers(2)
+        with pytest.raises(InputError) as refused:
+            sweep(tasks, tmp_path / "log.jsonl", client)
+        assert "with other code than here" in str(refused.value)
+        assert "cpdebug cannot be imported there (ModuleNotFoundError" in str(refused.value)
+        cluster.start_worker("--no-nanny")
+        client.wait_for_workers(3)
+        finished = sweep(tasks, tmp_path / "log.jsonl", client, on_progress=lambda now: told.append(now.refused))
+        assert len(list(finished.results())) == 12
+        assert len({record["worker"] for record in finished.results()}) == 1
+    assert "with other code than here" in told[-1]
+
+
+@pytest.mark.slow
+def test_a_scheduler_of_another_version_of_dask(tmp_path: Path, cluster: Cluster) -> None:
+    cluster.scheduler.kill()
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.metadata as metadata\n"
+        "version = metadata.version\n"
+        "metadata.version = lambda name: '2000.1.0' if name == 'distributed' else version(name)\n"
+    )
+    cluster.start_scheduler(0, path=tmp_path)
+    with (
+        pytest.raises(InputError, match=r"is of Dask 2000\.1\.0, here is .* pip install 'distributed==2000\.1\.0'"),
+        remote_workers(cluster.address),
+    ):
+        pass
 
 
 def test_a_worker_that_dies_while_it_starts(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from cp_debug.backends.schema_functions import function_body, is_defined
 from cp_debug.backends.weights import Weights
 from cp_debug.errors import CpdebugError, InputError
 from cp_debug.graph.bodies import Body, LoopClock, run_loop, run_scan
+from cp_debug.graph.check_inputs import no_numbers
 from cp_debug.graph.constants import constant
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.onnx_runtime import Endless
@@ -147,9 +148,10 @@ class Executor:
         holds values.
         Raises InputError for a missing input, NodeFailed when an operator raises.
         """
-        missing = [v.name for v in self.graph.inputs if v.name not in inputs]
-        if missing:
-            raise InputError(f"{self.graph}: input {missing[0]!r} is missing; given are {sorted(inputs)}")
+        missing = next((v for v in self.graph.inputs if v.name not in inputs), None)
+        if missing is not None:
+            text = no_numbers(missing) or f"input {missing.name!r} is missing; given are {sorted(inputs)}"
+            raise InputError(f"{self.graph}: {text}")
         with torch.no_grad():
             return self._execute(self.graph.nodes, inputs, [v.name for v in self.graph.outputs], sink, probes)
 

@@ -50,6 +50,9 @@ class NarrowOptions:
     """Values that share a scale in INT4."""
     asymmetric: bool = False
     """Whether INT4 groups have a zero point of their own."""
+    symmetric: bool = False
+    """Whether the scale of an INT4 group is its largest magnitude divided by 7, as ModelOpt has it and TensorRT wants
+    it; else the value of largest magnitude has level -8, whatever its sign."""
 
     def __str__(self) -> str:
         """The canonical spelling: what ``parse`` makes the same options of."""
@@ -58,7 +61,7 @@ class NarrowOptions:
             self.element if self.element != "e4m3" else "",
             self.granularity if self.granularity != "tensor" else "",
             f"g{self.group}" if self.family == "int4" and self.group != 128 else "",
-            "asym" if self.asymmetric else "",
+            "asym" if self.asymmetric else "sym" if self.symmetric else "",
             "up" if self.scale_up else "",
             f"acc={'fp22' if sum_ == '14-bit' else sum_}" if sum_ else "",
             "round=nearest" if self.nearest and not self.half_sum else "",
@@ -138,8 +141,8 @@ def _option(family: str, word: str, text: str) -> tuple[str, object]:
         return "granularity", word
     if word == "up" and family in ("mxfp8", "mxfp4"):
         return "scale_up", True
-    if word == "asym" and family == "int4":
-        return "asymmetric", True
+    if word in ("asym", "sym") and family == "int4":
+        return f"{word}metric", True
     if re.fullmatch(r"g\d+", word) and family == "int4":
         if int(word[1:]) not in GROUPS:
             raise InputError(f"{text!r}: a group of {word[1:]}; expected one of {', '.join(f'g{g}' for g in GROUPS)}")
@@ -164,7 +167,7 @@ _KNOWN = {
     "mxfp8": ("e4m3", "e5m2", "up"),
     "mxfp4": ("up",),
     "nvfp4": (),
-    "int4": (*(f"g{g}" for g in GROUPS), "asym"),
+    "int4": (*(f"g{g}" for g in GROUPS), "asym", "sym"),
 }
 
 
@@ -180,6 +183,8 @@ def _fields(given: dict[str, object]) -> dict[str, object]:
 
 
 def _checked(options: NarrowOptions, text: str) -> NarrowOptions:
+    if options.asymmetric and options.symmetric:
+        raise InputError(f"{text!r}: groups have a zero point, or none; expected one of asym and sym")
     block = 16 if options.half_sum else 32
     if options.promote and options.promote % block:
         raise InputError(f"{text!r}: promote={options.promote}; an instruction adds {block}, expected a multiple of it")

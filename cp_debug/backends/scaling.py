@@ -95,14 +95,17 @@ class Scaling:
         return FP8_BLOCK if self.options.family == "fp8" and self.options.granularity == "block" else None
 
     def encode(self, x: Tensor, axes: Axes, place: int) -> Encoded:
-        """``x`` of any shape as operand 0 (data) or 1 (weights) of a product; NaN and Inf make what they touch NaN."""
+        """``x`` of any shape as operand 0 (data) or 1 (weights) of a product; NaN and Inf make what they touch NaN.
+
+        Data stays as it is where only weights are encoded.
+        """
         single = x.float()
-        if not x.numel():
+        if not x.numel() or (self.weights_only and place == 0):
             return Encoded(single, None, single.new_ones(()))
         family, granularity = self.options.family, self.options.granularity
         if family == "int4":
-            codes, fine = _int4(single, axes, self.options.group, self.options.asymmetric)
-            return Encoded(codes, fine, single.new_ones(()))
+            levels, zero, fine = int4_levels(single, axes, self.options)
+            return Encoded(levels - zero, fine, single.new_ones(()))
         codec = self.codec
         assert codec is not None
         if family == "nvfp4":
@@ -152,11 +155,13 @@ class FixedScaling(Scaling):
     """Whether what lies beyond the range becomes the largest number; else NaN in E4M3, Inf in E5M2."""
 
     def encode(self, x: Tensor, axes: Axes, place: int) -> Encoded:
-        """``x`` of any shape as operand 0 (data) or 1 (weights) of a product."""
+        """``x`` of any shape as operand 0 (data) or 1 (weights) of a product; in NVFP4 the scale is the tensor's."""
         scale = self.scales[place]
         if scale is None or not x.numel():
             return super().encode(x, axes, place)
         single = x.float()
+        if self.options.family == "nvfp4":
+            return _nvfp4(single, axes, single.new_tensor(scale))
         return Encoded(self._codes(_over(single, scale)), None, single.new_tensor(scale))
 
     def decoded(self, x: Tensor) -> Tensor:
@@ -198,26 +203,36 @@ def mx_scales(amax: Tensor, codec: Codec, *, up: bool = False) -> Tensor:
     return torch.where(torch.isfinite(amax), e8m0(exponent), torch.nan)
 
 
-def _nvfp4(x: Tensor, axes: Axes) -> Encoded:
-    coarse = _safe(_over(x.abs().amax(), E4M3.largest * E2M1.largest))
+def _nvfp4(x: Tensor, axes: Axes, coarse: Tensor | None = None) -> Encoded:
+    if coarse is None:
+        coarse = _safe(_over(x.abs().amax(), E4M3.largest * E2M1.largest))
     fine = E4M3(_over(_amax(x, axes, NVFP4_BLOCK), E2M1.largest) / coarse)
     codes = E2M1(torch.where(fine > 0, x / (torch.where(fine > 0, fine, 1.0) * coarse), x * 0))
     return Encoded(codes, fine, coarse)
 
 
-def _int4(x: Tensor, axes: Axes, group: int, asymmetric: bool) -> tuple[Tensor, Tensor]:
-    """Levels without their zero point, and scales, as ONNX Runtime's MLAS makes them for MatMulNBits."""
-    if not asymmetric:
+def int4_levels(x: Tensor, axes: Axes, options: NarrowOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """Levels, zero points and scales of a weight in INT4, one for each element, float32 in the shape of ``x``.
+
+    With zero points, levels are 0 … 15; else -8 … 7 with 0 as zero point. A scale is below 0 where a group's largest
+    magnitude is positive and has level -8, as ONNX Runtime's MLAS makes them for MatMulNBits; never with ``symmetric``.
+    A group of zeros has the scale 0.
+    """
+    group = options.group
+    if options.symmetric:
+        scale = _over(_amax(x, axes, group), 7.0)
+        return torch.round(x / torch.where(scale > 0, scale, 1.0)).clamp(-8, 7), torch.zeros_like(x), scale
+    if not options.asymmetric:
         low, high = _blocks(x, axes, group, 1, torch.amin), _blocks(x, axes, group, 1, torch.amax)
         scale = torch.where(high > -low, high, low) / -8
         inverse = torch.where(scale != 0, 1 / scale, 0.0)
-        return torch.floor(x * inverse + 8.5).clamp(0, 15) - 8, scale
+        return torch.floor(x * inverse + 8.5).clamp(0, 15) - 8, torch.zeros_like(x), scale
     low = _blocks(x, axes, group, 1, torch.amin).clamp(max=0)
     high = _blocks(x, axes, group, 1, torch.amax).clamp(min=0)
     scale = _over(high - low, 15.0)
     inverse = torch.where(scale != 0, 1 / scale, 0.0)
     zero = torch.where(scale != 0, torch.round(-low / scale), 0.0).clamp(0, 15)
-    return torch.round(x * inverse + zero).clamp(0, 15) - zero, scale
+    return torch.round(x * inverse + zero).clamp(0, 15), zero, scale
 
 
 def _amax(x: Tensor, axes: Axes, block: int, wide: int = 1) -> Tensor:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from cp_debug.backends.base import Backend, Program
 from cp_debug.bisect.options import Options, Rewrite, StepCounter
+from cp_debug.caches import cache_folder
 from cp_debug.graph.randomness import drawing, drawing_note
-from cp_debug.programs.export_cache import ExportCache, default_folder
+from cp_debug.programs.export_cache import ExportCache
 from cp_debug.programs.paired import differing_weights, pair_programs
 from cp_debug.programs.pipeline import Export, changed_state, load_test_programs, prepare, wants_int8
 from cp_debug.programs.unroll import Unroller
@@ -126,7 +127,7 @@ class Preparation:
     ) -> tuple[list[Program], list[Program]]:
         folder.mkdir(parents=True, exist_ok=True)
         model, test_model, how, folded = self._reference.model, self._test.model, self._export, self._options.folded
-        cache = ExportCache(default_folder()) if self._options.cache else None
+        cache = ExportCache(cache_folder("exports")) if self._options.cache else None
         programs = list(exported or prepare(model, sample, folder, how=how, folded=folded, cache=cache))
         if isinstance(self._test_model, Path):
             changed = load_test_programs(programs, self._test_model)

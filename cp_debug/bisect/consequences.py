@@ -60,7 +60,7 @@ def matters(
             size = difference(value_before, value_after)
             if size <= negligible:
                 continue
-            if value in outputs or followed >= FURTHEST or not graph.consumers.get(value):
+            if value in outputs or followed >= FURTHEST:
                 return True
             before[value], after[value] = value_before, value_after
     return False

@@ -20,6 +20,7 @@ from cp_debug.probes.statistics import compare
 from cp_debug.programs.paired_captures import Tensor, pair_captures
 from cp_debug.programs.pipeline import Pipeline, choose_export, header, prepare
 from cp_debug.programs.precision import PRECISIONS, coarsest
+from cp_debug.programs.tensor_inputs import as_numbers, has_other_inputs
 from cp_debug.programs.unroll import Unroller
 from cp_debug.recipes.base import Model, check_samples
 from cp_debug.serialize import json_safe
@@ -44,10 +45,12 @@ def record(
     created = create(BackendSpec.parse(backend)) if isinstance(backend, str) else backend
     how, _ = choose_export([created], exporter)
     check_samples(model, samples, inputs)
-    sample_iterator = iter(model.samples(samples, seed, inputs))
-    first = next(sample_iterator)
     on_step("exporting and aligning", 0, samples + 1)
     with tempfile.TemporaryDirectory(prefix="cpdebug-") as scratch:
+        if has_other_inputs(model):
+            model = as_numbers(model, list(model.samples(samples, seed, inputs)), Path(scratch))
+        sample_iterator = iter(model.samples(samples, seed, inputs))
+        first = next(sample_iterator)
         programs = prepare(model, first, Path(scratch), how=how, folded=folded)
         unroller = Unroller(Path(scratch))
         programs = unroller.unrolled(programs, model, lambda: model.samples(samples, seed, inputs), created.precision)

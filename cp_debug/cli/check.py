@@ -46,11 +46,13 @@ def check(
     check_given(model, inputs=inputs, checkpoint=checkpoint, reading=how)
     from cp_debug.bisect.preflight import PROBLEM, Preflight
     from cp_debug.programs.pipeline import prepare
+    from cp_debug.programs.tensor_inputs import numbers_where_needed
     from cp_debug.recipes.registry import load_model
 
     loaded = load_model(model, checkpoint=checkpoint, seed=seed, reading=how)
     sample = next(iter(loaded.samples(1, seed, inputs)))
     with TemporaryDirectory(prefix="cpdebug-") as scratch:
+        loaded, [sample] = numbers_where_needed(loaded, [sample], Path(scratch))
         programs = prepare(loaded, sample, Path(scratch))
         concerns = Preflight(loaded, programs, sample if activations else None).concerns()
     if json:

@@ -45,6 +45,9 @@ def evaluate(
     draws: Annotated[int, typer.Option(min=0, max=MOST, help="Bootstrap draws for the intervals.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of the bootstrap; first synthetic scene.")] = 0,
     max_drop: Annotated[float, typer.Option(min=0, help="mAP that a backend may lose.")] = 0.01,
+    t4: Annotated[
+        bool, typer.Option("--t4", help="T4's metric besides: mAP and mAPH by TIER IV's perception_eval (extra t4).")
+    ] = False,
     exporter: Annotated[Exporter, typer.Option(help="For torch models.")] = Exporter.auto,
     unfolded: Annotated[bool, typer.Option("--unfolded", help="Keep BatchNorm apart.")] = False,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
@@ -57,19 +60,27 @@ def evaluate(
     """Score backends on a data set: mAP, NDS and errors as nuScenes defines them, AP by overlap, with intervals.
 
     Exit code 1 when a backend's mAP is lower than the reference's by more than --max-drop and the 95 % interval of the
-    difference is below 0.
+    difference is below 0, or when its outputs hold NaN or Inf on more samples than the reference's.
     """
     from cp_debug.backends.spec import parse_backends
     from cp_debug.cli.console import steps
     from cp_debug.recipes.data.base import DataOptions, iterate
 
     specs = parse_backends(backends)
+    if t4:
+        from cp_debug.detection.t4_metric import check_installed
+
+        check_installed()
     if model.endswith((".yaml", ".yml")):
         refuse(_OF_MODULES, unless=False, why=f"{model} describes exported files, which are taken as they are")
+        engines.check(specs)
+        refuse(_OF_BUILDS, unless=False, why=f"the engines of {model} are built already")
         check_made_up(samples, data, given_by="--data")
-        counting = ranges, min_points, draws, seed, max_drop
+        counting = ranges, min_points, draws, seed, max_drop, t4
         reading = DataOptions(data_root, sweeps, skip_missing)
-        _finish(_files(Path(model), specs, data, samples, reading, counting), json, csv, predictions)
+        _finish(
+            _files(Path(model), specs, data, samples, reading, counting, engines.trt_python), json, csv, predictions
+        )
     engines.check(specs)
     int8.check(specs)
     refuse_data_flags(data)
@@ -94,6 +105,7 @@ def evaluate(
         draws=draws,
         seed=seed,
         max_drop=max_drop,
+        t4=t4,
     )
     opened = detector.data(data, samples, seed, read)
 
@@ -123,6 +135,16 @@ def evaluate(
 
 
 _OF_MODULES = ("checkpoint", "exporter", "unfolded")
+_OF_BUILDS = (
+    "strongly_typed",
+    "profile",
+    "workspace",
+    "timing_cache",
+    "cache",
+    "no_cache",
+    "builder_level",
+    "build_timeout",
+)
 
 
 def _files(
@@ -131,24 +153,36 @@ def _files(
     data: Path | None,
     samples: int,
     read: DataOptions,
-    counting: tuple[str, int, int, int, float],
+    counting: tuple[str, int, int, int, float, bool],
+    trt_python: str | None,
 ) -> EvaluationResult:
-    """Score exported files with ONNX Runtime and numpy; torch is not imported."""
+    """Score exported files and engines with numpy; torch is not imported."""
     from cp_debug.cli.console import steps
+    from cp_debug.deploy.file_evaluation import evaluate_files, read_description
     from cp_debug.detection.evaluation import EvaluationOptions, parse_ranges
-    from cp_debug.detection.file_evaluation import evaluate_files, read_description
 
     described = read_description(description)
-    ranges, min_points, draws, seed, max_drop = counting
+    ranges, min_points, draws, seed, max_drop, t4 = counting
     options = EvaluationOptions(
         ranges=parse_ranges(ranges, described.config.class_names),
         min_points=min_points,
         draws=draws,
         seed=seed,
         max_drop=max_drop,
+        t4=t4,
     )
     with steps() as on_step:
-        return evaluate_files(described, specs, data, samples, options, seed=seed, read=read, on_step=on_step)
+        return evaluate_files(
+            described,
+            specs,
+            data,
+            samples,
+            options,
+            seed=seed,
+            read=read,
+            engine_options={"python": trt_python, "on_event": on_step.on_event},
+            on_step=on_step,
+        )
 
 
 def _finish(result: EvaluationResult, json: str | None, csv: Path | None, predictions: Path | None) -> NoReturn:

@@ -19,6 +19,7 @@ from cp_debug.cli import (
     bisect,
     build,
     bundle,
+    cache,
     capture,
     check,
     compare,
@@ -45,7 +46,7 @@ from cp_debug.errors import CpdebugError, InputError, system_reason
 
 ENDED = 143
 """Exit code after SIGTERM, as in shells."""
-RUNS_NOTHING = ("compare", "doctor", "models", "report", "ui")
+RUNS_NOTHING = ("cache", "compare", "doctor", "models", "report", "ui")
 """Commands in which ONNX Runtime has nothing to log."""
 
 _NO_MEMORY = ("can't allocate memory", "out of memory")
@@ -89,6 +90,7 @@ for command in (
     bisect.bisect,
     build.build,
     bundle.bundle,
+    cache.cache,
     capture.capture,
     check.check,
     compare.compare,

@@ -62,6 +62,10 @@ class Desk:
         int | None,
         typer.Option(min=1, max=1000, help="Processes on this machine; default: its cores.", rich_help_panel=QUEUE),
     ] = None
+    gpus: Annotated[
+        int | None,
+        typer.Option(min=1, max=64, help="GPUs of this machine, a process each; default: all.", rich_help_panel=QUEUE),
+    ] = None
     cluster: Annotated[
         str | None, typer.Option(help="Instead, a Dask scheduler: tcp://host:8786.", rich_help_panel=QUEUE)
     ] = None
@@ -101,10 +105,15 @@ class Desk:
         if self.workers and self.cluster:
             raise InputError("--workers and --cluster: expected one of them; a cluster has its own workers")
 
+        if self.gpus and (self.workers or self.cluster):
+            other = "--workers" if self.workers else "--cluster"
+            raise InputError(f"--gpus and {other}: expected one of them; there is one worker a GPU")
+
         def connect(gpu: bool) -> AbstractContextManager[Client]:
+            refuse(("gpus",), unless=gpu, why="no backend of the sweep needs a GPU; --workers gives it processes")
             if self.cluster:
                 return remote_workers(self.cluster)
-            return local_workers(self.workers, gpu=gpu)
+            return local_workers(self.workers, gpu=gpu, gpus=self.gpus)
 
         target = self.log or (self.output / "log.jsonl" if self.output else Path("sweep.jsonl"))
         if target.suffix not in (".jsonl", ".parquet"):

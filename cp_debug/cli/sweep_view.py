@@ -39,6 +39,7 @@ class QueueView:
         self._task = self._bar.add_task("", total=None)
         self._kind = kind
         self._slow = slow
+        self._refused = ""
 
     def __call__(self, progress: Queued) -> None:
         """Show how far it is."""
@@ -53,6 +54,9 @@ class QueueView:
             line.append("\nwaiting for a worker with GPU=1: dask worker … --resources GPU=1", style="yellow")
         elif not progress.present and finished < progress.total:
             line.append("\nwaiting for workers", style="yellow")
+        if progress.refused != self._refused:  # told for good: the view vanishes
+            self._refused = progress.refused
+            say(f"warning: given no tasks: {progress.refused}")
         busiest = sorted(rates.items(), key=lambda item: -item[1])[:MOST]
         workers = [Text(f"  {name}  {progress.workers[name]} done, {60 * rate:.3g} a minute") for name, rate in busiest]
         self._live.update(Group(self._bar, line, *workers))

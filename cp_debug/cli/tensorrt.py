@@ -167,14 +167,17 @@ class TensorRTFlags:
 
     def _open_cache(self) -> EngineCache | None:
         """The cache of engines, or None. Raises InputError for a folder that was named and cannot be written."""
-        from cp_debug.backends.tensorrt.engine_cache import EngineCache, default_folder
+        from cp_debug.backends.tensorrt.engine_cache import EngineCache
+        from cp_debug.caches import cache_folder
         from cp_debug.cli.console import errors
 
         if self.no_cache:
             if self.cache is not None:
                 raise InputError("--no-cache: expected it without --cache, which names a folder")
             return None
-        return EngineCache.open(self.cache or default_folder(), asked=self.cache is not None, on_say=errors.print)
+        return EngineCache.open(
+            self.cache or cache_folder("engines"), asked=self.cache is not None, on_say=errors.print
+        )
 
 
 @dataclass(frozen=True)

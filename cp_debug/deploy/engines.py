@@ -7,14 +7,15 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cp_debug.backends.base import Backend, Program
-from cp_debug.backends.build_info import BuildInfo
 from cp_debug.errors import InputError
 from cp_debug.files import complete_path, file_hash, write_text
-from cp_debug.programs.pipeline import check_realised, with_kept
 from cp_debug.reading import read_json, typed, within
+
+if TYPE_CHECKING:
+    from cp_debug.backends.build_info import BuildInfo
 
 MANIFEST = "engines.json"
 SCHEMA = "cpdebug.engines/1"
@@ -54,6 +55,8 @@ def build_engines(
     Raises InputError where a profile is missing, a node to keep in FP32 is not there, TensorRT refuses a graph, or no
     layer of any engine runs in the precision asked for; there is no manifest then.
     """
+    from cp_debug.programs.pipeline import check_realised, with_kept
+
     backend = with_kept(backend, programs)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
@@ -84,11 +87,14 @@ def build_engines(
     return built
 
 
-def check_engines(folder: Path, programs: Sequence[Program], versions: Mapping[str, str]) -> dict[str, Path]:
+def check_engines(
+    folder: Path, programs: Sequence[Program], versions: Mapping[str, str], backend: str = ""
+) -> dict[str, Path]:
     """Component → its engine, each found fit for this machine and these graphs.
 
-    Raises InputError for a folder without manifest, a missing component, a changed file, another graph, and an engine
-    of another TensorRT version or GPU.
+    ``backend`` is the name of the one that must have built them, if that matters: ``trt-fp16``. Raises InputError for
+    a folder without manifest, another backend's engines, a missing component, a changed file, another graph, and an
+    engine of another TensorRT version or GPU.
     """
     file = folder / MANIFEST
     source = f"{file}: not the manifest of `cpdebug build`"
@@ -100,6 +106,9 @@ def check_engines(folder: Path, programs: Sequence[Program], versions: Mapping[s
     built: list[BuiltEngine] = typed(list[BuiltEngine], manifest.get("engines"), source)
     engines = {entry.component: entry for entry in built}
     machine: dict[str, str] = typed(dict[str, str], {key: manifest.get(key) for key in MACHINE}, source)
+    built_by: str = typed(str, manifest.get("backend"), source) if backend else ""
+    if backend != built_by.partition("@")[0]:
+        raise InputError(f"{file}: these are engines of {built_by}; expected those of {backend}")
     for entry in engines.values():
         within(folder, entry.file, str(file))
     for key, value in machine.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -113,7 +113,7 @@ def evaluate(
                 on_step(str(pipeline.backend.spec), index * len(pipelines) + number, steps)
                 with clock("forward"):
                     results = pipeline.run(sample)
-                strange[str(pipeline.backend.spec)] += not _finite(results[model.components[-1].name])
+                strange[str(pipeline.backend.spec)] += not finite(results[model.components[-1].name])
                 with clock("decode"):
                     detected[number].append(model.decode(sample, results))  # type: ignore[arg-type]
         records = [pipeline.record() for pipeline in pipelines]
@@ -122,7 +122,7 @@ def evaluate(
     with clock("score"):
         predictions = [Predictions.gather(detections) for detections in detected]
         runs = {record.spec: pair for record, pair in zip(records, zip(records, predictions, strict=True), strict=True)}
-        scores, notes = score_backends(runs, truths, model.class_names, options)
+        scores, notes = score_backends(runs, truths, model.class_names, options, strange)
     return EvaluationResult(
         model=model.name,
         data=data.name,
@@ -130,7 +130,7 @@ def evaluate(
         options=options,
         backends=scores,
         predictions={spec: detections for spec, (_, detections) in runs.items()},
-        notes=[*data.notes, *remarks.sentences, *_not_finite(strange, len(names)), *notes, *([how] if how else [])],
+        notes=[*data.notes, *remarks.sentences, *notes, *([how] if how else [])],
         seconds=clock.seconds,
     )
 
@@ -150,15 +150,9 @@ def _prepare(
     return [int8 if wants_int8(backend) else programs for backend in backends], how
 
 
-def _finite(outputs: Arrays) -> bool:
+def finite(outputs: Arrays) -> bool:
+    """Whether the outputs, name → array of any shape and dtype, hold neither NaN nor Inf."""
     return all(bool(np.isfinite(array).all()) for array in outputs.values() if array.dtype.kind == "f")
-
-
-def _not_finite(samples: Mapping[str, int], count: int) -> Iterator[str]:
-    """Notes on backends whose outputs held NaN or Inf: spec → number of samples."""
-    for spec, number in samples.items():
-        if number:
-            yield f"{spec}: the outputs hold NaN or Inf on {number} of {count} samples"
 
 
 def _because(data: DataSet) -> str:

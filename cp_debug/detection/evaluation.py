@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -61,7 +61,7 @@ class EvaluationOptions:
 
     ranges: class → metres from the sensor, for predictions and truth; of other classes those in ``region`` (x0, y0, x1,
     y1; None: everywhere) count. min_points: objects with fewer points do not. draws, seed: of the bootstrap. max_drop:
-    mAP that a backend may lose.
+    mAP that a backend may lose. t4: T4's metric besides, by ``perception_eval``.
     """
 
     ranges: Mapping[str, float] = field(default_factory=dict)
@@ -70,6 +70,13 @@ class EvaluationOptions:
     draws: int = 1000
     seed: int = 0
     max_drop: float = 0.01
+    t4: bool = False
+
+    @property
+    def farthest(self) -> float:
+        """Distance in m for metrics that know one for all classes: the largest of ``ranges``, else the region's."""
+        x0, y0, x1, y1 = self.region or (-np.inf, -np.inf, np.inf, np.inf)
+        return max(self.ranges.values(), default=max(-x0, -y0, x1, y1))
 
     def counts(self, boxes: Boxes, class_names: Sequence[str]) -> NDArray[np.bool_]:
         """Mask [N] of boxes in range. One that is nowhere (NaN) counts, so that it is not forgiven."""
@@ -91,6 +98,10 @@ class BackendScores(JsonForm):
     difference: dict[str, ConfidenceInterval] | None = field(metadata={"written": False})
     classes: dict[str, dict[str, Any]] = field(metadata={"written": False})
     """Class → figure → value; ``AP`` is a ``ConfidenceInterval``."""
+    not_finite: int = 0
+    """Number of samples on which an output held NaN or Inf."""
+    t4: dict[str, float] = field(default_factory=dict, metadata={"written": False})
+    """T4's metric, where it was asked for, by T4MetricV2's names."""
 
     def worse(self, max_drop: float) -> bool:
         """mAP is lower by more than ``max_drop``, and chance in the choice of samples does not explain it."""
@@ -101,7 +112,8 @@ class BackendScores(JsonForm):
 
     def derived(self) -> dict[str, Any]:
         """The spec, and all figures: an interval is value, low, high; an undefined figure is None."""
-        figures = {"summary": self.summary, "difference": self.difference, "classes": self.classes}
+        figures: dict[str, Any] = {"summary": self.summary, "difference": self.difference, "classes": self.classes}
+        figures |= {"t4": self.t4} if self.t4 else {}
         record = {"backend": self.backend.spec, "precision": str(self.backend.precision)}
         return record | {key: _plain(value) for key, value in figures.items()}
 
@@ -109,7 +121,7 @@ class BackendScores(JsonForm):
     def fields_from(cls, document: dict[str, Any]) -> dict[str, Any]:
         """The document with its figures as they were: intervals, and NaN for an undefined figure."""
         return document | {
-            key: _figures(document[key]) for key in ("summary", "difference", "classes") if key in document
+            key: _figures(document[key]) for key in ("summary", "difference", "classes", "t4") if key in document
         }
 
 
@@ -129,8 +141,13 @@ class EvaluationResult(JsonForm, Shown):
 
     @property
     def worse(self) -> list[str]:
-        """Specs of the backends that detect significantly less than the reference."""
-        return [scores.backend.spec for scores in self.backends if scores.worse(self.options.max_drop)]
+        """Specs of the backends that detect significantly less than the reference, or give NaN on more samples."""
+        most = self.backends[0].not_finite
+        return [
+            scores.backend.spec
+            for scores in self.backends
+            if scores.worse(self.options.max_drop) or scores.not_finite > most
+        ]
 
     def derived(self) -> dict[str, Any]:
         """The backends that are worse, and the confidence of every interval."""
@@ -190,8 +207,12 @@ def score_backends(
     truths: Sequence[Truth],
     class_names: Sequence[str],
     options: EvaluationOptions,
+    not_finite: Mapping[str, int] | None = None,
 ) -> tuple[list[BackendScores], list[str]]:
-    """Figures of all backends, the reference first, and notes on the ground truth that they were scored on."""
+    """Figures of all backends, the reference first, and notes on the ground truth that they were scored on.
+
+    ``not_finite``: spec → number of samples on which an output held NaN or Inf.
+    """
     truth, notes = _objects(truths, class_names, options)
     weights = draw_samples(len(truths), options.draws, options.seed)
     listed: list[BackendScores] = []
@@ -199,6 +220,8 @@ def score_backends(
     for record, predicted in predictions.values():
         boxes = predicted.as_boxes(class_names)
         boxes = boxes.take(options.counts(boxes, class_names))
+        if strange := (not_finite or {}).get(record.spec, 0):
+            notes.append(f"{record.spec}: the outputs hold NaN or Inf on {strange} of {len(truths)} samples")
         if not boxes.finite.all():
             notes.append(f"{record.spec}: {np.sum(~boxes.finite)} detections hold NaN or Inf; they count as false")
         if not len(boxes):
@@ -214,8 +237,16 @@ def score_backends(
                 {name: ConfidenceInterval.of(values) for name, values in draws.items()},
                 difference or None,
                 _class_figures(scores, boxes, truth, class_names),
+                strange,
             )
         )
+    if options.t4:
+        from cp_debug.detection.t4_metric import t4_figures
+
+        found = {record.spec: predicted for record, predicted in predictions.values()}
+        figures, more = t4_figures(found, truths, class_names, distance=options.farthest, min_points=options.min_points)
+        listed = [replace(each, t4=figures[each.backend.spec]) for each in listed]
+        notes += more
     return listed, notes
 
 

@@ -11,6 +11,9 @@ from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, ValueInfo
 from cp_debug.graph.other_inputs import check_other
 
+_TAKE_ALL = "`bisect`, `capture`, `check`, `predict` and `search`"
+"""The commands that make tensors of numbers of other inputs."""
+
 
 def check_given_inputs(expected: Sequence[ValueInfo], given: Mapping[str, np.ndarray], source: str) -> None:
     """Raise InputError as ``check_inputs`` does, for inputs as files give them: strings and containers too.
@@ -63,9 +66,9 @@ def check_inputs(
 def no_numbers(value: ValueInfo) -> str | None:
     """Sentence about an input that is no tensor of numbers, for who takes no others; None for one that is."""
     if value.dtype is not None and value.dtype.kind == "O":
-        says = "holds strings, which `bisect` alone can give; cut the graph behind what reads them"
+        says = f"holds strings, which {_TAKE_ALL} alone can give; cut the graph behind what reads them"
     elif value.container is not None:
-        says = f"holds {value.container}, which `bisect` alone can give; cut the graph behind what reads it"
+        says = f"holds {value.container}, which {_TAKE_ALL} alone can give; cut the graph behind what reads it"
     else:
         return None
     return f"input {value.name!r} {says}"

@@ -30,6 +30,8 @@ LEVELS = 127
 """A scale is the largest magnitude divided by this; QuantizeLinear itself clips at −128 and 127."""
 OPSET = 13
 """Oldest opset in which a scale may be one for each channel."""
+_IR_VERSIONS = {13: 7, 19: 9, 21: 10, 23: 11}
+"""Opset that Q/DQ nodes of some type need → version of ONNX's file format that came with it."""
 
 
 def insert_qdq(
@@ -95,8 +97,8 @@ class _QdqSurgery:
         for name in (*self.layers, *self.residual_adds):
             self._check(name)
         del model.graph.node[:]
-        model.graph.node.extend(map(_named, self.graph.nodes))
-        model = _raised(model, self.graph)
+        model.graph.node.extend(map(own_named, self.graph.nodes))
+        model = raised(model, self.graph, OPSET, "INT8")
         nodes = [new for proto in model.graph.node for new in self._rewrite(proto)]
         del model.graph.node[:]
         model.graph.node.extend(nodes)
@@ -186,7 +188,7 @@ def _data(graph: Graph) -> set[str]:
     return {*from_inputs(graph), *(v.name for v in graph.inputs)}
 
 
-def _named(node: Node) -> onnx.NodeProto:
+def own_named(node: Node) -> onnx.NodeProto:
     """A copy of the node with a name of its own: one without is called after its place, which changes."""
     proto = onnx.NodeProto()
     proto.CopyFrom(node.proto)
@@ -194,23 +196,25 @@ def _named(node: Node) -> onnx.NodeProto:
     return proto
 
 
-def _raised(model: onnx.ModelProto, graph: Graph) -> onnx.ModelProto:
-    """The model in opset 13: as it is where that means the same, else converted by ONNX, which puts nodes beside it.
+def raised(model: onnx.ModelProto, graph: Graph, opset: int, need: str) -> onnx.ModelProto:
+    """The model in ``opset`` at least: as it is where that means the same, else converted by ONNX, which puts nodes
+    beside it.
 
-    Raises InputError where ONNX does not convert one of its operators, or would lose one of its values.
+    ``need``: what needs the opset, for messages. Raises InputError where ONNX does not convert one of the operators, or
+    would lose one of the values.
     """
     old = graph.opsets.get("", 1)
-    if old >= OPSET:
+    if old >= opset:
         return model
     onnx_nodes = [node for node in graph.nodes if node.proto.domain in ("", "ai.onnx")]
-    changed = [n for n in onnx_nodes if n.op in ("If", "Loop", "Scan") or _signature(n, old) != _signature(n, OPSET)]
+    changed = [n for n in onnx_nodes if n.op in ("If", "Loop", "Scan") or _signature(n, old) != _signature(n, opset)]
     if changed:
-        where = f"{graph}: opset {old}, but INT8 needs {OPSET}, and"
+        where = f"{graph}: opset {old}, but {need} needs {opset}, and"
         first = f"{changed[0].op} (node {changed[0].name!r})"
         if any(external_data_helper.uses_external_data(weight) for weight in model.graph.initializer):
             raise InputError(f"{where} {first} cannot be raised to it beside external weights; export the model again")
         try:
-            model = version_converter.convert_version(model, OPSET)
+            model = version_converter.convert_version(model, opset)
         except Exception as error:  # the converter raises whatever its adapters do
             says = f"{where} {first} cannot be raised to it: {in_one_line(error)}"
             raise InputError(f"{says}; export the model again") from error
@@ -219,8 +223,8 @@ def _raised(model: onnx.ModelProto, graph: Graph) -> onnx.ModelProto:
             raise InputError(f"{where} ONNX's conversion loses {lost[0]!r}; export the model again")
     for entry in model.opset_import:
         if entry.domain in ("", "ai.onnx"):
-            entry.version = OPSET
-    model.ir_version = max(model.ir_version, 7)
+            entry.version = opset
+    model.ir_version = max(model.ir_version, _IR_VERSIONS[opset])
     return model
 
 

@@ -34,6 +34,7 @@ from cp_debug.mixed_precision.strategy import smallest
 from cp_debug.mixed_precision.trial import Measured, Trial, nodes_in
 from cp_debug.probes.capture import array_hash
 from cp_debug.programs.pipeline import Pipeline, choose_export, is_exported, load_test_programs, prepare, wants_int8
+from cp_debug.programs.tensor_inputs import has_other_inputs, numbers_where_needed
 from cp_debug.quantization.models import QuantizedComponent
 from cp_debug.quantization.open_quantized import calibration_samples
 from cp_debug.quantization.quantized_programs import DEFAULT_CALIBRATION, already_quantized, quantize_programs
@@ -106,6 +107,13 @@ def search(
     if not samples:
         raise InputError("--inputs: there is no sample to measure on")
     with tempfile.TemporaryDirectory(prefix="cpdebug-search-") as scratch:
+        if has_other_inputs(model):
+            if options.onnx is not None or options.test_model is not None:
+                raise InputError(
+                    f"{model.name}: with inputs of strings, sequences, optionals or maps the search "
+                    "takes no --test-model and writes no --onnx"
+                )
+            model, samples = numbers_where_needed(model, samples, Path(scratch))
         return _MixedPrecisionSearch(model, backends, goal, samples, options, on_step, Path(scratch)).run()
 
 

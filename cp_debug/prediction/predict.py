@@ -49,6 +49,7 @@ from cp_debug.probes.distance import relative_l2
 from cp_debug.programs.layers import layer_name
 from cp_debug.programs.pipeline import Export, Key, is_exported, prepare
 from cp_debug.programs.scene import decode
+from cp_debug.programs.tensor_inputs import numbers_where_needed
 from cp_debug.programs.walk import Walk
 from cp_debug.recipes.abilities import DetectsBoxes, Remarks
 from cp_debug.recipes.base import Arrays, Model, Sample
@@ -111,6 +112,7 @@ def predict(
         raise InputError("--inputs: there is no sample to predict with")
     with tempfile.TemporaryDirectory(prefix="cpdebug-predict-") as scratch:
         on_step("exporting and aligning", 0, len(samples))
+        loaded, samples = numbers_where_needed(loaded, samples, Path(scratch))
         how = Export(options.exporter or ("torchscript" if runtime.opset else "dynamo"), runtime.opset)
         programs = prepare(loaded, samples[0], Path(scratch), how=how)
         refuse_random((program.graph for program in programs), "no error can be predicted")

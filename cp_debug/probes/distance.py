@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import float32, float64, types
 from torch import Tensor
 
+from cp_debug.probes import statistics_small
 from cp_debug.probes.arrays import Tensor as AnyTensor
 from cp_debug.probes.arrays import as_numpy, device_of, has_torch_type, is_torch, to_device
-from cp_debug.probes.statistics_kernel import compiled
+from cp_debug.probes.statistics_small import SMALL
 
 BLOCK = 1 << 20
 """Elements taken at once."""
@@ -95,27 +94,16 @@ def ratio(a: float, b: float) -> float:
     return a / b if b else (math.inf if a else 0.0)
 
 
-_TYPES = [types.Array(kind, 1, "C", readonly=True) for kind in (float32, float64)]
-
-
-@compiled(*itertools.product(_TYPES, _TYPES))
-def _squares(ours, theirs):  # type: ignore[no-untyped-def]
-    """Sums of (ours − theirs)² and theirs² over two flat arrays, in float64."""
-    differing = whole = 0.0
-    for i in range(theirs.size):
-        y = np.float64(theirs[i])
-        difference = np.float64(ours[i]) - y
-        differing += difference * difference
-        whole += y * y
-    return differing, whole
-
-
 def _finite(ours: AnyTensor, theirs: AnyTensor) -> Distance | None:
-    """The distance in one compiled pass; None unless both are in FP32 or FP64, and finite."""
+    """The distance in one pass; None unless both are in FP32 or FP64, and finite."""
     a, b = (np.require(np.ravel(as_numpy(t)), requirements="A") for t in (ours, theirs))
     if not {a.dtype, b.dtype} <= {np.dtype(np.float32), np.dtype(np.float64)}:
         return None
-    differing, whole = _squares(a, b)
+    if b.size <= SMALL:
+        squares = statistics_small.squares
+    else:
+        from cp_debug.probes.statistics_kernel import squares
+    differing, whole = squares(a, b)
     finite = math.isfinite(differing) and math.isfinite(whole)
     return Distance(math.sqrt(differing), math.sqrt(whole), 0) if finite else None
 

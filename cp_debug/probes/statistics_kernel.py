@@ -1,28 +1,27 @@
-"""The compiled inner loop of ``statistics.compare``: sums, maxima and a log histogram of |difference| in one pass.
+"""The compiled inner loops of ``statistics.compare`` and of ``distance``.
 
-Two specializations, float32 and float64, compiled once a machine (1.3 s on one core) and cached beside this file,
-or in the user's cache folder where the package is read-only. A block with NaN or Inf stops the pass: its caller cleans
-it.
+``Accumulator`` takes sums, maxima and a log histogram of |difference| in one pass; a block with NaN or Inf stops it:
+its caller cleans the block. Two specializations, float32 and float64, are compiled once a machine (1.3 s on one core)
+and cached beside this file, or in the user's cache folder where the package is read-only. ``statistics_small`` does
+the same for arrays that are not worth loading the compiler.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numba import float32, float64, njit, types, uint32, uint64
 
-from cp_debug.probes.statistics_totals import BIN_SHIFT, BINS, INFINITE_BIN, MANTISSA_BITS, PairPiece
+from cp_debug.probes.statistics_totals import BIN_SHIFT, BINS, FLOAT64_OFFSET, FLOAT64_SHIFT, INFINITE_BIN, PairPiece
 
 BLOCK = 1024
 """Elements a turn: both inputs, the differences and their histogram stay in the first-level cache."""
 
 LANES = 4
 """Histograms side by side, so that equal neighbours do not wait for each other's store."""
-
-_FLOAT64_OFFSET = (1023 - 127) << MANTISSA_BITS
-"""Exponent bias of float64 less that of float32, in bins."""
 
 
 def _signature(real: Any, bits: Any) -> Any:
@@ -91,19 +90,34 @@ def _accumulate(ref, test, ref_bits, diff, diff_bits, histogram, mask, infinity,
     return used, np.float64(diff[0]), where, np.float64(diff[1]), *sums
 
 
+_REALS = [types.Array(kind, 1, "C", readonly=True) for kind in (float32, float64)]
+
+
+@compiled(*itertools.product(_REALS, _REALS))
+def squares(ours, theirs):  # type: ignore[no-untyped-def]
+    """Sums of (ours − theirs)² and theirs² over two flat arrays, in float64."""
+    differing = whole = 0.0
+    for i in range(theirs.size):
+        y = np.float64(theirs[i])
+        difference = np.float64(ours[i]) - y
+        differing += difference * difference
+        whole += y * y
+    return differing, whole
+
+
 class Accumulator:
     """Scratch memory for one thread and one float type, with the histogram of everything that it was given."""
 
     def __init__(self, dtype: np.dtype) -> None:
         single = dtype == np.float32
         self._bits = np.dtype(np.uint32 if single else np.uint64)
-        shift = BIN_SHIFT if single else 52 - MANTISSA_BITS
+        shift = BIN_SHIFT if single else FLOAT64_SHIFT
         infinity = int(np.array(np.inf, dtype).view(self._bits))
         constants = (
             (1 << (8 * self._bits.itemsize - 1)) - 1,
             infinity,
             shift,
-            0 if single else _FLOAT64_OFFSET << shift,
+            0 if single else FLOAT64_OFFSET << shift,
         )
         self._constants = [self._bits.type(value) for value in constants]
         self._diff = np.empty(BLOCK, dtype)

@@ -1,4 +1,4 @@
-"""Walk over a tensor pair in blocks and reduce it: on the host with the compiled kernel, on a GPU with torch."""
+"""Walk over a tensor pair in blocks and reduce it: on the host with the kernels there, on a GPU with torch."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cp_debug.probes import statistics_cuda
+from cp_debug.probes.statistics_small import SMALL, SmallAccumulator
 from cp_debug.probes.statistics_totals import BIN_SHIFT, BINS, PairPiece, Totals
 
 if TYPE_CHECKING:
@@ -33,10 +34,14 @@ def reduce_host(ref: np.ndarray, test: np.ndarray) -> Totals:
 
     The result does not depend on the number of threads.
     """
-    import numba
+    make: Callable[[np.dtype], Any] = SmallAccumulator
+    threads = 1
+    if ref.size > SMALL:
+        import numba
 
-    from cp_debug.probes.statistics_kernel import Accumulator
+        from cp_debug.probes.statistics_kernel import Accumulator
 
+        make, threads = Accumulator, min(numba.config.NUMBA_NUM_THREADS, MAX_THREADS, ref.size // HOST_CHUNK)
     single = all(np.can_cast(array.dtype, np.float32) for array in (ref, test))
     dtype = np.dtype(np.float32 if single else np.float64)
     integers = all(array.dtype.kind in "iu" for array in (ref, test)) and not single
@@ -45,7 +50,7 @@ def reduce_host(ref: np.ndarray, test: np.ndarray) -> Totals:
     unequal: list[int] = []
 
     def work(_: int) -> np.ndarray:
-        accumulator, exact = Accumulator(dtype), Accumulator(np.dtype(np.float64))
+        accumulator, exact = make(dtype), make(np.dtype(np.float64))
         read_ref, read_test = _reader(ref, dtype), _reader(test, dtype)
         for start in starts:
             a, b = read_ref(start), read_test(start)
@@ -63,7 +68,6 @@ def reduce_host(ref: np.ndarray, test: np.ndarray) -> Totals:
                 unequal.append(start)
         return accumulator.histogram + exact.histogram
 
-    threads = min(numba.config.NUMBA_NUM_THREADS, MAX_THREADS, ref.size // HOST_CHUNK)
     work_on = _pool().map if threads > 1 else map
     histogram = np.sum(list(work_on(work, range(max(threads, 1)))), axis=0)
     return Totals.of(pieces, histogram, not unequal)

@@ -54,13 +54,6 @@ class _Entry:
     """Path of every loaded file of code → its size, and when it was changed, in nanoseconds."""
 
 
-def default_folder() -> Path:
-    """The user's cache folder: ``$XDG_CACHE_HOME/cpdebug/exports``, else under ``~/.cache``."""
-    chosen = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    home = chosen if chosen.is_absolute() else Path.home() / ".cache"  # the specification ignores relative ones
-    return Path(home) / "cpdebug" / "exports"
-
-
 class ExportCache:
     """A folder of exports. A disk that is full or cannot be read is no reason to stop: then nothing is kept."""
 

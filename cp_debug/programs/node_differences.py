@@ -159,6 +159,10 @@ class Pieces:
                 )
             return
         yield from self._attributes(ours, theirs)
+        exchanged = self._exchanged(ours, theirs)
+        if exchanged is not None:
+            yield exchanged
+            return
         if not self._missing and not self._added:
             yield from self._operands(ours, theirs)
         yield from self._constants(ours, theirs)
@@ -178,6 +182,25 @@ class Pieces:
                 says = f"{ours.op}: eps is {b:.3g} instead of {a:.3g}"
                 evidence = {"eps": b, "instead_of": a}
             yield NodeDifference(NAMES.get(name, "attribute"), says, ours.name, evidence)
+
+    def _exchanged(self, ours: Node, theirs: Node) -> NodeDifference | None:
+        """The difference of a node whose constants, all of them there, stand in another order; None if it is none."""
+        if ours.op in ("BatchNormalization", "QuantizeLinear", "DequantizeLinear"):
+            return None  # their constants have names of their own
+        mine, own = list(ours.proto.input), list(theirs.proto.input)
+        read = [n for n in mine if n in self._ours], [n for n in own if n in self._theirs]
+        held = [self._ours.digest(n) for n in read[0]], [self._theirs.digest(n) for n in read[1]]
+        computed = (
+            [(i, n) for i, n in enumerate(mine) if n not in self._ours],
+            [(i, self._names.get(n, n)) for i, n in enumerate(own) if n not in self._theirs],
+        )
+        if computed[0] != computed[1] or held[0] == held[1] or sorted(held[0]) != sorted(held[1]):
+            return None
+        by_digest = dict(zip(held[0], read[0], strict=True))
+        order = [by_digest[digest] for digest in held[1]]
+        says = f"{ours.op} reads {', '.join(order)} in this order instead of {', '.join(read[0])}"
+        name = "concat-order" if ours.op == "Concat" else "operand-order"
+        return NodeDifference(name, says, ours.name, {"operands": order, "instead_of": read[0]})
 
     def _operands(self, ours: Node, theirs: Node) -> Iterator[NodeDifference]:
         def read(node: Node, constants: Constants, names: Mapping[str, str]) -> list[str]:

@@ -18,6 +18,7 @@ from cp_debug.backends.base import Backend, Program, RunRecord, Session, Sink, T
 from cp_debug.backends.build_info import BuildInfo
 from cp_debug.backends.capabilities import build_info_of, calibrates_itself, kept_in_fp32, largest_opset
 from cp_debug.errors import InputError
+from cp_debug.graph.check_inputs import no_numbers
 from cp_debug.graph.declared import declared_precisions
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.capture import array_hash
@@ -65,15 +66,17 @@ def prepare(
 
     ``sample`` gives the example inputs; ``folder`` keeps the ONNX files and their alignment manifests. What ``cache``
     has of an equal module, with equal inputs, is taken from there. Raises InputError for what cannot be exported or
-    opened.
+    opened, and for a file with inputs that are no tensors of numbers (``tensor_inputs.as_numbers`` changes it).
     """
     programs: list[Program] = []
     for step in Walk(model, sample):
         component = step.component
         if component.module is None:
             assert component.onnx_path is not None
-            example = step.inputs if step.fed else None
-            programs.append(Program(component.name, Graph(component.onnx_path), example=example))
+            example, graph = step.inputs if step.fed else None, Graph(component.onnx_path)
+            if refused := next(filter(None, map(no_numbers, graph.inputs)), None):
+                raise InputError(f"{graph}: {refused}")
+            programs.append(Program(component.name, graph, example=example))
             continue
         path = folder / f"{component.name}.onnx"
         key = None if cache is None else cache.key(component, step.inputs, {"how": repr(how), "folded": folded})

@@ -41,6 +41,15 @@ def as_numbers(model: Model, samples: Sequence[Sample], folder: Path, names_of: 
     return with_samples(changed, [_numbers(sample, made) for sample in samples])
 
 
+def numbers_where_needed(model: Model, samples: Sequence[Sample], folder: Path) -> tuple[Model, list[Sample]]:
+    """The model and its samples with tensors of numbers for inputs (``as_numbers``); both as they are, if they have
+    them."""
+    if not samples or not has_other_inputs(model):
+        return model, list(samples)
+    changed = as_numbers(model, samples, folder)
+    return changed, list(changed.samples(len(samples), 0, None))
+
+
 def file_as_numbers(path: Path, samples: Sequence[Sample], folder: Path, names_of: Model) -> Path:
     """An ONNX file like ``as_numbers`` makes it; the same file where its inputs are all tensors of numbers."""
     graph = Graph(path)

@@ -78,15 +78,19 @@ MOST_REMARKS = 8
 
 
 class Remarks:
-    """Remarks of a model on the samples of one job."""
+    """Remarks on the samples of one job: those of ``model``, if it has any, and those that are added."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model | None = None) -> None:
         self._model, self._lines = model, list[str]()
 
     def see(self, sample: Sample) -> None:
         """Ask the model about a sample, once."""
         if isinstance(self._model, RemarksOnSamples):
-            self._lines += [line for line in self._model.remarks(sample) if line not in self._lines[-2:]]
+            self.add(self._model.remarks(sample))
+
+    def add(self, lines: Sequence[str]) -> None:
+        """Remarks on one sample; those that were told of it before are not told again."""
+        self._lines += [line for line in lines if line not in self._lines[-2:]]
 
     @property
     def sentences(self) -> list[str]:

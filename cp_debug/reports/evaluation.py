@@ -25,6 +25,9 @@ def render(result: EvaluationResult) -> Iterator[RenderableType]:
     yield Text()
     yield Terminal(class_table(result))
     yield Text()
+    if result.options.t4:
+        yield Terminal(t4_table(result))
+        yield Text()
     for note in result.notes:
         yield Text(f"note: {note}", style="yellow")
     yield from verdict(result)
@@ -45,6 +48,21 @@ def summary_table(result: EvaluationResult) -> Sheet:
         rows.append(Row(values, "strong" if metric in ("mAP", "NDS") else ""))
     title = f"{CONFIDENCE:.0%} intervals from {result.options.draws} draws of the samples"
     return Sheet(columns, rows, title, ruled=True)
+
+
+def t4_table(result: EvaluationResult) -> Sheet:
+    """A row for each of T4's figures: each backend's value, and for a test its difference from the reference."""
+    reference, *tests = result.backends
+    columns = [Column("T4's metric", "mark"), Column(reference.backend.spec, "number", show=_number)]
+    for each in tests:
+        columns += [Column(_name(each), "number", show=_number), Column("Δ", "number", show=_signed)]
+    rows = []
+    for name, value in reference.t4.items():
+        values: list[Any] = [name, value]
+        for each in tests:
+            values += [each.t4[name], each.t4[name] - value]
+        rows.append(Row(values, "strong" if name.startswith("mAP_") else ""))
+    return Sheet(columns, rows, "", ruled=True)
 
 
 def class_table(result: EvaluationResult) -> Sheet:
@@ -83,11 +101,15 @@ def verdict(result: EvaluationResult) -> Iterator[Text]:
     for each in result.backends[1:]:
         assert each.difference is not None
         change = f"mAP {_difference(each.difference['mAP'])}"
+        reference = result.backends[0]
+        count, text, style = len(result.samples), f"as good as {reference.backend.spec}", "green"
+        if each.not_finite:
+            text += f"; but its outputs hold NaN or Inf on {each.not_finite} of {count} samples"
+            text += f", those of {reference.backend.spec} on {reference.not_finite}"
+            style = "bold red" if each.not_finite > reference.not_finite else "yellow"
         if each.worse(limit):
-            reason = f"worse by more than {limit:g}, and the choice of samples does not explain it"
-            yield Text(f"{_name(each)}: {change}: {reason}", style="bold red")
-        else:
-            yield Text(f"{_name(each)}: {change}: as good as {result.backends[0].backend.spec}", style="green")
+            text, style = f"worse by more than {limit:g}, and the choice of samples does not explain it", "bold red"
+        yield Text(f"{_name(each)}: {change}: {text}", style=style)
 
 
 def _name(each: BackendScores) -> str:
@@ -96,6 +118,10 @@ def _name(each: BackendScores) -> str:
 
 def _number(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.3f}"
+
+
+def _signed(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:+.4f}"
 
 
 def _interval(figure: ConfidenceInterval) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from cp_debug.bisect.import_dump import ImportedDump
 from cp_debug.bisect.result import BisectResult
 from cp_debug.bisect.result_diff import ResultDiff
+from cp_debug.deploy.quantize_narrow import NarrowResult
 from cp_debug.deploy.quantize_output import PtqResult
 from cp_debug.deploy.verify import VerifyResult
 from cp_debug.detection.evaluation import EvaluationResult
@@ -16,6 +17,7 @@ from cp_debug.reports import (
     evaluation,
     import_dump,
     mixed_precision,
+    narrow_quantization,
     notebook,
     page,
     prediction,
@@ -34,4 +36,5 @@ register(ImportedDump, import_dump.render)
 register(VerifyResult, verification.render)
 register(EvaluationResult, evaluation.render)
 register(PtqResult, quantization.render)
+register(NarrowResult, narrow_quantization.render)
 register(QuantizerRow, quantization.quantizers)

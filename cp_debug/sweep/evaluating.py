@@ -11,11 +11,12 @@ import numpy as np
 
 from cp_debug.backends.base import RunRecord
 from cp_debug.detection.detection_change import DetectionChange, compare_detections
-from cp_debug.detection.evaluate import as_detector
+from cp_debug.detection.evaluate import as_detector, finite
 from cp_debug.detection.evaluation import EvaluationOptions, EvaluationResult, score_backends
 from cp_debug.detection.predictions import Predictions
 from cp_debug.errors import InputError
 from cp_debug.programs.pipeline import Pipeline, wants_int8
+from cp_debug.recipes.abilities import Remarks, RemarksOnSamples
 from cp_debug.recipes.data.base import DataOptions, Truth
 from cp_debug.serialize import JsonForm, encode, json_safe
 from cp_debug.sweep.grid import Grid
@@ -47,7 +48,8 @@ def task(params: Parameters) -> dict[str, Any]:
         raise InputError(f"{sample.source}: has no ground truth; expected an info file (.pkl)")
     programs = (int8_programs_of if wants_int8(backend) else programs_of)(params, [backend])
     with Pipeline(model, programs, backend) as pipeline:
-        detections = model.decode(sample, pipeline.run(sample))
+        outputs = pipeline.run(sample)
+        detections = model.decode(sample, outputs)
         record = pipeline.record()
     detected: Any = detections
     return json_safe(
@@ -56,6 +58,8 @@ def task(params: Parameters) -> dict[str, Any]:
             "record": encode(record),
             "classes": list(model.class_names),
             "region": list(model.region),
+            "remarks": list(model.remarks(sample)) if isinstance(model, RemarksOnSamples) else [],
+            "finite": finite(outputs[model.components[-1].name]),
             "detected": {
                 name: np.asarray(getattr(detected, name)).tolist() for name in _SampleDetections.__annotations__
             },
@@ -148,9 +152,12 @@ def _merge(label: str, backends: Mapping[str, Mapping[Any, Any]], options: Evalu
         for spec, by_backend in results.items()
     }
     options = replace(options, region=tuple(first[0]["region"]))
-    scores, notes = score_backends(
-        runs, [_truth(sample_result["truth"]) for sample_result in first], first[0]["classes"], options
-    )
+    remarks = Remarks()
+    for sample_result in first:
+        remarks.add(sample_result.get("remarks", ()))  # logs of older versions have none
+    strange = {spec: sum(not each.get("finite", True) for each in by_backend) for spec, by_backend in results.items()}
+    truths = [_truth(sample_result["truth"]) for sample_result in first]
+    scores, notes = score_backends(runs, truths, first[0]["classes"], options, strange)
     left_out = max(map(len, backends.values())) - len(shared)
     if left_out:
         notes.append(f"{left_out} samples are left out: some backend did not finish them")
@@ -165,7 +172,7 @@ def _merge(label: str, backends: Mapping[str, Mapping[Any, Any]], options: Evalu
             options=options,
             backends=scores,
             predictions={spec: by_backend for spec, (_, by_backend) in runs.items()},
-            notes=notes,
+            notes=[*remarks.sentences, *notes],
         ),
         changes={test: sum(by_backend[1:], by_backend[0]) for test, by_backend in pairs.items()},
         outliers={test: outliers(names, by_backend, {}) for test, by_backend in moved.items()},

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cp_debug.sweep.admission import Admission
 from cp_debug.sweep.log import SweepLog
 from cp_debug.sweep.tasks import Task, run_task
 from cp_debug.sweep.workers import ClusterLost
@@ -49,6 +50,8 @@ class Progress:
     """Worker → tasks that it finished in this run."""
     present: int = 0
     """Workers that are there now."""
+    refused: str = ""
+    """Workers of a cluster that get no tasks, and why."""
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -79,6 +82,8 @@ class Queue:
         self._deaths: Counter[str] = Counter()
         self._submitted = 0
         self._threads, self._looked = 0, float("-inf")
+        self._admission = Admission(client) if client.cluster is None else None
+        self._admitted: list[str] | None = None
         self._manned = time.monotonic()
 
     def run(self, tasks: Iterator[Task]) -> None:
@@ -118,6 +123,7 @@ class Queue:
             dict(task.params),
             key=(task.kind, task.key, self._submitted),
             resources={"GPU": 1} if task.gpu else None,
+            workers=self._admitted,
         )
         self._flying[future.key] = _Flight(task, alone)
         landed.add(future)
@@ -178,7 +184,10 @@ class Queue:
         return ClusterLost(f"{why}; {finished}: the same command goes on from there")
 
     def _look(self) -> None:
-        """Ask now and then how many tasks can run at once: clusters grow and shrink."""
+        """Ask now and then how many tasks can run at once: clusters grow and shrink.
+
+        Raises InputError when none of a cluster's workers has this code.
+        """
         if time.monotonic() - self._looked < _LOOK:
             return
         self._connected()
@@ -192,6 +201,10 @@ class Queue:
             self._manned = now
         elif now - self._manned > PATIENCE:
             raise self._lost("all worker processes died, and none was started again")
+        if self._admission is not None:
+            self._admitted = self._admission.look(workers)
+            self.progress.refused = self._admission.told()
+            workers = {address: worker for address, worker in workers.items() if address not in self._admission.refused}
         self._threads = sum(worker["nthreads"] for worker in workers.values())
         gpus = any(worker["resources"].get("GPU") for worker in workers.values())
         self.progress.waiting_for_gpu = not gpus and any(flight.task.gpu for flight in self._flying.values())

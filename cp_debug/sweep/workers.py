@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from cp_debug.errors import BackendUnavailable, CpdebugError, InputError
 from cp_debug.optional import require
+from cp_debug.sweep.admission import check_scheduler
 
 if TYPE_CHECKING:
     from distributed import Client, Nanny
@@ -39,12 +42,13 @@ class ClusterLost(CpdebugError):
 
 
 @contextmanager
-def local_workers(count: int | None, *, gpu: bool = False) -> Iterator[Client]:
+def local_workers(count: int | None, *, gpu: bool = False, gpus: int | None = None) -> Iterator[Client]:
     """Start ``count`` worker processes here, by default as many as there are cores.
 
     Each takes one task at a time on one thread, so that results do not depend on how many they are. gpu: one process a
-    GPU at most, each seeing its own, with the resource ``GPU=1``. Raises BackendUnavailable where there is no GPU,
-    MissingPackage without Dask, ClusterLost when a process dies while it starts.
+    GPU at most, each seeing its own, with the resource ``GPU=1``; gpus: so many of them, whatever ``count`` is.
+    Raises BackendUnavailable where there are fewer GPUs, MissingPackage without Dask, ClusterLost when a process dies
+    while it starts.
     """
     require("distributed", "dask")
     import dask
@@ -58,8 +62,8 @@ def local_workers(count: int | None, *, gpu: bool = False) -> Iterator[Client]:
         "scheduler_kwargs": {"allowed_failures": 0},  # the queue counts the tries: see ``queue``
     }
     if gpu:
-        devices = _devices()
-        count = min(count or devices, devices)
+        devices = _devices(gpus or 1)
+        count = gpus or min(count or len(devices), len(devices))
         options |= {"worker_class": _pinned(devices), "resources": {"GPU": 1}}
     with ExitStack() as stack:
         environment = dask.config.get(_PRE_SPAWN) | _KEEP_FREED
@@ -74,41 +78,53 @@ def local_workers(count: int | None, *, gpu: bool = False) -> Iterator[Client]:
         yield stack.enter_context(Client(cluster, set_as_default=False))
 
 
-def _pinned(devices: int) -> type[Nanny]:
+def _pinned(devices: list[str]) -> type[Nanny]:
     from distributed import Nanny
 
     class Pinned(Nanny):
-        """Worker n sees GPU n alone."""
+        """Worker n sees the n-th GPU alone."""
 
         def __init__(self, scheduler: str, *, name: int, **options: Any) -> None:
-            super().__init__(scheduler, name=name, env={"CUDA_VISIBLE_DEVICES": str(name % devices)}, **options)
+            super().__init__(
+                scheduler, name=name, env={"CUDA_VISIBLE_DEVICES": devices[name % len(devices)]}, **options
+            )
 
     return Pinned
 
 
-def _devices() -> int:
+def _devices(least: int) -> list[str]:
+    """Names of the GPUs that this process sees, as CUDA_VISIBLE_DEVICES has them."""
     import torch
 
-    if count := torch.cuda.device_count():
-        return count
-    raise BackendUnavailable("cuda", "torch sees no CUDA device here", nearest="--cluster with a worker that has GPU=1")
+    count = torch.cuda.device_count()
+    if count < least:
+        seen = f"torch sees {count or 'no'} CUDA device{'s' if count > 1 else ''} here"
+        if count:
+            raise BackendUnavailable("cuda", f"{seen}, --gpus asks for {least}", nearest=f"--gpus {count}")
+        raise BackendUnavailable("cuda", seen, nearest="--cluster with a worker that has GPU=1")
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return (named or [str(index) for index in range(count)])[:count]
 
 
 @contextmanager
 def remote_workers(address: str) -> Iterator[Client]:
     """The workers of a scheduler, ``tcp://host:8786``.
 
-    Raises InputError when nothing answers there, MissingPackage without Dask.
+    Raises InputError when nothing answers there, or a scheduler of another version of Dask; MissingPackage without it.
     """
     require("distributed", "dask")
     import dask
     from distributed import Client
+    from distributed.versions import VersionMismatchWarning
 
     with dask.config.set(_QUIET):
         try:
-            client = Client(address, set_as_default=False)
+            with warnings.catch_warnings():  # other versions are refused by name, here and in ``admission``
+                warnings.simplefilter("ignore", VersionMismatchWarning)
+                client = Client(address, set_as_default=False)
         except (OSError, ValueError) as error:
             expected = "expected tcp://HOST:PORT"
             raise InputError(f"--cluster: no scheduler answers at {address} ({error}); {expected}") from None
         with client:
+            check_scheduler(client, address)
             yield client

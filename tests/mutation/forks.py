@@ -8,17 +8,20 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 from typing import Any
 
 
-class Failed:
-    """pytest plug-in that notes the first test that failed."""
+class Noted:
+    """pytest plug-in that notes the first test that failed, and the seconds of each."""
 
     def __init__(self) -> None:
         self.test = ""
+        self.durations: dict[str, float] = {}
 
     def pytest_runtest_logreport(self, report: Any) -> None:
+        self.durations[report.nodeid] = round(self.durations.get(report.nodeid, 0.0) + report.duration, 3)
         if report.failed and not self.test:
             self.test = report.nodeid
 
@@ -27,25 +30,26 @@ class Failed:
             self.test = f"collection of {report.nodeid}"
 
 
-def child(tests: list[str], seconds: float, answer: int) -> None:
-    """Run the tests, in this order, until one fails or the time is over."""
+def child(arguments: list[str], seconds: float, answer: int) -> None:
+    """Run pytest with ``arguments`` until it ends or the time is over."""
     import pytest
 
     os.setsid()
     with open(os.devnull, "w") as nowhere:  # noqa: PTH123, for the file descriptor
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
-    failed, end = Failed(), time.monotonic() + seconds
+    noted, end = Noted(), time.monotonic() + seconds
 
     class Limit:
         def pytest_runtest_setup(self, item: Any) -> None:
             if time.monotonic() > end:
                 pytest.exit("the time is over", returncode=0)
 
-    code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-m", "", *tests], plugins=[failed, Limit()]))
+    code = int(pytest.main(["-q", "-p", "no:cacheprovider", *arguments], plugins=[noted, Limit()]))
     # 4: a test of the list is not there, as where the mutant takes a parameter away. 5: none is.
     outcome = "survived" if code == 0 else "killed"
-    os.write(answer, json.dumps({"outcome": outcome, "by": failed.test or f"exit code {code}"}).encode())
+    told = {"outcome": outcome, "by": noted.test or f"exit code {code}", "durations": noted.durations}
+    os.write(answer, json.dumps(told).encode())
     os._exit(0)
 
 
@@ -56,28 +60,28 @@ def main() -> None:
             importlib.import_module(name)
     for line in sys.stdin:
         asked = json.loads(line)
-        read, write = os.pipe()
-        process = os.fork()
-        if not process:
-            os.close(read)
-            child(asked["tests"], asked["seconds"], write)
-        os.close(write)
-        end = time.monotonic() + 3 * asked["seconds"] + 60
-        hung = False
-        while os.waitpid(process, os.WNOHANG)[0] == 0:
-            if time.monotonic() > end:
-                hung = True
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process, signal.SIGKILL)
-                os.waitpid(process, 0)
-                break
-            time.sleep(0.02)
-        told = os.read(read, 1 << 16)
-        os.close(read)
-        if hung or not told:
-            print(json.dumps({"outcome": "hung" if hung else "killed", "by": "" if hung else "ended"}), flush=True)
-        else:
-            print(told.decode(), flush=True)
+        with tempfile.TemporaryFile() as answer:
+            process = os.fork()
+            if not process:
+                child(asked["arguments"], asked["seconds"], answer.fileno())
+            hung = _hangs(process, 2 * asked["seconds"] + 30)
+            answer.seek(0)
+            told = answer.read().decode()
+        ended = {"outcome": "hung" if hung else "killed", "by": "" if hung else "ended", "durations": {}}
+        print(told if told and not hung else json.dumps(ended), flush=True)
+
+
+def _hangs(process: int, seconds: float) -> bool:
+    """Wait for a child; end it and all that it started, and return True, when it takes longer than ``seconds``."""
+    end = time.monotonic() + seconds
+    while os.waitpid(process, os.WNOHANG)[0] == 0:
+        if time.monotonic() > end:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            return True
+        time.sleep(0.02)
+    return False
 
 
 if __name__ == "__main__":

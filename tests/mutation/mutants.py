@@ -1,23 +1,24 @@
 """A mutation run: small changes to the code, one at a time, and whether a test of what they touch fails.
 
-Usage: ``python tests/mutation/mutants.py --minutes 60 --seed 0 --out mutants.json [--only 'cp_debug/bisect/*']``.
+Usage: ``python tests/mutation/mutants.py --minutes 60 --seed 0 --out mutants.jsonl [--only 'cp_debug/bisect/*']``.
 
-cosmic-ray makes the changes. Which tests run a line is told by coverage with a context for each test, measured once
-over
-the quick tests. Each worker has its own copy of the tree and a process that has imported the heavy packages; the tests
-of a mutant run in a fork of it, the quickest first, until one fails or ``--limit`` seconds are over. A survivor that
-``equivalent.toml`` lists, with the reason, does not count.
+cosmic-ray makes the changes. Which tests run a line is told by coverage with a context for each test, measured once for
+each file of quick tests and kept as each file ends, so that a measurement that was stopped goes on where it stood.
+Each worker has its own copy of the tree and a process that has imported the heavy packages; the tests of a mutant run
+in a fork of it, the quickest first, until one fails or ``--limit`` seconds are over. A survivor that
+``equivalent.toml`` lists, with the reason, does not count. Each outcome is a line of ``--out``, written when it is
+known; a run with the same seed leaves out the mutants that stand there.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import json
 import os
 import queue
 import random
-import re
 import shutil
 import signal
 import sqlite3
@@ -28,9 +29,11 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 try:
     import tomllib
@@ -56,7 +59,11 @@ OPERATORS = (
     "AddNot", "ReplaceTrueWithFalse", "ReplaceFalseWithTrue", "ReplaceAndWithOr", "ReplaceOrWithAnd",
     "ReplaceContinueWithBreak", "NumberReplacer", "ZeroIterationForLoop",
 )  # fmt: skip
-PRELOADED = "numpy,torch,onnx,onnxruntime,scipy.stats,pandas,pydantic,rich,typer,yaml,pytest,hypothesis"
+PRELOADED = (
+    "numpy,torch,torch.export,torch.onnx,torch.fx,onnx,onnx.reference,onnxruntime,onnxruntime.quantization,onnxscript,"
+    "numba,scipy.stats,pandas,pydantic,cattrs,jinja2,rich.console,typer,yaml,pytest,hypothesis,safetensors"
+)
+QUICK = "not slow and not gpu and not mmdet3d"
 
 
 @dataclass(frozen=True)
@@ -119,39 +126,40 @@ def _unread(path: Path) -> list[tuple[tuple[int, int], tuple[int, int]]]:
 class Affected:
     """The tests that run a line, by coverage."""
 
-    def __init__(self, coverage: Path, durations: dict[str, float]) -> None:
-        self._db = sqlite3.connect(coverage, check_same_thread=False)
-        self._lock = threading.Lock()
-        self._durations = durations
-        self._files = {_inside(path): key for key, path in self._db.execute("select id, path from file")}
-        self._contexts = dict(self._db.execute("select id, context from context"))
+    def __init__(self, folder: Path) -> None:
+        """Read what ``Worker.measure`` left in ``folder``."""
+        self._tests: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))  # path → line → tests
+        self._durations: dict[str, float] = {}
+        for log in sorted(folder.glob("*.json")):
+            self._durations.update(json.loads(log.read_text(encoding="utf-8")))
+            self._read(log.with_suffix(".db"))
 
-    def __call__(self, path: str, lines: tuple[int, int]) -> list[str]:
-        """Tests that run one of the lines, the quickest first."""
-        with self._lock:
-            rows = self._db.execute(
-                "select context_id, numbits from line_bits where file_id = ?", (self._files.get(path, -1),)
-            ).fetchall()
-        wanted = range(lines[0], lines[1] + 1)
-        names = {
-            self._contexts[context].rpartition("|")[0]
-            for context, bits in rows
-            if any(n // 8 < len(bits) and bits[n // 8] >> (n % 8) & 1 for n in wanted)
-        }
-        return sorted(names - {""}, key=lambda name: (self._durations.get(name, 1.0), name))
+    def _read(self, coverage: Path) -> None:
+        if not coverage.exists():  # no test of the file ran
+            return
+        with contextlib.closing(sqlite3.connect(coverage)) as db:
+            rows = db.execute(
+                "select path, context, numbits from line_bits join file on file.id = file_id "
+                "join context on context.id = context_id where context != ''"
+            )
+            for path, context, bits in rows:
+                lines = self._tests[_inside(path)]
+                for n in range(8 * len(bits)):
+                    if bits[n // 8] >> (n % 8) & 1:
+                        lines[n].add(context.rpartition("|")[0])
+
+    def __call__(self, path: str, lines: tuple[int, int], definition: str) -> list[str]:
+        """Tests that run one of the lines, the quickest first; for a line that runs at import, those that run any line
+        of the file."""
+        of_file = self._tests.get(path, {})
+        names = set().union(*(of_file.get(n, ()) for n in range(lines[0], lines[1] + 1)))
+        if not names and not definition:
+            names = set().union(*of_file.values())
+        return sorted(names, key=lambda name: (self._durations.get(name, 1.0), name))
 
 
 def _inside(path: str) -> str:
     return path[path.rfind("/cp_debug/") + 1 :]
-
-
-def durations(log: Path) -> dict[str, float]:
-    """Test → seconds, from the output of ``pytest --durations=0``."""
-    found: dict[str, float] = defaultdict(float)
-    for line in log.read_text(encoding="utf-8").splitlines():
-        if match := re.match(r"([\d.]+)s (call|setup|teardown) +(\S.*)$", line):
-            found[match[3]] += float(match[1])
-    return dict(found)
 
 
 class Worker:
@@ -166,43 +174,60 @@ class Worker:
         shared = ROOT.parent / "shared"
         if shared.exists() and not (folder.parent / "shared").exists():
             (folder.parent / "shared").symlink_to(shared.resolve())
-        environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
         self._server = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("forks.py")), PRELOADED],
             cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
+    def measure(self, tests: str, folder: Path) -> None:
+        """Run a file of quick tests with a coverage context for each test: ``folder/NAME.db``, and the seconds of each
+        test in ``folder/NAME.json``."""
+        log = folder / f"{tests.replace('/', '-')}.json"
+        settings = self._tree.parent / "coverage.rc"
+        settings.write_text(f"[run]\nsource = cp_debug\ndata_file = {log.with_suffix('.db')}\n", encoding="utf-8")
+        cover = ["--cov", f"--cov-config={settings}", "--cov-context=test", "--cov-report="]
+        answer = self._ask(["-m", QUICK, *cover, tests], 600)
+        _replace(log, json.dumps(answer["durations"]))
+
     def run(self, tests: list[str], seconds: float) -> tuple[str, str]:
         """(``killed``, ``hung`` or ``survived``, the test that failed)."""
-        assert self._server.stdin
-        assert self._server.stdout
-        print(json.dumps({"tests": tests, "seconds": seconds}), file=self._server.stdin, flush=True)
-        answer = json.loads(self._server.stdout.readline())
+        answer = self._ask(["-x", "-m", "", *tests], seconds)
         return answer["outcome"], answer["by"]
 
+    def _ask(self, arguments: list[str], seconds: float) -> dict[str, Any]:
+        assert self._server.stdin
+        assert self._server.stdout
+        print(json.dumps({"arguments": arguments, "seconds": seconds}), file=self._server.stdin, flush=True)
+        answer: dict[str, Any] = json.loads(self._server.stdout.readline())
+        return answer
+
     def judge(self, mutant: Mutant, affected: Affected, limit: float) -> Outcome:
-        """Run the tests of ``mutant`` for ``limit`` seconds; a hang is three times as long."""
+        """Run the tests of ``mutant`` for ``limit`` seconds; a hang is twice as long."""
         from cosmic_ray import plugins
         from cosmic_ray.mutating import mutate_code
 
         path = self._tree / mutant.path
-        source = path.read_text(encoding="utf-8")
+        source, written = path.read_text(encoding="utf-8"), path.stat()
         changed = mutate_code(source, plugins.get_operator(f"core/{mutant.operator}")(), mutant.occurrence)
         assert changed is not None, mutant
         pairs = zip(source.splitlines(), changed.splitlines(), strict=False)
         before, after = next(((a.strip(), b.strip()) for a, b in pairs if a != b), ("", ""))
-        tests = affected(mutant.path, mutant.lines)
+        tests = affected(mutant.path, mutant.lines, mutant.definition)
         outcome = Outcome(mutant, "untested", before, after)
         if not tests:
             return outcome
         begun = time.monotonic()
         while True:
             tests = [t for t in tests if t not in self._broken]
+            _forget(path)
             path.write_text(changed, encoding="utf-8")
             try:
                 outcome.outcome, outcome.by = self.run(tests, limit)
             finally:
                 path.write_text(source, encoding="utf-8")
+                os.utime(path, ns=(written.st_atime_ns, written.st_mtime_ns))
+                _forget(path)
             if outcome.outcome != "killed" or outcome.by not in tests or self._passes(outcome.by, limit):
                 break
             self._broken.add(outcome.by)  # it fails here without any mutant, too
@@ -221,17 +246,30 @@ class Worker:
         self._server.wait()
 
 
+def _forget(path: Path) -> None:
+    """Remove the bytecode of a module."""
+    for each in (path.parent / "__pycache__").glob(f"{path.stem}.*.pyc"):
+        each.unlink()
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file in one step."""
+    part = path.with_suffix(".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
 def equivalents() -> dict[tuple[str, str, str], str]:
     """(Path, line before, line after) → why no test can tell the difference."""
     listed = tomllib.loads(Path(__file__).with_name("equivalent.toml").read_text(encoding="utf-8"))
     return {(e["path"], e["before"], e["after"]): e["why"] for e in listed.get("mutant", [])}
 
 
-def chosen(only: str | None, seed: int) -> list[Mutant]:
+def chosen(only: str | None, where: str, seed: int) -> list[Mutant]:
     """All mutants, shuffled: three of the verdict's path for two of elsewhere."""
     rng = random.Random(seed)
     pools = []
-    for patterns in (VERDICT, ELSEWHERE):
+    for patterns in (VERDICT if where != "elsewhere" else (), ELSEWHERE if where != "verdict" else ()):
         paths = sorted(p for p in (ROOT / "cp_debug").rglob("*.py") if _matches(p, patterns, only))
         pool = [m for path in paths for m in mutants(path)]
         rng.shuffle(pool)
@@ -268,67 +306,81 @@ def report(outcomes: list[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def measure(coverage: Path, log: Path) -> None:
-    """Run the quick tests with a coverage context for each."""
-    settings = coverage.with_suffix(".rc")
-    settings.write_text(f"[run]\nsource = cp_debug\ndata_file = {coverage}\n", encoding="utf-8")
-    command = [
-        sys.executable, "-m", "pytest", "-n", "auto", "--cov", f"--cov-config={settings}", "--cov-context=test",
-        "--cov-report=", "--durations=0",
-    ]  # fmt: skip
-    with log.open("w", encoding="utf-8") as out:
-        subprocess.run([*command, "-vv"], cwd=ROOT, stdout=out, check=False)
+def finished(path: Path, seed: int) -> list[Outcome]:
+    """The outcomes that a run with ``seed`` left in ``path``."""
+    if not path.exists():
+        return []
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    found = []
+    for row in rows:
+        if row.pop("seed") == seed:
+            m = row.pop("mutant")
+            found.append(Outcome(Mutant(**{**m, "lines": tuple(m["lines"])}), **row))
+    return found
 
 
 def main() -> None:
-    """Parse the arguments, run, write the JSON."""
+    """Parse the arguments, run, write a line of JSON for each mutant."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--mutants", type=int, default=1 << 30)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only")
+    parser.add_argument("--only", help="pattern of paths: 'cp_debug/bisect/*'")
+    parser.add_argument("--where", choices=("verdict", "elsewhere", "both"), default="both")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--limit", type=float, default=90, help="seconds of tests for one mutant")
-    parser.add_argument("--coverage", type=Path, default=ROOT / ".mutants" / "coverage.db")
-    parser.add_argument("--out", type=Path, default=ROOT / ".mutants" / "mutants.json")
+    parser.add_argument("--tests", action="append", help="pattern of test files to use: 'tests/test_replay.py'")
+    parser.add_argument("--coverage", type=Path, default=ROOT / ".mutants" / "coverage")
+    parser.add_argument("--out", type=Path, default=ROOT / ".mutants" / "mutants.jsonl")
+    parser.add_argument("--table", type=Path, help="write the table of outcomes here, too")
     given = parser.parse_args()
-    log = given.coverage.with_suffix(".log")
-    if not given.coverage.exists():
-        given.coverage.parent.mkdir(parents=True, exist_ok=True)
-        measure(given.coverage, log)
-    affected = Affected(given.coverage, durations(log))
-    known = equivalents()
+    known, outcomes, lock = equivalents(), finished(given.out, given.seed), threading.Lock()
+    unmeasured: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        name = str(path.relative_to(ROOT))
+        wanted = any(fnmatch(name, p) for p in given.tests or ["*"])
+        if wanted and not (given.coverage / f"{name.replace('/', '-')}.json").exists():
+            unmeasured.put(name)
     waiting: queue.SimpleQueue[Mutant] = queue.SimpleQueue()
-    for mutant in chosen(given.only, given.seed)[: given.mutants]:
-        waiting.put(mutant)
-    end, outcomes, lock = time.monotonic() + 60 * given.minutes, [], threading.Lock()
+    done = {o.mutant for o in outcomes}
+    for mutant in chosen(given.only, given.where, given.seed)[: given.mutants]:
+        if mutant not in done:
+            waiting.put(mutant)
+    for folder in (given.coverage, given.out.parent):
+        folder.mkdir(parents=True, exist_ok=True)
 
-    def work(folder: Path) -> None:
-        worker = Worker(folder)
-        try:
-            while time.monotonic() < end and not waiting.empty():
-                outcome = worker.judge(waiting.get(), affected, given.limit)
-                m = outcome.mutant
-                if outcome.outcome in ("survived", "untested") and (m.path, outcome.before, outcome.after) in known:
-                    outcome.outcome, outcome.by = "equivalent", known[m.path, outcome.before, outcome.after]
-                with lock:
-                    outcomes.append(outcome)
-                    print(f"{outcome.outcome:9} {m.path}:{m.lines[0]} {outcome.before} -> {outcome.after}", flush=True)
-        finally:
-            worker.close()
+    def measuring(worker: Worker) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                name = unmeasured.get_nowait()
+                worker.measure(name, given.coverage)
+                print(f"measured  {name}", flush=True)
+
+    def working(worker: Worker) -> None:
+        while time.monotonic() < end and not waiting.empty():
+            outcome = worker.judge(waiting.get(), affected, given.limit)
+            m = outcome.mutant
+            if outcome.outcome in ("survived", "untested") and (m.path, outcome.before, outcome.after) in known:
+                outcome.outcome, outcome.by = "equivalent", known[m.path, outcome.before, outcome.after]
+            with lock, given.out.open("a", encoding="utf-8") as out:
+                outcomes.append(outcome)
+                print(json.dumps({**asdict(outcome), "seed": given.seed}), file=out)
+                print(f"{outcome.outcome:9} {m.path}:{m.lines[0]} {outcome.before} -> {outcome.after}", flush=True)
 
     with tempfile.TemporaryDirectory(prefix="mutants-") as scratch:
-        threads = [
-            threading.Thread(target=work, args=(Path(scratch) / f"w{i}" / "tree",)) for i in range(given.workers)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    document = {"command": sys.argv, "seed": given.seed, "outcomes": [asdict(o) for o in outcomes]}
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print(report(outcomes))
+        workers = [Worker(Path(scratch) / f"w{i}" / "tree") for i in range(given.workers)]
+        try:
+            with ThreadPoolExecutor(given.workers) as pool:
+                list(pool.map(measuring, workers))
+                affected, end = Affected(given.coverage), time.monotonic() + 60 * given.minutes
+                list(pool.map(working, workers))
+        finally:
+            for worker in workers:
+                worker.close()
+    table = report(outcomes)
+    print(table)
+    if given.table:
+        given.table.write_text(table + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -70,11 +70,4 @@ class TensorRTBackend:
 
     def versions(self) -> dict[str, str]:
         """TensorRT, its Python and numpy, the GPU and its driver's CUDA version."""
-        facts, device = self._facts, self._facts["device"]
-        return {
-            "tensorrt": facts["tensorrt"],
-            "tensorrt_python": facts["python"],
-            "gpu": device["name"],
-            "compute_capability": device["compute_capability"],
-            "cuda_driver": str(device["cuda_driver"]),
-        }
+        return self.client.versions(self.options.device)

@@ -79,6 +79,17 @@ class RunnerClient:
             _PROBED[key] = self.checked(Facts, self.execute([{"command": "probe", "device": device}]))[0]
         return _PROBED[key]
 
+    def versions(self, device: int = 0) -> dict[str, str]:
+        """TensorRT, its Python and numpy, the GPU and its driver's CUDA version."""
+        facts = self.probe(device)
+        return {
+            "tensorrt": facts["tensorrt"],
+            "tensorrt_python": facts["python"],
+            "gpu": facts["device"]["name"],
+            "compute_capability": facts["device"]["compute_capability"],
+            "cuda_driver": str(facts["device"]["cuda_driver"]),
+        }
+
     def execute(self, steps: Sequence[Mapping[str, Any]], build_timeout: float | None = None) -> list[dict[str, Any]]:
         """Run the steps in order, in one process; one result each.
 

@@ -31,13 +31,6 @@ class CachedEngine(TypedDict):
     facts: Built
 
 
-def default_folder() -> Path:
-    """The user's cache folder: ``$XDG_CACHE_HOME/cpdebug/engines``, else under ``~/.cache``."""
-    chosen = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    home = chosen if chosen.is_absolute() else Path.home() / ".cache"  # the specification ignores relative ones
-    return Path(home) / "cpdebug" / "engines"
-
-
 @dataclass(frozen=True)
 class EngineCache:
     """A folder of ``<key>.engine``, ``<key>.json`` (what its build told) and timing caches.

@@ -37,6 +37,11 @@ class Change:
     """Numbers read off the captured result: which slices, which factors."""
     evidence: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def degenerate(self) -> int:
+        """``Candidate.degenerate`` of the change: 2 where the constant is all zero, else 0."""
+        return 0 if bool(self.value.any()) else 2
+
 
 def rearranged(own: Tensor) -> Iterator[Change]:
     """Everything that may happen to a constant of any shape as a whole, with nothing to fit."""

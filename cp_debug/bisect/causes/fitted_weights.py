@@ -87,7 +87,8 @@ def _proved(segment: Segment, estimate: FittedConstants, changes: dict[int, Chan
     place = max(changes, key=lambda p: changes[p].value.numel())
     name, _, evidence = named[place]
     says = "; ".join(text for _, text, _ in named.values())
-    yield Candidate(name, says, value, sum(c.parameters for c in changes.values()), evidence, _FIX)
+    parameters, empty = sum(c.parameters for c in changes.values()), min(c.degenerate for c in changes.values())
+    yield Candidate(name, says, value, parameters, evidence, _FIX, degenerate=empty)
 
 
 def _norm(x: Tensor) -> float:

@@ -142,7 +142,8 @@ def cut_off(segment: Segment) -> Iterator[Candidate]:
         return
     fix = "check buffer sizes and limits (maximum number of voxels, batch) where {layers} is written"
     if not bool(test.any()):
-        yield Candidate("never-written", "the tensor is all zero: nothing wrote it", test, fix=fix)
+        says = "the tensor is all zero: nothing wrote it"
+        yield Candidate("never-written", says, test, fix=fix, degenerate=2)
         return
     for axis in range(test.dim()):
         dims = [d for d in range(test.dim()) if d != axis]

@@ -106,7 +106,8 @@ def integers(segment: Segment) -> Iterator[Candidate]:
         value = function(segment.exact)
         if not torch.equal(value, segment.exact):
             says = f"the result passed an integer type: its fractions are {text}"
-            yield Candidate("integer-cast", says, value, fix="remove the Cast to an integer behind {layers}")
+            fix = "remove the Cast to an integer behind {layers}"
+            yield Candidate("integer-cast", says, value, fix=fix, degenerate=1)
 
 
 @cause()

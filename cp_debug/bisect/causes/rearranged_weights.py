@@ -105,7 +105,7 @@ def _of_axis(segment: Segment, node: Node, place: int, own: Tensor, axis: int) -
 def _tried(segment: Segment, node: Node, place: int, change: Change) -> Iterator[Candidate]:
     if (value := segment.edited(node, inputs={place: change.value})) is not None:
         name, says, evidence = cause_of(change, node, place)
-        yield Candidate(name, says, value, change.parameters, evidence, _FIX)
+        yield Candidate(name, says, value, change.parameters, evidence, _FIX, degenerate=change.degenerate)
 
 
 def _cosine(segment: Segment, change: Tensor) -> float:

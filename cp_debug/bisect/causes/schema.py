@@ -17,7 +17,7 @@ from cp_debug.bisect.causes.operators import EPSILONS
 from cp_debug.bisect.causes.segment import Segment, as_double
 from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import GATES
-from cp_debug.programs.node_differences import ACTIVATIONS_OF, NAMES, attributes
+from cp_debug.programs.node_differences import ACTIVATIONS_OF, NAMES, RECURRENT, attributes
 
 TEXTS = {
     "approximate": ("none", "tanh"),
@@ -249,9 +249,11 @@ def operand_order(segment: Segment) -> Iterator[Candidate]:
 def _orders(node: Node, count: int) -> Iterator[tuple[int, ...]]:
     if node.op in ORDERED and count == 2:
         yield 1, 0
-    elif node.op == "Where" and count == 3:
+    elif node.op in ("Clip", "Where") and count == 3:
         yield 0, 2, 1
-    elif node.op == "Concat" and 1 < count <= MOST_PERMUTED:
+    elif node.op in RECURRENT and count > 2:
+        yield 0, 2, 1, *range(3, count)
+    elif node.op in ("Concat", "Einsum") and 1 < count <= MOST_PERMUTED:
         yield from itertools.islice(itertools.permutations(range(count)), 1, None)
     elif node.op == "Concat":
         for i in range(count - 1):

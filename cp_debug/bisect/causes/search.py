@@ -111,10 +111,11 @@ def _chosen(results: list[_Tried]) -> tuple[Explanation, Cause | None]:
     return Explanation(None, 0.0, chosen.candidate, chosen.explained), None
 
 
-def _rank(judged: _Tried) -> tuple[bool, bool, int, int, float]:
+def _rank(judged: _Tried) -> tuple[bool, bool, int, int, int, float]:
     candidate = judged.candidate
     rarity = round(math.log2(judged.alternatives))
-    return not judged.accepted, not candidate.heard, candidate.parameters, rarity, judged.residual
+    plain = candidate.parameters, candidate.degenerate, rarity
+    return not judged.accepted, not candidate.heard, *plain, judged.residual
 
 
 def _equals(chosen: _Tried, equal: list[_Tried]) -> tuple[Candidate, ...]:

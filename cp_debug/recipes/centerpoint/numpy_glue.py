@@ -1,4 +1,10 @@
-"""CenterPoint's glue in numpy alone: pillars, decoration, canvas and boxes, for processes without torch."""
+"""CenterPoint's glue in numpy alone: pillars, decoration, canvas and boxes, for processes without torch.
+
+The source of truth is the glue in torch (``voxelize``, ``pillar_encoder``, ``scatter``, ``decode``), which equals
+mmdet3d's bit for bit. Tests hold this one to it: pillars, decorated points, canvas, places and velocities of boxes bit
+for bit, their scores, sizes and yaws within four units in the last place: numpy's ``exp`` and ``arctan2`` are other
+approximations than torch's.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +69,7 @@ def decorated(pillars: Pillars, config: CenterPointConfig) -> np.ndarray:
     """``input_features`` [N, P, C + 6] float32 of pillars, as ``pillar_encoder.decorate`` makes them."""
     voxels, num_points, coors = pillars
     xyz = voxels[:, :, :3]
-    mean = xyz.sum(axis=1, keepdims=True, dtype=np.float32) / num_points.astype(np.float32).reshape(-1, 1, 1)
+    mean = _sum_of_points(xyz)[:, None] / num_points.astype(np.float32).reshape(-1, 1, 1)
     size = np.array(config.voxel_size, np.float32)
     first = [low + size / 2 for low, size in zip(config.point_cloud_range[:3], config.voxel_size, strict=True)]
     centre = coors[:, [3, 2, 1]].astype(np.float32) * size + np.array(first, np.float32)
@@ -72,10 +78,39 @@ def decorated(pillars: Pillars, config: CenterPointConfig) -> np.ndarray:
     return features * used[:, :, None]
 
 
+def _sum_of_points(xyz: np.ndarray) -> np.ndarray:
+    """Sums [N, 3] over the points of ``xyz`` [N, P, 3] float32, added up in torch's order.
+
+    As ``row_sum`` of its ``SumKernel.cpp``: four interleaved sums, each in a cascade of blocks of 16 or more.
+    """
+    lanes, levels, rows = 4, 4, xyz.shape[1] // 4
+    parts = xyz[:, : lanes * rows].reshape(len(xyz), rows, lanes, 3)
+    totals = np.zeros((levels, len(xyz), lanes, 3), np.float32)
+    power = max(4, (rows - 1).bit_length() // levels)
+    block = 1 << power
+    for row in range(rows):
+        totals[0] += parts[:, row]
+        done = row + 1
+        if done % block == 0:
+            for level in range(1, levels):
+                totals[level] += totals[level - 1]
+                totals[level - 1] = 0
+                if done & ((block - 1) << (level * power)):
+                    break
+    for level in range(1, levels):
+        totals[0] += totals[level]
+    sums = totals[0, :, 0]
+    for point in range(lanes * rows, xyz.shape[1]):
+        sums += xyz[:, point]
+    for lane in range(1, lanes):
+        sums += totals[0, :, lane]
+    return sums
+
+
 def canvas(pillar_features: np.ndarray, coors: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray:
     """``spatial_features`` [1, C, ny, nx]: ``pillar_features`` [N, 1, C] at ``coors`` [N, 4] (batch, z, y, x)."""
     nx, ny, _ = grid
-    features = pillar_features.reshape(len(coors), -1)
+    features = pillar_features.reshape(len(coors), pillar_features.shape[-1])
     flat = np.zeros((features.shape[1], ny * nx), features.dtype)
     flat[:, coors[:, 2].astype(np.int64) * nx + coors[:, 3]] = features.T
     return flat.reshape(1, -1, ny, nx)
@@ -121,8 +156,9 @@ def _task(maps: Mapping[str, np.ndarray], config: CenterPointConfig) -> tuple[np
     at = {head: maps[head].reshape(len(maps[head]), -1)[:, cell] for head in OUTPUT_ORDER[1:]}
     step = np.float32(config.out_size_factor)
     sizes, origin = np.array(config.voxel_size, np.float32), np.array(config.point_cloud_range, np.float32)
-    x = (cell % width + at["reg"][0]) * step * sizes[0] + origin[0]
-    y = (cell // width + at["reg"][1]) * step * sizes[1] + origin[1]
+    row, column = np.divmod(cell, width)
+    x = (column.astype(np.float32) + at["reg"][0]) * step * sizes[0] + origin[0]
+    y = (row.astype(np.float32) + at["reg"][1]) * step * sizes[1] + origin[1]
     with np.errstate(over="ignore"):
         extent = np.exp(at["dim"])
     yaw = np.arctan2(at["rot"][0], at["rot"][1])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cp_debug.recipes.base import Arrays, Component, Sample, Stage
+from cp_debug.recipes.centerpoint.clouds import cloud_remarks
 from cp_debug.recipes.centerpoint.config import OUTPUT_ORDER, CenterPointConfig, get_config
 from cp_debug.recipes.centerpoint.decode import Detections, decode
 from cp_debug.recipes.centerpoint.model import BackboneNeckHead, build_model
@@ -106,19 +107,7 @@ class CenterPointModel:
 
     def remarks(self, sample: Sample) -> list[str]:
         """Whether a cloud is empty, out of the model's range, or holds NaN or Inf."""
-        points, limits = sample.arrays["points"], np.array(self.config.point_cloud_range, np.float32)
-        if not len(points):
-            return [f"{sample.source}: the cloud is empty: what is compared is what the model makes of nothing"]
-        lines = []
-        inside = ((points[:, :3] >= limits[:3]) & (points[:, :3] < limits[3:])).all(axis=1)
-        if not inside.any():
-            where = ", ".join(f"{low:g} to {high:g}" for low, high in zip(limits[:3], limits[3:], strict=True))
-            lines.append(
-                f"{sample.source}: none of the {len(points)} points is in the model's range (x, y, z: {where})"
-            )
-        if strange := int((~np.isfinite(points).all(axis=1)).sum()):
-            lines.append(f"{sample.source}: {strange} of {len(points)} points hold NaN or Inf")
-        return lines
+        return cloud_remarks(sample.arrays["points"], sample.source, self.config)
 
     def batch(self, samples: Sequence[Sample]) -> Sample:
         """Join several clouds into one sample.

@@ -214,7 +214,10 @@ def _attributes(info: Info, boxes: NDArray[np.float64]) -> NDArray[np.str_]:
 
 
 def _identity(info: Info) -> str:
-    return str(next((info[key] for key in ("token", "sample_idx", "sample_id") if key in info), "?"))
+    """Name of a sample: its token or index, else its cloud's file."""
+    names = (info[key] for key in ("token", "sample_idx", "sample_id") if key in info)
+    lidar = info.get("lidar_points")
+    return str(next(names, lidar.get("lidar_path", "?") if isinstance(lidar, dict) else "?"))
 
 
 def _listed(names: Sequence[str], most: int = LISTED) -> str:

@@ -1,0 +1,273 @@
+"""A model in FP8, a block-scaled type or INT4: files with standard Q/DQ nodes, checked against the emulation.
+
+Nothing is trained and no module gets fake quantizers: torch models are exported first, and graphs are quantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cp_debug.backends.arithmetic import FP32
+from cp_debug.backends.base import Backend, Program
+from cp_debug.backends.executor import Executor
+from cp_debug.backends.narrow_options import NarrowOptions
+from cp_debug.backends.registry import create
+from cp_debug.backends.spec import BackendSpec
+from cp_debug.deploy.exporting import ExportOptions, OnStep, checker, export_model, own_files
+from cp_debug.deploy.quantize_output import MEASURED, First
+from cp_debug.display import Shown
+from cp_debug.errors import InputError
+from cp_debug.files import complete_folder, complete_path, resolved
+from cp_debug.graph.graph import Graph
+from cp_debug.graph.integer_values import is_quantized
+from cp_debug.graph.narrow_qdq import insert_narrow_qdq
+from cp_debug.probes.distance import relative_l2
+from cp_debug.programs.layers import layer_name
+from cp_debug.programs.torch_layers import matches, select
+from cp_debug.programs.walk import Walk, tensors_as_arrays
+from cp_debug.quantization.data_ranges import METHODS, DataRanges
+from cp_debug.quantization.modelopt_recipe import FILE, modelopt_recipe
+from cp_debug.quantization.models import output_sqnr
+from cp_debug.quantization.narrow_layers import (
+    NarrowLayers,
+    calibrated,
+    check_exportable,
+    narrow_layers,
+    weighted_layers,
+)
+from cp_debug.quantization.open_quantized import calibration_samples
+from cp_debug.recipes.base import Arrays, Model, Sample
+from cp_debug.serialize import JsonForm
+
+FILE_ERROR = 1e-4
+"""Distance of a file from its emulation, relative L2, that is always allowed: FP32's own roundings."""
+
+
+@dataclass(frozen=True)
+class NarrowComponent(JsonForm):
+    """One component in a narrow precision."""
+
+    layers: Sequence[str]
+    """Torch path or node of each quantized layer, in execution order."""
+    left_out: Mapping[str, str]
+    """Layer that stays in FP32 → the reason."""
+    error: float | None
+    """Relative L2 distance of the worst output, on the first sample, from the same layers emulated."""
+    checked_by: str
+    """Backend that ran the file for it."""
+
+
+@dataclass(repr=False)
+class NarrowResult(JsonForm, Shown):
+    """A model in a narrow precision, with its cost at the outputs and the files written."""
+
+    model: str
+    precision: str
+    method: str
+    """``max`` or ``percentile``; empty where no scale is calibrated."""
+    calibrated_on: str
+    components: Mapping[str, NarrowComponent]
+    sqnr: Mapping[str, float] = field(metadata={"key": "sqnr_db"})
+    """``component/output`` → signal to quantization noise against FP32 in dB, chained as deployed."""
+    measured_on: str
+    files: Sequence[Path] = field(default_factory=list, metadata={"written": False})
+    notes: Sequence[str] = field(default_factory=list)
+
+    def derived(self) -> dict[str, Any]:
+        """Paths of the files."""
+        return {"files": [str(file) for file in self.files]}
+
+
+def check_method(options: NarrowOptions, method: str) -> None:
+    """Raise InputError for a method that a precision has no use for."""
+    if method not in METHODS:
+        raise InputError(f"--method: {method}: {options.family} takes {' or '.join(METHODS)}; its steps grow with size")
+
+
+def quantize_narrow(
+    model: Model,
+    output: Path,
+    precision: NarrowOptions,
+    *,
+    inputs: Path | None = None,
+    batches: int = 100,
+    method: str = "max",
+    skip_layers: Sequence[str] = (),
+    options: ExportOptions = ExportOptions(21),  # noqa: B008, frozen
+    on_step: OnStep = lambda text, done, total: None,
+) -> NarrowResult:
+    """Write ``model`` in ``precision`` into the folder ``output``: ONNX with Q/DQ nodes, and a recipe for ModelOpt.
+
+    Layers with weights are quantized, with INT4 those of MatMul and Gemm. ``inputs`` are files, None the model's own
+    samples; at most ``batches`` of them are calibrated on where scales of data are constant. ``skip_layers`` are globs
+    over layers that stay in FP32. Each file is run on the first sample and compared with the emulation.
+
+    Raises InputError for options that no file can say, a model that is quantized already, globs that mean nothing or
+    leave nothing, NaN or Inf in weights and calibration, and a file that computes something else.
+    """
+    check_exportable(precision)
+    check_method(precision, method)
+    files = own_files(model)
+    for program in files or ():
+        target = output / f"{program.name}.onnx"
+        if resolved(target) == resolved(program.graph.path):
+            raise InputError(f"{target}: that is the model itself; expected another folder")
+        _refuse_quantized(program.graph)
+    first = First(MEASURED)
+    samples = first(calibration_samples(model, inputs, batches if calibrated(precision) else MEASURED, on_step))
+    head = next(samples, None)
+    if head is None:
+        raise InputError("there is no calibration data: expected at least one sample")
+    with complete_folder(output) as scratch:
+        programs = files or [item.program for item in export_model(model, head, scratch, options, on_step=on_step)]
+        layers = _quantized(model, programs, precision, [head], samples, method, skip_layers)
+        components, quantized = {}, {}
+        for step, program in zip(Walk(model, head), programs, strict=True):
+            on_step(f"checking {step.name}", step.place, len(programs))
+            own = layers[step.name]
+            exact = _run(Executor(program.graph, FP32), step.inputs)
+            path = scratch / f"{step.name}.onnx"
+            written = _write(program, own, path)
+            error, by = _check(program, written, own, step.inputs, exact)
+            step.outputs = exact
+            names = {node.name: layer_name(program, node.outputs[0]) for node in program.graph.nodes}
+            left_out = {names[node]: why for node, why in own.left_out.items()}
+            components[step.name] = NarrowComponent([names[n] for n in own.layers], left_out, error, by)
+            quantized[step.name] = path
+        sqnr = output_sqnr(model, quantized, first.kept)
+        left = [layer for component in components.values() for layer in component.left_out]
+        if (recipe := modelopt_recipe(precision, left)) is not None and files is None:
+            import yaml
+
+            text = yaml.safe_dump(recipe, sort_keys=False)
+            (scratch / FILE).write_text(text, encoding="utf-8")
+        paths = sorted(output / file.name for file in scratch.iterdir())
+    return NarrowResult(
+        model=model.name,
+        precision=str(precision),
+        method=method if calibrated(precision) else "",
+        calibrated_on=f"{first.passed} samples" if calibrated(precision) else "",
+        components=components,
+        sqnr=sqnr,
+        measured_on=f"{len(first.kept)} of the samples",
+        files=paths,
+        notes=list(_notes(precision, programs, layers)),
+    )
+
+
+def _refuse_quantized(graph: Graph) -> None:
+    if graph.precision == "int8" or is_quantized(graph):
+        raise InputError(f"{graph}: this graph is quantized already; expected the FP32 model")
+
+
+def _quantized(
+    model: Model,
+    programs: Sequence[Program],
+    precision: NarrowOptions,
+    head: Sequence[Sample],
+    samples: Iterator[Sample],
+    method: str,
+    skip_layers: Sequence[str],
+) -> dict[str, NarrowLayers]:
+    """Component → its layers in the narrow precision; ``samples`` are read to the end."""
+    names = {
+        p.name: {n.name: layer_name(p, n.outputs[0]) for n in weighted_layers(p.graph, precision)} for p in programs
+    }
+    if not any(names.values()):
+        raise InputError(f"MODEL: {model.name} has no layer with a weight that {precision.family} takes")
+    select([layer for layers in names.values() for layer in layers.values()], skip_layers)
+    skipped = {
+        name: {node: glob for node, layer in layers.items() for glob in skip_layers if matches(layer, glob)}
+        for name, layers in names.items()
+    }
+    chosen = {name: set(layers) - set(skipped[name]) for name, layers in names.items()}
+    if not any(chosen.values()):
+        raise InputError(f"--skip-layers: {', '.join(skip_layers)}: that leaves no layer to quantize")
+    ranges = {p.name: DataRanges(p.graph, [n for n in p.graph.nodes if n.name in chosen[p.name]]) for p in programs}
+    executors = {p.name: Executor(p.graph, FP32) for p in programs} if calibrated(precision) else {}
+    for sample in (*head, *samples) if executors else ():
+        for step in Walk(model, sample):
+            seen = ranges[step.name]
+            try:
+                for value, array in step.inputs.items():
+                    seen.see(value, array)
+                step.outputs = tensors_as_arrays(executors[step.name].run(step.inputs, seen.see, seen.watched))
+            except InputError as error:
+                raise InputError(f"{sample.source}: {error}") from error
+    for _ in samples:  # the others are kept to measure on
+        pass
+    found = {}
+    for program in programs:
+        amax = ranges[program.name].amax(method) if executors else {}
+        layers = narrow_layers(program.graph, precision, amax, chosen[program.name])
+        why = {node: f"skipped by {glob!r}" for node, glob in skipped[program.name].items()}
+        found[program.name] = replace(layers, left_out={**layers.left_out, **why})
+    if not any(layers.layers for layers in found.values()):
+        reasons = "; ".join(dict.fromkeys(why for layers in found.values() for why in layers.left_out.values()))
+        raise InputError(f"MODEL: no layer of {model.name} can be in {precision}: {reasons}")
+    return found
+
+
+def _write(program: Program, layers: NarrowLayers, target: Path) -> Program:
+    """The program of the file that is written as ``target``; one without such layers is written as it is."""
+    with complete_path(target) as partial:
+        insert_narrow_qdq(program.graph, layers.layers, partial, str(layers.options))
+    graph = Graph(target)
+    alignment = program.alignment and replace(program.alignment, graph_sha256=graph.digest)
+    if alignment is not None:
+        alignment.save(target.with_suffix(".alignment.json"))
+    return Program(program.name, graph, alignment=alignment)
+
+
+def _check(
+    program: Program, written: Program, layers: NarrowLayers, inputs: Mapping[str, np.ndarray], exact: Arrays
+) -> tuple[float | None, str]:
+    """Relative L2 distance of the worst output from the same layers emulated, and the backend that ran the file.
+
+    Raises InputError where the file is further from the emulation than the emulation is from FP32: roundings that
+    fall the other side at ties grow from layer to layer, but never so far.
+    """
+    if not layers.layers:
+        return None, ""
+    backend = _runner(layers.options)
+    emulated = _run(Executor(program.graph, FP32, overrides=layers.emulated()), inputs)
+    with closing(backend.open(written)) as session:
+        outputs = session.run(inputs)
+    errors, costs = ({n: relative_l2(run[n], emulated[n]) for n in emulated} for run in (outputs, exact))
+    worst = max(errors, key=errors.__getitem__)
+    if not errors[worst] <= FILE_ERROR + sum(costs.values()):
+        raise InputError(
+            f"{written.graph}: {worst} is {errors[worst]:.2g} (relative L2) from {layers.options} as it is emulated, "
+            f"which is itself {costs[worst]:.2g} from FP32; the graph computes something else"
+        )
+    return errors[worst], str(backend.spec)
+
+
+def _runner(options: NarrowOptions) -> Backend:
+    """ONNX Runtime, where it has the type; else this project's own executor."""
+    return create(BackendSpec("emu-fp32")) if options.family in ("mxfp4", "nvfp4") else checker()
+
+
+def _run(executor: Executor, inputs: Mapping[str, np.ndarray]) -> Arrays:
+    return tensors_as_arrays(executor.run(inputs))
+
+
+def _notes(precision: NarrowOptions, programs: Sequence[Program], layers: Mapping[str, NarrowLayers]) -> Iterator[str]:
+    taken = [node for p in programs for node in p.graph.nodes if node.name in layers[p.name].layers]
+    if precision.family in ("mxfp4", "nvfp4"):
+        yield "ONNX Runtime 1.31 has no FLOAT4E2M1 on the CPU: the file was checked by this project's executor"
+    elif precision.family in ("fp8", "mxfp8") and any(node.op in ("MatMul", "Gemm") for node in taken):
+        yield (
+            "ONNX Runtime 1.31 refuses products of FP8 at its levels extended and all (it makes MatMulIntegerToFloat "
+            "of them): open the file with session.disable_quant_qdq = 1, or at the level basic"
+        )
+    if any(layer.data is not None and layer.data.block for own in layers.values() for layer in own.layers.values()):
+        yield "scales of data are computed in the graph, by ONNX's own operators; TensorRT has its own nodes for them"
+    if precision.family == "int4" and not precision.symmetric:
+        yield "UINT4 with zero points, as MatMulNBits has it; TensorRT takes int4:sym, which has none"

@@ -1,0 +1,280 @@
+"""Put FP8 and 4-bit types into an ONNX graph: Q/DQ nodes in front of layers, weights stored in codes.
+
+All nodes are ONNX's own: a constant scale for a tensor of data, or scales that the graph computes from the data it
+reads, one for each block of the axis that is summed (``block_size``, opset 21). Nodes and values keep their names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from cp_debug.errors import InputError
+from cp_debug.graph.graph import Graph
+from cp_debug.graph.narrow_types import FIRST_OPSET
+from cp_debug.graph.qdq import own_named, raised
+from cp_debug.graph.surgery import save, unused_names
+
+_CODES = {
+    TensorProto.FLOAT8E4M3FN: ml_dtypes.float8_e4m3fn,
+    TensorProto.FLOAT8E5M2: ml_dtypes.float8_e5m2,
+    TensorProto.FLOAT4E2M1: ml_dtypes.float4_e2m1fn,
+    TensorProto.INT4: ml_dtypes.int4,
+    TensorProto.UINT4: ml_dtypes.uint4,
+}
+_LARGEST = {TensorProto.FLOAT8E4M3FN: 448.0, TensorProto.FLOAT8E5M2: 57344.0, TensorProto.FLOAT4E2M1: 6.0}
+_BLOCK_OPSET = 21
+"""Oldest opset whose Q/DQ nodes have ``block_size``."""
+_LEAST = 2.0**-118
+"""Smallest magnitude for which an E8M0 scale is made; its 2^-126 is the smallest normal number of FP32."""
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """A weight in codes with its scales."""
+
+    kind: int
+    """ONNX data type of the codes."""
+    codes: np.ndarray
+    """Numbers that the type holds, float32, in the shape in which the layer reads the weight."""
+    scale: np.ndarray
+    """float32: one number, [C] along ``axis``, or with ``block`` one for each block of ``axis``."""
+    axis: int = 0
+    block: int = 0
+    zero: np.ndarray | None = None
+    """Zero points in the shape of ``scale``; None: 0."""
+    coarse: float | None = None
+    """FP32 scale of the tensor, where ``scale`` holds numbers of E4M3 to be multiplied by it (NVFP4)."""
+
+
+@dataclass(frozen=True)
+class DataCodes:
+    """Encoding of the data that a layer reads."""
+
+    kind: int
+    """ONNX data type of the codes."""
+    rule: Literal["amax", "mx", "mx-up", "nvfp4"] = "amax"
+    """Rule by which a block's scale is made of its largest magnitude."""
+    scale: float | None = None
+    """Constant scale of the tensor; for ``nvfp4`` the one that the blocks' E4M3 scales are multiplied by."""
+    axis: int = -1
+    """Axis that is summed: not negative, or -1. Blocks lie along it."""
+    size: int = 0
+    """Length of that axis."""
+    block: int = 0
+    """Length of a block; 0: one constant scale for the tensor."""
+
+
+@dataclass(frozen=True)
+class NarrowLayer:
+    """A layer with its weight in codes, and its data too unless only weights are quantized."""
+
+    weight: StoredWeight
+    data: DataCodes | None
+
+
+def needed_opset(layers: Mapping[str, NarrowLayer]) -> int:
+    """The oldest opset in which these layers can be written."""
+    parts = [part for layer in layers.values() for part in (layer.weight, layer.data) if part is not None]
+    return max((max(FIRST_OPSET[part.kind], _BLOCK_OPSET if part.block else 0) for part in parts), default=19)
+
+
+def insert_narrow_qdq(graph: Graph, layers: Mapping[str, NarrowLayer], target: Path, what: str) -> Path:
+    """Write ``graph`` as ``target`` with ``layers`` (nodes by name) in narrow types, and return it.
+
+    ``what`` names the precision in messages. A graph whose opset is too old is raised to the one that is needed, where
+    ONNX can convert it. Weights that nothing else reads are left out. Raises InputError for a name that is no node, and
+    an opset that ONNX cannot raise.
+    """
+    nodes = {node.name for node in graph.nodes}
+    if unknown := sorted(layers.keys() - nodes):
+        raise InputError(f"{graph}: no node {unknown[0]!r} to quantize")
+    save(_NarrowSurgery(graph, layers, what).model(), graph, target)
+    return target
+
+
+@dataclass
+class _NarrowSurgery:
+    graph: Graph
+    layers: Mapping[str, NarrowLayer]
+    what: str
+    constants: list[onnx.TensorProto] = field(default_factory=list)
+    made: dict[tuple[Any, ...], str] = field(default_factory=dict)
+    """Value and encoding → the name of what comes out of DequantizeLinear, where it is made already."""
+
+    def __post_init__(self) -> None:
+        self.fresh = unused_names(self.graph)
+
+    def model(self) -> onnx.ModelProto:
+        model = onnx.ModelProto()
+        model.CopyFrom(self.graph.proto)
+        del model.graph.node[:]
+        model.graph.node.extend(map(own_named, self.graph.nodes))
+        opset = needed_opset(self.layers)
+        model = raised(model, self.graph, opset, self.what)
+        nodes = [new for proto in model.graph.node for new in self._rewrite(proto)]
+        kept, needed = _needed(nodes, {v.name for v in model.graph.output})
+        weights = [t for t in model.graph.initializer if t.name in needed] + self.constants
+        del model.graph.node[:], model.graph.initializer[:]
+        model.graph.node.extend(kept)
+        model.graph.initializer.extend(weights)
+        model.ir_version = max(model.ir_version, {19: 9, 21: 10}.get(opset, 11))
+        return model
+
+    def _rewrite(self, proto: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
+        layer = self.layers.get(proto.name)
+        if layer is not None:
+            nodes = _Nodes(self.fresh, self.constants)
+            if layer.data is not None:
+                proto.input[0] = self._once((proto.input[0], layer.data), proto.input[0], layer.data, nodes)
+            proto.input[1] = self._weight(proto.input[1], layer.weight, nodes)
+            yield from nodes.made
+        yield proto
+
+    def _once(self, key: tuple[Any, ...], value: str, data: DataCodes, nodes: _Nodes) -> str:
+        if key not in self.made:
+            self.made[key] = self._data(value, data, nodes)
+        return self.made[key]
+
+    def _weight(self, value: str, weight: StoredWeight, nodes: _Nodes) -> str:
+        key = (value, weight.codes.tobytes(), weight.axis, weight.block)
+        if key in self.made:
+            return self.made[key]
+        codes = nodes.constant(f"{value}__codes", weight.codes.astype(_CODES[weight.kind]))
+        scale = weight.scale.astype(np.float32)
+        along = {"axis": weight.axis} if scale.ndim else {}
+        if weight.block:
+            along["block_size"] = weight.block
+        if weight.coarse is None:
+            scales = nodes.constant(f"{value}__scale", scale)
+        else:
+            fine = nodes.constant(f"{value}__block_scales", scale.astype(ml_dtypes.float8_e4m3fn))
+            coarse = nodes.constant(f"{value}__scale", np.asarray(weight.coarse, np.float32))
+            scales = nodes.add("DequantizeLinear", [fine, coarse], f"{value}__scales")
+        zero = []
+        if weight.zero is not None:
+            zero = [nodes.constant(f"{value}__zero_point", weight.zero.astype(_CODES[weight.kind]))]
+        elif weight.coarse is None:
+            zero = [nodes.constant(f"{value}__zero_point", np.zeros(scale.shape, _CODES[weight.kind]))]
+        self.made[key] = nodes.add("DequantizeLinear", [codes, scales, *zero], f"{value}__dequantized", **along)
+        return self.made[key]
+
+    def _data(self, value: str, data: DataCodes, nodes: _Nodes) -> str:
+        codes, result = f"{value}__codes", f"{value}__dequantized"
+        if not data.block:
+            scale = nodes.constant(f"{value}__scale", np.asarray(data.scale, np.float32))
+            zero = nodes.constant(f"{value}__zero_point", np.zeros((), _CODES[data.kind]))
+            quantized = nodes.add("QuantizeLinear", [value, scale, zero], codes)
+            return nodes.add("DequantizeLinear", [quantized, scale, zero], result)
+        along = {"axis": data.axis, "block_size": data.block}
+        scale = self._scales(self._largest(value, data, nodes), data, nodes, value)
+        quantized = nodes.add("QuantizeLinear", [value, scale], codes, output_dtype=data.kind, **along)
+        return nodes.add("DequantizeLinear", [quantized, scale], result, **along)
+
+    def _largest(self, value: str, data: DataCodes, nodes: _Nodes) -> str:
+        """Largest magnitude of each block."""
+        name, count = f"{value}__largest", math.ceil(data.size / data.block)
+        source = value
+        if short := count * data.block - data.size:
+            pads, axes = nodes.integers(f"{name}_pads", [0, short]), nodes.integers(f"{name}_axis", [data.axis])
+            source = nodes.add("Pad", [value, pads, "", axes], f"{name}_padded")
+        shape = [nodes.integers(f"{name}_blocks", [count, data.block])]
+        if data.axis != 0:
+            shape.insert(0, nodes.add("Shape", [value], f"{name}_before", end=data.axis))
+        if data.axis >= 0:
+            shape.append(nodes.add("Shape", [value], f"{name}_behind", start=data.axis + 1))
+        whole = nodes.add("Concat", shape, f"{name}_shape", axis=0)
+        blocks = nodes.add("Reshape", [source, whole], f"{name}_reshaped")
+        inner = nodes.integers(f"{name}_inner", [-1 if data.axis < 0 else data.axis + 1])
+        return nodes.add("ReduceMax", [nodes.add("Abs", [blocks], f"{name}_abs"), inner], name, keepdims=0)
+
+    def _scales(self, largest: str, data: DataCodes, nodes: _Nodes, value: str) -> str:
+        """Scales of blocks from their largest magnitudes, by the same divisions as the emulation makes them."""
+        name = f"{value}__scale"
+
+        def binary(op: str, one: str, other: str | float) -> str:
+            return nodes.add(op, [one, other if isinstance(other, str) else nodes.number(name, other)], f"{name}_{op}")
+
+        def where(condition: str, one: str | float, other: str | float) -> str:
+            chosen = [each if isinstance(each, str) else nodes.number(name, each) for each in (one, other)]
+            return nodes.add("Where", [condition, *chosen], f"{name}_chosen")
+
+        if data.rule == "amax":
+            scale = binary("Div", largest, _LARGEST[data.kind])
+            return where(binary("Greater", scale, 0.0), scale, 1.0)
+        if data.rule == "nvfp4":
+            assert data.scale is not None
+            fine = binary("Div", binary("Div", largest, 6.0), data.scale)
+            one = nodes.number(name, 1.0)
+            codes = nodes.add("QuantizeLinear", [fine, one], f"{name}_codes", output_dtype=TensorProto.FLOAT8E4M3FN)
+            fine = nodes.add("DequantizeLinear", [codes, one], f"{name}_fine")
+            return binary("Mul", where(binary("Greater", fine, 0.0), fine, 1.0), data.scale)
+        # 2 to floor(log2(largest)): the logarithm may be off by one unit next to a power of two, which is then seen.
+        largest = binary("Max", largest, _LEAST)
+        exponent = nodes.add("Log", [largest], f"{name}_log")
+        exponent = nodes.add("Floor", [binary("Mul", exponent, 1 / math.log(2))], f"{name}_floor")
+        power = nodes.add("Pow", [nodes.number(name, 2.0), exponent], f"{name}_power")
+        power = where(binary("Greater", power, largest), binary("Mul", power, 0.5), power)
+        power = where(binary("LessOrEqual", binary("Mul", power, 2.0), largest), binary("Mul", power, 2.0), power)
+        scale = binary("Mul", power, 2.0 ** -math.floor(math.log2(_LARGEST[data.kind])))
+        if data.rule == "mx":
+            return scale
+        beyond = binary("Greater", binary("Div", largest, scale), _LARGEST[data.kind])
+        return where(beyond, binary("Mul", scale, 2.0), scale)
+
+
+@dataclass
+class _Nodes:
+    """New nodes in front of a layer, and their constants."""
+
+    fresh: Callable[[str], str]
+    constants: list[onnx.TensorProto]
+    made: list[onnx.NodeProto] = field(default_factory=list)
+
+    def add(self, op: str, inputs: list[str], wish: str, **attributes: Any) -> str:
+        """Name of the result of a new node."""
+        name = self.fresh(wish)
+        self.made.append(helper.make_node(op, inputs, [name], name=self.fresh(f"{name}_{op}"), **attributes))
+        return name
+
+    def constant(self, wish: str, array: np.ndarray) -> str:
+        name = self.fresh(wish)
+        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name))
+        return name
+
+    def integers(self, wish: str, numbers: list[int]) -> str:
+        return self.constant(wish, np.asarray(numbers, np.int64))
+
+    def number(self, wish: str, number: float) -> str:
+        return self.constant(f"{wish}_constant", np.asarray(number, np.float32))
+
+
+def _needed(nodes: list[onnx.NodeProto], outputs: set[str]) -> tuple[list[onnx.NodeProto], set[str]]:
+    """Nodes without those that computed weights for layers alone which are stored in codes now; values that are read.
+
+    A node with a body may read anything by name.
+    """
+    needed, kept = set(outputs), []
+    for node in reversed(nodes):
+        if needed.isdisjoint(filter(None, node.output)):
+            continue
+        kept.append(node)
+        needed.update(_reads(node))
+    return kept[::-1], needed
+
+
+def _reads(node: onnx.NodeProto) -> Iterator[str]:
+    yield from node.input
+    for attribute in node.attribute:
+        for body in (attribute.g, *attribute.graphs):
+            yield from (v.name for v in body.output)
+            for inner in body.node:
+                yield from _reads(inner)

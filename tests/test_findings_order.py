@@ -1,0 +1,182 @@
+"""Findings of small networks whose effects are known: which comes first, of which sample, what they do to the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from nets import NetBuilder
+
+from cp_debug.backends.base import Program
+from cp_debug.backends.ort_backend import OrtBackend, OrtSession
+from cp_debug.backends.registry import create
+from cp_debug.backends.spec import BackendSpec
+from cp_debug.bisect.causes.effects import Effects
+from cp_debug.bisect.engine import Options, bisect
+from cp_debug.bisect.faults import edits
+from cp_debug.bisect.faults.edits import Editor
+from cp_debug.bisect.result import LayerRow, TestResult
+from cp_debug.probes.statistics import compare
+from cp_debug.programs.pipeline import Key
+
+X = np.linspace(1, 2, 256, dtype=np.float32).reshape(1, 256)
+
+
+def times(net: NetBuilder, value: str, factor: float, name: str) -> str:
+    return net.op("Mul", value, net.weight(np.array(factor, np.float32)), name=name)
+
+
+def judged(path: Path, spoil: Callable[[Editor], None], *samples: np.ndarray) -> TestResult:
+    editor = Editor(path)
+    spoil(editor)
+    other = editor.save(path.with_suffix(".spoilt.onnx"))
+    folder = path.with_suffix(".inputs")
+    folder.mkdir()
+    for i, x in enumerate(samples or (X,)):
+        np.savez(folder / f"{i}.npz", x=x)
+    return bisect(
+        str(path), "ort,ort-none", test_model=other, options=Options(inputs=folder, samples=len(samples) or 1)
+    ).tests[0]
+
+
+def test_the_finding_with_the_largest_effect_comes_first_whichever_is_the_worse_layer(tmp_path: Path) -> None:
+    """1000x + x: one per cent of the first part is ten times a hundred per cent of the second."""
+    net = NetBuilder()
+    net.op("Add", times(net, "x", 1000, "large"), times(net, "x", 1, "small"), name="y")
+    path = net.save(tmp_path / "net.onnx", {"x": (1, [1, 256])}, ["y"])
+
+    def spoil(editor: Editor) -> None:
+        edits.scale(editor, "large", 0.01)
+        edits.scale_weights(editor, "small", 1.0)
+
+    found = judged(path, spoil)
+    assert {row.onnx: row.replay and row.replay.introduced for row in found.guilty} == {
+        "large": pytest.approx(0.01, rel=1e-3),
+        "small": pytest.approx(1, rel=1e-3),
+    }
+    assert [(f.layers, f.effect.share) for f in found.findings] == [
+        (["node_large"], pytest.approx(10 / 11, rel=1e-3)),
+        (["node_small"], pytest.approx(1 / 11, rel=1e-3)),
+    ]
+
+
+class Spoilt(OrtBackend):
+    """ONNX Runtime whose results are changed on their way out, by name."""
+
+    def __init__(self, changes: Mapping[str, Callable[[np.ndarray], np.ndarray]]) -> None:
+        super().__init__(BackendSpec.parse("ort-none"))
+        self._changes = changes
+
+    def with_threads(self, count: int | None) -> Spoilt:
+        return self
+
+    def open(self, program: Program) -> OrtSession:
+        session = super().open(program)
+        real, changes = session.run, self._changes
+
+        def run(inputs: Any, sink: Any = None, probes: Any = None) -> dict[str, Any]:
+            def shown(name: str, value: Any) -> None:
+                sink(name, changes.get(name, np.asarray)(np.asarray(value)))
+
+            outputs = real(inputs, shown if sink else None, probes)
+            return {name: changes.get(name, np.asarray)(np.asarray(value)) for name, value in outputs.items()}
+
+        session.run = run  # type: ignore[method-assign]
+        return session
+
+
+def chain(folder: Path) -> Path:
+    net = NetBuilder()
+    net.op("Neg", net.op("Neg", net.op("Relu", "x", name="r"), name="first"), name="second")
+    path = net.save(folder / "net.onnx", {"x": (1, [1, 256])}, ["second"])
+    np.savez(folder / "x.npz", x=X)
+    return path
+
+
+def test_what_two_layers_have_in_common_is_told_with_the_least_that_it_explains(tmp_path: Path) -> None:
+    """Both results are 2 % too large; in the second one 0.3 % of that are noise."""
+    noise = np.random.default_rng(0).standard_normal(256) * 0.003 * 0.02
+    spoilt = Spoilt(
+        {
+            "first": lambda value: (value * 1.02).astype(np.float32),
+            "second": lambda value: (value * 1.02 * (1.02 + noise)).astype(np.float32),
+        }
+    )
+    backends = [create(BackendSpec.parse("ort")), spoilt]
+    (finding,) = bisect(str(chain(tmp_path)), backends, options=Options(inputs=tmp_path / "x.npz")).tests[0].findings
+    assert sorted(finding.layers) == ["node_first", "node_second"]
+    assert finding.evidence["explained_least"] == pytest.approx(0.997, abs=5e-4)
+    assert finding.explained == pytest.approx(0.9985, abs=5e-4)
+
+
+def test_findings_are_those_of_the_worst_sample(tmp_path: Path) -> None:
+    """Zeros hide a wrong factor: nothing is found in them, before the other sample or behind it."""
+    net = NetBuilder()
+    net.op("Neg", times(net, "x", 3, "m"), name="y")
+    for order in ((X, 0 * X), (0 * X, X)):
+        folder = tmp_path / str(float(order[0].sum()))
+        folder.mkdir()
+        path = net.save(folder / "net.onnx", {"x": (1, [1, 256])}, ["y"])
+        found = judged(path, lambda editor: edits.scale_weights(editor, "m", 0.5), *order)
+        assert [f.layers for f in found.findings] == [["node_m"]]
+
+
+def test_a_divergence_that_nobody_is_guilty_of_is_relative_to_the_reference(tmp_path: Path) -> None:
+    """x + 1000 − 1000 in FP16, which has steps of one half there: 0.3 becomes 0.5, two thirds more, not 40 % of it."""
+    net = NetBuilder()
+    thousand = net.weight(np.array(1000, np.float32))
+    net.op("Sub", net.op("Add", "x", thousand, name="up"), thousand, name="y")
+    path = net.save(tmp_path / "net.onnx", {"x": (1, [1, 256])}, ["y"])
+    np.savez(tmp_path / "x.npz", x=np.full((1, 256), 0.3, np.float32))
+    (found,) = bisect(str(path), "ort,emu-fp16", options=Options(inputs=tmp_path / "x.npz")).tests
+    assert not found.guilty
+    assert found.remainder is not None
+    assert found.remainder.divergence == pytest.approx(2 / 3, rel=1e-3)
+
+
+def test_a_reference_at_fault_has_no_share_of_the_tests_error(tmp_path: Path) -> None:
+    net = NetBuilder()
+    net.op("Neg", times(net, "x", 3.3, "m"), name="y")
+    path = net.save(tmp_path / "net.onnx", {"x": (1, [1, 256])}, ["y"])
+    np.savez(tmp_path / "x.npz", x=X)
+    wrong = create(BackendSpec.parse("emu-fp32"), overrides={"node_m": "bf16"})
+    options = Options(inputs=tmp_path / "x.npz")
+    (row,) = bisect(str(path), [wrong, create(BackendSpec.parse("ort"))], options=options).tests[0].guilty
+    assert (row.onnx, row.side, row.share) == ("m", "reference", None)
+
+
+def test_noise_of_the_reference_counts_for_every_layer(tmp_path: Path) -> None:
+    memory = np.random.default_rng(0)
+
+    def restless(value: np.ndarray) -> np.ndarray:
+        return (value * (1 + 0.01 * memory.standard_normal(value.shape))).astype(np.float32)
+
+    backends = [Spoilt({"first": restless, "second": restless}), create(BackendSpec.parse("ort"))]
+    result = bisect(str(chain(tmp_path)), backends, options=Options(inputs=tmp_path / "x.npz")).tests[0]
+    floors = {row.onnx: row.noise_floor for row in result.rows}
+    assert floors == {"x": 0, "r": 0, "first": pytest.approx(0.014, rel=0.3), "second": pytest.approx(0.014, rel=0.3)}
+
+
+@pytest.mark.parametrize("change", [0.2, -0.2])
+def test_a_score_that_an_error_raises_is_told_as_raised(change: float) -> None:
+    """Detections with the error are the reference's plus the error."""
+    boxes = np.array([[1, 2, 0, 4, 2, 1, 0.0]], np.float32)
+    outputs = {"net": {"scores": np.array([0.5], np.float32)}}
+
+    def decode(sample: Any, results: Any) -> Any:
+        return SimpleNamespace(boxes=boxes, scores=results["net"]["scores"], labels=np.zeros(1, np.int64))
+
+    model: Any = SimpleNamespace(components=[SimpleNamespace(name="net")], decode=decode)
+    propagation: Any = SimpleNamespace(outputs=lambda key: {"scores": outputs["net"]["scores"] + np.float32(change)})
+    sample: Any = None
+    stats = compare(np.ones(1), np.ones(1))
+    row = LayerRow(0, "net", "layer", "layer", "Conv", stats, "guilty", False, share=0.75)
+    effect = Effects(model, sample, propagation, outputs).of([row])
+    assert effect.share == 0.75
+    assert effect.detections is not None
+    assert effect.detections.mean_score == pytest.approx(change, rel=1e-5)
+    assert Key("net", "layer").component == "net"

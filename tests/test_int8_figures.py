@@ -1,0 +1,132 @@
+"""Figures of layers in INT8 that are known beforehand: grids, the worst channels, whose scales are to blame."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from nets import NetBuilder
+
+from cp_debug.backends.arithmetic import FP64
+from cp_debug.backends.executor import Executor
+from cp_debug.bisect.quantized_segment import Quantized, QuantizerGrid, balanced
+from cp_debug.bisect.replayed import Replay
+from cp_debug.bisect.scale_replay import ScaleReplay
+from cp_debug.graph.graph import Graph
+
+
+def test_a_grid_reaches_from_its_lowest_level_to_its_highest() -> None:
+    grid = QuantizerGrid(torch.tensor(0.1).double(), torch.tensor(10.0).double(), 0, 255, 1)
+    assert grid.range == (pytest.approx(-1.0), pytest.approx(24.5))
+    assert grid.clipped(torch.tensor([-1.2, -1.0, 24.5, 24.7]).double()) == 0.5
+    assert grid.quantized(torch.tensor([-9.0, 0.26, 99.0]).double()).tolist() == pytest.approx([-1.0, 0.3, 24.5])
+
+
+@pytest.mark.parametrize(("channels", "worst"), [(8, 2), (9, 3), (3, 1)])
+def test_the_worst_quarter_of_the_channels_is_rounded_up(channels: int, worst: int) -> None:
+    """One channel is off by 10 %, the others by nothing: of two worst it is half of the squares."""
+    exact = torch.ones(2, channels, 3, 3)
+    error = torch.zeros_like(exact)
+    error[:, 1] = 0.1
+    assert balanced(error, exact, 1) == pytest.approx(0.1 / worst**0.5)
+    exact[:, 2:] = 1e-9  # dead beside the others
+    error[:, 2:] = 1.0
+    assert balanced(error, exact, 1) == pytest.approx(0.1)
+    assert balanced(error[:1, :, :1, :3], exact[:1, :, :1, :3], 1) == 0  # 3 elements a channel tell nothing
+
+
+def pair(net: NetBuilder, name: str, scale: float, kind: type = np.int8, zero: int = 0) -> str:
+    parameters = net.weight(np.array(scale, np.float32)), net.weight(np.array(zero, kind))
+    return net.op("DequantizeLinear", net.op("QuantizeLinear", name, *parameters), *parameters)
+
+
+def quantized_sum(
+    folder: Path, scales: tuple[float, float], kind: type = np.int8, zero: int = 0
+) -> tuple[Graph, Quantized]:
+    """x + z, and the same with a Q/DQ pair before each."""
+    graphs = []
+    for name in ("plain", "quantized"):
+        net, inputs = NetBuilder(), ["x", "z"]
+        if name == "quantized":
+            inputs = [pair(net, value, scale, kind, zero) for value, scale in zip(inputs, scales, strict=True)]
+        net.op("Add", *inputs, name="sum")
+        shapes = {n: (1, [1, 64]) for n in "xz"}
+        graphs.append(Graph(net.save(folder / f"{name}.onnx", shapes, ["sum"])))
+    return graphs[0], Quantized(*graphs, {})
+
+
+@pytest.mark.parametrize("order", [(0.002, 0.02), (0.02, 0.002)])
+def test_of_several_inputs_the_one_that_is_clipped_most_is_told(tmp_path: Path, order: tuple[float, float]) -> None:
+    """Both reach 1; a scale of 0.002 ends at 0.254."""
+    plain, quantized = quantized_sum(tmp_path, order)
+    given = {n: torch.linspace(-1, 1, 64)[None] for n in "xz"}
+    made = quantized.ideal(Executor(plain, FP64), plain.nodes, given, ["sum"])
+    assert made.step == pytest.approx(0.002)
+    assert made.clipped == pytest.approx(float((torch.linspace(-1, 1, 64).abs() > 0.255).double().mean()), abs=0.04)
+
+
+def test_both_inputs_of_an_addition_share_the_best_scale(tmp_path: Path) -> None:
+    """The larger one's: 0.3 of a range to 127 rounds to nothing."""
+    plain, quantized = quantized_sum(tmp_path, (1.0, 1.0))
+    given = {"x": torch.full((1, 64), 127.0), "z": torch.full((1, 64), 0.3)}
+    made = quantized.ideal(Executor(plain, FP64), plain.nodes, given, ["sum"])
+    assert torch.as_tensor(made.results["sum"]).unique().tolist() == [127.0]
+
+
+@pytest.mark.parametrize(("kind", "zero", "bounds"), [(np.uint8, 100, (-100, 155)), (np.int8, 0, (-128, 127))])
+def test_the_zero_points_type_says_how_far_the_levels_reach(
+    tmp_path: Path, kind: type, zero: int, bounds: tuple[float, float]
+) -> None:
+    plain, quantized = quantized_sum(tmp_path, (1.0, 1.0), kind, zero)
+    grid = quantized.grid(plain.nodes[0], 0)
+    assert grid is not None
+    assert grid.range == bounds
+
+
+def compared(captured: Any, exact: Any, declared: Any, ideal: Any) -> Replay:
+    """What a layer's own scales, and the best ones, say of it."""
+    own: Any = SimpleNamespace(declared=lambda target, known, given: declared)
+    nobody: Any = SimpleNamespace(graph=None)
+    replay = Replay(introduced=0.2, excess=1.0)
+    ScaleReplay(own, nobody, nobody, ()).compare(replay, [], "y", {}, captured, exact, ideal)
+    return replay
+
+
+def test_a_layer_is_measured_against_its_own_scales_and_against_the_oracle() -> None:
+    """The oracle says 1, its scales make 1.5 of it, the backend 1.4."""
+    exact = torch.ones(1, 8, 4, 4).double()
+    found = compared(1.4 * exact, exact, 1.5 * exact, 1.1 * exact)
+    assert found.declared == pytest.approx(0.5)
+    assert found.deviation_from_scales == pytest.approx(0.1)
+    assert found.channel_excess == pytest.approx(4)
+    assert compared(1.4 * exact, exact, None, 1.1 * exact).declared is None
+
+
+@pytest.mark.parametrize(("shape", "channel"), [((2, 8, 4, 4), 1), ((16, 8), 1), ((4, 8, 8), 2)])
+def test_channels_of_images_are_behind_the_batch_and_of_others_last(shape: tuple[int, ...], channel: int) -> None:
+    """One of eight channels is off by 40 %, all by 10 % as they must: 40 % and 10 % are the worst two."""
+    exact = torch.ones(shape).double()
+    captured = 1.1 * exact
+    captured.select(channel, 3).mul_(1.4 / 1.1)
+    expected = ((0.4**2 + 0.1**2) / 2) ** 0.5 / 0.1
+    assert compared(captured, exact, None, 1.1 * exact).channel_excess == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("figures", "explains"),
+    [
+        ({"excess": 9.0, "deviation_from_scales": 0.09}, True),
+        ({"excess": 9.0, "deviation_from_scales": 0.11}, False),  # it does something else than its scales say
+        ({"excess": 1.0, "channel_excess": 9.0, "deviation_from_scales": 0.0}, True),
+        ({"excess": 1.0, "channel_excess": 1.0, "deviation_from_scales": 0.0}, False),  # nothing to explain
+        ({"excess": 9.0}, False),
+    ],
+)
+def test_scales_explain_what_a_layer_introduces_where_it_does_just_what_they_say(
+    figures: dict[str, float], explains: bool
+) -> None:
+    assert ScaleReplay.explain(Replay(introduced=0.2, **figures)) == explains  # type: ignore[arg-type]

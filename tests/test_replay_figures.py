@@ -1,0 +1,202 @@
+"""Figures of a replay that are known beforehand: what was inherited, what is excused, whose functions are judged."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from nets import NetBuilder
+
+from cp_debug.backends.arithmetic import FP64
+from cp_debug.backends.executor import Executor
+from cp_debug.bisect.consequences import difference, matters
+from cp_debug.bisect.range_loss import storage_loss
+from cp_debug.bisect.replay import SUSPICIOUS, Replayer
+from cp_debug.bisect.replayed import EXCESS, Replay
+from cp_debug.bisect.sides import without_emulation
+from cp_debug.bisect.verdict import Judgement
+from cp_debug.graph.graph import Graph
+from cp_debug.programs.precision import PRECISIONS
+
+U = 2.0**-24
+Values = dict[str, np.ndarray]
+
+
+def saved(folder: Path, net: NetBuilder, shape: list[int], *outputs: str, opset: int = 17) -> Graph:
+    return Graph(net.save(folder / "net.onnx", {"x": (1, shape)}, list(outputs), opset=opset))
+
+
+def constant(net: NetBuilder, *numbers: float) -> str:
+    return net.weight(np.array(numbers, np.float32))
+
+
+def replays(graph: Graph, reference: Values, test: Values, precision: str = "fp32", **how: Any) -> dict[str, Replay]:
+    replayer = Replayer(graph, ("fp32", precision), how.pop("oracle", "fp64"), set(test) - {"x"}, **how)
+    return dict(replayer.layers(reference.__getitem__, test.__getitem__))
+
+
+def test_what_was_inherited_is_relative_to_the_reference(tmp_path: Path) -> None:
+    """Twice the input makes an error as large as the reference's result, not half of what the oracle makes of it."""
+    net = NetBuilder()
+    net.op("Neg", "x", name="y")
+    x = np.linspace(1, 2, 8, dtype=np.float32)[None]
+    found = replays(saved(tmp_path, net, [1, 8], "y"), {"x": x, "y": -x}, {"x": 2 * x, "y": -2 * x})
+    assert found["y"].inherited == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("families", "of_test", "of_reference"), [(("ort", "torch"), 0.7, 2.5), (("torch", "ort"), 2.5, 0.7)]
+)
+def test_each_side_is_judged_by_the_functions_of_its_own_backend(
+    tmp_path: Path, families: tuple[str, str], of_test: float, of_reference: float
+) -> None:
+    """ONNX Runtime's Tanh may be off by 2.5 units, torch's by 0.7: both sides are off by 4, one of them too much."""
+    net = NetBuilder()
+    net.op("Tanh", "x", name="y")
+    graph = saved(tmp_path, net, [1, 512], "y")
+    x = np.linspace(0.2, 0.9, 512, dtype=np.float32)[None]
+    exact = np.tanh(x.astype(np.float64))
+    for off in (4, 8):
+        wrong = {"x": x, "y": exact * (1 + off * U)}
+        figures = replays(graph, wrong, wrong, families=families)["y"]
+        assert figures.excess == pytest.approx(off / of_test, rel=0.1)
+        assert figures.reference_excess == pytest.approx(off / of_reference, rel=0.1)
+
+
+@pytest.mark.parametrize(("amplifies", "asked"), [(SUSPICIOUS / 2, False), (SUSPICIOUS * 2, True)])
+def test_a_reference_is_replayed_where_a_layer_seems_to_amplify_beyond_reason(
+    tmp_path: Path, amplifies: float, asked: bool
+) -> None:
+    net = NetBuilder()
+    net.op("Neg", "x", name="y")
+    x = np.linspace(1, 2, 64, dtype=np.float32)[None]
+    moved = (x * np.float32(1 + 2.0**-12)).astype(np.float32)
+    reference = {"x": x, "y": -x * np.float32(1 + amplifies * 2.0**-12)}
+    figures = replays(saved(tmp_path, net, [1, 64], "y"), reference, {"x": moved, "y": -moved})["y"]
+    assert (figures.reference_excess > EXCESS) == asked
+
+
+def test_an_fp32_oracle_is_not_trusted_about_fp32(tmp_path: Path) -> None:
+    """A long sum that cancels: the FP32 oracle is off itself, and one in FP64 says what the layer may introduce."""
+    net = NetBuilder()
+    net.op("Sub", net.op("Add", "x", constant(net, 1e7), name="sum"), constant(net, 1e7), name="y")
+    graph = saved(tmp_path, net, [1, 64], "y")
+    x = np.linspace(1, 2, 64, dtype=np.float32)[None] / 3
+    exact = x.astype(np.float64)
+    for oracle in ("fp32", "fp64"):
+        figures = replays(graph, {"x": x, "y": exact}, {"x": x, "y": exact + 1.0}, oracle=oracle)["y"]
+        assert figures.excess is not None
+        assert 0.5 < figures.excess < EXCESS, oracle  # a sum beside 1e7 may be off by 1
+
+
+# Elements that a type cannot hold -----------------------------------------------------------------------------------
+
+
+def masked(folder: Path, size: float, behind: str) -> tuple[Graph, Values]:
+    """``mask`` is −``size`` at the first 3 of 8 places, else 0; then what ``behind`` makes of it."""
+    net = NetBuilder()
+    net.op("Mul", "x", net.op("Neg", "x", name="n"), name="mask")
+    if behind == "Softmax":
+        net.op("Softmax", net.op("Add", "mask", constant(net, *np.linspace(0, 1, 8)), name="s"), name="y")
+    elif behind == "Reciprocal":
+        tiny = net.op("Reciprocal", net.op("Add", "mask", constant(net, 1.0), name="s"), name="r")
+        net.op("Add", tiny, constant(net, 1.0), name="y")
+    else:
+        net.op("Mul", "mask", constant(net, 0.5), name="y")
+    graph = saved(folder, net, [1, 8], "y")
+    values: Values = {"x": np.array([[1, 1, 1, 0, 0, 0, 0, 0]], np.float32) * np.float32(math.sqrt(size))}
+    Executor(graph, FP64).run(values, lambda name, t: values.update({name: np.asarray(t)}))
+    return graph, values
+
+
+@pytest.mark.parametrize(
+    ("size", "behind", "captured", "excused"),
+    [
+        (1e9, "Softmax", -np.inf, True),
+        (1e9, "Softmax", -65504.0, True),
+        (40000.0, "Softmax", -np.inf, False),  # FP16 holds it
+        (1e9, "Reciprocal", -np.inf, True),
+        (1e9, "Reciprocal", np.inf, False),  # of the other sign, however little it does
+        (66000.0, "Mul", -65504.0, False),  # 15 roundoffs at the output
+    ],
+)
+def test_what_the_type_cannot_hold_is_excused_where_nothing_notices(
+    tmp_path: Path, size: float, behind: str, captured: float, excused: bool
+) -> None:
+    graph, values = masked(tmp_path, size, behind)
+    mask = values["mask"].copy()
+    mask[0, :3] = captured
+    figures = replays(graph, values, values | {"mask": mask}, "fp16")["mask"]
+    assert figures.wanted == (3 if excused else 0)
+    guilty = bool(figures.new_nonfinite) or (figures.excess or 0.0) > EXCESS
+    assert guilty != excused
+
+
+def test_a_probability_that_vanishes_is_lost_beside_1(tmp_path: Path) -> None:
+    small = torch.full((4,), 1e-9)
+    assert storage_loss(small, PRECISIONS["fp16"], bounded=True) == pytest.approx(1e-9)
+    assert storage_loss(small, PRECISIONS["fp16"]) == 1
+
+
+def test_a_weight_beyond_the_type_is_an_endless_loss(tmp_path: Path) -> None:
+    """One of 1000 weights: beside the others its own size would not show, because Inf has none."""
+    net = NetBuilder()
+    net.op("Mul", "x", net.weight(np.array([1.0] * 999 + [1e6], np.float32)), name="y")
+    graph = saved(tmp_path, net, [1, 1000], "y")
+    x = np.array([[1.0] * 999 + [1e-3]], np.float32)
+    y = x * np.array([1.0] * 999 + [1e6])
+    assert replays(graph, {"x": x, "y": y}, {"x": x, "y": y}, "fp16")["y"].range_loss == math.inf
+
+
+def test_another_infinity_is_no_small_difference() -> None:
+    finite, infinite = torch.tensor([1.0, 1.0]), torch.tensor([1.0, torch.inf])
+    assert difference(finite, infinite) == difference(infinite, finite) == math.inf
+    assert difference(infinite, infinite) == 0
+    assert difference(finite, 1.5 * finite) == pytest.approx(0.5)  # relative, and of the first
+    assert difference(finite, torch.ones(3)) == math.inf
+
+
+def test_a_change_that_only_an_unread_result_has_does_not_matter(tmp_path: Path) -> None:
+    """Of the two halves of a Split, the caller sees the second one alone."""
+    net = NetBuilder()
+    net.op("Split", net.op("Neg", "x", name="n"), name="part", outputs=2, axis=1)
+    net.op("Neg", "part_1", name="y")
+    graph = saved(tmp_path, net, [1, 4], "y")
+    oracle, n = Executor(graph, FP64), torch.ones(1, 4, dtype=torch.float64)
+
+    def told(*changed: float) -> bool:
+        return matters(graph, oracle, {"n"}, {"n": n}.__getitem__, ("n", n, torch.tensor([changed]).double()), 1e-9)
+
+    assert not told(1, 2, 1, 1)
+    assert told(1, 1, 2, 1)
+
+
+# Side by side -------------------------------------------------------------------------------------------------------
+
+
+def test_nobody_is_guilty_of_rounding_that_nobody_emulates_and_of_infinity_everybody() -> None:
+    guilty = Judgement("guilty", False, "why")
+    unknown = Replay(introduced=0.1, excess=9.0, not_emulated=("n",))
+    assert without_emulation(guilty, unknown) == Judgement("divergent", False)
+    assert without_emulation(guilty._replace(within=True), unknown) == Judgement("ok", True)
+    unknown.new_nonfinite = 1
+    assert without_emulation(guilty, unknown) == guilty
+    assert without_emulation(guilty, Replay(introduced=0.1, excess=9.0)) == guilty
+
+
+def test_the_nodes_without_a_kernel_are_those_of_the_tests_claim(tmp_path: Path) -> None:
+    """Nobody knows what FP16 rounds inside a MelWeightMatrix; FP32 is what the oracle's library computes in."""
+    net = NetBuilder()
+    whole = [net.weight(np.array(n, np.int64)) for n in (4, 8, 8)]
+    net.op("MelWeightMatrix", *whole, constant(net, 1.0), constant(net, 3.0), name="mel")
+    net.op("Add", "mel", net.op("Neg", "x", name="n"), name="y")
+    graph = saved(tmp_path, net, [5, 4], "y")
+    ones: Values = {"x": np.ones((5, 4)), "mel": np.ones((5, 4)), "n": -np.ones((5, 4)), "y": np.zeros((5, 4))}
+    for precisions, unknown in ((("fp32", "fp16"), ("node_mel",)), (("fp16", "fp32"), ())):
+        replayer = Replayer(graph, precisions, "fp64", {"mel", "n", "y"})
+        with_figures = dict(replayer.layers(ones.__getitem__, ones.__getitem__))
+        assert {n: r.not_emulated for n, r in with_figures.items()} == {"mel": unknown, "n": (), "y": ()}

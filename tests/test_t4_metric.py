@@ -1,0 +1,130 @@
+"""T4's metric by TIER IV's package, or a sentence where it is missing; the package's place is held by a stand-in."""
+
+from __future__ import annotations
+
+import io
+import math
+import sys
+from dataclasses import replace
+from types import ModuleType
+
+import fake_perception_eval
+import numpy as np
+import pytest
+from rich.console import Console
+from test_cli import run
+from test_evaluation import record
+
+from cp_debug.detection.evaluation import EvaluationOptions, EvaluationResult, score_backends
+from cp_debug.detection.predictions import Predictions
+from cp_debug.detection.t4_metric import t4_figures
+from cp_debug.errors import InputError
+from cp_debug.recipes.data.base import Truth
+from cp_debug.reports.evaluation import render
+from cp_debug.serialize import decode
+
+CLASSES = ("car", "truck", "trailer", "cyclist")
+
+
+class Quaternion:
+    """``pyquaternion``'s constructor about an axis."""
+
+    def __init__(self, axis: tuple[float, float, float], radians: float) -> None:
+        assert axis == (0, 0, 1)
+        self.radians = radians
+
+
+@pytest.fixture
+def frames(monkeypatch: pytest.MonkeyPatch) -> list:
+    for name, module in fake_perception_eval.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    pyquaternion = ModuleType("pyquaternion")
+    pyquaternion.Quaternion = Quaternion  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pyquaternion", pyquaternion)
+    fake_perception_eval.FRAMES.clear()
+    return fake_perception_eval.FRAMES
+
+
+def objects(*rows: tuple[float, ...]) -> np.ndarray:
+    return np.array(rows, np.float32)
+
+
+def truth(boxes: np.ndarray, labels: list[int], points: list[int]) -> Truth:
+    count = len(labels)
+    velocities = np.full((count, 2), np.nan, np.float32)
+    return Truth(boxes, np.array(labels), velocities, np.array(points), np.full(count, "", "<U8"))
+
+
+BOX = (10.0, 0.0, 1.0, 4.0, 2.0, 1.5, 0.25)
+TRUTHS = [
+    truth(objects(BOX, (0, 20, 1, 8, 3, 3, 0), (200, 0, 1, 4, 2, 1.5, 0)), [0, 2, 0], [5, -1, 5]),
+    truth(objects(BOX, (5, 5, 1, 2, 1, 2, 0), (0, -9, 1, 4, 2, 1.5, 0)), [0, 3, 0], [5, 5, 0]),
+]
+FOUND = Predictions(
+    objects((10.3, 0, 1, 4, 2, 1.5, 0.25, 1, 2), (0, 20, 1, 8, 3, 3, 0, 0, 0), (np.nan, 0, 0, 4, 2, 1, 0, 0, 0),
+            (11.5, 0, 1, 4, 2, 1.5, 0, 0, 0)),
+    np.array([0.9, 0.8, 0.7, 0.6], np.float32), np.array([0, 1, 0, 0], np.int16), np.array([3, 1]),
+)  # fmt: skip
+
+
+def test_objects_are_given_as_the_package_wants_them(frames: list) -> None:
+    figures, notes = t4_figures({"ort": FOUND}, TRUTHS, CLASSES, distance=120, min_points=1)
+    (first, found), (second, _) = frames
+    assert [item.position for item in first.objects] == [(10, 0, 1), (0, 20, 1), (200, 0, 1)]
+    assert first.objects[0].shape.size == (2, 4, 1.5), "width, length, height"
+    assert first.objects[0].orientation.radians == 0.25
+    assert first.objects[0].velocity == (0, 0, 0), "unknown"
+    assert [item.pointcloud_num for item in first.objects] == [5, 1, 5], "an unknown number counts"
+    assert [item.semantic_label.label.value for item in first.objects] == ["car", "truck", "car"], "trailers are trucks"
+    assert len(second.objects) == 2, "no label for cyclists"
+    assert len(found) == 2, "NaN is left out"
+    assert found[0].velocity == (1, 2, 0)
+    assert found[0].semantic_score == pytest.approx(0.9)
+    assert found[0].pointcloud_num is None
+    got = figures["ort"]
+    assert [got[f"car_AP_center_distance_bev_{limit}"] for limit in (0.5, 1.0, 2.0, 4.0)] == [0.5, 0.5, 1, 1]
+    assert got["truck_AP_center_distance_bev_0.5"] == 1
+    assert got["mAP_center_distance_bev"] == got["mAPH_center_distance_bev"] == 0.875
+    assert list(got)[-6:-4] == ["mAP_plane_distance", "mAPH_plane_distance"]
+    assert "perception_eval 1.3.6, objects and detections within 120 m, classes car, truck" in notes[0]
+    assert "leaves out cyclist" in notes[1]
+    with pytest.raises(InputError, match="T4's metric has no labels for the classes cyclist"):
+        t4_figures({"ort": FOUND}, TRUTHS, ("cyclist",), distance=120, min_points=1)
+
+
+def test_t4s_figures_stand_in_table_and_json(frames: list) -> None:
+    options = EvaluationOptions(draws=10, region=(-50, -50, 50, 50), t4=True)
+    runs = {spec: (record(spec), FOUND) for spec in ("torch", "ort")}
+    backends, notes = score_backends(runs, TRUTHS, CLASSES, options)
+    result = EvaluationResult("m", "d", ["a", "b"], options, backends, notes=notes)
+    console = Console(width=160, file=io.StringIO())
+    for part in render(result):
+        console.print(part)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "mAPH_center_distance_bev" in text
+    assert "within 50 m" in text
+    document = result.to_dict()
+    assert document["backends"][1]["t4"]["mAP_center_distance_bev"] == 0.875
+    (again,) = (decode(type(each), each.to_dict(), "scores").t4 for each in backends[:1])
+    assert again == pytest.approx(backends[0].t4, nan_ok=True)
+    plain, _ = score_backends(runs, TRUTHS, CLASSES, replace(options, t4=False))
+    assert "t4" not in plain[0].to_dict()
+
+
+def test_a_class_without_objects_has_no_figure(frames: list) -> None:
+    figures, _ = t4_figures({"ort": FOUND}, TRUTHS, CLASSES, distance=1, min_points=1)
+    assert all(math.isnan(value) for value in figures["ort"].values())
+
+
+@pytest.mark.parametrize("there", [None, ModuleType("perception_eval")])
+def test_a_missing_package_is_one_sentence_with_its_command(
+    there: ModuleType | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in list(fake_perception_eval.modules()):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "perception_eval", there)  # None: import raises
+    code, text = run("eval", "centerpoint:tiny", "-b", "torch,ort", "-n", "1", "--t4")
+    assert code == 3
+    words = " ".join(text.split())
+    assert "pip install 'git+https://github.com/tier4/autoware_perception_evaluation@v1.3.6'" in words
+    assert words.count("error:") <= 1
