@@ -101,3 +101,15 @@ def test_a_verification_tells_what_it_did_not_compare(tmp_path: Path) -> None:
     theirs = save(tmp_path / "theirs.onnx", "float[1,2,4,4] other", "    other = Neg (a)")
     code, text = run("verify", ours, "--test-model", theirs, "-s", "ort,ort")
     assert (code, "other names in the test: y = other" in text) == (0, True)
+
+
+def test_captures_have_no_stages_and_no_operators(tmp_path: Path) -> None:
+    log = save(tmp_path / "log.onnx", "float[1,2,4,4] y", "    n = Neg (a)\n    y = Log (n)")
+    for name in ("a", "b"):
+        assert run("capture", log, "-b", "ort", "-o", tmp_path / name)[0] == 0
+    code, text = run("compare", tmp_path / "a", tmp_path / "b")
+    assert code == 1
+    assert "NaN is first in y on both sides" in " ".join(text.split())
+    assert "stage " not in text
+    assert " op " not in text
+    assert "()" not in text

@@ -65,9 +65,11 @@ def render(result: BisectResult, *, layers: bool = True, show_all: bool = False)
         title = Text.assemble((result.reference.spec, "bold"), " → ", (test.backend.spec, "bold"))
         yield title.append(" (emulated)" if test.backend.emulated else "")
         yield from engine_lines(test.backend)
-        yield Terminal(stage_table(test))
+        if test.stages:  # a comparison of captures knows none
+            yield Terminal(stage_table(test))
         if layers:
-            yield Text()
+            if test.stages:
+                yield Text()
             yield Terminal(layer_table(test, show_all=show_all))
             if not show_all:
                 yield Text(_selection(test), style="dim")
@@ -160,6 +162,8 @@ def layer_table(test: TestResult, *, show_all: bool = False) -> Sheet:
         without |= {"step", "clipped"}
     if not any(row.tactic for row in test.rows):
         without.add("kernel")
+    if not any(row.op for row in test.rows):  # captures tell none
+        without.add("op")
     place = {row.index: position for position, row in enumerate(test.rows)}
     shown = test.rows if show_all else layers_shown(test)
     columns, cells = _layers(shown, [name for name in _LAYER_COLUMNS if name not in without])
