@@ -7,14 +7,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from nets import NetBuilder
 
 from cp_debug.backends.arithmetic import FP64
 from cp_debug.backends.executor import Executor
+from cp_debug.bisect.file_quantization import FileQuantization
 from cp_debug.bisect.quantized_segment import Quantized, QuantizerGrid, balanced
-from cp_debug.bisect.replayed import Replay
+from cp_debug.bisect.replay import Replayer
+from cp_debug.bisect.replayed import EXCESS, Replay
 from cp_debug.bisect.scale_replay import ScaleReplay
 from cp_debug.graph.graph import Graph
 
@@ -130,3 +133,42 @@ def test_scales_explain_what_a_layer_introduces_where_it_does_just_what_they_say
     figures: dict[str, float], explains: bool
 ) -> None:
     assert ScaleReplay.explain(Replay(introduced=0.2, **figures)) == explains  # type: ignore[arg-type]
+
+
+def clipping(folder: Path) -> tuple[Graph, Graph]:
+    """A product, and the same with a Q/DQ pair before it that ends at 1."""
+    graphs = []
+    for name in ("plain", "quantized"):
+        net, value = NetBuilder(), "x"
+        if name == "quantized":
+            value = pair(net, "x", 1 / 127)
+        net.op("MatMul", value, net.weight(net.rng.standard_normal((16, 8)).astype(np.float32), "weight"), name="y")
+        graphs.append(Graph(net.save(folder / f"{name}.onnx", {"x": (1, [4, 16])}, ["y"])))
+    return graphs[0], graphs[1]
+
+
+@pytest.mark.parametrize(("reference_reaches", "innocent"), [(1.0, True), (3.0, False)])
+def test_scales_that_fit_what_the_reference_gives_are_not_to_blame(
+    tmp_path: Path, reference_reaches: float, innocent: bool
+) -> None:
+    """The test's input reaches 3, where the scale clips it: inherited where the reference's reaches 1."""
+    plain, quantized = clipping(tmp_path)
+    x = np.random.default_rng(0).uniform(-1, 1, (4, 16)).astype(np.float32)
+    weight = plain.weight("weight")
+    matrix = onnx.numpy_helper.to_array(weight).astype(np.float64)
+    clipped = np.clip(np.round(3 * x.astype(np.float64) * 127), -128, 127) / 127
+    reference = {"x": reference_reaches * x, "y": (reference_reaches * x) @ matrix}
+    test = {"x": 3 * x, "y": clipped @ matrix}
+    own = FileQuantization(plain, quantized, {"y": "y"}, rounds_weights=False)
+    replayer = Replayer(plain, ("fp32", "int8"), "fp64", {"y"}, quantized=(None, own))
+    figures = dict(replayer.layers(reference.__getitem__, test.__getitem__))["y"]
+    assert figures.introduced is not None
+    assert figures.introduced > 0.3
+    assert figures.deviation_from_scales == pytest.approx(0, abs=1e-6)
+    assert figures.step == pytest.approx(1 / 127)
+    assert figures.clipped == pytest.approx(float((np.abs(3 * x) > 1).mean()), abs=0.03)
+    assert figures.excess is not None
+    assert figures.excess == 1 if innocent else figures.excess > EXCESS
+    if innocent:
+        assert figures.expected == figures.introduced
+        assert figures.channel_excess is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +14,7 @@ import pytest
 import torch
 from nets import NetBuilder
 
-from cp_debug.backends.base import Program, Sink
+from cp_debug.backends.base import Program, Sink, Tensor
 from cp_debug.backends.build_info import BuildInfo
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.observe import Observation, gap, observe
@@ -84,15 +84,29 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
     return Program("net", Graph(net.save(tmp_path_factory.mktemp("net") / "n.onnx", {"x": (1, [1, 2])}, ["y"])))
 
 
-def observed(folder: Path, program: Program, backend: Fake) -> tuple[Observation, dict[Key, float]]:
-    """What a run with probes and ``observe`` behind it find out."""
+Shown = Callable[[Key, Tensor], tuple[Key, Tensor]]
+
+
+def as_it_is(key: Key, tensor: Tensor) -> tuple[Key, Tensor]:
+    return key, tensor
+
+
+def observed(
+    folder: Path, program: Program, backend: Fake, shown: Shown = as_it_is
+) -> tuple[Observation, dict[Key, float]]:
+    """What a run with probes and ``observe`` behind it find out; values are captured as ``shown`` gives them."""
     component = Component("net", ["x"], ["y"])
     model: Any = SimpleNamespace(components=[component], feed=lambda component, sample, results: {"x": X})
     sample = Sample({"x": X}, "s")
     with Pipeline(model, [program], backend) as pipeline, CaptureWriter(folder / "c", {}) as writer:
-        probed = pipeline.run(sample, lambda key, tensor: writer.put(key.value, tensor, component=key.component))
+
+        def put(key: Key, tensor: Tensor) -> None:
+            key, tensor = shown(key, tensor)
+            writer.put(key.value, tensor, component=key.component)
+
+        probed = pipeline.run(sample, put)
     with Pipeline(model, [program], backend) as pipeline:
-        return observe(pipeline, sample, probed, Capture.open(folder / "c"))
+        return observe(pipeline, sample, probed, Capture.open(folder / "c"), shown)
 
 
 def test_a_backend_that_repeats_itself_costs_one_run(tmp_path: Path, program: Program) -> None:
@@ -114,6 +128,19 @@ def test_noise_of_another_thread_count_is_no_gap_of_the_observer(tmp_path: Path,
     assert floors == {Key("net", "mid"): pytest.approx(0.05), Key("net", "y"): pytest.approx(0.1)}
     assert backend.log[-1] == (torch.get_num_threads() + 1, True)
     assert found.runs == len(backend.log) - 1
+
+
+def test_noise_is_measured_on_values_as_they_were_captured_under_their_names(tmp_path: Path, program: Program) -> None:
+    """The values [3, 4] and [3, 4.25] are kept under other names, and a number smaller: [2, 3] and [2, 3.25]."""
+
+    def shown(key: Key, tensor: Tensor) -> tuple[Key, Tensor]:
+        return Key(key.component, f"of {key.value}"), np.asarray(tensor) - 1
+
+    _, floors = observed(tmp_path, program, Fake(threads=0.5, mid=0.25), shown)
+    assert floors == {
+        Key("net", "of mid"): pytest.approx(0.25 / 13**0.5),
+        Key("net", "of y"): pytest.approx(0.5 / 13**0.5),
+    }
 
 
 def test_a_gap_of_the_observer_is_no_noise(tmp_path: Path, program: Program) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,8 @@ from cp_debug.bisect.recording import compare_captures, record
 from cp_debug.bisect.result import TestResult
 from cp_debug.cli.main import app
 from cp_debug.errors import InputError
+from cp_debug.graph.graph import Graph
+from cp_debug.graph.pairing import believable
 from cp_debug.probes.capture import Capture
 from cp_debug.recipes.registry import load_model
 
@@ -226,3 +228,26 @@ def test_captures_of_files_with_other_stems_and_names(tmp_path: Path) -> None:
     assert other.compared == 37
     with pytest.raises(InputError, match="nearest is 'heatmap'"):
         compare_captures(ours, theirs, force=True, maps=["heatmat=v1"])
+
+
+@pytest.mark.parametrize(
+    ("weights", "believed"),
+    [
+        ((0, 1, 2, 3, 4, 5), True),
+        ((10, 11, 12, 13, 14, 15), True),  # trained again: nothing says that the names are others
+        ((1, 0, 2, 3, 4, 5), True),  # two layers with each other's weights: a fault
+        ((9, 0, 1, 2, 3, 4), False),  # one layer more at the front, and every name moved on
+        ((5, 0, 1, 2, 3, 4), False),
+    ],
+)
+def test_names_whose_weights_moved_on_are_not_believed(tmp_path: Path, weights: Sequence[int], believed: bool) -> None:
+    """Six products in a row, called m0 to m5 in both graphs; ``weights`` are the seeds of the test's."""
+
+    def row(name: str, seeds: Sequence[int]) -> Graph:
+        net, value = NetBuilder(), "x"
+        for i, seed in enumerate(seeds):
+            weight = np.random.default_rng(seed).standard_normal((8, 8)).astype(np.float32)
+            value = net.op("MatMul", value, net.weight(weight), name=f"m{i}")
+        return Graph(net.save(tmp_path / f"{name}.onnx", {"x": (1, [1, 8])}, [value]))
+
+    assert believable(row("reference", range(6)), row("test", weights)) == believed

@@ -28,7 +28,7 @@ from cp_debug.bisect.narrow_variants import departures, spread
 from cp_debug.bisect.perturbation import doubt
 from cp_debug.bisect.quantized_segment import EmulatedSegment
 from cp_debug.bisect.range_loss import RangeLoss
-from cp_debug.bisect.replayed import EXCESS, Replay
+from cp_debug.bisect.replayed import ASKED, EXCESS, Replay
 from cp_debug.bisect.scale_replay import AnyQuantized, ScaleReplay
 from cp_debug.bisect.whole_numbers import as_tensor, instead
 from cp_debug.errors import InputError
@@ -260,10 +260,10 @@ class Replayer:
 
         Where emulating one correct implementation has raised a doubt, others are asked.
         """
-        replay = Replay.of(captured, exact, [expected.results[target]], claim)
-        if (replay.excess or 0.0) <= EXCESS:
-            return replay
         scales, result = self._scales[side], expected.results[target]
+        replay = Replay.of(captured, exact, [result], claim)
+        if (replay.excess or 0.0) <= (EXCESS if scales is None else ASKED):
+            return replay
         others: list[AnyTensor] = [] if scales is None else [*scales.for_readers(target, captured, result)]
         if scales is not None and scales.quantized.touches(nodes):
             others += scales.larger(nodes, given, target)

@@ -14,6 +14,9 @@ from cp_debug.programs.precision import Precision
 EXCESS = 4.0
 """A layer whose introduced error is this many times the expected one is guilty: ``docs/thresholds.md`` has the
 measurements."""
+ASKED = 2.0
+"""Excess beyond which a layer in INT8 is emulated with other scales, too. Half the limit: what comes out for an
+innocent layer says how far from the limit it is, not that nobody asked."""
 FLOOR = 0.5
 """Number of unit roundoffs that every layer may introduce, whatever its emulation says."""
 

@@ -64,6 +64,6 @@ def local_response_normalization(call: Call, x: Tensor) -> Tensor:
 
 @kernel("MeanVarianceNormalization")
 def mean_variance_normalization(call: Call, x: Tensor) -> Tensor:
-    axes = [a % x.dim() for a in call["axes"] or (0, 2, 3)]
+    axes = [a % x.dim() for a in call["axes"]]
     variance, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
     return (x - mean) / (variance.sqrt() + 1e-9)
