@@ -105,6 +105,21 @@ def test_ctrl_c_says_so_and_is_no_verdict() -> None:
     assert "Traceback" not in said
 
 
+def test_ctrl_c_while_the_command_is_loaded_says_so_too() -> None:
+    script = """
+import sys
+class Interrupted:
+    def find_spec(self, name, *rest):
+        if name == "typer":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupted())
+from cp_debug.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
 @pytest.mark.parametrize("arguments", ["demo", pytest.param("doctor --json", marks=pytest.mark.slow)])
 def test_a_reader_that_has_gone_is_no_verdict(arguments: str) -> None:
     command = f"{sys.executable} -m cp_debug {arguments} | true; echo ${{PIPESTATUS[0]}}"
@@ -278,6 +293,8 @@ ACTS_OF = {
     ("sweep sensitivity", "--calib-method"): "INT8 is what it is about",
     ("predict", "--builder-level"): "whether a layer may stay in FP32: at 0 any may",
     ("import", "--layout"): "how the tensors are read",
+    ("cache", "--clear"): "removes what is kept",
+    ("cache", "--unused"): "which entries are shown or removed",
 }
 BESIDE = {
     "bisect": "NET -b ort,ort-all",
@@ -296,6 +313,7 @@ BESIDE = {
     "check": "NET",
     "predict": "NET",
     "export": "centerpoint:tiny -o out",
+    "cache": "",
 }
 """Command → arguments beside which its options name something, or do nothing."""
 ELSEWHERE = ("build", "bundle", "compare", "deploy", "import", "report", "ui")
